@@ -1,0 +1,26 @@
+"""Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
+
+from approx_attention.api import attention
+from approx_attention.causal import RunningSummary, causal_state, running_moments
+from approx_attention.checks import fold_scale
+from approx_attention.features import (
+    PositiveFeatures,
+    ReLUFeatures,
+    TrigonometricFeatures,
+    gaussian_projection,
+    orthogonal_projection,
+)
+from approx_attention.methods.baselines import (
+    mean_value,
+    running_uniform_sample,
+    summarize_mean_value,
+    summarize_uniform_sample,
+    uniform_sample,
+)
+from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.local import local
+from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
+from approx_attention.methods.random_features import draw_favor, favor, running_favor, summarize_favor
+from approx_attention.registry import METHODS, Capabilities, Method
+from approx_attention.states import AttentionState, merge
+from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes

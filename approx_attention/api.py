@@ -1,0 +1,251 @@
+"""The public array function: any method over batch and heads, in the layout of `jax.nn.dot_product_attention`."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from approx_attention.checks import check_floating, check_key, did_you_mean
+from approx_attention.registry import get_method
+
+
+def attention(
+    query: Float[Array, "*B T N D"],
+    key: Float[Array, "*B S K D"],
+    value: Float[Array, "*B S K Dv"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    method: str | Callable[..., Array],
+    rng: Array | None = None,
+    scale: float | Array | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, "*B"] | None = None,
+    key_value_seq_lengths: Int[Array, "*B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    return_residual: bool = False,
+    **hyperparameters: Any,
+) -> Any:
+    r"""Attention by any method, over batch and heads: a superset of `jax.nn.dot_product_attention`.
+
+    .. math:: \mathrm{out}_{btn} \approx \mathrm{softmax}_s(s\, q_{btn} \cdot k_{bsn'})\, v_{bsn'}, \qquad n' = \lfloor n K / N \rfloor
+
+    Args:
+        query: ``[..., T, N, D]`` with any number of batch axes.
+        key: ``[..., S, K, D]``, where K divides N: N/K consecutive query heads share a key head.
+        value: ``[..., S, K, Dv]``.
+        bias: added to the logits, broadcastable to ``[..., N, T, S]``; only for methods with ``dense_mask``.
+        mask: true where a key may be seen, broadcastable to ``[..., N, T, S]``. A padding mask ``[..., 1, 1, S]`` is
+            taken by every method with ``padding``, any other only by methods with ``dense_mask``.
+        method: a name in `METHODS`, or any function ``(q, k, v, key) -> out`` of one head.
+        rng: typed PRNG key; each key head draws from its own, shared over the batch and over its query heads.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        is_causal: query t sees keys j <= t (aligned top left where T != S).
+        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0.
+        key_value_seq_lengths: real keys per sequence, ``[...]``.
+        local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
+            many tokens to the left and to the right of a query.
+        return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``.
+        **hyperparameters: keyword arguments of the method, such as ``num_features=256``.
+
+    Returns:
+        Outputs ``[..., T, N, Dv]`` in the dtype of ``value``; with ``return_residual`` a pair with the log-normalisers.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown method, a random method without ``rng``.
+        TypeError: wrong dtypes, an argument that the method does not have.
+        NotImplementedError: an option that the method does not support; the message names both.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import attention
+        >>> query = jax.random.normal(jax.random.key(0), (2, 100, 8, 16))
+        >>> key, value = (jax.random.normal(jax.random.key(i), (2, 100, 2, 16)) for i in (1, 2))
+        >>> attention(query, key, value, method="favor", rng=jax.random.key(3), num_features=64, is_causal=True).shape
+        (2, 100, 8, 16)
+
+    Reference:
+        Grouped key heads: Ainslie et al. (2023), "GQA".
+    """
+    if local_window_size is not None:
+        if method != "exact":
+            raise NotImplementedError(f"method {method!r} does not support local_window_size; only 'exact' does")
+        window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size, local_window_size)
+        method, hyperparameters = "local", {**hyperparameters, "window_size": window}
+    _check_layout(query, key, value)
+    *batch, num_queries, num_heads, _ = query.shape
+    num_keys, num_kv_heads = key.shape[-3:-1]
+    num_batches, group = math.prod(batch), num_heads // num_kv_heads
+
+    head = _Head(method, hyperparameters)
+    options: dict[str, Any] = {}
+    if scale is not None:
+        options["scale"] = scale
+    if is_causal:
+        options["is_causal"] = True
+    if return_residual:
+        options["return_state"] = True
+    head.check_options(options)
+
+    # Arrays with one slice per key head of every sequence, [B * K, ...]; `dense` ones have a slice per query head too.
+    sliced: dict[str, Array] = {}
+    dense: dict[str, Array] = {}
+    padding, dense_mask = _split_mask(mask, (*batch, num_heads, num_queries, num_keys))
+    if key_value_seq_lengths is not None:
+        real = _within(key_value_seq_lengths, num_keys, batch, "key_value_seq_lengths")
+        padding = real if padding is None else padding & real
+    if padding is not None:
+        padding = padding.reshape(num_batches, 1, num_keys)
+        padding = jnp.broadcast_to(padding, (num_batches, num_kv_heads, num_keys))
+        sliced["kv_mask"] = padding.reshape(num_batches * num_kv_heads, num_keys)
+    for name, x in (("mask", dense_mask), ("bias", bias)):
+        if x is not None:
+            full = _broadcast(name, x, (*batch, num_heads, num_queries, num_keys))
+            dense[name] = full.reshape(num_batches * num_kv_heads, group, num_queries, num_keys)
+    head.check_options(sliced | dense)
+
+    if query_seq_lengths is not None:
+        asked = _within(query_seq_lengths, num_queries, batch, "query_seq_lengths")[..., None, None]
+        query = jnp.where(asked, query, jnp.zeros_like(query))
+
+    per_head = head.noise(rng, num_kv_heads, query.shape[-1])
+    queries = query.reshape(num_batches, num_queries, num_kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
+    keys, values = (x.reshape(num_batches, num_keys, num_kv_heads, -1).transpose(0, 2, 1, 3) for x in (key, value))
+    queries, keys, values = (x.reshape(num_batches * num_kv_heads, *x.shape[2:]) for x in (queries, keys, values))
+    kv_head = jnp.tile(jnp.arange(num_kv_heads), num_batches)
+
+    def one_kv_head(args: tuple[Any, ...]) -> Any:
+        q, k, v, index, sliced, dense = args
+        noise = jax.tree.map(lambda x: x[index], per_head)
+
+        def one_head(q: Array, dense: dict[str, Array]) -> Any:
+            return head(q, k, v, **noise, **options, **sliced, **dense)
+
+        if group == 1:
+            return jax.tree.map(lambda x: x[None], one_head(q[0], {name: x[0] for name, x in dense.items()}))
+        return jax.vmap(one_head)(q, dense)
+
+    result = _over_heads(one_kv_head, (queries, keys, values, kv_head, sliced, dense))
+
+    def to_layout(x: Array) -> Array:
+        x = x.reshape(num_batches, num_kv_heads, group, num_queries, *x.shape[3:])
+        x = jnp.moveaxis(x, 3, 1)
+        return x.reshape(*batch, num_queries, num_heads, *x.shape[4:])
+
+    result = jax.tree.map(to_layout, result)
+    out, residual = (result.out.astype(value.dtype), result.lse) if return_residual else (result, None)
+    if query_seq_lengths is not None:
+        out = jnp.where(asked, out, jnp.zeros_like(out))
+        residual = None if residual is None else jnp.where(asked[..., 0], residual, -jnp.inf)
+    return (out, residual) if return_residual else out
+
+
+class _Head:
+    """A method bound to its hyper-parameters, which knows what it can be asked for."""
+
+    def __init__(self, method: str | Callable[..., Any], hyperparameters: dict[str, Any]):
+        self.method = get_method(method) if isinstance(method, str) else None
+        self.name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+        self.function = self.method.function if self.method else method
+        self.hyperparameters = hyperparameters
+        parameters = inspect.signature(self.function).parameters.values()
+        self.takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.arguments = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        own = [name for name in self.arguments if name not in _OPTIONS]
+        for name in hyperparameters:
+            if not self.takes_anything and name not in own:
+                known = f"it takes {', '.join(own)}" if own else "it takes none"
+                raise TypeError(f"method {self.name!r} has no argument {name!r}{did_you_mean(name, own)} ({known})")
+
+    def check_options(self, options: Iterable[str]) -> None:
+        for name in options:
+            if not self.takes_anything and name not in self.arguments:
+                raise NotImplementedError(f"method {self.name!r} does not support {_OPTIONS[name]}")
+
+    def noise(self, rng: Array | None, num_kv_heads: int, head_dim: int) -> dict[str, Array]:
+        """What each key head draws from, stacked: a draw to share over the batch where there is one, else a key."""
+        if rng is None:
+            if self.method and self.method.capabilities.needs_key and not _NOISE & self.hyperparameters.keys():
+                raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
+            return {}
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key(self.name, rng), jnp.arange(num_kv_heads))
+        draw = self.method.draw if self.method else None
+        if draw is None or _NOISE & self.hyperparameters.keys():
+            return {"key": keys}
+        accepted = inspect.signature(draw).parameters
+        arguments = {name: value for name, value in self.hyperparameters.items() if name in accepted}
+        return jax.vmap(lambda key: draw(key, head_dim, **arguments))(keys)
+
+    def __call__(self, q: Array, k: Array, v: Array, key: Array | None = None, **arguments: Any) -> Any:
+        return self.function(q, k, v, key, **self.hyperparameters, **arguments)
+
+
+# What `attention` may ask of a method's function, and what its absence is called in an error.
+_OPTIONS = {
+    "scale": "scale",
+    "is_causal": "is_causal",
+    "return_state": "return_residual: its normaliser is not comparable to that of exact attention",
+    "kv_mask": "padding (a mask over keys or key_value_seq_lengths)",
+    "mask": "a mask that differs between queries or heads",
+    "bias": "bias",
+}
+# Drawn noise that a caller may pass in place of an rng.
+_NOISE = frozenset({"projection", "noise"})
+
+
+def _over_heads(function: Callable[[Any], Any], args: Any) -> Any:
+    """Applies ``function`` to every slice along axis 0: in turn on CPU, where that is faster, and at once elsewhere."""
+    if jax.tree.leaves(args)[0].shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], args)))
+    return lax.map(function, args) if jax.default_backend() == "cpu" else jax.vmap(function)(args)
+
+
+def _check_layout(query: Array, key: Array, value: Array) -> None:
+    for name, x, axes in (("query", query, "T, N, D"), ("key", key, "S, K, D"), ("value", value, "S, K, Dv")):
+        if x.ndim < 3:
+            raise ValueError(f"{name} must be [..., {axes}], got shape {x.shape}")
+        check_floating(name, x)
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        shapes = query.shape[:-3], key.shape[:-3], value.shape[:-3]
+        raise ValueError(f"query, key and value must have the same batch axes, got {shapes[0]}, {shapes[1]} and {shapes[2]}")
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(f"key and value must share [S, K], got {key.shape[-3:-1]} and {value.shape[-3:-1]}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must share the head dimension, got {query.shape[-1]} and {key.shape[-1]}")
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(f"key heads must divide query heads, got {key.shape[-2]} and {query.shape[-2]}")
+
+
+def _split_mask(mask: Array | None, full: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+    """A mask as padding ``[*B, S]``, if it tells neither queries nor heads apart, or else as a dense mask."""
+    if mask is None:
+        return None, None
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be boolean (true = may be seen), got dtype {mask.dtype}")
+    _broadcast("mask", mask, full)
+    mask = mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
+    if mask.shape[-3:-1] == (1, 1):
+        return jnp.broadcast_to(mask[..., 0, 0, :], (*full[:-3], full[-1])), None
+    return None, mask
+
+
+def _broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
+    try:
+        return jnp.broadcast_to(x, full)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to [..., N, T, S] = {list(full)}, got shape {x.shape}") from None
+
+
+def _within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
+    """True at the positions before each sequence's length, ``[*B, size]``."""
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {lengths.dtype}")
+    if lengths.shape != tuple(batch):
+        raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
+    positions = jnp.arange(size).reshape((1,) * len(batch) + (size,))
+    return positions < lengths[..., None]

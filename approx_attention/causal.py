@@ -1,0 +1,157 @@
+"""The causal form of every method that has a summary: exact attention nearby, a running summary of all that came before.
+
+Tokens are taken in blocks. A query sees its own block and the one before it exactly (causally), and every earlier
+block through a summary that grows block by block. One scan serves training, prefill and decoding, so they agree.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.features import FeatureMap
+from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.states import AttentionState, merge
+from approx_attention.summaries import FeatureMoments, Summary, attend
+
+
+class RunningSummary(NamedTuple):
+    """How a method summarises a growing prefix in bounded space, as three pure functions.
+
+    Attributes:
+        init: ``(head_dim, value_dim, dtype) -> state`` of the empty prefix.
+        append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D], v [b, Dv]``, whose first
+            token stands at position ``start``; blocks come in order, without gaps, each once.
+        read: ``state -> summary`` of the prefix, for `attend`.
+    """
+
+    init: Callable[[int, int, Any], Any]
+    append: Callable[[Any, Array, Array, Array, Array], Any]
+    read: Callable[[Any], Summary]
+
+
+class Block(NamedTuple):
+    """Consecutive tokens that are still attended exactly: ``k [b, D]``, ``v [b, Dv]`` and which of them are real."""
+
+    k: Array
+    v: Array
+    kv_mask: Array
+
+    @classmethod
+    def empty(cls, block_size: int, head_dim: int, value_dim: int, dtype: Any) -> Self:
+        """A block without any real token."""
+        zeros = jnp.zeros((block_size, head_dim), dtype), jnp.zeros((block_size, value_dim), dtype)
+        return cls(*zeros, jnp.zeros((block_size,), bool))
+
+
+class Past(NamedTuple):
+    """What a block of queries knows of the tokens before it: the block just before, and the prefix before that."""
+
+    before: Block
+    prefix: Any
+
+    @classmethod
+    def empty(cls, running: RunningSummary, block_size: int, head_dim: int, value_dim: int, dtype: Any) -> Self:
+        """The past of the first block."""
+        before = Block.empty(block_size, head_dim, value_dim, dtype)
+        return cls(before, running.init(head_dim, value_dim, dtype))
+
+
+def running_moments(features: FeatureMap) -> RunningSummary:
+    """Moments of a growing prefix: those of each further block are added.
+
+    Args:
+        features: the feature map, such as `PositiveFeatures`.
+
+    Returns:
+        The `RunningSummary` whose summary is a `FeatureMoments`.
+    """
+    return RunningSummary(
+        init=lambda head_dim, value_dim, dtype: FeatureMoments.empty(features, value_dim, dtype),
+        append=lambda moments, _, k, v, kv_mask: merge(moments, FeatureMoments.of_tokens(features, k, v, kv_mask)),
+        read=lambda moments: moments,
+    )
+
+
+def causal_state(
+    q: Array, k: Array, v: Array, running: RunningSummary, *, block_size: int, kv_mask: Array | None = None
+) -> AttentionState:
+    """Causal attention of query t over keys j <= t: exact in two blocks, summarised before them.
+
+    The cost is linear in T for a summary of bounded size, and only the current summary is held, not one per position.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space (`fold_scale`).
+        k: keys ``[S, D]`` in scaled space.
+        v: values ``[S, Dv]``.
+        running: how the prefix is summarised.
+        block_size: tokens per block.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        The `AttentionState` of the queries.
+    """
+    num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
+    if kv_mask is None:
+        kv_mask = jnp.ones(k.shape[0], bool)
+    q_blocks = in_blocks(q, block_size)
+    blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in (k, v, kv_mask)))
+    past = Past.empty(running, block_size, k.shape[-1], v.shape[-1], k.dtype)
+    _, state = scan_blocks(running, past, 0, q_blocks, blocks, num_queries)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+
+
+def scan_blocks(
+    running: RunningSummary, past: Past, first: Array | int, q_blocks: Array, blocks: Block, length: Array | int
+) -> tuple[Past, AttentionState]:
+    """Takes blocks of tokens in order, each attending to itself and its past; returns the last one's past and all states.
+
+    Args:
+        running: how the prefix is summarised.
+        past: the past of the first block.
+        first: the number of the first block in its sequence; ``past.before`` is block ``first - 1``.
+        q_blocks: queries ``[blocks, b, D]``.
+        blocks: their tokens, stacked.
+        length: how many of the tokens there are; blocks after the one that holds the last are not taken into the past.
+
+    Returns:
+        The past of the block that holds the last token, and the states ``[blocks, b]``.
+    """
+    block_size = q_blocks.shape[1]
+
+    @jax.checkpoint
+    def step(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
+        index, q, block = args
+        state = _attend_block(q, past.before, block, running.read(past.prefix))
+        more = (index + 1) * block_size < length
+        return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
+
+    return lax.scan(step, past, (jnp.arange(q_blocks.shape[0]), q_blocks, blocks))
+
+
+def move_on(running: RunningSummary, past: Past, number: Array, block: Block) -> Past:
+    """The past of the block after number ``number``, from that block and its own past."""
+    start = (number - 1) * block.k.shape[0]
+    prefix = lax.cond(
+        number > 0,
+        lambda prefix: running.append(prefix, start, *past.before),
+        lambda prefix: prefix,
+        past.prefix,
+    )
+    return Past(block, prefix)
+
+
+def in_blocks(x: Array, block_size: int) -> Array:
+    """Rows ``[n, ...]`` as zero-padded blocks ``[ceil(n / block_size), block_size, ...]``."""
+    return pad_rows(x, -x.shape[0] % block_size).reshape(-1, block_size, *x.shape[1:])
+
+
+def _attend_block(q: Array, before: Block, current: Block, prefix: Summary) -> AttentionState:
+    """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
+    block_size = q.shape[0]
+    near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
+    visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
+    bias = jnp.where(visible, jnp.zeros((), q.dtype), HIDDEN)
+    return merge(dense_state(q, near.k, near.v, bias), attend(q, prefix))

@@ -1,0 +1,139 @@
+"""Argument checks, and the one way in which a method prepares the tensors of a head."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def head_inputs(
+    q: Array, k: Array, v: Array, *, scale: float | Array | None = None, kv_mask: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Checks one head's tensors, casts them to the accumulation dtype, folds the scale in and zeroes the padding.
+
+    Zeroed padding can hold no NaN; a method must still keep masked keys out of its sums by ``kv_mask``.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        kv_mask: boolean ``[S]``, true where a key is real.
+
+    Returns:
+        ``q, k, v`` in float32 (float64 where an input is), with logits ``q @ k.T``.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: tensors that are not floating point, a mask that is not boolean.
+    """
+    for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
+        if jnp.ndim(x) != 2:
+            raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {jnp.shape(x)}")
+        check_floating(name, x)
+    check_key_value_fit(q, k, v)
+    dtype = accumulation_dtype(q, k, v)
+    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    if kv_mask is not None:
+        check_kv_mask(kv_mask, k.shape[0])
+        k, v = (jnp.where(kv_mask[:, None], x, jnp.zeros_like(x)) for x in (k, v))
+    q, k = fold_scale(q, k, scale)
+    return q, k, v
+
+
+def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[Array, Array]:
+    r"""Folds the logits' scale into queries and keys alike, so that logits become plain dot products.
+
+    .. math:: q \mapsto \sqrt{s}\, q, \qquad k \mapsto \sqrt{s}\, k.
+
+    Summaries and their certificates live in this scaled space.
+
+    Args:
+        q: queries ``[..., D]``.
+        k: keys ``[..., D]``.
+        scale: a positive number s, ``1/sqrt(D)`` by default.
+
+    Returns:
+        The scaled queries and keys, in their own dtypes.
+
+    Raises:
+        ValueError: a scale that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> q, k = fold_scale(jnp.ones((1, 4)), jnp.ones((1, 4)))
+        >>> float((q @ k.T)[0, 0])
+        2.0
+    """
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    elif not isinstance(scale, jax.core.Tracer) and not float(scale) > 0:
+        raise ValueError(f"scale must be positive, got {scale}: a scale of other sign belongs into q")
+    root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
+    return q * root.astype(q.dtype), k * root.astype(k.dtype)
+
+
+def accumulation_dtype(*tensors: Array) -> Any:
+    """float64 where any tensor is float64, else float32."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
+
+
+def check_floating(name: str, x: Array) -> None:
+    """Raises ``TypeError`` unless ``x`` is a floating-point array."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point array, got dtype {x.dtype}")
+
+
+def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
+    """Raises ``ValueError`` unless q and k share the head dimension, and k and v the number of tokens."""
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must share the head dimension, got {q.shape[-1]} and {k.shape[-1]}")
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"k and v must hold the same tokens, got {k.shape[0]} and {v.shape[0]}")
+    if 0 in (q.shape[0], k.shape[0], q.shape[-1]):
+        raise ValueError(f"attention needs at least one query, key and channel; got q {q.shape} and k {k.shape}")
+
+
+def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
+    """Raises unless ``kv_mask`` is boolean ``[num_keys]``."""
+    if kv_mask.dtype != jnp.bool_:
+        raise TypeError(f"kv_mask must be boolean (true = real key), got dtype {kv_mask.dtype}")
+    if kv_mask.shape != (num_keys,):
+        raise ValueError(f"kv_mask must be [S] = [{num_keys}], got shape {kv_mask.shape}")
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Returns ``value`` if it is an integer of at least ``least``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer known when tracing, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")
+
+
+def check_key(method: str, key: Any) -> Any:
+    """Returns ``key`` if it is one typed PRNG key."""
+    if key is None:
+        raise ValueError(f"{method} is random: pass a key, as in key=jax.random.key(0)")
+    if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{method} takes a typed PRNG key made by jax.random.key, got {getattr(key, 'dtype', type(key))}")
+    if key.shape != ():
+        raise ValueError(f"{method} takes one PRNG key, got an array of keys of shape {key.shape}; use vmap")
+    return key
+
+
+def did_you_mean(given: Any, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the choice nearest to what was given, or nothing."""
+    nearest = difflib.get_close_matches(str(given), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

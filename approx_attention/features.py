@@ -1,0 +1,199 @@
+r"""Feature maps whose inner products estimate the softmax kernel, and the random projections that they use.
+
+A feature map ``phi`` takes rows ``x [N, D]`` and returns :math:`\phi(x) = \text{values} \cdot e^{\text{log\_scale}}`, with
+:math:`E\,[\phi(q) \cdot \phi(k)] = e^{q \cdot k}` for the maps that estimate the softmax kernel. Magnitudes stay in the log
+domain, so nothing over- or underflows before the normaliser has been divided out.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
+
+from approx_attention.checks import check_choice, check_count
+
+
+class Features(NamedTuple):
+    """Features ``values * exp(log_scale)``: values ``[N, R]`` or a scalar, log_scale ``[N, R]`` or ``[N, 1]``."""
+
+    values: Array
+    log_scale: Array
+
+
+class FeatureMap(Protocol):
+    """What moments need of a feature map: it is a pytree, knows its size, and maps rows to `Features`."""
+
+    @property
+    def num_features(self) -> int:
+        """The number R of features."""
+        ...
+
+    def __call__(self, x: Array, /) -> Features:
+        """Maps rows ``[N, D]`` to R features each."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PositiveFeatures:
+    r"""Positive random features of the softmax kernel (FAVOR+), in the log domain.
+
+    .. math:: \phi_i(x) = R^{-1/2} \exp(w_i \cdot x - \|x\|^2 / 2), \qquad w_i \sim N(0, I).
+
+    Attributes:
+        projection: directions ``w [R, D]``; with orthogonal rows the variance is lower (`orthogonal_projection`),
+            with rows ``[w; -w]`` these are the hyperbolic features.
+
+    Reference:
+        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1.
+    """
+
+    projection: Array
+
+    @property
+    def num_features(self) -> int:
+        """The number R of features."""
+        return self.projection.shape[0]
+
+    def __call__(self, x: Array, /) -> Features:
+        """Log-features ``[N, R]`` of rows ``[N, D]``; the values are all one."""
+        log_scale = x @ self.projection.astype(x.dtype).T - squared_norm(x) / 2 - 0.5 * math.log(self.num_features)
+        return Features(jnp.ones((), x.dtype), log_scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrigonometricFeatures:
+    r"""Random Fourier features of the softmax kernel (RFA). Estimates may be negative.
+
+    .. math:: \phi(x) = R'^{-1/2}\, e^{\|x\|^2 / 2} [\sin(w_1 \cdot x), \ldots, \cos(w_1 \cdot x), \ldots],
+              \qquad R = 2 R',\ w_i \sim N(0, I).
+
+    Attributes:
+        projection: directions ``w [R/2, D]``.
+
+    Reference:
+        Peng et al. (2021), "Random feature attention", section 2.2; Rahimi and Recht (2007), algorithm 1.
+    """
+
+    projection: Array
+
+    @property
+    def num_features(self) -> int:
+        """The number R of features, twice the number of directions."""
+        return 2 * self.projection.shape[0]
+
+    def __call__(self, x: Array, /) -> Features:
+        """Sines and cosines ``[N, R]`` with one log-scale per row."""
+        angle = x @ self.projection.astype(x.dtype).T
+        values = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        return Features(values, squared_norm(x) / 2 - 0.5 * math.log(self.num_features / 2))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReLUFeatures:
+    r"""The generalised attention of the Performer: a kernel of its own, not an estimate of softmax.
+
+    .. math:: \phi_i(x) = R^{-1/2} (\max(w_i \cdot x, 0) + \epsilon).
+
+    Attributes:
+        projection: directions ``w [R, D]``.
+        offset: the constant :math:`\epsilon > 0` that is part of this kernel and keeps its normaliser positive.
+
+    Reference:
+        Choromanski et al. (2021), "Rethinking attention with Performers", section 4.2.
+    """
+
+    projection: Array
+    offset: float = dataclasses.field(default=1e-3, metadata={"static": True})
+
+    @property
+    def num_features(self) -> int:
+        """The number R of features."""
+        return self.projection.shape[0]
+
+    def __call__(self, x: Array, /) -> Features:
+        """Rectified projections ``[N, R]``."""
+        values = jax.nn.relu(x @ self.projection.astype(x.dtype).T) + self.offset
+        return Features(values, jnp.full((x.shape[0], 1), -0.5 * math.log(self.num_features), x.dtype))
+
+
+def gaussian_projection(
+    key: PRNGKeyArray, num_features: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float[Array, "R D"]:
+    """Draws independent directions ``[R, D]`` from N(0, I).
+
+    Args:
+        key: typed PRNG key.
+        num_features: the number R of directions.
+        head_dim: their length D.
+        dtype: float32 or wider.
+
+    Returns:
+        The matrix of directions.
+
+    Example:
+        >>> import jax
+        >>> gaussian_projection(jax.random.key(0), 8, 4).shape
+        (8, 4)
+    """
+    return jax.random.normal(key, (check_count("num_features", num_features), head_dim), dtype)
+
+
+def orthogonal_projection(
+    key: PRNGKeyArray,
+    num_features: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+) -> Float[Array, "R D"]:
+    r"""Draws directions ``[R, D]`` that are orthogonal within each block of D rows.
+
+    Every row is marginally N(0, I) with ``row_norm="chi"`` (norms of independent Gaussian vectors), so estimates stay
+    unbiased; ``"sqrt_dim"`` gives every row the norm :math:`\sqrt{D}` (less variance, a slight bias).
+
+    Args:
+        key: typed PRNG key.
+        num_features: the number R of directions; the last block is cut where D does not divide R.
+        head_dim: their length D.
+        dtype: float32 or wider.
+        row_norm: ``"chi"`` or ``"sqrt_dim"``.
+
+    Returns:
+        The matrix of directions.
+
+    Raises:
+        ValueError: an unknown ``row_norm`` or a count below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> w = orthogonal_projection(jax.random.key(0), 4, 4, row_norm="sqrt_dim")
+        >>> bool(jnp.allclose(w @ w.T, 4 * jnp.eye(4), atol=1e-5))
+        True
+
+    Reference:
+        Choromanski et al. (2021), section 2.4; Yu et al. (2016), "Orthogonal random features".
+    """
+    check_choice("row_norm", row_norm, ("chi", "sqrt_dim"))
+    key_directions, key_norms = jax.random.split(key)
+    blocks = -(-check_count("num_features", num_features) // head_dim)
+    gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
+    rotation, triangle = jnp.linalg.qr(gaussian)
+    # The signs of R's diagonal make the rotation uniformly distributed.
+    rotation = rotation * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
+    directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]
+    if row_norm == "sqrt_dim":
+        return math.sqrt(head_dim) * directions
+    norms = jnp.linalg.norm(jax.random.normal(key_norms, (num_features, head_dim), dtype), axis=-1, keepdims=True)
+    return norms * directions
+
+
+def squared_norm(x: Array) -> Array:
+    """Squared Euclidean norms ``[N, 1]`` of the rows of ``x``."""
+    return jnp.sum(x * x, axis=-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""The methods, one file each; `approx_attention.registry` lists them."""

@@ -1,0 +1,228 @@
+"""The trivial baselines that every approximation must beat: the mean of the values, and uniform sampling."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import RunningSummary, causal_state
+from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.states import AttentionState
+from approx_attention.summaries import WeightedKV, attend
+
+
+def mean_value(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Float[Array, "T Dv"] | AttentionState:
+    r"""The mean of the visible values: attention with all logits taken to be 0.
+
+    .. math:: \mathrm{out}_t = \frac{1}{n_t} \sum_{j \text{ visible}} v_j
+
+    Args:
+        q: queries ``[T, D]``; only their number matters.
+        k: keys ``[S, D]``; only their number matters.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        is_causal: query t sees keys j <= t.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: checked, without effect: all logits are 0.
+        return_state: return the `AttentionState`, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state, whose log-normaliser is the log of the count.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import mean_value
+        >>> v = jnp.array([[1.0], [2.0], [6.0]])
+        >>> mean_value(v, v, v, is_causal=True)[:, 0].tolist()
+        [1.0, 1.5, 3.0]
+    """
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if is_causal:
+        counts = jnp.ones(v.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
+        last = jnp.minimum(jnp.arange(q.shape[0]), k.shape[0] - 1)
+        value_sum, count = jnp.cumsum(v, axis=0)[last], jnp.cumsum(counts)[last]
+        safe_count = jnp.maximum(count, jnp.ones_like(count))
+        state = AttentionState(value_sum / safe_count[:, None], jnp.log(count))
+    else:
+        state = attend(jnp.zeros_like(q), summarize_mean_value(k, v, kv_mask=kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def summarize_mean_value(
+    k: Float[Array, "S D"], v: Float[Array, "S Dv"], key: Array | None = None, *, kv_mask: Bool[Array, " S"] | None = None
+) -> WeightedKV:
+    """One token at the origin that stands for all keys.
+
+    Args:
+        k: keys ``[S, D]``; only their number matters.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        A `WeightedKV` of one token.
+    """
+    tokens = WeightedKV.of_tokens(jnp.zeros_like(k), v, kv_mask)
+    return WeightedKV(tokens.k[:1], jnp.sum(tokens.value_sum, axis=0)[None], jnp.sum(tokens.mass)[None])
+
+
+def uniform_sample(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    sample_size: int = 256,
+    noise: Float[Array, " S"] | None = None,
+    is_causal: bool = False,
+    block_size: int = 128,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Float[Array, "T Dv"] | AttentionState:
+    r"""Attention over a uniform sample of the keys, each standing for n/M of them.
+
+    .. math:: \mathrm{out}_t = \frac{\sum_{j \in I} e^{s\, q_t \cdot k_j} v_j}{\sum_{j \in I} e^{s\, q_t \cdot k_j}},
+              \qquad I \text{ uniform among the subsets of } M \text{ real keys.}
+
+    The normaliser and the numerator are unbiased; their ratio is not.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``noise`` is given.
+        sample_size: the number M of keys kept; with M >= S the answer is exact.
+        noise: a priority per key, ``[S]``; the M largest are kept.
+        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by sample.
+        block_size: tokens per block of the causal form.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, neither key nor noise.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, uniform_sample
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+        >>> out = uniform_sample(q, k, v, jax.random.key(3), sample_size=6)
+        >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-6))
+        True
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if is_causal:
+        running = running_uniform_sample(head_dim, key, sample_size=sample_size, noise=noise)
+        state = causal_state(q, k, v, running, block_size=check_count("block_size", block_size), kv_mask=kv_mask)
+    else:
+        state = attend(q, summarize_uniform_sample(k, v, key, sample_size=sample_size, noise=noise, kv_mask=kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def summarize_uniform_sample(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    sample_size: int = 256,
+    noise: Float[Array, " S"] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> WeightedKV:
+    """Keeps a uniform sample of the keys, without replacement, with equal masses that sum to the number of keys.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``noise`` is given.
+        sample_size: the number M of keys kept.
+        noise: a priority per key, ``[S]``; the M largest are kept.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        A `WeightedKV` of min(M, S) tokens.
+    """
+    sample_size = min(check_count("sample_size", sample_size), k.shape[0])
+    if noise is None:
+        noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],))
+    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    return _Sample.empty(sample_size, k.shape[-1], v.shape[-1], k.dtype).offer(noise, k, v, real).tokens()
+
+
+def running_uniform_sample(
+    head_dim: int, key: Array | None = None, *, sample_size: int = 256, noise: Float[Array, " S"] | None = None
+) -> RunningSummary:
+    """Keeps a uniform sample of a growing prefix: of all keys so far, those of the largest priorities.
+
+    Args:
+        head_dim: ignored.
+        key: typed PRNG key; not needed if ``noise`` is given.
+        sample_size: the number M of keys kept.
+        noise: a priority per position, ``[S]``, for a prefix of at most S tokens.
+
+    Returns:
+        The `RunningSummary`.
+    """
+    check_count("sample_size", sample_size)
+    if noise is None:
+        check_key("uniform_sample", key)
+
+    def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
+        if noise is None:
+            priority = jax.random.uniform(jax.random.fold_in(key, start), (k.shape[0],))
+        else:
+            priority = lax.dynamic_slice_in_dim(jnp.pad(noise, (0, k.shape[0])), start, k.shape[0])
+        return sample.offer(priority, k, v, kv_mask)
+
+    def init(head_dim: int, value_dim: int, dtype: Any) -> "_Sample":
+        return _Sample.empty(sample_size, head_dim, value_dim, dtype)
+
+    return RunningSummary(init, append, read=lambda sample: sample.tokens())
+
+
+class _Sample(NamedTuple):
+    """The M keys of largest priority among those offered so far; priority ``-inf`` marks a free place."""
+
+    priority: Array
+    k: Array
+    v: Array
+    num_offered: Array
+
+    @classmethod
+    def empty(cls, sample_size: int, head_dim: int, value_dim: int, dtype: Any) -> "_Sample":
+        room = WeightedKV.empty(sample_size, head_dim, value_dim, dtype)
+        return cls(room.mass - jnp.inf, room.k, room.value_sum, jnp.zeros((), dtype))
+
+    def offer(self, priority: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
+        priority = jnp.where(kv_mask, priority.astype(k.dtype), -jnp.inf)
+        candidates = jnp.concatenate([self.priority, lax.stop_gradient(priority)])
+        priority, chosen = lax.top_k(candidates, self.priority.shape[0])
+        k, v = jnp.concatenate([self.k, k])[chosen], jnp.concatenate([self.v, v])[chosen]
+        return _Sample(priority, k, v, self.num_offered + jnp.sum(kv_mask, dtype=k.dtype))
+
+    def tokens(self) -> WeightedKV:
+        taken = self.priority > -jnp.inf
+        mass = jnp.where(taken, self.num_offered / jnp.maximum(jnp.sum(taken), 1).astype(self.k.dtype), 0)
+        return WeightedKV(self.k, self.v * mass[:, None], mass)

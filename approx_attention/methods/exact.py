@@ -1,0 +1,162 @@
+"""Exact softmax attention: the reference that every approximation is measured against."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import RunningSummary
+from approx_attention.checks import check_choice, check_count, head_inputs
+from approx_attention.softmax import HIDDEN, dense_state, streamed_state
+from approx_attention.states import AttentionState
+from approx_attention.summaries import WeightedKV
+
+Implementation = Literal["dense", "blocked", "cudnn"]
+
+
+def exact(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    is_causal: bool = False,
+    bias: Float[Array, "T S"] | None = None,
+    mask: Bool[Array, "T S"] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    implementation: Implementation | None = None,
+    return_state: bool = False,
+) -> Float[Array, "T Dv"] | AttentionState:
+    r"""Softmax attention of one head, by the fastest implementation for its options and device.
+
+    .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored; exact attention is deterministic.
+        is_causal: query t sees keys j <= t (aligned top left where T != S).
+        bias: added to the logits, ``[T, S]``.
+        mask: true where query t may see key j, ``[T, S]``.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        implementation: ``"blocked"`` streams tiles of logits in memory linear in T and S; ``"dense"`` holds all of
+            them, and alone takes a bias or mask and has a forward-mode derivative; ``"cudnn"`` is the GPU's fused
+            kernel. By default the last where it applies, else blocked, or dense for a bias or mask.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.
+        TypeError: dtypes that are not floating point (or boolean, for masks).
+        NotImplementedError: an implementation that lacks a requested option.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+        >>> bool(jnp.allclose(exact(q, k, v)[0], jax.nn.softmax(q[0] @ k.T / 2) @ v, atol=1e-6))
+        True
+
+    Reference:
+        Vaswani et al. (2017), "Attention is all you need", equation 1; blocked form: Dao et al. (2022),
+        "FlashAttention", algorithm 1.
+    """
+    plain = bias is None and mask is None
+    fusible = plain and kv_mask is None and not return_state and _cudnn_applies(q, k, v)
+    if implementation is None:
+        implementation = "cudnn" if fusible else "blocked" if plain else "dense"
+    check_choice("implementation", implementation, ("dense", "blocked", "cudnn"))
+    if implementation == "blocked" and not plain:
+        raise NotImplementedError("exact with implementation='blocked' supports neither bias nor mask; use 'dense'")
+    if implementation == "cudnn":
+        if not fusible:
+            raise ValueError(
+                "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is a "
+                "multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
+            )
+        one_head = (x[:, None, :] for x in (q, k, v))
+        return jax.nn.dot_product_attention(*one_head, scale=scale, is_causal=is_causal, implementation="cudnn")[:, 0]
+
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if implementation == "dense":
+        state = dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
+    else:
+        state = streamed_state(q, k, v, kv_mask, is_causal)
+    return state if return_state else state.out.astype(dtype)
+
+
+def summarize_exact(
+    k: Float[Array, "S D"], v: Float[Array, "S Dv"], key: Array | None = None, *, kv_mask: Bool[Array, " S"] | None = None
+) -> WeightedKV:
+    """Keeps every token with mass 1: the summary that loses nothing and saves nothing.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        key: ignored.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        A `WeightedKV` of S tokens.
+    """
+    return WeightedKV.of_tokens(k, v, kv_mask)
+
+
+def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -> RunningSummary:
+    """Keeps every token of a prefix of at most ``max_length`` tokens.
+
+    A prefix that grows longer cannot raise an error inside a compiled program; its answers turn to NaN instead.
+
+    Args:
+        head_dim: ignored.
+        key: ignored.
+        max_length: room for this many tokens.
+
+    Returns:
+        The `RunningSummary`.
+    """
+    check_count("max_length", max_length)
+
+    def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
+        block = WeightedKV.of_tokens(k, v, kv_mask)
+        fits = start + k.shape[0] <= max_length
+        block = jax.tree.map(lambda x: jnp.where(fits, x, jnp.nan), block)
+        return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, start, 0), tokens, block)
+
+    def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:
+        return WeightedKV.empty(max_length, head_dim, value_dim, dtype)
+
+    return RunningSummary(init, append, read=lambda tokens: tokens)
+
+
+def _cudnn_applies(q: Array, k: Array, v: Array) -> bool:
+    half = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (q, k, v))
+    one_head_dim = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return half and one_head_dim and jax.default_backend() == "gpu"
+
+
+def _total_bias(
+    q: Array, k: Array, bias: Array | None, mask: Array | None, kv_mask: Array | None, is_causal: bool
+) -> Array | None:
+    """The sum of everything added to the logits, ``[T, S]``, with hidden keys at `HIDDEN`."""
+    shape = q.shape[0], k.shape[0]
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be [T, S] = {list(shape)}, got shape {x.shape}")
+    total = None if bias is None else jnp.maximum(bias.astype(q.dtype), HIDDEN)
+    visible = [] if mask is None else [mask]
+    if is_causal:
+        visible.append(jnp.tri(*shape, dtype=bool))
+    if kv_mask is not None:
+        visible.append(jnp.broadcast_to(kv_mask, shape))
+    for seen in visible:
+        total = jnp.where(seen, jnp.zeros(shape, q.dtype) if total is None else total, HIDDEN)
+    return total

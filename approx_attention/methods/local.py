@@ -1,0 +1,67 @@
+"""Local window attention: exact on nearby keys, blind to the rest."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from approx_attention.checks import check_count, head_inputs
+from approx_attention.softmax import HIDDEN, window_state
+from approx_attention.states import AttentionState
+
+
+def local(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    window_size: int | tuple[int, int] = 128,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Float[Array, "T Dv"] | AttentionState:
+    r"""Softmax attention over the keys within a window around each query.
+
+    .. math:: \mathrm{out}_t = \frac{\sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}\, v_j}{\sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}}
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        window_size: ``w`` gives l = w - 1 and r = 0 under ``is_causal``, else l = r = w - 1, so that the window holds the
+            query's own position and w - 1 tokens to a side; a pair ``(l, r)`` sets both.
+        is_causal: no key after the query (r = 0).
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a window without any key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import local
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+        >>> bool(jnp.allclose(local(q, k, v, window_size=1), v, atol=1e-6))
+        True
+
+    Reference:
+        Beltagy, Peters and Cohan (2020), "Longformer", section 3.1.
+    """
+    if isinstance(window_size, tuple):
+        left, right = (check_count("window_size", side, least=0) for side in window_size)
+    else:
+        left = right = check_count("window_size", window_size) - 1
+    if is_causal:
+        right = 0
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    state = window_state(q, k, v, key_bias, left=left, right=right)
+    return state if return_state else state.out.astype(dtype)

@@ -1,0 +1,142 @@
+"""The methods by name, with the facts about each that the contract tests check and the README's table prints."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from approx_attention.checks import did_you_mean
+from approx_attention.methods.baselines import (
+    mean_value,
+    running_uniform_sample,
+    summarize_mean_value,
+    summarize_uniform_sample,
+    uniform_sample,
+)
+from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.local import local
+from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
+from approx_attention.methods.random_features import draw_favor, favor, running_favor, summarize_favor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a method can do; every entry is a fact that tests/test_contract.py checks.
+
+    Attributes:
+        causal: takes ``is_causal``.
+        cross: takes queries of another sequence (T != S).
+        padding: takes ``kv_mask``; what padding holds never matters.
+        dense_mask: takes ``mask`` and ``bias`` of shape ``[T, S]``.
+        decode: has a running summary, so a cache of bounded size.
+        needs_key: is random.
+        trainable: has learned arrays of its own.
+        normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
+        unbiased: the expectation of numerator and normaliser over keys is the exact one.
+        exact_limit: equals exact attention once its size reaches the number of keys.
+        subquadratic: holds no array with both a T and an S axis.
+    """
+
+    causal: bool = True
+    cross: bool = True
+    padding: bool = True
+    dense_mask: bool = False
+    decode: bool = False
+    needs_key: bool = False
+    trainable: bool = False
+    normalizer: bool = True
+    unbiased: bool = False
+    exact_limit: bool = False
+    subquadratic: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """An attention method.
+
+    Attributes:
+        function: ``(q, k, v, key, *, ...) -> out`` of one head.
+        capabilities: what it can do.
+        cost: ``(T, S, D, Dv, size) -> FLOPs`` of the matrix products of its bidirectional form, per head.
+        reference: where it comes from.
+        size: the hyper-parameter that says how large its summary is, if it has one.
+        summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
+        running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
+        draw: ``(key, head_dim, *, ...) -> {argument: array}``, if its draw can be shared between calls.
+    """
+
+    function: Callable[..., Any]
+    capabilities: Capabilities
+    cost: Callable[[int, int, int, int, int], float]
+    reference: str
+    size: str | None = None
+    summarize: Callable[..., Any] | None = None
+    running: Callable[..., Any] | None = None
+    draw: Callable[..., Any] | None = None
+
+
+METHODS: Mapping[str, Method] = types.MappingProxyType(
+    {
+        "exact": Method(
+            function=exact,
+            summarize=summarize_exact,
+            running=running_exact,
+            capabilities=Capabilities(dense_mask=True, decode=True, unbiased=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * S * (D + Dv),
+            reference="Vaswani et al. 2017",
+        ),
+        "mean_value": Method(
+            function=mean_value,
+            summarize=summarize_mean_value,
+            capabilities=Capabilities(normalizer=False),
+            cost=lambda T, S, D, Dv, size: 0,
+            reference="baseline",
+        ),
+        "local": Method(
+            function=local,
+            size="window_size",
+            capabilities=Capabilities(exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * T * min(2 * size - 1, S) * (D + Dv),
+            reference="Beltagy et al. 2020",
+        ),
+        "uniform_sample": Method(
+            function=uniform_sample,
+            size="sample_size",
+            summarize=summarize_uniform_sample,
+            running=running_uniform_sample,
+            capabilities=Capabilities(decode=True, needs_key=True, unbiased=True, exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (D + Dv),
+            reference="baseline",
+        ),
+        "mean_pool": Method(
+            function=mean_pool,
+            size="num_landmarks",
+            summarize=summarize_mean_pool,
+            running=running_mean_pool,
+            capabilities=Capabilities(decode=True, exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (D + Dv),
+            reference="Zheng et al. 2023, special case",
+        ),
+        "favor": Method(
+            function=favor,
+            size="num_features",
+            summarize=summarize_favor,
+            running=running_favor,
+            draw=draw_favor,
+            capabilities=Capabilities(decode=True, needs_key=True, unbiased=True),
+            cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D + Dv),
+            reference="Choromanski et al. 2021",
+        ),
+    }
+)
+
+
+def get_method(name: str) -> Method:
+    """The registered method of that name.
+
+    Raises:
+        ValueError: there is none; the message lists all and names the nearest.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)} The methods are {', '.join(METHODS)}.")
+    return METHODS[name]

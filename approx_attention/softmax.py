@@ -1,0 +1,262 @@
+"""Exact attention states of one head: dense, blocked, triangular (causal) and windowed.
+
+Logits here are plain dot products: the scale is already folded into ``q`` and ``k``. A bias is added to the logits, and
+`HIDDEN` as a bias hides a key. The blocked forms merge dense tiles, and recompute them in the backward pass, so that
+memory is linear in the sequence in both directions.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from approx_attention.states import AttentionState, merge
+
+# The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
+# without a guard inside the tile (a guard there splits XLA's fused product, maximum and exponential).
+HIDDEN = -1e30
+# Tiles of at most this many keys, and of 2^21 to 2^23 logits, run the matrix products at full speed from cache.
+KEY_BLOCK = 2048
+LEAST_TILE, GREATEST_TILE = 2**21, 2**23
+# A causal tile no longer than this is computed whole: its masked half costs less than splitting it.
+TRIANGLE = 128
+
+
+def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
+    r"""Softmax attention over all keys at once: :math:`\mathrm{softmax}(q k^T + \mathrm{bias})\, v`, bias ``[1 or T, S]``."""
+    logits = q @ k.T
+    if bias is not None:
+        logits = logits + bias
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out, lse = weights @ v / total, peak + jnp.log(total)
+    if bias is not None:
+        seen = peak > HIDDEN / 2
+        out, lse = jnp.where(seen, out, jnp.zeros_like(out)), jnp.where(seen, lse, -jnp.inf)
+    return AttentionState(out, lse[:, 0])
+
+
+_tile_state = jax.checkpoint(dense_state)
+
+
+def blocked_state(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None = None,
+    *,
+    query_block: int | None = None,
+    key_block: int = KEY_BLOCK,
+) -> AttentionState:
+    """The same as `dense_state` with a bias ``[S]`` on keys, from tiles of logits that are merged as they come."""
+    if query_block is None:
+        columns = min(k.shape[0], key_block)
+        query_block = min(max(q.shape[0] // 4, LEAST_TILE // columns), GREATEST_TILE // columns)
+    num_keys = k.shape[0]
+    key_blocks, keys_per_block = _even_split(num_keys, key_block)
+    padding = key_blocks * keys_per_block - num_keys
+    if padding and key_bias is None:
+        key_bias = jnp.zeros(num_keys, q.dtype)
+    keys = pad_rows(k, padding).reshape(key_blocks, keys_per_block, -1)
+    values = pad_rows(v, padding).reshape(key_blocks, keys_per_block, -1)
+    biases = None
+    if key_bias is not None:
+        biases = jnp.pad(key_bias, (0, padding), constant_values=HIDDEN).reshape(key_blocks, 1, keys_per_block)
+
+    def over_keys(q: Array) -> AttentionState:
+        first, rest = (jax.tree.map(lambda x: x[part], (keys, values, biases)) for part in (0, slice(1, None)))
+        state = _tile_state(q, *first)
+        if key_blocks == 1:
+            return state
+        step = jax.checkpoint(lambda state, tile: merge(state, dense_state(q, *tile)))
+        return lax.scan(lambda state, tile: (step(state, tile), None), state, rest)[0]
+
+    return map_rows(over_keys, q, query_block)
+
+
+def triangular_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
+    r"""Causal attention, query t over keys j <= t, by halves: two triangles and the square below the diagonal.
+
+    .. math:: \text{causal}(n) = \big[\,\text{causal}(n/2);\;
+              \text{merge}(\text{causal}(n/2),\ \text{blocked}(q_{\text{late}}, k_{\text{early}}))\,\big]
+
+    No tile above the diagonal is computed. ``q`` may have more or fewer rows than ``k``; row t of q stands at
+    position t of k.
+    """
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    if num_queries > num_keys:
+        early = triangular_state(q[:num_keys], k, v, key_bias)
+        late = blocked_state(q[num_keys:], k, v, key_bias)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, late)
+    if num_queries < num_keys:
+        k, v = k[:num_queries], v[:num_queries]
+        key_bias = None if key_bias is None else key_bias[:num_queries]
+
+    halvings = max(0, -(-num_queries // TRIANGLE) - 1).bit_length()
+    padding = -num_queries % (1 << halvings)
+    # Padded keys come last, so no real query sees them.
+    q, k, v, key_bias = (x if x is None else pad_rows(x, padding) for x in (q, k, v, key_bias))
+    state = _triangle(q, k, v, key_bias, halvings)
+    return jax.tree.map(lambda x: x[:num_queries], state)
+
+
+def _triangle(q: Array, k: Array, v: Array, key_bias: Array | None, halvings: int) -> AttentionState:
+    length = q.shape[0]
+    if halvings == 0:
+        bias = jnp.where(jnp.tri(length, dtype=bool), jnp.zeros((), q.dtype), HIDDEN)
+        return _tile_state(q, k, v, bias if key_bias is None else bias + key_bias[None, :])
+    half = length // 2
+    halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), (q, k, v, key_bias))
+
+    def recurse(args):
+        return _triangle(*args, halvings - 1)
+
+    # Small triangles are batched to fill the machine; large ones run in turn to stay in cache.
+    state = jax.vmap(recurse)(halves) if length <= KEY_BLOCK else lax.map(recurse, halves)
+    early, late = (jax.tree.map(lambda x: x[i], state) for i in (0, 1))
+    below = blocked_state(q[half:], k[:half], v[:half], None if key_bias is None else key_bias[:half])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, merge(late, below))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def streamed_state(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bool) -> AttentionState:
+    """`triangular_state` or `blocked_state`, with a backward pass that streams tiles once and merges nothing.
+
+    It has no forward-mode derivative; `dense_state` has.
+    """
+    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    return (triangular_state if is_causal else blocked_state)(q, k, v, key_bias)
+
+
+def _streamed_forward(q, k, v, kv_mask, is_causal):
+    state = streamed_state(q, k, v, kv_mask, is_causal)
+    return state, (q, k, v, kv_mask, state)
+
+
+def _streamed_backward(is_causal, residuals, cotangent):
+    r"""Gradients as sums over tiles of the weights, which the normalisers give back.
+
+    .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad dQ = dX\,K, \quad dK = dX^T Q,
+              \qquad \delta_t = dO_t \cdot O_t - d\mathrm{lse}_t.
+
+    Tiles are held transposed, keys by queries: only one product of five is left with a transposed operand.
+    """
+    q, k, v, kv_mask, state = residuals
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    # Smaller causal tiles waste less on the diagonal, larger ones run faster.
+    block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
+    query_blocks, rows = _even_split(num_queries, block)
+    key_blocks, columns = (-(-num_keys // rows), rows) if is_causal else _even_split(num_keys, block)
+    seen = state.lse > -jnp.inf
+    delta = jnp.sum(cotangent.out * state.out, axis=-1) - cotangent.lse
+    lse = jnp.where(seen, state.lse, jnp.zeros_like(state.lse))
+    d_out = jnp.where(seen[:, None], cotangent.out, jnp.zeros_like(cotangent.out))
+    delta = jnp.where(seen, delta, jnp.zeros_like(delta))
+    # A row past the end gets an infinite normaliser and so no weight; a hidden key is one with a bias.
+    extra = query_blocks * rows - num_queries
+    lse = jnp.pad(lse, (0, extra), constant_values=-HIDDEN)
+    by_query = pad_rows(q, extra), pad_rows(d_out, extra), pad_rows(delta, extra), lse
+    padding = key_blocks * columns - num_keys
+    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    bias = jnp.where(pad_rows(real, padding), jnp.zeros((), q.dtype), HIDDEN)
+    by_key = (pad_rows(k, padding), pad_rows(v, padding), bias)
+
+    def tile(gradients, pair, diagonal=False):
+        i, j = pair[0] * rows, pair[1] * columns
+        q, d_out, delta, lse = (lax.dynamic_slice_in_dim(x, i, rows) for x in by_query)
+        k, v, bias = (lax.dynamic_slice_in_dim(x, j, columns) for x in by_key)
+        logits = k @ q.T + (bias[:, None] - lse[None, :])
+        if diagonal:
+            logits = jnp.where(jnp.tri(columns, dtype=bool).T, logits, HIDDEN)
+        weights = jnp.exp(logits)
+        d_logits = weights * (v @ d_out.T - delta[None, :])
+        d_q = lax.optimization_barrier(k.T @ d_logits).T
+        terms = (d_q, i), (d_logits @ q, j), (weights @ d_out, j)
+
+        def add(total, term, start):
+            size = term.shape[0]
+            return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, start, size) + term, start, 0)
+
+        return tuple(add(total, *term) for total, term in zip(gradients, terms, strict=True)), None
+
+    gradients = tuple(jnp.zeros_like(x) for x in (by_query[0], by_key[0], by_key[1]))
+    pairs = np.array([(i, j) for i in range(query_blocks) for j in range(key_blocks) if not is_causal or j < i])
+    if len(pairs):
+        gradients, _ = lax.scan(tile, gradients, pairs)
+    if is_causal:
+        pairs = np.array([(i, i) for i in range(min(query_blocks, key_blocks))])
+        gradients, _ = lax.scan(functools.partial(tile, diagonal=True), gradients, pairs)
+    d_q, d_k, d_v = gradients
+    return d_q[:num_queries], d_k[:num_keys], d_v[:num_keys], None
+
+
+streamed_state.defvjp(_streamed_forward, _streamed_backward)
+
+
+def window_state(
+    q: Array, k: Array, v: Array, key_bias: Array | None = None, *, left: int, right: int
+) -> AttentionState:
+    """Attention of query t over keys t - left <= j <= t + right only, at a cost that grows with T * (left + right)."""
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    left, right = min(left, num_queries - 1), min(right, num_keys - 1)
+    # A few narrow bands at a time, batched: enough rows for the matrix products, few keys outside the window.
+    span = _round_up(max(left + right, 1), 64)
+    band = min(span, 1024)
+    bands = max(1, min(1024, num_queries) // band)
+    rows = band * bands
+    blocks = -(-num_queries // rows)
+    reach = band + span
+
+    if key_bias is None:
+        key_bias = jnp.zeros(num_keys, q.dtype)
+    after = max(0, blocks * rows + span - left - num_keys)
+    around = ((left, after), (0, 0))
+    k, v = jnp.pad(k, around), jnp.pad(v, around)
+    key_bias = jnp.pad(key_bias, (left, after), constant_values=HIDDEN)
+    offset = jnp.arange(reach)[None, :] - jnp.arange(band)[:, None]
+    outside = jnp.where((offset >= 0) & (offset <= left + right), jnp.zeros((), q.dtype), HIDDEN)
+
+    def block(args: tuple[Array, Array]) -> AttentionState:
+        start, q = args
+
+        def windows(x: Array) -> Array:
+            near = lax.dynamic_slice_in_dim(x, start, rows + span)
+            return jnp.stack([near[i * band : i * band + reach] for i in range(bands)])
+
+        bias = outside[None] + windows(key_bias)[:, None, :]
+        state = jax.vmap(_tile_state)(q.reshape(bands, band, -1), windows(k), windows(v), bias)
+        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), state)
+
+    q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
+    state = lax.map(block, (jnp.arange(blocks) * rows, q))
+    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+
+
+def map_rows(function: Callable[[Array], AttentionState], q: Array, block: int) -> AttentionState:
+    """Applies ``function`` to blocks of at most ``block`` rows of ``q``, one after the other."""
+    num_queries = q.shape[0]
+    blocks, rows = _even_split(num_queries, block)
+    if blocks == 1:
+        return function(q)
+    q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
+    state = lax.map(function, q)
+    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+
+
+def pad_rows(x: Array, padding: int) -> Array:
+    """Appends ``padding`` rows of zeros."""
+    return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) if padding else x
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _even_split(length: int, block: int) -> tuple[int, int]:
+    """The number of blocks of at most ``block``, and the least common size that covers ``length``."""
+    blocks = max(1, -(-length // block))
+    return blocks, -(-length // blocks)

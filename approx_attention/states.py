@@ -1,0 +1,98 @@
+"""Attention states: a normalised answer with its log-normaliser, and the law by which answers merge."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    r"""The answer of attention over some set of keys, with what is needed to merge it with another.
+
+    For logits :math:`x_{tj}` over keys :math:`j`,
+
+    .. math:: \mathrm{lse}_t = \log \sum_j e^{x_{tj}}, \qquad \mathrm{out}_t = \sum_j e^{x_{tj} - \mathrm{lse}_t} v_j.
+
+    A row that sees no key has ``lse = -inf`` and ``out = 0``.
+
+    Attributes:
+        out: normalised outputs ``[..., T, Dv]``.
+        lse: log-normalisers ``[..., T]``, natural logarithm.
+    """
+
+    out: Array
+    lse: Array
+
+    @classmethod
+    def empty(cls, num_queries: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
+        """The identity of `merge`: ``num_queries`` rows that have seen no key."""
+        return cls(jnp.zeros((num_queries, value_dim), dtype), jnp.full((num_queries,), -jnp.inf, dtype))
+
+
+@functools.singledispatch
+def merge(a: Any, b: Any) -> Any:
+    r"""Merges two attention states, or two summaries of one kind, that stand for disjoint sets of keys.
+
+    For states, with :math:`w = e^{\mathrm{lse} - \mathrm{lse}_{ab}}`,
+
+    .. math:: \mathrm{lse}_{ab} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
+              \mathrm{out}_{ab} = w_a\, \mathrm{out}_a + w_b\, \mathrm{out}_b.
+
+    Tokens (`WeightedKV`) are concatenated and moments (`FeatureMoments`) added, so that
+    ``attend(q, merge(a, b))`` equals ``merge(attend(q, a), attend(q, b))``. Merging is associative and
+    commutative up to rounding (up to order, for tokens); the empty state and the empty summary are its identity.
+
+    Args:
+        a: an `AttentionState`, `WeightedKV` or `FeatureMoments`.
+        b: another of the same kind.
+
+    Returns:
+        One object of that kind, standing for the union of the keys.
+
+    Raises:
+        TypeError: ``a`` and ``b`` are not of one mergeable kind.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV, attend, merge
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+        >>> whole = attend(q, WeightedKV.of_tokens(k, v))
+        >>> left, right = WeightedKV.of_tokens(k[:2], v[:2]), WeightedKV.of_tokens(k[2:], v[2:])
+        >>> parts = merge(attend(q, left), attend(q, right))
+        >>> bool(jnp.allclose(whole.out, parts.out, atol=1e-6))
+        True
+
+    Reference:
+        Milakov and Gimelshein (2018), "Online normalizer calculation for softmax", section 3;
+        Liu, Zaharia and Abbeel (2023), "Ring attention", section 3.
+    """
+    raise TypeError(f"merge takes two attention states or two summaries of one kind, got {type(a).__name__}")
+
+
+@merge.register
+def _merge_states(a: AttentionState, b: Any) -> AttentionState:
+    require_same_kind(a, b)
+    peak = finite_peak(jnp.maximum(a.lse, b.lse))
+    weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
+    total = weight_a + weight_b
+    seen = total > 0
+    safe_total = jnp.where(seen, total, jnp.ones_like(total))
+    out = a.out * (weight_a / safe_total)[..., None] + b.out * (weight_b / safe_total)[..., None]
+    return AttentionState(out, jnp.where(seen, peak + jnp.log(safe_total), -jnp.inf))
+
+
+def require_same_kind(a: Any, b: Any) -> None:
+    """Raises ``TypeError`` unless ``b`` is of the type of ``a``: only like merges with like."""
+    if type(a) is not type(b):
+        raise TypeError(f"merge takes two objects of one kind, got {type(a).__name__} and {type(b).__name__}")
+
+
+def finite_peak(peak: Array) -> Array:
+    """A maximum made safe to subtract: without gradient, and 0 where no key was seen (``-inf``)."""
+    peak = jax.lax.stop_gradient(peak)
+    return jnp.where(peak == -jnp.inf, jnp.zeros_like(peak), peak)

@@ -1,0 +1,234 @@
+"""Summaries: keys and values in small space, that can answer any query.
+
+Every approximation replaces (K, V) by one of two kinds of summary, told apart by where the query's features come from:
+tokens, real or synthetic (`WeightedKV`), or moments of a feature map (`FeatureMoments`). `attend` asks a summary,
+`merge` joins summaries of disjoint sets of keys. Logits are plain dot products here: fold the scale into queries and keys
+first (`fold_scale`).
+"""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
+from approx_attention.softmax import HIDDEN, blocked_state, map_rows, pad_rows
+from approx_attention.states import AttentionState, finite_peak, merge, require_same_kind
+
+# Features of this many rows are made at a time; all of them never exist at once.
+FEATURE_BLOCK = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedKV:
+    r"""M tokens with masses that stand for a set of keys and values.
+
+    .. math:: \mathrm{attend}(q) = \frac{\sum_j e^{q \cdot k_j}\, \mathrm{value\_sum}_j}{\sum_j e^{q \cdot k_j}\, \mathrm{mass}_j}
+
+    With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
+    values ``value_sum / mass``; a token of mass 0 is absent. Signed masses (Nystrom weights) need the range of
+    the true values, to which the answer is then clipped.
+
+    Attributes:
+        k: keys ``[M, D]`` in scaled space.
+        value_sum: the values each token stands for, summed with their weights, ``[M, Dv]``.
+        mass: how many keys each token stands for, ``[M]``.
+        value_range: least and greatest value per channel ``[2, Dv]`` if masses are signed, else ``None``.
+    """
+
+    k: Array
+    value_sum: Array
+    mass: Array
+    value_range: Array | None = None
+
+    @classmethod
+    def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
+        """The summary that keeps every token with mass 1, and masked ones with mass 0."""
+        mass = jnp.ones(k.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
+        return cls(k, v * mass[:, None], mass)
+
+    @classmethod
+    def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
+        """Room for ``num_tokens``, none of which stands for a key."""
+        zeros = jnp.zeros((num_tokens,), dtype)
+        return cls(jnp.zeros((num_tokens, head_dim), dtype), jnp.zeros((num_tokens, value_dim), dtype), zeros)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FeatureMoments:
+    r"""Sums over tokens of the features of keys, times values and alone.
+
+    .. math:: \mathrm{attend}(q) = \frac{\phi(q)^T\, (e^c \odot \mathrm{value\_sum})}{\phi(q)^T\, (e^c \odot \mathrm{mass})},
+              \qquad \mathrm{value\_sum}_r = \sum_j \phi_r(k_j)\, e^{-c_r} v_j, \quad \mathrm{mass}_r = \sum_j \phi_r(k_j)\, e^{-c_r}.
+
+    The log-scale c is the largest log-magnitude of each feature over the keys seen so far, so that no key,
+    present or future, can push another below the smallest number.
+
+    Attributes:
+        value_sum: ``[R, Dv]``.
+        mass: ``[R]``.
+        log_scale: c ``[R]``, ``-inf`` where no key has been seen.
+        features: the feature map that made the moments and reads the query.
+    """
+
+    value_sum: Array
+    mass: Array
+    log_scale: Array
+    features: FeatureMap
+
+    @classmethod
+    def empty(cls, features: FeatureMap, value_dim: int, dtype: Any = jnp.float32) -> Self:
+        """The moments of no key at all."""
+        zeros = jnp.zeros((features.num_features,), dtype)
+        return cls(jnp.zeros((features.num_features, value_dim), dtype), zeros, zeros - jnp.inf, features)
+
+    @classmethod
+    def of_tokens(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
+        """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block."""
+        num_keys = k.shape[0]
+        if num_keys <= FEATURE_BLOCK:
+            return cls._of_block(features, k, v, kv_mask)
+        blocks = -(-num_keys // FEATURE_BLOCK)
+        if kv_mask is None:
+            kv_mask = jnp.ones(num_keys, bool)
+        tokens = jax.tree.map(
+            lambda x: pad_rows(x, blocks * FEATURE_BLOCK - num_keys).reshape(blocks, FEATURE_BLOCK, *x.shape[1:]),
+            (k, v, kv_mask),
+        )
+        step = jax.checkpoint(lambda moments, block: merge(moments, cls._of_block(features, *block)))
+        empty = cls.empty(features, v.shape[-1], v.dtype)
+        return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
+
+    @classmethod
+    def _of_block(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None) -> Self:
+        values, log_scale = features(k)
+        if kv_mask is not None:
+            log_scale = jnp.where(kv_mask[:, None], log_scale, -jnp.inf)
+        peak = lax.stop_gradient(jnp.max(log_scale, axis=0))
+        weights = values * jnp.exp(log_scale - finite_peak(peak)[None])
+        weights = jnp.broadcast_to(weights, (k.shape[0], features.num_features))
+        # Twice as fast on CPU as weights.T @ v; the barrier keeps XLA from turning it back into that.
+        value_sum = lax.optimization_barrier(v.T @ weights).T
+        return cls(value_sum, jnp.sum(weights, axis=0), jnp.broadcast_to(peak, value_sum.shape[:1]), features)
+
+
+Summary = WeightedKV | FeatureMoments
+
+
+def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
+    r"""Answers queries from a summary.
+
+    .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
+              \qquad \mathrm{lse}(q) = \log \sum_r \phi_r(q)\, \mathrm{mass}_r.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space (`fold_scale`).
+        summary: a `WeightedKV` or `FeatureMoments`.
+
+    Returns:
+        The `AttentionState` of the queries. Where the estimated normaliser is not positive, which signed masses and
+        features allow, there is no answer: ``out = 0`` and ``lse = -inf``, the state that merging ignores.
+
+    Raises:
+        TypeError: ``summary`` is neither of the two kinds.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV, attend
+        >>> k, v = jnp.zeros((3, 2)), jnp.array([[1.0], [2.0], [6.0]])
+        >>> state = attend(jnp.ones((1, 2)), WeightedKV.of_tokens(k, v))
+        >>> float(state.out[0, 0]), round(float(jnp.exp(state.lse[0])), 5)
+        (3.0, 3.0)
+    """
+    if isinstance(summary, FeatureMoments):
+        if isinstance(summary.features, PositiveFeatures):
+            return _attend_positive_moments(q, summary, summary.features)
+        return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, FEATURE_BLOCK)
+    if not isinstance(summary, WeightedKV):
+        raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
+    if summary.value_range is not None:
+        return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
+    value, log_mass = _mean_value_and_log_mass(summary)
+    return blocked_state(q, summary.k, value, log_mass)
+
+
+def _mean_value_and_log_mass(summary: Summary) -> tuple[Array, Array]:
+    present = summary.mass > 0
+    mass = jnp.where(present, summary.mass, jnp.ones_like(summary.mass))
+    return summary.value_sum / mass[:, None], jnp.where(present, jnp.log(mass), HIDDEN)
+
+
+def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
+    r"""Positive features are softmax attention over R random keys: the directions w, with the moments as their values.
+
+    .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r} = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
+    """
+    value, log_mass = _mean_value_and_log_mass(moments)
+    state = blocked_state(q, features.projection.astype(q.dtype), value, log_mass + finite_peak(moments.log_scale))
+    query_scale = -squared_norm(q)[:, 0] / 2 - 0.5 * math.log(features.num_features)
+    return AttentionState(state.out, state.lse + query_scale)
+
+
+def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
+    values, log_scale = moments.features(q)
+    log_scale = log_scale + moments.log_scale[None, :]
+    peak = finite_peak(jnp.max(log_scale, axis=-1))
+    weights = values * jnp.exp(log_scale - peak[:, None])
+    return _normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
+
+
+def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
+    assert summary.value_range is not None
+    logits = jnp.where(summary.mass[None, :] != 0, q @ summary.k.T, -jnp.inf)
+    peak = finite_peak(jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - peak[:, None])
+    state = _normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
+    low, high = summary.value_range
+    has_answer = jnp.isfinite(state.lse)[:, None]
+    return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)
+
+
+def _normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
+    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``."""
+    positive = mass > 0
+    safe_mass = jnp.where(positive, mass, jnp.ones_like(mass))
+    out = jnp.where(positive[:, None], numerator / safe_mass[:, None], jnp.zeros_like(numerator))
+    return AttentionState(out, jnp.where(positive, peak + jnp.log(safe_mass), -jnp.inf))
+
+
+@merge.register
+def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
+    require_same_kind(a, b)
+    if (a.value_range is None) != (b.value_range is None):
+        raise TypeError("merge takes two summaries with signed masses or two without")
+    value_range = None
+    if a.value_range is not None:
+        value_range = jnp.stack(
+            [jnp.minimum(a.value_range[0], b.value_range[0]), jnp.maximum(a.value_range[1], b.value_range[1])]
+        )
+    k, value_sum, mass = (
+        jnp.concatenate([x, y]) for x, y in ((a.k, b.k), (a.value_sum, b.value_sum), (a.mass, b.mass))
+    )
+    return WeightedKV(k, value_sum, mass, value_range)
+
+
+@merge.register
+def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
+    require_same_kind(a, b)
+    peak = jnp.maximum(a.log_scale, b.log_scale)
+    factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
+    value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
+    return FeatureMoments(value_sum, a.mass * factor_a + b.mass * factor_b, peak, a.features)
+
+
+def summary_bytes(summary: Summary) -> int:
+    """Bytes that a summary holds per head and sequence; a feature map, shared by all of them, does not count."""
+    if isinstance(summary, FeatureMoments):
+        summary = dataclasses.replace(summary, features=None)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(summary))

@@ -1,0 +1,52 @@
+"""The hook that records what a Flax nnx model's attention sees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+
+def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Records query, key and value of every attention layer of a model during one forward pass.
+
+    An attention layer is any module with an ``attention_fn``, `flax.nnx.MultiHeadAttention` among them; the function
+    is wrapped for the pass and put back after it. The pass must not be jitted, so that the arrays are real.
+
+    Args:
+        model: any nnx model.
+        run: calls the model once, for instance ``lambda model: model(tokens)``.
+
+    Returns:
+        For the path of every layer that was called, ``{"q": [..., T, N, D], "k": [..., S, K, D], "v": [..., S, K, Dv]}``.
+
+    Raises:
+        ValueError: the model has no attention layer, or none was called.
+    """
+    layers = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, nnx.Module) and callable(getattr(module, "attention_fn", None))
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no module with an attention_fn, so there is nothing to capture")
+    originals = {name: layer.attention_fn for name, layer in layers.items()}
+    captured: dict[str, dict[str, np.ndarray]] = {}
+
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            captured[name] = {"q": np.asarray(query), "k": np.asarray(key), "v": np.asarray(value)}
+            return originals[name](query, key, value, *args, **kwargs)
+
+        return record
+
+    try:
+        for name, layer in layers.items():
+            layer.attention_fn = recorder(name)
+        run(model)
+    finally:
+        for name, layer in layers.items():
+            layer.attention_fn = originals[name]
+    if not captured:
+        raise ValueError(f"none of the attention layers {', '.join(layers)} was called")
+    return captured
