@@ -3,6 +3,7 @@
 from approx_attention.api import attention
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import fold_scale
+from approx_attention.decode import Cache, Decoder
 from approx_attention.features import (
     PositiveFeatures,
     ReLUFeatures,

@@ -23,7 +23,7 @@ class RunningSummary(NamedTuple):
     Attributes:
         init: ``(head_dim, value_dim, dtype) -> state`` of the empty prefix.
         append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D], v [b, Dv]``, whose first
-            token stands at position ``start``; blocks come in order, without gaps, each once.
+            token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
         read: ``state -> summary`` of the prefix, for `attend`.
     """
 
@@ -128,7 +128,7 @@ def scan_blocks(
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
 
-    return lax.scan(step, past, (jnp.arange(q_blocks.shape[0]), q_blocks, blocks))
+    return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
 
 
 def move_on(running: RunningSummary, past: Past, number: Array, block: Block) -> Past:

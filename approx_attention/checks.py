@@ -106,7 +106,7 @@ def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
         raise ValueError(f"kv_mask must be [S] = [{num_keys}], got shape {kv_mask.shape}")
 
 
-def check_count(name: str, value: int, least: int = 1) -> int:
+def check_count(name: str, value: Any, least: int = 1) -> int:
     """Returns ``value`` if it is an integer of at least ``least``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer known when tracing, got {value!r}")

@@ -162,6 +162,6 @@ class Decoder:
         for name, x, size in (("k", k, self.head_dim), ("v", v, self.value_dim)):
             if x.ndim != 2 or x.shape != (k.shape[0], size) or k.shape[0] == 0:
                 raise ValueError(f"{name} must be [T, {size}] with T >= 1 tokens, got shape {x.shape}")
-        real = jnp.arange(k.shape[0]) < num_real
+        real = jnp.arange(k.shape[0], dtype=jnp.int32) < num_real
         k, v = (jnp.where(real[:, None], x, jnp.zeros_like(x)).astype(self.dtype) for x in (k, v))
         return Block(fold_scale(k, k, self.scale)[1], v, real)

@@ -140,3 +140,37 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)} The methods are {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def capability_table() -> str:
+    """The methods and what each can do, as a Markdown table."""
+    columns = {
+        "causal": "causal",
+        "cross": "T != S",
+        "padding": "padding",
+        "dense_mask": "mask, bias",
+        "decode": "decode",
+        "normalizer": "merges",
+        "unbiased": "unbiased",
+        "subquadratic": "no T x S array",
+        "needs_key": "random",
+        "trainable": "learned",
+    }
+    header = ["method", *columns.values(), "exact at", "FLOPs, n = 4k", "n = 64k", "reference"]
+    rows = [header, ["---"] + [":-:"] * len(columns) + ["---", "--:", "--:", "---"]]
+    for name, method in METHODS.items():
+        facts = ["x" if getattr(method.capabilities, field) else "" for field in columns]
+        limit = "always" if name == "exact" else f"{method.size} = S" if method.capabilities.exact_limit else ""
+        rows.append([f"`{name}`", *facts, limit, *(_relative_cost(method, n) for n in (4096, 65536)), method.reference])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
+    return "\n".join(map(line, rows))
+
+
+def _relative_cost(method: Method, length: int) -> str:
+    """Matrix-product FLOPs at head dimension 64 and size 256, as a share of exact attention's."""
+    share = method.cost(length, length, 64, 64, 256) / METHODS["exact"].cost(length, length, 64, 64, 0)
+    return f"{100 * share:.3g}%"

@@ -35,8 +35,9 @@ def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> Atte
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out, lse = weights @ v / total, peak + jnp.log(total)
     if bias is not None:
-        seen = peak > HIDDEN / 2
-        out, lse = jnp.where(seen, out, jnp.zeros_like(out)), jnp.where(seen, lse, -jnp.inf)
+        # NaN must come out and not pass for a row that sees nothing; a maximum may drop it, a sum never does.
+        unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
+        out, lse = jnp.where(unseen, jnp.zeros_like(out), out), jnp.where(unseen, -jnp.inf, lse)
     return AttentionState(out, lse[:, 0])
 
 

@@ -80,10 +80,10 @@ def _merge_states(a: AttentionState, b: Any) -> AttentionState:
     peak = finite_peak(jnp.maximum(a.lse, b.lse))
     weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
     total = weight_a + weight_b
-    seen = total > 0
-    safe_total = jnp.where(seen, total, jnp.ones_like(total))
+    empty = total == 0
+    safe_total = jnp.where(empty, jnp.ones_like(total), total)
     out = a.out * (weight_a / safe_total)[..., None] + b.out * (weight_b / safe_total)[..., None]
-    return AttentionState(out, jnp.where(seen, peak + jnp.log(safe_total), -jnp.inf))
+    return AttentionState(out, jnp.where(empty, -jnp.inf, peak + jnp.log(safe_total)))
 
 
 def require_same_kind(a: Any, b: Any) -> None:

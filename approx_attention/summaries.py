@@ -13,7 +13,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
 from approx_attention.softmax import HIDDEN, blocked_state, map_rows, pad_rows
@@ -159,9 +159,9 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
 
 
 def _mean_value_and_log_mass(summary: Summary) -> tuple[Array, Array]:
-    present = summary.mass > 0
-    mass = jnp.where(present, summary.mass, jnp.ones_like(summary.mass))
-    return summary.value_sum / mass[:, None], jnp.where(present, jnp.log(mass), HIDDEN)
+    absent = summary.mass <= 0
+    mass = jnp.where(absent, jnp.ones_like(summary.mass), summary.mass)
+    return summary.value_sum / mass[:, None], jnp.where(absent, HIDDEN, jnp.log(mass))
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
@@ -189,17 +189,17 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
     state = _normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
-    low, high = summary.value_range
+    low, high = summary.value_range[:, None, :]
     has_answer = jnp.isfinite(state.lse)[:, None]
     return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)
 
 
 def _normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
     """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``."""
-    positive = mass > 0
-    safe_mass = jnp.where(positive, mass, jnp.ones_like(mass))
-    out = jnp.where(positive[:, None], numerator / safe_mass[:, None], jnp.zeros_like(numerator))
-    return AttentionState(out, jnp.where(positive, peak + jnp.log(safe_mass), -jnp.inf))
+    unanswered = mass <= 0
+    safe_mass = jnp.where(unanswered, jnp.ones_like(mass), mass)
+    out = jnp.where(unanswered[:, None], jnp.zeros_like(numerator), numerator / safe_mass[:, None])
+    return AttentionState(out, jnp.where(unanswered, -jnp.inf, peak + jnp.log(safe_mass)))
 
 
 @merge.register
@@ -227,8 +227,16 @@ def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     return FeatureMoments(value_sum, a.mass * factor_a + b.mass * factor_b, peak, a.features)
 
 
-def summary_bytes(summary: Summary) -> int:
-    """Bytes that a summary holds per head and sequence; a feature map, shared by all of them, does not count."""
-    if isinstance(summary, FeatureMoments):
-        summary = dataclasses.replace(summary, features=None)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(summary))
+def summary_bytes(summary: Any) -> int:
+    """Bytes that summaries, or caches made of them, hold per head and sequence.
+
+    A feature map does not count: it is drawn once and shared. Works on shapes (`jax.eval_shape`) as on arrays.
+    """
+
+    def is_moments(x: Any) -> bool:
+        return isinstance(x, FeatureMoments)
+
+    held = jax.tree.map(
+        lambda x: dataclasses.replace(x, features=None) if is_moments(x) else x, summary, is_leaf=is_moments
+    )
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held))

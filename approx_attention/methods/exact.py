@@ -126,9 +126,8 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
     check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
+        v = jnp.where(start + k.shape[0] <= max_length, v, jnp.nan)
         block = WeightedKV.of_tokens(k, v, kv_mask)
-        fits = start + k.shape[0] <= max_length
-        block = jax.tree.map(lambda x: jnp.where(fits, x, jnp.nan), block)
         return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, start, 0), tokens, block)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:

@@ -139,7 +139,7 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
         full = start + block_size > num_landmarks * length
         sums = lax.cond(full, lambda sums: jax.tree.map(_pool_pairs, sums), lambda sums: sums, segments.sums)
         length = jnp.where(full, 2 * length, length)
-        segment = (start + jnp.arange(block_size)) // length
+        segment = (start + jnp.arange(block_size, dtype=jnp.int32)) // length
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         block = _SegmentSums(k * tokens.mass[:, None], tokens.value_sum, tokens.mass)
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_landmarks, indices_are_sorted=True), block)

@@ -131,12 +131,12 @@ def draw_favor(key: PRNGKeyArray, head_dim: int, *, num_features: int = 256) -> 
     Returns:
         ``{"projection": [R, D]}``.
     """
-    return {"projection": orthogonal_projection(check_key("favor", key), num_features, head_dim)}
+    return {"projection": orthogonal_projection(key, num_features, head_dim)}
 
 
 def _features(head_dim: int, key: Array | None, num_features: int, projection: Array | None) -> PositiveFeatures:
     if projection is None:
-        projection = draw_favor(key, head_dim, num_features=num_features)["projection"]
+        projection = draw_favor(check_key("favor", key), head_dim, num_features=num_features)["projection"]
     if projection.ndim != 2 or projection.shape[1] != head_dim:
         raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
     return PositiveFeatures(projection)

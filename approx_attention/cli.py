@@ -1,0 +1,190 @@
+"""The command line: ``approx-attention compare`` and ``approx-attention methods``."""
+
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import click
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from approx_attention.checks import did_you_mean
+from approx_attention.compare import (
+    InputError,
+    comparison_table,
+    load_sample,
+    load_tensors,
+    report,
+    run_comparison,
+    write_results,
+)
+from approx_attention.registry import METHODS, capability_table
+
+
+class CommaSeparated(click.ParamType):
+    """Items between commas, each converted and none repeated."""
+
+    def __init__(self, item: click.ParamType):
+        self.item = item
+        self.name = f"{item.name},..."
+
+    def convert(self, value, param, ctx):
+        """Splits the text and converts each item."""
+        if isinstance(value, tuple):
+            return value
+        items = [item.strip() for item in value.split(",") if item.strip()]
+        if not items:
+            self.fail("give at least one, separated by commas", param, ctx)
+        return tuple(dict.fromkeys(self.item.convert(item, param, ctx) for item in items))
+
+
+class MethodName(click.ParamType):
+    """The name of a registered method."""
+
+    name = "method"
+
+    def convert(self, value, param, ctx):
+        """Accepts only names in the registry."""
+        if value not in METHODS:
+            self.fail(f"{value!r} is no method{did_you_mean(value, METHODS)} They are {', '.join(METHODS)}.", param, ctx)
+        return value
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="approx_attention")
+def approx_attention() -> None:
+    """Approximations of attention, measured on your tensors."""
+
+
+@approx_attention.command()
+def methods() -> None:
+    """Print the methods and what each can do."""
+    click.echo(capability_table())
+
+
+@approx_attention.command()
+@click.argument("file", required=False, type=click.Path(path_type=pathlib.Path))
+@click.option("--q", "q_name", default="q", show_default=True, help="Name of the queries in FILE.")
+@click.option("--k", "k_name", default="k", show_default=True, help="Name of the keys.")
+@click.option("--v", "v_name", default="v", show_default=True, help="Name of the values.")
+@click.option("--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]")
+@click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Factor of the logits.  [default: 1/sqrt(D)]")
+@click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to compare.  [default: all]")
+@click.option(
+    "--budget",
+    "budgets",
+    type=CommaSeparated(click.IntRange(min=1)),
+    default="64,256",
+    show_default=True,
+    help="Sizes of summaries: landmarks, samples, features, window.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first draw.")
+@click.option("--window", type=click.IntRange(min=1), default=128, show_default=True, help="Where the far part begins.")
+@click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=pathlib.Path),
+    default="compare",
+    show_default=True,
+    help="Directory for compare.json and compare.png.",
+)
+def compare(
+    file: pathlib.Path | None,
+    q_name: str,
+    k_name: str,
+    v_name: str,
+    causal: bool | None,
+    scale: float | None,
+    names: tuple[str, ...] | None,
+    budgets: tuple[int, ...],
+    seeds: int,
+    seed: int,
+    window: int,
+    device: str | None,
+    out: pathlib.Path,
+) -> None:
+    """What does each approximation cost and lose, on the tensors in FILE?
+
+    FILE is an .npz or .safetensors file with queries, keys and values, each [T, D], [T, N, D] or [B, T, N, D]; keys and
+    values may have fewer heads. Without FILE, a sample from a small trained language model is used.
+    """
+    _require_writable(out)
+    _use_device(device)
+    tensors = load_sample() if file is None else load_tensors(file, (q_name, k_name, v_name))
+    is_causal = file is None if causal is None else causal
+    source = "the shipped sample" if file is None else file.name
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        rows = run_comparison(
+            tensors,
+            names or METHODS,
+            budgets,
+            is_causal=is_causal,
+            scale=scale,
+            window_size=window,
+            num_seeds=seeds,
+            seed=seed,
+            on_progress=lambda label, done, total: progress.update(task, description=label, completed=done, total=total),
+        )
+    batch, length, heads, head_dim = tensors.query.shape
+    kind = "causal" if is_causal else "bidirectional"
+    title = (
+        f"{source}: {kind}, B={batch} T={length} S={tensors.key.shape[1]} heads={heads}/{tensors.key.shape[2]} D={head_dim}, "
+        f"{jax.devices()[0].device_kind}"
+    )
+    console.print(comparison_table(rows, title, window))
+    settings = {
+        "source": source,
+        "is_causal": is_causal,
+        "scale": scale,
+        "methods": list(names or METHODS),
+        "budgets": list(budgets),
+        "num_seeds": seeds,
+        "seed": seed,
+        "window_size": window,
+    }
+    written = write_results(out, rows, report(rows, tensors, settings), title)
+    console.print(f"wrote {' and '.join(map(str, written))}")
+    if len(written) < 2:
+        console.print("no figure: it needs matplotlib, as in pip install 'approx_attention[plot]'")
+
+
+def _require_writable(out: pathlib.Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to the directory {out}: {error.strerror}") from None
+
+
+def _use_device(device: str | None) -> None:
+    if device is not None:
+        jax.config.update("jax_platforms", device)
+    try:
+        jax.devices()
+    except RuntimeError:
+        raise InputError(f"JAX finds no device of kind {device!r} on this machine") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use."""
+    try:
+        return approx_attention.main(arguments, prog_name="approx-attention", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+    except (click.ClickException, InputError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"approx-attention: {' '.join(message.split())}", err=True)
+    except click.Abort:
+        click.echo("approx-attention: interrupted", err=True)
+        return 130
+    except jax.errors.JaxRuntimeError as error:
+        click.echo(f"approx-attention: the device gave up: {str(error).splitlines()[0]}", err=True)
+        return 1
+    return 2

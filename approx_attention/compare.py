@@ -1,0 +1,458 @@
+"""The main job: on the user's tensors, what does each approximation cost and lose?"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.resources
+import inspect
+import json
+import math
+import os
+import pathlib
+import platform
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax import Array
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from approx_attention.api import attention
+from approx_attention.checks import did_you_mean
+from approx_attention.decode import Decoder
+from approx_attention.diagnostics import Arm, Comparison, compare
+from approx_attention.registry import Method, get_method
+from approx_attention.summaries import summary_bytes
+
+# Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
+LARGEST_LOGITS = 2**31
+# Always in the comparison: what does not beat these is not worth its trouble.
+BASELINES = ("mean_value", "local", "uniform_sample")
+
+
+class InputError(ValueError):
+    """Input that cannot be compared; the message is one line that says what was given and what is allowed."""
+
+
+class Tensors(NamedTuple):
+    """Query ``[B, T, N, D]``, key ``[B, S, K, D]`` and value ``[B, S, K, Dv]`` in float32."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q", "k", "v")) -> Tensors:
+    """Reads q, k and v, each ``[T, D]``, ``[T, N, D]`` or ``[B, T, N, D]``, from an .npz or .safetensors file.
+
+    Args:
+        path: the file. Nothing in it is unpickled.
+        names: the names of the three arrays in it.
+
+    Returns:
+        The `Tensors`.
+
+    Raises:
+        InputError: the file cannot be read, an array is missing or unfit, or holds a number that is not finite.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is {'a directory' if path.is_dir() else 'not there'}; give an .npz or .safetensors file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty")
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    if path.suffix not in readers:
+        raise InputError(f"{path} must end in .npz or .safetensors")
+    arrays = readers[path.suffix](path, names)
+    for name, x in zip(names, arrays, strict=True):
+        if not 2 <= x.ndim <= 4:
+            raise InputError(f"{name!r} in {path} must be [T, D], [T, N, D] or [B, T, N, D], got shape {list(x.shape)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(f"{name!r} in {path} must hold floating-point numbers, got dtype {x.dtype}")
+        if 0 in x.shape:
+            raise InputError(f"{name!r} in {path} is empty, of shape {list(x.shape)}")
+    if len({x.ndim for x in arrays}) > 1:
+        raise InputError(f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}")
+    query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
+    _check_shapes(path, names, query, key, value)
+    for name, x in zip(names, (query, key, value), strict=True):
+        bad = np.argwhere(~np.isfinite(x))
+        if len(bad):
+            where = ", ".join(map(str, bad[0][-arrays[0].ndim :]))
+            number = x[tuple(bad[0])]
+            raise InputError(f"{name!r} in {path} has {len(bad)} numbers that are not finite, the first {number} at [{where}]")
+    return Tensors(*(jnp.asarray(x) for x in (query, key, value)))
+
+
+def load_sample() -> Tensors:
+    """The tensors that ship with the package; see sample.txt beside them for where they come from."""
+    with importlib.resources.as_file(importlib.resources.files("approx_attention") / "sample.npz") as path:
+        return load_tensors(path)
+
+
+def _read_npz(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            _require_names(path, names, archive.files)
+            return [archive[name] for name in names]
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise InputError(f"{path} is not a whole .npz archive: {error}") from error
+    except ValueError as error:
+        if "pickle" in str(error):
+            raise InputError(f"{path} holds a pickled object, which is never loaded; save plain arrays") from error
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _read_safetensors(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise InputError("reading .safetensors needs the package safetensors: pip install safetensors") from error
+    try:
+        with safetensors.safe_open(path, framework="flax") as archive:
+            _require_names(path, names, archive.keys())
+            return [np.asarray(archive.get_tensor(name).astype(jnp.float32)) for name in names]
+    except InputError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a whole .safetensors file: {error}") from error
+
+
+def _require_names(path: pathlib.Path, names: Iterable[str], present: Iterable[str]) -> None:
+    present = list(present)
+    for name in names:
+        if name not in present:
+            holds = f"it holds {', '.join(map(repr, present[:12]))}" if present else "it holds nothing"
+            raise InputError(f"{path} has no array {name!r}{did_you_mean(name, present)} ({holds}; name yours with --q, --k, --v)")
+
+
+def _with_all_axes(x: np.ndarray) -> np.ndarray:
+    return x[None, :, None] if x.ndim == 2 else x[None] if x.ndim == 3 else x
+
+
+def _check_shapes(path: pathlib.Path, names: Sequence[str], query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+    q, k, v = names
+    shapes = f"; in {path} they are {list(query.shape)}, {list(key.shape)} and {list(value.shape)} as [B, T, N, D]"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise InputError(f"{q!r}, {k!r} and {v!r} must have one batch size{shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise InputError(f"{k!r} and {v!r} must have the same tokens and heads{shapes}")
+    if query.shape[3] != key.shape[3]:
+        raise InputError(f"{q!r} and {k!r} must have one head dimension{shapes}")
+    if query.shape[2] % key.shape[2]:
+        raise InputError(f"the heads of {k!r} must divide those of {q!r}{shapes}")
+
+
+def build_arms(
+    tensors: Tensors, methods: Iterable[str], budgets: Iterable[int], *, is_causal: bool, scale: float | None
+) -> list[Arm]:
+    """The arms to compare: every exact form, the baselines, and each method at each size up to the number of keys.
+
+    Args:
+        tensors: what will be compared.
+        methods: names in `METHODS`; the baselines are added.
+        budgets: sizes of summaries.
+        is_causal: whether query t sees keys j <= t only.
+        scale: factor of the logits.
+
+    Returns:
+        The arms.
+
+    Raises:
+        InputError: an unknown method, or one that cannot do what is asked.
+    """
+    arms = exact_arms(tensors, is_causal=is_causal, scale=scale)
+    num_keys = tensors.key.shape[1]
+    sizes = sorted({min(budget, num_keys) for budget in budgets})
+    for name in dict.fromkeys((*BASELINES, *methods)):
+        try:
+            method = get_method(name)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if name == "exact":
+            continue
+        if is_causal and not method.capabilities.causal:
+            raise InputError(f"method {name!r} has no causal form; leave it out or compare without --causal")
+        arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes if method.size] or [
+            method_arm(tensors, name, None, is_causal=is_causal, scale=scale)
+        ]
+    return arms
+
+
+def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool, scale: float | None) -> Arm:
+    """One method at one size."""
+    method = get_method(name)
+    hyperparameters: dict[str, Any] = {} if method.size is None or size is None else {method.size: size}
+    with_state = method.capabilities.normalizer
+
+    def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, Array | None]:
+        result = attention(
+            query,
+            key,
+            value,
+            method=name,
+            rng=rng,
+            scale=scale,
+            is_causal=is_causal,
+            return_residual=with_state,
+            **hyperparameters,
+        )
+        return result if with_state else (result, None)
+
+    return Arm(
+        method=name,
+        function=function,
+        size=size,
+        summary_bytes=_held_bytes(tensors, method, hyperparameters, size, is_causal),
+        is_random=method.capabilities.needs_key,
+    )
+
+
+def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> list[Arm]:
+    """Every form of exact attention that this machine has memory for, the library's default first."""
+    query, key, value = tensors
+    num_bytes = key.shape[1] * (key.shape[-1] + value.shape[-1]) * 4
+    logits = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1]
+
+    def ours(implementation: str | None) -> Callable[..., tuple[Array, Array | None]]:
+        return lambda query, key, value, rng: attention(
+            query,
+            key,
+            value,
+            method="exact",
+            scale=scale,
+            is_causal=is_causal,
+            return_residual=True,
+            implementation=implementation,
+        )
+
+    forms = {"exact": ours(None)}
+    if logits <= LARGEST_LOGITS:
+        forms["exact dense"] = ours("dense")
+        if value.shape[-1] == key.shape[-1]:
+            forms["exact jax.nn"] = lambda query, key, value, rng: (
+                jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=is_causal),
+                None,
+            )
+    return [Arm(name, function, None, num_bytes, is_exact=True) for name, function in forms.items()]
+
+
+def _held_bytes(
+    tensors: Tensors, method: Method, hyperparameters: Mapping[str, Any], size: int | None, is_causal: bool
+) -> int | None:
+    """Bytes per key head and sequence: of the summary, or of the whole cache where the method decodes causally."""
+    key, value = (jax.ShapeDtypeStruct((x.shape[1], x.shape[-1]), x.dtype) for x in tensors[1:])
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    if is_causal and method.running is not None:
+        block_size = inspect.signature(method.function).parameters["block_size"].default
+
+        def cache(rng: Array) -> Any:
+            running = method.running(key.shape[-1], rng, **hyperparameters)
+            decoder = Decoder(running=running, head_dim=key.shape[-1], value_dim=value.shape[-1], block_size=block_size)
+            past, current, _ = decoder.init()
+            return past.before[:2], current[:2], running.read(past.prefix)
+
+        return summary_bytes(jax.eval_shape(cache, rng))
+    if method.summarize is not None:
+        return summary_bytes(jax.eval_shape(functools.partial(method.summarize, **hyperparameters), key, value, rng))
+    if size is None:
+        return None
+    tokens = min(size if is_causal else 2 * size - 1, key.shape[0])
+    return tokens * (key.shape[-1] + value.shape[-1]) * 4
+
+
+def run_comparison(
+    tensors: Tensors,
+    methods: Iterable[str],
+    budgets: Iterable[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: int = 128,
+    num_seeds: int = 3,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> list[Comparison]:
+    """Compares methods at several sizes with exact attention: `build_arms`, then `diagnostics.compare`."""
+    arms = build_arms(tensors, methods, budgets, is_causal=is_causal, scale=scale)
+    window = method_arm(tensors, "local", min(window_size, tensors.key.shape[1]), is_causal=is_causal, scale=scale)
+    return compare(
+        arms, *tensors, exact=arms[0], window=window, num_seeds=num_seeds, seed=seed, on_progress=on_progress
+    )
+
+
+def best_rows(rows: Sequence[Comparison]) -> set[int]:
+    """Indices of the approximations on the frontier: no other is both faster and closer to exact attention."""
+    approximations = [i for i, row in enumerate(rows) if not row.is_exact]
+
+    def beaten(i: int) -> bool:
+        return any(
+            rows[j].seconds <= rows[i].seconds
+            and rows[j].relative_error <= rows[i].relative_error
+            and (rows[j].seconds, rows[j].relative_error) != (rows[i].seconds, rows[i].relative_error)
+            for j in approximations
+        )
+
+    return {i for i in approximations if not beaten(i)}
+
+
+def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -> Table:
+    """The comparison as a table for the terminal; rows on the frontier of error against time are marked."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.caption = (
+        "error: relative Frobenius norm, mean ± deviation over seeds · worst row: over the mean row norm · "
+        "normaliser: rms error of its log · "
+        f"far: error over what a window of {window_size} misses (1 = nothing recovered beyond it) · "
+        "held: bytes per key head and sequence · * on the frontier of error against time"
+    )
+    table.add_column("method")
+    for column in ("size", "held", "smaller", "time", "faster", "compile", "error", "worst row", "normaliser", "far"):
+        table.add_column(column, justify="right")
+    frontier = best_rows(rows)
+    for i, row in enumerate(rows):
+        table.add_row(
+            Text(f"{row.method}{' *' if i in frontier else ''}"),
+            "" if row.size is None else str(row.size),
+            "" if row.summary_bytes is None else _in_units(row.summary_bytes),
+            "" if row.compression is None else f"{row.compression:.3g}x",
+            f"{row.seconds * 1e3:.3g} ms",
+            f"{row.speedup:.2f}x",
+            f"{row.compile_seconds:.1f} s",
+            _with_deviation(row.relative_error, row.relative_error_std, row.num_seeds),
+            f"{row.worst_row_error:.3g}",
+            "" if row.normalizer_error is None else f"{row.normalizer_error:.3g}",
+            _with_deviation(row.far_error, row.far_error_std, row.num_seeds),
+            style="bold" if i in frontier else "dim" if row.is_exact else "",
+        )
+    return table
+
+
+def _with_deviation(mean: float, deviation: float, num_seeds: int) -> str:
+    return f"{mean:.3g}" if num_seeds == 1 else f"{mean:.3g} ± {deviation:.1g}"
+
+
+def _in_units(num_bytes: int) -> str:
+    return f"{num_bytes} B" if num_bytes < 1024 else f"{num_bytes / 1024:.4g} KiB"
+
+
+def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
+    """The figure: error against time, and error against bytes held, one line per method through its sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+    markers = "osD^vPX*"
+    approximations = [row for row in rows if not row.is_exact]
+    for i, name in enumerate(dict.fromkeys(row.method for row in approximations)):
+        chosen = [row for row in approximations if row.method == name]
+        style: dict[str, Any] = {"color": colours[i % len(colours)], "marker": markers[i % len(markers)], "label": name}
+        for axes, xs in (
+            (left, [row.seconds * 1e3 for row in chosen]),
+            (right, [None if row.summary_bytes is None else row.summary_bytes / 1024 for row in chosen]),
+        ):
+            points = [(x, row) for x, row in zip(xs, chosen, strict=True) if x is not None and row.relative_error > 0]
+            if not points:
+                continue
+            x, errors = [x for x, _ in points], [row.relative_error for _, row in points]
+            axes.errorbar(x, errors, [row.relative_error_std for _, row in points], capsize=2, markersize=6, **style)
+            for at, row in points:
+                if row.size is not None:
+                    axes.annotate(str(row.size), (at, row.relative_error), (5, 5), textcoords="offset points", fontsize=8)
+    exact = min((row for row in rows if row.is_exact), key=lambda row: row.seconds)
+    left.axvline(exact.seconds * 1e3, color="0.4", linestyle="--", label=f"fastest exact ({exact.method})")
+    if exact.summary_bytes is not None:
+        right.axvline(exact.summary_bytes / 1024, color="0.4", linestyle="--")
+    left.set(xlabel="time of a call (ms)", ylabel="relative error of the output", xscale="log", yscale="log")
+    right.set(xlabel="held per key head and sequence (KiB); dashed: all keys and values", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.grid(True, which="both", color="0.9")
+        axes.set_axisbelow(True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on: versions and the device."""
+    device = jax.devices()[0]
+    return {
+        "approx_attention": importlib.metadata.version("approx_attention"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "processor": processor_name(),
+        "processor_cores": os.cpu_count(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name where the system tells, else its architecture."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def report(rows: Sequence[Comparison], tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured and what it depends on, ready for JSON."""
+    return {
+        "settings": dict(settings),
+        "shapes": {name: list(x.shape) for name, x in tensors._asdict().items()},
+        "environment": environment(),
+        "rows": [
+            {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in dataclasses.asdict(row).items()}
+            for row in rows
+        ],
+    }
+
+
+def write_results(out: pathlib.Path, rows: Sequence[Comparison], document: Mapping[str, Any], title: str) -> list[pathlib.Path]:
+    """Writes compare.json and, where matplotlib is installed, compare.png; each is whole or absent.
+
+    Args:
+        out: an existing directory.
+        rows: the comparison.
+        document: what `report` made of it.
+        title: title of the figure.
+
+    Returns:
+        The files written.
+    """
+    written = [out / "compare.json"]
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    write_atomically(written[0], lambda file: file.write(text.encode()))
+    try:
+        figure = draw_frontiers(rows, title)
+    except ImportError:
+        return written
+    written.append(out / "compare.png")
+    write_atomically(written[1], lambda file: figure.savefig(file, format="png"))
+    return written
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
+    """Writes a file beside its place and then moves it there, so that it is never half written."""
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise

@@ -1,0 +1,366 @@
+"""Errors against exact attention, measured on the caller's own tensors, beside the time they buy."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, PRNGKeyArray
+
+from approx_attention.states import AttentionState
+from approx_attention.summaries import Summary, WeightedKV, attend
+
+
+class OutputError(NamedTuple):
+    """How far outputs are from exact ones.
+
+    Attributes:
+        relative: Frobenius norm of the difference over that of the exact outputs.
+        worst_row: the largest norm of a row of the difference, over the root mean square norm of the exact rows.
+    """
+
+    relative: Array
+    worst_row: Array
+
+
+def output_error(out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows Dv"]) -> OutputError:
+    r"""The error of outputs against exact ones.
+
+    .. math:: \mathrm{relative} = \frac{\|O - \hat O\|_F}{\|O\|_F}, \qquad
+              \mathrm{worst\_row} = \max_t \frac{\|O_t - \hat O_t\|_2}{\sqrt{\mathrm{mean}_t \|O_t\|_2^2}}
+
+    Args:
+        out: outputs ``[..., Dv]``; all leading axes count as rows.
+        exact_out: exact outputs of the same shape.
+
+    Returns:
+        The `OutputError`; ``nan`` where the exact outputs are all zero.
+
+    Raises:
+        ValueError: different shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.diagnostics import output_error
+        >>> error = output_error(jnp.array([[1.0], [1.0]]), jnp.array([[1.0], [0.0]]))
+        >>> float(error.relative), round(float(error.worst_row), 4)
+        (1.0, 1.4142)
+    """
+    if out.shape != exact_out.shape:
+        raise ValueError(f"outputs to compare must have one shape, got {out.shape} and {exact_out.shape}")
+    exact_rows = exact_out.astype(jnp.float32)
+    difference = jnp.sum((out.astype(jnp.float32) - exact_rows) ** 2, axis=-1)
+    exact_norm = jnp.sum(exact_rows**2, axis=-1)
+    relative = jnp.sqrt(jnp.sum(difference) / jnp.sum(exact_norm))
+    return OutputError(relative, jnp.sqrt(jnp.max(difference) / jnp.mean(exact_norm)))
+
+
+class SupError(NamedTuple):
+    """The largest error found over a ball of queries.
+
+    Attributes:
+        error: norm of the difference, over the largest norm of a value.
+        query: the query ``[D]``, in scaled space, at which it was found.
+    """
+
+    error: Array
+    query: Array
+
+
+@functools.partial(jax.jit, static_argnames=("num_random", "num_keys", "num_starts", "num_steps"))
+def sup_error(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    summary: Summary,
+    radius: float | Array,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+    key: PRNGKeyArray | None = None,
+    num_random: int = 1024,
+    num_keys: int = 512,
+    num_starts: int = 24,
+    num_steps: int = 60,
+) -> SupError:
+    r"""Searches a ball of queries for the one on which a summary is furthest from exact attention.
+
+    .. math:: \max_{\|q\| \le \rho} \frac{\|\mathrm{attend}(q, (K, V)) - \mathrm{attend}(q, \mathrm{summary})\|_2}{\max_j \|v_j\|_2}
+
+    Random directions and those of keys and their opposites are tried on the sphere; from the worst of them, projected
+    gradient ascent climbs further. What is found is a lower bound of the supremum, and random queries alone understate
+    it; more starts and steps show whether the search has converged.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        summary: what stands for them.
+        radius: the ball's radius :math:`\rho`, a norm of scaled queries.
+        kv_mask: true where a key is real, ``[S]``.
+        key: typed PRNG key of the search; ``jax.random.key(0)`` by default.
+        num_random: random directions tried.
+        num_keys: keys whose directions are tried.
+        num_starts: worst directions from which ascent starts.
+        num_steps: steps of ascent.
+
+    Returns:
+        The `SupError`.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import summarize_mean_pool
+        >>> from approx_attention.diagnostics import sup_error
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
+        >>> coarse, fine = (sup_error(k, v, summarize_mean_pool(k, v, num_landmarks=m), 1.0).error for m in (8, 64))
+        >>> bool(fine < 1e-5 < coarse)
+        True
+    """
+    key_random, key_chosen = jax.random.split(jax.random.key(0) if key is None else key)
+    tokens = WeightedKV.of_tokens(k, v, kv_mask)
+    k, v = (jnp.where(tokens.mass[:, None] > 0, x, jnp.zeros_like(x)) for x in (k, v))
+    largest_value = jnp.sqrt(jnp.max(jnp.sum(v * v, axis=-1)))
+
+    def errors(q: Array) -> Array:
+        difference = attend(q, tokens).out - attend(q, summary).out
+        # The tiny constant keeps the gradient finite where the error is exactly 0.
+        return jnp.sqrt(jnp.sum(difference * difference, axis=-1) + 1e-30)
+
+    def onto_ball(q: Array) -> Array:
+        norm = jnp.linalg.norm(q, axis=-1, keepdims=True)
+        return q * jnp.minimum(1, radius / jnp.maximum(norm, jnp.finfo(q.dtype).tiny))
+
+    directions = jax.random.normal(key_random, (num_random, k.shape[-1]), k.dtype)
+    some = jax.random.permutation(key_chosen, k.shape[0])[:num_keys]
+    directions = jnp.concatenate([directions, k[some], -k[some]])
+    queries = onto_ball(directions / jnp.maximum(jnp.linalg.norm(directions, axis=-1, keepdims=True), 1e-12) * radius)
+    start_errors, worst = lax.top_k(errors(queries), num_starts)
+    gradient = jax.grad(lambda q: jnp.sum(errors(q)))
+
+    def climb(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
+        q, best_error, best_query = carry
+        slope = gradient(q)
+        length = radius * (0.15 * (1 + jnp.cos(jnp.pi * step / num_steps)) + 0.01)
+        q = onto_ball(q + length * slope / jnp.maximum(jnp.linalg.norm(slope, axis=-1, keepdims=True), 1e-20))
+        error = errors(q)
+        better = error > best_error
+        return (q, jnp.where(better, error, best_error), jnp.where(better[:, None], q, best_query)), None
+
+    starts = queries[worst]
+    (_, best_error, best_query), _ = lax.scan(climb, (starts, start_errors, starts), jnp.arange(num_steps))
+    found = jnp.argmax(best_error)
+    return SupError(best_error[found] / largest_value, best_query[found])
+
+
+class Timing(NamedTuple):
+    """Seconds per call over several calls."""
+
+    least: float
+    median: float
+
+
+def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5, patience: float = 30.0) -> dict[str, Timing]:
+    """Times compiled calls in turn, so that a busy moment of the machine falls on all of them.
+
+    Args:
+        calls: functions without arguments, each already compiled; called once before the clock starts.
+        rounds: how often each is timed.
+        patience: seconds after which no further round is begun.
+
+    Returns:
+        The `Timing` of each call.
+    """
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+        if time.perf_counter() - begun > patience:
+            break
+    return {name: Timing(min(times), statistics.median(times)) for name, times in seconds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One setting of one method, to be compared with exact attention.
+
+    Attributes:
+        method: its name.
+        function: ``(query, key, value, rng) -> (out, lse)`` over ``[B, T, N, D]``, with ``lse [B, T, N]`` or ``None``.
+        size: the size of its summary, if it has one.
+        summary_bytes: bytes held per key head and sequence, if known.
+        is_random: whether it depends on ``rng``.
+        is_exact: whether it is a form of exact attention; the fastest of these is the baseline of speed.
+    """
+
+    method: str
+    function: Callable[..., tuple[Array, Array | None]]
+    size: int | None = None
+    summary_bytes: int | None = None
+    is_random: bool = False
+    is_exact: bool = False
+
+    @property
+    def label(self) -> str:
+        """The method with its size."""
+        return self.method if self.size is None else f"{self.method} {self.size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What an arm costs and loses. Errors are means over seeds, with their standard deviation beside them.
+
+    Attributes:
+        method: name of the method.
+        size: the size of its summary, if it has one.
+        summary_bytes: bytes held per key head and sequence, if known.
+        compression: bytes of the keys and values over ``summary_bytes``.
+        compile_seconds: time to compile, apart from everything else.
+        seconds: least time of a call.
+        median_seconds: median time of a call.
+        speedup: time of the fastest exact arm over ``seconds``.
+        relative_error: `OutputError.relative`.
+        relative_error_std: its standard deviation over seeds.
+        worst_row_error: `OutputError.worst_row`.
+        normalizer_error: root mean square error of the log-normaliser in nats, where there is one.
+        far_error: norm of the error over that of what the local window misses: 1 is no better than dropping everything beyond
+            the window, 0 is exact.
+        far_error_std: its standard deviation over seeds.
+        num_seeds: the number of seeds, 1 for a deterministic method.
+        is_exact: whether this is a form of exact attention.
+    """
+
+    method: str
+    size: int | None
+    summary_bytes: int | None
+    compression: float | None
+    compile_seconds: float
+    seconds: float
+    median_seconds: float
+    speedup: float
+    relative_error: float
+    relative_error_std: float
+    worst_row_error: float
+    normalizer_error: float | None
+    far_error: float
+    far_error_std: float
+    num_seeds: int
+    is_exact: bool
+
+
+def compare(
+    arms: Iterable[Arm],
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    exact: Arm,
+    window: Arm,
+    num_seeds: int = 3,
+    seed: int = 0,
+    rounds: int = 5,
+    on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> list[Comparison]:
+    """Measures what each arm costs and loses on the given tensors.
+
+    Args:
+        arms: the arms; those that are exact set the baseline of speed, so give every exact form there is.
+        query: ``[B, T, N, D]``.
+        key: ``[B, S, K, D]``.
+        value: ``[B, S, K, Dv]``.
+        exact: the arm whose outputs and log-normalisers are the truth.
+        window: the local window that ``far_error`` refers to.
+        num_seeds: draws over which the errors of random arms are averaged.
+        seed: the first seed.
+        rounds: how often each arm is timed, in turn with the others.
+        on_progress: called with what is done next, the number of steps done and their total.
+
+    Returns:
+        A `Comparison` per arm, in their order.
+
+    Raises:
+        ValueError: no arm is exact.
+
+    Example:
+        >>> import functools, jax
+        >>> from approx_attention import attention, diagnostics
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (1, 64, 2, 8)) for i in range(3))
+        >>> def arm(method, **kwargs):
+        ...     call = lambda q, k, v, rng: attention(q, k, v, method=method, return_residual=True, **kwargs)
+        ...     return diagnostics.Arm(method, call, is_exact=method == "exact")
+        >>> exact, window, pool = arm("exact"), arm("local", window_size=8), arm("mean_pool", num_landmarks=64)
+        >>> rows = diagnostics.compare([exact, window, pool], q, k, v, exact=exact, window=window)
+        >>> [row.method for row in rows], rows[1].far_error, rows[2].relative_error < 1e-5
+        (['exact', 'local', 'mean_pool'], 1.0, True)
+    """
+    arms = list(arms)
+    if not any(arm.is_exact for arm in arms):
+        raise ValueError("compare needs an exact arm: speed is measured against it")
+    keys_rngs = [jax.random.key(seed + i) for i in range(num_seeds)]
+
+    def compiled(arm: Arm) -> tuple[Callable[..., Any], float]:
+        start = time.perf_counter()
+        function = jax.jit(arm.function).lower(query, key, value, keys_rngs[0]).compile()
+        return function, time.perf_counter() - start
+
+    steps = len(arms) + 2
+    on_progress("exact answer", 0, steps)
+    exact_out, exact_lse = compiled(exact)[0](query, key, value, keys_rngs[0])
+    window_out, _ = compiled(window)[0](query, key, value, keys_rngs[0])
+    missed = jnp.linalg.norm(_flat(window_out) - _flat(exact_out))
+
+    functions, compile_seconds, errors = [], [], []
+    for done, arm in enumerate(arms, start=1):
+        on_progress(arm.label, done, steps)
+        function, seconds = compiled(arm)
+        functions.append(function)
+        compile_seconds.append(seconds)
+        errors.append([])
+        for rng in keys_rngs if arm.is_random else keys_rngs[:1]:
+            out, lse = function(query, key, value, rng)
+            relative, worst_row = output_error(out, exact_out)
+            far = jnp.linalg.norm(_flat(out) - _flat(exact_out)) / missed
+            normalizer = None if lse is None or exact_lse is None else jnp.sqrt(jnp.mean((lse - exact_lse) ** 2))
+            errors[-1].append([None if x is None else float(x) for x in (relative, worst_row, normalizer, far)])
+
+    on_progress("timing", steps - 1, steps)
+    calls = {str(i): functools.partial(f, query, key, value, keys_rngs[0]) for i, f in enumerate(functions)}
+    timings = list(time_interleaved(calls, rounds=rounds).values())
+    on_progress("done", steps, steps)
+    baseline = min(timing.least for arm, timing in zip(arms, timings, strict=True) if arm.is_exact)
+    kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
+
+    rows = []
+    for arm, timing, compile_time, measured in zip(arms, timings, compile_seconds, errors, strict=True):
+        relative, worst_row, normalizer, far = zip(*measured, strict=True)
+        rows.append(
+            Comparison(
+                method=arm.method,
+                size=arm.size,
+                summary_bytes=arm.summary_bytes,
+                compression=kv_bytes / arm.summary_bytes if arm.summary_bytes else None,
+                compile_seconds=compile_time,
+                seconds=timing.least,
+                median_seconds=timing.median,
+                speedup=baseline / timing.least,
+                relative_error=statistics.fmean(relative),
+                relative_error_std=statistics.pstdev(relative),
+                worst_row_error=statistics.fmean(worst_row),
+                normalizer_error=None if normalizer[0] is None else statistics.fmean(normalizer),
+                far_error=statistics.fmean(far),
+                far_error_std=statistics.pstdev(far),
+                num_seeds=len(measured),
+                is_exact=arm.is_exact,
+            )
+        )
+    return rows
+
+
+def _flat(x: Array) -> Array:
+    return x.astype(jnp.float32).ravel()

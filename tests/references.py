@@ -1,0 +1,81 @@
+"""What the tests measure against: brute force in float64, small inputs, and small settings of every method."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from approx_attention import METHODS
+
+
+def brute_force(q, k, v, *, scale=None, mask=None, bias=None):
+    """Softmax attention of one head in float64: outputs and log-normalisers, 0 and -inf where nothing is seen."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = q @ k.T * (1 / np.sqrt(q.shape[-1]) if scale is None else scale)
+    if bias is not None:
+        logits = logits + np.asarray(bias, np.float64)
+    seen = np.ones(logits.shape, bool) if mask is None else np.broadcast_to(mask, logits.shape)
+    v = np.where(seen.any(0)[:, None], v, 0)
+    logits = np.where(seen, logits, -np.inf)
+    peak = np.where(seen.any(1), np.max(logits, axis=1, initial=-np.inf, where=seen), 0)
+    weights = np.where(seen, np.exp(np.where(seen, logits - peak[:, None], 0)), 0)
+    total = weights.sum(1)
+    with np.errstate(divide="ignore"):
+        return weights @ v / np.where(total > 0, total, 1)[:, None], peak + np.log(total)
+
+
+def causal_mask(num_queries, num_keys):
+    return np.arange(num_keys)[None, :] <= np.arange(num_queries)[:, None]
+
+
+def random_head(seed, num_queries, num_keys, head_dim=8, value_dim=None, dtype=jnp.float32, spread=1.0):
+    """q [T, D], k [S, D], v [S, Dv] with standard normal entries, times ``spread`` for q and k."""
+    random = np.random.default_rng(seed)
+    value_dim = head_dim if value_dim is None else value_dim
+    q, k = (spread * random.normal(size=(n, head_dim)) for n in (num_queries, num_keys))
+    return tuple(jnp.asarray(x, dtype) for x in (q, k, random.normal(size=(num_keys, value_dim))))
+
+
+def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, head_dim=8):
+    """query [B, T, N, D], key and value [B, S, K, D]."""
+    random = np.random.default_rng(seed)
+    shapes = (batch, num_queries, num_heads, head_dim), *[(batch, num_keys, num_kv_heads, head_dim)] * 2
+    return tuple(jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def settings(name, size=8, block_size=4):
+    """Hyper-parameters that make a method small."""
+    method = METHODS[name]
+    chosen = {method.size: size} if method.size else {}
+    if "block_size" in inspect.signature(method.function).parameters:
+        chosen["block_size"] = block_size
+    return chosen
+
+
+def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
+    """A method on one head, compiled, with small settings and a fixed key."""
+    key = jax.random.key(7) if key is None else key
+    options = {**settings(name, size, block_size), **options}
+    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
+    fixed = {option: x for option, x in options.items() if option not in arrays}
+
+    @jax.jit
+    def function(q, k, v, key, arrays):
+        return METHODS[name].function(q, k, v, key, **fixed, **arrays)
+
+    return function(q, k, v, key, arrays)
+
+
+def having(**capabilities):
+    """Names of the methods with these capabilities."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if all(getattr(method.capabilities, field) == value for field, value in capabilities.items())
+    ]
+
+
+def relative_error(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)

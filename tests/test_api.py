@@ -1,0 +1,159 @@
+"""`attention` is what `jax.nn.dot_product_attention` is, and what it promises beyond."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import METHODS, attention, exact
+from tests.references import brute_force, random_heads
+
+SHAPE = dict(batch=2, num_queries=9, num_keys=11, num_heads=4, num_kv_heads=2)
+random = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.7},
+        {"is_causal": True},
+        {"mask": jnp.asarray(random.random((2, 1, 1, 11)) < 0.7).at[..., 0].set(True)},
+        {"mask": jnp.asarray(random.random((2, 4, 9, 11)) < 0.7).at[..., 0].set(True)},
+        {"mask": jnp.asarray(random.random((1, 1, 9, 11)) < 0.7).at[..., 0].set(True), "is_causal": True},
+        {"bias": jnp.asarray(random.normal(size=(1, 4, 9, 11)), jnp.float32)},
+        {"bias": jnp.asarray(random.normal(size=(2, 1, 9, 11)), jnp.float32), "is_causal": True},
+        {"key_value_seq_lengths": jnp.array([4, 11])},
+        {"query_seq_lengths": jnp.array([4, 9]), "key_value_seq_lengths": jnp.array([4, 11])},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_exact_equals_jax_nn(options):
+    tensors = random_heads(0, **SHAPE)
+    ours = attention(*tensors, method="exact", **options)
+    theirs = jax.nn.dot_product_attention(*tensors, **options)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [3, (2, 0), (0, 4)])
+def test_local_window_size_equals_jax_nn(window):
+    query, key, value = random_heads(1, 2, 11, 11, 4, 2)
+    ours = attention(query, key, value, method="exact", local_window_size=window)
+    theirs = jax.nn.dot_product_attention(query, key, value, local_window_size=window)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_residual_equals_jax_nn():
+    tensors = random_heads(2, **SHAPE)
+    out, lse = attention(*tensors, method="exact", return_residual=True)
+    expected, expected_lse = jax.nn.dot_product_attention(*tensors, return_residual=True)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+
+
+def test_the_heads_of_keys_may_differ_in_their_values_dimension():
+    query, key, value = random_heads(3, **SHAPE)
+    out = attention(query, key, value[..., :3], method="exact")
+    assert out.shape == (2, 9, 4, 3)
+    np.testing.assert_allclose(out, attention(query, key, value, method="exact")[..., :3], atol=2e-6)
+
+
+def test_rows_past_the_query_length_are_zero_whatever_they_hold():
+    query, key, value = random_heads(4, **SHAPE)
+    soiled = query.at[0, 4:].set(jnp.nan)
+    lengths = jnp.array([4, 9])
+
+    def loss(query, key, value):
+        out, lse = attention(
+            query, key, value, method="exact", query_seq_lengths=lengths, return_residual=True
+        )
+        return jnp.sum(out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0)), (out, lse)
+
+    gradients, (out, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(soiled, key, value)
+    np.testing.assert_array_equal(out[0, 4:], 0)
+    np.testing.assert_array_equal(lse[0, 4:], -np.inf)
+    assert all(np.all(np.isfinite(x)) for x in gradients)
+    np.testing.assert_array_equal(gradients[0][0, 4:], 0)
+
+
+def test_no_key_at_all_gives_zero_where_jax_nn_gives_the_mean():
+    tensors = random_heads(5, **SHAPE)
+    out = attention(*tensors, method="exact", key_value_seq_lengths=jnp.array([0, 11]))
+    np.testing.assert_array_equal(out[0], 0)
+
+
+def test_padding_masks_and_lengths_combine():
+    tensors = random_heads(6, **SHAPE)
+    mask = (jnp.arange(11) != 2).reshape(1, 1, 1, 11)
+    both = attention(*tensors, mask=mask, method="exact", key_value_seq_lengths=jnp.array([5, 7]))
+    for b, length in enumerate((5, 7)):
+        kept = [j for j in range(length) if j != 2]
+        query, key, value = (np.asarray(x[b, :, n]) for x, n in zip(tensors, (3, 1, 1), strict=True))
+        np.testing.assert_allclose(both[b, :, 3], brute_force(query, key[kept], value[kept])[0], atol=2e-6)
+
+
+def test_a_method_may_be_any_function():
+    tensors = random_heads(7, **SHAPE)
+
+    def first_value(q, k, v, key):
+        return jnp.broadcast_to(v[:1], (q.shape[0], v.shape[1]))
+
+    out = attention(*tensors, method=first_value)
+    np.testing.assert_array_equal(out[1, 5, 3], tensors[2][1, 0, 1])
+    with pytest.raises(NotImplementedError, match="'first_value' does not support is_causal"):
+        attention(*tensors, method=first_value, is_causal=True)
+    with pytest.raises(NotImplementedError, match="'first_value' does not support padding"):
+        attention(*tensors, method=first_value, key_value_seq_lengths=jnp.array([3, 3]))
+    bound = functools.partial(exact, is_causal=True)
+    np.testing.assert_allclose(
+        attention(*tensors, method=bound), attention(*tensors, method="exact", is_causal=True), atol=1e-6
+    )
+    with pytest.raises(TypeError, match="partial.*has no argument 'num_features'"):
+        attention(*tensors, method=bound, num_features=3)
+
+
+def test_the_heads_of_one_draw_are_independent_of_the_batch_and_of_each_other():
+    query, key, value = random_heads(8, 1, 9, 9, 2, 2)
+    query, key, value = (x.at[:, :, 1].set(x[:, :, 0]) for x in (query, key, value))
+    out = attention(query, key, value, method="favor", rng=jax.random.key(0), num_features=8)
+    assert np.abs(np.asarray(out[:, :, 0] - out[:, :, 1])).max() > 1e-3
+
+
+def test_a_given_projection_takes_the_place_of_rng():
+    tensors = random_heads(9, **SHAPE)
+    projection = jax.random.normal(jax.random.key(0), (6, 8))
+    out = attention(*tensors, method="favor", projection=projection)
+    with_rng = attention(*tensors, method="favor", projection=projection, rng=jax.random.key(5))
+    np.testing.assert_array_equal(out, with_rng)
+
+
+def test_at_once_equals_in_turn(monkeypatch):
+    tensors = random_heads(10, **SHAPE)
+    for name in METHODS:
+        function = functools.partial(attention, method=name, rng=jax.random.key(0))
+        in_turn = function(*tensors)
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "default_backend", lambda: "tpu")
+            at_once = function(*tensors)
+        np.testing.assert_allclose(at_once, in_turn, atol=2e-6)
+
+
+def test_cudnn_is_chosen_exactly_where_it_applies(monkeypatch):
+    calls = []
+
+    def library(query, key, value, *, scale, is_causal, implementation):
+        calls.append(implementation)
+        return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", library)
+    q, k, v = (x[0, :, 0].astype(jnp.bfloat16) for x in random_heads(11, **SHAPE))
+    exact(q, k, v, is_causal=True)
+    assert calls == ["cudnn"]
+    exact(q, k, v, kv_mask=jnp.ones(11, bool))
+    exact(q, k, v, return_state=True)
+    exact(q, k, v[:, :5])
+    exact(q.astype(jnp.float32), k, v)
+    assert calls == ["cudnn"]

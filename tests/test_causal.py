@@ -1,0 +1,127 @@
+"""The shared causal form: exact nearby, summarised before, each token counted once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    FeatureMoments,
+    PositiveFeatures,
+    WeightedKV,
+    attend,
+    causal_state,
+    favor,
+    fold_scale,
+    gaussian_projection,
+    mean_pool,
+    merge,
+    running_exact,
+    running_mean_pool,
+    running_moments,
+    running_uniform_sample,
+)
+from tests.references import brute_force, causal_mask, random_head
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (4, 4), (23, 23), (23, 9), (9, 23), (1, 30), (30, 1)])
+@pytest.mark.parametrize("block_size", [1, 4, 32])
+def test_keeping_every_token_is_exact(num_queries, num_keys, block_size):
+    q, k, v = random_head(0, num_queries, num_keys)
+    kv_mask = np.arange(num_keys) % 6 != 2
+    state = causal_state(
+        q, k, v, running_exact(8, max_length=64), block_size=block_size, kv_mask=jnp.asarray(kv_mask)
+    )
+    out, lse = brute_force(q, k, v, scale=1, mask=causal_mask(num_queries, num_keys) & kv_mask)
+    np.testing.assert_allclose(state.out, out, atol=3e-6)
+    np.testing.assert_allclose(state.lse, lse, atol=3e-6)
+
+
+def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
+    q, k, v = random_head(1, 14, 14, spread=0.5)
+    features = PositiveFeatures(gaussian_projection(jax.random.key(0), 6, 8))
+    state = causal_state(q, k, v, running_moments(features), block_size=4)
+    for t in range(14):
+        start = max(0, t // 4 - 1) * 4
+        near = attend(q[t : t + 1], WeightedKV.of_tokens(k[start : t + 1], v[start : t + 1]))
+        far = FeatureMoments.of_tokens(features, k[:start], v[:start]) if start else FeatureMoments.empty(features, 8)
+        expected = merge(near, attend(q[t : t + 1], far))
+        np.testing.assert_allclose(state.out[t], expected.out[0], atol=1e-5)
+        np.testing.assert_allclose(state.lse[t], expected.lse[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_landmarks", "block_size"), [(1, 4), (3, 4), (4, 4), (5, 3), (8, 4), (64, 4)])
+def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
+    _, k, v = random_head(2, 1, 60)
+    running = running_mean_pool(8, num_landmarks=num_landmarks)
+    segments = running.init(8, 8, jnp.float32)
+    append = jax.jit(running.append)
+    for block in range(60 // block_size):
+        stop = (block + 1) * block_size
+        part = slice(block * block_size, stop)
+        segments = append(segments, jnp.int32(part.start), k[part], v[part], jnp.ones(block_size, bool))
+        length = int(segments.length)
+        summary = running.read(segments)
+        sizes = [min(length, max(0, stop - c * length)) for c in range(num_landmarks)]
+        np.testing.assert_array_equal(summary.mass, sizes)
+        assert sum(sizes) == stop
+        for c, size in enumerate(sizes):
+            if size:
+                np.testing.assert_allclose(summary.k[c], np.mean(k[c * length : c * length + size], axis=0), atol=1e-5)
+                np.testing.assert_allclose(summary.value_sum[c], np.sum(v[c * length : c * length + size], axis=0), atol=1e-5)
+    # No coarser than it must be: half the length would not fit.
+    first = -(-block_size // num_landmarks)
+    assert length == first or num_landmarks * length < 2 * stop
+
+
+def test_a_running_sample_is_uniform():
+    k = v = jnp.arange(24.0)[:, None]
+    running_of = functools.partial(running_uniform_sample, 1, sample_size=6)
+
+    @jax.jit
+    @jax.vmap
+    def kept(key):
+        running = running_of(key)
+        sample = running.init(1, 1, jnp.float32)
+        for start in range(0, 24, 4):
+            part = slice(start, start + 4)
+            sample = running.append(sample, jnp.int32(start), k[part], v[part], jnp.ones(4, bool))
+        return running.read(sample).k[:, 0], running.read(sample).mass
+
+    tokens, mass = kept(jax.random.split(jax.random.key(0), 4000))
+    np.testing.assert_allclose(mass, 4.0)
+    assert all(len(set(row)) == 6 for row in np.asarray(tokens)[:50])
+    counts = np.bincount(np.asarray(tokens, int).ravel(), minlength=24)
+    # Each key is kept with probability 1/4: 1000 times, with a standard deviation of 27.
+    assert np.all(np.abs(counts - 1000) < 4.5 * 27.4)
+
+
+def test_a_full_buffer_turns_to_nan_instead_of_forgetting():
+    q, k, v = random_head(3, 40, 40)
+    state = causal_state(q, k, v, running_exact(8, max_length=16), block_size=4)
+    assert np.all(np.isfinite(state.out[:24]))
+    assert np.all(np.isnan(state.out[24:]))
+
+
+@pytest.mark.parametrize("function", [functools.partial(favor, num_features=16), functools.partial(mean_pool, num_landmarks=16)])
+def test_memory_is_linear(function):
+    def temporary_bytes(length, backward):
+        x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
+        forward = lambda q, k, v: function(q, k, v, jax.random.key(0), is_causal=True, block_size=64)  # noqa: E731
+        gradient = jax.grad(lambda q, k, v: jnp.sum(forward(q, k, v)), argnums=(0, 1, 2))
+        return jax.jit(gradient if backward else forward).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    for backward in (False, True):
+        once, fourfold = temporary_bytes(2**12, backward), temporary_bytes(2**14, backward)
+        assert fourfold < 4.5 * once
+
+
+def test_scale_reaches_both_the_near_and_the_far_part():
+    q, k, v = random_head(4, 30, 30, spread=0.5)
+    projection = gaussian_projection(jax.random.key(0), 8, 8)
+    scaled_q, scaled_k = fold_scale(q, k, 0.2)
+    out = favor(q, k, v, projection=projection, is_causal=True, block_size=4, scale=0.2)
+    state = causal_state(scaled_q, scaled_k, v, running_moments(PositiveFeatures(projection)), block_size=4)
+    np.testing.assert_allclose(out, state.out, atol=1e-6)

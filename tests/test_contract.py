@@ -1,0 +1,610 @@
+"""What every registered method must do; a method is tested by being registered."""
+
+import dataclasses
+import functools
+import inspect
+import math
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from approx_attention import METHODS, Capabilities, Decoder, attend, attention, fold_scale, merge
+from approx_attention.causal import RunningSummary
+from tests.references import (
+    brute_force,
+    call,
+    causal_mask,
+    having,
+    random_head,
+    random_heads,
+    relative_error,
+    settings,
+)
+
+ALL = list(METHODS)
+CAUSAL = having(causal=True)
+both_directions = pytest.mark.parametrize(
+    ("name", "is_causal"), [(name, c) for name in ALL for c in ([False, True] if name in CAUSAL else [False])]
+)
+every_method = pytest.mark.parametrize("name", ALL)
+
+
+def heads(name, query, key, value, *, rng=None, **options):
+    """A method over batch and heads, compiled, with small settings and a fixed key."""
+    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
+    fixed = {**settings(name), **{option: x for option, x in options.items() if option not in arrays}}
+
+    @jax.jit
+    def function(query, key, value, rng, arrays):
+        return attention(query, key, value, method=name, rng=rng, **fixed, **arrays)
+
+    return function(query, key, value, jax.random.key(7) if rng is None else rng, arrays)
+
+
+# 1. shapes and dtypes
+
+
+@both_directions
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_shape_and_dtype(name, is_causal, dtype):
+    q, k, v = random_head(0, 13, 11, 8, 6, dtype)
+    options = {"is_causal": True} if is_causal else {}
+    out = call(name, q, k, v, **options)
+    assert out.shape == (13, 6)
+    assert out.dtype == dtype
+    wide = call(name, *(x.astype(jnp.float32) for x in (q, k, v)), **options)
+    np.testing.assert_allclose(np.asarray(out, np.float32), wide, atol=2e-2, rtol=2e-2)
+
+
+@every_method
+@pytest.mark.parametrize("batch", [(), (2,), (2, 1)])
+def test_leading_batch_axes(name, batch):
+    query, key, value = (x.reshape(*batch, *x.shape[1:]) for x in random_heads(0, math.prod(batch), 9, 7, 4, 2))
+    out = heads(name, query, key, value)
+    assert out.shape == query.shape
+    flat = heads(name, *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)))
+    np.testing.assert_allclose(out.reshape(flat.shape), flat, atol=1e-6)
+
+
+@every_method
+def test_float64_in_float64_throughout(name, x64):
+    q, k, v = random_head(1, 9, 9, dtype=jnp.float64, spread=0.5)
+    out = call(name, q, k, v, size=9)
+    assert out.dtype == jnp.float64
+    # A method that rounds somewhere to float32 is wrong by 1e-8 after a change of the values by a factor of 3.
+    np.testing.assert_allclose(call(name, q, k, 3 * v, size=9), 3 * out, rtol=1e-13, atol=1e-14)
+    if METHODS[name].capabilities.exact_limit:
+        np.testing.assert_allclose(out, brute_force(q, k, v)[0], atol=1e-13)
+
+
+# 2. transformations and batches change nothing
+
+
+@both_directions
+def test_jit_equals_eager_and_vmap_equals_loop(name, is_causal):
+    options = {"is_causal": True} if is_causal else {}
+    stacked = [jnp.stack(x) for x in zip(*(random_head(i, 9, 9) for i in range(3)), strict=True)]
+    function = functools.partial(METHODS[name].function, key=jax.random.key(7), **settings(name), **options)
+    loop = jnp.stack([jax.jit(function)(*(x[i] for x in stacked)) for i in range(3)])
+    np.testing.assert_allclose(function(*(x[0] for x in stacked)), loop[0], atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(function))(*stacked), loop, atol=1e-6)
+
+
+@every_method
+def test_batch_size_does_not_matter(name):
+    tensors = random_heads(2, 3, 9, 9, 4, 2)
+    whole = heads(name, *tensors)
+    for i in range(3):
+        np.testing.assert_allclose(heads(name, *(x[i : i + 1] for x in tensors))[0], whole[i], atol=1e-6)
+
+
+# 3. the declared exact limit, in value and gradient
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["exact", *having(exact_limit=True)])
+def test_exact_limit(name, is_causal):
+    q, k, v = random_head(3, 11, 11)
+    visible = causal_mask(11, 11) if is_causal else None
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(11, 8)), jnp.float32)
+
+    def loss(function):
+        return lambda q, k, v: jnp.sum(weight * function(q, k, v))
+
+    approximate = functools.partial(call, name, size=11, is_causal=is_causal)
+    exact = functools.partial(call, "exact", is_causal=is_causal, implementation="dense")
+    np.testing.assert_allclose(approximate(q, k, v), brute_force(q, k, v, mask=visible)[0], atol=2e-6)
+    gradients, expected = (jax.grad(loss(f), argnums=(0, 1, 2))(q, k, v) for f in (approximate, exact))
+    chex.assert_trees_all_close(gradients, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", having(normalizer=True))
+def test_state_agrees_with_output_and_normalizer_with_summary(name):
+    q, k, v = random_head(3, 9, 12)
+    state = call(name, q, k, v, return_state=True)
+    np.testing.assert_allclose(state.out, call(name, q, k, v), atol=1e-6)
+    method = METHODS[name]
+    if method.summarize is not None:
+        hyperparameters = {method.size: 8} if method.size else {}
+        scaled_q, scaled_k = fold_scale(q, k)
+        answer = attend(scaled_q, method.summarize(scaled_k, v, jax.random.key(7), **hyperparameters))
+        chex.assert_trees_all_close(answer, state, atol=1e-5)
+
+
+# 4. more budget, less error; unbiased where claimed
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if METHODS[name].size])
+def test_error_falls_with_size(name):
+    q, k, v = random_head(4, 64, 256, spread=0.7)
+    # Neighbouring keys alike and queries near them, so that every kind of summary has something to find.
+    k, v = (jnp.asarray(np.cumsum(np.asarray(x), axis=0) / 8) for x in (k, v))
+    q = k[::4] + 0.1 * q
+    exact = brute_force(q, k, v)[0]
+    keys = jax.random.split(jax.random.key(0), 8)
+
+    def mean_error(size):
+        outs = jax.vmap(lambda key: call(name, q, k, v, size=size, key=key))(keys)
+        return np.mean([relative_error(out, exact) for out in outs])
+
+    small, large = mean_error(8), mean_error(192)
+    assert large < 0.7 * small
+
+
+@pytest.mark.parametrize("name", having(unbiased=True, needs_key=True))
+def test_numerator_and_normalizer_are_unbiased(name):
+    q, k, v = random_head(5, 4, 24, spread=0.5)
+    scaled_q, scaled_k = fold_scale(q, k)
+    method, num_draws = METHODS[name], 4000
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        state = attend(scaled_q, method.summarize(scaled_k, v, key, **{method.size: 20}))
+        mass = jnp.exp(state.lse)
+        return mass, mass[:, None] * state.out
+
+    exact_out, exact_lse = brute_force(q, k, v)
+    expected = np.exp(exact_lse), np.exp(exact_lse)[:, None] * exact_out
+    for estimates, truth in zip(draw(jax.random.split(jax.random.key(1), num_draws)), expected, strict=True):
+        standard_error = np.std(estimates, axis=0) / math.sqrt(num_draws)
+        assert np.all(np.abs(np.mean(estimates, axis=0) - truth) < 4.5 * standard_error + 1e-5)
+        # The test can fail: a bias of a tenth would be seen.
+        assert np.all(standard_error < 0.02 * np.abs(truth).max())
+
+
+# 5. causality
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_later_token_changes_nothing_before_it(name):
+    q, k, v = random_head(6, 19, 19)
+    function = jax.jit(functools.partial(call, name, is_causal=True))
+    before = function(q, k, v)
+    for j in (0, 3, 4, 11, 18):
+        after = function(q, k.at[j].add(3.0), v.at[j].set(1e4))
+        np.testing.assert_array_equal(after[:j], before[:j])
+        assert np.any(np.asarray(after[j:]) != np.asarray(before[j:]))
+        np.testing.assert_array_equal(function(q.at[j].add(1.0), k, v)[:j], before[:j])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_jacobian_is_zero_above_the_diagonal(name):
+    q, k, v = random_head(7, 14, 14, 3)
+    jacobian = jax.jit(jax.jacrev(functools.partial(call, name, is_causal=True), argnums=(1, 2)))(q, k, v)
+    for block in jacobian:
+        influence = np.abs(block).max(axis=(1, 3))
+        np.testing.assert_array_equal(influence[~causal_mask(14, 14)], 0)
+    assert np.all(np.abs(jacobian[1]).max(axis=(1, 3))[np.arange(14), np.arange(14)] > 0)
+
+
+# 6. a prefix, a prefill and single steps
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_prefix_answers_like_the_whole(name):
+    q, k, v = random_head(8, 21, 21)
+    whole = call(name, q, k, v, is_causal=True)
+    for length in (1, 4, 5, 12):
+        prefix = call(name, q[:length], k[:length], v[:length], is_causal=True)
+        np.testing.assert_allclose(prefix, whole[:length], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", having(decode=True))
+def test_decoding_equals_the_causal_form(name):
+    q, k, v = random_head(9, 21, 21)
+    method = METHODS[name]
+    hyperparameters = {method.size: 8} if method.size else {"max_length": 24}
+    running = method.running(8, jax.random.key(7), **hyperparameters)
+    assert isinstance(running, RunningSummary)
+    decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
+    whole = call(name, q, k, v, is_causal=True)
+    step, answer, prefill = jax.jit(decoder.append), jax.jit(decoder.attend), jax.jit(decoder.prefill)
+
+    cache, outs = decoder.init(), []
+    for t in range(21):
+        cache = step(cache, k[t : t + 1], v[t : t + 1])
+        outs.append(answer(cache, q[t : t + 1]))
+    np.testing.assert_allclose(jnp.concatenate(outs), whole, atol=2e-6)
+    for cuts in ((0, 21), (0, 1, 4, 5, 21), (0, 8, 20, 21)):
+        cache, outs = decoder.init(), []
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            out, cache = prefill(cache, q[start:stop], k[start:stop], v[start:stop])
+            outs.append(out)
+        np.testing.assert_allclose(jnp.concatenate(outs), whole, atol=2e-6)
+
+
+# 7. padding
+
+
+@both_directions
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
+def test_padding_never_reaches_outputs_or_gradients(name, is_causal, garbage):
+    q, k, v = random_head(10, 9, 9)
+    kv_mask = jnp.arange(9) % 3 != 1
+    options = {"is_causal": True} if is_causal else {}
+
+    @jax.jit
+    def out_and_gradients(k, v):
+        function = functools.partial(call, name, kv_mask=kv_mask, **options)
+        out, vjp = jax.vjp(function, q, k, v)
+        return out, vjp(jnp.ones_like(out))
+
+    clean = out_and_gradients(k, v)
+    hidden = ~np.asarray(kv_mask)
+    soiled = out_and_gradients(k.at[hidden].set(garbage), v.at[hidden].set(garbage))
+    chex.assert_tree_all_finite(clean)
+    chex.assert_trees_all_equal(clean, soiled)
+    for gradient in clean[1][1:]:
+        np.testing.assert_array_equal(gradient[hidden], 0)
+
+
+@pytest.mark.parametrize("name", ["exact", *having(exact_limit=True)])
+def test_padding_equals_removal_in_the_exact_limit(name):
+    q, k, v = random_head(11, 9, 9)
+    kv_mask = jnp.arange(9) < 6
+    out = call(name, q, k, v, size=9, kv_mask=kv_mask)
+    np.testing.assert_allclose(out, brute_force(q, k[:6], v[:6])[0], atol=2e-6)
+
+
+# 8. grouped heads and every shape
+
+
+@every_method
+def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
+    query, key, value = random_heads(12, 2, 9, 7, 6, 2)
+    rng = jax.random.key(3)
+    out = heads(name, query, key, value, rng=rng)
+    method = METHODS[name]
+    for n in range(6):
+        own = jax.random.fold_in(rng, n // 3)
+        expected = method.function(query[1, :, n], key[1, :, n // 3], value[1, :, n // 3], own, **settings(name))
+        np.testing.assert_allclose(out[1, :, n], expected, atol=2e-6)
+
+
+@both_directions
+@given(shape=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3)), size=st.integers(1, 9))
+@hypothesis_settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_lengths(name, is_causal, shape, size):
+    num_queries, num_keys, head_dim, value_dim = shape
+    q, k, v = random_head(13, num_queries, num_keys, head_dim, value_dim)
+    options = {"is_causal": True} if is_causal else {}
+    out = call(name, q, k, v, size=size, block_size=3, **options)
+    assert out.shape == (num_queries, value_dim)
+    # Averages of values with weights that sum to 1 stay within the values' range; a row that sees nothing is 0.
+    low, high = np.minimum(0, np.min(v, axis=0)), np.maximum(0, np.max(v, axis=0))
+    assert np.all((np.asarray(out) >= low - 1e-5) & (np.asarray(out) <= high + 1e-5))
+
+
+@every_method
+def test_cross_attention_is_declared(name):
+    q, k, v = random_head(13, 3, 9)
+    if METHODS[name].capabilities.cross:
+        assert call(name, q, k, v).shape == (3, 8)
+    else:
+        with pytest.raises(ValueError, match=name):
+            METHODS[name].function(q, k, v, jax.random.key(0))
+
+
+@every_method
+def test_constant_values_come_back(name):
+    q, k, v = random_head(14, 9, 12)
+    out = call(name, q, k, jnp.full_like(v, 2.5))
+    np.testing.assert_allclose(out, 2.5, rtol=2e-6)
+
+
+# 9. nothing to see, and extreme logits
+
+
+@both_directions
+def test_a_row_without_keys_is_zero_with_zero_gradient(name, is_causal):
+    q, k, v = random_head(15, 9, 9)
+    options = {"is_causal": True} if is_causal else {}
+    nothing = jnp.zeros(9, bool)
+    out, vjp = jax.vjp(functools.partial(call, name, kv_mask=nothing, **options), q, k, v)
+    np.testing.assert_array_equal(out, 0)
+    for gradient in vjp(jnp.ones_like(out)):
+        np.testing.assert_array_equal(gradient, 0)
+    if is_causal:
+        first_hidden = call(name, q, k, v, kv_mask=jnp.arange(9) >= 3, is_causal=True)
+        np.testing.assert_array_equal(first_hidden[:3], 0)
+        assert np.all(np.abs(first_hidden[3:]).max(-1) > 0)
+
+
+@both_directions
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_of_ten_thousand(name, is_causal, sign):
+    q, k, v = random_head(16, 9, 9)
+    q, k = 200 * q, sign * 200 * k
+    assert np.abs(np.asarray(q) @ np.asarray(k).T / np.sqrt(8)).max() > 1e4
+    options = {"is_causal": True} if is_causal else {}
+    out, vjp = jax.vjp(functools.partial(call, name, **options), q, k, 1e4 * v)
+    chex.assert_tree_all_finite((out, vjp(jnp.ones_like(out))))
+
+
+@both_directions
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_number_that_is_not_one_comes_out(name, is_causal, masked):
+    # NaN in what is visible must not pass for a row that sees nothing.
+    q, k, v = random_head(16, 19, 19)
+    options = {"is_causal": True} if is_causal else {}
+    options |= {"kv_mask": jnp.arange(19) != 3} if masked else {}
+    assert np.any(np.isnan(call(name, q, k, v.at[0].set(jnp.nan), size=19, **options)))
+    if name != "mean_value":
+        assert np.any(np.isnan(call(name, q, k.at[0].set(jnp.nan), v, size=19, **options)))
+        assert np.any(np.isnan(call(name, q.at[0].set(jnp.nan), k, v, size=19, **options)))
+
+
+# 10. and 11. nothing is dropped silently
+
+
+@every_method
+def test_signature_and_capabilities_agree(name):
+    method = METHODS[name]
+    arguments = inspect.signature(method.function).parameters
+    capabilities = method.capabilities
+    assert list(arguments)[:4] == ["q", "k", "v", "key"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(arguments.values())[4:])
+    for argument, able in {
+        "is_causal": capabilities.causal,
+        "kv_mask": capabilities.padding,
+        "mask": capabilities.dense_mask,
+        "bias": capabilities.dense_mask,
+    }.items():
+        assert (argument in arguments) == able, argument
+    assert (method.running is not None) == capabilities.decode
+    # Only learned arrays have no default: a method without them works out of the box.
+    learned = [p for p in list(arguments.values())[4:] if p.default is p.empty]
+    assert bool(learned) == capabilities.trainable
+    assert method.size is None or method.size in arguments
+    for function in (method.summarize, method.running, method.draw):
+        assert function is None or method.size is None or method.size in inspect.signature(function).parameters
+
+
+OPTIONS = {
+    "is_causal": ("causal", {"is_causal": True}),
+    "key_value_seq_lengths": ("padding", {"key_value_seq_lengths": jnp.array([5, 9])}),
+    "padding mask": ("padding", {"mask": jnp.arange(9).reshape(1, 1, 1, 9) < 6}),
+    "mask": ("dense_mask", {"mask": jnp.asarray(causal_mask(9, 9))[None, None]}),
+    "bias": ("dense_mask", {"bias": jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 9, 9)), jnp.float32)}),
+    "return_residual": ("normalizer", {"return_residual": True}),
+    "scale": (None, {"scale": 0.9}),
+    "query_seq_lengths": (None, {"query_seq_lengths": jnp.array([4, 9])}),
+}
+
+
+@every_method
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_has_an_effect_or_raises(name, option):
+    capability, arguments = OPTIONS[option]
+    tensors = random_heads(17, 2, 9, 9, 4, 2)
+    if option == "return_residual" and name == "mean_value":
+        pytest.skip("returns its state, whose normaliser is declared not comparable")
+    if capability is not None and not getattr(METHODS[name].capabilities, capability):
+        with pytest.raises(NotImplementedError, match=name):
+            heads(name, *tensors, **arguments)
+        return
+    if (name, option) == ("mean_value", "scale"):
+        pytest.skip("all its logits are 0, at any scale")
+    plain, changed = heads(name, *tensors), heads(name, *tensors, **arguments)
+    if option == "return_residual":
+        assert changed[1].shape == tensors[0].shape[:-1]
+        return
+    assert np.any(np.abs(np.asarray(plain) - np.asarray(changed)) > 1e-4)
+
+
+@every_method
+def test_every_hyperparameter_has_an_effect(name):
+    function = METHODS[name].function
+    q, k, v = random_head(18, 40, 40)
+    changes = {
+        "num_features": 5,
+        "num_landmarks": 5,
+        "sample_size": 5,
+        "window_size": 5,
+        "block_size": 5,
+        "projection": jnp.ones((3, 8)),
+        "noise": jnp.arange(40.0),
+        "implementation": None,
+        "return_state": None,
+    }
+    base = settings(name)
+    for argument in list(inspect.signature(function).parameters)[4:]:
+        if argument in ("is_causal", "kv_mask", "mask", "bias", "scale"):
+            continue  # options of `attention`, tested above
+        change = changes[argument]
+        if change is None:
+            continue  # changes the form of the answer, not its value
+        plain = call(name, q, k, v, is_causal=True)
+        changed = function(q, k, v, jax.random.key(7), **{**base, argument: change}, is_causal=True)
+        assert np.any(np.abs(np.asarray(plain) - np.asarray(changed)) > 1e-4), argument
+
+
+@every_method
+def test_an_unknown_argument_is_refused(name):
+    with pytest.raises(TypeError, match=rf"'{name}' has no argument 'num_feetures'"):
+        heads(name, *random_heads(0, 1, 4, 4, 1, 1), num_feetures=3)
+
+
+# 12. strict promotion is on in every test (conftest). 13. compilation
+
+
+@both_directions
+def test_one_trace_per_shape(name, is_causal):
+    options = {"is_causal": True} if is_causal else {}
+
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2)
+    def function(q, k, v):
+        return METHODS[name].function(q, k, v, jax.random.key(7), **settings(name), **options)
+
+    for seed in range(3):
+        function(*random_head(seed, 9, 9))
+        function(*random_head(seed, 10, 10))
+
+
+# 14. no array with both a T and an S axis, and the declared cost
+
+
+def equations(jaxpr, times=1):
+    """All equations of a jaxpr and its inner ones, with how often each runs."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            for leaf in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                if hasattr(leaf, "jaxpr"):
+                    leaf = leaf.jaxpr
+                if hasattr(leaf, "eqns"):
+                    yield from equations(leaf, inner)
+
+
+def traced(name, length, size, **options):
+    x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
+    hyperparameters = {METHODS[name].size: size} if METHODS[name].size else {}
+    function = functools.partial(METHODS[name].function, **hyperparameters, **options)
+    return jax.make_jaxpr(function)(x, x, x, jax.random.key(0)).jaxpr
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", having(subquadratic=True))
+def test_no_array_is_quadratic(name, is_causal):
+    length = 2**15
+    options = {"is_causal": True} if is_causal and name in CAUSAL else {}
+    largest = max(
+        math.prod(x.aval.shape)
+        for equation, _ in equations(traced(name, length, 256, **options))
+        for x in (*equation.invars, *equation.outvars)
+        if hasattr(x.aval, "shape")
+    )
+    assert largest <= 2**23 < length**2 / 64
+
+
+@every_method
+def test_declared_cost_is_that_of_the_products(name):
+    length, size = 4096, 256
+    flops = 0
+    for equation, times in equations(traced(name, length, size)):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            flops += 2 * times * depth * math.prod(equation.outvars[0].aval.shape)
+    declared = METHODS[name].cost(length, length, 16, 16, size)
+    assert declared <= flops + 4 * length * 16
+    assert flops <= 2.2 * declared + 4 * length * 16
+
+
+# 15. randomness
+
+
+@pytest.mark.parametrize("name", having(needs_key=True))
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_key_decides_the_draw(name, is_causal):
+    q, k, v = random_head(19, 24, 24)
+    function = functools.partial(call, name, q, k, v, is_causal=is_causal)
+    np.testing.assert_array_equal(function(key=jax.random.key(1)), function(key=jax.random.key(1)))
+    assert np.any(np.asarray(function(key=jax.random.key(1))) != np.asarray(function(key=jax.random.key(2))))
+
+
+@every_method
+def test_needs_key_is_true(name):
+    q, k, v = random_head(20, 9, 9)
+    tensors = random_heads(20, 1, 9, 9, 1, 1)
+    if METHODS[name].capabilities.needs_key:
+        with pytest.raises(ValueError, match=rf"{name} is random"):
+            METHODS[name].function(q, k, v, **settings(name))
+        with pytest.raises(ValueError, match=rf"'{name}' is random: pass rng"):
+            attention(*tensors, method=name, **settings(name))
+        with pytest.raises(TypeError, match="typed PRNG key"):
+            METHODS[name].function(q, k, v, jnp.zeros(2, jnp.uint32), **settings(name))
+    else:
+        without = METHODS[name].function(q, k, v, **settings(name))
+        np.testing.assert_array_equal(without, call(name, q, k, v))
+        attention(*tensors, method=name, **settings(name))
+
+
+# 16. many devices. 17. export
+
+
+@every_method
+@pytest.mark.parametrize("spec", [("data", None), (None, "data")], ids=["batch", "sequence"])
+def test_sharded_equals_unsharded(name, spec):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    tensors = random_heads(21, 4, 16, 16, 2, 1)
+    function = jax.jit(functools.partial(heads, name))
+    sharded = jax.device_put(tensors, NamedSharding(mesh, PartitionSpec(*spec)))
+    np.testing.assert_allclose(function(*sharded), function(*tensors), atol=2e-6)
+
+
+@both_directions
+def test_export_round_trip(name, is_causal):
+    options = {"is_causal": True} if is_causal else {}
+    tensors = random_heads(22, 1, 9, 9, 2, 1)
+    function = jax.jit(functools.partial(heads, name, **options))
+    exported = jax.export.export(function)(*tensors)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(*tensors), function(*tensors), atol=2e-6)
+
+
+# derivatives
+
+
+@both_directions
+def test_gradient_against_finite_differences(name, is_causal, x64):
+    q, k, v = random_head(23, 7, 7, 3, dtype=jnp.float64)
+    options = {"is_causal": True} if is_causal else {}
+    function = functools.partial(call, name, size=5, kv_mask=jnp.arange(7) != 2, **options)
+    check_grads(function, (q, k, v), order=1, modes=["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+# summaries
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if METHODS[name].summarize])
+def test_summaries_of_parts_merge(name):
+    method = METHODS[name]
+    q, k, v = random_head(24, 6, 20)
+    hyperparameters = {method.size: 20} if method.size else {}
+    key = jax.random.key(7)
+    parts = [method.summarize(k[part], v[part], key, **hyperparameters) for part in (slice(0, 8), slice(8, 20))]
+    together = attend(q, merge(*parts))
+    chex.assert_trees_all_close(together, merge(*(attend(q, part) for part in parts)), atol=2e-5)
+    if method.capabilities.exact_limit or method.draw or name == "exact":
+        chex.assert_trees_all_close(together, attend(q, method.summarize(k, v, key, **hyperparameters)), atol=2e-5)
+
+
+def test_every_capability_is_asserted_somewhere():
+    source = inspect.getsource(inspect.getmodule(test_every_capability_is_asserted_somewhere))
+    for field in dataclasses.fields(Capabilities):
+        assert source.count(field.name) > 0, field.name

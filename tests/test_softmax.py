@@ -1,0 +1,111 @@
+"""Every exact form equals brute force in value, normaliser and gradient, across the sizes at which it changes its path."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from approx_attention import softmax
+from approx_attention.softmax import HIDDEN, blocked_state, dense_state, streamed_state, triangular_state, window_state
+from tests.references import brute_force, causal_mask, random_head
+
+
+def assert_is_exact(state, q, k, v, mask=None):
+    out, lse = brute_force(q, k, v, scale=1, mask=mask)
+    np.testing.assert_allclose(state.out, out, atol=3e-6)
+    np.testing.assert_allclose(state.lse, lse, atol=3e-6)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (7, 5), (64, 64), (65, 130), (200, 63)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocked_equals_brute_force(num_queries, num_keys, masked):
+    q, k, v = random_head(0, num_queries, num_keys, spread=0.5)
+    mask = np.random.default_rng(0).random(num_keys) < 0.7
+    mask[0] = True
+    bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN) if masked else None
+    state = jax.jit(functools.partial(blocked_state, query_block=64, key_block=64))(q, k, v, bias)
+    assert_is_exact(state, q, k, v, mask if masked else None)
+
+
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300, 513])
+@pytest.mark.parametrize("masked", [False, True])
+def test_triangular_equals_brute_force(length, masked):
+    q, k, v = random_head(1, length, length, spread=0.5)
+    mask = np.random.default_rng(0).random(length) < 0.7
+    bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN) if masked else None
+    state = jax.jit(triangular_state)(q, k, v, bias)
+    visible = causal_mask(length, length)
+    assert_is_exact(state, q, k, v, visible & mask if masked else visible)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(200, 150), (150, 200), (1, 300), (300, 1)])
+def test_triangular_takes_sequences_of_two_lengths(num_queries, num_keys):
+    q, k, v = random_head(2, num_queries, num_keys, spread=0.5)
+    state = jax.jit(triangular_state)(q, k, v)
+    assert_is_exact(state, q, k, v, causal_mask(num_queries, num_keys))
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(5, 3), (3, 5), (130, 130), (700, 300), (1100, 1100)])
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (5, 0), (3, 7), (127, 0), (100, 900), (2000, 2000)])
+def test_window_equals_brute_force(num_queries, num_keys, left, right):
+    q, k, v = random_head(3, num_queries, num_keys, spread=0.5)
+    offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
+    mask = np.arange(num_keys) % 7 != 2
+    bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN)
+    state = jax.jit(functools.partial(window_state, left=left, right=right))(q, k, v, bias)
+    assert_is_exact(state, q, k, v, (offset >= -left) & (offset <= right) & mask)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (9, 14), (1100, 1300), (1500, 700), (2600, 2600)])
+def test_streamed_gradient_equals_that_of_the_dense_form(is_causal, num_queries, num_keys):
+    q, k, v = random_head(4, num_queries, num_keys, 4, spread=0.7)
+    kv_mask = jnp.arange(num_keys) % 5 != 3
+    visible = jnp.broadcast_to(kv_mask, (num_queries, num_keys))
+    if is_causal:
+        visible &= jnp.asarray(causal_mask(num_queries, num_keys))
+    random = np.random.default_rng(1)
+    d_out = jnp.asarray(random.normal(size=(num_queries, 4)), jnp.float32)
+    d_lse = jnp.asarray(random.normal(size=num_queries), jnp.float32)
+
+    def loss(state):
+        lse = jnp.where(jnp.isfinite(state.lse), state.lse, 0.0)
+        return jnp.sum(state.out * d_out) + jnp.sum(lse * d_lse)
+
+    streamed = jax.jit(jax.grad(lambda *x: loss(streamed_state(*x, kv_mask, is_causal)), argnums=(0, 1, 2)))
+    dense = jax.jit(jax.grad(lambda *x: loss(dense_state(*x, jnp.where(visible, 0.0, HIDDEN))), argnums=(0, 1, 2)))
+    chex.assert_trees_all_close(streamed(q, k, v), dense(q, k, v), atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", [blocked_state, triangular_state, functools.partial(window_state, left=40, right=3)])
+def test_gradients_against_finite_differences(form, x64, monkeypatch):
+    monkeypatch.setattr(softmax, "TRIANGLE", 4)
+    q, k, v = random_head(5, 13, 13, 3, dtype=jnp.float64)
+    bias = jnp.where(jnp.arange(13) % 4 == 1, HIDDEN, 0.1 * jnp.arange(13.0))
+    if form is blocked_state:
+        form = functools.partial(form, query_block=5, key_block=4)
+    check_grads(form, (q, k, v, bias), order=1, modes=["rev", "fwd"], eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+def test_dense_form_has_forward_mode_and_second_derivatives(x64):
+    q, k, v = random_head(6, 5, 6, 3, dtype=jnp.float64)
+    check_grads(lambda *x: dense_state(*x).out, (q, k, v), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_memory_of_the_streamed_form_is_linear(is_causal):
+    def temporary_bytes(length, backward):
+        x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
+        function = lambda q, k, v: streamed_state(q, k, v, None, is_causal).out  # noqa: E731
+        if backward:
+            function = jax.grad(lambda q, k, v: jnp.sum(streamed_state(q, k, v, None, is_causal).out), argnums=(0, 1, 2))
+        return jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    for backward in (False, True):
+        once, fourfold = temporary_bytes(2**14, backward), temporary_bytes(2**16, backward)
+        assert fourfold < 4.5 * once
+        assert fourfold < 2**16 * 2**16 * 4 / 64

@@ -1,0 +1,80 @@
+"""The law of merging: associative, commutative, with an identity, free of NaN, differentiable."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from approx_attention import AttentionState, FeatureMoments, PositiveFeatures, WeightedKV, attend, merge
+from tests.references import brute_force, random_head
+
+
+def random_state(seed, spread=3.0, dtype=jnp.float32):
+    random = np.random.default_rng(seed)
+    return AttentionState(jnp.asarray(random.normal(size=(5, 3)), dtype), jnp.asarray(spread * random.normal(size=5), dtype))
+
+
+@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 100.0, 1e4]))
+@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+def test_associative_and_commutative(seed, spread):
+    a, b, c = (random_state(seed + i, spread) for i in range(3))
+    chex.assert_trees_all_close(merge(a, b), merge(b, a), atol=1e-6, rtol=1e-6)
+    chex.assert_trees_all_close(merge(merge(a, b), c), merge(a, merge(b, c)), atol=1e-5, rtol=1e-6)
+
+
+def test_merging_equals_attending_to_the_union():
+    q, k, v = random_head(0, 5, 9)
+    parts = [AttentionState(*map(jnp.asarray, brute_force(q, k[i], v[i]))) for i in (slice(0, 2), slice(2, 9))]
+    out, lse = brute_force(q, k, v)
+    merged = merge(*parts)
+    np.testing.assert_allclose(merged.out, out, atol=1e-6)
+    np.testing.assert_allclose(merged.lse, lse, atol=1e-6)
+
+
+def test_the_empty_state_is_the_identity():
+    state, empty = random_state(0), AttentionState.empty(5, 3)
+    chex.assert_trees_all_close(merge(state, empty), state, rtol=1e-6)
+    chex.assert_trees_all_close(merge(empty, state), state, rtol=1e-6)
+    chex.assert_trees_all_equal(merge(empty, empty), empty)
+
+
+def test_gradients_are_finite_next_to_the_empty_state():
+    empty = AttentionState.empty(5, 3)
+    for a, b in ((random_state(0), empty), (empty, random_state(0)), (empty, empty)):
+        gradient = jax.grad(lambda a, b: jnp.sum(merge(a, b).out ** 2), argnums=(0, 1))(a, b)
+        chex.assert_tree_all_finite(gradient)
+
+
+def test_merge_has_the_right_derivative(x64):
+    a, b = random_state(0, 1.0, jnp.float64), random_state(1, 1.0, jnp.float64)
+    check_grads(merge, (a, b), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-5, rtol=1e-5)
+
+
+def test_only_like_merges_with_like():
+    state = random_state(0)
+    q, k, v = random_head(0, 5, 9)
+    tokens = WeightedKV.of_tokens(k, v)
+    moments = FeatureMoments.of_tokens(PositiveFeatures(q), k, v)
+    signed = WeightedKV(k, v, jnp.ones(9), jnp.stack([v.min(0), v.max(0)]))
+    for a, b in ((state, tokens), (tokens, moments), (moments, state), (tokens, signed)):
+        with pytest.raises(TypeError, match="merge takes two"):
+            merge(a, b)
+    with pytest.raises(TypeError, match="got float"):
+        merge(1.0, 2.0)
+
+
+def test_states_pass_through_transformations():
+    q, k, v = random_head(0, 5, 9)
+
+    @jax.jit
+    @jax.vmap
+    def function(q, k, v):
+        return attend(q, WeightedKV.of_tokens(k, v))
+
+    state = function(*(jnp.stack([x, x]) for x in (q, k, v)))
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[0], state), jax.tree.map(lambda x: x[1], state))

@@ -1,0 +1,155 @@
+"""Summaries answer like the keys and values they stand for, alone and merged."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    FeatureMoments,
+    PositiveFeatures,
+    ReLUFeatures,
+    TrigonometricFeatures,
+    WeightedKV,
+    attend,
+    gaussian_projection,
+    merge,
+    summary_bytes,
+)
+from approx_attention.summaries import FEATURE_BLOCK
+from tests.references import brute_force, random_head
+
+MAPS = {"positive": PositiveFeatures, "trigonometric": TrigonometricFeatures, "relu": ReLUFeatures}
+every_map = pytest.mark.parametrize("kind", MAPS)
+
+
+def feature_map(kind, head_dim=8, num_directions=16):
+    return MAPS[kind](gaussian_projection(jax.random.key(0), num_directions, head_dim))
+
+
+def materialised(features, x):
+    """Features in float64, straight from their definition ``values * exp(log_scale)``."""
+    values, log_scale = (np.asarray(y, np.float64) for y in features(x))
+    return np.broadcast_to(values * np.exp(log_scale), (x.shape[0], features.num_features))
+
+
+def test_tokens_with_masses_are_repeated_keys():
+    q, k, v = random_head(0, 6, 5)
+    counts = np.array([1, 3, 0, 2, 5])
+    summary = WeightedKV(k, v * counts[:, None].astype(np.float32), jnp.asarray(counts, jnp.float32))
+    out, lse = brute_force(q, np.repeat(k, counts, axis=0), np.repeat(v, counts, axis=0), scale=1)
+    np.testing.assert_allclose(attend(q, summary).out, out, atol=1e-6)
+    np.testing.assert_allclose(attend(q, summary).lse, lse, atol=1e-6)
+
+
+def test_an_absent_token_may_hold_anything():
+    q, k, v = random_head(1, 6, 5)
+    mass = jnp.array([1.0, 0, 1, 1, 0])
+    summary = WeightedKV(k, v * mass[:, None], mass)
+    out, _ = brute_force(q, np.asarray(k)[[0, 2, 3]], np.asarray(v)[[0, 2, 3]], scale=1)
+    np.testing.assert_allclose(attend(q, summary).out, out, atol=1e-6)
+    gradient = jax.grad(lambda s: jnp.sum(attend(q, s).out))(summary)
+    chex.assert_tree_all_finite(gradient)
+
+
+def test_signed_masses_answer_and_are_clipped():
+    q, k, v = random_head(2, 6, 5, spread=0.3)
+    mass = jnp.array([1.0, 2.0, -0.3, 1.5, 1.0])
+    value_sum = v * mass[:, None]
+    wide = jnp.stack([jnp.full(8, -100.0), jnp.full(8, 100.0)])
+    weights = np.exp(np.asarray(q, np.float64) @ np.asarray(k, np.float64).T)
+    total = weights @ np.asarray(mass, np.float64)
+    assert np.all(total > 0)
+    expected = weights @ np.asarray(value_sum, np.float64) / total[:, None]
+    state = attend(q, WeightedKV(k, value_sum, mass, wide))
+    np.testing.assert_allclose(state.out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.lse, np.log(total), atol=1e-5)
+    narrow = jnp.stack([jnp.full(8, -0.1), jnp.full(8, 0.1)])
+    np.testing.assert_allclose(
+        attend(q, WeightedKV(k, value_sum, mass, narrow)).out, np.clip(expected, -0.1, 0.1), atol=1e-5
+    )
+
+
+def test_a_normaliser_that_is_not_positive_is_no_answer():
+    q, k, v = random_head(3, 6, 2)
+    value_range = jnp.stack([v.min(0), v.max(0)])
+    state = attend(q, WeightedKV(k, v, jnp.array([-1.0, -2.0]), value_range))
+    np.testing.assert_array_equal(state.out, 0)
+    assert np.all(np.asarray(state.lse) == -np.inf)
+    others = attend(q, WeightedKV.of_tokens(k, v))
+    chex.assert_trees_all_close(merge(state, others), others, rtol=1e-6)
+
+
+@every_map
+def test_moments_equal_their_definition(kind):
+    q, k, v = random_head(4, 6, 40, spread=0.3)
+    features = feature_map(kind)
+    phi_q, phi_k = materialised(features, q), materialised(features, k)
+    mass = phi_q @ phi_k.sum(0)
+    state = attend(q, FeatureMoments.of_tokens(features, k, v))
+    assert np.all(mass > 0)
+    np.testing.assert_allclose(state.lse, np.log(mass), atol=2e-5)
+    np.testing.assert_allclose(state.out, phi_q @ phi_k.T @ np.asarray(v) / mass[:, None], atol=2e-5)
+
+
+@every_map
+def test_moments_by_blocks_equal_moments_at_once(kind):
+    num_keys = 2 * FEATURE_BLOCK + 17
+    q, k, v = random_head(5, 6, num_keys, spread=0.3)
+    features = feature_map(kind)
+    kv_mask = jnp.arange(num_keys) % 5 != 0
+    blocks = FeatureMoments.of_tokens(features, k, v, kv_mask)
+    whole = FeatureMoments._of_block(features, k, v, kv_mask)
+    chex.assert_trees_all_close(attend(q, blocks), attend(q, whole), atol=1e-5)
+
+
+@every_map
+def test_merged_moments_are_moments_of_the_union(kind):
+    q, k, v = random_head(6, 6, 20, spread=0.5)
+    features = feature_map(kind)
+    a, b = (FeatureMoments.of_tokens(features, k[part], v[part]) for part in (slice(0, 3), slice(3, 20)))
+    whole = FeatureMoments.of_tokens(features, k, v)
+    empty = FeatureMoments.empty(features, 8)
+    for merged in (merge(a, b), merge(b, a), merge(empty, whole), merge(whole, merge(empty, empty))):
+        chex.assert_trees_all_close(attend(q, merged), attend(q, whole), atol=1e-5)
+
+
+@every_map
+def test_empty_moments_answer_with_the_empty_state(kind):
+    q, k, v = random_head(7, 6, 9)
+    features = feature_map(kind)
+    for moments in (
+        FeatureMoments.empty(features, 8),
+        merge(FeatureMoments.empty(features, 8), FeatureMoments.empty(features, 8)),
+        FeatureMoments.of_tokens(features, k, v, jnp.zeros(9, bool)),
+    ):
+        state = attend(q, moments)
+        np.testing.assert_array_equal(state.out, 0)
+        np.testing.assert_array_equal(state.lse, -np.inf)
+
+
+def test_a_far_larger_key_does_not_erase_the_others():
+    # Each feature has its own log-scale: a global one would underflow every feature but a few.
+    q, k, v = random_head(8, 6, 9, spread=0.5)
+    k = k.at[0].multiply(40.0)
+    features = feature_map("positive", num_directions=64)
+    values, log_k = (np.asarray(x, np.float64) for x in features(k))
+    _, log_q = (np.asarray(x, np.float64) for x in features(q))
+    log_weight = log_q[:, None, :] + log_k[None, :, :]
+    peak = log_weight.max((1, 2), keepdims=True)
+    weight = np.exp(log_weight - peak).sum(-1)
+    out = weight @ np.asarray(v) / weight.sum(1, keepdims=True)
+    np.testing.assert_allclose(attend(q, FeatureMoments.of_tokens(features, k, v)).out, out, rtol=2e-3, atol=2e-4)
+
+
+def test_only_summaries_answer():
+    with pytest.raises(TypeError, match="got tuple"):
+        attend(jnp.ones((2, 3)), (1, 2))
+
+
+def test_bytes_count_what_is_held_but_not_the_feature_map():
+    q, k, v = random_head(9, 6, 9, 8, 5)
+    assert summary_bytes(WeightedKV.of_tokens(k, v)) == 4 * (9 * 8 + 9 * 5 + 9)
+    moments = FeatureMoments.of_tokens(feature_map("positive"), k, v)
+    assert summary_bytes(moments) == 4 * (16 * 5 + 16 + 16) == summary_bytes((moments,))
