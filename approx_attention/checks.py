@@ -40,7 +40,7 @@ def head_inputs(
     q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     if kv_mask is not None:
         check_kv_mask(kv_mask, k.shape[0])
-        k, v = (jnp.where(kv_mask[:, None], x, jnp.zeros_like(x)) for x in (k, v))
+    k, v = zero_padding(k, v, kv_mask)
     q, k = fold_scale(q, k, scale)
     return q, k, v
 
@@ -75,6 +75,13 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         raise ValueError(f"scale must be positive, got {scale}: a scale of other sign belongs into q")
     root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
+
+
+def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
+    """Keys and values with zeros where ``kv_mask`` says padding, so that no NaN there can reach a sum or a gradient."""
+    if kv_mask is None:
+        return k, v
+    return tuple(jnp.where(kv_mask[:, None], x, jnp.zeros_like(x)) for x in (k, v))
 
 
 def accumulation_dtype(*tensors: Array) -> Any:

@@ -100,7 +100,7 @@ def load_sample() -> Tensors:
 
 def _read_npz(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             _require_names(path, names, archive.files)
             return [archive[name] for name in names]
     except InputError:
@@ -337,7 +337,9 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
     return table
 
 
-def _with_deviation(mean: float, deviation: float, num_seeds: int) -> str:
+def _with_deviation(mean: float | None, deviation: float | None, num_seeds: int) -> str:
+    if mean is None:
+        return ""
     return f"{mean:.3g}" if num_seeds == 1 else f"{mean:.3g} ± {deviation:.1g}"
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from approx_attention.checks import zero_padding
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
 from approx_attention.softmax import HIDDEN, blocked_state, map_rows, pad_rows
 from approx_attention.states import AttentionState, finite_peak, merge, require_same_kind
@@ -50,7 +51,7 @@ class WeightedKV:
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
         """The summary that keeps every token with mass 1, and masked ones with mass 0."""
         mass = jnp.ones(k.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
-        return cls(k, v * mass[:, None], mass)
+        return cls(*zero_padding(k, v, kv_mask), mass)
 
     @classmethod
     def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
@@ -92,6 +93,7 @@ class FeatureMoments:
     def of_tokens(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
         """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block."""
         num_keys = k.shape[0]
+        k, v = zero_padding(k, v, kv_mask)
         if num_keys <= FEATURE_BLOCK:
             return cls._of_block(features, k, v, kv_mask)
         blocks = -(-num_keys // FEATURE_BLOCK)

@@ -604,6 +604,20 @@ def test_summaries_of_parts_merge(name):
         chex.assert_trees_all_close(together, attend(q, method.summarize(k, v, key, **hyperparameters)), atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if METHODS[name].summarize])
+def test_padding_never_enters_a_summary(name):
+    method = METHODS[name]
+    q, k, v = random_head(25, 6, 20)
+    kv_mask = jnp.arange(20) % 4 != 1
+    hyperparameters = {method.size: 6} if method.size else {}
+
+    def answer(k, v):
+        return attend(q, method.summarize(k, v, jax.random.key(7), **hyperparameters, kv_mask=kv_mask))
+
+    soiled = (x.at[~np.asarray(kv_mask)].set(jnp.nan) for x in (k, v))
+    chex.assert_trees_all_equal(answer(*soiled), answer(k, v))
+
+
 def test_every_capability_is_asserted_somewhere():
     source = inspect.getsource(inspect.getmodule(test_every_capability_is_asserted_somewhere))
     for field in dataclasses.fields(Capabilities):

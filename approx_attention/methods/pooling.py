@@ -102,7 +102,7 @@ def summarize_mean_pool(
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    sums = _SegmentSums(k * tokens.mass[:, None], tokens.value_sum, tokens.mass)
+    sums = _SegmentSums(tokens.k, tokens.value_sum, tokens.mass)
     # Segment c holds the tokens j with floor(j M / S) = c.
     bounds = -(-np.arange(num_landmarks + 1) * num_keys // num_landmarks)
     member = bounds[:-1, None] + np.arange(-(-num_keys // num_landmarks))
@@ -141,7 +141,7 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
         length = jnp.where(full, 2 * length, length)
         segment = (start + jnp.arange(block_size, dtype=jnp.int32)) // length
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
-        block = _SegmentSums(k * tokens.mass[:, None], tokens.value_sum, tokens.mass)
+        block = _SegmentSums(tokens.k, tokens.value_sum, tokens.mass)
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_landmarks, indices_are_sorted=True), block)
         return _Segments(jax.tree.map(jnp.add, sums, block), length)
 

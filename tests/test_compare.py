@@ -1,0 +1,312 @@
+"""The main job from file to table, figure and JSON, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import cli
+from approx_attention.compare import (
+    InputError,
+    best_rows,
+    build_arms,
+    comparison_table,
+    draw_frontiers,
+    load_sample,
+    load_tensors,
+    run_comparison,
+    write_atomically,
+)
+from approx_attention.diagnostics import Comparison
+from tests.references import brute_force, random_heads
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    """A small .npz of q [1, 48, 4, 8] and k, v [1, 48, 2, 8]."""
+    path = tmp_path / "tensors.npz"
+    np.savez(path, **dict(zip("qkv", map(np.asarray, random_heads(0, 1, 48, 48, 4, 2)), strict=True)))
+    return path
+
+
+def run(*arguments):
+    """The command line: exit code, and what it wrote to standard output and error."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+def refusal(capsys, *arguments):
+    """The one line with which the command line refuses its input."""
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+# what it reads
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_npz_of_every_layout(tmp_path, axes, dtype):
+    arrays = [np.asarray(x, dtype) for x in random_heads(0, 2, 6, 5, 4, 2)]
+    arrays = [x if axes == 4 else x[0] if axes == 3 else x[0, :, 0] for x in arrays]
+    np.savez(tmp_path / "x.npz", a=arrays[0], b=arrays[1], c=arrays[2])
+    loaded = load_tensors(tmp_path / "x.npz", ("a", "b", "c"))
+    for x, expected in zip(loaded, arrays, strict=True):
+        assert x.ndim == 4
+        assert x.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(x).reshape(expected.shape), np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_safetensors(tmp_path, dtype):
+    from safetensors.flax import save_file
+
+    arrays = {name: x.astype(dtype) for name, x in zip("qkv", random_heads(0, 1, 6, 5, 4, 2), strict=True)}
+    save_file(arrays, tmp_path / "x.safetensors")
+    loaded = load_tensors(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(loaded.query, arrays["q"].astype(jnp.float32))
+
+
+def test_the_sample_is_what_its_text_says():
+    query, key, value = load_sample()
+    assert query.shape[1] == key.shape[1] == 2048
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1] == 64
+    assert query.shape[0] >= 2
+    package = os.path.dirname(cli.__file__)
+    assert os.path.getsize(os.path.join(package, "sample.npz")) <= 2 * 10**6
+    with open(os.path.join(package, "sample.txt")) as file:
+        provenance = json.load(file)
+    for layer, entry in enumerate(provenance["layers"]):
+        entropies = []
+        for head in range(query.shape[2]):
+            logits = np.asarray(query[layer, :, head] @ key[layer, :, 0].T, np.float64) / 8
+            logits = np.where(np.tri(2048, dtype=bool), logits, -np.inf)
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            entropies.append(-np.sum(weights * np.log(np.maximum(weights, 1e-30)), axis=1).mean())
+        assert abs(np.mean(entropies) - entry["mean_entropy_nats"]) < 0.02
+    assert len({entry["layer"] for entry in provenance["layers"]}) == len(provenance["layers"])
+
+
+# what it says
+
+
+def test_json_figure_and_table(tensors, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    assert run("compare", tensors, "--causal", "--methods", "mean_pool,favor", "--budget", "4,8", "--seeds", 2, "--window", 8, "--out", out) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((out / "compare.json").read_text())
+    assert document["settings"]["is_causal"] is True
+    assert document["settings"]["seed"] == 0
+    assert document["environment"]["jax"] == jax.__version__
+    assert document["shapes"] == {"query": [1, 48, 4, 8], "key": [1, 48, 2, 8], "value": [1, 48, 2, 8]}
+    seen = {(row["method"], row["size"]) for row in document["rows"]}
+    assert {("mean_value", None), ("local", 4), ("uniform_sample", 8), ("mean_pool", 4), ("favor", 8)} <= seen
+    for row in document["rows"]:
+        assert row["method"] in printed
+        assert row["compile_seconds"] > 0 < row["seconds"] <= row["median_seconds"]
+        assert row["num_seeds"] == (2 if row["method"] in ("favor", "uniform_sample") else 1)
+        if row["is_exact"]:
+            assert row["relative_error"] < 1e-5 > row["far_error"]
+            assert row["speedup"] <= 1
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png"]
+
+
+def test_errors_are_those_of_the_outputs(tensors):
+    loaded = load_tensors(tensors)
+    rows = run_comparison(loaded, ["mean_value"], [16], is_causal=True, window_size=8, num_seeds=1)
+    row = next(row for row in rows if row.method == "mean_value")
+    exact, mean, window = [], [], []
+    for n in range(4):
+        q, k, v = (np.asarray(x[0, :, m], np.float64) for x, m in zip(loaded, (n, n // 2, n // 2), strict=True))
+        distance = np.arange(48)[:, None] - np.arange(48)[None, :]
+        exact.append(brute_force(q, k, v, mask=distance >= 0)[0])
+        window.append(brute_force(q, k, v, mask=(distance >= 0) & (distance < 8))[0])
+        mean.append(np.cumsum(v, axis=0) / np.arange(1, 49)[:, None])
+    exact, mean, window = map(np.stack, (exact, mean, window))
+    assert row.relative_error == pytest.approx(np.linalg.norm(mean - exact) / np.linalg.norm(exact), rel=1e-4)
+    assert row.far_error == pytest.approx(np.linalg.norm(mean - exact) / np.linalg.norm(window - exact), rel=1e-4)
+    row_errors = np.linalg.norm(mean - exact, axis=-1)
+    worst = row_errors.max() / np.sqrt(np.mean(np.linalg.norm(exact, axis=-1) ** 2))
+    assert row.worst_row_error == pytest.approx(worst, rel=1e-4)
+    # Keys and values of 48 tokens against 8 sums and a count.
+    assert row.compression == pytest.approx(48 * 16 * 4 / row.summary_bytes)
+
+
+def test_bytes_held(tensors):
+    loaded = load_tensors(tensors)
+    held = {arm.label: arm.summary_bytes for arm in build_arms(loaded, ["mean_pool", "favor"], [8], is_causal=False, scale=None)}
+    assert held["exact"] == 48 * 16 * 4
+    assert held["mean_value"] == held["mean_pool 8"] / 8 == (8 + 8 + 1) * 4
+    assert held["favor 8"] == 8 * (8 + 1 + 1) * 4
+    assert held["local 8"] == 15 * 16 * 4
+    causal = {arm.label: arm.summary_bytes for arm in build_arms(loaded, ["mean_pool"], [8], is_causal=True, scale=None)}
+    assert causal["mean_pool 8"] == held["mean_pool 8"] + 2 * 128 * 16 * 4
+    assert causal["local 8"] == 8 * 16 * 4
+
+
+def comparison(method, seconds, error, is_exact=False):
+    return Comparison(
+        method=method,
+        size=8,
+        summary_bytes=1024,
+        compression=2.0,
+        compile_seconds=0.1,
+        seconds=seconds,
+        median_seconds=seconds,
+        speedup=1.0,
+        relative_error=error,
+        relative_error_std=0.0,
+        worst_row_error=error,
+        normalizer_error=None,
+        far_error=error,
+        far_error_std=0.0,
+        num_seeds=1,
+        is_exact=is_exact,
+    )
+
+
+def test_the_frontier_holds_what_nothing_beats():
+    rows = [
+        comparison("exact", 1.0, 0.0, is_exact=True),
+        comparison("fast", 0.1, 0.9),
+        comparison("good", 0.5, 0.1),
+        comparison("worse", 0.6, 0.2),
+        comparison("slow and good", 2.0, 0.01),
+    ]
+    assert best_rows(rows) == {1, 2, 4}
+    table = comparison_table(rows, "title", 8)
+    assert [cell.plain for cell in table.columns[0].cells] == ["exact", "fast *", "good *", "worse", "slow and good *"]
+    figure = draw_frontiers(rows, "title")
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"fast", "good", "worse", "slow and good"}
+
+
+def test_help_and_methods(capsys):
+    assert run("--help") == 0
+    assert run("compare", "--help") == 0
+    assert "What does each approximation cost and lose" in capsys.readouterr().out
+    assert run("methods") == 0
+    assert "| `favor`" in capsys.readouterr().out
+    assert run("--version") == 0
+
+
+# what it refuses
+
+
+def spoil(tmp_path, **changes):
+    arrays = dict(zip("qkv", map(np.array, random_heads(0, 1, 6, 6, 4, 2)), strict=True)) | changes
+    path = tmp_path / "bad.npz"
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    return path
+
+
+def test_bad_files(tmp_path, tensors, capsys):
+    def message(path, *options):
+        return refusal(capsys, "compare", path, *options, "--out", tmp_path / "out")
+
+    assert "nowhere.npz is not there" in message(tmp_path / "nowhere.npz")
+    assert "is a directory" in message(tmp_path)
+    (tmp_path / "empty.npz").touch()
+    assert "empty.npz is empty" in message(tmp_path / "empty.npz")
+    (tmp_path / "x.npy").write_bytes(b"x")
+    assert "must end in .npz or .safetensors" in message(tmp_path / "x.npy")
+    (tmp_path / "text.npz").write_text("not an archive")
+    assert "text.npz" in message(tmp_path / "text.npz")
+    for suffix in (".npz", ".safetensors"):
+        short = tmp_path / f"short{suffix}"
+        short.write_bytes(tensors.read_bytes()[:-300])
+        assert f"short{suffix} is not a whole {suffix}" in message(short)
+    with zipfile.ZipFile(tensors) as archive:
+        first = archive.read("q.npy")
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes(tensors.read_bytes().replace(first[200:260], bytes(60)))
+    assert "damaged.npz is not a whole .npz" in message(damaged)
+    assert "pickled object, which is never loaded" in message(spoil(tmp_path, q=np.array([{}], object)))
+
+
+def test_bad_arrays(tmp_path, capsys):
+    def message(*options, **changes):
+        return refusal(capsys, "compare", spoil(tmp_path, **changes), *options, "--out", tmp_path / "out")
+
+    assert "has no array 'v' (it holds 'q', 'k'; name yours with --q, --k, --v)" in message(v=None)
+    assert "has no array 'query_'" in message("--q", "query_")
+    assert "'k' in" in message(k=np.ones(5, np.float32))
+    assert "got shape [5]" in message(k=np.ones(5, np.float32))
+    assert "must hold floating-point numbers, got dtype int64" in message(q=np.ones((1, 6, 4, 8), int))
+    assert "must have one number of axes" in message(q=np.ones((6, 8), np.float32))
+    assert "must have one head dimension" in message(q=np.ones((1, 6, 4, 7), np.float32))
+    assert "must have one batch size" in message(q=np.ones((2, 6, 4, 8), np.float32))
+    assert "the heads of 'k' must divide those of 'q'" in message(q=np.ones((1, 6, 3, 8), np.float32))
+    assert "must have the same tokens and heads" in message(v=np.ones((1, 5, 2, 8), np.float32))
+    assert "is empty, of shape [1, 0, 4, 8]" in message(q=np.ones((1, 0, 4, 8), np.float32))
+    infinite = np.ones((1, 6, 2, 8), np.float32)
+    infinite[0, 4, 1, 3] = np.inf
+    assert "'v' in" in message(v=infinite)
+    assert "has 1 numbers that are not finite, the first inf at [0, 4, 1, 3]" in message(v=infinite)
+
+
+def test_bad_options(tensors, tmp_path, capsys):
+    def message(*options):
+        return refusal(capsys, "compare", tensors, "--out", tmp_path / "out", *options)
+
+    assert "'favour' is no method; did you mean 'favor'? They are exact, " in message("--methods", "mean_pool,favour")
+    assert "No such option '--budgets'. Did you mean '--budget'?" in message("--budgets", "4")
+    assert "'x' is not a valid integer range" in message("--budget", "4,x")
+    assert "0 is not in the range x>=1" in message("--budget", "0")
+    assert "give at least one" in message("--methods", ",")
+    assert "--scale" in message("--scale", "-1")
+    assert "'quantum' is not one of 'cpu', 'gpu', 'tpu'" in message("--device", "quantum")
+    assert "No such command 'compair'" in refusal(capsys, "compair")
+    (tmp_path / "file").touch()
+    assert "cannot write to the directory" in refusal(capsys, "compare", tensors, "--out", tmp_path / "file")
+    assert "cannot write to the directory" in refusal(capsys, "compare", tensors, "--out", tmp_path / "file" / "below")
+    assert not (tmp_path / "out" / "compare.json").exists()
+
+
+def test_an_absent_device_is_refused(tensors, tmp_path):
+    command = [sys.executable, "-c", "import sys; from approx_attention.cli import main; sys.exit(main(sys.argv[1:]))"]
+    result = subprocess.run(
+        [*command, "compare", str(tensors), "--device", "tpu", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("approx-attention: JAX finds no device of kind 'tpu'")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_method_without_a_causal_form_is_refused_for_causal_attention(tensors, monkeypatch):
+    import dataclasses
+
+    from approx_attention import compare, registry
+
+    method = registry.METHODS["mean_pool"]
+    blind = dataclasses.replace(method, capabilities=dataclasses.replace(method.capabilities, causal=False))
+    monkeypatch.setattr(compare, "get_method", lambda name: blind if name == "mean_pool" else registry.METHODS[name])
+    with pytest.raises(InputError, match="'mean_pool' has no causal form"):
+        build_arms(load_tensors(tensors), ["mean_pool"], [4], is_causal=True, scale=None)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("before")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]

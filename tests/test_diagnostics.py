@@ -1,0 +1,110 @@
+"""Measured errors, the search for the worst query, and interleaved timing."""
+
+import inspect
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import WeightedKV, attend, summarize_mean_pool, summarize_uniform_sample
+from approx_attention.diagnostics import Arm, compare, output_error, sup_error, time_interleaved
+from tests.references import brute_force, random_head, random_heads
+
+
+def test_output_error_of_known_differences():
+    exact = jnp.array([[[3.0, 4.0], [0.0, 5.0]]])
+    error = output_error(exact + jnp.array([[[0.0, 0.0], [3.0, 0.0]]]), exact)
+    assert float(error.relative) == pytest.approx(3 / np.sqrt(50))
+    assert float(error.worst_row) == pytest.approx(3 / 5)
+    assert output_error(exact, exact) == (0, 0)
+    with pytest.raises(ValueError, match=r"got \(1, 2, 2\) and \(2, 2\)"):
+        inspect.unwrap(output_error)(exact, exact[0])
+
+
+def test_sup_error_of_an_exact_summary_is_zero():
+    _, k, v = random_head(0, 1, 40, 4)
+    assert float(sup_error(k, v, WeightedKV.of_tokens(k, v), 3.0).error) < 1e-6
+
+
+def test_sup_error_is_reached_by_its_query_inside_the_ball():
+    _, k, v = random_head(1, 1, 200, 4)
+    summary = summarize_uniform_sample(k, v, jax.random.key(0), sample_size=50)
+    found = sup_error(k, v, summary, 2.0)
+    query = found.query[None]
+    assert float(jnp.linalg.norm(query)) <= 2.0 + 1e-5
+    difference = np.asarray(attend(query, summary).out) - brute_force(query, k, v, scale=1)[0]
+    largest = np.linalg.norm(v, axis=-1).max()
+    assert float(found.error) == pytest.approx(np.linalg.norm(difference) / largest, rel=1e-3)
+
+
+def test_sup_error_beats_random_queries_and_has_converged():
+    _, k, v = random_head(2, 1, 300, 6)
+    summary = summarize_uniform_sample(k, v, jax.random.key(0), sample_size=60)
+    found = float(sup_error(k, v, summary, 3.0).error)
+    directions = np.random.default_rng(0).normal(size=(20_000, 6))
+    queries = jnp.asarray(3 * directions / np.linalg.norm(directions, axis=1, keepdims=True), jnp.float32)
+    truth = brute_force(queries, k, v, scale=1)[0]
+    largest = np.linalg.norm(v, axis=-1).max()
+    best_random = np.linalg.norm(np.asarray(attend(queries, summary).out) - truth, axis=1).max() / largest
+    assert found >= best_random * 0.999
+    harder = float(sup_error(k, v, summary, 3.0, num_starts=96, num_steps=240, key=jax.random.key(1)).error)
+    assert harder == pytest.approx(found, rel=0.02)
+
+
+def test_equal_weights_fail_on_the_two_point_instance():
+    # One key against N opposite ones, weights of e^{2 rho}: a mass-less subset cannot answer q = rho u.
+    rho, dim = 2.0, 3
+    count = round(np.exp(2 * rho))
+    u = np.eye(dim)[0]
+    k = jnp.asarray(np.vstack([u, -np.tile(u, (count, 1))]), jnp.float32)
+    v = jnp.asarray(np.vstack([u, -np.tile(u, (count, 1))]), jnp.float32)
+    unweighted = WeightedKV.of_tokens(k[:8], v[:8])
+    weighted = WeightedKV(k[:2], jnp.stack([v[0], count * v[1]]), jnp.array([1.0, count]))
+    assert float(sup_error(k, v, unweighted, rho).error) > 0.7
+    assert float(sup_error(k, v, weighted, rho).error) < 1e-5
+
+
+def test_sup_error_ignores_padding_and_grows_with_the_ball():
+    _, k, v = random_head(3, 1, 40, 4)
+    kv_mask = jnp.arange(40) < 30
+    summary = summarize_mean_pool(k, v, num_landmarks=8, kv_mask=kv_mask)
+    clean = sup_error(k, v, summary, 1.0, kv_mask=kv_mask)
+    soiled = sup_error(k.at[30:].set(jnp.nan), v.at[30:].set(jnp.nan), summary, 1.0, kv_mask=kv_mask)
+    np.testing.assert_array_equal(clean.error, soiled.error)
+    assert float(sup_error(k, v, summary, 3.0, kv_mask=kv_mask).error) > float(clean.error)
+
+
+def test_time_is_that_of_the_call():
+    timings = time_interleaved({"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.001)}, rounds=3)
+    assert timings["long"].least >= 0.02 > timings["short"].least >= 0.001
+    assert timings["long"].median >= timings["long"].least
+
+
+def test_compare_needs_an_exact_arm():
+    tensors = random_heads(0, 1, 4, 4, 1, 1)
+    arm = Arm("mine", lambda query, key, value, rng: (value, None))
+    with pytest.raises(ValueError, match="needs an exact arm"):
+        compare([arm], *tensors, exact=arm, window=arm)
+
+
+def test_compare_averages_over_seeds():
+    tensors = random_heads(1, 1, 6, 6, 1, 1)
+
+    def noisy(query, key, value, rng):
+        return value + jax.random.normal(rng, value.shape), None
+
+    exact = Arm("exact", lambda query, key, value, rng: (value, None), is_exact=True)
+    zero = Arm("zero", lambda query, key, value, rng: (0 * value, None))
+    rows = compare([exact, Arm("noisy", noisy, is_random=True)], *tensors, exact=exact, window=zero, num_seeds=4, seed=5)
+    errors = [
+        float(jnp.linalg.norm(jax.random.normal(jax.random.key(5 + i), tensors[2].shape)) / jnp.linalg.norm(tensors[2]))
+        for i in range(4)
+    ]
+    assert rows[1].num_seeds == 4
+    assert rows[1].relative_error == pytest.approx(np.mean(errors), rel=1e-5)
+    assert rows[1].relative_error_std == pytest.approx(np.std(errors), rel=1e-4)
+    assert rows[1].far_error == pytest.approx(np.mean(errors), rel=1e-5)
+    assert rows[0].relative_error == 0
+    assert rows[0].normalizer_error is None
