@@ -33,7 +33,8 @@ def attention(
 ) -> Any:
     r"""Attention by any method, over batch and heads: a superset of `jax.nn.dot_product_attention`.
 
-    .. math:: \mathrm{out}_{btn} \approx \mathrm{softmax}_s(s\, q_{btn} \cdot k_{bsn'})\, v_{bsn'}, \qquad n' = \lfloor n K / N \rfloor
+    .. math:: \mathrm{out}_{btn} \approx \mathrm{softmax}_s(s\, q_{btn} \cdot k_{bsn'})\, v_{bsn'},
+              \qquad n' = \lfloor n K / N \rfloor
 
     Args:
         query: ``[..., T, N, D]`` with any number of batch axes.
@@ -149,9 +150,12 @@ class _Head:
     """A method bound to its hyper-parameters, which knows what it can be asked for."""
 
     def __init__(self, method: str | Callable[..., Any], hyperparameters: dict[str, Any]):
-        self.method = get_method(method) if isinstance(method, str) else None
-        self.name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-        self.function = self.method.function if self.method else method
+        if isinstance(method, str):
+            self.name, self.method = method, get_method(method)
+            self.function = self.method.function
+        else:
+            self.name, self.method = getattr(method, "__name__", type(method).__name__), None
+            self.function = method
         self.hyperparameters = hyperparameters
         parameters = inspect.signature(self.function).parameters.values()
         self.takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -212,7 +216,9 @@ def _check_layout(query: Array, key: Array, value: Array) -> None:
         check_floating(name, x)
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         shapes = query.shape[:-3], key.shape[:-3], value.shape[:-3]
-        raise ValueError(f"query, key and value must have the same batch axes, got {shapes[0]}, {shapes[1]} and {shapes[2]}")
+        raise ValueError(
+            f"query, key and value must have the same batch axes, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
     if key.shape[-3:-1] != value.shape[-3:-1]:
         raise ValueError(f"key and value must share [S, K], got {key.shape[-3:-1]} and {value.shape[-3:-1]}")
     if query.shape[-1] != key.shape[-1]:

@@ -1,4 +1,4 @@
-"""The causal form of every method that has a summary: exact attention nearby, a running summary of all that came before.
+"""The causal form of every method that has a summary: exact attention nearby, a running summary of what came before.
 
 Tokens are taken in blocks. A query sees its own block and the one before it exactly (causally), and every earlier
 block through a summary that grows block by block. One scan serves training, prefill and decoding, so they agree.
@@ -22,8 +22,8 @@ class RunningSummary(NamedTuple):
 
     Attributes:
         init: ``(head_dim, value_dim, dtype) -> state`` of the empty prefix.
-        append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D], v [b, Dv]``, whose first
-            token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
+        append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D]``, ``v [b, Dv]``, whose
+            first token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
         read: ``state -> summary`` of the prefix, for `attend`.
     """
 
@@ -106,7 +106,7 @@ def causal_state(
 def scan_blocks(
     running: RunningSummary, past: Past, first: Array | int, q_blocks: Array, blocks: Block, length: Array | int
 ) -> tuple[Past, AttentionState]:
-    """Takes blocks of tokens in order, each attending to itself and its past; returns the last one's past and all states.
+    """Takes blocks of tokens in order, each of which attends to itself and its past.
 
     Args:
         running: how the prefix is summarised.

@@ -71,7 +71,7 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
     """
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    elif not isinstance(scale, jax.core.Tracer) and not float(scale) > 0:
+    elif isinstance(scale, int | float) and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}: a scale of other sign belongs into q")
     root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
@@ -81,7 +81,8 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
     """Keys and values with zeros where ``kv_mask`` says padding, so that no NaN there can reach a sum or a gradient."""
     if kv_mask is None:
         return k, v
-    return tuple(jnp.where(kv_mask[:, None], x, jnp.zeros_like(x)) for x in (k, v))
+    real = kv_mask[:, None]
+    return jnp.where(real, k, jnp.zeros_like(k)), jnp.where(real, v, jnp.zeros_like(v))
 
 
 def accumulation_dtype(*tensors: Array) -> Any:
@@ -134,7 +135,9 @@ def check_key(method: str, key: Any) -> Any:
     if key is None:
         raise ValueError(f"{method} is random: pass a key, as in key=jax.random.key(0)")
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"{method} takes a typed PRNG key made by jax.random.key, got {getattr(key, 'dtype', type(key))}")
+        raise TypeError(
+            f"{method} takes a typed PRNG key made by jax.random.key, got {getattr(key, 'dtype', type(key))}"
+        )
     if key.shape != ():
         raise ValueError(f"{method} takes one PRNG key, got an array of keys of shape {key.shape}; use vmap")
     return key

@@ -48,7 +48,9 @@ class MethodName(click.ParamType):
     def convert(self, value, param, ctx):
         """Accepts only names in the registry."""
         if value not in METHODS:
-            self.fail(f"{value!r} is no method{did_you_mean(value, METHODS)} They are {', '.join(METHODS)}.", param, ctx)
+            self.fail(
+                f"{value!r} is no method{did_you_mean(value, METHODS)} They are {', '.join(METHODS)}.", param, ctx
+            )
         return value
 
 
@@ -69,8 +71,12 @@ def methods() -> None:
 @click.option("--q", "q_name", default="q", show_default=True, help="Name of the queries in FILE.")
 @click.option("--k", "k_name", default="k", show_default=True, help="Name of the keys.")
 @click.option("--v", "v_name", default="v", show_default=True, help="Name of the values.")
-@click.option("--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]")
-@click.option("--scale", type=click.FloatRange(min=0, min_open=True), help="Factor of the logits.  [default: 1/sqrt(D)]")
+@click.option(
+    "--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]"
+)
+@click.option(
+    "--scale", type=click.FloatRange(min=0, min_open=True), help="Factor of the logits.  [default: 1/sqrt(D)]"
+)
 @click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to compare.  [default: all]")
 @click.option(
     "--budget",
@@ -129,13 +135,15 @@ def compare(
             window_size=window,
             num_seeds=seeds,
             seed=seed,
-            on_progress=lambda label, done, total: progress.update(task, description=label, completed=done, total=total),
+            on_progress=lambda label, done, total: progress.update(
+                task, description=label, completed=done, total=total
+            ),
         )
     batch, length, heads, head_dim = tensors.query.shape
     kind = "causal" if is_causal else "bidirectional"
     title = (
-        f"{source}: {kind}, B={batch} T={length} S={tensors.key.shape[1]} heads={heads}/{tensors.key.shape[2]} D={head_dim}, "
-        f"{jax.devices()[0].device_kind}"
+        f"{source}: {kind}, B={batch} T={length} S={tensors.key.shape[1]} "
+        f"heads={heads}/{tensors.key.shape[2]} D={head_dim}, {jax.devices()[0].device_kind}"
     )
     console.print(comparison_table(rows, title, window))
     settings = {

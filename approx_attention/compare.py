@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax import Array
 from rich import box
@@ -65,7 +64,9 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise InputError(f"{path} is {'a directory' if path.is_dir() else 'not there'}; give an .npz or .safetensors file")
+        raise InputError(
+            f"{path} is {'a directory' if path.is_dir() else 'not there'}; give an .npz or .safetensors file"
+        )
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty")
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
@@ -80,7 +81,9 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
         if 0 in x.shape:
             raise InputError(f"{name!r} in {path} is empty, of shape {list(x.shape)}")
     if len({x.ndim for x in arrays}) > 1:
-        raise InputError(f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}")
+        raise InputError(
+            f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}"
+        )
     query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
     _check_shapes(path, names, query, key, value)
     for name, x in zip(names, (query, key, value), strict=True):
@@ -88,7 +91,9 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
         if len(bad):
             where = ", ".join(map(str, bad[0][-arrays[0].ndim :]))
             number = x[tuple(bad[0])]
-            raise InputError(f"{name!r} in {path} has {len(bad)} numbers that are not finite, the first {number} at [{where}]")
+            raise InputError(
+                f"{name!r} in {path} has {len(bad)} numbers that are not finite, the first {number} at [{where}]"
+            )
     return Tensors(*(jnp.asarray(x) for x in (query, key, value)))
 
 
@@ -133,14 +138,18 @@ def _require_names(path: pathlib.Path, names: Iterable[str], present: Iterable[s
     for name in names:
         if name not in present:
             holds = f"it holds {', '.join(map(repr, present[:12]))}" if present else "it holds nothing"
-            raise InputError(f"{path} has no array {name!r}{did_you_mean(name, present)} ({holds}; name yours with --q, --k, --v)")
+            raise InputError(
+                f"{path} has no array {name!r}{did_you_mean(name, present)} ({holds}; name yours with --q, --k, --v)"
+            )
 
 
 def _with_all_axes(x: np.ndarray) -> np.ndarray:
     return x[None, :, None] if x.ndim == 2 else x[None] if x.ndim == 3 else x
 
 
-def _check_shapes(path: pathlib.Path, names: Sequence[str], query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+def _check_shapes(
+    path: pathlib.Path, names: Sequence[str], query: np.ndarray, key: np.ndarray, value: np.ndarray
+) -> None:
     q, k, v = names
     shapes = f"; in {path} they are {list(query.shape)}, {list(key.shape)} and {list(value.shape)} as [B, T, N, D]"
     if not query.shape[0] == key.shape[0] == value.shape[0]:
@@ -183,9 +192,9 @@ def build_arms(
             continue
         if is_causal and not method.capabilities.causal:
             raise InputError(f"method {name!r} has no causal form; leave it out or compare without --causal")
-        arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes if method.size] or [
-            method_arm(tensors, name, None, is_causal=is_causal, scale=scale)
-        ]
+        arms += [
+            method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes if method.size
+        ] or [method_arm(tensors, name, None, is_causal=is_causal, scale=scale)]
     return arms
 
 
@@ -254,10 +263,11 @@ def _held_bytes(
     key, value = (jax.ShapeDtypeStruct((x.shape[1], x.shape[-1]), x.dtype) for x in tensors[1:])
     rng = jax.eval_shape(lambda: jax.random.key(0))
     if is_causal and method.running is not None:
+        make_running = method.running
         block_size = inspect.signature(method.function).parameters["block_size"].default
 
         def cache(rng: Array) -> Any:
-            running = method.running(key.shape[-1], rng, **hyperparameters)
+            running = make_running(key.shape[-1], rng, **hyperparameters)
             decoder = Decoder(running=running, head_dim=key.shape[-1], value_dim=value.shape[-1], block_size=block_size)
             past, current, _ = decoder.init()
             return past.before[:2], current[:2], running.read(past.prefix)
@@ -370,7 +380,9 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
             axes.errorbar(x, errors, [row.relative_error_std for _, row in points], capsize=2, markersize=6, **style)
             for at, row in points:
                 if row.size is not None:
-                    axes.annotate(str(row.size), (at, row.relative_error), (5, 5), textcoords="offset points", fontsize=8)
+                    axes.annotate(
+                        str(row.size), (at, row.relative_error), (5, 5), textcoords="offset points", fontsize=8
+                    )
     exact = min((row for row in rows if row.is_exact), key=lambda row: row.seconds)
     left.axvline(exact.seconds * 1e3, color="0.4", linestyle="--", label=f"fastest exact ({exact.method})")
     if exact.summary_bytes is not None:
@@ -391,7 +403,7 @@ def environment() -> dict[str, Any]:
     return {
         "approx_attention": importlib.metadata.version("approx_attention"),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "backend": jax.default_backend(),
@@ -417,13 +429,18 @@ def report(rows: Sequence[Comparison], tensors: Tensors, settings: Mapping[str, 
         "shapes": {name: list(x.shape) for name, x in tensors._asdict().items()},
         "environment": environment(),
         "rows": [
-            {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in dataclasses.asdict(row).items()}
+            {
+                name: None if isinstance(x, float) and not math.isfinite(x) else x
+                for name, x in dataclasses.asdict(row).items()
+            }
             for row in rows
         ],
     }
 
 
-def write_results(out: pathlib.Path, rows: Sequence[Comparison], document: Mapping[str, Any], title: str) -> list[pathlib.Path]:
+def write_results(
+    out: pathlib.Path, rows: Sequence[Comparison], document: Mapping[str, Any], title: str
+) -> list[pathlib.Path]:
     """Writes compare.json and, where matplotlib is installed, compare.png; each is whole or absent.
 
     Args:

@@ -32,8 +32,8 @@ class Cache(NamedTuple):
 class Decoder:
     r"""A method as a decoder of one head: pure functions over a cache whose size does not depend on what it has seen.
 
-    After n tokens the cache holds the last :math:`b < m \le 2b` of them exactly (all, if there are fewer) and a summary of
-    the rest; step by step it computes the causal form of the method. Every function can be jitted, with the cache
+    After n tokens the cache holds the last :math:`b < m \le 2b` of them exactly (all, if there are fewer) and a summary
+    of the rest; step by step it computes the causal form of the method. Every function can be jitted, with the cache
     donated. `jax.vmap` adds sequences and heads; what has one length is mapped with axes ``Cache(0, 0, None)``, so that
     older tokens are summarised once per block and not masked out at every step.
 

@@ -88,7 +88,8 @@ def sup_error(
 ) -> SupError:
     r"""Searches a ball of queries for the one on which a summary is furthest from exact attention.
 
-    .. math:: \max_{\|q\| \le \rho} \frac{\|\mathrm{attend}(q, (K, V)) - \mathrm{attend}(q, \mathrm{summary})\|_2}{\max_j \|v_j\|_2}
+    .. math:: \max_{\|q\| \le \rho}
+              \frac{\|\mathrm{attend}(q, (K, V)) - \mathrm{attend}(q, \mathrm{summary})\|_2}{\max_j \|v_j\|_2}
 
     Random directions and those of keys and their opposites are tried on the sphere; from the worst of them, projected
     gradient ascent climbs further. What is found is a lower bound of the supremum, and random queries alone understate
@@ -149,7 +150,9 @@ def sup_error(
         return (q, jnp.where(better, error, best_error), jnp.where(better[:, None], q, best_query)), None
 
     starts = queries[worst]
-    (_, best_error, best_query), _ = lax.scan(climb, (starts, start_errors, starts), jnp.arange(num_steps, dtype=k.dtype))
+    (_, best_error, best_query), _ = lax.scan(
+        climb, (starts, start_errors, starts), jnp.arange(num_steps, dtype=k.dtype)
+    )
     found = jnp.argmax(best_error)
     return SupError(best_error[found] / largest_value, best_query[found])
 
@@ -161,7 +164,9 @@ class Timing(NamedTuple):
     median: float
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5, patience: float = 30.0) -> dict[str, Timing]:
+def time_interleaved(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5, patience: float = 30.0
+) -> dict[str, Timing]:
     """Times compiled calls in turn, so that a busy moment of the machine falls on all of them.
 
     Args:
@@ -229,8 +234,8 @@ class Comparison:
         relative_error_std: its standard deviation over seeds.
         worst_row_error: `OutputError.worst_row`.
         normalizer_error: root mean square error of the log-normaliser in nats, where there is one.
-        far_error: norm of the error over that of what the local window misses: 1 is no better than dropping everything beyond
-            the window, 0 is exact; ``None`` if the window misses nothing.
+        far_error: norm of the error over that of what the local window misses: 1 is no better than dropping everything
+            beyond the window, 0 is exact; ``None`` if the window misses nothing.
         far_error_std: its standard deviation over seeds.
         num_seeds: the number of seeds, 1 for a deterministic method.
         is_exact: whether this is a form of exact attention.

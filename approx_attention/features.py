@@ -1,8 +1,8 @@
 r"""Feature maps whose inner products estimate the softmax kernel, and the random projections that they use.
 
-A feature map ``phi`` takes rows ``x [N, D]`` and returns :math:`\phi(x) = \text{values} \cdot e^{\text{log\_scale}}`, with
-:math:`E\,[\phi(q) \cdot \phi(k)] = e^{q \cdot k}` for the maps that estimate the softmax kernel. Magnitudes stay in the log
-domain, so nothing over- or underflows before the normaliser has been divided out.
+A feature map takes rows ``x [N, D]`` and returns :math:`\phi(x) = \text{values} \cdot e^{\text{log\_scale}}`, with
+:math:`E\,[\phi(q) \cdot \phi(k)] = e^{q \cdot k}` for the maps that estimate the softmax kernel. Magnitudes stay in the
+log domain, so nothing over- or underflows before the normaliser has been divided out.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ TRIANGLE = 128
 
 
 def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
-    r"""Softmax attention over all keys at once: :math:`\mathrm{softmax}(q k^T + \mathrm{bias})\, v`, bias ``[1 or T, S]``."""
+    r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
     logits = q @ k.T
     if bias is not None:
         logits = logits + bias
@@ -69,7 +69,8 @@ def blocked_state(
         biases = jnp.pad(key_bias, (0, padding), constant_values=HIDDEN).reshape(key_blocks, 1, keys_per_block)
 
     def over_keys(q: Array) -> AttentionState:
-        first, rest = (jax.tree.map(lambda x: x[part], (keys, values, biases)) for part in (0, slice(1, None)))
+        first = jax.tree.map(lambda x: x[0], (keys, values, biases))
+        rest = jax.tree.map(lambda x: x[1:], (keys, values, biases))
         state = _tile_state(q, *first)
         if key_blocks == 1:
             return state
@@ -100,8 +101,8 @@ def triangular_state(q: Array, k: Array, v: Array, key_bias: Array | None = None
     halvings = max(0, -(-num_queries // TRIANGLE) - 1).bit_length()
     padding = -num_queries % (1 << halvings)
     # Padded keys come last, so no real query sees them.
-    q, k, v, key_bias = (x if x is None else pad_rows(x, padding) for x in (q, k, v, key_bias))
-    state = _triangle(q, k, v, key_bias, halvings)
+    q, k, v = (pad_rows(x, padding) for x in (q, k, v))
+    state = _triangle(q, k, v, None if key_bias is None else pad_rows(key_bias, padding), halvings)
     return jax.tree.map(lambda x: x[:num_queries], state)
 
 
@@ -113,12 +114,13 @@ def _triangle(q: Array, k: Array, v: Array, key_bias: Array | None, halvings: in
     half = length // 2
     halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), (q, k, v, key_bias))
 
-    def recurse(args):
-        return _triangle(*args, halvings - 1)
+    def recurse(half: tuple[Array, Array, Array, Array | None]) -> AttentionState:
+        q, k, v, key_bias = half
+        return _triangle(q, k, v, key_bias, halvings - 1)
 
     # Small triangles are batched to fill the machine; large ones run in turn to stay in cache.
     state = jax.vmap(recurse)(halves) if length <= KEY_BLOCK else lax.map(recurse, halves)
-    early, late = (jax.tree.map(lambda x: x[i], state) for i in (0, 1))
+    early, late = jax.tree.map(lambda x: x[0], state), jax.tree.map(lambda x: x[1], state)
     below = blocked_state(q[half:], k[:half], v[:half], None if key_bias is None else key_bias[:half])
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, merge(late, below))
 
@@ -141,8 +143,8 @@ def _streamed_forward(q, k, v, kv_mask, is_causal):
 def _streamed_backward(is_causal, residuals, cotangent):
     r"""Gradients as sums over tiles of the weights, which the normalisers give back.
 
-    .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad dQ = dX\,K, \quad dK = dX^T Q,
-              \qquad \delta_t = dO_t \cdot O_t - d\mathrm{lse}_t.
+    .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad
+              dQ = dX\,K, \quad dK = dX^T Q, \qquad \delta_t = dO_t \cdot O_t - d\mathrm{lse}_t.
 
     Tiles are held transposed, keys by queries: only one product of five is left with a transposed operand.
     """
@@ -226,7 +228,7 @@ def window_state(
 
         def windows(x: Array) -> Array:
             near = lax.dynamic_slice_in_dim(x, start, rows + span)
-            return jnp.stack([near[i * band : i * band + reach] for i in range(bands)])
+            return jnp.stack([near[first : first + reach] for first in range(0, rows, band)])
 
         bias = outside[None] + windows(key_bias)[:, None, :]
         state = jax.vmap(_tile_state)(q.reshape(bands, band, -1), windows(k), windows(v), bias)

@@ -2,8 +2,8 @@
 
 Every approximation replaces (K, V) by one of two kinds of summary, told apart by where the query's features come from:
 tokens, real or synthetic (`WeightedKV`), or moments of a feature map (`FeatureMoments`). `attend` asks a summary,
-`merge` joins summaries of disjoint sets of keys. Logits are plain dot products here: fold the scale into queries and keys
-first (`fold_scale`).
+`merge` joins summaries of disjoint sets of keys. Logits are plain dot products here: fold the scale into queries and
+keys first (`fold_scale`).
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ FEATURE_BLOCK = 1024
 class WeightedKV:
     r"""M tokens with masses that stand for a set of keys and values.
 
-    .. math:: \mathrm{attend}(q) = \frac{\sum_j e^{q \cdot k_j}\, \mathrm{value\_sum}_j}{\sum_j e^{q \cdot k_j}\, \mathrm{mass}_j}
+    .. math:: \mathrm{attend}(q) = \sum_j e^{q \cdot k_j}\, \mathrm{value\_sum}_j
+              \Big/ \sum_j e^{q \cdot k_j}\, \mathrm{mass}_j
 
     With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
     values ``value_sum / mass``; a token of mass 0 is absent. Signed masses (Nystrom weights) need the range of
@@ -65,8 +66,10 @@ class WeightedKV:
 class FeatureMoments:
     r"""Sums over tokens of the features of keys, times values and alone.
 
-    .. math:: \mathrm{attend}(q) = \frac{\phi(q)^T\, (e^c \odot \mathrm{value\_sum})}{\phi(q)^T\, (e^c \odot \mathrm{mass})},
-              \qquad \mathrm{value\_sum}_r = \sum_j \phi_r(k_j)\, e^{-c_r} v_j, \quad \mathrm{mass}_r = \sum_j \phi_r(k_j)\, e^{-c_r}.
+    .. math:: \mathrm{attend}(q)
+              = \frac{\phi(q)^T\, (e^c \odot \mathrm{value\_sum})}{\phi(q)^T\, (e^c \odot \mathrm{mass})}, \quad
+              \mathrm{value\_sum}_r = \sum_j \phi_r(k_j)\, e^{-c_r} v_j, \quad
+              \mathrm{mass}_r = \sum_j \phi_r(k_j)\, e^{-c_r}.
 
     The log-scale c is the largest log-magnitude of each feature over the keys seen so far, so that no key,
     present or future, can push another below the smallest number.
@@ -169,7 +172,8 @@ def _mean_value_and_log_mass(summary: Summary) -> tuple[Array, Array]:
 def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
     r"""Positive features are softmax attention over R random keys: the directions w, with the moments as their values.
 
-    .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r} = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
+    .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r}
+              = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
     """
     value, log_mass = _mean_value_and_log_mass(moments)
     state = blocked_state(q, features.projection.astype(q.dtype), value, log_mass + finite_peak(moments.log_scale))

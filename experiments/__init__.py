@@ -1,0 +1,1 @@
+"""Small models trained to check what the methods promise."""

@@ -66,9 +66,7 @@ def test_rows_past_the_query_length_are_zero_whatever_they_hold():
     lengths = jnp.array([4, 9])
 
     def loss(query, key, value):
-        out, lse = attention(
-            query, key, value, method="exact", query_seq_lengths=lengths, return_residual=True
-        )
+        out, lse = attention(query, key, value, method="exact", query_seq_lengths=lengths, return_residual=True)
         return jnp.sum(out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0)), (out, lse)
 
     gradients, (out, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(soiled, key, value)

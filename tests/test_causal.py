@@ -31,9 +31,7 @@ from tests.references import brute_force, causal_mask, random_head
 def test_keeping_every_token_is_exact(num_queries, num_keys, block_size):
     q, k, v = random_head(0, num_queries, num_keys)
     kv_mask = np.arange(num_keys) % 6 != 2
-    state = causal_state(
-        q, k, v, running_exact(8, max_length=64), block_size=block_size, kv_mask=jnp.asarray(kv_mask)
-    )
+    state = causal_state(q, k, v, running_exact(8, max_length=64), block_size=block_size, kv_mask=jnp.asarray(kv_mask))
     out, lse = brute_force(q, k, v, scale=1, mask=causal_mask(num_queries, num_keys) & kv_mask)
     np.testing.assert_allclose(state.out, out, atol=3e-6)
     np.testing.assert_allclose(state.lse, lse, atol=3e-6)
@@ -70,7 +68,9 @@ def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
         for c, size in enumerate(sizes):
             if size:
                 np.testing.assert_allclose(summary.k[c], np.mean(k[c * length : c * length + size], axis=0), atol=1e-5)
-                np.testing.assert_allclose(summary.value_sum[c], np.sum(v[c * length : c * length + size], axis=0), atol=1e-5)
+                np.testing.assert_allclose(
+                    summary.value_sum[c], np.sum(v[c * length : c * length + size], axis=0), atol=1e-5
+                )
     # No coarser than it must be: half the length would not fit.
     first = -(-block_size // num_landmarks)
     assert length == first or num_landmarks * length < 2 * stop
@@ -105,7 +105,9 @@ def test_a_full_buffer_turns_to_nan_instead_of_forgetting():
     assert np.all(np.isnan(state.out[24:]))
 
 
-@pytest.mark.parametrize("function", [functools.partial(favor, num_features=16), functools.partial(mean_pool, num_landmarks=16)])
+@pytest.mark.parametrize(
+    "function", [functools.partial(favor, num_features=16), functools.partial(mean_pool, num_landmarks=16)]
+)
 def test_memory_is_linear(function):
     def temporary_bytes(length, backward):
         x = jax.ShapeDtypeStruct((length, 16), jnp.float32)

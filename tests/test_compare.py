@@ -102,7 +102,24 @@ def test_the_sample_is_what_its_text_says():
 
 def test_json_figure_and_table(tensors, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
-    assert run("compare", tensors, "--causal", "--methods", "mean_pool,favor", "--budget", "4,8", "--seeds", 2, "--window", 8, "--out", out) == 0
+    assert (
+        run(
+            "compare",
+            tensors,
+            "--causal",
+            "--methods",
+            "mean_pool,favor",
+            "--budget",
+            "4,8",
+            "--seeds",
+            2,
+            "--window",
+            8,
+            "--out",
+            out,
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     document = json.loads((out / "compare.json").read_text())
     assert document["settings"]["is_causal"] is True
@@ -145,12 +162,17 @@ def test_errors_are_those_of_the_outputs(tensors):
 
 def test_bytes_held(tensors):
     loaded = load_tensors(tensors)
-    held = {arm.label: arm.summary_bytes for arm in build_arms(loaded, ["mean_pool", "favor"], [8], is_causal=False, scale=None)}
+    held = {
+        arm.label: arm.summary_bytes
+        for arm in build_arms(loaded, ["mean_pool", "favor"], [8], is_causal=False, scale=None)
+    }
     assert held["exact"] == 48 * 16 * 4
     assert held["mean_value"] == held["mean_pool 8"] / 8 == (8 + 8 + 1) * 4
     assert held["favor 8"] == 8 * (8 + 1 + 1) * 4
     assert held["local 8"] == 15 * 16 * 4
-    causal = {arm.label: arm.summary_bytes for arm in build_arms(loaded, ["mean_pool"], [8], is_causal=True, scale=None)}
+    causal = {
+        arm.label: arm.summary_bytes for arm in build_arms(loaded, ["mean_pool"], [8], is_causal=True, scale=None)
+    }
     assert causal["mean_pool 8"] == held["mean_pool 8"] + 2 * 128 * 16 * 4
     assert causal["local 8"] == 8 * 16 * 4
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 
 import chex
@@ -237,7 +238,7 @@ def test_decoding_equals_the_causal_form(name):
     np.testing.assert_allclose(jnp.concatenate(outs), whole, atol=2e-6)
     for cuts in ((0, 21), (0, 1, 4, 5, 21), (0, 8, 20, 21)):
         cache, outs = decoder.init(), []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             out, cache = prefill(cache, q[start:stop], k[start:stop], v[start:stop])
             outs.append(out)
         np.testing.assert_allclose(jnp.concatenate(outs), whole, atol=2e-6)
@@ -292,7 +293,10 @@ def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
 
 
 @both_directions
-@given(shape=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3)), size=st.integers(1, 9))
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3)),
+    size=st.integers(1, 9),
+)
 @hypothesis_settings(max_examples=8, deadline=None, derandomize=True)
 def test_any_lengths(name, is_causal, shape, size):
     num_queries, num_keys, head_dim, value_dim = shape

@@ -1,4 +1,4 @@
-"""The cache: lengths, padding, donation, heads, and a size that does not grow. Equality with the causal form is a contract."""
+"""The cache: lengths, padding, donation, heads, and a size that does not grow."""
 
 import functools
 

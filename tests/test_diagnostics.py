@@ -97,7 +97,9 @@ def test_compare_averages_over_seeds():
 
     exact = Arm("exact", lambda query, key, value, rng: (value, None), is_exact=True)
     zero = Arm("zero", lambda query, key, value, rng: (0 * value, None))
-    rows = compare([exact, Arm("noisy", noisy, is_random=True)], *tensors, exact=exact, window=zero, num_seeds=4, seed=5)
+    rows = compare(
+        [exact, Arm("noisy", noisy, is_random=True)], *tensors, exact=exact, window=zero, num_seeds=4, seed=5
+    )
     errors = [
         float(jnp.linalg.norm(jax.random.normal(jax.random.key(5 + i), tensors[2].shape)) / jnp.linalg.norm(tensors[2]))
         for i in range(4)

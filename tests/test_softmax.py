@@ -1,4 +1,4 @@
-"""Every exact form equals brute force in value, normaliser and gradient, across the sizes at which it changes its path."""
+"""Every exact form equals brute force in value, normaliser and gradient, at the sizes where it changes its path."""
 
 import functools
 
@@ -93,7 +93,9 @@ def test_gradients_against_finite_differences(form, x64, monkeypatch):
 
 def test_dense_form_has_forward_mode_and_second_derivatives(x64):
     q, k, v = random_head(6, 5, 6, 3, dtype=jnp.float64)
-    check_grads(lambda *x: dense_state(*x).out, (q, k, v), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-4, rtol=1e-4)
+    check_grads(
+        lambda *x: dense_state(*x).out, (q, k, v), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -102,7 +104,9 @@ def test_memory_of_the_streamed_form_is_linear(is_causal):
         x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
         function = lambda q, k, v: streamed_state(q, k, v, None, is_causal).out  # noqa: E731
         if backward:
-            function = jax.grad(lambda q, k, v: jnp.sum(streamed_state(q, k, v, None, is_causal).out), argnums=(0, 1, 2))
+            function = jax.grad(
+                lambda q, k, v: jnp.sum(streamed_state(q, k, v, None, is_causal).out), argnums=(0, 1, 2)
+            )
         return jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
     for backward in (False, True):

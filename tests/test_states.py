@@ -16,7 +16,9 @@ from tests.references import brute_force, random_head
 
 def random_state(seed, spread=3.0, dtype=jnp.float32):
     random = np.random.default_rng(seed)
-    return AttentionState(jnp.asarray(random.normal(size=(5, 3)), dtype), jnp.asarray(spread * random.normal(size=5), dtype))
+    return AttentionState(
+        jnp.asarray(random.normal(size=(5, 3)), dtype), jnp.asarray(spread * random.normal(size=5), dtype)
+    )
 
 
 @given(seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 100.0, 1e4]))

@@ -134,8 +134,7 @@ def test_a_far_larger_key_does_not_erase_the_others():
     q, k, v = random_head(8, 6, 9, spread=0.5)
     k = k.at[0].multiply(40.0)
     features = feature_map("positive", num_directions=64)
-    values, log_k = (np.asarray(x, np.float64) for x in features(k))
-    _, log_q = (np.asarray(x, np.float64) for x in features(q))
+    log_q, log_k = (np.asarray(features(x).log_scale, np.float64) for x in (q, k))
     log_weight = log_q[:, None, :] + log_k[None, :, :]
     peak = log_weight.max((1, 2), keepdims=True)
     weight = np.exp(log_weight - peak).sum(-1)
@@ -149,7 +148,7 @@ def test_only_summaries_answer():
 
 
 def test_bytes_count_what_is_held_but_not_the_feature_map():
-    q, k, v = random_head(9, 6, 9, 8, 5)
+    _, k, v = random_head(9, 6, 9, 8, 5)
     assert summary_bytes(WeightedKV.of_tokens(k, v)) == 4 * (9 * 8 + 9 * 5 + 9)
     moments = FeatureMoments.of_tokens(feature_map("positive"), k, v)
     assert summary_bytes(moments) == 4 * (16 * 5 + 16 + 16) == summary_bytes((moments,))

@@ -23,7 +23,7 @@ def mean_value(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
-) -> Float[Array, "T Dv"] | AttentionState:
+) -> Any:
     r"""The mean of the visible values: attention with all logits taken to be 0.
 
     .. math:: \mathrm{out}_t = \frac{1}{n_t} \sum_{j \text{ visible}} v_j
@@ -66,7 +66,11 @@ def mean_value(
 
 
 def summarize_mean_value(
-    k: Float[Array, "S D"], v: Float[Array, "S Dv"], key: Array | None = None, *, kv_mask: Bool[Array, " S"] | None = None
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
     """One token at the origin that stands for all keys.
 
@@ -96,7 +100,7 @@ def uniform_sample(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
-) -> Float[Array, "T Dv"] | AttentionState:
+) -> Any:
     r"""Attention over a uniform sample of the keys, each standing for n/M of them.
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in I} e^{s\, q_t \cdot k_j} v_j}{\sum_{j \in I} e^{s\, q_t \cdot k_j}},
@@ -187,12 +191,11 @@ def running_uniform_sample(
         The `RunningSummary`.
     """
     check_count("sample_size", sample_size)
-    if noise is None:
-        check_key("uniform_sample", key)
 
     def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
         if noise is None:
-            priority = jax.random.uniform(jax.random.fold_in(key, start), (k.shape[0],))
+            own = jax.random.fold_in(check_key("uniform_sample", key), start)
+            priority = jax.random.uniform(own, (k.shape[0],))
         else:
             priority = lax.dynamic_slice_in_dim(jnp.pad(noise, (0, k.shape[0])), start, k.shape[0])
         return sample.offer(priority, k, v, kv_mask)

@@ -29,7 +29,7 @@ def exact(
     scale: float | Array | None = None,
     implementation: Implementation | None = None,
     return_state: bool = False,
-) -> Float[Array, "T Dv"] | AttentionState:
+) -> Any:
     r"""Softmax attention of one head, by the fastest implementation for its options and device.
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}
@@ -78,23 +78,28 @@ def exact(
     if implementation == "cudnn":
         if not fusible:
             raise ValueError(
-                "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is a "
-                "multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
+                "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is "
+                "a multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
             )
         one_head = (x[:, None, :] for x in (q, k, v))
-        return jax.nn.dot_product_attention(*one_head, scale=scale, is_causal=is_causal, implementation="cudnn")[:, 0]
+        fused: Any = jax.nn.dot_product_attention
+        return fused(*one_head, scale=scale, is_causal=is_causal, implementation="cudnn")[:, 0]
 
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if implementation == "dense":
         state = dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
     else:
-        state = streamed_state(q, k, v, kv_mask, is_causal)
+        state: AttentionState = streamed_state(q, k, v, kv_mask, is_causal)
     return state if return_state else state.out.astype(dtype)
 
 
 def summarize_exact(
-    k: Float[Array, "S D"], v: Float[Array, "S Dv"], key: Array | None = None, *, kv_mask: Bool[Array, " S"] | None = None
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
     """Keeps every token with mass 1: the summary that loses nothing and saves nothing.
 

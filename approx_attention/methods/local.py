@@ -1,12 +1,13 @@
 """Local window attention: exact on nearby keys, blind to the rest."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.checks import check_count, head_inputs
 from approx_attention.softmax import HIDDEN, window_state
-from approx_attention.states import AttentionState
 
 
 def local(
@@ -20,18 +21,19 @@ def local(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
-) -> Float[Array, "T Dv"] | AttentionState:
+) -> Any:
     r"""Softmax attention over the keys within a window around each query.
 
-    .. math:: \mathrm{out}_t = \frac{\sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}\, v_j}{\sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}}
+    .. math:: \mathrm{out}_t = \sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}\, v_j
+              \Big/ \sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}
 
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        window_size: ``w`` gives l = w - 1 and r = 0 under ``is_causal``, else l = r = w - 1, so that the window holds the
-            query's own position and w - 1 tokens to a side; a pair ``(l, r)`` sets both.
+        window_size: ``w`` gives l = w - 1 and r = 0 under ``is_causal``, else l = r = w - 1, so that the window holds
+            the query's own position and w - 1 tokens to a side; a pair ``(l, r)`` sets both.
         is_causal: no key after the query (r = 0).
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor of the logits, ``1/sqrt(D)`` by default.

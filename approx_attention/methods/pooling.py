@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import check_count, head_inputs
 from approx_attention.softmax import pad_rows
-from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend
 
 
@@ -27,12 +26,13 @@ def mean_pool(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
-) -> Float[Array, "T Dv"] | AttentionState:
+) -> Any:
     r"""Attention over the means of M segments of keys, each weighted by its number of keys.
 
     With segments :math:`P_c` of consecutive tokens, :math:`\bar k_c, \bar v_c` their means over real tokens,
 
-    .. math:: \mathrm{out}_t = \frac{\sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}\, \bar v_c}{\sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}}.
+    .. math:: \mathrm{out}_t = \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}\, \bar v_c
+              \Big/ \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}.
 
     Exact where the keys of a segment are equal, whatever their values. By Jensen's inequality it never
     overestimates the normaliser.

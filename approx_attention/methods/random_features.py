@@ -1,12 +1,13 @@
 """FAVOR+: attention through positive orthogonal random features of the softmax kernel."""
 
+from typing import Any
+
 from jax import Array
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import check_count, check_key, head_inputs
 from approx_attention.features import PositiveFeatures, orthogonal_projection
-from approx_attention.states import AttentionState
 from approx_attention.summaries import FeatureMoments, attend
 
 
@@ -23,13 +24,14 @@ def favor(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
-) -> Float[Array, "T Dv"] | AttentionState:
+) -> Any:
     r"""FAVOR+ (Performer): softmax attention estimated by R positive random features, in O((T + S) R) time.
 
     With :math:`q, k` scaled by :math:`\sqrt{s}` and directions :math:`w_r \sim N(0, I)`, orthogonal in blocks,
 
     .. math:: \phi_r(x) = R^{-1/2} e^{w_r \cdot x - \|x\|^2/2}, \qquad
-              \mathrm{out}_t = \frac{\sum_r \phi_r(q_t) \sum_j \phi_r(k_j)\, v_j}{\sum_r \phi_r(q_t) \sum_j \phi_r(k_j)}.
+              \mathrm{out}_t = \sum_r \phi_r(q_t) \sum_j \phi_r(k_j)\, v_j
+              \Big/ \sum_r \phi_r(q_t) \sum_j \phi_r(k_j).
 
     The normaliser and the numerator are unbiased; their ratio is not. Magnitudes stay in the log domain: there is
     no epsilon, no clamp, and no stabiliser that looks at other positions. The relative error of one entry grows like

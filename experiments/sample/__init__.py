@@ -1,1 +1,1 @@
-"""Makes the q, k, v that ship with the package: a byte-level language model, trained here, and its captured attention."""
+"""Makes the q, k, v that ship with the package: trains a byte-level language model and captures its attention."""

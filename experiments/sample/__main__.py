@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import platform
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 import flax
@@ -21,6 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from approx_attention.compare import write_atomically
 from experiments.sample.capture import capture
 from experiments.sample.model import ByteLanguageModel, ModelConfig
 
@@ -39,7 +40,7 @@ class Config:
     """Everything that determines the sample, beside the Python version that supplies the text."""
 
     seed: int = 0
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     # Most steps on short sequences, where they are cheap; the last ones at the length that is captured.
     stages: tuple[Stage, ...] = (Stage(2000, 8, 512), Stage(600, 2, 2048))
     peak_learning_rate: float = 1e-3
@@ -53,7 +54,8 @@ def read_corpus() -> tuple[np.ndarray, np.ndarray]:
     for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         held_out = hashlib.sha256(path.name.encode()).digest()[0] < 26
         text[held_out].append(path.read_bytes())
-    return tuple(np.frombuffer(b"".join(text[held_out]), np.uint8) for held_out in (False, True))
+    corpus, held_out_text = (np.frombuffer(b"".join(text[held_out]), np.uint8) for held_out in (False, True))
+    return corpus, held_out_text
 
 
 def batches(corpus: np.ndarray, stages: tuple[Stage, ...], seed: int) -> Iterator[np.ndarray]:
@@ -87,7 +89,13 @@ def train(config: Config, console: Console) -> tuple[ByteLanguageModel, dict[str
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.peak_learning_rate, steps // 20, steps)
     decayed = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
     optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), decayed), wrt=nnx.Param)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     start, losses = time.monotonic(), []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps, loss="")
@@ -123,34 +131,34 @@ def choose(captured: dict[str, dict[str, np.ndarray]]) -> list[tuple[str, int, f
     for name, tensors in captured.items():
         num_kv_heads = tensors["k"].shape[-2]
         groups = np.split(tensors["q"][0], num_kv_heads, axis=-2)
-        entropies += [(name, head, mean_entropy(groups[head], tensors["k"][0, :, head])) for head in range(num_kv_heads)]
+        entropies += [
+            (name, head, mean_entropy(groups[head], tensors["k"][0, :, head])) for head in range(num_kv_heads)
+        ]
     sharpest = min(entropies, key=lambda entry: entry[2])
     return [sharpest, max((e for e in entropies if e[0] != sharpest[0]), key=lambda entry: entry[2])]
 
 
-def write_atomically(path: pathlib.Path, write) -> None:
-    """Writes a file under another name and then renames it, so that it is never half there."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
-        write(file)
-    os.replace(draft, path)
-
-
-def load_user_model(spec: str):
+def load_user_model(spec: str) -> tuple[nnx.Module, Callable[[Any], Any]]:
     """``module:function``, where the function returns ``(model, run)`` for `capture`."""
     module, _, function = spec.partition(":")
     return getattr(importlib.import_module(module), function)()
 
 
 @click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True, help="The .npz to write.")
-@click.option("--model", "spec", help="module:function that returns (model, run); captures every layer instead of training.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True, help="The .npz to write."
+)
+@click.option(
+    "--model", "spec", help="module:function that returns (model, run); captures every layer instead of training."
+)
 def main(out: pathlib.Path, spec: str | None) -> None:
     """Writes q, k and v of a trained model's attention to an .npz file."""
     console = Console()
     if spec is not None:
         captured = capture(*load_user_model(spec))
-        arrays = {f"{name}.{x}": value for name, tensors in captured.items() for x, value in tensors.items()}
+        arrays: dict[str, Any] = {
+            f"{name}.{x}": value for name, tensors in captured.items() for x, value in tensors.items()
+        }
         write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
         console.print(f"wrote {len(captured)} layers to {out}; name one with --q LAYER.q --k LAYER.k --v LAYER.v")
         return
@@ -162,7 +170,10 @@ def main(out: pathlib.Path, spec: str | None) -> None:
     chosen = choose(captured)
     group = config.model.num_heads // config.model.num_kv_heads
     parts = [
-        (captured[name]["q"][0, :, head * group : (head + 1) * group], *(captured[name][x][0, :, head : head + 1] for x in "kv"))
+        (
+            captured[name]["q"][0, :, head * group : (head + 1) * group],
+            *(captured[name][x][0, :, head : head + 1] for x in "kv"),
+        )
         for name, head, _ in chosen
     ]
     q, k, v = (np.stack(x).astype(np.float16) for x in zip(*parts, strict=True))

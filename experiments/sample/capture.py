@@ -18,12 +18,13 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
         run: calls the model once, for instance ``lambda model: model(tokens)``.
 
     Returns:
-        For the path of every layer that was called, ``{"q": [..., T, N, D], "k": [..., S, K, D], "v": [..., S, K, Dv]}``.
+        By the path of every layer that was called, its ``q [..., T, N, D]``, ``k [..., S, K, D]`` and
+        ``v [..., S, K, Dv]``.
 
     Raises:
         ValueError: the model has no attention layer, or none was called.
     """
-    layers = {
+    layers: dict[str, Any] = {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_graph(model)
         if isinstance(module, nnx.Module) and callable(getattr(module, "attention_fn", None))

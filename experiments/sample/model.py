@@ -41,7 +41,11 @@ class CausalSelfAttention(nnx.Module):
             return nnx.LinearGeneral(config.model_dim, (heads, config.head_dim), use_bias=False, rngs=rngs)
 
         self.config = config
-        self.query, self.key, self.value = linear(config.num_heads), linear(config.num_kv_heads), linear(config.num_kv_heads)
+        self.query, self.key, self.value = (
+            linear(config.num_heads),
+            linear(config.num_kv_heads),
+            linear(config.num_kv_heads),
+        )
         shape = (config.num_heads, config.head_dim)
         self.out = nnx.LinearGeneral(shape, config.model_dim, axis=(-2, -1), use_bias=False, rngs=rngs)
         self.attention_fn = functools.partial(attention, method="exact", is_causal=True)

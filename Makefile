@@ -1,0 +1,58 @@
+# Every target sets up what it needs, on a machine with nothing but Python 3.11 or newer, git and make.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: compare test test-slow lint format bench readme sample clean
+
+# The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
+compare: $(VENV)/.core
+	$(BIN)/approx-attention compare $(FILE) --out out $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS)
+
+# Checks that take too long for every change.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Measures speed and memory and rewrites benchmarks/RESULTS.md. Keep the machine otherwise idle.
+# PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks exact
+	$(BIN)/python -m benchmarks scaling
+	$(BIN)/python -m benchmarks report
+
+# Rewrites the generated parts of README.md.
+readme: $(VENV)/.dev
+	$(BIN)/python -m tests.readme
+
+# Trains the small language model anew (about 45 minutes) and captures the shipped sample from it.
+sample: $(VENV)/.dev
+	$(BIN)/python -m experiments.sample --out approx_attention/sample.npz
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)
+	$(INSTALL) -e '.[plot,safetensors]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.core
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "approx_attention needs Python 3.11 or newer, this is %d.%d; name another with make PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .cache out dist build

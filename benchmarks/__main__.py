@@ -1,0 +1,53 @@
+"""``python -m benchmarks exact|scaling|report``: measures, or turns the measurements into RESULTS.md."""
+
+import json
+import pathlib
+
+import click
+from rich.console import Console
+
+from approx_attention.compare import write_atomically
+from benchmarks import exact, report, scaling
+
+HERE = pathlib.Path(__file__).parent
+
+
+@click.group()
+def main() -> None:
+    """Speed and memory, side by side in one run. Keep the machine otherwise idle."""
+
+
+def _write(name: str, document: dict) -> None:
+    path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(document, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    Console().print(f"wrote {path.relative_to(HERE.parent)}")
+
+
+@main.command("exact")
+@click.option("--longest", type=click.IntRange(min=512), default=16384, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
+def exact_command(longest: int, rounds: int) -> None:
+    """Exact attention against jax.nn and PyTorch."""
+    _write("exact", exact.measure(longest, rounds))
+
+
+@main.command("scaling")
+@click.option("--longest", type=click.IntRange(min=2048), default=32768, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def scaling_command(longest: int, rounds: int) -> None:
+    """Every method against the fastest exact attention as the sequence grows."""
+    _write("scaling", scaling.measure(longest, rounds))
+
+
+@main.command("report")
+def report_command() -> None:
+    """Write RESULTS.md from the measurements."""
+    text = report.render(HERE / "results")
+    write_atomically(HERE / "RESULTS.md", lambda file: file.write(text.encode()))
+    Console().print("wrote benchmarks/RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()
