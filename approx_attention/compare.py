@@ -359,6 +359,7 @@ def _in_units(num_bytes: int) -> str:
 
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     """The figure: error against time, and error against bytes held, one line per method through its sizes."""
+    from matplotlib import patheffects, ticker
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
@@ -378,10 +379,19 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
                 continue
             x, errors = [x for x, _ in points], [row.relative_error for _, row in points]
             axes.errorbar(x, errors, [row.relative_error_std for _, row in points], capsize=2, markersize=6, **style)
+            # Sizes stand above the points of one method and below those of the next, which are often close by.
             for at, row in points:
                 if row.size is not None:
                     axes.annotate(
-                        str(row.size), (at, row.relative_error), (5, 5), textcoords="offset points", fontsize=8
+                        str(row.size),
+                        (at, row.relative_error),
+                        (0, 7 if i % 2 else -7),
+                        textcoords="offset points",
+                        horizontalalignment="center",
+                        verticalalignment="bottom" if i % 2 else "top",
+                        fontsize=8,
+                        color=style["color"],
+                        path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
                     )
     exact = min((row for row in rows if row.is_exact), key=lambda row: row.seconds)
     left.axvline(exact.seconds * 1e3, color="0.4", linestyle="--", label=f"fastest exact ({exact.method})")
@@ -390,9 +400,17 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     left.set(xlabel="time of a call (ms)", ylabel="relative error of the output", xscale="log", yscale="log")
     right.set(xlabel="held per key head and sequence (KiB); dashed: all keys and values", xscale="log", yscale="log")
     for axes in (left, right):
-        axes.grid(True, which="both", color="0.9")
+        axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        axes.margins(0.08, 0.1)
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            decades = math.log10(high / low)
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(ticker.NullLocator())
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,29 @@ def render(results: pathlib.Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(document: dict[str, Any]) -> str:
-    env, peak = document["environment"], document["peak_flops_per_second"]
-    peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in peak.items())
+def machine(document: Mapping[str, Any]) -> str:
+    """The machine and the versions of a measurement, in a few words."""
+    env = document["environment"]
     peers = f", PyTorch {env['torch']}" if env.get("torch") else ""
     return (
-        f"Machine: {env['processor']}, {env['processor_cores']} cores; backend {env['backend']}; "
-        f"Python {env['python']}, jax {env['jax']}{peers}. Peak of a 4096 x 4096 float32 product: {peaks}. "
+        f"{env['processor']}, {env['processor_cores']} cores, backend {env['backend']}, "
+        f"Python {env['python']}, jax {env['jax']}{peers}"
+    )
+
+
+def _setting(document: Mapping[str, Any]) -> str:
+    peaks = ", ".join(
+        f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in document["peak_flops_per_second"].items()
+    )
+    return (
+        f"Machine: {machine(document)}. Peak of a 4096 x 4096 float32 product: {peaks}. "
         f"Tensors: 1 sequence, {document['num_heads']} heads, head dimension {document['head_dim']}, float32."
     )
 
 
 def _exact_section(document: dict[str, Any]) -> Iterable[str]:
     yield "## Exact attention, the baseline"
-    yield _machine(document)
+    yield _setting(document)
     yield (
         "`blocked` is the library's default on CPU, through `attention` in the layout `[B, T, N, D]`; `dense` holds "
         "all logits; `jax.nn` is `jax.nn.dot_product_attention`; `torch` is PyTorch's `scaled_dot_product_attention` "
@@ -63,7 +72,7 @@ def _exact_section(document: dict[str, Any]) -> Iterable[str]:
             header += "|blocked temp, MiB|jax.nn temp, MiB"
             passes = "forward and backward" if backward else "forward"
             yield f"### {'Causal' if is_causal else 'Bidirectional'}, {passes}"
-            yield _markdown(header.split("|"), table)
+            yield markdown_table(header.split("|"), table)
     causal = {
         (r["length"], r["is_causal"]): r["seconds"]
         for r in document["rows"]
@@ -85,7 +94,7 @@ def _exact_section(document: dict[str, Any]) -> Iterable[str]:
 
 def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
     yield "## Growth with the sequence, and break-even with exact attention"
-    yield _machine(document)
+    yield _setting(document)
     yield (
         f"Each method holds a summary of size {document['size']} (`local`: a window of 128), drawn within the call. "
         "`best exact` is the fastest of the exact forms that fit in memory. The slopes are of log time and of log "
@@ -95,10 +104,8 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
     for backward in (False, True):
         for is_causal in (False, True):
             rows = [r for r in document["rows"] if (r["backward"], r["is_causal"]) == (backward, is_causal)]
-            lengths = sorted({r["length"] for r in rows})
-            exact = {
-                n: min(r["seconds"] for r in rows if r["length"] == n and r["arm"].startswith("exact")) for n in lengths
-            }
+            exact = best_exact(rows, is_causal, backward)
+            lengths = list(exact)
             table = [["best exact", *(_ms(exact[n]) for n in lengths), f"{_slope(exact, 2048):.2f}", "", "", ""]]
             for arm in dict.fromkeys(r["arm"] for r in rows if not r["arm"].startswith("exact")):
                 seconds = {r["length"]: r["seconds"] for r in rows if r["arm"] == arm}
@@ -110,23 +117,34 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
                         *(_ms(seconds[n]) for n in lengths),
                         f"{_slope(seconds, 2048):.2f}",
                         f"{_slope(memory, 2048):.2f}",
-                        str(_break_even(seconds, exact) or "beyond"),
+                        str(break_even(rows, arm, is_causal, backward) or "beyond"),
                         f"{exact[longest] / seconds[longest]:.1f}x",
                     ]
                 )
             passes = "forward and backward" if backward else "forward"
             yield f"### {'Causal' if is_causal else 'Bidirectional'}, {passes}: milliseconds at n"
             header = ["", *map(str, lengths), "time slope", "memory slope", "break-even n", f"faster at {max(lengths)}"]
-            yield _markdown(header, table)
+            yield markdown_table(header, table)
 
 
-def _break_even(seconds: dict[int, float], exact: dict[int, float]) -> int | None:
-    """The shortest length from which on the method is faster at every measured length."""
+def best_exact(rows: Iterable[Mapping[str, Any]], is_causal: bool, backward: bool) -> dict[int, float]:
+    """Seconds of the fastest exact form at each length, shortest first."""
+    seconds: dict[int, float] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        if row["arm"].startswith("exact") and (row["is_causal"], row["backward"]) == (is_causal, backward):
+            seconds[row["length"]] = min(row["seconds"], seconds.get(row["length"], float("inf")))
+    return seconds
+
+
+def break_even(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:
+    """The shortest measured length from which on the arm is faster than the best exact at every measured length."""
+    exact = best_exact(rows, is_causal, backward)
+    measured = [r for r in rows if (r["arm"], r["is_causal"], r["backward"]) == (arm, is_causal, backward)]
     from_here = None
-    for length in sorted(seconds, reverse=True):
-        if seconds[length] >= exact[length]:
+    for row in sorted(measured, key=lambda row: -row["length"]):
+        if row["seconds"] >= exact[row["length"]]:
             break
-        from_here = length
+        from_here = row["length"]
     return from_here
 
 
@@ -151,6 +169,7 @@ def _mib(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / 2**20:.3g}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table, the first column left-aligned and the others right."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -42,7 +42,7 @@ class Config:
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     # Most steps on short sequences, where they are cheap; the last ones at the length that is captured.
-    stages: tuple[Stage, ...] = (Stage(2000, 8, 512), Stage(600, 2, 2048))
+    stages: tuple[Stage, ...] = (Stage(1500, 8, 512), Stage(400, 2, 2048))
     peak_learning_rate: float = 1e-3
     weight_decay: float = 0.1
     capture_length: int = 2048

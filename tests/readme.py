@@ -1,0 +1,86 @@
+"""``python -m tests.readme``: rewrites the generated parts of README.md from the registry and the measurements."""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from approx_attention.compare import write_atomically
+from approx_attention.registry import capability_table
+from benchmarks.report import break_even, machine, markdown_table
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def regenerate(text: str) -> str:
+    """README.md with its generated parts made anew."""
+    for name, content in {"capability table": capability_table(), "limits": measured_limits()}.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md lacks the marks {begin} and {end}.")
+        text = pattern.sub(lambda _, part=f"{begin}\n{content}\n{end}": part, text)
+    return text
+
+
+def measured_limits() -> str:
+    """Where each method begins to pay, and what it loses on the sample, from the committed measurements."""
+    scaling = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())
+    comparison = json.loads((ROOT / "docs/compare.json").read_text())
+    return "\n\n".join([_break_even_table(scaling), _losses(comparison)])
+
+
+def _break_even_table(document: Mapping[str, Any]) -> str:
+    forms = {
+        "bidirectional": (False, False),
+        "causal": (True, False),
+        "bidirectional, with gradient": (False, True),
+        "causal, with gradient": (True, True),
+    }
+    arms = dict.fromkeys(row["arm"] for row in document["rows"] if not row["arm"].startswith("exact"))
+    table = [
+        [f"`{arm}`", *(_from_length(break_even(document["rows"], arm, *form)) for form in forms.values())]
+        for arm in arms
+    ]
+    return (
+        f"**Short sequences.** The least measured length from which a method (size {document['size']}; `local`: window "
+        f"128) stays faster than the fastest exact attention, {machine(document)}:\n\n"
+    ) + markdown_table(["", *forms], table)
+
+
+def _from_length(length: int | None) -> str:
+    return "not measured to be" if length is None else str(length)
+
+
+def _losses(document: Mapping[str, Any]) -> str:
+    """What the comparison on the sample says against the methods."""
+    rows = [row for row in document["rows"] if row["method"] != "exact"]
+    trivial = {row["method"]: row for row in rows if row["method"] in ("mean_value", "local")}
+    names = dict.fromkeys(row["method"] for row in rows)
+    largest = {name: max((r for r in rows if r["method"] == name), key=lambda r: r["size"] or 0) for name in names}
+    errors = ", ".join(
+        f"`{name}`{_of_size(row)} {row['relative_error']:.2g}"
+        for name, row in sorted(largest.items(), key=lambda item: item[1]["relative_error"])
+    )
+    losing = [
+        f"`{name}`{_of_size(row)}"
+        for name, row in largest.items()
+        if name not in trivial and row["relative_error"] >= trivial["mean_value"]["relative_error"]
+    ]
+    verdict = "; no better than `mean_value`: " + ", ".join(losing) if losing else "; all beat `mean_value`"
+    kind = "causal" if document["settings"]["is_causal"] else "bidirectional"
+    return (
+        f"**Accuracy.** On the shipped sample ({kind}, {document['shapes']['key'][1]} tokens), relative error at the "
+        f"largest size of the default run: {errors}{verdict}."
+    )
+
+
+def _of_size(row: Mapping[str, Any]) -> str:
+    return "" if row["size"] is None else f" ({row['size']})"
+
+
+if __name__ == "__main__":
+    new = regenerate(README.read_text(encoding="utf-8"))
+    write_atomically(README, lambda file: file.write(new.encode()))

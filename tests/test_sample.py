@@ -1,0 +1,96 @@
+"""The script behind the sample: its hook records what attention sees, its model is causal, its commands work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from flax import nnx
+from rich.console import Console
+
+from approx_attention.compare import load_tensors
+from experiments.sample import __main__ as script
+from experiments.sample.capture import capture
+from experiments.sample.model import ByteLanguageModel, ModelConfig
+
+TINY = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16)
+
+
+@pytest.fixture
+def ordinary_promotion():
+    """JAX as its users have it: Flax's and the model's own layers broadcast and promote."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class TwoLayers(nnx.Module):
+    """Two of Flax's own attention layers, as a user's model has them."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first, self.second = (
+            nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs) for _ in range(2)
+        )
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def two_layers():
+    model = TwoLayers(nnx.Rngs(0))
+    return model, lambda model: model(jnp.ones((1, 5, 8)))
+
+
+def test_the_hook_records_what_a_flax_layer_projects_and_leaves_the_model_as_it_was():
+    model, run = two_layers()
+    before = model.first.attention_fn
+    captured = capture(model, run)
+    assert set(captured) == {"first", "second"}
+    assert model.first.attention_fn is before
+    x = jnp.ones((1, 5, 8))
+    np.testing.assert_allclose(captured["first"]["k"], model.first.key(x), rtol=1e-6)
+    np.testing.assert_allclose(captured["second"]["v"], model.second.value(model.first(x)), rtol=1e-6)
+
+
+def test_the_hook_puts_attention_back_when_the_model_fails():
+    model, _ = two_layers()
+    before = model.first.attention_fn
+
+    def fail(model):
+        model.first(jnp.ones((1, 5, 8)))
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        capture(model, fail)
+    assert model.first.attention_fn is before
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(ValueError, match="Linear has no module with an attention_fn"):
+        capture(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda model: model(jnp.ones((1, 2))))
+    model, _ = two_layers()
+    with pytest.raises(ValueError, match="none of the attention layers first, second was called"):
+        capture(model, lambda model: None)
+
+
+@pytest.mark.usefixtures("ordinary_promotion")
+def test_the_model_does_not_see_the_future():
+    model = ByteLanguageModel(TINY, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(12)[None]
+    before, after = model(tokens), model(tokens.at[0, 7].set(200))
+    np.testing.assert_allclose(after[0, :7], before[0, :7], atol=1e-6)
+    assert jnp.abs(after[0, 7:] - before[0, 7:]).max() > 1e-3
+
+
+@pytest.mark.usefixtures("ordinary_promotion")
+def test_training_lowers_the_loss():
+    config = script.Config(model=TINY, stages=(script.Stage(120, 4, 64),), capture_length=64, peak_learning_rate=1e-2)
+    _, result = script.train(config, Console(quiet=True))
+    assert result["validation_bits_per_byte"] < 6.5  # uniform guessing: 8
+
+
+def test_a_users_model_is_captured_to_a_file_that_compare_reads(tmp_path):
+    out = tmp_path / "captured.npz"
+    outcome = CliRunner().invoke(script.main, ["--out", str(out), "--model", "tests.test_sample:two_layers"])
+    assert outcome.exit_code == 0, outcome.output
+    tensors = load_tensors(out, ("second.q", "second.k", "second.v"))
+    assert tensors.query.shape == (1, 5, 2, 4)
