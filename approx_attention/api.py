@@ -1,5 +1,6 @@
 """The public array function: any method over batch and heads, in the layout of `jax.nn.dot_product_attention`."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
@@ -31,7 +33,7 @@ def attention(
     return_residual: bool = False,
     **hyperparameters: Any,
 ) -> Any:
-    r"""Attention by any method, over batch and heads: a superset of `jax.nn.dot_product_attention`.
+    r"""Attention by any method, over batch and heads, with the arguments of `jax.nn.dot_product_attention`.
 
     .. math:: \mathrm{out}_{btn} \approx \mathrm{softmax}_s(s\, q_{btn} \cdot k_{bsn'})\, v_{bsn'},
               \qquad n' = \lfloor n K / N \rfloor
@@ -50,9 +52,10 @@ def attention(
         query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0.
         key_value_seq_lengths: real keys per sequence, ``[...]``.
         local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
-            many tokens to the left and to the right of a query.
+            many tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
         return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``.
-        **hyperparameters: keyword arguments of the method, such as ``num_features=256``.
+        **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
+            ``method="exact"`` have names of their own: "dense", "blocked" and "cudnn".
 
     Returns:
         Outputs ``[..., T, N, Dv]`` in the dtype of ``value``; with ``return_residual`` a pair with the log-normalisers.
@@ -76,6 +79,8 @@ def attention(
     if local_window_size is not None:
         if method != "exact":
             raise NotImplementedError(f"method {method!r} does not support local_window_size; only 'exact' does")
+        if bias is not None or "implementation" in hyperparameters:
+            raise NotImplementedError("method 'exact' with local_window_size supports neither bias nor implementation")
         window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size, local_window_size)
         method, hyperparameters = "local", {**hyperparameters, "window_size": window}
     _check_layout(query, key, value)
@@ -92,6 +97,8 @@ def attention(
     if return_residual:
         options["return_state"] = True
     head.check_options(options)
+    if return_residual and head.method and not head.method.capabilities.normalizer:
+        raise NotImplementedError(f"method {head.name!r} does not support {_OPTIONS['return_state']}")
 
     # Arrays with one slice per key head of every sequence, [B * K, ...]; `dense` ones have a slice per query head too.
     sliced: dict[str, Array] = {}
@@ -115,23 +122,14 @@ def attention(
         query = jnp.where(asked, query, jnp.zeros_like(query))
 
     per_head = head.noise(rng, num_kv_heads, query.shape[-1])
-    queries = query.reshape(num_batches, num_queries, num_kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
-    keys, values = (x.reshape(num_batches, num_keys, num_kv_heads, -1).transpose(0, 2, 1, 3) for x in (key, value))
-    queries, keys, values = (x.reshape(num_batches * num_kv_heads, *x.shape[2:]) for x in (queries, keys, values))
+    groups = query.reshape(num_batches, num_queries, num_kv_heads, group, query.shape[-1]).transpose(0, 2, 3, 1, 4)
+    keys, values = (
+        x.reshape(num_batches, num_keys, num_kv_heads, x.shape[-1]).transpose(0, 2, 1, 3) for x in (key, value)
+    )
+    queries, keys, values = (x.reshape(num_batches * num_kv_heads, *x.shape[2:]) for x in (groups, keys, values))
     kv_head = jnp.tile(jnp.arange(num_kv_heads), num_batches)
-
-    def one_kv_head(args: tuple[Any, ...]) -> Any:
-        q, k, v, index, sliced, dense = args
-        noise = jax.tree.map(lambda x: x[index], per_head)
-
-        def one_head(q: Array, dense: dict[str, Array]) -> Any:
-            return head(q, k, v, **noise, **options, **sliced, **dense)
-
-        if group == 1:
-            return jax.tree.map(lambda x: x[None], one_head(q[0], {name: x[0] for name, x in dense.items()}))
-        return jax.vmap(one_head)(q, dense)
-
-    result = _over_heads(one_kv_head, (queries, keys, values, kv_head, sliced, dense))
+    static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
+    result = _lifted(head.function, static, arrays, per_head, (queries, keys, values, kv_head, sliced, dense))
 
     def to_layout(x: Array) -> Array:
         x = x.reshape(num_batches, num_kv_heads, group, num_queries, *x.shape[3:])
@@ -153,13 +151,20 @@ class _Head:
         if isinstance(method, str):
             self.name, self.method = method, get_method(method)
             self.function = self.method.function
+        elif not callable(method):
+            raise TypeError(f"method must be a registered name or a function (q, k, v, key) -> out, got {method!r}")
         else:
             self.name, self.method = getattr(method, "__name__", type(method).__name__), None
             self.function = method
         self.hyperparameters = hyperparameters
         parameters = inspect.signature(self.function).parameters.values()
         self.takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.arguments = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        # After q, k, v and key, whatever can be named.
+        self.arguments = [
+            p.name
+            for i, p in enumerate(parameters)
+            if p.kind is p.KEYWORD_ONLY or (i >= 4 and p.kind is p.POSITIONAL_OR_KEYWORD)
+        ]
         own = [name for name in self.arguments if name not in _OPTIONS]
         for name in hyperparameters:
             if not self.takes_anything and name not in own:
@@ -185,8 +190,48 @@ class _Head:
         arguments = {name: value for name, value in self.hyperparameters.items() if name in accepted}
         return jax.vmap(lambda key: draw(key, head_dim, **arguments))(keys)
 
-    def __call__(self, q: Array, k: Array, v: Array, key: Array | None = None, **arguments: Any) -> Any:
-        return self.function(q, k, v, key, **self.hyperparameters, **arguments)
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lifted(
+    function: Callable[..., Any],
+    static: tuple[tuple[str, Any], ...],
+    arrays: dict[str, Any],
+    per_head: dict[str, Array],
+    slices: tuple[Any, ...],
+) -> Any:
+    """A one-head function over key heads and over the query heads that share them; compiled once per setting."""
+
+    def one_kv_head(args: tuple[Any, ...]) -> Any:
+        q, k, v, index, sliced, dense = args
+        noise = jax.tree.map(lambda x: x[index], per_head)
+
+        def one_head(q: Array, dense: dict[str, Array]) -> Any:
+            own = {**noise, **sliced, **dense}
+            return function(q, k, v, own.pop("key", None), **dict(static), **arrays, **own)
+
+        if q.shape[0] == 1:
+            return jax.tree.map(lambda x: x[None], one_head(q[0], {name: x[0] for name, x in dense.items()}))
+        return jax.vmap(one_head)(q, dense)
+
+    return _over_heads(one_kv_head, slices)
+
+
+def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+    """Arguments that are known when tracing, and those that hold arrays."""
+    arrays = {
+        argument: value
+        for argument, value in arguments.items()
+        if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(value))
+    }
+    static = tuple((argument, value) for argument, value in arguments.items() if argument not in arrays)
+    for argument, value in static:
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"argument {argument!r} of method {name!r} must be hashable or hold arrays, got {value!r}"
+            ) from None
+    return static, arrays
 
 
 # What `attention` may ask of a method's function, and what its absence is called in an error.
@@ -211,9 +256,9 @@ def _over_heads(function: Callable[[Any], Any], args: Any) -> Any:
 
 def _check_layout(query: Array, key: Array, value: Array) -> None:
     for name, x, axes in (("query", query, "T, N, D"), ("key", key, "S, K, D"), ("value", value, "S, K, Dv")):
-        if x.ndim < 3:
-            raise ValueError(f"{name} must be [..., {axes}], got shape {x.shape}")
         check_floating(name, x)
+        if x.ndim < 3 or 0 in x.shape[-3:]:
+            raise ValueError(f"{name} must be [..., {axes}] with no empty axis but batch axes, got shape {x.shape}")
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         shapes = query.shape[:-3], key.shape[:-3], value.shape[:-3]
         raise ValueError(
@@ -231,8 +276,9 @@ def _split_mask(mask: Array | None, full: tuple[int, ...]) -> tuple[Array | None
     """A mask as padding ``[*B, S]``, if it tells neither queries nor heads apart, or else as a dense mask."""
     if mask is None:
         return None, None
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be boolean (true = may be seen), got dtype {mask.dtype}")
+    if getattr(mask, "dtype", None) != jnp.bool_:
+        given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
+        raise TypeError(f"mask must be a boolean array (true = may be seen), got {given}")
     _broadcast("mask", mask, full)
     mask = mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
     if mask.shape[-3:-1] == (1, 1):
@@ -249,6 +295,7 @@ def _broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
 
 def _within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
     """True at the positions before each sequence's length, ``[*B, size]``."""
+    lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got dtype {lengths.dtype}")
     if lengths.shape != tuple(batch):

@@ -4,6 +4,7 @@ Tokens are taken in blocks. A query sees its own block and the one before it exa
 block through a summary that grows block by block. One scan serves training, prefill and decoding, so they agree.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -68,10 +69,20 @@ def running_moments(features: FeatureMap) -> RunningSummary:
     Returns:
         The `RunningSummary` whose summary is a `FeatureMoments`.
     """
+
+    # The map is not part of the state: it never changes, and a donated cache must not take its arrays along.
+    def bare(moments: FeatureMoments) -> Any:
+        return dataclasses.replace(moments, features=None)
+
+    def read(moments: Any) -> FeatureMoments:
+        return dataclasses.replace(moments, features=features)
+
     return RunningSummary(
-        init=lambda head_dim, value_dim, dtype: FeatureMoments.empty(features, value_dim, dtype),
-        append=lambda moments, _, k, v, kv_mask: merge(moments, FeatureMoments.of_tokens(features, k, v, kv_mask)),
-        read=lambda moments: moments,
+        init=lambda head_dim, value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
+        append=lambda moments, _, k, v, kv_mask: bare(
+            merge(read(moments), FeatureMoments.of_tokens(features, k, v, kv_mask))
+        ),
+        read=read,
     )
 
 
@@ -94,6 +105,7 @@ def causal_state(
         The `AttentionState` of the queries.
     """
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
+    block_size = min(block_size, num_queries)
     if kv_mask is None:
         kv_mask = jnp.ones(k.shape[0], bool)
     q_blocks = in_blocks(q, block_size)

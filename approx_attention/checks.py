@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 def head_inputs(
@@ -32,9 +34,9 @@ def head_inputs(
         TypeError: tensors that are not floating point, a mask that is not boolean.
     """
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
-        if jnp.ndim(x) != 2:
-            raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {jnp.shape(x)}")
         check_floating(name, x)
+        if x.ndim != 2:
+            raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {x.shape}")
     check_key_value_fit(q, k, v)
     dtype = accumulation_dtype(q, k, v)
     q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
@@ -61,7 +63,8 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         The scaled queries and keys, in their own dtypes.
 
     Raises:
-        ValueError: a scale that is not positive.
+        TypeError: a scale that is not one number.
+        ValueError: a scale that is not positive and finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,8 +74,11 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
     """
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    elif isinstance(scale, int | float) and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}: a scale of other sign belongs into q")
+    elif not isinstance(scale, int | float | np.number) and getattr(scale, "shape", None) != ():
+        given = f"shape {scale.shape}" if hasattr(scale, "shape") else type(scale).__name__
+        raise TypeError(f"scale must be one number, got {given}")
+    elif not isinstance(scale, Tracer) and not 0 < float(scale) < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}: a scale of other sign belongs into q")
     root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
 
@@ -85,6 +91,12 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
     return jnp.where(real, k, jnp.zeros_like(k)), jnp.where(real, v, jnp.zeros_like(v))
 
 
+def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
+    """Keys and values of a summary in the accumulation dtype, with zeros where ``kv_mask`` says padding."""
+    dtype = accumulation_dtype(k, v)
+    return zero_padding(k.astype(dtype), v.astype(dtype), kv_mask)
+
+
 def accumulation_dtype(*tensors: Array) -> Any:
     """float64 where any tensor is float64, else float32."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
@@ -92,6 +104,8 @@ def accumulation_dtype(*tensors: Array) -> Any:
 
 def check_floating(name: str, x: Array) -> None:
     """Raises ``TypeError`` unless ``x`` is a floating-point array."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be a floating-point array, got {type(x).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating-point array, got dtype {x.dtype}")
 
@@ -108,8 +122,9 @@ def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
 
 def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
     """Raises unless ``kv_mask`` is boolean ``[num_keys]``."""
-    if kv_mask.dtype != jnp.bool_:
-        raise TypeError(f"kv_mask must be boolean (true = real key), got dtype {kv_mask.dtype}")
+    if getattr(kv_mask, "dtype", None) != jnp.bool_:
+        given = f"dtype {kv_mask.dtype}" if hasattr(kv_mask, "dtype") else type(kv_mask).__name__
+        raise TypeError(f"kv_mask must be a boolean array (true = real key), got {given}")
     if kv_mask.shape != (num_keys,):
         raise ValueError(f"kv_mask must be [S] = [{num_keys}], got shape {kv_mask.shape}")
 
@@ -141,6 +156,12 @@ def check_key(method: str, key: Any) -> Any:
     if key.shape != ():
         raise ValueError(f"{method} takes one PRNG key, got an array of keys of shape {key.shape}; use vmap")
     return key
+
+
+def unknown(what: str, given: Any, choices: Iterable[str]) -> str:
+    """What to say of a name that is none of the choices: the nearest of them, and all."""
+    choices = list(choices)
+    return f"unknown {what} {given!r}{did_you_mean(given, choices) or '.'} Known: {', '.join(choices)}."
 
 
 def did_you_mean(given: Any, choices: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The command line: ``approx-attention compare`` and ``approx-attention methods``."""
 
+import math
 import pathlib
 import sys
 import tempfile
@@ -10,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from approx_attention.checks import did_you_mean
+from approx_attention.checks import unknown
 from approx_attention.compare import (
     InputError,
     comparison_table,
@@ -48,9 +49,7 @@ class MethodName(click.ParamType):
     def convert(self, value, param, ctx):
         """Accepts only names in the registry."""
         if value not in METHODS:
-            self.fail(
-                f"{value!r} is no method{did_you_mean(value, METHODS)} They are {', '.join(METHODS)}.", param, ctx
-            )
+            self.fail(unknown("method", value, METHODS), param, ctx)
         return value
 
 
@@ -75,7 +74,9 @@ def methods() -> None:
     "--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]"
 )
 @click.option(
-    "--scale", type=click.FloatRange(min=0, min_open=True), help="Factor of the logits.  [default: 1/sqrt(D)]"
+    "--scale",
+    type=click.FloatRange(min=0, min_open=True, max=1e30),
+    help="Factor of the logits.  [default: 1/sqrt(D)]",
 )
 @click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to compare.  [default: all]")
 @click.option(
@@ -87,7 +88,7 @@ def methods() -> None:
     help="Sizes of summaries: landmarks, samples, features, window.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first draw.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first draw.")
 @click.option("--window", type=click.IntRange(min=1), default=128, show_default=True, help="Where the far part begins.")
 @click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]")
 @click.option(
@@ -117,9 +118,11 @@ def compare(
     FILE is an .npz or .safetensors file with queries, keys and values, each [T, D], [T, N, D] or [B, T, N, D]; keys and
     values may have fewer heads. Without FILE, a sample from a small trained language model is used.
     """
-    _require_writable(out)
+    if scale is not None and math.isnan(scale):
+        raise InputError("--scale must be a positive number, got nan")
     _use_device(device)
     tensors = load_sample() if file is None else load_tensors(file, (q_name, k_name, v_name))
+    _require_writable(out)
     is_causal = file is None if causal is None else causal
     source = "the shipped sample" if file is None else file.name
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -169,6 +172,9 @@ def _require_writable(out: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write to the directory {out}: {error.strerror}") from None
+    for name in ("compare.json", "compare.png"):
+        if (out / name).is_dir():
+            raise InputError(f"cannot write {out / name}: it is a directory")
 
 
 def _use_device(device: str | None) -> None:
@@ -192,6 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo("approx-attention: interrupted", err=True)
         return 130
+    except (OSError, MemoryError) as error:
+        click.echo(f"approx-attention: {' '.join(str(error).split()) or 'out of memory'}", err=True)
+        return 1
     except jax.errors.JaxRuntimeError as error:
         click.echo(f"approx-attention: the device gave up: {str(error).splitlines()[0]}", err=True)
         return 1

@@ -28,7 +28,7 @@ from approx_attention.api import attention
 from approx_attention.checks import did_you_mean
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
-from approx_attention.registry import Method, get_method
+from approx_attention.registry import get_method
 from approx_attention.summaries import summary_bytes
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
@@ -84,7 +84,8 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
         raise InputError(
             f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}"
         )
-    query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
+    with np.errstate(over="ignore"):
+        query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
     _check_shapes(path, names, query, key, value)
     for name, x in zip(names, (query, key, value), strict=True):
         bad = np.argwhere(~np.isfinite(x))
@@ -92,7 +93,8 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
             where = ", ".join(map(str, bad[0][-arrays[0].ndim :]))
             number = x[tuple(bad[0])]
             raise InputError(
-                f"{name!r} in {path} has {len(bad)} numbers that are not finite, the first {number} at [{where}]"
+                f"{name!r} in {path} has {len(bad)} numbers that are not finite in float32, "
+                f"the first {number} at [{where}]"
             )
     return Tensors(*(jnp.asarray(x) for x in (query, key, value)))
 
@@ -105,9 +107,15 @@ def load_sample() -> Tensors:
 
 def _read_npz(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            _require_names(path, names, archive.files)
-            return [archive[name] for name in names]
+        with path.open("rb") as file, zipfile.ZipFile(file):
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                _require_names(path, names, archive.files)
+                arrays = [archive[name] for name in names]
+        for name, x in zip(names, arrays, strict=True):
+            if not isinstance(x, np.ndarray):
+                raise InputError(f"{name!r} in {path} is not an array that numpy saved")
+        return arrays
     except InputError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
@@ -126,7 +134,9 @@ def _read_safetensors(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarr
     try:
         with safetensors.safe_open(path, framework="flax") as archive:
             _require_names(path, names, archive.keys())
-            return [np.asarray(archive.get_tensor(name).astype(jnp.float32)) for name in names]
+            tensors = [archive.get_tensor(name) for name in names]
+        # numpy has no bfloat16
+        return [np.asarray(x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x) for x in tensors]
     except InputError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -163,9 +173,11 @@ def _check_shapes(
 
 
 def build_arms(
-    tensors: Tensors, methods: Iterable[str], budgets: Iterable[int], *, is_causal: bool, scale: float | None
+    tensors: Tensors, methods: Iterable[str], budgets: Sequence[int], *, is_causal: bool, scale: float | None
 ) -> list[Arm]:
-    """The arms to compare: every exact form, the baselines, and each method at each size up to the number of keys.
+    """The arms to compare: every exact form, the baselines, and each method at each size.
+
+    A size above the number of keys is cut to it for methods that are exact there.
 
     Args:
         tensors: what will be compared.
@@ -182,7 +194,6 @@ def build_arms(
     """
     arms = exact_arms(tensors, is_causal=is_causal, scale=scale)
     num_keys = tensors.key.shape[1]
-    sizes = sorted({min(budget, num_keys) for budget in budgets})
     for name in dict.fromkeys((*BASELINES, *methods)):
         try:
             method = get_method(name)
@@ -192,9 +203,10 @@ def build_arms(
             continue
         if is_causal and not method.capabilities.causal:
             raise InputError(f"method {name!r} has no causal form; leave it out or compare without --causal")
-        arms += [
-            method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes if method.size
-        ] or [method_arm(tensors, name, None, is_causal=is_causal, scale=scale)]
+        # What is exact at the size of the sequence has no larger size.
+        greatest = num_keys if method.capabilities.exact_limit else max(budgets)
+        sizes = sorted({min(budget, greatest) for budget in budgets}) if method.size else [None]
+        arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes]
     return arms
 
 
@@ -222,7 +234,7 @@ def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool
         method=name,
         function=function,
         size=size,
-        summary_bytes=_held_bytes(tensors, method, hyperparameters, size, is_causal),
+        summary_bytes=held_bytes(tensors, name, hyperparameters, is_causal=is_causal),
         is_random=method.capabilities.needs_key,
     )
 
@@ -248,6 +260,16 @@ def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> lis
     forms = {"exact": ours(None)}
     if logits <= LARGEST_LOGITS:
         forms["exact dense"] = ours("dense")
+        if jax.default_backend() == "gpu":
+            forms["exact bfloat16"] = lambda query, key, value, rng: (
+                attention(
+                    *(x.astype(jnp.bfloat16) for x in (query, key, value)),
+                    method="exact",
+                    scale=scale,
+                    is_causal=is_causal,
+                ),
+                None,
+            )
         if value.shape[-1] == key.shape[-1]:
             forms["exact jax.nn"] = lambda query, key, value, rng: (
                 jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=is_causal),
@@ -256,27 +278,41 @@ def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> lis
     return [Arm(name, function, None, num_bytes, is_exact=True) for name, function in forms.items()]
 
 
-def _held_bytes(
-    tensors: Tensors, method: Method, hyperparameters: Mapping[str, Any], size: int | None, is_causal: bool
-) -> int | None:
-    """Bytes per key head and sequence: of the summary, or of the whole cache where the method decodes causally."""
+def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], *, is_causal: bool) -> int | None:
+    """Bytes per key head and sequence of what a method holds in place of all keys and values, where it holds less.
+
+    Args:
+        tensors: arrays or their shapes.
+        name: the method.
+        hyperparameters: its arguments.
+        is_causal: count the whole decoding cache where the method has one, and not just one summary of all keys.
+
+    Returns:
+        The bytes, or None for a method that holds all keys.
+    """
+    method = get_method(name)
     key, value = (jax.ShapeDtypeStruct((x.shape[1], x.shape[-1]), x.dtype) for x in tensors[1:])
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    if is_causal and method.running is not None:
+    arguments = inspect.signature(method.function).parameters
+    if is_causal and method.running is not None and "block_size" in arguments:
         make_running = method.running
-        block_size = inspect.signature(method.function).parameters["block_size"].default
+        block_size = hyperparameters.get("block_size", arguments["block_size"].default)
+        own = {name: x for name, x in hyperparameters.items() if name in inspect.signature(make_running).parameters}
 
         def cache(rng: Array) -> Any:
-            running = make_running(key.shape[-1], rng, **hyperparameters)
+            running = make_running(key.shape[-1], rng, **own)
             decoder = Decoder(running=running, head_dim=key.shape[-1], value_dim=value.shape[-1], block_size=block_size)
             past, current, _ = decoder.init()
             return past.before[:2], current[:2], running.read(past.prefix)
 
         return summary_bytes(jax.eval_shape(cache, rng))
     if method.summarize is not None:
-        return summary_bytes(jax.eval_shape(functools.partial(method.summarize, **hyperparameters), key, value, rng))
-    if size is None:
+        accepted = inspect.signature(method.summarize).parameters
+        own = {name: x for name, x in hyperparameters.items() if name in accepted}
+        return summary_bytes(jax.eval_shape(functools.partial(method.summarize, **own), key, value, rng))
+    if method.size is None or method.size not in hyperparameters:
         return None
+    size = hyperparameters[method.size]
     tokens = min(size if is_causal else 2 * size - 1, key.shape[0])
     return tokens * (key.shape[-1] + value.shape[-1]) * 4
 
@@ -284,7 +320,7 @@ def _held_bytes(
 def run_comparison(
     tensors: Tensors,
     methods: Iterable[str],
-    budgets: Iterable[int],
+    budgets: Sequence[int],
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -303,7 +339,7 @@ def run_comparison(
 
 def best_rows(rows: Sequence[Comparison]) -> set[int]:
     """Indices of the approximations on the frontier: no other is both faster and closer to exact attention."""
-    approximations = [i for i, row in enumerate(rows) if not row.is_exact]
+    approximations = [i for i, row in enumerate(rows) if not row.is_exact and math.isfinite(row.relative_error)]
 
     def beaten(i: int) -> bool:
         return any(
@@ -322,7 +358,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
     table.caption = (
         "error: relative Frobenius norm, mean ± deviation over seeds · worst row: over the mean row norm · "
         "normaliser: rms error of its log · "
-        f"far: error over what a window of {window_size} misses (1 = nothing recovered beyond it) · "
+        f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
         "held: bytes per key head and sequence · * on the frontier of error against time"
     )
     table.add_column("method")

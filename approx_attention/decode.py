@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from approx_attention.causal import Block, Past, RunningSummary, in_blocks, move_on, scan_blocks
-from approx_attention.checks import check_count, fold_scale
+from approx_attention.checks import check_count, check_floating, fold_scale
 from approx_attention.softmax import HIDDEN, dense_state, pad_rows
 from approx_attention.states import merge
 from approx_attention.summaries import attend
@@ -46,6 +46,7 @@ class Decoder:
         dtype: of the cache, float32 or float64.
 
     Raises:
+        TypeError: a dtype other than float32 and float64, tokens that are not floating point.
         ValueError: a count below 1, or tensors that do not fit the cache.
 
     Example:
@@ -70,8 +71,12 @@ class Decoder:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.running, RunningSummary):
+            raise TypeError(f"running must be what METHODS[name].running makes, got {self.running!r}")
         for name in ("head_dim", "value_dim", "block_size"):
             check_count(name, getattr(self, name))
+        if jnp.dtype(self.dtype) not in (jnp.float32, jnp.float64):
+            raise TypeError(f"dtype of a cache must be float32 or float64, got {jnp.dtype(self.dtype)}")
 
     def init(self) -> Cache:
         """The cache that has seen no token."""
@@ -132,7 +137,11 @@ class Decoder:
             Answers ``[T, Dv]``, 0 where a token is not real, and the new cache.
         """
         num_tokens, block_size = k.shape[0], self.block_size
-        num_real = jnp.asarray(num_tokens if num_real is None else num_real, jnp.int32)
+        if num_real is not None and not jnp.issubdtype(jnp.asarray(num_real).dtype, jnp.integer):
+            raise TypeError(f"num_real must be an integer, got {num_real!r}")
+        if isinstance(num_real, int) and not 0 <= num_real <= num_tokens:
+            raise ValueError(f"num_real must be from 0 to T = {num_tokens}, got {num_real}")
+        num_real = jnp.clip(jnp.asarray(num_tokens if num_real is None else num_real, jnp.int32), 0, num_tokens)
         tokens = self._tokens(k, v, num_real)
         if q.shape != k.shape:
             raise ValueError(f"q must be [T, D] = {list(k.shape)} like k, got shape {q.shape}")
@@ -162,6 +171,7 @@ class Decoder:
         for name, x, size in (("k", k, self.head_dim), ("v", v, self.value_dim)):
             if x.ndim != 2 or x.shape != (k.shape[0], size) or k.shape[0] == 0:
                 raise ValueError(f"{name} must be [T, {size}] with T >= 1 tokens, got shape {x.shape}")
+            check_floating(name, x)
         real = jnp.arange(k.shape[0], dtype=jnp.int32) < num_real
         k, v = (jnp.where(real[:, None], x, jnp.zeros_like(x)).astype(self.dtype) for x in (k, v))
         return Block(fold_scale(k, k, self.scale)[1], v, real)

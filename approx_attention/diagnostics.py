@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
@@ -137,7 +138,7 @@ def sup_error(
     some = jax.random.permutation(key_chosen, k.shape[0])[:num_keys]
     directions = jnp.concatenate([directions, k[some], -k[some]])
     queries = onto_ball(directions / jnp.maximum(jnp.linalg.norm(directions, axis=-1, keepdims=True), 1e-12) * radius)
-    start_errors, worst = lax.top_k(errors(queries), num_starts)
+    start_errors, worst = lax.top_k(errors(queries), min(num_starts, queries.shape[0]))
     gradient = jax.grad(lambda q: jnp.sum(errors(q)))
 
     def climb(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
@@ -191,6 +192,29 @@ def time_interleaved(
     return {name: Timing(min(times), statistics.median(times)) for name, times in seconds.items()}
 
 
+def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float]) -> int | None:
+    """The shortest measured length from which on a method is faster than a baseline at every measured length.
+
+    Args:
+        seconds: time of the method by sequence length.
+        baseline: time of the baseline, at those lengths at least.
+
+    Returns:
+        The length, or None where the method is no faster at the longest.
+
+    Example:
+        >>> from approx_attention.diagnostics import break_even
+        >>> break_even({512: 2.0, 1024: 2.0, 2048: 4.0}, {512: 1.0, 1024: 3.0, 2048: 9.0})
+        1024
+    """
+    from_here = None
+    for length in sorted(seconds, reverse=True):
+        if seconds[length] >= baseline[length]:
+            break
+        from_here = length
+    return from_here
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """One setting of one method, to be compared with exact attention.
@@ -219,7 +243,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What an arm costs and loses. Errors are means over seeds, with their standard deviation beside them.
+    r"""What an arm costs and loses. Errors are means over seeds, with their standard deviation beside them.
 
     Attributes:
         method: name of the method.
@@ -234,8 +258,10 @@ class Comparison:
         relative_error_std: its standard deviation over seeds.
         worst_row_error: `OutputError.worst_row`.
         normalizer_error: root mean square error of the log-normaliser in nats, where there is one.
-        far_error: norm of the error over that of what the local window misses: 1 is no better than dropping everything
-            beyond the window, 0 is exact; ``None`` if the window misses nothing.
+        far_error: relative error of the part of the sums that lies beyond a local window, where there is a
+            normaliser. With numerators N, taken as shares of the exact normaliser, it is the norm of the difference of
+            :math:`N - N_\mathrm{window}` from its exact value, over that value's norm: 1 for the window itself, 0 is
+            exact; ``None`` if nothing lies beyond.
         far_error_std: its standard deviation over seeds.
         num_seeds: the number of seeds, 1 for a deterministic method.
         is_exact: whether this is a form of exact attention.
@@ -318,9 +344,13 @@ def compare(
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
     exact_out, exact_lse = compiled(exact)[0](query, key, value, keys_rngs[0])
-    window_out, _ = compiled(window)[0](query, key, value, keys_rngs[0])
-    missed = jnp.linalg.norm(_flat(window_out) - _flat(exact_out))
-    window_misses = bool(missed > 1e-5 * jnp.linalg.norm(_flat(exact_out)))
+    if exact_lse is None:
+        raise ValueError("the exact arm must also return log-normalisers")
+    window_out, window_lse = compiled(window)[0](query, key, value, keys_rngs[0])
+    # The sums over keys beyond the window, as a share of the exact normaliser: what is left of the exact output.
+    far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
+    far_norm = jnp.linalg.norm(far_part)
+    window_misses = bool(far_norm > 1e-5 * jnp.linalg.norm(_flat(exact_out)))
 
     functions, compile_seconds, errors = [], [], []
     for done, arm in enumerate(arms, start=1):
@@ -332,8 +362,11 @@ def compare(
         for rng in keys_rngs if arm.is_random else keys_rngs[:1]:
             out, lse = function(query, key, value, rng)
             relative, worst_row = output_error(out, exact_out)
-            far = jnp.linalg.norm(_flat(out) - _flat(exact_out)) / missed if window_misses else None
-            normalizer = None if lse is None or exact_lse is None else jnp.sqrt(jnp.mean((lse - exact_lse) ** 2))
+            normalizer, far = None, None
+            if lse is not None:
+                normalizer = jnp.sqrt(jnp.mean((lse - exact_lse) ** 2))
+                if window_misses:
+                    far = jnp.linalg.norm(_flat(out, lse - exact_lse) - _flat(exact_out)) / far_norm
             errors[-1].append([None if x is None else float(x) for x in (relative, worst_row, normalizer, far)])
 
     on_progress("timing", steps - 1, steps)
@@ -357,11 +390,11 @@ def compare(
                 median_seconds=timing.median,
                 speedup=baseline / timing.least,
                 relative_error=statistics.fmean(relative),
-                relative_error_std=statistics.pstdev(relative),
+                relative_error_std=float(np.std(relative)),
                 worst_row_error=statistics.fmean(worst_row),
                 normalizer_error=None if normalizer[0] is None else statistics.fmean(normalizer),
                 far_error=None if far[0] is None else statistics.fmean(far),
-                far_error_std=None if far[0] is None else statistics.pstdev(far),
+                far_error_std=None if far[0] is None else float(np.std(far)),
                 num_seeds=len(measured),
                 is_exact=arm.is_exact,
             )
@@ -369,5 +402,7 @@ def compare(
     return rows
 
 
-def _flat(x: Array) -> Array:
-    return x.astype(jnp.float32).ravel()
+def _flat(out: Array, log_weight: Array | None = None) -> Array:
+    """Outputs in one row, each times the exponential of its log-weight: numerators, where that is a log-normaliser."""
+    out = out.astype(jnp.float32)
+    return (out if log_weight is None else out * jnp.exp(log_weight)[..., None]).ravel()

@@ -5,7 +5,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from approx_attention.checks import did_you_mean
+from approx_attention.checks import unknown
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,
@@ -138,7 +138,7 @@ def get_method(name: str) -> Method:
         ValueError: there is none; the message lists all and names the nearest.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)} The methods are {', '.join(METHODS)}.")
+        raise ValueError(unknown("method", name, METHODS))
     return METHODS[name]
 
 
@@ -152,7 +152,7 @@ def capability_table() -> str:
         "decode": "decode",
         "normalizer": "merges",
         "unbiased": "unbiased",
-        "subquadratic": "no T x S array",
+        "subquadratic": "below T x S",
         "needs_key": "random",
         "trainable": "learned",
     }

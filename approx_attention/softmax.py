@@ -1,8 +1,8 @@
 """Exact attention states of one head: dense, blocked, triangular (causal) and windowed.
 
 Logits here are plain dot products: the scale is already folded into ``q`` and ``k``. A bias is added to the logits, and
-`HIDDEN` as a bias hides a key. The blocked forms merge dense tiles, and recompute them in the backward pass, so that
-memory is linear in the sequence in both directions.
+`HIDDEN` as a bias hides a key, whatever its logit. The blocked forms merge dense tiles, and recompute them in the
+backward pass, so that memory is linear in the sequence in both directions.
 """
 
 import functools
@@ -29,7 +29,8 @@ def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> Atte
     r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
     logits = q @ k.T
     if bias is not None:
-        logits = logits + bias
+        # A sum alone would let a key through whose logit is as large as what hides it.
+        logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, logits + bias)
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -235,7 +236,7 @@ def window_state(
         return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), state)
 
     q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
-    state = lax.map(block, (jnp.arange(blocks) * rows, q))
+    state = lax.map(jax.checkpoint(block), (jnp.arange(blocks) * rows, q))
     return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
 
 

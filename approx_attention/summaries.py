@@ -13,9 +13,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.checks import zero_padding
+from approx_attention.checks import accumulation_dtype, token_sums_inputs
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
 from approx_attention.softmax import HIDDEN, blocked_state, map_rows, pad_rows
 from approx_attention.states import AttentionState, finite_peak, merge, require_same_kind
@@ -34,7 +35,7 @@ class WeightedKV:
 
     With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
     values ``value_sum / mass``; a token of mass 0 is absent. Signed masses (Nystrom weights) need the range of
-    the true values, to which the answer is then clipped.
+    the true values, to which the answer is then clipped; without it a negative mass makes the answer NaN.
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
@@ -51,8 +52,9 @@ class WeightedKV:
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
         """The summary that keeps every token with mass 1, and masked ones with mass 0."""
+        k, v = token_sums_inputs(k, v, kv_mask)
         mass = jnp.ones(k.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
-        return cls(*zero_padding(k, v, kv_mask), mass)
+        return cls(k, v, mass)
 
     @classmethod
     def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
@@ -96,7 +98,7 @@ class FeatureMoments:
     def of_tokens(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
         """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block."""
         num_keys = k.shape[0]
-        k, v = zero_padding(k, v, kv_mask)
+        k, v = token_sums_inputs(k, v, kv_mask)
         if num_keys <= FEATURE_BLOCK:
             return cls._of_block(features, k, v, kv_mask)
         blocks = -(-num_keys // FEATURE_BLOCK)
@@ -151,6 +153,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         >>> float(state.out[0, 0]), round(float(jnp.exp(state.lse[0])), 5)
         (3.0, 3.0)
     """
+    q = q.astype(accumulation_dtype(q))
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
             return _attend_positive_moments(q, summary, summary.features)
@@ -164,7 +167,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
 
 
 def _mean_value_and_log_mass(summary: Summary) -> tuple[Array, Array]:
-    absent = summary.mass <= 0
+    absent = summary.mass == 0
     mass = jnp.where(absent, jnp.ones_like(summary.mass), summary.mass)
     return summary.value_sum / mass[:, None], jnp.where(absent, HIDDEN, jnp.log(mass))
 
@@ -227,10 +230,27 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
 @merge.register
 def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     require_same_kind(a, b)
+    _require_same_features(a.features, b.features)
     peak = jnp.maximum(a.log_scale, b.log_scale)
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
     return FeatureMoments(value_sum, a.mass * factor_a + b.mass * factor_b, peak, a.features)
+
+
+def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:
+    """Raises ``TypeError`` unless two maps are one, as far as can be told while tracing."""
+    leaves_a, kind_a = jax.tree.flatten(a)
+    leaves_b, kind_b = jax.tree.flatten(b)
+    same = kind_a == kind_b and all(x.shape == y.shape for x, y in zip(leaves_a, leaves_b, strict=True))
+    if same:
+        for x, y in zip(leaves_a, leaves_b, strict=True):
+            known = not isinstance(x, Tracer) and not isinstance(y, Tracer)
+            same = same and (x is y or not known or bool(jnp.array_equal(x, y)))
+    if not same:
+        raise TypeError(
+            "merge takes moments of one feature map: these differ in kind, size or draw; summarise both with the same "
+            "key or projection"
+        )
 
 
 def summary_bytes(summary: Any) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from approx_attention.diagnostics import break_even
+
 
 def render(results: pathlib.Path) -> str:
     """The text of RESULTS.md."""
@@ -117,7 +119,7 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
                         *(_ms(seconds[n]) for n in lengths),
                         f"{_slope(seconds, 2048):.2f}",
                         f"{_slope(memory, 2048):.2f}",
-                        str(break_even(rows, arm, is_causal, backward) or "beyond"),
+                        str(break_even_length(rows, arm, is_causal, backward) or "beyond"),
                         f"{exact[longest] / seconds[longest]:.1f}x",
                     ]
                 )
@@ -136,16 +138,10 @@ def best_exact(rows: Iterable[Mapping[str, Any]], is_causal: bool, backward: boo
     return seconds
 
 
-def break_even(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:
+def break_even_length(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:
     """The shortest measured length from which on the arm is faster than the best exact at every measured length."""
-    exact = best_exact(rows, is_causal, backward)
     measured = [r for r in rows if (r["arm"], r["is_causal"], r["backward"]) == (arm, is_causal, backward)]
-    from_here = None
-    for row in sorted(measured, key=lambda row: -row["length"]):
-        if row["seconds"] >= exact[row["length"]]:
-            break
-        from_here = row["length"]
-    return from_here
+    return break_even({r["length"]: r["seconds"] for r in measured}, best_exact(rows, is_causal, backward))
 
 
 def _slope(values: dict[int, float], least: int) -> float:

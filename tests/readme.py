@@ -8,7 +8,7 @@ from typing import Any
 
 from approx_attention.compare import write_atomically
 from approx_attention.registry import capability_table
-from benchmarks.report import break_even, machine, markdown_table
+from benchmarks.report import break_even_length, machine, markdown_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -41,7 +41,7 @@ def _break_even_table(document: Mapping[str, Any]) -> str:
     }
     arms = dict.fromkeys(row["arm"] for row in document["rows"] if not row["arm"].startswith("exact"))
     table = [
-        [f"`{arm}`", *(_from_length(break_even(document["rows"], arm, *form)) for form in forms.values())]
+        [f"`{arm}`", *(_from_length(break_even_length(document["rows"], arm, *form)) for form in forms.values())]
         for arm in arms
     ]
     return (

@@ -9,8 +9,8 @@ from flax import nnx
 from rich.console import Console
 
 from approx_attention.compare import load_tensors
+from experiments.capture import capture
 from experiments.sample import __main__ as script
-from experiments.sample.capture import capture
 from experiments.sample.model import ByteLanguageModel, ModelConfig
 
 TINY = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16)

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_count, check_key, head_inputs, zero_padding
+from approx_attention.checks import check_count, check_key, head_inputs, token_sums_inputs
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend
 
@@ -137,10 +137,12 @@ def uniform_sample(
         True
     """
     dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal:
+        _check_noise(noise, k.shape[0])
         running = running_uniform_sample(head_dim, key, sample_size=sample_size, noise=noise)
-        state = causal_state(q, k, v, running, block_size=check_count("block_size", block_size), kv_mask=kv_mask)
+        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_uniform_sample(k, v, key, sample_size=sample_size, noise=noise, kv_mask=kv_mask))
     return state if return_state else state.out.astype(dtype)
@@ -169,10 +171,11 @@ def summarize_uniform_sample(
         A `WeightedKV` of min(M, S) tokens.
     """
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
+    _check_noise(noise, k.shape[0])
     if noise is None:
         noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],))
     real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
-    k, v = zero_padding(k, v, kv_mask)
+    k, v = token_sums_inputs(k, v, kv_mask)
     return _Sample.empty(sample_size, k.shape[-1], v.shape[-1], k.dtype).offer(noise, k, v, real).tokens()
 
 
@@ -185,7 +188,7 @@ def running_uniform_sample(
         head_dim: ignored.
         key: typed PRNG key; not needed if ``noise`` is given.
         sample_size: the number M of keys kept.
-        noise: a priority per position, ``[S]``, for a prefix of at most S tokens.
+        noise: a priority per position, ``[S]``, for a prefix of at most S tokens; the answers of a longer one are NaN.
 
     Returns:
         The `RunningSummary`.
@@ -197,13 +200,21 @@ def running_uniform_sample(
             own = jax.random.fold_in(check_key("uniform_sample", key), start)
             priority = jax.random.uniform(own, (k.shape[0],))
         else:
-            priority = lax.dynamic_slice_in_dim(jnp.pad(noise, (0, k.shape[0])), start, k.shape[0])
+            place = start + jnp.arange(k.shape[0], dtype=jnp.int32)
+            priority = noise[jnp.minimum(place, noise.shape[0] - 1)]
+            v = jnp.where((kv_mask & (place >= noise.shape[0]))[:, None], jnp.nan, v)
+            priority = jnp.where(place < noise.shape[0], priority, jnp.inf)
         return sample.offer(priority, k, v, kv_mask)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> "_Sample":
         return _Sample.empty(sample_size, head_dim, value_dim, dtype)
 
     return RunningSummary(init, append, read=lambda sample: sample.tokens())
+
+
+def _check_noise(noise: Array | None, num_keys: int) -> None:
+    if noise is not None and noise.shape != (num_keys,):
+        raise ValueError(f"noise must be [S] = [{num_keys}], got shape {noise.shape}")
 
 
 class _Sample(NamedTuple):

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary
-from approx_attention.checks import check_choice, check_count, head_inputs
+from approx_attention.checks import check_choice, check_count, check_floating, head_inputs
 from approx_attention.softmax import HIDDEN, dense_state, streamed_state
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV
@@ -142,7 +142,7 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
 
 
 def _cudnn_applies(q: Array, k: Array, v: Array) -> bool:
-    half = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (q, k, v))
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
     one_head_dim = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return half and one_head_dim and jax.default_backend() == "gpu"
 
@@ -155,6 +155,12 @@ def _total_bias(
     for name, x in (("bias", bias), ("mask", mask)):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must be [T, S] = {list(shape)}, got shape {x.shape}")
+    if bias is not None:
+        check_floating("bias", bias)
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be boolean (true = may be seen), got dtype {mask.dtype}; pass an additive one as bias"
+        )
     total = None if bias is None else jnp.maximum(bias.astype(q.dtype), HIDDEN)
     visible = [] if mask is None else [mask]
     if is_causal:

@@ -57,6 +57,8 @@ def local(
         Beltagy, Peters and Cohan (2020), "Longformer", section 3.1.
     """
     if isinstance(window_size, tuple):
+        if len(window_size) != 2:
+            raise ValueError(f"window_size must be a number of tokens or a pair (left, right), got {window_size}")
         left, right = (check_count("window_size", side, least=0) for side in window_size)
     else:
         left = right = check_count("window_size", window_size) - 1

@@ -70,10 +70,11 @@ def mean_pool(
         with the count of each chunk restored.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal:
         running = running_mean_pool(head_dim, num_landmarks=num_landmarks)
-        state = causal_state(q, k, v, running, block_size=check_count("block_size", block_size), kv_mask=kv_mask)
+        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_mean_pool(k, v, num_landmarks=num_landmarks, kv_mask=kv_mask))
     return state if return_state else state.out.astype(dtype)

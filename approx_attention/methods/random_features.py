@@ -70,10 +70,11 @@ def favor(
         Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1 and section 2.4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal:
         running = running_favor(head_dim, key, num_features=num_features, projection=projection)
-        state = causal_state(q, k, v, running, block_size=check_count("block_size", block_size), kv_mask=kv_mask)
+        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_favor(k, v, key, num_features=num_features, projection=projection, kv_mask=kv_mask))
     return state if return_state else state.out.astype(dtype)
@@ -137,6 +138,7 @@ def draw_favor(key: PRNGKeyArray, head_dim: int, *, num_features: int = 256) -> 
 
 
 def _features(head_dim: int, key: Array | None, num_features: int, projection: Array | None) -> PositiveFeatures:
+    check_count("num_features", num_features)
     if projection is None:
         projection = draw_favor(check_key("favor", key), head_dim, num_features=num_features)["projection"]
     if projection.ndim != 2 or projection.shape[1] != head_dim:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from approx_attention.compare import write_atomically
-from experiments.sample.capture import capture
+from experiments.capture import capture
 from experiments.sample.model import ByteLanguageModel, ModelConfig
 
 

@@ -19,7 +19,8 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
 
     Returns:
         By the path of every layer that was called, its ``q [..., T, N, D]``, ``k [..., S, K, D]`` and
-        ``v [..., S, K, Dv]``.
+        ``v [..., S, K, Dv]``, those of the last call if there were several; bfloat16, which numpy's files do not know,
+        as float32.
 
     Raises:
         ValueError: the model has no attention layer, or none was called.
@@ -31,13 +32,15 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no module with an attention_fn, so there is nothing to capture")
-    originals = {name: layer.attention_fn for name, layer in layers.items()}
+    functions = {name: layer.attention_fn for name, layer in layers.items()}
+    # A layer whose class defines the function has none of its own to put back.
+    own = {name for name, layer in layers.items() if "attention_fn" in vars(layer)}
     captured: dict[str, dict[str, np.ndarray]] = {}
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            captured[name] = {"q": np.asarray(query), "k": np.asarray(key), "v": np.asarray(value)}
-            return originals[name](query, key, value, *args, **kwargs)
+            captured[name] = {"q": as_saved(query), "k": as_saved(key), "v": as_saved(value)}
+            return functions[name](query, key, value, *args, **kwargs)
 
         return record
 
@@ -47,7 +50,16 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
         run(model)
     finally:
         for name, layer in layers.items():
-            layer.attention_fn = originals[name]
+            if name in own:
+                layer.attention_fn = functions[name]
+            else:
+                del layer.attention_fn
     if not captured:
         raise ValueError(f"none of the attention layers {', '.join(layers)} was called")
     return captured
+
+
+def as_saved(x: Any) -> np.ndarray:
+    """The array in a type that numpy can write to a file."""
+    x = np.asarray(x)
+    return x if x.dtype.kind == "f" else x.astype(np.float32)

@@ -1,0 +1,66 @@
+"""Data without download: generated, shipped with Python or scikit-learn, or read from a path of the user's."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from approx_attention.checks import did_you_mean, unknown
+from experiments.config import STRICT, ConfigError
+from experiments.data import images, synthetic, text
+from experiments.data.dataset import Dataset
+
+__all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
+
+# A loader takes the settings of its own as keyword arguments and gives the data.
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "python_text": text.python_text,
+    "byte_file": text.byte_file,
+    "wikitext": text.wikitext,
+    "digits": images.digits,
+    "digit_scenes": images.digit_scenes,
+    "cifar10": images.cifar10,
+    "image_folder": images.image_folder,
+    "listops": synthetic.listops,
+    "pathfinder": synthetic.pathfinder,
+    "recall": synthetic.recall,
+    "copying": synthetic.copying,
+    "match": synthetic.match,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A data set by name, and the settings of its loader, such as ``length`` or ``path``."""
+
+    name: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    __pydantic_config__ = STRICT
+
+
+def load(config: DataConfig) -> Dataset:
+    """The data set that a configuration names.
+
+    Raises:
+        ConfigError: there is none of that name, it lacks such a setting, or its path holds something else.
+    """
+    if config.name not in DATASETS:
+        raise ConfigError(unknown("data", config.name, DATASETS))
+    loader = DATASETS[config.name]
+    parameters = inspect.signature(loader).parameters
+    for name in config.settings:
+        if name not in parameters:
+            raise ConfigError(f"data {config.name!r} has no setting {name!r}{did_you_mean(name, parameters)}")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in config.settings]
+    if missing:
+        raise ConfigError(f"data {config.name!r} needs the setting {missing[0]!r}")
+    return loader(**config.settings)
+
+
+def held_out(data: Dataset, split: str, batch: int, count: int) -> list[dict[str, np.ndarray]]:
+    """The same ``count`` batches of a split for every model and seed."""
+    random = np.random.default_rng([7, len(split)])
+    return [data.draw(random, batch, split) for _ in range(count)]

@@ -1,0 +1,144 @@
+"""Images: scikit-learn's digits, scenes composed of them, and folders and archives of the user's."""
+
+import functools
+import io
+import pathlib
+import pickle
+import tarfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.config import ConfigError
+from experiments.data.dataset import SPLITS, Dataset
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1797 handwritten digits, 8 x 8 grey, split 8 : 1 : 1."""
+    parts = _digit_parts()
+    return _labelled(parts, 10, "sklearn.datasets.load_digits")
+
+
+def digit_scenes(size: int = 32, count: int = 4) -> Dataset:
+    """``count`` digits at random places of a ``size x size`` canvas; the label is the greatest digit.
+
+    A scene's digits come from its split's digits alone.
+    """
+    if size < 8 or count < 1:
+        raise ConfigError(f"data 'digit_scenes' needs size >= 8 and count >= 1, got {size} and {count}")
+    parts = _digit_parts()
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        glyphs, classes = parts[split]
+        chosen = random.integers(0, len(glyphs), (batch, count))
+        corners = random.integers(0, size - 7, (batch, count, 2))
+        scenes = np.zeros((batch, size, size, 1), np.float32)
+        for i in range(batch):
+            for which, (row, column) in zip(chosen[i], corners[i], strict=True):
+                cell = scenes[i, row : row + 8, column : column + 8]
+                np.maximum(cell, glyphs[which], out=cell)
+        return {"image": scenes, "label": classes[chosen].max(1).astype(np.int32)}
+
+    source = {"source": "scenes of sklearn.datasets.load_digits"}
+    return Dataset("image", draw, num_classes=10, image_shape=(size, size, 1), provenance=source)
+
+
+def cifar10(path: str) -> Dataset:
+    """The archive cifar-10-python.tar.gz; the last training batch is the validation split.
+
+    The archive holds pickles. Only arrays and plain values are let out of them.
+    """
+    members = {f"data_batch_{i}": "train" for i in range(1, 5)} | {"data_batch_5": "valid", "test_batch": "test"}
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
+    try:
+        with tarfile.open(pathlib.Path(path).expanduser()) as archive:
+            for name, split in members.items():
+                file = archive.extractfile(f"cifar-10-batches-py/{name}")
+                if file is None:
+                    raise KeyError(name)
+                content = _PlainUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
+                pixels = np.asarray(content[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                found[split].append(((pixels / 255).astype(np.float32), np.asarray(content[b"labels"], np.int32)))
+    except (OSError, tarfile.TarError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"data 'cifar10': {path} is not cifar-10-python.tar.gz: {error}") from None
+    parts = {
+        split: (np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs]))
+        for split, pairs in found.items()
+    }
+    return _labelled(parts, 10, "CIFAR-10")
+
+
+def image_folder(path: str, size: int = 64) -> Dataset:
+    """A folder in ImageNet's layout, ``train/<class>/*`` and ``val/<class>/*``, scaled to ``size x size``.
+
+    One training image in twenty, by its name's order, is the validation split; ``val`` is the test split.
+    """
+    folder = pathlib.Path(path).expanduser()
+    classes = sorted(entry.name for entry in (folder / "train").glob("*") if entry.is_dir())
+    if not classes or not (folder / "val").is_dir():
+        raise ConfigError(f"data 'image_folder': {path} must hold train/<class>/ and val/<class>/ with images")
+
+    def listed(part: str) -> list[tuple[pathlib.Path, int]]:
+        files = [(file, i) for i, name in enumerate(classes) for file in sorted((folder / part / name).glob("*"))]
+        if not files:
+            raise ConfigError(f"data 'image_folder': {path}/{part} holds no images")
+        return files
+
+    training = listed("train")
+    parts = {
+        "train": [entry for i, entry in enumerate(training) if i % 20] or training,
+        "valid": training[::20],
+        "test": listed("val"),
+    }
+
+    @functools.lru_cache(maxsize=4096)
+    def read(file: pathlib.Path) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB").resize((size, size)), np.float32) / 255
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        chosen = [parts[split][i] for i in random.integers(0, len(parts[split]), batch)]
+        return {
+            "image": np.stack([read(file) for file, _ in chosen]),
+            "label": np.asarray([label for _, label in chosen], np.int32),
+        }
+
+    source = {"source": folder.name, "images": {split: len(files) for split, files in parts.items()}}
+    return Dataset("image", draw, num_classes=len(classes), image_shape=(size, size, 3), provenance=source)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds arrays and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _digit_parts() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    pixels = (bunch["images"] / 16).astype(np.float32)[..., None]
+    labels = bunch["target"].astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    tenth = len(order) // 10
+    pieces = {"valid": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+    return {split: (pixels[index], labels[index]) for split, index in pieces.items()}
+
+
+def _labelled(parts: Mapping[str, tuple[np.ndarray, np.ndarray]], num_classes: int, source: str) -> Dataset:
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        pixels, labels = parts[split]
+        chosen = random.integers(0, len(pixels), batch)
+        return {"image": pixels[chosen], "label": labels[chosen]}
+
+    shape = parts["train"][0].shape[1:]
+    provenance = {"source": source, "images": {split: len(labels) for split, (_, labels) in parts.items()}}
+    return Dataset("image", draw, num_classes=num_classes, image_shape=shape, provenance=provenance)

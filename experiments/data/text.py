@@ -1,0 +1,87 @@
+"""Text as bytes: Python's own library, any file such as enwik8, or a WikiText folder."""
+
+import hashlib
+import os
+import pathlib
+import platform
+import sysconfig
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments.config import ConfigError
+from experiments.data.dataset import SPLITS, Dataset
+
+
+def python_text(length: int = 1024) -> Dataset:
+    """The sources of Python's standard library, without its tests and without repeated files.
+
+    Split 8 : 1 : 1 by a hash of a file's path, so a file is never in two splits. The text depends on the Python
+    version; the checksum in the provenance says which it was.
+    """
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    seen = set()
+    paths: list[pathlib.Path] = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - left_out)
+        paths += [pathlib.Path(folder, file) for file in files if file.endswith(".py")]
+    for path in sorted(paths):
+        name = path.relative_to(root)
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).digest()
+        if digest in seen or not content:
+            continue
+        seen.add(digest)
+        tenth = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") % 10
+        parts["valid" if tenth == 0 else "test" if tenth == 1 else "train"].append(content)
+    texts = {split: b"\n".join(contents) for split, contents in parts.items()}
+    return _language(texts, length, f"standard library of Python {platform.python_version()}")
+
+
+def byte_file(path: str, length: int = 1024) -> Dataset:
+    """Any file as bytes, such as enwik8: the first 90 % to train, then 5 % and 5 %."""
+    try:
+        content = pathlib.Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"data 'byte_file': {path} cannot be read: {error.strerror}") from None
+    first, second = len(content) * 90 // 100, len(content) * 95 // 100
+    parts = content[:first], content[first:second], content[second:]
+    return _language(dict(zip(SPLITS, parts, strict=True)), length, pathlib.Path(path).name)
+
+
+def wikitext(path: str, length: int = 1024) -> Dataset:
+    """A WikiText folder with wiki.train, wiki.valid and wiki.test, each .tokens or .raw, as bytes."""
+    folder = pathlib.Path(path).expanduser()
+    texts = {}
+    for split in SPLITS:
+        found = [file for ending in ("raw", "tokens") if (file := folder / f"wiki.{split}.{ending}").is_file()]
+        if not found:
+            raise ConfigError(f"data 'wikitext': {path} must hold wiki.{split}.raw or wiki.{split}.tokens")
+        texts[split] = found[0].read_bytes()
+    return _language(texts, length, folder.name)
+
+
+def _language(texts: Mapping[str, bytes], length: int, source: str) -> Dataset:
+    """Random windows of a split, whose targets are the next bytes."""
+    arrays = {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
+    for split, array in arrays.items():
+        if len(array) <= length:
+            raise ConfigError(f"the {split} split of {source} has {len(array)} bytes, too few for a length of {length}")
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        array = arrays[split]
+        starts = random.integers(0, len(array) - length, batch)
+        windows = np.stack([array[start : start + length + 1] for start in starts]).astype(np.int32)
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+
+    checksum = hashlib.sha256()
+    for split in SPLITS:
+        checksum.update(texts[split])
+    provenance = {
+        "source": source,
+        "bytes": {split: len(array) for split, array in arrays.items()},
+        "sha256": checksum.hexdigest(),
+    }
+    return Dataset("sequence", draw, num_classes=256, vocabulary=256, is_causal=True, provenance=provenance)

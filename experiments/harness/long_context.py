@@ -1,0 +1,125 @@
+"""Time and memory of one attention layer as the sequence grows, against the fastest exact attention."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from approx_attention import METHODS
+from approx_attention.compare import LARGEST_LOGITS
+from approx_attention.diagnostics import break_even, time_interleaved
+from experiments.config import STRICT, ConfigError
+from experiments.models import AttentionConfig, ModelConfig, SelfAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class LongContextConfig:
+    """One layer, the lengths it is timed at, and the size of every method's summary."""
+
+    model: ModelConfig
+    lengths: list[int]
+    direction: Literal["bidirectional", "causal"] = "causal"
+    passes: Literal["forward", "forward_backward"] = "forward"
+    size: int = 256
+    settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    fit_from: int = 2048
+    rounds: int = 5
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+def run(config: LongContextConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Seconds of every method and exact form at each length, the slopes of log time, and break-even lengths."""
+    is_causal = config.direction == "causal"
+    arms = {
+        name: AttentionConfig(name, {method.size: config.size, **config.settings.get(name, {})} if method.size else {})
+        for name, method in METHODS.items()
+        if name != "exact" and (method.capabilities.causal or not is_causal)
+    }
+    for name in config.settings:
+        if name not in arms:
+            raise ConfigError(f"settings are given for {name!r}, which is not among {', '.join(arms)}")
+    exact = {f"exact {form}": AttentionConfig("exact", {"implementation": form}) for form in ("blocked", "dense")}
+    seconds: dict[str, dict[int, float]] = {name: {} for name in (*exact, "exact jax.nn", *arms)}
+    memory: dict[str, dict[int, int]] = {name: {} for name in seconds}
+    for length in config.lengths:
+        shape = (1, length, config.model.model_dim)
+        x = jax.random.normal(jax.random.key(config.seed), shape, config.model.dtype)
+        fits = 4 * config.model.num_heads * length**2 <= LARGEST_LOGITS // 2
+        forms: dict[str, Callable[..., Any]] = {
+            name: _layer(config, attention, is_causal)
+            for name, attention in (exact | arms).items()
+            if name != "exact dense" or fits
+        }
+        if fits:
+            forms["exact jax.nn"] = _jax_nn_layer(config, is_causal)
+        compiled: dict[str, Any] = {name: jax.jit(form).lower(x).compile() for name, form in forms.items()}
+        calls = {name: functools.partial(form, x) for name, form in compiled.items()}
+        for name, timing in time_interleaved(calls, rounds=config.rounds, patience=60).items():
+            seconds[name][length] = timing.least
+            memory[name][length] = compiled[name].memory_analysis().temp_size_in_bytes
+        console.print(
+            f"{directory.name} n={length}: "
+            + ", ".join(f"{n} {s[length] * 1e3:.3g} ms" for n, s in seconds.items() if length in s)
+        )
+    best = {n: min(s[n] for name, s in seconds.items() if name.startswith("exact") and n in s) for n in config.lengths}
+    rows = {"best exact": best, **{name: seconds[name] for name in arms}}
+    return {
+        "methods": {
+            name: {
+                "seconds": {str(n): t for n, t in times.items()},
+                "slope": slope({n: t for n, t in times.items() if n >= config.fit_from}),
+                "break_even": None if name == "best exact" else break_even(times, best),
+                "speedup_at_longest": best[max(best)] / times[max(times)],
+            }
+            for name, times in rows.items()
+        },
+        "exact_forms": {n: {str(m): t for m, t in s.items()} for n, s in seconds.items() if n.startswith("exact")},
+        "temp_bytes": {name: {str(n): b for n, b in by.items()} for name, by in memory.items()},
+    }
+
+
+def slope(seconds: dict[int, float]) -> dict[str, float] | None:
+    """Least-squares slope of log time against log length, with the half-width of its 95 % interval."""
+    if len(seconds) < 3:
+        return None
+    from scipy import stats
+
+    line: Any = stats.linregress(np.log(list(seconds)), np.log(list(seconds.values())))
+    return {
+        "value": float(line.slope),
+        "half_width": float(line.stderr * stats.t.ppf(0.975, len(seconds) - 2)),
+    }
+
+
+def _layer(config: LongContextConfig, attention: AttentionConfig, is_causal: bool) -> Callable[..., Any]:
+    return _passes(
+        config, SelfAttention(config.model, attention, is_causal=is_causal, draw=0, rngs=nnx.Rngs(config.seed))
+    )
+
+
+def _jax_nn_layer(config: LongContextConfig, is_causal: bool) -> Callable[..., Any]:
+    layer = SelfAttention(config.model, AttentionConfig(), is_causal=is_causal, draw=0, rngs=nnx.Rngs(config.seed))
+    layer.attention_fn = lambda query, key, value, lengths=None: jax.nn.dot_product_attention(
+        query, key, value, is_causal=is_causal
+    )
+    return _passes(config, layer)
+
+
+def _passes(config: LongContextConfig, layer: SelfAttention) -> Callable[..., Any]:
+    if config.passes == "forward":
+        return layer
+    graph, parameters = nnx.split(layer)
+
+    def loss(parameters: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(nnx.merge(graph, parameters)(x).astype(jnp.float32) ** 2)
+
+    return lambda x: jax.grad(loss, argnums=(0, 1))(parameters, x)

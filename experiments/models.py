@@ -1,0 +1,227 @@
+"""The reference models: a decoder language model, an encoder classifier and a small vision transformer.
+
+Each takes any registered attention method by name with its hyper-parameters.
+"""
+
+import dataclasses
+import inspect
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from approx_attention import METHODS, attention
+from approx_attention.checks import did_you_mean
+from approx_attention.registry import get_method
+from experiments.config import STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """A registered method and its hyper-parameters."""
+
+    method: str = "exact"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        known = inspect.signature(get_method(self.method).function).parameters
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(f"method {self.method!r} has no argument {name!r}{did_you_mean(name, known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a transformer, and the type it computes in (its parameters are float32)."""
+
+    num_layers: int = 3
+    model_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    hidden_dim: int = 384
+    rotary_base: float = 10_000.0
+    patch_size: int = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    __pydantic_config__ = STRICT
+
+
+def rotate(x: Array, base: float) -> Array:
+    """Rotary position embedding of ``x [..., T, N, D]``: pairs of channels turn with the position."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half) / half)
+    angle = (jnp.arange(x.shape[-3])[:, None] * frequency[None, :])[:, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query self-attention with rotary positions; ``attention_fn`` sees q, k and v after them.
+
+    A random method draws once, from ``draw``, so that training and evaluation see the same features.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention_config: AttentionConfig, *, is_causal: bool, draw: int, rngs: nnx.Rngs
+    ):
+        def linear(heads: int) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                config.model_dim, (heads, config.head_dim), use_bias=False, dtype=config.dtype, rngs=rngs
+            )
+
+        self.rotary_base, self.is_causal, self.draw = config.rotary_base, is_causal, draw
+        self.query = linear(config.num_heads)
+        self.key, self.value = (linear(config.num_kv_heads) for _ in "kv")
+        shape = (config.num_heads, config.head_dim)
+        self.out = nnx.LinearGeneral(
+            shape, config.model_dim, axis=(-2, -1), use_bias=False, dtype=config.dtype, rngs=rngs
+        )
+        self.use(attention_config)
+
+    def use(self, config: AttentionConfig) -> None:
+        """Answers with another method from now on; the parameters stay."""
+        self.method, self.settings = config.method, tuple(config.settings.items())
+
+    def attention_fn(self, query: Array, key: Array, value: Array, *, lengths: Array | None = None) -> Array:
+        """Attention by the layer's method."""
+        rng = jax.random.key(self.draw) if METHODS[self.method].capabilities.needs_key else None
+        return attention(
+            query,
+            key,
+            value,
+            method=self.method,
+            rng=rng,
+            is_causal=self.is_causal,
+            key_value_seq_lengths=lengths,
+            **dict(self.settings),
+        )
+
+    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+        query, key = (rotate(linear(x), self.rotary_base) for linear in (self.query, self.key))
+        return self.out(self.attention_fn(query, key, self.value(x), lengths=lengths))
+
+
+class Layer(nnx.Module):
+    """Attention and a gated feed-forward network, each on a normalised residual stream."""
+
+    def __init__(self, config: ModelConfig, attention_config: AttentionConfig, **options: Any):
+        rngs: nnx.Rngs = options["rngs"]
+        self.attention_norm = nnx.RMSNorm(config.model_dim, dtype=config.dtype, rngs=rngs)
+        self.attention = SelfAttention(config, attention_config, **options)
+        self.hidden_norm = nnx.RMSNorm(config.model_dim, dtype=config.dtype, rngs=rngs)
+        self.up = nnx.Linear(config.model_dim, 2 * config.hidden_dim, use_bias=False, dtype=config.dtype, rngs=rngs)
+        self.down = nnx.Linear(config.hidden_dim, config.model_dim, use_bias=False, dtype=config.dtype, rngs=rngs)
+
+    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+        x = x + self.attention(self.attention_norm(x), lengths)
+        gate, value = jnp.split(self.up(self.hidden_norm(x)), 2, axis=-1)
+        return x + self.down(jax.nn.silu(gate) * value)
+
+
+class Transformer(nnx.Module):
+    """Layers and a final norm, ``[B, T, model_dim]`` to the same in float32."""
+
+    def __init__(self, config: ModelConfig, attention_config: AttentionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            [
+                Layer(config, attention_config, is_causal=is_causal, draw=index, rngs=rngs)
+                for index in range(config.num_layers)
+            ]
+        )
+        self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+
+    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return self.norm(x.astype(jnp.float32))
+
+
+class LanguageModel(nnx.Module):
+    """Predicts the next token from those before: tokens ``[B, T]`` to logits ``[B, T, vocabulary]``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention_config: AttentionConfig,
+        *,
+        vocabulary: int,
+        is_causal: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Embed(vocabulary, config.model_dim, dtype=config.dtype, rngs=rngs)
+        self.body = Transformer(config, attention_config, is_causal=is_causal, rngs=rngs)
+        self.head = nnx.Linear(config.model_dim, vocabulary, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.head(self.body(self.embedding(tokens)))
+
+
+class Classifier(nnx.Module):
+    """Encodes tokens ``[B, T]``, of which the first ``lengths [B]`` are real, to the logits of a class ``[B, C]``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention_config: AttentionConfig,
+        *,
+        vocabulary: int,
+        num_classes: int,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Embed(vocabulary, config.model_dim, dtype=config.dtype, rngs=rngs)
+        self.body = Transformer(config, attention_config, is_causal=False, rngs=rngs)
+        self.head = nnx.Linear(config.model_dim, num_classes, rngs=rngs)
+
+    def __call__(self, tokens: Array, lengths: Array) -> Array:
+        x = self.body(self.embedding(tokens), lengths)
+        real = (jnp.arange(x.shape[1])[None, :] < lengths[:, None])[..., None]
+        return self.head(jnp.where(real, x, 0).sum(1) / jnp.maximum(lengths, 1)[:, None])
+
+
+class VisionTransformer(nnx.Module):
+    """Classifies images ``[B, H, W, C]`` from patches in raster order, with learned positions."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention_config: AttentionConfig,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        rngs: nnx.Rngs,
+    ):
+        height, width, channels = image_shape
+        if height % config.patch_size or width % config.patch_size:
+            raise ValueError(f"patch_size must divide the image's {height} x {width}, got {config.patch_size}")
+        self.patch_size = config.patch_size
+        num_patches = height * width // config.patch_size**2
+        self.embedding = nnx.Linear(channels * config.patch_size**2, config.model_dim, dtype=config.dtype, rngs=rngs)
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_patches, config.model_dim)))
+        self.body = Transformer(config, attention_config, is_causal=False, rngs=rngs)
+        self.head = nnx.Linear(config.model_dim, num_classes, rngs=rngs)
+
+    def __call__(self, images: Array) -> Array:
+        batch, height, width, channels = images.shape
+        side = self.patch_size
+        patches = images.reshape(batch, height // side, side, width // side, side, channels).swapaxes(2, 3)
+        x = self.embedding(patches.reshape(batch, -1, side * side * channels)) + self.positions[...]
+        return self.head(self.body(x.astype(self.embedding.dtype or x.dtype)).mean(1))
+
+
+def attention_layers(model: nnx.Module) -> dict[str, SelfAttention]:
+    """The attention layers of a model by their path in it."""
+    return {
+        ".".join(map(str, path)): module for path, module in nnx.iter_graph(model) if isinstance(module, SelfAttention)
+    }
+
+
+def use_attention(model: nnx.Module, config: AttentionConfig) -> None:
+    """Puts another method into every attention layer of a trained model; its parameters stay."""
+    for layer in attention_layers(model).values():
+        layer.use(config)

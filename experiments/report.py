@@ -1,0 +1,310 @@
+"""RESULTS.md: what was claimed, what was measured, on what, and whether it holds; nothing in it is typed by hand."""
+
+import dataclasses
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import yaml
+
+from approx_attention.compare import write_atomically
+from experiments import plots
+from experiments.config import STRICT, ConfigError, read_config_file, resolve
+from experiments.runs import CONFIGS, results_of
+
+# The most telling scale first; a claim's verdict comes from the first of them whose study is complete.
+SCALES = ("gpu", "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A figure in the results of one arm, by its dotted place in them."""
+
+    arm: str
+    value: str
+
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class Against:
+    """The figure that a metric is measured against."""
+
+    arm: str
+    value: str
+    by: Literal["ratio", "difference"]
+
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Where a figure must lie."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+
+    __pydantic_config__ = STRICT
+
+    def __contains__(self, figure: float) -> bool:
+        return self.at_least <= figure <= self.at_most
+
+    def __str__(self) -> str:
+        if math.isinf(self.at_most):
+            return f"at least {self.at_least:g}"
+        return f"at most {self.at_most:g}" if math.isinf(self.at_least) else f"{self.at_least:g} to {self.at_most:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What a paper says, where, which study tests it, and the ranges in which the figure decides for it.
+
+    Attributes:
+        reproduced: the range in which the claim holds as stated.
+        ordering: the wider range in which only its direction does.
+    """
+
+    id: str
+    paper: str
+    where: str
+    statement: str
+    claimed: str
+    study: str
+    metric: Metric
+    reproduced: Range
+    against: Against | None = None
+    ordering: Range | None = None
+
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A claim with what was measured, mean and deviation over seeds, and its verdict."""
+
+    claim: Claim
+    measured: tuple[float, float] | None
+    scale: str
+    device: str
+    num_seeds: int
+    verdict: Literal["reproduced", "ordering only", "not reproduced", "not run"]
+
+
+def read_claims(path: pathlib.Path) -> list[Claim]:
+    """The claims on file.
+
+    Raises:
+        ConfigError: a record lacks a key, has an unknown one, or shares its id with another.
+    """
+    records = yaml.safe_load(path.read_text(encoding="utf-8"))
+    claims = [resolve(Claim, record, {}, f"{path.name}, claim {record.get('id')!r}") for record in records]
+    ids = [claim.id for claim in claims]
+    for name in ids:
+        if ids.count(name) > 1:
+            raise ConfigError(f"{path.name} has the id {name!r} {ids.count(name)} times")
+    return claims
+
+
+def judge(claim: Claim, results: pathlib.Path) -> Finding:
+    """The verdict on a claim, from the results of the first scale that is complete."""
+    for scale in SCALES:
+        path = CONFIGS / claim.study / f"{scale}.yaml"
+        if not path.exists():
+            continue
+        file = read_config_file(path)
+        runs = {(run["arm"], run["seed"]): run for run in results_of(file, results)}
+        arms = {claim.metric.arm} | ({claim.against.arm} if claim.against else set())
+        if any((arm, seed) not in runs for arm in arms for seed in file.seeds):
+            continue
+        figures = [_measure(claim, runs, seed) for seed in file.seeds]
+        measured = statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0
+        if measured[0] in claim.reproduced:
+            verdict = "reproduced"
+        elif claim.ordering is not None and measured[0] in claim.ordering:
+            verdict = "ordering only"
+        else:
+            verdict = "not reproduced"
+        environment = runs[claim.metric.arm, file.seeds[0]]["environment"]
+        return Finding(claim, measured, scale, _device(environment), len(figures), verdict)
+    return Finding(claim, None, "", "", 0, "not run")
+
+
+def _measure(claim: Claim, runs: Mapping[tuple[str, int], Any], seed: int) -> float:
+    figure = _at(runs[claim.metric.arm, seed]["result"], claim.metric.value)
+    if claim.against is None:
+        return figure
+    base = _at(runs[claim.against.arm, seed]["result"], claim.against.value)
+    return figure / base if claim.against.by == "ratio" else figure - base
+
+
+def _at(result: Any, place: str) -> float:
+    """The figure at a dotted place; where there is none, as for a break-even never reached, infinity."""
+    for name in place.split("."):
+        if name not in result:
+            raise ConfigError(f"the results have nothing at {place!r}: {name!r} is not among {', '.join(result)}")
+        result = result[name]
+    return math.inf if result is None else float(result)
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    return environment["processor"] if environment["backend"] == "cpu" else environment["device"]
+
+
+def render(root: pathlib.Path) -> str:
+    """The text of RESULTS.md, from claims.yaml and results/ under ``root``."""
+    results = root / "results"
+    findings = [judge(claim, results) for claim in read_claims(root / "claims.yaml")]
+    parts = [
+        "# Claims and what became of them",
+        "Generated by `python -m experiments report` from `claims.yaml` and `results/`; do not edit. A claim is "
+        "*reproduced* where the measured figure lies in the range given, *ordering only* where it has the claimed "
+        "direction but not the size, and *not run* where no complete set of results is at hand. Figures are means "
+        "over seeds ± their deviation.",
+        _table(
+            ["claim", "paper", "claimed", "reproduced if", "measured", "setting", "device", "verdict"],
+            [_finding_row(finding) for finding in findings],
+        ),
+    ]
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        file = read_config_file(path)
+        runs = results_of(file, results)
+        if runs and path.stem in SCALES:
+            parts += list(_study(file, path, runs, root))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(root: pathlib.Path) -> list[pathlib.Path]:
+    """Writes RESULTS.md and the plots under ``root``; returns the files."""
+    written = []
+    (root / "plots").mkdir(exist_ok=True)
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        file = read_config_file(path)
+        runs = results_of(file, root / "results")
+        if runs and path.stem in SCALES:
+            figure, place = plots.draw(file.experiment, runs), root / "plots" / _plot_name(path)
+            write_atomically(place, lambda out, figure=figure: figure.savefig(out, format="png"))
+            written.append(place)
+    text = render(root)
+    write_atomically(root / "RESULTS.md", lambda out: out.write(text.encode()))
+    return [*written, root / "RESULTS.md"]
+
+
+def _plot_name(path: pathlib.Path) -> str:
+    return "-".join(path.relative_to(CONFIGS).with_suffix("").parts) + ".png"
+
+
+def _finding_row(finding: Finding) -> list[str]:
+    claim = finding.claim
+    measured, setting = "", f"`configs/{claim.study}`"
+    if finding.measured is not None:
+        mean, deviation = finding.measured
+        measured = "never" if math.isinf(mean) else f"{mean:.3g}" + (f" ± {deviation:.1g}" if deviation else "")
+        setting = f"`configs/{claim.study}/{finding.scale}.yaml`, {_count(finding.num_seeds, 'seed')}"
+    kind = f" ({claim.against.by} to {claim.against.arm})" if claim.against else ""
+    paper = f"{claim.paper}: {claim.where}"
+    return [
+        claim.statement, paper, claim.claimed, f"{claim.reproduced}{kind}", measured, setting, finding.device,
+        f"**{finding.verdict}**",
+    ]  # fmt: skip
+
+
+def _study(file: Any, path: pathlib.Path, runs: Sequence[Mapping[str, Any]], root: pathlib.Path) -> Iterable[str]:
+    """One study: its setting, its table, and its plot."""
+    yield f"## {path.relative_to(CONFIGS).with_suffix('').as_posix()}"
+    environment, total = runs[0]["environment"], len(file.arms) * len(file.seeds)
+    incomplete = "" if len(runs) == total else f" Incomplete: {len(runs)} of {total} runs."
+    yield (
+        f"{_description(path)} {_device(environment)}, {environment['processor_cores']} cores, Python "
+        f"{environment['python']}, jax {environment['jax']}; {sum(run['seconds'] for run in runs) / 60:.0f} minutes in "
+        f"all.{incomplete}"
+    )
+    yield from _TABLES[file.experiment](runs)
+    yield f"![{path.parent.name}](plots/{_plot_name(path)})"
+
+
+def _description(path: pathlib.Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def _quality_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        by_position = [list(result["test"].get("by_position", {}).values()) for result in results]
+        rows.append(
+            [
+                f"`{arm}`",
+                _spread([result["test"]["bits"] for result in results]),
+                _spread([result["test"]["accuracy"] for result in results]),
+                _spread([bits[-1] for bits in by_position]) if by_position[0] else "",
+                _spread([result["attention_error"]["method"]["mean"] for result in results]),
+                _spread([result["attention_error"]["mean_value"]["mean"] for result in results]),
+                _bytes(results[0]["held_bytes"]),
+                f"{statistics.fmean(result['training_seconds'] for result in results):.0f} s",
+            ]
+        )
+    header = (
+        "trained with|test bits|accuracy|bits, last octave of positions|attention error|that of mean(V)|held|training"
+    )
+    yield _table(header.split("|"), rows)
+
+
+def _swap_in_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    rows = []
+    for name in runs[0]["result"]["methods"]:
+        results = [run["result"]["methods"][name] for run in runs]
+        exact = [run["result"]["methods"]["exact"]["bits"] for run in runs]
+        rows.append(
+            [
+                f"`{name}`",
+                _spread([result["bits"] for result in results]),
+                _spread([result["bits"] - bits for result, bits in zip(results, exact, strict=True)]),
+                _spread([result["attention_error"]["mean"] for result in results]),
+                _bytes(results[0]["held_bytes"]),
+            ]
+        )
+    yield _table(["evaluated with", "test bits", "lost against exact", "attention error", "held"], rows)
+
+
+def _long_context_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for run in runs:
+        methods = run["result"]["methods"]
+        lengths = list(methods["best exact"]["seconds"])
+        rows = []
+        for name, entry in methods.items():
+            slope = entry["slope"]
+            rows.append(
+                [
+                    f"`{name}`",
+                    *(f"{1e3 * entry['seconds'][n]:.3g}" for n in lengths),
+                    f"{slope['value']:.2f} ± {slope['half_width']:.2f}" if slope else "",
+                    "" if name == "best exact" else str(entry["break_even"] or "never"),
+                    f"{entry['speedup_at_longest']:.1f}x",
+                ]
+            )
+        yield f"`{run['arm']}`: milliseconds of a layer at n tokens, slope of log time with its 95 % interval"
+        yield _table(["", *lengths, "slope", "break-even n", f"faster at {lengths[-1]}"], rows)
+
+
+_TABLES = {"quality": _quality_tables, "swap_in": _swap_in_tables, "long_context": _long_context_tables}
+
+
+def _spread(figures: Sequence[float]) -> str:
+    mean = statistics.fmean(figures)
+    return f"{mean:.3f}" if len(figures) == 1 else f"{mean:.3f} ± {statistics.stdev(figures):.3f}"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1024:.4g} KiB"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,229 @@
+"""One training loop for every task: resumes after a kill, logs each step's figures, evaluates at the end."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax import Array
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from approx_attention.compare import write_atomically
+from experiments import data
+from experiments.config import STRICT
+from experiments.data import DataConfig, Dataset
+from experiments.models import AttentionConfig, Classifier, LanguageModel, ModelConfig, VisionTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipped gradients on a cosine schedule, and how often to look and to save."""
+
+    steps: int
+    batch: int = 8
+    peak_learning_rate: float = 2e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    log_every: int = 20
+    checkpoint_every: int = 200
+    evaluation_batches: int = 8
+
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """A model with one attention method, trained on one data set."""
+
+    data: DataConfig
+    train: OptimizerConfig
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+def build_model(config: TrainingConfig, dataset: Dataset) -> nnx.Module:
+    """The reference model that reads this kind of data, freshly initialised."""
+    rngs = nnx.Rngs(config.seed)
+    if dataset.kind == "sequence":
+        return LanguageModel(
+            config.model, config.attention, vocabulary=dataset.vocabulary, is_causal=dataset.is_causal, rngs=rngs
+        )
+    if dataset.kind == "classify":
+        sizes = {"vocabulary": dataset.vocabulary, "num_classes": dataset.num_classes}
+        return Classifier(config.model, config.attention, **sizes, rngs=rngs)
+    return VisionTransformer(
+        config.model, config.attention, image_shape=dataset.image_shape, num_classes=dataset.num_classes, rngs=rngs
+    )
+
+
+def predict(model: nnx.Module, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+    """Logits and the targets they are to tell, -1 where nothing is asked."""
+    if isinstance(model, LanguageModel):
+        return model(batch["tokens"]), batch["targets"]
+    if isinstance(model, Classifier):
+        return model(batch["tokens"], batch["lengths"]), batch["label"]
+    if isinstance(model, VisionTransformer):
+        return model(batch["image"]), batch["label"]
+    raise TypeError(f"{type(model).__name__} is none of the reference models")
+
+
+def bits(model: nnx.Module, batch: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+    """Cross-entropy in bits of every target, whether it was told right, and which targets count."""
+    logits, targets = predict(model, batch)
+    asked = targets >= 0
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0)) / np.log(2)
+    return entropy, logits.argmax(-1) == targets, asked
+
+
+def mean_bits(model: nnx.Module, batch: Mapping[str, Any]) -> Array:
+    """The loss: mean cross-entropy in bits over the targets that count."""
+    entropy, _, asked = bits(model, batch)
+    return jnp.where(asked, entropy, 0).sum() / jnp.maximum(asked.sum(), 1)
+
+
+@nnx.jit
+def train_step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Mapping[str, Any]) -> Array:
+    """One step of gradient descent; returns the loss before it."""
+    loss, gradient = nnx.value_and_grad(mean_bits)(model, batch)
+    optimizer.update(model, gradient)
+    return loss
+
+
+def make_optimizer(config: OptimizerConfig, model: nnx.Module) -> nnx.Optimizer:
+    """AdamW on a warm-up and cosine schedule, behind a clip of the gradient's norm."""
+    warmup = max(1, round(config.warmup * config.steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.peak_learning_rate, warmup, max(config.steps, warmup + 1), 0.05 * config.peak_learning_rate
+    )
+    adam = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
+    return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(config.clip_norm), adam), wrt=nnx.Param)
+
+
+def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tuple[nnx.Module, Dataset, float]:
+    """Trains the model, or goes on from its last checkpoint in ``directory``, and returns it.
+
+    Every batch follows from the seed and the step alone, so a resumed run takes the steps that an uninterrupted one
+    takes. On one machine the result is the same to the bit; between machines and backends it is not.
+
+    Returns:
+        The model, its data, and the seconds it was trained, over all resumed parts.
+    """
+    dataset = data.load(config.data)
+    model = build_model(config, dataset)
+    optimizer = make_optimizer(config.train, model)
+    log = _Log(directory / "metrics.jsonl")
+    tokens = config.train.batch * (
+        np.prod(data.held_out(dataset, "train", 1, 1)[0]["tokens"].shape) if dataset.kind != "image" else 1
+    )
+    unit = "tokens/s" if dataset.kind != "image" else "images/s"
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options) as manager:
+        done, spent = _restore(manager, model, optimizer)
+        log.keep_until(done)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
+            task = progress.add_task(directory.name, total=config.train.steps, completed=done, note="")
+            start, losses, since = time.monotonic(), [], done
+            for step in range(done, config.train.steps):
+                batch = dataset.draw(np.random.default_rng([config.seed, step]), config.train.batch, "train")
+                losses.append(train_step(model, optimizer, batch))
+                if (step + 1) % config.train.log_every == 0 or step + 1 == config.train.steps:
+                    loss = float(jnp.stack(losses).mean())
+                    seconds = time.monotonic() - start
+                    speed = tokens * (step + 1 - since) / seconds
+                    log.write({"step": step + 1, "loss": loss, "seconds": spent + seconds, unit: speed})
+                    progress.update(task, completed=step + 1, note=f"{loss:.3f} bits  {speed:.0f} {unit}")
+                    losses = []
+                if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps:
+                    _save(manager, step + 1, model, optimizer, spent + time.monotonic() - start)
+            total = spent + time.monotonic() - start if done < config.train.steps else spent
+    return model, dataset, total
+
+
+def evaluate(config: TrainingConfig, model: nnx.Module, dataset: Dataset, split: str) -> dict[str, Any]:
+    """Mean bits and accuracy over held-out batches; for sequences also the bits by position, in octaves."""
+    score = nnx.jit(bits)
+    batches = data.held_out(dataset, split, config.train.batch, config.train.evaluation_batches)
+    scores = [score(model, batch) for batch in batches]
+    entropy, right, asked = (np.concatenate([np.asarray(part[i]) for part in scores]) for i in range(3))
+    result: dict[str, Any] = {"bits": float(entropy[asked].mean()), "accuracy": float(right[asked].mean())}
+    if dataset.kind == "sequence":
+        result["by_position"] = {
+            f"{low}-{high - 1}": float(entropy[:, low:high][asked[:, low:high]].mean())
+            for low, high in _octaves(entropy.shape[1])
+            if asked[:, low:high].any()
+        }
+    return result
+
+
+def _octaves(length: int) -> Iterable[tuple[int, int]]:
+    low, high = 0, 32
+    while low < length:
+        yield low, min(high, length)
+        low, high = high, 2 * high
+
+
+def _state(model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
+    return {"model": nnx.to_pure_dict(nnx.state(model)), "optimizer": nnx.to_pure_dict(nnx.state(optimizer))}
+
+
+def _save(
+    manager: ocp.CheckpointManager, step: int, model: nnx.Module, optimizer: nnx.Optimizer, seconds: float
+) -> None:
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(_state(model, optimizer)), clock=ocp.args.JsonSave({"seconds": seconds})
+    )
+    manager.save(step, args=items)
+    manager.wait_until_finished()
+
+
+def _restore(manager: ocp.CheckpointManager, model: nnx.Module, optimizer: nnx.Optimizer) -> tuple[int, float]:
+    """Loads the last whole checkpoint, if there is one; returns its step and the seconds spent up to it."""
+    step = manager.latest_step()
+    if step is None:
+        return 0, 0.0
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _state(model, optimizer))
+    items: Any = manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), clock=ocp.args.JsonRestore())
+    )
+    for part, name in ((model, "model"), (optimizer, "optimizer")):
+        state = nnx.state(part)
+        nnx.replace_by_pure_dict(state, items.state[name])
+        nnx.update(part, state)
+    return step, items.clock["seconds"]
+
+
+class _Log:
+    """Figures of each logged step, one JSON object a line."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def keep_until(self, step: int) -> None:
+        """Drops what was logged after the checkpoint that the run goes on from."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:  # the line that a kill cut short
+                continue
+        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
