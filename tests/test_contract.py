@@ -462,7 +462,8 @@ def test_an_unknown_argument_is_refused(name):
 @both_directions
 def test_one_compilation_per_shape(name, is_causal):
     def call_eagerly(seed, length):
-        heads(name, *random_heads(seed, 1, length, length, 2, 1), is_causal=is_causal)
+        tensors = random_heads(seed, 1, length, length, 2, 1)
+        attention(*tensors, method=name, rng=jax.random.key(seed), is_causal=is_causal, **settings(name))
 
     for length in (9, 10):
         call_eagerly(0, length)
