@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: compare test test-slow lint format bench readme sample clean
+.PHONY: compare test test-slow lint format bench experiments readme sample clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
@@ -27,12 +27,19 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Measures speed and memory and rewrites benchmarks/RESULTS.md. Keep the machine otherwise idle.
+# Measures speed and memory and rewrites benchmarks/RESULTS.md, the figure in docs/ and the README. Keep the machine otherwise idle.
 # PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks exact
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks report
+	$(BIN)/approx-attention compare --out docs
+	$(BIN)/python -m tests.readme
+
+# Runs the studies of configs/ that fit a small machine, leaving out what is done, and judges the papers' claims.
+experiments: $(VENV)/.dev
+	$(BIN)/python -m experiments sweep configs/*/*/cpu.yaml
+	$(BIN)/python -m experiments report
 
 # Rewrites the generated parts of README.md.
 readme: $(VENV)/.dev
