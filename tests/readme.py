@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from approx_attention.compare import write_atomically
+from approx_attention.compare import BASELINES, write_atomically
 from approx_attention.registry import capability_table
 from benchmarks.report import break_even_length, machine, markdown_table
 
@@ -56,20 +56,20 @@ def _from_length(length: int | None) -> str:
 
 def _losses(document: Mapping[str, Any]) -> str:
     """What the comparison on the sample says against the methods."""
-    rows = [row for row in document["rows"] if row["method"] != "exact"]
-    trivial = {row["method"]: row for row in rows if row["method"] in ("mean_value", "local")}
+    rows = [row for row in document["rows"] if not row["is_exact"]]
     names = dict.fromkeys(row["method"] for row in rows)
     largest = {name: max((r for r in rows if r["method"] == name), key=lambda r: r["size"] or 0) for name in names}
     errors = ", ".join(
         f"`{name}`{_of_size(row)} {row['relative_error']:.2g}"
         for name, row in sorted(largest.items(), key=lambda item: item[1]["relative_error"])
     )
-    losing = [
-        f"`{name}`{_of_size(row)}"
-        for name, row in largest.items()
-        if name not in trivial and row["relative_error"] >= trivial["mean_value"]["relative_error"]
-    ]
-    verdict = "; no better than `mean_value`: " + ", ".join(losing) if losing else "; all beat `mean_value`"
+    verdict = ""
+    for baseline in BASELINES:
+        least = largest[baseline]["relative_error"]
+        losing = [
+            f"`{name}`" for name, row in largest.items() if name not in BASELINES and row["relative_error"] >= least
+        ]
+        verdict += f"; no better than `{baseline}`: " + (", ".join(losing) or "none")
     kind = "causal" if document["settings"]["is_causal"] else "bidirectional"
     return (
         f"**Accuracy.** On the shipped sample ({kind}, {document['shapes']['key'][1]} tokens), relative error at the "
