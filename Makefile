@@ -45,9 +45,9 @@ experiments: $(VENV)/.dev
 readme: $(VENV)/.dev
 	$(BIN)/python -m tests.readme
 
-# Trains the small language model anew (about 45 minutes) and captures the shipped sample from it.
+# Trains the small language model anew (about 40 minutes) and captures the shipped sample from it.
 sample: $(VENV)/.dev
-	$(BIN)/python -m experiments.sample --out approx_attention/sample.npz
+	$(BIN)/python -m experiments sample
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)
 	$(INSTALL) -e '.[plot,safetensors]'

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from approx_attention.checks import check_floating, check_key, did_you_mean
-from approx_attention.registry import get_method
+from approx_attention.registry import accepted, get_method
 
 
 def attention(
@@ -186,9 +186,7 @@ class _Head:
         draw = self.method.draw if self.method else None
         if draw is None or _NOISE & self.hyperparameters.keys():
             return {"key": keys}
-        accepted = inspect.signature(draw).parameters
-        arguments = {name: value for name, value in self.hyperparameters.items() if name in accepted}
-        return jax.vmap(lambda key: draw(key, head_dim, **arguments))(keys)
+        return jax.vmap(lambda key: draw(key, head_dim, **accepted(draw, self.hyperparameters)))(keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -28,7 +28,7 @@ from approx_attention.api import attention
 from approx_attention.checks import did_you_mean
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
-from approx_attention.registry import get_method
+from approx_attention.registry import accepted, get_method
 from approx_attention.summaries import summary_bytes
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
@@ -297,7 +297,7 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
     if is_causal and method.running is not None and "block_size" in arguments:
         make_running = method.running
         block_size = hyperparameters.get("block_size", arguments["block_size"].default)
-        own = {name: x for name, x in hyperparameters.items() if name in inspect.signature(make_running).parameters}
+        own = accepted(make_running, hyperparameters)
 
         def cache(rng: Array) -> Any:
             running = make_running(key.shape[-1], rng, **own)
@@ -307,9 +307,8 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
 
         return summary_bytes(jax.eval_shape(cache, rng))
     if method.summarize is not None:
-        accepted = inspect.signature(method.summarize).parameters
-        own = {name: x for name, x in hyperparameters.items() if name in accepted}
-        return summary_bytes(jax.eval_shape(functools.partial(method.summarize, **own), key, value, rng))
+        summarize = functools.partial(method.summarize, **accepted(method.summarize, hyperparameters))
+        return summary_bytes(jax.eval_shape(summarize, key, value, rng))
     if method.size is None or method.size not in hyperparameters:
         return None
     size = hyperparameters[method.size]

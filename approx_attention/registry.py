@@ -1,9 +1,12 @@
 """The methods by name, with the facts about each that the contract tests check and the README's table prints."""
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from tabulate import tabulate
 
 from approx_attention.checks import unknown
 from approx_attention.methods.baselines import (
@@ -142,6 +145,12 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a method's hyper-parameters that one of its functions takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in hyperparameters.items() if name in parameters}
+
+
 def capability_table() -> str:
     """The methods and what each can do, as a Markdown table."""
     columns = {
@@ -157,17 +166,13 @@ def capability_table() -> str:
         "trainable": "learned",
     }
     header = ["method", *columns.values(), "exact at", "FLOPs, n = 4k", "n = 64k", "reference"]
-    rows = [header, ["---"] + [":-:"] * len(columns) + ["---", "--:", "--:", "---"]]
+    rows = []
     for name, method in METHODS.items():
         facts = ["x" if getattr(method.capabilities, field) else "" for field in columns]
         limit = "always" if name == "exact" else f"{method.size} = S" if method.capabilities.exact_limit else ""
         rows.append([f"`{name}`", *facts, limit, *(_relative_cost(method, n) for n in (4096, 65536)), method.reference])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-
-    return "\n".join(map(line, rows))
+    alignment = ["left"] + ["center"] * len(columns) + ["left", "right", "right", "left"]
+    return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 
 
 def _relative_cost(method: Method, length: int) -> str:

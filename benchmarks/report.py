@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from approx_attention.diagnostics import break_even
 
@@ -167,5 +168,5 @@ def _mib(num_bytes: int | None) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a Markdown table, the first column left-aligned and the others right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    alignment = ["left", *["right"] * (len(header) - 1)]
+    return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)

@@ -1,8 +1,10 @@
-"""``python -m experiments run|sweep|list|report|capture``: every claim a verdict."""
+"""``python -m experiments run|sweep|list|report|capture|capture-model|sample``: every claim a verdict."""
 
+import importlib
 import itertools
 import pathlib
 import sys
+from typing import Any
 
 import click
 import numpy as np
@@ -13,8 +15,9 @@ from approx_attention.checks import unknown
 from approx_attention.compare import write_atomically
 from experiments import data, report
 from experiments.capture import capture
-from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
-from experiments.runs import CONFIGS, RESULTS, ROOT, results_of, run_arm, study_name
+from experiments.config import ConfigError, parse_overrides, read_config_file
+from experiments.runs import CONFIGS, RESULTS, ROOT, Run, results_of
+from experiments.sample import write_sample
 from experiments.training import TrainingConfig, fit, predict
 
 CONFIG = click.argument("config", type=click.Path(path_type=pathlib.Path))
@@ -24,11 +27,22 @@ OUT = click.option(
     type=click.Path(path_type=pathlib.Path),
     help="Where results go.  [default: experiments/results, or out/experiments with --set]",
 )
+TO = click.option(
+    "--to", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True, help="The .npz to write."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def experiments() -> None:
     """Trains small models and times layers to check what the papers claim."""
+
+
+def _run_of(
+    config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
+) -> Run:
+    file = read_config_file(config)
+    arm, seed = arm or file.arms[0].name, file.seeds[0] if seed is None else seed
+    return Run.of(file, arm, seed, parse_overrides(assignments), _results(out, assignments))
 
 
 def _results(out: pathlib.Path | None, assignments: tuple[str, ...]) -> pathlib.Path:
@@ -45,16 +59,8 @@ def run(
     config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
 ) -> None:
     """Run one arm of CONFIG with one seed; goes on where a killed run stopped."""
-    file, console = read_config_file(config), Console()
-    document = run_arm(
-        file,
-        arm or file.arms[0].name,
-        file.seeds[0] if seed is None else seed,
-        parse_overrides(assignments),
-        _results(out, assignments),
-        console,
-    )
-    console.print_json(data=document["result"])
+    console = Console()
+    console.print_json(data=_run_of(config, arm, seed, assignments, out).result(console)["result"])
 
 
 @experiments.command()
@@ -63,23 +69,25 @@ def run(
 @OUT
 def sweep(configs: tuple[pathlib.Path, ...], assignments: tuple[str, ...], out: pathlib.Path | None) -> None:
     """Run every arm of every CONFIG with every seed, leaving out what is done."""
-    console, results = Console(), _results(out, assignments)
-    files = [read_config_file(config) for config in configs]
-    for file in files:
-        for seed, arm in itertools.product(file.seeds, file.arms):
-            document = run_arm(file, arm.name, seed, parse_overrides(assignments), results, console)
-            console.print(f"{study_name(file)}: {arm.name}, seed {seed}: {document['seconds']:.0f} s")
+    console, results, overrides = Console(), _results(out, assignments), parse_overrides(assignments)
+    runs = [
+        Run.of(file, arm.name, seed, overrides, results)
+        for file in map(read_config_file, configs)
+        for seed, arm in itertools.product(file.seeds, file.arms)
+    ]
+    for run in runs:
+        console.print(f"{run.directory.relative_to(results)}: {run.result(console)['seconds']:.0f} s")
 
 
 @experiments.command("list")
 def list_command() -> None:
     """Print the configurations, and how many of their runs are done."""
-    table = Table("configuration", "experiment", "arms", "seeds", "done")
+    table = Table("configs/", "experiment", "arms", "seeds", "done")
     for path in sorted(CONFIGS.rglob("*.yaml")):
         file = read_config_file(path)
         done = f"{len(results_of(file, RESULTS))}/{len(file.arms) * len(file.seeds)}"
         table.add_row(
-            path.relative_to(ROOT).as_posix(), file.experiment, str(len(file.arms)), str(len(file.seeds)), done
+            path.relative_to(CONFIGS).as_posix(), file.experiment, str(len(file.arms)), str(len(file.seeds)), done
         )
     Console().print(table)
 
@@ -100,7 +108,7 @@ def report_command() -> None:
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="How many examples.")
 @SET
 @OUT
-@click.option("--to", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True, help="The .npz to write.")
+@TO
 def capture_command(
     config: pathlib.Path,
     arm: str | None,
@@ -116,21 +124,67 @@ def capture_command(
 
     Trains the model first if its run has no checkpoint here.
     """
-    file, console, results = read_config_file(config), Console(), _results(out, assignments)
-    arm, seed = arm or file.arms[0].name, file.seeds[0] if seed is None else seed
-    run_arm(file, arm, seed, parse_overrides(assignments), results, console)
-    overrides = {"seed": seed, **next(a.overrides for a in file.arms if a.name == arm), **parse_overrides(assignments)}
-    settings = resolve(TrainingConfig, file.settings, overrides, str(config))
-    model, dataset, _ = fit(settings, results / study_name(file) / f"{arm}-seed{seed}", console)
+    settings, directory = _training_run(_run_of(config, arm, seed, assignments, out))
+    model, dataset, _ = fit(settings, directory, Console())
     examples = data.held_out(dataset, split, batch, 1)[0]
-    captured = capture(model, lambda model: predict(model, examples))
+    _write_layers(capture(model, lambda model: predict(model, examples)), layers, to)
+
+
+@experiments.command("capture-model")
+@click.argument("function", metavar="MODULE:FUNCTION")
+@click.option("--layers", help="Paths of layers, separated by commas.  [default: all]")
+@TO
+def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -> None:
+    """Write q, k and v of a Flax nnx model of your own to an .npz that `approx-attention compare` reads.
+
+    FUNCTION of MODULE returns (model, run), and run(model) calls the model once.
+    """
+    module, colon, name = function.partition(":")
+    sys.path.insert(0, "")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        detail = str(error) if colon else "it is MODULE:FUNCTION, as in my_model:make"
+        raise ConfigError(f"{function!r} cannot be imported: {detail}") from None
+    _write_layers(capture(*make()), layers, to)
+
+
+def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None, to: pathlib.Path) -> None:
     chosen = layers.split(",") if layers else list(captured)
     for name in chosen:
         if name not in captured:
             raise ConfigError(unknown("layer", name, captured))
-    arrays = {f"{name}.{x}": captured[name][x] for name in chosen for x in "qkv"}
-    write_atomically(to, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
-    console.print(f"wrote {', '.join(chosen)} to {to}; name a layer with --q LAYER.q --k LAYER.k --v LAYER.v")
+    arrays: dict[str, Any] = {f"{name}.{x}": captured[name][x] for name in chosen for x in "qkv"}
+    write_atomically(to, lambda file: np.savez_compressed(file, **arrays))
+    Console().print(f"wrote {', '.join(chosen)} to {to}; name a layer with --q LAYER.q --k LAYER.k --v LAYER.v")
+
+
+@experiments.command("sample")
+@click.argument("config", type=click.Path(path_type=pathlib.Path), default=CONFIGS / "harness/sample/full.yaml")
+@SET
+@OUT
+@click.option(
+    "--to",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    default=ROOT / "approx_attention/sample.npz",
+    show_default="approx_attention/sample.npz",
+    help="The .npz to write; its provenance goes beside it as .txt.",
+)
+def sample_command(
+    config: pathlib.Path, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path
+) -> None:
+    """Write the sample that ships with the package, from the language model of CONFIG; trains it first if need be."""
+    settings, directory = _training_run(_run_of(config, None, None, assignments, out))
+    console = Console()
+    console.print_json(data=write_sample(settings, directory, to, console))
+
+
+def _training_run(run: Run) -> tuple[TrainingConfig, pathlib.Path]:
+    """The settings and the directory of a run whose model is wanted."""
+    if not isinstance(run.config, TrainingConfig):
+        raise ConfigError(f"{run.directory.name}: only the experiment 'quality' trains a model of one method")
+    run.claim_directory()
+    return run.config, run.directory
 
 
 def main() -> int:

@@ -1,25 +1,27 @@
 """How close a trained model's attention is to exact attention on the tensors the model itself makes."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from approx_attention import METHODS, attention, diagnostics
+from approx_attention import diagnostics
 from experiments.capture import capture
 from experiments.models import AttentionConfig, attention_layers
 from experiments.training import predict
 
 
-def attention_errors(model: nnx.Module, batch: dict[str, Any], configs: dict[str, AttentionConfig]) -> dict[str, Any]:
+def attention_errors(
+    model: nnx.Module, batch: dict[str, Any], methods: Mapping[str, AttentionConfig | None]
+) -> dict[str, Any]:
     """Relative error of each method on the queries, keys and values of every attention layer of a model.
 
     Args:
         model: a trained reference model.
         batch: the examples that it reads; one is enough, the sequences are long.
-        configs: the methods by the name to report them under.
+        methods: the methods by the name to report them under; None for each layer's own, as it was trained.
 
     Returns:
         For each name the relative Frobenius error ``mean`` over layers and that of each layer, in order.
@@ -27,18 +29,21 @@ def attention_errors(model: nnx.Module, batch: dict[str, Any], configs: dict[str
     captured = capture(model, lambda model: predict(model, batch))
     layers = attention_layers(model)
     lengths = jnp.asarray(batch["lengths"]) if "lengths" in batch else None
-    result: dict[str, Any] = {}
-    for name, config in configs.items():
-        errors = []
-        for path, tensors in captured.items():
-            arguments = [jnp.asarray(tensors[x], jnp.float32) for x in "qkv"]
-            options = {"is_causal": layers[path].is_causal, "key_value_seq_lengths": lengths}
-            rng = jax.random.key(layers[path].draw) if METHODS[config.method].capabilities.needs_key else None
-            exact = attention(*arguments, method="exact", **options)
-            out = attention(*arguments, method=config.method, rng=rng, **options, **config.settings)
-            if lengths is not None:  # what stands beyond a sequence's end is no answer
-                real = (jnp.arange(out.shape[1])[None, :] < lengths[:, None])[..., None, None]
-                out, exact = jnp.where(real, out, 0), jnp.where(real, exact, 0)
-            errors.append(float(diagnostics.output_error(out, exact).relative))
-        result[name] = {"mean": float(np.mean(errors)), "layers": errors}
-    return result
+    errors: dict[str, list[float]] = {name: [] for name in methods}
+    for path, tensors in captured.items():
+        arguments = [jnp.asarray(tensors[x], jnp.float32) for x in "qkv"]
+
+        def answers(config: AttentionConfig | None, layer: Any = layers[path], arguments: Any = arguments) -> Any:
+            if config is not None:
+                layer = nnx.clone(layer)
+                layer.use(config)
+            out = layer.attention_fn(*arguments, lengths=lengths)
+            if lengths is None:
+                return out
+            # What stands beyond a sequence's end is no answer.
+            return jnp.where((jnp.arange(out.shape[1])[None, :] < lengths[:, None])[..., None, None], out, 0)
+
+        exact = answers(AttentionConfig("exact"))
+        for name, config in methods.items():
+            errors[name].append(float(diagnostics.output_error(answers(config), exact).relative))
+    return {name: {"mean": float(np.mean(of)), "layers": of} for name, of in errors.items()}

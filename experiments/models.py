@@ -14,16 +14,17 @@ from jax import Array
 
 from approx_attention import METHODS, attention
 from approx_attention.checks import did_you_mean
-from approx_attention.registry import get_method
+from approx_attention.registry import accepted, get_method
 from experiments.config import STRICT
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """A registered method and its hyper-parameters."""
+    """A registered method, its hyper-parameters, and which of the arrays it draws are learned, such as projection."""
 
     method: str = "exact"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learned: tuple[str, ...] = ()
 
     __pydantic_config__ = STRICT
 
@@ -32,6 +33,17 @@ class AttentionConfig:
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"method {self.method!r} has no argument {name!r}{did_you_mean(name, known)}")
+        drawn = self.draw(jax.random.key(0), 1) if self.learned else {}
+        for name in self.learned:
+            if name not in drawn:
+                raise ValueError(
+                    f"method {self.method!r} draws no {name!r} to learn; it draws {', '.join(drawn) or 'nothing'}"
+                )
+
+    def draw(self, key: Array, head_dim: int) -> dict[str, Array]:
+        """The arrays that the method draws, by the argument that takes them."""
+        draw = METHODS[self.method].draw
+        return draw(key, head_dim, **accepted(draw, self.settings)) if draw else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,12 @@ class SelfAttention(nnx.Module):
                 config.model_dim, (heads, config.head_dim), use_bias=False, dtype=config.dtype, rngs=rngs
             )
 
-        self.rotary_base, self.is_causal, self.draw = config.rotary_base, is_causal, draw
+        self.rotary_base, self.head_dim, self.is_causal, self.draw = (
+            config.rotary_base,
+            config.head_dim,
+            is_causal,
+            draw,
+        )
         self.query = linear(config.num_heads)
         self.key, self.value = (linear(config.num_kv_heads) for _ in "kv")
         shape = (config.num_heads, config.head_dim)
@@ -85,11 +102,14 @@ class SelfAttention(nnx.Module):
         self.use(attention_config)
 
     def use(self, config: AttentionConfig) -> None:
-        """Answers with another method from now on; the parameters stay."""
+        """Answers with another method from now on; the layer's other parameters stay."""
         self.method, self.settings = config.method, tuple(config.settings.items())
+        drawn = config.draw(jax.random.key(self.draw), self.head_dim) if config.learned else {}
+        self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
 
     def attention_fn(self, query: Array, key: Array, value: Array, *, lengths: Array | None = None) -> Array:
         """Attention by the layer's method."""
+        arguments: dict[str, Any] = {**dict(self.settings), **{name: x[...] for name, x in self.learned.items()}}
         rng = jax.random.key(self.draw) if METHODS[self.method].capabilities.needs_key else None
         return attention(
             query,
@@ -99,7 +119,7 @@ class SelfAttention(nnx.Module):
             rng=rng,
             is_causal=self.is_causal,
             key_value_seq_lengths=lengths,
-            **dict(self.settings),
+            **arguments,
         )
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
+from tabulate import tabulate
 
 from approx_attention.compare import write_atomically
 from experiments import plots
@@ -200,7 +201,7 @@ def _finding_row(finding: Finding) -> list[str]:
     measured, setting = "", f"`configs/{claim.study}`"
     if finding.measured is not None:
         mean, deviation = finding.measured
-        measured = "never" if math.isinf(mean) else f"{mean:.3g}" + (f" ± {deviation:.1g}" if deviation else "")
+        measured = "never" if math.isinf(mean) else f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation else "")
         setting = f"`configs/{claim.study}/{finding.scale}.yaml`, {_count(finding.num_seeds, 'seed')}"
     kind = f" ({claim.against.by} to {claim.against.arm})" if claim.against else ""
     paper = f"{claim.paper}: {claim.where}"
@@ -306,5 +307,4 @@ def _count(number: int, what: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)

@@ -1,6 +1,10 @@
 """The experiments harness: configurations, data, resuming, and verdicts that follow from result files alone."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,9 +14,9 @@ from rich.console import Console
 from experiments import report
 from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
 from experiments.data import DATASETS, DataConfig, load
-from experiments.models import ModelConfig
-from experiments.runs import CONFIGS, EXPERIMENTS, run_arm
-from experiments.training import OptimizerConfig, TrainingConfig, evaluate, fit
+from experiments.models import AttentionConfig, ModelConfig
+from experiments.runs import CONFIGS, EXPERIMENTS, Run
+from experiments.training import OptimizerConfig, TrainingConfig, build_model, make_optimizer, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -99,40 +103,60 @@ def test_missing_paths_are_one_clear_line(name):
     assert name in DATASETS
 
 
-class Killed(BaseException):
-    """What a kill does to the program: nothing below it gets to react."""
+KILLED = {
+    "experiment": "quality",
+    "data": {"name": "copying", "settings": {"length": 8}},
+    "model": {"num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "hidden_dim": 16},
+    "train": {"steps": 60, "batch": 2, "checkpoint_every": 4, "log_every": 2, "evaluation_batches": 1},
+}
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
-    config = TrainingConfig(
-        DataConfig("copying", {"length": 8}),
-        OptimizerConfig(steps=12, batch=2, checkpoint_every=4, log_every=2, evaluation_batches=1),
-        ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16),
-    )
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(KILLED))
     console = Console(quiet=True)
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    model, dataset, _ = fit(config, tmp_path / "whole", console)
-    whole = evaluate(config, model, dataset, "valid")
+    file = read_config_file(config)
+    whole = Run.of(file, "run", 0, {}, tmp_path / "whole").result(console)
+    run = Run.of(file, "run", 0, {}, tmp_path / "killed")
+    log = run.directory / "metrics.jsonl"
 
-    import experiments.training as training
+    def logged():
+        return len(log.read_text().splitlines()) if log.exists() else 0
 
-    train_step, calls = training.train_step, []
+    killed_at = []
+    for stop in (5, 11):
+        command = [sys.executable, "-m", "experiments", "run", str(config), "--out", str(tmp_path / "killed")]
+        process = subprocess.Popen(command, cwd=CONFIGS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while process.poll() is None and logged() < stop:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stdout.read().decode()
+        process.stdout.close()
+        killed_at.append(logged())
+    assert killed_at[0] < killed_at[1] < 30
+    resumed = run.result(console)
+    for split in ("valid", "test"):
+        assert resumed["result"][split] == whole["result"][split]
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(2, 61, 2))
 
-    def dies(*arguments):
-        calls.append(1)
-        if len(calls) == 11:
-            raise Killed
-        return train_step(*arguments)
 
-    monkeypatch.setattr(training, "train_step", dies)
-    with pytest.raises(Killed):
-        fit(config, tmp_path / "killed", console)
-    monkeypatch.setattr(training, "train_step", train_step)
-    model, dataset, _ = fit(config, tmp_path / "killed", console)
-    assert evaluate(config, model, dataset, "valid") == whole
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6, 8, 10, 12]
+def test_learned_draws_are_trained():
+    dataset = load(DataConfig("copying", {"length": 8}))
+    sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
+    favor = AttentionConfig("favor", {"num_features": 4, "block_size": 4}, ("projection",))
+    config = TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=4), sizes, favor)
+    model = build_model(config, dataset)
+    batch = dataset.draw(np.random.default_rng(0), 2, "train")
+    before = np.asarray(model.body.layers[0].attention.learned["projection"][...])
+    assert before.shape == (4, 8)
+    optimizer = make_optimizer(config.train, model)
+    for _ in range(3):
+        train_step(model, optimizer, batch)
+    after = np.asarray(model.body.layers[0].attention.learned["projection"][...])
+    assert np.abs(after - before).max() > 1e-5
+    with pytest.raises(ValueError, match="'favor' draws no 'omega' to learn; it draws projection"):
+        AttentionConfig("favor", learned=("omega",))
 
 
 def _result(root, study, scale, arm, seed, result):
@@ -156,20 +180,35 @@ def test_verdicts_follow_from_the_results(tmp_path, favor, verdict):
     assert finding.verdict == verdict
 
 
-def test_a_directory_of_another_configuration_is_refused(tmp_path):
+def test_a_directory_of_other_settings_is_refused(tmp_path):
     file = read_config_file(CONFIGS / "harness" / "language_model" / "smoke.yaml")
-    directory = tmp_path / "harness" / "language_model" / "smoke" / "exact-seed0"
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump({"seed": 9}))
-    (directory / "result.json").write_text("{}")
-    with pytest.raises(ConfigError, match="seed: 9 there, 0 now"):
-        run_arm(file, "exact", 0, {}, tmp_path, Console(quiet=True))
+    run = Run.of(file, "exact", 0, {}, tmp_path)
+    settings = run.claim_directory()
+    (run.directory / "result.json").write_text(json.dumps({"arm": "exact"}))
+    assert run.result(Console(quiet=True)) == {"arm": "exact"}
+    with pytest.raises(ConfigError, match=r"train.steps: 4 there, 5 now"):
+        Run.of(file, "exact", 0, {"train.steps": 5}, tmp_path).claim_directory()
+    # A setting that has come since the run was made stands at its default.
+    del settings["attention"]["learned"]
+    (run.directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert run.result(Console(quiet=True)) == {"arm": "exact"}
 
 
-@pytest.mark.slow
+def test_the_seed_of_a_swap_in_stands_in_one_place():
+    file = read_config_file(CONFIGS / "harness" / "swap_in" / "smoke.yaml")
+    with pytest.raises(ConfigError, match="the seed stands beside 'training'"):
+        Run.of(file, "run", 0, {"training.seed": 3}, CONFIGS)
+
+
+def test_results_follow_from_the_committed_runs():
+    root = CONFIGS.parent / "experiments"
+    assert (root / "RESULTS.md").read_text() == report.render(root)
+
+
 @pytest.mark.parametrize("name", ["language_model", "swap_in", "long_context"])
 def test_smoke_studies_run(tmp_path, name):
     file = read_config_file(CONFIGS / "harness" / name / "smoke.yaml")
     for arm in file.arms:
-        run_arm(file, arm.name, 0, {}, tmp_path, Console(quiet=True))
-        assert run_arm(file, arm.name, 0, {}, tmp_path, Console(quiet=True))["arm"] == arm.name
+        run = Run.of(file, arm.name, 0, {}, tmp_path)
+        document = run.result(Console(quiet=True))
+        assert document == run.result(Console(quiet=True))

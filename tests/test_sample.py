@@ -1,4 +1,6 @@
-"""The script behind the sample: its hook records what attention sees, its model is causal, its commands work."""
+"""Capturing tensors and the sample: the hook records what attention sees, the model is causal, the commands work."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +8,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from flax import nnx
-from rich.console import Console
 
 from approx_attention.compare import load_tensors
+from experiments.__main__ import experiments
 from experiments.capture import capture
-from experiments.sample import __main__ as script
-from experiments.sample.model import ByteLanguageModel, ModelConfig
-
-TINY = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16)
+from experiments.config import ConfigError
+from experiments.models import AttentionConfig, LanguageModel, ModelConfig
+from experiments.runs import CONFIGS
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def test_a_model_without_attention_is_refused():
 
 @pytest.mark.usefixtures("ordinary_promotion")
 def test_the_model_does_not_see_the_future():
-    model = ByteLanguageModel(TINY, rngs=nnx.Rngs(0))
+    sizes = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16)
+    model = LanguageModel(sizes, AttentionConfig(), vocabulary=256, rngs=nnx.Rngs(0))
     tokens = jnp.arange(12)[None]
     before, after = model(tokens), model(tokens.at[0, 7].set(200))
     np.testing.assert_allclose(after[0, :7], before[0, :7], atol=1e-6)
@@ -82,15 +84,39 @@ def test_the_model_does_not_see_the_future():
 
 
 @pytest.mark.usefixtures("ordinary_promotion")
-def test_training_lowers_the_loss():
-    config = script.Config(model=TINY, stages=(script.Stage(120, 4, 64),), capture_length=64, peak_learning_rate=1e-2)
-    _, result = script.train(config, Console(quiet=True))
-    assert result["validation_bits_per_byte"] < 6.5  # uniform guessing: 8
+def test_the_sample_is_captured_from_a_trained_model(tmp_path):
+    out, config = tmp_path / "sample.npz", CONFIGS / "harness" / "language_model" / "smoke.yaml"
+    sizes = "model={num_layers: 2, model_dim: 16, num_heads: 4, num_kv_heads: 2, head_dim: 8, hidden_dim: 16}"
+    arguments = ["sample", str(config), "--set", sizes, "--out", str(tmp_path / "runs"), "--to", str(out)]
+    outcome = CliRunner().invoke(experiments, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    tensors = load_tensors(out)
+    assert tensors.query.shape == (2, 64, 2, 8)
+    assert tensors.key.shape == (2, 64, 1, 8)
+    provenance = json.loads(out.with_suffix(".txt").read_text())
+    assert len({entry["layer"] for entry in provenance["layers"]}) == 2
+    assert provenance["data"]["sha256"]
+
+
+@pytest.mark.usefixtures("ordinary_promotion")
+def test_layers_of_a_trained_model_are_captured(tmp_path):
+    out, config = tmp_path / "layers.npz", CONFIGS / "harness" / "language_model" / "smoke.yaml"
+    arguments = ["capture", str(config), "--arm", "local", "--out", str(tmp_path / "runs"), "--to", str(out)]
+    outcome = CliRunner().invoke(experiments, [*arguments, "--batch", "3"])
+    assert outcome.exit_code == 0, outcome.output
+    name = "body.layers.0.attention"
+    assert load_tensors(out, tuple(f"{name}.{x}" for x in "qkv")).query.shape == (3, 64, 2, 8)
+    outcome = CliRunner().invoke(experiments, [*arguments, "--layers", "body.layers.1.attention"])
+    assert isinstance(outcome.exception, ConfigError)
+    assert "unknown layer 'body.layers.1.attention'; did you mean 'body.layers.0.attention'" in str(outcome.exception)
 
 
 def test_a_users_model_is_captured_to_a_file_that_compare_reads(tmp_path):
     out = tmp_path / "captured.npz"
-    outcome = CliRunner().invoke(script.main, ["--out", str(out), "--model", "tests.test_sample:two_layers"])
+    outcome = CliRunner().invoke(experiments, ["capture-model", "tests.test_sample:two_layers", "--to", str(out)])
     assert outcome.exit_code == 0, outcome.output
     tensors = load_tensors(out, ("second.q", "second.k", "second.v"))
     assert tensors.query.shape == (1, 5, 2, 4)
+    outcome = CliRunner().invoke(experiments, ["capture-model", "tests.nowhere:make", "--to", str(out)])
+    assert isinstance(outcome.exception, ConfigError)
+    assert "'tests.nowhere:make' cannot be imported: No module named 'tests.nowhere'" in str(outcome.exception)

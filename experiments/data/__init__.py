@@ -10,7 +10,7 @@ import numpy as np
 from approx_attention.checks import did_you_mean, unknown
 from experiments.config import STRICT, ConfigError
 from experiments.data import images, synthetic, text
-from experiments.data.dataset import Dataset
+from experiments.data.dataset import SPLITS, Dataset
 
 __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
 
@@ -62,5 +62,5 @@ def load(config: DataConfig) -> Dataset:
 
 def held_out(data: Dataset, split: str, batch: int, count: int) -> list[dict[str, np.ndarray]]:
     """The same ``count`` batches of a split for every model and seed."""
-    random = np.random.default_rng([7, len(split)])
+    random = np.random.default_rng([7, SPLITS.index(split)])
     return [data.draw(random, batch, split) for _ in range(count)]

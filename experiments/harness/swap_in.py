@@ -24,6 +24,10 @@ class SwapInConfig:
 
     __pydantic_config__ = STRICT
 
+    def __post_init__(self) -> None:
+        if self.training.seed != 0:
+            raise ValueError(f"the seed stands beside 'training', not in it, where it is {self.training.seed}")
+
 
 def run(config: SwapInConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Score and attention error of each method in the trained model."""
