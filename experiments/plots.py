@@ -1,16 +1,18 @@
 """The figure of each kind of study, from its results."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from approx_attention import METHODS
+
 # Colours that the colour-blind tell apart, each with a marker of its own.
 _STYLES = tuple(
     zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B"),
-        "osD^vPX*",
+        ("#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#8C564B", "#D55E00", "#7F3FBF"),
+        "oPDv^Xs*dp",
         strict=True,
     )
 )
@@ -21,24 +23,31 @@ def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
     return {"quality": _quality, "swap_in": _swap_in, "long_context": _long_context}[experiment](runs)
 
 
-def _style(index: int) -> dict[str, Any]:
-    colour, marker = _STYLES[index % len(_STYLES)]
-    return {"color": colour, "marker": marker}
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A look for each method, the same in every figure; variants take what is left."""
+    names = list(names)
+    known = {name: index for index, name in enumerate(METHODS) if name in names}
+    left = iter([index for index in range(len(_STYLES)) if index not in known.values()] * len(names))
+    looks = {name: known[name] if name in known else next(left) for name in names}
+    return {
+        name: dict(zip(("color", "marker"), _STYLES[index % len(_STYLES)], strict=True)) for name, index in looks.items()
+    }
 
 
 def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)
-    for index, arm in enumerate(dict.fromkeys(run["arm"] for run in runs)):
+    styles = _styles(dict.fromkeys(run["arm"] for run in runs))
+    for arm, style in styles.items():
         results = [run["result"] for run in runs if run["arm"] == arm]
         octaves = list(results[0]["test"].get("by_position", {}))
         means = [statistics.fmean(result["test"]["by_position"][octave] for result in results) for octave in octaves]
-        left.plot(octaves, means, label=arm, **_style(index))
+        left.plot(octaves, means, label=arm, **style)
         right.plot(
             [result["attention_error"]["method"]["mean"] for result in results],
             [result["test"]["bits"] for result in results],
             linestyle="",
-            **_style(index),
+            **style,
         )
     left.set(xlabel="position in the sequence", ylabel="test bits per token")
     left.tick_params(axis="x", rotation=30)
@@ -53,14 +62,24 @@ def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
 def _swap_in(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 4.4), layout="constrained", dpi=150)
     axes = figure.subplots()
-    for index, name in enumerate(runs[0]["result"]["methods"]):
+    exact = [run["result"]["methods"]["exact"]["bits"] for run in runs]
+    for name, style in _styles(runs[0]["result"]["methods"]).items():
+        if name == "exact":
+            continue
         results = [run["result"]["methods"][name] for run in runs]
-        errors, bits = [r["attention_error"]["mean"] for r in results], [r["bits"] for r in results]
-        axes.plot(errors, bits, linestyle="", label=name, **_style(index))
-    axes.set(xlabel="relative error of the attention", ylabel="test bits per token, without further training")
-    axes.grid(True, color="0.9")
+        lost = [result["bits"] - bits for result, bits in zip(results, exact, strict=True)]
+        axes.plot([r["attention_error"]["mean"] for r in results], lost, linestyle="", label=name, **style)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="relative error of the attention",
+        ylabel="test bits per token lost against exact,\nwithout further training",
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.grid(True, which="both", color="0.9")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -69,9 +88,10 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     handles: dict[str, Any] = {}
     for axes, run in zip(panels, runs, strict=False):
-        for index, (name, entry) in enumerate(run["result"]["methods"].items()):
+        styles = _styles(name for name in run["result"]["methods"] if name != "best exact")
+        for name, entry in run["result"]["methods"].items():
             lengths = [int(n) for n in entry["seconds"]]
-            style = {"color": "0.3", "linestyle": "--"} if name == "best exact" else _style(index)
+            style = {"color": "0.3", "linestyle": "--"} if name == "best exact" else styles[name]
             (handles[name],) = axes.plot(lengths, [1e3 * s for s in entry["seconds"].values()], **style)
         axes.set(title=run["arm"].replace("_", " and "), xscale="log", yscale="log", ylabel="time of a layer (ms)")
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])

@@ -59,12 +59,25 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
+class Caveat:
+    """What must hold in the study before its figures say much, and what to say where it does not."""
+
+    metric: Metric
+    within: Range
+    says: str
+    against: Against | None = None
+
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True)
 class Claim:
     """What a paper says, where, which study tests it, and the ranges in which the figure decides for it.
 
     Attributes:
         reproduced: the range in which the claim holds as stated.
         ordering: the wider range in which only its direction does.
+        caveat: what else must hold; where it does not, the report says so beside the verdict.
     """
 
     id: str
@@ -77,6 +90,7 @@ class Claim:
     reproduced: Range
     against: Against | None = None
     ordering: Range | None = None
+    caveat: Caveat | None = None
 
     __pydantic_config__ = STRICT
 
@@ -91,6 +105,7 @@ class Finding:
     device: str
     num_seeds: int
     verdict: Literal["reproduced", "ordering only", "not reproduced", "not run"]
+    caveat: str = ""
 
 
 def read_claims(path: pathlib.Path) -> list[Claim]:
@@ -116,7 +131,8 @@ def judge(claim: Claim, results: pathlib.Path) -> Finding:
             continue
         file = read_config_file(path)
         runs = {(run["arm"], run["seed"]): run for run in results_of(file, results)}
-        arms = {claim.metric.arm} | ({claim.against.arm} if claim.against else set())
+        parts = [part for part in (claim, claim.caveat) if part]
+        arms = {side.arm for part in parts for side in (part.metric, part.against) if side}
         if any((arm, seed) not in runs for arm in arms for seed in file.seeds):
             continue
         figures = [_measure(claim, runs, seed) for seed in file.seeds]
@@ -128,11 +144,16 @@ def judge(claim: Claim, results: pathlib.Path) -> Finding:
         else:
             verdict = "not reproduced"
         environment = runs[claim.metric.arm, file.seeds[0]]["environment"]
-        return Finding(claim, measured, scale, _device(environment), len(figures), verdict)
+        caveat = ""
+        if claim.caveat is not None:
+            found = statistics.fmean(_measure(claim.caveat, runs, seed) for seed in file.seeds)
+            if found not in claim.caveat.within:
+                caveat = f"{claim.caveat.says} ({found:.3g}, asked {claim.caveat.within})"
+        return Finding(claim, measured, scale, _device(environment), len(figures), verdict, caveat)
     return Finding(claim, None, "", "", 0, "not run")
 
 
-def _measure(claim: Claim, runs: Mapping[tuple[str, int], Any], seed: int) -> float:
+def _measure(claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: int) -> float:
     figure = _at(runs[claim.metric.arm, seed]["result"], claim.metric.value)
     if claim.against is None:
         return figure
@@ -203,12 +224,18 @@ def _finding_row(finding: Finding) -> list[str]:
         mean, deviation = finding.measured
         measured = "never" if math.isinf(mean) else f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation else "")
         setting = f"`configs/{claim.study}/{finding.scale}.yaml`, {_count(finding.num_seeds, 'seed')}"
-    kind = f" ({claim.against.by} to {claim.against.arm})" if claim.against else ""
+    kind = f" ({claim.against.by} to {_named(claim.against)})" if claim.against else ""
     paper = f"{claim.paper}: {claim.where}"
     return [
         claim.statement, paper, claim.claimed, f"{claim.reproduced}{kind}", measured, setting, finding.device,
-        f"**{finding.verdict}**",
+        f"**{finding.verdict}**" + (f"; but {finding.caveat}" if finding.caveat else ""),
     ]  # fmt: skip
+
+
+def _named(side: Metric | Against) -> str:
+    """What a figure belongs to: the arm, or the method in a study of one arm."""
+    parts = side.value.split(".")
+    return parts[1] if parts[0] == "methods" else side.arm
 
 
 def _study(file: Any, path: pathlib.Path, runs: Sequence[Mapping[str, Any]], root: pathlib.Path) -> Iterable[str]:
