@@ -3,11 +3,13 @@
 from approx_attention.api import attention
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import fold_scale
+from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
 from approx_attention.features import (
     PositiveFeatures,
     ReLUFeatures,
     TrigonometricFeatures,
+    WeightedFeatures,
     gaussian_projection,
     orthogonal_projection,
 )
@@ -18,10 +20,22 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
+from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.lara import lara
 from approx_attention.methods.local import local
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
-from approx_attention.methods.random_features import draw_favor, favor, running_favor, summarize_favor
+from approx_attention.methods.ra import ra
+from approx_attention.methods.random_features import (
+    draw_favor,
+    draw_rfa,
+    favor,
+    gate_tokens,
+    rfa,
+    running_favor,
+    running_rfa,
+    summarize_favor,
+)
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes
@@ -38,24 +52,34 @@ __all__ = [
     "ReLUFeatures",
     "RunningSummary",
     "TrigonometricFeatures",
+    "WeightedFeatures",
     "WeightedKV",
     "attend",
     "attention",
     "causal_state",
+    "control_variate_state",
     "draw_favor",
+    "draw_rfa",
+    "eva",
     "exact",
     "favor",
     "fold_scale",
+    "gate_tokens",
     "gaussian_projection",
+    "lara",
     "local",
     "mean_pool",
     "mean_value",
     "merge",
     "orthogonal_projection",
+    "ra",
+    "rfa",
+    "running_eva",
     "running_exact",
     "running_favor",
     "running_mean_pool",
     "running_moments",
+    "running_rfa",
     "running_uniform_sample",
     "summarize_exact",
     "summarize_favor",

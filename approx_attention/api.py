@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def attention(
     key_value_seq_lengths: Int[Array, "*B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
+    per_head: Mapping[str, Array] | None = None,
     **hyperparameters: Any,
 ) -> Any:
     r"""Attention by any method, over batch and heads, with the arguments of `jax.nn.dot_product_attention`.
@@ -54,8 +55,10 @@ def attention(
         local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
             many tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
         return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``.
+        per_head: arguments of the method that each key head has of its own, such as a learned ``bandwidth [K, D]``.
         **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
-            ``method="exact"`` have names of their own: "dense", "blocked" and "cudnn".
+            ``method="exact"`` have names of their own: "dense", "blocked" and "cudnn". What belongs to a token, such as
+            the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
 
     Returns:
         Outputs ``[..., T, N, Dv]`` in the dtype of ``value``; with ``return_residual`` a pair with the log-normalisers.
@@ -121,7 +124,15 @@ def attention(
         asked = _within(query_seq_lengths, num_queries, batch, "query_seq_lengths")[..., None, None]
         query = jnp.where(asked, query, jnp.zeros_like(query))
 
-    per_head = head.noise(rng, num_kv_heads, query.shape[-1])
+    for name in _PER_TOKEN & hyperparameters.keys():
+        x, expected = hyperparameters.pop(name), (*batch, num_keys, num_kv_heads)
+        if x.shape != expected:
+            raise ValueError(f"{name} must be [..., S, K] = {list(expected)}, got shape {x.shape}")
+        x = x.reshape(num_batches, num_keys, num_kv_heads).transpose(0, 2, 1)
+        sliced[name] = x.reshape(num_batches * num_kv_heads, num_keys)
+
+    own = _per_head(head, per_head or {}, num_kv_heads)
+    of_heads = {**head.noise(rng, num_kv_heads, query.shape[-1], own.keys() | hyperparameters.keys()), **own}
     groups = query.reshape(num_batches, num_queries, num_kv_heads, group, query.shape[-1]).transpose(0, 2, 3, 1, 4)
     keys, values = (
         x.reshape(num_batches, num_keys, num_kv_heads, x.shape[-1]).transpose(0, 2, 1, 3) for x in (key, value)
@@ -129,7 +140,7 @@ def attention(
     queries, keys, values = (x.reshape(num_batches * num_kv_heads, *x.shape[2:]) for x in (groups, keys, values))
     kv_head = jnp.tile(jnp.arange(num_kv_heads), num_batches)
     static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
-    result = _lifted(head.function, static, arrays, per_head, (queries, keys, values, kv_head, sliced, dense))
+    result = _lifted(head.function, static, arrays, of_heads, (queries, keys, values, kv_head, sliced, dense))
 
     def to_layout(x: Array) -> Array:
         x = x.reshape(num_batches, num_kv_heads, group, num_queries, *x.shape[3:])
@@ -176,15 +187,15 @@ class _Head:
             if not self.takes_anything and name not in self.arguments:
                 raise NotImplementedError(f"method {self.name!r} does not support {_OPTIONS[name]}")
 
-    def noise(self, rng: Array | None, num_kv_heads: int, head_dim: int) -> dict[str, Array]:
+    def noise(self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str]) -> dict[str, Array]:
         """What each key head draws from, stacked: a draw to share over the batch where there is one, else a key."""
         if rng is None:
-            if self.method and self.method.capabilities.needs_key and not _NOISE & self.hyperparameters.keys():
+            if self.method and self.method.capabilities.needs_key and not _NOISE & given:
                 raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
             return {}
         keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key(self.name, rng), jnp.arange(num_kv_heads))
         draw = self.method.draw if self.method else None
-        if draw is None or _NOISE & self.hyperparameters.keys():
+        if draw is None or _NOISE & given:
             return {"key": keys}
         return jax.vmap(lambda key: draw(key, head_dim, **accepted(draw, self.hyperparameters)))(keys)
 
@@ -232,6 +243,18 @@ def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str
     return static, arrays
 
 
+def _per_head(head: _Head, per_head: Mapping[str, Array], num_kv_heads: int) -> dict[str, Array]:
+    """Checks arguments that are stacked over the key heads."""
+    for name, x in per_head.items():
+        if name not in head.arguments or name in _OPTIONS:
+            raise TypeError(f"method {head.name!r} has no argument {name!r}{did_you_mean(name, head.arguments)}")
+        if name in head.hyperparameters:
+            raise TypeError(f"argument {name!r} is given both per_head and for all heads")
+        if jnp.ndim(x) == 0 or x.shape[0] != num_kv_heads:
+            raise ValueError(f"per_head[{name!r}] must be [K, ...] with K = {num_kv_heads}, got shape {jnp.shape(x)}")
+    return dict(per_head)
+
+
 # What `attention` may ask of a method's function, and what its absence is called in an error.
 _OPTIONS = {
     "scale": "scale",
@@ -241,6 +264,8 @@ _OPTIONS = {
     "mask": "a mask that differs between queries or heads",
     "bias": "bias",
 }
+# Arguments that hold one number per key and key head.
+_PER_TOKEN = frozenset({"gate_logits"})
 # Drawn noise that a caller may pass in place of an rng.
 _NOISE = frozenset({"projection", "noise"})
 

@@ -18,19 +18,29 @@ from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, Summary, attend
 
 
+def _same(x: Array) -> Array:
+    return x
+
+
 class RunningSummary(NamedTuple):
-    """How a method summarises a growing prefix in bounded space, as three pure functions.
+    """How a method summarises a growing prefix in bounded space, as pure functions.
 
     Attributes:
         init: ``(head_dim, value_dim, dtype) -> state`` of the empty prefix.
         append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D]``, ``v [b, Dv]``, whose
             first token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
         read: ``state -> summary`` of the prefix, for `attend`.
+        near: ``(q, k, v, bias) -> AttentionState`` over tokens that are held exactly: the kernel that the summary
+            estimates, softmax unless the method has one of its own.
+        space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
+            in: the identity unless the method normalises them.
     """
 
     init: Callable[[int, int, Any], Any]
     append: Callable[[Any, Array, Array, Array, Array], Any]
     read: Callable[[Any], Summary]
+    near: Callable[[Array, Array, Array, Array], AttentionState] = dense_state
+    space: Callable[[Array], Array] = _same
 
 
 class Block(NamedTuple):
@@ -136,7 +146,7 @@ def scan_blocks(
     @jax.checkpoint
     def step(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
         index, q, block = args
-        state = _attend_block(q, past.before, block, running.read(past.prefix))
+        state = _attend_block(running, q, past.before, block, past.prefix)
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
 
@@ -160,10 +170,10 @@ def in_blocks(x: Array, block_size: int) -> Array:
     return pad_rows(x, -x.shape[0] % block_size).reshape(-1, block_size, *x.shape[1:])
 
 
-def _attend_block(q: Array, before: Block, current: Block, prefix: Summary) -> AttentionState:
+def _attend_block(running: RunningSummary, q: Array, before: Block, current: Block, prefix: Any) -> AttentionState:
     """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
     block_size = q.shape[0]
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
     bias = jnp.where(visible, jnp.zeros((), q.dtype), HIDDEN)
-    return merge(dense_state(q, near.k, near.v, bias), attend(q, prefix))
+    return merge(running.near(q, near.k, near.v, bias), attend(q, running.read(prefix)))

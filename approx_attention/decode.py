@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from approx_attention.causal import Block, Past, RunningSummary, in_blocks, move_on, scan_blocks
 from approx_attention.checks import check_count, check_floating, fold_scale
-from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.softmax import HIDDEN, pad_rows
 from approx_attention.states import merge
 from approx_attention.summaries import attend
 
@@ -115,11 +115,11 @@ class Decoder:
         """Answers of queries ``[G, D]`` at the position of the last token, over all tokens seen: ``[G, Dv]``."""
         if q.ndim != 2 or q.shape[1] != self.head_dim:
             raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}")
-        scaled, _ = fold_scale(q.astype(self.dtype), q, self.scale)
+        scaled, _ = fold_scale(self.running.space(q.astype(self.dtype)), q, self.scale)
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
         bias = jnp.where(near.kv_mask, jnp.zeros((), self.dtype), HIDDEN)[None, :]
         summary = self.running.read(cache.past.prefix)
-        return merge(dense_state(scaled, near.k, near.v, bias), attend(scaled, summary)).out.astype(q.dtype)
+        return merge(self.running.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out.astype(q.dtype)
 
     def prefill(
         self, cache: Cache, q: Array, k: Array, v: Array, num_real: Array | int | None = None
@@ -146,7 +146,8 @@ class Decoder:
         if q.shape != k.shape:
             raise ValueError(f"q must be [T, D] = {list(k.shape)} like k, got shape {q.shape}")
         real = tokens.kv_mask[:, None]
-        q, _ = fold_scale(jnp.where(real, q, jnp.zeros_like(q)).astype(self.dtype), tokens.k, self.scale)
+        q = self.running.space(jnp.where(real, q, jnp.zeros_like(q)).astype(self.dtype))
+        q, _ = fold_scale(q, tokens.k, self.scale)
 
         # The new tokens continue the current block wherever it stands.
         number = jnp.maximum(cache.length - 1, 0) // block_size
@@ -174,4 +175,5 @@ class Decoder:
             check_floating(name, x)
         real = jnp.arange(k.shape[0], dtype=jnp.int32) < num_real
         k, v = (jnp.where(real[:, None], x, jnp.zeros_like(x)).astype(self.dtype) for x in (k, v))
+        k = self.running.space(k)
         return Block(fold_scale(k, k, self.scale)[1], v, real)

@@ -7,7 +7,7 @@ log domain, so nothing over- or underflows before the normaliser has been divide
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class Features(NamedTuple):
     log_scale: Array
 
 
+@runtime_checkable
 class FeatureMap(Protocol):
     """What moments need of a feature map: it is a pytree, knows its size, and maps rows to `Features`."""
 
@@ -121,6 +122,31 @@ class ReLUFeatures:
         """Rectified projections ``[N, R]``."""
         values = jax.nn.relu(x @ self.projection.astype(x.dtype).T) + self.offset
         return Features(values, jnp.full((x.shape[0], 1), -0.5 * math.log(self.num_features), x.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedFeatures:
+    r"""Features of rows with two more coordinates, the last a log-weight: :math:`\phi([x, u, b]) = e^b \phi(x)`.
+
+    Queries ``[q, 1, 0]`` and keys ``[k, b, b]`` carry a log-weight b of the key into exact attention, whose logits are
+    :math:`q \cdot k + b`, and into features alike.
+
+    Attributes:
+        features: the map of the other coordinates.
+    """
+
+    features: FeatureMap
+
+    @property
+    def num_features(self) -> int:
+        """The number R of features."""
+        return self.features.num_features
+
+    def __call__(self, x: Array, /) -> Features:
+        """Features ``[N, R]`` of rows ``[N, D + 2]``."""
+        values, log_scale = self.features(x[:, :-2])
+        return Features(values, log_scale + x[:, -1:])
 
 
 def gaussian_projection(

@@ -16,10 +16,21 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
+from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.lara import lara
 from approx_attention.methods.local import local
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
-from approx_attention.methods.random_features import draw_favor, favor, running_favor, summarize_favor
+from approx_attention.methods.ra import ra
+from approx_attention.methods.random_features import (
+    draw_favor,
+    draw_rfa,
+    favor,
+    rfa,
+    running_favor,
+    running_rfa,
+    summarize_favor,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +44,8 @@ class Capabilities:
         dense_mask: takes ``mask`` and ``bias`` of shape ``[T, S]``.
         decode: has a running summary, so a cache of bounded size.
         needs_key: is random.
+        takes_key: is random with a key, and deterministic without.
+        convex: answers are averages of values, with weights that are not negative.
         trainable: has learned arrays of its own.
         normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
         unbiased: the expectation of numerator and normaliser over keys is the exact one.
@@ -46,6 +59,8 @@ class Capabilities:
     dense_mask: bool = False
     decode: bool = False
     needs_key: bool = False
+    takes_key: bool = False
+    convex: bool = True
     trainable: bool = False
     normalizer: bool = True
     unbiased: bool = False
@@ -130,6 +145,37 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D + Dv),
             reference="Choromanski et al. 2021",
         ),
+        "rfa": Method(
+            function=rfa,
+            size="num_features",
+            running=running_rfa,
+            draw=draw_rfa,
+            capabilities=Capabilities(decode=True, needs_key=True, normalizer=False, convex=False),
+            cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D / 2 + Dv),
+            reference="Peng et al. 2021",
+        ),
+        "ra": Method(
+            function=ra,
+            size="num_samples",
+            capabilities=Capabilities(dense_mask=True, needs_key=True, unbiased=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * S * (size + 1) * (D + Dv),
+            reference="Zheng et al. 2022",
+        ),
+        "lara": Method(
+            function=lara,
+            size="num_landmarks",
+            capabilities=Capabilities(causal=False, takes_key=True),
+            cost=lambda T, S, D, Dv, size: 2 * (T + S) * min(size, T, S) * (D + Dv),
+            reference="Zheng et al. 2022",
+        ),
+        "eva": Method(
+            function=eva,
+            size="num_chunks",
+            running=running_eva,
+            capabilities=Capabilities(decode=True, takes_key=True, exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + 64) * (D + Dv),
+            reference="Zheng et al. 2023",
+        ),
     }
 )
 
@@ -163,6 +209,7 @@ def capability_table() -> str:
         "unbiased": "unbiased",
         "subquadratic": "below T x S",
         "needs_key": "random",
+        "takes_key": "may be random",
         "trainable": "learned",
     }
     header = ["method", *columns.values(), "exact at", "FLOPs, n = 4k", "n = 64k", "reference"]

@@ -240,6 +240,16 @@ def window_state(
     return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
 
 
+def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
+    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
+    end = blocks * block + right
+    x = x[:end]
+    around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+    if left == right == 0:
+        return around.reshape(blocks, block, *x.shape[1:])
+    return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
+
+
 def map_rows(function: Callable[[Array], AttentionState], q: Array, block: int) -> AttentionState:
     """Applies ``function`` to blocks of at most ``block`` rows of ``q``, one after the other."""
     num_queries = q.shape[0]

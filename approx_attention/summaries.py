@@ -112,6 +112,13 @@ class FeatureMoments:
         empty = cls.empty(features, v.shape[-1], v.dtype)
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
 
+    def weighted(self, log_weight: Array) -> Self:
+        """The moments with feature r counted :math:`e^{b_r}` times, ``log_weight [R]``."""
+        # The scale is a constant to derivatives; what they see is a factor of 1.
+        factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
+        log_scale = self.log_scale + lax.stop_gradient(log_weight)
+        return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features)
+
     @classmethod
     def _of_block(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None) -> Self:
         values, log_scale = features(k)
@@ -190,6 +197,17 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
     peak = finite_peak(jnp.max(log_scale, axis=-1))
     weights = values * jnp.exp(log_scale - peak[:, None])
     return _normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
+
+
+def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+    """Attention with the kernel of a non-negative feature map, all pairs at once; ``bias [1 or T, S]`` hides keys."""
+    (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
+    peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
+    peak = jnp.max(peak_k)
+    phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
+    phi_k = phi_k * jnp.exp(log_scale_k - peak)
+    weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
+    return _normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
 
 
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:

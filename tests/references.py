@@ -46,11 +46,18 @@ def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, he
 
 def settings(name, size=8, block_size=4):
     """Hyper-parameters that make a method small."""
-    method = METHODS[name]
-    chosen = {method.size: size} if method.size else {}
-    if "block_size" in inspect.signature(method.function).parameters:
+    chosen = sized(name, size)
+    if "block_size" in inspect.signature(METHODS[name].function).parameters:
         chosen["block_size"] = block_size
+    if name == "eva":
+        chosen["window_size"] = block_size
     return chosen
+
+
+def sized(name, size):
+    """The hyper-parameter that makes a summary of this size; sines and cosines come in pairs."""
+    method = METHODS[name]
+    return {method.size: size + size % 2 if name == "rfa" else size} if method.size else {}
 
 
 def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):

@@ -28,6 +28,7 @@ from tests.references import (
     random_heads,
     relative_error,
     settings,
+    sized,
 )
 
 ALL = list(METHODS)
@@ -169,7 +170,10 @@ def test_numerator_and_normalizer_are_unbiased(name):
     @jax.jit
     @jax.vmap
     def draw(key):
-        state = attend(scaled_q, method.summarize(scaled_k, v, key, **{method.size: 20}))
+        if method.summarize is None:
+            state = method.function(q, k, v, key, **{method.size: 20}, return_state=True)
+        else:
+            state = attend(scaled_q, method.summarize(scaled_k, v, key, **{method.size: 20}))
         mass = jnp.exp(state.lse)
         return mass, mass[:, None] * state.out
 
@@ -223,7 +227,7 @@ def test_a_prefix_answers_like_the_whole(name):
 def test_decoding_equals_the_causal_form(name):
     q, k, v = random_head(9, 21, 21)
     method = METHODS[name]
-    hyperparameters = {method.size: 8} if method.size else {"max_length": 24}
+    hyperparameters = sized(name, 8) if method.size else {"max_length": 24}
     running = method.running(8, jax.random.key(7), **hyperparameters)
     assert isinstance(running, RunningSummary)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
@@ -303,6 +307,8 @@ def test_any_lengths(name, is_causal, shape, size):
     options = {"is_causal": True} if is_causal else {}
     out = call(name, q, k, v, size=size, block_size=3, **options)
     assert out.shape == (num_queries, value_dim)
+    if not METHODS[name].capabilities.convex:
+        return
     # Averages of values with weights that sum to 1 stay within the values' range; a row that sees nothing is 0.
     low, high = np.minimum(0, np.min(v, axis=0)), np.maximum(0, np.max(v, axis=0))
     assert np.all((np.asarray(out) >= low - 1e-5) & (np.asarray(out) <= high + 1e-5))
@@ -423,30 +429,57 @@ def test_every_option_has_an_effect_or_raises(name, option):
     assert np.any(np.abs(np.asarray(plain) - np.asarray(changed)) > 1e-4)
 
 
+# By argument another value, and what else must be said for it to matter; by method where it is not the same for all.
+CHANGES = {
+    "num_features": (6, {}),
+    "num_landmarks": (5, {}),
+    "num_chunks": (5, {}),
+    "num_samples": (5, {}),
+    "sample_size": (5, {}),
+    "window_size": (5, {}),
+    "block_size": (5, {}),
+    "projection": (jnp.ones((3, 8)), {}),
+    "features": ("hyperbolic", {}),
+    ("rfa", "features"): ("positive", {}),
+    "row_norm": ("sqrt_dim", {}),
+    "bandwidth": (0.5, {}),
+    "gate_logits": (jnp.zeros(40), {}),
+    "noise": (jnp.arange(40.0), {}),
+    ("ra", "noise"): (jnp.ones((40, 8, 8)), {}),
+    ("lara", "noise"): (jnp.ones((2, 8, 8)), {}),
+    ("eva", "noise"): (jnp.ones((2, 10, 8)), {"num_chunks": 10}),
+    "noise_scale": ("official", {}),
+    "indices": (jnp.zeros((40, 8), jnp.int32), {}),
+    "weights": ("query_specific", {}),
+    "correction": (0.0, {"weights": "query_specific"}),
+    "antithetic": (True, {}),
+    "proposal_mean": (jnp.zeros((8, 8)), {}),
+    ("eva", "proposal_mean"): ("k", {}),
+    "query_landmarks": (jnp.zeros((8, 8)), {"weights": "query_specific"}),
+    "spatial_shape": ((8, 5), {"num_landmarks": 4}),
+    ("eva", "spatial_shape"): ((10, 4), {"window_size": 2, "num_chunks": None}),
+    "chunk_size": (1, {"num_chunks": None}),
+    "exclude_local": (False, {}),
+    "count_correction": (False, {}),
+    "overlap": (4, {"num_chunks": 10}),
+    "summary": ((jnp.ones(8), jnp.zeros(8)), {}),
+    "chunk_keys": (jnp.zeros((10, 8)), {"num_chunks": 10}),
+    "local_bias": (jnp.eye(4), {}),
+}
+
+
 @every_method
 def test_every_hyperparameter_has_an_effect(name):
     function = METHODS[name].function
     q, k, v = random_head(18, 40, 40)
-    changes = {
-        "num_features": 5,
-        "num_landmarks": 5,
-        "sample_size": 5,
-        "window_size": 5,
-        "block_size": 5,
-        "projection": jnp.ones((3, 8)),
-        "noise": jnp.arange(40.0),
-        "implementation": None,
-        "return_state": None,
-    }
-    base = settings(name)
     for argument in list(inspect.signature(function).parameters)[4:]:
-        if argument in ("is_causal", "kv_mask", "mask", "bias", "scale"):
-            continue  # options of `attention`, tested above
-        change = changes[argument]
-        if change is None:
-            continue  # changes the form of the answer, not its value
-        plain = call(name, q, k, v, is_causal=True)
-        changed = function(q, k, v, jax.random.key(7), **{**base, argument: change}, is_causal=True)
+        # Options of `attention`, tested above; the form of the answer, not its value.
+        if argument in ("is_causal", "kv_mask", "mask", "bias", "scale", "implementation", "return_state"):
+            continue
+        change, context = CHANGES.get((name, argument), CHANGES.get(argument))
+        base = {**settings(name), "is_causal": True} if name not in ("lara", "eva") else settings(name)
+        plain = function(q, k, v, jax.random.key(7), **{**base, **context})
+        changed = function(q, k, v, jax.random.key(7), **{**base, **context, argument: change})
         assert np.any(np.abs(np.asarray(plain) - np.asarray(changed)) > 1e-4), argument
 
 
@@ -542,8 +575,14 @@ def test_declared_cost_is_that_of_the_products(name):
 # 15. randomness
 
 
-@pytest.mark.parametrize("name", having(needs_key=True))
-@pytest.mark.parametrize("is_causal", [False, True])
+def _is_random(name):
+    return METHODS[name].capabilities.needs_key or METHODS[name].capabilities.takes_key
+
+
+@pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [(name, c) for name in ALL for c in (False, True) if _is_random(name) and (not c or name in CAUSAL)],
+)
 def test_the_key_decides_the_draw(name, is_causal):
     q, k, v = random_head(19, 24, 24)
     function = functools.partial(call, name, q, k, v, is_causal=is_causal)
@@ -564,7 +603,8 @@ def test_needs_key_is_true(name):
             METHODS[name].function(q, k, v, jnp.zeros(2, jnp.uint32), **settings(name))
     else:
         without = METHODS[name].function(q, k, v, **settings(name))
-        np.testing.assert_array_equal(without, call(name, q, k, v))
+        with_key = np.asarray(call(name, q, k, v))
+        assert np.array_equal(without, with_key) != METHODS[name].capabilities.takes_key
         attention(*tensors, method=name, **settings(name))
 
 

@@ -1,16 +1,13 @@
 """Mean-pooled keys and values with log counts: the simplest landmarks that are right where keys are alike."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import check_count, head_inputs
-from approx_attention.softmax import pad_rows
+from approx_attention.segments import GrowingSegments, TokenSums, segments
 from approx_attention.summaries import WeightedKV, attend
 
 
@@ -102,18 +99,7 @@ def summarize_mean_pool(
     """
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
-    tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    sums = _SegmentSums(tokens.k, tokens.value_sum, tokens.mass)
-    # Segment c holds the tokens j with floor(j M / S) = c.
-    bounds = -(-np.arange(num_landmarks + 1) * num_keys // num_landmarks)
-    member = bounds[:-1, None] + np.arange(-(-num_keys // num_landmarks))
-    inside = member < bounds[1:, None]
-
-    def pool(x: Array) -> Array:
-        gathered = x[np.minimum(member, num_keys - 1)]
-        return jnp.sum(jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 1)), gathered, 0), axis=1)
-
-    return jax.tree.map(pool, sums).landmarks()
+    return TokenSums.of_tokens(k, v, kv_mask).pooled(segments(num_keys, num_landmarks)).landmarks()
 
 
 def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks: int = 256) -> RunningSummary:
@@ -129,47 +115,11 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
     """
     check_count("num_landmarks", num_landmarks)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> _Segments:
-        room = WeightedKV.empty(num_landmarks, head_dim, value_dim, dtype)
-        return _Segments(_SegmentSums(room.k, room.value_sum, room.mass), jnp.ones((), jnp.int32))
+    def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
+        return GrowingSegments.empty(num_landmarks, head_dim, value_dim, dtype)
 
-    def append(segments: _Segments, start: Array, k: Array, v: Array, kv_mask: Array) -> _Segments:
-        block_size = k.shape[0]
-        # The first block sets the length; from then on M segments hold at least half of what is to come.
-        length = jnp.where(start == 0, -(-block_size // num_landmarks), segments.length)
-        full = start + block_size > num_landmarks * length
-        sums = lax.cond(full, lambda sums: jax.tree.map(_pool_pairs, sums), lambda sums: sums, segments.sums)
-        length = jnp.where(full, 2 * length, length)
-        segment = (start + jnp.arange(block_size, dtype=jnp.int32)) // length
-        tokens = WeightedKV.of_tokens(k, v, kv_mask)
-        block = _SegmentSums(tokens.k, tokens.value_sum, tokens.mass)
-        block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_landmarks, indices_are_sorted=True), block)
-        return _Segments(jax.tree.map(jnp.add, sums, block), length)
+    def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
+        least_length = -(-k.shape[0] // num_landmarks)
+        return growing.append(start, 1, TokenSums.of_tokens(k, v, kv_mask), least_length)
 
-    return RunningSummary(init, append, read=lambda segments: segments.sums.landmarks())
-
-
-class _SegmentSums(NamedTuple):
-    """Sums over the real tokens of each segment."""
-
-    k: Array
-    v: Array
-    count: Array
-
-    def landmarks(self) -> WeightedKV:
-        some = jnp.maximum(self.count, jnp.ones_like(self.count))
-        return WeightedKV(self.k / some[:, None], self.v, self.count)
-
-
-class _Segments(NamedTuple):
-    """Segments of ``length`` consecutive positions each, from position 0 on."""
-
-    sums: _SegmentSums
-    length: Array
-
-
-def _pool_pairs(x: Array) -> Array:
-    """Sums rows 2c and 2c + 1 into row c, and frees the rows behind."""
-    rows = x.shape[0]
-    pairs = jnp.sum(pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), axis=1)
-    return pad_rows(pairs, rows - pairs.shape[0])
+    return RunningSummary(init, append, read=lambda growing: growing.sums.landmarks())

@@ -1,14 +1,30 @@
-"""FAVOR+: attention through positive orthogonal random features of the softmax kernel."""
+"""Random features of the softmax kernel: FAVOR+ and random feature attention, with gates."""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import check_count, check_key, head_inputs
-from approx_attention.features import PositiveFeatures, orthogonal_projection
-from approx_attention.summaries import FeatureMoments, attend
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.features import (
+    FeatureMap,
+    PositiveFeatures,
+    ReLUFeatures,
+    TrigonometricFeatures,
+    WeightedFeatures,
+    gaussian_projection,
+    orthogonal_projection,
+    squared_norm,
+)
+from approx_attention.summaries import FeatureMoments, attend, kernel_state
+
+FavorFeatures = Literal["positive", "hyperbolic", "relu"]
+RfaFeatures = Literal["trigonometric", "positive"]
 
 
 def favor(
@@ -18,7 +34,9 @@ def favor(
     key: Array | None = None,
     *,
     num_features: int = 256,
-    projection: Float[Array, "R D"] | None = None,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+    projection: Float[Array, "W D"] | None = None,
     is_causal: bool = False,
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
@@ -35,16 +53,21 @@ def favor(
 
     The normaliser and the numerator are unbiased; their ratio is not. Magnitudes stay in the log domain: there is
     no epsilon, no clamp, and no stabiliser that looks at other positions. The relative error of one entry grows like
-    :math:`e^{\|q + k\|^2 / 2} R^{-1/2}`, so large queries and keys need very many features: measure with
-    `approx_attention.diagnostics` before trusting it.
+    :math:`e^{\|q + k\|^2 / 2} R^{-1/2}` (`approx_attention.bounds.favor_mse`), so large queries and keys need very many
+    features: measure with `approx_attention.diagnostics` before trusting it. A fixed key gives a fixed draw: redraw by
+    passing another.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
-        num_features: the number R of features, unless a projection is given.
-        projection: the directions ``[R, D]``, for instance from `orthogonal_projection`, in place of a draw.
+        num_features: the number R of features, unless a projection is given; even for hyperbolic ones.
+        features: ``"positive"``; ``"hyperbolic"``, those of R/2 directions and of their negatives, which halves the
+            variance where logits are small; ``"relu"``, the generalised attention of the paper, which is a kernel of
+            its own and no estimate of softmax, nearby tokens included.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+        projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic) in place of a draw.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
         block_size: tokens per block of the causal form.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
@@ -55,7 +78,7 @@ def favor(
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor projection.
+        ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -67,16 +90,16 @@ def favor(
         True
 
     Reference:
-        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1 and section 2.4.
+        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1, theorem 1 and section 2.4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     check_count("block_size", block_size)
+    drawn: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal:
-        running = running_favor(head_dim, key, num_features=num_features, projection=projection)
-        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+        state = causal_state(q, k, v, running_favor(head_dim, key, **drawn), block_size=block_size, kv_mask=kv_mask)
     else:
-        state = attend(q, summarize_favor(k, v, key, num_features=num_features, projection=projection, kv_mask=kv_mask))
+        state = attend(q, summarize_favor(k, v, key, **drawn, kv_mask=kv_mask))
     return state if return_state else state.out.astype(dtype)
 
 
@@ -86,7 +109,9 @@ def summarize_favor(
     key: Array | None = None,
     *,
     num_features: int = 256,
-    projection: Float[Array, "R D"] | None = None,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+    projection: Float[Array, "W D"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> FeatureMoments:
     """The moments of the positive random features of keys.
@@ -96,18 +121,26 @@ def summarize_favor(
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
-        projection: the directions ``[R, D]`` in place of a draw.
+        features: their kind, as in `favor`.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+        projection: the directions in place of a draw.
         kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         `FeatureMoments` of size R.
     """
-    features = _features(k.shape[-1], key, num_features, projection)
-    return FeatureMoments.of_tokens(features, k, v, kv_mask)
+    feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection)
+    return FeatureMoments.of_tokens(feature_map, k, v, kv_mask)
 
 
 def running_favor(
-    head_dim: int, key: Array | None = None, *, num_features: int = 256, projection: Float[Array, "R D"] | None = None
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+    projection: Float[Array, "W D"] | None = None,
 ) -> RunningSummary:
     """The moments of a growing prefix.
 
@@ -115,32 +148,285 @@ def running_favor(
         head_dim: the number D of channels of queries and keys.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
-        projection: the directions ``[R, D]`` in place of a draw.
+        features: their kind, as in `favor`.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+        projection: the directions in place of a draw.
 
     Returns:
         The `RunningSummary`.
     """
-    return running_moments(_features(head_dim, key, num_features, projection))
+    feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection)
+    running = running_moments(feature_map)
+    if features != "relu":
+        return running
+    # What is near is answered by the same kernel: softmax there and another kernel far away would not add up.
+    return running._replace(near=lambda q, k, v, bias: kernel_state(feature_map, q, k, v, bias))
 
 
-def draw_favor(key: PRNGKeyArray, head_dim: int, *, num_features: int = 256) -> dict[str, Array]:
+def draw_favor(
+    key: PRNGKeyArray,
+    head_dim: int,
+    *,
+    num_features: int = 256,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+) -> dict[str, Array]:
     """Draws the directions that `favor` takes as ``projection``, to be shared by many calls.
 
     Args:
         key: typed PRNG key.
         head_dim: the number D of channels of queries and keys.
         num_features: the number R of features.
+        features: their kind, as in `favor`; hyperbolic ones need half as many directions.
+        row_norm: norms of the directions, see `orthogonal_projection`.
 
     Returns:
-        ``{"projection": [R, D]}``.
+        ``{"projection": [R, D]}``, or ``[R/2, D]``.
     """
-    return {"projection": orthogonal_projection(key, num_features, head_dim)}
-
-
-def _features(head_dim: int, key: Array | None, num_features: int, projection: Array | None) -> PositiveFeatures:
+    check_choice("features", features, ("positive", "hyperbolic", "relu"))
     check_count("num_features", num_features)
+    if features == "hyperbolic":
+        if num_features % 2:
+            raise ValueError(f"hyperbolic features come in pairs: num_features must be even, got {num_features}")
+        num_features //= 2
+    return {"projection": orthogonal_projection(key, num_features, head_dim, row_norm=row_norm)}
+
+
+def _favor_features(
+    head_dim: int,
+    key: Array | None,
+    num_features: int,
+    features: FavorFeatures,
+    row_norm: Literal["chi", "sqrt_dim"],
+    projection: Array | None,
+) -> FeatureMap:
+    check_count("num_features", num_features)
+    check_choice("features", features, ("positive", "hyperbolic", "relu"))
     if projection is None:
-        projection = draw_favor(check_key("favor", key), head_dim, num_features=num_features)["projection"]
+        sizes: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
+        projection = draw_favor(check_key("favor", key), head_dim, **sizes)["projection"]
+    _check_projection(projection, head_dim)
+    if features == "relu":
+        return ReLUFeatures(projection)
+    return PositiveFeatures(jnp.concatenate([projection, -projection]) if features == "hyperbolic" else projection)
+
+
+def rfa(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    features: RfaFeatures = "trigonometric",
+    bandwidth: float | Array = 1.0,
+    projection: Float[Array, "W D"] | None = None,
+    gate_logits: Float[Array, " S"] | None = None,
+    is_causal: bool = False,
+    block_size: int = 128,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Random feature attention: softmax attention between unit vectors, estimated by R random features.
+
+    Queries and keys are first normalised, :math:`\hat x = D^{1/4}\, \sigma \odot x / \|x\|`, so that with the default
+    scale s and bandwidth :math:`\sigma = 1` the logits are cosines. With directions :math:`w_r \sim N(0, I)`,
+
+    .. math:: \phi(x) = e^{\|x\|^2/2} (R/2)^{-1/2} [\sin(w_r \cdot x), \cos(w_r \cdot x)]_r, \qquad
+              \mathrm{out}_t = \sum_j \phi(\sqrt s\, \hat q_t) \cdot \phi(\sqrt s\, \hat k_j)\, v_j
+              \Big/ \sum_j \phi(\sqrt s\, \hat q_t) \cdot \phi(\sqrt s\, \hat k_j).
+
+    With gates :math:`g_t = \mathrm{sigmoid}(z_t)` the causal sums forget, :math:`S_t = g_t S_{t-1} + (1 - g_t)
+    \phi(k_t) v_t^T`: key j then weighs :math:`(1 - g_j) \prod_{i \le j} g_i^{-1}` times a factor that the normaliser
+    cancels, a log-weight of the key alone, so the chunked causal form serves unchanged. It is held as one number per
+    key, whose rounding error is about :math:`10^{-7} \sum_{i \le j} |\log g_i|`.
+
+    Trigonometric estimates may be negative, so an answer can leave the range of the values, and where the estimated
+    normaliser is not positive the far tokens count for nothing.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``projection`` is given.
+        num_features: the number R of features, unless a projection is given; even for trigonometric ones.
+        features: ``"trigonometric"``, R/2 sines and R/2 cosines, or ``"positive"``, those of `favor`.
+        bandwidth: :math:`\sigma`, a number or one per channel ``[D]``, to be learned. The paper's Gaussian kernel is this
+            one where it is a number; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
+        projection: the directions ``[R/2, D]`` (``[R, D]`` if positive) in place of a draw.
+        gate_logits: z ``[S]``, the logits of the gates; with ``is_causal`` only.
+        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
+        block_size: tokens per block of the causal form.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0; padding closes no gate.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are those of the
+            normalised queries and keys.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
+        TypeError: dtypes that are not floating point.
+        NotImplementedError: gates without ``is_causal``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, rfa
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (64, 16)) for i in range(3))
+        >>> out = rfa(q, k, v, jax.random.key(3), num_features=1024)
+        >>> unit = lambda x: 2 * x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        >>> cosine = exact(unit(q), unit(k), v)
+        >>> bool(jnp.linalg.norm(out - cosine) < 0.3 * jnp.linalg.norm(cosine))
+        True
+
+    Reference:
+        Peng et al. (2021), "Random feature attention", sections 3.1 and 3.2 (gates).
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("block_size", block_size)
+    if gate_logits is not None and not is_causal:
+        raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
+    drawn: Any = {
+        "num_features": num_features,
+        "features": features,
+        "bandwidth": bandwidth,
+        "projection": projection,
+    }
+    running = running_rfa(head_dim, key, **drawn, gated=gate_logits is not None)
+    # The scale is folded in after the normalisation, which would undo it.
+    q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask)
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+    if gate_logits is not None:
+        q, k, _ = gate_tokens(q, k, gate_logits, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(running.space(q), running.space(k), v, scale=scale)
+    if is_causal:
+        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+    else:
+        feature_map = _rfa_features(head_dim, key, num_features, features, projection)
+        state = attend(q, FeatureMoments.of_tokens(feature_map, k, v, kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def running_rfa(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    features: RfaFeatures = "trigonometric",
+    bandwidth: float | Array = 1.0,
+    projection: Float[Array, "W D"] | None = None,
+    gated: bool = False,
+) -> RunningSummary:
+    """The moments of a growing prefix of normalised keys.
+
+    Args:
+        head_dim: the number D of channels of queries and keys.
+        key: typed PRNG key; not needed if ``projection`` is given.
+        num_features: the number R of features, unless a projection is given.
+        features: their kind, as in `rfa`.
+        bandwidth: as in `rfa`.
+        projection: the directions in place of a draw.
+        gated: queries and keys come from `gate_tokens`, with D + 2 channels.
+
+    Returns:
+        The `RunningSummary`.
+    """
+    feature_map = _rfa_features(head_dim, key, num_features, features, projection)
+
+    def space(x: Array) -> Array:
+        norm = jnp.sqrt(jnp.where((square := squared_norm(x[:, :head_dim])) == 0, 1, square))
+        unit = x[:, :head_dim] * (head_dim**0.25 / norm) * jnp.asarray(bandwidth, x.dtype).reshape(1, -1)
+        return jnp.concatenate([unit, x[:, head_dim:]], axis=-1)
+
+    return running_moments(WeightedFeatures(feature_map) if gated else feature_map)._replace(space=space)
+
+
+def gate_tokens(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    gate_logits: Float[Array, " S"],
+    *,
+    scale: float | Array | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+    start: Float[Array, ""] | float = 0.0,
+) -> tuple[Array, Array, Array]:
+    r"""Queries and keys that carry the gates of gated `rfa` in two more channels.
+
+    Key j gets the log-weight :math:`b_j = \log(1 - g_j) - \sum_{i \le j} \log g_i`. A `Decoder` of
+    ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)`` takes them, segment after segment.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        gate_logits: z ``[S]`` of gates :math:`g = \mathrm{sigmoid}(z)`.
+        scale: the factor of the logits that will be folded in, ``1/sqrt(D)`` by default.
+        kv_mask: true where a key is real, ``[S]``.
+        start: what the segment before returned.
+
+    Returns:
+        Queries ``[T, D + 2]``, keys ``[S, D + 2]``, and :math:`-\sum \log g` up to the end, the next ``start``.
+
+    Raises:
+        ValueError: gate logits that are not one per key.
+    """
+    if gate_logits.shape != k.shape[:1]:
+        raise ValueError(f"gate_logits must be one per key, [S] = {list(k.shape[:1])}, got shape {gate_logits.shape}")
+    root = math.sqrt(1 / math.sqrt(q.shape[-1])) if scale is None else jnp.sqrt(jnp.asarray(scale, q.dtype))
+    gate_logits = gate_logits.astype(k.dtype)
+    forgotten = jax.nn.softplus(-gate_logits)
+    if kv_mask is not None:
+        forgotten = jnp.where(kv_mask, forgotten, 0)
+    total = jnp.asarray(start, k.dtype) + jnp.cumsum(forgotten)
+    log_weight = (total - jax.nn.softplus(gate_logits))[:, None] / root
+    if kv_mask is not None:
+        log_weight = jnp.where(kv_mask[:, None], log_weight, 0)
+    ones = jnp.ones_like(q[:, :1]) / root
+    return (
+        jnp.concatenate([q, ones, jnp.zeros_like(ones)], axis=-1),
+        jnp.concatenate([k, log_weight, log_weight], axis=-1),
+        total[-1],
+    )
+
+
+def draw_rfa(
+    key: PRNGKeyArray, head_dim: int, *, num_features: int = 256, features: RfaFeatures = "trigonometric"
+) -> dict[str, Array]:
+    """Draws the directions that `rfa` takes as ``projection``, to be shared by many calls.
+
+    Args:
+        key: typed PRNG key.
+        head_dim: the number D of channels of queries and keys.
+        num_features: the number R of features.
+        features: their kind, as in `rfa`.
+
+    Returns:
+        ``{"projection": [R/2, D]}``, or ``[R, D]`` if positive.
+    """
+    check_choice("features", features, ("trigonometric", "positive"))
+    check_count("num_features", num_features)
+    if features == "trigonometric":
+        if num_features % 2:
+            raise ValueError(f"trigonometric features come in pairs: num_features must be even, got {num_features}")
+        num_features //= 2
+    return {"projection": gaussian_projection(key, num_features, head_dim)}
+
+
+def _rfa_features(
+    head_dim: int, key: Array | None, num_features: int, features: RfaFeatures, projection: Array | None
+) -> FeatureMap:
+    check_count("num_features", num_features)
+    check_choice("features", features, ("trigonometric", "positive"))
+    if projection is None:
+        drawn = draw_rfa(check_key("rfa", key), head_dim, num_features=num_features, features=features)
+        projection = drawn["projection"]
+    _check_projection(projection, head_dim)
+    kind: Callable[[Array], FeatureMap] = TrigonometricFeatures if features == "trigonometric" else PositiveFeatures
+    return kind(projection)
+
+
+def _check_projection(projection: Array, head_dim: int) -> None:
     if projection.ndim != 2 or projection.shape[1] != head_dim:
         raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
-    return PositiveFeatures(projection)

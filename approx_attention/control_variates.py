@@ -1,0 +1,60 @@
+"""The control-variate view: random features, EVA and softmax attention as one estimator."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from approx_attention.states import AttentionState, finite_peak, merge
+from approx_attention.summaries import FeatureMoments, attend
+
+
+def control_variate_state(
+    q: Float[Array, "T D"],
+    exact: AttentionState,
+    moments: FeatureMoments,
+    log_mass: Float[Array, "T G"] | None = None,
+) -> AttentionState:
+    r"""Attention over an exact set E and G groups of keys, each with a control-variate coefficient of its own.
+
+    .. math:: \mathrm{out}_t = \frac{\sum_{j \in E} e^{q_t \cdot k_j} v_j + \sum_g m_{tg}\, \beta_{tg}}
+              {\sum_{j \in E} e^{q_t \cdot k_j} + \sum_g m_{tg}}, \qquad
+              \beta_{tg} = \frac{\phi_g(q_t)^T\, \mathrm{value\_sum}_g}{\phi_g(q_t)^T\, \mathrm{mass}_g}.
+
+    The coefficient :math:`\beta_g` is the random-feature answer of group g, which makes its residual vanish; the mass
+    :math:`m_{tg}` is how much attention the group gets, :math:`\sum_{j \in g} e^{q_t \cdot k_j}` or a stand-in. With one
+    group, no exact set and the masses that the features themselves estimate this is random feature attention; with one
+    group per key, or every key in E, it is softmax attention; EVA lies between.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space (`fold_scale`).
+        exact: the state of the exact set, `AttentionState.empty` if there is none.
+        moments: the features of each group's keys, every array with a leading axis G.
+        log_mass: log of the groups' masses ``[T, G]``, ``-inf`` for a group without keys; by default those that the
+            features estimate.
+
+    Returns:
+        The `AttentionState` of the queries.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import AttentionState, FeatureMoments, PositiveFeatures, attend
+        >>> q, k, v, w = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(4))
+        >>> groups = lambda x: x.reshape(1, 6, 4)
+        >>> moments = jax.vmap(lambda k, v: FeatureMoments.of_tokens(PositiveFeatures(w), k, v))(groups(k), groups(v))
+        >>> one_group = control_variate_state(q, AttentionState.empty(6, 4), moments)
+        >>> random_features = attend(q, FeatureMoments.of_tokens(PositiveFeatures(w), k, v))
+        >>> bool(jnp.allclose(one_group.out, random_features.out, atol=1e-5))
+        True
+
+    Reference:
+        Zheng et al. (2023), "Efficient attention via control variates", section 4.
+    """
+    answers = jax.vmap(lambda moments: attend(q, moments))(moments)
+    log_mass = answers.lse.T if log_mass is None else log_mass
+    peak = finite_peak(jnp.max(log_mass, axis=1))
+    mass = jnp.exp(log_mass - peak[:, None])
+    total = jnp.sum(mass, axis=1)
+    safe_total = jnp.where(total == 0, jnp.ones_like(total), total)
+    out = jnp.einsum("tg,gtd->td", mass / safe_total[:, None], answers.out)
+    return merge(exact, AttentionState(out, jnp.where(total == 0, -jnp.inf, peak + jnp.log(safe_total))))

@@ -1,0 +1,541 @@
+"""EVA: exact attention nearby, and one control variate for every chunk of tokens further away."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import RunningSummary, causal_state
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.control_variates import control_variate_state
+from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means
+from approx_attention.softmax import HIDDEN, block_windows, dense_state, pad_rows
+from approx_attention.states import AttentionState, merge
+from approx_attention.summaries import FeatureMoments, WeightedKV
+
+# Rows of queries that are answered at a time.
+ROWS = 1024
+# The default chunk is the largest divisor of the window up to this.
+DEFAULT_CHUNK = 16
+
+ProposalMean = Literal["q+k", "half", "k"]
+
+
+def eva(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    window_size: int = 64,
+    chunk_size: int | None = None,
+    num_chunks: int | None = None,
+    is_causal: bool = False,
+    exclude_local: bool = True,
+    count_correction: bool = True,
+    overlap: int = 0,
+    summary: tuple[Array, Array] | None = None,
+    chunk_keys: Float[Array, "C D"] | None = None,
+    proposal_mean: ProposalMean | Float[Array, "C D"] | None = None,
+    num_samples: int = 1,
+    noise: Float[Array, "R C D"] | None = None,
+    noise_scale: Literal["exact", "official"] = "exact",
+    local_bias: Float[Array, "W L"] | None = None,
+    spatial_shape: tuple[int, int] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""EVA: softmax attention over the tokens of a window and one synthetic token for every chunk of the others.
+
+    With :math:`q, k` scaled by :math:`\sqrt s`, windows W of consecutive queries, chunks P of keys, their means
+    :math:`\bar q_P, \bar k_P`, and directions :math:`w_P \sim N(\mu_P, I)`, :math:`\mu_P = \bar q_P + \bar k_P`,
+
+    .. math:: \mathrm{out}_t = \frac{\sum_{j \in W(t)} e^{q_t \cdot k_j} v_j
+              + \sum_{P \not\subset W(t)} |P|\, e^{q_t \cdot \bar k_P} \beta_P}
+              {\sum_{j \in W(t)} e^{q_t \cdot k_j} + \sum_{P \not\subset W(t)} |P|\, e^{q_t \cdot \bar k_P}}, \qquad
+              \beta_P = \frac{\sum_{j \in P} e^{w_P \cdot k_j - \|k_j\|^2/2}\, v_j}
+              {\sum_{j \in P} e^{w_P \cdot k_j - \|k_j\|^2/2}}.
+
+    Exact where the window holds every key, and where every chunk holds one. Two defaults depart from the authors' code,
+    because they come far closer to softmax attention without training: tokens of the window are in no chunk
+    (``exclude_local``), and a chunk counts as often as it has keys (``count_correction``).
+
+    Without a key the noise is off, :math:`w_P = \mu_P`. The causal form looks at keys alone, :math:`\mu_P = \bar k_P`, so
+    that it can be streamed; a query sees its own block of ``window_size`` and the block before exactly. With a chunk
+    size it holds every earlier chunk, at a cost of T^2 / ``chunk_size``; with a number of chunks at most that many, whose
+    neighbours are pooled as the prefix grows (their synthetic tokens taken as tokens), at a cost linear in T.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key of the noise, or none for no noise.
+        window_size: queries per window; of an image, the side of a square window.
+        chunk_size: keys per chunk (of an image, its side): a divisor or a multiple of the window, by default the largest
+            divisor up to 16. With ``exclude_local=False`` any.
+        num_chunks: in place of a chunk size, the greatest number of chunks.
+        is_causal: query t sees keys j <= t.
+        exclude_local: no token is both in the window and in a chunk; else all are in chunks, as in the authors' code.
+        count_correction: the factor |P|.
+        overlap: how many tokens to each side a window sees beyond its own (to the left if causal), a multiple of the
+            chunk size. With ``exclude_local=False`` any, and chunks then overlap alike, as in the authors' code.
+        summary: two learned vectors ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
+            :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and w the second for every chunk.
+        chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means.
+        proposal_mean: :math:`\mu`: ``"q+k"``, ``"half"`` of that, ``"k"``, or ``[C, D]`` in scaled space. By default
+            ``"q+k"``, but ``"k"`` if causal. Queries of another sequence (T != S) enter by the mean of them all.
+        num_samples: directions per chunk; with more than one, their answers are weighted by importance.
+        noise: standard normal noise ``[R, C, D]`` in place of a draw.
+        noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
+        local_bias: learned bias of the logits within a window, ``[window, window + overlaps]``.
+        spatial_shape: height and width of an image that the tokens are, row by row.
+        kv_mask: true where a key is real, ``[S]``, and for self-attention a query. A query that sees no key gives 0; a
+            chunk without a real key has no mass.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes or sizes that do not fit, counts below 1.
+        TypeError: dtypes that are not floating point.
+        NotImplementedError: an option that the streamed causal form does not have.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import eva, exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (16, 4)) for i in range(3))
+        >>> k = k.at[8:].set(k[8])  # the keys of a chunk are alike, its values are not
+        >>> out = eva(q[:8], k, v, window_size=8, chunk_size=8)
+        >>> bool(jnp.allclose(out, exact(q[:8], k, v), atol=1e-5))
+        True
+
+    Reference:
+        Zheng et al. (2023), "Efficient attention via control variates", section 4; EvaByte (2025) for ``summary``.
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("window_size", window_size)
+    check_count("overlap", overlap, least=0)
+    if chunk_size is not None and num_chunks is not None:
+        raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if is_causal and exclude_local:
+        given = {
+            "overlap": overlap != 0,
+            "chunk_keys": chunk_keys is not None,
+            "proposal_mean": proposal_mean is not None
+            and not (isinstance(proposal_mean, str) and proposal_mean == "k"),
+            "num_samples": num_samples != 1,
+            "noise": noise is not None,
+            "local_bias": local_bias is not None,
+            "spatial_shape": spatial_shape is not None,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise NotImplementedError(f"method 'eva' does not support {name} with is_causal and exclude_local")
+        if num_chunks is None:
+            chunk_size = _largest_divisor(window_size, DEFAULT_CHUNK) if chunk_size is None else chunk_size
+            num_chunks = -(-max(q.shape[0], window_size) // chunk_size)
+        # Fewer queries than a block see no chunk.
+        sizes: Any = {"num_chunks": num_chunks, "chunk_size": chunk_size if q.shape[0] >= window_size else None}
+        options: Any = {"summary": summary, "count_correction": count_correction, "noise_scale": noise_scale}
+        running = running_eva(head_dim, key, **sizes, **options)
+        state = causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
+        return state if return_state else state.out.astype(dtype)
+
+    layout = _layout(q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, overlap, exclude_local, spatial_shape)
+    if layout.order is not None:
+        q, k, v = (x[layout.order] for x in (q, k, v))
+        kv_mask = None if kv_mask is None else kv_mask[layout.order]
+    learned = {"chunk_keys": chunk_keys, "noise": noise}
+    summarise = _Summaries(q, k, v, key, kv_mask, summary, proposal_mean, num_samples, noise_scale, count_correction)
+    chunks = summarise(layout.chunks, 0, **learned)
+    siblings = None
+    if layout.siblings is not None:
+        for name, x in {**learned, "proposal_mean": None if isinstance(proposal_mean, str) else proposal_mean}.items():
+            if x is not None:
+                raise NotImplementedError(f"method 'eva' does not support {name} with chunks longer than a window")
+        siblings = summarise(layout.siblings, 1)
+    state = _answer(q, k, v, kv_mask, layout, chunks, siblings, local_bias, is_causal, exclude_local)
+    if layout.order is not None:
+        state = jax.tree.map(lambda x: x[np.argsort(layout.order)], state)
+    return state if return_state else state.out.astype(dtype)
+
+
+class _Chunks(NamedTuple):
+    """One synthetic token per chunk: its key, R directions and their answers, proposals, and log-mass."""
+
+    k: Array
+    mu: Array
+    w: Array
+    beta: Array
+    log_mass: Array
+    moments: FeatureMoments | None
+
+
+class _Summaries(NamedTuple):
+    """Makes the chunks' synthetic tokens from their members, by the options of `eva`."""
+
+    q: Array
+    k: Array
+    v: Array
+    key: Array | None
+    kv_mask: Array | None
+    summary: tuple[Array, Array] | None
+    proposal_mean: ProposalMean | Array | None
+    num_samples: int
+    noise_scale: str
+    count_correction: bool
+
+    def __call__(
+        self, parts: Segments, level: int, chunk_keys: Array | None = None, noise: Array | None = None
+    ) -> _Chunks:
+        num_chunks, head_dim, dtype = len(parts.member), self.k.shape[1], self.k.dtype
+        real = jnp.ones(self.k.shape[0], bool) if self.kv_mask is None else self.kv_mask
+        k, v, inside = (parts.gather(x) for x in (self.k, self.v, real))
+        log_count = jnp.where(inside, 0.0, HIDDEN).astype(dtype)
+        mu = self._proposal_means(parts)
+        if noise is None:
+            shape = (check_count("num_samples", self.num_samples), num_chunks, head_dim)
+            noise = jnp.zeros(shape, dtype)
+            if self.key is not None:
+                noise = jax.random.normal(jax.random.fold_in(check_key("eva", self.key), level), shape, dtype)
+        elif noise.ndim != 3 or noise.shape[1:] != (num_chunks, head_dim):
+            raise ValueError(f"noise must be [R, C, D] with C, D = {[num_chunks, head_dim]}, got shape {noise.shape}")
+        w = mu[None] + noise.astype(dtype) * _spread(head_dim, self.noise_scale)
+        if chunk_keys is None:
+            chunk_keys = _chunk_keys(k, log_count, self.summary)
+        elif chunk_keys.shape != (num_chunks, head_dim):
+            raise ValueError(f"chunk_keys must be [C, D] = {[num_chunks, head_dim]}, got shape {chunk_keys.shape}")
+        beta = jax.vmap(lambda w: _coefficients(k, v, log_count, w))(w)
+        count = jnp.sum(inside, axis=1).astype(dtype)
+        log_mass = jnp.log(jnp.maximum(count, 1)) if self.count_correction else jnp.zeros_like(count)
+        moments = None
+        if w.shape[0] > 1:
+            moments = jax.vmap(_weighted_moments, in_axes=(1, 0, 0, 0, 0))(w, mu, k, v, inside)
+        log_mass = jnp.where(count > 0, log_mass, HIDDEN)
+        return _Chunks(chunk_keys.astype(dtype), mu, w, beta, log_mass, moments)
+
+    def _proposal_means(self, parts: Segments) -> Array:
+        shape = (len(parts.member), self.k.shape[1])
+        if self.summary is not None:
+            return jnp.broadcast_to(self.summary[1].astype(self.k.dtype)[None], shape)
+        if self.proposal_mean is not None and not isinstance(self.proposal_mean, str):
+            if self.proposal_mean.shape != shape:
+                raise ValueError(f"proposal_mean must be [C, D] = {list(shape)}, got shape {self.proposal_mean.shape}")
+            return self.proposal_mean.astype(self.k.dtype)
+        kind = self.proposal_mean or "q+k"
+        check_choice("proposal_mean", kind, ("q+k", "half", "k"))
+        k_mean = segment_means(self.k, parts, self.kv_mask)
+        if kind == "k":
+            return k_mean
+        if self.q.shape[0] == self.k.shape[0]:
+            q_mean = segment_means(self.q, parts, self.kv_mask)
+        else:
+            q_mean = jnp.mean(self.q, axis=0, keepdims=True)
+        return (q_mean + k_mean) * (0.5 if kind == "half" else 1.0)
+
+
+def _chunk_keys(k: Array, log_count: Array, summary: tuple[Array, Array] | None) -> Array:
+    """The key of each chunk ``k [C, j, D]``: the mean, or the softmax mean by a learned vector."""
+    logits = log_count if summary is None else k @ summary[0].astype(k.dtype) + log_count
+    return jnp.einsum("cj,cjd->cd", jax.nn.softmax(jnp.where(log_count <= HIDDEN / 2, HIDDEN, logits), axis=1), k)
+
+
+def _coefficients(k: Array, v: Array, log_count: Array, w: Array) -> Array:
+    r"""Control-variate coefficients :math:`\beta` ``[C, Dv]`` of chunks ``k [C, j, D]`` at directions ``w [C, D]``."""
+    logits = jnp.einsum("cjd,cd->cj", k, w) - jnp.sum(k * k, axis=-1) / 2 + log_count
+    return jnp.einsum("cj,cjd->cd", jax.nn.softmax(jnp.where(log_count <= HIDDEN / 2, HIDDEN, logits), axis=1), v)
+
+
+def _weighted_moments(w: Array, mu: Array, k: Array, v: Array, inside: Array) -> FeatureMoments:
+    """The features of one chunk at directions ``w [R, D]`` drawn around ``mu``, with their importance weights."""
+    log_weight = squared_norm(mu[None])[:, 0] / 2 - w @ mu
+    return FeatureMoments.of_tokens(PositiveFeatures(w), k, v, inside).weighted(log_weight)
+
+
+def _spread(head_dim: int, noise_scale: str) -> float:
+    check_choice("noise_scale", noise_scale, ("exact", "official"))
+    return head_dim**-0.25 if noise_scale == "official" else 1.0
+
+
+class _Layout(NamedTuple):
+    """Which tokens stand together; all of it is known when tracing.
+
+    Attributes:
+        window: queries per window.
+        left: keys that a window sees before its own.
+        right: keys that it sees after its own.
+        chunk: positions per chunk.
+        chunks: the chunks of all keys.
+        siblings: where a chunk holds several windows, those windows, to stand for the rest of a query's own chunk.
+        order: the order of an image's tokens in which every window is a run, or None.
+    """
+
+    window: int
+    left: int
+    right: int
+    chunk: int
+    chunks: Segments
+    siblings: Segments | None
+    order: np.ndarray | None
+
+
+def _layout(
+    num_queries: int,
+    num_keys: int,
+    window: int,
+    chunk: int | None,
+    num_chunks: int | None,
+    overlap: int,
+    exclude_local: bool,
+    spatial_shape: tuple[int, int] | None,
+) -> _Layout:
+    if chunk is not None:
+        check_count("chunk_size", chunk)
+    if num_chunks is not None:
+        check_count("num_chunks", num_chunks)
+    if spatial_shape is not None:
+        return _image_layout(num_queries, num_keys, window, chunk, num_chunks, overlap, exclude_local, spatial_shape)
+    if not exclude_local:
+        if chunk is None and num_chunks is not None:
+            chunk = -(-num_keys // num_chunks)
+        chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
+        chunks = _runs(num_keys, chunk)
+        return _Layout(window, overlap, overlap, chunk, chunks, None, None)
+    if chunk is None and num_chunks is not None:
+        least = -(-num_keys // num_chunks)
+        if least <= window:
+            chunk = window // _largest_divisor(window, window // least)
+        else:
+            chunk = -(-least // window) * window
+    chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
+    if window % chunk and chunk % window:
+        raise ValueError(f"chunk_size must divide window_size = {window} or be a multiple of it, got {chunk}")
+    if overlap and (overlap % chunk or chunk > window):
+        raise ValueError(f"overlap must be a multiple of the chunk size {chunk} within a window, got {overlap}")
+    siblings = _runs(num_keys, window) if chunk > window else None
+    return _Layout(window, overlap, overlap, chunk, _runs(num_keys, chunk), siblings, None)
+
+
+def _image_layout(
+    num_queries: int,
+    num_keys: int,
+    window: int,
+    chunk: int | None,
+    num_chunks: int | None,
+    overlap: int,
+    exclude_local: bool,
+    spatial_shape: tuple[int, int],
+) -> _Layout:
+    """Square windows and chunks; the tokens are ordered window by window, and chunk by chunk within."""
+    height, width = (check_count("spatial_shape", side) for side in spatial_shape)
+    if height % window or width % window or not num_queries == num_keys == height * width:
+        raise ValueError(
+            f"spatial_shape must be that of the {num_keys} tokens, with sides that window_size = {window} divides; "
+            f"got {spatial_shape} and {num_queries} queries"
+        )
+    if overlap:
+        raise NotImplementedError("method 'eva' does not support overlap with spatial_shape")
+    if chunk is None and num_chunks is not None:
+        chunk = max(1, math.isqrt(num_keys // num_chunks))
+        chunk = _largest_divisor(window, chunk) if exclude_local else _largest_divisor(math.gcd(height, width), chunk)
+    chunk = chunk or _largest_divisor(window, max(1, math.isqrt(DEFAULT_CHUNK)))
+    if (exclude_local and window % chunk) or height % chunk or width % chunk:
+        raise ValueError(f"chunk_size must divide {window if exclude_local else spatial_shape}, got {chunk}")
+
+    def squares(side: int) -> np.ndarray:
+        grid = np.arange(num_keys).reshape(height // side, side, width // side, side)
+        return grid.transpose(0, 2, 1, 3).reshape(-1, side * side)
+
+    order = squares(window).reshape(-1)
+    if exclude_local:
+        within = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk).transpose(0, 2, 1, 3)
+        order = squares(window)[:, within.reshape(-1)].reshape(-1)
+        chunks = _runs(num_keys, chunk**2)
+    else:
+        member = np.argsort(order)[squares(chunk)]
+        chunks = Segments(member, np.ones(member.shape, bool))
+    return _Layout(window**2, 0, 0, chunk**2, chunks, None, order)
+
+
+def _runs(num_tokens: int, length: int) -> Segments:
+    """Runs of ``length`` tokens, the last of what is left."""
+    member = np.arange(-(-num_tokens // length) * length).reshape(-1, length)
+    return Segments(np.minimum(member, num_tokens - 1), member < num_tokens)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of ``number`` up to ``limit``."""
+    return max(divisor for divisor in range(1, max(1, min(number, limit)) + 1) if number % divisor == 0)
+
+
+def _answer(
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_mask: Array | None,
+    layout: _Layout,
+    chunks: _Chunks,
+    siblings: _Chunks | None,
+    local_bias: Array | None,
+    is_causal: bool,
+    exclude_local: bool,
+) -> AttentionState:
+    """Exact attention within windows merged with attention over the chunks that a query may see."""
+    num_queries, num_keys, window, dtype = q.shape[0], k.shape[0], layout.window, q.dtype
+    left, right = layout.left, 0 if is_causal else layout.right
+    reach = left + window + right
+    if local_bias is not None and local_bias.shape != (window, reach):
+        raise ValueError(f"local_bias must be [window, window + overlaps] = {[window, reach]}, got {local_bias.shape}")
+    num_windows = -(-num_queries // window)
+    together = max(1, min(ROWS // window, num_windows))
+    blocks = -(-num_windows // together)
+    rows = together * window
+
+    key_bias = jnp.zeros(num_keys, dtype) if kv_mask is None else jnp.where(kv_mask, 0.0, HIDDEN).astype(dtype)
+    near = tuple(
+        block_windows(x, window, blocks * together, left, right, fill)
+        for x, fill in ((k, 0.0), (v, 0.0), (key_bias, HIDDEN))
+    )
+    own_bias = jnp.zeros((window, reach), dtype) if local_bias is None else local_bias.astype(dtype)
+    if is_causal:
+        own_bias = jnp.where(np.tri(window, reach, left, dtype=bool), own_bias, HIDDEN)
+    per_chunk = layout.chunk // window
+    if siblings is not None:
+        filled = -(-num_windows // per_chunk) * per_chunk
+
+        def by_chunk(x: Array, fill: float = 0.0) -> Array:
+            x = x[:filled]
+            x = jnp.pad(x, ((0, filled - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+            return x.reshape(-1, per_chunk, *x.shape[1:])
+
+        related = by_chunk(siblings.k), by_chunk(siblings.beta[0]), by_chunk(siblings.log_mass, HIDDEN)
+
+    position = np.arange(len(layout.chunks.member), dtype=np.int32) * np.int32(layout.chunk)
+
+    def block(args: Any) -> AttentionState:
+        first, q, (k, v, bias) = args
+        number = first + jnp.arange(together, dtype=jnp.int32)
+        bias = jnp.where(bias[:, None, :] <= HIDDEN / 2, HIDDEN, bias[:, None, :] + own_bias[None])
+        if siblings is not None:
+            chunk = jnp.minimum(number // per_chunk, related[0].shape[0] - 1)
+            sibling_k, sibling_v, log_mass = (x[chunk] for x in related)
+            is_own = jnp.arange(per_chunk, dtype=jnp.int32)[None, :] == (number % per_chunk)[:, None]
+            log_mass = jnp.where(is_own, HIDDEN, log_mass)
+            k, v = jnp.concatenate([k, sibling_k], axis=1), jnp.concatenate([v, sibling_v], axis=1)
+            wide = jnp.broadcast_to(log_mass[:, None, :], (together, window, per_chunk))
+            bias = jnp.concatenate([bias, wide], axis=2)
+        local = jax.vmap(dense_state)(q.reshape(together, window, -1), k, v, bias)
+        local = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), local)
+        log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(position)))
+        start = (number * window)[:, None]
+        if exclude_local:
+            hidden = (position[None, :] >= start - left) & (position[None, :] < start + window + right)
+            if siblings is not None:
+                hidden = position[None, :] // layout.chunk == start // layout.chunk
+            log_mass = jnp.where(jnp.repeat(hidden, window, axis=0, total_repeat_length=rows), HIDDEN, log_mass)
+        elif is_causal:
+            row = first * window + jnp.arange(rows, dtype=jnp.int32)[:, None]
+            log_mass = jnp.where(position[None, :] // layout.chunk >= row // layout.chunk, HIDDEN, log_mass)
+        if chunks.moments is None:
+            return merge(local, dense_state(q, chunks.k, chunks.beta[0], log_mass))
+        logits = jnp.where(log_mass <= HIDDEN / 2, -jnp.inf, q @ chunks.k.T + log_mass)
+        return control_variate_state(q, local, chunks.moments, logits)
+
+    q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
+    near = jax.tree.map(lambda x: x.reshape(blocks, together, *x.shape[1:]), near)
+    numbers = together * jnp.arange(blocks, dtype=jnp.int32)
+    state = lax.map(jax.checkpoint(block), (numbers, q, near))
+    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+
+
+def running_eva(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    num_chunks: int = 256,
+    chunk_size: int | None = None,
+    summary: tuple[Array, Array] | None = None,
+    count_correction: bool = True,
+    noise_scale: Literal["exact", "official"] = "exact",
+) -> RunningSummary:
+    """Chunks of a growing prefix: neighbours are pooled in pairs whenever so many no longer fit.
+
+    A pooled chunk is made of two chunks as a chunk is made of tokens, each counted as often as it has keys.
+
+    Args:
+        head_dim: the number D of channels of queries and keys.
+        key: typed PRNG key of the noise, or none for no noise.
+        num_chunks: how many chunks there are at most.
+        chunk_size: tokens per chunk at first, a divisor of the block; by default the least with which a block fits.
+        summary: learned vectors, as in `eva`.
+        count_correction: as in `eva`.
+        noise_scale: as in `eva`.
+
+    Returns:
+        The `RunningSummary`.
+    """
+    check_count("num_chunks", num_chunks)
+    spread = _spread(head_dim, noise_scale)
+
+    def directions(mu: Array, length: Array, first: Array) -> Array:
+        """One direction for each chunk of ``length`` positions, the first of which is number ``first``."""
+        if summary is not None:
+            mu = jnp.broadcast_to(summary[1].astype(mu.dtype)[None], mu.shape)
+        if key is None:
+            return mu
+        of_length = jax.random.fold_in(check_key("eva", key), length)
+        keys = jax.vmap(lambda i: jax.random.fold_in(of_length, i))(first + jnp.arange(mu.shape[0], dtype=jnp.int32))
+        return mu + spread * jax.vmap(lambda key: jax.random.normal(key, (head_dim,), mu.dtype))(keys)
+
+    def chunks_of(k: Array, v: Array, count: Array, length: Array, first: Array) -> TokenSums:
+        """One token for each group of keys ``[C, j, D]`` that stand for ``count [C, j]`` keys each."""
+        log_count = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1)), HIDDEN)
+        total = jnp.sum(count, axis=1)
+        chunk_keys = _chunk_keys(k, log_count, summary)
+        mean_keys = chunk_keys if summary is None else _chunk_keys(k, log_count, None)
+        beta = _coefficients(k, v, log_count, directions(mean_keys, length, first))
+        return TokenSums(total[:, None] * chunk_keys, total[:, None] * beta, total)
+
+    def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
+        return GrowingSegments.empty(num_chunks, head_dim, value_dim, dtype)
+
+    def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
+        block_size = k.shape[0]
+        unit = chunk_size
+        if unit is None:
+            unit = block_size // _largest_divisor(block_size, num_chunks)
+        if block_size % unit or unit * num_chunks < block_size:
+            raise ValueError(
+                f"chunk_size must divide the block of {block_size} tokens into at most num_chunks = {num_chunks} chunks, "
+                f"got {unit}"
+            )
+        tokens = TokenSums.of_tokens(k, v, kv_mask)
+        grouped = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[1:]), tokens)
+        length = jnp.asarray(unit, jnp.int32)
+        fresh = chunks_of(grouped.k, grouped.v, grouped.count, length, start // unit)
+        return growing.append(start, unit, fresh, unit, pool_pairs)
+
+    def pool_pairs(sums: TokenSums, length: Array) -> TokenSums:
+        rows = sums.count.shape[0]
+        k, v = mean(sums.k, sums.count), mean(sums.v, sums.count)
+        pairs = jax.tree.map(lambda x: pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), (k, v, sums.count))
+        pooled = chunks_of(*pairs, length, jnp.zeros((), jnp.int32))
+        return jax.tree.map(lambda x: pad_rows(x, rows - x.shape[0]), pooled)
+
+    def read(growing: GrowingSegments) -> WeightedKV:
+        landmarks = growing.sums.landmarks()
+        if count_correction:
+            return landmarks
+        once = (landmarks.mass > 0).astype(landmarks.mass.dtype)
+        return WeightedKV(landmarks.k, mean(landmarks.value_sum, landmarks.mass), once)
+
+    return RunningSummary(init, append, read)

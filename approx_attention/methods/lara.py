@@ -1,0 +1,164 @@
+"""Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
+
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.segments import grid_segments, segment_means, segments
+from approx_attention.softmax import HIDDEN, map_rows
+from approx_attention.states import AttentionState
+from approx_attention.summaries import FEATURE_BLOCK, FeatureMoments, attend
+
+# What the authors' code clamps the weights of its query-specific rule to.
+LEAST_WEIGHT = 1e-8
+
+
+def lara(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_landmarks: int = 64,
+    weights: Literal["balance", "query_specific", "biased"] = "balance",
+    correction: float = 1.0,
+    proposal_mean: Float[Array, "C D"] | None = None,
+    query_landmarks: Float[Array, "C D"] | None = None,
+    spatial_shape: tuple[int, int] | None = None,
+    num_samples: int = 1,
+    antithetic: bool = False,
+    noise: Float[Array, "R C D"] | None = None,
+    noise_scale: Literal["exact", "official"] = "exact",
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""LARA: softmax attention by importance sampling from C Gaussians centred on pooled queries and keys.
+
+    With :math:`q, k` scaled by :math:`\sqrt s`, :math:`\xi(x, w) = e^{w \cdot x - \|x\|^2/2}`, segment means
+    :math:`\bar q_c, \bar k_c`, proposals :math:`w_c \sim N(\mu_c, I)` and :math:`\mu_c = \bar q_c + \bar k_c`,
+
+    .. math:: \mathrm{out}_t = \frac{\sum_c u_{tc}\, f_c}{\sum_c u_{tc}}, \qquad
+              f_c = \frac{\sum_j \xi(k_j, w_c)\, v_j}{\sum_j \xi(k_j, w_c)}, \qquad
+              u_{tc} = \alpha_{tc}\, \frac{\xi(q_t, w_c) \sum_j \xi(k_j, w_c)}{\xi(\mu_c, w_c)}.
+
+    The weights :math:`\alpha` decide between the proposals:
+
+    - ``"balance"``: :math:`\xi(\mu_c, w_c) / \sum_{c'} \xi(\mu_{c'}, w_c)`. The normaliser is then unbiased, and the
+      method a `FeatureMoments` with directions w.
+    - ``"query_specific"``: the same plus ``correction`` times
+      :math:`r_{tc} - \frac1C \sum_{c'} r_{tc'}`, where :math:`r_{tc} = e^{q_t \cdot \bar q_c} / \sum_{t'} e^{q_{t'} \cdot
+      \bar q_c}`; the paper's rule, and the default of its code. It may be negative and is clamped to 1e-8, where it has
+      no gradient. It looks at all queries.
+    - ``"biased"``: :math:`e^{\mu_c \cdot q_t}` over the mixture's density, without correction for it.
+
+    Without a key the noise is off, :math:`w_c = \mu_c`: deterministic, and what the authors' code evaluates with.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key of the noise, or none for no noise.
+        num_landmarks: the number C of proposals; no more than there are queries and keys.
+        weights: the rule for :math:`\alpha`.
+        correction: how much of the query-specific term, for that rule.
+        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned.
+        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space for the query-specific rule in place of pooled ones.
+        spatial_shape: height and width of an image that the tokens are, row by row; the segments are then rectangles of
+            it, and C must be a square.
+        num_samples: draws per proposal, unless ``noise`` is given.
+        antithetic: also use the negative of every noise, which doubles the samples.
+        noise: standard normal noise ``[R, C, D]`` in place of a draw.
+        noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
+        kv_mask: true where a key is real, ``[S]``, and for self-attention a query. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, unknown rules.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, lara
+        >>> q, k, v = (0.5 * jax.random.normal(jax.random.key(i), (64, 8)) for i in range(3))
+        >>> error = jnp.linalg.norm(lara(q, k, v, jax.random.key(3), num_samples=64) - exact(q, k, v))
+        >>> bool(error < 0.3 * jnp.linalg.norm(exact(q, k, v)))
+        True
+
+    Reference:
+        Zheng, Wang and Kong (2022), "Linear complexity randomized self-attention mechanism", section 4.
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    check_choice("weights", weights, ("balance", "query_specific", "biased"))
+    check_choice("noise_scale", noise_scale, ("exact", "official"))
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
+    query_mask = kv_mask if q.shape[0] == k.shape[0] else None
+
+    def pooled(x: Array, mask: Array | None) -> Array:
+        parts = segments if spatial_shape is None else grid_segments
+        shape = x.shape[0] if spatial_shape is None else spatial_shape
+        return segment_means(x, parts(shape, num_landmarks), mask)  # pyright: ignore[reportArgumentType]
+
+    if query_landmarks is None and (proposal_mean is None or weights == "query_specific"):
+        query_landmarks = pooled(q, query_mask)
+    if proposal_mean is None:
+        proposal_mean = query_landmarks + pooled(k, kv_mask)  # pyright: ignore[reportOptionalOperand]
+    mu = proposal_mean.astype(q.dtype)
+    if mu.ndim != 2 or mu.shape[1] != head_dim:
+        raise ValueError(f"proposal_mean must be [C, D] with D = {head_dim}, got shape {mu.shape}")
+    if noise is None:
+        shape = (check_count("num_samples", num_samples), *mu.shape)
+        noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)
+    elif noise.ndim != 3 or noise.shape[1:] != mu.shape:
+        raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")
+    noise = noise.astype(q.dtype) * (head_dim**-0.25 if noise_scale == "official" else 1.0)
+    if antithetic:
+        noise = jnp.concatenate([noise, -noise])
+    num_draws, num_proposals = noise.shape[0] * mu.shape[0], mu.shape[0]
+    own = jnp.arange(num_draws) % num_proposals
+    w = (mu[None] + noise).reshape(num_draws, head_dim)
+
+    # log q_c(w) / N(w; 0, I) for each draw w and each proposal c.
+    log_density = w @ mu.T - squared_norm(mu).T / 2
+    log_mixture = jax.nn.logsumexp(log_density, axis=1)
+    moments = FeatureMoments.of_tokens(PositiveFeatures(w), k, v, kv_mask)
+    if weights == "balance":
+        # Two factors of 1/sqrt(draws) in the features; the mixture has `num_samples` draws of each proposal.
+        state = attend(q, moments.weighted(np.log(num_proposals) - log_mixture))
+    else:
+        own_density = jnp.take_along_axis(log_density, own[:, None], axis=1)[:, 0]
+        log_sum = jnp.log(jnp.where(moments.mass == 0, 1, moments.mass))
+        log_sum = jnp.where(moments.mass == 0, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(num_draws))
+        f = moments.value_sum / jnp.where(moments.mass == 0, 1, moments.mass)[:, None]
+        balance = jnp.exp(own_density - log_mixture)
+        if weights == "query_specific":
+            affinity = jax.nn.logsumexp(
+                jnp.where(True if query_mask is None else query_mask[:, None], q @ query_landmarks.T, HIDDEN), axis=0
+            )
+
+        def answer(q: Array) -> AttentionState:
+            log_weight = q @ w.T - squared_norm(q) / 2 + log_sum[None, :]
+            if weights == "biased":
+                log_weight = log_weight + q @ mu.T[:, own] - log_mixture[None, :]
+            else:
+                r = jnp.exp(q @ query_landmarks.T - affinity[None, :])
+                alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True))[:, own]
+                log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
+            lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(noise.shape[0])
+            out = jax.nn.softmax(log_weight, axis=1) @ f
+            seen = ~(lse < HIDDEN / 2)
+            return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))
+
+        state = map_rows(jax.checkpoint(answer), q, FEATURE_BLOCK)
+    return state if return_state else state.out.astype(dtype)

@@ -1,0 +1,145 @@
+"""Randomised attention: an unbiased draw of softmax attention, at quadratic cost."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.features import squared_norm
+from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.states import AttentionState
+
+# Logits of at most this many pairs exist at a time.
+TILE = 2**22
+
+
+def ra(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_samples: int = 1,
+    noise: Float[Array, "T R D"] | None = None,
+    indices: Int[Array, "T R"] | None = None,
+    noise_scale: Literal["exact", "official"] = "exact",
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    mask: Bool[Array, "T S"] | None = None,
+    bias: Float[Array, "T S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Randomised attention: the random feature of each query is drawn from the very mixture that makes it unbiased.
+
+    With :math:`q, k` scaled by :math:`\sqrt s`, weights :math:`\pi_{tm}` of softmax attention, and R draws per query,
+
+    .. math:: m \sim \pi_t, \qquad \epsilon \sim N(0, I), \qquad w = q_t + k_m + \epsilon, \qquad
+              \mathrm{out}_t = \sum_j \frac{e^{w \cdot k_j - \|k_j\|^2/2}}{\sum_i e^{w \cdot k_i - \|k_i\|^2/2}}\, v_j,
+
+    whose expectation is softmax attention exactly. It costs more than exact attention: it is the yardstick of the
+    linear methods that approximate its proposal, `lara` and `eva`. A bias :math:`b_j` of the logits enters both
+    exponents.
+
+    Gradients flow through w and the noise is reparameterised, but the drawn index m is a constant to them: gradients
+    with respect to q and k are biased.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``noise`` and ``indices`` are given.
+        num_samples: the number R of draws that are averaged, unless they are given.
+        noise: :math:`\epsilon` ``[T, R, D]`` in place of a draw.
+        indices: m ``[T, R]`` in place of a draw.
+        noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, which is :math:`D^{1/4}` times
+            too small in scaled space and makes the estimate biased.
+        is_causal: query t sees keys j <= t.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        mask: true where a query may see a key, ``[T, S]``.
+        bias: added to the logits, ``[T, S]``.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, neither key nor draws.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, ra
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
+        >>> out = ra(q, k, v, jax.random.key(3), num_samples=4096)
+        >>> bool(jnp.abs(out - exact(q, k, v)).max() < 0.1)
+        True
+
+    Reference:
+        Zheng, Wang and Kong (2022), "Linear complexity randomized self-attention mechanism", section 3.
+    """
+    dtype, head_dim, num_queries, num_keys = v.dtype, q.shape[-1], q.shape[0], k.shape[0]
+    check_choice("noise_scale", noise_scale, ("exact", "official"))
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    num_samples = check_count("num_samples", num_samples) if noise is None else noise.shape[1]
+    uniform = jnp.zeros((num_queries, num_samples), q.dtype)
+    if noise is None or indices is None:
+        key_noise, key_index = jax.random.split(check_key("ra", key))
+        if indices is None:
+            uniform = jax.random.uniform(key_index, (num_queries, num_samples), q.dtype)
+        if noise is None:
+            noise = jax.random.normal(key_noise, (num_queries, num_samples, head_dim), q.dtype)
+    for name, x, shape in (
+        ("noise", noise, (num_queries, num_samples, head_dim)),
+        ("indices", indices, (num_queries, num_samples)),
+        ("mask", mask, (num_queries, num_keys)),
+        ("bias", bias, (num_queries, num_keys)),
+    ):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got shape {x.shape}")
+    noise = noise.astype(q.dtype)
+    if noise_scale == "official":
+        noise = noise * head_dim**-0.25
+    half_norm = squared_norm(k).T / 2
+    positions = jnp.arange(num_keys)[None, :]
+
+    def block(args: Any) -> AttentionState:
+        q, row, noise, uniform, indices, mask, bias = args
+        total_bias = jnp.zeros((1, num_keys), q.dtype) if bias is None else bias.astype(q.dtype)
+        for seen in (
+            None if kv_mask is None else kv_mask[None, :],
+            positions <= row[:, None] if is_causal else None,
+            mask,
+        ):
+            if seen is not None:
+                total_bias = jnp.where(seen, total_bias, HIDDEN)
+        exact = dense_state(q, k, v, total_bias)
+
+        def draw(noise: Array, uniform: Array, indices: Array | None) -> Array:
+            if indices is None:
+                logits = jnp.where(total_bias <= HIDDEN / 2, HIDDEN, q @ k.T + total_bias)
+                weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+                cumulative = jnp.cumsum(lax.stop_gradient(weights), axis=-1)
+                # The first key at which the share of the weights reaches a uniform number in (0, 1].
+                reached = cumulative < (1 - uniform[:, None]) * cumulative[:, -1:]
+                indices = jnp.sum(reached, axis=-1)
+            w = q + k[indices] + noise
+            return dense_state(w, k, v, total_bias - half_norm).out
+
+        outs = jax.vmap(draw, in_axes=(1, 1, None if indices is None else 1))(noise, uniform, indices)
+        seen = (exact.lse > -jnp.inf) | jnp.isnan(exact.lse)
+        return AttentionState(jnp.where(seen[:, None], jnp.mean(outs, axis=0), 0), exact.lse)
+
+    rows = max(1, min(num_queries, TILE // (num_keys * num_samples)))
+    blocks = -(-num_queries // rows)
+    arguments = (q, jnp.arange(num_queries), noise, uniform, indices, mask, bias)
+    arguments = jax.tree.map(
+        lambda x: pad_rows(x, blocks * rows - num_queries).reshape(blocks, rows, *x.shape[1:]), arguments
+    )
+    state = lax.map(jax.checkpoint(block), arguments)
+    state = jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+    return state if return_state else state.out.astype(dtype)

@@ -1,0 +1,139 @@
+"""Groups of neighbouring tokens and their means: the landmarks, proposals and chunks of many methods."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from approx_attention.checks import check_count
+from approx_attention.softmax import pad_rows
+from approx_attention.summaries import WeightedKV
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """M groups of tokens: ``member [M, longest]`` are their indices, and ``inside`` tells them from filling."""
+
+    member: np.ndarray
+    inside: np.ndarray
+
+    def gather(self, x: Array) -> Array:
+        """Rows ``[S, ...]`` by segment, ``[M, longest, ...]``, with zeros as filling."""
+        if self.inside.all() and np.array_equal(self.member.reshape(-1), np.arange(x.shape[0])):
+            return x.reshape(*self.member.shape, *x.shape[1:])
+        inside = self.inside.reshape(self.inside.shape + (1,) * (x.ndim - 1))
+        return jnp.where(inside, x[self.member], jnp.zeros((), x.dtype))
+
+
+def segments(num_tokens: int, num_segments: int) -> Segments:
+    """Runs of consecutive tokens whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c."""
+    bounds = -(-np.arange(num_segments + 1) * num_tokens // num_segments)
+    member = bounds[:-1, None] + np.arange(-(-num_tokens // num_segments))
+    inside = member < bounds[1:, None]
+    return Segments(np.minimum(member, num_tokens - 1), inside)
+
+
+def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
+    """Rectangles of an image of ``shape`` whose pixels are the tokens, row by row; their number must be a square."""
+    height, width = (check_count("spatial_shape", side) for side in shape)
+    side = math.isqrt(num_segments)
+    if side * side != num_segments or side > min(height, width):
+        raise ValueError(
+            f"the landmarks of an image must be a square number of at most {min(height, width)}^2, got {num_segments}"
+        )
+    rows, columns = segments(height, side), segments(width, side)
+    member = rows.member[:, None, :, None] * width + columns.member[None, :, None, :]
+    inside = rows.inside[:, None, :, None] & columns.inside[None, :, None, :]
+    return Segments(member.reshape(num_segments, -1), inside.reshape(num_segments, -1))
+
+
+class TokenSums(NamedTuple):
+    """Sums of keys ``[M, D]`` and values ``[M, Dv]`` over the real tokens of each segment, and how many they are."""
+
+    k: Array
+    v: Array
+    count: Array
+
+    @classmethod
+    def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None) -> "TokenSums":
+        """Each token as a segment of its own; without a count where ``kv_mask`` says padding."""
+        tokens = WeightedKV.of_tokens(k, v, kv_mask)
+        return cls(tokens.k, tokens.value_sum, tokens.mass)
+
+    def pooled(self, parts: Segments) -> "TokenSums":
+        """The sums over unions of these segments."""
+        return jax.tree.map(lambda x: jnp.sum(parts.gather(x), axis=1), self)
+
+    def landmarks(self) -> WeightedKV:
+        """The mean key of each segment with its summed values, of mass 0 where it has no real token."""
+        return WeightedKV(mean(self.k, self.count), self.v, self.count)
+
+
+def mean(total: Array, count: Array) -> Array:
+    """Rows ``total [M, D]`` over ``count [M]``; 0 where there is nothing."""
+    return total / jnp.maximum(count, jnp.ones_like(count))[:, None]
+
+
+def segment_means(x: Array, parts: Segments, mask: Array | None = None) -> Array:
+    """The mean of the rows ``x [S, D]`` of each segment, of those where ``mask`` is true; 0 where there is none."""
+    sums = TokenSums.of_tokens(x, x[:, :0], mask).pooled(parts)
+    return mean(sums.k, sums.count)
+
+
+class GrowingSegments(NamedTuple):
+    """Segments of ``length`` consecutive positions each, from position 0 on."""
+
+    sums: TokenSums
+    length: Array
+
+    @classmethod
+    def empty(cls, num_segments: int, head_dim: int, value_dim: int, dtype: Any) -> "GrowingSegments":
+        """Room for so many segments, without a token."""
+        room = WeightedKV.empty(num_segments, head_dim, value_dim, dtype)
+        return cls(TokenSums(room.k, room.value_sum, room.mass), jnp.ones((), jnp.int32))
+
+    def append(
+        self,
+        start: Array,
+        unit: int,
+        tokens: TokenSums,
+        least_length: int,
+        pool_pairs: Callable[[TokenSums, Array], TokenSums] | None = None,
+    ) -> "GrowingSegments":
+        """The segments after one more block.
+
+        Whenever they would no longer hold the block, neighbours are pooled in pairs: a bounded number of segments then
+        covers any prefix, and each holds at least half of what it could.
+
+        Args:
+            start: position of the block's first token.
+            unit: how many positions each row of ``tokens`` stands for.
+            tokens: sums of the block, unit by unit.
+            least_length: positions per segment at first, a multiple of ``unit``, with which all hold a block.
+            pool_pairs: ``(sums, length) -> sums`` of neighbours 2c and 2c + 1 in row c, for segments that will hold
+                ``length`` positions; sums them by default.
+        """
+
+        def pooled(sums: TokenSums) -> TokenSums:
+            return pool_pairs(sums, 2 * length) if pool_pairs else jax.tree.map(sum_pairs, sums)
+
+        num_segments, block_size = self.sums.count.shape[0], unit * tokens.count.shape[0]
+        length = jnp.where(start == 0, least_length, self.length)
+        full = start + block_size > num_segments * length
+        sums = lax.cond(full, pooled, lambda sums: sums, self.sums)
+        length = jnp.where(full, 2 * length, length)
+        segment = (start + unit * jnp.arange(tokens.count.shape[0], dtype=jnp.int32)) // length
+        block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_segments, indices_are_sorted=True), tokens)
+        return GrowingSegments(jax.tree.map(jnp.add, sums, block), length)
+
+
+def sum_pairs(x: Array) -> Array:
+    """Sums rows 2c and 2c + 1 into row c, and frees the rows behind."""
+    rows = x.shape[0]
+    pairs = jnp.sum(pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), axis=1)
+    return pad_rows(pairs, rows - pairs.shape[0])
