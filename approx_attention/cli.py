@@ -15,6 +15,7 @@ from approx_attention.checks import unknown
 from approx_attention.compare import (
     InputError,
     comparison_table,
+    default_methods,
     load_sample,
     load_tensors,
     report,
@@ -131,7 +132,7 @@ def compare(
         task = progress.add_task("starting", total=None)
         rows = run_comparison(
             tensors,
-            names or METHODS,
+            names or default_methods(is_causal),
             budgets,
             is_causal=is_causal,
             scale=scale,
@@ -153,7 +154,7 @@ def compare(
         "source": source,
         "is_causal": is_causal,
         "scale": scale,
-        "methods": list(names or METHODS),
+        "methods": list(names or default_methods(is_causal)),
         "budgets": list(budgets),
         "num_seeds": seeds,
         "seed": seed,

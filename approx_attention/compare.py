@@ -28,7 +28,7 @@ from approx_attention.api import attention
 from approx_attention.checks import did_you_mean
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
-from approx_attention.registry import accepted, get_method
+from approx_attention.registry import METHODS, accepted, get_method
 from approx_attention.summaries import summary_bytes
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
@@ -172,6 +172,34 @@ def _check_shapes(
         raise InputError(f"the heads of {k!r} must divide those of {q!r}{shapes}")
 
 
+def default_methods(is_causal: bool) -> list[str]:
+    """The methods that are compared where none is named: all that cost less than exact attention and fit the task."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if method.capabilities.subquadratic and (method.capabilities.causal or not is_causal)
+    ]
+
+
+def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each method, the same in every figure; names that are no methods take what is left."""
+    names = list(names)
+    known = {name: index for index, name in enumerate(METHODS) if name in names}
+    left = iter([index for index in range(len(_STYLES)) if index not in known.values()] * len(names))
+    chosen = {name: known[name] if name in known else next(left) for name in names}
+    return {name: dict(zip(("color", "marker"), _STYLES[i % len(_STYLES)], strict=True)) for name, i in chosen.items()}
+
+
+# Colours that the colour-blind tell apart, each with a marker of its own.
+_STYLES = tuple(
+    zip(
+        ("#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#8C564B", "#D55E00", "#7F3FBF"),
+        "oPDv^Xs*dp",
+        strict=True,
+    )
+)
+
+
 def build_arms(
     tensors: Tensors, methods: Iterable[str], budgets: Sequence[int], *, is_causal: bool, scale: float | None
 ) -> list[Arm]:
@@ -222,7 +250,7 @@ def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool
             key,
             value,
             method=name,
-            rng=rng,
+            rng=rng if method.capabilities.needs_key else None,
             scale=scale,
             is_causal=is_causal,
             return_residual=with_state,
@@ -294,9 +322,9 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
     key, value = (jax.ShapeDtypeStruct((x.shape[1], x.shape[-1]), x.dtype) for x in tensors[1:])
     rng = jax.eval_shape(lambda: jax.random.key(0))
     arguments = inspect.signature(method.function).parameters
-    if is_causal and method.running is not None and "block_size" in arguments:
+    if is_causal and method.running is not None and method.block in arguments:
         make_running = method.running
-        block_size = hyperparameters.get("block_size", arguments["block_size"].default)
+        block_size = hyperparameters.get(method.block, arguments[method.block].default)
         own = accepted(make_running, hyperparameters)
 
         def cache(rng: Array) -> Any:
@@ -309,7 +337,7 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
     if method.summarize is not None:
         summarize = functools.partial(method.summarize, **accepted(method.summarize, hyperparameters))
         return summary_bytes(jax.eval_shape(summarize, key, value, rng))
-    if method.size is None or method.size not in hyperparameters:
+    if method.size != "window_size" or method.size not in hyperparameters:
         return None
     size = hyperparameters[method.size]
     tokens = min(size if is_causal else 2 * size - 1, key.shape[0])
@@ -385,7 +413,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
 def _with_deviation(mean: float | None, deviation: float | None, num_seeds: int) -> str:
     if mean is None:
         return ""
-    return f"{mean:.3g}" if num_seeds == 1 else f"{mean:.3g} ± {deviation:.1g}"
+    return f"{mean:.3g}" if num_seeds == 1 else f"{mean:.3g} ± {deviation:.2g}"
 
 
 def _in_units(num_bytes: int) -> str:
@@ -399,12 +427,11 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
 
     figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, sharey=True)
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-    markers = "osD^vPX*"
     approximations = [row for row in rows if not row.is_exact]
-    for i, name in enumerate(dict.fromkeys(row.method for row in approximations)):
+    looks = method_styles(dict.fromkeys(row.method for row in approximations))
+    for i, (name, look) in enumerate(looks.items()):
         chosen = [row for row in approximations if row.method == name]
-        style: dict[str, Any] = {"color": colours[i % len(colours)], "marker": markers[i % len(markers)], "label": name}
+        style = {**look, "label": name}
         for axes, xs in (
             (left, [row.seconds * 1e3 for row in chosen]),
             (right, [None if row.summary_bytes is None else row.summary_bytes / 1024 for row in chosen]),

@@ -22,9 +22,9 @@ def control_variate_state(
               \beta_{tg} = \frac{\phi_g(q_t)^T\, \mathrm{value\_sum}_g}{\phi_g(q_t)^T\, \mathrm{mass}_g}.
 
     The coefficient :math:`\beta_g` is the random-feature answer of group g, which makes its residual vanish; the mass
-    :math:`m_{tg}` is how much attention the group gets, :math:`\sum_{j \in g} e^{q_t \cdot k_j}` or a stand-in. With one
-    group, no exact set and the masses that the features themselves estimate this is random feature attention; with one
-    group per key, or every key in E, it is softmax attention; EVA lies between.
+    :math:`m_{tg}` is how much attention the group gets, :math:`\sum_{j \in g} e^{q_t \cdot k_j}` or a stand-in. With
+    one group, no exact set and the masses that the features themselves estimate this is random feature attention; with
+    one group per key, or every key in E, it is softmax attention; EVA lies between.
 
     Args:
         q: queries ``[T, D]`` in scaled space (`fold_scale`).

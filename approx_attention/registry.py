@@ -80,6 +80,7 @@ class Method:
         size: the hyper-parameter that says how large its summary is, if it has one.
         summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
         running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
+        block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.
         draw: ``(key, head_dim, *, ...) -> {argument: array}``, if its draw can be shared between calls.
     """
 
@@ -90,6 +91,7 @@ class Method:
     size: str | None = None
     summarize: Callable[..., Any] | None = None
     running: Callable[..., Any] | None = None
+    block: str = "block_size"
     draw: Callable[..., Any] | None = None
 
 
@@ -172,6 +174,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             function=eva,
             size="num_chunks",
             running=running_eva,
+            block="window_size",
             capabilities=Capabilities(decode=True, takes_key=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + 64) * (D + Dv),
             reference="Zheng et al. 2023",

@@ -27,10 +27,11 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
                 arguments = inputs(length) if backward else inputs(length)[:3]
                 compiled = {f"exact {name}": arm for name, arm in jax_arms(length, is_causal, backward).items()}
                 for name, method in METHODS.items():
-                    if name == "exact" or (is_causal and not method.capabilities.causal):
+                    if not method.capabilities.subquadratic or (is_causal and not method.capabilities.causal):
                         continue
                     size = {method.size: SETTINGS.get(name, SIZE)} if method.size else {}
-                    form = functools.partial(attention, method=name, rng=jax.random.key(0), is_causal=is_causal, **size)
+                    rng = jax.random.key(0) if method.capabilities.needs_key else None
+                    form = functools.partial(attention, method=name, rng=rng, is_causal=is_causal, **size)
                     compiled[name] = jax.jit(with_gradient(form) if backward else form).lower(*arguments).compile()
                 calls = {name: functools.partial(form, *arguments) for name, form in compiled.items()}
                 timings = time_interleaved(calls, rounds=rounds, patience=60)

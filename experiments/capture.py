@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -19,8 +20,8 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
 
     Returns:
         By the path of every layer that was called, its ``q [..., T, N, D]``, ``k [..., S, K, D]`` and
-        ``v [..., S, K, Dv]``, those of the last call if there were several; bfloat16, which numpy's files do not know,
-        as float32.
+        ``v [..., S, K, Dv]``, and the arrays it was given by keyword, those of the last call if there were several;
+        bfloat16, which numpy's files do not know, as float32.
 
     Raises:
         ValueError: the model has no attention layer, or none was called.
@@ -39,7 +40,8 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            captured[name] = {"q": as_saved(query), "k": as_saved(key), "v": as_saved(value)}
+            more = {name: as_saved(x) for name, x in kwargs.items() if isinstance(x, jax.Array)}
+            captured[name] = {"q": as_saved(query), "k": as_saved(key), "v": as_saved(value), **more}
             return functions[name](query, key, value, *args, **kwargs)
 
         return record

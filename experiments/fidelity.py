@@ -33,11 +33,17 @@ def attention_errors(
     for path, tensors in captured.items():
         arguments = [jnp.asarray(tensors[x], jnp.float32) for x in "qkv"]
 
-        def answers(config: AttentionConfig | None, layer: Any = layers[path], arguments: Any = arguments) -> Any:
+        def answers(
+            config: AttentionConfig | None,
+            layer: Any = layers[path],
+            tensors: Any = tensors,
+            arguments: Any = arguments,
+        ) -> Any:
+            own = {name: jnp.asarray(x) for name, x in tensors.items() if name not in ("q", "k", "v", "lengths")}
             if config is not None:
-                layer = nnx.clone(layer)
+                layer, own = nnx.clone(layer), {}
                 layer.use(config)
-            out = layer.attention_fn(*arguments, lengths=lengths)
+            out = layer.attention_fn(*arguments, lengths=lengths, **own)
             if lengths is None:
                 return out
             # What stands beyond a sequence's end is no answer.

@@ -20,11 +20,21 @@ from experiments.config import STRICT
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """A registered method, its hyper-parameters, and which of the arrays it draws are learned, such as projection."""
+    """A registered method and its hyper-parameters.
+
+    Attributes:
+        method: its name.
+        settings: its arguments; lists become tuples.
+        learned: which of the arrays that it draws are learned, such as ``projection``.
+        gated: whether a learned map of the layer's input gives it ``gate_logits``.
+        noise: whether a method that is random only with a key gets one.
+    """
 
     method: str = "exact"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     learned: tuple[str, ...] = ()
+    gated: bool = False
+    noise: bool = False
 
     __pydantic_config__ = STRICT
 
@@ -33,6 +43,8 @@ class AttentionConfig:
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"method {self.method!r} has no argument {name!r}{did_you_mean(name, known)}")
+        if self.gated and "gate_logits" not in known:
+            raise ValueError(f"method {self.method!r} has no gates")
         drawn = self.draw(jax.random.key(0), 1) if self.learned else {}
         for name in self.learned:
             if name not in drawn:
@@ -40,10 +52,14 @@ class AttentionConfig:
                     f"method {self.method!r} draws no {name!r} to learn; it draws {', '.join(drawn) or 'nothing'}"
                 )
 
+    def arguments(self) -> dict[str, Any]:
+        """The hyper-parameters as a function takes them: hashable."""
+        return {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
+
     def draw(self, key: Array, head_dim: int) -> dict[str, Array]:
         """The arrays that the method draws, by the argument that takes them."""
         draw = METHODS[self.method].draw
-        return draw(key, head_dim, **accepted(draw, self.settings)) if draw else {}
+        return draw(key, head_dim, **accepted(draw, self.arguments())) if draw else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +115,33 @@ class SelfAttention(nnx.Module):
         self.out = nnx.LinearGeneral(
             shape, config.model_dim, axis=(-2, -1), use_bias=False, dtype=config.dtype, rngs=rngs
         )
+        self.gate = nnx.Linear(config.model_dim, config.num_kv_heads, rngs=rngs) if attention_config.gated else None
         self.use(attention_config)
 
     def use(self, config: AttentionConfig) -> None:
         """Answers with another method from now on; the layer's other parameters stay."""
-        self.method, self.settings = config.method, tuple(config.settings.items())
+        if config.gated and self.gate is None:
+            raise ValueError("this layer was made without gates")
+        self.method, self.settings = config.method, tuple(config.arguments().items())
+        self.draws = METHODS[config.method].capabilities.needs_key or config.noise
+        self.gated = config.gated
         drawn = config.draw(jax.random.key(self.draw), self.head_dim) if config.learned else {}
         self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
 
-    def attention_fn(self, query: Array, key: Array, value: Array, *, lengths: Array | None = None) -> Array:
+    def attention_fn(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        lengths: Array | None = None,
+        gate_logits: Array | None = None,
+    ) -> Array:
         """Attention by the layer's method."""
         arguments: dict[str, Any] = {**dict(self.settings), **{name: x[...] for name, x in self.learned.items()}}
-        rng = jax.random.key(self.draw) if METHODS[self.method].capabilities.needs_key else None
+        if gate_logits is not None:
+            arguments["gate_logits"] = gate_logits
+        rng = jax.random.key(self.draw) if self.draws else None
         return attention(
             query,
             key,
@@ -124,7 +155,9 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
         query, key = (rotate(linear(x), self.rotary_base) for linear in (self.query, self.key))
-        return self.out(self.attention_fn(query, key, self.value(x), lengths=lengths))
+        # Gates that are nearly open at first: the layer begins by remembering.
+        gates = {"gate_logits": self.gate(x) + 3.0} if self.gate is not None and self.gated else {}
+        return self.out(self.attention_fn(query, key, self.value(x), lengths=lengths, **gates))
 
 
 class Layer(nnx.Module):

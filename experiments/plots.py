@@ -1,21 +1,12 @@
 """The figure of each kind of study, from its results."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from approx_attention import METHODS
-
-# Colours that the colour-blind tell apart, each with a marker of its own.
-_STYLES = tuple(
-    zip(
-        ("#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#8C564B", "#D55E00", "#7F3FBF"),
-        "oPDv^Xs*dp",
-        strict=True,
-    )
-)
+from approx_attention.compare import method_styles
 
 
 def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -23,21 +14,10 @@ def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
     return {"quality": _quality, "swap_in": _swap_in, "long_context": _long_context}[experiment](runs)
 
 
-def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A look for each method, the same in every figure; variants take what is left."""
-    names = list(names)
-    known = {name: index for index, name in enumerate(METHODS) if name in names}
-    left = iter([index for index in range(len(_STYLES)) if index not in known.values()] * len(names))
-    looks = {name: known[name] if name in known else next(left) for name in names}
-    return {
-        name: dict(zip(("color", "marker"), _STYLES[index % len(_STYLES)], strict=True)) for name, index in looks.items()
-    }
-
-
 def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)
-    styles = _styles(dict.fromkeys(run["arm"] for run in runs))
+    styles = method_styles(dict.fromkeys(run["arm"] for run in runs))
     for arm, style in styles.items():
         results = [run["result"] for run in runs if run["arm"] == arm]
         octaves = list(results[0]["test"].get("by_position", {}))
@@ -63,7 +43,7 @@ def _swap_in(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 4.4), layout="constrained", dpi=150)
     axes = figure.subplots()
     exact = [run["result"]["methods"]["exact"]["bits"] for run in runs]
-    for name, style in _styles(runs[0]["result"]["methods"]).items():
+    for name, style in method_styles(runs[0]["result"]["methods"]).items():
         if name == "exact":
             continue
         results = [run["result"]["methods"][name] for run in runs]
@@ -88,7 +68,7 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     handles: dict[str, Any] = {}
     for axes, run in zip(panels, runs, strict=False):
-        styles = _styles(name for name in run["result"]["methods"] if name != "best exact")
+        styles = method_styles(name for name in run["result"]["methods"] if name != "best exact")
         for name, entry in run["result"]["methods"].items():
             lengths = [int(n) for n in entry["seconds"]]
             style = {"color": "0.3", "linestyle": "--"} if name == "best exact" else styles[name]

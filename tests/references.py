@@ -47,10 +47,8 @@ def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, he
 def settings(name, size=8, block_size=4):
     """Hyper-parameters that make a method small."""
     chosen = sized(name, size)
-    if "block_size" in inspect.signature(METHODS[name].function).parameters:
-        chosen["block_size"] = block_size
-    if name == "eva":
-        chosen["window_size"] = block_size
+    if METHODS[name].block in inspect.signature(METHODS[name].function).parameters and name != "local":
+        chosen[METHODS[name].block] = block_size
     return chosen
 
 

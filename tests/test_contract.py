@@ -151,6 +151,9 @@ def test_error_falls_with_size(name):
     k, v = (jnp.asarray(np.cumsum(np.asarray(x), axis=0) / 8) for x in (k, v))
     q = k[::4] + 0.1 * q
     exact = brute_force(q, k, v)[0]
+    if name == "rfa":  # attention between unit vectors
+        x, y = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (q, k))
+        exact = brute_force(x, y, v, scale=1.0)[0]
     keys = jax.random.split(jax.random.key(0), 8)
 
     def mean_error(size):
@@ -292,7 +295,7 @@ def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
     for n in range(6):
         own = jax.random.fold_in(rng, n // 3)
         expected = method.function(query[1, :, n], key[1, :, n // 3], value[1, :, n // 3], own, **settings(name))
-        np.testing.assert_allclose(out[1, :, n], expected, atol=2e-6)
+        np.testing.assert_allclose(out[1, :, n], expected, rtol=1e-5, atol=2e-6)
 
 
 @both_directions
@@ -433,7 +436,7 @@ def test_every_option_has_an_effect_or_raises(name, option):
 CHANGES = {
     "num_features": (6, {}),
     "num_landmarks": (5, {}),
-    "num_chunks": (5, {}),
+    "num_chunks": (20, {}),
     "num_samples": (5, {}),
     "sample_size": (5, {}),
     "window_size": (5, {}),
@@ -585,7 +588,7 @@ def _is_random(name):
 )
 def test_the_key_decides_the_draw(name, is_causal):
     q, k, v = random_head(19, 24, 24)
-    function = functools.partial(call, name, q, k, v, is_causal=is_causal)
+    function = functools.partial(call, name, q, k, v, **({"is_causal": True} if is_causal else {}))
     np.testing.assert_array_equal(function(key=jax.random.key(1)), function(key=jax.random.key(1)))
     assert np.any(np.asarray(function(key=jax.random.key(1))) != np.asarray(function(key=jax.random.key(2))))
 
@@ -618,7 +621,7 @@ def test_sharded_equals_unsharded(name, spec):
     tensors = random_heads(21, 4, 16, 16, 2, 1)
     function = jax.jit(functools.partial(heads, name))
     sharded = jax.device_put(tensors, NamedSharding(mesh, PartitionSpec(*spec)))
-    np.testing.assert_allclose(function(*sharded), function(*tensors), atol=2e-6)
+    np.testing.assert_allclose(function(*sharded), function(*tensors), rtol=1e-5, atol=2e-6)
 
 
 @both_directions
@@ -689,7 +692,7 @@ def test_no_exact_limit_is_kept_silent(name):
 def test_no_unbiased_sums_are_kept_silent(name):
     q, k, v = random_head(27, 9, 30)
     method = METHODS[name]
-    hyperparameters = {method.size: 5} if method.size else {}
+    hyperparameters = settings(name, size=5)
     states = [
         method.function(q, k, v, jax.random.key(seed), return_state=True, **hyperparameters)
         for seed in range(20 if method.capabilities.needs_key else 1)

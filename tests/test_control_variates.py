@@ -209,7 +209,7 @@ def test_ra_is_unbiased_by_quadrature():
 
 
 def test_ra_draws_its_index_from_attention():
-    q, k, v = head(8, 2, 6, 4)
+    q, k, _ = head(8, 2, 6, 4)
     # Without noise and with far keys, the answer of draw m is nearly the value of key m.
     k = 40 * k
     out = ra(0 * q, k, jnp.eye(6), jax.random.key(0), num_samples=20_000, noise=None)

@@ -66,10 +66,10 @@ def eva(
     because they come far closer to softmax attention without training: tokens of the window are in no chunk
     (``exclude_local``), and a chunk counts as often as it has keys (``count_correction``).
 
-    Without a key the noise is off, :math:`w_P = \mu_P`. The causal form looks at keys alone, :math:`\mu_P = \bar k_P`, so
-    that it can be streamed; a query sees its own block of ``window_size`` and the block before exactly. With a chunk
-    size it holds every earlier chunk, at a cost of T^2 / ``chunk_size``; with a number of chunks at most that many, whose
-    neighbours are pooled as the prefix grows (their synthetic tokens taken as tokens), at a cost linear in T.
+    Without a key the noise is off, :math:`w_P = \mu_P`. The causal form looks at keys alone, :math:`\mu_P = \bar k_P`,
+    so that it can be streamed; a query sees its own block of ``window_size`` and the block before exactly. With a chunk
+    size it holds every earlier chunk, at a cost of T^2 / ``chunk_size``; with a number of chunks at most that many,
+    whose neighbours are pooled as the prefix grows (synthetic tokens taken as tokens), at a cost linear in T.
 
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t.
@@ -77,8 +77,8 @@ def eva(
         v: values ``[S, Dv]``.
         key: typed PRNG key of the noise, or none for no noise.
         window_size: queries per window; of an image, the side of a square window.
-        chunk_size: keys per chunk (of an image, its side): a divisor or a multiple of the window, by default the largest
-            divisor up to 16. With ``exclude_local=False`` any.
+        chunk_size: keys per chunk (of an image, its side): a divisor or a multiple of the window, by default the
+            largest divisor up to 16. With ``exclude_local=False`` any.
         num_chunks: in place of a chunk size, the greatest number of chunks.
         is_causal: query t sees keys j <= t.
         exclude_local: no token is both in the window and in a chunk; else all are in chunks, as in the authors' code.
@@ -165,7 +165,8 @@ def eva(
         siblings = summarise(layout.siblings, 1)
     state = _answer(q, k, v, kv_mask, layout, chunks, siblings, local_bias, is_causal, exclude_local)
     if layout.order is not None:
-        state = jax.tree.map(lambda x: x[np.argsort(layout.order)], state)
+        back = np.argsort(layout.order)
+        state = jax.tree.map(lambda x: x[back], state)
     return state if return_state else state.out.astype(dtype)
 
 
@@ -312,10 +313,8 @@ def _layout(
         return _Layout(window, overlap, overlap, chunk, chunks, None, None)
     if chunk is None and num_chunks is not None:
         least = -(-num_keys // num_chunks)
-        if least <= window:
-            chunk = window // _largest_divisor(window, window // least)
-        else:
-            chunk = -(-least // window) * window
+        fits = least <= window
+        chunk = window // _largest_divisor(window, window // least) if fits else -(-least // window) * window
     chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
     if window % chunk and chunk % window:
         raise ValueError(f"chunk_size must divide window_size = {window} or be a multiple of it, got {chunk}")
@@ -515,7 +514,7 @@ def running_eva(
             unit = block_size // _largest_divisor(block_size, num_chunks)
         if block_size % unit or unit * num_chunks < block_size:
             raise ValueError(
-                f"chunk_size must divide the block of {block_size} tokens into at most num_chunks = {num_chunks} chunks, "
+                f"chunk_size must divide the block of {block_size} tokens into at most num_chunks = {num_chunks}, "
                 f"got {unit}"
             )
         tokens = TokenSums.of_tokens(k, v, kv_mask)
@@ -528,7 +527,8 @@ def running_eva(
         rows = sums.count.shape[0]
         k, v = mean(sums.k, sums.count), mean(sums.v, sums.count)
         pairs = jax.tree.map(lambda x: pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), (k, v, sums.count))
-        pooled = chunks_of(*pairs, length, jnp.zeros((), jnp.int32))
+        k, v, count = pairs
+        pooled = chunks_of(k, v, count, length, jnp.zeros((), jnp.int32))
         return jax.tree.map(lambda x: pad_rows(x, rows - x.shape[0]), pooled)
 
     def read(growing: GrowingSegments) -> WeightedKV:

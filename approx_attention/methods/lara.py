@@ -53,9 +53,10 @@ def lara(
     - ``"balance"``: :math:`\xi(\mu_c, w_c) / \sum_{c'} \xi(\mu_{c'}, w_c)`. The normaliser is then unbiased, and the
       method a `FeatureMoments` with directions w.
     - ``"query_specific"``: the same plus ``correction`` times
-      :math:`r_{tc} - \frac1C \sum_{c'} r_{tc'}`, where :math:`r_{tc} = e^{q_t \cdot \bar q_c} / \sum_{t'} e^{q_{t'} \cdot
-      \bar q_c}`; the paper's rule, and the default of its code. It may be negative and is clamped to 1e-8, where it has
-      no gradient. It looks at all queries.
+      :math:`r_{tc} - \frac1C \sum_{c'} r_{tc'}`, where
+      :math:`r_{tc} = e^{q_t \cdot \bar q_c} / \sum_{t'} e^{q_{t'} \cdot \bar q_c}`. It is the paper's rule and the
+      default of its code. It looks at all queries, and where it would be negative it is clamped to 1e-8 and has no
+      gradient.
     - ``"biased"``: :math:`e^{\mu_c \cdot q_t}` over the mixture's density, without correction for it.
 
     Without a key the noise is off, :math:`w_c = \mu_c`: deterministic, and what the authors' code evaluates with.
@@ -106,15 +107,12 @@ def lara(
     query_mask = kv_mask if q.shape[0] == k.shape[0] else None
 
     def pooled(x: Array, mask: Array | None) -> Array:
-        parts = segments if spatial_shape is None else grid_segments
-        shape = x.shape[0] if spatial_shape is None else spatial_shape
-        return segment_means(x, parts(shape, num_landmarks), mask)  # pyright: ignore[reportArgumentType]
+        if spatial_shape is None:
+            return segment_means(x, segments(x.shape[0], num_landmarks), mask)
+        return segment_means(x, grid_segments(spatial_shape, num_landmarks), mask)
 
-    if query_landmarks is None and (proposal_mean is None or weights == "query_specific"):
-        query_landmarks = pooled(q, query_mask)
-    if proposal_mean is None:
-        proposal_mean = query_landmarks + pooled(k, kv_mask)  # pyright: ignore[reportOptionalOperand]
-    mu = proposal_mean.astype(q.dtype)
+    q_bar = pooled(q, query_mask) if query_landmarks is None else query_landmarks.astype(q.dtype)
+    mu = q_bar + pooled(k, kv_mask) if proposal_mean is None else proposal_mean.astype(q.dtype)
     if mu.ndim != 2 or mu.shape[1] != head_dim:
         raise ValueError(f"proposal_mean must be [C, D] with D = {head_dim}, got shape {mu.shape}")
     if noise is None:
@@ -122,12 +120,12 @@ def lara(
         noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)
     elif noise.ndim != 3 or noise.shape[1:] != mu.shape:
         raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")
-    noise = noise.astype(q.dtype) * (head_dim**-0.25 if noise_scale == "official" else 1.0)
+    epsilon = noise.astype(q.dtype) * (head_dim**-0.25 if noise_scale == "official" else 1.0)
     if antithetic:
-        noise = jnp.concatenate([noise, -noise])
-    num_draws, num_proposals = noise.shape[0] * mu.shape[0], mu.shape[0]
-    own = jnp.arange(num_draws) % num_proposals
-    w = (mu[None] + noise).reshape(num_draws, head_dim)
+        epsilon = jnp.concatenate([epsilon, -epsilon])
+    num_samples, num_proposals = epsilon.shape[0], mu.shape[0]
+    own = np.arange(num_samples * num_proposals) % num_proposals
+    w = (mu[None] + epsilon).reshape(-1, head_dim)
 
     # log q_c(w) / N(w; 0, I) for each draw w and each proposal c.
     log_density = w @ mu.T - squared_norm(mu).T / 2
@@ -137,25 +135,25 @@ def lara(
         # Two factors of 1/sqrt(draws) in the features; the mixture has `num_samples` draws of each proposal.
         state = attend(q, moments.weighted(np.log(num_proposals) - log_mixture))
     else:
-        own_density = jnp.take_along_axis(log_density, own[:, None], axis=1)[:, 0]
+        own_density = log_density[np.arange(len(own)), own]
         log_sum = jnp.log(jnp.where(moments.mass == 0, 1, moments.mass))
-        log_sum = jnp.where(moments.mass == 0, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(num_draws))
+        log_sum = jnp.where(moments.mass == 0, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(len(own)))
         f = moments.value_sum / jnp.where(moments.mass == 0, 1, moments.mass)[:, None]
         balance = jnp.exp(own_density - log_mixture)
-        if weights == "query_specific":
-            affinity = jax.nn.logsumexp(
-                jnp.where(True if query_mask is None else query_mask[:, None], q @ query_landmarks.T, HIDDEN), axis=0
-            )
+        affinity = q @ q_bar.T
+        if query_mask is not None:
+            affinity = jnp.where(query_mask[:, None], affinity, HIDDEN)
+        log_affinity = jax.nn.logsumexp(affinity, axis=0)
 
         def answer(q: Array) -> AttentionState:
             log_weight = q @ w.T - squared_norm(q) / 2 + log_sum[None, :]
             if weights == "biased":
                 log_weight = log_weight + q @ mu.T[:, own] - log_mixture[None, :]
             else:
-                r = jnp.exp(q @ query_landmarks.T - affinity[None, :])
+                r = jnp.exp(q @ q_bar.T - log_affinity[None, :])
                 alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True))[:, own]
                 log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
-            lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(noise.shape[0])
+            lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(num_samples)
             out = jax.nn.softmax(log_weight, axis=1) @ f
             seen = ~(lse < HIDDEN / 2)
             return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))

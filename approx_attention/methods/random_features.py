@@ -252,8 +252,8 @@ def rfa(
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given; even for trigonometric ones.
         features: ``"trigonometric"``, R/2 sines and R/2 cosines, or ``"positive"``, those of `favor`.
-        bandwidth: :math:`\sigma`, a number or one per channel ``[D]``, to be learned. The paper's Gaussian kernel is this
-            one where it is a number; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
+        bandwidth: :math:`\sigma`, a number or one per channel ``[D]``, to be learned. The paper's Gaussian kernel is
+            this one where it is a number; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
         projection: the directions ``[R/2, D]`` (``[R, D]`` if positive) in place of a draw.
         gate_logits: z ``[S]``, the logits of the gates; with ``is_causal`` only.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
@@ -356,7 +356,7 @@ def gate_tokens(
     r"""Queries and keys that carry the gates of gated `rfa` in two more channels.
 
     Key j gets the log-weight :math:`b_j = \log(1 - g_j) - \sum_{i \le j} \log g_i`. A `Decoder` of
-    ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)`` takes them, segment after segment.
+    ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)`` takes them, segment by segment.
 
     Args:
         q: queries ``[T, D]``.

@@ -42,7 +42,7 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
     arms = {
         name: AttentionConfig(name, {method.size: config.size, **config.settings.get(name, {})} if method.size else {})
         for name, method in METHODS.items()
-        if name != "exact" and (method.capabilities.causal or not is_causal)
+        if method.capabilities.subquadratic and (method.capabilities.causal or not is_causal)
     }
     for name in config.settings:
         if name not in arms:

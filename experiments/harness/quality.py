@@ -44,4 +44,4 @@ def bytes_held(config: TrainingConfig, dataset: Dataset, attention: AttentionCon
         jax.ShapeDtypeStruct((1, length, heads, model.head_dim), jnp.float32)
         for heads in (model.num_heads, model.num_kv_heads)
     )
-    return held_bytes(Tensors(query, key, key), attention.method, attention.settings, is_causal=dataset.is_causal)  # pyright: ignore[reportArgumentType]
+    return held_bytes(Tensors(query, key, key), attention.method, attention.arguments(), is_causal=dataset.is_causal)  # pyright: ignore[reportArgumentType]

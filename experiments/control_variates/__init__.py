@@ -1,0 +1,1 @@
+"""Random features and control variates: RFA, FAVOR+, RA, LARA, EVA."""

@@ -1,0 +1,73 @@
+"""Bias and variance of the estimators as their draws grow: RA has no bias, those that normalise themselves have."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from approx_attention import METHODS, exact
+from experiments.config import STRICT
+from experiments.harness.long_context import slope
+from experiments.models import AttentionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasConfig:
+    """One head of Gaussian tensors; each method at growing values of one of its arguments."""
+
+    methods: dict[str, AttentionConfig]
+    argument: dict[str, str]
+    sizes: list[int]
+    length: int = 32
+    head_dim: int = 8
+    spread: float = 1.0
+    draws: int = 16384
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+def run(config: BiasConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Relative bias and deviation of each method at each size, with the slopes of their logs.
+
+    The square of the bias is the product of the deviations of two halves of the draws, so that their noise does not
+    count; ``noise`` is its standard error, and a bias below it is none that was seen.
+    """
+    random = np.random.default_rng(config.seed)
+    q, k, v = (jnp.asarray(random.normal(size=(config.length, config.head_dim)), jnp.float32) for _ in "qkv")
+    q, k = config.spread * q, config.spread * k
+    truth = np.asarray(exact(q, k, v), np.float64)
+    scale = np.linalg.norm(truth)
+    result = {}
+    for name, method in config.methods.items():
+        by_size: dict[str, dict[int, float]] = {"bias": {}, "deviation": {}, "noise": {}}
+        for size in config.sizes:
+            outs = draws(method, {**method.arguments(), config.argument[name]: size}, q, k, v, config)
+            parts = outs.reshape(16, -1, *truth.shape).mean(1) - truth
+            pairs = np.einsum("aij,bij->ab", parts, parts)
+            apart = pairs[~np.eye(16, dtype=bool)].reshape(16, 15).mean(1) / scale**2
+            by_size["bias"][size] = float(np.sqrt(max(apart.mean(), 0)))
+            by_size["noise"][size] = float(np.sqrt(apart.std() / 4))
+            by_size["deviation"][size] = float(np.sqrt(outs.var(0).sum()) / scale)
+        seen = {n: b for n, b in by_size["bias"].items() if b > 2 * by_size["noise"][n]}
+        result[name] = {
+            **{what: {str(n): x for n, x in values.items()} for what, values in by_size.items()},
+            "bias_slope": slope(seen),
+            "deviation_slope": slope(by_size["deviation"]),
+            "greatest_bias_over_noise": max(by_size["bias"][n] / by_size["noise"][n] for n in config.sizes),
+        }
+    return {"methods": result}
+
+
+def draws(
+    method: AttentionConfig, arguments: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, config: BiasConfig
+) -> np.ndarray:
+    """Answers of independent draws, ``[draws, T, Dv]``, in float64."""
+    function = METHODS[method.method].function
+    one = jax.jit(jax.vmap(lambda key: function(q, k, v, key, **arguments)))
+    keys = jax.random.split(jax.random.key(config.seed), config.draws).reshape(-1, min(1024, config.draws))
+    return np.concatenate([np.asarray(one(part), np.float64) for part in keys])

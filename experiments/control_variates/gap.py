@@ -1,0 +1,75 @@
+"""How far each method is from softmax attention without any training, on smoothed sequences and on captured tensors."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from approx_attention import METHODS, attention, diagnostics
+from approx_attention.compare import Tensors, held_bytes, load_sample
+from experiments.config import STRICT
+from experiments.models import AttentionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GapConfig:
+    """Tensors, and the methods by the name they are reported under.
+
+    Attributes:
+        source: ``smoothed`` noise, or the ``sample`` that ships with the package.
+        smoothing: width of the Gaussian filter along the sequence, in tokens; 0 for none.
+        spread: standard deviation of the entries of q and k.
+        shared: the part of their variance that q and k have in common.
+    """
+
+    methods: dict[str, AttentionConfig]
+    source: Literal["smoothed", "sample"] = "smoothed"
+    length: int = 784
+    head_dim: int = 64
+    smoothing: float = 0.0
+    spread: float = 1.0
+    shared: float = 0.5
+    is_causal: bool = False
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+def run(config: GapConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Relative Frobenius error, FLOPs of the products per head, and bytes held of each method."""
+    tensors = load_sample() if config.source == "sample" else smoothed(config)
+    exact = attention(*tensors, method="exact", is_causal=config.is_causal)
+    length, head_dim = tensors.query.shape[1], tensors.query.shape[3]
+    result = {}
+    for name, method in config.methods.items():
+        entry = METHODS[method.method]
+        rng = jax.random.key(config.seed) if entry.capabilities.needs_key or method.noise else None
+        out = attention(*tensors, method=method.method, rng=rng, is_causal=config.is_causal, **method.arguments())
+        size = method.settings.get(entry.size or "", 0)
+        result[name] = {
+            "error": float(diagnostics.output_error(out, exact).relative),
+            "flops": entry.cost(length, length, head_dim, head_dim, size),
+            "held_bytes": held_bytes(tensors, method.method, method.arguments(), is_causal=config.is_causal),
+        }
+    return {"methods": result}
+
+
+def smoothed(config: GapConfig) -> Tensors:
+    """Gaussian noise, filtered along the sequence; q and k share part of their variance, and v is on its own."""
+    from scipy.ndimage import gaussian_filter1d
+
+    random = np.random.default_rng(config.seed)
+
+    def draw() -> np.ndarray:
+        x = random.normal(size=(config.length, config.head_dim))
+        if config.smoothing:
+            x = gaussian_filter1d(x, config.smoothing, axis=0)
+        return x / x.std()
+
+    common, own, v = np.sqrt(config.shared) * draw(), np.sqrt(1 - config.shared), draw()
+    q, k = (config.spread * (common + own * draw()) for _ in "qk")
+    return Tensors(*(jnp.asarray(x, jnp.float32)[None, :, None, :] for x in (q, k, v)))
