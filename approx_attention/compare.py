@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import importlib.resources
 import inspect
+import itertools
 import json
 import math
 import os
@@ -185,7 +186,7 @@ def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each method, the same in every figure; names that are no methods take what is left."""
     names = list(names)
     known = {name: index for index, name in enumerate(METHODS) if name in names}
-    left = iter([index for index in range(len(_STYLES)) if index not in known.values()] * len(names))
+    left = itertools.cycle([i for i in range(len(_STYLES)) if i not in known.values()] or range(len(_STYLES)))
     chosen = {name: known[name] if name in known else next(left) for name in names}
     return {name: dict(zip(("color", "marker"), _STYLES[i % len(_STYLES)], strict=True)) for name, i in chosen.items()}
 

@@ -27,6 +27,7 @@ OUT = click.option(
     type=click.Path(path_type=pathlib.Path),
     help="Where results go.  [default: experiments/results, or out/experiments with --set]",
 )
+SAMPLE_CONFIG = CONFIGS / "harness/sample/full.yaml"
 TO = click.option(
     "--to", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True, help="The .npz to write."
 )
@@ -160,20 +161,21 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
 
 
 @experiments.command("sample")
-@click.argument("config", type=click.Path(path_type=pathlib.Path), default=CONFIGS / "harness/sample/full.yaml")
+@click.argument("config", type=click.Path(path_type=pathlib.Path), default=SAMPLE_CONFIG)
 @SET
 @OUT
 @click.option(
     "--to",
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    default=ROOT / "approx_attention/sample.npz",
-    show_default="approx_attention/sample.npz",
-    help="The .npz to write; its provenance goes beside it as .txt.",
+    help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/sample.npz]",
 )
 def sample_command(
-    config: pathlib.Path, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path
+    config: pathlib.Path, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path | None
 ) -> None:
     """Write the sample that ships with the package, from the language model of CONFIG; trains it first if need be."""
+    if to is None and (assignments or config != SAMPLE_CONFIG):
+        raise ConfigError("with other settings than its own the sample is written where --to says")
+    to = to or ROOT / "approx_attention/sample.npz"
     settings, directory = _training_run(_run_of(config, None, None, assignments, out))
     console = Console()
     console.print_json(data=write_sample(settings, directory, to, console))
@@ -184,6 +186,8 @@ def _training_run(run: Run) -> tuple[TrainingConfig, pathlib.Path]:
     if not isinstance(run.config, TrainingConfig):
         raise ConfigError(f"{run.directory.name}: only the experiment 'quality' trains a model of one method")
     run.claim_directory()
+    if (run.directory / "result.json").exists() and not (run.directory / "checkpoints").exists():
+        raise ConfigError(f"{run.directory} has a result but no checkpoint here; train again elsewhere with --out")
     return run.config, run.directory
 
 

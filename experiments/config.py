@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
@@ -12,6 +12,8 @@ from approx_attention.checks import unknown
 
 Config = TypeVar("Config")
 
+# A count of at least one; a bool is none.
+Count = Annotated[int, pydantic.Field(ge=1, strict=True)]
 # Set as ``__pydantic_config__`` on every configuration dataclass.
 STRICT = pydantic.ConfigDict(extra="forbid")
 
@@ -45,6 +47,27 @@ def read_config_file(path: pathlib.Path) -> ConfigFile:
     Raises:
         ConfigError: the file is not there, is no YAML mapping, or names no experiment.
     """
+    settings = read_yaml(path)
+    experiment, arms, seeds = settings.pop("experiment"), settings.pop("arms", {"run": {}}), settings.pop("seeds", [0])
+    if (
+        not isinstance(arms, dict)
+        or not arms
+        or not all(isinstance(overrides, dict | None) for overrides in arms.values())
+    ):
+        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides")
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ConfigError(f"{path}: 'seeds' must be a list of integers, got {seeds!r}")
+    return ConfigFile(
+        path, experiment, settings, tuple(Arm(name, overrides or {}) for name, overrides in arms.items()), tuple(seeds)
+    )
+
+
+def read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    """A YAML mapping that names its experiment.
+
+    Raises:
+        ConfigError: the file is not there, is no YAML mapping, or names no experiment.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -53,15 +76,7 @@ def read_config_file(path: pathlib.Path) -> ConfigFile:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("experiment"), str):
         raise ConfigError(f"{path} must be a mapping with the key 'experiment'")
-    settings = dict(content)
-    experiment, arms, seeds = settings.pop("experiment"), settings.pop("arms", {"run": {}}), settings.pop("seeds", [0])
-    if not isinstance(arms, dict) or not all(isinstance(overrides, dict | None) for overrides in arms.values()):
-        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides")
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-        raise ConfigError(f"{path}: 'seeds' must be a list of integers, got {seeds!r}")
-    return ConfigFile(
-        path, experiment, settings, tuple(Arm(name, overrides or {}) for name, overrides in arms.items()), tuple(seeds)
-    )
+    return dict(content)
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
@@ -75,7 +90,10 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise ConfigError(f"an override is KEY=VALUE, as in train.steps=100; got {assignment!r}")
-        overrides[name] = yaml.safe_load(value)
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of {name} is not YAML: {value!r}") from None
     return overrides
 
 
@@ -127,7 +145,10 @@ def _first_fault(kind: type, error: pydantic.ValidationError) -> str:
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner: Any = kind
         for parent in fault["loc"][:-1]:
-            owner = {field.name: field.type for field in dataclasses.fields(owner)}.get(str(parent), owner)
+            fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+            owner = {field.name: field.type for field in fields}.get(str(parent))
+        if not dataclasses.is_dataclass(owner):  # within a mapping or an optional part
+            return f"unknown key {key!r}"
         known = [field.name for field in dataclasses.fields(owner)]
         return f"in {key!r}: {unknown('key', fault['loc'][-1], known)}"
     if fault["type"] in ("missing", "missing_argument"):

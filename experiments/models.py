@@ -15,7 +15,7 @@ from jax import Array
 from approx_attention import METHODS, attention
 from approx_attention.checks import did_you_mean
 from approx_attention.registry import accepted, get_method
-from experiments.config import STRICT
+from experiments.config import STRICT, Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,14 @@ class AttentionConfig:
 class ModelConfig:
     """Sizes of a transformer, and the type it computes in (its parameters are float32)."""
 
-    num_layers: int = 3
-    model_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    hidden_dim: int = 384
+    num_layers: Count = 3
+    model_dim: Count = 128
+    num_heads: Count = 4
+    num_kv_heads: Count = 2
+    head_dim: Count = 32
+    hidden_dim: Count = 384
     rotary_base: float = 10_000.0
-    patch_size: int = 4
+    patch_size: Count = 4
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     __pydantic_config__ = STRICT
@@ -92,11 +92,18 @@ def rotate(x: Array, base: float) -> Array:
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention with rotary positions; ``attention_fn`` sees q, k and v after them.
 
-    A random method draws once, from ``draw``, so that training and evaluation see the same features.
+    A random method draws once, from ``draw``, the run's seed and the layer's number, so that training and evaluation
+    see the same features, and each seed others.
     """
 
     def __init__(
-        self, config: ModelConfig, attention_config: AttentionConfig, *, is_causal: bool, draw: int, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        attention_config: AttentionConfig,
+        *,
+        is_causal: bool,
+        draw: tuple[int, int],
+        rngs: nnx.Rngs,
     ):
         def linear(heads: int) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
@@ -125,8 +132,13 @@ class SelfAttention(nnx.Module):
         self.method, self.settings = config.method, tuple(config.arguments().items())
         self.draws = METHODS[config.method].capabilities.needs_key or config.noise
         self.gated = config.gated
-        drawn = config.draw(jax.random.key(self.draw), self.head_dim) if config.learned else {}
+        drawn = config.draw(self.key_of_draws(), self.head_dim) if config.learned else {}
         self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
+
+    def key_of_draws(self) -> Array:
+        """What the layer draws from."""
+        seed, number = self.draw
+        return jax.random.fold_in(jax.random.key(seed), number)
 
     def attention_fn(
         self,
@@ -141,7 +153,7 @@ class SelfAttention(nnx.Module):
         arguments: dict[str, Any] = {**dict(self.settings), **{name: x[...] for name, x in self.learned.items()}}
         if gate_logits is not None:
             arguments["gate_logits"] = gate_logits
-        rng = jax.random.key(self.draw) if self.draws else None
+        rng = self.key_of_draws() if self.draws else None
         return attention(
             query,
             key,
@@ -180,10 +192,12 @@ class Layer(nnx.Module):
 class Transformer(nnx.Module):
     """Layers and a final norm, ``[B, T, model_dim]`` to the same in float32."""
 
-    def __init__(self, config: ModelConfig, attention_config: AttentionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, attention_config: AttentionConfig, *, is_causal: bool, seed: int, rngs: nnx.Rngs
+    ):
         self.layers = nnx.List(
             [
-                Layer(config, attention_config, is_causal=is_causal, draw=index, rngs=rngs)
+                Layer(config, attention_config, is_causal=is_causal, draw=(seed, index), rngs=rngs)
                 for index in range(config.num_layers)
             ]
         )
@@ -205,10 +219,11 @@ class LanguageModel(nnx.Module):
         *,
         vocabulary: int,
         is_causal: bool = True,
+        seed: int = 0,
         rngs: nnx.Rngs,
     ):
         self.embedding = nnx.Embed(vocabulary, config.model_dim, dtype=config.dtype, rngs=rngs)
-        self.body = Transformer(config, attention_config, is_causal=is_causal, rngs=rngs)
+        self.body = Transformer(config, attention_config, is_causal=is_causal, seed=seed, rngs=rngs)
         self.head = nnx.Linear(config.model_dim, vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
@@ -225,10 +240,11 @@ class Classifier(nnx.Module):
         *,
         vocabulary: int,
         num_classes: int,
+        seed: int = 0,
         rngs: nnx.Rngs,
     ):
         self.embedding = nnx.Embed(vocabulary, config.model_dim, dtype=config.dtype, rngs=rngs)
-        self.body = Transformer(config, attention_config, is_causal=False, rngs=rngs)
+        self.body = Transformer(config, attention_config, is_causal=False, seed=seed, rngs=rngs)
         self.head = nnx.Linear(config.model_dim, num_classes, rngs=rngs)
 
     def __call__(self, tokens: Array, lengths: Array) -> Array:
@@ -247,6 +263,7 @@ class VisionTransformer(nnx.Module):
         *,
         image_shape: tuple[int, int, int],
         num_classes: int,
+        seed: int = 0,
         rngs: nnx.Rngs,
     ):
         height, width, channels = image_shape
@@ -256,7 +273,7 @@ class VisionTransformer(nnx.Module):
         num_patches = height * width // config.patch_size**2
         self.embedding = nnx.Linear(channels * config.patch_size**2, config.model_dim, dtype=config.dtype, rngs=rngs)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_patches, config.model_dim)))
-        self.body = Transformer(config, attention_config, is_causal=False, rngs=rngs)
+        self.body = Transformer(config, attention_config, is_causal=False, seed=seed, rngs=rngs)
         self.head = nnx.Linear(config.model_dim, num_classes, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:

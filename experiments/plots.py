@@ -11,7 +11,7 @@ from approx_attention.compare import method_styles
 
 def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
     """The figure of a study."""
-    return {"quality": _quality, "swap_in": _swap_in, "long_context": _long_context}[experiment](runs)
+    return _FIGURES[experiment](runs)
 
 
 def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -51,10 +51,10 @@ def _swap_in(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot([r["attention_error"]["mean"] for r in results], lost, linestyle="", label=name, **style)
     axes.set(
         xscale="log",
-        yscale="log",
         xlabel="relative error of the attention",
         ylabel="test bits per token lost against exact,\nwithout further training",
     )
+    axes.set_yscale("symlog", linthresh=1e-2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(True, which="both", color="0.9")
@@ -82,3 +82,49 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xlabel("tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
+
+
+def _gap(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(10, 4.6), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    names = list(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
+    for name, style in method_styles(names).items():
+        points = []
+        for place, arm in enumerate(arms):
+            errors = [run["result"]["methods"].get(name, {}).get("error") for run in runs if run["arm"] == arm]
+            if None not in errors:
+                points.append((place, statistics.fmean(errors)))
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=0.8, **style)
+    axes.set_xticks(
+        range(len(arms)), [arm.replace("-spread", "\nspread").replace("-", " ") for arm in arms], fontsize=8
+    )
+    axes.set(yscale="log", ylabel="relative error to softmax attention")
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=7, frameon=False, fontsize=9)
+    return figure
+
+
+def _bias(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=150)
+    panels = figure.subplots(1, 2, sharex=True)
+    for name, style in method_styles(runs[0]["result"]["methods"]).items():
+        results = [run["result"]["methods"][name] for run in runs]
+        for axes, what in zip(panels, ("bias", "deviation"), strict=True):
+            sizes = [int(n) for n in results[0][what]]
+            means = [statistics.fmean(r[what][str(n)] for r in results) for n in sizes]
+            noise = [statistics.fmean(r["noise"][str(n)] for r in results) for n in sizes]
+            seen = [m if what == "deviation" or m > 2 * e else float("nan") for m, e in zip(means, noise, strict=True)]
+            axes.plot(sizes, seen, label=name, **style)
+            if what == "bias":
+                axes.plot(sizes, noise, color=style["color"], linestyle=":", linewidth=1)
+    for axes, title in zip(panels, ("bias (dotted: what could be seen)", "deviation of one draw"), strict=True):
+        axes.set(title=title, xscale="log", yscale="log", xlabel="features or samples", ylabel="relative to attention")
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+_FIGURES = {"quality": _quality, "swap_in": _swap_in, "long_context": _long_context, "gap": _gap, "bias": _bias}

@@ -97,7 +97,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim with what was measured, mean and deviation over seeds, and its verdict."""
+    """A claim with what was measured, the mean and half of its 95 % interval, and the verdict."""
 
     claim: Claim
     measured: tuple[float, float] | None
@@ -116,6 +116,13 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
     """
     records = yaml.safe_load(path.read_text(encoding="utf-8"))
     claims = [resolve(Claim, record, {}, f"{path.name}, claim {record.get('id')!r}") for record in records]
+    for claim in claims:
+        parts = [part for part in (claim, claim.caveat) if part]
+        for side in (side for part in parts for side in (part.metric, part.against) if side):
+            for scale in SCALES:
+                config = CONFIGS / claim.study / f"{scale}.yaml"
+                if side.arm not in [arm.name for arm in read_config_file(config).arms]:
+                    raise ConfigError(f"{path.name}, claim {claim.id!r}: {config} has no arm {side.arm!r}")
     ids = [claim.id for claim in claims]
     for name in ids:
         if ids.count(name) > 1:
@@ -136,21 +143,46 @@ def judge(claim: Claim, results: pathlib.Path) -> Finding:
         if any((arm, seed) not in runs for arm in arms for seed in file.seeds):
             continue
         figures = [_measure(claim, runs, seed) for seed in file.seeds]
-        measured = statistics.fmean(figures), statistics.stdev(figures) if len(figures) > 1 else 0.0
-        if measured[0] in claim.reproduced:
-            verdict = "reproduced"
-        elif claim.ordering is not None and measured[0] in claim.ordering:
-            verdict = "ordering only"
-        else:
-            verdict = "not reproduced"
-        environment = runs[claim.metric.arm, file.seeds[0]]["environment"]
-        caveat = ""
+        mean, half_width = statistics.fmean(figures), _half_width(claim, figures, runs, file.seeds)
+        verdict, band = _verdict(claim, mean)
+        caveats = []
+        if math.isnan(mean):
+            caveats.append("a run diverged")
+        elif band is not None and not all(mean + side * half_width in band for side in (-1, 1)):
+            caveats.append("the interval of the figure reaches beyond what this verdict asks")
         if claim.caveat is not None:
             found = statistics.fmean(_measure(claim.caveat, runs, seed) for seed in file.seeds)
             if found not in claim.caveat.within:
-                caveat = f"{claim.caveat.says} ({found:.3g}, asked {claim.caveat.within})"
-        return Finding(claim, measured, scale, _device(environment), len(figures), verdict, caveat)
+                caveats.append(f"{claim.caveat.says} ({found:.3g}, asked {claim.caveat.within})")
+        devices = {_device(runs[arm, seed]["environment"]): None for arm in sorted(arms) for seed in file.seeds}
+        device = " and ".join(devices)
+        return Finding(claim, (mean, half_width), scale, device, len(figures), verdict, "; ".join(caveats))
     return Finding(claim, None, "", "", 0, "not run")
+
+
+Verdict = Literal["reproduced", "ordering only", "not reproduced", "not run"]
+
+
+def _verdict(claim: Claim, figure: float) -> tuple[Verdict, Range | None]:
+    """The verdict on a figure, with the range that it lies in."""
+    if figure in claim.reproduced:
+        return "reproduced", claim.reproduced
+    if claim.ordering is not None and figure in claim.ordering:
+        return "ordering only", claim.ordering
+    return "not reproduced", None
+
+
+def _half_width(claim: Claim, figures: Sequence[float], runs: Mapping[tuple[str, int], Any], seeds: Any) -> float:
+    """Half of the 95 % interval of the mean: over seeds, or that of a fitted figure where there is one seed."""
+    if not all(map(math.isfinite, figures)):
+        return 0.0
+    if len(figures) > 1:
+        from scipy import stats
+
+        return float(stats.t.ppf(0.975, len(figures) - 1)) * statistics.stdev(figures) / math.sqrt(len(figures))
+    place, _, last = claim.metric.value.rpartition(".")
+    fitted = last == "value" and claim.against is None
+    return _at(runs[claim.metric.arm, seeds[0]]["result"], f"{place}.half_width") if fitted else 0.0
 
 
 def _measure(claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: int) -> float:
@@ -164,6 +196,8 @@ def _measure(claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: i
 def _at(result: Any, place: str) -> float:
     """The figure at a dotted place; where there is none, as for a break-even never reached, infinity."""
     for name in place.split("."):
+        if result is None:  # a slope of too few points
+            return math.nan
         if name not in result:
             raise ConfigError(f"the results have nothing at {place!r}: {name!r} is not among {', '.join(result)}")
         result = result[name]
@@ -183,7 +217,7 @@ def render(root: pathlib.Path) -> str:
         "Generated by `python -m experiments report` from `claims.yaml` and `results/`; do not edit. A claim is "
         "*reproduced* where the measured figure lies in the range given, *ordering only* where it has the claimed "
         "direction but not the size, and *not run* where no complete set of results is at hand. Figures are means "
-        "over seeds ± their deviation.",
+        "over seeds ± half of their 95 % interval; in the tables of the studies, ± the deviation over seeds.",
         _table(
             ["claim", "paper", "claimed", "reproduced if", "measured", "setting", "device", "verdict"],
             [_finding_row(finding) for finding in findings],
@@ -221,8 +255,9 @@ def _finding_row(finding: Finding) -> list[str]:
     claim = finding.claim
     measured, setting = "", f"`configs/{claim.study}`"
     if finding.measured is not None:
-        mean, deviation = finding.measured
-        measured = "never" if math.isinf(mean) else f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation else "")
+        mean, half_width = finding.measured
+        figure = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
+        measured = "never" if math.isinf(mean) else figure + (f" ± {half_width:.2g}" if half_width else "")
         setting = f"`configs/{claim.study}/{finding.scale}.yaml`, {_count(finding.num_seeds, 'seed')}"
     kind = f" ({claim.against.by} to {_named(claim.against)})" if claim.against else ""
     paper = f"{claim.paper}: {claim.where}"
@@ -317,7 +352,40 @@ def _long_context_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         yield _table(["", *lengths, "slope", "break-even n", f"faster at {lengths[-1]}"], rows)
 
 
-_TABLES = {"quality": _quality_tables, "swap_in": _swap_in_tables, "long_context": _long_context_tables}
+def _gap_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    # Arms with the same methods share a table.
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for arm in arms:
+        kinds.setdefault(tuple(next(run for run in runs if run["arm"] == arm)["result"]["methods"]), []).append(arm)
+    for names, together in kinds.items():
+        by_arm = {arm: [run["result"]["methods"] for run in runs if run["arm"] == arm] for arm in together}
+        rows = []
+        for name in names:
+            first = by_arm[together[0]][0][name]
+            errors = [_spread([methods[name]["error"] for methods in by_arm[arm]]) for arm in together]
+            rows.append([f"`{name}`", f"{first['flops'] / 1e6:.3g}", _bytes(first["held_bytes"]), *errors])
+        yield _table(["relative error", "MFLOP a head", "held", *together], rows)
+
+
+def _bias_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    rows = []
+    for name in runs[0]["result"]["methods"]:
+        results = [run["result"]["methods"][name] for run in runs]
+        for what in ("bias", "noise", "deviation"):
+            slopes = [r[f"{what}_slope"]["value"] for r in results if r.get(f"{what}_slope")]
+            figures = [f"{statistics.fmean(r[what][n] for r in results):.2g}" for n in results[0][what]]
+            rows.append([f"`{name}`", what, *figures, _spread(slopes) if slopes else ""])
+    yield _table(["", "relative", *runs[0]["result"]["methods"][name]["bias"], "slope"], rows)
+
+
+_TABLES = {
+    "gap": _gap_tables,
+    "bias": _bias_tables,
+    "quality": _quality_tables,
+    "swap_in": _swap_in_tables,
+    "long_context": _long_context_tables,
+}
 
 
 def _spread(figures: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from approx_attention.checks import unknown
 from approx_attention.compare import environment, write_atomically
-from experiments.config import ConfigError, ConfigFile, as_plain, differences, read_config_file, resolve
+from experiments.config import ConfigError, ConfigFile, as_plain, differences, read_yaml, resolve
 from experiments.control_variates import bias, gap
 from experiments.harness import long_context, quality, swap_in
 from experiments.training import TrainingConfig
@@ -71,7 +71,9 @@ class Run:
         chosen = next((entry for entry in file.arms if entry.name == arm), None)
         if chosen is None:
             raise ConfigError(f"{file.path}: {unknown('arm', arm, [entry.name for entry in file.arms])}")
-        settings = {"seed": seed, **chosen.overrides, **overrides}
+        if "seed" in file.settings or "seed" in chosen.overrides or "seed" in overrides:
+            raise ConfigError(f"{file.path}: the seed of a run is one of 'seeds', or that of --seed, and no setting")
+        settings = {**chosen.overrides, **overrides, "seed": seed}
         config = resolve(EXPERIMENTS[file.experiment].config, file.settings, settings, str(file.path))
         return cls(arm, seed, file.experiment, config, results / study_name(file) / f"{arm}-seed{seed}")
 
@@ -84,7 +86,7 @@ class Run:
         plain = self.claim_directory()
         done = self.directory / "result.json"
         if done.exists():
-            return json.loads(done.read_text(encoding="utf-8"))
+            return _read_result(done)
         start = time.monotonic()
         result = EXPERIMENTS[self.experiment].run(self.config, self.directory, console)
         document = {
@@ -99,6 +101,20 @@ class Run:
         write_atomically(done, lambda file: file.write(text.encode()))
         return document
 
+    def is_result(self, document: Mapping[str, Any]) -> bool:
+        """Whether a result was made with this run's settings."""
+        return not self._differences(document["config"], self.directory / "result.json")
+
+    def _differences(self, held: Mapping[str, Any], where: pathlib.Path) -> list[str]:
+        """In which settings others differ from this run's; those that have come since stand there at their default."""
+        settings = {name: value for name, value in held.items() if name != "experiment"}
+        try:
+            settings = as_plain(resolve(type(self.config), settings, {}, str(where)))
+        except ConfigError as error:
+            return [str(error)]
+        plain = {"experiment": self.experiment, **as_plain(self.config)}
+        return differences({"experiment": held.get("experiment"), **settings}, plain)
+
     def claim_directory(self) -> dict[str, Any]:
         """Makes the directory this run's, and returns its settings as they are saved there.
 
@@ -107,12 +123,8 @@ class Run:
         """
         plain = {"experiment": self.experiment, **as_plain(self.config)}
         held = self.directory / "config.yaml"
-        if held.exists() and any((self.directory / name).exists() for name in ("result.json", "checkpoints")):
-            # Read anew, so that a setting which has come since stands there with its default.
-            before = read_config_file(held)
-            kind = EXPERIMENTS[before.experiment].config if before.experiment in EXPERIMENTS else type(self.config)
-            settled = as_plain(resolve(kind, before.settings, {}, str(held)))
-            found = differences({"experiment": before.experiment, **settled}, plain)
+        if any((self.directory / name).exists() for name in ("result.json", "checkpoints", "lengths.json")):
+            found = self._differences(read_yaml(held), held)
             if found:
                 raise ConfigError(
                     f"{self.directory} holds a run with other settings ({'; '.join(found)}); remove it or choose --out"
@@ -128,11 +140,19 @@ class Run:
 
 
 def results_of(file: ConfigFile, results: pathlib.Path) -> list[dict[str, Any]]:
-    """The finished runs of a configuration, arm by arm and seed by seed."""
+    """The finished runs of a configuration as it is now, arm by arm and seed by seed."""
     found = []
     for arm in file.arms:
         for seed in file.seeds:
-            path = results / study_name(file) / f"{arm.name}-seed{seed}" / "result.json"
-            if path.exists():
-                found.append(json.loads(path.read_text(encoding="utf-8")))
+            run = Run.of(file, arm.name, seed, {}, results)
+            path = run.directory / "result.json"
+            if path.exists() and run.is_result(document := _read_result(path)):
+                found.append(document)
     return found
+
+
+def _read_result(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is damaged; remove it, and the run is done again") from None

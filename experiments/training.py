@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from approx_attention.compare import write_atomically
 from experiments import data
-from experiments.config import STRICT
+from experiments.config import STRICT, ConfigError, Count
 from experiments.data import DataConfig, Dataset
 from experiments.models import AttentionConfig, Classifier, LanguageModel, ModelConfig, VisionTransformer
 
@@ -28,17 +29,24 @@ from experiments.models import AttentionConfig, Classifier, LanguageModel, Model
 class OptimizerConfig:
     """AdamW with clipped gradients on a cosine schedule, and how often to look and to save."""
 
-    steps: int
-    batch: int = 8
+    steps: Count
+    batch: Count = 8
     peak_learning_rate: float = 2e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    log_every: int = 20
-    checkpoint_every: int = 200
-    evaluation_batches: int = 8
+    log_every: Count = 20
+    checkpoint_every: Count = 200
+    evaluation_batches: Count = 8
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        # Else a resumed run would log other means than one that was never stopped.
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every must be a multiple of log_every, got {self.checkpoint_every} and {self.log_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +64,16 @@ class TrainingConfig:
 
 def build_model(config: TrainingConfig, dataset: Dataset) -> nnx.Module:
     """The reference model that reads this kind of data, freshly initialised."""
-    rngs = nnx.Rngs(config.seed)
+    common: dict[str, Any] = {"seed": config.seed, "rngs": nnx.Rngs(config.seed)}
     if dataset.kind == "sequence":
         return LanguageModel(
-            config.model, config.attention, vocabulary=dataset.vocabulary, is_causal=dataset.is_causal, rngs=rngs
+            config.model, config.attention, vocabulary=dataset.vocabulary, is_causal=dataset.is_causal, **common
         )
     if dataset.kind == "classify":
         sizes = {"vocabulary": dataset.vocabulary, "num_classes": dataset.num_classes}
-        return Classifier(config.model, config.attention, **sizes, rngs=rngs)
+        return Classifier(config.model, config.attention, **sizes, **common)
     return VisionTransformer(
-        config.model, config.attention, image_shape=dataset.image_shape, num_classes=dataset.num_classes, rngs=rngs
+        config.model, config.attention, image_shape=dataset.image_shape, num_classes=dataset.num_classes, **common
     )
 
 
@@ -121,13 +129,16 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
     Returns:
         The model, its data, and the seconds it was trained, over all resumed parts.
     """
-    dataset = data.load(config.data)
-    model = build_model(config, dataset)
+    try:
+        dataset = data.load(config.data)
+        model = build_model(config, dataset)
+        example = data.held_out(dataset, "train", config.train.batch, 1)[0]
+        nnx.eval_shape(mean_bits, model, example)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{directory.name}: {error}") from error
     optimizer = make_optimizer(config.train, model)
     log = _Log(directory / "metrics.jsonl")
-    tokens = config.train.batch * (
-        np.prod(data.held_out(dataset, "train", 1, 1)[0]["tokens"].shape) if dataset.kind != "image" else 1
-    )
+    tokens = config.train.batch if dataset.kind == "image" else example["tokens"].size
     unit = "tokens/s" if dataset.kind != "image" else "images/s"
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options) as manager:
@@ -192,18 +203,21 @@ def _save(
 
 def _restore(manager: ocp.CheckpointManager, model: nnx.Module, optimizer: nnx.Optimizer) -> tuple[int, float]:
     """Loads the last whole checkpoint, if there is one; returns its step and the seconds spent up to it."""
-    step = manager.latest_step()
-    if step is None:
-        return 0, 0.0
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _state(model, optimizer))
-    items: Any = manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), clock=ocp.args.JsonRestore())
-    )
-    for part, name in ((model, "model"), (optimizer, "optimizer")):
-        state = nnx.state(part)
-        nnx.replace_by_pure_dict(state, items.state[name])
-        nnx.update(part, state)
-    return step, items.clock["seconds"]
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(template), clock=ocp.args.JsonRestore())
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            items: Any = manager.restore(step, args=wanted)
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"checkpoint {step} cannot be read and is left out: {error}", stacklevel=2)
+            manager.delete(step)
+            continue
+        for part, name in ((model, "model"), (optimizer, "optimizer")):
+            state = nnx.state(part)
+            nnx.replace_by_pure_dict(state, items.state[name])
+            nnx.update(part, state)
+        return step, items.clock["seconds"]
+    return 0, 0.0
 
 
 class _Log:

@@ -11,7 +11,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from experiments import report
+from approx_attention import METHODS
+from experiments import __main__ as cli
+from experiments import report, training
 from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
 from experiments.data import DATASETS, DataConfig, load
 from experiments.models import AttentionConfig, ModelConfig
@@ -111,7 +113,7 @@ KILLED = {
 }
 
 
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     config = tmp_path / "killed.yaml"
     config.write_text(yaml.safe_dump(KILLED))
     console = Console(quiet=True)
@@ -123,7 +125,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
     def logged():
         return len(log.read_text().splitlines()) if log.exists() else 0
 
-    killed_at = []
+    killed_at, checkpoints = [], run.directory / "checkpoints"
     for stop in (5, 11):
         command = [sys.executable, "-m", "experiments", "run", str(config), "--out", str(tmp_path / "killed")]
         process = subprocess.Popen(command, cwd=CONFIGS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -134,11 +136,21 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
         process.stdout.close()
         killed_at.append(logged())
     assert killed_at[0] < killed_at[1] < 30
+    kept = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    assert kept >= 4 * (killed_at[1] * 2 // 4) - 4 > 0
+    steps_taken = []
+    train_step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: (steps_taken.append(1), train_step(*args))[1])
     resumed = run.result(console)
+    assert len(steps_taken) == 60 - kept
     for split in ("valid", "test"):
         assert resumed["result"][split] == whole["result"][split]
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(2, 61, 2))
+    lines, uninterrupted = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (log, Run.of(file, "run", 0, {}, tmp_path / "whole").directory / "metrics.jsonl")
+    )
+    assert [line["step"] for line in lines] == list(range(2, 61, 2))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
 
 
 def test_learned_draws_are_trained():
@@ -167,17 +179,123 @@ def _result(root, study, scale, arm, seed, result):
     (directory / "result.json").write_text(json.dumps(document))
 
 
+STUDY = "harness/language_model"
+LOSS = {"arm": "favor", "value": "test.bits"}
+RECORD = {
+    "id": "a", "paper": "p", "where": "w", "statement": "s", "claimed": "c", "study": STUDY, "metric": LOSS,
+    "against": {"arm": "exact", "value": "test.bits", "by": "difference"},
+    "reproduced": {"at_least": 0.01}, "ordering": {"at_least": 0.0},
+}  # fmt: skip
+
+
+def _write_results(root, arm, figures, scale="cpu"):
+    file = read_config_file(CONFIGS / STUDY / f"{scale}.yaml")
+    for seed, figure in zip(file.seeds, figures, strict=True):
+        run = Run.of(file, arm, seed, {}, root)
+        plain = run.claim_directory()
+        environment = {"backend": "cpu", "processor": scale, "device": "cpu"}
+        document = {"arm": arm, "seed": seed, "config": plain, "environment": environment, "seconds": 1.0}
+        (run.directory / "result.json").write_text(json.dumps({**document, "result": {"test": {"bits": figure}}}))
+
+
 @pytest.mark.parametrize(
-    ("favor", "verdict"), [(2.2, "reproduced"), (2.005, "ordering only"), (1.9, "not reproduced"), (None, "not run")]
-)
-def test_verdicts_follow_from_the_results(tmp_path, favor, verdict):
-    claim = next(c for c in report.read_claims(CONFIGS.parent / "experiments" / "claims.yaml") if "below-exact" in c.id)
-    for seed in range(3):
-        _result(tmp_path, claim.study, "cpu", "exact", seed, {"test": {"bits": 2.0}})
-        if favor is not None:
-            _result(tmp_path, claim.study, "cpu", "favor", seed, {"test": {"bits": favor}})
+    ("changes", "favor", "verdict", "caveat"),
+    [
+        ({}, [2.2, 2.2, 2.2], "reproduced", ""),
+        ({}, [2.005, 2.005, 2.005], "ordering only", ""),
+        ({}, [1.9, 1.9, 1.9], "not reproduced", ""),
+        ({}, None, "not run", ""),
+        ({}, [2.1, 2.2, 1.8], "reproduced", "the interval of the figure reaches beyond"),
+        ({}, [2.1, float("nan"), 2.2], "not reproduced", "a run diverged"),
+        ({"against": {**RECORD["against"], "by": "ratio"}, "reproduced": {"at_most": 1.2}},
+         [2.2] * 3, "reproduced", ""),
+        ({"against": None, "reproduced": {"at_most": 2.1}, "ordering": None}, [2.2] * 3, "not reproduced", ""),
+        ({"caveat": {"metric": LOSS, "within": {"at_most": 2.1}, "says": "too large"}},
+         [2.2] * 3, "reproduced", "too large"),
+    ],
+)  # fmt: skip
+def test_verdicts_follow_from_the_results(tmp_path, changes, favor, verdict, caveat):
+    claim = resolve(report.Claim, {**RECORD, **changes}, {}, "claim")
+    _write_results(tmp_path, "exact", [2.0, 2.0, 2.0])
+    if favor is not None:
+        _write_results(tmp_path, "favor", favor)
     finding = report.judge(claim, tmp_path)
     assert finding.verdict == verdict
+    assert finding.caveat.startswith(caveat)
+    assert bool(finding.caveat) == bool(caveat)
+
+
+def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp_path):
+    claim = resolve(report.Claim, RECORD, {}, "claim")
+    for arm, figures in {"exact": [2.0] * 3, "favor": [2.2] * 3}.items():
+        _write_results(tmp_path, arm, figures)
+    _write_results(tmp_path, "exact", [2.0] * 3, "gpu")
+    assert report.judge(claim, tmp_path).scale == "cpu"
+    _write_results(tmp_path, "favor", [1.0] * 3, "gpu")
+    assert (report.judge(claim, tmp_path).scale, report.judge(claim, tmp_path).verdict) == ("gpu", "not reproduced")
+    for path in tmp_path.rglob("gpu/favor-seed1/result.json"):
+        document = json.loads(path.read_text())
+        document["config"]["train"]["steps"] += 1
+        path.write_text(json.dumps(document))
+    assert report.judge(claim, tmp_path).scale == "cpu"
+
+
+def test_a_break_even_that_is_never_reached_is_infinite():
+    assert report._at({"methods": {"favor": {"break_even": None}}}, "methods.favor.break_even") == float("inf")
+    assert np.isnan(report._at({"slope": None}, "slope.value"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["run", "{config}", "--arm", "exakt"], "unknown arm 'exakt'; did you mean 'exact'"),
+        (["run", "{config}", "--set", "train.steps=[1"], "the value of train.steps is not YAML"),
+        (["run", "{config}", "--set", "train.steps=0"], "greater than or equal to 1"),
+        (["run", "{config}", "--set", "train.log_every=3"], "checkpoint_every must be a multiple of log_every"),
+        (["run", "{config}", "--set", "seed=5"], "the seed of a run is one of 'seeds'"),
+        (["run", "{config}", "--set", "model.num_kv_heads=3"], "key heads must divide query heads"),
+        (["run", "{config}", "--set", "data.settings.length=abc"], "exact-seed0:"),
+        (["run", "{config}", "--arm", "local", "--set", "attention.settings.window_size=-2"], "window_size must be"),
+        (["run", "{swap}", "--set", "methods.favor.setings=1"], "unknown key"),
+        (["run", "{swap}", "--set", "training.attention.method=favor"], "what is trained is 'exact'"),
+        (["sample", "--set", "train.steps=1"], "--to"),
+        (["capture", "{swap}", "--to", "x.npz"], "only the experiment 'quality' trains"),
+    ],
+)
+def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
+    places = {"config": STUDY, "swap": "harness/swap_in"}
+    places = {name: str(CONFIGS / study / "smoke.yaml") for name, study in places.items()}
+    arguments = [argument.format(**places) for argument in arguments]
+    if arguments[0] == "run":
+        arguments += ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+    assert cli.main() == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_result_and_a_damaged_checkpoint(tmp_path):
+    config = tmp_path / "damaged.yaml"
+    config.write_text(yaml.safe_dump({**KILLED, "train": {**KILLED["train"], "steps": 8}}))
+    run = Run.of(read_config_file(config), "run", 0, {}, tmp_path)
+    whole = run.result(Console(quiet=True))
+    (run.directory / "result.json").write_text('{"arm": "r')
+    with pytest.raises(ConfigError, match=r"result.json is damaged; remove it"):
+        run.result(Console(quiet=True))
+    (run.directory / "result.json").unlink()
+    (run.directory / "checkpoints" / "8" / "clock" / "metadata").write_text("{")
+    with pytest.warns(UserWarning, match="checkpoint 8 cannot be read"):
+        again = run.result(Console(quiet=True))
+    assert again["result"]["test"] == whole["result"]["test"]
+
+
+def test_swap_in_leaves_no_method_out():
+    for scale in ("cpu", "gpu", "smoke"):
+        config = Run.of(read_config_file(CONFIGS / f"harness/swap_in/{scale}.yaml"), "run", 0, {}, CONFIGS).config
+        named = {attention.method for attention in config.methods.values()} | {"exact"}
+        assert named == {name for name, method in METHODS.items() if method.capabilities.causal}
 
 
 def test_a_directory_of_other_settings_is_refused(tmp_path):

@@ -86,8 +86,10 @@ def image_folder(path: str, size: int = 64) -> Dataset:
         return files
 
     training = listed("train")
+    if len(training) < 2:
+        raise ConfigError(f"data 'image_folder': {path}/train holds one image, too few to train and to validate")
     parts = {
-        "train": [entry for i, entry in enumerate(training) if i % 20] or training,
+        "train": [entry for i, entry in enumerate(training) if i % 20],
         "valid": training[::20],
         "test": listed("val"),
     }

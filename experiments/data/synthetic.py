@@ -174,12 +174,14 @@ def copying(length: int = 64, vocabulary: int = 16) -> Dataset:
     return Dataset("sequence", _generated(draw), num_classes=vocabulary, vocabulary=vocabulary, is_causal=True)
 
 
-def match(order: int = 2, length: int = 16, modulus: int = 37) -> Dataset:
+def match(order: int = 2, length: int = 16, modulus: int | None = None) -> Dataset:
     """Match2 and Match3 (Sanford et al. 2023): does some token, or pair, sum with this one to 0 modulo ``modulus``?
 
-    Places may repeat and include the token itself. With ``modulus`` near 0.72 length^2 half of the answers of Match3
-    are yes.
+    Places may repeat and include the token itself. By default the modulus is such that about half of the answers are
+    yes: 1.44 length for pairs and 0.72 length^2 for triples.
     """
+    if modulus is None:
+        modulus = max(2, round(1.44 * length if order == 2 else 0.72 * length**2))
     if order not in (2, 3) or length < 1 or modulus < 2:
         raise ConfigError(
             f"data 'match' needs order 2 or 3, length >= 1 and modulus >= 2, got {order}, {length}, {modulus}"

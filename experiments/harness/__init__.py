@@ -1,1 +1,1 @@
-"""The first experiments, which prove the harness from end to end; README.md here says what they ask."""
+"""The first experiments, which prove the harness from end to end."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,10 +13,10 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from approx_attention import METHODS
-from approx_attention.compare import LARGEST_LOGITS
+from approx_attention.compare import LARGEST_LOGITS, write_atomically
 from approx_attention.diagnostics import break_even, time_interleaved
-from experiments.config import STRICT, ConfigError
+from approx_attention.registry import get_method
+from experiments.config import STRICT, ConfigError, Count
 from experiments.models import AttentionConfig, ModelConfig, SelfAttention
 
 
@@ -24,7 +25,8 @@ class LongContextConfig:
     """One layer, the lengths it is timed at, and the size of every method's summary."""
 
     model: ModelConfig
-    lengths: list[int]
+    lengths: list[Count]
+    methods: list[str]
     direction: Literal["bidirectional", "causal"] = "causal"
     passes: Literal["forward", "forward_backward"] = "forward"
     size: int = 256
@@ -39,18 +41,25 @@ class LongContextConfig:
 def run(config: LongContextConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Seconds of every method and exact form at each length, the slopes of log time, and break-even lengths."""
     is_causal = config.direction == "causal"
-    arms = {
-        name: AttentionConfig(name, {method.size: config.size, **config.settings.get(name, {})} if method.size else {})
-        for name, method in METHODS.items()
-        if method.capabilities.subquadratic and (method.capabilities.causal or not is_causal)
-    }
+    arms = {}
+    for name in config.methods:
+        method = get_method(name)
+        if is_causal and not method.capabilities.causal:
+            continue
+        size = {method.size: config.size} if method.size else {}
+        arms[name] = AttentionConfig(name, {**size, **config.settings.get(name, {})})
     for name in config.settings:
-        if name not in arms:
-            raise ConfigError(f"settings are given for {name!r}, which is not among {', '.join(arms)}")
+        if name not in config.methods:
+            raise ConfigError(f"settings are given for {name!r}, which is not among {', '.join(config.methods)}")
     exact = {f"exact {form}": AttentionConfig("exact", {"implementation": form}) for form in ("blocked", "dense")}
-    seconds: dict[str, dict[int, float]] = {name: {} for name in (*exact, "exact jax.nn", *arms)}
-    memory: dict[str, dict[int, int]] = {name: {} for name in seconds}
+    if jax.default_backend() != "cpu":
+        exact["exact default"] = AttentionConfig("exact")  # cuDNN where it applies
+    # Each length is kept once it is measured, so that a killed run goes on with the next.
+    kept = directory / "lengths.json"
+    measured: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for length in config.lengths:
+        if str(length) in measured:
+            continue
         shape = (1, length, config.model.model_dim)
         x = jax.random.normal(jax.random.key(config.seed), shape, config.model.dtype)
         fits = 4 * config.model.num_heads * length**2 <= LARGEST_LOGITS // 2
@@ -63,13 +72,20 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
             forms["exact jax.nn"] = _jax_nn_layer(config, is_causal)
         compiled: dict[str, Any] = {name: jax.jit(form).lower(x).compile() for name, form in forms.items()}
         calls = {name: functools.partial(form, x) for name, form in compiled.items()}
-        for name, timing in time_interleaved(calls, rounds=config.rounds, patience=60).items():
-            seconds[name][length] = timing.least
-            memory[name][length] = compiled[name].memory_analysis().temp_size_in_bytes
-        console.print(
-            f"{directory.name} n={length}: "
-            + ", ".join(f"{n} {s[length] * 1e3:.3g} ms" for n, s in seconds.items() if length in s)
-        )
+        timings = time_interleaved(calls, rounds=config.rounds, patience=60)
+        measured[str(length)] = {
+            name: {"seconds": timing.least, "bytes": compiled[name].memory_analysis().temp_size_in_bytes}
+            for name, timing in timings.items()
+        }
+        text = json.dumps(measured)
+        write_atomically(kept, lambda file, text=text: file.write(text.encode()))
+        shown = ", ".join(f"{name} {timing.least * 1e3:.3g} ms" for name, timing in timings.items())
+        console.print(f"{directory.name} n={length}: {shown}")
+    names = dict.fromkeys(name for n in config.lengths for name in measured[str(n)])
+    seconds, memory = (
+        {name: {n: by[name][what] for n in config.lengths if name in (by := measured[str(n)])} for name in names}
+        for what in ("seconds", "bytes")
+    )
     best = {n: min(s[n] for name, s in seconds.items() if name.startswith("exact") and n in s) for n in config.lengths}
     rows = {"best exact": best, **{name: seconds[name] for name in arms}}
     return {
@@ -102,15 +118,20 @@ def slope(seconds: dict[int, float]) -> dict[str, float] | None:
 
 def _layer(config: LongContextConfig, attention: AttentionConfig, is_causal: bool) -> Callable[..., Any]:
     return _passes(
-        config, SelfAttention(config.model, attention, is_causal=is_causal, draw=0, rngs=nnx.Rngs(config.seed))
+        config,
+        SelfAttention(config.model, attention, is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)),
     )
 
 
 def _jax_nn_layer(config: LongContextConfig, is_causal: bool) -> Callable[..., Any]:
-    layer = SelfAttention(config.model, AttentionConfig(), is_causal=is_causal, draw=0, rngs=nnx.Rngs(config.seed))
-    layer.attention_fn = lambda query, key, value, lengths=None: jax.nn.dot_product_attention(
-        query, key, value, is_causal=is_causal
+    layer = SelfAttention(
+        config.model, AttentionConfig(), is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)
     )
+
+    def attention_fn(query: jax.Array, key: jax.Array, value: jax.Array, lengths: None = None) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+
+    layer.attention_fn = attention_fn  # pyright: ignore[reportAttributeAccessIssue]
     return _passes(config, layer)
 
 

@@ -27,6 +27,8 @@ class SwapInConfig:
     def __post_init__(self) -> None:
         if self.training.seed != 0:
             raise ValueError(f"the seed stands beside 'training', not in it, where it is {self.training.seed}")
+        if self.training.attention.method != "exact" or "exact" in self.methods:
+            raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
 
 
 def run(config: SwapInConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
