@@ -337,6 +337,22 @@ def test_eva_without_the_departures_is_the_official_one():
     np.testing.assert_allclose(causal, expected, rtol=1e-9)
 
 
+def test_official_windows_and_chunks_overlap_alike():
+    q, k, v = head(27)
+    out = eva(q, k, v, window_size=8, chunk_size=4, overlap=2, exclude_local=False, count_correction=False)
+    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+    expected = []
+    for t in range(24):
+        tokens = [(y[j], z[j]) for j in range(24) if 8 * (t // 8) - 2 <= j < 8 * (t // 8) + 10]
+        for c in range(6):
+            part = slice(max(0, 4 * c - 2), 4 * c + 6)
+            share = np.exp(y[part] @ (x[part].mean(0) + y[part].mean(0)) - (y[part] ** 2).sum(1) / 2)
+            tokens.append((y[part].mean(0), share @ z[part] / share.sum()))
+        weights = np.asarray([np.exp(x[t] @ key) for key, _ in tokens])
+        expected.append(weights @ np.asarray([value for _, value in tokens]) / weights.sum())
+    np.testing.assert_allclose(out, expected, rtol=1e-9)
+
+
 def test_windows_overlap():
     q, k, v = head(16)
     out = eva(q, k, v, window_size=8, chunk_size=4, overlap=4)

@@ -150,7 +150,11 @@ def eva(
         state = causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
         return state if return_state else state.out.astype(dtype)
 
-    layout = _layout(q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, overlap, exclude_local, spatial_shape)
+    layout = _layout(
+        q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, 0 if is_causal else overlap, exclude_local,
+        spatial_shape,
+    )  # fmt: skip
+    left, right = (overlap, 0) if is_causal else (layout.overlap, layout.overlap)
     if layout.order is not None:
         q, k, v = (x[layout.order] for x in (q, k, v))
         kv_mask = None if kv_mask is None else kv_mask[layout.order]
@@ -163,11 +167,57 @@ def eva(
             if x is not None:
                 raise NotImplementedError(f"method 'eva' does not support {name} with chunks longer than a window")
         siblings = summarise(layout.siblings, 1)
-    state = _answer(q, k, v, kv_mask, layout, chunks, siblings, local_bias, is_causal, exclude_local)
+    state = _answer(q, k, v, kv_mask, layout, left, right, chunks, siblings, local_bias, is_causal, exclude_local)
     if layout.order is not None:
         back = np.argsort(layout.order)
         state = jax.tree.map(lambda x: x[back], state)
     return state if return_state else state.out.astype(dtype)
+
+
+def chunk_means(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    *,
+    window_size: int = 64,
+    chunk_size: int | None = None,
+    num_chunks: int | None = None,
+    is_causal: bool = False,
+    exclude_local: bool = True,
+    overlap: int = 0,
+    spatial_shape: tuple[int, int] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> tuple[Array, Array]:
+    """Means of the queries and keys of every chunk of `eva`, from which learned chunk keys and proposals are made.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        window_size: as in `eva`, like all that follow.
+        chunk_size: keys per chunk.
+        num_chunks: the greatest number of chunks.
+        is_causal: whether overlapping windows leave the chunks as they are.
+        exclude_local: which sizes are allowed.
+        overlap: how far chunks overlap with ``exclude_local=False``.
+        spatial_shape: height and width of an image.
+        kv_mask: true where a key is real; its query then is too, if there are as many.
+
+    Returns:
+        Query means and key means, each ``[C, D]``; the mean of all queries in each row if T != S.
+    """
+    layout = _layout(
+        q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, 0 if is_causal else overlap, exclude_local,
+        spatial_shape,
+    )  # fmt: skip
+    if layout.order is not None:
+        q, k = q[layout.order], k[layout.order]
+        kv_mask = None if kv_mask is None else kv_mask[layout.order]
+    return _query_means(q, k, layout.chunks, kv_mask), segment_means(k, layout.chunks, kv_mask)
+
+
+def _query_means(q: Array, k: Array, parts: Segments, kv_mask: Array | None) -> Array:
+    if q.shape[0] == k.shape[0]:
+        return segment_means(q, parts, kv_mask)
+    return jnp.broadcast_to(jnp.mean(q, axis=0, keepdims=True), (len(parts.member), q.shape[1]))
 
 
 class _Chunks(NamedTuple):
@@ -237,10 +287,7 @@ class _Summaries(NamedTuple):
         k_mean = segment_means(self.k, parts, self.kv_mask)
         if kind == "k":
             return k_mean
-        if self.q.shape[0] == self.k.shape[0]:
-            q_mean = segment_means(self.q, parts, self.kv_mask)
-        else:
-            q_mean = jnp.mean(self.q, axis=0, keepdims=True)
+        q_mean = _query_means(self.q, self.k, parts, self.kv_mask)
         return (q_mean + k_mean) * (0.5 if kind == "half" else 1.0)
 
 
@@ -272,8 +319,7 @@ class _Layout(NamedTuple):
 
     Attributes:
         window: queries per window.
-        left: keys that a window sees before its own.
-        right: keys that it sees after its own.
+        overlap: keys that a window sees beyond its own, to either side.
         chunk: positions per chunk.
         chunks: the chunks of all keys.
         siblings: where a chunk holds several windows, those windows, to stand for the rest of a query's own chunk.
@@ -281,8 +327,7 @@ class _Layout(NamedTuple):
     """
 
     window: int
-    left: int
-    right: int
+    overlap: int
     chunk: int
     chunks: Segments
     siblings: Segments | None
@@ -309,8 +354,7 @@ def _layout(
         if chunk is None and num_chunks is not None:
             chunk = -(-num_keys // num_chunks)
         chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
-        chunks = _runs(num_keys, chunk)
-        return _Layout(window, overlap, overlap, chunk, chunks, None, None)
+        return _Layout(window, overlap, chunk, _runs(num_keys, chunk, overlap), None, None)
     if chunk is None and num_chunks is not None:
         least = -(-num_keys // num_chunks)
         fits = least <= window
@@ -321,7 +365,7 @@ def _layout(
     if overlap and (overlap % chunk or chunk > window):
         raise ValueError(f"overlap must be a multiple of the chunk size {chunk} within a window, got {overlap}")
     siblings = _runs(num_keys, window) if chunk > window else None
-    return _Layout(window, overlap, overlap, chunk, _runs(num_keys, chunk), siblings, None)
+    return _Layout(window, overlap, chunk, _runs(num_keys, chunk), siblings, None)
 
 
 def _image_layout(
@@ -362,13 +406,14 @@ def _image_layout(
     else:
         member = np.argsort(order)[squares(chunk)]
         chunks = Segments(member, np.ones(member.shape, bool))
-    return _Layout(window**2, 0, 0, chunk**2, chunks, None, order)
+    return _Layout(window**2, 0, chunk**2, chunks, None, order)
 
 
-def _runs(num_tokens: int, length: int) -> Segments:
-    """Runs of ``length`` tokens, the last of what is left."""
-    member = np.arange(-(-num_tokens // length) * length).reshape(-1, length)
-    return Segments(np.minimum(member, num_tokens - 1), member < num_tokens)
+def _runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
+    """Runs of ``length`` tokens, the last of what is left, and so many more to either side."""
+    first = np.arange(0, num_tokens, length)[:, None]
+    member = first + np.arange(-overlap, length + overlap)
+    return Segments(np.clip(member, 0, num_tokens - 1), (member >= 0) & (member < num_tokens))
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -382,6 +427,8 @@ def _answer(
     v: Array,
     kv_mask: Array | None,
     layout: _Layout,
+    left: int,
+    right: int,
     chunks: _Chunks,
     siblings: _Chunks | None,
     local_bias: Array | None,
@@ -390,7 +437,6 @@ def _answer(
 ) -> AttentionState:
     """Exact attention within windows merged with attention over the chunks that a query may see."""
     num_queries, num_keys, window, dtype = q.shape[0], k.shape[0], layout.window, q.dtype
-    left, right = layout.left, 0 if is_causal else layout.right
     reach = left + window + right
     if local_bias is not None and local_bias.shape != (window, reach):
         raise ValueError(f"local_bias must be [window, window + overlaps] = {[window, reach]}, got {local_bias.shape}")

@@ -1,0 +1,363 @@
+"""The learned parts of methods as Flax nnx modules: they own the arrays, the functions of this library use them."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from approx_attention.api import attention
+from approx_attention.methods.eva import chunk_means, eva
+from approx_attention.methods.lara import lara
+from approx_attention.segments import grid_segments, segment_means, segments
+
+
+class Adaptor(nnx.Module):
+    """A linear map and a layer norm of pooled queries or keys, shared by the heads."""
+
+    def __init__(self, head_dim: int, *, layer_norm: bool = True, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(head_dim, head_dim, kernel_init=nnx.initializers.truncated_normal(0.02), rngs=rngs)
+        self.norm = nnx.LayerNorm(head_dim, rngs=rngs) if layer_norm else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[..., D]`` to the same."""
+        x = self.linear(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class Eva(nnx.Module):
+    r"""EVA over batch and heads, with learned chunk keys and proposals, pooling vectors, or local biases.
+
+    The presets `eva_official`, `eva_official_causal`, `evabyte` and `eva_dropin` make the known variants.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_kv_heads: the number K of key heads.
+        options: static arguments of `approx_attention.eva`, such as ``window_size``.
+        adaptors: learn the chunk keys :math:`\tilde k = A_k(\bar k)` and proposals from :math:`A_q(\bar q) + \tilde k`,
+            with or without a layer norm; None for neither.
+        half: take half of that sum as the proposal, as the authors' bidirectional code does.
+        vectors: learn EvaByte's two pooling vectors per key head.
+        local_bias: learn a bias of the logits within a window, one per pair of places, or per offset in an image.
+        rngs: where the parameters are drawn from.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_kv_heads: int,
+        *,
+        options: Mapping[str, Any],
+        adaptors: bool = False,
+        layer_norm: bool = True,
+        half: bool = False,
+        vectors: bool = False,
+        local_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.options, self.half = dict(options), half
+        self.adapt_queries, self.adapt_keys = (
+            Adaptor(head_dim, layer_norm=layer_norm, rngs=rngs) if adaptors else None for _ in range(2)
+        )
+        drawn = jnp.clip(jax.random.normal(rngs.params(), (num_kv_heads, 2, head_dim)), -1, 1) * head_dim**-0.5
+        self.vectors = nnx.Param(drawn) if vectors else None
+        self.bias = nnx.Param(jnp.zeros(self._bias_shape())) if local_bias else None
+
+    def _bias_shape(self) -> tuple[int, ...]:
+        window, overlap = self.options["window_size"], self.options.get("overlap", 0)
+        if self.options.get("spatial_shape") is not None:
+            return (2 * window - 1, 2 * window - 1)
+        return (window, window + overlap * (1 if self.options.get("is_causal") else 2))
+
+    def local_bias(self) -> Array | None:
+        """The learned bias ``[window, keys]`` of the logits within a window."""
+        if self.bias is None or self.options.get("spatial_shape") is None:
+            return None if self.bias is None else self.bias[...]
+        side = np.arange(self.options["window_size"])
+        offset = side[:, None] - side[None, :] + len(side) - 1
+        rows, columns = np.broadcast_arrays(offset[:, None, :, None], offset[None, :, None, :])
+        order = self._order_within_a_window()
+        return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)[order][:, order]
+
+    def _order_within_a_window(self) -> np.ndarray:
+        """Places of a square window in the order in which `eva` takes them: chunk by chunk if chunks fit in windows."""
+        window, chunk = self.options["window_size"], self.options.get("chunk_size")
+        if not self.options.get("exclude_local", True) or chunk is None:
+            return np.arange(window**2)
+        places = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk)
+        return places.transpose(0, 2, 1, 3).reshape(-1)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        rng: Array | None = None,
+        key_value_seq_lengths: Array | None = None,
+    ) -> Array:
+        """Attention in the layout of `approx_attention.attention`.
+
+        Args:
+            query: ``[B, T, N, D]``.
+            key: ``[B, S, K, D]``.
+            value: ``[B, S, K, Dv]``.
+            rng: typed PRNG key of the noise; none for no noise, as in evaluation.
+            key_value_seq_lengths: real keys per sequence, ``[B]``.
+
+        Returns:
+            ``[B, T, N, Dv]``.
+        """
+        layout = {
+            name: self.options[name]
+            for name in (
+                "window_size", "chunk_size", "num_chunks", "is_causal", "exclude_local", "overlap", "spatial_shape",
+            )
+            if name in self.options
+        }  # fmt: skip
+        root = math.sqrt(1 / math.sqrt(query.shape[-1]))
+        bias = self.local_bias()
+
+        def head(
+            q: Array, k: Array, v: Array, kv_mask: Array | None, vectors: Array | None, key: Array | None
+        ) -> Array:
+            learned: dict[str, Any] = {} if bias is None else {"local_bias": bias}
+            if vectors is not None:
+                learned["summary"] = (vectors[0] / root, vectors[1] * root)
+            if self.adapt_queries is not None and self.adapt_keys is not None:
+                q_mean, k_mean = chunk_means(q, k, kv_mask=kv_mask, **layout)
+                chunk_keys = self.adapt_keys(k_mean)
+                learned["chunk_keys"] = root * chunk_keys
+                learned["proposal_mean"] = root * (self.adapt_queries(q_mean) + chunk_keys) * (0.5 if self.half else 1)
+            return eva(q, k, v, key, kv_mask=kv_mask, **self.options, **learned)
+
+        vectors = None if self.vectors is None else self.vectors[...]
+        return _over_heads(head, query, key, value, key_value_seq_lengths, vectors, rng)
+
+
+def eva_official(
+    head_dim: int,
+    num_kv_heads: int,
+    *,
+    window_size: int,
+    num_chunks: int,
+    overlap: bool = False,
+    spatial_shape: tuple[int, int] | None = None,
+    local_bias: bool = False,
+    rngs: nnx.Rngs,
+) -> Eva:
+    """EVA as the authors' bidirectional code has it: every token in a chunk, no counts, half proposals.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_kv_heads: the number K of key heads.
+        window_size: queries per window, or its side.
+        num_chunks: the number of chunks asked for.
+        overlap: extend windows and chunks by half a window to each side.
+        spatial_shape: height and width of an image.
+        local_bias: learn a bias within windows.
+        rngs: where the parameters are drawn from.
+    """
+    options = {
+        "window_size": window_size,
+        "num_chunks": num_chunks,
+        "overlap": max(1, window_size // 2) if overlap else 0,
+        "spatial_shape": spatial_shape,
+        **_OFFICIAL,
+    }
+    return Eva(head_dim, num_kv_heads, options=options, adaptors=True, half=True, local_bias=local_bias, rngs=rngs)
+
+
+def eva_official_causal(
+    head_dim: int,
+    num_kv_heads: int,
+    *,
+    window_size: int,
+    chunk_size: int,
+    overlap: bool = False,
+    local_bias: bool = False,
+    rngs: nnx.Rngs,
+) -> Eva:
+    """EVA as the authors' causal code has it: a query sees its window so far and every chunk before its own.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_kv_heads: the number K of key heads.
+        window_size: queries per window.
+        chunk_size: keys per chunk.
+        overlap: let a window see the window before.
+        local_bias: learn a bias within windows.
+        rngs: where the parameters are drawn from.
+    """
+    options = {
+        "window_size": window_size,
+        "chunk_size": chunk_size,
+        "overlap": window_size if overlap else 0,
+        "is_causal": True,
+        **_OFFICIAL,
+    }
+    return Eva(head_dim, num_kv_heads, options=options, adaptors=True, local_bias=local_bias, rngs=rngs)
+
+
+def evabyte(head_dim: int, num_kv_heads: int, *, window_size: int, chunk_size: int, rngs: nnx.Rngs) -> Eva:
+    """EvaByte: chunks pooled by two learned vectors, causal and streamable.
+
+    Here a query sees the window before its own exactly too, as in every causal form of this library.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_kv_heads: the number K of key heads.
+        window_size: tokens per window.
+        chunk_size: tokens per chunk.
+        rngs: where the parameters are drawn from.
+    """
+    options = {"window_size": window_size, "chunk_size": chunk_size, "is_causal": True, "count_correction": False}
+    return Eva(head_dim, num_kv_heads, options=options, vectors=True, rngs=rngs)
+
+
+def eva_dropin(head_dim: int, num_kv_heads: int, *, rngs: nnx.Rngs, **options: Any) -> Eva:
+    """EVA without a learned part, to stand in for the attention of a trained model.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_kv_heads: the number K of key heads.
+        rngs: where the parameters are drawn from.
+        **options: arguments of `approx_attention.eva`.
+    """
+    return Eva(head_dim, num_kv_heads, options=options, rngs=rngs)
+
+
+_OFFICIAL = {"exclude_local": False, "count_correction": False, "noise_scale": "official"}
+
+
+class Lara(nnx.Module):
+    r"""LARA over batch and heads with learned proposals :math:`\mu = A_q(\bar q) + A_k(\bar k)`.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_landmarks: the number C of proposals.
+        spatial_shape: height and width of an image.
+        options: further static arguments of `approx_attention.lara`.
+        rngs: where the parameters are drawn from.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        num_landmarks: int = 49,
+        spatial_shape: tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.num_landmarks, self.spatial_shape, self.options = num_landmarks, spatial_shape, dict(options or {})
+        self.adapt_queries, self.adapt_keys = (Adaptor(head_dim, rngs=rngs) for _ in range(2))
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        rng: Array | None = None,
+        key_value_seq_lengths: Array | None = None,
+    ) -> Array:
+        """Attention in the layout of `approx_attention.attention`, as in `Eva`."""
+        root = math.sqrt(1 / math.sqrt(query.shape[-1]))
+
+        def pooled(x: Array, mask: Array | None) -> Array:
+            count = min(self.num_landmarks, query.shape[1], key.shape[1])
+            if self.spatial_shape is not None:
+                return segment_means(x, grid_segments(self.spatial_shape, count), mask)
+            return segment_means(x, segments(x.shape[0], count), mask)
+
+        def head(q: Array, k: Array, v: Array, kv_mask: Array | None, _: None, key: Array | None) -> Array:
+            q_bar = self.adapt_queries(pooled(q, kv_mask if q.shape[0] == k.shape[0] else None))
+            mu = q_bar + self.adapt_keys(pooled(k, kv_mask))
+            learned = {"proposal_mean": root * mu, "query_landmarks": root * q_bar}
+            return lara(q, k, v, key, kv_mask=kv_mask, **learned, **self.options)
+
+        return _over_heads(head, query, key, value, key_value_seq_lengths, None, rng)
+
+
+class Rfa(nnx.Module):
+    """Random feature attention over batch and heads, with a learned bandwidth per key head and channel, and gates.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        num_kv_heads: the number K of key heads.
+        options: static arguments of `approx_attention.rfa`.
+        gate_dim: channels of the input from which gates are made; None for no gates.
+        rngs: where the parameters are drawn from.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_kv_heads: int,
+        *,
+        options: Mapping[str, Any] | None = None,
+        gate_dim: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.options = dict(options or {})
+        self.bandwidth = nnx.Param(jnp.ones((num_kv_heads, head_dim)))
+        self.gate = None if gate_dim is None else nnx.Linear(gate_dim, num_kv_heads, rngs=rngs)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        rng: Array,
+        gate_input: Array | None = None,
+        key_value_seq_lengths: Array | None = None,
+    ) -> Array:
+        """Attention in the layout of `approx_attention.attention`.
+
+        Args:
+            query: ``[B, T, N, D]``.
+            key: ``[B, S, K, D]``.
+            value: ``[B, S, K, Dv]``.
+            rng: typed PRNG key of the features; the same one for the same features.
+            gate_input: ``[B, S, gate_dim]``, needed if there are gates.
+            key_value_seq_lengths: real keys per sequence, ``[B]``.
+
+        Returns:
+            ``[B, T, N, Dv]``.
+        """
+        if (self.gate is None) != (gate_input is None):
+            raise ValueError("gate_input is needed with gates and makes no sense without")
+        gates: dict[str, Any] = {}
+        if self.gate is not None and gate_input is not None:
+            gates["gate_logits"] = self.gate(gate_input)
+        return attention(
+            query, key, value, method="rfa", rng=rng, key_value_seq_lengths=key_value_seq_lengths,
+            per_head={"bandwidth": self.bandwidth[...]}, **self.options, **gates,
+        )  # fmt: skip
+
+
+def _over_heads(
+    head: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array | None,
+    per_head: Array | None,
+    rng: Array | None,
+) -> Array:
+    """Lifts ``head(q, k, v, kv_mask, own, key)``, where ``own`` is what the key head owns, over batch and heads."""
+    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    own = np.arange(num_heads) // (num_heads // num_kv_heads)
+    key, value = key[:, :, own], value[:, :, own]
+    per_head = None if per_head is None else per_head[own]
+    keys = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.asarray(own))
+    mask = None if lengths is None else jnp.arange(key.shape[1])[None, :] < lengths[:, None]
+    over_heads = jax.vmap(head, (1, 1, 1, None, None if per_head is None else 0, None if keys is None else 0), 1)
+    over_batch = jax.vmap(over_heads, (0, 0, 0, None if mask is None else 0, None, None))
+    return over_batch(query, key, value, mask, per_head, keys)

@@ -1,0 +1,129 @@
+"""The modules with learned parts: what they pass to the functions, and that all of it is trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx as flax_nnx
+
+from approx_attention import eva, rfa
+from approx_attention import nnx as ours
+from tests.references import random_heads
+
+RNGS = flax_nnx.Rngs
+
+
+@pytest.fixture(autouse=True)
+def ordinary_promotion():
+    """JAX as its users have it: Flax's layers broadcast and promote."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+MODULES = {
+    "eva_official": lambda: ours.eva_official(8, 2, window_size=4, num_chunks=4, local_bias=True, rngs=RNGS(0)),
+    "eva_official overlap": lambda: ours.eva_official(8, 2, window_size=4, num_chunks=4, overlap=True, rngs=RNGS(0)),
+    "eva_official image": lambda: ours.eva_official(
+        8, 2, window_size=2, num_chunks=4, spatial_shape=(4, 4), local_bias=True, rngs=RNGS(0)
+    ),
+    "eva_official_causal": lambda: ours.eva_official_causal(8, 2, window_size=4, chunk_size=2, rngs=RNGS(0)),
+    "evabyte": lambda: ours.evabyte(8, 2, window_size=4, chunk_size=2, rngs=RNGS(0)),
+    "lara": lambda: ours.Lara(8, num_landmarks=4, rngs=RNGS(0)),
+    "rfa": lambda: ours.Rfa(8, 2, options={"num_features": 8}, rngs=RNGS(0)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_learned_array_is_trained(name):
+    module = MODULES[name]()
+    tensors = random_heads(0, 2, 16, 16, 4, 2)
+
+    def loss(module):
+        return jnp.sum(module(*tensors, rng=jax.random.key(0)) ** 2)
+
+    value, gradient = flax_nnx.value_and_grad(loss)(module)
+    assert np.isfinite(value)
+    leaves = jax.tree.leaves_with_path(flax_nnx.to_pure_dict(gradient))
+    assert leaves
+    for path, leaf in leaves:
+        assert np.all(np.isfinite(leaf)), path
+        assert np.abs(leaf).max() > 0, path
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_jitted_and_mask_padding(name):
+    module = MODULES[name]()
+    query, key, value = random_heads(1, 2, 16, 16, 4, 2)
+    lengths = jnp.array([16, 8])
+    call = flax_nnx.jit(lambda module, *tensors: module(*tensors, rng=jax.random.key(0), key_value_seq_lengths=lengths))
+    out = call(module, query, key, value)
+    assert out.shape == query.shape
+    soiled = [x.at[1, 8:].set(jnp.nan) for x in (key, value)]
+    np.testing.assert_array_equal(call(module, query, *soiled), out)
+
+
+def test_the_drop_in_is_the_function():
+    query, key, value = random_heads(2, 2, 12, 12, 4, 2)
+    module = ours.eva_dropin(8, 2, window_size=4, chunk_size=2, rngs=RNGS(0))
+    out = module(query, key, value)
+    expected = eva(query[1, :, 3], key[1, :, 1], value[1, :, 1], window_size=4, chunk_size=2)
+    np.testing.assert_allclose(out[1, :, 3], expected, atol=1e-6)
+
+
+def test_evabyte_pools_raw_keys_by_its_vectors():
+    query, key, value = random_heads(3, 1, 16, 16, 2, 2)
+    module = MODULES["evabyte"]()
+    out = module(query, key, value)
+    q, k, v = (np.asarray(x[0, :, 1], np.float64) for x in (query, key, value))
+    a, phi = np.asarray(module.vectors[...][1], np.float64)
+    s = 8**-0.5
+    for t in range(16):
+        near = [j for j in range(16) if t // 4 - 1 <= j // 4 and j <= t]
+        logits, values = [s * q[t] @ k[j] for j in near], [v[j] for j in near]
+        for c in range(8):
+            if 2 * c // 4 < t // 4 - 1:
+                part = slice(2 * c, 2 * c + 2)
+                pool = np.exp(k[part] @ a)
+                share = np.exp(s * (k[part] @ phi - (k[part] ** 2).sum(1) / 2))
+                logits.append(s * q[t] @ (pool @ k[part] / pool.sum()))
+                values.append(share @ v[part] / share.sum())
+        weights = np.exp(logits)
+        np.testing.assert_allclose(out[0, t, 1], weights @ np.asarray(values) / weights.sum(), atol=2e-5)
+
+
+def test_adaptors_that_change_nothing_give_pooled_means():
+    query, key, value = random_heads(4, 1, 16, 16, 2, 1)
+    module = ours.eva_official(8, 1, window_size=4, num_chunks=4, rngs=RNGS(0))
+    for adaptor in (module.adapt_queries, module.adapt_keys):
+        adaptor.linear.kernel[...] = jnp.eye(8)
+        adaptor.norm = None
+    out = module(query, key, value)
+    options = {"window_size": 4, "num_chunks": 4, "exclude_local": False, "count_correction": False}
+    expected = eva(query[0, :, 1], key[0, :, 0], value[0, :, 0], proposal_mean="half", **options)
+    np.testing.assert_allclose(out[0, :, 1], expected, atol=1e-6)
+
+
+def test_an_image_bias_depends_on_the_offset_alone():
+    module = MODULES["eva_official image"]()
+    module.bias[...] = jnp.arange(9.0).reshape(3, 3)
+    bias = np.asarray(module.local_bias())
+    assert bias.shape == (4, 4)
+    np.testing.assert_array_equal(np.diag(bias), 4)
+    assert bias[0, 1] == bias[2, 3] == 3
+    assert bias[0, 3] == 0
+    assert bias[3, 0] == 8
+
+
+def test_a_learned_bandwidth_of_each_head_and_its_gates():
+    query, key, value = random_heads(5, 1, 8, 8, 2, 2)
+    module = ours.Rfa(8, 2, options={"num_features": 8, "is_causal": True, "block_size": 2}, gate_dim=3, rngs=RNGS(0))
+    module.bandwidth[...] = jnp.stack([jnp.full(8, 0.5), jnp.full(8, 1.5)])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 3)), jnp.float32)
+    out = module(query, key, value, rng=jax.random.key(0), gate_input=x)
+    expected = rfa(
+        query[0, :, 1], key[0, :, 1], value[0, :, 1], jax.random.fold_in(jax.random.key(0), 1), is_causal=True,
+        num_features=8, block_size=2, bandwidth=1.5, gate_logits=module.gate(x)[0, :, 1],
+    )  # fmt: skip
+    np.testing.assert_allclose(out[0, :, 1], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="gate_input is needed with gates"):
+        module(query, key, value, rng=jax.random.key(0))
