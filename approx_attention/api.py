@@ -126,6 +126,8 @@ def attention(
 
     for name in _PER_TOKEN & hyperparameters.keys():
         x, expected = hyperparameters.pop(name), (*batch, num_keys, num_kv_heads)
+        if x is None:
+            continue
         if x.shape != expected:
             raise ValueError(f"{name} must be [..., S, K] = {list(expected)}, got shape {x.shape}")
         x = x.reshape(num_batches, num_keys, num_kv_heads).transpose(0, 2, 1)
@@ -250,8 +252,10 @@ def _per_head(head: _Head, per_head: Mapping[str, Array], num_kv_heads: int) -> 
             raise TypeError(f"method {head.name!r} has no argument {name!r}{did_you_mean(name, head.arguments)}")
         if name in head.hyperparameters:
             raise TypeError(f"argument {name!r} is given both per_head and for all heads")
-        if jnp.ndim(x) == 0 or x.shape[0] != num_kv_heads:
-            raise ValueError(f"per_head[{name!r}] must be [K, ...] with K = {num_kv_heads}, got shape {jnp.shape(x)}")
+        for leaf in jax.tree.leaves(x):
+            if not hasattr(leaf, "shape") or leaf.shape[:1] != (num_kv_heads,):
+                given = f"shape {leaf.shape}" if hasattr(leaf, "shape") else f"{leaf!r}"
+                raise ValueError(f"per_head[{name!r}] must be arrays [K, ...] with K = {num_kv_heads}, got {given}")
     return dict(per_head)
 
 

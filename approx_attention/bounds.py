@@ -58,7 +58,7 @@ def favor_mse(
     dtype = accumulation_dtype(q, k)
     q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
     logits, norms = q @ k.T, squared_norm(q) + squared_norm(k).T
-    together, apart = norms + 2 * logits, jnp.maximum(norms - 2 * logits, 0)
+    together, apart = (jnp.maximum(norms + sign * 2 * logits, 0) for sign in (1, -1))
     if features == "trigonometric":
         return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
     positive = jnp.expm1(together) / num_features

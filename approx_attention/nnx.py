@@ -80,16 +80,7 @@ class Eva(nnx.Module):
         side = np.arange(self.options["window_size"])
         offset = side[:, None] - side[None, :] + len(side) - 1
         rows, columns = np.broadcast_arrays(offset[:, None, :, None], offset[None, :, None, :])
-        order = self._order_within_a_window()
-        return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)[order][:, order]
-
-    def _order_within_a_window(self) -> np.ndarray:
-        """Places of a square window in the order in which `eva` takes them: chunk by chunk if chunks fit in windows."""
-        window, chunk = self.options["window_size"], self.options.get("chunk_size")
-        if not self.options.get("exclude_local", True) or chunk is None:
-            return np.arange(window**2)
-        places = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk)
-        return places.transpose(0, 2, 1, 3).reshape(-1)
+        return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)
 
     def __call__(
         self,
@@ -162,9 +153,12 @@ def eva_official(
         local_bias: learn a bias within windows.
         rngs: where the parameters are drawn from.
     """
+    size: dict[str, Any] = {"num_chunks": num_chunks}
+    if spatial_shape is not None:  # what is asked for is met by squares of about that number
+        size = {"chunk_size": max(1, math.isqrt(spatial_shape[0] * spatial_shape[1] // num_chunks))}
     options = {
         "window_size": window_size,
-        "num_chunks": num_chunks,
+        **size,
         "overlap": max(1, window_size // 2) if overlap else 0,
         "spatial_shape": spatial_shape,
         **_OFFICIAL,

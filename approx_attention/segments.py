@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -97,14 +96,7 @@ class GrowingSegments(NamedTuple):
         room = WeightedKV.empty(num_segments, head_dim, value_dim, dtype)
         return cls(TokenSums(room.k, room.value_sum, room.mass), jnp.ones((), jnp.int32))
 
-    def append(
-        self,
-        start: Array,
-        unit: int,
-        tokens: TokenSums,
-        least_length: int,
-        pool_pairs: Callable[[TokenSums, Array], TokenSums] | None = None,
-    ) -> "GrowingSegments":
+    def append(self, start: Array, unit: int, tokens: TokenSums, least_length: int) -> "GrowingSegments":
         """The segments after one more block.
 
         Whenever they would no longer hold the block, neighbours are pooled in pairs: a bounded number of segments then
@@ -115,24 +107,18 @@ class GrowingSegments(NamedTuple):
             unit: how many positions each row of ``tokens`` stands for.
             tokens: sums of the block, unit by unit.
             least_length: positions per segment at first, a multiple of ``unit``, with which all hold a block.
-            pool_pairs: ``(sums, length) -> sums`` of neighbours 2c and 2c + 1 in row c, for segments that will hold
-                ``length`` positions; sums them by default.
         """
-
-        def pooled(sums: TokenSums) -> TokenSums:
-            return pool_pairs(sums, 2 * length) if pool_pairs else jax.tree.map(sum_pairs, sums)
-
         num_segments, block_size = self.sums.count.shape[0], unit * tokens.count.shape[0]
         length = jnp.where(start == 0, least_length, self.length)
         full = start + block_size > num_segments * length
-        sums = lax.cond(full, pooled, lambda sums: sums, self.sums)
+        sums = lax.cond(full, lambda sums: jax.tree.map(_sum_pairs, sums), lambda sums: sums, self.sums)
         length = jnp.where(full, 2 * length, length)
         segment = (start + unit * jnp.arange(tokens.count.shape[0], dtype=jnp.int32)) // length
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_segments, indices_are_sorted=True), tokens)
         return GrowingSegments(jax.tree.map(jnp.add, sums, block), length)
 
 
-def sum_pairs(x: Array) -> Array:
+def _sum_pairs(x: Array) -> Array:
     """Sums rows 2c and 2c + 1 into row c, and frees the rows behind."""
     rows = x.shape[0]
     pairs = jnp.sum(pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), axis=1)

@@ -121,7 +121,9 @@ def test_exact_limit(name, is_causal):
     def loss(function):
         return lambda q, k, v: jnp.sum(weight * function(q, k, v))
 
-    approximate = functools.partial(call, name, size=11, is_causal=is_causal)
+    # A causal chunk is no smaller than it is asked to be, whatever their number.
+    single = {"chunk_size": 1} if is_causal and name == "eva" else {}
+    approximate = functools.partial(call, name, size=11, is_causal=is_causal, **single)
     exact = functools.partial(call, "exact", is_causal=is_causal, implementation="dense")
     np.testing.assert_allclose(approximate(q, k, v), brute_force(q, k, v, mask=visible)[0], atol=2e-6)
     gradients, expected = (jax.grad(loss(f), argnums=(0, 1, 2))(q, k, v) for f in (approximate, exact))

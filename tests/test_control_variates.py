@@ -140,8 +140,34 @@ def test_gates_and_bandwidths_of_each_head_through_attention():
         np.testing.assert_allclose(out[b, :, n], one, atol=2e-5)
     with pytest.raises(ValueError, match=r"gate_logits must be \[..., S, K\] = \[2, 9, 2\], got shape \(2, 9\)"):
         attention(query, key, value, method="rfa", rng=rng, is_causal=True, gate_logits=logits[..., 0])
-    with pytest.raises(ValueError, match=r"per_head\['bandwidth'\] must be \[K, ...\] with K = 2"):
+    with pytest.raises(ValueError, match=r"per_head\['bandwidth'\] must be arrays \[K, ...\] with K = 2"):
         attention(query, key, value, method="rfa", rng=rng, per_head={"bandwidth": bandwidth[:1]})
+
+
+def test_gates_keep_their_precision_over_thousands_of_tokens():
+    q, k, v = head(33, 2048, 2048)
+    for mean in (2.0, 0.0, -4.0):
+        logits = jnp.asarray(np.random.default_rng(0).normal(size=2048) + mean)
+        options = {"is_causal": True, "num_features": 16, "block_size": 64}
+        wide = rfa(q, k, v, jax.random.key(0), gate_logits=logits, **options)
+        single = (x.astype(jnp.float32) for x in (q, k, v))
+        narrow = rfa(*single, jax.random.key(0), gate_logits=logits.astype(jnp.float32), **options)
+        assert relative_error(narrow, wide) < 1e-3
+    half = (x.astype(jnp.bfloat16) for x in (q[:64], k[:64]))
+    for x in gate_tokens(*half, logits[:64].astype(jnp.bfloat16)):
+        assert x.dtype == jnp.float32
+
+
+def test_gradients_of_tiny_tokens_and_padded_gates_are_finite():
+    q, k, v = (x.astype(jnp.float32) for x in head(34, 10, 10))
+    kv_mask = jnp.arange(10) < 6
+    logits = jnp.where(kv_mask, 1.0, jnp.nan).astype(jnp.float32)
+    for scale in (1e-30, 1e-19, 1e-10, 1.0, 1e15):
+        function = lambda q, k, z: rfa(
+            q, k, v, jax.random.key(0), num_features=4, gate_logits=z, is_causal=True, block_size=2, kv_mask=kv_mask
+        )[:6]
+        _, vjp = jax.vjp(function, scale * q, scale * k, logits)
+        chex.assert_tree_all_finite(vjp(jnp.ones((6, 8), jnp.float32)))
 
 
 # FAVOR+
@@ -266,6 +292,28 @@ def test_the_normaliser_of_lara_is_unbiased():
     assert np.all(ratio.std(0) / np.sqrt(len(keys)) < 0.02)
 
 
+@pytest.mark.parametrize("weights", ["balance", "query_specific", "biased"])
+def test_lara_where_padding_is_large_or_everything_is_masked(weights):
+    q, k, v = head(31)
+    nothing = lara(q, k, v, num_landmarks=4, weights=weights, kv_mask=jnp.zeros(24, bool))
+    np.testing.assert_array_equal(nothing, 0)
+    kv_mask = jnp.arange(24) < 12
+    padded = jnp.where(kv_mask[:, None], q, 1e3 * q)
+    function = lambda q, k, v: lara(q, k, v, num_landmarks=4, weights=weights, kv_mask=kv_mask)[:12]  # noqa: E731
+    out, vjp = jax.vjp(function, padded, k, v)
+    np.testing.assert_allclose(out, function(q, k, v), rtol=1e-9)
+    chex.assert_tree_all_finite(vjp(jnp.ones_like(out)))
+
+
+def test_arguments_of_lara_that_do_not_fit_are_refused():
+    q, k, v = head(32)
+    mu = jnp.zeros((3, 8))
+    three = lara(q, k, v, num_landmarks=3, proposal_mean=mu, weights="query_specific")
+    np.testing.assert_array_equal(lara(q, k, v, proposal_mean=mu, weights="query_specific"), three)
+    with pytest.raises(ValueError, match="spatial_shape must be that of the tokens"):
+        lara(q, k, v, spatial_shape=(5, 5))
+
+
 def test_more_samples_bring_lara_closer():
     q, k, v = head(12)
     expected, _ = brute_force(q, k, v)
@@ -283,8 +331,8 @@ def test_lara_pools_rectangles_of_an_image():
     rows = lara(q[order], k[order], v[order], num_landmarks=4)
     image = lara(q, k, v, num_landmarks=4, spatial_shape=(4, 4))
     np.testing.assert_allclose(image[order], rows, rtol=1e-9)
-    with pytest.raises(ValueError, match="must be a square"):
-        lara(q, k, v, num_landmarks=3, spatial_shape=(4, 4))
+    one = lara(q, k, v, num_landmarks=3, spatial_shape=(4, 4))
+    np.testing.assert_allclose(one, lara(q, k, v, num_landmarks=1), rtol=1e-9)
 
 
 # EVA
@@ -409,8 +457,50 @@ def test_causal_eva_sees_two_blocks_and_the_chunks_before():
     )  # fmt: skip
     np.testing.assert_allclose(out, expected, rtol=1e-9)
     # As many chunks as keys: exact.
-    whole = eva(q, k, v, window_size=4, num_chunks=24, is_causal=True)
+    whole = eva(q, k, v, window_size=4, chunk_size=1, is_causal=True)
     np.testing.assert_allclose(whole, brute_force(q, k, v, mask=causal_mask(24, 24))[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 5, 30])
+def test_a_bounded_number_of_chunks_averages_neighbours(num_chunks):
+    q, k, v = head(28, 44, 44)
+    out = eva(q, k, v, window_size=4, chunk_size=2, num_chunks=num_chunks, is_causal=True)
+    x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
+
+    def beta(c):
+        part = slice(2 * c, 2 * c + 2)
+        share = np.exp(y[part] @ y[part].mean(0) - (y[part] ** 2).sum(1) / 2)
+        return share @ z[part] / share.sum()
+
+    for t in range(44):
+        near, past = [j for j in range(44) if t // 4 - 1 <= j // 4 and j <= t], max(0, 4 * (t // 4 - 1))
+        length = 2 * -(-2 // num_chunks)
+        while past > length * num_chunks:
+            length *= 2
+        tokens = [(1, y[j], z[j]) for j in near]
+        for first in range(0, past, length):
+            part = slice(first, min(first + length, past))
+            betas = [beta(c) for c in range(part.start // 2, part.stop // 2)]
+            tokens.append((part.stop - part.start, y[part].mean(0), np.mean(betas, axis=0)))
+        weights = np.asarray([n * np.exp(x[t] @ key) for n, key, _ in tokens])
+        np.testing.assert_allclose(out[t], weights @ np.asarray([b for *_, b in tokens]) / weights.sum(), rtol=1e-8)
+
+
+def test_a_bias_of_an_image_is_in_the_order_of_its_pixels():
+    q, k, v = head(29, 16, 16)
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)))
+    for chunk_size in (1, 2, 4):
+        out = eva(q, k, v, window_size=4, chunk_size=chunk_size, spatial_shape=(4, 4), local_bias=bias)
+        expected, _ = brute_force(q, k, v, bias=np.asarray(bias))
+        np.testing.assert_allclose(out, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(24, 16), (16, 24), (24, 24)])
+def test_the_official_causal_form_does_not_see_the_future(num_queries, num_keys):
+    q, k, v = head(30, num_queries, num_keys)
+    function = jax.jit(functools.partial(eva, window_size=4, chunk_size=2, is_causal=True, exclude_local=False))
+    before, after = function(q, k, v), function(q.at[10:].add(3), k.at[10:].add(1), v.at[10:].add(1))
+    np.testing.assert_array_equal(after[:10], before[:10])
 
 
 def test_images_in_squares():
@@ -485,6 +575,9 @@ def test_options_that_do_not_fit_are_refused():
     for options, error, message in (
         ({"window_size": 8, "chunk_size": 3}, ValueError, "must divide window_size = 8 or be a multiple of it, got 3"),
         ({"chunk_size": 4, "num_chunks": 3}, ValueError, "chunk_size or num_chunks, not both"),
+        ({"chunk_size": 0, "is_causal": True}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 16, "window_size": 8, "is_causal": True}, ValueError, "chunk_size must divide window_size = 8"),
+        ({"spatial_shape": (4, 6), "window_size": 2, "num_chunks": 5}, ValueError, "num_chunks must be at least 6"),
         ({"window_size": 8, "chunk_size": 4, "overlap": 2}, ValueError, "overlap must be a multiple"),
         ({"is_causal": True, "overlap": 4}, NotImplementedError, "'eva' does not support overlap with is_causal"),
         ({"spatial_shape": (5, 5), "window_size": 5}, ValueError, "spatial_shape must be that of the 24 tokens"),

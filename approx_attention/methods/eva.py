@@ -67,9 +67,9 @@ def eva(
     (``exclude_local``), and a chunk counts as often as it has keys (``count_correction``).
 
     Without a key the noise is off, :math:`w_P = \mu_P`. The causal form looks at keys alone, :math:`\mu_P = \bar k_P`,
-    so that it can be streamed; a query sees its own block of ``window_size`` and the block before exactly. With a chunk
-    size it holds every earlier chunk, at a cost of T^2 / ``chunk_size``; with a number of chunks at most that many,
-    whose neighbours are pooled as the prefix grows (synthetic tokens taken as tokens), at a cost linear in T.
+    so that it can be streamed; a query sees its own block of ``window_size`` and the block before exactly. It holds
+    every earlier chunk, at a cost of T^2 / ``chunk_size``; with a number of chunks at most that many, whose neighbours
+    are averaged in pairs as the prefix grows, at a cost linear in T.
 
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t.
@@ -77,9 +77,9 @@ def eva(
         v: values ``[S, Dv]``.
         key: typed PRNG key of the noise, or none for no noise.
         window_size: queries per window; of an image, the side of a square window.
-        chunk_size: keys per chunk (of an image, its side): a divisor or a multiple of the window, by default the
-            largest divisor up to 16. With ``exclude_local=False`` any.
-        num_chunks: in place of a chunk size, the greatest number of chunks.
+        chunk_size: keys per chunk (of an image, its side): a divisor of the window, by default the largest one up to
+            16, or a multiple of it if neither causal nor an image. With ``exclude_local=False`` any.
+        num_chunks: the greatest number of chunks; in place of a chunk size, but beside it if causal.
         is_causal: query t sees keys j <= t.
         exclude_local: no token is both in the window and in a chunk; else all are in chunks, as in the authors' code.
         count_correction: the factor |P|.
@@ -87,13 +87,16 @@ def eva(
             chunk size. With ``exclude_local=False`` any, and chunks then overlap alike, as in the authors' code.
         summary: two learned vectors ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
             :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and w the second for every chunk.
-        chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means.
+        chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means; like all that is given
+            by chunk in the order of `chunk_means`.
         proposal_mean: :math:`\mu`: ``"q+k"``, ``"half"`` of that, ``"k"``, or ``[C, D]`` in scaled space. By default
-            ``"q+k"``, but ``"k"`` if causal. Queries of another sequence (T != S) enter by the mean of them all.
+            ``"q+k"``, but ``"k"`` if causal and ``exclude_local``. Queries of another sequence (T != S) enter by the
+            mean of them all, but causally by those at the places of the chunk.
         num_samples: directions per chunk; with more than one, their answers are weighted by importance.
         noise: standard normal noise ``[R, C, D]`` in place of a draw.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
-        local_bias: learned bias of the logits within a window, ``[window, window + overlaps]``.
+        local_bias: learned bias of the logits within a window, ``[window, window + overlaps]``; of an image, between
+            the pixels of a window, row by row.
         spatial_shape: height and width of an image that the tokens are, row by row.
         kv_mask: true where a key is real, ``[S]``, and for self-attention a query. A query that sees no key gives 0; a
             chunk without a real key has no mass.
@@ -123,8 +126,10 @@ def eva(
     dtype, head_dim = v.dtype, q.shape[-1]
     check_count("window_size", window_size)
     check_count("overlap", overlap, least=0)
-    if chunk_size is not None and num_chunks is not None:
+    if chunk_size is not None and num_chunks is not None and not (is_causal and exclude_local):
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal and exclude_local:
         given = {
@@ -140,11 +145,13 @@ def eva(
         for name, is_given in given.items():
             if is_given:
                 raise NotImplementedError(f"method 'eva' does not support {name} with is_causal and exclude_local")
+        chunk_size = chunk_size or _largest_divisor(window_size, DEFAULT_CHUNK)
+        if window_size % chunk_size:
+            raise ValueError(f"chunk_size must divide window_size = {window_size}, got {chunk_size}")
         if num_chunks is None:
-            chunk_size = _largest_divisor(window_size, DEFAULT_CHUNK) if chunk_size is None else chunk_size
             num_chunks = -(-max(q.shape[0], window_size) // chunk_size)
         # Fewer queries than a block see no chunk.
-        sizes: Any = {"num_chunks": num_chunks, "chunk_size": chunk_size if q.shape[0] >= window_size else None}
+        sizes: Any = {"num_chunks": num_chunks, "chunk_size": chunk_size if q.shape[0] >= window_size else 1}
         options: Any = {"summary": summary, "count_correction": count_correction, "noise_scale": noise_scale}
         running = running_eva(head_dim, key, **sizes, **options)
         state = causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
@@ -158,8 +165,12 @@ def eva(
     if layout.order is not None:
         q, k, v = (x[layout.order] for x in (q, k, v))
         kv_mask = None if kv_mask is None else kv_mask[layout.order]
+        if local_bias is not None and layout.within is not None and local_bias.shape == (layout.window,) * 2:
+            local_bias = local_bias[layout.within][:, layout.within]
     learned = {"chunk_keys": chunk_keys, "noise": noise}
-    summarise = _Summaries(q, k, v, key, kv_mask, summary, proposal_mean, num_samples, noise_scale, count_correction)
+    summarise = _Summaries(
+        q, k, v, key, kv_mask, summary, proposal_mean, num_samples, noise_scale, count_correction, is_causal
+    )
     chunks = summarise(layout.chunks, 0, **learned)
     siblings = None
     if layout.siblings is not None:
@@ -202,7 +213,8 @@ def chunk_means(
         kv_mask: true where a key is real; its query then is too, if there are as many.
 
     Returns:
-        Query means and key means, each ``[C, D]``; the mean of all queries in each row if T != S.
+        Query means and key means, each ``[C, D]``: chunks of a sequence in order; of an image row by row, but with
+        ``exclude_local`` window by window and row by row within. If T != S the query means are as in `eva`.
     """
     layout = _layout(
         q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, 0 if is_causal else overlap, exclude_local,
@@ -211,12 +223,17 @@ def chunk_means(
     if layout.order is not None:
         q, k = q[layout.order], k[layout.order]
         kv_mask = None if kv_mask is None else kv_mask[layout.order]
-    return _query_means(q, k, layout.chunks, kv_mask), segment_means(k, layout.chunks, kv_mask)
+    return _query_means(q, k, layout.chunks, kv_mask, is_causal), segment_means(k, layout.chunks, kv_mask)
 
 
-def _query_means(q: Array, k: Array, parts: Segments, kv_mask: Array | None) -> Array:
-    if q.shape[0] == k.shape[0]:
+def _query_means(q: Array, k: Array, parts: Segments, kv_mask: Array | None, is_causal: bool) -> Array:
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    if num_queries == num_keys:
         return segment_means(q, parts, kv_mask)
+    if is_causal:  # queries of later places would tell of the future
+        asked = jnp.arange(num_keys) < num_queries
+        asked = asked if kv_mask is None else asked & kv_mask
+        return segment_means(pad_rows(q[:num_keys], max(0, num_keys - num_queries)), parts, asked)
     return jnp.broadcast_to(jnp.mean(q, axis=0, keepdims=True), (len(parts.member), q.shape[1]))
 
 
@@ -244,6 +261,7 @@ class _Summaries(NamedTuple):
     num_samples: int
     noise_scale: str
     count_correction: bool
+    is_causal: bool
 
     def __call__(
         self, parts: Segments, level: int, chunk_keys: Array | None = None, noise: Array | None = None
@@ -287,7 +305,7 @@ class _Summaries(NamedTuple):
         k_mean = segment_means(self.k, parts, self.kv_mask)
         if kind == "k":
             return k_mean
-        q_mean = _query_means(self.q, self.k, parts, self.kv_mask)
+        q_mean = _query_means(self.q, self.k, parts, self.kv_mask, self.is_causal)
         return (q_mean + k_mean) * (0.5 if kind == "half" else 1.0)
 
 
@@ -324,6 +342,7 @@ class _Layout(NamedTuple):
         chunks: the chunks of all keys.
         siblings: where a chunk holds several windows, those windows, to stand for the rest of a query's own chunk.
         order: the order of an image's tokens in which every window is a run, or None.
+        within: the places of a window in that order, if it is not row by row.
     """
 
     window: int
@@ -332,6 +351,7 @@ class _Layout(NamedTuple):
     chunks: Segments
     siblings: Segments | None
     order: np.ndarray | None
+    within: np.ndarray | None = None
 
 
 def _layout(
@@ -388,8 +408,12 @@ def _image_layout(
     if overlap:
         raise NotImplementedError("method 'eva' does not support overlap with spatial_shape")
     if chunk is None and num_chunks is not None:
-        chunk = max(1, math.isqrt(num_keys // num_chunks))
-        chunk = _largest_divisor(window, chunk) if exclude_local else _largest_divisor(math.gcd(height, width), chunk)
+        sides = [side for side in range(1, window + 1) if window % side == 0 and num_keys <= num_chunks * side**2]
+        if not sides:
+            raise ValueError(
+                f"num_chunks must be at least {num_keys // window**2}, one chunk a window, got {num_chunks}"
+            )
+        chunk = sides[0]
     chunk = chunk or _largest_divisor(window, max(1, math.isqrt(DEFAULT_CHUNK)))
     if (exclude_local and window % chunk) or height % chunk or width % chunk:
         raise ValueError(f"chunk_size must divide {window if exclude_local else spatial_shape}, got {chunk}")
@@ -398,15 +422,14 @@ def _image_layout(
         grid = np.arange(num_keys).reshape(height // side, side, width // side, side)
         return grid.transpose(0, 2, 1, 3).reshape(-1, side * side)
 
-    order = squares(window).reshape(-1)
-    if exclude_local:
-        within = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk).transpose(0, 2, 1, 3)
-        order = squares(window)[:, within.reshape(-1)].reshape(-1)
-        chunks = _runs(num_keys, chunk**2)
-    else:
+    if not exclude_local:
+        order = squares(window).reshape(-1)
         member = np.argsort(order)[squares(chunk)]
-        chunks = Segments(member, np.ones(member.shape, bool))
-    return _Layout(window**2, 0, chunk**2, chunks, None, order)
+        return _Layout(window**2, 0, chunk**2, Segments(member, np.ones(member.shape, bool)), None, order)
+    within = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk)
+    within = within.transpose(0, 2, 1, 3).reshape(-1)
+    order = squares(window)[:, within].reshape(-1)
+    return _Layout(window**2, 0, chunk**2, _runs(num_keys, chunk**2), None, order, within)
 
 
 def _runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
@@ -512,15 +535,13 @@ def running_eva(
     count_correction: bool = True,
     noise_scale: Literal["exact", "official"] = "exact",
 ) -> RunningSummary:
-    """Chunks of a growing prefix: neighbours are pooled in pairs whenever so many no longer fit.
-
-    A pooled chunk is made of two chunks as a chunk is made of tokens, each counted as often as it has keys.
+    """Chunks of a growing prefix: neighbours are averaged in pairs whenever so many no longer fit.
 
     Args:
         head_dim: the number D of channels of queries and keys.
         key: typed PRNG key of the noise, or none for no noise.
         num_chunks: how many chunks there are at most.
-        chunk_size: tokens per chunk at first, a divisor of the block; by default the least with which a block fits.
+        chunk_size: tokens per chunk, a divisor of the block; by default the largest one up to 16.
         summary: learned vectors, as in `eva`.
         count_correction: as in `eva`.
         noise_scale: as in `eva`.
@@ -531,51 +552,33 @@ def running_eva(
     check_count("num_chunks", num_chunks)
     spread = _spread(head_dim, noise_scale)
 
-    def directions(mu: Array, length: Array, first: Array) -> Array:
-        """One direction for each chunk of ``length`` positions, the first of which is number ``first``."""
-        if summary is not None:
-            mu = jnp.broadcast_to(summary[1].astype(mu.dtype)[None], mu.shape)
+    def directions(k: Array, log_count: Array, first: Array) -> Array:
+        """One direction for each of the chunks ``k [C, j, D]``, the first of which is number ``first``."""
+        if summary is None:
+            mu = _chunk_keys(k, log_count, None)
+        else:
+            mu = jnp.broadcast_to(summary[1].astype(k.dtype)[None], (k.shape[0], head_dim))
         if key is None:
             return mu
-        of_length = jax.random.fold_in(check_key("eva", key), length)
-        keys = jax.vmap(lambda i: jax.random.fold_in(of_length, i))(first + jnp.arange(mu.shape[0], dtype=jnp.int32))
+        numbers = first + jnp.arange(k.shape[0], dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key("eva", key), numbers)
         return mu + spread * jax.vmap(lambda key: jax.random.normal(key, (head_dim,), mu.dtype))(keys)
-
-    def chunks_of(k: Array, v: Array, count: Array, length: Array, first: Array) -> TokenSums:
-        """One token for each group of keys ``[C, j, D]`` that stand for ``count [C, j]`` keys each."""
-        log_count = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1)), HIDDEN)
-        total = jnp.sum(count, axis=1)
-        chunk_keys = _chunk_keys(k, log_count, summary)
-        mean_keys = chunk_keys if summary is None else _chunk_keys(k, log_count, None)
-        beta = _coefficients(k, v, log_count, directions(mean_keys, length, first))
-        return TokenSums(total[:, None] * chunk_keys, total[:, None] * beta, total)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
         return GrowingSegments.empty(num_chunks, head_dim, value_dim, dtype)
 
     def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
         block_size = k.shape[0]
-        unit = chunk_size
-        if unit is None:
-            unit = block_size // _largest_divisor(block_size, num_chunks)
-        if block_size % unit or unit * num_chunks < block_size:
-            raise ValueError(
-                f"chunk_size must divide the block of {block_size} tokens into at most num_chunks = {num_chunks}, "
-                f"got {unit}"
-            )
+        chunk = chunk_size or _largest_divisor(block_size, DEFAULT_CHUNK)
+        if block_size % chunk:
+            raise ValueError(f"chunk_size must divide the block of {block_size} tokens, got {chunk}")
         tokens = TokenSums.of_tokens(k, v, kv_mask)
-        grouped = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[1:]), tokens)
-        length = jnp.asarray(unit, jnp.int32)
-        fresh = chunks_of(grouped.k, grouped.v, grouped.count, length, start // unit)
-        return growing.append(start, unit, fresh, unit, pool_pairs)
-
-    def pool_pairs(sums: TokenSums, length: Array) -> TokenSums:
-        rows = sums.count.shape[0]
-        k, v = mean(sums.k, sums.count), mean(sums.v, sums.count)
-        pairs = jax.tree.map(lambda x: pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), (k, v, sums.count))
-        k, v, count = pairs
-        pooled = chunks_of(k, v, count, length, jnp.zeros((), jnp.int32))
-        return jax.tree.map(lambda x: pad_rows(x, rows - x.shape[0]), pooled)
+        k, v, count = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tuple(tokens))
+        log_count = jnp.where(count > 0, jnp.zeros_like(count), HIDDEN)
+        beta = _coefficients(k, v, log_count, directions(k, log_count, start // chunk))
+        total = jnp.sum(count, axis=1)
+        chunks = TokenSums(total[:, None] * _chunk_keys(k, log_count, summary), total[:, None] * beta, total)
+        return growing.append(start, chunk, chunks, chunk * -(-(block_size // chunk) // num_chunks))
 
     def read(growing: GrowingSegments) -> WeightedKV:
         landmarks = growing.sums.landmarks()

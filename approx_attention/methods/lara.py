@@ -1,5 +1,6 @@
 """Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -72,7 +73,7 @@ def lara(
         proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned.
         query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space for the query-specific rule in place of pooled ones.
         spatial_shape: height and width of an image that the tokens are, row by row; the segments are then rectangles of
-            it, and C must be a square.
+            it, as many as the greatest square number up to C.
         num_samples: draws per proposal, unless ``noise`` is given.
         antithetic: also use the negative of every noise, which doubles the samples.
         noise: standard normal noise ``[R, C, D]`` in place of a draw.
@@ -104,6 +105,12 @@ def lara(
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
+    if spatial_shape is not None:
+        if not spatial_shape[0] * spatial_shape[1] == q.shape[0] == k.shape[0]:
+            raise ValueError(f"spatial_shape must be that of the tokens, got {spatial_shape} and {q.shape[0]} queries")
+        num_landmarks = math.isqrt(min(num_landmarks, min(spatial_shape) ** 2)) ** 2
+    if proposal_mean is not None:
+        num_landmarks = proposal_mean.shape[0]
     query_mask = kv_mask if q.shape[0] == k.shape[0] else None
 
     def pooled(x: Array, mask: Array | None) -> Array:
@@ -115,6 +122,8 @@ def lara(
     mu = q_bar + pooled(k, kv_mask) if proposal_mean is None else proposal_mean.astype(q.dtype)
     if mu.ndim != 2 or mu.shape[1] != head_dim:
         raise ValueError(f"proposal_mean must be [C, D] with D = {head_dim}, got shape {mu.shape}")
+    if q_bar.shape != mu.shape and weights == "query_specific":
+        raise ValueError(f"query_landmarks must be [C, D] = {list(mu.shape)}, got shape {q_bar.shape}")
     if noise is None:
         shape = (check_count("num_samples", num_samples), *mu.shape)
         noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)
@@ -144,13 +153,15 @@ def lara(
         if query_mask is not None:
             affinity = jnp.where(query_mask[:, None], affinity, HIDDEN)
         log_affinity = jax.nn.logsumexp(affinity, axis=0)
+        log_affinity = jnp.where(log_affinity < HIDDEN / 2, jnp.zeros_like(log_affinity), log_affinity)
 
         def answer(q: Array) -> AttentionState:
             log_weight = q @ w.T - squared_norm(q) / 2 + log_sum[None, :]
             if weights == "biased":
                 log_weight = log_weight + q @ mu.T[:, own] - log_mixture[None, :]
             else:
-                r = jnp.exp(q @ q_bar.T - log_affinity[None, :])
+                # A share of what all queries have is at most 1, but for those that are padding.
+                r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
                 alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True))[:, own]
                 log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
             lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(num_samples)

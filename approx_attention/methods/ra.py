@@ -124,9 +124,11 @@ def ra(
                 logits = jnp.where(total_bias <= HIDDEN / 2, HIDDEN, q @ k.T + total_bias)
                 weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
                 cumulative = jnp.cumsum(lax.stop_gradient(weights), axis=-1)
-                # The first key at which the share of the weights reaches a uniform number in (0, 1].
-                reached = cumulative < (1 - uniform[:, None]) * cumulative[:, -1:]
-                indices = jnp.sum(reached, axis=-1)
+                # The first key in sight at which the share of the weights reaches a uniform number in (0, 1].
+                reached = (cumulative >= (1 - uniform[:, None]) * cumulative[:, -1:]) & (weights > 0)
+                indices = jnp.where(
+                    jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), jnp.argmax(weights, axis=-1)
+                )
             w = q + k[indices] + noise
             return dense_state(w, k, v, total_bias - half_norm).out
 

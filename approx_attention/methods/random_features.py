@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_key, head_inputs
 from approx_attention.features import (
     FeatureMap,
     PositiveFeatures,
@@ -21,7 +21,12 @@ from approx_attention.features import (
     orthogonal_projection,
     squared_norm,
 )
+from approx_attention.softmax import HIDDEN, dense_state
+from approx_attention.states import AttentionState, finite_peak
 from approx_attention.summaries import FeatureMoments, attend, kernel_state
+
+# A token whose entries are all smaller has no direction that float32 could tell.
+LEAST_SIZE = 1e-18
 
 FavorFeatures = Literal["positive", "hyperbolic", "relu"]
 RfaFeatures = Literal["trigonometric", "positive"]
@@ -337,11 +342,28 @@ def running_rfa(
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
 
     def space(x: Array) -> Array:
-        norm = jnp.sqrt(jnp.where((square := squared_norm(x[:, :head_dim])) == 0, 1, square))
-        unit = x[:, :head_dim] * (head_dim**0.25 / norm) * jnp.asarray(bandwidth, x.dtype).reshape(1, -1)
+        tokens = x[:, :head_dim]
+        # Brought to a size whose square neither over- nor underflows; a row of next to nothing has no direction.
+        size = lax.stop_gradient(jnp.max(jnp.abs(tokens), axis=-1, keepdims=True))
+        none = size < LEAST_SIZE
+        tokens = jnp.where(none, 0, tokens / jnp.where(none, 1, size))
+        norm = jnp.sqrt(jnp.where(none, 1, squared_norm(tokens)))
+        unit = tokens * (head_dim**0.25 / norm) * jnp.asarray(bandwidth, x.dtype).reshape(1, -1)
         return jnp.concatenate([unit, x[:, head_dim:]], axis=-1)
 
-    return running_moments(WeightedFeatures(feature_map) if gated else feature_map)._replace(space=space)
+    if not gated:
+        return running_moments(feature_map)._replace(space=space)
+
+    def near(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+        # The log-weights are added here, and not within the product of queries and keys, which may round them.
+        log_weight = k[:, -1][None, :]
+        greatest = finite_peak(jnp.max(jnp.where(bias <= HIDDEN / 2, -jnp.inf, log_weight)))
+        state = dense_state(
+            q[:, :-2], k[:, :-2], v, jnp.where(bias <= HIDDEN / 2, HIDDEN, bias + log_weight - greatest)
+        )
+        return AttentionState(state.out, state.lse + greatest)
+
+    return running_moments(WeightedFeatures(feature_map))._replace(space=space, near=near)
 
 
 def gate_tokens(
@@ -367,15 +389,19 @@ def gate_tokens(
         start: what the segment before returned.
 
     Returns:
-        Queries ``[T, D + 2]``, keys ``[S, D + 2]``, and :math:`-\sum \log g` up to the end, the next ``start``.
+        Queries ``[T, D + 2]`` and keys ``[S, D + 2]`` in float32 or wider, and :math:`-\sum \log g` up to the end, the
+        next ``start``.
 
     Raises:
         ValueError: gate logits that are not one per key.
     """
     if gate_logits.shape != k.shape[:1]:
         raise ValueError(f"gate_logits must be one per key, [S] = {list(k.shape[:1])}, got shape {gate_logits.shape}")
-    root = math.sqrt(1 / math.sqrt(q.shape[-1])) if scale is None else jnp.sqrt(jnp.asarray(scale, q.dtype))
-    gate_logits = gate_logits.astype(k.dtype)
+    dtype = accumulation_dtype(q, k)
+    root = math.sqrt(1 / math.sqrt(q.shape[-1])) if scale is None else jnp.sqrt(jnp.asarray(scale, dtype))
+    q, k, gate_logits = q.astype(dtype), k.astype(dtype), gate_logits.astype(dtype)
+    if kv_mask is not None:
+        gate_logits = jnp.where(kv_mask, gate_logits, 0)
     forgotten = jax.nn.softplus(-gate_logits)
     if kv_mask is not None:
         forgotten = jnp.where(kv_mask, forgotten, 0)
