@@ -78,6 +78,7 @@ class Method:
         cost: ``(T, S, D, Dv, size) -> FLOPs`` of the matrix products of its bidirectional form, per head.
         reference: where it comes from.
         size: the hyper-parameter that says how large its summary is, if it has one.
+        usual_size: the value at which its cost is shown.
         summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
         running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
         block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.
@@ -89,6 +90,7 @@ class Method:
     cost: Callable[[int, int, int, int, int], float]
     reference: str
     size: str | None = None
+    usual_size: int = 256
     summarize: Callable[..., Any] | None = None
     running: Callable[..., Any] | None = None
     block: str = "block_size"
@@ -159,6 +161,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         "ra": Method(
             function=ra,
             size="num_samples",
+            usual_size=1,
             capabilities=Capabilities(dense_mask=True, needs_key=True, unbiased=True, subquadratic=False),
             cost=lambda T, S, D, Dv, size: 2 * T * S * (size + 1) * (D + Dv),
             reference="Zheng et al. 2022",
@@ -226,6 +229,6 @@ def capability_table() -> str:
 
 
 def _relative_cost(method: Method, length: int) -> str:
-    """Matrix-product FLOPs at head dimension 64 and size 256, as a share of exact attention's."""
-    share = method.cost(length, length, 64, 64, 256) / METHODS["exact"].cost(length, length, 64, 64, 0)
+    """Matrix-product FLOPs at head dimension 64 and the usual size, as a share of exact attention's."""
+    share = method.cost(length, length, 64, 64, method.usual_size) / METHODS["exact"].cost(length, length, 64, 64, 0)
     return f"{100 * share:.3g}%"

@@ -162,10 +162,12 @@ def test_gradients_of_tiny_tokens_and_padded_gates_are_finite():
     q, k, v = (x.astype(jnp.float32) for x in head(34, 10, 10))
     kv_mask = jnp.arange(10) < 6
     logits = jnp.where(kv_mask, 1.0, jnp.nan).astype(jnp.float32)
+
+    def function(q, k, z):
+        options = {"num_features": 4, "gate_logits": z, "is_causal": True, "block_size": 2, "kv_mask": kv_mask}
+        return rfa(q, k, v, jax.random.key(0), **options)[:6]
+
     for scale in (1e-30, 1e-19, 1e-10, 1.0, 1e15):
-        function = lambda q, k, z: rfa(
-            q, k, v, jax.random.key(0), num_features=4, gate_logits=z, is_causal=True, block_size=2, kv_mask=kv_mask
-        )[:6]
         _, vjp = jax.vjp(function, scale * q, scale * k, logits)
         chex.assert_tree_all_finite(vjp(jnp.ones((6, 8), jnp.float32)))
 
