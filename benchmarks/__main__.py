@@ -1,4 +1,4 @@
-"""``python -m benchmarks exact|scaling|report``: measures, or turns the measurements into RESULTS.md."""
+"""``python -m benchmarks COMMAND``: measures, or turns the measurements into RESULTS.md."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import exact, report, scaling
+from benchmarks import control_variates, exact, report, scaling
 
 HERE = pathlib.Path(__file__).parent
 
@@ -39,6 +39,14 @@ def exact_command(longest: int, rounds: int) -> None:
 def scaling_command(longest: int, rounds: int) -> None:
     """Every method against the fastest exact attention as the sequence grows."""
     _write("scaling", scaling.measure(longest, rounds))
+
+
+@main.command("control-variates")
+@click.option("--longest", type=click.IntRange(min=2048), default=32768, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def control_variates_command(longest: int, rounds: int) -> None:
+    """FAVOR+, LARA and EVA against exact attention and PyTorch."""
+    _write("control_variates", control_variates.measure(longest, rounds))
 
 
 @main.command("report")
