@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import importlib.resources
 import inspect
-import itertools
 import json
 import math
 import os
@@ -183,12 +182,26 @@ def default_methods(is_causal: bool) -> list[str]:
 
 
 def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each method, the same in every figure; names that are no methods take what is left."""
+    """A colour and a marker for each method, the same in every figure; names that are no methods take what is left.
+
+    What is left is taken again with hollow markers once it is used up.
+    """
     names = list(names)
-    known = {name: index for index, name in enumerate(METHODS) if name in names}
-    left = itertools.cycle([i for i in range(len(_STYLES)) if i not in known.values()] or range(len(_STYLES)))
-    chosen = {name: known[name] if name in known else next(left) for name in names}
-    return {name: dict(zip(("color", "marker"), _STYLES[i % len(_STYLES)], strict=True)) for name, i in chosen.items()}
+    known = [name for name in METHODS if name in names]
+    free = [i for i in range(len(_STYLES)) if i >= len(METHODS) or list(METHODS)[i] not in known]
+    looks = {}
+    for number, name in enumerate([name for name in names if name not in known]):
+        pool = free or range(len(_STYLES))
+        looks[name] = (pool[number % len(pool)], number >= len(pool))
+    looks |= {name: (list(METHODS).index(name) % len(_STYLES), False) for name in known}
+    return {
+        name: {
+            "color": _STYLES[index][0],
+            "marker": _STYLES[index][1],
+            "markerfacecolor": "white" if hollow else _STYLES[index][0],
+        }
+        for name, (index, hollow) in ((name, looks[name]) for name in names)
+    }
 
 
 # Colours that the colour-blind tell apart, each with a marker of its own.

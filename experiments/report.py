@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from approx_attention.compare import write_atomically
 from experiments import plots
-from experiments.config import STRICT, ConfigError, read_config_file, resolve
+from experiments.config import STRICT, ConfigError, ConfigFile, read_config_file, resolve
 from experiments.runs import CONFIGS, results_of
 
 # The most telling scale first; a claim's verdict comes from the first of them whose study is complete.
@@ -223,11 +223,8 @@ def render(root: pathlib.Path) -> str:
             [_finding_row(finding) for finding in findings],
         ),
     ]
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        file = read_config_file(path)
-        runs = results_of(file, results)
-        if runs and path.stem in SCALES:
-            parts += list(_study(file, path, runs, root))
+    for file, runs in _studies(results):
+        parts += list(_study(file, runs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -235,16 +232,20 @@ def write(root: pathlib.Path) -> list[pathlib.Path]:
     """Writes RESULTS.md and the plots under ``root``; returns the files."""
     written = []
     (root / "plots").mkdir(exist_ok=True)
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        file = read_config_file(path)
-        runs = results_of(file, root / "results")
-        if runs and path.stem in SCALES:
-            figure, place = plots.draw(file.experiment, runs), root / "plots" / _plot_name(path)
-            write_atomically(place, lambda out, figure=figure: figure.savefig(out, format="png"))
-            written.append(place)
+    for file, runs in _studies(root / "results"):
+        figure, place = plots.draw(file.experiment, runs), root / "plots" / _plot_name(file.path)
+        write_atomically(place, lambda out, figure=figure: figure.savefig(out, format="png"))
+        written.append(place)
     text = render(root)
     write_atomically(root / "RESULTS.md", lambda out: out.write(text.encode()))
     return [*written, root / "RESULTS.md"]
+
+
+def _studies(results: pathlib.Path) -> Iterable[tuple[ConfigFile, list[dict[str, Any]]]]:
+    """The configurations that claims are judged by and that have results, with these."""
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        if path.stem in SCALES and (runs := results_of(file := read_config_file(path), results)):
+            yield file, runs
 
 
 def _plot_name(path: pathlib.Path) -> str:
@@ -273,8 +274,9 @@ def _named(side: Metric | Against) -> str:
     return parts[1] if parts[0] == "methods" else side.arm
 
 
-def _study(file: Any, path: pathlib.Path, runs: Sequence[Mapping[str, Any]], root: pathlib.Path) -> Iterable[str]:
+def _study(file: ConfigFile, runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """One study: its setting, its table, and its plot."""
+    path = file.path
     yield f"## {path.relative_to(CONFIGS).with_suffix('').as_posix()}"
     environment, total = runs[0]["environment"], len(file.arms) * len(file.seeds)
     incomplete = "" if len(runs) == total else f" Incomplete: {len(runs)} of {total} runs."

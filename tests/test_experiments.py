@@ -1,21 +1,26 @@
 """The experiments harness: configurations, data, resuming, and verdicts that follow from result files alone."""
 
+import io
 import json
+import pickle
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from rich.console import Console
 
 from approx_attention import METHODS
 from experiments import __main__ as cli
 from experiments import report, training
 from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
-from experiments.data import DATASETS, DataConfig, load
+from experiments.data import DATASETS, DataConfig, load, text
 from experiments.models import AttentionConfig, ModelConfig
 from experiments.runs import CONFIGS, EXPERIMENTS, Run
 from experiments.training import OptimizerConfig, TrainingConfig, build_model, make_optimizer, train_step
@@ -103,6 +108,73 @@ def test_missing_paths_are_one_clear_line(name):
     with pytest.raises(ConfigError, match="needs the setting 'path'"):
         load(DataConfig(name))
     assert name in DATASETS
+
+
+def test_python_text_is_split_by_file_without_repeats(tmp_path, monkeypatch):
+    for number in range(40):
+        (tmp_path / f"module{number}.py").write_text(f"value = {number:04d}  # {'x' * 40}\n")
+    (tmp_path / "again.py").write_text((tmp_path / "module0.py").read_text())
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "left_out.py").write_text("y" * 1000)
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    dataset = load(DataConfig("python_text", {"length": 16}))
+    held = dataset.provenance["bytes"]
+    # Each file once, with a line end between those of a split.
+    assert sum(held.values()) == 40 * len((tmp_path / "module0.py").read_bytes()) + 40 - 3
+    assert all(held.values())
+    seen = {}
+    for split in ("train", "valid", "test"):
+        windows = dataset.draw(np.random.default_rng(0), 400, split)
+        np.testing.assert_array_equal(windows["tokens"][:, 1:], windows["targets"][:, :-1])
+        lines = b"|".join(bytes(row) for row in windows["tokens"].astype(np.uint8))
+        seen[split] = set(re.findall(rb"value = (\d{4})", lines))
+        assert seen[split]
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["valid"]
+
+
+def test_users_files_are_read(tmp_path):
+    (tmp_path / "enwik8").write_bytes(bytes(range(200)) * 10)
+    batch = load(DataConfig("byte_file", {"path": str(tmp_path / "enwik8"), "length": 8})).draw(
+        np.random.default_rng(0), 2, "test"
+    )
+    np.testing.assert_array_equal((batch["tokens"] + 1) % 200, batch["targets"])
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.raw").write_text(split * 20)
+    batch = load(DataConfig("wikitext", {"path": str(tmp_path), "length": 5})).draw(
+        np.random.default_rng(0), 1, "valid"
+    )
+    assert bytes(batch["tokens"][0].astype(np.uint8)) in b"valid" * 3
+    with pytest.raises(ConfigError, match="too few for a length of 4096"):
+        load(DataConfig("wikitext", {"path": str(tmp_path), "length": 4096}))
+
+
+def test_users_images_are_read(tmp_path):
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
+        for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            pixels = np.full((2, 3072), 10 * number, np.uint8)
+            content = pickle.dumps({b"data": pixels, b"labels": [number, number]}, protocol=2)
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    cifar = load(DataConfig("cifar10", {"path": str(tmp_path / "cifar.tar.gz")}))
+    batch = cifar.draw(np.random.default_rng(0), 3, "test")
+    assert batch["image"].shape == (3, 32, 32, 3)
+    np.testing.assert_allclose(batch["image"], 50 / 255, rtol=1e-6)
+    np.testing.assert_array_equal(batch["label"], 5)
+    from PIL import Image
+
+    for part, name, shade in (("train", "cat", 0), ("train", "dog", 255), ("val", "dog", 255)):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (9, 7), (shade,) * 3).save(folder / "one.png")
+    images = load(DataConfig("image_folder", {"path": str(tmp_path), "size": 8}))
+    batch = images.draw(np.random.default_rng(0), 2, "test")
+    np.testing.assert_array_equal(batch["image"], 1)
+    np.testing.assert_array_equal(batch["label"], 1)
+    (tmp_path / "train" / "dog" / "one.png").unlink()
+    with pytest.raises(ConfigError, match="holds one image"):
+        load(DataConfig("image_folder", {"path": str(tmp_path), "size": 8}))
 
 
 KILLED = {
@@ -316,6 +388,33 @@ def test_the_seed_of_a_swap_in_stands_in_one_place():
     file = read_config_file(CONFIGS / "harness" / "swap_in" / "smoke.yaml")
     with pytest.raises(ConfigError, match="the seed stands beside 'training'"):
         Run.of(file, "run", 0, {"training.seed": 3}, CONFIGS)
+
+
+def test_the_report_is_written_with_its_plots(tmp_path):
+    root = CONFIGS.parent / "experiments"
+    for name in ("results", "claims.yaml"):
+        (tmp_path / name).symlink_to(root / name)
+    written = report.write(tmp_path)
+    assert written[-1] == tmp_path / "RESULTS.md"
+    assert written[-1].read_text() == report.render(root)
+    for plot in written[:-1]:
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert f"plots/{plot.name}" in written[-1].read_text()
+
+
+def test_a_sweep_leaves_out_what_is_done(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**KILLED, "train": {**KILLED["train"], "steps": 4}, "seeds": [0, 1]}))
+    command = ["sweep", str(config), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        outcome = CliRunner().invoke(cli.experiments, command)
+        assert outcome.exit_code == 0, outcome.output
+    logs = sorted((tmp_path / "out").rglob("metrics.jsonl"))
+    assert [path.parent.name for path in logs] == ["run-seed0", "run-seed1"]
+    assert all(len(path.read_text().splitlines()) == 2 for path in logs)
+    outcome = CliRunner().invoke(cli.experiments, ["list"])
+    assert outcome.exit_code == 0
+    assert "harness/language_model/cpu.yaml" in outcome.output
 
 
 def test_results_follow_from_the_committed_runs():
