@@ -127,4 +127,30 @@ def _bias(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-_FIGURES = {"quality": _quality, "swap_in": _swap_in, "long_context": _long_context, "gap": _gap, "bias": _bias}
+def _continuum(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    results = [run["result"] for run in runs]
+    sizes = list(results[0]["errors"])
+    for size, style in zip(sizes, method_styles(sizes).values(), strict=True):
+        groups = list(results[0]["errors"][size])
+        # One key per group is exact; what is left is rounding.
+        means = [max(statistics.fmean(r["errors"][size][n] for r in results), 1e-7) for n in groups]
+        axes.plot([int(n) for n in groups], means, label=f"{size} keys exactly", **style)
+    axes.axhline(statistics.fmean(r["random_features"] for r in results), color="0.5", linestyle=":")
+    axes.annotate("random features", (1, statistics.fmean(r["random_features"] for r in results)), va="bottom")
+    axes.set(xscale="log", yscale="log", xlabel="groups of keys with a coefficient each", ylabel="relative error")
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+_FIGURES = {
+    "continuum": _continuum,
+    "quality": _quality,
+    "swap_in": _swap_in,
+    "long_context": _long_context,
+    "gap": _gap,
+    "bias": _bias,
+}

@@ -381,7 +381,20 @@ def _bias_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield _table(["", "relative", *runs[0]["result"]["methods"][name]["bias"], "slope"], rows)
 
 
+def _continuum_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    results = [run["result"] for run in runs]
+    numbers = sorted({n for by_groups in results[0]["errors"].values() for n in by_groups}, key=int)
+    rows = []
+    for size, by_groups in results[0]["errors"].items():
+        figures = [_spread([r["errors"][size][n] for r in results]) if n in by_groups else "" for n in numbers]
+        rows.append([f"{size} keys exactly", *figures])
+    features, mean = (_spread([r[name] for r in results]) for name in ("random_features", "mean_value"))
+    yield f"Relative error; of random features alone {features}, of the mean of the values {mean}."
+    yield _table(["", *(_count(int(n), "group") for n in numbers)], rows)
+
+
 _TABLES = {
+    "continuum": _continuum_tables,
     "gap": _gap_tables,
     "bias": _bias_tables,
     "quality": _quality_tables,

@@ -13,7 +13,7 @@ from rich.console import Console
 from approx_attention.checks import unknown
 from approx_attention.compare import environment, write_atomically
 from experiments.config import ConfigError, ConfigFile, as_plain, differences, read_yaml, resolve
-from experiments.control_variates import bias, gap
+from experiments.control_variates import bias, continuum, gap
 from experiments.harness import long_context, quality, swap_in
 from experiments.training import TrainingConfig
 
@@ -34,6 +34,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "quality": Experiment(TrainingConfig, quality.run),
     "swap_in": Experiment(swap_in.SwapInConfig, swap_in.run),
     "gap": Experiment(gap.GapConfig, gap.run),
+    "continuum": Experiment(continuum.ContinuumConfig, continuum.run),
     "bias": Experiment(bias.BiasConfig, bias.run),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }

@@ -422,9 +422,23 @@ def test_results_follow_from_the_committed_runs():
     assert (root / "RESULTS.md").read_text() == report.render(root)
 
 
-@pytest.mark.parametrize("name", ["language_model", "swap_in", "long_context"])
-def test_smoke_studies_run(tmp_path, name):
-    file = read_config_file(CONFIGS / "harness" / name / "smoke.yaml")
+@pytest.mark.parametrize(
+    "study",
+    [
+        "harness/language_model",
+        "harness/swap_in",
+        "harness/long_context",
+        "control_variates/gap",
+        "control_variates/continuum",
+        "control_variates/bias",
+        *(
+            pytest.param(f"control_variates/{name}", marks=pytest.mark.slow)
+            for name in ("swap_in", "vision", "language_model")
+        ),
+    ],
+)
+def test_smoke_studies_run(tmp_path, study):
+    file = read_config_file(CONFIGS / study / "smoke.yaml")
     for arm in file.arms:
         run = Run.of(file, arm.name, 0, {}, tmp_path)
         document = run.result(Console(quiet=True))
