@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from approx_attention import AttentionState, FeatureMoments, PositiveFeatures, WeightedKV, attend
+from approx_attention import (
+    AttentionState,
+    FeatureMoments,
+    PositiveFeatures,
+    WeightedKV,
+    attend,
+    diagnostics,
+    exact,
+    fold_scale,
+    orthogonal_projection,
+)
 from approx_attention import control_variate_state as estimate
-from approx_attention import diagnostics, exact, fold_scale, orthogonal_projection
 from experiments.config import STRICT, ConfigError, Count
 from experiments.control_variates.gap import GapConfig, smoothed
 
@@ -33,7 +42,7 @@ class ContinuumConfig:
 
 def run(config: ContinuumConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Error of the estimate by the size of the exact set and the number of groups, whose masses are exact."""
-    sizes = {"length": config.length, "head_dim": config.head_dim, "seed": config.seed}
+    sizes: Any = {"length": config.length, "head_dim": config.head_dim, "seed": config.seed}
     tensors = smoothed(GapConfig({}, smoothing=config.smoothing, spread=config.spread, **sizes))
     q, k, v = (x[0, :, 0] for x in tensors)
     truth = exact(q, k, v)
