@@ -42,19 +42,23 @@ def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
 def _swap_in(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 4.4), layout="constrained", dpi=150)
     axes = figure.subplots()
-    exact = [run["result"]["methods"]["exact"]["bits"] for run in runs]
+    exact, losses = [run["result"]["methods"]["exact"]["bits"] for run in runs], []
     for name, style in method_styles(runs[0]["result"]["methods"]).items():
         if name == "exact":
             continue
         results = [run["result"]["methods"][name] for run in runs]
         lost = [result["bits"] - bits for result, bits in zip(results, exact, strict=True)]
+        losses += lost
         axes.plot([r["attention_error"]["mean"] for r in results], lost, linestyle="", label=name, **style)
     axes.set(
         xscale="log",
         xlabel="relative error of the attention",
         ylabel="test bits per token lost against exact,\nwithout further training",
     )
-    axes.set_yscale("symlog", linthresh=1e-2)
+    if min(losses) > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=1e-2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(True, which="both", color="0.9")

@@ -18,6 +18,15 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture
+def models():
+    """JAX as models have it: layers broadcast and promote; compiled in haste, for what is tested is how parts fit."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def x64():
     """float64 for the length of a test."""
     with jax.enable_x64(True):

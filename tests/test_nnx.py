@@ -10,14 +10,9 @@ from approx_attention import eva, rfa
 from approx_attention import nnx as ours
 from tests.references import random_heads
 
+pytestmark = pytest.mark.usefixtures("models")
+
 RNGS = flax_nnx.Rngs
-
-
-@pytest.fixture(autouse=True)
-def ordinary_promotion():
-    """JAX as its users have it: Flax's layers broadcast and promote."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 MODULES = {

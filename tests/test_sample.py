@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,13 +14,6 @@ from experiments.capture import capture
 from experiments.config import ConfigError
 from experiments.models import AttentionConfig, LanguageModel, ModelConfig
 from experiments.runs import CONFIGS
-
-
-@pytest.fixture
-def ordinary_promotion():
-    """JAX as its users have it: Flax's and the model's own layers broadcast and promote."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 class TwoLayers(nnx.Module):
@@ -73,7 +65,7 @@ def test_a_model_without_attention_is_refused():
         capture(model, lambda model: None)
 
 
-@pytest.mark.usefixtures("ordinary_promotion")
+@pytest.mark.usefixtures("models")
 def test_the_model_does_not_see_the_future():
     sizes = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16)
     model = LanguageModel(sizes, AttentionConfig(), vocabulary=256, rngs=nnx.Rngs(0))
@@ -83,7 +75,7 @@ def test_the_model_does_not_see_the_future():
     assert jnp.abs(after[0, 7:] - before[0, 7:]).max() > 1e-3
 
 
-@pytest.mark.usefixtures("ordinary_promotion")
+@pytest.mark.usefixtures("models")
 def test_the_sample_is_captured_from_a_trained_model(tmp_path):
     out, config = tmp_path / "sample.npz", CONFIGS / "harness" / "language_model" / "smoke.yaml"
     sizes = "model={num_layers: 2, model_dim: 16, num_heads: 4, num_kv_heads: 2, head_dim: 8, hidden_dim: 16}"
@@ -98,7 +90,7 @@ def test_the_sample_is_captured_from_a_trained_model(tmp_path):
     assert provenance["data"]["sha256"]
 
 
-@pytest.mark.usefixtures("ordinary_promotion")
+@pytest.mark.usefixtures("models")
 def test_layers_of_a_trained_model_are_captured(tmp_path):
     out, config = tmp_path / "layers.npz", CONFIGS / "harness" / "language_model" / "smoke.yaml"
     arguments = ["capture", str(config), "--arm", "local", "--out", str(tmp_path / "runs"), "--to", str(out)]
