@@ -43,6 +43,8 @@ class AttentionConfig:
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"method {self.method!r} has no argument {name!r}{did_you_mean(name, known)}")
+        if self.noise and not METHODS[self.method].capabilities.takes_key:
+            raise ValueError(f"method {self.method!r} has no noise to be switched on")
         if self.gated and "gate_logits" not in known:
             raise ValueError(f"method {self.method!r} has no gates")
         drawn = self.draw(jax.random.key(0), 1) if self.learned else {}

@@ -577,6 +577,7 @@ def test_options_that_do_not_fit_are_refused():
     for options, error, message in (
         ({"window_size": 8, "chunk_size": 3}, ValueError, "must divide window_size = 8 or be a multiple of it, got 3"),
         ({"chunk_size": 4, "num_chunks": 3}, ValueError, "chunk_size or num_chunks, not both"),
+        ({"summary": (jnp.ones(8), jnp.ones(8)), "proposal_mean": "k"}, ValueError, "summary gives the chunk keys"),
         ({"chunk_size": 0, "is_causal": True}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"chunk_size": 16, "window_size": 8, "is_causal": True}, ValueError, "chunk_size must divide window_size = 8"),
         ({"spatial_shape": (4, 6), "window_size": 2, "num_chunks": 5}, ValueError, "num_chunks must be at least 6"),

@@ -240,6 +240,8 @@ def test_learned_draws_are_trained():
         train_step(model, optimizer, batch)
     after = np.asarray(model.body.layers[0].attention.learned["projection"][...])
     assert np.abs(after - before).max() > 1e-5
+    with pytest.raises(ValueError, match="'favor' has no noise to be switched on"):
+        AttentionConfig("favor", noise=True)
     with pytest.raises(ValueError, match="'favor' draws no 'omega' to learn; it draws projection"):
         AttentionConfig("favor", learned=("omega",))
 

@@ -130,6 +130,10 @@ def eva(
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    if summary is not None and (chunk_keys is not None or proposal_mean is not None):
+        raise ValueError(
+            "summary gives the chunk keys and the proposals: give it or chunk_keys and proposal_mean, not both"
+        )
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal and exclude_local:
         given = {
