@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,21 +135,11 @@ def attention(
 
     own = _per_head(head, per_head or {}, num_kv_heads)
     of_heads = {**head.noise(rng, num_kv_heads, query.shape[-1], own.keys() | hyperparameters.keys()), **own}
-    groups = query.reshape(num_batches, num_queries, num_kv_heads, group, query.shape[-1]).transpose(0, 2, 3, 1, 4)
-    keys, values = (
-        x.reshape(num_batches, num_keys, num_kv_heads, x.shape[-1]).transpose(0, 2, 1, 3) for x in (key, value)
-    )
-    queries, keys, values = (x.reshape(num_batches * num_kv_heads, *x.shape[2:]) for x in (groups, keys, values))
-    kv_head = jnp.tile(jnp.arange(num_kv_heads), num_batches)
+    query, key, value = (x.reshape(num_batches, *x.shape[-3:]) for x in (query, key, value))
     static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
-    result = _lifted(head.function, static, arrays, of_heads, (queries, keys, values, kv_head, sliced, dense))
+    result = _lifted(head.function, static, _Operands((query, key, value), sliced, dense, of_heads, arrays))
 
-    def to_layout(x: Array) -> Array:
-        x = x.reshape(num_batches, num_kv_heads, group, num_queries, *x.shape[3:])
-        x = jnp.moveaxis(x, 3, 1)
-        return x.reshape(*batch, num_queries, num_heads, *x.shape[4:])
-
-    result = jax.tree.map(to_layout, result)
+    result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
     out, residual = (result.out.astype(value.dtype), result.lse) if return_residual else (result, None)
     if query_seq_lengths is not None:
         out = jnp.where(asked, out, jnp.zeros_like(out))
@@ -202,29 +192,90 @@ class _Head:
         return jax.vmap(lambda key: draw(key, head_dim, **accepted(draw, self.hyperparameters)))(keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lifted(
-    function: Callable[..., Any],
-    static: tuple[tuple[str, Any], ...],
-    arrays: dict[str, Any],
-    per_head: dict[str, Array],
-    slices: tuple[Any, ...],
-) -> Any:
-    """A one-head function over key heads and over the query heads that share them; compiled once per setting."""
+class _Operands(NamedTuple):
+    """All arrays of a call: ``tokens`` are q ``[B, T, K * G, D]``, k and v ``[B, S, K, D]`` of G query heads each.
 
-    def one_kv_head(args: tuple[Any, ...]) -> Any:
-        q, k, v, index, sliced, dense = args
-        noise = jax.tree.map(lambda x: x[index], per_head)
+    ``sliced [B * K, ...]`` and ``dense [B * K, G, ...]`` hold what belongs to one key head of one sequence, ``per_head
+    [K, ...]`` what a key head shares over the batch, and ``shared`` what all have in common.
+    """
+
+    tokens: tuple[Array, Array, Array]
+    sliced: dict[str, Array]
+    dense: dict[str, Array]
+    per_head: dict[str, Any]
+    shared: dict[str, Any]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], operands: _Operands) -> Any:
+    """A one-head function over key heads and the query heads that share them, ``[B, T, N, ...]``.
+
+    On CPU heads take turns, so that what one needs stays in cache, and each is cut out of the layout where it lies:
+    to transpose all first would take a third of the time of a linear method. Derivatives go through the transposed
+    layout, because that of a cut is an array of zeros as large as the whole.
+    """
+    num_batches, _, num_kv_heads, _ = operands.tokens[1].shape
+    group = operands.tokens[0].shape[2] // num_kv_heads
+
+    def one_kv_head(operands: _Operands, index: Array | int, tokens: tuple[Array, ...]) -> Any:
+        """The answer ``[T, G, ...]`` to queries ``[T, G, D]`` from keys and values ``[S, 1, D]``."""
+        q, k, v = tokens[0], tokens[1][:, 0], tokens[2][:, 0]
+        own, dense = jax.tree.map(lambda x: x[index], (operands.sliced, operands.dense))
+        own |= jax.tree.map(lambda x: x[index % num_kv_heads], operands.per_head) | operands.shared
 
         def one_head(q: Array, dense: dict[str, Array]) -> Any:
-            own = {**noise, **sliced, **dense}
-            return function(q, k, v, own.pop("key", None), **dict(static), **arrays, **own)
+            arguments = own | dense
+            return function(q, k, v, arguments.pop("key", None), **dict(static), **arguments)
 
-        if q.shape[0] == 1:
-            return jax.tree.map(lambda x: x[None], one_head(q[0], {name: x[0] for name, x in dense.items()}))
-        return jax.vmap(one_head)(q, dense)
+        if group == 1:
+            dense = {name: x[0] for name, x in dense.items()}
+            return jax.tree.map(lambda x: x[:, None], one_head(q[:, 0], dense))
+        return jax.vmap(one_head, in_axes=(1, 0), out_axes=1)(q, dense)
 
-    return _over_heads(one_kv_head, slices)
+    def transposed(operands: _Operands) -> Any:
+        def by_kv_head(x: Array) -> Array:
+            x = x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
+            return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
+
+        def to_layout(x: Array) -> Array:
+            x = jnp.moveaxis(x.reshape(num_batches, num_kv_heads, *x.shape[1:]), 1, 2)
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        over = jax.vmap if jax.default_backend() != "cpu" else lambda head: functools.partial(lax.map, head)
+        slices = jnp.arange(num_batches * num_kv_heads), jax.tree.map(by_kv_head, operands.tokens)
+        return jax.tree.map(to_layout, over(lambda args: one_kv_head(operands, *args))(slices))
+
+    @jax.custom_jvp
+    def in_place(operands: _Operands) -> Any:
+        def head(index: Array) -> Any:
+            batch, head = index // num_kv_heads, index % num_kv_heads
+
+            def cut(x: Array) -> Array:
+                heads = x.shape[2] // num_kv_heads
+                x = lax.dynamic_index_in_dim(x, batch, keepdims=False)
+                return lax.dynamic_slice_in_dim(x, head * heads, heads, axis=1)
+
+            return one_kv_head(operands, index, jax.tree.map(cut, operands.tokens))
+
+        def put(index: Array, result: Any) -> Any:
+            at = index // num_kv_heads, 0, index % num_kv_heads * group
+
+            def paste(x: Array, of_head: Array) -> Array:
+                return lax.dynamic_update_slice(x, of_head[None], (*at, *(0,) * (x.ndim - 3)))
+
+            return jax.tree.map(paste, result, head(index))
+
+        one = jax.eval_shape(head, jnp.zeros((), jnp.int32))
+        num_heads = num_kv_heads * group
+        room = jax.tree.map(lambda x: jnp.zeros((num_batches, x.shape[0], num_heads, *x.shape[2:]), x.dtype), one)
+        return lax.fori_loop(0, num_batches * num_kv_heads, put, room)
+
+    in_place.defjvp(lambda primals, tangents: jax.jvp(transposed, primals, tangents))
+
+    if num_batches * num_kv_heads == 1:
+        tokens = jax.tree.map(lambda x: x[0], operands.tokens)
+        return jax.tree.map(lambda x: x[None], one_kv_head(operands, 0, tokens))
+    return in_place(operands) if jax.default_backend() == "cpu" else transposed(operands)
 
 
 def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
@@ -272,13 +323,6 @@ _OPTIONS = {
 _PER_TOKEN = frozenset({"gate_logits"})
 # Drawn noise that a caller may pass in place of an rng.
 _NOISE = frozenset({"projection", "noise"})
-
-
-def _over_heads(function: Callable[[Any], Any], args: Any) -> Any:
-    """Applies ``function`` to every slice along axis 0: in turn on CPU, where that is faster, and at once elsewhere."""
-    if jax.tree.leaves(args)[0].shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], args)))
-    return lax.map(function, args) if jax.default_backend() == "cpu" else jax.vmap(function)(args)
 
 
 def _check_layout(query: Array, key: Array, value: Array) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from approx_attention.checks import accumulation_dtype, token_sums_inputs
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
-from approx_attention.softmax import HIDDEN, blocked_state, map_rows, pad_rows
+from approx_attention.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state, map_rows, pad_rows
 from approx_attention.states import AttentionState, finite_peak, merge, require_same_kind
 
 # Features of this many rows are made at a time; all of them never exist at once.
@@ -73,8 +73,8 @@ class FeatureMoments:
               \mathrm{value\_sum}_r = \sum_j \phi_r(k_j)\, e^{-c_r} v_j, \quad
               \mathrm{mass}_r = \sum_j \phi_r(k_j)\, e^{-c_r}.
 
-    The log-scale c is the largest log-magnitude of each feature over the keys seen so far, so that no key,
-    present or future, can push another below the smallest number.
+    The log-scale c is the largest log-magnitude of each feature over the keys seen so far, or that of their sum, so
+    that no key, present or future, can push another below the smallest number.
 
     Attributes:
         value_sum: ``[R, Dv]``.
@@ -99,6 +99,8 @@ class FeatureMoments:
         """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block."""
         num_keys = k.shape[0]
         k, v = token_sums_inputs(k, v, kv_mask)
+        if isinstance(features, PositiveFeatures):
+            return cls._of_positive_features(features, k, v, kv_mask)
         if num_keys <= FEATURE_BLOCK:
             return cls._of_block(features, k, v, kv_mask)
         blocks = -(-num_keys // FEATURE_BLOCK)
@@ -118,6 +120,23 @@ class FeatureMoments:
         factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
         log_scale = self.log_scale + lax.stop_gradient(log_weight)
         return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features)
+
+    @classmethod
+    def _of_positive_features(cls, features: PositiveFeatures, k: Array, v: Array, kv_mask: Array | None) -> Self:
+        r"""Moments of positive features are softmax attention too: of the directions w, over the keys.
+
+        .. math:: \phi_r(k_j) = e^{w_r \cdot k_j - \|k_j\|^2 / 2} R^{-1/2}
+        """
+        key_bias = -squared_norm(k)[:, 0] / 2
+        if kv_mask is not None:
+            key_bias = jnp.where(kv_mask, key_bias, HIDDEN)
+        directions = features.projection.astype(k.dtype)
+        # All the features of so many keys fill a tile.
+        keys = max(KEY_BLOCK, LEAST_TILE // features.num_features)
+        state = blocked_state(directions, k, v, key_bias, key_block=keys)
+        log_scale = lax.stop_gradient(state.lse)
+        mass = jnp.exp(state.lse - finite_peak(log_scale))
+        return cls(state.out * mass[:, None], mass, log_scale - 0.5 * math.log(features.num_features), features)
 
     @classmethod
     def _of_block(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None) -> Self:
