@@ -14,12 +14,10 @@ from approx_attention.checks import check_choice, check_count, check_key, head_i
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means
-from approx_attention.softmax import HIDDEN, block_windows, dense_state, pad_rows
+from approx_attention.softmax import HIDDEN, LEAST_TILE, block_windows, dense_state, pad_rows
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV
 
-# Rows of queries that are answered at a time.
-ROWS = 1024
 # The default chunk is the largest divisor of the window up to this.
 DEFAULT_CHUNK = 16
 
@@ -468,7 +466,9 @@ def _answer(
     if local_bias is not None and local_bias.shape != (window, reach):
         raise ValueError(f"local_bias must be [window, window + overlaps] = {[window, reach]}, got {local_bias.shape}")
     num_windows = -(-num_queries // window)
-    together = max(1, min(ROWS // window, num_windows))
+    # As many windows at a time as fill a tile.
+    rows = max(1024, LEAST_TILE // (reach + len(layout.chunks.member)))
+    together = max(1, min(rows // window, num_windows))
     blocks = -(-num_windows // together)
     rows = together * window
 
