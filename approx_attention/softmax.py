@@ -27,10 +27,14 @@ TRIANGLE = 128
 
 def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
     r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
-    logits = q @ k.T
-    if bias is not None:
-        # A sum alone would let a key through whose logit is as large as what hides it.
-        logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, logits + bias)
+    # A sum alone would let a key through whose logit is as large as what hides it. A key that all queries must not see
+    # is set to 0 instead, which leaves XLA's fused product whole.
+    if bias is None:
+        logits = q @ k.T
+    elif bias.shape[0] == 1:
+        logits = q @ jnp.where(bias[0, :, None] <= HIDDEN / 2, 0, k).T + bias
+    else:
+        logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, q @ k.T + bias)
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -55,6 +55,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
         for length in lengths:
             if backward and length > 8192:
                 continue
+            first = len(rows)
             arguments = inputs(length) if backward else inputs(length)[:3]
             compiled = {f"exact {name}": arm for name, arm in jax_arms(length, False, backward).items()}
             for name, settings in SETTINGS.items():
@@ -84,7 +85,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
                         "flops_per_second": None if flops is None else flops / timing.least,
                     }
                 )
-            shown = "  ".join(f"{row['arm']} {row['seconds'] * 1e3:.1f}" for row in rows if row["length"] == length)
+            shown = "  ".join(f"{row['arm']} {row['seconds'] * 1e3:.1f}" for row in rows[first:])
             console.print(f"n={length} {'fwd+bwd' if backward else 'fwd'} ms: {shown}")
     return {
         "num_heads": NUM_HEADS,

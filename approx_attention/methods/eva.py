@@ -468,8 +468,8 @@ def _answer(
     num_windows = -(-num_queries // window)
     # As many windows at a time as fill a tile.
     rows = max(1024, LEAST_TILE // (reach + len(layout.chunks.member)))
-    together = max(1, min(rows // window, num_windows))
-    blocks = -(-num_windows // together)
+    blocks = -(-num_windows // max(1, rows // window))
+    together = -(-num_windows // blocks)
     rows = together * window
 
     key_bias = jnp.zeros(num_keys, dtype) if kv_mask is None else jnp.where(kv_mask, 0.0, HIDDEN).astype(dtype)
@@ -477,7 +477,7 @@ def _answer(
         block_windows(x, window, blocks * together, left, right, fill)
         for x, fill in ((k, 0.0), (v, 0.0), (key_bias, HIDDEN))
     )
-    own_bias = jnp.zeros((window, reach), dtype) if local_bias is None else local_bias.astype(dtype)
+    own_bias = jnp.zeros((1, reach), dtype) if local_bias is None else local_bias.astype(dtype)
     if is_causal:
         own_bias = jnp.where(np.tri(window, reach, left, dtype=bool), own_bias, HIDDEN)
     per_chunk = layout.chunk // window
@@ -497,15 +497,14 @@ def _answer(
         first, q, (k, v, bias) = args
         number = first + jnp.arange(together, dtype=jnp.int32)
         bias = jnp.where(bias[:, None, :] <= HIDDEN / 2, HIDDEN, bias[:, None, :] + own_bias[None])
+        q_windows = q.reshape(together, window, -1)
+        local = jax.vmap(dense_state)(q_windows, k, v, bias)
         if siblings is not None:
             chunk = jnp.minimum(number // per_chunk, related[0].shape[0] - 1)
             sibling_k, sibling_v, log_mass = (x[chunk] for x in related)
             is_own = jnp.arange(per_chunk, dtype=jnp.int32)[None, :] == (number % per_chunk)[:, None]
-            log_mass = jnp.where(is_own, HIDDEN, log_mass)
-            k, v = jnp.concatenate([k, sibling_k], axis=1), jnp.concatenate([v, sibling_v], axis=1)
-            wide = jnp.broadcast_to(log_mass[:, None, :], (together, window, per_chunk))
-            bias = jnp.concatenate([bias, wide], axis=2)
-        local = jax.vmap(dense_state)(q.reshape(together, window, -1), k, v, bias)
+            log_mass = jnp.where(is_own, HIDDEN, log_mass)[:, None, :]
+            local = merge(local, jax.vmap(dense_state)(q_windows, sibling_k, sibling_v, log_mass))
         local = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), local)
         log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(position)))
         start = (number * window)[:, None]
