@@ -1,0 +1,260 @@
+r"""Discrepancy halving: keep half of the tokens, doubled, so that no sum of a kernel's features moves far.
+
+Tokens are paired, one of each pair takes over the mass of both, and a sign rule chooses which, so that the differences
+cancel. The kernel speaks for numerator and normaliser at once, by values with one more entry:
+
+.. math:: \kappa((k, v), (k', v')) = e^{s (k \cdot k' - R^2)} (v \cdot v' + c), \qquad R^2 = \max_j \|k_j\|^2.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.features import squared_norm
+from approx_attention.softmax import LEAST_TILE, pad_rows
+from approx_attention.summaries import WeightedKV
+
+SignRule = Literal["search", "greedy", "walk", "thinning", "compress"]
+# The share of the mean squared value norm that stands for the normaliser.
+NORMALIZER_SHARE = 0.1
+# Flips are proposed in so many rounds of the sign search.
+SEARCH_ROUNDS = 40
+# Cells of the ordering tree are split into so many at each of its levels.
+BRANCHES = 4
+
+
+class Points(NamedTuple):
+    r"""Tokens in the kernel's space: :math:`x = \sqrt s\, k` ``[n, D]``, ``values [n, Dv + 1]``, masses and places ``[n]``.
+
+    What has no mass is no token.
+    """
+
+    x: Array
+    values: Array
+    mass: Array
+    place: Array
+
+
+def kernel_points(tokens: WeightedKV, exponent: Array) -> Points:
+    r"""Tokens as points of the kernel with that exponent s.
+
+    Values are divided by their root mean square norm, and :math:`\sqrt c` is appended. Nothing here has a gradient: what
+    is made of points is a choice.
+    """
+    tokens = lax.stop_gradient(tokens)
+    values = jnp.where(tokens.mass[:, None] > 0, tokens.values, 0)
+    mean_square = tokens.mass @ squared_norm(values)[:, 0] / jnp.maximum(jnp.sum(tokens.mass), 1)
+    values = values / jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1))
+    values = jnp.concatenate([values, jnp.full_like(tokens.k[:, :1], NORMALIZER_SHARE**0.5)], axis=1)
+    x = tokens.k * jnp.sqrt(lax.stop_gradient(exponent))
+    return Points(x, values, tokens.mass, jnp.arange(x.shape[0], dtype=jnp.int32))
+
+
+def halve(
+    points: Points,
+    key: Array,
+    *,
+    rule: SignRule,
+    block: int,
+    failure: float = 0.5,
+    interleaved: bool = True,
+    symmetrised: bool = False,
+) -> Points:
+    """Half of an even number of points: of rows 2i and 2i + 1 one, with the mass of both.
+
+    Args:
+        points: the points, neighbours next to each other.
+        key: typed PRNG key.
+        rule: how signs are chosen, see `SIGN_RULES`.
+        block: points whose signs are chosen together; the work grows with it, the error falls.
+        failure: the probability with which the guarantee of a random rule may fail.
+        interleaved: every block takes pairs from everywhere, or else consecutive ones.
+        symmetrised: one coin turns all choices around, so that either of a pair is as likely.
+    """
+    num_pairs = points.mass.shape[0] // 2
+    blocks = -(-num_pairs // max(1, block // 2))
+    pairs = -(-num_pairs // blocks)
+    key_signs, key_side = jax.random.split(key)
+    shift = jnp.max(squared_norm(points.x))
+
+    def by_block(x: Array) -> Array:
+        x = pad_rows(x.reshape(num_pairs, 2, *x.shape[1:]), blocks * pairs - num_pairs)
+        if interleaved:
+            return x.reshape(pairs, blocks, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(blocks, pairs, *x.shape[1:])
+
+    def choose(args: tuple[Points, Array]) -> Array:
+        both, key = args
+        x, values = (jnp.concatenate([x[:, 0], x[:, 1]]) for x in (both.x, both.values))
+        kernel = jnp.exp(x @ x.T - shift) * (values @ values.T)
+        first, second = kernel[:pairs], kernel[pairs:]
+        gram = first[:, :pairs] - first[:, pairs:] - second[:, :pairs] + second[:, pairs:]
+        return SIGN_RULES[rule](gram, both.mass[:, 0], both.mass[:, 1], key, failure)
+
+    both = jax.tree.map(by_block, points)
+    together = max(1, LEAST_TILE // (2 * pairs) ** 2)
+    keep_first = lax.map(choose, (both, jax.random.split(key_signs, blocks)), batch_size=min(together, blocks))
+    if symmetrised:
+        keep_first = keep_first ^ jax.random.bernoulli(key_side)
+    # What is no token is never kept in place of one.
+    keep_first = jnp.where(both.mass[..., 1] == 0, True, jnp.where(both.mass[..., 0] == 0, False, keep_first))
+
+    def chosen(x: Array) -> Array:
+        keep = keep_first.reshape(keep_first.shape + (1,) * (x.ndim - 3))
+        x = jnp.where(keep, x[:, :, 0], x[:, :, 1])
+        return (x.swapaxes(0, 1) if interleaved else x).reshape(blocks * pairs, *x.shape[2:])[:num_pairs]
+
+    mass = jnp.sum(points.mass.reshape(num_pairs, 2), axis=1)
+    return jax.tree.map(chosen, both)._replace(mass=mass)
+
+
+# Sign rules: (gram [p, p], mass of a [p], mass of b [p], key) -> keep a. Keeping a adds mass_b times the difference of
+# the pair's features to the discrepancy, keeping b takes mass_a times it away.
+
+
+def _signs_in_turn(decide: Callable[..., Any], state: Any, gram: Array, mass_a: Array, mass_b: Array, key: Array) -> Array:
+    """One pair after the other, by ``decide(h, norm, masses, coin, state) -> keep a, state`` with h the overlap so far."""
+    coin = jax.random.uniform(key, mass_a.shape, gram.dtype)
+
+    def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
+        overlap, state = carry
+        keep, state = decide(overlap[i], gram[i, i], (mass_a[i], mass_b[i]), coin[i], state)
+        keep = jnp.where(mass_b[i] == 0, True, keep)
+        return (overlap + jnp.where(keep, mass_b[i], -mass_a[i]) * gram[i], state), keep
+
+    # XLA on CPU pays for a step of a loop what a thousand multiplications cost.
+    return lax.scan(step, (jnp.zeros_like(mass_a), state), jnp.arange(mass_a.shape[0]), unroll=4)[1]
+
+
+def _greedy_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
+    r"""The sign that leaves the smaller discrepancy: keep a where :math:`h < (m_a - m_b) \|d\|^2 / 2`."""
+
+    def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
+        excess = h - (masses[0] - masses[1]) * norm / 2
+        return jnp.where(excess == 0, coin < 0.5, excess < 0), state
+
+    return _signs_in_turn(decide, (), gram, mass_a, mass_b, key)
+
+
+def _walk_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
+    r"""Self-balancing walk: keep a with probability :math:`\frac12 - \frac{h}{2 c R^2}`, :math:`c = 30 \log(n/\delta)`."""
+    bound = 30 * math.log(2 * gram.shape[0] / failure) * jnp.max(jnp.diagonal(gram)) * jnp.maximum(jnp.max(mass_a), 1)
+
+    def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
+        first = masses[0] / jnp.maximum(masses[0] + masses[1], 1)
+        return coin < first - h / jnp.where(bound > 0, 2 * bound, 1), state
+
+    return _signs_in_turn(decide, (), gram, mass_a, mass_b, key)
+
+
+def _thinning_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
+    r"""Kernel thinning: keep a with probability :math:`(1 - h/a)/2`, :math:`a = \max(b \sigma \sqrt{2 \log(2/\delta)}, b^2)`.
+
+    :math:`b^2 = \|d\|^2`, and :math:`\sigma^2` is the variance proxy of the walk so far.
+    """
+    log_odds = 2 * math.log(2 * gram.shape[0] / failure)
+    mass = jnp.maximum(jnp.max(mass_a), 1)
+
+    def decide(h: Array, norm: Array, masses: Any, coin: Array, variance: Array) -> tuple[Array, Any]:
+        threshold = jnp.maximum(jnp.sqrt(norm * variance * log_odds), norm)
+        safe = jnp.where(threshold > 0, threshold, 1)
+        grown = norm * jnp.maximum(0, 1 + (norm - 2 * threshold) * variance / safe**2)
+        return coin < (1 - h / (mass * safe)) / 2, variance + grown
+
+    return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, key)
+
+
+def _compress_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
+    r"""Thinformer: keep a where :math:`h < u (\frac12 + \log(4p/\delta')) \|d_i\| \max_{j \le i} \|d_j\|`, u uniform in ±1."""
+    pairs = gram.shape[0]
+    factor = (0.5 + math.log(4 * pairs / failure)) * jnp.maximum(jnp.max(mass_a), 1)
+
+    def decide(h: Array, norm: Array, masses: Any, coin: Array, largest: Array) -> tuple[Array, Any]:
+        largest = jnp.maximum(largest, norm)
+        return h < (2 * coin - 1) * factor * jnp.sqrt(norm * largest), largest
+
+    return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, key)
+
+
+def _search_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
+    r"""All pairs at once: from random signs, flip a random part of those whose flip lowers the discrepancy, again and again.
+
+    With moves :math:`t` (:math:`m_b` where a is kept, else :math:`-m_a`) the discrepancy is :math:`t^T G t`, and a flip by
+    :math:`\delta_i = \mp(m_a + m_b)` changes it by :math:`2 \delta_i (G t)_i + \delta_i^2 G_{ii}`.
+    """
+    key_start, key_flips = jax.random.split(key)
+    norm = jnp.diagonal(gram)
+    free = mass_b != 0
+    keep = jax.random.bernoulli(key_start, shape=mass_a.shape) | ~free
+
+    def step(round_: Array, keep: Array) -> Array:
+        overlap = gram @ jnp.where(keep, mass_b, -mass_a)
+        flip = jnp.where(keep, -1, 1) * (mass_a + mass_b)
+        lowers = 2 * flip * overlap + flip**2 * norm < 0
+        share = 0.25 * (1 - round_.astype(gram.dtype) / SEARCH_ROUNDS) + 0.01
+        tried = jax.random.uniform(jax.random.fold_in(key_flips, round_), keep.shape, gram.dtype) < share
+        return keep ^ (lowers & tried & free)
+
+    return lax.fori_loop(0, SEARCH_ROUNDS, step, keep)
+
+
+SIGN_RULES: dict[str, Callable[[Array, Array, Array, Array, float], Array]] = {
+    "search": _search_signs,
+    "greedy": _greedy_signs,
+    "walk": _walk_signs,
+    "thinning": _thinning_signs,
+    "compress": _compress_signs,
+}
+
+
+def tree_order(points: Points) -> Array:
+    """An order in which near neighbours stand together, and what has no mass last: the leaves of a tree of median splits.
+
+    The tree splits along the principal axes of keys and values in turn, into `BRANCHES` equal cells at a time.
+    """
+    num_points = points.mass.shape[0]
+    present = points.mass > 0
+    scale = jnp.sqrt(jnp.maximum(jnp.max(squared_norm(points.x)), jnp.finfo(points.x.dtype).tiny))
+    features = jnp.concatenate([points.x / scale, points.values[:, :-1]], axis=1)
+    weight = points.mass / jnp.maximum(jnp.sum(points.mass), 1)
+    centred = jnp.where(present[:, None], features - weight @ features, 0)
+    axes = jnp.linalg.eigh((centred * weight[:, None]).T @ centred)[1][:, ::-1]
+    along = jnp.where(present[:, None], centred @ axes, jnp.inf)
+    order = jnp.arange(num_points, dtype=jnp.int32)
+    cell, level = num_points, 0
+    while cell > 1:
+        # Rank r is in cell r // cell of those that the levels before have split.
+        cells = jnp.arange(num_points, dtype=jnp.int32) // cell
+        order = lax.sort((cells, along[order, level % along.shape[1]], order), num_keys=2)[2]
+        cell, level = -(-cell // BRANCHES), level + 1
+    return order
+
+
+def spread_over(points: Points, order: Array, num_groups: int) -> Points:
+    """Points in that order, over groups of equally many places, so that each group gets equally many of them (up to 1).
+
+    The points of mass come first in the order. Halving the groups down to one place each leaves one of every group.
+    """
+    num_points = points.mass.shape[0]
+    group_size = group_length(num_points, num_groups)
+    count = jnp.sum(points.mass > 0).astype(jnp.uint32)
+    rank = jnp.arange(num_points, dtype=jnp.uint32)
+    group = rank * jnp.uint32(num_groups) // jnp.maximum(count, 1)
+    first = (group * count + jnp.uint32(num_groups - 1)) // jnp.uint32(num_groups)
+    slot = (group * jnp.uint32(group_size) + (rank - first)).astype(jnp.int32)
+    slot = jnp.where(rank < count, slot, num_groups * group_size)
+
+    def placed(x: Array) -> Array:
+        room = jnp.zeros((num_groups * group_size, *x.shape[1:]), x.dtype)
+        return room.at[slot].set(x[order], mode="drop", unique_indices=False)
+
+    return jax.tree.map(placed, points)
+
+
+def group_length(num_points: int, num_groups: int) -> int:
+    """The least power of two with which so many groups hold all points."""
+    return 1 << max(0, -(-num_points // num_groups) - 1).bit_length()
