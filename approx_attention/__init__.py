@@ -20,6 +20,7 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
+from approx_attention.methods.coreset import compress, coreset, query_radius, running_coreset, summarize_coreset
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.lara import lara
@@ -57,7 +58,9 @@ __all__ = [
     "attend",
     "attention",
     "causal_state",
+    "compress",
     "control_variate_state",
+    "coreset",
     "draw_favor",
     "draw_rfa",
     "eva",
@@ -72,8 +75,10 @@ __all__ = [
     "mean_value",
     "merge",
     "orthogonal_projection",
+    "query_radius",
     "ra",
     "rfa",
+    "running_coreset",
     "running_eva",
     "running_exact",
     "running_favor",
@@ -81,6 +86,7 @@ __all__ = [
     "running_moments",
     "running_rfa",
     "running_uniform_sample",
+    "summarize_coreset",
     "summarize_exact",
     "summarize_favor",
     "summarize_mean_pool",

@@ -10,15 +10,17 @@ from approx_attention.features import squared_norm
 from approx_attention.softmax import HIDDEN, LEAST_TILE, blocked_state, map_rows
 from approx_attention.summaries import WeightedKV
 
-
 # exp of this is finite in float32.
 LARGEST_EXPONENT = math.log(1e30)
 
+# Rounds in which the first centres of k-means are drawn.
+SEEDING_ROUNDS = 8
+
 
 def nearest(x: Array, centres: Array, present: Array) -> Array:
-    r"""The centre nearest to each row, :math:`\arg\max_c\, x \cdot c - \|c\|^2 / 2`, of those present ``[M]``: ``[n]``."""
-    bias = jnp.where(present, -squared_norm(centres)[:, 0] / 2, HIDDEN)
-    numbers = jnp.arange(centres.shape[0], dtype=jnp.int32)
+    r"""Of each row the nearest of the present centres, :math:`\arg\max_c\, x \cdot c - \|c\|^2 / 2`, ``[n]``."""
+    bias = jnp.where(present, -squared_norm(centres)[:, 0] / 2, HIDDEN)[None, :]
+    numbers = jnp.arange(centres.shape[0], dtype=jnp.int32)[None, :]
 
     def of_block(x: Array) -> Array:
         likeness = x @ centres.T + bias
@@ -62,17 +64,48 @@ def random_places(mass: Array, count: int, key: Array) -> Array:
     return lax.top_k(jnp.where(mass > 0, priority, -1), count)[1]
 
 
-def farthest_places(tokens: WeightedKV, count: int) -> Array:
-    """Greedy k-centre: every place is that of the key farthest from all before; the first is that farthest from 0."""
-    k = lax.stop_gradient(tokens.k)
+def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
+    r"""``count`` places far from each other: of twice as many candidates, each the farthest from all before.
+
+    Candidates are drawn as in the seeding of k-means++, but many at a time: in rounds, with odds in proportion to mass
+    and squared distance to those of earlier rounds.
+    """
+    candidates = min(2 * count, tokens.mass.shape[0])
+    rounds = min(SEEDING_ROUNDS, candidates)
+    share = -(-candidates // rounds)
+    k, mass = lax.stop_gradient(tokens.k), tokens.mass
     size = squared_norm(k)[:, 0]
-    absent = tokens.mass == 0
+    least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
+    noise = jax.random.gumbel(key, (rounds, k.shape[0]), k.dtype)
+
+    def step(distance: Array, noise: Array) -> tuple[Array, Array]:
+        odds = jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + noise
+        place = lax.top_k(jnp.where((mass > 0) & (distance > 0), odds, HIDDEN), share)[1]
+        centres = k[place]
+        bias = -squared_norm(centres)[:, 0][None, :] / 2
+
+        def likeness(x: Array) -> Array:
+            return jnp.max(x @ centres.T + bias, axis=1)
+
+        left = size - 2 * map_rows(likeness, k, max(1, LEAST_TILE // share))
+        distance = jnp.minimum(distance, jnp.where(left > least, left, 0))
+        return distance.at[place].set(0), place
+
+    place = lax.scan(step, jnp.ones_like(size), noise)[1].reshape(-1)
+    return place[farthest_places(k[place], mass[place] > 0, count)]
+
+
+def farthest_places(k: Array, present: Array, count: int) -> Array:
+    """Greedy k-center: every place is that of the key farthest from all before; the first is that farthest from 0."""
+    k = lax.stop_gradient(k)
+    size = squared_norm(k)[:, 0]
 
     def step(distance: Array, _: None) -> tuple[Array, Array]:
-        place = jnp.argmax(jnp.where(absent, -1, distance))
-        return jnp.minimum(distance, jnp.maximum(size - 2 * k @ k[place] + size[place], 0)), place
+        place = jnp.argmax(distance)
+        left = jnp.maximum(size - 2 * (k @ k[place]) + size[place], 0)
+        return jnp.minimum(distance, left).at[place].set(-1), place
 
-    return lax.scan(step, size, length=count)[1].astype(jnp.int32)
+    return lax.scan(step, jnp.where(present, size, -1), length=count)[1].astype(jnp.int32)
 
 
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
@@ -112,7 +145,7 @@ def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: f
     c, present = landmarks.k, landmarks.mass > 0
     half = exponent * squared_norm(c)[:, 0] / 2
     middle = jnp.sum(tokens.value_sum, axis=0) / jnp.where(jnp.sum(tokens.mass) > 0, jnp.sum(tokens.mass), 1)
-    state = blocked_state(exponent * c, tokens.k, tokens.values - middle, tokens.log_mass)
+    state = blocked_state(exponent * c, tokens.k, tokens.values - middle[None, :], tokens.log_mass)
     log_size = jnp.where(present, state.lse - half, -jnp.inf)
     shift = lax.stop_gradient(jnp.max(log_size))
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
@@ -128,7 +161,7 @@ def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: f
     weights = weights * jnp.exp(jnp.minimum(shift - half, LARGEST_EXPONENT))[:, None]
     weights = jnp.where(present[:, None], weights, 0)
     mass = weights[:, -1]
-    return WeightedKV(c, weights[:, :-1] + mass[:, None] * middle, mass, value_range(tokens))
+    return WeightedKV(c, weights[:, :-1] + mass[:, None] * middle[None, :], mass, value_range(tokens))
 
 
 def value_range(tokens: WeightedKV) -> Array:

@@ -1,8 +1,8 @@
-"""Algorithms that make few weighted tokens of many: each takes ``(tokens, size, ratio, key)`` and gives a `WeightedKV`.
+r"""Algorithms that make few weighted tokens of many: ``(tokens, size, ratio, key) ->`` `WeightedKV`.
 
-``tokens`` are a `WeightedKV` of positive masses with centred keys, ``size`` is smaller than their number, and ``ratio``
-is the radius of the queries over that of the keys, which sets the kernel :math:`e^{s\\, k \\cdot k'}`, s = ratio / 2. A token
-of mass 0 is none, and what is made of none has mass 0.
+``tokens`` are a `WeightedKV` without negative masses and with centred keys, ``size`` is smaller than their number, and
+``ratio`` is the radius of the queries over that of the keys, which sets the kernel :math:`e^{s\, k \cdot k'}` with
+s = ratio / 2. A token of mass 0 is none, and what is made of none has mass 0.
 """
 
 import dataclasses
@@ -22,18 +22,19 @@ from approx_attention.clustering import (
     nearest,
     nystrom,
     random_places,
+    spread_places,
     value_range,
 )
 from approx_attention.features import squared_norm
 from approx_attention.halving import (
     Points,
     SignRule,
+    balancing_walk,
     group_length,
     halve,
     kernel_points,
     spread_over,
     tree_order,
-    walk,
 )
 from approx_attention.softmax import blocked_state, pad_rows
 from approx_attention.summaries import WeightedKV, attend
@@ -48,15 +49,17 @@ class Uniform:
     """A uniform sample without replacement; all tokens of the sample get the same mass, times their own."""
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         place = random_places(tokens.mass, size, key)
         return _rescaled(_kept(tokens, place, tokens.mass[place]), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class ValueNorm:
-    r"""A sample without replacement with odds :math:`p_j \propto m_j (\|v_j\| + \text{mean} \|v\|)`, and masses :math:`m_j/p_j`."""
+    r"""A sample with odds :math:`p_j \propto m_j (\|v_j\| + \text{mean} \|v\|)`, and masses :math:`m_j / p_j`."""
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         norm = jnp.sqrt(squared_norm(lax.stop_gradient(tokens.values))[:, 0])
         mean = tokens.mass @ norm / jnp.maximum(jnp.sum(tokens.mass), 1)
         odds = norm + jnp.where(mean > 0, mean, 1)
@@ -83,6 +86,7 @@ class Halving:
     block: int = 1024
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         points = kernel_points(tokens, ratio / 2)
         key_order, key_signs = jax.random.split(key)
         if self.order == "tree":
@@ -90,8 +94,8 @@ class Halving:
         else:
             order = random_places(points.mass, points.mass.shape[0], key_order)
         points = spread_over(points, order, size)
-        for level in range(_halvings(tokens, size)):
-            points = halve(points, jax.random.fold_in(key_signs, level), rule=self.rule, block=self.block)
+        for coin in _coins(key_signs, points, size):
+            points = halve(points, coin, rule=self.rule, block=self.block)
         return _kept(tokens, points.place, points.mass)
 
 
@@ -113,6 +117,7 @@ class Stratified:
     halving: Halving = Halving()
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         key_sample, key_rest = jax.random.split(key)
         strongest = min(size, math.ceil(self.share * size))
         sensitivity = sensitivities(tokens, ratio, key_sample, self.sample)
@@ -128,7 +133,7 @@ class Stratified:
 
 
 def sensitivities(tokens: WeightedKV, ratio: Array, key: Array, sample: int = 1024) -> Array:
-    r"""Of each token the share :math:`m_j e^{q_j \cdot k_j} / Z(q_j)` of the normaliser at :math:`q_j = (\rho_q/\rho_k)\, k_j`."""
+    r"""Shares :math:`m_j e^{q_j \cdot k_j} / Z(q_j)` of the normaliser at :math:`q_j = (\rho_q/\rho_k) k_j`."""
     k = lax.stop_gradient(tokens.k)
     log_mass = lax.stop_gradient(tokens.log_mass)
     own = ratio * squared_norm(k)[:, 0] + log_mass
@@ -151,17 +156,20 @@ class Compress:
     failure: float = 0.5
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         # The published kernel: the exponent of the logits themselves, and the largest value for the normaliser.
-        points = kernel_points(tokens, ratio, normalizer_share=None)
+        points = kernel_points(tokens, ratio)
+        largest = jnp.max(jnp.abs(points.values[:, :-1]))
+        points = points._replace(values=points.values.at[:, -1].set(largest))
         present_first = jnp.argsort(points.mass == 0, stable=True).astype(jnp.int32)
         points = spread_over(points, present_first, size)
-        rounds = _halvings(tokens, size)
-        total = points.mass.shape[0]
-        for level in range(rounds):
+        coins = _coins(key, points, size)
+        rounds, total = len(coins), points.mass.shape[0]
+        for level, coin in enumerate(coins):
             bucket = max(2, 2 * size >> (rounds - 1 - level))
             failure = self.failure * total * bucket**2 / (4 * size**2 * rounds * total)
             options = {"failure": min(failure, 1.0), "interleaved": False, "symmetrised": True}
-            points = halve(points, jax.random.fold_in(key, level), rule="compress", block=bucket, **options)
+            points = halve(points, coin, rule="compress", block=bucket, **options)
         return _kept(tokens, points.place, points.mass)
 
 
@@ -169,8 +177,8 @@ class Compress:
 class BalanceKV:
     r"""BalanceKV as published: signs by a self-balancing walk, merge and reduce, and two coresets.
 
-    One stands for the numerator, each octave of value norms :math:`2^i \le \|v\| < 2^{i+1}` by itself, and has no mass; one
-    for the normaliser. The minority of each walk is kept and doubled, so that mass is kept on average only.
+    One stands for the numerator, each octave of value norms :math:`2^i \le \|v\| < 2^{i+1}` by itself, and has no mass;
+    one for the normaliser. The minority of each walk is kept and doubled, so that mass is kept on average only.
 
     Attributes:
         failure: the probability with which the guarantee may fail.
@@ -181,6 +189,7 @@ class BalanceKV:
     octaves: int = 16
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         if size < 2:
             raise ValueError(f"balance_kv keeps one token for the numerator and one for the normaliser, got {size}")
         x = lax.stop_gradient(tokens.k) * jnp.sqrt(ratio)
@@ -212,21 +221,21 @@ class BalanceKV:
         rounds = group_length(num_points, size).bit_length() - 1
         total = size << rounds
         octave = pad_rows(octave, total - num_points)
+        noise = jax.random.uniform(key, (total,), points.x.dtype)
         points = jax.tree.map(lambda x: pad_rows(x, total - num_points), points)
         for level in range(rounds):
             batches = jax.tree.map(lambda x: x.reshape(-1, 2 * size, *x.shape[1:]), (points, octave))
-            keys = jax.random.split(jax.random.fold_in(key, level), batches[1].shape[0])
-            points, octave = lax.map(lambda args: self._minority(*args[0], args[1], num_points), (batches, keys))
+            coins = noise[: total >> level].reshape(-1, 2 * size)
+            points, octave = lax.map(lambda x: self._minority(x[0], x[1], x[2], num_points), (*batches, coins))
             points, octave = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (points, octave))
         return points
 
-    def _minority(self, points: Points, octave: Array, key: Array, length: int) -> tuple[Points, Array]:
+    def _minority(self, points: Points, octave: Array, coin: Array, length: int) -> tuple[Points, Array]:
         present = points.mass > 0
         shift = jnp.max(squared_norm(points.x))
-        alike = octave[:, None] == octave[None, :]
-        gram = jnp.exp(points.x @ points.x.T - shift) * (points.values @ points.values.T) * alike
-        gram = gram * present[:, None] * present[None, :]
-        plus = walk(gram, 30 * math.log(length / self.failure), key)
+        alike = (octave[:, None] == octave[None, :]) & present[:, None] & present[None, :]
+        gram = jnp.where(alike, jnp.exp(points.x @ points.x.T - shift) * (points.values @ points.values.T), 0)
+        plus = balancing_walk(gram, 30 * math.log(length / self.failure), coin)
         votes = jax.ops.segment_sum(jnp.where(present, jnp.where(plus, 1, -1), 0), octave, self.octaves)
         kept = present & (plus == (votes <= 0)[octave])
         place = jnp.argsort(~kept, stable=True)[: octave.shape[0] // 2]
@@ -239,6 +248,7 @@ class Herding:
     r"""Kernel herding: each further token is the one that brings the mean of the chosen nearest to that of all."""
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         points = kernel_points(tokens, ratio / 2)
         x, values, mass = points.x, points.values, points.mass
         shift = jnp.max(squared_norm(x))
@@ -263,14 +273,18 @@ class KMeansMerge:
 
     Attributes:
         steps: of Lloyd's iteration.
-        seeding: the first centres: ``"random"`` tokens, or ``"pivots"`` of the kernel, which find outliers.
+        seeding: the first centres: tokens drawn far from each other (``"spread"``), uniformly (``"random"``), or as
+            pivots of the kernel (``"pivots"``).
     """
 
-    steps: int = 3
-    seeding: Literal["random", "pivots"] = "random"
+    steps: int = 2
+    seeding: Literal["spread", "random", "pivots"] = "spread"
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        if self.seeding == "random":
+        """A coreset of ``size`` tokens."""
+        if self.seeding == "spread":
+            start = spread_places(tokens, size, key)
+        elif self.seeding == "random":
             start = random_places(tokens.mass, size, key)
         else:
             start = cholesky_places(tokens, ratio, size, key)
@@ -282,7 +296,8 @@ class FarthestMerge:
     """Greedy k-center: centres far from each other, and every token merged into the nearest."""
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        return _merged_around(tokens, farthest_places(tokens, size))
+        """A coreset of ``size`` tokens."""
+        return _merged_around(tokens, farthest_places(tokens.k, tokens.mass > 0, size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +315,7 @@ class KMeansNystrom:
     ridge: float = 1e-3
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         merge = self.clusters(tokens, size, ratio, key)
         return _better(tokens, merge, nystrom(tokens, merge, ratio / 2, self.ridge), ratio, key)
 
@@ -308,8 +324,8 @@ class KMeansNystrom:
 class PivotedNystrom:
     r"""WildCat: Nystrom weights on tokens drawn by randomly pivoted Cholesky.
 
-    The published kernel has the exponent :math:`s = (\rho_q / \rho_k) / 3.94582`. The merge of every token into the nearest
-    pivot is kept where the weights are worse, which the published method does not check.
+    The published kernel has the exponent :math:`s = (\rho_q / \rho_k) / 3.94582`. The merge of every token into the
+    nearest pivot is kept where the weights are worse, which the published method does not check.
 
     Attributes:
         ridge: added to the diagonal of the pivots' kernel, which is 1.
@@ -320,6 +336,7 @@ class PivotedNystrom:
     bins: int = 1
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         exponent = ratio / 3.94582
         length, per_bin = -(-tokens.mass.shape[0] // self.bins), size // self.bins
         if per_bin == 0:
@@ -347,8 +364,8 @@ class PivotedNystrom:
 class SubGen:
     r"""SubGen: clusters that are opened as keys come, a reservoir of keys in each, and values drawn by their norm.
 
-    The normaliser is :math:`\sum_i (n_i / t) \sum_{k \in \text{reservoir } i} e^{q \cdot k}`, the numerator an estimate from s
-    samples with odds :math:`\|v\|^2`. Both are tokens here: those of the numerator have no mass.
+    The normaliser is :math:`\sum_i (n_i / t) \sum_{k \in \text{reservoir } i} e^{q \cdot k}`, the numerator an estimate
+    from s samples with odds :math:`\|v\|^2`. Both are tokens here: those of the numerator have no mass.
 
     Attributes:
         reach: keys at most this far from a centre, in units of the largest norm of a key, join it.
@@ -361,6 +378,7 @@ class SubGen:
     value_share: float = 0.25
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
         samples = max(1, int(self.value_share * size))
         slots = min(self.reservoir, size - samples)
         if slots < 1:
@@ -375,14 +393,14 @@ class SubGen:
             centres, count, held = state
             x, mass, coin, place = token
             opened = jnp.sum(count > 0)
-            distance = jnp.where(count > 0, jnp.sum((centres - x) ** 2, axis=1), jnp.inf)
+            distance = jnp.where(count > 0, jnp.sum((centres - x[None, :]) ** 2, axis=1), jnp.inf)
             closest = jnp.argmin(distance)
             opens = (opened < clusters) & ((opened == 0) | (distance[closest] > reach))
             own = jnp.where(opens, opened, closest)
             centres = centres.at[own].set(jnp.where(opens, x, centres[own]))
             # The reservoir: each slot is an independent uniform draw of the cluster, by its mass.
             total = count[own] + mass
-            slot = (coin[1] * slots).astype(jnp.int32)
+            slot = jnp.int32(coin[1] * slots)
             fresh = jnp.full((slots,), place)
             kept = jnp.where(coin[0] * total < slots * mass, held[own].at[slot].set(place), held[own])
             held = held.at[own].set(jnp.where(opens, fresh, kept))
@@ -425,8 +443,11 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 
 
-def _halvings(tokens: WeightedKV, size: int) -> int:
-    return group_length(tokens.mass.shape[0], size).bit_length() - 1
+def _coins(key: Array, points: Points, size: int) -> list[Array]:
+    """Uniform noise for the pairs of every halving down to ``size``."""
+    total = points.mass.shape[0]
+    noise = jax.random.uniform(key, (total,), points.x.dtype)
+    return [noise[left : 2 * left] for left in (total >> level for level in range(1, (total // size).bit_length()))]
 
 
 def _kept(tokens: WeightedKV, place: Array, mass: Array) -> WeightedKV:

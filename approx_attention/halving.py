@@ -23,12 +23,13 @@ SignRule = Literal["search", "greedy", "walk", "thinning", "compress"]
 NORMALIZER_SHARE = 0.1
 # Flips are proposed in so many rounds of the sign search.
 SEARCH_ROUNDS = 40
+GOLDEN = (math.sqrt(5) - 1) / 2
 # Cells of the ordering tree are split into so many at each of its levels.
 BRANCHES = 4
 
 
 class Points(NamedTuple):
-    r"""Tokens in the kernel's space: :math:`x = \sqrt s\, k` ``[n, D]``, ``values [n, Dv + 1]``, masses and places ``[n]``.
+    r"""Tokens in the kernel's space: :math:`x = \sqrt s\, k` ``[n, D]``, ``values [n, Dv + 1]``, and masses and places.
 
     What has no mass is no token.
     """
@@ -42,8 +43,8 @@ class Points(NamedTuple):
 def kernel_points(tokens: WeightedKV, exponent: Array) -> Points:
     r"""Tokens as points of the kernel with that exponent s.
 
-    Values are divided by their root mean square norm, and :math:`\sqrt c` is appended. Nothing here has a gradient: what
-    is made of points is a choice.
+    Values are divided by their root mean square norm, and :math:`\sqrt c` is appended. Nothing here has a gradient:
+    what is made of points is a choice.
     """
     tokens = lax.stop_gradient(tokens)
     values = jnp.where(tokens.mass[:, None] > 0, tokens.values, 0)
@@ -56,7 +57,7 @@ def kernel_points(tokens: WeightedKV, exponent: Array) -> Points:
 
 def halve(
     points: Points,
-    key: Array,
+    coin: Array,
     *,
     rule: SignRule,
     block: int,
@@ -68,7 +69,7 @@ def halve(
 
     Args:
         points: the points, neighbours next to each other.
-        key: typed PRNG key.
+        coin: uniform noise ``[n / 2]``.
         rule: how signs are chosen, see `SIGN_RULES`.
         block: points whose signs are chosen together; the work grows with it, the error falls.
         failure: the probability with which the guarantee of a random rule may fail.
@@ -78,28 +79,33 @@ def halve(
     num_pairs = points.mass.shape[0] // 2
     blocks = -(-num_pairs // max(1, block // 2))
     pairs = -(-num_pairs // blocks)
-    key_signs, key_side = jax.random.split(key)
+    most = max(1, LEAST_TILE // (2 * pairs) ** 2)
     shift = jnp.max(squared_norm(points.x))
 
     def by_block(x: Array) -> Array:
-        x = pad_rows(x.reshape(num_pairs, 2, *x.shape[1:]), blocks * pairs - num_pairs)
+        x = pad_rows(x, blocks * pairs - num_pairs)
         if interleaved:
             return x.reshape(pairs, blocks, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(blocks, pairs, *x.shape[1:])
 
     def choose(args: tuple[Points, Array]) -> Array:
-        both, key = args
+        both, coin = args
         x, values = (jnp.concatenate([x[:, 0], x[:, 1]]) for x in (both.x, both.values))
         kernel = jnp.exp(x @ x.T - shift) * (values @ values.T)
         first, second = kernel[:pairs], kernel[pairs:]
         gram = first[:, :pairs] - first[:, pairs:] - second[:, :pairs] + second[:, pairs:]
-        return SIGN_RULES[rule](gram, both.mass[:, 0], both.mass[:, 1], key, failure)
+        return SIGN_RULES[rule](gram, both.mass[:, 0], both.mass[:, 1], coin, failure)
 
-    both = jax.tree.map(by_block, points)
-    together = max(1, LEAST_TILE // (2 * pairs) ** 2)
-    keep_first = lax.map(choose, (both, jax.random.split(key_signs, blocks)), batch_size=min(together, blocks))
+    both = jax.tree.map(lambda x: by_block(x.reshape(num_pairs, 2, *x.shape[1:])), points)
+    # As many blocks at a time as fill a tile.
+    turns = next(turns for turns in range(1, blocks + 1) if blocks % turns == 0 and blocks // turns <= most)
+    args = jax.tree.map(lambda x: x.reshape(turns, blocks // turns, *x.shape[1:]), (both, by_block(coin)))
+    if turns == 1:
+        keep_first = jax.vmap(choose)(jax.tree.map(lambda x: x[0], args))
+    else:
+        keep_first = lax.map(jax.vmap(choose), args).reshape(blocks, pairs)
     if symmetrised:
-        keep_first = keep_first ^ jax.random.bernoulli(key_side)
+        keep_first = keep_first ^ (coin[0] < 0.5)
     # What is no token is never kept in place of one.
     keep_first = jnp.where(both.mass[..., 1] == 0, True, jnp.where(both.mass[..., 0] == 0, False, keep_first))
 
@@ -112,13 +118,14 @@ def halve(
     return jax.tree.map(chosen, both)._replace(mass=mass)
 
 
-# Sign rules: (gram [p, p], mass of a [p], mass of b [p], key) -> keep a. Keeping a adds mass_b times the difference of
-# the pair's features to the discrepancy, keeping b takes mass_a times it away.
+# Sign rules: (gram [p, p], mass of a [p], mass of b [p], uniform noise [p], failure) -> keep a. Keeping a adds mass_b
+# times the difference of the pair's features to the discrepancy, keeping b takes mass_a times it away.
 
 
-def _signs_in_turn(decide: Callable[..., Any], state: Any, gram: Array, mass_a: Array, mass_b: Array, key: Array) -> Array:
-    """One pair after the other, by ``decide(h, norm, masses, coin, state) -> keep a, state`` with h the overlap so far."""
-    coin = jax.random.uniform(key, mass_a.shape, gram.dtype)
+def _signs_in_turn(
+    decide: Callable[..., Any], state: Any, gram: Array, mass_a: Array, mass_b: Array, coin: Array
+) -> Array:
+    """One pair after the other, by ``decide(h, norm, masses, coin, state) -> keep a, state``, h the overlap so far."""
 
     def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
         overlap, state = carry
@@ -126,35 +133,35 @@ def _signs_in_turn(decide: Callable[..., Any], state: Any, gram: Array, mass_a: 
         keep = jnp.where(mass_b[i] == 0, True, keep)
         return (overlap + jnp.where(keep, mass_b[i], -mass_a[i]) * gram[i], state), keep
 
-    # XLA on CPU pays for a step of a loop what a thousand multiplications cost.
-    return lax.scan(step, (jnp.zeros_like(mass_a), state), jnp.arange(mass_a.shape[0]), unroll=4)[1]
+    return lax.scan(step, (jnp.zeros_like(mass_a), state), jnp.arange(mass_a.shape[0], dtype=jnp.int32))[1]
 
 
-def _greedy_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
+def _greedy_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
     r"""The sign that leaves the smaller discrepancy: keep a where :math:`h < (m_a - m_b) \|d\|^2 / 2`."""
 
     def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
         excess = h - (masses[0] - masses[1]) * norm / 2
         return jnp.where(excess == 0, coin < 0.5, excess < 0), state
 
-    return _signs_in_turn(decide, (), gram, mass_a, mass_b, key)
+    return _signs_in_turn(decide, (), gram, mass_a, mass_b, coin)
 
 
-def _walk_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
-    r"""Self-balancing walk: keep a with probability :math:`\frac12 - \frac{h}{2 c R^2}`, :math:`c = 30 \log(n/\delta)`."""
+def _walk_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
+    r"""Self-balancing walk: keep a with probability :math:`\frac12 - h/(2 c R^2)`, :math:`c = 30 \log(n/\delta)`."""
     bound = 30 * math.log(2 * gram.shape[0] / failure) * jnp.max(jnp.diagonal(gram)) * jnp.maximum(jnp.max(mass_a), 1)
 
     def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
         first = masses[0] / jnp.maximum(masses[0] + masses[1], 1)
         return coin < first - h / jnp.where(bound > 0, 2 * bound, 1), state
 
-    return _signs_in_turn(decide, (), gram, mass_a, mass_b, key)
+    return _signs_in_turn(decide, (), gram, mass_a, mass_b, coin)
 
 
-def _thinning_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
-    r"""Kernel thinning: keep a with probability :math:`(1 - h/a)/2`, :math:`a = \max(b \sigma \sqrt{2 \log(2/\delta)}, b^2)`.
+def _thinning_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
+    r"""Kernel thinning: keep a with probability :math:`(1 - h/a)/2`.
 
-    :math:`b^2 = \|d\|^2`, and :math:`\sigma^2` is the variance proxy of the walk so far.
+    :math:`a = \max(b \sigma \sqrt{2 \log(2/\delta)}, b^2)`, :math:`b^2 = \|d\|^2`, and :math:`\sigma^2` is the variance
+    proxy of the walk so far.
     """
     log_odds = 2 * math.log(2 * gram.shape[0] / failure)
     mass = jnp.maximum(jnp.max(mass_a), 1)
@@ -165,11 +172,11 @@ def _thinning_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failu
         grown = norm * jnp.maximum(0, 1 + (norm - 2 * threshold) * variance / safe**2)
         return coin < (1 - h / (mass * safe)) / 2, variance + grown
 
-    return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, key)
+    return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, coin)
 
 
-def _compress_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
-    r"""Thinformer: keep a where :math:`h < u (\frac12 + \log(4p/\delta')) \|d_i\| \max_{j \le i} \|d_j\|`, u uniform in ±1."""
+def _compress_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
+    r"""Thinformer: keep a where :math:`h < u (\frac12 + \log(4p/\delta)) \|d_i\| \max_{j \le i} \|d_j\|`, u in ±1."""
     pairs = gram.shape[0]
     factor = (0.5 + math.log(4 * pairs / failure)) * jnp.maximum(jnp.max(mass_a), 1)
 
@@ -177,29 +184,45 @@ def _compress_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failu
         largest = jnp.maximum(largest, norm)
         return h < (2 * coin - 1) * factor * jnp.sqrt(norm * largest), largest
 
-    return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, key)
+    return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, coin)
 
 
-def _search_signs(gram: Array, mass_a: Array, mass_b: Array, key: Array, failure: float) -> Array:
-    r"""All pairs at once: from random signs, flip a random part of those whose flip lowers the discrepancy, again and again.
+def _search_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
+    r"""All pairs at once: from random signs, flip a part of those whose flip lowers the discrepancy, again and again.
 
-    With moves :math:`t` (:math:`m_b` where a is kept, else :math:`-m_a`) the discrepancy is :math:`t^T G t`, and a flip by
-    :math:`\delta_i = \mp(m_a + m_b)` changes it by :math:`2 \delta_i (G t)_i + \delta_i^2 G_{ii}`.
+    With moves :math:`t` (:math:`m_b` where a is kept, else :math:`-m_a`) the discrepancy is :math:`t^T G t`, and a flip
+    by :math:`\delta_i = \mp(m_a + m_b)` changes it by :math:`2 \delta_i (G t)_i + \delta_i^2 G_{ii}`.
     """
-    key_start, key_flips = jax.random.split(key)
     norm = jnp.diagonal(gram)
     free = mass_b != 0
-    keep = jax.random.bernoulli(key_start, shape=mass_a.shape) | ~free
 
     def step(round_: Array, keep: Array) -> Array:
         overlap = gram @ jnp.where(keep, mass_b, -mass_a)
         flip = jnp.where(keep, -1, 1) * (mass_a + mass_b)
         lowers = 2 * flip * overlap + flip**2 * norm < 0
         share = 0.25 * (1 - round_.astype(gram.dtype) / SEARCH_ROUNDS) + 0.01
-        tried = jax.random.uniform(jax.random.fold_in(key_flips, round_), keep.shape, gram.dtype) < share
+        # Each pair's turn comes round by the golden ratio, from a random start.
+        tried = (coin * 8 + round_.astype(gram.dtype) * GOLDEN) % 1 < share
         return keep ^ (lowers & tried & free)
 
-    return lax.fori_loop(0, SEARCH_ROUNDS, step, keep)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(SEARCH_ROUNDS), step, (coin < 0.5) | ~free)
+
+
+def balancing_walk(gram: Array, bound: float, coin: Array) -> Array:
+    r"""Signs of single tokens: + with probability :math:`\frac12 - \frac{h}{2 c R^2}` for overlaps h with those before.
+
+    Args:
+        gram: kernel of the tokens ``[n, n]``.
+        bound: c; :math:`R^2` is the largest norm on the diagonal.
+        coin: uniform noise ``[n]``.
+    """
+    ones = jnp.ones_like(gram[0])
+    largest = jnp.max(jnp.diagonal(gram))
+
+    def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
+        return coin < 0.5 - h / jnp.where(largest > 0, 2 * bound * largest, 1), state
+
+    return _signs_in_turn(decide, (), gram, ones, ones, coin)
 
 
 SIGN_RULES: dict[str, Callable[[Array, Array, Array, Array, float], Array]] = {
@@ -212,7 +235,7 @@ SIGN_RULES: dict[str, Callable[[Array, Array, Array, Array, float], Array]] = {
 
 
 def tree_order(points: Points) -> Array:
-    """An order in which near neighbours stand together, and what has no mass last: the leaves of a tree of median splits.
+    """An order in which neighbours stand together, and what has no mass last: the leaves of a tree of splits.
 
     The tree splits along the principal axes of keys and values in turn, into `BRANCHES` equal cells at a time.
     """
@@ -221,7 +244,7 @@ def tree_order(points: Points) -> Array:
     scale = jnp.sqrt(jnp.maximum(jnp.max(squared_norm(points.x)), jnp.finfo(points.x.dtype).tiny))
     features = jnp.concatenate([points.x / scale, points.values[:, :-1]], axis=1)
     weight = points.mass / jnp.maximum(jnp.sum(points.mass), 1)
-    centred = jnp.where(present[:, None], features - weight @ features, 0)
+    centred = jnp.where(present[:, None], features - (weight @ features)[None, :], 0)
     axes = jnp.linalg.eigh((centred * weight[:, None]).T @ centred)[1][:, ::-1]
     along = jnp.where(present[:, None], centred @ axes, jnp.inf)
     order = jnp.arange(num_points, dtype=jnp.int32)

@@ -16,6 +16,7 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
+from approx_attention.methods.coreset import coreset, running_coreset, summarize_coreset
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.lara import lara
@@ -138,6 +139,16 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(decode=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (D + Dv),
             reference="Zheng et al. 2023, special case",
+        ),
+        "coreset": Method(
+            function=coreset,
+            size="coreset_size",
+            summarize=summarize_coreset,
+            running=running_coreset,
+            capabilities=Capabilities(decode=True, needs_key=True, exact_limit=True),
+            # Seeding reads keys against twice the coreset, two steps of k-means and the Nystrom sums once against it.
+            cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (5 * D + Dv)),
+            reference="Liberty et al. 2026, k-means with Nystrom weights",
         ),
         "favor": Method(
             function=favor,

@@ -7,6 +7,7 @@ backward pass, so that memory is linear in the sequence in both directions.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,15 +255,15 @@ def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill
     return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
 
 
-def map_rows(function: Callable[[Array], AttentionState], q: Array, block: int) -> AttentionState:
-    """Applies ``function`` to blocks of at most ``block`` rows of ``q``, one after the other."""
+def map_rows(function: Callable[[Array], Any], q: Array, block: int) -> Any:
+    """Applies ``function``, row by row a map, to blocks of at most ``block`` rows of ``q``, one after the other."""
     num_queries = q.shape[0]
     blocks, rows = _even_split(num_queries, block)
     if blocks == 1:
         return function(q)
     q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
-    state = lax.map(function, q)
-    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+    result = lax.map(function, q)
+    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], result)
 
 
 def pad_rows(x: Array, padding: int) -> Array:

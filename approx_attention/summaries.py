@@ -34,8 +34,8 @@ class WeightedKV:
               \Big/ \sum_j e^{q \cdot k_j}\, \mathrm{mass}_j
 
     With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
-    values ``value_sum / mass``; a token of mass 0 is absent. Signed masses (Nystrom weights) need the range of
-    the true values, to which the answer is then clipped; without it a negative mass makes the answer NaN.
+    values ``value_sum / mass``; a token of mass 0 is absent. Signed masses (Nystrom weights), and values without mass,
+    need the range of the true values, to which the answer is then clipped; without it a negative mass gives NaN.
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
@@ -55,6 +55,17 @@ class WeightedKV:
         k, v = token_sums_inputs(k, v, kv_mask)
         mass = jnp.ones(k.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
         return cls(k, v, mass)
+
+    @property
+    def values(self) -> Array:
+        """The mean value that each token stands for, ``[M, Dv]``."""
+        return self.value_sum / jnp.where(self.mass == 0, 1, self.mass)[:, None]
+
+    @property
+    def log_mass(self) -> Array:
+        """Logarithms of the masses, which are not negative, and `HIDDEN` for a token that is absent ``[M]``."""
+        absent = self.mass == 0
+        return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 
     @classmethod
     def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
@@ -188,14 +199,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
-    value, log_mass = _mean_value_and_log_mass(summary)
-    return blocked_state(q, summary.k, value, log_mass)
-
-
-def _mean_value_and_log_mass(summary: Summary) -> tuple[Array, Array]:
-    absent = summary.mass == 0
-    mass = jnp.where(absent, jnp.ones_like(summary.mass), summary.mass)
-    return summary.value_sum / mass[:, None], jnp.where(absent, HIDDEN, jnp.log(mass))
+    return blocked_state(q, summary.k, summary.values, summary.log_mass)
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
@@ -204,8 +208,8 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments, features: Positi
     .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r}
               = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
     """
-    value, log_mass = _mean_value_and_log_mass(moments)
-    state = blocked_state(q, features.projection.astype(q.dtype), value, log_mass + finite_peak(moments.log_scale))
+    directions = WeightedKV(features.projection.astype(q.dtype), moments.value_sum, moments.mass)
+    state = blocked_state(q, directions.k, directions.values, directions.log_mass + finite_peak(moments.log_scale))
     query_scale = -squared_norm(q)[:, 0] / 2 - 0.5 * math.log(features.num_features)
     return AttentionState(state.out, state.lse + query_scale)
 
@@ -231,7 +235,8 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
 
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
     assert summary.value_range is not None
-    logits = jnp.where(summary.mass[None, :] != 0, q @ summary.k.T, -jnp.inf)
+    present = (summary.mass != 0) | jnp.any(summary.value_sum != 0, axis=1)
+    logits = jnp.where(present[None, :], q @ summary.k.T, -jnp.inf)
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
     state = _normalise(weights @ summary.value_sum, weights @ summary.mass, peak)

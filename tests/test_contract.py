@@ -441,8 +441,13 @@ CHANGES = {
     "num_chunks": (20, {}),
     "num_samples": (5, {}),
     "sample_size": (5, {}),
+    "coreset_size": (5, {}),
+    "algorithm": ("halving", {}),
+    "query_radius": (9.0, {}),
+    "streaming": ("counter", {"is_causal": True, "algorithm": "halving"}),
     "window_size": (5, {}),
     "block_size": (5, {}),
+    ("coreset", "block_size"): (5, {"is_causal": True}),
     "projection": (jnp.ones((3, 8)), {}),
     "features": ("hyperbolic", {}),
     ("rfa", "features"): ("positive", {}),
@@ -482,7 +487,7 @@ def test_every_hyperparameter_has_an_effect(name):
         if argument in ("is_causal", "kv_mask", "mask", "bias", "scale", "implementation", "return_state"):
             continue
         change, context = CHANGES.get((name, argument), CHANGES.get(argument))
-        base = {**settings(name), "is_causal": True} if name not in ("lara", "eva") else settings(name)
+        base = {**settings(name), "is_causal": True} if name not in ("lara", "eva", "coreset") else settings(name)
         plain = function(q, k, v, jax.random.key(7), **{**base, **context})
         changed = function(q, k, v, jax.random.key(7), **{**base, **context, argument: change})
         assert np.any(np.abs(np.asarray(plain) - np.asarray(changed)) > 1e-4), argument

@@ -1,0 +1,326 @@
+"""Coresets: few weighted tokens that answer every query of bounded norm almost as all tokens do."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import RunningSummary, causal_state
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs, unknown
+from approx_attention.clustering import k_means, random_places
+from approx_attention.coresets import ALGORITHMS, Algorithm
+from approx_attention.features import squared_norm
+from approx_attention.softmax import pad_rows
+from approx_attention.summaries import WeightedKV, attend, merge
+
+
+def coreset(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    coreset_size: int = 256,
+    algorithm: str | Algorithm = "kmeans_nystrom",
+    query_radius: float | Array | None = None,
+    is_causal: bool = False,
+    streaming: Literal["fold", "counter"] = "fold",
+    block_size: int = 128,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Attention over M weighted tokens that stand for all keys and values, whatever is asked.
+
+    .. math:: \mathrm{out}_t = \sum_c e^{s\, q_t \cdot k_c}\, u_c \Big/ \sum_c e^{s\, q_t \cdot k_c}\, m_c,
+
+    with tokens such that :math:`\sup_{\|q\| \le \rho} \|\mathrm{out}(q) - \mathrm{attention}(q)\|` is small. Chosen
+    tokens (``"halving"``, ``"stratified"``, samples) have :math:`u_c = m_c v_c`; merged ones (``"kmeans_merge"``) are
+    means of keys with sums of values; ``"kmeans_nystrom"`` solves for masses and values, which may then be negative, so
+    that answers are clipped to the range of the values. All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep
+    the total mass exactly.
+
+    Which tokens are chosen has no gradient; keys, values and masses of the chosen do.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens; with M >= S the answer is exact.
+        algorithm: a name in `approx_attention.coresets.ALGORITHMS`, or one of its classes with settings of your own.
+        query_radius: :math:`\rho`, the largest norm of a query in scaled space (`query_radius`); by default that of the
+            centred keys.
+        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coreset.
+        streaming: how the coreset grows causally, see `running_coreset`.
+        block_size: tokens per block of the causal form.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import coreset, exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (512, 8)) for i in range(3))
+        >>> out = coreset(q, k, v, jax.random.key(3), coreset_size=128)
+        >>> bool(jnp.linalg.norm(out - exact(q, k, v)) < 0.1 * jnp.linalg.norm(exact(q, k, v)))
+        True
+
+    Reference:
+        Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", for the problem and its bounds; Karnin
+        and Liberty (2019) for halving; the default is k-means with Nystrom weights, as in WildCat (2026) with other
+        landmarks.
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("block_size", block_size)
+    check_choice("streaming", streaming, ("fold", "counter"))
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    sizes: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
+    if is_causal:
+        running = running_coreset(head_dim, key, **sizes, streaming=streaming, max_length=q.shape[0])
+        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+    else:
+        state = attend(q, summarize_coreset(k, v, key, **sizes, kv_mask=kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def summarize_coreset(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    coreset_size: int = 256,
+    algorithm: str | Algorithm = "kmeans_nystrom",
+    query_radius: float | Array | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> WeightedKV:
+    """A coreset of keys and values.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens.
+        algorithm: as in `coreset`.
+        query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        A `WeightedKV` of min(M, S) tokens.
+    """
+    tokens = WeightedKV.of_tokens(k, v, kv_mask)
+    return compress(tokens, key, coreset_size=coreset_size, algorithm=algorithm, query_radius=query_radius)
+
+
+def compress(
+    tokens: WeightedKV,
+    key: Array | None = None,
+    *,
+    coreset_size: int = 256,
+    algorithm: str | Algorithm = "kmeans_nystrom",
+    query_radius: float | Array | None = None,
+) -> WeightedKV:
+    """A coreset of tokens that have masses already, such as two coresets merged.
+
+    Args:
+        tokens: a `WeightedKV` without negative masses, in scaled space.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens; with no more tokens than that they come back as they are.
+        algorithm: as in `coreset`.
+        query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
+
+    Returns:
+        A `WeightedKV` of at most M tokens.
+
+    Raises:
+        ValueError: an unknown algorithm, a count below 1, signed masses, no key.
+    """
+    check_count("coreset_size", coreset_size)
+    chosen = _algorithm(algorithm)
+    if tokens.value_range is not None:
+        raise ValueError("tokens with signed masses cannot be compressed again: compress what they were made of")
+    drawn = check_key("coreset", key)
+    if coreset_size >= tokens.mass.shape[0]:
+        return tokens
+    middle, centred = _centred(tokens)
+    radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
+    ratio = jnp.ones_like(radius)
+    if query_radius is not None:
+        ratio = jnp.asarray(query_radius, radius.dtype) / jnp.where(radius > 0, radius, 1)
+    small = chosen(centred, coreset_size, lax.stop_gradient(ratio), drawn)
+    return dataclasses.replace(small, k=small.k + middle[None, :])
+
+
+def query_radius(
+    q: Float[Array, "T D"], *, scale: float | Array | None = None, window: int = 32, margin: float = 1.1
+) -> Float[Array, ""]:
+    """An estimate of the norm of queries to come, in scaled space: the largest of the last ones, and a little more.
+
+    Args:
+        q: queries ``[T, D]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        window: how many of the last queries are looked at.
+        margin: factor on the largest norm.
+
+    Returns:
+        The radius, to be passed as ``query_radius``.
+    """
+    q, *_ = head_inputs(q[-check_count("window", window) :], q[:1], q[:1], scale=scale, kv_mask=None)
+    return margin * jnp.sqrt(jnp.max(squared_norm(q)))
+
+
+def running_coreset(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    coreset_size: int = 256,
+    algorithm: str | Algorithm = "kmeans_nystrom",
+    query_radius: float | Array | None = None,
+    streaming: Literal["fold", "counter"] = "fold",
+    max_length: int = 65536,
+) -> RunningSummary:
+    """The coreset of a growing prefix.
+
+    Folding merges every further block into the clusters so far, whatever the algorithm, because what is solved for or
+    chosen cannot be taken up again. The counter applies the algorithm: of two coresets of one level it makes one of the
+    next, as a binary counter carries, so that it holds up to ``coreset_size`` tokens for each of
+    ``log2(max_length / coreset_size)`` levels; a prefix that is longer is folded into the last.
+
+    Args:
+        head_dim: ignored.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens, of each level if it is a counter.
+        algorithm: of the counter: one whose masses are not negative.
+        query_radius: as in `coreset`.
+        streaming: ``"fold"`` or ``"counter"``.
+        max_length: the length that the counter's levels are made for.
+
+    Returns:
+        The `RunningSummary`.
+    """
+    check_count("coreset_size", coreset_size)
+    check_choice("streaming", streaming, ("fold", "counter"))
+    _algorithm(algorithm)
+    drawn = check_key("coreset", key)
+    if streaming == "fold":
+        return _folding(drawn, coreset_size)
+    levels = max(1, (-(-max_length // coreset_size) - 1).bit_length() + 1)
+    reduce = _Reduce(coreset_size, algorithm, query_radius, levels)
+    return RunningSummary(reduce.init, lambda *args: reduce.append(drawn, *args), reduce.read)
+
+
+def _folding(key: Array, coreset_size: int) -> RunningSummary:
+    def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:
+        return WeightedKV.empty(coreset_size, head_dim, value_dim, dtype)
+
+    def append(held: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
+        tokens = merge(held, WeightedKV.of_tokens(k, v, kv_mask))
+        middle, centred = _centred(tokens)
+        places = random_places(centred.mass, coreset_size, jax.random.fold_in(key, start))
+        clusters = k_means(centred, places, steps=2)
+        return dataclasses.replace(clusters, k=clusters.k + middle[None, :])
+
+    return RunningSummary(init, append, read=lambda held: held)
+
+
+class _Levels(NamedTuple):
+    """Coresets ``[levels, M, ...]`` of ever more tokens, the empty ones without mass, and the one being filled."""
+
+    levels: WeightedKV
+    filling: WeightedKV
+    filled: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reduce:
+    """Merge and reduce, as a binary counter counts."""
+
+    coreset_size: int
+    algorithm: str | Algorithm
+    query_radius: float | Array | None
+    levels: int
+
+    def init(self, head_dim: int, value_dim: int, dtype: Any) -> _Levels:
+        room = WeightedKV.empty(self.coreset_size, head_dim, value_dim, dtype)
+        levels = jax.tree.map(lambda x: jnp.zeros((self.levels, *x.shape), x.dtype), room)
+        return _Levels(levels, room, jnp.zeros((), jnp.int32))
+
+    def append(self, key: Array, held: _Levels, start: Array, k: Array, v: Array, kv_mask: Array) -> _Levels:
+        block = WeightedKV.of_tokens(k, v, kv_mask)
+        size, length = self.coreset_size, k.shape[0]
+        key = jax.random.fold_in(key, start)
+        if length > size:
+            block, length = self._compress(block, key), size
+        # The block joins those that are being filled; when it no longer fits, these are carried over first.
+        full = held.filled + length > size
+        levels = lax.cond(full, lambda: self._carry(held.levels, held.filling, key), lambda: held.levels)
+        at = jnp.where(full, 0, held.filled)
+
+        def put(room: Array, x: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(jnp.where(full, 0, room), x, at, 0)
+
+        return _Levels(levels, jax.tree.map(put, held.filling, block), at + length)
+
+    def _carry(self, levels: WeightedKV, carried: WeightedKV, key: Array) -> WeightedKV:
+        def occupied(number: Array) -> Array:
+            return jnp.any(levels.mass[number] > 0)
+
+        def step(state: tuple[Array, WeightedKV, WeightedKV]) -> tuple[Array, WeightedKV, WeightedKV]:
+            number, levels, carried = state
+            both = merge(jax.tree.map(lambda x: x[number], levels), carried)
+            carried = self._compress(both, jax.random.fold_in(key, number))
+            levels = jax.tree.map(lambda x: x.at[number].set(0), levels)
+            return number + 1, levels, carried
+
+        last = self.levels - 1
+        number, levels, carried = lax.fori_loop(
+            0,
+            self.levels,
+            lambda _, state: lax.cond((state[0] <= last) & occupied(state[0]), step, lambda s: s, state),
+            (jnp.zeros((), jnp.int32), levels, carried),
+        )
+        number = jnp.minimum(number, last)
+        return jax.tree.map(lambda x, new: x.at[number].set(new), levels, carried)
+
+    def read(self, held: _Levels) -> WeightedKV:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), held.levels)
+        return merge(flat, held.filling)
+
+    def _compress(self, tokens: WeightedKV, key: Array) -> WeightedKV:
+        options: Any = {"algorithm": self.algorithm, "query_radius": self.query_radius}
+        small = compress(tokens, key, coreset_size=self.coreset_size, **options)
+        if small.value_range is not None:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} makes signed masses, which a counter cannot reduce further; "
+                "use one that does not, such as 'halving', 'stratified' or 'kmeans_merge'"
+            )
+        missing = self.coreset_size - small.mass.shape[0]
+        return jax.tree.map(lambda x: pad_rows(x, missing), small)
+
+
+def _centred(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
+    """The mean key, and the tokens without it: no answer changes, and exponents stay small."""
+    total = jnp.sum(tokens.mass)
+    middle = tokens.mass @ tokens.k / jnp.where(total > 0, total, 1)
+    k = jnp.where(tokens.mass[:, None] > 0, tokens.k - middle[None, :], 0)
+    return middle, dataclasses.replace(tokens, k=k)
+
+
+def _algorithm(algorithm: str | Algorithm) -> Algorithm:
+    if isinstance(algorithm, str):
+        if algorithm not in ALGORITHMS:
+            raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
+        return ALGORITHMS[algorithm]
+    if not callable(algorithm):
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or a function, got {algorithm!r}")
+    return algorithm
