@@ -3,6 +3,14 @@
 from approx_attention.api import attention
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import fold_scale
+from approx_attention.compression import (
+    compress_cache,
+    compress_tokens,
+    pyramid_budgets,
+    running_compressed,
+    shared_sizes,
+    token_budget,
+)
 from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
 from approx_attention.features import (
@@ -59,6 +67,8 @@ __all__ = [
     "attention",
     "causal_state",
     "compress",
+    "compress_cache",
+    "compress_tokens",
     "control_variate_state",
     "coreset",
     "draw_favor",
@@ -75,9 +85,11 @@ __all__ = [
     "mean_value",
     "merge",
     "orthogonal_projection",
+    "pyramid_budgets",
     "query_radius",
     "ra",
     "rfa",
+    "running_compressed",
     "running_coreset",
     "running_eva",
     "running_exact",
@@ -86,6 +98,7 @@ __all__ = [
     "running_moments",
     "running_rfa",
     "running_uniform_sample",
+    "shared_sizes",
     "summarize_coreset",
     "summarize_exact",
     "summarize_favor",
@@ -93,5 +106,6 @@ __all__ = [
     "summarize_mean_value",
     "summarize_uniform_sample",
     "summary_bytes",
+    "token_budget",
     "uniform_sample",
 ]

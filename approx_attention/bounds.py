@@ -1,13 +1,23 @@
 """What theory promises: closed forms for the error of estimates, with their assumptions."""
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_key_value_fit, fold_scale
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_key_value_fit,
+    fold_scale,
+    zero_padding,
+)
+from approx_attention.clustering import nearest
 from approx_attention.features import squared_norm
+from approx_attention.summaries import WeightedKV
 
 
 def favor_mse(
@@ -63,3 +73,149 @@ def favor_mse(
         return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
     positive = jnp.expm1(together) / num_features
     return positive if features == "positive" else positive * -jnp.expm1(-together)
+
+
+def merge_bound(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    summary: WeightedKV,
+    radius: float | Array,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> Float[Array, ""]:
+    r"""A bound on the error of merged clusters, for every query of bounded norm, from the radius of the clusters.
+
+    If every key is within :math:`\delta` of the token that it was merged into, whose mass and values are the sums over
+    its members,
+
+    .. math:: \sup_{\|q\| \le \rho} \|\mathrm{attend}(q) - \mathrm{attention}(q)\|_2
+              \le (e^{2 \rho \delta} - 1)\, \max_j \|v_j\|_2.
+
+    It holds for merges alone (``"kmeans_merge"``, ``"farthest_merge"``, `mean_pool`). No bound of this kind is known
+    for Nystrom weights or for chosen tokens: measure those with `approx_attention.diagnostics.sup_error`, whose search
+    gives a lower bound of the supremum. Above :math:`2 \max \|v\|` it says nothing.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        summary: the merged tokens; each key is taken to be merged into the nearest.
+        radius: :math:`\rho`, the largest norm of a query in scaled space.
+        kv_mask: true where a key is real ``[S]``.
+
+    Returns:
+        The bound, in the units of v; infinite where it exceeds the largest number.
+
+    Raises:
+        ValueError: signed masses, which no merge has.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import bounds, summarize_coreset
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 2)) for i in range(2))
+        >>> merged = summarize_coreset(k, v, jax.random.key(2), coreset_size=32, algorithm="farthest_merge")
+        >>> bool(0 < bounds.merge_bound(k, v, merged, 0.5) < 2)
+        True
+
+    Reference:
+        Each weight is off by a factor between :math:`e^{\pm\rho\delta}`; a derivation of this library.
+    """
+    if summary.value_range is not None:
+        raise ValueError("merge_bound speaks of merged clusters; this summary has signed masses")
+    k, v = zero_padding(k, v, kv_mask)
+    centre = summary.k[nearest(k, summary.k, summary.mass > 0)]
+    away = jnp.sqrt(squared_norm(k - centre))[:, 0]
+    if kv_mask is not None:
+        away = jnp.where(kv_mask, away, 0)
+    return jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(v)))
+
+
+class CoresetSize(NamedTuple):
+    """A size that theory asks for.
+
+    Attributes:
+        size: tokens, up to a constant that the theorem does not give (taken to be 1).
+        vacuous: whether it is no less than the number of tokens there are.
+        statement: the bound, in words.
+    """
+
+    size: float
+    vacuous: bool
+    statement: str
+
+
+def coreset_size_bound(
+    error: float,
+    *,
+    radius: float,
+    head_dim: int,
+    num_keys: int,
+    failure: float = 0.1,
+    result: Literal["uniform", "subgen", "balance_kv", "optimal", "lower_bound"] = "optimal",
+) -> CoresetSize:
+    r"""How many tokens theory asks for so that attention errs by at most ``error`` where values have norm at most 1.
+
+    With queries of norm :math:`\rho` and keys of norm 1, in d dimensions, up to constants and lower-order terms:
+
+    .. math:: \text{uniform: } \cosh^2(\rho) \frac{d + \log(1/\delta)}{\epsilon^2}, \quad
+              \text{balance\_kv: } \frac{\sqrt d\, e^{2\rho} \log n}{\epsilon}, \quad
+              \text{optimal: } \frac{\sqrt d\, e^{\rho}}{\epsilon}.
+
+    Args:
+        error: :math:`\epsilon`, of values of norm at most 1.
+        radius: :math:`\rho`, the largest norm of a query in scaled space, times that of the keys.
+        head_dim: d.
+        num_keys: n.
+        failure: :math:`\delta`, the probability with which a random choice may fail.
+        result: ``"uniform"`` for a uniform sample; ``"subgen"`` for the samples of values of SubGen, one query at a
+            time and beside its clusters; ``"balance_kv"`` as published; ``"optimal"`` for the size that is known to
+            exist, without an algorithm; ``"lower_bound"`` for the size below which some data have no coreset of rows.
+
+    Returns:
+        The `CoresetSize`; ``vacuous`` if it is at least ``num_keys``.
+
+    Raises:
+        ValueError: an unknown result, an error or radius that is not positive.
+
+    Example:
+        >>> from approx_attention import bounds
+        >>> bounds.coreset_size_bound(0.1, radius=2.0, head_dim=64, num_keys=16384).vacuous
+        False
+        >>> bounds.coreset_size_bound(0.1, radius=20.0, head_dim=64, num_keys=16384).vacuous
+        True
+
+    Reference:
+        Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", abstract; Han et al. (2025),
+        "BalanceKV", theorem 3.1; Zandieh et al. (2024), "SubGen"; uniform sampling by the usual second-moment argument.
+    """
+    check_choice("result", result, ("uniform", "subgen", "balance_kv", "optimal", "lower_bound"))
+    check_count("head_dim", head_dim)
+    check_count("num_keys", num_keys)
+    if not error > 0 or not radius > 0:
+        raise ValueError(f"error and radius must be positive, got {error} and {radius}")
+    log_failure = math.log(1 / failure)
+    log_size, statement = {
+        "uniform": (
+            2 * (radius + math.log1p(math.exp(-2 * radius)) - math.log(2))
+            + math.log(head_dim + log_failure)
+            - 2 * math.log(error),
+            "a uniform sample, all queries at once",
+        ),
+        "subgen": (
+            math.log(head_dim) - 2 * math.log(error),
+            "samples of values, one query at a time; clusters of keys come on top",
+        ),
+        "balance_kv": (
+            0.5 * math.log(head_dim) + 2 * radius - math.log(error) + math.log(max(1.0, math.log(num_keys))),
+            "discrepancy of batches, each query of a stream with high probability",
+        ),
+        "optimal": (
+            0.5 * math.log(head_dim) + radius - math.log(error),
+            "a weighted coreset exists, all queries at once; no algorithm is known to find it",
+        ),
+        "lower_bound": (
+            0.5 * math.log(head_dim) + radius - math.log(error),
+            "some data have no smaller coreset of their own rows",
+        ),
+    }[result]
+    size = math.exp(log_size) if log_size < 700 else math.inf
+    return CoresetSize(size, size >= num_keys, statement)

@@ -100,12 +100,15 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
     k = lax.stop_gradient(k)
     size = squared_norm(k)[:, 0]
 
-    def step(distance: Array, _: None) -> tuple[Array, Array]:
-        place = jnp.argmax(distance)
+    def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+        distance, place = state
         left = jnp.maximum(size - 2 * (k @ k[place]) + size[place], 0)
-        return jnp.minimum(distance, left).at[place].set(-1), place
+        distance = jnp.minimum(distance, left).at[place].set(-1)
+        return (distance, jnp.argmax(distance)), place
 
-    return lax.scan(step, jnp.where(present, size, -1), length=count)[1].astype(jnp.int32)
+    start = jnp.where(present, jnp.inf, -1).astype(k.dtype)
+    first = jnp.argmax(jnp.where(present, size, -1))
+    return lax.scan(step, (start, first), length=count)[1].astype(jnp.int32)
 
 
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
@@ -165,9 +168,10 @@ def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: f
 
 
 def value_range(tokens: WeightedKV) -> Array:
-    """Least and greatest value per channel ``[2, Dv]`` over the tokens that are present, as a constant."""
+    """Least and greatest value per channel ``[2, Dv]`` over the tokens that are present, as a constant.
+
+    Of none it is from infinity to minus infinity, which joins with any other.
+    """
     present, values = (tokens.mass > 0)[:, None], lax.stop_gradient(tokens.values)
-    low = jnp.min(jnp.where(present, values, jnp.inf), axis=0)
-    high = jnp.max(jnp.where(present, values, -jnp.inf), axis=0)
-    none = ~jnp.any(present)
-    return jnp.where(none, 0, jnp.stack([low, high]))
+    low = jnp.min(values, axis=0, initial=jnp.inf, where=present)
+    return jnp.stack([low, jnp.max(values, axis=0, initial=-jnp.inf, where=present)])

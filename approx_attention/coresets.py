@@ -90,7 +90,7 @@ class Halving:
         points = kernel_points(tokens, ratio / 2)
         key_order, key_signs = jax.random.split(key)
         if self.order == "tree":
-            order = tree_order(points)
+            order = tree_order(points, group_length(points.mass.shape[0], size))
         else:
             order = random_places(points.mass, points.mass.shape[0], key_order)
         points = spread_over(points, order, size)

@@ -234,10 +234,11 @@ SIGN_RULES: dict[str, Callable[[Array, Array, Array, Array, float], Array]] = {
 }
 
 
-def tree_order(points: Points) -> Array:
+def tree_order(points: Points, group: int) -> Array:
     """An order in which neighbours stand together, and what has no mass last: the leaves of a tree of splits.
 
-    The tree splits along the principal axes of keys and values in turn, into `BRANCHES` equal cells at a time.
+    The tree splits along the principal axes of keys and values in turn, into `BRANCHES` equal cells at a time. Cells
+    hold whole groups of ``group`` points, a power of two, as long as they hold more than one.
     """
     num_points = points.mass.shape[0]
     present = points.mass > 0
@@ -246,14 +247,18 @@ def tree_order(points: Points) -> Array:
     weight = points.mass / jnp.maximum(jnp.sum(points.mass), 1)
     centred = jnp.where(present[:, None], features - (weight @ features)[None, :], 0)
     axes = jnp.linalg.eigh((centred * weight[:, None]).T @ centred)[1][:, ::-1]
-    along = jnp.where(present[:, None], centred @ axes, jnp.inf)
+    # A slight tilt tells apart what is alike along an axis, so that only equal points are ties.
+    places = jnp.arange(axes.shape[0], dtype=axes.dtype)
+    along = centred @ (axes + 1e-3 * jnp.cos(7 * places[:, None] * places[None, :] + places[:, None]))
+    along = jnp.where(present[:, None], along, jnp.inf)
     order = jnp.arange(num_points, dtype=jnp.int32)
     cell, level = num_points, 0
-    while cell > 1:
+    while level == 0 or cell > 1:
         # Rank r is in cell r // cell of those that the levels before have split.
         cells = jnp.arange(num_points, dtype=jnp.int32) // cell
         order = lax.sort((cells, along[order, level % along.shape[1]], order), num_keys=2)[2]
-        cell, level = -(-cell // BRANCHES), level + 1
+        cell = -(-cell // BRANCHES)
+        cell, level = -(-cell // group) * group if cell > group else 1 << (cell - 1).bit_length(), level + 1
     return order
 
 

@@ -150,7 +150,85 @@ def _continuum(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _coreset_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    columns = min(3, len(arms))
+    rows = -(-len(arms) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.8), layout="constrained", dpi=150)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    names = list(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
+    styles, handles = method_styles(names), {}
+    for axes, arm in zip(panels, arms, strict=False):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        steps = [float(step) for step in results[0]["mean_value"]]
+        for name in results[0]["methods"]:
+            errors = [list(r["methods"][name]["error"].values()) for r in results]
+            # What is exact but for rounding stands at the foot.
+            means = [max(statistics.fmean(x), 1e-5) for x in zip(*errors, strict=True)]
+            (handles[name],) = axes.plot(steps, means, **styles[name])
+            if len(errors) > 1:
+                low, high = ([max(f(x), 1e-5) for x in zip(*errors, strict=True)] for f in (min, max))
+                axes.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
+        trivial = [statistics.fmean(x) for x in zip(*(r["mean_value"].values() for r in results), strict=True)]
+        (handles["mean of the values"],) = axes.plot(steps, trivial, color="0.5", linestyle=":")
+        grows = results[0]["grows"]
+        axes.set(title=arm, yscale="log", xscale="linear" if grows == "radii" else "log")
+        axes.set(xlabel={"sizes": "tokens kept", "radii": "norm of the queries", "head_dims": "dimension"}[grows])
+        axes.set_xticks(steps, [f"{step:g}" for step in steps])
+        axes.minorticks_off()
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    for axes in list(panels)[len(arms) :]:
+        axes.set_visible(False)
+    figure.supylabel("greatest error over all queries")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def _cache(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(5.2 * len(arms) + 1, 4.6), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(arms), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axes, arm in zip(panels, arms, strict=True):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        for policy, style in method_styles(results[0]["policies"]).items():
+            shares = list(results[0]["policies"][policy])
+            lost = [
+                statistics.fmean(r["policies"][policy][s]["bits"] - r["exact"]["bits"] for r in results) for s in shares
+            ]
+            (handles[policy],) = axes.plot([100 * float(s) for s in shares], [max(x, 1e-4) for x in lost], **style)
+        axes.set(title=arm.replace("_", " "), xscale="log", yscale="log", xlabel="tokens kept of the prefix (%)")
+        axes.set_xticks([100 * float(s) for s in shares], [f"{100 * float(s):g}" for s in shares])
+        axes.minorticks_off()
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("bits per token lost after the prefix")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def _latency(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=150)
+    result = runs[0]["result"]
+    titles = {"prefill": "compression beside exact causal attention", "decode": "one decoding step"}
+    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for arm, style in method_styles(result[name]).items():
+            lengths = [int(n) for n in result[name][arm]]
+            axes.plot(lengths, [1e3 * s for s in result[name][arm].values()], label=arm, **style)
+        axes.set(title=title, xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms")
+        axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        axes.minorticks_off()
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
 _FIGURES = {
+    "coreset_error": _coreset_error,
+    "cache": _cache,
+    "latency": _latency,
     "continuum": _continuum,
     "quality": _quality,
     "swap_in": _swap_in,

@@ -393,7 +393,63 @@ def _continuum_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield _table(["", *(_count(int(n), "group") for n in numbers)], rows)
 
 
+def _coreset_error_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    named = {"sizes": "size", "radii": "radius", "head_dims": "dimension"}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        first = results[0]
+        steps = list(first["mean_value"])
+        rows = []
+        for name, entry in first["methods"].items():
+            figures = [_significant([r["methods"][name]["error"][step] for r in results]) for step in steps]
+            slopes = [r["methods"][name]["slope"]["value"] for r in results if r["methods"][name].get("slope")]
+            typical = statistics.fmean(r["methods"][name]["typical"][steps[0]] for r in results)
+            rows.append([f"`{name}`", *figures, f"{typical:.2g}", _spread(slopes) if slopes else ""])
+        mean = [_significant([r["mean_value"][step] for r in results]) for step in steps]
+        rows.append(["mean of the values", *mean, "", ""])
+        yield f"`{arm}`: greatest error over queries of that norm, by {named[first['grows']]}"
+        yield _table(["", *steps, f"typical at {steps[0]}", "exponent"], rows)
+
+
+def _cache_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        shares = list(next(iter(results[0]["policies"].values())))
+        exact = [r["exact"] for r in results]
+        bits, accuracy = (_spread([entry[name] for entry in exact]) for name in ("bits", "accuracy"))
+        yield f"`{arm}`: exact cache {bits} bits, accuracy {accuracy}. Bits lost, then accuracy, then attention error."
+        rows = []
+        for policy in results[0]["policies"]:
+            cells = [[r["policies"][policy][share] for r in results] for share in shares]
+            lost = [
+                _spread([entry["bits"] - whole["bits"] for entry, whole in zip(cell, exact, strict=True)])
+                for cell in cells
+            ]
+            others = [
+                f"{statistics.fmean(entry[name] for entry in cell):.3f}"
+                for name in ("accuracy", "attention_error")
+                for cell in cells
+            ]
+            rows.append([f"`{policy}`", *lost, *others])
+        header = [f"{what} {100 * float(share):g} %" for what in ("bits", "acc.", "error") for share in shares]
+        yield _table(["cache", *header], rows)
+
+
+def _latency_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for run in runs:
+        for name, title in (("prefill", "compression of the cache"), ("decode", "one decoding step")):
+            arms = run["result"][name]
+            lengths = list(arms["exact"])
+            rows = [[f"`{arm}`", *(f"{1e3 * seconds[n]:.3g}" for n in lengths)] for arm, seconds in arms.items()]
+            what = "causal attention over the prompt" if name == "prefill" else "a step over the whole cache"
+            yield f"`{run['arm']}`: milliseconds of {title}, beside exact {what}"
+            yield _table(["", *lengths], rows)
+
+
 _TABLES = {
+    "coreset_error": _coreset_error_tables,
+    "cache": _cache_tables,
+    "latency": _latency_tables,
     "continuum": _continuum_tables,
     "gap": _gap_tables,
     "bias": _bias_tables,
@@ -406,6 +462,11 @@ _TABLES = {
 def _spread(figures: Sequence[float]) -> str:
     mean = statistics.fmean(figures)
     return f"{mean:.3f}" if len(figures) == 1 else f"{mean:.3f} ± {statistics.stdev(figures):.3f}"
+
+
+def _significant(figures: Sequence[float]) -> str:
+    mean = statistics.fmean(figures)
+    return f"{mean:.2g}" if len(figures) == 1 else f"{mean:.2g} ± {statistics.stdev(figures):.1g}"
 
 
 def _bytes(count: int | None) -> str:

@@ -14,6 +14,7 @@ from approx_attention.checks import unknown
 from approx_attention.compare import environment, write_atomically
 from experiments.config import ConfigError, ConfigFile, as_plain, differences, read_yaml, resolve
 from experiments.control_variates import bias, continuum, gap
+from experiments.coresets import cache, error, latency
 from experiments.harness import long_context, quality, swap_in
 from experiments.training import TrainingConfig
 
@@ -36,6 +37,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "gap": Experiment(gap.GapConfig, gap.run),
     "continuum": Experiment(continuum.ContinuumConfig, continuum.run),
     "bias": Experiment(bias.BiasConfig, bias.run),
+    "coreset_error": Experiment(error.CoresetErrorConfig, error.run),
+    "cache": Experiment(cache.CacheConfig, cache.run),
+    "latency": Experiment(latency.LatencyConfig, latency.run),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }
 

@@ -71,9 +71,9 @@ def coreset(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import coreset, exact
-        >>> q, k, v = (jax.random.normal(jax.random.key(i), (512, 8)) for i in range(3))
+        >>> q, k, v = (0.5 * jax.random.normal(jax.random.key(i), (512, 8)) for i in range(3))
         >>> out = coreset(q, k, v, jax.random.key(3), coreset_size=128)
-        >>> bool(jnp.linalg.norm(out - exact(q, k, v)) < 0.1 * jnp.linalg.norm(exact(q, k, v)))
+        >>> bool(jnp.linalg.norm(out - exact(q, k, v)) < 0.05 * jnp.linalg.norm(exact(q, k, v)))
         True
 
     Reference:

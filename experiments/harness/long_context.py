@@ -103,7 +103,7 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
     }
 
 
-def slope(seconds: dict[int, float]) -> dict[str, float] | None:
+def slope(seconds: Mapping[Any, float]) -> dict[str, float] | None:
     """Least-squares slope of log time against log length, with the half-width of its 95 % interval."""
     if len(seconds) < 3:
         return None

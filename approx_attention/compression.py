@@ -1,0 +1,339 @@
+"""KV-cache compression: a prefilled cache in a budget of tokens, by coresets or by the heuristics they compete with."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import RunningSummary
+from approx_attention.checks import check_count, check_key, head_inputs, unknown
+from approx_attention.clustering import value_range
+from approx_attention.coresets import ALGORITHMS, Algorithm
+from approx_attention.decode import Cache
+from approx_attention.features import squared_norm
+from approx_attention.methods.coreset import compress, running_coreset
+from approx_attention.softmax import HIDDEN, pad_rows
+from approx_attention.summaries import WeightedKV, merge
+
+# What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.
+SNAP_QUERIES, SNAP_POOL = 32, 5
+
+
+def compress_tokens(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    budget: int,
+    policy: str | Algorithm = "kmeans_nystrom",
+    queries: Float[Array, "T D"] | None = None,
+    sinks: int = 4,
+    recent: int = 32,
+    mass_correction: bool = True,
+    query_radius: float | Array | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+) -> WeightedKV:
+    """The keys and values of one head in a budget of tokens: the first and the last exactly, the others compressed.
+
+    A coreset stands for all tokens. A heuristic keeps those with the greatest score and forgets the others, whose mass
+    is then missing; with ``mass_correction`` the kept ones between the first and the last share it equally. Shared key
+    heads are compressed once, not once per query head.
+
+    Args:
+        k: keys ``[S, D]`` as they are attended to, positions included.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; heuristics need none.
+        budget: how many tokens are kept in all; with ``budget >= S`` nothing is lost.
+        policy: an algorithm of `approx_attention.coresets`, or a heuristic: ``"streaming_llm"`` (the last tokens),
+            ``"knorm"`` (small keys), ``"keydiff"`` (keys unlike the mean key), ``"h2o"`` (attention received from all
+            queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last).
+        queries: the queries of the last T positions ``[T, D]``, for the last three, and as an estimate of the radius.
+        sinks: how many of the first tokens are kept exactly.
+        recent: how many of the last tokens are kept exactly.
+        mass_correction: heuristics only: the kept stand for the forgotten too.
+        query_radius: as in `coreset`.
+        kv_mask: true where a key is real ``[S]``; sinks and recent tokens are counted among all.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+
+    Returns:
+        A `WeightedKV` of ``budget`` tokens (or S, if that is less) in scaled space, for `attend`.
+
+    Raises:
+        ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import attend, compress_tokens, exact, fold_scale
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (256, 8)) for i in range(3))
+        >>> small = compress_tokens(k, v, jax.random.key(3), budget=64)
+        >>> out = attend(fold_scale(q, k)[0], small).out
+        >>> bool(abs(out - exact(q, k, v)).max() < 0.5)
+        True
+    """
+    num_keys = k.shape[0]
+    check_count("budget", budget)
+    for name, count in (("sinks", sinks), ("recent", recent)):
+        check_count(name, count, least=0)
+    asked = k[:1] if queries is None else queries
+    asked, k, v = head_inputs(asked, k, v, scale=scale, kv_mask=kv_mask)
+    tokens = WeightedKV.of_tokens(k, v, kv_mask)
+    if budget >= num_keys:
+        return tokens
+    middle = budget - sinks - recent
+    if middle < 1:
+        raise ValueError(f"budget must be more than sinks + recent = {sinks + recent}, got {budget}")
+    end = num_keys - recent
+    first, between, last = (
+        WeightedKV(tokens.k[part], tokens.value_sum[part], tokens.mass[part])
+        for part in (slice(sinks), slice(sinks, end), slice(end, None))
+    )
+    if isinstance(policy, str) and policy in HEURISTICS:
+        heuristic = HEURISTICS[policy]
+        if heuristic.num_queries is not None and queries is None:
+            raise ValueError(f"policy {policy!r} scores keys by the attention of queries: pass queries")
+        score = heuristic.score(tokens, asked)[sinks:end]
+        score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
+        kept = _kept_at(between, lax.top_k(score, middle)[1], mass_correction)
+    elif isinstance(policy, str) and policy not in ALGORITHMS:
+        raise ValueError(unknown("policy", policy, [*ALGORITHMS, *HEURISTICS]))
+    else:
+        if query_radius is None and queries is not None:
+            query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(asked[-SNAP_QUERIES:])))
+        kept = compress(between, key, coreset_size=middle, algorithm=policy, query_radius=query_radius)
+    ends = merge(first, last)
+    if kept.value_range is not None:
+        ends = dataclasses.replace(ends, value_range=value_range(ends))
+    return merge(ends, kept)
+
+
+def _kept_at(tokens: WeightedKV, place: Array, mass_correction: bool) -> WeightedKV:
+    kept = jax.tree.map(lambda x: x[place], tokens)
+    if not mass_correction:
+        return kept
+    held = jnp.sum(kept.mass)
+    factor = jnp.sum(tokens.mass) / jnp.where(held > 0, held, 1)
+    return dataclasses.replace(kept, value_sum=kept.value_sum * factor, mass=kept.mass * factor)
+
+
+# Heuristics: the score of each key, from (tokens [S], queries [T, D] of the last T positions).
+
+
+def attention_received(tokens: WeightedKV, queries: Array) -> Array:
+    """The attention weights that every key gets from causal queries at the last positions, summed: ``[S]``."""
+    num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
+    number = jnp.arange(num_keys, dtype=jnp.int32)
+    position = jnp.arange(num_queries, dtype=jnp.int32) + (num_keys - num_queries)
+
+    def of_block(rows: Array) -> Array:
+        q, place = rows[:, :-1], rows[:, -1:]
+        seen = (number[None, :].astype(q.dtype) <= place) & (tokens.mass > 0)[None, :]
+        return jax.nn.softmax(jnp.where(seen, q @ tokens.k.T, HIDDEN), axis=-1) * (place >= 0).astype(q.dtype)
+
+    block = max(1, 2**22 // num_keys)
+    blocks = -(-num_queries // block)
+    rows = jnp.concatenate([queries, position[:, None].astype(queries.dtype)], axis=1)
+    padding = jnp.full((blocks * block - num_queries, rows.shape[1]), -1, rows.dtype)
+    rows = jnp.concatenate([rows, padding]).reshape(blocks, block, -1)
+    return lax.scan(lambda total, rows: (total + jnp.sum(of_block(rows), axis=0), None), jnp.zeros(num_keys), rows)[0]
+
+
+def _recency(tokens: WeightedKV, queries: Array) -> Array:
+    return jnp.arange(tokens.k.shape[0]).astype(tokens.k.dtype)
+
+
+def _small_norm(tokens: WeightedKV, queries: Array) -> Array:
+    return -squared_norm(tokens.k)[:, 0]
+
+
+def _unlike_the_mean(tokens: WeightedKV, queries: Array) -> Array:
+    norm = jnp.sqrt(squared_norm(tokens.k))
+    unit = tokens.k / jnp.where(norm > 0, norm, 1)
+    return -(unit @ (tokens.mass @ unit))
+
+
+def _snap(tokens: WeightedKV, queries: Array) -> Array:
+    received = attention_received(tokens, queries[-SNAP_QUERIES:])
+    return jnp.convolve(received, jnp.full((SNAP_POOL,), 1 / SNAP_POOL, received.dtype), mode="same")
+
+
+@dataclasses.dataclass(frozen=True)
+class Heuristic:
+    """A score of keys, and how many of the last queries it looks at: ``None`` for none, 0 for all there are."""
+
+    score: Callable[[WeightedKV, Array], Array]
+    num_queries: int | None = None
+
+
+HEURISTICS: Mapping[str, Heuristic] = {
+    "streaming_llm": Heuristic(_recency),
+    "knorm": Heuristic(_small_norm),
+    "keydiff": Heuristic(_unlike_the_mean),
+    "h2o": Heuristic(attention_received, 0),
+    "snapkv": Heuristic(_snap, SNAP_QUERIES),
+    "tova": Heuristic(lambda tokens, queries: attention_received(tokens, queries[-1:]), 1),
+}
+
+
+# many heads and layers
+
+
+def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = jnp.float32) -> int:
+    """How many weighted tokens of one head fit into so many bytes.
+
+    Raises:
+        ValueError: not even one does.
+    """
+    per_token = (head_dim + value_dim + 1) * jnp.dtype(dtype).itemsize
+    if num_bytes < per_token:
+        raise ValueError(f"a weighted token takes {per_token} bytes, more than the budget of {num_bytes}")
+    return num_bytes // per_token
+
+
+def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, least: int = 8) -> list[int]:
+    r"""Budgets that fall linearly from the first layer to the last and are ``budget`` on average.
+
+    The last layer gets ``budget / steepness`` and the first what is left of twice the mean, as in PyramidKV.
+
+    Args:
+        num_layers: layers.
+        budget: mean tokens per layer.
+        steepness: the mean over the last layer's budget.
+        least: no layer gets fewer.
+
+    Returns:
+        One budget per layer, in tokens; their sum is ``num_layers * budget`` up to rounding.
+    """
+    check_count("num_layers", num_layers)
+    check_count("budget", budget)
+    if steepness < 1:
+        raise ValueError(f"steepness must be at least 1, got {steepness}")
+    last = min(budget, max(least, round(budget / steepness)))
+    first = 2 * budget - last
+    if num_layers == 1:
+        return [budget]
+    return [round(first + (last - first) * layer / (num_layers - 1)) for layer in range(num_layers)]
+
+
+def shared_sizes(scores: Float[Array, "H S"], budget: int, *, most: int | None = None) -> Array:
+    """How many keys each head keeps if all heads together keep ``H * budget`` with the greatest scores.
+
+    Args:
+        scores: of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention.
+        budget: mean tokens per head.
+        most: no head gets more, by default twice the mean.
+
+    Returns:
+        Sizes ``[H]``, int32; their sum is at most ``H * budget``.
+    """
+    num_heads, num_keys = scores.shape
+    most = min(num_keys, 2 * budget if most is None else most)
+    total = min(num_heads * check_count("budget", budget), num_heads * most)
+    best = lax.top_k(scores, most)[0]
+    chosen = lax.top_k(best.reshape(-1), total)[1]
+    return jax.ops.segment_sum(jnp.ones_like(chosen), chosen // most, num_heads)
+
+
+# continuing to decode
+
+
+class Compressed(NamedTuple):
+    """A prefix that was compressed once, and the fold of what has come since."""
+
+    fixed: WeightedKV
+    since: WeightedKV
+
+
+def running_compressed(
+    head_dim: int, key: Array | None = None, *, budget: int, coreset_size: int = 256
+) -> RunningSummary:
+    """A fixed prefix of ``budget`` tokens, as `compress_cache` leaves it, and a folded coreset of all that follows.
+
+    Args:
+        head_dim: the number D of channels of queries and keys.
+        key: typed PRNG key.
+        budget: tokens of the compressed prefix.
+        coreset_size: tokens that stand for what follows it, but for the last two blocks.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
+    """
+    check_count("budget", budget)
+    folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size)
+
+    def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:
+        empty = WeightedKV.empty(budget, head_dim, value_dim, dtype)
+        return Compressed(_signed(empty), folding.init(head_dim, value_dim, dtype))
+
+    def append(held: Compressed, start: Array, k: Array, v: Array, kv_mask: Array) -> Compressed:
+        return held._replace(since=folding.append(held.since, start, k, v, kv_mask))
+
+    return RunningSummary(init, append, read=lambda held: merge(held.fixed, _signed(held.since)))
+
+
+def compress_cache(
+    cache: Cache,
+    key: Array | None = None,
+    *,
+    budget: int,
+    coreset_size: int = 256,
+    policy: str | Algorithm = "kmeans_nystrom",
+    queries: Float[Array, "T D"] | None = None,
+    sinks: int = 4,
+    mass_correction: bool = True,
+    query_radius: float | Array | None = None,
+) -> Cache:
+    """The cache of an exact `Decoder` with its older tokens in a budget; its last one or two blocks stay exact.
+
+    The result is a cache of ``Decoder(running=running_compressed(D, key, budget=budget, coreset_size=coreset_size))``,
+    which goes on from there.
+
+    Args:
+        cache: of a decoder with ``running_exact``.
+        key: typed PRNG key.
+        budget: tokens for all that is older than the exact blocks.
+        coreset_size: as in `running_compressed`.
+        policy: as in `compress_tokens`.
+        queries: the last queries, in scaled space, for the policies that look at them.
+        sinks: how many of the first tokens are kept exactly.
+        mass_correction: as in `compress_tokens`.
+        query_radius: as in `coreset`.
+
+    Returns:
+        The compressed cache.
+
+    Raises:
+        TypeError: the cache does not hold every token.
+        ValueError: as in `compress_tokens`.
+    """
+    prefix = cache.past.prefix
+    if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
+        raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {type(prefix).__name__}")
+    options: Any = {"policy": policy, "queries": queries, "sinks": sinks, "mass_correction": mass_correction}
+    small = compress_tokens(
+        prefix.k,
+        prefix.values,
+        key,
+        budget=budget,
+        recent=0,
+        query_radius=query_radius,
+        kv_mask=prefix.mass > 0,
+        scale=1.0,
+        **options,
+    )
+    missing = budget - small.mass.shape[0]
+    fixed = _signed(small)
+    k, value_sum, mass = (pad_rows(x, missing) for x in (fixed.k, fixed.value_sum, fixed.mass))
+    fixed = WeightedKV(k, value_sum, mass, fixed.value_range)
+    empty = WeightedKV.empty(coreset_size, prefix.k.shape[1], prefix.value_sum.shape[1], prefix.k.dtype)
+    return cache._replace(past=cache.past._replace(prefix=Compressed(fixed, empty)))
+
+
+def _signed(tokens: WeightedKV) -> WeightedKV:
+    if tokens.value_range is not None:
+        return tokens
+    return dataclasses.replace(tokens, value_range=value_range(tokens))

@@ -1,0 +1,1 @@
+"""What theory and papers claim of coresets of attention and of compressed caches."""

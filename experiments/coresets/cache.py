@@ -1,0 +1,147 @@
+"""A trained model whose cache is compressed: what the tokens after it lose, at prefill and while decoding."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from rich.console import Console
+
+from approx_attention import attend, attention, causal_state, compress_tokens, exact, fold_scale, merge
+from approx_attention import running_coreset as running
+from approx_attention.compression import HEURISTICS
+from approx_attention.coresets import ALGORITHMS
+from approx_attention.diagnostics import output_error
+from experiments import data
+from experiments.capture import capture
+from experiments.config import STRICT
+from experiments.models import attention_layers
+from experiments.training import TrainingConfig, bits, fit, predict
+
+# The policy under which the cache is a folded coreset that grows with the tokens.
+STREAMED = "streamed"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What is trained with exact attention, and how its caches are compressed.
+
+    Attributes:
+        prefix: tokens whose cache is compressed; what comes after them attends to it.
+        policies: names of algorithms and heuristics, with ``+mass`` for one with mass correction, and ``streamed``,
+            which keeps a window of ``recent`` tokens and folds all before it into a coreset as they come.
+        kept: shares of the prefix that are kept.
+        sinks: first tokens kept exactly.
+        recent: last tokens kept exactly.
+        batches: held-out batches that are scored.
+    """
+
+    training: TrainingConfig
+    prefix: int
+    policies: list[str]
+    kept: list[float] = dataclasses.field(default_factory=lambda: [0.5, 0.25, 0.125, 0.0625])
+    sinks: int = 4
+    recent: int = 16
+    batches: int = 16
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            if policy.removesuffix("+mass") not in {*ALGORITHMS, *HEURISTICS, STREAMED}:
+                known = ", ".join((*ALGORITHMS, *HEURISTICS, STREAMED))
+                raise ValueError(f"unknown policy {policy!r}; known are {known}, and heuristics with +mass")
+        if self.training.attention.method != "exact":
+            raise ValueError("what is trained is 'exact'; the policies compress its cache")
+
+
+def run(config: CacheConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Bits and accuracy of the targets after the prefix, and the error of the attention there, by policy and share."""
+    training = dataclasses.replace(config.training, seed=config.seed)
+    model, dataset, seconds = fit(training, directory, console)
+    batches = data.held_out(dataset, "test", training.train.batch, config.batches)
+    captured = capture(model, lambda model: predict(model, batches[0]))
+    result: dict[str, Any] = {"policies": {}, "training_seconds": round(seconds, 1), "data": dict(dataset.provenance)}
+    result["exact"] = _scores(config, model, batches, _causal)
+    for policy in config.policies:
+        result["policies"][policy] = {}
+        for share in config.kept:
+            function = _compressed(config, policy, round(share * config.prefix))
+            entry = _scores(config, model, batches, function)
+            entry["attention_error"] = _error(config, captured, function)
+            result["policies"][policy][f"{share:g}"] = entry
+        shown = "  ".join(f"{share}: {entry['bits']:.3f}" for share, entry in result["policies"][policy].items())
+        console.print(f"{policy}: {shown}")
+    return result
+
+
+def _causal(q: Array, k: Array, v: Array, key: Array) -> Array:
+    return exact(q, k, v, is_causal=True)
+
+
+def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., Array]:
+    """Exact causal attention within the prefix; after it, the compressed prefix and the exact tokens since."""
+    prefix = config.prefix
+    name = policy.removesuffix("+mass")
+
+    def function(q: Array, k: Array, v: Array, key: Array) -> Array:
+        if name == STREAMED:
+            # The two blocks that a query sees exactly and the coreset together are the budget.
+            block = max(1, config.recent // 2)
+            scaled_q, scaled_k = fold_scale(q, k)
+            folded = running(q.shape[1], key, coreset_size=max(1, budget - 2 * block))
+            return causal_state(scaled_q, scaled_k, v, folded, block_size=block).out
+        small = compress_tokens(
+            k[:prefix],
+            v[:prefix],
+            key,
+            budget=budget,
+            policy=name,
+            queries=q[:prefix],
+            sinks=config.sinks,
+            recent=min(config.recent, budget - config.sinks - 1),
+            mass_correction=policy.endswith("+mass"),
+        )
+        scaled = fold_scale(q[prefix:], k)[0]
+        since = exact(q[prefix:], k[prefix:], v[prefix:], is_causal=True, return_state=True)
+        after = merge(attend(scaled, small), since).out
+        return jnp.concatenate([exact(q[:prefix], k[:prefix], v[:prefix], is_causal=True), after])
+
+    return function
+
+
+def _scores(config: CacheConfig, model: nnx.Module, batches: Any, function: Callable[..., Array]) -> dict[str, float]:
+    key = jax.random.key(config.seed)
+
+    def answer(query: Array, key_: Array, value: Array, **_: Any) -> Array:
+        return attention(query, key_, value, method=function, rng=key)
+
+    changed = nnx.clone(model)
+    for layer in attention_layers(changed).values():
+        layer.attention_fn = answer
+    score = nnx.jit(bits)
+    parts = [[np.asarray(x)[:, config.prefix :] for x in score(changed, batch)] for batch in batches]
+    entropy, right, asked = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return {"bits": float(entropy[asked].mean()), "accuracy": float(right[asked].mean())}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _answers(q: Array, k: Array, v: Array, function: Callable[..., Array], seed: int) -> Array:
+    return attention(q, k, v, method=function, rng=jax.random.key(seed))
+
+
+def _error(config: CacheConfig, captured: Any, function: Callable[..., Array]) -> float:
+    """Mean relative error over layers of the attention after the prefix, on the trained model's own tensors."""
+    errors = []
+    for tensors in captured.values():
+        q, k, v = (jnp.asarray(tensors[name], jnp.float32) for name in "qkv")
+        out, truth = (_answers(q, k, v, f, config.seed)[:, config.prefix :] for f in (function, _causal))
+        errors.append(float(output_error(out, truth).relative))
+    return float(np.mean(errors))

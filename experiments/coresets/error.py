@@ -1,0 +1,122 @@
+"""Error of coresets over all queries of bounded norm, against their size, the radius and the dimension."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from approx_attention import WeightedKV, attend, summarize_coreset, summarize_mean_value
+from approx_attention.coresets import ALGORITHMS, Algorithm, Halving
+from approx_attention.diagnostics import sup_error
+from experiments.config import STRICT
+from experiments.coresets import instances
+from experiments.harness.long_context import slope
+
+
+@dataclasses.dataclass(frozen=True)
+class CoresetErrorConfig:
+    """An instance, the algorithms, and what grows.
+
+    Attributes:
+        instance: see `experiments.coresets.instances`.
+        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings.
+        sizes: of the coresets; of the instance ``lower_bound`` parts of its distinct keys.
+        radii: of the queries; with one radius the error is reported by size, else by radius at the only size.
+        head_dims: likewise.
+        draws: of the coreset, whose errors are averaged.
+    """
+
+    algorithms: list[str]
+    sizes: list[float]
+    instance: Literal["clustered", "sphere", "low_rank", "outliers", "two_points", "lower_bound"] = "clustered"
+    radii: list[float] = dataclasses.field(default_factory=lambda: [2.0])
+    head_dims: list[int] = dataclasses.field(default_factory=lambda: [32])
+    num_keys: int = 4096
+    value_dim: int = 32
+    draws: int = 1
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if sum(len(x) > 1 for x in (self.sizes, self.radii, self.head_dims)) > 1:
+            raise ValueError("only one of sizes, radii and head_dims can grow in one run")
+        for name in self.algorithms:
+            algorithm_of(name)
+
+
+def algorithm_of(name: str) -> str | Algorithm:
+    """The algorithm of that name."""
+    if name in ALGORITHMS:
+        return name
+    try:
+        kind, rule, order, block = name.split("-")
+        if kind != "halving" or order not in ("tree", "random") or rule not in ("search", "greedy", "walk", "thinning"):
+            raise ValueError
+        return Halving(rule=rule, order=order, block=int(block))
+    except ValueError:
+        raise ValueError(
+            f"{name!r} is no algorithm; known are {', '.join(ALGORITHMS)} and halving-RULE-ORDER-BLOCK"
+        ) from None
+
+
+@functools.partial(jax.jit, static_argnames=("size", "algorithm"))
+def _summary(k, v, key, radius, *, size, algorithm):
+    small = summarize_coreset(k, v, key, coreset_size=size, algorithm=algorithm, query_radius=radius)
+    # One shape for all sizes, so that the search is compiled once.
+    room = k.shape[0] - small.mass.shape[0]
+    k, value_sum, mass = (
+        jnp.pad(x, ((0, room),) + ((0, 0),) * (x.ndim - 1)) for x in (small.k, small.value_sum, small.mass)
+    )
+    return WeightedKV(k, value_sum, mass, small.value_range)
+
+
+_search = jax.jit(lambda k, v, summary, radius: sup_error(k, v, summary, radius).error)
+
+
+@jax.jit
+def _typical(k, v, summary, radius):
+    q = jax.random.normal(jax.random.key(1), (512, k.shape[1]), k.dtype)
+    q = radius * q / jnp.linalg.norm(q, axis=1, keepdims=True)
+    difference = attend(q, WeightedKV.of_tokens(k, v)).out - attend(q, summary).out
+    return jnp.sqrt(jnp.mean(jnp.sum(difference**2, axis=1)))
+
+
+def run(config: CoresetErrorConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Sup error and root mean square error by what grows, and slopes of their logs."""
+    grows = next((name for name in ("radii", "head_dims") if len(getattr(config, name)) > 1), "sizes")
+    result: dict[str, Any] = {"grows": grows, "methods": {}, "mean_value": {}}
+    for head_dim in config.head_dims:
+        for radius in config.radii:
+            k, v = instances.draw(config.instance, config.num_keys, head_dim, config.value_dim, radius, config.seed)
+            distinct = k.shape[0] // 8 if config.instance == "lower_bound" else 1
+            trivial = float(_search(k, v, summarize_mean_value(k, v), radius))
+            for size in config.sizes:
+                step = {"radii": radius, "head_dims": head_dim, "sizes": size}[grows]
+                result["mean_value"][f"{step:g}"] = trivial
+                for name in config.algorithms:
+                    keys = jax.random.split(jax.random.key(config.seed), config.draws)
+                    found = [
+                        _summary(k, v, key, radius, size=max(1, round(size * distinct)), algorithm=algorithm_of(name))
+                        for key in keys
+                    ]
+                    entry = result["methods"].setdefault(name, {"error": {}, "typical": {}})
+                    entry["error"][f"{step:g}"] = float(np.mean([_search(k, v, s, radius) for s in found]))
+                    entry["typical"][f"{step:g}"] = float(np.mean([_typical(k, v, s, radius) for s in found]))
+    for entry in result["methods"].values():
+        steps = [float(step) for step in entry["error"]]
+        if len(steps) < 3:
+            continue
+        errors = dict(zip(steps, entry["error"].values(), strict=True))
+        if grows == "radii":
+            # The error is to grow as e^(exponent * radius).
+            entry["slope"] = slope({math.exp(step): error for step, error in errors.items()})
+        else:
+            entry["slope"] = slope(errors)
+    return result

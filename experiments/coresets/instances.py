@@ -1,0 +1,62 @@
+"""Keys and values on which coresets are measured, from the easy to those that some must fail on."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def draw(name: str, num_keys: int, head_dim: int, value_dim: int, radius: float, seed: int) -> tuple[Array, Array]:
+    """Keys of norm at most 1 and values of norm at most 1, for queries of norm up to ``radius``.
+
+    Args:
+        name: ``clustered``: 64 tight clusters on the sphere, values alike within them. ``sphere``: uniform keys and
+            Gaussian values; with ``value_dim=1``, signs. ``low_rank``: Gaussian keys in 6 dimensions of all.
+            ``outliers``: most keys in one cap, 1 % opposite to it with other values. ``two_points``: one key, and many
+            copies of its opposite. ``lower_bound``: keys of which no half can stand for all, eight copies of each.
+        num_keys: how many; the last two instances have a number of their own.
+        head_dim: channels of keys; of the lower bound, its parameter d.
+        value_dim: channels of values.
+        radius: of the queries, which the last two instances are made for.
+        seed: of the draw.
+    """
+    random = np.random.default_rng(seed)
+    if name == "clustered":
+        label = random.integers(64, size=num_keys)
+        k = random.normal(size=(64, head_dim))[label] + 0.3 * random.normal(size=(num_keys, head_dim))
+        v = random.normal(size=(64, value_dim))[label] + 0.5 * random.normal(size=(num_keys, value_dim))
+    elif name == "sphere":
+        k = random.normal(size=(num_keys, head_dim))
+        v = random.normal(size=(num_keys, value_dim))
+        v = np.sign(v) if value_dim == 1 else v
+    elif name == "low_rank":
+        k = random.normal(size=(num_keys, 6)) @ random.normal(size=(6, head_dim))
+        v = k @ random.normal(size=(head_dim, value_dim)) + 0.5 * random.normal(size=(num_keys, value_dim))
+    elif name == "outliers":
+        axis = random.normal(size=head_dim)
+        axis = axis / np.linalg.norm(axis)
+        side = np.where(np.arange(num_keys) < num_keys // 100, -1.0, 1.0)[:, None]
+        k = side * axis + 0.3 * random.normal(size=(num_keys, head_dim)) / np.sqrt(head_dim)
+        v = random.normal(size=(num_keys, value_dim)) + np.where(side < 0, 2.0, 0.0)
+    elif name == "two_points":
+        copies = round(np.exp(2 * radius))
+        k = np.zeros((copies + 1, head_dim))
+        k[:, 0] = [1.0] + [-1.0] * copies
+        v = np.zeros((copies + 1, value_dim))
+        v[:, 0] = k[:, 0]
+    elif name == "lower_bound":
+        blocks, near = max(1, round(np.exp(radius - 1))), radius**-0.5
+        k = np.zeros((blocks, head_dim, head_dim + blocks))
+        for block in range(blocks):
+            k[block, np.arange(head_dim), np.arange(head_dim)] = near
+            k[block, :, head_dim + block] = np.sqrt(1 - near**2)
+        v = random.choice([-1.0, 1.0], size=(blocks * head_dim, 1))
+        k, v = np.tile(k.reshape(-1, head_dim + blocks), (8, 1)), np.tile(v, (8, 1))
+    else:
+        known = "clustered, sphere, low_rank, outliers, two_points and lower_bound"
+        raise ValueError(f"unknown instance {name!r}; known are {known}")
+    if name in ("clustered", "sphere"):
+        k = k / np.linalg.norm(k, axis=1, keepdims=True)
+    else:
+        k = k / max(np.linalg.norm(k, axis=1).max(), 1e-30)
+    v = v / np.linalg.norm(v, axis=1).max()
+    return jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)

@@ -1,0 +1,682 @@
+"""Coresets and compressed caches against brute force, limits in which they are exact, and instances that must fail."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    Decoder,
+    WeightedKV,
+    attend,
+    bounds,
+    compress,
+    compress_cache,
+    compress_tokens,
+    coreset,
+    exact,
+    merge,
+    pyramid_budgets,
+    query_radius,
+    running_compressed,
+    running_coreset,
+    running_exact,
+    shared_sizes,
+    summarize_coreset,
+    token_budget,
+)
+from approx_attention.clustering import (
+    cholesky_places,
+    farthest_places,
+    k_means,
+    nearest,
+    nystrom,
+    random_places,
+    spread_places,
+)
+from approx_attention.compression import HEURISTICS, attention_received
+from approx_attention.coresets import (
+    ALGORITHMS,
+    Halving,
+    KMeansMerge,
+    KMeansNystrom,
+    PivotedNystrom,
+    sensitivities,
+)
+from approx_attention.diagnostics import sup_error
+from approx_attention.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
+from tests.references import brute_force, random_head, relative_error
+
+SUBSETS = ["halving", "stratified", "herding", "thinformer", "uniform", "value_norm"]
+MERGES = ["kmeans_merge", "farthest_merge"]
+SIGNED = ["kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
+EVERY = SUBSETS + MERGES + SIGNED
+KEY = jax.random.key(5)
+
+
+def test_every_algorithm_is_tested():
+    assert sorted(EVERY) == sorted(ALGORITHMS)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "algorithm"))
+def summary(k, v, kv_mask=None, key=KEY, *, size, algorithm, radius=None):
+    return summarize_coreset(k, v, key, coreset_size=size, algorithm=algorithm, query_radius=radius, kv_mask=kv_mask)
+
+
+def clustered(seed, num_keys, num_clusters=8, head_dim=6, value_dim=3, noise=0.05):
+    random = np.random.default_rng(seed)
+    label = random.integers(num_clusters, size=num_keys)
+    k = random.normal(size=(num_clusters, head_dim))[label] + noise * random.normal(size=(num_keys, head_dim))
+    v = random.normal(size=(num_clusters, value_dim))[label] + noise * random.normal(size=(num_keys, value_dim))
+    k = k / np.linalg.norm(k, axis=1, keepdims=True)
+    return jnp.asarray(k, jnp.float32), jnp.asarray(v / np.linalg.norm(v, axis=1).max(), jnp.float32)
+
+
+def answers(q, k, v):
+    return brute_force(q, k, v, scale=1.0)[0]
+
+
+# what every algorithm keeps
+
+
+@pytest.mark.parametrize("algorithm", SUBSETS + MERGES)
+@pytest.mark.parametrize("num_keys", [40, 41, 64])
+def test_mass_is_kept_and_values_stay_in_their_hull(algorithm, num_keys):
+    q, k, v = random_head(0, 5, num_keys, 6, 3)
+    kv_mask = jnp.arange(num_keys) % 7 != 2
+    small = summary(k, v, kv_mask, size=9, algorithm=algorithm)
+    assert small.k.shape == (9, 6)
+    assert float(small.mass.sum()) == pytest.approx(float(kv_mask.sum()), rel=1e-5)
+    assert (small.mass >= 0).all()
+    out, real = np.asarray(attend(q, small).out), np.asarray(v)[np.asarray(kv_mask)]
+    assert (out <= real.max(0) + 1e-5).all()
+    assert (out >= real.min(0) - 1e-5).all()
+
+
+@pytest.mark.parametrize("algorithm", SUBSETS)
+def test_subsets_are_subsets(algorithm):
+    _, k, v = random_head(1, 1, 50, 6, 3)
+    small = summary(k, v, size=8, algorithm=algorithm)
+    distance = np.linalg.norm(np.asarray(small.k)[:, None] - np.asarray(k)[None], axis=-1)
+    place = distance.argmin(1)
+    assert distance.min(1).max() < 1e-5
+    assert len(set(place)) == 8
+    np.testing.assert_allclose(small.values, v[place], atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_padding_never_enters(algorithm, garbage):
+    _, k, v = random_head(2, 1, 40, 6, 3)
+    kv_mask = jnp.arange(40) % 5 != 1
+    soiled = (x.at[1::5].set(garbage) for x in (k, v))
+    for a, b in zip(
+        jax.tree.leaves(summary(k, v, kv_mask, size=8, algorithm=algorithm)),
+        jax.tree.leaves(summary(*soiled, kv_mask, size=8, algorithm=algorithm)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all()
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+def test_nothing_is_made_of_nothing(algorithm):
+    q, k, v = random_head(3, 4, 40, 6, 3)
+    state = attend(q, summary(k, v, jnp.zeros(40, bool), size=8, algorithm=algorithm))
+    np.testing.assert_array_equal(state.out, 0)
+    np.testing.assert_array_equal(state.lse, -np.inf)
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+@pytest.mark.parametrize(("num_keys", "size"), [(1, 1), (5, 5), (5, 9)])
+def test_all_is_kept_where_there_is_room(algorithm, num_keys, size):
+    q, k, v = random_head(4, 3, num_keys, 6, 3)
+    np.testing.assert_allclose(
+        attend(q, summary(k, v, size=size, algorithm=algorithm)).out, answers(q, k, v), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["halving", "stratified", "herding", *MERGES, "kmeans_nystrom", "uniform"])
+def test_as_many_real_keys_as_places_are_kept_exactly(algorithm):
+    q, k, v = random_head(5, 6, 40, 6, 3)
+    kv_mask = jnp.arange(40) % 5 == 0
+    out = attend(q, summary(k, v, kv_mask, size=8, algorithm=algorithm)).out
+    np.testing.assert_allclose(out, brute_force(q, k, v, scale=1.0, mask=kv_mask[None])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 40.0])
+def test_no_extreme_gives_a_number_that_is_not_one(algorithm, spread):
+    q, k, v = random_head(6, 8, 60, 6, 3, spread=spread)
+
+    def answer(k, v):
+        return attend(q, summary(k, v, size=10, algorithm=algorithm, radius=jnp.float32(spread * 3))).out
+
+    gradients = jax.grad(lambda k, v: answer(k, v).sum(), argnums=(0, 1))(k, v)
+    assert all(np.isfinite(x).all() for x in (answer(k, v), *gradients))
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+def test_half_precision_and_other_value_dimensions(algorithm):
+    q, k, v = random_head(7, 4, 40, 6, 2, dtype=jnp.bfloat16)
+    out = coreset(q, k, v, KEY, coreset_size=12, algorithm=algorithm)
+    assert out.dtype == jnp.bfloat16
+    assert out.shape == (4, 2)
+    assert bool(jnp.isfinite(out).all())
+
+
+# symmetries
+
+
+@pytest.mark.parametrize("algorithm", ["halving", "stratified", "herding", *MERGES, "kmeans_nystrom", "nystrom_rpc"])
+def test_moving_all_keys_changes_no_answer(algorithm):
+    q, k, v = random_head(8, 5, 48, 6, 3)
+    move = jnp.linspace(-2, 2, 6)
+    plain, moved = (attend(q, summary(x, v, size=12, algorithm=algorithm)).out for x in (k, k + move[None]))
+    np.testing.assert_allclose(plain, moved, atol=2e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["halving", "herding", *MERGES])
+def test_scaled_values_choose_the_same(algorithm):
+    _, k, v = random_head(9, 5, 48, 6, 3)
+    plain, scaled = (summary(k, x, size=12, algorithm=algorithm) for x in (v, 8 * v))
+    np.testing.assert_allclose(plain.k, scaled.k, atol=1e-6)
+    np.testing.assert_allclose(8 * plain.value_sum, scaled.value_sum, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+def test_the_key_decides_and_heads_are_mapped(algorithm):
+    k, v = (jnp.stack([random_head(seed, 1, 40, 6, 3)[i] for seed in (10, 11)]) for i in (1, 2))
+    keys = jax.random.split(KEY, 2)
+    mapped = jax.vmap(lambda k, v, key: summary(k, v, None, key, size=10, algorithm=algorithm))(k, v, keys)
+    for head in range(2):
+        alone = summary(k[head], v[head], None, keys[head], size=10, algorithm=algorithm)
+        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[head], b, rtol=2e-4, atol=2e-4)
+
+
+# where they are exact
+
+
+@pytest.mark.parametrize("rule", SIGN_RULES)
+def test_pairs_of_equal_tokens_are_halved_exactly(rule):
+    q, k, v = random_head(12, 6, 24, 6, 3)
+    small = summary(jnp.repeat(k, 2, 0), jnp.repeat(v, 2, 0), size=24, algorithm=Halving(rule=rule))
+    np.testing.assert_allclose(small.mass, 2, atol=1e-6)
+    np.testing.assert_allclose(attend(q, small).out, answers(q, k, v), atol=1e-5)
+
+
+def test_copies_are_halved_exactly_down_to_one_of_each():
+    q, k, v = random_head(13, 6, 16, 6, 3)
+    order = np.random.default_rng(0).permutation(128)
+    small = summary(jnp.tile(k, (8, 1))[order], jnp.tile(v, (8, 1))[order], size=16, algorithm="halving")
+    np.testing.assert_allclose(small.mass, 8, atol=1e-5)
+    np.testing.assert_allclose(attend(q, small).out, answers(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", MERGES)
+def test_merges_are_exact_where_keys_are_equal_whatever_the_values(algorithm):
+    q, k, v = random_head(14, 6, 60, 6, 3)
+    k = jnp.tile(k[:10], (6, 1))
+    np.testing.assert_allclose(attend(q, summary(k, v, size=10, algorithm=algorithm)).out, answers(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", SUBSETS + MERGES + ["kmeans_nystrom", "nystrom_rpc", "subgen"])
+def test_equal_values_come_back(algorithm):
+    q, k, v = random_head(15, 6, 60, 6, 3)
+    v = jnp.broadcast_to(v[:1], v.shape)
+    np.testing.assert_allclose(attend(q, summary(k, v, size=10, algorithm=algorithm)).out, v[:6], atol=1e-4)
+
+
+# the parts, against loops
+
+
+def test_the_greedy_rule_against_a_loop():
+    random = np.random.default_rng(16)
+    features = random.normal(size=(20, 2, 7))
+    difference = features[:, 0] - features[:, 1]
+    mass = random.integers(1, 4, size=(20, 2)).astype(float)
+    total, kept = np.zeros(7), []
+    for d, (a, b) in zip(difference, mass, strict=True):
+        keep = np.linalg.norm(total + b * d) < np.linalg.norm(total - a * d)
+        total += b * d if keep else -a * d
+        kept.append(keep)
+    gram = jnp.asarray(difference @ difference.T, jnp.float32)
+    signs = SIGN_RULES["greedy"](gram, *jnp.asarray(mass, jnp.float32).T, jnp.full(20, 0.3), 0.5)
+    np.testing.assert_array_equal(signs, kept)
+
+
+@pytest.mark.parametrize("rule", ["search", "greedy", "thinning"])
+def test_signs_cancel_better_than_coins(rule):
+    random = np.random.default_rng(17)
+    difference = random.normal(size=(10, 64, 5))
+    gram = jnp.asarray(difference @ difference.swapaxes(1, 2), jnp.float32)
+    one = jnp.ones(64)
+    coin = jnp.asarray(random.uniform(size=(10, 64)), jnp.float32)
+    keep = jax.vmap(lambda gram, coin: SIGN_RULES[rule](gram, one, one, coin, 0.5))(gram, coin)
+    signs = np.where(keep, 1, -1)
+    left = np.einsum("si,sij,sj->s", signs, np.asarray(gram), signs)
+    by_coin = np.trace(np.asarray(gram), axis1=1, axis2=2)
+    assert left.mean() < {"search": 0.02, "greedy": 0.1, "thinning": 0.6}[rule] * by_coin.mean()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_halving_keeps_one_of_each_pair_and_its_mass(interleaved):
+    _, k, v = random_head(18, 1, 44, 6, 3)
+    mass = jnp.asarray(np.random.default_rng(0).integers(0, 4, 44), jnp.float32)
+    points = kernel_points(WeightedKV(k, v * mass[:, None], mass), jnp.float32(0.5))
+    half = halve(points, jnp.linspace(0, 1, 22), rule="greedy", block=12, interleaved=interleaved)
+    np.testing.assert_array_equal(half.mass, mass.reshape(22, 2).sum(1))
+    place = np.asarray(half.place)
+    np.testing.assert_array_equal(place // 2, np.arange(22))
+    assert (np.asarray(mass)[place][np.asarray(half.mass) > 0] > 0).all()
+
+
+def test_the_tree_brings_neighbours_together():
+    _, k, v = random_head(19, 1, 300, 3, 1)
+    mass = (jnp.arange(300) < 250).astype(jnp.float32)
+    points = kernel_points(WeightedKV(k * mass[:, None], v * mass[:, None], mass), jnp.float32(0.5))
+    order = np.asarray(tree_order(points, 4))
+    assert sorted(order) == list(range(300))
+    assert (order[250:] >= 250).all()
+    apart = [np.linalg.norm(np.diff(np.asarray(k)[x], axis=0), axis=1)[::2].mean() for x in (order[:250], range(250))]
+    assert apart[0] < 0.75 * apart[1]
+
+
+@pytest.mark.parametrize(("num_keys", "groups"), [(7, 3), (64, 16), (100, 9), (5, 5)])
+def test_groups_get_equally_many(num_keys, groups):
+    _, k, v = random_head(20, 1, num_keys, 3, 1)
+    mass = (jnp.arange(num_keys) % 4 != 3).astype(jnp.float32)
+    points = kernel_points(WeightedKV(k, v, mass), jnp.float32(0.5))
+    order = jnp.argsort(mass == 0, stable=True).astype(jnp.int32)
+    spread = spread_over(points, order, groups)
+    length = group_length(num_keys, groups)
+    counts = (np.asarray(spread.mass).reshape(groups, length) > 0).sum(1)
+    assert counts.sum() == float(mass.sum())
+    assert counts.max() - counts.min() <= 1
+    held = np.asarray(spread.place)[np.asarray(spread.mass) > 0]
+    np.testing.assert_array_equal(np.sort(held), np.flatnonzero(mass))
+
+
+def test_nearest_and_merged_against_a_loop():
+    _, k, v = random_head(21, 1, 50, 4, 2)
+    mass = jnp.asarray(np.random.default_rng(0).integers(0, 3, 50), jnp.float32)
+    tokens = WeightedKV(k, v * mass[:, None], mass)
+    start = jnp.arange(6, dtype=jnp.int32)
+    clusters = k_means(tokens, start, 1)
+    present = np.asarray(mass)[:6] > 0
+    distance = np.linalg.norm(np.asarray(k)[:, None] - np.asarray(k)[None, :6], axis=-1)
+    label = np.where(present[None], distance, np.inf).argmin(1)
+    np.testing.assert_array_equal(nearest(k, k[:6], jnp.asarray(present)), label)
+    for cluster in range(6):
+        members = label == cluster
+        total = np.asarray(mass)[members].sum()
+        assert float(clusters.mass[cluster]) == total
+        if total:
+            mean = (np.asarray(k) * np.asarray(mass)[:, None])[members].sum(0) / total
+            np.testing.assert_allclose(clusters.k[cluster], mean, atol=1e-5)
+            np.testing.assert_allclose(
+                clusters.value_sum[cluster], np.asarray(tokens.value_sum)[members].sum(0), atol=1e-5
+            )
+
+
+def test_farthest_places_against_a_loop():
+    k = np.random.default_rng(22).normal(size=(40, 4)).astype(np.float32)
+    chosen = [int(np.linalg.norm(k, axis=1).argmax())]
+    while len(chosen) < 7:
+        chosen.append(int(np.linalg.norm(k[:, None] - k[None, chosen], axis=-1).min(1).argmax()))
+    np.testing.assert_array_equal(farthest_places(jnp.asarray(k), jnp.ones(40, bool), 7), chosen)
+
+
+@pytest.mark.parametrize("places", [random_places, spread_places, cholesky_places])
+def test_places_are_distinct_and_real(places):
+    _, k, v = random_head(23, 1, 60, 4, 2)
+    tokens = WeightedKV.of_tokens(k, v, jnp.arange(60) % 3 != 0)
+    argument = {random_places: (tokens.mass, 12), spread_places: (tokens, 12)}.get(places, (tokens, jnp.float32(1), 12))
+    place = np.asarray(places(*argument, KEY))
+    assert len(set(place)) == 12
+    assert (place % 3 != 0).all()
+
+
+def test_outliers_are_seeded():
+    k, v = clustered(24, 400, num_clusters=3, noise=0.01)
+    k = k.at[17].set(-3 * k[0])
+    places = np.asarray(spread_places(WeightedKV.of_tokens(k, v), 8, KEY))
+    assert 17 in places
+
+
+def test_nystrom_weights_against_float64():
+    _, k, v = random_head(25, 1, 50, 4, 2, spread=0.7)
+    mass = np.random.default_rng(0).integers(1, 4, 50).astype(np.float64)
+    tokens = WeightedKV(k, v * jnp.asarray(mass, jnp.float32)[:, None], jnp.asarray(mass, jnp.float32))
+    places = jnp.arange(9)
+    landmarks = WeightedKV(k[:9], v[:9], jnp.ones(9))
+    solved = nystrom(tokens, landmarks, jnp.float32(0.5), 1e-3)
+    x, c, v = (np.asarray(a, np.float64) for a in (k, k[places], v))
+
+    def kernel(a, b):
+        return np.exp(0.5 * (a @ b.T - (a**2).sum(1)[:, None] / 2 - (b**2).sum(1)[None] / 2))
+
+    middle = mass @ v / mass.sum()
+    scale = np.exp((x**2).sum(1) / 4)
+    right = kernel(c, x) @ (scale[:, None] * mass[:, None] * np.c_[v - middle, np.ones(50)])
+    weights = np.linalg.solve(kernel(c, c) + 1e-3 * np.eye(9), right) / np.exp((c**2).sum(1) / 4)[:, None]
+    np.testing.assert_allclose(solved.mass, weights[:, -1], rtol=2e-3)
+    np.testing.assert_allclose(solved.value_sum, weights[:, :-1] + weights[:, -1:] * middle, rtol=5e-3, atol=5e-3)
+
+
+def test_nystrom_weights_are_never_worse_than_the_merge_by_much():
+    for spread in (0.5, 2.0, 5.0):
+        _, k, v = random_head(26, 1, 300, 5, 3, spread=spread)
+        radius = float(jnp.linalg.norm(k - k.mean(0)[None], axis=1).max())
+        solved, merged = (
+            float(sup_error(k, v, summary(k, v, size=40, algorithm=a), radius).error)
+            for a in (KMeansNystrom(), KMeansMerge())
+        )
+        assert solved < 1.5 * merged
+
+
+def test_more_landmarks_than_the_rank_of_the_kernel():
+    q, k, v = random_head(27, 5, 200, 2, 2, spread=0.3)
+    for algorithm in ("kmeans_nystrom", "nystrom_rpc", PivotedNystrom(ridge=1e-6)):
+        out = attend(q, summary(k, v, size=150, algorithm=algorithm)).out
+        np.testing.assert_allclose(out, answers(q, k, v), atol=1e-3)
+
+
+def test_sensitivities_against_a_loop():
+    _, k, v = random_head(28, 1, 30, 4, 2)
+    tokens = WeightedKV.of_tokens(k, v, jnp.arange(30) != 3)
+    x = np.asarray(tokens.k, np.float64)
+    weights = np.exp(1.3 * x @ x.T) * np.asarray(tokens.mass)[None]
+    # The own token is counted a second time, in case the sample misses it.
+    expected = np.diagonal(weights) / (weights.sum(1) + np.diagonal(weights)) * np.asarray(tokens.mass)
+    np.testing.assert_allclose(sensitivities(tokens, jnp.float32(1.3), KEY, sample=29), expected, rtol=1e-4)
+
+
+# instances on which some must fail
+
+
+def lower_bound_instance(num_directions, radius, copies, seed=0):
+    """Keys of which no half can stand for all, whatever the masses: values are random signs."""
+    blocks = max(1, round(np.exp(radius - 1)))
+    a = radius**-0.5
+    keys = np.zeros((blocks, num_directions, num_directions + blocks))
+    for j in range(blocks):
+        keys[j, np.arange(num_directions), np.arange(num_directions)] = a
+        keys[j, :, num_directions + j] = np.sqrt(1 - a * a)
+    values = np.random.default_rng(seed).choice([-1.0, 1.0], size=(blocks * num_directions, 1))
+    k, v = np.tile(keys.reshape(-1, num_directions + blocks), (copies, 1)), np.tile(values, (copies, 1))
+    return jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32), blocks * num_directions
+
+
+@pytest.mark.parametrize("algorithm", SUBSETS)
+def test_no_subset_is_smaller_than_the_lower_bound(algorithm):
+    k, v, size = lower_bound_instance(16, 2.0, copies=4)
+    small = summary(k, v, size=size // 2, algorithm=algorithm, radius=2.0)
+    assert float(sup_error(k, v, small, 2.0).error) >= 1 / (4 * np.sqrt(16 / 2))
+
+
+def test_halving_reaches_the_lower_bound():
+    k, v, size = lower_bound_instance(16, 2.0, copies=4)
+    assert float(sup_error(k, v, summary(k, v, size=size, algorithm="halving", radius=2.0), 2.0).error) < 1e-3
+
+
+def test_only_weights_keep_a_lone_key_among_many_opposite_ones():
+    count = 55
+    k = jnp.concatenate([jnp.ones((1, 1)), -jnp.ones((count, 1))])
+    v = k
+    small = {
+        name: summary(k, v, size=7, algorithm=name, radius=2.0)
+        for name in ("stratified", "kmeans_merge", "kmeans_nystrom", "uniform", "thinformer")
+    }
+    errors = {name: float(sup_error(k, v, small[name], 2.0).error) for name in small}
+    assert max(errors[name] for name in ("stratified", "kmeans_merge", "kmeans_nystrom")) < 1e-3
+    assert min(errors[name] for name in ("uniform", "thinformer")) > 0.5
+
+
+def test_better_than_uniform_sampling():
+    k, v = clustered(29, 512)
+    error = {
+        name: np.mean(
+            [
+                float(sup_error(k, v, summary(k, v, None, jax.random.key(i), size=32, algorithm=name), 2.0).error)
+                for i in range(4)
+            ]
+        )
+        for name in ("uniform", "halving", "herding", "kmeans_merge", "kmeans_nystrom")
+    }
+    assert error["halving"] < 0.6 * error["uniform"]
+    assert error["herding"] < 0.6 * error["uniform"]
+    assert error["kmeans_merge"] < 0.2 * error["uniform"]
+    assert error["kmeans_nystrom"] < 0.1 * error["uniform"]
+
+
+# certificates
+
+
+@pytest.mark.parametrize("algorithm", MERGES)
+@pytest.mark.parametrize("radius", [0.5, 2.0])
+def test_the_merge_bound_holds(algorithm, radius):
+    for k, v in (clustered(30, 200), random_head(30, 1, 200, 3, 2, spread=0.5)[1:]):
+        small = summary(k, v, size=24, algorithm=algorithm)
+        largest = float(jnp.linalg.norm(v, axis=1).max())
+        found = float(sup_error(k, v, small, radius).error) * largest
+        assert found <= float(bounds.merge_bound(k, v, small, radius)) + 1e-5
+        assert found > 1e-6
+
+
+def test_the_merge_bound_refuses_signed_masses():
+    k, v = clustered(31, 64)
+    with pytest.raises(ValueError, match="signed masses"):
+        bounds.merge_bound(k, v, summary(k, v, size=8, algorithm="kmeans_nystrom"), 1.0)
+
+
+def test_size_bounds():
+    ask = functools.partial(bounds.coreset_size_bound, 0.1, radius=2.0, head_dim=64, num_keys=100000, failure=0.1)
+    assert ask(result="uniform").size == pytest.approx(np.cosh(2.0) ** 2 * (64 + np.log(10)) / 0.01)
+    assert ask(result="optimal").size == pytest.approx(8 * np.exp(2.0) / 0.1)
+    assert ask(result="lower_bound").size == ask(result="optimal").size < ask(result="balance_kv").size
+    assert ask(result="subgen").size == pytest.approx(6400)
+    assert not ask().vacuous
+    assert ask(radius=20.0).vacuous
+    assert ask(radius=5000.0).size == np.inf
+    with pytest.raises(ValueError, match="must be positive"):
+        bounds.coreset_size_bound(0.0, radius=1.0, head_dim=4, num_keys=10)
+
+
+def test_the_search_for_the_supremum_has_converged():
+    k, v = clustered(32, 256)
+    small = summary(k, v, size=16, algorithm="halving")
+    few, many = (
+        float(sup_error(k, v, small, 3.0, num_starts=starts, num_steps=steps).error)
+        for starts, steps in ((24, 60), (128, 300))
+    )
+    assert few <= many * (1 + 1e-5)
+    assert many <= 1.01 * few
+
+
+# streams
+
+
+@pytest.mark.parametrize(("streaming", "algorithm"), [("fold", "kmeans_nystrom"), ("counter", "halving")])
+def test_streams_keep_the_mass_and_come_near_the_offline_coreset(streaming, algorithm):
+    k, v = clustered(33, 512)
+    running = running_coreset(6, KEY, coreset_size=32, algorithm=algorithm, streaming=streaming, max_length=512)
+
+    @jax.jit
+    def stream(k, v):
+        state = running.init(6, 3, jnp.float32)
+        blocks = jax.tree.map(lambda x: x.reshape(16, 32, -1), (k, v))
+        starts = 32 * jnp.arange(16, dtype=jnp.int32)
+        mask = jnp.ones(32, bool)
+        return jax.lax.scan(lambda s, x: (running.append(s, x[0], *x[1], mask), None), state, (starts, blocks))[0]
+
+    small = running.read(stream(k, v))
+    assert float(small.mass.sum()) == pytest.approx(512, rel=1e-5)
+    offline = "kmeans_merge" if streaming == "fold" else "halving"
+    allowed = 3 * float(sup_error(k, v, summary(k, v, size=32, algorithm=offline), 2.0).error)
+    assert float(sup_error(k, v, small, 2.0).error) < allowed + 1e-3
+
+
+@pytest.mark.parametrize("block_size", [4, 8, 24])
+def test_the_counter_decodes_as_it_answers_causally(block_size):
+    q, k, v = random_head(34, 100, 100, 6, 3)
+    options = {"coreset_size": 8, "algorithm": "halving", "streaming": "counter"}
+    whole = coreset(q, k, v, KEY, is_causal=True, block_size=block_size, **options)
+    running = running_coreset(6, KEY, **options, max_length=100)
+    decoder = Decoder(running=running, head_dim=6, value_dim=3, block_size=block_size)
+    out, cache = jax.jit(decoder.prefill)(decoder.init(), q[:90], k[:90], v[:90])
+    append, answer = jax.jit(decoder.append), jax.jit(decoder.attend)
+    last = []
+    for t in range(90, 100):
+        cache = append(cache, k[t : t + 1], v[t : t + 1])
+        last.append(answer(cache, q[t : t + 1]))
+    np.testing.assert_allclose(jnp.concatenate([out, *last]), whole, atol=1e-5)
+
+
+def test_a_counter_longer_than_its_levels_goes_on():
+    k, v = clustered(35, 256)
+    running = running_coreset(6, KEY, coreset_size=8, algorithm="halving", streaming="counter", max_length=32)
+    state = running.init(6, 3, jnp.float32)
+    append = jax.jit(running.append)
+    for start in range(0, 256, 8):
+        state = append(state, jnp.int32(start), k[start : start + 8], v[start : start + 8], jnp.ones(8, bool))
+    assert float(running.read(state).mass.sum()) == pytest.approx(256)
+
+
+def test_signed_masses_cannot_be_compressed_again():
+    k, v = clustered(36, 64)
+    with pytest.raises(ValueError, match="signed masses cannot be compressed again"):
+        compress(summary(k, v, size=16, algorithm="kmeans_nystrom"), KEY, coreset_size=8)
+    with pytest.raises(ValueError, match="makes signed masses, which a counter cannot reduce"):
+        coreset(k, k, v, KEY, coreset_size=8, streaming="counter", is_causal=True, block_size=8)
+
+
+def test_weighted_tokens_are_compressed_with_their_masses():
+    k, v = clustered(37, 128)
+    halves = [summary(k[part], v[part], size=32, algorithm="kmeans_merge") for part in (slice(0, 64), slice(64, 128))]
+    both = compress(merge(*halves), KEY, coreset_size=32, algorithm="kmeans_merge")
+    assert float(both.mass.sum()) == pytest.approx(128)
+    assert float(sup_error(k, v, both, 2.0).error) < 0.02
+
+
+# caches
+
+
+@pytest.mark.parametrize("policy", ["kmeans_nystrom", "halving", *HEURISTICS])
+@pytest.mark.parametrize("mass_correction", [False, True])
+def test_first_and_last_tokens_are_kept_exactly(policy, mass_correction):
+    q, k, v = random_head(38, 40, 40, 6, 3)
+    small = compress_tokens(
+        k, v, KEY, budget=16, policy=policy, queries=q, sinks=2, recent=5, mass_correction=mass_correction, scale=1.0
+    )
+    assert small.k.shape == (16, 6)
+    np.testing.assert_array_equal(small.k[:7], jnp.concatenate([k[:2], k[-5:]]))
+    np.testing.assert_array_equal(small.mass[:7], 1)
+    kept = float(small.mass.sum())
+    if policy in HEURISTICS:
+        assert kept == pytest.approx(40 if mass_correction else 16)
+    elif policy == "halving":
+        assert kept == pytest.approx(40)
+
+
+def test_scores_of_the_heuristics():
+    q, k, v = random_head(39, 40, 40, 6, 3)
+    tokens = WeightedKV.of_tokens(k, v)
+    logits = np.where(np.tri(40, dtype=bool), np.asarray(q, np.float64) @ np.asarray(k, np.float64).T, -np.inf)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    weights = weights / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(attention_received(tokens, q), weights.sum(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(HEURISTICS["h2o"].score(tokens, q), weights.sum(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(HEURISTICS["tova"].score(tokens, q), weights[-1], rtol=1e-4, atol=1e-6)
+    pooled = np.convolve(weights[-32:].sum(0), np.ones(5) / 5, mode="same")
+    np.testing.assert_allclose(HEURISTICS["snapkv"].score(tokens, q), pooled, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(HEURISTICS["knorm"].score(tokens, q), -((np.asarray(k) ** 2).sum(1)), rtol=1e-5)
+    unit = np.asarray(k) / np.linalg.norm(k, axis=1, keepdims=True)
+    assert np.argmin(HEURISTICS["keydiff"].score(tokens, q)) == np.argmax(unit @ unit.sum(0))
+    assert (np.diff(HEURISTICS["streaming_llm"].score(tokens, q)) > 0).all()
+
+
+def test_a_cache_with_room_for_all_loses_nothing_and_decodes_on():
+    q, k, v = random_head(40, 120, 120, 6, 3)
+    exact_decoder = Decoder(running=running_exact(6, max_length=128), head_dim=6, value_dim=3, block_size=8)
+    _, cache = exact_decoder.prefill(exact_decoder.init(), q[:100], k[:100], v[:100])
+    small = compress_cache(cache, KEY, budget=128, coreset_size=64)
+    after = Decoder(
+        running=running_compressed(6, KEY, budget=128, coreset_size=64), head_dim=6, value_dim=3, block_size=8
+    )
+    out, _ = after.prefill(small, q[100:], k[100:], v[100:])
+    np.testing.assert_allclose(out, exact(q, k, v, is_causal=True)[100:], atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["kmeans_nystrom", "halving", "streaming_llm", "snapkv"])
+def test_a_compressed_cache_decodes_on(policy):
+    k, v = clustered(41, 400)
+    q = 3 * clustered(42, 400)[0]
+    exact_decoder = Decoder(running=running_exact(6, max_length=400), head_dim=6, value_dim=3, block_size=16, scale=1.0)
+    _, cache = jax.jit(exact_decoder.prefill)(exact_decoder.init(), q[:300], k[:300], v[:300])
+    small = compress_cache(cache, KEY, budget=48, coreset_size=32, policy=policy, queries=q[:300])
+    after = Decoder(
+        running=running_compressed(6, KEY, budget=48, coreset_size=32),
+        head_dim=6,
+        value_dim=3,
+        block_size=16,
+        scale=1.0,
+    )
+    assert jax.tree.structure(small) == jax.tree.structure(after.init())
+    out, _ = jax.jit(after.prefill)(small, q[300:], k[300:], v[300:])
+    error = relative_error(out, exact(q, k, v, is_causal=True, scale=1.0)[300:])
+    assert error < {"kmeans_nystrom": 0.05, "halving": 0.3}.get(policy, 1.0)
+
+
+def test_a_cache_of_another_method_is_refused():
+    decoder = Decoder(
+        running=running_coreset(6, KEY, streaming="counter", algorithm="halving"), head_dim=6, value_dim=3
+    )
+    with pytest.raises(TypeError, match="cache of a decoder with running_exact"):
+        compress_cache(decoder.init(), KEY, budget=32)
+
+
+def test_budgets():
+    assert token_budget(1000, 8, 8) == 1000 // 68
+    with pytest.raises(ValueError, match="takes 68 bytes"):
+        token_budget(60, 8, 8)
+    layers = pyramid_budgets(8, 100)
+    assert sum(layers) == pytest.approx(800, abs=8)
+    assert layers == sorted(layers, reverse=True)
+    assert pyramid_budgets(1, 100) == [100]
+    scores = jnp.asarray([[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(shared_sizes(scores, 2), [4, 0])
+    np.testing.assert_array_equal(shared_sizes(scores, 2, most=3), [3, 1])
+
+
+def test_what_is_wrong_is_said():
+    _, k, v = random_head(43, 1, 40, 6, 3)
+    with pytest.raises(ValueError, match="did you mean 'halving'"):
+        summarize_coreset(k, v, KEY, coreset_size=8, algorithm="halvin")
+    with pytest.raises(ValueError, match="pass a key"):
+        summarize_coreset(k, v, coreset_size=8)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        summarize_coreset(k, v, KEY, coreset_size=0)
+    with pytest.raises(ValueError, match=r"more than sinks \+ recent = 36, got 36"):
+        compress_tokens(k, v, KEY, budget=36)
+    with pytest.raises(ValueError, match="pass queries"):
+        compress_tokens(k, v, KEY, budget=38, policy="h2o")
+    with pytest.raises(ValueError, match="did you mean 'snapkv'"):
+        compress_tokens(k, v, KEY, budget=38, policy="snapkw")
+
+
+def test_the_query_radius_looks_at_the_last_queries():
+    q = jnp.concatenate([jnp.full((10, 4), 9.0), jnp.ones((32, 4))])
+    assert float(query_radius(q)) == pytest.approx(1.1 * 2 / np.sqrt(2))
+    assert float(query_radius(q, window=42, scale=1.0, margin=1.0)) == pytest.approx(18)
+
+
+def test_a_coreset_merges_with_exact_keys():
+    # A coreset is a summary like any other: its states merge with those of exact attention over other keys.
+    q, k, v = random_head(44, 8, 48, 6, 3, spread=0.5)
+    far = attend(q, summary(k[:40], v[:40], size=36, algorithm="kmeans_merge"))
+    near = attend(q, WeightedKV.of_tokens(k[40:], v[40:]))
+    np.testing.assert_allclose(merge(far, near).out, answers(q, k, v), atol=0.05)
