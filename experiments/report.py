@@ -400,7 +400,7 @@ def _coreset_error_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         first = results[0]
         steps = list(first["mean_value"])
         rows = []
-        for name, entry in first["methods"].items():
+        for name in first["methods"]:
             figures = [_significant([r["methods"][name]["error"][step] for r in results]) for step in steps]
             slopes = [r["methods"][name]["slope"]["value"] for r in results if r["methods"][name].get("slope")]
             typical = statistics.fmean(r["methods"][name]["typical"][steps[0]] for r in results)
@@ -426,8 +426,8 @@ def _cache_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
                 for cell in cells
             ]
             others = [
-                f"{statistics.fmean(entry[name] for entry in cell):.3f}"
-                for name in ("accuracy", "attention_error")
+                f"{statistics.fmean([entry[what] for entry in cell]):.3f}"
+                for what in ("accuracy", "attention_error")
                 for cell in cells
             ]
             rows.append([f"`{policy}`", *lost, *others])

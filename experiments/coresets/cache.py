@@ -118,10 +118,10 @@ def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., 
 
 
 def _scores(config: CacheConfig, model: nnx.Module, batches: Any, function: Callable[..., Array]) -> dict[str, float]:
-    key = jax.random.key(config.seed)
+    rng = jax.random.key(config.seed)
 
-    def answer(query: Array, key_: Array, value: Array, **_: Any) -> Array:
-        return attention(query, key_, value, method=function, rng=key)
+    def answer(query: Array, key: Array, value: Array, **_: Any) -> Array:
+        return attention(query, key, value, method=function, rng=rng)
 
     changed = nnx.clone(model)
     for layer in attention_layers(changed).values():

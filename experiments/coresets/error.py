@@ -14,6 +14,7 @@ from rich.console import Console
 from approx_attention import WeightedKV, attend, summarize_coreset, summarize_mean_value
 from approx_attention.coresets import ALGORITHMS, Algorithm, Halving
 from approx_attention.diagnostics import sup_error
+from approx_attention.softmax import pad_rows
 from experiments.config import STRICT
 from experiments.coresets import instances
 from experiments.harness.long_context import slope
@@ -71,9 +72,7 @@ def _summary(k, v, key, radius, *, size, algorithm):
     small = summarize_coreset(k, v, key, coreset_size=size, algorithm=algorithm, query_radius=radius)
     # One shape for all sizes, so that the search is compiled once.
     room = k.shape[0] - small.mass.shape[0]
-    k, value_sum, mass = (
-        jnp.pad(x, ((0, room),) + ((0, 0),) * (x.ndim - 1)) for x in (small.k, small.value_sum, small.mass)
-    )
+    k, value_sum, mass = (pad_rows(x, room) for x in (small.k, small.value_sum, small.mass))
     return WeightedKV(k, value_sum, mass, small.value_range)
 
 
