@@ -33,6 +33,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks exact
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks control-variates
+	$(BIN)/python -m benchmarks coresets
 	$(BIN)/python -m benchmarks report
 	$(BIN)/approx-attention compare --out docs
 	$(BIN)/python -m tests.readme

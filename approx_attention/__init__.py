@@ -31,6 +31,7 @@ from approx_attention.methods.baselines import (
 from approx_attention.methods.coreset import compress, coreset, query_radius, running_coreset, summarize_coreset
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
 from approx_attention.methods.local import local
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
@@ -79,6 +80,7 @@ __all__ = [
     "fold_scale",
     "gate_tokens",
     "gaussian_projection",
+    "hyper_attention",
     "lara",
     "local",
     "mean_pool",

@@ -19,6 +19,7 @@ from approx_attention.methods.baselines import (
 from approx_attention.methods.coreset import coreset, running_coreset, summarize_coreset
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
 from approx_attention.methods.local import local
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
@@ -149,6 +150,13 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             # Seeding reads keys against twice the coreset, two steps of k-means and the Nystrom sums once against it.
             cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (5 * D + Dv)),
             reference="Liberty et al. 2026, k-means with Nystrom weights",
+        ),
+        "hyper_attention": Method(
+            function=hyper_attention,
+            size="sample_size",
+            capabilities=Capabilities(causal=False, needs_key=True, unbiased=True, exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + min(256, S)) * (D + Dv),
+            reference="Han et al. 2023",
         ),
         "favor": Method(
             function=favor,

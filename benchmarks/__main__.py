@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import control_variates, exact, report, scaling
+from benchmarks import control_variates, coresets, exact, report, scaling
 
 HERE = pathlib.Path(__file__).parent
 
@@ -47,6 +47,13 @@ def scaling_command(longest: int, rounds: int) -> None:
 def control_variates_command(longest: int, rounds: int) -> None:
     """FAVOR+, LARA and EVA against exact attention and PyTorch."""
     _write("control_variates", control_variates.measure(longest, rounds))
+
+
+@main.command("coresets")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def coresets_command(rounds: int) -> None:
+    """What coresets take to build, and what attention through them saves."""
+    _write("coresets", coresets.measure(rounds))
 
 
 @main.command("report")

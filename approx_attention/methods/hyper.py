@@ -1,0 +1,116 @@
+"""HyperAttention: exact attention where sorted hashes meet, and a uniform sample of the other keys."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.clustering import random_places
+from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.states import AttentionState, merge
+
+
+def hyper_attention(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    sample_size: int = 256,
+    block_size: int = 256,
+    num_hashes: int = 7,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""HyperAttention: sorted locality-sensitive hashing for the large weights, sampling for the rest.
+
+    Queries and keys are hashed by the signs of b random projections, read as Gray codes so that neighbouring numbers
+    differ in one sign, and sorted by them. With B(t) the keys in the block of query t and I a uniform sample of M keys,
+
+    .. math:: \mathrm{out}_t = \frac{\sum_{j \in B(t)} e^{s\, q_t \cdot k_j} v_j
+              + \frac{n}{M} \sum_{j \in I \setminus B(t)} e^{s\, q_t \cdot k_j} v_j}
+              {\sum_{j \in B(t)} e^{s\, q_t \cdot k_j}
+              + \frac{n}{M} \sum_{j \in I \setminus B(t)} e^{s\, q_t \cdot k_j}}.
+
+    Given the hashes, numerator and normaliser are unbiased. There is no causal form: a query's block depends on the
+    hashes of all queries, and so on those that come later; the published recursion shares that leak.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key.
+        sample_size: the number M of sampled keys; with M >= S the answer is exact.
+        block_size: queries per block, each of which meets as many keys (in proportion, if S != T).
+        num_hashes: the number b of random signs.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, no key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, hyper_attention
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (64, 8)) for i in range(3))
+        >>> out = hyper_attention(q, k, v, jax.random.key(3), sample_size=64, block_size=16)
+        >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-5))
+        True
+
+    Reference:
+        Han et al. (2023), "HyperAttention", algorithms 1 and 3.
+    """
+    dtype = v.dtype
+    check_count("block_size", block_size)
+    check_count("num_hashes", num_hashes)
+    sample_size = min(check_count("sample_size", sample_size), k.shape[0])
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    key_hash, key_sample = jax.random.split(check_key("hyper_attention", key))
+    real = jnp.ones(k.shape[0], k.dtype) if kv_mask is None else kv_mask.astype(k.dtype)
+
+    planes = jax.random.normal(key_hash, (q.shape[1], num_hashes), q.dtype)
+    order_q = jnp.argsort(_gray_rank(q, planes), stable=True)
+    order_k = jnp.lexsort((_gray_rank(k, planes), 1 - real))
+    num_blocks = -(-q.shape[0] // block_size)
+    keys_per_block = -(-k.shape[0] // num_blocks)
+
+    def in_blocks(x: Array, length: int) -> Array:
+        return pad_rows(x, num_blocks * length - x.shape[0]).reshape(num_blocks, length, *x.shape[1:])
+
+    near = tuple(in_blocks(x[order_k], keys_per_block) for x in (k, v, jnp.where(real > 0, 1.0, 0.0).astype(k.dtype)))
+
+    sampled = random_places(real, sample_size, key_sample)
+    block_of_key = (
+        jnp.zeros(k.shape[0], jnp.int32).at[order_k].set(jnp.arange(k.shape[0], dtype=jnp.int32) // keys_per_block)
+    )
+    weight = jnp.log(jnp.maximum(jnp.sum(real), 1) / jnp.clip(jnp.sum(real), 1, sample_size))
+    present, own = real[sampled] > 0, block_of_key[sampled]
+    k_sampled, v_sampled = k[sampled], v[sampled]
+
+    def of_block(args: tuple[Array, Array, tuple[Array, Array, Array]]) -> AttentionState:
+        number, q, (k, v, real) = args
+        local = dense_state(q, k, v, jnp.where(real > 0, 0.0, HIDDEN).astype(q.dtype)[None, :])
+        outside = jnp.where(present & (own != number), weight, HIDDEN).astype(q.dtype)
+        return merge(local, dense_state(q, k_sampled, v_sampled, outside[None, :]))
+
+    blocks = jnp.arange(num_blocks, dtype=jnp.int32), in_blocks(q[order_q], block_size), near
+    state = lax.map(jax.checkpoint(of_block), blocks)
+    back = jnp.argsort(order_q)
+    state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]][back], state)
+    return state if return_state else state.out.astype(dtype)
+
+
+def _gray_rank(x: Array, planes: Array) -> Array:
+    """The number of each row's signs ``[n]`` in the order in which neighbours differ in one sign."""
+    bits = (x @ planes > 0).astype(jnp.int32)
+    binary = jnp.cumsum(bits, axis=1) % 2
+    return binary @ (2 ** jnp.arange(planes.shape[1] - 1, -1, -1, dtype=jnp.int32))
