@@ -195,12 +195,15 @@ def _measure(claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: i
 
 def _at(result: Any, place: str) -> float:
     """The figure at a dotted place; where there is none, as for a break-even never reached, infinity."""
-    for name in place.split("."):
+    rest = place
+    while rest:
         if result is None:  # a slope of too few points
             return math.nan
-        if name not in result:
-            raise ConfigError(f"the results have nothing at {place!r}: {name!r} is not among {', '.join(result)}")
-        result = result[name]
+        # A name may hold dots itself, as 0.5 does.
+        name = max((name for name in result if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+        if name is None:
+            raise ConfigError(f"the results have nothing at {place!r}: {rest!r} is not among {', '.join(result)}")
+        result, rest = result[name], rest[len(name) + 1 :]
     return math.inf if result is None else float(result)
 
 

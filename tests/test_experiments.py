@@ -435,6 +435,10 @@ def test_results_follow_from_the_committed_runs():
             pytest.param(f"control_variates/{name}", marks=pytest.mark.slow)
             for name in ("gap", "continuum", "bias", "swap_in", "vision", "language_model")
         ),
+        *(
+            pytest.param(f"coresets/{name}", marks=pytest.mark.slow)
+            for name in ("size", "growth", "instances", "table", "language_model", "recall", "latency")
+        ),
     ],
 )
 def test_smoke_studies_run(tmp_path, study):
