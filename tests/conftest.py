@@ -18,12 +18,18 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture
-def models():
-    """JAX as models have it: layers broadcast and promote; compiled in haste, for what is tested is how parts fit."""
+def haste():
+    """Programs compiled in haste, where compiling them would take longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def models(haste):
+    """JAX as models have it: layers broadcast and promote."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

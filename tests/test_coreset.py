@@ -56,6 +56,8 @@ SIGNED = ["kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
 EVERY = SUBSETS + MERGES + SIGNED
 KEY = jax.random.key(5)
 
+pytestmark = pytest.mark.usefixtures("haste")
+
 
 def test_every_algorithm_is_tested():
     assert sorted(EVERY) == sorted(ALGORITHMS)
