@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from approx_attention.checks import check_floating, check_key, did_you_mean
-from approx_attention.registry import accepted, get_method
+from approx_attention.registry import METHODS, accepted, get_method
 
 
 def attention(
@@ -234,12 +234,12 @@ def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], o
 
     def transposed(operands: _Operands) -> Any:
         def by_kv_head(x: Array) -> Array:
-            x = x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
-            return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
+            x = x.reshape(*x.shape[:2], num_kv_heads, x.shape[2] // num_kv_heads, x.shape[3])
+            return jnp.moveaxis(x, 2, 1).reshape(num_batches * num_kv_heads, x.shape[1], *x.shape[3:])
 
         def to_layout(x: Array) -> Array:
             x = jnp.moveaxis(x.reshape(num_batches, num_kv_heads, *x.shape[1:]), 1, 2)
-            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+            return x.reshape(*x.shape[:2], num_kv_heads * group, *x.shape[4:])
 
         over = jax.vmap if jax.default_backend() != "cpu" else lambda head: functools.partial(lax.map, head)
         slices = jnp.arange(num_batches * num_kv_heads), jax.tree.map(by_kv_head, operands.tokens)
@@ -275,7 +275,11 @@ def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], o
     if num_batches * num_kv_heads == 1:
         tokens = jax.tree.map(lambda x: x[0], operands.tokens)
         return jax.tree.map(lambda x: x[None], one_kv_head(operands, 0, tokens))
-    return in_place(operands) if jax.default_backend() == "cpu" else transposed(operands)
+    # A function of the caller's own may close over arrays with derivatives, which `in_place` could not see.
+    is_own = all(function is not method.function for method in METHODS.values())
+    if jax.default_backend() != "cpu" or num_batches == 0 or is_own:
+        return transposed(operands)
+    return in_place(operands)
 
 
 def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:

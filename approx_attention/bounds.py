@@ -13,9 +13,8 @@ from approx_attention.checks import (
     check_count,
     check_key_value_fit,
     fold_scale,
-    zero_padding,
 )
-from approx_attention.clustering import nearest
+from approx_attention.clustering import merged, nearest
 from approx_attention.features import squared_norm
 from approx_attention.summaries import WeightedKV
 
@@ -75,6 +74,18 @@ def favor_mse(
     return positive if features == "positive" else positive * -jnp.expm1(-together)
 
 
+class MergeBound(NamedTuple):
+    """Merged tokens, and a bound on their error.
+
+    Attributes:
+        summary: every key merged into the nearest of the tokens that were given.
+        bound: on its error for all queries of the ball, in the units of the values.
+    """
+
+    summary: WeightedKV
+    bound: Array
+
+
 def merge_bound(
     k: Float[Array, "S D"],
     v: Float[Array, "S Dv"],
@@ -82,51 +93,47 @@ def merge_bound(
     radius: float | Array,
     *,
     kv_mask: Bool[Array, " S"] | None = None,
-) -> Float[Array, ""]:
-    r"""A bound on the error of merged clusters, for every query of bounded norm, from the radius of the clusters.
+) -> MergeBound:
+    r"""Merges every key into the nearest of some tokens, with a bound on the error for every query of bounded norm.
 
-    If every key is within :math:`\delta` of the token that it was merged into, whose mass and values are the sums over
-    its members,
+    If every key is within :math:`\delta` of the mean key that it was merged into,
 
     .. math:: \sup_{\|q\| \le \rho} \|\mathrm{attend}(q) - \mathrm{attention}(q)\|_2
               \le (e^{2 \rho \delta} - 1)\, \max_j \|v_j\|_2.
 
-    It holds for merges alone (``"kmeans_merge"``, ``"farthest_merge"``, `mean_pool`). No bound of this kind is known
-    for Nystrom weights or for chosen tokens: measure those with `approx_attention.diagnostics.sup_error`, whose search
-    gives a lower bound of the supremum. Above :math:`2 \max \|v\|` it says nothing.
+    The bound is that of the merge that is returned, not of the summary that was given: of the clusters of that one only
+    the means are known, and not who is in them. No bound of this kind is known for Nystrom weights or for chosen
+    tokens: measure those with `approx_attention.diagnostics.sup_error`, whose search gives a lower bound of the
+    supremum. Above :math:`2 \max \|v\|` it says nothing.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         v: values ``[S, Dv]``.
-        summary: the merged tokens; each key is taken to be merged into the nearest.
+        summary: tokens to merge into, such as a coreset; those without mass are left out.
         radius: :math:`\rho`, the largest norm of a query in scaled space.
         kv_mask: true where a key is real ``[S]``.
 
     Returns:
-        The bound, in the units of v; infinite where it exceeds the largest number.
-
-    Raises:
-        ValueError: signed masses, which no merge has.
+        The `MergeBound`; infinite where it exceeds the largest number.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import jax
         >>> from approx_attention import bounds, summarize_coreset
         >>> k, v = (jax.random.normal(jax.random.key(i), (64, 2)) for i in range(2))
-        >>> merged = summarize_coreset(k, v, jax.random.key(2), coreset_size=32, algorithm="farthest_merge")
-        >>> bool(0 < bounds.merge_bound(k, v, merged, 0.5) < 2)
-        True
+        >>> coreset = summarize_coreset(k, v, jax.random.key(2), coreset_size=32, algorithm="farthest_merge")
+        >>> merged, bound = bounds.merge_bound(k, v, coreset, 0.5)
+        >>> float(merged.mass.sum()), bool(0 < bound < 2)
+        (64.0, True)
 
     Reference:
         Each weight is off by a factor between :math:`e^{\pm\rho\delta}`; a derivation of this library.
     """
-    if summary.value_range is not None:
-        raise ValueError("merge_bound speaks of merged clusters; this summary has signed masses")
-    k, v = zero_padding(k, v, kv_mask)
-    centre = summary.k[nearest(k, summary.k, summary.mass > 0)]
-    away = jnp.sqrt(squared_norm(k - centre))[:, 0]
-    if kv_mask is not None:
-        away = jnp.where(kv_mask, away, 0)
-    return jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(v)))
+    tokens = WeightedKV.of_tokens(k, v, kv_mask)
+    label = nearest(tokens.k, summary.k, summary.mass != 0)
+    merge = merged(tokens, label, summary.mass.shape[0])
+    away = jnp.where(tokens.mass > 0, jnp.sqrt(squared_norm(tokens.k - merge.k[label]))[:, 0], 0)
+    bound = jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(tokens.values)))
+    return MergeBound(merge, bound)
 
 
 class CoresetSize(NamedTuple):
@@ -190,8 +197,10 @@ def coreset_size_bound(
     check_choice("result", result, ("uniform", "subgen", "balance_kv", "optimal", "lower_bound"))
     check_count("head_dim", head_dim)
     check_count("num_keys", num_keys)
-    if not error > 0 or not radius > 0:
-        raise ValueError(f"error and radius must be positive, got {error} and {radius}")
+    if not error > 0 or not radius > 0 or not 0 < failure < 1:
+        raise ValueError(
+            f"error and radius must be positive and failure between 0 and 1, got {error}, {radius} and {failure}"
+        )
     log_failure = math.log(1 / failure)
     log_size, statement = {
         "uniform": (

@@ -158,20 +158,13 @@ def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: f
     both = present[:, None] & present[None, :]
     kernel = jnp.where(both, jnp.exp(jnp.where(both, exponent * (c @ c.T) - half[:, None] - half[None, :], 0)), 0)
     diagonal = jnp.where(present, 0, 1) + ridge
-    factor = jax.scipy.linalg.cho_factor(kernel + jnp.diag(diagonal.astype(kernel.dtype)), lower=True)
-    weights = jax.scipy.linalg.cho_solve(factor, sums)
+    kernel = kernel + jnp.diag(diagonal.astype(kernel.dtype))
+    # A kernel that cannot be factored has no solution, and must have no gradient that is not a number.
+    failed = ~jnp.all(jnp.isfinite(lax.stop_gradient(jnp.linalg.cholesky(kernel))))
+    factor = jnp.linalg.cholesky(jnp.where(failed, jnp.eye(c.shape[0], dtype=kernel.dtype), kernel))
+    weights = jnp.where(failed, 0, jax.scipy.linalg.cho_solve((factor, True), sums))
     # Beyond the cap they are worth nothing, and are not used; without it they would have no finite gradient either.
     weights = weights * jnp.exp(jnp.minimum(shift - half, LARGEST_EXPONENT))[:, None]
     weights = jnp.where(present[:, None], weights, 0)
     mass = weights[:, -1]
-    return WeightedKV(c, weights[:, :-1] + mass[:, None] * middle[None, :], mass, value_range(tokens))
-
-
-def value_range(tokens: WeightedKV) -> Array:
-    """Least and greatest value per channel ``[2, Dv]`` over the tokens that are present, as a constant.
-
-    Of none it is from infinity to minus infinity, which joins with any other.
-    """
-    present, values = (tokens.mass > 0)[:, None], lax.stop_gradient(tokens.values)
-    low = jnp.min(values, axis=0, initial=jnp.inf, where=present)
-    return jnp.stack([low, jnp.max(values, axis=0, initial=-jnp.inf, where=present)])
+    return WeightedKV(c, weights[:, :-1] + mass[:, None] * middle[None, :], mass, tokens.values_from_to)

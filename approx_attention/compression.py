@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary
 from approx_attention.checks import check_count, check_key, head_inputs, unknown
-from approx_attention.clustering import value_range
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.decode import Cache
 from approx_attention.features import squared_norm
@@ -57,7 +56,8 @@ def compress_tokens(
         recent: how many of the last tokens are kept exactly.
         mass_correction: heuristics only: the kept stand for the forgotten too.
         query_radius: as in `coreset`.
-        kv_mask: true where a key is real ``[S]``; sinks and recent tokens are counted among all.
+        kv_mask: true where a key is real ``[S]``; sinks and recent tokens are the first and last real ones, and queries
+            of all S positions are real where their keys are.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -84,19 +84,27 @@ def compress_tokens(
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     if budget >= num_keys:
         return tokens
+    start = jnp.zeros((), jnp.int32)
+    if kv_mask is not None:
+        # Padding first, so that the last tokens are real.
+        order = jnp.argsort(kv_mask, stable=True)
+        tokens, start = jax.tree.map(lambda x: x[order], tokens), num_keys - jnp.sum(kv_mask, dtype=jnp.int32)
+        if asked.shape[0] == num_keys:
+            asked = jnp.where(kv_mask[:, None], asked, 0)[order]
     middle = budget - sinks - recent
     if middle < 1:
         raise ValueError(f"budget must be more than sinks + recent = {sinks + recent}, got {budget}")
     end = num_keys - recent
-    first, between, last = (
-        WeightedKV(tokens.k[part], tokens.value_sum[part], tokens.mass[part])
-        for part in (slice(sinks), slice(sinks, end), slice(end, None))
-    )
+    # Where there are few real tokens, the first may be among the last.
+    first_place = start + jnp.arange(sinks, dtype=jnp.int32)
+    is_first = jnp.zeros(num_keys, bool).at[first_place].set(True)
+    first, last = _at(tokens, jnp.minimum(first_place, end - 1), first_place < end), _at(tokens, slice(end, None))
+    between = _at(tokens, slice(0, end), ~is_first[:end]) if kv_mask is not None else _at(tokens, slice(sinks, end))
     if isinstance(policy, str) and policy in HEURISTICS:
         heuristic = HEURISTICS[policy]
-        if heuristic.num_queries is not None and queries is None:
+        if heuristic.needs_queries and queries is None:
             raise ValueError(f"policy {policy!r} scores keys by the attention of queries: pass queries")
-        score = heuristic.score(tokens, asked)[sinks:end]
+        score = heuristic.score(tokens, asked)[end - between.mass.shape[0] : end]
         score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
         kept = _kept_at(between, lax.top_k(score, middle)[1], mass_correction)
     elif isinstance(policy, str) and policy not in ALGORITHMS:
@@ -105,10 +113,14 @@ def compress_tokens(
         if query_radius is None and queries is not None:
             query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(asked[-SNAP_QUERIES:])))
         kept = compress(between, key, coreset_size=middle, algorithm=policy, query_radius=query_radius)
-    ends = merge(first, last)
-    if kept.value_range is not None:
-        ends = dataclasses.replace(ends, value_range=value_range(ends))
-    return merge(ends, kept)
+    return merge(merge(first, last), kept)
+
+
+def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) -> WeightedKV:
+    k, value_sum, mass = tokens.k[place], tokens.value_sum[place], tokens.mass[place]
+    if present is not None:
+        value_sum, mass = jnp.where(present[:, None], value_sum, 0), jnp.where(present, mass, 0)
+    return WeightedKV(k, value_sum, mass)
 
 
 def _kept_at(tokens: WeightedKV, place: Array, mass_correction: bool) -> WeightedKV:
@@ -132,7 +144,7 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     def of_block(rows: Array) -> Array:
         q, place = rows[:, :-1], rows[:, -1:]
         seen = (number[None, :].astype(q.dtype) <= place) & (tokens.mass > 0)[None, :]
-        return jax.nn.softmax(jnp.where(seen, q @ tokens.k.T, HIDDEN), axis=-1) * (place >= 0).astype(q.dtype)
+        return jnp.where(seen, jax.nn.softmax(jnp.where(seen, q @ tokens.k.T, HIDDEN), axis=-1), 0)
 
     block = max(1, 2**22 // num_keys)
     blocks = -(-num_queries // block)
@@ -163,19 +175,19 @@ def _snap(tokens: WeightedKV, queries: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Heuristic:
-    """A score of keys, and how many of the last queries it looks at: ``None`` for none, 0 for all there are."""
+    """A score of keys, and whether it looks at queries."""
 
     score: Callable[[WeightedKV, Array], Array]
-    num_queries: int | None = None
+    needs_queries: bool = False
 
 
 HEURISTICS: Mapping[str, Heuristic] = {
     "streaming_llm": Heuristic(_recency),
     "knorm": Heuristic(_small_norm),
     "keydiff": Heuristic(_unlike_the_mean),
-    "h2o": Heuristic(attention_received, 0),
-    "snapkv": Heuristic(_snap, SNAP_QUERIES),
-    "tova": Heuristic(lambda tokens, queries: attention_received(tokens, queries[-1:]), 1),
+    "h2o": Heuristic(attention_received, True),
+    "snapkv": Heuristic(_snap, True),
+    "tova": Heuristic(lambda tokens, queries: attention_received(tokens, queries[-1:]), True),
 }
 
 
@@ -267,12 +279,13 @@ def running_compressed(
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:
         empty = WeightedKV.empty(budget, head_dim, value_dim, dtype)
-        return Compressed(_signed(empty), folding.init(head_dim, value_dim, dtype))
+        fixed = dataclasses.replace(empty, value_range=empty.values_from_to)
+        return Compressed(fixed, folding.init(head_dim, value_dim, dtype))
 
     def append(held: Compressed, start: Array, k: Array, v: Array, kv_mask: Array) -> Compressed:
         return held._replace(since=folding.append(held.since, start, k, v, kv_mask))
 
-    return RunningSummary(init, append, read=lambda held: merge(held.fixed, _signed(held.since)))
+    return RunningSummary(init, append, read=lambda held: merge(held.fixed, held.since))
 
 
 def compress_cache(
@@ -326,14 +339,7 @@ def compress_cache(
         **options,
     )
     missing = budget - small.mass.shape[0]
-    fixed = _signed(small)
-    k, value_sum, mass = (pad_rows(x, missing) for x in (fixed.k, fixed.value_sum, fixed.mass))
-    fixed = WeightedKV(k, value_sum, mass, fixed.value_range)
+    k, value_sum, mass = (pad_rows(x, missing) for x in (small.k, small.value_sum, small.mass))
+    fixed = WeightedKV(k, value_sum, mass, small.values_from_to)
     empty = WeightedKV.empty(coreset_size, prefix.k.shape[1], prefix.value_sum.shape[1], prefix.k.dtype)
     return cache._replace(past=cache.past._replace(prefix=Compressed(fixed, empty)))
-
-
-def _signed(tokens: WeightedKV) -> WeightedKV:
-    if tokens.value_range is not None:
-        return tokens
-    return dataclasses.replace(tokens, value_range=value_range(tokens))

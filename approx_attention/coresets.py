@@ -8,12 +8,13 @@ s = ratio / 2. A token of mass 0 is none, and what is made of none has mass 0.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from approx_attention.checks import check_choice, check_count
 from approx_attention.clustering import (
     cholesky_places,
     farthest_places,
@@ -23,10 +24,10 @@ from approx_attention.clustering import (
     nystrom,
     random_places,
     spread_places,
-    value_range,
 )
 from approx_attention.features import squared_norm
 from approx_attention.halving import (
+    SIGN_RULES,
     Points,
     SignRule,
     balancing_walk,
@@ -56,17 +57,24 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class ValueNorm:
-    r"""A sample with odds :math:`p_j \propto m_j (\|v_j\| + \text{mean} \|v\|)`, and masses :math:`m_j / p_j`."""
+    r"""A sample with odds :math:`p_j \propto m_j (\|v_j\| + \text{mean} \|v\|)`, and masses that undo them.
+
+    With :math:`\tau` the greatest score :math:`\log p_j + \text{Gumbel}` that is not kept, a token was kept with
+    probability :math:`1 - e^{-p_j e^{-\tau}}`, by which its mass is divided.
+    """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
         norm = jnp.sqrt(squared_norm(lax.stop_gradient(tokens.values))[:, 0])
-        mean = tokens.mass @ norm / jnp.maximum(jnp.sum(tokens.mass), 1)
-        odds = norm + jnp.where(mean > 0, mean, 1)
-        priority = tokens.log_mass + jnp.log(odds) + jax.random.gumbel(key, odds.shape, odds.dtype)
-        place = lax.top_k(jnp.where(tokens.mass > 0, priority, -jnp.inf), size)[1]
-        present = tokens.mass[place] > 0
-        return _rescaled(_kept(tokens, place, jnp.where(present, 1 / odds[place], 0)), tokens)
+        total = jnp.sum(tokens.mass)
+        mean = tokens.mass @ norm / jnp.where(total > 0, total, 1)
+        log_odds = tokens.log_mass + jnp.log(norm + jnp.where(mean > 0, mean, 1))
+        score = log_odds + jax.random.gumbel(key, log_odds.shape, log_odds.dtype)
+        best, place = lax.top_k(jnp.where(tokens.mass > 0, score, -jnp.inf), size + 1)
+        place = place[:size]
+        chance = -jnp.expm1(-jnp.exp(log_odds[place] - best[size]))
+        mass = jnp.where(tokens.mass[place] > 0, tokens.mass[place] / chance, 0)
+        return _rescaled(_kept(tokens, place, mass), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,11 @@ class Halving:
     order: Literal["tree", "random"] = "tree"
     block: int = 1024
 
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, SIGN_RULES)
+        check_choice("order", self.order, ("tree", "random"))
+        check_count("block", self.block, least=2)
+
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
         points = kernel_points(tokens, ratio / 2)
@@ -104,8 +117,8 @@ class Halving:
 class Stratified:
     r"""Keeps the most sensitive tokens as they are and halves the rest.
 
-    The sensitivity of token j is the largest share of the normaliser that it can have,
-    :math:`m_j e^{\rho \|k_j\|}` over its estimate for the query that points at it, from a uniform sample.
+    The sensitivity of token j is its share of the normaliser for the query that points at it, estimated from a uniform
+    sample (`sensitivities`).
 
     Attributes:
         share: the part of the coreset that the most sensitive tokens take.
@@ -143,7 +156,9 @@ def sensitivities(tokens: WeightedKV, ratio: Array, key: Array, sample: int = 10
     scale = jnp.sum(tokens.mass) / jnp.where(jnp.sum(chosen) > 0, jnp.sum(chosen), 1)
     log_scale = jnp.log(jnp.where(scale > 0, scale, 1))
     others = blocked_state(ratio * k, k[place], k[place, :1], log_mass[place]).lse + log_scale
-    return jnp.where(tokens.mass > 0, jnp.exp(own - jnp.logaddexp(own, others)), 0)
+    # The sample may miss the token itself, which is never less than its own part.
+    missing = jnp.ones_like(own).at[place].set(0) > 0
+    return jnp.where(tokens.mass > 0, jnp.exp(own - jnp.where(missing, jnp.logaddexp(own, others), others)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +180,12 @@ class Compress:
         present_first = jnp.argsort(points.mass == 0, stable=True).astype(jnp.int32)
         points = spread_over(points, present_first, size)
         coins = _coins(key, points, size)
-        rounds, total = len(coins), points.mass.shape[0]
+        rounds = len(coins)
+        sides = jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(max(rounds, 1),))
         for level, coin in enumerate(coins):
             bucket = max(2, 2 * size >> (rounds - 1 - level))
-            failure = self.failure * total * bucket**2 / (4 * size**2 * rounds * total)
-            options = {"failure": min(failure, 1.0), "interleaved": False, "symmetrised": True}
+            failure = min(1.0, self.failure * bucket**2 / (4 * size**2 * rounds))
+            options: Any = {"failure": failure, "interleaved": False, "side": sides[level]}
             points = halve(points, coin, rule="compress", block=bucket, **options)
         return _kept(tokens, points.place, points.mass)
 
@@ -179,7 +195,8 @@ class BalanceKV:
     r"""BalanceKV as published: signs by a self-balancing walk, merge and reduce, and two coresets.
 
     One stands for the numerator, each octave of value norms :math:`2^i \le \|v\| < 2^{i+1}` by itself, and has no mass;
-    one for the normaliser. The minority of each walk is kept and doubled, so that mass is kept on average only.
+    one for the normaliser. The minority of each walk is kept and doubled, so that some of the mass is lost in every
+    round: as published, and unlike all other algorithms here. A batch that already fits is left as it is.
 
     Attributes:
         failure: the probability with which the guarantee may fail.
@@ -213,7 +230,7 @@ class BalanceKV:
             tokens.k[place],
             pad_rows(values, normalizer.mass.shape[0]),
             jnp.concatenate([jnp.zeros_like(numerator.mass), normalizer.mass]),
-            value_range(tokens),
+            tokens.values_from_to,
         )
 
     def _reduced(self, points: Points, octave: Array, size: int, key: Array) -> Points:
@@ -222,11 +239,12 @@ class BalanceKV:
         rounds = group_length(num_points, size).bit_length() - 1
         total = size << rounds
         octave = pad_rows(octave, total - num_points)
-        noise = jax.random.uniform(key, (total,), points.x.dtype)
+        noise = jax.random.uniform(key, (2 * total,), points.x.dtype)
         points = jax.tree.map(lambda x: pad_rows(x, total - num_points), points)
         for level in range(rounds):
             batches = jax.tree.map(lambda x: x.reshape(-1, 2 * size, *x.shape[1:]), (points, octave))
-            coins = noise[: total >> level].reshape(-1, 2 * size)
+            first = 2 * (total - (total >> level))
+            coins = noise[first : first + (total >> level)].reshape(-1, 2 * size)
             points, octave = lax.map(lambda x: self._minority(x[0], x[1], x[2], num_points), (*batches, coins))
             points, octave = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (points, octave))
         return points
@@ -238,10 +256,12 @@ class BalanceKV:
         gram = jnp.where(alike, jnp.exp(points.x @ points.x.T - shift) * (points.values @ points.values.T), 0)
         plus = balancing_walk(gram, 30 * math.log(length / self.failure), coin)
         votes = jax.ops.segment_sum(jnp.where(present, jnp.where(plus, 1, -1), 0), octave, self.octaves)
-        kept = present & (plus == (votes <= 0)[octave])
+        fits = jnp.sum(present) <= octave.shape[0] // 2
+        kept = present & (fits | (plus == (votes <= 0)[octave]))
         place = jnp.argsort(~kept, stable=True)[: octave.shape[0] // 2]
         chosen = jax.tree.map(lambda x: x[place], points)
-        return chosen._replace(mass=jnp.where(kept[place], 2 * chosen.mass, 0)), octave[place]
+        mass = jnp.where(fits, chosen.mass, 2 * chosen.mass)
+        return chosen._replace(mass=jnp.where(kept[place], mass, 0)), octave[place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,14 +278,16 @@ class Herding:
         mean = jnp.exp(log_scale) * jnp.sum(values * state.out, axis=1)
         own = jnp.exp(squared_norm(x)[:, 0] - shift) * squared_norm(values)[:, 0]
 
-        def step(state: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
+        def step(state: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
             chosen, free = state
             gain = mean - (chosen + own / 2) / (number + 1)
             place = jnp.argmax(jnp.where(free, gain, -jnp.inf))
-            return (chosen + jnp.exp(x @ x[place] - shift) * (values @ values[place]), free.at[place].set(False)), place
+            chosen = chosen + jnp.exp(x @ x[place] - shift) * (values @ values[place])
+            return (chosen, free.at[place].set(False)), (place, free[place])
 
-        _, place = lax.scan(step, (jnp.zeros_like(mean), mass > 0), jnp.arange(size, dtype=mean.dtype))
-        return _rescaled(_kept(tokens, place, jnp.where(mass[place] > 0, 1, 0).astype(mass.dtype)), tokens)
+        start = jnp.zeros_like(mean), mass > 0
+        _, (place, is_new) = lax.scan(step, start, jnp.arange(size, dtype=mean.dtype))
+        return _rescaled(_kept(tokens, place, is_new.astype(mass.dtype)), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +302,10 @@ class KMeansMerge:
 
     steps: int = 2
     seeding: Literal["spread", "random", "pivots"] = "spread"
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_choice("seeding", self.seeding, ("spread", "random", "pivots"))
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -358,7 +384,7 @@ class PivotedNystrom:
             of_bin, (*map(in_bins, (tokens.k, tokens.value_sum, tokens.mass)), jax.random.split(key, self.bins))
         )
         k, value_sum, mass = (x.reshape(-1, *x.shape[2:]) for x in (parts.k, parts.value_sum, parts.mass))
-        return WeightedKV(k, value_sum, mass, value_range(tokens))
+        return WeightedKV(k, value_sum, mass, tokens.values_from_to)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,7 +414,7 @@ class SubGen:
         key_values, key_slots = jax.random.split(key)
         k = lax.stop_gradient(tokens.k)
         reach = (self.reach**2) * jnp.max(squared_norm(k))
-        coins = jax.random.uniform(key_slots, (k.shape[0], 2), k.dtype)
+        coins = jax.random.uniform(key_slots, (k.shape[0], slots), k.dtype)
 
         def step(state: tuple[Array, Array, Array], token: tuple[Array, Array, Array, Array]) -> tuple[tuple, None]:
             centres, count, held = state
@@ -401,10 +427,7 @@ class SubGen:
             centres = centres.at[own].set(jnp.where(opens, x, centres[own]))
             # The reservoir: each slot is an independent uniform draw of the cluster, by its mass.
             total = count[own] + mass
-            slot = jnp.int32(coin[1] * slots)
-            fresh = jnp.full((slots,), place)
-            kept = jnp.where(coin[0] * total < slots * mass, held[own].at[slot].set(place), held[own])
-            held = held.at[own].set(jnp.where(opens, fresh, kept))
+            held = held.at[own].set(jnp.where(opens | (coin * total < mass), place, held[own]))
             new = (centres, count.at[own].set(total), held)
             return jax.tree.map(lambda a, b: jnp.where(mass > 0, a, b), new, state), None
 
@@ -425,7 +448,7 @@ class SubGen:
         drawn_sum = tokens.values[drawn] * weight[:, None]
         place = jnp.concatenate([held, drawn])
         value_sum = jnp.concatenate([jnp.zeros((held.shape[0], drawn_sum.shape[1]), drawn_sum.dtype), drawn_sum])
-        return WeightedKV(tokens.k[place], value_sum, pad_rows(mass, samples), value_range(tokens))
+        return WeightedKV(tokens.k[place], value_sum, pad_rows(mass, samples), tokens.values_from_to)
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {

@@ -47,7 +47,8 @@ def kernel_points(tokens: WeightedKV, exponent: Array) -> Points:
     """
     tokens = lax.stop_gradient(tokens)
     values = jnp.where(tokens.mass[:, None] > 0, tokens.values, 0)
-    mean_square = tokens.mass @ squared_norm(values)[:, 0] / jnp.maximum(jnp.sum(tokens.mass), 1)
+    total = jnp.sum(tokens.mass)
+    mean_square = tokens.mass @ squared_norm(values)[:, 0] / jnp.where(total > 0, total, 1)
     values = values / jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1))
     values = jnp.concatenate([values, jnp.full_like(tokens.k[:, :1], NORMALIZER_SHARE**0.5)], axis=1)
     x = tokens.k * jnp.sqrt(lax.stop_gradient(exponent))
@@ -62,7 +63,7 @@ def halve(
     block: int,
     failure: float = 0.5,
     interleaved: bool = True,
-    symmetrised: bool = False,
+    side: Array | bool = False,
 ) -> Points:
     """Half of an even number of points: of rows 2i and 2i + 1 one, with the mass of both.
 
@@ -73,7 +74,7 @@ def halve(
         block: points whose signs are chosen together; the work grows with it, the error falls.
         failure: the probability with which the guarantee of a random rule may fail.
         interleaved: every block takes pairs from everywhere, or else consecutive ones.
-        symmetrised: one coin turns all choices around, so that either of a pair is as likely.
+        side: turns all choices around, so that with a fair coin either of a pair is as likely.
     """
     num_pairs = points.mass.shape[0] // 2
     blocks = -(-num_pairs // max(1, block // 2))
@@ -103,8 +104,7 @@ def halve(
         keep_first = jax.vmap(choose)(jax.tree.map(lambda x: x[0], args))
     else:
         keep_first = lax.map(jax.vmap(choose), args).reshape(blocks, pairs)
-    if symmetrised:
-        keep_first = keep_first ^ (coin[0] < 0.5)
+    keep_first = keep_first ^ side
     # What is no token is never kept in place of one.
     keep_first = jnp.where(both.mass[..., 1] == 0, True, jnp.where(both.mass[..., 0] == 0, False, keep_first))
 
@@ -135,6 +135,17 @@ def _signs_in_turn(
     return lax.scan(step, (jnp.zeros_like(mass_a), state), jnp.arange(mass_a.shape[0], dtype=jnp.int32))[1]
 
 
+def _share(masses: tuple[Array, Array]) -> Array:
+    """The probability of keeping the first with which masses are kept on average."""
+    total = masses[0] + masses[1]
+    return masses[0] / jnp.where(total > 0, total, 1)
+
+
+def _typical_mass(mass_a: Array, mass_b: Array) -> Array:
+    greatest = jnp.maximum(jnp.max(mass_a), jnp.max(mass_b))
+    return jnp.where(greatest > 0, greatest, 1)
+
+
 def _greedy_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
     r"""The sign that leaves the smaller discrepancy: keep a where :math:`h < (m_a - m_b) \|d\|^2 / 2`."""
 
@@ -147,11 +158,10 @@ def _greedy_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failur
 
 def _walk_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
     r"""Self-balancing walk: keep a with probability :math:`\frac12 - h/(2 c R^2)`, :math:`c = 30 \log(n/\delta)`."""
-    bound = 30 * math.log(2 * gram.shape[0] / failure) * jnp.max(jnp.diagonal(gram)) * jnp.maximum(jnp.max(mass_a), 1)
+    bound = 30 * math.log(2 * gram.shape[0] / failure) * jnp.max(jnp.diagonal(gram)) * _typical_mass(mass_a, mass_b)
 
     def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
-        first = masses[0] / jnp.maximum(masses[0] + masses[1], 1)
-        return coin < first - h / jnp.where(bound > 0, 2 * bound, 1), state
+        return coin < _share(masses) - h / jnp.where(bound > 0, 2 * bound, 1), state
 
     return _signs_in_turn(decide, (), gram, mass_a, mass_b, coin)
 
@@ -163,13 +173,13 @@ def _thinning_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, fail
     proxy of the walk so far.
     """
     log_odds = 2 * math.log(2 * gram.shape[0] / failure)
-    mass = jnp.maximum(jnp.max(mass_a), 1)
+    mass = _typical_mass(mass_a, mass_b)
 
     def decide(h: Array, norm: Array, masses: Any, coin: Array, variance: Array) -> tuple[Array, Any]:
         threshold = jnp.maximum(jnp.sqrt(norm * variance * log_odds), norm)
         safe = jnp.where(threshold > 0, threshold, 1)
         grown = norm * jnp.maximum(0, 1 + (norm - 2 * threshold) * variance / safe**2)
-        return coin < (1 - h / (mass * safe)) / 2, variance + grown
+        return coin < _share(masses) - h / (2 * mass * safe), variance + grown
 
     return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, coin)
 
@@ -177,11 +187,11 @@ def _thinning_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, fail
 def _compress_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
     r"""Thinformer: keep a where :math:`h < u (\frac12 + \log(4p/\delta)) \|d_i\| \max_{j \le i} \|d_j\|`, u in ±1."""
     pairs = gram.shape[0]
-    factor = (0.5 + math.log(4 * pairs / failure)) * jnp.maximum(jnp.max(mass_a), 1)
+    factor = (0.5 + math.log(4 * pairs / failure)) * _typical_mass(mass_a, mass_b)
 
     def decide(h: Array, norm: Array, masses: Any, coin: Array, largest: Array) -> tuple[Array, Any]:
         largest = jnp.maximum(largest, norm)
-        return h < (2 * coin - 1) * factor * jnp.sqrt(norm * largest), largest
+        return h < 2 * (_share(masses) - coin) * factor * jnp.sqrt(norm * largest), largest
 
     return _signs_in_turn(decide, jnp.zeros((), gram.dtype), gram, mass_a, mass_b, coin)
 
@@ -243,7 +253,10 @@ def tree_order(points: Points, group: int) -> Array:
     present = points.mass > 0
     scale = jnp.sqrt(jnp.maximum(jnp.max(squared_norm(points.x)), jnp.finfo(points.x.dtype).tiny))
     features = jnp.concatenate([points.x / scale, points.values[:, :-1]], axis=1)
-    weight = points.mass / jnp.maximum(jnp.sum(points.mass), 1)
+    # What is not a number has no place; it must not cost others theirs.
+    features = jnp.where(jnp.isfinite(features), features, 0)
+    total = jnp.sum(points.mass)
+    weight = points.mass / jnp.where(total > 0, total, 1)
     centred = jnp.where(present[:, None], features - (weight @ features)[None, :], 0)
     axes = jnp.linalg.eigh((centred * weight[:, None]).T @ centred)[1][:, ::-1]
     # A slight tilt tells apart what is alike along an axis, so that only equal points are ties.
@@ -268,12 +281,16 @@ def spread_over(points: Points, order: Array, num_groups: int) -> Points:
     """
     num_points = points.mass.shape[0]
     group_size = group_length(num_points, num_groups)
-    count = jnp.sum(points.mass > 0).astype(jnp.uint32)
-    rank = jnp.arange(num_points, dtype=jnp.uint32)
-    group = rank * jnp.uint32(num_groups) // jnp.maximum(count, 1)
-    first = (group * count + jnp.uint32(num_groups - 1)) // jnp.uint32(num_groups)
-    slot = (group * jnp.uint32(group_size) + (rank - first)).astype(jnp.int32)
-    slot = jnp.where(rank < count, slot, num_groups * group_size)
+    count = jnp.sum(points.mass > 0, dtype=jnp.int32)
+    rank = jnp.arange(num_points, dtype=jnp.int32)
+    # The first groups hold one more than the others.
+    least, larger = count // num_groups, count % num_groups
+    in_larger = larger * (least + 1)
+    beyond = rank - in_larger
+    is_larger = rank < in_larger
+    group = jnp.where(is_larger, rank // (least + 1), larger + beyond // jnp.maximum(least, 1))
+    within = jnp.where(is_larger, rank % (least + 1), beyond % jnp.maximum(least, 1))
+    slot = jnp.where(rank < count, group * group_size + within, num_groups * group_size)
 
     def placed(x: Array) -> Array:
         room = jnp.zeros((num_groups * group_size, *x.shape[1:]), x.dtype)

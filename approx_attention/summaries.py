@@ -67,6 +67,15 @@ class WeightedKV:
         absent = self.mass == 0
         return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 
+    @property
+    def values_from_to(self) -> Array:
+        """Least and greatest value per channel ``[2, Dv]``, as a constant; of none from infinity to minus infinity."""
+        if self.value_range is not None:
+            return self.value_range
+        present, values = (self.mass > 0)[:, None], lax.stop_gradient(self.values)
+        low = jnp.min(values, axis=0, initial=jnp.inf, where=present)
+        return jnp.stack([low, jnp.max(values, axis=0, initial=-jnp.inf, where=present)])
+
     @classmethod
     def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
         """Room for ``num_tokens``, none of which stands for a key."""
@@ -256,13 +265,10 @@ def _normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
 @merge.register
 def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
     require_same_kind(a, b)
-    if (a.value_range is None) != (b.value_range is None):
-        raise TypeError("merge takes two summaries with signed masses or two without")
     value_range = None
-    if a.value_range is not None:
-        value_range = jnp.stack(
-            [jnp.minimum(a.value_range[0], b.value_range[0]), jnp.maximum(a.value_range[1], b.value_range[1])]
-        )
+    if a.value_range is not None or b.value_range is not None:
+        (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
+        value_range = jnp.stack([jnp.minimum(low_a, low_b), jnp.maximum(high_a, high_b)])
     k, value_sum, mass = (
         jnp.concatenate([x, y]) for x, y in ((a.k, b.k), (a.value_sum, b.value_sum), (a.mass, b.mass))
     )

@@ -405,7 +405,9 @@ def _coreset_error_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         rows = []
         for name in first["methods"]:
             figures = [_significant([r["methods"][name]["error"][step] for r in results]) for step in steps]
-            slopes = [r["methods"][name]["slope"]["value"] for r in results if r["methods"][name].get("slope")]
+            # Where the error falls to that of rounding there is no exponent.
+            entries = [r["methods"][name] for r in results]
+            slopes = [e["slope"]["value"] for e in entries if e.get("slope") and min(e["error"].values()) > 1e-5]
             typical = statistics.fmean(r["methods"][name]["typical"][steps[0]] for r in results)
             rows.append([f"`{name}`", *figures, f"{typical:.2g}", _spread(slopes) if slopes else ""])
         mean = [_significant([r["mean_value"][step] for r in results]) for step in steps]

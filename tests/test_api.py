@@ -155,3 +155,19 @@ def test_cudnn_is_chosen_exactly_where_it_applies(monkeypatch):
     exact(q, k, v[:, :5])
     exact(q.astype(jnp.float32), k, v)
     assert calls == ["cudnn"]
+
+
+def test_a_function_may_close_over_what_is_differentiated():
+    q, k, v = random_heads(3, 2, 12, 12, 4, 2)
+
+    def loss(scale):
+        return (attention(q, k, v, method=lambda q, k, v, key: exact(q * scale, k, v)) ** 2).sum()
+
+    expected = (loss(1.301) - loss(1.299)) / 0.002
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.jit(loss))):
+        np.testing.assert_allclose(gradient(1.3), expected, rtol=2e-2)
+
+
+def test_an_empty_batch_has_empty_answers():
+    q, k, v = random_heads(3, 2, 12, 12, 4, 2)
+    assert attention(q[:0], k[:0], v[:0], method="exact").shape == (0, 12, 4, 8)

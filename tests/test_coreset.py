@@ -54,6 +54,9 @@ SUBSETS = ["halving", "stratified", "herding", "thinformer", "uniform", "value_n
 MERGES = ["kmeans_merge", "farthest_merge"]
 SIGNED = ["kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
 EVERY = SUBSETS + MERGES + SIGNED
+# Compiling all of them takes minutes: where one of a kind says most, the others are slow tests.
+OF_EACH_KIND = ["stratified", "kmeans_nystrom"]
+SOME = [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 KEY = jax.random.key(5)
 
 pytestmark = pytest.mark.usefixtures("haste")
@@ -85,7 +88,7 @@ def answers(q, k, v):
 
 
 @pytest.mark.parametrize("algorithm", SUBSETS + MERGES)
-@pytest.mark.parametrize("num_keys", [40, 41, 64])
+@pytest.mark.parametrize("num_keys", [41, 64])
 def test_mass_is_kept_and_values_stay_in_their_hull(algorithm, num_keys):
     q, k, v = random_head(0, 5, num_keys, 6, 3)
     kv_mask = jnp.arange(num_keys) % 7 != 2
@@ -110,7 +113,7 @@ def test_subsets_are_subsets(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EVERY)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("garbage", [np.nan, 1e30])
 def test_padding_never_enters(algorithm, garbage):
     _, k, v = random_head(2, 1, 40, 6, 3)
     kv_mask = jnp.arange(40) % 5 != 1
@@ -161,7 +164,7 @@ def test_no_extreme_gives_a_number_that_is_not_one(algorithm, spread):
     assert all(np.isfinite(x).all() for x in (answer(k, v), *gradients))
 
 
-@pytest.mark.parametrize("algorithm", EVERY)
+@pytest.mark.parametrize("algorithm", SOME)
 def test_half_precision_and_other_value_dimensions(algorithm):
     q, k, v = random_head(7, 4, 40, 6, 2, dtype=jnp.bfloat16)
     out = coreset(q, k, v, KEY, coreset_size=12, algorithm=algorithm)
@@ -189,7 +192,7 @@ def test_scaled_values_choose_the_same(algorithm):
     np.testing.assert_allclose(8 * plain.value_sum, scaled.value_sum, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", EVERY)
+@pytest.mark.parametrize("algorithm", SOME)
 def test_the_key_decides_and_heads_are_mapped(algorithm):
     k, v = (jnp.stack([random_head(seed, 1, 40, 6, 3)[i] for seed in (10, 11)]) for i in (1, 2))
     keys = jax.random.split(KEY, 2)
@@ -275,6 +278,55 @@ def test_halving_keeps_one_of_each_pair_and_its_mass(interleaved):
     place = np.asarray(half.place)
     np.testing.assert_array_equal(place // 2, np.arange(22))
     assert (np.asarray(mass)[place][np.asarray(half.mass) > 0] > 0).all()
+
+
+BY_CHANCE = ["thinformer", "balance_kv", Halving(rule="walk"), Halving(rule="thinning")]
+
+
+@pytest.mark.parametrize("algorithm", BY_CHANCE, ids=str)
+def test_no_place_in_the_sequence_is_preferred(algorithm):
+    _, k, v = random_head(49, 1, 32, 4, 2, spread=0.3)
+    run = jax.jit(jax.vmap(lambda key: summary(k, v, None, key, size=8, algorithm=algorithm)))
+    small = run(jax.random.split(KEY, 400))
+    place = np.abs(np.asarray(small.k)[:, :, None] - np.asarray(k)[None, None]).sum(-1).argmin(-1)
+    weight = np.zeros(32)
+    np.add.at(weight, place.reshape(-1), np.asarray(small.mass).reshape(-1) / 400)
+    assert weight.max() < 1.8 * weight.mean()
+    assert weight.min() > 0.3 * weight.mean()
+
+
+@pytest.mark.parametrize("rule", ["walk", "thinning", "compress"])
+def test_random_rules_keep_masses_on_average(rule):
+    random = np.random.default_rng(50)
+    difference = random.normal(size=(32, 5))
+    gram = jnp.asarray(difference @ difference.T, jnp.float32)
+    heavy, light = jnp.full(32, 9e-3), jnp.full(32, 1e-3)
+    coins = jnp.asarray(random.uniform(size=(300, 32)), jnp.float32)
+    keep = jax.vmap(lambda coin: SIGN_RULES[rule](gram, heavy, light, coin, 0.5))(coins)
+    assert float(keep.mean()) == pytest.approx(0.9, abs=0.05)
+
+
+def test_a_value_that_is_not_a_number_costs_no_other_token():
+    _, k, v = random_head(51, 1, 128, 6, 3)
+    kv_mask = jnp.arange(128) < 80
+    small = summary(k, v.at[7, 0].set(jnp.nan), kv_mask, size=16, algorithm="halving")
+    assert float(small.mass.sum()) == pytest.approx(80)
+
+
+def test_large_groups_do_not_overflow():
+    count, groups = 131036, 65500
+    points = kernel_points(WeightedKV(jnp.zeros((count, 1)), jnp.zeros((count, 1)), jnp.ones(count)), jnp.float32(0.5))
+    spread = spread_over(points, jnp.arange(count, dtype=jnp.int32), groups)
+    assert float(spread.mass.sum()) == count
+
+
+def test_an_unfactorable_kernel_leaves_finite_gradients():
+    _, k, v = random_head(52, 1, 300, 2, 2, spread=0.3)
+    algorithm = KMeansNystrom(ridge=1e-8)
+    gradients = jax.grad(lambda k, v: summary(k, v, size=150, algorithm=algorithm).value_sum.sum(), argnums=(0, 1))(
+        k, v
+    )
+    assert all(np.isfinite(x).all() for x in gradients)
 
 
 def test_the_tree_brings_neighbours_together():
@@ -393,8 +445,7 @@ def test_sensitivities_against_a_loop():
     tokens = WeightedKV.of_tokens(k, v, jnp.arange(30) != 3)
     x = np.asarray(tokens.k, np.float64)
     weights = np.exp(1.3 * x @ x.T) * np.asarray(tokens.mass)[None]
-    # The own token is counted a second time, in case the sample misses it.
-    expected = np.diagonal(weights) / (weights.sum(1) + np.diagonal(weights)) * np.asarray(tokens.mass)
+    expected = np.diagonal(weights) / weights.sum(1) * np.asarray(tokens.mass)
     np.testing.assert_allclose(sensitivities(tokens, jnp.float32(1.3), KEY, sample=29), expected, rtol=1e-4)
 
 
@@ -465,15 +516,11 @@ def test_the_merge_bound_holds(algorithm, radius):
     for k, v in (clustered(30, 200), random_head(30, 1, 200, 3, 2, spread=0.5)[1:]):
         small = summary(k, v, size=24, algorithm=algorithm)
         largest = float(jnp.linalg.norm(v, axis=1).max())
-        found = float(sup_error(k, v, small, radius).error) * largest
-        assert found <= float(bounds.merge_bound(k, v, small, radius)) + 1e-5
+        merged, bound = bounds.merge_bound(k, v, small, radius)
+        assert float(merged.mass.sum()) == pytest.approx(200)
+        found = float(sup_error(k, v, merged, radius).error) * largest
+        assert found <= float(bound) + 1e-5
         assert found > 1e-6
-
-
-def test_the_merge_bound_refuses_signed_masses():
-    k, v = clustered(31, 64)
-    with pytest.raises(ValueError, match="signed masses"):
-        bounds.merge_bound(k, v, summary(k, v, size=8, algorithm="kmeans_nystrom"), 1.0)
 
 
 def test_size_bounds():
@@ -523,7 +570,7 @@ def test_streams_keep_the_mass_and_come_near_the_offline_coreset(streaming, algo
     assert float(sup_error(k, v, small, 2.0).error) < allowed + 1e-3
 
 
-@pytest.mark.parametrize("block_size", [4, 8, 24])
+@pytest.mark.parametrize("block_size", [4, 24])
 def test_the_counter_decodes_as_it_answers_causally(block_size):
     q, k, v = random_head(34, 100, 100, 6, 3)
     options = {"coreset_size": 8, "algorithm": "halving", "streaming": "counter"}
@@ -553,6 +600,8 @@ def test_signed_masses_cannot_be_compressed_again():
     k, v = clustered(36, 64)
     with pytest.raises(ValueError, match="signed masses cannot be compressed again"):
         compress(summary(k, v, size=16, algorithm="kmeans_nystrom"), KEY, coreset_size=8)
+    with pytest.raises(ValueError, match="streaming='fold' merges clusters whatever the queries"):
+        coreset(k, k, v, KEY, coreset_size=8, algorithm="halving", is_causal=True)
     with pytest.raises(ValueError, match="makes signed masses, which a counter cannot reduce"):
         coreset(k, k, v, KEY, coreset_size=8, streaming="counter", is_causal=True, block_size=8)
 
@@ -568,8 +617,10 @@ def test_weighted_tokens_are_compressed_with_their_masses():
 # caches
 
 
-@pytest.mark.parametrize("policy", ["kmeans_nystrom", "halving", *HEURISTICS])
-@pytest.mark.parametrize("mass_correction", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "mass_correction"),
+    [("kmeans_nystrom", True), ("halving", True), *((policy, mass) for policy in HEURISTICS for mass in (False, True))],
+)
 def test_first_and_last_tokens_are_kept_exactly(policy, mass_correction):
     q, k, v = random_head(38, 40, 40, 6, 3)
     small = compress_tokens(
@@ -614,7 +665,7 @@ def test_a_cache_with_room_for_all_loses_nothing_and_decodes_on():
     np.testing.assert_allclose(out, exact(q, k, v, is_causal=True)[100:], atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["kmeans_nystrom", "halving", "streaming_llm", "snapkv"])
+@pytest.mark.parametrize("policy", ["kmeans_nystrom", "snapkv"])
 def test_a_compressed_cache_decodes_on(policy):
     k, v = clustered(41, 400)
     q = 3 * clustered(42, 400)[0]
@@ -640,6 +691,35 @@ def test_a_cache_of_another_method_is_refused():
     )
     with pytest.raises(TypeError, match="cache of a decoder with running_exact"):
         compress_cache(decoder.init(), KEY, budget=32)
+
+
+@pytest.mark.parametrize("policy", ["kmeans_nystrom", "h2o", "snapkv", "streaming_llm"])
+@pytest.mark.parametrize("garbage", [np.nan])
+def test_padding_at_the_end_of_a_cache_changes_nothing(policy, garbage):
+    q, k, v = random_head(47, 60, 60, 6, 3)
+    options = {"budget": 30, "policy": policy, "sinks": 3, "recent": 6, "scale": 1.0}
+    kv_mask = jnp.arange(60) < 44
+    padded = (x.at[44:].set(garbage) for x in (k, v, q))
+    small = compress_tokens(
+        *(x for x in list(padded)[:2]), KEY, queries=q.at[44:].set(garbage), kv_mask=kv_mask, **options
+    )
+    held = np.asarray(small.k)[np.asarray(small.mass) != 0]
+    for kept in (*k[:3], *k[38:44]):
+        assert np.abs(held - np.asarray(kept)).sum(1).min() < 1e-5
+    assert np.isfinite(attend(q[:44], small).out).all()
+    if policy in HEURISTICS:
+        alone = compress_tokens(k[:44], v[:44], KEY, queries=q[:44], **options)
+        np.testing.assert_allclose(attend(q, small).out, attend(q, alone).out, atol=1e-4)
+
+
+def test_few_real_tokens_in_a_large_cache_are_all_kept():
+    q, k, v = random_head(48, 5, 60, 6, 3)
+    for num_real in (1, 4, 8):
+        kv_mask = jnp.arange(60) < num_real
+        small = compress_tokens(k, v, KEY, budget=30, sinks=3, recent=6, kv_mask=kv_mask, scale=1.0)
+        assert float(small.mass.sum()) == pytest.approx(num_real, rel=1e-3)
+        expected = brute_force(q, k, v, scale=1.0, mask=kv_mask[None])[0]
+        np.testing.assert_allclose(attend(q, small).out, expected, atol=2e-3)
 
 
 def test_budgets():

@@ -9,8 +9,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs, unknown
-from approx_attention.clustering import k_means, random_places
+from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_key, head_inputs, unknown
+from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.features import squared_norm
 from approx_attention.softmax import pad_rows
@@ -43,7 +43,7 @@ def coreset(
     that answers are clipped to the range of the values. All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep
     the total mass exactly.
 
-    Which tokens are chosen has no gradient; keys, values and masses of the chosen do.
+    Which tokens are chosen has no gradient; the keys and values of the chosen have.
 
     Args:
         q: queries ``[T, D]``.
@@ -55,7 +55,8 @@ def coreset(
         query_radius: :math:`\rho`, the largest norm of a query in scaled space (`query_radius`); by default that of the
             centred keys.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coreset.
-        streaming: how the coreset grows causally, see `running_coreset`.
+        streaming: how the coreset grows causally, see `running_coreset`: folded, which merges clusters and takes no
+            algorithm and no radius, or counted.
         block_size: tokens per block of the causal form.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
@@ -152,7 +153,8 @@ def compress(
     drawn = check_key("coreset", key)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
-    middle, centred = _centred(tokens)
+    dtype = accumulation_dtype(tokens.k, tokens.value_sum)
+    middle, centred = _centred(jax.tree.map(lambda x: x.astype(dtype), tokens))
     radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
     ratio = jnp.ones_like(radius)
     if query_radius is not None:
@@ -201,7 +203,7 @@ def running_coreset(
         key: typed PRNG key.
         coreset_size: the number M of tokens, of each level if it is a counter.
         algorithm: of the counter: one whose masses are not negative.
-        query_radius: as in `coreset`.
+        query_radius: of the counter, as in `coreset`.
         streaming: ``"fold"`` or ``"counter"``.
         max_length: the length that the counter's levels are made for.
 
@@ -210,9 +212,15 @@ def running_coreset(
     """
     check_count("coreset_size", coreset_size)
     check_choice("streaming", streaming, ("fold", "counter"))
-    _algorithm(algorithm)
+    chosen = _algorithm(algorithm)
     drawn = check_key("coreset", key)
     if streaming == "fold":
+        merges = [ALGORITHMS[name] for name in ("kmeans_nystrom", "kmeans_merge")]
+        if chosen not in merges or query_radius is not None:
+            raise ValueError(
+                "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
+                f"defaults, or use streaming='counter'; got {algorithm!r} and {query_radius!r}"
+            )
         return _folding(drawn, coreset_size)
     levels = max(1, (-(-max_length // coreset_size) - 1).bit_length() + 1)
     reduce = _Reduce(coreset_size, algorithm, query_radius, levels)
@@ -226,7 +234,7 @@ def _folding(key: Array, coreset_size: int) -> RunningSummary:
     def append(held: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
         tokens = merge(held, WeightedKV.of_tokens(k, v, kv_mask))
         middle, centred = _centred(tokens)
-        places = random_places(centred.mass, coreset_size, jax.random.fold_in(key, start))
+        places = spread_places(centred, coreset_size, jax.random.fold_in(key, start))
         clusters = k_means(centred, places, steps=2)
         return dataclasses.replace(clusters, k=clusters.k + middle[None, :])
 
