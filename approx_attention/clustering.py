@@ -136,6 +136,22 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
     return lax.scan(step, start, jnp.arange(count))[1].astype(jnp.int32)
 
 
+@jax.custom_jvp
+def _finite_cholesky(kernel: Array) -> Array:
+    """The Cholesky factor, or the identity where there is none: worthless, but its gradients are numbers."""
+    factor = lax.linalg.cholesky(kernel, symmetrize_input=False)
+    return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.eye(kernel.shape[0], dtype=kernel.dtype))
+
+
+@_finite_cholesky.defjvp
+def _finite_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    r""":math:`dL = L\, \Phi(L^{-1}\, dK\, L^{-T})`, with :math:`\Phi` the lower triangle and half of the diagonal."""
+    factor, change = _finite_cholesky(*primals), tangents[0]
+    half = jax.scipy.linalg.solve_triangular(factor, change, lower=True)
+    both = jax.scipy.linalg.solve_triangular(factor, half.T, lower=True)
+    return factor, factor @ (jnp.tril(both) - jnp.diag(jnp.diagonal(both)) / 2)
+
+
 def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: float) -> WeightedKV:
     r"""The landmarks' keys with the signed masses and values that solve the kernel's ridge regression.
 
@@ -159,10 +175,7 @@ def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: f
     kernel = jnp.where(both, jnp.exp(jnp.where(both, exponent * (c @ c.T) - half[:, None] - half[None, :], 0)), 0)
     diagonal = jnp.where(present, 0, 1) + ridge
     kernel = kernel + jnp.diag(diagonal.astype(kernel.dtype))
-    # A kernel that cannot be factored has no solution, and must have no gradient that is not a number.
-    failed = ~jnp.all(jnp.isfinite(lax.stop_gradient(jnp.linalg.cholesky(kernel))))
-    factor = jnp.linalg.cholesky(jnp.where(failed, jnp.eye(c.shape[0], dtype=kernel.dtype), kernel))
-    weights = jnp.where(failed, 0, jax.scipy.linalg.cho_solve((factor, True), sums))
+    weights = jax.scipy.linalg.cho_solve((_finite_cholesky(kernel), True), sums)
     # Beyond the cap they are worth nothing, and are not used; without it they would have no finite gradient either.
     weights = weights * jnp.exp(jnp.minimum(shift - half, LARGEST_EXPONENT))[:, None]
     weights = jnp.where(present[:, None], weights, 0)

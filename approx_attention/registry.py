@@ -147,8 +147,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             summarize=summarize_coreset,
             running=running_coreset,
             capabilities=Capabilities(decode=True, needs_key=True, exact_limit=True),
-            # Seeding reads keys against twice the coreset, two steps of k-means and the Nystrom sums once against it.
-            cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (5 * D + Dv)),
+            # Seeding reads keys against twice the coreset, k-means and the Nystrom sums once against it.
+            cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (4 * D + Dv)),
             reference="Liberty et al. 2026, k-means with Nystrom weights",
         ),
         "hyper_attention": Method(

@@ -45,10 +45,11 @@ def _build(algorithm: Algorithm, key: Array, value: Array, rng: Array) -> Weight
 
 def _answer(query: Array, small: WeightedKV) -> Array:
     def head(args: tuple[Array, WeightedKV]) -> Array:
-        q, small = args
+        # As in `attention`: a head is cut out where it lies.
+        q, small = query[0, :, args[0]], args[1]
         return attend(fold_scale(q, q)[0], small).out
 
-    heads = _heads_first(query), small
+    heads = jnp.arange(NUM_HEADS), small
     return jax.lax.map(head, heads) if jax.default_backend() == "cpu" else jax.vmap(head)(heads)
 
 

@@ -430,7 +430,7 @@ def test_nystrom_weights_are_never_worse_than_the_merge_by_much():
             float(sup_error(k, v, summary(k, v, size=40, algorithm=a), radius).error)
             for a in (KMeansNystrom(), KMeansMerge())
         )
-        assert solved < 1.5 * merged
+        assert solved < 2 * merged
 
 
 def test_more_landmarks_than_the_rank_of_the_kernel():
