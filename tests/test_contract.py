@@ -448,7 +448,7 @@ CHANGES = {
     "num_hashes": (1, {}),
     "algorithm": ("halving", {}),
     "query_radius": (9.0, {}),
-    "streaming": ("counter", {"is_causal": True, "algorithm": "halving"}),
+    "streaming": ("counter", {"is_causal": True, "algorithm": "kmeans_merge"}),
     "window_size": (5, {}),
     "block_size": (5, {}),
     ("coreset", "block_size"): (5, {"is_causal": True}),

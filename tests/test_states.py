@@ -62,12 +62,20 @@ def test_only_like_merges_with_like():
     q, k, v = random_head(0, 5, 9)
     tokens = WeightedKV.of_tokens(k, v)
     moments = FeatureMoments.of_tokens(PositiveFeatures(q), k, v)
-    signed = WeightedKV(k, v, jnp.ones(9), jnp.stack([v.min(0), v.max(0)]))
-    for a, b in ((state, tokens), (tokens, moments), (moments, state), (tokens, signed)):
+    for a, b in ((state, tokens), (tokens, moments), (moments, state)):
         with pytest.raises(TypeError, match="merge takes two"):
             merge(a, b)
     with pytest.raises(TypeError, match="got float"):
         merge(1.0, 2.0)
+
+
+def test_tokens_with_signed_masses_join_those_without():
+    q, k, v = random_head(0, 5, 9)
+    tokens = WeightedKV.of_tokens(k[:4], v[:4])
+    signed = WeightedKV(k[4:], v[4:], jnp.ones(5), jnp.stack([v[4:].min(0), v[4:].max(0)]))
+    both = merge(tokens, signed)
+    np.testing.assert_array_equal(both.value_range, jnp.stack([v.min(0), v.max(0)]))
+    np.testing.assert_allclose(attend(q, both).out, brute_force(q, k, v, scale=1.0)[0], atol=1e-5)
 
 
 def test_states_pass_through_transformations():
