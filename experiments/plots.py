@@ -155,7 +155,7 @@ def _coreset_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
     columns = min(3, len(arms))
     rows = -(-len(arms) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.8), layout="constrained", dpi=150)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     names = list(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
     styles, handles = method_styles(names), {}
     for axes, arm in zip(panels, arms, strict=False):
@@ -178,10 +178,12 @@ def _coreset_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.minorticks_off()
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
-    for axes in list(panels)[len(arms) :]:
+    for axes in panels[len(arms) :]:
         axes.set_visible(False)
     figure.supylabel("greatest error over all queries")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns + 1, frameon=False, fontsize=9
+    )
     return figure
 
 
