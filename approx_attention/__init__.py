@@ -4,6 +4,7 @@ from approx_attention.api import attention
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import fold_scale
 from approx_attention.compression import (
+    attention_received,
     compress_cache,
     compress_tokens,
     pyramid_budgets,
@@ -66,6 +67,7 @@ __all__ = [
     "WeightedKV",
     "attend",
     "attention",
+    "attention_received",
     "causal_state",
     "compress",
     "compress_cache",

@@ -1,10 +1,10 @@
 """What theory promises: closed forms for the error of estimates, with their assumptions."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.checks import (
@@ -16,6 +16,7 @@ from approx_attention.checks import (
 )
 from approx_attention.clustering import merged, nearest
 from approx_attention.features import squared_norm
+from approx_attention.softmax import HIDDEN, blocked_state
 from approx_attention.summaries import WeightedKV
 
 
@@ -136,6 +137,102 @@ def merge_bound(
     return MergeBound(merge, bound)
 
 
+class Sensitivity(NamedTuple):
+    """Enclosures of the sensitivities of keys, each ``[S]``.
+
+    Attributes:
+        least: reached by a query that was found.
+        most: exceeded by no query of the ball.
+    """
+
+    least: Array
+    most: Array
+
+
+def sensitivity(
+    k: Float[Array, "S D"],
+    radius: float | Array,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+    num_steps: int = 64,
+) -> Sensitivity:
+    r"""The largest attention weight that any query of bounded norm gives to each key, from below and from above.
+
+    .. math:: s_j = \sup_{\|q\| \le \rho} \frac{e^{q \cdot k_j}}{\sum_i e^{q \cdot k_i}}.
+
+    The total of all keys is how many tokens importance sampling needs, up to logarithms and :math:`1/\epsilon^2`:
+    near 1 where keys are alike for such queries, S where each of them can be singled out. The search for the query is
+    convex, :math:`\min_q f(q) = \log \sum_i e^{q \cdot (k_i - k_j)}`, so that the duality gap
+    :math:`g = \nabla f \cdot q + \rho \|\nabla f\|` of its last step turns what was found into a bound,
+    :math:`s_j \le e^{g - f(q)}`, whether it has converged or not.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        radius: :math:`\rho`, the largest norm of a query in scaled space.
+        kv_mask: true where a key is real ``[S]``; others have sensitivity 0.
+        num_steps: accelerated projected gradient steps.
+
+    Returns:
+        The `Sensitivity`, for the price of ``num_steps * S`` queries over all keys.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import bounds
+        >>> k = jax.random.normal(jax.random.key(0), (64, 4))
+        >>> least, most = bounds.sensitivity(k, 1.0)
+        >>> bool((least <= most).all()), bool(most.sum() < 1.1 * least.sum())
+        (True, True)
+
+    Reference:
+        Sensitivity as in Feldman and Langberg (2011); the gap is that of Frank and Wolfe (1956).
+    """
+    check_count("num_steps", num_steps)
+    check_key_value_fit(k, k, k)
+    k = k.astype(accumulation_dtype(k))
+    present = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    k = jnp.where(present[:, None], k, 0)
+    bias = jnp.where(present, 0.0, HIDDEN).astype(k.dtype)
+
+    def value_and_slope(q: Array) -> tuple[Array, Array]:
+        """f and its gradient at queries ``[S, D]``, one for each key."""
+        state = blocked_state(q, k, k, bias)
+        return state.lse - jnp.sum(q * k, axis=1), state.out - k
+
+    def onto_ball(q: Array) -> Array:
+        norm = jnp.sqrt(squared_norm(q))
+        return q * jnp.minimum(1, radius / jnp.where(norm > 0, norm, 1))
+
+    # The second derivative of f is the variance of keys in a direction.
+    middle = jnp.mean(k, axis=0, where=present[:, None])
+    curvature = jnp.max(squared_norm(k - middle[None, :]), where=present[:, None], initial=0)
+    stride = 1 / jnp.where(curvature > 0, curvature, 1)
+
+    def step(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, ahead = state
+        new = onto_ball(ahead - stride * value_and_slope(ahead)[1])
+        return new, new + number / (number + 3) * (new - q)
+
+    start = jnp.zeros_like(k)
+    q, _ = lax.fori_loop(0, num_steps, lambda i, state: step(i.astype(k.dtype), state), (start, start))
+    value, slope = value_and_slope(q)
+    gap = jnp.sum(slope * q, axis=1) + radius * jnp.sqrt(squared_norm(slope))[:, 0]
+    least = jnp.where(present, jnp.exp(-value), 0)
+    most = jnp.where(present, jnp.minimum(jnp.exp(jnp.maximum(gap, 0) - value), 1), 0)
+    return Sensitivity(least, most)
+
+
+SizeResult = Literal[
+    "uniform",
+    "subgen",
+    "balance_kv",
+    "balance_kv_lower_bound",
+    "thinformer",
+    "kernel_discrepancy",
+    "optimal",
+    "lower_bound",
+]
+
+
 class CoresetSize(NamedTuple):
     """A size that theory asks for.
 
@@ -157,7 +254,7 @@ def coreset_size_bound(
     head_dim: int,
     num_keys: int,
     failure: float = 0.1,
-    result: Literal["uniform", "subgen", "balance_kv", "optimal", "lower_bound"] = "optimal",
+    result: SizeResult = "optimal",
 ) -> CoresetSize:
     r"""How many tokens theory asks for so that attention errs by at most ``error`` where values have norm at most 1.
 
@@ -165,7 +262,10 @@ def coreset_size_bound(
 
     .. math:: \text{uniform: } \cosh^2(\rho) \frac{d + \log(1/\delta)}{\epsilon^2}, \quad
               \text{balance\_kv: } \frac{\sqrt d\, e^{2\rho} \log n}{\epsilon}, \quad
+              \text{thinformer: } \frac{\log^{3/2} n}{\epsilon}, \quad
               \text{optimal: } \frac{\sqrt d\, e^{\rho}}{\epsilon}.
+
+    WildCat has no row: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for an error.
 
     Args:
         error: :math:`\epsilon`, of values of norm at most 1.
@@ -174,8 +274,11 @@ def coreset_size_bound(
         num_keys: n.
         failure: :math:`\delta`, the probability with which a random choice may fail.
         result: ``"uniform"`` for a uniform sample; ``"subgen"`` for the samples of values of SubGen, one query at a
-            time and beside its clusters; ``"balance_kv"`` as published; ``"optimal"`` for the size that is known to
-            exist, without an algorithm; ``"lower_bound"`` for the size below which some data have no coreset of rows.
+            time and beside its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for the space
+            that a stream needs, where radii are at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low effective
+            rank, whose rank its constant hides; ``"kernel_discrepancy"`` for the sums themselves, before one is divided
+            by the other, of keys and queries of norm 1; ``"optimal"`` for the size that is known to exist, without an
+            algorithm; ``"lower_bound"`` for the size below which some data have no coreset of rows.
 
     Returns:
         The `CoresetSize`; ``vacuous`` if it is at least ``num_keys``.
@@ -192,9 +295,10 @@ def coreset_size_bound(
 
     Reference:
         Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", abstract; Han et al. (2025),
-        "BalanceKV", theorem 3.1; Zandieh et al. (2024), "SubGen"; uniform sampling by the usual second-moment argument.
+        "BalanceKV", theorems 3.1 and 3.2; Zandieh et al. (2024), "SubGen"; "Thinformer" with "Express" (2026); Karnin
+        and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment.
     """
-    check_choice("result", result, ("uniform", "subgen", "balance_kv", "optimal", "lower_bound"))
+    check_choice("result", result, get_args(SizeResult))
     check_count("head_dim", head_dim)
     check_count("num_keys", num_keys)
     if not error > 0 or not radius > 0 or not 0 < failure < 1:
@@ -216,6 +320,18 @@ def coreset_size_bound(
         "balance_kv": (
             0.5 * math.log(head_dim) + 2 * radius - math.log(error) + math.log(max(1.0, math.log(num_keys))),
             "discrepancy of batches, each query of a stream with high probability",
+        ),
+        "balance_kv_lower_bound": (
+            min(-2 * math.log(error), math.log(head_dim) + 2 * radius),
+            "no stream algorithm needs less space",
+        ),
+        "thinformer": (
+            1.5 * math.log(max(1.0, math.log(num_keys))) - math.log(error),
+            "kernel halving of inputs of low effective rank, causally too",
+        ),
+        "kernel_discrepancy": (
+            0.5 * math.log(head_dim) - math.log(error),
+            "the sums of a kernel at radius 1, all queries at once",
         ),
         "optimal": (
             0.5 * math.log(head_dim) + radius - math.log(error),

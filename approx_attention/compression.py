@@ -28,6 +28,7 @@ def compress_tokens(
     key: Array | None = None,
     *,
     budget: int,
+    size: Array | None = None,
     policy: str | Algorithm = "kmeans_nystrom",
     queries: Float[Array, "T D"] | None = None,
     sinks: int = 4,
@@ -47,7 +48,9 @@ def compress_tokens(
         k: keys ``[S, D]`` as they are attended to, positions included.
         v: values ``[S, Dv]``.
         key: typed PRNG key; heuristics need none.
-        budget: how many tokens are kept in all; with ``budget >= S`` nothing is lost.
+        budget: how many tokens are kept in all; with ``budget >= S`` and no ``size`` nothing is lost.
+        size: heuristics only: how many of them this head may use, where heads share a budget (`shared_sizes`); the
+            room that it leaves is empty. The first and the last tokens are kept in any case.
         policy: an algorithm of `approx_attention.coresets`, or a heuristic: ``"streaming_llm"`` (the last tokens),
             ``"knorm"`` (small keys), ``"keydiff"`` (keys unlike the mean key), ``"h2o"`` (attention received from all
             queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last).
@@ -64,7 +67,8 @@ def compress_tokens(
         A `WeightedKV` of ``budget`` tokens (or S, if that is less) in scaled space, for `attend`.
 
     Raises:
-        ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given.
+        ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given, a
+            size for a policy that is no heuristic.
 
     Example:
         >>> import jax
@@ -76,13 +80,13 @@ def compress_tokens(
         True
     """
     num_keys = k.shape[0]
-    check_count("budget", budget)
+    budget = min(check_count("budget", budget), num_keys)
     for name, count in (("sinks", sinks), ("recent", recent)):
         check_count(name, count, least=0)
     asked = k[:1] if queries is None else queries
     asked, k, v = head_inputs(asked, k, v, scale=scale, kv_mask=kv_mask)
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    if budget >= num_keys:
+    if size is None and budget == num_keys:
         return tokens
     start = jnp.zeros((), jnp.int32)
     if kv_mask is not None:
@@ -106,9 +110,13 @@ def compress_tokens(
             raise ValueError(f"policy {policy!r} scores keys by the attention of queries: pass queries")
         score = heuristic.score(tokens, asked)[end - between.mass.shape[0] : end]
         score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
-        kept = _kept_at(between, lax.top_k(score, middle)[1], mass_correction)
+        kept = _kept_at(between, lax.top_k(score, middle)[1], size if size is None else size - sinks - recent)
+        if mass_correction:
+            kept = _with_mass_of(between, kept)
     elif isinstance(policy, str) and policy not in ALGORITHMS:
         raise ValueError(unknown("policy", policy, [*ALGORITHMS, *HEURISTICS]))
+    elif size is not None:
+        raise ValueError(f"size is for heuristics, which drop what they rank last: {', '.join(HEURISTICS)}")
     else:
         if query_radius is None and queries is not None:
             query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(asked[-SNAP_QUERIES:])))
@@ -123,10 +131,13 @@ def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) 
     return WeightedKV(k, value_sum, mass)
 
 
-def _kept_at(tokens: WeightedKV, place: Array, mass_correction: bool) -> WeightedKV:
-    kept = jax.tree.map(lambda x: x[place], tokens)
-    if not mass_correction:
-        return kept
+def _kept_at(tokens: WeightedKV, ranked: Array, size: Array | None) -> WeightedKV:
+    if size is None:
+        return jax.tree.map(lambda x: x[ranked], tokens)
+    return _at(tokens, ranked, jnp.arange(ranked.shape[0], dtype=jnp.int32) < size)
+
+
+def _with_mass_of(tokens: WeightedKV, kept: WeightedKV) -> WeightedKV:
     held = jnp.sum(kept.mass)
     factor = jnp.sum(tokens.mass) / jnp.where(held > 0, held, 1)
     return dataclasses.replace(kept, value_sum=kept.value_sum * factor, mass=kept.mass * factor)
@@ -136,7 +147,15 @@ def _kept_at(tokens: WeightedKV, place: Array, mass_correction: bool) -> Weighte
 
 
 def attention_received(tokens: WeightedKV, queries: Array) -> Array:
-    """The attention weights that every key gets from causal queries at the last positions, summed: ``[S]``."""
+    """The attention weights that every key gets from causal queries at the last positions, summed.
+
+    Args:
+        tokens: S tokens in scaled space, the hidden ones of mass 0.
+        queries: the queries of the last T positions ``[T, D]``, in scaled space.
+
+    Returns:
+        Sums ``[S]``, which add up to the number of queries that see a key.
+    """
     num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
     number = jnp.arange(num_keys, dtype=jnp.int32)
     position = jnp.arange(num_queries, dtype=jnp.int32) + (num_keys - num_queries)
@@ -206,7 +225,7 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
     return num_bytes // per_token
 
 
-def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, least: int = 8) -> list[int]:
+def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, least: int = 40) -> list[int]:
     r"""Budgets that fall linearly from the first layer to the last and are ``budget`` on average.
 
     The last layer gets ``budget / steepness`` and the first what is left of twice the mean, as in PyramidKV.
@@ -215,7 +234,7 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
         num_layers: layers.
         budget: mean tokens per layer.
         steepness: the mean over the last layer's budget.
-        least: no layer gets fewer.
+        least: no layer gets fewer, unless the mean is less; the default has room for sinks and recent tokens.
 
     Returns:
         One budget per layer, in tokens; their sum is ``num_layers * budget`` up to rounding.
@@ -241,6 +260,20 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, most: int | None =
 
     Returns:
         Sizes ``[H]``, int32; their sum is at most ``H * budget``.
+
+    Example:
+        >>> import functools, jax
+        >>> from approx_attention import WeightedKV, attention_received, compress_tokens, shared_sizes
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (2, 256, 8)) for i in range(3))
+        >>> scores = jax.vmap(lambda k, v, q: attention_received(WeightedKV.of_tokens(k, v), q))(k, v, q[:, -32:])
+        >>> sizes = shared_sizes(scores, 64)
+        >>> compress = functools.partial(compress_tokens, budget=128, policy="h2o")
+        >>> small = jax.vmap(lambda k, v, q, size: compress(k, v, queries=q, size=size))(k, v, q, sizes)
+        >>> bool(((small.mass > 0).sum(1) == sizes).all())
+        True
+
+    Reference:
+        Feng et al. (2024), "Ada-KV".
     """
     num_heads, num_keys = scores.shape
     most = min(num_keys, 2 * budget if most is None else most)
@@ -275,7 +308,7 @@ def running_compressed(
         The `RunningSummary`, for a `Decoder`.
     """
     check_count("budget", budget)
-    folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size)
+    folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:
         empty = WeightedKV.empty(budget, head_dim, value_dim, dtype)
@@ -293,6 +326,7 @@ def compress_cache(
     key: Array | None = None,
     *,
     budget: int,
+    size: Array | None = None,
     coreset_size: int = 256,
     policy: str | Algorithm = "kmeans_nystrom",
     queries: Float[Array, "T D"] | None = None,
@@ -308,7 +342,8 @@ def compress_cache(
     Args:
         cache: of a decoder with ``running_exact``.
         key: typed PRNG key.
-        budget: tokens for all that is older than the exact blocks.
+        budget: tokens for all that is older than the exact blocks; `token_budget` says how many fit into some bytes.
+        size: how many of them this head may use, as in `compress_tokens`.
         coreset_size: as in `running_compressed`.
         policy: as in `compress_tokens`.
         queries: the last queries, in scaled space, for the policies that look at them.
@@ -332,6 +367,7 @@ def compress_cache(
         prefix.values,
         key,
         budget=budget,
+        size=size,
         recent=0,
         query_radius=query_radius,
         kv_mask=prefix.mass > 0,

@@ -529,11 +529,39 @@ def test_size_bounds():
     assert ask(result="optimal").size == pytest.approx(8 * np.exp(2.0) / 0.1)
     assert ask(result="lower_bound").size == ask(result="optimal").size < ask(result="balance_kv").size
     assert ask(result="subgen").size == pytest.approx(6400)
+    assert ask(result="balance_kv_lower_bound").size == pytest.approx(100)
+    assert ask(result="thinformer").size == pytest.approx(np.log(100000) ** 1.5 / 0.1)
+    assert ask(result="kernel_discrepancy").size == pytest.approx(80)
     assert not ask().vacuous
     assert ask(radius=20.0).vacuous
     assert ask(radius=5000.0).size == np.inf
     with pytest.raises(ValueError, match="must be positive"):
         bounds.coreset_size_bound(0.0, radius=1.0, head_dim=4, num_keys=10)
+
+
+@pytest.mark.parametrize("radius", [0.0, 1.0, 6.0])
+def test_sensitivities_are_enclosed(radius):
+    k, _ = clustered(37, 40)
+    mask = jnp.arange(40) < 36
+    least, most = bounds.sensitivity(jnp.where(mask[:, None], k, jnp.nan), radius, kv_mask=mask)
+    assert (least[36:] == 0).all()
+    assert (most[36:] == 0).all()
+    directions = jax.random.normal(jax.random.key(38), (4096, 6))
+    q = radius * directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
+    found = jax.nn.softmax(q @ k[:36].T, axis=1).max(axis=0)
+    assert (found <= most[:36] * (1 + 1e-5)).all()
+    # The query that reaches the lower bound is in the ball, and random ones come near it.
+    assert (least[:36] <= most[:36]).all()
+    assert (found <= least[:36] * 1.01).all()
+    np.testing.assert_allclose(least, most, rtol=0.02)
+
+
+def test_bounds_of_sensitivities_hold_before_the_search_ends():
+    k, _ = clustered(39, 40)
+    early, late = (bounds.sensitivity(k, 5.0, num_steps=steps) for steps in (2, 500))
+    assert (early.most >= late.least).all()
+    assert (early.most > 1.2 * early.least).any()
+    assert float(early.most.sum()) > float(late.most.sum())
 
 
 def test_the_search_for_the_supremum_has_converged():
@@ -568,6 +596,24 @@ def test_streams_keep_the_mass_and_come_near_the_offline_coreset(streaming, algo
     offline = "kmeans_merge" if streaming == "fold" else "halving"
     allowed = 3 * float(sup_error(k, v, summary(k, v, size=32, algorithm=offline), 2.0).error)
     assert float(sup_error(k, v, small, 2.0).error) < allowed + 1e-3
+
+
+@pytest.mark.parametrize("streaming", ["fold", "counter"])
+def test_sinks_are_the_first_real_tokens_and_stay_exact(streaming):
+    k, v = clustered(40, 96)
+    options = {"algorithm": "kmeans_merge", "streaming": streaming, "sinks": 5, "max_length": 96}
+    running = running_coreset(6, KEY, coreset_size=8, **options)
+    mask = (jnp.arange(96) >= 6) & (jnp.arange(96) != 8)
+    state, append = running.init(6, 3, jnp.float32), jax.jit(running.append)
+    for start in range(0, 96, 8):
+        rows = slice(start, start + 8)
+        state = append(state, jnp.int32(start), k[rows], v[rows], mask[rows])
+    small = running.read(state)
+    first = jnp.array([6, 7, 9, 10, 11])
+    np.testing.assert_array_equal(small.k[:5], k[first])
+    np.testing.assert_array_equal(small.value_sum[:5], v[first])
+    np.testing.assert_array_equal(small.mass[:5], 1)
+    assert float(small.mass.sum()) == pytest.approx(89)
 
 
 @pytest.mark.parametrize("block_size", [4, 24])
@@ -733,6 +779,20 @@ def test_budgets():
     scores = jnp.asarray([[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 1.0, 1.0]])
     np.testing.assert_array_equal(shared_sizes(scores, 2), [4, 0])
     np.testing.assert_array_equal(shared_sizes(scores, 2, most=3), [3, 1])
+
+
+def test_a_head_uses_its_share_of_a_shared_budget():
+    _, k, v = random_head(41, 1, 64, 6, 3)
+    options: dict = {"policy": "knorm", "sinks": 2, "recent": 3}
+    own = compress_tokens(k, v, budget=12, **options)
+    shared = jax.jit(lambda size: compress_tokens(k, v, budget=64, size=size, **options))(jnp.int32(12))
+    there = np.asarray(shared.mass > 0)
+    assert shared.mass.shape == (64,)
+    assert there.sum() == 12
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(shared), strict=True):
+        np.testing.assert_allclose(one, other[there], rtol=1e-6)
+    with pytest.raises(ValueError, match="size is for heuristics"):
+        compress_tokens(k, v, KEY, budget=40, size=jnp.int32(12))
 
 
 def test_what_is_wrong_is_said():

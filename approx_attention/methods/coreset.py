@@ -28,6 +28,7 @@ def coreset(
     query_radius: float | Array | None = None,
     is_causal: bool = False,
     streaming: Literal["fold", "counter"] = "fold",
+    sinks: int = 4,
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
@@ -57,6 +58,7 @@ def coreset(
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coreset.
         streaming: how the coreset grows causally, see `running_coreset`: folded, which merges clusters and takes no
             algorithm and no radius, or counted.
+        sinks: how many of the first tokens the causal form keeps exactly, beside the coreset.
         block_size: tokens per block of the causal form.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
@@ -88,7 +90,8 @@ def coreset(
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     sizes: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     if is_causal:
-        running = running_coreset(head_dim, key, **sizes, streaming=streaming, max_length=q.shape[0])
+        options: Any = {"streaming": streaming, "sinks": sinks, "max_length": q.shape[0]}
+        running = running_coreset(head_dim, key, **sizes, **options)
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_coreset(k, v, key, **sizes, kv_mask=kv_mask))
@@ -189,6 +192,7 @@ def running_coreset(
     algorithm: str | Algorithm = "kmeans_nystrom",
     query_radius: float | Array | None = None,
     streaming: Literal["fold", "counter"] = "fold",
+    sinks: int = 4,
     max_length: int = 65536,
 ) -> RunningSummary:
     """The coreset of a growing prefix.
@@ -205,12 +209,14 @@ def running_coreset(
         algorithm: of the counter: one whose masses are not negative.
         query_radius: of the counter, as in `coreset`.
         streaming: ``"fold"`` or ``"counter"``.
+        sinks: how many of the first real tokens are kept exactly, beside the coreset.
         max_length: the length that the counter's levels are made for.
 
     Returns:
         The `RunningSummary`.
     """
     check_count("coreset_size", coreset_size)
+    check_count("sinks", sinks, least=0)
     check_choice("streaming", streaming, ("fold", "counter"))
     chosen = _algorithm(algorithm)
     drawn = check_key("coreset", key)
@@ -221,10 +227,35 @@ def running_coreset(
                 "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
                 f"defaults, or use streaming='counter'; got {algorithm!r} and {query_radius!r}"
             )
-        return _folding(drawn, coreset_size)
+        return _after_sinks(sinks, _folding(drawn, coreset_size))
     levels = max(1, (-(-max_length // coreset_size) - 1).bit_length() + 1)
     reduce = _Reduce(coreset_size, algorithm, query_radius, levels)
-    return RunningSummary(reduce.init, lambda *args: reduce.append(drawn, *args), reduce.read)
+    return _after_sinks(sinks, RunningSummary(reduce.init, lambda *args: reduce.append(drawn, *args), reduce.read))
+
+
+class _Sunk(NamedTuple):
+    """The first real tokens, of mass 0 until they have come, and the summary of those after them."""
+
+    first: WeightedKV
+    rest: Any
+
+
+def _after_sinks(sinks: int, running: RunningSummary) -> RunningSummary:
+    if sinks == 0:
+        return running
+
+    def init(head_dim: int, value_dim: int, dtype: Any) -> _Sunk:
+        return _Sunk(WeightedKV.empty(sinks, head_dim, value_dim, dtype), running.init(head_dim, value_dim, dtype))
+
+    def append(held: _Sunk, start: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
+        number = jnp.sum(held.first.mass > 0) + jnp.cumsum(kv_mask) - 1
+        is_first = kv_mask & (number < sinks)
+        place = jnp.where(is_first, number, sinks)
+        tokens = WeightedKV.of_tokens(k, v, kv_mask)
+        first = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), held.first, tokens)
+        return _Sunk(first, running.append(held.rest, start, k, v, kv_mask & ~is_first))
+
+    return RunningSummary(init, append, read=lambda held: merge(held.first, running.read(held.rest)))
 
 
 def _folding(key: Array, coreset_size: int) -> RunningSummary:
