@@ -1,5 +1,6 @@
 """Strict promotion, eight CPU devices, a compilation cache, and the shapes of public signatures checked at run time."""
 
+import itertools
 import pathlib
 
 import jax
@@ -15,6 +16,17 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 CHECKED = ["approx_attention.api", "approx_attention.checks", "approx_attention.methods"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Lets go of compiled programs now and then: each has memory mapped, and beyond 65530 maps Linux ends the process."""
+    yield
+    if next(_tests_done) % 100 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
