@@ -23,7 +23,7 @@ _tests_done = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def room_for_programs():
-    """Lets go of compiled programs now and then: each has memory mapped, and beyond 65530 maps Linux ends the process."""
+    """Lets go of compiled programs now and then: each maps memory, and Linux grants a process 65530 maps."""
     yield
     if next(_tests_done) % 100 == 0:
         jax.clear_caches()
