@@ -26,9 +26,10 @@ def attention_errors(
     Returns:
         For each name the relative Frobenius error ``mean`` over layers and that of each layer, in order.
     """
-    captured = capture(model, lambda model: predict(model, batch))
+    examples = {name: jnp.asarray(array) for name, array in batch.items()}
+    captured = capture(model, lambda model: predict(model, examples))
     layers = attention_layers(model)
-    lengths = jnp.asarray(batch["lengths"]) if "lengths" in batch else None
+    lengths = examples.get("lengths")
     errors: dict[str, list[float]] = {name: [] for name in methods}
     for path, tensors in captured.items():
         arguments = [jnp.asarray(tensors[x], jnp.float32) for x in "qkv"]

@@ -314,6 +314,9 @@ def _quality_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
                 f"{statistics.fmean(result['training_seconds'] for result in results):.0f} s",
             ]
         )
+    # Beside every score what is reached on these data without understanding them.
+    oracles = dict.fromkeys(pair for run in runs for pair in run["result"].get("oracles", {}).items())
+    rows += [[f"oracle: {name.replace('_', ' ')}", "", f"{accuracy:.3f}", *[""] * 5] for name, accuracy in oracles]
     header = (
         "trained with|test bits|accuracy|bits, last octave of positions|attention error|that of mean(V)|held|training"
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from approx_attention.checks import did_you_mean, unknown
 from experiments.config import STRICT, ConfigError
-from experiments.data import images, synthetic, text
+from experiments.data import images, lra, synthetic, text
 from experiments.data.dataset import SPLITS, Dataset
 
 __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
@@ -23,8 +23,8 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digit_scenes": images.digit_scenes,
     "cifar10": images.cifar10,
     "image_folder": images.image_folder,
-    "listops": synthetic.listops,
-    "pathfinder": synthetic.pathfinder,
+    "listops": lra.listops,
+    "pathfinder": lra.pathfinder,
     "recall": synthetic.recall,
     "copying": synthetic.copying,
     "match": synthetic.match,

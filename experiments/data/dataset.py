@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,27 @@ class Dataset:
         is_causal: a position's target must be told from the tokens up to it.
         image_shape: height, width and channels.
         provenance: where the data come from, with a checksum if they are read.
+        oracles: accuracies on held-out examples without understanding, to be told beside every score.
     """
 
     kind: Literal["sequence", "classify", "image"]
-    draw: Callable[[np.random.Generator, int, str], dict[str, np.ndarray]]
+    draw: Callable[[np.random.Generator, int, str], Batch]
     num_classes: int
     vocabulary: int = 0
     is_causal: bool = False
     image_shape: tuple[int, int, int] = (0, 0, 0)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    oracles: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+# A split's examples are told from another's by the seed alone: every draw is folded with the split.
+_SPLIT_SEED = {split: index for index, split in enumerate(SPLITS)}
+
+
+def generated(draw: Callable[[np.random.Generator, int], Batch]) -> Callable[[np.random.Generator, int, str], Batch]:
+    """Fresh examples for every batch, from a stream of the split's own."""
+
+    def of_split(random: np.random.Generator, batch: int, split: str) -> Batch:
+        return draw(np.random.default_rng([_SPLIT_SEED[split], *random.integers(0, 2**31, 4)]), batch)
+
+    return of_split

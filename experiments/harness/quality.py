@@ -28,6 +28,7 @@ def run(config: TrainingConfig, directory: pathlib.Path, console: Console) -> di
         "held_bytes": bytes_held(config, dataset, config.attention),
         "training_seconds": round(seconds, 1),
         "data": dict(dataset.provenance),
+        "oracles": dict(dataset.oracles),
     }
 
 

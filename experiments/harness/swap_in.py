@@ -38,7 +38,12 @@ def run(config: SwapInConfig, directory: pathlib.Path, console: Console) -> dict
     example = data.held_out(dataset, "valid", 1, 1)[0]
     methods = {"exact": training.attention, **config.methods}
     errors = attention_errors(model, example, methods)
-    result: dict[str, Any] = {"methods": {}, "training_seconds": round(seconds, 1), "data": dict(dataset.provenance)}
+    result: dict[str, Any] = {
+        "methods": {},
+        "training_seconds": round(seconds, 1),
+        "data": dict(dataset.provenance),
+        "oracles": dict(dataset.oracles),
+    }
     for name, attention in methods.items():
         use_attention(model, attention)
         result["methods"][name] = {
