@@ -34,6 +34,15 @@ from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
+from approx_attention.methods.linformer import (
+    Convolution,
+    LinformerPrefix,
+    block_linformer,
+    linformer,
+    linformer_step,
+    running_block_linformer,
+    summarize_block_linformer,
+)
 from approx_attention.methods.local import local
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
@@ -47,7 +56,9 @@ from approx_attention.methods.random_features import (
     running_rfa,
     summarize_favor,
 )
+from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.registry import METHODS, Capabilities, Method
+from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes
 
@@ -56,8 +67,10 @@ __all__ = [
     "AttentionState",
     "Cache",
     "Capabilities",
+    "Convolution",
     "Decoder",
     "FeatureMoments",
+    "LinformerPrefix",
     "Method",
     "PositiveFeatures",
     "ReLUFeatures",
@@ -68,6 +81,7 @@ __all__ = [
     "attend",
     "attention",
     "attention_received",
+    "block_linformer",
     "causal_state",
     "compress",
     "compress_cache",
@@ -76,6 +90,7 @@ __all__ = [
     "coreset",
     "draw_favor",
     "draw_rfa",
+    "draw_sketch",
     "eva",
     "exact",
     "favor",
@@ -83,7 +98,10 @@ __all__ = [
     "gate_tokens",
     "gaussian_projection",
     "hyper_attention",
+    "importance_sample",
     "lara",
+    "linformer",
+    "linformer_step",
     "local",
     "mean_pool",
     "mean_value",
@@ -93,6 +111,7 @@ __all__ = [
     "query_radius",
     "ra",
     "rfa",
+    "running_block_linformer",
     "running_compressed",
     "running_coreset",
     "running_eva",
@@ -103,13 +122,16 @@ __all__ = [
     "running_rfa",
     "running_uniform_sample",
     "shared_sizes",
+    "summarize_block_linformer",
     "summarize_coreset",
     "summarize_exact",
     "summarize_favor",
+    "summarize_importance_sample",
     "summarize_mean_pool",
     "summarize_mean_value",
     "summarize_uniform_sample",
     "summary_bytes",
     "token_budget",
     "uniform_sample",
+    "unreduced_jlt",
 ]

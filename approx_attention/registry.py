@@ -21,6 +21,12 @@ from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
+from approx_attention.methods.linformer import (
+    block_linformer,
+    linformer,
+    running_block_linformer,
+    summarize_block_linformer,
+)
 from approx_attention.methods.local import local
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
@@ -33,6 +39,7 @@ from approx_attention.methods.random_features import (
     running_rfa,
     summarize_favor,
 )
+from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class Capabilities:
         needs_key: is random.
         takes_key: is random with a key, and deterministic without.
         convex: answers are averages of values, with weights that are not negative.
-        trainable: has learned arrays of its own.
+        trainable: is made to be learned: arrays that its caller owns take the place of a default.
         normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
         unbiased: the expectation of numerator and normaliser over keys is the exact one.
         exact_limit: equals exact attention once its size reaches the number of keys.
@@ -157,6 +164,39 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(causal=False, needs_key=True, unbiased=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + min(256, S)) * (D + Dv),
             reference="Han et al. 2023",
+        ),
+        "linformer": Method(
+            function=linformer,
+            size="num_slots",
+            capabilities=Capabilities(trainable=True, normalizer=False, exact_limit=True),
+            # Of pooling; learned projections cost 2 S R (D + Dv) on top.
+            cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (D + Dv),
+            reference="Wang et al. 2020",
+        ),
+        "block_linformer": Method(
+            function=block_linformer,
+            size="slots_per_block",
+            usual_size=16,
+            summarize=summarize_block_linformer,
+            running=running_block_linformer,
+            capabilities=Capabilities(decode=True, trainable=True, exact_limit=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * -(-S // 128) * min(size, 128) * (D + Dv),
+            reference="Wang et al. 2020, by blocks",
+        ),
+        "unreduced_jlt": Method(
+            function=unreduced_jlt,
+            size="sketch_size",
+            capabilities=Capabilities(causal=False, needs_key=True, convex=False, unbiased=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * S * (D + Dv),
+            reference="Wang et al. 2020, theorem 1",
+        ),
+        "importance_sample": Method(
+            function=importance_sample,
+            size="sample_size",
+            summarize=summarize_importance_sample,
+            capabilities=Capabilities(causal=False, needs_key=True, unbiased=True),
+            cost=lambda T, S, D, Dv, size: 2 * T * size * (D + Dv),
+            reference="Drineas et al. 2006",
         ),
         "favor": Method(
             function=favor,

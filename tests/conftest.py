@@ -8,6 +8,8 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Almost all of a test's time is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
@@ -30,15 +32,15 @@ def room_for_programs():
 
 
 @pytest.fixture
-def haste():
-    """Programs compiled in haste, where compiling them would take longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """Programs compiled as users have them, for tests of memory."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
-def models(haste):
+def models():
     """JAX as models have it: layers broadcast and promote."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

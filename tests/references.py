@@ -1,12 +1,13 @@
 """What the tests measure against: brute force in float64, small inputs, and small settings of every method."""
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from approx_attention import METHODS
+from approx_attention import METHODS, attention
 
 
 def brute_force(q, k, v, *, scale=None, mask=None, bias=None):
@@ -53,9 +54,10 @@ def settings(name, size=8, block_size=4):
 
 
 def sized(name, size):
-    """The hyper-parameter that makes a summary of this size; sines and cosines come in pairs."""
+    """The hyper-parameter that makes a summary of this size; sines and cosines come in pairs, slots in blocks."""
     method = METHODS[name]
-    return {method.size: size + size % 2 if name == "rfa" else size} if method.size else {}
+    size = {"rfa": size + size % 2, "block_linformer": size if size > 8 else 2}.get(name, size)
+    return {method.size: size} if method.size else {}
 
 
 def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
@@ -63,13 +65,26 @@ def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
     key = jax.random.key(7) if key is None else key
     options = {**settings(name, size, block_size), **options}
     arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
-    fixed = {option: x for option, x in options.items() if option not in arrays}
+    fixed = tuple((option, x) for option, x in options.items() if option not in arrays)
+    return _compiled(METHODS[name].function, fixed)(q, k, v, key, arrays)
 
-    @jax.jit
-    def function(q, k, v, key, arrays):
-        return METHODS[name].function(q, k, v, key, **fixed, **arrays)
 
-    return function(q, k, v, key, arrays)
+def call_heads(name, query, key, value, *, rng=None, **options):
+    """A method over batch and heads, compiled, with small settings and a fixed key."""
+    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
+    fixed = {**settings(name), **{option: x for option, x in options.items() if option not in arrays}, "method": name}
+    rng = jax.random.key(7) if rng is None else rng
+    return _compiled(_attention, tuple(fixed.items()))(query, key, value, rng, arrays)
+
+
+def _attention(query, key, value, rng, **options):
+    return attention(query, key, value, rng=rng, **options)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(function, fixed):
+    """One compilation for all tests that ask the same."""
+    return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))
 
 
 def having(**capabilities):

@@ -108,7 +108,7 @@ def test_a_full_buffer_turns_to_nan_instead_of_forgetting():
 @pytest.mark.parametrize(
     "function", [functools.partial(favor, num_features=16), functools.partial(mean_pool, num_landmarks=16)]
 )
-def test_memory_is_linear(function):
+def test_memory_is_linear(function, optimized):
     def temporary_bytes(length, backward):
         x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
         forward = lambda q, k, v: function(q, k, v, jax.random.key(0), is_causal=True, block_size=64)  # noqa: E731

@@ -22,6 +22,7 @@ from approx_attention.causal import RunningSummary
 from tests.references import (
     brute_force,
     call,
+    call_heads,
     causal_mask,
     having,
     random_head,
@@ -37,18 +38,6 @@ both_directions = pytest.mark.parametrize(
     ("name", "is_causal"), [(name, c) for name in ALL for c in ([False, True] if name in CAUSAL else [False])]
 )
 every_method = pytest.mark.parametrize("name", ALL)
-
-
-def heads(name, query, key, value, *, rng=None, **options):
-    """A method over batch and heads, compiled, with small settings and a fixed key."""
-    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
-    fixed = {**settings(name), **{option: x for option, x in options.items() if option not in arrays}}
-
-    @jax.jit
-    def function(query, key, value, rng, arrays):
-        return attention(query, key, value, method=name, rng=rng, **fixed, **arrays)
-
-    return function(query, key, value, jax.random.key(7) if rng is None else rng, arrays)
 
 
 # 1. shapes and dtypes
@@ -70,9 +59,9 @@ def test_shape_and_dtype(name, is_causal, dtype):
 @pytest.mark.parametrize("batch", [(), (2,), (2, 1)])
 def test_leading_batch_axes(name, batch):
     query, key, value = (x.reshape(*batch, *x.shape[1:]) for x in random_heads(0, math.prod(batch), 9, 7, 4, 2))
-    out = heads(name, query, key, value)
+    out = call_heads(name, query, key, value)
     assert out.shape == query.shape
-    flat = heads(name, *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)))
+    flat = call_heads(name, *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)))
     np.testing.assert_allclose(out.reshape(flat.shape), flat, atol=1e-6)
 
 
@@ -103,9 +92,9 @@ def test_jit_equals_eager_and_vmap_equals_loop(name, is_causal):
 @every_method
 def test_batch_size_does_not_matter(name):
     tensors = random_heads(2, 3, 9, 9, 4, 2)
-    whole = heads(name, *tensors)
+    whole = call_heads(name, *tensors)
     for i in range(3):
-        np.testing.assert_allclose(heads(name, *(x[i : i + 1] for x in tensors))[0], whole[i], atol=1e-6)
+        np.testing.assert_allclose(call_heads(name, *(x[i : i + 1] for x in tensors))[0], whole[i], atol=1e-6)
 
 
 # 3. the declared exact limit, in value and gradient
@@ -140,7 +129,8 @@ def test_state_agrees_with_output_and_normalizer_with_summary(name):
     np.testing.assert_allclose(state.out, call(name, q, k, v), atol=1e-6)
     method = METHODS[name]
     if method.summarize is not None:
-        hyperparameters = {method.size: 8} if method.size else {}
+        known = inspect.signature(method.summarize).parameters
+        hyperparameters = {argument: x for argument, x in settings(name).items() if argument in known}
         scaled_q, scaled_k = fold_scale(q, k)
         answer = attend(scaled_q, method.summarize(scaled_k, v, jax.random.key(7), **hyperparameters))
         chex.assert_trees_all_close(answer, state, atol=1e-5)
@@ -225,9 +215,11 @@ def test_jacobian_is_zero_above_the_diagonal(name):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_prefix_answers_like_the_whole(name):
     q, k, v = random_head(8, 21, 21)
-    whole = call(name, q, k, v, is_causal=True)
+    # Segments that are pooled into slots are laid out for the length; what is learned is not.
+    options = {"projection_k": random_head(28, 6, 21, 21)[0]} if name == "linformer" else {}
+    whole = call(name, q, k, v, is_causal=True, **options)
     for length in (1, 4, 5, 12):
-        prefix = call(name, q[:length], k[:length], v[:length], is_causal=True)
+        prefix = call(name, q[:length], k[:length], v[:length], is_causal=True, **options)
         np.testing.assert_allclose(prefix, whole[:length], atol=2e-6)
 
 
@@ -295,7 +287,7 @@ def test_padding_equals_removal_in_the_exact_limit(name):
 def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
     query, key, value = random_heads(12, 2, 9, 7, 6, 2)
     rng = jax.random.key(3)
-    out = heads(name, query, key, value, rng=rng)
+    out = call_heads(name, query, key, value, rng=rng)
     method = METHODS[name]
     for n in range(6):
         own = jax.random.fold_in(rng, n // 3)
@@ -399,12 +391,19 @@ def test_signature_and_capabilities_agree(name):
     }.items():
         assert (argument in arguments) == able, argument
     assert (method.running is not None) == capabilities.decode
-    # Only learned arrays have no default: a method without them works out of the box.
-    learned = [p for p in list(arguments.values())[4:] if p.default is p.empty]
-    assert bool(learned) == capabilities.trainable
+    # A method works out of the box; what is learned stands in for something.
+    assert all(p.default is not p.empty for p in list(arguments.values())[4:])
     assert method.size is None or method.size in arguments
     for function in (method.summarize, method.running, method.draw):
         assert function is None or method.size is None or method.size in inspect.signature(function).parameters
+
+
+@pytest.mark.parametrize("name", having(trainable=True))
+def test_learned_arrays_have_gradients(name):
+    q, k, v = random_head(29, 12, 12)
+    projection = random_head(30, 3, 1, 4 if name == "block_linformer" else 12)[0]
+    gradient = jax.grad(lambda x: jnp.sum(call(name, q, k, v, projection_k=x) ** 2))(projection)
+    assert (jnp.abs(gradient) > 1e-6).all()
 
 
 OPTIONS = {
@@ -426,11 +425,11 @@ def test_every_option_has_an_effect_or_raises(name, option):
     tensors = random_heads(17, 2, 9, 9, 4, 2)
     if capability is not None and not getattr(METHODS[name].capabilities, capability):
         with pytest.raises(NotImplementedError, match=name):
-            heads(name, *tensors, **arguments)
+            call_heads(name, *tensors, **arguments)
         return
     if (name, option) == ("mean_value", "scale"):
         pytest.skip("all its logits are 0, at any scale")
-    plain, changed = heads(name, *tensors), heads(name, *tensors, **arguments)
+    plain, changed = call_heads(name, *tensors), call_heads(name, *tensors, **arguments)
     if option == "return_residual":
         assert changed[1].shape == tensors[0].shape[:-1]
         return
@@ -479,7 +478,20 @@ CHANGES = {
     "summary": ((jnp.ones(8), jnp.zeros(8)), {}),
     "chunk_keys": (jnp.zeros((10, 8)), {"num_chunks": 10}),
     "local_bias": (jnp.eye(4), {}),
+    "num_slots": (5, {}),
+    "projection_k": (jnp.ones((3, 40)), {}),
+    "projection_v": (jnp.ones((8, 40)), {}),
+    "renormalize": (True, {"projection_k": jnp.ones((3, 40))}),
+    "slots_per_block": (1, {}),
+    ("block_linformer", "projection_k"): (jnp.ones((3, 4)), {}),
+    ("block_linformer", "projection_v"): (2 * jnp.ones((3, 4)), {"projection_k": jnp.ones((3, 4))}),
+    "sketch_size": (5, {}),
+    "sketch": ("gaussian", {}),
+    "centred": (False, {}),
+    "odds": ("uniform", {}),
 }
+# Only how the work is split.
+WITHOUT_EFFECT = {("linformer", "block_size")}
 
 
 @every_method
@@ -489,6 +501,8 @@ def test_every_hyperparameter_has_an_effect(name):
     for argument in list(inspect.signature(function).parameters)[4:]:
         # Options of `attention`, tested above; the form of the answer, not its value.
         if argument in ("is_causal", "kv_mask", "mask", "bias", "scale", "implementation", "return_state"):
+            continue
+        if (name, argument) in WITHOUT_EFFECT:
             continue
         change, context = CHANGES.get((name, argument), CHANGES.get(argument))
         base = (
@@ -504,7 +518,7 @@ def test_every_hyperparameter_has_an_effect(name):
 @every_method
 def test_an_unknown_argument_is_refused(name):
     with pytest.raises(TypeError, match=rf"'{name}' has no argument 'num_feetures'"):
-        heads(name, *random_heads(0, 1, 4, 4, 1, 1), num_feetures=3)
+        call_heads(name, *random_heads(0, 1, 4, 4, 1, 1), num_feetures=3)
 
 
 # 12. strict promotion is on in every test (conftest). 13. compilation
@@ -634,7 +648,7 @@ def test_needs_key_is_true(name):
 def test_sharded_equals_unsharded(name, spec):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     tensors = random_heads(21, 4, 16, 16, 2, 1)
-    function = jax.jit(functools.partial(heads, name))
+    function = jax.jit(functools.partial(call_heads, name))
     sharded = jax.device_put(tensors, NamedSharding(mesh, PartitionSpec(*spec)))
     np.testing.assert_allclose(function(*sharded), function(*tensors), rtol=1e-5, atol=2e-6)
 
@@ -643,7 +657,7 @@ def test_sharded_equals_unsharded(name, spec):
 def test_export_round_trip(name, is_causal):
     options = {"is_causal": True} if is_causal else {}
     tensors = random_heads(22, 1, 9, 9, 2, 1)
-    function = jax.jit(functools.partial(heads, name, **options))
+    function = jax.jit(functools.partial(call_heads, name, **options))
     exported = jax.export.export(function)(*tensors)
     again = jax.export.deserialize(exported.serialize())
     np.testing.assert_allclose(again.call(*tensors), function(*tensors), atol=2e-6)
@@ -657,11 +671,17 @@ def test_gradient_against_finite_differences(name, is_causal, x64):
     # Long enough for the causal form to answer from its summary too.
     q, k, v = random_head(23, 15, 15, 3, dtype=jnp.float64)
     options = {"is_causal": True} if is_causal else {}
+    if name == "importance_sample":  # the odds are constants to derivatives
+        options["odds"] = "uniform"
     function = functools.partial(call, name, size=5, kv_mask=jnp.arange(15) != 2, **options)
     if name != "local":
-        unseen = {"mean_value": "k", "uniform_sample": "v", "hyper_attention": "kv"}.get(name, "")
-        assert jnp.abs(jax.grad(lambda k: function(q, k, v)[-1].sum())(k)[0]).max() > 0 or "k" in unseen
-        assert jnp.abs(jax.grad(lambda v: function(q, k, v)[-1].sum())(v)[1]).max() > 0 or "v" in unseen
+        unseen = {"mean_value": "k", "uniform_sample": "v", "hyper_attention": "kv", "importance_sample": "kv"}.get(
+            name, ""
+        )
+        out, pull = jax.vjp(function, q, k, v)
+        _, of_k, of_v = pull(jnp.zeros_like(out).at[-1].set(1))
+        assert jnp.abs(of_k[0]).max() > 0 or "k" in unseen
+        assert jnp.abs(of_v[1]).max() > 0 or "v" in unseen
     check_grads(function, (q, k, v), order=1, modes=["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
 
 

@@ -59,8 +59,6 @@ OF_EACH_KIND = ["stratified", "kmeans_nystrom"]
 SOME = [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 KEY = jax.random.key(5)
 
-pytestmark = pytest.mark.usefixtures("haste")
-
 
 def test_every_algorithm_is_tested():
     assert sorted(EVERY) == sorted(ALGORITHMS)

@@ -99,7 +99,7 @@ def test_dense_form_has_forward_mode_and_second_derivatives(x64):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_memory_of_the_streamed_form_is_linear(is_causal):
+def test_memory_of_the_streamed_form_is_linear(is_causal, optimized):
     def temporary_bytes(length, backward):
         x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
         function = lambda q, k, v: streamed_state(q, k, v, None, is_causal).out  # noqa: E731

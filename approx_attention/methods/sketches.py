@@ -1,0 +1,192 @@
+"""Sketches in front of the values, which need all of the weights, and samples of the keys, which do not."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs, token_sums_inputs
+from approx_attention.features import squared_norm
+from approx_attention.sketches import RowSample, Sketch, back, draw_sketch, leverages
+from approx_attention.softmax import HIDDEN, blocked_state
+from approx_attention.summaries import WeightedKV, attend
+
+
+def unreduced_jlt(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    sketch_size: int = 256,
+    sketch: str | Sketch = "hadamard",
+    centred: bool = True,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Softmax attention over values that a Johnson-Lindenstrauss sketch has squeezed and spread again.
+
+    With the weights :math:`P = \mathrm{softmax}(s\, q k^T)`, the mean value :math:`\bar v` and a random M x S matrix
+    :math:`\Pi` with :math:`E[\Pi^T \Pi] = I`,
+
+    .. math:: \mathrm{out} = \bar v + P\, \Pi^T \Pi\, (v - \bar v).
+
+    This is the approximation that the theory of Linformer speaks of, and unlike `linformer` with a random projection it
+    is one: its expectation is softmax attention, and `bounds.sketch_mse` is its mean squared error. It needs P, so it
+    saves nothing: it is the oracle that says how far a sketch of so many rows can go. Subtracting the mean is free,
+    because rows of P sum to 1.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``sketch`` is drawn already.
+        sketch_size: the number M of rows.
+        sketch: a kind of `approx_attention.sketches.draw_sketch`, or a sketch of S rows.
+        centred: subtract the mean of the values before, and add it after.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown kind of sketch, a size that it cannot have, no key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import exact, unreduced_jlt
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (64, 8)) for i in range(3))
+        >>> out = unreduced_jlt(q, k, v, jax.random.key(3), sketch="hadamard", sketch_size=64)
+        >>> bool(abs(out - exact(q, k, v)).max() < 1e-5)
+        True
+
+    Reference:
+        Wang et al. (2020), "Linformer", theorem 1; the name is that of Chen et al. (2021), "Skeinformer", section 3.
+    """
+    dtype, num_keys = v.dtype, k.shape[0]
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if isinstance(sketch, str):
+        # Rows beyond the orthogonal transform's, or beyond all rows of a sample, would add nothing.
+        most = {"hadamard": 1 << (num_keys - 1).bit_length(), "uniform_rows": num_keys}.get(sketch)
+        size = check_count("sketch_size", sketch_size)
+        drawn = check_key("unreduced_jlt", key)
+        sketch = draw_sketch(drawn, sketch, size if most is None else min(size, most), num_keys)
+    if sketch.num_rows != num_keys:
+        raise ValueError(f"the sketch must be of S = {num_keys} rows, got one of {sketch.num_rows}")
+    mean = jnp.zeros_like(v[:1])
+    if centred:
+        real = jnp.ones((num_keys, 1), bool) if kv_mask is None else kv_mask[:, None]
+        mean = jnp.sum(v, axis=0, keepdims=True) / jnp.maximum(jnp.sum(real), 1).astype(v.dtype)
+        v = jnp.where(real, v - mean, 0)
+    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    state = blocked_state(q, k, back(sketch, sketch @ v), key_bias)
+    seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
+    state = dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
+    return state if return_state else state.out.astype(dtype)
+
+
+Odds = Literal["uniform", "key_norm", "value_norm", "leverage"]
+
+
+def importance_sample(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    sample_size: int = 256,
+    odds: Odds = "value_norm",
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Attention over M keys drawn with replacement, each counted as often as its odds say it was passed over.
+
+    .. math:: j_1, \dots, j_M \sim p, \qquad
+              \mathrm{out}_t = \sum_m \frac{e^{s\, q_t \cdot k_{j_m}}}{M p_{j_m}}\, v_{j_m}
+              \Big/ \sum_m \frac{e^{s\, q_t \cdot k_{j_m}}}{M p_{j_m}}.
+
+    Numerator and normaliser are right on average whatever the odds; their ratio is so in the limit.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key.
+        sample_size: the number M of draws.
+        odds: p, in proportion to 1, to the norms of keys or of values (each plus their mean, so that none is near 0),
+            or to the ridge leverage scores of the keys (plus theirs).
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a count below 1, unknown odds, no key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import exact, importance_sample
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (64, 8)) for i in range(3))
+        >>> out = importance_sample(q, k, v, jax.random.key(3), sample_size=16384)
+        >>> bool(abs(out - exact(q, k, v)).max() < 0.1)
+        True
+
+    Reference:
+        Self-normalised importance sampling; row sampling as in Drineas, Kannan and Mahoney (2006).
+    """
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    summary = summarize_importance_sample(k, v, key, sample_size=sample_size, odds=odds, kv_mask=kv_mask)
+    state = attend(q, summary)
+    return state if return_state else state.out.astype(dtype)
+
+
+def summarize_importance_sample(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    sample_size: int = 256,
+    odds: Odds = "value_norm",
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> WeightedKV:
+    """Keys drawn with replacement, with masses that undo their odds.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        key: typed PRNG key.
+        sample_size: the number M of draws.
+        odds: as in `importance_sample`.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        A `WeightedKV` of M tokens.
+    """
+    check_choice("odds", odds, ("uniform", "key_norm", "value_norm", "leverage"))
+    check_count("sample_size", sample_size)
+    k, v = token_sums_inputs(k, v, kv_mask)
+    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    size = lax.stop_gradient(
+        {
+            "uniform": lambda: jnp.ones_like(k[:, 0]),
+            "key_norm": lambda: jnp.sqrt(squared_norm(k))[:, 0],
+            "value_norm": lambda: jnp.sqrt(squared_norm(v))[:, 0],
+            "leverage": lambda: leverages(k),
+        }[odds]()
+    )
+    mean = jnp.sum(size, where=real) / jnp.maximum(jnp.sum(real), 1).astype(k.dtype)
+    log_odds = jnp.where(real, jnp.log(size + jnp.where(mean > 0, mean, 1)), HIDDEN)
+    sample = RowSample.with_odds(check_key("importance_sample", key), sample_size, log_odds)
+    mass = jnp.where(real[sample.chosen], sample.weight**2, 0)
+    return WeightedKV(k[sample.chosen], mass[:, None] * v[sample.chosen], mass)

@@ -1,0 +1,248 @@
+r"""Random matrices S with :math:`E[S^T S] = I`: sums of many rows in few, that keep inner products on average.
+
+A sketch holds what was drawn and applies it: ``sketch @ x``, fast where its structure allows. `back` applies its
+transpose, and ``sketch @ jnp.eye(n)`` is the matrix.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from approx_attention.checks import check_choice, check_count, check_key
+from approx_attention.softmax import pad_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseSketch:
+    """A matrix ``[M, n]``, such as one of independent entries or of learned ones."""
+
+    entries: Array
+
+    @classmethod
+    def gaussian(cls, key: Array, size: int, num_rows: int) -> Self:
+        """Independent entries of N(0, 1/M)."""
+        return cls(jax.random.normal(key, (size, num_rows)) / math.sqrt(size))
+
+    @classmethod
+    def signs(cls, key: Array, size: int, num_rows: int, *, sparsity: int = 1) -> Self:
+        r"""Entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0: Rademacher for s = 1, Achlioptas for s = 3."""
+        key_sign, key_there = jax.random.split(key)
+        there = jax.random.bernoulli(key_there, 1 / sparsity, (size, num_rows))
+        sign = jax.random.rademacher(key_sign, (size, num_rows), float)
+        return cls(jnp.where(there, sign * math.sqrt(sparsity / size), 0))
+
+    def __matmul__(self, x: Array) -> Array:
+        """S x of rows ``x [n, ...]``: ``[M, ...]``."""
+        return self.entries.astype(x.dtype) @ x
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it sums, n."""
+        return self.entries.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseSketch:
+    r"""Each row is added, with a random sign, to one of the M/s sums of each of s blocks, times :math:`1/\sqrt s`.
+
+    CountSketch for s = 1, and the block form of the sparse Johnson-Lindenstrauss transform of Kane and Nelson beyond.
+
+    Attributes:
+        place: the sum of its block that a row is added to ``[s, n]``.
+        sign: ``[s, n]``.
+        size: the number M of sums.
+    """
+
+    place: Array
+    sign: Array
+    size: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def draw(cls, key: Array, size: int, num_rows: int, *, entries: int = 1) -> Self:
+        """Random places and signs, ``entries`` per row."""
+        if size % entries:
+            raise ValueError(f"sketch_size must be a multiple of the {entries} entries per row, got {size}")
+        key_place, key_sign = jax.random.split(key)
+        place = jax.random.randint(key_place, (entries, num_rows), 0, size // entries)
+        return cls(place, jax.random.rademacher(key_sign, (entries, num_rows), float), size)
+
+    def __matmul__(self, x: Array) -> Array:
+        """S x of rows ``x [n, ...]``: ``[M, ...]``."""
+        entries = self.place.shape[0]
+
+        def block(place: Array, sign: Array) -> Array:
+            return jax.ops.segment_sum(_times_rows(sign, x), place, self.size // entries)
+
+        return jax.vmap(block)(self.place, self.sign).reshape(self.size, *x.shape[1:]) / math.sqrt(entries)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it sums, n."""
+        return self.place.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HadamardSketch:
+    r"""The subsampled randomised Hadamard transform :math:`\sqrt{N/M}\, R\, (H_N/\sqrt N)\, D`, in :math:`N \log N`.
+
+    N is the power of two from n on, to which rows are padded with zeros; with M = N it is orthogonal.
+
+    Attributes:
+        sign: the diagonal D ``[n]``.
+        chosen: which rows of the transform R keeps ``[M]``, without replacement.
+    """
+
+    sign: Array
+    chosen: Array
+
+    @classmethod
+    def draw(cls, key: Array, size: int, num_rows: int) -> Self:
+        """Random signs and rows."""
+        length = _power_of_two(num_rows)
+        if size > length:
+            raise ValueError(f"sketch_size must be at most {length}, the power of two from S on, got {size}")
+        key_sign, key_row = jax.random.split(key)
+        sign = jax.random.rademacher(key_sign, (num_rows,), float)
+        return cls(sign, jax.random.permutation(key_row, length)[:size])
+
+    def __matmul__(self, x: Array) -> Array:
+        """S x of rows ``x [n, ...]``: ``[M, ...]``."""
+        length = _power_of_two(self.num_rows)
+        signed = pad_rows(_times_rows(self.sign, x), length - self.num_rows)
+        return hadamard_transform(signed)[self.chosen] / math.sqrt(self.chosen.shape[0])
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it sums, n."""
+        return self.sign.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSample:
+    """Some rows, each times a weight.
+
+    Attributes:
+        chosen: which ``[M]``.
+        weight: ``[M]``.
+        num_rows: of how many, n.
+    """
+
+    chosen: Array
+    weight: Array
+    num_rows: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def uniform(cls, key: Array, size: int, num_rows: int) -> Self:
+        r"""M of n rows without replacement, times :math:`\sqrt{n/M}`."""
+        if size > num_rows:
+            raise ValueError(f"sketch_size must be at most S = {num_rows} rows, got {size}")
+        chosen = jax.random.permutation(key, num_rows)[:size]
+        return cls(chosen, jnp.full((size,), math.sqrt(num_rows / size)), num_rows)
+
+    @classmethod
+    def with_odds(cls, key: Array, size: int, log_odds: Array) -> Self:
+        r"""M rows with replacement, row j with probability :math:`p_j`, times :math:`1/\sqrt{M p_j}`; odds ``[n]``."""
+        log_p = jax.nn.log_softmax(log_odds)
+        chosen = jax.random.categorical(key, log_odds, shape=(size,))
+        return cls(chosen, jnp.exp(-0.5 * (math.log(size) + log_p[chosen])), log_odds.shape[0])
+
+    def __matmul__(self, x: Array) -> Array:
+        """S x of rows ``x [n, ...]``: ``[M, ...]``."""
+        return _times_rows(self.weight, x[self.chosen])
+
+
+Sketch = DenseSketch | SparseSketch | HadamardSketch | RowSample
+
+SKETCHES: Mapping[str, Callable[[Array, int, int], Sketch]] = {
+    "gaussian": DenseSketch.gaussian,
+    "rademacher": DenseSketch.signs,
+    "achlioptas": lambda key, size, num_rows: DenseSketch.signs(key, size, num_rows, sparsity=3),
+    "count": SparseSketch.draw,
+    "sparse_jl": lambda key, size, num_rows: SparseSketch.draw(key, size, num_rows, entries=4),
+    "hadamard": HadamardSketch.draw,
+    "uniform_rows": RowSample.uniform,
+}
+
+
+def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
+    r"""A random matrix S ``[M, n]`` with :math:`E[S^T S] = I`, whatever the rows that it will be applied to.
+
+    Args:
+        key: typed PRNG key.
+        kind: ``"gaussian"``; ``"rademacher"`` and ``"achlioptas"``, signs of density 1 and 1/3; ``"count"`` and
+            ``"sparse_jl"``, 1 and 4 signs per column; ``"hadamard"``; ``"uniform_rows"``.
+        size: M.
+        num_rows: n.
+
+    Returns:
+        The sketch, for ``sketch @ x``.
+
+    Raises:
+        ValueError: an unknown kind, a size that the kind cannot have.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention.sketches import back, draw_sketch
+        >>> sketch = draw_sketch(jax.random.key(0), "hadamard", 64, 64)
+        >>> x = jax.random.normal(jax.random.key(1), (64, 3))
+        >>> bool(jnp.allclose(back(sketch, sketch @ x), x, atol=1e-5))
+        True
+
+    Reference:
+        Achlioptas (2003); Charikar, Chen and Farach-Colton (2002) for CountSketch; Kane and Nelson (2014); Ailon and
+        Chazelle (2009) and Tropp (2011) for the Hadamard transform.
+    """
+    check_choice("sketch", kind, SKETCHES)
+    check_count("sketch_size", size)
+    return SKETCHES[kind](check_key("draw_sketch", key), size, check_count("num_rows", num_rows))
+
+
+def back(sketch: Sketch, y: Array) -> Array:
+    """:math:`S^T y` of rows ``y [M, ...]``: ``[n, ...]``."""
+    like = jax.ShapeDtypeStruct((sketch.num_rows, *y.shape[1:]), y.dtype)
+    return jax.linear_transpose(lambda x: sketch @ x, like)(y)[0]
+
+
+def hadamard_transform(x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
+    """The Walsh-Hadamard transform H x over the first axis, whose length is a power of two, unnormalised."""
+    length = x.shape[0]
+    if length != _power_of_two(length):
+        raise ValueError(f"the length must be a power of two, got {length}")
+    flat = x.reshape(length, -1)
+    half = 1
+    while half < length:
+        pairs = flat.reshape(-1, 2, half, flat.shape[-1])
+        flat = jnp.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        half *= 2
+    return flat.reshape(x.shape)
+
+
+def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " S"]:
+    r"""Ridge leverage scores :math:`\ell_j = k_j^T (K^T K + \lambda I)^{-1} k_j`, whose sum is at most D.
+
+    Args:
+        k: rows ``[S, D]``.
+        ridge: :math:`\lambda` in units of the mean eigenvalue of :math:`K^T K`.
+    """
+    gram = k.T @ k
+    level = ridge * jnp.trace(gram) / k.shape[1]
+    level = jnp.where(level > 0, level, 1)
+    return jnp.sum(k.T * jnp.linalg.solve(gram + level * jnp.eye(k.shape[1], dtype=k.dtype), k.T), axis=0)
+
+
+def _times_rows(weight: Array, x: Array) -> Array:
+    return weight.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x
+
+
+def _power_of_two(length: int) -> int:
+    return 1 << max(0, length - 1).bit_length()
