@@ -35,6 +35,7 @@ from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
 from approx_attention.methods.local import local
+from approx_attention.methods.nystrom import nystrom, skyformer, svd
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.random_features import (
@@ -88,6 +89,7 @@ __all__ = [
     "mean_pool",
     "mean_value",
     "merge",
+    "nystrom",
     "orthogonal_projection",
     "pyramid_budgets",
     "query_radius",
@@ -103,6 +105,7 @@ __all__ = [
     "running_rfa",
     "running_uniform_sample",
     "shared_sizes",
+    "skyformer",
     "summarize_coreset",
     "summarize_exact",
     "summarize_favor",
@@ -110,6 +113,7 @@ __all__ = [
     "summarize_mean_value",
     "summarize_uniform_sample",
     "summary_bytes",
+    "svd",
     "token_budget",
     "uniform_sample",
 ]
