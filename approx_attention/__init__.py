@@ -44,6 +44,7 @@ from approx_attention.methods.linformer import (
     summarize_block_linformer,
 )
 from approx_attention.methods.local import local
+from approx_attention.methods.nystrom import nystrom, skyformer, svd
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.random_features import (
@@ -106,6 +107,7 @@ __all__ = [
     "mean_pool",
     "mean_value",
     "merge",
+    "nystrom",
     "orthogonal_projection",
     "pyramid_budgets",
     "query_radius",
@@ -122,6 +124,7 @@ __all__ = [
     "running_rfa",
     "running_uniform_sample",
     "shared_sizes",
+    "skyformer",
     "summarize_block_linformer",
     "summarize_coreset",
     "summarize_exact",
@@ -131,6 +134,7 @@ __all__ = [
     "summarize_mean_value",
     "summarize_uniform_sample",
     "summary_bytes",
+    "svd",
     "token_budget",
     "uniform_sample",
     "unreduced_jlt",

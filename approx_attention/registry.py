@@ -28,6 +28,7 @@ from approx_attention.methods.linformer import (
     summarize_block_linformer,
 )
 from approx_attention.methods.local import local
+from approx_attention.methods.nystrom import nystrom, skyformer, svd
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.random_features import (
@@ -54,6 +55,7 @@ class Capabilities:
         decode: has a running summary, so a cache of bounded size.
         needs_key: is random.
         takes_key: is random with a key, and deterministic without.
+        affine: the weights of a query sum to 1.
         convex: answers are averages of values, with weights that are not negative.
         trainable: is made to be learned: arrays that its caller owns take the place of a default.
         normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
@@ -69,6 +71,7 @@ class Capabilities:
     decode: bool = False
     needs_key: bool = False
     takes_key: bool = False
+    affine: bool = True
     convex: bool = True
     trainable: bool = False
     normalizer: bool = True
@@ -104,6 +107,12 @@ class Method:
     running: Callable[..., Any] | None = None
     block: str = "block_size"
     draw: Callable[..., Any] | None = None
+
+
+def svd_flops(rows: int, columns: int) -> float:
+    """What a thin singular value decomposition takes (Golub and Van Loan, "Matrix computations", section 8.6)."""
+    long, short = max(rows, columns), min(rows, columns)
+    return 14 * long * short**2 + 8 * short**3
 
 
 METHODS: Mapping[str, Method] = types.MappingProxyType(
@@ -240,6 +249,32 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(decode=True, takes_key=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + 64) * (D + Dv),
             reference="Zheng et al. 2023",
+        ),
+        "nystrom": Method(
+            function=nystrom,
+            size="num_landmarks",
+            capabilities=Capabilities(causal=False, affine=False, convex=False, normalizer=False),
+            # Six steps of four products invert the middle matrix.
+            cost=lambda T, S, D, Dv, size: 2 * min(size, T, S) * ((T + S) * (D + Dv) + 24 * min(size, T, S) ** 2),
+            reference="Xiong et al. 2021",
+        ),
+        "skyformer": Method(
+            function=skyformer,
+            size="num_landmarks",
+            capabilities=Capabilities(causal=False, needs_key=True, affine=False, convex=False, normalizer=False),
+            cost=lambda T, S, D, Dv, size: 2 * (T + S) * min(size, T + S) * (D + Dv),
+            reference="Chen et al. 2021",
+        ),
+        "svd": Method(
+            function=svd,
+            size="rank",
+            capabilities=Capabilities(
+                causal=False, affine=False, convex=False, normalizer=False, exact_limit=True, subquadratic=False
+            ),
+            cost=lambda T, S, D, Dv, size: (
+                2 * T * S * (D + min(size, T, S) + Dv) + svd_flops(T, S) * (size < min(T, S))
+            ),
+            reference="Eckart and Young 1936, cubic yardstick",
         ),
     }
 )

@@ -26,6 +26,13 @@ def brute_force(q, k, v, *, scale=None, mask=None, bias=None):
         return weights @ v / np.where(total > 0, total, 1)[:, None], peak + np.log(total)
 
 
+def kernelised_attention(q, k, v, *, scale=None):
+    """Gaussian weights of one head in float64, without a normaliser: what Skyformer approximates."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+    return np.exp(-scale * np.sum((q[:, None] - k[None]) ** 2, axis=-1) / 2) @ v
+
+
 def causal_mask(num_queries, num_keys):
     return np.arange(num_keys)[None, :] <= np.arange(num_queries)[:, None]
 

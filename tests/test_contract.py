@@ -19,12 +19,14 @@ from jax.test_util import check_grads
 
 from approx_attention import METHODS, Decoder, api, attend, attention, fold_scale, merge
 from approx_attention.causal import RunningSummary
+from approx_attention.registry import svd_flops
 from tests.references import (
     brute_force,
     call,
     call_heads,
     causal_mask,
     having,
+    kernelised_attention,
     random_head,
     random_heads,
     relative_error,
@@ -146,6 +148,8 @@ def test_error_falls_with_size(name):
     k, v = (jnp.asarray(np.cumsum(np.asarray(x), axis=0) / 8) for x in (k, v))
     q = k[::4] + 0.1 * q
     exact = brute_force(q, k, v)[0]
+    if name == "skyformer":
+        exact = kernelised_attention(q, k, v)
     if name == "rfa":  # attention between unit vectors
         x, y = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (q, k))
         exact = brute_force(x, y, v, scale=1.0)[0]
@@ -324,7 +328,7 @@ def test_cross_attention_is_declared(name):
             METHODS[name].function(q, k, v, jax.random.key(0))
 
 
-@every_method
+@pytest.mark.parametrize("name", having(affine=True))
 def test_constant_values_come_back(name):
     q, k, v = random_head(14, 9, 12)
     out = call(name, q, k, jnp.full_like(v, 2.5))
@@ -489,6 +493,13 @@ CHANGES = {
     "sketch": ("gaussian", {}),
     "centred": (False, {}),
     "odds": ("uniform", {}),
+    "inverse": ("ridge", {}),
+    "num_iterations": (3, {}),
+    "ridge": (0.5, {}),
+    ("nystrom", "ridge"): (0.5, {"inverse": "ridge"}),
+    "rcond": (0.5, {"inverse": "svd"}),
+    "rank": (5, {}),
+    ("skyformer", "noise"): (jnp.arange(80.0), {}),
 }
 # Only how the work is split.
 WITHOUT_EFFECT = {("linformer", "block_size")}
@@ -599,6 +610,8 @@ def test_declared_cost_is_that_of_the_products(name):
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             flops += 2 * times * depth * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == "svd":
+            flops += times * svd_flops(*equation.invars[0].aval.shape)
     declared = METHODS[name].cost(length, length, 16, 16, size)
     assert declared <= flops + 4 * length * 16
     assert flops <= 2.2 * declared + 4 * length * 16
@@ -635,7 +648,7 @@ def test_needs_key_is_true(name):
             METHODS[name].function(q, k, v, jnp.zeros(2, jnp.uint32), **settings(name))
     else:
         without = METHODS[name].function(q, k, v, **settings(name))
-        with_key = np.asarray(call(name, q, k, v))
+        with_key = METHODS[name].function(q, k, v, jax.random.key(7), **settings(name))
         assert np.array_equal(without, with_key) != METHODS[name].capabilities.takes_key
         attention(*tensors, method=name, **settings(name))
 
@@ -722,6 +735,12 @@ def test_padding_never_enters_a_summary(name):
 def test_no_exact_limit_is_kept_silent(name):
     q, k, v = random_head(26, 9, 9)
     assert np.abs(np.asarray(call(name, q, k, v, size=9)) - brute_force(q, k, v)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", having(affine=False))
+def test_weights_that_do_not_sum_to_1_are_kept_silent(name):
+    q, k, v = random_head(26, 9, 12)
+    assert np.abs(np.asarray(call(name, q, k, jnp.ones_like(v), size=5)) - 1).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", having(unbiased=False, normalizer=True))
