@@ -15,7 +15,7 @@ from approx_attention import attention
 from approx_attention.methods import nystrom as module
 from tests.references import brute_force, kernelised_attention, random_head, relative_error
 
-pytestmark = pytest.mark.usefixtures("x64", "haste")
+pytestmark = pytest.mark.usefixtures("x64")
 
 nystrom = jax.jit(
     approx_attention.nystrom, static_argnames=("num_landmarks", "inverse", "num_iterations", "ridge", "rcond")
