@@ -344,3 +344,96 @@ def coreset_size_bound(
     }[result]
     size = math.exp(log_size) if log_size < 700 else math.inf
     return CoresetSize(size, size >= num_keys, statement)
+
+
+SketchKind = Literal["gaussian", "rademacher", "achlioptas", "count", "sparse_jl", "hadamard", "uniform_rows"]
+
+
+def sketch_mse(
+    weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: SketchKind = "gaussian"
+) -> Float[Array, ""]:
+    r"""The mean squared error of attention over sketched values, exactly.
+
+    With :math:`T = \|P\|_F^2 \|v\|_F^2`, :math:`O = \|P v\|_F^2`, :math:`C = \sum_j \|P_{:j}\|^2 \|v_j\|^2` and M rows,
+    :math:`E \|P \Pi^T \Pi v - P v\|_F^2` is
+
+    .. math:: \frac{T + O + (s - 3) C}{M}, \qquad \frac{T + O - 2 C}{M}, \qquad
+              \frac{T + O - 2 C}{M} \frac{N - M}{N - 1}, \qquad \frac{S C - O}{M} \frac{S - M}{S - 1}
+
+    for signs of density 1/s (``"rademacher"`` s = 1, ``"achlioptas"`` s = 3; ``"gaussian"`` as s = 3), for ``"count"``
+    and ``"sparse_jl"``, for ``"hadamard"`` with N the power of two from S on, and for ``"uniform_rows"``. Of values
+    that `unreduced_jlt` has centred, pass those without their mean.
+
+    Args:
+        weights: attention weights P ``[T, S]``.
+        v: values ``[S, Dv]``.
+        sketch_size: M.
+        kind: as in `approx_attention.sketches.draw_sketch`.
+
+    Returns:
+        The expected squared error, summed over queries and channels. Beside :math:`\|P v\|_F^2` it says whether the
+        sketch is worth anything: for uniform weights and centred values it is S/M times as large.
+
+    Raises:
+        ValueError: an unknown kind, shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> uniform = jnp.full((4, 8), 1 / 8)
+        >>> v = jnp.array([1.0, -1.0] * 4)[:, None]
+        >>> float(bounds.sketch_mse(uniform, v, 2)), float(bounds.sketch_mse(uniform, v, 8, "hadamard"))
+        (2.0, 0.0)
+
+    Reference:
+        Second moments of each family; what Wang et al. (2020), "Linformer", theorem 1 leaves as a probability.
+    """
+    check_choice("kind", kind, get_args(SketchKind))
+    check_count("sketch_size", sketch_size)
+    num_keys = v.shape[0]
+    if weights.ndim != 2 or weights.shape[1] != num_keys:
+        raise ValueError(f"weights must be [T, S] with S = {num_keys}, got shape {weights.shape}")
+    dtype = accumulation_dtype(weights, v)
+    weights, v = weights.astype(dtype), v.astype(dtype)
+    of_column, of_value = jnp.sum(weights**2, axis=0), squared_norm(v)[:, 0]
+    total, own, out = jnp.sum(of_column) * jnp.sum(of_value), jnp.sum(of_column * of_value), jnp.sum((weights @ v) ** 2)
+    if kind == "uniform_rows":
+        return (num_keys * own - out) / sketch_size * _without_replacement(num_keys, sketch_size)
+    if kind == "hadamard":
+        length = 1 << (num_keys - 1).bit_length()
+        return (total + out - 2 * own) / sketch_size * _without_replacement(length, sketch_size)
+    own_times = {"gaussian": 0, "achlioptas": 0, "rademacher": -2, "count": -2, "sparse_jl": -2}[kind]
+    return (total + out + own_times * own) / sketch_size
+
+
+def _without_replacement(num_rows: int, size: int) -> float:
+    return max(0, num_rows - size) / max(1, num_rows - 1)
+
+
+def johnson_lindenstrauss_size(num_points: int, error: float) -> float:
+    r"""Rows with which a random projection keeps all distances between N points.
+
+    .. math:: M = 4 \ln N \,/\, (\epsilon^2/2 - \epsilon^3/3)
+
+    Args:
+        num_points: N.
+        error: :math:`\epsilon`, relative, of squared distances, between 0 and 1.
+
+    Returns:
+        The number of rows; at usual errors it exceeds the length of the sequence.
+
+    Raises:
+        ValueError: an error that is not between 0 and 1.
+
+    Example:
+        >>> from approx_attention import bounds
+        >>> round(bounds.johnson_lindenstrauss_size(512, 0.5)), round(bounds.johnson_lindenstrauss_size(512, 0.1))
+        (299, 5347)
+
+    Reference:
+        Dasgupta and Gupta (2003), "An elementary proof of a theorem of Johnson and Lindenstrauss".
+    """
+    check_count("num_points", num_points)
+    if not 0 < error < 1:
+        raise ValueError(f"error must be between 0 and 1, got {error}")
+    return 4 * math.log(num_points) / (error**2 / 2 - error**3 / 3)

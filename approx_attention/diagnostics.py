@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.checks import zero_padding
+from approx_attention.checks import head_inputs, zero_padding
+from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import Summary, WeightedKV, attend
 
 
@@ -406,3 +407,57 @@ def _flat(out: Array, log_weight: Array | None = None) -> Array:
     """Outputs in one row, each times the exponential of its log-weight: numerators, where that is a log-normaliser."""
     out = out.astype(jnp.float32)
     return (out if log_weight is None else out * jnp.exp(log_weight)[..., None]).ravel()
+
+
+class Spectrum(NamedTuple):
+    """Shares of the singular values of attention weights, summed from the largest on, each ``[min(T, S)]``.
+
+    Attributes:
+        weights: of P.
+        centred: of P less the uniform weights, without which diffuse attention looks like rank 1.
+    """
+
+    weights: Array
+    centred: Array
+
+
+def spectrum(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+) -> Spectrum:
+    r"""How fast the singular values of softmax attention fall, which is how well any matrix of low rank can do.
+
+    .. math:: c_r = \sum_{i \le r} \sigma_i \Big/ \sum_i \sigma_i
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        kv_mask: true where a key is real, ``[S]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+
+    Returns:
+        The `Spectrum` of one head; `jax.vmap` adds heads and layers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.diagnostics import spectrum
+        >>> q = k = 9.0 * jnp.eye(4)
+        >>> [round(float(x), 2) for x in spectrum(q, k).weights]
+        [0.25, 0.5, 0.75, 1.0]
+
+    Reference:
+        Wang et al. (2020), "Linformer", figure 1, there without centring.
+    """
+    q, k, _ = head_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
+    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    weights = jax.nn.softmax(jnp.where(real[None, :], q @ k.T, HIDDEN), axis=-1)
+    uniform = real.astype(weights.dtype) / jnp.maximum(jnp.sum(real), 1).astype(weights.dtype)
+
+    def shares(x: Array) -> Array:
+        cumulative = jnp.cumsum(jnp.linalg.svd(x, compute_uv=False))
+        return cumulative / jnp.where(cumulative[-1] > 0, cumulative[-1], 1)
+
+    return Spectrum(shares(weights), shares(weights - uniform[None, :]))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ from flax import nnx
 from jax import Array
 
 from approx_attention.api import attention
+from approx_attention.checks import check_choice
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
-from approx_attention.segments import grid_segments, segment_means, segments
+from approx_attention.segments import averaging_matrix, grid_segments, segment_means, segments
 
 
 class Adaptor(nnx.Module):
@@ -276,6 +277,89 @@ class Lara(nnx.Module):
             return lara(q, k, v, key, kv_mask=kv_mask, **learned, **self.options)
 
         return _over_heads(head, query, key, value, key_value_seq_lengths, None, rng)
+
+
+def mean_pool_init(noise: float = 0.01) -> Callable[..., Array]:
+    """An initialiser of projections ``[..., R, S]``: means of R segments, and noise that tells equal slots apart.
+
+    Args:
+        noise: its standard deviation times the root of S.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        means = jnp.asarray(averaging_matrix(shape[-1], shape[-2]), dtype)
+        return means + noise / math.sqrt(shape[-1]) * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def scale_keeping_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """An initialiser of projections ``[..., R, S]``: N(0, 1/S), which leaves the scale of logits alone at any S."""
+    return jax.random.normal(key, shape, dtype) / math.sqrt(shape[-1])
+
+
+class LinformerAttention(nnx.Module):
+    r"""Linformer over batch and heads, with learned projections of up to ``max_length`` keys.
+
+    Sharing is whose projections are the same: with ``"none"`` every key head has its own E and F, with ``"headwise"``
+    all heads of a layer share an E and an F, with ``"key_value"`` one E that is F too; layers share by handing the
+    ``projections`` of one to the others.
+
+    Args:
+        num_kv_heads: the number K of key heads.
+        max_length: the longest input; shorter ones use the first columns.
+        num_slots: the number R of slots; layers may differ in it.
+        sharing: ``"none"``, ``"headwise"`` or ``"key_value"``.
+        projections: those of another layer, in place of new ones (layerwise sharing).
+        init: an initialiser of ``[R, max_length]``, or ``[K, R, max_length]`` with ``"none"``; `scale_keeping_init`,
+            `mean_pool_init` or any of `flax.nnx.initializers`.
+        frozen: keep the projections as they were drawn: no optimiser of `nnx.Param` sees them.
+        is_causal: as in `approx_attention.linformer`.
+        options: further static arguments of it, such as ``renormalize``.
+        rngs: where the parameters are drawn from; not needed with ``projections``.
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        max_length: int,
+        *,
+        num_slots: int = 256,
+        sharing: Literal["none", "headwise", "key_value"] = "headwise",
+        projections: nnx.Dict | None = None,
+        init: Callable[..., Array] = scale_keeping_init,
+        frozen: bool = False,
+        is_causal: bool = False,
+        options: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        check_choice("sharing", sharing, ("none", "headwise", "key_value"))
+        self.per_head, self.is_causal, self.options = sharing == "none", is_causal, dict(options or {})
+        if projections is None:
+            if rngs is None:
+                raise ValueError("LinformerAttention draws its projections: pass rngs, or projections of another layer")
+            shape = (num_kv_heads,) * self.per_head + (min(num_slots, max_length), max_length)
+            names = ("projection_k",) if sharing == "key_value" else ("projection_k", "projection_v")
+            kind = nnx.Variable if frozen else nnx.Param
+            projections = nnx.Dict({name: kind(init(rngs.params(), shape)) for name in names})
+        self.projections = projections
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        rng: Array | None = None,
+        key_value_seq_lengths: Array | None = None,
+    ) -> Array:
+        """Attention in the layout of `approx_attention.attention`, as in `Eva`; ``rng`` is ignored."""
+        arrays = {name: x[...] for name, x in self.projections.items()}
+        owned: dict[str, Any] = {"per_head": arrays} if self.per_head else arrays
+        return attention(
+            query, key, value, method="linformer", is_causal=self.is_causal,
+            key_value_seq_lengths=key_value_seq_lengths, **owned, **self.options,
+        )  # fmt: skip
 
 
 class Rfa(nnx.Module):

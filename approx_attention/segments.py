@@ -37,6 +37,14 @@ def segments(num_tokens: int, num_segments: int) -> Segments:
     return Segments(np.minimum(member, num_tokens - 1), inside)
 
 
+def averaging_matrix(num_tokens: int, num_segments: int) -> Array:
+    """The matrix ``[M, S]`` whose rows take the means of `segments`; M is S if there are no more tokens."""
+    num_segments = min(num_segments, num_tokens)
+    segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
+    member = (segment[None, :] == jnp.arange(num_segments)[:, None]).astype(jnp.float32)
+    return member / jnp.sum(member, axis=1, keepdims=True)
+
+
 def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
     """Rectangles of an image of ``shape`` whose pixels are the tokens, row by row; their number must be a square."""
     height, width = (check_count("spatial_shape", side) for side in shape)

@@ -24,6 +24,11 @@ MODULES = {
     "eva_official_causal": lambda: ours.eva_official_causal(8, 2, window_size=4, chunk_size=2, rngs=RNGS(0)),
     "evabyte": lambda: ours.evabyte(8, 2, window_size=4, chunk_size=2, rngs=RNGS(0)),
     "lara": lambda: ours.Lara(8, num_landmarks=4, rngs=RNGS(0)),
+    "linformer none": lambda: ours.LinformerAttention(2, 16, num_slots=4, sharing="none", rngs=RNGS(0)),
+    "linformer headwise": lambda: ours.LinformerAttention(2, 20, num_slots=4, is_causal=True, rngs=RNGS(0)),
+    "linformer key_value": lambda: ours.LinformerAttention(
+        2, 16, num_slots=4, sharing="key_value", init=ours.mean_pool_init(), rngs=RNGS(0)
+    ),
     "rfa": lambda: ours.Rfa(8, 2, options={"num_features": 8}, rngs=RNGS(0)),
 }
 
@@ -122,3 +127,40 @@ def test_a_learned_bandwidth_of_each_head_and_its_gates():
     np.testing.assert_allclose(out[0, :, 1], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="gate_input is needed with gates"):
         module(query, key, value, rng=jax.random.key(0))
+
+
+def test_linformers_share_what_they_say():
+    query, key, value = random_heads(6, 1, 12, 12, 4, 2)
+    sharing: dict = {}
+    for name, count in (("none", 2), ("headwise", 2), ("key_value", 1)):
+        sharing[name] = ours.LinformerAttention(2, 12, num_slots=3, sharing=name, rngs=RNGS(0))
+        assert len(sharing[name].projections) == count
+    e, f = (x[...] for x in sharing["headwise"].projections.values())
+    for name, x in (("projection_k", e), ("projection_v", f)):
+        sharing["none"].projections[name][...] = jnp.stack([x, x])
+    np.testing.assert_allclose(sharing["none"](query, key, value), sharing["headwise"](query, key, value), atol=1e-6)
+    sharing["headwise"].projections["projection_v"][...] = e
+    sharing["key_value"].projections["projection_k"][...] = e
+    np.testing.assert_allclose(
+        sharing["key_value"](query, key, value), sharing["headwise"](query, key, value), atol=1e-6
+    )
+
+
+def test_layers_share_projections_and_frozen_ones_are_not_parameters():
+    first = ours.LinformerAttention(2, 12, num_slots=3, rngs=RNGS(0))
+    second = ours.LinformerAttention(2, 12, projections=first.projections)
+    both = flax_nnx.List([first, second])
+    assert len(jax.tree.leaves(flax_nnx.state(both, flax_nnx.Param))) == 2
+    frozen = ours.LinformerAttention(2, 12, num_slots=3, frozen=True, rngs=RNGS(0))
+    assert not jax.tree.leaves(flax_nnx.state(frozen, flax_nnx.Param))
+    assert len(jax.tree.leaves(flax_nnx.state(frozen))) == 2
+    with pytest.raises(ValueError, match="pass rngs, or projections of another layer"):
+        ours.LinformerAttention(2, 12)
+
+
+def test_initialisers_keep_the_scale_or_take_means():
+    e = ours.scale_keeping_init(jax.random.key(0), (16, 400))
+    k = jax.random.normal(jax.random.key(1), (400, 64))
+    assert float(jnp.std(e @ k)) == pytest.approx(1, rel=0.1)
+    means = ours.mean_pool_init(noise=0.0)(jax.random.key(0), (2, 4, 12))
+    np.testing.assert_allclose(means[1], np.kron(np.eye(4), np.full((1, 3), 1 / 3)), atol=1e-6)

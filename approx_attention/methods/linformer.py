@@ -5,13 +5,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state, in_blocks
 from approx_attention.checks import check_choice, check_count, head_inputs
-from approx_attention.segments import TokenSums, mean, segments
+from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
 from approx_attention.softmax import HIDDEN, blocked_state, pad_rows
 from approx_attention.summaries import WeightedKV, attend
 
@@ -118,14 +117,6 @@ def _columns(name: str, projection: Array, num_keys: int) -> Array:
     if projection.shape[1] < num_keys:
         raise ValueError(f"{name} has columns for {projection.shape[1]} keys, got {num_keys}")
     return projection[:, :num_keys]
-
-
-def _averaging(num_keys: int, num_slots: int, dtype: Any) -> Array:
-    """The matrix whose rows take means of segments."""
-    num_slots = min(num_slots, num_keys)
-    segment = jnp.asarray(np.arange(num_keys) * num_slots // num_keys)
-    member = (segment[None, :] == jnp.arange(num_slots)[:, None]).astype(dtype)
-    return member / jnp.sum(member, axis=1, keepdims=True)
 
 
 def _slots(
@@ -276,7 +267,7 @@ class _Rows(NamedTuple):
             raise NotImplementedError(f"method 'linformer' does not support is_causal with {name} {projection!r}")
         if isinstance(projection, str):
             check_choice(name, projection, ("mean", "max"))
-            projection, renormalize = _averaging(num_keys, num_slots, k.dtype), True
+            projection, renormalize = averaging_matrix(num_keys, num_slots), True
         matrix = _columns(name, projection, num_keys).astype(k.dtype)
         return cls(matrix, jnp.sum(projection.astype(k.dtype), axis=1) if renormalize else None)
 

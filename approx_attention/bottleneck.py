@@ -1,0 +1,90 @@
+r"""The low-rank bottleneck: what attention a head of D channels can express, whatever its queries and keys.
+
+Logits :math:`q k^T` have rank D at most, and softmax attention forgets a constant in each row of them. So a positive
+row-stochastic P is expressed by D channels if and only if the rank of :math:`\log P\,(I - \tfrac1S 1 1^T)` is no more
+than D. This is about the rank of logits; that of P itself, which `linformer` and `svd` speak of, may be full.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from approx_attention.checks import accumulation_dtype, check_count, check_floating
+
+
+def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) -> Array:
+    r"""The least number of channels with which a head expresses given attention weights.
+
+    Args:
+        weights: positive, with rows that sum to 1 ``[T, S]``.
+        tolerance: singular values of the centred logarithms below this share of the largest are taken to be 0.
+
+    Returns:
+        The rank, int32: at most ``min(T, S - 1)``; 0 for uniform weights.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention.bottleneck import needed_head_dim
+        >>> q, k = (jax.random.normal(jax.random.key(i), (16, 3)) for i in range(2))
+        >>> int(needed_head_dim(jax.nn.softmax(q @ k.T)))
+        3
+
+    Reference:
+        Sharper than Bhojanapalli et al. (2020), "Low-rank bottleneck in multi-head attention models", theorem 1.
+    """
+    sizes = jnp.linalg.svd(_centred_logits(weights), compute_uv=False)
+    return jnp.sum(sizes > jnp.maximum(tolerance * sizes[0], tolerance), dtype=jnp.int32)
+
+
+def realize_attention(
+    weights: Float[Array, "T S"], head_dim: int | None = None
+) -> tuple[Float[Array, "T D"], Float[Array, "S D"]]:
+    r"""Queries and keys of a head whose softmax attention has given weights.
+
+    With :math:`\log P\,(I - \tfrac1S 1 1^T) = U \Sigma V^T`,
+
+    .. math:: q = D^{1/4}\, U \Sigma^{1/2}, \qquad k = D^{1/4}\, V \Sigma^{1/2}, \qquad
+              \mathrm{softmax}(q k^T / \sqrt D) = P.
+
+    Args:
+        weights: positive, with rows that sum to 1 ``[T, S]``.
+        head_dim: the number D of channels, ``min(T, S - 1)`` by default, which always suffices. With fewer than
+            `needed_head_dim` the logits are the nearest of that rank in the Frobenius norm.
+
+    Returns:
+        Queries ``[T, D]`` and keys ``[S, D]``, for the default scale.
+
+    Raises:
+        ValueError: a head without channels.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact
+        >>> from approx_attention.bottleneck import realize_attention
+        >>> weights = jax.nn.softmax(jax.random.normal(jax.random.key(0), (8, 8)))
+        >>> q, k = realize_attention(weights)
+        >>> q.shape, bool(jnp.allclose(exact(q, k, jnp.eye(8)), weights, atol=1e-5))
+        ((8, 7), True)
+
+    Reference:
+        Bhojanapalli et al. (2020), theorem 1, with S - 1 channels in place of S.
+    """
+    num_queries, num_keys = weights.shape
+    if head_dim is None:
+        head_dim = max(1, min(num_queries, num_keys - 1))
+    check_count("head_dim", head_dim)
+    left, sizes, right = jnp.linalg.svd(_centred_logits(weights), full_matrices=False)
+    rank = min(head_dim, sizes.shape[0])
+    root = math.sqrt(math.sqrt(head_dim)) * jnp.sqrt(sizes[:rank])[None, :]
+    unused = ((0, 0), (0, head_dim - rank))
+    return jnp.pad(root * left[:, :rank], unused), jnp.pad(root * right[:rank].T, unused)
+
+
+def _centred_logits(weights: Array) -> Array:
+    check_floating("weights", weights)
+    if weights.ndim != 2:
+        raise ValueError(f"weights must be [T, S], got shape {weights.shape}")
+    logits = jnp.log(weights.astype(accumulation_dtype(weights)))
+    return logits - jnp.mean(logits, axis=1, keepdims=True)

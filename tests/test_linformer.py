@@ -1,0 +1,225 @@
+"""Linformer against float64 loops, in the limits where it is attention, and as a causal model sees it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    Convolution,
+    Decoder,
+    LinformerPrefix,
+    block_linformer,
+    exact,
+    fold_scale,
+    linformer,
+    linformer_step,
+    mean_pool,
+    running_block_linformer,
+    svd,
+)
+from tests.references import brute_force, causal_mask, random_head
+
+
+def loop(q, k, v, e, f=None, *, is_causal=False, real=None, whole=None):
+    """The layer in float64, query by query; ``whole`` are the row sums that visible ones are scaled to."""
+    q, k, v, e = (np.asarray(x, np.float64) for x in (q, k, v, e))
+    f = e if f is None else np.asarray(f, np.float64)
+    real = np.ones(len(k), bool) if real is None else np.asarray(real)
+    out = np.zeros((len(q), v.shape[1]))
+    for t in range(len(q)):
+        seen = real & ((np.arange(len(k)) <= t) | (not is_causal))
+        slots = [r for r in range(len(e)) if np.any(e[r, seen] != 0)]
+        if not slots:
+            continue
+        keys, values = (np.stack([m[r, seen] @ x[seen] for r in slots]) for m, x in ((e, k), (f, v)))
+        if whole is not None:
+            share = np.stack([whole[r] / e[r, seen].sum() for r in slots])[:, None]
+            keys, values = keys * share, values * share
+        logits = keys @ q[t] / np.sqrt(q.shape[1])
+        weights = np.exp(logits - logits.max())
+        out[t] = weights @ values / weights.sum()
+    return out
+
+
+def projections(seed, num_slots=4, num_keys=12):
+    random = np.random.default_rng(seed)
+    e, f = (jnp.asarray(random.normal(size=(num_slots, num_keys)) / np.sqrt(num_keys), jnp.float32) for _ in "ef")
+    return e.at[1, :3].set(0).at[2, :].set(0), f
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(12, 12), (5, 12), (12, 7), (1, 1)])
+def test_is_the_layer_as_a_loop_writes_it(is_causal, lengths):
+    q, k, v = random_head(0, *lengths, 6, 3)
+    e, f = projections(1)
+    real = jnp.arange(lengths[1]) != 2
+    options = {"projection_k": e, "projection_v": f, "is_causal": is_causal, "block_size": 5, "kv_mask": real}
+    e, f = (x[:, : lengths[1]] for x in (e, f))
+    expected = loop(q, k, v, e, f, is_causal=is_causal, real=real)
+    np.testing.assert_allclose(linformer(q, k, v, **options), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_renormalised_rows_keep_their_scale(is_causal):
+    q, k, v = random_head(2, 9, 9, 6, 3)
+    e = jnp.abs(projections(3)[0])
+    real = jnp.arange(9) != 4
+    whole = np.asarray(e, np.float64).sum(1)
+    out = linformer(q, k, v, projection_k=e, renormalize=True, is_causal=is_causal, kv_mask=real, block_size=4)
+    np.testing.assert_allclose(out, loop(q, k, v, e[:, :9], is_causal=is_causal, real=real, whole=whole), atol=2e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_identities_and_common_permutations_are_exact(is_causal):
+    q, k, v = random_head(4, 12, 12, 6, 3)
+    expected = brute_force(q, k, v, mask=causal_mask(12, 12) if is_causal else None)[0]
+    for matrix in (jnp.eye(12), jnp.eye(12)[np.random.default_rng(0).permutation(12)]):
+        out = linformer(q, k, v, projection_k=matrix, is_causal=is_causal, block_size=5)
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_a_general_orthogonal_projection_is_not_attention():
+    q, k, v = random_head(5, 64, 64, 16)
+    orthogonal = jnp.linalg.qr(random_head(6, 64, 64, 64)[0])[0]
+    error = jnp.linalg.norm(linformer(q, k, v, projection_k=orthogonal) - exact(q, k, v))
+    assert error > 0.5 * jnp.linalg.norm(exact(q, k, v))
+
+
+def test_one_slot_answers_every_query_alike():
+    q, k, v = random_head(7, 5, 12, 6, 3)
+    f = projections(8)[1][:1]
+    np.testing.assert_allclose(linformer(q, k, v, projection_k=f), np.tile(f @ v, (5, 1)), atol=1e-6)
+    np.testing.assert_allclose(linformer(q, k, v, num_slots=1), np.tile(v.mean(0), (5, 1)), atol=1e-6)
+
+
+def test_pooling_lacks_the_counts_of_mean_pool():
+    q, k, v = random_head(9, 6, 10, 6, 3)
+    k = jnp.repeat(k[:4], jnp.array([3, 2, 3, 2]), axis=0, total_repeat_length=10)
+    with_counts = mean_pool(q, k, v, num_landmarks=4)
+    np.testing.assert_allclose(with_counts, brute_force(q, k, v)[0], atol=2e-6)
+    assert np.abs(linformer(q, k, v, num_slots=4) - with_counts).max() > 1e-2
+    # Where all segments are equally long the counts cancel.
+    np.testing.assert_allclose(linformer(q, k, v, num_slots=5), mean_pool(q, k, v, num_landmarks=5), atol=2e-6)
+
+
+def test_moving_all_keys_matters_unless_rows_have_one_sum():
+    q, k, v = random_head(10, 6, 12, 6, 3)
+    e, f = projections(11)
+    moved = k + jnp.arange(6.0)[None, :]
+    assert np.abs(linformer(q, moved, v, projection_k=e) - linformer(q, k, v, projection_k=e)).max() > 1e-2
+    even = jnp.abs(f) / jnp.sum(jnp.abs(f), axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        linformer(q, moved, v, projection_k=even), linformer(q, k, v, projection_k=even), atol=1e-5
+    )
+    up = linformer(q, k, v + 1, projection_k=e, projection_v=even) - linformer(
+        q, k, v, projection_k=e, projection_v=even
+    )
+    np.testing.assert_allclose(up, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", ["mean", "max", "matrix", "convolution"])
+def test_padding_is_as_good_as_removed(projection):
+    q, k, v = random_head(12, 5, 12, 6, 6)
+    e, _ = projections(13)
+    chosen = {"matrix": e, "convolution": Convolution(random_head(14, 3, 1, 6)[0])}.get(projection, projection)
+    real = jnp.arange(12) < 9
+    options = {"projection_k": chosen, "num_slots": 4, "kv_mask": real}
+    out = linformer(q, k, v, **options)
+    soiled = [jnp.where(real[:, None], x, jnp.nan) for x in (k, v)]
+    np.testing.assert_array_equal(linformer(q, *soiled, **options), out)
+    if projection in ("matrix", "convolution"):
+        np.testing.assert_allclose(linformer(q, k[:9], v[:9], projection_k=chosen), out, atol=2e-6)
+    else:  # segments are laid out over all 12 places, of which the last three make the last segment
+        np.testing.assert_allclose(linformer(q, k[:9], v[:9], projection_k=chosen, num_slots=3), out, atol=2e-6)
+
+
+def test_maxima_and_convolutions_by_hand():
+    q, k, v = random_head(15, 5, 8, 6, 6)
+    pooled = [np.asarray(x).reshape(4, 2, 6).max(1) for x in (k, v)]
+    expected = brute_force(q, *pooled)[0]
+    np.testing.assert_allclose(linformer(q, k, v, projection_k="max", num_slots=4), expected, atol=2e-6)
+    weight = random_head(16, 3, 1, 6)[0]
+    rows = [np.concatenate([x, np.zeros((1, 6))]).reshape(3, 3, 6) for x in (k, v)]
+    expected = brute_force(q, *((x * np.asarray(weight)[None]).sum(1) for x in rows))[0]
+    np.testing.assert_allclose(linformer(q, k, v, projection_k=Convolution(weight)), expected, atol=2e-6)
+
+
+def test_no_other_matrix_of_its_rank_is_nearer_than_the_decomposition():
+    q, k, _ = random_head(17, 12, 12, 6)
+    weights = brute_force(q, k, jnp.eye(12))[0]
+    implied = linformer(q, k, jnp.eye(12), projection_k=projections(18)[0])
+    best = svd(q, k, jnp.eye(12), rank=4)
+    assert np.linalg.norm(implied - weights) > np.linalg.norm(best - weights)
+    assert np.linalg.matrix_rank(implied, tol=1e-5) <= 4
+
+
+def test_the_future_changes_nothing_to_the_bit():
+    q, k, v = random_head(19, 12, 12, 6, 3)
+    e, f = projections(20)
+    options = {"projection_k": e, "projection_v": f, "is_causal": True, "block_size": 4}
+    later = jnp.arange(12)[:, None] >= 7
+    changed = linformer(q, jnp.where(later, 9.0, k), jnp.where(later, -9.0, v), **options)
+    np.testing.assert_array_equal(changed[:7], linformer(q, k, v, **options)[:7])
+
+
+def test_steps_equal_the_causal_form():
+    q, k, v = random_head(21, 12, 12, 6, 3)
+    e, f = projections(22)
+    scaled_q, scaled_k = fold_scale(q, k)
+    prefix, outs = LinformerPrefix.empty(4, 6, 3), []
+    step = jax.jit(linformer_step)
+    for t in range(12):
+        now = slice(t, t + 1)
+        out, prefix = step(prefix, scaled_q[now], scaled_k[now], v[now], e[:, now], f[:, now])
+        outs.append(out)
+    whole = linformer(q, k, v, projection_k=e, projection_v=f, is_causal=True)
+    np.testing.assert_allclose(jnp.concatenate(outs), whole, atol=2e-6)
+
+
+@pytest.mark.parametrize("projection", [None, "learned"])
+def test_blocks_against_a_loop(projection):
+    q, k, v = random_head(23, 14, 14, 6, 3)
+    e, f = (x[:2, :4] for x in projections(24, 2, 4))
+    learned = {} if projection is None else {"projection_k": e, "projection_v": f}
+    options = {"slots_per_block": 2, "block_size": 4, **learned}
+    means = np.kron(np.eye(2), [[0.5, 0.5]])
+    e, f = (means, means) if projection is None else (np.asarray(e), np.asarray(f))
+    k64, v64 = (np.concatenate([x, np.zeros((2, x.shape[1]))]) for x in (k, v))
+    slots = [(e @ k64[b : b + 4], f @ v64[b : b + 4]) for b in range(0, 12, 4)]
+    for t in range(14):
+        near = slice(max(0, 4 * (t // 4) - 4), t + 1)
+        far = range(max(0, t // 4 - 1))
+        keys = np.concatenate([k64[near], *(slots[b][0] for b in far)])
+        values = np.concatenate([v64[near], *(slots[b][1] for b in far)])
+        count = np.concatenate([np.ones(near.stop - near.start), *(np.full(2, 2.0) for _ in far)])
+        weights = count * np.exp(keys @ np.asarray(q[t], np.float64) / np.sqrt(6))
+        out = block_linformer(q, k, v, is_causal=True, **options)[t]
+        np.testing.assert_allclose(out, weights @ values / weights.sum(), atol=2e-6)
+
+
+def test_a_prefix_longer_than_its_room_goes_on():
+    _, k, v = random_head(25, 1, 64, 6, 3)
+    running = running_block_linformer(6, slots_per_block=2, block_size=4, max_length=16)
+    decoder = Decoder(running=running, head_dim=6, value_dim=3, block_size=4)
+    cache = decoder.prefill(decoder.init(), jnp.zeros_like(k), k, v)[1]
+    held = running.read(cache.past.prefix)
+    assert held.mass.shape == (8,)
+    assert float(held.mass.sum()) == 64 - 8
+    np.testing.assert_allclose(held.value_sum.sum(0), v[:56].sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_wrong_is_said():
+    q, k, v = random_head(26, 5, 12, 6, 3)
+    with pytest.raises(ValueError, match=r"projection_k has columns for 8 keys, got 12"):
+        linformer(q, k, v, projection_k=jnp.ones((3, 8)))
+    with pytest.raises(ValueError, match=r"equally many slots, got 3 and 4"):
+        linformer(q, k, v, projection_k=jnp.ones((3, 12)), projection_v=jnp.ones((4, 12)))
+    with pytest.raises(ValueError, match=r"heads of their own are per_head"):
+        linformer(q, k, v, projection_k=jnp.ones((2, 3, 12)))
+    with pytest.raises(NotImplementedError, match=r"'linformer' does not support is_causal with projection_k 'max'"):
+        linformer(q, k, v, projection_k="max", is_causal=True)
+    with pytest.raises(ValueError, match=r"convolves 5 channels, got 6"):
+        linformer(q, k, v, projection_k=Convolution(jnp.ones((2, 5))))
+    with pytest.raises(ValueError, match=r"must be \[R, b\] with b = 4"):
+        block_linformer(q, k, v, projection_k=jnp.ones((2, 5)), block_size=4)
