@@ -16,6 +16,7 @@ from approx_attention.checks import (
 )
 from approx_attention.clustering import merged, nearest
 from approx_attention.features import squared_norm
+from approx_attention.sketches import SKETCHES
 from approx_attention.softmax import HIDDEN, blocked_state
 from approx_attention.summaries import WeightedKV
 
@@ -346,11 +347,8 @@ def coreset_size_bound(
     return CoresetSize(size, size >= num_keys, statement)
 
 
-SketchKind = Literal["gaussian", "rademacher", "achlioptas", "count", "sparse_jl", "hadamard", "uniform_rows"]
-
-
 def sketch_mse(
-    weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: SketchKind = "gaussian"
+    weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: str = "gaussian"
 ) -> Float[Array, ""]:
     r"""The mean squared error of attention over sketched values, exactly.
 
@@ -388,7 +386,7 @@ def sketch_mse(
     Reference:
         Second moments of each family; what Wang et al. (2020), "Linformer", theorem 1 leaves as a probability.
     """
-    check_choice("kind", kind, get_args(SketchKind))
+    check_choice("kind", kind, SKETCHES)
     check_count("sketch_size", sketch_size)
     num_keys = v.shape[0]
     if weights.ndim != 2 or weights.shape[1] != num_keys:

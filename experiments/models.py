@@ -14,8 +14,28 @@ from jax import Array
 
 from approx_attention import METHODS, attention
 from approx_attention.checks import did_you_mean
+from approx_attention.nnx import LinformerAttention, mean_pool_init, scale_keeping_init
 from approx_attention.registry import accepted, get_method
 from experiments.config import STRICT, Count
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionsConfig:
+    """Learned projections of ``linformer`` for inputs of up to ``max_length`` tokens.
+
+    Attributes:
+        sharing: whose are the same, as in `approx_attention.nnx.LinformerAttention`; ``layerwise`` shares one between
+            all layers, heads, keys and values.
+        init: random entries that keep the scale of logits, or means of segments.
+        frozen: do not train them.
+    """
+
+    max_length: Count
+    sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
+    init: Literal["random", "mean_pool"] = "random"
+    frozen: bool = False
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +48,7 @@ class AttentionConfig:
         learned: which of the arrays that it draws are learned, such as ``projection``.
         gated: whether a learned map of the layer's input gives it ``gate_logits``.
         noise: whether a method that is random only with a key gets one.
+        projections: of ``linformer``, where they are learned or drawn and not pooled.
     """
 
     method: str = "exact"
@@ -35,10 +56,13 @@ class AttentionConfig:
     learned: tuple[str, ...] = ()
     gated: bool = False
     noise: bool = False
+    projections: ProjectionsConfig | None = None
 
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
+        if self.projections and self.method != "linformer":
+            raise ValueError(f"method {self.method!r} has no projections; 'linformer' has")
         known = inspect.signature(get_method(self.method).function).parameters
         for name in self.settings:
             if name not in known:
@@ -57,6 +81,23 @@ class AttentionConfig:
     def arguments(self) -> dict[str, Any]:
         """The hyper-parameters as a function takes them: hashable."""
         return {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
+
+    def module(self, num_kv_heads: int, is_causal: bool, rngs: nnx.Rngs) -> Any:
+        """The module that owns the projections, if there are any."""
+        if self.projections is None:
+            return None
+        options = self.arguments()
+        return LinformerAttention(
+            num_kv_heads,
+            self.projections.max_length,
+            num_slots=options.pop("num_slots", 256),
+            sharing="key_value" if self.projections.sharing == "layerwise" else self.projections.sharing,
+            init=mean_pool_init() if self.projections.init == "mean_pool" else scale_keeping_init,
+            frozen=self.projections.frozen,
+            is_causal=is_causal,
+            options=options,
+            rngs=rngs,
+        )
 
     def draw(self, key: Array, head_dim: int) -> dict[str, Array]:
         """The arrays that the method draws, by the argument that takes them."""
@@ -118,6 +159,7 @@ class SelfAttention(nnx.Module):
             is_causal,
             draw,
         )
+        self.num_kv_heads = config.num_kv_heads
         self.query = linear(config.num_heads)
         self.key, self.value = (linear(config.num_kv_heads) for _ in "kv")
         shape = (config.num_heads, config.head_dim)
@@ -136,6 +178,7 @@ class SelfAttention(nnx.Module):
         self.gated = config.gated
         drawn = config.draw(self.key_of_draws(), self.head_dim) if config.learned else {}
         self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
+        self.module = config.module(self.num_kv_heads, self.is_causal, nnx.Rngs(self.key_of_draws()))
 
     def key_of_draws(self) -> Array:
         """What the layer draws from."""
@@ -152,6 +195,8 @@ class SelfAttention(nnx.Module):
         gate_logits: Array | None = None,
     ) -> Array:
         """Attention by the layer's method."""
+        if self.module is not None:
+            return self.module(query, key, value, key_value_seq_lengths=lengths)
         arguments: dict[str, Any] = {**dict(self.settings), **{name: x[...] for name, x in self.learned.items()}}
         if gate_logits is not None:
             arguments["gate_logits"] = gate_logits
@@ -204,6 +249,10 @@ class Transformer(nnx.Module):
             ]
         )
         self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
+        if attention_config.projections and attention_config.projections.sharing == "layerwise":
+            first, *others = (layer.attention.module for layer in self.layers)
+            for module in others:
+                module.projections = first.projections
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
         for layer in self.layers:

@@ -227,7 +227,61 @@ def _latency(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _errors_by_size(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(5.2 * len(arms) + 1, 5), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(arms), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axes, arm in zip(panels, arms, strict=True):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        names = [name for name in results[0]["errors"] if not name.endswith(", closed form")]
+        for name, style in method_styles(names).items():
+            sizes = list(results[0]["errors"][name])
+            # An exact answer stands at the foot.
+            means = [max(statistics.fmean(r["errors"][name][n] for r in results), 1e-3) for n in sizes]
+            (handles[name],) = axes.plot([int(n) for n in sizes], means, **style)
+            promised = results[0]["errors"].get(f"{name}, closed form")
+            if promised:
+                line = [max(x, 1e-3) for x in promised.values()]
+                (handles["closed form"],) = axes.plot([int(n) for n in sizes], line, color="0.2", linewidth=0.8)
+        if "mean_value" in results[0]:
+            trivial = statistics.fmean(r["mean_value"] for r in results)
+            handles["mean of the values"] = axes.axhline(trivial, color="0.5", linestyle=":")
+        axes.set(title=arm, xscale="log", yscale="log", xlabel="rows or slots")
+        axes.set_xticks([int(n) for n in sizes], sizes)
+        axes.minorticks_off()
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("error relative to exact attention")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _spectra(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=150)
+    results = [run["result"] for run in runs]
+    titles = {"weights": "of P", "centred": "of P less the uniform weights"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for name, line in (("trained", "-"), ("initial", ":")):
+            layers = results[0][name]["curves"][kind]
+            for layer, style in method_styles(layers).items():
+                curve = [
+                    statistics.fmean(x) for x in zip(*(r[name]["curves"][kind][layer] for r in results), strict=True)
+                ]
+                ranks = range(1, len(curve) + 1)
+                axes.plot(ranks, curve, color=style["color"], linestyle=line, label=f"{layer}, {name}")
+        axes.set(title=f"singular values {title}", xlabel="how many")
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    figure.supylabel("share of their sum")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
 _FIGURES = {
+    "sketch": _errors_by_size,
+    "projection_fit": _errors_by_size,
+    "spectra": _spectra,
     "coreset_error": _coreset_error,
     "cache": _cache,
     "latency": _latency,

@@ -399,6 +399,32 @@ def _continuum_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield _table(["", *(_count(int(n), "group") for n in numbers)], rows)
 
 
+def _errors_by_size_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        sizes = list(next(iter(results[0]["errors"].values())))
+        rows = [
+            [name, *(_significant([r["errors"][name][size] for r in results]) for size in sizes)]
+            for name in results[0]["errors"]
+        ]
+        if "mean_value" in results[0]:
+            rows.append(["mean of the values", *[_significant([r["mean_value"] for r in results])] * len(sizes)])
+        yield f"`{arm}`: error relative to exact attention, by rows or slots"
+        yield _table(["", *sizes], rows)
+
+
+def _spectra_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    results = [run["result"] for run in runs]
+    rows = []
+    for name in ("trained", "initial"):
+        for kind, of in (("weights", "P"), ("centred", "P - 1/n")):
+            shares = [r[name]["share"][kind] for r in results]
+            rows.append([name, of, *(_spread([share[layer] for share in shares]) for layer in shares[0])])
+    share = runs[0]["config"]["share"]
+    yield f"Share of the sum of singular values that the largest {100 * share:g} % of them make, mean over heads"
+    yield _table(["model", "of", *results[0]["trained"]["share"]["weights"]], rows)
+
+
 def _coreset_error_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     named = {"sizes": "size", "radii": "radius", "head_dims": "dimension"}
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -455,6 +481,9 @@ def _latency_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 _TABLES = {
+    "sketch": _errors_by_size_tables,
+    "projection_fit": _errors_by_size_tables,
+    "spectra": _spectra_tables,
     "coreset_error": _coreset_error_tables,
     "cache": _cache_tables,
     "latency": _latency_tables,

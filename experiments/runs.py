@@ -16,6 +16,7 @@ from experiments.config import ConfigError, ConfigFile, as_plain, differences, r
 from experiments.control_variates import bias, continuum, gap
 from experiments.coresets import cache, error, latency
 from experiments.harness import long_context, quality, swap_in
+from experiments.low_rank import projection_fit, sketch, spectra
 from experiments.training import TrainingConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,6 +41,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "coreset_error": Experiment(error.CoresetErrorConfig, error.run),
     "cache": Experiment(cache.CacheConfig, cache.run),
     "latency": Experiment(latency.LatencyConfig, latency.run),
+    "sketch": Experiment(sketch.SketchConfig, sketch.run),
+    "projection_fit": Experiment(projection_fit.ProjectionFitConfig, projection_fit.run),
+    "spectra": Experiment(spectra.SpectraConfig, spectra.run),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }
 

@@ -440,6 +440,21 @@ def test_results_follow_from_the_committed_runs():
             pytest.param(f"coresets/{name}", marks=pytest.mark.slow)
             for name in ("size", "growth", "instances", "table", "language_model", "recall", "latency")
         ),
+        "low_rank/sharing",
+        *(
+            pytest.param(f"low_rank/{name}", marks=pytest.mark.slow)
+            for name in (
+                "sketch",
+                "projection_fit",
+                "spectra",
+                "slots",
+                "lengths",
+                "digits",
+                "heads",
+                "listops",
+                "pathfinder",
+            )
+        ),
     ],
 )
 def test_smoke_studies_run(tmp_path, study):

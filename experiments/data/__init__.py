@@ -17,6 +17,7 @@ __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
 # A loader takes the settings of its own as keyword arguments and gives the data.
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "python_text": text.python_text,
+    "masked_text": text.masked_text,
     "byte_file": text.byte_file,
     "wikitext": text.wikitext,
     "digits": images.digits,

@@ -1,5 +1,6 @@
 """Text as bytes: Python's own library, any file such as enwik8, or a WikiText folder."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -38,6 +39,26 @@ def python_text(length: int = 1024) -> Dataset:
         parts["valid" if tenth == 0 else "test" if tenth == 1 else "train"].append(content)
     texts = {split: b"\n".join(contents) for split, contents in parts.items()}
     return _language(texts, length, f"standard library of Python {platform.python_version()}")
+
+
+def masked_text(length: int = 256, share: float = 0.15) -> Dataset:
+    """The bytes of `python_text`, of which a share is hidden and asked for, each at random.
+
+    Of those asked for, 8 of 10 become a token of their own, one a random byte, and one stays (Devlin et al. 2019).
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"data 'masked_text' needs a share between 0 and 1, got {share}")
+    whole = python_text(length)
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        tokens = whole.draw(random, batch, split)["tokens"]
+        asked = random.random(tokens.shape) < share
+        fate = random.random(tokens.shape)
+        seen = np.where(fate < 0.8, 256, np.where(fate < 0.9, random.integers(0, 256, tokens.shape), tokens))
+        targets = np.where(asked, tokens, -1).astype(np.int32)
+        return {"tokens": np.where(asked, seen, tokens).astype(np.int32), "targets": targets}
+
+    return dataclasses.replace(whole, draw=draw, vocabulary=257, is_causal=False)
 
 
 def byte_file(path: str, length: int = 1024) -> Dataset:

@@ -1,0 +1,1 @@
+"""Low rank: sketches, projections, and the spectra that bound them."""

@@ -1,0 +1,83 @@
+"""How far sketches of values go, beside their closed forms, and what the same matrices do before the softmax."""
+
+import dataclasses
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from approx_attention import bounds, draw_sketch, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
+from approx_attention.sketches import SKETCHES
+from experiments.config import STRICT
+from experiments.control_variates.gap import GapConfig, smoothed
+
+
+@dataclasses.dataclass(frozen=True)
+class SketchConfig:
+    """Tensors as in `gap`, and the numbers of rows.
+
+    Attributes:
+        draws: over how many keys squared errors are averaged.
+        delta: the factor of the construction in the proof of Linformer's theorem 2, in units of 1 / length.
+    """
+
+    sizes: list[int]
+    length: int = 512
+    head_dim: int = 64
+    smoothing: float = 0.0
+    spread: float = 1.0
+    shared: float = 0.0
+    draws: int = 8
+    delta: float = 1.0
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+def run(config: SketchConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Root of the mean squared error over the norm of the exact output, by kind and size."""
+    shape = {name: getattr(config, name) for name in ("length", "head_dim", "smoothing", "spread", "shared", "seed")}
+    q, k, v = (x[0, :, 0] for x in smoothed(GapConfig({}, **shape)))
+    expected = exact(q, k, v)
+    norm = float(jnp.linalg.norm(expected))
+    weights = exact(q, k, jnp.eye(config.length))
+    keys = jax.random.split(jax.random.key(config.seed), config.draws)
+
+    def error(function: Any) -> float:
+        squares = [float(jnp.sum((function(key) - expected) ** 2)) for key in keys]
+        return statistics.fmean(squares) ** 0.5 / norm
+
+    def before(key: Any, size: int, kind: str, factors: tuple[float, float] = (1.0, 1.0)) -> Any:
+        matrix = draw_sketch(key, kind, size, config.length) @ jnp.eye(config.length)
+        return linformer(q, k, v, projection_k=factors[0] * matrix, projection_v=factors[1] * matrix)
+
+    delta = config.delta / config.length
+    of_the_proof = delta, float(np.exp(-delta))
+    errors: dict[str, dict[str, float]] = {}
+    for size in config.sizes:
+        row: dict[str, float] = {}
+        for kind in SKETCHES:
+            options: Any = {"sketch": kind, "sketch_size": size, "centred": False}
+            row[kind] = error(lambda key, options=options: unreduced_jlt(q, k, v, key, **options))
+            row[f"{kind}, closed form"] = float(bounds.sketch_mse(weights, v, size, kind)) ** 0.5 / norm
+        row["centred hadamard"] = error(lambda key, size=size: unreduced_jlt(q, k, v, key, sketch_size=size))
+        for kind in ("gaussian", "hadamard"):
+            row[f"{kind}, before"] = error(lambda key, size=size, kind=kind: before(key, size, kind))
+        row["construction of the proof"] = error(lambda key, size=size: before(key, size, "gaussian", of_the_proof))
+        row["importance_sample"] = error(lambda key, size=size: importance_sample(q, k, v, key, sample_size=size))
+        row["linformer, means"] = float(jnp.linalg.norm(linformer(q, k, v, num_slots=size) - expected)) / norm
+        row["svd"] = float(jnp.linalg.norm(svd(q, k, v, rank=size) - expected)) / norm
+        for name, figure in row.items():
+            errors.setdefault(name, {})[str(size)] = figure
+    trivial = float(jnp.linalg.norm(mean_value(q, k, v) - expected)) / norm
+    off = {kind: _largest_deviation(errors[kind], errors[f"{kind}, closed form"]) for kind in SKETCHES}
+    return {"errors": errors, "mean_value": trivial, "off_the_closed_form": off}
+
+
+def _largest_deviation(measured: dict[str, float], promised: dict[str, float]) -> float:
+    """By how much a measured error differs from the promised one at most, where that is not 0."""
+    return max(abs(measured[size] / error - 1) for size, error in promised.items() if error > 1e-3)
