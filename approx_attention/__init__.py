@@ -15,6 +15,7 @@ from approx_attention.compression import (
 from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
 from approx_attention.features import (
+    CosineFeatures,
     PositiveFeatures,
     ReLUFeatures,
     TrigonometricFeatures,
@@ -30,6 +31,7 @@ from approx_attention.methods.baselines import (
     uniform_sample,
 )
 from approx_attention.methods.coreset import compress, coreset, query_radius, running_coreset, summarize_coreset
+from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
@@ -47,6 +49,7 @@ from approx_attention.methods.random_features import (
     running_rfa,
     summarize_favor,
 )
+from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes
@@ -56,6 +59,7 @@ __all__ = [
     "AttentionState",
     "Cache",
     "Capabilities",
+    "CosineFeatures",
     "Decoder",
     "FeatureMoments",
     "Method",
@@ -74,6 +78,7 @@ __all__ = [
     "compress_tokens",
     "control_variate_state",
     "coreset",
+    "cosformer",
     "draw_favor",
     "draw_rfa",
     "eva",
@@ -89,12 +94,14 @@ __all__ = [
     "mean_value",
     "merge",
     "orthogonal_projection",
+    "place_tokens",
     "pyramid_budgets",
     "query_radius",
     "ra",
     "rfa",
     "running_compressed",
     "running_coreset",
+    "running_cosformer",
     "running_eva",
     "running_exact",
     "running_favor",
@@ -102,6 +109,7 @@ __all__ = [
     "running_moments",
     "running_rfa",
     "running_uniform_sample",
+    "scatterbrain",
     "shared_sizes",
     "summarize_coreset",
     "summarize_exact",
