@@ -15,6 +15,7 @@ from approx_attention.compression import (
 from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
 from approx_attention.features import (
+    CosineFeatures,
     PositiveFeatures,
     ReLUFeatures,
     TrigonometricFeatures,
@@ -30,6 +31,7 @@ from approx_attention.methods.baselines import (
     uniform_sample,
 )
 from approx_attention.methods.coreset import compress, coreset, query_radius, running_coreset, summarize_coreset
+from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
@@ -57,6 +59,7 @@ from approx_attention.methods.random_features import (
     running_rfa,
     summarize_favor,
 )
+from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
@@ -69,6 +72,7 @@ __all__ = [
     "Cache",
     "Capabilities",
     "Convolution",
+    "CosineFeatures",
     "Decoder",
     "FeatureMoments",
     "LinformerPrefix",
@@ -89,6 +93,7 @@ __all__ = [
     "compress_tokens",
     "control_variate_state",
     "coreset",
+    "cosformer",
     "draw_favor",
     "draw_rfa",
     "draw_sketch",
@@ -109,6 +114,7 @@ __all__ = [
     "merge",
     "nystrom",
     "orthogonal_projection",
+    "place_tokens",
     "pyramid_budgets",
     "query_radius",
     "ra",
@@ -116,6 +122,7 @@ __all__ = [
     "running_block_linformer",
     "running_compressed",
     "running_coreset",
+    "running_cosformer",
     "running_eva",
     "running_exact",
     "running_favor",
@@ -123,6 +130,7 @@ __all__ = [
     "running_moments",
     "running_rfa",
     "running_uniform_sample",
+    "scatterbrain",
     "shared_sizes",
     "skyformer",
     "summarize_block_linformer",

@@ -138,6 +138,12 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def check_projection(projection: Array, head_dim: int) -> None:
+    """Raises ``ValueError`` unless ``projection`` is ``[R, head_dim]``."""
+    if projection.ndim != 2 or projection.shape[1] != head_dim:
+        raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
     choices = tuple(choices)

@@ -149,6 +149,35 @@ class WeightedFeatures:
         return Features(values, log_scale + x[:, -1:])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CosineFeatures:
+    r"""Rectified rows turned by the angle of their place: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
+
+    With :math:`c = \cos a` and :math:`s = \sin a` these are the features of the kernel
+    :math:`\max(x, 0) \cdot \max(y, 0) \cos(a - b)`, which is no estimate of softmax.
+
+    Attributes:
+        head_dim: the number D of channels of x.
+
+    Reference:
+        Qin et al. (2022), "cosFormer: rethinking softmax in attention".
+    """
+
+    head_dim: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_features(self) -> int:
+        """The number 2 D of features."""
+        return 2 * self.head_dim
+
+    def __call__(self, x: Array, /) -> Features:
+        """Features ``[N, 2 D]`` of rows ``[N, D + 2]``."""
+        rectified = jax.nn.relu(x[:, :-2])
+        values = jnp.concatenate([rectified * x[:, -2:-1], rectified * x[:, -1:]], axis=-1)
+        return Features(values, jnp.zeros((x.shape[0], 1), x.dtype))
+
+
 def gaussian_projection(
     key: PRNGKeyArray, num_features: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "R D"]:

@@ -17,6 +17,7 @@ from approx_attention.methods.baselines import (
     uniform_sample,
 )
 from approx_attention.methods.coreset import coreset, running_coreset, summarize_coreset
+from approx_attention.methods.cosformer import cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
@@ -40,6 +41,7 @@ from approx_attention.methods.random_features import (
     running_rfa,
     summarize_favor,
 )
+from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 
 
@@ -216,6 +218,24 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(decode=True, needs_key=True, unbiased=True),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D + Dv),
             reference="Choromanski et al. 2021",
+        ),
+        "scatterbrain": Method(
+            function=scatterbrain,
+            size="num_features",
+            # Without the future it is causal favor, whose blocks are the windows.
+            running=running_favor,
+            block="window_size",
+            draw=draw_favor,
+            capabilities=Capabilities(decode=True, needs_key=True, unbiased=True),
+            cost=lambda T, S, D, Dv, size: 2 * ((T + S) * size + T * min(192, S)) * (D + Dv),
+            reference="Chen et al. 2021",
+        ),
+        "cosformer": Method(
+            function=cosformer,
+            # Tokens carry no place by themselves: see running_cosformer.
+            capabilities=Capabilities(normalizer=False),
+            cost=lambda T, S, D, Dv, size: 4 * (T + S) * D * Dv,
+            reference="Qin et al. 2022, a kernel of its own",
         ),
         "rfa": Method(
             function=rfa,

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, Decoder, attention, exact, favor, fold_scale, local, rfa
-from approx_attention.checks import check_count
-from approx_attention.methods.random_features import _check_projection
+from approx_attention.checks import check_count, check_projection
 from approx_attention.registry import get_method
 from tests.references import random_head, random_heads
 
@@ -57,7 +56,7 @@ def test_hyperparameters():
     with pytest.raises(ValueError, match="window_size must be at least 0, got -1"):
         local(q, k, v, window_size=(-1, 3))
     with pytest.raises(ValueError, match=r"projection must be \[R, D\] with D = 8, got shape \(3, 7\)"):
-        _check_projection(jnp.ones((3, 7)), 8)
+        check_projection(jnp.ones((3, 7)), 8)
     for method, features in ((favor, "hyperbolic"), (rfa, "trigonometric")):
         with pytest.raises(ValueError, match=f"{features} features come in pairs: num_features must be even, got 5"):
             method(q, k, v, key, num_features=5, features=features)

@@ -10,7 +10,14 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_key,
+    check_projection,
+    head_inputs,
+)
 from approx_attention.features import (
     FeatureMap,
     PositiveFeatures,
@@ -210,7 +217,7 @@ def _favor_features(
     if projection is None:
         sizes: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
         projection = draw_favor(check_key("favor", key), head_dim, **sizes)["projection"]
-    _check_projection(projection, head_dim)
+    check_projection(projection, head_dim)
     if features == "relu":
         return ReLUFeatures(projection)
     return PositiveFeatures(jnp.concatenate([projection, -projection]) if features == "hyperbolic" else projection)
@@ -448,11 +455,6 @@ def _rfa_features(
     if projection is None:
         drawn = draw_rfa(check_key("rfa", key), head_dim, num_features=num_features, features=features)
         projection = drawn["projection"]
-    _check_projection(projection, head_dim)
+    check_projection(projection, head_dim)
     kind: Callable[[Array], FeatureMap] = TrigonometricFeatures if features == "trigonometric" else PositiveFeatures
     return kind(projection)
-
-
-def _check_projection(projection: Array, head_dim: int) -> None:
-    if projection.ndim != 2 or projection.shape[1] != head_dim:
-        raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")

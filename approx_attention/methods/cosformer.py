@@ -1,0 +1,135 @@
+"""cosFormer: linear attention of rectified queries and keys, weighted by the cosine of their distance."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import RunningSummary, causal_state, running_moments
+from approx_attention.checks import accumulation_dtype, check_count, head_inputs
+from approx_attention.features import CosineFeatures
+from approx_attention.summaries import FeatureMoments, attend, kernel_state
+
+
+def cosformer(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    max_length: int | None = None,
+    is_causal: bool = False,
+    block_size: int = 128,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""cosFormer: linear attention whose kernel rectifies queries and keys and fades with their distance.
+
+    .. math:: A_{ij} = \max(q_i, 0) \cdot \max(k_j, 0)\, \cos\frac{\pi (i - j)}{2M}, \qquad
+              \mathrm{out}_i = \sum_j A_{ij} v_j \Big/ \sum_j A_{ij}.
+
+    The cosine of a difference splits into 2 D features, :math:`[\max(x, 0) \cos a, \max(x, 0) \sin a]` at the angle
+    :math:`a = \pi i / 2M`, so the sums are exact in O((T + S) D Dv) time. This is a kernel of its own and **no
+    approximation of softmax attention**: swapped into a trained model it answers another question. It is homogeneous,
+    so neither the scale nor the temperature matters to the answer. A query whose kernel is 0 at every key gives 0;
+    there is no epsilon (the authors' code clamps normalisers at 1e-6, which shrinks the answers of small ones).
+
+    For decoding see `running_cosformer`: the tokens of a cache carry no place by themselves.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        max_length: M, at least T and S, ``max(T, S)`` by default. Set it for answers that do not depend on how long
+            the sequence is.
+        is_causal: query t sees keys j <= t.
+        block_size: tokens per block of the causal form; it matters to speed only.
+        kv_mask: true where a key is real, ``[S]``; padding keeps its place. A query that sees no key gives 0.
+        scale: factor of the kernel, ``1/sqrt(D)`` by default; the answer does not depend on it.
+        return_state: return the `AttentionState`, with the logarithms of this kernel's normalisers, in the
+            accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a ``max_length`` below T or S.
+        TypeError: dtypes that are not floating point, a length that is no integer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import cosformer
+        >>> x, v = jnp.ones((3, 1)), jnp.eye(3)
+        >>> [round(float(weight), 3) for weight in cosformer(x, x, v)[0]]  # as 1, cos 30, cos 60 degrees
+        [0.423, 0.366, 0.211]
+
+    Reference:
+        Qin et al. (2022), "cosFormer: rethinking softmax in attention", section 2.
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("block_size", block_size)
+    length = max(q.shape[0], k.shape[0])
+    max_length = length if max_length is None else check_count("max_length", max_length)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k = (place_tokens(x, max_length=max_length) for x in (q, k))
+    if is_causal:
+        state = causal_state(q, k, v, running_cosformer(head_dim), block_size=block_size, kv_mask=kv_mask)
+    else:
+        state = attend(q, FeatureMoments.of_tokens(CosineFeatures(head_dim), k, v, kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def running_cosformer(head_dim: int) -> RunningSummary:
+    """The moments of a growing prefix of tokens that carry their places.
+
+    A `Decoder` of it with ``head_dim=D + 2`` takes what `place_tokens` makes of queries and keys, segment by segment.
+
+    Args:
+        head_dim: the number D of channels of queries and keys, without their places.
+
+    Returns:
+        The `RunningSummary`.
+    """
+    features = CosineFeatures(head_dim)
+    # What is near is answered by the same kernel: softmax there and another kernel far away would not add up.
+    near = lambda q, k, v, bias: kernel_state(features, q, k, v, bias)  # noqa: E731
+    return running_moments(features)._replace(near=near)
+
+
+def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int = 0) -> Float[Array, "N C"]:
+    r"""Queries or keys with their place i in two more channels, :math:`\cos(\pi i / 2M)` and :math:`\sin(\pi i / 2M)`.
+
+    Args:
+        x: queries or keys ``[N, D]`` at consecutive positions.
+        max_length: M. Tokens at least as far apart as this would have weights that are not positive.
+        start: position of the first.
+
+    Returns:
+        Rows ``[N, D + 2]`` in float32 or wider.
+
+    Raises:
+        ValueError: positions beyond M, as far as they are known when tracing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import Decoder, cosformer, place_tokens, running_cosformer
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (20, 8)) for i in range(3))
+        >>> decoder = Decoder(running=running_cosformer(8), head_dim=10, value_dim=8, block_size=4)
+        >>> step = [place_tokens(x[19:], max_length=32, start=19) for x in (q, k)]
+        >>> _, cache = decoder.prefill(decoder.init(), *(place_tokens(x[:19], max_length=32) for x in (q, k)), v[:19])
+        >>> out, cache = decoder.prefill(cache, *step, v[19:])
+        >>> bool(jnp.allclose(out, cosformer(q, k, v, max_length=32, is_causal=True)[19:], atol=1e-5))
+        True
+    """
+    check_count("max_length", max_length)
+    if isinstance(start, int) and start + x.shape[0] > max_length:
+        raise ValueError(f"max_length must be at least the number of tokens, {start + x.shape[0]}, got {max_length}")
+    x = x.astype(accumulation_dtype(x))
+    place = (start + jnp.arange(x.shape[0], dtype=jnp.int32))[:, None]
+    # The cosine as the sine of what is left to a right angle, which keeps its digits where it is small.
+    cosine, sine = (jnp.sin(n.astype(x.dtype) * (math.pi / (2 * max_length))) for n in (max_length - place, place))
+    return jnp.concatenate([x, cosine, sine], axis=-1)

@@ -1,0 +1,141 @@
+"""Scatterbrain: exact attention to nearby blocks, positive random features for all the others."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.causal import causal_state, in_blocks, running_moments
+from approx_attention.checks import check_count, check_key, check_projection, head_inputs
+from approx_attention.features import PositiveFeatures, orthogonal_projection
+from approx_attention.softmax import HIDDEN, block_windows, dense_state, pad_rows
+from approx_attention.states import AttentionState, merge
+from approx_attention.summaries import FeatureMoments, attend
+
+# Blocks are taken together until they hold as many rows: enough for the matrix products, few enough for the cache.
+ROWS = 1024
+
+
+def scatterbrain(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    window_size: int = 64,
+    projection: Float[Array, "R D"] | None = None,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Scatterbrain: sparse plus low rank, exact on a local support and by R positive random features off it.
+
+    With :math:`q, k` scaled by :math:`\sqrt{s}`, features :math:`\phi` of `favor` and the support N(t), the keys of the
+    block of query t and of the blocks just before and after it,
+
+    .. math:: A_{tj} = \phi(q_t) \cdot \phi(k_j) + S_{tj}, \qquad
+              S_{tj} = \big(e^{q_t \cdot k_j} - \phi(q_t) \cdot \phi(k_j)\big)\,[j \in N(t)], \qquad
+              \mathrm{out}_t = \sum_j A_{tj} v_j \Big/ \sum_j A_{tj}.
+
+    Nothing is subtracted: the keys before the support and those after it are summed apart from it, so every weight is
+    positive, however wrong the features are on the support. Normaliser and numerator are unbiased; their ratio is not.
+    Where two blocks hold all tokens the answer is exact. The support serves low temperatures, if it holds what matters
+    there, and the features high ones; but exact weights do not share the errors of estimated ones, which partly cancel
+    in the ratio of `favor`, so where neither serves it may be worse than either alone. The paper's support comes from
+    hashing; this one is positional.
+
+    With ``is_causal`` the future is dropped, which leaves causal `favor` with ``block_size=window_size``.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``projection`` is given.
+        num_features: the number R of features, unless a projection is given.
+        window_size: tokens per block; a query sees from one to two blocks to a side exactly.
+        projection: the directions ``[R, D]`` in place of a draw.
+        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, neither key nor projection.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp
+        >>> from approx_attention import exact, favor, scatterbrain
+        >>> x, v = (jax.random.normal(jax.random.key(i), (128, 16)) for i in range(2))
+        >>> error = lambda method: float(jnp.linalg.norm(method(x, x, v, jax.random.key(2)) - exact(x, x, v)))
+        >>> error(functools.partial(scatterbrain, window_size=16)) < 0.7 * error(favor)
+        True
+
+    Reference:
+        Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
+    """
+    dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("num_features", num_features)
+    check_count("window_size", window_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if projection is None:
+        projection = orthogonal_projection(check_key("scatterbrain", key), num_features, head_dim)
+    check_projection(projection, head_dim)
+    features = PositiveFeatures(projection)
+    if is_causal:
+        state = causal_state(q, k, v, running_moments(features), block_size=window_size, kv_mask=kv_mask)
+    else:
+        state = _two_sided_state(q, k, v, features, min(window_size, max(q.shape[0], k.shape[0])), kv_mask)
+    return state if return_state else state.out.astype(dtype)
+
+
+def _two_sided_state(
+    q: Array, k: Array, v: Array, features: PositiveFeatures, block: int, kv_mask: Array | None
+) -> AttentionState:
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    query_blocks = -(-num_queries // block)
+    # A block of moments for every block of queries, be there keys or not.
+    blocks = max(query_blocks, -(-num_keys // block))
+    together = max(1, ROWS // block)
+    if kv_mask is None:
+        kv_mask = jnp.ones(num_keys, bool)
+    tokens = k, v, kv_mask
+
+    @jax.checkpoint
+    def summarize(tokens: tuple[Array, Array, Array]) -> Any:
+        return dataclasses.replace(FeatureMoments.of_tokens(features, *tokens), features=None)
+
+    key_blocks = jax.tree.map(lambda x: in_blocks(pad_rows(x, blocks * block - num_keys), block), tokens)
+    moments = lax.map(summarize, key_blocks, batch_size=together)
+    far = jax.vmap(merge)(_outside(moments), _outside(moments, reverse=True))
+    far = jax.tree.map(lambda x: x[:query_blocks], far)
+
+    @jax.checkpoint
+    def answer(args: tuple[Array, tuple[Array, Array, Array], Any]) -> AttentionState:
+        q, (k, v, real), far = args
+        bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)[None, :]
+        return merge(dense_state(q, k, v, bias), attend(q, dataclasses.replace(far, features=features)))
+
+    near = jax.tree.map(lambda x: block_windows(x, block, query_blocks, block, block, 0), tokens)
+    state = lax.map(answer, (in_blocks(q, block), near, far), batch_size=together)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+
+
+def _outside(moments: Any, *, reverse: bool = False) -> Any:
+    """For each block the moments of all blocks before the one before it; in reverse, after the one after it."""
+    none = jax.tree.map(lambda x: jnp.zeros_like(x[0]), moments)
+    none = dataclasses.replace(none, log_scale=jnp.full_like(none.log_scale, -jnp.inf))
+
+    def step(past: tuple[Any, Any], block: Any) -> tuple[tuple[Any, Any], Any]:
+        far, neighbour = past
+        return (merge(far, neighbour), block), far
+
+    return lax.scan(step, (none, none), moments, reverse=reverse)[1]

@@ -1,0 +1,147 @@
+"""cosFormer against its kernel in float64: positions, padding, causal form, decoding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import Decoder, cosformer, place_tokens, running_cosformer
+from tests.references import causal_mask, random_head
+
+pytestmark = pytest.mark.usefixtures("haste")
+
+
+def kernel_attention(q, k, v, *, max_length=None, seen=None):
+    """The definition, pair by pair, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    max_length = max(len(q), len(k)) if max_length is None else max_length
+    distance = np.arange(len(q))[:, None] - np.arange(len(k))[None, :]
+    weights = np.maximum(q, 0) @ np.maximum(k, 0).T * np.cos(np.pi * distance / (2 * max_length))
+    weights = weights if seen is None else np.where(seen, weights, 0)
+    total = weights.sum(1, keepdims=True)
+    return np.divide(weights @ v, total, out=np.zeros((len(q), v.shape[1])), where=total != 0), total[:, 0]
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (37, 37), (5, 30), (30, 5)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_kernel_as_it_is_defined(num_queries, num_keys, is_causal):
+    q, k, v = random_head(0, num_queries, num_keys, 8, 5)
+    visible = causal_mask(num_queries, num_keys) if is_causal else np.ones((num_queries, num_keys), bool)
+    kv_mask = np.arange(num_keys) % 5 != 2
+    for max_length in (None, 50):
+        options = {"max_length": max_length, "is_causal": is_causal, "block_size": 4, "scale": 0.7}
+        function = jax.jit(functools.partial(cosformer, **options, return_state=True))
+        for mask in (np.ones(num_keys, bool), kv_mask):
+            state = function(q, k, v, kv_mask=mask)
+            out, total = kernel_attention(q, k, v, max_length=max_length, seen=visible & mask)
+            np.testing.assert_allclose(state.out, out, atol=1e-5)
+            np.testing.assert_allclose(jnp.exp(state.lse), 0.7 * total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_more_keys_than_a_block_of_features(is_causal, x64):
+    q, k, v = random_head(1, 1100, 1100, 3, 2, jnp.float64)
+    seen = causal_mask(1100, 1100) if is_causal else None
+    np.testing.assert_allclose(
+        cosformer(q, k, v, is_causal=is_causal), kernel_attention(q, k, v, seen=seen)[0], atol=1e-11
+    )
+
+
+def test_no_approximation_of_softmax():
+    q, k, v = random_head(2, 12, 12)
+    # A sharper softmax turns to its greatest logits; this kernel does not notice.
+    function = jax.jit(cosformer)
+    plain = function(q, k, v)
+    np.testing.assert_allclose(function(100 * q, k, v), plain, atol=1e-5)
+    np.testing.assert_allclose(function(q, k, v, scale=9.0), plain, atol=1e-5)
+    # Without distances it is linear attention of rectified vectors.
+    weights = np.maximum(q, 0) @ np.maximum(k, 0).T
+    linear = weights @ np.asarray(v) / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(cosformer(q, k, v, max_length=10**6), linear, atol=1e-5)
+    assert np.abs(plain - linear).max() > 1e-2
+
+
+def test_only_distances_matter():
+    q, k, v = random_head(3, 20, 20)
+    function = jax.jit(functools.partial(cosformer, max_length=24))
+    late = function(q, k, v, kv_mask=jnp.arange(20) >= 7)[7:]
+    np.testing.assert_allclose(late, function(q[7:], k[7:], v[7:]), atol=1e-5)
+    early = function(q, k, v, kv_mask=jnp.arange(20) < 15)
+    np.testing.assert_allclose(early, function(q, k[:15], v[:15]), atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_kernel_of_nothing_but_zeros_gives_zero(is_causal):
+    q, k, v = random_head(4, 12, 12)
+    q = q.at[5].set(-jnp.abs(q[5]))
+    function = jax.jit(functools.partial(cosformer, is_causal=is_causal, block_size=4))
+    out = function(q, k, v)
+    np.testing.assert_array_equal(out[5], 0)
+    assert np.all(np.abs(out[6:]).max(1) > 0)
+    gradients = jax.jit(jax.grad(lambda q, k, v: function(q, k, v).sum(), argnums=(0, 1, 2)))
+    d_q, d_k, d_v = gradients(q, k, v)
+    assert all(np.all(np.isfinite(x)) for x in (d_q, d_k, d_v))
+    np.testing.assert_array_equal(d_q[5], 0)
+    # However small the normaliser is: there is no epsilon to compare it with.
+    np.testing.assert_allclose(function(1e-9 * q, 1e-9 * k, v), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_is_harmless(is_causal):
+    q, k, v = random_head(5, 12, 12)
+    real = jnp.arange(12) % 3 != 1
+    function = jax.jit(functools.partial(cosformer, is_causal=is_causal, block_size=4))
+    soiled = (jnp.where(real[:, None], x, jnp.nan) for x in (k, v))
+    np.testing.assert_array_equal(function(q, *soiled, kv_mask=real), function(q, k, v, kv_mask=real))
+    nothing = jnp.zeros(12, bool)
+    gradients = jax.jit(jax.grad(lambda q, k, v: function(q, k, v, kv_mask=nothing).sum(), argnums=(0, 1, 2)))
+    for x in (function(q, k, v, kv_mask=nothing), *gradients(q, k, v)):
+        np.testing.assert_array_equal(x, 0)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    q, k, v = random_head(6, 14, 14)
+    function = jax.jit(functools.partial(cosformer, is_causal=True, block_size=4, max_length=20))
+    before = function(q, k, v)
+    for j in (3, 4, 11):
+        after = function(q, k.at[j].add(3.0), v.at[j].set(1e4))
+        np.testing.assert_array_equal(after[:j], before[:j])
+        assert np.any(np.asarray(after[j:]) != np.asarray(before[j:]))
+    # A prefix knows nothing of the length of the whole, once M is set.
+    np.testing.assert_allclose(function(q[:9], k[:9], v[:9]), before[:9], atol=1e-6)
+
+
+def test_a_decoder_of_placed_tokens_is_the_causal_form():
+    q, k, v = random_head(7, 21, 21, 6, 5)
+    whole = jax.jit(functools.partial(cosformer, max_length=32, is_causal=True, block_size=4))(q, k, v)
+    decoder = Decoder(running=running_cosformer(6), head_dim=8, value_dim=5, block_size=4)
+    prefill, append, attend = jax.jit(decoder.prefill), jax.jit(decoder.append), jax.jit(decoder.attend)
+    placed = [place_tokens(x[:13], max_length=32) for x in (q, k)]
+    out, cache = prefill(decoder.init(), *placed, v[:13])
+    outs = [out]
+    for t in range(13, 21):
+        one_q, one_k = (place_tokens(x[t : t + 1], max_length=32, start=cache.length) for x in (q, k))
+        cache = append(cache, one_k, v[t : t + 1])
+        outs.append(attend(cache, one_q))
+    np.testing.assert_allclose(jnp.concatenate(outs), whole, atol=2e-6)
+
+
+def test_places_keep_their_digits_at_the_far_end():
+    max_length = 2**20
+    place = np.arange(max_length - 5, max_length)
+    angle = np.pi * place.astype(np.float64) / (2 * max_length)
+    placed = place_tokens(jnp.zeros((5, 1)), max_length=max_length, start=max_length - 5)
+    np.testing.assert_allclose(placed[:, 1], np.cos(angle), rtol=1e-6)
+    np.testing.assert_allclose(placed[:, 2], np.sin(angle), rtol=1e-6)
+
+
+def test_what_is_refused():
+    q, k, v = random_head(8, 5, 9)
+    with pytest.raises(ValueError, match="max_length must be at least the number of tokens, 9, got 8"):
+        cosformer(q, k, v, max_length=8)
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        cosformer(q, k, v, block_size=0)
+    with pytest.raises(ValueError, match="at least the number of tokens, 12, got 10"):
+        place_tokens(q, max_length=10, start=7)
