@@ -10,8 +10,6 @@ import pytest
 from approx_attention import Decoder, cosformer, place_tokens, running_cosformer
 from tests.references import causal_mask, random_head
 
-pytestmark = pytest.mark.usefixtures("haste")
-
 
 def kernel_attention(q, k, v, *, max_length=None, seen=None):
     """The definition, pair by pair, in float64."""

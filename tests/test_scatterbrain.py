@@ -12,7 +12,6 @@ import pytest
 from approx_attention import exact, favor, fold_scale, local, orthogonal_projection, scatterbrain
 from tests.references import brute_force, causal_mask, random_head, relative_error
 
-pytestmark = pytest.mark.usefixtures("haste")
 PROJECTION = orthogonal_projection(jax.random.key(0), 12, 8)
 
 
