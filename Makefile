@@ -28,12 +28,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # Measures speed and memory and rewrites benchmarks/RESULTS.md, the figure in docs/ and the README. Keep the machine otherwise idle.
-# PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch performer-pytorch
+# PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch performer-pytorch linformer nystrom-attention
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks exact
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks control-variates
 	$(BIN)/python -m benchmarks coresets
+	$(BIN)/python -m benchmarks low-rank
 	$(BIN)/python -m benchmarks report
 	$(BIN)/approx-attention compare --out docs
 	$(BIN)/python -m tests.readme

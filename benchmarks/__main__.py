@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import control_variates, coresets, exact, report, scaling
+from benchmarks import control_variates, coresets, exact, low_rank, report, scaling
 
 HERE = pathlib.Path(__file__).parent
 
@@ -54,6 +54,14 @@ def control_variates_command(longest: int, rounds: int) -> None:
 def coresets_command(rounds: int) -> None:
     """What coresets take to build, and what attention through them saves."""
     _write("coresets", coresets.measure(rounds))
+
+
+@main.command("low-rank")
+@click.option("--longest", type=click.IntRange(min=2048), default=32768, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def low_rank_command(longest: int, rounds: int) -> None:
+    """Linformer and Nystrom against exact attention and PyTorch, and fast sketches against dense ones."""
+    _write("low_rank", low_rank.measure(longest, rounds))
 
 
 @main.command("report")
