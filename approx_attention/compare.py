@@ -193,7 +193,8 @@ def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     for number, name in enumerate([name for name in names if name not in known]):
         pool = free or range(len(_STYLES))
         looks[name] = (pool[number % len(pool)], number >= len(pool))
-    looks |= {name: (list(METHODS).index(name) % len(_STYLES), False) for name in known}
+    places = {name: list(METHODS).index(name) for name in known}
+    looks |= {name: (place % len(_STYLES), place // len(_STYLES) % 2 == 1) for name, place in places.items()}
     return {
         name: {
             "color": _STYLES[index][0],
