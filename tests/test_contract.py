@@ -40,13 +40,26 @@ both_directions = pytest.mark.parametrize(
     ("name", "is_causal"), [(name, c) for name in ALL for c in ([False, True] if name in CAUSAL else [False])]
 )
 every_method = pytest.mark.parametrize("name", ALL)
+# What tests how `attention` lifts a method more than the method: one for each kind of summary, the others when slow.
+LIFTED = ("exact", "mean_pool", "favor", "nystrom")
+
+
+def unless_slow(name, *others):
+    return pytest.param(name, *others, marks=() if name in LIFTED else pytest.mark.slow)
+
+
+lifted = pytest.mark.parametrize("name", [unless_slow(name) for name in ALL])
+lifted_both_directions = pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [unless_slow(name, c) for name in ALL for c in ([False, True] if name in CAUSAL else [False])],
+)
 
 
 # 1. shapes and dtypes
 
 
 @both_directions
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_shape_and_dtype(name, is_causal, dtype):
     q, k, v = random_head(0, 13, 11, 8, 6, dtype)
     options = {"is_causal": True} if is_causal else {}
@@ -57,7 +70,7 @@ def test_shape_and_dtype(name, is_causal, dtype):
     np.testing.assert_allclose(np.asarray(out, np.float32), wide, atol=2e-2, rtol=2e-2)
 
 
-@every_method
+@lifted
 @pytest.mark.parametrize("batch", [(), (2,), (2, 1)])
 def test_leading_batch_axes(name, batch):
     query, key, value = (x.reshape(*batch, *x.shape[1:]) for x in random_heads(0, math.prod(batch), 9, 7, 4, 2))
@@ -91,7 +104,7 @@ def test_jit_equals_eager_and_vmap_equals_loop(name, is_causal):
     np.testing.assert_allclose(jax.jit(jax.vmap(function))(*stacked), loop, atol=1e-6)
 
 
-@every_method
+@lifted
 def test_batch_size_does_not_matter(name):
     tensors = random_heads(2, 3, 9, 9, 4, 2)
     whole = call_heads(name, *tensors)
@@ -258,7 +271,9 @@ def test_decoding_equals_the_causal_form(name):
 
 
 @both_directions
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize(
+    "garbage", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, -np.inf, 1e30))]
+)
 def test_padding_never_reaches_outputs_or_gradients(name, is_causal, garbage):
     q, k, v = random_head(10, 9, 9)
     kv_mask = jnp.arange(9) % 3 != 1
@@ -290,7 +305,7 @@ def test_padding_equals_removal_in_the_exact_limit(name):
 # 8. grouped heads and every shape
 
 
-@every_method
+@lifted
 def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
     query, key, value = random_heads(12, 2, 9, 7, 6, 2)
     rng = jax.random.key(3)
@@ -307,7 +322,7 @@ def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
     shape=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3)),
     size=st.integers(1, 9),
 )
-@hypothesis_settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=3, deadline=None, derandomize=True)
 def test_any_lengths(name, is_causal, shape, size):
     num_queries, num_keys, head_dim, value_dim = shape
     q, k, v = random_head(13, num_queries, num_keys, head_dim, value_dim)
@@ -541,7 +556,7 @@ def test_an_unknown_argument_is_refused(name):
 # 12. strict promotion is on in every test (conftest). 13. compilation
 
 
-@both_directions
+@lifted_both_directions
 def test_one_compilation_per_shape(name, is_causal):
     def call_eagerly(seed, length):
         tensors = random_heads(seed, 1, length, length, 2, 1)
@@ -662,7 +677,7 @@ def test_needs_key_is_true(name):
 # 16. many devices. 17. export
 
 
-@every_method
+@lifted
 @pytest.mark.parametrize("spec", [("data", None), (None, "data")], ids=["batch", "sequence"])
 def test_sharded_equals_unsharded(name, spec):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
@@ -672,7 +687,7 @@ def test_sharded_equals_unsharded(name, spec):
     np.testing.assert_allclose(function(*sharded), function(*tensors), rtol=1e-5, atol=2e-6)
 
 
-@both_directions
+@lifted_both_directions
 def test_export_round_trip(name, is_causal):
     options = {"is_causal": True} if is_causal else {}
     tensors = random_heads(22, 1, 9, 9, 2, 1)

@@ -432,7 +432,7 @@ def test_results_follow_from_the_committed_runs():
     [
         "harness/language_model",
         "harness/swap_in",
-        "harness/long_context",
+        pytest.param("harness/long_context", marks=pytest.mark.slow),
         *(
             pytest.param(f"control_variates/{name}", marks=pytest.mark.slow)
             for name in ("gap", "continuum", "bias", "swap_in", "vision", "language_model")
@@ -441,7 +441,6 @@ def test_results_follow_from_the_committed_runs():
             pytest.param(f"coresets/{name}", marks=pytest.mark.slow)
             for name in ("size", "growth", "instances", "table", "language_model", "recall", "latency")
         ),
-        "low_rank/sharing",
         *(
             pytest.param(f"low_rank/{name}", marks=pytest.mark.slow)
             for name in (
