@@ -182,7 +182,8 @@ class _Head:
     def noise(self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str]) -> dict[str, Array]:
         """What each key head draws from, stacked: a draw to share over the batch where there is one, else a key."""
         if rng is None:
-            if self.method and self.method.capabilities.needs_key and not _NOISE & given:
+            drawn = _NOISE & given or not isinstance(self.hyperparameters.get("sketch", ""), str)
+            if self.method and self.method.capabilities.needs_key and not drawn:
                 raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
             return {}
         keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key(self.name, rng), jnp.arange(num_kv_heads))

@@ -19,10 +19,12 @@ def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) ->
 
     Args:
         weights: positive, with rows that sum to 1 ``[T, S]``.
-        tolerance: singular values of the centred logarithms below this share of the largest are taken to be 0.
+        tolerance: singular values of the centred logarithms below this, or below this share of the largest, are taken
+            to be 0.
 
     Returns:
-        The rank, int32: at most ``min(T, S - 1)``; 0 for uniform weights.
+        The rank, int32: at most ``min(T, S - 1)``; 0 for uniform weights, -1 where a weight is not positive, which no
+        softmax gives.
 
     Example:
         >>> import jax
@@ -35,7 +37,8 @@ def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) ->
         Sharper than Bhojanapalli et al. (2020), "Low-rank bottleneck in multi-head attention models", theorem 1.
     """
     sizes = jnp.linalg.svd(_centred_logits(weights), compute_uv=False)
-    return jnp.sum(sizes > jnp.maximum(tolerance * sizes[0], tolerance), dtype=jnp.int32)
+    rank = jnp.sum(sizes > tolerance * jnp.maximum(sizes[0], 1), dtype=jnp.int32)
+    return jnp.where(jnp.all(weights > 0), rank, -1)
 
 
 def realize_attention(
@@ -54,7 +57,7 @@ def realize_attention(
             `needed_head_dim` the logits are the nearest of that rank in the Frobenius norm.
 
     Returns:
-        Queries ``[T, D]`` and keys ``[S, D]``, for the default scale.
+        Queries ``[T, D]`` and keys ``[S, D]``, for the default scale; NaN where a weight is not positive.
 
     Raises:
         ValueError: a head without channels.

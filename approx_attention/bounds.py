@@ -3,6 +3,7 @@
 import math
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
@@ -190,6 +191,7 @@ def sensitivity(
     check_count("num_steps", num_steps)
     check_key_value_fit(k, k, k)
     k = k.astype(accumulation_dtype(k))
+    radius = jnp.asarray(radius, k.dtype)
     present = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
     k = jnp.where(present[:, None], k, 0)
     bias = jnp.where(present, 0.0, HIDDEN).astype(k.dtype)
@@ -402,6 +404,46 @@ def sketch_mse(
         return (total + out - 2 * own) / sketch_size * _without_replacement(length, sketch_size)
     own_times = {"gaussian": 0, "achlioptas": 0, "rademacher": -2, "count": -2, "sparse_jl": -2}[kind]
     return (total + out + own_times * own) / sketch_size
+
+
+def row_sample_mse(
+    weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sample_size: int, log_odds: Float[Array, " S"]
+) -> Float[Array, ""]:
+    r"""The mean squared error of attention over M rows drawn with replacement and counted against their odds.
+
+    .. math:: E \|P \Pi^T \Pi v - P v\|_F^2
+              = \frac1M \Big(\sum_j \frac{\|P_{:j}\|^2 \|v_j\|^2}{p_j} - \|P v\|_F^2\Big),
+
+    which is least, :math:`((\sum_j \|P_{:j}\| \|v_j\|)^2 - \|P v\|_F^2) / M`, where
+    :math:`p_j \propto \|P_{:j}\| \|v_j\|`.
+
+    Args:
+        weights: attention weights P ``[T, S]``.
+        v: values ``[S, Dv]``.
+        sample_size: M.
+        log_odds: logarithms of p up to a constant ``[S]``; zeros for uniform draws.
+
+    Returns:
+        The expected squared error, summed over queries and channels.
+
+    Raises:
+        ValueError: a count below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> float(bounds.row_sample_mse(jnp.full((4, 8), 1 / 8), jnp.ones((8, 1)), 2, jnp.zeros(8)))
+        0.0
+
+    Reference:
+        Drineas, Kannan and Mahoney (2006), "Fast Monte Carlo algorithms for matrices I".
+    """
+    check_count("sample_size", sample_size)
+    dtype = accumulation_dtype(weights, v)
+    weights, v = weights.astype(dtype), v.astype(dtype)
+    share = jnp.exp(-jax.nn.log_softmax(log_odds.astype(dtype)))
+    own = jnp.sum(weights**2, axis=0) * squared_norm(v)[:, 0]
+    return (jnp.sum(share * own) - jnp.sum((weights @ v) ** 2)) / sample_size
 
 
 def _without_replacement(num_rows: int, size: int) -> float:

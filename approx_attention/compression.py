@@ -86,7 +86,7 @@ def compress_tokens(
     asked = k[:1] if queries is None else queries
     asked, k, v = head_inputs(asked, k, v, scale=scale, kv_mask=kv_mask)
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    if size is None and budget == num_keys:
+    if budget == num_keys and (size is None or num_keys <= sinks + recent):
         return tokens
     start = jnp.zeros((), jnp.int32)
     if kv_mask is not None:
@@ -159,18 +159,20 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
     number = jnp.arange(num_keys, dtype=jnp.int32)
     position = jnp.arange(num_queries, dtype=jnp.int32) + (num_keys - num_queries)
+    queries = queries.astype(tokens.k.dtype)
 
-    def of_block(rows: Array) -> Array:
-        q, place = rows[:, :-1], rows[:, -1:]
-        seen = (number[None, :].astype(q.dtype) <= place) & (tokens.mass > 0)[None, :]
+    def of_block(rows: tuple[Array, Array]) -> Array:
+        q, place = rows
+        seen = (number[None, :] <= place[:, None]) & (tokens.mass > 0)[None, :]
         return jnp.where(seen, jax.nn.softmax(jnp.where(seen, q @ tokens.k.T, HIDDEN), axis=-1), 0)
 
     block = max(1, 2**22 // num_keys)
     blocks = -(-num_queries // block)
-    rows = jnp.concatenate([queries, position[:, None].astype(queries.dtype)], axis=1)
-    padding = jnp.full((blocks * block - num_queries, rows.shape[1]), -1, rows.dtype)
-    rows = jnp.concatenate([rows, padding]).reshape(blocks, block, -1)
-    return lax.scan(lambda total, rows: (total + jnp.sum(of_block(rows), axis=0), None), jnp.zeros(num_keys), rows)[0]
+    padding = blocks * block - num_queries
+    rows = pad_rows(queries, padding), jnp.pad(position, (0, padding), constant_values=-1)
+    rows = jax.tree.map(lambda x: x.reshape(blocks, block, *x.shape[1:]), rows)
+    none = jnp.zeros(num_keys, tokens.k.dtype)
+    return lax.scan(lambda total, rows: (total + jnp.sum(of_block(rows), axis=0), None), none, rows)[0]
 
 
 def _recency(tokens: WeightedKV, queries: Array) -> Array:
@@ -250,23 +252,28 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
     return [round(first + (last - first) * layer / (num_layers - 1)) for layer in range(num_layers)]
 
 
-def shared_sizes(scores: Float[Array, "H S"], budget: int, *, most: int | None = None) -> Array:
+def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, most: int | None = None) -> Array:
     """How many keys each head keeps if all heads together keep ``H * budget`` with the greatest scores.
 
     Args:
         scores: of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention.
         budget: mean tokens per head.
+        least: no head gets fewer, such as the sinks, the recent tokens and one more of `compress_tokens`.
         most: no head gets more, by default twice the mean.
 
     Returns:
         Sizes ``[H]``, int32; their sum is at most ``H * budget``.
 
+    Raises:
+        ValueError: a budget that is not between ``least`` and ``most``.
+
     Example:
         >>> import functools, jax
-        >>> from approx_attention import WeightedKV, attention_received, compress_tokens, shared_sizes
+        >>> from approx_attention import WeightedKV, attention_received, compress_tokens, fold_scale, shared_sizes
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (2, 256, 8)) for i in range(3))
-        >>> scores = jax.vmap(lambda k, v, q: attention_received(WeightedKV.of_tokens(k, v), q))(k, v, q[:, -32:])
-        >>> sizes = shared_sizes(scores, 64)
+        >>> scaled_q, scaled_k = fold_scale(q[:, -32:], k)
+        >>> score = jax.vmap(lambda k, v, q: attention_received(WeightedKV.of_tokens(k, v), q))
+        >>> sizes = shared_sizes(score(scaled_k, v, scaled_q), 64, least=37)
         >>> compress = functools.partial(compress_tokens, budget=128, policy="h2o")
         >>> small = jax.vmap(lambda k, v, q, size: compress(k, v, queries=q, size=size))(k, v, q, sizes)
         >>> bool(((small.mass > 0).sum(1) == sizes).all())
@@ -276,11 +283,16 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, most: int | None =
         Feng et al. (2024), "Ada-KV".
     """
     num_heads, num_keys = scores.shape
+    check_count("budget", budget)
     most = min(num_keys, 2 * budget if most is None else most)
-    total = min(num_heads * check_count("budget", budget), num_heads * most)
-    best = lax.top_k(scores, most)[0]
+    least = min(check_count("least", least, least=0), most)
+    total = num_heads * (min(budget, most) - least)
+    if total < 0:
+        raise ValueError(f"budget must be at least {least}, which every head gets, got {budget}")
+    # The first of every head are settled; all compete for the rest.
+    best = lax.top_k(scores, most)[0][:, least:]
     chosen = lax.top_k(best.reshape(-1), total)[1]
-    return jax.ops.segment_sum(jnp.ones_like(chosen), chosen // most, num_heads)
+    return least + jax.ops.segment_sum(jnp.ones_like(chosen), chosen // max(1, most - least), num_heads)
 
 
 # continuing to decode

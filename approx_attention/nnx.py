@@ -287,7 +287,9 @@ def mean_pool_init(noise: float = 0.01) -> Callable[..., Array]:
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        means = jnp.asarray(averaging_matrix(shape[-1], shape[-2]), dtype)
+        if shape[-2] > shape[-1]:
+            raise ValueError(f"there are no means of {shape[-2]} segments of {shape[-1]} places")
+        means = jnp.broadcast_to(averaging_matrix(shape[-1], shape[-2], dtype), shape)
         return means + noise / math.sqrt(shape[-1]) * jax.random.normal(key, shape, dtype)
 
     return init
@@ -310,12 +312,13 @@ class LinformerAttention(nnx.Module):
         max_length: the longest input; shorter ones use the first columns.
         num_slots: the number R of slots; layers may differ in it.
         sharing: ``"none"``, ``"headwise"`` or ``"key_value"``.
-        projections: those of another layer, in place of new ones (layerwise sharing).
+        projections: those of another layer, in place of new ones (layerwise sharing): sharing, slots and the rest are
+            what they are there.
         init: an initialiser of ``[R, max_length]``, or ``[K, R, max_length]`` with ``"none"``; `scale_keeping_init`,
             `mean_pool_init` or any of `flax.nnx.initializers`.
         frozen: keep the projections as they were drawn: no optimiser of `nnx.Param` sees them.
         is_causal: as in `approx_attention.linformer`.
-        options: further static arguments of it, such as ``renormalize``.
+        options: further static arguments of it.
         rngs: where the parameters are drawn from; not needed with ``projections``.
     """
 
@@ -334,15 +337,16 @@ class LinformerAttention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         check_choice("sharing", sharing, ("none", "headwise", "key_value"))
-        self.per_head, self.is_causal, self.options = sharing == "none", is_causal, dict(options or {})
+        self.is_causal, self.options = is_causal, dict(options or {})
         if projections is None:
             if rngs is None:
                 raise ValueError("LinformerAttention draws its projections: pass rngs, or projections of another layer")
-            shape = (num_kv_heads,) * self.per_head + (min(num_slots, max_length), max_length)
+            shape = (num_kv_heads,) * (sharing == "none") + (min(num_slots, max_length), max_length)
             names = ("projection_k",) if sharing == "key_value" else ("projection_k", "projection_v")
             kind = nnx.Variable if frozen else nnx.Param
             projections = nnx.Dict({name: kind(init(rngs.params(), shape)) for name in names})
         self.projections = projections
+        self.per_head = projections["projection_k"][...].ndim == 3
 
     def __call__(
         self,

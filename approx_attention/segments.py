@@ -37,11 +37,11 @@ def segments(num_tokens: int, num_segments: int) -> Segments:
     return Segments(np.minimum(member, num_tokens - 1), inside)
 
 
-def averaging_matrix(num_tokens: int, num_segments: int) -> Array:
+def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any) -> Array:
     """The matrix ``[M, S]`` whose rows take the means of `segments`; M is S if there are no more tokens."""
     num_segments = min(num_segments, num_tokens)
     segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
-    member = (segment[None, :] == jnp.arange(num_segments)[:, None]).astype(jnp.float32)
+    member = (segment[None, :] == jnp.arange(num_segments)[:, None]).astype(dtype)
     return member / jnp.sum(member, axis=1, keepdims=True)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.checks import check_choice, check_count, check_key
+from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
 from approx_attention.softmax import pad_rows
 
 
@@ -40,7 +40,8 @@ class DenseSketch:
 
     def __matmul__(self, x: Array) -> Array:
         """S x of rows ``x [n, ...]``: ``[M, ...]``."""
-        return self.entries.astype(x.dtype) @ x
+        rows = _rows(x, self.num_rows)
+        return (self.entries.astype(rows.dtype) @ rows).astype(x.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -76,12 +77,13 @@ class SparseSketch:
 
     def __matmul__(self, x: Array) -> Array:
         """S x of rows ``x [n, ...]``: ``[M, ...]``."""
-        entries = self.place.shape[0]
+        entries, rows = self.place.shape[0], _rows(x, self.num_rows)
 
         def block(place: Array, sign: Array) -> Array:
-            return jax.ops.segment_sum(_times_rows(sign, x), place, self.size // entries)
+            return jax.ops.segment_sum(_times_rows(sign, rows), place, self.size // entries)
 
-        return jax.vmap(block)(self.place, self.sign).reshape(self.size, *x.shape[1:]) / math.sqrt(entries)
+        sums = jax.vmap(block)(self.place, self.sign).reshape(self.size, *x.shape[1:])
+        return (sums / math.sqrt(entries)).astype(x.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -117,8 +119,8 @@ class HadamardSketch:
     def __matmul__(self, x: Array) -> Array:
         """S x of rows ``x [n, ...]``: ``[M, ...]``."""
         length = _power_of_two(self.num_rows)
-        signed = pad_rows(_times_rows(self.sign, x), length - self.num_rows)
-        return hadamard_transform(signed)[self.chosen] / math.sqrt(self.chosen.shape[0])
+        signed = pad_rows(_times_rows(self.sign, _rows(x, self.num_rows)), length - self.num_rows)
+        return (hadamard_transform(signed)[self.chosen] / math.sqrt(self.chosen.shape[0])).astype(x.dtype)
 
     @property
     def num_rows(self) -> int:
@@ -153,12 +155,15 @@ class RowSample:
     def with_odds(cls, key: Array, size: int, log_odds: Array) -> Self:
         r"""M rows with replacement, row j with probability :math:`p_j`, times :math:`1/\sqrt{M p_j}`; odds ``[n]``."""
         log_p = jax.nn.log_softmax(log_odds)
-        chosen = jax.random.categorical(key, log_odds, shape=(size,))
+        cumulative = jnp.cumsum(jnp.exp(log_p))
+        # Uniform numbers in (0, 1], so that a row without odds is never reached.
+        reached = cumulative[-1] * (1 - jax.random.uniform(key, (size,), cumulative.dtype))
+        chosen = jnp.searchsorted(cumulative, reached)
         return cls(chosen, jnp.exp(-0.5 * (math.log(size) + log_p[chosen])), log_odds.shape[0])
 
     def __matmul__(self, x: Array) -> Array:
         """S x of rows ``x [n, ...]``: ``[M, ...]``."""
-        return _times_rows(self.weight, x[self.chosen])
+        return _times_rows(self.weight, _rows(x, self.num_rows)[self.chosen]).astype(x.dtype)
 
 
 Sketch = DenseSketch | SparseSketch | HadamardSketch | RowSample
@@ -234,10 +239,19 @@ def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " 
         k: rows ``[S, D]``.
         ridge: :math:`\lambda` in units of the mean eigenvalue of :math:`K^T K`.
     """
+    k = k.astype(accumulation_dtype(k))
     gram = k.T @ k
     level = ridge * jnp.trace(gram) / k.shape[1]
     level = jnp.where(level > 0, level, 1)
     return jnp.sum(k.T * jnp.linalg.solve(gram + level * jnp.eye(k.shape[1], dtype=k.dtype), k.T), axis=0)
+
+
+def _rows(x: Array, num_rows: int) -> Array:
+    """What a sketch of ``num_rows`` rows is applied to, in the accumulation dtype."""
+    check_floating("x", x)
+    if x.shape[:1] != (num_rows,):
+        raise ValueError(f"the sketch is of {num_rows} rows, got shape {x.shape}")
+    return x.astype(accumulation_dtype(x))
 
 
 def _times_rows(weight: Array, x: Array) -> Array:

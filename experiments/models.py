@@ -63,6 +63,8 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if self.projections and self.method != "linformer":
             raise ValueError(f"method {self.method!r} has no projections; 'linformer' has")
+        if self.projections and self.settings.keys() & {"projection_k", "projection_v"}:
+            raise ValueError("projection_k and projection_v are either settings or learned projections")
         known = inspect.signature(get_method(self.method).function).parameters
         for name in self.settings:
             if name not in known:
@@ -178,7 +180,7 @@ class SelfAttention(nnx.Module):
         self.gated = config.gated
         drawn = config.draw(self.key_of_draws(), self.head_dim) if config.learned else {}
         self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
-        self.module = config.module(self.num_kv_heads, self.is_causal, nnx.Rngs(self.key_of_draws()))
+        self.module = nnx.data(config.module(self.num_kv_heads, self.is_causal, nnx.Rngs(self.key_of_draws())))
 
     def key_of_draws(self) -> Array:
         """What the layer draws from."""
@@ -249,10 +251,7 @@ class Transformer(nnx.Module):
             ]
         )
         self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
-        if attention_config.projections and attention_config.projections.sharing == "layerwise":
-            first, *others = (layer.attention.module for layer in self.layers)
-            for module in others:
-                module.projections = first.projections
+        _share_projections([layer.attention for layer in self.layers], attention_config)
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
         for layer in self.layers:
@@ -344,5 +343,15 @@ def attention_layers(model: nnx.Module) -> dict[str, SelfAttention]:
 
 def use_attention(model: nnx.Module, config: AttentionConfig) -> None:
     """Puts another method into every attention layer of a trained model; its parameters stay."""
-    for layer in attention_layers(model).values():
+    layers = list(attention_layers(model).values())
+    for layer in layers:
         layer.use(config)
+    _share_projections(layers, config)
+
+
+def _share_projections(layers: list[SelfAttention], config: AttentionConfig) -> None:
+    """Ties the projections of all layers where they are shared between them."""
+    if config.projections and config.projections.sharing == "layerwise":
+        first, *others = (layer.module for layer in layers)
+        for module in others:
+            module.projections = first.projections

@@ -777,6 +777,10 @@ def test_budgets():
     scores = jnp.asarray([[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 1.0, 1.0]])
     np.testing.assert_array_equal(shared_sizes(scores, 2), [4, 0])
     np.testing.assert_array_equal(shared_sizes(scores, 2, most=3), [3, 1])
+    np.testing.assert_array_equal(shared_sizes(scores, 2, least=1), [3, 1])
+    np.testing.assert_array_equal(shared_sizes(scores, 2, least=2), [2, 2])
+    with pytest.raises(ValueError, match="budget must be at least 3"):
+        shared_sizes(scores, 2, least=3)
 
 
 def test_a_head_uses_its_share_of_a_shared_budget():

@@ -198,6 +198,19 @@ def test_blocks_against_a_loop(projection):
         np.testing.assert_allclose(out, weights @ values / weights.sum(), atol=2e-6)
 
 
+def test_blocks_that_are_not_full_are_exact_by_the_identity():
+    q, k, v = random_head(27, 10, 10, 6, 3)
+    real = jnp.arange(10) != 1
+    expected = brute_force(q, k, v, mask=np.asarray(real)[None, :])[0]
+    options = {"projection_k": jnp.eye(4), "block_size": 4, "kv_mask": real}
+    np.testing.assert_allclose(block_linformer(q, k, v, **options), expected, atol=2e-6)
+    visible = np.asarray(real)[None, :] & causal_mask(10, 10)
+    out = block_linformer(q, k, v, is_causal=True, **options)
+    np.testing.assert_allclose(out, brute_force(q, k, v, mask=visible)[0], atol=2e-6)
+    few = block_linformer(q[:3], k[:3], v[:3], projection_k=jnp.eye(4), block_size=4, is_causal=True)
+    np.testing.assert_allclose(few, brute_force(q[:3], k[:3], v[:3], mask=causal_mask(3, 3))[0], atol=2e-6)
+
+
 def test_a_prefix_longer_than_its_room_goes_on():
     _, k, v = random_head(25, 1, 64, 6, 3)
     running = running_block_linformer(6, slots_per_block=2, block_size=4, max_length=16)
@@ -221,5 +234,11 @@ def test_what_is_wrong_is_said():
         linformer(q, k, v, projection_k="max", is_causal=True)
     with pytest.raises(ValueError, match=r"convolves 5 channels, got 6"):
         linformer(q, k, v, projection_k=Convolution(jnp.ones((2, 5))))
+    with pytest.raises(ValueError, match=r"projection_v needs a projection_k"):
+        block_linformer(q, k, v, projection_v=jnp.ones((2, 4)), block_size=4)
+    with pytest.raises(ValueError, match=r"weight of a convolution must be \[w, D\]"):
+        linformer(q, k, v, projection_k=Convolution(jnp.ones(2)))
+    with pytest.raises(NotImplementedError, match=r"renormalize with a convolution"):
+        linformer(q, k, v, projection_k=Convolution(jnp.ones((2, 6))), renormalize=True)
     with pytest.raises(ValueError, match=r"must be \[R, b\] with b = 4"):
         block_linformer(q, k, v, projection_k=jnp.ones((2, 5)), block_size=4)

@@ -154,6 +154,12 @@ def test_layers_share_projections_and_frozen_ones_are_not_parameters():
     frozen = ours.LinformerAttention(2, 12, num_slots=3, frozen=True, rngs=RNGS(0))
     assert not jax.tree.leaves(flax_nnx.state(frozen, flax_nnx.Param))
     assert len(jax.tree.leaves(flax_nnx.state(frozen))) == 2
+    own = ours.LinformerAttention(2, 12, num_slots=3, sharing="none", init=ours.mean_pool_init(), rngs=RNGS(0))
+    tensors = random_heads(7, 1, 12, 12, 4, 2)
+    given = ours.LinformerAttention(2, 12, projections=own.projections)
+    np.testing.assert_array_equal(given(*tensors), own(*tensors))
+    with pytest.raises(ValueError, match="no means of 20 segments of 12 places"):
+        ours.mean_pool_init()(jax.random.key(0), (20, 12))
     with pytest.raises(ValueError, match="pass rngs, or projections of another layer"):
         ours.LinformerAttention(2, 12)
 

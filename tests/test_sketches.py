@@ -10,6 +10,7 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
 from approx_attention import (
     attend,
+    attention,
     bounds,
     exact,
     importance_sample,
@@ -20,7 +21,7 @@ from approx_attention import (
 from approx_attention.bottleneck import needed_head_dim, realize_attention
 from approx_attention.diagnostics import spectrum
 from approx_attention.sketches import SKETCHES, RowSample, back, draw_sketch, hadamard_transform, leverages
-from tests.references import brute_force, random_head
+from tests.references import brute_force, random_head, random_heads
 
 KINDS = list(SKETCHES)
 
@@ -48,6 +49,20 @@ def test_sketches_are_linear_and_have_their_transpose(kind):
     np.testing.assert_allclose(sketch @ x, matrix @ np.asarray(x), atol=1e-6)
     np.testing.assert_allclose(sketch @ x[:, 0], matrix @ np.asarray(x[:, 0]), atol=1e-6)
     np.testing.assert_allclose(back(sketch, y), matrix.T @ np.asarray(y), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_summed_in_full(kind):
+    sketch = draw_sketch(jax.random.key(2), kind, 8, 1000)
+    x = random_head(18, 1000, 1, 2, dtype=jnp.bfloat16)[0]
+    expected = np.asarray(sketch @ x.astype(jnp.float32))
+    found = sketch @ x
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0.005, atol=1e-6)
+    with pytest.raises(ValueError, match="the sketch is of 1000 rows, got shape"):
+        sketch @ x[:1]
+    with pytest.raises(TypeError, match="floating-point"):
+        sketch @ jnp.arange(1000)
 
 
 def test_the_entries_are_those_of_their_kind():
@@ -177,6 +192,17 @@ def _soiled(k, v, real):
     return (jnp.where(real[:, None], x, jnp.nan) for x in (k, v))
 
 
+def test_a_drawn_sketch_needs_no_key():
+    query, key, value = random_heads(19, 1, 8, 8, 2, 1)
+    sketch = draw_sketch(jax.random.key(0), "gaussian", 4, 8)
+    out = attention(query, key, value, method="unreduced_jlt", sketch=sketch)
+    np.testing.assert_allclose(
+        out[0, :, 1], unreduced_jlt(query[0, :, 1], key[0, :, 0], value[0, :, 0], sketch=sketch), atol=1e-6
+    )
+    with pytest.raises(ValueError, match="is random: pass rng"):
+        attention(query, key, value, method="unreduced_jlt")
+
+
 def test_no_real_key_and_values_of_zero():
     q, k, v = random_head(9, 4, 10, 4, 3)
     none = jnp.zeros(10, bool)
@@ -189,6 +215,7 @@ def test_no_real_key_and_values_of_zero():
 def test_the_best_odds_are_those_of_the_norms_of_columns_and_values():
     q, k, v = random_head(10, 6, 12, 4, 3, spread=1.5)
     weights = brute_force(q, k, np.eye(12))[0]
+    weights32 = jnp.asarray(weights, jnp.float32)
     size = np.linalg.norm(weights, axis=0) * np.linalg.norm(v, axis=1)
     out = weights @ np.asarray(v)
 
@@ -199,9 +226,12 @@ def test_the_best_odds_are_those_of_the_norms_of_columns_and_values():
         errors = np.einsum("tcm,cmv->ctv", columns, v[sample.chosen]) - out
         return np.sum(errors**2, axis=(1, 2)).mean()
 
-    best = mse(size)
+    best, uniform = mse(size), mse(np.ones(12))
     assert best == pytest.approx((size.sum() ** 2 - (out**2).sum()) / 4, rel=0.03)
-    assert best < mse(np.ones(12))
+    assert best < uniform
+    for found, odds in ((best, size), (uniform, np.ones(12))):
+        log_odds = jnp.log(jnp.asarray(odds, jnp.float32))
+        assert found == pytest.approx(float(bounds.row_sample_mse(weights32, v, 4, log_odds)), rel=0.03)
 
 
 def test_leverages_against_their_formula():
@@ -248,6 +278,12 @@ def test_uniform_weights_need_nothing():
     np.testing.assert_allclose(q @ k.T, 0, atol=1e-5)
     with pytest.raises(ValueError, match=r"weights must be \[T, S\]"):
         needed_head_dim(jnp.ones(3))
+
+
+def test_no_head_has_weights_of_zero():
+    weights = jnp.eye(4)
+    assert int(needed_head_dim(weights)) == -1
+    assert all(jnp.isnan(x).all() for x in realize_attention(weights))
 
 
 def test_the_spectrum_of_attention():

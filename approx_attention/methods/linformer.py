@@ -59,6 +59,8 @@ def linformer(
         v: values ``[S, Dv]``.
         key: ignored.
         num_slots: the number R of segments to pool, for ``"mean"`` and ``"max"``; with R >= S the answer is exact.
+            Segments are laid out over all S places, padding and (causally) the future included: a model that decodes
+            takes a matrix.
         projection_k: E ``[R, S_max]``, of which the first S columns are used; or ``"mean"`` or ``"max"`` of R segments
             whose lengths differ by at most 1; or a `Convolution`.
         projection_v: F, by default the same as E.
@@ -66,9 +68,9 @@ def linformer(
             so that padding, shorter inputs and (causally) the future change no slot's scale; for rows whose entries are
             not negative. Pooling always does.
         is_causal: slots of query t are :math:`\sum_{j \le t} E_{rj} k_j`, those that no key has entered left out; means
-            are over what is visible. For a matrix or ``"mean"``.
+            are over what is visible. For a matrix or ``"mean"``; only with a matrix does a prefix answer as the whole.
         block_size: tokens that the causal form takes at a time; the result does not depend on it.
-        kv_mask: true where a key is real, ``[S]``; padding is as good as removed, with its columns of E and F. A query
+        kv_mask: true where a key is real, ``[S]``; of a matrix padding is as good as removed, with its columns. A query
             that sees no key gives 0, and a slot that no visible key enters is left out.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
@@ -126,6 +128,10 @@ def _slots(
     num_keys = x.shape[0]
     real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
     if isinstance(projection, Convolution):
+        if projection.weight.ndim != 2:
+            raise ValueError(f"the weight of a convolution must be [w, D], got shape {projection.weight.shape}")
+        if renormalize:
+            raise NotImplementedError("method 'linformer' does not support renormalize with a convolution")
         width, channels = projection.weight.shape
         if channels != x.shape[1]:
             raise ValueError(f"{name} convolves {channels} channels, got {x.shape[1]}")
@@ -234,6 +240,8 @@ def linformer_step(
         >>> bool(jnp.allclose(last[0], whole[-1], atol=1e-5))
         True
     """
+    dtype, working = v.dtype, prefix.k.dtype
+    q, k, v, columns_k, columns_v = (x.astype(working) for x in (q, k, v, columns_k, columns_v))
     if kv_mask is not None:
         k, v = jnp.where(kv_mask[:, None], k, 0), jnp.where(kv_mask[:, None], v, 0)
         columns_k, columns_v = jnp.where(kv_mask[None, :], columns_k, 0), jnp.where(kv_mask[None, :], columns_v, 0)
@@ -251,7 +259,7 @@ def linformer_step(
     after = LinformerPrefix(
         prefix.k + columns_k @ k, prefix.v + columns_v @ v, visible_k[-1], visible_v[-1], entered[-1]
     )
-    return out, after
+    return out.astype(dtype), after
 
 
 class _Rows(NamedTuple):
@@ -267,7 +275,7 @@ class _Rows(NamedTuple):
             raise NotImplementedError(f"method 'linformer' does not support is_causal with {name} {projection!r}")
         if isinstance(projection, str):
             check_choice(name, projection, ("mean", "max"))
-            projection, renormalize = averaging_matrix(num_keys, num_slots), True
+            projection, renormalize = averaging_matrix(num_keys, num_slots, k.dtype), True
         matrix = _columns(name, projection, num_keys).astype(k.dtype)
         return cls(matrix, jnp.sum(projection.astype(k.dtype), axis=1) if renormalize else None)
 
@@ -314,11 +322,11 @@ def block_linformer(
 ) -> Any:
     r"""Attention over projected blocks of keys, and causally over nearby keys as they are, in one softmax.
 
-    Block B of b tokens becomes R slots :math:`E k_B, F v_B`, each of which stands for :math:`n_B / R` of its
-    :math:`n_B` real tokens:
+    Block B of b tokens becomes :math:`R_B` slots :math:`E k_B, F v_B`, those that a real token enters, each of which
+    stands for an equal share of its :math:`n_B` real tokens:
 
-    .. math:: \mathrm{out}_t = \sum_{B, r} \tfrac{n_B}{R}\, e^{s\, q_t \cdot (E k_B)_r} (F v_B)_r
-              \Big/ \sum_{B, r} \tfrac{n_B}{R}\, e^{s\, q_t \cdot (E k_B)_r}.
+    .. math:: \mathrm{out}_t = \sum_{B, r} \tfrac{n_B}{R_B}\, e^{s\, q_t \cdot (E k_B)_r} (F v_B)_r
+              \Big/ \sum_{B, r} \tfrac{n_B}{R_B}\, e^{s\, q_t \cdot (E k_B)_r}.
 
     Args:
         q: queries ``[T, D]``.
@@ -359,6 +367,8 @@ def block_linformer(
         "slots_per_block": slots_per_block, "projection_k": projection_k, "projection_v": projection_v,
     }  # fmt: skip
     if is_causal:
+        # No query looks beyond the first two blocks by slots, which a single short block could not have.
+        options = options if q.shape[0] > block_size else {}
         running = running_block_linformer(head_dim, **options, block_size=block_size, max_length=q.shape[0])
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
@@ -458,6 +468,8 @@ def _block_slots(
 ) -> WeightedKV:
     if projection_v is None:
         projection_v = projection_k
+    if projection_v is not None and projection_k is None:
+        raise ValueError("projection_v needs a projection_k beside it")
     if projection_k is None or projection_v is None:
         return (
             TokenSums.of_tokens(k, v, real).pooled(segments(k.shape[0], min(slots_per_block, k.shape[0]))).landmarks()
@@ -469,5 +481,6 @@ def _block_slots(
         )
     slots_k, present = _slots("projection_k", k, projection_k, slots_per_block, real, False)
     slots_v, _ = _slots("projection_v", v, projection_v, slots_per_block, real, False)
-    mass = jnp.where(present, jnp.sum(real).astype(k.dtype) / projection_k.shape[0], 0)
+    share = jnp.sum(real).astype(k.dtype) / jnp.maximum(jnp.sum(present), 1).astype(k.dtype)
+    mass = jnp.where(present, share, 0)
     return WeightedKV(slots_k, mass[:, None] * slots_v, mass)

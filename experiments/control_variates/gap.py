@@ -11,7 +11,7 @@ from rich.console import Console
 
 from approx_attention import METHODS, attention, diagnostics
 from approx_attention.compare import Tensors, held_bytes, load_sample
-from experiments.config import STRICT
+from experiments.config import STRICT, ConfigError
 from experiments.models import AttentionConfig
 
 
@@ -41,6 +41,8 @@ class GapConfig:
 
 def run(config: GapConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Relative Frobenius error, FLOPs of the products per head, and bytes held of each method."""
+    if any(method.projections for method in config.methods.values()):
+        raise ConfigError("experiment 'gap' trains nothing: give 'linformer' no projections")
     tensors = load_sample() if config.source == "sample" else smoothed(config)
     exact = attention(*tensors, method="exact", is_causal=config.is_causal)
     length, head_dim = tensors.query.shape[1], tensors.query.shape[3]

@@ -13,7 +13,7 @@ from rich.console import Console
 from approx_attention.diagnostics import spectrum
 from experiments import data
 from experiments.capture import capture
-from experiments.config import STRICT
+from experiments.config import STRICT, ConfigError
 from experiments.training import TrainingConfig, build_model, fit, predict
 
 
@@ -32,11 +32,19 @@ class SpectraConfig:
 
     __pydantic_config__ = STRICT
 
+    def __post_init__(self) -> None:
+        if self.training.seed:
+            raise ValueError("the seed of the training is that of the run")
+        if self.training.attention.method != "exact" or self.training.model.num_layers < 2:
+            raise ValueError("what is looked at is a model of at least 2 layers with exact attention")
+
 
 def run(config: SpectraConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Cumulative spectra of every layer, the mean over heads and examples, of P and of P less the uniform weights."""
     training = dataclasses.replace(config.training, seed=config.seed)
     model, dataset, _ = fit(training, directory, console)
+    if dataset.is_causal:
+        raise ConfigError(f"data {training.data.name!r} are causal; the spectra are of bidirectional attention")
     batch = data.held_out(dataset, "valid", config.examples, 1)[0]
     result: dict[str, Any] = {}
     for name, of in (("trained", model), ("initial", build_model(training, dataset))):
