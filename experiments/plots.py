@@ -206,7 +206,10 @@ def _cache(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
     panels[0].set_ylabel("bits per token lost after the prefix")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    columns = 1 + 2 * len(arms)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -235,7 +238,8 @@ def _errors_by_size(runs: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, arm in zip(panels, arms, strict=True):
         results = [run["result"] for run in runs if run["arm"] == arm]
         names = [name for name in results[0]["errors"] if not name.endswith(", closed form")]
-        for name, style in method_styles(names).items():
+        # Sketches and methods stand side by side: no look is kept for a method.
+        for name, style in zip(names, method_styles(f"{name} here" for name in names).values(), strict=True):
             sizes = list(results[0]["errors"][name])
             # An exact answer stands at the foot.
             means = [max(statistics.fmean(r["errors"][name][n] for r in results), 1e-3) for n in sizes]
