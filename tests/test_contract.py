@@ -472,6 +472,7 @@ CHANGES = {
     "algorithm": ("halving", {}),
     "query_radius": (9.0, {}),
     "streaming": ("counter", {"is_causal": True, "algorithm": "kmeans_merge"}),
+    "sinks": (0, {"is_causal": True}),
     "window_size": (5, {}),
     "block_size": (5, {}),
     ("coreset", "block_size"): (5, {"is_causal": True}),

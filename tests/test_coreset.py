@@ -111,7 +111,7 @@ def test_subsets_are_subsets(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EVERY)
-@pytest.mark.parametrize("garbage", [np.nan, 1e30])
+@pytest.mark.parametrize("garbage", [np.nan, pytest.param(1e30, marks=pytest.mark.slow)])
 def test_padding_never_enters(algorithm, garbage):
     _, k, v = random_head(2, 1, 40, 6, 3)
     kv_mask = jnp.arange(40) % 5 != 1
@@ -151,7 +151,7 @@ def test_as_many_real_keys_as_places_are_kept_exactly(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EVERY)
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 40.0])
+@pytest.mark.parametrize("spread", [0.0, pytest.param(1e-3, marks=pytest.mark.slow), 40.0])
 def test_no_extreme_gives_a_number_that_is_not_one(algorithm, spread):
     q, k, v = random_head(6, 8, 60, 6, 3, spread=spread)
 
