@@ -15,12 +15,12 @@ def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    octaves = list(runs[0]["result"]["test"].get("by_position", {}))
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1) if octaves else (0.01, 1))
     styles = method_styles(dict.fromkeys(run["arm"] for run in runs))
     for arm, style in styles.items():
         results = [run["result"] for run in runs if run["arm"] == arm]
-        octaves = list(results[0]["test"].get("by_position", {}))
         means = [statistics.fmean(result["test"]["by_position"][octave] for result in results) for octave in octaves]
         left.plot(octaves, means, label=arm, **style)
         right.plot(
@@ -35,6 +35,10 @@ def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
     for axes in (left, right):
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
+    # A whole example is classified at no position.
+    left.set_visible(bool(octaves))
+    if not octaves:
+        right.set_ylabel("test bits per example")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
