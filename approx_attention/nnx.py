@@ -310,10 +310,10 @@ class LinformerAttention(nnx.Module):
     Args:
         num_kv_heads: the number K of key heads.
         max_length: the longest input; shorter ones use the first columns.
-        num_slots: the number R of slots; layers may differ in it.
-        sharing: ``"none"``, ``"headwise"`` or ``"key_value"``.
-        projections: those of another layer, in place of new ones (layerwise sharing): sharing, slots and the rest are
-            what they are there.
+        num_slots: the number R of slots, 256 if None; layers may differ in it.
+        sharing: ``"none"``, ``"headwise"`` (if None) or ``"key_value"``.
+        projections: those of another layer, in place of new ones (layerwise sharing): slots, sharing and whether they
+            are frozen are what they are there, and not to be given here.
         init: an initialiser of ``[R, max_length]``, or ``[K, R, max_length]`` with ``"none"``; `scale_keeping_init`,
             `mean_pool_init` or any of `flax.nnx.initializers`.
         frozen: keep the projections as they were drawn: no optimiser of `nnx.Param` sees them.
@@ -327,8 +327,8 @@ class LinformerAttention(nnx.Module):
         num_kv_heads: int,
         max_length: int,
         *,
-        num_slots: int = 256,
-        sharing: Literal["none", "headwise", "key_value"] = "headwise",
+        num_slots: int | None = None,
+        sharing: Literal["none", "headwise", "key_value"] | None = None,
         projections: nnx.Dict | None = None,
         init: Callable[..., Array] = scale_keeping_init,
         frozen: bool = False,
@@ -336,15 +336,19 @@ class LinformerAttention(nnx.Module):
         options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        check_choice("sharing", sharing, ("none", "headwise", "key_value"))
         self.is_causal, self.options = is_causal, dict(options or {})
         if projections is None:
             if rngs is None:
                 raise ValueError("LinformerAttention draws its projections: pass rngs, or projections of another layer")
+            sharing = "headwise" if sharing is None else sharing
+            num_slots = 256 if num_slots is None else num_slots
+            check_choice("sharing", sharing, ("none", "headwise", "key_value"))
             shape = (num_kv_heads,) * (sharing == "none") + (min(num_slots, max_length), max_length)
             names = ("projection_k",) if sharing == "key_value" else ("projection_k", "projection_v")
             kind = nnx.Variable if frozen else nnx.Param
             projections = nnx.Dict({name: kind(init(rngs.params(), shape)) for name in names})
+        elif num_slots is not None or sharing is not None or frozen:
+            raise ValueError("with projections given, num_slots, sharing and frozen are theirs: leave them out")
         self.projections = projections
         self.per_head = projections["projection_k"][...].ndim == 3
 

@@ -411,6 +411,10 @@ def _errors_by_size_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             rows.append(["mean of the values", *[_significant([r["mean_value"] for r in results])] * len(sizes)])
         yield f"`{arm}`: error relative to exact attention, by rows or slots"
         yield _table(["", *sizes], rows)
+        if "theorem_2" in results[0]:
+            outputs = list(results[0]["theorem_2"])
+            yield f"`{arm}`: largest error of a row, in units of what theorem 2 of Linformer allows for epsilon 1"
+            yield _table(outputs, [[_significant([r["theorem_2"][name] for r in results]) for name in outputs]])
 
 
 def _spectra_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:

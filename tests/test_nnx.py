@@ -158,6 +158,8 @@ def test_layers_share_projections_and_frozen_ones_are_not_parameters():
     tensors = random_heads(7, 1, 12, 12, 4, 2)
     given = ours.LinformerAttention(2, 12, projections=own.projections)
     np.testing.assert_array_equal(given(*tensors), own(*tensors))
+    with pytest.raises(ValueError, match="num_slots, sharing and frozen are theirs"):
+        ours.LinformerAttention(2, 12, projections=own.projections, sharing="headwise")
     with pytest.raises(ValueError, match="no means of 20 segments of 12 places"):
         ours.mean_pool_init()(jax.random.key(0), (20, 12))
     with pytest.raises(ValueError, match="pass rngs, or projections of another layer"):
