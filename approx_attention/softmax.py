@@ -255,14 +255,14 @@ def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill
     return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
 
 
-def map_rows(function: Callable[[Array], Any], q: Array, block: int) -> Any:
-    """Applies ``function``, row by row a map, to blocks of at most ``block`` rows of ``q``, one after the other."""
-    num_queries = q.shape[0]
+def map_rows(function: Callable[[Any], Any], q: Any, block: int) -> Any:
+    """Applies ``function``, row by row a map, to blocks of at most ``block`` rows of a tree, one after the other."""
+    num_queries = jax.tree.leaves(q)[0].shape[0]
     blocks, rows = _even_split(num_queries, block)
     if blocks == 1:
         return function(q)
-    q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
-    result = lax.map(function, q)
+    padding = blocks * rows - num_queries
+    result = lax.map(function, jax.tree.map(lambda x: pad_rows(x, padding).reshape(blocks, rows, *x.shape[1:]), q))
     return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], result)
 
 

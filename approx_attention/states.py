@@ -96,3 +96,11 @@ def finite_peak(peak: Array) -> Array:
     """A maximum made safe to subtract: without gradient, and 0 where no key was seen (``-inf``)."""
     peak = jax.lax.stop_gradient(peak)
     return jnp.where(peak == -jnp.inf, jnp.zeros_like(peak), peak)
+
+
+def normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
+    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``; none where mass <= 0."""
+    unanswered = mass <= 0
+    safe_mass = jnp.where(unanswered, jnp.ones_like(mass), mass)
+    out = jnp.where(unanswered[:, None], jnp.zeros_like(numerator), numerator / safe_mass[:, None])
+    return AttentionState(out, jnp.where(unanswered, -jnp.inf, peak + jnp.log(safe_mass)))

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from approx_attention.checks import accumulation_dtype, token_sums_inputs
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
 from approx_attention.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state, map_rows, pad_rows
-from approx_attention.states import AttentionState, finite_peak, merge, require_same_kind
+from approx_attention.states import AttentionState, finite_peak, merge, normalise, require_same_kind
 
 # Features of this many rows are made at a time; all of them never exist at once.
 FEATURE_BLOCK = 1024
@@ -228,7 +228,7 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
     log_scale = log_scale + moments.log_scale[None, :]
     peak = finite_peak(jnp.max(log_scale, axis=-1))
     weights = values * jnp.exp(log_scale - peak[:, None])
-    return _normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
+    return normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
 
 
 def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
@@ -239,7 +239,7 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
     phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
     phi_k = phi_k * jnp.exp(log_scale_k - peak)
     weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
-    return _normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
+    return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
 
 
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
@@ -248,18 +248,10 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
     logits = jnp.where(present[None, :], q @ summary.k.T, -jnp.inf)
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
-    state = _normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
+    state = normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
     low, high = summary.value_range[:, None, :]
     has_answer = jnp.isfinite(state.lse)[:, None]
     return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)
-
-
-def _normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
-    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``."""
-    unanswered = mass <= 0
-    safe_mass = jnp.where(unanswered, jnp.ones_like(mass), mass)
-    out = jnp.where(unanswered[:, None], jnp.zeros_like(numerator), numerator / safe_mass[:, None])
-    return AttentionState(out, jnp.where(unanswered, -jnp.inf, peak + jnp.log(safe_mass)))
 
 
 @merge.register
