@@ -6,15 +6,22 @@ scale is folded into the query.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
+from approx_attention.causal import in_blocks
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_kv_mask
+from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, map_rows, pad_rows
+from approx_attention.states import AttentionState, finite_peak, merge, normalise
 
-Sets = Array | tuple[Array, ...] | list[Array]
+# Rows of composed queries in one tile at least, so that products stay products of matrices when keys are many.
+LEAST_ROWS = 64
+# Causal queries are taken in up to so many segments of at least so many, each with the keys up to its end.
+SEGMENTS, LEAST_SEGMENT = 4, 64
 
 
 class TensorInputs(NamedTuple):
@@ -56,15 +63,15 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
     check_floating("q", q)
     if q.ndim != 2:
         raise ValueError(f"q must be [T, D], one head without batch axes; got shape {q.shape}")
-    for a, (keys_a, values_a, mask) in enumerate(zip(keys, values, masks, strict=True)):
-        if keys_a.shape[1] != q.shape[1]:
-            raise ValueError(f"q and k must share the head dimension, got {q.shape[1]} and, in set {a}, {keys_a.shape[1]}")
-        if keys_a.shape[0] != values_a.shape[0] or values_a.shape[1] != values[0].shape[1]:
-            raise ValueError(f"v must hold [S, Dv] for each set of keys; got {values_a.shape} in set {a}, keys {keys_a.shape}")
-        if 0 in (q.shape[0], q.shape[1], keys_a.shape[0]):
-            raise ValueError(f"attention needs at least one query, key and channel; got q {q.shape} and k {keys_a.shape}")
+    for a, (k, v, mask) in enumerate(zip(keys, values, masks, strict=True)):
+        if k.shape[1] != q.shape[1]:
+            raise ValueError(f"q and k must share the head dimension, got {q.shape[1]} and, in set {a}, {k.shape[1]}")
+        if k.shape[0] != v.shape[0] or v.shape[1] != values[0].shape[1]:
+            raise ValueError(f"v must hold [S, Dv] for each set of keys; got {v.shape} in set {a} with keys {k.shape}")
+        if 0 in (*q.shape, k.shape[0]):
+            raise ValueError(f"attention needs at least one query, key and channel; got q {q.shape} and k {k.shape}")
         if mask is not None:
-            check_kv_mask(mask, keys_a.shape[0])
+            check_kv_mask(mask, k.shape[0])
     dtype = accumulation_dtype(q, *keys, *values)
     q = _scaled(q.astype(dtype), scale)
     keys, values = (
@@ -114,3 +121,160 @@ def _scaled(q: Array, scale: float | Array | None) -> Array:
     elif not isinstance(scale, Tracer) and not math.isfinite(float(scale)):
         raise ValueError(f"scale must be finite, got {scale}")
     return q * jnp.asarray(scale, q.dtype)
+
+
+class _Queries(NamedTuple):
+    """Queries ``[N, D]``, their own places, and the newest place of a key that each may see; None if not causal."""
+
+    q: Array
+    place: Array | None
+    newest: Array | None
+
+
+class _Tokens(NamedTuple):
+    """One set of keys ``[S, D]`` and values, which of them are real (None for all), and their places."""
+
+    k: Array
+    v: Array
+    real: Array | None
+    place: Array
+
+    @classmethod
+    def of(cls, k: Array, v: Array, real: Array | None) -> Self:
+        return cls(k, v, real, jnp.arange(k.shape[0], dtype=jnp.int32))
+
+    def padded(self, before: int, after: int) -> Self:
+        """So many more places on both sides, without real keys."""
+        real = jnp.ones(self.k.shape[0], bool) if self.real is None else self.real
+        around = lambda x: jnp.pad(x, ((before, after),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
+        return type(self)(*(around(x) for x in (self.k, self.v, real, self.place)))
+
+
+class _Rule(NamedTuple):
+    """Whether places must not increase from set to set, and how far back each set is seen (None for all the way)."""
+
+    ordered: bool
+    widths: tuple[int | None, ...]
+
+    def visible(self, queries: _Queries, tokens: _Tokens) -> Array | None:
+        """Which keys of the first set a query sees, ``[N or 1, S]``; None for all."""
+        seen = None if tokens.real is None else tokens.real[None, :]
+        if queries.place is None or queries.newest is None:
+            return seen
+        before = tokens.place[None, :] <= queries.newest[:, None]
+        seen = before if seen is None else seen & before
+        if self.widths[0] is None:
+            return seen
+        return seen & (tokens.place[None, :] > queries.place[:, None] - self.widths[0])
+
+    def compose(self, queries: _Queries, tokens: _Tokens) -> _Queries:
+        """The queries times each key of the first set, which ask the sets after it."""
+        pairs = queries.q.shape[0], tokens.k.shape[0]
+
+        def of_pairs(x: Array | None) -> Array | None:
+            return None if x is None else jnp.broadcast_to(x, pairs).reshape(-1)
+
+        q = (queries.q[:, None, :] * tokens.k[None, :, :]).reshape(-1, queries.q.shape[1])
+        if queries.place is None or queries.newest is None:
+            return _Queries(q, None, None)
+        newest = tokens.place[None, :] if self.ordered else queries.newest[:, None]
+        return _Queries(q, of_pairs(queries.place[:, None]), of_pairs(newest))
+
+    def of_the_rest(self) -> Self:
+        """The rule of the sets after the first."""
+        return self._replace(widths=self.widths[1:])
+
+
+def tensor_state(
+    inputs: TensorInputs, is_causal: str | None = None, widths: tuple[int, ...] | None = None
+) -> AttentionState:
+    """The exact state of queries over all visible tuples of keys, in memory linear in all lengths."""
+    tokens = tuple(_Tokens.of(*one) for one in zip(inputs.keys, inputs.values, inputs.masks, strict=True))
+    rule = _Rule(is_causal == "ordered", (None,) * len(tokens) if widths is None else widths)
+    if is_causal is None:
+        return _streamed(_Queries(inputs.q, None, None), tokens, rule)
+    return (_causal if widths is None else _windowed)(inputs.q, tokens, rule)
+
+
+def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
+    """The state of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
+    first, *others = sets
+    rows = max(LEAST_ROWS, LEAST_TILE // sets[-1].k.shape[0])
+    if not others:
+        tile = jax.checkpoint(lambda queries: dense_state(queries.q, first.k, first.v, _bias(rule, queries, first)))
+        return map_rows(tile, queries, rows)
+    num_keys = min(first.k.shape[0], rows)
+
+    def over_first_keys(queries: _Queries) -> AttentionState:
+        @jax.checkpoint
+        def tile(tokens: _Tokens) -> AttentionState:
+            answers = _streamed(rule.compose(queries, tokens), tuple(others), rule.of_the_rest())
+            return _fold(answers, tokens.v, rule.visible(queries, tokens))
+
+        if first.k.shape[0] <= num_keys:
+            return tile(first)
+        room = first.padded(0, -first.k.shape[0] % num_keys)
+        blocks = jax.tree.map(lambda x: in_blocks(x, num_keys), room)
+        empty = AttentionState.empty(queries.q.shape[0], first.v.shape[1], first.v.dtype)
+        return lax.scan(lambda state, tokens: (merge(state, tile(tokens)), None), empty, blocks)[0]
+
+    return map_rows(over_first_keys, queries, max(1, rows // num_keys))
+
+
+def _fold(answers: AttentionState, v: Array, visible: Array | None) -> AttentionState:
+    r"""Attention over first keys, whose logits are the normalisers of their answers over all others.
+
+    .. math:: \mathrm{lse}_i = \log \sum_j e^{\mathrm{lse}_{ij}}, \qquad
+              \mathrm{out}_i = \sum_j e^{\mathrm{lse}_{ij} - \mathrm{lse}_i}\, v_j \odot \mathrm{out}_{ij}
+    """
+    num_keys = v.shape[0]
+    out, lse = answers.out.reshape(-1, num_keys, v.shape[1]), answers.lse.reshape(-1, num_keys)
+    lse = lse if visible is None else jnp.where(visible, lse, -jnp.inf)
+    peak = finite_peak(jnp.max(lse, axis=1))
+    weights = jnp.exp(lse - peak[:, None])
+    return normalise(jnp.einsum("ij,jc,ijc->ic", weights, v, out), jnp.sum(weights, axis=1), peak)
+
+
+def _bias(rule: _Rule, queries: _Queries, tokens: _Tokens) -> Array | None:
+    visible = rule.visible(queries, tokens)
+    return None if visible is None else jnp.where(visible, jnp.zeros((), queries.q.dtype), HIDDEN)
+
+
+def _causal(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
+    """Causal attention by segments of queries, each of which leaves out the keys after its end."""
+    length = -(-q.shape[0] // min(SEGMENTS, -(-q.shape[0] // LEAST_SEGMENT)))
+    states = []
+    for start in range(0, q.shape[0], length):
+        end = min(start + length, q.shape[0])
+        place = jnp.arange(start, end, dtype=jnp.int32)
+        before = jax.tree.map(lambda x, end=end: x[:end], sets)
+        states.append(_streamed(_Queries(q[start:end], place, place), before, rule))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
+
+
+def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
+    """Causal attention by short blocks of queries, each with the keys in reach of it."""
+    reach = [min(width or 0, q.shape[0]) for width in rule.widths]
+    block = min(q.shape[0], max(8, min(reach) // 2), 128)
+    blocks = -(-q.shape[0] // block)
+
+    def around(tokens: _Tokens, width: int) -> _Tokens:
+        seen = jax.tree.map(lambda x: x[: blocks * block], tokens)
+        return seen.padded(width - 1, blocks * block - seen.k.shape[0])
+
+    padded = tuple(around(tokens, width) for tokens, width in zip(sets, reach, strict=True))
+
+    def near(args: tuple[Array, Array]) -> AttentionState:
+        start, q = args
+        place = start + jnp.arange(block, dtype=jnp.int32)
+        tokens = tuple(
+            jax.tree.map(lambda x, width=width: lax.dynamic_slice_in_dim(x, start, block + width - 1), one)
+            for one, width in zip(padded, reach, strict=True)
+        )
+        return _streamed(_Queries(q, place, place), tokens, rule)
+
+    starts = jnp.arange(blocks, dtype=jnp.int32) * block
+    at_once = max(1, LEAST_TILE // math.prod(block + width for width in [0, *reach[-2:]]))
+    q_blocks = pad_rows(q, blocks * block - q.shape[0]).reshape(blocks, block, -1)
+    state = lax.map(near, (starts, q_blocks), batch_size=min(at_once, blocks))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]], state)

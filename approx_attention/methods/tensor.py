@@ -1,28 +1,22 @@
 r"""Exact tensor attention of any order: attention over pairs, triples and so on of keys.
 
-A pair's logit is :math:`\sum_t q_t k^1_t k^2_t = (q \odot k^1) \cdot k^2`: given the first key, it is ordinary attention
-of the query :math:`q \odot k^1` over the second. So attention of order m is attention over the first keys of the
+A pair's logit is :math:`\sum_t q_t k^1_t k^2_t = (q \odot k^1) \cdot k^2`: given the first key, ordinary attention of
+the query :math:`q \odot k^1` over the second. So attention of order m is attention over the first keys of the
 answers of order m - 1, with their log-normalisers as logits, and matrix products are all there is to it.
 """
 
 import math
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from approx_attention.causal import in_blocks
-from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, map_rows, pad_rows
-from approx_attention.states import AttentionState, finite_peak, merge, normalise
-from approx_attention.tensors import check_causal, tensor_inputs
+from approx_attention.states import finite_peak
+from approx_attention.tensors import check_causal, tensor_inputs, tensor_state
 
 Causal = Literal["both", "ordered"]
-# Rows of composed queries in one tile at least, so that products stay products of matrices when keys are many.
-LEAST_ROWS = 64
-# Causal queries are taken in up to so many segments of at least so many, each with the keys up to its end.
-SEGMENTS, LEAST_SEGMENT = 4, 64
 
 
 def tensor_attention(
@@ -80,19 +74,11 @@ def tensor_attention(
     """
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     widths = check_causal(is_causal, window, len(inputs.keys))
-    tokens = tuple(_Tokens.of(*one) for one in zip(inputs.keys, inputs.values, inputs.masks, strict=True))
-    if is_causal is None:
-        state = _streamed(_Queries(inputs.q, None, None), tokens, _Rule(False, (None,) * len(tokens)))
-    elif widths is None:
-        state = _causal(inputs.q, tokens, _Rule(is_causal == "ordered", (None,) * len(tokens)))
-    else:
-        state = _windowed(inputs.q, tokens, _Rule(is_causal == "ordered", widths))
+    state = tensor_state(inputs, is_causal, widths)
     return state if return_state else state.out.astype(jax.tree.leaves(v)[0].dtype)
 
 
-def determinant_attention(
-    q: Float[Array, "T D"], k: Any, v: Any, key: Array | None = None, **options: Any
-) -> Any:
+def determinant_attention(q: Float[Array, "T D"], k: Any, v: Any, key: Array | None = None, **options: Any) -> Any:
     r"""Third-order attention whose logits are signed volumes, which rotations of three channels leave alone.
 
     .. math:: x_{ijl} = s \sum_g \det\big[\, q_{ig},\ k^1_{jg},\ k^2_{lg} \,\big]
@@ -154,147 +140,89 @@ def determinant_channels(q: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
     return jnp.concatenate([q, -q], axis=-1), (first, second)
 
 
-class _Queries(NamedTuple):
-    """Queries ``[N, D]``, their own places, and the newest place of a key that each may see; None if not causal."""
+def strassen_attention(
+    f: Float[Array, "T D"],
+    k: Any,
+    v: Any,
+    key: Array | None = None,
+    *,
+    kv_mask: Any = None,
+    scale: float | Array | None = None,
+) -> Array:
+    r"""Third-order attention whose logits are sums over the three pairs, by products of square matrices alone.
 
-    q: Array
-    place: Array | None
-    newest: Array | None
+    .. math:: x_{ijl} = s\, (f_i \cdot g_j + g_j \cdot h_l + h_l \cdot f_i), \quad
+              X = e^{s f g^T},\ Y = e^{s g h^T},\ Z = e^{s f h^T}, \quad
+              \mathrm{den} = ((X Y) \odot Z)\, 1, \quad
+              \mathrm{num}_c = \big((X\, \mathrm{diag}(v^1_c)\, Y\, \mathrm{diag}(v^2_c)) \odot Z\big)\, 1.
 
+    It takes Dv + 1 products of matrices of T x S and S x S and holds them, in place of the exponentials of all triples.
+    Each factor is divided by its rows' largest entries. A row without a pair within :math:`e^{-87}` (float32) of
+    the product of its factors' largest has no answer and gives NaN; where logits are that uneven, `tensor_attention` of
+    `strassen_channels` has one.
 
-class _Tokens(NamedTuple):
-    """One set of keys ``[S, D]`` and values, which of them are real (None for all), and their places."""
+    Args:
+        f: queries ``[T, D]``.
+        k: two sets of keys, g ``[S_1, D]`` and h ``[S_2, D]``, or one array ``[2, S, D]``.
+        v: their values, likewise.
+        key: ignored.
+        kv_mask: true where a key is real, as in `tensor_attention`. Without any real pair the answer is 0.
+        scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
 
-    k: Array
-    v: Array
-    real: Array | None
-    place: Array
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of the values.
 
-    @classmethod
-    def of(cls, k: Array, v: Array, real: Array | None) -> Self:
-        return cls(k, v, real, jnp.arange(k.shape[0], dtype=jnp.int32))
+    Raises:
+        ValueError: another order, shapes that do not fit.
+        TypeError: dtypes that are not floating point (or boolean, for masks).
 
-    def padded(self, before: int, after: int) -> Self:
-        """So many more places on both sides, without real keys."""
-        real = jnp.ones(self.k.shape[0], bool) if self.real is None else self.real
-        around = lambda x: jnp.pad(x, ((before, after),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
-        return type(self)(*(around(x) for x in (self.k, self.v, real, self.place)))
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import strassen_attention, tensor_attention
+        >>> from approx_attention.methods.tensor import strassen_channels
+        >>> f, g, h, v, w = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(5))
+        >>> lifted = tensor_attention(*strassen_channels(f, (g, h)), (v, w), scale=1 / 2)
+        >>> bool(jnp.allclose(strassen_attention(f, (g, h), (v, w)), lifted, atol=1e-5))
+        True
 
-
-class _Rule(NamedTuple):
-    """Whether places must not increase from set to set, and how far back each set is seen (None for all the way)."""
-
-    ordered: bool
-    widths: tuple[int | None, ...]
-
-    def visible(self, queries: _Queries, tokens: _Tokens) -> Array | None:
-        """Which keys of the first set a query sees, ``[N or 1, S]``; None for all."""
-        seen = None if tokens.real is None else tokens.real[None, :]
-        if queries.place is None or queries.newest is None:
-            return seen
-        before = tokens.place[None, :] <= queries.newest[:, None]
-        seen = before if seen is None else seen & before
-        if self.widths[0] is None:
-            return seen
-        return seen & (tokens.place[None, :] > queries.place[:, None] - self.widths[0])
-
-    def compose(self, queries: _Queries, tokens: _Tokens) -> _Queries:
-        """The queries times each key of the first set, which ask the sets after it."""
-        pairs = queries.q.shape[0], tokens.k.shape[0]
-
-        def of_pairs(x: Array | None) -> Array | None:
-            return None if x is None else jnp.broadcast_to(x, pairs).reshape(-1)
-
-        q = (queries.q[:, None, :] * tokens.k[None, :, :]).reshape(-1, queries.q.shape[1])
-        if queries.place is None or queries.newest is None:
-            return _Queries(q, None, None)
-        newest = tokens.place[None, :] if self.ordered else queries.newest[:, None]
-        return _Queries(q, of_pairs(queries.place[:, None]), of_pairs(newest))
-
-    def of_the_rest(self) -> Self:
-        """The rule of the sets after the first."""
-        return self._replace(widths=self.widths[1:])
-
-
-def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """The state of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
-    first, *others = sets
-    rows = max(LEAST_ROWS, LEAST_TILE // sets[-1].k.shape[0])
-    if not others:
-        tile = jax.checkpoint(lambda queries: dense_state(queries.q, first.k, first.v, _bias(rule, queries, first)))
-        return map_rows(tile, queries, rows)
-    num_keys = min(first.k.shape[0], rows)
-
-    def over_first_keys(queries: _Queries) -> AttentionState:
-        @jax.checkpoint
-        def tile(tokens: _Tokens) -> AttentionState:
-            answers = _streamed(rule.compose(queries, tokens), tuple(others), rule.of_the_rest())
-            return _fold(answers, tokens.v, rule.visible(queries, tokens))
-
-        if first.k.shape[0] <= num_keys:
-            return tile(first)
-        room = first.padded(0, -first.k.shape[0] % num_keys)
-        blocks = jax.tree.map(lambda x: in_blocks(x, num_keys), room)
-        empty = AttentionState.empty(queries.q.shape[0], first.v.shape[1], first.v.dtype)
-        return lax.scan(lambda state, tokens: (merge(state, tile(tokens)), None), empty, blocks)[0]
-
-    return map_rows(over_first_keys, queries, max(1, rows // num_keys))
-
-
-def _fold(answers: AttentionState, v: Array, visible: Array | None) -> AttentionState:
-    r"""Attention over first keys, whose logits are the normalisers of their answers over all others.
-
-    .. math:: \mathrm{lse}_i = \log \sum_j e^{\mathrm{lse}_{ij}}, \qquad
-              \mathrm{out}_i = \sum_j e^{\mathrm{lse}_{ij} - \mathrm{lse}_i}\, v_j \odot \mathrm{out}_{ij}
+    Reference:
+        Kozachinskiy et al. (2025), "Strassen attention: unlocking compositional abilities in transformers based on a
+        new lower bound method", section on Strassen attention.
     """
-    num_keys = v.shape[0]
-    out, lse = answers.out.reshape(-1, num_keys, v.shape[1]), answers.lse.reshape(-1, num_keys)
-    lse = lse if visible is None else jnp.where(visible, lse, -jnp.inf)
-    peak = finite_peak(jnp.max(lse, axis=1))
-    weights = jnp.exp(lse - peak[:, None])
-    return normalise(jnp.einsum("ij,jc,ijc->ic", weights, v, out), jnp.sum(weights, axis=1), peak)
+    dtype = jax.tree.leaves(v)[0].dtype
+    inputs = tensor_inputs(f, k, v, scale=1.0, kv_mask=kv_mask)
+    if len(inputs.keys) != 2:
+        raise ValueError(f"strassen_attention takes two sets of keys, got {len(inputs.keys)}")
+    (g, h), (first, second) = inputs.keys, inputs.values
+    scale = 1 / math.sqrt(f.shape[-1]) if scale is None else scale
+    seen_g, seen_h = (
+        jnp.zeros(x.shape[0], x.dtype) if mask is None else jnp.where(mask, 0, -jnp.inf).astype(x.dtype)
+        for x, mask in zip((g, h), inputs.masks, strict=True)
+    )
+
+    def shifted(logits: Array) -> tuple[Array, Array]:
+        peak = finite_peak(jnp.max(logits, axis=1))
+        return jnp.exp(logits - peak[:, None]), peak
+
+    from_g, peak_g = shifted(scale * g @ h.T + seen_h[None, :])
+    from_f, _ = shifted(scale * inputs.q @ g.T + (seen_g + peak_g)[None, :])
+    around, _ = shifted(scale * inputs.q @ h.T + seen_h[None, :])
+
+    def total(values: tuple[Array, Array]) -> Array:
+        one, other = values
+        return jnp.sum(((from_f * one[None, :]) @ (from_g * other[None, :])) * around, axis=1)
+
+    ones = jnp.ones((g.shape[0],), g.dtype), jnp.ones((h.shape[0],), h.dtype)
+    out = lax.map(total, (first.T, second.T)).T / total(ones)[:, None]
+    some = jnp.isfinite(jnp.max(seen_g)) & jnp.isfinite(jnp.max(seen_h))
+    return jnp.where(some, out, jnp.zeros_like(out)).astype(dtype)
 
 
-def _bias(rule: _Rule, queries: _Queries, tokens: _Tokens) -> Array | None:
-    visible = rule.visible(queries, tokens)
-    return None if visible is None else jnp.where(visible, jnp.zeros((), queries.q.dtype), HIDDEN)
-
-
-def _causal(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """Causal attention by segments of queries, each of which leaves out the keys after its end."""
-    length = -(-q.shape[0] // min(SEGMENTS, -(-q.shape[0] // LEAST_SEGMENT)))
-    states = []
-    for start in range(0, q.shape[0], length):
-        end = min(start + length, q.shape[0])
-        place = jnp.arange(start, end, dtype=jnp.int32)
-        before = tuple(jax.tree.map(lambda x: x[:end], tokens) for tokens in sets)
-        states.append(_streamed(_Queries(q[start:end], place, place), before, rule))
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *states)
-
-
-def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """Causal attention by short blocks of queries, each with the keys in reach of it."""
-    reach = [min(width or 0, q.shape[0]) for width in rule.widths]
-    block = min(q.shape[0], max(8, min(reach) // 2), 128)
-    blocks = -(-q.shape[0] // block)
-
-    def around(tokens: _Tokens, width: int) -> _Tokens:
-        seen = jax.tree.map(lambda x: x[: blocks * block], tokens)
-        return seen.padded(width - 1, blocks * block - seen.k.shape[0])
-
-    padded = tuple(around(tokens, width) for tokens, width in zip(sets, reach, strict=True))
-
-    def near(args: tuple[Array, Array]) -> AttentionState:
-        start, q = args
-        place = start + jnp.arange(block, dtype=jnp.int32)
-        tokens = tuple(
-            jax.tree.map(lambda x, width=width: lax.dynamic_slice_in_dim(x, start, block + width - 1), one)
-            for one, width in zip(padded, reach, strict=True)
-        )
-        return _streamed(_Queries(q, place, place), tokens, rule)
-
-    starts = jnp.arange(blocks, dtype=jnp.int32) * block
-    at_once = max(1, LEAST_TILE // math.prod(block + width for width in [0, *reach[-2:]]))
-    q_blocks = pad_rows(q, blocks * block - q.shape[0]).reshape(blocks, block, -1)
-    state = lax.map(near, (starts, q_blocks), batch_size=min(at_once, blocks))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]], state)
+def strassen_channels(f: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
+    r"""Queries and keys ``[., 3 D]`` whose trilinear form is :math:`f \cdot g + g \cdot h + h \cdot f`."""
+    g, h = k
+    one = jnp.ones_like
+    return (
+        jnp.concatenate([f, one(f), f], axis=-1),
+        (jnp.concatenate([g, g, one(g)], axis=-1), jnp.concatenate([one(h), h, h], axis=-1)),
+    )
