@@ -47,6 +47,14 @@ from approx_attention.methods.linformer import (
 )
 from approx_attention.methods.local import local
 from approx_attention.methods.nystrom import nystrom, skyformer, svd
+from approx_attention.methods.polynomial import (
+    TensorDecoder,
+    polynomial_attention,
+    running_polynomial,
+    running_tensor_polynomial,
+    summarize_polynomial,
+    tensor_polynomial,
+)
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.random_features import (
@@ -61,10 +69,11 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.tensor import determinant_attention, strassen_attention, tensor_attention
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes
+from approx_attention.summaries import FeatureMoments, WeightedKV, attend, hadamard, summary_bytes
 
 __all__ = [
     "METHODS",
@@ -80,6 +89,7 @@ __all__ = [
     "PositiveFeatures",
     "ReLUFeatures",
     "RunningSummary",
+    "TensorDecoder",
     "TrigonometricFeatures",
     "WeightedFeatures",
     "WeightedKV",
@@ -94,6 +104,7 @@ __all__ = [
     "control_variate_state",
     "coreset",
     "cosformer",
+    "determinant_attention",
     "draw_favor",
     "draw_rfa",
     "draw_sketch",
@@ -103,6 +114,7 @@ __all__ = [
     "fold_scale",
     "gate_tokens",
     "gaussian_projection",
+    "hadamard",
     "hyper_attention",
     "importance_sample",
     "lara",
@@ -115,6 +127,7 @@ __all__ = [
     "nystrom",
     "orthogonal_projection",
     "place_tokens",
+    "polynomial_attention",
     "pyramid_budgets",
     "query_radius",
     "ra",
@@ -128,11 +141,14 @@ __all__ = [
     "running_favor",
     "running_mean_pool",
     "running_moments",
+    "running_polynomial",
     "running_rfa",
+    "running_tensor_polynomial",
     "running_uniform_sample",
     "scatterbrain",
     "shared_sizes",
     "skyformer",
+    "strassen_attention",
     "summarize_block_linformer",
     "summarize_coreset",
     "summarize_exact",
@@ -140,9 +156,12 @@ __all__ = [
     "summarize_importance_sample",
     "summarize_mean_pool",
     "summarize_mean_value",
+    "summarize_polynomial",
     "summarize_uniform_sample",
     "summary_bytes",
     "svd",
+    "tensor_attention",
+    "tensor_polynomial",
     "token_budget",
     "uniform_sample",
     "unreduced_jlt",

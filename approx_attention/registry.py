@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from approx_attention.methods.linformer import (
 )
 from approx_attention.methods.local import local
 from approx_attention.methods.nystrom import nystrom, skyformer, svd
+from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.random_features import (
@@ -284,6 +286,14 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(causal=False, needs_key=True, affine=False, convex=False, normalizer=False),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * min(size, T + S) * (D + Dv),
             reference="Chen et al. 2021",
+        ),
+        "polynomial": Method(
+            function=polynomial_attention,
+            summarize=summarize_polynomial,
+            running=running_polynomial,
+            capabilities=Capabilities(decode=True),
+            cost=lambda T, S, D, Dv, size: 2 * (T + S) * math.comb(D + 2, 2) * (Dv + 1),
+            reference="Alman and Song 2023",
         ),
         "svd": Method(
             function=svd,

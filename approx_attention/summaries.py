@@ -23,6 +23,7 @@ from approx_attention.states import AttentionState, finite_peak, merge, normalis
 
 # Features of this many rows are made at a time; all of them never exist at once.
 FEATURE_BLOCK = 1024
+LEAST_FEATURE_BLOCK, FEATURE_TILE = 64, 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -121,13 +122,14 @@ class FeatureMoments:
         k, v = token_sums_inputs(k, v, kv_mask)
         if isinstance(features, PositiveFeatures):
             return cls._of_positive_features(features, k, v, kv_mask)
-        if num_keys <= FEATURE_BLOCK:
+        block = _feature_block(features)
+        if num_keys <= block:
             return cls._of_block(features, k, v, kv_mask)
-        blocks = -(-num_keys // FEATURE_BLOCK)
+        blocks = -(-num_keys // block)
         if kv_mask is None:
             kv_mask = jnp.ones(num_keys, bool)
         tokens = jax.tree.map(
-            lambda x: pad_rows(x, blocks * FEATURE_BLOCK - num_keys).reshape(blocks, FEATURE_BLOCK, *x.shape[1:]),
+            lambda x: pad_rows(x, blocks * block - num_keys).reshape(blocks, block, *x.shape[1:]),
             (k, v, kv_mask),
         )
         step = jax.checkpoint(lambda moments, block: merge(moments, cls._of_block(features, *block)))
@@ -140,6 +142,10 @@ class FeatureMoments:
         factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
         log_scale = self.log_scale + lax.stop_gradient(log_weight)
         return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features)
+
+    def reweighted(self, weights: Array, features: FeatureMap) -> Self:
+        """The moments with feature r counted so many times, which may be negative, for queries of another map."""
+        return type(self)(self.value_sum * weights[:, None], self.mass * weights, self.log_scale, features)
 
     @classmethod
     def _of_positive_features(cls, features: PositiveFeatures, k: Array, v: Array, kv_mask: Array | None) -> Self:
@@ -169,6 +175,11 @@ class FeatureMoments:
         # Twice as fast on CPU as weights.T @ v; the barrier keeps XLA from turning it back into that.
         value_sum = lax.optimization_barrier(v.T @ weights).T
         return cls(value_sum, jnp.sum(weights, axis=0), jnp.broadcast_to(peak, value_sum.shape[:1]), features)
+
+
+def _feature_block(features: FeatureMap) -> int:
+    """Of how many rows features are made at a time: all of them, of many features or few, stay in cache."""
+    return max(LEAST_FEATURE_BLOCK, min(FEATURE_BLOCK, FEATURE_TILE // features.num_features))
 
 
 Summary = WeightedKV | FeatureMoments
@@ -203,7 +214,8 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
             return _attend_positive_moments(q, summary, summary.features)
-        return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, FEATURE_BLOCK)
+        block = _feature_block(summary.features)
+        return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
     if not isinstance(summary, WeightedKV):
         raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
     if summary.value_range is not None:
@@ -275,6 +287,34 @@ def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
     return FeatureMoments(value_sum, a.mass * factor_a + b.mass * factor_b, peak, a.features)
+
+
+def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
+    r"""The moments of all tuples of one token of each set, whose values and features multiply entry by entry.
+
+    .. math:: \sum_{j, l} \phi_r(k^1_j)\, \phi_r(k^2_l)\, v^1_j \odot v^2_l
+              = \Big(\sum_j \phi_r(k^1_j)\, v^1_j\Big) \odot \Big(\sum_l \phi_r(k^2_l)\, v^2_l\Big)
+
+    Args:
+        first: moments of one set, whose feature map reads the queries.
+        others: those of further sets, of as many features.
+
+    Returns:
+        Their product, in time that does not depend on the number of tokens.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.monomials import MonomialFeatures, total_degree
+        >>> from approx_attention.summaries import FeatureMoments, hadamard
+        >>> features = MonomialFeatures(total_degree(1, 1))
+        >>> pairs = hadamard(*(FeatureMoments.of_tokens(features, x, x) for x in (jnp.eye(1), 2 * jnp.eye(1))))
+        >>> pairs.mass.tolist(), pairs.value_sum[:, 0].tolist()
+        ([1.0, 2.0], [2.0, 4.0])
+    """
+    for moments in others:
+        value_sum, mass = first.value_sum * moments.value_sum, first.mass * moments.mass
+        first = FeatureMoments(value_sum, mass, first.log_scale + moments.log_scale, first.features)
+    return first
 
 
 def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:

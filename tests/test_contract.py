@@ -19,6 +19,7 @@ from jax.test_util import check_grads
 
 from approx_attention import METHODS, Decoder, api, attend, attention, fold_scale, merge
 from approx_attention.causal import RunningSummary
+from approx_attention.monomials import total_degree
 from approx_attention.registry import svd_flops
 from tests.references import (
     brute_force,
@@ -480,6 +481,11 @@ CHANGES = {
     "projection": (jnp.ones((3, 8)), {}),
     "features": ("hyperbolic", {}),
     ("rfa", "features"): ("positive", {}),
+    ("polynomial", "features"): (total_degree(8, 1), {"degree": None}),
+    "degree": (4, {}),
+    "coefficients": ((1.0, 1.0, 0.9), {}),
+    "bound": (4.0, {"coefficients": "minimax", "bound": 2.0}),
+    "rms": (2.0, {"coefficients": "hermite", "rms": 1.0}),
     "row_norm": ("sqrt_dim", {}),
     "bandwidth": (0.5, {}),
     "gate_logits": (jnp.zeros(40), {}),
