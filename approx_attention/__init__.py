@@ -61,10 +61,13 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.monomials import MonomialFeatures
+from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes
+from approx_attention.tensor_sketches import ProductSketch, TensorSketch
 
 __all__ = [
     "METHODS",
@@ -77,9 +80,12 @@ __all__ = [
     "FeatureMoments",
     "LinformerPrefix",
     "Method",
+    "MonomialFeatures",
     "PositiveFeatures",
+    "ProductSketch",
     "ReLUFeatures",
     "RunningSummary",
+    "TensorSketch",
     "TrigonometricFeatures",
     "WeightedFeatures",
     "WeightedKV",
@@ -88,6 +94,7 @@ __all__ = [
     "attention_received",
     "block_linformer",
     "causal_state",
+    "choose_degree",
     "compress",
     "compress_cache",
     "compress_tokens",
@@ -99,6 +106,7 @@ __all__ = [
     "draw_sketch",
     "eva",
     "exact",
+    "exp_coefficients",
     "favor",
     "fold_scale",
     "gate_tokens",
@@ -118,6 +126,7 @@ __all__ = [
     "pyramid_budgets",
     "query_radius",
     "ra",
+    "ratio_range",
     "rfa",
     "running_block_linformer",
     "running_compressed",
@@ -146,4 +155,5 @@ __all__ = [
     "token_budget",
     "uniform_sample",
     "unreduced_jlt",
+    "weight_bound",
 ]
