@@ -166,7 +166,7 @@ class TensorSketch(_PolynomialSketch):
 class ProductSketch(_PolynomialSketch):
     r"""Products of random signed sums: :math:`\phi_r(y) = \prod_{p \le k} \sigma_{pr} \cdot y`, counted 1/size each.
 
-    The variance of an estimate of :math:`x^k` is :math:`((N^2 + 2^{m-1} (x^2 - e))^k - x^{2k}) / \text{size}`, with N the
+    An estimate of :math:`x^k` has variance :math:`((N^2 + 2^{m-1} (x^2 - e))^k - x^{2k}) / \text{size}`, with N the
     product of the norms of the m factors and e the sum of the squares of the d terms of x. In standard deviations it is
     several times that of `TensorSketch`: these are here for comparison.
 
