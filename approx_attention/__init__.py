@@ -70,10 +70,13 @@ from approx_attention.methods.random_features import (
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.methods.tensor import determinant_attention, strassen_attention, tensor_attention
+from approx_attention.monomials import IndexSet, MonomialFeatures, anisotropic, total_degree
+from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, hadamard, summary_bytes
+from approx_attention.tensor_sketches import ProductSketch, TensorSketch
 
 __all__ = [
     "METHODS",
@@ -84,20 +87,26 @@ __all__ = [
     "CosineFeatures",
     "Decoder",
     "FeatureMoments",
+    "IndexSet",
     "LinformerPrefix",
     "Method",
+    "MonomialFeatures",
     "PositiveFeatures",
+    "ProductSketch",
     "ReLUFeatures",
     "RunningSummary",
     "TensorDecoder",
+    "TensorSketch",
     "TrigonometricFeatures",
     "WeightedFeatures",
     "WeightedKV",
+    "anisotropic",
     "attend",
     "attention",
     "attention_received",
     "block_linformer",
     "causal_state",
+    "choose_degree",
     "compress",
     "compress_cache",
     "compress_tokens",
@@ -110,6 +119,7 @@ __all__ = [
     "draw_sketch",
     "eva",
     "exact",
+    "exp_coefficients",
     "favor",
     "fold_scale",
     "gate_tokens",
@@ -131,6 +141,7 @@ __all__ = [
     "pyramid_budgets",
     "query_radius",
     "ra",
+    "ratio_range",
     "rfa",
     "running_block_linformer",
     "running_compressed",
@@ -163,6 +174,8 @@ __all__ = [
     "tensor_attention",
     "tensor_polynomial",
     "token_budget",
+    "total_degree",
     "uniform_sample",
     "unreduced_jlt",
+    "weight_bound",
 ]

@@ -321,9 +321,7 @@ def summarize_polynomial(
     Returns:
         A `FeatureMoments`.
     """
-    kernel = Kernel.of(
-        k.shape[-1], 1, degree, coefficients, bound, rms, features, accumulation_dtype(k, v)
-    )
+    kernel = Kernel.of(k.shape[-1], 1, degree, coefficients, bound, rms, features, accumulation_dtype(k, v))
     moments = FeatureMoments.of_tokens(kernel.key_maps[0], k, v, kv_mask)
     return moments.reweighted(kernel.weights, kernel.query_map)
 

@@ -1,0 +1,332 @@
+r"""Polynomials that stand for the exponential on :math:`[-\beta, \beta]`, and what that costs the weights of attention.
+
+Attention divides by a normaliser, so a constant factor is free: what matters of a polynomial P is how much the ratio
+:math:`P(x) e^{-x}` varies over the logits, and not how far P is from the exponential.
+
+All of this happens before tracing, in Python floats and float64: degrees, bounds and root mean squares are static.
+Traced arrays need coefficients that do not depend on them, such as Taylor's.
+"""
+
+import decimal
+import functools
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+from jax.core import Tracer
+from numpy.polynomial import chebyshev, polynomial
+
+from approx_attention.checks import check_choice, check_count
+
+COEFFICIENTS = ("taylor", "chebyshev", "minimax", "hermite")
+
+# Degrees beyond this gain nothing that float64 could hold.
+MAX_DEGREE = 64
+
+_ZERO = np.array([Decimal(0)])
+
+
+def exp_coefficients(
+    kind: str, degree: int, *, bound: float | None = None, rms: float | None = None
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    r"""Coefficients c of a polynomial :math:`P(x) = \sum_k c_k x^k` in place of :math:`e^x`.
+
+    .. math:: \text{taylor: } c_k = \frac1{k!}, \qquad
+              \text{chebyshev: } P(x) = I_0(\beta) + 2 \sum_{k \le g} I_k(\beta)\, T_k(x / \beta), \qquad
+              \text{minimax: } \min_P \max_{|x| \le \beta} |P(x) e^{-x} - 1|, \\
+              \text{hermite: } \min_P E_{x \sim N(0, \sigma^2)} (P(x) - e^x)^2, \quad
+              c_k = \frac{e^{\sigma^2/2}}{k!} \sum_{j \le (g-k)/2} \frac{(-\sigma^2/2)^j}{j!}.
+
+    Taylor's are safe for any logits: those of even degree are positive everywhere. Minimax has the best certificate
+    (`ratio_range`) for logits that are known to be bounded; it is found for the very bound that is given, by Remez
+    exchange in decimal arithmetic. Hermite has the least error for logits of that root mean square while it is small,
+    and none to vouch for.
+
+    Args:
+        kind: ``"taylor"``, ``"chebyshev"``, ``"minimax"`` or ``"hermite"``.
+        degree: g, known when tracing.
+        bound: :math:`\beta`, the largest magnitude of a logit; for ``"chebyshev"`` and ``"minimax"``.
+        rms: :math:`\sigma`, the root mean square of the logits; for ``"hermite"``.
+
+    Returns:
+        The coefficients of ascending powers ``[degree + 1]``.
+
+    Raises:
+        ValueError: an unknown kind; a kind without its bound or root mean square, or a bad one.
+        TypeError: a degree, bound or root mean square that is not known when tracing.
+
+    Example:
+        >>> from approx_attention.polynomials import exp_coefficients
+        >>> exp_coefficients("taylor", 2).tolist()
+        [1.0, 1.0, 0.5]
+        >>> exp_coefficients("minimax", 2, bound=1.0).round(3).tolist()
+        [1.027, 1.114, 0.469]
+
+    Reference:
+        Alman and Song (2023), "Fast attention requires bounded entries", section 3; Aggarwal and Alman (2022),
+        "Optimal-degree polynomial approximations for exponentials and Gaussian kernel density estimation"; Remez
+        (1934) for the exchange.
+    """
+    check_choice("coefficients", kind, COEFFICIENTS)
+    degree = check_count("degree", degree, 0)
+    if kind == "taylor":
+        return _taylor(degree)
+    if kind == "hermite":
+        return _hermite(degree, _static(kind, "rms", rms))
+    bound = _static(kind, "bound", bound)
+    if bound > 700:
+        raise ValueError(f"bound must be at most 700, got {bound}: no polynomial is near to exp over such logits")
+    if bound == 0:
+        return _taylor(degree)
+    return np.array((_chebyshev if kind == "chebyshev" else _minimax)(degree, bound))
+
+
+def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tuple[float, float]:
+    r"""The least and the greatest :math:`P(x) e^{-x}` over :math:`[-\beta, \beta]`.
+
+    They are at the ends or where :math:`P' = P`. Those points are found by interpolating the ratio, to rounding for
+    bounds up to 100, and the values there are exact but for the last rounding. So this speaks of the coefficients as
+    they are in float64, whose own rounding costs minimax about :math:`10^{-16} e^{2\beta}`; the sums of attention round
+    in their own precision on top.
+
+    Args:
+        coefficients: of ascending powers ``[degree + 1]``.
+        bound: :math:`\beta \ge 0`.
+
+    Returns:
+        ``(lo, hi)``; ``hi`` is infinite, or ``lo`` minus infinity, beyond the largest number.
+
+    Raises:
+        ValueError: coefficients that are no finite vector, a bad bound.
+
+    Example:
+        >>> from approx_attention.polynomials import ratio_range
+        >>> lo, hi = ratio_range([1, 1, 1 / 2], 1.0)
+        >>> round(lo, 4), round(hi, 4)
+        (0.9197, 1.3591)
+    """
+    given = np.asarray(coefficients, np.float64)
+    if given.ndim != 1 or not given.size or not np.all(np.isfinite(given)):
+        raise ValueError(f"coefficients must be a vector of finite numbers, got {coefficients!r}")
+    bound = _static("ratio_range", "bound", bound)
+
+    def ratio(x: np.ndarray) -> np.ndarray:
+        """At points of [-1, 1]."""
+        logits = bound * x
+        with np.errstate(over="ignore"):
+            return _values(given, logits) * np.exp(-logits)
+
+    # The Chebyshev series of exp(-x) has fallen below rounding after so many terms.
+    length = given.size + 40 + math.ceil(2 * min(bound, 100))
+    points = chebyshev.chebpts1(length)
+    values = ratio(points)
+    if np.all(np.isfinite(values)):
+        slope = chebyshev.chebder(chebyshev.chebfit(points, values, length - 1))
+        critical = np.real(chebyshev.chebroots(chebyshev.chebtrim(slope)))
+        values = np.append(values, ratio(critical[np.abs(critical) <= 1]))
+    values = np.append(values, ratio(np.array([-1.0, 1.0])))
+    return float(np.min(values)), float(np.max(values))
+
+
+def weight_bound(lo: float, hi: float) -> float:
+    r"""The largest error of attention weights whose exponentials are off by factors between ``lo`` and ``hi``.
+
+    .. math:: \tfrac12 \sum_j |\tilde w_j - w_j| \le \frac{\sqrt{hi/lo} - 1}{\sqrt{hi/lo} + 1}
+              = \tanh\bigl(\tfrac14 \ln \tfrac{hi}{lo}\bigr).
+
+    An output is then off by no more than this times the range of the values in its channel, and the weights are
+    positive.
+
+    Args:
+        lo: the least factor.
+        hi: the greatest.
+
+    Returns:
+        The bound on the total variation, below 1; infinite where ``lo`` is not positive.
+
+    Example:
+        >>> from approx_attention.polynomials import exp_coefficients, ratio_range, weight_bound
+        >>> weight_bound(0.99, 1.01) < 0.00501
+        True
+        >>> weight_bound(*ratio_range(exp_coefficients("taylor", 1), 2.0))
+        inf
+
+    Reference:
+        A derivation of this library: with factors :math:`f_j` the sum is
+        :math:`\sum_j w_j |f_j - \bar f| / \bar f`, which is largest for a law on the two points ``lo`` and ``hi``.
+    """
+    if not lo > 0:
+        return math.inf
+    return math.tanh(math.log1p((hi - lo) / lo) / 4)
+
+
+def choose_degree(
+    tolerance: float,
+    bound: float,
+    dim: int,
+    *,
+    coefficients: str = "minimax",
+    rms: float | None = None,
+    max_rank: int = 50_000,
+) -> int:
+    r"""The least even degree whose weights are right to a tolerance for all logits of :math:`[-\beta, \beta]`.
+
+    Even, because polynomials of odd degree turn negative just beyond the bound.
+
+    Args:
+        tolerance: the largest total variation between the weights (`weight_bound`), between 0 and 1.
+        bound: :math:`\beta`.
+        dim: the number d of channels, for the rank :math:`\binom{d+g}{g}`.
+        coefficients: their kind (`exp_coefficients`).
+        rms: for ``"hermite"``.
+        max_rank: the largest rank that is affordable.
+
+    Returns:
+        The degree.
+
+    Raises:
+        ValueError: no such degree is affordable, with the rank that is needed; or none meets the tolerance at all.
+
+    Example:
+        >>> from approx_attention.polynomials import choose_degree
+        >>> choose_degree(1e-2, 1.0, 16), choose_degree(1e-2, 1.0, 16, coefficients="taylor")
+        (4, 4)
+    """
+    check_count("dim", dim)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
+    for degree in range(0, MAX_DEGREE + 1, 2):
+        polynomial_coefficients = exp_coefficients(coefficients, degree, bound=bound, rms=rms)
+        if weight_bound(*ratio_range(polynomial_coefficients, bound)) <= tolerance:
+            break
+    else:
+        raise ValueError(
+            f"no {coefficients} polynomial of an even degree up to {MAX_DEGREE} is right to {tolerance} for logits up "
+            f"to {bound}"
+        )
+    rank = math.comb(dim + degree, degree)
+    if rank > max_rank:
+        raise ValueError(
+            f"an error of {tolerance} for logits up to {bound} takes degree {degree}, whose rank for {dim} channels is "
+            f"{rank}, more than max_rank = {max_rank}: project to fewer channels, or bound the logits"
+        )
+    return degree
+
+
+def _static(owner: str, name: str, value: float | None) -> float:
+    """Returns a number that is known when tracing, finite and not negative."""
+    if value is None:
+        raise ValueError(f"{owner} needs {name}")
+    if isinstance(value, Tracer) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number known when tracing, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return float(value)
+
+
+def _taylor(degree: int) -> np.ndarray:
+    return np.array([1 / math.factorial(k) for k in range(degree + 1)])
+
+
+def _hermite(degree: int, rms: float) -> np.ndarray:
+    """The projections of exp on Hermite polynomials, summed in closed form."""
+    if rms > 30:
+        raise ValueError(f"rms must be at most 30, got {rms}: no polynomial is near to exp over such logits")
+    variance = Fraction(rms) ** 2 / 2
+    terms = [(-variance) ** j / math.factorial(j) for j in range(degree // 2 + 1)]
+    sums = [sum(terms[: (degree - k) // 2 + 1]) / math.factorial(k) for k in range(degree + 1)]
+    return math.exp(rms * rms / 2) * np.array(sums, np.float64)
+
+
+def _values(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """A polynomial in whole numbers, rounded once: x in units of 2^-60, coefficients in their common unit."""
+    parts = [float(c).as_integer_ratio() for c in coefficients]
+    unit, degree = max(divisor for _, divisor in parts), len(parts) - 1
+    whole = [(number * (unit // divisor)) << (60 * (degree - k)) for k, (number, divisor) in enumerate(parts)]
+
+    def value(t: float) -> float:
+        steps, total = round(t * 2.0**60), 0
+        for c in reversed(whole):
+            total = total * steps + c
+        try:
+            return total / (unit << (60 * degree))
+        except OverflowError:
+            return math.copysign(math.inf, total)
+
+    return np.array([value(float(t)) for t in x])
+
+
+@functools.lru_cache
+def _chebyshev(degree: int, bound: float) -> tuple[float, ...]:
+    """The truncated Chebyshev series of exp; in digits enough for its powers to cancel."""
+    with decimal.localcontext(prec=40 + degree + math.ceil(bound)):
+        half = Decimal(bound) / 2
+        series = []
+        for k in range(degree + 1):
+            terms = [half**k / math.factorial(k)]
+            for j in range(1, 40 + degree + math.ceil(2 * bound)):
+                terms.append(terms[-1] * half * half / (j * (j + k)))
+            series.append(sum(terms) if k == 0 else 2 * sum(terms))
+        powers = np.asarray(chebyshev.cheb2poly(np.array(series, object)), object)
+        return tuple(float(c) for c in powers / np.array([Decimal(bound) ** k for k in range(degree + 1)]))
+
+
+@functools.lru_cache
+def _minimax(degree: int, bound: float) -> tuple[float, ...]:
+    r"""The polynomial whose relative error is least, by Remez exchange.
+
+    With :math:`E` the error levelled at :math:`g + 2` points, :math:`P(x_i) = e^{x_i} (1 + (-1)^i E)`: the divided
+    difference of order :math:`g + 1` gives E, and those before it P. The error of P has its other extrema at the ends
+    and where :math:`P' = P`, whose roots are all real: they are the next points.
+    """
+    small = (math.lgamma(degree + 2) - (degree + 1) * math.log(bound / 2)) / math.log(10)
+    with decimal.localcontext(prec=40 + degree + math.ceil(bound + max(small, 0))):
+        # From the extrema of a Chebyshev polynomial.
+        points = np.array([Decimal(-bound * math.cos(math.pi * i / (degree + 1))) for i in range(degree + 2)])
+        sign = np.array([Decimal((-1) ** i) for i in range(degree + 2)])
+        for _ in range(100):
+            value = np.array([x.exp() for x in points])
+            smooth, level = _divided_differences(points, value), _divided_differences(points, sign * value)
+            newton = smooth - smooth[-1] / level[-1] * level
+            powers = _powers(newton[:-1], points)
+            points[1:-1] = _real_roots(_derivative(powers) - powers, points[1:-1])
+            decay = np.array([(-x).exp() for x in points])
+            error = abs(polynomial.polyval(points, powers) * decay - 1)
+            if max(error) - min(error) <= Decimal("1e-12") * max(error):
+                return tuple(float(c) for c in powers)
+    raise ArithmeticError(f"the exchange for degree {degree} and bound {bound} has not converged")
+
+
+def _divided_differences(x: np.ndarray, f: np.ndarray) -> np.ndarray:
+    for k in range(1, len(x)):
+        f = np.append(f[:k], (f[k:] - f[k - 1 : -1]) / (x[k:] - x[:-k]))
+    return f
+
+
+def _powers(newton: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The coefficients of powers of a polynomial in Newton's form."""
+    powers = newton[-1:]
+    steps = len(newton) - 1
+    for x, c in zip(points[:steps][::-1], newton[:steps][::-1], strict=True):
+        powers = np.append(c, powers) - x * np.append(powers, _ZERO)
+    return powers
+
+
+def _derivative(powers: np.ndarray) -> np.ndarray:
+    """The coefficients of the derivative, and a zero for the highest power."""
+    return np.append(powers[1:] * np.arange(1, len(powers)), _ZERO)
+
+
+def _real_roots(powers: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The roots of a polynomial all of whose roots are real, by Ehrlich and Aberth's iteration from distinct points."""
+    roots, slope = start, _derivative(powers)
+    for _ in range(200):
+        step = polynomial.polyval(roots, powers) / polynomial.polyval(roots, slope)
+        apart = [sum((1 / (x - y) for j, y in enumerate(roots) if j != i), Decimal(0)) for i, x in enumerate(roots)]
+        step = step / (1 - step * np.array(apart))
+        roots = roots - step
+        if max(map(abs, step), default=0) <= Decimal("1e-16") * max(map(abs, roots), default=0):
+            break
+    return np.sort(roots)
