@@ -1,0 +1,187 @@
+r"""Match3 by one unit of third-order attention with explicit weights.
+
+Tokens are residues modulo M, and each asks whether it and some two tokens sum to 0 modulo M. With
+:math:`\theta = 2 \pi x / M` a trilinear form of sines and cosines is the cosine of the sum of three angles,
+
+.. math:: \cos(\theta_1 + \theta_2 + \theta_3) = c_1 c_2 c_3 - c_1 s_2 s_3 - s_1 c_2 s_3 - s_1 s_2 c_3,
+
+which is 1 for a match and at most :math:`1 - \Delta` otherwise. A null token, whose pair with itself scores between the
+two, takes the weight where there is no match.
+
+What this needs is what the fast method forbids. Logits are as large as
+:math:`\lambda = (2 / \Delta) \ln(4 N^2)`, with :math:`\Delta = 1 - \cos(2 \pi / M)` for one frequency and about 1 for
+some :math:`4 \ln M` random ones: at best of the order of :math:`\ln N`, in about :math:`\ln N` channels. So entries are
+of the order of :math:`(\ln N)^{1/3}`, the threshold from which on no algorithm is faster than cubic by a power of N
+unless the strong exponential time hypothesis fails, and at which `tensor_polynomial` has no certificate that is worth
+anything. An exact Match3 head and near-linear time exclude each other; use `tensor_attention`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from approx_attention.checks import check_count
+from approx_attention.methods.tensor import tensor_attention
+
+
+class Match3(NamedTuple):
+    r"""The weights of a unit that decides Match3, of F frequencies: E = 2 F + 2 and D = 4 F + 1.
+
+    Attributes:
+        embedding: of each residue, :math:`(c, s, 1, 0)`, and last of the null token, :math:`(0, 0, 0, 1)`:
+            ``[M + 1, E]``.
+        w_q: queries from embeddings, ``[E, D]``.
+        w_k1: the first set of keys, likewise.
+        w_k2: the second set.
+        w_v: values of both sets, 1 for a residue and 0 for the null token, ``[E, 1]``.
+        scale: factor of the logits; the queries hold :math:`\lambda`.
+        threshold: outputs above are matches.
+    """
+
+    embedding: Float[Array, "M+1 E"]
+    w_q: Float[Array, "E D"]
+    w_k1: Float[Array, "E D"]
+    w_k2: Float[Array, "E D"]
+    w_v: Float[Array, "E 1"]
+    scale: float = 1.0
+    threshold: float = 0.5
+
+    @property
+    def null_token(self) -> Float[Array, " E"]:
+        """The embedding of the token that is appended to the keys."""
+        return self.embedding[-1]
+
+
+def match3_weights(
+    modulus: int,
+    num_tokens: int,
+    *,
+    frequencies: Sequence[int] = (1,),
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Match3:
+    r"""The weights with which one unit of third-order attention decides Match3 for up to N tokens.
+
+    .. math:: \Delta = 1 - \max_{r \not\equiv 0} \frac1F \sum_f \cos \frac{2 \pi f r}{M}, \qquad
+              \tau = 1 - \frac{\Delta}{2}, \qquad \lambda = \frac{2}{\Delta} \ln(4 N^2).
+
+    Pairs of tokens score :math:`\lambda` where they match and at most :math:`\lambda (1 - \Delta)` where not, the null
+    pair :math:`\lambda \tau`, and mixed pairs 0. So outputs are at least
+    :math:`1 / (1 + e^{-\lambda \Delta / 2} + 2 N e^{-\lambda})` with a match, and at most
+    :math:`N^2 e^{-\lambda \Delta / 2} = 1/4` without.
+
+    Args:
+        modulus: M, at least 5: with fewer residues the null pair scores no more than half of what a match does.
+        num_tokens: N, the largest number of tokens.
+        frequencies: f, whole numbers without a divisor that all share with M. Some :math:`4 \ln M` random ones make
+            :math:`\Delta` about 1, and logits small, in more channels.
+        dtype: of the weights. Rounding of a logit is a matter of :math:`\lambda`: float32 is enough up to a
+            :math:`\lambda` of about :math:`10^6`.
+
+    Returns:
+        The `Match3`.
+
+    Raises:
+        ValueError: a modulus below 5, no token, no frequency, or frequencies that do not tell all residues from 0.
+
+    Example:
+        >>> from approx_attention.match3 import match3_weights
+        >>> weights = match3_weights(11, 8)
+        >>> weights.w_q.shape, round(float(weights.w_q[0, 0]))
+        ((4, 5), 70)
+
+    Reference:
+        Sanford, Hsu and Telgarsky (2023), "Representational strengths and limitations of transformers", on Match3 and
+        third-order self-attention; these weights are a derivation of this library.
+    """
+    modulus, num_tokens = check_count("modulus", modulus, 5), check_count("num_tokens", num_tokens)
+    factors = np.array([check_count("frequencies", f) for f in frequencies])
+    if not factors.size:
+        raise ValueError("frequencies must hold at least one whole number, got none")
+    if math.gcd(modulus, *factors.tolist()) > 1:
+        raise ValueError(f"frequencies must share no divisor with the modulus {modulus}, got {tuple(frequencies)}")
+    size = factors.size
+    angles = 2 * np.pi / modulus * (np.arange(modulus)[:, None] * factors % modulus)
+    gap = 1 - np.max(np.mean(np.cos(angles[1:]), axis=1))
+    largest = 2 / gap * math.log(4 * num_tokens**2)
+    embedding = np.zeros((modulus + 1, 2 * size + 2))
+    embedding[:-1] = np.concatenate([np.cos(angles), np.sin(angles), np.ones((modulus, 1)), np.zeros((modulus, 1))], 1)
+    embedding[-1, -1] = 1
+    each, none = np.eye(size), np.zeros((size, size))
+    cosine, sine = np.concatenate([each, none]), np.concatenate([none, each])
+
+    def projection(blocks: Sequence[np.ndarray], real: float, null: float) -> Array:
+        matrix = np.zeros((2 * size + 2, 4 * size + 1))
+        matrix[:-2, :-1] = np.concatenate(blocks, axis=1)
+        matrix[-2:, -1] = real, null
+        return jnp.asarray(matrix, dtype)
+
+    share = largest / size
+    return Match3(
+        jnp.asarray(embedding, dtype),
+        projection([share * cosine, -share * cosine, -share * sine, -share * sine], largest * (1 - gap / 2), 0),
+        projection([cosine, sine, cosine, sine], 0, 1),
+        projection([cosine, sine, sine, cosine], 0, 1),
+        jnp.asarray(np.eye(2 * size + 2)[:, -2:-1], dtype),
+    )
+
+
+def match3_outputs(x: Int[Array, " N"], weights: Match3) -> Float[Array, " N"]:
+    """What the unit answers for each token: near 1 with a match, and at most 1/4 without.
+
+    Args:
+        x: residues ``[N]``.
+        weights: from `match3_weights` for as many tokens.
+
+    Returns:
+        Outputs between 0 and 1, ``[N]``.
+    """
+    modulus = weights.embedding.shape[0] - 1
+    tokens = weights.embedding[x % jnp.asarray(modulus, x.dtype)]
+    keys = jnp.concatenate([tokens, weights.null_token[None, :]])
+    # Logits are far larger than what tells a match: a GPU's short float32 products would lose it.
+    with jax.default_matmul_precision("highest"):
+        v = keys @ weights.w_v
+        k = keys @ weights.w_k1, keys @ weights.w_k2
+        return tensor_attention(tokens @ weights.w_q, k, (v, v), scale=weights.scale)[:, 0]
+
+
+def match3(x: Int[Array, " N"], modulus: int, *, frequencies: Sequence[int] = (1,)) -> Bool[Array, " N"]:
+    r"""Whether each token and some two tokens, which may repeat and be the token itself, sum to 0 modulo M.
+
+    .. math:: \mathrm{Match3}_i = 1\{\exists j, l : x_i + x_j + x_l \equiv 0 \pmod M\}
+
+    by one unit of third-order attention (`match3_weights`).
+
+    Args:
+        x: residues ``[N]``.
+        modulus: M, at least 5.
+        frequencies: as in `match3_weights`.
+
+    Returns:
+        The answers ``[N]``.
+
+    Raises:
+        ValueError: as `match3_weights`, or tokens that are no vector.
+        TypeError: tokens that are no whole numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.match3 import match3
+        >>> match3(jnp.array([1, 2, 8, 4]), 11).tolist()  # 1 + 2 + 8 = 11
+        [True, True, True, False]
+
+    Reference:
+        As `match3_weights`.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"x must hold whole numbers, got {x.dtype}")
+    if x.ndim != 1:
+        raise ValueError(f"x must be [N], got shape {x.shape}")
+    weights = match3_weights(modulus, x.shape[0], frequencies=frequencies)
+    return match3_outputs(x, weights) > weights.threshold
