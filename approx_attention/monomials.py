@@ -254,7 +254,8 @@ class MonomialFeatures:
             ValueError: another number of coefficients.
         """
         by_degree = scaled_coefficients(coefficients, self.indices.degree, scale, dtype)
-        return by_degree[self.indices.degrees] * jnp.asarray(self.indices.multinomials, dtype)
+        # As int32: an int64 array indexes differently with and without 64 bits, and one process may have both.
+        return by_degree[jnp.asarray(self.indices.degrees, jnp.int32)] * jnp.asarray(self.indices.multinomials, dtype)
 
 
 def scaled_coefficients(

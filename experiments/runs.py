@@ -17,6 +17,8 @@ from experiments.control_variates import bias, continuum, gap
 from experiments.coresets import cache, error, latency
 from experiments.harness import long_context, quality, swap_in
 from experiments.low_rank import projection_fit, sketch, spectra
+from experiments.tensor import degrees, match, scaling, window
+from experiments.tensor import error as polynomial_error
 from experiments.training import TrainingConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,6 +46,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "sketch": Experiment(sketch.SketchConfig, sketch.run),
     "projection_fit": Experiment(projection_fit.ProjectionFitConfig, projection_fit.run),
     "spectra": Experiment(spectra.SpectraConfig, spectra.run),
+    "tensor_scaling": Experiment(scaling.TensorScalingConfig, scaling.run_scaling),
+    "tensor_decode": Experiment(scaling.TensorDecodeConfig, scaling.run_decode),
+    "polynomial_error": Experiment(polynomial_error.PolynomialErrorConfig, polynomial_error.run),
+    "least_degrees": Experiment(degrees.LeastDegreesConfig, degrees.run_degrees),
+    "phase": Experiment(degrees.PhaseConfig, degrees.run_phase),
+    "tensor_match": Experiment(match.MatchConfig, match.run),
+    "tensor_window": Experiment(window.WindowConfig, window.run),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }
 

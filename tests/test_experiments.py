@@ -51,7 +51,7 @@ def test_bad_overrides(override, message):
         resolve(TrainingConfig, file.settings, parse_overrides([override]), "file")
 
 
-GENERATED = ["digits", "digit_scenes", "listops", "pathfinder", "recall", "copying", "match"]
+GENERATED = ["digits", "digit_scenes", "listops", "pathfinder", "recall", "copying", "match", "match_xor"]
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -92,6 +92,24 @@ def test_listops_labels_are_the_values():
             value = functions[operator](arguments)
             stack.append(value)
         assert stack == [label]
+
+
+def test_bits_match_in_triples_and_in_pairs():
+    triples, pairs = (
+        load(DataConfig("match_xor", {"order": order, "length": 7, "bits": 3})).draw(
+            np.random.default_rng(0), 40, "train"
+        )
+        for order in (3, 2)
+    )
+    places = range(7)
+    for tokens, targets in zip(triples["tokens"], triples["targets"], strict=True):
+        for i in places:
+            others = [tokens[j] ^ tokens[k] for j in places for k in places if len({i, j, k}) == 3]
+            assert targets[i] == (tokens[i] in others)
+    for tokens, targets in zip(pairs["tokens"], pairs["targets"], strict=True):
+        assert [7 - x in tokens for x in tokens] == targets.astype(bool).tolist()
+    for batch in (triples, pairs):
+        assert 0 < batch["targets"].mean() < 1
 
 
 @pytest.mark.parametrize("name", ["byte_file", "wikitext", "cifar10", "image_folder"])
@@ -453,6 +471,21 @@ def test_results_follow_from_the_committed_runs():
                 "heads",
                 "listops",
                 "pathfinder",
+            )
+        ),
+        *(
+            pytest.param(f"tensor/{name}", marks=pytest.mark.slow)
+            for name in (
+                "scaling",
+                "decode",
+                "degree",
+                "least_degrees",
+                "phase",
+                "budget",
+                "sketches",
+                "index_sets",
+                "window",
+                "match",
             )
         ),
     ],

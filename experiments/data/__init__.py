@@ -29,6 +29,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "recall": synthetic.recall,
     "copying": synthetic.copying,
     "match": synthetic.match,
+    "match_xor": synthetic.match_xor,
 }
 
 

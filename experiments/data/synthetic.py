@@ -1,4 +1,4 @@
-"""Generated tasks: associative recall, copying, and matching pairs and triples."""
+"""Generated tasks: associative recall, copying, and matching pairs and triples of residues or of bits."""
 
 import numpy as np
 
@@ -70,3 +70,27 @@ def match(order: int = 2, length: int = 16, modulus: int | None = None) -> Datas
         return {"tokens": tokens, "targets": completes.any(-1).astype(np.int32)}
 
     return Dataset("sequence", generated(draw), num_classes=2, vocabulary=modulus)
+
+
+def match_xor(order: int = 3, length: int = 8, bits: int = 5) -> Dataset:
+    """Matching by bits, which a multilinear form of signs sees: order 3 asks for triples, order 2 for pairs.
+
+    Do some two other tokens have this one as their exclusive or; does some other token have the opposite of all of this
+    one's bits? About half of the triples' answers are yes for 2^bits of 0.72 length^2.
+    """
+    if order not in (2, 3) or length < order or not 1 <= bits <= 30:
+        raise ConfigError(
+            f"data 'match_xor' needs order 2 or 3, length >= order and 1 to 30 bits, got {order}, {length} and {bits}"
+        )
+
+    def draw(random: np.random.Generator, batch: int) -> Batch:
+        tokens = random.integers(0, 2**bits, (batch, length)).astype(np.int32)
+        sums = tokens[:, :, None] ^ tokens[:, None, :]
+        if order == 2:
+            return {"tokens": tokens, "targets": (sums == 2**bits - 1).any(-1).astype(np.int32)}
+        apart = ~np.eye(length, dtype=bool)
+        distinct = apart[:, :, None] & apart[:, None, :] & apart[None, :, :]
+        found = (sums[:, :, :, None] == tokens[:, None, None, :]) & distinct
+        return {"tokens": tokens, "targets": found.any((2, 3)).astype(np.int32)}
+
+    return Dataset("sequence", generated(draw), num_classes=2, vocabulary=2**bits)

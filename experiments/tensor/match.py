@@ -1,0 +1,164 @@
+"""Whether attention over pairs of keys learns to match triples, and attention over keys does not."""
+
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from rich.console import Console
+
+from approx_attention import tensor_attention, tensor_polynomial
+from approx_attention.tensors import tensor_inputs
+from experiments import data
+from experiments.config import STRICT, Count
+from experiments.data import DataConfig
+from experiments.training import OptimizerConfig, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchConfig:
+    """A small transformer whose tokens are signs, and its attention.
+
+    Attributes:
+        order: 2 for keys, 3 for pairs of keys.
+        degree: that of the polynomial trained in place of exact attention; None for exact.
+    """
+
+    data: DataConfig
+    train: OptimizerConfig
+    order: Literal[2, 3] = 3
+    degree: Count | None = None
+    num_layers: Count = 1
+    num_heads: Count = 1
+    model_dim: Count = 32
+    head_dim: Count = 16
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+class MatchAttention(nnx.Module):
+    """Attention of some order over the tokens and a learned null token; values of order 3 are near 1 at first."""
+
+    def __init__(self, config: MatchConfig, rngs: nnx.Rngs):
+        shape, sets = (config.num_heads, config.head_dim), config.order - 1
+
+        def linear(**options: Any) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(config.model_dim, shape, rngs=rngs, **options)
+
+        self.degree = config.degree
+        self.query = linear(use_bias=False)
+        self.keys = nnx.List([linear(use_bias=False) for _ in range(sets)])
+        ones = nnx.initializers.ones if config.order > 2 else nnx.initializers.zeros
+        self.values = nnx.List([linear(bias_init=ones) for _ in range(sets)])
+        self.out = nnx.LinearGeneral(shape, config.model_dim, axis=(-2, -1), rngs=rngs)
+        self.null = nnx.Param(jax.random.normal(rngs.params(), (config.model_dim,)))
+
+    def projected(self, x: Array) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+        """Queries, keys and values ``[B, N, T, D]``, the null token last among the keys."""
+        null = jnp.broadcast_to(self.null[...], (x.shape[0], 1, x.shape[2]))
+        seen = jnp.concatenate([x, null], axis=1)
+        keys, values = (
+            tuple(jnp.swapaxes(linear(seen), 1, 2) for linear in linears) for linears in (self.keys, self.values)
+        )
+        return jnp.swapaxes(self.query(x), 1, 2), keys, values
+
+    def __call__(self, x: Array) -> Array:
+        def head(q: Array, k: Any, v: Any) -> Array:
+            if self.degree is None:
+                return tensor_attention(q, k, v)
+            return tensor_polynomial(q, k, v, degree=self.degree)
+
+        return self.out(jnp.swapaxes(jax.vmap(jax.vmap(head))(*self.projected(x)), 1, 2))
+
+    def largest_logit(self, x: Array) -> Array:
+        """The largest magnitude of a logit over a batch."""
+
+        def head(q: Array, k: Any, v: Any) -> Array:
+            logits, letters = tensor_inputs(q, k, v).q, "jl"[: len(k)]
+            terms = "id," + ",".join(f"{letter}d" for letter in letters)
+            return jnp.max(jnp.abs(jnp.einsum(f"{terms}->i{letters}", logits, *k)))
+
+        return jnp.max(jax.vmap(jax.vmap(head))(*self.projected(x)))
+
+
+class MatchModel(nnx.Module):
+    """Tokens ``[B, T]`` of so many bits to the log-odds ``[B, T]`` that each has a match."""
+
+    def __init__(self, config: MatchConfig, bits: int, rngs: nnx.Rngs):
+        width = config.model_dim
+        self.bits = bits
+        self.embedding = nnx.Linear(bits, width, rngs=rngs)
+        self.layers = nnx.List([MatchAttention(config, rngs) for _ in range(config.num_layers)])
+        self.up = nnx.List([nnx.Linear(width, 4 * width, rngs=rngs) for _ in range(config.num_layers)])
+        self.down = nnx.List([nnx.Linear(4 * width, width, rngs=rngs) for _ in range(config.num_layers)])
+        self.head = nnx.Linear(width, 1, rngs=rngs)
+
+    def streams(self, tokens: Array) -> tuple[list[Array], Array]:
+        """What each attention layer reads, and the log-odds."""
+        signs = 1 - 2 * ((tokens[..., None] >> jnp.arange(self.bits)) & 1)
+        x, read = self.embedding(signs.astype(jnp.float32)), []
+        for attention, up, down in zip(self.layers, self.up, self.down, strict=True):
+            read.append(x)
+            x = x + attention(x)
+            x = x + down(jax.nn.gelu(up(x)))
+        return read, self.head(x)[..., 0]
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.streams(tokens)[1]
+
+
+def loss(model: MatchModel, batch: dict[str, Any]) -> Array:
+    """Mean binary cross-entropy, in bits."""
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(model(batch["tokens"]), batch["targets"])) / math.log(2)
+
+
+@nnx.jit
+def train_step(model: MatchModel, optimizer: nnx.Optimizer, batch: dict[str, Any]) -> Array:
+    """One step of gradient descent; returns the loss before it."""
+    value, gradient = nnx.value_and_grad(loss)(model, batch)
+    optimizer.update(model, gradient)
+    return value
+
+
+def run(config: MatchConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Trains on fresh data; accuracies on held-out ones, and what logits grew to.
+
+    ``above_majority`` is how much more accurate the model is than always the commonest answer.
+    """
+    dataset = data.load(config.data)
+    model = MatchModel(config, dataset.vocabulary.bit_length() - 1, nnx.Rngs(config.seed))
+    optimizer = make_optimizer(config.train, model)
+    begun, losses, curve = time.monotonic(), [], {}
+    for step in range(config.train.steps):
+        batch = dataset.draw(np.random.default_rng([config.seed, step]), config.train.batch, "train")
+        losses.append(train_step(model, optimizer, batch))
+        if (step + 1) % config.train.log_every == 0:
+            curve[str(step + 1)] = float(jnp.mean(jnp.stack(losses)))
+            losses = []
+    seconds = time.monotonic() - begun
+    batches = data.held_out(dataset, "test", config.train.batch, config.train.evaluation_batches)
+    score = nnx.jit(lambda model, tokens: model(tokens) > 0)
+    told = np.concatenate([np.asarray(score(model, batch["tokens"])) for batch in batches])
+    asked = np.concatenate([batch["targets"] for batch in batches]) > 0
+    right = told == asked
+    majority = max(asked.mean(), 1 - asked.mean())
+    read, _ = model.streams(jnp.asarray(batches[0]["tokens"]))
+    largest = max(float(layer.largest_logit(x)) for layer, x in zip(model.layers, read, strict=True))
+    return {
+        "accuracy": float(right.mean()),
+        "balanced_accuracy": float((right[asked].mean() + right[~asked].mean()) / 2),
+        "majority": float(majority),
+        "above_majority": float(right.mean() - majority),
+        "largest_logit": largest,
+        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        "curve": curve,
+        "training_seconds": round(seconds, 1),
+    }
