@@ -54,6 +54,7 @@ from approx_attention.methods.polynomial import (
     running_tensor_polynomial,
     summarize_polynomial,
     tensor_polynomial,
+    tensor_support_basis,
 )
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
@@ -173,6 +174,7 @@ __all__ = [
     "svd",
     "tensor_attention",
     "tensor_polynomial",
+    "tensor_support_basis",
     "token_budget",
     "total_degree",
     "uniform_sample",

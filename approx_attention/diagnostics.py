@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.checks import head_inputs, zero_padding
+from approx_attention.checks import accumulation_dtype, head_inputs, zero_padding
 from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import Summary, WeightedKV, attend
 
@@ -60,6 +60,34 @@ def output_error(out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows D
     exact_norm = jnp.sum(exact_rows**2, axis=-1)
     relative = jnp.sqrt(jnp.sum(difference) / jnp.sum(exact_norm))
     return OutputError(relative, jnp.sqrt(jnp.max(difference) / jnp.mean(exact_norm)))
+
+
+def skill(
+    out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows Dv"], trivial: Float[Array, "*rows Dv"]
+) -> Array:
+    r"""The error of outputs as a share of that of an answer that looks at nothing, such as the mean of the values.
+
+    .. math:: \|\hat O - O\|_F \,/\, \|O - \bar O\|_F
+
+    Where attention is nearly uniform every method has a small error; this is 1 for the one that knows nothing.
+
+    Args:
+        out: outputs ``[..., Dv]``.
+        exact_out: exact outputs of the same shape.
+        trivial: the answer to beat, which broadcasts to that shape: the mean of the values, or for tensor attention the
+            product of the means.
+
+    Returns:
+        One number, 0 for exact outputs; ``nan`` where the trivial answer is exact.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.diagnostics import skill
+        >>> float(skill(jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [3.0]]), jnp.array([[2.0]])).round(3))
+        0.707
+    """
+    exact_out = exact_out.astype(accumulation_dtype(exact_out))
+    return jnp.linalg.norm(out - exact_out) / jnp.linalg.norm(exact_out - trivial)
 
 
 class SupError(NamedTuple):

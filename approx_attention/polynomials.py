@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from typing import Literal, get_args
 
 import numpy as np
 from jax.core import Tracer
@@ -20,7 +21,7 @@ from numpy.polynomial import chebyshev, polynomial
 
 from approx_attention.checks import check_choice, check_count
 
-COEFFICIENTS = ("taylor", "chebyshev", "minimax", "hermite")
+Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 
 # Degrees beyond this gain nothing that float64 could hold.
 MAX_DEGREE = 64
@@ -69,7 +70,7 @@ def exp_coefficients(
         "Optimal-degree polynomial approximations for exponentials and Gaussian kernel density estimation"; Remez
         (1934) for the exchange.
     """
-    check_choice("coefficients", kind, COEFFICIENTS)
+    check_choice("coefficients", kind, get_args(Coefficients))
     degree = check_count("degree", degree, 0)
     if kind == "taylor":
         return _taylor(degree)

@@ -1,12 +1,14 @@
 """The modules with learned parts: what they pass to the functions, and that all of it is trained."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as flax_nnx
 
-from approx_attention import eva, rfa
+from approx_attention import eva, rfa, tensor_attention, tensor_polynomial
 from approx_attention import nnx as ours
 from tests.references import random_heads
 
@@ -172,3 +174,54 @@ def test_initialisers_keep_the_scale_or_take_means():
     assert float(jnp.std(e @ k)) == pytest.approx(1, rel=0.1)
     means = ours.mean_pool_init(noise=0.0)(jax.random.key(0), (2, 4, 12))
     np.testing.assert_allclose(means[1], np.kron(np.eye(4), np.full((1, 3), 1 / 3)), atol=1e-6)
+
+
+TENSOR_LAYERS = {
+    "exact": {},
+    "causal, bounded": {"is_causal": "both", "logit_bound": 2.0},
+    "polynomial": {"method": functools.partial(tensor_polynomial, degree=2), "is_causal": "ordered"},
+    "order 4, no null token": {"order": 4, "null_token": False},
+    "order 2": {"order": 2},
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_LAYERS)
+def test_tensor_layers_train_every_array_and_mask_padding(name):
+    layer = ours.TensorAttention(8, num_heads=2, head_dim=4, rngs=RNGS(0), **TENSOR_LAYERS[name])
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    real = jnp.arange(6)[None] < jnp.array([6, 4])[:, None]
+
+    def loss(layer):
+        return jnp.sum(layer(x, kv_mask=real)[:, :4] ** 2)
+
+    gradient = flax_nnx.grad(loss)(layer)
+    for path, leaf in jax.tree.leaves_with_path(flax_nnx.to_pure_dict(gradient)):
+        assert np.all(np.isfinite(leaf)), path
+        # What all keys of a set have in common multiplies every logit, but at order 2 shifts them alike.
+        if not (name == "order 2" and "keys" in str(path) and "bias" in str(path)):
+            assert np.abs(leaf).max() > 0, path
+    other = x.at[1, 4:].set(7.0)
+    np.testing.assert_allclose(layer(other, kv_mask=real)[:, :4], layer(x, kv_mask=real)[:, :4], atol=1e-5)
+    if TENSOR_LAYERS[name].get("is_causal"):
+        np.testing.assert_allclose(layer(x.at[:, 3:].set(5.0))[:, :3], layer(x)[:, :3], atol=1e-5)
+
+
+def test_a_tensor_layer_keeps_its_logits_bounded():
+    seen = []
+
+    def recorded(q, keys, values, key, *, scale, kv_mask, is_causal):
+        seen.append((q, keys, scale))
+        return tensor_attention(q, keys, values, key, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+
+    layer = ours.TensorAttention(8, num_heads=2, head_dim=4, logit_bound=3.0, method=recorded, rngs=RNGS(0))
+    layer.query.kernel[...] = 100 * layer.query.kernel[...]
+    x = jax.random.normal(jax.random.key(0), (1, 6, 8))
+    layer(x)
+    scale = seen[0][2]
+    # Rows of root mean square 1 that agree reach the bound only if they lie in one channel.
+    one = jnp.zeros((1, 4)).at[0, 0].set(2.0)
+    assert float(jnp.abs(scale * jnp.sum(one * one * one))) == pytest.approx(3.0)
+    ones = jnp.ones((5, 4))
+    assert float(scale * jnp.einsum("id,jd,ld->ijl", ones, ones, ones).max()) <= 3.0
+    with pytest.raises(ValueError, match="logit_bound must be positive, got -1"):
+        ours.TensorAttention(8, num_heads=2, head_dim=4, logit_bound=-1.0, rngs=RNGS(0))

@@ -1,0 +1,441 @@
+"""Tensor attention, exact and by the polynomial method, against sums over all tuples in float64."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+
+from approx_attention import (
+    TensorSketch,
+    anisotropic,
+    bounds,
+    determinant_attention,
+    exact,
+    exp_coefficients,
+    polynomial_attention,
+    running_tensor_polynomial,
+    strassen_attention,
+    tensor_attention,
+    tensor_polynomial,
+    tensor_support_basis,
+)
+from approx_attention.diagnostics import skill
+from approx_attention.methods import polynomial
+from approx_attention.methods.tensor import strassen_channels
+from approx_attention.states import AttentionState, merge
+from approx_attention.tensors import check_causal, tensor_inputs
+
+NAMES = "jlpr"
+
+
+def tensors(seed, num_queries, lengths, dim=4, value_dim=3, spread=1.0, dtype=jnp.float64):
+    """q [T, D] and, for each length, keys [S, D] and values [S, Dv]."""
+    random = np.random.default_rng(seed)
+    make = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)  # noqa: E731
+    q = spread * make(num_queries, dim)
+    return q, tuple(spread * make(n, dim) for n in lengths), tuple(make(n, value_dim) for n in lengths)
+
+
+def brute(q, keys, values, *, scale, kernel=np.exp, is_causal=None, window=None, kv_mask=None):
+    """Outputs and logarithms of normalisers from every tuple of keys."""
+    q, keys, values = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, keys, values))
+    sets = NAMES[: len(keys)]
+    terms = ",".join(["id", *(f"{name}d" for name in sets)])
+    logits = scale * np.einsum(f"{terms}->i{sets}", q, *keys)
+    place = np.indices(logits.shape)
+    seen, newest = np.ones(logits.shape, bool), place[0]
+    for a in range(len(keys)):
+        if is_causal:
+            seen &= place[a + 1] <= newest
+            newest = place[a + 1] if is_causal == "ordered" else newest
+        if window is not None:
+            seen &= place[a + 1] > place[0] - window[a]
+        if kv_mask is not None and kv_mask[a] is not None:
+            seen &= np.asarray(kv_mask[a])[place[a + 1]]
+    weights = np.where(seen, kernel(logits), 0)
+    total = weights.reshape(len(q), -1).sum(axis=1)
+    out = np.einsum(f"i{sets},{','.join(f'{name}c' for name in sets)}->ic", weights, *values)
+    with np.errstate(divide="ignore"):
+        return out / np.where(total > 0, total, 1)[:, None], np.log(total)
+
+
+def masks(seed, keys):
+    random = np.random.default_rng(seed)
+    return tuple(jnp.asarray(random.random(k.shape[0]) < 0.7) for k in keys)
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
+
+FORMS = [
+    (None, None),
+    ("both", None),
+    ("ordered", None),
+    ("both", (3, 5, 4)),
+    ("ordered", (5, 3, 7)),
+    ("both", (1, 40, 25)),
+]
+forms = pytest.mark.parametrize(("is_causal", "window"), FORMS)
+orders = pytest.mark.parametrize("order", [2, 3, 4])
+
+
+@forms
+@orders
+def test_exact_is_the_sum_over_tuples(x64, order, is_causal, window):
+    lengths = [17, 11, 9][: order - 1] if is_causal is None else [13, 15, 11][: order - 1]
+    q, keys, values = tensors(0, 13, lengths)
+    window = None if window is None else window[: order - 1]
+    options = {"is_causal": is_causal, "window": window, "kv_mask": masks(1, keys), "scale": 0.7}
+    out, lse = brute(q, keys, values, **options)
+    state = tensor_attention(q, keys, values, return_state=True, **options)
+    close(state.out, out)
+    close(state.lse, lse)
+
+
+@forms
+@orders
+@pytest.mark.parametrize("chunk_terms", [2**17, 300])
+def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
+    x64, monkeypatch, order, is_causal, window, chunk_terms
+):
+    monkeypatch.setattr(polynomial, "CHUNK_TERMS", chunk_terms)
+    lengths = [29, 11, 9][: order - 1] if is_causal is None else [29, 31, 20][: order - 1]
+    q, keys, values = tensors(2, 29, lengths)
+    window = None if window is None else window[: order - 1]
+    options = {"is_causal": is_causal, "window": window, "kv_mask": masks(3, keys), "scale": 0.5}
+    if is_causal == "ordered" and window is not None:
+        with pytest.raises(NotImplementedError, match="tensor_polynomial with is_causal='ordered' supports no window"):
+            tensor_polynomial(q, keys, values, **options)
+        return
+    coefficients = (1.0, 0.9, 0.7, 0.1, 0.06)
+    kernel = functools.partial(np.polynomial.polynomial.polyval, c=coefficients)
+    out, lse = brute(q, keys, values, kernel=lambda x: kernel(x), **options)
+    state = tensor_polynomial(q, keys, values, coefficients=coefficients, return_state=True, **options)
+    close(state.out, out, 1e-11)
+    close(state.lse, lse, 1e-11)
+
+
+both_methods = pytest.mark.parametrize(
+    "method", [tensor_attention, functools.partial(tensor_polynomial, degree=4)], ids=["exact", "polynomial"]
+)
+
+
+@both_methods
+def test_identities(x64, method):
+    q, (k, other), (v, w) = tensors(4, 9, (12, 7))
+    one_key, one_value = jnp.ones_like(other), jnp.ones_like(w)
+    whole = method(q, (k, other), (v, w), scale=0.5)
+    # A second set that says nothing leaves attention of order 2, times the mean of its values.
+    close(method(q, (k, one_key), (v, one_value), scale=0.5), method(q, (k,), (v,), scale=0.5))
+    close(method(q, (k, one_key), (v, w), scale=0.5), method(q, k, v, scale=0.5) * jnp.mean(w, axis=0)[None])
+    # The sets are equal before the law, the order in each does not matter, and neither do copies.
+    close(method(q, (other, k), (w, v), scale=0.5), whole)
+    close(method(q, (k[::-1], other), (v[::-1], w), scale=0.5), whole)
+    close(method(q[::-1], (k, other), (v, w), scale=0.5), whole[::-1])
+    close(method(q, (jnp.tile(k, (2, 1)), other), (jnp.tile(v, (2, 1)), w), scale=0.5), whole)
+    # What one factor gains in a channel, another may lose; and the scale may be negative.
+    gauge = jnp.array([2.0, -1.0, 0.5, -3.0])[None]
+    close(method(q * gauge, (k / gauge, other), (v, w), scale=0.5), whole)
+    close(method(-q, (k, other), (v, w), scale=-0.5), whole)
+    close(method(0 * q, (k, other), (v, w)), jnp.broadcast_to(jnp.mean(v, axis=0) * jnp.mean(w, axis=0), whole.shape))
+    ones = jnp.ones_like(v), jnp.ones_like(w)
+    close(method(q, (k, other), ones), jnp.ones((9, 3)))
+    stacked = method(q, jnp.stack([k, k]), jnp.stack([v, v]), scale=0.5)
+    close(stacked, method(q, (k, k), (v, v), scale=0.5))
+
+
+def test_order_two_is_ordinary_attention():
+    q, (k,), (v,) = tensors(5, 40, (50,), dim=8, value_dim=8, dtype=jnp.float32)
+    close(tensor_attention(q, k, v), exact(q, k, v), 1e-6)
+    close(tensor_attention(q, k, v, is_causal="both"), exact(q, k, v, is_causal=True), 1e-6)
+    close(tensor_polynomial(q, k, v, degree=3), polynomial_attention(q, k, v, degree=3), 1e-5)
+
+
+def test_polynomials_of_degree_zero_and_of_even_degree(x64):
+    q, keys, values = tensors(6, 8, (9, 7), spread=3.0)
+    uniform = jnp.mean(values[0], axis=0) * jnp.mean(values[1], axis=0)
+    close(tensor_polynomial(q, keys, values, degree=0), jnp.broadcast_to(uniform, (8, 3)))
+    for degree in (2, 4, 6):  # however large the logits
+        assert np.all(np.isfinite(tensor_polynomial(q, keys, values, degree=degree, return_state=True).lse))
+
+
+@both_methods
+@pytest.mark.parametrize("is_causal", ["both", "ordered"])
+def test_the_first_token_answers_itself_and_no_later_one_matters(method, is_causal):
+    q, keys, values = tensors(7, 150, (150, 150), dtype=jnp.float32, spread=0.5)
+    out = method(q, keys, values, is_causal=is_causal)
+    close(out[0], values[0][0] * values[1][0], 1e-5)
+    later = jax.tree.map(lambda x: x.at[70:].set(1e3), (keys, values))
+    close(method(q, *later, is_causal=is_causal)[:70], out[:70], 1e-5)
+
+
+@both_methods
+def test_padding_holds_anything_and_no_key_gives_zero(method):
+    q, keys, values = tensors(8, 6, (9, 7), dtype=jnp.float32)
+    real = (jnp.arange(9) < 5, jnp.arange(7) < 3)
+    for is_causal in (None, "both", "ordered"):
+        options = {"is_causal": is_causal, "kv_mask": real}
+        out = method(q, keys, values, **options)
+        filled = [
+            tuple(jnp.where(mask[:, None], x, jnp.nan) for x, mask in zip(xs, real, strict=True))
+            for xs in (keys, values)
+        ]
+        close(method(q, *filled, **options), out, 1e-6)
+        gradients = jax.grad(lambda xs: jnp.sum(method(q, *xs, **options) ** 2))(filled)  # noqa: B023
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
+        none = {"is_causal": is_causal, "kv_mask": (jnp.zeros(9, bool), real[1])}
+        close(method(q, *filled, **none), jnp.zeros((6, 3)))
+    assert np.all(np.isneginf(method(q, keys, values, return_state=True, **none).lse))
+
+
+@both_methods
+@pytest.mark.parametrize(("is_causal", "window"), [(None, None), ("both", None), ("ordered", None), ("both", (3, 2))])
+def test_gradients_against_finite_differences(x64, method, is_causal, window):
+    q, keys, values = tensors(9, 5, (5, 5), spread=0.7)
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    inputs, shape = ravel_pytree((q, keys, values))
+
+    def loss(x):
+        q, keys, values = shape(x)
+        return jnp.sum(target * method(q, keys, values, is_causal=is_causal, window=window))
+
+    loss = jax.jit(loss)
+    gradient = jax.grad(loss)(inputs)
+    for i in range(0, inputs.size, 7):
+        step = 1e-5 * jnp.zeros_like(inputs).at[i].set(1.0)
+        close(gradient[i], (loss(inputs + step) - loss(inputs - step)) / 2e-5, 1e-7)
+
+
+def test_states_of_parts_of_a_set_merge(x64):
+    q, (k, other), (v, w) = tensors(10, 8, (12, 7))
+    whole = tensor_attention(q, (k, other), (v, w), return_state=True)
+    parts = [tensor_attention(q, (k[s], other), (v[s], w), return_state=True) for s in (slice(5), slice(5, None))]
+    merged = merge(*parts)
+    close(merged.out, whole.out)
+    close(merged.lse, whole.lse)
+    assert isinstance(whole, AttentionState)
+
+
+def test_large_logits_stay_finite():
+    q, keys, values = tensors(11, 6, (9, 7), dtype=jnp.float32)
+    out = tensor_attention(1e3 * q, keys, values, scale=1.0)
+    assert np.all(np.isfinite(out))
+    pairs = np.einsum("id,jd,ld->ijl", q, *keys).reshape(6, -1).argmax(axis=1)
+    expected = values[0][pairs // 7] * values[1][pairs % 7]
+    close(out, expected, 1e-3)
+
+
+@both_methods
+def test_every_row_and_head_alone(method):
+    q, keys, values = tensors(12, 6, (9, 7), dtype=jnp.float32)
+    out = method(q, keys, values)
+    close(jnp.concatenate([method(row[None], keys, values) for row in q]), out, 1e-5)
+    heads = jax.vmap(lambda q: method(q, keys, values))(jnp.stack([q, 2 * q]))
+    close(heads[0], out, 1e-5)
+    close(heads[1], method(2 * q, keys, values), 1e-5)
+    half = method(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), (q, keys, values)))
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), out, 0.1)
+
+
+def test_exact_blocks_do_not_matter(x64, monkeypatch):
+    from approx_attention import tensors as floor
+
+    q, keys, values = tensors(13, 70, (130, 90), dim=3)
+    options = {"kv_mask": masks(1, keys)}
+    whole = tensor_attention(q, keys, values, **options)
+    causal = tensor_attention(q, keys, values, is_causal="ordered", window=(20, 30), **options)
+    monkeypatch.setattr(floor, "LEAST_TILE", 500)
+    monkeypatch.setattr(floor, "LEAST_ROWS", 7)
+    close(tensor_attention(q, keys, values, **options), whole)
+    close(tensor_attention(q, keys, values, is_causal="ordered", window=(20, 30), **options), causal)
+
+
+@pytest.mark.parametrize("is_causal", ["both", "ordered"])
+def test_decoding_is_the_causal_form(x64, is_causal):
+    q, keys, values = tensors(14, 20, (20, 20, 20))
+    decoder = running_tensor_polynomial(4, order=4, degree=3, is_causal=is_causal, dtype=jnp.float64)
+    whole = tensor_polynomial(q, keys, values, degree=3, scale=0.5, is_causal=is_causal)
+    state, start = decoder.init(3, jnp.float64), 0
+    size = jax.tree.map(jnp.shape, state)
+    for length in (1, 4, 1, 14):
+        part = slice(start, start + length)
+        tokens = tuple(k[part] for k in keys), tuple(v[part] for v in values)
+        state, answer = decoder.step(state, 0.5 * q[part], *tokens)
+        close(answer.out, whole[part])
+        start += length
+    assert jax.tree.map(jnp.shape, state) == size
+
+
+def test_windows_that_cover_all_are_causal(x64):
+    q, keys, values = tensors(15, 20, (20, 20))
+    for method in (tensor_attention, tensor_polynomial):
+        close(method(q, keys, values, is_causal="both", window=20), method(q, keys, values, is_causal="both"))
+
+
+def test_determinants_are_volumes_that_rotations_leave_alone(x64):
+    q, keys, values = tensors(16, 5, (6, 7), dim=6)
+    grouped = [np.asarray(x).reshape(-1, 2, 3) for x in (q, *keys)]
+    logits = np.zeros((5, 6, 7))
+    for i, j, n, g in itertools.product(range(5), range(6), range(7), range(2)):
+        logits[i, j, n] += np.linalg.det(np.stack([grouped[0][i, g], grouped[1][j, g], grouped[2][n, g]]))
+    weights = np.exp(logits / math.sqrt(6))
+    expected = np.einsum("ijl,jc,lc->ic", weights, *values) / weights.sum(axis=(1, 2))[:, None]
+    close(determinant_attention(q, keys, values), expected)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    rotation *= np.sign(np.linalg.det(rotation))
+    turned = [jnp.asarray((x @ rotation).reshape(x.shape[0], 6)) for x in grouped]
+    close(determinant_attention(turned[0], tuple(turned[1:]), values), expected)
+    with pytest.raises(ValueError, match="two sets of keys and 3 n channels, got 2 and 4"):
+        determinant_attention(q[:, :4], tuple(k[:, :4] for k in keys), values)
+
+
+def test_strassen_attention_is_that_of_its_channels(x64):
+    f, (g, h), values = tensors(17, 6, (9, 7))
+    real = masks(5, (g, h))
+    lifted = tensor_attention(*strassen_channels(f, (g, h)), values, scale=0.5, kv_mask=real)
+    close(strassen_attention(f, (g, h), values, kv_mask=real), lifted)
+    close(
+        strassen_attention(20 * f, (g, h), values),
+        tensor_attention(*strassen_channels(20 * f, (g, h)), values, scale=0.5),
+    )
+    none = (jnp.zeros(9, bool), None)
+    close(strassen_attention(f, (g, h), values, kv_mask=none), jnp.zeros((6, 3)))
+    # Where nothing is left of any pair the answer is NaN, not a number that looks like one.
+    f, g, h = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[-5.0, 1.0], [5.0, -1.0]])
+    values = jnp.ones((1, 1)), jnp.ones((2, 1))
+    assert np.all(np.isnan(strassen_attention(f, (g, h), values, scale=1e3)))
+    close(tensor_attention(*strassen_channels(f, (g, h)), values, scale=1e3), jnp.ones((1, 1)))
+
+
+def test_large_rows_are_exact_in_the_support_basis(x64):
+    q, keys, values = tensors(18, 12, (14, 13), spread=0.2)
+    q = q.at[3].mul(50)
+    keys = keys[0].at[jnp.array([2, 9])].mul(40), keys[1].at[5].mul(60)
+    real = masks(6, keys)
+    options = {"kv_mask": real, "scale": 0.5}
+    expected = tensor_attention(q, keys, values, **options)
+    large = {"num_large_queries": 1, "num_large_keys": 2}
+    split = tensor_support_basis(q, keys, values, degree=6, **large, **options)
+    assert np.max(np.abs(split - expected)) < 1e-8
+    assert np.max(np.abs(tensor_polynomial(q, keys, values, degree=6, **options) - expected)) > 1e-2
+    everything = {"num_large_queries": 0, "num_large_keys": 13}
+    close(tensor_support_basis(q, (keys[0][:13], keys[1]), (values[0][:13], values[1]), **everything),
+          tensor_attention(q, (keys[0][:13], keys[1]), (values[0][:13], values[1])))  # fmt: skip
+    with pytest.raises(ValueError, match="num_large_keys must be at most the number of tokens, 13, got 14"):
+        tensor_support_basis(q, keys, values, num_large_keys=14)
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(0, 5), st.floats(0.1, 1.5), st.booleans(),
+       st.sampled_from(["taylor", "minimax", "chebyshev", "hermite"]))  # fmt: skip
+def test_the_certificate_is_never_violated(seed, order, degree, spread, is_causal, coefficients):
+    with jax.enable_x64(True):
+        q, keys, values = tensors(seed, 6, [6, 5, 4][: order - 1], dim=3, spread=spread)
+        certificate = bounds.tensor_certificate(
+            q, keys, values, degree=degree, coefficients=coefficients, scale=0.4, tolerance=0.1
+        )
+        beta = certificate.logit_bound
+        options = {"degree": degree, "coefficients": coefficients, "bound": beta, "scale": 0.4}
+        options["rms"] = float(bounds.logit_rms(q, keys, scale=0.4))
+        causal = "both" if is_causal else None
+        out = tensor_polynomial(q, keys, values, is_causal=causal, **options)
+        expected = tensor_attention(q, keys, values, is_causal=causal, scale=0.4)
+        error = np.max(np.abs(np.asarray(out - expected)), axis=0)
+        assert np.all(error <= certificate.output + 1e-9)
+        assert certificate.met == (certificate.total_variation <= 0.1)
+        assert certificate.rank == math.comb(3 + degree, degree)
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4), st.floats(-3, 3))
+def test_the_bound_on_logits_holds_and_the_root_mean_square_is_exact(seed, order, scale):
+    with jax.enable_x64(True):
+        q, keys, _ = tensors(seed, 5, [6, 5, 4][: order - 1], dim=3)
+        q = q * jnp.array([10.0, 1.0, 0.1])[None]
+        terms = ",".join(["id", *(f"{name}d" for name in NAMES[: order - 1])])
+        logits = scale * np.einsum(f"{terms}->i{NAMES[: order - 1]}", q, *keys)
+        assert np.max(np.abs(logits)) <= bounds.logit_bound(q, keys, scale=scale) * (1 + 1e-12) + 1e-100
+        close(bounds.logit_rms(q, keys, scale=scale), np.sqrt(np.mean(logits**2)), 1e-9)
+
+
+def test_the_bound_on_logits_is_reached_and_ignores_padding(x64):
+    x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    close(bounds.logit_bound(x, (x, x, x), scale=1.0), 16.0)
+    padded = jnp.concatenate([x, jnp.full((1, 2), jnp.nan)])
+    close(bounds.logit_bound(x, (padded, x), scale=1.0, kv_mask=(jnp.array([True, True, False]), None)), 8.0)
+
+
+def test_error_falls_with_even_degree_and_below_its_certificate(x64):
+    q, keys, values = tensors(19, 40, (40, 40), spread=0.5)
+    expected = tensor_attention(q, keys, values)
+    mean = jnp.mean(values[0], axis=0) * jnp.mean(values[1], axis=0)
+    last, last_certified = np.inf, np.inf
+    for degree in (0, 2, 4, 6, 8):
+        out = tensor_polynomial(q, keys, values, degree=degree)
+        error = float(skill(out, expected, mean[None]))
+        certified = np.max(bounds.tensor_certificate(q, keys, values, degree=degree).output)
+        assert error < last / 2
+        assert certified <= last_certified
+        last, last_certified = error, certified
+    assert float(skill(jnp.broadcast_to(mean, expected.shape), expected, mean[None])) == 1.0
+
+
+def test_kinds_of_coefficients_and_features(x64):
+    q, keys, values = tensors(20, 16, (18, 17), spread=0.7)
+    q = q * jnp.array([2.0, 1.0, 0.3, 0.05])[None]
+    expected = tensor_attention(q, keys, values, scale=0.5)
+    beta = float(bounds.logit_bound(q, keys, scale=0.5))
+
+    def error(**options):
+        return float(np.max(np.abs(tensor_polynomial(q, keys, values, scale=0.5, **options) - expected)))
+
+    named = error(degree=4, coefficients="minimax", bound=beta)
+    close(named, error(coefficients=exp_coefficients("minimax", 4, bound=beta)), 1e-9)
+    with pytest.raises(ValueError, match="minimax needs bound"):
+        error(degree=4, coefficients="minimax")
+    largest = [np.max(np.abs(x), axis=0) for x in (q, *keys)]
+    indices, _ = anisotropic(tuple(0.5 * largest[0] * largest[1] * largest[2]), 35)
+    assert error(features=indices) < error(degree=3)  # which has as many features
+    # A sketch of the highest degree alone, large enough to be near.
+    maps = TensorSketch.draw(jax.random.key(0), 4096, 4, 3, order=3, exact_degree=2)
+    assert error(features=maps) < 3 * error(degree=3)
+    with pytest.raises(ValueError, match="features must be 3 maps, queries' first, got 2"):
+        error(features=maps[:2])
+    with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
+        error(degree=4, coefficients=(1.0, 1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": jnp.ones((2, 5, 3))}, "q and k must share the head dimension, got 4 and, in set 0, 3"),
+        ({"v": jnp.ones((1, 5, 3))}, "as many sets of tokens, got 2 and 1"),
+        ({"v": (jnp.ones((5, 3)), jnp.ones((4, 3)))}, r"v must hold \[S, Dv\] for each set of keys"),
+        ({"kv_mask": (None,)}, "one mask for each of 2 sets of keys, got 1"),
+        ({"window": 3}, "needs is_causal='both' or 'ordered'"),
+        ({"window": (3, 2, 1), "is_causal": "both"}, "one count for each of 2 sets of keys"),
+        ({"window": 0, "is_causal": "both"}, "window must be at least 1, got 0"),
+        ({"scale": math.inf}, "scale must be finite"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    arguments = {"q": jnp.ones((5, 4)), "k": jnp.ones((2, 5, 4)), "v": jnp.ones((2, 5, 3)), **change}
+    for method in (tensor_attention, tensor_polynomial):
+        with pytest.raises(ValueError, match=message):
+            method(**arguments)
+    with pytest.raises(ValueError, match="is_causal must be one of both, ordered"):
+        check_causal(True, None, 2)
+    with pytest.raises(ValueError, match=r"q must be \[T, D\], one head without batch axes"):
+        tensor_inputs(jnp.ones((2, 5, 4)), jnp.ones((2, 5, 4)), jnp.ones((2, 5, 3)))
+    with pytest.raises(TypeError, match="k must be a floating-point array"):
+        tensor_attention(jnp.ones((5, 4)), jnp.ones((2, 5, 4), int), jnp.ones((2, 5, 3)))
