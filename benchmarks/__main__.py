@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import control_variates, coresets, exact, low_rank, report, scaling
+from benchmarks import control_variates, coresets, exact, low_rank, report, scaling, tensor
 
 HERE = pathlib.Path(__file__).parent
 
@@ -62,6 +62,14 @@ def coresets_command(rounds: int) -> None:
 def low_rank_command(longest: int, rounds: int) -> None:
     """Linformer and Nystrom against exact attention and PyTorch, and fast sketches against dense ones."""
     _write("low_rank", low_rank.measure(longest, rounds))
+
+
+@main.command("tensor")
+@click.option("--longest", type=click.IntRange(min=2048), default=65536, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def tensor_command(longest: int, rounds: int) -> None:
+    """Third-order attention, exact and by the polynomial method, and the exact form's share of the peak."""
+    _write("tensor", tensor.measure(longest, rounds))
 
 
 @main.command("report")

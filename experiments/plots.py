@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from approx_attention.compare import method_styles
 
@@ -330,15 +331,20 @@ def _polynomial_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 kept = [at for at in curves[0] if all(curve[at] is not None for curve in curves)]
                 return [float(at) for at in kept], [statistics.fmean(curve[at] for curve in curves) for at in kept]
 
-            (handles[name],) = axes.plot(*points("skill"), **style)
-            axes.plot(*points("certificate"), color=style["color"], linestyle=":", linewidth=1)
-        axes.axhline(1, color="0.5", linewidth=0.8)
+            (handles[name],) = axes.plot(*points("worst" if by == "degree" else "skill"), **style)
+            if by == "degree":
+                axes.plot(*points("certificate"), color=style["color"], linestyle=":", linewidth=1)
+        if by == "degree":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
+            axes.axhline(1, color="0.5", linewidth=0.8)
         title = arm if bound is None else f"logits up to {bound}" + (f", {arm}" if len(arms) > 1 else "")
         label = {"degree": "degree", "rank": "rank", "bound": "largest logit"}[by]
         axes.set(title=title, xscale="linear" if by == "degree" else "log", yscale="log", xlabel=label)
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("skill error (dotted: certificate of the weights)")
+    worst = "worst output, in units of the range of values (dotted: certificate)"
+    panels[0].set_ylabel(worst if by == "degree" else "skill error")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 

@@ -274,7 +274,7 @@ def _finding_row(finding: Finding) -> list[str]:
 def _named(side: Metric | Against) -> str:
     """What a figure belongs to: the arm, or the method in a study of one arm."""
     parts = side.value.split(".")
-    return parts[1] if parts[0] == "methods" else side.arm
+    return parts[1] if parts[0] in ("methods", "families") else side.arm
 
 
 def _study(file: ConfigFile, runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -528,7 +528,11 @@ def _polynomial_error_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]
                         ]
                     )
             uniform = _significant([result["uniform"][bound] for result in results])
-            yield f"`{arm}`: logits up to {bound}; uniform weights have error {uniform}, and skill error 1"
+            known = _significant([result["logit_bound"][bound] for result in results])
+            yield (
+                f"`{arm}`: logits up to {bound} (known without looking at pairs: {known}); uniform weights have error "
+                f"{uniform}, and skill error 1"
+            )
             header = ["polynomial", "degree", "rank", "skill error", "error", "worst output", "certificate"]
             yield _table(header, rows)
 

@@ -72,8 +72,8 @@ def run_degrees(config: LeastDegreesConfig, directory: pathlib.Path, console: Co
 
 def _line(by_bound: Mapping[str, int]) -> float:
     """The slope of degrees against the bound, where logits are beyond 1."""
-    points = [(float(bound), degree) for bound, degree in by_bound.items() if float(bound) >= 1]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0])
+    beyond = {float(bound): degree for bound, degree in by_bound.items() if float(bound) >= 1}
+    return float(np.polyfit(list(beyond), list(beyond.values()), 1)[0])
 
 
 def run_phase(config: PhaseConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from approx_attention import (
     ProductSketch,
     TensorSketch,
     anisotropic,
+    bounds,
     exp_coefficients,
     ratio_range,
     tensor_attention,
@@ -89,19 +90,21 @@ def run(config: PolynomialErrorConfig, directory: pathlib.Path, console: Console
 
     ``certificate`` is the largest total variation of the weights for logits up to the bound, and ``worst`` the largest
     error of an output in units of the range of the values of its channel, which it bounds. Where there is neither a
-    bound on the polynomial nor positive weights, it is None.
+    bound on the polynomial nor positive weights, it is None. ``logit_bound`` is what `bounds.logit_bound` knows of the
+    largest logit without looking at pairs.
     """
     with jax.enable_x64(True):
         families: dict[str, Any] = {
             name: {what: {} for what in ("rank", "skill", "error", "certificate", "worst")} for name in config.families
         }
-        trivial = {}
+        trivial, known = {}, {}
         for bound in config.bounds:
             tensors = clustered(
                 jax.random.key(config.seed), config.length, config.head_dim, bound, clusters=config.clusters,
                 noise=config.noise, decay=config.decay, bound_by=config.bound_by, dtype=jnp.float64,
             )  # fmt: skip
             expected, uniform = tensor_attention(*tensors, scale=1.0), tensor_polynomial(*tensors, degree=0)
+            known[f"{bound:g}"] = float(bounds.logit_bound(tensors.q, tensors.k, scale=1.0))
             trivial[f"{bound:g}"] = error_and_skill(uniform, expected, uniform)[0]
             for name, family in config.families.items():
                 for degree, rank, certificate, outs in _answers(family, tensors, bound, config):
@@ -117,6 +120,7 @@ def run(config: PolynomialErrorConfig, directory: pathlib.Path, console: Console
         "by": config.by,
         "families": families,
         "uniform": trivial,
+        "logit_bound": known,
         "largest_share_of_certificate": _largest_share(families),
         "remainder": _remainder(config, families),
     }
@@ -126,7 +130,7 @@ def _answers(
     family: FamilyConfig, tensors: Tensors, bound: float, config: PolynomialErrorConfig
 ) -> Iterator[tuple[int, int, float, list[Any]]]:
     """Degree, rank, certificate, and the outputs of every draw, for each polynomial of a family."""
-    rms, dtype = _rms(tensors), tensors.q.dtype
+    rms, dtype = float(bounds.logit_rms(tensors.q, tensors.k, scale=1.0)), tensors.q.dtype
     for rank in family.ranks:
         indices, tail = anisotropic(tensors.channel_bounds.tolist(), rank)
         relative = tail * math.exp(bound)
@@ -158,12 +162,6 @@ def _polynomial(tensors: Tensors, coefficients: Any, indices: Any) -> Any:
 @jax.jit
 def _sketched(tensors: Tensors, coefficients: Any, maps: Any) -> Any:
     return tensor_polynomial(*tensors, coefficients=coefficients, features=maps, scale=1.0)
-
-
-def _rms(tensors: Tensors) -> float:
-    """The root mean square of all logits, from the second moments of each factor."""
-    moments = [x.T @ x / x.shape[0] for x in (tensors.q, *tensors.k)]
-    return float(jnp.sqrt(jnp.sum(moments[0] * moments[1] * moments[2])))
 
 
 def _largest_share(families: dict[str, Any]) -> float | None:

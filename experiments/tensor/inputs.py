@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from approx_attention.diagnostics import output_error, skill
+
 
 class Tensors(NamedTuple):
     """Queries ``[T, D]`` and two sets of keys and values; the scale is 1."""
@@ -86,5 +88,4 @@ def error_and_skill(out: Array, expected: Array, uniform: Array) -> tuple[float,
 
     The second is what an approximation is worth: uniform weights, which look at nothing, have a skill error of 1.
     """
-    off = jnp.linalg.norm(out - expected)
-    return float(off / jnp.linalg.norm(expected)), float(off / jnp.linalg.norm(expected - uniform))
+    return float(output_error(out, expected).relative), float(skill(out, expected, uniform))

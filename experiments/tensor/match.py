@@ -1,6 +1,7 @@
 """Whether attention over pairs of keys learns to match triples, and attention over keys does not."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -15,7 +16,7 @@ from jax import Array
 from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
-from approx_attention.tensors import tensor_inputs
+from approx_attention.nnx import TensorAttention
 from experiments import data
 from experiments.config import STRICT, Count
 from experiments.data import DataConfig
@@ -44,51 +45,6 @@ class MatchConfig:
     __pydantic_config__ = STRICT
 
 
-class MatchAttention(nnx.Module):
-    """Attention of some order over the tokens and a learned null token; values of order 3 are near 1 at first."""
-
-    def __init__(self, config: MatchConfig, rngs: nnx.Rngs):
-        shape, sets = (config.num_heads, config.head_dim), config.order - 1
-
-        def linear(**options: Any) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(config.model_dim, shape, rngs=rngs, **options)
-
-        self.degree = config.degree
-        self.query = linear(use_bias=False)
-        self.keys = nnx.List([linear(use_bias=False) for _ in range(sets)])
-        ones = nnx.initializers.ones if config.order > 2 else nnx.initializers.zeros
-        self.values = nnx.List([linear(bias_init=ones) for _ in range(sets)])
-        self.out = nnx.LinearGeneral(shape, config.model_dim, axis=(-2, -1), rngs=rngs)
-        self.null = nnx.Param(jax.random.normal(rngs.params(), (config.model_dim,)))
-
-    def projected(self, x: Array) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-        """Queries, keys and values ``[B, N, T, D]``, the null token last among the keys."""
-        null = jnp.broadcast_to(self.null[...], (x.shape[0], 1, x.shape[2]))
-        seen = jnp.concatenate([x, null], axis=1)
-        keys, values = (
-            tuple(jnp.swapaxes(linear(seen), 1, 2) for linear in linears) for linears in (self.keys, self.values)
-        )
-        return jnp.swapaxes(self.query(x), 1, 2), keys, values
-
-    def __call__(self, x: Array) -> Array:
-        def head(q: Array, k: Any, v: Any) -> Array:
-            if self.degree is None:
-                return tensor_attention(q, k, v)
-            return tensor_polynomial(q, k, v, degree=self.degree)
-
-        return self.out(jnp.swapaxes(jax.vmap(jax.vmap(head))(*self.projected(x)), 1, 2))
-
-    def largest_logit(self, x: Array) -> Array:
-        """The largest magnitude of a logit over a batch."""
-
-        def head(q: Array, k: Any, v: Any) -> Array:
-            logits, letters = tensor_inputs(q, k, v).q, "jl"[: len(k)]
-            terms = "id," + ",".join(f"{letter}d" for letter in letters)
-            return jnp.max(jnp.abs(jnp.einsum(f"{terms}->i{letters}", logits, *k)))
-
-        return jnp.max(jax.vmap(jax.vmap(head))(*self.projected(x)))
-
-
 class MatchModel(nnx.Module):
     """Tokens ``[B, T]`` of so many bits to the log-odds ``[B, T]`` that each has a match."""
 
@@ -96,7 +52,21 @@ class MatchModel(nnx.Module):
         width = config.model_dim
         self.bits = bits
         self.embedding = nnx.Linear(bits, width, rngs=rngs)
-        self.layers = nnx.List([MatchAttention(config, rngs) for _ in range(config.num_layers)])
+        method = (
+            tensor_attention if config.degree is None else functools.partial(tensor_polynomial, degree=config.degree)
+        )
+        layers = [
+            TensorAttention(
+                width,
+                num_heads=config.num_heads,
+                head_dim=config.head_dim,
+                order=config.order,
+                method=method,
+                rngs=rngs,
+            )
+            for _ in range(config.num_layers)
+        ]
+        self.layers = nnx.List(layers)
         self.up = nnx.List([nnx.Linear(width, 4 * width, rngs=rngs) for _ in range(config.num_layers)])
         self.down = nnx.List([nnx.Linear(4 * width, width, rngs=rngs) for _ in range(config.num_layers)])
         self.head = nnx.Linear(width, 1, rngs=rngs)
@@ -113,6 +83,14 @@ class MatchModel(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         return self.streams(tokens)[1]
+
+
+def largest_logit(layer: TensorAttention, x: Array) -> Array:
+    """The largest magnitude of a logit between tokens, over a batch."""
+    q, keys = layer.query(x), [project(x) for project in layer.keys]
+    letters = "jl"[: len(keys)]
+    terms = ",".join(["bihd", *(f"b{letter}hd" for letter in letters)])
+    return jnp.max(jnp.abs(jnp.einsum(f"{terms}->bhi{letters}", q, *keys))) / math.sqrt(q.shape[-1])
 
 
 def loss(model: MatchModel, batch: dict[str, Any]) -> Array:
@@ -151,7 +129,7 @@ def run(config: MatchConfig, directory: pathlib.Path, console: Console) -> dict[
     right = told == asked
     majority = max(asked.mean(), 1 - asked.mean())
     read, _ = model.streams(jnp.asarray(batches[0]["tokens"]))
-    largest = max(float(layer.largest_logit(x)) for layer, x in zip(model.layers, read, strict=True))
+    largest = max(float(largest_logit(layer, x)) for layer, x in zip(model.layers, read, strict=True))
     return {
         "accuracy": float(right.mean()),
         "balanced_accuracy": float((right[asked].mean() + right[~asked].mean()) / 2),
