@@ -81,7 +81,37 @@ def exp_coefficients(
         raise ValueError(f"bound must be at most 700, got {bound}: no polynomial is near to exp over such logits")
     if bound == 0:
         return _taylor(degree)
-    return np.array((_chebyshev if kind == "chebyshev" else _minimax)(degree, bound))
+    return np.array(_chebyshev(degree, bound) if kind == "chebyshev" else _minimax(degree, bound)[0])
+
+
+def minimax_error(degree: int, bound: float) -> float:
+    r"""The least relative error of a polynomial in place of exp: :math:`\min_P \max_{|x| \le \beta} |P(x) e^{-x} - 1|`.
+
+    In exact arithmetic: the coefficients of `exp_coefficients`, rounded to float64, are off by about
+    :math:`10^{-16} e^{2\beta}` more, which `ratio_range` counts.
+
+    Args:
+        degree: g.
+        bound: :math:`\beta > 0`.
+
+    Returns:
+        The error.
+
+    Raises:
+        ValueError: a bad degree or bound.
+
+    Example:
+        >>> from approx_attention.polynomials import minimax_error
+        >>> round(minimax_error(2, 1.0), 4)
+        0.0397
+
+    Reference:
+        As `exp_coefficients`.
+    """
+    degree, bound = check_count("degree", degree, 0), _static("minimax_error", "bound", bound)
+    if not 0 < bound <= 700:
+        raise ValueError(f"bound must be positive and at most 700, got {bound}")
+    return _minimax(degree, bound)[1]
 
 
 def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tuple[float, float]:
@@ -275,8 +305,8 @@ def _chebyshev(degree: int, bound: float) -> tuple[float, ...]:
 
 
 @functools.lru_cache
-def _minimax(degree: int, bound: float) -> tuple[float, ...]:
-    r"""The polynomial whose relative error is least, by Remez exchange.
+def _minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
+    r"""The polynomial whose relative error is least, and that error, by Remez exchange.
 
     With :math:`E` the error levelled at :math:`g + 2` points, :math:`P(x_i) = e^{x_i} (1 + (-1)^i E)`: the divided
     difference of order :math:`g + 1` gives E, and those before it P. The error of P has its other extrema at the ends
@@ -296,7 +326,7 @@ def _minimax(degree: int, bound: float) -> tuple[float, ...]:
             decay = np.array([(-x).exp() for x in points])
             error = abs(polynomial.polyval(points, powers) * decay - 1)
             if max(error) - min(error) <= Decimal("1e-12") * max(error):
-                return tuple(float(c) for c in powers)
+                return tuple(float(c) for c in powers), float(max(error))
     raise ArithmeticError(f"the exchange for degree {degree} and bound {bound} has not converged")
 
 

@@ -350,6 +350,20 @@ def test_sketches_are_pytrees_with_finite_derivatives(sketch, x64):
     assert np.all(np.isfinite(slope))
 
 
+def test_one_process_may_use_an_index_set_with_and_without_64_bits():
+    features, x = MonomialFeatures(total_degree(3, 2)), np.arange(6.0).reshape(2, 3)
+    weights, rows = [], []
+    for wide in (True, False, True):
+        with jax.enable_x64(wide):
+            dtype = jnp.float64 if wide else jnp.float32
+            weights.append(np.asarray(features.weights(np.ones(3), dtype=dtype)))
+            rows.append(np.asarray(monomials(jnp.asarray(x, dtype), features.indices)))
+            assert weights[-1].dtype == rows[-1].dtype == dtype
+    for found in (weights, rows):
+        np.testing.assert_array_equal(found[0], found[1])
+        np.testing.assert_array_equal(found[0], found[2])
+
+
 def test_bad_features_are_refused():
     with pytest.raises(ValueError, match=r"x must be \[N, D\] with D = 3, got shape \(2, 4\)"):
         monomials(jnp.ones((2, 4)), total_degree(3, 2))

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from numpy.polynomial import Chebyshev, hermite_e, polynomial
 
 from approx_attention import polynomials
-from approx_attention.polynomials import Coefficients, choose_degree, exp_coefficients, ratio_range, weight_bound
+from approx_attention.polynomials import (
+    Coefficients,
+    choose_degree,
+    exp_coefficients,
+    minimax_error,
+    ratio_range,
+    weight_bound,
+)
 
 KINDS = get_args(Coefficients)
 
@@ -111,6 +118,7 @@ def test_the_minimax_error_is_levelled(degree, bound):
     assert len(runs) == degree + 2
     rounding = 1e-16 * math.exp(2 * bound)
     np.testing.assert_allclose(extrema, extrema.max(), rtol=1e-4, atol=rounding)
+    np.testing.assert_allclose(minimax_error(degree, bound), extrema.max(), rtol=1e-4, atol=rounding)
 
 
 def test_no_other_kind_has_a_better_ratio_than_minimax():
@@ -235,6 +243,8 @@ def test_an_unaffordable_degree_says_what_it_would_need(monkeypatch):
 def test_bad_polynomials_are_refused():
     with pytest.raises(ValueError, match="coefficients must be one of .* did you mean 'minimax'"):
         exp_coefficients("minmax", 2, bound=1.0)
+    with pytest.raises(ValueError, match="bound must be positive and at most 700, got 0.0"):
+        minimax_error(2, 0.0)
     with pytest.raises(ValueError, match="minimax needs bound"):
         exp_coefficients("minimax", 2)
     with pytest.raises(ValueError, match="hermite needs rms"):

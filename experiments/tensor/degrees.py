@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import exp_coefficients, ratio_range, weight_bound
-from experiments.config import STRICT, Count
+from approx_attention.polynomials import MAX_DEGREE, minimax_error
+from experiments.config import STRICT, ConfigError, Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +46,19 @@ class PhaseConfig:
 
 @functools.cache
 def weight_error(kind: str, degree: int, bound: float) -> float:
-    """The largest total variation of weights by a polynomial, for logits up to a bound."""
+    """The largest total variation of weights by a polynomial, for logits up to a bound, but for rounding."""
+    if kind == "minimax":
+        error = minimax_error(degree, bound)
+        return weight_bound(1 - error, 1 + error)
     return weight_bound(*ratio_range(exp_coefficients(kind, degree, bound=bound), bound))
 
 
 def least_degree(kind: str, bound: float, tolerance: float) -> int:
     """The least degree, odd or even, whose weights are right to a tolerance."""
-    return next(g for g in itertools.count() if weight_error(kind, g, bound) <= tolerance)
+    for degree in range(MAX_DEGREE + 1):
+        if weight_error(kind, degree, bound) <= tolerance:
+            return degree
+    raise ConfigError(f"no degree up to {MAX_DEGREE} of {kind} is right to {tolerance} for logits up to {bound}")
 
 
 def run_degrees(config: LeastDegreesConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
