@@ -61,6 +61,7 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.patterns import SparsePattern
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge
@@ -80,6 +81,7 @@ __all__ = [
     "PositiveFeatures",
     "ReLUFeatures",
     "RunningSummary",
+    "SparsePattern",
     "TrigonometricFeatures",
     "WeightedFeatures",
     "WeightedKV",
