@@ -1,6 +1,7 @@
 """Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
 
 from approx_attention.api import attention
+from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import fold_scale
 from approx_attention.compression import (
@@ -61,6 +62,8 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.sparse import bigbird, longformer, sparse_attention
+from approx_attention.methods.top_k import lsh_top_k, top_k
 from approx_attention.patterns import SparsePattern
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
@@ -70,6 +73,7 @@ from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summa
 __all__ = [
     "METHODS",
     "AttentionState",
+    "BlockMap",
     "Cache",
     "Capabilities",
     "Convolution",
@@ -89,6 +93,7 @@ __all__ = [
     "attention",
     "attention_received",
     "block_linformer",
+    "bigbird",
     "causal_state",
     "compress",
     "compress_cache",
@@ -111,6 +116,8 @@ __all__ = [
     "linformer",
     "linformer_step",
     "local",
+    "longformer",
+    "lsh_top_k",
     "mean_pool",
     "mean_value",
     "merge",
@@ -135,6 +142,7 @@ __all__ = [
     "scatterbrain",
     "shared_sizes",
     "skyformer",
+    "sparse_attention",
     "summarize_block_linformer",
     "summarize_coreset",
     "summarize_exact",
@@ -146,6 +154,7 @@ __all__ = [
     "summary_bytes",
     "svd",
     "token_budget",
+    "top_k",
     "uniform_sample",
     "unreduced_jlt",
 ]

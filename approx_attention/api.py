@@ -327,7 +327,7 @@ _OPTIONS = {
 # Arguments that hold one number per key and key head.
 _PER_TOKEN = frozenset({"gate_logits"})
 # Drawn noise that a caller may pass in place of an rng.
-_NOISE = frozenset({"projection", "noise"})
+_NOISE = frozenset({"projection", "noise", "blocks"})
 
 
 def _check_layout(query: Array, key: Array, value: Array) -> None:

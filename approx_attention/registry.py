@@ -43,6 +43,8 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.sparse import bigbird, longformer
+from approx_attention.methods.top_k import lsh_top_k, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,39 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * min(2 * size - 1, S) * (D + Dv),
             reference="Beltagy et al. 2020",
+        ),
+        "longformer": Method(
+            function=longformer,
+            size="window_size",
+            capabilities=Capabilities(exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * (T * min(2 * size - 1 + 4, S) + 4 * S) * (D + Dv),
+            reference="Beltagy et al. 2020",
+        ),
+        "bigbird": Method(
+            function=bigbird,
+            size="num_random_blocks",
+            usual_size=3,
+            capabilities=Capabilities(needs_key=True, exact_limit=True),
+            # Blocks of 64: three of the window, one that all see, and those at random.
+            cost=lambda T, S, D, Dv, size: 2 * (T * min(64 * (4 + size), S) + 64 * S) * (D + Dv),
+            reference="Zaheer et al. 2020",
+        ),
+        "top_k": Method(
+            function=top_k,
+            size="keys_per_query",
+            usual_size=32,
+            capabilities=Capabilities(exact_limit=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * (S * D + min(size, S) * (D + Dv)),
+            reference="Gupta et al. 2021",
+        ),
+        "lsh_top_k": Method(
+            function=lsh_top_k,
+            size="keys_per_query",
+            usual_size=32,
+            capabilities=Capabilities(needs_key=True, exact_limit=True),
+            # Four rounds of two buckets are looked through.
+            cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (8 * D + D + Dv),
+            reference="Kitaev et al. 2020",
         ),
         "uniform_sample": Method(
             function=uniform_sample,

@@ -1,0 +1,313 @@
+"""Sparse attention: exact on the keys of a pattern, and the fixed patterns that are in use."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from approx_attention.block_sparse import (
+    BlockMap,
+    block_lists_state,
+    block_sparse_state,
+    gathered_state,
+    is_traced,
+)
+from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.patterns import SparsePattern
+from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
+from approx_attention.states import AttentionState, merge
+
+# One gathered key takes as long as so many keys of a block that is visited.
+GATHER_COST = 24
+BLOCK_SIZES = (64, 128)
+
+
+def sparse_attention(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    pattern: SparsePattern | BlockMap,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Softmax attention over the support of a pattern; what lies outside is not computed.
+
+    .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j}
+
+    Only the support S of the pattern counts; its weights are for those who realise it. There are two forms. Blocks:
+    every block of queries meets each block of keys that holds an entry, in matrix products, and entries outside the
+    support are hidden; its cost is that of the visited area. Gathered: every query fetches its own keys, at a cost of
+    T K (D + Dv), far more for one key. A `BlockMap`, which is known when tracing, runs by blocks. A pattern whose arrays
+    are known takes the cheaper form: gathered, if 24 K is less than the keys that a query meets in blocks of 64 or 128.
+    A traced pattern is gathered, because its blocks are not known.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        pattern: which keys each query sees, of T queries and S keys.
+        is_causal: of these keys only j <= t.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that are not floating point, a pattern that is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import SparsePattern, local, sparse_attention
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = sparse_attention(q, k, v, pattern=SparsePattern.banded(32, range(-3, 4)))
+        >>> bool(jnp.allclose(out, local(q, k, v, window_size=4), atol=1e-6))
+        True
+
+    Reference:
+        Child et al. (2019), "Generating long sequences with sparse transformers"; blocks: Zaheer et al. (2020),
+        "Big Bird", appendix D.
+    """
+    if not isinstance(pattern, SparsePattern | BlockMap):
+        raise TypeError(f"pattern must be a SparsePattern or a BlockMap, got {type(pattern).__name__}")
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    given = (pattern.num_queries if isinstance(pattern, BlockMap) else pattern.num_tokens), pattern.num_keys
+    if given != (q.shape[0], k.shape[0]):
+        raise ValueError(f"pattern must be of [T, S] = {[q.shape[0], k.shape[0]]}, got {list(given)}")
+    chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
+    form = _over_blocks if isinstance(chosen, BlockMap) else _over_gathered
+    state = form(q, k, v, chosen, is_causal, kv_mask)
+    return state if return_state else state.out.astype(dtype)
+
+
+def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMap:
+    """The pattern as it is, to be gathered, or its blocks, by what each form costs."""
+    if is_traced(pattern):
+        return pattern
+    if is_causal:
+        valid = np.asarray(pattern.valid) & (np.asarray(pattern.indices) <= np.arange(pattern.num_tokens)[:, None])
+        per_query = int(valid.sum(axis=1).max())
+    else:
+        per_query = pattern.keys_per_row
+    visited = {}
+    for block_size in BLOCK_SIZES:
+        with jax.ensure_compile_time_eval():
+            mask = np.asarray(pattern.block_mask(block_size))
+        visited[block_size] = (np.tril(mask) if is_causal else mask).sum() * block_size**2
+    block_size = min(visited, key=lambda size: visited[size])
+    if GATHER_COST * per_query * pattern.num_tokens < visited[block_size]:
+        return pattern
+    return BlockMap.from_pattern(pattern, block_size)
+
+
+def _over_blocks(
+    q: Array, k: Array, v: Array, blocks: BlockMap, is_causal: bool, kv_mask: Array | None
+) -> AttentionState:
+    return block_sparse_state(q, k, v, blocks.causal() if is_causal else blocks, kv_mask=kv_mask)
+
+
+def _over_gathered(
+    q: Array, k: Array, v: Array, pattern: SparsePattern, is_causal: bool, kv_mask: Array | None
+) -> AttentionState:
+    seen = pattern.valid
+    if is_causal:
+        seen = seen & (pattern.indices <= jnp.arange(q.shape[0], dtype=jnp.int32)[:, None])
+    if kv_mask is not None:
+        seen = seen & kv_mask[pattern.indices]
+    return gathered_state(q, k, v, pattern.indices, seen)
+
+
+def longformer(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    window_size: int = 128,
+    num_global: int = 4,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""A sliding window, and a few global tokens that see every key and that every query sees.
+
+    .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+              \qquad S_t = \begin{cases} \{0, \dots, S - 1\} & t < G \\
+              \{j : |t - j| < w\} \cup \{0, \dots, G - 1\} & \text{else.} \end{cases}
+
+    The first G tokens are the global ones: order the sequence so. The published model gives global attention projections
+    of its own; here there is one q, k and v. Causally the window lies before the query, a global token too sees no key
+    after it, and what is left is a window with attention sinks.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        window_size: w, the query's own position and w - 1 tokens to a side (only before it if causal).
+        num_global: the number G of global tokens.
+        is_causal: no key after the query.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a window without any key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, longformer
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = longformer(q, k, v, window_size=2, num_global=3)
+        >>> bool(jnp.allclose(out[:3], exact(q, k, v)[:3], atol=1e-6))
+        True
+
+    Reference:
+        Beltagy, Peters and Cohan (2020), "Longformer", section 3.1; sinks: Xiao et al. (2023), "Efficient streaming
+        language models with attention sinks".
+    """
+    dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
+    left = check_count("window_size", window_size) - 1
+    num_global = min(check_count("num_global", num_global, least=0), num_keys)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
+    not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
+    state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
+    if num_global:
+        columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
+        rows = (triangular_state if is_causal else blocked_state)(q[:num_global], k, v, bias)
+        state = jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
+    return state if return_state else state.out.astype(dtype)
+
+
+def bigbird(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_random_blocks: int = 3,
+    num_window_blocks: int = 3,
+    num_global_blocks: int = 1,
+    block_size: int = 64,
+    blocks: Int[Array, "Tb R"] | None = None,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""A sliding window, global tokens and random keys, all by blocks.
+
+    A query of block i sees the blocks of
+
+    .. math:: \{j : |i - j| \le (w - 1) / 2\} \cup \{0, \dots, g - 1\} \cup R_i,
+
+    and one of the first g blocks sees every block. The r blocks :math:`R_i` are drawn uniformly, without replacement,
+    from those that are left. The first tokens are the global ones (the published internal variant takes the last block
+    too). Causally a query sees of all these the keys j <= t: the window lies before it, and its blocks are drawn from
+    earlier ones.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``blocks`` is given.
+        num_random_blocks: the number r; where fewer blocks are left, all are seen, and if that holds everywhere the
+            answer is exact.
+        num_window_blocks: the number w of blocks, odd, of which the query's own is the middle one (the last if causal,
+            where there are (w + 1) / 2).
+        num_global_blocks: the number g.
+        block_size: tokens per block.
+        blocks: numbers of the random blocks ``[ceil(T / block_size), R]`` in place of a draw; those that a query sees
+            anyhow, or twice, or not at all if causal, count for nothing.
+        is_causal: no key after the query.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a window of an even number of blocks, neither key nor blocks.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import bigbird, exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = bigbird(q, k, v, jax.random.key(3), block_size=4, num_random_blocks=6)
+        >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-5))
+        True
+
+    Reference:
+        Zaheer et al. (2020), "Big Bird: transformers for longer sequences", section 2 and appendix D.
+    """
+    dtype = v.dtype
+    check_count("block_size", block_size)
+    check_count("num_random_blocks", num_random_blocks, least=0)
+    check_count("num_global_blocks", num_global_blocks, least=0)
+    if check_count("num_window_blocks", num_window_blocks) % 2 == 0:
+        raise ValueError(f"num_window_blocks must be odd, the same to both sides, got {num_window_blocks}")
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
+    rows, columns = np.indices([-(-n // block_size) for n in (q.shape[0], k.shape[0])])
+    near = abs(rows - columns) <= num_window_blocks // 2
+    fixed = BlockMap.from_blocks(near | (columns < num_global_blocks) | (rows < num_global_blocks), **sizes)
+    fixed = fixed.causal() if is_causal else fixed
+    free = ~fixed.visited & ((columns < rows) | (not is_causal))
+
+    state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
+    if blocks is None:
+        key = check_key("bigbird", key)
+        drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), key)
+    else:
+        if blocks.ndim != 2 or blocks.shape[0] != len(free):
+            raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
+        drawn = _given_lists(free, blocks)
+    state = merge(state, block_lists_state(q, k, v, *drawn, block_size=block_size, kv_mask=kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def _random_lists(free: np.ndarray, count: int, key: Array) -> tuple[Array, Array]:
+    """For each row a uniform draw of so many of its free columns, and which are; what a row draws depends on no other.
+
+    Neither does the order of columns depend on how many there are: a prefix of a sequence draws like the whole.
+    """
+    numbers = jnp.arange(free.shape[1], dtype=jnp.int32)
+
+    def of_row(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, free = args
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, row), numbers)
+        priority = jnp.where(free, jax.vmap(jax.random.uniform)(keys), -1)
+        best, chosen = lax.top_k(priority, count)
+        return chosen.astype(jnp.int32), best >= 0
+
+    return lax.map(of_row, (jnp.arange(len(free), dtype=jnp.int32), free), batch_size=min(len(free), 64))
+
+
+def _given_lists(free: np.ndarray, blocks: Array) -> tuple[Array, Array]:
+    """Given columns for each row, and which are free and listed for the first time."""
+    lists = jnp.sort(blocks.astype(jnp.int32), axis=1)
+    inside = (lists >= 0) & (lists < free.shape[1])
+    lists = jnp.where(inside, lists, 0)
+    is_free = jnp.take_along_axis(jnp.asarray(free), lists, axis=1)
+    again = jnp.pad(lists[:, 1:] == lists[:, :-1], ((0, 0), (1, 0)))
+    return lists, inside & is_free & ~again
