@@ -31,7 +31,14 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
-from approx_attention.methods.coreset import compress, coreset, query_radius, running_coreset, summarize_coreset
+from approx_attention.methods.coreset import (
+    compress,
+    coreset,
+    query_radius,
+    running_coreset,
+    sparse_coreset,
+    summarize_coreset,
+)
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
@@ -62,12 +69,12 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
-from approx_attention.methods.sparse import bigbird, longformer, sparse_attention
+from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
 from approx_attention.methods.top_k import lsh_top_k, top_k
 from approx_attention.patterns import SparsePattern
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
-from approx_attention.states import AttentionState, merge
+from approx_attention.states import AttentionState, merge, subtract
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, summary_bytes
 
 __all__ = [
@@ -143,6 +150,9 @@ __all__ = [
     "shared_sizes",
     "skyformer",
     "sparse_attention",
+    "sparse_coreset",
+    "sparse_plus_summary",
+    "subtract",
     "summarize_block_linformer",
     "summarize_coreset",
     "summarize_exact",

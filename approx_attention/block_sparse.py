@@ -89,6 +89,28 @@ class BlockMap:
         return cls(num_queries, num_keys, block_size, visited.astype(np.int32), tiles)
 
     @classmethod
+    def banded(cls, before: int, after: int, *, block_size: int, num_queries: int, num_keys: int) -> Self:
+        """The map in which a block sees itself, so many blocks before it and so many after it, whole.
+
+        Args:
+            before: how many blocks of keys before its own a block of queries visits.
+            after: how many after it.
+            block_size: tokens of a block.
+            num_queries: the number T of queries.
+            num_keys: the number S of keys.
+
+        Returns:
+            The map.
+
+        Raises:
+            ValueError: sizes below 1, numbers below 0.
+        """
+        before, after = (check_count(name, x, least=0) for name, x in (("before", before), ("after", after)))
+        rows, columns = np.indices(_num_blocks(num_queries, num_keys, block_size))
+        visited = (columns - rows >= -before) & (columns - rows <= after)
+        return cls.from_blocks(visited, block_size=block_size, num_queries=num_queries, num_keys=num_keys)
+
+    @classmethod
     def from_pattern(cls, pattern: SparsePattern, block_size: int = 64) -> Self:
         """The map of a pattern's support, key by key.
 

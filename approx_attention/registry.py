@@ -16,7 +16,7 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
-from approx_attention.methods.coreset import coreset, running_coreset, summarize_coreset
+from approx_attention.methods.coreset import coreset, running_coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
@@ -203,6 +203,16 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             # Seeding reads keys against twice the coreset, k-means and the Nystrom sums once against it.
             cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (4 * D + Dv)),
             reference="Liberty et al. 2026, k-means with Nystrom weights",
+        ),
+        "sparse_coreset": Method(
+            function=sparse_coreset,
+            size="coreset_size",
+            usual_size=8,
+            block="window_size",
+            capabilities=Capabilities(needs_key=True, exact_limit=True, subquadratic=False),
+            # Blocks of 64: three nearby, and the tokens of all.
+            cost=lambda T, S, D, Dv, size: 2 * T * (min(192, S) + -(-S // 64) * min(size, 64)) * (D + Dv),
+            reference="Chen et al. 2021, with coresets",
         ),
         "hyper_attention": Method(
             function=hyper_attention,

@@ -488,6 +488,7 @@ CHANGES = {
     ("bigbird", "block_size"): (5, {"num_random_blocks": 1}),
     "blocks": (jnp.zeros((10, 1), jnp.int32), {"num_random_blocks": 1}),
     "keys_per_query": (5, {}),
+    ("sparse_coreset", "algorithm"): ("uniform", {}),
     "num_rounds": (1, {}),
     ("lsh_top_k", "projection"): (jnp.ones((1, 2, 8)), {}),
     "projection": (jnp.ones((3, 8)), {}),

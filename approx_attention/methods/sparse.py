@@ -1,5 +1,6 @@
-"""Sparse attention: exact on the keys of a pattern, and the fixed patterns that are in use."""
+"""Sparse attention: exact on the keys of a pattern, alone or with a summary of the others; patterns that are in use."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ from approx_attention.block_sparse import (
 )
 from approx_attention.checks import check_count, check_key, head_inputs
 from approx_attention.patterns import SparsePattern
+from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
 from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
 from approx_attention.states import AttentionState, merge
+from approx_attention.summaries import FeatureMoments, Summary
 
 # One gathered key takes as long as so many keys of a block that is visited.
 GATHER_COST = 24
@@ -78,17 +81,21 @@ def sparse_attention(
         Child et al. (2019), "Generating long sequences with sparse transformers"; blocks: Zaheer et al. (2020),
         "Big Bird", appendix D.
     """
-    if not isinstance(pattern, SparsePattern | BlockMap):
-        raise TypeError(f"pattern must be a SparsePattern or a BlockMap, got {type(pattern).__name__}")
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
-    given = (pattern.num_queries if isinstance(pattern, BlockMap) else pattern.num_tokens), pattern.num_keys
-    if given != (q.shape[0], k.shape[0]):
-        raise ValueError(f"pattern must be of [T, S] = {[q.shape[0], k.shape[0]]}, got {list(given)}")
+    _check_pattern(pattern, q.shape[0], k.shape[0])
     chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
     form = _over_blocks if isinstance(chosen, BlockMap) else _over_gathered
     state = form(q, k, v, chosen, is_causal, kv_mask)
     return state if return_state else state.out.astype(dtype)
+
+
+def _check_pattern(pattern: Any, num_queries: int, num_keys: int) -> None:
+    if not isinstance(pattern, SparsePattern | BlockMap):
+        raise TypeError(f"pattern must be a SparsePattern or a BlockMap, got {type(pattern).__name__}")
+    given = (pattern.num_queries if isinstance(pattern, BlockMap) else pattern.num_tokens), pattern.num_keys
+    if given != (num_queries, num_keys):
+        raise ValueError(f"pattern must be of [T, S] = {[num_queries, num_keys]}, got {list(given)}")
 
 
 def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMap:
@@ -126,6 +133,99 @@ def _over_gathered(
     if kv_mask is not None:
         seen = seen & kv_mask[pattern.indices]
     return gathered_state(q, k, v, pattern.indices, seen)
+
+
+def sparse_plus_summary(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    pattern: BlockMap | SparsePattern,
+    summarize: Callable[..., Summary],
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Exact attention on a sparse support, and a summary, of any kind, of the keys outside it.
+
+    With weights :math:`\hat e_{tj}` that the summary gives the keys, one normaliser for all and support :math:`S_t`,
+
+    .. math:: A_{tj} = e^{s\, q_t \cdot k_j}\,[j \in S_t] + \hat e_{tj}\,[j \notin S_t], \qquad
+              \mathrm{out}_t = \sum_j A_{tj} v_j \Big/ \sum_j A_{tj}.
+
+    With a `BlockMap` every block that is visited belongs to the support, whole. Each block of keys is summarised by
+    itself, and a query is answered by the summaries of the blocks that it does not see: nothing is subtracted, so that
+    weights are positive wherever those of the summary are, and the answer is exact if the summary loses nothing. With
+    moments of features this is Scatterbrain (`scatterbrain`), with control variates of chunks it is `eva`, with
+    coresets `sparse_coreset`. Token summaries are as many as blocks: their cost grows with T S, divided by how many keys
+    a token stands for.
+
+    With a `SparsePattern` every query has keys of its own, one summary of all keys is made, and what it makes of the
+    support is subtracted, which needs moments: other summaries do not say what share of them is a key's. Where most of
+    the estimated weight lies on the support, little but rounding is left of the rest, and answers may leave the range of
+    the values: prefer blocks. There is no causal form of it.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key, if the summary is random. Blocks of tokens draw independently; moments share one draw (to
+            make it once, bind ``projection``).
+        pattern: the support.
+        summarize: ``(k, v, key, *, kv_mask) -> summary`` in scaled space, such as `summarize_favor`,
+            ``functools.partial(summarize_coreset, coreset_size=8)`` or `summarize_mean_pool`, whose log-normalisers are
+            those of softmax attention.
+        is_causal: query t sees keys j <= t; of earlier blocks that it does not visit, the summaries.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit; causally, a block that does not see itself.
+        TypeError: dtypes that are not floating point, a pattern that is none.
+        NotImplementedError: a `SparsePattern` with tokens, or causally.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import BlockMap, exact, sparse_plus_summary, summarize_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> window = BlockMap.banded(1, 1, block_size=4, num_queries=32, num_keys=32)
+        >>> out = sparse_plus_summary(q, k, v, pattern=window, summarize=summarize_exact)
+        >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-5))
+        True
+
+    Reference:
+        Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
+    """
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    _check_pattern(pattern, q.shape[0], k.shape[0])
+    if isinstance(pattern, BlockMap):
+        if is_causal and not np.diagonal(pattern.visited).all():
+            raise ValueError("causally every block must visit itself: a summary of it would tell of the future")
+
+        def of_block(k: Array, v: Array, kv_mask: Array, number: Array) -> Summary:
+            own = None if key is None else jax.random.fold_in(key, number)
+            summary = summarize(k, v, own, kv_mask=kv_mask)
+            return summarize(k, v, key, kv_mask=kv_mask) if isinstance(summary, FeatureMoments) else summary
+
+        state = blocks_and_rest_state(q, k, v, pattern, of_block, is_causal=is_causal, kv_mask=kv_mask)
+    else:
+        if is_causal:
+            raise NotImplementedError("sparse_plus_summary supports is_causal with a BlockMap only")
+        summary = summarize(k, v, key, kv_mask=kv_mask)
+        if not isinstance(summary, FeatureMoments):
+            raise NotImplementedError(
+                f"sparse_plus_summary with a SparsePattern supports FeatureMoments only, got {type(summary).__name__}; "
+                "use a BlockMap"
+            )
+        state = support_and_moments_state(q, k, v, pattern.indices, pattern.valid, summary, kv_mask=kv_mask)
+    return state if return_state else state.out.astype(dtype)
 
 
 def longformer(
@@ -300,7 +400,7 @@ def _random_lists(free: np.ndarray, count: int, key: Array) -> tuple[Array, Arra
         best, chosen = lax.top_k(priority, count)
         return chosen.astype(jnp.int32), best >= 0
 
-    return lax.map(of_row, (jnp.arange(len(free), dtype=jnp.int32), free), batch_size=min(len(free), 64))
+    return lax.map(of_row, (jnp.arange(len(free), dtype=jnp.int32), free))
 
 
 def _given_lists(free: np.ndarray, blocks: Array) -> tuple[Array, Array]:
