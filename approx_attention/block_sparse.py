@@ -1,12 +1,11 @@
 """Exact attention over part of the keys: by blocks that are visited, or by keys that are gathered for each query.
 
-Logits are plain dot products, as in `approx_attention.softmax`. A block is computed if a query of it may see a key of it;
-what of it a query must not see is hidden. Which blocks are visited is known when tracing, or given by lists.
+Logits are plain dot products, as in `approx_attention.softmax`. A block is computed if a query of it may see a key of
+it; what of it a query must not see is hidden. Which blocks are visited is known when tracing, or given by lists.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -138,8 +137,10 @@ class BlockMap:
         return cls._of_tiles(num_queries, num_keys, block_size, visited, tiles)
 
     @classmethod
-    def _of_tiles(cls, num_queries: int, num_keys: int, block_size: int, visited: np.ndarray, tiles: np.ndarray) -> Self:
-        """The map that visits the pairs of blocks of these numbers, and sees of them these tiles; like ones are shared."""
+    def _of_tiles(
+        cls, num_queries: int, num_keys: int, block_size: int, visited: np.ndarray, tiles: np.ndarray
+    ) -> Self:
+        """The map that visits these pairs of blocks, by number, and sees of them these tiles; like ones are shared."""
         shape = _num_blocks(num_queries, num_keys, block_size)
         tiles = np.concatenate([np.zeros((1, block_size, block_size), bool), tiles])
         packed = np.packbits(tiles.reshape(len(tiles), -1), axis=1)
@@ -306,9 +307,7 @@ def block_lists_state(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]], state)
 
 
-def _key_blocks(
-    k: Array, v: Array, block_size: int, kv_mask: Array | None
-) -> tuple[Array, Array, Array | None]:
+def _key_blocks(k: Array, v: Array, block_size: int, kv_mask: Array | None) -> tuple[Array, Array, Array | None]:
     """Keys, values and biases that hide padding, in blocks; no biases where nothing is to hide."""
     if kv_mask is None and k.shape[0] % block_size == 0:
         return in_blocks(k, block_size), in_blocks(v, block_size), None
@@ -323,7 +322,7 @@ def _attend_lists(
     lists: Array | np.ndarray,
     bias: tuple[np.ndarray, np.ndarray] | None,
 ) -> AttentionState:
-    """Blocks of queries ``[n, b, D]`` over the blocks of keys in ``lists [n, steps, width]``, a few blocks at a time."""
+    """Blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, a few at a time."""
     number, size = q_blocks.shape[:2]
     _, steps, width = lists.shape
     reach = width * size
@@ -361,7 +360,9 @@ def _attend_lists(
         rest = jax.tree.map(lambda x: x[1:], (listed, masks))
         return lax.scan(lambda state, part: (merge(state, tile(q, *part)), None), state, rest)[0]
 
-    state = lax.map(jax.checkpoint(turn), (in_turns(q_blocks), in_turns(lists), None if bias is None else in_turns(bias[0])))
+    state = lax.map(
+        jax.checkpoint(turn), (in_turns(q_blocks), in_turns(lists), None if bias is None else in_turns(bias[0]))
+    )
     return jax.tree.map(lambda x: x.reshape(turns * together, *x.shape[2:])[:number], state)
 
 

@@ -54,9 +54,7 @@ def blocks_and_rest_state(
     block, num_queries = blocks.block_size, q.shape[0]
     rows, columns = np.indices(blocks.kinds.shape)
     far = ~blocks.visited & ((columns < rows) | (not is_causal))
-    support = BlockMap.from_blocks(
-        blocks.visited, block_size=block, num_queries=num_queries, num_keys=blocks.num_keys
-    )
+    support = BlockMap.from_blocks(blocks.visited, block_size=block, num_queries=num_queries, num_keys=blocks.num_keys)
     near = block_sparse_state(q, k, v, support.causal() if is_causal else support, kv_mask=kv_mask)
     if not far.any():
         return near

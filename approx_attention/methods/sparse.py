@@ -47,9 +47,9 @@ def sparse_attention(
     Only the support S of the pattern counts; its weights are for those who realise it. There are two forms. Blocks:
     every block of queries meets each block of keys that holds an entry, in matrix products, and entries outside the
     support are hidden; its cost is that of the visited area. Gathered: every query fetches its own keys, at a cost of
-    T K (D + Dv), far more for one key. A `BlockMap`, which is known when tracing, runs by blocks. A pattern whose arrays
-    are known takes the cheaper form: gathered, if 24 K is less than the keys that a query meets in blocks of 64 or 128.
-    A traced pattern is gathered, because its blocks are not known.
+    T K (D + Dv), far more for one key. A `BlockMap`, which is known when tracing, runs by blocks. A pattern whose
+    arrays are known takes the cheaper form: gathered, if 24 K is less than the keys that a query meets in blocks of 64
+    or 128. A traced pattern is gathered, because its blocks are not known.
 
     Args:
         q: queries ``[T, D]``.
@@ -159,13 +159,13 @@ def sparse_plus_summary(
     itself, and a query is answered by the summaries of the blocks that it does not see: nothing is subtracted, so that
     weights are positive wherever those of the summary are, and the answer is exact if the summary loses nothing. With
     moments of features this is Scatterbrain (`scatterbrain`), with control variates of chunks it is `eva`, with
-    coresets `sparse_coreset`. Token summaries are as many as blocks: their cost grows with T S, divided by how many keys
-    a token stands for.
+    coresets `sparse_coreset`. Token summaries are as many as blocks: their cost grows with T S, divided by how many
+    keys a token stands for.
 
     With a `SparsePattern` every query has keys of its own, one summary of all keys is made, and what it makes of the
     support is subtracted, which needs moments: other summaries do not say what share of them is a key's. Where most of
-    the estimated weight lies on the support, little but rounding is left of the rest, and answers may leave the range of
-    the values: prefer blocks. There is no causal form of it.
+    the estimated weight lies on the support, little but rounding is left of the rest, and answers may leave the range
+    of the values: prefer blocks. There is no causal form of it.
 
     Args:
         q: queries ``[T, D]``.
@@ -243,13 +243,14 @@ def longformer(
 ) -> Any:
     r"""A sliding window, and a few global tokens that see every key and that every query sees.
 
-    .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
               \qquad S_t = \begin{cases} \{0, \dots, S - 1\} & t < G \\
               \{j : |t - j| < w\} \cup \{0, \dots, G - 1\} & \text{else.} \end{cases}
 
-    The first G tokens are the global ones: order the sequence so. The published model gives global attention projections
-    of its own; here there is one q, k and v. Causally the window lies before the query, a global token too sees no key
-    after it, and what is left is a window with attention sinks.
+    The first G tokens are the global ones: order the sequence so. The published model gives global attention
+    projections of its own; here there is one q, k and v. Causally the window lies before the query, a global token too
+    sees no key after it, and what is left is a window with attention sinks.
 
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t.
@@ -282,7 +283,7 @@ def longformer(
         Beltagy, Peters and Cohan (2020), "Longformer", section 3.1; sinks: Xiao et al. (2023), "Efficient streaming
         language models with attention sinks".
     """
-    dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
+    dtype, num_keys = v.dtype, k.shape[0]
     left = check_count("window_size", window_size) - 1
     num_global = min(check_count("num_global", num_global, least=0), num_keys)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)

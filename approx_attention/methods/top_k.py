@@ -30,7 +30,8 @@ def top_k(
 ) -> Any:
     r"""Softmax attention of every query over the K keys with the largest logits.
 
-    .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
               \qquad S_t = \operatorname{arg\,top}_K\; q_t \cdot k_j
 
     The keys are found exactly, by blocks of keys of which the best so far are kept, so that memory is linear; the time
@@ -144,11 +145,12 @@ def lsh_top_k(
     neighbour that it reaches by the sign it was least sure of. Of all that it meets in all rounds, each counted once,
     the K of the largest logits are attended to, with exact logits.
 
-    .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
               \qquad S_t = \operatorname{arg\,top}_{K,\, j \in C_t}\; q_t \cdot k_j
 
-    The cost is that of 2 N K gathered keys for each query, whatever S. Signs see the angle between a query and a key, not
-    the norm of the key: where norms differ much, the largest logits are missed more often. Causally a query meets the
+    The cost is that of 2 N K gathered keys for each query, whatever S. Signs see the angle between a query and a key,
+    not the norm of the key: where norms differ much, the largest logits are missed more often. Causally a query meets the
     last K keys of a bucket that come before it; the keys that come later change neither hash nor choice, which sorted
     chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
 
@@ -197,43 +199,64 @@ def lsh_top_k(
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
     elif projection.ndim != 3 or projection.shape[2] != q.shape[1]:
         raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
-    met = jax.vmap(lambda planes: _same_buckets(q, k, planes.astype(q.dtype), count, is_causal, kv_mask))(projection)
-    places, seen = (jnp.swapaxes(x, 0, 1).reshape(q.shape[0], -1) for x in met)
-    places, seen = _best_of(q, k, places, seen, count)
+    places, seen = _found_by_hashing(q, k, projection.astype(q.dtype), count, is_causal, kv_mask)
     state = gathered_state(q, k, v, places, seen)
     return state if return_state else state.out.astype(dtype)
 
 
-def _same_buckets(
-    q: Array, k: Array, planes: Array, count: int, is_causal: bool, kv_mask: Array | None
+def _found_by_hashing(
+    q: Array, k: Array, projection: Array, count: int, is_causal: bool, kv_mask: Array | None
 ) -> tuple[Array, Array]:
-    """The keys that each query meets in its bucket and in a neighbour of it ``[T, 2 count]``, and which there are."""
+    """The keys of the largest logits among those that each query meets ``[T, count]``, and which there are."""
     q, k = lax.stop_gradient((q, k))
-    num_queries, num_keys, num_hashes = q.shape[0], k.shape[0], planes.shape[0]
+    num_queries, nowhere = q.shape[0], k.shape[0]
+    num_rounds, num_hashes, _ = projection.shape
     powers = 2 ** jnp.arange(num_hashes, dtype=jnp.int32)
-    bucket_k = (k @ planes.T > 0).astype(jnp.int32) @ powers
-    if kv_mask is not None:
-        bucket_k = jnp.where(kv_mask, bucket_k, 2**num_hashes)
-    order = jnp.argsort(bucket_k, stable=True).astype(jnp.int32)
-    bounds = jnp.searchsorted(bucket_k[order], jnp.arange(2**num_hashes + 1, dtype=jnp.int32)).astype(jnp.int32)
 
-    side = q @ planes.T
-    buckets = ((side > 0).astype(jnp.int32) @ powers)[:, None]
-    if num_hashes:
-        unsure = powers[jnp.argmin(jnp.abs(side), axis=1)]
-        buckets = jnp.concatenate([buckets, buckets ^ unsure[:, None]], axis=1)
-    start, end = bounds[buckets], bounds[buckets + 1]
-    own_place = jnp.arange(num_queries, dtype=jnp.int32)[:, None]
-    after = _first_beyond(order, start, end, own_place)
-    if is_causal:
-        start, end = jnp.maximum(start, after - count), after
-    else:
-        start = jnp.clip(after - (count + 1) // 2, start, jnp.maximum(start, end - count))
-        end = jnp.minimum(end, start + count)
-    number = start[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
-    seen = number < end[:, :, None]
-    places = order[jnp.minimum(number, num_keys - 1)]
-    return places.reshape(num_queries, -1), seen.reshape(num_queries, -1)
+    def sort(planes: Array) -> tuple[Array, Array]:
+        """The keys by bucket and place, and where each bucket starts."""
+        bucket = (k @ planes.T > 0).astype(jnp.int32) @ powers
+        if kv_mask is not None:
+            bucket = jnp.where(kv_mask, bucket, 2**num_hashes)
+        order = jnp.argsort(bucket, stable=True).astype(jnp.int32)
+        every = jnp.arange(2**num_hashes + 1, dtype=jnp.int32)
+        return order, jnp.searchsorted(bucket[order], every).astype(jnp.int32)
+
+    def meet(q: Array, place: Array, planes: Array, order: Array, bounds: Array) -> Array:
+        """The keys that queries at a place meet in their bucket and its neighbour ``[n, 2 count]``, or nowhere."""
+        side = q @ planes.T
+        buckets = ((side > 0).astype(jnp.int32) @ powers)[:, None]
+        if num_hashes:
+            unsure = powers[jnp.argmin(jnp.abs(side), axis=1)]
+            buckets = jnp.concatenate([buckets, buckets ^ unsure[:, None]], axis=1)
+        start, end = bounds[buckets], bounds[buckets + 1]
+        after = _first_beyond(order, start, end, place[:, None])
+        if is_causal:
+            start, end = jnp.maximum(start, after - count), after
+        else:
+            start = jnp.clip(after - (count + 1) // 2, start, jnp.maximum(start, end - count))
+            end = jnp.minimum(end, start + count)
+        number = start[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
+        met = jnp.where(number < end[:, :, None], order[jnp.minimum(number, nowhere - 1)], nowhere)
+        return met.reshape(q.shape[0], -1)
+
+    k_padded = pad_rows(k, 1)
+    sorted_keys = jax.vmap(sort)(projection)
+    rows = min(num_queries, max(1, GATHERED // (2 * num_rounds * count)))
+
+    def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, place = args
+        met = jax.vmap(meet, (None, None, 0, 0, 0), 1)(q, place, projection, *sorted_keys)
+        places = jnp.sort(met.reshape(rows, -1), axis=1)
+        again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
+        logits = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k_padded[places]))
+        logits, chosen = lax.top_k(jnp.where(again | (places == nowhere), -jnp.inf, logits), count)
+        return jnp.take_along_axis(places, chosen, axis=1), logits != -jnp.inf
+
+    own_place = jnp.arange(num_queries, dtype=jnp.int32)
+    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
+    places, seen = (x.reshape(-1, count)[:num_queries] for x in found)
+    return places, seen
 
 
 def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:
@@ -246,24 +269,3 @@ def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array
         return jnp.where(is_below, middle + 1, low), jnp.where(is_below | (low == high), high, middle)
 
     return lax.fori_loop(0, order.shape[0].bit_length(), halve, (start, end))[0]
-
-
-def _best_of(q: Array, k: Array, places: Array, seen: Array, count: int) -> tuple[Array, Array]:
-    """Of the places ``[T, M]`` that each query has, with repetitions, those of its ``count`` largest logits."""
-    q, k = lax.stop_gradient((q, k))
-    nowhere = k.shape[0]
-    k = pad_rows(k, 1)
-    rows = min(q.shape[0], max(1, GATHERED // places.shape[1]))
-    count = min(count, places.shape[1])
-
-    def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        q, places = args
-        places = jnp.sort(places, axis=1)
-        again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
-        logits = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k[places]))
-        logits, chosen = lax.top_k(jnp.where(again | (places == nowhere), -jnp.inf, logits), count)
-        return jnp.take_along_axis(places, chosen, axis=1), logits != -jnp.inf
-
-    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(jnp.where(seen, places, nowhere), rows)))
-    places, seen = (x.reshape(-1, count)[: q.shape[0]] for x in found)
-    return places, seen
