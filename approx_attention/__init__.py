@@ -14,6 +14,14 @@ from approx_attention.compression import (
 )
 from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
+from approx_attention.dimension import (
+    DimensionBound,
+    MinimalDimension,
+    dimension_bound,
+    minimal_dimension,
+    one_dimensional_order,
+    realizable_in_one_dimension,
+)
 from approx_attention.features import (
     CosineFeatures,
     PositiveFeatures,
@@ -62,6 +70,13 @@ from approx_attention.methods.random_features import (
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.patterns import SparsePattern
+from approx_attention.realization import (
+    Certificate,
+    Realization,
+    certify,
+    fixed_projections,
+    realize_sparse_pattern,
+)
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge
@@ -72,14 +87,18 @@ __all__ = [
     "AttentionState",
     "Cache",
     "Capabilities",
+    "Certificate",
     "Convolution",
     "CosineFeatures",
     "Decoder",
+    "DimensionBound",
     "FeatureMoments",
     "LinformerPrefix",
     "Method",
+    "MinimalDimension",
     "PositiveFeatures",
     "ReLUFeatures",
+    "Realization",
     "RunningSummary",
     "SparsePattern",
     "TrigonometricFeatures",
@@ -90,18 +109,21 @@ __all__ = [
     "attention_received",
     "block_linformer",
     "causal_state",
+    "certify",
     "compress",
     "compress_cache",
     "compress_tokens",
     "control_variate_state",
     "coreset",
     "cosformer",
+    "dimension_bound",
     "draw_favor",
     "draw_rfa",
     "draw_sketch",
     "eva",
     "exact",
     "favor",
+    "fixed_projections",
     "fold_scale",
     "gate_tokens",
     "gaussian_projection",
@@ -114,12 +136,16 @@ __all__ = [
     "mean_pool",
     "mean_value",
     "merge",
+    "minimal_dimension",
     "nystrom",
+    "one_dimensional_order",
     "orthogonal_projection",
     "place_tokens",
     "pyramid_budgets",
     "query_radius",
     "ra",
+    "realizable_in_one_dimension",
+    "realize_sparse_pattern",
     "rfa",
     "running_block_linformer",
     "running_compressed",
