@@ -246,8 +246,8 @@ def draw_until_accepted(
     """
     compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
     eps1, eps2, max_logit = (jnp.asarray(limit, compute) for limit in limits)
-    # What the rounding of the result may cost of the gap.
-    rounding = float(jnp.finfo(dtype).eps)
+    # What rounding may take from a gap, in units of the largest logit: that of long sums, and of the result.
+    rounding = 16 * float(jnp.finfo(compute).eps) + (float(jnp.finfo(dtype).eps) if dtype != compute else 0)
     used = jnp.arange(width, dtype=jnp.int32) < num_channels
     w_q, w_k = fixed_projections(width, dtype)
     log_weights = pattern.normalized_log_weights().astype(compute)
