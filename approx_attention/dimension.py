@@ -370,7 +370,9 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
     Reference:
         Likhosherstov, Choromanski and Weller (2021), algorithm 1, decides this case; the derivation is this library's.
     """
-    supports = np.asarray(pattern.to_dense()) > 0
+    valid = np.asarray(pattern.valid)
+    supports = np.zeros((pattern.num_tokens, pattern.num_keys), bool)
+    supports[np.nonzero(valid)[0], np.asarray(pattern.indices)[valid]] = True
     sizes = supports.sum(axis=1)
     shared = supports.astype(np.float64) @ supports.T.astype(np.float64)
     alike = shared == np.minimum(sizes[:, None], sizes[None, :])

@@ -219,8 +219,8 @@ def _check_causal(pattern: SparsePattern) -> None:
 
 def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2*d d"], Float[Array, "2*d d"]]:
     """The projections ``W_Q`` and ``W_K`` ``[2 d, d]`` of every pattern: they read one half of X each."""
-    halves = d**0.25 * jnp.eye(2 * d, dtype=jnp.float32)
-    return halves[:, :d].astype(dtype), halves[:, d:].astype(dtype)
+    halves = jnp.asarray(d**0.25 * np.eye(2 * d), dtype)
+    return halves[:, :d], halves[:, d:]
 
 
 @functools.partial(
@@ -250,7 +250,7 @@ def draw_until_accepted(
     rounding = 16 * float(jnp.finfo(compute).eps) + (float(jnp.finfo(dtype).eps) if dtype != compute else 0)
     used = jnp.arange(width, dtype=jnp.int32) < num_channels
     w_q, w_k = fixed_projections(width, dtype)
-    log_weights = pattern.normalized_log_weights().astype(compute)
+    log_weights = pattern.normalized_log_weights(compute)
     nominal = jnp.log1p(eps2) - jnp.log(eps1) if tau is None else jnp.asarray(tau, compute)
 
     def attempt(state: tuple[Array, Array, Certificate]) -> tuple[Array, Array, Certificate]:
@@ -523,7 +523,7 @@ def _least_lift(factors: _Factors, pattern: SparsePattern, gap: Array, is_causal
               \frac{\mathrm{gap} - (L^{(2)}_{is} - L^{(2)}_{ij})}{L^{(1)}_{is} - L^{(1)}_{ij}}
     """
 
-    def block(args: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    def block(args: tuple[Array, ...]) -> tuple[Array, ...]:
         rows, separating, weighting, indices, valid = args
         logits, shifts = (_matmul(x, factors.keys.T) for x in (separating, weighting))
         off = _off_rows(rows, indices, valid, pattern.num_keys, is_causal)
@@ -536,12 +536,13 @@ def _least_lift(factors: _Factors, pattern: SparsePattern, gap: Array, is_causal
             return jnp.max(jnp.where(relevant, needed, 0)), jnp.min(jnp.where(relevant, rise, jnp.inf))
 
         needed, rise = lax.map(one_key, (indices.T, valid.T))
-        return jnp.max(needed), jnp.min(rise), jnp.max(jnp.abs(logits))
+        return jnp.max(needed), jnp.min(rise), jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(shifts))
 
     rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
     arrays = rows, factors.separating, factors.weighting, pattern.indices, pattern.valid
-    needed, rise, size = lax.map(block, tuple(in_blocks(x, ROW_BLOCK) for x in arrays))
-    return jnp.max(needed) * (1 + rounding * jnp.max(size) / jnp.maximum(jnp.min(rise), rounding))
+    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, ROW_BLOCK) for x in arrays))
+    needed, least = jnp.max(needed), jnp.maximum(jnp.min(rise), rounding)
+    return needed + rounding * (needed * jnp.max(size) + jnp.max(shift)) / least
 
 
 def certify(
@@ -622,7 +623,7 @@ def _measure(
         worst = greatest_off - least_on, spread, size, jnp.sum(missing, axis=1)
         return tuple(jnp.max(x) for x in worst)
 
-    log_weights = pattern.normalized_log_weights().astype(dtype)
+    log_weights = pattern.normalized_log_weights(dtype)
     rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
     arrays = rows, q, pattern.indices, pattern.valid, log_weights
     blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_tokens)) for x in arrays))

@@ -1,4 +1,4 @@
-"""Sparse patterns against their matrices: what each constructor sees, what unions and restrictions keep, what is refused."""
+"""Sparse patterns against their matrices: what constructors see, what unions and restrictions keep."""
 
 import functools
 
@@ -71,7 +71,9 @@ def test_matrix_to_pattern_and_back():
     np.testing.assert_allclose(pattern.to_dense(), expected, rtol=1e-5)
     np.testing.assert_allclose(np.exp(pattern.normalized_log_weights()).sum(1), 1, rtol=1e-6)
     ragged = [np.flatnonzero(row)[::-1] for row in weights]
-    same = SparsePattern.from_indices(ragged, [row[keys] for row, keys in zip(weights, ragged, strict=True)], num_keys=7)
+    same = SparsePattern.from_indices(
+        ragged, [row[keys] for row, keys in zip(weights, ragged, strict=True)], num_keys=7
+    )
     np.testing.assert_allclose(same.to_dense(), expected, rtol=1e-5)
     np.testing.assert_array_equal(same.indices, pattern.indices)
     least = weights[weights > 0].min()
@@ -97,9 +99,7 @@ def test_union_keeps_the_larger_weight_and_causal_drops_the_future():
     right = SparsePattern.banded(N, [0, -1], [3.0, 2.0])
     expected = 3.0 * (DISTANCE == 0) + 4.0 * (DISTANCE == 1) + 2.0 * (DISTANCE == -1)
     for one, other in ((left, right), (right, left)):
-        np.testing.assert_allclose(
-            one.union(other).to_dense(), expected / expected.sum(1, keepdims=True), rtol=1e-6
-        )
+        np.testing.assert_allclose(one.union(other).to_dense(), expected / expected.sum(1, keepdims=True), rtol=1e-6)
     past = np.where(causal_mask(N, N), expected, 0)
     causal = left.union(right).causal()
     np.testing.assert_allclose(causal.to_dense(), past / past.sum(1, keepdims=True), rtol=1e-6)
