@@ -15,6 +15,14 @@ from approx_attention.compression import (
 )
 from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
+from approx_attention.dimension import (
+    DimensionBound,
+    MinimalDimension,
+    dimension_bound,
+    minimal_dimension,
+    one_dimensional_order,
+    realizable_in_one_dimension,
+)
 from approx_attention.features import (
     CosineFeatures,
     PositiveFeatures,
@@ -72,6 +80,13 @@ from approx_attention.methods.sketches import importance_sample, summarize_impor
 from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
 from approx_attention.methods.top_k import lsh_top_k, top_k
 from approx_attention.patterns import SparsePattern
+from approx_attention.realization import (
+    Certificate,
+    Realization,
+    certify,
+    fixed_projections,
+    realize_sparse_pattern,
+)
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge, subtract
@@ -83,14 +98,18 @@ __all__ = [
     "BlockMap",
     "Cache",
     "Capabilities",
+    "Certificate",
     "Convolution",
     "CosineFeatures",
     "Decoder",
+    "DimensionBound",
     "FeatureMoments",
     "LinformerPrefix",
     "Method",
+    "MinimalDimension",
     "PositiveFeatures",
     "ReLUFeatures",
+    "Realization",
     "RunningSummary",
     "SparsePattern",
     "TrigonometricFeatures",
@@ -102,18 +121,21 @@ __all__ = [
     "bigbird",
     "block_linformer",
     "causal_state",
+    "certify",
     "compress",
     "compress_cache",
     "compress_tokens",
     "control_variate_state",
     "coreset",
     "cosformer",
+    "dimension_bound",
     "draw_favor",
     "draw_rfa",
     "draw_sketch",
     "eva",
     "exact",
     "favor",
+    "fixed_projections",
     "fold_scale",
     "gate_tokens",
     "gaussian_projection",
@@ -128,12 +150,16 @@ __all__ = [
     "mean_pool",
     "mean_value",
     "merge",
+    "minimal_dimension",
     "nystrom",
+    "one_dimensional_order",
     "orthogonal_projection",
     "place_tokens",
     "pyramid_budgets",
     "query_radius",
     "ra",
+    "realizable_in_one_dimension",
+    "realize_sparse_pattern",
     "rfa",
     "running_block_linformer",
     "running_compressed",

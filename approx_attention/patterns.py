@@ -356,9 +356,10 @@ class SparsePattern:
         kept = keys <= rows
         return self._of_entries(rows[kept], keys[kept], log_weights[kept], self.num_tokens, self.num_keys)
 
-    def normalized_log_weights(self) -> Float[Array, "T K"]:
+    def normalized_log_weights(self, dtype: Any = None) -> Float[Array, "T K"]:
         """The logarithms of the entries of A, whose rows sum to 1 ``[T, K]``; ``-inf`` on padding."""
-        return self.log_weights - jax.nn.logsumexp(self.log_weights, axis=1, keepdims=True)
+        log_weights = self.log_weights if dtype is None else self.log_weights.astype(dtype)
+        return log_weights - jax.nn.logsumexp(log_weights, axis=1, keepdims=True)
 
     def to_dense(self) -> Float[Array, "T S"]:
         """The matrix A ``[T, S]``, whose rows sum to 1."""
