@@ -41,14 +41,15 @@ from tests.references import brute_force, causal_mask, random_head, relative_err
 from tests.test_contract import equations
 
 LENGTH = 37
+RAGGED = np.random.default_rng(0).random((LENGTH, LENGTH)) ** 4 + np.eye(LENGTH)
 PATTERNS = {
     "banded": lambda: SparsePattern.banded(LENGTH, range(-3, 4)),
     "strided": lambda: SparsePattern.strided(LENGTH, 5),
     "block": lambda: SparsePattern.block(LENGTH, 6),
     "global": lambda: SparsePattern.banded(LENGTH, range(-2, 3)).with_global([0, 20]),
     "random": lambda: SparsePattern.random(jax.random.key(0), LENGTH, 5).union(SparsePattern.banded(LENGTH, [0])),
-    "ragged": lambda: SparsePattern.from_dense(np.random.default_rng(0).random((LENGTH, LENGTH)) ** 4 + np.eye(LENGTH), 0.3),
-}  # fmt: skip
+    "ragged": lambda: SparsePattern.from_dense(RAGGED, 0.3),
+}
 every_pattern = pytest.mark.parametrize("kind", PATTERNS)
 
 

@@ -150,9 +150,9 @@ def lsh_top_k(
               \qquad S_t = \operatorname{arg\,top}_{K,\, j \in C_t}\; q_t \cdot k_j
 
     The cost is that of 2 N K gathered keys for each query, whatever S. Signs see the angle between a query and a key,
-    not the norm of the key: where norms differ much, the largest logits are missed more often. Causally a query meets the
-    last K keys of a bucket that come before it; the keys that come later change neither hash nor choice, which sorted
-    chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
+    not the norm of the key: where norms differ much, the largest logits are missed more often. Causally a query meets
+    the last K keys of a bucket that come before it; the keys that come later change neither hash nor choice, which
+    sorted chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
 
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t.
