@@ -215,7 +215,7 @@ def _groups(blocks: BlockMap) -> list[_Group]:
     """
     kinds, size = blocks.kinds, blocks.block_size
     width = np.count_nonzero(kinds, axis=1)
-    is_full = blocks.tiles.all(axis=(1, 2))
+    is_full = np.all(blocks.tiles, axis=(1, 2))
     groups = []
     for octave in np.unique(np.ceil(np.log2(width[width > 0]))):
         rows = np.flatnonzero((width > 2.0 ** (octave - 1)) & (width <= 2.0**octave))

@@ -62,7 +62,7 @@ def blocks_and_rest_state(
         kv_mask = jnp.ones(k.shape[0], bool)
     tokens = tuple(in_blocks(x, block) for x in (k, v, kv_mask))
     numbers = jnp.arange(far.shape[1], dtype=jnp.int32)
-    one: Any = summarize(*(x[0] for x in tokens), numbers[0])
+    one: Any = summarize(tokens[0][0], tokens[1][0], tokens[2][0], numbers[0])
     of_moments = isinstance(one, FeatureMoments)
 
     @jax.checkpoint

@@ -242,8 +242,8 @@ def _sparse_patterns_section(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"`blocks`: a causal window and one global block, in blocks of {document['block_size']}, through "
         "`sparse_attention`; its density is the share of the causal pairs that lie in visited blocks. `best exact` is "
-        "the fastest of this library's and JAX's exact causal forms that fit in memory. `gathered k`: k random keys for "
-        "each query; its floor fetches the same keys and values and adds them up, in the same run."
+        "the fastest of this library's and JAX's exact causal forms that fit in memory. `gathered k`: k random keys "
+        "for each query; its floor fetches the same keys and values and adds them up, in the same run."
     )
     rows = document["rows"]
     exact = best_exact(rows, True, False)

@@ -85,8 +85,10 @@ def sparse_attention(
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     _check_pattern(pattern, q.shape[0], k.shape[0])
     chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
-    form = _over_blocks if isinstance(chosen, BlockMap) else _over_gathered
-    state = form(q, k, v, chosen, is_causal, kv_mask)
+    if isinstance(chosen, BlockMap):
+        state = _over_blocks(q, k, v, chosen, is_causal, kv_mask)
+    else:
+        state = _over_gathered(q, k, v, chosen, is_causal, kv_mask)
     return state if return_state else state.out.astype(dtype)
 
 
@@ -377,8 +379,7 @@ def bigbird(
 
     state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
     if blocks is None:
-        key = check_key("bigbird", key)
-        drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), key)
+        drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), check_key("bigbird", key))
     else:
         if blocks.ndim != 2 or blocks.shape[0] != len(free):
             raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
