@@ -66,14 +66,14 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
             name: functools.partial(form, *arguments) for name, form in compiled.items()
         }
         blocks = window_and_global(length)
-        form = functools.partial(attention, method=functools.partial(sparse_attention, pattern=blocks, is_causal=True))
+        form = functools.partial(attention, method=sparse_attention, pattern=blocks, is_causal=True)
         compiled["blocks"] = jax.jit(form).lower(*arguments).compile()
         calls["blocks"] = functools.partial(compiled["blocks"], *arguments)
         for count in KEYS_PER_QUERY:
             pattern = SparsePattern.random(jax.random.key(1), length, count)
 
             def gathered(query: Array, key: Array, value: Array, pattern: SparsePattern) -> Array:
-                return attention(query, key, value, method=functools.partial(sparse_attention, pattern=pattern))
+                return attention(query, key, value, method=sparse_attention, pattern=pattern)
 
             name = f"gathered {count}"
             compiled[name] = jax.jit(gathered).lower(*arguments, pattern).compile()

@@ -666,7 +666,8 @@ def _is_random(name):
 )
 def test_the_key_decides_the_draw(name, is_causal):
     q, k, v = random_head(19, 24, 24)
-    function = functools.partial(call, name, q, k, v, **({"is_causal": True} if is_causal else {}))
+    block = {"block_size": 8} if name == "sparse_coreset" else {}  # two of four tokens leave k-means no choice
+    function = functools.partial(call, name, q, k, v, **block, **({"is_causal": True} if is_causal else {}))
     np.testing.assert_array_equal(function(key=jax.random.key(1)), function(key=jax.random.key(1)))
     assert np.any(np.asarray(function(key=jax.random.key(1))) != np.asarray(function(key=jax.random.key(2))))
 
