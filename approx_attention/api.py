@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from approx_attention.checks import check_floating, check_key, did_you_mean
-from approx_attention.registry import METHODS, accepted, get_method
+from approx_attention.registry import accepted, get_method
 
 
 def attention(

@@ -337,11 +337,14 @@ def _attend_lists(
     def tile(q: Array, listed: Array, masks: Array | None) -> AttentionState:
         """Blocks of queries ``[m, b, D]`` over the blocks of keys in ``listed [m, width]``."""
         k, v, key_bias = jax.tree.map(lambda x: x[listed].reshape(together, reach, *x.shape[2:]), tokens)
-        total = masks
         if key_bias is not None:
             key_bias = key_bias[:, None, :]
-            total = key_bias if masks is None else jnp.where(key_bias <= HIDDEN / 2, HIDDEN, masks)
-        return jax.vmap(dense_state, in_axes=(0, 0, 0, None if total is None else 0))(q, k, v, total)
+            masks = key_bias if masks is None else jnp.where(key_bias <= HIDDEN / 2, HIDDEN, masks)
+        if masks is None or len(masks) == 1:
+            # A mask that all share is held once.
+            shared = None if masks is None else masks[0]
+            return jax.vmap(dense_state, in_axes=(0, 0, 0, None))(q, k, v, shared)
+        return jax.vmap(dense_state)(q, k, v, masks)
 
     def turn(args: tuple[Array, Array, Array | None]) -> AttentionState:
         q, listed, mask = args
@@ -349,10 +352,7 @@ def _attend_lists(
         masks = None
         if bias is not None:
             table = jnp.asarray(bias[1])
-            if len(table) == 1:
-                masks = jnp.broadcast_to(table[0][:, None], (steps, together, size, reach))
-            else:
-                masks = jnp.swapaxes(table[mask], 0, 1)
+            masks = jnp.swapaxes(table if len(table) == 1 else table[mask], 0, 1)
         first = jax.tree.map(lambda x: x[0], (listed, masks))
         state = tile(q, *first)
         if steps == 1:

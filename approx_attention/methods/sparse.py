@@ -49,8 +49,8 @@ def sparse_attention(
     support are hidden; its cost is that of the visited area. Gathered: every query fetches its own keys, at a cost of
     T K (D + Dv), far more for one key. A `BlockMap`, which is known when tracing, runs by blocks. A pattern whose
     arrays are known takes the cheaper form: gathered, if 24 K is less than the keys that a query meets in blocks of 64
-    or 128. A traced pattern is gathered, because its blocks are not known; so is one that is an argument of `attention`,
-    which takes ``method=sparse_attention, pattern=...``.
+    or 128. A traced pattern is gathered, because its blocks are not known; so is one that is an argument of
+    `attention`, which takes ``method=sparse_attention, pattern=...``.
 
     Args:
         q: queries ``[T, D]``.
