@@ -222,7 +222,9 @@ def test_jacobian_is_zero_above_the_diagonal(name):
     q, k, v = random_head(7, 14, 14, 3)
     if name == "cosformer":  # rectified, a token may have no channel left to see itself by
         q, k = jnp.abs(q), jnp.abs(k)
-    jacobian = jax.jit(jax.jacrev(functools.partial(call, name, is_causal=True), argnums=(1, 2)))(q, k, v)
+    size = 14 if name in ("top_k", "lsh_top_k") else 8  # a token need not be among those that it chooses
+    function = functools.partial(call, name, size=size, is_causal=True)
+    jacobian = jax.jit(jax.jacrev(function, argnums=(1, 2)))(q, k, v)
     for block in jacobian:
         influence = np.abs(block).max(axis=(1, 3))
         np.testing.assert_array_equal(influence[~causal_mask(14, 14)], 0)
@@ -237,6 +239,8 @@ def test_a_prefix_answers_like_the_whole(name):
     q, k, v = random_head(8, 21, 21)
     # Segments that are pooled into slots are laid out for the length, and distances are shares of it, unless it is set.
     lengthy = {"linformer": {"projection_k": random_head(28, 6, 21, 21)[0]}, "cosformer": {"max_length": 21}}
+    # So is the number of buckets.
+    lengthy["lsh_top_k"] = {"num_hashes": 1}
     options = lengthy.get(name, {})
     whole = call(name, q, k, v, is_causal=True, **options)
     for length in (1, 4, 5, 12):
@@ -478,6 +482,16 @@ CHANGES = {
     "block_size": (5, {}),
     ("coreset", "block_size"): (5, {"is_causal": True}),
     "max_length": (60, {}),
+    "num_global": (6, {}),
+    "num_random_blocks": (5, {}),
+    "num_window_blocks": (1, {"num_random_blocks": 1}),
+    "num_global_blocks": (0, {"num_random_blocks": 1}),
+    ("bigbird", "block_size"): (5, {"num_random_blocks": 1}),
+    "blocks": (jnp.zeros((10, 1), jnp.int32), {"num_random_blocks": 1}),
+    "keys_per_query": (5, {}),
+    ("sparse_coreset", "algorithm"): ("uniform", {}),
+    "num_rounds": (1, {}),
+    ("lsh_top_k", "projection"): (jnp.ones((1, 2, 8)), {}),
     "projection": (jnp.ones((3, 8)), {}),
     "features": ("hyperbolic", {}),
     ("rfa", "features"): ("positive", {}),
@@ -658,7 +672,8 @@ def _is_random(name):
 )
 def test_the_key_decides_the_draw(name, is_causal):
     q, k, v = random_head(19, 24, 24)
-    function = functools.partial(call, name, q, k, v, **({"is_causal": True} if is_causal else {}))
+    block = {"block_size": 8} if name == "sparse_coreset" else {}  # two of four tokens leave k-means no choice
+    function = functools.partial(call, name, q, k, v, **block, **({"is_causal": True} if is_causal else {}))
     np.testing.assert_array_equal(function(key=jax.random.key(1)), function(key=jax.random.key(1)))
     assert np.any(np.asarray(function(key=jax.random.key(1))) != np.asarray(function(key=jax.random.key(2))))
 
@@ -716,9 +731,8 @@ def test_gradient_against_finite_differences(name, is_causal, x64):
         options["odds"] = "uniform"
     function = functools.partial(call, name, size=5, kv_mask=jnp.arange(15) != 2, **options)
     if name != "local":
-        unseen = {"mean_value": "k", "uniform_sample": "v", "hyper_attention": "kv", "importance_sample": "kv"}.get(
-            name, ""
-        )
+        unseen = {"mean_value": "k", "uniform_sample": "v", "hyper_attention": "kv", "importance_sample": "kv"}
+        unseen = (unseen | {"top_k": "kv", "lsh_top_k": "kv"}).get(name, "")
         out, pull = jax.vjp(function, q, k, v)
         _, of_k, of_v = pull(jnp.zeros_like(out).at[-1].set(1))
         assert jnp.abs(of_k[0]).max() > 0 or "k" in unseen
