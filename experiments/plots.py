@@ -289,18 +289,27 @@ def _spectra(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[str, str] = ("log", "log")) -> Figure:
-    """What was measured, with marks, and the bounds as lines, a panel for each arm."""
+    """What was measured, with marks, and the bounds as lines where they are in reach, a panel for each arm."""
     arms = list(dict.fromkeys(run["arm"] for run in runs))
+    names = dict.fromkeys(name for run in runs for kind in ("curves", "bounds") for name in run["result"][kind])
+    # Constructions and bounds stand side by side: no look is kept for a method.
+    styles = dict(zip(names, method_styles(f"{name} here" for name in names).values(), strict=True))
     figure = Figure(figsize=(4.6 * len(arms) + 1.5, 4.8), layout="constrained", dpi=150)
     handles: dict[str, Any] = {}
     for axes, arm in zip(figure.subplots(1, len(arms), squeeze=False)[0], arms, strict=True):
         results = [run["result"] for run in runs if run["arm"] == arm]
         curves, bounds = results[0]["curves"], results[0]["bounds"]
-        for name, style in method_styles(f"{name} here" for name in [*curves, *bounds]).items():
-            kind, name = ("bounds", name[:-5]) if name[:-5] in bounds else ("curves", name[:-5])
-            means = _means([result[kind][name] for result in results])
-            looks = {"color": style["color"], "linestyle": ":"} if kind == "bounds" else style
-            (handles[name.replace("_", " ")],) = axes.plot([float(step) for step in means], means.values(), **looks)
+        tops = [max(_means([result["curves"][name] for result in results]).values(), default=0) for name in curves]
+        reach = float("inf") if scales[1] == "log" else 1.25 * max(tops)
+        for name in [*curves, *bounds]:
+            means = _means([result["curves" if name in curves else "bounds"][name] for result in results])
+            if not means or min(means.values()) > reach:
+                continue
+            color = styles[name]["color"]
+            look = styles[name] if name in curves else {"color": color, "linestyle": ":"}
+            (handles[name.replace("_", " ")],) = axes.plot([float(step) for step in means], means.values(), **look)
+        if scales[1] == "linear":
+            axes.set_ylim(0, reach)
         steps = list(next(iter(curves.values())))
         axes.set(title=arm, xscale=scales[0], yscale=scales[1], xlabel=x, ylabel=y)
         axes.set_xticks([float(step) for step in steps], steps)
@@ -354,7 +363,7 @@ def _picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 _FIGURES = {
-    "log_law": functools.partial(_curves, x="tokens", y="channels"),
+    "log_law": functools.partial(_curves, x="tokens", y="channels", scales=("log", "linear")),
     "headline": _headline,
     "budget": functools.partial(_curves, x="largest logit allowed", y="channels"),
     "many_patterns": functools.partial(_curves, x="channels", y="share of patterns", scales=("log", "linear")),
