@@ -17,6 +17,7 @@ from experiments.control_variates import bias, continuum, gap
 from experiments.coresets import cache, error, latency
 from experiments.harness import long_context, quality, swap_in
 from experiments.low_rank import projection_fit, sketch, spectra
+from experiments.sparse_patterns import dimensions, realized
 from experiments.training import TrainingConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,6 +45,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "sketch": Experiment(sketch.SketchConfig, sketch.run),
     "projection_fit": Experiment(projection_fit.ProjectionFitConfig, projection_fit.run),
     "spectra": Experiment(spectra.SpectraConfig, spectra.run),
+    "log_law": Experiment(dimensions.LogLawConfig, dimensions.run_log_law),
+    "headline": Experiment(dimensions.HeadlineConfig, dimensions.run_headline),
+    "budget": Experiment(dimensions.BudgetConfig, dimensions.run_budget),
+    "many_patterns": Experiment(realized.ManyPatternsConfig, realized.run_many_patterns),
+    "precision": Experiment(realized.PrecisionConfig, realized.run_precision),
+    "picture": Experiment(realized.PictureConfig, realized.run_picture),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }
 
