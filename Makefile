@@ -35,6 +35,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks control-variates
 	$(BIN)/python -m benchmarks coresets
 	$(BIN)/python -m benchmarks low-rank
+	$(BIN)/python -m benchmarks sparse-patterns
 	$(BIN)/python -m benchmarks tensor
 	$(BIN)/python -m benchmarks report
 	$(BIN)/approx-attention compare --out docs

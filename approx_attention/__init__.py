@@ -1,6 +1,7 @@
 """Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
 
 from approx_attention.api import attention
+from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import fold_scale
 from approx_attention.compression import (
@@ -14,6 +15,14 @@ from approx_attention.compression import (
 )
 from approx_attention.control_variates import control_variate_state
 from approx_attention.decode import Cache, Decoder
+from approx_attention.dimension import (
+    DimensionBound,
+    MinimalDimension,
+    dimension_bound,
+    minimal_dimension,
+    one_dimensional_order,
+    realizable_in_one_dimension,
+)
 from approx_attention.features import (
     CosineFeatures,
     PositiveFeatures,
@@ -30,7 +39,14 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
-from approx_attention.methods.coreset import compress, coreset, query_radius, running_coreset, summarize_coreset
+from approx_attention.methods.coreset import (
+    compress,
+    coreset,
+    query_radius,
+    running_coreset,
+    sparse_coreset,
+    summarize_coreset,
+)
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
@@ -70,32 +86,48 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
 from approx_attention.methods.tensor import determinant_attention, strassen_attention, tensor_attention
+from approx_attention.methods.top_k import lsh_top_k, top_k
 from approx_attention.monomials import IndexSet, MonomialFeatures, anisotropic, total_degree
+from approx_attention.patterns import SparsePattern
 from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
+from approx_attention.realization import (
+    Certificate,
+    Realization,
+    certify,
+    fixed_projections,
+    realize_sparse_pattern,
+)
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
-from approx_attention.states import AttentionState, merge
+from approx_attention.states import AttentionState, merge, subtract
 from approx_attention.summaries import FeatureMoments, WeightedKV, attend, hadamard, summary_bytes
 from approx_attention.tensor_sketches import ProductSketch, TensorSketch
 
 __all__ = [
     "METHODS",
     "AttentionState",
+    "BlockMap",
     "Cache",
     "Capabilities",
+    "Certificate",
     "Convolution",
     "CosineFeatures",
     "Decoder",
+    "DimensionBound",
     "FeatureMoments",
     "IndexSet",
     "LinformerPrefix",
     "Method",
+    "MinimalDimension",
     "MonomialFeatures",
     "PositiveFeatures",
     "ProductSketch",
     "ReLUFeatures",
+    "Realization",
     "RunningSummary",
+    "SparsePattern",
     "TensorDecoder",
     "TensorSketch",
     "TrigonometricFeatures",
@@ -105,8 +137,10 @@ __all__ = [
     "attend",
     "attention",
     "attention_received",
+    "bigbird",
     "block_linformer",
     "causal_state",
+    "certify",
     "choose_degree",
     "compress",
     "compress_cache",
@@ -115,6 +149,7 @@ __all__ = [
     "coreset",
     "cosformer",
     "determinant_attention",
+    "dimension_bound",
     "draw_favor",
     "draw_rfa",
     "draw_sketch",
@@ -122,6 +157,7 @@ __all__ = [
     "exact",
     "exp_coefficients",
     "favor",
+    "fixed_projections",
     "fold_scale",
     "gate_tokens",
     "gaussian_projection",
@@ -132,10 +168,14 @@ __all__ = [
     "linformer",
     "linformer_step",
     "local",
+    "longformer",
+    "lsh_top_k",
     "mean_pool",
     "mean_value",
     "merge",
+    "minimal_dimension",
     "nystrom",
+    "one_dimensional_order",
     "orthogonal_projection",
     "place_tokens",
     "polynomial_attention",
@@ -143,6 +183,8 @@ __all__ = [
     "query_radius",
     "ra",
     "ratio_range",
+    "realizable_in_one_dimension",
+    "realize_sparse_pattern",
     "rfa",
     "running_block_linformer",
     "running_compressed",
@@ -160,7 +202,11 @@ __all__ = [
     "scatterbrain",
     "shared_sizes",
     "skyformer",
+    "sparse_attention",
+    "sparse_coreset",
+    "sparse_plus_summary",
     "strassen_attention",
+    "subtract",
     "summarize_block_linformer",
     "summarize_coreset",
     "summarize_exact",
@@ -176,6 +222,7 @@ __all__ = [
     "tensor_polynomial",
     "tensor_support_basis",
     "token_budget",
+    "top_k",
     "total_degree",
     "uniform_sample",
     "unreduced_jlt",

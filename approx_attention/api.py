@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from approx_attention.checks import check_floating, check_key, did_you_mean
-from approx_attention.registry import METHODS, accepted, get_method
+from approx_attention.registry import accepted, get_method
 
 
 def attention(
@@ -277,7 +277,7 @@ def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], o
         tokens = jax.tree.map(lambda x: x[0], operands.tokens)
         return jax.tree.map(lambda x: x[None], one_kv_head(operands, 0, tokens))
     # A function of the caller's own may close over arrays with derivatives, which `in_place` could not see.
-    is_own = all(function is not method.function for method in METHODS.values())
+    is_own = not getattr(function, "__module__", "").startswith(f"{__package__}.")
     if jax.default_backend() != "cpu" or num_batches == 0 or is_own:
         return transposed(operands)
     return in_place(operands)
@@ -327,7 +327,7 @@ _OPTIONS = {
 # Arguments that hold one number per key and key head.
 _PER_TOKEN = frozenset({"gate_logits"})
 # Drawn noise that a caller may pass in place of an rng.
-_NOISE = frozenset({"projection", "noise"})
+_NOISE = frozenset({"projection", "noise", "blocks"})
 
 
 def _check_layout(query: Array, key: Array, value: Array) -> None:

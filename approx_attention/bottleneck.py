@@ -78,9 +78,16 @@ def realize_attention(
     if head_dim is None:
         head_dim = max(1, min(num_queries, num_keys - 1))
     check_count("head_dim", head_dim)
-    left, sizes, right = jnp.linalg.svd(_centred_logits(weights), full_matrices=False)
+    q, k = nearest_factors(_centred_logits(weights), head_dim)
+    root = math.sqrt(math.sqrt(head_dim))
+    return root * q, root * k
+
+
+def nearest_factors(logits: Float[Array, "T S"], head_dim: int) -> tuple[Float[Array, "T D"], Float[Array, "S D"]]:
+    """Factors q and k of the matrix :math:`q k^T` of rank D that is nearest to given logits in the Frobenius norm."""
+    left, sizes, right = jnp.linalg.svd(logits, full_matrices=False)
     rank = min(head_dim, sizes.shape[0])
-    root = math.sqrt(math.sqrt(head_dim)) * jnp.sqrt(sizes[:rank])[None, :]
+    root = jnp.sqrt(sizes[:rank])[None, :]
     unused = ((0, 0), (0, head_dim - rank))
     return jnp.pad(root * left[:, :rank], unused), jnp.pad(root * right[:rank].T, unused)
 
@@ -89,5 +96,9 @@ def _centred_logits(weights: Array) -> Array:
     check_floating("weights", weights)
     if weights.ndim != 2:
         raise ValueError(f"weights must be [T, S], got shape {weights.shape}")
-    logits = jnp.log(weights.astype(accumulation_dtype(weights)))
+    return row_centred(jnp.log(weights.astype(accumulation_dtype(weights))))
+
+
+def row_centred(logits: Float[Array, "T S"]) -> Float[Array, "T S"]:
+    """Logits less the mean of their row, which softmax attention forgets."""
     return logits - jnp.mean(logits, axis=1, keepdims=True)

@@ -598,7 +598,7 @@ def tensor_certificate(
     v: Any,
     *,
     degree: int = 2,
-    coefficients: Coefficients | Sequence[float] = "taylor",
+    coefficients: Coefficients | Sequence[float] | np.ndarray = "taylor",
     bound: float | None = None,
     rms: float | None = None,
     tolerance: float | None = None,

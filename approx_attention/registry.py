@@ -17,7 +17,7 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
-from approx_attention.methods.coreset import coreset, running_coreset, summarize_coreset
+from approx_attention.methods.coreset import coreset, running_coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer
 from approx_attention.methods.eva import eva, running_eva
 from approx_attention.methods.exact import exact, running_exact, summarize_exact
@@ -45,6 +45,8 @@ from approx_attention.methods.random_features import (
 )
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.sparse import bigbird, longformer
+from approx_attention.methods.top_k import lsh_top_k, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,39 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost=lambda T, S, D, Dv, size: 2 * T * min(2 * size - 1, S) * (D + Dv),
             reference="Beltagy et al. 2020",
         ),
+        "longformer": Method(
+            function=longformer,
+            size="window_size",
+            capabilities=Capabilities(exact_limit=True),
+            cost=lambda T, S, D, Dv, size: 2 * (T * min(2 * size - 1 + 4, S) + 4 * S) * (D + Dv),
+            reference="Beltagy et al. 2020",
+        ),
+        "bigbird": Method(
+            function=bigbird,
+            size="num_random_blocks",
+            usual_size=3,
+            capabilities=Capabilities(needs_key=True, exact_limit=True),
+            # Blocks of 64: three of the window, one that all see, and those at random.
+            cost=lambda T, S, D, Dv, size: 2 * (T * min(64 * (4 + size), S) + 64 * S) * (D + Dv),
+            reference="Zaheer et al. 2020",
+        ),
+        "top_k": Method(
+            function=top_k,
+            size="keys_per_query",
+            usual_size=32,
+            capabilities=Capabilities(exact_limit=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * (S * D + min(size, S) * (D + Dv)),
+            reference="Gupta et al. 2021",
+        ),
+        "lsh_top_k": Method(
+            function=lsh_top_k,
+            size="keys_per_query",
+            usual_size=32,
+            capabilities=Capabilities(needs_key=True, exact_limit=True),
+            # Four rounds of two buckets are looked through.
+            cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (8 * D + D + Dv),
+            reference="Kitaev et al. 2020",
+        ),
         "uniform_sample": Method(
             function=uniform_sample,
             size="sample_size",
@@ -170,6 +205,16 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             # Seeding reads keys against twice the coreset, k-means and the Nystrom sums once against it.
             cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (4 * D + Dv)),
             reference="Liberty et al. 2026, k-means with Nystrom weights",
+        ),
+        "sparse_coreset": Method(
+            function=sparse_coreset,
+            size="coreset_size",
+            usual_size=8,
+            block="window_size",
+            capabilities=Capabilities(needs_key=True, exact_limit=True, subquadratic=False),
+            # Blocks of 64: three nearby, and the tokens of all.
+            cost=lambda T, S, D, Dv, size: 2 * T * (min(192, S) + -(-S // 64) * min(size, 64)) * (D + Dv),
+            reference="Chen et al. 2021, with coresets",
         ),
         "hyper_attention": Method(
             function=hyper_attention,

@@ -86,6 +86,40 @@ def _merge_states(a: AttentionState, b: Any) -> AttentionState:
     return AttentionState(out, jnp.where(empty, -jnp.inf, peak + jnp.log(safe_total)))
 
 
+def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
+    r"""The state of the keys of ``whole`` that are not among those of ``part``: what merged with ``part`` gives it.
+
+    .. math:: \mathrm{lse} = \log(e^{\mathrm{lse}_w} - e^{\mathrm{lse}_p}), \qquad
+              \mathrm{out} = \frac{\mathrm{out}_w - r\, \mathrm{out}_p}{1 - r}, \qquad
+              r = e^{\mathrm{lse}_p - \mathrm{lse}_w}.
+
+    Rounding errors grow like :math:`1 / (1 - r)`: where a part is nearly the whole nothing is known of the rest, and
+    the answer may leave the range of the values. Where r is not below 1 there is no rest: ``out = 0``, ``lse = -inf``.
+
+    Args:
+        whole: the state of all keys.
+        part: the state of some of them.
+
+    Returns:
+        The state of the others.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV, attend
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+        >>> of = lambda part: attend(q, WeightedKV.of_tokens(k[part], v[part]))
+        >>> rest = subtract(of(slice(0, 6)), of(slice(0, 2)))
+        >>> bool(jnp.allclose(rest.out, of(slice(2, 6)).out, atol=1e-5))
+        True
+    """
+    absent = part.lse == -jnp.inf
+    ratio = jnp.where(absent, 0, jnp.exp(jnp.where(absent, 0, part.lse - jnp.where(absent, 0, whole.lse))))
+    gone = ratio >= 1
+    left = jnp.where(gone, 1, 1 - ratio)
+    out = jnp.where(gone[..., None], 0, (whole.out - ratio[..., None] * part.out) / left[..., None])
+    return AttentionState(out, jnp.where(gone, -jnp.inf, whole.lse + jnp.log(left)))
+
+
 def require_same_kind(a: Any, b: Any) -> None:
     """Raises ``TypeError`` unless ``b`` is of the type of ``a``: only like merges with like."""
     if type(a) is not type(b):

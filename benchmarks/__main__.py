@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import control_variates, coresets, exact, low_rank, report, scaling, tensor
+from benchmarks import control_variates, coresets, exact, low_rank, report, scaling, sparse_patterns, tensor
 
 HERE = pathlib.Path(__file__).parent
 
@@ -62,6 +62,14 @@ def coresets_command(rounds: int) -> None:
 def low_rank_command(longest: int, rounds: int) -> None:
     """Linformer and Nystrom against exact attention and PyTorch, and fast sketches against dense ones."""
     _write("low_rank", low_rank.measure(longest, rounds))
+
+
+@main.command("sparse-patterns")
+@click.option("--longest", type=click.IntRange(min=4096), default=32768, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def sparse_patterns_command(longest: int, rounds: int) -> None:
+    """Sparse attention against exact attention and its memory traffic, and the time of a certificate."""
+    _write("sparse_patterns", sparse_patterns.measure(longest, rounds))
 
 
 @main.command("tensor")

@@ -19,6 +19,7 @@ def render(results: pathlib.Path) -> str:
         "control_variates": _control_variates_section,
         "coresets": _coresets_section,
         "low_rank": _low_rank_section,
+        "sparse_patterns": _sparse_patterns_section,
         "tensor": _tensor_section,
     }
     parts = [
@@ -236,6 +237,40 @@ def _low_rank_section(document: dict[str, Any]) -> Iterable[str]:
         for kind in sketches["applied"]
     ]
     yield markdown_table(["", "apply", "draw and apply"], table)
+
+
+def _sparse_patterns_section(document: dict[str, Any]) -> Iterable[str]:
+    yield "## Sparse attention against exact attention and its memory traffic"
+    yield _setting(document)
+    certificate = document["certificate"]
+    yield (
+        f"`blocks`: a causal window and one global block, in blocks of {document['block_size']}, through "
+        "`sparse_attention`; its density is the share of the causal pairs that lie in visited blocks. `best exact` is "
+        "the fastest of this library's and JAX's exact causal forms that fit in memory. `gathered k`: k random keys "
+        "for each query; its floor fetches the same keys and values and adds them up, in the same run."
+    )
+    rows = document["rows"]
+    exact = best_exact(rows, True, False)
+    arms = {(row["arm"], row["length"]): row for row in rows}
+    yield "### By blocks, causal"
+    table = []
+    for n, seconds in exact.items():
+        blocks = arms["blocks", n]
+        faster, memory = f"{seconds / blocks['seconds']:.1f}x", _mib(blocks["temp_bytes"])
+        table.append([str(n), f"{100 * blocks['density']:.1f}%", _ms(seconds), _ms(blocks["seconds"]), faster, memory])
+    header = ["n", "density", "best exact, ms", "`blocks`, ms", "faster", "`blocks` temp, MiB"]
+    yield markdown_table(header, table)
+    yield "### Gathered: milliseconds, and times its floor"
+    counts = document["keys_per_query"]
+    table = []
+    for n in exact:
+        pairs = [(arms[f"gathered {k}", n]["seconds"], arms[f"floor {k}", n]["seconds"]) for k in counts]
+        table.append([str(n), *(_ms(own) for own, _ in pairs), *(f"{own / floor:.2f}" for own, floor in pairs)])
+    yield markdown_table(["n", *(f"k={k}, ms" for k in counts), *(f"k={k} / floor" for k in counts)], table)
+    yield (
+        f"A certificate of {certificate['num_tokens']} tokens at d = {certificate['dimension']}, with "
+        f"{certificate['keys_per_row']} keys a row, takes {certificate['seconds']:.2f} s."
+    )
 
 
 def _tensor_section(document: dict[str, Any]) -> Iterable[str]:

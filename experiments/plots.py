@@ -1,9 +1,11 @@
 """The figure of each kind of study, from its results."""
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -436,6 +438,80 @@ def _tensor_window(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[str, str] = ("log", "log")) -> Figure:
+    """What was measured, with marks, and the bounds as lines where they are in reach, a panel for each arm."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    names = dict.fromkeys(name for run in runs for kind in ("curves", "bounds") for name in run["result"][kind])
+    # Constructions and bounds stand side by side: no look is kept for a method.
+    styles = dict(zip(names, method_styles(f"{name} here" for name in names).values(), strict=True))
+    figure = Figure(figsize=(4.6 * len(arms) + 1.5, 4.8), layout="constrained", dpi=150)
+    handles: dict[str, Any] = {}
+    for axes, arm in zip(figure.subplots(1, len(arms), squeeze=False)[0], arms, strict=True):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        curves, bounds = results[0]["curves"], results[0]["bounds"]
+        tops = [max(_means([result["curves"][name] for result in results]).values(), default=0) for name in curves]
+        reach = float("inf") if scales[1] == "log" else 1.25 * max(tops)
+        for name in [*curves, *bounds]:
+            means = _means([result["curves" if name in curves else "bounds"][name] for result in results])
+            if not means or min(means.values()) > reach:
+                continue
+            color = styles[name]["color"]
+            look = styles[name] if name in curves else {"color": color, "linestyle": ":"}
+            (handles[name.replace("_", " ")],) = axes.plot([float(step) for step in means], means.values(), **look)
+        if scales[1] == "linear":
+            axes.set_ylim(0, reach)
+        steps = list(next(iter(curves.values())))
+        axes.set(title=arm, xscale=scales[0], yscale=scales[1], xlabel=x, ylabel=y)
+        axes.set_xticks([float(step) for step in steps], steps)
+        axes.minorticks_off()
+        axes.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _means(curves: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Means over seeds, where every seed has a figure."""
+    figures = {step: [curve[step] for curve in curves] for step in curves[0]}
+    return {step: statistics.fmean(x for x in row if x is not None) for step, row in figures.items() if None not in row}
+
+
+def _headline(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(4.4 * len(arms) + 1, 4.2), layout="constrained", dpi=150)
+    for axes, arm in zip(figure.subplots(1, len(arms), squeeze=False, sharex=True)[0], arms, strict=True):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        names = [name for name, entry in results[0]["methods"].items() if entry["dim"] is not None]
+        dims = [statistics.fmean(result["methods"][name]["dim"] or 0 for result in results) for name in names]
+        bars = axes.barh(range(len(names)), dims, color="C0")
+        axes.bar_label(bars, [f"{dim:.0f}" for dim in dims], padding=3)
+        axes.axvline(results[0]["tokens"], color="0.3", linestyle=":")
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.set(title=arm, xscale="log", xlabel="channels (dotted: tokens)")
+        axes.margins(x=0.25)
+        axes.invert_yaxis()
+    return figure
+
+
+def _picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(8, 2.6 * len(arms) + 0.4), layout="constrained", dpi=150)
+    for row, arm in zip(figure.subplots(len(arms), 3, squeeze=False), arms, strict=True):
+        result = next(run["result"] for run in runs if run["arm"] == arm)
+        pattern, attention = (np.asarray(result["matrices"][name]) for name in ("pattern", "attention"))
+        difference = attention - pattern
+        largest = float(np.max(np.abs(difference)))
+        row[0].imshow(pattern, cmap="Greys", vmin=0, vmax=pattern.max())
+        row[1].imshow(attention, cmap="Greys", vmin=0, vmax=pattern.max())
+        drawn = row[2].imshow(difference, cmap="RdBu", vmin=-largest, vmax=largest)
+        figure.colorbar(drawn, ax=row[2])
+        for axes, title in zip(row, (arm, f"attention, {result['head_dim']} channels", "difference"), strict=True):
+            axes.set_title(title, fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    return figure
+
+
 _FIGURES = {
     "tensor_scaling": _tensor_times,
     "tensor_decode": _tensor_times,
@@ -444,6 +520,12 @@ _FIGURES = {
     "phase": _phase,
     "tensor_match": _tensor_match,
     "tensor_window": _tensor_window,
+    "log_law": functools.partial(_curves, x="tokens", y="channels", scales=("log", "linear")),
+    "headline": _headline,
+    "budget": functools.partial(_curves, x="largest logit allowed", y="channels"),
+    "many_patterns": functools.partial(_curves, x="channels", y="share of patterns", scales=("log", "linear")),
+    "precision": functools.partial(_curves, x="largest ratio of zero to nonzero", y="error of ratios of nonzeros"),
+    "picture": _picture,
     "sketch": _errors_by_size,
     "projection_fit": _errors_by_size,
     "spectra": _spectra,

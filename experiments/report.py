@@ -1,6 +1,7 @@
 """RESULTS.md: what was claimed, what was measured, on what, and whether it holds; nothing in it is typed by hand."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import statistics
@@ -609,6 +610,54 @@ def _tensor_window_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         yield _table(["rank", "window", *names], rows)
 
 
+def _curves_tables(runs: Sequence[Mapping[str, Any]], *, what: str) -> Iterable[str]:
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        steps, fits = list(next(iter(results[0]["curves"].values()))), results[0].get("fits", {})
+        rows = []
+        for kind, quote in (("curves", "`"), ("bounds", "")):
+            for name in results[0][kind]:
+                columns = [[result[kind][name][step] for result in results] for step in steps]
+                figures = ["none" if None in column else _count_or_significant(column) for column in columns]
+                row = [f"{quote}{name.replace('_', ' ') if kind == 'bounds' else name}{quote}", *figures]
+                if fits:
+                    fit = fits[name]
+                    row += [f"{fit['value']:.3g} ± {fit['half_width']:.2g}", f"{fit['r2']:.3f}"] if fit else ["", ""]
+                rows.append(row)
+        theory = f"; {results[0]['theory']:.3g} for each doubling by theory of least squares" if fits else ""
+        yield f"`{arm}`: {what}{theory}"
+        yield _table(["", *steps, *(["for each doubling", "R²"] if fits else [])], rows)
+
+
+def _count_or_significant(figures: Sequence[float]) -> str:
+    return str(figures[0]) if len(figures) == 1 and isinstance(figures[0], int) else _significant(figures)
+
+
+def _headline_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for run in runs:
+        rows = [
+            [
+                f"`{name}`",
+                "none" if entry["dim"] is None else str(entry["dim"]),
+                *(f"{entry[what]:.3g}" if what in entry else "" for what in ("logit_absmax", "max_row_tv")),
+            ]
+            for name, entry in run["result"]["methods"].items()
+        ]
+        yield f"`{run['arm']}`: least channels at {run['result']['tokens']} tokens, and what a realisation has there"
+        yield _table(["", "channels", "largest logit", "total variation of a row"], rows)
+
+
+def _picture_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    rows = []
+    for run in runs:
+        certificate = run["result"]["certificate"]
+        figures = [math.exp(certificate["log_eps1"]), math.expm1(certificate["log1p_eps2"])]
+        figures += [certificate[name] for name in ("logit_absmax", "rho", "max_row_tv")]
+        rows.append([f"`{run['arm']}`", str(run["result"]["head_dim"]), *(f"{figure:.2g}" for figure in figures)])
+    header = "pattern|channels|eps1|eps2|largest logit|gap over it|total variation of a row"
+    yield _table(header.split("|"), rows)
+
+
 _TABLES = {
     "tensor_scaling": _tensor_times_tables,
     "tensor_decode": _tensor_times_tables,
@@ -617,6 +666,12 @@ _TABLES = {
     "phase": _phase_tables,
     "tensor_match": _tensor_match_tables,
     "tensor_window": _tensor_window_tables,
+    "log_law": functools.partial(_curves_tables, what="least channels, by tokens"),
+    "headline": _headline_tables,
+    "budget": functools.partial(_curves_tables, what="least channels, by the largest logit allowed"),
+    "many_patterns": functools.partial(_curves_tables, what="share of patterns realised, by channels"),
+    "precision": functools.partial(_curves_tables, what="error of ratios of nonzeros, by that of zeros to nonzeros"),
+    "picture": _picture_tables,
     "sketch": _errors_by_size_tables,
     "projection_fit": _errors_by_size_tables,
     "spectra": _spectra_tables,

@@ -17,6 +17,7 @@ from experiments.control_variates import bias, continuum, gap
 from experiments.coresets import cache, error, latency
 from experiments.harness import long_context, quality, swap_in
 from experiments.low_rank import projection_fit, sketch, spectra
+from experiments.sparse_patterns import dimensions, realized
 from experiments.tensor import degrees, match, scaling, window
 from experiments.tensor import error as polynomial_error
 from experiments.training import TrainingConfig
@@ -46,6 +47,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "sketch": Experiment(sketch.SketchConfig, sketch.run),
     "projection_fit": Experiment(projection_fit.ProjectionFitConfig, projection_fit.run),
     "spectra": Experiment(spectra.SpectraConfig, spectra.run),
+    "log_law": Experiment(dimensions.LogLawConfig, dimensions.run_log_law),
+    "headline": Experiment(dimensions.HeadlineConfig, dimensions.run_headline),
+    "budget": Experiment(dimensions.BudgetConfig, dimensions.run_budget),
+    "many_patterns": Experiment(realized.ManyPatternsConfig, realized.run_many_patterns),
+    "precision": Experiment(realized.PrecisionConfig, realized.run_precision),
+    "picture": Experiment(realized.PictureConfig, realized.run_picture),
     "tensor_scaling": Experiment(scaling.TensorScalingConfig, scaling.run_scaling),
     "tensor_decode": Experiment(scaling.TensorDecodeConfig, scaling.run_decode),
     "polynomial_error": Experiment(polynomial_error.PolynomialErrorConfig, polynomial_error.run),

@@ -63,7 +63,8 @@ def settings(name, size=8, block_size=4):
 def sized(name, size):
     """The hyper-parameter that makes a summary of this size; sines and cosines come in pairs, slots in blocks."""
     method = METHODS[name]
-    size = {"rfa": size + size % 2, "block_linformer": size if size > 8 else 2}.get(name, size)
+    by_block = dict.fromkeys(("block_linformer", "sparse_coreset", "bigbird"), size if size > 8 else 2)
+    size = {"rfa": size + size % 2, **by_block}.get(name, size)
     return {method.size: size} if method.size else {}
 
 

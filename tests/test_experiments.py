@@ -488,6 +488,10 @@ def test_results_follow_from_the_committed_runs():
                 "match",
             )
         ),
+        *(
+            pytest.param(f"sparse_patterns/{name}", marks=pytest.mark.slow)
+            for name in ("log_law", "headline", "budget", "many_patterns", "precision", "picture")
+        ),
     ],
 )
 def test_smoke_studies_run(tmp_path, study):

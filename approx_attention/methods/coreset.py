@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
+from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_key, head_inputs, unknown
 from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.features import squared_norm
+from approx_attention.remainder import blocks_and_rest_state
 from approx_attention.softmax import pad_rows
 from approx_attention.summaries import WeightedKV, attend, merge
 
@@ -95,6 +97,81 @@ def coreset(
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_coreset(k, v, key, **sizes, kv_mask=kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def sparse_coreset(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    coreset_size: int = 8,
+    algorithm: str | Algorithm = "kmeans_merge",
+    window_size: int = 64,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""The coreset twin of Scatterbrain: exact on nearby blocks, a coreset for each of the others.
+
+    With the support N(t), the keys of the block of query t and of the blocks just before and after it, and coresets
+    :math:`C_b` of M tokens :math:`(c, m_c, u_c)` for each block b,
+
+    .. math:: \mathrm{out}_t = \frac{\sum_{j \in N(t)} e^{s\, q_t \cdot k_j} v_j
+              + \sum_{b \not\subset N(t)} \sum_{c \in C_b} e^{s\, q_t \cdot c}\, u_c}
+              {\sum_{j \in N(t)} e^{s\, q_t \cdot k_j}
+              + \sum_{b \not\subset N(t)} \sum_{c \in C_b} e^{s\, q_t \cdot c}\, m_c}.
+
+    The cost is that of exact attention over three blocks and over M tokens of every block: T S M / ``window_size``.
+    Unlike causal `coreset`, which folds all earlier blocks into one coreset, its causal form summarises each once.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens for each block; with as many as a block holds the answer is exact.
+        algorithm: as in `coreset`; masses that are positive keep the weights positive.
+        window_size: tokens per block.
+        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coresets.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, sparse_coreset
+        >>> q, k, v = (0.5 * jax.random.normal(jax.random.key(i), (256, 8)) for i in range(3))
+        >>> out = sparse_coreset(q, k, v, jax.random.key(3), coreset_size=16, window_size=32)
+        >>> bool(jnp.linalg.norm(out - exact(q, k, v)) < 0.2 * jnp.linalg.norm(exact(q, k, v)))
+        True
+
+    Reference:
+        Chen et al. (2021), "Scatterbrain", section 4, with a coreset in place of its features.
+    """
+    dtype = v.dtype
+    check_count("window_size", window_size)
+    check_count("coreset_size", coreset_size)
+    drawn = check_key("sparse_coreset", key)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    block = min(window_size, max(q.shape[0], k.shape[0]))
+    sizes = {"block_size": block, "num_queries": q.shape[0], "num_keys": k.shape[0]}
+
+    def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> WeightedKV:
+        own = jax.random.fold_in(drawn, number)
+        return summarize_coreset(k, v, own, coreset_size=coreset_size, algorithm=algorithm, kv_mask=kv_mask)
+
+    blocks = BlockMap.banded(1, 1, **sizes)
+    state = blocks_and_rest_state(q, k, v, blocks, summarize, is_causal=is_causal, kv_mask=kv_mask)
     return state if return_state else state.out.astype(dtype)
 
 

@@ -232,7 +232,7 @@ def tensor_support_basis(
     for a, chosen in enumerate(large if num_large_keys else ()):
         keys, values, masks = list(inputs.keys), list(inputs.values), [*small[:a], *inputs.masks[a:]]
         keys[a], values[a] = keys[a][chosen], values[a][chosen]
-        masks[a] = None if inputs.masks[a] is None else inputs.masks[a][chosen]
+        masks[a] = jax.tree.map(lambda mask, chosen=chosen: mask[chosen], masks[a])
         state = merge(state, tensor_state(TensorInputs(inputs.q, tuple(keys), tuple(values), tuple(masks))))
     rows = _largest_entries("num_large_queries", inputs.q, num_large_queries)
     if num_large_queries:
@@ -477,15 +477,13 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
         masks: tuple[Array | None, ...] | None = None,
     ) -> tuple[tuple[Array, ...], AttentionState]:
         seen = jnp.tri(q.shape[0], dtype=sums[0].dtype)
-        after, pairs = [], None
+        after, pairs = [], jnp.ones((), sums[0].dtype)
         for a in reversed(range(len(keys))):
             mask = None if masks is None else masks[a]
             terms = _terms(kernel.key_maps[a], keys[a], values[a], mask)
-            if ordered and pairs is not None:
-                terms = terms * pairs
-            running = sums[a][None] + jnp.einsum("ij,jrc->irc", seen, terms)
+            running = sums[a][None] + jnp.einsum("ij,jrc->irc", seen, terms * pairs if ordered else terms)
             after.append(running[-1])
-            pairs = running if ordered or pairs is None else pairs * running
+            pairs = running if ordered else pairs * running
         return tuple(reversed(after)), _answer(kernel, q, pairs)
 
     return TensorDecoder(init, step)
@@ -525,7 +523,7 @@ def _windowed(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> 
     def step(rings: tuple[Array, ...], args: tuple[Array, Array]) -> tuple[tuple[Array, ...], AttentionState]:
         c, q = args
         place = jnp.arange(chunk, dtype=jnp.int32)
-        pairs, kept = None, []
+        pairs, kept = jnp.ones((), dtype), []
         for key_map, (k, v, mask), p, width, ring in zip(kernel.key_maps, sets, whole, widths, rings, strict=True):
             # Places relative to the first token of this chunk; the array starts p + 1 chunks before the sequence.
             near = [-(p + 1), -p, 0] if p else [-1, 0]
@@ -540,7 +538,7 @@ def _windowed(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> 
             seen = (at[None, :] <= place[:, None]) & (at[None, :] > place[:, None] - width)
             sums = jnp.einsum("ij,jrc->irc", seen.astype(dtype), jnp.concatenate(terms)) + jnp.sum(ring, axis=0)[None]
             kept.append(jnp.concatenate([ring, jnp.sum(terms[-1], axis=0)[None]])[1:])
-            pairs = sums if pairs is None else pairs * sums
+            pairs = pairs * sums
         return tuple(kept), _answer(kernel, q, pairs)
 
     shape = kernel.weights.shape[0], inputs.values[0].shape[1] + 1

@@ -1,22 +1,16 @@
 """Scatterbrain: exact attention to nearby blocks, positive random features for all the others."""
 
-import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import causal_state, in_blocks, running_moments
+from approx_attention.block_sparse import BlockMap
+from approx_attention.causal import causal_state, running_moments
 from approx_attention.checks import check_count, check_key, check_projection, head_inputs
 from approx_attention.features import PositiveFeatures, orthogonal_projection
-from approx_attention.softmax import HIDDEN, block_windows, dense_state, pad_rows
-from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, attend
-
-# Blocks are taken together until they hold as many rows: enough for the matrix products, few enough for the cache.
-ROWS = 1024
+from approx_attention.remainder import blocks_and_rest_state
+from approx_attention.summaries import FeatureMoments
 
 
 def scatterbrain(
@@ -93,49 +87,11 @@ def scatterbrain(
     if is_causal:
         state = causal_state(q, k, v, running_moments(features), block_size=window_size, kv_mask=kv_mask)
     else:
-        state = _two_sided_state(q, k, v, features, min(window_size, max(q.shape[0], k.shape[0])), kv_mask)
+        block = min(window_size, max(q.shape[0], k.shape[0]))
+        blocks = BlockMap.banded(1, 1, block_size=block, num_queries=q.shape[0], num_keys=k.shape[0])
+
+        def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> FeatureMoments:
+            return FeatureMoments.of_tokens(features, k, v, kv_mask)
+
+        state = blocks_and_rest_state(q, k, v, blocks, summarize, kv_mask=kv_mask)
     return state if return_state else state.out.astype(dtype)
-
-
-def _two_sided_state(
-    q: Array, k: Array, v: Array, features: PositiveFeatures, block: int, kv_mask: Array | None
-) -> AttentionState:
-    num_queries, num_keys = q.shape[0], k.shape[0]
-    query_blocks = -(-num_queries // block)
-    # A block of moments for every block of queries, be there keys or not.
-    blocks = max(query_blocks, -(-num_keys // block))
-    together = max(1, ROWS // block)
-    if kv_mask is None:
-        kv_mask = jnp.ones(num_keys, bool)
-    tokens = k, v, kv_mask
-
-    @jax.checkpoint
-    def summarize(tokens: tuple[Array, Array, Array]) -> Any:
-        return dataclasses.replace(FeatureMoments.of_tokens(features, *tokens), features=None)
-
-    key_blocks = jax.tree.map(lambda x: in_blocks(pad_rows(x, blocks * block - num_keys), block), tokens)
-    moments = lax.map(summarize, key_blocks, batch_size=together)
-    far = jax.vmap(merge)(_outside(moments), _outside(moments, reverse=True))
-    far = jax.tree.map(lambda x: x[:query_blocks], far)
-
-    @jax.checkpoint
-    def answer(args: tuple[Array, tuple[Array, Array, Array], Any]) -> AttentionState:
-        q, (k, v, real), far = args
-        bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)[None, :]
-        return merge(dense_state(q, k, v, bias), attend(q, dataclasses.replace(far, features=features)))
-
-    near = jax.tree.map(lambda x: block_windows(x, block, query_blocks, block, block, 0), tokens)
-    state = lax.map(answer, (in_blocks(q, block), near, far), batch_size=together)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
-
-
-def _outside(moments: Any, *, reverse: bool = False) -> Any:
-    """For each block the moments of all blocks before the one before it; in reverse, after the one after it."""
-    none = jax.tree.map(lambda x: jnp.zeros_like(x[0]), moments)
-    none = dataclasses.replace(none, log_scale=jnp.full_like(none.log_scale, -jnp.inf))
-
-    def step(past: tuple[Any, Any], block: Any) -> tuple[tuple[Any, Any], Any]:
-        far, neighbour = past
-        return (merge(far, neighbour), block), far
-
-    return lax.scan(step, (none, none), moments, reverse=reverse)[1]

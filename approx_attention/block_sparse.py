@@ -1,0 +1,406 @@
+"""Exact attention over part of the keys: by blocks that are visited, or by keys that are gathered for each query.
+
+Logits are plain dot products, as in `approx_attention.softmax`. A block is computed if a query of it may see a key of
+it; what of it a query must not see is hidden. Which blocks are visited is known when tracing, or given by lists.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+
+from approx_attention.causal import in_blocks
+from approx_attention.checks import check_count
+from approx_attention.patterns import SparsePattern
+from approx_attention.softmax import HIDDEN, KEY_BLOCK, dense_state, pad_rows
+from approx_attention.states import AttentionState, merge
+
+# Blocks are taken together until they make so many logits: what is gathered for them then stays in cache.
+LOGITS = 2**18
+# Keys and values of so many entries are gathered at a time: few enough for the cache.
+GATHERED = 2**13
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMap:
+    """Which keys each query may see, block by block; it is hashable, and so a static argument of compiled programs.
+
+    Attributes:
+        num_queries: the number T of queries.
+        num_keys: the number S of keys.
+        block_size: queries, and keys, of a block.
+        kinds: for each block of queries and each of keys which of the tiles it is, int32
+            ``[ceil(T / block_size), ceil(S / block_size)]``; 0 if it is not visited.
+        tiles: true where the query of a block sees the key ``[kinds, block_size, block_size]``: number 0 sees nothing.
+
+    Example:
+        >>> import numpy as np
+        >>> blocks = BlockMap.from_blocks(np.eye(4, dtype=bool), block_size=8, num_queries=32, num_keys=32)
+        >>> blocks.density, blocks.causal().density
+        (0.25, 0.25)
+    """
+
+    num_queries: int
+    num_keys: int
+    block_size: int
+    kinds: np.ndarray
+    tiles: np.ndarray
+
+    @functools.cached_property
+    def _content(self) -> tuple[Any, ...]:
+        return self.num_queries, self.num_keys, self.block_size, self.kinds.tobytes(), self.tiles.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockMap) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    @classmethod
+    def from_blocks(cls, visited: Any, *, block_size: int, num_queries: int, num_keys: int) -> Self:
+        """The map in which every query of a block sees every key of the blocks that it visits.
+
+        Args:
+            visited: boolean ``[ceil(T / block_size), ceil(S / block_size)]``.
+            block_size: tokens of a block.
+            num_queries: the number T of queries.
+            num_keys: the number S of keys.
+
+        Returns:
+            The map.
+
+        Raises:
+            ValueError: a mask of another shape, counts below 1.
+            TypeError: a mask that is not boolean.
+        """
+        visited = np.asarray(visited)
+        shape = _num_blocks(num_queries, num_keys, block_size)
+        if visited.dtype != bool:
+            raise TypeError(f"visited must be boolean, got dtype {visited.dtype}")
+        if visited.shape != shape:
+            raise ValueError(f"visited must be [T, S] in blocks of {block_size} = {list(shape)}, got {visited.shape}")
+        tiles = np.stack([np.full((block_size, block_size), seen) for seen in (False, True)])
+        return cls(num_queries, num_keys, block_size, visited.astype(np.int32), tiles)
+
+    @classmethod
+    def banded(cls, before: int, after: int, *, block_size: int, num_queries: int, num_keys: int) -> Self:
+        """The map in which a block sees itself, so many blocks before it and so many after it, whole.
+
+        Args:
+            before: how many blocks of keys before its own a block of queries visits.
+            after: how many after it.
+            block_size: tokens of a block.
+            num_queries: the number T of queries.
+            num_keys: the number S of keys.
+
+        Returns:
+            The map.
+
+        Raises:
+            ValueError: sizes below 1, numbers below 0.
+        """
+        before, after = (check_count(name, x, least=0) for name, x in (("before", before), ("after", after)))
+        rows, columns = np.indices(_num_blocks(num_queries, num_keys, block_size))
+        visited = (columns - rows >= -before) & (columns - rows <= after)
+        return cls.from_blocks(visited, block_size=block_size, num_queries=num_queries, num_keys=num_keys)
+
+    @classmethod
+    def from_pattern(cls, pattern: SparsePattern, block_size: int = 64) -> Self:
+        """The map of a pattern's support, key by key.
+
+        Args:
+            pattern: a `SparsePattern` whose arrays are known: of no use where they are traced.
+            block_size: tokens of a block.
+
+        Returns:
+            The map.
+
+        Raises:
+            TypeError: a traced pattern.
+            ValueError: a block size below 1.
+        """
+        if is_traced(pattern):
+            raise TypeError("a BlockMap is made when tracing: its pattern must be known then, and not an argument")
+        num_queries, num_keys = pattern.num_tokens, pattern.num_keys
+        shape = _num_blocks(num_queries, num_keys, block_size)
+        rows, columns = np.nonzero(np.asarray(pattern.valid))
+        keys = np.asarray(pattern.indices)[rows, columns]
+        pair = rows // block_size * shape[1] + keys // block_size
+        visited, place = np.unique(pair, return_inverse=True)
+        tiles = np.zeros((len(visited), block_size, block_size), bool)
+        tiles[place, rows % block_size, keys % block_size] = True
+        return cls._of_tiles(num_queries, num_keys, block_size, visited, tiles)
+
+    @classmethod
+    def _of_tiles(
+        cls, num_queries: int, num_keys: int, block_size: int, visited: np.ndarray, tiles: np.ndarray
+    ) -> Self:
+        """The map that visits these pairs of blocks, by number, and sees of them these tiles; like ones are shared."""
+        shape = _num_blocks(num_queries, num_keys, block_size)
+        tiles = np.concatenate([np.zeros((1, block_size, block_size), bool), tiles])
+        packed = np.packbits(tiles.reshape(len(tiles), -1), axis=1)
+        # Number 0, all zeros, sorts first.
+        _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+        kinds = np.zeros(shape, np.int32)
+        kinds.reshape(-1)[visited] = kind.reshape(-1)[1:]
+        return cls(num_queries, num_keys, block_size, kinds, tiles[first])
+
+    def causal(self) -> Self:
+        """The map without keys after the query: blocks above the diagonal are not visited."""
+        rows, columns = np.indices(self.kinds.shape)
+        kinds = np.where(columns <= rows, self.kinds, 0)
+        diagonal = self.tiles & np.tri(self.block_size, dtype=bool)
+        kinds = np.where((columns == rows) & (kinds > 0), kinds + len(self.tiles), kinds)
+        visited = np.flatnonzero(kinds)
+        tiles = np.concatenate([self.tiles, diagonal])[kinds.reshape(-1)[visited]]
+        return self._of_tiles(self.num_queries, self.num_keys, self.block_size, visited, tiles)
+
+    @property
+    def visited(self) -> np.ndarray:
+        """Which blocks are visited, boolean ``[ceil(T / block_size), ceil(S / block_size)]``."""
+        return self.kinds > 0
+
+    @property
+    def density(self) -> float:
+        """The share of all pairs of a query and a key that lie in visited blocks."""
+        rows, columns = (
+            np.minimum(self.block_size, n - self.block_size * np.arange(-(-n // self.block_size)))
+            for n in (self.num_queries, self.num_keys)
+        )
+        return float(rows @ self.visited @ columns / (self.num_queries * self.num_keys))
+
+    def to_mask(self) -> np.ndarray:
+        """Which keys each query sees, boolean ``[T, S]``."""
+        mask = self.tiles[self.kinds].transpose(0, 2, 1, 3)
+        rows, columns = (n * self.block_size for n in self.kinds.shape)
+        return mask.reshape(rows, columns)[: self.num_queries, : self.num_keys]
+
+
+def is_traced(pattern: SparsePattern) -> bool:
+    """Whether the arrays of a pattern are not known."""
+    return any(isinstance(x, Tracer) for x in (pattern.indices, pattern.valid))
+
+
+def _num_blocks(num_queries: int, num_keys: int, block_size: int) -> tuple[int, int]:
+    counts = {"num_queries": num_queries, "num_keys": num_keys, "block_size": block_size}
+    num_queries, num_keys, block_size = (check_count(name, count) for name, count in counts.items())
+    return -(-num_queries // block_size), -(-num_keys // block_size)
+
+
+class _Group(NamedTuple):
+    """Blocks of queries that visit about as many blocks of keys.
+
+    Attributes:
+        rows: their numbers ``[n]``.
+        lists: the blocks of keys that each visits ``[n, steps, width]``, filled up with block 0.
+        mask: which of the distinct masks hides the keys that it must not see ``[n]``, or None if all see everything.
+        masks: true where the query sees the key ``[masks, steps, block_size, width * block_size]``.
+    """
+
+    rows: np.ndarray
+    lists: np.ndarray
+    mask: np.ndarray | None
+    masks: np.ndarray | None
+
+
+def _groups(blocks: BlockMap) -> list[_Group]:
+    """Blocks of queries by the number of blocks they visit, each group filled up to its fullest.
+
+    The fullest visits less than twice as many as the others, so that rows of global tokens do not lengthen all lists.
+    """
+    kinds, size = blocks.kinds, blocks.block_size
+    width = np.count_nonzero(kinds, axis=1)
+    is_full = np.all(blocks.tiles, axis=(1, 2))
+    groups = []
+    for octave in np.unique(np.ceil(np.log2(width[width > 0]))):
+        rows = np.flatnonzero((width > 2.0 ** (octave - 1)) & (width <= 2.0**octave))
+        most = width[rows].max()
+        steps = -(-most * size // KEY_BLOCK)
+        per_step = -(-most // steps)
+        # Sorted by kind, not by place, alike lists have one mask; what fills up is of kind 0, and comes last.
+        own = np.where(kinds[rows] > 0, kinds[rows], len(blocks.tiles))
+        lists = np.argsort(own, axis=1, kind="stable")[:, : steps * per_step]
+        own = np.take_along_axis(kinds[rows], lists, axis=1)
+        lists = np.where(own > 0, lists, 0)
+        missing = steps * per_step - lists.shape[1]
+        lists, own = (np.pad(x, ((0, 0), (0, missing))) for x in (lists, own))
+        mask = masks = None
+        if not is_full[own].all():
+            distinct, mask = np.unique(own, axis=0, return_inverse=True)
+            mask = mask.reshape(-1).astype(np.int32)
+            masks = blocks.tiles[distinct].reshape(len(distinct), steps, per_step, size, size)
+            masks = masks.swapaxes(2, 3).reshape(len(distinct), steps, size, per_step * size)
+        groups.append(_Group(rows, lists.reshape(len(rows), steps, per_step).astype(np.int32), mask, masks))
+    return groups
+
+
+def block_sparse_state(
+    q: Array, k: Array, v: Array, blocks: BlockMap, *, kv_mask: Array | None = None
+) -> AttentionState:
+    """Attention over the keys that a map lets each query see; blocks that it does not visit are not computed.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]``, without NaN where ``kv_mask`` says padding.
+        v: values ``[S, Dv]``.
+        blocks: the map.
+        kv_mask: true where a key is real ``[S]``.
+
+    Returns:
+        The `AttentionState` of the queries.
+    """
+    size, num_queries = blocks.block_size, q.shape[0]
+    tokens = _key_blocks(k, v, size, kv_mask)
+    q_blocks = in_blocks(q, size)
+    groups = _groups(blocks)
+    unseen = np.flatnonzero(~blocks.visited.any(axis=1))
+    states = []
+    for group in groups:
+        bias = None
+        if group.mask is not None:
+            assert group.masks is not None
+            bias = group.mask, np.where(group.masks, 0.0, HIDDEN).astype(q.dtype)
+        states.append(_attend_lists(q_blocks[group.rows], tokens, group.lists, bias))
+    if len(unseen):
+        nothing = AttentionState.empty(len(unseen) * size, v.shape[-1], q.dtype)
+        states.append(jax.tree.map(lambda x: x.reshape(len(unseen), size, *x.shape[1:]), nothing))
+    order = np.argsort(np.concatenate([*(group.rows for group in groups), unseen]))
+    state = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *states)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+
+
+def block_lists_state(
+    q: Array, k: Array, v: Array, lists: Array, present: Array, *, block_size: int, kv_mask: Array | None = None
+) -> AttentionState:
+    """Attention of every block of queries over the blocks of keys in its list, which may be known only at run time.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]``, without NaN where ``kv_mask`` says padding.
+        v: values ``[S, Dv]``.
+        lists: numbers of blocks of keys, int32 ``[ceil(T / block_size), W]``.
+        present: which entries count ``[ceil(T / block_size), W]``; no block twice.
+        block_size: tokens of a block.
+        kv_mask: true where a key is real ``[S]``.
+
+    Returns:
+        The `AttentionState` of the queries.
+    """
+    if lists.shape[1] == 0:
+        return AttentionState.empty(q.shape[0], v.shape[-1], q.dtype)
+    steps = -(-lists.shape[1] * block_size // KEY_BLOCK)
+    padding = -lists.shape[1] % steps
+    tokens = _key_blocks(k, v, block_size, kv_mask)
+    # The block after the last holds no key.
+    k_blocks, v_blocks, _ = tokens
+    hidden = jnp.zeros(k_blocks.shape[:2], q.dtype) if tokens[2] is None else tokens[2]
+    tokens = pad_rows(k_blocks, 1), pad_rows(v_blocks, 1), jnp.pad(hidden, ((0, 1), (0, 0)), constant_values=HIDDEN)
+    lists = jnp.where(present, lists, k_blocks.shape[0])
+    lists = jnp.pad(lists, ((0, 0), (0, padding)), constant_values=k_blocks.shape[0])
+    lists = lists.reshape(lists.shape[0], steps, -1)
+    state = _attend_lists(in_blocks(q, block_size), tokens, lists, None)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]], state)
+
+
+def _key_blocks(k: Array, v: Array, block_size: int, kv_mask: Array | None) -> tuple[Array, Array, Array | None]:
+    """Keys, values and biases that hide padding, in blocks; no biases where nothing is to hide."""
+    if kv_mask is None and k.shape[0] % block_size == 0:
+        return in_blocks(k, block_size), in_blocks(v, block_size), None
+    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    bias = jnp.where(in_blocks(real, block_size), jnp.zeros((), k.dtype), HIDDEN)
+    return in_blocks(k, block_size), in_blocks(v, block_size), bias
+
+
+def _attend_lists(
+    q_blocks: Array,
+    tokens: tuple[Array, Array, Array | None],
+    lists: Array | np.ndarray,
+    bias: tuple[np.ndarray, np.ndarray] | None,
+) -> AttentionState:
+    """Blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, a few at a time."""
+    number, size = q_blocks.shape[:2]
+    _, steps, width = lists.shape
+    reach = width * size
+    together = max(1, min(number, LOGITS // (size * reach)))
+    turns = -(-number // together)
+    filling = turns * together - number
+
+    def in_turns(x: Any) -> Array:
+        return pad_rows(jnp.asarray(x), filling).reshape(turns, together, *x.shape[1:])
+
+    @jax.checkpoint
+    def tile(q: Array, listed: Array, masks: Array | None) -> AttentionState:
+        """Blocks of queries ``[m, b, D]`` over the blocks of keys in ``listed [m, width]``."""
+        k, v, key_bias = jax.tree.map(lambda x: x[listed].reshape(together, reach, *x.shape[2:]), tokens)
+        if key_bias is not None:
+            key_bias = key_bias[:, None, :]
+            masks = key_bias if masks is None else jnp.where(key_bias <= HIDDEN / 2, HIDDEN, masks)
+        if masks is None or len(masks) == 1:
+            # A mask that all share is held once.
+            shared = None if masks is None else masks[0]
+            return jax.vmap(dense_state, in_axes=(0, 0, 0, None))(q, k, v, shared)
+        return jax.vmap(dense_state)(q, k, v, masks)
+
+    def turn(args: tuple[Array, Array, Array | None]) -> AttentionState:
+        q, listed, mask = args
+        listed = jnp.swapaxes(listed, 0, 1)
+        masks = None
+        if bias is not None:
+            table = jnp.asarray(bias[1])
+            masks = jnp.swapaxes(table if len(table) == 1 else table[mask], 0, 1)
+        first = jax.tree.map(lambda x: x[0], (listed, masks))
+        state = tile(q, *first)
+        if steps == 1:
+            return state
+        rest = jax.tree.map(lambda x: x[1:], (listed, masks))
+        return lax.scan(lambda state, part: (merge(state, tile(q, *part)), None), state, rest)[0]
+
+    state = lax.map(
+        jax.checkpoint(turn), (in_turns(q_blocks), in_turns(lists), None if bias is None else in_turns(bias[0]))
+    )
+    return jax.tree.map(lambda x: x.reshape(turns * together, *x.shape[2:])[:number], state)
+
+
+def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> AttentionState:
+    r"""Attention of each query over keys of its own, gathered, at a cost of O(T K (D + Dv)).
+
+    .. math:: \mathrm{out}_t = \sum_i e^{q_t \cdot k_{p_{ti}}} v_{p_{ti}} \Big/ \sum_i e^{q_t \cdot k_{p_{ti}}}
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        places: the numbers p of the keys, int32 ``[T, K]``.
+        seen: which of them count ``[T, K]``; none twice.
+
+    Returns:
+        The `AttentionState` of the queries.
+    """
+    num_queries, per_query = places.shape
+    # What does not count points at a row of zeros, so that nothing can come of what stands elsewhere.
+    k, v = pad_rows(k, 1), pad_rows(v, 1)
+    places = jnp.where(seen, places, k.shape[0] - 1)
+    rows = min(num_queries, max(1, GATHERED // per_query))
+
+    @jax.checkpoint
+    def of_rows(args: tuple[Array, Array]) -> AttentionState:
+        q, places = args
+        # Gathered once: fused into the products, rows would be read once for each use.
+        k_own, v_own = lax.optimization_barrier((k[places], v[places]))
+        bias = jnp.where(places < k.shape[0] - 1, jnp.zeros((), q.dtype), HIDDEN)
+        return _rows_state(q, k_own, v_own, bias)
+
+    blocks = in_blocks(q, rows), in_blocks(places, rows)
+    state = lax.map(of_rows, blocks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+
+
+def _rows_state(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+    """Each query ``[n, D]`` over keys ``[n, K, D]`` and values of its own, with biases ``[n, K]``."""
+    state = jax.vmap(lambda q, k, v, bias: dense_state(q[None], k, v, bias[None]))(q, k, v, bias)
+    return jax.tree.map(lambda x: x[:, 0], state)

@@ -1,0 +1,416 @@
+r"""How many channels the realisation of a sparse pattern needs: bounds from both sides, and search.
+
+A pattern of n tokens has at most k keys a row; with m = log(1/eps1), and weights in a row within a ratio gamma.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from approx_attention.checks import check_choice, check_count, check_key
+from approx_attention.patterns import SparsePattern
+from approx_attention.realization import DETERMINISTIC, INTERPOLATIONS, draw_until_accepted, require_request
+
+BoundKind = Literal[
+    "johnson_lindenstrauss",
+    "projection_heuristic",
+    "orthogonal_heuristic",
+    "least_squares",
+    "least_squares_exact",
+    "donoho_tanner_weak",
+    "donoho_tanner_strong",
+    "trigonometric",
+    "packing",
+]
+# A search refines until it knows the number of channels to this share.
+RESOLUTION = 0.01
+GROWTH = 1.3
+
+
+class DimensionBound(NamedTuple):
+    """A bound on the number of channels.
+
+    Attributes:
+        dim: the number of channels: enough (upper bounds) or the least possible (lower bounds).
+        is_lower: whether it bounds from below, whatever the method.
+        standing: ``"proved"`` with the stated probability, ``"heuristic"`` or ``"asymptotic"``.
+        vacuous: nothing is learned: an upper bound of n or more, where d = n is exact, or a lower bound of 1.
+    """
+
+    dim: int
+    is_lower: bool
+    standing: str
+    vacuous: bool
+
+
+def dimension_bound(
+    num_tokens: int,
+    keys_per_row: int,
+    eps1: float,
+    eps2: float,
+    *,
+    gamma: float = 1.0,
+    p: float = 0.5,
+    kind: BoundKind = "least_squares_exact",
+    tau: float = math.inf,
+    logit_budget: float | None = None,
+    rows_per_key: int | None = None,
+) -> DimensionBound:
+    r"""Bounds on the channels with which a pattern is realised, with n tokens and k keys a row.
+
+    With :math:`\kappa = m / \log(1 + \varepsilon_2)` (0 for k = 1, where there are no ratios to keep) upper bounds are
+
+    .. math:: \text{johnson\_lindenstrauss: } \frac{2 \log(4 n^2 / p)}{e^2/2 - e^3/3}, \qquad
+              e = \frac{\log(1 + \varepsilon_2)/2}{\sqrt k\, (\log \gamma + \log(1 + \varepsilon_2) + m)},
+
+    .. math:: \text{projection\_heuristic: } d_G = 4 k \kappa^2 \log(n k (k - 1)), \qquad
+              \text{orthogonal\_heuristic: } \frac{d_G\, n}{n + d_G},
+
+    .. math:: \text{least\_squares\_exact: least } d \text{ with } n (n - k)\,
+              P\big[t_\nu > \sqrt\nu\, s\big] \le p, \quad \nu = d - k + 1, \quad
+              s = \min_i \frac{\min b_i - m}{\|b_i\|},
+
+    .. math:: \text{least\_squares: } k - 1 + \frac{2 \log(n (n - k) / 2 p)}{\log(1 + s^2)}, \qquad
+              \text{donoho\_tanner: } d = c\, k \log(n / d),\ c = 2 \text{ (weak, most rows), } 2 e \text{ (strong)},
+
+    and 2 k for ``trigonometric``, whose logits are huge. Below all methods with logits up to R lies
+
+    .. math:: \text{packing: } \frac{\log(n / k k_c)}{\log(1 + 2 R / m)}.
+
+    The bounds of Johnson-Lindenstrauss and of least squares hold for one draw with probability 1 - p at least;
+    Donoho-Tanner is asymptotic; the heuristics are within about a quarter of measurements where kappa is 5 or more, and
+    too small below.
+
+    Args:
+        num_tokens: the number n.
+        keys_per_row: the greatest number k of keys in a row.
+        eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
+        eps2: largest relative error of the ratio of two nonzeros; least squares keep the ratios exactly.
+        gamma: largest ratio of two weights in a row.
+        p: probability of failure of a draw.
+        kind: one of the above.
+        tau: logit of the nonzeros, for least squares; unlimited by default.
+        logit_budget: largest absolute logit R, for ``packing``.
+        rows_per_key: the greatest number of rows that see one key, for ``packing``; ``keys_per_row`` by default.
+
+    Returns:
+        The `DimensionBound`.
+
+    Raises:
+        ValueError: numbers out of range, precisions that no number of channels gives by this argument.
+
+    Example:
+        >>> from approx_attention import dimension_bound
+        >>> dimension_bound(1024, 2, 0.5, 1.0, kind="johnson_lindenstrauss")
+        DimensionBound(dim=2314, is_lower=False, standing='proved', vacuous=True)
+        >>> dimension_bound(1024, 2, 0.5, 1.0, kind="least_squares").dim
+        70
+
+    Reference:
+        Dasgupta and Gupta (2003), "An elementary proof of a theorem of Johnson and Lindenstrauss"; Donoho and Tanner
+        (2005), "Neighborliness of randomly projected simplices in high dimensions"; the others are this library's.
+    """
+    check_choice("kind", kind, get_args(BoundKind))
+    n, k = check_count("num_tokens", num_tokens), check_count("keys_per_row", keys_per_row)
+    if k > n:
+        raise ValueError(f"keys_per_row must be at most num_tokens = {n}, got {k}")
+    for name, value, low, high in (("eps1", eps1, 0, 1), ("p", p, 0, 1)):
+        if not low < value < high:
+            raise ValueError(f"{name} must lie in ({low}, {high}), got {value}")
+    if not (gamma >= 1 and eps2 >= 0):
+        raise ValueError(f"gamma must be at least 1 and eps2 at least 0, got {gamma} and {eps2}")
+    gap = math.log(1 / eps1)
+    if kind == "packing":
+        if logit_budget is None or logit_budget <= 0:
+            raise ValueError(f"packing bounds channels by a positive logit_budget, got {logit_budget}")
+        matched = n / (k * (k if rows_per_key is None else rows_per_key))
+        dim = max(1, _ceil(math.log(max(matched, 1)) / math.log1p(2 * logit_budget / gap)))
+        return DimensionBound(dim, True, "proved", dim <= 1)
+    if kind in ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic"):
+        if k > 1 and eps2 == 0:
+            raise ValueError(f"no number of channels gives eps2 = 0 by {kind}")
+        dim, standing = _projection_dim(kind, n, k, gap, eps2, gamma, p)
+    elif kind in ("least_squares", "least_squares_exact"):
+        sharpness = _least_squares_sharpness(k, gap, gamma, tau)
+        closed = k - 1 + 2 * math.log(max(n * (n - k) / (2 * p), 1)) / math.log1p(sharpness**2)
+        standing = "proved"
+        dim = closed if kind == "least_squares" else _exact_least_squares_dim(n, k, sharpness, p, _ceil(closed))
+    elif kind == "trigonometric":
+        dim, standing = 2 * k, "proved"
+    else:
+        factor = 2 * k * (1 if kind == "donoho_tanner_weak" else math.e)
+        dim = next(d for d in range(1, n + 1) if d >= factor * math.log(n / d))
+        standing = "asymptotic"
+    dim = max(1, _ceil(dim))
+    return DimensionBound(dim, False, standing, dim >= n)
+
+
+def _ceil(x: float) -> int:
+    """The next integer, forgiving what rounding adds to one."""
+    return math.ceil(x - 1e-9)
+
+
+def _projection_dim(kind: str, n: int, k: int, gap: float, eps2: float, gamma: float, p: float) -> tuple[float, str]:
+    slack = math.log1p(eps2)
+    if kind == "johnson_lindenstrauss":
+        # Without ratios to keep, half of the lift may be lost.
+        share = 0.5 if k == 1 else slack / 2 / (math.log(gamma) + slack + gap)
+        error = share / math.sqrt(k)
+        return 2 * math.log(4 * n * n / p) / (error**2 / 2 - error**3 / 3), "proved"
+    if k == 1:
+        raise ValueError(f"{kind} speaks of ratios between the keys of a row, got keys_per_row = 1")
+    gaussian = 4 * k * (gap / slack) ** 2 * math.log(n * k * (k - 1))
+    return gaussian if kind == "projection_heuristic" else gaussian * n / (n + gaussian), "heuristic"
+
+
+def _least_squares_sharpness(k: int, gap: float, gamma: float, tau: float) -> float:
+    """The least of (min b - m) / |b| over weights within a ratio gamma, whose centred logarithms b - tau has."""
+    if tau == math.inf:
+        return 1 / math.sqrt(k)
+    spread = math.log(gamma)
+    least = tau - (1 - 1 / k) * spread
+    if least <= gap:
+        raise ValueError(f"tau must exceed log(1/eps1) and the spread of the weights, {gap:.3g} in all, got {tau}")
+    return (least - gap) / math.sqrt(k * (tau**2 + spread**2 / 4))
+
+
+def _exact_least_squares_dim(n: int, k: int, sharpness: float, p: float, enough: int) -> int:
+    pairs = n * (n - k)
+    if pairs == 0:
+        return k
+    low, high = k - 1, max(k, enough)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fails = math.log(pairs) + log_t_tail(middle - k + 1, sharpness) > math.log(p)
+        low, high = (middle, high) if fails else (low, middle)
+    return high
+
+
+def log_t_tail(freedom: int, sharpness: float) -> float:
+    r"""The logarithm of a tail of Student's t, :math:`\log P[t_\nu > \sqrt\nu\, s]`, exact however small it is.
+
+    .. math:: P = \tfrac12 I_x(\tfrac\nu2, \tfrac12), \qquad x = \frac{1}{1 + s^2}, \qquad
+              I_x(a, b) = \frac{x^a (1 - x)^b}{a\, B(a, b)} \sum_{i \ge 0} \frac{(a + b)_i}{(a + 1)_i}\, x^i.
+
+    Args:
+        freedom: the degrees of freedom, at least 1.
+        sharpness: s > 0.
+
+    Returns:
+        The natural logarithm of the probability.
+
+    Example:
+        >>> round(math.exp(log_t_tail(1, 1.0)), 6)
+        0.25
+    """
+    a, x = freedom / 2, 1 / (1 + sharpness**2)
+    total = term = 1.0
+    number = 0
+    while term > 1e-17 * total:
+        term *= x * (a + 0.5 + number) / (a + 1 + number)
+        total += term
+        number += 1
+    log_beta = math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5)
+    return a * math.log(x) + 0.5 * math.log1p(-x) - math.log(a) - log_beta + math.log(total / 2)
+
+
+def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
+    r"""The probability, at most, with which one draw of ``"ls"`` fails for equal weights and unlimited logits.
+
+    .. math:: n (n - k)\, P\big[t_\nu > \sqrt{\nu / k}\big], \qquad \nu = d - k + 1.
+
+    Args:
+        num_tokens: the number n.
+        keys_per_row: the number k.
+        d: the number of channels.
+
+    Returns:
+        The bound, 1 where it says nothing.
+
+    Raises:
+        ValueError: fewer channels than keys a row.
+
+    Example:
+        >>> round(failure_bound(64, 2, 40), 3)
+        0.154
+    """
+    if check_count("d", d) < keys_per_row:
+        raise ValueError(f"least squares need d >= keys_per_row = {keys_per_row}, got {d}")
+    tail = log_t_tail(d - keys_per_row + 1, 1 / math.sqrt(keys_per_row))
+    return min(1.0, num_tokens * (num_tokens - keys_per_row) * math.exp(tail))
+
+
+class MinimalDimension(NamedTuple):
+    """The channels that a search found: a quantile over trials, and each of them; infinite where none sufficed."""
+
+    dim: float
+    per_trial: tuple[float, ...]
+
+
+def minimal_dimension(
+    pattern: SparsePattern | Callable[[PRNGKeyArray], SparsePattern],
+    eps1: float,
+    eps2: float,
+    *,
+    key: PRNGKeyArray,
+    method: str = "wls",
+    trials: int = 5,
+    quantile: float = 0.5,
+    max_dim: int | None = None,
+    max_logit: float | None = None,
+    is_causal: bool = False,
+    num_steps: int = 600,
+) -> MinimalDimension:
+    r"""The least number of channels with which one draw of a method realises a pattern, by search.
+
+    A trial makes one draw of unlimited width, of which d channels are a prefix, tries d on a grid that grows by a
+    factor of 1.3, and bisects between the last failure and the first success, to a hundredth. Success need not be
+    monotone in d, so a trial is noisy. The least d over all realisations is NP-hard to find; this bounds it from above.
+
+    Args:
+        pattern: a square pattern, or a function that makes the pattern of each trial from a key.
+        eps1: as for `realize_sparse_pattern`.
+        eps2: as for `realize_sparse_pattern`.
+        key: typed PRNG key.
+        method: a random method of `realize_sparse_pattern`.
+        trials: number of draws.
+        quantile: of the trials' results, which is returned.
+        max_dim: most channels tried, 16 for each token by default.
+        max_logit: largest absolute logit that is accepted.
+        is_causal: key j is visible to query i only if j <= i.
+        num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
+
+    Returns:
+        The `MinimalDimension`.
+
+    Raises:
+        ValueError: a method that makes no draws, numbers out of range.
+
+    Example:
+        >>> import functools, jax
+        >>> from approx_attention import SparsePattern, minimal_dimension
+        >>> permutation = functools.partial(SparsePattern.random, num_tokens=32, keys_per_row=1)
+        >>> found = minimal_dimension(permutation, 0.1, 0.1, key=jax.random.key(0), trials=3)
+        >>> 6 < found.dim < 20
+        True
+    """
+    check_key("minimal_dimension", key)
+    check_count("trials", trials)
+    if method in DETERMINISTIC:
+        raise ValueError(f"minimal_dimension searches over draws, and {method!r} makes none")
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
+    found = []
+    for trial in range(trials):
+        key_pattern, key_draw = jax.random.split(jax.random.fold_in(key, trial))
+        drawn = pattern if isinstance(pattern, SparsePattern) else pattern(key_pattern)
+        least = drawn.keys_per_row if method in INTERPOLATIONS else 1
+        most = 16 * drawn.num_tokens if max_dim is None else check_count("max_dim", max_dim)
+        require_request(drawn, eps1, eps2, least, method, is_causal)
+
+        def accepted(d: int, drawn: SparsePattern = drawn, key_draw: Any = key_draw) -> bool:
+            realized = draw_until_accepted(
+                drawn,
+                (eps1, eps2, math.inf if max_logit is None else max_logit),
+                None,
+                d,
+                key_draw,
+                # One compilation serves every d up to a power of 2.
+                width=1 << (d - 1).bit_length(),
+                method=method,
+                is_causal=is_causal,
+                max_draws=1,
+                num_steps=num_steps,
+                dtype=jnp.dtype(jnp.float32),
+            )
+            return bool(realized.certificate.ok)
+
+        found.append(_first_accepted(accepted, least, most))
+    return MinimalDimension(float(np.quantile(found, quantile, method="higher")), tuple(found))
+
+
+def _first_accepted(accepted: Callable[[int], bool], least: int, most: int) -> float:
+    low, high = least - 1, least
+    while not accepted(high):
+        if high >= most:
+            return math.inf
+        low, high = high, min(most, max(high + 1, math.ceil(GROWTH * high)))
+    while high - low > max(1, RESOLUTION * high):
+        middle = (low + high) // 2
+        low, high = (low, middle) if accepted(middle) else (middle, high)
+    return float(high)
+
+
+def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarray] | None:
+    r"""Queries and keys of one channel that separate the nonzeros of every row from its zeros, if there are any.
+
+    Logits :math:`x_i y_j` put the keys on a line, and the support of a row at one of its ends. So for each row either
+    the support or its complement is chosen such that all chosen sets form a chain. Two rows may choose alike if one
+    support holds the other, and unlike if the supports are disjoint or cover all keys: a satisfiability problem whose
+    clauses are equations modulo 2, solved by colouring in O(T^2 S) time. The ratios within supports are not considered;
+    for more than one channel the decision is NP-hard.
+
+    Args:
+        pattern: the pattern.
+
+    Returns:
+        Queries ``[T]``, 1 or -1, and keys ``[S]``, integers, or ``None`` where no order exists.
+
+    Example:
+        >>> from approx_attention import SparsePattern
+        >>> queries, keys = one_dimensional_order(SparsePattern.from_indices([[0], [0, 1], [2]], num_keys=3))
+        >>> (queries[:, None] * keys[None, :]).tolist()
+        [[3, 2, 0], [3, 2, 0], [-3, -2, 0]]
+
+    Reference:
+        Likhosherstov, Choromanski and Weller (2021), algorithm 1, decides this case; the derivation is this library's.
+    """
+    valid = np.asarray(pattern.valid)
+    supports = np.zeros((pattern.num_tokens, pattern.num_keys), bool)
+    supports[np.nonzero(valid)[0], np.asarray(pattern.indices)[valid]] = True
+    sizes = supports.sum(axis=1)
+    shared = supports.astype(np.float64) @ supports.T.astype(np.float64)
+    alike = shared == np.minimum(sizes[:, None], sizes[None, :])
+    unlike = (shared == 0) | (sizes[:, None] + sizes[None, :] - shared == pattern.num_keys)
+    if not (alike | unlike).all():
+        return None
+    # Rows that leave each other both choices are not neighbours.
+    tied = alike != unlike
+    queries = np.zeros(pattern.num_tokens, int)
+    for start in range(pattern.num_tokens):
+        if queries[start]:
+            continue
+        queries[start], reached = 1, [start]
+        while reached:
+            row = reached.pop()
+            wanted = np.where(alike[row], queries[row], -queries[row])
+            fresh = tied[row] & (queries == 0)
+            queries[fresh] = wanted[fresh]
+            reached.extend(np.flatnonzero(fresh))
+    wanted = np.where(alike, 1, -1) * queries[:, None]
+    if (tied & (wanted != queries[None, :])).any():
+        return None
+    chosen = supports == (queries == 1)[:, None]
+    return queries, chosen.sum(axis=0)
+
+
+def realizable_in_one_dimension(pattern: SparsePattern) -> bool:
+    """Whether one channel separates the nonzeros of every row from its zeros, see `one_dimensional_order`.
+
+    Args:
+        pattern: the pattern.
+
+    Returns:
+        The decision.
+
+    Example:
+        >>> from approx_attention import SparsePattern
+        >>> [realizable_in_one_dimension(SparsePattern.banded(n, [0])) for n in (2, 3)]
+        [True, False]
+    """
+    return one_dimensional_order(pattern) is not None

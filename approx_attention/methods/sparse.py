@@ -1,0 +1,416 @@
+"""Sparse attention: exact on the keys of a pattern, alone or with a summary of the others; patterns that are in use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from approx_attention.block_sparse import (
+    BlockMap,
+    block_lists_state,
+    block_sparse_state,
+    gathered_state,
+    is_traced,
+)
+from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.patterns import SparsePattern
+from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
+from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
+from approx_attention.states import AttentionState, merge
+from approx_attention.summaries import FeatureMoments, Summary
+
+# One gathered key takes as long as so many keys of a block that is visited.
+GATHER_COST = 24
+BLOCK_SIZES = (64, 128)
+
+
+def sparse_attention(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    pattern: SparsePattern | BlockMap,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Softmax attention over the support of a pattern; what lies outside is not computed.
+
+    .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j}
+
+    Only the support S of the pattern counts; its weights are for those who realise it. There are two forms. Blocks:
+    every block of queries meets each block of keys that holds an entry, in matrix products, and entries outside the
+    support are hidden; its cost is that of the visited area. Gathered: every query fetches its own keys, at a cost of
+    T K (D + Dv), far more for one key. A `BlockMap`, which is known when tracing, runs by blocks. A pattern whose
+    arrays are known takes the cheaper form: gathered, if 24 K is less than the keys that a query meets in blocks of 64
+    or 128. A traced pattern is gathered, because its blocks are not known; so is one that is an argument of
+    `attention`, which takes ``method=sparse_attention, pattern=...``.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        pattern: which keys each query sees, of T queries and S keys.
+        is_causal: of these keys only j <= t.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that are not floating point, a pattern that is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import SparsePattern, local, sparse_attention
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = sparse_attention(q, k, v, pattern=SparsePattern.banded(32, range(-3, 4)))
+        >>> bool(jnp.allclose(out, local(q, k, v, window_size=4), atol=1e-6))
+        True
+
+    Reference:
+        Child et al. (2019), "Generating long sequences with sparse transformers"; blocks: Zaheer et al. (2020),
+        "Big Bird", appendix D.
+    """
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    _check_pattern(pattern, q.shape[0], k.shape[0])
+    chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
+    if isinstance(chosen, BlockMap):
+        state = _over_blocks(q, k, v, chosen, is_causal, kv_mask)
+    else:
+        state = _over_gathered(q, k, v, chosen, is_causal, kv_mask)
+    return state if return_state else state.out.astype(dtype)
+
+
+def _check_pattern(pattern: Any, num_queries: int, num_keys: int) -> None:
+    if not isinstance(pattern, SparsePattern | BlockMap):
+        raise TypeError(f"pattern must be a SparsePattern or a BlockMap, got {type(pattern).__name__}")
+    given = (pattern.num_queries if isinstance(pattern, BlockMap) else pattern.num_tokens), pattern.num_keys
+    if given != (num_queries, num_keys):
+        raise ValueError(f"pattern must be of [T, S] = {[num_queries, num_keys]}, got {list(given)}")
+
+
+def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMap:
+    """The pattern as it is, to be gathered, or its blocks, by what each form costs."""
+    if is_traced(pattern):
+        return pattern
+    if is_causal:
+        valid = np.asarray(pattern.valid) & (np.asarray(pattern.indices) <= np.arange(pattern.num_tokens)[:, None])
+        per_query = int(valid.sum(axis=1).max())
+    else:
+        per_query = pattern.keys_per_row
+    visited = {}
+    for block_size in BLOCK_SIZES:
+        with jax.ensure_compile_time_eval():
+            mask = np.asarray(pattern.block_mask(block_size))
+        visited[block_size] = (np.tril(mask) if is_causal else mask).sum() * block_size**2
+    block_size = min(visited, key=lambda size: visited[size])
+    if GATHER_COST * per_query * pattern.num_tokens < visited[block_size]:
+        return pattern
+    return BlockMap.from_pattern(pattern, block_size)
+
+
+def _over_blocks(
+    q: Array, k: Array, v: Array, blocks: BlockMap, is_causal: bool, kv_mask: Array | None
+) -> AttentionState:
+    return block_sparse_state(q, k, v, blocks.causal() if is_causal else blocks, kv_mask=kv_mask)
+
+
+def _over_gathered(
+    q: Array, k: Array, v: Array, pattern: SparsePattern, is_causal: bool, kv_mask: Array | None
+) -> AttentionState:
+    seen = pattern.valid
+    if is_causal:
+        seen = seen & (pattern.indices <= jnp.arange(q.shape[0], dtype=jnp.int32)[:, None])
+    if kv_mask is not None:
+        seen = seen & kv_mask[pattern.indices]
+    return gathered_state(q, k, v, pattern.indices, seen)
+
+
+def sparse_plus_summary(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    pattern: BlockMap | SparsePattern,
+    summarize: Callable[..., Summary],
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Exact attention on a sparse support, and a summary, of any kind, of the keys outside it.
+
+    With weights :math:`\hat e_{tj}` that the summary gives the keys, one normaliser for all and support :math:`S_t`,
+
+    .. math:: A_{tj} = e^{s\, q_t \cdot k_j}\,[j \in S_t] + \hat e_{tj}\,[j \notin S_t], \qquad
+              \mathrm{out}_t = \sum_j A_{tj} v_j \Big/ \sum_j A_{tj}.
+
+    With a `BlockMap` every block that is visited belongs to the support, whole. Each block of keys is summarised by
+    itself, and a query is answered by the summaries of the blocks that it does not see: nothing is subtracted, so that
+    weights are positive wherever those of the summary are, and the answer is exact if the summary loses nothing. With
+    moments of features this is Scatterbrain (`scatterbrain`), with control variates of chunks it is `eva`, with
+    coresets `sparse_coreset`. Token summaries are as many as blocks: their cost grows with T S, divided by how many
+    keys a token stands for.
+
+    With a `SparsePattern` every query has keys of its own, one summary of all keys is made, and what it makes of the
+    support is subtracted, which needs moments: other summaries do not say what share of them is a key's. Where most of
+    the estimated weight lies on the support, little but rounding is left of the rest, and answers may leave the range
+    of the values: prefer blocks. There is no causal form of it.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key, if the summary is random. Blocks of tokens draw independently; moments share one draw (to
+            make it once, bind ``projection``).
+        pattern: the support.
+        summarize: ``(k, v, key, *, kv_mask) -> summary`` in scaled space, such as `summarize_favor`,
+            ``functools.partial(summarize_coreset, coreset_size=8)`` or `summarize_mean_pool`, whose log-normalisers are
+            those of softmax attention.
+        is_causal: query t sees keys j <= t; of earlier blocks that it does not visit, the summaries.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit; causally, a block that does not see itself.
+        TypeError: dtypes that are not floating point, a pattern that is none.
+        NotImplementedError: a `SparsePattern` with tokens, or causally.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import BlockMap, exact, sparse_plus_summary, summarize_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> window = BlockMap.banded(1, 1, block_size=4, num_queries=32, num_keys=32)
+        >>> out = sparse_plus_summary(q, k, v, pattern=window, summarize=summarize_exact)
+        >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-5))
+        True
+
+    Reference:
+        Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
+    """
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    _check_pattern(pattern, q.shape[0], k.shape[0])
+    if isinstance(pattern, BlockMap):
+        if is_causal and not np.diagonal(pattern.visited).all():
+            raise ValueError("causally every block must visit itself: a summary of it would tell of the future")
+
+        def of_block(k: Array, v: Array, kv_mask: Array, number: Array) -> Summary:
+            own = None if key is None else jax.random.fold_in(key, number)
+            summary = summarize(k, v, own, kv_mask=kv_mask)
+            return summarize(k, v, key, kv_mask=kv_mask) if isinstance(summary, FeatureMoments) else summary
+
+        state = blocks_and_rest_state(q, k, v, pattern, of_block, is_causal=is_causal, kv_mask=kv_mask)
+    else:
+        if is_causal:
+            raise NotImplementedError("sparse_plus_summary supports is_causal with a BlockMap only")
+        summary = summarize(k, v, key, kv_mask=kv_mask)
+        if not isinstance(summary, FeatureMoments):
+            raise NotImplementedError(
+                f"sparse_plus_summary with a SparsePattern supports FeatureMoments only, got {type(summary).__name__}; "
+                "use a BlockMap"
+            )
+        state = support_and_moments_state(q, k, v, pattern.indices, pattern.valid, summary, kv_mask=kv_mask)
+    return state if return_state else state.out.astype(dtype)
+
+
+def longformer(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    window_size: int = 128,
+    num_global: int = 4,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""A sliding window, and a few global tokens that see every key and that every query sees.
+
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+              \qquad S_t = \begin{cases} \{0, \dots, S - 1\} & t < G \\
+              \{j : |t - j| < w\} \cup \{0, \dots, G - 1\} & \text{else.} \end{cases}
+
+    The first G tokens are the global ones: order the sequence so. The published model gives global attention
+    projections of its own; here there is one q, k and v. Causally the window lies before the query, a global token too
+    sees no key after it, and what is left is a window with attention sinks.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        window_size: w, the query's own position and w - 1 tokens to a side (only before it if causal).
+        num_global: the number G of global tokens.
+        is_causal: no key after the query.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a window without any key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, longformer
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = longformer(q, k, v, window_size=2, num_global=3)
+        >>> bool(jnp.allclose(out[:3], exact(q, k, v)[:3], atol=1e-6))
+        True
+
+    Reference:
+        Beltagy, Peters and Cohan (2020), "Longformer", section 3.1; sinks: Xiao et al. (2023), "Efficient streaming
+        language models with attention sinks".
+    """
+    dtype, num_keys = v.dtype, k.shape[0]
+    left = check_count("window_size", window_size) - 1
+    num_global = min(check_count("num_global", num_global, least=0), num_keys)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
+    not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
+    state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
+    if num_global:
+        columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
+        rows = (triangular_state if is_causal else blocked_state)(q[:num_global], k, v, bias)
+        state = jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
+    return state if return_state else state.out.astype(dtype)
+
+
+def bigbird(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_random_blocks: int = 3,
+    num_window_blocks: int = 3,
+    num_global_blocks: int = 1,
+    block_size: int = 64,
+    blocks: Int[Array, "Tb R"] | None = None,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""A sliding window, global tokens and random keys, all by blocks.
+
+    A query of block i sees the blocks of
+
+    .. math:: \{j : |i - j| \le (w - 1) / 2\} \cup \{0, \dots, g - 1\} \cup R_i,
+
+    and one of the first g blocks sees every block. The r blocks :math:`R_i` are drawn uniformly, without replacement,
+    from those that are left. The first tokens are the global ones (the published internal variant takes the last block
+    too). Causally a query sees of all these the keys j <= t: the window lies before it, and its blocks are drawn from
+    earlier ones.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``blocks`` is given.
+        num_random_blocks: the number r; where fewer blocks are left, all are seen, and if that holds everywhere the
+            answer is exact.
+        num_window_blocks: the number w of blocks, odd, of which the query's own is the middle one (the last if causal,
+            where there are (w + 1) / 2).
+        num_global_blocks: the number g.
+        block_size: tokens per block.
+        blocks: numbers of the random blocks ``[ceil(T / block_size), R]`` in place of a draw; those that a query sees
+            anyhow, or twice, or not at all if causal, count for nothing.
+        is_causal: no key after the query.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a window of an even number of blocks, neither key nor blocks.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import bigbird, exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = bigbird(q, k, v, jax.random.key(3), block_size=4, num_random_blocks=6)
+        >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-5))
+        True
+
+    Reference:
+        Zaheer et al. (2020), "Big Bird: transformers for longer sequences", section 2 and appendix D.
+    """
+    dtype = v.dtype
+    check_count("block_size", block_size)
+    check_count("num_random_blocks", num_random_blocks, least=0)
+    check_count("num_global_blocks", num_global_blocks, least=0)
+    if check_count("num_window_blocks", num_window_blocks) % 2 == 0:
+        raise ValueError(f"num_window_blocks must be odd, the same to both sides, got {num_window_blocks}")
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
+    rows, columns = np.indices([-(-n // block_size) for n in (q.shape[0], k.shape[0])])
+    near = abs(rows - columns) <= num_window_blocks // 2
+    fixed = BlockMap.from_blocks(near | (columns < num_global_blocks) | (rows < num_global_blocks), **sizes)
+    fixed = fixed.causal() if is_causal else fixed
+    free = ~fixed.visited & ((columns < rows) | (not is_causal))
+
+    state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
+    if blocks is None:
+        drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), check_key("bigbird", key))
+    else:
+        if blocks.ndim != 2 or blocks.shape[0] != len(free):
+            raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
+        drawn = _given_lists(free, blocks)
+    state = merge(state, block_lists_state(q, k, v, *drawn, block_size=block_size, kv_mask=kv_mask))
+    return state if return_state else state.out.astype(dtype)
+
+
+def _random_lists(free: np.ndarray, count: int, key: Array) -> tuple[Array, Array]:
+    """For each row a uniform draw of so many of its free columns, and which are; what a row draws depends on no other.
+
+    Neither does the order of columns depend on how many there are: a prefix of a sequence draws like the whole.
+    """
+    numbers = jnp.arange(free.shape[1], dtype=jnp.int32)
+
+    def of_row(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, free = args
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, row), numbers)
+        priority = jnp.where(free, jax.vmap(jax.random.uniform)(keys), -1)
+        best, chosen = lax.top_k(priority, count)
+        return chosen.astype(jnp.int32), best >= 0
+
+    return lax.map(of_row, (jnp.arange(len(free), dtype=jnp.int32), free))
+
+
+def _given_lists(free: np.ndarray, blocks: Array) -> tuple[Array, Array]:
+    """Given columns for each row, and which are free and listed for the first time."""
+    lists = jnp.sort(blocks.astype(jnp.int32), axis=1)
+    inside = (lists >= 0) & (lists < free.shape[1])
+    lists = jnp.where(inside, lists, 0)
+    is_free = jnp.take_along_axis(jnp.asarray(free), lists, axis=1)
+    again = jnp.pad(lists[:, 1:] == lists[:, :-1], ((0, 0), (1, 0)))
+    return lists, inside & is_free & ~again

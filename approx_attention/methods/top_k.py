@@ -1,0 +1,271 @@
+"""Top-k attention: every query over the keys of its largest logits, found exactly or by hashing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.block_sparse import GATHERED, gathered_state
+from approx_attention.causal import in_blocks
+from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.softmax import pad_rows
+
+# Logits are made by tiles of so many queries and keys.
+QUERY_BLOCK, SEARCHED = 512, 1024
+
+
+def top_k(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    keys_per_query: int = 32,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Softmax attention of every query over the K keys with the largest logits.
+
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+              \qquad S_t = \operatorname{arg\,top}_K\; q_t \cdot k_j
+
+    The keys are found exactly, by blocks of keys of which the best so far are kept, so that memory is linear; the time
+    is not, since every logit is computed: it saves the memory of the weights and the work of the values, and shows what
+    any search for the largest logits could reach at best. The total variation to softmax is the weight left out. Which
+    keys are chosen has no gradient; of equal logits the first are.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: ignored.
+        keys_per_query: the number K of keys; with K >= S the answer is exact.
+        is_causal: query t sees keys j <= t.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, a count below 1.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import top_k
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+        >>> best = jnp.argmax(q @ k.T, axis=1)
+        >>> bool(jnp.allclose(top_k(q, k, v, keys_per_query=1), v[best], atol=1e-6))
+        True
+
+    Reference:
+        Gupta et al. (2021), "Memory-efficient transformers via top-k attention", section 3.
+    """
+    dtype = v.dtype
+    count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    places, seen = largest_logits(q, k, count, is_causal=is_causal, kv_mask=kv_mask)
+    state = gathered_state(q, k, v, places, seen)
+    return state if return_state else state.out.astype(dtype)
+
+
+def largest_logits(
+    q: Array, k: Array, count: int, *, is_causal: bool = False, kv_mask: Array | None = None
+) -> tuple[Array, Array]:
+    """The keys of the largest logits of every query, in falling order.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]``.
+        count: how many, at most S.
+        is_causal: query t sees keys j <= t.
+        kv_mask: true where a key is real, ``[S]``.
+
+    Returns:
+        Their numbers, int32 ``[T, count]``, and which of them the query sees: all, unless it sees fewer.
+    """
+    q, k = lax.stop_gradient((q, k))
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, SEARCHED)
+    numbers = jnp.arange(num_keys, dtype=jnp.int32)
+    key_blocks = in_blocks(k, columns), in_blocks(real, columns), in_blocks(numbers, columns)
+
+    def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, position = args
+
+        def search(best: tuple[Array, Array], block: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+            k, real, number = block
+            seen = real[None, :]
+            if is_causal:
+                seen = seen & (number[None, :] <= position[:, None])
+            logits = jnp.where(seen, q @ k.T, -jnp.inf)
+            # The best of a block are few, so that few are sorted twice; the earlier come first, and so win ties.
+            logits, place = lax.top_k(logits, min(count, columns))
+            both = jnp.concatenate([best[0], logits], axis=1), jnp.concatenate([best[1], number[place]], axis=1)
+            logits, place = lax.top_k(both[0], count)
+            return (logits, jnp.take_along_axis(both[1], place, axis=1)), None
+
+        none = jnp.full((rows, count), -jnp.inf, q.dtype), jnp.zeros((rows, count), jnp.int32)
+        return lax.scan(search, none, key_blocks)[0]
+
+    positions = jnp.arange(num_queries, dtype=jnp.int32)
+    logits, places = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
+    logits, places = (x.reshape(-1, count)[:num_queries] for x in (logits, places))
+    # NaN counts: it must come out.
+    return places, logits != -jnp.inf
+
+
+def lsh_top_k(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    keys_per_query: int = 32,
+    num_rounds: int = 4,
+    num_hashes: int | None = None,
+    projection: Float[Array, "N B D"] | None = None,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Top-k attention whose keys are looked for among those that hash like the query.
+
+    In each of N rounds the signs of b random projections put queries and keys into :math:`2^b` buckets. With the keys
+    sorted by bucket and place, a query meets the K keys nearest to its own place in its bucket, and as many in the
+    neighbour that it reaches by the sign it was least sure of. Of all that it meets in all rounds, each counted once,
+    the K of the largest logits are attended to, with exact logits.
+
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+              \qquad S_t = \operatorname{arg\,top}_{K,\, j \in C_t}\; q_t \cdot k_j
+
+    The cost is that of 2 N K gathered keys for each query, whatever S. Signs see the angle between a query and a key,
+    not the norm of the key: where norms differ much, the largest logits are missed more often. Causally a query meets
+    the last K keys of a bucket that come before it; the keys that come later change neither hash nor choice, which
+    sorted chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
+
+    Args:
+        q: queries ``[T, D]``; query t stands at the position of key t.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key; not needed if ``projection`` is given.
+        keys_per_query: the number K of keys; with K >= S the answer is exact unless ``num_hashes`` says otherwise.
+        num_rounds: the number N of rounds.
+        num_hashes: the number b of signs, by default so many that a bucket holds no more than K keys on average.
+        projection: the directions ``[N, b, D]`` in place of a draw.
+        is_causal: query t sees keys j <= t.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, neither key nor projection.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import lsh_top_k, top_k
+        >>> x, v = (jax.random.normal(jax.random.key(i), (256, 16)) for i in range(2))
+        >>> q = 3 * x + 0.1 * v  # every query points at a key of its own
+        >>> out = lsh_top_k(q, x, v, jax.random.key(3), keys_per_query=8)
+        >>> best = top_k(q, x, v, keys_per_query=8)
+        >>> bool(jnp.linalg.norm(out - best) < 0.2 * jnp.linalg.norm(best))
+        True
+
+    Reference:
+        Kitaev, Kaiser and Levskaya (2020), "Reformer", section 2; the neighbour: Lv et al. (2007), "Multi-probe LSH".
+    """
+    dtype, num_keys = v.dtype, k.shape[0]
+    count = min(check_count("keys_per_query", keys_per_query), num_keys)
+    check_count("num_rounds", num_rounds)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    if projection is None:
+        if num_hashes is None:
+            num_hashes = (-(-num_keys // count) - 1).bit_length()
+        shape = num_rounds, check_count("num_hashes", num_hashes, least=0), q.shape[1]
+        projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
+    elif projection.ndim != 3 or projection.shape[2] != q.shape[1]:
+        raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
+    places, seen = _found_by_hashing(q, k, projection.astype(q.dtype), count, is_causal, kv_mask)
+    state = gathered_state(q, k, v, places, seen)
+    return state if return_state else state.out.astype(dtype)
+
+
+def _found_by_hashing(
+    q: Array, k: Array, projection: Array, count: int, is_causal: bool, kv_mask: Array | None
+) -> tuple[Array, Array]:
+    """The keys of the largest logits among those that each query meets ``[T, count]``, and which there are."""
+    q, k = lax.stop_gradient((q, k))
+    num_queries, nowhere = q.shape[0], k.shape[0]
+    num_rounds, num_hashes, _ = projection.shape
+    powers = 2 ** jnp.arange(num_hashes, dtype=jnp.int32)
+
+    def sort(planes: Array) -> tuple[Array, Array]:
+        """The keys by bucket and place, and where each bucket starts."""
+        bucket = (k @ planes.T > 0).astype(jnp.int32) @ powers
+        if kv_mask is not None:
+            bucket = jnp.where(kv_mask, bucket, 2**num_hashes)
+        order = jnp.argsort(bucket, stable=True).astype(jnp.int32)
+        every = jnp.arange(2**num_hashes + 1, dtype=jnp.int32)
+        return order, jnp.searchsorted(bucket[order], every).astype(jnp.int32)
+
+    def meet(q: Array, place: Array, planes: Array, order: Array, bounds: Array) -> Array:
+        """The keys that queries at a place meet in their bucket and its neighbour ``[n, 2 count]``, or nowhere."""
+        side = q @ planes.T
+        buckets = ((side > 0).astype(jnp.int32) @ powers)[:, None]
+        if num_hashes:
+            unsure = powers[jnp.argmin(jnp.abs(side), axis=1)]
+            buckets = jnp.concatenate([buckets, buckets ^ unsure[:, None]], axis=1)
+        start, end = bounds[buckets], bounds[buckets + 1]
+        after = _first_beyond(order, start, end, place[:, None])
+        if is_causal:
+            start, end = jnp.maximum(start, after - count), after
+        else:
+            start = jnp.clip(after - (count + 1) // 2, start, jnp.maximum(start, end - count))
+            end = jnp.minimum(end, start + count)
+        number = start[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
+        met = jnp.where(number < end[:, :, None], order[jnp.minimum(number, nowhere - 1)], nowhere)
+        return met.reshape(q.shape[0], -1)
+
+    k_padded = pad_rows(k, 1)
+    sorted_keys = jax.vmap(sort)(projection)
+    rows = min(num_queries, max(1, GATHERED // (2 * num_rounds * count)))
+
+    def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, place = args
+        met = jax.vmap(meet, (None, None, 0, 0, 0), 1)(q, place, projection, *sorted_keys)
+        places = jnp.sort(met.reshape(rows, -1), axis=1)
+        again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
+        logits = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k_padded[places]))
+        logits, chosen = lax.top_k(jnp.where(again | (places == nowhere), -jnp.inf, logits), count)
+        return jnp.take_along_axis(places, chosen, axis=1), logits != -jnp.inf
+
+    own_place = jnp.arange(num_queries, dtype=jnp.int32)
+    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
+    places, seen = (x.reshape(-1, count)[:num_queries] for x in found)
+    return places, seen
+
+
+def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:
+    """The first number i in [start, end) with ``order[i] > bound``, or end, where ``order`` rises; by bisection."""
+
+    def halve(_: Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
+        middle = (low + high) // 2
+        is_below = (order[jnp.minimum(middle, order.shape[0] - 1)] <= bound) & (low < high)
+        return jnp.where(is_below, middle + 1, low), jnp.where(is_below | (low == high), high, middle)
+
+    return lax.fori_loop(0, order.shape[0].bit_length(), halve, (start, end))[0]

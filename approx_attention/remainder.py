@@ -1,0 +1,205 @@
+"""Exact attention on a sparse support plus a summary of the keys outside it: Scatterbrain, for any summary.
+
+Where the support is made of blocks, the summary of the rest is put together from those of the blocks that a query does
+not see: nothing is subtracted, and weights stay positive wherever the summary's are. Where every query has keys of its
+own, what the summary makes of them must be taken away again (`support_and_moments_state`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from approx_attention.block_sparse import GATHERED, BlockMap, block_sparse_state, gathered_state
+from approx_attention.causal import in_blocks
+from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, pad_rows
+from approx_attention.states import AttentionState, finite_peak, merge, subtract
+from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
+
+# Blocks are taken together until they hold as many rows: enough for the matrix products, few enough for the cache.
+ROWS = 1024
+
+# Makes a summary of one block, ``(k [b, D], v [b, Dv], kv_mask [b], number) -> summary``; moments share their features.
+SummarizeBlock = Callable[[Array, Array, Array, Array], Summary]
+
+
+def blocks_and_rest_state(
+    q: Array,
+    k: Array,
+    v: Array,
+    blocks: BlockMap,
+    summarize: SummarizeBlock,
+    *,
+    is_causal: bool = False,
+    kv_mask: Array | None = None,
+) -> AttentionState:
+    """Exact attention to the blocks that a map visits, merged with a summary of the blocks that it does not.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]``, without NaN where ``kv_mask`` says padding.
+        v: values ``[S, Dv]``.
+        blocks: the map; of a block that it visits every key is in the support.
+        summarize: makes the summary of a block.
+        is_causal: query t sees keys j <= t, and summaries of earlier blocks; its own block must be visited.
+        kv_mask: true where a key is real ``[S]``.
+
+    Returns:
+        The `AttentionState` of the queries.
+    """
+    block, num_queries = blocks.block_size, q.shape[0]
+    rows, columns = np.indices(blocks.kinds.shape)
+    far = ~blocks.visited & ((columns < rows) | (not is_causal))
+    support = BlockMap.from_blocks(blocks.visited, block_size=block, num_queries=num_queries, num_keys=blocks.num_keys)
+    near = block_sparse_state(q, k, v, support.causal() if is_causal else support, kv_mask=kv_mask)
+    if not far.any():
+        return near
+    if kv_mask is None:
+        kv_mask = jnp.ones(k.shape[0], bool)
+    tokens = tuple(in_blocks(x, block) for x in (k, v, kv_mask))
+    numbers = jnp.arange(far.shape[1], dtype=jnp.int32)
+    one: Any = summarize(tokens[0][0], tokens[1][0], tokens[2][0], numbers[0])
+    of_moments = isinstance(one, FeatureMoments)
+
+    @jax.checkpoint
+    def bare(args: Any) -> Any:
+        summary: Any = summarize(*args)
+        return dataclasses.replace(summary, features=None) if of_moments else summary
+
+    together = max(1, ROWS // block)
+    summaries = lax.map(bare, (*tokens, numbers), batch_size=together)
+    q_blocks = in_blocks(q, block)
+    if of_moments:
+        rest = _moments_of(summaries, far)
+
+        @jax.checkpoint
+        def from_moments(args: tuple[Array, Any]) -> AttentionState:
+            q, moments = args
+            return attend(q, dataclasses.replace(moments, features=one.features))
+
+        answer = lax.map(from_moments, (q_blocks, rest), batch_size=together)
+    else:
+        per_block = summaries.mass.shape[1]
+
+        @jax.checkpoint
+        def from_tokens(args: tuple[Array, Array]) -> AttentionState:
+            q, far = args
+            return attend(q, _tokens_of(summaries, far))
+
+        together = max(1, min(together, LEAST_TILE // (block * per_block * far.shape[1])))
+        answer = lax.map(from_tokens, (q_blocks, jnp.asarray(far)), batch_size=together)
+    answer = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], answer)
+    return merge(near, answer)
+
+
+def _tokens_of(summaries: WeightedKV, far: Array) -> WeightedKV:
+    """The tokens of the blocks that are ``far``, those of all others without mass."""
+    mass = jnp.where(far[:, None], summaries.mass, 0)
+    value_sum = jnp.where(far[:, None, None], summaries.value_sum, 0)
+    value_range = summaries.value_range
+    if value_range is not None:
+        low = jnp.min(value_range[:, 0], axis=0, initial=jnp.inf, where=far[:, None])
+        value_range = jnp.stack([low, jnp.max(value_range[:, 1], axis=0, initial=-jnp.inf, where=far[:, None])])
+    k, value_sum, mass = (x.reshape(-1, *x.shape[2:]) for x in (summaries.k, value_sum, mass))
+    return WeightedKV(k, value_sum, mass, value_range)
+
+
+def _moments_of(moments: Any, far: np.ndarray) -> Any:
+    """For each block of queries the moments of the blocks ``far [Tb, Sb]`` from it, merged."""
+    first = np.where(far.all(axis=1), far.shape[1], np.argmin(far, axis=1))
+    last = np.where(far.all(axis=1), 0, far.shape[1] - np.argmin(far[:, ::-1], axis=1))
+    place = np.arange(far.shape[1])
+    is_run = ((place < first[:, None]) | (place >= last[:, None])) == far
+    return _around_runs(moments, first, last) if is_run.all() else _masked_sums(moments, far)
+
+
+def _around_runs(moments: Any, first: np.ndarray, last: np.ndarray) -> Any:
+    """Moments of the blocks before ``first [Tb]`` and from ``last [Tb]`` on, by one scan from either end."""
+    before, after = _running(moments), _running(moments, reverse=True)
+    last = np.where(first == moments.mass.shape[0], moments.mass.shape[0], last)
+    return jax.vmap(merge)(*(jax.tree.map(lambda x, at=at: x[at], y) for y, at in ((before, first), (after, last))))
+
+
+def _running(moments: Any, *, reverse: bool = False) -> Any:
+    """The moments of the blocks before each number 0..n; in reverse, of those from it on."""
+    none = jax.tree.map(lambda x: jnp.zeros_like(x[0]), moments)
+    none = dataclasses.replace(none, log_scale=jnp.full_like(none.log_scale, -jnp.inf))
+
+    def step(past: Any, block: Any) -> tuple[Any, Any]:
+        both = merge(past, block)
+        return both, both
+
+    totals = lax.scan(step, none, moments, reverse=reverse)[1]
+    parts = (totals, jax.tree.map(lambda x: x[None], none))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *(parts if reverse else parts[::-1]))
+
+
+def _masked_sums(moments: Any, far: np.ndarray) -> Any:
+    """Moments of any blocks, at a cost of (Tb Sb) R Dv: each sum has its own log-scale, so that none swamps another."""
+
+    @jax.checkpoint
+    def of_row(far: Array) -> Any:
+        log_scale = jnp.where(far[:, None], moments.log_scale, -jnp.inf)
+        peak = jnp.max(log_scale, axis=0)
+        weights = jnp.exp(log_scale - finite_peak(peak)[None, :])
+        value_sum = jnp.einsum("br,brd->rd", weights, moments.value_sum)
+        return FeatureMoments(value_sum, jnp.sum(weights * moments.mass, axis=0), peak, moments.features)
+
+    return lax.map(of_row, jnp.asarray(far))
+
+
+def support_and_moments_state(
+    q: Array, k: Array, v: Array, places: Array, seen: Array, moments: FeatureMoments, *, kv_mask: Array | None = None
+) -> AttentionState:
+    r"""Exact attention to keys of each query's own, plus moments of all keys less what these make of its own.
+
+    .. math:: A_{tj} = \phi(q_t) \cdot \phi(k_j) + \big(e^{q_t \cdot k_j} - \phi(q_t) \cdot \phi(k_j)\big)\,[j \in S_t].
+
+    The moments of the rest come by subtraction: their relative error is that of rounding times the share of the sum
+    that is taken away, and where nothing but rounding is left, or less, the rest does not answer. So it is of use only
+    where the features give most of the weight to keys outside the support.
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]``, without NaN where ``kv_mask`` says padding.
+        v: values ``[S, Dv]``.
+        places: numbers of keys, int32 ``[T, K]``.
+        seen: which of them count ``[T, K]``; none twice.
+        moments: of all keys.
+        kv_mask: true where a key is real ``[S]``.
+
+    Returns:
+        The `AttentionState` of the queries.
+    """
+    if kv_mask is not None:
+        seen = seen & kv_mask[places]
+    near = gathered_state(q, k, v, places, seen)
+    values_k, log_scale_k = moments.features(k)
+    values_k = jnp.broadcast_to(values_k, (k.shape[0], moments.features.num_features))
+    peak_k = finite_peak(jnp.max(log_scale_k, axis=1))
+    phi_k = pad_rows(values_k * jnp.exp(log_scale_k - peak_k[:, None]), 1)
+    v, peak_k = pad_rows(v, 1), jnp.pad(peak_k, (0, 1))
+    nowhere, num_queries = k.shape[0], q.shape[0]
+    rows = min(num_queries, max(1, GATHERED // places.shape[1]))
+
+    @jax.checkpoint
+    def of_rows(args: tuple[Array, Array]) -> AttentionState:
+        q, places = args
+        values, log_scale = moments.features(q)
+        peak = finite_peak(jnp.max(log_scale, axis=1))
+        phi = values * jnp.exp(log_scale - peak[:, None])
+        kernel = jnp.einsum("tr,tkr->tk", phi, phi_k[places])
+        present = (places < nowhere) & (kernel > 0)
+        log_kernel = jnp.log(jnp.where(present, kernel, 1)) + peak[:, None] + peak_k[places]
+        bias = jnp.where(present, log_kernel, HIDDEN)
+        one = jnp.zeros((1, 1), q.dtype), jnp.zeros((places.shape[1], 1), q.dtype)
+        state = jax.vmap(lambda v, bias: dense_state(*one, v, bias[None]))(v[places], bias)
+        return jax.tree.map(lambda x: x[:, 0], state)
+
+    estimated = lax.map(of_rows, (in_blocks(q, rows), in_blocks(jnp.where(seen, places, nowhere), rows)))
+    estimated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], estimated)
+    return merge(near, subtract(attend(q, moments), estimated))

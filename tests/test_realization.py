@@ -1,0 +1,533 @@
+"""Realised patterns against float64: certificates by brute force, exact limits, failure rates."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from approx_attention import (
+    SparsePattern,
+    certify,
+    dimension_bound,
+    exact,
+    fixed_projections,
+    minimal_dimension,
+    one_dimensional_order,
+    realizable_in_one_dimension,
+    realize_sparse_pattern,
+)
+from approx_attention.dimension import failure_bound, log_t_tail
+from approx_attention.realization import draw_until_accepted
+from tests.references import causal_mask
+
+N = 24
+KEY = jax.random.key(0)
+RANDOM_METHODS = ("projection", "orthogonal", "balanced", "ls", "wls", "max_margin", "learned")
+
+
+def ragged(seed, num_tokens, most, gamma=10.0, is_causal=False):
+    """A pattern of 1 to ``most`` keys a row with weights within a ratio ``gamma``."""
+    random = np.random.default_rng(seed)
+    dense = np.zeros((num_tokens, num_tokens))
+    for row in range(num_tokens):
+        visible = row + 1 if is_causal else num_tokens
+        keys = random.choice(visible, min(visible, random.integers(1, most + 1)), replace=False)
+        dense[row, keys] = gamma ** random.random(len(keys))
+    return SparsePattern.from_dense(dense.astype(np.float32))
+
+
+def logits_of(realized):
+    x, w_q, w_k = (np.asarray(x, np.float64) for x in realized[:3])
+    return x @ w_q @ w_k.T @ x.T / np.sqrt(w_q.shape[1])
+
+
+def by_definition(logits, matrix, is_causal):
+    """The certificate from the attention matrix, row by row and pair by pair, in float64."""
+    matrix = np.asarray(matrix, np.float64)
+    matrix = matrix / matrix.sum(1, keepdims=True)
+    visible = causal_mask(*matrix.shape) if is_causal else np.ones(matrix.shape, bool)
+    weights = np.where(visible, np.exp(logits - np.where(visible, logits, -np.inf).max(1, keepdims=True)), 0)
+    attention = weights / weights.sum(1, keepdims=True)
+    eps1, ratio, distance = 0.0, 1.0, 0.0
+    for row, wanted in zip(attention, matrix, strict=True):
+        on = np.flatnonzero(wanted)
+        off = np.flatnonzero((wanted == 0) & (row > 0))
+        eps1 = max([eps1, *(row[j] / row[s] for j in off for s in on)])
+        ratio = max([ratio, *(row[s] / row[r] / (wanted[s] / wanted[r]) for s in on for r in on)])
+        distance = max(distance, np.abs(row - wanted).sum() / 2)
+    size = np.abs(logits[visible]).max()
+    return np.log(eps1), np.log(ratio), size, -np.log(eps1) / size, distance
+
+
+def realize(pattern, eps1=0.1, eps2=0.1, *, d, **options):
+    options = {"key": KEY, "num_steps": 150, **options}
+    return realize_sparse_pattern(pattern, eps1, eps2, d=d, **options)
+
+
+# the certificate
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_certificate_is_what_brute_force_finds(seed, is_causal):
+    pattern = ragged(seed, 19, 5, is_causal=is_causal)
+    random = np.random.default_rng(seed)
+    arrays = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((19, 6), (6, 4), (6, 4))]
+    found = certify(*arrays, pattern, is_causal=is_causal)
+    expected = by_definition(logits_of(arrays), pattern.to_dense(), is_causal)
+    np.testing.assert_allclose(np.stack(found[:5]), expected, rtol=1e-5, atol=1e-6)
+    eps1, eps2 = math.exp(expected[0]), math.expm1(expected[1])
+    for factors, ok in (((1.01, 1.01), True), ((0.99, 1.01), False), ((1.01, 0.99), False)):
+        limits = {"eps1": factors[0] * eps1, "eps2": factors[1] * eps2}
+        assert bool(certify(*arrays, pattern, is_causal=is_causal, **limits).ok) is ok
+
+
+def test_the_certificate_of_more_rows_than_a_block(x64):
+    pattern = SparsePattern.random(KEY, 300, 3)
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.normal(size=shape)) for shape in ((300, 6), (6, 4), (6, 4))]
+    found = certify(*arrays, pattern)
+    assert found.log_eps1.dtype == jnp.float64
+    expected = by_definition(logits_of(arrays), pattern.to_dense(), False)
+    np.testing.assert_allclose(np.stack(found[:5]), expected, rtol=1e-12)
+
+
+def test_logits_whose_exponentials_underflow_are_certified():
+    identity = SparsePattern.banded(4, [0])
+    found = certify(jnp.eye(4), 2000 * jnp.eye(4), jnp.eye(4), identity, eps1=1e-300)
+    assert float(found.log_eps1) == -1000
+    assert float(found.logit_absmax) == 1000
+    assert bool(certify(jnp.eye(4), -2000 * jnp.eye(4), jnp.eye(4), identity).ok) is False
+
+
+def test_the_order_of_tokens_and_constants_of_rows_do_not_matter():
+    pattern = ragged(3, N, 4)
+    realized = realize(pattern, d=20)
+    order = np.random.default_rng(0).permutation(N)
+    dense = np.asarray(pattern.to_dense())
+    permuted = certify(
+        realized.inputs[order], realized.w_q, realized.w_k, SparsePattern.from_dense(dense[order][:, order])
+    )
+    shifts = jnp.arange(N, dtype=jnp.float32)
+    scaled = SparsePattern(pattern.indices, pattern.log_weights + shifts[:, None], pattern.valid, N)
+    shifted = certify(realized.inputs, realized.w_q, realized.w_k, scaled)
+    for other in (permuted, shifted):
+        np.testing.assert_allclose(np.stack(other[:5]), np.stack(realized.certificate[:5]), rtol=1e-4, atol=2e-5)
+    # A channel that adds a constant to each row of logits leaves attention as it is.
+    inputs = jnp.concatenate([realized.inputs, 10 * shifts[:, None], jnp.ones((N, 1))], axis=1)
+    w_q, w_k = (jnp.zeros((42, 21)).at[:40, :20].set(w) for w in realized[1:3])
+    w_q, w_k = w_q.at[40, 20].set(1.0) * math.sqrt(21 / 20), w_k.at[41, 20].set(1.0)
+    with_constants = certify(inputs, w_q, w_k, pattern)
+    for field in ("log_eps1", "log1p_eps2", "max_row_tv"):
+        np.testing.assert_allclose(
+            getattr(with_constants, field), getattr(realized.certificate, field), rtol=1e-4, atol=1e-4
+        )
+    assert with_constants.logit_absmax > 1.5 * realized.certificate.logit_absmax
+
+
+# the constructions
+
+
+def test_orthogonal_projections_of_as_many_channels_as_tokens_are_exact():
+    for pattern in (ragged(1, N, 4), SparsePattern.random(KEY, N, 3)):
+        realized = realize(pattern, 0.01, 1e-4, d=N, method="orthogonal", tau=5.0, max_draws=1)
+        assert bool(realized.certificate.ok)
+        np.testing.assert_allclose(realized.certificate.log_eps1, -5, atol=1e-4)
+        np.testing.assert_allclose(realized.certificate.log1p_eps2, 0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["projection", "orthogonal", "balanced"])
+def test_projections_are_unbiased(method):
+    pattern, num_draws = ragged(2, 16, 3), 200
+
+    def logits(key):
+        inputs = realize(pattern, d=6, method=method, tau=2.0, max_draws=1, key=key).inputs
+        return inputs[:, :6] @ inputs[:, 6:].T
+
+    drawn = np.asarray(jax.jit(jax.vmap(logits))(jax.random.split(KEY, num_draws)), np.float64)
+    matrix = np.asarray(pattern.to_dense(), np.float64)
+    least = np.where(matrix > 0, matrix, np.inf).min(1, keepdims=True)
+    expected = np.where(matrix > 0, 2 + np.log(np.where(matrix > 0, matrix, 1) / least), 0)
+    error = drawn.std(0) / math.sqrt(num_draws)
+    assert np.all(np.abs(drawn.mean(0) - expected) < 4.5 * error)
+    assert np.all(error < 0.3)
+
+
+@pytest.mark.parametrize("method", ["ls", "wls", "max_margin", "learned"])
+def test_interpolated_weights_are_exact_and_the_lift_is_the_least(method):
+    pattern = ragged(4, N, 3)
+    realized = realize(pattern, 0.05, 1e-3, d=18, method=method)
+    assert bool(realized.certificate.ok)
+    np.testing.assert_allclose(realized.certificate.log_eps1, math.log(0.05), rtol=2e-3)
+    np.testing.assert_allclose(realized.certificate.log1p_eps2, 0, atol=5e-4)
+    expected = by_definition(logits_of(realized), pattern.to_dense(), False)
+    np.testing.assert_allclose(np.stack(realized.certificate[:5]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_better_constructions_lift_less():
+    pattern = SparsePattern.random(KEY, 48, 2)
+    lifts = [
+        logits_of(realize(pattern, d=28, method=method, num_steps=300))[0, pattern.indices[0, 0]]
+        for method in ("wls", "max_margin", "learned")
+    ]
+    assert lifts[0] > 1.1 * max(lifts[1:])
+    assert bool(realize(pattern, d=7, method="learned", num_steps=300).certificate.ok)
+    assert not bool(realize(pattern, d=7, method="wls", max_draws=20).certificate.ok)
+
+
+def test_two_channels_hold_any_permutation_by_a_moment_curve():
+    identity = SparsePattern.banded(64, [0])
+    realized = realize_sparse_pattern(identity, 0.0031, 0.0, d=2, method="trigonometric", tau=1200.0)
+    assert bool(realized.certificate.ok)
+    assert float(realized.certificate.log1p_eps2) == 0
+    np.testing.assert_allclose(realized.certificate.log_eps1, -1200 * (1 - math.cos(2 * math.pi / 64)), rtol=1e-4)
+
+
+def test_the_moment_curve_holds_weights_in_float64(x64):
+    for pattern in (ragged(5, 20, 3), ragged(5, 20, 3, is_causal=True)):
+        degree = pattern.keys_per_row
+        realized = realize_sparse_pattern(
+            pattern, 0.1, 1e-3, d=2 * degree + 1, method="trigonometric", dtype=jnp.float64
+        )
+        assert realized.inputs.dtype == jnp.float64
+        assert bool(realized.certificate.ok)
+        assert float(realized.certificate.log1p_eps2) < 1e-6
+        assert float(realized.certificate.rho) < 1e-2
+
+
+def test_patterns_without_zeros_by_the_rank_of_their_logarithms():
+    gaussian = np.exp(-((np.arange(20)[:, None] - np.arange(20)[None, :]) ** 2) / 50)
+    slope = np.exp(-np.abs(np.arange(20)[:, None] - np.arange(20)[None, :]) / 5)
+    for matrix, d, ok in ((gaussian, 1, False), (gaussian, 2, True), (slope, 2, False), (slope, 19, True)):
+        certificate = realize_sparse_pattern(
+            SparsePattern.from_dense(matrix), 0.5, 1e-3, d=d, method="dense"
+        ).certificate
+        assert bool(certificate.ok) is ok
+        assert float(certificate.log_eps1) == -math.inf
+        assert float(certificate.rho) == math.inf
+
+
+@pytest.mark.parametrize("method", RANDOM_METHODS)
+def test_no_method_finds_a_permutation_in_one_channel(method):
+    realized = realize(SparsePattern.banded(8, [0]), 0.5, 1.0, d=1, method=method, max_draws=3, num_steps=20)
+    assert not bool(realized.certificate.ok)
+    assert int(realized.certificate.draws) == 3
+    assert np.isfinite(np.stack(realized.certificate[:5])).all()
+
+
+KINDS = {
+    "banded": SparsePattern.banded(N, range(-2, 3)),
+    "causal banded": SparsePattern.banded(N, range(-2, 1), is_causal=True),
+    "global column": SparsePattern.banded(N, [0]).with_global([3], only_columns=True),
+    "ragged": ragged(6, N, 4),
+    "strided": SparsePattern.strided(N, 9),
+    "permutation": SparsePattern.random(KEY, N, 1),
+    "causal ragged": ragged(7, N, 4, is_causal=True),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_pattern_is_realised(name):
+    pattern, is_causal = KINDS[name], name.startswith("causal")
+    realized = realize(pattern, 1e-3, 1e-3, d=22, is_causal=is_causal)
+    assert bool(realized.certificate.ok)
+    expected = by_definition(logits_of(realized), pattern.to_dense(), is_causal)
+    np.testing.assert_allclose(np.stack(realized.certificate[:5]), expected, rtol=1e-3, atol=1e-4)
+    # Attention itself has the pattern, and answers as it does.
+    q, k = realized.inputs @ realized.w_q, realized.inputs @ realized.w_k
+    values = jax.random.normal(jax.random.key(5), (N, 3))
+    error = jnp.max(jnp.abs(exact(q, k, values, is_causal=is_causal) - pattern.to_dense() @ values))
+    bound = 2 * float(realized.certificate.max_row_tv) * float(jnp.max(jnp.abs(values)))
+    assert bound / 50 < float(error) < bound + 1e-6
+    # The lower bound of every method lies below what was achieved.
+    certificate = realized.certificate
+    columns = int((np.asarray(pattern.to_dense()) > 0).sum(0).max())
+    lower = dimension_bound(
+        N,
+        pattern.keys_per_row,
+        math.exp(float(certificate.log_eps1)),
+        0.0,
+        kind="packing",
+        logit_budget=float(certificate.logit_absmax),
+        rows_per_key=columns,
+    )
+    assert lower.is_lower
+    assert lower.dim <= 22
+
+
+def test_the_lower_bound_comes_near_for_learned_permutations():
+    pattern = SparsePattern.random(KEY, 48, 1)
+    certificate = realize(pattern, d=5, method="learned", num_steps=300).certificate
+    assert bool(certificate.ok)
+    lower = dimension_bound(
+        48, 1, 0.1, 0.1, kind="packing", logit_budget=float(certificate.logit_absmax), rows_per_key=1
+    )
+    assert 2 <= lower.dim <= 5
+
+
+def test_a_row_that_sees_all_keys_has_no_zeros_to_keep_apart():
+    dense = np.eye(6)
+    dense[2] = 1
+    realized = realize(SparsePattern.from_dense(dense), d=6)
+    assert bool(realized.certificate.ok)
+    assert float(realized.certificate.log_eps1) > -math.inf
+
+
+# what all patterns share, and draws
+
+
+def test_projections_are_the_same_for_every_pattern():
+    realized = [
+        realize(pattern, 0.5, 1.0, d=12, method=method, max_draws=1)
+        for pattern in (KINDS["permutation"], KINDS["ragged"])
+        for method in ("projection", "wls")
+    ]
+    for w, fixed in zip(realized[0][1:3], fixed_projections(12), strict=True):
+        assert w.shape == (24, 12)
+        np.testing.assert_array_equal(w, fixed)
+    for other in realized[1:]:
+        for w, same in zip(realized[0][1:3], other[1:3], strict=True):
+            np.testing.assert_array_equal(w, same)
+        assert np.any(np.asarray(other.inputs) != np.asarray(realized[0].inputs))
+
+
+def test_one_set_of_keys_serves_many_patterns():
+    def serve(key):
+        pattern = SparsePattern.random(key, N, 2)
+        realized = realize(pattern, d=22, method="wls", max_draws=1)
+        return realized.certificate.ok, realized.inputs[:, 22:]
+
+    ok, keys = jax.lax.map(serve, jax.random.split(jax.random.key(9), 20))
+    assert np.mean(ok) > 0.9
+    assert np.all(np.asarray(keys) == np.asarray(keys[0]))
+
+
+def test_one_key_gives_one_draw_and_rejected_draws_are_made_anew():
+    pattern = SparsePattern.random(KEY, N, 2)
+    found = [realize(pattern, d=21, method="ls", key=jax.random.key(seed)) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(found[0].inputs, found[1].inputs)
+    assert np.any(np.asarray(found[0].inputs) != np.asarray(found[2].inputs))
+    draws = [int(realize(pattern, d=21, method="ls", key=jax.random.key(s)).certificate.draws) for s in range(1, 7)]
+    assert max(draws) > 1
+    accepted = [realize(pattern, d=21, method="ls", key=jax.random.key(s)).certificate.ok for s in range(1, 7)]
+    assert np.mean(accepted) > 0.5
+
+
+def test_the_largest_logit_allowed():
+    pattern = SparsePattern.random(KEY, N, 2)
+    free = realize(pattern, d=20, max_draws=1).certificate
+    assert bool(free.ok)
+    for factor, ok in ((1.01, True), (0.99, False)):
+        limited = realize(pattern, d=20, max_draws=1, max_logit=factor * float(free.logit_absmax)).certificate
+        assert bool(limited.ok) is ok
+    np.testing.assert_allclose(free.logits_needed(0.1), free.logit_absmax, rtol=1e-3)
+    np.testing.assert_allclose(free.logits_needed(0.01), 2 * free.logit_absmax, rtol=1e-3)
+
+
+def test_a_certificate_speaks_of_inputs_as_they_are_rounded():
+    pattern = SparsePattern.random(KEY, N, 3)
+    certificates = {
+        dtype: realize(pattern, 0.01, 0.5, d=22, dtype=dtype) for dtype in (jnp.float32, jnp.float16, jnp.bfloat16)
+    }
+    errors = []
+    for dtype, realized in certificates.items():
+        assert all(x.dtype == dtype for x in realized[:3])
+        assert bool(realized.certificate.ok)
+        expected = by_definition(logits_of(realized), pattern.to_dense(), False)
+        np.testing.assert_allclose(np.stack(realized.certificate[:5]), expected, rtol=1e-3, atol=1e-4)
+        errors.append(float(realized.certificate.log1p_eps2))
+    assert errors[0] < 1e-4 < 10 * errors[1] < errors[2] * 10
+    assert errors[1] < errors[2] / 3
+    tight = realize(pattern, 0.01, 1e-4, d=22, dtype=jnp.bfloat16, max_draws=2)
+    assert not bool(tight.certificate.ok)
+
+
+def test_fewer_channels_are_a_prefix_of_more():
+    pattern = SparsePattern.random(KEY, N, 2)
+    for method in ("projection", "wls"):
+        draw = functools.partial(
+            draw_until_accepted,
+            pattern,
+            (0.5, 1.0, math.inf),
+            None,
+            10,
+            KEY,
+            method=method,
+            is_causal=False,
+            max_draws=1,
+            num_steps=20,
+            dtype=jnp.dtype(jnp.float32),
+        )
+        narrow, wide = draw(width=10), draw(width=16)
+        np.testing.assert_allclose(wide.inputs[:, 10:16], 0, atol=1e-7)
+        np.testing.assert_allclose(wide.inputs[:, 16:26], narrow.inputs[:, 10:], atol=1e-4)
+        np.testing.assert_allclose(
+            np.stack(wide.certificate[:5]), np.stack(narrow.certificate[:5]), rtol=2e-2, atol=2e-6
+        )
+
+
+# how many channels
+
+
+def failures(method, d, num_tokens, num_keys, num_draws):
+    def draw(key):
+        key_pattern, key_draw = jax.random.split(key)
+        pattern = SparsePattern.random(key_pattern, num_tokens, num_keys)
+        return realize(pattern, d=d, method=method, max_draws=1, key=key_draw).certificate.ok
+
+    return 1 - np.mean(jax.lax.map(draw, jax.random.split(jax.random.key(11), num_draws), batch_size=50))
+
+
+@pytest.mark.parametrize(("d", "measured"), [(35, 0.32), (40, 0.13), (50, 0.023)])
+def test_least_squares_fail_as_often_as_the_bound_says(d, measured):
+    bound = failure_bound(64, 2, d)
+    rate = failures("ls", d, 64, 2, 300)
+    assert rate <= bound + 3 * math.sqrt(bound * (1 - bound) / 300)
+    # And the bound is not idle: half of it is reached.
+    assert rate >= 0.5 * bound - 3 * math.sqrt(bound * (1 - bound) / 300)
+    assert abs(rate - measured) < 4 * math.sqrt(2 * measured * (1 - measured) / 300)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 7, 60])
+@pytest.mark.parametrize("sharpness", [0.1, 0.5, 2.0])
+def test_the_tail_of_student(freedom, sharpness):
+    expected = stats.t.logsf(math.sqrt(freedom) * sharpness, freedom)
+    np.testing.assert_allclose(log_t_tail(freedom, sharpness), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "exact_dim", "closed"),
+    [(64, 1, 20, 24), (64, 8, 120, 146), (256, 2, 48, 56), (1024, 4, 112, 128), (4096, 8, 257, 290)],
+)
+def test_least_squares_bounds_by_their_definitions(n, k, exact_dim, closed):
+    found = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact")
+    assert (found.dim, found.standing, found.vacuous) == (exact_dim, "proved", exact_dim >= n)
+    assert n * (n - k) * stats.t.sf(math.sqrt((exact_dim - k + 1) / k), exact_dim - k + 1) <= 0.5
+    assert n * (n - k) * stats.t.sf(math.sqrt((exact_dim - k) / k), exact_dim - k) > 0.5
+    assert dimension_bound(n, k, 0.1, 0.1, kind="least_squares").dim == closed
+    lifted = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact", tau=4 * math.log(10)).dim
+    spread = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact", tau=4 * math.log(10), gamma=4.0).dim
+    assert found.dim < lifted < spread or k == 1
+
+
+def test_bounds_of_projections_by_their_definitions():
+    assert dimension_bound(1024, 4, 0.1, 0.1, kind="johnson_lindenstrauss") == (650133, False, "proved", True)
+    kappa = math.log(10) / math.log(1.5)
+    heuristic = dimension_bound(1024, 2, 0.1, 0.5, kind="projection_heuristic")
+    gaussian = 8 * kappa**2 * math.log(1024 * 2)
+    assert heuristic == (math.ceil(gaussian), False, "heuristic", True)
+    orthogonal = dimension_bound(1024, 2, 0.1, 0.5, kind="orthogonal_heuristic")
+    assert orthogonal == (math.ceil(gaussian * 1024 / (gaussian + 1024)), False, "heuristic", False)
+    strong = dimension_bound(128, 4, 0.1, 0.5, kind="donoho_tanner_strong")
+    assert strong == (31, False, "asymptotic", False)
+    assert dimension_bound(128, 4, 0.1, 0.5, kind="donoho_tanner_weak").dim < strong.dim
+    assert dimension_bound(128, 4, 0.1, 0.5, kind="trigonometric").dim == 8
+    assert dimension_bound(4, 1, 0.1, 0.5, kind="packing", logit_budget=100.0) == (1, True, "proved", True)
+    for options in ({"gamma": 4.0}, {"p": 0.01}):
+        more = dimension_bound(1024, 4, 0.1, 0.1, kind="johnson_lindenstrauss", **options)
+        assert more.dim > 650133
+
+
+def test_the_bound_of_johnson_and_lindenstrauss_is_enough():
+    d = dimension_bound(N, 1, 0.5, 0.0, kind="johnson_lindenstrauss").dim
+    assert d > 100
+    assert failures("projection", d, N, 1, 20) == 0
+
+
+def test_the_search_finds_what_draws_need():
+    permutation = functools.partial(SparsePattern.random, num_tokens=N, keys_per_row=2)
+    found = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=3)
+    assert len(found.per_trial) == 3
+    assert found.dim == sorted(found.per_trial)[1]
+    assert 6 < found.dim <= dimension_bound(N, 2, 0.1, 0.1, kind="least_squares_exact").dim
+    again = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, quantile=1.0)
+    assert again.per_trial == found.per_trial[:1]
+    hopeless = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, max_dim=4)
+    assert hopeless.dim == math.inf
+
+
+@pytest.mark.parametrize("num_keys", [2, 3, 4])
+def test_one_channel_against_all_orders_of_keys(num_keys):
+    orders = list(itertools.permutations(range(num_keys)))
+    ends = [{frozenset(order[:i]) for i in range(num_keys + 1)} for order in orders]
+    ends = [sets | {frozenset(range(num_keys)) - s for s in sets} for sets in ends]
+    random, decisions = np.random.default_rng(0), set()
+    for _ in range(300):
+        rows = [
+            np.flatnonzero(bits)
+            for bits in random.random((random.integers(1, 6), num_keys)) < random.random()
+            if bits.any()
+        ]
+        if not rows:
+            continue
+        pattern = SparsePattern.from_indices(rows, num_keys=num_keys)
+        expected = any(all(frozenset(row.tolist()) in sets for row in rows) for sets in ends)
+        assert realizable_in_one_dimension(pattern) is expected
+        decisions.add(expected)
+        if expected:
+            queries, keys = one_dimensional_order(pattern)
+            logits, seen = np.outer(queries, keys), np.asarray(pattern.to_dense()) > 0
+            assert all(
+                row[on].min() > row[~on].max(initial=-num_keys - 9) for row, on in zip(logits, seen, strict=True)
+            )
+    assert decisions == ({True} if num_keys == 2 else {True, False})
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "wis"}, "method must be one of"),
+        ({"eps1": 1.0}, r"eps1 must lie in \(0, 1\)"),
+        ({"eps2": -0.1}, "eps2 must be at least 0"),
+        ({"d": 0}, "d must be at least 1"),
+        ({"d": 4}, "wls needs d >= 5"),
+        ({"d": 9, "method": "trigonometric"}, "trigonometric needs d >= 10"),
+        ({"max_draws": 0}, "max_draws must be at least 1"),
+        ({"key": None}, "pass a key"),
+        ({"is_causal": True}, r"sees no key after its query, but 23 rows do: causal\(\)"),
+        ({"method": "dense"}, "zeros in 24 rows"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        realize(KINDS["banded"], **{"d": 12, **options})
+
+
+@pytest.mark.parametrize("method", ["projection", "orthogonal", "balanced"])
+def test_projections_refuse_patterns_without_zeros(method):
+    with pytest.raises(ValueError, match="use method='dense'"):
+        realize(SparsePattern.from_dense(np.ones((4, 4))), d=4, method=method)
+
+
+def test_other_refusals():
+    identity = SparsePattern.banded(4, [0])
+    with pytest.raises(NotImplementedError, match="'dense' does not support is_causal"):
+        realize(SparsePattern.from_dense(np.ones((4, 4))), d=4, method="dense", is_causal=True)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        realize(SparsePattern.block(4, 2, num_keys=5), d=4)
+    with pytest.raises(ValueError, match="inputs must be"):
+        certify(jnp.ones((3, 4)), jnp.ones((4, 2)), jnp.ones((4, 2)), identity)
+    with pytest.raises(ValueError, match="w_q and w_k must be"):
+        certify(jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 3)), identity)
+    with pytest.raises(ValueError, match="makes none"):
+        minimal_dimension(identity, 0.1, 0.1, key=KEY, method="dense")
+    for options, says in (
+        ({"kind": "packing"}, "positive logit_budget"),
+        ({"kind": "projection_heuristic", "keys_per_row": 1}, "keys_per_row = 1"),
+        ({"kind": "johnson_lindenstrauss", "eps2": 0.0}, "eps2 = 0"),
+        ({"kind": "least_squares", "tau": 1.0}, "tau must exceed"),
+        ({"keys_per_row": 65}, "at most num_tokens"),
+        ({"gamma": 0.5}, "gamma must be at least 1"),
+        ({"p": 1.0}, "p must lie in"),
+    ):
+        arguments = {"num_tokens": 64, "keys_per_row": 2, "eps1": 0.1, "eps2": 0.1, **options}
+        with pytest.raises(ValueError, match=says):
+            dimension_bound(**arguments)

@@ -1,0 +1,565 @@
+"""Sparse attention against dense masks in float64: by blocks, gathered, top-k, and with a summary of the rest."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    AttentionState,
+    BlockMap,
+    SparsePattern,
+    WeightedKV,
+    attend,
+    attention,
+    bigbird,
+    eva,
+    exact,
+    fold_scale,
+    gaussian_projection,
+    longformer,
+    lsh_top_k,
+    scatterbrain,
+    sparse_attention,
+    sparse_coreset,
+    sparse_plus_summary,
+    subtract,
+    summarize_coreset,
+    summarize_exact,
+    summarize_favor,
+    summarize_mean_pool,
+    top_k,
+)
+from approx_attention.block_sparse import block_lists_state
+from approx_attention.methods import sparse
+from approx_attention.segments import averaging_matrix
+from tests.references import brute_force, causal_mask, random_head, relative_error
+from tests.test_contract import equations
+
+LENGTH = 37
+RAGGED = np.random.default_rng(0).random((LENGTH, LENGTH)) ** 4 + np.eye(LENGTH)
+PATTERNS = {
+    "banded": lambda: SparsePattern.banded(LENGTH, range(-3, 4)),
+    "strided": lambda: SparsePattern.strided(LENGTH, 5),
+    "block": lambda: SparsePattern.block(LENGTH, 6),
+    "global": lambda: SparsePattern.banded(LENGTH, range(-2, 3)).with_global([0, 20]),
+    "random": lambda: SparsePattern.random(jax.random.key(0), LENGTH, 5).union(SparsePattern.banded(LENGTH, [0])),
+    "ragged": lambda: SparsePattern.from_dense(RAGGED, 0.3),
+}
+every_pattern = pytest.mark.parametrize("kind", PATTERNS)
+
+
+def support(pattern):
+    return np.asarray(pattern.to_dense()) > 0
+
+
+def blocks_of(num_queries, num_keys, block_size, share, seed=0):
+    """A map of random blocks, the diagonal among them."""
+    shape = -(-num_queries // block_size), -(-num_keys // block_size)
+    visited = (np.random.default_rng(seed).random(shape) < share) | np.eye(*shape, dtype=bool)
+    return BlockMap.from_blocks(visited, block_size=block_size, num_queries=num_queries, num_keys=num_keys)
+
+
+# executing a pattern
+
+
+@every_pattern
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_both_forms_equal_the_dense_mask_in_values_and_gradients(kind, is_causal):
+    pattern = PATTERNS[kind]()
+    q, k, v = random_head(0, LENGTH, LENGTH, 8, 5)
+    kv_mask = np.arange(LENGTH) % 4 != 1
+    mask = support(pattern) & kv_mask & (causal_mask(LENGTH, LENGTH) if is_causal else True)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(LENGTH, 5)), jnp.float32)
+    soiled = tuple(jnp.where(kv_mask[:, None], x, jnp.nan) for x in (k, v))
+    out, lse = brute_force(q, k, v, mask=mask)
+    dense = jax.vjp(functools.partial(exact, mask=jnp.asarray(mask)), q, k, v)[1](weight)
+
+    def both(pattern):
+        def function(q, k, v):
+            options = {"is_causal": is_causal, "kv_mask": jnp.asarray(kv_mask), "return_state": True}
+            return sparse_attention(q, k, v, pattern=pattern, **options)
+
+        state, pull = jax.vjp(function, q, *soiled)
+        return state, pull(type(state)(weight, jnp.zeros(LENGTH)))
+
+    by_blocks = (functools.partial(both, BlockMap.from_pattern(pattern, size)) for size in (4, 16))
+    for form in (functools.partial(both, pattern), *by_blocks):  # as an argument a pattern is gathered
+        state, gradients = jax.jit(form)()
+        np.testing.assert_allclose(state.out, out, atol=3e-6)
+        np.testing.assert_allclose(state.lse, lse, atol=3e-6)
+        chex.assert_trees_all_close(gradients, dense, atol=5e-6)
+        empty = ~mask.any(axis=1)
+        np.testing.assert_array_equal(np.asarray(state.out)[empty], 0)
+        np.testing.assert_array_equal(np.asarray(gradients[0])[empty], 0)
+    traced = jax.jit(both)(pattern)
+    np.testing.assert_allclose(traced[0].out, out, atol=3e-6)
+    chex.assert_trees_all_close(traced[1], dense, atol=5e-6)
+
+
+def test_in_float64_other_lengths_and_rows_that_see_nothing(x64):
+    for num_queries, num_keys, block_size in ((23, 50, 8), (50, 23, 8), (9, 9, 16), (5, 7, 1)):
+        q, k, v = random_head(2, num_queries, num_keys, 8, 5, jnp.float64)
+        blocks = blocks_of(num_queries, num_keys, block_size, 0.4)
+        blocks.kinds[0] = 0
+        for is_causal in (False, True):
+            mask = blocks.to_mask() & (causal_mask(num_queries, num_keys) if is_causal else True)
+            if is_causal:
+                np.testing.assert_array_equal(blocks.causal().to_mask(), mask)
+            state = jax.jit(
+                functools.partial(sparse_attention, pattern=blocks, is_causal=is_causal, return_state=True)
+            )(q, k, v)
+            out, lse = brute_force(q, k, v, mask=mask)
+            np.testing.assert_allclose(state.out, out, atol=1e-13)
+            np.testing.assert_allclose(state.lse, lse, atol=1e-13)
+            assert np.all(np.asarray(state.out)[:block_size] == 0)
+
+
+def test_rows_of_many_blocks_are_merged_by_steps():
+    # One row of blocks is longer than a step of 2048 keys and no multiple of it, the others have two lengths.
+    q, k, v = random_head(3, 96, 5000, 4, 3)
+    visited = np.zeros((3, 157), bool)
+    visited[0], visited[1, [3, 156]], visited[2, :40] = True, True, True
+    blocks = BlockMap.from_blocks(visited, block_size=32, num_queries=96, num_keys=5000)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(96, 3)), jnp.float32)
+    mask = jnp.asarray(blocks.to_mask())
+    ours, dense = (
+        jax.jit(lambda q, k, v, f=f: jax.vjp(f, q, k, v)[1](weight))(q, k, v)
+        for f in (functools.partial(sparse_attention, pattern=blocks), functools.partial(exact, mask=mask))
+    )
+    chex.assert_trees_all_close(ours, dense, atol=5e-6)
+    out = sparse_attention(q, k, v, pattern=blocks)
+    np.testing.assert_allclose(out, brute_force(q, k, v, mask=mask)[0], atol=2e-6)
+
+
+def test_lists_that_are_known_only_at_run_time():
+    q, k, v = random_head(4, 21, 30)
+    lists = jnp.array([[0, 2, 5], [7, 1, 0], [3, 3, 3], [0, 0, 0], [4, 6, 2], [1, 5, 7]], jnp.int32)
+    present = jnp.array([[1, 1, 0], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 1]], bool)
+    mask = np.zeros((6, 8), bool)
+    for row in range(6):
+        mask[row, lists[row][present[row]]] = True
+    mask = np.repeat(np.repeat(mask, 4, 0), 4, 1)[:21, :30]
+    state = jax.jit(functools.partial(block_lists_state, block_size=4))(*fold_scale(q, k), v, lists, present)
+    out, lse = brute_force(q, k, v, mask=mask)
+    np.testing.assert_allclose(state.out, out, atol=2e-6)
+    np.testing.assert_allclose(state.lse, lse, atol=2e-6)
+
+
+def test_nothing_outside_the_support_is_read():
+    # NaN where no query looks, in blocks that are not visited and in keys that are not gathered.
+    q, k, v = random_head(5, 24, 24)
+    pattern = SparsePattern.from_dense(np.tile(np.arange(24) % 3 == 0, (24, 1)) & (np.arange(24) < 12)[None])
+    k, v = (x.at[12:].set(jnp.nan).at[1].set(jnp.nan) for x in (k, v))
+    gathered = jax.jit(lambda pattern: sparse_attention(q, k, v, pattern=pattern))(pattern)
+    assert np.all(np.isfinite(gathered))
+    clean = k.at[1].set(0.0), v.at[1].set(0.0)
+    out, pull = jax.vjp(functools.partial(sparse_attention, pattern=BlockMap.from_pattern(pattern, 4)), q, *clean)
+    np.testing.assert_allclose(out, gathered, atol=2e-6)
+    chex.assert_tree_all_finite(pull(out))
+
+
+def test_a_later_token_changes_nothing_before_it():
+    q, k, v = random_head(6, LENGTH, LENGTH)
+    pattern = PATTERNS["global"]()
+    for form in (lambda: pattern, lambda: BlockMap.from_pattern(pattern, 8)):
+        function = jax.jit(functools.partial(sparse_attention, pattern=form(), is_causal=True))
+        before = function(q, k, v)
+        for j in (3, 8, 20):
+            after = function(q, k.at[j].add(3.0), v.at[j].set(1e4))
+            np.testing.assert_array_equal(after[:j], before[:j])
+            assert np.any(np.asarray(after[j:]) != np.asarray(before[j:]))
+
+
+def test_batches_heads_and_bfloat16():
+    pattern = PATTERNS["strided"]()
+    for form in (pattern, BlockMap.from_pattern(pattern, 16)):
+        heads = [jnp.stack(x) for x in zip(*(random_head(i, LENGTH, LENGTH) for i in range(2)), strict=True)]
+        function = functools.partial(sparse_attention, pattern=form)
+        loop = jnp.stack([function(*(x[i] for x in heads)) for i in range(2)])
+        np.testing.assert_allclose(jax.jit(jax.vmap(function))(*heads), loop, atol=1e-6)
+        layout = (x.swapaxes(0, 1)[None] for x in heads)
+        np.testing.assert_allclose(attention(*layout, method=function)[0].swapaxes(0, 1), loop, atol=1e-6)
+        half = [x[0].astype(jnp.bfloat16) for x in heads]
+        out = function(*half)
+        assert out.dtype == jnp.bfloat16
+        wide = function(*(x.astype(jnp.float32) for x in half))
+        np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
+
+
+def test_the_cheaper_form_is_chosen(monkeypatch):
+    chosen = []
+    for name in ("_over_blocks", "_over_gathered"):
+        form = getattr(sparse, name)
+        monkeypatch.setattr(sparse, name, lambda *args, name=name, form=form: chosen.append(name) or form(*args))
+    q, k, v = random_head(7, 512, 512, 4)
+    few, band = SparsePattern.random(jax.random.key(0), 512, 4), SparsePattern.banded(512, range(-20, 21))
+    jax.jit(lambda: sparse_attention(q, k, v, pattern=few))()
+    jax.jit(lambda: sparse_attention(q, k, v, pattern=band))()
+    jax.jit(lambda pattern: sparse_attention(q, k, v, pattern=pattern))(band)
+    sparse_attention(q, k, v, pattern=BlockMap.from_pattern(few, 64))
+    assert chosen == ["_over_gathered", "_over_blocks", "_over_gathered", "_over_blocks"]
+
+
+def test_only_visited_blocks_are_computed(optimized):
+    length, size, head_dim = 4096, 64, 32
+    x = jax.ShapeDtypeStruct((length, head_dim), jnp.float32)
+    blocks = BlockMap.banded(3, 0, block_size=size, num_queries=length, num_keys=length)
+    assert blocks.density == blocks.visited.sum() * size**2 / length**2
+    compiled = jax.jit(functools.partial(sparse_attention, pattern=blocks)).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * length**2 / 4
+    jaxpr = jax.make_jaxpr(functools.partial(sparse_attention, pattern=blocks))(x, x, x).jaxpr
+    products = sum(
+        2 * times * math.prod(equation.outvars[0].aval.shape) * depth(equation)
+        for equation, times in equations(jaxpr)
+        if equation.primitive.name == "dot_general"
+    )
+    assert products < 1.1 * 4 * blocks.visited.sum() * size**2 * head_dim
+
+
+def depth(equation):
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+
+
+def test_block_maps_are_static_arguments():
+    pattern = PATTERNS["ragged"]()
+    first, second = (BlockMap.from_pattern(pattern, 8) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != first.causal() or np.array_equal(first.to_mask(), first.causal().to_mask())
+    assert first != BlockMap.from_pattern(pattern, 4)
+    np.testing.assert_array_equal(first.to_mask(), support(pattern))
+    np.testing.assert_array_equal(first.visited, pattern.block_mask(8))
+    function = jax.jit(sparse_attention, static_argnames="pattern")
+    q, k, v = random_head(8, LENGTH, LENGTH)
+    for blocks in (first, second):
+        function(q, k, v, pattern=blocks)
+    assert function._cache_size() == 1
+
+
+def test_what_is_refused():
+    q, k, v = random_head(9, 8, 8)
+    with pytest.raises(ValueError, match=r"pattern must be of \[T, S\] = \[8, 8\], got \[9, 9\]"):
+        sparse_attention(q, k, v, pattern=SparsePattern.banded(9, [0]))
+    with pytest.raises(ValueError, match=r"in blocks of 4 = \[2, 2\]"):
+        BlockMap.from_blocks(np.ones((3, 2), bool), block_size=4, num_queries=8, num_keys=8)
+    with pytest.raises(TypeError, match="visited must be boolean"):
+        BlockMap.from_blocks(np.ones((2, 2)), block_size=4, num_queries=8, num_keys=8)
+    with pytest.raises(TypeError, match="must be known then"):
+        jax.jit(lambda pattern: BlockMap.from_pattern(pattern).kinds)(SparsePattern.banded(9, [0]))
+    with pytest.raises(ValueError, match="num_window_blocks must be odd"):
+        bigbird(q, k, v, jax.random.key(0), num_window_blocks=2)
+    with pytest.raises(ValueError, match="blocks must be"):
+        bigbird(q, k, v, block_size=4, blocks=jnp.zeros((3, 1), jnp.int32))
+    with pytest.raises(ValueError, match="lsh_top_k is random"):
+        lsh_top_k(q, k, v)
+
+
+# patterns in use
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(37, 37), (11, 37), (37, 11), (3, 2)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_longformer_is_a_window_with_global_tokens(num_queries, num_keys, is_causal):
+    q, k, v = random_head(10, num_queries, num_keys)
+    kv_mask = np.arange(num_keys) % 5 != 1
+    row, column = np.arange(num_queries)[:, None], np.arange(num_keys)[None]
+    for window, num_global in ((4, 3), (1, 0), (2, 30)):
+        mask = (abs(row - column) < window) | (column < num_global) | (row < num_global)
+        mask = mask & kv_mask & ((column <= row) | (not is_causal))
+        state = longformer(
+            q, k, v, window_size=window, num_global=num_global, is_causal=is_causal, kv_mask=jnp.asarray(kv_mask),
+            return_state=True,
+        )  # fmt: skip
+        out, lse = brute_force(q, k, v, mask=mask)
+        np.testing.assert_allclose(state.out, out, atol=2e-6)
+        np.testing.assert_allclose(state.lse, lse, atol=2e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_bigbird_is_a_window_with_global_and_random_blocks(is_causal):
+    q, k, v = random_head(11, 38, 45)
+    blocks = np.random.default_rng(0).integers(-1, 13, size=(10, 4))
+    row, column = np.arange(38)[:, None] // 4, np.arange(45)[None] // 4
+    mask = (abs(row - column) <= 1) | (column < 2) | (row < 2)
+    mask |= (blocks[row[:, 0]][:, :, None] == column[0][None, None]).any(1)
+    mask &= (np.arange(45)[None] <= np.arange(38)[:, None]) | (not is_causal)
+    options = {"block_size": 4, "num_global_blocks": 2, "is_causal": is_causal}
+    out = bigbird(q, k, v, blocks=jnp.asarray(blocks, jnp.int32), **options)
+    np.testing.assert_allclose(out, brute_force(q, k, v, mask=mask)[0], atol=2e-6)
+
+
+def test_random_blocks_are_uniform_and_left_over():
+    free = np.ones((6, 9), bool)
+    free[:, :2] = False
+    free[5, 4:] = False
+    lists, present = jax.vmap(lambda key: sparse._random_lists(free, 3, key))(jax.random.split(jax.random.key(0), 2000))
+    drawn = np.zeros((2000, 6, 9), int)
+    draws, rows, _ = np.indices(lists.shape)
+    np.add.at(drawn, (draws, rows, np.asarray(lists)), np.asarray(present))
+    assert drawn.max() == 1
+    np.testing.assert_array_equal(drawn.sum(2)[:, :5], 3)
+    np.testing.assert_array_equal(drawn[:, 5], np.tile(free[5], (2000, 1)))
+    assert np.all(drawn[:, :, :2] == 0)
+    z = (drawn[:, :5, 2:].mean(0) - 3 / 7) / np.sqrt(3 / 7 * 4 / 7 / 2000)
+    assert np.abs(z).max() < 4.5
+
+
+# top-k
+
+
+def best_mask(q, k, count, is_causal):
+    logits = np.asarray(q, np.float64) @ np.asarray(k, np.float64).T
+    seen = causal_mask(*logits.shape) if is_causal else np.ones(logits.shape, bool)
+    logits = np.where(seen, logits, -np.inf)
+    threshold = -np.sort(-logits, axis=1)[:, count - 1 : count]
+    return seen & (logits >= threshold)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_top_k_equals_brute_force(is_causal):
+    # Longer than a block of keys, so that the best of two are merged.
+    q, k, v = random_head(12, 70, 1500)
+    for count in (1, 7):
+        function = jax.jit(functools.partial(top_k, keys_per_query=count, is_causal=is_causal, return_state=True))
+        state = function(q, k, v)
+        out, lse = brute_force(q, k, v, mask=best_mask(q, k, count, is_causal))
+        np.testing.assert_allclose(state.out, out, atol=2e-6)
+        np.testing.assert_allclose(state.lse, lse, atol=2e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("method", [top_k, lsh_top_k])
+def test_as_many_keys_as_there_are_is_exact(method, is_causal):
+    q, k, v = random_head(13, 29, 29)
+    out = method(q, k, v, jax.random.key(0), keys_per_query=40, is_causal=is_causal)
+    mask = causal_mask(29, 29) if is_causal else None
+    np.testing.assert_allclose(out, brute_force(q, k, v, mask=mask)[0], atol=2e-6)
+
+
+def test_top_k_leaves_out_the_least_weight():
+    q, k, v = random_head(14, 16, 200)
+    weights = np.exp(np.asarray(q) @ np.asarray(k).T / np.sqrt(8))
+    left_out = 1 - -np.sort(-weights, axis=1)[:, :20].sum(1) / weights.sum(1)
+    state = top_k(q, k, v, keys_per_query=20, return_state=True)
+    np.testing.assert_allclose(1 - np.exp(state.lse - brute_force(q, k, v)[1]), left_out, atol=1e-5)
+    error = np.abs(np.asarray(state.out) - brute_force(q, k, v)[0]).max(1)
+    assert np.all(error <= 2 * left_out * np.abs(v).max() + 1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
+    # With one round and wide buckets, the candidates are those of two buckets: their best are known.
+    q, k, v = random_head(15, 40, 40)
+    planes = jax.random.normal(jax.random.key(1), (1, 2, 8))
+    side_q, side_k = (np.asarray(x) @ np.asarray(planes[0]).T for x in (q, k))
+    bucket_q, bucket_k = ((side > 0) @ [1, 2] for side in (side_q, side_k))
+    neighbour = bucket_q ^ np.array([1, 2])[np.argmin(np.abs(side_q), axis=1)]
+    met = (bucket_q[:, None] == bucket_k[None]) | (neighbour[:, None] == bucket_k[None])
+    met &= causal_mask(40, 40) if is_causal else True
+    kv_mask = np.arange(40) % 7 != 2
+    met &= kv_mask
+    options = {"is_causal": is_causal, "kv_mask": jnp.asarray(kv_mask), "keys_per_query": 39}
+    for rounds in (1, 3):  # the same round again finds nothing new
+        out = lsh_top_k(q, k, v, projection=jnp.tile(planes, (rounds, 1, 1)), **options)
+        np.testing.assert_allclose(out, brute_force(q, k, v, mask=met)[0], atol=2e-6)
+    # A narrow bucket gives the last keys before the query, or those around it.
+    options["keys_per_query"] = 3
+    expected = np.zeros((40, 40), bool)
+    for t in range(40):
+        for bucket in (bucket_q[t], neighbour[t]):
+            members = np.flatnonzero((bucket_k == bucket) & kv_mask)
+            after = np.searchsorted(members, t, side="right")
+            first = max(0, after - 3) if is_causal else min(max(0, after - 2), max(0, len(members) - 3))
+            expected[t, members[first : after if is_causal else first + 3]] = True
+    logits = np.where(expected, np.asarray(q) @ np.asarray(k).T, -np.inf)
+    expected &= logits >= -np.sort(-logits, axis=1)[:, 2:3]
+    out = lsh_top_k(q, k, v, projection=planes, **options)
+    np.testing.assert_allclose(out, brute_force(q, k, v, mask=expected)[0], atol=2e-6)
+
+
+def test_lsh_recalls_more_with_more_rounds():
+    _, k, v = random_head(16, 1, 512, 16)
+    q = k + 0.3 * random_head(17, 512, 512, 16)[0]
+    best = top_k(q, k, v, scale=1.0, keys_per_query=16)
+
+    def error(rounds):
+        return relative_error(
+            lsh_top_k(q, k, v, jax.random.key(0), scale=1.0, keys_per_query=16, num_rounds=rounds), best
+        )
+
+    errors = [error(rounds) for rounds in (1, 4, 12)]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.15
+
+
+def test_realised_patterns_are_found_again():
+    realisation = pytest.importorskip("approx_attention.realization")
+    pattern = SparsePattern.random(jax.random.key(3), 96, 3)
+    realised = realisation.realize_sparse_pattern(pattern, 0.01, 0.1, d=64, key=jax.random.key(4), method="wls")
+    q, k = realised.inputs @ realised.w_q, realised.inputs @ realised.w_k
+    v = random_head(18, 96, 96)[2]
+    ideal = np.asarray(pattern.to_dense()) @ np.asarray(v)
+    for found in (top_k(q, k, v, scale=1.0, keys_per_query=3), sparse_attention(q, k, v, scale=1.0, pattern=pattern)):
+        np.testing.assert_allclose(found, ideal, atol=1e-3)
+
+
+# a support and a summary of the rest
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(37, 37), (10, 37), (37, 10)])
+def test_a_summary_that_loses_nothing_makes_it_exact(num_queries, num_keys, is_causal):
+    q, k, v = random_head(19, num_queries, num_keys)
+    kv_mask = jnp.arange(num_keys) % 5 != 3
+    mask = causal_mask(num_queries, num_keys) if is_causal else True
+    soiled = tuple(jnp.where(kv_mask[:, None], x, jnp.nan) for x in (k, v))
+    for blocks in (blocks_of(num_queries, num_keys, 4, 0.3), blocks_of(num_queries, num_keys, 8, 0.0)):
+        function = functools.partial(sparse_plus_summary, pattern=blocks, summarize=summarize_exact)
+        state = jax.jit(functools.partial(function, is_causal=is_causal, kv_mask=kv_mask, return_state=True))(
+            q, *soiled
+        )
+        out, lse = brute_force(q, k, v, mask=np.asarray(kv_mask)[None] & mask)
+        np.testing.assert_allclose(state.out, out, atol=2e-6)
+        np.testing.assert_allclose(state.lse, lse, atol=2e-6)
+
+
+PROJECTION = gaussian_projection(jax.random.key(9), 12, 8)
+FEATURES = functools.partial(summarize_favor, projection=PROJECTION)
+
+
+def mixed_matrix(q, k, v, mask, seen=None):
+    """Outputs and log-normalisers of products of features off the support and exponentials on it, in float64."""
+    q, k = (np.asarray(x, np.float64) for x in fold_scale(q, k))
+    directions = np.asarray(PROJECTION, np.float64)
+    log_q, log_k = (x @ directions.T - np.sum(x * x, 1, keepdims=True) / 2 for x in (q, k))
+    estimates = np.logaddexp.reduce(log_q[:, None, :] + log_k[None, :, :], axis=2) - np.log(len(directions))
+    return brute_force(np.where(mask, q @ k.T, estimates), np.eye(len(k)), v, scale=1, mask=seen)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_moments_of_the_blocks_that_are_not_seen(share):
+    # The diagonal alone leaves runs, which two scans serve; scattered blocks do not.
+    q, k, v = random_head(20, LENGTH, LENGTH)
+    blocks = blocks_of(LENGTH, LENGTH, 4, share)
+    for is_causal in (False, True):
+        seen = np.ones((LENGTH, LENGTH), bool)
+        if is_causal:
+            seen = causal_mask(LENGTH, LENGTH)
+        function = functools.partial(sparse_plus_summary, pattern=blocks, summarize=FEATURES, is_causal=is_causal)
+        state = jax.jit(functools.partial(function, return_state=True))(q, k, v)
+        out, lse = mixed_matrix(q, k, v, blocks.to_mask(), seen)
+        np.testing.assert_allclose(state.out, out, atol=5e-6)
+        np.testing.assert_allclose(state.lse, lse, atol=5e-6)
+
+
+@every_pattern
+def test_moments_less_what_they_make_of_the_support(kind):
+    pattern = PATTERNS[kind]()
+    q, k, v = random_head(21, LENGTH, LENGTH, spread=0.5)
+    kv_mask = jnp.arange(LENGTH) % 6 != 2
+    function = functools.partial(sparse_plus_summary, pattern=pattern, summarize=FEATURES, return_state=True)
+    state = jax.jit(functools.partial(function, kv_mask=kv_mask))(q, k, v)
+    out, lse = mixed_matrix(q, k, v, support(pattern), np.broadcast_to(kv_mask, (LENGTH, LENGTH)))
+    np.testing.assert_allclose(state.out, out, atol=5e-5)
+    np.testing.assert_allclose(state.lse, lse, atol=5e-5)
+
+
+def test_the_twins_are_the_methods_that_bear_their_names():
+    q, k, v = random_head(22, 48, 48)
+    window = BlockMap.banded(1, 1, block_size=8, num_queries=48, num_keys=48)
+    combined = functools.partial(sparse_plus_summary, q, k, v, pattern=window)
+    for is_causal in (False, True):
+        out = combined(summarize=FEATURES, is_causal=is_causal)
+        expected = scatterbrain(q, k, v, projection=PROJECTION, window_size=8, is_causal=is_causal)
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+    def chunks(k, v, key, *, kv_mask):
+        """Control variates of chunks of four, with their mean keys as directions."""
+        k_chunks, v_chunks = (x.reshape(-1, 4, x.shape[1]) for x in (k, v))
+        means = jnp.mean(k_chunks, axis=1)
+        logits = jnp.einsum("cd,cjd->cj", means, k_chunks) - jnp.sum(k_chunks**2, axis=-1) / 2
+        values = jnp.einsum("cj,cjd->cd", jax.nn.softmax(logits, axis=1), v_chunks)
+        return WeightedKV(means, 4 * values, jnp.full(len(means), 4.0))
+
+    expected = eva(q, k, v, window_size=8, overlap=8, chunk_size=4, proposal_mean="k")
+    np.testing.assert_allclose(combined(summarize=chunks), expected, atol=2e-6)
+    expected = eva(q, k, v, window_size=8, chunk_size=4, is_causal=True)
+    np.testing.assert_allclose(combined(summarize=chunks, is_causal=True), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_coreset_twin(is_causal):
+    q, k, v = random_head(22, 24, 24)
+    window = BlockMap.banded(1, 1, block_size=6, num_queries=24, num_keys=24)
+    options = {"coreset_size": 2, "algorithm": "uniform"}
+    coresets = functools.partial(summarize_coreset, **options)
+    key = jax.random.key(3)
+    out = sparse_plus_summary(q, k, v, key, pattern=window, summarize=coresets, is_causal=is_causal)
+    expected = sparse_coreset(q, k, v, key, window_size=6, is_causal=is_causal, **options)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_signed_masses_and_means_of_blocks():
+    q, k, v = random_head(23, 64, 64, spread=0.5)
+    window = BlockMap.banded(1, 1, block_size=8, num_queries=64, num_keys=64)
+    truth = brute_force(q, k, v)[0]
+    combined = functools.partial(sparse_plus_summary, q, k, v, jax.random.key(0), pattern=window)
+    signed = functools.partial(summarize_coreset, coreset_size=4, algorithm="kmeans_nystrom")
+    means = functools.partial(summarize_mean_pool, num_landmarks=2)
+    near_only = relative_error(sparse_attention(q, k, v, pattern=window), truth)
+    for summarize in (signed, means):
+        assert relative_error(combined(summarize=summarize), truth) < 0.5 * near_only
+    # Two means for a block, against the matrix: what stands for four keys counts four times.
+    pool = averaging_matrix(64, 16, jnp.float32)
+    keys, values = jnp.concatenate([k, pool @ k]), jnp.concatenate([v, pool @ v])
+    near = window.to_mask()
+    mask = np.concatenate([near, ~near[:, ::4]], axis=1)
+    bias = np.log(np.where(np.arange(80) < 64, 1.0, 4.0))[None]
+    np.testing.assert_allclose(
+        combined(summarize=means), brute_force(q, keys, values, mask=mask, bias=bias)[0], atol=2e-6
+    )
+
+
+def test_a_later_token_changes_no_earlier_answer_of_support_and_summary():
+    q, k, v = random_head(24, LENGTH, LENGTH)
+    pattern = blocks_of(LENGTH, LENGTH, 4, 0.3)
+    for summarize in (FEATURES, functools.partial(summarize_coreset, coreset_size=2)):
+        function = jax.jit(functools.partial(sparse_plus_summary, pattern=pattern, summarize=summarize, is_causal=True))
+        before = function(q, k, v, jax.random.key(0))
+        for j in (4, 13, 30):
+            after = function(q, k.at[j].add(3.0), v.at[j].set(1e4), jax.random.key(0))
+            np.testing.assert_array_equal(after[:j], before[:j])
+            assert np.any(np.asarray(after[j:]) != np.asarray(before[j:]))
+
+
+def test_subtract_undoes_merge(x64):
+    q, k, v = random_head(25, 9, 20, dtype=jnp.float64)
+
+    def of(part):
+        return attend(q, WeightedKV.of_tokens(k[part], v[part]))
+
+    rest = subtract(of(slice(0, 20)), of(slice(0, 12)))
+    chex.assert_trees_all_close(rest, of(slice(12, 20)), atol=1e-10)
+    nothing = AttentionState.empty(9, 8, jnp.float64)
+    chex.assert_trees_all_equal(subtract(of(slice(0, 20)), nothing), of(slice(0, 20)))
+    gone = subtract(of(slice(0, 20)), of(slice(0, 20)))
+    np.testing.assert_array_equal(gone.out, 0)
+    assert np.all(gone.lse == -np.inf)
+
+
+def test_what_support_and_summary_refuses():
+    q, k, v = random_head(26, 8, 8)
+    pattern = SparsePattern.banded(8, [0])
+    with pytest.raises(NotImplementedError, match="supports FeatureMoments only, got WeightedKV"):
+        sparse_plus_summary(q, k, v, pattern=pattern, summarize=summarize_exact)
+    with pytest.raises(NotImplementedError, match="is_causal with a BlockMap only"):
+        sparse_plus_summary(q, k, v, pattern=pattern, summarize=FEATURES, is_causal=True)
+    blocks = BlockMap.from_blocks(~np.eye(2, dtype=bool), block_size=4, num_queries=8, num_keys=8)
+    with pytest.raises(ValueError, match="every block must visit itself"):
+        sparse_plus_summary(q, k, v, pattern=blocks, summarize=FEATURES, is_causal=True)
