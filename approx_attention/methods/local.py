@@ -56,16 +56,20 @@ def local(
     Reference:
         Beltagy, Peters and Cohan (2020), "Longformer", section 3.1.
     """
+    left, right = window_sides(window_size, is_causal)
+    dtype = v.dtype
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    state = window_state(q, k, v, key_bias, left=left, right=right)
+    return state if return_state else state.out.astype(dtype)
+
+
+def window_sides(window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
+    """How many keys before and after its own a query sees."""
     if isinstance(window_size, tuple):
         if len(window_size) != 2:
             raise ValueError(f"window_size must be a number of tokens or a pair (left, right), got {window_size}")
         left, right = (check_count("window_size", side, least=0) for side in window_size)
     else:
         left = right = check_count("window_size", window_size) - 1
-    if is_causal:
-        right = 0
-    dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
-    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
-    state = window_state(q, k, v, key_bias, left=left, right=right)
-    return state if return_state else state.out.astype(dtype)
+    return left, 0 if is_causal else right

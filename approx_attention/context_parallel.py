@@ -1,0 +1,410 @@
+r"""Attention over a sequence that is sharded over devices: only summaries, or one window, cross the wire.
+
+Each device holds its part of the queries, keys and values. It summarises its own keys; moments are added over devices,
+tokens are gathered, and every device answers its own queries. Causally, the parts before a device's own come as one
+summary, the block just before its first as it is (a *halo*), and the rest is the causal form of a single device. Exact
+attention, which has no summary, sends all keys and values around a ring.
+"""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from approx_attention.causal import Block, Past, RunningSummary, in_blocks, scan_blocks
+from approx_attention.checks import check_key, did_you_mean, fold_scale
+from approx_attention.methods.local import window_sides
+from approx_attention.registry import METHODS, Method, accepted, get_method
+from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
+from approx_attention.states import AttentionState, finite_peak, merge
+from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mesh: Mesh,
+    axis: str,
+    method: str,
+    rng: Array | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_value_seq_lengths: Array | None = None,
+    batch_axis: str | None = None,
+    head_axis: str | None = None,
+    **hyperparameters: Any,
+) -> Array:
+    r"""Attention by any method that has a summary, over a sequence sharded over a mesh axis of p devices.
+
+    .. math:: \mathrm{out}_r = \mathrm{attend}\Big(q_r,\ \bigcup_{r'} \mathrm{summary}(k_{r'}, v_{r'})\Big)
+
+    Moments are those of one device, to rounding. Methods of tokens (`coreset`, `mean_pool`, `uniform_sample`) keep on
+    each device ``size / p`` of the tokens that they keep of its part, so that the summary is as large as on one device
+    but made shard by shard. Causally a query sees its block and the block before exactly, across devices too.
+
+    Args:
+        query: ``[B, T, N, D]``, sharded or not.
+        key: ``[B, T, K, D]``.
+        value: ``[B, T, K, Dv]``.
+        mesh: the devices.
+        axis: the mesh axis over which T is sharded; lengths that p does not divide are padded.
+        method: a name in `METHODS` with a summary, or ``"exact"`` (a ring) or ``"local"`` (halos).
+        rng: typed PRNG key, as in `approx_attention.attention`.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        is_causal: query t sees keys j <= t.
+        key_value_seq_lengths: real keys per sequence, ``[B]``.
+        batch_axis: a mesh axis for B.
+        head_axis: a mesh axis for N and K.
+        **hyperparameters: those of the method.
+
+    Returns:
+        Outputs ``[B, T, N, Dv]`` in the dtype of ``value``.
+
+    Raises:
+        ValueError: shapes that do not fit, a window longer than a device's part, a size below the number of devices.
+        NotImplementedError: a method without a summary, or without a causal one.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import attention, context_parallel
+        >>> mesh = jax.make_mesh((1,), ("sequence",))
+        >>> query, key, value = (jax.random.normal(jax.random.key(i), (2, 64, 4, 8)) for i in range(3))
+        >>> sharded = context_parallel.attention(query, key, value, mesh=mesh, axis="sequence", method="exact")
+        >>> bool(abs(sharded - attention(query, key, value, method="exact")).max() < 1e-5)
+        True
+
+    Reference:
+        Liu, Zaharia and Abbeel (2023), "Ring attention with blockwise transformers", for exact attention.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[:2] != query.shape[:2]:
+            raise ValueError(f"{name} must be [B, T, N, D] with the B and T of query {query.shape[:2]}, got {x.shape}")
+    if query.shape[2] % key.shape[2] or key.shape[2] != value.shape[2]:
+        raise ValueError(f"key heads must divide query heads, got {key.shape[2]} and {query.shape[2]}")
+    for name in (axis, batch_axis, head_axis):
+        if name is not None and name not in mesh.shape:
+            raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
+    form = _form(method, is_causal, mesh.shape[axis], query.shape[-1], hyperparameters)
+    if method in METHODS and METHODS[method].capabilities.needs_key:
+        check_key(method, rng)
+    batch, length = query.shape[:2]
+    dtype = value.dtype
+    wide = jnp.promote_types(jnp.float32, dtype)
+    query, key = fold_scale(form.space(query.astype(wide)), form.space(key.astype(wide)), scale)
+    real = jnp.ones((batch, length), bool)
+    if key_value_seq_lengths is not None:
+        real = jnp.arange(length)[None, :] < key_value_seq_lengths[:, None]
+    padding = -length % (mesh.shape[axis] * form.multiple)
+    query, key, value, real = (
+        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (query, key, value.astype(wide), real)
+    )
+    rng = jax.random.key(0) if rng is None else rng
+    numbers = jnp.arange(key.shape[2])
+    # Whatever the caller's axes are, here the compiler may move arrays to where they are needed.
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    tokens = PartitionSpec(batch_axis, axis, head_axis, None)
+    over_devices = jax.shard_map(
+        functools.partial(_on_device, form, axis),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, PartitionSpec(batch_axis, axis), PartitionSpec(head_axis), PartitionSpec()),
+        out_specs=tokens,
+        check_vma=False,
+    )
+    return over_devices(query, key, value, real, numbers, rng)[:, :length].astype(dtype)
+
+
+def _on_device(
+    form: "_Form", axis: str, q: Array, k: Array, v: Array, real: Array, numbers: Array, rng: Array
+) -> Array:
+    """The answers of one device's queries ``[B, t, N, D]``."""
+    batch, part, num_kv_heads, _ = k.shape
+    group = q.shape[2] // num_kv_heads
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers)
+
+    def by_head(x: Array) -> Array:
+        return jnp.moveaxis(x, 2, 1).reshape(batch * num_kv_heads, part, *x.shape[3:])
+
+    q = q.reshape(batch, part, num_kv_heads, group, -1)
+    heads = _Heads(
+        jnp.moveaxis(by_head(q), 2, 1), by_head(k), by_head(v), jnp.repeat(real, num_kv_heads, 0), jnp.tile(keys, batch)
+    )
+    out = form.answer(heads, axis).reshape(batch, num_kv_heads, group, part, -1)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, part, num_kv_heads * group, -1)
+
+
+class _Heads(NamedTuple):
+    """What a device holds, one row per key head of every sequence: q ``[H, G, t, D]``, k and v ``[H, t, .]``."""
+
+    q: Array
+    k: Array
+    v: Array
+    real: Array
+    key: Array
+
+
+class _Form:
+    """How a method goes over devices, whose parts are padded to a multiple of so many tokens."""
+
+    @property
+    def multiple(self) -> int:
+        return 1
+
+    def space(self, x: Array) -> Array:
+        """Queries or keys whose softmax attention the method estimates."""
+        return x
+
+    def answer(self, heads: _Heads, axis: str) -> Array:
+        """The answers ``[H, G, t, Dv]`` of one device, called by all."""
+        raise NotImplementedError
+
+
+def _form(method: str, is_causal: bool, devices: int, head_dim: int, hyperparameters: dict[str, Any]) -> _Form:
+    registered = get_method(method)
+    known = inspect.signature(registered.function).parameters
+    for name in hyperparameters:
+        if name not in known:
+            raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, known)}")
+    if method == "exact":
+        return _Ring(is_causal)
+    if method == "local":
+        return _Halos(*window_sides(hyperparameters.get("window_size", 128), is_causal))
+    if (registered.running if is_causal else registered.summarize or registered.running) is None:
+        have = [name for name, m in METHODS.items() if (m.running if is_causal else m.summarize or m.running)]
+        raise NotImplementedError(
+            f"method {method!r} has no {'running ' if is_causal else ''}summary to send; those with one are "
+            f"{', '.join(have)}, and 'local' sends its window"
+        )
+    options = dict(hyperparameters)
+    block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 128)
+    form = _Summaries(registered, is_causal, head_dim, block_size, True, options)
+    short, long = (form.shape_of_summary(blocks * block_size) for blocks in (64, 128))
+    if isinstance(short, FeatureMoments):
+        return dataclasses.replace(form, sends_tokens=False)
+    if registered.size is not None and short.mass.shape == long.mass.shape:
+        size = options.get(registered.size, known[registered.size].default)
+        if size < devices:
+            raise ValueError(f"{registered.size} must be at least the number of devices, {devices}, got {size}")
+        options[registered.size] = size // devices
+    return form
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring(_Form):
+    """Exact attention: keys and values visit every device in turn."""
+
+    is_causal: bool
+
+    def answer(self, heads: _Heads, axis: str) -> Array:
+        devices, own = lax.axis_size(axis), lax.axis_index(axis)
+        onwards = [(i, (i + 1) % devices) for i in range(devices)]
+
+        def visited(state: AttentionState, tokens: Any, step: Array) -> AttentionState:
+            source = (own - step) % devices
+
+            def one(args: Any) -> AttentionState:
+                q, state, (k, v, real) = args
+                bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
+                whole = lambda q: blocked_state(q, k, v, bias)  # noqa: E731
+                half = lambda q: triangular_state(q, k, v, bias)  # noqa: E731
+                none = lambda q: AttentionState.empty(q.shape[0], v.shape[1], v.dtype)  # noqa: E731
+                each = [jax.vmap(form) for form in (whole, half, none)]
+                if not self.is_causal:
+                    return merge(state, each[0](q))
+                which = jnp.where(source == own, 1, jnp.where(source < own, 0, 2))
+                return merge(state, lax.switch(which, each, q))
+
+            return lax.map(one, (heads.q, state, tokens))
+
+        def step(carry: Any, index: Array) -> tuple[Any, None]:
+            state, tokens = carry
+            tokens = jax.tree.map(lambda x: lax.ppermute(x, axis, onwards), tokens)
+            return (visited(state, tokens, index), tokens), None
+
+        tokens = heads.k, heads.v, heads.real
+        rows = heads.q.shape[:3]
+        empty = AttentionState(
+            jnp.zeros((*rows, heads.v.shape[-1]), heads.v.dtype), jnp.full(rows, -jnp.inf, heads.v.dtype)
+        )
+        state = visited(empty, tokens, jnp.zeros((), jnp.int32))
+        return lax.scan(step, (state, tokens), jnp.arange(1, devices, dtype=jnp.int32))[0][0].out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Halos(_Form):
+    """A window: each device gets the last keys of the device before and the first of the one after."""
+
+    left: int
+    right: int
+
+    def answer(self, heads: _Heads, axis: str) -> Array:
+        part = heads.k.shape[1]
+        if max(self.left, self.right) > part:
+            raise ValueError(f"window_size must fit a device's part of {part} tokens, got {self.left, self.right}")
+        tokens = heads.k, heads.v, heads.real
+        before = jax.tree.map(lambda x: _from_neighbour(x[:, part - self.left :], axis, 1), tokens)
+        after = jax.tree.map(lambda x: _from_neighbour(x[:, : self.right], axis, -1), tokens)
+        around = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), before, tokens, after)
+
+        def one(args: Any) -> Array:
+            q, (k, v, real) = args
+            bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
+            # Query t stands at key t + left.
+            return jax.vmap(lambda q: window_state(q, k, v, bias, left=0, right=self.left + self.right).out)(q)
+
+        return lax.map(one, (heads.q, around))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Summaries(_Form):
+    """Each device summarises its own part; the summaries are joined, or causally those of the devices before."""
+
+    method: Method
+    is_causal: bool
+    head_dim: int
+    block_size: int
+    sends_tokens: bool
+    options: dict[str, Any]
+
+    @property
+    def multiple(self) -> int:
+        return self.block_size if self.is_causal else 1
+
+    def answer(self, heads: _Heads, axis: str) -> Array:
+        if self.sends_tokens:  # which are drawn on each device for itself; features are one map for all
+            index = lax.axis_index(axis)
+            heads = heads._replace(key=jax.vmap(jax.random.fold_in, (0, None))(heads.key, index))
+        if self.is_causal:
+            return self._causal(heads, axis)
+        summary = lax.map(lambda args: self._summarize(*args), (heads.k, heads.v, heads.real, heads.key))
+        whole = _over_all(summary, axis)
+        return lax.map(lambda args: jax.vmap(lambda q: attend(q, args[1]).out)(args[0]), (heads.q, whole))
+
+    def space(self, x: Array) -> Array:
+        if self.method.running is None:
+            return x
+        return self._running(jax.random.key(0)).space(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+    def shape_of_summary(self, length: int) -> Any:
+        """The summary of a part of so many tokens, as shapes."""
+        tokens = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((length, self.head_dim), (length, 1)))
+
+        def make(k: Array, v: Array, real: Array, key: Array) -> Any:
+            if self.is_causal:
+                return self._running(key).read(self._state_of_blocks(k, v, real, key))
+            return self._summarize(k, v, real, key)
+
+        return jax.eval_shape(make, *tokens, jax.ShapeDtypeStruct((length,), bool), jax.random.key(0))
+
+    def _running(self, key: Array) -> RunningSummary:
+        assert self.method.running is not None
+        return self.method.running(self.head_dim, key, **accepted(self.method.running, self.options))
+
+    def _summarize(self, k: Array, v: Array, real: Array, key: Array) -> Summary:
+        if self.method.summarize is None:
+            return self._running(key).read(self._state_of_blocks(k, v, real, key))
+        return self.method.summarize(k, v, key, kv_mask=real, **accepted(self.method.summarize, self.options))
+
+    def _state_of_blocks(self, k: Array, v: Array, real: Array, key: Array) -> Any:
+        """What the running summary holds after all blocks in turn."""
+        running = self._running(key)
+        blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))
+        starts = jnp.arange(blocks[0].shape[0], dtype=jnp.int32) * self.block_size
+        step = jax.checkpoint(lambda state, args: (running.append(state, *args), None))
+        return lax.scan(step, running.init(self.head_dim, v.shape[1], v.dtype), (starts, *blocks))[0]
+
+    def _causal(self, heads: _Heads, axis: str) -> Array:
+        part, block_size = heads.k.shape[1], self.block_size
+        tokens = heads.k, heads.v, heads.real
+        halo = jax.tree.map(lambda x: _from_neighbour(x[:, part - block_size :], axis, 1), tokens)
+        # A block is summarised when it is no longer the one before: a device sends its halo, and all but its last.
+        sent = jax.tree.map(lambda h, x: jnp.concatenate([h, x[:, : part - block_size]], axis=1), halo, tokens)
+        if self.sends_tokens:
+            read = lambda args: self._running(args[3]).read(self._state_of_blocks(*args))  # noqa: E731
+        else:  # moments go on where the devices before left off
+            read = lambda args: self._state_of_blocks(*args)  # noqa: E731
+        earlier = _of_those_before(lax.map(read, (*sent, heads.key)), axis)
+
+        def one(args: tuple[_Heads, tuple[Array, Array, Array], Any]) -> Array:
+            (q, k, v, real, key), halo, earlier = args
+            running = self._running(key)
+            start = running.init(self.head_dim, v.shape[1], v.dtype) if self.sends_tokens else earlier
+            blocks = Block(*(in_blocks(x, block_size) for x in (k, v, real)))
+
+            def query_head(q: Array) -> Array:
+                # The halo is block 0, so that it joins the summary when it is passed.
+                _, state = scan_blocks(running, Past(Block(*halo), start), 1, in_blocks(q, block_size), blocks, part)
+                state = jax.tree.map(lambda x: x.reshape(part, *x.shape[2:]), state)
+                return merge(state, attend(q, earlier)).out if self.sends_tokens else state.out
+
+            return jax.vmap(query_head)(q)
+
+        return lax.map(one, (heads, halo, earlier))
+
+
+def _from_neighbour(x: Array, axis: str, offset: int) -> Array:
+    """What the device so many places before this one holds; zeros (false) where there is none."""
+    devices = lax.axis_size(axis)
+    pairs = [(i, i + offset) for i in range(devices) if 0 <= i + offset < devices]
+    return lax.ppermute(x, axis, pairs)
+
+
+def _over_all(summary: Summary, axis: str) -> Summary:
+    """One summary of all devices' keys, from each device's own; arrays have a leading axis of heads."""
+    if isinstance(summary, FeatureMoments):
+        peak = lax.pmax(lax.stop_gradient(summary.log_scale), axis)
+        factor = jnp.exp(summary.log_scale - finite_peak(peak))
+        sums = lax.psum((summary.value_sum * factor[..., None], summary.mass * factor), axis)
+        return FeatureMoments(*sums, peak, summary.features)
+    tokens = [lax.all_gather(x, axis, axis=1, tiled=True) for x in (summary.k, summary.value_sum, summary.mass)]
+    return WeightedKV(*tokens, _common_range(summary.value_range, axis))
+
+
+def _of_those_before(summary: Summary, axis: str) -> Summary:
+    """One summary of the keys of all devices before this one."""
+    devices, own = lax.axis_size(axis), lax.axis_index(axis)
+    if isinstance(summary, FeatureMoments):
+        # In log2(p) rounds, after each of which twice as many devices before are accounted for.
+        total, reach = _moments_from(summary, axis, 1), 1
+        while reach < devices - 1:
+            total, reach = _added(total, _moments_from(total, axis, reach)), 2 * reach
+        return total
+    before = (jnp.arange(devices) < own)[:, None, None]
+
+    def gathered(x: Array) -> Array:
+        whole = lax.all_gather(x, axis)
+        seen = jnp.where(before if x.ndim == 2 else before[..., None], whole, jnp.zeros_like(whole))
+        return jnp.moveaxis(seen, 0, 1).reshape(x.shape[0], devices * x.shape[1], *x.shape[2:])
+
+    tokens = (gathered(x) for x in (summary.k, summary.value_sum, summary.mass))
+    return WeightedKV(*tokens, _common_range(summary.value_range, axis))
+
+
+def _moments_from(moments: FeatureMoments, axis: str, offset: int) -> FeatureMoments:
+    """The moments that a device before this one has; of no key where there is none."""
+    sums = (_from_neighbour(x, axis, offset) for x in (moments.value_sum, moments.mass))
+    log_scale = _from_neighbour(lax.stop_gradient(moments.log_scale), axis, offset)
+    log_scale = jnp.where(lax.axis_index(axis) >= offset, log_scale, -jnp.inf)
+    return FeatureMoments(*sums, log_scale, moments.features)
+
+
+def _added(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
+    """`merge` with a leading axis of heads, for moments of one map."""
+    peak = jnp.maximum(a.log_scale, b.log_scale)
+    factors = [jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b)]
+    value_sum = a.value_sum * factors[0][..., None] + b.value_sum * factors[1][..., None]
+    return FeatureMoments(value_sum, a.mass * factors[0] + b.mass * factors[1], peak, a.features)
+
+
+def _common_range(value_range: Array | None, axis: str) -> Array | None:
+    """The least and the greatest values over all devices."""
+    if value_range is None:
+        return None
+    value_range = lax.stop_gradient(value_range)
+    return jnp.stack([lax.pmin(value_range[:, 0], axis), lax.pmax(value_range[:, 1], axis)], axis=1)
