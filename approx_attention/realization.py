@@ -59,8 +59,11 @@ class Certificate(NamedTuple):
     draws: Array
 
     def logits_needed(self, eps1: float) -> Array:
-        """The largest logit with which these inputs, scaled, tell zeros from nonzeros to the precision ``eps1``."""
-        return math.log(1 / eps1) / self.rho
+        """The largest logit with which these inputs, scaled, tell zeros from nonzeros to the precision ``eps1``.
+
+        It is infinite where a zero is as large as a nonzero of its row, which no scale mends.
+        """
+        return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
 
 
 class Realization(NamedTuple):
@@ -144,6 +147,7 @@ def realize_sparse_pattern(
         ValueError: a pattern that is not square, reaches the future of a causal head, or has no zeros (for a
             projection) or zeros (for ``"dense"``); precisions or counts out of range; fewer channels than a method can
             do with.
+        TypeError: a dtype that is not floating point.
         NotImplementedError: ``"dense"`` with ``is_causal``.
 
     Example:
@@ -161,6 +165,11 @@ def realize_sparse_pattern(
     require_request(pattern, eps1, eps2, d, method, is_causal)
     check_count("max_draws", max_draws)
     check_count("num_steps", num_steps)
+    for name, limit in (("tau", tau), ("max_logit", max_logit)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name} must be positive, got {limit}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating point, got {jnp.dtype(dtype)}")
     key = jax.random.key(0) if method in DETERMINISTIC else check_key(f"realize_sparse_pattern by {method!r}", key)
     max_logit = math.inf if max_logit is None else max_logit
     return draw_until_accepted(
@@ -540,7 +549,7 @@ def _least_lift(factors: _Factors, pattern: SparsePattern, gap: Array, is_causal
 
     rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
     arrays = rows, factors.separating, factors.weighting, pattern.indices, pattern.valid
-    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, ROW_BLOCK) for x in arrays))
+    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_tokens)) for x in arrays))
     needed, least = jnp.max(needed), jnp.maximum(jnp.min(rise), rounding)
     return needed + rounding * (needed * jnp.max(size) + jnp.max(shift)) / least
 

@@ -327,6 +327,8 @@ def test_the_largest_logit_allowed():
         assert bool(limited.ok) is ok
     np.testing.assert_allclose(free.logits_needed(0.1), free.logit_absmax, rtol=1e-3)
     np.testing.assert_allclose(free.logits_needed(0.01), 2 * free.logit_absmax, rtol=1e-3)
+    inverted = certify(jnp.eye(4), -8 * jnp.eye(4), jnp.eye(4), SparsePattern.banded(4, [0]))
+    assert float(inverted.logits_needed(0.1)) == math.inf
 
 
 def test_a_certificate_speaks_of_inputs_as_they_are_rounded():
@@ -393,8 +395,8 @@ def test_least_squares_fail_as_often_as_the_bound_says(d, measured):
     assert abs(rate - measured) < 4 * math.sqrt(2 * measured * (1 - measured) / 300)
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 7, 60])
-@pytest.mark.parametrize("sharpness", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("freedom", [1, 2, 7, 60, 500])
+@pytest.mark.parametrize("sharpness", [1e-6, 0.1, 0.5, 2.0])
 def test_the_tail_of_student(freedom, sharpness):
     expected = stats.t.logsf(math.sqrt(freedom) * sharpness, freedom)
     np.testing.assert_allclose(log_t_tail(freedom, sharpness), expected, rtol=1e-10)
@@ -413,6 +415,21 @@ def test_least_squares_bounds_by_their_definitions(n, k, exact_dim, closed):
     lifted = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact", tau=4 * math.log(10)).dim
     spread = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact", tau=4 * math.log(10), gamma=4.0).dim
     assert found.dim < lifted < spread or k == 1
+
+
+def test_least_squares_bounds_where_they_are_hardest():
+    for kind in ("least_squares", "least_squares_exact"):
+        # A row that sees every key still has to be interpolated.
+        assert dimension_bound(8, 8, 0.1, 0.1, kind=kind).dim == 8
+    # With hardly any gap above what is asked for, tails of a billion degrees of freedom are summed.
+    gap, tau = math.log(10), math.log(10) + 1e-3
+    closed, exact_dim = (
+        dimension_bound(1024, 4, 0.1, 0.1, kind=kind, tau=tau).dim for kind in ("least_squares", "least_squares_exact")
+    )
+    sharpness = (tau - gap) / math.sqrt(4) / tau
+    normal = stats.norm.isf(0.5 / (1024 * 1020)) ** 2 / sharpness**2
+    np.testing.assert_allclose(exact_dim, normal, rtol=1e-3)
+    assert exact_dim < closed < 1.3 * exact_dim
 
 
 def test_bounds_of_projections_by_their_definitions():
@@ -449,6 +466,10 @@ def test_the_search_finds_what_draws_need():
     assert again.per_trial == found.per_trial[:1]
     hopeless = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, max_dim=4)
     assert hopeless.dim == math.inf
+    # Interpolation starts at as many channels as keys a row, which may be too many.
+    full = SparsePattern.from_dense(np.ones((4, 4), np.float32))
+    assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=3).dim == math.inf
+    assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=4).dim == 4
 
 
 @pytest.mark.parametrize("num_keys", [2, 3, 4])
@@ -492,6 +513,9 @@ def test_one_channel_against_all_orders_of_keys(num_keys):
         ({"d": 9, "method": "trigonometric"}, "trigonometric needs d >= 10"),
         ({"max_draws": 0}, "max_draws must be at least 1"),
         ({"key": None}, "pass a key"),
+        ({"tau": -1.0}, "tau must be positive, got -1"),
+        ({"tau": math.nan}, "tau must be positive, got nan"),
+        ({"max_logit": 0.0}, "max_logit must be positive, got 0"),
         ({"is_causal": True}, r"sees no key after its query, but 23 rows do: causal\(\)"),
         ({"method": "dense"}, "zeros in 24 rows"),
     ],
@@ -517,6 +541,8 @@ def test_other_refusals():
         certify(jnp.ones((3, 4)), jnp.ones((4, 2)), jnp.ones((4, 2)), identity)
     with pytest.raises(ValueError, match="w_q and w_k must be"):
         certify(jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 3)), identity)
+    with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
+        realize(identity, d=4, dtype=jnp.int32)
     with pytest.raises(ValueError, match="makes none"):
         minimal_dimension(identity, 0.1, 0.1, key=KEY, method="dense")
     for options, says in (
@@ -526,6 +552,9 @@ def test_other_refusals():
         ({"kind": "least_squares", "tau": 1.0}, "tau must exceed"),
         ({"keys_per_row": 65}, "at most num_tokens"),
         ({"gamma": 0.5}, "gamma must be at least 1"),
+        ({"eps2": math.nan}, "eps2 at least 0"),
+        ({"kind": "least_squares", "tau": math.nan}, "tau must exceed"),
+        ({"kind": "packing", "logit_budget": math.nan}, "positive logit_budget"),
         ({"p": 1.0}, "p must lie in"),
     ):
         arguments = {"num_tokens": 64, "keys_per_row": 2, "eps1": 0.1, "eps2": 0.1, **options}
