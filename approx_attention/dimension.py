@@ -14,7 +14,13 @@ from jaxtyping import PRNGKeyArray
 
 from approx_attention.checks import check_choice, check_count, check_key
 from approx_attention.patterns import SparsePattern
-from approx_attention.realization import DETERMINISTIC, INTERPOLATIONS, draw_until_accepted, require_request
+from approx_attention.realization import (
+    DETERMINISTIC,
+    INTERPOLATIONS,
+    RatioError,
+    draw_until_accepted,
+    require_request,
+)
 
 BoundKind = Literal[
     "johnson_lindenstrauss",
@@ -284,6 +290,7 @@ def minimal_dimension(
     max_logit: float | None = None,
     is_causal: bool = False,
     num_steps: int = 600,
+    ratio: RatioError = "relative",
 ) -> MinimalDimension:
     r"""The least number of channels with which one draw of a method realises a pattern, by search.
 
@@ -303,6 +310,7 @@ def minimal_dimension(
         max_logit: largest absolute logit that is accepted.
         is_causal: key j is visible to query i only if j <= i.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
+        ratio: as for `realize_sparse_pattern`.
 
     Returns:
         The `MinimalDimension`.
@@ -320,6 +328,7 @@ def minimal_dimension(
     """
     check_key("minimal_dimension", key)
     check_count("trials", trials)
+    check_choice("ratio", ratio, get_args(RatioError))
     if method in DETERMINISTIC:
         raise ValueError(f"minimal_dimension searches over draws, and {method!r} makes none")
     if not 0 <= quantile <= 1:
@@ -345,6 +354,7 @@ def minimal_dimension(
                 is_causal=is_causal,
                 max_draws=1,
                 num_steps=num_steps,
+                ratio=ratio,
                 dtype=jnp.dtype(jnp.float32),
             )
             return bool(realized.certificate.ok)

@@ -87,6 +87,36 @@ def test_the_certificate_is_what_brute_force_finds(seed, is_causal):
         assert bool(certify(*arrays, pattern, is_causal=is_causal, **limits).ok) is ok
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_absolute_errors_of_ratios_are_what_brute_force_finds(is_causal):
+    pattern = ragged(8, 19, 5, is_causal=is_causal)
+    random = np.random.default_rng(8)
+    arrays = [jnp.asarray(random.normal(size=shape) / 2, jnp.float32) for shape in ((19, 6), (6, 4), (6, 4))]
+    logits, matrix = logits_of(arrays), np.asarray(pattern.to_dense(), np.float64)
+    worst = max(
+        abs(math.exp(logits[i, s] - logits[i, r]) - matrix[i, s] / matrix[i, r])
+        for i in range(19)
+        for s in np.flatnonzero(matrix[i])
+        for r in np.flatnonzero(matrix[i])
+    )
+    measure = functools.partial(certify, *arrays, pattern, is_causal=is_causal, eps1=1e9)
+    found = measure(ratio="absolute", eps2=1.01 * worst)
+    np.testing.assert_allclose(np.expm1(found.log1p_eps2), worst, rtol=1e-5)
+    assert bool(found.ok)
+    assert not bool(measure(ratio="absolute", eps2=0.99 * worst).ok)
+    relative = measure()
+    assert abs(float(relative.log1p_eps2 - found.log1p_eps2)) > 0.01
+    np.testing.assert_array_equal(np.stack(relative)[[0, 2, 3, 4]], np.stack(found)[[0, 2, 3, 4]])
+
+
+def test_a_projection_is_accepted_by_either_error():
+    pattern, options = ragged(1, N, 3), {"method": "orthogonal", "d": 22, "max_draws": 1, "tau": 6.0}
+    for ratio in ("relative", "absolute"):
+        limit = float(np.expm1(realize(pattern, 0.5, 1.0, ratio=ratio, **options).certificate.log1p_eps2))
+        assert bool(realize(pattern, 0.5, 1.01 * limit, ratio=ratio, **options).certificate.ok)
+        assert not bool(realize(pattern, 0.5, 0.99 * limit, ratio=ratio, **options).certificate.ok)
+
+
 def test_the_certificate_of_more_rows_than_a_block(x64):
     pattern = SparsePattern.random(KEY, 300, 3)
     random = np.random.default_rng(0)
@@ -512,6 +542,7 @@ def test_one_channel_against_all_orders_of_keys(num_keys):
         ({"d": 4}, "wls needs d >= 5"),
         ({"d": 9, "method": "trigonometric"}, "trigonometric needs d >= 10"),
         ({"max_draws": 0}, "max_draws must be at least 1"),
+        ({"ratio": "squared"}, "ratio must be one of relative, absolute"),
         ({"key": None}, "pass a key"),
         ({"tau": -1.0}, "tau must be positive, got -1"),
         ({"tau": math.nan}, "tau must be positive, got nan"),
