@@ -14,7 +14,13 @@ from jaxtyping import PRNGKeyArray
 
 from approx_attention.checks import check_choice, check_count, check_key
 from approx_attention.patterns import SparsePattern
-from approx_attention.realization import DETERMINISTIC, INTERPOLATIONS, draw_until_accepted, require_request
+from approx_attention.realization import (
+    DETERMINISTIC,
+    INTERPOLATIONS,
+    RatioError,
+    draw_until_accepted,
+    require_request,
+)
 
 BoundKind = Literal[
     "johnson_lindenstrauss",
@@ -122,13 +128,13 @@ def dimension_bound(
     for name, value, low, high in (("eps1", eps1, 0, 1), ("p", p, 0, 1)):
         if not low < value < high:
             raise ValueError(f"{name} must lie in ({low}, {high}), got {value}")
-    if not (gamma >= 1 and eps2 >= 0):
-        raise ValueError(f"gamma must be at least 1 and eps2 at least 0, got {gamma} and {eps2}")
+    if not (1 <= gamma < math.inf and 0 <= eps2 < math.inf):
+        raise ValueError(f"gamma must be at least 1 and eps2 at least 0, both finite, got {gamma} and {eps2}")
     gap = math.log(1 / eps1)
     if kind == "packing":
-        if logit_budget is None or logit_budget <= 0:
+        if logit_budget is None or not logit_budget > 0:
             raise ValueError(f"packing bounds channels by a positive logit_budget, got {logit_budget}")
-        matched = n / (k * (k if rows_per_key is None else rows_per_key))
+        matched = n / (k * (k if rows_per_key is None else check_count("rows_per_key", rows_per_key)))
         dim = max(1, _ceil(math.log(max(matched, 1)) / math.log1p(2 * logit_budget / gap)))
         return DimensionBound(dim, True, "proved", dim <= 1)
     if kind in ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic"):
@@ -137,7 +143,7 @@ def dimension_bound(
         dim, standing = _projection_dim(kind, n, k, gap, eps2, gamma, p)
     elif kind in ("least_squares", "least_squares_exact"):
         sharpness = _least_squares_sharpness(k, gap, gamma, tau)
-        closed = k - 1 + 2 * math.log(max(n * (n - k) / (2 * p), 1)) / math.log1p(sharpness**2)
+        closed = k - 1 + 2 * math.log(n * (n - k) / (2 * p)) / math.log1p(sharpness**2) if n > k else k
         standing = "proved"
         dim = closed if kind == "least_squares" else _exact_least_squares_dim(n, k, sharpness, p, _ceil(closed))
     elif kind == "trigonometric":
@@ -174,7 +180,7 @@ def _least_squares_sharpness(k: int, gap: float, gamma: float, tau: float) -> fl
         return 1 / math.sqrt(k)
     spread = math.log(gamma)
     least = tau - (1 - 1 / k) * spread
-    if least <= gap:
+    if not least > gap:
         raise ValueError(f"tau must exceed log(1/eps1) and the spread of the weights, {gap:.3g} in all, got {tau}")
     return (least - gap) / math.sqrt(k * (tau**2 + spread**2 / 4))
 
@@ -195,7 +201,9 @@ def log_t_tail(freedom: int, sharpness: float) -> float:
     r"""The logarithm of a tail of Student's t, :math:`\log P[t_\nu > \sqrt\nu\, s]`, exact however small it is.
 
     .. math:: P = \tfrac12 I_x(\tfrac\nu2, \tfrac12), \qquad x = \frac{1}{1 + s^2}, \qquad
-              I_x(a, b) = \frac{x^a (1 - x)^b}{a\, B(a, b)} \sum_{i \ge 0} \frac{(a + b)_i}{(a + 1)_i}\, x^i.
+              I_x(a, b) = \frac{x^a (1 - x)^b}{a\, B(a, b)}\ \cfrac{1}{1 +} \cfrac{d_1}{1 +} \cfrac{d_2}{1 +} \cdots,
+
+    a continued fraction of about :math:`\sqrt\nu` terms, where a series would take :math:`1 / s^2` of them.
 
     Args:
         freedom: the degrees of freedom, at least 1.
@@ -207,16 +215,33 @@ def log_t_tail(freedom: int, sharpness: float) -> float:
     Example:
         >>> round(math.exp(log_t_tail(1, 1.0)), 6)
         0.25
+
+    Reference:
+        NIST Digital Library of Mathematical Functions, equation 8.17.22.
     """
-    a, x = freedom / 2, 1 / (1 + sharpness**2)
-    total = term = 1.0
-    number = 0
-    while term > 1e-17 * total:
-        term *= x * (a + 0.5 + number) / (a + 1 + number)
-        total += term
+    a, x, rest = freedom / 2, 1 / (1 + sharpness**2), sharpness**2 / (1 + sharpness**2)
+    if x * (a + 2.5) > a + 1:
+        # Near the middle that of the complement is short, and nothing cancels.
+        return math.log((1 - math.exp(_log_incomplete_beta(0.5, a, rest, x))) / 2)
+    return _log_incomplete_beta(a, 0.5, x, rest) - math.log(2)
+
+
+def _log_incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
+    """The logarithm of I_x(a, b) at x = 1 - rest: its fraction from the front, by the modified method of Lentz."""
+    upper, lower = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    total = lower
+    number, change = 1, math.inf
+    while abs(change - 1) > 1e-15:
+        even = number * (b - number) * x / ((a + 2 * number - 1) * (a + 2 * number))
+        odd = -(a + number) * (a + b + number) * x / ((a + 2 * number) * (a + 2 * number + 1))
+        change = 1.0
+        for numerator in (even, odd):
+            lower, upper = 1 / (1 + numerator * lower), 1 + numerator / upper
+            change *= lower * upper
+        total *= change
         number += 1
-    log_beta = math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5)
-    return a * math.log(x) + 0.5 * math.log1p(-x) - math.log(a) - log_beta + math.log(total / 2)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return a * math.log(x) + b * math.log(rest) - math.log(a) - log_beta + math.log(total)
 
 
 def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
@@ -265,6 +290,7 @@ def minimal_dimension(
     max_logit: float | None = None,
     is_causal: bool = False,
     num_steps: int = 600,
+    ratio: RatioError = "relative",
 ) -> MinimalDimension:
     r"""The least number of channels with which one draw of a method realises a pattern, by search.
 
@@ -284,6 +310,7 @@ def minimal_dimension(
         max_logit: largest absolute logit that is accepted.
         is_causal: key j is visible to query i only if j <= i.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
+        ratio: as for `realize_sparse_pattern`.
 
     Returns:
         The `MinimalDimension`.
@@ -301,6 +328,7 @@ def minimal_dimension(
     """
     check_key("minimal_dimension", key)
     check_count("trials", trials)
+    check_choice("ratio", ratio, get_args(RatioError))
     if method in DETERMINISTIC:
         raise ValueError(f"minimal_dimension searches over draws, and {method!r} makes none")
     if not 0 <= quantile <= 1:
@@ -326,6 +354,7 @@ def minimal_dimension(
                 is_causal=is_causal,
                 max_draws=1,
                 num_steps=num_steps,
+                ratio=ratio,
                 dtype=jnp.dtype(jnp.float32),
             )
             return bool(realized.certificate.ok)
@@ -335,6 +364,8 @@ def minimal_dimension(
 
 
 def _first_accepted(accepted: Callable[[int], bool], least: int, most: int) -> float:
+    if least > most:
+        return math.inf
     low, high = least - 1, least
     while not accepted(high):
         if high >= most:

@@ -73,7 +73,7 @@ class SparsePattern:
             The pattern.
 
         Raises:
-            ValueError: no matrix, weights that are negative or not finite, rows without a key.
+            ValueError: no matrix, weights or a limit that are negative or not finite, rows without a key.
 
         Example:
             >>> import jax.numpy as jnp
@@ -84,6 +84,8 @@ class SparsePattern:
         if weights.ndim != 2:
             raise ValueError(f"weights must be [T, S], got shape {weights.shape}")
         _check_weights(weights)
+        if not 0 <= atol < math.inf:
+            raise ValueError(f"atol must be finite and not negative, got {atol}")
         rows, keys = np.nonzero(weights > atol)
         return cls._of_entries(rows, keys, _log(weights[rows, keys]), *weights.shape)
 
@@ -139,13 +141,14 @@ class SparsePattern:
 
         Raises:
             ValueError: offsets twice, weights that do not fit, rows without a key.
+            TypeError: offsets that are no integers.
 
         Example:
             >>> SparsePattern.banded(4, range(-1, 2), is_causal=True).indices.tolist()
             [[0, 0], [0, 1], [1, 2], [2, 3]]
         """
         check_count("num_tokens", num_tokens)
-        steps = np.asarray(list(offsets), int)
+        steps = _integers("offsets", offsets)
         sizes = np.ones(len(steps), np.float32) if weights is None else np.asarray(weights)
         if sizes.shape != steps.shape:
             raise ValueError(f"weights must be one for each of {len(steps)} offsets, got shape {sizes.shape}")
@@ -313,6 +316,7 @@ class SparsePattern:
 
         Raises:
             ValueError: positions that are none.
+            TypeError: positions that are no integers.
 
         Example:
             >>> SparsePattern.banded(3, [0]).with_global([0]).to_dense().tolist()[1]
@@ -321,7 +325,7 @@ class SparsePattern:
         Reference:
             Beltagy et al. (2020), "Longformer", section 3.1.
         """
-        held = np.asarray(list(tokens), int)
+        held = _integers("tokens", tokens)
         limit = self.num_keys if only_columns else min(self.num_keys, self.num_tokens)
         if ((held < 0) | (held >= limit)).any():
             raise ValueError(f"global tokens must lie in [0, {limit}), got {held.tolist()}")
@@ -397,6 +401,13 @@ def _ragged(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     held = [np.asarray(row) for row in lists if len(row)]
     entries = np.concatenate(held) if held else np.zeros(0, int)
     return np.repeat(np.arange(len(counts)), counts), entries
+
+
+def _integers(name: str, values: Sequence[int]) -> np.ndarray:
+    held = np.asarray(list(values))
+    if held.size and held.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got dtype {held.dtype}")
+    return held.astype(int)
 
 
 def _check_weights(weights: np.ndarray) -> None:

@@ -28,6 +28,7 @@ from approx_attention.patterns import SparsePattern
 RealizationMethod = Literal[
     "projection", "orthogonal", "balanced", "ls", "wls", "max_margin", "learned", "trigonometric", "dense"
 ]
+RatioError = Literal["relative", "absolute"]
 PROJECTIONS = ("projection", "orthogonal", "balanced")
 INTERPOLATIONS = ("ls", "wls", "max_margin", "learned")
 DETERMINISTIC = ("trigonometric", "dense")
@@ -42,7 +43,8 @@ class Certificate(NamedTuple):
         log_eps1: :math:`\log \varepsilon_1`, the log of the largest ratio of a zero to a nonzero of its row,
             :math:`\max_i (\max_{j \notin S_i} L_{ij} - \min_{s \in S_i} L_{is})`; ``-inf`` where nothing is zero.
         log1p_eps2: :math:`\log(1 + \varepsilon_2)`, that of the largest error of the ratio of two nonzeros,
-            :math:`\max_i (\max_{S_i} - \min_{S_i})(L_{is} - \log A_{is})`.
+            :math:`\max_i (\max_{S_i} - \min_{S_i})(L_{is} - \log A_{is})` for relative errors, and for absolute ones
+            that of :math:`1 + \max |M_{is} / M_{is'} - A_{is} / A_{is'}|`.
         logit_absmax: the largest :math:`|L_{ij}|`.
         rho: the gap :math:`-\log \varepsilon_1` in units of the largest logit, which no scale changes.
         max_row_tv: the largest total variation distance between a row of M and that of A.
@@ -59,8 +61,11 @@ class Certificate(NamedTuple):
     draws: Array
 
     def logits_needed(self, eps1: float) -> Array:
-        """The largest logit with which these inputs, scaled, tell zeros from nonzeros to the precision ``eps1``."""
-        return math.log(1 / eps1) / self.rho
+        """The largest logit with which these inputs, scaled, tell zeros from nonzeros to the precision ``eps1``.
+
+        It is infinite where a zero is as large as a nonzero of its row, which no scale mends.
+        """
+        return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
 
 
 class Realization(NamedTuple):
@@ -100,6 +105,7 @@ def realize_sparse_pattern(
     max_draws: int = 32,
     max_logit: float | None = None,
     num_steps: int = 600,
+    ratio: RatioError = "relative",
     dtype: Any = jnp.float32,
 ) -> Realization:
     r"""Inputs with which fixed self-attention has a given sparse pattern, to two precisions.
@@ -126,7 +132,7 @@ def realize_sparse_pattern(
     Args:
         pattern: the pattern A, as many queries as keys.
         eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
-        eps2: largest relative error of the ratio of two nonzeros, at least 0 (which rounding meets for one key a row).
+        eps2: largest error of the ratio of two nonzeros, at least 0 (which rounding meets for one key a row).
         d: channels of queries and keys; X has twice as many.
         key: typed PRNG key; not needed by the last two methods.
         method: one of the above.
@@ -135,6 +141,7 @@ def realize_sparse_pattern(
         max_draws: draws at most.
         max_logit: largest absolute logit that is accepted.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
+        ratio: whether ``eps2`` limits relative errors of ratios of nonzeros, as above, or absolute ones.
         dtype: of the inputs and projections; the certificate speaks of them as they are rounded.
 
     Returns:
@@ -144,6 +151,7 @@ def realize_sparse_pattern(
         ValueError: a pattern that is not square, reaches the future of a causal head, or has no zeros (for a
             projection) or zeros (for ``"dense"``); precisions or counts out of range; fewer channels than a method can
             do with.
+        TypeError: a dtype that is not floating point.
         NotImplementedError: ``"dense"`` with ``is_causal``.
 
     Example:
@@ -161,6 +169,12 @@ def realize_sparse_pattern(
     require_request(pattern, eps1, eps2, d, method, is_causal)
     check_count("max_draws", max_draws)
     check_count("num_steps", num_steps)
+    check_choice("ratio", ratio, get_args(RatioError))
+    for name, limit in (("tau", tau), ("max_logit", max_logit)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name} must be positive, got {limit}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating point, got {jnp.dtype(dtype)}")
     key = jax.random.key(0) if method in DETERMINISTIC else check_key(f"realize_sparse_pattern by {method!r}", key)
     max_logit = math.inf if max_logit is None else max_logit
     return draw_until_accepted(
@@ -174,6 +188,7 @@ def realize_sparse_pattern(
         is_causal=is_causal,
         max_draws=1 if method in DETERMINISTIC else max_draws,
         num_steps=num_steps,
+        ratio=ratio,
         dtype=jnp.dtype(dtype),
     )
 
@@ -224,7 +239,9 @@ def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2
 
 
 @functools.partial(
-    jax.jit, static_argnames=("width", "method", "is_causal", "max_draws", "num_steps", "dtype"), inline=True
+    jax.jit,
+    static_argnames=("width", "method", "is_causal", "max_draws", "num_steps", "ratio", "dtype"),
+    inline=True,
 )
 def draw_until_accepted(
     pattern: SparsePattern,
@@ -239,6 +256,7 @@ def draw_until_accepted(
     max_draws: int,
     num_steps: int,
     dtype: Any,
+    ratio: RatioError = "relative",
 ) -> Realization:
     """`realize_sparse_pattern` without checks, in arrays of ``width`` channels of which ``num_channels`` are used.
 
@@ -267,7 +285,7 @@ def draw_until_accepted(
                 lift = jnp.where(equal, lift, nominal)
         queries = lift * factors.separating + factors.weighting
         inputs = jnp.concatenate([queries, factors.keys], axis=1).astype(dtype)
-        certificate = certify(inputs, w_q, w_k, pattern, is_causal=is_causal, eps1=eps1, eps2=eps2)
+        certificate = certify(inputs, w_q, w_k, pattern, is_causal=is_causal, eps1=eps1, eps2=eps2, ratio=ratio)
         ok = certificate.ok & (certificate.logit_absmax <= max_logit)
         return draw + 1, inputs, certificate._replace(ok=ok, draws=draw + 1)
 
@@ -540,7 +558,7 @@ def _least_lift(factors: _Factors, pattern: SparsePattern, gap: Array, is_causal
 
     rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
     arrays = rows, factors.separating, factors.weighting, pattern.indices, pattern.valid
-    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, ROW_BLOCK) for x in arrays))
+    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_tokens)) for x in arrays))
     needed, least = jnp.max(needed), jnp.maximum(jnp.min(rise), rounding)
     return needed + rounding * (needed * jnp.max(size) + jnp.max(shift)) / least
 
@@ -554,11 +572,13 @@ def certify(
     is_causal: bool = False,
     eps1: Any = 1.0,
     eps2: Any = math.inf,
+    ratio: RatioError = "relative",
 ) -> Certificate:
     r"""How precisely self-attention has a pattern, whatever made its inputs.
 
     All is read off the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, whose exponentials may underflow, block of rows by
-    block of rows: O(T^2 d) time, O(T) memory. Arrays of low precision are taken as they are, and multiplied in float32.
+    block of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of low precision
+    are taken as they are, and multiplied in float32.
 
     Args:
         inputs: tokens X ``[T, C]``.
@@ -567,7 +587,8 @@ def certify(
         pattern: the pattern that the attention should have.
         is_causal: key j is visible to query i only if j <= i.
         eps1: largest ratio of a zero to a nonzero of its row with which ``ok`` is true.
-        eps2: largest relative error of a ratio of nonzeros with which ``ok`` is true.
+        eps2: largest error of a ratio of nonzeros with which ``ok`` is true.
+        ratio: whether errors of ratios are relative or absolute.
 
     Returns:
         The `Certificate`, with ``draws = 0``.
@@ -585,6 +606,7 @@ def certify(
     """
     for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
         check_floating(name, x)
+    check_choice("ratio", ratio, get_args(RatioError))
     _check_square(pattern)
     if inputs.ndim != 2 or inputs.shape[0] != pattern.num_tokens:
         raise ValueError(f"inputs must be [T, C] with T = {pattern.num_tokens}, got shape {inputs.shape}")
@@ -592,12 +614,19 @@ def certify(
         raise ValueError(f"w_q and w_k must be [C, d] with C = {inputs.shape[1]}, got {w_q.shape} and {w_k.shape}")
     if is_causal and not isinstance(pattern.indices, Tracer):
         _check_causal(pattern)
-    return _measure(inputs, w_q, w_k, pattern, (eps1, eps2), is_causal=is_causal)
+    return _measure(inputs, w_q, w_k, pattern, (eps1, eps2), is_causal=is_causal, ratio=ratio)
 
 
-@functools.partial(jax.jit, static_argnames="is_causal")
+@functools.partial(jax.jit, static_argnames=("is_causal", "ratio"))
 def _measure(
-    inputs: Array, w_q: Array, w_k: Array, pattern: SparsePattern, limits: tuple[Any, Any], *, is_causal: bool
+    inputs: Array,
+    w_q: Array,
+    w_k: Array,
+    pattern: SparsePattern,
+    limits: tuple[Any, Any],
+    *,
+    is_causal: bool,
+    ratio: RatioError,
 ) -> Certificate:
     dtype = accumulation_dtype(inputs, w_q, w_k)
     inputs, w_q, w_k = (x.astype(dtype) for x in (inputs, w_q, w_k))
@@ -612,6 +641,8 @@ def _measure(
         least_on = jnp.min(jnp.where(valid, on, jnp.inf), axis=1)
         error = on - log_weights
         spread = jnp.max(jnp.where(valid, error, -jnp.inf), axis=1) - jnp.min(jnp.where(valid, error, jnp.inf), axis=1)
+        if ratio == "absolute":
+            spread = jnp.log1p(_absolute_ratio_error(error, log_weights, valid))
         visible = jnp.where(off, jnp.abs(logits), 0), jnp.where(valid, jnp.abs(on), 0)
         size = jnp.maximum(*(jnp.max(x, axis=1) for x in visible))
         peak = jnp.maximum(greatest_off, jnp.max(jnp.where(valid, on, -jnp.inf), axis=1))[:, None]
@@ -632,6 +663,18 @@ def _measure(
     eps1, eps2 = (jnp.asarray(limit, dtype) for limit in limits)
     ok = (log_eps1 <= jnp.log(eps1)) & (log1p_eps2 <= jnp.log1p(eps2))
     return Certificate(log_eps1, log1p_eps2, size, rho, distance, ok, jnp.zeros((), jnp.int32))
+
+
+def _absolute_ratio_error(error: Array, log_weights: Array, valid: Array) -> Array:
+    r"""The largest :math:`e^{a_s - a_{s'}} |e^{x_s - x_{s'}} - 1|` of each row, for log-weights a and errors x."""
+    error, log_weights = (jnp.where(valid, x, 0) for x in (error, log_weights))
+
+    def over(entry: tuple[Array, ...]) -> Array:
+        other, log_weight, present = (x[:, None] for x in entry)
+        difference = jnp.exp(log_weights - log_weight) * jnp.abs(jnp.expm1(error - other))
+        return jnp.max(jnp.where(valid & present, difference, 0), axis=1)
+
+    return jnp.max(lax.map(over, (error.T, log_weights.T, valid.T)), axis=0)
 
 
 def _matmul(a: Array, b: Array) -> Array:

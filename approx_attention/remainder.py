@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.block_sparse import GATHERED, BlockMap, block_sparse_state, gathered_state
-from approx_attention.causal import in_blocks
+from approx_attention.causal import RunningSummary, causal_state, in_blocks, running_moments
 from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, pad_rows
 from approx_attention.states import AttentionState, finite_peak, merge, subtract
 from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
@@ -153,11 +153,22 @@ def _masked_sums(moments: Any, far: np.ndarray) -> Any:
 
 
 def support_and_moments_state(
-    q: Array, k: Array, v: Array, places: Array, seen: Array, moments: FeatureMoments, *, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Array,
+    seen: Array,
+    summarize: Callable[[Array, Array, Array], FeatureMoments],
+    *,
+    block_size: int,
+    is_causal: bool = False,
+    kv_mask: Array | None = None,
 ) -> AttentionState:
     r"""Exact attention to keys of each query's own, plus moments of all keys less what these make of its own.
 
     .. math:: A_{tj} = \phi(q_t) \cdot \phi(k_j) + \big(e^{q_t \cdot k_j} - \phi(q_t) \cdot \phi(k_j)\big)\,[j \in S_t].
+
+    Causally the keys of the query's block and of the one before it are exact anyhow, and nothing of them is taken away.
 
     The moments of the rest come by subtraction: their relative error is that of rounding times the share of the sum
     that is taken away, and where nothing but rounding is left, or less, the rest does not answer. So it is of use only
@@ -169,19 +180,71 @@ def support_and_moments_state(
         v: values ``[S, Dv]``.
         places: numbers of keys, int32 ``[T, K]``.
         seen: which of them count ``[T, K]``; none twice.
-        moments: of all keys.
+        summarize: makes the moments of some tokens, ``(k, v, kv_mask) -> moments``: a sum over them.
+        block_size: tokens per block of the causal form.
+        is_causal: query t sees keys j <= t.
         kv_mask: true where a key is real ``[S]``.
 
     Returns:
         The `AttentionState` of the queries.
     """
-    if kv_mask is not None:
-        seen = seen & kv_mask[places]
+    kv_mask = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    if is_causal:
+        block_size = min(block_size, q.shape[0])
+        first = summarize(k[:1], v[:1], kv_mask[:1])
+        running = _running_sums(summarize, first.features)._replace(near=_nothing)
+        whole = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+        block = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None] // block_size
+        seen = seen & (places < (block - 1) * block_size)
+    else:
+        whole = attend(q, summarize(k, v, kv_mask))
+    seen = seen & kv_mask[places]
     near = gathered_state(q, k, v, places, seen)
-    values_k, log_scale_k = moments.features(k)
-    values_k = jnp.broadcast_to(values_k, (k.shape[0], moments.features.num_features))
+    if is_causal:
+        sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
+        near = merge(near, block_sparse_state(q, k, v, BlockMap.banded(1, 0, **sizes).causal(), kv_mask=kv_mask))
+    positive, negative = _estimates_of_own(q, k, v, places, seen, summarize)
+    rest = subtract(merge(whole, negative), positive)
+    answered = whole.lse > -jnp.inf
+    rest = AttentionState(jnp.where(answered[:, None], rest.out, 0), jnp.where(answered, rest.lse, -jnp.inf))
+    return merge(near, rest)
+
+
+def _running_sums(summarize: Callable[[Array, Array, Array], FeatureMoments], features: Any) -> RunningSummary:
+    """Moments of a growing prefix, made block by block, which one map reads."""
+    running = running_moments(features)
+
+    def append(moments: Any, _: Array, k: Array, v: Array, kv_mask: Array) -> Any:
+        block = dataclasses.replace(summarize(k, v, kv_mask), features=features)
+        return dataclasses.replace(merge(running.read(moments), block), features=None)
+
+    return running._replace(append=append)
+
+
+def _nothing(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+    return AttentionState.empty(q.shape[0], v.shape[1], q.dtype)
+
+
+def _estimates_of_own(
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Array,
+    seen: Array,
+    summarize: Callable[[Array, Array, Array], FeatureMoments],
+) -> tuple[AttentionState, AttentionState]:
+    """What moments make of keys of each query's own: of those with positive estimates, and of those with negative."""
+    one: Any = summarize(k[:1], v[:1], jnp.ones(1, bool))
+
+    @jax.vmap
+    def moments_of(k: Array) -> tuple[Array, Array]:
+        # Not the map made of the key alone: what reads the query may weigh the features anew.
+        moments = summarize(k[None], jnp.zeros((1, 1), k.dtype), jnp.ones(1, bool))
+        return moments.mass, moments.log_scale
+
+    mass, log_scale_k = moments_of(k)
     peak_k = finite_peak(jnp.max(log_scale_k, axis=1))
-    phi_k = pad_rows(values_k * jnp.exp(log_scale_k - peak_k[:, None]), 1)
+    phi_k = pad_rows(mass * jnp.exp(log_scale_k - peak_k[:, None]), 1)
     v, peak_k = pad_rows(v, 1), jnp.pad(peak_k, (0, 1))
     nowhere, num_queries = k.shape[0], q.shape[0]
     rows = min(num_queries, max(1, GATHERED // places.shape[1]))
@@ -189,17 +252,19 @@ def support_and_moments_state(
     @jax.checkpoint
     def of_rows(args: tuple[Array, Array]) -> AttentionState:
         q, places = args
-        values, log_scale = moments.features(q)
+        values, log_scale = one.features(q)
         peak = finite_peak(jnp.max(log_scale, axis=1))
         phi = values * jnp.exp(log_scale - peak[:, None])
+        phi = jnp.broadcast_to(phi, (q.shape[0], phi_k.shape[1]))
         kernel = jnp.einsum("tr,tkr->tk", phi, phi_k[places])
-        present = (places < nowhere) & (kernel > 0)
-        log_kernel = jnp.log(jnp.where(present, kernel, 1)) + peak[:, None] + peak_k[places]
+        kernel = jnp.stack([kernel, -kernel], axis=1)
+        present = (places < nowhere)[:, None, :] & (kernel > 0)
+        log_kernel = jnp.log(jnp.where(present, kernel, 1)) + (peak[:, None] + peak_k[places])[:, None, :]
         bias = jnp.where(present, log_kernel, HIDDEN)
-        one = jnp.zeros((1, 1), q.dtype), jnp.zeros((places.shape[1], 1), q.dtype)
-        state = jax.vmap(lambda v, bias: dense_state(*one, v, bias[None]))(v[places], bias)
-        return jax.tree.map(lambda x: x[:, 0], state)
+        signs, keys = jnp.zeros((2, 1), q.dtype), jnp.zeros((places.shape[1], 1), q.dtype)
+        return jax.vmap(lambda v, bias: dense_state(signs, keys, v, bias))(v[places], bias)
 
-    estimated = lax.map(of_rows, (in_blocks(q, rows), in_blocks(jnp.where(seen, places, nowhere), rows)))
-    estimated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], estimated)
-    return merge(near, subtract(attend(q, moments), estimated))
+    state = lax.map(of_rows, (in_blocks(q, rows), in_blocks(jnp.where(seen, places, nowhere), rows)))
+    state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    positive, negative = (jax.tree.map(lambda x, sign=sign: x[:, sign], state) for sign in range(2))
+    return positive, negative

@@ -113,7 +113,9 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
         True
     """
     absent = part.lse == -jnp.inf
-    ratio = jnp.where(absent, 0, jnp.exp(jnp.where(absent, 0, part.lse - jnp.where(absent, 0, whole.lse))))
+    # Never above 0, so that no overflow, whose derivative is NaN, stands behind what is left out.
+    shift = jnp.minimum(jnp.where(absent, 0, part.lse) - jnp.where(absent, 0, whole.lse), 0)
+    ratio = jnp.where(absent, 0, jnp.exp(shift))
     gone = ratio >= 1
     left = jnp.where(gone, 1, 1 - ratio)
     out = jnp.where(gone[..., None], 0, (whole.out - ratio[..., None] * part.out) / left[..., None])

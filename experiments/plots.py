@@ -345,7 +345,7 @@ def _polynomial_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=title, xscale="linear" if by == "degree" else "log", yscale="log", xlabel=label)
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
-    worst = "worst output, in units of the range of values (dotted: certificate)"
+    worst = "worst output over range of values\n(dotted: certificate)"
     panels[0].set_ylabel(worst if by == "degree" else "skill error")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

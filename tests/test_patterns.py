@@ -138,6 +138,7 @@ def test_a_pattern_is_a_pytree_that_knows_its_number_of_keys():
         (lambda: SparsePattern.from_dense(np.array([[1.0, np.nan]])), "NaN"),
         (lambda: SparsePattern.from_dense(np.array([[1.0, np.inf]])), "finite"),
         (lambda: SparsePattern.from_dense(np.ones(3)), "shape"),
+        (lambda: SparsePattern.from_dense(np.eye(3), -1.0), "atol must be finite and not negative, got -1"),
         (lambda: SparsePattern.from_indices([[0], [2]], num_keys=2), "got 2 in row 1"),
         (lambda: SparsePattern.from_indices([[0], [-1]], num_keys=2), "got -1 in row 1"),
         (lambda: SparsePattern.from_indices([[0], [1, 1]], num_keys=2), "duplicates in row 1"),
@@ -163,5 +164,12 @@ def test_what_is_no_pattern_is_refused_by_name(make, says):
 
 
 def test_keys_must_be_integers():
-    with pytest.raises(TypeError, match="integers"):
-        SparsePattern.from_indices([[0.5]], num_keys=2)
+    for make in (
+        lambda: SparsePattern.from_indices([[0.5]], num_keys=2),
+        lambda: SparsePattern.banded(4, [0.7]),
+        lambda: SparsePattern.banded(4, [0]).with_global([0.5]),
+    ):
+        with pytest.raises(TypeError, match="must be integers"):
+            make()
+    nothing = SparsePattern.banded(4, [0]).with_global([])
+    np.testing.assert_array_equal(nothing.to_dense(), np.eye(4))

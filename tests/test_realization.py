@@ -87,6 +87,36 @@ def test_the_certificate_is_what_brute_force_finds(seed, is_causal):
         assert bool(certify(*arrays, pattern, is_causal=is_causal, **limits).ok) is ok
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_absolute_errors_of_ratios_are_what_brute_force_finds(is_causal):
+    pattern = ragged(8, 19, 5, is_causal=is_causal)
+    random = np.random.default_rng(8)
+    arrays = [jnp.asarray(random.normal(size=shape) / 2, jnp.float32) for shape in ((19, 6), (6, 4), (6, 4))]
+    logits, matrix = logits_of(arrays), np.asarray(pattern.to_dense(), np.float64)
+    worst = max(
+        abs(math.exp(logits[i, s] - logits[i, r]) - matrix[i, s] / matrix[i, r])
+        for i in range(19)
+        for s in np.flatnonzero(matrix[i])
+        for r in np.flatnonzero(matrix[i])
+    )
+    measure = functools.partial(certify, *arrays, pattern, is_causal=is_causal, eps1=1e9)
+    found = measure(ratio="absolute", eps2=1.01 * worst)
+    np.testing.assert_allclose(np.expm1(found.log1p_eps2), worst, rtol=1e-5)
+    assert bool(found.ok)
+    assert not bool(measure(ratio="absolute", eps2=0.99 * worst).ok)
+    relative = measure()
+    assert abs(float(relative.log1p_eps2 - found.log1p_eps2)) > 0.01
+    np.testing.assert_array_equal(np.stack(relative)[[0, 2, 3, 4]], np.stack(found)[[0, 2, 3, 4]])
+
+
+def test_a_projection_is_accepted_by_either_error():
+    pattern, options = ragged(1, N, 3), {"method": "orthogonal", "d": 22, "max_draws": 1, "tau": 6.0}
+    for ratio in ("relative", "absolute"):
+        limit = float(np.expm1(realize(pattern, 0.5, 1.0, ratio=ratio, **options).certificate.log1p_eps2))
+        assert bool(realize(pattern, 0.5, 1.01 * limit, ratio=ratio, **options).certificate.ok)
+        assert not bool(realize(pattern, 0.5, 0.99 * limit, ratio=ratio, **options).certificate.ok)
+
+
 def test_the_certificate_of_more_rows_than_a_block(x64):
     pattern = SparsePattern.random(KEY, 300, 3)
     random = np.random.default_rng(0)
@@ -327,6 +357,8 @@ def test_the_largest_logit_allowed():
         assert bool(limited.ok) is ok
     np.testing.assert_allclose(free.logits_needed(0.1), free.logit_absmax, rtol=1e-3)
     np.testing.assert_allclose(free.logits_needed(0.01), 2 * free.logit_absmax, rtol=1e-3)
+    inverted = certify(jnp.eye(4), -8 * jnp.eye(4), jnp.eye(4), SparsePattern.banded(4, [0]))
+    assert float(inverted.logits_needed(0.1)) == math.inf
 
 
 def test_a_certificate_speaks_of_inputs_as_they_are_rounded():
@@ -393,8 +425,8 @@ def test_least_squares_fail_as_often_as_the_bound_says(d, measured):
     assert abs(rate - measured) < 4 * math.sqrt(2 * measured * (1 - measured) / 300)
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 7, 60])
-@pytest.mark.parametrize("sharpness", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("freedom", [1, 2, 7, 60, 500])
+@pytest.mark.parametrize("sharpness", [1e-6, 0.1, 0.5, 2.0])
 def test_the_tail_of_student(freedom, sharpness):
     expected = stats.t.logsf(math.sqrt(freedom) * sharpness, freedom)
     np.testing.assert_allclose(log_t_tail(freedom, sharpness), expected, rtol=1e-10)
@@ -413,6 +445,21 @@ def test_least_squares_bounds_by_their_definitions(n, k, exact_dim, closed):
     lifted = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact", tau=4 * math.log(10)).dim
     spread = dimension_bound(n, k, 0.1, 0.1, kind="least_squares_exact", tau=4 * math.log(10), gamma=4.0).dim
     assert found.dim < lifted < spread or k == 1
+
+
+def test_least_squares_bounds_where_they_are_hardest():
+    for kind in ("least_squares", "least_squares_exact"):
+        # A row that sees every key still has to be interpolated.
+        assert dimension_bound(8, 8, 0.1, 0.1, kind=kind).dim == 8
+    # With hardly any gap above what is asked for, tails of a billion degrees of freedom are summed.
+    gap, tau = math.log(10), math.log(10) + 1e-3
+    closed, exact_dim = (
+        dimension_bound(1024, 4, 0.1, 0.1, kind=kind, tau=tau).dim for kind in ("least_squares", "least_squares_exact")
+    )
+    sharpness = (tau - gap) / math.sqrt(4) / tau
+    normal = stats.norm.isf(0.5 / (1024 * 1020)) ** 2 / sharpness**2
+    np.testing.assert_allclose(exact_dim, normal, rtol=1e-3)
+    assert exact_dim < closed < 1.3 * exact_dim
 
 
 def test_bounds_of_projections_by_their_definitions():
@@ -449,6 +496,10 @@ def test_the_search_finds_what_draws_need():
     assert again.per_trial == found.per_trial[:1]
     hopeless = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, max_dim=4)
     assert hopeless.dim == math.inf
+    # Interpolation starts at as many channels as keys a row, which may be too many.
+    full = SparsePattern.from_dense(np.ones((4, 4), np.float32))
+    assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=3).dim == math.inf
+    assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=4).dim == 4
 
 
 @pytest.mark.parametrize("num_keys", [2, 3, 4])
@@ -491,7 +542,11 @@ def test_one_channel_against_all_orders_of_keys(num_keys):
         ({"d": 4}, "wls needs d >= 5"),
         ({"d": 9, "method": "trigonometric"}, "trigonometric needs d >= 10"),
         ({"max_draws": 0}, "max_draws must be at least 1"),
+        ({"ratio": "squared"}, "ratio must be one of relative, absolute"),
         ({"key": None}, "pass a key"),
+        ({"tau": -1.0}, "tau must be positive, got -1"),
+        ({"tau": math.nan}, "tau must be positive, got nan"),
+        ({"max_logit": 0.0}, "max_logit must be positive, got 0"),
         ({"is_causal": True}, r"sees no key after its query, but 23 rows do: causal\(\)"),
         ({"method": "dense"}, "zeros in 24 rows"),
     ],
@@ -517,6 +572,8 @@ def test_other_refusals():
         certify(jnp.ones((3, 4)), jnp.ones((4, 2)), jnp.ones((4, 2)), identity)
     with pytest.raises(ValueError, match="w_q and w_k must be"):
         certify(jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 3)), identity)
+    with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
+        realize(identity, d=4, dtype=jnp.int32)
     with pytest.raises(ValueError, match="makes none"):
         minimal_dimension(identity, 0.1, 0.1, key=KEY, method="dense")
     for options, says in (
@@ -526,6 +583,9 @@ def test_other_refusals():
         ({"kind": "least_squares", "tau": 1.0}, "tau must exceed"),
         ({"keys_per_row": 65}, "at most num_tokens"),
         ({"gamma": 0.5}, "gamma must be at least 1"),
+        ({"eps2": math.nan}, "eps2 at least 0"),
+        ({"kind": "least_squares", "tau": math.nan}, "tau must exceed"),
+        ({"kind": "packing", "logit_budget": math.nan}, "positive logit_budget"),
         ({"p": 1.0}, "p must lie in"),
     ):
         arguments = {"num_tokens": 64, "keys_per_row": 2, "eps1": 0.1, "eps2": 0.1, **options}

@@ -32,11 +32,14 @@ from approx_attention import (
     summarize_exact,
     summarize_favor,
     summarize_mean_pool,
+    summarize_polynomial,
     top_k,
 )
 from approx_attention.block_sparse import block_lists_state
+from approx_attention.features import TrigonometricFeatures
 from approx_attention.methods import sparse
 from approx_attention.segments import averaging_matrix
+from approx_attention.summaries import FeatureMoments
 from tests.references import brute_force, causal_mask, random_head, relative_error
 from tests.test_contract import equations
 
@@ -205,6 +208,17 @@ def test_the_cheaper_form_is_chosen(monkeypatch):
     assert chosen == ["_over_gathered", "_over_blocks", "_over_gathered", "_over_blocks"]
 
 
+def test_what_a_causal_head_does_not_see_is_not_gathered():
+    # A global token at the start sees every key, and none but itself causally.
+    pattern = SparsePattern.banded(512, [-1, 0]).with_global([0])
+    assert pattern.keys_per_row == 512
+    chosen = sparse._cheaper(pattern, True)
+    assert isinstance(chosen, SparsePattern)
+    assert chosen.keys_per_row == 3
+    np.testing.assert_array_equal(support(chosen), support(pattern) & causal_mask(512, 512))
+    assert isinstance(sparse._cheaper(pattern, False), BlockMap)
+
+
 def test_only_visited_blocks_are_computed(optimized):
     length, size, head_dim = 4096, 64, 32
     x = jax.ShapeDtypeStruct((length, head_dim), jnp.float32)
@@ -256,8 +270,12 @@ def test_what_is_refused():
         bigbird(q, k, v, jax.random.key(0), num_window_blocks=2)
     with pytest.raises(ValueError, match="blocks must be"):
         bigbird(q, k, v, block_size=4, blocks=jnp.zeros((3, 1), jnp.int32))
+    with pytest.raises(TypeError, match="blocks"):
+        bigbird(q, k, v, block_size=4, blocks=jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match="lsh_top_k is random"):
         lsh_top_k(q, k, v)
+    with pytest.raises(ValueError, match="num_hashes must be at most 24, got 40"):
+        lsh_top_k(q, k, v, jax.random.key(0), num_hashes=40)
 
 
 # patterns in use
@@ -292,6 +310,17 @@ def test_bigbird_is_a_window_with_global_and_random_blocks(is_causal):
     options = {"block_size": 4, "num_global_blocks": 2, "is_causal": is_causal}
     out = bigbird(q, k, v, blocks=jnp.asarray(blocks, jnp.int32), **options)
     np.testing.assert_allclose(out, brute_force(q, k, v, mask=mask)[0], atol=2e-6)
+
+
+def test_given_blocks_that_are_none_hide_no_other():
+    free = np.array([[True, True, True, False]])
+    for given, seen in (([-1, 0], [0]), ([-2, -1, 0, 1], [0, 1]), ([0, 0, 4, 9], [0]), ([3, 2, -1], [2])):
+        lists, present = sparse._given_lists(free, jnp.asarray([given], jnp.int32))
+        assert np.asarray(lists)[np.asarray(present)].tolist() == seen
+    q, k, v = random_head(11, 38, 45)
+    options = {"block_size": 4, "num_random_blocks": 0}
+    none = bigbird(q, k, v, blocks=jnp.full((10, 2), -1, jnp.int32), **options)
+    np.testing.assert_allclose(bigbird(q, k, v, **options), none, atol=1e-6)
 
 
 def test_random_blocks_are_uniform_and_left_over():
@@ -470,13 +499,61 @@ def test_moments_less_what_they_make_of_the_support(kind):
     np.testing.assert_allclose(state.lse, lse, atol=5e-5)
 
 
+WAVES = TrigonometricFeatures(gaussian_projection(jax.random.key(9), 16, 8))
+MOMENTS = {
+    "positive": FEATURES,
+    "signed": lambda k, v, key, *, kv_mask: FeatureMoments.of_tokens(WAVES, k, v, kv_mask),
+    "read by another map": functools.partial(summarize_polynomial, degree=2),
+}
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_subtraction_of_any_moments_against_their_matrix(name, is_causal, x64):
+    block_size, pattern = 8, PATTERNS["random"]()
+    q, k, v = random_head(21, LENGTH, LENGTH, spread=0.7, dtype=jnp.float64)
+    places, (q_own, k_own) = np.arange(LENGTH), fold_scale(q, k)
+
+    @functools.partial(jax.vmap, out_axes=1)
+    def column(k):
+        moments = MOMENTS[name](k[None], jnp.zeros((1, 1)), None, kv_mask=jnp.ones(1, bool))
+        values, log_scale = moments.features(q_own)
+        return (values * jnp.exp(log_scale + moments.log_scale[None])) @ moments.mass
+
+    estimates = np.asarray(column(k_own))
+    assert (estimates.min() < 0) == (name == "signed")
+    kv_mask = places % 6 != 2
+    exactly = support(pattern)
+    if is_causal:
+        exactly = exactly | (places[None] // block_size >= places[:, None] // block_size - 1)
+    seen = kv_mask & (causal_mask(LENGTH, LENGTH) if is_causal else True)
+    near = is_causal & (places[None] // block_size >= places[:, None] // block_size - 1)
+    # Where moments or what is left of them have no positive sum, they do not answer.
+    sums = [np.where(seen & ~hidden, estimates, 0).sum(1) for hidden in (near, exactly)]
+    answered = (sums[0] > 0) & (sums[1] > 0)
+    assert answered.all() == (not is_causal)
+    weights = np.where(exactly, np.exp(np.asarray(q_own) @ np.asarray(k_own).T), estimates * answered[:, None]) * seen
+    soiled = tuple(jnp.where(kv_mask[:, None], x, jnp.nan) for x in (k, v))
+    options = {"is_causal": is_causal, "block_size": block_size, "kv_mask": jnp.asarray(kv_mask)}
+    function = functools.partial(sparse_plus_summary, pattern=pattern, summarize=MOMENTS[name], **options)
+    out, pull = jax.jit(lambda *args: jax.vjp(function, *args))(q, *soiled)
+    np.testing.assert_allclose(out, weights @ np.asarray(v) / weights.sum(1, keepdims=True), atol=1e-12)
+    gradients = pull(out)
+    chex.assert_tree_all_finite(gradients)
+    assert np.all(np.asarray(gradients[1])[~kv_mask] == 0)
+
+
 def test_the_twins_are_the_methods_that_bear_their_names():
     q, k, v = random_head(22, 48, 48)
     window = BlockMap.banded(1, 1, block_size=8, num_queries=48, num_keys=48)
-    combined = functools.partial(sparse_plus_summary, q, k, v, pattern=window)
+
+    def combined(**options):
+        return jax.jit(functools.partial(sparse_plus_summary, pattern=window, **options))(q, k, v)
+
     for is_causal in (False, True):
         out = combined(summarize=FEATURES, is_causal=is_causal)
-        expected = scatterbrain(q, k, v, projection=PROJECTION, window_size=8, is_causal=is_causal)
+        twin = functools.partial(scatterbrain, projection=PROJECTION, window_size=8, is_causal=is_causal)
+        expected = jax.jit(twin)(q, k, v)
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
     def chunks(k, v, key, *, kv_mask):
@@ -487,9 +564,10 @@ def test_the_twins_are_the_methods_that_bear_their_names():
         values = jnp.einsum("cj,cjd->cd", jax.nn.softmax(logits, axis=1), v_chunks)
         return WeightedKV(means, 4 * values, jnp.full(len(means), 4.0))
 
-    expected = eva(q, k, v, window_size=8, overlap=8, chunk_size=4, proposal_mean="k")
+    twin = functools.partial(eva, window_size=8, overlap=8, chunk_size=4, proposal_mean="k")
+    expected = jax.jit(twin)(q, k, v)
     np.testing.assert_allclose(combined(summarize=chunks), expected, atol=2e-6)
-    expected = eva(q, k, v, window_size=8, chunk_size=4, is_causal=True)
+    expected = jax.jit(functools.partial(eva, window_size=8, chunk_size=4, is_causal=True))(q, k, v)
     np.testing.assert_allclose(combined(summarize=chunks, is_causal=True), expected, atol=2e-6)
 
 
@@ -500,8 +578,9 @@ def test_the_coreset_twin(is_causal):
     options = {"coreset_size": 2, "algorithm": "uniform"}
     coresets = functools.partial(summarize_coreset, **options)
     key = jax.random.key(3)
-    out = sparse_plus_summary(q, k, v, key, pattern=window, summarize=coresets, is_causal=is_causal)
-    expected = sparse_coreset(q, k, v, key, window_size=6, is_causal=is_causal, **options)
+    ours = functools.partial(sparse_plus_summary, pattern=window, summarize=coresets, is_causal=is_causal)
+    twin = functools.partial(sparse_coreset, window_size=6, is_causal=is_causal, **options)
+    out, expected = (jax.jit(function)(q, k, v, key) for function in (ours, twin))
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
@@ -509,28 +588,31 @@ def test_signed_masses_and_means_of_blocks():
     q, k, v = random_head(23, 64, 64, spread=0.5)
     window = BlockMap.banded(1, 1, block_size=8, num_queries=64, num_keys=64)
     truth = brute_force(q, k, v)[0]
-    combined = functools.partial(sparse_plus_summary, q, k, v, jax.random.key(0), pattern=window)
+
+    def combined(summarize):
+        function = functools.partial(sparse_plus_summary, pattern=window, summarize=summarize)
+        return jax.jit(function)(q, k, v, jax.random.key(0))
+
     signed = functools.partial(summarize_coreset, coreset_size=4, algorithm="kmeans_nystrom")
     means = functools.partial(summarize_mean_pool, num_landmarks=2)
     near_only = relative_error(sparse_attention(q, k, v, pattern=window), truth)
     for summarize in (signed, means):
-        assert relative_error(combined(summarize=summarize), truth) < 0.5 * near_only
+        assert relative_error(combined(summarize), truth) < 0.5 * near_only
     # Two means for a block, against the matrix: what stands for four keys counts four times.
     pool = averaging_matrix(64, 16, jnp.float32)
     keys, values = jnp.concatenate([k, pool @ k]), jnp.concatenate([v, pool @ v])
     near = window.to_mask()
     mask = np.concatenate([near, ~near[:, ::4]], axis=1)
     bias = np.log(np.where(np.arange(80) < 64, 1.0, 4.0))[None]
-    np.testing.assert_allclose(
-        combined(summarize=means), brute_force(q, keys, values, mask=mask, bias=bias)[0], atol=2e-6
-    )
+    np.testing.assert_allclose(combined(means), brute_force(q, keys, values, mask=mask, bias=bias)[0], atol=2e-6)
 
 
 def test_a_later_token_changes_no_earlier_answer_of_support_and_summary():
     q, k, v = random_head(24, LENGTH, LENGTH)
-    pattern = blocks_of(LENGTH, LENGTH, 4, 0.3)
-    for summarize in (FEATURES, functools.partial(summarize_coreset, coreset_size=2)):
-        function = jax.jit(functools.partial(sparse_plus_summary, pattern=pattern, summarize=summarize, is_causal=True))
+    blocks, coresets = blocks_of(LENGTH, LENGTH, 4, 0.3), functools.partial(summarize_coreset, coreset_size=2)
+    own = {"pattern": PATTERNS["global"](), "block_size": 4}
+    for summarize, options in ((FEATURES, {"pattern": blocks}), (coresets, {"pattern": blocks}), (FEATURES, own)):
+        function = jax.jit(functools.partial(sparse_plus_summary, summarize=summarize, is_causal=True, **options))
         before = function(q, k, v, jax.random.key(0))
         for j in (4, 13, 30):
             after = function(q, k.at[j].add(3.0), v.at[j].set(1e4), jax.random.key(0))
@@ -553,13 +635,26 @@ def test_subtract_undoes_merge(x64):
     assert np.all(gone.lse == -np.inf)
 
 
+@pytest.mark.parametrize("whole", [0.0, -math.inf])
+@pytest.mark.parametrize("part", [0.0, 1.0, 200.0])
+def test_what_is_not_there_has_no_derivative(whole, part):
+    # A part that seems larger than the whole, be it by rounding or by negative estimates.
+    def total(whole, part):
+        rest = subtract(AttentionState(jnp.ones((1, 2)), whole), AttentionState(jnp.full((1, 2), 2.0), part))
+        return jnp.sum(rest.out) + jnp.sum(jnp.exp(rest.lse))
+
+    value, slopes = jax.value_and_grad(total, (0, 1))(jnp.array([whole]), jnp.array([part]))
+    assert float(value) == 0
+    chex.assert_trees_all_equal(slopes, (jnp.zeros(1), jnp.zeros(1)))
+
+
 def test_what_support_and_summary_refuses():
     q, k, v = random_head(26, 8, 8)
     pattern = SparsePattern.banded(8, [0])
     with pytest.raises(NotImplementedError, match="supports FeatureMoments only, got WeightedKV"):
         sparse_plus_summary(q, k, v, pattern=pattern, summarize=summarize_exact)
-    with pytest.raises(NotImplementedError, match="is_causal with a BlockMap only"):
-        sparse_plus_summary(q, k, v, pattern=pattern, summarize=FEATURES, is_causal=True)
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        sparse_plus_summary(q, k, v, pattern=pattern, summarize=FEATURES, block_size=0, is_causal=True)
     blocks = BlockMap.from_blocks(~np.eye(2, dtype=bool), block_size=4, num_queries=8, num_keys=8)
     with pytest.raises(ValueError, match="every block must visit itself"):
         sparse_plus_summary(q, k, v, pattern=blocks, summarize=FEATURES, is_causal=True)

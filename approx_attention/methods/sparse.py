@@ -1,5 +1,6 @@
 """Sparse attention: exact on the keys of a pattern, alone or with a summary of the others; patterns that are in use."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -106,17 +107,22 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
     if is_traced(pattern):
         return pattern
     if is_causal:
+        # Keys ascend, so those that are seen come first.
         valid = np.asarray(pattern.valid) & (np.asarray(pattern.indices) <= np.arange(pattern.num_tokens)[:, None])
-        per_query = int(valid.sum(axis=1).max())
-    else:
-        per_query = pattern.keys_per_row
+        width = max(1, int(valid.sum(axis=1).max()))
+        pattern = dataclasses.replace(
+            pattern,
+            indices=np.asarray(pattern.indices)[:, :width],
+            log_weights=jnp.where(valid, pattern.log_weights, -jnp.inf)[:, :width],
+            valid=valid[:, :width],
+        )
     visited = {}
     for block_size in BLOCK_SIZES:
         with jax.ensure_compile_time_eval():
             mask = np.asarray(pattern.block_mask(block_size))
         visited[block_size] = (np.tril(mask) if is_causal else mask).sum() * block_size**2
     block_size = min(visited, key=lambda size: visited[size])
-    if GATHER_COST * per_query * pattern.num_tokens < visited[block_size]:
+    if GATHER_COST * pattern.keys_per_row * pattern.num_tokens < visited[block_size]:
         return pattern
     return BlockMap.from_pattern(pattern, block_size)
 
@@ -146,6 +152,7 @@ def sparse_plus_summary(
     *,
     pattern: BlockMap | SparsePattern,
     summarize: Callable[..., Summary],
+    block_size: int = 64,
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
@@ -168,7 +175,7 @@ def sparse_plus_summary(
     With a `SparsePattern` every query has keys of its own, one summary of all keys is made, and what it makes of the
     support is subtracted, which needs moments: other summaries do not say what share of them is a key's. Where most of
     the estimated weight lies on the support, little but rounding is left of the rest, and answers may leave the range
-    of the values: prefer blocks. There is no causal form of it.
+    of the values: prefer blocks. Causally the keys of the query's block and of the one before it join the support.
 
     Args:
         q: queries ``[T, D]``.
@@ -180,6 +187,7 @@ def sparse_plus_summary(
         summarize: ``(k, v, key, *, kv_mask) -> summary`` in scaled space, such as `summarize_favor`,
             ``functools.partial(summarize_coreset, coreset_size=8)`` or `summarize_mean_pool`, whose log-normalisers are
             those of softmax attention.
+        block_size: tokens per block of the causal form with a `SparsePattern`; a `BlockMap` has its own.
         is_causal: query t sees keys j <= t; of earlier blocks that it does not visit, the summaries.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
@@ -191,7 +199,7 @@ def sparse_plus_summary(
     Raises:
         ValueError: shapes that do not fit; causally, a block that does not see itself.
         TypeError: dtypes that are not floating point, a pattern that is none.
-        NotImplementedError: a `SparsePattern` with tokens, or causally.
+        NotImplementedError: a `SparsePattern` with a summary of tokens.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -219,15 +227,19 @@ def sparse_plus_summary(
 
         state = blocks_and_rest_state(q, k, v, pattern, of_block, is_causal=is_causal, kv_mask=kv_mask)
     else:
-        if is_causal:
-            raise NotImplementedError("sparse_plus_summary supports is_causal with a BlockMap only")
-        summary = summarize(k, v, key, kv_mask=kv_mask)
-        if not isinstance(summary, FeatureMoments):
-            raise NotImplementedError(
-                f"sparse_plus_summary with a SparsePattern supports FeatureMoments only, got {type(summary).__name__}; "
-                "use a BlockMap"
-            )
-        state = support_and_moments_state(q, k, v, pattern.indices, pattern.valid, summary, kv_mask=kv_mask)
+        check_count("block_size", block_size)
+
+        def moments_of(k: Array, v: Array, kv_mask: Array) -> FeatureMoments:
+            summary = summarize(k, v, key, kv_mask=kv_mask)
+            if not isinstance(summary, FeatureMoments):
+                raise NotImplementedError(
+                    "sparse_plus_summary with a SparsePattern supports FeatureMoments only, got "
+                    f"{type(summary).__name__}; use a BlockMap"
+                )
+            return summary
+
+        options: Any = {"is_causal": is_causal, "kv_mask": kv_mask, "block_size": block_size}
+        state = support_and_moments_state(q, k, v, pattern.indices, pattern.valid, moments_of, **options)
     return state if return_state else state.out.astype(dtype)
 
 
@@ -332,7 +344,7 @@ def bigbird(
         q: queries ``[T, D]``; query t stands at the position of key t.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        key: typed PRNG key; not needed if ``blocks`` is given.
+        key: typed PRNG key; not needed if ``blocks`` is given or none are drawn.
         num_random_blocks: the number r; where fewer blocks are left, all are seen, and if that holds everywhere the
             answer is exact.
         num_window_blocks: the number w of blocks, odd, of which the query's own is the middle one (the last if causal,
@@ -340,7 +352,8 @@ def bigbird(
         num_global_blocks: the number g.
         block_size: tokens per block.
         blocks: numbers of the random blocks ``[ceil(T / block_size), R]`` in place of a draw; those that a query sees
-            anyhow, or twice, or not at all if causal, count for nothing.
+            anyhow, or twice, or not at all if causal, count for nothing, and neither do numbers that are no block's,
+            such as -1.
         is_causal: no key after the query.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
@@ -351,7 +364,7 @@ def bigbird(
 
     Raises:
         ValueError: shapes that do not fit, a window of an even number of blocks, neither key nor blocks.
-        TypeError: dtypes that are not floating point.
+        TypeError: dtypes that are not floating point, blocks that are no integers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -380,8 +393,13 @@ def bigbird(
 
     state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
     if blocks is None:
+        if num_random_blocks == 0:
+            return state if return_state else state.out.astype(dtype)
         drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), check_key("bigbird", key))
     else:
+        blocks = jnp.asarray(blocks)
+        if not jnp.issubdtype(blocks.dtype, jnp.integer):
+            raise TypeError(f"blocks must be integers, got dtype {blocks.dtype}")
         if blocks.ndim != 2 or blocks.shape[0] != len(free):
             raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
         drawn = _given_lists(free, blocks)
@@ -409,8 +427,8 @@ def _random_lists(free: np.ndarray, count: int, key: Array) -> tuple[Array, Arra
 def _given_lists(free: np.ndarray, blocks: Array) -> tuple[Array, Array]:
     """Given columns for each row, and which are free and listed for the first time."""
     lists = jnp.sort(blocks.astype(jnp.int32), axis=1)
+    again = jnp.pad(lists[:, 1:] == lists[:, :-1], ((0, 0), (1, 0)))
     inside = (lists >= 0) & (lists < free.shape[1])
     lists = jnp.where(inside, lists, 0)
     is_free = jnp.take_along_axis(jnp.asarray(free), lists, axis=1)
-    again = jnp.pad(lists[:, 1:] == lists[:, :-1], ((0, 0), (1, 0)))
     return lists, inside & is_free & ~again

@@ -14,6 +14,8 @@ from approx_attention.softmax import pad_rows
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024
+# The buckets are listed, so there must not be many more of them than keys.
+MOST_HASHES = 24
 
 
 def top_k(
@@ -195,7 +197,9 @@ def lsh_top_k(
     if projection is None:
         if num_hashes is None:
             num_hashes = (-(-num_keys // count) - 1).bit_length()
-        shape = num_rounds, check_count("num_hashes", num_hashes, least=0), q.shape[1]
+        if check_count("num_hashes", num_hashes, least=0) > MOST_HASHES:
+            raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: there are 2^b buckets")
+        shape = num_rounds, num_hashes, q.shape[1]
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
     elif projection.ndim != 3 or projection.shape[2] != q.shape[1]:
         raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
