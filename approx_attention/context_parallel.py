@@ -183,11 +183,13 @@ def _form(method: str, is_causal: bool, devices: int, head_dim: int, hyperparame
         )
     options = dict(hyperparameters)
     block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 128)
-    form = _Summaries(registered, is_causal, head_dim, block_size, True, options)
+    form = _Summaries(registered, is_causal, head_dim, block_size, True, False, options)
     short, long = (form.shape_of_summary(blocks * block_size) for blocks in (64, 128))
     if isinstance(short, FeatureMoments):
         return dataclasses.replace(form, sends_tokens=False)
-    if registered.size is not None and short.mass.shape == long.mass.shape:
+    if short.mass.shape != long.mass.shape:
+        return dataclasses.replace(form, by_blocks=True)
+    if registered.size is not None:
         size = options.get(registered.size, known[registered.size].default)
         if size < devices:
             raise ValueError(f"{registered.size} must be at least the number of devices, {devices}, got {size}")
@@ -270,11 +272,12 @@ class _Summaries(_Form):
     head_dim: int
     block_size: int
     sends_tokens: bool
+    by_blocks: bool
     options: dict[str, Any]
 
     @property
     def multiple(self) -> int:
-        return self.block_size if self.is_causal else 1
+        return self.block_size if self.is_causal or self.by_blocks else 1
 
     def answer(self, heads: _Heads, axis: str) -> Array:
         if self.sends_tokens:  # which are drawn on each device for itself; features are one map for all
@@ -294,13 +297,7 @@ class _Summaries(_Form):
     def shape_of_summary(self, length: int) -> Any:
         """The summary of a part of so many tokens, as shapes."""
         tokens = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((length, self.head_dim), (length, 1)))
-
-        def make(k: Array, v: Array, real: Array, key: Array) -> Any:
-            if self.is_causal:
-                return self._running(key).read(self._state_of_blocks(k, v, real, key))
-            return self._summarize(k, v, real, key)
-
-        return jax.eval_shape(make, *tokens, jax.ShapeDtypeStruct((length,), bool), jax.random.key(0))
+        return jax.eval_shape(self._summarize, *tokens, jax.ShapeDtypeStruct((length,), bool), jax.random.key(0))
 
     def _running(self, key: Array) -> RunningSummary:
         assert self.method.running is not None
@@ -360,10 +357,11 @@ def _over_all(summary: Summary, axis: str) -> Summary:
     if isinstance(summary, FeatureMoments):
         peak = lax.pmax(lax.stop_gradient(summary.log_scale), axis)
         factor = jnp.exp(summary.log_scale - finite_peak(peak))
-        sums = lax.psum((summary.value_sum * factor[..., None], summary.mass * factor), axis)
-        return FeatureMoments(*sums, peak, summary.features)
-    tokens = [lax.all_gather(x, axis, axis=1, tiled=True) for x in (summary.k, summary.value_sum, summary.mass)]
-    return WeightedKV(*tokens, _common_range(summary.value_range, axis))
+        value_sum, mass = lax.psum((summary.value_sum * factor[..., None], summary.mass * factor), axis)
+        return FeatureMoments(value_sum, mass, peak, summary.features)
+    gathered = functools.partial(lax.all_gather, axis_name=axis, axis=1, tiled=True)
+    value_range = _common_range(summary.value_range, axis)
+    return WeightedKV(gathered(summary.k), gathered(summary.value_sum), gathered(summary.mass), value_range)
 
 
 def _of_those_before(summary: Summary, axis: str) -> Summary:
@@ -373,7 +371,7 @@ def _of_those_before(summary: Summary, axis: str) -> Summary:
         # In log2(p) rounds, after each of which twice as many devices before are accounted for.
         total, reach = _moments_from(summary, axis, 1), 1
         while reach < devices - 1:
-            total, reach = _added(total, _moments_from(total, axis, reach)), 2 * reach
+            total, reach = jax.vmap(merge)(total, _moments_from(total, axis, reach)), 2 * reach
         return total
     before = (jnp.arange(devices) < own)[:, None, None]
 
@@ -382,24 +380,16 @@ def _of_those_before(summary: Summary, axis: str) -> Summary:
         seen = jnp.where(before if x.ndim == 2 else before[..., None], whole, jnp.zeros_like(whole))
         return jnp.moveaxis(seen, 0, 1).reshape(x.shape[0], devices * x.shape[1], *x.shape[2:])
 
-    tokens = (gathered(x) for x in (summary.k, summary.value_sum, summary.mass))
-    return WeightedKV(*tokens, _common_range(summary.value_range, axis))
+    value_range = _common_range(summary.value_range, axis)
+    return WeightedKV(gathered(summary.k), gathered(summary.value_sum), gathered(summary.mass), value_range)
 
 
 def _moments_from(moments: FeatureMoments, axis: str, offset: int) -> FeatureMoments:
     """The moments that a device before this one has; of no key where there is none."""
-    sums = (_from_neighbour(x, axis, offset) for x in (moments.value_sum, moments.mass))
+    value_sum, mass = (_from_neighbour(x, axis, offset) for x in (moments.value_sum, moments.mass))
     log_scale = _from_neighbour(lax.stop_gradient(moments.log_scale), axis, offset)
     log_scale = jnp.where(lax.axis_index(axis) >= offset, log_scale, -jnp.inf)
-    return FeatureMoments(*sums, log_scale, moments.features)
-
-
-def _added(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
-    """`merge` with a leading axis of heads, for moments of one map."""
-    peak = jnp.maximum(a.log_scale, b.log_scale)
-    factors = [jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b)]
-    value_sum = a.value_sum * factors[0][..., None] + b.value_sum * factors[1][..., None]
-    return FeatureMoments(value_sum, a.mass * factors[0] + b.mass * factors[1], peak, a.features)
+    return FeatureMoments(value_sum, mass, log_scale, moments.features)
 
 
 def _common_range(value_range: Array | None, axis: str) -> Array | None:
