@@ -520,7 +520,10 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
         Derivations of this library, by the inequalities of Hoelder and Cauchy.
     """
     inputs = tensor_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
-    factors = (inputs.q, *inputs.keys)
+    tokens = (inputs.q, *inputs.keys)
+    # In units of the largest entry of each factor, whose powers neither overflow nor vanish.
+    peaks = [jnp.max(jnp.abs(y)) for y in tokens]
+    factors = tuple(y / jnp.where(peak > 0, peak, 1) for y, peak in zip(tokens, peaks, strict=True))
     order = len(factors)
     largest = jnp.stack([jnp.max(jnp.abs(y), axis=0) for y in factors])
     by_channel = jnp.prod(largest, axis=0)
@@ -532,15 +535,12 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
     common = by_channel[None] ** (1 / order) / jnp.where(largest > 0, largest, 1)
     balanced = [y * gauge[None, :] for y, gauge in zip(factors, common, strict=True)]
     euclidean = [jnp.sqrt(jnp.max(squared_norm(y))) for y in factors]
-    entries = [jnp.max(jnp.abs(y)) for y in factors]
-    mixed = [
-        euclidean[a] * euclidean[b] * math.prod(entries[c] for c in range(order) if c not in (a, b))
-        for a, b in itertools.combinations(range(order), 2)
-    ]
-    return functools.reduce(jnp.minimum, [jnp.sum(by_channel), hoelder(factors), hoelder(balanced), *mixed])
+    mixed = [x * y for x, y in itertools.combinations(euclidean, 2)]
+    least = functools.reduce(jnp.minimum, [jnp.sum(by_channel), hoelder(factors), hoelder(balanced), *mixed])
+    return functools.reduce(operator.mul, peaks, least)
 
 
-def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None) -> Array:
+def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
     r"""The root mean square of all logits of tensor attention, exactly and in linear time.
 
     .. math:: \frac{1}{T \prod_a S_a} \sum_{i, j, l} x_{ijl}^2
@@ -552,6 +552,7 @@ def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = N
         q: queries ``[T, D]``.
         k: keys, as in `logit_bound`.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
+        kv_mask: true where a key is real, as in `tensor_attention`; others do not count. 0 without any in a set.
 
     Returns:
         One number.
@@ -565,8 +566,11 @@ def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = N
         >>> float(bounds.logit_rms(jnp.full((3, 1), 2.0), jnp.ones((5, 1))))
         2.0
     """
-    inputs = tensor_inputs(q, k, k, scale=scale)
-    means = [y.T @ y / y.shape[0] for y in (inputs.q, *inputs.keys)]
+    inputs = tensor_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
+    counts = [x.shape[0] if mask is None else jnp.maximum(jnp.sum(mask, dtype=x.dtype), 1)
+              for x, mask in zip(inputs.keys, inputs.masks, strict=True)]  # fmt: skip
+    factors = zip((inputs.q, *inputs.keys), (inputs.q.shape[0], *counts), strict=True)
+    means = [y.T @ y / count for y, count in factors]
     return jnp.sqrt(jnp.sum(functools.reduce(operator.mul, means)))
 
 
@@ -597,7 +601,7 @@ def tensor_certificate(
     k: Any,
     v: Any,
     *,
-    degree: int = 2,
+    degree: int | None = None,
     coefficients: Coefficients | Sequence[float] | np.ndarray = "taylor",
     bound: float | None = None,
     rms: float | None = None,
@@ -622,7 +626,7 @@ def tensor_certificate(
         q: queries ``[T, D]``; this and the next two are numbers, so that it cannot be called under `jax.jit`.
         k: keys, as in `tensor_polynomial`.
         v: values, likewise.
-        degree: g.
+        degree: g, 2 by default, or that of ``coefficients``.
         coefficients: as in `tensor_polynomial`.
         bound: as there; the `logit_bound` of the tensors if it is needed and not given.
         rms: as there; the `logit_rms` of the tensors if it is needed and not given.
@@ -634,7 +638,7 @@ def tensor_certificate(
         The `TensorCertificate`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, logits that are not finite, a degree that is not that of the coefficients.
 
     Example:
         >>> import jax
@@ -651,8 +655,12 @@ def tensor_certificate(
     beta = float(logit_bound(q, k, scale=scale, kv_mask=kv_mask))
     if isinstance(coefficients, str):
         if coefficients == "hermite" and rms is None:
-            rms = float(logit_rms(q, k, scale=scale))
+            rms = float(logit_rms(q, k, scale=scale, kv_mask=kv_mask))
+        degree = 2 if degree is None else degree
         coefficients = exp_coefficients(coefficients, degree, bound=beta if bound is None else bound, rms=rms)
+    elif degree not in (None, len(coefficients) - 1):
+        told = len(coefficients)
+        raise ValueError(f"degree must be that of the {told} coefficients, {told - 1}, got {degree}")
     total_variation = weight_bound(*ratio_range(coefficients, beta))
     value_dim = inputs.values[0].shape[1]
     low, high = np.ones(value_dim), np.ones(value_dim)

@@ -78,7 +78,10 @@ def skill(
             product of the means.
 
     Returns:
-        One number, 0 for exact outputs; ``nan`` where the trivial answer is exact.
+        One number, 0 for exact outputs; ``nan`` or infinite where the trivial answer is exact.
+
+    Raises:
+        ValueError: outputs of different shapes, a trivial answer that does not broadcast to theirs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,7 +89,10 @@ def skill(
         >>> float(skill(jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [3.0]]), jnp.array([[2.0]])).round(3))
         0.707
     """
-    exact_out = exact_out.astype(accumulation_dtype(exact_out))
+    if out.shape != exact_out.shape:
+        raise ValueError(f"outputs to compare must have one shape, got {out.shape} and {exact_out.shape}")
+    dtype = accumulation_dtype(out, exact_out, trivial)
+    out, exact_out, trivial = (x.astype(dtype) for x in (out, exact_out, jnp.broadcast_to(trivial, out.shape)))
     return jnp.linalg.norm(out - exact_out) / jnp.linalg.norm(exact_out - trivial)
 
 

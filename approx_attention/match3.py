@@ -142,6 +142,7 @@ def match3_outputs(x: Int[Array, " N"], weights: Match3) -> Float[Array, " N"]:
         Outputs between 0 and 1, ``[N]``.
     """
     modulus = weights.embedding.shape[0] - 1
+    x = x if x.dtype.itemsize >= 4 else x.astype(jnp.int32)  # the modulus may be beyond a narrower type
     tokens = weights.embedding[x % jnp.asarray(modulus, x.dtype)]
     keys = jnp.concatenate([tokens, weights.null_token[None, :]])
     # Logits are far larger than what tells a match: a GPU's short float32 products would lose it.

@@ -115,7 +115,7 @@ def anisotropic(channel_bounds: Sequence[float], rank: int) -> tuple[IndexSet, f
         :math:`e^{\sum_t \beta_t} - \sum_\alpha \prod_t \beta_t^{\alpha_t} / \alpha_t!`, rounded up.
 
     Raises:
-        ValueError: no channel, a negative or infinite bound, no rank.
+        ValueError: no channel, a negative or infinite bound, a sum of bounds above 700, no rank.
 
     Example:
         >>> from approx_attention.monomials import anisotropic
@@ -126,6 +126,10 @@ def anisotropic(channel_bounds: Sequence[float], rank: int) -> tuple[IndexSet, f
     bounds = tuple(float(b) for b in channel_bounds)
     if not bounds or not all(0 <= b < math.inf for b in bounds):
         raise ValueError(f"channel_bounds must be finite numbers that are not negative, got {channel_bounds!r}")
+    if sum(bounds) > 700:
+        raise ValueError(
+            f"channel_bounds must sum to at most 700, got {sum(bounds)}: no polynomial is near to exp there"
+        )
     return _anisotropic(bounds, check_count("rank", rank))
 
 

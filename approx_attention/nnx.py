@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from approx_attention.api import attention
-from approx_attention.checks import check_choice, check_count
+from approx_attention.checks import accumulation_dtype, check_choice, check_count
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
 from approx_attention.methods.tensor import tensor_attention
@@ -529,9 +529,10 @@ def _before(token: Array, x: Array) -> Array:
 
 
 def _unit_rms(x: Array) -> Array:
-    """Rows divided by their root mean square, which float32 computes; a row of zeros stays one."""
-    square = jnp.mean(x.astype(jnp.float32) ** 2, axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))).astype(x.dtype)
+    """Rows divided by their root mean square, computed in float32 or wider; a row of zeros stays one."""
+    wide = x.astype(accumulation_dtype(x))
+    square = jnp.mean(wide**2, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.where(square > 0, square, 1))).astype(x.dtype)
 
 
 def _over_heads(

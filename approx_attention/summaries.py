@@ -302,6 +302,9 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
     Returns:
         Their product, in time that does not depend on the number of tokens.
 
+    Raises:
+        ValueError: moments of different sizes.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention.monomials import MonomialFeatures, total_degree
@@ -312,6 +315,9 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
         ([1.0, 2.0], [2.0, 4.0])
     """
     for moments in others:
+        if moments.value_sum.shape != first.value_sum.shape:
+            shapes = first.value_sum.shape, moments.value_sum.shape
+            raise ValueError(f"hadamard takes moments of one size [R, Dv], got {shapes[0]} and {shapes[1]}")
         value_sum, mass = first.value_sum * moments.value_sum, first.mass * moments.mass
         first = FeatureMoments(value_sum, mass, first.log_scale + moments.log_scale, first.features)
     return first

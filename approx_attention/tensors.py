@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from approx_attention.causal import in_blocks
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_kv_mask
-from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, map_rows, pad_rows
+from approx_attention.softmax import GREATEST_TILE, HIDDEN, LEAST_TILE, dense_state, map_rows, pad_rows
 from approx_attention.states import AttentionState, finite_peak, merge, normalise
 
 # Rows of composed queries in one tile at least, so that products stay products of matrices when keys are many.
@@ -56,6 +56,8 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
         raise ValueError(f"k and v must hold as many sets of tokens, got {len(keys)} and {len(values)}")
     if kv_mask is None or getattr(kv_mask, "ndim", None) == 1:
         masks = (kv_mask,) * len(keys)
+    elif not isinstance(kv_mask, tuple | list) and getattr(kv_mask, "ndim", 0) < 2:
+        raise TypeError(f"kv_mask must be a boolean array or a tuple of them, got {kv_mask!r}")
     else:
         masks = tuple(kv_mask)
         if len(masks) != len(keys):
@@ -68,12 +70,13 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
             raise ValueError(f"q and k must share the head dimension, got {q.shape[1]} and, in set {a}, {k.shape[1]}")
         if k.shape[0] != v.shape[0] or v.shape[1] != values[0].shape[1]:
             raise ValueError(f"v must hold [S, Dv] for each set of keys; got {v.shape} in set {a} with keys {k.shape}")
-        if 0 in (*q.shape, k.shape[0]):
-            raise ValueError(f"attention needs at least one query, key and channel; got q {q.shape} and k {k.shape}")
+        if 0 in (*q.shape, *v.shape):
+            given = f"q {q.shape}, k {k.shape} and v {v.shape}"
+            raise ValueError(f"attention needs at least one query, key and channel; got {given}")
         if mask is not None:
             check_kv_mask(mask, k.shape[0])
     dtype = accumulation_dtype(q, *keys, *values)
-    q = _scaled(q.astype(dtype), scale)
+    q = scaled(q.astype(dtype), scale)
     keys, values = (
         tuple(x.astype(dtype) if mask is None else jnp.where(mask[:, None], x.astype(dtype), 0)
               for x, mask in zip(xs, masks, strict=True))
@@ -107,16 +110,18 @@ def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] 
         return None
     if is_causal is None:
         raise ValueError("window looks back from each query: it needs is_causal='both' or 'ordered'")
-    window = (window,) * num_sets if hasattr(window, "__index__") else tuple(window)
+    if not isinstance(window, tuple | list):
+        window = (window,) * num_sets
     if len(window) != num_sets:
         raise ValueError(f"window must hold one count for each of {num_sets} sets of keys, got {window}")
     return tuple(check_count("window", width) for width in window)
 
 
-def _scaled(q: Array, scale: float | Array | None) -> Array:
+def scaled(q: Array, scale: float | Array | None) -> Array:
+    """Rows ``[T, D]`` times the scale of the logits, of any sign; ``1/sqrt(D)`` by default."""
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    elif getattr(scale, "shape", ()) != () or isinstance(scale, str | bool):
+    elif isinstance(scale, str | bool | tuple | list) or getattr(scale, "shape", ()) != ():
         raise TypeError(f"scale must be one number, got {scale!r}")
     elif not isinstance(scale, Tracer) and not math.isfinite(float(scale)):
         raise ValueError(f"scale must be finite, got {scale}")
@@ -218,7 +223,10 @@ def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> Atte
         empty = AttentionState.empty(queries.q.shape[0], first.v.shape[1], first.v.dtype)
         return lax.scan(lambda state, tokens: (merge(state, tile(tokens)), None), empty, blocks)[0]
 
-    return map_rows(over_first_keys, queries, max(1, rows // num_keys))
+    # A derivative holds the state of every query before every block of keys, unless it computes them again.
+    held = queries.q.shape[0] * -(-first.k.shape[0] // num_keys) * first.v.shape[1]
+    over_keys = jax.checkpoint(over_first_keys) if held > GREATEST_TILE else over_first_keys
+    return map_rows(over_keys, queries, max(1, rows // num_keys))
 
 
 def _fold(answers: AttentionState, v: Array, visible: Array | None) -> AttentionState:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from approx_attention import WeightedKV, attend, summarize_mean_pool, summarize_uniform_sample
-from approx_attention.diagnostics import Arm, compare, output_error, sup_error, time_interleaved
+from approx_attention.diagnostics import Arm, compare, output_error, skill, sup_error, time_interleaved
 from tests.references import brute_force, random_head, random_heads
 
 
@@ -21,6 +21,15 @@ def test_output_error_of_known_differences():
     assert output_error(exact, exact) == (0, 0)
     with pytest.raises(ValueError, match=r"got \(1, 2, 2\) and \(2, 2\)"):
         inspect.unwrap(output_error)(exact, exact[0])
+
+
+def test_skill_is_a_share_of_the_error_of_the_trivial_answer():
+    exact, mean = jnp.array([[1.0], [3.0]]), jnp.array([[2.0]])
+    assert float(skill(jnp.broadcast_to(mean, (2, 1)), exact, mean)) == pytest.approx(1)
+    assert float(skill(jnp.array([[1.0], [2.0]], jnp.bfloat16), exact, mean)) == pytest.approx(np.sqrt(0.5))
+    assert float(skill(exact, exact, mean)) == 0
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 1\) and \(2, 1\)"):
+        skill(mean, exact, mean)
 
 
 def test_sup_error_of_an_exact_summary_is_zero():

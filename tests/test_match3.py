@@ -84,6 +84,7 @@ def test_residues_may_be_given_by_any_whole_number():
     x = jnp.array([1, 2, 8, 4])
     np.testing.assert_array_equal(match3(x - 22, 11), match3(x, 11))
     np.testing.assert_array_equal(match3(x, 11), by_brute_force(np.asarray(x), 11))
+    np.testing.assert_array_equal(match3(x.astype(jnp.int8), 131), by_brute_force(np.asarray(x), 131))
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,8 @@ def test_bad_features_are_refused():
         total_degree(0, 2)
     with pytest.raises(ValueError, match="channel_bounds must be finite numbers that are not negative"):
         anisotropic([1.0, -1.0], 3)
+    with pytest.raises(ValueError, match="channel_bounds must sum to at most 700, got 800"):
+        anisotropic([400.0, 400.0], 3)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         anisotropic([1.0], 0)
     with pytest.raises(ValueError, match="exact_degree must be less than degree = 2, got 2: use MonomialFeatures"):

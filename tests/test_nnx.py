@@ -206,6 +206,15 @@ def test_tensor_layers_train_every_array_and_mask_padding(name):
         np.testing.assert_allclose(layer(x.at[:, 3:].set(5.0))[:, :3], layer(x)[:, :3], atol=1e-5)
 
 
+def test_a_bounded_tensor_layer_computes_in_the_precision_of_its_input(x64):
+    rows = np.random.default_rng(0).normal(size=(3, 4))
+    expected = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
+    found = ours._unit_rms(jnp.asarray(rows))
+    assert found.dtype == jnp.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+    assert ours._unit_rms(jnp.zeros((1, 4), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_a_tensor_layer_keeps_its_logits_bounded():
     seen = []
 

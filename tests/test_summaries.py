@@ -17,7 +17,7 @@ from approx_attention import (
     merge,
     summary_bytes,
 )
-from approx_attention.summaries import FEATURE_BLOCK
+from approx_attention.summaries import FEATURE_BLOCK, hadamard
 from tests.references import brute_force, random_head
 
 MAPS = {"positive": PositiveFeatures, "trigonometric": TrigonometricFeatures, "relu": ReLUFeatures}
@@ -152,3 +152,10 @@ def test_bytes_count_what_is_held_but_not_the_feature_map():
     assert summary_bytes(WeightedKV.of_tokens(k, v)) == 4 * (9 * 8 + 9 * 5 + 9)
     moments = FeatureMoments.of_tokens(feature_map("positive"), k, v)
     assert summary_bytes(moments) == 4 * (16 * 5 + 16 + 16) == summary_bytes((moments,))
+
+
+def test_only_moments_of_one_size_multiply():
+    features = feature_map("relu")
+    narrow, wide = (FeatureMoments.empty(features, value_dim) for value_dim in (1, 3))
+    with pytest.raises(ValueError, match=r"moments of one size \[R, Dv\], got \(16, 1\) and \(16, 3\)"):
+        hadamard(narrow, wide)

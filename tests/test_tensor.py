@@ -1,6 +1,7 @@
 """Tensor attention, exact and by the polynomial method, against sums over all tuples in float64."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -29,11 +30,17 @@ from approx_attention import (
 )
 from approx_attention.diagnostics import skill
 from approx_attention.methods import polynomial
-from approx_attention.methods.tensor import strassen_channels
+from approx_attention.methods.tensor import determinant_channels, strassen_channels
 from approx_attention.states import AttentionState, merge
-from approx_attention.tensors import check_causal, tensor_inputs
+from approx_attention.tensors import check_causal, scaled, tensor_inputs
+from tests.test_contract import equations
 
 NAMES = "jlpr"
+
+# Compiled once for all calls of one form: the loops of a call that is not are compiled again each time.
+STATIC = ("is_causal", "window", "return_state")
+compiled_exact = jax.jit(tensor_attention, static_argnames=STATIC)
+compiled_polynomial = jax.jit(tensor_polynomial, static_argnames=(*STATIC, "degree"))
 
 
 def tensors(seed, num_queries, lengths, dim=4, value_dim=3, spread=1.0, dtype=jnp.float64):
@@ -125,7 +132,7 @@ def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
 
 
 both_methods = pytest.mark.parametrize(
-    "method", [tensor_attention, functools.partial(tensor_polynomial, degree=4)], ids=["exact", "polynomial"]
+    "method", [compiled_exact, functools.partial(compiled_polynomial, degree=4)], ids=["exact", "polynomial"]
 )
 
 
@@ -163,9 +170,9 @@ def test_order_two_is_ordinary_attention():
 def test_polynomials_of_degree_zero_and_of_even_degree(x64):
     q, keys, values = tensors(6, 8, (9, 7), spread=3.0)
     uniform = jnp.mean(values[0], axis=0) * jnp.mean(values[1], axis=0)
-    close(tensor_polynomial(q, keys, values, degree=0), jnp.broadcast_to(uniform, (8, 3)))
+    close(compiled_polynomial(q, keys, values, degree=0), jnp.broadcast_to(uniform, (8, 3)))
     for degree in (2, 4, 6):  # however large the logits
-        assert np.all(np.isfinite(tensor_polynomial(q, keys, values, degree=degree, return_state=True).lse))
+        assert np.all(np.isfinite(compiled_polynomial(q, keys, values, degree=degree, return_state=True).lse))
 
 
 @both_methods
@@ -260,17 +267,78 @@ def test_exact_blocks_do_not_matter(x64, monkeypatch):
     close(tensor_attention(q, keys, values, is_causal="ordered", window=(20, 30), **options), causal)
 
 
+REMATERIALISED = {
+    "exact": functools.partial(tensor_attention),
+    "window": functools.partial(tensor_attention, is_causal="both", window=(256, 32)),
+    "polynomial": functools.partial(tensor_polynomial, degree=4),
+    "polynomial causal": functools.partial(tensor_polynomial, degree=4, is_causal="ordered"),
+    "polynomial window": functools.partial(tensor_polynomial, degree=4, is_causal="both", window=512),
+}
+
+
+@pytest.mark.parametrize("name", REMATERIALISED)
+def test_no_array_of_a_derivative_is_of_the_size_of_all_pairs(name):
+    def gradient(q, k, v):
+        return jax.vjp(REMATERIALISED[name], q, k, v)[1](jnp.ones((2**15, 8)))
+
+    q, k = jax.ShapeDtypeStruct((2**15, 8), jnp.float32), jax.ShapeDtypeStruct((2, 2**15, 8), jnp.float32)
+    sizes = [
+        math.prod(x.aval.shape)
+        for equation, _ in equations(jax.make_jaxpr(gradient)(q, k, k).jaxpr)
+        for x in (*equation.invars, *equation.outvars)
+        if hasattr(x.aval, "shape")
+    ]
+    assert max(sizes) <= 2**23
+
+
+def test_what_a_derivative_computes_again_does_not_matter(x64, monkeypatch):
+    from approx_attention import tensors as shared
+
+    monkeypatch.setattr(polynomial, "CHUNK_TERMS", 300)
+    monkeypatch.setattr(shared, "LEAST_TILE", 1)
+    monkeypatch.setattr(shared, "LEAST_ROWS", 4)
+    inputs = tensors(21, 45, (45, 45))
+    for method, options in (
+        (tensor_attention, {}),
+        (tensor_polynomial, {"is_causal": "both", "window": (17, 30)}),
+    ):
+        call = lambda *inputs: jnp.sum(method(*inputs, **options) ** 2)  # noqa: B023, E731
+        gradient = jax.value_and_grad(call, (0, 1, 2))
+        held = jax.jit(gradient)(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(shared, "GREATEST_TILE", 0)
+            patch.setattr(polynomial, "GREATEST_TILE", 0)
+            again = jax.jit(lambda *inputs: gradient(*inputs))(*inputs)  # noqa: B023
+        jax.tree.map(close, again, held)
+
+
+def test_a_decoder_has_one_dtype_and_ignores_padding(x64):
+    q, keys, values = tensors(22, 4, (4, 4))
+    for dtype in (jnp.float32, jnp.float64):
+        decoder = running_tensor_polynomial(4, dtype=dtype)
+        real = jnp.array([True, False, True, True])
+        first, second, third = jax.tree.map(lambda x: x.astype(dtype), (q, keys, values))  # noqa: B023
+        state, out = decoder.step(decoder.init(3), first, second, third, (real, real))
+        assert all(x.dtype == dtype for x in jax.tree.leaves((state, out)))
+        filled = jax.tree.map(lambda x: jnp.where(real[:, None], x, jnp.nan), (second, third))  # noqa: B023
+        close(decoder.step(decoder.init(3), first, *filled, (real, real))[1].out, out.out)
+    with pytest.raises(ValueError, match="is_causal must be one of both, ordered; got None"):
+        inspect.unwrap(running_tensor_polynomial)(4, is_causal=None)
+    with pytest.raises(TypeError, match="order must be an integer known when tracing, got '3'"):
+        inspect.unwrap(running_tensor_polynomial)(4, order="3")
+
+
 @pytest.mark.parametrize("is_causal", ["both", "ordered"])
 def test_decoding_is_the_causal_form(x64, is_causal):
     q, keys, values = tensors(14, 20, (20, 20, 20))
     decoder = running_tensor_polynomial(4, order=4, degree=3, is_causal=is_causal, dtype=jnp.float64)
     whole = tensor_polynomial(q, keys, values, degree=3, scale=0.5, is_causal=is_causal)
-    state, start = decoder.init(3, jnp.float64), 0
+    state, start, step = decoder.init(3), 0, jax.jit(decoder.step)
     size = jax.tree.map(jnp.shape, state)
     for length in (1, 4, 1, 14):
         part = slice(start, start + length)
         tokens = tuple(k[part] for k in keys), tuple(v[part] for v in values)
-        state, answer = decoder.step(state, 0.5 * q[part], *tokens)
+        state, answer = step(state, 0.5 * q[part], *tokens)
         close(answer.out, whole[part])
         start += length
     assert jax.tree.map(jnp.shape, state) == size
@@ -278,7 +346,7 @@ def test_decoding_is_the_causal_form(x64, is_causal):
 
 def test_windows_that_cover_all_are_causal(x64):
     q, keys, values = tensors(15, 20, (20, 20))
-    for method in (tensor_attention, tensor_polynomial):
+    for method in (compiled_exact, compiled_polynomial):
         close(method(q, keys, values, is_causal="both", window=20), method(q, keys, values, is_causal="both"))
 
 
@@ -295,6 +363,9 @@ def test_determinants_are_volumes_that_rotations_leave_alone(x64):
     rotation *= np.sign(np.linalg.det(rotation))
     turned = [jnp.asarray((x @ rotation).reshape(x.shape[0], 6)) for x in grouped]
     close(determinant_attention(turned[0], tuple(turned[1:]), values), expected)
+    close(determinant_attention(q, keys, values, scale=None), expected)
+    with pytest.raises(ValueError, match="two sets of keys and 3 n channels, got 1 and 6"):
+        determinant_channels(q, keys[0])
     with pytest.raises(ValueError, match="two sets of keys and 3 n channels, got 2 and 4"):
         determinant_attention(q[:, :4], tuple(k[:, :4] for k in keys), values)
 
@@ -302,19 +373,26 @@ def test_determinants_are_volumes_that_rotations_leave_alone(x64):
 def test_strassen_attention_is_that_of_its_channels(x64):
     f, (g, h), values = tensors(17, 6, (9, 7))
     real = masks(5, (g, h))
-    lifted = tensor_attention(*strassen_channels(f, (g, h)), values, scale=0.5, kv_mask=real)
-    close(strassen_attention(f, (g, h), values, kv_mask=real), lifted)
+    strassen = jax.jit(strassen_attention)
+    lifted = compiled_exact(*strassen_channels(f, (g, h)), values, scale=0.5, kv_mask=real)
+    close(strassen(f, (g, h), values, kv_mask=real), lifted)
     close(
-        strassen_attention(20 * f, (g, h), values),
-        tensor_attention(*strassen_channels(20 * f, (g, h)), values, scale=0.5),
+        strassen(20 * f, (g, h), values),
+        compiled_exact(*strassen_channels(20 * f, (g, h)), values, scale=0.5),
     )
     none = (jnp.zeros(9, bool), None)
-    close(strassen_attention(f, (g, h), values, kv_mask=none), jnp.zeros((6, 3)))
+    close(strassen(f, (g, h), values, kv_mask=none), jnp.zeros((6, 3)))
+    slopes = jax.grad(lambda xs: jnp.sum(strassen(*xs, kv_mask=none)))((f, (g, h), values))
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(slopes))
+    with pytest.raises(ValueError, match="scale must be finite, got inf"):
+        strassen_attention(f, (g, h), values, scale=math.inf)
+    with pytest.raises(ValueError, match="strassen_channels takes two sets of keys, got 1"):
+        strassen_channels(f, g)
     # Where nothing is left of any pair the answer is NaN, not a number that looks like one.
     f, g, h = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[-5.0, 1.0], [5.0, -1.0]])
     values = jnp.ones((1, 1)), jnp.ones((2, 1))
-    assert np.all(np.isnan(strassen_attention(f, (g, h), values, scale=1e3)))
-    close(tensor_attention(*strassen_channels(f, (g, h)), values, scale=1e3), jnp.ones((1, 1)))
+    assert np.all(np.isnan(strassen(f, (g, h), values, scale=1e3)))
+    close(compiled_exact(*strassen_channels(f, (g, h)), values, scale=1e3), jnp.ones((1, 1)))
 
 
 def test_large_rows_are_exact_in_the_support_basis(x64):
@@ -323,14 +401,14 @@ def test_large_rows_are_exact_in_the_support_basis(x64):
     keys = keys[0].at[jnp.array([2, 9])].mul(40), keys[1].at[5].mul(60)
     real = masks(6, keys)
     options = {"kv_mask": real, "scale": 0.5}
-    expected = tensor_attention(q, keys, values, **options)
+    expected = compiled_exact(q, keys, values, **options)
     large = {"num_large_queries": 1, "num_large_keys": 2}
-    split = tensor_support_basis(q, keys, values, degree=6, **large, **options)
+    split = jax.jit(functools.partial(tensor_support_basis, degree=6, **large))(q, keys, values, **options)
     assert np.max(np.abs(split - expected)) < 1e-8
-    assert np.max(np.abs(tensor_polynomial(q, keys, values, degree=6, **options) - expected)) > 1e-2
+    assert np.max(np.abs(compiled_polynomial(q, keys, values, degree=6, **options) - expected)) > 1e-2
     everything = {"num_large_queries": 0, "num_large_keys": 13}
-    close(tensor_support_basis(q, (keys[0][:13], keys[1]), (values[0][:13], values[1]), **everything),
-          tensor_attention(q, (keys[0][:13], keys[1]), (values[0][:13], values[1])))  # fmt: skip
+    inputs = q, (keys[0][:13], keys[1]), (values[0][:13], values[1])
+    close(jax.jit(functools.partial(tensor_support_basis, **everything))(*inputs), compiled_exact(*inputs))
     with pytest.raises(ValueError, match="num_large_keys must be at most the number of tokens, 13, got 14"):
         tensor_support_basis(q, keys, values, num_large_keys=14)
 
@@ -345,11 +423,11 @@ def test_the_certificate_is_never_violated(seed, order, degree, spread, is_causa
             q, keys, values, degree=degree, coefficients=coefficients, scale=0.4, tolerance=0.1
         )
         beta = certificate.logit_bound
-        options = {"degree": degree, "coefficients": coefficients, "bound": beta, "scale": 0.4}
-        options["rms"] = float(bounds.logit_rms(q, keys, scale=0.4))
-        causal = "both" if is_causal else None
-        out = tensor_polynomial(q, keys, values, is_causal=causal, **options)
-        expected = tensor_attention(q, keys, values, is_causal=causal, scale=0.4)
+        rms = float(bounds.logit_rms(q, keys, scale=0.4))
+        options = {"is_causal": "both" if is_causal else None, "scale": 0.4}
+        chosen = jnp.asarray(exp_coefficients(coefficients, degree, bound=beta, rms=rms))
+        out = compiled_polynomial(q, keys, values, coefficients=chosen, **options)
+        expected = compiled_exact(q, keys, values, **options)
         error = np.max(np.abs(np.asarray(out - expected)), axis=0)
         assert np.all(error <= certificate.output + 1e-9)
         assert certificate.met == (certificate.total_variation <= 0.1)
@@ -375,13 +453,34 @@ def test_the_bound_on_logits_is_reached_and_ignores_padding(x64):
     close(bounds.logit_bound(x, (padded, x), scale=1.0, kv_mask=(jnp.array([True, True, False]), None)), 8.0)
 
 
+def test_certificates_ignore_padding(x64):
+    q, keys, values = tensors(23, 6, (9, 7))
+    real = jnp.arange(9) < 5
+    padded = [(jnp.where(real[:, None], xs[0], jnp.nan), xs[1]) for xs in (keys, values)]
+    options = {"scale": -0.3, "degree": 4, "coefficients": "hermite"}
+    found = bounds.tensor_certificate(q, *padded, kv_mask=(real, None), **options)
+    expected = bounds.tensor_certificate(q, (keys[0][:5], keys[1]), (values[0][:5], values[1]), **options)
+    assert math.isfinite(expected.total_variation)
+    jax.tree.map(close, found[:3], expected[:3])
+    assert bounds.logit_rms(q, keys, kv_mask=(jnp.zeros(9, bool), None)) == 0
+    with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
+        bounds.tensor_certificate(q, keys, values, degree=4, coefficients=[1.0, 1.0, 0.5])
+
+
+def test_the_bound_on_logits_neither_overflows_nor_vanishes():
+    q, keys, _ = tensors(24, 6, (9, 7), dtype=jnp.float32)
+    large = bounds.logit_bound(q * 1e-20, (keys[0] * 1e20, keys[1]))
+    close(large, bounds.logit_bound(q, keys), 1e-5)
+    assert bounds.logit_bound(0 * q, tuple(1e20 * k for k in keys)) == 0
+
+
 def test_error_falls_with_even_degree_and_below_its_certificate(x64):
     q, keys, values = tensors(19, 40, (40, 40), spread=0.5)
-    expected = tensor_attention(q, keys, values)
+    expected = compiled_exact(q, keys, values)
     mean = jnp.mean(values[0], axis=0) * jnp.mean(values[1], axis=0)
     last, last_certified = np.inf, np.inf
     for degree in (0, 2, 4, 6, 8):
-        out = tensor_polynomial(q, keys, values, degree=degree)
+        out = compiled_polynomial(q, keys, values, degree=degree)
         error = float(skill(out, expected, mean[None]))
         certified = np.max(bounds.tensor_certificate(q, keys, values, degree=degree).output)
         assert error < last / 2
@@ -397,7 +496,8 @@ def test_kinds_of_coefficients_and_features(x64):
     beta = float(bounds.logit_bound(q, keys, scale=0.5))
 
     def error(**options):
-        return float(np.max(np.abs(tensor_polynomial(q, keys, values, scale=0.5, **options) - expected)))
+        out = jax.jit(functools.partial(tensor_polynomial, scale=0.5, **options))(q, keys, values)
+        return float(np.max(np.abs(out - expected)))
 
     named = error(degree=4, coefficients="minimax", bound=beta)
     close(named, error(coefficients=exp_coefficients("minimax", 4, bound=beta)), 1e-9)
@@ -413,6 +513,8 @@ def test_kinds_of_coefficients_and_features(x64):
         error(features=maps[:2])
     with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
         error(degree=4, coefficients=(1.0, 1.0, 0.5))
+    with pytest.raises(ValueError, match="degree must be that of the features, 3, got 4"):
+        error(degree=4, features=maps)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +523,7 @@ def test_kinds_of_coefficients_and_features(x64):
         ({"k": jnp.ones((2, 5, 3))}, "q and k must share the head dimension, got 4 and, in set 0, 3"),
         ({"v": jnp.ones((1, 5, 3))}, "as many sets of tokens, got 2 and 1"),
         ({"v": (jnp.ones((5, 3)), jnp.ones((4, 3)))}, r"v must hold \[S, Dv\] for each set of keys"),
+        ({"v": jnp.ones((2, 5, 0))}, r"at least one query, key and channel; got .* and v \(5, 0\)"),
         ({"kv_mask": (None,)}, "one mask for each of 2 sets of keys, got 1"),
         ({"window": 3}, "needs is_causal='both' or 'ordered'"),
         ({"window": (3, 2, 1), "is_causal": "both"}, "one count for each of 2 sets of keys"),
@@ -437,5 +540,11 @@ def test_bad_input_is_refused(change, message):
         check_causal(True, None, 2)
     with pytest.raises(ValueError, match=r"q must be \[T, D\], one head without batch axes"):
         tensor_inputs(jnp.ones((2, 5, 4)), jnp.ones((2, 5, 4)), jnp.ones((2, 5, 3)))
+    with pytest.raises(TypeError, match="kv_mask must be a boolean array or a tuple of them, got True"):
+        tensor_attention(jnp.ones((5, 4)), jnp.ones((2, 5, 4)), jnp.ones((2, 5, 3)), kv_mask=True)
+    with pytest.raises(TypeError, match="window must be an integer known when tracing, got 2.5"):
+        check_causal("both", 2.5, 2)
+    with pytest.raises(TypeError, match="scale must be one number, got"):
+        inspect.unwrap(scaled)(jnp.ones((5, 4)), [1.0])
     with pytest.raises(TypeError, match="k must be a floating-point array"):
         tensor_attention(jnp.ones((5, 4)), jnp.ones((2, 5, 4), int), jnp.ones((2, 5, 3)))

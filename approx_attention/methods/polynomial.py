@@ -10,6 +10,7 @@ so sums over tuples of keys are products of sums over each set:
 No pair of keys is ever looked at.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,11 +21,11 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state, in_blocks, running_moments
-from approx_attention.checks import accumulation_dtype, check_count, head_inputs
+from approx_attention.checks import accumulation_dtype, check_choice, check_count, head_inputs, token_sums_inputs
 from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
 from approx_attention.polynomials import Coefficients, exp_coefficients
-from approx_attention.softmax import pad_rows
+from approx_attention.softmax import GREATEST_TILE, pad_rows
 from approx_attention.states import AttentionState, merge, normalise
 from approx_attention.summaries import FeatureMoments, attend, hadamard
 from approx_attention.tensors import TensorInputs, check_causal, tensor_inputs, tensor_state
@@ -65,6 +66,8 @@ class Kernel(NamedTuple):
             if features.dim != head_dim:
                 raise ValueError(f"features must be an IndexSet of D = {head_dim} channels, got {features.dim}")
             maps = (MonomialFeatures(features),) * (num_sets + 1)
+        if degree not in (None, maps[0].degree):
+            raise ValueError(f"degree must be that of the features, {maps[0].degree}, got {degree}")
         if isinstance(coefficients, str):
             coefficients = exp_coefficients(coefficients, maps[0].degree, bound=bound, rms=rms)
         return cls(maps[0], tuple(maps[1:]), maps[0].weights(jnp.asarray(coefficients, dtype), dtype=dtype))
@@ -100,7 +103,7 @@ def tensor_polynomial(
     .. math:: G = w \odot \prod_a (U^a)^T \hat V^a, \qquad [\mathrm{num}_i, \mathrm{den}_i] = q_i^\alpha\, G, \qquad
               \mathrm{out}_i = \mathrm{num}_i / \mathrm{den}_i,
 
-    in :math:`2 m (T + S) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. How far this can be from
+    in :math:`2 (T + \sum_a S_a) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. How far this can be from
     `tensor_attention` is `approx_attention.bounds.tensor_certificate`: it is a matter of how large logits are, and of
     nothing else. A polynomial of odd degree may turn negative; a row whose normaliser is not positive gives 0.
 
@@ -245,7 +248,7 @@ class TensorDecoder(NamedTuple):
     """Causal tensor attention token by token, in a state whose size does not depend on how many there were.
 
     Attributes:
-        init: ``(value_dim, dtype) -> state`` of no token.
+        init: ``(value_dim, dtype) -> state`` of no token, in the decoder's own dtype by default.
         step: ``(state, q [b, D], keys, values, masks) -> (state, AttentionState)`` of b more tokens, scaled queries,
             per set keys ``[b, D]``, values ``[b, Dv]`` and a mask ``[b]`` or None.
     """
@@ -286,6 +289,9 @@ def running_tensor_polynomial(
     Returns:
         The `TensorDecoder`; fold the scale into the queries.
 
+    Raises:
+        ValueError: an order below 2, an unknown ``is_causal``, coefficients without the bound that they need.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import running_tensor_polynomial, tensor_polynomial
@@ -299,7 +305,7 @@ def running_tensor_polynomial(
         >>> bool(jnp.allclose(answer.out[0], whole[-1], atol=1e-5))
         True
     """
-    check_causal(is_causal, None, order - 1)
+    check_choice("is_causal", is_causal, ("both", "ordered"))
     num_sets = check_count("order", order, 2) - 1
     kernel = Kernel.of(head_dim, num_sets, degree, coefficients, bound, rms, features, dtype)
     return _decoder(kernel, is_causal == "ordered")
@@ -466,7 +472,7 @@ def _largest_entries(name: str, x: Array, count: int) -> Array:
 
 
 def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
-    def init(value_dim: int, dtype: Any = jnp.float32) -> tuple[Array, ...]:
+    def init(value_dim: int, dtype: Any = kernel.weights.dtype) -> tuple[Array, ...]:
         return tuple(jnp.zeros((kernel.weights.shape[0], value_dim + 1), dtype) for _ in kernel.key_maps)
 
     def step(
@@ -480,7 +486,7 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
         after, pairs = [], jnp.ones((), sums[0].dtype)
         for a in reversed(range(len(keys))):
             mask = None if masks is None else masks[a]
-            terms = _terms(kernel.key_maps[a], keys[a], values[a], mask)
+            terms = _terms(kernel.key_maps[a], *token_sums_inputs(keys[a], values[a], mask), mask)
             running = sums[a][None] + jnp.einsum("ij,jrc->irc", seen, terms * pairs if ordered else terms)
             after.append(running[-1])
             pairs = running if ordered else pairs * running
@@ -509,7 +515,13 @@ def _windowed(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> 
     num_queries, dtype = inputs.q.shape[0], inputs.q.dtype
     chunk, tokens = _chunks(kernel, inputs, CHUNK_TERMS // 2)
     whole = [(min(width, num_queries) - 1) // chunk for width in widths]
+    shape = kernel.weights.shape[0], inputs.values[0].shape[1] + 1
+    rings = tuple(jnp.zeros((max(p - 1, 0), *shape), dtype) for p in whole)
+    # A derivative holds the rings of every chunk of a group, and of the first chunk of every group.
     count = -(-num_queries // chunk)
+    groups = math.isqrt(count) if count * sum(ring.size for ring in rings) > GREATEST_TILE else 1
+    per_group = -(-count // groups)
+    count = groups * per_group
 
     def padded(x: Array, p: int) -> Array:
         before = (p + 1) * chunk
@@ -541,11 +553,14 @@ def _windowed(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> 
             pairs = pairs * sums
         return tuple(kept), _answer(kernel, q, pairs)
 
-    shape = kernel.weights.shape[0], inputs.values[0].shape[1] + 1
-    rings = tuple(jnp.zeros((max(p - 1, 0), *shape), dtype) for p in whole)
-    q_blocks = in_blocks(inputs.q, chunk)
-    _, state = lax.scan(jax.checkpoint(step), rings, (jnp.arange(count, dtype=jnp.int32), q_blocks))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    through = lambda rings, group: lax.scan(jax.checkpoint(step), rings, group)  # noqa: E731
+    q_padded = pad_rows(inputs.q, count * chunk - num_queries)
+    chunks = (
+        jnp.arange(count, dtype=jnp.int32).reshape(groups, per_group),
+        q_padded.reshape(groups, per_group, chunk, -1),
+    )
+    _, state = lax.scan(through if groups == 1 else jax.checkpoint(through), rings, chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:])[:num_queries], state)
 
 
 def _chunks(kernel: Kernel, inputs: TensorInputs, most_terms: int) -> tuple[int, tuple[Any, ...]]:

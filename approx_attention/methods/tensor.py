@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from approx_attention.checks import check_floating
 from approx_attention.states import finite_peak
-from approx_attention.tensors import check_causal, tensor_inputs, tensor_state
+from approx_attention.tensors import check_causal, scaled, sets, tensor_inputs, tensor_state
 
 Causal = Literal["both", "ordered"]
 
@@ -78,7 +79,15 @@ def tensor_attention(
     return state if return_state else state.out.astype(jax.tree.leaves(v)[0].dtype)
 
 
-def determinant_attention(q: Float[Array, "T D"], k: Any, v: Any, key: Array | None = None, **options: Any) -> Any:
+def determinant_attention(
+    q: Float[Array, "T D"],
+    k: Any,
+    v: Any,
+    key: Array | None = None,
+    *,
+    scale: float | Array | None = None,
+    **options: Any,
+) -> Any:
     r"""Third-order attention whose logits are signed volumes, which rotations of three channels leave alone.
 
     .. math:: x_{ijl} = s \sum_g \det\big[\, q_{ig},\ k^1_{jg},\ k^2_{lg} \,\big]
@@ -91,7 +100,8 @@ def determinant_attention(q: Float[Array, "T D"], k: Any, v: Any, key: Array | N
         k: keys ``[2, S, D]``, or a tuple of two arrays.
         v: values ``[2, S, Dv]``, likewise.
         key: ignored.
-        options: those of `tensor_attention`; the scale is ``1/sqrt(D)`` by default.
+        scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
+        options: the others of `tensor_attention`.
 
     Returns:
         As `tensor_attention`.
@@ -110,8 +120,9 @@ def determinant_attention(q: Float[Array, "T D"], k: Any, v: Any, key: Array | N
     Reference:
         Roy et al. (2025), section on rotation invariant trilinear forms.
     """
-    options.setdefault("scale", 1 / math.sqrt(q.shape[-1]))
-    return tensor_attention(*determinant_channels(q, k), v, key, **options)
+    channels = determinant_channels(q, k)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return tensor_attention(*channels, v, key, scale=scale, **options)
 
 
 def determinant_channels(q: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -128,7 +139,19 @@ def determinant_channels(q: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
 
     Raises:
         ValueError: not two sets of keys, or channels that are no multiple of 3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods.tensor import determinant_channels
+        >>> q, (k, l) = determinant_channels(jnp.eye(3)[:1], (jnp.eye(3)[1:2], jnp.eye(3)[2:]))
+        >>> float(jnp.sum(q * k * l))  # three axes span a volume of 1
+        1.0
+
+    Reference:
+        As `determinant_attention`.
     """
+    check_floating("q", q)
+    k = sets("k", k)
     if len(k) != 2 or q.shape[-1] % 3:
         raise ValueError(f"determinants take two sets of keys and 3 n channels, got {len(k)} and {q.shape[-1]}")
 
@@ -190,11 +213,10 @@ def strassen_attention(
         new lower bound method", section on Strassen attention.
     """
     dtype = jax.tree.leaves(v)[0].dtype
-    inputs = tensor_inputs(f, k, v, scale=1.0, kv_mask=kv_mask)
+    inputs = tensor_inputs(f, k, v, scale=scale, kv_mask=kv_mask)
     if len(inputs.keys) != 2:
         raise ValueError(f"strassen_attention takes two sets of keys, got {len(inputs.keys)}")
     (g, h), (first, second) = inputs.keys, inputs.values
-    scale = 1 / math.sqrt(f.shape[-1]) if scale is None else scale
     seen_g, seen_h = (
         jnp.zeros(x.shape[0], x.dtype) if mask is None else jnp.where(mask, 0, -jnp.inf).astype(x.dtype)
         for x, mask in zip((g, h), inputs.masks, strict=True)
@@ -204,22 +226,46 @@ def strassen_attention(
         peak = finite_peak(jnp.max(logits, axis=1))
         return jnp.exp(logits - peak[:, None]), peak
 
-    from_g, peak_g = shifted(scale * g @ h.T + seen_h[None, :])
-    from_f, _ = shifted(scale * inputs.q @ g.T + (seen_g + peak_g)[None, :])
-    around, _ = shifted(scale * inputs.q @ h.T + seen_h[None, :])
+    from_g, peak_g = shifted(scaled(g, scale) @ h.T + seen_h[None, :])
+    from_f, _ = shifted(inputs.q @ g.T + (seen_g + peak_g)[None, :])
+    around, _ = shifted(inputs.q @ h.T + seen_h[None, :])
 
     def total(values: tuple[Array, Array]) -> Array:
         one, other = values
         return jnp.sum(((from_f * one[None, :]) @ (from_g * other[None, :])) * around, axis=1)
 
     ones = jnp.ones((g.shape[0],), g.dtype), jnp.ones((h.shape[0],), h.dtype)
-    out = lax.map(total, (first.T, second.T)).T / total(ones)[:, None]
     some = jnp.isfinite(jnp.max(seen_g)) & jnp.isfinite(jnp.max(seen_h))
-    return jnp.where(some, out, jnp.zeros_like(out)).astype(dtype)
+    normaliser = jnp.where(some, total(ones), jnp.ones((), g.dtype))
+    return (lax.map(total, (first.T, second.T)).T / normaliser[:, None]).astype(dtype)
 
 
 def strassen_channels(f: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
-    r"""Queries and keys ``[., 3 D]`` whose trilinear form is :math:`f \cdot g + g \cdot h + h \cdot f`."""
+    r"""Queries and keys ``[., 3 D]`` whose trilinear form is :math:`f \cdot g + g \cdot h + h \cdot f`.
+
+    Args:
+        f: queries ``[T, D]``.
+        k: two sets of keys, g ``[S_1, D]`` and h ``[S_2, D]``, or one array ``[2, S, D]``.
+
+    Returns:
+        Queries ``[T, 3 D]`` and two sets of keys ``[S, 3 D]``, for any tensor attention.
+
+    Raises:
+        ValueError: not two sets of keys.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods.tensor import strassen_channels
+        >>> q, (k, l) = strassen_channels(jnp.full((1, 1), 2.0), jnp.array([[[3.0]], [[5.0]]]))
+        >>> float(jnp.sum(q * k * l))  # 2 * 3 + 3 * 5 + 5 * 2
+        31.0
+
+    Reference:
+        As `strassen_attention`.
+    """
+    k = sets("k", k)
+    if len(k) != 2:
+        raise ValueError(f"strassen_channels takes two sets of keys, got {len(k)}")
     g, h = k
     one = jnp.ones_like
     return (
