@@ -26,6 +26,9 @@ Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 # Degrees beyond this gain nothing that float64 could hold.
 MAX_DEGREE = 64
 
+# Rounding of coefficients costs 1e-16 exp(2 bound): beyond this there is nothing left to certify.
+MAX_CERTIFIED = 18.0
+
 _ZERO = np.array([Decimal(0)])
 
 
@@ -228,6 +231,11 @@ def choose_degree(
     check_count("dim", dim)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
+    if coefficients in ("minimax", "chebyshev") and bound > MAX_CERTIFIED:
+        raise ValueError(
+            f"no {coefficients} polynomial with coefficients in float64 is right for logits beyond {MAX_CERTIFIED:g}, "
+            f"got {bound}: bound the logits"
+        )
     for degree in range(0, MAX_DEGREE + 1, 2):
         polynomial_coefficients = exp_coefficients(coefficients, degree, bound=bound, rms=rms)
         if weight_bound(*ratio_range(polynomial_coefficients, bound)) <= tolerance:

@@ -261,3 +261,9 @@ def test_bad_polynomials_are_refused():
         jax.jit(lambda bound: exp_coefficients("minimax", 2, bound=bound))(1.0)
     with pytest.raises(ValueError, match="coefficients must be a vector of finite numbers"):
         ratio_range([1.0, math.nan], 1.0)
+
+
+@pytest.mark.parametrize("kind", ["minimax", "chebyshev"])
+def test_logits_beyond_what_float64_certifies_are_refused_at_once(kind):
+    with pytest.raises(ValueError, match="is right for logits beyond 18, got 30"):
+        choose_degree(1e-2, 30.0, 4, coefficients=kind)
