@@ -339,6 +339,8 @@ def minimal_dimension(
         drawn = pattern if isinstance(pattern, SparsePattern) else pattern(key_pattern)
         least = drawn.keys_per_row if method in INTERPOLATIONS else 1
         most = 16 * drawn.num_tokens if max_dim is None else check_count("max_dim", max_dim)
+        if method == "orthogonal":  # exact with as many channels as keys, and worse again with a few more
+            most = min(most, drawn.num_keys)
         require_request(drawn, eps1, eps2, least, method, is_causal)
 
         def accepted(d: int, drawn: SparsePattern = drawn, key_draw: Any = key_draw) -> bool:

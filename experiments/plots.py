@@ -453,7 +453,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[
         reach = float("inf") if scales[1] == "log" else 1.25 * max(tops)
         for name in [*curves, *bounds]:
             means = _means([result["curves" if name in curves else "bounds"][name] for result in results])
-            if not means or min(means.values()) > reach:
+            if not means or min(means.values()) > reach or (scales[1] == "log" and max(means.values()) <= 0):
                 continue
             color = styles[name]["color"]
             look = styles[name] if name in curves else {"color": color, "linestyle": ":"}

@@ -591,3 +591,9 @@ def test_other_refusals():
         arguments = {"num_tokens": 64, "keys_per_row": 2, "eps1": 0.1, "eps2": 0.1, **options}
         with pytest.raises(ValueError, match=says):
             dimension_bound(**arguments)
+
+
+def test_orthogonal_projections_never_need_more_channels_than_keys():
+    pattern = SparsePattern.random(jax.random.key(0), 24, 2)
+    found = minimal_dimension(pattern, 0.1, 0.1, key=jax.random.key(1), method="orthogonal", trials=2)
+    assert max(found.per_trial) <= 24
