@@ -439,7 +439,12 @@ def _tensor_window(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[str, str] = ("log", "log")) -> Figure:
-    """What was measured, with marks, and the bounds as lines where they are in reach, a panel for each arm."""
+    """What was measured, with marks, and the bounds as lines where they are in reach, a panel for each arm.
+
+    A logarithmic axis leaves out an arm that is 0 throughout.
+    """
+    if scales[1] == "log":
+        runs = [run for run in runs if any(max(curve.values()) > 0 for curve in run["result"]["curves"].values())]
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     names = dict.fromkeys(name for run in runs for kind in ("curves", "bounds") for name in run["result"][kind])
     # Constructions and bounds stand side by side: no look is kept for a method.
@@ -453,7 +458,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[
         reach = float("inf") if scales[1] == "log" else 1.25 * max(tops)
         for name in [*curves, *bounds]:
             means = _means([result["curves" if name in curves else "bounds"][name] for result in results])
-            if not means or min(means.values()) > reach or (scales[1] == "log" and max(means.values()) <= 0):
+            if not means or min(means.values()) > reach:
                 continue
             color = styles[name]["color"]
             look = styles[name] if name in curves else {"color": color, "linestyle": ":"}
