@@ -337,7 +337,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             summarize=summarize_polynomial,
             running=running_polynomial,
             capabilities=Capabilities(decode=True),
-            cost=lambda T, S, D, Dv, size: 2 * (T + S) * math.comb(D + 2, 2) * (Dv + 1),
+            cost=lambda T, S, D, Dv, size: 2 * (T * (Dv + 1) + S * Dv) * math.comb(D + 2, 2),
             reference="Alman and Song 2023",
         ),
         "svd": Method(

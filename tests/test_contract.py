@@ -20,7 +20,7 @@ from jax.test_util import check_grads
 from approx_attention import METHODS, Decoder, api, attend, attention, fold_scale, merge
 from approx_attention.causal import RunningSummary
 from approx_attention.monomials import total_degree
-from approx_attention.registry import svd_flops
+from approx_attention.registry import accepted, svd_flops
 from tests.references import (
     brute_force,
     call,
@@ -257,7 +257,7 @@ def test_a_prefix_answers_like_the_whole(name):
 def test_decoding_equals_the_causal_form(name):
     q, k, v = random_head(9, 21, 21)
     method = METHODS[name]
-    hyperparameters = sized(name, 8) if method.size else {"max_length": 24}
+    hyperparameters = sized(name, 8) if method.size else accepted(method.running, {"max_length": 24})
     running = method.running(8, jax.random.key(7), **hyperparameters)
     assert isinstance(running, RunningSummary)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
