@@ -23,7 +23,7 @@ from approx_attention.states import AttentionState, finite_peak, merge, normalis
 
 # Features of this many rows are made at a time; all of them never exist at once.
 FEATURE_BLOCK = 1024
-LEAST_FEATURE_BLOCK, FEATURE_TILE = 64, 2**20
+LEAST_FEATURE_BLOCK, FEATURE_TILE = 64, 2**18
 
 
 @jax.tree_util.register_dataclass
