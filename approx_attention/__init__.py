@@ -14,7 +14,7 @@ from approx_attention.compression import (
     token_budget,
 )
 from approx_attention.control_variates import control_variate_state
-from approx_attention.decode import Cache, Decoder
+from approx_attention.decode import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.dimension import (
     DimensionBound,
     MinimalDimension,
@@ -117,6 +117,8 @@ __all__ = [
     "Decoder",
     "DimensionBound",
     "FeatureMoments",
+    "HeadsCache",
+    "HeadsDecoder",
     "IndexSet",
     "LinformerPrefix",
     "Method",

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import check_floating, check_key, did_you_mean
-from approx_attention.registry import accepted, get_method
+from approx_attention.checks import check_floating, did_you_mean
+from approx_attention.registry import draw_per_head, get_method
 
 
 def attention(
@@ -134,7 +134,8 @@ def attention(
         sliced[name] = x.reshape(num_batches * num_kv_heads, num_keys)
 
     own = _per_head(head, per_head or {}, num_kv_heads)
-    of_heads = {**head.noise(rng, num_kv_heads, query.shape[-1], own.keys() | hyperparameters.keys()), **own}
+    noise = draw_per_head(head.name, head.method, rng, num_kv_heads, query.shape[-1], hyperparameters, own.keys())
+    of_heads = {**noise, **own}
     query, key, value = (x.reshape(num_batches, *x.shape[-3:]) for x in (query, key, value))
     static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
     result = _lifted(head.function, static, _Operands((query, key, value), sliced, dense, of_heads, arrays))
@@ -178,19 +179,6 @@ class _Head:
         for name in options:
             if not self.takes_anything and name not in self.arguments:
                 raise NotImplementedError(f"method {self.name!r} does not support {_OPTIONS[name]}")
-
-    def noise(self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str]) -> dict[str, Array]:
-        """What each key head draws from, stacked: a draw to share over the batch where there is one, else a key."""
-        if rng is None:
-            drawn = _NOISE & given or not isinstance(self.hyperparameters.get("sketch", ""), str)
-            if self.method and self.method.capabilities.needs_key and not drawn:
-                raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
-            return {}
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key(self.name, rng), jnp.arange(num_kv_heads))
-        draw = self.method.draw if self.method else None
-        if draw is None or _NOISE & given:
-            return {"key": keys}
-        return jax.vmap(lambda key: draw(key, head_dim, **accepted(draw, self.hyperparameters)))(keys)
 
 
 class _Operands(NamedTuple):
@@ -326,8 +314,6 @@ _OPTIONS = {
 }
 # Arguments that hold one number per key and key head.
 _PER_TOKEN = frozenset({"gate_logits"})
-# Drawn noise that a caller may pass in place of an rng.
-_NOISE = frozenset({"projection", "noise", "blocks"})
 
 
 def _check_layout(query: Array, key: Array, value: Array) -> None:

@@ -1,6 +1,7 @@
 """Decoding and streaming with a cache of bounded size: recent tokens exactly, a summary of everything older."""
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from approx_attention.causal import Block, Past, RunningSummary, in_blocks, move_on, scan_blocks
-from approx_attention.checks import check_count, check_floating, fold_scale
+from approx_attention.checks import check_count, check_floating, did_you_mean, fold_scale
+from approx_attention.registry import METHODS, accepted, draw_per_head, get_method
 from approx_attention.softmax import HIDDEN, pad_rows
 from approx_attention.states import merge
 from approx_attention.summaries import attend
@@ -177,3 +179,202 @@ class Decoder:
         k, v = (jnp.where(real[:, None], x, jnp.zeros_like(x)).astype(self.dtype) for x in (k, v))
         k = self.running.space(k)
         return Block(fold_scale(k, k, self.scale)[1], v, real)
+
+
+class HeadsCache(NamedTuple):
+    """What a decoder of many heads remembers of a batch of sequences.
+
+    Attributes:
+        heads: a `Cache` with leading axes ``[B, K]``; its ``length`` is one number, or ``[B]`` where sequences differ.
+        drawn: what each key head draws from, ``[K, ...]``, by the argument that takes it.
+    """
+
+    heads: Cache
+    drawn: dict[str, Array]
+
+
+class HeadsDecoder:
+    r"""A registered method as a decoder of a batch of sequences with grouped heads, in the layout of `attention`.
+
+    Token by token, or many at a time, it answers what ``attention(..., method=method, is_causal=True)`` answers for the
+    whole sequence with the same ``rng``. Its functions can be jitted with the cache donated.
+
+    Args:
+        method: a name in `METHODS` with ``decode``.
+        num_kv_heads: the number K of key heads.
+        head_dim: channels D of queries and keys.
+        value_dim: channels Dv of values, D by default.
+        max_length: room for so many tokens, for methods that hold all (``"exact"``) or a part of them; whole blocks.
+        block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, of their own.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        dtype: of the cache, float32 or float64.
+        **hyperparameters: those of the method.
+
+    Raises:
+        NotImplementedError: a method without a running summary.
+        TypeError: an argument that the method does not have, or ``max_length`` missing where it is needed.
+        ValueError: tensors that do not fit the cache.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import HeadsDecoder, attention
+        >>> query = jax.random.normal(jax.random.key(0), (2, 40, 4, 8))
+        >>> key, value = (jax.random.normal(jax.random.key(i), (2, 40, 2, 8)) for i in (1, 2))
+        >>> decoder = HeadsDecoder("favor", num_kv_heads=2, head_dim=8, num_features=16, block_size=8)
+        >>> cache = decoder.init(2, jax.random.key(3))
+        >>> out, cache = decoder.extend(cache, query[:, :39], key[:, :39], value[:, :39])
+        >>> last, cache = decoder.extend(cache, query[:, 39:], key[:, 39:], value[:, 39:])
+        >>> options = dict(method="favor", num_features=16, block_size=8, is_causal=True)
+        >>> whole = attention(query, key, value, rng=jax.random.key(3), **options)
+        >>> bool(jnp.allclose(jnp.concatenate([out, last], axis=1), whole, atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        method: str,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        max_length: int | None = None,
+        block_size: int | None = None,
+        scale: float | None = None,
+        dtype: Any = jnp.float32,
+        **hyperparameters: Any,
+    ):
+        self.method, self.registered = method, get_method(method)
+        running = self.registered.running
+        if running is None:
+            able = ", ".join(name for name, other in METHODS.items() if other.running)
+            raise NotImplementedError(
+                f"method {method!r} has no running summary to decode with; those that have are {able}"
+            )
+        own = inspect.signature(self.registered.function).parameters
+        for name in hyperparameters:
+            if name not in own:
+                raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, own)}")
+        block = self.registered.block
+        if block_size is not None and block == "block_size":
+            hyperparameters["block_size"] = block_size
+        elif block_size is not None:
+            raise TypeError(f"blocks of method {method!r} are set by {block}, not by block_size")
+        default = own[block].default if block in own else 128
+        block_size = check_count(block, hyperparameters.get(block, default))
+        takes = inspect.signature(running).parameters
+        if max_length is not None and "max_length" in takes:
+            hyperparameters["max_length"] = block_size * -(-check_count("max_length", max_length) // block_size)
+        elif "max_length" in takes and takes["max_length"].default is inspect.Parameter.empty:
+            raise TypeError(f"method {method!r} holds every token: pass max_length, the most that there will be")
+        self.sizes: dict[str, Any] = {
+            "head_dim": head_dim,
+            "value_dim": head_dim if value_dim is None else value_dim,
+            "block_size": block_size,
+            "scale": scale,
+            "dtype": dtype,
+        }
+        self.num_kv_heads = check_count("num_kv_heads", num_kv_heads)
+        self.hyperparameters = hyperparameters
+
+    def init(self, batch_size: int, rng: Array | None = None, *, ragged: bool = False) -> HeadsCache:
+        """The cache that has seen no token.
+
+        Args:
+            batch_size: the number B of sequences.
+            rng: typed PRNG key, as in `attention`.
+            ragged: let sequences have lengths of their own. Where all have one length, older tokens are summarised
+                once per block; else the summary of every sequence is computed at every step, and taken where it is due.
+
+        Returns:
+            The `HeadsCache`.
+        """
+        check_count("batch_size", batch_size)
+        head_dim = self.sizes["head_dim"]
+        drawn = draw_per_head(
+            self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters
+        )
+        one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
+        heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
+        return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)
+
+    def extend(
+        self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None = None
+    ) -> tuple[Array, HeadsCache]:
+        """Takes T more tokens of every sequence and answers causally at each.
+
+        Args:
+            cache: what was seen before.
+            query: ``[B, T, N, D]``, of which N/K consecutive heads share a key head.
+            key: ``[B, T, K, D]``.
+            value: ``[B, T, K, Dv]``.
+            lengths: how many of the tokens are real, from the first on, ``[B]``; only with a ragged cache.
+
+        Returns:
+            Answers ``[B, T, N, Dv]``, 0 where a token is not real, and the new cache.
+        """
+        ragged = cache.heads.length.ndim == 1
+        batch, tokens = self._check(cache, query, key, value, lengths, ragged)
+        group = query.shape[2] // self.num_kv_heads
+        by_head = [jnp.moveaxis(x, 1, 2) for x in (key, value)]
+        q = jnp.moveaxis(query.reshape(batch, tokens, self.num_kv_heads, group, -1), 1, 2)
+        # As in `attention`: on a CPU products of one head at a time are faster, where there is more than one row.
+        in_turn = tokens > 1 and jax.default_backend() == "cpu"
+
+        def over(function: Any, args: Any) -> Any:
+            return lax.map(function, args) if in_turn else jax.vmap(function)(args)
+
+        def of_sequence(args: Any) -> Any:
+            *heads, length, real = args
+            seen = length if ragged else cache.heads.length
+
+            def of_head(args: Any) -> Any:
+                (past, current), drawn, q, k, v = args
+                out, new = self._extend_head(Cache(past, current, seen), drawn, q, k, v, real)
+                return out, (new.past, new.current)
+
+            return over(of_head, (heads[0], cache.drawn, *heads[1:]))
+
+        lengths_seen = cache.heads.length if ragged else None
+        held = cache.heads.past, cache.heads.current
+        out, (past, current) = over(of_sequence, (held, q, *by_head, lengths_seen, lengths))
+        new = tokens if lengths is None else jnp.clip(lengths, 0, tokens).astype(jnp.int32)
+        out = jnp.moveaxis(out, 2, 1).reshape(batch, tokens, query.shape[2], -1)
+        return out, HeadsCache(Cache(past, current, cache.heads.length + new), cache.drawn)
+
+    def _extend_head(
+        self, cache: Cache, drawn: dict[str, Array], q: Array, k: Array, v: Array, real: Array | None
+    ) -> tuple[Array, Cache]:
+        """The same for one key head and its queries ``[T, G, D]``."""
+        decoder = self._of_head(drawn)
+        if k.shape[0] == 1 and real is None:
+            cache = decoder.append(cache, k, v)
+            return decoder.attend(cache, q[0])[None].astype(v.dtype), cache
+        return jax.vmap(decoder.prefill, (None, 1, None, None, None), (1, None))(cache, q, k, v, real)
+
+    def _of_head(self, drawn: dict[str, Array]) -> Decoder:
+        running = self.registered.running
+        assert running is not None
+        options = {**accepted(running, self.hyperparameters), **drawn}
+        return Decoder(running=running(self.sizes["head_dim"], **options), **self.sizes)
+
+    def _check(
+        self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None, ragged: bool
+    ) -> tuple[int, int]:
+        batch = cache.heads.current.kv_mask.shape[0]
+        for name, x, heads, size in (
+            ("query", query, query.shape[-2] if query.ndim == 4 else None, self.sizes["head_dim"]),
+            ("key", key, self.num_kv_heads, self.sizes["head_dim"]),
+            ("value", value, self.num_kv_heads, self.sizes["value_dim"]),
+        ):
+            if x.shape != (batch, *key.shape[1:2], heads, size):
+                raise ValueError(
+                    f"{name} must be [B, T, heads, channels] with B = {batch}, {self.num_kv_heads} key heads and {size} "
+                    f"channels, got shape {x.shape}"
+                )
+        if query.shape[2] % self.num_kv_heads:
+            raise ValueError(f"key heads must divide query heads, got {self.num_kv_heads} and {query.shape[2]}")
+        if lengths is not None and not ragged:
+            raise ValueError("lengths are for a cache made by init(..., ragged=True), got one of a common length")
+        if lengths is not None and lengths.shape != (batch,):
+            raise ValueError(f"lengths must be [B] = {[batch]}, got shape {lengths.shape}")
+        return batch, key.shape[1]

@@ -4,12 +4,15 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import Array
 from tabulate import tabulate
 
-from approx_attention.checks import unknown
+from approx_attention.checks import check_key, unknown
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,
@@ -364,6 +367,46 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(unknown("method", name, METHODS))
     return METHODS[name]
+
+
+def draw_per_head(
+    name: str,
+    method: Method | None,
+    rng: Array | None,
+    num_kv_heads: int,
+    head_dim: int,
+    hyperparameters: Mapping[str, Any],
+    given: Set[str] = frozenset(),
+) -> dict[str, Array]:
+    """What each key head draws from, stacked: the draw itself where it can be shared between calls, else a key.
+
+    Args:
+        name: what errors call the method.
+        method: its entry in `METHODS`; None for a function that has none, whose heads get keys.
+        rng: typed PRNG key, or None for nothing.
+        num_kv_heads: the number K of key heads, each with a draw of its own.
+        head_dim: the number D of channels.
+        hyperparameters: those of the method.
+        given: names of further arguments that are given.
+
+    Raises:
+        ValueError: a random method without ``rng`` and without its noise.
+    """
+    noise = _NOISE & (hyperparameters.keys() | given)
+    if rng is None:
+        drawn = noise or not isinstance(hyperparameters.get("sketch", ""), str)
+        if method and method.capabilities.needs_key and not drawn:
+            raise ValueError(f"method {name!r} is random: pass rng, as in rng=jax.random.key(0)")
+        return {}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key(name, rng), jnp.arange(num_kv_heads))
+    draw = method.draw if method else None
+    if draw is None or noise:
+        return {"key": keys}
+    return jax.vmap(lambda key: draw(key, head_dim, **accepted(draw, hyperparameters)))(keys)
+
+
+# Drawn noise that a caller may pass in place of an rng.
+_NOISE = frozenset({"projection", "noise", "blocks"})
 
 
 def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""Flax nnx: attention by any method in a model, and the modules that own the learned parts of methods."""
+
+from approx_attention.nnx.attention import ApproxAttention, init_cache, replace_attention
+from approx_attention.nnx.modules import (
+    Adaptor,
+    Eva,
+    Lara,
+    LinformerAttention,
+    Rfa,
+    TensorAttention,
+    eva_dropin,
+    eva_official,
+    eva_official_causal,
+    evabyte,
+    mean_pool_init,
+    scale_keeping_init,
+)
+
+__all__ = [
+    "Adaptor",
+    "ApproxAttention",
+    "Eva",
+    "Lara",
+    "LinformerAttention",
+    "Rfa",
+    "TensorAttention",
+    "eva_dropin",
+    "eva_official",
+    "eva_official_causal",
+    "evabyte",
+    "init_cache",
+    "mean_pool_init",
+    "replace_attention",
+    "scale_keeping_init",
+]

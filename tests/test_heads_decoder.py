@@ -1,0 +1,114 @@
+"""Decoding a batch of sequences with grouped heads: the causal form of `attention`, whatever the cuts and lengths."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import METHODS, HeadsDecoder, attention
+from tests.references import having, random_heads, settings
+
+DECODING = having(decode=True)
+# Blocks of four, so that sequences of this length end inside one.
+LENGTH, BLOCK, KEY = 18, 4, jax.random.key(7)
+
+
+@functools.cache
+def tensors():
+    return random_heads(0, 2, LENGTH, LENGTH, 4, 2)
+
+
+def options(name):
+    return settings(name, block_size=BLOCK)
+
+
+def make(name, **more):
+    sizes = {"num_kv_heads": 2, "head_dim": 8, "max_length": 32, **({"block_size": BLOCK} if name == "exact" else {})}
+    return HeadsDecoder(name, **sizes, **options(name), **more)
+
+
+def rng_of(name):
+    return KEY if METHODS[name].capabilities.needs_key else None
+
+
+def whole(name, *heads):
+    return attention(*heads, method=name, rng=rng_of(name), is_causal=True, **options(name))
+
+
+@functools.cache
+def extend(name):
+    """Compiled once per number of tokens, with the cache donated."""
+    return jax.jit(make(name).extend, donate_argnums=0)
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_any_cut_equals_the_causal_form(name):
+    expected = whole(name, *tensors())
+    for cuts in ((0, 4, *range(5, LENGTH + 1)), (0, 4, LENGTH)):
+        cache, outs = make(name).init(2, rng_of(name)), []
+        for start, stop in itertools.pairwise(cuts):
+            out, cache = extend(name)(cache, *(x[:, start:stop] for x in tensors()))
+            outs.append(out)
+        np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, atol=3e-6)
+        assert int(cache.heads.length) == LENGTH
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_sequences_of_their_own_lengths(name):
+    lengths = jnp.array([9, 4])
+    tokens = [x[:, :9] for x in tensors()]
+    # What is past a sequence's length is never looked at.
+    soiled = [x.at[1, 4:].set(jnp.nan) for x in tokens]
+    cache = make(name).init(2, rng_of(name), ragged=True)
+    out, cache = extend(name)(cache, *soiled, lengths)
+    np.testing.assert_array_equal(out[1, 4:], 0)
+    outs = [out]
+    for t in range(9, 15):
+        # The second sequence goes on where it stands.
+        step = [jnp.stack([x[0, t : t + 1], x[1, t - 5 : t - 4]]) for x in tensors()]
+        out, cache = extend(name)(cache, *step)
+        outs.append(out)
+    np.testing.assert_array_equal(cache.heads.length, [15, 10])
+    got = jnp.concatenate(outs, axis=1)
+    first = whole(name, *(x[:1, :15] for x in tensors()))
+    second = whole(name, *(x[1:, :10] for x in tensors()))
+    np.testing.assert_allclose(got[:1], first, atol=3e-6)
+    np.testing.assert_allclose(jnp.concatenate([got[1:, :4], got[1:, 9:]], axis=1), second, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in DECODING if name not in ("exact", "block_linformer", "coreset")])
+def test_bytes_do_not_depend_on_the_length(name):
+    sizes = {"num_kv_heads": 2, "head_dim": 8}
+    short, long = (HeadsDecoder(name, **sizes, max_length=n, **options(name)).init(2, KEY) for n in (64, 4096))
+    assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
+
+
+def test_a_donated_cache_is_reused():
+    decoder = HeadsDecoder("exact", num_kv_heads=2, head_dim=8, max_length=4096)
+    cache = decoder.init(2)
+    step = jax.jit(decoder.extend, donate_argnums=0)
+    one = [x[:, :1] for x in tensors()]
+    analysis = step.lower(cache, *one).compile().memory_analysis()
+    buffer = cache.heads.past.prefix.k
+    step(cache, *one)
+    assert buffer.is_deleted()
+    assert analysis.alias_size_in_bytes > 2 * 2 * 4096 * 8 * 4 * 2
+
+
+def test_what_cannot_decode_says_so():
+    with pytest.raises(NotImplementedError, match=r"'nystrom' has no running summary .* favor"):
+        HeadsDecoder("nystrom", num_kv_heads=2, head_dim=8)
+    with pytest.raises(TypeError, match="pass max_length"):
+        HeadsDecoder("exact", num_kv_heads=2, head_dim=8)
+    with pytest.raises(TypeError, match="did you mean 'num_features'"):
+        HeadsDecoder("favor", num_kv_heads=2, head_dim=8, num_feature=8)
+    with pytest.raises(ValueError, match="is random: pass rng"):
+        make("favor").init(2)
+    cache = make("mean_pool").init(2)
+    with pytest.raises(ValueError, match="ragged=True"):
+        make("mean_pool").extend(cache, *tensors(), jnp.array([9, 4]))
+    with pytest.raises(ValueError, match="B = 2"):
+        make("mean_pool").extend(cache, *(x[:1] for x in tensors()))
