@@ -34,6 +34,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks control-variates
 	$(BIN)/python -m benchmarks coresets
+	$(BIN)/python -m benchmarks decode
 	$(BIN)/python -m benchmarks low-rank
 	$(BIN)/python -m benchmarks sparse-patterns
 	$(BIN)/python -m benchmarks tensor

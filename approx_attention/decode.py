@@ -290,9 +290,7 @@ class HeadsDecoder:
         """
         check_count("batch_size", batch_size)
         head_dim = self.sizes["head_dim"]
-        drawn = draw_per_head(
-            self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters
-        )
+        drawn = draw_per_head(self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters)
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
         heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)
@@ -368,8 +366,8 @@ class HeadsDecoder:
         ):
             if x.shape != (batch, *key.shape[1:2], heads, size):
                 raise ValueError(
-                    f"{name} must be [B, T, heads, channels] with B = {batch}, {self.num_kv_heads} key heads and {size} "
-                    f"channels, got shape {x.shape}"
+                    f"{name} must be [B, T, heads, channels] with B = {batch}, {self.num_kv_heads} key heads and "
+                    f"{size} channels, got shape {x.shape}"
                 )
         if query.shape[2] % self.num_kv_heads:
             raise ValueError(f"key heads must divide query heads, got {self.num_kv_heads} and {query.shape[2]}")

@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import control_variates, coresets, exact, low_rank, report, scaling, sparse_patterns, tensor
+from benchmarks import control_variates, coresets, decode, exact, low_rank, report, scaling, sparse_patterns, tensor
 
 HERE = pathlib.Path(__file__).parent
 
@@ -78,6 +78,14 @@ def sparse_patterns_command(longest: int, rounds: int) -> None:
 def tensor_command(longest: int, rounds: int) -> None:
     """Third-order attention, exact and by the polynomial method, and the exact form's share of the peak."""
     _write("tensor", tensor.measure(longest, rounds))
+
+
+@main.command("decode")
+@click.option("--longest", type=click.IntRange(min=1024), default=32768, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+def decode_command(longest: int, rounds: int) -> None:
+    """Tokens per second and bytes of cache of a small language model, against exact attention."""
+    _write("decode", decode.measure(longest, rounds))
 
 
 @main.command("report")

@@ -21,6 +21,7 @@ def render(results: pathlib.Path) -> str:
         "low_rank": _low_rank_section,
         "sparse_patterns": _sparse_patterns_section,
         "tensor": _tensor_section,
+        "decode": _decode_section,
     }
     parts = [
         "# Benchmark results",
@@ -320,6 +321,44 @@ def _tensor_section(document: dict[str, Any]) -> Iterable[str]:
             f"{windowed['flops_per_second'] / 1e12:.0f} TFLOP/s; Meta reports {windowed['reported_by_meta']} for its "
             "kernel on an H100."
         )
+
+
+def _decode_section(document: dict[str, Any]) -> Iterable[str]:
+    yield "## Decoding: tokens per second and bytes of cache"
+    model = document["model"]
+    yield _setting(document)
+    yield (
+        f"A language model of {model['num_layers']} layers, width {model['model_dim']}, {model['num_heads']} query "
+        f"heads on {model['num_kv_heads']} key heads, batch 1, float32; the least of {document['rounds']} calls of "
+        f"{document['steps']} greedy steps in one program, after a prompt of n tokens. Size {document['size']}, other "
+        "arguments as they are by default (`block_linformer`: 16 slots per block). *exact, ...*: one preallocated "
+        "array of all keys and one call of that implementation; `exact`: the library's own cache, which is also "
+        "compressed and sharded. Times as fast: against the fastest of these four."
+    )
+    rows = document["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    at = {(row["arm"], row["length"]): row for row in rows}
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    best = {n: min(at[arm, n]["seconds"] for arm in arms if arm.startswith("exact")) for n in lengths}
+    fewest = {n: min(at[arm, n]["cache_bytes"] for arm in arms if arm.startswith("exact")) for n in lengths}
+    table = [
+        [
+            f"`{arm}`" if "," not in arm else arm,
+            *(f"{1 / at[arm, n]['seconds']:.0f}" for n in lengths),
+            *(f"{best[n] / at[arm, n]['seconds']:.2f}" for n in lengths),
+            *(f"{at[arm, n]['cache_bytes'] / 2**20:.2f}" for n in lengths),
+            *(f"{fewest[n] / at[arm, n]['cache_bytes']:.1f}x" for n in lengths[-1:]),
+        ]
+        for arm in arms
+    ]
+    header = [
+        "",
+        *(f"tokens/s, n = {n}" for n in lengths),
+        *(f"as fast, n = {n}" for n in lengths),
+        *(f"MiB, n = {n}" for n in lengths),
+        f"smaller, n = {lengths[-1]}",
+    ]
+    yield markdown_table(header, table)
 
 
 def best_exact(rows: Iterable[Mapping[str, Any]], is_causal: bool, backward: bool) -> dict[int, float]:

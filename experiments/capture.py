@@ -48,12 +48,13 @@ def capture(model: nnx.Module, run: Callable[[nnx.Module], Any]) -> dict[str, di
 
     try:
         for name, layer in layers.items():
-            layer.attention_fn = recorder(name)
+            layer.attention_fn = nnx.static(recorder(name))
         run(model)
     finally:
         for name, layer in layers.items():
             if name in own:
-                layer.attention_fn = functions[name]
+                function = functions[name]
+                layer.attention_fn = nnx.data(function) if isinstance(function, nnx.Module) else nnx.static(function)
             else:
                 del layer.attention_fn
     if not captured:

@@ -40,11 +40,15 @@ def attention_errors(
             tensors: Any = tensors,
             arguments: Any = arguments,
         ) -> Any:
-            own = {name: jnp.asarray(x) for name, x in tensors.items() if name not in ("q", "k", "v", "lengths")}
+            own = {
+                name: jnp.asarray(x)
+                for name, x in tensors.items()
+                if name not in ("q", "k", "v", "key_value_seq_lengths")
+            }
             if config is not None:
                 layer, own = nnx.clone(layer), {}
                 layer.use(config)
-            out = layer.attention_fn(*arguments, lengths=lengths, **own)
+            out = layer.attention_fn(*arguments, key_value_seq_lengths=lengths, **own)
             if lengths is None:
                 return out
             # What stands beyond a sequence's end is no answer.

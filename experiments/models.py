@@ -4,6 +4,7 @@ Each takes any registered attention method by name with its hyper-parameters.
 """
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, Literal
 
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from approx_attention import METHODS, attention
-from approx_attention.checks import did_you_mean
-from approx_attention.nnx import LinformerAttention, mean_pool_init, scale_keeping_init
+from approx_attention import METHODS
+from approx_attention.checks import check_count, did_you_mean
+from approx_attention.nnx import ApproxAttention, LinformerAttention, init_cache, mean_pool_init, scale_keeping_init
 from approx_attention.registry import accepted, get_method
 from experiments.config import STRICT, Count
 
@@ -84,12 +85,20 @@ class AttentionConfig:
         """The hyper-parameters as a function takes them: hashable."""
         return {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
 
-    def module(self, num_kv_heads: int, is_causal: bool, rngs: nnx.Rngs) -> Any:
-        """The module that owns the projections, if there are any."""
-        if self.projections is None:
-            return None
+    def attention_fn(self, num_kv_heads: int, head_dim: int, is_causal: bool, key: Array) -> ApproxAttention:
+        """The method for one layer, drawn from ``key``: training and evaluation see the same features."""
         options = self.arguments()
-        return LinformerAttention(
+        if self.projections is None:
+            return ApproxAttention(
+                self.method,
+                is_causal=is_causal,
+                rngs=nnx.RngStream(key, tag="attention"),
+                noise=self.noise,
+                learned=self.learned,
+                head_dim=head_dim,
+                **options,
+            )
+        module = LinformerAttention(
             num_kv_heads,
             self.projections.max_length,
             num_slots=options.pop("num_slots", 256),
@@ -98,8 +107,9 @@ class AttentionConfig:
             frozen=self.projections.frozen,
             is_causal=is_causal,
             options=options,
-            rngs=rngs,
+            rngs=nnx.Rngs(key),
         )
+        return ApproxAttention(module, is_causal=is_causal)
 
     def draw(self, key: Array, head_dim: int) -> dict[str, Array]:
         """The arrays that the method draws, by the argument that takes them."""
@@ -124,11 +134,15 @@ class ModelConfig:
     __pydantic_config__ = STRICT
 
 
-def rotate(x: Array, base: float) -> Array:
-    """Rotary position embedding of ``x [..., T, N, D]``: pairs of channels turn with the position."""
+def rotate(x: Array, base: float, first: Array | int = 0) -> Array:
+    """Rotary position embedding of ``x [B, T, N, D]``: pairs of channels turn with the position.
+
+    The first token stands at ``first``, one number or ``[B]``.
+    """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
-    angle = (jnp.arange(x.shape[-3])[:, None] * frequency[None, :])[:, None, :]
+    positions = jnp.asarray(first)[..., None] + jnp.arange(x.shape[-3])
+    angle = (positions[..., None] * frequency)[..., None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -140,6 +154,8 @@ class SelfAttention(nnx.Module):
     A random method draws once, from ``draw``, the run's seed and the layer's number, so that training and evaluation
     see the same features, and each seed others.
     """
+
+    attention_fn: Any
 
     def __init__(
         self,
@@ -155,13 +171,8 @@ class SelfAttention(nnx.Module):
                 config.model_dim, (heads, config.head_dim), use_bias=False, dtype=config.dtype, rngs=rngs
             )
 
-        self.rotary_base, self.head_dim, self.is_causal, self.draw = (
-            config.rotary_base,
-            config.head_dim,
-            is_causal,
-            draw,
-        )
-        self.num_kv_heads = config.num_kv_heads
+        self.rotary_base, self.is_causal, self.draw = config.rotary_base, is_causal, draw
+        self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
         self.query = linear(config.num_heads)
         self.key, self.value = (linear(config.num_kv_heads) for _ in "kv")
         shape = (config.num_heads, config.head_dim)
@@ -175,50 +186,18 @@ class SelfAttention(nnx.Module):
         """Answers with another method from now on; the layer's other parameters stay."""
         if config.gated and self.gate is None:
             raise ValueError("this layer was made without gates")
-        self.method, self.settings = config.method, tuple(config.arguments().items())
-        self.draws = METHODS[config.method].capabilities.needs_key or config.noise
         self.gated = config.gated
-        drawn = config.draw(self.key_of_draws(), self.head_dim) if config.learned else {}
-        self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
-        self.module = nnx.data(config.module(self.num_kv_heads, self.is_causal, nnx.Rngs(self.key_of_draws())))
-
-    def key_of_draws(self) -> Array:
-        """What the layer draws from."""
         seed, number = self.draw
-        return jax.random.fold_in(jax.random.key(seed), number)
-
-    def attention_fn(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        lengths: Array | None = None,
-        gate_logits: Array | None = None,
-    ) -> Array:
-        """Attention by the layer's method."""
-        if self.module is not None:
-            return self.module(query, key, value, key_value_seq_lengths=lengths)
-        arguments: dict[str, Any] = {**dict(self.settings), **{name: x[...] for name, x in self.learned.items()}}
-        if gate_logits is not None:
-            arguments["gate_logits"] = gate_logits
-        rng = self.key_of_draws() if self.draws else None
-        return attention(
-            query,
-            key,
-            value,
-            method=self.method,
-            rng=rng,
-            is_causal=self.is_causal,
-            key_value_seq_lengths=lengths,
-            **arguments,
-        )
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        self.attention_fn = nnx.data(config.attention_fn(self.num_kv_heads, self.head_dim, self.is_causal, key))
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
-        query, key = (rotate(linear(x), self.rotary_base) for linear in (self.query, self.key))
+        first = getattr(self.attention_fn, "num_seen", 0)
+        query, key = (rotate(linear(x), self.rotary_base, first) for linear in (self.query, self.key))
         # Gates that are nearly open at first: the layer begins by remembering.
-        gates = {"gate_logits": self.gate(x) + 3.0} if self.gate is not None and self.gated else {}
-        return self.out(self.attention_fn(query, key, self.value(x), lengths=lengths, **gates))
+        gates = self.gate(x) + 3.0 if self.gate is not None and self.gated else None
+        options: dict[str, Any] = {} if gates is None else {"gate_logits": gates}
+        return self.out(self.attention_fn(query, key, self.value(x), key_value_seq_lengths=lengths, **options))
 
 
 class Layer(nnx.Module):
@@ -260,7 +239,10 @@ class Transformer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Predicts the next token from those before: tokens ``[B, T]`` to logits ``[B, T, vocabulary]``."""
+    """Predicts the next token from those before: tokens ``[B, T]`` to logits ``[B, T, vocabulary]``.
+
+    Of each sequence the first ``lengths [B]`` are real, all by default. After `init_cache` a call brings more tokens.
+    """
 
     def __init__(
         self,
@@ -276,8 +258,8 @@ class LanguageModel(nnx.Module):
         self.body = Transformer(config, attention_config, is_causal=is_causal, seed=seed, rngs=rngs)
         self.head = nnx.Linear(config.model_dim, vocabulary, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: Array) -> Array:
-        return self.head(self.body(self.embedding(tokens)))
+    def __call__(self, tokens: Array, lengths: Array | None = None) -> Array:
+        return self.head(self.body(self.embedding(tokens), lengths))
 
 
 class Classifier(nnx.Module):
@@ -352,6 +334,71 @@ def use_attention(model: nnx.Module, config: AttentionConfig) -> None:
 def _share_projections(layers: list[SelfAttention], config: AttentionConfig) -> None:
     """Ties the projections of all layers where they are shared between them."""
     if config.projections and config.projections.sharing == "layerwise":
-        first, *others = (layer.module for layer in layers)
+        modules: list[Any] = [layer.attention_fn.method for layer in layers]
+        first, *others = modules
         for module in others:
             module.projections = first.projections
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Array,
+    *,
+    steps: int,
+    lengths: Array | None = None,
+    temperature: float = 0.0,
+    rng: Array | None = None,
+) -> Array:
+    """Continues prompts token by token, from caches that hold what the model's attention method remembers.
+
+    Args:
+        model: a causal language model; it leaves without caches.
+        prompt: tokens ``[B, P]``.
+        steps: how many tokens to add.
+        lengths: real tokens of each prompt, ``[B]``; all by default.
+        temperature: of sampling; 0 takes the likeliest token.
+        rng: typed PRNG key of sampling.
+
+    Returns:
+        The tokens that follow, ``[B, steps]``.
+
+    Raises:
+        ValueError: sampling without ``rng``, a negative temperature, no step.
+        NotImplementedError: a method without a cache.
+    """
+    check_count("steps", steps)
+    if temperature < 0 or (temperature > 0 and rng is None):
+        raise ValueError(f"temperature must be at least 0, and sampling needs rng; got {temperature} and rng={rng}")
+    rng = jax.random.key(0) if rng is None else rng
+    layers = attention_layers(model).values()
+    try:
+        init_cache(model, prompt.shape[0], max_length=prompt.shape[1] + steps, ragged=lengths is not None)
+        logits = read_prompt(model, prompt, lengths)
+        last = logits[:, -1] if lengths is None else jnp.take_along_axis(logits, lengths[:, None, None] - 1, 1)[:, 0]
+        return continue_tokens(model, last, rng, steps, temperature)
+    finally:
+        for layer in layers:
+            layer.attention_fn.drop_cache()
+
+
+@nnx.jit
+def read_prompt(model: LanguageModel, prompt: Array, lengths: Array | None = None) -> Array:
+    """Logits ``[B, P, vocabulary]`` of a prompt, which is in the model's caches from then on."""
+    return model(prompt, lengths)
+
+
+@functools.partial(nnx.jit, static_argnames=("steps", "temperature"))
+def continue_tokens(model: LanguageModel, logits: Array, rng: Array, steps: int, temperature: float) -> Array:
+    """The tokens ``[B, steps]`` that follow what the caches hold, whose last logits were these; the caches stay."""
+    graph, state = nnx.split(model)
+
+    def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
+        state, logits = carry
+        likeliest = logits.argmax(-1)
+        token = likeliest if temperature == 0 else jax.random.categorical(key, logits / temperature)
+        model = nnx.merge(graph, state)
+        logits = model(token[:, None])[:, 0]
+        return (nnx.state(model), logits), token
+
+    _, tokens = jax.lax.scan(step, (state, logits), jax.random.split(rng, steps))
+    return tokens.T

@@ -10,6 +10,7 @@ from flax import nnx as flax_nnx
 
 from approx_attention import eva, rfa, tensor_attention, tensor_polynomial
 from approx_attention import nnx as ours
+from approx_attention.nnx.modules import _unit_rms
 from tests.references import random_heads
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -209,10 +210,10 @@ def test_tensor_layers_train_every_array_and_mask_padding(name):
 def test_a_bounded_tensor_layer_computes_in_the_precision_of_its_input(x64):
     rows = np.random.default_rng(0).normal(size=(3, 4))
     expected = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))
-    found = ours._unit_rms(jnp.asarray(rows))
+    found = _unit_rms(jnp.asarray(rows))
     assert found.dtype == jnp.float64
     np.testing.assert_allclose(found, expected, rtol=1e-14)
-    assert ours._unit_rms(jnp.zeros((1, 4), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert _unit_rms(jnp.zeros((1, 4), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_a_tensor_layer_keeps_its_logits_bounded():

@@ -84,6 +84,11 @@ class Eva(nnx.Module):
         rows, columns = np.broadcast_arrays(offset[:, None, :, None], offset[None, :, None, :])
         return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it was made causal."""
+        return bool(self.options.get("is_causal"))
+
     def __call__(
         self,
         query: Array,
@@ -92,6 +97,7 @@ class Eva(nnx.Module):
         *,
         rng: Array | None = None,
         key_value_seq_lengths: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         """Attention in the layout of `approx_attention.attention`.
 
@@ -101,6 +107,7 @@ class Eva(nnx.Module):
             value: ``[B, S, K, Dv]``.
             rng: typed PRNG key of the noise; none for no noise, as in evaluation.
             key_value_seq_lengths: real keys per sequence, ``[B]``.
+            mask: which keys are real, ``[B, 1, 1, S]``.
 
         Returns:
             ``[B, T, N, Dv]``.
@@ -129,7 +136,7 @@ class Eva(nnx.Module):
             return eva(q, k, v, key, kv_mask=kv_mask, **self.options, **learned)
 
         vectors = None if self.vectors is None else self.vectors[...]
-        return _over_heads(head, query, key, value, key_value_seq_lengths, vectors, rng)
+        return _over_heads(head, query, key, value, _real(key, key_value_seq_lengths, mask), vectors, rng)
 
 
 def eva_official(
@@ -253,6 +260,11 @@ class Lara(nnx.Module):
         self.num_landmarks, self.spatial_shape, self.options = num_landmarks, spatial_shape, dict(options or {})
         self.adapt_queries, self.adapt_keys = (Adaptor(head_dim, rngs=rngs) for _ in range(2))
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it was made causal."""
+        return bool(self.options.get("is_causal"))
+
     def __call__(
         self,
         query: Array,
@@ -261,6 +273,7 @@ class Lara(nnx.Module):
         *,
         rng: Array | None = None,
         key_value_seq_lengths: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         """Attention in the layout of `approx_attention.attention`, as in `Eva`."""
         root = math.sqrt(1 / math.sqrt(query.shape[-1]))
@@ -277,7 +290,7 @@ class Lara(nnx.Module):
             learned = {"proposal_mean": root * mu, "query_landmarks": root * q_bar}
             return lara(q, k, v, key, kv_mask=kv_mask, **learned, **self.options)
 
-        return _over_heads(head, query, key, value, key_value_seq_lengths, None, rng)
+        return _over_heads(head, query, key, value, _real(key, key_value_seq_lengths, mask), None, rng)
 
 
 def mean_pool_init(noise: float = 0.01) -> Callable[..., Array]:
@@ -361,13 +374,14 @@ class LinformerAttention(nnx.Module):
         *,
         rng: Array | None = None,
         key_value_seq_lengths: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         """Attention in the layout of `approx_attention.attention`, as in `Eva`; ``rng`` is ignored."""
         arrays = {name: x[...] for name, x in self.projections.items()}
         owned: dict[str, Any] = {"per_head": arrays} if self.per_head else arrays
         return attention(
             query, key, value, method="linformer", is_causal=self.is_causal,
-            key_value_seq_lengths=key_value_seq_lengths, **owned, **self.options,
+            key_value_seq_lengths=key_value_seq_lengths, mask=mask, **owned, **self.options,
         )  # fmt: skip
 
 
@@ -395,6 +409,11 @@ class Rfa(nnx.Module):
         self.bandwidth = nnx.Param(jnp.ones((num_kv_heads, head_dim)))
         self.gate = None if gate_dim is None else nnx.Linear(gate_dim, num_kv_heads, rngs=rngs)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it was made causal."""
+        return bool(self.options.get("is_causal"))
+
     def __call__(
         self,
         query: Array,
@@ -404,6 +423,7 @@ class Rfa(nnx.Module):
         rng: Array,
         gate_input: Array | None = None,
         key_value_seq_lengths: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         """Attention in the layout of `approx_attention.attention`.
 
@@ -414,6 +434,7 @@ class Rfa(nnx.Module):
             rng: typed PRNG key of the features; the same one for the same features.
             gate_input: ``[B, S, gate_dim]``, needed if there are gates.
             key_value_seq_lengths: real keys per sequence, ``[B]``.
+            mask: which keys are real, ``[B, 1, 1, S]``.
 
         Returns:
             ``[B, T, N, Dv]``.
@@ -424,7 +445,7 @@ class Rfa(nnx.Module):
         if self.gate is not None and gate_input is not None:
             gates["gate_logits"] = self.gate(gate_input)
         return attention(
-            query, key, value, method="rfa", rng=rng, key_value_seq_lengths=key_value_seq_lengths,
+            query, key, value, method="rfa", rng=rng, key_value_seq_lengths=key_value_seq_lengths, mask=mask,
             per_head={"bandwidth": self.bandwidth[...]}, **self.options, **gates,
         )  # fmt: skip
 
@@ -535,12 +556,24 @@ def _unit_rms(x: Array) -> Array:
     return (wide * jax.lax.rsqrt(jnp.where(square > 0, square, 1))).astype(x.dtype)
 
 
+def _real(key: Array, lengths: Array | None, mask: Array | None) -> Array | None:
+    """Which keys ``[B, S]`` are real, by their number and by a padding mask ``[B, 1, 1, S]``; None for all."""
+    if mask is not None:
+        if mask.dtype != jnp.bool_ or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+            raise ValueError(f"mask must be boolean [B, 1, 1, S], got {mask.dtype} {mask.shape}")
+        mask = jnp.broadcast_to(mask[:, 0, 0], key.shape[:2])
+    if lengths is None:
+        return mask
+    real = jnp.arange(key.shape[1])[None, :] < lengths[:, None]
+    return real if mask is None else real & mask
+
+
 def _over_heads(
     head: Callable[..., Array],
     query: Array,
     key: Array,
     value: Array,
-    lengths: Array | None,
+    mask: Array | None,
     per_head: Array | None,
     rng: Array | None,
 ) -> Array:
@@ -550,7 +583,6 @@ def _over_heads(
     key, value = key[:, :, own], value[:, :, own]
     per_head = None if per_head is None else per_head[own]
     keys = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.asarray(own))
-    mask = None if lengths is None else jnp.arange(key.shape[1])[None, :] < lengths[:, None]
     over_heads = jax.vmap(head, (1, 1, 1, None, None if per_head is None else 0, None if keys is None else 0), 1)
     over_batch = jax.vmap(over_heads, (0, 0, 0, None if mask is None else 0, None, None))
     return over_batch(query, key, value, mask, per_head, keys)

@@ -125,7 +125,7 @@ def _scores(config: CacheConfig, model: nnx.Module, batches: Any, function: Call
 
     changed = nnx.clone(model)
     for layer in attention_layers(changed).values():
-        layer.attention_fn = answer
+        layer.attention_fn = nnx.static(answer)
     score = nnx.jit(bits)
     parts = [[np.asarray(x)[:, config.prefix :] for x in score(changed, batch)] for batch in batches]
     entropy, right, asked = (np.concatenate([part[i] for part in parts]) for i in range(3))

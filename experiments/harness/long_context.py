@@ -128,10 +128,10 @@ def _jax_nn_layer(config: LongContextConfig, is_causal: bool) -> Callable[..., A
         config.model, AttentionConfig(), is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)
     )
 
-    def attention_fn(query: jax.Array, key: jax.Array, value: jax.Array, lengths: None = None) -> jax.Array:
+    def attention_fn(query: jax.Array, key: jax.Array, value: jax.Array, **_: None) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
 
-    layer.attention_fn = attention_fn  # pyright: ignore[reportAttributeAccessIssue]
+    layer.attention_fn = nnx.static(attention_fn)
     return _passes(config, layer)
 
 

@@ -1,0 +1,153 @@
+"""What Flax hands to an ``attention_fn``, checked and put into this library's terms: nothing is dropped in silence."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype, PrecisionLike
+from jax import Array
+from jax.core import Tracer
+
+from approx_attention.checks import check_choice, check_count, did_you_mean
+from approx_attention.registry import METHODS, get_method
+
+
+def name_and_randomness(
+    method: str | Callable[..., Array], noise: bool, hyperparameters: Mapping[str, Any]
+) -> tuple[str, bool]:
+    """What errors call the method, and whether it draws.
+
+    Raises:
+        ValueError: an unknown method, or noise asked of a method that has none.
+        TypeError: neither a name nor a function, or an argument that the method does not have.
+    """
+    if not isinstance(method, str):
+        if not callable(method):
+            raise TypeError(f"method must be a registered name or a function of one head, got {method!r}")
+        return getattr(method, "__name__", type(method).__name__), noise
+    registered = get_method(method)
+    known = [name for name, p in inspect.signature(registered.function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in hyperparameters:
+        if name not in known:
+            raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, known)}")
+    if noise and not (registered.capabilities.takes_key or registered.capabilities.needs_key):
+        raise ValueError(f"method {method!r} has no noise to be switched on")
+    return method, registered.capabilities.needs_key or noise
+
+
+def check_redraw(redraw: str, every: int | None) -> None:
+    """Raises ``ValueError`` unless ``every`` is a number of calls just where ``redraw`` is ``"every_n"``."""
+    check_choice("redraw", redraw, ("never", "every_call", "every_n"))
+    if (redraw == "every_n") != (every is not None):
+        raise ValueError(f"every is for redraw='every_n', and needed there; got redraw={redraw!r}, every={every}")
+    if every is not None:
+        check_count("every", every)
+
+
+def drawn_array(name: str, drawn: Mapping[str, Array], argument: str) -> Array:
+    """The array of a method's draw that is to be learned; raises ``ValueError`` if there is none."""
+    if argument not in drawn:
+        raise ValueError(f"method {name!r} draws no {argument!r} to learn; it draws {', '.join(drawn) or 'nothing'}")
+    return drawn[argument]
+
+
+def check_unused(name: str, *, dropout_rate: float, deterministic: bool, **others: Any) -> None:
+    """Raises for arguments that no approximation has a use for.
+
+    Args:
+        name: of the method.
+        dropout_rate: of Flax's dropout of attention weights.
+        deterministic: whether it is off.
+        **others: arguments that must be None.
+
+    Raises:
+        NotImplementedError: one of them is asked for.
+    """
+    if dropout_rate > 0 and not deterministic:
+        raise NotImplementedError(
+            f"method {name!r} does not support dropout of attention weights (dropout_rate={dropout_rate}), which it "
+            f"never forms; put a Dropout on the output of the attention layer and leave its dropout_rate at 0"
+        )
+    for argument, value in others.items():
+        if value is not None:
+            advice = " (sow_weights: there are no weights to sow)" if argument == "module" else ""
+            raise NotImplementedError(f"method {name!r} does not support {argument}{advice}")
+
+
+def as_boolean(mask: Array | None) -> Array | None:
+    """Flax's mask, boolean or floating point with 1 for what may be seen, as a boolean one.
+
+    Raises:
+        TypeError: neither boolean nor a number.
+        ValueError: other values than 0 and 1, as in an additive mask, if they can be looked at.
+    """
+    if mask is None or mask.dtype == jnp.bool_:
+        return mask
+    if not jnp.issubdtype(mask.dtype, jnp.number):
+        raise TypeError(f"mask must be boolean or hold 0 and 1, got dtype {mask.dtype}")
+    if not isinstance(mask, Tracer) and not np.isin(np.asarray(mask, np.float32), (0, 1)).all():
+        raise ValueError("mask must be boolean or hold 0 and 1 (1 = may be seen); an additive mask is a bias")
+    return mask > 0
+
+
+def check_mask(name: str, mask: Array | None, is_causal: bool, num_queries: int, num_keys: int) -> bool:
+    """Whether attention is causal besides the mask; raises for a mask that the method cannot follow.
+
+    Flax's own cache asks with one query and all keys, of which a mask shows those that were generated: that mask is all
+    the causality there is, for the first key is the only one that a first query would see.
+
+    Raises:
+        NotImplementedError: a mask that differs between queries or heads.
+        ValueError: one query asks causally of many keys, without a mask.
+    """
+    if is_causal and num_queries == 1 and num_keys > 1:
+        if mask is None:
+            raise ValueError(f"is_causal with one query and {num_keys} keys would show it the first key only")
+        is_causal = False
+    if mask is None or (name in METHODS and METHODS[name].capabilities.dense_mask):
+        return is_causal
+    padded = (1,) * (4 - mask.ndim) + mask.shape
+    if padded[-2] != 1 or padded[-3] != 1:
+        raise NotImplementedError(
+            f"method {name!r} does not support a mask that differs between queries or heads, got shape {mask.shape}; "
+            f"in place of a causal mask pass is_causal=True, and padding as [B, 1, 1, S]: "
+            f"make_attention_mask(jnp.ones((B, 1)), is_real)"
+        )
+    return is_causal
+
+
+def real_tokens(mask: Array) -> Array:
+    """How many of a call's tokens are real, ``[B]``, by a padding mask ``[B, 1, 1, S]``.
+
+    Raises:
+        ValueError: real tokens after padding, if they can be looked at.
+    """
+    real = mask[..., 0, 0, :]
+    if not isinstance(real, Tracer) and (np.diff(np.asarray(real).astype(np.int8), axis=-1) > 0).any():
+        raise ValueError("while decoding, a mask must hide the last tokens of a sequence: padding stands on the right")
+    return real.sum(-1, dtype=jnp.int32)
+
+
+def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextManager[Any]:
+    """The context in which matrix products have the precision that Flax was given.
+
+    Raises:
+        NotImplementedError: one precision for each of two operands.
+    """
+    if precision is None:
+        return contextlib.nullcontext()
+    if isinstance(precision, jax.lax.Precision):
+        precision = precision.name.lower()
+    if not isinstance(precision, str):
+        raise NotImplementedError(f"precision must be one jax.lax.Precision or its name, got {precision!r}")
+    return jax.default_matmul_precision(precision)
+
+
+def promoted(arrays: tuple[Array, ...], dtype: Dtype | None) -> tuple[Array, ...]:
+    """Arrays in Flax's computation type, or in one type that holds them all."""
+    common = jnp.result_type(*arrays) if dtype is None else dtype
+    return tuple(x.astype(common) for x in arrays)

@@ -1,0 +1,371 @@
+"""Attention by any method in a Flax nnx model, as the ``attention_fn`` of its layers."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, PrecisionLike
+from jax import Array
+
+from approx_attention import flax_arguments
+from approx_attention.api import attention
+from approx_attention.decode import HeadsCache, HeadsDecoder
+from approx_attention.registry import accepted, get_method
+
+
+class ApproxAttention(nnx.Module):
+    r"""Attention by any method, for ``nnx.MultiHeadAttention(attention_fn=...)`` or on its own.
+
+    Being a module, what it draws and what it learns is part of the model's state.
+
+    Args:
+        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a module of this package that
+            owns learned arrays, such as `Eva`, `Lara`, `LinformerAttention` or `Rfa`.
+        is_causal: query t sees keys j <= t, whether the layer around asks for it or not.
+        rngs: streams, of which a random method forks ``attention``, or an ``nnx.RngStream`` to draw from as it is.
+        redraw: how long a random method keeps what it has drawn: for good, for one call, or for ``every`` calls. After
+            ``model.eval()`` it keeps the last draw.
+        every: the number of calls with ``"every_n"``.
+        noise: let a method that is random only with a key (`lara`, `eva`) draw too.
+        learned: which of the arrays that the method draws are learned, such as ``("projection",)``.
+        head_dim: the number D of channels of a head, needed with ``learned``.
+        **hyperparameters: static arguments of the method, such as ``num_features=128``.
+
+    Raises:
+        ValueError: an unknown method, a random one without ``rngs``, options that do not fit together.
+        TypeError: an argument that the method does not have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import ApproxAttention
+        >>> rngs = nnx.Rngs(0)
+        >>> favor = ApproxAttention("favor", num_features=64, rngs=rngs)
+        >>> layer = nnx.MultiHeadAttention(num_heads=4, in_features=32, attention_fn=favor, decode=False, rngs=rngs)
+        >>> layer(jnp.ones((2, 100, 32)), is_causal=True).shape
+        (2, 100, 32)
+    """
+
+    def __init__(
+        self,
+        method: str | Callable[..., Array] | nnx.Module,
+        *,
+        is_causal: bool = False,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        redraw: Literal["never", "every_call", "every_n"] = "never",
+        every: int | None = None,
+        noise: bool = False,
+        learned: Sequence[str] = (),
+        head_dim: int | None = None,
+        **hyperparameters: Any,
+    ):
+        flax_arguments.check_redraw(redraw, every)
+        self.method, self.is_causal, self.hyperparameters = method, is_causal, nnx.static(hyperparameters)
+        self.redraw, self.every = redraw, every or 1
+        # Set by `model.train()` and `model.eval()`.
+        self.deterministic = False
+        self.name, draws = _name_and_randomness(method, noise, hyperparameters)
+        if draws and rngs is None:
+            raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
+        stream = rngs.attention.fork() if isinstance(rngs, nnx.Rngs) else rngs
+        self.stream = nnx.data(stream if draws else None)
+        self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
+        self.cache = nnx.data(None)
+
+    def _first_draw(
+        self, learned: tuple[str, ...], head_dim: int | None, stream: nnx.RngStream | None
+    ) -> dict[str, nnx.Param]:
+        if not learned:
+            return {}
+        draw = get_method(self.method).draw if isinstance(self.method, str) else None
+        if head_dim is None or stream is None or draw is None:
+            raise ValueError(
+                f"learned={learned} needs head_dim, rngs and a registered method that draws, got head_dim={head_dim}, "
+                f"rngs={stream}, method {self.name!r}"
+            )
+        drawn = draw(stream.key[...], head_dim, **accepted(draw, self.hyperparameters))
+        return {name: nnx.Param(flax_arguments.drawn_array(self.name, drawn, name)) for name in learned}
+
+    def rng(self) -> Array | None:
+        """The key of this call; moves on to the next draw where it is due."""
+        if self.stream is None:
+            return None
+        if self.redraw == "never":
+            return self.stream.key[...]
+        count = self.stream.count[...]
+        if not self.deterministic:
+            self.stream.count[...] = count + 1
+        return jax.random.fold_in(self.stream.key[...], count // self.every)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None = None,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = True,
+        dtype: Dtype | None = None,
+        precision: PrecisionLike = None,
+        module: nnx.Module | None = None,
+        is_causal: bool = False,
+        input_positions: Array | None = None,
+        *,
+        key_value_seq_lengths: Array | None = None,
+        gate_logits: Array | None = None,
+    ) -> Array:
+        """What ``nnx.MultiHeadAttention`` calls.
+
+        Args:
+            query: ``[..., T, N, D]``.
+            key: ``[..., S, K, D]``.
+            value: ``[..., S, K, Dv]``.
+            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; any other for methods with ``dense_mask`` only.
+            dropout_rng: ignored, because dropout of weights is refused.
+            dropout_rate: must be 0, unless ``deterministic``.
+            broadcast_dropout: ignored likewise.
+            deterministic: whether dropout is off.
+            dtype: computation type, that of the arrays by default.
+            precision: of matrix products.
+            module: must be None (``sow_weights=False``).
+            is_causal: query t sees keys j <= t.
+            input_positions: must be None.
+            key_value_seq_lengths: real keys per sequence, ``[...]``; Flax does not pass it, layers of your own may.
+            gate_logits: ``[..., S, K]`` for gated `rfa`, likewise.
+
+        Returns:
+            ``[..., T, N, Dv]``.
+
+        Raises:
+            NotImplementedError: dropout, sown weights, or a mask that the method does not support.
+        """
+        flax_arguments.check_unused(
+            self.name,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            module=module,
+            input_positions=input_positions,
+        )
+        query, key, value = flax_arguments.promoted((query, key, value), dtype)
+        mask = flax_arguments.as_boolean(mask)
+        per_token: dict[str, Any] = {} if gate_logits is None else {"gate_logits": gate_logits}
+        with flax_arguments.matmul_precision(precision):
+            if self.cache is not None:
+                return self._extend(query, key, value, mask, key_value_seq_lengths, per_token)
+            is_causal = is_causal or self.is_causal
+            return self._whole(query, key, value, mask, is_causal, key_value_seq_lengths, per_token)
+
+    def _whole(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None,
+        is_causal: bool,
+        lengths: Array | None,
+        per_token: dict[str, Any],
+    ) -> Array:
+        is_causal = flax_arguments.check_mask(self.name, mask, is_causal, query.shape[-3], key.shape[-3])
+        if isinstance(self.method, nnx.Module):
+            module: Any = self.method
+            if is_causal and not module.is_causal:
+                raise ValueError(f"{self.name} was made without is_causal, and is asked for causal attention")
+            return module(query, key, value, rng=self.rng(), mask=mask, key_value_seq_lengths=lengths, **per_token)
+        return attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            method=self.method,
+            rng=self.rng(),
+            is_causal=is_causal,
+            key_value_seq_lengths=lengths,
+            **self._arguments(),
+            **per_token,
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**self.hyperparameters, **{name: x[...] for name, x in self.learned.items()}}
+
+    def init_cache(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        max_length: int | None = None,
+        ragged: bool = False,
+        dtype: Any = jnp.float32,
+    ) -> None:
+        """From now on every call brings further tokens and is answered from a cache, as by `HeadsDecoder`.
+
+        A call may bring any number of tokens; with ``ragged`` its mask says how many of each sequence are real.
+
+        Args:
+            batch_size: the number B of sequences.
+            num_kv_heads: the number K of key heads.
+            head_dim: channels D of queries and keys.
+            value_dim: channels Dv of values, D by default.
+            max_length: room for so many tokens, where a method holds all or a part of them.
+            ragged: whether sequences have lengths of their own.
+            dtype: of the cache.
+
+        Raises:
+            NotImplementedError: a method without a running summary.
+        """
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        self.sizes = nnx.static({**sizes, "max_length": max_length, "dtype": jnp.dtype(dtype).name})
+        rng = None if self.stream is None else self._key_of_cache()
+        leaves, self.treedef = jax.tree.flatten(self._decoder().init(batch_size, rng, ragged=ragged))
+        self.cache = nnx.data(nnx.List([nnx.Cache(x) for x in leaves]))
+
+    def _key_of_cache(self) -> Array:
+        # A cache is made of one draw, so that no call moves it on.
+        assert self.stream is not None
+        key = self.stream.key[...]
+        return key if self.redraw == "never" else jax.random.fold_in(key, self.stream.count[...] // self.every)
+
+    def drop_cache(self) -> None:
+        """Ends decoding: calls are whole sequences again."""
+        self.cache = nnx.data(None)
+
+    @property
+    def num_seen(self) -> Array:
+        """The number of tokens in the cache, ``[]``, or ``[B]`` where sequences differ; 0 without one."""
+        return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().heads.length
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes that the cache takes."""
+        return sum(x[...].nbytes for x in self.cache or ())
+
+    def _cached(self) -> HeadsCache:
+        return jax.tree.unflatten(self.treedef, [x[...] for x in self.cache or ()])
+
+    def _decoder(self) -> HeadsDecoder:
+        if not isinstance(self.method, str):
+            raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
+        return HeadsDecoder(self.method, **self.sizes, **self._arguments())
+
+    def _extend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None,
+        lengths: Array | None,
+        per_token: dict[str, Any],
+    ) -> Array:
+        if per_token:
+            raise NotImplementedError(f"method {self.name!r} does not support {', '.join(per_token)} while decoding")
+        flax_arguments.check_mask(self.name, mask, False, query.shape[-3], key.shape[-3])
+        if mask is not None:
+            masked = flax_arguments.real_tokens(jnp.broadcast_to(mask, (key.shape[0], 1, 1, key.shape[1])))
+            lengths = masked if lengths is None else jnp.minimum(lengths, masked)
+        out, cache = self._decoder().extend(self._cached(), query, key, value, lengths)
+        for variable, x in zip(self.cache or (), jax.tree.leaves(cache), strict=True):
+            variable[...] = x
+        return out
+
+
+def _name_and_randomness(
+    method: str | Callable[..., Array] | nnx.Module, noise: bool, hyperparameters: dict[str, Any]
+) -> tuple[str, bool]:
+    if not isinstance(method, nnx.Module):
+        return flax_arguments.name_and_randomness(method, noise, hyperparameters)
+    if hyperparameters:
+        raise TypeError(f"{type(method).__name__} has its options already, got {', '.join(hyperparameters)}")
+    needs = inspect.signature(method).parameters["rng"].default is inspect.Parameter.empty
+    return type(method).__name__, needs or noise
+
+
+def replace_attention(
+    model: nnx.Module,
+    method: str | Callable[..., Array],
+    *,
+    only: Callable[[str, nnx.Module], bool] | None = None,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> list[str]:
+    """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
+
+    Args:
+        model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
+        method: as in `ApproxAttention`, but for modules: each layer needs one of its own.
+        only: ``(path, layer) -> bool``, which layers; all by default.
+        rngs: where random methods draw from, each layer for itself.
+        **options: those of `ApproxAttention` and of the method.
+
+    Returns:
+        The paths of the layers, such as ``"layers.0.attention"``.
+
+    Raises:
+        ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import replace_attention
+        >>> model = nnx.MultiHeadAttention(num_heads=4, in_features=32, decode=False, rngs=nnx.Rngs(0))
+        >>> exact = model(jnp.ones((2, 100, 32)))
+        >>> replace_attention(model, "mean_pool", num_landmarks=100)
+        ['']
+        >>> bool(jnp.allclose(model(jnp.ones((2, 100, 32))), exact, atol=1e-5))
+        True
+    """
+    if isinstance(method, nnx.Module):
+        raise TypeError("each layer needs a module of its own: set the attention_fn of the layers one by one")
+    layers = _attention_layers(model)
+    chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
+    if not chosen:
+        raise ValueError(f"no layer to replace; those with an attention_fn are {', '.join(layers) or 'none'}")
+    for layer in chosen.values():
+        layer.attention_fn = nnx.data(ApproxAttention(method, rngs=rngs, **options))
+    return list(chosen)
+
+
+def init_cache(
+    model: nnx.Module, batch_size: int, *, max_length: int | None = None, ragged: bool = False, dtype: Any = jnp.float32
+) -> int:
+    """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
+
+    The layers' own ``decode`` stays False: it is for Flax's cache of all keys, which takes one token at a time.
+
+    Args:
+        model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
+        batch_size: the number of sequences.
+        max_length: room for so many tokens, where a method holds all or a part of them.
+        ragged: whether sequences have lengths of their own.
+        dtype: of the cache.
+
+    Returns:
+        The bytes that all caches take.
+
+    Raises:
+        ValueError: a layer with another ``attention_fn``, or no layer with one.
+        NotImplementedError: a method without a running summary.
+    """
+    layers = _attention_layers(model)
+    other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
+    if other or not layers:
+        raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other or 'all'}")
+    for layer in layers.values():
+        layer.attention_fn.init_cache(
+            batch_size, layer.num_kv_heads, layer.head_dim, max_length=max_length, ragged=ragged, dtype=dtype
+        )
+    return sum(layer.attention_fn.cache_bytes for layer in layers.values())
+
+
+def _attention_layers(model: nnx.Module) -> dict[str, Any]:
+    """The modules that have an ``attention_fn``, by their path in the model."""
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, nnx.Module) and callable(getattr(module, "attention_fn", None))
+    }

@@ -1,0 +1,110 @@
+"""Decoding: tokens per second and bytes of cache of a small language model, by the length of what it has read."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from rich.console import Console
+
+from approx_attention import METHODS, attention
+from approx_attention.compare import environment
+from approx_attention.diagnostics import time_interleaved
+from approx_attention.nnx import init_cache
+from benchmarks.exact import peak_flops
+from experiments.models import (
+    AttentionConfig,
+    LanguageModel,
+    ModelConfig,
+    attention_layers,
+    continue_tokens,
+    read_prompt,
+)
+
+MODEL = ModelConfig(num_layers=2, model_dim=256, num_heads=8, num_kv_heads=2, head_dim=64, hidden_dim=512)
+STEPS, VOCABULARY, SIZE = 64, 256, 256
+PLAIN = ("blocked", "dense", "jax.nn")
+
+
+class PlainCache(nnx.Module):
+    """Exact attention over a preallocated array of all keys: the usual cache, one token at a time."""
+
+    def __init__(self, implementation: str, key: Array, value: Array):
+        self.implementation = implementation
+        self.key, self.value = nnx.Cache(key), nnx.Cache(value)
+        self.seen = nnx.Cache(jnp.array(key.shape[1] - STEPS, jnp.int32))
+
+    @property
+    def num_seen(self) -> Array:
+        """How many tokens it holds."""
+        return self.seen[...]
+
+    def __call__(self, query: Array, key: Array, value: Array, **_: None) -> Array:
+        """The answer to one more token."""
+        seen = self.seen[...]
+        self.key[...] = jax.lax.dynamic_update_slice_in_dim(self.key[...], key, seen, 1)
+        self.value[...] = jax.lax.dynamic_update_slice_in_dim(self.value[...], value, seen, 1)
+        self.seen[...] = seen + 1
+        lengths = jnp.broadcast_to(seen + 1, (query.shape[0],))
+        tensors = query, self.key[...], self.value[...]
+        if self.implementation == "jax.nn":
+            return jax.nn.dot_product_attention(*tensors, key_value_seq_lengths=lengths)
+        options: dict[str, Any] = {"implementation": self.implementation}
+        return attention(*tensors, method="exact", key_value_seq_lengths=lengths, **options)
+
+
+def _plain(implementation: str, length: int) -> tuple[LanguageModel, int]:
+    """A model with a plain cache of as many random tokens, and the bytes of its caches."""
+    model = LanguageModel(MODEL, AttentionConfig(), vocabulary=VOCABULARY, rngs=nnx.Rngs(0))
+    shape = 1, length + STEPS, MODEL.num_kv_heads, MODEL.head_dim
+    for number, layer in enumerate(attention_layers(model).values()):
+        key, value = jax.random.normal(jax.random.key(number), (2, *shape))
+        layer.attention_fn = nnx.data(PlainCache(implementation, key, value))
+    return model, 2 * 4 * MODEL.num_layers * key.size
+
+
+def _cached(method: str, length: int, prompt: Array) -> tuple[LanguageModel, int]:
+    """A model that has read the prompt into the caches of a method, and their bytes."""
+    size = METHODS[method].size
+    # Slots per block and whole caches grow with the sequence; the others keep their size.
+    settings = {size: SIZE} if size and method != "block_linformer" else {}
+    model = LanguageModel(MODEL, AttentionConfig(method, settings), vocabulary=VOCABULARY, rngs=nnx.Rngs(0))
+    num_bytes = init_cache(model, 1, max_length=length + STEPS)
+    read_prompt(model, prompt)
+    return model, num_bytes
+
+
+def measure(longest: int, rounds: int) -> dict[str, Any]:
+    """Seconds per token and bytes of cache of every method that decodes, beside exact attention with plain caches."""
+    rows: list[dict[str, Any]] = []
+    decoding = [name for name, method in METHODS.items() if method.capabilities.decode]
+    for length in (n for n in (1024, 8192, 32768) if n <= longest):
+        prompt = jax.random.randint(jax.random.key(1), (1, length), 0, VOCABULARY)
+        makers: dict[str, Callable[[], tuple[LanguageModel, int]]] = {
+            **{f"exact, {name}": functools.partial(_plain, name, length) for name in PLAIN},
+            **{name: functools.partial(_cached, name, length, prompt) for name in decoding},
+        }
+        calls: dict[str, Callable[[], Any]] = {}
+        held = {}
+        for arm, make in makers.items():
+            model, held[arm] = make()
+            logits = jnp.zeros((1, VOCABULARY))
+            calls[arm] = functools.partial(continue_tokens, model, logits, jax.random.key(0), STEPS, 0.0)
+        for arm, timing in time_interleaved(calls, rounds=rounds, patience=60).items():
+            row = {"arm": arm, "length": length, "seconds": timing.least / STEPS, "cache_bytes": held[arm]}
+            rows.append(row)
+            Console().print(f"{length:6} {arm:18} {1 / row['seconds']:8.0f} tokens/s  {held[arm] / 2**20:7.2f} MiB")
+    return {
+        "rounds": rounds,
+        "steps": STEPS,
+        "size": SIZE,
+        "model": {name: getattr(MODEL, name) for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads")},
+        "num_heads": MODEL.num_heads,
+        "head_dim": MODEL.head_dim,
+        "peak_flops_per_second": peak_flops(),
+        "environment": environment(),
+        "rows": rows,
+    }

@@ -1,0 +1,373 @@
+"""The adapters for Flax: what reaches a method, what is refused, what is state, and decoding inside a model."""
+
+import functools
+import inspect
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from approx_attention import METHODS, attention
+from approx_attention import linen as ours_linen
+from approx_attention import nnx as ours
+from tests.references import having, random_heads, settings
+from tests.test_contract import lifted
+
+pytestmark = pytest.mark.usefixtures("models")
+
+HEADS, DIM = 4, 32
+
+
+def layer_of(method, rngs=None, num_kv_heads=None, **options):
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    fn = method if isinstance(method, nnx.Module) else ours.ApproxAttention(method, rngs=rngs, **options)
+    return nnx.MultiHeadAttention(
+        HEADS, DIM, num_kv_heads=num_kv_heads, attention_fn=fn, decode=False, deterministic=True, rngs=rngs
+    )
+
+
+def tokens(length=12, batch=2, seed=0):
+    return jax.random.normal(jax.random.key(seed), (batch, length, DIM))
+
+
+def padding(lengths, length, dtype=jnp.float32):
+    return (jnp.arange(length)[None, :] < jnp.array(lengths)[:, None]).astype(dtype)[:, None, None, :]
+
+
+@functools.cache
+def favor():
+    return layer_of("favor", num_features=8, num_kv_heads=2)
+
+
+# 1. what reaches a method
+
+
+@lifted
+def test_both_adapters_are_attention(name):
+    is_causal, x, mask = METHODS[name].capabilities.causal, tokens(), padding([12, 7], 12)
+    layer = layer_of(name, **settings(name))
+    stream = layer.attention_fn.stream
+    heads = [project(x) for project in (layer.query, layer.key, layer.value)]
+    rng = None if stream is None else stream.key[...]
+    options = {"method": name, "rng": rng, "is_causal": is_causal, **settings(name)}
+    expected = layer.out(attention(*heads, mask=mask > 0, **options))
+    np.testing.assert_allclose(layer(x, mask=mask, is_causal=is_causal), expected, atol=1e-5)
+
+    fn = ours_linen.ApproxAttention(name, settings(name), is_causal=is_causal)
+    variables = {"params": {}}
+    for part in ("query", "key", "value", "out"):
+        module = getattr(layer, part)
+        variables["params"][part] = {"kernel": module.kernel[...], "bias": module.bias[...]}
+    if rng is not None:
+        variables["draws"] = {"attention_fn": {"key": jax.random.key_data(rng)}}
+    twin = nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
+    np.testing.assert_allclose(twin.apply(variables, x, mask=mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.float32, jnp.bfloat16, jnp.int32])
+def test_padding_masks_of_any_type(dtype):
+    x = tokens()
+    soiled = x.at[1, 7:].set(3.0)
+    mask = padding([12, 7], 12, dtype)
+    out = favor()(x, mask=mask, is_causal=True)
+    np.testing.assert_allclose(favor()(soiled, mask=mask, is_causal=True)[1, :7], out[1, :7], atol=1e-6)
+    assert np.abs(favor()(soiled, is_causal=False) - favor()(soiled, mask=mask))[1].max() > 1e-3
+
+
+def test_computation_type_and_precision_are_honoured():
+    fn = ours.ApproxAttention("mean_value")
+    query, key, value = random_heads(0, 1, 4, 4, 2, 2)
+    assert fn(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    for precision in (jax.lax.Precision.HIGHEST, "highest"):
+        text = str(jax.make_jaxpr(lambda q: fn(q, key, value))(query))
+        with_precision = str(jax.make_jaxpr(lambda q, p=precision: fn(q, key, value, precision=p))(query))
+        assert "HIGHEST" in with_precision or with_precision == text.replace("DEFAULT", "HIGHEST")
+    exact = ours.ApproxAttention("exact")
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda q: exact(q, key, value, precision="highest"))(query))
+
+
+def test_what_a_method_cannot_follow_is_refused():
+    x, layer = tokens(), favor()
+    with pytest.raises(NotImplementedError, match=r"'favor' .* is_causal=True"):
+        layer(x, mask=nnx.make_causal_mask(x[..., 0]))
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        layer(x, sow_weights=True)
+    with pytest.raises(ValueError, match="additive mask is a bias"):
+        layer(x, mask=jnp.where(padding([12, 7], 12) > 0, 0.0, -1e9))
+    dropping = layer_of("mean_pool", num_landmarks=4)
+    dropping.dropout_rate = 0.1
+    with pytest.raises(NotImplementedError, match="Dropout on the output"):
+        dropping(x, deterministic=False, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(dropping(x, deterministic=True), layer_of("mean_pool", num_landmarks=4)(x))
+    with pytest.raises(NotImplementedError, match="precision"):
+        ours.ApproxAttention("exact")(*random_heads(0, 1, 4, 4, 2, 2), precision=("high", "high"))
+    twin = ours_linen.ApproxAttention("favor")
+    with pytest.raises(NotImplementedError, match="qk_attn_weights_einsum"):
+        twin.init_with_output(jax.random.key(0), *random_heads(0, 1, 4, 4, 2, 2), qk_attn_weights_einsum=jnp.einsum)
+    with pytest.raises(NotImplementedError, match=r"'favor' .* is_causal=True"):
+        nn.MultiHeadDotProductAttention(HEADS, attention_fn=twin).init(
+            jax.random.key(0), x, mask=nn.make_causal_mask(x[..., 0])
+        )
+
+
+def test_a_dense_mask_for_methods_that_take_one():
+    x = tokens()
+    layer = layer_of("exact")
+    masked = layer(x, mask=nnx.make_causal_mask(x[..., 0]))
+    np.testing.assert_allclose(masked, layer(x, is_causal=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "favour"}, "did you mean 'favor'"),
+        ({"method": "favor"}, "is random: pass rngs"),
+        ({"method": "favor", "num_feature": 8, "rngs": nnx.Rngs(0)}, "did you mean 'num_features'"),
+        ({"method": 3}, "registered name or a function"),
+        ({"method": "exact", "redraw": "sometimes"}, "redraw"),
+        ({"method": "exact", "redraw": "every_n"}, "every is for"),
+        ({"method": "exact", "every": 3}, "every is for"),
+        ({"method": "mean_pool", "noise": True}, "no noise"),
+        ({"method": "favor", "learned": ("projection",), "rngs": nnx.Rngs(0)}, "needs head_dim"),
+        ({"method": "favor", "learned": ("w",), "head_dim": 8, "rngs": nnx.Rngs(0)}, "draws no 'w'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ours.ApproxAttention(**options)
+
+
+def test_every_argument_of_linens_call_is_named():
+    """Linen filters by signature: an argument that is not named is lost without a word."""
+    reference = inspect.signature(nn.dot_product_attention).parameters
+    named = inspect.signature(ours_linen.ApproxAttention.__call__).parameters
+    # The layer passes neither of these two.
+    assert set(reference) - set(named) <= {"bias", "einsum_dot_general"}
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in named.values())
+
+
+# 2. what is drawn
+
+
+def test_how_long_a_draw_is_kept():
+    x = tokens()
+    kept = {
+        "never": [True, True, True, True, True],
+        "every_call": [False, False, False, False, False],
+        "every_n": [True, False, True, False, True],
+    }
+    for redraw, expected in kept.items():
+        more = {"every": 2} if redraw == "every_n" else {}
+        layer = layer_of("favor", num_features=8, redraw=redraw, **more)
+        outs = [layer(x) for _ in range(6)]
+        assert [bool((a == b).all()) for a, b in itertools.pairwise(outs)] == expected
+        layer.eval()
+        np.testing.assert_array_equal(layer(x), layer(x))
+
+
+def test_the_count_of_calls_moves_under_jit():
+    layer = layer_of("favor", num_features=8, redraw="every_call")
+    call = nnx.jit(lambda layer, x: layer(x))
+    assert np.abs(call(layer, tokens()) - call(layer, tokens())).max() > 1e-4
+    assert int(layer.attention_fn.stream.count[...]) == 2
+
+
+def test_linen_draws():
+    x = tokens()
+    for redraw, same in (("never", True), ("every_call", False), ("every_n", True)):
+        fn = ours_linen.ApproxAttention(
+            "favor", {"num_features": 8}, redraw=redraw, every=2 if redraw == "every_n" else None
+        )
+        layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
+        variables = layer.init({"params": jax.random.key(0), "attention": jax.random.key(1)}, x)
+        outs = []
+        for i in range(3):
+            rngs = {"attention": jax.random.key(i)}
+            out, changed = layer.apply(variables, x, rngs=rngs, mutable=["draws"])
+            variables = {**variables, **changed}
+            outs.append(out)
+        assert bool((outs[0] == outs[1]).all()) == same
+        assert bool((outs[1] == outs[2]).all()) == (redraw == "never")
+
+
+def test_noise_is_off_unless_asked_for():
+    x = tokens()
+    silent, noisy = (layer_of("lara", num_landmarks=4, noise=noise) for noise in (False, True))
+    assert silent.attention_fn.stream is None
+    assert np.abs(silent(x) - noisy(x)).max() > 1e-4
+
+
+# 3. what is learned, saved, and transformed
+
+
+def test_learned_draws_are_parameters_with_gradients():
+    layer = layer_of("favor", num_features=8, learned=("projection",), head_dim=8)
+    gradient = nnx.grad(lambda layer: jnp.sum(layer(tokens()) ** 2))(layer)
+    assert np.abs(gradient["attention_fn"]["learned"]["projection"][...]).max() > 0
+    fn = ours_linen.ApproxAttention("favor", {"num_features": 8}, learned=("projection",))
+    twin = nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
+    variables = twin.init(jax.random.key(0), tokens())
+    assert variables["params"]["attention_fn"]["projection"].shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: ours.eva_official(8, HEADS, window_size=4, num_chunks=4, rngs=nnx.Rngs(1)),
+        lambda: ours.Lara(8, num_landmarks=4, rngs=nnx.Rngs(1)),
+        lambda: ours.LinformerAttention(HEADS, 12, num_slots=4, rngs=nnx.Rngs(1)),
+        lambda: ours.Rfa(8, HEADS, options={"num_features": 8}, rngs=nnx.Rngs(1)),
+    ],
+    ids=["eva", "lara", "linformer", "rfa"],
+)
+def test_modules_with_learned_parts(module):
+    fn = ours.ApproxAttention(module(), rngs=nnx.Rngs(2))
+    layer, x, mask = layer_of(fn), tokens(), padding([12, 7], 12)
+    out = layer(x, mask=mask)
+    np.testing.assert_allclose(layer(x.at[1, 7:].set(9.0), mask=mask)[1, :7], out[1, :7], atol=1e-5)
+    gradient = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+    learned = jax.tree.leaves(nnx.to_pure_dict(gradient)["attention_fn"]["method"])
+    assert learned
+    assert all(np.abs(leaf).max() > 0 for leaf in learned)
+    with pytest.raises(ValueError, match="is asked for causal"):
+        layer(x, is_causal=True)
+
+
+def test_orbax_round_trip(tmp_path):
+    options = {"num_features": 8, "redraw": "every_call", "learned": ("projection",), "head_dim": 8}
+    layer, x = layer_of("favor", **options), tokens()
+    layer(x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.to_pure_dict(nnx.state(layer)))
+        checkpointer.wait_until_finished()
+        other = layer_of("favor", rngs=nnx.Rngs(5), **options)
+        state = nnx.state(other)
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.to_pure_dict(state))
+        nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / "state", template))
+    nnx.update(other, state)
+    np.testing.assert_array_equal(other(x), layer(x))
+
+
+def test_scan_over_layers_and_remat():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs):
+        return layer_of("favor", rngs=rngs, num_features=8, redraw="every_call")
+
+    layers, x = stacked(nnx.Rngs(0, attention=1)), tokens()
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def forward(layer, x):
+        return x + nnx.remat(lambda layer, x: layer(x, is_causal=True))(layer, x)
+
+    def alone(x):
+        graph, state = nnx.split(layers)
+        for i in range(3):
+            layer = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+            x = x + layer(x, is_causal=True)
+        return x
+
+    expected = alone(x)
+    np.testing.assert_allclose(forward(layers, x), expected, atol=1e-5)
+    gradient = nnx.grad(lambda layers: jnp.sum(forward(layers, x) ** 2))(layers)
+    assert np.isfinite(jax.tree.leaves(nnx.to_pure_dict(gradient))[0]).all()
+    np.testing.assert_array_equal(layers.attention_fn.stream.count[...], [2, 2, 2])
+
+
+# 4. replacing the attention of a model
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        sizes = {"num_heads": HEADS, "in_features": DIM, "num_kv_heads": 2, "decode": False}
+        self.layers = nnx.List([nnx.MultiHeadAttention(**sizes, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Linear(DIM, DIM, rngs=rngs)
+
+    def __call__(self, x, **options):
+        for layer in self.layers:
+            x = x + layer(x, **options)
+        return self.head(x)
+
+
+def test_replacing_keeps_parameters_and_answers():
+    model, x = Model(), tokens()
+    before, out = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param))), model(x, is_causal=True)
+    paths = ours.replace_attention(model, "mean_pool", num_landmarks=12, block_size=4)
+    assert paths == ["layers.0", "layers.1"]
+    np.testing.assert_allclose(model(x, is_causal=True), out, atol=1e-5)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert ours.replace_attention(model, "local", window_size=2, only=lambda path, _: path == "layers.1") == [
+        "layers.1"
+    ]
+    assert [layer.attention_fn.method for layer in model.layers] == ["mean_pool", "local"]
+    with pytest.raises(ValueError, match=r"no layer to replace; .* layers\.0"):
+        ours.replace_attention(model, "local", only=lambda path, _: False)
+    with pytest.raises(ValueError, match="none"):
+        ours.replace_attention(model.head, "local")
+
+
+# 5. decoding in a model
+
+
+@pytest.mark.parametrize("name", having(decode=True))
+def test_decoding_in_a_model_equals_whole_sequences(name):
+    model, x = Model(), tokens(11)
+    ours.replace_attention(model, name, is_causal=True, rngs=nnx.Rngs(3), **settings(name))
+    expected = model(x)
+    assert ours.init_cache(model, 2, max_length=16) > 0
+    call = nnx.jit(lambda model, x: model(x))
+    outs = [call(model, x[:, :8])] + [call(model, x[:, t : t + 1]) for t in range(8, 11)]
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, atol=1e-5)
+    assert int(model.layers[0].attention_fn.num_seen) == 11
+    for layer in model.layers:
+        layer.attention_fn.drop_cache()
+    np.testing.assert_allclose(model(x), expected, atol=1e-6)
+
+
+def test_decoding_sequences_of_their_own_lengths():
+    model, x = Model(), tokens(9)
+    ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
+    expected = model(x[1:, :5])
+    ours.init_cache(model, 2, ragged=True)
+    with pytest.raises(ValueError, match="padding stands on the right"):
+        model(x, mask=1 - padding([9, 4], 9))
+    model = Model()
+    ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
+    ours.init_cache(model, 2, ragged=True)
+    prompt = model(x, mask=padding([9, 4], 9))
+    step = model(jnp.stack([x[0, :1], x[1, 4:5]]))
+    np.testing.assert_allclose(jnp.concatenate([prompt[1, :4], step[1]]), expected[0], atol=1e-5)
+    np.testing.assert_array_equal(model.layers[0].attention_fn.num_seen, [10, 5])
+
+
+@pytest.mark.parametrize("name", ["exact", "favor"])
+def test_flaxs_own_cache(name):
+    """One token at a time, all keys kept: its mask of what was generated is a padding mask."""
+    layer, x = layer_of(name, num_kv_heads=2, **settings(name)), tokens(6)
+    layer.decode = True
+    layer.init_cache((2, 6, DIM))
+    last = [layer(x[:, t : t + 1], is_causal=True) for t in range(6)][-1]
+    layer.decode = False
+    whole = layer(x)
+    np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-5)
+
+
+def test_what_cannot_decode_says_so():
+    model = Model()
+    with pytest.raises(ValueError, match="must have an ApproxAttention"):
+        ours.init_cache(model, 2)
+    ours.replace_attention(model, "nystrom", num_landmarks=4)
+    with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):
+        ours.init_cache(model, 2)
+    ours.replace_attention(model, lambda q, k, v, key: q)
+    with pytest.raises(NotImplementedError, match="has no cache"):
+        ours.init_cache(model, 2)
+    with pytest.raises(ValueError, match="would show it the first key only"):
+        ours.ApproxAttention("exact")(*random_heads(0, 1, 1, 4, 2, 2), is_causal=True)

@@ -1,0 +1,75 @@
+"""The reference models: generation from caches, and the attention modules they are built on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from approx_attention.nnx import ApproxAttention, replace_attention
+from experiments.models import AttentionConfig, LanguageModel, ModelConfig, attention_layers, generate, use_attention
+from tests.references import having, settings
+
+pytestmark = pytest.mark.usefixtures("models")
+
+SIZES = ModelConfig(num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=32)
+PROMPT = jax.random.randint(jax.random.key(1), (2, 6), 0, 17)
+
+
+def model_of(name, **options):
+    config = AttentionConfig(name, {**settings(name), **options})
+    return LanguageModel(SIZES, config, vocabulary=17, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("exact", "favor", "mean_pool") else pytest.mark.slow)
+        for name in having(decode=True)
+    ],
+)
+def test_greedy_generation_takes_the_likeliest_token_of_the_whole_sequence(name):
+    model = model_of(name)
+    tokens = generate(model, PROMPT, steps=5)
+    logits = model(jnp.concatenate([PROMPT, tokens], axis=1))
+    np.testing.assert_array_equal(tokens, logits[:, PROMPT.shape[1] - 1 : -1].argmax(-1))
+
+
+def test_prompts_of_their_own_lengths_do_not_see_each_other():
+    model = model_of("mean_pool")
+    lengths = jnp.array([6, 3])
+    together = generate(model, PROMPT.at[1, 3:].set(16), steps=5, lengths=lengths)
+    np.testing.assert_array_equal(together[0], generate(model, PROMPT[:1], steps=5)[0])
+    np.testing.assert_array_equal(together[1], generate(model, PROMPT[1:, :3], steps=5)[0])
+
+
+def test_sampling_follows_the_models_distribution():
+    model = model_of("exact")
+    many = jnp.broadcast_to(PROMPT[:1], (2000, 6))
+    tokens = generate(model, many, steps=1, temperature=0.7, rng=jax.random.key(2))[:, 0]
+    expected = jax.nn.softmax(model(PROMPT[:1])[0, -1] / 0.7)
+    counts = np.bincount(tokens, minlength=17)
+    statistic = float(((counts - 2000 * expected) ** 2 / (2000 * expected)).sum())
+    assert statistic < 44.5  # chi-squared with 16 degrees of freedom exceeds this once in 6000
+
+
+def test_generation_asks_for_what_it_needs():
+    with pytest.raises(ValueError, match="sampling needs rng"):
+        generate(model_of("exact"), PROMPT, steps=1, temperature=1.0)
+    model = model_of("local")
+    with pytest.raises(NotImplementedError, match="'local' has no running summary"):
+        generate(model, PROMPT, steps=1)
+    # A failed call leaves the model as it was.
+    assert model(PROMPT).shape == (2, 6, 17)
+
+
+def test_layers_are_built_on_the_library_modules():
+    model, twin = model_of("favor"), model_of("exact")
+    assert all(isinstance(layer.attention_fn, ApproxAttention) for layer in attention_layers(model).values())
+    replace_attention(twin, "favor", is_causal=True, rngs=nnx.Rngs(1), **settings("favor"))
+    keys = [layer.attention_fn.stream.key for layer in attention_layers(model).values()]
+    for key, layer in zip(keys, attention_layers(twin).values(), strict=True):
+        layer.attention_fn.stream.key[...] = key[...]
+    np.testing.assert_allclose(twin(PROMPT), model(PROMPT), atol=1e-6)
+    use_attention(model, AttentionConfig("exact"))
+    np.testing.assert_allclose(model(PROMPT), model_of("exact")(PROMPT), atol=1e-6)
