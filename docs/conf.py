@@ -46,7 +46,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Reference", "notes")]
+napoleon_custom_sections = ["Reference"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -56,7 +56,6 @@ nb_execution_timeout = 120
 nb_merge_streams = True
 
 bibtex_bibfiles = ["references.bib"]
-bibtex_reference_style = "author_year"
 bibtex_default_style = "plain"
 
 html_theme = "furo"
@@ -64,6 +63,7 @@ html_title = "approx_attention"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 
 # Names of other projects, which the site does not link to, so that it builds without a network.

@@ -25,6 +25,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 LENGTHS = (1024, 4096, 16384, 65536)
 HEAD_DIM = 64
+# Where the names of baselines stand in a figure: at which of their points, how far from it, on which side.
+LABELS = {"mean_value": (0, (8, -4), "left"), "uniform_sample": (-1, (-8, -6), "right")}
 
 # Functions and classes beside those that the registry names, on the page of the method that they belong to.
 COMPANIONS = {
@@ -222,9 +224,8 @@ def first_line(thing: Any) -> str:
 
 
 def _sources(method: Method) -> str:
-    keys = sources(method)
-    cited = ", ".join(f"{{cite:t}}`{key}`" for key in keys)
-    return f"Source: {method.reference}." + (f" See {cited}." if keys else "")
+    keys = ",".join(sources(method))
+    return f"Source: {method.reference} {{cite:p}}`{keys}`." if keys else f"Source: {method.reference}."
 
 
 def capability_rows(method: Method) -> str:
@@ -317,13 +318,10 @@ def draw_error(name: str, rows: Iterable[Mapping[str, Any]], path: pathlib.Path)
             style: dict[str, Any] = {"color": "tab:blue", "zorder": 3} if mine else {"color": "0.6", "linewidth": 1}
             axes.plot(kib, error, marker="o", markersize=6 if mine else 4, **style)
             if mine or other in BASELINES:
-                colour = style["color"] if mine else "0.35"
-                first = kib[0] < 1  # beside the axis
-                axes.annotate(
-                    other, (kib[0], error[0]), (8 if first else -6, -2 if first else 4), textcoords="offset points",
-                    ha="left" if first else "right", color=colour, weight="bold" if mine else "normal",
-                )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="KiB held", ylabel="relative error", ylim=(None, 1.6))
+                at, shift, side = LABELS.get(other, (0, (0, 7), "center"))
+                name_style = {"color": style["color"] if mine else "0.35", "weight": "bold" if mine else "normal"}
+                axes.annotate(other, (kib[at], error[at]), shift, textcoords="offset points", ha=side, **name_style)
+        axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, 1.6))
         axes.grid(alpha=0.3)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
@@ -539,7 +537,7 @@ def verdicts() -> list[tuple[str, str, str]]:
     ]
     return [
         (
-            "/".join(re.findall(r"configs/(\w+)/", claim["setting"])) or "not run",
+            re.findall(r"configs/(\w+)/", claim["setting"])[0],
             "".join(re.findall(r"(?:\*\*)?([a-z ]+?)(?:\*\*)?(?:;|$)", claim["verdict"])[:1]),
             claim["claim"],
         )
