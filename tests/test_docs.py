@@ -121,6 +121,7 @@ def test_the_bibliography_has_every_source():
 def test_entries_of_the_bibliography_are_told_apart():
     entries = pages.bibliography()
     text = (pages.DOCS / "references.bib").read_text(encoding="utf-8")
+    assert all(line.count("{") == line.count("}") for line in text.splitlines() if line.startswith("  "))
     assert len(entries) == text.count("\n@") + 1 == len({entry.key for entry in entries})
     for section in dict.fromkeys(docstrings()):
         for source in pages.named_sources(section):
