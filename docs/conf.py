@@ -1,6 +1,7 @@
 """Settings of the site; ``make docs`` builds it with warnings as errors."""
 
 import importlib.metadata
+import inspect
 import os
 import pathlib
 import sys
@@ -110,8 +111,17 @@ def skip_member(app: Sphinx, kind: str, name: str, member, skip: bool, options) 
     return True if (member.__doc__ or "").startswith("Alias for field number") else None
 
 
+def constructor(app: Sphinx, what: str, name: str, thing, options, signature: str | None, returns):
+    """The parameters of a Flax module, which its metaclass hides."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters])), None
+
+
 def setup(app: Sphinx) -> None:
     """Makes the generated pages before anything is read."""
     pages.write()
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", constructor)

@@ -319,7 +319,11 @@ def draw_error(name: str, rows: Iterable[Mapping[str, Any]], path: pathlib.Path)
             axes.plot(kib, error, marker="o", markersize=6 if mine else 4, **style)
             if mine or other in BASELINES:
                 at, shift, side = LABELS.get(other, (0, (0, 7), "center"))
-                name_style = {"color": style["color"] if mine else "0.35", "weight": "bold" if mine else "normal"}
+                name_style: dict[str, Any] = {
+                    "color": style["color"] if mine else "0.35",
+                    "weight": "bold" if mine else "normal",
+                }
+                name_style |= {"bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
                 axes.annotate(other, (kib[at], error[at]), shift, textcoords="offset points", ha=side, **name_style)
         axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, 1.6))
         axes.grid(alpha=0.3)
@@ -381,7 +385,7 @@ def _directives(name: str) -> list[str]:
     if name in DATA:
         return ["```{eval-rst}", f".. py:data:: {name}", "", f"   {DATA[name]}", "```"]
     kind = "class" if inspect.isclass(public_object(name)) else "function"
-    members = ["   :members:"] if kind == "class" else []
+    members = ["   :members:", "   :special-members: __call__"] if kind == "class" else []
     return ["```{eval-rst}", f".. auto{kind}:: {name}", *members, "```"]
 
 
