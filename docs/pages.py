@@ -494,7 +494,8 @@ def sample_table() -> str:
     exact = next(row for row in document["rows"] if row["is_exact"])
     return (
         markdown_table(header, rows)
-        + f"\n\n{document['shapes']['key'][1]} tokens, {machine(document)}. Baselines are in italics. Exact attention "
+        + f"\n\n{document['shapes']['key'][1]} tokens, {machine(document)}. Far is beyond a window of "
+        f"{document['settings']['window_size']}. Baselines are in italics. Exact attention "
         f"holds {exact['summary_bytes'] / 1024:.4g} KiB.\n"
     )
 
