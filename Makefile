@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: compare test test-slow lint format bench experiments readme sample clean
+.PHONY: compare test test-slow lint format docs bench experiments readme sample clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
@@ -26,6 +26,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Builds the site in docs/_build/html, with warnings as errors, and checks its links. Needs no network once installed.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m docs.check docs/_build/html
 
 # Measures speed and memory and rewrites benchmarks/RESULTS.md, the figure in docs/ and the README. Keep the machine otherwise idle.
 # PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch performer-pytorch linformer nystrom-attention
@@ -63,9 +68,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.core
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
 $(VENV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "approx_attention needs Python 3.11 or newer, this is %d.%d; name another with make PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .cache out dist build
+	rm -rf $(VENV) .cache out dist build docs/_build docs/api docs/measured docs/methods docs/results

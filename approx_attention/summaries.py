@@ -64,7 +64,7 @@ class WeightedKV:
 
     @property
     def log_mass(self) -> Array:
-        """Logarithms of the masses, which are not negative, and `HIDDEN` for a token that is absent ``[M]``."""
+        """Logarithms of the masses, which are not negative, and ``HIDDEN`` for a token that is absent ``[M]``."""
         absent = self.mass == 0
         return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 

@@ -1,17 +1,23 @@
 """What a newcomer reads is true: generated parts are fresh, examples run, links lead somewhere, import stays light."""
 
+import inspect
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
 
 import pytest
 
+import approx_attention
 from benchmarks import report
+from docs import check, pages
+from experiments.report import read_claims
 from tests import readme
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -30,14 +36,117 @@ def test_the_examples_of_the_readme_run(block):
     exec(compile(PYTHON_BLOCKS[block], f"README.md block {block}", "exec"), {})
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", GUIDE, ids=lambda path: path.stem)
+def test_the_cells_of_the_guide_run(page):
+    cells = re.findall(
+        r"^```\{code-cell\} python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert bool(cells) == ("kernelspec" in page.read_text(encoding="utf-8"))
+    space = {}
+    for number, cell in enumerate(cells):
+        exec(compile(cell, f"{page.name} cell {number}", "exec"), space)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *GUIDE, ROOT / "docs" / "index.md"], ids=lambda path: path.name)
 def test_files_that_the_texts_name_exist(text):
-    content = re.sub(r"```.*?```", "", text.read_text(encoding="utf-8"), flags=re.DOTALL)
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", content)
-    quoted = re.findall(r"`((?:[a-z_]+/)+[a-zA-Z_.]*)`", content)
-    made_by_running = ("out/",)
-    missing = [name for name in linked + quoted if not (ROOT / name).exists() and not name.startswith(made_by_running)]
-    assert not missing
+    made_at_build = ("../methods/", "../api/", "../results/", "../measured/", "methods/", "api/", "results/")
+    missing = check.missing_files(text.read_text(encoding="utf-8"), (ROOT, text.parent))
+    assert not [name for name in missing if text in TEXTS or not name.startswith(made_at_build)]
+
+
+@pytest.mark.parametrize("name", pages.METHODS)
+def test_every_method_has_a_page(name):
+    page = pages.method_page(name)
+    method = pages.METHODS[name]
+    assert f"autofunction:: approx_attention.{method.function.__name__}\n" in page
+    assert method.reference in page
+    measured = f"{name}.svg" in page
+    assert measured == (name in pages.measured_methods())
+    for row in pages.comparison()["rows"] if measured else ():
+        assert row["method"] != name or f"{row['relative_error']:.2g}" in page
+    assert ("is not part of the default comparison" in page) != (measured or name == "exact")
+
+
+def test_the_pages_are_written_and_stale_ones_go(tmp_path):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "of_old.md").write_text("gone")
+    pages.write(tmp_path)
+    written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.md")}
+    assert {f"{page}.md" for page in pages.places().values()} <= written
+    assert "methods/of_old.md" not in written
+    assert {file.stem for file in tmp_path.rglob("*.svg")} == set(pages.measured_methods())
+    assert "scaling" not in (tmp_path / "results" / "index.md").read_text()
+    (tmp_path / "scaling.md").write_text("# Scaling")
+    assert "scaling" in pages.results_pages(tmp_path)["index"]
+
+
+def test_the_verdicts_on_the_page_are_those_of_the_report():
+    claims = read_claims(ROOT / "experiments" / "claims.yaml")
+    verdicts = pages.verdicts()
+    assert [claim for _, _, claim in verdicts] == [claim.statement for claim in claims]
+    for (family, verdict, _), claim in zip(verdicts, claims, strict=True):
+        assert verdict in ("reproduced", "ordering only", "not reproduced", "not run")
+        assert claim.study.startswith(f"{family}/")
+
+
+def docstrings():
+    """The section Reference of everything in the package that has one."""
+    for module in pkgutil.walk_packages(approx_attention.__path__, "approx_attention."):
+        loaded = __import__(module.name, fromlist=["_"])
+        things = [value for value in vars(loaded).values() if getattr(value, "__module__", None) == module.name]
+        things += [getattr(x, "__func__", x) for cls in things if inspect.isclass(cls) for x in vars(cls).values()]
+        for thing in filter(callable, things):
+            if section := pages.reference_section(thing):
+                yield section
+
+
+def cited():
+    """Every text that names sources: docstrings, the registry, and the claims that were tested."""
+    yield from dict.fromkeys(docstrings())
+    yield from dict.fromkeys(method.reference for method in pages.METHODS.values())
+    claims = read_claims(ROOT / "experiments" / "claims.yaml")
+    yield from dict.fromkeys(claim.paper for claim in claims)
+
+
+def test_the_bibliography_has_every_source():
+    entries = pages.bibliography()
+    unknown = []
+    for text in cited():
+        named = pages.named_sources(text)
+        assert len(named) == len(re.findall(r"\b(?:1[89]|20)\d\d\b", text)), f"a year without a name in {text!r}"
+        unknown += [source for source in named if not pages.find_source(source, entries)]
+    assert not unknown, "docs/references.bib lacks these"
+
+
+def test_entries_of_the_bibliography_are_told_apart():
+    entries = pages.bibliography()
+    text = (pages.DOCS / "references.bib").read_text(encoding="utf-8")
+    assert all(line.count("{") == line.count("}") for line in text.splitlines() if line.startswith("  "))
+    assert len(entries) == text.count("\n@") + 1 == len({entry.key for entry in entries})
+    for section in dict.fromkeys(docstrings()):
+        for source in pages.named_sources(section):
+            found = pages.find_source(source, entries)
+            assert len(found) == 1, f"{source} may be {[entry.key for entry in found]}"
+    assert not pages.find_source(("Nobody", "2020", ""), entries)
+    assert not pages.find_source(("Chen", "2021", "Another title"), entries)
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#there">x</a><a href="#here">x</a><p id="here"><a href="https://x.org">'
+    )
+    (tmp_path / "b.html").write_text('<h1 id="there"></h1><a href="a.html#nowhere">x</a><img src="lost.png">')
+    broken, external = check.broken_links(tmp_path)
+    assert sorted(broken) == ["b.html: a.html#nowhere has no such anchor", "b.html: lost.png does not exist"]
+    assert external == ["https://x.org"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("myst_nb")
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-D", "nb_execution_mode=off"]
+    subprocess.run([sys.executable, *build, str(ROOT / "docs"), str(tmp_path)], check=True, cwd=ROOT)
+    assert check.broken_links(tmp_path)[0] == []
 
 
 def test_importing_the_package_loads_neither_flax_nor_matplotlib():

@@ -80,13 +80,13 @@ def eva(
         num_chunks: the greatest number of chunks; in place of a chunk size, but beside it if causal.
         is_causal: query t sees keys j <= t.
         exclude_local: no token is both in the window and in a chunk; else all are in chunks, as in the authors' code.
-        count_correction: the factor |P|.
+        count_correction: the factor :math:`|P|`.
         overlap: how many tokens to each side a window sees beyond its own (to the left if causal), a multiple of the
             chunk size. With ``exclude_local=False`` any, and chunks then overlap alike, as in the authors' code.
         summary: two learned vectors ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
             :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and w the second for every chunk.
         chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means; like all that is given
-            by chunk in the order of `chunk_means`.
+            by chunk in the order of ``chunk_means``.
         proposal_mean: :math:`\mu`: ``"q+k"``, ``"half"`` of that, ``"k"``, or ``[C, D]`` in scaled space. By default
             ``"q+k"``, but ``"k"`` if causal and ``exclude_local``. Queries of another sequence (T != S) enter by the
             mean of them all, but causally by those at the places of the chunk.

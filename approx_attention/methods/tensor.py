@@ -93,7 +93,7 @@ def determinant_attention(
     .. math:: x_{ijl} = s \sum_g \det\big[\, q_{ig},\ k^1_{jg},\ k^2_{lg} \,\big]
 
     over groups g of three channels: rotary embeddings of all three tokens by one angle cancel. Each determinant is two
-    trilinear forms, so this is `tensor_attention` of twice the channels (`determinant_channels`).
+    trilinear forms, so this is `tensor_attention` of twice the channels (``determinant_channels``).
 
     Args:
         q: queries ``[T, D]``, D a multiple of 3.
@@ -182,7 +182,7 @@ def strassen_attention(
     It takes Dv + 1 products of matrices of T x S and S x S and holds them, in place of the exponentials of all triples.
     Each factor is divided by its rows' largest entries. A row without a pair within :math:`e^{-87}` (float32) of
     the product of its factors' largest has no answer and gives NaN; where logits are that uneven, `tensor_attention` of
-    `strassen_channels` has one.
+    ``strassen_channels`` has one.
 
     Args:
         f: queries ``[T, D]``.

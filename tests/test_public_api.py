@@ -1,0 +1,31 @@
+"""The public API is what is written down: no name or signature changes unnoticed, and all of it is documented."""
+
+import approx_attention
+from docs import pages
+from tests import public_api
+
+
+def test_the_public_names_and_signatures_are_those_on_file():
+    listed = public_api.LISTING.read_text(encoding="utf-8").splitlines()
+    actual = public_api.render().splitlines()
+    gone, new = sorted(set(listed) - set(actual)), sorted(set(actual) - set(listed))
+    assert listed == actual, (
+        f"the public API differs from tests/public_api.txt: gone {gone}, new {new}; "
+        "if that is meant, run `python -m tests.public_api` and add a line to CHANGELOG.md"
+    )
+
+
+def test_every_public_name_has_one_page():
+    documented = [name.removeprefix("approx_attention.") for name in pages.places()]
+    top = [name for name in documented if "." not in name]
+    assert sorted(top) == sorted(approx_attention.__all__)
+    topics = [part for _, _, parts in pages.TOPICS.values() for part in parts]
+    methods = [part for name in pages.METHODS for part in pages.method_names(name)]
+    assert len(topics + methods) + 1 == len(top)  # METHODS is on the list of methods
+
+
+def test_every_public_name_has_a_docstring():
+    bare = [
+        name for name in pages.places() if name not in pages.DATA and not pages.first_line(pages.public_object(name))
+    ]
+    assert not bare
