@@ -93,7 +93,7 @@ def attention(
     for name in (axis, batch_axis, head_axis):
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
-    form = _form(method, is_causal, mesh.shape[axis], query.shape[-1], hyperparameters)
+    form = _form(method, is_causal, mesh.shape[axis], query.shape[1], query.shape[-1], hyperparameters)
     if method in METHODS and METHODS[method].capabilities.needs_key:
         check_key(method, rng)
     over_devices = functools.partial(_over_devices, form, mesh, (batch_axis, axis, head_axis), scale)
@@ -191,7 +191,9 @@ class _Form:
         raise NotImplementedError
 
 
-def _form(method: str, is_causal: bool, devices: int, head_dim: int, hyperparameters: dict[str, Any]) -> _Form:
+def _form(
+    method: str, is_causal: bool, devices: int, length: int, head_dim: int, hyperparameters: dict[str, Any]
+) -> _Form:
     registered = get_method(method)
     known = inspect.signature(registered.function).parameters
     for name in hyperparameters:
@@ -218,6 +220,8 @@ def _form(method: str, is_causal: bool, devices: int, head_dim: int, hyperparame
         size = options.setdefault(registered.size, known[registered.size].default)
         if size is None:
             raise NotImplementedError(f"method {method!r} needs {registered.size} across devices")
+    # A running summary of bounded room needs that of a device's part.
+    options["max_length"] = -(-length // (devices * block_size)) * block_size
     form = _Summaries(registered, is_causal, head_dim, block_size, True, False, options)
     short, long = (form.shape_of_summary(blocks * block_size) for blocks in (64, 128))
     if isinstance(short, FeatureMoments):
