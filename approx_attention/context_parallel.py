@@ -96,7 +96,9 @@ def attention(
     form = _form(method, is_causal, mesh.shape[axis], query.shape[1], query.shape[-1], hyperparameters)
     if method in METHODS and METHODS[method].capabilities.needs_key:
         check_key(method, rng)
-    over_devices = functools.partial(_over_devices, form, mesh, (batch_axis, axis, head_axis), scale)
+    over_devices: Callable[..., Array] = functools.partial(
+        _over_devices, form, mesh, (batch_axis, axis, head_axis), scale
+    )
     laid_out = jax.typeof(query).sharding
     if AxisType.Explicit in laid_out.mesh.axis_types:  # of answers as of queries; within, the compiler moves arrays
         over_devices = jax.sharding.auto_axes(over_devices, out_sharding=laid_out)

@@ -77,8 +77,9 @@ def sent_bytes(program: str) -> dict[str, float]:
                     for key, value in inner.items():
                         total[key] += value * (int(trips[1]) if trips else 1)
             if operation := _COLLECTIVE.search(line):
-                for device, value in _sent(*operation.groups(), devices):
-                    total[operation[2], device] += value
+                shape, kind, start, attributes = operation.groups()
+                for device, value in _sent(shape, kind, start, attributes, devices):
+                    total[kind, device] += value
         return total
 
     by_device: dict[int, dict[str, float]] = collections.defaultdict(dict)
@@ -135,7 +136,9 @@ def compiled_bytes(method: str, is_causal: bool, sizes: Sizes, **hyperparameters
         context_parallel.attention, mesh=mesh, axis="sequence", method=method, is_causal=is_causal, **hyperparameters
     )
     rng = jax.random.key(0) if METHODS[method].capabilities.needs_key else None
-    return sent_bytes(jax.jit(functools.partial(call, rng=rng)).lower(*tensors).compile().as_text())
+    program = jax.jit(functools.partial(call, rng=rng)).lower(*tensors).compile().as_text()
+    assert program is not None
+    return sent_bytes(program)
 
 
 def measure() -> dict[str, Any]:

@@ -345,7 +345,7 @@ def _collectives_section(document: dict[str, Any]) -> Iterable[str]:
         for method in dict.fromkeys(method for method, *_ in sent):
             row = [f"`{method}`"]
             for cell in cells:
-                share = "" if method == "exact" else f" ({100 * sent[method, *cell] / sent['exact', *cell]:.2g}%)"
+                share = "" if method == "exact" else f" ({100 * sent[method, *cell] / sent['exact', *cell]:.3g}%)"
                 row.append(f"{sent[method, *cell] / 1e6:.3g}{share}")
             table.append(row)
         yield f"### {'Causal' if is_causal else 'Bidirectional'}: MB (10^6 bytes) on p devices at n tokens"

@@ -9,7 +9,6 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from benchmarks.report import markdown_table
 
@@ -32,7 +31,7 @@ class Sizes:
 
 
 # Method and whether it is causal, with the hyper-parameters at which it is shown.
-SETTINGS: Mapping[tuple[str, bool], dict[str, Any]] = {
+SETTINGS: Mapping[tuple[str, bool], dict[str, int]] = {
     ("exact", False): {},
     ("exact", True): {},
     ("local", False): {"window_size": 128},
@@ -146,7 +145,7 @@ LENGTH, MANY = 10_000_000, (8, 64, 1024)
 # Of one link, one way: an assumption, to turn bytes into seconds, and no measurement.
 BANDWIDTH = 50e9
 # Summaries of tokens keep at least one on each device.
-LARGE = {"num_landmarks": 16_384, "coreset_size": 16_384, "num_chunks": 16_384}
+LARGE: Mapping[str, int] = {"num_landmarks": 16_384, "coreset_size": 16_384, "num_chunks": 16_384}
 KINDS = {
     ("exact", False): "ring",
     ("local", True): "halo",
@@ -171,7 +170,7 @@ def page(results: pathlib.Path) -> str:
     different = [row for row in rows if sum(row["bytes"].values()) != row["model_bytes"]]
     lengths, devices = (sorted({row[name] for row in rows}) for name in ("length", "devices"))
     sizes = Sizes(LENGTH, MANY[-1])
-    settings = {key: {name: LARGE.get(name, x) for name, x in SETTINGS[key].items()} for key in KINDS}
+    settings = {key: {name: LARGE.get(name) or x for name, x in SETTINGS[key].items()} for key in KINDS}
     far = [
         [
             f"`{method}`, {kind}" + "".join(f", {name} {x}" for name, x in settings[method, is_causal].items()),
@@ -232,15 +231,16 @@ devices everything is B times as much.
 ## Against compiled programs
 
 `python -m benchmarks collectives` counts the bytes of every collective in the compiled programs (loops as often as they
-run, the busiest device) on {_listed(devices)} devices at {_listed(lengths)} tokens, for {len(SETTINGS)} methods
-and forms. {verdict} They hold where p times the block divides n: other lengths are padded, and the parts then begin
-elsewhere, so that tokens move to the devices beside before anything is computed. `benchmarks/RESULTS.md` has the table.
+run, the busiest device) on {_listed(devices)} devices at {_listed(lengths)} tokens, for {len(SETTINGS)} methods and
+forms. {verdict} `benchmarks/RESULTS.md` has the table.
+
+The formulas hold where p times the block divides n. Other lengths are padded, the parts then begin elsewhere, and tokens
+move to the devices beside before anything is computed.
 
 ## {LENGTH:,} tokens
 
-Bytes that a device sends per layer in the forward pass, with {sizes.num_kv_heads} key heads, D = {sizes.head_dim} and
-Dv = {sizes.value_dim}; from the formulas, which were checked on up to {devices[-1]} devices. Seconds are bytes over
-{BANDWIDTH / 1e9:.0f} GB/s, a bandwidth that is assumed here and was not measured.
+Bytes that a device sends per layer in the forward pass, with {sizes.num_kv_heads} key heads, D = {sizes.head_dim} and Dv = {sizes.value_dim};
+from the formulas, which were checked on up to {devices[-1]} devices. Seconds are bytes over {BANDWIDTH / 1e9:.0f} GB/s, a bandwidth that is assumed here and was not measured.
 
 {markdown_table(["", *(f"p = {p:,}" for p in MANY), f"seconds at {MANY[-1]:,}"], far)}
 
@@ -267,9 +267,8 @@ device keeps at least one token.
 
 - Time. A ring sends while it computes, and where attention over a part takes longer than sending it, its bytes cost
   nothing; a summary is waited for. Bytes tell what the wire costs, and not what the layer takes.
-- Latency: the ring takes p - 1 steps, causal moments {rounds(MANY[-1])} rounds on {MANY[-1]:,} devices, the others one
-  or two.
-- The backward pass, which sends the transpose of each collective, and the ring's keys and values once more.
+- Latency: the ring takes p - 1 steps, causal moments {rounds(MANY[-1])} rounds on {MANY[-1]:,} devices, the others one or two.
+- The backward pass.
 - Memory: gathered tokens of all devices are held by each.
 - How a collective is realised: rings are assumed, which send the least.
 - Everything outside attention, such as gradients of parameters over data-parallel devices.
@@ -284,13 +283,10 @@ def _size(num_bytes: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return (
-        f"{seconds:.2g} s"
-        if seconds >= 1
-        else f"{seconds * 1e3:.2g} ms"
-        if seconds >= 1e-3
-        else f"{seconds * 1e6:.2g} us"
-    )
+    for unit, scale in (("s", 1), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def _listed(numbers: Sequence[int]) -> str:
