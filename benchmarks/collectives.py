@@ -64,9 +64,9 @@ def sent_bytes(program: str) -> dict[str, float]:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY")
 
     @functools.cache
-    def of(computation: str) -> collections.Counter[tuple[str, int]]:
+    def of(computation: str) -> dict[tuple[str, int], float]:
         """Bytes by kind and device."""
-        total: collections.Counter[tuple[str, int]] = collections.Counter()
+        total: dict[tuple[str, int], float] = collections.defaultdict(float)
         for line in bodies[computation]:
             for how, names in _CALLED.findall(line):
                 trips = _TRIPS.search(line) if how == "body" else None

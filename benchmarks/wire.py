@@ -234,13 +234,14 @@ devices everything is B times as much.
 run, the busiest device) on {_listed(devices)} devices at {_listed(lengths)} tokens, for {len(SETTINGS)} methods and
 forms. {verdict} `benchmarks/RESULTS.md` has the table.
 
-The formulas hold where p times the block divides n. Other lengths are padded, the parts then begin elsewhere, and tokens
-move to the devices beside before anything is computed.
+The formulas hold where p times the block divides n. Other lengths are padded, the parts then begin elsewhere, and
+tokens move to the devices beside before anything is computed.
 
 ## {LENGTH:,} tokens
 
-Bytes that a device sends per layer in the forward pass, with {sizes.num_kv_heads} key heads, D = {sizes.head_dim} and Dv = {sizes.value_dim};
-from the formulas, which were checked on up to {devices[-1]} devices. Seconds are bytes over {BANDWIDTH / 1e9:.0f} GB/s, a bandwidth that is assumed here and was not measured.
+Bytes that a device sends per layer in the forward pass, with K = {sizes.num_kv_heads}, D = {sizes.head_dim} and
+Dv = {sizes.value_dim}; from the formulas, which were checked on up to {devices[-1]} devices. Seconds are bytes over
+{BANDWIDTH / 1e9:.0f} GB/s, a bandwidth that is assumed here and was not measured.
 
 {markdown_table(["", *(f"p = {p:,}" for p in MANY), f"seconds at {MANY[-1]:,}"], far)}
 
@@ -267,7 +268,8 @@ device keeps at least one token.
 
 - Time. A ring sends while it computes, and where attention over a part takes longer than sending it, its bytes cost
   nothing; a summary is waited for. Bytes tell what the wire costs, and not what the layer takes.
-- Latency: the ring takes p - 1 steps, causal moments {rounds(MANY[-1])} rounds on {MANY[-1]:,} devices, the others one or two.
+- Latency: the ring takes p - 1 steps, causal moments {rounds(MANY[-1])} rounds on {MANY[-1]:,} devices, the others
+  one or two.
 - The backward pass.
 - Memory: gathered tokens of all devices are held by each.
 - How a collective is realised: rings are assumed, which send the least.
