@@ -101,7 +101,8 @@ def attention(
     )
     laid_out = jax.typeof(query).sharding
     if AxisType.Explicit in laid_out.mesh.axis_types:  # of answers as of queries; within, the compiler moves arrays
-        over_devices = jax.sharding.auto_axes(over_devices, out_sharding=laid_out)
+        auto: Any = jax.sharding.auto_axes(over_devices, out_sharding=laid_out)
+        over_devices = auto
     return over_devices(query, key, value, key_value_seq_lengths, rng)
 
 

@@ -5,14 +5,16 @@ Each takes any registered attention method by name with its hyper-parameters.
 
 import dataclasses
 import inspect
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType, Mesh
 
-from approx_attention import METHODS, attention
+from approx_attention import METHODS, attention, context_parallel
 from approx_attention.checks import did_you_mean
 from approx_attention.nnx import LinformerAttention, mean_pool_init, scale_keeping_init
 from approx_attention.registry import accepted, get_method
@@ -39,6 +41,31 @@ class ProjectionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many devices the sequences of a batch, and the tokens of a sequence, are spread."""
+
+    data: Count = 1
+    sequence: Count = 1
+
+    __pydantic_config__ = STRICT
+
+    def mesh(self) -> Mesh:
+        """The devices, with the axes ``data`` and ``sequence``.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        devices = jax.devices()
+        if len(devices) < self.data * self.sequence:
+            raise ValueError(
+                f"a mesh of {self.data} x {self.sequence} needs {self.data * self.sequence} devices, there are "
+                f"{len(devices)}; JAX_NUM_CPU_DEVICES=8 makes eight of a CPU"
+            )
+        shape, axes = (self.data, self.sequence), ("data", "sequence")
+        return jax.make_mesh(shape, axes, (AxisType.Auto,) * 2, devices=devices[: self.data * self.sequence])
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """A registered method and its hyper-parameters.
 
@@ -49,6 +76,7 @@ class AttentionConfig:
         gated: whether a learned map of the layer's input gives it ``gate_logits``.
         noise: whether a method that is random only with a key gets one.
         projections: of ``linformer``, where they are learned or drawn and not pooled.
+        parallel: over which devices it is computed, by `approx_attention.context_parallel`; none for one.
     """
 
     method: str = "exact"
@@ -57,6 +85,7 @@ class AttentionConfig:
     gated: bool = False
     noise: bool = False
     projections: ProjectionsConfig | None = None
+    parallel: ParallelConfig | None = None
 
     __pydantic_config__ = STRICT
 
@@ -73,6 +102,8 @@ class AttentionConfig:
             raise ValueError(f"method {self.method!r} has no noise to be switched on")
         if self.gated and "gate_logits" not in known:
             raise ValueError(f"method {self.method!r} has no gates")
+        if self.parallel and (self.projections or self.gated):
+            raise ValueError(f"method {self.method!r} has neither projections nor gates in parallel")
         drawn = self.draw(jax.random.key(0), 1) if self.learned else {}
         for name in self.learned:
             if name not in drawn:
@@ -177,7 +208,7 @@ class SelfAttention(nnx.Module):
             raise ValueError("this layer was made without gates")
         self.method, self.settings = config.method, tuple(config.arguments().items())
         self.draws = METHODS[config.method].capabilities.needs_key or config.noise
-        self.gated = config.gated
+        self.gated, self.mesh = config.gated, config.parallel and config.parallel.mesh()
         drawn = config.draw(self.key_of_draws(), self.head_dim) if config.learned else {}
         self.learned = nnx.Dict({name: nnx.Param(drawn[name]) for name in config.learned})
         self.module = nnx.data(config.module(self.num_kv_heads, self.is_causal, nnx.Rngs(self.key_of_draws())))
@@ -203,7 +234,12 @@ class SelfAttention(nnx.Module):
         if gate_logits is not None:
             arguments["gate_logits"] = gate_logits
         rng = self.key_of_draws() if self.draws else None
-        return attention(
+        over = attention
+        if self.mesh is not None:
+            # A batch that the devices do not divide, as of one example, is computed by each of their rows.
+            batch_axis = None if query.shape[0] % self.mesh.shape["data"] else "data"
+            over = partial(context_parallel.attention, mesh=self.mesh, axis="sequence", batch_axis=batch_axis)
+        return over(
             query,
             key,
             value,
