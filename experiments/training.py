@@ -126,7 +126,7 @@ def make_optimizer(config: OptimizerConfig, model: nnx.Module) -> nnx.Optimizer:
     return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(config.clip_norm), adam), wrt=nnx.Param)
 
 
-def replicate(mesh: Mesh, *modules: nnx.Module) -> None:
+def replicate(mesh: Mesh, *modules: nnx.Pytree) -> None:
     """Puts all that the modules hold on every device."""
     for module in modules:
         nnx.update(module, jax.device_put(nnx.state(module), NamedSharding(mesh, PartitionSpec())))
