@@ -43,6 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks low-rank
 	$(BIN)/python -m benchmarks sparse-patterns
 	$(BIN)/python -m benchmarks tensor
+	$(BIN)/python -m benchmarks collectives
 	$(BIN)/python -m benchmarks report
 	$(BIN)/approx-attention compare --out docs
 	$(BIN)/python -m tests.readme

@@ -9,6 +9,7 @@ attention, which has no summary, sends all keys and values around a ring.
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,8 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, a window longer than a device's part, a size below the number of devices.
-        NotImplementedError: a method without a summary, or without a causal one.
+        NotImplementedError: a method without a summary of all keys, or without a causal one; an option that the summary
+            does not have.
 
     Example:
         >>> import jax
@@ -91,50 +93,77 @@ def attention(
     for name in (axis, batch_axis, head_axis):
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
-    form = _form(method, is_causal, mesh.shape[axis], query.shape[-1], hyperparameters)
+    form = _form(method, is_causal, mesh.shape[axis], query.shape[1], query.shape[-1], hyperparameters)
     if method in METHODS and METHODS[method].capabilities.needs_key:
         check_key(method, rng)
+    over_devices: Callable[..., Array] = functools.partial(
+        _over_devices, form, mesh, (batch_axis, axis, head_axis), scale
+    )
+    laid_out = jax.typeof(query).sharding
+    if AxisType.Explicit in laid_out.mesh.axis_types:  # of answers as of queries; within, the compiler moves arrays
+        auto: Any = jax.sharding.auto_axes(over_devices, out_sharding=laid_out)
+        over_devices = auto
+    return over_devices(query, key, value, key_value_seq_lengths, rng)
+
+
+def _over_devices(
+    form: "_Form",
+    mesh: Mesh,
+    axes: tuple[str | None, str, str | None],
+    scale: float | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array | None,
+    rng: Array | None,
+) -> Array:
+    """Pads the sequence to equal parts, and has each device answer for its own."""
+    batch_axis, axis, head_axis = axes
     batch, length = query.shape[:2]
     dtype = value.dtype
     wide = jnp.promote_types(jnp.float32, dtype)
-    query, key = fold_scale(form.space(query.astype(wide)), form.space(key.astype(wide)), scale)
     real = jnp.ones((batch, length), bool)
-    if key_value_seq_lengths is not None:
-        real = jnp.arange(length)[None, :] < key_value_seq_lengths[:, None]
+    if lengths is not None:
+        real = jnp.arange(length)[None, :] < lengths[:, None]
     padding = -length % (mesh.shape[axis] * form.multiple)
     query, key, value, real = (
-        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (query, key, value.astype(wide), real)
+        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        for x in (*(x.astype(wide) for x in (query, key, value)), real)
     )
-    rng = jax.random.key(0) if rng is None else rng
-    numbers = jnp.arange(key.shape[2])
-    # Whatever the caller's axes are, here the compiler may move arrays to where they are needed.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     tokens = PartitionSpec(batch_axis, axis, head_axis, None)
-    over_devices = jax.shard_map(
-        functools.partial(_on_device, form, axis),
-        mesh=mesh,
+    on_devices = jax.shard_map(
+        functools.partial(_on_device, form, axis, scale),
+        mesh=Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
         in_specs=(tokens, tokens, tokens, PartitionSpec(batch_axis, axis), PartitionSpec(head_axis), PartitionSpec()),
         out_specs=tokens,
         check_vma=False,
     )
-    return over_devices(query, key, value, real, numbers, rng)[:, :length].astype(dtype)
+    return on_devices(query, key, value, real, jnp.arange(key.shape[2]), rng)[:, :length].astype(dtype)
 
 
 def _on_device(
-    form: "_Form", axis: str, q: Array, k: Array, v: Array, real: Array, numbers: Array, rng: Array
+    form: "_Form",
+    axis: str,
+    scale: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    real: Array,
+    numbers: Array,
+    rng: Array | None,
 ) -> Array:
     """The answers of one device's queries ``[B, t, N, D]``."""
     batch, part, num_kv_heads, _ = k.shape
     group = q.shape[2] // num_kv_heads
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers)
+    keys = None if rng is None else jnp.tile(jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers), batch)
+    k, v = (jnp.where(real[:, :, None, None], x, jnp.zeros_like(x)) for x in (k, v))
+    q, k = fold_scale(form.space(q), form.space(k), scale)
 
     def by_head(x: Array) -> Array:
         return jnp.moveaxis(x, 2, 1).reshape(batch * num_kv_heads, part, *x.shape[3:])
 
     q = q.reshape(batch, part, num_kv_heads, group, -1)
-    heads = _Heads(
-        jnp.moveaxis(by_head(q), 2, 1), by_head(k), by_head(v), jnp.repeat(real, num_kv_heads, 0), jnp.tile(keys, batch)
-    )
+    heads = _Heads(jnp.moveaxis(by_head(q), 2, 1), by_head(k), by_head(v), jnp.repeat(real, num_kv_heads, 0), keys)
     out = form.answer(heads, axis).reshape(batch, num_kv_heads, group, part, -1)
     return jnp.moveaxis(out, 3, 1).reshape(batch, part, num_kv_heads * group, -1)
 
@@ -146,7 +175,7 @@ class _Heads(NamedTuple):
     k: Array
     v: Array
     real: Array
-    key: Array
+    key: Array | None
 
 
 class _Form:
@@ -165,24 +194,37 @@ class _Form:
         raise NotImplementedError
 
 
-def _form(method: str, is_causal: bool, devices: int, head_dim: int, hyperparameters: dict[str, Any]) -> _Form:
+def _form(
+    method: str, is_causal: bool, devices: int, length: int, head_dim: int, hyperparameters: dict[str, Any]
+) -> _Form:
     registered = get_method(method)
     known = inspect.signature(registered.function).parameters
     for name in hyperparameters:
         if name not in known:
             raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, known)}")
-    if method == "exact":
-        return _Ring(is_causal)
-    if method == "local":
-        return _Halos(*window_sides(hyperparameters.get("window_size", 128), is_causal))
-    if (registered.running if is_causal else registered.summarize or registered.running) is None:
-        have = [name for name, m in METHODS.items() if (m.running if is_causal else m.summarize or m.running)]
+    maker = _maker(registered, is_causal)
+    if maker is None and method != "local":
+        have = [name for name, other in METHODS.items() if _maker(other, is_causal)]
         raise NotImplementedError(
             f"method {method!r} has no {'running ' if is_causal else ''}summary to send; those with one are "
             f"{', '.join(have)}, and 'local' sends its window"
         )
+    used = {registered.size, registered.block, *(inspect.signature(maker).parameters if maker else ())}
+    for name in hyperparameters:
+        if name not in used or (method == "exact" and name != registered.block):
+            raise NotImplementedError(f"method {method!r} does not support {name} across devices")
+    if method == "exact":
+        return _Ring(is_causal)
+    if method == "local":
+        return _Halos(*window_sides(hyperparameters.get("window_size", 128), is_causal))
     options = dict(hyperparameters)
     block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 128)
+    if registered.size is not None:
+        size = options.setdefault(registered.size, known[registered.size].default)
+        if size is None:
+            raise NotImplementedError(f"method {method!r} needs {registered.size} across devices")
+    # A running summary of bounded room needs that of a device's part.
+    options["max_length"] = -(-length // (devices * block_size)) * block_size
     form = _Summaries(registered, is_causal, head_dim, block_size, True, False, options)
     short, long = (form.shape_of_summary(blocks * block_size) for blocks in (64, 128))
     if isinstance(short, FeatureMoments):
@@ -190,11 +232,19 @@ def _form(method: str, is_causal: bool, devices: int, head_dim: int, hyperparame
     if short.mass.shape != long.mass.shape:
         return dataclasses.replace(form, by_blocks=True)
     if registered.size is not None:
-        size = options.get(registered.size, known[registered.size].default)
+        size = options[registered.size]
         if size < devices:
             raise ValueError(f"{registered.size} must be at least the number of devices, {devices}, got {size}")
         options[registered.size] = size // devices
     return form
+
+
+def _maker(method: Method, is_causal: bool) -> Callable[..., Any] | None:
+    """What makes the summary that a device sends, if there is one."""
+    if is_causal or method.summarize is not None:
+        return method.running if is_causal else method.summarize
+    # Where blocks are windows, the bidirectional form too sees them exactly, and is no summary of all keys.
+    return None if method.block == "window_size" else method.running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +330,8 @@ class _Summaries(_Form):
         return self.block_size if self.is_causal or self.by_blocks else 1
 
     def answer(self, heads: _Heads, axis: str) -> Array:
-        if self.sends_tokens:  # which are drawn on each device for itself; features are one map for all
+        # Tokens are drawn on each device for itself; features are one map for all.
+        if self.sends_tokens and heads.key is not None and lax.axis_size(axis) > 1:
             index = lax.axis_index(axis)
             heads = heads._replace(key=jax.vmap(jax.random.fold_in, (0, None))(heads.key, index))
         if self.is_causal:
@@ -299,16 +350,16 @@ class _Summaries(_Form):
         tokens = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((length, self.head_dim), (length, 1)))
         return jax.eval_shape(self._summarize, *tokens, jax.ShapeDtypeStruct((length,), bool), jax.random.key(0))
 
-    def _running(self, key: Array) -> RunningSummary:
+    def _running(self, key: Array | None) -> RunningSummary:
         assert self.method.running is not None
         return self.method.running(self.head_dim, key, **accepted(self.method.running, self.options))
 
-    def _summarize(self, k: Array, v: Array, real: Array, key: Array) -> Summary:
+    def _summarize(self, k: Array, v: Array, real: Array, key: Array | None) -> Summary:
         if self.method.summarize is None:
             return self._running(key).read(self._state_of_blocks(k, v, real, key))
         return self.method.summarize(k, v, key, kv_mask=real, **accepted(self.method.summarize, self.options))
 
-    def _state_of_blocks(self, k: Array, v: Array, real: Array, key: Array) -> Any:
+    def _state_of_blocks(self, k: Array, v: Array, real: Array, key: Array | None) -> Any:
         """What the running summary holds after all blocks in turn."""
         running = self._running(key)
         blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))

@@ -7,7 +7,19 @@ import click
 from rich.console import Console
 
 from approx_attention.compare import write_atomically
-from benchmarks import control_variates, coresets, decode, exact, low_rank, report, scaling, sparse_patterns, tensor
+from benchmarks import (
+    collectives,
+    control_variates,
+    coresets,
+    decode,
+    exact,
+    low_rank,
+    report,
+    scaling,
+    sparse_patterns,
+    tensor,
+    wire,
+)
 
 HERE = pathlib.Path(__file__).parent
 
@@ -88,12 +100,19 @@ def decode_command(longest: int, rounds: int) -> None:
     _write("decode", decode.measure(longest, rounds))
 
 
+@main.command("collectives")
+def collectives_command() -> None:
+    """Bytes that devices send each other, counted in compiled programs; nothing is timed."""
+    _write("collectives", collectives.measure())
+
+
 @main.command("report")
 def report_command() -> None:
-    """Write RESULTS.md from the measurements."""
-    text = report.render(HERE / "results")
-    write_atomically(HERE / "RESULTS.md", lambda file: file.write(text.encode()))
-    Console().print("wrote benchmarks/RESULTS.md")
+    """Write RESULTS.md from the measurements, and docs/scaling.md from the model that they confirm."""
+    texts = {HERE / "RESULTS.md": report.render(HERE / "results"), wire.PAGE: wire.page(HERE / "results")}
+    for path, text in texts.items():
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        Console().print(f"wrote {path.relative_to(HERE.parent)}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def render(results: pathlib.Path) -> str:
         "sparse_patterns": _sparse_patterns_section,
         "tensor": _tensor_section,
         "decode": _decode_section,
+        "collectives": _collectives_section,
     }
     parts = [
         "# Benchmark results",
@@ -359,6 +360,35 @@ def _decode_section(document: dict[str, Any]) -> Iterable[str]:
         f"smaller, n = {lengths[-1]}",
     ]
     yield markdown_table(header, table)
+
+
+def _collectives_section(document: dict[str, Any]) -> Iterable[str]:
+    yield "## Many devices: bytes on the wire"
+    sizes = document["sizes"]
+    yield (
+        "Bytes that the busiest device sends for one layer of `context_parallel.attention` over one sequence, forward, "
+        f"with {sizes['num_kv_heads']} key heads, {sizes['head_dim']} channels of keys and {sizes['value_dim']} of "
+        "values, counted in the collectives of the compiled programs; in brackets as a share of ring attention, which "
+        "is `exact`. Summaries have size 256 (`block_linformer`: 16 of every 128 tokens; `local`: a window of 128; "
+        "`polynomial`: degree 2). docs/scaling.md has the formulas, and what follows from them for many devices. "
+        f"Compiled with jax {document['environment']['jax']}, backend {document['environment']['backend']}."
+    )
+    cells = list(dict.fromkeys((row["devices"], row["length"]) for row in document["rows"]))
+    for is_causal in (False, True):
+        sent = {
+            (row["method"], row["devices"], row["length"]): sum(row["bytes"].values())
+            for row in document["rows"]
+            if row["is_causal"] == is_causal
+        }
+        table = []
+        for method in dict.fromkeys(method for method, *_ in sent):
+            row = [f"`{method}`"]
+            for cell in cells:
+                share = "" if method == "exact" else f" ({100 * sent[method, *cell] / sent['exact', *cell]:.3g}%)"
+                row.append(f"{sent[method, *cell] / 1e6:.3g}{share}")
+            table.append(row)
+        yield f"### {'Causal' if is_causal else 'Bidirectional'}: MB (10^6 bytes) on p devices at n tokens"
+        yield markdown_table(["", *(f"p={devices}, n={length}" for devices, length in cells)], table)
 
 
 def best_exact(rows: Iterable[Mapping[str, Any]], is_causal: bool, backward: bool) -> dict[int, float]:

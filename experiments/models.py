@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType, Mesh
 
 from approx_attention import METHODS
 from approx_attention.checks import check_count, did_you_mean
@@ -40,6 +41,31 @@ class ProjectionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many devices the sequences of a batch, and the tokens of a sequence, are spread."""
+
+    data: Count = 1
+    sequence: Count = 1
+
+    __pydantic_config__ = STRICT
+
+    def mesh(self) -> Mesh:
+        """The devices, with the axes ``data`` and ``sequence``.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        devices = jax.devices()
+        if len(devices) < self.data * self.sequence:
+            raise ValueError(
+                f"a mesh of {self.data} x {self.sequence} needs {self.data * self.sequence} devices, there are "
+                f"{len(devices)}; JAX_NUM_CPU_DEVICES=8 makes eight of a CPU"
+            )
+        shape, axes = (self.data, self.sequence), ("data", "sequence")
+        return jax.make_mesh(shape, axes, (AxisType.Auto,) * 2, devices=devices[: self.data * self.sequence])
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """A registered method and its hyper-parameters.
 
@@ -50,6 +76,7 @@ class AttentionConfig:
         gated: whether a learned map of the layer's input gives it ``gate_logits``.
         noise: whether a method that is random only with a key gets one.
         projections: of ``linformer``, where they are learned or drawn and not pooled.
+        parallel: over which devices it is computed, by `approx_attention.context_parallel`; none for one.
     """
 
     method: str = "exact"
@@ -58,6 +85,7 @@ class AttentionConfig:
     gated: bool = False
     noise: bool = False
     projections: ProjectionsConfig | None = None
+    parallel: ParallelConfig | None = None
 
     __pydantic_config__ = STRICT
 
@@ -74,6 +102,8 @@ class AttentionConfig:
             raise ValueError(f"method {self.method!r} has no noise to be switched on")
         if self.gated and "gate_logits" not in known:
             raise ValueError(f"method {self.method!r} has no gates")
+        if self.parallel and (self.projections or self.gated):
+            raise ValueError(f"method {self.method!r} has neither projections nor gates in parallel")
         drawn = self.draw(jax.random.key(0), 1) if self.learned else {}
         for name in self.learned:
             if name not in drawn:
@@ -89,6 +119,7 @@ class AttentionConfig:
         """The method for one layer, drawn from ``key``: training and evaluation see the same features."""
         options = self.arguments()
         if self.projections is None:
+            over = self.parallel and {"mesh": self.parallel.mesh(), "batch_axis": "data", "sequence_axis": "sequence"}
             return ApproxAttention(
                 self.method,
                 is_causal=is_causal,
@@ -96,6 +127,7 @@ class AttentionConfig:
                 noise=self.noise,
                 learned=self.learned,
                 head_dim=head_dim,
+                **(over or {}),
                 **options,
             )
         module = LinformerAttention(

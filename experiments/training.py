@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -60,6 +61,11 @@ class TrainingConfig:
     seed: int = 0
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        parallel = self.attention.parallel
+        if parallel and self.train.batch % parallel.data:
+            raise ValueError(f"batch must be a multiple of parallel.data = {parallel.data}, got {self.train.batch}")
 
 
 def build_model(config: TrainingConfig, dataset: Dataset) -> nnx.Module:
@@ -120,6 +126,22 @@ def make_optimizer(config: OptimizerConfig, model: nnx.Module) -> nnx.Optimizer:
     return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(config.clip_norm), adam), wrt=nnx.Param)
 
 
+def replicate(mesh: Mesh, *modules: nnx.Pytree) -> None:
+    """Puts all that the modules hold on every device."""
+    for module in modules:
+        nnx.update(module, jax.device_put(nnx.state(module), NamedSharding(mesh, PartitionSpec())))
+
+
+def spread(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Puts a batch on the devices: sequences over ``data``, and tokens over ``sequence`` where it divides them."""
+
+    def spec(x: np.ndarray) -> PartitionSpec:
+        over_tokens = x.ndim == 2 and x.shape[1] % mesh.shape["sequence"] == 0
+        return PartitionSpec("data", "sequence") if over_tokens else PartitionSpec("data")
+
+    return {name: jax.device_put(x, NamedSharding(mesh, spec(x))) for name, x in batch.items()}
+
+
 def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tuple[nnx.Module, Dataset, float]:
     """Trains the model, or goes on from its last checkpoint in ``directory``, and returns it.
 
@@ -137,6 +159,9 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"{directory.name}: {error}") from error
     optimizer = make_optimizer(config.train, model)
+    mesh = config.attention.parallel and config.attention.parallel.mesh()
+    if mesh is not None:
+        replicate(mesh, model, optimizer)
     log = _Log(directory / "metrics.jsonl")
     tokens = config.train.batch if dataset.kind == "image" else example["tokens"].size
     unit = "tokens/s" if dataset.kind != "image" else "images/s"
@@ -150,7 +175,7 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
             start, losses, since = time.monotonic(), [], done
             for step in range(done, config.train.steps):
                 batch = dataset.draw(np.random.default_rng([config.seed, step]), config.train.batch, "train")
-                losses.append(train_step(model, optimizer, batch))
+                losses.append(train_step(model, optimizer, batch if mesh is None else spread(mesh, batch)))
                 if (step + 1) % config.train.log_every == 0 or step + 1 == config.train.steps:
                     loss = float(jnp.stack(losses).mean())
                     seconds = time.monotonic() - start

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 import approx_attention
-from benchmarks import report
+from benchmarks import report, wire
 from docs import check, pages
 from experiments.report import read_claims
 from tests import readme
 
 ROOT = pathlib.Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md", wire.PAGE]
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -29,6 +29,11 @@ def test_the_generated_parts_of_the_readme_are_fresh():
 def test_the_benchmark_results_follow_from_the_measurements():
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     assert text == report.render(ROOT / "benchmarks" / "results"), "stale: run `python -m benchmarks report`"
+
+
+def test_the_page_on_devices_follows_from_the_model():
+    text = wire.PAGE.read_text(encoding="utf-8")
+    assert text == wire.page(ROOT / "benchmarks" / "results"), "stale: run `python -m benchmarks report`"
 
 
 @pytest.mark.parametrize("block", range(len(PYTHON_BLOCKS)))

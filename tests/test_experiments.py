@@ -11,10 +11,13 @@ import sys
 import tarfile
 import time
 
+import chex
+import jax
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from flax import nnx
 from rich.console import Console
 
 from approx_attention import METHODS
@@ -22,7 +25,7 @@ from experiments import __main__ as cli
 from experiments import report, training
 from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
 from experiments.data import DATASETS, DataConfig, load, text
-from experiments.models import AttentionConfig, ModelConfig
+from experiments.models import AttentionConfig, ModelConfig, ParallelConfig
 from experiments.runs import CONFIGS, EXPERIMENTS, Run
 from experiments.training import OptimizerConfig, TrainingConfig, build_model, make_optimizer, train_step
 
@@ -197,9 +200,19 @@ KILLED = {
 }
 
 
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+ON_A_MESH = {
+    "method": "favor",
+    "settings": {"num_features": 4, "block_size": 2},
+    "parallel": {"data": 2, "sequence": 4},
+}
+
+
+@pytest.mark.parametrize(
+    "attention", [{"method": "exact"}, pytest.param(ON_A_MESH, marks=pytest.mark.slow)], ids=["alone", "on_a_mesh"]
+)
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monkeypatch, attention):
     config = tmp_path / "killed.yaml"
-    config.write_text(yaml.safe_dump(KILLED))
+    config.write_text(yaml.safe_dump({**KILLED, "attention": attention}))
     console = Console(quiet=True)
     file = read_config_file(config)
     whole = Run.of(file, "run", 0, {}, tmp_path / "whole").result(console)
@@ -216,7 +229,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
         process = subprocess.Popen(
             command,
             cwd=CONFIGS.parent,
-            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
+            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_NUM_CPU_DEVICES": "8"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -242,6 +255,42 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
     )
     assert [line["step"] for line in lines] == list(range(2, 61, 2))
     assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
+
+
+@pytest.mark.parametrize("method", ["exact", "favor"])
+def test_a_step_on_a_mesh_is_that_of_one_device(method):
+    dataset = load(DataConfig("copying", {"length": 8}))
+    sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
+    settings = {} if method == "exact" else {"num_features": 4, "block_size": 2}
+    batch = dataset.draw(np.random.default_rng(0), 4, "train")
+    after = []
+    for parallel in (None, ParallelConfig(data=2, sequence=4)):
+        attention = AttentionConfig(method, settings, parallel=parallel)
+        config = TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=4, batch=4), sizes, attention)
+        model = build_model(config, dataset)
+        optimizer = training.make_optimizer(config.train, model)
+        placed = batch
+        if parallel is not None:
+            mesh = parallel.mesh()
+            training.replicate(mesh, model, optimizer)
+            placed = training.spread(mesh, batch)
+        losses = [float(train_step(model, optimizer, placed)) for _ in range(3)]
+        after.append((losses, nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    (one, ours), (several, theirs) = after
+    assert len(jax.tree.leaves(theirs)[0].sharding.device_set) == 8
+    np.testing.assert_allclose(several, one, rtol=1e-5)
+    assert one[2] < one[0]
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, ours), jax.tree.map(np.asarray, theirs), atol=1e-5)
+
+
+def test_what_cannot_be_trained_on_a_mesh_is_refused():
+    with pytest.raises(ValueError, match="a mesh of 3 x 4 needs 12 devices, there are 8; JAX_NUM_CPU_DEVICES"):
+        ParallelConfig(data=3, sequence=4).mesh()
+    attention = AttentionConfig(parallel=ParallelConfig(data=2))
+    with pytest.raises(ValueError, match=r"batch must be a multiple of parallel.data = 2, got 3"):
+        TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=1, batch=3), attention=attention)
+    with pytest.raises(ValueError, match="'rfa' has neither projections nor gates in parallel"):
+        AttentionConfig("rfa", gated=True, parallel=ParallelConfig())
 
 
 def test_learned_draws_are_trained():
@@ -452,6 +501,7 @@ def test_results_follow_from_the_committed_runs():
         "harness/language_model",
         "harness/swap_in",
         pytest.param("harness/long_context", marks=pytest.mark.slow),
+        pytest.param("harness/parallel", marks=pytest.mark.slow),
         *(
             pytest.param(f"control_variates/{name}", marks=pytest.mark.slow)
             for name in ("gap", "continuum", "bias", "swap_in", "vision", "language_model")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
+from jax.sharding import Mesh
 
-from approx_attention import flax_arguments
+from approx_attention import context_parallel, flax_arguments
 from approx_attention.api import attention
 from approx_attention.decode import HeadsCache, HeadsDecoder
 from approx_attention.registry import accepted, get_method
@@ -32,6 +33,10 @@ class ApproxAttention(nnx.Module):
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are learned, such as ``("projection",)``.
         head_dim: the number D of channels of a head, needed with ``learned``.
+        mesh: devices over which sequences are sharded, as in `approx_attention.context_parallel`; None for one device.
+        sequence_axis: the mesh axis of the tokens.
+        batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
+        head_axis: a mesh axis of the heads.
         **hyperparameters: static arguments of the method, such as ``num_features=128``.
 
     Raises:
@@ -60,10 +65,15 @@ class ApproxAttention(nnx.Module):
         noise: bool = False,
         learned: Sequence[str] = (),
         head_dim: int | None = None,
+        mesh: Mesh | None = None,
+        sequence_axis: str = "sequence",
+        batch_axis: str | None = None,
+        head_axis: str | None = None,
         **hyperparameters: Any,
     ):
         flax_arguments.check_redraw(redraw, every)
         self.method, self.is_causal, self.hyperparameters = method, is_causal, nnx.static(hyperparameters)
+        self.mesh, self.sequence_axis, self.batch_axis, self.head_axis = mesh, sequence_axis, batch_axis, head_axis
         self.redraw, self.every = redraw, every or 1
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
@@ -176,17 +186,24 @@ class ApproxAttention(nnx.Module):
             if is_causal and not module.is_causal:
                 raise ValueError(f"{self.name} was made without is_causal, and is asked for causal attention")
             return module(query, key, value, rng=self.rng(), mask=mask, key_value_seq_lengths=lengths, **per_token)
-        return attention(
+        arguments: dict[str, Any] = {**self._arguments(), **per_token, "is_causal": is_causal, "rng": self.rng()}
+        if self.mesh is None:
+            return attention(
+                query, key, value, mask=mask, method=self.method, key_value_seq_lengths=lengths, **arguments
+            )
+        if mask is not None:
+            raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
+        return context_parallel.attention(
             query,
             key,
             value,
-            mask=mask,
             method=self.method,
-            rng=self.rng(),
-            is_causal=is_causal,
             key_value_seq_lengths=lengths,
-            **self._arguments(),
-            **per_token,
+            mesh=self.mesh,
+            axis=self.sequence_axis,
+            batch_axis=None if query.shape[0] % self.mesh.shape.get(self.batch_axis, 1) else self.batch_axis,
+            head_axis=self.head_axis,
+            **arguments,
         )
 
     def _arguments(self) -> dict[str, Any]:
