@@ -44,12 +44,8 @@ MODULES = {
     "bottleneck": "How many channels given attention weights need, and the queries and keys that have them.",
     "match3": "One unit of third-order attention that decides Match3, with explicit weights.",
     "context_parallel": "Sequences sharded over devices.",
-    "nnx": "Layers and learned parts for Flax nnx.",
-}
-MODULES |= {
-    name: text
-    for name, text in {"linen": "Layers for Flax linen."}.items()
-    if importlib.util.find_spec(f"approx_attention.{name}")
+    "nnx": "Attention and learned parts for Flax nnx.",
+    "linen": "Attention for Flax linen.",
 }
 
 # Public mappings, which have no docstring of their own.
@@ -79,7 +75,7 @@ TOPICS = {
         "Decoding and compression of caches",
         "Caches of bounded size, and policies that make few weighted tokens of many.",
         (
-            "Decoder", "Cache", "compress", "compress_tokens", "compress_cache", "running_compressed",
+            "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress", "compress_tokens", "compress_cache", "running_compressed",
             "attention_received", "token_budget", "pyramid_budgets", "shared_sizes",
         ),
     ),
@@ -147,8 +143,10 @@ def method_names(name: str) -> list[str]:
 
 
 def module_names(module: str) -> list[str]:
-    """The public names of a public module, in the order of its text."""
+    """The public names of a public module, in the order of its text; of a package, those it lists."""
     loaded = importlib.import_module(f"approx_attention.{module}")
+    if hasattr(loaded, "__path__"):
+        return list(loaded.__all__)
     return [
         name
         for name, value in vars(loaded).items()

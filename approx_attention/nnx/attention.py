@@ -193,6 +193,8 @@ class ApproxAttention(nnx.Module):
             )
         if mask is not None:
             raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
+        if not isinstance(self.method, str):
+            raise NotImplementedError(f"{self.name} does not go over many devices; methods of the registry do")
         return context_parallel.attention(
             query,
             key,
