@@ -178,7 +178,7 @@ class UnitErrors(NamedTuple):
         """What the relative error of the held-out units exceeds with a probability of at most ``1 - confidence``.
 
         A Student interval for the log of the error: its variance over units by the jackknife, within strata where each
-        has two, both for the units measured and for those to come, and its variance over seeds for one more draw.
+        has three, both for the units measured and for those to come, and its variance over seeds for one more draw.
         """
         units, groups = split.calibration, split.groups[split.calibration]
         if self.relative(units) == 0:
@@ -186,14 +186,17 @@ class UnitErrors(NamedTuple):
         whole = math.log(self.relative(units))
         without = np.log([max(self.relative(units[units != unit]), 1e-30) for unit in units])
         strata = [groups == group for group in np.unique(groups)]
-        if min(stratum.sum() for stratum in strata) < 2:
+        if min(stratum.sum() for stratum in strata) < 3:
             strata = [np.ones(len(units), bool)]
-        variance = sum((s.sum() - 1) / s.sum() * np.sum((without[s] - without[s].mean()) ** 2) for s in strata)
-        variance *= 1 + len(units) / len(split.held_out)
+        parts = [(s.sum() - 1) / s.sum() * np.sum((without[s] - without[s].mean()) ** 2) for s in strata]
+        variance = sum(parts) * (1 + len(units) / len(split.held_out))
+        # Satterthwaite: where one stratum makes most of the error, it has few degrees of freedom.
+        freedom = 1.0
+        if variance > 0:
+            freedom = sum(parts) ** 2 / sum(part**2 / (s.sum() - 1) for part, s in zip(parts, strata, strict=True))
         if len(self.error) > 1:
             logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
             variance += np.var(logs, ddof=1) * (1 + 1 / len(logs))
-        freedom = len(units) - len(strata)
         return math.exp(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance))
 
 
