@@ -671,7 +671,7 @@ def _where_we_lose_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             row.append(f"{by_name[name]:.2g}{unbeaten}" if name in by_name else "")
         rows.append(row)
     yield (
-        "Relative error at equal memory; in brackets the baselines that it does not beat there; * takes more somewhere, "
+        "Relative error at equal memory; in brackets the baselines that it does not beat there; * takes more somewhere "
         "at its smallest size"
     )
     yield _table(["", *errors], rows)

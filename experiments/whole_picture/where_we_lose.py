@@ -23,9 +23,9 @@ from experiments.coresets import instances
 TO_BEAT = {"mean_value": "mean(V)", "local": "local"}
 FAMILIES = {
     "sample": "the shipped tensors",
-    "gaussian": "independent normal entries, of q and k of the deviation that is named",
+    "gaussian": "independent normal entries, in q and k of the deviation that stands behind the name",
     "clustered": "64 tight clusters of keys, values alike within them, every query near a cluster",
-    "outliers": "most keys in one cap, 1 % opposite to it with other values; half of the queries are after these",
+    "outliers": "most keys in one cap, 1 % opposite to it with other values, and half of the queries near these",
     "needle": "one key takes nine tenths of every query's weight, the others are noise",
     "local": "weights fall with the distance of tokens, like a Gaussian of deviation 8",
     "sink": "the first token takes nine tenths of every query's weight, and its value is 0",
