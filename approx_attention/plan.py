@@ -67,7 +67,7 @@ class ErrorLaw:
         """The law of measured errors by size; an error of 0 counts as the least positive one."""
         sizes = sorted(measured)
         x = np.log(sizes)
-        y = np.log([max(measured[size], np.finfo(np.float32).tiny) for size in sizes])
+        y = np.log([max(measured[size], float(np.finfo(np.float32).tiny)) for size in sizes])
         pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
         slope = min(0.0, float(np.median(pairs))) if pairs else 0.0
         # Neighbours that increase are pooled to their mean until none does.
@@ -504,8 +504,8 @@ def _check_positive(name: str, value: float | None) -> None:
 
 
 def _cost(candidate: Candidate, rank_by: str) -> tuple[float, float]:
-    costs = (float(candidate.held_bytes), candidate.seconds)
-    return costs if rank_by == "held_bytes" else costs[::-1]
+    held, seconds = float(candidate.held_bytes), candidate.seconds
+    return (held, seconds) if rank_by == "held_bytes" else (seconds, held)
 
 
 def _verdict(made: Plan) -> str:

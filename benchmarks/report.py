@@ -149,8 +149,8 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
             table.append([f"`{arm}`", *(f"{1e6 * seconds[n]:.3g}" for n in exact), str(from_here), faster])
         yield "### Decoding: microseconds of a token after n others"
         yield (
-            f"Mean of {document['decode']['tokens']} tokens that come one by one, append and answer; `best exact` keeps "
-            "all keys and values, the methods a cache of bounded size."
+            f"Mean of {document['decode']['tokens']} tokens that come one by one, append and answer; `best exact` "
+            "keeps all keys and values, the methods a cache of bounded size."
         )
         yield markdown_table(["", *map(str, exact), "break-even n", f"faster at {max(exact)}"], table)
 

@@ -136,7 +136,7 @@ def _decodes(name: str, method: Method) -> bool:
     return method.running is not None and method.capabilities.decode and method.capabilities.subquadratic
 
 
-def _running(name: str, method: Method, **chosen: int) -> Any:
+def _running(name: str, method: Method, **chosen: Any) -> Any:
     assert method.running is not None, name
     arguments = {"key": jax.random.key(0)} if "key" in inspect.signature(method.running).parameters else {}
     return method.running(HEAD_DIM, **arguments, **chosen)
