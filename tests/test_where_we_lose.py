@@ -73,6 +73,8 @@ def test_sizes_fill_the_budget_and_no_more():
         assert fits
         assert size is not None
         held = [held_bytes(tensors, name, {argument: size + more}, is_causal=False) for more in (0, 2)]
+        assert held[0] is not None
+        assert held[1] is not None
         assert held[0] <= allowed < held[1]
     assert equal_size(tensors, "linformer", 64, is_causal=False) == (64, True)  # by its products
     assert equal_size(tensors, "mean_value", 64, is_causal=False) == (None, True)
