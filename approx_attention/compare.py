@@ -28,7 +28,7 @@ from approx_attention.api import attention
 from approx_attention.checks import did_you_mean
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
-from approx_attention.registry import METHODS, accepted, get_method
+from approx_attention.registry import METHODS, Method, accepted, get_method
 from approx_attention.summaries import summary_bytes
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
@@ -238,19 +238,29 @@ def build_arms(
     arms = exact_arms(tensors, is_causal=is_causal, scale=scale)
     num_keys = tensors.key.shape[1]
     for name in dict.fromkeys((*BASELINES, *methods)):
-        try:
-            method = get_method(name)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        method = check_method(name, is_causal)
         if name == "exact":
             continue
-        if is_causal and not method.capabilities.causal:
-            raise InputError(f"method {name!r} has no causal form; leave it out or compare without --causal")
         # What is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         sizes = sorted({min(budget, greatest) for budget in budgets}) if method.size else [None]
         arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes]
     return arms
+
+
+def check_method(name: str, is_causal: bool) -> Method:
+    """The method of that name.
+
+    Raises:
+        InputError: it is unknown, or has no causal form where one is asked for.
+    """
+    try:
+        method = get_method(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if is_causal and not method.capabilities.causal:
+        raise InputError(f"method {name!r} has no causal form; leave it out or do without --causal")
+    return method
 
 
 def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool, scale: float | None) -> Arm:
@@ -285,7 +295,7 @@ def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool
 def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> list[Arm]:
     """Every form of exact attention that this machine has memory for, the library's default first."""
     query, key, value = tensors
-    num_bytes = key.shape[1] * (key.shape[-1] + value.shape[-1]) * 4
+    num_bytes = token_bytes(tensors)
     logits = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1]
 
     def ours(implementation: str | None) -> Callable[..., tuple[Array, Array | None]]:
@@ -319,6 +329,12 @@ def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> lis
                 None,
             )
     return [Arm(name, function, None, num_bytes, is_exact=True) for name, function in forms.items()]
+
+
+def token_bytes(tensors: Tensors) -> int:
+    """Bytes per key head and sequence of all keys and values in float32."""
+    _, key, value = tensors
+    return key.shape[1] * (key.shape[-1] + value.shape[-1]) * 4
 
 
 def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], *, is_causal: bool) -> int | None:
@@ -411,7 +427,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
         table.add_row(
             Text(f"{row.method}{' *' if i in frontier else ''}"),
             "" if row.size is None else str(row.size),
-            "" if row.summary_bytes is None else _in_units(row.summary_bytes),
+            "" if row.summary_bytes is None else in_units(row.summary_bytes),
             "" if row.compression is None else f"{row.compression:.3g}x",
             f"{row.seconds * 1e3:.3g} ms",
             f"{row.speedup:.2f}x",
@@ -431,13 +447,14 @@ def _with_deviation(mean: float | None, deviation: float | None, num_seeds: int)
     return f"{mean:.3g}" if num_seeds == 1 else f"{mean:.3g} ± {deviation:.2g}"
 
 
-def _in_units(num_bytes: int) -> str:
+def in_units(num_bytes: int) -> str:
+    """Bytes as text, in KiB from 1024 on."""
     return f"{num_bytes} B" if num_bytes < 1024 else f"{num_bytes / 1024:.4g} KiB"
 
 
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     """The figure: error against time, and error against bytes held, one line per method through its sizes."""
-    from matplotlib import patheffects, ticker
+    from matplotlib import patheffects
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
@@ -474,22 +491,30 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     left.axvline(exact.seconds * 1e3, color="0.4", linestyle="--", label=f"fastest exact ({exact.method})")
     if exact.summary_bytes is not None:
         right.axvline(exact.summary_bytes / 1024, color="0.4", linestyle="--")
-    left.set(xlabel="time of a call (ms)", ylabel="relative error of the output", xscale="log", yscale="log")
-    right.set(xlabel="held per key head and sequence (KiB); dashed: all keys and values", xscale="log", yscale="log")
+    left.set(xlabel="time of a call (ms)", ylabel="relative error of the output")
+    right.set(xlabel="held per key head and sequence (KiB); dashed: all keys and values")
     for axes in (left, right):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
-        axes.margins(0.08, 0.1)
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = axis.get_view_interval()
-            decades = math.log10(high / low)
-            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_locator(ticker.NullLocator())
+        log_scales(axes)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def log_scales(axes: Any) -> None:
+    """Logarithmic axes with a grid and labels that are plain numbers."""
+    from matplotlib import ticker
+
+    axes.set(xscale="log", yscale="log")
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+    axes.margins(0.08, 0.1)
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        decades = math.log10(high / low)
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
 
 
 def environment() -> dict[str, Any]:
@@ -517,8 +542,17 @@ def processor_name() -> str:
         return platform.machine()
 
 
-def report(rows: Sequence[Comparison], tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was measured and what it depends on, ready for JSON."""
+def report(rows: Sequence[Any], tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured and what it depends on, ready for JSON.
+
+    Args:
+        rows: `Comparison` or other dataclasses.
+        tensors: what was measured on.
+        settings: how.
+
+    Returns:
+        The document; what is not finite is None in it.
+    """
     return {
         "settings": dict(settings),
         "shapes": {name: list(x.shape) for name, x in tensors._asdict().items()},
@@ -534,27 +568,27 @@ def report(rows: Sequence[Comparison], tensors: Tensors, settings: Mapping[str, 
 
 
 def write_results(
-    out: pathlib.Path, rows: Sequence[Comparison], document: Mapping[str, Any], title: str
+    out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any]
 ) -> list[pathlib.Path]:
-    """Writes compare.json and, where matplotlib is installed, compare.png; each is whole or absent.
+    """Writes NAME.json and, where matplotlib is installed, NAME.png; each is whole or absent.
 
     Args:
         out: an existing directory.
-        rows: the comparison.
-        document: what `report` made of it.
-        title: title of the figure.
+        name: of the files.
+        document: what goes into the JSON.
+        draw: makes the figure.
 
     Returns:
         The files written.
     """
-    written = [out / "compare.json"]
+    written = [out / f"{name}.json"]
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     write_atomically(written[0], lambda file: file.write(text.encode()))
     try:
-        figure = draw_frontiers(rows, title)
+        figure = draw()
     except ImportError:
         return written
-    written.append(out / "compare.png")
+    written.append(out / f"{name}.png")
     write_atomically(written[1], lambda file: figure.savefig(file, format="png"))
     return written
 

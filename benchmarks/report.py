@@ -30,8 +30,8 @@ def render(results: pathlib.Path) -> str:
         "Times are the least of several interleaved calls, compilation apart. Rerun with `make bench`.",
     ]
     for name, section in sections.items():
-        measured = results / f"{name}.json"
-        if measured.exists():
+        # Machines of other kinds have files of their own, such as scaling_gpu.json.
+        for measured in sorted(results.glob(f"{name}.json")) + sorted(results.glob(f"{name}_[gt]pu.json")):
             parts += section(json.loads(measured.read_text()))
     return "\n\n".join(parts) + "\n"
 
@@ -112,7 +112,7 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
     yield "## Growth with the sequence, and break-even with exact attention"
     yield _setting(document)
     yield (
-        f"Each method holds a summary of size {document['size']} (`local`: a window of 128), drawn within the call. "
+        f"Each method holds a summary of size {sizes(document)}, drawn within the call. "
         "`best exact` is the fastest of the exact forms that fit in memory. The slopes are of log time and of log "
         "temporary bytes against log n from 2048 on; break-even is the shortest measured length from which the method "
         "stays faster than the best exact."
@@ -121,26 +121,47 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
         for is_causal in (False, True):
             rows = [r for r in document["rows"] if (r["backward"], r["is_causal"]) == (backward, is_causal)]
             exact = best_exact(rows, is_causal, backward)
-            lengths = list(exact)
+            lengths, longest = list(exact), max(exact)
             table = [["best exact", *(_ms(exact[n]) for n in lengths), f"{_slope(exact, 2048):.2f}", "", "", ""]]
             for arm in dict.fromkeys(r["arm"] for r in rows if not r["arm"].startswith("exact")):
                 seconds = {r["length"]: r["seconds"] for r in rows if r["arm"] == arm}
                 memory = {r["length"]: r["temp_bytes"] for r in rows if r["arm"] == arm}
-                longest = max(lengths)
                 table.append(
                     [
                         f"`{arm}`",
-                        *(_ms(seconds[n]) for n in lengths),
+                        *(_ms(seconds[n]) if n in seconds else "" for n in lengths),
                         f"{_slope(seconds, 2048):.2f}",
                         f"{_slope(memory, 2048):.2f}",
                         str(break_even_length(rows, arm, is_causal, backward) or "beyond"),
-                        f"{exact[longest] / seconds[longest]:.1f}x",
+                        f"{exact[longest] / seconds[longest]:.1f}x" if longest in seconds else "",
                     ]
                 )
             passes = "forward and backward" if backward else "forward"
             yield f"### {'Causal' if is_causal else 'Bidirectional'}, {passes}: milliseconds at n"
-            header = ["", *map(str, lengths), "time slope", "memory slope", "break-even n", f"faster at {max(lengths)}"]
+            header = ["", *map(str, lengths), "time slope", "memory slope", "break-even n", f"faster at {longest}"]
             yield markdown_table(header, table)
+    if "decode" in document:
+        rows = document["decode"]["rows"]
+        exact = best_exact_decode(rows)
+        table = [["best exact", *(f"{1e6 * seconds:.3g}" for seconds in exact.values()), "", ""]]
+        for arm in dict.fromkeys(row["arm"] for row in rows if not row["arm"].startswith("exact")):
+            seconds = {row["length"]: row["seconds"] for row in rows if row["arm"] == arm}
+            from_here = break_even(seconds, exact) or "beyond"
+            faster = f"{exact[max(exact)] / seconds[max(exact)]:.1f}x"
+            table.append([f"`{arm}`", *(f"{1e6 * seconds[n]:.3g}" for n in exact), str(from_here), faster])
+        yield "### Decoding: microseconds of a token after n others"
+        yield (
+            f"Mean of {document['decode']['tokens']} tokens that come one by one, append and answer; `best exact` "
+            "keeps all keys and values, the methods a cache of bounded size."
+        )
+        yield markdown_table(["", *map(str, exact), "break-even n", f"faster at {max(exact)}"], table)
+
+
+def sizes(document: Mapping[str, Any]) -> str:
+    """The sizes of the summaries, those that differ from the common one in brackets."""
+    own = document.get("sizes", {"local": 128})
+    others = ", ".join(f"`{name}`: {size}" for name, size in own.items() if size not in (None, document["size"]))
+    return f"{document['size']} ({others})"
 
 
 def _control_variates_section(document: dict[str, Any]) -> Iterable[str]:
@@ -398,6 +419,12 @@ def best_exact(rows: Iterable[Mapping[str, Any]], is_causal: bool, backward: boo
         if row["arm"].startswith("exact") and (row["is_causal"], row["backward"]) == (is_causal, backward):
             seconds[row["length"]] = min(row["seconds"], seconds.get(row["length"], float("inf")))
     return seconds
+
+
+def best_exact_decode(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Seconds per token of the fastest exact cache at each length, shortest first."""
+    as_passes = [{**row, "is_causal": True, "backward": False} for row in rows]
+    return best_exact(as_passes, True, False)
 
 
 def break_even_length(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:

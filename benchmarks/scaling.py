@@ -1,63 +1,183 @@
 """Time and memory of every method as the sequence grows, and the length from which it beats exact attention."""
 
 import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from rich.console import Console
 
-from approx_attention import METHODS, attention
+from approx_attention import METHODS, Decoder, attention
 from approx_attention.compare import environment
+from approx_attention.decode import Cache
 from approx_attention.diagnostics import time_interleaved
+from approx_attention.registry import Method
+from approx_attention.softmax import HIDDEN
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, with_gradient
 
 SIZE = 256
 SETTINGS = {"local": 128}
+LENGTHS = (512, 1024, 2048, 4096, 8192, 32768)
+# Programs with gradients take several times as long to compile.
+BACKWARD_LENGTHS = (512, 2048, 8192)
+# So many tokens are decoded in one call: a block, so that moving on to the next is in the time of each.
+DECODED = 128
+SHARED_LENGTH = Cache(0, 0, None)  # pyright: ignore[reportArgumentType]
 
 
 def measure(longest: int, rounds: int) -> dict[str, Any]:
-    """Every method but exact at one size, interleaved with the exact forms at each length."""
+    """Every method below T x S at one size, interleaved with the exact forms at each length; then decoding."""
     console, rows = Console(), []
-    lengths = [n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536) if n <= longest]
     for backward in (False, True):
         for is_causal in (False, True):
-            for length in lengths:
-                if backward and length > 8192:
-                    continue
-                arguments = inputs(length) if backward else inputs(length)[:3]
-                compiled = {f"exact {name}": arm for name, arm in jax_arms(length, is_causal, backward).items()}
-                for name, method in METHODS.items():
-                    if not method.capabilities.subquadratic or (is_causal and not method.capabilities.causal):
-                        continue
-                    size = {method.size: SETTINGS.get(name, SIZE)} if method.size else {}
-                    rng = jax.random.key(0) if method.capabilities.needs_key else None
-                    form = functools.partial(attention, method=name, rng=rng, is_causal=is_causal, **size)
-                    compiled[name] = jax.jit(with_gradient(form) if backward else form).lower(*arguments).compile()
-                calls = {name: functools.partial(form, *arguments) for name, form in compiled.items()}
-                timings = time_interleaved(calls, rounds=rounds, patience=60)
-                for name, timing in timings.items():
-                    rows.append(
-                        {
-                            "length": length,
-                            "arm": name,
-                            "size": None if name.startswith("exact") else SETTINGS.get(name, SIZE),
-                            "is_causal": is_causal,
-                            "backward": backward,
-                            "seconds": timing.least,
-                            "median_seconds": timing.median,
-                            "temp_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
-                        }
-                    )
-                shown = "  ".join(f"{name} {timing.least * 1e3:.1f}" for name, timing in timings.items())
-                console.print(
-                    f"n={length} {'causal' if is_causal else 'full'} {'fwd+bwd' if backward else 'fwd'} ms: {shown}"
-                )
+            rows += _passes(longest, rounds, is_causal, backward, console)
     return {
         "num_heads": NUM_HEADS,
         "head_dim": HEAD_DIM,
         "size": SIZE,
+        "sizes": {name: size_of(name, method) for name, method in METHODS.items() if method.capabilities.subquadratic},
         "rounds": rounds,
         "peak_flops_per_second": peak_flops(),
         "environment": environment(),
         "rows": rows,
+        "decode": {"tokens": DECODED, "rows": _decode(longest, rounds, console)},
     }
+
+
+def size_of(name: str, method: Method) -> int | None:
+    """The size at which a method is timed: 256, or its usual size where that counts other things than tokens."""
+    if method.size is None:
+        return None
+    return SETTINGS.get(name, min(SIZE, method.usual_size))
+
+
+def _passes(longest: int, rounds: int, is_causal: bool, backward: bool, console: Console) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    lengths = [n for n in (BACKWARD_LENGTHS if backward else LENGTHS) if n <= longest]
+    names = [
+        name
+        for name, method in METHODS.items()
+        if method.capabilities.subquadratic and (method.capabilities.causal or not is_causal)
+    ]
+    for length in lengths:
+        arguments = inputs(length) if backward else inputs(length)[:3]
+        compiled = {f"exact {name}": arm for name, arm in jax_arms(length, is_causal, backward).items()}
+        for name in names:
+            method, size = METHODS[name], size_of(name, METHODS[name])
+            rng = jax.random.key(0) if method.capabilities.needs_key else None
+            chosen = {method.size: size} if method.size else {}
+            form = functools.partial(attention, method=name, rng=rng, is_causal=is_causal, **chosen)
+            compiled[name] = jax.jit(with_gradient(form) if backward else form).lower(*arguments).compile()
+        calls = {name: functools.partial(form, *arguments) for name, form in compiled.items()}
+        timings = time_interleaved(calls, rounds=rounds, patience=15)
+        for name, timing in timings.items():
+            rows.append(
+                {
+                    "length": length,
+                    "arm": name,
+                    "size": None if name.startswith("exact") else size_of(name, METHODS[name]),
+                    "is_causal": is_causal,
+                    "backward": backward,
+                    "seconds": timing.least,
+                    "median_seconds": timing.median,
+                    "temp_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
+                }
+            )
+        shown = "  ".join(f"{name} {timing.least * 1e3:.1f}" for name, timing in timings.items())
+        console.print(f"n={length} {'causal' if is_causal else 'full'} {'fwd+bwd' if backward else 'fwd'} ms: {shown}")
+        best = min(timing.least for name, timing in timings.items() if name.startswith("exact"))
+        # Exact attention grows as the square: what is slower by more than what is left to grow never catches up.
+        names = [name for name in names if timings[name].least <= best * lengths[-1] / length]
+        jax.clear_caches()
+    return rows
+
+
+def _decode(longest: int, rounds: int, console: Console) -> list[dict[str, Any]]:
+    """Seconds per token of every decoder, once so many tokens have been seen, beside those of exact caches."""
+    rows: list[dict[str, Any]] = []
+    lengths = [n for n in LENGTHS if n <= longest]
+    decoders = {name: _decoder(name, method) for name, method in METHODS.items() if _decodes(name, method)}
+    chunk = lengths[0]
+    query, key, value = (x[0] for x in inputs(max(chunk, DECODED))[:3])
+    prefill = {name: jax.jit(_over_heads(decoder.prefill)) for name, decoder in decoders.items()}
+    steps = {name: jax.jit(functools.partial(_steps, decoder)) for name, decoder in decoders.items()}
+    caches = {name: _empty(decoder) for name, decoder in decoders.items()}
+    tokens = tuple(x[:DECODED] for x in (query, key, value))
+    seen = 0
+    for length in lengths:
+        while seen < length:
+            for name in decoders:
+                _, caches[name] = prefill[name](caches[name], *(x[:chunk] for x in (query, key, value)))
+            seen += chunk
+        exact = Decoder(
+            running=_running("exact", METHODS["exact"], max_length=length + DECODED),
+            head_dim=HEAD_DIM,
+            value_dim=HEAD_DIM,
+        )
+        buffers = tuple(jnp.zeros((length + DECODED, NUM_HEADS, HEAD_DIM)).at[:length].set(1.0) for _ in range(2))
+        full = _empty(exact)._replace(length=jnp.asarray(length, jnp.int32))
+        calls: dict[str, Callable[[], Any]] = {
+            "exact buffer": functools.partial(jax.jit(_exact_steps), buffers, length, *tokens),
+            "exact decoder": functools.partial(jax.jit(functools.partial(_steps, exact)), full, *tokens),
+        }
+        calls |= {name: functools.partial(steps[name], caches[name], *tokens) for name in decoders}
+        timings = time_interleaved(calls, rounds=rounds, patience=15)
+        for name, timing in timings.items():
+            rows.append({"length": length, "arm": name, "seconds": timing.least / DECODED})
+        shown = "  ".join(f"{name} {timing.least / DECODED * 1e6:.0f}" for name, timing in timings.items())
+        console.print(f"n={length} decode, microseconds a token: {shown}")
+    return rows
+
+
+def _decodes(name: str, method: Method) -> bool:
+    return method.running is not None and method.capabilities.decode and method.capabilities.subquadratic
+
+
+def _running(name: str, method: Method, **chosen: Any) -> Any:
+    assert method.running is not None, name
+    arguments = {"key": jax.random.key(0)} if "key" in inspect.signature(method.running).parameters else {}
+    return method.running(HEAD_DIM, **arguments, **chosen)
+
+
+def _decoder(name: str, method: Method) -> Decoder:
+    chosen = {method.size: size_of(name, method)} if method.size else {}
+    running = _running(name, method, **chosen)
+    return Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM, block_size=DECODED)
+
+
+def _empty(decoder: Decoder) -> Cache:
+    return jax.vmap(decoder.init, out_axes=SHARED_LENGTH, axis_size=NUM_HEADS)()
+
+
+def _over_heads(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.vmap(prefill, in_axes=(SHARED_LENGTH, 1, 1, 1), out_axes=(1, SHARED_LENGTH))
+
+
+def _steps(decoder: Decoder, cache: Cache, query: Array, key: Array, value: Array) -> Array:
+    """Answers to tokens ``[T, N, D]`` that come one by one."""
+    append = jax.vmap(decoder.append, in_axes=(SHARED_LENGTH, 0, 0), out_axes=SHARED_LENGTH)
+    attend = jax.vmap(decoder.attend, in_axes=(SHARED_LENGTH, 0))
+
+    def step(cache: Cache, token: tuple[Array, ...]) -> tuple[Cache, Array]:
+        q, k, v = (x[:, None] for x in token)
+        cache = append(cache, k, v)
+        return cache, attend(cache, q)[:, 0]
+
+    return lax.scan(step, cache, (query, key, value))[1]
+
+
+def _exact_steps(buffers: Iterable[Array], length: int | Array, query: Array, key: Array, value: Array) -> Array:
+    """The same with all keys and values in buffers ``[S, N, D]`` of which ``length`` rows are filled."""
+
+    def step(carry: tuple[Array, Array, Array], token: tuple[Array, ...]) -> tuple[Any, Array]:
+        k, v, at = carry
+        q, *new = token
+        k, v = (lax.dynamic_update_slice_in_dim(x, y[None], at, 0) for x, y in zip((k, v), new, strict=True))
+        logits = jnp.einsum("nd,snd->ns", q, k) / HEAD_DIM**0.5
+        weights = jax.nn.softmax(jnp.where(jnp.arange(k.shape[0])[None, :] <= at, logits, HIDDEN))
+        return (k, v, at + 1), jnp.einsum("ns,snd->nd", weights, v)
+
+    return lax.scan(step, (*buffers, jnp.asarray(length, jnp.int32)), (query, key, value))[1]

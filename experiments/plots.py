@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from approx_attention.compare import method_styles
+from experiments.whole_picture import where_we_lose
 
 
 def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -517,7 +518,33 @@ def _picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _where_we_lose(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """The factor by which each method beats, or loses to, the better of the baselines."""
+    errors = where_we_lose.mean_errors(runs)
+    names = dict.fromkeys(name for by_name in errors.values() for name in by_name if name not in where_we_lose.TO_BEAT)
+    factors = np.full((len(names), len(errors)), np.nan)
+    for column, by_name in enumerate(errors.values()):
+        least = min(by_name[to_beat] for to_beat in where_we_lose.TO_BEAT)
+        for row, name in enumerate(names):
+            if name in by_name:
+                factors[row, column] = by_name[name] / least
+    figure = Figure(figsize=(1.1 * len(errors) + 2.5, 0.3 * len(names) + 1.6), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    drawn = axes.imshow(np.log10(factors), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
+    for (row, column), factor in np.ndenumerate(factors):
+        if np.isfinite(factor):
+            dark = abs(np.log10(max(factor, 1e-9))) > 1
+            axes.text(column, row, f"{factor:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
+    axes.set_xticks(range(len(errors)), list(errors), rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set_title("error over that of the better of mean(V) and local", fontsize=10)
+    bar = figure.colorbar(drawn, ax=axes, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["a tenth", "the same", "ten times"])
+    return figure
+
+
 _FIGURES = {
+    "where_we_lose": _where_we_lose,
     "tensor_scaling": _tensor_times,
     "tensor_decode": _tensor_times,
     "polynomial_error": _polynomial_error,

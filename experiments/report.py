@@ -15,6 +15,7 @@ from approx_attention.compare import write_atomically
 from experiments import plots
 from experiments.config import STRICT, ConfigError, ConfigFile, read_config_file, resolve
 from experiments.runs import CONFIGS, results_of
+from experiments.whole_picture import where_we_lose
 
 # The most telling scale first; a claim's verdict comes from the first of them whose study is complete.
 SCALES = ("gpu", "cpu")
@@ -658,7 +659,28 @@ def _picture_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield _table(header.split("|"), rows)
 
 
+def _where_we_lose_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    errors, labels = where_we_lose.mean_errors(runs), where_we_lose.TO_BEAT
+    over = where_we_lose.over_budget(runs)
+    rows = []
+    for name in dict.fromkeys(name for by_name in errors.values() for name in by_name):
+        row = [f"`{name}`{' *' if name in over else ''}"]
+        for by_name in errors.values():
+            lost = [label for to_beat, label in labels.items() if by_name.get(name, 0) >= by_name[to_beat]]
+            unbeaten = f" ({', '.join(lost)})" if lost and name not in labels else ""
+            row.append(f"{by_name[name]:.2g}{unbeaten}" if name in by_name else "")
+        rows.append(row)
+    yield (
+        "Relative error at equal memory; in brackets the baselines that it does not beat there; * takes more somewhere "
+        "at its smallest size"
+    )
+    yield _table(["", *errors], rows)
+    header = ["", *(f"no better than {label} on" for label in labels.values())]
+    yield _table(header, where_we_lose.loss_rows(runs))
+
+
 _TABLES = {
+    "where_we_lose": _where_we_lose_tables,
     "tensor_scaling": _tensor_times_tables,
     "tensor_decode": _tensor_times_tables,
     "polynomial_error": _polynomial_error_tables,

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from approx_attention.compare import BASELINES, write_atomically
+from approx_attention.diagnostics import break_even
 from approx_attention.registry import capability_table
-from benchmarks.report import break_even_length, machine, markdown_table
+from benchmarks.report import best_exact_decode, break_even_length, machine, markdown_table, sizes
+from experiments.config import read_config_file
+from experiments.runs import CONFIGS, RESULTS, results_of
+from experiments.whole_picture import where_we_lose
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,9 +31,13 @@ def regenerate(text: str) -> str:
 
 def measured_limits() -> str:
     """Where each method begins to pay, and what it loses on the sample, from the committed measurements."""
-    scaling = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())
+    results = ROOT / "benchmarks/results"
+    scaling = [
+        json.loads(path.read_text())
+        for path in (results / "scaling.json", *sorted(results.glob("scaling_[gt]pu.json")))
+    ]
     comparison = json.loads((ROOT / "docs/compare.json").read_text())
-    return "\n\n".join([_break_even_table(scaling), _losses(comparison)])
+    return "\n\n".join([*map(_break_even_table, scaling), _losses(comparison), _lost_families()])
 
 
 def _break_even_table(document: Mapping[str, Any]) -> str:
@@ -39,15 +47,45 @@ def _break_even_table(document: Mapping[str, Any]) -> str:
         "bidirectional, with gradient": (False, True),
         "causal, with gradient": (True, True),
     }
-    arms = dict.fromkeys(row["arm"] for row in document["rows"] if not row["arm"].startswith("exact"))
+    rows = document["rows"]
+    measured = {(row["arm"], row["is_causal"], row["backward"]) for row in rows}
+    arms = dict.fromkeys(row["arm"] for row in rows if not row["arm"].startswith("exact"))
     table = [
-        [f"`{arm}`", *(_from_length(break_even_length(document["rows"], arm, *form)) for form in forms.values())]
+        [
+            f"`{arm}`",
+            *(
+                _from_length(break_even_length(rows, arm, *form)) if (arm, *form) in measured else ""
+                for form in forms.values()
+            ),
+        ]
         for arm in arms
     ]
+    if "decode" in document:
+        forms["decoding"] = (True, False)
+        decode = document["decode"]["rows"]
+        exact = best_exact_decode(decode)
+        for arm, row in zip(arms, table, strict=True):
+            seconds = {entry["length"]: entry["seconds"] for entry in decode if entry["arm"] == arm}
+            row.append(_from_length(break_even(seconds, exact)) if seconds else "")
     return (
-        f"**Short sequences.** The least measured length from which a method (size {document['size']}; `local`: window "
-        f"128) stays faster than the fastest exact attention, {machine(document)}:\n\n"
+        f"**Short sequences.** The least measured length from which a method of size {sizes(document)} stays faster "
+        f"than the fastest exact attention, {machine(document)}:\n\n"
     ) + markdown_table(["", *forms], table)
+
+
+def _lost_families() -> str:
+    """The data on which methods do not beat what is trivial, from the committed study."""
+    file = read_config_file(CONFIGS / "whole_picture/where_we_lose/cpu.yaml")
+    runs = results_of(file, RESULTS)
+    if not runs:
+        return "**Data.** Not measured yet."
+    families = dict.fromkeys(family.partition("-")[0] for run in runs for family in run["result"]["families"])
+    meant = "; ".join(f"*{family}*: {where_we_lose.FAMILIES[family]}" for family in families)
+    header = ["", *(f"no better than {label} on" for label in where_we_lose.TO_BEAT.values())]
+    return (
+        "**Data.** At equal memory, the data on which a method's error is no smaller than that of the mean of the "
+        f"values, or of a local window ({meant}; `experiments/RESULTS.md` has the errors and the sizes):\n\n"
+    ) + markdown_table(header, where_we_lose.loss_rows(runs))
 
 
 def _from_length(length: int | None) -> str:

@@ -543,6 +543,7 @@ def test_results_follow_from_the_committed_runs():
             pytest.param(f"sparse_patterns/{name}", marks=pytest.mark.slow)
             for name in ("log_law", "headline", "budget", "many_patterns", "precision", "picture")
         ),
+        pytest.param("whole_picture/where_we_lose", marks=pytest.mark.slow),
     ],
 )
 def test_smoke_studies_run(tmp_path, study):

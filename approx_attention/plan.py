@@ -1,0 +1,661 @@
+"""Which method, of what size, for a tolerance and a budget: measured on some of the user's heads, checked on others."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from scipy.special import stdtrit
+
+from approx_attention.compare import (
+    BASELINES,
+    InputError,
+    Tensors,
+    check_method,
+    default_methods,
+    exact_arms,
+    in_units,
+    log_scales,
+    method_arm,
+    method_styles,
+    token_bytes,
+)
+from approx_attention.diagnostics import Arm, time_interleaved
+from approx_attention.registry import get_method
+
+# With fewer heads than this their spread cannot be told, and queries are held out instead.
+LEAST_HEADS = 8
+# So many runs of queries of each head then take the place of heads.
+RUNS_OF_QUERIES = 16
+# How often a method is measured again at the size that the fit proposes.
+REFINEMENTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorLaw:
+    r"""Error against size, never increasing: straight in log-log between the sizes, a power law beyond them.
+
+    The errors are those of isotonic regression of log error on log size; beyond the sizes measured they go on with the
+    median slope over all pairs of these (Theil and Sen), which one wild size does not move.
+
+    Attributes:
+        sizes: measured sizes, increasing.
+        errors: fitted errors there.
+        slope: of log error against log size, at most 0.
+
+    Example:
+        >>> from approx_attention.plan import ErrorLaw
+        >>> law = ErrorLaw.fit({16: 0.4, 64: 0.2, 256: 0.1})  # falls as the square root
+        >>> round(law.slope, 3), round(law.error(1024), 3), round(law.size(0.15))
+        (-0.5, 0.05, 114)
+    """
+
+    sizes: tuple[int, ...]
+    errors: tuple[float, ...]
+    slope: float
+
+    @classmethod
+    def fit(cls, measured: Mapping[int, float]) -> "ErrorLaw":
+        """The law of measured errors by size; an error of 0 counts as the least positive one."""
+        sizes = sorted(measured)
+        x = np.log(sizes)
+        y = np.log([max(measured[size], float(np.finfo(np.float32).tiny)) for size in sizes])
+        pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
+        slope = min(0.0, float(np.median(pairs))) if pairs else 0.0
+        # Neighbours that increase are pooled to their mean until none does.
+        pools: list[tuple[float, int]] = []
+        for value in y:
+            pools.append((float(value), 1))
+            while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
+                (late, many), (early, few) = pools.pop(), pools.pop()
+                pools.append(((early * few + late * many) / (few + many), few + many))
+        fitted = [math.exp(mean) for mean, count in pools for _ in range(count)]
+        return cls(tuple(sizes), tuple(fitted), slope)
+
+    def error(self, size: float) -> float:
+        """The error at a size."""
+        x, logs = np.log(self.sizes), np.log(self.errors)
+        at = math.log(size)
+        beyond = at - float(np.clip(at, x[0], x[-1]))
+        return math.exp(float(np.interp(at, x, logs)) + self.slope * beyond)
+
+    def size(self, error: float) -> float:
+        """The least size with at most this error, infinite where none is in reach."""
+        x, logs, wanted = np.log(self.sizes), np.log(self.errors), math.log(error)
+        if wanted >= logs[0]:
+            return math.exp(x[0] + (wanted - logs[0]) / self.slope) if self.slope else 0.0
+        if wanted < logs[-1]:
+            beyond = (wanted - logs[-1]) / self.slope if self.slope else math.inf
+            # The exponential of a large number overflows.
+            return math.exp(x[-1] + beyond) if x[-1] + beyond < 700 else math.inf
+        right = int(np.argmax(logs <= wanted))
+        if logs[right] == logs[right - 1]:
+            return float(self.sizes[right])
+        share = (wanted - logs[right - 1]) / (logs[right] - logs[right - 1])
+        return math.exp(float(x[right - 1] + share * (x[right] - x[right - 1])))
+
+
+class Split(NamedTuple):
+    """Which units (heads, or runs of queries of each head) are measured, and which are kept to check the pick.
+
+    Attributes:
+        by: ``heads`` or ``queries``.
+        runs: how many units a head is cut into.
+        groups: the stratum of each unit, ``[U]``: its sequence, or its head.
+        calibration: indices of the units that are measured.
+        held_out: indices of the others.
+    """
+
+    by: str
+    runs: int
+    groups: np.ndarray
+    calibration: np.ndarray
+    held_out: np.ndarray
+
+
+def split_units(shape: Sequence[int], held_out: float, seed: int) -> Split:
+    """Calibration and held-out units of queries ``[B, T, N, D]``, drawn anew in each sequence.
+
+    With fewer than 8 heads in all, runs of queries of each head are divided and not heads.
+
+    Args:
+        shape: of the queries.
+        held_out: the share that is held out.
+        seed: of the draw.
+
+    Returns:
+        The `Split`.
+
+    Raises:
+        InputError: a share outside 0 and 1, or too few queries for four units.
+    """
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
+    num_batches, num_queries, num_heads, _ = shape
+    num_all = num_batches * num_heads
+    by_heads = num_all >= LEAST_HEADS
+    runs = 1 if by_heads else min(RUNS_OF_QUERIES, num_queries)
+    groups = np.repeat(np.arange(num_batches), num_heads) if by_heads else np.repeat(np.arange(num_all), runs)
+    if len(groups) < 4:
+        raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]")
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(groups))
+    # Each stratum gives its share, up to one unit.
+    rank = np.zeros(len(groups))
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        rank[members] = (np.arange(len(members)) + random.uniform()) / len(members)
+    order = order[np.argsort(rank[order], kind="stable")]
+    num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
+    kept, given = order[:-num_held], order[-num_held:]
+    return Split("heads" if by_heads else "queries", runs, groups, np.sort(kept), np.sort(given))
+
+
+class UnitErrors(NamedTuple):
+    """Squared norms of the error ``[seeds, U]`` and of the exact output ``[U]``, by unit."""
+
+    error: np.ndarray
+    exact: np.ndarray
+
+    def relative(self, units: np.ndarray) -> float:
+        """The relative error of these units together, mean over seeds: what `diagnostics.compare` reports of all."""
+        return float(np.mean(np.sqrt(self.error[:, units].sum(1) / self.exact[units].sum())))
+
+    def worst(self, units: np.ndarray) -> float:
+        """The largest relative error of one of these units, mean over seeds."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean(np.max(np.sqrt(self.error[:, units] / self.exact[units]), axis=1)))
+
+    def bound(self, split: Split, confidence: float) -> float:
+        """What the relative error of the held-out units exceeds with a probability of at most ``1 - confidence``.
+
+        A Student interval for the log of the error: its variance over units by the jackknife, within strata where each
+        has three, both for the units measured and for those to come, and its variance over seeds for one more draw.
+        """
+        units, groups = split.calibration, split.groups[split.calibration]
+        if self.relative(units) == 0:
+            return 0.0
+        whole = math.log(self.relative(units))
+        without = np.log([max(self.relative(units[units != unit]), 1e-30) for unit in units])
+        strata = [groups == group for group in np.unique(groups)]
+        if min(stratum.sum() for stratum in strata) < 3:
+            strata = [np.ones(len(units), bool)]
+        parts = [(s.sum() - 1) / s.sum() * np.sum((without[s] - without[s].mean()) ** 2) for s in strata]
+        variance = sum(parts) * (1 + len(units) / len(split.held_out))
+        # Satterthwaite: where one stratum makes most of the error, it has few degrees of freedom.
+        freedom = 1.0
+        if variance > 0:
+            freedom = sum(parts) ** 2 / sum(part**2 / (s.sum() - 1) for part, s in zip(parts, strata, strict=True))
+        if len(self.error) > 1:
+            logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
+            variance += np.var(logs, ddof=1) * (1 + 1 / len(logs))
+        return math.exp(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One setting of one method, chosen from the calibration units, with what it turned out to be.
+
+    Attributes:
+        method: name of the method, or of the form of exact attention.
+        size: the size of its summary, if it has one.
+        predicted_error: relative error of the calibration units, by the fit.
+        error_bound: what the error of unseen units is predicted to stay below; the choice rests on it alone.
+        held_out_error: relative error of the held-out units together, mean over draws that chose nothing.
+        worst_held_out_error: that of the worst of these units.
+        relative_error: that of all units, as `approx-attention compare` reports it.
+        held_bytes: bytes held per key head and sequence; those of all keys and values where these are kept.
+        compile_seconds: time to compile.
+        seconds: least time of a call on all tensors.
+        speedup: time of the fastest exact form over ``seconds``.
+        is_exact: whether this is a form of exact attention.
+        is_predicted: whether its bound meets the tolerance.
+        in_budget: whether it meets the budgets.
+        meets: whether the error of the held-out units meets the tolerance.
+    """
+
+    method: str
+    size: int | None
+    predicted_error: float
+    error_bound: float
+    held_out_error: float
+    worst_held_out_error: float
+    relative_error: float
+    held_bytes: int
+    compile_seconds: float
+    seconds: float
+    speedup: float
+    is_exact: bool
+    is_predicted: bool
+    in_budget: bool
+    meets: bool
+
+    @property
+    def label(self) -> str:
+        """The method with its size."""
+        return self.method if self.size is None else f"{self.method} {self.size}"
+
+
+class Curve(NamedTuple):
+    """Error of a method against its size on the calibration units, and the bound of that of unseen ones, as fitted."""
+
+    measured: dict[int, float]
+    error: ErrorLaw
+    bound: ErrorLaw
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` recommends, and why.
+
+    Attributes:
+        tolerance: the relative error allowed.
+        max_bytes: bytes allowed per key head and sequence, if any.
+        max_seconds: time allowed for a call, if any.
+        rank_by: ``seconds`` or ``held_bytes``.
+        confidence: of the bounds.
+        split: what was measured and what was held out.
+        candidates: exact attention and one setting or two of every method: those predicted to meet the tolerance in
+            the budget first, the best on top.
+        curves: error against size, by method.
+        pick: the recommendation, or None where nothing is predicted to meet the tolerance in the budget.
+        verdict: the recommendation in words, with what speaks against it.
+    """
+
+    tolerance: float
+    max_bytes: int | None
+    max_seconds: float | None
+    rank_by: str
+    confidence: float
+    split: Split
+    candidates: list[Candidate]
+    curves: dict[str, Curve]
+    pick: Candidate | None
+    verdict: str
+
+
+def plan(
+    tensors: Tensors,
+    *,
+    tolerance: float,
+    max_bytes: int | None = None,
+    max_seconds: float | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    methods: Iterable[str] | None = None,
+    held_out: float = 0.5,
+    confidence: float = 0.95,
+    num_seeds: int = 3,
+    seed: int = 0,
+    rounds: int = 5,
+    on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Plan:
+    """The cheapest setting of any method whose error stays below a tolerance on heads that were not looked at.
+
+    Every method is measured at a few sizes on part of the heads (the calibration heads). A bound of the error of other
+    heads, from the spread over these and over draws, is fitted against size; the smallest size predicted to meet the
+    tolerance is measured in its turn, and the fit made again. What is left of each method is measured on the held-out
+    heads with new draws and timed beside every exact form, and the cheapest is recommended: the fastest, or where only
+    bytes are limited the one that holds the fewest. Exact attention and the trivial baselines always take part. The
+    held-out heads choose nothing, so that what is said of them is what to expect of others like them.
+
+    Args:
+        tensors: query ``[B, T, N, D]``, key ``[B, S, K, D]`` and value ``[B, S, K, Dv]`` in float32.
+        tolerance: the relative error of the outputs that is allowed (Frobenius norm, all heads together).
+        max_bytes: bytes that may be held per key head and sequence.
+        max_seconds: seconds that a call on these tensors may take.
+        is_causal: whether query t sees keys j <= t only.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        methods: names in `METHODS`; all that cost less than exact attention by default.
+        held_out: the share of the heads that is held out.
+        confidence: of the bound that a choice rests on.
+        num_seeds: draws of random methods, to choose and then to check.
+        seed: of the split, and the first draw of the check.
+        rounds: how often each candidate is timed, in turn with the others.
+        on_progress: called with what is done next, the number of steps done and their total.
+
+    Returns:
+        The `Plan`.
+
+    Raises:
+        InputError: a tolerance, budget, share or count out of range, a method that is unknown or has no causal form.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention.compare import Tensors
+        >>> from approx_attention.plan import plan
+        >>> q, k, v = (0.1 * jax.random.normal(jax.random.key(i), (1, 64, 8, 8)) for i in range(3))
+        >>> made = plan(Tensors(q, k, v + 1), tolerance=0.05, max_bytes=1000, methods=["mean_pool"], rounds=1)
+        >>> made.pick.label, made.pick.meets
+        ('mean_value', True)
+    """
+    _check_positive("tolerance", tolerance)
+    _check_positive("max_bytes", max_bytes)
+    _check_positive("max_seconds", max_seconds)
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}")
+    for name, count in (("num_seeds", num_seeds), ("rounds", rounds)):
+        if count < 1:
+            raise InputError(f"{name} must be at least 1, got {count}")
+    names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
+    names = [name for name in names if name != "exact"]
+    for name in names:
+        check_method(name, is_causal)
+    split = split_units(tensors.query.shape, held_out, seed)
+    rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
+    # What exact attention holds, and every method that keeps all tokens.
+    all_bytes = token_bytes(tensors)
+    exact_forms = exact_arms(tensors, is_causal=is_causal, scale=scale)
+    bench = _Bench(tensors, exact_forms[0], split.runs)
+
+    arm_of = functools.cache(
+        lambda name, size: method_arm(tensors, name, size, is_causal=is_causal, scale=scale)  # compiled once
+    )
+    curves: dict[str, Curve] = {}
+    proposals: list[tuple[Arm, float, float]] = [(arm, 0.0, 0.0) for arm in exact_forms]
+    choosing, checking = range(seed + num_seeds, seed + 2 * num_seeds), range(seed, seed + num_seeds)
+    for done, name in enumerate(names):
+        on_progress(name, done, len(names) + 1)
+
+        def measure(size: int | None, name: str = name) -> tuple[float, float]:
+            errors = bench.errors(arm_of(name, size), choosing)
+            return errors.relative(split.calibration), errors.bound(split, confidence)
+
+        if get_method(name).size is None:
+            proposals.append((arm_of(name, None), *measure(None)))
+            continue
+        curve = _calibrate(name, tensors.key.shape[1], tolerance, measure)
+        if curve is None:
+            continue
+        curves[name] = curve
+        held = {size: arm_of(name, size).summary_bytes or all_bytes for size in curve.measured}
+        for size in _chosen_sizes(curve, held, tolerance, max_bytes):
+            proposals.append((arm_of(name, size), curve.error.error(size), curve.bound.error(size)))
+
+    on_progress("timing", len(names), len(names) + 1)
+    checked = [bench.errors(arm, checking) for arm, *_ in proposals]
+    timings = time_interleaved(
+        {str(i): bench.call(arm, seed) for i, (arm, *_) in enumerate(proposals)}, rounds=rounds, patience=60
+    )
+    seconds = [timing.least for timing in timings.values()]
+    fastest_exact = min(time for time, (arm, *_) in zip(seconds, proposals, strict=True) if arm.is_exact)
+    candidates = []
+    for (arm, predicted, bound), errors, least in zip(proposals, checked, seconds, strict=True):
+        held_bytes = arm.summary_bytes or all_bytes
+        error = errors.relative(split.held_out)
+        candidates.append(
+            Candidate(
+                method=arm.method,
+                size=arm.size,
+                predicted_error=predicted,
+                error_bound=bound,
+                held_out_error=error,
+                worst_held_out_error=errors.worst(split.held_out),
+                relative_error=errors.relative(np.arange(len(split.groups))),
+                held_bytes=held_bytes,
+                compile_seconds=bench.compile_seconds(arm),
+                seconds=least,
+                speedup=fastest_exact / least,
+                is_exact=arm.is_exact,
+                # A form of exact attention in few bits has an error too.
+                is_predicted=bool((error if arm.is_exact else bound) <= tolerance),
+                in_budget=(max_bytes is None or held_bytes <= max_bytes)
+                and (max_seconds is None or least <= max_seconds),
+                meets=bool(error <= tolerance),
+            )
+        )
+    candidates.sort(key=lambda c: (not (c.is_predicted and c.in_budget), _cost(c, rank_by)))
+    pick = candidates[0] if candidates[0].is_predicted and candidates[0].in_budget else None
+    on_progress("done", len(names) + 1, len(names) + 1)
+    made = Plan(tolerance, max_bytes, max_seconds, rank_by, confidence, split, candidates, curves, pick, "")
+    return dataclasses.replace(made, verdict=_verdict(made))
+
+
+class _Bench:
+    """Compiled arms on the tensors, and their errors against exact attention by unit."""
+
+    def __init__(self, tensors: Tensors, exact: Arm, runs: int):
+        self.tensors, self.runs = tensors, runs
+        self.programs: dict[Arm, tuple[Callable[..., Any], float]] = {}
+        self.exact_out = self.call(exact, 0)()[0]
+        self.exact = self._by_unit(self.exact_out)
+
+    def _program(self, arm: Arm) -> tuple[Callable[..., Any], float]:
+        if arm not in self.programs:
+            start = time.perf_counter()
+            try:
+                program = jax.jit(arm.function).lower(*self.tensors, jax.random.key(0)).compile()
+            except (ValueError, NotImplementedError) as error:
+                raise InputError(f"{arm.label} does not take these tensors: {error}") from error
+            self.programs[arm] = program, time.perf_counter() - start
+        return self.programs[arm]
+
+    def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
+        return functools.partial(self._program(arm)[0], *self.tensors, jax.random.key(seed))
+
+    def compile_seconds(self, arm: Arm) -> float:
+        return self._program(arm)[1]
+
+    def errors(self, arm: Arm, seeds: Sequence[int]) -> UnitErrors:
+        outs = [self.call(arm, seed)()[0] for seed in (seeds if arm.is_random else seeds[:1])]
+        return UnitErrors(np.stack([self._by_unit(out - self.exact_out) for out in outs]), self.exact)
+
+    def _by_unit(self, x: jax.Array) -> np.ndarray:
+        """Sums of squares ``[U]`` of ``[B, T, N, Dv]`` by head, and by run of queries within it."""
+        rows = np.asarray(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), np.float64)
+        starts = np.arange(self.runs) * rows.shape[1] // self.runs
+        return np.add.reduceat(rows.swapaxes(1, 2), starts, axis=2).ravel()
+
+
+def _calibrate(
+    name: str, num_keys: int, tolerance: float, measure: Callable[[int], tuple[float, float]]
+) -> Curve | None:
+    """Measures a method at a few sizes and then where the fit expects the tolerance to be met."""
+    usual = get_method(name).usual_size
+    # Sizes that count tokens are shares of these, half of which is the most that is worth it; others go by their usual.
+    greatest = num_keys // 2 if usual >= 64 else min(8 * usual, num_keys // 2)
+    greatest -= greatest % 2
+    if greatest < 2:
+        return None
+    start = (num_keys / 64, num_keys / 16, num_keys / 4) if usual >= 64 else (usual / 4, usual, 4 * usual)
+    errors, bounds = {}, {}
+    for size in dict.fromkeys(_round_size(size, greatest) for size in start):
+        errors[size], bounds[size] = measure(size)
+    for _ in range(REFINEMENTS):
+        size = ErrorLaw.fit(bounds).size(tolerance)
+        if size > 2 * greatest:
+            break
+        # Downwards not far beyond what was measured, in one step.
+        size = _round_size(max(size, min(bounds) / 4), greatest)
+        if size in bounds:
+            break
+        errors[size], bounds[size] = measure(size)
+    return Curve(dict(sorted(errors.items())), ErrorLaw.fit(errors), ErrorLaw.fit(bounds))
+
+
+def _round_size(size: float, greatest: int) -> int:
+    """A size of at least this one with three leading bits, and even, for the cosines and sines that come in pairs."""
+    size = max(2, math.ceil(size - 1e-9))
+    step = max(2, 2 ** (size.bit_length() - 3))
+    return min(-(-size // step) * step, greatest)
+
+
+def _chosen_sizes(curve: Curve, held: Mapping[int, int], tolerance: float, max_bytes: int | None) -> list[int]:
+    """The smallest measured size that meets the tolerance; where none does in the budget, the closest in the budget."""
+    meeting = [size for size in curve.measured if curve.bound.error(size) <= tolerance * (1 + 1e-9)]
+    chosen = meeting[:1]
+    if not meeting or (max_bytes is not None and held[meeting[0]] > max_bytes):
+        within = [size for size in curve.measured if max_bytes is None or held[size] <= max_bytes]
+        chosen += within[-1:]
+    return list(dict.fromkeys(chosen))
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise InputError(f"{name} must be a positive number, got {value}")
+
+
+def _cost(candidate: Candidate, rank_by: str) -> tuple[float, float]:
+    held, seconds = float(candidate.held_bytes), candidate.seconds
+    return (held, seconds) if rank_by == "held_bytes" else (seconds, held)
+
+
+def _verdict(made: Plan) -> str:
+    """The recommendation in words."""
+    pick, tolerance = made.pick, f"{made.tolerance:g}"
+    if pick is None:
+        budget = " and ".join(
+            part
+            for part, given in (
+                (f"{in_units(made.max_bytes or 0)} a head", made.max_bytes),
+                (f"{1e3 * (made.max_seconds or 0):.3g} ms", made.max_seconds),
+            )
+            if given is not None
+        )
+        text = f"Nothing is predicted to meet {tolerance}" + (f" within {budget}." if budget else ".")
+        within = [c for c in made.candidates if c.in_budget]
+        if within:
+            nearest = min(within, key=lambda c: c.error_bound)
+            text += f" Nearest within it: {nearest.label}, {_errors(nearest)}."
+        meeting = [c for c in made.candidates if c.is_predicted]
+        if meeting:
+            cheapest = min(meeting, key=lambda c: _cost(c, made.rank_by))
+            text += f" The cheapest that meets the tolerance is {cheapest.label}: {_costs(cheapest)}."
+        return text
+    if pick.is_exact:
+        better = "faster" if made.rank_by == "seconds" else "smaller"
+        return (
+            f"Use exact attention ({pick.label}): nothing that is predicted to meet {tolerance} is {better} here. "
+            f"{_costs(pick)}."
+        )
+    text = f"Use {pick.label}: {_errors(pick)}; {_costs(pick)}."
+    if pick.method in BASELINES:
+        text += " It is a trivial baseline: on these tensors no method earns its keep at this tolerance."
+    if not pick.meets:
+        safe = next((c for c in made.candidates if c.is_predicted and c.in_budget and c.meets), None)
+        text += f" But it misses {tolerance} on the held-out {made.split.by}"
+        text += "." if safe is None else f"; the next that meets it there is {safe.label}: {_costs(safe)}."
+    return text
+
+
+def _errors(candidate: Candidate) -> str:
+    return (
+        f"error predicted {candidate.predicted_error:.2g}, at most {candidate.error_bound:.2g}; "
+        f"{candidate.held_out_error:.2g} measured on what was held out"
+    )
+
+
+def _costs(candidate: Candidate) -> str:
+    return (
+        f"{1e3 * candidate.seconds:.3g} ms ({candidate.speedup:.2f}x the fastest exact), "
+        f"{in_units(candidate.held_bytes)} held"
+    )
+
+
+def plan_table(made: Plan, title: str) -> Table:
+    """The candidates as a table for the terminal, the best first and the pick in bold."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    split = made.split
+    table.caption = (
+        f"chosen on {len(split.calibration)} {_units(split)}, checked on {len(split.held_out)} others"
+        + (f", because heads are fewer than {LEAST_HEADS}" if split.by == "queries" else "")
+        + f" · at most: the bound, with a confidence of {made.confidence:g}, that the choice rests on · held out: "
+        "relative error of what was held out · worst: that of the worst of these · held: bytes per key head and "
+        "sequence"
+    )
+    table.add_column("method")
+    for column in ("size", "predicted", "at most", "held out", "worst", "all", "held", "time", "faster", ""):
+        table.add_column(column, justify="right")
+    for candidate in made.candidates:
+        remark = "" if candidate.is_predicted else "misses the tolerance"
+        if candidate.is_predicted:
+            remark = "" if candidate.meets else "missed when checked"
+        if not candidate.in_budget:
+            remark += f"{', ' if remark else ''}over budget"
+        table.add_row(
+            Text(candidate.method),
+            "" if candidate.size is None else str(candidate.size),
+            *("" if candidate.is_exact else f"{x:.3g}" for x in (candidate.predicted_error, candidate.error_bound)),
+            *(f"{x:.3g}" for x in (candidate.held_out_error, candidate.worst_held_out_error, candidate.relative_error)),
+            in_units(candidate.held_bytes),
+            f"{candidate.seconds * 1e3:.3g} ms",
+            f"{candidate.speedup:.2f}x",
+            remark,
+            style="bold" if candidate is made.pick else "" if candidate.is_predicted and candidate.in_budget else "dim",
+        )
+    return table
+
+
+def _units(split: Split) -> str:
+    return "heads" if split.by == "heads" else "runs of queries"
+
+
+def plan_document(made: Plan) -> dict[str, Any]:
+    """What the plan rests on, ready for JSON; `compare.report` adds the candidates."""
+    split = made.split
+    return {
+        "tolerance": made.tolerance,
+        "max_bytes": made.max_bytes,
+        "max_seconds": made.max_seconds,
+        "rank_by": made.rank_by,
+        "confidence": made.confidence,
+        "split": {"by": split.by, "calibration": split.calibration.tolist(), "held_out": split.held_out.tolist()},
+        "pick": None if made.pick is None else made.pick.label,
+        "verdict": made.verdict,
+        "curves": {
+            name: {
+                "sizes": list(curve.measured),
+                "errors": list(curve.measured.values()),
+                "bounds": list(curve.bound.errors),
+                "slope": curve.error.slope,
+            }
+            for name, curve in made.curves.items()
+        },
+    }
+
+
+def draw_plan(made: Plan, title: str) -> Any:
+    """The figure: error against size with the fit and the bound, and the bound of each candidate against its cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.2), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = dict.fromkeys([*made.curves, *(c.method for c in made.candidates if not c.is_exact)])
+    looks = method_styles(names)
+    for name, curve in made.curves.items():
+        sizes = np.geomspace(min(curve.measured), max(curve.measured), 64)
+        color = looks[name]["color"]
+        marks = {key: value for key, value in looks[name].items() if key != "color"}
+        left.plot(list(curve.measured), list(curve.measured.values()), linestyle="", color=color, markersize=5, **marks)
+        left.plot(sizes, [curve.error.error(size) for size in sizes], color=color, linewidth=1)
+        left.plot(sizes, [curve.bound.error(size) for size in sizes], color=color, linewidth=0.8, linestyle=":")
+    costs = [1e3 * c.seconds if made.rank_by == "seconds" else c.held_bytes / 1024 for c in made.candidates]
+    for cost, candidate in zip(costs, made.candidates, strict=True):
+        if not candidate.is_exact:
+            right.plot(cost, candidate.error_bound, linestyle="", label=candidate.label, **looks[candidate.method])
+    exact = min(cost for cost, candidate in zip(costs, made.candidates, strict=True) if candidate.is_exact)
+    right.axvline(exact, color="0.4", linestyle="--", label="fastest exact")
+    if made.pick is not None and not made.pick.is_exact:
+        star = {"linestyle": "", "marker": "*", "markersize": 18, "markerfacecolor": "none", "color": "black"}
+        right.plot(costs[made.candidates.index(made.pick)], made.pick.error_bound, label="pick", **star)
+        if made.pick.size is not None:
+            left.plot(made.pick.size, made.pick.error_bound, **star)
+    for axes in (left, right):
+        axes.axhline(made.tolerance, color="#D55E00", linewidth=1)
+    left.set(xlabel="size (line: fit, dotted: bound for unseen heads)", ylabel="relative error of the output")
+    what = "time of a call (ms)" if made.rank_by == "seconds" else "held per key head and sequence (KiB)"
+    right.set(xlabel=f"{what}; the bound of each candidate")
+    for axes in (left, right):
+        log_scales(axes)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure

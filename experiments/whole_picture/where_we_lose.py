@@ -1,0 +1,194 @@
+"""Every method at equal memory on data of several kinds: on which is it no better than the trivial baselines?"""
+
+import dataclasses
+import functools
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from approx_attention.checks import unknown
+from approx_attention.compare import Tensors, default_methods, held_bytes, load_sample, method_arm
+from approx_attention.diagnostics import output_error
+from approx_attention.registry import METHODS
+from experiments.config import STRICT, Count
+from experiments.coresets import instances
+
+# What a method has to beat to be worth its trouble, and how the texts call it.
+TO_BEAT = {"mean_value": "mean(V)", "local": "local"}
+FAMILIES = {
+    "sample": "the shipped tensors",
+    "gaussian": "independent normal entries, in q and k of the deviation that stands behind the name",
+    "clustered": "64 tight clusters of keys, values alike within them, every query near a cluster",
+    "outliers": "most keys in one cap, 1 % opposite to it with other values, and half of the queries near these",
+    "needle": "one key takes nine tenths of every query's weight, the others are noise",
+    "local": "weights fall with the distance of tokens, like a Gaussian of deviation 8",
+    "sink": "the first token takes nine tenths of every query's weight, and its value is 0",
+}
+# The norm of the queries where that of keys is at most 1.
+RADII = {"clustered": 8.0, "outliers": 8.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class WhereWeLoseConfig:
+    """Data, and what a method may hold.
+
+    Attributes:
+        families: names in `FAMILIES`; ``gaussian-S`` says the deviation S of the entries of q and k.
+        tokens: what a method holds takes no more bytes than so many keys and values. One that keeps all keys gets the
+            size at which its products cost no more than attention to so many. Both have parts of fixed size, so a
+            method may take more at its smallest.
+    """
+
+    families: list[str]
+    tokens: Count
+    length: Count = 1024
+    num_heads: Count = 4
+    head_dim: Count = 32
+    is_causal: bool = False
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        for family in self.families:
+            if family.partition("-")[0] not in FAMILIES:
+                raise ValueError(f"{unknown('family', family, FAMILIES)} gaussian-0.5 has entries of deviation 0.5.")
+
+
+def draw(config: WhereWeLoseConfig, family: str) -> Tensors:
+    """Tensors ``[1, T, N, D]`` of a family, which differ from head to head."""
+    if family == "sample":
+        return load_sample()
+    heads = [_head(config, family, head) for head in range(config.num_heads)]
+    return Tensors(*(jnp.asarray(np.stack(x, axis=1)[None], jnp.float32) for x in zip(*heads, strict=True)))
+
+
+def _head(config: WhereWeLoseConfig, family: str, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n, dim = config.length, config.head_dim
+    random = np.random.default_rng((config.seed, head))
+    q, k, v = (random.normal(size=(n, dim)) for _ in range(3))
+    kind, _, spread = family.partition("-")
+    if kind == "gaussian":
+        return float(spread) * q, float(spread) * k, v
+    if kind in RADII:
+        radius = RADII[kind]
+        k, v = map(np.asarray, instances.draw(kind, n, dim, dim, radius, config.seed * config.num_heads + head))
+        towards = k[random.integers(n, size=n)]
+        if kind == "outliers":
+            # Those opposite to the cap are few, so they are asked for on purpose.
+            rare = np.argsort(k @ k.mean(0))[: n // 100]
+            towards = np.where((np.arange(n) % 2 == 0)[:, None], towards, k[random.choice(rare, n)])
+        q = towards + 0.1 * q / np.sqrt(dim)
+        # The scale of attention is undone: logits are up to the radius.
+        return radius * np.sqrt(dim) * q / np.linalg.norm(q, axis=1, keepdims=True), k, v
+    if kind == "local":
+        turns = 2 * np.pi * np.arange(n)[:, None] / n
+        k = np.concatenate([np.cos(turns), np.sin(turns), 0.1 * k[:, 2:]], axis=1)
+        # Near 0 the cosine falls as a square: a Gaussian of weights, of 8 tokens to either side and some more.
+        sharpness = (n / (2 * np.pi * 8)) ** 2
+        return np.concatenate([sharpness * np.sqrt(dim) * k[:, :2], 0.1 * q[:, 2:]], axis=1), k, v
+    # A key on an axis of its own, with nine tenths of the weight of n others.
+    chosen = random.integers(n) if kind == "needle" else 0
+    q, k = 0.5 * q, 0.5 * k
+    q[:, 0], k[:, 0] = np.sqrt(dim), 0.0
+    k[chosen] = 0.0
+    k[chosen, 0] = np.log(9 * n)
+    if kind == "sink":
+        v[chosen] = 0.0
+    return q, k, v
+
+
+def equal_size(tensors: Tensors, name: str, tokens: int, *, is_causal: bool) -> tuple[int | None, bool]:
+    """The greatest even size at which a method holds, or costs, no more than so many tokens, and whether 2 does."""
+    method = METHODS[name]
+    shapes = Tensors(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tensors))  # pyright: ignore[reportArgumentType]
+    length, head_dim, value_dim = shapes.key.shape[1], shapes.key.shape[-1], shapes.value.shape[-1]
+    allowed = tokens * (head_dim + value_dim) * 4
+
+    def fits(size: int) -> bool:
+        held = held_bytes(shapes, name, {method.size: size} if method.size else {}, is_causal=is_causal)
+        if held is not None:
+            return held <= allowed
+        products = method.cost(length, length, head_dim, value_dim, size)
+        return products <= METHODS["exact"].cost(length, tokens, head_dim, value_dim, 0)
+
+    if method.size is None:
+        return None, fits(0)
+    low, high = 1, length // 4
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(2 * middle) else (low, middle - 1)
+    return 2 * low, fits(2 * low)
+
+
+def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Relative error, size and bytes of every method in every family."""
+    result: dict[str, Any] = {"families": {}, "tokens": config.tokens}
+
+    @functools.cache
+    def program(name: str, size: int | None) -> Any:
+        arm = method_arm(first, name, size, is_causal=config.is_causal, scale=None)
+        return jax.jit(lambda *arguments: arm.function(*arguments)[0]), arm.summary_bytes
+
+    drawn = {family: draw(config, family) for family in config.families}
+    first = next(iter(drawn.values()))
+    sizes = {
+        name: equal_size(first, name, config.tokens, is_causal=config.is_causal)
+        for name in default_methods(config.is_causal)
+    }
+    rng = jax.random.key(config.seed)
+    for family, tensors in drawn.items():
+        exact = program("exact", None)[0](*tensors, rng)
+        methods = {}
+        for name, (size, fits) in sizes.items():
+            function, held = program(name, size)
+            error = float(output_error(function(*tensors, rng), exact).relative)
+            methods[name] = {"error": error, "size": size, "held_bytes": held, "fits": fits}
+        result["families"][family] = {"methods": methods}
+        console.print(f"{family}: " + "  ".join(f"{name} {entry['error']:.2g}" for name, entry in methods.items()))
+    return result
+
+
+def mean_errors(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Error by family and method, mean over seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for family, entry in run["result"]["families"].items():
+            for name, measured in entry["methods"].items():
+                found.setdefault(family, {}).setdefault(name, []).append(measured["error"])
+    return {family: {name: statistics.fmean(x) for name, x in by.items()} for family, by in found.items()}
+
+
+def over_budget(runs: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The methods that take more than they may in some family."""
+    entries = [entry for run in runs for entry in run["result"]["families"].values()]
+    return {name for entry in entries for name, measured in entry["methods"].items() if not measured["fits"]}
+
+
+def losses(errors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, list[str]]]:
+    """For every method and each of `TO_BEAT` the families on which its error is no smaller."""
+    names = dict.fromkeys(name for by_name in errors.values() for name in by_name)
+    return {
+        name: {
+            baseline: [family for family, by in errors.items() if name in by and by[name] >= by[baseline]]
+            for baseline in TO_BEAT
+        }
+        for name in names
+        if name not in TO_BEAT
+    }
+
+
+def loss_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each method with the families on which it does not beat each of `TO_BEAT`."""
+    errors = mean_errors(runs)
+
+    def listed(families: Sequence[str]) -> str:
+        return "all" if len(families) == len(errors) else ", ".join(families) or "none"
+
+    return [[f"`{name}`", *(listed(lost[b]) for b in TO_BEAT)] for name, lost in losses(errors).items()]
