@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from approx_attention.clustering import keeping_choices
 from approx_attention.features import FeatureMap
 from approx_attention.softmax import HIDDEN, dense_state, pad_rows
 from approx_attention.states import AttentionState, merge
@@ -143,7 +144,7 @@ def scan_blocks(
     """
     block_size = q_blocks.shape[1]
 
-    @jax.checkpoint
+    @keeping_choices
     def step(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
         index, q, block = args
         state = _attend_block(running, q, past.before, block, past.prefix)

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from approx_attention.causal import Block, Past, RunningSummary, in_blocks, scan_blocks
 from approx_attention.checks import check_key, did_you_mean, fold_scale
+from approx_attention.clustering import keeping_choices
 from approx_attention.methods.local import window_sides
 from approx_attention.registry import METHODS, Method, accepted, get_method
 from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
@@ -364,7 +365,7 @@ class _Summaries(_Form):
         running = self._running(key)
         blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))
         starts = jnp.arange(blocks[0].shape[0], dtype=jnp.int32) * self.block_size
-        step = jax.checkpoint(lambda state, args: (running.append(state, *args), None))
+        step = keeping_choices(lambda state, args: (running.append(state, *args), None))
         return lax.scan(step, running.init(self.head_dim, v.shape[1], v.dtype), (starts, *blocks))[0]
 
     def _causal(self, heads: _Heads, axis: str) -> Array:

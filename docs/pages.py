@@ -75,8 +75,8 @@ TOPICS = {
         "Decoding and compression of caches",
         "Caches of bounded size, and policies that make few weighted tokens of many.",
         (
-            "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress", "compress_tokens", "compress_cache", "running_compressed",
-            "attention_received", "token_budget", "pyramid_budgets", "shared_sizes",
+            "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress", "compress_tokens", "compress_cache",
+            "running_compressed", "attention_received", "token_budget", "pyramid_budgets", "shared_sizes",
         ),
     ),
     "tensor": (

@@ -107,8 +107,7 @@ FAST = [("exact", True), ("local", True), ("favor", False), ("favor", True), ("m
         pytest.param(*form, devices, marks=pytest.mark.slow)
         for form in FORMS
         for devices in (1, 2, 4, 8)
-        # A causal coreset's gradient depends on the order in which it merged, also where its answers do not.
-        if (form not in FAST or devices != 4) and form != ("coreset", True)
+        if form not in FAST or devices != 4
     ],
 )
 def test_gradients_do_not_depend_on_devices(name, is_causal, devices):
