@@ -86,7 +86,7 @@ def answers(q, k, v):
 
 
 @pytest.mark.parametrize("algorithm", SUBSETS + MERGES)
-@pytest.mark.parametrize("num_keys", [41, 64])
+@pytest.mark.parametrize("num_keys", [41, pytest.param(64, marks=pytest.mark.slow)])
 def test_mass_is_kept_and_values_stay_in_their_hull(algorithm, num_keys):
     q, k, v = random_head(0, 5, num_keys, 6, 3)
     kv_mask = jnp.arange(num_keys) % 7 != 2
@@ -134,7 +134,10 @@ def test_nothing_is_made_of_nothing(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EVERY)
-@pytest.mark.parametrize(("num_keys", "size"), [(1, 1), (5, 5), (5, 9)])
+@pytest.mark.parametrize(
+    ("num_keys", "size"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(5, 5, marks=pytest.mark.slow), (5, 9)],
+)
 def test_all_is_kept_where_there_is_room(algorithm, num_keys, size):
     q, k, v = random_head(4, 3, num_keys, 6, 3)
     np.testing.assert_allclose(
@@ -151,7 +154,7 @@ def test_as_many_real_keys_as_places_are_kept_exactly(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EVERY)
-@pytest.mark.parametrize("spread", [0.0, pytest.param(1e-3, marks=pytest.mark.slow), 40.0])
+@pytest.mark.parametrize("spread", [*(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1e-3)), 40.0])
 def test_no_extreme_gives_a_number_that_is_not_one(algorithm, spread):
     q, k, v = random_head(6, 8, 60, 6, 3, spread=spread)
 

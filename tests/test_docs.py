@@ -83,6 +83,7 @@ def test_the_examples_of_the_readme_run(block):
     exec(compile(PYTHON_BLOCKS[block], f"README.md block {block}", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", GUIDE, ids=lambda path: path.stem)
 def test_the_cells_of_the_guide_run(page):
     cells = re.findall(

@@ -16,7 +16,7 @@ from approx_attention import METHODS, attention
 from approx_attention import linen as ours_linen
 from approx_attention import nnx as ours
 from tests.references import having, random_heads, settings
-from tests.test_contract import lifted
+from tests.test_contract import lifted, unless_slow
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -316,7 +316,7 @@ def test_replacing_keeps_parameters_and_answers():
 # 5. decoding in a model
 
 
-@pytest.mark.parametrize("name", having(decode=True))
+@pytest.mark.parametrize("name", [unless_slow(name) for name in having(decode=True)])
 def test_decoding_in_a_model_equals_whole_sequences(name):
     model, x = Model(), tokens(11)
     ours.replace_attention(model, name, is_causal=True, rngs=nnx.Rngs(3), **settings(name))

@@ -10,6 +10,7 @@ import pytest
 
 from approx_attention import METHODS, HeadsDecoder, attention
 from tests.references import having, random_heads, settings
+from tests.test_contract import unless_slow
 
 DECODING = having(decode=True)
 # Blocks of four, so that sequences of this length end inside one.
@@ -56,7 +57,7 @@ def test_any_cut_equals_the_causal_form(name):
         assert int(cache.heads.length) == LENGTH
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [unless_slow(name) for name in DECODING])
 def test_sequences_of_their_own_lengths(name):
     lengths = jnp.array([9, 4])
     tokens = [x[:, :9] for x in tensors()]

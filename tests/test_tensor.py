@@ -110,7 +110,7 @@ def test_exact_is_the_sum_over_tuples(x64, order, is_causal, window):
 
 @forms
 @orders
-@pytest.mark.parametrize("chunk_terms", [2**17, 300])
+@pytest.mark.parametrize("chunk_terms", [pytest.param(2**17, marks=pytest.mark.slow), 300])
 def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
     x64, monkeypatch, order, is_causal, window, chunk_terms
 ):
