@@ -136,7 +136,7 @@ def test_nothing_is_made_of_nothing(algorithm):
 @pytest.mark.parametrize("algorithm", EVERY)
 @pytest.mark.parametrize(
     ("num_keys", "size"),
-    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(5, 5, marks=pytest.mark.slow), (5, 9)],
+    [*(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 1), (5, 5))), (5, 9)],
 )
 def test_all_is_kept_where_there_is_room(algorithm, num_keys, size):
     q, k, v = random_head(4, 3, num_keys, 6, 3)
