@@ -92,9 +92,9 @@ class ApproxAttention(nnx.Module):
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
         self.hyperparameters = nnx.static(hyperparameters)
-        stream = rngs
-        if isinstance(rngs, nnx.Rngs):
-            stream = rngs.attention.fork() if draws or learned else None
+        stream = None
+        if draws or learned:
+            stream = rngs.attention.fork() if isinstance(rngs, nnx.Rngs) else rngs
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
         self.cache = nnx.data(None)
@@ -220,6 +220,7 @@ class ApproxAttention(nnx.Module):
             return attention(
                 query, key, value, mask=mask, method=self.method, key_value_seq_lengths=lengths, **arguments
             )
+        assert isinstance(self.method, str)
         if mask is not None:
             raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
         return context_parallel.attention(
