@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from approx_attention.causal import Block, Past, RunningSummary, in_blocks, move_on, scan_blocks
@@ -211,7 +212,7 @@ class HeadsDecoder:
         **hyperparameters: those of the method.
 
     Raises:
-        NotImplementedError: a method without a running summary.
+        NotImplementedError: a method without a running summary, or an argument that it does not follow.
         TypeError: an argument that the method does not have, or ``max_length`` missing where it is needed.
         ValueError: tensors that do not fit the cache.
 
@@ -250,7 +251,8 @@ class HeadsDecoder:
             raise NotImplementedError(
                 f"method {method!r} has no running summary to decode with; those that have are {able}"
             )
-        own = inspect.signature(self.registered.function).parameters
+        parameters = inspect.signature(self.registered.function).parameters
+        own = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != "is_causal"}
         for name in hyperparameters:
             if name not in own:
                 raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, own)}")
@@ -262,6 +264,11 @@ class HeadsDecoder:
         default = own[block].default if block in own else 128
         block_size = check_count(block, hyperparameters.get(block, default))
         takes = inspect.signature(running).parameters
+        # Implementations of exact attention differ in nothing else.
+        elsewhere = takes.keys() | {block, "implementation"}
+        for name, value in hyperparameters.items():
+            if name not in elsewhere and not np.array_equal(value, own[name].default):
+                raise NotImplementedError(f"method {method!r} does not support {name} while decoding, got {value!r}")
         if max_length is not None and "max_length" in takes:
             hyperparameters["max_length"] = block_size * -(-check_count("max_length", max_length) // block_size)
         elif "max_length" in takes and takes["max_length"].default is inspect.Parameter.empty:
@@ -375,4 +382,6 @@ class HeadsDecoder:
             raise ValueError("lengths are for a cache made by init(..., ragged=True), got one of a common length")
         if lengths is not None and lengths.shape != (batch,):
             raise ValueError(f"lengths must be [B] = {[batch]}, got shape {lengths.shape}")
+        if lengths is not None and not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise TypeError(f"lengths must be integers, got dtype {lengths.dtype}")
         return batch, key.shape[1]

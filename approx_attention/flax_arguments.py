@@ -120,16 +120,23 @@ def check_mask(name: str, mask: Array | None, is_causal: bool, num_queries: int,
     return is_causal
 
 
-def real_tokens(mask: Array) -> Array:
-    """How many of a call's tokens are real, ``[B]``, by a padding mask ``[B, 1, 1, S]``.
+def real_tokens(mask: Array, batch_size: int, num_tokens: int) -> tuple[Array, Array]:
+    """How many of a call's tokens are real, and whether they all stand before the padding, each ``[B]``.
 
     Raises:
-        ValueError: real tokens after padding, if they can be looked at.
+        ValueError: another mask than ``[B, 1, 1, T]``; real tokens after padding, if they can be looked at.
     """
-    real = mask[..., 0, 0, :]
-    if not isinstance(real, Tracer) and (np.diff(np.asarray(real).astype(np.int8), axis=-1) > 0).any():
+    sizes = batch_size, 1, 1, num_tokens
+    if mask.ndim > 4 or any(n not in (1, size) for n, size in zip(mask.shape[::-1], sizes[::-1], strict=False)):
+        raise ValueError(
+            f"while decoding, a mask says which tokens of this call are real: it must be [B, 1, 1, T] = "
+            f"{list(sizes)}, got shape {mask.shape}"
+        )
+    real = jnp.broadcast_to(mask, sizes)[:, 0, 0]
+    first = ~(real[:, 1:] & ~real[:, :-1]).any(-1)
+    if not isinstance(first, Tracer) and not first.all():
         raise ValueError("while decoding, a mask must hide the last tokens of a sequence: padding stands on the right")
-    return real.sum(-1, dtype=jnp.int32)
+    return real.sum(-1, dtype=jnp.int32), first
 
 
 def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextManager[Any]:

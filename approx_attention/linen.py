@@ -27,7 +27,7 @@ class ApproxAttention(nn.Module):
         options: hyper-parameters of the method, such as ``{"num_features": 128}``.
         is_causal: query t sees keys j <= t.
         redraw: keep what a random method has drawn for good, draw in every call from the stream ``attention``, or after
-            ``every`` calls (counted in ``draws``, where that is mutable).
+            ``every`` calls (counted in ``draws``, where that is mutable; elsewhere the last draw is kept).
         every: the number of calls with ``"every_n"``.
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are parameters, such as ``("projection",)``.
@@ -133,18 +133,23 @@ class ApproxAttention(nn.Module):
 
     def _rng(self) -> Array:
         """The key of this call."""
+        moves_on = self.is_mutable_collection("draws")
         if self.redraw == "every_call":
-            return self.make_rng("attention")
+            return _key_of(self._key_data())
+        if not moves_on and not self.has_variable("draws", "key"):
+            raise ValueError(f"method {self.method!r} keeps what it draws: apply needs the variables 'draws' of init")
         # Raw data of the key, which checkpoints of any kind take.
-        stored = self.variable("draws", "key", lambda: jax.random.key_data(self.make_rng("attention")))
-        rng = jax.random.wrap_key_data(stored.value)
+        rng = _key_of(self.variable("draws", "key", self._key_data).value)
         if self.redraw == "never":
             return rng
         count = self.variable("draws", "count", lambda: jnp.zeros((), jnp.int32))
-        rng = jax.random.fold_in(rng, count.value // (self.every or 1))
-        if self.is_mutable_collection("draws") and not self.is_initializing():
+        if moves_on and not self.is_initializing():
             count.value += 1
-        return rng
+        return jax.random.fold_in(rng, (jnp.maximum(count.value, 1) - 1) // (self.every or 1))
+
+    def _key_data(self) -> Array:
+        """A new key as raw data, from a stream with keys of any kind, new or old."""
+        return jax.random.bits(self.make_rng("attention"), (2,), jnp.uint32)
 
     def _first_draw(self, argument: str, head_dim: int) -> Callable[[Array], Array]:
         draw = get_method(self.method).draw if isinstance(self.method, str) else None
@@ -154,3 +159,7 @@ class ApproxAttention(nn.Module):
             return flax_arguments.drawn_array(str(self.method), drawn, argument)
 
         return init
+
+
+def _key_of(data: Array) -> Array:
+    return jax.random.wrap_key_data(data, impl="threefry2x32")

@@ -135,11 +135,24 @@ def test_a_dense_mask_for_methods_that_take_one():
         ({"method": "mean_pool", "noise": True}, "no noise"),
         ({"method": "favor", "learned": ("projection",), "rngs": nnx.Rngs(0)}, "needs head_dim"),
         ({"method": "favor", "learned": ("w",), "head_dim": 8, "rngs": nnx.Rngs(0)}, "draws no 'w'"),
+        ({"method": "favor", "rngs": jax.random.key(0)}, "rngs must be nnx.Rngs"),
+        ({"method": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "called as Eva is, .* got Linear"),
+        ({"method": "favor", "projection": np.eye(8), "rngs": nnx.Rngs(0)}, "'projection' .* learned"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         ours.ApproxAttention(**options)
+
+
+def test_methods_that_draw_nothing_need_no_stream():
+    assert ours.ApproxAttention("exact", rngs=nnx.Rngs(params=0)).stream is None
+
+
+def test_modules_refuse_a_mesh():
+    mesh = jax.make_mesh((1,), ("sequence",))
+    with pytest.raises(NotImplementedError, match="'Lara' .*many devices"):
+        ours.ApproxAttention(ours.Lara(8, rngs=nnx.Rngs(0)), mesh=mesh)
 
 
 def test_every_argument_of_linens_call_is_named():
@@ -166,8 +179,11 @@ def test_how_long_a_draw_is_kept():
         layer = layer_of("favor", num_features=8, redraw=redraw, **more)
         outs = [layer(x) for _ in range(6)]
         assert [bool((a == b).all()) for a, b in itertools.pairwise(outs)] == expected
+        viewed = nnx.view(layer, deterministic=True)
         layer.eval()
-        np.testing.assert_array_equal(layer(x), layer(x))
+        # That of the last call.
+        np.testing.assert_array_equal(layer(x), outs[-1])
+        np.testing.assert_array_equal(viewed(x), outs[-1])
 
 
 def test_the_count_of_calls_moves_under_jit():
@@ -193,6 +209,19 @@ def test_linen_draws():
             outs.append(out)
         assert bool((outs[0] == outs[1]).all()) == same
         assert bool((outs[1] == outs[2]).all()) == (redraw == "never")
+        if redraw != "every_call":
+            np.testing.assert_array_equal(layer.apply(variables, x), outs[-1])
+            with pytest.raises(ValueError, match="needs the variables 'draws'"):
+                layer.apply({"params": variables["params"]}, x)
+
+
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(0), jax.random.key(0, impl="rbg")], ids=["old", "rbg"])
+@pytest.mark.parametrize("redraw", ["never", "every_call"])
+def test_linen_streams_of_any_kind_of_key(key, redraw):
+    fn = ours_linen.ApproxAttention("favor", {"num_features": 8}, redraw=redraw, learned=("projection",))
+    layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
+    variables = layer.init(key, tokens())
+    assert np.isfinite(layer.apply(variables, tokens(), rngs={"attention": key})).all()
 
 
 def test_noise_is_off_unless_asked_for():
@@ -236,6 +265,25 @@ def test_modules_with_learned_parts(module):
     assert all(np.abs(leaf).max() > 0 for leaf in learned)
     with pytest.raises(ValueError, match="is asked for causal"):
         layer(x, is_causal=True)
+
+
+@pytest.mark.parametrize("batch", [(), (1, 2)])
+def test_modules_take_any_number_of_batch_axes(batch):
+    heads, mask = random_heads(0, 2, 12, 12, HEADS, HEADS), padding([12, 7], 12) > 0
+    eva = ours.eva_official(8, HEADS, window_size=4, num_chunks=4, rngs=nnx.Rngs(1))
+    for module in (eva, ours.Lara(8, num_landmarks=4, rngs=nnx.Rngs(1))):
+        fn = ours.ApproxAttention(module)
+        *one, its_mask = (x.reshape(*batch, *x.shape[1:]) if batch else x[1] for x in (*heads, mask))
+        expected = fn(*heads, mask=mask)
+        np.testing.assert_allclose(fn(*one, mask=its_mask), expected[None] if batch else expected[1], atol=1e-6)
+
+
+def test_a_causal_module_in_flaxs_own_cache():
+    layer = layer_of(ours.ApproxAttention(ours.evabyte(8, HEADS, window_size=4, chunk_size=2, rngs=nnx.Rngs(1))))
+    layer.decode = True
+    layer.init_cache((2, 6, DIM))
+    with pytest.raises(NotImplementedError, match="would see the first key only"):
+        layer(tokens(1))
 
 
 def test_orbax_round_trip(tmp_path):
@@ -338,6 +386,14 @@ def test_decoding_sequences_of_their_own_lengths():
     ours.init_cache(model, 2, ragged=True)
     with pytest.raises(ValueError, match="padding stands on the right"):
         model(x, mask=1 - padding([9, 4], 9))
+    with pytest.raises(ValueError, match=r"\[B, 1, 1, T\] = \[2, 1, 1, 9\], got shape \(2, 1, 1, 12\)"):
+        model(x, mask=padding([9, 4], 12))
+    # What cannot raise says so by its answers: the first sequence has no padding on its left, the second has.
+    fn, heads = model.layers[0].attention_fn, random_heads(0, 2, 9, 9, HEADS, 2)
+    padded_left = padding([9, 4], 9)[..., ::-1]
+    out = nnx.jit(lambda fn, mask: fn(*heads, mask=mask))(fn, padded_left)
+    np.testing.assert_array_equal(np.isnan(out).all((1, 2, 3)), [False, True])
+    np.testing.assert_array_equal(np.isnan(out).any((1, 2, 3)), [False, True])
     model = Model()
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
     ours.init_cache(model, 2, ragged=True)
@@ -363,6 +419,17 @@ def test_what_cannot_decode_says_so():
     model = Model()
     with pytest.raises(ValueError, match="must have an ApproxAttention"):
         ours.init_cache(model, 2)
+    with pytest.raises(ValueError, match="no layer of the Linear"):
+        ours.init_cache(model.head, 2)
+    ours.replace_attention(model, "mean_pool", num_landmarks=4)
+    ours.replace_attention(model, "nystrom", num_landmarks=4, only=lambda path, _: path == "layers.1")
+    with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):
+        ours.init_cache(model, 2)
+    assert model.layers[0].attention_fn.cache is None
+    ours.replace_attention(model, "exact")
+    ours.init_cache(model, 2, max_length=16, ragged=True)
+    with pytest.raises(ValueError, match=r"of this call are real: .* got shape \(2, 1, 12, 12\)"):
+        model(tokens(), mask=nnx.make_causal_mask(tokens()[..., 0]))
     ours.replace_attention(model, "nystrom", num_landmarks=4)
     with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):
         ours.init_cache(model, 2)

@@ -108,6 +108,14 @@ def test_what_cannot_decode_says_so():
         HeadsDecoder("favor", num_kv_heads=2, head_dim=8, num_feature=8)
     with pytest.raises(ValueError, match="is random: pass rng"):
         make("favor").init(2)
+    with pytest.raises(NotImplementedError, match="'eva' does not support exclude_local while decoding, got False"):
+        make("eva", exclude_local=False)
+    with pytest.raises(TypeError, match="no argument 'is_causal'"):
+        make("favor", is_causal=False)
+    HeadsDecoder("exact", num_kv_heads=2, head_dim=8, max_length=8, implementation="dense")
+    cache = make("mean_pool").init(2, ragged=True)
+    with pytest.raises(TypeError, match="lengths must be integers, got dtype float32"):
+        make("mean_pool").extend(cache, *tensors(), jnp.array([9.0, 4.0]))
     cache = make("mean_pool").init(2)
     with pytest.raises(ValueError, match="ragged=True"):
         make("mean_pool").extend(cache, *tensors(), jnp.array([9, 4]))

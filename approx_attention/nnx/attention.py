@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
@@ -72,15 +73,28 @@ class ApproxAttention(nnx.Module):
         **hyperparameters: Any,
     ):
         flax_arguments.check_redraw(redraw, every)
-        self.method, self.is_causal, self.hyperparameters = method, is_causal, nnx.static(hyperparameters)
+        self.method, self.is_causal = method, is_causal
         self.mesh, self.sequence_axis, self.batch_axis, self.head_axis = mesh, sequence_axis, batch_axis, head_axis
         self.redraw, self.every = redraw, every or 1
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
         self.name, draws = _name_and_randomness(method, noise, hyperparameters)
+        if mesh is not None and not isinstance(method, str):
+            raise NotImplementedError(f"method {self.name!r} does not go over many devices; methods of the registry do")
+        for name, x in hyperparameters.items():
+            if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
+                raise TypeError(
+                    f"argument {name!r} of method {self.name!r} must be static, got an array: learned=({name!r},) "
+                    f"makes what a method draws a parameter, and modules such as LinformerAttention own theirs"
+                )
         if draws and rngs is None:
             raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
-        stream = rngs.attention.fork() if isinstance(rngs, nnx.Rngs) else rngs
+        if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
+        self.hyperparameters = nnx.static(hyperparameters)
+        stream = None
+        if draws or learned:
+            stream = rngs.attention.fork() if isinstance(rngs, nnx.Rngs) else rngs
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
         self.cache = nnx.data(None)
@@ -103,12 +117,24 @@ class ApproxAttention(nnx.Module):
         """The key of this call; moves on to the next draw where it is due."""
         if self.stream is None:
             return None
+        if not self.deterministic and self.redraw != "never":
+            self.stream.count[...] += 1
+        return self._last_key(self.stream)
+
+    def _last_key(self, stream: nnx.RngStream) -> Array:
+        """The key of the last call that moved on, or else of the first one."""
         if self.redraw == "never":
-            return self.stream.key[...]
-        count = self.stream.count[...]
-        if not self.deterministic:
-            self.stream.count[...] = count + 1
-        return jax.random.fold_in(self.stream.key[...], count // self.every)
+            return stream.key[...]
+        return jax.random.fold_in(stream.key[...], (jnp.maximum(stream.count[...], 1) - 1) // self.every)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What ``nnx.view`` calls.
+
+        Args:
+            deterministic: whether to keep the last draw.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def __call__(
         self,
@@ -180,21 +206,23 @@ class ApproxAttention(nnx.Module):
         lengths: Array | None,
         per_token: dict[str, Any],
     ) -> Array:
-        is_causal = flax_arguments.check_mask(self.name, mask, is_causal, query.shape[-3], key.shape[-3])
-        if isinstance(self.method, nnx.Module):
-            module: Any = self.method
-            if is_causal and not module.is_causal:
+        module: Any = self.method if isinstance(self.method, nnx.Module) else None
+        always = module is not None and module.is_causal
+        is_causal = flax_arguments.check_mask(self.name, mask, is_causal or always, query.shape[-3], key.shape[-3])
+        if module is not None:
+            if is_causal and not always:
                 raise ValueError(f"{self.name} was made without is_causal, and is asked for causal attention")
+            if always and not is_causal:
+                raise NotImplementedError(f"{self.name} was made causal: its one query would see the first key only")
             return module(query, key, value, rng=self.rng(), mask=mask, key_value_seq_lengths=lengths, **per_token)
         arguments: dict[str, Any] = {**self._arguments(), **per_token, "is_causal": is_causal, "rng": self.rng()}
         if self.mesh is None:
             return attention(
                 query, key, value, mask=mask, method=self.method, key_value_seq_lengths=lengths, **arguments
             )
+        assert isinstance(self.method, str)
         if mask is not None:
             raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
-        if not isinstance(self.method, str):
-            raise NotImplementedError(f"{self.name} does not go over many devices; methods of the registry do")
         return context_parallel.attention(
             query,
             key,
@@ -224,7 +252,8 @@ class ApproxAttention(nnx.Module):
     ) -> None:
         """From now on every call brings further tokens and is answered from a cache, as by `HeadsDecoder`.
 
-        A call may bring any number of tokens; with ``ragged`` its mask says how many of each sequence are real.
+        A call may bring any number of tokens; with ``ragged`` its mask ``[B, 1, 1, T]`` says how many of each sequence
+        are real, from the first on. Under jit, answers are NaN where real tokens stand after padding.
 
         Args:
             batch_size: the number B of sequences.
@@ -240,15 +269,10 @@ class ApproxAttention(nnx.Module):
         """
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         self.sizes = nnx.static({**sizes, "max_length": max_length, "dtype": jnp.dtype(dtype).name})
-        rng = None if self.stream is None else self._key_of_cache()
+        # A cache is made of one draw, so that no call moves it on.
+        rng = None if self.stream is None else self._last_key(self.stream)
         leaves, self.treedef = jax.tree.flatten(self._decoder().init(batch_size, rng, ragged=ragged))
         self.cache = nnx.data(nnx.List([nnx.Cache(x) for x in leaves]))
-
-    def _key_of_cache(self) -> Array:
-        # A cache is made of one draw, so that no call moves it on.
-        assert self.stream is not None
-        key = self.stream.key[...]
-        return key if self.redraw == "never" else jax.random.fold_in(key, self.stream.count[...] // self.every)
 
     def drop_cache(self) -> None:
         """Ends decoding: calls are whole sequences again."""
@@ -284,10 +308,14 @@ class ApproxAttention(nnx.Module):
         if per_token:
             raise NotImplementedError(f"method {self.name!r} does not support {', '.join(per_token)} while decoding")
         flax_arguments.check_mask(self.name, mask, False, query.shape[-3], key.shape[-3])
+        first = None
         if mask is not None:
-            masked = flax_arguments.real_tokens(jnp.broadcast_to(mask, (key.shape[0], 1, 1, key.shape[1])))
+            masked, first = flax_arguments.real_tokens(mask, key.shape[0], key.shape[1])
             lengths = masked if lengths is None else jnp.minimum(lengths, masked)
         out, cache = self._decoder().extend(self._cached(), query, key, value, lengths)
+        if first is not None:
+            # A compiled program cannot raise an error.
+            out = jnp.where(first[:, None, None, None], out, jnp.full_like(out, jnp.nan))
         for variable, x in zip(self.cache or (), jax.tree.leaves(cache), strict=True):
             variable[...] = x
         return out
@@ -300,8 +328,13 @@ def _name_and_randomness(
         return flax_arguments.name_and_randomness(method, noise, hyperparameters)
     if hyperparameters:
         raise TypeError(f"{type(method).__name__} has its options already, got {', '.join(hyperparameters)}")
-    needs = inspect.signature(method).parameters["rng"].default is inspect.Parameter.empty
-    return type(method).__name__, needs or noise
+    rng = inspect.signature(method).parameters.get("rng")
+    if rng is None or not hasattr(method, "is_causal"):
+        raise TypeError(
+            f"a module must be called as Eva is, (query, key, value, *, rng, key_value_seq_lengths, mask), and have "
+            f"is_causal; got {type(method).__name__}"
+        )
+    return type(method).__name__, rng.default is inspect.Parameter.empty or noise
 
 
 def replace_attention(
@@ -371,13 +404,20 @@ def init_cache(
         NotImplementedError: a method without a running summary.
     """
     layers = _attention_layers(model)
+    if not layers:
+        raise ValueError(f"no layer of the {type(model).__name__} has an attention_fn")
     other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
-    if other or not layers:
-        raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other or 'all'}")
-    for layer in layers.values():
-        layer.attention_fn.init_cache(
-            batch_size, layer.num_kv_heads, layer.head_dim, max_length=max_length, ragged=ragged, dtype=dtype
-        )
+    if other:
+        raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
+    try:
+        for layer in layers.values():
+            layer.attention_fn.init_cache(
+                batch_size, layer.num_kv_heads, layer.head_dim, max_length=max_length, ragged=ragged, dtype=dtype
+            )
+    except Exception:
+        for layer in layers.values():
+            layer.attention_fn.drop_cache()
+        raise
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 
 

@@ -102,15 +102,15 @@ class Eva(nnx.Module):
         """Attention in the layout of `approx_attention.attention`.
 
         Args:
-            query: ``[B, T, N, D]``.
-            key: ``[B, S, K, D]``.
-            value: ``[B, S, K, Dv]``.
+            query: ``[..., T, N, D]``.
+            key: ``[..., S, K, D]``.
+            value: ``[..., S, K, Dv]``.
             rng: typed PRNG key of the noise; none for no noise, as in evaluation.
-            key_value_seq_lengths: real keys per sequence, ``[B]``.
-            mask: which keys are real, ``[B, 1, 1, S]``.
+            key_value_seq_lengths: real keys per sequence, ``[...]``.
+            mask: which keys are real, ``[..., 1, 1, S]``.
 
         Returns:
-            ``[B, T, N, Dv]``.
+            ``[..., T, N, Dv]``.
         """
         layout = {
             name: self.options[name]
@@ -279,7 +279,7 @@ class Lara(nnx.Module):
         root = math.sqrt(1 / math.sqrt(query.shape[-1]))
 
         def pooled(x: Array, mask: Array | None) -> Array:
-            count = min(self.num_landmarks, query.shape[1], key.shape[1])
+            count = min(self.num_landmarks, query.shape[-3], key.shape[-3])
             if self.spatial_shape is not None:
                 return segment_means(x, grid_segments(self.spatial_shape, count), mask)
             return segment_means(x, segments(x.shape[0], count), mask)
@@ -428,16 +428,16 @@ class Rfa(nnx.Module):
         """Attention in the layout of `approx_attention.attention`.
 
         Args:
-            query: ``[B, T, N, D]``.
-            key: ``[B, S, K, D]``.
-            value: ``[B, S, K, Dv]``.
+            query: ``[..., T, N, D]``.
+            key: ``[..., S, K, D]``.
+            value: ``[..., S, K, Dv]``.
             rng: typed PRNG key of the features; the same one for the same features.
-            gate_input: ``[B, S, gate_dim]``, needed if there are gates.
-            key_value_seq_lengths: real keys per sequence, ``[B]``.
-            mask: which keys are real, ``[B, 1, 1, S]``.
+            gate_input: ``[..., S, gate_dim]``, needed if there are gates.
+            key_value_seq_lengths: real keys per sequence, ``[...]``.
+            mask: which keys are real, ``[..., 1, 1, S]``.
 
         Returns:
-            ``[B, T, N, Dv]``.
+            ``[..., T, N, Dv]``.
         """
         if (self.gate is None) != (gate_input is None):
             raise ValueError("gate_input is needed with gates and makes no sense without")
@@ -557,14 +557,14 @@ def _unit_rms(x: Array) -> Array:
 
 
 def _real(key: Array, lengths: Array | None, mask: Array | None) -> Array | None:
-    """Which keys ``[B, S]`` are real, by their number and by a padding mask ``[B, 1, 1, S]``; None for all."""
+    """Which keys ``[..., S]`` are real, by their number and by a padding mask ``[..., 1, 1, S]``; None for all."""
     if mask is not None:
-        if mask.dtype != jnp.bool_ or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-            raise ValueError(f"mask must be boolean [B, 1, 1, S], got {mask.dtype} {mask.shape}")
-        mask = jnp.broadcast_to(mask[:, 0, 0], key.shape[:2])
+        if mask.dtype != jnp.bool_ or mask.ndim < 3 or mask.shape[-3:-1] != (1, 1):
+            raise ValueError(f"mask must be boolean [..., 1, 1, S], got {mask.dtype} {mask.shape}")
+        mask = jnp.broadcast_to(mask[..., 0, 0, :], key.shape[:-2])
     if lengths is None:
         return mask
-    real = jnp.arange(key.shape[1])[None, :] < lengths[:, None]
+    real = jnp.arange(key.shape[-3]).reshape((1,) * lengths.ndim + (-1,)) < lengths[..., None]
     return real if mask is None else real & mask
 
 
@@ -578,11 +578,14 @@ def _over_heads(
     rng: Array | None,
 ) -> Array:
     """Lifts ``head(q, k, v, kv_mask, own, key)``, where ``own`` is what the key head owns, over batch and heads."""
-    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    batch, num_heads, num_kv_heads = query.shape[:-3], query.shape[-2], key.shape[-2]
+    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
     own = np.arange(num_heads) // (num_heads // num_kv_heads)
     key, value = key[:, :, own], value[:, :, own]
     per_head = None if per_head is None else per_head[own]
     keys = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.asarray(own))
     over_heads = jax.vmap(head, (1, 1, 1, None, None if per_head is None else 0, None if keys is None else 0), 1)
     over_batch = jax.vmap(over_heads, (0, 0, 0, None if mask is None else 0, None, None))
-    return over_batch(query, key, value, mask, per_head, keys)
+    out = over_batch(query, key, value, mask, per_head, keys)
+    return out.reshape(*batch, *out.shape[1:])
