@@ -75,9 +75,11 @@ class _Shown:
 
     @classmethod
     def of(cls, default: Any) -> Any:
-        if default is inspect.Parameter.empty or not hasattr(default, "__name__"):
+        if default is inspect.Parameter.empty:
             return default
-        return cls(default.__name__)
+        if hasattr(default, "__name__"):
+            return cls(default.__name__)
+        return cls(type(default).__name__) if " at 0x" in repr(default) else default
 
     def __repr__(self) -> str:
         return self.text

@@ -300,12 +300,12 @@ def test_learned_draws_are_trained():
     config = TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=4), sizes, favor)
     model = build_model(config, dataset)
     batch = dataset.draw(np.random.default_rng(0), 2, "train")
-    before = np.asarray(model.body.layers[0].attention.learned["projection"][...])
+    before = np.asarray(model.body.layers[0].attention.attention_fn.learned["projection"][...])
     assert before.shape == (4, 8)
     optimizer = make_optimizer(config.train, model)
     for _ in range(3):
         train_step(model, optimizer, batch)
-    after = np.asarray(model.body.layers[0].attention.learned["projection"][...])
+    after = np.asarray(model.body.layers[0].attention.attention_fn.learned["projection"][...])
     assert np.abs(after - before).max() > 1e-5
     with pytest.raises(ValueError, match="'favor' has no noise to be switched on"):
         AttentionConfig("favor", noise=True)
