@@ -21,6 +21,7 @@ from experiments.sparse_patterns import dimensions, realized
 from experiments.tensor import degrees, match, scaling, window
 from experiments.tensor import error as polynomial_error
 from experiments.training import TrainingConfig
+from experiments.whole_picture import zoo
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -60,6 +61,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "phase": Experiment(degrees.PhaseConfig, degrees.run_phase),
     "tensor_match": Experiment(match.MatchConfig, match.run),
     "tensor_window": Experiment(window.WindowConfig, window.run),
+    "zoo": Experiment(zoo.ZooConfig, zoo.run),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }
 
