@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from approx_attention.compare import method_styles
 
@@ -121,7 +121,7 @@ def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
     for column, arm in enumerate(arms):
         results = [run["result"] for run in runs if run["arm"] == arm]
         what, scores = zoo_score(results[0]), by_score(results)
-        label = "test bits per byte" if what == "bits" else "test accuracy"
+        label = "test bits per byte (less is better)" if what == "bits" else "test accuracy"
         ranked, in_time, by_error = panels[:, column]
         usual = statistics.median(entry["answer_bytes"] for entry in results[0]["methods"].values())
         names = []
@@ -142,9 +142,11 @@ def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
         ranked.set_title(title, fontsize=10)
         ranked.set_xlabel(label)
         in_time.set(xscale="log", xlabel="ms of a layer's forward pass", ylabel=label)
+        in_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         in_time.xaxis.set_major_formatter("{x:g}")
+        in_time.minorticks_off()
         correlation = statistics.fmean(result["rank_correlation"]["attention_error"] for result in results)
-        by_error.set(xlabel="relative error of the attention, on the model's own tensors", ylabel=label)
+        by_error.set(xlabel="relative error of its attention, once trained", ylabel=label)
         by_error.set_title(f"rank correlation of error and bits {correlation:.2f}", fontsize=10)
         for axes in (ranked, in_time, by_error):
             axes.grid(True, color="0.9")
