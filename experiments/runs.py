@@ -150,7 +150,9 @@ class Run:
         """
         plain = {"experiment": self.experiment, **as_plain(self.config)}
         held = self.directory / "config.yaml"
-        if any((self.directory / name).exists() for name in ("result.json", "checkpoints", "lengths.json")):
+        if any(
+            (self.directory / name).exists() for name in ("result.json", "checkpoints", "lengths.json", "methods.json")
+        ):
             found = self._differences(read_yaml(held), held)
             if found:
                 raise ConfigError(

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from approx_attention import METHODS
 from experiments import data, plots
@@ -11,6 +12,7 @@ from experiments.config import ConfigError, read_config_file
 from experiments.data import DataConfig
 from experiments.harness.quality import bytes_held
 from experiments.runs import CONFIGS, Run
+from experiments.whole_picture import zoo
 from experiments.whole_picture.zoo import CHOOSE, ENDS, answer_bytes, rank_correlation
 
 ZOO = CONFIGS / "whole_picture" / "zoo"
@@ -106,3 +108,18 @@ def test_the_best_is_first_and_what_diverged_is_last():
 def test_exact_attention_must_take_part():
     with pytest.raises(ConfigError, match="must have 'exact' among them"):
         Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {"methods": {"local": {"method": "local"}}}, ZOO)
+
+
+@pytest.mark.slow
+def test_times_are_taken_again_without_training(tmp_path, monkeypatch):
+    run = Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {}, tmp_path)
+    first = run.result(Console(quiet=True))["result"]
+    (run.directory / "result.json").unlink()
+    monkeypatch.setattr(zoo, "fit", None)
+    second = run.result(Console(quiet=True))["result"]
+    assert second["rank_correlation"] == first["rank_correlation"]
+    for name, entry in second["methods"].items():
+        assert entry.pop("seconds") > 0
+        assert entry == {what: figure for what, figure in first["methods"][name].items() if what != "seconds"}
+    with pytest.raises(ConfigError, match="training.train.steps: 4 there, 8 now"):
+        Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {"training.train.steps": 8}, tmp_path).claim_directory()

@@ -25,6 +25,9 @@ from experiments.training import TrainingConfig, evaluate, fit
 # Not brought to the bytes of the others: two ends of the scale, and weights that are each estimated from all keys.
 ENDS = ("exact", "mean_value", "ra")
 
+# Held-out examples that errors of attention are measured on.
+ERROR_EXAMPLES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class ZooConfig:
@@ -54,7 +57,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     kept = directory / "methods.json"
     trained: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     dataset = data.load(config.training.data)
-    example = data.held_out(dataset, "valid", 1, 1)[0]
+    examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
 
     def train(name: str) -> tuple[nnx.Module, float]:
         own = dataclasses.replace(config.training, attention=config.methods[name], seed=config.seed)
@@ -65,7 +68,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
         reference, _ = train("exact")
     for name in missing:
         model, seconds = train(name)
-        errors = (attention_errors(m, example, {name: config.methods[name]})[name] for m in (model, reference))
+        errors = (attention_errors(m, examples, {name: config.methods[name]})[name] for m in (model, reference))
         own, on_exact = (error["mean"] for error in errors)
         trained[name] = {
             **evaluate(config.training, model, dataset, "test"),
@@ -77,7 +80,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
         write_atomically(kept, lambda file, text=text: file.write(text.encode()))
         console.print(f"{directory.name} {name}: {trained[name]['bits']:.3f} bits, attention error {own:.2f}")
         jax.clear_caches()
-    length = example["tokens"].shape[1]
+    length = examples["tokens"].shape[1]
     seconds = layer_seconds(config, length, dataset.is_causal)
     methods = {
         name: {
@@ -104,7 +107,8 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's; what is no number ranks last."""
     from scipy import stats
 
-    ranked: Any = stats.spearmanr(*([math.inf if math.isnan(value) else value for value in side] for side in (x, y)))
+    first, second = ([math.inf if math.isnan(value) else value for value in side] for side in (x, y))
+    ranked: Any = stats.spearmanr(first, second)
     return float(ranked.statistic)
 
 
