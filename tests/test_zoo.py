@@ -111,6 +111,7 @@ def test_exact_attention_must_take_part():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("models")
 def test_times_are_taken_again_without_training(tmp_path, monkeypatch):
     run = Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {}, tmp_path)
     first = run.result(Console(quiet=True))["result"]
