@@ -151,7 +151,10 @@ def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
         for axes in (ranked, in_time, by_error):
             axes.grid(True, color="0.9")
             axes.set_axisbelow(True)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8, frameon=False, fontsize=9)
+    columns = 2 + 2 * len(arms)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     return figure
 
 
