@@ -195,10 +195,12 @@ def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         looks[name] = (pool[number % len(pool)], number >= len(pool))
     places = {name: list(METHODS).index(name) for name in known}
     looks |= {name: (place % len(_STYLES), place // len(_STYLES) % 2 == 1) for name, place in places.items()}
+    # The third time round a colour comes with the next marker.
+    turned = {name: place // (2 * len(_STYLES)) for name, place in places.items()}
     return {
         name: {
             "color": _STYLES[index][0],
-            "marker": _STYLES[index][1],
+            "marker": _STYLES[(index + turned.get(name, 0)) % len(_STYLES)][1],
             "markerfacecolor": "white" if hollow else _STYLES[index][0],
         }
         for name, (index, hollow) in ((name, looks[name]) for name in names)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from approx_attention.compare import method_styles
 from experiments.whole_picture import where_we_lose
@@ -93,6 +93,69 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
     for axes in panels[-2:]:
         axes.set_xlabel("tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def by_score(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The scores of the methods of a zoo over seeds, the best first: bits of text, else accuracy."""
+    what = zoo_score(results[0])
+    scores = {name: [result["methods"][name][what] for result in results] for name in results[0]["methods"]}
+    # What diverged is last.
+    worth = {
+        name: -float("inf") if np.isnan(of).any() else statistics.fmean(of) * (-1 if what == "bits" else 1)
+        for name, of in scores.items()
+    }
+    return {name: scores[name] for name in sorted(scores, key=lambda name: -worth[name])}
+
+
+def zoo_score(result: Mapping[str, Any]) -> str:
+    """What a task of the zoo is scored by."""
+    return "bits" if "bytes" in result["data"] else "accuracy"
+
+
+def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(5 * len(arms) + 0.5, 14), layout="constrained", dpi=130)
+    panels = figure.subplots(3, len(arms), squeeze=False, height_ratios=(1.5, 1, 1))
+    styles = method_styles(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
+    handles: dict[str, Any] = {}
+    for column, arm in enumerate(arms):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        what, scores = zoo_score(results[0]), by_score(results)
+        label = "test bits per byte (less is better)" if what == "bits" else "test accuracy"
+        ranked, in_time, by_error = panels[:, column]
+        usual = statistics.median(entry["answer_bytes"] for entry in results[0]["methods"].values())
+        names = []
+        for place, (name, of) in enumerate(scores.items()):
+            entries = [result["methods"][name] for result in results]
+            middle = statistics.fmean(of)
+            reach = [[middle - min(of)], [max(of) - middle]]
+            look = {**styles[name], "linestyle": "", "elinewidth": 1}
+            ranked.errorbar([middle], [place], xerr=reach, **look)
+            milliseconds = 1e3 * min(entry["seconds"] for entry in entries)
+            handles[name] = in_time.errorbar([milliseconds], [middle], yerr=reach, **look)
+            by_error.errorbar([statistics.fmean(e["attention_error"] for e in entries)], [middle], yerr=reach, **look)
+            times = entries[0]["answer_bytes"] / usual
+            names.append(name if 0.85 <= times <= 1.15 else f"{name} ({times:.2g}x bytes)")
+        ranked.set_yticks(range(len(names)), names, fontsize=8)
+        ranked.invert_yaxis()
+        title = f"{arm}: {usual / 1024:.2g} KiB a head to answer from, {len(results)} seed{'s' * (len(results) > 1)}"
+        ranked.set_title(title, fontsize=10)
+        ranked.set_xlabel(label)
+        in_time.set(xscale="log", xlabel="ms of a layer's forward pass", ylabel=label)
+        in_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        in_time.xaxis.set_major_formatter("{x:g}")
+        in_time.minorticks_off()
+        correlation = statistics.fmean(result["rank_correlation"]["attention_error"] for result in results)
+        by_error.set(xlabel="relative error of its attention, once trained", ylabel=label)
+        by_error.set_title(f"rank correlation of error and bits {correlation:.2f}", fontsize=10)
+        for axes in (ranked, in_time, by_error):
+            axes.grid(True, color="0.9")
+            axes.set_axisbelow(True)
+    columns = 2 + 2 * len(arms)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -567,6 +630,7 @@ _FIGURES = {
     "continuum": _continuum,
     "quality": _quality,
     "swap_in": _swap_in,
+    "zoo": _zoo,
     "long_context": _long_context,
     "gap": _gap,
     "bias": _bias,

@@ -16,6 +16,7 @@ from experiments import plots
 from experiments.config import STRICT, ConfigError, ConfigFile, read_config_file, resolve
 from experiments.runs import CONFIGS, results_of
 from experiments.whole_picture import where_we_lose
+from experiments.whole_picture.zoo import CHOOSE
 
 # The most telling scale first; a claim's verdict comes from the first of them whose study is complete.
 SCALES = ("gpu", "cpu")
@@ -340,6 +341,42 @@ def _swap_in_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             ]
         )
     yield _table(["evaluated with", "test bits", "lost against exact", "attention error", "held"], rows)
+
+
+def _zoo_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        of_arm = [run for run in runs if run["arm"] == arm]
+        results, configs = [run["result"] for run in of_arm], of_arm[0]["config"]["methods"]
+        rows = []
+        for name in plots.by_score(results):
+            entries = [result["methods"][name] for result in results]
+            figures = ("accuracy", "bits", "attention_error", "error_on_exact")
+            rows.append(
+                [
+                    f"`{name}`",
+                    *(_spread([entry[figure] for entry in entries]) for figure in figures),
+                    _bytes(entries[0]["answer_bytes"]),
+                    "every token" if configs[name]["method"] in CHOOSE else "",
+                    f"{1e3 * min(entry['seconds'] for entry in entries):.3g}",
+                ]
+            )
+        correlations = [
+            f"{_spread([result['rank_correlation'][error] for result in results])} {on}"
+            for error, on in (
+                ("attention_error", "on the tensors of the model trained with the method"),
+                ("error_on_exact", "on those of the model trained with exact attention"),
+            )
+        ]
+        yield (
+            f"`{arm}`, {_count(len(results), 'seed')}: the best first. Rank correlation of attention error and bits, "
+            f"without `exact`: {', '.join(correlations)}."
+        )
+        header = (
+            "trained with|test accuracy|bits|attention error|error on exact's tensors|answers from|holds|ms a layer"
+        )
+        yield _table(header.split("|"), rows)
+        for name, accuracy in results[0]["oracles"].items():
+            yield f"Oracle, {name.replace('_', ' ')}: accuracy {accuracy:.3f}."
 
 
 def _long_context_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -705,6 +742,7 @@ _TABLES = {
     "bias": _bias_tables,
     "quality": _quality_tables,
     "swap_in": _swap_in_tables,
+    "zoo": _zoo_tables,
     "long_context": _long_context_tables,
 }
 

@@ -502,6 +502,7 @@ def test_results_follow_from_the_committed_runs():
         "harness/swap_in",
         pytest.param("harness/long_context", marks=pytest.mark.slow),
         pytest.param("harness/parallel", marks=pytest.mark.slow),
+        pytest.param("whole_picture/zoo", marks=pytest.mark.slow),
         *(
             pytest.param(f"control_variates/{name}", marks=pytest.mark.slow)
             for name in ("gap", "continuum", "bias", "swap_in", "vision", "language_model")

@@ -6,18 +6,23 @@ from experiments.config import ConfigError
 from experiments.data.dataset import Batch, Dataset, generated
 
 
-def recall(length: int = 256, pairs: int = 16, vocabulary: int = 512, power: float = 0.01) -> Dataset:
+def recall(
+    length: int = 256, pairs: int = 16, vocabulary: int = 512, power: float = 0.01, joined: bool = False
+) -> Dataset:
     """Multi-query associative recall (Arora et al. 2023): keys with their values, then the keys again, asking for them.
 
     Keys come from the lower half of the vocabulary and values from the upper; a key is asked for once, after a gap
-    drawn from a power law, and every other place holds the filler 0.
+    drawn from a power law (1 for all gaps alike), and every other place holds the filler 0. With ``joined`` a key and
+    its value are one token, beyond the vocabulary, so that one layer can recall and what is asked is memory alone; else
+    a first layer must bring every value its key.
     """
     if vocabulary < 2 * pairs + 2 or length < 4 * pairs:
         raise ConfigError(
             f"data 'recall' needs vocabulary >= 2 pairs + 2 and length >= 4 pairs, got {vocabulary}, {length}, {pairs}"
         )
     half = vocabulary // 2
-    places = (length - 2 * pairs) // 2
+    num_values, step = vocabulary - half, 1 if joined else 2
+    places = (length - step * pairs) // step
     weights = power * np.arange(1, places + 1) ** (power - 1.0)
     weights /= weights.sum()
 
@@ -26,13 +31,17 @@ def recall(length: int = 256, pairs: int = 16, vocabulary: int = 512, power: flo
         targets = np.full((batch, length), -1, np.int32)
         for i in range(batch):
             keys = 1 + random.choice(half - 1, pairs, replace=False)
-            values = half + random.choice(vocabulary - half, pairs, replace=False)
-            tokens[i, 0 : 2 * pairs : 2], tokens[i, 1 : 2 * pairs : 2] = keys, values
-            asked = 2 * pairs + 2 * random.choice(places, pairs, replace=False, p=weights)
+            values = half + random.choice(num_values, pairs, replace=False)
+            if joined:
+                tokens[i, :pairs] = vocabulary + (keys - 1) * num_values + values - half
+            else:
+                tokens[i, 0 : 2 * pairs : 2], tokens[i, 1 : 2 * pairs : 2] = keys, values
+            asked = step * (pairs + random.choice(places, pairs, replace=False, p=weights))
             tokens[i, asked], targets[i, asked] = keys, values
         return {"tokens": tokens, "targets": targets}
 
-    return Dataset("sequence", generated(draw), num_classes=vocabulary, vocabulary=vocabulary, is_causal=True)
+    size = vocabulary + (half - 1) * num_values if joined else vocabulary
+    return Dataset("sequence", generated(draw), num_classes=size, vocabulary=size, is_causal=True)
 
 
 def copying(length: int = 64, vocabulary: int = 16) -> Dataset:

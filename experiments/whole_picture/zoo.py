@@ -1,0 +1,187 @@
+"""Every method trained on the same task with equally many bytes to answer from: its score, its error and its time."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from approx_attention.compare import write_atomically
+from approx_attention.diagnostics import time_interleaved
+from approx_attention.registry import get_method
+from experiments import data
+from experiments.config import STRICT, Count
+from experiments.fidelity import attention_errors
+from experiments.models import AttentionConfig, SelfAttention
+from experiments.training import TrainingConfig, evaluate, fit
+
+# Not brought to the bytes of the others: two ends of the scale, and weights that are each estimated from all keys.
+ENDS = ("exact", "mean_value", "ra")
+
+# Held-out examples that errors of attention are measured on.
+ERROR_EXAMPLES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooConfig:
+    """A task, and the methods to train on it, by the name they are reported under; ``exact`` is among them."""
+
+    training: TrainingConfig
+    methods: dict[str, AttentionConfig]
+    rounds: Count = 20
+    seed: int = 0
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.training.seed != 0:
+            raise ValueError(f"the seed stands beside 'training', not in it, where it is {self.training.seed}")
+        if self.methods.get("exact") != AttentionConfig():
+            raise ValueError("the methods must have 'exact' among them, without settings: all others are held to it")
+
+
+def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Score, errors of attention, bytes and time of each method, and how well the errors tell the scores.
+
+    ``attention_error`` is that of a method on the tensors of the model trained with it, and ``error_on_exact`` that on
+    the tensors of the model trained with exact attention, before anything is trained with the method.
+    """
+    # Each method is kept once it is trained, so that a killed run goes on with the next, and times can be taken again.
+    kept = directory / "methods.json"
+    trained: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    dataset = data.load(config.training.data)
+    examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
+
+    def train(name: str) -> tuple[nnx.Module, float]:
+        own = dataclasses.replace(config.training, attention=config.methods[name], seed=config.seed)
+        model, _, seconds = fit(own, directory / "checkpoints" / name, console)
+        return model, seconds
+
+    if missing := [name for name in config.methods if name not in trained]:
+        reference, _ = train("exact")
+    for name in missing:
+        model, seconds = train(name)
+        errors = (attention_errors(m, examples, {name: config.methods[name]})[name] for m in (model, reference))
+        own, on_exact = (error["mean"] for error in errors)
+        trained[name] = {
+            **evaluate(config.training, model, dataset, "test"),
+            "attention_error": own,
+            "error_on_exact": on_exact,
+            "training_seconds": round(seconds, 1),
+        }
+        text = json.dumps(trained, indent=1) + "\n"
+        write_atomically(kept, lambda file, text=text: file.write(text.encode()))
+        console.print(f"{directory.name} {name}: {trained[name]['bits']:.3f} bits, attention error {own:.2f}")
+        jax.clear_caches()
+    length = examples["tokens"].shape[1]
+    seconds = layer_seconds(config, length, dataset.is_causal)
+    methods = {
+        name: {
+            **trained[name],
+            "answer_bytes": answer_bytes(attention, length, config.training.model.head_dim, dataset.is_causal),
+            "seconds": seconds[name],
+        }
+        for name, attention in config.methods.items()
+    }
+    others = [entry for name, entry in methods.items() if name != "exact"]
+    return {
+        "methods": methods,
+        "rank_correlation": {
+            error: rank_correlation([entry[error] for entry in others], [entry["bits"] for entry in others])
+            for error in ("attention_error", "error_on_exact")
+        },
+        "is_causal": dataset.is_causal,
+        "data": dict(dataset.provenance),
+        "oracles": dict(dataset.oracles),
+    }
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's; what is no number ranks last."""
+    from scipy import stats
+
+    first, second = ([math.inf if math.isnan(value) else value for value in side] for side in (x, y))
+    ranked: Any = stats.spearmanr(first, second)
+    return float(ranked.statistic)
+
+
+def layer_seconds(config: ZooConfig, length: int, is_causal: bool) -> dict[str, float]:
+    """The least seconds of a forward pass of each method's layer over a batch of the task, taken in turn."""
+    model = config.training.model
+    x = jax.random.normal(jax.random.key(0), (config.training.train.batch, length, model.model_dim), model.dtype)
+
+    def layer(attention: AttentionConfig) -> Any:
+        made = SelfAttention(model, attention, is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed))
+        return functools.partial(jax.jit(made).lower(x).compile(), x)
+
+    calls = {name: layer(attention) for name, attention in config.methods.items()}
+    return {name: timing.least for name, timing in time_interleaved(calls, rounds=config.rounds).items()}
+
+
+def answer_bytes(attention: AttentionConfig, length: int, head_dim: int, is_causal: bool) -> int:
+    """Bytes per key head and sequence of what the last query is answered from, at ``length`` tokens.
+
+    A token has a key, a value and a mass; a feature the values that it has summed, and their mass. Methods that choose
+    tokens for each query hold all of them (`CHOOSE`), but answer from those chosen.
+    """
+    known = inspect.signature(get_method(attention.method).function).parameters
+    settings = {name: parameter.default for name, parameter in known.items()} | attention.arguments()
+    tokens, features = _ANSWERS_FROM[attention.method](settings, length, head_dim, is_causal)
+    return 4 * (min(tokens, length) * (2 * head_dim + 1) + features * (head_dim + 1))
+
+
+# Methods that hold every token, whatever a query is answered from.
+CHOOSE = ("exact", "ra", "bigbird", "top_k", "lsh_top_k")
+
+
+def _near(settings: Mapping[str, Any], is_causal: bool, block: str = "block_size") -> int:
+    """Tokens that causal forms hold as they are: a block, and the block before."""
+    return 2 * settings[block] if is_causal else 0
+
+
+def _by_blocks(settings: Mapping[str, Any], length: int, is_causal: bool, block: str, size: str) -> int:
+    """Tokens, exact or not, of a method that summarises every block for itself."""
+    exact = 2 if is_causal else 3 if block == "window_size" else 0
+    blocks = -(-length // settings[block])
+    return min(exact, blocks) * settings[block] + max(blocks - exact, 0) * settings[size]
+
+
+# The tokens and the features that a query is answered from: of settings s, at length n, with d channels, if causal c.
+_ANSWERS_FROM: Mapping[str, Any] = {
+    "exact": lambda s, n, d, c: (n, 0),
+    "ra": lambda s, n, d, c: (n, 0),
+    "mean_value": lambda s, n, d, c: (1, 0),
+    "local": lambda s, n, d, c: (s["window_size"] * (1 if c else 2) - (not c), 0),
+    "longformer": lambda s, n, d, c: (s["window_size"] * (1 if c else 2) - (not c) + s["num_global"], 0),
+    "bigbird": lambda s, n, d, c: (
+        s["block_size"]
+        * ((s["num_window_blocks"] + c) // (2 if c else 1) + s["num_global_blocks"] + s["num_random_blocks"]),
+        0,
+    ),
+    "top_k": lambda s, n, d, c: (s["keys_per_query"], 0),
+    "lsh_top_k": lambda s, n, d, c: (s["keys_per_query"], 0),
+    "uniform_sample": lambda s, n, d, c: (_near(s, c) + s["sample_size"], 0),
+    "importance_sample": lambda s, n, d, c: (s["sample_size"], 0),
+    "hyper_attention": lambda s, n, d, c: (s["block_size"] + s["sample_size"], 0),
+    "mean_pool": lambda s, n, d, c: (_near(s, c) + s["num_landmarks"], 0),
+    "coreset": lambda s, n, d, c: (_near(s, c) + s["coreset_size"] + (s["sinks"] if c else 0), 0),
+    "sparse_coreset": lambda s, n, d, c: (_by_blocks(s, n, c, "window_size", "coreset_size"), 0),
+    "linformer": lambda s, n, d, c: (s["num_slots"], 0),
+    "block_linformer": lambda s, n, d, c: (_by_blocks(s, n, c, "block_size", "slots_per_block"), 0),
+    "eva": lambda s, n, d, c: (_near(s, c, "window_size") + (0 if c else s["window_size"]) + s["num_chunks"], 0),
+    "nystrom": lambda s, n, d, c: (s["num_landmarks"], 0),
+    "skyformer": lambda s, n, d, c: (s["num_landmarks"], 0),
+    "favor": lambda s, n, d, c: (_near(s, c), s["num_features"]),
+    "rfa": lambda s, n, d, c: (_near(s, c), s["num_features"]),
+    "scatterbrain": lambda s, n, d, c: ((2 if c else 3) * s["window_size"], s["num_features"]),
+    "lara": lambda s, n, d, c: (0, s["num_landmarks"]),
+    "cosformer": lambda s, n, d, c: (0, 2 * d),
+    "polynomial": lambda s, n, d, c: (_near(s, c), math.comb(d + (s["degree"] or 2), d)),
+}
