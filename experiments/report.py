@@ -370,7 +370,7 @@ def _zoo_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             f"`{arm}`, {_count(len(results), 'seed')}: the best first. Rank correlation of attention error and bits, "
             f"without `exact`: {', '.join(correlations)}."
         )
-        header = "trained with|test accuracy|bits|attention error|error on exact's tensors|answers from|holds|ms a layer"
+        header = "trained with|test accuracy|bits|attention error|error on exact's|answers from|holds|ms a layer"
         yield _table(header.split("|"), rows)
         for name, accuracy in results[0]["oracles"].items():
             yield f"Oracle, {name.replace('_', ' ')}: accuracy {accuracy:.3f}."
