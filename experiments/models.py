@@ -387,7 +387,7 @@ def generate(
         model: a causal language model; it leaves without caches.
         prompt: tokens ``[B, P]``.
         steps: how many tokens to add.
-        lengths: real tokens of each prompt, ``[B]``; all by default.
+        lengths: real tokens of each prompt, at least one, ``[B]``; all by default.
         temperature: of sampling; 0 takes the likeliest token.
         rng: typed PRNG key of sampling.
 
@@ -395,7 +395,7 @@ def generate(
         The tokens that follow, ``[B, steps]``.
 
     Raises:
-        ValueError: sampling without ``rng``, a negative temperature, no step.
+        ValueError: sampling without ``rng``, a negative temperature, no step, an empty prompt, a model that is not causal.
         NotImplementedError: a method without a cache.
     """
     check_count("steps", steps)
@@ -403,6 +403,10 @@ def generate(
         raise ValueError(f"temperature must be at least 0, and sampling needs rng; got {temperature} and rng={rng}")
     rng = jax.random.key(0) if rng is None else rng
     layers = attention_layers(model).values()
+    if not all(layer.is_causal for layer in layers):
+        raise ValueError("a model that sees later tokens cannot continue a prompt: make it with is_causal=True")
+    if prompt.shape[1] == 0 or (lengths is not None and int(lengths.min()) < 1):
+        raise ValueError(f"every prompt needs a token, got prompts of shape {prompt.shape} and lengths {lengths}")
     try:
         init_cache(model, prompt.shape[0], max_length=prompt.shape[1] + steps, ragged=lengths is not None)
         logits = read_prompt(model, prompt, lengths)

@@ -436,5 +436,8 @@ def test_what_cannot_decode_says_so():
     ours.replace_attention(model, lambda q, k, v, key: q)
     with pytest.raises(NotImplementedError, match="has no cache"):
         ours.init_cache(model, 2)
+    mesh = jax.make_mesh((1,), ("sequence",))
+    with pytest.raises(NotImplementedError, match="over many devices has no cache"):
+        ours.ApproxAttention("mean_pool", mesh=mesh).init_cache(2, 2, 8)
     with pytest.raises(ValueError, match="would show it the first key only"):
         ours.ApproxAttention("exact")(*random_heads(0, 1, 1, 4, 2, 2), is_causal=True)

@@ -56,6 +56,11 @@ def test_sampling_follows_the_models_distribution():
 def test_generation_asks_for_what_it_needs():
     with pytest.raises(ValueError, match="sampling needs rng"):
         generate(model_of("exact"), PROMPT, steps=1, temperature=1.0)
+    with pytest.raises(ValueError, match="every prompt needs a token"):
+        generate(model_of("exact"), PROMPT, steps=1, lengths=jnp.array([3, 0]))
+    seeing_all = LanguageModel(SIZES, AttentionConfig(), vocabulary=17, is_causal=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="sees later tokens"):
+        generate(seeing_all, PROMPT, steps=1)
     model = model_of("local")
     with pytest.raises(NotImplementedError, match="'local' has no running summary"):
         generate(model, PROMPT, steps=1)

@@ -265,8 +265,10 @@ class ApproxAttention(nnx.Module):
             dtype: of the cache.
 
         Raises:
-            NotImplementedError: a method without a running summary.
+            NotImplementedError: a method without a running summary, or a layer over many devices.
         """
+        if self.mesh is not None:
+            raise NotImplementedError("a layer over many devices has no cache; make one without mesh to decode")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         self.sizes = nnx.static({**sizes, "max_length": max_length, "dtype": jnp.dtype(dtype).name})
         # A cache is made of one draw, so that no call moves it on.
