@@ -395,7 +395,8 @@ def generate(
         The tokens that follow, ``[B, steps]``.
 
     Raises:
-        ValueError: sampling without ``rng``, a negative temperature, no step, an empty prompt, a model that is not causal.
+        ValueError: sampling without ``rng``, a negative temperature, no step, an empty prompt, a model that sees later
+            tokens.
         NotImplementedError: a method without a cache.
     """
     check_count("steps", steps)
