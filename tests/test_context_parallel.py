@@ -36,7 +36,8 @@ FORMS = [
     for is_causal in (False, True)
     if (METHODS[name].running if is_causal else METHODS[name].summarize or name == "rfa") or name == "local"
 ]
-DEVICES = [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8]
+FAST = [("exact", True), ("local", True), ("favor", False), ("favor", True), ("mean_pool", True)]
+DEVICES = (1, 2, 4, 8)
 
 
 def mesh_of(devices):
@@ -89,15 +90,18 @@ def test_a_method_without_a_summary_names_those_that_have_one(name, is_causal):
     assert sorted(named.split(", ")) == sorted(able.split(", "))
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-@pytest.mark.parametrize(("name", "is_causal"), FORMS)
+@pytest.mark.parametrize(
+    ("name", "is_causal", "devices"),
+    [
+        pytest.param(*form, devices, marks=() if form in FAST and devices == 8 else pytest.mark.slow)
+        for form in FORMS
+        for devices in DEVICES
+    ],
+)
 def test_devices_do_not_matter(name, is_causal, devices):
     query, key, value = tensors()
     out = sharded(query, with_padding(key), with_padding(value), devices, **options_of(name, is_causal))
     np.testing.assert_allclose(out, on_one_device(name, is_causal)(query, key, value), atol=1e-4, rtol=1e-4)
-
-
-FAST = [("exact", True), ("local", True), ("favor", False), ("favor", True), ("mean_pool", True)]
 
 
 @pytest.mark.parametrize(

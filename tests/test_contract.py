@@ -112,7 +112,7 @@ def test_float64_in_float64_throughout(name, x64):
 # 2. transformations and batches change nothing
 
 
-@one_direction
+@lifted_one_direction
 def test_jit_equals_eager_and_vmap_equals_loop(name, is_causal):
     options = {"is_causal": True} if is_causal else {}
     stacked = [jnp.stack(x) for x in zip(*(random_head(i, 9, 9) for i in range(3)), strict=True)]
@@ -155,7 +155,7 @@ def test_exact_limit(name, is_causal):
     chex.assert_trees_all_close(gradients, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", having(normalizer=True))
+@pytest.mark.parametrize("name", [unless_slow(name) for name in having(normalizer=True)])
 def test_state_agrees_with_output_and_normalizer_with_summary(name):
     q, k, v = random_head(3, 9, 12)
     state = call(name, q, k, v, return_state=True)
@@ -172,7 +172,7 @@ def test_state_agrees_with_output_and_normalizer_with_summary(name):
 # 4. more budget, less error; unbiased where claimed
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if METHODS[name].size])
+@pytest.mark.parametrize("name", [unless_slow(name) for name in ALL if METHODS[name].size])
 def test_error_falls_with_size(name):
     q, k, v = random_head(4, 64, 256, spread=0.7)
     # Neighbouring keys alike and queries near them, so that every kind of summary has something to find.
@@ -234,7 +234,7 @@ def test_a_later_token_changes_nothing_before_it(name):
         np.testing.assert_array_equal(function(q.at[j].add(1.0), k, v)[:j], before[:j])
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [unless_slow(name) for name in CAUSAL])
 def test_jacobian_is_zero_above_the_diagonal(name):
     q, k, v = random_head(7, 14, 14, 3)
     if name == "cosformer":  # rectified, a token may have no channel left to see itself by
@@ -251,7 +251,7 @@ def test_jacobian_is_zero_above_the_diagonal(name):
 # 6. a prefix, a prefill and single steps
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [unless_slow(name) for name in CAUSAL])
 def test_a_prefix_answers_like_the_whole(name):
     q, k, v = random_head(8, 21, 21)
     # Segments that are pooled into slots are laid out for the length, and distances are shares of it, unless it is set.
@@ -378,7 +378,7 @@ def test_constant_values_come_back(name):
 # 9. nothing to see, and extreme logits
 
 
-@one_direction
+@lifted_one_direction
 def test_a_row_without_keys_is_zero_with_zero_gradient(name, is_causal):
     q, k, v = random_head(15, 9, 9)
     options = {"is_causal": True} if is_causal else {}
@@ -394,7 +394,7 @@ def test_a_row_without_keys_is_zero_with_zero_gradient(name, is_causal):
 
 
 @one_direction
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_logits_of_ten_thousand(name, is_causal, sign):
     q, k, v = random_head(16, 9, 9)
     q, k = 200 * q, sign * 200 * k
@@ -405,7 +405,7 @@ def test_logits_of_ten_thousand(name, is_causal, sign):
 
 
 @one_direction
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_number_that_is_not_one_comes_out(name, is_causal, masked):
     # NaN in what is visible must not pass for a row that sees nothing.
     q, k, v = random_head(16, 19, 19)
@@ -634,7 +634,8 @@ def traced(name, length, size, **options):
 
 @pytest.mark.parametrize(
     ("name", "is_causal"),
-    [(name, c) for name in having(subquadratic=True) for c in ([False, True] if name in CAUSAL else [False])],
+    [(name, name in CAUSAL) for name in having(subquadratic=True)]
+    + [pytest.param(name, False, marks=pytest.mark.slow) for name in having(subquadratic=True) if name in CAUSAL],
 )
 def test_no_array_is_quadratic(name, is_causal):
     # An array whose size grows faster than the sequence holds both a query and a key axis, or shares of them.
@@ -741,7 +742,7 @@ def test_export_round_trip(name, is_causal):
 # derivatives
 
 
-@one_direction
+@lifted_one_direction
 def test_gradient_against_finite_differences(name, is_causal, x64):
     # Long enough for the causal form to answer from its summary too.
     q, k, v = random_head(23, 15, 15, 3, dtype=jnp.float64)
@@ -804,6 +805,7 @@ def test_weights_that_do_not_sum_to_1_are_kept_silent(name):
     assert np.abs(np.asarray(call(name, q, k, jnp.ones_like(v), size=5)) - 1).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", having(unbiased=False, normalizer=True))
 def test_no_unbiased_sums_are_kept_silent(name):
     q, k, v = random_head(27, 9, 30)

@@ -593,6 +593,7 @@ def test_options_that_do_not_fit_are_refused():
 # one estimator
 
 
+@pytest.mark.slow
 def test_control_variates_from_random_features_to_softmax():
     q, k, v = head(25)
     x, y = fold_scale(q, k)

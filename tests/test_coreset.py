@@ -165,6 +165,7 @@ def test_no_extreme_gives_a_number_that_is_not_one(algorithm, spread):
     assert all(np.isfinite(x).all() for x in (answer(k, v), *gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SOME)
 def test_half_precision_and_other_value_dimensions(algorithm):
     q, k, v = random_head(7, 4, 40, 6, 2, dtype=jnp.bfloat16)
@@ -617,6 +618,7 @@ def test_sinks_are_the_first_real_tokens_and_stay_exact(streaming):
     assert float(small.mass.sum()) == pytest.approx(89)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [4, 24])
 def test_the_counter_decodes_as_it_answers_causally(block_size):
     q, k, v = random_head(34, 100, 100, 6, 3)
@@ -712,6 +714,7 @@ def test_a_cache_with_room_for_all_loses_nothing_and_decodes_on():
     np.testing.assert_allclose(out, exact(q, k, v, is_causal=True)[100:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["kmeans_nystrom", "snapkv"])
 def test_a_compressed_cache_decodes_on(policy):
     k, v = clustered(41, 400)

@@ -463,6 +463,7 @@ def test_the_seed_of_a_swap_in_stands_in_one_place():
         Run.of(file, "run", 0, {"training.seed": 3}, CONFIGS)
 
 
+@pytest.mark.slow
 def test_the_report_is_written_with_its_plots(tmp_path):
     root = CONFIGS.parent / "experiments"
     for name in ("results", "claims.yaml"):

@@ -43,6 +43,7 @@ def test_prompts_of_their_own_lengths_do_not_see_each_other():
     np.testing.assert_array_equal(together[1], generate(model, PROMPT[1:, :3], steps=5)[0])
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_models_distribution():
     model = model_of("exact")
     many = jnp.broadcast_to(PROMPT[:1], (2000, 6))

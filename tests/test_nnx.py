@@ -186,6 +186,7 @@ TENSOR_LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TENSOR_LAYERS)
 def test_tensor_layers_train_every_array_and_mask_padding(name):
     layer = ours.TensorAttention(8, num_heads=2, head_dim=4, rngs=RNGS(0), **TENSOR_LAYERS[name])

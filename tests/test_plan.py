@@ -189,6 +189,7 @@ def test_picks_on_the_sample_meet_the_tolerance_on_held_out_queries():
 # what is measured
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_compare():
     tensors = Tensors(*random_heads(0, 2, 64, 64, 4, 2))
     made = plan(tensors, tolerance=0.2, is_causal=True, methods=["mean_pool", "favor"], num_seeds=3, rounds=1)

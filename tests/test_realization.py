@@ -199,6 +199,7 @@ def test_interpolated_weights_are_exact_and_the_lift_is_the_least(method):
     np.testing.assert_allclose(np.stack(realized.certificate[:5]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_better_constructions_lift_less():
     pattern = SparsePattern.random(KEY, 48, 2)
     lifts = [

@@ -98,6 +98,7 @@ def test_dense_form_has_forward_mode_and_second_derivatives(x64):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_memory_of_the_streamed_form_is_linear(is_causal, optimized):
     def temporary_bytes(length, backward):

@@ -71,7 +71,7 @@ def blocks_of(num_queries, num_keys, block_size, share, seed=0):
 
 
 @every_pattern
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_forms_equal_the_dense_mask_in_values_and_gradients(kind, is_causal):
     pattern = PATTERNS[kind]()
     q, k, v = random_head(0, LENGTH, LENGTH, 8, 5)
@@ -507,7 +507,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", MOMENTS)
 def test_subtraction_of_any_moments_against_their_matrix(name, is_causal, x64):
     block_size, pattern = 8, PATTERNS["random"]()
