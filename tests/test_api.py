@@ -127,6 +127,7 @@ def test_a_given_projection_takes_the_place_of_rng():
     np.testing.assert_array_equal(out, with_rng)
 
 
+@pytest.mark.slow
 def test_at_once_equals_in_turn(monkeypatch):
     tensors = random_heads(10, **SHAPE)
     for name in METHODS:

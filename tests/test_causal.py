@@ -105,6 +105,7 @@ def test_a_full_buffer_turns_to_nan_instead_of_forgetting():
     assert np.all(np.isnan(state.out[24:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function", [functools.partial(favor, num_features=16), functools.partial(mean_pool, num_landmarks=16)]
 )

@@ -128,6 +128,7 @@ def test_gradients_do_not_depend_on_devices(name, is_causal, devices):
         np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_draws_are_those_that_each_device_makes_of_its_part():
     query, key, value = random_heads(1, 1, 64, 64, 1, 1)
     out = sharded(query, key, value, 4, method=DRAWS, sample_size=32)
@@ -181,6 +182,7 @@ def test_batch_and_heads_over_further_axes():
     np.testing.assert_allclose(np.asarray(out)[:, :LENGTH], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["exact", "rfa"])
 def test_sharded_arguments_within_a_compiled_gradient(name, axis_type):

@@ -144,6 +144,7 @@ def test_gates_and_bandwidths_of_each_head_through_attention():
         attention(query, key, value, method="rfa", rng=rng, per_head={"bandwidth": bandwidth[:1]})
 
 
+@pytest.mark.slow
 def test_gates_keep_their_precision_over_thousands_of_tokens():
     q, k, v = head(33, 2048, 2048)
     for mean in (2.0, 0.0, -4.0):
@@ -316,6 +317,7 @@ def test_arguments_of_lara_that_do_not_fit_are_refused():
         lara(q, k, v, spatial_shape=(5, 5))
 
 
+@pytest.mark.slow
 def test_more_samples_bring_lara_closer():
     q, k, v = head(12)
     expected, _ = brute_force(q, k, v)
@@ -488,6 +490,7 @@ def test_a_bounded_number_of_chunks_averages_neighbours(num_chunks):
         np.testing.assert_allclose(out[t], weights @ np.asarray([b for *_, b in tokens]) / weights.sum(), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_bias_of_an_image_is_in_the_order_of_its_pixels():
     q, k, v = head(29, 16, 16)
     bias = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)))
@@ -517,6 +520,7 @@ def test_images_in_squares():
     np.testing.assert_allclose(image[order], rows, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_more_samples_bring_a_chunks_coefficient_to_its_optimum():
     q, k, v = head(21, spread=0.7)
     x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
@@ -561,6 +565,7 @@ def test_learned_vectors_pool_keys_as_evabyte_does():
     np.testing.assert_allclose(out, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_empty_chunks_carry_no_mass():
     q, k, v = head(23)
     for options in ({}, {"exclude_local": False}, {"is_causal": True}, {"chunk_size": 8, "window_size": 4}):

@@ -153,6 +153,7 @@ def test_as_many_real_keys_as_places_are_kept_exactly(algorithm):
     np.testing.assert_allclose(out, brute_force(q, k, v, scale=1.0, mask=kv_mask[None])[0], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", EVERY)
 @pytest.mark.parametrize("spread", [*(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1e-3)), 40.0])
 def test_no_extreme_gives_a_number_that_is_not_one(algorithm, spread):
@@ -479,6 +480,7 @@ def test_halving_reaches_the_lower_bound():
     assert float(sup_error(k, v, summary(k, v, size=size, algorithm="halving", radius=2.0), 2.0).error) < 1e-3
 
 
+@pytest.mark.slow
 def test_only_weights_keep_a_lone_key_among_many_opposite_ones():
     count = 55
     k = jnp.concatenate([jnp.ones((1, 1)), -jnp.ones((count, 1))])
@@ -492,6 +494,7 @@ def test_only_weights_keep_a_lone_key_among_many_opposite_ones():
     assert min(errors[name] for name in ("uniform", "thinformer")) > 0.5
 
 
+@pytest.mark.slow
 def test_better_than_uniform_sampling():
     k, v = clustered(29, 512)
     error = {
@@ -666,6 +669,7 @@ def test_weighted_tokens_are_compressed_with_their_masses():
 # caches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "mass_correction"),
     [("kmeans_nystrom", True), ("halving", True), *((policy, mass) for policy in HEURISTICS for mass in (False, True))],
@@ -743,6 +747,7 @@ def test_a_cache_of_another_method_is_refused():
         compress_cache(decoder.init(), KEY, budget=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["kmeans_nystrom", "h2o", "snapkv", "streaming_llm"])
 @pytest.mark.parametrize("garbage", [np.nan])
 def test_padding_at_the_end_of_a_cache_changes_nothing(policy, garbage):

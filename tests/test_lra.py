@@ -80,6 +80,7 @@ def test_listops_has_no_expression_twice(tmp_path):
         listops(tmp_path, **{**settings, "items": 4900})
 
 
+@pytest.mark.slow
 def test_listops_oracles_are_scored_on_others_than_they_are_fitted_on():
     fitted = {"tokens": np.array([[10], [10], [11], [13]]), "label": np.array([2, 2, 9, 2])}
     scored = {"tokens": np.array([[10], [11], [11], [12]]), "label": np.array([2, 9, 2, 2])}

@@ -315,6 +315,7 @@ def saved(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_json_figure_and_table(tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     options = ("--tolerance", 0.3, "--causal", "--methods", "mean_pool,favor", "--seeds", 2, "--out", out)

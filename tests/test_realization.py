@@ -503,6 +503,7 @@ def test_the_search_finds_what_draws_need():
     assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=4).dim == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_keys", [2, 3, 4])
 def test_one_channel_against_all_orders_of_keys(num_keys):
     orders = list(itertools.permutations(range(num_keys)))

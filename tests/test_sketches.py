@@ -118,6 +118,7 @@ def test_the_oracle_is_its_formula(centred):
     np.testing.assert_allclose(out, mean + weights @ (matrix.T @ (matrix @ centred_v)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_costs_nothing_and_saves_its_error():
     q, k, v = random_head(4, 6, 32, 4, 3)
     weights = jnp.asarray(brute_force(q, k, np.eye(32))[0], jnp.float32)

@@ -81,6 +81,7 @@ def test_streamed_gradient_equals_that_of_the_dense_form(is_causal, num_queries,
     chex.assert_trees_all_close(streamed(q, k, v), dense(q, k, v), atol=3e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [blocked_state, triangular_state, functools.partial(window_state, left=40, right=3)])
 def test_gradients_against_finite_differences(form, x64, monkeypatch):
     monkeypatch.setattr(softmax, "TRIANGLE", 4)

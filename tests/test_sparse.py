@@ -412,6 +412,7 @@ def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
     np.testing.assert_allclose(out, brute_force(q, k, v, mask=expected)[0], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_lsh_recalls_more_with_more_rounds():
     _, k, v = random_head(16, 1, 512, 16)
     q = k + 0.3 * random_head(17, 512, 512, 16)[0]

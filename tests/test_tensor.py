@@ -291,6 +291,7 @@ def test_no_array_of_a_derivative_is_of_the_size_of_all_pairs(name):
     assert max(sizes) <= 2**23
 
 
+@pytest.mark.slow
 def test_what_a_derivative_computes_again_does_not_matter(x64, monkeypatch):
     from approx_attention import tensors as shared
 
