@@ -3,6 +3,7 @@
 from approx_attention.api import attention
 from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import RunningSummary, causal_state, running_moments
+from approx_attention.certification import Certificate, certify
 from approx_attention.checks import fold_scale
 from approx_attention.compression import (
     attention_received,
@@ -92,13 +93,7 @@ from approx_attention.methods.top_k import lsh_top_k, top_k
 from approx_attention.monomials import IndexSet, MonomialFeatures, anisotropic, total_degree
 from approx_attention.patterns import SparsePattern
 from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
-from approx_attention.realization import (
-    Certificate,
-    Realization,
-    certify,
-    fixed_projections,
-    realize_sparse_pattern,
-)
+from approx_attention.realization import Realization, fixed_projections, realize_sparse_pattern
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sketches import draw_sketch
 from approx_attention.states import AttentionState, merge, subtract

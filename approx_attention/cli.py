@@ -15,13 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from approx_attention.checks import unknown
 from approx_attention.compare import (
-    InputError,
-    Tensors,
     comparison_table,
     default_methods,
     draw_frontiers,
-    load_sample,
-    load_tensors,
     report,
     run_comparison,
     write_results,
@@ -29,6 +25,7 @@ from approx_attention.compare import (
 from approx_attention.plan import draw_plan, plan_document, plan_table
 from approx_attention.plan import plan as make_plan
 from approx_attention.registry import METHODS, capability_table
+from approx_attention.tensor_files import InputError, Tensors, load_sample, load_tensors
 
 
 class CommaSeparated(click.ParamType):

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from approx_attention.certification import RatioError
 from approx_attention.checks import check_choice, check_count, check_key
 from approx_attention.patterns import SparsePattern
 from approx_attention.realization import (
     DETERMINISTIC,
     INTERPOLATIONS,
-    RatioError,
     draw_until_accepted,
     require_request,
 )

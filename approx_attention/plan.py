@@ -13,12 +13,9 @@ import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from scipy.special import stdtrit
 
 from approx_attention.compare import (
     BASELINES,
-    InputError,
-    Tensors,
     check_method,
     default_methods,
     exact_arms,
@@ -29,175 +26,12 @@ from approx_attention.compare import (
     token_bytes,
 )
 from approx_attention.diagnostics import Arm, time_interleaved
+from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.registry import get_method
+from approx_attention.tensor_files import InputError, Tensors
 
-# With fewer heads than this their spread cannot be told, and queries are held out instead.
-LEAST_HEADS = 8
-# So many runs of queries of each head then take the place of heads.
-RUNS_OF_QUERIES = 16
 # How often a method is measured again at the size that the fit proposes.
 REFINEMENTS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class ErrorLaw:
-    r"""Error against size, never increasing: straight in log-log between the sizes, a power law beyond them.
-
-    The errors are those of isotonic regression of log error on log size; beyond the sizes measured they go on with the
-    median slope over all pairs of these (Theil and Sen), which one wild size does not move.
-
-    Attributes:
-        sizes: measured sizes, increasing.
-        errors: fitted errors there.
-        slope: of log error against log size, at most 0.
-
-    Example:
-        >>> from approx_attention.plan import ErrorLaw
-        >>> law = ErrorLaw.fit({16: 0.4, 64: 0.2, 256: 0.1})  # falls as the square root
-        >>> round(law.slope, 3), round(law.error(1024), 3), round(law.size(0.15))
-        (-0.5, 0.05, 114)
-    """
-
-    sizes: tuple[int, ...]
-    errors: tuple[float, ...]
-    slope: float
-
-    @classmethod
-    def fit(cls, measured: Mapping[int, float]) -> "ErrorLaw":
-        """The law of measured errors by size; an error of 0 counts as the least positive one."""
-        sizes = sorted(measured)
-        x = np.log(sizes)
-        y = np.log([max(measured[size], float(np.finfo(np.float32).tiny)) for size in sizes])
-        pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
-        slope = min(0.0, float(np.median(pairs))) if pairs else 0.0
-        # Neighbours that increase are pooled to their mean until none does.
-        pools: list[tuple[float, int]] = []
-        for value in y:
-            pools.append((float(value), 1))
-            while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
-                (late, many), (early, few) = pools.pop(), pools.pop()
-                pools.append(((early * few + late * many) / (few + many), few + many))
-        fitted = [math.exp(mean) for mean, count in pools for _ in range(count)]
-        return cls(tuple(sizes), tuple(fitted), slope)
-
-    def error(self, size: float) -> float:
-        """The error at a size."""
-        x, logs = np.log(self.sizes), np.log(self.errors)
-        at = math.log(size)
-        beyond = at - float(np.clip(at, x[0], x[-1]))
-        return math.exp(float(np.interp(at, x, logs)) + self.slope * beyond)
-
-    def size(self, error: float) -> float:
-        """The least size with at most this error, infinite where none is in reach."""
-        x, logs, wanted = np.log(self.sizes), np.log(self.errors), math.log(error)
-        if wanted >= logs[0]:
-            return math.exp(x[0] + (wanted - logs[0]) / self.slope) if self.slope else 0.0
-        if wanted < logs[-1]:
-            beyond = (wanted - logs[-1]) / self.slope if self.slope else math.inf
-            # The exponential of a large number overflows.
-            return math.exp(x[-1] + beyond) if x[-1] + beyond < 700 else math.inf
-        right = int(np.argmax(logs <= wanted))
-        if logs[right] == logs[right - 1]:
-            return float(self.sizes[right])
-        share = (wanted - logs[right - 1]) / (logs[right] - logs[right - 1])
-        return math.exp(float(x[right - 1] + share * (x[right] - x[right - 1])))
-
-
-class Split(NamedTuple):
-    """Which units (heads, or runs of queries of each head) are measured, and which are kept to check the pick.
-
-    Attributes:
-        by: ``heads`` or ``queries``.
-        runs: how many units a head is cut into.
-        groups: the stratum of each unit, ``[U]``: its sequence, or its head.
-        calibration: indices of the units that are measured.
-        held_out: indices of the others.
-    """
-
-    by: str
-    runs: int
-    groups: np.ndarray
-    calibration: np.ndarray
-    held_out: np.ndarray
-
-
-def split_units(shape: Sequence[int], held_out: float, seed: int) -> Split:
-    """Calibration and held-out units of queries ``[B, T, N, D]``, drawn anew in each sequence.
-
-    With fewer than 8 heads in all, runs of queries of each head are divided and not heads.
-
-    Args:
-        shape: of the queries.
-        held_out: the share that is held out.
-        seed: of the draw.
-
-    Returns:
-        The `Split`.
-
-    Raises:
-        InputError: a share outside 0 and 1, or too few queries for four units.
-    """
-    if not 0 < held_out < 1:
-        raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
-    num_batches, num_queries, num_heads, _ = shape
-    num_all = num_batches * num_heads
-    by_heads = num_all >= LEAST_HEADS
-    runs = 1 if by_heads else min(RUNS_OF_QUERIES, num_queries)
-    groups = np.repeat(np.arange(num_batches), num_heads) if by_heads else np.repeat(np.arange(num_all), runs)
-    if len(groups) < 4:
-        raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]")
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(groups))
-    # Each stratum gives its share, up to one unit.
-    rank = np.zeros(len(groups))
-    for group in np.unique(groups):
-        members = order[groups[order] == group]
-        rank[members] = (np.arange(len(members)) + random.uniform()) / len(members)
-    order = order[np.argsort(rank[order], kind="stable")]
-    num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
-    kept, given = order[:-num_held], order[-num_held:]
-    return Split("heads" if by_heads else "queries", runs, groups, np.sort(kept), np.sort(given))
-
-
-class UnitErrors(NamedTuple):
-    """Squared norms of the error ``[seeds, U]`` and of the exact output ``[U]``, by unit."""
-
-    error: np.ndarray
-    exact: np.ndarray
-
-    def relative(self, units: np.ndarray) -> float:
-        """The relative error of these units together, mean over seeds: what `diagnostics.compare` reports of all."""
-        return float(np.mean(np.sqrt(self.error[:, units].sum(1) / self.exact[units].sum())))
-
-    def worst(self, units: np.ndarray) -> float:
-        """The largest relative error of one of these units, mean over seeds."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(np.mean(np.max(np.sqrt(self.error[:, units] / self.exact[units]), axis=1)))
-
-    def bound(self, split: Split, confidence: float) -> float:
-        """What the relative error of the held-out units exceeds with a probability of at most ``1 - confidence``.
-
-        A Student interval for the log of the error: its variance over units by the jackknife, within strata where each
-        has three, both for the units measured and for those to come, and its variance over seeds for one more draw.
-        """
-        units, groups = split.calibration, split.groups[split.calibration]
-        if self.relative(units) == 0:
-            return 0.0
-        whole = math.log(self.relative(units))
-        without = np.log([max(self.relative(units[units != unit]), 1e-30) for unit in units])
-        strata = [groups == group for group in np.unique(groups)]
-        if min(stratum.sum() for stratum in strata) < 3:
-            strata = [np.ones(len(units), bool)]
-        parts = [(s.sum() - 1) / s.sum() * np.sum((without[s] - without[s].mean()) ** 2) for s in strata]
-        variance = sum(parts) * (1 + len(units) / len(split.held_out))
-        # Satterthwaite: where one stratum makes most of the error, it has few degrees of freedom.
-        freedom = 1.0
-        if variance > 0:
-            freedom = sum(parts) ** 2 / sum(part**2 / (s.sum() - 1) for part, s in zip(parts, strata, strict=True))
-        if len(self.error) > 1:
-            logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
-            variance += np.var(logs, ddof=1) * (1 + 1 / len(logs))
-        return math.exp(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +164,7 @@ def plan(
 
     Example:
         >>> import jax
-        >>> from approx_attention.compare import Tensors
+        >>> from approx_attention.tensor_files import Tensors
         >>> from approx_attention.plan import plan
         >>> q, k, v = (0.1 * jax.random.normal(jax.random.key(i), (1, 64, 8, 8)) for i in range(3))
         >>> made = plan(Tensors(q, k, v + 1), tolerance=0.05, max_bytes=1000, methods=["mean_pool"], rounds=1)

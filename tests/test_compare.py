@@ -13,17 +13,15 @@ import pytest
 
 from approx_attention import cli
 from approx_attention.compare import (
-    InputError,
     best_rows,
     build_arms,
     comparison_table,
     draw_frontiers,
-    load_sample,
-    load_tensors,
     run_comparison,
     write_atomically,
 )
 from approx_attention.diagnostics import Comparison
+from approx_attention.tensor_files import InputError, load_sample, load_tensors
 from tests.references import brute_force, random_heads
 
 

@@ -12,7 +12,7 @@ import pytest
 import approx_attention
 from benchmarks import report, wire
 from docs import check, pages
-from experiments.report import read_claims
+from experiments.claims import read_claims
 from tests import readme
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from approx_attention import METHODS
 from experiments import __main__ as cli
-from experiments import report, training
+from experiments import claims, report, training
 from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
 from experiments.data import DATASETS, DataConfig, load, text
 from experiments.models import AttentionConfig, ModelConfig, ParallelConfig
@@ -357,34 +357,34 @@ def _write_results(root, arm, figures, scale="cpu"):
     ],
 )  # fmt: skip
 def test_verdicts_follow_from_the_results(tmp_path, changes, favor, verdict, caveat):
-    claim = resolve(report.Claim, {**RECORD, **changes}, {}, "claim")
+    claim = resolve(claims.Claim, {**RECORD, **changes}, {}, "claim")
     _write_results(tmp_path, "exact", [2.0, 2.0, 2.0])
     if favor is not None:
         _write_results(tmp_path, "favor", favor)
-    finding = report.judge(claim, tmp_path)
+    finding = claims.judge(claim, tmp_path)
     assert finding.verdict == verdict
     assert finding.caveat.startswith(caveat)
     assert bool(finding.caveat) == bool(caveat)
 
 
 def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp_path):
-    claim = resolve(report.Claim, RECORD, {}, "claim")
+    claim = resolve(claims.Claim, RECORD, {}, "claim")
     for arm, figures in {"exact": [2.0] * 3, "favor": [2.2] * 3}.items():
         _write_results(tmp_path, arm, figures)
     _write_results(tmp_path, "exact", [2.0] * 3, "gpu")
-    assert report.judge(claim, tmp_path).scale == "cpu"
+    assert claims.judge(claim, tmp_path).scale == "cpu"
     _write_results(tmp_path, "favor", [1.0] * 3, "gpu")
-    assert (report.judge(claim, tmp_path).scale, report.judge(claim, tmp_path).verdict) == ("gpu", "not reproduced")
+    assert (claims.judge(claim, tmp_path).scale, claims.judge(claim, tmp_path).verdict) == ("gpu", "not reproduced")
     for path in tmp_path.rglob("gpu/favor-seed1/result.json"):
         document = json.loads(path.read_text())
         document["config"]["train"]["steps"] += 1
         path.write_text(json.dumps(document))
-    assert report.judge(claim, tmp_path).scale == "cpu"
+    assert claims.judge(claim, tmp_path).scale == "cpu"
 
 
 def test_a_break_even_that_is_never_reached_is_infinite():
-    assert report._at({"methods": {"favor": {"break_even": None}}}, "methods.favor.break_even") == float("inf")
-    assert np.isnan(report._at({"slope": None}, "slope.value"))
+    assert claims._at({"methods": {"favor": {"break_even": None}}}, "methods.favor.break_even") == float("inf")
+    assert np.isnan(claims._at({"slope": None}, "slope.value"))
 
 
 @pytest.mark.parametrize(

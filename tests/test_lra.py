@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import report
 from experiments.config import ConfigError
 from experiments.data import DataConfig, cache, load, lra
 from experiments.harness import quality
 from experiments.models import ModelConfig
+from experiments.tables import tables
 from experiments.training import OptimizerConfig, TrainingConfig
 
 SMALL = {"least_length": 5, "greatest_length": 40, "max_depth": 4, "max_arguments": 3}
@@ -112,9 +112,9 @@ def test_the_report_prints_oracles_beside_scores():
         return {"arm": arm, "result": {**result, "training_seconds": 1.0, **oracles}}
 
     oracles = {"oracles": {"first_operator": 0.364}}
-    (table,) = report._quality_tables([run("exact", oracles), run("favor", oracles)])
+    (table,) = tables("quality", [run("exact", oracles), run("favor", oracles)])
     assert [line.split("|")[3].strip() for line in table.splitlines() if "oracle: first operator" in line] == ["0.364"]
-    (table,) = report._quality_tables([run("exact", {})])
+    (table,) = tables("quality", [run("exact", {})])
     assert "oracle" not in table
 
 

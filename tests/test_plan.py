@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from approx_attention import cli
-from approx_attention.compare import InputError, Tensors, load_sample, run_comparison
-from approx_attention.plan import ErrorLaw, Split, UnitErrors, plan, plan_table, split_units
+from approx_attention.compare import run_comparison
+from approx_attention.error_laws import ErrorLaw, Split, UnitErrors, split_units
+from approx_attention.plan import plan, plan_table
 from approx_attention.registry import METHODS
+from approx_attention.tensor_files import InputError, Tensors, load_sample
 from tests.references import brute_force, random_heads
 from tests.test_compare import refusal, run
 

@@ -10,7 +10,8 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import METHODS, attention, diagnostics
-from approx_attention.compare import Tensors, held_bytes, load_sample
+from approx_attention.compare import held_bytes
+from approx_attention.tensor_files import Tensors, load_sample
 from experiments.config import STRICT, ConfigError
 from experiments.models import AttentionConfig
 

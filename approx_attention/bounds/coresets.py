@@ -1,0 +1,291 @@
+"""Coresets: what merging keys can cost, how much a key can matter, and which sizes are promised."""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_key_value_fit,
+)
+from approx_attention.clustering import merged, nearest
+from approx_attention.features import squared_norm
+from approx_attention.softmax import HIDDEN, blocked_state
+from approx_attention.summaries import WeightedKV
+
+
+class MergeBound(NamedTuple):
+    """Merged tokens, and a bound on their error.
+
+    Attributes:
+        summary: every key merged into the nearest of the tokens that were given.
+        bound: on its error for all queries of the ball, in the units of the values.
+    """
+
+    summary: WeightedKV
+    bound: Array
+
+
+def merge_bound(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    summary: WeightedKV,
+    radius: float | Array,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> MergeBound:
+    r"""Merges every key into the nearest of some tokens, with a bound on the error for every query of bounded norm.
+
+    If every key is within :math:`\delta` of the mean key that it was merged into,
+
+    .. math:: \sup_{\|q\| \le \rho} \|\mathrm{attend}(q) - \mathrm{attention}(q)\|_2
+              \le (e^{2 \rho \delta} - 1)\, \max_j \|v_j\|_2.
+
+    The bound is that of the merge that is returned, not of the summary that was given: of the clusters of that one only
+    the means are known, and not who is in them. No bound of this kind is known for Nystrom weights or for chosen
+    tokens: measure those with `approx_attention.diagnostics.sup_error`, whose search gives a lower bound of the
+    supremum. Above :math:`2 \max \|v\|` it says nothing.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        v: values ``[S, Dv]``.
+        summary: tokens to merge into, such as a coreset; those without mass are left out.
+        radius: :math:`\rho`, the largest norm of a query in scaled space.
+        kv_mask: true where a key is real ``[S]``.
+
+    Returns:
+        The `MergeBound`; infinite where it exceeds the largest number.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import bounds, summarize_coreset
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 2)) for i in range(2))
+        >>> coreset = summarize_coreset(k, v, jax.random.key(2), coreset_size=32, algorithm="farthest_merge")
+        >>> merged, bound = bounds.merge_bound(k, v, coreset, 0.5)
+        >>> float(merged.mass.sum()), bool(0 < bound < 2)
+        (64.0, True)
+
+    Reference:
+        Each weight is off by a factor between :math:`e^{\pm\rho\delta}`; a derivation of this library.
+    """
+    tokens = WeightedKV.of_tokens(k, v, kv_mask)
+    label = nearest(tokens.k, summary.k, summary.mass != 0)
+    merge = merged(tokens, label, summary.mass.shape[0])
+    away = jnp.where(tokens.mass > 0, jnp.sqrt(squared_norm(tokens.k - merge.k[label]))[:, 0], 0)
+    bound = jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(tokens.values)))
+    return MergeBound(merge, bound)
+
+
+class Sensitivity(NamedTuple):
+    """Enclosures of the sensitivities of keys, each ``[S]``.
+
+    Attributes:
+        least: reached by a query that was found.
+        most: exceeded by no query of the ball.
+    """
+
+    least: Array
+    most: Array
+
+
+def sensitivity(
+    k: Float[Array, "S D"],
+    radius: float | Array,
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+    num_steps: int = 64,
+) -> Sensitivity:
+    r"""The largest attention weight that any query of bounded norm gives to each key, from below and from above.
+
+    .. math:: s_j = \sup_{\|q\| \le \rho} \frac{e^{q \cdot k_j}}{\sum_i e^{q \cdot k_i}}.
+
+    The total of all keys is how many tokens importance sampling needs, up to logarithms and :math:`1/\epsilon^2`:
+    near 1 where keys are alike for such queries, S where each of them can be singled out. The search for the query is
+    convex, :math:`\min_q f(q) = \log \sum_i e^{q \cdot (k_i - k_j)}`, so that the duality gap
+    :math:`g = \nabla f \cdot q + \rho \|\nabla f\|` of its last step turns what was found into a bound,
+    :math:`s_j \le e^{g - f(q)}`, whether it has converged or not.
+
+    Args:
+        k: keys ``[S, D]`` in scaled space (`fold_scale`).
+        radius: :math:`\rho`, the largest norm of a query in scaled space.
+        kv_mask: true where a key is real ``[S]``; others have sensitivity 0.
+        num_steps: accelerated projected gradient steps.
+
+    Returns:
+        The `Sensitivity`, for the price of ``num_steps * S`` queries over all keys.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import bounds
+        >>> k = jax.random.normal(jax.random.key(0), (64, 4))
+        >>> least, most = bounds.sensitivity(k, 1.0)
+        >>> bool((least <= most).all()), bool(most.sum() < 1.1 * least.sum())
+        (True, True)
+
+    Reference:
+        Sensitivity as in Feldman and Langberg (2011); the gap is that of Frank and Wolfe (1956).
+    """
+    check_count("num_steps", num_steps)
+    check_key_value_fit(k, k, k)
+    k = k.astype(accumulation_dtype(k))
+    radius = jnp.asarray(radius, k.dtype)
+    present = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    k = jnp.where(present[:, None], k, 0)
+    bias = jnp.where(present, 0.0, HIDDEN).astype(k.dtype)
+
+    def value_and_slope(q: Array) -> tuple[Array, Array]:
+        """f and its gradient at queries ``[S, D]``, one for each key."""
+        state = blocked_state(q, k, k, bias)
+        return state.lse - jnp.sum(q * k, axis=1), state.out - k
+
+    def onto_ball(q: Array) -> Array:
+        norm = jnp.sqrt(squared_norm(q))
+        return q * jnp.minimum(1, radius / jnp.where(norm > 0, norm, 1))
+
+    # The second derivative of f is the variance of keys in a direction.
+    middle = jnp.mean(k, axis=0, where=present[:, None])
+    curvature = jnp.max(squared_norm(k - middle[None, :]), where=present[:, None], initial=0)
+    stride = 1 / jnp.where(curvature > 0, curvature, 1)
+
+    def step(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, ahead = state
+        new = onto_ball(ahead - stride * value_and_slope(ahead)[1])
+        return new, new + number / (number + 3) * (new - q)
+
+    start = jnp.zeros_like(k)
+    q, _ = lax.fori_loop(0, num_steps, lambda i, state: step(i.astype(k.dtype), state), (start, start))
+    value, slope = value_and_slope(q)
+    gap = jnp.sum(slope * q, axis=1) + radius * jnp.sqrt(squared_norm(slope))[:, 0]
+    least = jnp.where(present, jnp.exp(-value), 0)
+    most = jnp.where(present, jnp.minimum(jnp.exp(jnp.maximum(gap, 0) - value), 1), 0)
+    return Sensitivity(least, most)
+
+
+SizeResult = Literal[
+    "uniform",
+    "subgen",
+    "balance_kv",
+    "balance_kv_lower_bound",
+    "thinformer",
+    "kernel_discrepancy",
+    "optimal",
+    "lower_bound",
+]
+
+
+class CoresetSize(NamedTuple):
+    """A size that theory asks for.
+
+    Attributes:
+        size: tokens, up to a constant that the theorem does not give (taken to be 1).
+        vacuous: whether it is no less than the number of tokens there are.
+        statement: the bound, in words.
+    """
+
+    size: float
+    vacuous: bool
+    statement: str
+
+
+def coreset_size_bound(
+    error: float,
+    *,
+    radius: float,
+    head_dim: int,
+    num_keys: int,
+    failure: float = 0.1,
+    result: SizeResult = "optimal",
+) -> CoresetSize:
+    r"""How many tokens theory asks for so that attention errs by at most ``error`` where values have norm at most 1.
+
+    With queries of norm :math:`\rho` and keys of norm 1, in d dimensions, up to constants and lower-order terms:
+
+    .. math:: \text{uniform: } \cosh^2(\rho) \frac{d + \log(1/\delta)}{\epsilon^2}, \quad
+              \text{balance\_kv: } \frac{\sqrt d\, e^{2\rho} \log n}{\epsilon}, \quad
+              \text{thinformer: } \frac{\log^{3/2} n}{\epsilon}, \quad
+              \text{optimal: } \frac{\sqrt d\, e^{\rho}}{\epsilon}.
+
+    WildCat has no row: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for an error.
+
+    Args:
+        error: :math:`\epsilon`, of values of norm at most 1.
+        radius: :math:`\rho`, the largest norm of a query in scaled space, times that of the keys.
+        head_dim: d.
+        num_keys: n.
+        failure: :math:`\delta`, the probability with which a random choice may fail.
+        result: ``"uniform"`` for a uniform sample; ``"subgen"`` for the samples of values of SubGen, one query at a
+            time and beside its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for the space
+            that a stream needs, where radii are at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low effective
+            rank, whose rank its constant hides; ``"kernel_discrepancy"`` for the sums themselves, before one is divided
+            by the other, of keys and queries of norm 1; ``"optimal"`` for the size that is known to exist, without an
+            algorithm; ``"lower_bound"`` for the size below which some data have no coreset of rows.
+
+    Returns:
+        The `CoresetSize`; ``vacuous`` if it is at least ``num_keys``.
+
+    Raises:
+        ValueError: an unknown result, an error or radius that is not positive.
+
+    Example:
+        >>> from approx_attention import bounds
+        >>> bounds.coreset_size_bound(0.1, radius=2.0, head_dim=64, num_keys=16384).vacuous
+        False
+        >>> bounds.coreset_size_bound(0.1, radius=20.0, head_dim=64, num_keys=16384).vacuous
+        True
+
+    Reference:
+        Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", abstract; Han et al. (2025),
+        "BalanceKV", theorems 3.1 and 3.2; Zandieh et al. (2024), "SubGen"; "Thinformer" with "Express" (2026); Karnin
+        and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment.
+    """
+    check_choice("result", result, get_args(SizeResult))
+    check_count("head_dim", head_dim)
+    check_count("num_keys", num_keys)
+    if not error > 0 or not radius > 0 or not 0 < failure < 1:
+        raise ValueError(
+            f"error and radius must be positive and failure between 0 and 1, got {error}, {radius} and {failure}"
+        )
+    log_failure = math.log(1 / failure)
+    log_size, statement = {
+        "uniform": (
+            2 * (radius + math.log1p(math.exp(-2 * radius)) - math.log(2))
+            + math.log(head_dim + log_failure)
+            - 2 * math.log(error),
+            "a uniform sample, all queries at once",
+        ),
+        "subgen": (
+            math.log(head_dim) - 2 * math.log(error),
+            "samples of values, one query at a time; clusters of keys come on top",
+        ),
+        "balance_kv": (
+            0.5 * math.log(head_dim) + 2 * radius - math.log(error) + math.log(max(1.0, math.log(num_keys))),
+            "discrepancy of batches, each query of a stream with high probability",
+        ),
+        "balance_kv_lower_bound": (
+            min(-2 * math.log(error), math.log(head_dim) + 2 * radius),
+            "no stream algorithm needs less space",
+        ),
+        "thinformer": (
+            1.5 * math.log(max(1.0, math.log(num_keys))) - math.log(error),
+            "kernel halving of inputs of low effective rank, causally too",
+        ),
+        "kernel_discrepancy": (
+            0.5 * math.log(head_dim) - math.log(error),
+            "the sums of a kernel at radius 1, all queries at once",
+        ),
+        "optimal": (
+            0.5 * math.log(head_dim) + radius - math.log(error),
+            "a weighted coreset exists, all queries at once; no algorithm is known to find it",
+        ),
+        "lower_bound": (
+            0.5 * math.log(head_dim) + radius - math.log(error),
+            "some data have no smaller coreset of their own rows",
+        ),
+    }[result]
+    size = math.exp(log_size) if log_size < 700 else math.inf
+    return CoresetSize(size, size >= num_keys, statement)

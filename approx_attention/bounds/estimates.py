@@ -1,0 +1,204 @@
+"""Mean squared errors of random features, sketches and sampled rows, and how large a projection must be."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_key_value_fit,
+    fold_scale,
+)
+from approx_attention.features import squared_norm
+from approx_attention.sketches import SKETCHES
+
+
+def favor_mse(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    num_features: int,
+    *,
+    features: Literal["positive", "hyperbolic", "trigonometric"] = "positive",
+    scale: float | Array | None = None,
+) -> Float[Array, "T S"]:
+    r"""Mean squared error of random-feature estimates of :math:`e^{q \cdot k}`, relative to its square.
+
+    For R features of independent directions, with q and k scaled by :math:`\sqrt s` and :math:`z = \|q + k\|^2`,
+
+    .. math:: \text{positive: } \frac{e^z - 1}{R}, \qquad
+              \text{hyperbolic: } \frac{(e^z - 1)(1 - e^{-z})}{R}, \qquad
+              \text{trigonometric: } \frac{e^z (1 - e^{-\|q - k\|^2})^2}{R\, e^{4 q \cdot k}}.
+
+    The hyperbolic and trigonometric ones use R/2 directions. Orthogonal directions do better, by an amount that this
+    bound does not claim. It speaks of the entries, whose estimates are unbiased; their ratio, the answer, is not. Above
+    1 an entry's estimate is worth nothing.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        num_features: the number R of features.
+        features: their kind.
+        scale: factor s of the logits, ``1/sqrt(D)`` by default.
+
+    Returns:
+        The relative mean squared errors ``[T, S]``; infinite where they exceed the largest number.
+
+    Raises:
+        ValueError: shapes that do not fit, no features, unknown kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> float(bounds.favor_mse(jnp.zeros((1, 4)), jnp.zeros((1, 4)), 64)[0, 0])
+        0.0
+
+    Reference:
+        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 2 and theorem 1.
+    """
+    check_count("num_features", num_features)
+    check_choice("features", features, ("positive", "hyperbolic", "trigonometric"))
+    check_key_value_fit(q, k, k)
+    dtype = accumulation_dtype(q, k)
+    q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
+    logits, norms = q @ k.T, squared_norm(q) + squared_norm(k).T
+    together, apart = (jnp.maximum(norms + sign * 2 * logits, 0) for sign in (1, -1))
+    if features == "trigonometric":
+        return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
+    positive = jnp.expm1(together) / num_features
+    return positive if features == "positive" else positive * -jnp.expm1(-together)
+
+
+def sketch_mse(
+    weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: str = "gaussian"
+) -> Float[Array, ""]:
+    r"""The mean squared error of attention over sketched values, exactly.
+
+    With :math:`T = \|P\|_F^2 \|v\|_F^2`, :math:`O = \|P v\|_F^2`, :math:`C = \sum_j \|P_{:j}\|^2 \|v_j\|^2` and M rows,
+    :math:`E \|P \Pi^T \Pi v - P v\|_F^2` is
+
+    .. math:: \frac{T + O + (s - 3) C}{M}, \qquad \frac{T + O - 2 C}{M}, \qquad
+              \frac{T + O - 2 C}{M} \frac{N - M}{N - 1}, \qquad \frac{S C - O}{M} \frac{S - M}{S - 1}
+
+    for signs of density 1/s (``"rademacher"`` s = 1, ``"achlioptas"`` s = 3; ``"gaussian"`` as s = 3), for ``"count"``
+    and ``"sparse_jl"``, for ``"hadamard"`` with N the power of two from S on, and for ``"uniform_rows"``. Of values
+    that `unreduced_jlt` has centred, pass those without their mean.
+
+    Args:
+        weights: attention weights P ``[T, S]``.
+        v: values ``[S, Dv]``.
+        sketch_size: M.
+        kind: as in `approx_attention.sketches.draw_sketch`.
+
+    Returns:
+        The expected squared error, summed over queries and channels. Beside :math:`\|P v\|_F^2` it says whether the
+        sketch is worth anything: for uniform weights and centred values it is S/M times as large.
+
+    Raises:
+        ValueError: an unknown kind, shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> uniform = jnp.full((4, 8), 1 / 8)
+        >>> v = jnp.array([1.0, -1.0] * 4)[:, None]
+        >>> float(bounds.sketch_mse(uniform, v, 2)), float(bounds.sketch_mse(uniform, v, 8, "hadamard"))
+        (2.0, 0.0)
+
+    Reference:
+        Second moments of each family; what Wang et al. (2020), "Linformer", theorem 1 leaves as a probability.
+    """
+    check_choice("kind", kind, SKETCHES)
+    check_count("sketch_size", sketch_size)
+    num_keys = v.shape[0]
+    if weights.ndim != 2 or weights.shape[1] != num_keys:
+        raise ValueError(f"weights must be [T, S] with S = {num_keys}, got shape {weights.shape}")
+    dtype = accumulation_dtype(weights, v)
+    weights, v = weights.astype(dtype), v.astype(dtype)
+    of_column, of_value = jnp.sum(weights**2, axis=0), squared_norm(v)[:, 0]
+    total, own, out = jnp.sum(of_column) * jnp.sum(of_value), jnp.sum(of_column * of_value), jnp.sum((weights @ v) ** 2)
+    if kind == "uniform_rows":
+        return (num_keys * own - out) / sketch_size * _without_replacement(num_keys, sketch_size)
+    if kind == "hadamard":
+        length = 1 << (num_keys - 1).bit_length()
+        return (total + out - 2 * own) / sketch_size * _without_replacement(length, sketch_size)
+    own_times = {"gaussian": 0, "achlioptas": 0, "rademacher": -2, "count": -2, "sparse_jl": -2}[kind]
+    return (total + out + own_times * own) / sketch_size
+
+
+def row_sample_mse(
+    weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sample_size: int, log_odds: Float[Array, " S"]
+) -> Float[Array, ""]:
+    r"""The mean squared error of attention over M rows drawn with replacement and counted against their odds.
+
+    .. math:: E \|P \Pi^T \Pi v - P v\|_F^2
+              = \frac1M \Big(\sum_j \frac{\|P_{:j}\|^2 \|v_j\|^2}{p_j} - \|P v\|_F^2\Big),
+
+    which is least, :math:`((\sum_j \|P_{:j}\| \|v_j\|)^2 - \|P v\|_F^2) / M`, where
+    :math:`p_j \propto \|P_{:j}\| \|v_j\|`.
+
+    Args:
+        weights: attention weights P ``[T, S]``.
+        v: values ``[S, Dv]``.
+        sample_size: M.
+        log_odds: logarithms of p up to a constant ``[S]``; zeros for uniform draws.
+
+    Returns:
+        The expected squared error, summed over queries and channels.
+
+    Raises:
+        ValueError: a count below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> float(bounds.row_sample_mse(jnp.full((4, 8), 1 / 8), jnp.ones((8, 1)), 2, jnp.zeros(8)))
+        0.0
+
+    Reference:
+        Drineas, Kannan and Mahoney (2006), "Fast Monte Carlo algorithms for matrices I".
+    """
+    check_count("sample_size", sample_size)
+    dtype = accumulation_dtype(weights, v)
+    weights, v = weights.astype(dtype), v.astype(dtype)
+    share = jnp.exp(-jax.nn.log_softmax(log_odds.astype(dtype)))
+    own = jnp.sum(weights**2, axis=0) * squared_norm(v)[:, 0]
+    return (jnp.sum(share * own) - jnp.sum((weights @ v) ** 2)) / sample_size
+
+
+def _without_replacement(num_rows: int, size: int) -> float:
+    return max(0, num_rows - size) / max(1, num_rows - 1)
+
+
+def johnson_lindenstrauss_size(num_points: int, error: float) -> float:
+    r"""Rows with which a random projection keeps all distances between N points.
+
+    .. math:: M = 4 \ln N \,/\, (\epsilon^2/2 - \epsilon^3/3)
+
+    Args:
+        num_points: N.
+        error: :math:`\epsilon`, relative, of squared distances, between 0 and 1.
+
+    Returns:
+        The number of rows; at usual errors it exceeds the length of the sequence.
+
+    Raises:
+        ValueError: an error that is not between 0 and 1.
+
+    Example:
+        >>> from approx_attention import bounds
+        >>> round(bounds.johnson_lindenstrauss_size(512, 0.5)), round(bounds.johnson_lindenstrauss_size(512, 0.1))
+        (299, 5347)
+
+    Reference:
+        Dasgupta and Gupta (2003), "An elementary proof of a theorem of Johnson and Lindenstrauss".
+    """
+    check_count("num_points", num_points)
+    if not 0 < error < 1:
+        raise ValueError(f"error must be between 0 and 1, got {error}")
+    return 4 * math.log(num_points) / (error**2 / 2 - error**3 / 3)

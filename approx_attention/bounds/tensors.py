@@ -1,0 +1,215 @@
+"""Tensor attention: bounds on its logits, and the certificate of a polynomial approximation."""
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from approx_attention.features import squared_norm
+from approx_attention.polynomials import Coefficients, exp_coefficients, ratio_range, weight_bound
+from approx_attention.tensors import tensor_inputs
+
+
+def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
+    r"""A bound on the magnitude of every logit of tensor attention, in time linear in the number of tokens.
+
+    .. math:: \max |x| \le \min\Big(
+              |s| \sum_t \prod_a \max_j |y^a_{jt}|,\
+              |s| \prod_a \max_j \|y^a_j\|_m,\
+              |s| \min_{a \ne b} \max \|y^a\|_2 \max \|y^b\|_2 \prod_{c \ne a, b} \max \|y^c\|_\infty \Big)
+
+    over the m factors y, the queries and m - 1 sets of keys. The second is taken with channels as they are and scaled
+    so that the largest entries of all factors agree in each channel, which leaves logits alone.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[m-1, S, D]``, or a tuple of arrays ``[S_a, D]``; one array ``[S, D]`` is ordinary attention.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        kv_mask: true where a key is real, as in `tensor_attention`.
+
+    Returns:
+        The bound, one number.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> float(bounds.logit_bound(x, (x, x), scale=1.0))  # and 8 is reached
+        8.0
+
+    Reference:
+        Derivations of this library, by the inequalities of Hoelder and Cauchy.
+    """
+    inputs = tensor_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
+    tokens = (inputs.q, *inputs.keys)
+    # In units of the largest entry of each factor, whose powers neither overflow nor vanish.
+    peaks = [jnp.max(jnp.abs(y)) for y in tokens]
+    factors = tuple(y / jnp.where(peak > 0, peak, 1) for y, peak in zip(tokens, peaks, strict=True))
+    order = len(factors)
+    largest = jnp.stack([jnp.max(jnp.abs(y), axis=0) for y in factors])
+    by_channel = jnp.prod(largest, axis=0)
+
+    def hoelder(factors: Sequence[Array]) -> Array:
+        norms = [jnp.max(jnp.sum(jnp.abs(y) ** order, axis=1)) ** (1 / order) for y in factors]
+        return functools.reduce(operator.mul, norms)
+
+    common = by_channel[None] ** (1 / order) / jnp.where(largest > 0, largest, 1)
+    balanced = [y * gauge[None, :] for y, gauge in zip(factors, common, strict=True)]
+    euclidean = [jnp.sqrt(jnp.max(squared_norm(y))) for y in factors]
+    mixed = [x * y for x, y in itertools.combinations(euclidean, 2)]
+    least = functools.reduce(jnp.minimum, [jnp.sum(by_channel), hoelder(factors), hoelder(balanced), *mixed])
+    return functools.reduce(operator.mul, peaks, least)
+
+
+def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
+    r"""The root mean square of all logits of tensor attention, exactly and in linear time.
+
+    .. math:: \frac{1}{T \prod_a S_a} \sum_{i, j, l} x_{ijl}^2
+              = \frac{s^2}{T \prod_a S_a} \sum_{t, u} (Q^T Q)_{tu} \prod_a (K_a^T K_a)_{tu}
+
+    It is what ``coefficients="hermite"`` asks for.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys, as in `logit_bound`.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        kv_mask: true where a key is real, as in `tensor_attention`; others do not count. 0 without any in a set.
+
+    Returns:
+        One number.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import bounds
+        >>> float(bounds.logit_rms(jnp.full((3, 1), 2.0), jnp.ones((5, 1))))
+        2.0
+    """
+    inputs = tensor_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
+    counts = [x.shape[0] if mask is None else jnp.maximum(jnp.sum(mask, dtype=x.dtype), 1)
+              for x, mask in zip(inputs.keys, inputs.masks, strict=True)]  # fmt: skip
+    factors = zip((inputs.q, *inputs.keys), (inputs.q.shape[0], *counts), strict=True)
+    means = [y.T @ y / count for y, count in factors]
+    return jnp.sqrt(jnp.sum(functools.reduce(operator.mul, means)))
+
+
+class TensorCertificate(NamedTuple):
+    """What is certain of the polynomial method on given tensors, in exact arithmetic.
+
+    Attributes:
+        logit_bound: no logit is larger in magnitude.
+        total_variation: no query's weights are further off than this; infinite if the polynomial may turn negative.
+        output: nor its output in each channel, ``[Dv]``, in the units of the values.
+        met: whether the first is within the tolerance that was asked for; None if there was none.
+        rank: the number of features.
+        flops: of the polynomial method.
+        exact_flops: of exact attention.
+    """
+
+    logit_bound: float
+    total_variation: float
+    output: np.ndarray
+    met: bool | None
+    rank: int
+    flops: float
+    exact_flops: float
+
+
+def tensor_certificate(
+    q: Float[Array, "T D"],
+    k: Any,
+    v: Any,
+    *,
+    degree: int | None = None,
+    coefficients: Coefficients | Sequence[float] | np.ndarray = "taylor",
+    bound: float | None = None,
+    rms: float | None = None,
+    tolerance: float | None = None,
+    scale: float | Array | None = None,
+    kv_mask: Any = None,
+) -> TensorCertificate:
+    r"""How far the polynomial method can be from tensor attention of any order on these tensors.
+
+    With :math:`\beta` the `logit_bound` and lo and hi the least and the greatest :math:`P(x) e^{-x}` for
+    :math:`|x| \le \beta` (`ratio_range`),
+
+    .. math:: \tfrac12 \|\tilde w_i - w_i\|_1 \le C = \tanh\big(\tfrac14 \ln \tfrac{hi}{lo}\big), \qquad
+              |\tilde o_{ic} - o_{ic}| \le C\, \Big(\max_{j, l} v^1_{jc} v^2_{lc} - \min_{j, l} v^1_{jc} v^2_{lc}\Big).
+
+    It holds with and without a causal mask or a window. It assumes the worst logits within the bound and is often a
+    hundred times larger than the error: measure that too (`approx_attention.diagnostics.output_error`), and its *skill*
+    beside the mean of the values (`approx_attention.diagnostics.skill`), for where logits are tiny all methods look
+    good. Rounding is not part of it.
+
+    Args:
+        q: queries ``[T, D]``; this and the next two are numbers, so that it cannot be called under `jax.jit`.
+        k: keys, as in `tensor_polynomial`.
+        v: values, likewise.
+        degree: g, 2 by default, or that of ``coefficients``.
+        coefficients: as in `tensor_polynomial`.
+        bound: as there; the `logit_bound` of the tensors if it is needed and not given.
+        rms: as there; the `logit_rms` of the tensors if it is needed and not given.
+        tolerance: on the total variation.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        kv_mask: true where a key is real.
+
+    Returns:
+        The `TensorCertificate`.
+
+    Raises:
+        ValueError: shapes that do not fit, logits that are not finite, a degree that is not that of the coefficients.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import bounds
+        >>> q, k, l, v, w = (0.3 * jax.random.normal(jax.random.key(i), (64, 8)) for i in range(5))
+        >>> certificate = bounds.tensor_certificate(q, (k, l), (v, w), degree=4, tolerance=1e-3)
+        >>> certificate.met, certificate.rank, certificate.flops < certificate.exact_flops
+        (True, 495, True)
+
+    Reference:
+        Alman and Song (2024), upper bound; the constants are derivations of this library (`weight_bound`).
+    """
+    inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    beta = float(logit_bound(q, k, scale=scale, kv_mask=kv_mask))
+    if isinstance(coefficients, str):
+        if coefficients == "hermite" and rms is None:
+            rms = float(logit_rms(q, k, scale=scale, kv_mask=kv_mask))
+        degree = 2 if degree is None else degree
+        coefficients = exp_coefficients(coefficients, degree, bound=beta if bound is None else bound, rms=rms)
+    elif degree not in (None, len(coefficients) - 1):
+        told = len(coefficients)
+        raise ValueError(f"degree must be that of the {told} coefficients, {told - 1}, got {degree}")
+    total_variation = weight_bound(*ratio_range(coefficients, beta))
+    value_dim = inputs.values[0].shape[1]
+    low, high = np.ones(value_dim), np.ones(value_dim)
+    for values, mask in zip(inputs.values, inputs.masks, strict=True):
+        real = np.asarray(values, np.float64)[slice(None) if mask is None else np.asarray(mask)]
+        if not len(real):
+            real = np.zeros((1, value_dim))
+        ends = [a * b for a in (low, high) for b in (real.min(axis=0), real.max(axis=0))]
+        low, high = np.min(ends, axis=0), np.max(ends, axis=0)
+    num_queries, dim = inputs.q.shape
+    lengths = [keys.shape[0] for keys in inputs.keys]
+    rank = math.comb(dim + len(coefficients) - 1, dim)
+    return TensorCertificate(
+        logit_bound=beta,
+        total_variation=total_variation,
+        output=total_variation * (high - low) if math.isfinite(total_variation) else np.full(value_dim, np.inf),
+        met=None if tolerance is None else total_variation <= tolerance,
+        rank=rank,
+        flops=2.0 * (num_queries + sum(lengths)) * rank * (value_dim + 1),
+        exact_flops=2.0 * num_queries * math.prod(lengths) * (dim + value_dim),
+    )

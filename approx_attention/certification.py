@@ -1,0 +1,194 @@
+r"""Certificates: how precisely self-attention has a sparse pattern, read off its logits."""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+from jaxtyping import Float
+
+from approx_attention.causal import in_blocks
+from approx_attention.checks import accumulation_dtype, check_choice, check_floating
+from approx_attention.patterns import SparsePattern
+
+RatioError = Literal["relative", "absolute"]
+# Rows of logits that are held at a time.
+ROW_BLOCK = 256
+
+
+class Certificate(NamedTuple):
+    r"""How precisely attention M has a pattern A with supports :math:`S_i`, from its logits L.
+
+    Attributes:
+        log_eps1: :math:`\log \varepsilon_1`, the log of the largest ratio of a zero to a nonzero of its row,
+            :math:`\max_i (\max_{j \notin S_i} L_{ij} - \min_{s \in S_i} L_{is})`; ``-inf`` where nothing is zero.
+        log1p_eps2: :math:`\log(1 + \varepsilon_2)`, that of the largest error of the ratio of two nonzeros,
+            :math:`\max_i (\max_{S_i} - \min_{S_i})(L_{is} - \log A_{is})` for relative errors, and for absolute ones
+            that of :math:`1 + \max |M_{is} / M_{is'} - A_{is} / A_{is'}|`.
+        logit_absmax: the largest :math:`|L_{ij}|`.
+        rho: the gap :math:`-\log \varepsilon_1` in units of the largest logit, which no scale changes.
+        max_row_tv: the largest total variation distance between a row of M and that of A.
+        ok: whether the precisions asked for are met.
+        draws: how many draws were made.
+    """
+
+    log_eps1: Array
+    log1p_eps2: Array
+    logit_absmax: Array
+    rho: Array
+    max_row_tv: Array
+    ok: Array
+    draws: Array
+
+    def logits_needed(self, eps1: float) -> Array:
+        """The largest logit with which these inputs, scaled, tell zeros from nonzeros to the precision ``eps1``.
+
+        It is infinite where a zero is as large as a nonzero of its row, which no scale mends.
+        """
+        return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
+
+
+def certify(
+    inputs: Float[Array, "T C"],
+    w_q: Float[Array, "C d"],
+    w_k: Float[Array, "C d"],
+    pattern: SparsePattern,
+    *,
+    is_causal: bool = False,
+    eps1: Any = 1.0,
+    eps2: Any = math.inf,
+    ratio: RatioError = "relative",
+) -> Certificate:
+    r"""How precisely self-attention has a pattern, whatever made its inputs.
+
+    All is read off the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, whose exponentials may underflow, block of rows by
+    block of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of low precision
+    are taken as they are, and multiplied in float32.
+
+    Args:
+        inputs: tokens X ``[T, C]``.
+        w_q: projection of queries ``[C, d]``.
+        w_k: projection of keys ``[C, d]``.
+        pattern: the pattern that the attention should have.
+        is_causal: key j is visible to query i only if j <= i.
+        eps1: largest ratio of a zero to a nonzero of its row with which ``ok`` is true.
+        eps2: largest error of a ratio of nonzeros with which ``ok`` is true.
+        ratio: whether errors of ratios are relative or absolute.
+
+    Returns:
+        The `Certificate`, with ``draws = 0``.
+
+    Raises:
+        ValueError: shapes that do not fit, a pattern that reaches the future of a causal head.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import SparsePattern, certify
+        >>> identity = SparsePattern.banded(4, [0])
+        >>> certificate = certify(jnp.eye(4), 8 * jnp.eye(4), jnp.eye(4), identity)
+        >>> float(certificate.log_eps1), float(certificate.rho)
+        (-4.0, 1.0)
+    """
+    for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
+        check_floating(name, x)
+    check_choice("ratio", ratio, get_args(RatioError))
+    check_square(pattern)
+    if inputs.ndim != 2 or inputs.shape[0] != pattern.num_tokens:
+        raise ValueError(f"inputs must be [T, C] with T = {pattern.num_tokens}, got shape {inputs.shape}")
+    if w_q.shape != w_k.shape or w_q.ndim != 2 or w_q.shape[0] != inputs.shape[1]:
+        raise ValueError(f"w_q and w_k must be [C, d] with C = {inputs.shape[1]}, got {w_q.shape} and {w_k.shape}")
+    if is_causal and not isinstance(pattern.indices, Tracer):
+        check_no_future(pattern)
+    return _measure(inputs, w_q, w_k, pattern, (eps1, eps2), is_causal=is_causal, ratio=ratio)
+
+
+@functools.partial(jax.jit, static_argnames=("is_causal", "ratio"))
+def _measure(
+    inputs: Array,
+    w_q: Array,
+    w_k: Array,
+    pattern: SparsePattern,
+    limits: tuple[Any, Any],
+    *,
+    is_causal: bool,
+    ratio: RatioError,
+) -> Certificate:
+    dtype = accumulation_dtype(inputs, w_q, w_k)
+    inputs, w_q, w_k = (x.astype(dtype) for x in (inputs, w_q, w_k))
+    q, k = full_matmul(inputs, w_q) / math.sqrt(w_q.shape[1]), full_matmul(inputs, w_k)
+
+    def block(args: tuple[Array, ...]) -> tuple[Array, ...]:
+        rows, q, indices, valid, log_weights = args
+        logits = full_matmul(q, k.T)
+        off = off_rows(rows, indices, valid, pattern.num_keys, is_causal)
+        on = jnp.take_along_axis(logits, indices, axis=1)
+        greatest_off = jnp.max(jnp.where(off, logits, -jnp.inf), axis=1)
+        least_on = jnp.min(jnp.where(valid, on, jnp.inf), axis=1)
+        error = on - log_weights
+        spread = jnp.max(jnp.where(valid, error, -jnp.inf), axis=1) - jnp.min(jnp.where(valid, error, jnp.inf), axis=1)
+        if ratio == "absolute":
+            spread = jnp.log1p(_absolute_ratio_error(error, log_weights, valid))
+        visible = jnp.where(off, jnp.abs(logits), 0), jnp.where(valid, jnp.abs(on), 0)
+        size = jnp.maximum(*(jnp.max(x, axis=1) for x in visible))
+        peak = jnp.maximum(greatest_off, jnp.max(jnp.where(valid, on, -jnp.inf), axis=1))[:, None]
+        mass = jnp.sum(jnp.where(off, jnp.exp(logits - peak), 0), axis=1)
+        weights = jnp.where(valid, jnp.exp(on - peak), 0)
+        realized = weights / (mass + jnp.sum(weights, axis=1))[:, None]
+        # Both rows sum to 1, so what A has more on its support is what M has more elsewhere.
+        missing = jnp.where(valid, jnp.maximum(jnp.exp(log_weights) - realized, 0), 0)
+        worst = greatest_off - least_on, spread, size, jnp.sum(missing, axis=1)
+        return tuple(jnp.max(x) for x in worst)
+
+    log_weights = pattern.normalized_log_weights(dtype)
+    rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
+    arrays = rows, q, pattern.indices, pattern.valid, log_weights
+    blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_tokens)) for x in arrays))
+    log_eps1, log1p_eps2, size, distance = (jnp.max(x) for x in blocks)
+    rho = jnp.where(size > 0, -log_eps1 / jnp.where(size > 0, size, 1), jnp.where(log_eps1 == -jnp.inf, jnp.inf, 0))
+    eps1, eps2 = (jnp.asarray(limit, dtype) for limit in limits)
+    ok = (log_eps1 <= jnp.log(eps1)) & (log1p_eps2 <= jnp.log1p(eps2))
+    return Certificate(log_eps1, log1p_eps2, size, rho, distance, ok, jnp.zeros((), jnp.int32))
+
+
+def _absolute_ratio_error(error: Array, log_weights: Array, valid: Array) -> Array:
+    r"""The largest :math:`e^{a_s - a_{s'}} |e^{x_s - x_{s'}} - 1|` of each row, for log-weights a and errors x."""
+    error, log_weights = (jnp.where(valid, x, 0) for x in (error, log_weights))
+
+    def over(entry: tuple[Array, ...]) -> Array:
+        other, log_weight, present = (x[:, None] for x in entry)
+        difference = jnp.exp(log_weights - log_weight) * jnp.abs(jnp.expm1(error - other))
+        return jnp.max(jnp.where(valid & present, difference, 0), axis=1)
+
+    return jnp.max(lax.map(over, (error.T, log_weights.T, valid.T)), axis=0)
+
+
+def check_square(pattern: SparsePattern) -> None:
+    """Raises unless a pattern has as many queries as keys."""
+    if pattern.num_tokens != pattern.num_keys:
+        raise ValueError(
+            f"self-attention has as many queries as keys, got a pattern [{pattern.num_tokens}, {pattern.num_keys}]"
+        )
+
+
+def check_no_future(pattern: SparsePattern) -> None:
+    """Raises if a row of a pattern holds a key after its query."""
+    future = np.asarray(pattern.valid) & (np.asarray(pattern.indices) > np.arange(pattern.num_tokens)[:, None])
+    if future.any():
+        raise ValueError(f"a causal head sees no key after its query, but {future.any(axis=1).sum()} rows do: causal()")
+
+
+def off_rows(rows: Array, indices: Array, valid: Array, num_keys: int, is_causal: bool) -> Array:
+    """Which keys some queries see and should not ``[rows, S]``."""
+    local = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
+    # Padding names key 0, which a row may or may not hold: it must not clear it.
+    off = jnp.ones((rows.shape[0], num_keys), bool).at[local, indices].min(~valid)
+    return off & (jnp.arange(num_keys, dtype=jnp.int32)[None, :] <= rows[:, None]) if is_causal else off
+
+
+def full_matmul(a: Array, b: Array) -> Array:
+    """A product in full precision, on accelerators too: the last digits of a logit are what is certified."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
