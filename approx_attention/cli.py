@@ -1,6 +1,7 @@
 """The command line: ``approx-attention compare``, ``approx-attention plan`` and ``approx-attention methods``."""
 
 import contextlib
+import json
 import math
 import pathlib
 import sys
@@ -57,6 +58,33 @@ class MethodName(click.ParamType):
         return value
 
 
+class Option(click.ParamType):
+    """A hyper-parameter of one method."""
+
+    name = "method.option=value"
+
+    def convert(self, value, param, ctx):
+        """Splits the text; a value that is no JSON is a text."""
+        if isinstance(value, tuple):
+            return value
+        path, equals, text = value.partition("=")
+        method, dot, option = path.partition(".")
+        if not (equals and dot and option):
+            self.fail(f"it reads METHOD.OPTION=VALUE, such as favor.block_size=64; got {value!r}", param, ctx)
+        try:
+            setting = json.loads(text)
+        except ValueError:
+            setting = text
+        return MethodName().convert(method, param, ctx), option, setting
+
+
+def _by_method(settings: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {}
+    for method, option, value in settings:
+        options.setdefault(method, {})[option] = value
+    return options
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="approx_attention")
 def approx_attention() -> None:
@@ -83,6 +111,9 @@ _ON_TENSORS = (
         help="Factor of the logits.  [default: 1/sqrt(D)]",
     ),
     click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to look at.  [default: all]"),
+    click.option(
+        "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
+    ),
     click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods."),
     click.option(
         "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first draw."
@@ -122,6 +153,7 @@ def on_tensors(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
 @click.option("--window", type=click.IntRange(min=1), default=128, show_default=True, help="Where the far part begins.")
 def compare(
     names: tuple[str, ...] | None,
+    options: tuple[tuple[str, str, Any], ...],
     scale: float | None,
     budgets: tuple[int, ...],
     seeds: int,
@@ -144,6 +176,7 @@ def compare(
             budgets,
             is_causal=is_causal,
             scale=scale,
+            options=_by_method(options),
             window_size=window,
             num_seeds=seeds,
             seed=seed,
@@ -156,6 +189,7 @@ def compare(
         "is_causal": is_causal,
         "scale": scale,
         "methods": list(names or default_methods(is_causal)),
+        "options": _by_method(options),
         "budgets": list(budgets),
         "num_seeds": seeds,
         "seed": seed,
@@ -175,6 +209,7 @@ def compare(
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
 def plan(
     names: tuple[str, ...] | None,
+    options: tuple[tuple[str, str, Any], ...],
     scale: float | None,
     seeds: int,
     seed: int,
@@ -204,6 +239,7 @@ def plan(
             is_causal=is_causal,
             scale=scale,
             methods=names,
+            options=_by_method(options),
             held_out=held_out,
             confidence=confidence,
             num_seeds=seeds,
@@ -218,6 +254,7 @@ def plan(
         "is_causal": is_causal,
         "scale": scale,
         "methods": list(names or default_methods(is_causal)),
+        "options": _by_method(options),
         "held_out": held_out,
         "num_seeds": seeds,
         "seed": seed,

@@ -33,6 +33,8 @@ from approx_attention.tensor_files import InputError, Tensors
 LARGEST_LOGITS = 2**31
 # Always in the comparison: what does not beat these is not worth its trouble.
 BASELINES = ("mean_value", "local", "uniform_sample")
+# Hyper-parameters by the name of the method.
+Options = Mapping[str, Mapping[str, Any]]
 
 
 def default_methods(is_causal: bool) -> list[str]:
@@ -81,7 +83,13 @@ _STYLES = tuple(
 
 
 def build_arms(
-    tensors: Tensors, methods: Iterable[str], budgets: Sequence[int], *, is_causal: bool, scale: float | None
+    tensors: Tensors,
+    methods: Iterable[str],
+    budgets: Sequence[int],
+    *,
+    is_causal: bool,
+    scale: float | None,
+    options: Options | None = None,
 ) -> list[Arm]:
     """The arms to compare: every exact form, the baselines, and each method at each size.
 
@@ -93,23 +101,27 @@ def build_arms(
         budgets: sizes of summaries.
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits.
+        options: hyper-parameters other than the size, by the name of the method.
 
     Returns:
         The arms.
 
     Raises:
-        InputError: an unknown method, or one that cannot do what is asked.
+        InputError: an unknown method, one that cannot do what is asked, or options that it does not take.
     """
+    names = list(dict.fromkeys((*BASELINES, *methods)))
+    options = check_options(names, options)
     arms = exact_arms(tensors, is_causal=is_causal, scale=scale)
     num_keys = tensors.key.shape[1]
-    for name in dict.fromkeys((*BASELINES, *methods)):
+    for name in names:
         method = check_method(name, is_causal)
         if name == "exact":
             continue
         # What is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         sizes = sorted({min(budget, greatest) for budget in budgets}) if method.size else [None]
-        arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale) for size in sizes]
+        own = options.get(name, {})
+        arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale, options=own) for size in sizes]
     return arms
 
 
@@ -128,10 +140,35 @@ def check_method(name: str, is_causal: bool) -> Method:
     return method
 
 
-def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool, scale: float | None) -> Arm:
-    """One method at one size."""
+def check_options(names: Iterable[str], options: Options | None) -> Options:
+    """The options, none if there are none.
+
+    Raises:
+        InputError: options of a method that does not take part, or the size, which is chosen for it.
+    """
+    options, names = options or {}, [name for name in names if name != "exact"]
+    for name, own in options.items():
+        if name not in names:
+            raise InputError(f"options are for a method that takes part: {', '.join(names)}; got some for {name!r}")
+        if get_method(name).size in own:
+            raise InputError(f"{get_method(name).size} of {name} is its size, which is not an option here")
+    return options
+
+
+def method_arm(
+    tensors: Tensors,
+    name: str,
+    size: int | None,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    options: Mapping[str, Any] | None = None,
+) -> Arm:
+    """One method at one size; ``InputError`` for options that it does not take."""
     method = get_method(name)
-    hyperparameters: dict[str, Any] = {} if method.size is None or size is None else {method.size: size}
+    hyperparameters: dict[str, Any] = dict(options or {}) | (
+        {} if method.size is None or size is None else {method.size: size}
+    )
     with_state = method.capabilities.normalizer
 
     def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, Array | None]:
@@ -148,6 +185,12 @@ def method_arm(tensors: Tensors, name: str, size: int | None, *, is_causal: bool
         )
         return result if with_state else (result, None)
 
+    if options:
+        try:
+            jax.eval_shape(function, *tensors, jax.random.key(0))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            raise InputError(f"{name} does not take {given}: {error}") from error
     return Arm(
         method=name,
         function=function,
@@ -247,13 +290,14 @@ def run_comparison(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    options: Options | None = None,
     window_size: int = 128,
     num_seeds: int = 3,
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> list[Comparison]:
     """Compares methods at several sizes with exact attention: `build_arms`, then `diagnostics.compare`."""
-    arms = build_arms(tensors, methods, budgets, is_causal=is_causal, scale=scale)
+    arms = build_arms(tensors, methods, budgets, is_causal=is_causal, scale=scale, options=options)
     window = method_arm(tensors, "local", min(window_size, tensors.key.shape[1]), is_causal=is_causal, scale=scale)
     return compare(
         arms, *tensors, exact=arms[0], window=window, num_seeds=num_seeds, seed=seed, on_progress=on_progress

@@ -1,10 +1,11 @@
 """Which method, of what size, for a tolerance and a budget: measured on some of the user's heads, checked on others."""
 
+import bisect
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,9 @@ from rich.text import Text
 
 from approx_attention.compare import (
     BASELINES,
+    Options,
     check_method,
+    check_options,
     default_methods,
     exact_arms,
     in_units,
@@ -115,6 +118,11 @@ class Plan:
     pick: Candidate | None
     verdict: str
 
+    @property
+    def nearest(self) -> Candidate | None:
+        """The candidate within the budget whose error is bounded lowest; none where the budget allows nothing."""
+        return min((c for c in self.candidates if c.in_budget), key=lambda c: c.error_bound, default=None)
+
 
 def plan(
     tensors: Tensors,
@@ -125,6 +133,7 @@ def plan(
     is_causal: bool = False,
     scale: float | None = None,
     methods: Iterable[str] | None = None,
+    options: Options | None = None,
     held_out: float = 0.5,
     confidence: float = 0.95,
     num_seeds: int = 3,
@@ -149,6 +158,7 @@ def plan(
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         methods: names in `METHODS`; all that cost less than exact attention by default.
+        options: hyper-parameters other than the size, by the name of the method.
         held_out: the share of the heads that is held out.
         confidence: of the bound that a choice rests on.
         num_seeds: draws of random methods, to choose and then to check.
@@ -160,7 +170,8 @@ def plan(
         The `Plan`.
 
     Raises:
-        InputError: a tolerance, budget, share or count out of range, a method that is unknown or has no causal form.
+        InputError: a tolerance, budget, share or count out of range, a method that is unknown or has no causal form,
+            options that it does not take.
 
     Example:
         >>> import jax
@@ -183,6 +194,7 @@ def plan(
     names = [name for name in names if name != "exact"]
     for name in names:
         check_method(name, is_causal)
+    options = check_options(names, options)
     split = split_units(tensors.query.shape, held_out, seed)
     rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
     # What exact attention holds, and every method that keeps all tokens.
@@ -191,7 +203,9 @@ def plan(
     bench = _Bench(tensors, exact_forms[0], split.runs)
 
     arm_of = functools.cache(
-        lambda name, size: method_arm(tensors, name, size, is_causal=is_causal, scale=scale)  # compiled once
+        lambda name, size: method_arm(  # compiled once
+            tensors, name, size, is_causal=is_causal, scale=scale, options=options.get(name)
+        )
     )
     curves: dict[str, Curve] = {}
     proposals: list[tuple[Arm, float, float]] = [(arm, 0.0, 0.0) for arm in exact_forms]
@@ -206,11 +220,14 @@ def plan(
         if get_method(name).size is None:
             proposals.append((arm_of(name, None), *measure(None)))
             continue
-        curve = _calibrate(name, tensors.key.shape[1], tolerance, measure)
+
+        def held(size: int, name: str = name) -> int:
+            return arm_of(name, size).summary_bytes or all_bytes
+
+        curve = _calibrate(name, tensors.key.shape[1], tolerance, max_bytes, measure, held)
         if curve is None:
             continue
         curves[name] = curve
-        held = {size: arm_of(name, size).summary_bytes or all_bytes for size in curve.measured}
         for size in _chosen_sizes(curve, held, tolerance, max_bytes):
             proposals.append((arm_of(name, size), curve.error.error(size), curve.bound.error(size)))
 
@@ -290,9 +307,17 @@ class _Bench:
 
 
 def _calibrate(
-    name: str, num_keys: int, tolerance: float, measure: Callable[[int], tuple[float, float]]
+    name: str,
+    num_keys: int,
+    tolerance: float,
+    max_bytes: int | None,
+    measure: Callable[[int], tuple[float, float]],
+    held: Callable[[int], int],
 ) -> Curve | None:
-    """Measures a method at a few sizes and then where the fit expects the tolerance to be met."""
+    """Measures a method at a few sizes, where the fit expects the tolerance to be met, and at the most bytes allowed.
+
+    The last only where nothing in the budget meets the tolerance: what comes nearest uses all that it may.
+    """
     usual = get_method(name).usual_size
     # Sizes that count tokens are shares of these, half of which is the most that is worth it; others go by their usual.
     greatest = num_keys // 2 if usual >= 64 else min(8 * usual, num_keys // 2)
@@ -312,6 +337,11 @@ def _calibrate(
         if size in bounds:
             break
         errors[size], bounds[size] = measure(size)
+    if max_bytes is not None and not any(bounds[size] <= tolerance and held(size) <= max_bytes for size in bounds):
+        sizes = range(2, greatest + 1, 2)
+        fitting = bisect.bisect_right(sizes, max_bytes, key=held)
+        if fitting and (size := sizes[fitting - 1]) not in bounds:
+            errors[size], bounds[size] = measure(size)
     return Curve(dict(sorted(errors.items())), ErrorLaw.fit(errors), ErrorLaw.fit(bounds))
 
 
@@ -322,12 +352,12 @@ def _round_size(size: float, greatest: int) -> int:
     return min(-(-size // step) * step, greatest)
 
 
-def _chosen_sizes(curve: Curve, held: Mapping[int, int], tolerance: float, max_bytes: int | None) -> list[int]:
+def _chosen_sizes(curve: Curve, held: Callable[[int], int], tolerance: float, max_bytes: int | None) -> list[int]:
     """The smallest measured size that meets the tolerance; where none does in the budget, the closest in the budget."""
     meeting = [size for size in curve.measured if curve.bound.error(size) <= tolerance * (1 + 1e-9)]
     chosen = meeting[:1]
-    if not meeting or (max_bytes is not None and held[meeting[0]] > max_bytes):
-        within = [size for size in curve.measured if max_bytes is None or held[size] <= max_bytes]
+    if not meeting or (max_bytes is not None and held(meeting[0]) > max_bytes):
+        within = [size for size in curve.measured if max_bytes is None or held(size) <= max_bytes]
         chosen += within[-1:]
     return list(dict.fromkeys(chosen))
 
@@ -355,10 +385,8 @@ def _verdict(made: Plan) -> str:
             if given is not None
         )
         text = f"Nothing is predicted to meet {tolerance}" + (f" within {budget}." if budget else ".")
-        within = [c for c in made.candidates if c.in_budget]
-        if within:
-            nearest = min(within, key=lambda c: c.error_bound)
-            text += f" Nearest within it: {nearest.label}, {_errors(nearest)}."
+        if made.nearest is not None:
+            text += f" Nearest within it: {made.nearest.label}, {_errors(made.nearest)}."
         meeting = [c for c in made.candidates if c.is_predicted]
         if meeting:
             cheapest = min(meeting, key=lambda c: _cost(c, made.rank_by))

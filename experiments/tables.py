@@ -3,6 +3,7 @@
 import functools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,18 @@ def _zoo_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             "trained with|test accuracy|bits|attention error|error on exact's tensors|answers from|holds|ms a layer"
         )
         yield table(header.split("|"), rows)
+        if plans := [result["plan"] for result in results if "plan" in result]:
+            picks = Counter(plan["method"] for plan in plans).most_common()
+            chosen = ", ".join(f"`{name}` ({times} of {len(plans)})" for name, times in picks)
+            bits, best, median, bound, error = (
+                _spread([plan[figure] for plan in plans])
+                for figure in ("bits", "best", "median", "error_bound", "held_out_error")
+            )
+            yield (
+                f"`approx_attention.plan`, asked for the least error in these bytes on the tensors of the model trained "
+                f"with exact attention, chose {chosen}: error at most {bound}, {error} on the heads that it had not seen. "
+                f"Trained with its choice {bits} bits; the best of the above in these bytes, {best}, the median {median}."
+            )
         for name, accuracy in results[0]["oracles"].items():
             yield f"Oracle, {name.replace('_', ' ')}: accuracy {accuracy:.3f}."
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import cli
+from approx_attention import attention, cli
 from approx_attention.compare import (
     best_rows,
     build_arms,
@@ -162,6 +162,36 @@ def test_errors_are_those_of_the_outputs(tensors):
     assert row.worst_row_error == pytest.approx(worst, rel=1e-4)
     # Keys and values of 48 tokens against 8 sums and a count.
     assert row.compression == pytest.approx(48 * 16 * 4 / row.summary_bytes)
+
+
+def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
+    arms = build_arms(
+        load_tensors(tensors), ["favor"], [8], is_causal=True, scale=None, options={"favor": {"block_size": 4}}
+    )
+    query, key, value = load_tensors(tensors)
+    arm = next(arm for arm in arms if arm.method == "favor")
+    own = attention(
+        query, key, value, method="favor", rng=jax.random.key(0), is_causal=True, num_features=8, block_size=4
+    )
+    np.testing.assert_allclose(arm.function(query, key, value, jax.random.key(0))[0], own, rtol=1e-5, atol=1e-6)
+    options = ["--methods", "favor", "--budget", 8, "--seeds", 1, "--set", "favor.block_size=4"]
+    assert run("compare", tensors, "--causal", *options, "--out", tmp_path / "out") == 0
+    document = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert document["settings"]["options"] == {"favor": {"block_size": 4}}
+    assert next(row for row in document["rows"] if row["method"] == "favor")["summary_bytes"] == arm.summary_bytes
+
+    def refused(*settings):
+        given = [part for setting in settings for part in ("--set", setting)]
+        return refusal(capsys, "compare", tensors, "--methods", "favor", "--out", tmp_path / "no", *given)
+
+    assert "favor does not take blocksize=4: method 'favor' has no argument 'blocksize'; did you mean" in refused(
+        "favor.blocksize=4"
+    )
+    assert "num_features of favor is its size" in refused("favor.num_features=4")
+    assert "options are for a method that takes part" in refused("nystrom.num_landmarks=4")
+    assert "unknown method 'favour'; did you mean 'favor'" in refused("favour.block_size=4")
+    assert "METHOD.OPTION=VALUE" in refused("favor")
+    assert "favor does not take block_size=0: block_size must be" in refused("favor.block_size=0")
 
 
 def test_bytes_held(tensors):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from approx_attention import cli
-from approx_attention.compare import run_comparison
+from approx_attention.compare import held_bytes, run_comparison
 from approx_attention.error_laws import ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.plan import plan, plan_table
 from approx_attention.registry import METHODS
@@ -286,6 +286,30 @@ def test_bytes_are_kept_to():
     same = plan(tensors, tolerance=0.1, **(BYTES | {"max_bytes": held}), **QUICK)
     assert same.pick is not None
     assert same.pick.label == free.pick.label
+
+
+def test_what_comes_nearest_uses_all_bytes():
+    tensors = family("diffuse", 1)
+    made = plan(tensors, tolerance=1e-9, max_bytes=2000, methods=["mean_pool"], **QUICK)
+    assert made.pick is None
+    assert made.nearest is not None
+    assert made.nearest == min((c for c in made.candidates if c.in_budget), key=lambda c: c.error_bound)
+    pooled = next(c for c in made.candidates if c.method == "mean_pool")
+    held = held_bytes(tensors, "mean_pool", {"num_landmarks": pooled.size}, is_causal=False)
+    more = held_bytes(tensors, "mean_pool", {"num_landmarks": pooled.size + 2}, is_causal=False)
+    assert held <= 2000 < more
+
+
+def test_options_are_those_of_the_method():
+    tensors = family("diffuse", 1, 8, 64)
+    options = {"mean_pool": {"block_size": 4}}
+    made = plan(tensors, tolerance=0.5, is_causal=True, methods=["mean_pool"], options=options, **QUICK)
+    (pooled,) = (c for c in made.candidates if c.method == "mean_pool")
+    settings = {"num_landmarks": pooled.size, "block_size": 4}
+    assert pooled.held_bytes == held_bytes(tensors, "mean_pool", settings, is_causal=True)
+    options = {"mean_pool": {"block_size": 0}}
+    with pytest.raises(InputError, match="mean_pool does not take block_size=0: block_size must be"):
+        plan(tensors, tolerance=0.5, is_causal=True, methods=["mean_pool"], options=options, **QUICK)
 
 
 def test_time_is_kept_to():

@@ -10,9 +10,12 @@ from approx_attention import METHODS
 from experiments import data, plots
 from experiments.config import ConfigError, read_config_file
 from experiments.data import DataConfig
+from experiments.fidelity import attention_errors
 from experiments.harness.quality import bytes_held
 from experiments.runs import CONFIGS, Run
+from experiments.training import build_model
 from experiments.whole_picture import zoo
+from experiments.whole_picture.choice import choose
 from experiments.whole_picture.zoo import CHOOSE, ENDS, answer_bytes, rank_correlation
 
 ZOO = CONFIGS / "whole_picture" / "zoo"
@@ -110,6 +113,24 @@ def test_exact_attention_must_take_part():
         Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {"methods": {"local": {"method": "local"}}}, ZOO)
 
 
+@pytest.mark.usefixtures("models")
+def test_the_plan_chooses_the_least_error_in_the_bytes():
+    config = _config("cpu", "recall")
+    dataset = data.load(config.training.data)
+    examples = data.held_out(dataset, "valid", 4, 1)[0]
+    model = build_model(config.training, dataset)
+    methods = {name: config.methods[name] for name in ("exact", "mean_value", "local", "uniform_sample", "top_k")}
+    chosen, facts = choose(model, examples, methods, 2400, True)
+    # `top_k` holds all tokens, and the smallest window is far from this one.
+    assert chosen.method in {"mean_value", "local", "uniform_sample"}
+    assert facts["held_bytes"] <= 2400
+    errors = attention_errors(model, examples, {"chosen": chosen, **{name: methods[name] for name in methods}})
+    assert facts["held_out_error"] == pytest.approx(errors["chosen"]["mean"], rel=0.2)
+    assert errors["chosen"]["mean"] <= 1.1 * min(
+        errors[name]["mean"] for name in ("mean_value", "local", "uniform_sample")
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("models")
 def test_times_are_taken_again_without_training(tmp_path, monkeypatch):
@@ -119,6 +140,8 @@ def test_times_are_taken_again_without_training(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "fit", None)
     second = run.result(Console(quiet=True))["result"]
     assert second["rank_correlation"] == first["rank_correlation"]
+    assert second["plan"] == first["plan"]
+    assert first["plan"]["best"] <= first["plan"]["median"]
     for name, entry in second["methods"].items():
         assert entry.pop("seconds") > 0
         assert entry == {what: figure for what, figure in first["methods"][name].items() if what != "seconds"}

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiments.config import STRICT, Count
 from experiments.fidelity import attention_errors
 from experiments.models import AttentionConfig, SelfAttention
 from experiments.training import TrainingConfig, evaluate, fit
+from experiments.whole_picture.choice import choose
 
 # Not brought to the bytes of the others: two ends of the scale, and weights that are each estimated from all keys.
 ENDS = ("exact", "mean_value", "ra")
@@ -51,23 +53,27 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     """Score, errors of attention, bytes and time of each method, and how well the errors tell the scores.
 
     ``attention_error`` is that of a method on the tensors of the model trained with it, and ``error_on_exact`` that on
-    the tensors of the model trained with exact attention, before anything is trained with the method.
+    the tensors of the model trained with exact attention, before anything is trained with the method. ``plan`` is what
+    `choose` finds on these tensors, trained in its turn, beside the ``best`` and ``median`` bits of all that answers
+    from as many bytes and holds no more.
     """
     # Each method is kept once it is trained, so that a killed run goes on with the next, and times can be taken again.
     kept = directory / "methods.json"
     trained: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    planned = directory / "plan.json"
+    kept_seconds = sum(entry["training_seconds"] for entry in trained.values())
     dataset = data.load(config.training.data)
     examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
 
-    def train(name: str) -> tuple[nnx.Module, float]:
-        own = dataclasses.replace(config.training, attention=config.methods[name], seed=config.seed)
+    def train(name: str, attention: AttentionConfig) -> tuple[nnx.Module, float]:
+        own = dataclasses.replace(config.training, attention=attention, seed=config.seed)
         model, _, seconds = fit(own, directory / "checkpoints" / name, console)
         return model, seconds
 
-    if missing := [name for name in config.methods if name not in trained]:
-        reference, _ = train("exact")
-    for name in missing:
-        model, seconds = train(name)
+    reference = None
+    for name in [name for name in config.methods if name not in trained]:
+        reference = reference or train("exact", config.methods["exact"])[0]
+        model, seconds = train(name, config.methods[name])
         errors = (attention_errors(m, examples, {name: config.methods[name]})[name] for m in (model, reference))
         own, on_exact = (error["mean"] for error in errors)
         trained[name] = {
@@ -76,31 +82,46 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
             "error_on_exact": on_exact,
             "training_seconds": round(seconds, 1),
         }
-        text = json.dumps(trained, indent=1) + "\n"
-        write_atomically(kept, lambda file, text=text: file.write(text.encode()))
+        _keep(kept, trained)
         console.print(f"{directory.name} {name}: {trained[name]['bits']:.3f} bits, attention error {own:.2f}")
         jax.clear_caches()
     length = examples["tokens"].shape[1]
+    head_dim = config.training.model.head_dim
+    held = {name: answer_bytes(own, length, head_dim, dataset.is_causal) for name, own in config.methods.items()}
+    # What methods of equal bytes may differ by, the plan may too.
+    budget = int(1.15 * statistics.median(held.values()))
+    within = [name for name in config.methods if held[name] <= budget and config.methods[name].method not in CHOOSE]
+    if not planned.exists():
+        reference = reference or train("exact", config.methods["exact"])[0]
+        chosen, facts = choose(reference, examples, config.methods, budget, dataset.is_causal)
+        facts |= evaluate(config.training, train("plan", chosen)[0], dataset, "test")
+        _keep(planned, facts)
+        console.print(f"{directory.name} plan: {facts['method']} {facts['settings']}, {facts['bits']:.3f} bits")
     seconds = layer_seconds(config, length, dataset.is_causal)
-    methods = {
-        name: {
-            **trained[name],
-            "answer_bytes": answer_bytes(attention, length, config.training.model.head_dim, dataset.is_causal),
-            "seconds": seconds[name],
-        }
-        for name, attention in config.methods.items()
-    }
+    methods = {name: {**trained[name], "answer_bytes": held[name], "seconds": seconds[name]} for name in config.methods}
     others = [entry for name, entry in methods.items() if name != "exact"]
     return {
         "methods": methods,
+        "plan": {
+            **json.loads(planned.read_text()),
+            "best": min(methods[name]["bits"] for name in within),
+            "median": statistics.median(methods[name]["bits"] for name in within),
+        },
         "rank_correlation": {
             error: rank_correlation([entry[error] for entry in others], [entry["bits"] for entry in others])
             for error in ("attention_error", "error_on_exact")
         },
+        # What went into training before this pass, where it goes on from one that was broken off.
+        "kept_seconds": round(kept_seconds, 1),
         "is_causal": dataset.is_causal,
         "data": dict(dataset.provenance),
         "oracles": dict(dataset.oracles),
     }
+
+
+def _keep(path: pathlib.Path, facts: dict[str, Any]) -> None:
+    text = json.dumps(facts, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
