@@ -102,9 +102,9 @@ def _zoo_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
                 for figure in ("bits", "best", "median", "error_bound", "held_out_error")
             )
             yield (
-                f"`approx_attention.plan`, asked for the least error in these bytes on the tensors of the model trained "
-                f"with exact attention, chose {chosen}: error at most {bound}, {error} on the heads that it had not seen. "
-                f"Trained with its choice {bits} bits; the best of the above in these bytes, {best}, the median {median}."
+                "`approx_attention.plan`, asked for the least error in these bytes on the tensors of the model trained "
+                f"with exact attention, chose {chosen}: error at most {bound}, {error} on the heads not seen. Trained "
+                f"with its choice {bits} bits; with the best of the above in these bytes {best}, the median {median}."
             )
         for name, accuracy in results[0]["oracles"].items():
             yield f"Oracle, {name.replace('_', ' ')}: accuracy {accuracy:.3f}."
