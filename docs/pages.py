@@ -115,11 +115,11 @@ def write(docs: pathlib.Path = DOCS) -> None:
             (docs / stale).unlink()
     for place, text in pages.items():
         _write_if_new(docs / place, text)
-    rows = comparison()["rows"]
-    for name in measured_methods():
+    newest = max(path.stat().st_mtime for path in COMPARISONS)
+    for name, path in measured_methods().items():
         figure = docs / "methods" / f"{name}.svg"
-        if not figure.exists() or figure.stat().st_mtime < (DOCS / "compare.json").stat().st_mtime:
-            draw_error(name, rows, figure)
+        if not figure.exists() or figure.stat().st_mtime < newest:
+            draw_error(name, comparison(path), figure)
 
 
 def _write_if_new(path: pathlib.Path, text: str) -> None:
@@ -253,20 +253,15 @@ def cost_table(method: Method) -> str:
 
 
 def _measured(name: str) -> list[str]:
-    document = comparison()
+    path = measured_methods().get(name, COMPARISONS[0])
+    document = comparison(path)
     rows = [row for row in document["rows"] if row["method"] == name]
-    if not rows:
-        return [
-            f"`{name}` is not part of the default comparison on the shipped sample, so no figure is shown here. "
-            f"`approx-attention compare --methods {name}` measures it, on the sample or on your tensors; "
-            "[](../results/experiments.md) has what the studies found."
-        ]
     kind = "causal" if document["settings"]["is_causal"] else "bidirectional"
     seeds = document["settings"]["num_seeds"]
     held = [
         [
             "" if row["size"] is None else str(row["size"]),
-            f"{row['summary_bytes'] / 1024:.4g}",
+            f"{_kib_held(row, document):.4g}",
             f"{row['relative_error']:.2g}",
             "" if row["far_error"] is None else f"{row['far_error']:.2g}",
             f"{1e3 * row['seconds']:.3g}",
@@ -283,31 +278,47 @@ def _measured(name: str) -> list[str]:
             f":alt: Relative error of {name} against bytes held, among all methods of the comparison",
             "",
             f"Relative error against bytes held on the shipped sample ({kind}, {document['shapes']['key'][1]} tokens); "
-            "below and to the left is better. Grey: the other methods of the same run.",
+            "below and to the left is better. Grey: the other methods of the same run. A method that holds all keys "
+            "stands at their bytes.",
             "```",
             "",
         ]
     )
-    about = f"Means over {seeds} seeds where the method is random. {machine(document)}, from `docs/compare.json`."
+    place = path.relative_to(DOCS.parent).as_posix()
+    about = f"Means over {seeds} seeds where the method is random. {machine(document)}, from `{place}`."
     return [*figure, markdown_table(header, held), "", about]
 
 
-def comparison() -> dict[str, Any]:
+# The default comparison, and that of the methods that it leaves out, which some are because they have no causal form.
+COMPARISONS = (DOCS / "compare.json", DOCS / "others" / "compare.json")
+
+
+def comparison(path: pathlib.Path = COMPARISONS[0]) -> dict[str, Any]:
     """What ``approx-attention compare`` measured on the shipped sample."""
-    return json.loads((DOCS / "compare.json").read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def measured_methods() -> list[str]:
-    """The approximations of the comparison."""
-    return list(dict.fromkeys(row["method"] for row in comparison()["rows"] if not row["is_exact"]))
+def measured_methods() -> dict[str, pathlib.Path]:
+    """The approximations that were compared, and where."""
+    found: dict[str, pathlib.Path] = {}
+    for path in COMPARISONS:
+        for row in comparison(path)["rows"]:
+            if not row["is_exact"]:
+                found.setdefault(row["method"], path)
+    return found
 
 
-def draw_error(name: str, rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> None:
+def _kib_held(row: Mapping[str, Any], document: Mapping[str, Any]) -> float:
+    every = next(row["summary_bytes"] for row in document["rows"] if row["is_exact"])
+    return (row["summary_bytes"] or every) / 1024
+
+
+def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draws error against bytes held: the method in colour, the baselines named, all others grey."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
+    for row in document["rows"]:
         if not row["is_exact"]:
-            curves.setdefault(row["method"], []).append((row["summary_bytes"] / 1024, row["relative_error"]))
+            curves.setdefault(row["method"], []).append((_kib_held(row, document), row["relative_error"]))
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": name}):
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         for other, points in curves.items():
@@ -480,7 +491,7 @@ def sample_table() -> str:
         [
             f"`{row['method']}`" if row["is_exact"] or row["method"] not in BASELINES else f"*{row['method']}*",
             "" if row["size"] is None else str(row["size"]),
-            f"{row['summary_bytes'] / 1024:.4g}",
+            f"{_kib_held(row, document):.4g}",
             f"{row['relative_error']:.2g}",
             "" if row["far_error"] is None else f"{row['far_error']:.2g}",
             f"{row['speedup']:.2f}x",
