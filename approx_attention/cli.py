@@ -148,7 +148,8 @@ def on_tensors(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
     type=CommaSeparated(click.IntRange(min=1)),
     default="64,256",
     show_default=True,
-    help="Sizes of summaries: landmarks, samples, features, window.",
+    help="Sizes of summaries: landmarks, samples, features, window. Sizes that count other things are in proportion: "
+    "at 256 every method has its usual size.",
 )
 @click.option("--window", type=click.IntRange(min=1), default=128, show_default=True, help="Where the far part begins.")
 def compare(

@@ -33,6 +33,8 @@ from approx_attention.tensor_files import InputError, Tensors
 LARGEST_LOGITS = 2**31
 # Always in the comparison: what does not beat these is not worth its trouble.
 BASELINES = ("mean_value", "local", "uniform_sample")
+# The budget at which every method has its usual size: of many this is the size, others count blocks or slots per block.
+USUAL_BUDGET = 256
 # Hyper-parameters by the name of the method.
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -93,12 +95,13 @@ def build_arms(
 ) -> list[Arm]:
     """The arms to compare: every exact form, the baselines, and each method at each size.
 
-    A size above the number of keys is cut to it for methods that are exact there.
+    At a budget of 256 every method has its usual size, at others a size in proportion. A size above the number of keys
+    is cut to it for methods that are exact there.
 
     Args:
         tensors: what will be compared.
         methods: names in `METHODS`; the baselines are added.
-        budgets: sizes of summaries.
+        budgets: sizes of summaries, of methods whose usual size is 256.
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits.
         options: hyper-parameters other than the size, by the name of the method.
@@ -119,7 +122,8 @@ def build_arms(
             continue
         # What is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
-        sizes = sorted({min(budget, greatest) for budget in budgets}) if method.size else [None]
+        proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
+        sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
         own = options.get(name, {})
         arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale, options=own) for size in sizes]
     return arms
@@ -264,7 +268,7 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
     if is_causal and method.running is not None and method.block in arguments:
         make_running = method.running
         block_size = hyperparameters.get(method.block, arguments[method.block].default)
-        own = accepted(make_running, hyperparameters)
+        own = accepted(make_running, {"max_length": key.shape[0], **hyperparameters})
 
         def cache(rng: Array) -> Any:
             running = make_running(key.shape[-1], rng, **own)

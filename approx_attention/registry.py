@@ -99,7 +99,7 @@ class Method:
         cost: ``(T, S, D, Dv, size) -> FLOPs`` of the matrix products of its bidirectional form, per head.
         reference: where it comes from.
         size: the hyper-parameter that says how large its summary is, if it has one.
-        usual_size: the value at which its cost is shown.
+        usual_size: the value at which its cost is shown, and that it has in a comparison with a budget of 256.
         summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
         running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
         block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.

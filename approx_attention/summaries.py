@@ -220,7 +220,22 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
+    if q.shape[0] < summary.k.shape[1]:
+        return _attend_few(q, summary)
     return blocked_state(q, summary.k, summary.values, summary.log_mass)
+
+
+def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
+    """For fewer queries than channels: their weights are smaller than keys and values, which stay as they are.
+
+    What would hide a key, or divide a value by the mass that it stands for, is done to its weights.
+    """
+    absent = tokens.mass == 0
+    logits = jnp.where(absent[None, :], -jnp.inf, q @ tokens.k.T + tokens.log_mass[None, :])
+    peak = finite_peak(jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - peak[:, None])
+    shares = weights / jnp.where(absent, 1, tokens.mass)[None, :]
+    return normalise(shares @ tokens.value_sum, jnp.sum(weights, axis=-1), peak)
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:

@@ -164,6 +164,14 @@ def test_errors_are_those_of_the_outputs(tensors):
     assert row.compression == pytest.approx(48 * 16 * 4 / row.summary_bytes)
 
 
+def test_sizes_that_count_other_things_are_in_proportion(tensors):
+    names = ["mean_pool", "block_linformer", "bigbird"]
+    arms = build_arms(load_tensors(tensors), names, [8, 32, 512], is_causal=False, scale=None)
+    sizes = {name: [arm.size for arm in arms if arm.method == name] for name in names}
+    # The sequence has 48 keys; usual are 256 landmarks, 16 slots per block and 3 random blocks.
+    assert sizes == {"mean_pool": [8, 32, 48], "block_linformer": [1, 2, 32], "bigbird": [1, 6]}
+
+
 def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
     arms = build_arms(
         load_tensors(tensors), ["favor"], [8], is_causal=True, scale=None, options={"favor": {"block_size": 4}}

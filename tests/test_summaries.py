@@ -34,8 +34,13 @@ def materialised(features, x):
     return np.broadcast_to(values * np.exp(log_scale), (x.shape[0], features.num_features))
 
 
-def test_tokens_with_masses_are_repeated_keys():
-    q, k, v = random_head(0, 6, 5)
+# Keys have 8 channels, and few queries are answered in another way than many.
+few_and_many = pytest.mark.parametrize("num_queries", [6, 9])
+
+
+@few_and_many
+def test_tokens_with_masses_are_repeated_keys(num_queries):
+    q, k, v = random_head(0, num_queries, 5)
     counts = np.array([1, 3, 0, 2, 5])
     summary = WeightedKV(k, v * counts[:, None].astype(np.float32), jnp.asarray(counts, jnp.float32))
     out, lse = brute_force(q, np.repeat(k, counts, axis=0), np.repeat(v, counts, axis=0), scale=1)
@@ -43,14 +48,21 @@ def test_tokens_with_masses_are_repeated_keys():
     np.testing.assert_allclose(attend(q, summary).lse, lse, atol=1e-6)
 
 
-def test_an_absent_token_may_hold_anything():
-    q, k, v = random_head(1, 6, 5)
+@few_and_many
+def test_an_absent_token_may_hold_anything(num_queries):
+    q, k, v = random_head(1, num_queries, 5)
     mass = jnp.array([1.0, 0, 1, 1, 0])
     summary = WeightedKV(k, v * mass[:, None], mass)
     out, _ = brute_force(q, np.asarray(k)[[0, 2, 3]], np.asarray(v)[[0, 2, 3]], scale=1)
     np.testing.assert_allclose(attend(q, summary).out, out, atol=1e-6)
     gradient = jax.grad(lambda s: jnp.sum(attend(q, s).out))(summary)
     chex.assert_tree_all_finite(gradient)
+    nothing = attend(q, WeightedKV.empty(5, 8, 8))
+    assert not np.any(nothing.out)
+    assert np.all(np.isneginf(nothing.lse))
+    huge = attend(1e4 * q, WeightedKV.of_tokens(1e4 * k, v))
+    chex.assert_tree_all_finite(huge)
+    np.testing.assert_allclose(huge.out, np.asarray(v)[np.argmax(np.asarray(q) @ np.asarray(k).T, axis=1)], atol=1e-6)
 
 
 def test_signed_masses_answer_and_are_clipped():
