@@ -366,17 +366,17 @@ def in_units(num_bytes: int) -> str:
 
 
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
-    """The figure: error against time, and error against bytes held, one line per method through its sizes."""
-    from matplotlib import patheffects
+    """The figure: error against time and against bytes held, one line per method through the sizes in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, sharey=True)
     approximations = [row for row in rows if not row.is_exact]
     looks = method_styles(dict.fromkeys(row.method for row in approximations))
-    for i, (name, look) in enumerate(looks.items()):
+    for name, look in looks.items():
         chosen = [row for row in approximations if row.method == name]
-        style = {**look, "label": name}
+        sizes = ", ".join(str(row.size) for row in chosen if row.size is not None)
+        style = {**look, "label": f"{name} ({sizes})" if sizes else name}
         for axes, xs in (
             (left, [row.seconds * 1e3 for row in chosen]),
             (right, [None if row.summary_bytes is None else row.summary_bytes / 1024 for row in chosen]),
@@ -386,20 +386,6 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
                 continue
             x, errors = [x for x, _ in points], [row.relative_error for _, row in points]
             axes.errorbar(x, errors, [row.relative_error_std for _, row in points], capsize=2, markersize=6, **style)
-            # Sizes stand above the points of one method and below those of the next, which are often close by.
-            for at, row in points:
-                if row.size is not None:
-                    axes.annotate(
-                        str(row.size),
-                        (at, row.relative_error),
-                        (0, 7 if i % 2 else -7),
-                        textcoords="offset points",
-                        horizontalalignment="center",
-                        verticalalignment="bottom" if i % 2 else "top",
-                        fontsize=8,
-                        color=style["color"],
-                        path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
-                    )
     exact = min((row for row in rows if row.is_exact), key=lambda row: row.seconds)
     left.axvline(exact.seconds * 1e3, color="0.4", linestyle="--", label=f"fastest exact ({exact.method})")
     if exact.summary_bytes is not None:
@@ -409,7 +395,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     for axes in (left, right):
         log_scales(axes)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -148,6 +148,8 @@ def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
         in_time.minorticks_off()
         correlation = statistics.fmean(result["rank_correlation"]["attention_error"] for result in results)
         by_error.set(xlabel="relative error of its attention, once trained", ylabel=label)
+        if by_error.get_xlim()[1] > 2:  # what is far from any estimate leaves the others their room
+            by_error.set_xscale("symlog", linthresh=1)
         by_error.set_title(f"rank correlation of error and bits {correlation:.2f}", fontsize=10)
         for axes in (ranked, in_time, by_error):
             axes.grid(True, color="0.9")
@@ -530,7 +532,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[
         if scales[1] == "linear":
             axes.set_ylim(0, reach)
         steps = list(next(iter(curves.values())))
-        axes.set(title=arm, xscale=scales[0], yscale=scales[1], xlabel=x, ylabel=y)
+        axes.set(title=arm if len(arms) > 1 else "", xscale=scales[0], yscale=scales[1], xlabel=x, ylabel=y)
         axes.set_xticks([float(step) for step in steps], steps)
         axes.minorticks_off()
         axes.grid(True, color="0.9")
