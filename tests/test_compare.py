@@ -252,7 +252,12 @@ def test_the_frontier_holds_what_nothing_beats():
     table = comparison_table(rows, "title", 8)
     assert [cell.plain for cell in table.columns[0].cells] == ["exact", "fast *", "good *", "worse", "slow and good *"]
     figure = draw_frontiers(rows, "title")
-    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"fast (8)", "good (8)", "worse (8)", "slow and good (8)"}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {
+        "fast (8)",
+        "good (8)",
+        "worse (8)",
+        "slow and good (8)",
+    }
 
 
 def test_help_and_methods(capsys):

@@ -1,0 +1,241 @@
+"""What coresets are made of, against loops: clusters, halving, landmarks, weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    WeightedKV,
+    attend,
+)
+from approx_attention.clustering import (
+    cholesky_places,
+    farthest_places,
+    k_means,
+    nearest,
+    nystrom,
+    random_places,
+    spread_places,
+)
+from approx_attention.coresets import (
+    Halving,
+    KMeansMerge,
+    KMeansNystrom,
+    PivotedNystrom,
+    sensitivities,
+)
+from approx_attention.diagnostics import sup_error
+from approx_attention.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
+from tests.references import random_head
+from tests.test_coreset import KEY, answers, clustered, summary
+
+
+def test_the_greedy_rule_against_a_loop():
+    random = np.random.default_rng(16)
+    features = random.normal(size=(20, 2, 7))
+    difference = features[:, 0] - features[:, 1]
+    mass = random.integers(1, 4, size=(20, 2)).astype(float)
+    total, kept = np.zeros(7), []
+    for d, (a, b) in zip(difference, mass, strict=True):
+        keep = np.linalg.norm(total + b * d) < np.linalg.norm(total - a * d)
+        total += b * d if keep else -a * d
+        kept.append(keep)
+    gram = jnp.asarray(difference @ difference.T, jnp.float32)
+    signs = SIGN_RULES["greedy"](gram, *jnp.asarray(mass, jnp.float32).T, jnp.full(20, 0.3), 0.5)
+    np.testing.assert_array_equal(signs, kept)
+
+
+@pytest.mark.parametrize("rule", ["search", "greedy", "thinning"])
+def test_signs_cancel_better_than_coins(rule):
+    random = np.random.default_rng(17)
+    difference = random.normal(size=(10, 64, 5))
+    gram = jnp.asarray(difference @ difference.swapaxes(1, 2), jnp.float32)
+    one = jnp.ones(64)
+    coin = jnp.asarray(random.uniform(size=(10, 64)), jnp.float32)
+    keep = jax.vmap(lambda gram, coin: SIGN_RULES[rule](gram, one, one, coin, 0.5))(gram, coin)
+    signs = np.where(keep, 1, -1)
+    left = np.einsum("si,sij,sj->s", signs, np.asarray(gram), signs)
+    by_coin = np.trace(np.asarray(gram), axis1=1, axis2=2)
+    assert left.mean() < {"search": 0.02, "greedy": 0.1, "thinning": 0.6}[rule] * by_coin.mean()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_halving_keeps_one_of_each_pair_and_its_mass(interleaved):
+    _, k, v = random_head(18, 1, 44, 6, 3)
+    mass = jnp.asarray(np.random.default_rng(0).integers(0, 4, 44), jnp.float32)
+    points = kernel_points(WeightedKV(k, v * mass[:, None], mass), jnp.float32(0.5))
+    half = halve(points, jnp.linspace(0, 1, 22), rule="greedy", block=12, interleaved=interleaved)
+    np.testing.assert_array_equal(half.mass, mass.reshape(22, 2).sum(1))
+    place = np.asarray(half.place)
+    np.testing.assert_array_equal(place // 2, np.arange(22))
+    assert (np.asarray(mass)[place][np.asarray(half.mass) > 0] > 0).all()
+
+
+BY_CHANCE = ["thinformer", "balance_kv", Halving(rule="walk"), Halving(rule="thinning")]
+
+
+@pytest.mark.parametrize("algorithm", BY_CHANCE, ids=str)
+def test_no_place_in_the_sequence_is_preferred(algorithm):
+    _, k, v = random_head(49, 1, 32, 4, 2, spread=0.3)
+    run = jax.jit(jax.vmap(lambda key: summary(k, v, None, key, size=8, algorithm=algorithm)))
+    small = run(jax.random.split(KEY, 400))
+    place = np.abs(np.asarray(small.k)[:, :, None] - np.asarray(k)[None, None]).sum(-1).argmin(-1)
+    weight = np.zeros(32)
+    np.add.at(weight, place.reshape(-1), np.asarray(small.mass).reshape(-1) / 400)
+    assert weight.max() < 1.8 * weight.mean()
+    assert weight.min() > 0.3 * weight.mean()
+
+
+@pytest.mark.parametrize("rule", ["walk", "thinning", "compress"])
+def test_random_rules_keep_masses_on_average(rule):
+    random = np.random.default_rng(50)
+    difference = random.normal(size=(32, 5))
+    gram = jnp.asarray(difference @ difference.T, jnp.float32)
+    heavy, light = jnp.full(32, 9e-3), jnp.full(32, 1e-3)
+    coins = jnp.asarray(random.uniform(size=(300, 32)), jnp.float32)
+    keep = jax.vmap(lambda coin: SIGN_RULES[rule](gram, heavy, light, coin, 0.5))(coins)
+    assert float(keep.mean()) == pytest.approx(0.9, abs=0.05)
+
+
+def test_a_value_that_is_not_a_number_costs_no_other_token():
+    _, k, v = random_head(51, 1, 128, 6, 3)
+    kv_mask = jnp.arange(128) < 80
+    small = summary(k, v.at[7, 0].set(jnp.nan), kv_mask, size=16, algorithm="halving")
+    assert float(small.mass.sum()) == pytest.approx(80)
+
+
+def test_large_groups_do_not_overflow():
+    count, groups = 131036, 65500
+    points = kernel_points(WeightedKV(jnp.zeros((count, 1)), jnp.zeros((count, 1)), jnp.ones(count)), jnp.float32(0.5))
+    spread = spread_over(points, jnp.arange(count, dtype=jnp.int32), groups)
+    assert float(spread.mass.sum()) == count
+
+
+def test_an_unfactorable_kernel_leaves_finite_gradients():
+    _, k, v = random_head(52, 1, 300, 2, 2, spread=0.3)
+    algorithm = KMeansNystrom(ridge=1e-8)
+    gradients = jax.grad(lambda k, v: summary(k, v, size=150, algorithm=algorithm).value_sum.sum(), argnums=(0, 1))(
+        k, v
+    )
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+def test_the_tree_brings_neighbours_together():
+    _, k, v = random_head(19, 1, 300, 3, 1)
+    mass = (jnp.arange(300) < 250).astype(jnp.float32)
+    points = kernel_points(WeightedKV(k * mass[:, None], v * mass[:, None], mass), jnp.float32(0.5))
+    order = np.asarray(tree_order(points, 4))
+    assert sorted(order) == list(range(300))
+    assert (order[250:] >= 250).all()
+    apart = [np.linalg.norm(np.diff(np.asarray(k)[x], axis=0), axis=1)[::2].mean() for x in (order[:250], range(250))]
+    assert apart[0] < 0.75 * apart[1]
+
+
+@pytest.mark.parametrize(("num_keys", "groups"), [(7, 3), (64, 16), (100, 9), (5, 5)])
+def test_groups_get_equally_many(num_keys, groups):
+    _, k, v = random_head(20, 1, num_keys, 3, 1)
+    mass = (jnp.arange(num_keys) % 4 != 3).astype(jnp.float32)
+    points = kernel_points(WeightedKV(k, v, mass), jnp.float32(0.5))
+    order = jnp.argsort(mass == 0, stable=True).astype(jnp.int32)
+    spread = spread_over(points, order, groups)
+    length = group_length(num_keys, groups)
+    counts = (np.asarray(spread.mass).reshape(groups, length) > 0).sum(1)
+    assert counts.sum() == float(mass.sum())
+    assert counts.max() - counts.min() <= 1
+    held = np.asarray(spread.place)[np.asarray(spread.mass) > 0]
+    np.testing.assert_array_equal(np.sort(held), np.flatnonzero(mass))
+
+
+def test_nearest_and_merged_against_a_loop():
+    _, k, v = random_head(21, 1, 50, 4, 2)
+    mass = jnp.asarray(np.random.default_rng(0).integers(0, 3, 50), jnp.float32)
+    tokens = WeightedKV(k, v * mass[:, None], mass)
+    start = jnp.arange(6, dtype=jnp.int32)
+    clusters = k_means(tokens, start, 1)
+    present = np.asarray(mass)[:6] > 0
+    distance = np.linalg.norm(np.asarray(k)[:, None] - np.asarray(k)[None, :6], axis=-1)
+    label = np.where(present[None], distance, np.inf).argmin(1)
+    np.testing.assert_array_equal(nearest(k, k[:6], jnp.asarray(present)), label)
+    for cluster in range(6):
+        members = label == cluster
+        total = np.asarray(mass)[members].sum()
+        assert float(clusters.mass[cluster]) == total
+        if total:
+            mean = (np.asarray(k) * np.asarray(mass)[:, None])[members].sum(0) / total
+            np.testing.assert_allclose(clusters.k[cluster], mean, atol=1e-5)
+            np.testing.assert_allclose(
+                clusters.value_sum[cluster], np.asarray(tokens.value_sum)[members].sum(0), atol=1e-5
+            )
+
+
+def test_farthest_places_against_a_loop():
+    k = np.random.default_rng(22).normal(size=(40, 4)).astype(np.float32)
+    chosen = [int(np.linalg.norm(k, axis=1).argmax())]
+    while len(chosen) < 7:
+        chosen.append(int(np.linalg.norm(k[:, None] - k[None, chosen], axis=-1).min(1).argmax()))
+    np.testing.assert_array_equal(farthest_places(jnp.asarray(k), jnp.ones(40, bool), 7), chosen)
+
+
+@pytest.mark.parametrize("places", [random_places, spread_places, cholesky_places])
+def test_places_are_distinct_and_real(places):
+    _, k, v = random_head(23, 1, 60, 4, 2)
+    tokens = WeightedKV.of_tokens(k, v, jnp.arange(60) % 3 != 0)
+    argument = {random_places: (tokens.mass, 12), spread_places: (tokens, 12)}.get(places, (tokens, jnp.float32(1), 12))
+    place = np.asarray(places(*argument, KEY))
+    assert len(set(place)) == 12
+    assert (place % 3 != 0).all()
+
+
+def test_outliers_are_seeded():
+    k, v = clustered(24, 400, num_clusters=3, noise=0.01)
+    k = k.at[17].set(-3 * k[0])
+    places = np.asarray(spread_places(WeightedKV.of_tokens(k, v), 8, KEY))
+    assert 17 in places
+
+
+def test_nystrom_weights_against_float64():
+    _, k, v = random_head(25, 1, 50, 4, 2, spread=0.7)
+    mass = np.random.default_rng(0).integers(1, 4, 50).astype(np.float64)
+    tokens = WeightedKV(k, v * jnp.asarray(mass, jnp.float32)[:, None], jnp.asarray(mass, jnp.float32))
+    places = jnp.arange(9)
+    landmarks = WeightedKV(k[:9], v[:9], jnp.ones(9))
+    solved = nystrom(tokens, landmarks, jnp.float32(0.5), 1e-3)
+    x, c, v = (np.asarray(a, np.float64) for a in (k, k[places], v))
+
+    def kernel(a, b):
+        return np.exp(0.5 * (a @ b.T - (a**2).sum(1)[:, None] / 2 - (b**2).sum(1)[None] / 2))
+
+    middle = mass @ v / mass.sum()
+    scale = np.exp((x**2).sum(1) / 4)
+    right = kernel(c, x) @ (scale[:, None] * mass[:, None] * np.c_[v - middle, np.ones(50)])
+    weights = np.linalg.solve(kernel(c, c) + 1e-3 * np.eye(9), right) / np.exp((c**2).sum(1) / 4)[:, None]
+    np.testing.assert_allclose(solved.mass, weights[:, -1], rtol=2e-3)
+    np.testing.assert_allclose(solved.value_sum, weights[:, :-1] + weights[:, -1:] * middle, rtol=5e-3, atol=5e-3)
+
+
+def test_nystrom_weights_are_never_worse_than_the_merge_by_much():
+    for spread in (0.5, 2.0, 5.0):
+        _, k, v = random_head(26, 1, 300, 5, 3, spread=spread)
+        radius = float(jnp.linalg.norm(k - k.mean(0)[None], axis=1).max())
+        solved, merged = (
+            float(sup_error(k, v, summary(k, v, size=40, algorithm=a), radius).error)
+            for a in (KMeansNystrom(), KMeansMerge())
+        )
+        assert solved < 2 * merged
+
+
+def test_more_landmarks_than_the_rank_of_the_kernel():
+    q, k, v = random_head(27, 5, 200, 2, 2, spread=0.3)
+    for algorithm in ("kmeans_nystrom", "nystrom_rpc", PivotedNystrom(ridge=1e-6)):
+        out = attend(q, summary(k, v, size=150, algorithm=algorithm)).out
+        np.testing.assert_allclose(out, answers(q, k, v), atol=1e-3)
+
+
+def test_sensitivities_against_a_loop():
+    _, k, v = random_head(28, 1, 30, 4, 2)
+    tokens = WeightedKV.of_tokens(k, v, jnp.arange(30) != 3)
+    x = np.asarray(tokens.k, np.float64)
+    weights = np.exp(1.3 * x @ x.T) * np.asarray(tokens.mass)[None]
+    expected = np.diagonal(weights) / weights.sum(1) * np.asarray(tokens.mass)
+    np.testing.assert_allclose(sensitivities(tokens, jnp.float32(1.3), KEY, sample=29), expected, rtol=1e-4)

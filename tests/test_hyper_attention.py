@@ -1,0 +1,44 @@
+"""HyperAttention against a loop over queries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from approx_attention import (
+    hyper_attention,
+)
+from approx_attention.clustering import (
+    random_places,
+)
+from tests.references import random_head
+from tests.test_coreset import KEY
+
+
+def test_hyper_attention_against_a_loop():
+    q, k, v = random_head(45, 20, 26, 6, 3)
+    kv_mask = np.arange(26) % 6 != 2
+    options = {"sample_size": 5, "block_size": 7, "num_hashes": 3, "scale": 1.0}
+    out = hyper_attention(q, k, v, KEY, **options, kv_mask=jnp.asarray(kv_mask))
+    key_hash, key_sample = jax.random.split(KEY)
+    planes = np.asarray(jax.random.normal(key_hash, (6, 3)))
+    gray = {
+        (0, 0, 0): 0,
+        (0, 0, 1): 1,
+        (0, 1, 1): 2,
+        (0, 1, 0): 3,
+        (1, 1, 0): 4,
+        (1, 1, 1): 5,
+        (1, 0, 1): 6,
+        (1, 0, 0): 7,
+    }
+    rank_q, rank_k = ([gray[tuple(row)] for row in (np.asarray(x) @ planes > 0).astype(int)] for x in (q, k))
+    order_q = sorted(range(20), key=lambda t: (rank_q[t], t))
+    order_k = sorted(range(26), key=lambda j: (not kv_mask[j], rank_k[j], j))
+    sampled = np.asarray(random_places(jnp.asarray(kv_mask, jnp.float32), 5, key_sample))
+    for place, t in enumerate(order_q):
+        own = [j for j in order_k[place // 7 * 9 : place // 7 * 9 + 9] if kv_mask[j]]
+        others = [j for j in sampled if j not in order_k[place // 7 * 9 : place // 7 * 9 + 9]]
+        keys = own + others
+        weights = np.exp(np.asarray(k, np.float64)[keys] @ np.asarray(q[t], np.float64))
+        weights[len(own) :] *= kv_mask.sum() / 5
+        np.testing.assert_allclose(out[t], weights @ np.asarray(v)[keys] / weights.sum(), atol=1e-5)
