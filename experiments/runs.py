@@ -21,7 +21,7 @@ from experiments.sparse_patterns import dimensions, realized
 from experiments.tensor import degrees, match, scaling, window
 from experiments.tensor import error as polynomial_error
 from experiments.training import TrainingConfig
-from experiments.whole_picture import where_we_lose, zoo
+from experiments.whole_picture import equal_time, where_we_lose, zoo
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -63,6 +63,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "tensor_window": Experiment(window.WindowConfig, window.run),
     "where_we_lose": Experiment(where_we_lose.WhereWeLoseConfig, where_we_lose.run),
     "zoo": Experiment(zoo.ZooConfig, zoo.run),
+    "equal_time": Experiment(equal_time.EqualTimeConfig, equal_time.run),
     "long_context": Experiment(long_context.LongContextConfig, long_context.run),
 }
 
@@ -151,9 +152,8 @@ class Run:
         """
         plain = {"experiment": self.experiment, **as_plain(self.config)}
         held = self.directory / "config.yaml"
-        if any(
-            (self.directory / name).exists() for name in ("result.json", "checkpoints", "lengths.json", "methods.json")
-        ):
+        work = ("result.json", "checkpoints", "lengths.json", "methods.json", "plan.json")
+        if any((self.directory / name).exists() for name in work):
             found = self._differences(read_yaml(held), held)
             if found:
                 raise ConfigError(

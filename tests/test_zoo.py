@@ -14,9 +14,10 @@ from experiments.fidelity import attention_errors
 from experiments.harness.quality import bytes_held
 from experiments.runs import CONFIGS, Run
 from experiments.training import build_model
-from experiments.whole_picture import zoo
+from experiments.whole_picture import comparison
 from experiments.whole_picture.choice import choose
-from experiments.whole_picture.zoo import CHOOSE, ENDS, answer_bytes, rank_correlation
+from experiments.whole_picture.comparison import rank_correlation
+from experiments.whole_picture.zoo import CHOOSE, ENDS, answer_bytes
 
 ZOO = CONFIGS / "whole_picture" / "zoo"
 SCALES = [(scale, arm) for scale in ("cpu", "gpu") for arm in ("recall", "bytes", "listops")]
@@ -137,7 +138,7 @@ def test_times_are_taken_again_without_training(tmp_path, monkeypatch):
     run = Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {}, tmp_path)
     first = run.result(Console(quiet=True))["result"]
     (run.directory / "result.json").unlink()
-    monkeypatch.setattr(zoo, "fit", None)
+    monkeypatch.setattr(comparison, "fit", None)
     second = run.result(Console(quiet=True))["result"]
     assert second["rank_correlation"] == first["rank_correlation"]
     assert second["plan"] == first["plan"]

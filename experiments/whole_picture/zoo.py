@@ -1,7 +1,6 @@
 """Every method trained on the same task with equally many bytes to answer from: its score, its error and its time."""
 
 import dataclasses
-import functools
 import inspect
 import json
 import math
@@ -10,25 +9,27 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-from flax import nnx
 from rich.console import Console
 
-from approx_attention.compare import write_atomically
 from approx_attention.diagnostics import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
 from experiments.config import STRICT, Count
-from experiments.fidelity import attention_errors
-from experiments.models import AttentionConfig, SelfAttention
-from experiments.training import TrainingConfig, evaluate, fit
+from experiments.models import AttentionConfig
+from experiments.training import TrainingConfig, evaluate
 from experiments.whole_picture.choice import choose
+from experiments.whole_picture.comparison import (
+    ERROR_EXAMPLES,
+    keep,
+    kept,
+    layer,
+    rank_correlation,
+    train_each,
+    train_one,
+)
 
 # Not brought to the bytes of the others: two ends of the scale, and weights that are each estimated from all keys.
 ENDS = ("exact", "mean_value", "ra")
-
-# Held-out examples that errors of attention are measured on.
-ERROR_EXAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,39 +53,15 @@ class ZooConfig:
 def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Score, errors of attention, bytes and time of each method, and how well the errors tell the scores.
 
-    ``attention_error`` is that of a method on the tensors of the model trained with it, and ``error_on_exact`` that on
-    the tensors of the model trained with exact attention, before anything is trained with the method. ``plan`` is what
-    `choose` finds on these tensors, trained in its turn, beside the ``best`` and ``median`` bits of all that answers
-    from as many bytes and holds no more.
+    ``plan`` is what `choose` finds on the tensors of the model trained with exact attention, trained in its turn,
+    beside the ``best`` and ``median`` bits of all that answers from as many bytes and holds no more.
     """
-    # Each method is kept once it is trained, so that a killed run goes on with the next, and times can be taken again.
-    kept = directory / "methods.json"
-    trained: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     planned = directory / "plan.json"
-    kept_seconds = sum(entry["training_seconds"] for entry in trained.values())
+    kept_seconds = sum(entry["training_seconds"] for entry in kept(directory).values())
     dataset = data.load(config.training.data)
     examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
-
-    def train(name: str, attention: AttentionConfig) -> tuple[nnx.Module, float]:
-        own = dataclasses.replace(config.training, attention=attention, seed=config.seed)
-        model, _, seconds = fit(own, directory / "checkpoints" / name, console)
-        return model, seconds
-
-    reference = None
-    for name in [name for name in config.methods if name not in trained]:
-        reference = reference or train("exact", config.methods["exact"])[0]
-        model, seconds = train(name, config.methods[name])
-        errors = (attention_errors(m, examples, {name: config.methods[name]})[name] for m in (model, reference))
-        own, on_exact = (error["mean"] for error in errors)
-        trained[name] = {
-            **evaluate(config.training, model, dataset, "test"),
-            "attention_error": own,
-            "error_on_exact": on_exact,
-            "training_seconds": round(seconds, 1),
-        }
-        _keep(kept, trained)
-        console.print(f"{directory.name} {name}: {trained[name]['bits']:.3f} bits, attention error {own:.2f}")
-        jax.clear_caches()
+    training = dataclasses.replace(config.training, seed=config.seed)
+    trained = train_each(training, config.methods, directory, console)
     length = examples["tokens"].shape[1]
     head_dim = config.training.model.head_dim
     held = {name: answer_bytes(own, length, head_dim, dataset.is_causal) for name, own in config.methods.items()}
@@ -92,10 +69,10 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     budget = int(1.15 * statistics.median(held.values()))
     within = [name for name in config.methods if held[name] <= budget and config.methods[name].method not in CHOOSE]
     if not planned.exists():
-        reference = reference or train("exact", config.methods["exact"])[0]
+        reference = train_one(training, "exact", config.methods["exact"], directory, console)[0]
         chosen, facts = choose(reference, examples, config.methods, budget, dataset.is_causal)
-        facts |= evaluate(config.training, train("plan", chosen)[0], dataset, "test")
-        _keep(planned, facts)
+        facts |= evaluate(training, train_one(training, "plan", chosen, directory, console)[0], dataset, "test")
+        keep(planned, facts)
         console.print(f"{directory.name} plan: {facts['method']} {facts['settings']}, {facts['bits']:.3f} bits")
     seconds = layer_seconds(config, length, dataset.is_causal)
     methods = {name: {**trained[name], "answer_bytes": held[name], "seconds": seconds[name]} for name in config.methods}
@@ -119,30 +96,9 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     }
 
 
-def _keep(path: pathlib.Path, facts: dict[str, Any]) -> None:
-    text = json.dumps(facts, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's; what is no number ranks last."""
-    from scipy import stats
-
-    first, second = ([math.inf if math.isnan(value) else value for value in side] for side in (x, y))
-    ranked: Any = stats.spearmanr(first, second)
-    return float(ranked.statistic)
-
-
 def layer_seconds(config: ZooConfig, length: int, is_causal: bool) -> dict[str, float]:
     """The least seconds of a forward pass of each method's layer over a batch of the task, taken in turn."""
-    model = config.training.model
-    x = jax.random.normal(jax.random.key(0), (config.training.train.batch, length, model.model_dim), model.dtype)
-
-    def layer(attention: AttentionConfig) -> Any:
-        made = SelfAttention(model, attention, is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed))
-        return functools.partial(jax.jit(made).lower(x).compile(), x)
-
-    calls = {name: layer(attention) for name, attention in config.methods.items()}
+    calls = {name: layer(config.training, own, length, is_causal) for name, own in config.methods.items()}
     return {name: timing.least for name, timing in time_interleaved(calls, rounds=config.rounds).items()}
 
 
