@@ -12,6 +12,10 @@ from jax import Array
 from jax.core import Tracer
 
 
+class InputError(ValueError):
+    """Input that cannot be used; the message is one line that says what was given and what is allowed."""
+
+
 def head_inputs(
     q: Array, k: Array, v: Array, *, scale: float | Array | None = None, kv_mask: Array | None = None
 ) -> tuple[Array, Array, Array]:

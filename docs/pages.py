@@ -310,8 +310,8 @@ def measured_methods() -> dict[str, pathlib.Path]:
 
 
 def _kib_held(row: Mapping[str, Any], document: Mapping[str, Any]) -> float:
-    every = next(row["summary_bytes"] for row in document["rows"] if row["is_exact"])
-    return (row["summary_bytes"] or every) / 1024
+    every = next(row["held_bytes"] for row in document["rows"] if row["is_exact"])
+    return (row["held_bytes"] or every) / 1024
 
 
 def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -506,7 +506,7 @@ def sample_table() -> str:
         markdown_table(header, rows)
         + f"\n\n{document['shapes']['key'][1]} tokens, {machine(document)}. Far is beyond a window of "
         f"{document['settings']['window_size']}. Baselines are in italics. Exact attention "
-        f"holds {exact['summary_bytes'] / 1024:.4g} KiB.\n"
+        f"holds {exact['held_bytes'] / 1024:.4g} KiB.\n"
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from approx_attention.compare import method_styles
-from experiments.whole_picture import where_we_lose
+from experiments.whole_picture import figures
 
 
 def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -93,71 +93,6 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
     for axes in panels[-2:]:
         axes.set_xlabel("tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    return figure
-
-
-def by_score(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The scores of the methods of a zoo over seeds, the best first: bits of text, else accuracy."""
-    what = zoo_score(results[0])
-    scores = {name: [result["methods"][name][what] for result in results] for name in results[0]["methods"]}
-    # What diverged is last.
-    worth = {
-        name: -float("inf") if np.isnan(of).any() else statistics.fmean(of) * (-1 if what == "bits" else 1)
-        for name, of in scores.items()
-    }
-    return {name: scores[name] for name in sorted(scores, key=lambda name: -worth[name])}
-
-
-def zoo_score(result: Mapping[str, Any]) -> str:
-    """What a task of the zoo is scored by."""
-    return "bits" if "bytes" in result["data"] else "accuracy"
-
-
-def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(5 * len(arms) + 0.5, 14), layout="constrained", dpi=130)
-    panels = figure.subplots(3, len(arms), squeeze=False, height_ratios=(1.5, 1, 1))
-    styles = method_styles(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
-    handles: dict[str, Any] = {}
-    for column, arm in enumerate(arms):
-        results = [run["result"] for run in runs if run["arm"] == arm]
-        what, scores = zoo_score(results[0]), by_score(results)
-        label = "test bits per byte (less is better)" if what == "bits" else "test accuracy"
-        ranked, in_time, by_error = panels[:, column]
-        usual = statistics.median(entry["answer_bytes"] for entry in results[0]["methods"].values())
-        names = []
-        for place, (name, of) in enumerate(scores.items()):
-            entries = [result["methods"][name] for result in results]
-            middle = statistics.fmean(of)
-            reach = [[middle - min(of)], [max(of) - middle]]
-            look = {**styles[name], "linestyle": "", "elinewidth": 1}
-            ranked.errorbar([middle], [place], xerr=reach, **look)
-            milliseconds = 1e3 * min(entry["seconds"] for entry in entries)
-            handles[name] = in_time.errorbar([milliseconds], [middle], yerr=reach, **look)
-            by_error.errorbar([statistics.fmean(e["attention_error"] for e in entries)], [middle], yerr=reach, **look)
-            times = entries[0]["answer_bytes"] / usual
-            names.append(name if 0.85 <= times <= 1.15 else f"{name} ({times:.2g}x bytes)")
-        ranked.set_yticks(range(len(names)), names, fontsize=8)
-        ranked.invert_yaxis()
-        title = f"{arm}: {usual / 1024:.2g} KiB a head to answer from, {len(results)} seed{'s' * (len(results) > 1)}"
-        ranked.set_title(title, fontsize=10)
-        ranked.set_xlabel(label)
-        in_time.set(xscale="log", xlabel="ms of a layer's forward pass", ylabel=label)
-        in_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        in_time.xaxis.set_major_formatter("{x:g}")
-        in_time.minorticks_off()
-        correlation = statistics.fmean(result["rank_correlation"]["attention_error"] for result in results)
-        by_error.set(xlabel="relative error of its attention, once trained", ylabel=label)
-        if by_error.get_xlim()[1] > 2:  # what is far from any estimate leaves the others their room
-            by_error.set_xscale("symlog", linthresh=1)
-        by_error.set_title(f"rank correlation of error and bits {correlation:.2f}", fontsize=10)
-        for axes in (ranked, in_time, by_error):
-            axes.grid(True, color="0.9")
-            axes.set_axisbelow(True)
-    columns = 2 + 2 * len(arms)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
     return figure
 
 
@@ -583,33 +518,9 @@ def _picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _where_we_lose(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """The factor by which each method beats, or loses to, the better of the baselines."""
-    errors = where_we_lose.mean_errors(runs)
-    names = dict.fromkeys(name for by_name in errors.values() for name in by_name if name not in where_we_lose.TO_BEAT)
-    factors = np.full((len(names), len(errors)), np.nan)
-    for column, by_name in enumerate(errors.values()):
-        least = min(by_name[to_beat] for to_beat in where_we_lose.TO_BEAT)
-        for row, name in enumerate(names):
-            if name in by_name:
-                factors[row, column] = by_name[name] / least
-    figure = Figure(figsize=(1.1 * len(errors) + 2.5, 0.3 * len(names) + 1.6), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    drawn = axes.imshow(np.log10(factors), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
-    for (row, column), factor in np.ndenumerate(factors):
-        if np.isfinite(factor):
-            dark = abs(np.log10(max(factor, 1e-9))) > 1
-            axes.text(column, row, f"{factor:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
-    axes.set_xticks(range(len(errors)), list(errors), rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), list(names))
-    axes.set_title("error over that of the better of mean(V) and local", fontsize=10)
-    bar = figure.colorbar(drawn, ax=axes, ticks=[-1, 0, 1])
-    bar.ax.set_yticklabels(["a tenth", "the same", "ten times"])
-    return figure
-
-
 _FIGURES = {
-    "where_we_lose": _where_we_lose,
+    "where_we_lose": figures.draw_losses,
+    "equal_time": figures.draw_equal_time,
     "tensor_scaling": _tensor_times,
     "tensor_decode": _tensor_times,
     "polynomial_error": _polynomial_error,
@@ -632,7 +543,7 @@ _FIGURES = {
     "continuum": _continuum,
     "quality": _quality,
     "swap_in": _swap_in,
-    "zoo": _zoo,
+    "zoo": figures.draw_zoo,
     "long_context": _long_context,
     "gap": _gap,
     "bias": _bias,

@@ -545,7 +545,7 @@ def test_results_follow_from_the_committed_runs():
             pytest.param(f"sparse_patterns/{name}", marks=pytest.mark.slow)
             for name in ("log_law", "headline", "budget", "many_patterns", "precision", "picture")
         ),
-        pytest.param("whole_picture/where_we_lose", marks=pytest.mark.slow),
+        *(pytest.param(f"whole_picture/{name}", marks=pytest.mark.slow) for name in ("where_we_lose", "equal_time")),
     ],
 )
 def test_smoke_studies_run(tmp_path, study):

@@ -135,7 +135,7 @@ def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) ->
     @functools.cache
     def program(name: str, size: int | None) -> Any:
         arm = method_arm(first, name, size, is_causal=config.is_causal, scale=None)
-        return jax.jit(lambda *arguments: arm.function(*arguments)[0]), arm.summary_bytes
+        return jax.jit(lambda *arguments: arm.function(*arguments)[0]), arm.held_bytes
 
     drawn = {family: draw(config, family) for family in config.families}
     first = next(iter(drawn.values()))
