@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Methods that the default comparison leaves out: they cost as much as exact attention, or have no causal form.
+# Methods that the default comparison leaves out: their cost grows with the square of the length, or they have no causal
+# form.
 COSTLY := top_k,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 

@@ -227,12 +227,13 @@ def time_interleaved(
     return {name: Timing(min(times), statistics.median(times)) for name, times in seconds.items()}
 
 
-def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float]) -> int | None:
+def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float], *, margin: float = 0.0) -> int | None:
     """The shortest measured length from which on a method is faster than a baseline at every measured length.
 
     Args:
         seconds: time of the method by sequence length.
         baseline: time of the baseline, at those lengths at least.
+        margin: the share by which it must be faster, for times that are known to so much.
 
     Returns:
         The length, or None where the method is no faster at the longest.
@@ -244,7 +245,7 @@ def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float]) -> i
     """
     from_here = None
     for length in sorted(seconds, reverse=True):
-        if seconds[length] >= baseline[length]:
+        if seconds[length] * (1 + margin) >= baseline[length]:
             break
         from_here = length
     return from_here

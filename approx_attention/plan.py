@@ -33,7 +33,7 @@ from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors
 from approx_attention.registry import get_method
 from approx_attention.tensor_files import Tensors
 
-Setting = TypeVar("Setting")
+_Setting = TypeVar("_Setting")
 
 # How often a method is measured again at the size that the fit proposes.
 REFINEMENTS = 4
@@ -368,8 +368,8 @@ def _round_size(size: float, greatest: int) -> int:
 
 
 def _chosen(
-    settings: Iterable[Setting], *, meets: Callable[[Setting], bool], fits: Callable[[Setting], bool]
-) -> list[Setting]:
+    settings: Iterable[_Setting], *, meets: Callable[[_Setting], bool], fits: Callable[[_Setting], bool]
+) -> list[_Setting]:
     """The smallest setting that meets the tolerance, and where it is not in the budget the largest that is, if any."""
     settings = list(settings)
     chosen = [setting for setting in settings if meets(setting)][:1]

@@ -38,6 +38,8 @@ COMPANIONS = {
 
 # Modules all of whose names are public, and what each is for.
 MODULES = {
+    "plan": "Which method, of what size, for a tolerance and a budget: what `approx-attention plan` runs.",
+    "tensor_files": "Tensors from files, and the shipped sample.",
     "bounds": "Certificates and closed-form errors: what is promised before anything is measured.",
     "diagnostics": "Errors against exact attention on your own tensors, adversarial queries, timings.",
     "coresets": "The algorithms behind `coreset` and `compress_tokens`, as objects with their settings.",
@@ -335,7 +337,8 @@ def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> No
                 }
                 name_style |= {"bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
                 axes.annotate(other, (kib[at], error[at]), shift, textcoords="offset points", ha=side, **name_style)
-        axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, 1.6))
+        top = 1.3 * max(1.2, *(value for _, value in curves.get(name, [(0, 0.0)])))
+        axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, top))
         axes.grid(alpha=0.3)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)

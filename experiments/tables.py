@@ -454,7 +454,7 @@ def _picture_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 def _where_we_lose_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     errors, labels = where_we_lose.mean_errors(runs), where_we_lose.TO_BEAT
-    over = where_we_lose.over_budget(runs)
+    over, held = where_we_lose.over_budget(runs), where_we_lose.held(runs)
     rows = []
     for name in dict.fromkeys(name for by_name in errors.values() for name in by_name):
         row = [f"`{name}`{' *' if name in over else ''}"]
@@ -462,12 +462,15 @@ def _where_we_lose_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             lost = [label for to_beat, label in labels.items() if by_name.get(name, 0) >= by_name[to_beat]]
             unbeaten = f" ({', '.join(lost)})" if lost and name not in labels else ""
             row.append(f"{by_name[name]:.2g}{unbeaten}" if name in by_name else "")
+        for by_arm in held.values():
+            size, num_bytes = by_arm.get(name, (None, None))
+            row.append(", ".join(part for part in ("" if size is None else str(size), _bytes(num_bytes)) if part))
         rows.append(row)
     yield (
-        "Relative error at equal memory; in brackets the baselines that it does not beat there; * takes more somewhere "
-        "at its smallest size"
+        "Relative error at equal memory, or where nothing is named as held at equal matrix products; in brackets the "
+        "baselines that it does not beat there; * takes more somewhere at its smallest size"
     )
-    yield table(["", *errors], rows)
+    yield table(["", *errors, *(f"size and bytes held, `{arm}`" for arm in held)], rows)
     header = ["", *(f"no better than {label} on" for label in labels.values())]
     yield table(header, where_we_lose.loss_rows(runs))
 
