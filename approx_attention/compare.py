@@ -404,13 +404,18 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     return figure
 
 
+def light_grid(axes: Any) -> None:
+    """Light lines behind everything else."""
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+
+
 def log_scales(axes: Any) -> None:
     """Logarithmic axes with a grid and labels that are plain numbers."""
     from matplotlib import ticker
 
     axes.set(xscale="log", yscale="log")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    light_grid(axes)
     axes.margins(0.08, 0.1)
     for axis in (axes.xaxis, axes.yaxis):
         low, high = axis.get_view_interval()

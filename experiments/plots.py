@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from approx_attention.compare import method_styles
+from approx_attention.compare import light_grid, method_styles
 from experiments.whole_picture import figures
 
 
@@ -37,8 +37,7 @@ def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
     left.tick_params(axis="x", rotation=30)
     right.set(xlabel="relative error of the attention, on the model's own tensors", ylabel="test bits per token")
     for axes in (left, right):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     # A whole example is classified at no position.
     left.set_visible(bool(octaves))
     if not octaves:
@@ -88,8 +87,7 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=run["arm"].replace("_", " and "), xscale="log", yscale="log", ylabel="time of a layer (ms)")
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     for axes in panels[-2:]:
         axes.set_xlabel("tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
@@ -112,8 +110,7 @@ def _gap(runs: Sequence[Mapping[str, Any]]) -> Figure:
         range(len(arms)), [arm.replace("-spread", "\nspread").replace("-", " ") for arm in arms], fontsize=8
     )
     axes.set(yscale="log", ylabel="relative error to softmax attention")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    light_grid(axes)
     figure.legend(loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure
 
@@ -133,8 +130,7 @@ def _bias(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.plot(sizes, noise, color=style["color"], linestyle=":", linewidth=1)
     for axes, title in zip(panels, ("bias (dotted: what could be seen)", "deviation of one draw"), strict=True):
         axes.set(title=title, xscale="log", yscale="log", xlabel="features or samples", ylabel="relative to attention")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
@@ -152,8 +148,7 @@ def _continuum(runs: Sequence[Mapping[str, Any]]) -> Figure:
     axes.axhline(statistics.fmean(r["random_features"] for r in results), color="0.5", linestyle=":")
     axes.annotate("random features", (1, statistics.fmean(r["random_features"] for r in results)), va="bottom")
     axes.set(xscale="log", yscale="log", xlabel="groups of keys with a coefficient each", ylabel="relative error")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    light_grid(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -184,8 +179,7 @@ def _coreset_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(xlabel={"sizes": "tokens kept", "radii": "norm of the queries", "head_dims": "dimension"}[grows])
         axes.set_xticks(steps, [f"{step:g}" for step in steps])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     for axes in panels[len(arms) :]:
         axes.set_visible(False)
     figure.supylabel("greatest error over all queries")
@@ -211,8 +205,7 @@ def _cache(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=arm.replace("_", " "), xscale="log", yscale="log", xlabel="tokens kept of the prefix (%)")
         axes.set_xticks([100 * float(s) for s in shares], [f"{100 * float(s):g}" for s in shares])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     panels[0].set_ylabel("bits per token lost after the prefix")
     columns = 1 + 2 * len(arms)
     figure.legend(
@@ -232,8 +225,7 @@ def _latency(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=title, xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms")
         axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
@@ -262,8 +254,7 @@ def _errors_by_size(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=arm, xscale="log", yscale="log", xlabel="rows or slots")
         axes.set_xticks([int(n) for n in sizes], sizes)
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     panels[0].set_ylabel("error relative to exact attention")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
@@ -283,8 +274,7 @@ def _spectra(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 ranks = range(1, len(curve) + 1)
                 axes.plot(ranks, curve, color=style["color"], linestyle=line, label=f"{layer}, {name}")
         axes.set(title=f"singular values {title}", xlabel="how many")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.supylabel("share of their sum")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -303,8 +293,7 @@ def _tensor_times(runs: Sequence[Mapping[str, Any]]) -> Figure:
             if entry.get("crossover"):
                 axes.axvline(entry["crossover"], color=style["color"], linestyle=":", linewidth=1)
         axes.set(title=run["arm"], xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
         axes.legend(frameon=False, fontsize=8)
     if any(entry.get("crossover") for run in runs for entry in run["result"]["methods"].values()):
         figure.supxlabel("dotted: from where on the polynomial method is faster", fontsize=9)
@@ -344,8 +333,7 @@ def _polynomial_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
         title = arm if bound is None else f"logits up to {bound}" + (f", {arm}" if len(arms) > 1 else "")
         label = {"degree": "degree", "rank": "rank", "bound": "largest logit"}[by]
         axes.set(title=title, xscale="linear" if by == "degree" else "log", yscale="log", xlabel=label)
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     worst = "worst output over range of values\n(dotted: certificate)"
     panels[0].set_ylabel(worst if by == "degree" else "skill error")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -362,8 +350,7 @@ def _least_degrees(runs: Sequence[Mapping[str, Any]]) -> Figure:
             by_bound = degrees[kind][tolerance]
             axes.plot([float(bound) for bound in by_bound], list(by_bound.values()), label=kind, **style)
         axes.set(title=f"weights right to {tolerance}", xlabel="largest logit", ylabel="least degree")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -388,8 +375,7 @@ def _phase(runs: Sequence[Mapping[str, Any]]) -> Figure:
     collapsed.set(xlabel="$B^m$ / ln n, the same for every order m")
     for axes in (by_entries, collapsed):
         axes.axhline(2, color="0.5", linewidth=0.8)
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -411,8 +397,7 @@ def _tensor_match(runs: Sequence[Mapping[str, Any]]) -> Figure:
     scores.set_xticks(range(len(arms)), [arm.replace("-", "\n", 1) for arm in arms], fontsize=7)
     scores.set(ylabel="accuracy (dotted: the commonest answer)")
     for axes in (curves, scores):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
@@ -432,8 +417,7 @@ def _tensor_window(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=f"{arm} clusters", xscale="log", yscale="log", xlabel="rank, and the window of equal cost")
         axes.set_xticks([int(rank) for rank in ranks], windows)
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     panels[0].set_ylabel("skill error")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -470,8 +454,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[
         axes.set(title=arm if len(arms) > 1 else "", xscale=scales[0], yscale=scales[1], xlabel=x, ylabel=y)
         axes.set_xticks([float(step) for step in steps], steps)
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 

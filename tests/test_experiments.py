@@ -382,6 +382,12 @@ def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp
     assert claims.judge(claim, tmp_path).scale == "cpu"
 
 
+def test_what_does_not_hold_says_what_was_tried():
+    root = CONFIGS.parent / "experiments"
+    found = [claims.judge(claim, root / "results") for claim in claims.read_claims(root / "claims.yaml")]
+    assert not [f.claim.id for f in found if f.verdict in ("ordering only", "not reproduced") and not f.claim.tried]
+
+
 def test_a_break_even_that_is_never_reached_is_infinite():
     assert claims._at({"methods": {"favor": {"break_even": None}}}, "methods.favor.break_even") == float("inf")
     assert np.isnan(claims._at({"slope": None}, "slope.value"))

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from approx_attention.compare import method_styles
+from approx_attention.compare import light_grid, method_styles
 from experiments.whole_picture import where_we_lose
 from experiments.whole_picture.zoo import CHOOSE
 
@@ -69,16 +69,16 @@ def draw_zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
         correlation = statistics.fmean(result["rank_correlation"]["attention_error"] for result in results)
         by_error.set(xlabel="relative error of its attention, once trained", ylabel=label)
         # What is far from any estimate leaves the others their room.
-        if by_error.get_xlim()[1] > 2:
+        if (right := by_error.get_xlim()[1]) > 2:
             by_error.set_xscale("function", functions=(_squeezed, _stretched))
+            by_error.set_xlim(-0.05, 1.5 * right)
             by_error.set_xticks([0, 0.5, 1, 1.5, 5], ["0", "0.5", "1", "1.5", "5"])
         by_error.set_title(f"rank correlation with bits, without exact: {correlation:.2f}", fontsize=10)
         for axes in (in_time, by_error):
             if what == "bits":  # the better the higher, as of accuracies
                 axes.invert_yaxis()
         for axes in (ranked, in_time, by_error):
-            axes.grid(True, color="0.9")
-            axes.set_axisbelow(True)
+            light_grid(axes)
     columns = 2 + 2 * len(arms)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
@@ -128,8 +128,7 @@ def draw_equal_time(runs: Sequence[Mapping[str, Any]]) -> Figure:
         ylabel="test bits per byte lost in the place of exact attention, untuned",
     )
     for axes in (ranked, by_error):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*by_error.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
 
