@@ -395,7 +395,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     if exact.held_bytes is not None:
         right.axvline(exact.held_bytes / 1024, color="0.4", linestyle="--")
     left.set(xlabel="time of a call (ms)", ylabel="relative error of the output")
-    right.set(xlabel="held per key head and sequence (KiB); dashed: all keys and values")
+    right.set(xlabel="held in place of all keys, by head and sequence (KiB); dashed: all")
     for axes in (left, right):
         log_scales(axes)
     handles, labels = left.get_legend_handles_labels()

@@ -21,6 +21,7 @@ TEXTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "RESULTS.md",
     ROOT / "experiments" / "README.md",
+    ROOT / "experiments" / "whole_picture" / "README.md",
     wire.PAGE,
 ]
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
