@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.clustering import keeping_choices
+from approx_attention.checks import check_count, real_keys
+from approx_attention.choices import keeping_choices
 from approx_attention.features import FeatureMap
-from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, Summary, attend
 
@@ -116,14 +118,13 @@ def causal_state(
         The `AttentionState` of the queries.
     """
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
-    block_size = min(block_size, num_queries)
-    if kv_mask is None:
-        kv_mask = jnp.ones(k.shape[0], bool)
+    block_size = min(check_count("block_size", block_size), num_queries)
+    tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
-    blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in (k, v, kv_mask)))
+    blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in tokens))
     past = Past.empty(running, block_size, k.shape[-1], v.shape[-1], k.dtype)
     _, state = scan_blocks(running, past, 0, q_blocks, blocks, num_queries)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    return out_of_blocks(state, num_queries)
 
 
 def scan_blocks(
@@ -166,15 +167,9 @@ def move_on(running: RunningSummary, past: Past, number: Array, block: Block) ->
     return Past(block, prefix)
 
 
-def in_blocks(x: Array, block_size: int) -> Array:
-    """Rows ``[n, ...]`` as zero-padded blocks ``[ceil(n / block_size), block_size, ...]``."""
-    return pad_rows(x, -x.shape[0] % block_size).reshape(-1, block_size, *x.shape[1:])
-
-
 def _attend_block(running: RunningSummary, q: Array, before: Block, current: Block, prefix: Any) -> AttentionState:
     """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
     block_size = q.shape[0]
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
-    bias = jnp.where(visible, jnp.zeros((), q.dtype), HIDDEN)
-    return merge(running.near(q, near.k, near.v, bias), attend(q, running.read(prefix)))
+    return merge(running.near(q, near.k, near.v, mask_bias(visible, q.dtype)), attend(q, running.read(prefix)))

@@ -91,6 +91,11 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
     return jnp.where(real, k, jnp.zeros_like(k)), jnp.where(real, v, jnp.zeros_like(v))
 
 
+def real_keys(kv_mask: Array | None, num_keys: int) -> Array:
+    """Which keys ``[S]`` are real: all, where there is no ``kv_mask``."""
+    return jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+
+
 def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
     """Keys and values of a summary in the accumulation dtype, with zeros where ``kv_mask`` says padding."""
     dtype = accumulation_dtype(k, v)

@@ -15,7 +15,8 @@ from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.decode import Cache
 from approx_attention.features import squared_norm
 from approx_attention.methods.coreset import compress, running_coreset
-from approx_attention.softmax import HIDDEN, pad_rows
+from approx_attention.rows import pad_rows
+from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import WeightedKV, merge
 
 # What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.causal import Block, Past, RunningSummary, in_blocks, move_on, scan_blocks
+from approx_attention.causal import Block, Past, RunningSummary, move_on, scan_blocks
 from approx_attention.checks import check_count, check_floating, did_you_mean, fold_scale
 from approx_attention.registry import METHODS, accepted, draw_per_head, get_method
-from approx_attention.softmax import HIDDEN, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import mask_bias
 from approx_attention.states import merge
 from approx_attention.summaries import attend
 
@@ -120,7 +121,7 @@ class Decoder:
             raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}")
         scaled, _ = fold_scale(self.running.space(q.astype(self.dtype)), q, self.scale)
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
-        bias = jnp.where(near.kv_mask, jnp.zeros((), self.dtype), HIDDEN)[None, :]
+        bias = mask_bias(near.kv_mask, self.dtype)[None, :]
         summary = self.running.read(cache.past.prefix)
         return merge(self.running.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out.astype(q.dtype)
 
@@ -167,7 +168,7 @@ class Decoder:
 
         last = jnp.maximum(length - 1, 0) // block_size
         current = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, last, keepdims=False), blocks)
-        out = lax.dynamic_slice_in_dim(state.out.reshape(-1, self.value_dim), filled, num_tokens)
+        out = lax.dynamic_slice_in_dim(out_of_blocks(state.out), filled, num_tokens)
         out = jnp.where(real, out, jnp.zeros_like(out)).astype(v.dtype)
         return out, Cache(past, current, cache.length + num_real)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.checks import check_count
-from approx_attention.softmax import pad_rows
+from approx_attention.rows import pad_rows
 from approx_attention.summaries import WeightedKV
 
 

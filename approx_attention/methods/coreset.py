@@ -15,7 +15,7 @@ from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.features import squared_norm
 from approx_attention.remainder import blocks_and_rest_state
-from approx_attention.softmax import pad_rows
+from approx_attention.rows import out_of_blocks, pad_rows
 from approx_attention.summaries import WeightedKV, attend, merge
 
 
@@ -409,8 +409,7 @@ class _Reduce:
         return jax.tree.map(lambda x, new: x.at[number].set(new), levels, carried)
 
     def read(self, held: _Levels) -> WeightedKV:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), held.levels)
-        return merge(flat, held.filling)
+        return merge(out_of_blocks(held.levels), held.filling)
 
     def _compress(self, tokens: WeightedKV, key: Array) -> WeightedKV:
         options: Any = {"algorithm": self.algorithm, "query_radius": self.query_radius}

@@ -10,11 +10,12 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.rows import out_of_blocks, pad_rows
 from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means
-from approx_attention.softmax import HIDDEN, LEAST_TILE, block_windows, dense_state, pad_rows
+from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV
 
@@ -269,9 +270,9 @@ class _Summaries(NamedTuple):
         self, parts: Segments, level: int, chunk_keys: Array | None = None, noise: Array | None = None
     ) -> _Chunks:
         num_chunks, head_dim, dtype = len(parts.member), self.k.shape[1], self.k.dtype
-        real = jnp.ones(self.k.shape[0], bool) if self.kv_mask is None else self.kv_mask
-        k, v, inside = (parts.gather(x) for x in (self.k, self.v, real))
-        log_count = jnp.where(inside, 0.0, HIDDEN).astype(dtype)
+        tokens = self.k, self.v, real_keys(self.kv_mask, self.k.shape[0])
+        k, v, inside = (parts.gather(x) for x in tokens)
+        log_count = mask_bias(inside, dtype)
         mu = self._proposal_means(parts)
         if noise is None:
             shape = (check_count("num_samples", self.num_samples), num_chunks, head_dim)
@@ -472,9 +473,9 @@ def _answer(
     together = -(-num_windows // blocks)
     rows = together * window
 
-    key_bias = jnp.zeros(num_keys, dtype) if kv_mask is None else jnp.where(kv_mask, 0.0, HIDDEN).astype(dtype)
+    key_bias = mask_bias(real_keys(kv_mask, num_keys), dtype)
     near = tuple(
-        block_windows(x, window, blocks * together, left, right, fill)
+        _block_windows(x, window, blocks * together, left, right, fill)
         for x, fill in ((k, 0.0), (v, 0.0), (key_bias, HIDDEN))
     )
     own_bias = jnp.zeros((1, reach), dtype) if local_bias is None else local_bias.astype(dtype)
@@ -505,7 +506,7 @@ def _answer(
             is_own = jnp.arange(per_chunk, dtype=jnp.int32)[None, :] == (number % per_chunk)[:, None]
             log_mass = jnp.where(is_own, HIDDEN, log_mass)[:, None, :]
             local = merge(local, jax.vmap(dense_state)(q_windows, sibling_k, sibling_v, log_mass))
-        local = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), local)
+        local = out_of_blocks(local)
         log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(position)))
         start = (number * window)[:, None]
         if exclude_local:
@@ -525,7 +526,17 @@ def _answer(
     near = jax.tree.map(lambda x: x.reshape(blocks, together, *x.shape[1:]), near)
     numbers = together * jnp.arange(blocks, dtype=jnp.int32)
     state = lax.map(jax.checkpoint(block), (numbers, q, near))
-    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+    return out_of_blocks(state, num_queries)
+
+
+def _block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
+    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
+    end = blocks * block + right
+    x = x[:end]
+    around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+    if left == right == 0:
+        return around.reshape(blocks, block, *x.shape[1:])
+    return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
 
 
 def running_eva(
@@ -577,7 +588,7 @@ def running_eva(
             raise ValueError(f"chunk_size must divide the block of {block_size} tokens, got {chunk}")
         tokens = TokenSums.of_tokens(k, v, kv_mask)
         k, v, count = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tuple(tokens))
-        log_count = jnp.where(count > 0, jnp.zeros_like(count), HIDDEN)
+        log_count = mask_bias(count > 0, count.dtype)
         beta = _coefficients(k, v, log_count, directions(k, log_count, start // chunk))
         total = jnp.sum(count, axis=1)
         chunks = TokenSums(total[:, None] * _chunk_keys(k, log_count, summary), total[:, None] * beta, total)

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 
 from approx_attention.checks import check_choice, check_count, check_key, head_inputs
 from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.rows import map_rows
 from approx_attention.segments import grid_segments, segment_means, segments
-from approx_attention.softmax import HIDDEN, map_rows
+from approx_attention.softmax import HIDDEN
 from approx_attention.states import AttentionState
 from approx_attention.summaries import FEATURE_BLOCK, FeatureMoments, attend
 

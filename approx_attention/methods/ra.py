@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 from approx_attention.checks import check_choice, check_count, check_key, head_inputs
 from approx_attention.features import squared_norm
-from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks
+from approx_attention.softmax import HIDDEN, dense_state
 from approx_attention.states import AttentionState
 
 # Logits of at most this many pairs exist at a time.
@@ -137,11 +138,7 @@ def ra(
         return AttentionState(jnp.where(seen[:, None], jnp.mean(outs, axis=0), 0), exact.lse)
 
     rows = max(1, min(num_queries, TILE // (num_keys * num_samples)))
-    blocks = -(-num_queries // rows)
     arguments = (q, jnp.arange(num_queries), noise, uniform, indices, mask, bias)
-    arguments = jax.tree.map(
-        lambda x: pad_rows(x, blocks * rows - num_queries).reshape(blocks, rows, *x.shape[1:]), arguments
-    )
-    state = lax.map(jax.checkpoint(block), arguments)
-    state = jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+    arguments = jax.tree.map(lambda x: in_blocks(x, rows), arguments)
+    state = out_of_blocks(lax.map(jax.checkpoint(block), arguments), num_queries)
     return state if return_state else state.out.astype(dtype)

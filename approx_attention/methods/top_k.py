@@ -8,9 +8,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import GATHERED, gathered_state
-from approx_attention.causal import in_blocks
-from approx_attention.checks import check_count, check_key, head_inputs
-from approx_attention.softmax import pad_rows
+from approx_attention.checks import check_count, check_key, head_inputs, real_keys
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024
@@ -95,7 +94,7 @@ def largest_logits(
     """
     q, k = lax.stop_gradient((q, k))
     num_queries, num_keys = q.shape[0], k.shape[0]
-    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    real = real_keys(kv_mask, num_keys)
     rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, SEARCHED)
     numbers = jnp.arange(num_keys, dtype=jnp.int32)
     key_blocks = in_blocks(k, columns), in_blocks(real, columns), in_blocks(numbers, columns)
@@ -119,8 +118,8 @@ def largest_logits(
         return lax.scan(search, none, key_blocks)[0]
 
     positions = jnp.arange(num_queries, dtype=jnp.int32)
-    logits, places = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
-    logits, places = (x.reshape(-1, count)[:num_queries] for x in (logits, places))
+    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
+    logits, places = out_of_blocks(found, num_queries)
     # NaN counts: it must come out.
     return places, logits != -jnp.inf
 
@@ -259,8 +258,7 @@ def _found_by_hashing(
 
     own_place = jnp.arange(num_queries, dtype=jnp.int32)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
-    places, seen = (x.reshape(-1, count)[:num_queries] for x in found)
-    return places, seen
+    return out_of_blocks(found, num_queries)
 
 
 def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:
