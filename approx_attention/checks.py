@@ -134,6 +134,19 @@ def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
         raise ValueError(f"kv_mask must be [S] = [{num_keys}], got shape {kv_mask.shape}")
 
 
+def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:
+    """Raises unless ``bias`` is floating point and ``mask`` boolean, each ``[T, S]``, where they are given."""
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and x.shape != (num_queries, num_keys):
+            raise ValueError(f"{name} must be [T, S] = {[num_queries, num_keys]}, got shape {x.shape}")
+    if bias is not None:
+        check_floating("bias", bias)
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be boolean (true = may be seen), got dtype {mask.dtype}; pass an additive one as bias"
+        )
+
+
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """Returns ``value`` if it is an integer of at least ``least``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -13,6 +13,9 @@ from approx_attention.rows import out_of_blocks, pad_rows
 from approx_attention.softmax import HIDDEN, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 
+# The order of so many signs is a number that an int32 holds.
+MOST_HASHES = 31
+
 
 def hyper_attention(
     q: Float[Array, "T D"],
@@ -47,7 +50,7 @@ def hyper_attention(
         key: typed PRNG key.
         sample_size: the number M of sampled keys; with M >= S the answer is exact.
         block_size: queries per block, each of which meets as many keys (in proportion, if S != T).
-        num_hashes: the number b of random signs.
+        num_hashes: the number b of random signs, at most 31.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
@@ -56,7 +59,7 @@ def hyper_attention(
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, no key.
+        ValueError: shapes that do not fit, counts below 1, more than 31 signs, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -72,7 +75,8 @@ def hyper_attention(
     """
     dtype = v.dtype
     check_count("block_size", block_size)
-    check_count("num_hashes", num_hashes)
+    if check_count("num_hashes", num_hashes) > MOST_HASHES:
+        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: more do not fit an int32")
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     key_hash, key_sample = jax.random.split(check_key("hyper_attention", key))

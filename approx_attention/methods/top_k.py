@@ -162,7 +162,8 @@ def lsh_top_k(
         key: typed PRNG key; not needed if ``projection`` is given.
         keys_per_query: the number K of keys; with K >= S the answer is exact unless ``num_hashes`` says otherwise.
         num_rounds: the number N of rounds.
-        num_hashes: the number b of signs, by default so many that a bucket holds no more than K keys on average.
+        num_hashes: the number b of signs, at most 24; by default so many that a bucket holds no more than K keys on
+            average.
         projection: the directions ``[N, b, D]`` in place of a draw.
         is_causal: query t sees keys j <= t.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
@@ -173,7 +174,7 @@ def lsh_top_k(
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor projection.
+        ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -196,12 +197,14 @@ def lsh_top_k(
     if projection is None:
         if num_hashes is None:
             num_hashes = (-(-num_keys // count) - 1).bit_length()
-        if check_count("num_hashes", num_hashes, least=0) > MOST_HASHES:
-            raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: there are 2^b buckets")
-        shape = num_rounds, num_hashes, q.shape[1]
+        shape = num_rounds, check_count("num_hashes", num_hashes, least=0), q.shape[1]
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
     elif projection.ndim != 3 or projection.shape[2] != q.shape[1]:
         raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
+    if projection.shape[1] > MOST_HASHES:
+        raise ValueError(
+            f"num_hashes must be at most {MOST_HASHES}, got {projection.shape[1]}: there are as many as 2^b buckets"
+        )
     places, seen = _found_by_hashing(q, k, projection.astype(q.dtype), count, is_causal, kv_mask)
     state = gathered_state(q, k, v, places, seen)
     return state if return_state else state.out.astype(dtype)
