@@ -37,6 +37,23 @@ class RunningSummary(NamedTuple):
             estimates, softmax unless the method has one of its own.
         space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
             in: the identity unless the method normalises them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import RunningSummary, WeightedKV, attend
+        >>> def add(total, start, k, v, kv_mask):  # one token with the mean key, and the values summed
+        ...     count = jnp.sum(kv_mask, dtype=jnp.float32)
+        ...     return total[0] + jnp.sum(k, axis=0), total[1] + jnp.sum(v, axis=0), total[2] + count
+        >>> running = RunningSummary(
+        ...     init=lambda head_dim, value_dim, dtype: (jnp.zeros(head_dim), jnp.zeros(value_dim), jnp.zeros(())),
+        ...     append=add,
+        ...     read=lambda total: WeightedKV(total[0][None] / total[2], total[1][None], total[2][None]),
+        ... )
+        >>> prefix = running.init(2, 1, jnp.float32)
+        >>> for start, value in ((0, 1.0), (4, 5.0)):
+        ...     prefix = running.append(prefix, start, jnp.ones((4, 2)), jnp.full((4, 1), value), jnp.ones(4, bool))
+        >>> float(attend(jnp.ones((1, 2)), running.read(prefix)).out[0, 0])
+        3.0
     """
 
     init: Callable[[int, int, Any], Any]
@@ -81,6 +98,15 @@ def running_moments(features: FeatureMap) -> RunningSummary:
 
     Returns:
         The `RunningSummary` whose summary is a `FeatureMoments`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import PositiveFeatures, running_moments
+        >>> running = running_moments(PositiveFeatures(jax.random.normal(jax.random.key(0), (16, 4))))
+        >>> empty, ones = running.init(4, 2, jnp.float32), jnp.ones((3, 4))
+        >>> moments = running.append(empty, jnp.int32(0), ones, ones[:, :2], jnp.ones(3, bool))
+        >>> running.read(moments).value_sum.shape
+        (16, 2)
     """
 
     # The map is not part of the state: it never changes, and a donated cache must not take its arrays along.
@@ -116,6 +142,17 @@ def causal_state(
 
     Returns:
         The `AttentionState` of the queries.
+
+    Raises:
+        ValueError: a block size below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import causal_state, exact, fold_scale, running_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
+        >>> state = causal_state(*fold_scale(q, k), v, running_exact(4, max_length=8), block_size=2)
+        >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))
+        True
     """
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
     block_size = min(check_count("block_size", block_size), num_queries)

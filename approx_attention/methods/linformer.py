@@ -360,6 +360,7 @@ def block_linformer(
         Wang et al. (2020), "Linformer", block by block, as far as a causal model can use it.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("slots_per_block", slots_per_block)
     check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     options: Any = {
