@@ -1,5 +1,7 @@
 """EVA against loops in float64: its formula, the authors' departures from it, images, and where it is exact."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
