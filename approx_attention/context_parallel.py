@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from approx_attention.causal import Block, Past, RunningSummary, in_blocks, scan_blocks
+from approx_attention.causal import Block, Past, RunningSummary, scan_blocks
 from approx_attention.checks import check_key, did_you_mean, fold_scale
-from approx_attention.clustering import keeping_choices
+from approx_attention.choices import keeping_choices
 from approx_attention.methods.local import window_sides
 from approx_attention.registry import METHODS, Method, accepted, get_method
+from approx_attention.rows import in_blocks
 from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
 from approx_attention.states import AttentionState, finite_peak, merge
 from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
