@@ -13,7 +13,6 @@ from approx_attention import WeightedKV, attend, attention, compress_tokens, fol
 from approx_attention.diagnostics import time_interleaved
 from experiments.config import STRICT
 
-
 # The whole cache as a summary that holds it.
 EVERY_TOKEN = "every token"
 
