@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.causal import Block, Past, RunningSummary, move_on, scan_blocks
-from approx_attention.checks import check_count, check_floating, did_you_mean, fold_scale
-from approx_attention.registry import METHODS, accepted, draw_per_head, get_method
+from approx_attention.checks import check_count, check_floating, fold_scale
+from approx_attention.registry import METHODS, accepted, check_hyperparameters, draw_per_head, get_method
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import mask_bias
 from approx_attention.states import merge
@@ -263,11 +263,8 @@ class HeadsDecoder:
             raise NotImplementedError(
                 f"method {method!r} has no running summary to decode with; those that have are {able}"
             )
-        parameters = inspect.signature(self.registered.function).parameters
-        own = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != "is_causal"}
-        for name in hyperparameters:
-            if name not in own:
-                raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, own)}")
+        check_hyperparameters(method, self.registered.function, hyperparameters, options=("scale",))
+        own = inspect.signature(self.registered.function).parameters
         block = self.registered.block
         if block_size is not None and block == "block_size":
             hyperparameters["block_size"] = block_size
