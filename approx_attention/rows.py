@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -36,3 +37,13 @@ def even_split(length: int, block_size: int) -> tuple[int, int]:
     """The number of blocks of at most ``block_size``, and the least common size that covers ``length``."""
     blocks = max(1, -(-length // block_size))
     return blocks, -(-length // blocks)
+
+
+def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
+    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
+    end = blocks * block + right
+    x = x[:end]
+    around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+    if left == right == 0:
+        return around.reshape(blocks, block, *x.shape[1:])
+    return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]

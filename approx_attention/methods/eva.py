@@ -13,7 +13,7 @@ from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
-from approx_attention.rows import out_of_blocks, pad_rows
+from approx_attention.rows import block_windows, out_of_blocks, pad_rows
 from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means
 from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
@@ -472,7 +472,7 @@ def _answer(
 
     key_bias = mask_bias(real_keys(kv_mask, num_keys), dtype)
     near = tuple(
-        _block_windows(x, window, blocks * together, left, right, fill)
+        block_windows(x, window, blocks * together, left, right, fill)
         for x, fill in ((k, 0.0), (v, 0.0), (key_bias, HIDDEN))
     )
     own_bias = jnp.zeros((1, reach), dtype) if local_bias is None else local_bias.astype(dtype)
@@ -524,16 +524,6 @@ def _answer(
     numbers = together * jnp.arange(blocks, dtype=jnp.int32)
     state = lax.map(jax.checkpoint(block), (numbers, q, near))
     return out_of_blocks(state, num_queries)
-
-
-def _block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
-    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
-    end = blocks * block + right
-    x = x[:end]
-    around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
-    if left == right == 0:
-        return around.reshape(blocks, block, *x.shape[1:])
-    return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
 
 
 def running_eva(
