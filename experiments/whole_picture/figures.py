@@ -125,7 +125,7 @@ def draw_equal_time(runs: Sequence[Mapping[str, Any]]) -> Figure:
     ranked.set_title("method, size (share of the time of exact attention)", fontsize=10)
     by_error.set(
         xlabel="relative error of the attention, on the tensors of the exact model",
-        ylabel="test bits per byte lost in the place of exact attention, untuned",
+        ylabel="bits per byte lost in its place, untuned",
     )
     for axes in (ranked, by_error):
         light_grid(axes)
