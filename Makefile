@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Methods that the default comparison leaves out: they cost as much as exact attention, or have no causal form.
+# Methods that the default comparison leaves out: their cost grows with the square of the length, or they have no causal
+# form.
 COSTLY := top_k,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 
-.PHONY: compare test test-slow lint format docs bench experiments readme sample clean
+.PHONY: compare test test-slow lint format docs bench experiments readme sample check-wheel clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
@@ -66,6 +67,15 @@ readme: $(VENV)/.dev
 # Trains the small language model anew (about 40 minutes) and captures the shipped sample from it.
 sample: $(VENV)/.dev
 	$(BIN)/python -m experiments sample
+
+# Builds the wheel, installs it into an environment of its own, and runs the main job there, away from the repository.
+check-wheel: $(VENV)/.core
+	rm -rf out/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir out/wheel .
+	$(PYTHON) -m venv out/wheel/venv
+	out/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(echo $(CURDIR)/out/wheel/approx_attention-*.whl)[plot]"
+	cd out/wheel && venv/bin/approx-attention compare --out compare
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)
 	$(INSTALL) -e '.[plot,safetensors]'

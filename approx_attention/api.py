@@ -1,7 +1,6 @@
 """The public array function: any method over batch and heads, in the layout of `jax.nn.dot_product_attention`."""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from approx_attention.checks import check_floating, did_you_mean
-from approx_attention.registry import draw_per_head, get_method
+from approx_attention.registry import OPTIONS, arguments, check_hyperparameters, draw_per_head, get_method
 
 
 def attention(
@@ -86,7 +85,7 @@ def attention(
             raise NotImplementedError("method 'exact' with local_window_size supports neither bias nor implementation")
         window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size, local_window_size)
         method, hyperparameters = "local", {**hyperparameters, "window_size": window}
-    _check_layout(query, key, value)
+    check_layout(query, key, value)
     *batch, num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads = key.shape[-3:-1]
     num_batches, group = math.prod(batch), num_heads // num_kv_heads
@@ -101,14 +100,14 @@ def attention(
         options["return_state"] = True
     head.check_options(options)
     if return_residual and head.method and not head.method.capabilities.normalizer:
-        raise NotImplementedError(f"method {head.name!r} does not support {_OPTIONS['return_state']}")
+        raise NotImplementedError(f"method {head.name!r} does not support {OPTIONS['return_state']}")
 
     # Arrays with one slice per key head of every sequence, [B * K, ...]; `dense` ones have a slice per query head too.
     sliced: dict[str, Array] = {}
     dense: dict[str, Array] = {}
     padding, dense_mask = _split_mask(mask, (*batch, num_heads, num_queries, num_keys))
     if key_value_seq_lengths is not None:
-        real = _within(key_value_seq_lengths, num_keys, batch, "key_value_seq_lengths")
+        real = within(key_value_seq_lengths, num_keys, batch, "key_value_seq_lengths")
         padding = real if padding is None else padding & real
     if padding is not None:
         padding = padding.reshape(num_batches, 1, num_keys)
@@ -121,7 +120,7 @@ def attention(
     head.check_options(sliced | dense)
 
     if query_seq_lengths is not None:
-        asked = _within(query_seq_lengths, num_queries, batch, "query_seq_lengths")[..., None, None]
+        asked = within(query_seq_lengths, num_queries, batch, "query_seq_lengths")[..., None, None]
         query = jnp.where(asked, query, jnp.zeros_like(query))
 
     for name in _PER_TOKEN & hyperparameters.keys():
@@ -161,24 +160,13 @@ class _Head:
             self.name, self.method = getattr(method, "__name__", type(method).__name__), None
             self.function = method
         self.hyperparameters = hyperparameters
-        parameters = inspect.signature(self.function).parameters.values()
-        self.takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        # After q, k, v and key, whatever can be named.
-        self.arguments = [
-            p.name
-            for i, p in enumerate(parameters)
-            if p.kind is p.KEYWORD_ONLY or (i >= 4 and p.kind is p.POSITIONAL_OR_KEYWORD)
-        ]
-        own = [name for name in self.arguments if name not in _OPTIONS]
-        for name in hyperparameters:
-            if not self.takes_anything and name not in own:
-                known = f"it takes {', '.join(own)}" if own else "it takes none"
-                raise TypeError(f"method {self.name!r} has no argument {name!r}{did_you_mean(name, own)} ({known})")
+        self.arguments = arguments(self.function)
+        check_hyperparameters(self.name, self.function, hyperparameters)
 
     def check_options(self, options: Iterable[str]) -> None:
         for name in options:
-            if not self.takes_anything and name not in self.arguments:
-                raise NotImplementedError(f"method {self.name!r} does not support {_OPTIONS[name]}")
+            if self.arguments is not None and name not in self.arguments:
+                raise NotImplementedError(f"method {self.name!r} does not support {OPTIONS[name]}")
 
 
 class _Operands(NamedTuple):
@@ -292,8 +280,8 @@ def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str
 def _per_head(head: _Head, per_head: Mapping[str, Array], num_kv_heads: int) -> dict[str, Array]:
     """Checks arguments that are stacked over the key heads."""
     for name, x in per_head.items():
-        if name not in head.arguments or name in _OPTIONS:
-            raise TypeError(f"method {head.name!r} has no argument {name!r}{did_you_mean(name, head.arguments)}")
+        if name not in (head.arguments or ()) or name in OPTIONS:
+            raise TypeError(f"method {head.name!r} has no argument {name!r}{did_you_mean(name, head.arguments or ())}")
         if name in head.hyperparameters:
             raise TypeError(f"argument {name!r} is given both per_head and for all heads")
         for leaf in jax.tree.leaves(x):
@@ -303,20 +291,12 @@ def _per_head(head: _Head, per_head: Mapping[str, Array], num_kv_heads: int) -> 
     return dict(per_head)
 
 
-# What `attention` may ask of a method's function, and what its absence is called in an error.
-_OPTIONS = {
-    "scale": "scale",
-    "is_causal": "is_causal",
-    "return_state": "return_residual: its normaliser is not comparable to that of exact attention",
-    "kv_mask": "padding (a mask over keys or key_value_seq_lengths)",
-    "mask": "a mask that differs between queries or heads",
-    "bias": "bias",
-}
 # Arguments that hold one number per key and key head.
 _PER_TOKEN = frozenset({"gate_logits"})
 
 
-def _check_layout(query: Array, key: Array, value: Array) -> None:
+def check_layout(query: Array, key: Array, value: Array) -> None:
+    """Raises unless query, key and value are ``[..., T, N, D]``, ``[..., S, K, D]`` and ``[..., S, K, Dv]``."""
     for name, x, axes in (("query", query, "T, N, D"), ("key", key, "S, K, D"), ("value", value, "S, K, Dv")):
         check_floating(name, x)
         if x.ndim < 3 or 0 in x.shape[-3:]:
@@ -355,7 +335,7 @@ def _broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
         raise ValueError(f"{name} must broadcast to [..., N, T, S] = {list(full)}, got shape {x.shape}") from None
 
 
-def _within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
+def within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
     """True at the positions before each sequence's length, ``[*B, size]``."""
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):

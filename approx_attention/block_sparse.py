@@ -14,10 +14,10 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from approx_attention.causal import in_blocks
-from approx_attention.checks import check_count
+from approx_attention.checks import check_count, real_keys
 from approx_attention.patterns import SparsePattern
-from approx_attention.softmax import HIDDEN, KEY_BLOCK, dense_state, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import HIDDEN, KEY_BLOCK, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 
 # Blocks are taken together until they make so many logits: what is gathered for them then stays in cache.
@@ -271,7 +271,7 @@ def block_sparse_state(
         states.append(jax.tree.map(lambda x: x.reshape(len(unseen), size, *x.shape[1:]), nothing))
     order = np.argsort(np.concatenate([*(group.rows for group in groups), unseen]))
     state = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *states)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    return out_of_blocks(state, num_queries)
 
 
 def block_lists_state(
@@ -304,15 +304,14 @@ def block_lists_state(
     lists = jnp.pad(lists, ((0, 0), (0, padding)), constant_values=k_blocks.shape[0])
     lists = lists.reshape(lists.shape[0], steps, -1)
     state = _attend_lists(in_blocks(q, block_size), tokens, lists, None)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]], state)
+    return out_of_blocks(state, q.shape[0])
 
 
 def _key_blocks(k: Array, v: Array, block_size: int, kv_mask: Array | None) -> tuple[Array, Array, Array | None]:
     """Keys, values and biases that hide padding, in blocks; no biases where nothing is to hide."""
     if kv_mask is None and k.shape[0] % block_size == 0:
         return in_blocks(k, block_size), in_blocks(v, block_size), None
-    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
-    bias = jnp.where(in_blocks(real, block_size), jnp.zeros((), k.dtype), HIDDEN)
+    bias = mask_bias(in_blocks(real_keys(kv_mask, k.shape[0]), block_size), k.dtype)
     return in_blocks(k, block_size), in_blocks(v, block_size), bias
 
 
@@ -363,7 +362,7 @@ def _attend_lists(
     state = lax.map(
         jax.checkpoint(turn), (in_turns(q_blocks), in_turns(lists), None if bias is None else in_turns(bias[0]))
     )
-    return jax.tree.map(lambda x: x.reshape(turns * together, *x.shape[2:])[:number], state)
+    return out_of_blocks(state, number)
 
 
 def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> AttentionState:
@@ -392,12 +391,11 @@ def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> 
         q, places = args
         # Gathered once: fused into the products, rows would be read once for each use.
         k_own, v_own = lax.optimization_barrier((k[places], v[places]))
-        bias = jnp.where(places < k.shape[0] - 1, jnp.zeros((), q.dtype), HIDDEN)
-        return _rows_state(q, k_own, v_own, bias)
+        return _rows_state(q, k_own, v_own, mask_bias(places < k.shape[0] - 1, q.dtype))
 
     blocks = in_blocks(q, rows), in_blocks(places, rows)
     state = lax.map(of_rows, blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    return out_of_blocks(state, num_queries)
 
 
 def _rows_state(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.clustering import keeping_choices
+from approx_attention.checks import check_count, real_keys
+from approx_attention.choices import keeping_choices
 from approx_attention.features import FeatureMap
-from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, Summary, attend
 
@@ -35,6 +37,23 @@ class RunningSummary(NamedTuple):
             estimates, softmax unless the method has one of its own.
         space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
             in: the identity unless the method normalises them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import RunningSummary, WeightedKV, attend
+        >>> def add(total, start, k, v, kv_mask):  # one token with the mean key, and the values summed
+        ...     count = jnp.sum(kv_mask, dtype=jnp.float32)
+        ...     return total[0] + jnp.sum(k, axis=0), total[1] + jnp.sum(v, axis=0), total[2] + count
+        >>> running = RunningSummary(
+        ...     init=lambda head_dim, value_dim, dtype: (jnp.zeros(head_dim), jnp.zeros(value_dim), jnp.zeros(())),
+        ...     append=add,
+        ...     read=lambda total: WeightedKV(total[0][None] / total[2], total[1][None], total[2][None]),
+        ... )
+        >>> prefix = running.init(2, 1, jnp.float32)
+        >>> for start, value in ((0, 1.0), (4, 5.0)):
+        ...     prefix = running.append(prefix, start, jnp.ones((4, 2)), jnp.full((4, 1), value), jnp.ones(4, bool))
+        >>> float(attend(jnp.ones((1, 2)), running.read(prefix)).out[0, 0])
+        3.0
     """
 
     init: Callable[[int, int, Any], Any]
@@ -79,6 +98,15 @@ def running_moments(features: FeatureMap) -> RunningSummary:
 
     Returns:
         The `RunningSummary` whose summary is a `FeatureMoments`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import PositiveFeatures, running_moments
+        >>> running = running_moments(PositiveFeatures(jax.random.normal(jax.random.key(0), (16, 4))))
+        >>> empty, ones = running.init(4, 2, jnp.float32), jnp.ones((3, 4))
+        >>> moments = running.append(empty, jnp.int32(0), ones, ones[:, :2], jnp.ones(3, bool))
+        >>> running.read(moments).value_sum.shape
+        (16, 2)
     """
 
     # The map is not part of the state: it never changes, and a donated cache must not take its arrays along.
@@ -114,16 +142,26 @@ def causal_state(
 
     Returns:
         The `AttentionState` of the queries.
+
+    Raises:
+        ValueError: a block size below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import causal_state, exact, fold_scale, running_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
+        >>> state = causal_state(*fold_scale(q, k), v, running_exact(4, max_length=8), block_size=2)
+        >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))
+        True
     """
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
-    block_size = min(block_size, num_queries)
-    if kv_mask is None:
-        kv_mask = jnp.ones(k.shape[0], bool)
+    block_size = min(check_count("block_size", block_size), num_queries)
+    tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
-    blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in (k, v, kv_mask)))
+    blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in tokens))
     past = Past.empty(running, block_size, k.shape[-1], v.shape[-1], k.dtype)
     _, state = scan_blocks(running, past, 0, q_blocks, blocks, num_queries)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    return out_of_blocks(state, num_queries)
 
 
 def scan_blocks(
@@ -166,15 +204,9 @@ def move_on(running: RunningSummary, past: Past, number: Array, block: Block) ->
     return Past(block, prefix)
 
 
-def in_blocks(x: Array, block_size: int) -> Array:
-    """Rows ``[n, ...]`` as zero-padded blocks ``[ceil(n / block_size), block_size, ...]``."""
-    return pad_rows(x, -x.shape[0] % block_size).reshape(-1, block_size, *x.shape[1:])
-
-
 def _attend_block(running: RunningSummary, q: Array, before: Block, current: Block, prefix: Any) -> AttentionState:
     """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
     block_size = q.shape[0]
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
-    bias = jnp.where(visible, jnp.zeros((), q.dtype), HIDDEN)
-    return merge(running.near(q, near.k, near.v, bias), attend(q, running.read(prefix)))
+    return merge(running.near(q, near.k, near.v, mask_bias(visible, q.dtype)), attend(q, running.read(prefix)))

@@ -12,6 +12,10 @@ from jax import Array
 from jax.core import Tracer
 
 
+class InputError(ValueError):
+    """Input that cannot be used; the message is one line that says what was given and what is allowed."""
+
+
 def head_inputs(
     q: Array, k: Array, v: Array, *, scale: float | Array | None = None, kv_mask: Array | None = None
 ) -> tuple[Array, Array, Array]:
@@ -91,6 +95,11 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
     return jnp.where(real, k, jnp.zeros_like(k)), jnp.where(real, v, jnp.zeros_like(v))
 
 
+def real_keys(kv_mask: Array | None, num_keys: int) -> Array:
+    """Which keys ``[S]`` are real: all, where there is no ``kv_mask``."""
+    return jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+
+
 def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
     """Keys and values of a summary in the accumulation dtype, with zeros where ``kv_mask`` says padding."""
     dtype = accumulation_dtype(k, v)
@@ -127,6 +136,19 @@ def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
         raise TypeError(f"kv_mask must be a boolean array (true = real key), got {given}")
     if kv_mask.shape != (num_keys,):
         raise ValueError(f"kv_mask must be [S] = [{num_keys}], got shape {kv_mask.shape}")
+
+
+def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:
+    """Raises unless ``bias`` is floating point and ``mask`` boolean, each ``[T, S]``, where they are given."""
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and x.shape != (num_queries, num_keys):
+            raise ValueError(f"{name} must be [T, S] = {[num_queries, num_keys]}, got shape {x.shape}")
+    if bias is not None:
+        check_floating("bias", bias)
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be boolean (true = may be seen), got dtype {mask.dtype}; pass an additive one as bias"
+        )
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:

@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from approx_attention.checks import unknown
+from approx_attention.checks import InputError, unknown
 from approx_attention.compare import (
     comparison_table,
     default_methods,
@@ -26,7 +26,7 @@ from approx_attention.compare import (
 from approx_attention.plan import draw_plan, plan_document, plan_table
 from approx_attention.plan import plan as make_plan
 from approx_attention.registry import METHODS, capability_table
-from approx_attention.tensor_files import InputError, Tensors, load_sample, load_tensors
+from approx_attention.tensor_files import Tensors, load_sample, load_tensors
 
 
 class CommaSeparated(click.ParamType):

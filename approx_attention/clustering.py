@@ -1,23 +1,19 @@
 """Landmarks that stand for tokens near them: k-means, farthest points, pivoted Cholesky, and Nystrom weights."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
+from approx_attention.choices import kept
 from approx_attention.features import squared_norm
-from approx_attention.softmax import HIDDEN, LEAST_TILE, blocked_state, map_rows
+from approx_attention.rows import map_rows
+from approx_attention.softmax import HIDDEN, LEAST_TILE, blocked_state
 from approx_attention.summaries import WeightedKV
 
 # exp of this is finite in float32.
 LARGEST_EXPONENT = math.log(1e30)
-
-# What is chosen is kept for the gradient: computed again, it may be chosen otherwise, since it hangs on rounding.
-CHOICE = "choice"
-keeping_choices = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CHOICE))
 
 # Rounds in which the first centres of k-means are drawn.
 SEEDING_ROUNDS = 8
@@ -35,7 +31,7 @@ def nearest(x: Array, centres: Array, present: Array) -> Array:
         return jnp.maximum(jnp.max(jnp.where(likeness == best, numbers, -1), axis=1), 0)
 
     label = map_rows(of_block, lax.stop_gradient(x), max(1, LEAST_TILE // centres.shape[0]))
-    return checkpoint_name(label, CHOICE)
+    return kept(label)
 
 
 def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:

@@ -23,11 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from approx_attention.api import attention
+from approx_attention.checks import InputError
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
 from approx_attention.registry import METHODS, Method, accepted, get_method
 from approx_attention.summaries import summary_bytes
-from approx_attention.tensor_files import InputError, Tensors
+from approx_attention.tensor_files import Tensors
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
 LARGEST_LOGITS = 2**31
@@ -199,7 +200,7 @@ def method_arm(
         method=name,
         function=function,
         size=size,
-        summary_bytes=held_bytes(tensors, name, hyperparameters, is_causal=is_causal),
+        held_bytes=held_bytes(tensors, name, hyperparameters, is_causal=is_causal),
         is_random=method.capabilities.needs_key,
     )
 
@@ -259,7 +260,8 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
         is_causal: count the whole decoding cache where the method has one, and not just one summary of all keys.
 
     Returns:
-        The bytes, or None for a method that holds all keys.
+        The bytes, or None where nothing can be held in the place of all keys: a method that asks every key, or makes
+        what it answers from together with the queries.
     """
     method = get_method(name)
     key, value = (jax.ShapeDtypeStruct((x.shape[1], x.shape[-1]), x.dtype) for x in tensors[1:])
@@ -283,7 +285,9 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
     if method.size != "window_size" or method.size not in hyperparameters:
         return None
     size = hyperparameters[method.size]
-    tokens = min(size if is_causal else 2 * size - 1, key.shape[0])
+    window = size if is_causal else 2 * size - 1
+    num_global = arguments["num_global"].default if "num_global" in arguments else 0
+    tokens = min(window + hyperparameters.get("num_global", num_global), key.shape[0])
     return tokens * (key.shape[-1] + value.shape[-1]) * 4
 
 
@@ -340,7 +344,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
         table.add_row(
             Text(f"{row.method}{' *' if i in frontier else ''}"),
             "" if row.size is None else str(row.size),
-            "" if row.summary_bytes is None else in_units(row.summary_bytes),
+            "" if row.held_bytes is None else in_units(row.held_bytes),
             "" if row.compression is None else f"{row.compression:.3g}x",
             f"{row.seconds * 1e3:.3g} ms",
             f"{row.speedup:.2f}x",
@@ -379,7 +383,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
         style = {**look, "label": f"{name} ({sizes})" if sizes else name}
         for axes, xs in (
             (left, [row.seconds * 1e3 for row in chosen]),
-            (right, [None if row.summary_bytes is None else row.summary_bytes / 1024 for row in chosen]),
+            (right, [None if row.held_bytes is None else row.held_bytes / 1024 for row in chosen]),
         ):
             points = [(x, row) for x, row in zip(xs, chosen, strict=True) if x is not None and row.relative_error > 0]
             if not points:
@@ -388,10 +392,10 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
             axes.errorbar(x, errors, [row.relative_error_std for _, row in points], capsize=2, markersize=6, **style)
     exact = min((row for row in rows if row.is_exact), key=lambda row: row.seconds)
     left.axvline(exact.seconds * 1e3, color="0.4", linestyle="--", label=f"fastest exact ({exact.method})")
-    if exact.summary_bytes is not None:
-        right.axvline(exact.summary_bytes / 1024, color="0.4", linestyle="--")
+    if exact.held_bytes is not None:
+        right.axvline(exact.held_bytes / 1024, color="0.4", linestyle="--")
     left.set(xlabel="time of a call (ms)", ylabel="relative error of the output")
-    right.set(xlabel="held per key head and sequence (KiB); dashed: all keys and values")
+    right.set(xlabel="held in place of all keys, by head and sequence (KiB); dashed: all")
     for axes in (left, right):
         log_scales(axes)
     handles, labels = left.get_legend_handles_labels()
@@ -400,13 +404,18 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     return figure
 
 
+def light_grid(axes: Any) -> None:
+    """Light lines behind everything else."""
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+
+
 def log_scales(axes: Any) -> None:
     """Logarithmic axes with a grid and labels that are plain numbers."""
     from matplotlib import ticker
 
     axes.set(xscale="log", yscale="log")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    light_grid(axes)
     axes.margins(0.08, 0.1)
     for axis in (axes.xaxis, axes.yaxis):
         low, high = axis.get_view_interval()

@@ -15,7 +15,8 @@ from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.decode import Cache
 from approx_attention.features import squared_norm
 from approx_attention.methods.coreset import compress, running_coreset
-from approx_attention.softmax import HIDDEN, pad_rows
+from approx_attention.rows import in_blocks, pad_rows
+from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import WeightedKV, merge
 
 # What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.
@@ -68,7 +69,7 @@ def compress_tokens(
 
     Raises:
         ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given, a
-            size for a policy that is no heuristic.
+            size for a policy that is no heuristic, no key for one.
 
     Example:
         >>> import jax
@@ -78,23 +79,75 @@ def compress_tokens(
         >>> out = attend(fold_scale(q, k)[0], small).out
         >>> bool(abs(out - exact(q, k, v)).max() < 0.5)
         True
+
+    Reference:
+        The algorithms: as in `coreset`. The heuristics: ``"streaming_llm"`` Xiao et al. (2023), "Efficient streaming
+        language models with attention sinks"; ``"knorm"`` Devoto et al. (2024), "A simple and effective L2 norm-based
+        strategy for KV cache compression"; ``"keydiff"`` Park et al. (2025), "KeyDiff"; ``"h2o"`` Zhang et al. (2023),
+        "H2O"; ``"snapkv"`` Li et al. (2024), "SnapKV"; ``"tova"`` Oren et al. (2024), "Transformers are multi-state
+        RNNs".
     """
-    num_keys = k.shape[0]
+    _check_policy(policy, size)
+    asked = k[:1] if queries is None else queries
+    asked, k, v = head_inputs(asked, k, v, scale=scale, kv_mask=kv_mask)
+    return _in_budget(
+        WeightedKV.of_tokens(k, v, kv_mask),
+        None if queries is None else asked,
+        key,
+        real=kv_mask,
+        budget=budget,
+        size=size,
+        policy=policy,
+        sinks=sinks,
+        recent=recent,
+        mass_correction=mass_correction,
+        query_radius=query_radius,
+    )
+
+
+def _check_policy(policy: str | Algorithm, size: Array | None) -> None:
+    if isinstance(policy, str) and policy in HEURISTICS:
+        return
+    if isinstance(policy, str) and policy not in ALGORITHMS:
+        raise ValueError(unknown("policy", policy, [*ALGORITHMS, *HEURISTICS]))
+    if not isinstance(policy, str) and not callable(policy):
+        raise ValueError(
+            f"policy must be one of {', '.join([*ALGORITHMS, *HEURISTICS])}, or an algorithm, got {policy!r}"
+        )
+    if size is not None:
+        raise ValueError(
+            f"size is for heuristics, which drop what they rank last: {', '.join(HEURISTICS)}; got policy {policy!r}"
+        )
+
+
+def _in_budget(
+    tokens: WeightedKV,
+    queries: Array | None,
+    key: Array | None,
+    *,
+    real: Array | None,
+    budget: int,
+    size: Array | None,
+    policy: str | Algorithm,
+    sinks: int,
+    recent: int,
+    mass_correction: bool,
+    query_radius: float | Array | None,
+) -> WeightedKV:
+    """`compress_tokens` of tokens in scaled space with masses of their own, where not ``real`` of mass 0."""
+    num_keys = tokens.mass.shape[0]
     budget = min(check_count("budget", budget), num_keys)
     for name, count in (("sinks", sinks), ("recent", recent)):
         check_count(name, count, least=0)
-    asked = k[:1] if queries is None else queries
-    asked, k, v = head_inputs(asked, k, v, scale=scale, kv_mask=kv_mask)
-    tokens = WeightedKV.of_tokens(k, v, kv_mask)
     if budget == num_keys and (size is None or num_keys <= sinks + recent):
         return tokens
     start = jnp.zeros((), jnp.int32)
-    if kv_mask is not None:
+    if real is not None:
         # Padding first, so that the last tokens are real.
-        order = jnp.argsort(kv_mask, stable=True)
-        tokens, start = jax.tree.map(lambda x: x[order], tokens), num_keys - jnp.sum(kv_mask, dtype=jnp.int32)
-        if asked.shape[0] == num_keys:
-            asked = jnp.where(kv_mask[:, None], asked, 0)[order]
+        order = jnp.argsort(real, stable=True)
+        tokens, start = jax.tree.map(lambda x: x[order], tokens), num_keys - jnp.sum(real, dtype=jnp.int32)
+        if queries is not None and queries.shape[0] == num_keys:
+            queries = jnp.where(real[:, None], queries, 0)[order]
     middle = budget - sinks - recent
     if middle < 1:
         raise ValueError(f"budget must be more than sinks + recent = {sinks + recent}, got {budget}")
@@ -103,23 +156,19 @@ def compress_tokens(
     first_place = start + jnp.arange(sinks, dtype=jnp.int32)
     is_first = jnp.zeros(num_keys, bool).at[first_place].set(True)
     first, last = _at(tokens, jnp.minimum(first_place, end - 1), first_place < end), _at(tokens, slice(end, None))
-    between = _at(tokens, slice(0, end), ~is_first[:end]) if kv_mask is not None else _at(tokens, slice(sinks, end))
+    between = _at(tokens, slice(0, end), ~is_first[:end]) if real is not None else _at(tokens, slice(sinks, end))
     if isinstance(policy, str) and policy in HEURISTICS:
         heuristic = HEURISTICS[policy]
         if heuristic.needs_queries and queries is None:
             raise ValueError(f"policy {policy!r} scores keys by the attention of queries: pass queries")
-        score = heuristic.score(tokens, asked)[end - between.mass.shape[0] : end]
+        score = heuristic.score(tokens, tokens.k[:1] if queries is None else queries)[end - between.mass.shape[0] : end]
         score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
         kept = _kept_at(between, lax.top_k(score, middle)[1], size if size is None else size - sinks - recent)
         if mass_correction:
             kept = _with_mass_of(between, kept)
-    elif isinstance(policy, str) and policy not in ALGORITHMS:
-        raise ValueError(unknown("policy", policy, [*ALGORITHMS, *HEURISTICS]))
-    elif size is not None:
-        raise ValueError(f"size is for heuristics, which drop what they rank last: {', '.join(HEURISTICS)}")
     else:
         if query_radius is None and queries is not None:
-            query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(asked[-SNAP_QUERIES:])))
+            query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(queries[-SNAP_QUERIES:])))
         kept = compress(between, key, coreset_size=middle, algorithm=policy, query_radius=query_radius)
     return merge(merge(first, last), kept)
 
@@ -147,7 +196,9 @@ def _with_mass_of(tokens: WeightedKV, kept: WeightedKV) -> WeightedKV:
 
 
 def attention_received(tokens: WeightedKV, queries: Array) -> Array:
-    """The attention weights that every key gets from causal queries at the last positions, summed.
+    r"""The attention weights that every key gets from causal queries at the last positions, summed.
+
+    .. math:: \mathrm{received}_j = \sum_{t \ge j} \frac{m_j e^{q_t \cdot k_j}}{\sum_{i \le t} m_i e^{q_t \cdot k_i}}
 
     Args:
         tokens: S tokens in scaled space, the hidden ones of mass 0.
@@ -155,6 +206,16 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
 
     Returns:
         Sums ``[S]``, which add up to the number of queries that see a key.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import WeightedKV, attention_received
+        >>> tokens = WeightedKV.of_tokens(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
+        >>> attention_received(tokens, jnp.ones((2, 2))).round(2).tolist()  # a third of one, a quarter of the other
+        [0.58, 0.58, 0.58, 0.25]
+
+    Reference:
+        Zhang et al. (2023), "H2O"; of a window of the last queries: Li et al. (2024), "SnapKV".
     """
     num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
     number = jnp.arange(num_keys, dtype=jnp.int32)
@@ -164,13 +225,12 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     def of_block(rows: tuple[Array, Array]) -> Array:
         q, place = rows
         seen = (number[None, :] <= place[:, None]) & (tokens.mass > 0)[None, :]
-        return jnp.where(seen, jax.nn.softmax(jnp.where(seen, q @ tokens.k.T, HIDDEN), axis=-1), 0)
+        logits = q @ tokens.k.T + tokens.log_mass[None, :]
+        return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, HIDDEN), axis=-1), 0)
 
-    block = max(1, 2**22 // num_keys)
-    blocks = -(-num_queries // block)
-    padding = blocks * block - num_queries
-    rows = pad_rows(queries, padding), jnp.pad(position, (0, padding), constant_values=-1)
-    rows = jax.tree.map(lambda x: x.reshape(blocks, block, *x.shape[1:]), rows)
+    block = min(num_queries, max(1, 2**22 // num_keys))
+    # What fills the last block stands before the first token, and sees none.
+    rows = in_blocks(queries, block), in_blocks(position + 1, block) - 1
     none = jnp.zeros(num_keys, tokens.k.dtype)
     return lax.scan(lambda total, rows: (total + jnp.sum(of_block(rows), axis=0), None), none, rows)[0]
 
@@ -218,9 +278,25 @@ HEURISTICS: Mapping[str, Heuristic] = {
 def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = jnp.float32) -> int:
     """How many weighted tokens of one head fit into so many bytes.
 
+    Args:
+        num_bytes: the bytes.
+        head_dim: channels D of keys.
+        value_dim: channels Dv of values.
+        dtype: of the tokens.
+
+    Returns:
+        The number of tokens, each of which takes D + Dv numbers and its mass.
+
     Raises:
-        ValueError: not even one does.
+        ValueError: not even one does, or channels below 1.
+
+    Example:
+        >>> from approx_attention import token_budget
+        >>> token_budget(2**20, 64, 64)  # 129 numbers of 4 bytes each
+        2032
     """
+    check_count("head_dim", head_dim)
+    check_count("value_dim", value_dim)
     per_token = (head_dim + value_dim + 1) * jnp.dtype(dtype).itemsize
     if num_bytes < per_token:
         raise ValueError(f"a weighted token takes {per_token} bytes, more than the budget of {num_bytes}")
@@ -230,17 +306,29 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
 def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, least: int = 40) -> list[int]:
     r"""Budgets that fall linearly from the first layer to the last and are ``budget`` on average.
 
-    The last layer gets ``budget / steepness`` and the first what is left of twice the mean, as in PyramidKV.
+    .. math:: b_l = b_0 + (b_{L-1} - b_0) \frac{l}{L - 1}, \qquad b_{L-1} = b / \beta, \quad b_0 = 2 b - b_{L-1}
 
     Args:
         num_layers: layers.
         budget: mean tokens per layer.
-        steepness: the mean over the last layer's budget.
+        steepness: :math:`\beta`, the mean over the last layer's budget.
         least: no layer gets fewer, unless the mean is less; the default has room for sinks and recent tokens.
 
     Returns:
         One budget per layer, in tokens; their sum is ``num_layers * budget`` up to rounding.
+
+    Raises:
+        ValueError: counts or a steepness below 1, a least budget below 0.
+
+    Example:
+        >>> from approx_attention import pyramid_budgets
+        >>> pyramid_budgets(5, 100)
+        [160, 130, 100, 70, 40]
+
+    Reference:
+        Cai et al. (2024), "PyramidKV".
     """
+    check_count("least", least, least=0)
     check_count("num_layers", num_layers)
     check_count("budget", budget)
     if steepness < 1:
@@ -259,7 +347,7 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
         scores: of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention.
         budget: mean tokens per head.
         least: no head gets fewer, such as the sinks, the recent tokens and one more of `compress_tokens`.
-        most: no head gets more, by default twice the mean.
+        most: no head gets more, by default twice the mean; nor, of course, more than it has.
 
     Returns:
         Sizes ``[H]``, int32; their sum is at most ``H * budget``.
@@ -284,11 +372,12 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
     """
     num_heads, num_keys = scores.shape
     check_count("budget", budget)
-    most = min(num_keys, 2 * budget if most is None else most)
-    least = min(check_count("least", least, least=0), most)
-    total = num_heads * (min(budget, most) - least)
-    if total < 0:
-        raise ValueError(f"budget must be at least {least}, which every head gets, got {budget}")
+    check_count("least", least, least=0)
+    most = 2 * budget if most is None else check_count("most", most)
+    if not least <= budget <= most:
+        raise ValueError(f"budget must be from least = {least} to most = {most} tokens per head, got {budget}")
+    least, budget, most = (min(count, num_keys) for count in (least, budget, most))
+    total = num_heads * (budget - least)
     # The first of every head are settled; all compete for the rest.
     best = lax.top_k(scores, most)[0][:, least:]
     chosen = lax.top_k(best.reshape(-1), total)[1]
@@ -318,6 +407,16 @@ def running_compressed(
 
     Returns:
         The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: counts below 1, no key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import running_compressed
+        >>> running = running_compressed(4, jax.random.key(0), budget=16, coreset_size=8)
+        >>> running.read(running.init(4, 4, jnp.float32)).mass.shape
+        (24,)
     """
     check_count("budget", budget)
     folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
@@ -351,8 +450,12 @@ def compress_cache(
     The result is a cache of ``Decoder(running=running_compressed(D, key, budget=budget, coreset_size=coreset_size))``,
     which goes on from there.
 
+    Tokens count by their masses. So a cache can be compressed whose tokens stand for several already
+    (``running_coreset`` without sinks, ``running_block_linformer``); sinks, and policies that look at places, then take
+    them in the order in which they are held.
+
     Args:
-        cache: of a decoder with ``running_exact``.
+        cache: of a decoder with ``running_exact``, or with another that holds tokens whose masses are not negative.
         key: typed PRNG key.
         budget: tokens for all that is older than the exact blocks; `token_budget` says how many fit into some bytes.
         size: how many of them this head may use, as in `compress_tokens`.
@@ -367,24 +470,45 @@ def compress_cache(
         The compressed cache.
 
     Raises:
-        TypeError: the cache does not hold every token.
-        ValueError: as in `compress_tokens`.
+        TypeError: a cache that does not hold tokens, or holds signed masses.
+        ValueError: as in `compress_tokens`, counts below 1.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import Decoder, compress_cache, running_compressed, running_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (100, 4)) for i in range(3))
+        >>> sizes, key = dict(head_dim=4, value_dim=4, block_size=10), jax.random.key(3)
+        >>> decoder = Decoder(running=running_exact(4, max_length=100), **sizes)
+        >>> _, cache = decoder.prefill(decoder.init(), q, k, v)
+        >>> cache = compress_cache(cache, key, budget=16, coreset_size=8)
+        >>> decoder = Decoder(running=running_compressed(4, key, budget=16, coreset_size=8), **sizes)
+        >>> cache = decoder.append(cache, k[:1], v[:1])
+        >>> decoder.attend(cache, q[:1]).shape, int(cache.length)
+        ((1, 4), 101)
+
+    Reference:
+        As in `compress_tokens`.
     """
+    _check_policy(policy, size)
+    check_count("coreset_size", coreset_size)
     prefix = cache.past.prefix
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
-        raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {type(prefix).__name__}")
-    options: Any = {"policy": policy, "queries": queries, "sinks": sinks, "mass_correction": mass_correction}
-    small = compress_tokens(
-        prefix.k,
-        prefix.values,
+        given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
+        raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
+    if queries is not None:
+        queries = head_inputs(queries, prefix.k, prefix.value_sum, scale=1.0)[0]
+    small = _in_budget(
+        prefix,
+        queries,
         key,
+        real=prefix.mass > 0,
         budget=budget,
         size=size,
+        policy=policy,
+        sinks=sinks,
         recent=0,
+        mass_correction=mass_correction,
         query_radius=query_radius,
-        kv_mask=prefix.mass > 0,
-        scale=1.0,
-        **options,
     )
     missing = budget - small.mass.shape[0]
     k, value_sum, mass = (pad_rows(x, missing) for x in (small.k, small.value_sum, small.mass))

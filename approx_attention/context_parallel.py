@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from approx_attention.causal import Block, Past, RunningSummary, in_blocks, scan_blocks
-from approx_attention.checks import check_key, did_you_mean, fold_scale
-from approx_attention.clustering import keeping_choices
+from approx_attention.api import check_layout, within
+from approx_attention.causal import Block, Past, RunningSummary, scan_blocks
+from approx_attention.checks import check_key, fold_scale
+from approx_attention.choices import keeping_choices
 from approx_attention.methods.local import window_sides
-from approx_attention.registry import METHODS, Method, accepted, get_method
+from approx_attention.registry import METHODS, OPTIONS, Method, accepted, check_hyperparameters, get_method
+from approx_attention.rows import in_blocks
 from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
 from approx_attention.states import AttentionState, finite_peak, merge
 from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
@@ -71,6 +73,7 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, a window longer than a device's part, a size below the number of devices.
+        TypeError: wrong dtypes, an argument that the method does not have.
         NotImplementedError: a method without a summary of all keys, or without a causal one; an option that the summary
             does not have.
 
@@ -89,8 +92,9 @@ def attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[:2] != query.shape[:2]:
             raise ValueError(f"{name} must be [B, T, N, D] with the B and T of query {query.shape[:2]}, got {x.shape}")
-    if query.shape[2] % key.shape[2] or key.shape[2] != value.shape[2]:
-        raise ValueError(f"key heads must divide query heads, got {key.shape[2]} and {query.shape[2]}")
+    check_layout(query, key, value)
+    if key_value_seq_lengths is not None:
+        within(key_value_seq_lengths, query.shape[1], [query.shape[0]], "key_value_seq_lengths")
     for name in (axis, batch_axis, head_axis):
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
@@ -200,9 +204,7 @@ def _form(
 ) -> _Form:
     registered = get_method(method)
     known = inspect.signature(registered.function).parameters
-    for name in hyperparameters:
-        if name not in known:
-            raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, known)}")
+    check_hyperparameters(method, registered.function, hyperparameters, options=OPTIONS)
     maker = _maker(registered, is_causal)
     if maker is None and method != "local":
         have = [name for name, other in METHODS.items() if _maker(other, is_causal)]
@@ -217,7 +219,7 @@ def _form(
     if method == "exact":
         return _Ring(is_causal)
     if method == "local":
-        return _Halos(*window_sides(hyperparameters.get("window_size", 128), is_causal))
+        return _Halos(*window_sides(hyperparameters.get("window_size", known["window_size"].default), is_causal))
     options = dict(hyperparameters)
     block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 128)
     if registered.size is not None:

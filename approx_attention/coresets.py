@@ -37,7 +37,8 @@ from approx_attention.halving import (
     spread_over,
     tree_order,
 )
-from approx_attention.softmax import blocked_state, pad_rows
+from approx_attention.rows import out_of_blocks, pad_rows
+from approx_attention.softmax import blocked_state
 from approx_attention.summaries import WeightedKV, attend
 
 Algorithm = Callable[[WeightedKV, int, Array, Array], WeightedKV]
@@ -246,7 +247,7 @@ class BalanceKV:
             first = 2 * (total - (total >> level))
             coins = noise[first : first + (total >> level)].reshape(-1, 2 * size)
             points, octave = lax.map(lambda x: self._minority(x[0], x[1], x[2], num_points), (*batches, coins))
-            points, octave = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (points, octave))
+            points, octave = out_of_blocks((points, octave))
         return points
 
     def _minority(self, points: Points, octave: Array, coin: Array, length: int) -> tuple[Points, Array]:
@@ -383,7 +384,7 @@ class PivotedNystrom:
         parts = lax.map(
             of_bin, (*map(in_bins, (tokens.k, tokens.value_sum, tokens.mass)), jax.random.split(key, self.bins))
         )
-        k, value_sum, mass = (x.reshape(-1, *x.shape[2:]) for x in (parts.k, parts.value_sum, parts.mass))
+        k, value_sum, mass = out_of_blocks((parts.k, parts.value_sum, parts.mass))
         return WeightedKV(k, value_sum, mass, tokens.values_from_to)
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.causal import Block, Past, RunningSummary, in_blocks, move_on, scan_blocks
-from approx_attention.checks import check_count, check_floating, did_you_mean, fold_scale
-from approx_attention.registry import METHODS, accepted, draw_per_head, get_method
-from approx_attention.softmax import HIDDEN, pad_rows
+from approx_attention.causal import Block, Past, RunningSummary, move_on, scan_blocks
+from approx_attention.checks import check_count, check_floating, fold_scale
+from approx_attention.registry import METHODS, accepted, check_hyperparameters, draw_per_head, get_method
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import mask_bias
 from approx_attention.states import merge
 from approx_attention.summaries import attend
 
@@ -115,14 +116,25 @@ class Decoder:
         return Cache(cache.past, current, cache.length + 1)
 
     def attend(self, cache: Cache, q: Array) -> Array:
-        """Answers of queries ``[G, D]`` at the position of the last token, over all tokens seen: ``[G, Dv]``."""
+        """Answers of queries ``[G, D]`` at the position of the last token, over all tokens seen.
+
+        Args:
+            cache: what was seen before.
+            q: the queries.
+
+        Returns:
+            Answers ``[G, Dv]`` in the dtype of the cache, which is that of the values it holds.
+
+        Raises:
+            ValueError: queries that do not fit the cache.
+        """
         if q.ndim != 2 or q.shape[1] != self.head_dim:
             raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}")
         scaled, _ = fold_scale(self.running.space(q.astype(self.dtype)), q, self.scale)
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
-        bias = jnp.where(near.kv_mask, jnp.zeros((), self.dtype), HIDDEN)[None, :]
+        bias = mask_bias(near.kv_mask, self.dtype)[None, :]
         summary = self.running.read(cache.past.prefix)
-        return merge(self.running.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out.astype(q.dtype)
+        return merge(self.running.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out
 
     def prefill(
         self, cache: Cache, q: Array, k: Array, v: Array, num_real: Array | int | None = None
@@ -137,7 +149,7 @@ class Decoder:
             num_real: how many of the tokens are real, from the first on; all by default.
 
         Returns:
-            Answers ``[T, Dv]``, 0 where a token is not real, and the new cache.
+            Answers ``[T, Dv]`` in the dtype of the cache, 0 where a token is not real, and the new cache.
         """
         num_tokens, block_size = k.shape[0], self.block_size
         if num_real is not None and not jnp.issubdtype(jnp.asarray(num_real).dtype, jnp.integer):
@@ -167,9 +179,8 @@ class Decoder:
 
         last = jnp.maximum(length - 1, 0) // block_size
         current = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, last, keepdims=False), blocks)
-        out = lax.dynamic_slice_in_dim(state.out.reshape(-1, self.value_dim), filled, num_tokens)
-        out = jnp.where(real, out, jnp.zeros_like(out)).astype(v.dtype)
-        return out, Cache(past, current, cache.length + num_real)
+        out = lax.dynamic_slice_in_dim(out_of_blocks(state.out), filled, num_tokens)
+        return jnp.where(real, out, jnp.zeros_like(out)), Cache(past, current, cache.length + num_real)
 
     def _tokens(self, k: Array, v: Array, num_real: Array | int) -> Block:
         for name, x, size in (("k", k, self.head_dim), ("v", v, self.value_dim)):
@@ -206,6 +217,7 @@ class HeadsDecoder:
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.
         max_length: room for so many tokens, for methods that hold all (``"exact"``) or a part of them; whole blocks.
+            Methods of bounded size do not need it.
         block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, of their own.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         dtype: of the cache, float32 or float64.
@@ -251,11 +263,8 @@ class HeadsDecoder:
             raise NotImplementedError(
                 f"method {method!r} has no running summary to decode with; those that have are {able}"
             )
-        parameters = inspect.signature(self.registered.function).parameters
-        own = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != "is_causal"}
-        for name in hyperparameters:
-            if name not in own:
-                raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, own)}")
+        check_hyperparameters(method, self.registered.function, hyperparameters, options=("scale",))
+        own = inspect.signature(self.registered.function).parameters
         block = self.registered.block
         if block_size is not None and block == "block_size":
             hyperparameters["block_size"] = block_size
@@ -269,8 +278,10 @@ class HeadsDecoder:
         for name, value in hyperparameters.items():
             if name not in elsewhere and not np.array_equal(value, own[name].default):
                 raise NotImplementedError(f"method {method!r} does not support {name} while decoding, got {value!r}")
+        if max_length is not None:
+            max_length = check_count("max_length", max_length)
         if max_length is not None and "max_length" in takes:
-            hyperparameters["max_length"] = block_size * -(-check_count("max_length", max_length) // block_size)
+            hyperparameters["max_length"] = block_size * -(-max_length // block_size)
         elif "max_length" in takes and takes["max_length"].default is inspect.Parameter.empty:
             raise TypeError(f"method {method!r} holds every token: pass max_length, the most that there will be")
         self.sizes: dict[str, Any] = {
@@ -315,7 +326,7 @@ class HeadsDecoder:
             lengths: how many of the tokens are real, from the first on, ``[B]``; only with a ragged cache.
 
         Returns:
-            Answers ``[B, T, N, Dv]``, 0 where a token is not real, and the new cache.
+            Answers ``[B, T, N, Dv]`` in the dtype of ``value``, 0 where a token is not real, and the new cache.
         """
         ragged = cache.heads.length.ndim == 1
         batch, tokens = self._check(cache, query, key, value, lengths, ragged)
@@ -353,8 +364,10 @@ class HeadsDecoder:
         decoder = self._of_head(drawn)
         if k.shape[0] == 1 and real is None:
             cache = decoder.append(cache, k, v)
-            return decoder.attend(cache, q[0])[None].astype(v.dtype), cache
-        return jax.vmap(decoder.prefill, (None, 1, None, None, None), (1, None))(cache, q, k, v, real)
+            out = decoder.attend(cache, q[0])[None]
+        else:
+            out, cache = jax.vmap(decoder.prefill, (None, 1, None, None, None), (1, None))(cache, q, k, v, real)
+        return out.astype(v.dtype), cache
 
     def _of_head(self, drawn: dict[str, Array]) -> Decoder:
         running = self.registered.running

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.checks import accumulation_dtype, head_inputs, zero_padding
+from approx_attention.checks import InputError, accumulation_dtype, head_inputs, zero_padding
 from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import Summary, WeightedKV, attend
 
@@ -227,12 +227,13 @@ def time_interleaved(
     return {name: Timing(min(times), statistics.median(times)) for name, times in seconds.items()}
 
 
-def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float]) -> int | None:
+def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float], *, margin: float = 0.0) -> int | None:
     """The shortest measured length from which on a method is faster than a baseline at every measured length.
 
     Args:
         seconds: time of the method by sequence length.
         baseline: time of the baseline, at those lengths at least.
+        margin: the share by which it must be faster, for times that are known to so much.
 
     Returns:
         The length, or None where the method is no faster at the longest.
@@ -244,7 +245,7 @@ def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float]) -> i
     """
     from_here = None
     for length in sorted(seconds, reverse=True):
-        if seconds[length] >= baseline[length]:
+        if seconds[length] * (1 + margin) >= baseline[length]:
             break
         from_here = length
     return from_here
@@ -258,7 +259,7 @@ class Arm:
         method: its name.
         function: ``(query, key, value, rng) -> (out, lse)`` over ``[B, T, N, D]``, with ``lse [B, T, N]`` or ``None``.
         size: the size of its summary, if it has one.
-        summary_bytes: bytes held per key head and sequence, if known.
+        held_bytes: bytes held per key head and sequence, if known.
         is_random: whether it depends on ``rng``.
         is_exact: whether it is a form of exact attention; the fastest of these is the baseline of speed.
     """
@@ -266,7 +267,7 @@ class Arm:
     method: str
     function: Callable[..., tuple[Array, Array | None]]
     size: int | None = None
-    summary_bytes: int | None = None
+    held_bytes: int | None = None
     is_random: bool = False
     is_exact: bool = False
 
@@ -276,6 +277,20 @@ class Arm:
         return self.method if self.size is None else f"{self.method} {self.size}"
 
 
+def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Callable[..., Any], float]:
+    """The program of an arm for these tensors, and the seconds that it took to compile.
+
+    Raises:
+        InputError: the arm does not take them.
+    """
+    start = time.perf_counter()
+    try:
+        program = jax.jit(arm.function).lower(query, key, value, jax.random.key(0)).compile()
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"{arm.label} does not take these tensors: {error}") from error
+    return program, time.perf_counter() - start
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     r"""What an arm costs and loses. Errors are means over seeds, with their standard deviation beside them.
@@ -283,8 +298,8 @@ class Comparison:
     Attributes:
         method: name of the method.
         size: the size of its summary, if it has one.
-        summary_bytes: bytes held per key head and sequence, if known.
-        compression: bytes of the keys and values over ``summary_bytes``.
+        held_bytes: bytes held per key head and sequence, if known.
+        compression: bytes of the keys and values over ``held_bytes``.
         compile_seconds: time to compile, apart from everything else.
         seconds: least time of a call.
         median_seconds: median time of a call.
@@ -304,7 +319,7 @@ class Comparison:
 
     method: str
     size: int | None
-    summary_bytes: int | None
+    held_bytes: int | None
     compression: float | None
     compile_seconds: float
     seconds: float
@@ -352,6 +367,7 @@ def compare(
 
     Raises:
         ValueError: no arm is exact.
+        InputError: an arm does not take these tensors.
 
     Example:
         >>> import functools, jax
@@ -372,9 +388,7 @@ def compare(
 
     @functools.cache
     def compiled(arm: Arm) -> tuple[Callable[..., Any], float]:
-        start = time.perf_counter()
-        function = jax.jit(arm.function).lower(query, key, value, keys_rngs[0]).compile()
-        return function, time.perf_counter() - start
+        return compile_arm(arm, query, key, value)
 
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
@@ -418,8 +432,8 @@ def compare(
             Comparison(
                 method=arm.method,
                 size=arm.size,
-                summary_bytes=arm.summary_bytes,
-                compression=kv_bytes / arm.summary_bytes if arm.summary_bytes else None,
+                held_bytes=arm.held_bytes,
+                compression=kv_bytes / arm.held_bytes if arm.held_bytes else None,
                 compile_seconds=compile_time,
                 seconds=timing.least,
                 median_seconds=timing.median,

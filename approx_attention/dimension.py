@@ -64,7 +64,7 @@ def dimension_bound(
     p: float = 0.5,
     kind: BoundKind = "least_squares_exact",
     tau: float = math.inf,
-    logit_budget: float | None = None,
+    max_logit: float | None = None,
     rows_per_key: int | None = None,
 ) -> DimensionBound:
     r"""Bounds on the channels with which a pattern is realised, with n tokens and k keys a row.
@@ -101,7 +101,7 @@ def dimension_bound(
         p: probability of failure of a draw.
         kind: one of the above.
         tau: logit of the nonzeros, for least squares; unlimited by default.
-        logit_budget: largest absolute logit R, for ``packing``.
+        max_logit: largest absolute logit R, for ``packing``.
         rows_per_key: the greatest number of rows that see one key, for ``packing``; ``keys_per_row`` by default.
 
     Returns:
@@ -132,10 +132,10 @@ def dimension_bound(
         raise ValueError(f"gamma must be at least 1 and eps2 at least 0, both finite, got {gamma} and {eps2}")
     gap = math.log(1 / eps1)
     if kind == "packing":
-        if logit_budget is None or not logit_budget > 0:
-            raise ValueError(f"packing bounds channels by a positive logit_budget, got {logit_budget}")
+        if max_logit is None or not max_logit > 0:
+            raise ValueError(f"packing bounds channels by a positive max_logit, got {max_logit}")
         matched = n / (k * (k if rows_per_key is None else check_count("rows_per_key", rows_per_key)))
-        dim = max(1, _ceil(math.log(max(matched, 1)) / math.log1p(2 * logit_budget / gap)))
+        dim = max(1, _ceil(math.log(max(matched, 1)) / math.log1p(2 * max_logit / gap)))
         return DimensionBound(dim, True, "proved", dim <= 1)
     if kind in ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic"):
         if k > 1 and eps2 == 0:

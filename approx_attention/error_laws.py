@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from approx_attention.tensor_files import InputError
+from approx_attention.checks import InputError
 
-# With fewer heads than this their spread cannot be told, and queries are held out instead.
+# With fewer key heads than this, over all sequences, their spread cannot be told, and queries are held out instead.
 LEAST_HEADS = 8
-# So many runs of queries of each head then take the place of heads.
+# So many runs of queries of each key head then take the place of heads.
 RUNS_OF_QUERIES = 16
 
 
@@ -81,30 +81,43 @@ class ErrorLaw:
 
 
 class Split(NamedTuple):
-    """Which units (heads, or runs of queries of each head) are measured, and which are kept to check the pick.
+    """Which units are measured, and which are kept to check the pick.
+
+    A unit is a key head with all queries that ask it, so that no half knows keys of the other.
 
     Attributes:
-        by: ``heads`` or ``queries``.
-        runs: how many units a head is cut into.
-        groups: the stratum of each unit, ``[U]``: its sequence, or its head.
+        by: ``heads``, ``heads of sequences`` or ``runs of queries``.
+        shape: of the units: sequences (1 where a unit is a head in all of them), key heads, and runs of queries.
+        groups: the stratum of each unit, ``[U]``: its sequence, or its key head.
         calibration: indices of the units that are measured.
         held_out: indices of the others.
     """
 
     by: str
-    runs: int
+    shape: tuple[int, int, int]
     groups: np.ndarray
     calibration: np.ndarray
     held_out: np.ndarray
 
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """Sums by unit, ``[U]``, of what there is for each query, ``[B, T, N]``."""
+        sequences, num_key_heads, runs = self.shape
+        by_key_head = rows.reshape(*rows.shape[:2], num_key_heads, -1).sum(-1)
+        if sequences == 1:
+            by_key_head = by_key_head.sum(0, keepdims=True)
+        starts = np.arange(runs) * rows.shape[1] // runs
+        return np.add.reduceat(by_key_head.swapaxes(1, 2), starts, axis=2).ravel()
 
-def split_units(shape: Sequence[int], held_out: float, seed: int) -> Split:
-    """Calibration and held-out units of queries ``[B, T, N, D]``, drawn anew in each sequence.
 
-    With fewer than 8 heads in all, runs of queries of each head are divided and not heads.
+def split_units(shape: Sequence[int], num_key_heads: int, held_out: float, seed: int) -> Split:
+    """Calibration and held-out units of queries ``[B, T, N, D]``.
+
+    With at least 8 key heads these are divided, each in all sequences; with fewer, but 8 over all sequences, those of
+    each sequence; with fewer still, runs of the queries of each.
 
     Args:
         shape: of the queries.
+        num_key_heads: how many key heads the query heads share.
         held_out: the share that is held out.
         seed: of the draw.
 
@@ -116,11 +129,15 @@ def split_units(shape: Sequence[int], held_out: float, seed: int) -> Split:
     """
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
-    num_batches, num_queries, num_heads, _ = shape
-    num_all = num_batches * num_heads
-    by_heads = num_all >= LEAST_HEADS
-    runs = 1 if by_heads else min(RUNS_OF_QUERIES, num_queries)
-    groups = np.repeat(np.arange(num_batches), num_heads) if by_heads else np.repeat(np.arange(num_all), runs)
+    num_batches, num_queries = shape[:2]
+    if num_key_heads >= LEAST_HEADS:
+        by, sizes = "heads", (1, num_key_heads, 1)
+    elif num_batches * num_key_heads >= LEAST_HEADS:
+        by, sizes = "heads of sequences", (num_batches, num_key_heads, 1)
+    else:
+        by, sizes = "runs of queries", (num_batches, num_key_heads, min(RUNS_OF_QUERIES, num_queries))
+    sequence, head = (index.ravel() for index in np.indices(sizes)[:2])
+    groups = sequence if sizes[2] == 1 else sequence * num_key_heads + head
     if len(groups) < 4:
         raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]")
     random = np.random.default_rng(seed)
@@ -133,7 +150,7 @@ def split_units(shape: Sequence[int], held_out: float, seed: int) -> Split:
     order = order[np.argsort(rank[order], kind="stable")]
     num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
     kept, given = order[:-num_held], order[-num_held:]
-    return Split("heads" if by_heads else "queries", runs, groups, np.sort(kept), np.sort(given))
+    return Split(by, sizes, groups, np.sort(kept), np.sort(given))
 
 
 class UnitErrors(NamedTuple):
@@ -155,7 +172,8 @@ class UnitErrors(NamedTuple):
         """What the relative error of the held-out units exceeds with a probability of at most ``1 - confidence``.
 
         A Student interval for the log of the error: its variance over units by the jackknife, within strata where each
-        has three, both for the units measured and for those to come, and its variance over seeds for one more draw.
+        has three, both for the units measured and for those to come, and its variance over draws for one more of them,
+        with the degrees of freedom that Satterthwaite gives to their sum.
         """
         units, groups = split.calibration, split.groups[split.calibration]
         if self.relative(units) == 0:
@@ -165,13 +183,15 @@ class UnitErrors(NamedTuple):
         strata = [groups == group for group in np.unique(groups)]
         if min(stratum.sum() for stratum in strata) < 3:
             strata = [np.ones(len(units), bool)]
-        parts = [(s.sum() - 1) / s.sum() * np.sum((without[s] - without[s].mean()) ** 2) for s in strata]
-        variance = sum(parts) * (1 + len(units) / len(split.held_out))
-        # Satterthwaite: where one stratum makes most of the error, it has few degrees of freedom.
-        freedom = 1.0
-        if variance > 0:
-            freedom = sum(parts) ** 2 / sum(part**2 / (s.sum() - 1) for part, s in zip(parts, strata, strict=True))
+        to_come = 1 + len(units) / len(split.held_out)
+        parts = [
+            (to_come * (s.sum() - 1) / s.sum() * float(np.sum((without[s] - without[s].mean()) ** 2)), s.sum() - 1)
+            for s in strata
+        ]
         if len(self.error) > 1:
             logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
-            variance += np.var(logs, ddof=1) * (1 + 1 / len(logs))
+            parts.append((float(np.var(logs, ddof=1)) * (1 + 1 / len(logs)), len(logs) - 1))
+        variance = sum(part for part, _ in parts)
+        # Where one stratum, or the draws, make most of the error, there are few degrees of freedom.
+        freedom = variance**2 / sum(part**2 / own for part, own in parts) if variance > 0 else 1.0
         return math.exp(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance))

@@ -1,7 +1,6 @@
 """What Flax hands to an ``attention_fn``, checked and put into this library's terms: nothing is dropped in silence."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.core import Tracer
 
-from approx_attention.checks import check_choice, check_count, did_you_mean
-from approx_attention.registry import METHODS, get_method
+from approx_attention.checks import check_choice, check_count
+from approx_attention.registry import arguments, check_hyperparameters, get_method
 
 
 def name_and_randomness(
@@ -30,10 +29,7 @@ def name_and_randomness(
             raise TypeError(f"method must be a registered name or a function of one head, got {method!r}")
         return getattr(method, "__name__", type(method).__name__), noise
     registered = get_method(method)
-    known = [name for name, p in inspect.signature(registered.function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for name in hyperparameters:
-        if name not in known:
-            raise TypeError(f"method {method!r} has no argument {name!r}{did_you_mean(name, known)}")
+    check_hyperparameters(method, registered.function, hyperparameters, options=("scale",))
     if noise and not (registered.capabilities.takes_key or registered.capabilities.needs_key):
         raise ValueError(f"method {method!r} has no noise to be switched on")
     return method, registered.capabilities.needs_key or noise
@@ -94,11 +90,28 @@ def as_boolean(mask: Array | None) -> Array | None:
     return mask > 0
 
 
-def check_mask(name: str, mask: Array | None, is_causal: bool, num_queries: int, num_keys: int) -> bool:
+def takes_dense_mask(method: str | Callable[..., Array]) -> bool:
+    """Whether a registered method, or a function of one head, follows a mask that differs between queries."""
+    if isinstance(method, str):
+        return get_method(method).capabilities.dense_mask
+    return "mask" in (arguments(method) or ())
+
+
+def check_mask(
+    name: str, mask: Array | None, is_causal: bool, num_queries: int, num_keys: int, *, dense: bool = False
+) -> bool:
     """Whether attention is causal besides the mask; raises for a mask that the method cannot follow.
 
     Flax's own cache asks with one query and all keys, of which a mask shows those that were generated: that mask is all
     the causality there is, for the first key is the only one that a first query would see.
+
+    Args:
+        name: of the method.
+        mask: boolean, broadcastable to ``[B, N, T, S]``.
+        is_causal: whether causal attention is asked for.
+        num_queries: T.
+        num_keys: S.
+        dense: whether the method follows every mask.
 
     Raises:
         NotImplementedError: a mask that differs between queries or heads.
@@ -108,7 +121,7 @@ def check_mask(name: str, mask: Array | None, is_causal: bool, num_queries: int,
         if mask is None:
             raise ValueError(f"is_causal with one query and {num_keys} keys would show it the first key only")
         is_causal = False
-    if mask is None or (name in METHODS and METHODS[name].capabilities.dense_mask):
+    if mask is None or dense:
         return is_causal
     padded = (1,) * (4 - mask.ndim) + mask.shape
     if padded[-2] != 1 or padded[-3] != 1:

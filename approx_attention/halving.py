@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from approx_attention.features import squared_norm
-from approx_attention.softmax import LEAST_TILE, pad_rows
+from approx_attention.rows import pad_rows
+from approx_attention.softmax import LEAST_TILE
 from approx_attention.summaries import WeightedKV
 
 SignRule = Literal["search", "greedy", "walk", "thinning", "compress"]

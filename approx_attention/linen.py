@@ -113,7 +113,8 @@ class ApproxAttention(nn.Module):
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
         mask = flax_arguments.as_boolean(mask)
-        is_causal = flax_arguments.check_mask(name, mask, self.is_causal, query.shape[-3], key.shape[-3])
+        dense = flax_arguments.takes_dense_mask(self.method)
+        is_causal = flax_arguments.check_mask(name, mask, self.is_causal, query.shape[-3], key.shape[-3], dense=dense)
         rng = self._rng() if draws else None
         learned: dict[str, Any] = {
             argument: self.param(argument, self._first_draw(argument, query.shape[-1])) for argument in self.learned

@@ -36,11 +36,10 @@ class Match3(NamedTuple):
     Attributes:
         embedding: of each residue, :math:`(c, s, 1, 0)`, and last of the null token, :math:`(0, 0, 0, 1)`:
             ``[M + 1, E]``.
-        w_q: queries from embeddings, ``[E, D]``.
+        w_q: queries from embeddings, ``[E, D]``; they hold the scale :math:`\lambda` of the logits.
         w_k1: the first set of keys, likewise.
         w_k2: the second set.
         w_v: values of both sets, 1 for a residue and 0 for the null token, ``[E, 1]``.
-        scale: factor of the logits; the queries hold :math:`\lambda`.
         threshold: outputs above are matches.
     """
 
@@ -49,7 +48,6 @@ class Match3(NamedTuple):
     w_k1: Float[Array, "E D"]
     w_k2: Float[Array, "E D"]
     w_v: Float[Array, "E 1"]
-    scale: float = 1.0
     threshold: float = 0.5
 
     @property
@@ -149,7 +147,7 @@ def match3_outputs(x: Int[Array, " N"], weights: Match3) -> Float[Array, " N"]:
     with jax.default_matmul_precision("highest"):
         v = keys @ weights.w_v
         k = keys @ weights.w_k1, keys @ weights.w_k2
-        return tensor_attention(tokens @ weights.w_q, k, (v, v), scale=weights.scale)[:, 0]
+        return tensor_attention(tokens @ weights.w_q, k, (v, v), scale=1.0)[:, 0]
 
 
 def match3(x: Int[Array, " N"], modulus: int, *, frequencies: Sequence[int] = (1,)) -> Bool[Array, " N"]:

@@ -118,7 +118,10 @@ class SparsePattern:
         if weights is not None:
             weight_rows, values = _ragged("weights", weights)
             if not np.array_equal(rows, weight_rows):
-                raise ValueError("weights must have one entry for each of indices")
+                raise ValueError(
+                    "weights must have one entry for each of indices in every row, got "
+                    f"{len(values)} in {len(weights)} rows for {len(keys)} in {len(indices)} rows"
+                )
             _check_weights(values)
             present = values > 0
             rows, keys, log_weights = rows[present], keys[present], _log(values[present])
@@ -396,7 +399,10 @@ class SparsePattern:
 def _ragged(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     """Rows and entries of a sequence of sequences."""
     if len(lists) == 0 or any(np.ndim(row) != 1 for row in lists):
-        raise ValueError(f"{name} must be [T, K] or a sequence for each row")
+        axes = [np.ndim(row) for row in lists]
+        raise ValueError(
+            f"{name} must be [T, K] or a sequence for each row, got {len(axes)} rows of {sorted(set(axes))} axes"
+        )
     counts = [len(row) for row in lists]
     held = [np.asarray(row) for row in lists if len(row)]
     entries = np.concatenate(held) if held else np.zeros(0, int)

@@ -4,9 +4,8 @@ import bisect
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from approx_attention.checks import InputError
 from approx_attention.compare import (
     BASELINES,
     Options,
@@ -28,13 +28,17 @@ from approx_attention.compare import (
     method_styles,
     token_bytes,
 )
-from approx_attention.diagnostics import Arm, time_interleaved
+from approx_attention.diagnostics import Arm, compile_arm, time_interleaved
 from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.registry import get_method
-from approx_attention.tensor_files import InputError, Tensors
+from approx_attention.tensor_files import Tensors
+
+_Setting = TypeVar("_Setting")
 
 # How often a method is measured again at the size that the fit proposes.
 REFINEMENTS = 4
+# A bound that is the tolerance but for rounding meets it.
+ROUNDING = 1 + 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +147,14 @@ def plan(
 ) -> Plan:
     """The cheapest setting of any method whose error stays below a tolerance on heads that were not looked at.
 
-    Every method is measured at a few sizes on part of the heads (the calibration heads). A bound of the error of other
-    heads, from the spread over these and over draws, is fitted against size; the smallest size predicted to meet the
-    tolerance is measured in its turn, and the fit made again. What is left of each method is measured on the held-out
-    heads with new draws and timed beside every exact form, and the cheapest is recommended: the fastest, or where only
-    bytes are limited the one that holds the fewest. Exact attention and the trivial baselines always take part. The
-    held-out heads choose nothing, so that what is said of them is what to expect of others like them.
+    Every method is measured at a few sizes on part of the key heads, with the queries that ask them (the calibration
+    heads). A bound of the error of other heads, from the spread over these and over draws, is fitted against size; the
+    smallest size predicted to meet the tolerance is measured in its turn, and the fit made again. What is left of each
+    method is measured on the held-out heads with new draws and timed beside every exact form, and the cheapest is
+    recommended: the fastest, or where only bytes are limited the one that holds the fewest. Exact attention and the
+    trivial baselines always take part. The held-out heads choose nothing, so what is said of them is what to expect of
+    others like them. With fewer than eight key heads those of each sequence are divided, and with fewer than eight over
+    all sequences runs of their queries: `Plan.split` says which.
 
     Args:
         tensors: query ``[B, T, N, D]``, key ``[B, S, K, D]`` and value ``[B, S, K, Dv]`` in float32.
@@ -161,7 +167,7 @@ def plan(
         options: hyper-parameters other than the size, by the name of the method.
         held_out: the share of the heads that is held out.
         confidence: of the bound that a choice rests on.
-        num_seeds: draws of random methods, to choose and then to check.
+        num_seeds: draws of random methods, to choose and then to check; at least 2, because one has no spread.
         seed: of the split, and the first draw of the check.
         rounds: how often each candidate is timed, in turn with the others.
         on_progress: called with what is done next, the number of steps done and their total.
@@ -187,20 +193,20 @@ def plan(
     _check_positive("max_seconds", max_seconds)
     if not 0.5 <= confidence < 1:
         raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}")
-    for name, count in (("num_seeds", num_seeds), ("rounds", rounds)):
-        if count < 1:
-            raise InputError(f"{name} must be at least 1, got {count}")
+    for name, count, least in (("num_seeds", num_seeds, 2), ("rounds", rounds, 1)):
+        if count < least:
+            raise InputError(f"{name} must be at least {least}, got {count}")
     names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
     names = [name for name in names if name != "exact"]
     for name in names:
         check_method(name, is_causal)
     options = check_options(names, options)
-    split = split_units(tensors.query.shape, held_out, seed)
+    split = split_units(tensors.query.shape, tensors.key.shape[2], held_out, seed)
     rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
     # What exact attention holds, and every method that keeps all tokens.
     all_bytes = token_bytes(tensors)
     exact_forms = exact_arms(tensors, is_causal=is_causal, scale=scale)
-    bench = _Bench(tensors, exact_forms[0], split.runs)
+    bench = _Bench(tensors, exact_forms[0], split)
 
     arm_of = functools.cache(
         lambda name, size: method_arm(  # compiled once
@@ -222,14 +228,20 @@ def plan(
             continue
 
         def held(size: int, name: str = name) -> int:
-            return arm_of(name, size).summary_bytes or all_bytes
+            return arm_of(name, size).held_bytes or all_bytes
 
         curve = _calibrate(name, tensors.key.shape[1], tolerance, max_bytes, measure, held)
         if curve is None:
             continue
         curves[name] = curve
-        for size in _chosen_sizes(curve, held, tolerance, max_bytes):
-            proposals.append((arm_of(name, size), curve.error.error(size), curve.bound.error(size)))
+        sizes: Iterable[int] = curve.measured
+        if max_seconds is None:  # else the clock chooses among all that were measured
+            sizes = _chosen(
+                sizes,
+                meets=lambda size, curve=curve: curve.bound.error(size) <= tolerance * ROUNDING,
+                fits=lambda size, held=held: max_bytes is None or held(size) <= max_bytes,
+            )
+        proposals += [(arm_of(name, size), curve.error.error(size), curve.bound.error(size)) for size in sizes]
 
     on_progress("timing", len(names), len(names) + 1)
     checked = [bench.errors(arm, checking) for arm, *_ in proposals]
@@ -240,7 +252,7 @@ def plan(
     fastest_exact = min(time for time, (arm, *_) in zip(seconds, proposals, strict=True) if arm.is_exact)
     candidates = []
     for (arm, predicted, bound), errors, least in zip(proposals, checked, seconds, strict=True):
-        held_bytes = arm.summary_bytes or all_bytes
+        held_bytes = arm.held_bytes or all_bytes
         error = errors.relative(split.held_out)
         candidates.append(
             Candidate(
@@ -257,12 +269,19 @@ def plan(
                 speedup=fastest_exact / least,
                 is_exact=arm.is_exact,
                 # A form of exact attention in few bits has an error too.
-                is_predicted=bool((error if arm.is_exact else bound) <= tolerance),
+                is_predicted=bool((error if arm.is_exact else bound) <= tolerance * ROUNDING),
                 in_budget=(max_bytes is None or held_bytes <= max_bytes)
                 and (max_seconds is None or least <= max_seconds),
                 meets=bool(error <= tolerance),
             )
         )
+    candidates = [
+        candidate
+        for method in dict.fromkeys(c.method for c in candidates)
+        for candidate in _chosen(
+            [c for c in candidates if c.method == method], meets=lambda c: c.is_predicted, fits=lambda c: c.in_budget
+        )
+    ]
     candidates.sort(key=lambda c: (not (c.is_predicted and c.in_budget), _cost(c, rank_by)))
     pick = candidates[0] if candidates[0].is_predicted and candidates[0].in_budget else None
     on_progress("done", len(names) + 1, len(names) + 1)
@@ -273,20 +292,15 @@ def plan(
 class _Bench:
     """Compiled arms on the tensors, and their errors against exact attention by unit."""
 
-    def __init__(self, tensors: Tensors, exact: Arm, runs: int):
-        self.tensors, self.runs = tensors, runs
+    def __init__(self, tensors: Tensors, exact: Arm, split: Split):
+        self.tensors, self.split = tensors, split
         self.programs: dict[Arm, tuple[Callable[..., Any], float]] = {}
         self.exact_out = self.call(exact, 0)()[0]
         self.exact = self._by_unit(self.exact_out)
 
     def _program(self, arm: Arm) -> tuple[Callable[..., Any], float]:
         if arm not in self.programs:
-            start = time.perf_counter()
-            try:
-                program = jax.jit(arm.function).lower(*self.tensors, jax.random.key(0)).compile()
-            except (ValueError, NotImplementedError) as error:
-                raise InputError(f"{arm.label} does not take these tensors: {error}") from error
-            self.programs[arm] = program, time.perf_counter() - start
+            self.programs[arm] = compile_arm(arm, *self.tensors)
         return self.programs[arm]
 
     def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
@@ -300,10 +314,8 @@ class _Bench:
         return UnitErrors(np.stack([self._by_unit(out - self.exact_out) for out in outs]), self.exact)
 
     def _by_unit(self, x: jax.Array) -> np.ndarray:
-        """Sums of squares ``[U]`` of ``[B, T, N, Dv]`` by head, and by run of queries within it."""
-        rows = np.asarray(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), np.float64)
-        starts = np.arange(self.runs) * rows.shape[1] // self.runs
-        return np.add.reduceat(rows.swapaxes(1, 2), starts, axis=2).ravel()
+        """Sums of squares ``[U]`` of ``[B, T, N, Dv]`` by unit."""
+        return self.split.sums(np.asarray(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), np.float64))
 
 
 def _calibrate(
@@ -337,7 +349,10 @@ def _calibrate(
         if size in bounds:
             break
         errors[size], bounds[size] = measure(size)
-    if max_bytes is not None and not any(bounds[size] <= tolerance and held(size) <= max_bytes for size in bounds):
+    law = ErrorLaw.fit(bounds)
+    if max_bytes is not None and not any(
+        law.error(size) <= tolerance * ROUNDING and held(size) <= max_bytes for size in bounds
+    ):
         sizes = range(2, greatest + 1, 2)
         fitting = bisect.bisect_right(sizes, max_bytes, key=held)
         if fitting and (size := sizes[fitting - 1]) not in bounds:
@@ -352,13 +367,14 @@ def _round_size(size: float, greatest: int) -> int:
     return min(-(-size // step) * step, greatest)
 
 
-def _chosen_sizes(curve: Curve, held: Callable[[int], int], tolerance: float, max_bytes: int | None) -> list[int]:
-    """The smallest measured size that meets the tolerance; where none does in the budget, the closest in the budget."""
-    meeting = [size for size in curve.measured if curve.bound.error(size) <= tolerance * (1 + 1e-9)]
-    chosen = meeting[:1]
-    if not meeting or (max_bytes is not None and held(meeting[0]) > max_bytes):
-        within = [size for size in curve.measured if max_bytes is None or held(size) <= max_bytes]
-        chosen += within[-1:]
+def _chosen(
+    settings: Iterable[_Setting], *, meets: Callable[[_Setting], bool], fits: Callable[[_Setting], bool]
+) -> list[_Setting]:
+    """The smallest setting that meets the tolerance, and where it is not in the budget the largest that is, if any."""
+    settings = list(settings)
+    chosen = [setting for setting in settings if meets(setting)][:1]
+    if not any(fits(setting) for setting in chosen):
+        chosen += ([setting for setting in settings if fits(setting)] or settings[:1])[-1:]
     return list(dict.fromkeys(chosen))
 
 
@@ -427,8 +443,8 @@ def plan_table(made: Plan, title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     split = made.split
     table.caption = (
-        f"chosen on {len(split.calibration)} {_units(split)}, checked on {len(split.held_out)} others"
-        + (f", because heads are fewer than {LEAST_HEADS}" if split.by == "queries" else "")
+        f"chosen on {len(split.calibration)} {split.by}, checked on {len(split.held_out)} others"
+        + ("" if split.by == "heads" else f", because key heads are fewer than {LEAST_HEADS}")
         + f" · at most: the bound, with a confidence of {made.confidence:g}, that the choice rests on · held out: "
         "relative error of what was held out · worst: that of the worst of these · held: bytes per key head and "
         "sequence"
@@ -454,10 +470,6 @@ def plan_table(made: Plan, title: str) -> Table:
             style="bold" if candidate is made.pick else "" if candidate.is_predicted and candidate.in_budget else "dim",
         )
     return table
-
-
-def _units(split: Split) -> str:
-    return "heads" if split.by == "heads" else "runs of queries"
 
 
 def plan_document(made: Plan) -> dict[str, Any]:

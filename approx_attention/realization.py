@@ -21,7 +21,6 @@ from jax.core import Tracer
 from jaxtyping import Float, PRNGKeyArray
 
 from approx_attention.bottleneck import nearest_factors, row_centred
-from approx_attention.causal import in_blocks
 from approx_attention.certification import (
     ROW_BLOCK,
     Certificate,
@@ -34,6 +33,7 @@ from approx_attention.certification import (
 )
 from approx_attention.checks import check_choice, check_count, check_key
 from approx_attention.patterns import SparsePattern
+from approx_attention.rows import in_blocks
 
 RealizationMethod = Literal[
     "projection", "orthogonal", "balanced", "ls", "wls", "max_margin", "learned", "trigonometric", "dense"

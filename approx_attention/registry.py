@@ -4,15 +4,14 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from tabulate import tabulate
 
-from approx_attention.checks import check_key, unknown
+from approx_attention.checks import check_key, did_you_mean, unknown
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,
@@ -409,6 +408,45 @@ def draw_per_head(
 _NOISE = frozenset({"projection", "noise", "blocks"})
 
 
+# What `attention` may ask of a method's function, and what its absence is called in an error.
+OPTIONS: Mapping[str, str] = types.MappingProxyType(
+    {
+        "scale": "scale",
+        "is_causal": "is_causal",
+        "return_state": "return_residual: its normaliser is not comparable to that of exact attention",
+        "kv_mask": "padding (a mask over keys or key_value_seq_lengths)",
+        "mask": "a mask that differs between queries or heads",
+        "bias": "bias",
+    }
+)
+
+
+def arguments(function: Callable[..., Any]) -> list[str] | None:
+    """What a function of one head takes after q, k, v and key; None for one that takes anything."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [
+        p.name
+        for i, p in enumerate(parameters)
+        if p.kind is p.KEYWORD_ONLY or (i >= 4 and p.kind is p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def check_hyperparameters(
+    name: str, function: Callable[..., Any], given: Iterable[str], *, options: Iterable[str] = ()
+) -> None:
+    """Raises ``TypeError`` for what is no hyper-parameter of a method's function, nor among the ``options`` allowed."""
+    takes = arguments(function)
+    if takes is None:
+        return
+    own = [argument for argument in takes if argument not in OPTIONS or argument in options]
+    for argument in given:
+        if argument not in own:
+            known = f"it takes {', '.join(own)}" if own else "it takes none"
+            raise TypeError(f"method {name!r} has no argument {argument!r}{did_you_mean(argument, own)} ({known})")
+
+
 def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a method's hyper-parameters that one of its functions takes."""
     parameters = inspect.signature(function).parameters
@@ -417,6 +455,8 @@ def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -
 
 def capability_table() -> str:
     """The methods and what each can do, as a Markdown table."""
+    from tabulate import tabulate  # most who import the methods print no table
+
     columns = {
         "causal": "causal",
         "cross": "T != S",

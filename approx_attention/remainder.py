@@ -15,8 +15,10 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.block_sparse import GATHERED, BlockMap, block_sparse_state, gathered_state
-from approx_attention.causal import RunningSummary, causal_state, in_blocks, running_moments
-from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, pad_rows
+from approx_attention.causal import RunningSummary, causal_state, running_moments
+from approx_attention.checks import real_keys
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state
 from approx_attention.states import AttentionState, finite_peak, merge, subtract
 from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
 
@@ -58,9 +60,7 @@ def blocks_and_rest_state(
     near = block_sparse_state(q, k, v, support.causal() if is_causal else support, kv_mask=kv_mask)
     if not far.any():
         return near
-    if kv_mask is None:
-        kv_mask = jnp.ones(k.shape[0], bool)
-    tokens = tuple(in_blocks(x, block) for x in (k, v, kv_mask))
+    tokens = tuple(in_blocks(x, block) for x in (k, v, real_keys(kv_mask, k.shape[0])))
     numbers = jnp.arange(far.shape[1], dtype=jnp.int32)
     one: Any = summarize(tokens[0][0], tokens[1][0], tokens[2][0], numbers[0])
     of_moments = isinstance(one, FeatureMoments)
@@ -92,8 +92,7 @@ def blocks_and_rest_state(
 
         together = max(1, min(together, LEAST_TILE // (block * per_block * far.shape[1])))
         answer = lax.map(from_tokens, (q_blocks, jnp.asarray(far)), batch_size=together)
-    answer = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], answer)
-    return merge(near, answer)
+    return merge(near, out_of_blocks(answer, num_queries))
 
 
 def _tokens_of(summaries: WeightedKV, far: Array) -> WeightedKV:
@@ -104,7 +103,7 @@ def _tokens_of(summaries: WeightedKV, far: Array) -> WeightedKV:
     if value_range is not None:
         low = jnp.min(value_range[:, 0], axis=0, initial=jnp.inf, where=far[:, None])
         value_range = jnp.stack([low, jnp.max(value_range[:, 1], axis=0, initial=-jnp.inf, where=far[:, None])])
-    k, value_sum, mass = (x.reshape(-1, *x.shape[2:]) for x in (summaries.k, value_sum, mass))
+    k, value_sum, mass = out_of_blocks((summaries.k, value_sum, mass))
     return WeightedKV(k, value_sum, mass, value_range)
 
 
@@ -188,7 +187,7 @@ def support_and_moments_state(
     Returns:
         The `AttentionState` of the queries.
     """
-    kv_mask = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    kv_mask = real_keys(kv_mask, k.shape[0])
     if is_causal:
         block_size = min(block_size, q.shape[0])
         first = summarize(k[:1], v[:1], kv_mask[:1])
@@ -265,6 +264,6 @@ def _estimates_of_own(
         return jax.vmap(lambda v, bias: dense_state(signs, keys, v, bias))(v[places], bias)
 
     state = lax.map(of_rows, (in_blocks(q, rows), in_blocks(jnp.where(seen, places, nowhere), rows)))
-    state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], state)
+    state = out_of_blocks(state, num_queries)
     positive, negative = (jax.tree.map(lambda x, sign=sign: x[:, sign], state) for sign in range(2))
     return positive, negative

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.checks import check_count
-from approx_attention.softmax import pad_rows
+from approx_attention.rows import pad_rows
 from approx_attention.summaries import WeightedKV
 
 
@@ -57,6 +57,27 @@ def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
     member = rows.member[:, None, :, None] * width + columns.member[None, :, None, :]
     inside = rows.inside[:, None, :, None] & columns.inside[None, :, None, :]
     return Segments(member.reshape(num_segments, -1), inside.reshape(num_segments, -1))
+
+
+def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[int, int] | None = None) -> Segments:
+    """Runs of consecutive tokens; of an image rectangles, as many as the greatest square number up to that asked for.
+
+    Args:
+        num_tokens: the number of tokens.
+        num_landmarks: how many segments are asked for.
+        spatial_shape: height and width of the image that the tokens are, row by row.
+
+    Returns:
+        The `Segments`.
+
+    Raises:
+        ValueError: a shape that is not that of the tokens.
+    """
+    if spatial_shape is None:
+        return segments(num_tokens, num_landmarks)
+    if math.prod(spatial_shape) != num_tokens:
+        raise ValueError(f"spatial_shape must be that of the {num_tokens} tokens, got {spatial_shape}")
+    return grid_segments(spatial_shape, math.isqrt(min(num_landmarks, min(spatial_shape) ** 2)) ** 2)
 
 
 class TokenSums(NamedTuple):

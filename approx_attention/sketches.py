@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
-from approx_attention.softmax import pad_rows
+from approx_attention.rows import pad_rows
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,6 @@ backward pass, so that memory is linear in the sequence in both directions.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from approx_attention.checks import real_keys
+from approx_attention.rows import even_split, map_rows, out_of_blocks, pad_rows
 from approx_attention.states import AttentionState, merge
 
 # The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
@@ -24,6 +25,11 @@ KEY_BLOCK = 2048
 LEAST_TILE, GREATEST_TILE = 2**21, 2**23
 # A causal tile no longer than this is computed whole: its masked half costs less than splitting it.
 TRIANGLE = 128
+
+
+def mask_bias(seen: Array, dtype: Any) -> Array:
+    """The bias that hides what is not ``seen``: 0 where it is, `HIDDEN` elsewhere."""
+    return jnp.where(seen, jnp.zeros((), dtype), HIDDEN)
 
 
 def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
@@ -64,7 +70,7 @@ def blocked_state(
         columns = min(k.shape[0], key_block)
         query_block = min(max(q.shape[0] // 4, LEAST_TILE // columns), GREATEST_TILE // columns)
     num_keys = k.shape[0]
-    key_blocks, keys_per_block = _even_split(num_keys, key_block)
+    key_blocks, keys_per_block = even_split(num_keys, key_block)
     padding = key_blocks * keys_per_block - num_keys
     if padding and key_bias is None:
         key_bias = jnp.zeros(num_keys, q.dtype)
@@ -115,7 +121,7 @@ def triangular_state(q: Array, k: Array, v: Array, key_bias: Array | None = None
 def _triangle(q: Array, k: Array, v: Array, key_bias: Array | None, halvings: int) -> AttentionState:
     length = q.shape[0]
     if halvings == 0:
-        bias = jnp.where(jnp.tri(length, dtype=bool), jnp.zeros((), q.dtype), HIDDEN)
+        bias = mask_bias(jnp.tri(length, dtype=bool), q.dtype)
         return _tile_state(q, k, v, bias if key_bias is None else bias + key_bias[None, :])
     half = length // 2
     halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), (q, k, v, key_bias))
@@ -137,7 +143,7 @@ def streamed_state(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causa
 
     It has no forward-mode derivative; `dense_state` has.
     """
-    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     return (triangular_state if is_causal else blocked_state)(q, k, v, key_bias)
 
 
@@ -158,8 +164,8 @@ def _streamed_backward(is_causal, residuals, cotangent):
     num_queries, num_keys = q.shape[0], k.shape[0]
     # Smaller causal tiles waste less on the diagonal, larger ones run faster.
     block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
-    query_blocks, rows = _even_split(num_queries, block)
-    key_blocks, columns = (-(-num_keys // rows), rows) if is_causal else _even_split(num_keys, block)
+    query_blocks, rows = even_split(num_queries, block)
+    key_blocks, columns = (-(-num_keys // rows), rows) if is_causal else even_split(num_keys, block)
     seen = state.lse > -jnp.inf
     delta = jnp.sum(cotangent.out * state.out, axis=-1) - cotangent.lse
     lse = jnp.where(seen, state.lse, jnp.zeros_like(state.lse))
@@ -170,8 +176,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     lse = jnp.pad(lse, (0, extra), constant_values=-HIDDEN)
     by_query = pad_rows(q, extra), pad_rows(d_out, extra), pad_rows(delta, extra), lse
     padding = key_blocks * columns - num_keys
-    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
-    bias = jnp.where(pad_rows(real, padding), jnp.zeros((), q.dtype), HIDDEN)
+    bias = mask_bias(pad_rows(real_keys(kv_mask, num_keys), padding), q.dtype)
     by_key = (pad_rows(k, padding), pad_rows(v, padding), bias)
 
     def tile(gradients, pair, diagonal=False):
@@ -227,7 +232,7 @@ def window_state(
     k, v = jnp.pad(k, around), jnp.pad(v, around)
     key_bias = jnp.pad(key_bias, (left, after), constant_values=HIDDEN)
     offset = jnp.arange(reach)[None, :] - jnp.arange(band)[:, None]
-    outside = jnp.where((offset >= 0) & (offset <= left + right), jnp.zeros((), q.dtype), HIDDEN)
+    outside = mask_bias((offset >= 0) & (offset <= left + right), q.dtype)
 
     def block(args: tuple[Array, Array]) -> AttentionState:
         start, q = args
@@ -238,44 +243,12 @@ def window_state(
 
         bias = outside[None] + windows(key_bias)[:, None, :]
         state = jax.vmap(_tile_state)(q.reshape(bands, band, -1), windows(k), windows(v), bias)
-        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), state)
+        return out_of_blocks(state)
 
     q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
     state = lax.map(jax.checkpoint(block), (jnp.arange(blocks) * rows, q))
-    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
-
-
-def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
-    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
-    end = blocks * block + right
-    x = x[:end]
-    around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
-    if left == right == 0:
-        return around.reshape(blocks, block, *x.shape[1:])
-    return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
-
-
-def map_rows(function: Callable[[Any], Any], q: Any, block: int) -> Any:
-    """Applies ``function``, row by row a map, to blocks of at most ``block`` rows of a tree, one after the other."""
-    num_queries = jax.tree.leaves(q)[0].shape[0]
-    blocks, rows = _even_split(num_queries, block)
-    if blocks == 1:
-        return function(q)
-    padding = blocks * rows - num_queries
-    result = lax.map(function, jax.tree.map(lambda x: pad_rows(x, padding).reshape(blocks, rows, *x.shape[1:]), q))
-    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], result)
-
-
-def pad_rows(x: Array, padding: int) -> Array:
-    """Appends ``padding`` rows of zeros."""
-    return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) if padding else x
+    return out_of_blocks(state, num_queries)
 
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-def _even_split(length: int, block: int) -> tuple[int, int]:
-    """The number of blocks of at most ``block``, and the least common size that covers ``length``."""
-    blocks = max(1, -(-length // block))
-    return blocks, -(-length // blocks)

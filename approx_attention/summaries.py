@@ -16,9 +16,10 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, token_sums_inputs
+from approx_attention.checks import accumulation_dtype, real_keys, token_sums_inputs
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
-from approx_attention.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state, map_rows, pad_rows
+from approx_attention.rows import in_blocks, map_rows
+from approx_attention.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state
 from approx_attention.states import AttentionState, finite_peak, merge, normalise, require_same_kind
 
 # Features of this many rows are made at a time; all of them never exist at once.
@@ -125,13 +126,7 @@ class FeatureMoments:
         block = _feature_block(features)
         if num_keys <= block:
             return cls._of_block(features, k, v, kv_mask)
-        blocks = -(-num_keys // block)
-        if kv_mask is None:
-            kv_mask = jnp.ones(num_keys, bool)
-        tokens = jax.tree.map(
-            lambda x: pad_rows(x, blocks * block - num_keys).reshape(blocks, block, *x.shape[1:]),
-            (k, v, kv_mask),
-        )
+        tokens = tuple(in_blocks(x, block) for x in (k, v, real_keys(kv_mask, num_keys)))
         step = jax.checkpoint(lambda moments, block: merge(moments, cls._of_block(features, *block)))
         empty = cls.empty(features, v.shape[-1], v.dtype)
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]

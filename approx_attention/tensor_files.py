@@ -12,11 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from approx_attention.checks import did_you_mean
-
-
-class InputError(ValueError):
-    """Input that cannot be compared; the message is one line that says what was given and what is allowed."""
+from approx_attention.checks import InputError, did_you_mean
 
 
 class Tensors(NamedTuple):

@@ -13,9 +13,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
 
-from approx_attention.causal import in_blocks
-from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_kv_mask
-from approx_attention.softmax import GREATEST_TILE, HIDDEN, LEAST_TILE, dense_state, map_rows, pad_rows
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_floating,
+    check_kv_mask,
+    real_keys,
+)
+from approx_attention.rows import in_blocks, map_rows, out_of_blocks, pad_rows
+from approx_attention.softmax import GREATEST_TILE, LEAST_TILE, dense_state, mask_bias
 from approx_attention.states import AttentionState, finite_peak, merge, normalise
 
 # Rows of composed queries in one tile at least, so that products stay products of matrices when keys are many.
@@ -150,7 +157,7 @@ class _Tokens(NamedTuple):
 
     def padded(self, before: int, after: int) -> Self:
         """So many more places on both sides, without real keys."""
-        real = jnp.ones(self.k.shape[0], bool) if self.real is None else self.real
+        real = real_keys(self.real, self.k.shape[0])
         around = lambda x: jnp.pad(x, ((before, after),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
         return type(self)(*(around(x) for x in (self.k, self.v, real, self.place)))
 
@@ -245,7 +252,7 @@ def _fold(answers: AttentionState, v: Array, visible: Array | None) -> Attention
 
 def _bias(rule: _Rule, queries: _Queries, tokens: _Tokens) -> Array | None:
     visible = rule.visible(queries, tokens)
-    return None if visible is None else jnp.where(visible, jnp.zeros((), queries.q.dtype), HIDDEN)
+    return None if visible is None else mask_bias(visible, queries.q.dtype)
 
 
 def _causal(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
@@ -285,4 +292,4 @@ def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionStat
     at_once = max(1, LEAST_TILE // math.prod(block + width for width in [0, *reach[-2:]]))
     q_blocks = pad_rows(q, blocks * block - q.shape[0]).reshape(blocks, block, -1)
     state = lax.map(near, (starts, q_blocks), batch_size=min(at_once, blocks))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]], state)
+    return out_of_blocks(state, q.shape[0])

@@ -10,6 +10,9 @@ from tabulate import tabulate
 
 from approx_attention.diagnostics import break_even
 
+# Times are not known to less: a method that is not faster by this share is not faster.
+MARGIN = 0.05
+
 
 def render(results: pathlib.Path) -> str:
     """The text of RESULTS.md."""
@@ -114,15 +117,15 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"Each method holds a summary of size {sizes(document)}, drawn within the call. "
         "`best exact` is the fastest of the exact forms that fit in memory. The slopes are of log time and of log "
-        "temporary bytes against log n from 2048 on; break-even is the shortest measured length from which the method "
-        "stays faster than the best exact."
+        "temporary bytes against log n from 2048 on, where three lengths or more are measured; break-even is the "
+        f"shortest measured length from which the method stays at least {100 * MARGIN:.0f} % faster than `best exact`."
     )
     for backward in (False, True):
         for is_causal in (False, True):
             rows = [r for r in document["rows"] if (r["backward"], r["is_causal"]) == (backward, is_causal)]
             exact = best_exact(rows, is_causal, backward)
             lengths, longest = list(exact), max(exact)
-            table = [["best exact", *(_ms(exact[n]) for n in lengths), f"{_slope(exact, 2048):.2f}", "", "", ""]]
+            table = [["best exact", *(_ms(exact[n]) for n in lengths), _slope_of_three(exact, 2048), "", "", ""]]
             for arm in dict.fromkeys(r["arm"] for r in rows if not r["arm"].startswith("exact")):
                 seconds = {r["length"]: r["seconds"] for r in rows if r["arm"] == arm}
                 memory = {r["length"]: r["temp_bytes"] for r in rows if r["arm"] == arm}
@@ -130,9 +133,9 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
                     [
                         f"`{arm}`",
                         *(_ms(seconds[n]) if n in seconds else "" for n in lengths),
-                        f"{_slope(seconds, 2048):.2f}",
-                        f"{_slope(memory, 2048):.2f}",
-                        str(break_even_length(rows, arm, is_causal, backward) or "beyond"),
+                        _slope_of_three(seconds, 2048),
+                        _slope_of_three(memory, 2048),
+                        from_length(break_even_length(rows, arm, is_causal, backward), seconds),
                         f"{exact[longest] / seconds[longest]:.1f}x" if longest in seconds else "",
                     ]
                 )
@@ -146,9 +149,9 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
         table = [["best exact", *(f"{1e6 * seconds:.3g}" for seconds in exact.values()), "", ""]]
         for arm in dict.fromkeys(row["arm"] for row in rows if not row["arm"].startswith("exact")):
             seconds = {row["length"]: row["seconds"] for row in rows if row["arm"] == arm}
-            from_here = break_even(seconds, exact) or "beyond"
+            from_here = from_length(break_even(seconds, exact, margin=MARGIN), seconds)
             faster = f"{exact[max(exact)] / seconds[max(exact)]:.1f}x"
-            table.append([f"`{arm}`", *(f"{1e6 * seconds[n]:.3g}" for n in exact), str(from_here), faster])
+            table.append([f"`{arm}`", *(f"{1e6 * seconds[n]:.3g}" for n in exact), from_here, faster])
         yield "### Decoding: microseconds of a token after n others"
         yield (
             f"Mean of {document['decode']['tokens']} tokens that come one by one, append and answer; `best exact` "
@@ -430,7 +433,13 @@ def best_exact_decode(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
 def break_even_length(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:
     """The shortest measured length from which on the arm is faster than the best exact at every measured length."""
     measured = [r for r in rows if (r["arm"], r["is_causal"], r["backward"]) == (arm, is_causal, backward)]
-    return break_even({r["length"]: r["seconds"] for r in measured}, best_exact(rows, is_causal, backward))
+    exact = best_exact(rows, is_causal, backward)
+    return break_even({r["length"]: r["seconds"] for r in measured}, exact, margin=MARGIN)
+
+
+def from_length(length: int | None, measured: Iterable[int]) -> str:
+    """A break-even as text."""
+    return f"beyond {max(measured)}" if length is None else str(length)
 
 
 def _slope(values: dict[int, float], least: int) -> float:
@@ -440,6 +449,12 @@ def _slope(values: dict[int, float], least: int) -> float:
         if len(lengths) > 1
         else float("nan")
     )
+
+
+def _slope_of_three(values: dict[int, float], least: int) -> str:
+    """The slope as text, where three lengths or more tell it."""
+    enough = sum(n >= least and value > 0 for n, value in values.items()) >= 3
+    return f"{_slope(values, least):.2f}" if enough else ""
 
 
 def _ratio(arms: dict[str, Any], name: str, ours: dict[str, Any]) -> str:

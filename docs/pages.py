@@ -38,6 +38,8 @@ COMPANIONS = {
 
 # Modules all of whose names are public, and what each is for.
 MODULES = {
+    "plan": "Which method, of what size, for a tolerance and a budget: what `approx-attention plan` runs.",
+    "tensor_files": "Tensors from files, and the shipped sample.",
     "bounds": "Certificates and closed-form errors: what is promised before anything is measured.",
     "diagnostics": "Errors against exact attention on your own tensors, adversarial queries, timings.",
     "coresets": "The algorithms behind `coreset` and `compress_tokens`, as objects with their settings.",
@@ -310,8 +312,8 @@ def measured_methods() -> dict[str, pathlib.Path]:
 
 
 def _kib_held(row: Mapping[str, Any], document: Mapping[str, Any]) -> float:
-    every = next(row["summary_bytes"] for row in document["rows"] if row["is_exact"])
-    return (row["summary_bytes"] or every) / 1024
+    every = next(row["held_bytes"] for row in document["rows"] if row["is_exact"])
+    return (row["held_bytes"] or every) / 1024
 
 
 def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -335,7 +337,8 @@ def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> No
                 }
                 name_style |= {"bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
                 axes.annotate(other, (kib[at], error[at]), shift, textcoords="offset points", ha=side, **name_style)
-        axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, 1.6))
+        top = 1.3 * max(1.2, *(value for _, value in curves.get(name, [(0, 0.0)])))
+        axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, top))
         axes.grid(alpha=0.3)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
@@ -506,7 +509,7 @@ def sample_table() -> str:
         markdown_table(header, rows)
         + f"\n\n{document['shapes']['key'][1]} tokens, {machine(document)}. Far is beyond a window of "
         f"{document['settings']['window_size']}. Baselines are in italics. Exact attention "
-        f"holds {exact['summary_bytes'] / 1024:.4g} KiB.\n"
+        f"holds {exact['held_bytes'] / 1024:.4g} KiB.\n"
     )
 
 

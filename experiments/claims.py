@@ -75,6 +75,7 @@ class Claim:
         reproduced: the range in which the claim holds as stated.
         ordering: the wider range in which only its direction does.
         caveat: what else must hold; where it does not, the report says so beside the verdict.
+        tried: what was done to see the claim hold, where it does not.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Claim:
     against: Against | None = None
     ordering: Range | None = None
     caveat: Caveat | None = None
+    tried: str = ""
 
     __pydantic_config__ = STRICT
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from approx_attention.compare import method_styles
-from experiments.whole_picture import where_we_lose
+from approx_attention.compare import light_grid, method_styles
+from experiments.whole_picture import figures
 
 
 def draw(experiment: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -37,8 +37,7 @@ def _quality(runs: Sequence[Mapping[str, Any]]) -> Figure:
     left.tick_params(axis="x", rotation=30)
     right.set(xlabel="relative error of the attention, on the model's own tensors", ylabel="test bits per token")
     for axes in (left, right):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     # A whole example is classified at no position.
     left.set_visible(bool(octaves))
     if not octaves:
@@ -88,76 +87,10 @@ def _long_context(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=run["arm"].replace("_", " and "), xscale="log", yscale="log", ylabel="time of a layer (ms)")
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     for axes in panels[-2:]:
         axes.set_xlabel("tokens")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    return figure
-
-
-def by_score(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The scores of the methods of a zoo over seeds, the best first: bits of text, else accuracy."""
-    what = zoo_score(results[0])
-    scores = {name: [result["methods"][name][what] for result in results] for name in results[0]["methods"]}
-    # What diverged is last.
-    worth = {
-        name: -float("inf") if np.isnan(of).any() else statistics.fmean(of) * (-1 if what == "bits" else 1)
-        for name, of in scores.items()
-    }
-    return {name: scores[name] for name in sorted(scores, key=lambda name: -worth[name])}
-
-
-def zoo_score(result: Mapping[str, Any]) -> str:
-    """What a task of the zoo is scored by."""
-    return "bits" if "bytes" in result["data"] else "accuracy"
-
-
-def _zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(5 * len(arms) + 0.5, 14), layout="constrained", dpi=130)
-    panels = figure.subplots(3, len(arms), squeeze=False, height_ratios=(1.5, 1, 1))
-    styles = method_styles(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
-    handles: dict[str, Any] = {}
-    for column, arm in enumerate(arms):
-        results = [run["result"] for run in runs if run["arm"] == arm]
-        what, scores = zoo_score(results[0]), by_score(results)
-        label = "test bits per byte (less is better)" if what == "bits" else "test accuracy"
-        ranked, in_time, by_error = panels[:, column]
-        usual = statistics.median(entry["answer_bytes"] for entry in results[0]["methods"].values())
-        names = []
-        for place, (name, of) in enumerate(scores.items()):
-            entries = [result["methods"][name] for result in results]
-            middle = statistics.fmean(of)
-            reach = [[middle - min(of)], [max(of) - middle]]
-            look = {**styles[name], "linestyle": "", "elinewidth": 1}
-            ranked.errorbar([middle], [place], xerr=reach, **look)
-            milliseconds = 1e3 * min(entry["seconds"] for entry in entries)
-            handles[name] = in_time.errorbar([milliseconds], [middle], yerr=reach, **look)
-            by_error.errorbar([statistics.fmean(e["attention_error"] for e in entries)], [middle], yerr=reach, **look)
-            times = entries[0]["answer_bytes"] / usual
-            names.append(name if 0.85 <= times <= 1.15 else f"{name} ({times:.2g}x bytes)")
-        ranked.set_yticks(range(len(names)), names, fontsize=8)
-        ranked.invert_yaxis()
-        title = f"{arm}: {usual / 1024:.2g} KiB a head to answer from, {len(results)} seed{'s' * (len(results) > 1)}"
-        ranked.set_title(title, fontsize=10)
-        ranked.set_xlabel(label)
-        in_time.set(xscale="log", xlabel="ms of a layer's forward pass", ylabel=label)
-        in_time.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        in_time.xaxis.set_major_formatter("{x:g}")
-        in_time.minorticks_off()
-        correlation = statistics.fmean(result["rank_correlation"]["attention_error"] for result in results)
-        by_error.set(xlabel="relative error of its attention, once trained", ylabel=label)
-        if by_error.get_xlim()[1] > 2:  # what is far from any estimate leaves the others their room
-            by_error.set_xscale("symlog", linthresh=1)
-        by_error.set_title(f"rank correlation of error and bits {correlation:.2f}", fontsize=10)
-        for axes in (ranked, in_time, by_error):
-            axes.grid(True, color="0.9")
-            axes.set_axisbelow(True)
-    columns = 2 + 2 * len(arms)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
     return figure
 
 
@@ -177,8 +110,7 @@ def _gap(runs: Sequence[Mapping[str, Any]]) -> Figure:
         range(len(arms)), [arm.replace("-spread", "\nspread").replace("-", " ") for arm in arms], fontsize=8
     )
     axes.set(yscale="log", ylabel="relative error to softmax attention")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    light_grid(axes)
     figure.legend(loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure
 
@@ -198,8 +130,7 @@ def _bias(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.plot(sizes, noise, color=style["color"], linestyle=":", linewidth=1)
     for axes, title in zip(panels, ("bias (dotted: what could be seen)", "deviation of one draw"), strict=True):
         axes.set(title=title, xscale="log", yscale="log", xlabel="features or samples", ylabel="relative to attention")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
@@ -217,8 +148,7 @@ def _continuum(runs: Sequence[Mapping[str, Any]]) -> Figure:
     axes.axhline(statistics.fmean(r["random_features"] for r in results), color="0.5", linestyle=":")
     axes.annotate("random features", (1, statistics.fmean(r["random_features"] for r in results)), va="bottom")
     axes.set(xscale="log", yscale="log", xlabel="groups of keys with a coefficient each", ylabel="relative error")
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    light_grid(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -249,8 +179,7 @@ def _coreset_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(xlabel={"sizes": "tokens kept", "radii": "norm of the queries", "head_dims": "dimension"}[grows])
         axes.set_xticks(steps, [f"{step:g}" for step in steps])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     for axes in panels[len(arms) :]:
         axes.set_visible(False)
     figure.supylabel("greatest error over all queries")
@@ -276,8 +205,7 @@ def _cache(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=arm.replace("_", " "), xscale="log", yscale="log", xlabel="tokens kept of the prefix (%)")
         axes.set_xticks([100 * float(s) for s in shares], [f"{100 * float(s):g}" for s in shares])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     panels[0].set_ylabel("bits per token lost after the prefix")
     columns = 1 + 2 * len(arms)
     figure.legend(
@@ -297,8 +225,7 @@ def _latency(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=title, xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms")
         axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
@@ -327,8 +254,7 @@ def _errors_by_size(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=arm, xscale="log", yscale="log", xlabel="rows or slots")
         axes.set_xticks([int(n) for n in sizes], sizes)
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     panels[0].set_ylabel("error relative to exact attention")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
@@ -348,8 +274,7 @@ def _spectra(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 ranks = range(1, len(curve) + 1)
                 axes.plot(ranks, curve, color=style["color"], linestyle=line, label=f"{layer}, {name}")
         axes.set(title=f"singular values {title}", xlabel="how many")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.supylabel("share of their sum")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -368,8 +293,7 @@ def _tensor_times(runs: Sequence[Mapping[str, Any]]) -> Figure:
             if entry.get("crossover"):
                 axes.axvline(entry["crossover"], color=style["color"], linestyle=":", linewidth=1)
         axes.set(title=run["arm"], xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
         axes.legend(frameon=False, fontsize=8)
     if any(entry.get("crossover") for run in runs for entry in run["result"]["methods"].values()):
         figure.supxlabel("dotted: from where on the polynomial method is faster", fontsize=9)
@@ -409,8 +333,7 @@ def _polynomial_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
         title = arm if bound is None else f"logits up to {bound}" + (f", {arm}" if len(arms) > 1 else "")
         label = {"degree": "degree", "rank": "rank", "bound": "largest logit"}[by]
         axes.set(title=title, xscale="linear" if by == "degree" else "log", yscale="log", xlabel=label)
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     worst = "worst output over range of values\n(dotted: certificate)"
     panels[0].set_ylabel(worst if by == "degree" else "skill error")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -427,8 +350,7 @@ def _least_degrees(runs: Sequence[Mapping[str, Any]]) -> Figure:
             by_bound = degrees[kind][tolerance]
             axes.plot([float(bound) for bound in by_bound], list(by_bound.values()), label=kind, **style)
         axes.set(title=f"weights right to {tolerance}", xlabel="largest logit", ylabel="least degree")
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -453,8 +375,7 @@ def _phase(runs: Sequence[Mapping[str, Any]]) -> Figure:
     collapsed.set(xlabel="$B^m$ / ln n, the same for every order m")
     for axes in (by_entries, collapsed):
         axes.axhline(2, color="0.5", linewidth=0.8)
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -476,8 +397,7 @@ def _tensor_match(runs: Sequence[Mapping[str, Any]]) -> Figure:
     scores.set_xticks(range(len(arms)), [arm.replace("-", "\n", 1) for arm in arms], fontsize=7)
     scores.set(ylabel="accuracy (dotted: the commonest answer)")
     for axes in (curves, scores):
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
@@ -497,8 +417,7 @@ def _tensor_window(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(title=f"{arm} clusters", xscale="log", yscale="log", xlabel="rank, and the window of equal cost")
         axes.set_xticks([int(rank) for rank in ranks], windows)
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     panels[0].set_ylabel("skill error")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -535,8 +454,7 @@ def _curves(runs: Sequence[Mapping[str, Any]], *, x: str, y: str, scales: tuple[
         axes.set(title=arm if len(arms) > 1 else "", xscale=scales[0], yscale=scales[1], xlabel=x, ylabel=y)
         axes.set_xticks([float(step) for step in steps], steps)
         axes.minorticks_off()
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        light_grid(axes)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
@@ -583,33 +501,9 @@ def _picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _where_we_lose(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """The factor by which each method beats, or loses to, the better of the baselines."""
-    errors = where_we_lose.mean_errors(runs)
-    names = dict.fromkeys(name for by_name in errors.values() for name in by_name if name not in where_we_lose.TO_BEAT)
-    factors = np.full((len(names), len(errors)), np.nan)
-    for column, by_name in enumerate(errors.values()):
-        least = min(by_name[to_beat] for to_beat in where_we_lose.TO_BEAT)
-        for row, name in enumerate(names):
-            if name in by_name:
-                factors[row, column] = by_name[name] / least
-    figure = Figure(figsize=(1.1 * len(errors) + 2.5, 0.3 * len(names) + 1.6), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    drawn = axes.imshow(np.log10(factors), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
-    for (row, column), factor in np.ndenumerate(factors):
-        if np.isfinite(factor):
-            dark = abs(np.log10(max(factor, 1e-9))) > 1
-            axes.text(column, row, f"{factor:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
-    axes.set_xticks(range(len(errors)), list(errors), rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), list(names))
-    axes.set_title("error over that of the better of mean(V) and local", fontsize=10)
-    bar = figure.colorbar(drawn, ax=axes, ticks=[-1, 0, 1])
-    bar.ax.set_yticklabels(["a tenth", "the same", "ten times"])
-    return figure
-
-
 _FIGURES = {
-    "where_we_lose": _where_we_lose,
+    "where_we_lose": figures.draw_losses,
+    "equal_time": figures.draw_equal_time,
     "tensor_scaling": _tensor_times,
     "tensor_decode": _tensor_times,
     "polynomial_error": _polynomial_error,
@@ -632,7 +526,7 @@ _FIGURES = {
     "continuum": _continuum,
     "quality": _quality,
     "swap_in": _swap_in,
-    "zoo": _zoo,
+    "zoo": figures.draw_zoo,
     "long_context": _long_context,
     "gap": _gap,
     "bias": _bias,

@@ -25,7 +25,7 @@ def render(root: pathlib.Path) -> str:
         "*reproduced* where the measured figure lies in the range given, *ordering only* where it has the claimed "
         "direction but not the size, and *not run* where no complete set of results is at hand. Figures are means "
         "over seeds ± half of their 95 % interval; in the tables of the studies, ± the deviation over seeds. "
-        f"All {sum(len(runs) for _, runs in studies)} runs took {hours:.1f} hours, many of them beside each other.",
+        f"All {sum(len(runs) for _, runs in studies)} runs took at least {hours:.1f} hours, many beside each other.",
         table(
             ["claim", "paper", "claimed", "reproduced if", "measured", "setting", "device", "verdict"],
             [_finding_row(finding) for finding in findings],
@@ -73,11 +73,12 @@ def _finding_row(finding: Finding) -> list[str]:
         figure = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
         measured = "never" if math.isinf(mean) else figure + (f" ± {half_width:.2g}" if half_width else "")
         setting = f"`configs/{claim.study}/{finding.scale}.yaml`, {count(finding.num_seeds, 'seed')}"
+    tried = f"tried: {claim.tried}" if claim.tried and finding.verdict != "reproduced" else ""
     kind = f" ({claim.against.by} to {_named(claim.against)})" if claim.against else ""
     paper = f"{claim.paper}: {claim.where}"
     return [
         claim.statement, paper, claim.claimed, f"{claim.reproduced}{kind}", measured, setting, finding.device,
-        f"**{finding.verdict}**" + (f"; but {finding.caveat}" if finding.caveat else ""),
+        "; ".join(filter(None, (f"**{finding.verdict}**", finding.caveat and f"but {finding.caveat}", tried))),
     ]  # fmt: skip
 
 

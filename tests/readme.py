@@ -6,10 +6,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from approx_attention.compare import BASELINES, write_atomically
+from approx_attention.compare import BASELINES, in_units, write_atomically
 from approx_attention.diagnostics import break_even
-from approx_attention.registry import capability_table
-from benchmarks.report import best_exact_decode, break_even_length, machine, markdown_table, sizes
+from approx_attention.registry import METHODS, capability_table
+from benchmarks.report import (
+    MARGIN,
+    best_exact_decode,
+    break_even_length,
+    from_length,
+    machine,
+    markdown_table,
+    sizes,
+)
 from experiments.config import read_config_file
 from experiments.runs import CONFIGS, RESULTS, results_of
 from experiments.whole_picture import where_we_lose
@@ -48,28 +56,39 @@ def _break_even_table(document: Mapping[str, Any]) -> str:
         "causal, with gradient": (True, True),
     }
     rows = document["rows"]
-    measured = {(row["arm"], row["is_causal"], row["backward"]) for row in rows}
+    lengths: dict[tuple[str, bool, bool], list[int]] = {}
+    for row in rows:
+        lengths.setdefault((row["arm"], row["is_causal"], row["backward"]), []).append(row["length"])
     arms = dict.fromkeys(row["arm"] for row in rows if not row["arm"].startswith("exact"))
     table = [
         [
             f"`{arm}`",
             *(
-                _from_length(break_even_length(rows, arm, *form)) if (arm, *form) in measured else ""
+                from_length(break_even_length(rows, arm, *form), lengths[arm, *form]) if (arm, *form) in lengths else ""
                 for form in forms.values()
             ),
         ]
         for arm in arms
     ]
+    tried = {
+        what: sorted({n for (_, _, backward), own in lengths.items() if backward == gradient for n in own})
+        for what, gradient in (("forward", False), ("with gradient", True))
+    }
     if "decode" in document:
         forms["decoding"] = (True, False)
         decode = document["decode"]["rows"]
         exact = best_exact_decode(decode)
+        tried["decoding"] = list(exact)
         for arm, row in zip(arms, table, strict=True):
             seconds = {entry["length"]: entry["seconds"] for entry in decode if entry["arm"] == arm}
-            row.append(_from_length(break_even(seconds, exact)) if seconds else "")
+            row.append(from_length(break_even(seconds, exact, margin=MARGIN), seconds) if seconds else "")
+    measured = "; ".join(f"{what} at {', '.join(map(str, own))}" for what, own in tried.items() if own)
+    absent = ", ".join(f"`{name}`" for name in METHODS if name not in arms and name != "exact")
     return (
-        f"**Short sequences.** The least measured length from which a method of size {sizes(document)} stays faster "
-        f"than the fastest exact attention, {machine(document)}:\n\n"
+        f"**Short sequences.** The least measured length from which a method of size {sizes(document)} stays at least "
+        f"{100 * MARGIN:.0f} % faster than the fastest exact attention ({machine(document)}). Measured {measured}; "
+        "*beyond n* is not faster at n, the longest that it was given time for, and an empty cell has no such form. "
+        f"Left out are {absent}: their cost grows with T x S.\n\n"
     ) + markdown_table(["", *forms], table)
 
 
@@ -83,13 +102,10 @@ def _lost_families() -> str:
     meant = "; ".join(f"*{family}*: {where_we_lose.FAMILIES[family]}" for family in families)
     header = ["", *(f"no better than {label} on" for label in where_we_lose.TO_BEAT.values())]
     return (
-        "**Data.** At equal memory, the data on which a method's error is no smaller than that of the mean of the "
-        f"values, or of a local window ({meant}; `experiments/RESULTS.md` has the errors and the sizes):\n\n"
+        "**Data.** The data on which a method's error is no smaller than that of the mean of the values, or of a local "
+        "window, at equal memory, or where a method holds no summary at equal matrix products (* takes more, "
+        f"somewhere, at its smallest size). {meant}. `experiments/RESULTS.md` has the errors and the sizes.\n\n"
     ) + markdown_table(header, where_we_lose.loss_rows(runs))
-
-
-def _from_length(length: int | None) -> str:
-    return "not measured to be" if length is None else str(length)
 
 
 def _losses(document: Mapping[str, Any]) -> str:
@@ -111,12 +127,14 @@ def _losses(document: Mapping[str, Any]) -> str:
     kind = "causal" if document["settings"]["is_causal"] else "bidirectional"
     return (
         f"**Accuracy.** On the shipped sample ({kind}, {document['shapes']['key'][1]} tokens), relative error at the "
-        f"largest size of the default run: {errors}{verdict}."
+        f"largest size of the default run (in brackets, with what is held in place of all keys): {errors}{verdict}."
     )
 
 
 def _of_size(row: Mapping[str, Any]) -> str:
-    return "" if row["size"] is None else f" ({row['size']})"
+    held = None if row["held_bytes"] is None else in_units(row["held_bytes"])
+    facts = [str(fact) for fact in (row["size"], held) if fact is not None]
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 if __name__ == "__main__":

@@ -128,3 +128,9 @@ def test_scale_reaches_both_the_near_and_the_far_part():
     out = favor(q, k, v, projection=projection, is_causal=True, block_size=4, scale=0.2)
     state = causal_state(scaled_q, scaled_k, v, running_moments(PositiveFeatures(projection)), block_size=4)
     np.testing.assert_allclose(out, state.out, atol=1e-6)
+
+
+def test_blocks_hold_a_token():
+    q, k, v = random_head(5, 4, 4)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        causal_state(q, k, v, running_exact(8, max_length=4), block_size=0)

@@ -1,5 +1,6 @@
 """Bad input gets an error that says what was given and what is allowed."""
 
+import functools
 import inspect
 
 import jax
@@ -7,13 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import METHODS, Decoder, attention, exact, favor, fold_scale, local, rfa
+from approx_attention import (
+    METHODS,
+    Decoder,
+    attention,
+    exact,
+    favor,
+    fold_scale,
+    hyper_attention,
+    local,
+    lsh_top_k,
+    ra,
+    rfa,
+)
 from approx_attention.checks import check_count, check_projection
 from approx_attention.registry import get_method
 from tests.references import random_head, random_heads
 
 # Shapes in signatures are checked in tests before a function runs; what users see is the function itself.
-plain_exact, plain_attention = inspect.unwrap(exact), inspect.unwrap(attention)
+plain_exact, plain_ra, plain_attention = (inspect.unwrap(function) for function in (exact, ra, attention))
 
 
 def test_one_head():
@@ -36,6 +49,13 @@ def test_one_head():
         exact(q, k, v, scale=-1.0)
     with pytest.raises(ValueError, match=r"bias must be \[T, S\] = \[4, 5\], got shape \(5, 4\)"):
         plain_exact(q, k, v, bias=jnp.ones((5, 4)))
+    for method in (plain_exact, functools.partial(plain_ra, key=jax.random.key(0))):
+        with pytest.raises(TypeError, match="mask must be boolean .* got dtype float32; pass an additive one as bias"):
+            method(q, k, v, mask=jnp.zeros((4, 5)))
+        with pytest.raises(TypeError, match="bias must be a floating-point array, got dtype int32"):
+            method(q, k, v, bias=jnp.zeros((4, 5), jnp.int32))
+        with pytest.raises(ValueError, match=r"mask must be \[T, S\] = \[4, 5\], got shape \(5, 4\)"):
+            method(q, k, v, mask=jnp.ones((5, 4), bool))
     with pytest.raises(ValueError, match="implementation must be one of .* got 'dence'; did you mean 'dense'"):
         plain_exact(q, k, v, implementation="dence")
     with pytest.raises(NotImplementedError, match="'blocked' supports neither bias nor mask"):
@@ -60,6 +80,11 @@ def test_hyperparameters():
     for method, features in ((favor, "hyperbolic"), (rfa, "trigonometric")):
         with pytest.raises(ValueError, match=f"{features} features come in pairs: num_features must be even, got 5"):
             method(q, k, v, key, num_features=5, features=features)
+    with pytest.raises(ValueError, match="num_hashes must be at most 31, got 32"):
+        hyper_attention(q, k, v, key, num_hashes=32)
+    assert np.isfinite(hyper_attention(q, k, v, key, num_hashes=31)).all()
+    with pytest.raises(ValueError, match="num_hashes must be at most 24, got 25"):
+        lsh_top_k(q, k, v, projection=jnp.ones((1, 25, 8)))
     with pytest.raises(ValueError, match="one PRNG key, got an array of keys of shape"):
         favor(q, k, v, jax.random.split(key))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from approx_attention import attention, cli
+from approx_attention.checks import InputError
 from approx_attention.compare import (
     best_rows,
     build_arms,
@@ -21,7 +22,7 @@ from approx_attention.compare import (
     write_atomically,
 )
 from approx_attention.diagnostics import Comparison
-from approx_attention.tensor_files import InputError, load_sample, load_tensors
+from approx_attention.tensor_files import load_sample, load_tensors
 from tests.references import brute_force, random_heads
 
 
@@ -161,7 +162,7 @@ def test_errors_are_those_of_the_outputs(tensors):
     worst = row_errors.max() / np.sqrt(np.mean(np.linalg.norm(exact, axis=-1) ** 2))
     assert row.worst_row_error == pytest.approx(worst, rel=1e-4)
     # Keys and values of 48 tokens against 8 sums and a count.
-    assert row.compression == pytest.approx(48 * 16 * 4 / row.summary_bytes)
+    assert row.compression == pytest.approx(48 * 16 * 4 / row.held_bytes)
 
 
 def test_sizes_that_count_other_things_are_in_proportion(tensors):
@@ -186,7 +187,7 @@ def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
     assert run("compare", tensors, "--causal", *options, "--out", tmp_path / "out") == 0
     document = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert document["settings"]["options"] == {"favor": {"block_size": 4}}
-    assert next(row for row in document["rows"] if row["method"] == "favor")["summary_bytes"] == arm.summary_bytes
+    assert next(row for row in document["rows"] if row["method"] == "favor")["held_bytes"] == arm.held_bytes
 
     def refused(*settings):
         given = [part for setting in settings for part in ("--set", setting)]
@@ -205,16 +206,14 @@ def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
 def test_bytes_held(tensors):
     loaded = load_tensors(tensors)
     held = {
-        arm.label: arm.summary_bytes
+        arm.label: arm.held_bytes
         for arm in build_arms(loaded, ["mean_pool", "favor"], [8], is_causal=False, scale=None)
     }
     assert held["exact"] == 48 * 16 * 4
     assert held["mean_value"] == held["mean_pool 8"] / 8 == (8 + 8 + 1) * 4
     assert held["favor 8"] == 8 * (8 + 1 + 1) * 4
     assert held["local 8"] == 15 * 16 * 4
-    causal = {
-        arm.label: arm.summary_bytes for arm in build_arms(loaded, ["mean_pool"], [8], is_causal=True, scale=None)
-    }
+    causal = {arm.label: arm.held_bytes for arm in build_arms(loaded, ["mean_pool"], [8], is_causal=True, scale=None)}
     assert causal["mean_pool 8"] == held["mean_pool 8"] + 2 * 128 * 16 * 4
     assert causal["local 8"] == 8 * 16 * 4
 
@@ -223,7 +222,7 @@ def comparison(method, seconds, error, is_exact=False):
     return Comparison(
         method=method,
         size=8,
-        summary_bytes=1024,
+        held_bytes=1024,
         compression=2.0,
         compile_seconds=0.1,
         seconds=seconds,

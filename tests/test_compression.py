@@ -13,6 +13,7 @@ from approx_attention import (
     compress_tokens,
     exact,
     pyramid_budgets,
+    running_block_linformer,
     running_compressed,
     running_coreset,
     running_exact,
@@ -103,6 +104,25 @@ def test_a_cache_of_another_method_is_refused():
         compress_cache(decoder.init(), KEY, budget=32)
 
 
+@pytest.mark.parametrize(
+    "running",
+    [
+        running_coreset(6, KEY, coreset_size=16, sinks=0),
+        running_block_linformer(6, slots_per_block=3, block_size=10, max_length=100),
+    ],
+)
+@pytest.mark.parametrize("policy", ["stratified", "knorm"])
+def test_tokens_that_stand_for_several_keep_their_masses(running, policy):
+    _, k, v = random_head(44, 1, 100, 6, 3)
+    decoder = Decoder(running=running, head_dim=6, value_dim=3, block_size=10)
+    cache = decoder.append(decoder.init(), k, v)
+    small = compress_cache(cache, KEY, budget=12, sinks=0, policy=policy)
+    assert small.past.prefix.fixed.mass.shape == (12,)
+    assert float(small.past.prefix.fixed.mass.sum()) == pytest.approx(float(cache.past.prefix.mass.sum()))
+    room = compress_cache(cache, KEY, budget=40, policy=policy).past.prefix.fixed
+    assert float(room.mass.sum()) == pytest.approx(80)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["kmeans_nystrom", "h2o", "snapkv", "streaming_llm"])
 @pytest.mark.parametrize("garbage", [np.nan])
@@ -146,8 +166,15 @@ def test_budgets():
     np.testing.assert_array_equal(shared_sizes(scores, 2, most=3), [3, 1])
     np.testing.assert_array_equal(shared_sizes(scores, 2, least=1), [3, 1])
     np.testing.assert_array_equal(shared_sizes(scores, 2, least=2), [2, 2])
-    with pytest.raises(ValueError, match="budget must be at least 3"):
+    np.testing.assert_array_equal(shared_sizes(scores, 9), [4, 4])
+    with pytest.raises(ValueError, match="budget must be from least = 3 to most = 4 tokens per head, got 2"):
         shared_sizes(scores, 2, least=3)
+    with pytest.raises(ValueError, match="from least = 1 to most = 20 tokens per head, got 60"):
+        shared_sizes(jnp.ones((2, 64)), 60, least=1, most=20)
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        token_budget(1000, 0, 8)
+    with pytest.raises(ValueError, match="least must be at least 0, got -1"):
+        pyramid_budgets(8, 100, least=-1)
 
 
 def test_a_head_uses_its_share_of_a_shared_budget():
@@ -178,3 +205,14 @@ def test_what_is_wrong_is_said():
         compress_tokens(k, v, KEY, budget=38, policy="h2o")
     with pytest.raises(ValueError, match="did you mean 'snapkv'"):
         compress_tokens(k, v, KEY, budget=38, policy="snapkw")
+    for policy, options, message in (
+        ("nonsense", {}, "unknown policy 'nonsense'"),
+        (3, {}, "or an algorithm, got 3"),
+        ("halving", {"size": jnp.int32(5)}, "size is for heuristics"),
+    ):
+        with pytest.raises(ValueError, match=message):  # with room for all too
+            compress_tokens(k, v, KEY, budget=40, policy=policy, **options)
+    decoder = Decoder(running=running_exact(6, max_length=40), head_dim=6, value_dim=3, block_size=8)
+    for name in ("budget", "coreset_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            compress_cache(decoder.init(), KEY, **{"budget": 8, name: 0})

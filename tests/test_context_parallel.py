@@ -220,5 +220,13 @@ def test_sharded_arguments_within_a_compiled_gradient(name, axis_type):
 def test_what_cannot_be_done_is_refused(error, message, options):
     with pytest.raises(error, match=message):
         sharded(*random_heads(3, 1, 64, 64, 1, 1), 4, **options)
+    query, key, value = tensors()
+    options = {"mesh": mesh_of(2), "axis": "sequence", "method": "exact"}
+    with pytest.raises(ValueError, match="query and key must share the head dimension"):
+        context_parallel.attention(query, key[..., :-1], value, **options)
+    with pytest.raises(ValueError, match="key_value_seq_lengths must have the batch's shape"):
+        context_parallel.attention(query, key, value, key_value_seq_lengths=jnp.ones(7, int), **options)
+    with pytest.raises(TypeError, match="query must be"):
+        context_parallel.attention(query.astype(int), key, value, **options)
     with pytest.raises(ValueError, match="mesh has the axes sequence, got 'time'"):
         context_parallel.attention(*tensors(), mesh=mesh_of(2), axis="time", method="exact")

@@ -538,7 +538,7 @@ CHANGES = {
     "exclude_local": (False, {}),
     "count_correction": (False, {}),
     "overlap": (4, {"num_chunks": 10}),
-    "summary": ((jnp.ones(8), jnp.zeros(8)), {}),
+    "pooling_vectors": ((jnp.ones(8), jnp.zeros(8)), {}),
     "chunk_keys": (jnp.zeros((10, 8)), {"num_chunks": 10}),
     "local_bias": (jnp.eye(4), {}),
     "num_slots": (5, {}),

@@ -18,6 +18,7 @@ from approx_attention import (
     merge,
     query_radius,
     running_coreset,
+    sparse_coreset,
     summarize_coreset,
 )
 from approx_attention.coresets import (
@@ -456,3 +457,12 @@ def test_the_gradient_of_the_causal_form_is_that_of_the_clusters_it_made():
     found, expected = (jax.grad(function, (0, 1, 2))(q, k, v) for function in (room_for_all, loss(exact)))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_what_a_coreset_is_made_by_is_checked_where_none_is_needed():
+    q, k, v = random_head(0, 8, 8)
+    with pytest.raises(ValueError, match="did you mean 'halving'"):
+        sparse_coreset(q, k, v, KEY, algorithm="halvin")
+    for streaming in ("fold", "counter"):
+        with pytest.raises(ValueError, match="max_length must be at least 1, got -5"):
+            running_coreset(8, KEY, streaming=streaming, max_length=-5)

@@ -128,5 +128,7 @@ def test_half_precision_tokens_are_summarised_in_float32():
     q, k, v = random_head(8, 30, 30, dtype=jnp.bfloat16)
     decoder = make_decoder(num_landmarks=4)
     out, cache = decoder.prefill(decoder.init(), q, k, v)
-    assert out.dtype == jnp.bfloat16
+    # Answers are of the values in the cache, whoever asks.
+    assert out.dtype == decoder.attend(cache, q[:1]).dtype == decoder.attend(cache, q[:1].astype(jnp.float32)).dtype
+    assert out.dtype == jnp.float32
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache) if jnp.issubdtype(x.dtype, jnp.floating))

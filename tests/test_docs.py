@@ -16,7 +16,14 @@ from experiments.claims import read_claims
 from tests import readme
 
 ROOT = pathlib.Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md", wire.PAGE]
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "experiments" / "README.md",
+    ROOT / "experiments" / "whole_picture" / "README.md",
+    wire.PAGE,
+]
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -51,6 +58,8 @@ def test_break_even_of_a_run_with_decoding_and_arms_that_were_given_up():
             ("exact blocked", 2048, 16.0),
             ("favor", 512, 4.0),
             ("favor", 2048, 15.0),
+            ("cosformer", 512, 0.99),
+            ("cosformer", 2048, 15.0),
             ("lsh_top_k", 512, 9.0),
         ]
         if not (is_causal and entry[0] == "lsh_top_k")
@@ -74,8 +83,12 @@ def test_break_even_of_a_run_with_decoding_and_arms_that_were_given_up():
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()[2:]
     }
     assert cells["`favor`"] == ["2048", "2048", "", "", "512"]
-    assert cells["`lsh_top_k`"] == ["not measured to be", "", "", "", ""]
+    assert cells["`lsh_top_k`"] == ["beyond 512", "", "", "", ""]
+    assert "Measured forward at 512, 2048; decoding at 512, 2048;" in text
+    assert "Left out are `mean_value`, `local`" in text
     assert "256 (`lsh_top_k`: 32)" in text
+    # A hundredth faster is not faster.
+    assert cells["`cosformer`"][:2] == ["2048", "2048"]
 
 
 @pytest.mark.parametrize("block", range(len(PYTHON_BLOCKS)))

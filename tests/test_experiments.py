@@ -382,6 +382,12 @@ def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp
     assert claims.judge(claim, tmp_path).scale == "cpu"
 
 
+def test_what_does_not_hold_says_what_was_tried():
+    root = CONFIGS.parent / "experiments"
+    found = [claims.judge(claim, root / "results") for claim in claims.read_claims(root / "claims.yaml")]
+    assert not [f.claim.id for f in found if f.verdict in ("ordering only", "not reproduced") and not f.claim.tried]
+
+
 def test_a_break_even_that_is_never_reached_is_infinite():
     assert claims._at({"methods": {"favor": {"break_even": None}}}, "methods.favor.break_even") == float("inf")
     assert np.isnan(claims._at({"slope": None}, "slope.value"))
@@ -545,7 +551,7 @@ def test_results_follow_from_the_committed_runs():
             pytest.param(f"sparse_patterns/{name}", marks=pytest.mark.slow)
             for name in ("log_law", "headline", "budget", "many_patterns", "precision", "picture")
         ),
-        pytest.param("whole_picture/where_we_lose", marks=pytest.mark.slow),
+        *(pytest.param(f"whole_picture/{name}", marks=pytest.mark.slow) for name in ("where_we_lose", "equal_time")),
     ],
 )
 def test_smoke_studies_run(tmp_path, study):

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from approx_attention import METHODS, attention
+from approx_attention import METHODS, attention, exact
 from approx_attention import linen as ours_linen
 from approx_attention import nnx as ours
 from tests.references import having, random_heads, settings
@@ -115,11 +115,19 @@ def test_what_a_method_cannot_follow_is_refused():
         )
 
 
-def test_a_dense_mask_for_methods_that_take_one():
+@pytest.mark.parametrize(
+    "method", ["exact", functools.partial(exact, implementation="dense")], ids=["name", "function"]
+)
+def test_a_dense_mask_for_methods_that_take_one(method):
     x = tokens()
-    layer = layer_of("exact")
+    layer = layer_of(method)
     masked = layer(x, mask=nnx.make_causal_mask(x[..., 0]))
     np.testing.assert_allclose(masked, layer(x, is_causal=True), atol=1e-6)
+
+
+def test_what_attention_asks_for_is_no_option_of_a_linen_layer():
+    with pytest.raises(TypeError, match="no argument 'is_causal'"):
+        ours_linen.ApproxAttention("mean_pool", {"is_causal": True})
 
 
 @pytest.mark.parametrize(
@@ -138,6 +146,8 @@ def test_a_dense_mask_for_methods_that_take_one():
         ({"method": "favor", "rngs": jax.random.key(0)}, "rngs must be nnx.Rngs"),
         ({"method": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "called as Eva is, .* got Linear"),
         ({"method": "favor", "projection": np.eye(8), "rngs": nnx.Rngs(0)}, "'projection' .* learned"),
+        ({"method": "mean_pool", "return_state": True}, "no argument 'return_state'"),
+        ({"method": "exact", "batch_axis": "data"}, "axes of a mesh, and there is none; got None, 'data' and None"),
     ],
 )
 def test_bad_options(options, message):

@@ -104,6 +104,10 @@ def test_what_cannot_decode_says_so():
         HeadsDecoder("nystrom", num_kv_heads=2, head_dim=8)
     with pytest.raises(TypeError, match="pass max_length"):
         HeadsDecoder("exact", num_kv_heads=2, head_dim=8)
+    with pytest.raises(ValueError, match="max_length must be at least 1, got -3"):
+        HeadsDecoder("favor", num_kv_heads=2, head_dim=8, max_length=-3)
+    with pytest.raises(TypeError, match="max_length must be an integer known when tracing, got 'x'"):
+        HeadsDecoder("favor", num_kv_heads=2, head_dim=8, max_length="x")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="did you mean 'num_features'"):
         HeadsDecoder("favor", num_kv_heads=2, head_dim=8, num_feature=8)
     with pytest.raises(ValueError, match="is random: pass rng"):

@@ -242,3 +242,9 @@ def test_what_is_wrong_is_said():
         linformer(q, k, v, projection_k=Convolution(jnp.ones((2, 6))), renormalize=True)
     with pytest.raises(ValueError, match=r"must be \[R, b\] with b = 4"):
         block_linformer(q, k, v, projection_k=jnp.ones((2, 5)), block_size=4)
+
+
+def test_blocks_have_slots_even_where_none_is_asked():
+    q, k, v = random_head(0, 6, 6)
+    with pytest.raises(ValueError, match="slots_per_block must be at least 1, got 0"):
+        block_linformer(q, k, v, slots_per_block=0, is_causal=True)

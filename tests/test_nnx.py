@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx as flax_nnx
 
-from approx_attention import eva, rfa, tensor_attention, tensor_polynomial
+from approx_attention import eva, lara, rfa, tensor_attention, tensor_polynomial
 from approx_attention import nnx as ours
 from approx_attention.nnx.modules import _unit_rms
 from tests.references import random_heads
@@ -68,7 +68,7 @@ def test_modules_are_jitted_and_mask_padding(name):
 @pytest.mark.slow
 def test_the_drop_in_is_the_function():
     query, key, value = random_heads(2, 2, 12, 12, 4, 2)
-    module = ours.eva_dropin(8, 2, window_size=4, chunk_size=2, rngs=RNGS(0))
+    module = ours.eva_dropin(8, 2, window_size=4, chunk_size=2)
     out = module(query, key, value)
     expected = eva(query[1, :, 3], key[1, :, 1], value[1, :, 1], window_size=4, chunk_size=2)
     np.testing.assert_allclose(out[1, :, 3], expected, atol=1e-6)
@@ -79,7 +79,7 @@ def test_evabyte_pools_raw_keys_by_its_vectors():
     module = MODULES["evabyte"]()
     out = module(query, key, value)
     q, k, v = (np.asarray(x[0, :, 1], np.float64) for x in (query, key, value))
-    a, phi = np.asarray(module.vectors[...][1], np.float64)
+    a, phi = np.asarray(module.pooling_vectors[...][1], np.float64)
     s = 8**-0.5
     for t in range(16):
         near = [j for j in range(16) if t // 4 - 1 <= j // 4 and j <= t]
@@ -100,11 +100,32 @@ def test_adaptors_that_change_nothing_give_pooled_means():
     module = ours.eva_official(8, 1, window_size=4, num_chunks=4, rngs=RNGS(0))
     for adaptor in (module.adapt_queries, module.adapt_keys):
         adaptor.linear.kernel[...] = jnp.eye(8)
-        adaptor.norm = None
+        adaptor.norm = flax_nnx.identity
     out = module(query, key, value)
     options = {"window_size": 4, "num_chunks": 4, "exclude_local": False, "count_correction": False}
     expected = eva(query[0, :, 1], key[0, :, 0], value[0, :, 0], proposal_mean="half", **options)
     np.testing.assert_allclose(out[0, :, 1], expected, atol=1e-6)
+
+
+def test_only_what_is_learned_is_drawn():
+    plain = ours.Eva(8, 2, options={"window_size": 4})
+    assert not jax.tree.leaves(flax_nnx.state(plain))
+    for learned in ("adaptors", "pooling_vectors"):
+        with pytest.raises(ValueError, match="pass rngs"):
+            ours.Eva(8, 2, options={"window_size": 4}, **{learned: True})
+    rngs = RNGS(0)
+    ours.Eva(8, 2, options={"window_size": 4}, local_bias=True, rngs=rngs)
+    np.testing.assert_array_equal(jax.random.key_data(rngs.params()), jax.random.key_data(RNGS(0).params()))
+
+
+def test_lara_of_an_image_pools_as_many_squares_as_the_function():
+    query, key, value = random_heads(4, 1, 64, 64, 1, 1)
+    module = ours.Lara(8, num_landmarks=50, spatial_shape=(8, 8), rngs=RNGS(0))
+    for adaptor in (module.adapt_queries, module.adapt_keys):
+        adaptor.linear.kernel[...] = jnp.eye(8)
+        adaptor.norm = flax_nnx.identity
+    expected = lara(query[0, :, 0], key[0, :, 0], value[0, :, 0], num_landmarks=50, spatial_shape=(8, 8))
+    np.testing.assert_allclose(module(query, key, value)[0, :, 0], expected, atol=1e-5)
 
 
 def test_an_image_bias_depends_on_the_offset_alone():
@@ -129,7 +150,7 @@ def test_a_learned_bandwidth_of_each_head_and_its_gates():
         num_features=8, block_size=2, bandwidth=1.5, gate_logits=module.gate(x)[0, :, 1],
     )  # fmt: skip
     np.testing.assert_allclose(out[0, :, 1], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="gate_input is needed with gates"):
+    with pytest.raises(ValueError, match="gates, gate_dim = 3, and gate_input is None"):
         module(query, key, value, rng=jax.random.key(0))
 
 
@@ -162,7 +183,7 @@ def test_layers_share_projections_and_frozen_ones_are_not_parameters():
     tensors = random_heads(7, 1, 12, 12, 4, 2)
     given = ours.LinformerAttention(2, 12, projections=own.projections)
     np.testing.assert_array_equal(given(*tensors), own(*tensors))
-    with pytest.raises(ValueError, match="num_slots, sharing and frozen are theirs"):
+    with pytest.raises(ValueError, match="theirs: leave them out; got num_slots = None, sharing = 'headwise'"):
         ours.LinformerAttention(2, 12, projections=own.projections, sharing="headwise")
     with pytest.raises(ValueError, match="no means of 20 segments of 12 places"):
         ours.mean_pool_init()(jax.random.key(0), (20, 12))

@@ -14,6 +14,7 @@ from approx_attention import (
     dimension_bound,
     exact,
     fixed_projections,
+    minimal_dimension,
     realize_sparse_pattern,
 )
 from approx_attention.realization import draw_until_accepted
@@ -278,7 +279,7 @@ def test_every_kind_of_pattern_is_realised(name):
         math.exp(float(certificate.log_eps1)),
         0.0,
         kind="packing",
-        logit_budget=float(certificate.logit_absmax),
+        max_logit=float(certificate.logit_absmax),
         rows_per_key=columns,
     )
     assert lower.is_lower
@@ -289,9 +290,7 @@ def test_the_lower_bound_comes_near_for_learned_permutations():
     pattern = SparsePattern.random(KEY, 48, 1)
     certificate = realize(pattern, d=5, method="learned", num_steps=300).certificate
     assert bool(certificate.ok)
-    lower = dimension_bound(
-        48, 1, 0.1, 0.1, kind="packing", logit_budget=float(certificate.logit_absmax), rows_per_key=1
-    )
+    lower = dimension_bound(48, 1, 0.1, 0.1, kind="packing", max_logit=float(certificate.logit_absmax), rows_per_key=1)
     assert 2 <= lower.dim <= 5
 
 
@@ -443,3 +442,26 @@ def test_other_refusals():
         certify(jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 3)), identity)
     with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
         realize(identity, d=4, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="makes none"):
+        minimal_dimension(identity, 0.1, 0.1, key=KEY, method="dense")
+    for options, says in (
+        ({"kind": "packing"}, "positive max_logit"),
+        ({"kind": "projection_heuristic", "keys_per_row": 1}, "keys_per_row = 1"),
+        ({"kind": "johnson_lindenstrauss", "eps2": 0.0}, "eps2 = 0"),
+        ({"kind": "least_squares", "tau": 1.0}, "tau must exceed"),
+        ({"keys_per_row": 65}, "at most num_tokens"),
+        ({"gamma": 0.5}, "gamma must be at least 1"),
+        ({"eps2": math.nan}, "eps2 at least 0"),
+        ({"kind": "least_squares", "tau": math.nan}, "tau must exceed"),
+        ({"kind": "packing", "max_logit": math.nan}, "positive max_logit"),
+        ({"p": 1.0}, "p must lie in"),
+    ):
+        arguments = {"num_tokens": 64, "keys_per_row": 2, "eps1": 0.1, "eps2": 0.1, **options}
+        with pytest.raises(ValueError, match=says):
+            dimension_bound(**arguments)
+
+
+def test_orthogonal_projections_never_need_more_channels_than_keys():
+    pattern = SparsePattern.random(jax.random.key(0), 24, 2)
+    found = minimal_dimension(pattern, 0.1, 0.1, key=jax.random.key(1), method="orthogonal", trials=2)
+    assert max(found.per_trial) <= 24

@@ -1,4 +1,4 @@
-"""A sparse support with a summary of the rest, against dense matrices in float64."""
+"""A sparse support, exactly, and a summary of the rest, against dense masks in float64."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Sparse attention against dense masks in float64: by blocks, gathered, and of the largest logits."""
+"""Sparse attention against dense masks in float64: by blocks, gathered, and top-k."""
 
 import functools
 import math

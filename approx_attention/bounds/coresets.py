@@ -12,10 +12,11 @@ from approx_attention.checks import (
     check_choice,
     check_count,
     check_key_value_fit,
+    real_keys,
 )
 from approx_attention.clustering import merged, nearest
 from approx_attention.features import squared_norm
-from approx_attention.softmax import HIDDEN, blocked_state
+from approx_attention.softmax import blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV
 
 
@@ -134,9 +135,9 @@ def sensitivity(
     check_key_value_fit(k, k, k)
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)
-    present = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    present = real_keys(kv_mask, k.shape[0])
     k = jnp.where(present[:, None], k, 0)
-    bias = jnp.where(present, 0.0, HIDDEN).astype(k.dtype)
+    bias = mask_bias(present, k.dtype)
 
     def value_and_slope(q: Array) -> tuple[Array, Array]:
         """f and its gradient at queries ``[S, D]``, one for each key."""

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_count, check_key, head_inputs, token_sums_inputs
+from approx_attention.checks import check_count, check_key, head_inputs, real_keys, token_sums_inputs
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend
 
@@ -174,7 +174,7 @@ def summarize_uniform_sample(
     _check_noise(noise, k.shape[0])
     if noise is None:
         noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],))
-    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    real = real_keys(kv_mask, k.shape[0])
     k, v = token_sums_inputs(k, v, kv_mask)
     return _Sample.empty(sample_size, k.shape[-1], v.shape[-1], k.dtype).offer(noise, k, v, real).tokens()
 

@@ -15,7 +15,7 @@ from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.features import squared_norm
 from approx_attention.remainder import blocks_and_rest_state
-from approx_attention.softmax import pad_rows
+from approx_attention.rows import out_of_blocks, pad_rows
 from approx_attention.summaries import WeightedKV, attend, merge
 
 
@@ -161,6 +161,7 @@ def sparse_coreset(
     dtype = v.dtype
     check_count("window_size", window_size)
     check_count("coreset_size", coreset_size)
+    _algorithm(algorithm)
     drawn = check_key("sparse_coreset", key)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     block = min(window_size, max(q.shape[0], k.shape[0]))
@@ -197,7 +198,17 @@ def summarize_coreset(
         kv_mask: true where a key is real, ``[S]``.
 
     Returns:
-        A `WeightedKV` of min(M, S) tokens.
+        A `WeightedKV` of at most M tokens; as they are, if S is at most M.
+
+    Raises:
+        ValueError: an unknown algorithm, a count below 1, no key.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import summarize_coreset
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
+        >>> summarize_coreset(k, v, jax.random.key(2), coreset_size=8, algorithm="uniform").mass.sum().tolist()
+        64.0
     """
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     return compress(tokens, key, coreset_size=coreset_size, algorithm=algorithm, query_radius=query_radius)
@@ -225,6 +236,16 @@ def compress(
 
     Raises:
         ValueError: an unknown algorithm, a count below 1, signed masses, no key.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import WeightedKV, compress, merge
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
+        >>> halves = (WeightedKV.of_tokens(k[part], v[part]) for part in (slice(0, 32), slice(32, 64)))
+        >>> first, second = (compress(half, jax.random.key(2), coreset_size=8, algorithm="uniform") for half in halves)
+        >>> both = compress(merge(first, second), jax.random.key(3), coreset_size=8, algorithm="uniform")
+        >>> both.k.shape, float(both.mass.sum())
+        ((8, 4), 64.0)
     """
     check_count("coreset_size", coreset_size)
     chosen = _algorithm(algorithm)
@@ -256,7 +277,19 @@ def query_radius(
 
     Returns:
         The radius, to be passed as ``query_radius``.
+
+    Raises:
+        ValueError: shapes that do not fit, a window below 1, a margin that is not positive.
+        TypeError: queries that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import query_radius
+        >>> round(float(query_radius(jnp.ones((8, 4)))), 3)  # norm 2, times the root of the scale 1/2, and a tenth more
+        1.556
     """
+    if not margin > 0:
+        raise ValueError(f"margin must be positive, got {margin}")
     q, *_ = head_inputs(q[-check_count("window", window) :], q[:1], q[:1], scale=scale, kv_mask=None)
     return margin * jnp.sqrt(jnp.max(squared_norm(q)))
 
@@ -291,9 +324,13 @@ def running_coreset(
 
     Returns:
         The `RunningSummary`.
+
+    Raises:
+        ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that folding does not follow.
     """
     check_count("coreset_size", coreset_size)
     check_count("sinks", sinks, least=0)
+    check_count("max_length", max_length)
     check_choice("streaming", streaming, ("fold", "counter"))
     chosen = _algorithm(algorithm)
     drawn = check_key("coreset", key)
@@ -409,8 +446,7 @@ class _Reduce:
         return jax.tree.map(lambda x, new: x.at[number].set(new), levels, carried)
 
     def read(self, held: _Levels) -> WeightedKV:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), held.levels)
-        return merge(flat, held.filling)
+        return merge(out_of_blocks(held.levels), held.filling)
 
     def _compress(self, tokens: WeightedKV, key: Array) -> WeightedKV:
         options: Any = {"algorithm": self.algorithm, "query_radius": self.query_radius}

@@ -10,11 +10,12 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.rows import block_windows, out_of_blocks, pad_rows
 from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means
-from approx_attention.softmax import HIDDEN, LEAST_TILE, block_windows, dense_state, pad_rows
+from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV
 
@@ -37,7 +38,7 @@ def eva(
     exclude_local: bool = True,
     count_correction: bool = True,
     overlap: int = 0,
-    summary: tuple[Array, Array] | None = None,
+    pooling_vectors: tuple[Array, Array] | None = None,
     chunk_keys: Float[Array, "C D"] | None = None,
     proposal_mean: ProposalMean | Float[Array, "C D"] | None = None,
     num_samples: int = 1,
@@ -83,7 +84,7 @@ def eva(
         count_correction: the factor :math:`|P|`.
         overlap: how many tokens to each side a window sees beyond its own (to the left if causal), a multiple of the
             chunk size. With ``exclude_local=False`` any, and chunks then overlap alike, as in the authors' code.
-        summary: two learned vectors ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
+        pooling_vectors: two learned ones ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
             :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and w the second for every chunk.
         chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means; like all that is given
             by chunk in the order of ``chunk_means``.
@@ -119,7 +120,8 @@ def eva(
         True
 
     Reference:
-        Zheng et al. (2023), "Efficient attention via control variates", section 4; EvaByte (2025) for ``summary``.
+        Zheng et al. (2023), "Efficient attention via control variates", section 4; EvaByte (2025) for its
+        ``pooling_vectors``.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     check_count("window_size", window_size)
@@ -128,9 +130,9 @@ def eva(
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    if summary is not None and (chunk_keys is not None or proposal_mean is not None):
+    if pooling_vectors is not None and (chunk_keys is not None or proposal_mean is not None):
         raise ValueError(
-            "summary gives the chunk keys and the proposals: give it or chunk_keys and proposal_mean, not both"
+            "pooling_vectors give the chunk keys and the proposals: give them or chunk_keys and proposal_mean, not both"
         )
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if is_causal and exclude_local:
@@ -154,8 +156,8 @@ def eva(
             num_chunks = -(-max(q.shape[0], window_size) // chunk_size)
         # Fewer queries than a block see no chunk.
         sizes: Any = {"num_chunks": num_chunks, "chunk_size": chunk_size if q.shape[0] >= window_size else 1}
-        options: Any = {"summary": summary, "count_correction": count_correction, "noise_scale": noise_scale}
-        running = running_eva(head_dim, key, **sizes, **options)
+        options: Any = {"count_correction": count_correction, "noise_scale": noise_scale}
+        running = running_eva(head_dim, key, **sizes, pooling_vectors=pooling_vectors, **options)
         state = causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
         return state if return_state else state.out.astype(dtype)
 
@@ -163,7 +165,7 @@ def eva(
         q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, 0 if is_causal else overlap, exclude_local,
         spatial_shape,
     )  # fmt: skip
-    left, right = (overlap, 0) if is_causal else (layout.overlap, layout.overlap)
+    left, right = overlap, 0 if is_causal else overlap
     if layout.order is not None:
         q, k, v = (x[layout.order] for x in (q, k, v))
         kv_mask = None if kv_mask is None else kv_mask[layout.order]
@@ -171,7 +173,7 @@ def eva(
             local_bias = local_bias[layout.within][:, layout.within]
     learned = {"chunk_keys": chunk_keys, "noise": noise}
     summarise = _Summaries(
-        q, k, v, key, kv_mask, summary, proposal_mean, num_samples, noise_scale, count_correction, is_causal
+        q, k, v, key, kv_mask, pooling_vectors, proposal_mean, num_samples, noise_scale, count_correction, is_causal
     )
     chunks = summarise(layout.chunks, 0, **learned)
     siblings = None
@@ -240,11 +242,9 @@ def _query_means(q: Array, k: Array, parts: Segments, kv_mask: Array | None, is_
 
 
 class _Chunks(NamedTuple):
-    """One synthetic token per chunk: its key, R directions and their answers, proposals, and log-mass."""
+    """One synthetic token per chunk: its key, its answers at R directions, and its log-mass."""
 
     k: Array
-    mu: Array
-    w: Array
     beta: Array
     log_mass: Array
     moments: FeatureMoments | None
@@ -258,7 +258,7 @@ class _Summaries(NamedTuple):
     v: Array
     key: Array | None
     kv_mask: Array | None
-    summary: tuple[Array, Array] | None
+    pooling_vectors: tuple[Array, Array] | None
     proposal_mean: ProposalMean | Array | None
     num_samples: int
     noise_scale: str
@@ -269,9 +269,9 @@ class _Summaries(NamedTuple):
         self, parts: Segments, level: int, chunk_keys: Array | None = None, noise: Array | None = None
     ) -> _Chunks:
         num_chunks, head_dim, dtype = len(parts.member), self.k.shape[1], self.k.dtype
-        real = jnp.ones(self.k.shape[0], bool) if self.kv_mask is None else self.kv_mask
-        k, v, inside = (parts.gather(x) for x in (self.k, self.v, real))
-        log_count = jnp.where(inside, 0.0, HIDDEN).astype(dtype)
+        tokens = self.k, self.v, real_keys(self.kv_mask, self.k.shape[0])
+        k, v, inside = (parts.gather(x) for x in tokens)
+        log_count = mask_bias(inside, dtype)
         mu = self._proposal_means(parts)
         if noise is None:
             shape = (check_count("num_samples", self.num_samples), num_chunks, head_dim)
@@ -282,7 +282,7 @@ class _Summaries(NamedTuple):
             raise ValueError(f"noise must be [R, C, D] with C, D = {[num_chunks, head_dim]}, got shape {noise.shape}")
         w = mu[None] + noise.astype(dtype) * _spread(head_dim, self.noise_scale)
         if chunk_keys is None:
-            chunk_keys = _chunk_keys(k, log_count, self.summary)
+            chunk_keys = _chunk_keys(k, log_count, self.pooling_vectors)
         elif chunk_keys.shape != (num_chunks, head_dim):
             raise ValueError(f"chunk_keys must be [C, D] = {[num_chunks, head_dim]}, got shape {chunk_keys.shape}")
         beta = jax.vmap(lambda w: _coefficients(k, v, log_count, w))(w)
@@ -292,12 +292,12 @@ class _Summaries(NamedTuple):
         if w.shape[0] > 1:
             moments = jax.vmap(_weighted_moments, in_axes=(1, 0, 0, 0, 0))(w, mu, k, v, inside)
         log_mass = jnp.where(count > 0, log_mass, HIDDEN)
-        return _Chunks(chunk_keys.astype(dtype), mu, w, beta, log_mass, moments)
+        return _Chunks(chunk_keys.astype(dtype), beta, log_mass, moments)
 
     def _proposal_means(self, parts: Segments) -> Array:
         shape = (len(parts.member), self.k.shape[1])
-        if self.summary is not None:
-            return jnp.broadcast_to(self.summary[1].astype(self.k.dtype)[None], shape)
+        if self.pooling_vectors is not None:
+            return jnp.broadcast_to(self.pooling_vectors[1].astype(self.k.dtype)[None], shape)
         if self.proposal_mean is not None and not isinstance(self.proposal_mean, str):
             if self.proposal_mean.shape != shape:
                 raise ValueError(f"proposal_mean must be [C, D] = {list(shape)}, got shape {self.proposal_mean.shape}")
@@ -311,9 +311,9 @@ class _Summaries(NamedTuple):
         return (q_mean + k_mean) * (0.5 if kind == "half" else 1.0)
 
 
-def _chunk_keys(k: Array, log_count: Array, summary: tuple[Array, Array] | None) -> Array:
+def _chunk_keys(k: Array, log_count: Array, pooling_vectors: tuple[Array, Array] | None) -> Array:
     """The key of each chunk ``k [C, j, D]``: the mean, or the softmax mean by a learned vector."""
-    logits = log_count if summary is None else k @ summary[0].astype(k.dtype) + log_count
+    logits = log_count if pooling_vectors is None else k @ pooling_vectors[0].astype(k.dtype) + log_count
     return jnp.einsum("cj,cjd->cd", jax.nn.softmax(jnp.where(log_count <= HIDDEN / 2, HIDDEN, logits), axis=1), k)
 
 
@@ -339,7 +339,6 @@ class _Layout(NamedTuple):
 
     Attributes:
         window: queries per window.
-        overlap: keys that a window sees beyond its own, to either side.
         chunk: positions per chunk.
         chunks: the chunks of all keys.
         siblings: where a chunk holds several windows, those windows, to stand for the rest of a query's own chunk.
@@ -348,7 +347,6 @@ class _Layout(NamedTuple):
     """
 
     window: int
-    overlap: int
     chunk: int
     chunks: Segments
     siblings: Segments | None
@@ -376,7 +374,7 @@ def _layout(
         if chunk is None and num_chunks is not None:
             chunk = -(-num_keys // num_chunks)
         chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
-        return _Layout(window, overlap, chunk, _runs(num_keys, chunk, overlap), None, None)
+        return _Layout(window, chunk, _runs(num_keys, chunk, overlap), None, None)
     if chunk is None and num_chunks is not None:
         least = -(-num_keys // num_chunks)
         fits = least <= window
@@ -387,7 +385,7 @@ def _layout(
     if overlap and (overlap % chunk or chunk > window):
         raise ValueError(f"overlap must be a multiple of the chunk size {chunk} within a window, got {overlap}")
     siblings = _runs(num_keys, window) if chunk > window else None
-    return _Layout(window, overlap, chunk, _runs(num_keys, chunk), siblings, None)
+    return _Layout(window, chunk, _runs(num_keys, chunk), siblings, None)
 
 
 def _image_layout(
@@ -427,11 +425,11 @@ def _image_layout(
     if not exclude_local:
         order = squares(window).reshape(-1)
         member = np.argsort(order)[squares(chunk)]
-        return _Layout(window**2, 0, chunk**2, Segments(member, np.ones(member.shape, bool)), None, order)
+        return _Layout(window**2, chunk**2, Segments(member, np.ones(member.shape, bool)), None, order)
     within = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk)
     within = within.transpose(0, 2, 1, 3).reshape(-1)
     order = squares(window)[:, within].reshape(-1)
-    return _Layout(window**2, 0, chunk**2, _runs(num_keys, chunk**2), None, order, within)
+    return _Layout(window**2, chunk**2, _runs(num_keys, chunk**2), None, order, within)
 
 
 def _runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
@@ -472,7 +470,7 @@ def _answer(
     together = -(-num_windows // blocks)
     rows = together * window
 
-    key_bias = jnp.zeros(num_keys, dtype) if kv_mask is None else jnp.where(kv_mask, 0.0, HIDDEN).astype(dtype)
+    key_bias = mask_bias(real_keys(kv_mask, num_keys), dtype)
     near = tuple(
         block_windows(x, window, blocks * together, left, right, fill)
         for x, fill in ((k, 0.0), (v, 0.0), (key_bias, HIDDEN))
@@ -505,7 +503,7 @@ def _answer(
             is_own = jnp.arange(per_chunk, dtype=jnp.int32)[None, :] == (number % per_chunk)[:, None]
             log_mass = jnp.where(is_own, HIDDEN, log_mass)[:, None, :]
             local = merge(local, jax.vmap(dense_state)(q_windows, sibling_k, sibling_v, log_mass))
-        local = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), local)
+        local = out_of_blocks(local)
         log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(position)))
         start = (number * window)[:, None]
         if exclude_local:
@@ -525,7 +523,7 @@ def _answer(
     near = jax.tree.map(lambda x: x.reshape(blocks, together, *x.shape[1:]), near)
     numbers = together * jnp.arange(blocks, dtype=jnp.int32)
     state = lax.map(jax.checkpoint(block), (numbers, q, near))
-    return jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+    return out_of_blocks(state, num_queries)
 
 
 def running_eva(
@@ -534,7 +532,7 @@ def running_eva(
     *,
     num_chunks: int = 256,
     chunk_size: int | None = None,
-    summary: tuple[Array, Array] | None = None,
+    pooling_vectors: tuple[Array, Array] | None = None,
     count_correction: bool = True,
     noise_scale: Literal["exact", "official"] = "exact",
 ) -> RunningSummary:
@@ -545,7 +543,7 @@ def running_eva(
         key: typed PRNG key of the noise, or none for no noise.
         num_chunks: how many chunks there are at most.
         chunk_size: tokens per chunk, a divisor of the block; by default the largest one up to 16.
-        summary: learned vectors, as in `eva`.
+        pooling_vectors: learned ones, as in `eva`.
         count_correction: as in `eva`.
         noise_scale: as in `eva`.
 
@@ -557,10 +555,10 @@ def running_eva(
 
     def directions(k: Array, log_count: Array, first: Array) -> Array:
         """One direction for each of the chunks ``k [C, j, D]``, the first of which is number ``first``."""
-        if summary is None:
+        if pooling_vectors is None:
             mu = _chunk_keys(k, log_count, None)
         else:
-            mu = jnp.broadcast_to(summary[1].astype(k.dtype)[None], (k.shape[0], head_dim))
+            mu = jnp.broadcast_to(pooling_vectors[1].astype(k.dtype)[None], (k.shape[0], head_dim))
         if key is None:
             return mu
         numbers = first + jnp.arange(k.shape[0], dtype=jnp.int32)
@@ -577,10 +575,10 @@ def running_eva(
             raise ValueError(f"chunk_size must divide the block of {block_size} tokens, got {chunk}")
         tokens = TokenSums.of_tokens(k, v, kv_mask)
         k, v, count = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tuple(tokens))
-        log_count = jnp.where(count > 0, jnp.zeros_like(count), HIDDEN)
+        log_count = mask_bias(count > 0, count.dtype)
         beta = _coefficients(k, v, log_count, directions(k, log_count, start // chunk))
         total = jnp.sum(count, axis=1)
-        chunks = TokenSums(total[:, None] * _chunk_keys(k, log_count, summary), total[:, None] * beta, total)
+        chunks = TokenSums(total[:, None] * _chunk_keys(k, log_count, pooling_vectors), total[:, None] * beta, total)
         return growing.append(start, chunk, chunks, chunk * -(-(block_size // chunk) // num_chunks))
 
     def read(growing: GrowingSegments) -> WeightedKV:

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary
-from approx_attention.checks import check_choice, check_count, check_floating, head_inputs
+from approx_attention.checks import check_bias_and_mask, check_choice, check_count, head_inputs
 from approx_attention.softmax import HIDDEN, dense_state, streamed_state
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV
@@ -152,15 +152,7 @@ def _total_bias(
 ) -> Array | None:
     """The sum of everything added to the logits, ``[T, S]``, with hidden keys at `HIDDEN`."""
     shape = q.shape[0], k.shape[0]
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must be [T, S] = {list(shape)}, got shape {x.shape}")
-    if bias is not None:
-        check_floating("bias", bias)
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise TypeError(
-            f"mask must be boolean (true = may be seen), got dtype {mask.dtype}; pass an additive one as bias"
-        )
+    check_bias_and_mask(bias, mask, *shape)
     total = None if bias is None else jnp.maximum(bias.astype(q.dtype), HIDDEN)
     visible = [] if mask is None else [mask]
     if is_causal:

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.checks import check_count, check_key, head_inputs, real_keys
 from approx_attention.clustering import random_places
-from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.rows import out_of_blocks, pad_rows
+from approx_attention.softmax import HIDDEN, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
+
+# The order of so many signs is a number that an int32 holds.
+MOST_HASHES = 31
 
 
 def hyper_attention(
@@ -46,7 +50,7 @@ def hyper_attention(
         key: typed PRNG key.
         sample_size: the number M of sampled keys; with M >= S the answer is exact.
         block_size: queries per block, each of which meets as many keys (in proportion, if S != T).
-        num_hashes: the number b of random signs.
+        num_hashes: the number b of random signs, at most 31.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
@@ -55,7 +59,7 @@ def hyper_attention(
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, no key.
+        ValueError: shapes that do not fit, counts below 1, more than 31 signs, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -71,41 +75,43 @@ def hyper_attention(
     """
     dtype = v.dtype
     check_count("block_size", block_size)
-    check_count("num_hashes", num_hashes)
+    if check_count("num_hashes", num_hashes) > MOST_HASHES:
+        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: more do not fit an int32")
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     key_hash, key_sample = jax.random.split(check_key("hyper_attention", key))
-    real = jnp.ones(k.shape[0], k.dtype) if kv_mask is None else kv_mask.astype(k.dtype)
+    real = real_keys(kv_mask, k.shape[0])
 
     planes = jax.random.normal(key_hash, (q.shape[1], num_hashes), q.dtype)
     order_q = jnp.argsort(_gray_rank(q, planes), stable=True)
-    order_k = jnp.lexsort((_gray_rank(k, planes), 1 - real))
+    order_k = jnp.lexsort((_gray_rank(k, planes), ~real))
     num_blocks = -(-q.shape[0] // block_size)
     keys_per_block = -(-k.shape[0] // num_blocks)
 
     def in_blocks(x: Array, length: int) -> Array:
         return pad_rows(x, num_blocks * length - x.shape[0]).reshape(num_blocks, length, *x.shape[1:])
 
-    near = tuple(in_blocks(x[order_k], keys_per_block) for x in (k, v, jnp.where(real > 0, 1.0, 0.0).astype(k.dtype)))
+    near = tuple(in_blocks(x[order_k], keys_per_block) for x in (k, v, real))
 
-    sampled = random_places(real, sample_size, key_sample)
+    sampled = random_places(real.astype(k.dtype), sample_size, key_sample)
     block_of_key = (
         jnp.zeros(k.shape[0], jnp.int32).at[order_k].set(jnp.arange(k.shape[0], dtype=jnp.int32) // keys_per_block)
     )
-    weight = jnp.log(jnp.maximum(jnp.sum(real), 1) / jnp.clip(jnp.sum(real), 1, sample_size))
-    present, own = real[sampled] > 0, block_of_key[sampled]
+    num_real = jnp.maximum(jnp.sum(real), 1).astype(k.dtype)
+    weight = jnp.log(num_real / jnp.minimum(num_real, sample_size))
+    present, own = real[sampled], block_of_key[sampled]
     k_sampled, v_sampled = k[sampled], v[sampled]
 
     def of_block(args: tuple[Array, Array, tuple[Array, Array, Array]]) -> AttentionState:
         number, q, (k, v, real) = args
-        local = dense_state(q, k, v, jnp.where(real > 0, 0.0, HIDDEN).astype(q.dtype)[None, :])
-        outside = jnp.where(present & (own != number), weight, HIDDEN).astype(q.dtype)
+        local = dense_state(q, k, v, mask_bias(real, q.dtype)[None, :])
+        outside = jnp.where(present & (own != number), weight, HIDDEN)
         return merge(local, dense_state(q, k_sampled, v_sampled, outside[None, :]))
 
     blocks = jnp.arange(num_blocks, dtype=jnp.int32), in_blocks(q[order_q], block_size), near
     state = lax.map(jax.checkpoint(of_block), blocks)
     back = jnp.argsort(order_q)
-    state = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: q.shape[0]][back], state)
+    state = jax.tree.map(lambda x: x[back], out_of_blocks(state, q.shape[0]))
     return state if return_state else state.out.astype(dtype)
 
 

@@ -1,6 +1,5 @@
 """Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -11,8 +10,9 @@ from jaxtyping import Bool, Float
 
 from approx_attention.checks import check_choice, check_count, check_key, head_inputs
 from approx_attention.features import PositiveFeatures, squared_norm
-from approx_attention.segments import grid_segments, segment_means, segments
-from approx_attention.softmax import HIDDEN, map_rows
+from approx_attention.rows import map_rows
+from approx_attention.segments import landmark_segments, segment_means
+from approx_attention.softmax import HIDDEN
 from approx_attention.states import AttentionState
 from approx_attention.summaries import FEATURE_BLOCK, FeatureMoments, attend
 
@@ -70,7 +70,8 @@ def lara(
         num_landmarks: the number C of proposals; no more than there are queries and keys.
         weights: the rule for :math:`\alpha`.
         correction: how much of the query-specific term, for that rule.
-        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned.
+        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned; beside
+            it ``num_landmarks`` is not read.
         query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space for the query-specific rule in place of pooled ones.
         spatial_shape: height and width of an image that the tokens are, row by row; the segments are then rectangles of
             it, as many as the greatest square number up to C.
@@ -105,25 +106,25 @@ def lara(
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
-    if spatial_shape is not None:
-        if not spatial_shape[0] * spatial_shape[1] == q.shape[0] == k.shape[0]:
-            raise ValueError(f"spatial_shape must be that of the tokens, got {spatial_shape} and {q.shape[0]} queries")
-        num_landmarks = math.isqrt(min(num_landmarks, min(spatial_shape) ** 2)) ** 2
-    if proposal_mean is not None:
-        num_landmarks = proposal_mean.shape[0]
     query_mask = kv_mask if q.shape[0] == k.shape[0] else None
 
-    def pooled(x: Array, mask: Array | None) -> Array:
-        if spatial_shape is None:
-            return segment_means(x, segments(x.shape[0], num_landmarks), mask)
-        return segment_means(x, grid_segments(spatial_shape, num_landmarks), mask)
+    def pooled(x: Array, mask: Array | None, count: int) -> Array:
+        return segment_means(x, landmark_segments(x.shape[0], count, spatial_shape), mask)
 
-    q_bar = pooled(q, query_mask) if query_landmarks is None else query_landmarks.astype(q.dtype)
-    mu = q_bar + pooled(k, kv_mask) if proposal_mean is None else proposal_mean.astype(q.dtype)
+    mu = pooled(k, kv_mask, num_landmarks) if proposal_mean is None else proposal_mean.astype(q.dtype)
     if mu.ndim != 2 or mu.shape[1] != head_dim:
         raise ValueError(f"proposal_mean must be [C, D] with D = {head_dim}, got shape {mu.shape}")
-    if q_bar.shape != mu.shape and weights == "query_specific":
-        raise ValueError(f"query_landmarks must be [C, D] = {list(mu.shape)}, got shape {q_bar.shape}")
+    q_bar = jnp.zeros_like(mu)
+    if query_landmarks is not None:
+        q_bar = query_landmarks.astype(q.dtype)
+    elif proposal_mean is None or weights == "query_specific":
+        q_bar = pooled(q, query_mask, mu.shape[0])
+    if q_bar.shape != mu.shape:
+        raise ValueError(
+            f"query_landmarks, by default pooled, must be [C, D] = {list(mu.shape)} like the proposals, "
+            f"got shape {q_bar.shape}"
+        )
+    mu = mu + q_bar if proposal_mean is None else mu
     if noise is None:
         shape = (check_count("num_samples", num_samples), *mu.shape)
         noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state, in_blocks
-from approx_attention.checks import check_choice, check_count, head_inputs
+from approx_attention.causal import RunningSummary, causal_state
+from approx_attention.checks import check_choice, check_count, head_inputs, real_keys
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
-from approx_attention.softmax import HIDDEN, blocked_state, pad_rows
+from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV, attend
 
 
@@ -109,8 +110,7 @@ def linformer(
     slots_k, present = _slots("projection_k", k, projection_k, num_slots, kv_mask, renormalize)
     slots_v, _ = _slots("projection_v", v, projection_v, num_slots, kv_mask, renormalize)
     _check_slots(slots_k, slots_v)
-    bias = jnp.where(present, jnp.zeros((), q.dtype), HIDDEN)
-    return blocked_state(q, slots_k, slots_v, bias).out.astype(dtype)
+    return blocked_state(q, slots_k, slots_v, mask_bias(present, q.dtype)).out.astype(dtype)
 
 
 def _columns(name: str, projection: Array, num_keys: int) -> Array:
@@ -126,7 +126,7 @@ def _slots(
 ) -> tuple[Array, Array]:
     """What ``projection`` makes of the rows of ``x``, zero where padded, and which slots any of them enters."""
     num_keys = x.shape[0]
-    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    real = real_keys(kv_mask, num_keys)
     if isinstance(projection, Convolution):
         if projection.weight.ndim != 2:
             raise ValueError(f"the weight of a convolution must be [w, D], got shape {projection.weight.shape}")
@@ -286,8 +286,7 @@ def _causal(
     num_queries, num_keys = q.shape[0], k.shape[0]
     _check_slots(of_keys.matrix, of_values.matrix)
     num_seen = min(num_queries, num_keys)
-    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
-    tokens = (k, v, of_keys.matrix.T, of_values.matrix.T, real)
+    tokens = (k, v, of_keys.matrix.T, of_values.matrix.T, real_keys(kv_mask, num_keys))
     tokens = tuple(pad_rows(x[:num_seen], num_queries - num_seen) for x in tokens)
     blocks = jax.tree.map(lambda x: in_blocks(x, min(block_size, num_queries)), (q, *tokens))
 
@@ -299,7 +298,7 @@ def _causal(
         return prefix, out
 
     empty = LinformerPrefix.empty(of_keys.matrix.shape[0], k.shape[1], v.shape[1], k.dtype)
-    return lax.scan(step, empty, blocks)[1].reshape(-1, v.shape[1])[:num_queries]
+    return out_of_blocks(lax.scan(step, empty, blocks)[1], num_queries)
 
 
 # Blocks: every block of keys has slots of its own, so that what is finished never changes.
@@ -361,6 +360,7 @@ def block_linformer(
         Wang et al. (2020), "Linformer", block by block, as far as a causal model can use it.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
+    check_count("slots_per_block", slots_per_block)
     check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     options: Any = {
@@ -405,10 +405,10 @@ def summarize_block_linformer(
     """
     check_count("slots_per_block", slots_per_block)
     block_size = min(block_size, k.shape[0]) if projection_k is None else block_size
-    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
-    blocks = jax.tree.map(lambda x: in_blocks(x, block_size), (k, v, real))
+    tokens = k, v, real_keys(kv_mask, k.shape[0])
+    blocks = jax.tree.map(lambda x: in_blocks(x, block_size), tokens)
     slots = jax.vmap(lambda k, v, real: _block_slots(k, v, real, slots_per_block, projection_k, projection_v))(*blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), slots)
+    return out_of_blocks(slots)
 
 
 def running_block_linformer(

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.checks import check_count, head_inputs
-from approx_attention.softmax import HIDDEN, window_state
+from approx_attention.softmax import mask_bias, window_state
 
 
 def local(
@@ -59,7 +58,7 @@ def local(
     left, right = window_sides(window_size, is_causal)
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
-    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     state = window_state(q, k, v, key_bias, left=left, right=right)
     return state if return_state else state.out.astype(dtype)
 

@@ -9,7 +9,7 @@ import jax.scipy.linalg
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
 from approx_attention.features import squared_norm
 from approx_attention.segments import segment_means, segments
 from approx_attention.softmax import HIDDEN, blocked_state
@@ -180,7 +180,7 @@ def skyformer(
     center = lax.stop_gradient(segment_means(k, segments(num_keys, 1), kv_mask))
     q, k = q - center, k - center
 
-    real_key = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    real_key = real_keys(kv_mask, num_keys)
     real_query = real_key if num_queries == num_keys else jnp.ones(num_queries, bool)
     real = jnp.concatenate([real_query, real_key])
     priority, chosen = lax.top_k(jnp.where(real, noise.astype(q.dtype), -jnp.inf), num_landmarks)
@@ -258,8 +258,7 @@ def svd(
 def _landmarks(x: Array, mask: Array | None, num_landmarks: int) -> tuple[Array, Array]:
     """Segment means ``[M, D]`` over real tokens, and whether each segment has one ``[M]``."""
     parts = segments(x.shape[0], num_landmarks)
-    real = jnp.ones(x.shape[0], bool) if mask is None else mask
-    return segment_means(x, parts, mask), jnp.any(parts.gather(real), axis=1)
+    return segment_means(x, parts, mask), jnp.any(parts.gather(real_keys(mask, x.shape[0])), axis=1)
 
 
 def _iterated_inverse(a: Array, num_iterations: int) -> Array:

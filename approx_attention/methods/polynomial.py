@@ -20,12 +20,13 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state, in_blocks, running_moments
+from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, head_inputs, token_sums_inputs
 from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
 from approx_attention.polynomials import Coefficients, exp_coefficients
-from approx_attention.softmax import GREATEST_TILE, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.softmax import GREATEST_TILE
 from approx_attention.states import AttentionState, merge, normalise
 from approx_attention.summaries import FeatureMoments, attend, hadamard
 from approx_attention.tensors import TensorInputs, check_causal, tensor_inputs, tensor_state
@@ -502,7 +503,7 @@ def _causal(kernel: Kernel, inputs: TensorInputs, ordered: bool) -> AttentionSta
     sums = decoder.init(inputs.values[0].shape[1], inputs.q.dtype)
     blocks = jax.tree.map(lambda x: in_blocks(x, chunk), tokens)
     _, state = lax.scan(jax.checkpoint(lambda sums, block: decoder.step(sums, *block)), sums, blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: inputs.q.shape[0]], state)
+    return out_of_blocks(state, inputs.q.shape[0])
 
 
 def _windowed(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> AttentionState:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import check_bias_and_mask, check_choice, check_count, check_key, head_inputs
 from approx_attention.features import squared_norm
-from approx_attention.softmax import HIDDEN, dense_state, pad_rows
+from approx_attention.rows import in_blocks, out_of_blocks
+from approx_attention.softmax import HIDDEN, dense_state
 from approx_attention.states import AttentionState
 
 # Logits of at most this many pairs exist at a time.
@@ -69,7 +70,7 @@ def ra(
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor draws.
-        TypeError: dtypes that are not floating point.
+        TypeError: dtypes that are not floating point (or boolean, for masks).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -85,6 +86,7 @@ def ra(
     dtype, head_dim, num_queries, num_keys = v.dtype, q.shape[-1], q.shape[0], k.shape[0]
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    check_bias_and_mask(bias, mask, num_queries, num_keys)
     num_samples = check_count("num_samples", num_samples) if noise is None else noise.shape[1]
     uniform = jnp.zeros((num_queries, num_samples), q.dtype)
     if noise is None or indices is None:
@@ -96,8 +98,6 @@ def ra(
     for name, x, shape in (
         ("noise", noise, (num_queries, num_samples, head_dim)),
         ("indices", indices, (num_queries, num_samples)),
-        ("mask", mask, (num_queries, num_keys)),
-        ("bias", bias, (num_queries, num_keys)),
     ):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got shape {x.shape}")
@@ -137,11 +137,7 @@ def ra(
         return AttentionState(jnp.where(seen[:, None], jnp.mean(outs, axis=0), 0), exact.lse)
 
     rows = max(1, min(num_queries, TILE // (num_keys * num_samples)))
-    blocks = -(-num_queries // rows)
     arguments = (q, jnp.arange(num_queries), noise, uniform, indices, mask, bias)
-    arguments = jax.tree.map(
-        lambda x: pad_rows(x, blocks * rows - num_queries).reshape(blocks, rows, *x.shape[1:]), arguments
-    )
-    state = lax.map(jax.checkpoint(block), arguments)
-    state = jax.tree.map(lambda x: x.reshape(blocks * rows, *x.shape[2:])[:num_queries], state)
+    arguments = jax.tree.map(lambda x: in_blocks(x, rows), arguments)
+    state = out_of_blocks(lax.map(jax.checkpoint(block), arguments), num_queries)
     return state if return_state else state.out.astype(dtype)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs, token_sums_inputs
+from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys, token_sums_inputs
 from approx_attention.features import squared_norm
 from approx_attention.sketches import RowSample, Sketch, back, draw_sketch, leverages
-from approx_attention.softmax import HIDDEN, blocked_state
+from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV, attend
 
 
@@ -84,7 +84,7 @@ def unreduced_jlt(
         real = jnp.ones((num_keys, 1), bool) if kv_mask is None else kv_mask[:, None]
         mean = jnp.sum(v, axis=0, keepdims=True) / jnp.maximum(jnp.sum(real), 1).astype(v.dtype)
         v = jnp.where(real, v - mean, 0)
-    key_bias = None if kv_mask is None else jnp.where(kv_mask, jnp.zeros((), q.dtype), HIDDEN)
+    key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     state = blocked_state(q, k, back(sketch, sketch @ v), key_bias)
     seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
     state = dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
@@ -176,7 +176,7 @@ def summarize_importance_sample(
     check_choice("odds", odds, ("uniform", "key_norm", "value_norm", "leverage"))
     check_count("sample_size", sample_size)
     k, v = token_sums_inputs(k, v, kv_mask)
-    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    real = real_keys(kv_mask, k.shape[0])
     size = lax.stop_gradient(
         {
             "uniform": lambda: jnp.ones_like(k[:, 0]),

@@ -17,10 +17,10 @@ from approx_attention.block_sparse import (
     gathered_state,
     is_traced,
 )
-from approx_attention.checks import check_count, check_key, head_inputs
+from approx_attention.checks import check_count, check_key, head_inputs, real_keys
 from approx_attention.patterns import SparsePattern
 from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
-from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
+from approx_attention.softmax import HIDDEN, blocked_state, mask_bias, triangular_state, window_state
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, Summary
 
@@ -302,8 +302,7 @@ def longformer(
     left = check_count("window_size", window_size) - 1
     num_global = min(check_count("num_global", num_global, least=0), num_keys)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
-    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
-    bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
+    bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
     not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
     state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
     if num_global:

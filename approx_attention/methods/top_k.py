@@ -8,9 +8,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import GATHERED, gathered_state
-from approx_attention.causal import in_blocks
-from approx_attention.checks import check_count, check_key, head_inputs
-from approx_attention.softmax import pad_rows
+from approx_attention.checks import check_count, check_key, head_inputs, real_keys
+from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024
@@ -95,7 +94,7 @@ def largest_logits(
     """
     q, k = lax.stop_gradient((q, k))
     num_queries, num_keys = q.shape[0], k.shape[0]
-    real = jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
+    real = real_keys(kv_mask, num_keys)
     rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, SEARCHED)
     numbers = jnp.arange(num_keys, dtype=jnp.int32)
     key_blocks = in_blocks(k, columns), in_blocks(real, columns), in_blocks(numbers, columns)
@@ -119,8 +118,8 @@ def largest_logits(
         return lax.scan(search, none, key_blocks)[0]
 
     positions = jnp.arange(num_queries, dtype=jnp.int32)
-    logits, places = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
-    logits, places = (x.reshape(-1, count)[:num_queries] for x in (logits, places))
+    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
+    logits, places = out_of_blocks(found, num_queries)
     # NaN counts: it must come out.
     return places, logits != -jnp.inf
 
@@ -163,7 +162,8 @@ def lsh_top_k(
         key: typed PRNG key; not needed if ``projection`` is given.
         keys_per_query: the number K of keys; with K >= S the answer is exact unless ``num_hashes`` says otherwise.
         num_rounds: the number N of rounds.
-        num_hashes: the number b of signs, by default so many that a bucket holds no more than K keys on average.
+        num_hashes: the number b of signs, at most 24; by default so many that a bucket holds no more than K keys on
+            average.
         projection: the directions ``[N, b, D]`` in place of a draw.
         is_causal: query t sees keys j <= t.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
@@ -174,7 +174,7 @@ def lsh_top_k(
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor projection.
+        ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -197,12 +197,14 @@ def lsh_top_k(
     if projection is None:
         if num_hashes is None:
             num_hashes = (-(-num_keys // count) - 1).bit_length()
-        if check_count("num_hashes", num_hashes, least=0) > MOST_HASHES:
-            raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: there are 2^b buckets")
-        shape = num_rounds, num_hashes, q.shape[1]
+        shape = num_rounds, check_count("num_hashes", num_hashes, least=0), q.shape[1]
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
     elif projection.ndim != 3 or projection.shape[2] != q.shape[1]:
         raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
+    if projection.shape[1] > MOST_HASHES:
+        raise ValueError(
+            f"num_hashes must be at most {MOST_HASHES}, got {projection.shape[1]}: there are as many as 2^b buckets"
+        )
     places, seen = _found_by_hashing(q, k, projection.astype(q.dtype), count, is_causal, kv_mask)
     state = gathered_state(q, k, v, places, seen)
     return state if return_state else state.out.astype(dtype)
@@ -259,8 +261,7 @@ def _found_by_hashing(
 
     own_place = jnp.arange(num_queries, dtype=jnp.int32)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
-    places, seen = (x.reshape(-1, count)[:num_queries] for x in found)
-    return places, seen
+    return out_of_blocks(found, num_queries)
 
 
 def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:

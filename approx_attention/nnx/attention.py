@@ -35,7 +35,7 @@ class ApproxAttention(nnx.Module):
         learned: which of the arrays that the method draws are learned, such as ``("projection",)``.
         head_dim: the number D of channels of a head, needed with ``learned``.
         mesh: devices over which sequences are sharded, as in `approx_attention.context_parallel`; None for one device.
-        sequence_axis: the mesh axis of the tokens.
+        sequence_axis: the mesh axis of the tokens, ``"sequence"`` by default.
         batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
         head_axis: a mesh axis of the heads.
         **hyperparameters: static arguments of the method, such as ``num_features=128``.
@@ -67,14 +67,20 @@ class ApproxAttention(nnx.Module):
         learned: Sequence[str] = (),
         head_dim: int | None = None,
         mesh: Mesh | None = None,
-        sequence_axis: str = "sequence",
+        sequence_axis: str | None = None,
         batch_axis: str | None = None,
         head_axis: str | None = None,
         **hyperparameters: Any,
     ):
         flax_arguments.check_redraw(redraw, every)
         self.method, self.is_causal = method, is_causal
-        self.mesh, self.sequence_axis, self.batch_axis, self.head_axis = mesh, sequence_axis, batch_axis, head_axis
+        if mesh is None and (sequence_axis is not None or batch_axis is not None or head_axis is not None):
+            raise ValueError(
+                "sequence_axis, batch_axis and head_axis are axes of a mesh, and there is none; got "
+                f"{sequence_axis!r}, {batch_axis!r} and {head_axis!r}"
+            )
+        self.mesh, self.sequence_axis = mesh, sequence_axis or "sequence"
+        self.batch_axis, self.head_axis = batch_axis, head_axis
         self.redraw, self.every = redraw, every or 1
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
@@ -208,7 +214,9 @@ class ApproxAttention(nnx.Module):
     ) -> Array:
         module: Any = self.method if isinstance(self.method, nnx.Module) else None
         always = module is not None and module.is_causal
-        is_causal = flax_arguments.check_mask(self.name, mask, is_causal or always, query.shape[-3], key.shape[-3])
+        dense = module is None and flax_arguments.takes_dense_mask(self.method)
+        sizes = query.shape[-3], key.shape[-3]
+        is_causal = flax_arguments.check_mask(self.name, mask, is_causal or always, *sizes, dense=dense)
         if module is not None:
             if is_causal and not always:
                 raise ValueError(f"{self.name} was made without is_causal, and is asked for causal attention")
@@ -309,7 +317,8 @@ class ApproxAttention(nnx.Module):
     ) -> Array:
         if per_token:
             raise NotImplementedError(f"method {self.name!r} does not support {', '.join(per_token)} while decoding")
-        flax_arguments.check_mask(self.name, mask, False, query.shape[-3], key.shape[-3])
+        dense = flax_arguments.takes_dense_mask(self.method)
+        flax_arguments.check_mask(self.name, mask, False, query.shape[-3], key.shape[-3], dense=dense)
         first = None
         if mask is not None:
             masked, first = flax_arguments.real_tokens(mask, key.shape[0], key.shape[1])

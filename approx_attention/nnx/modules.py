@@ -15,20 +15,19 @@ from approx_attention.checks import accumulation_dtype, check_choice, check_coun
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
 from approx_attention.methods.tensor import tensor_attention
-from approx_attention.segments import averaging_matrix, grid_segments, segment_means, segments
+from approx_attention.segments import averaging_matrix, landmark_segments, segment_means
 
 
 class Adaptor(nnx.Module):
     """A linear map and a layer norm of pooled queries or keys, shared by the heads."""
 
-    def __init__(self, head_dim: int, *, layer_norm: bool = True, rngs: nnx.Rngs):
+    def __init__(self, head_dim: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(head_dim, head_dim, kernel_init=nnx.initializers.truncated_normal(0.02), rngs=rngs)
-        self.norm = nnx.LayerNorm(head_dim, rngs=rngs) if layer_norm else None
+        self.norm = nnx.LayerNorm(head_dim, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps ``[..., D]`` to the same."""
-        x = self.linear(x)
-        return x if self.norm is None else self.norm(x)
+        return self.norm(self.linear(x))
 
 
 class Eva(nnx.Module):
@@ -40,12 +39,14 @@ class Eva(nnx.Module):
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
         options: static arguments of `approx_attention.eva`, such as ``window_size``.
-        adaptors: learn the chunk keys :math:`\tilde k = A_k(\bar k)` and proposals from :math:`A_q(\bar q) + \tilde k`,
-            with or without a layer norm; None for neither.
+        adaptors: learn the chunk keys :math:`\tilde k = A_k(\bar k)` and proposals from :math:`A_q(\bar q) + \tilde k`.
         half: take half of that sum as the proposal, as the authors' bidirectional code does.
-        vectors: learn EvaByte's two pooling vectors per key head.
+        pooling_vectors: learn EvaByte's two per key head.
         local_bias: learn a bias of the logits within a window, one per pair of places, or per offset in an image.
-        rngs: where the parameters are drawn from.
+        rngs: where adaptors and pooling vectors are drawn from; not needed without them.
+
+    Raises:
+        ValueError: no ``rngs`` for what is drawn.
     """
 
     def __init__(
@@ -55,18 +56,21 @@ class Eva(nnx.Module):
         *,
         options: Mapping[str, Any],
         adaptors: bool = False,
-        layer_norm: bool = True,
         half: bool = False,
-        vectors: bool = False,
+        pooling_vectors: bool = False,
         local_bias: bool = False,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ):
+        if rngs is None and (adaptors or pooling_vectors):
+            raise ValueError("Eva draws its adaptors and pooling vectors: pass rngs, as in rngs=nnx.Rngs(0); got None")
         self.options, self.half = dict(options), half
         self.adapt_queries, self.adapt_keys = (
-            Adaptor(head_dim, layer_norm=layer_norm, rngs=rngs) if adaptors else None for _ in range(2)
+            Adaptor(head_dim, rngs=rngs) if adaptors and rngs is not None else None for _ in range(2)
         )
-        drawn = jnp.clip(jax.random.normal(rngs.params(), (num_kv_heads, 2, head_dim)), -1, 1) * head_dim**-0.5
-        self.vectors = nnx.Param(drawn) if vectors else None
+        drawn = None
+        if pooling_vectors and rngs is not None:
+            drawn = jnp.clip(jax.random.normal(rngs.params(), (num_kv_heads, 2, head_dim)), -1, 1) * head_dim**-0.5
+        self.pooling_vectors = None if drawn is None else nnx.Param(drawn)
         self.bias = nnx.Param(jnp.zeros(self._bias_shape())) if local_bias else None
 
     def _bias_shape(self) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ class Eva(nnx.Module):
         ) -> Array:
             learned: dict[str, Any] = {} if bias is None else {"local_bias": bias}
             if vectors is not None:
-                learned["summary"] = (vectors[0] / root, vectors[1] * root)
+                learned["pooling_vectors"] = (vectors[0] / root, vectors[1] * root)
             if self.adapt_queries is not None and self.adapt_keys is not None:
                 q_mean, k_mean = chunk_means(q, k, kv_mask=kv_mask, **layout)
                 chunk_keys = self.adapt_keys(k_mean)
@@ -135,7 +139,7 @@ class Eva(nnx.Module):
                 learned["proposal_mean"] = root * (self.adapt_queries(q_mean) + chunk_keys) * (0.5 if self.half else 1)
             return eva(q, k, v, key, kv_mask=kv_mask, **self.options, **learned)
 
-        vectors = None if self.vectors is None else self.vectors[...]
+        vectors = None if self.pooling_vectors is None else self.pooling_vectors[...]
         return _over_heads(head, query, key, value, _real(key, key_value_seq_lengths, mask), vectors, rng)
 
 
@@ -219,19 +223,18 @@ def evabyte(head_dim: int, num_kv_heads: int, *, window_size: int, chunk_size: i
         rngs: where the parameters are drawn from.
     """
     options = {"window_size": window_size, "chunk_size": chunk_size, "is_causal": True, "count_correction": False}
-    return Eva(head_dim, num_kv_heads, options=options, vectors=True, rngs=rngs)
+    return Eva(head_dim, num_kv_heads, options=options, pooling_vectors=True, rngs=rngs)
 
 
-def eva_dropin(head_dim: int, num_kv_heads: int, *, rngs: nnx.Rngs, **options: Any) -> Eva:
+def eva_dropin(head_dim: int, num_kv_heads: int, **options: Any) -> Eva:
     """EVA without a learned part, to stand in for the attention of a trained model.
 
     Args:
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
-        rngs: where the parameters are drawn from.
         **options: arguments of `approx_attention.eva`.
     """
-    return Eva(head_dim, num_kv_heads, options=options, rngs=rngs)
+    return Eva(head_dim, num_kv_heads, options=options)
 
 
 _OFFICIAL = {"exclude_local": False, "count_correction": False, "noise_scale": "official"}
@@ -243,7 +246,7 @@ class Lara(nnx.Module):
     Args:
         head_dim: the number D of channels of a head.
         num_landmarks: the number C of proposals.
-        spatial_shape: height and width of an image.
+        spatial_shape: height and width of an image, as in `approx_attention.lara`.
         options: further static arguments of `approx_attention.lara`.
         rngs: where the parameters are drawn from.
     """
@@ -280,9 +283,7 @@ class Lara(nnx.Module):
 
         def pooled(x: Array, mask: Array | None) -> Array:
             count = min(self.num_landmarks, query.shape[-3], key.shape[-3])
-            if self.spatial_shape is not None:
-                return segment_means(x, grid_segments(self.spatial_shape, count), mask)
-            return segment_means(x, segments(x.shape[0], count), mask)
+            return segment_means(x, landmark_segments(x.shape[0], count, self.spatial_shape), mask)
 
         def head(q: Array, k: Array, v: Array, kv_mask: Array | None, _: None, key: Array | None) -> Array:
             q_bar = self.adapt_queries(pooled(q, kv_mask if q.shape[0] == k.shape[0] else None))
@@ -362,7 +363,10 @@ class LinformerAttention(nnx.Module):
             kind = nnx.Variable if frozen else nnx.Param
             projections = nnx.Dict({name: kind(init(rngs.params(), shape)) for name in names})
         elif num_slots is not None or sharing is not None or frozen:
-            raise ValueError("with projections given, num_slots, sharing and frozen are theirs: leave them out")
+            raise ValueError(
+                "with projections given, num_slots, sharing and frozen are theirs: leave them out; "
+                f"got num_slots = {num_slots}, sharing = {sharing!r} and frozen = {frozen}"
+            )
         self.projections = projections
         self.per_head = projections["projection_k"][...].ndim == 3
 
@@ -440,7 +444,9 @@ class Rfa(nnx.Module):
             ``[..., T, N, Dv]``.
         """
         if (self.gate is None) != (gate_input is None):
-            raise ValueError("gate_input is needed with gates and makes no sense without")
+            made = "no gates, gate_dim = None" if self.gate is None else f"gates, gate_dim = {self.gate.in_features}"
+            given = "None" if gate_input is None else f"shape {gate_input.shape}"
+            raise ValueError(f"gate_input goes with gates: this module has {made}, and gate_input is {given}")
         gates: dict[str, Any] = {}
         if self.gate is not None and gate_input is not None:
             gates["gate_logits"] = self.gate(gate_input)

@@ -146,7 +146,7 @@ def run_budget(config: BudgetConfig, directory: pathlib.Path, console: Console) 
             console.print(f"{method}, logits up to {place}: {found.dim:g} channels")
             curves.setdefault(method, {})[place] = _number(found.dim)
         shape = config.length, config.keys_per_row, config.eps1, config.eps2
-        bounds["packing"][place] = dimension_bound(*shape, kind="packing", logit_budget=budget).dim
+        bounds["packing"][place] = dimension_bound(*shape, kind="packing", max_logit=budget).dim
     ratios = [
         dim / bounds["packing"][place] for curve in curves.values() for place, dim in curve.items() if dim is not None
     ]

@@ -53,9 +53,10 @@ def choose(
         options={name: own for name, own in options.items() if own},
         rounds=1,
     )
-    chosen = made.nearest
-    if chosen is None:
+    within = [candidate for candidate in made.candidates if candidate.in_budget and not candidate.is_exact]
+    if not within:
         raise ValueError(f"no method fits {max_bytes} bytes: {made.verdict}")
+    chosen = min(within, key=lambda candidate: candidate.error_bound)
     size = {} if chosen.size is None else {str(get_method(chosen.method).size): chosen.size}
     facts = {
         "method": chosen.method,

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 from rich.console import Console
 
 from approx_attention.compare import environment
@@ -15,9 +17,11 @@ from approx_attention.diagnostics import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
 from experiments.config import STRICT, ConfigError, Count, as_plain
-from experiments.models import AttentionConfig
-from experiments.training import TrainingConfig
-from experiments.whole_picture.comparison import keep, layer, rank_correlation, train_each
+from experiments.data import Dataset
+from experiments.fidelity import attention_errors
+from experiments.models import AttentionConfig, use_attention
+from experiments.training import TrainingConfig, evaluate, fit, make_optimizer, train_step
+from experiments.whole_picture.comparison import keep, kept, layer
 
 # Sizes that are tried, over the usual size of a method.
 TIMES_USUAL = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
@@ -25,17 +29,19 @@ TIMES_USUAL = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class EqualTimeConfig:
-    """A task, and the methods to train on it, by the name they are reported under.
+    """A model trained with exact attention, and the methods that take its place and are trained on.
 
     Attributes:
-        training: what is trained; its own attention is the exact one that all are held to.
-        methods: their hyper-parameters but for the size, which is found.
+        training: what is trained with exact attention, which all are held to.
+        methods: by the name they are reported under, with their hyper-parameters but for the size, which is found.
+        tuning: steps of training that follow with each method, and with exact attention too.
         share: of the time of a layer with exact attention, that a layer may take.
         rounds: how often layers are timed, in turn with exact attention.
     """
 
     training: TrainingConfig
     methods: dict[str, AttentionConfig]
+    tuning: Count
     share: float = 0.5
     rounds: Count = 20
     seed: int = 0
@@ -54,30 +60,48 @@ class EqualTimeConfig:
 
 
 def run(config: EqualTimeConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
-    """Size, time, score and error of attention of every method that is fast enough, beside exact attention.
+    """Size, time, error of attention and scores of every method that is fast enough, beside exact attention.
 
-    ``too_slow`` has those that are not at their smallest size, with the share of the time that this takes.
+    ``error`` and ``untuned`` are those of the method in the place of exact attention, with the weights as they are;
+    ``bits`` and ``accuracy`` are those after the further training. ``too_slow`` has the methods that are not within the
+    share of the time at their smallest size, with the share that they take.
     """
-    dataset = data.load(config.training.data)
-    sizes = shared_sizes(config, directory, data.held_out(dataset, "valid", 1, 1)[0]["tokens"].shape[1])
+    training = dataclasses.replace(config.training, seed=config.seed)
+    model, dataset, _ = fit(training, directory, console)
+    example = data.held_out(dataset, "valid", 1, 1)[0]
+    sizes = shared_sizes(config, directory, example["tokens"].shape[1])
     fitting = {name: entry for name, entry in sizes.items() if entry["share"] <= config.share}
     methods = {name: _of_size(config.methods[name], entry["size"]) for name, entry in fitting.items()}
-    trained = train_each(
-        dataclasses.replace(config.training, seed=config.seed),
-        {"exact": AttentionConfig()} | methods,
-        directory,
-        console,
-    )
-    entries = {name: {**trained[name], **entry} for name, entry in fitting.items()}
+    scores = kept(directory)
+    for name, attention in ({"exact": AttentionConfig()} | methods).items():
+        if name in scores:
+            continue
+        changed = nnx.clone(model)
+        use_attention(changed, attention)
+        untuned = evaluate(training, changed, dataset, "test")["bits"]
+        tune(training, config.tuning, changed, dataset)
+        scores[name] = {
+            **evaluate(training, changed, dataset, "test"),
+            "untuned": untuned,
+            "error": attention_errors(model, example, {name: attention})[name]["mean"],
+        }
+        keep(directory / "methods.json", scores)
+        console.print(f"{directory.name} {name}: {untuned:.3f} bits, tuned {scores[name]['bits']:.3f}")
+        jax.clear_caches()
     return {
-        "methods": {"exact": {**trained["exact"], "size": None, "share": 1.0}} | entries,
+        "methods": {"exact": {**scores["exact"], "size": None, "share": 1.0}}
+        | {name: {**scores[name], **entry} for name, entry in fitting.items()},
         "too_slow": {name: entry["share"] for name, entry in sizes.items() if name not in fitting},
-        "share": config.share,
-        "rank_correlation": rank_correlation(
-            [entry["attention_error"] for entry in entries.values()], [entry["bits"] for entry in entries.values()]
-        ),
         "data": dict(dataset.provenance),
     }
+
+
+def tune(training: TrainingConfig, steps: int, model: nnx.Module, dataset: Dataset) -> None:
+    """Trains on, from a fresh optimizer, with batches that the model has not seen."""
+    optimizer = make_optimizer(dataclasses.replace(training.train, steps=steps), model)
+    for step in range(training.train.steps, training.train.steps + steps):
+        batch = dataset.draw(np.random.default_rng([training.seed, step]), training.train.batch, "train")
+        train_step(model, optimizer, batch)
 
 
 def shared_sizes(config: EqualTimeConfig, directory: pathlib.Path, length: int) -> dict[str, dict[str, Any]]:
@@ -112,12 +136,12 @@ def fit_sizes(config: EqualTimeConfig, length: int) -> dict[str, dict[str, Any]]
 
 
 def sizes_of(attention: AttentionConfig, length: int) -> Iterable[int | None]:
-    """The sizes of a method that are tried at a length, the smallest first; one for a method without."""
+    """The sizes of a method that are tried, the smallest first and up to half of the length; None where it has none."""
     method = get_method(attention.method)
     if method.size is None:
         return [None]
-    sizes = (max(1, math.floor(times * method.usual_size)) for times in TIMES_USUAL)
-    return list(dict.fromkeys(size for size in sizes if size <= length // 2))
+    sizes = (max(1, min(math.floor(times * method.usual_size), length // 2)) for times in TIMES_USUAL)
+    return list(dict.fromkeys(sizes))
 
 
 def _of_size(attention: AttentionConfig, size: int | None) -> AttentionConfig:

@@ -135,7 +135,7 @@ def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) ->
     @functools.cache
     def program(name: str, size: int | None) -> Any:
         arm = method_arm(first, name, size, is_causal=config.is_causal, scale=None)
-        return jax.jit(lambda *arguments: arm.function(*arguments)[0]), arm.summary_bytes
+        return jax.jit(lambda *arguments: arm.function(*arguments)[0]), arm.held_bytes
 
     drawn = {family: draw(config, family) for family in config.families}
     first = next(iter(drawn.values()))
@@ -186,10 +186,25 @@ def losses(errors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, lis
 
 
 def loss_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each method with the families on which it does not beat each of `TO_BEAT`."""
-    errors = mean_errors(runs)
+    """A row for each method with the families on which it does not beat each of `TO_BEAT`; * for `over_budget`."""
+    errors, over = mean_errors(runs), over_budget(runs)
 
     def listed(families: Sequence[str]) -> str:
         return "all" if len(families) == len(errors) else ", ".join(families) or "none"
 
-    return [[f"`{name}`", *(listed(lost[b]) for b in TO_BEAT)] for name, lost in losses(errors).items()]
+    return [
+        [f"`{name}`{' *' if name in over else ''}", *(listed(lost[b]) for b in TO_BEAT)]
+        for name, lost in losses(errors).items()
+    ]
+
+
+def held(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[int | None, int | None]]]:
+    """By arm and method the size, and the bytes where it holds a summary."""
+    return {
+        run["arm"]: {
+            name: (measured["size"], measured["held_bytes"])
+            for entry in run["result"]["families"].values()
+            for name, measured in entry["methods"].items()
+        }
+        for run in runs
+    }

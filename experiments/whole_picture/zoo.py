@@ -15,6 +15,7 @@ from approx_attention.diagnostics import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
 from experiments.config import STRICT, Count
+from experiments.harness.quality import bytes_held
 from experiments.models import AttentionConfig
 from experiments.training import TrainingConfig, evaluate
 from experiments.whole_picture.choice import choose
@@ -54,10 +55,11 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     """Score, errors of attention, bytes and time of each method, and how well the errors tell the scores.
 
     ``plan`` is what `choose` finds on the tensors of the model trained with exact attention, trained in its turn,
-    beside the ``best`` and ``median`` bits of all that answers from as many bytes and holds no more.
+    beside the ``best`` and ``median`` bits of the methods that hold no more: those it can choose from.
     """
     planned = directory / "plan.json"
-    kept_seconds = sum(entry["training_seconds"] for entry in kept(directory).values())
+    before = kept(directory)
+    newly_trained = before.keys() != config.methods.keys()
     dataset = data.load(config.training.data)
     examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
     training = dataclasses.replace(config.training, seed=config.seed)
@@ -67,13 +69,17 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     held = {name: answer_bytes(own, length, head_dim, dataset.is_causal) for name, own in config.methods.items()}
     # What methods of equal bytes may differ by, the plan may too.
     budget = int(1.15 * statistics.median(held.values()))
-    within = [name for name in config.methods if held[name] <= budget and config.methods[name].method not in CHOOSE]
-    if not planned.exists():
+    caches = {name: bytes_held(training, dataset, own) for name, own in config.methods.items()}
+    within = [name for name, cache in caches.items() if cache is not None and cache <= budget]
+    if newly_trained or not planned.exists():
         reference = train_one(training, "exact", config.methods["exact"], directory, console)[0]
         chosen, facts = choose(reference, examples, config.methods, budget, dataset.is_causal)
-        facts |= evaluate(training, train_one(training, "plan", chosen, directory, console)[0], dataset, "test")
+        # Checkpoints of another choice are none of this one.
+        name = "-".join(["plan", chosen.method, *(f"{of}={x}" for of, x in sorted(chosen.settings.items()))])
+        model, spent = train_one(training, name, chosen, directory, console)
+        facts |= evaluate(training, model, dataset, "test") | {"training_seconds": round(spent, 1)}
         keep(planned, facts)
-        console.print(f"{directory.name} plan: {facts['method']} {facts['settings']}, {facts['bits']:.3f} bits")
+        console.print(f"{directory.name} {name}: {facts['bits']:.3f} bits")
     seconds = layer_seconds(config, length, dataset.is_causal)
     methods = {name: {**trained[name], "answer_bytes": held[name], "seconds": seconds[name]} for name in config.methods}
     others = [entry for name, entry in methods.items() if name != "exact"]
@@ -89,7 +95,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
             for error in ("attention_error", "error_on_exact")
         },
         # What went into training before this pass, where it goes on from one that was broken off.
-        "kept_seconds": round(kept_seconds, 1),
+        "kept_seconds": round(sum(entry["training_seconds"] for entry in before.values()), 1),
         "is_causal": dataset.is_causal,
         "data": dict(dataset.provenance),
         "oracles": dict(dataset.oracles),

@@ -1,0 +1,49 @@
+"""Rows of arrays: padded, cut into blocks, put together again, and mapped block by block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+
+def pad_rows(x: Array, padding: int) -> Array:
+    """Appends ``padding`` rows of zeros."""
+    return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) if padding else x
+
+
+def in_blocks(x: Array, block_size: int) -> Array:
+    """Rows ``[n, ...]`` as zero-padded blocks ``[ceil(n / block_size), block_size, ...]``."""
+    return pad_rows(x, -x.shape[0] % block_size).reshape(-1, block_size, *x.shape[1:])
+
+
+def out_of_blocks(tree: Any, num_rows: int | None = None) -> Any:
+    """The first ``num_rows`` rows, by default all, of every array ``[blocks, block_size, ...]`` of a tree."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], tree)
+
+
+def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:
+    """Applies ``function``, row by row a map, to blocks of at most ``block_size`` rows, one after the other."""
+    num_rows = jax.tree.leaves(tree)[0].shape[0]
+    blocks, rows = even_split(num_rows, block_size)
+    if blocks == 1:
+        return function(tree)
+    return out_of_blocks(lax.map(function, jax.tree.map(lambda x: in_blocks(x, rows), tree)), num_rows)
+
+
+def even_split(length: int, block_size: int) -> tuple[int, int]:
+    """The number of blocks of at most ``block_size``, and the least common size that covers ``length``."""
+    blocks = max(1, -(-length // block_size))
+    return blocks, -(-length // blocks)
+
+
+def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
+    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
+    end = blocks * block + right
+    x = x[:end]
+    around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+    if left == right == 0:
+        return around.reshape(blocks, block, *x.shape[1:])
+    return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
