@@ -63,8 +63,9 @@ def certify(
     eps2: Any = math.inf,
     ratio: RatioError = "relative",
 ) -> Certificate:
-    r"""How precisely self-attention has a pattern, whatever made its inputs.
+    r"""How precisely self-attention has a sparse pattern, whatever made its inputs.
 
+    It speaks of sparse patterns only; bounds on the errors of approximate attention are in `approx_attention.bounds`.
     All is read off the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, whose exponentials may underflow, block of rows by
     block of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of low precision
     are taken as they are, and multiplied in float32.
@@ -92,6 +93,10 @@ def certify(
         >>> certificate = certify(jnp.eye(4), 8 * jnp.eye(4), jnp.eye(4), identity)
         >>> float(certificate.log_eps1), float(certificate.rho)
         (-4.0, 1.0)
+
+    Reference:
+        Likhosherstov, Choromanski and Weller (2021), "On the expressive power of self-attention matrices", for the two
+        precisions; how they are measured is a derivation of this library.
     """
     for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
         check_floating(name, x)

@@ -195,7 +195,24 @@ def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, me
 
 
 def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2*d d"], Float[Array, "2*d d"]]:
-    """The projections ``W_Q`` and ``W_K`` ``[2 d, d]`` of every pattern: they read one half of X each."""
+    """The projections of every pattern, of queries and of keys: each reads one half of X.
+
+    Args:
+        d: the number of channels of a head.
+        dtype: of both.
+
+    Returns:
+        ``W_Q`` and ``W_K``, ``[2 d, d]``.
+
+    Example:
+        >>> from approx_attention import fixed_projections
+        >>> w_q, w_k = fixed_projections(1)
+        >>> w_q.tolist(), w_k.tolist()
+        ([[1.0], [0.0]], [[0.0], [1.0]])
+
+    Reference:
+        As `realize_sparse_pattern`.
+    """
     halves = jnp.asarray(d**0.25 * np.eye(2 * d), dtype)
     return halves[:, :d], halves[:, d:]
 
