@@ -126,7 +126,7 @@ class BlockMap:
         """
         if is_traced(pattern):
             raise TypeError("a BlockMap is made when tracing: its pattern must be known then, and not an argument")
-        num_queries, num_keys = pattern.num_tokens, pattern.num_keys
+        num_queries, num_keys = pattern.num_queries, pattern.num_keys
         shape = _num_blocks(num_queries, num_keys, block_size)
         rows, columns = np.nonzero(np.asarray(pattern.valid))
         keys = np.asarray(pattern.indices)[rows, columns]

@@ -63,8 +63,9 @@ def certify(
     eps2: Any = math.inf,
     ratio: RatioError = "relative",
 ) -> Certificate:
-    r"""How precisely self-attention has a pattern, whatever made its inputs.
+    r"""How precisely self-attention has a sparse pattern, whatever made its inputs.
 
+    It speaks of sparse patterns only; bounds on the errors of approximate attention are in `approx_attention.bounds`.
     All is read off the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, whose exponentials may underflow, block of rows by
     block of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of low precision
     are taken as they are, and multiplied in float32.
@@ -92,13 +93,17 @@ def certify(
         >>> certificate = certify(jnp.eye(4), 8 * jnp.eye(4), jnp.eye(4), identity)
         >>> float(certificate.log_eps1), float(certificate.rho)
         (-4.0, 1.0)
+
+    Reference:
+        Likhosherstov, Choromanski and Weller (2021), "On the expressive power of self-attention matrices", for the two
+        precisions; how they are measured is a derivation of this library.
     """
     for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
         check_floating(name, x)
     check_choice("ratio", ratio, get_args(RatioError))
     check_square(pattern)
-    if inputs.ndim != 2 or inputs.shape[0] != pattern.num_tokens:
-        raise ValueError(f"inputs must be [T, C] with T = {pattern.num_tokens}, got shape {inputs.shape}")
+    if inputs.ndim != 2 or inputs.shape[0] != pattern.num_queries:
+        raise ValueError(f"inputs must be [T, C] with T = {pattern.num_queries}, got shape {inputs.shape}")
     if w_q.shape != w_k.shape or w_q.ndim != 2 or w_q.shape[0] != inputs.shape[1]:
         raise ValueError(f"w_q and w_k must be [C, d] with C = {inputs.shape[1]}, got {w_q.shape} and {w_k.shape}")
     if is_causal and not isinstance(pattern.indices, Tracer):
@@ -144,9 +149,9 @@ def _measure(
         return tuple(jnp.max(x) for x in worst)
 
     log_weights = pattern.normalized_log_weights(dtype)
-    rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
+    rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)
     arrays = rows, q, pattern.indices, pattern.valid, log_weights
-    blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_tokens)) for x in arrays))
+    blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_queries)) for x in arrays))
     log_eps1, log1p_eps2, size, distance = (jnp.max(x) for x in blocks)
     rho = jnp.where(size > 0, -log_eps1 / jnp.where(size > 0, size, 1), jnp.where(log_eps1 == -jnp.inf, jnp.inf, 0))
     eps1, eps2 = (jnp.asarray(limit, dtype) for limit in limits)
@@ -168,15 +173,15 @@ def _absolute_ratio_error(error: Array, log_weights: Array, valid: Array) -> Arr
 
 def check_square(pattern: SparsePattern) -> None:
     """Raises unless a pattern has as many queries as keys."""
-    if pattern.num_tokens != pattern.num_keys:
+    if pattern.num_queries != pattern.num_keys:
         raise ValueError(
-            f"self-attention has as many queries as keys, got a pattern [{pattern.num_tokens}, {pattern.num_keys}]"
+            f"self-attention has as many queries as keys, got a pattern [{pattern.num_queries}, {pattern.num_keys}]"
         )
 
 
 def check_no_future(pattern: SparsePattern) -> None:
     """Raises if a row of a pattern holds a key after its query."""
-    future = np.asarray(pattern.valid) & (np.asarray(pattern.indices) > np.arange(pattern.num_tokens)[:, None])
+    future = np.asarray(pattern.valid) & (np.asarray(pattern.indices) > np.arange(pattern.num_queries)[:, None])
     if future.any():
         raise ValueError(f"a causal head sees no key after its query, but {future.any(axis=1).sum()} rows do: causal()")
 

@@ -72,7 +72,8 @@ def attention(
         Outputs ``[B, T, N, Dv]`` in the dtype of ``value``.
 
     Raises:
-        ValueError: shapes that do not fit, a window longer than a device's part, a size below the number of devices.
+        ValueError: shapes that do not fit, an unknown method, a random method without ``rng``, an axis that the mesh
+            does not have, a window longer than a device's part, a size below the number of devices.
         TypeError: wrong dtypes, an argument that the method does not have.
         NotImplementedError: a method without a summary of all keys, or without a causal one; an option that the summary
             does not have.
@@ -89,10 +90,10 @@ def attention(
     Reference:
         Liu, Zaharia and Abbeel (2023), "Ring attention with blockwise transformers", for exact attention.
     """
+    check_layout(query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[:2] != query.shape[:2]:
             raise ValueError(f"{name} must be [B, T, N, D] with the B and T of query {query.shape[:2]}, got {x.shape}")
-    check_layout(query, key, value)
     if key_value_seq_lengths is not None:
         within(key_value_seq_lengths, query.shape[1], [query.shape[0]], "key_value_seq_lengths")
     for name in (axis, batch_axis, head_axis):
@@ -221,7 +222,8 @@ def _form(
     if method == "local":
         return _Halos(*window_sides(hyperparameters.get("window_size", known["window_size"].default), is_causal))
     options = dict(hyperparameters)
-    block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 128)
+    # A method without blocks is summarised whole: any number of tokens is one of its parts.
+    block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 1)
     if registered.size is not None:
         size = options.setdefault(registered.size, known[registered.size].default)
         if size is None:

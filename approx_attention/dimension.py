@@ -338,7 +338,7 @@ def minimal_dimension(
         key_pattern, key_draw = jax.random.split(jax.random.fold_in(key, trial))
         drawn = pattern if isinstance(pattern, SparsePattern) else pattern(key_pattern)
         least = drawn.keys_per_row if method in INTERPOLATIONS else 1
-        most = 16 * drawn.num_tokens if max_dim is None else check_count("max_dim", max_dim)
+        most = 16 * drawn.num_queries if max_dim is None else check_count("max_dim", max_dim)
         if method == "orthogonal":  # exact with as many channels as keys, and worse again with a few more
             most = min(most, drawn.num_keys)
         require_request(drawn, eps1, eps2, least, method, is_causal)
@@ -404,7 +404,7 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
         Likhosherstov, Choromanski and Weller (2021), algorithm 1, decides this case; the derivation is this library's.
     """
     valid = np.asarray(pattern.valid)
-    supports = np.zeros((pattern.num_tokens, pattern.num_keys), bool)
+    supports = np.zeros((pattern.num_queries, pattern.num_keys), bool)
     supports[np.nonzero(valid)[0], np.asarray(pattern.indices)[valid]] = True
     sizes = supports.sum(axis=1)
     shared = supports.astype(np.float64) @ supports.T.astype(np.float64)
@@ -414,8 +414,8 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
         return None
     # Rows that leave each other both choices are not neighbours.
     tied = alike != unlike
-    queries = np.zeros(pattern.num_tokens, int)
-    for start in range(pattern.num_tokens):
+    queries = np.zeros(pattern.num_queries, int)
+    for start in range(pattern.num_queries):
         if queries[start]:
             continue
         queries[start], reached = 1, [start]

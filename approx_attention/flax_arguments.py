@@ -27,7 +27,9 @@ def name_and_randomness(
     if not isinstance(method, str):
         if not callable(method):
             raise TypeError(f"method must be a registered name or a function of one head, got {method!r}")
-        return getattr(method, "__name__", type(method).__name__), noise
+        name = getattr(method, "__name__", type(method).__name__)
+        check_hyperparameters(name, method, hyperparameters, options=("scale",))
+        return name, noise
     registered = get_method(method)
     check_hyperparameters(method, registered.function, hyperparameters, options=("scale",))
     if noise and not (registered.capabilities.takes_key or registered.capabilities.needs_key):
@@ -94,7 +96,8 @@ def takes_dense_mask(method: str | Callable[..., Array]) -> bool:
     """Whether a registered method, or a function of one head, follows a mask that differs between queries."""
     if isinstance(method, str):
         return get_method(method).capabilities.dense_mask
-    return "mask" in (arguments(method) or ())
+    names = arguments(method)
+    return names is None or "mask" in names
 
 
 def check_mask(

@@ -52,7 +52,7 @@ class SparsePattern:
     num_keys: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def num_tokens(self) -> int:
+    def num_queries(self) -> int:
         """The number T of rows."""
         return self.indices.shape[0]
 
@@ -300,10 +300,10 @@ class SparsePattern:
             >>> SparsePattern.banded(4, [0]).union(SparsePattern.strided(4, 3)).indices.tolist()
             [[0, 3], [1, 0], [2, 0], [0, 3]]
         """
-        if (other.num_tokens, other.num_keys) != (self.num_tokens, self.num_keys):
+        if (other.num_queries, other.num_keys) != (self.num_queries, self.num_keys):
             raise ValueError(
-                f"union takes patterns of one shape, got [{self.num_tokens}, {self.num_keys}] and "
-                f"[{other.num_tokens}, {other.num_keys}]"
+                f"union takes patterns of one shape, got [{self.num_queries}, {self.num_keys}] and "
+                f"[{other.num_queries}, {other.num_keys}]"
             )
         return self._joined(other._entries())
 
@@ -329,10 +329,10 @@ class SparsePattern:
             Beltagy et al. (2020), "Longformer", section 3.1.
         """
         held = _integers("tokens", tokens)
-        limit = self.num_keys if only_columns else min(self.num_keys, self.num_tokens)
+        limit = self.num_keys if only_columns else min(self.num_keys, self.num_queries)
         if ((held < 0) | (held >= limit)).any():
             raise ValueError(f"global tokens must lie in [0, {limit}), got {held.tolist()}")
-        pairs = [np.meshgrid(np.arange(self.num_tokens), held)]
+        pairs = [np.meshgrid(np.arange(self.num_queries), held)]
         if not only_columns:
             pairs.append(np.meshgrid(held, np.arange(self.num_keys)))
         rows, keys = (np.concatenate([np.ravel(pair[axis]) for pair in pairs]) for axis in range(2))
@@ -344,7 +344,7 @@ class SparsePattern:
         order = np.lexsort((-log_weights, keys, rows))
         rows, keys, log_weights = rows[order], keys[order], log_weights[order]
         first = np.append(True, (rows[1:] != rows[:-1]) | (keys[1:] != keys[:-1]))
-        return self._of_entries(rows[first], keys[first], log_weights[first], self.num_tokens, self.num_keys)
+        return self._of_entries(rows[first], keys[first], log_weights[first], self.num_queries, self.num_keys)
 
     def causal(self) -> Self:
         """The pattern without its entries above the diagonal.
@@ -361,7 +361,7 @@ class SparsePattern:
         """
         rows, keys, log_weights = self._entries()
         kept = keys <= rows
-        return self._of_entries(rows[kept], keys[kept], log_weights[kept], self.num_tokens, self.num_keys)
+        return self._of_entries(rows[kept], keys[kept], log_weights[kept], self.num_queries, self.num_keys)
 
     def normalized_log_weights(self, dtype: Any = None) -> Float[Array, "T K"]:
         """The logarithms of the entries of A, whose rows sum to 1 ``[T, K]``; ``-inf`` on padding."""
@@ -370,8 +370,8 @@ class SparsePattern:
 
     def to_dense(self) -> Float[Array, "T S"]:
         """The matrix A ``[T, S]``, whose rows sum to 1."""
-        rows = jnp.arange(self.num_tokens, dtype=jnp.int32)[:, None]
-        matrix = jnp.zeros((self.num_tokens, self.num_keys), self.log_weights.dtype)
+        rows = jnp.arange(self.num_queries, dtype=jnp.int32)[:, None]
+        matrix = jnp.zeros((self.num_queries, self.num_keys), self.log_weights.dtype)
         return matrix.at[rows, self.indices].add(jnp.exp(self.normalized_log_weights()))
 
     def block_mask(self, block_size: int) -> Bool[Array, "Tb Sb"]:
@@ -391,8 +391,8 @@ class SparsePattern:
             [[True, True], [False, True]]
         """
         check_count("block_size", block_size)
-        rows = jnp.arange(self.num_tokens, dtype=jnp.int32)[:, None] // block_size
-        shape = math.ceil(self.num_tokens / block_size), math.ceil(self.num_keys / block_size)
+        rows = jnp.arange(self.num_queries, dtype=jnp.int32)[:, None] // block_size
+        shape = math.ceil(self.num_queries / block_size), math.ceil(self.num_keys / block_size)
         return jnp.zeros(shape, bool).at[rows, self.indices // block_size].max(self.valid)
 
 

@@ -23,6 +23,9 @@ from approx_attention.checks import check_choice, check_count
 
 Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 
+# The number that a kind is made for, beside its degree.
+_TAKES: dict[str, str | None] = {"taylor": None, "chebyshev": "bound", "minimax": "bound", "hermite": "rms"}
+
 # Degrees beyond this gain nothing that float64 could hold.
 MAX_DEGREE = 64
 
@@ -58,7 +61,7 @@ def exp_coefficients(
         The coefficients of ascending powers ``[degree + 1]``.
 
     Raises:
-        ValueError: an unknown kind; a kind without its bound or root mean square, or a bad one.
+        ValueError: an unknown kind; a kind without its bound or root mean square, with that of another, or a bad one.
         TypeError: a degree, bound or root mean square that is not known when tracing.
 
     Example:
@@ -75,6 +78,7 @@ def exp_coefficients(
     """
     check_choice("coefficients", kind, get_args(Coefficients))
     degree = check_count("degree", degree, 0)
+    check_taken(kind, bound=bound, rms=rms)
     if kind == "taylor":
         return _taylor(degree)
     if kind == "hermite":
@@ -85,6 +89,25 @@ def exp_coefficients(
     if bound == 0:
         return _taylor(degree)
     return np.array(_chebyshev(degree, bound) if kind == "chebyshev" else _minimax(degree, bound)[0])
+
+
+def check_taken(coefficients: object, *, bound: float | None, rms: float | None) -> None:
+    """Raises ``ValueError`` for a bound or a root mean square that coefficients, a kind or numbers, do not take."""
+    takes = None
+    if isinstance(coefficients, str):
+        check_choice("coefficients", coefficients, get_args(Coefficients))
+        takes = _TAKES[coefficients]
+    for name, value in (("bound", bound), ("rms", rms)):
+        if value is not None and name != takes:
+            kinds = " and ".join(repr(kind) for kind, number in _TAKES.items() if number == name)
+            given = repr(coefficients) if isinstance(coefficients, str) else "coefficients that are numbers"
+            raise ValueError(f"{name} is for coefficients {kinds}, got {name}={value} with {given}")
+
+
+def taken_by(kind: str, *, bound: float | None = None, rms: float | None = None) -> dict[str, float | None]:
+    """The one of a bound and a root mean square that a kind takes, as an argument of `exp_coefficients`."""
+    check_choice("coefficients", kind, get_args(Coefficients))
+    return {name: value for name, value in (("bound", bound), ("rms", rms)) if name == _TAKES[kind]}
 
 
 def minimax_error(degree: int, bound: float) -> float:
@@ -221,7 +244,8 @@ def choose_degree(
         The degree.
 
     Raises:
-        ValueError: no such degree is affordable, with the rank that is needed; or none meets the tolerance at all.
+        ValueError: no such degree is affordable, with the rank that is needed; or none meets the tolerance at all; a
+            root mean square for another kind.
 
     Example:
         >>> from approx_attention.polynomials import choose_degree
@@ -236,8 +260,9 @@ def choose_degree(
             f"no {coefficients} polynomial with coefficients in float64 is right for logits beyond {MAX_CERTIFIED:g}, "
             f"got {bound}: bound the logits"
         )
+    numbers = {**taken_by(coefficients, bound=bound), "rms": rms}
     for degree in range(0, MAX_DEGREE + 1, 2):
-        polynomial_coefficients = exp_coefficients(coefficients, degree, bound=bound, rms=rms)
+        polynomial_coefficients = exp_coefficients(coefficients, degree, **numbers)
         if weight_bound(*ratio_range(polynomial_coefficients, bound)) <= tolerance:
             break
     else:

@@ -186,7 +186,7 @@ def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, me
         return
     if is_causal:
         check_no_future(pattern)
-    visible = np.arange(1, pattern.num_tokens + 1) if is_causal else pattern.num_keys
+    visible = np.arange(1, pattern.num_queries + 1) if is_causal else pattern.num_keys
     rows_with_zeros = np.sum(np.asarray(pattern.valid), axis=1) < visible
     if method in PROJECTIONS and not rows_with_zeros.any():
         raise ValueError(f"{method} realises sparse patterns, got one without zeros: use method='dense'")
@@ -195,7 +195,24 @@ def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, me
 
 
 def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2*d d"], Float[Array, "2*d d"]]:
-    """The projections ``W_Q`` and ``W_K`` ``[2 d, d]`` of every pattern: they read one half of X each."""
+    """The projections of every pattern, of queries and of keys: each reads one half of X.
+
+    Args:
+        d: the number of channels of a head.
+        dtype: of both.
+
+    Returns:
+        ``W_Q`` and ``W_K``, ``[2 d, d]``.
+
+    Example:
+        >>> from approx_attention import fixed_projections
+        >>> w_q, w_k = fixed_projections(1)
+        >>> w_q.tolist(), w_k.tolist()
+        ([[1.0], [0.0]], [[0.0], [1.0]])
+
+    Reference:
+        As `realize_sparse_pattern`.
+    """
     halves = jnp.asarray(d**0.25 * np.eye(2 * d), dtype)
     return halves[:, :d], halves[:, d:]
 
@@ -253,7 +270,7 @@ def draw_until_accepted(
 
     none = jnp.full((), jnp.nan, compute)
     nothing = Certificate(none, none, none, none, none, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
-    empty = jnp.zeros((pattern.num_tokens, 2 * width), dtype)
+    empty = jnp.zeros((pattern.num_queries, 2 * width), dtype)
     start = jnp.zeros((), jnp.int32), empty, nothing
     _, inputs, certificate = lax.while_loop(lambda state: (state[0] < max_draws) & ~state[2].ok, attempt, start)
     return Realization(inputs, w_q, w_k, certificate)
@@ -293,7 +310,7 @@ def _signed_orthonormal(columns: Array) -> Array:
 
 def _project(pattern: SparsePattern, log_weights: Array, drawing: _Drawing, *, orthogonal: bool) -> _Factors:
     r"""The keys of a row, summed with :math:`B_{is} = \tau + \log A_{is} - \min_S \log A_i`."""
-    keys = _keys(drawing, pattern.num_tokens, orthogonal=orthogonal)
+    keys = _keys(drawing, pattern.num_queries, orthogonal=orthogonal)
 
     def row(args: tuple[Array, Array, Array]) -> Array:
         indices, valid, log_weights = args
@@ -316,10 +333,10 @@ def _project_balanced(pattern: SparsePattern, log_weights: Array, drawing: _Draw
     """
     parts = jax.vmap(_on_support)(pattern.valid, log_weights)
     entries = drawing.lift * parts[:, 0] + parts[:, 1]
-    rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)[:, None]
-    lifted = jnp.zeros((pattern.num_tokens,) * 2, entries.dtype).at[rows, pattern.indices].add(entries)
-    left, right = nearest_factors(lifted, pattern.num_tokens)
-    keys = _keys(drawing, pattern.num_tokens, orthogonal=False)
+    rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)[:, None]
+    lifted = jnp.zeros((pattern.num_queries,) * 2, entries.dtype).at[rows, pattern.indices].add(entries)
+    left, right = nearest_factors(lifted, pattern.num_queries)
+    keys = _keys(drawing, pattern.num_queries, orthogonal=False)
     queries = full_matmul(left, keys) / drawing.lift
     return _Factors(queries, jnp.zeros_like(queries), full_matmul(right, keys))
 
@@ -331,7 +348,7 @@ def _interpolate(pattern: SparsePattern, log_weights: Array, drawing: _Drawing, 
     query has the least energy off the support: for Gaussian keys these are the queries that are shortest in the metric
     :math:`K^T K`.
     """
-    keys = _keys(drawing, pattern.num_tokens, orthogonal=orthogonal)
+    keys = _keys(drawing, pattern.num_queries, orthogonal=orthogonal)
     return _Factors(*_interpolating_queries(keys, pattern, log_weights), keys)
 
 
@@ -407,9 +424,9 @@ def _learn(pattern: SparsePattern, log_weights: Array, drawing: _Drawing) -> _Fa
         free, keys = (jnp.where(used, x, 0) for x in parameters)
         logits = full_matmul(queries(free, keys, ridge), keys.T)
         largest = jax.nn.logsumexp(jnp.where(off, sharpness * (logits - 1), -jnp.inf)) / sharpness
-        return largest + 20 / pattern.num_tokens * jnp.sum(jnp.where(off, jax.nn.relu(-logits - 1) ** 2, 0))
+        return largest + 20 / pattern.num_queries * jnp.sum(jnp.where(off, jax.nn.relu(-logits - 1) ** 2, 0))
 
-    keys = _keys(drawing, pattern.num_tokens, orthogonal=False)
+    keys = _keys(drawing, pattern.num_queries, orthogonal=False)
     free, keys = (jnp.where(used, x, 0) for x in _descend(loss, (jnp.zeros_like(keys), keys), drawing.num_steps))
     _, weighting = _interpolating_queries(keys, pattern, log_weights)
     return _Factors(queries(free, keys, 0.0), weighting, keys)
@@ -438,7 +455,7 @@ def _descend(loss: Callable[[Any, Array], Array], start: Any, num_steps: int, ra
 
 def _off_support(pattern: SparsePattern, is_causal: bool) -> Array:
     """Which keys a query sees and should not ``[T, S]``."""
-    rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
+    rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)
     return off_rows(rows, pattern.indices, pattern.valid, pattern.num_keys, is_causal)
 
 
@@ -447,7 +464,7 @@ def _on_moment_curve(pattern: SparsePattern, log_weights: Array, drawing: _Drawi
 
     The logits :math:`-\prod_{s \in S} (1 - \cos(t - t_s))`, less their mean over t, are largest on S alone.
     """
-    num_tokens, degree = pattern.num_tokens, pattern.keys_per_row
+    num_tokens, degree = pattern.num_queries, pattern.keys_per_row
     harmonics = np.arange(1, degree + 1)
 
     def curve(angles: np.ndarray) -> np.ndarray:
@@ -511,8 +528,8 @@ def _least_lift(factors: _Factors, pattern: SparsePattern, gap: Array, is_causal
         needed, rise = lax.map(one_key, (indices.T, valid.T))
         return jnp.max(needed), jnp.min(rise), jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(shifts))
 
-    rows = jnp.arange(pattern.num_tokens, dtype=jnp.int32)
+    rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)
     arrays = rows, factors.separating, factors.weighting, pattern.indices, pattern.valid
-    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_tokens)) for x in arrays))
+    needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_queries)) for x in arrays))
     needed, least = jnp.max(needed), jnp.maximum(jnp.min(rise), rounding)
     return needed + rounding * (needed * jnp.max(size) + jnp.max(shift)) / least

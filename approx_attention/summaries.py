@@ -36,8 +36,9 @@ class WeightedKV:
               \Big/ \sum_j e^{q \cdot k_j}\, \mathrm{mass}_j
 
     With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
-    values ``value_sum / mass``; a token of mass 0 is absent. Signed masses (Nystrom weights), and values without mass,
-    need the range of the true values, to which the answer is then clipped; without it a negative mass gives NaN.
+    values ``value_sum / mass``; a token of mass 0 is absent, whatever its key holds and if its value is finite. Signed
+    masses (Nystrom weights), and values without mass, need the range of the true values, to which the answer is then
+    clipped; without it a negative mass gives NaN.
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
@@ -226,11 +227,27 @@ def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
     What would hide a key, or divide a value by the mass that it stands for, is done to its weights.
     """
     absent = tokens.mass == 0
-    logits = jnp.where(absent[None, :], -jnp.inf, q @ tokens.k.T + tokens.log_mass[None, :])
+    logits = _products(q, tokens.k, ~absent) + tokens.log_mass[None, :]
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
     shares = weights / jnp.where(absent, 1, tokens.mass)[None, :]
     return normalise(shares @ tokens.value_sum, jnp.sum(weights, axis=-1), peak)
+
+
+@jax.custom_jvp
+def _products(q: Array, k: Array, present: Array) -> Array:
+    """Logits ``q k^T``, minus infinity for keys that are not present ``[M]``, which may hold anything."""
+    return jnp.where(present[None, :], q @ k.T, -jnp.inf)
+
+
+@_products.defjvp
+def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+    # Derivatives for queries are products with keys, where what is hidden meets NaN as 0 times NaN. Keys are copied to
+    # be cleared here alone: answers without a derivative, as in decoding, read them as they are.
+    (q, k, present), (q_tangent, k_tangent, _) = primals, tangents
+    cleared = jnp.where(present[:, None], k, jnp.zeros_like(k))
+    tangent = q_tangent @ cleared.T + q @ k_tangent.T
+    return _products(q, k, present), jnp.where(present[None, :], tangent, jnp.zeros_like(tangent))
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
@@ -267,7 +284,7 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
     assert summary.value_range is not None
     present = (summary.mass != 0) | jnp.any(summary.value_sum != 0, axis=1)
-    logits = jnp.where(present[None, :], q @ summary.k.T, -jnp.inf)
+    logits = _products(q, summary.k, present)
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
     state = normalise(weights @ summary.value_sum, weights @ summary.mass, peak)

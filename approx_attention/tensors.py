@@ -32,12 +32,16 @@ SEGMENTS, LEAST_SEGMENT = 4, 64
 
 
 class TensorInputs(NamedTuple):
-    """Queries ``[T, D]`` with the scale folded in, and per set keys ``[S_a, D]``, values and mask (or None)."""
+    """Queries ``[T, D]`` with the scale folded in, and per set keys ``[S_a, D]``, values and mask (or None).
+
+    ``value_dtype`` is that of the values as they were given, and so that of answers.
+    """
 
     q: Array
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     masks: tuple[Array | None, ...]
+    value_dtype: Any
 
 
 def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> TensorInputs:
@@ -82,14 +86,14 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
             raise ValueError(f"attention needs at least one query, key and channel; got {given}")
         if mask is not None:
             check_kv_mask(mask, k.shape[0])
-    dtype = accumulation_dtype(q, *keys, *values)
+    value_dtype, dtype = values[0].dtype, accumulation_dtype(q, *keys, *values)
     q = scaled(q.astype(dtype), scale)
     keys, values = (
         tuple(x.astype(dtype) if mask is None else jnp.where(mask[:, None], x.astype(dtype), 0)
               for x, mask in zip(xs, masks, strict=True))
         for xs in (keys, values)
     )  # fmt: skip
-    return TensorInputs(q, keys, values, masks)
+    return TensorInputs(q, keys, values, masks, value_dtype)
 
 
 def sets(name: str, x: Any) -> tuple[Array, ...]:

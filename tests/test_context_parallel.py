@@ -228,5 +228,9 @@ def test_what_cannot_be_done_is_refused(error, message, options):
         context_parallel.attention(query, key, value, key_value_seq_lengths=jnp.ones(7, int), **options)
     with pytest.raises(TypeError, match="query must be"):
         context_parallel.attention(query.astype(int), key, value, **options)
+    with pytest.raises(TypeError, match="query"):
+        context_parallel.attention(query.tolist(), key, value, **options)
+    with pytest.raises(ValueError, match=r"must be \[B, T, N, D\]"):
+        context_parallel.attention(query, key[:, :-1], value[:, :-1], **options)
     with pytest.raises(ValueError, match="mesh has the axes sequence, got 'time'"):
         context_parallel.attention(*tensors(), mesh=mesh_of(2), axis="time", method="exact")

@@ -116,7 +116,13 @@ def test_what_a_method_cannot_follow_is_refused():
 
 
 @pytest.mark.parametrize(
-    "method", ["exact", functools.partial(exact, implementation="dense")], ids=["name", "function"]
+    "method",
+    [
+        "exact",
+        functools.partial(exact, implementation="dense"),
+        lambda q, k, v, key, **options: exact(q, k, v, key, **options),
+    ],
+    ids=["name", "function", "function of anything"],
 )
 def test_a_dense_mask_for_methods_that_take_one(method):
     x = tokens()
@@ -147,6 +153,7 @@ def test_what_attention_asks_for_is_no_option_of_a_linen_layer():
         ({"method": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "called as Eva is, .* got Linear"),
         ({"method": "favor", "projection": np.eye(8), "rngs": nnx.Rngs(0)}, "'projection' .* learned"),
         ({"method": "mean_pool", "return_state": True}, "no argument 'return_state'"),
+        ({"method": exact, "num_features": 8}, "method 'exact' has no argument 'num_features'"),
         ({"method": "exact", "batch_axis": "data"}, "axes of a mesh, and there is none; got None, 'data' and None"),
     ],
 )

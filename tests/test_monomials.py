@@ -12,7 +12,7 @@ from numpy.polynomial import polynomial
 
 from approx_attention import FeatureMoments, attend
 from approx_attention.monomials import MonomialFeatures, anisotropic, monomials, total_degree
-from approx_attention.polynomials import exp_coefficients
+from approx_attention.polynomials import exp_coefficients, taken_by
 from approx_attention.tensor_sketches import ProductSketch, TensorSketch
 from tests.references import random_head
 
@@ -124,7 +124,10 @@ def test_the_features_are_a_factorisation_of_the_polynomial_kernel(order, scale,
     for degree in (0, 1, 2, 5):
         maps = [MonomialFeatures(total_degree(3, degree))] * order
         random = np.random.default_rng(degree).normal(size=degree + 1)
-        kinds = [exp_coefficients(kind, degree, bound=bound, rms=0.5) for kind in ("taylor", "minimax", "hermite")]
+        kinds = [
+            exp_coefficients(kind, degree, **taken_by(kind, bound=bound, rms=0.5))
+            for kind in ("taylor", "minimax", "hermite")
+        ]
         for coefficients in (random, *kinds):
             size = polynomial.polyval(bound, np.abs(coefficients))
             expected = polynomial.polyval(x, coefficients)

@@ -124,7 +124,7 @@ def test_random_patterns_are_sparse_in_rows_and_columns_and_uniform():
 
 def test_a_pattern_is_a_pytree_that_knows_its_number_of_keys():
     pattern = SparsePattern.block(4, 2, np.ones((2, 3), bool), num_keys=6)
-    assert (pattern.num_tokens, pattern.num_keys, pattern.keys_per_row) == (4, 6, 6)
+    assert (pattern.num_queries, pattern.num_keys, pattern.keys_per_row) == (4, 6, 6)
     np.testing.assert_array_equal(jax.jit(lambda p: p.to_dense())(pattern), pattern.to_dense())
     assert len(jax.tree.leaves(pattern)) == 3
 

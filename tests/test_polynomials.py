@@ -19,6 +19,7 @@ from approx_attention.polynomials import (
     exp_coefficients,
     minimax_error,
     ratio_range,
+    taken_by,
     weight_bound,
 )
 
@@ -64,7 +65,8 @@ LEAST_DEGREES = {
 
 
 def certificate(kind, degree, bound, rms=None):
-    return weight_bound(*ratio_range(exp_coefficients(kind, degree, bound=bound, rms=rms), bound))
+    coefficients = exp_coefficients(kind, degree, **taken_by(kind, bound=bound, rms=rms))
+    return weight_bound(*ratio_range(coefficients, bound))
 
 
 def exact_ratio(coefficients, x):
@@ -101,8 +103,8 @@ def test_hermite_is_the_least_squares_fit(rms):
 def test_without_spread_every_kind_is_taylors(kind):
     taylor = exp_coefficients("taylor", 4)
     np.testing.assert_array_equal(taylor, [1, 1, 1 / 2, 1 / 6, 1 / 24])
-    np.testing.assert_array_equal(exp_coefficients(kind, 4, bound=0, rms=0), taylor)
-    np.testing.assert_allclose(exp_coefficients(kind, 4, bound=1e-5, rms=1e-5), taylor, rtol=1e-8)
+    np.testing.assert_array_equal(exp_coefficients(kind, 4, **taken_by(kind, bound=0, rms=0)), taylor)
+    np.testing.assert_allclose(exp_coefficients(kind, 4, **taken_by(kind, bound=1e-5, rms=1e-5)), taylor, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_the_range_is_exact_where_floating_point_would_cancel():
 )
 def test_weights_are_never_further_off_than_their_bound(unit_logits, bound, kind, degree):
     logits = bound * np.array(unit_logits)
-    coefficients = exp_coefficients(kind, degree, bound=bound, rms=bound / 2)
+    coefficients = exp_coefficients(kind, degree, **taken_by(kind, bound=bound, rms=bound / 2))
     kernel, exponentials = polynomial.polyval(logits, coefficients), np.exp(logits)
     most = weight_bound(*ratio_range(coefficients, bound))
     if math.isfinite(most):
@@ -248,7 +250,13 @@ def test_bad_polynomials_are_refused():
     with pytest.raises(ValueError, match="minimax needs bound"):
         exp_coefficients("minimax", 2)
     with pytest.raises(ValueError, match="hermite needs rms"):
+        exp_coefficients("hermite", 2)
+    with pytest.raises(ValueError, match="bound is for coefficients 'chebyshev' and 'minimax', got bound=1.0 with 'h"):
         exp_coefficients("hermite", 2, bound=1.0)
+    with pytest.raises(ValueError, match="got bound=-3.0 with 'taylor'"):
+        exp_coefficients("taylor", 2, bound=-3.0)
+    with pytest.raises(ValueError, match="rms is for coefficients 'hermite', got rms=1.0 with 'minimax'"):
+        choose_degree(1e-2, 1.0, 4, rms=1.0)
     with pytest.raises(ValueError, match="bound must be finite and not negative, got -1"):
         exp_coefficients("chebyshev", 2, bound=-1.0)
     with pytest.raises(ValueError, match="bound must be at most 700"):

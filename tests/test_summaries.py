@@ -57,6 +57,14 @@ def test_an_absent_token_may_hold_anything(num_queries):
     np.testing.assert_allclose(attend(q, summary).out, out, atol=1e-6)
     gradient = jax.grad(lambda s: jnp.sum(attend(q, s).out))(summary)
     chex.assert_tree_all_finite(gradient)
+    nan = jnp.where(mass[:, None] > 0, k, jnp.nan)
+    for value_range in (None, jnp.stack([v.min(0), v.max(0)])):
+
+        def total(q, k, value_range=value_range):
+            state = attend(q, WeightedKV(k, v * mass[:, None], mass, value_range))
+            return jnp.sum(state.out**2) + jnp.sum(state.lse)
+
+        chex.assert_trees_all_close(*(jax.value_and_grad(total, (0, 1))(q, keys) for keys in (nan, k)), rtol=1e-5)
     nothing = attend(q, WeightedKV.empty(5, 8, 8))
     assert not np.any(nothing.out)
     assert np.all(np.isneginf(nothing.lse))

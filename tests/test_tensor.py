@@ -31,6 +31,7 @@ from approx_attention import (
 from approx_attention.diagnostics import skill
 from approx_attention.methods import polynomial
 from approx_attention.methods.tensor import determinant_channels, strassen_channels
+from approx_attention.polynomials import taken_by
 from approx_attention.states import AttentionState, merge
 from approx_attention.tensors import check_causal, scaled, tensor_inputs
 from tests.test_contract import equations
@@ -426,7 +427,7 @@ def test_the_certificate_is_never_violated(seed, order, degree, spread, is_causa
         beta = certificate.logit_bound
         rms = float(bounds.logit_rms(q, keys, scale=0.4))
         options = {"is_causal": "both" if is_causal else None, "scale": 0.4}
-        chosen = jnp.asarray(exp_coefficients(coefficients, degree, bound=beta, rms=rms))
+        chosen = jnp.asarray(exp_coefficients(coefficients, degree, **taken_by(coefficients, bound=beta, rms=rms)))
         out = compiled_polynomial(q, keys, values, coefficients=chosen, **options)
         expected = compiled_exact(q, keys, values, **options)
         error = np.max(np.abs(np.asarray(out - expected)), axis=0)
@@ -504,12 +505,23 @@ def test_kinds_of_coefficients_and_features(x64):
     close(named, error(coefficients=exp_coefficients("minimax", 4, bound=beta)), 1e-9)
     with pytest.raises(ValueError, match="minimax needs bound"):
         error(degree=4, coefficients="minimax")
+    for options, told in (
+        ({"bound": -3.0}, "bound=-3.0 with 'taylor'"),
+        ({"coefficients": (1.0, 1.0, 0.5), "rms": 2.0}, "rms=2.0 with coefficients that are numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"is for coefficients .*, got {told}"):
+            error(**options)
+        with pytest.raises(ValueError, match=f"is for coefficients .*, got {told}"):
+            bounds.tensor_certificate(q, keys, values, scale=0.5, **options)
     largest = [np.max(np.abs(x), axis=0) for x in (q, *keys)]
     indices, _ = anisotropic(tuple(0.5 * largest[0] * largest[1] * largest[2]), 35)
     assert error(features=indices) < error(degree=3)  # which has as many features
     # A sketch of the highest degree alone, large enough to be near.
     maps = TensorSketch.draw(jax.random.key(0), 4096, 4, 3, order=3, exact_degree=2)
     assert error(features=maps) < 3 * error(degree=3)
+    pair = TensorSketch.draw(jax.random.key(0), 16, 4, 3, order=2)
+    ordinary = (method(q, keys[0], values[0], features=pair) for method in (polynomial_attention, tensor_polynomial))
+    close(*ordinary, 1e-9)
     with pytest.raises(ValueError, match="features must be 3 maps, queries' first, got 2"):
         error(features=maps[:2])
     with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):

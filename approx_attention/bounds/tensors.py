@@ -13,7 +13,14 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.features import squared_norm
-from approx_attention.polynomials import Coefficients, exp_coefficients, ratio_range, weight_bound
+from approx_attention.polynomials import (
+    Coefficients,
+    check_taken,
+    exp_coefficients,
+    ratio_range,
+    taken_by,
+    weight_bound,
+)
 from approx_attention.tensors import tensor_inputs
 
 
@@ -169,7 +176,8 @@ def tensor_certificate(
         The `TensorCertificate`.
 
     Raises:
-        ValueError: shapes that do not fit, logits that are not finite, a degree that is not that of the coefficients.
+        ValueError: shapes that do not fit, logits that are not finite, a degree that is not that of the coefficients, a
+            bound or a root mean square that they do not take.
 
     Example:
         >>> import jax
@@ -184,11 +192,13 @@ def tensor_certificate(
     """
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     beta = float(logit_bound(q, k, scale=scale, kv_mask=kv_mask))
+    check_taken(coefficients, bound=bound, rms=rms)
     if isinstance(coefficients, str):
         if coefficients == "hermite" and rms is None:
             rms = float(logit_rms(q, k, scale=scale, kv_mask=kv_mask))
         degree = 2 if degree is None else degree
-        coefficients = exp_coefficients(coefficients, degree, bound=beta if bound is None else bound, rms=rms)
+        numbers = taken_by(coefficients, bound=beta if bound is None else bound, rms=rms)
+        coefficients = exp_coefficients(coefficients, degree, **numbers)
     elif degree not in (None, len(coefficients) - 1):
         told = len(coefficients)
         raise ValueError(f"degree must be that of the {told} coefficients, {told - 1}, got {degree}")

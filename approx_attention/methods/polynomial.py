@@ -10,6 +10,7 @@ so sums over tuples of keys are products of sums over each set:
 No pair of keys is ever looked at.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from approx_attention.causal import RunningSummary, causal_state, running_moment
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, head_inputs, token_sums_inputs
 from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
-from approx_attention.polynomials import Coefficients, exp_coefficients
+from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import GREATEST_TILE
 from approx_attention.states import AttentionState, merge, normalise
@@ -71,6 +72,8 @@ class Kernel(NamedTuple):
             raise ValueError(f"degree must be that of the features, {maps[0].degree}, got {degree}")
         if isinstance(coefficients, str):
             coefficients = exp_coefficients(coefficients, maps[0].degree, bound=bound, rms=rms)
+        else:
+            check_taken(coefficients, bound=bound, rms=rms)
         return cls(maps[0], tuple(maps[1:]), maps[0].weights(jnp.asarray(coefficients, dtype), dtype=dtype))
 
     def summarize(self, inputs: TensorInputs) -> FeatureMoments:
@@ -116,8 +119,8 @@ def tensor_polynomial(
         degree: g, 2 by default; that of ``coefficients`` or ``features`` where they say so.
         coefficients: ``"taylor"``; ``"minimax"`` and ``"chebyshev"`` for logits up to ``bound``; ``"hermite"`` for
             logits of root mean square ``rms``; or the coefficients themselves, ``[g + 1]`` from the constant on.
-        bound: the largest magnitude of a logit, known when tracing.
-        rms: the root mean square of the logits, known when tracing.
+        bound: the largest magnitude of a logit, known when tracing; only with coefficients that are made for it.
+        rms: the root mean square of the logits, likewise.
         features: an `IndexSet` of monomials, as `anisotropic` makes for channels of unequal size; or the maps of a
             sketch, the queries' first (`TensorSketch.draw`), which lose to monomials for all but large D.
         is_causal: ``"both"`` or ``"ordered"``, as in `tensor_attention`; by running sums over tokens.
@@ -130,7 +133,7 @@ def tensor_polynomial(
         Outputs ``[T, Dv]`` in the dtype of the values, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, coefficients without the bound that they need.
+        ValueError: shapes that do not fit, coefficients and a bound that do not go together.
         TypeError: dtypes that are not floating point, a bound that is not known when tracing.
         NotImplementedError: a window with ``"ordered"``.
 
@@ -158,7 +161,7 @@ def tensor_polynomial(
         state = _causal(kernel, inputs, is_causal == "ordered")
     else:
         state = _windowed(kernel, inputs, widths)
-    return state if return_state else state.out.astype(jax.tree.leaves(v)[0].dtype)
+    return state if return_state else state.out.astype(inputs.value_dtype)
 
 
 def tensor_support_basis(
@@ -237,12 +240,12 @@ def tensor_support_basis(
         keys, values, masks = list(inputs.keys), list(inputs.values), [*small[:a], *inputs.masks[a:]]
         keys[a], values[a] = keys[a][chosen], values[a][chosen]
         masks[a] = jax.tree.map(lambda mask, chosen=chosen: mask[chosen], masks[a])
-        state = merge(state, tensor_state(TensorInputs(inputs.q, tuple(keys), tuple(values), tuple(masks))))
+        state = merge(state, tensor_state(inputs._replace(keys=tuple(keys), values=tuple(values), masks=tuple(masks))))
     rows = _largest_entries("num_large_queries", inputs.q, num_large_queries)
     if num_large_queries:
         exact = tensor_state(inputs._replace(q=inputs.q[rows]))
         state = jax.tree.map(lambda x, row: x.at[rows].set(row), state, exact)
-    return state if return_state else state.out.astype(jax.tree.leaves(v)[0].dtype)
+    return state if return_state else state.out.astype(inputs.value_dtype)
 
 
 class TensorDecoder(NamedTuple):
@@ -291,7 +294,7 @@ def running_tensor_polynomial(
         The `TensorDecoder`; fold the scale into the queries.
 
     Raises:
-        ValueError: an order below 2, an unknown ``is_causal``, coefficients without the bound that they need.
+        ValueError: an order below 2, an unknown ``is_causal``, coefficients and a bound that do not go together.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -322,7 +325,7 @@ def polynomial_attention(
     coefficients: Coefficients | Sequence[float] | Array | np.ndarray = "taylor",
     bound: float | None = None,
     rms: float | None = None,
-    features: IndexSet | None = None,
+    features: IndexSet | tuple[Any, ...] | None = None,
     is_causal: bool = False,
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
@@ -348,7 +351,7 @@ def polynomial_attention(
         coefficients: as in `tensor_polynomial`.
         bound: as there.
         rms: as there.
-        features: an `IndexSet` of monomials in place of all up to a degree.
+        features: an `IndexSet` of monomials in place of all up to a degree, or two maps, as in `tensor_polynomial`.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by moments.
         block_size: tokens per block of the causal form.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
@@ -359,7 +362,7 @@ def polynomial_attention(
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, coefficients without the bound that they need.
+        ValueError: shapes that do not fit, coefficients and a bound that do not go together.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -393,7 +396,7 @@ def summarize_polynomial(
     coefficients: Coefficients | Sequence[float] | Array | np.ndarray = "taylor",
     bound: float | None = None,
     rms: float | None = None,
-    features: IndexSet | None = None,
+    features: IndexSet | tuple[Any, ...] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> FeatureMoments:
     """The moments of the monomials of keys, times their weights in the polynomial.
@@ -425,7 +428,7 @@ def running_polynomial(
     coefficients: Coefficients | Sequence[float] | Array | np.ndarray = "taylor",
     bound: float | None = None,
     rms: float | None = None,
-    features: IndexSet | None = None,
+    features: IndexSet | tuple[Any, ...] | None = None,
 ) -> RunningSummary:
     """The moments of the monomials of a growing prefix.
 
@@ -441,16 +444,13 @@ def running_polynomial(
     Returns:
         The `RunningSummary`.
     """
-
-    def weights(dtype: Any) -> Array:
-        return Kernel.of(head_dim, 1, degree, coefficients, bound, rms, features, dtype).weights
-
-    maps = Kernel.of(head_dim, 1, degree, coefficients, bound, rms, features, jnp.float32)
+    of_dtype = functools.partial(Kernel.of, head_dim, 1, degree, coefficients, bound, rms, features)
+    maps = of_dtype(jnp.float32)
     running = running_moments(maps.key_maps[0])
 
     def read(state: Any) -> FeatureMoments:
         moments: Any = running.read(state)
-        return moments.reweighted(weights(moments.mass.dtype), maps.query_map)
+        return moments.reweighted(of_dtype(moments.mass.dtype).weights, maps.query_map)
 
     return running._replace(read=read)
 

@@ -97,7 +97,7 @@ def sparse_attention(
 def _check_pattern(pattern: Any, num_queries: int, num_keys: int) -> None:
     if not isinstance(pattern, SparsePattern | BlockMap):
         raise TypeError(f"pattern must be a SparsePattern or a BlockMap, got {type(pattern).__name__}")
-    given = (pattern.num_queries if isinstance(pattern, BlockMap) else pattern.num_tokens), pattern.num_keys
+    given = pattern.num_queries, pattern.num_keys
     if given != (num_queries, num_keys):
         raise ValueError(f"pattern must be of [T, S] = {[num_queries, num_keys]}, got {list(given)}")
 
@@ -108,7 +108,7 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
         return pattern
     if is_causal:
         # Keys ascend, so those that are seen come first.
-        valid = np.asarray(pattern.valid) & (np.asarray(pattern.indices) <= np.arange(pattern.num_tokens)[:, None])
+        valid = np.asarray(pattern.valid) & (np.asarray(pattern.indices) <= np.arange(pattern.num_queries)[:, None])
         width = max(1, int(valid.sum(axis=1).max()))
         pattern = dataclasses.replace(
             pattern,
@@ -122,7 +122,7 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
             mask = np.asarray(pattern.block_mask(block_size))
         visited[block_size] = (np.tril(mask) if is_causal else mask).sum() * block_size**2
     block_size = min(visited, key=lambda size: visited[size])
-    if GATHER_COST * pattern.keys_per_row * pattern.num_tokens < visited[block_size]:
+    if GATHER_COST * pattern.keys_per_row * pattern.num_queries < visited[block_size]:
         return pattern
     return BlockMap.from_pattern(pattern, block_size)
 

@@ -8,7 +8,6 @@ answers of order m - 1, with their log-normalisers as logits, and matrix product
 import math
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
@@ -76,7 +75,7 @@ def tensor_attention(
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     widths = check_causal(is_causal, window, len(inputs.keys))
     state = tensor_state(inputs, is_causal, widths)
-    return state if return_state else state.out.astype(jax.tree.leaves(v)[0].dtype)
+    return state if return_state else state.out.astype(inputs.value_dtype)
 
 
 def determinant_attention(
@@ -212,7 +211,6 @@ def strassen_attention(
         Kozachinskiy et al. (2025), "Strassen attention: unlocking compositional abilities in transformers based on a
         new lower bound method", section on Strassen attention.
     """
-    dtype = jax.tree.leaves(v)[0].dtype
     inputs = tensor_inputs(f, k, v, scale=scale, kv_mask=kv_mask)
     if len(inputs.keys) != 2:
         raise ValueError(f"strassen_attention takes two sets of keys, got {len(inputs.keys)}")
@@ -237,7 +235,7 @@ def strassen_attention(
     ones = jnp.ones((g.shape[0],), g.dtype), jnp.ones((h.shape[0],), h.dtype)
     some = jnp.isfinite(jnp.max(seen_g)) & jnp.isfinite(jnp.max(seen_h))
     normaliser = jnp.where(some, total(ones), jnp.ones((), g.dtype))
-    return (lax.map(total, (first.T, second.T)).T / normaliser[:, None]).astype(dtype)
+    return (lax.map(total, (first.T, second.T)).T / normaliser[:, None]).astype(inputs.value_dtype)
 
 
 def strassen_channels(f: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import exp_coefficients, ratio_range, weight_bound
-from approx_attention.polynomials import MAX_DEGREE, minimax_error
+from approx_attention.polynomials import MAX_DEGREE, minimax_error, taken_by
 from experiments.config import STRICT, ConfigError, Count
 
 
@@ -50,7 +50,8 @@ def weight_error(kind: str, degree: int, bound: float) -> float:
     if kind == "minimax":
         error = minimax_error(degree, bound)
         return weight_bound(1 - error, 1 + error)
-    return weight_bound(*ratio_range(exp_coefficients(kind, degree, bound=bound), bound))
+    coefficients = exp_coefficients(kind, degree, **taken_by(kind, bound=bound))
+    return weight_bound(*ratio_range(coefficients, bound))
 
 
 def least_degree(kind: str, bound: float, tolerance: float) -> int:

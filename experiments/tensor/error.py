@@ -24,6 +24,7 @@ from approx_attention import (
     total_degree,
     weight_bound,
 )
+from approx_attention.polynomials import taken_by
 from experiments.config import STRICT, Count
 from experiments.harness.long_context import slope
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill
@@ -138,7 +139,8 @@ def _answers(
         taylor = jnp.asarray(exp_coefficients("taylor", indices.degree), dtype)
         yield indices.degree, rank, certificate, [_polynomial(tensors, taylor, indices)]
     for degree in family.degrees:
-        coefficients = exp_coefficients(family.coefficients, degree, bound=bound, rms=rms)
+        numbers = taken_by(family.coefficients, bound=bound, rms=rms)
+        coefficients = exp_coefficients(family.coefficients, degree, **numbers)
         if family.sketch is None:
             indices = total_degree(config.head_dim, degree)
             certificate = weight_bound(*ratio_range(coefficients, bound))
