@@ -78,7 +78,9 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
     """
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    elif not isinstance(scale, int | float | np.number) and getattr(scale, "shape", None) != ():
+    elif isinstance(scale, bool) or (
+        not isinstance(scale, int | float | np.number) and getattr(scale, "shape", None) != ()
+    ):
         given = f"shape {scale.shape}" if hasattr(scale, "shape") else type(scale).__name__
         raise TypeError(f"scale must be one number, got {given}")
     elif not isinstance(scale, Tracer) and not 0 < float(scale) < math.inf:

@@ -142,3 +142,8 @@ def test_fold_scale_makes_logits_plain_products():
     gradient = jax.grad(lambda scale: jnp.sum(exact(q, k, k, scale=scale)))(0.5)
     assert np.isfinite(gradient)
     assert gradient != 0
+
+
+def test_a_truth_is_no_scale():
+    with pytest.raises(TypeError, match="scale must be one number, got bool"):
+        checks.fold_scale(jnp.ones((2, 4)), jnp.ones((3, 4)), True)
