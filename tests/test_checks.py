@@ -146,4 +146,4 @@ def test_fold_scale_makes_logits_plain_products():
 
 def test_a_truth_is_no_scale():
     with pytest.raises(TypeError, match="scale must be one number, got bool"):
-        checks.fold_scale(jnp.ones((2, 4)), jnp.ones((3, 4)), True)
+        fold_scale(jnp.ones((2, 4)), jnp.ones((3, 4)), True)
