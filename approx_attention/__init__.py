@@ -4,7 +4,7 @@ from approx_attention.api import attention
 from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.certification import Certificate, certify
-from approx_attention.checks import fold_scale
+from approx_attention.checks import InputError, fold_scale
 from approx_attention.compression import (
     attention_received,
     compress_cache,

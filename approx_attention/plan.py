@@ -52,7 +52,7 @@ class Candidate:
         error_bound: what the error of unseen units is predicted to stay below; the choice rests on it alone.
         held_out_error: relative error of the held-out units together, mean over draws that chose nothing.
         worst_held_out_error: that of the worst of these units.
-        relative_error: that of all units, as `approx-attention compare` reports it.
+        relative_error: that of all units, as ``approx-attention compare`` reports it.
         held_bytes: bytes held per key head and sequence; those of all keys and values where these are kept.
         compile_seconds: time to compile.
         seconds: least time of a call on all tensors.

@@ -61,7 +61,7 @@ TOPICS = {
     "attention": (
         "Attention over batch and heads",
         "One call for any method, and the registry that knows what each can do.",
-        ("attention", "Method", "Capabilities"),
+        ("attention", "Method", "Capabilities", "InputError"),
     ),
     "summaries": (
         "Summaries, answers and features",
