@@ -115,6 +115,7 @@ __all__ = [
     "HeadsCache",
     "HeadsDecoder",
     "IndexSet",
+    "InputError",
     "LinformerPrefix",
     "Method",
     "MinimalDimension",
