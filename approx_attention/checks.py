@@ -81,8 +81,8 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
     elif isinstance(scale, bool) or (
         not isinstance(scale, int | float | np.number) and getattr(scale, "shape", None) != ()
     ):
-        given = f"shape {scale.shape}" if hasattr(scale, "shape") else type(scale).__name__
-        raise TypeError(f"scale must be one number, got {given}")
+        shape = getattr(scale, "shape", None)
+        raise TypeError(f"scale must be one number, got {type(scale).__name__ if shape is None else f'shape {shape}'}")
     elif not isinstance(scale, Tracer) and not 0 < float(scale) < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}: a scale of other sign belongs into q")
     root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))

@@ -93,9 +93,10 @@ def _study(file: ConfigFile, runs: Sequence[Mapping[str, Any]]) -> Iterable[str]
     path = file.path
     yield f"## {path.relative_to(CONFIGS).with_suffix('').as_posix()}"
     environment, total = runs[0]["environment"], len(file.arms) * len(file.seeds)
+    devices = " and ".join(dict.fromkeys(device_name(run["environment"]) for run in runs))
     incomplete = "" if len(runs) == total else f" Incomplete: {len(runs)} of {total} runs."
     yield (
-        f"{_description(path)} {device_name(environment)}, {environment['processor_cores']} cores, Python "
+        f"{_description(path)} {devices}, {environment['processor_cores']} cores, Python "
         f"{environment['python']}, jax {environment['jax']}; {sum(map(_seconds, runs)) / 60:.0f} minutes in "
         f"all.{incomplete}"
     )

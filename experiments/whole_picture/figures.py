@@ -124,7 +124,7 @@ def draw_equal_time(runs: Sequence[Mapping[str, Any]]) -> Figure:
     ranked.set(xlabel="test bits per byte, trained on with the method")
     ranked.set_title("method, size (share of the time of exact attention)", fontsize=10)
     by_error.set(
-        xlabel="relative error of the attention, on the tensors of the exact model",
+        xlabel="relative error of the attention, in the exact model",
         ylabel="bits per byte lost in its place, untuned",
     )
     for axes in (ranked, by_error):
