@@ -225,6 +225,7 @@ def test_nystrom_weights_are_never_worse_than_the_merge_by_much():
         assert solved < 2 * merged
 
 
+@pytest.mark.slow
 def test_more_landmarks_than_the_rank_of_the_kernel():
     q, k, v = random_head(27, 5, 200, 2, 2, spread=0.3)
     for algorithm in ("kmeans_nystrom", "nystrom_rpc", PivotedNystrom(ridge=1e-6)):

@@ -143,6 +143,7 @@ def test_padding_at_the_end_of_a_cache_changes_nothing(policy, garbage):
         np.testing.assert_allclose(attend(q, small).out, attend(q, alone).out, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_few_real_tokens_in_a_large_cache_are_all_kept():
     q, k, v = random_head(48, 5, 60, 6, 3)
     for num_real in (1, 4, 8):

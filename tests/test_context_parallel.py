@@ -104,6 +104,7 @@ def test_devices_do_not_matter(name, is_causal, devices):
     np.testing.assert_allclose(out, on_one_device(name, is_causal)(query, key, value), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "is_causal", "devices"),
     [(*form, 4) for form in FAST]
@@ -169,6 +170,7 @@ def test_no_later_token_matters_across_devices():
         assert np.abs(later[:, 37:] - out[:, 37:]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_batch_and_heads_over_further_axes():
     mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "heads"))
     options = {"method": "favor", "rng": jax.random.key(5), "is_causal": True, **SETTINGS["favor"]}

@@ -105,6 +105,7 @@ def test_gated_rfa_is_the_recurrence(block_size):
         rfa(q, k, v, jax.random.key(0), gate_logits=logits)
 
 
+@pytest.mark.slow
 def test_gated_rfa_goes_on_from_segment_to_segment():
     q, k, v = head(3, 21, 21)
     logits = jnp.asarray(np.random.default_rng(0).normal(size=21))
@@ -159,6 +160,7 @@ def test_gates_keep_their_precision_over_thousands_of_tokens():
         assert x.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_gradients_of_tiny_tokens_and_padded_gates_are_finite():
     q, k, v = (x.astype(jnp.float32) for x in head(34, 10, 10))
     kv_mask = jnp.arange(10) < 6
@@ -295,6 +297,7 @@ def test_the_normaliser_of_lara_is_unbiased():
     assert np.all(ratio.std(0) / np.sqrt(len(keys)) < 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["balance", "query_specific", "biased"])
 def test_lara_where_padding_is_large_or_everything_is_masked(weights):
     q, k, v = head(31)

@@ -100,6 +100,7 @@ def test_the_bound_of_johnson_and_lindenstrauss_is_enough():
     assert failures("projection", d, N, 1, 20) == 0
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_draws_need():
     permutation = functools.partial(SparsePattern.random, num_tokens=N, keys_per_row=2)
     found = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=3)

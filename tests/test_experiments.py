@@ -257,6 +257,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
     assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "favor"])
 def test_a_step_on_a_mesh_is_that_of_one_device(method):
     dataset = load(DataConfig("copying", {"length": 8}))
@@ -293,6 +294,7 @@ def test_what_cannot_be_trained_on_a_mesh_is_refused():
         AttentionConfig("rfa", gated=True, parallel=ParallelConfig())
 
 
+@pytest.mark.slow
 def test_learned_draws_are_trained():
     dataset = load(DataConfig("copying", {"length": 8}))
     sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)

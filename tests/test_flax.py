@@ -261,6 +261,7 @@ def test_learned_draws_are_parameters_with_gradients():
     assert variables["params"]["attention_fn"]["projection"].shape == (8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [
@@ -284,6 +285,7 @@ def test_modules_with_learned_parts(module):
         layer(x, is_causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (1, 2)])
 def test_modules_take_any_number_of_batch_axes(batch):
     heads, mask = random_heads(0, 2, 12, 12, HEADS, HEADS), padding([12, 7], 12) > 0
@@ -318,6 +320,7 @@ def test_orbax_round_trip(tmp_path):
     np.testing.assert_array_equal(other(x), layer(x))
 
 
+@pytest.mark.slow
 def test_scan_over_layers_and_remat():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)

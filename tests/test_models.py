@@ -35,6 +35,7 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_whole_sequence(name)
     np.testing.assert_array_equal(tokens, logits[:, PROMPT.shape[1] - 1 : -1].argmax(-1))
 
 
+@pytest.mark.slow
 def test_prompts_of_their_own_lengths_do_not_see_each_other():
     model = model_of("mean_pool")
     lengths = jnp.array([6, 3])

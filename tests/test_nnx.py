@@ -95,6 +95,7 @@ def test_evabyte_pools_raw_keys_by_its_vectors():
         np.testing.assert_allclose(out[0, t, 1], weights @ np.asarray(values) / weights.sum(), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_adaptors_that_change_nothing_give_pooled_means():
     query, key, value = random_heads(4, 1, 16, 16, 2, 1)
     module = ours.eva_official(8, 1, window_size=4, num_chunks=4, rngs=RNGS(0))
@@ -118,6 +119,7 @@ def test_only_what_is_learned_is_drawn():
     np.testing.assert_array_equal(jax.random.key_data(rngs.params()), jax.random.key_data(RNGS(0).params()))
 
 
+@pytest.mark.slow
 def test_lara_of_an_image_pools_as_many_squares_as_the_function():
     query, key, value = random_heads(4, 1, 64, 64, 1, 1)
     module = ours.Lara(8, num_landmarks=50, spatial_shape=(8, 8), rngs=RNGS(0))

@@ -461,6 +461,7 @@ def test_other_refusals():
             dimension_bound(**arguments)
 
 
+@pytest.mark.slow
 def test_orthogonal_projections_never_need_more_channels_than_keys():
     pattern = SparsePattern.random(jax.random.key(0), 24, 2)
     found = minimal_dimension(pattern, 0.1, 0.1, key=jax.random.key(1), method="orthogonal", trials=2)

@@ -204,6 +204,7 @@ def test_a_drawn_sketch_needs_no_key():
         attention(query, key, value, method="unreduced_jlt")
 
 
+@pytest.mark.slow
 def test_no_real_key_and_values_of_zero():
     q, k, v = random_head(9, 4, 10, 4, 3)
     none = jnp.zeros(10, bool)

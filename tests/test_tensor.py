@@ -491,6 +491,7 @@ def test_error_falls_with_even_degree_and_below_its_certificate(x64):
     assert float(skill(jnp.broadcast_to(mean, expected.shape), expected, mean[None])) == 1.0
 
 
+@pytest.mark.slow
 def test_kinds_of_coefficients_and_features(x64):
     q, keys, values = tensors(20, 16, (18, 17), spread=0.7)
     q = q * jnp.array([2.0, 1.0, 0.3, 0.05])[None]

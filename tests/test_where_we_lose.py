@@ -95,5 +95,5 @@ def test_verdicts_follow_from_the_errors():
         "y": {"mean_value": 0.3, "local": 0.6, "a": 0.4},
     }
     assert losses(errors) == {"a": {"mean_value": ["y"], "local": ["x"]}, "b": {"mean_value": [], "local": []}}
-    assert loss_rows(runs) == [["`a`", "none", "all"], ["`b`", "none", "none"]]
+    assert loss_rows(runs) == [["`a`", "none", "all"], ["`b` *", "none", "none"]]
     assert over_budget(runs) == {"b"}

@@ -115,6 +115,7 @@ def test_exact_attention_must_take_part():
         Run.of(read_config_file(ZOO / "smoke.yaml"), "run", 0, {"methods": {"local": {"method": "local"}}}, ZOO)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("models")
 def test_the_plan_chooses_the_least_error_in_the_bytes():
     config = _config("cpu", "recall")
