@@ -218,10 +218,11 @@ def _latency(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=150)
     result = runs[0]["result"]
     titles = {"prefill": "compression beside exact causal attention", "decode": "one decoding step"}
+    styles = method_styles(result["decode"])  # which has every arm
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for arm, style in method_styles(result[name]).items():
+        for arm in result[name]:
             lengths = [int(n) for n in result[name][arm]]
-            axes.plot(lengths, [1e3 * s for s in result[name][arm].values()], label=arm, **style)
+            axes.plot(lengths, [1e3 * s for s in result[name][arm].values()], label=arm, **styles[arm])
         axes.set(title=title, xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms")
         axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
         axes.minorticks_off()
