@@ -1,6 +1,7 @@
 """Typed configurations: frozen dataclasses read from YAML, with overrides; what is unknown or unfit is refused."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -113,14 +114,20 @@ def resolve(kind: type[Config], settings: Mapping[str, Any], overrides: Mapping[
                 raise ConfigError(f"{where}: {dotted!r} goes through {parent!r}, which is not a mapping")
         node[last] = value
     try:
-        return pydantic.TypeAdapter(kind).validate_python(merged)
+        return _adapter(kind).validate_python(merged)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{where}: {_first_fault(kind, error)}") from None
 
 
 def as_plain(config: Any) -> dict[str, Any]:
     """A configuration as plain mappings and lists, ready for YAML or JSON."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
+
+
+@functools.cache
+def _adapter(kind: type[Config]) -> pydantic.TypeAdapter[Config]:
+    """To make one takes milliseconds, and a report asks thousands of times."""
+    return pydantic.TypeAdapter(kind)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

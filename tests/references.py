@@ -95,6 +95,38 @@ def _compiled(function, fixed):
     return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))
 
 
+def compiled(*functions):
+    """The functions as one program for each form of call: otherwise each of their operations is a program of its own.
+
+    What is no array of JAX is a constant of the program.
+    """
+    made = tuple(functools.wraps(function)(functools.partial(_as_one_program, function)) for function in functions)
+    return made if len(made) > 1 else made[0]
+
+
+def _as_one_program(function, /, *args, **options):
+    leaves, structure = jax.tree.flatten((args, options))
+    constants = tuple(None if isinstance(x, jax.Array) else (type(x), x) for x in leaves)
+    try:
+        hash(constants)
+    except TypeError:
+        program = _program.__wrapped__(function, structure, constants)
+    else:
+        program = _program(function, structure, constants)
+    return program([x for x in leaves if isinstance(x, jax.Array)])
+
+
+@functools.lru_cache(maxsize=256)
+def _program(function, structure, constants):
+    def program(arrays):
+        rest = iter(arrays)
+        leaves = [next(rest) if constant is None else constant[1] for constant in constants]
+        args, options = jax.tree.unflatten(structure, leaves)
+        return function(*args, **options)
+
+    return jax.jit(program)
+
+
 def having(**capabilities):
     """Names of the methods with these capabilities."""
     return [

@@ -41,11 +41,15 @@ def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
     q, k, v = random_head(1, 14, 14, spread=0.5)
     features = PositiveFeatures(gaussian_projection(jax.random.key(0), 6, 8))
     state = causal_state(q, k, v, running_moments(features), block_size=4)
+
+    @jax.jit
+    def of(q, before, recent):
+        far = FeatureMoments.of_tokens(features, *before) if len(before[0]) else FeatureMoments.empty(features, 8)
+        return merge(attend(q, WeightedKV.of_tokens(*recent)), attend(q, far))
+
     for t in range(14):
         start = max(0, t // 4 - 1) * 4
-        near = attend(q[t : t + 1], WeightedKV.of_tokens(k[start : t + 1], v[start : t + 1]))
-        far = FeatureMoments.of_tokens(features, k[:start], v[:start]) if start else FeatureMoments.empty(features, 8)
-        expected = merge(near, attend(q[t : t + 1], far))
+        expected = of(q[t : t + 1], (k[:start], v[:start]), (k[start : t + 1], v[start : t + 1]))
         np.testing.assert_allclose(state.out[t], expected.out[0], atol=1e-5)
         np.testing.assert_allclose(state.lse[t], expected.lse[0], atol=1e-5)
 

@@ -27,8 +27,10 @@ from approx_attention.coresets import (
 )
 from approx_attention.diagnostics import sup_error
 from approx_attention.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
-from tests.references import random_head
+from tests.references import compiled, random_head
 from tests.test_coreset import KEY, answers, clustered, summary
+
+halve, kernel_points, nystrom, spread_over = compiled(halve, kernel_points, nystrom, spread_over)
 
 
 def test_the_greedy_rule_against_a_loop():

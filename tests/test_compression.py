@@ -22,8 +22,10 @@ from approx_attention import (
     token_budget,
 )
 from approx_attention.compression import HEURISTICS, attention_received
-from tests.references import brute_force, random_head, relative_error
+from tests.references import brute_force, compiled, random_head, relative_error
 from tests.test_coreset import KEY, clustered
+
+attend, compress_cache, compress_tokens, exact = compiled(attend, compress_cache, compress_tokens, exact)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from approx_attention import METHODS, attend, attention, context_parallel, fold_scale, merge
-from tests.references import random_heads
+from tests.references import compiled, random_heads
 
 # Small enough to shard over eight devices, and not a multiple of them.
 LENGTH, LENGTHS = 61, jnp.array([61, 40])
@@ -44,6 +44,7 @@ def mesh_of(devices):
     return jax.make_mesh((devices,), ("sequence",))
 
 
+@compiled
 def sharded(query, key, value, devices, **options):
     options.setdefault("rng", jax.random.key(5))
     return context_parallel.attention(query, key, value, mesh=mesh_of(devices), axis="sequence", **options)

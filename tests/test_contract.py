@@ -26,6 +26,7 @@ from tests.references import (
     call,
     call_heads,
     causal_mask,
+    compiled,
     having,
     kernelised_attention,
     random_head,
@@ -165,7 +166,8 @@ def test_state_agrees_with_output_and_normalizer_with_summary(name):
         known = inspect.signature(method.summarize).parameters
         hyperparameters = {argument: x for argument, x in settings(name).items() if argument in known}
         scaled_q, scaled_k = fold_scale(q, k)
-        answer = attend(scaled_q, method.summarize(scaled_k, v, jax.random.key(7), **hyperparameters))
+        summary = compiled(method.summarize)(scaled_k, v, jax.random.key(7), **hyperparameters)
+        answer = compiled(attend)(scaled_q, summary)
         chex.assert_trees_all_close(answer, state, atol=1e-5)
 
 
@@ -332,10 +334,10 @@ def test_query_heads_share_the_key_head_and_draw_of_their_group(name):
     query, key, value = random_heads(12, 2, 9, 7, 6, 2)
     rng = jax.random.key(3)
     out = call_heads(name, query, key, value, rng=rng)
-    method = METHODS[name]
+    function = compiled(METHODS[name].function)
     for n in range(6):
         own = jax.random.fold_in(rng, n // 3)
-        expected = method.function(query[1, :, n], key[1, :, n // 3], value[1, :, n // 3], own, **settings(name))
+        expected = function(query[1, :, n], key[1, :, n // 3], value[1, :, n // 3], own, **settings(name))
         np.testing.assert_allclose(out[1, :, n], expected, rtol=1e-5, atol=2e-6)
 
 
@@ -566,9 +568,9 @@ WITHOUT_EFFECT = {("linformer", "block_size"), ("cosformer", "block_size")}
 
 @lifted
 def test_every_hyperparameter_has_an_effect(name):
-    function = METHODS[name].function
+    function = compiled(METHODS[name].function)
     q, k, v = random_head(18, 40, 40)
-    for argument in list(inspect.signature(function).parameters)[4:]:
+    for argument in list(inspect.signature(METHODS[name].function).parameters)[4:]:
         # Options of `attention`, tested above; the form of the answer, not its value.
         if argument in ("is_causal", "kv_mask", "mask", "bias", "scale", "implementation", "return_state"):
             continue
@@ -710,8 +712,8 @@ def test_needs_key_is_true(name):
         with pytest.raises(TypeError, match="typed PRNG key"):
             METHODS[name].function(q, k, v, jnp.zeros(2, jnp.uint32), **settings(name))
     else:
-        without = METHODS[name].function(q, k, v, **settings(name))
-        with_key = METHODS[name].function(q, k, v, jax.random.key(7), **settings(name))
+        function = compiled(METHODS[name].function)
+        without, with_key = (function(q, k, v, key, **settings(name)) for key in (None, jax.random.key(7)))
         assert np.array_equal(without, with_key) != METHODS[name].capabilities.takes_key
         attention(*tensors, method=name, **settings(name))
 
@@ -768,12 +770,17 @@ def test_summaries_of_parts_merge(name):
     method = METHODS[name]
     q, k, v = random_head(24, 6, 20)
     hyperparameters = {method.size: 20} if method.size else {}
-    key = jax.random.key(7)
-    parts = [method.summarize(k[part], v[part], key, **hyperparameters) for part in (slice(0, 8), slice(8, 20))]
-    together = attend(q, merge(*parts))
-    chex.assert_trees_all_close(together, merge(*(attend(q, part) for part in parts)), atol=2e-5)
+    summarize = functools.partial(method.summarize, key=jax.random.key(7), **hyperparameters)
+
+    @jax.jit
+    def answers(q, k, v):
+        parts = [summarize(k[part], v[part]) for part in (slice(0, 8), slice(8, 20))]
+        return attend(q, merge(*parts)), merge(*(attend(q, part) for part in parts)), attend(q, summarize(k, v))
+
+    together, merged, whole = answers(q, k, v)
+    chex.assert_trees_all_close(together, merged, atol=2e-5)
     if method.capabilities.exact_limit or method.draw or name == "exact":
-        chex.assert_trees_all_close(together, attend(q, method.summarize(k, v, key, **hyperparameters)), atol=2e-5)
+        chex.assert_trees_all_close(together, whole, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if METHODS[name].summarize])
@@ -783,6 +790,7 @@ def test_padding_never_enters_a_summary(name):
     kv_mask = jnp.arange(20) % 4 != 1
     hyperparameters = {method.size: 6} if method.size else {}
 
+    @jax.jit
     def answer(k, v):
         return attend(q, method.summarize(k, v, jax.random.key(7), **hyperparameters, kv_mask=kv_mask))
 

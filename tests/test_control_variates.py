@@ -29,7 +29,9 @@ from approx_attention import (
     rfa,
     running_rfa,
 )
-from tests.references import brute_force, causal_mask, random_head, random_heads, relative_error
+from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
+
+eva, favor, lara, mean_pool, ra, rfa = compiled(eva, favor, lara, mean_pool, ra, rfa)
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -454,7 +454,7 @@ def test_the_gradient_of_the_causal_form_is_that_of_the_clusters_it_made():
         return lambda *tensors: jnp.sum(jnp.sin(method(*tensors, is_causal=True, **options)))
 
     room_for_all = loss(coreset, key=jax.random.key(0), coreset_size=64, block_size=4)
-    found, expected = (jax.grad(function, (0, 1, 2))(q, k, v) for function in (room_for_all, loss(exact)))
+    found, expected = (jax.jit(jax.grad(function, (0, 1, 2)))(q, k, v) for function in (room_for_all, loss(exact)))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

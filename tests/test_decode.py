@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, Cache, Decoder, exact, favor
-from tests.references import brute_force, random_head, random_heads
+from tests.references import brute_force, compiled, random_head, random_heads
 
 SHARED_LENGTH = Cache(past=0, current=0, length=None)
 
@@ -21,11 +21,11 @@ def make_decoder(name="mean_pool", block_size=4, **hyperparameters):
 def test_keeping_every_token_decodes_exactly():
     q, k, v = random_head(0, 25, 25)
     decoder = make_decoder("exact", max_length=32)
-    out, cache = decoder.prefill(decoder.init(), q[:24], k[:24], v[:24])
-    cache = decoder.append(cache, k[24:], v[24:])
-    whole = exact(q, k, v, is_causal=True)
+    out, cache = jax.jit(decoder.prefill)(decoder.init(), q[:24], k[:24], v[:24])
+    cache = jax.jit(decoder.append)(cache, k[24:], v[24:])
+    whole = compiled(exact)(q, k, v, is_causal=True)
     np.testing.assert_allclose(out, whole[:24], atol=2e-6)
-    np.testing.assert_allclose(decoder.attend(cache, q[24:]), whole[24:], atol=2e-6)
+    np.testing.assert_allclose(jax.jit(decoder.attend)(cache, q[24:]), whole[24:], atol=2e-6)
     assert int(cache.length) == 25
 
 
@@ -69,7 +69,7 @@ def test_tokens_past_num_real_leave_no_trace():
         out, cache = prefill(decoder.init(), q, soiled_k, soiled_v, first)
         np.testing.assert_array_equal(out[first:], 0)
         assert int(cache.length) == first
-        rest, _ = decoder.prefill(cache, q[first:], k[first:], v[first:])
+        rest, _ = prefill(cache, q[first:], k[first:], v[first:])
         np.testing.assert_allclose(jnp.concatenate([out[:first], rest]), expected, atol=2e-6)
 
 
@@ -82,10 +82,11 @@ def test_sequences_of_different_lengths_in_a_batch():
     np.testing.assert_array_equal(caches.length, lengths)
     caches = jax.jit(jax.vmap(decoder.append))(caches, k[:, :1], v[:, :1])
     outs = jax.vmap(decoder.attend)(caches, q[:, :1])
+    append, attend = jax.jit(decoder.append), jax.jit(decoder.attend)
     for i, length in enumerate([3, 17, 8]):
-        alone = decoder.append(decoder.init(), k[i, :length], v[i, :length])
-        alone = decoder.append(alone, k[i, :1], v[i, :1])
-        np.testing.assert_allclose(outs[i], decoder.attend(alone, q[i, :1]), atol=2e-6)
+        alone = append(decoder.init(), k[i, :length], v[i, :length])
+        alone = append(alone, k[i, :1], v[i, :1])
+        np.testing.assert_allclose(outs[i], attend(alone, q[i, :1]), atol=2e-6)
 
 
 def test_grouped_heads_share_one_cache_and_one_length():

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from approx_attention import eva, fold_scale
-from tests.references import brute_force, causal_mask, random_head, relative_error
+from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
+
+eva = compiled(eva)
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -18,7 +18,9 @@ from approx_attention import (
     running_block_linformer,
     svd,
 )
-from tests.references import brute_force, causal_mask, random_head
+from tests.references import brute_force, causal_mask, compiled, random_head
+
+block_linformer, linformer, mean_pool, svd = compiled(block_linformer, linformer, mean_pool, svd)
 
 
 def loop(q, k, v, e, f=None, *, is_causal=False, real=None, whole=None):

@@ -1,6 +1,7 @@
 """Monomials and their sketches: counts, the factorisation of a polynomial kernel of any order, unbiased estimates."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from approx_attention import FeatureMoments, attend
 from approx_attention.monomials import MonomialFeatures, anisotropic, monomials, total_degree
 from approx_attention.polynomials import exp_coefficients, taken_by
 from approx_attention.tensor_sketches import ProductSketch, TensorSketch
-from tests.references import random_head
+from tests.references import compiled, random_head
 
 COUNTS = {
     2: (3, 6, 10, 15, 21, 28, 36, 45),
@@ -193,10 +194,10 @@ def test_moments_of_monomials_answer_queries_of_order_two(x64):
     y, v = factors(5, 2, 3), factors(6, 2, 2)[1]
     coefficients = exp_coefficients("minimax", 4, bound=float(np.abs(form(y)).max()))
     features = MonomialFeatures(total_degree(3, 4))
-    moments = FeatureMoments.of_tokens(features, y[1], v)
+    moments = jax.jit(functools.partial(FeatureMoments.of_tokens, features))(y[1], v)
     w = features.weights(coefficients, dtype=jnp.float64)
     weighted = dataclasses.replace(moments, value_sum=w[:, None] * moments.value_sum, mass=w * moments.mass)
-    state = attend(y[0], weighted)
+    state = compiled(attend)(y[0], weighted)
     expected = brute_answer(y, [v], lambda x: polynomial.polyval(x, coefficients))
     np.testing.assert_allclose(state.out, expected[0], rtol=1e-10)
     np.testing.assert_allclose(np.exp(state.lse), expected[1], rtol=1e-11)

@@ -44,7 +44,7 @@ def test_every_learned_array_is_trained(name):
     def loss(module):
         return jnp.sum(module(*tensors, rng=jax.random.key(0)) ** 2)
 
-    value, gradient = flax_nnx.value_and_grad(loss)(module)
+    value, gradient = flax_nnx.jit(flax_nnx.value_and_grad(loss))(module)
     assert np.isfinite(value)
     leaves = jax.tree.leaves_with_path(flax_nnx.to_pure_dict(gradient))
     assert leaves

@@ -32,7 +32,7 @@ from approx_attention import (
 from approx_attention.features import TrigonometricFeatures
 from approx_attention.segments import averaging_matrix
 from approx_attention.summaries import FeatureMoments
-from tests.references import brute_force, causal_mask, random_head, relative_error
+from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 from tests.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, support
 
 
@@ -109,6 +109,7 @@ def test_subtraction_of_any_moments_against_their_matrix(name, is_causal, x64):
     q, k, v = random_head(21, LENGTH, LENGTH, spread=0.7, dtype=jnp.float64)
     places, (q_own, k_own) = np.arange(LENGTH), fold_scale(q, k)
 
+    @jax.jit
     @functools.partial(jax.vmap, out_axes=1)
     def column(k):
         moments = MOMENTS[name](k[None], jnp.zeros((1, 1)), None, kv_mask=jnp.ones(1, bool))
@@ -131,9 +132,14 @@ def test_subtraction_of_any_moments_against_their_matrix(name, is_causal, x64):
     soiled = tuple(jnp.where(kv_mask[:, None], x, jnp.nan) for x in (k, v))
     options = {"is_causal": is_causal, "block_size": block_size, "kv_mask": jnp.asarray(kv_mask)}
     function = functools.partial(sparse_plus_summary, pattern=pattern, summarize=MOMENTS[name], **options)
-    out, pull = jax.jit(lambda *args: jax.vjp(function, *args))(q, *soiled)
+
+    @jax.jit
+    def answer(*args):
+        out, pull = jax.vjp(function, *args)
+        return out, pull(out)
+
+    out, gradients = answer(q, *soiled)
     np.testing.assert_allclose(out, weights @ np.asarray(v) / weights.sum(1, keepdims=True), atol=1e-12)
-    gradients = pull(out)
     chex.assert_tree_all_finite(gradients)
     assert np.all(np.asarray(gradients[1])[~kv_mask] == 0)
 
@@ -219,7 +225,7 @@ def test_subtract_undoes_merge(x64):
     q, k, v = random_head(25, 9, 20, dtype=jnp.float64)
 
     def of(part):
-        return attend(q, WeightedKV.of_tokens(k[part], v[part]))
+        return compiled(attend)(q, WeightedKV.of_tokens(k[part], v[part]))
 
     rest = subtract(of(slice(0, 20)), of(slice(0, 12)))
     chex.assert_trees_all_close(rest, of(slice(12, 20)), atol=1e-10)

@@ -23,8 +23,10 @@ from approx_attention import (
 )
 from approx_attention.block_sparse import block_lists_state
 from approx_attention.methods import sparse
-from tests.references import brute_force, causal_mask, random_head, relative_error
+from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 from tests.test_contract import equations
+
+exact, longformer, bigbird, top_k = compiled(exact, longformer, bigbird, top_k)
 
 LENGTH = 37
 RAGGED = np.random.default_rng(0).random((LENGTH, LENGTH)) ** 4 + np.eye(LENGTH)

@@ -54,7 +54,7 @@ def test_gradients_are_finite_next_to_the_empty_state():
 
 def test_merge_has_the_right_derivative(x64):
     a, b = random_state(0, 1.0, jnp.float64), random_state(1, 1.0, jnp.float64)
-    check_grads(merge, (a, b), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-5, rtol=1e-5)
+    check_grads(jax.jit(merge), (a, b), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-5, rtol=1e-5)
 
 
 def test_only_like_merges_with_like():

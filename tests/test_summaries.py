@@ -18,7 +18,9 @@ from approx_attention import (
     summary_bytes,
 )
 from approx_attention.summaries import FEATURE_BLOCK, hadamard
-from tests.references import brute_force, random_head
+from tests.references import brute_force, compiled, random_head
+
+attend, merge = compiled(attend, merge)
 
 MAPS = {"positive": PositiveFeatures, "trigonometric": TrigonometricFeatures, "relu": ReLUFeatures}
 every_map = pytest.mark.parametrize("kind", MAPS)

@@ -34,6 +34,7 @@ from approx_attention.methods.tensor import determinant_channels, strassen_chann
 from approx_attention.polynomials import taken_by
 from approx_attention.states import AttentionState, merge
 from approx_attention.tensors import check_causal, scaled, tensor_inputs
+from tests.references import compiled
 from tests.test_contract import equations
 
 NAMES = "jlpr"
@@ -104,7 +105,7 @@ def test_exact_is_the_sum_over_tuples(x64, order, is_causal, window):
     window = None if window is None else window[: order - 1]
     options = {"is_causal": is_causal, "window": window, "kv_mask": masks(1, keys), "scale": 0.7}
     out, lse = brute(q, keys, values, **options)
-    state = tensor_attention(q, keys, values, return_state=True, **options)
+    state = compiled(tensor_attention)(q, keys, values, return_state=True, **options)
     close(state.out, out)
     close(state.lse, lse)
 
@@ -127,7 +128,8 @@ def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
     coefficients = (1.0, 0.9, 0.7, 0.1, 0.06)
     kernel = functools.partial(np.polynomial.polynomial.polyval, c=coefficients)
     out, lse = brute(q, keys, values, kernel=lambda x: kernel(x), **options)
-    state = tensor_polynomial(q, keys, values, coefficients=coefficients, return_state=True, **options)
+    function = functools.partial(tensor_polynomial, coefficients=coefficients, return_state=True, **options)
+    state = jax.jit(function)(q, keys, values)
     close(state.out, out, 1e-11)
     close(state.lse, lse, 1e-11)
 
@@ -163,9 +165,9 @@ def test_identities(x64, method):
 
 def test_order_two_is_ordinary_attention():
     q, (k,), (v,) = tensors(5, 40, (50,), dim=8, value_dim=8, dtype=jnp.float32)
-    close(tensor_attention(q, k, v), exact(q, k, v), 1e-6)
-    close(tensor_attention(q, k, v, is_causal="both"), exact(q, k, v, is_causal=True), 1e-6)
-    close(tensor_polynomial(q, k, v, degree=3), polynomial_attention(q, k, v, degree=3), 1e-5)
+    close(compiled_exact(q, k, v), exact(q, k, v), 1e-6)
+    close(compiled_exact(q, k, v, is_causal="both"), exact(q, k, v, is_causal=True), 1e-6)
+    close(compiled_polynomial(q, k, v, degree=3), compiled(polynomial_attention)(q, k, v, degree=3), 1e-5)
 
 
 def test_polynomials_of_degree_zero_and_of_even_degree(x64):
@@ -225,8 +227,8 @@ def test_gradients_against_finite_differences(x64, method, is_causal, window):
 
 def test_states_of_parts_of_a_set_merge(x64):
     q, (k, other), (v, w) = tensors(10, 8, (12, 7))
-    whole = tensor_attention(q, (k, other), (v, w), return_state=True)
-    parts = [tensor_attention(q, (k[s], other), (v[s], w), return_state=True) for s in (slice(5), slice(5, None))]
+    whole = compiled_exact(q, (k, other), (v, w), return_state=True)
+    parts = [compiled_exact(q, (k[s], other), (v[s], w), return_state=True) for s in (slice(5), slice(5, None))]
     merged = merge(*parts)
     close(merged.out, whole.out)
     close(merged.lse, whole.lse)
@@ -260,12 +262,16 @@ def test_exact_blocks_do_not_matter(x64, monkeypatch):
 
     q, keys, values = tensors(13, 70, (130, 90), dim=3)
     options = {"kv_mask": masks(1, keys)}
-    whole = tensor_attention(q, keys, values, **options)
-    causal = tensor_attention(q, keys, values, is_causal="ordered", window=(20, 30), **options)
+
+    def both():
+        calls = ({}, {"is_causal": "ordered", "window": (20, 30)})
+        return [jax.jit(functools.partial(tensor_attention, **call, **options))(q, keys, values) for call in calls]
+
+    whole, causal = both()
     monkeypatch.setattr(floor, "LEAST_TILE", 500)
     monkeypatch.setattr(floor, "LEAST_ROWS", 7)
-    close(tensor_attention(q, keys, values, **options), whole)
-    close(tensor_attention(q, keys, values, is_causal="ordered", window=(20, 30), **options), causal)
+    for found, expected in zip(both(), (whole, causal), strict=True):
+        close(found, expected)
 
 
 REMATERIALISED = {
@@ -320,10 +326,11 @@ def test_a_decoder_has_one_dtype_and_ignores_padding(x64):
         decoder = running_tensor_polynomial(4, dtype=dtype)
         real = jnp.array([True, False, True, True])
         first, second, third = jax.tree.map(lambda x: x.astype(dtype), (q, keys, values))  # noqa: B023
-        state, out = decoder.step(decoder.init(3), first, second, third, (real, real))
+        step = jax.jit(decoder.step)
+        state, out = step(decoder.init(3), first, second, third, (real, real))
         assert all(x.dtype == dtype for x in jax.tree.leaves((state, out)))
         filled = jax.tree.map(lambda x: jnp.where(real[:, None], x, jnp.nan), (second, third))  # noqa: B023
-        close(decoder.step(decoder.init(3), first, *filled, (real, real))[1].out, out.out)
+        close(step(decoder.init(3), first, *filled, (real, real))[1].out, out.out)
     with pytest.raises(ValueError, match="is_causal must be one of both, ordered; got None"):
         inspect.unwrap(running_tensor_polynomial)(4, is_causal=None)
     with pytest.raises(TypeError, match="order must be an integer known when tracing, got '3'"):

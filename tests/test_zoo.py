@@ -144,7 +144,8 @@ def test_times_are_taken_again_without_training(tmp_path, monkeypatch):
     second = run.result(Console(quiet=True))["result"]
     assert second["rank_correlation"] == first["rank_correlation"]
     assert second["plan"] == first["plan"]
-    assert first["plan"]["best"] <= first["plan"]["median"]
+    # `exact` holds more than the plan may: it is not what the plan is compared with.
+    assert first["plan"]["best"] in {entry["bits"] for name, entry in first["methods"].items() if name != "exact"}
     for name, entry in second["methods"].items():
         assert entry.pop("seconds") > 0
         assert entry == {what: figure for what, figure in first["methods"][name].items() if what != "seconds"}
