@@ -98,7 +98,8 @@ def _compiled(function, fixed):
 def compiled(*functions):
     """The functions as one program for each form of call: otherwise each of their operations is a program of its own.
 
-    What is no array of JAX is a constant of the program.
+    What is no array of JAX is a constant of the program, and programs are kept: not for tests that change a module, or
+    the options of the compiler, between calls.
     """
     made = tuple(functools.wraps(function)(functools.partial(_as_one_program, function)) for function in functions)
     return made if len(made) > 1 else made[0]
@@ -106,13 +107,12 @@ def compiled(*functions):
 
 def _as_one_program(function, /, *args, **options):
     leaves, structure = jax.tree.flatten((args, options))
-    constants = tuple(None if isinstance(x, jax.Array) else (type(x), x) for x in leaves)
+    # By type and text too: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    constants = tuple(None if isinstance(x, jax.Array) else (x, type(x), repr(x)) for x in leaves)
     try:
-        hash(constants)
-    except TypeError:
-        program = _program.__wrapped__(function, structure, constants)
-    else:
         program = _program(function, structure, constants)
+    except TypeError:  # what has no hash
+        program = _program.__wrapped__(function, structure, constants)
     return program([x for x in leaves if isinstance(x, jax.Array)])
 
 
@@ -120,7 +120,7 @@ def _as_one_program(function, /, *args, **options):
 def _program(function, structure, constants):
     def program(arrays):
         rest = iter(arrays)
-        leaves = [next(rest) if constant is None else constant[1] for constant in constants]
+        leaves = [next(rest) if constant is None else constant[0] for constant in constants]
         args, options = jax.tree.unflatten(structure, leaves)
         return function(*args, **options)
 

@@ -30,7 +30,8 @@ from approx_attention.halving import SIGN_RULES, group_length, halve, kernel_poi
 from tests.references import compiled, random_head
 from tests.test_coreset import KEY, answers, clustered, summary
 
-halve, kernel_points, nystrom, spread_over = compiled(halve, kernel_points, nystrom, spread_over)
+attend, halve, k_means, kernel_points = compiled(attend, halve, k_means, kernel_points)
+nearest, nystrom, sensitivities, spread_over = compiled(nearest, nystrom, sensitivities, spread_over)
 
 
 def test_the_greedy_rule_against_a_loop():

@@ -27,7 +27,9 @@ from approx_attention.coresets import (
 )
 from approx_attention.diagnostics import sup_error
 from approx_attention.halving import SIGN_RULES
-from tests.references import brute_force, random_head
+from tests.references import brute_force, compiled, random_head
+
+attend = compiled(attend)
 
 SUBSETS = ["halving", "stratified", "herding", "thinformer", "uniform", "value_norm"]
 MERGES = ["kmeans_merge", "farthest_merge"]

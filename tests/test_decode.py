@@ -1,7 +1,5 @@
 """The cache: lengths, padding, donation, heads, and a size that does not grow."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +30,8 @@ def test_keeping_every_token_decodes_exactly():
 def test_many_queries_at_one_position():
     q, k, v = random_head(1, 7, 25)
     decoder = make_decoder("exact", max_length=32)
-    cache = decoder.append(decoder.init(), k, v)
-    np.testing.assert_allclose(decoder.attend(cache, q), brute_force(q, k, v)[0], atol=2e-6)
+    cache = jax.jit(decoder.append)(decoder.init(), k, v)
+    np.testing.assert_allclose(jax.jit(decoder.attend)(cache, q), brute_force(q, k, v)[0], atol=2e-6)
 
 
 def test_an_empty_cache_answers_zero():
@@ -44,18 +42,18 @@ def test_an_empty_cache_answers_zero():
 def test_recent_tokens_are_exact_whatever_the_summary():
     q, k, v = random_head(2, 8, 8)
     decoder = make_decoder(num_landmarks=1)
-    out, _ = decoder.prefill(decoder.init(), q, k, v)
-    np.testing.assert_allclose(out, exact(q, k, v, is_causal=True), atol=2e-6)
+    out, _ = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
+    np.testing.assert_allclose(out, compiled(exact)(q, k, v, is_causal=True), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["favor", "mean_pool", "uniform_sample"])
 def test_size_does_not_depend_on_length(name):
     decoder = make_decoder(name)
-    cache = decoder.init()
+    cache, append = decoder.init(), jax.jit(decoder.append)
     shapes = jax.tree.map(jnp.shape, cache)
     for length in (1, 5, 64):
         _, k, v = random_head(3, 1, length)
-        cache = decoder.append(cache, k, v)
+        cache = append(cache, k, v)
         assert jax.tree.map(jnp.shape, cache) == shapes
 
 
@@ -81,7 +79,7 @@ def test_sequences_of_different_lengths_in_a_batch():
     _, caches = jax.jit(jax.vmap(decoder.prefill))(caches, q, k, v, lengths)
     np.testing.assert_array_equal(caches.length, lengths)
     caches = jax.jit(jax.vmap(decoder.append))(caches, k[:, :1], v[:, :1])
-    outs = jax.vmap(decoder.attend)(caches, q[:, :1])
+    outs = jax.jit(jax.vmap(decoder.attend))(caches, q[:, :1])
     append, attend = jax.jit(decoder.append), jax.jit(decoder.attend)
     for i, length in enumerate([3, 17, 8]):
         alone = append(decoder.init(), k[i, :length], v[i, :length])
@@ -99,8 +97,8 @@ def test_grouped_heads_share_one_cache_and_one_length():
         caches = append(caches, key[t : t + 1], value[t : t + 1])
     out = answer(caches, query[12].reshape(2, 2, 8)).reshape(4, 8)
     for n in range(4):
-        own = functools.partial(favor, num_features=8, is_causal=True, block_size=4)
-        expected = own(query[:, n], key[:, n // 2], value[:, n // 2], jax.random.key(7))[12]
+        own = query[:, n], key[:, n // 2], value[:, n // 2], jax.random.key(7)
+        expected = compiled(favor)(*own, num_features=8, is_causal=True, block_size=4)[12]
         np.testing.assert_allclose(out[n], expected, atol=2e-6)
 
 
@@ -120,7 +118,7 @@ def test_float64_cache(x64):
     q, k, v = random_head(7, 9, 9, dtype=jnp.float64)
     running = METHODS["exact"].running(8, max_length=16)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4, dtype=jnp.float64, scale=0.7)
-    out, _ = decoder.prefill(decoder.init(), q, k, v)
+    out, _ = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
     expected, _ = brute_force(q, k, v, scale=0.7, mask=np.tri(9, dtype=bool))
     np.testing.assert_allclose(out, expected, atol=1e-13)
 
@@ -128,8 +126,9 @@ def test_float64_cache(x64):
 def test_half_precision_tokens_are_summarised_in_float32():
     q, k, v = random_head(8, 30, 30, dtype=jnp.bfloat16)
     decoder = make_decoder(num_landmarks=4)
-    out, cache = decoder.prefill(decoder.init(), q, k, v)
+    out, cache = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
+    attend = jax.jit(decoder.attend)
     # Answers are of the values in the cache, whoever asks.
-    assert out.dtype == decoder.attend(cache, q[:1]).dtype == decoder.attend(cache, q[:1].astype(jnp.float32)).dtype
+    assert out.dtype == attend(cache, q[:1]).dtype == attend(cache, q[:1].astype(jnp.float32)).dtype
     assert out.dtype == jnp.float32
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache) if jnp.issubdtype(x.dtype, jnp.floating))

@@ -67,6 +67,8 @@ def test_only_like_merges_with_like():
             merge(a, b)
     with pytest.raises(TypeError, match="got float and int"):
         merge(1.0, 2)
+    with pytest.raises(TypeError, match="moments of one feature map"):
+        merge(moments, FeatureMoments.of_tokens(PositiveFeatures(q + 1), k, v))
 
 
 def test_tokens_with_signed_masses_join_those_without():

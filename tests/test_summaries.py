@@ -20,7 +20,7 @@ from approx_attention import (
 from approx_attention.summaries import FEATURE_BLOCK, hadamard
 from tests.references import brute_force, compiled, random_head
 
-attend, merge = compiled(attend, merge)
+attend = compiled(attend)
 
 MAPS = {"positive": PositiveFeatures, "trigonometric": TrigonometricFeatures, "relu": ReLUFeatures}
 every_map = pytest.mark.parametrize("kind", MAPS)
