@@ -73,7 +73,7 @@ class Claim:
 
     Attributes:
         reproduced: the range in which the claim holds as stated.
-        ordering: the wider range in which only its direction does.
+        ordering: the wider range in which only its direction does: of a difference on one side of 0, of a ratio of 1.
         caveat: what else must hold; where it does not, the report says so beside the verdict.
         tried: what was done to see the claim hold, where it does not.
     """
@@ -92,6 +92,14 @@ class Claim:
     tried: str = ""
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.ordering is not None and self.against is not None:
+            even = 1 if self.against.by == "ratio" else 0
+            if self.ordering.at_least < even < self.ordering.at_most:
+                raise ValueError(
+                    f"the ordering of a {self.against.by} must lie on one side of {even}, got {self.ordering}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -351,7 +351,7 @@ def _write_results(root, arm, figures, scale="cpu"):
         ({}, None, "not run", ""),
         ({}, [2.1, 2.2, 1.8], "reproduced", "the interval of the figure reaches beyond"),
         ({}, [2.1, float("nan"), 2.2], "not reproduced", "a run diverged"),
-        ({"against": {**RECORD["against"], "by": "ratio"}, "reproduced": {"at_most": 1.2}},
+        ({"against": {**RECORD["against"], "by": "ratio"}, "reproduced": {"at_most": 1.2}, "ordering": None},
          [2.2] * 3, "reproduced", ""),
         ({"against": None, "reproduced": {"at_most": 2.1}, "ordering": None}, [2.2] * 3, "not reproduced", ""),
         ({"caveat": {"metric": LOSS, "within": {"at_most": 2.1}, "says": "too large"}},
@@ -367,6 +367,13 @@ def test_verdicts_follow_from_the_results(tmp_path, changes, favor, verdict, cav
     assert finding.verdict == verdict
     assert finding.caveat.startswith(caveat)
     assert bool(finding.caveat) == bool(caveat)
+
+
+def test_an_ordering_is_a_direction():
+    for by, ordering in (("difference", {"at_most": 0.05}), ("ratio", {"at_least": 0.9})):
+        record = {**RECORD, "against": {**RECORD["against"], "by": by}, "ordering": ordering}
+        with pytest.raises(ConfigError, match=f"the ordering of a {by} must lie on one side of"):
+            resolve(claims.Claim, record, {}, "claim")
 
 
 def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp_path):

@@ -95,33 +95,35 @@ def _stretched(x: Any) -> Any:
     return np.where(np.asarray(x) <= 1.5, x, 1.5 * np.exp((np.maximum(x, 1.5) - 1.5) / 0.15))
 
 
+def above_exact(results: Sequence[Mapping[str, Any]], name: str, figure: str = "bits") -> list[float]:
+    """By how much a figure of a method is above that of exact attention with the same seed, by seed."""
+    return [result["methods"][name][figure] - result["methods"]["exact"][figure] for result in results]
+
+
 def draw_equal_time(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """The methods by their bits after tuning, with their sizes, and what they lose before it against their error."""
+    """By how much the methods are above exact attention after tuning, and before it against their error."""
     results = [run["result"] for run in runs]
     figure = Figure(figsize=(11, 5.4), layout="constrained", dpi=150)
     ranked, by_error = figure.subplots(1, 2)
     styles = method_styles(results[0]["methods"])
     names = []
-    for place, (name, of) in enumerate(by_score(results).items()):
-        entries = [result["methods"][name] for result in results]
+    for place, name in enumerate(by_score(results)):
+        entries, of = [result["methods"][name] for result in results], above_exact(results, name)
         middle, look = statistics.fmean(of), {**styles[name], "linestyle": "", "elinewidth": 1}
         ranked.errorbar([middle], [place], xerr=[[middle - min(of)], [max(of) - middle]], **look)
         size = entries[0]["size"]
         names.append(f"{name}{'' if size is None else f' {size}'} ({entries[0]['share']:.2f})")
         if name != "exact":
-            losses = [
-                entry["untuned"] - result["methods"]["exact"]["untuned"]
-                for entry, result in zip(entries, results, strict=True)
-            ]
             by_error.plot(
                 [statistics.fmean(entry["error"] for entry in entries)],
-                [statistics.fmean(losses)],
+                [statistics.fmean(above_exact(results, name, "untuned"))],
                 label=name,
                 **{**styles[name], "linestyle": ""},
             )
     ranked.set_yticks(range(len(names)), names, fontsize=8)
     ranked.invert_yaxis()
-    ranked.set(xlabel="test bits per byte, trained on with the method")
+    ranked.axvline(0, color="0.4", linestyle="--", linewidth=1)
+    ranked.set(xlabel="test bits per byte above exact attention, trained on")
     ranked.set_title("method, size (share of the time of exact attention)", fontsize=10)
     by_error.set(
         xlabel="relative error of the attention, in the exact model",
