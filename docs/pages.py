@@ -10,6 +10,7 @@ import inspect
 import json
 import pathlib
 import re
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ import matplotlib.pyplot as plt
 from approx_attention.compare import BASELINES
 from approx_attention.registry import METHODS, Capabilities, Method, capability_table
 from benchmarks.report import machine, markdown_table
+from experiments.claims import Verdict
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -536,7 +538,7 @@ def verdict_table() -> str:
     """How many claims of each family of studies hold, and those that do not."""
     rows = verdicts()
     counts = {family: Counter(verdict for f, verdict, _ in rows if f == family) for family, _, _ in rows}
-    kinds = ["reproduced", "ordering only", "not reproduced", "not run"]
+    kinds = typing.get_args(Verdict)
     table = markdown_table(
         ["studies", *kinds],
         [[f"`{family}`", *(str(count[kind]) for kind in kinds)] for family, count in counts.items()],

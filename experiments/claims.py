@@ -74,7 +74,7 @@ class Claim:
     Attributes:
         reproduced: the range in which the claim holds as stated.
         ordering: the wider range in which only its direction does: of a difference on one side of 0, of a ratio of 1.
-        caveat: what else must hold; where it does not, the report says so beside the verdict.
+        caveat: what else must hold; where it does not, the report says so, and nothing counts as reproduced.
         tried: what was done to see the claim hold, where it does not.
     """
 
@@ -102,6 +102,9 @@ class Claim:
                 )
 
 
+Verdict = Literal["reproduced", "ordering only", "inconclusive", "not reproduced", "not run"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """A claim with what was measured, the mean and half of its 95 % interval, and the verdict."""
@@ -111,7 +114,7 @@ class Finding:
     scale: str
     device: str
     num_seeds: int
-    verdict: Literal["reproduced", "ordering only", "not reproduced", "not run"]
+    verdict: Verdict
     caveat: str = ""
 
 
@@ -161,13 +164,11 @@ def judge(claim: Claim, results: pathlib.Path) -> Finding:
             found = statistics.fmean(_measure(claim.caveat, runs, seed) for seed in file.seeds)
             if found not in claim.caveat.within:
                 caveats.append(f"{claim.caveat.says} ({found:.3g}, asked {claim.caveat.within})")
+                verdict = "not reproduced" if verdict == "not reproduced" else "inconclusive"
         devices = {device_name(runs[arm, seed]["environment"]): None for arm in sorted(arms) for seed in file.seeds}
         device = " and ".join(devices)
         return Finding(claim, (mean, half_width), scale, device, len(figures), verdict, "; ".join(caveats))
     return Finding(claim, None, "", "", 0, "not run")
-
-
-Verdict = Literal["reproduced", "ordering only", "not reproduced", "not run"]
 
 
 def _verdict(claim: Claim, figure: float) -> tuple[Verdict, Range | None]:

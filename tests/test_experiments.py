@@ -355,7 +355,9 @@ def _write_results(root, arm, figures, scale="cpu"):
          [2.2] * 3, "reproduced", ""),
         ({"against": None, "reproduced": {"at_most": 2.1}, "ordering": None}, [2.2] * 3, "not reproduced", ""),
         ({"caveat": {"metric": LOSS, "within": {"at_most": 2.1}, "says": "too large"}},
-         [2.2] * 3, "reproduced", "too large"),
+         [2.2] * 3, "inconclusive", "too large"),
+        ({"caveat": {"metric": LOSS, "within": {"at_most": 1.8}, "says": "too large"}},
+         [1.9] * 3, "not reproduced", "too large"),
     ],
 )  # fmt: skip
 def test_verdicts_follow_from_the_results(tmp_path, changes, favor, verdict, caveat):
