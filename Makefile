@@ -17,7 +17,7 @@ compare: $(VENV)/.core
 	$(BIN)/approx-attention compare $(FILE) --out out $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Checks that take too long for every change.
 test-slow: $(VENV)/.dev

@@ -284,7 +284,7 @@ def test_better_than_uniform_sampling():
 
 
 @pytest.mark.parametrize("algorithm", MERGES)
-@pytest.mark.parametrize("radius", [0.5, 2.0])
+@pytest.mark.parametrize("radius", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_the_merge_bound_holds(algorithm, radius):
     for k, v in (clustered(30, 200), random_head(30, 1, 200, 3, 2, spread=0.5)[1:]):
         small = summary(k, v, size=24, algorithm=algorithm)

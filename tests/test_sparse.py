@@ -266,7 +266,10 @@ def test_what_is_refused():
 # patterns in use
 
 
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(37, 37), (11, 37), (37, 11), (3, 2)])
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"),
+    [(37, 37), (11, 37), *(pytest.param(*x, marks=pytest.mark.slow) for x in [(37, 11), (3, 2)])],
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_longformer_is_a_window_with_global_tokens(num_queries, num_keys, is_causal):
     q, k, v = random_head(10, num_queries, num_keys)

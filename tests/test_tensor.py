@@ -94,7 +94,7 @@ FORMS = [
     ("both", (1, 40, 25)),
 ]
 forms = pytest.mark.parametrize(("is_causal", "window"), FORMS)
-orders = pytest.mark.parametrize("order", [2, 3, 4])
+orders = pytest.mark.parametrize("order", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 
 
 @forms

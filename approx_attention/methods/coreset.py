@@ -1,6 +1,7 @@
 """Coresets: few weighted tokens that answer every query of bounded norm almost as all tokens do."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -254,13 +255,21 @@ def compress(
     drawn = check_key("coreset", key)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
+    return _compressed(chosen, coreset_size, tokens, query_radius, drawn)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compressed(
+    algorithm: Algorithm, size: int, tokens: WeightedKV, query_radius: float | Array | None, key: Array
+) -> WeightedKV:
+    """A coreset by an algorithm: one program, because a call that is not compiled would be hundreds."""
     dtype = accumulation_dtype(tokens.k, tokens.value_sum)
     middle, centred = _centred(jax.tree.map(lambda x: x.astype(dtype), tokens))
     radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
     ratio = jnp.ones_like(radius)
     if query_radius is not None:
         ratio = jnp.asarray(query_radius, radius.dtype) / jnp.where(radius > 0, radius, 1)
-    small = chosen(centred, coreset_size, lax.stop_gradient(ratio), drawn)
+    small = algorithm(centred, size, lax.stop_gradient(ratio), key)
     return dataclasses.replace(small, k=small.k + middle[None, :])
 
 
