@@ -517,7 +517,7 @@ def needs_table() -> str:
     """Which methods have what a task may need."""
     needs: dict[str, Callable[[Capabilities], bool]] = {
         "a causal form": lambda can: can.causal,
-        "decoding in a cache of bounded size": lambda can: can.decode,
+        "decoding in a cache of a size that is fixed before": lambda can: can.decode,
         "queries of another sequence": lambda can: can.cross,
         "a mask or bias of every pair": lambda can: can.dense_mask,
         "answers that merge with others": lambda can: can.normalizer,
