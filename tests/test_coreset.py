@@ -465,6 +465,15 @@ def test_what_a_coreset_is_made_by_is_checked_where_none_is_needed():
     q, k, v = random_head(0, 8, 8)
     with pytest.raises(ValueError, match="did you mean 'halving'"):
         sparse_coreset(q, k, v, KEY, algorithm="halvin")
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, tokens, size, ratio, key):
+            return tokens
+
+    with pytest.raises(ValueError, match="algorithm must be hashable, as functions and frozen dataclasses are"):
+        summarize_coreset(k, v, KEY, coreset_size=4, algorithm=Unhashable())
     for streaming in ("fold", "counter"):
         with pytest.raises(ValueError, match="max_length must be at least 1, got -5"):
             running_coreset(8, KEY, streaming=streaming, max_length=-5)

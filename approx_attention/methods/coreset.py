@@ -484,4 +484,6 @@ def _algorithm(algorithm: str | Algorithm) -> Algorithm:
         return ALGORITHMS[algorithm]
     if not callable(algorithm):
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or a function, got {algorithm!r}")
+    if type(algorithm).__hash__ is None:
+        raise ValueError(f"algorithm must be hashable, as functions and frozen dataclasses are, got {algorithm!r}")
     return algorithm
