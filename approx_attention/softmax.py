@@ -23,6 +23,8 @@ HIDDEN = -1e30
 # Tiles of at most this many keys, and of 2^21 to 2^23 logits, run the matrix products at full speed from cache.
 KEY_BLOCK = 2048
 LEAST_TILE, GREATEST_TILE = 2**21, 2**23
+# A relative error of weights that the streamed gradient does not let pass: a hundred roundings.
+NOTICEABLE = 1e-5
 # A causal tile no longer than this is computed whole: its masked half costs less than splitting it.
 TRIANGLE = 128
 
@@ -143,12 +145,17 @@ def streamed_state(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causa
 
     It has no forward-mode derivative; `dense_state` has.
     """
+    return _streamed(q, k, v, kv_mask, is_causal)
+
+
+def _streamed(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bool) -> AttentionState:
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     return (triangular_state if is_causal else blocked_state)(q, k, v, key_bias)
 
 
 def _streamed_forward(q, k, v, kv_mask, is_causal):
-    state = streamed_state(q, k, v, kv_mask, is_causal)
+    # Not `streamed_state` itself, so that a derivative of the gradient (a Hessian) may be taken in forward mode.
+    state = _streamed(q, k, v, kv_mask, is_causal)
     return state, (q, k, v, kv_mask, state)
 
 
@@ -159,6 +166,9 @@ def _streamed_backward(is_causal, residuals, cotangent):
               dQ = dX\,K, \quad dK = dX^T Q, \qquad \delta_t = dO_t \cdot O_t - d\mathrm{lse}_t.
 
     Tiles are held transposed, keys by queries: only one product of five is left with a transposed operand.
+
+    The forward pass rounds its products in tiles of other shapes. Where logits are so large that the difference would
+    show in a weight, the normalisers are computed again from the tiles of this pass.
     """
     q, k, v, kv_mask, state = residuals
     num_queries, num_keys = q.shape[0], k.shape[0]
@@ -171,22 +181,53 @@ def _streamed_backward(is_causal, residuals, cotangent):
     lse = jnp.where(seen, state.lse, jnp.zeros_like(state.lse))
     d_out = jnp.where(seen[:, None], cotangent.out, jnp.zeros_like(cotangent.out))
     delta = jnp.where(seen, delta, jnp.zeros_like(delta))
-    # A row past the end gets an infinite normaliser and so no weight; a hidden key is one with a bias.
     extra = query_blocks * rows - num_queries
-    lse = jnp.pad(lse, (0, extra), constant_values=-HIDDEN)
-    by_query = pad_rows(q, extra), pad_rows(d_out, extra), pad_rows(delta, extra), lse
+    by_query = pad_rows(q, extra), pad_rows(d_out, extra), pad_rows(delta, extra)
     padding = key_blocks * columns - num_keys
     bias = mask_bias(pad_rows(real_keys(kv_mask, num_keys), padding), q.dtype)
     by_key = (pad_rows(k, padding), pad_rows(v, padding), bias)
+    pairs = np.array([(i, j) for i in range(query_blocks) for j in range(key_blocks) if not is_causal or j < i])
+    diagonal_pairs = np.array([(i, i) for i in range(min(query_blocks, key_blocks))])
+
+    def over_tiles(tile, total):
+        if len(pairs):
+            total, _ = lax.scan(tile, total, pairs)
+        if is_causal:
+            total, _ = lax.scan(functools.partial(tile, diagonal=True), total, diagonal_pairs)
+        return total
+
+    def tile_logits(q, k, bias, diagonal):
+        logits = k @ q.T + bias[:, None]
+        return jnp.where(jnp.tri(columns, dtype=bool).T, logits, HIDDEN) if diagonal else logits
+
+    def add_normaliser(normaliser, pair, diagonal=False):
+        i, j = pair[0] * rows, pair[1] * columns
+        q, peak, total = (lax.dynamic_slice_in_dim(x, i, rows) for x in (by_query[0], *normaliser))
+        k, bias = (lax.dynamic_slice_in_dim(x, j, columns) for x in (by_key[0], by_key[2]))
+        logits = tile_logits(q, k, bias, diagonal)
+        new = lax.stop_gradient(jnp.maximum(peak, jnp.max(logits, axis=0)))
+        total = total * jnp.exp(peak - new) + jnp.sum(jnp.exp(logits - new[None, :]), axis=0)
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
+        return (put(normaliser[0], new), put(normaliser[1], total)), None
+
+    def again(lse):
+        # Peak and sum stay apart: their logarithm added to a large peak would be rounded away.
+        peak, total = over_tiles(add_normaliser, (jnp.full_like(lse, HIDDEN), jnp.zeros_like(lse)))
+        return peak, jnp.log(jnp.where(total > 0, total, 1))
+
+    # A row past the end gets an infinite normaliser and so no weight; a hidden key is one with a bias.
+    lse = jnp.pad(lse, (0, extra), constant_values=-HIDDEN)
+    rounding = jnp.finfo(q.dtype).eps * jnp.sqrt(jnp.max(jnp.sum(q * q, -1)) * jnp.max(jnp.sum(k * k, -1)))
+    normaliser = lax.cond(rounding > NOTICEABLE, again, lambda lse: (lse, jnp.zeros_like(lse)), lse)
+    by_query = *by_query, *normaliser
 
     def tile(gradients, pair, diagonal=False):
         i, j = pair[0] * rows, pair[1] * columns
-        q, d_out, delta, lse = (lax.dynamic_slice_in_dim(x, i, rows) for x in by_query)
+        q, d_out, delta, peak, log_total = (lax.dynamic_slice_in_dim(x, i, rows) for x in by_query)
         k, v, bias = (lax.dynamic_slice_in_dim(x, j, columns) for x in by_key)
-        logits = k @ q.T + (bias[:, None] - lse[None, :])
-        if diagonal:
-            logits = jnp.where(jnp.tri(columns, dtype=bool).T, logits, HIDDEN)
-        weights = jnp.exp(logits)
+        logits = (tile_logits(q, k, bias, diagonal) - peak[None, :]) - log_total[None, :]
+        # No weight is above 1, whatever was rounded; as a constant, so that second derivatives see the logits.
+        weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
         d_logits = weights * (v @ d_out.T - delta[None, :])
         d_q = lax.optimization_barrier(k.T @ d_logits).T
         terms = (d_q, i), (d_logits @ q, j), (weights @ d_out, j)
@@ -197,13 +238,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
 
         return tuple(add(total, *term) for total, term in zip(gradients, terms, strict=True)), None
 
-    gradients = tuple(jnp.zeros_like(x) for x in (by_query[0], by_key[0], by_key[1]))
-    pairs = np.array([(i, j) for i in range(query_blocks) for j in range(key_blocks) if not is_causal or j < i])
-    if len(pairs):
-        gradients, _ = lax.scan(tile, gradients, pairs)
-    if is_causal:
-        pairs = np.array([(i, i) for i in range(min(query_blocks, key_blocks))])
-        gradients, _ = lax.scan(functools.partial(tile, diagonal=True), gradients, pairs)
+    gradients = over_tiles(tile, tuple(jnp.zeros_like(x) for x in (by_query[0], by_key[0], by_key[1])))
     d_q, d_k, d_v = gradients
     return d_q[:num_queries], d_k[:num_keys], d_v[:num_keys], None
 

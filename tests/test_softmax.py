@@ -81,6 +81,59 @@ def test_streamed_gradient_equals_that_of_the_dense_form(is_causal, num_queries,
     chex.assert_trees_all_close(streamed(q, k, v), dense(q, k, v), atol=3e-4, rtol=1e-4)
 
 
+def large_logits(seed, num_queries, num_keys, magnitude, head_dim=32):
+    """A head whose largest logits are about ``magnitude``, as numbers that tiles of other shapes round otherwise."""
+    q, k, v = random_head(seed, num_queries, num_keys, head_dim)
+    factor = np.sqrt(magnitude / (4 * np.sqrt(head_dim)))
+    return factor * q, factor * k, v
+
+
+def value_gradient_in_float64(q, k, v, d_out, visible):
+    """The gradient of the values: its weights never pass 1, so it is no larger than the sum of cotangents."""
+    logits = np.where(visible, np.asarray(q, np.float64) @ np.asarray(k, np.float64).T, -np.inf)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return (weights / weights.sum(1, keepdims=True)).T @ np.asarray(d_out, np.float64)
+
+
+FORMS = [
+    (False, lambda q, k, v: streamed_state(q, k, v, None, False)),
+    (True, lambda q, k, v: streamed_state(q, k, v, None, True)),
+    (False, functools.partial(blocked_state, query_block=64, key_block=64)),
+    (True, triangular_state),
+    (False, functools.partial(window_state, left=40, right=25)),
+    (True, functools.partial(window_state, left=40, right=0)),
+]
+
+
+@pytest.mark.parametrize(("is_causal", "form"), FORMS)
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(300, 300), (70, 1300)])
+def test_gradients_at_large_logits(is_causal, form, num_queries, num_keys):
+    offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
+    visible = offset <= 0 if is_causal else np.ones_like(offset, bool)
+    if getattr(form, "func", None) is window_state:
+        visible &= (offset >= -40) & (offset <= 25)
+    d_out = jnp.asarray(np.random.default_rng(1).normal(size=(num_queries, 32)), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * form(*x).out), argnums=(0, 1, 2)))
+    bias = jnp.where(jnp.asarray(visible), 0.0, HIDDEN)
+    dense = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * dense_state(*x, bias).out), argnums=(0, 1, 2)))
+    for magnitude in (1.0, 30.0, 1e3, 1e4, 1e6, 1e8):
+        q, k, v = large_logits(7, num_queries, num_keys, magnitude)
+        found, expected = gradient(q, k, v), dense(q, k, v)
+        # What rounding a logit may change: the more, the larger it is, until all weight is on one key.
+        rounding = 1e-5 + 3e-7 * magnitude
+        truth = value_gradient_in_float64(q, k, v, d_out, visible)
+        size = np.abs(truth).max()
+        wrong = np.abs(np.asarray(found[2]) - truth).max(1) > 3 * rounding * size
+        # A query that has two keys whose logits cannot be told apart in float32 may choose the other.
+        assert wrong.mean() <= (0.0 if magnitude < 1e5 else 0.02), magnitude
+        assert np.abs(found[2]).max() <= 1.01 * np.abs(d_out).sum(0).max()
+        # Where all weight is on one key, gradients of logits are differences of equal numbers.
+        noise = 3e-6 * np.abs(d_out @ v.T).max() * max(np.abs(q).max(), np.abs(k).max(), 1)
+        for a, b in zip(found, expected, strict=True):
+            close = np.abs(a - b) <= 3 * rounding * np.abs(b).max() + noise
+            assert close.mean() >= (1.0 if magnitude < 1e5 else 0.98), magnitude
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [blocked_state, triangular_state, functools.partial(window_state, left=40, right=3)])
 def test_gradients_against_finite_differences(form, x64, monkeypatch):
