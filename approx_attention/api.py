@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import check_floating, did_you_mean
-from approx_attention.registry import OPTIONS, arguments, check_hyperparameters, draw_per_head, get_method
+from approx_attention.checks import check_floating, check_scale, did_you_mean
+from approx_attention.registry import METHODS, OPTIONS, arguments, check_hyperparameters, draw_per_head, get_method
+from approx_attention.rows import along_with
 
 
 def attention(
@@ -91,6 +93,7 @@ def attention(
     num_batches, group = math.prod(batch), num_heads // num_kv_heads
 
     head = _Head(method, hyperparameters)
+    hyperparameters = {name: head.known(x, name) for name, x in hyperparameters.items()}
     options: dict[str, Any] = {}
     if scale is not None:
         options["scale"] = scale
@@ -133,11 +136,17 @@ def attention(
         sliced[name] = x.reshape(num_batches * num_kv_heads, num_keys)
 
     own = _per_head(head, per_head or {}, num_kv_heads)
+    head.check_values({**hyperparameters, **options, **own})
     noise = draw_per_head(head.name, head.method, rng, num_kv_heads, query.shape[-1], hyperparameters, own.keys())
     of_heads = {**noise, **own}
     query, key, value = (x.reshape(num_batches, *x.shape[-3:]) for x in (query, key, value))
-    static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
-    result = _lifted(head.function, static, _Operands((query, key, value), sliced, dense, of_heads, arrays))
+    result = None
+    if head.method and head.method.together and not (sliced or dense or of_heads or return_residual):
+        result = head.method.together(query, key, value, **hyperparameters, **options)
+    if result is None:
+        static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
+        operands = _Operands((query, key, value), sliced, dense, of_heads, arrays)
+        result = _lifted(head.function, static, operands, in_place=head.in_place)
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
     out, residual = (result.out.astype(value.dtype), result.lse) if return_residual else (result, None)
@@ -157,11 +166,31 @@ class _Head:
         elif not callable(method):
             raise TypeError(f"method must be a registered name or a function (q, k, v, key) -> out, got {method!r}")
         else:
-            self.name, self.method = getattr(method, "__name__", type(method).__name__), None
+            self.name = getattr(method, "__name__", type(method).__name__)
+            self.method = next((known for known in METHODS.values() if known.function is method), None)
             self.function = method
+        # The rule of `where_it_lies` differentiates in forward mode, and could not see arrays with derivatives that a
+        # function from elsewhere closes over.
+        self.in_place = self.method is not None and self.method.capabilities.forward_mode
         self.hyperparameters = hyperparameters
         self.arguments = arguments(self.function)
         check_hyperparameters(self.name, self.function, hyperparameters)
+
+    def check_values(self, given: Mapping[str, Any]) -> None:
+        """Looks at numbers in arrays while they are known: the lifted method sees them as tracers."""
+        if given.get("scale") is not None:
+            check_scale(given["scale"])
+        for name, check in self.method.values.items() if self.method else ():
+            if hasattr(given.get(name), "dtype"):
+                check(name, given[name])
+
+    def known(self, x: Any, name: str) -> Any:
+        """A count or a switch that is given as an array of one element, as the number that a method needs to trace."""
+        concrete = isinstance(x, np.generic | np.ndarray | Array) and not isinstance(x, Tracer)
+        if self.method is None or name in self.method.values or not concrete or x.shape != ():
+            return x
+        is_number = jnp.issubdtype(x.dtype, jnp.number) or x.dtype == jnp.bool_
+        return x.item() if is_number else x
 
     def check_options(self, options: Iterable[str]) -> None:
         for name in options:
@@ -183,8 +212,10 @@ class _Operands(NamedTuple):
     shared: dict[str, Any]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], operands: _Operands) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="in_place")
+def _lifted(
+    function: Callable[..., Any], static: tuple[tuple[str, Any], ...], operands: _Operands, *, in_place: bool
+) -> Any:
     """A one-head function over key heads and the query heads that share them, ``[B, T, N, ...]``.
 
     On CPU heads take turns, so that what one needs stays in cache, and each is cut out of the layout where it lies:
@@ -223,7 +254,7 @@ def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], o
         return jax.tree.map(to_layout, over(lambda args: one_kv_head(operands, *args))(slices))
 
     @jax.custom_jvp
-    def in_place(operands: _Operands) -> Any:
+    def where_it_lies(operands: _Operands) -> Any:
         def head(index: Array) -> Any:
             batch, head = index // num_kv_heads, index % num_kv_heads
 
@@ -245,18 +276,16 @@ def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], o
         one = jax.eval_shape(head, jnp.zeros((), jnp.int32))
         num_heads = num_kv_heads * group
         room = jax.tree.map(lambda x: jnp.zeros((num_batches, x.shape[0], num_heads, *x.shape[2:]), x.dtype), one)
-        return lax.fori_loop(0, num_batches * num_kv_heads, put, room)
+        return lax.fori_loop(0, num_batches * num_kv_heads, put, along_with(room, *operands.tokens))
 
-    in_place.defjvp(lambda primals, tangents: jax.jvp(transposed, primals, tangents))
+    where_it_lies.defjvp(lambda primals, tangents: jax.jvp(transposed, primals, tangents))
 
     if num_batches * num_kv_heads == 1:
         tokens = jax.tree.map(lambda x: x[0], operands.tokens)
         return jax.tree.map(lambda x: x[None], one_kv_head(operands, 0, tokens))
-    # A function of the caller's own may close over arrays with derivatives, which `in_place` could not see.
-    is_own = not getattr(function, "__module__", "").startswith(f"{__package__}.")
-    if jax.default_backend() != "cpu" or num_batches == 0 or is_own:
+    if jax.default_backend() != "cpu" or num_batches == 0 or not in_place:
         return transposed(operands)
-    return in_place(operands)
+    return where_it_lies(operands)
 
 
 def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:

@@ -15,7 +15,7 @@ from jax import Array, lax
 from approx_attention.checks import check_count, real_keys
 from approx_attention.choices import keeping_choices
 from approx_attention.features import FeatureMap
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, Summary, attend
@@ -189,6 +189,8 @@ def scan_blocks(
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
 
+    past = along_with(past, q_blocks, blocks)
+    blocks = blocks._replace(kv_mask=along_with(blocks.kv_mask, blocks.k, blocks.v))
     return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -78,13 +78,8 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
     """
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    elif isinstance(scale, bool) or (
-        not isinstance(scale, int | float | np.number) and getattr(scale, "shape", None) != ()
-    ):
-        shape = getattr(scale, "shape", None)
-        raise TypeError(f"scale must be one number, got {type(scale).__name__ if shape is None else f'shape {shape}'}")
-    elif not isinstance(scale, Tracer) and not 0 < float(scale) < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}: a scale of other sign belongs into q")
+    else:
+        check_scale(scale)
     root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
 
@@ -160,6 +155,43 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def check_scale(scale: Any) -> None:
+    """Raises unless ``scale`` is one positive, finite number; that of a tracer is not known."""
+    if getattr(scale, "shape", ()) != ():
+        raise TypeError(f"scale must be one number, got shape {scale.shape}")
+    _check_numbers("scale", scale, "one number", ("positive and finite", lambda x: (x > 0) & (x < np.inf)))
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a positive, finite number or an array of them; those of a tracer are not known."""
+    _check_numbers(name, value, "a number", ("positive", lambda x: x > 0), ("finite", np.isfinite))
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a finite number of at least 0 or an array of them; those of a tracer are not known."""
+    _check_numbers(name, value, "a number", ("finite", np.isfinite), ("at least 0", lambda x: x >= 0))
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a finite number or an array of them; those of a tracer are not known."""
+    _check_numbers(name, value, "a number", ("finite", np.isfinite))
+
+
+def _check_numbers(name: str, value: Any, kind: str, *rules: tuple[str, Callable[[np.ndarray], Any]]) -> None:
+    dtype = getattr(value, "dtype", type(value))
+    is_real = isinstance(value, int | float | np.number) or hasattr(value, "dtype")
+    if not is_real or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be {kind}, got {jnp.dtype(dtype) if is_real else repr(value)}")
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return
+    numbers = np.asarray(value, np.float64)
+    for allowed, holds in rules:
+        bad = numbers[~holds(numbers)]
+        if bad.size:
+            where = f" in an array of shape {numbers.shape}" if numbers.shape else ""
+            raise ValueError(f"{name} must be {allowed}, got {float(bad[0])}{where}")
 
 
 def check_projection(projection: Array, head_dim: int) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from approx_attention.checks import check_key, did_you_mean, unknown
+from approx_attention.checks import check_finite, check_key, check_not_negative, check_positive, did_you_mean, unknown
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,
@@ -22,7 +22,7 @@ from approx_attention.methods.baselines import (
 from approx_attention.methods.coreset import coreset, running_coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer
 from approx_attention.methods.eva import eva, running_eva
-from approx_attention.methods.exact import exact, running_exact, summarize_exact
+from approx_attention.methods.exact import exact, exact_together, running_exact, summarize_exact
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
 from approx_attention.methods.linformer import (
@@ -70,6 +70,7 @@ class Capabilities:
         unbiased: the expectation of numerator and normaliser over keys is the exact one.
         exact_limit: equals exact attention once its size reaches the number of keys.
         subquadratic: holds no array with both a T and an S axis.
+        forward_mode: has forward-mode derivatives (`jax.jvp`) with its default arguments; all have reverse mode.
     """
 
     causal: bool = True
@@ -86,6 +87,7 @@ class Capabilities:
     unbiased: bool = False
     exact_limit: bool = False
     subquadratic: bool = True
+    forward_mode: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,9 @@ class Method:
         running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
         block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.
         draw: ``(key, head_dim, *, ...) -> {argument: array}``, if its draw can be shared between calls.
+        values: hyper-parameters that are numbers and may be arrays, traced or not, with the check of their values.
+        together: ``(query, key, value, *, ...) -> out`` over all heads ``[B, T, N, D]`` at once, if it has a fused
+            kernel for them; returns None where that does not apply.
     """
 
     function: Callable[..., Any]
@@ -115,6 +120,8 @@ class Method:
     running: Callable[..., Any] | None = None
     block: str = "block_size"
     draw: Callable[..., Any] | None = None
+    values: Mapping[str, Callable[[str, Any], None]] = dataclasses.field(default_factory=dict)
+    together: Callable[..., Any] | None = None
 
 
 def svd_flops(rows: int, columns: int) -> float:
@@ -129,7 +136,11 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             function=exact,
             summarize=summarize_exact,
             running=running_exact,
-            capabilities=Capabilities(dense_mask=True, decode=True, unbiased=True, subquadratic=False),
+            together=exact_together,
+            # The gradient of its tiles is written out by hand, in reverse mode.
+            capabilities=Capabilities(
+                dense_mask=True, decode=True, unbiased=True, subquadratic=False, forward_mode=False
+            ),
             cost=lambda T, S, D, Dv, size: 2 * T * S * (D + Dv),
             reference="Vaswani et al. 2017",
         ),
@@ -203,6 +214,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             size="coreset_size",
             summarize=summarize_coreset,
             running=running_coreset,
+            values={"query_radius": check_not_negative},
             capabilities=Capabilities(decode=True, needs_key=True, exact_limit=True),
             # Seeding reads keys against twice the coreset, k-means and the Nystrom sums once against it.
             cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (4 * D + Dv)),
@@ -291,6 +303,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             size="num_features",
             running=running_rfa,
             draw=draw_rfa,
+            values={"bandwidth": check_finite},
             capabilities=Capabilities(decode=True, needs_key=True, normalizer=False, convex=False),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D / 2 + Dv),
             reference="Peng et al. 2021",
@@ -306,6 +319,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         "lara": Method(
             function=lara,
             size="num_landmarks",
+            values={"correction": check_finite},
             capabilities=Capabilities(causal=False, takes_key=True),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * min(size, T, S) * (D + Dv),
             reference="Zheng et al. 2022",
@@ -322,6 +336,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         "nystrom": Method(
             function=nystrom,
             size="num_landmarks",
+            values={"ridge": check_positive, "rcond": check_positive},
             capabilities=Capabilities(causal=False, affine=False, convex=False, normalizer=False),
             # Six steps of four products invert the middle matrix.
             cost=lambda T, S, D, Dv, size: 2 * min(size, T, S) * ((T + S) * (D + Dv) + 24 * min(size, T, S) ** 2),
@@ -330,6 +345,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         "skyformer": Method(
             function=skyformer,
             size="num_landmarks",
+            values={"ridge": check_positive},
             capabilities=Capabilities(causal=False, needs_key=True, affine=False, convex=False, normalizer=False),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * min(size, T + S) * (D + Dv),
             reference="Chen et al. 2021",
@@ -338,6 +354,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             function=polynomial_attention,
             summarize=summarize_polynomial,
             running=running_polynomial,
+            values={"coefficients": check_finite},
             capabilities=Capabilities(decode=True),
             cost=lambda T, S, D, Dv, size: 2 * (T * (Dv + 1) + S * Dv) * math.comb(D + 2, 2),
             reference="Alman and Song 2023",
@@ -397,7 +414,10 @@ def draw_per_head(
         if method and method.capabilities.needs_key and not drawn:
             raise ValueError(f"method {name!r} is random: pass rng, as in rng=jax.random.key(0)")
         return {}
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key(name, rng), jnp.arange(num_kv_heads))
+    check_key(name, rng)
+    if method and not (method.capabilities.needs_key or method.capabilities.takes_key):
+        return {}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(num_kv_heads))
     draw = method.draw if method else None
     if draw is None or noise:
         return {"key": keys}

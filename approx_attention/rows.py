@@ -24,6 +24,23 @@ def out_of_blocks(tree: Any, num_rows: int | None = None) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], tree)
 
 
+def along_with(tree: Any, *arrays: Any) -> Any:
+    """The arrays of a tree, which vary wherever one of the ``arrays`` does: over mapped axes, or a mesh's in shard_map.
+
+    What a loop starts from, or one branch of a condition returns, must have the type of what comes out. Mapped axes
+    stand first. The values are the same, and compilers remove the choice that never takes another.
+    """
+    others = [lax.stop_gradient(x).reshape(-1)[:1] for x in jax.tree.leaves(arrays) if x.size]
+
+    def of(x: Array) -> Array:
+        flat = x.reshape(-1)
+        for other in others:
+            flat = jnp.where(False, other.astype(x.dtype), flat)
+        return flat.reshape(x.shape)
+
+    return jax.tree.map(of, tree)
+
+
 def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:
     """Applies ``function``, row by row a map, to blocks of at most ``block_size`` rows, one after the other."""
     num_rows = jax.tree.leaves(tree)[0].shape[0]

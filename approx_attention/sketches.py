@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
-from approx_attention.rows import pad_rows
+from approx_attention.rows import along_with, pad_rows
 
 
 @jax.tree_util.register_dataclass
@@ -214,7 +214,7 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
 
 def back(sketch: Sketch, y: Array) -> Array:
     """:math:`S^T y` of rows ``y [M, ...]``: ``[n, ...]``."""
-    like = jax.ShapeDtypeStruct((sketch.num_rows, *y.shape[1:]), y.dtype)
+    like = along_with(jnp.zeros((sketch.num_rows, *y.shape[1:]), y.dtype), y)
     return jax.linear_transpose(lambda x: sketch @ x, like)(y)[0]
 
 

@@ -11,7 +11,15 @@ from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_key, head_inputs, unknown
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_key,
+    check_not_negative,
+    head_inputs,
+    unknown,
+)
 from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.features import squared_norm
@@ -253,6 +261,8 @@ def compress(
     if tokens.value_range is not None:
         raise ValueError("tokens with signed masses cannot be compressed again: compress what they were made of")
     drawn = check_key("coreset", key)
+    if query_radius is not None:
+        check_not_negative("query_radius", query_radius)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
     return _compressed(chosen, coreset_size, tokens, query_radius, drawn)

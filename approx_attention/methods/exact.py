@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary
 from approx_attention.checks import check_bias_and_mask, check_choice, check_count, head_inputs
+from approx_attention.rows import along_with
 from approx_attention.softmax import HIDDEN, dense_state, streamed_state
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV
@@ -81,9 +82,8 @@ def exact(
                 "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is "
                 "a multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
             )
-        one_head = (x[:, None, :] for x in (q, k, v))
-        fused: Any = jax.nn.dot_product_attention
-        return fused(*one_head, scale=scale, is_causal=is_causal, implementation="cudnn")[:, 0]
+        q, k, v = (x[:, None, :] for x in (q, k, v))
+        return _cudnn(q, k, v, scale, is_causal)[:, 0]
 
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
@@ -139,6 +139,58 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
         return WeightedKV.empty(max_length, head_dim, value_dim, dtype)
 
     return RunningSummary(init, append, read=lambda tokens: tokens)
+
+
+def exact_together(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    is_causal: bool = False,
+    scale: float | Array | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N Dv"] | None:
+    """All heads in one call of the GPU's fused kernel, in which grouped heads share keys; None where it does not apply.
+
+    Args:
+        query: ``[B, T, N, D]``.
+        key: ``[B, S, K, D]``, where K divides N.
+        value: ``[B, S, K, Dv]``.
+        is_causal: as in `exact`.
+        scale: as in `exact`.
+        implementation: as in `exact`.
+
+    Returns:
+        Outputs ``[B, T, N, Dv]``, or None.
+    """
+    if implementation not in (None, "cudnn") or not _cudnn_applies(query, key, value):
+        return None
+    return _cudnn(query, key, value, scale, is_causal)
+
+
+def _cudnn(query: Array, key: Array, value: Array, scale: float | Array | None, is_causal: bool) -> Array:
+    """cuDNN's attention over ``[..., T, N, D]``, under any nesting of `jax.vmap` and `jax.grad`.
+
+    The batching rules that JAX has for it want every operand, and the cotangent, mapped along axis 0 or none of them.
+    """
+    if scale is not None and not isinstance(scale, float | int):
+        # To the kernel a scale is a constant of the program.
+        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+    query, key, value = along_with((query, key, value), query, key, value)
+    attend: Any = jax.nn.dot_product_attention
+    out = attend(query, key, value, scale=scale, is_causal=is_causal, implementation="cudnn")
+    return _cotangent_along_with(out, query)
+
+
+@jax.custom_vjp
+def _cotangent_along_with(x: Array, other: Array) -> Array:
+    return x
+
+
+_cotangent_along_with.defvjp(
+    lambda x, other: (x, other),
+    lambda other, cotangent: (along_with(cotangent, other), jnp.zeros_like(other)),
+)
 
 
 def _cudnn_applies(q: Array, k: Array, v: Array) -> bool:

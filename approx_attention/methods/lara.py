@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import check_choice, check_count, check_finite, check_key, head_inputs
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import map_rows
 from approx_attention.segments import landmark_segments, segment_means
@@ -28,7 +28,7 @@ def lara(
     *,
     num_landmarks: int = 64,
     weights: Literal["balance", "query_specific", "biased"] = "balance",
-    correction: float = 1.0,
+    correction: float | Array = 1.0,
     proposal_mean: Float[Array, "C D"] | None = None,
     query_landmarks: Float[Array, "C D"] | None = None,
     spatial_shape: tuple[int, int] | None = None,
@@ -104,6 +104,7 @@ def lara(
     dtype, head_dim = v.dtype, q.shape[-1]
     check_choice("weights", weights, ("balance", "query_specific", "biased"))
     check_choice("noise_scale", noise_scale, ("exact", "official"))
+    check_finite("correction", correction)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
     query_mask = kv_mask if q.shape[0] == k.shape[0] else None

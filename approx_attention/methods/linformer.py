@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import check_choice, check_count, head_inputs, real_keys
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV, attend
@@ -298,6 +298,7 @@ def _causal(
         return prefix, out
 
     empty = LinformerPrefix.empty(of_keys.matrix.shape[0], k.shape[1], v.shape[1], k.dtype)
+    empty = along_with(empty, blocks)
     return out_of_blocks(lax.scan(step, empty, blocks)[1], num_queries)
 
 

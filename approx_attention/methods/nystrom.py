@@ -9,7 +9,7 @@ import jax.scipy.linalg
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
+from approx_attention.checks import check_choice, check_count, check_key, check_positive, head_inputs, real_keys
 from approx_attention.features import squared_norm
 from approx_attention.segments import segment_means, segments
 from approx_attention.softmax import HIDDEN, blocked_state
@@ -24,8 +24,8 @@ def nystrom(
     num_landmarks: int = 64,
     inverse: Literal["iterations", "ridge", "svd"] = "iterations",
     num_iterations: int = 6,
-    ridge: float = 1e-4,
-    rcond: float = 1e-2,
+    ridge: float | Array = 1e-4,
+    rcond: float | Array = 1e-2,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T Dv"]:
@@ -88,8 +88,8 @@ def nystrom(
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
     check_choice("inverse", inverse, ("iterations", "ridge", "svd"))
     check_count("num_iterations", num_iterations)
-    _check_positive("ridge", ridge)
-    _check_positive("rcond", rcond)
+    check_positive("ridge", ridge)
+    check_positive("rcond", rcond)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries, num_keys)
     q_bar, q_present = _landmarks(q, kv_mask if num_queries == num_keys else None, num_landmarks)
@@ -117,7 +117,7 @@ def skyformer(
     key: Array | None = None,
     *,
     num_landmarks: int = 128,
-    ridge: float = 1e-3,
+    ridge: float | Array = 1e-3,
     noise: Float[Array, " N"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
@@ -169,7 +169,7 @@ def skyformer(
         Chen et al. (2021), "Skyformer: remodel self-attention with Gaussian kernel and Nystrom method", section 4.
     """
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
-    _check_positive("ridge", ridge)
+    check_positive("ridge", ridge)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries + num_keys)
     if noise is None:
@@ -315,8 +315,3 @@ def _truncated_jvp(rank, primals, tangents):
     lower = jnp.where(apart, (dropped**2 * m_t + kept * dropped * m) / gap, 0)
     tangent = u @ (left + upper @ vt_dropped) + (right - u @ (u.T @ right) + u_dropped @ lower.T) @ vt
     return (u * s[None, :rank]) @ vt, tangent
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")

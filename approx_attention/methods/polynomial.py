@@ -22,7 +22,14 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import accumulation_dtype, check_choice, check_count, head_inputs, token_sums_inputs
+from approx_attention.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_finite,
+    head_inputs,
+    token_sums_inputs,
+)
 from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
 from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients
@@ -74,6 +81,7 @@ class Kernel(NamedTuple):
             coefficients = exp_coefficients(coefficients, maps[0].degree, bound=bound, rms=rms)
         else:
             check_taken(coefficients, bound=bound, rms=rms)
+            check_finite("coefficients", coefficients if hasattr(coefficients, "dtype") else np.array(coefficients))
         return cls(maps[0], tuple(maps[1:]), maps[0].weights(jnp.asarray(coefficients, dtype), dtype=dtype))
 
     def summarize(self, inputs: TensorInputs) -> FeatureMoments:

@@ -14,6 +14,7 @@ from approx_attention.checks import (
     accumulation_dtype,
     check_choice,
     check_count,
+    check_finite,
     check_key,
     check_projection,
     head_inputs,
@@ -347,6 +348,7 @@ def running_rfa(
         The `RunningSummary`.
     """
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
+    check_finite("bandwidth", bandwidth)
 
     def space(x: Array) -> Array:
         tokens = x[:, :head_dim]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import GATHERED, gathered_state
 from approx_attention.checks import check_count, check_key, head_inputs, real_keys
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
+from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024
@@ -115,7 +115,7 @@ def largest_logits(
             return (logits, jnp.take_along_axis(both[1], place, axis=1)), None
 
         none = jnp.full((rows, count), -jnp.inf, q.dtype), jnp.zeros((rows, count), jnp.int32)
-        return lax.scan(search, none, key_blocks)[0]
+        return lax.scan(search, along_with(none, q, k, real), key_blocks)[0]
 
     positions = jnp.arange(num_queries, dtype=jnp.int32)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))

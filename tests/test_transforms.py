@@ -1,0 +1,310 @@
+"""`attention` under nested transformations, and the argument checks that a compiled lifting could not make."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from approx_attention import METHODS, attention, exact, favor
+from tests.references import call, having, random_head, random_heads, settings
+
+CAUSAL = having(causal=True)
+DIRECTIONS = [(name, c) for name in METHODS for c in ([False, True] if name in CAUSAL else [False])]
+B, T, N, D = 2, 9, 4, 8
+
+
+def bound(name, is_causal=False, **options):
+    """`attention` by a method with small settings, of query, key and value alone."""
+    capabilities = METHODS[name].capabilities
+    rng = {"rng": jax.random.key(9)} if capabilities.needs_key else {}
+    return functools.partial(attention, method=name, is_causal=is_causal, **rng, **settings(name), **options)
+
+
+def shapes(*batch, num_kv_heads=2):
+    """Query, key and value without numbers."""
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return of((*batch, T, N, D)), *[of((*batch, T, num_kv_heads, D))] * 2
+
+
+def loss(function):
+    return lambda *args: jnp.sum(function(*args) ** 2)
+
+
+def in_scan(function):
+    """Two layers of one function, each computed again in the backward pass."""
+
+    def layers(query, key, value):
+        step = jax.checkpoint(lambda x, scale: (function(x * scale, key, value), None))
+        return jax.lax.scan(step, query, jnp.array([1.0, 2.0]))[0]
+
+    return layers
+
+
+def over_devices(function):
+    mesh = jax.make_mesh((B,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("batch")
+    return jax.shard_map(function, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+
+
+# What users write, by name: from `attention` to a function of query, key and value, and the shapes that it takes.
+q_only, kv_only = (0, None, None), (None, 0, 0)
+NESTINGS = {
+    "grad(vmap)": (lambda f: jax.grad(loss(jax.vmap(f)), (0, 1, 2)), shapes(B)),
+    "vmap(grad)": (lambda f: jax.vmap(jax.grad(loss(f), (0, 1, 2))), shapes(B)),
+    "grad(vmap over axis 1)": (lambda f: jax.grad(loss(jax.vmap(f, 1, 1)), (0, 1, 2)), shapes(3, B)),
+    "grad(vmap of queries)": (
+        lambda f: jax.grad(loss(jax.vmap(f, q_only)), (0, 1, 2)),
+        (*shapes(B)[:1], *shapes()[1:]),
+    ),
+    "vmap(grad) of queries": (
+        lambda f: jax.vmap(jax.grad(loss(f), (0, 1, 2)), q_only),
+        (*shapes(B)[:1], *shapes()[1:]),
+    ),
+    "vmap(grad) of keys and values": (
+        lambda f: jax.vmap(jax.grad(loss(f), (0, 1, 2)), kv_only),
+        (*shapes()[:1], *shapes(B)[1:]),
+    ),
+    "vmap(value_and_grad(vmap))": (lambda f: jax.vmap(jax.value_and_grad(loss(jax.vmap(f)))), shapes(B, 3)),
+    "grad(checkpoint(vmap))": (lambda f: jax.grad(loss(jax.checkpoint(jax.vmap(f)))), shapes(B)),
+    "grad(vmap(checkpoint))": (lambda f: jax.grad(loss(jax.vmap(jax.checkpoint(f)))), shapes(B)),
+    "grad(vmap(jit))": (lambda f: jax.grad(loss(jax.vmap(jax.jit(f)))), shapes(B)),
+    "grad(scan(checkpoint))": (lambda f: jax.grad(loss(in_scan(f)), (0, 1, 2)), shapes(B)),
+    "grad(vmap(scan(checkpoint)))": (lambda f: jax.grad(loss(jax.vmap(in_scan(f))), (0, 1, 2)), shapes(B)),
+    "grad(shard_map)": (lambda f: jax.grad(loss(over_devices(f)), (0, 1, 2)), shapes(B)),
+    "shard_map(vmap(grad))": (lambda f: over_devices(jax.vmap(jax.grad(loss(f)))), shapes(B)),
+    "grad(grad)": (lambda f: jax.grad(loss(jax.grad(loss(f)))), shapes()),
+    "hessian": (lambda f: jax.hessian(loss(f)), shapes()),
+}
+FORWARD = {
+    "jvp(vmap)": (lambda f: lambda *x: jax.jvp(jax.vmap(f), x, x), shapes(B)),
+    "vmap(jvp)": (lambda f: jax.vmap(lambda *x: jax.jvp(f, x, x)), shapes(B)),
+    "linearize(vmap)": (lambda f: lambda *x: jax.linearize(jax.vmap(f), *x)[1](*x), shapes(B)),
+}
+# One nesting that holds the others' pairs; they take longer, and are looked at one by one when slow.
+ALL_AT_ONCE = {
+    "vmap(grad(scan(checkpoint(vmap))))": (
+        lambda f: jax.vmap(jax.grad(loss(in_scan(jax.vmap(f))), (0, 1, 2)), q_only),
+        (*shapes(B, 3)[:1], *shapes(3)[1:]),
+    )
+}
+
+
+@pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS)
+@pytest.mark.parametrize("nesting", [*ALL_AT_ONCE, *(pytest.param(x, marks=pytest.mark.slow) for x in NESTINGS)])
+def test_nested_transformations_trace(name, is_causal, nesting):
+    transform, tensors = {**ALL_AT_ONCE, **NESTINGS}[nesting]
+    jax.eval_shape(transform(bound(name, is_causal)), *tensors)
+
+
+@pytest.mark.parametrize("nesting", [x for x in NESTINGS if x not in ("grad(grad)", "vmap(value_and_grad(vmap))")])
+def test_nested_transformations_of_exact_attention_trace(nesting):
+    transform, tensors = NESTINGS[nesting]
+    for options in ({}, {"is_causal": True}, {"return_residual": True}, {"mask": jnp.ones((T, T), bool)}):
+        function = bound("exact", **options)
+        if "return_residual" in options:
+            function = functools.partial(lambda f, *x: f(*x)[0] + f(*x)[1][..., None], function)
+        jax.eval_shape(transform(function), *tensors)
+
+
+@pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS)
+@pytest.mark.parametrize("nesting", [pytest.param(x, marks=pytest.mark.slow) for x in FORWARD])
+def test_forward_mode_is_as_declared(name, is_causal, nesting):
+    transform, tensors = FORWARD[nesting]
+    if METHODS[name].capabilities.forward_mode:
+        jax.eval_shape(transform(bound(name, is_causal)), *tensors)
+    else:
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.eval_shape(transform(bound(name, is_causal)), *tensors)
+
+
+def test_forward_mode_of_exact_attention_is_that_of_its_dense_form():
+    tensors = random_heads(0, 2, T, T, N, 2, D)
+    dense = bound("exact", implementation="dense")
+    _, tangent = jax.jit(lambda *x: jax.jvp(jax.vmap(dense), x, x))(*tensors)
+    step = 1e-2
+    moved = jax.jit(dense)(*((1 + step) * x for x in tensors)), jax.jit(dense)(*((1 - step) * x for x in tensors))
+    np.testing.assert_allclose(tangent, (moved[0] - moved[1]) / (2 * step), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["exact", "mean_pool", "favor"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_gradient_of_vmap_is_that_of_the_batch(name, is_causal):
+    function = bound(name, is_causal)
+    tensors = random_heads(1, 3, T, T, N, 2, D)
+    whole = jax.jit(jax.grad(loss(function), (0, 1, 2)))(*tensors)
+    for nested in (jax.grad(loss(jax.vmap(function)), (0, 1, 2)), jax.vmap(jax.grad(loss(function), (0, 1, 2)))):
+        for a, b in zip(jax.jit(nested)(*tensors), whole, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+    query, key, value = tensors
+    shared = jax.jit(jax.grad(loss(jax.vmap(function, q_only)), (0, 1, 2)))(query, key[0], value[0])
+    alike = (jnp.broadcast_to(x[0], x.shape) for x in (key, value))
+    of_batch = jax.jit(jax.grad(loss(function), (0, 1, 2)))(query, *alike)
+    np.testing.assert_allclose(shared[0], of_batch[0], atol=2e-5)
+    for a, b in zip(shared[1:], of_batch[1:], strict=True):
+        np.testing.assert_allclose(a, jnp.sum(b, axis=0), atol=5e-5)
+
+
+def test_a_hessian_of_exact_attention_is_that_of_its_dense_form(x64):
+    q, k, v = random_head(2, 5, 5, 3, dtype=jnp.float64)
+
+    def hessian(implementation, is_causal):
+        function = functools.partial(exact, implementation=implementation, is_causal=is_causal)
+        return jax.jit(jax.hessian(lambda q: loss(function)(q, k, v)))(q)
+
+    for is_causal in (False, True):
+        np.testing.assert_allclose(hessian("blocked", is_causal), hessian("dense", is_causal), atol=1e-10)
+
+
+def test_a_function_of_the_library_is_the_method_of_its_name():
+    query, key, value = random_heads(3, 2, T, T, N, 2, D)
+    options = {"rng": jax.random.key(1), "num_features": 8}
+    np.testing.assert_array_equal(
+        attention(query, key, value, method=favor, **options), attention(query, key, value, method="favor", **options)
+    )
+    with pytest.raises(NotImplementedError, match="'favor' does not support bias"):
+        attention(query, key, value, method=favor, bias=jnp.zeros((T, T)), **options)
+
+
+# cuDNN: without a GPU its programs can be traced, which is where grouped heads and nested vmaps fail.
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    import jax._src.cudnn.fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()  # programs of the library were traced for a CPU
+    yield
+    jax.clear_caches()
+
+
+def fused_calls(jaxpr):
+    """The shapes of the operands of every call of cuDNN's attention."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("dot_product_attention_fwd"):
+            yield [x.aval.shape for x in equation.invars]
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from fused_calls(inner.jaxpr)
+
+
+def as_half(tensors, length=128, head_dim=64):
+    shape = {T: length, D: head_dim}
+    return [jax.ShapeDtypeStruct([shape.get(n, n) for n in x.shape], jnp.bfloat16) for x in tensors]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_grouped_heads_reach_cudnn_as_they_are(as_on_a_gpu, num_kv_heads):
+    query, key, value = as_half(shapes(B, num_kv_heads=num_kv_heads))
+    for options in ({}, {"is_causal": True, "scale": 0.3}, {"rng": jax.random.key(0)}):
+        program = jax.make_jaxpr(functools.partial(attention, method="exact", **options))(query, key, value)
+        (operands,) = fused_calls(program.jaxpr)
+        assert operands[:3] == [(B, 128, N, 64), *[(B, 128, num_kv_heads, 64)] * 2]
+    padded = functools.partial(attention, method="exact", key_value_seq_lengths=jnp.array([100, 128]))
+    assert "dot_product_attention_fwd" not in str(jax.make_jaxpr(padded)(query, key, value))
+
+
+def test_nested_transformations_reach_cudnn(as_on_a_gpu):
+    def wide_loss(function):
+        return loss(lambda *x: function(*x).astype(jnp.float32))
+
+    attend = functools.partial(attention, method="exact", is_causal=True)
+    of_one_head = functools.partial(exact, is_causal=True)
+    query, key, value = as_half(shapes(B))
+    one_key, one_value = as_half(shapes()[1:])
+    head = as_half([jax.ShapeDtypeStruct((T, D), jnp.bfloat16)] * 3)
+    heads = jax.ShapeDtypeStruct((128, 4, 64), jnp.bfloat16)
+    for function, tensors in (
+        (jax.grad(wide_loss(jax.vmap(attend)), (0, 1, 2)), (query, key, value)),
+        (jax.vmap(jax.grad(wide_loss(attend), (0, 1, 2))), (query, key, value)),
+        (jax.vmap(attend, q_only), (query, one_key, one_value)),
+        (jax.vmap(jax.grad(wide_loss(attend), (0, 1, 2)), q_only), (query, one_key, one_value)),
+        (jax.vmap(attend, 1, 1), [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (query, key, value)]),
+        (jax.vmap(jax.grad(wide_loss(of_one_head)), (1, None, None), 1), (heads, *head[1:])),
+        (jax.vmap(lambda scale, *x: attend(*x, scale=scale), (0, None, None, None)), (jnp.ones(3), query, key, value)),
+    ):
+        assert "dot_product_attention" in str(jax.make_jaxpr(function)(*tensors))
+
+
+# Numbers in arrays are checked while they are known.
+
+
+def float_arguments():
+    """The hyper-parameters of every method whose default is a number with a fraction, or that may be an array."""
+    for name, method in METHODS.items():
+        for argument, parameter in inspect.signature(method.function).parameters.items():
+            if argument == "scale" or argument in method.values or isinstance(parameter.default, float):
+                yield name, argument
+
+
+# What else must be said for an argument to be read.
+CONTEXTS = {
+    "rcond": {"inverse": "svd"},
+    ("nystrom", "ridge"): {"inverse": "ridge"},
+    "correction": {"weights": "query_specific"},
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), [*float_arguments()])
+def test_numbers_in_arrays_are_checked_as_numbers_are(name, argument):
+    query, key, value = random_heads(4, 1, T, T, 2, 2, D)
+    context = CONTEXTS.get((name, argument), CONTEXTS.get(argument, {}))
+    scalar = (lambda x: x) if argument != "coefficients" else lambda x: np.array([1, 1, x])
+
+    def outcome(given):
+        try:
+            jax.eval_shape(bound(name, **context, **{argument: given}), query, key, value)
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+        return None, ""
+
+    for number in (np.nan, np.inf, -1.0, 0.0, 0.5):
+        given = scalar(number)
+        kind, text = outcome(given)
+        assert kind is None or argument in text
+        assert outcome(jnp.asarray(given, jnp.float32))[0] is kind, number
+    assert outcome(scalar(np.nan))[0] is ValueError
+    for wrong in (jnp.array(True), jnp.array(1j), True, "x"):
+        assert argument == "coefficients" or issubclass(outcome(wrong)[0], TypeError | ValueError), wrong
+    # A number that is traced cannot be looked at, and one that is not changes nothing.
+    traced = jax.eval_shape(
+        lambda x: bound(name, **context, **{argument: x})(query, key, value), scalar(jnp.float32(0.5))
+    )
+    assert traced.shape == query.shape
+
+
+def test_counts_and_switches_may_be_arrays_of_one_element():
+    query, key, value = random_heads(5, 1, T, T, 2, 2, D)
+    plain = bound("favor")(query, key, value)
+    for count in (jnp.int32(8), np.array(8), np.uint8(8), np.int8(8)):
+        given = attention(query, key, value, method="favor", rng=jax.random.key(9), num_features=count)
+        np.testing.assert_array_equal(given, plain)
+    with pytest.raises(TypeError, match=r"num_features.*\n?.*8.0"):
+        attention(query, key, value, method="favor", rng=jax.random.key(9), num_features=jnp.float32(8))
+    lara = functools.partial(bound("lara"), query, key, value, rng=jax.random.key(9))
+    np.testing.assert_array_equal(lara(antithetic=jnp.array(True)), lara(antithetic=True))
+
+
+def test_numbers_of_single_heads_are_checked():
+    query, key, value = random_heads(6, 1, T, T, 2, 2, D)
+    with pytest.raises(ValueError, match=r"bandwidth must be finite, got nan in an array of shape \(2, 8\)"):
+        bound("rfa", per_head={"bandwidth": jnp.ones((2, D)).at[1, 2].set(jnp.nan)})(query, key, value)
+
+
+# What the guide on masks says of numbers that are not finite.
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_nan_in_a_later_key_reaches_no_earlier_query(name):
+    if name == "ra":  # its proposals are sums over a row of all keys
+        pytest.xfail("documented in the guide on masks")
+    q, k, v = random_head(8, 19, 19)
+    clean = call(name, q, k, v, is_causal=True)
+    for soiled in ((q.at[9].set(jnp.nan), k, v), (q, k.at[9].set(jnp.nan), v), (q, k.at[9].set(jnp.inf), v)):
+        np.testing.assert_array_equal(call(name, *soiled, is_causal=True)[:9], clean[:9])
