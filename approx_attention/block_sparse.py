@@ -79,6 +79,7 @@ class BlockMap:
             TypeError: a mask that is not boolean.
         """
         visited = np.asarray(visited)
+        num_queries, num_keys, block_size = _sizes(num_queries, num_keys, block_size)
         shape = _num_blocks(num_queries, num_keys, block_size)
         if visited.dtype != bool:
             raise TypeError(f"visited must be boolean, got dtype {visited.dtype}")
@@ -105,6 +106,7 @@ class BlockMap:
             ValueError: sizes below 1, numbers below 0.
         """
         before, after = (check_count(name, x, least=0) for name, x in (("before", before), ("after", after)))
+        num_queries, num_keys, block_size = _sizes(num_queries, num_keys, block_size)
         rows, columns = np.indices(_num_blocks(num_queries, num_keys, block_size))
         visited = (columns - rows >= -before) & (columns - rows <= after)
         return cls.from_blocks(visited, block_size=block_size, num_queries=num_queries, num_keys=num_keys)
@@ -186,9 +188,12 @@ def is_traced(pattern: SparsePattern) -> bool:
     return any(isinstance(x, Tracer) for x in (pattern.indices, pattern.valid))
 
 
+def _sizes(num_queries: int, num_keys: int, block_size: int) -> tuple[int, int, int]:
+    sizes = check_count("num_queries", num_queries), check_count("num_keys", num_keys)
+    return *sizes, check_count("block_size", block_size)
+
+
 def _num_blocks(num_queries: int, num_keys: int, block_size: int) -> tuple[int, int]:
-    counts = {"num_queries": num_queries, "num_keys": num_keys, "block_size": block_size}
-    num_queries, num_keys, block_size = (check_count(name, count) for name, count in counts.items())
     return -(-num_queries // block_size), -(-num_keys // block_size)
 
 

@@ -2,8 +2,9 @@
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,25 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+# The largest count: places of tokens and sizes of arrays are int32.
+MOST_COUNT = 2**31 - 1
+
+# Error messages show no more of what was given than this.
+SHOWN = 80
+
 
 class InputError(ValueError):
     """Input that cannot be used; the message is one line that says what was given and what is allowed."""
 
 
 def head_inputs(
-    q: Array, k: Array, v: Array, *, scale: float | Array | None = None, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | Array | None = None,
+    kv_mask: Array | None = None,
+    is_causal: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Checks one head's tensors, casts them to the accumulation dtype, folds the scale in and zeroes the padding.
 
@@ -29,14 +42,16 @@ def head_inputs(
         v: values ``[S, Dv]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         kv_mask: boolean ``[S]``, true where a key is real.
+        is_causal: the option of the method, which must be known when tracing.
 
     Returns:
         ``q, k, v`` in float32 (float64 where an input is), with logits ``q @ k.T``.
 
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: tensors that are not floating point, a mask that is not boolean.
+        TypeError: tensors that are not floating point, a mask that is not boolean, a causal option that is no truth.
     """
+    check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
         check_floating(name, x)
         if x.ndim != 2:
@@ -76,17 +91,18 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         >>> float((q @ k.T)[0, 0])
         2.0
     """
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    elif isinstance(scale, bool) or (
-        not isinstance(scale, int | float | np.number) and getattr(scale, "shape", None) != ()
-    ):
-        shape = getattr(scale, "shape", None)
-        raise TypeError(f"scale must be one number, got {type(scale).__name__ if shape is None else f'shape {shape}'}")
-    elif not isinstance(scale, Tracer) and not 0 < float(scale) < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}: a scale of other sign belongs into q")
-    root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
+    root = jnp.sqrt(jnp.asarray(logit_scale(scale, q.shape[-1]), accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
+
+
+def logit_scale(scale: float | Array | None, head_dim: int) -> float | Array:
+    """The factor of the logits, checked: one positive finite number, ``1/sqrt(D)`` by default."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    check_number("scale", scale)
+    if not isinstance(scale, Tracer) and not 0 < float(scale) < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}: a scale of other sign belongs into q")
+    return scale
 
 
 def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
@@ -113,12 +129,38 @@ def accumulation_dtype(*tensors: Array) -> Any:
     return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
 
 
-def check_floating(name: str, x: Array) -> None:
+def check_array(name: str, x: Any, kind: Literal["a floating-point", "an integer", "a boolean"]) -> None:
+    """Raises ``TypeError`` unless ``x`` is an array of that kind of numbers."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"{name} must be {kind} array, got {type(x).__name__}")
+    kinds = {"a floating-point": jnp.floating, "an integer": jnp.integer, "a boolean": jnp.bool_}
+    if not jnp.issubdtype(x.dtype, kinds[kind]):
+        raise TypeError(f"{name} must be {kind} array, got dtype {x.dtype}")
+
+
+def check_floating(name: str, x: Any) -> None:
     """Raises ``TypeError`` unless ``x`` is a floating-point array."""
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{name} must be a floating-point array, got {type(x).__name__}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point array, got dtype {x.dtype}")
+    check_array(name, x, "a floating-point")
+
+
+def check_number(name: str, x: Any) -> None:
+    """Raises ``TypeError`` unless ``x`` is one real number: of Python, of numpy, or an array without axes."""
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        return
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape is None or dtype is None:
+        raise TypeError(f"{name} must be one number, got {type(x).__name__}")
+    if shape != ():
+        raise TypeError(f"{name} must be one number, got shape {shape}")
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be one real number, got dtype {dtype}")
+
+
+def check_not_negative(name: str, x: Any) -> None:
+    """Raises unless ``x`` is one number and, as far as it is known when tracing, finite and not negative."""
+    check_number(name, x)
+    if not isinstance(x, Tracer) and not 0 <= float(x) < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {x}")
 
 
 def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
@@ -142,28 +184,73 @@ def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
 
 def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:
     """Raises unless ``bias`` is floating point and ``mask`` boolean, each ``[T, S]``, where they are given."""
+    if bias is not None:
+        check_floating("bias", bias)
+    if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
+        given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
+        raise TypeError(f"mask must be boolean (true = may be seen), got {given}; pass an additive one as bias")
     for name, x in (("bias", bias), ("mask", mask)):
         if x is not None and x.shape != (num_queries, num_keys):
             raise ValueError(f"{name} must be [T, S] = {[num_queries, num_keys]}, got shape {x.shape}")
-    if bias is not None:
-        check_floating("bias", bias)
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise TypeError(
-            f"mask must be boolean (true = may be seen), got dtype {mask.dtype}; pass an additive one as bias"
-        )
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Returns ``value`` if it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer known when tracing, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_COUNT) -> int:
+    """Returns ``value`` as an int if it is an integer from ``least`` to ``most``; use what it returns.
+
+    A numpy integer keeps its few bits in arithmetic, and an array is traced where a function is compiled.
+    """
+    if isinstance(value, bool | np.bool_ | Array | np.ndarray) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer known when tracing, got {shown(value)}")
+    count = operator.index(value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(count)}")
+    if most is not None and count > most:
+        limit = "2**31 - 1" if most == MOST_COUNT else most
+        raise ValueError(f"{name} must be at most {limit}, got {shown(count)}")
+    return count
 
 
-def check_projection(projection: Array, head_dim: int) -> None:
-    """Raises ``ValueError`` unless ``projection`` is ``[R, head_dim]``."""
+def check_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    """Returns ``value`` as two ints if it is a pair of counts."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of integers known when tracing, got {shown(value)}")
+    return check_count(name, value[0], least), check_count(name, value[1], least)
+
+
+def keep_count(record: Any, name: str, least: int = 1) -> None:
+    """Replaces a field of a frozen dataclass, checked, by the int that it stands for."""
+    object.__setattr__(record, name, check_count(name, getattr(record, name), least))
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns ``value`` as a bool if it is true or false when tracing."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, known when tracing, got {shown(value)}")
+    return bool(value)
+
+
+def check_lengths(name: str, lengths: Any, most: int) -> None:
+    """Raises ``TypeError`` unless lengths are integers, ``ValueError`` where one is known and not in 0 to ``most``."""
+    check_array(name, lengths, "an integer")
+    if not isinstance(lengths, Tracer):
+        known = np.asarray(lengths)
+        if ((known < 0) | (known > most)).any():
+            raise ValueError(f"{name} must be from 0 to {most}, got {known.min()} to {known.max()}")
+
+
+def shown(value: Any) -> str:
+    """What was given, on one short line."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.number | np.bool_):
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, int) and value.bit_length() > 4 * SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def check_projection(projection: Any, head_dim: int) -> None:
+    """Raises unless ``projection`` is floating point and ``[R, head_dim]``."""
+    check_floating("projection", projection)
     if projection.ndim != 2 or projection.shape[1] != head_dim:
         raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
 
@@ -171,8 +258,9 @@ def check_projection(projection: Array, head_dim: int) -> None:
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")
+    if not isinstance(value, str) or value not in choices:
+        nearest = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}{nearest}")
 
 
 def check_key(method: str, key: Any) -> Any:

@@ -295,8 +295,8 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
         >>> token_budget(2**20, 64, 64)  # 129 numbers of 4 bytes each
         2032
     """
-    check_count("head_dim", head_dim)
-    check_count("value_dim", value_dim)
+    head_dim = check_count("head_dim", head_dim)
+    value_dim = check_count("value_dim", value_dim)
     per_token = (head_dim + value_dim + 1) * jnp.dtype(dtype).itemsize
     if num_bytes < per_token:
         raise ValueError(f"a weighted token takes {per_token} bytes, more than the budget of {num_bytes}")
@@ -328,9 +328,9 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
     Reference:
         Cai et al. (2024), "PyramidKV".
     """
-    check_count("least", least, least=0)
-    check_count("num_layers", num_layers)
-    check_count("budget", budget)
+    least = check_count("least", least, least=0)
+    num_layers = check_count("num_layers", num_layers)
+    budget = check_count("budget", budget)
     if steepness < 1:
         raise ValueError(f"steepness must be at least 1, got {steepness}")
     last = min(budget, max(least, round(budget / steepness)))
@@ -371,8 +371,8 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
         Feng et al. (2024), "Ada-KV".
     """
     num_heads, num_keys = scores.shape
-    check_count("budget", budget)
-    check_count("least", least, least=0)
+    budget = check_count("budget", budget)
+    least = check_count("least", least, least=0)
     most = 2 * budget if most is None else check_count("most", most)
     if not least <= budget <= most:
         raise ValueError(f"budget must be from least = {least} to most = {most} tokens per head, got {budget}")
@@ -418,7 +418,7 @@ def running_compressed(
         >>> running.read(running.init(4, 4, jnp.float32)).mass.shape
         (24,)
     """
-    check_count("budget", budget)
+    budget = check_count("budget", budget)
     folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:
@@ -490,7 +490,7 @@ def compress_cache(
         As in `compress_tokens`.
     """
     _check_policy(policy, size)
-    check_count("coreset_size", coreset_size)
+    coreset_size = check_count("coreset_size", coreset_size)
     prefix = cache.past.prefix
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__

@@ -306,7 +306,7 @@ class HeadsDecoder:
         Returns:
             The `HeadsCache`.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         head_dim = self.sizes["head_dim"]
         drawn = draw_per_head(self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters)
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()

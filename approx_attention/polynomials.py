@@ -252,7 +252,8 @@ def choose_degree(
         >>> choose_degree(1e-2, 1.0, 16), choose_degree(1e-2, 1.0, 16, coefficients="taylor")
         (4, 4)
     """
-    check_count("dim", dim)
+    dim = check_count("dim", dim)
+    max_rank = check_count("max_rank", max_rank, most=None)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
     if coefficients in ("minimax", "chebyshev") and bound > MAX_CERTIFIED:

@@ -131,7 +131,7 @@ def sensitivity(
     Reference:
         Sensitivity as in Feldman and Langberg (2011); the gap is that of Frank and Wolfe (1956).
     """
-    check_count("num_steps", num_steps)
+    num_steps = check_count("num_steps", num_steps)
     check_key_value_fit(k, k, k)
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)
@@ -245,8 +245,8 @@ def coreset_size_bound(
         and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment.
     """
     check_choice("result", result, get_args(SizeResult))
-    check_count("head_dim", head_dim)
-    check_count("num_keys", num_keys)
+    head_dim = check_count("head_dim", head_dim, most=None)
+    num_keys = check_count("num_keys", num_keys, most=None)
     if not error > 0 or not radius > 0 or not 0 < failure < 1:
         raise ValueError(
             f"error and radius must be positive and failure between 0 and 1, got {error}, {radius} and {failure}"

@@ -10,7 +10,16 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
+from approx_attention.checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_key,
+    check_pair,
+    head_inputs,
+    real_keys,
+    shown,
+)
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import block_windows, out_of_blocks, pad_rows
@@ -124,17 +133,26 @@ def eva(
         ``pooling_vectors``.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("window_size", window_size)
-    check_count("overlap", overlap, least=0)
+    window_size = check_count("window_size", window_size)
+    overlap = check_count("overlap", overlap, least=0)
+    num_samples = check_count("num_samples", num_samples)
+    if spatial_shape is not None:
+        spatial_shape = check_pair("spatial_shape", spatial_shape)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if chunk_size is not None and num_chunks is not None and not (is_causal and exclude_local):
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
     if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
+        chunk_size = check_count("chunk_size", chunk_size)
     if pooling_vectors is not None and (chunk_keys is not None or proposal_mean is not None):
         raise ValueError(
             "pooling_vectors give the chunk keys and the proposals: give them or chunk_keys and proposal_mean, not both"
         )
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    _check_pooling_vectors(pooling_vectors, head_dim)
+    for name, x in (("chunk_keys", chunk_keys), ("noise", noise), ("local_bias", local_bias)):
+        if x is not None:
+            check_floating(name, x)
+    if proposal_mean is not None and not isinstance(proposal_mean, str):
+        check_floating("proposal_mean", proposal_mean)
     if is_causal and exclude_local:
         given = {
             "overlap": overlap != 0,
@@ -274,7 +292,7 @@ class _Summaries(NamedTuple):
         log_count = mask_bias(inside, dtype)
         mu = self._proposal_means(parts)
         if noise is None:
-            shape = (check_count("num_samples", self.num_samples), num_chunks, head_dim)
+            shape = (self.num_samples, num_chunks, head_dim)
             noise = jnp.zeros(shape, dtype)
             if self.key is not None:
                 noise = jax.random.normal(jax.random.fold_in(check_key("eva", self.key), level), shape, dtype)
@@ -329,6 +347,17 @@ def _weighted_moments(w: Array, mu: Array, k: Array, v: Array, inside: Array) ->
     return FeatureMoments.of_tokens(PositiveFeatures(w), k, v, inside).weighted(log_weight)
 
 
+def _check_pooling_vectors(pooling_vectors: Any, head_dim: int) -> None:
+    if pooling_vectors is None:
+        return
+    if not isinstance(pooling_vectors, tuple | list) or len(pooling_vectors) != 2:
+        raise TypeError(f"pooling_vectors must be a pair of arrays [D], got {shown(pooling_vectors)}")
+    for x in pooling_vectors:
+        check_floating("pooling_vectors", x)
+        if x.shape != (head_dim,):
+            raise ValueError(f"pooling_vectors must be [D] = [{head_dim}], got shape {x.shape}")
+
+
 def _spread(head_dim: int, noise_scale: str) -> float:
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     return head_dim**-0.25 if noise_scale == "official" else 1.0
@@ -365,9 +394,9 @@ def _layout(
     spatial_shape: tuple[int, int] | None,
 ) -> _Layout:
     if chunk is not None:
-        check_count("chunk_size", chunk)
+        chunk = check_count("chunk_size", chunk)
     if num_chunks is not None:
-        check_count("num_chunks", num_chunks)
+        num_chunks = check_count("num_chunks", num_chunks)
     if spatial_shape is not None:
         return _image_layout(num_queries, num_keys, window, chunk, num_chunks, overlap, exclude_local, spatial_shape)
     if not exclude_local:
@@ -399,7 +428,7 @@ def _image_layout(
     spatial_shape: tuple[int, int],
 ) -> _Layout:
     """Square windows and chunks; the tokens are ordered window by window, and chunk by chunk within."""
-    height, width = (check_count("spatial_shape", side) for side in spatial_shape)
+    height, width = spatial_shape
     if height % window or width % window or not num_queries == num_keys == height * width:
         raise ValueError(
             f"spatial_shape must be that of the {num_keys} tokens, with sides that window_size = {window} divides; "
@@ -550,7 +579,10 @@ def running_eva(
     Returns:
         The `RunningSummary`.
     """
-    check_count("num_chunks", num_chunks)
+    num_chunks = check_count("num_chunks", num_chunks)
+    if chunk_size is not None:
+        chunk_size = check_count("chunk_size", chunk_size)
+    _check_pooling_vectors(pooling_vectors, head_dim)
     spread = _spread(head_dim, noise_scale)
 
     def directions(k: Array, log_count: Array, first: Array) -> Array:

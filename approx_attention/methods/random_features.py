@@ -14,7 +14,9 @@ from approx_attention.checks import (
     accumulation_dtype,
     check_choice,
     check_count,
+    check_floating,
     check_key,
+    check_number,
     check_projection,
     head_inputs,
 )
@@ -105,9 +107,9 @@ def favor(
         Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1, theorem 1 and section 2.4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
     drawn: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         state = causal_state(q, k, v, running_favor(head_dim, key, **drawn), block_size=block_size, kv_mask=kv_mask)
     else:
@@ -196,7 +198,7 @@ def draw_favor(
         ``{"projection": [R, D]}``, or ``[R/2, D]``.
     """
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     if features == "hyperbolic":
         if num_features % 2:
             raise ValueError(f"hyperbolic features come in pairs: num_features must be even, got {num_features}")
@@ -212,7 +214,7 @@ def _favor_features(
     row_norm: Literal["chi", "sqrt_dim"],
     projection: Array | None,
 ) -> FeatureMap:
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     if projection is None:
         sizes: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
@@ -297,7 +299,7 @@ def rfa(
         Peng et al. (2021), "Random feature attention", sections 3.1 and 3.2 (gates).
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
     if gate_logits is not None and not is_causal:
         raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
     drawn: Any = {
@@ -308,7 +310,7 @@ def rfa(
     }
     running = running_rfa(head_dim, key, **drawn, gated=gate_logits is not None)
     # The scale is folded in after the normalisation, which would undo it.
-    q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask, is_causal=is_causal)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     if gate_logits is not None:
@@ -347,6 +349,12 @@ def running_rfa(
         The `RunningSummary`.
     """
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
+    if getattr(bandwidth, "shape", ()) != ():
+        check_floating("bandwidth", bandwidth)
+        if bandwidth.shape != (head_dim,):
+            raise ValueError(f"bandwidth must be one number or [D] = [{head_dim}], got shape {bandwidth.shape}")
+    else:
+        check_number("bandwidth", bandwidth)
 
     def space(x: Array) -> Array:
         tokens = x[:, :head_dim]
@@ -402,6 +410,7 @@ def gate_tokens(
     Raises:
         ValueError: gate logits that are not one per key.
     """
+    check_floating("gate_logits", gate_logits)
     if gate_logits.shape != k.shape[:1]:
         raise ValueError(f"gate_logits must be one per key, [S] = {list(k.shape[:1])}, got shape {gate_logits.shape}")
     dtype = accumulation_dtype(q, k)
@@ -439,7 +448,7 @@ def draw_rfa(
         ``{"projection": [R/2, D]}``, or ``[R, D]`` if positive.
     """
     check_choice("features", features, ("trigonometric", "positive"))
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     if features == "trigonometric":
         if num_features % 2:
             raise ValueError(f"trigonometric features come in pairs: num_features must be even, got {num_features}")
@@ -450,7 +459,7 @@ def draw_rfa(
 def _rfa_features(
     head_dim: int, key: Array | None, num_features: int, features: RfaFeatures, projection: Array | None
 ) -> FeatureMap:
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     check_choice("features", features, ("trigonometric", "positive"))
     if projection is None:
         drawn = draw_rfa(check_key("rfa", key), head_dim, num_features=num_features, features=features)

@@ -174,7 +174,7 @@ def summarize_importance_sample(
         A `WeightedKV` of M tokens.
     """
     check_choice("odds", odds, ("uniform", "key_norm", "value_norm", "leverage"))
-    check_count("sample_size", sample_size)
+    sample_size = check_count("sample_size", sample_size)
     k, v = token_sums_inputs(k, v, kv_mask)
     real = real_keys(kv_mask, k.shape[0])
     size = lax.stop_gradient(
