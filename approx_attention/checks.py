@@ -95,7 +95,7 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
 
 
-def logit_scale(scale: float | Array | None, head_dim: int) -> float | Array:
+def logit_scale(scale: Any, head_dim: int) -> float | Array:
     """The factor of the logits, checked: one positive finite number, ``1/sqrt(D)`` by default."""
     if scale is None:
         return 1 / math.sqrt(head_dim)
@@ -129,18 +129,25 @@ def accumulation_dtype(*tensors: Array) -> Any:
     return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
 
 
-def check_array(name: str, x: Any, kind: Literal["a floating-point", "an integer", "a boolean"]) -> None:
+def check_array(name: str, x: Any, kind: Literal["a floating-point array", "integers"]) -> None:
     """Raises ``TypeError`` unless ``x`` is an array of that kind of numbers."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"{name} must be {kind} array, got {type(x).__name__}")
-    kinds = {"a floating-point": jnp.floating, "an integer": jnp.integer, "a boolean": jnp.bool_}
-    if not jnp.issubdtype(x.dtype, kinds[kind]):
-        raise TypeError(f"{name} must be {kind} array, got dtype {x.dtype}")
+        raise TypeError(f"{name} must be {kind}, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.integer if kind == "integers" else jnp.floating):
+        raise TypeError(f"{name} must be {kind}, got dtype {x.dtype}")
 
 
 def check_floating(name: str, x: Any) -> None:
     """Raises ``TypeError`` unless ``x`` is a floating-point array."""
-    check_array(name, x, "a floating-point")
+    check_array(name, x, "a floating-point array")
+
+
+def check_floats(**arrays: Any) -> None:
+    """Raises ``TypeError``, naming the argument, unless each is None, a floating-point array or a tuple of them."""
+    for name, given in arrays.items():
+        for x in given if isinstance(given, tuple) else (given,):
+            if given is not None:
+                check_floating(name, x)
 
 
 def check_number(name: str, x: Any) -> None:
@@ -210,7 +217,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_C
     return count
 
 
-def check_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
+def as_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
     """Returns ``value`` as two ints if it is a pair of counts."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of integers known when tracing, got {shown(value)}")
@@ -231,11 +238,20 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_lengths(name: str, lengths: Any, most: int) -> None:
     """Raises ``TypeError`` unless lengths are integers, ``ValueError`` where one is known and not in 0 to ``most``."""
-    check_array(name, lengths, "an integer")
+    check_array(name, lengths, "integers")
     if not isinstance(lengths, Tracer):
         known = np.asarray(lengths)
         if ((known < 0) | (known > most)).any():
-            raise ValueError(f"{name} must be from 0 to {most}, got {known.min()} to {known.max()}")
+            given = str(known) if known.ndim == 0 else f"{known.min()} to {known.max()}"
+            raise ValueError(f"{name} must be from 0 to {most}, got {given}")
+
+
+def check_length(name: str, length: Any, most: int) -> None:
+    """Raises unless a length is one integer and, as far as it is known when tracing, from 0 to ``most``."""
+    check_number(name, length)
+    if isinstance(length, float):
+        raise TypeError(f"{name} must be an integer, got {length}")
+    check_lengths(name, np.asarray(length) if isinstance(length, int) else length, most)
 
 
 def shown(value: Any) -> str:

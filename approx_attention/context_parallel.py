@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from approx_attention.api import check_layout, within
 from approx_attention.causal import Block, Past, RunningSummary, scan_blocks
-from approx_attention.checks import check_count, check_key, fold_scale
+from approx_attention.checks import check_count, check_flag, check_key, fold_scale
 from approx_attention.choices import keeping_choices
 from approx_attention.methods.local import window_sides
 from approx_attention.registry import METHODS, OPTIONS, Method, accepted, check_hyperparameters, get_method
@@ -90,6 +90,7 @@ def attention(
     Reference:
         Liu, Zaharia and Abbeel (2023), "Ring attention with blockwise transformers", for exact attention.
     """
+    is_causal = check_flag("is_causal", is_causal)
     check_layout(query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[:2] != query.shape[:2]:

@@ -146,7 +146,8 @@ class ApproxAttention(nn.Module):
         count = self.variable("draws", "count", lambda: jnp.zeros((), jnp.int32))
         if moves_on and not self.is_initializing():
             count.value += 1
-        return jax.random.fold_in(rng, (jnp.maximum(count.value, 1) - 1) // (self.every or 1))
+        every = flax_arguments.check_redraw(self.redraw, self.every)
+        return jax.random.fold_in(rng, (jnp.maximum(count.value, 1) - 1) // every)
 
     def _key_data(self) -> Array:
         """A new key as raw data, from a stream with keys of any kind, new or old."""

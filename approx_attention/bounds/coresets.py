@@ -17,7 +17,7 @@ from approx_attention.checks import (
 from approx_attention.clustering import merged, nearest
 from approx_attention.features import squared_norm
 from approx_attention.softmax import blocked_state, mask_bias
-from approx_attention.summaries import WeightedKV
+from approx_attention.summaries import WeightedKV, require_scaled_space
 
 
 class MergeBound(NamedTuple):
@@ -55,7 +55,7 @@ def merge_bound(
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         v: values ``[S, Dv]``.
-        summary: tokens to merge into, such as a coreset; those without mass are left out.
+        summary: tokens to merge into, such as a coreset, in scaled space; those without mass are left out.
         radius: :math:`\rho`, the largest norm of a query in scaled space.
         kv_mask: true where a key is real ``[S]``.
 
@@ -74,6 +74,7 @@ def merge_bound(
     Reference:
         Each weight is off by a factor between :math:`e^{\pm\rho\delta}`; a derivation of this library.
     """
+    summary = require_scaled_space("merge_bound", summary)
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     label = nearest(tokens.k, summary.k, summary.mass != 0)
     merge = merged(tokens, label, summary.mass.shape[0])

@@ -237,7 +237,7 @@ def compress(
     """A coreset of tokens that have masses already, such as two coresets merged.
 
     Args:
-        tokens: a `WeightedKV` without negative masses, in scaled space.
+        tokens: a `WeightedKV` without negative masses; if it carries a scale, so does the result.
         key: typed PRNG key.
         coreset_size: the number M of tokens; with no more tokens than that they come back as they are.
         algorithm: as in `coreset`.
@@ -268,7 +268,8 @@ def compress(
     drawn = check_key("coreset", key)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
-    return _compressed(chosen, coreset_size, tokens, query_radius, drawn)
+    small = _compressed(chosen, coreset_size, tokens.in_scaled_space(), query_radius, drawn)
+    return dataclasses.replace(small, scale=tokens.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -10,16 +10,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import (
-    check_choice,
-    check_count,
-    check_floating,
-    check_key,
-    check_pair,
-    head_inputs,
-    real_keys,
-    shown,
-)
+from approx_attention.checks import as_pair, check_choice, check_count, check_floats, check_key, head_inputs, real_keys
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import block_windows, out_of_blocks, pad_rows
@@ -136,8 +127,6 @@ def eva(
     window_size = check_count("window_size", window_size)
     overlap = check_count("overlap", overlap, least=0)
     num_samples = check_count("num_samples", num_samples)
-    if spatial_shape is not None:
-        spatial_shape = check_pair("spatial_shape", spatial_shape)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if chunk_size is not None and num_chunks is not None and not (is_causal and exclude_local):
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
@@ -147,12 +136,9 @@ def eva(
         raise ValueError(
             "pooling_vectors give the chunk keys and the proposals: give them or chunk_keys and proposal_mean, not both"
         )
-    _check_pooling_vectors(pooling_vectors, head_dim)
-    for name, x in (("chunk_keys", chunk_keys), ("noise", noise), ("local_bias", local_bias)):
-        if x is not None:
-            check_floating(name, x)
-    if proposal_mean is not None and not isinstance(proposal_mean, str):
-        check_floating("proposal_mean", proposal_mean)
+    means = None if isinstance(proposal_mean, str) else proposal_mean
+    arrays: Any = {"pooling_vectors": pooling_vectors, "chunk_keys": chunk_keys, "proposal_mean": means}
+    check_floats(**arrays, noise=noise, local_bias=local_bias)
     if is_causal and exclude_local:
         given = {
             "overlap": overlap != 0,
@@ -347,17 +333,6 @@ def _weighted_moments(w: Array, mu: Array, k: Array, v: Array, inside: Array) ->
     return FeatureMoments.of_tokens(PositiveFeatures(w), k, v, inside).weighted(log_weight)
 
 
-def _check_pooling_vectors(pooling_vectors: Any, head_dim: int) -> None:
-    if pooling_vectors is None:
-        return
-    if not isinstance(pooling_vectors, tuple | list) or len(pooling_vectors) != 2:
-        raise TypeError(f"pooling_vectors must be a pair of arrays [D], got {shown(pooling_vectors)}")
-    for x in pooling_vectors:
-        check_floating("pooling_vectors", x)
-        if x.shape != (head_dim,):
-            raise ValueError(f"pooling_vectors must be [D] = [{head_dim}], got shape {x.shape}")
-
-
 def _spread(head_dim: int, noise_scale: str) -> float:
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     return head_dim**-0.25 if noise_scale == "official" else 1.0
@@ -428,7 +403,7 @@ def _image_layout(
     spatial_shape: tuple[int, int],
 ) -> _Layout:
     """Square windows and chunks; the tokens are ordered window by window, and chunk by chunk within."""
-    height, width = spatial_shape
+    height, width = as_pair("spatial_shape", spatial_shape)
     if height % window or width % window or not num_queries == num_keys == height * width:
         raise ValueError(
             f"spatial_shape must be that of the {num_keys} tokens, with sides that window_size = {window} divides; "
@@ -580,9 +555,8 @@ def running_eva(
         The `RunningSummary`.
     """
     num_chunks = check_count("num_chunks", num_chunks)
-    if chunk_size is not None:
-        chunk_size = check_count("chunk_size", chunk_size)
-    _check_pooling_vectors(pooling_vectors, head_dim)
+    chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+    check_floats(pooling_vectors=pooling_vectors)
     spread = _spread(head_dim, noise_scale)
 
     def directions(k: Array, log_count: Array, first: Array) -> Array:

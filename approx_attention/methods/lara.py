@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_floating, check_key, check_pair, head_inputs
+from approx_attention.checks import as_pair, check_choice, check_count, check_floats, check_key, head_inputs
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import map_rows
 from approx_attention.segments import landmark_segments, segment_means
@@ -106,10 +106,8 @@ def lara(
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     num_samples = check_count("num_samples", num_samples)
     if spatial_shape is not None:
-        spatial_shape = check_pair("spatial_shape", spatial_shape)
-    for name, x in (("proposal_mean", proposal_mean), ("query_landmarks", query_landmarks), ("noise", noise)):
-        if x is not None:
-            check_floating(name, x)
+        spatial_shape = as_pair("spatial_shape", spatial_shape)
+    check_floats(proposal_mean=proposal_mean, query_landmarks=query_landmarks, noise=noise)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
     query_mask = kv_mask if q.shape[0] == k.shape[0] else None

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_floating, head_inputs, real_keys
+from approx_attention.checks import check_choice, check_count, check_floating, check_floats, head_inputs, real_keys
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
@@ -470,9 +470,7 @@ def running_block_linformer(
 
 
 def _check_projections(projection_k: Any, projection_v: Any) -> None:
-    for name, projection in (("projection_k", projection_k), ("projection_v", projection_v)):
-        if projection is not None:
-            check_floating(name, projection)
+    check_floats(projection_k=projection_k, projection_v=projection_v)
     if projection_v is not None and projection_k is None:
         raise ValueError("projection_v needs a projection_k beside it")
 

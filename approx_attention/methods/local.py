@@ -5,7 +5,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_count, check_pair, head_inputs
+from approx_attention.checks import as_pair, check_count, head_inputs
 from approx_attention.softmax import mask_bias, window_state
 
 
@@ -65,8 +65,8 @@ def local(
 
 def window_sides(window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
     """How many keys before and after its own a query sees."""
-    if isinstance(window_size, tuple | list):
-        left, right = check_pair("window_size", window_size, least=0)
+    if isinstance(window_size, tuple):
+        left, right = as_pair("window_size", window_size, least=0)
     else:
         left = right = check_count("window_size", window_size) - 1
     return left, 0 if is_causal else right

@@ -97,7 +97,7 @@ def ra(
     check_bias_and_mask(bias, mask, num_queries, num_keys)
     num_samples = check_count("num_samples", num_samples)
     if indices is not None:
-        check_array("indices", indices, "an integer")
+        check_array("indices", indices, "integers")
     if noise is not None:
         check_floating("noise", noise)
         if noise.ndim != 3:

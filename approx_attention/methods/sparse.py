@@ -22,7 +22,7 @@ from approx_attention.patterns import SparsePattern
 from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias, triangular_state, window_state
 from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, Summary
+from approx_attention.summaries import FeatureMoments, Summary, require_scaled_space
 
 # One gathered key takes as long as so many keys of a block that is visited.
 GATHER_COST = 24
@@ -222,7 +222,7 @@ def sparse_plus_summary(
 
         def of_block(k: Array, v: Array, kv_mask: Array, number: Array) -> Summary:
             own = None if key is None else jax.random.fold_in(key, number)
-            summary = summarize(k, v, own, kv_mask=kv_mask)
+            summary = require_scaled_space("sparse_plus_summary", summarize(k, v, own, kv_mask=kv_mask))
             return summarize(k, v, key, kv_mask=kv_mask) if isinstance(summary, FeatureMoments) else summary
 
         state = blocks_and_rest_state(q, k, v, pattern, of_block, is_causal=is_causal, kv_mask=kv_mask)
@@ -230,7 +230,7 @@ def sparse_plus_summary(
         block_size = check_count("block_size", block_size)
 
         def moments_of(k: Array, v: Array, kv_mask: Array) -> FeatureMoments:
-            summary = summarize(k, v, key, kv_mask=kv_mask)
+            summary = require_scaled_space("sparse_plus_summary", summarize(k, v, key, kv_mask=kv_mask))
             if not isinstance(summary, FeatureMoments):
                 raise NotImplementedError(
                     "sparse_plus_summary with a SparsePattern supports FeatureMoments only, got "
@@ -397,7 +397,7 @@ def bigbird(
             return state if return_state else state.out.astype(dtype)
         drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), check_key("bigbird", key))
     else:
-        check_array("blocks", blocks, "an integer")
+        check_array("blocks", blocks, "integers")
         if blocks.ndim != 2 or blocks.shape[0] != len(free):
             raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
         drawn = _given_lists(free, jnp.asarray(blocks))

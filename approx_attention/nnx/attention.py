@@ -72,7 +72,7 @@ class ApproxAttention(nnx.Module):
         head_axis: str | None = None,
         **hyperparameters: Any,
     ):
-        flax_arguments.check_redraw(redraw, every)
+        every = flax_arguments.check_redraw(redraw, every)
         self.method, self.is_causal = method, is_causal
         if mesh is None and (sequence_axis is not None or batch_axis is not None or head_axis is not None):
             raise ValueError(
@@ -81,7 +81,7 @@ class ApproxAttention(nnx.Module):
             )
         self.mesh, self.sequence_axis = mesh, sequence_axis or "sequence"
         self.batch_axis, self.head_axis = batch_axis, head_axis
-        self.redraw, self.every = redraw, every or 1
+        self.redraw, self.every = redraw, every
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
         self.name, draws = _name_and_randomness(method, noise, hyperparameters)
