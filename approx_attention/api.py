@@ -347,10 +347,9 @@ def _broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
 
 def within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
     """True at the positions before each sequence's length, ``[*B, size]``."""
-    if isinstance(lengths, list | tuple | int):
-        lengths = np.asarray(lengths)
-    check_lengths(name, lengths, size)
-    lengths = jnp.asarray(lengths)
+    given: Any = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
+    check_lengths(name, given, size)
+    lengths = jnp.asarray(given)
     if lengths.shape != tuple(batch):
         raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
     positions = jnp.arange(size).reshape((1,) * len(batch) + (size,))

@@ -217,6 +217,11 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_C
     return count
 
 
+def check_counts(least: int = 1, most: int | None = MOST_COUNT, **counts: Any) -> tuple[int, ...]:
+    """`check_count` of several arguments, by their names."""
+    return tuple(check_count(name, value, least, most) for name, value in counts.items())
+
+
 def as_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
     """Returns ``value`` as two ints if it is a pair of counts."""
     if not isinstance(value, tuple | list) or len(value) != 2:

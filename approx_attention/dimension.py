@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from approx_attention.certification import RatioError
-from approx_attention.checks import check_choice, check_count, check_key
+from approx_attention.checks import check_choice, check_count, check_counts, check_key
 from approx_attention.patterns import SparsePattern
 from approx_attention.realization import (
     DETERMINISTIC,
@@ -123,10 +123,7 @@ def dimension_bound(
     """
     check_choice("kind", kind, get_args(BoundKind))
     # No array is so large: the bounds are formulas.
-    n, k = (
-        check_count(name, count, most=None)
-        for name, count in (("num_tokens", num_tokens), ("keys_per_row", keys_per_row))
-    )
+    n, k = check_counts(most=None, num_tokens=num_tokens, keys_per_row=keys_per_row)
     if k > n:
         raise ValueError(f"keys_per_row must be at most num_tokens = {n}, got {k}")
     for name, value, low, high in (("eps1", eps1, 0, 1), ("p", p, 0, 1)):
@@ -268,8 +265,7 @@ def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
         >>> round(failure_bound(64, 2, 40), 3)
         0.154
     """
-    counts = ("num_tokens", num_tokens), ("keys_per_row", keys_per_row), ("d", d)
-    num_tokens, keys_per_row, d = (check_count(name, count, most=None) for name, count in counts)
+    num_tokens, keys_per_row, d = check_counts(most=None, num_tokens=num_tokens, keys_per_row=keys_per_row, d=d)
     if d < keys_per_row:
         raise ValueError(f"least squares need d >= keys_per_row = {keys_per_row}, got {d}")
     tail = log_t_tail(d - keys_per_row + 1, 1 / math.sqrt(keys_per_row))

@@ -8,7 +8,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import as_pair, check_choice, check_count, check_floats, check_key, head_inputs
+from approx_attention.checks import (
+    as_pair,
+    check_choice,
+    check_count,
+    check_floats,
+    check_key,
+    check_number,
+    head_inputs,
+)
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import map_rows
 from approx_attention.segments import landmark_segments, segment_means
@@ -105,6 +113,7 @@ def lara(
     check_choice("weights", weights, ("balance", "query_specific", "biased"))
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     num_samples = check_count("num_samples", num_samples)
+    check_number("correction", correction)
     if spatial_shape is not None:
         spatial_shape = as_pair("spatial_shape", spatial_shape)
     check_floats(proposal_mean=proposal_mean, query_landmarks=query_landmarks, noise=noise)

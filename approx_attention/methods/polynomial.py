@@ -25,7 +25,7 @@ from approx_attention.causal import RunningSummary, causal_state, running_moment
 from approx_attention.checks import accumulation_dtype, check_choice, check_count, head_inputs, token_sums_inputs
 from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
-from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients
+from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients, num_coefficients
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import GREATEST_TILE
 from approx_attention.states import AttentionState, merge, normalise
@@ -459,7 +459,7 @@ def _degree(degree: int | None, coefficients: Any) -> int:
     """The degree that is asked for, where coefficients may already say it."""
     if isinstance(coefficients, str):
         return 2 if degree is None else check_count("degree", degree, 0)
-    told = len(coefficients) - 1
+    told = num_coefficients(coefficients) - 1
     if degree not in (None, told):
         raise ValueError(f"degree must be that of the {told + 1} coefficients, {told}, got {degree}")
     return told

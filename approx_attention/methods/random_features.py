@@ -349,12 +349,7 @@ def running_rfa(
         The `RunningSummary`.
     """
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
-    if getattr(bandwidth, "shape", ()) != ():
-        check_floating("bandwidth", bandwidth)
-        if bandwidth.shape != (head_dim,):
-            raise ValueError(f"bandwidth must be one number or [D] = [{head_dim}], got shape {bandwidth.shape}")
-    else:
-        check_number("bandwidth", bandwidth)
+    _check_bandwidth(bandwidth, head_dim)
 
     def space(x: Array) -> Array:
         tokens = x[:, :head_dim]
@@ -379,6 +374,17 @@ def running_rfa(
         return AttentionState(state.out, state.lse + greatest)
 
     return running_moments(WeightedFeatures(feature_map))._replace(space=space, near=near)
+
+
+def _check_bandwidth(bandwidth: Any, head_dim: int) -> None:
+    if getattr(bandwidth, "shape", ()) != ():
+        check_floating("bandwidth", bandwidth)
+        if bandwidth.shape != (head_dim,):
+            raise ValueError(f"bandwidth must be one number or [D] = [{head_dim}], got shape {bandwidth.shape}")
+        return
+    check_number("bandwidth", bandwidth)
+    if isinstance(bandwidth, int | float) and not math.isfinite(bandwidth):
+        raise ValueError(f"bandwidth must be finite, got {bandwidth}")
 
 
 def gate_tokens(
