@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import check_floating, check_scale, did_you_mean
+from approx_attention.checks import (
+    as_pair,
+    check_flag,
+    check_floating,
+    check_lengths,
+    check_scale,
+    did_you_mean,
+    shown,
+)
 from approx_attention.registry import METHODS, OPTIONS, arguments, check_hyperparameters, draw_per_head, get_method
 from approx_attention.rows import along_with
 
@@ -51,7 +58,8 @@ def attention(
         rng: typed PRNG key; each key head draws from its own, shared over the batch and over its query heads.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t (aligned top left where T != S).
-        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0.
+        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Where lengths are
+            traced, those below 0 count as 0, and those above the number of tokens as that.
         key_value_seq_lengths: real keys per sequence, ``[...]``.
         local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
             many tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
@@ -65,8 +73,8 @@ def attention(
         Outputs ``[..., T, N, Dv]`` in the dtype of ``value``; with ``return_residual`` a pair with the log-normalisers.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown method, a random method without ``rng``.
-        TypeError: wrong dtypes, an argument that the method does not have.
+        ValueError: shapes or lengths that do not fit, an unknown method, a random method without ``rng``.
+        TypeError: wrong dtypes, an argument that the method does not have, options that are not known when tracing.
         NotImplementedError: an option that the method does not support; the message names both.
 
     Example:
@@ -80,12 +88,16 @@ def attention(
     Reference:
         Grouped key heads: Ainslie et al. (2023), "GQA".
     """
+    is_causal, return_residual = check_flag("is_causal", is_causal), check_flag("return_residual", return_residual)
+    if bias is not None:
+        check_floating("bias", bias)
     if local_window_size is not None:
         if method != "exact":
             raise NotImplementedError(f"method {method!r} does not support local_window_size; only 'exact' does")
         if bias is not None or "implementation" in hyperparameters:
             raise NotImplementedError("method 'exact' with local_window_size supports neither bias nor implementation")
-        window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size, local_window_size)
+        sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size, local_window_size)
+        window = as_pair("local_window_size", sides, least=0)
         method, hyperparameters = "local", {**hyperparameters, "window_size": window}
     check_layout(query, key, value)
     *batch, num_queries, num_heads, _ = query.shape
@@ -93,7 +105,6 @@ def attention(
     num_batches, group = math.prod(batch), num_heads // num_kv_heads
 
     head = _Head(method, hyperparameters)
-    hyperparameters = {name: head.known(x, name) for name, x in hyperparameters.items()}
     options: dict[str, Any] = {}
     if scale is not None:
         options["scale"] = scale
@@ -130,12 +141,13 @@ def attention(
         x, expected = hyperparameters.pop(name), (*batch, num_keys, num_kv_heads)
         if x is None:
             continue
+        check_floating(name, x)
         if x.shape != expected:
             raise ValueError(f"{name} must be [..., S, K] = {list(expected)}, got shape {x.shape}")
         x = x.reshape(num_batches, num_keys, num_kv_heads).transpose(0, 2, 1)
         sliced[name] = x.reshape(num_batches * num_kv_heads, num_keys)
 
-    own = _per_head(head, per_head or {}, num_kv_heads)
+    own = _per_head(head, {} if per_head is None else per_head, num_kv_heads)
     head.check_values({**hyperparameters, **options, **own})
     noise = draw_per_head(head.name, head.method, rng, num_kv_heads, query.shape[-1], hyperparameters, own.keys())
     of_heads = {**noise, **own}
@@ -183,14 +195,6 @@ class _Head:
         for name, check in self.method.values.items() if self.method else ():
             if hasattr(given.get(name), "dtype"):
                 check(name, given[name])
-
-    def known(self, x: Any, name: str) -> Any:
-        """A count or a switch that is given as an array of one element, as the number that a method needs to trace."""
-        concrete = isinstance(x, np.generic | np.ndarray | Array) and not isinstance(x, Tracer)
-        if self.method is None or name in self.method.values or not concrete or x.shape != ():
-            return x
-        is_number = jnp.issubdtype(x.dtype, jnp.number) or x.dtype == jnp.bool_
-        return x.item() if is_number else x
 
     def check_options(self, options: Iterable[str]) -> None:
         for name in options:
@@ -308,15 +312,19 @@ def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str
 
 def _per_head(head: _Head, per_head: Mapping[str, Array], num_kv_heads: int) -> dict[str, Array]:
     """Checks arguments that are stacked over the key heads."""
+    if not isinstance(per_head, Mapping):
+        raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
     for name, x in per_head.items():
         if name not in (head.arguments or ()) or name in OPTIONS:
             raise TypeError(f"method {head.name!r} has no argument {name!r}{did_you_mean(name, head.arguments or ())}")
         if name in head.hyperparameters:
             raise TypeError(f"argument {name!r} is given both per_head and for all heads")
         for leaf in jax.tree.leaves(x):
-            if not hasattr(leaf, "shape") or leaf.shape[:1] != (num_kv_heads,):
-                given = f"shape {leaf.shape}" if hasattr(leaf, "shape") else f"{leaf!r}"
-                raise ValueError(f"per_head[{name!r}] must be arrays [K, ...] with K = {num_kv_heads}, got {given}")
+            expected = f"per_head[{name!r}] must be arrays [K, ...] with K = {num_kv_heads}"
+            if not hasattr(leaf, "shape"):
+                raise TypeError(f"{expected}, got {shown(leaf)}")
+            if leaf.shape[:1] != (num_kv_heads,):
+                raise ValueError(f"{expected}, got shape {leaf.shape}")
     return dict(per_head)
 
 
@@ -366,9 +374,9 @@ def _broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
 
 def within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
     """True at the positions before each sequence's length, ``[*B, size]``."""
-    lengths = jnp.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {lengths.dtype}")
+    given: Any = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
+    check_lengths(name, given, size)
+    lengths = jnp.asarray(given)
     if lengths.shape != tuple(batch):
         raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
     positions = jnp.arange(size).reshape((1,) * len(batch) + (size,))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from approx_attention.checks import check_count, real_keys
+from approx_attention.checks import check_count, check_counts, real_keys
 from approx_attention.patterns import SparsePattern
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import HIDDEN, KEY_BLOCK, dense_state, mask_bias
@@ -79,6 +79,9 @@ class BlockMap:
             TypeError: a mask that is not boolean.
         """
         visited = np.asarray(visited)
+        num_queries, num_keys, block_size = check_counts(
+            num_queries=num_queries, num_keys=num_keys, block_size=block_size
+        )
         shape = _num_blocks(num_queries, num_keys, block_size)
         if visited.dtype != bool:
             raise TypeError(f"visited must be boolean, got dtype {visited.dtype}")
@@ -105,6 +108,9 @@ class BlockMap:
             ValueError: sizes below 1, numbers below 0.
         """
         before, after = (check_count(name, x, least=0) for name, x in (("before", before), ("after", after)))
+        num_queries, num_keys, block_size = check_counts(
+            num_queries=num_queries, num_keys=num_keys, block_size=block_size
+        )
         rows, columns = np.indices(_num_blocks(num_queries, num_keys, block_size))
         visited = (columns - rows >= -before) & (columns - rows <= after)
         return cls.from_blocks(visited, block_size=block_size, num_queries=num_queries, num_keys=num_keys)
@@ -187,8 +193,6 @@ def is_traced(pattern: SparsePattern) -> bool:
 
 
 def _num_blocks(num_queries: int, num_keys: int, block_size: int) -> tuple[int, int]:
-    counts = {"num_queries": num_queries, "num_keys": num_keys, "block_size": block_size}
-    num_queries, num_keys, block_size = (check_count(name, count) for name, count in counts.items())
     return -(-num_queries // block_size), -(-num_keys // block_size)
 
 

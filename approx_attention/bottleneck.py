@@ -77,7 +77,7 @@ def realize_attention(
     num_queries, num_keys = weights.shape
     if head_dim is None:
         head_dim = max(1, min(num_queries, num_keys - 1))
-    check_count("head_dim", head_dim)
+    head_dim = check_count("head_dim", head_dim)
     q, k = nearest_factors(_centred_logits(weights), head_dim)
     root = math.sqrt(math.sqrt(head_dim))
     return root * q, root * k

@@ -18,7 +18,7 @@ from approx_attention.features import FeatureMap
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, Summary, attend
+from approx_attention.summaries import FeatureMoments, Summary, attend, require_scaled_space
 
 
 def _same(x: Array) -> Array:
@@ -211,4 +211,5 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
     block_size = q.shape[0]
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
-    return merge(running.near(q, near.k, near.v, mask_bias(visible, q.dtype)), attend(q, running.read(prefix)))
+    summary = require_scaled_space("a running summary", running.read(prefix))
+    return merge(running.near(q, near.k, near.v, mask_bias(visible, q.dtype)), attend(q, summary))

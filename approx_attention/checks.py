@@ -2,8 +2,9 @@
 
 import difflib
 import math
+import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,25 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+# The largest count: places of tokens and sizes of arrays are int32.
+MOST_COUNT = 2**31 - 1
+
+# Error messages show no more of what was given than this.
+SHOWN = 80
+
 
 class InputError(ValueError):
     """Input that cannot be used; the message is one line that says what was given and what is allowed."""
 
 
 def head_inputs(
-    q: Array, k: Array, v: Array, *, scale: float | Array | None = None, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | Array | None = None,
+    kv_mask: Array | None = None,
+    is_causal: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Checks one head's tensors, casts them to the accumulation dtype, folds the scale in and zeroes the padding.
 
@@ -29,14 +42,16 @@ def head_inputs(
         v: values ``[S, Dv]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         kv_mask: boolean ``[S]``, true where a key is real.
+        is_causal: the option of the method, which must be known when tracing.
 
     Returns:
         ``q, k, v`` in float32 (float64 where an input is), with logits ``q @ k.T``.
 
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: tensors that are not floating point, a mask that is not boolean.
+        TypeError: tensors that are not floating point, a mask that is not boolean, a causal option that is no truth.
     """
+    check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
         check_floating(name, x)
         if x.ndim != 2:
@@ -76,12 +91,16 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         >>> float((q @ k.T)[0, 0])
         2.0
     """
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    else:
-        check_scale(scale)
-    root = jnp.sqrt(jnp.asarray(scale, accumulation_dtype(q, k)))
+    root = jnp.sqrt(jnp.asarray(logit_scale(scale, q.shape[-1]), accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
+
+
+def logit_scale(scale: Any, head_dim: int) -> float | Array:
+    """The factor of the logits, checked: one positive finite number, ``1/sqrt(D)`` by default."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    check_scale(scale)
+    return scale
 
 
 def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
@@ -108,12 +127,80 @@ def accumulation_dtype(*tensors: Array) -> Any:
     return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
 
 
-def check_floating(name: str, x: Array) -> None:
+def check_array(name: str, x: Any, kind: Literal["a floating-point array", "integers"]) -> None:
+    """Raises ``TypeError`` unless ``x`` is an array of that kind of numbers."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"{name} must be {kind}, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.integer if kind == "integers" else jnp.floating):
+        raise TypeError(f"{name} must be {kind}, got dtype {x.dtype}")
+
+
+def check_floating(name: str, x: Any) -> None:
     """Raises ``TypeError`` unless ``x`` is a floating-point array."""
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{name} must be a floating-point array, got {type(x).__name__}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point array, got dtype {x.dtype}")
+    check_array(name, x, "a floating-point array")
+
+
+def check_floats(**arrays: Any) -> None:
+    """Raises ``TypeError``, naming the argument, unless each is None, a floating-point array or a tuple of them."""
+    for name, given in arrays.items():
+        for x in given if isinstance(given, tuple) else (given,):
+            if given is not None:
+                check_floating(name, x)
+
+
+def check_number(name: str, x: Any) -> None:
+    """Raises ``TypeError`` unless ``x`` is one real number: of Python, of numpy, or an array without axes."""
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        return
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if shape is None or dtype is None:
+        raise TypeError(f"{name} must be one number, got {type(x).__name__}")
+    if shape != ():
+        raise TypeError(f"{name} must be one number, got shape {shape}")
+    check_real(name, dtype)
+
+
+def check_real(name: str, dtype: Any) -> None:
+    """Raises ``TypeError`` unless numbers of this dtype are real ones."""
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real, got dtype {dtype}")
+
+
+def check_scale(scale: Any) -> None:
+    """Raises unless ``scale`` is one number, and positive and finite as far as it is known when tracing."""
+    check_number("scale", scale)
+    _check_values("scale", scale, ("positive and finite", lambda x: (x > 0) & (x < np.inf)))
+
+
+def check_positive(name: str, x: Any) -> None:
+    """Raises unless ``x`` is a positive, finite number, or an array of them, as far as it is known when tracing."""
+    _check_values(name, x, ("positive", lambda x: x > 0), ("finite", np.isfinite))
+
+
+def check_not_negative(name: str, x: Any) -> None:
+    """Raises unless ``x`` is a finite number of at least 0, or an array of them, as far as it is known when tracing."""
+    _check_values(name, x, ("finite and not negative", lambda x: (x >= 0) & (x < np.inf)))
+
+
+def check_finite(name: str, x: Any) -> None:
+    """Raises unless ``x`` is a finite number, or an array of them, as far as it is known when tracing."""
+    _check_values(name, x, ("finite", np.isfinite))
+
+
+def _check_values(name: str, x: Any, *rules: tuple[str, Callable[[np.ndarray], Any]]) -> None:
+    if getattr(x, "shape", ()) == ():
+        check_number(name, x)
+    else:
+        check_real(name, x.dtype)
+    # What is traced, or lies on other hosts, cannot be looked at.
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
+        return
+    numbers = np.asarray(x, np.float64)
+    for allowed, holds in rules:
+        bad = numbers[~holds(numbers)]
+        if bad.size:
+            where = f" in an array of shape {numbers.shape}" if numbers.shape else ""
+            raise ValueError(f"{name} must be {allowed}, got {float(bad[0])}{where}")
 
 
 def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
@@ -137,65 +224,87 @@ def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
 
 def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:
     """Raises unless ``bias`` is floating point and ``mask`` boolean, each ``[T, S]``, where they are given."""
+    if bias is not None:
+        check_floating("bias", bias)
+    if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
+        given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
+        raise TypeError(f"mask must be boolean (true = may be seen), got {given}; pass an additive one as bias")
     for name, x in (("bias", bias), ("mask", mask)):
         if x is not None and x.shape != (num_queries, num_keys):
             raise ValueError(f"{name} must be [T, S] = {[num_queries, num_keys]}, got shape {x.shape}")
-    if bias is not None:
-        check_floating("bias", bias)
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise TypeError(
-            f"mask must be boolean (true = may be seen), got dtype {mask.dtype}; pass an additive one as bias"
-        )
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Returns ``value`` if it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer known when tracing, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_COUNT) -> int:
+    """Returns ``value`` as an int if it is an integer from ``least`` to ``most``; use what it returns.
+
+    A numpy integer keeps its few bits in arithmetic, and an array is traced where a function is compiled.
+    """
+    if isinstance(value, bool | np.bool_ | Array | np.ndarray) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer known when tracing, got {shown(value)}")
+    count = operator.index(value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(count)}")
+    if most is not None and count > most:
+        limit = "2**31 - 1" if most == MOST_COUNT else most
+        raise ValueError(f"{name} must be at most {limit}, got {shown(count)}")
+    return count
 
 
-def check_scale(scale: Any) -> None:
-    """Raises unless ``scale`` is one positive, finite number; that of a tracer is not known."""
-    if getattr(scale, "shape", ()) != ():
-        raise TypeError(f"scale must be one number, got shape {scale.shape}")
-    _check_numbers("scale", scale, "one number", ("positive and finite", lambda x: (x > 0) & (x < np.inf)))
+def check_counts(least: int = 1, most: int | None = MOST_COUNT, **counts: Any) -> tuple[int, ...]:
+    """`check_count` of several arguments, by their names."""
+    return tuple(check_count(name, value, least, most) for name, value in counts.items())
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a positive, finite number or an array of them; those of a tracer are not known."""
-    _check_numbers(name, value, "a number", ("positive", lambda x: x > 0), ("finite", np.isfinite))
+def as_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    """Returns ``value`` as two ints if it is a pair of counts."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of integers known when tracing, got {shown(value)}")
+    return check_count(name, value[0], least), check_count(name, value[1], least)
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a finite number of at least 0 or an array of them; those of a tracer are not known."""
-    _check_numbers(name, value, "a number", ("finite", np.isfinite), ("at least 0", lambda x: x >= 0))
+def keep_count(record: Any, name: str, least: int = 1) -> None:
+    """Replaces a field of a frozen dataclass, checked, by the int that it stands for."""
+    object.__setattr__(record, name, check_count(name, getattr(record, name), least))
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a finite number or an array of them; those of a tracer are not known."""
-    _check_numbers(name, value, "a number", ("finite", np.isfinite))
+def check_flag(name: str, value: Any) -> bool:
+    """Returns ``value`` as a bool if it is true or false when tracing."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, known when tracing, got {shown(value)}")
+    return bool(value)
 
 
-def _check_numbers(name: str, value: Any, kind: str, *rules: tuple[str, Callable[[np.ndarray], Any]]) -> None:
-    dtype = getattr(value, "dtype", type(value))
-    is_real = isinstance(value, int | float | np.number) or hasattr(value, "dtype")
-    if not is_real or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{name} must be {kind}, got {jnp.dtype(dtype) if is_real else repr(value)}")
-    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
-        return
-    numbers = np.asarray(value, np.float64)
-    for allowed, holds in rules:
-        bad = numbers[~holds(numbers)]
-        if bad.size:
-            where = f" in an array of shape {numbers.shape}" if numbers.shape else ""
-            raise ValueError(f"{name} must be {allowed}, got {float(bad[0])}{where}")
+def check_lengths(name: str, lengths: Any, most: int) -> None:
+    """Raises ``TypeError`` unless lengths are integers, ``ValueError`` where one is known and not in 0 to ``most``."""
+    check_array(name, lengths, "integers")
+    if not isinstance(lengths, Tracer):
+        known = np.asarray(lengths)
+        if ((known < 0) | (known > most)).any():
+            given = str(known) if known.ndim == 0 else f"{known.min()} to {known.max()}"
+            raise ValueError(f"{name} must be from 0 to {most}, got {given}")
 
 
-def check_projection(projection: Array, head_dim: int) -> None:
-    """Raises ``ValueError`` unless ``projection`` is ``[R, head_dim]``."""
+def check_length(name: str, length: Any, most: int) -> None:
+    """Raises unless a length is one integer and, as far as it is known when tracing, from 0 to ``most``."""
+    check_number(name, length)
+    if isinstance(length, float):
+        raise TypeError(f"{name} must be an integer, got {length}")
+    check_lengths(name, np.asarray(length) if isinstance(length, int) else length, most)
+
+
+def shown(value: Any) -> str:
+    """What was given, on one short line."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.number | np.bool_):
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, int) and value.bit_length() > 4 * SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def check_projection(projection: Any, head_dim: int) -> None:
+    """Raises unless ``projection`` is floating point and ``[R, head_dim]``."""
+    check_floating("projection", projection)
     if projection.ndim != 2 or projection.shape[1] != head_dim:
         raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
 
@@ -203,8 +312,9 @@ def check_projection(projection: Array, head_dim: int) -> None:
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")
+    if not isinstance(value, str) or value not in choices:
+        nearest = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}{nearest}")
 
 
 def check_key(method: str, key: Any) -> Any:

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from approx_attention.api import attention
-from approx_attention.checks import InputError
+from approx_attention.checks import InputError, check_flag
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
 from approx_attention.registry import METHODS, Method, accepted, get_method
@@ -140,7 +140,7 @@ def check_method(name: str, is_causal: bool) -> Method:
         method = get_method(name)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if is_causal and not method.capabilities.causal:
+    if check_flag("is_causal", is_causal) and not method.capabilities.causal:
         raise InputError(f"method {name!r} has no causal form; leave it out or do without --causal")
     return method
 

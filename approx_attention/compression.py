@@ -1,23 +1,37 @@
 """KV-cache compression: a prefilled cache in a budget of tokens, by coresets or by the heuristics they compete with."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary
-from approx_attention.checks import check_count, check_key, head_inputs, unknown
+from approx_attention.checks import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_key,
+    check_length,
+    check_not_negative,
+    check_number,
+    head_inputs,
+    logit_scale,
+    unknown,
+)
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.decode import Cache
 from approx_attention.features import squared_norm
 from approx_attention.methods.coreset import compress, running_coreset
 from approx_attention.rows import in_blocks, pad_rows
 from approx_attention.softmax import HIDDEN
-from approx_attention.summaries import WeightedKV, merge
+from approx_attention.summaries import WeightedKV, merge, require_scaled_space, scaled_queries
 
 # What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.
 SNAP_QUERIES, SNAP_POOL = 32, 5
@@ -29,7 +43,7 @@ def compress_tokens(
     key: Array | None = None,
     *,
     budget: int,
-    size: Array | None = None,
+    size: int | Array | None = None,
     policy: str | Algorithm = "kmeans_nystrom",
     queries: Float[Array, "T D"] | None = None,
     sinks: int = 4,
@@ -50,8 +64,9 @@ def compress_tokens(
         v: values ``[S, Dv]``.
         key: typed PRNG key; heuristics need none.
         budget: how many tokens are kept in all; with ``budget >= S`` and no ``size`` nothing is lost.
-        size: heuristics only: how many of them this head may use, where heads share a budget (`shared_sizes`); the
-            room that it leaves is empty. The first and the last tokens are kept in any case.
+        size: heuristics only: how many of them this head may use, from 0 to ``budget`` (cut to that where it is
+            traced), where heads share a budget (`shared_sizes`); the room that it leaves is empty. The first and the
+            last tokens are kept in any case.
         policy: an algorithm of `approx_attention.coresets`, or a heuristic: ``"streaming_llm"`` (the last tokens),
             ``"knorm"`` (small keys), ``"keydiff"`` (keys unlike the mean key), ``"h2o"`` (attention received from all
             queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last).
@@ -59,24 +74,27 @@ def compress_tokens(
         sinks: how many of the first tokens are kept exactly.
         recent: how many of the last tokens are kept exactly.
         mass_correction: heuristics only: the kept stand for the forgotten too.
-        query_radius: as in `coreset`.
+        query_radius: as in `coreset`, in scaled space.
         kv_mask: true where a key is real ``[S]``; sinks and recent tokens are the first and last real ones, and queries
             of all S positions are real where their keys are.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
-        A `WeightedKV` of ``budget`` tokens (or S, if that is less) in scaled space, for `attend`.
+        A `WeightedKV` of ``budget`` tokens (or S, if that is less), which carries the scale: `attend` takes queries as
+        they are. ``in_scaled_space()`` makes of it one for queries of `fold_scale`.
 
     Raises:
-        ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given, a
-            size for a policy that is no heuristic, no key for one.
+        ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given or
+            more than keys, a size for a policy that is no heuristic or out of range, a radius that is negative or not
+            finite, no key for an algorithm.
+        TypeError: tensors that are not floating point, counts that are no integers.
 
     Example:
         >>> import jax
-        >>> from approx_attention import attend, compress_tokens, exact, fold_scale
+        >>> from approx_attention import attend, compress_tokens, exact
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (256, 8)) for i in range(3))
         >>> small = compress_tokens(k, v, jax.random.key(3), budget=64)
-        >>> out = attend(fold_scale(q, k)[0], small).out
+        >>> out = attend(q, small).out
         >>> bool(abs(out - exact(q, k, v)).max() < 0.5)
         True
 
@@ -88,9 +106,13 @@ def compress_tokens(
         RNNs".
     """
     _check_policy(policy, size)
-    asked = k[:1] if queries is None else queries
-    asked, k, v = head_inputs(asked, k, v, scale=scale, kv_mask=kv_mask)
-    return _in_budget(
+    for name, x in (("k", k), ("v", v)):
+        check_floating(name, x)
+    if queries is not None:
+        _check_queries(queries, k)
+    scale = logit_scale(scale, k.shape[-1])
+    asked, k, v = head_inputs(k[:1] if queries is None else queries, k, v, scale=scale, kv_mask=kv_mask)
+    small = _in_budget(
         WeightedKV.of_tokens(k, v, kv_mask),
         None if queries is None else asked,
         key,
@@ -103,9 +125,19 @@ def compress_tokens(
         mass_correction=mass_correction,
         query_radius=query_radius,
     )
+    return dataclasses.replace(small, scale=jnp.asarray(scale, k.dtype))
 
 
-def _check_policy(policy: str | Algorithm, size: Array | None) -> None:
+def _check_queries(queries: Any, k: Array) -> None:
+    check_floating("queries", queries)
+    if queries.ndim != 2 or queries.shape[1:] != k.shape[1:] or not 0 < queries.shape[0] <= k.shape[0]:
+        raise ValueError(
+            f"queries must be [T, D] = [1 to {k.shape[0]}, {k.shape[-1]}], those of the last keys; got shape "
+            f"{queries.shape}"
+        )
+
+
+def _check_policy(policy: str | Algorithm, size: int | Array | None) -> None:
     if isinstance(policy, str) and policy in HEURISTICS:
         return
     if isinstance(policy, str) and policy not in ALGORITHMS:
@@ -127,7 +159,7 @@ def _in_budget(
     *,
     real: Array | None,
     budget: int,
-    size: Array | None,
+    size: int | Array | None,
     policy: str | Algorithm,
     sinks: int,
     recent: int,
@@ -135,10 +167,14 @@ def _in_budget(
     query_radius: float | Array | None,
 ) -> WeightedKV:
     """`compress_tokens` of tokens in scaled space with masses of their own, where not ``real`` of mass 0."""
-    num_keys = tokens.mass.shape[0]
-    budget = min(check_count("budget", budget), num_keys)
-    for name, count in (("sinks", sinks), ("recent", recent)):
-        check_count(name, count, least=0)
+    num_keys, budget = tokens.mass.shape[0], check_count("budget", budget)
+    sinks, recent = check_count("sinks", sinks, least=0), check_count("recent", recent, least=0)
+    mass_correction = check_flag("mass_correction", mass_correction)
+    if size is not None:
+        check_length("size", size, budget)
+    if query_radius is not None:
+        check_not_negative("query_radius", query_radius)
+    budget = min(budget, num_keys)
     if budget == num_keys and (size is None or num_keys <= sinks + recent):
         return tokens
     start = jnp.zeros((), jnp.int32)
@@ -180,7 +216,7 @@ def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) 
     return WeightedKV(k, value_sum, mass)
 
 
-def _kept_at(tokens: WeightedKV, ranked: Array, size: Array | None) -> WeightedKV:
+def _kept_at(tokens: WeightedKV, ranked: Array, size: int | Array | None) -> WeightedKV:
     if size is None:
         return jax.tree.map(lambda x: x[ranked], tokens)
     return _at(tokens, ranked, jnp.arange(ranked.shape[0], dtype=jnp.int32) < size)
@@ -201,8 +237,9 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     .. math:: \mathrm{received}_j = \sum_{t \ge j} \frac{m_j e^{q_t \cdot k_j}}{\sum_{i \le t} m_i e^{q_t \cdot k_i}}
 
     Args:
-        tokens: S tokens in scaled space, the hidden ones of mass 0.
-        queries: the queries of the last T positions ``[T, D]``, in scaled space.
+        tokens: S tokens, the hidden ones of mass 0.
+        queries: the queries of the last T positions ``[T, D]``, in the space of the keys that the tokens were made from
+            (scaled space, unless they carry a scale).
 
     Returns:
         Sums ``[S]``, which add up to the number of queries that see a key.
@@ -217,10 +254,11 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     Reference:
         Zhang et al. (2023), "H2O"; of a window of the last queries: Li et al. (2024), "SnapKV".
     """
+    _check_queries(queries, tokens.k)
     num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
     number = jnp.arange(num_keys, dtype=jnp.int32)
     position = jnp.arange(num_queries, dtype=jnp.int32) + (num_keys - num_queries)
-    queries = queries.astype(tokens.k.dtype)
+    queries = scaled_queries(queries.astype(tokens.k.dtype), tokens)
 
     def of_block(rows: tuple[Array, Array]) -> Array:
         q, place = rows
@@ -288,15 +326,17 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
         The number of tokens, each of which takes D + Dv numbers and its mass.
 
     Raises:
-        ValueError: not even one does, or channels below 1.
+        ValueError: not even one does, or counts below 1.
+        TypeError: counts that are no integers.
 
     Example:
         >>> from approx_attention import token_budget
         >>> token_budget(2**20, 64, 64)  # 129 numbers of 4 bytes each
         2032
     """
-    check_count("head_dim", head_dim)
-    check_count("value_dim", value_dim)
+    head_dim = check_count("head_dim", head_dim)
+    value_dim = check_count("value_dim", value_dim)
+    num_bytes = check_count("num_bytes", num_bytes, most=None)
     per_token = (head_dim + value_dim + 1) * jnp.dtype(dtype).itemsize
     if num_bytes < per_token:
         raise ValueError(f"a weighted token takes {per_token} bytes, more than the budget of {num_bytes}")
@@ -328,11 +368,12 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
     Reference:
         Cai et al. (2024), "PyramidKV".
     """
-    check_count("least", least, least=0)
-    check_count("num_layers", num_layers)
-    check_count("budget", budget)
-    if steepness < 1:
-        raise ValueError(f"steepness must be at least 1, got {steepness}")
+    least = check_count("least", least, least=0)
+    num_layers = check_count("num_layers", num_layers)
+    budget = check_count("budget", budget)
+    check_number("steepness", steepness)
+    if not 1 <= steepness < math.inf:
+        raise ValueError(f"steepness must be at least 1 and finite, got {steepness}")
     last = min(budget, max(least, round(budget / steepness)))
     first = 2 * budget - last
     if num_layers == 1:
@@ -344,7 +385,8 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
     """How many keys each head keeps if all heads together keep ``H * budget`` with the greatest scores.
 
     Args:
-        scores: of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention.
+        scores: of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention; where they
+            are traced, NaN counts as the least.
         budget: mean tokens per head.
         least: no head gets fewer, such as the sinks, the recent tokens and one more of `compress_tokens`.
         most: no head gets more, by default twice the mean; nor, of course, more than it has.
@@ -353,7 +395,8 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
         Sizes ``[H]``, int32; their sum is at most ``H * budget``.
 
     Raises:
-        ValueError: a budget that is not between ``least`` and ``most``.
+        ValueError: a budget that is not between ``least`` and ``most``, scores that are not ``[H, S]`` or NaN.
+        TypeError: scores that are not floating point.
 
     Example:
         >>> import functools, jax
@@ -370,9 +413,15 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
     Reference:
         Feng et al. (2024), "Ada-KV".
     """
+    check_floating("scores", scores)
+    if scores.ndim != 2 or 0 in scores.shape:
+        raise ValueError(f"scores must be [H, S] of at least one head and key, got shape {scores.shape}")
+    if not isinstance(scores, Tracer) and np.isnan(np.asarray(scores)).any():
+        raise ValueError(f"scores must be numbers, got {np.isnan(np.asarray(scores)).sum()} NaN")
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     num_heads, num_keys = scores.shape
-    check_count("budget", budget)
-    check_count("least", least, least=0)
+    budget = check_count("budget", budget)
+    least = check_count("least", least, least=0)
     most = 2 * budget if most is None else check_count("most", most)
     if not least <= budget <= most:
         raise ValueError(f"budget must be from least = {least} to most = {most} tokens per head, got {budget}")
@@ -418,7 +467,7 @@ def running_compressed(
         >>> running.read(running.init(4, 4, jnp.float32)).mass.shape
         (24,)
     """
-    check_count("budget", budget)
+    budget = check_count("budget", budget)
     folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:
@@ -437,7 +486,7 @@ def compress_cache(
     key: Array | None = None,
     *,
     budget: int,
-    size: Array | None = None,
+    size: int | Array | None = None,
     coreset_size: int = 256,
     policy: str | Algorithm = "kmeans_nystrom",
     queries: Float[Array, "T D"] | None = None,
@@ -471,7 +520,7 @@ def compress_cache(
 
     Raises:
         TypeError: a cache that does not hold tokens, or holds signed masses.
-        ValueError: as in `compress_tokens`, counts below 1.
+        ValueError: as in `compress_tokens`, counts below 1, a cache whose tokens carry a scale.
 
     Example:
         >>> import jax
@@ -490,12 +539,15 @@ def compress_cache(
         As in `compress_tokens`.
     """
     _check_policy(policy, size)
-    check_count("coreset_size", coreset_size)
-    prefix = cache.past.prefix
+    budget, coreset_size = check_count("budget", budget), check_count("coreset_size", coreset_size)
+    if not isinstance(cache, Cache):
+        raise TypeError(f"compress_cache takes the Cache of a Decoder, got {type(cache).__name__}")
+    prefix = require_scaled_space("compress_cache", cache.past.prefix)
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
         raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
     if queries is not None:
+        _check_queries(queries, prefix.k)
         queries = head_inputs(queries, prefix.k, prefix.value_sum, scale=1.0)[0]
     small = _in_budget(
         prefix,

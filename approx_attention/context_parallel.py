@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from approx_attention.api import check_layout, within
 from approx_attention.causal import Block, Past, RunningSummary, scan_blocks
-from approx_attention.checks import check_key, fold_scale
+from approx_attention.checks import check_count, check_flag, check_key, fold_scale
 from approx_attention.choices import keeping_choices
 from approx_attention.methods.local import window_sides
 from approx_attention.registry import METHODS, OPTIONS, Method, accepted, check_hyperparameters, get_method
@@ -90,6 +90,7 @@ def attention(
     Reference:
         Liu, Zaharia and Abbeel (2023), "Ring attention with blockwise transformers", for exact attention.
     """
+    is_causal = check_flag("is_causal", is_causal)
     check_layout(query, key, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[:2] != query.shape[:2]:
@@ -224,10 +225,12 @@ def _form(
     options = dict(hyperparameters)
     # A method without blocks is summarised whole: any number of tokens is one of its parts.
     block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 1)
+    block_size = check_count(registered.block, block_size)
     if registered.size is not None:
-        size = options.setdefault(registered.size, known[registered.size].default)
+        size = options.get(registered.size, known[registered.size].default)
         if size is None:
             raise NotImplementedError(f"method {method!r} needs {registered.size} across devices")
+        options[registered.size] = check_count(registered.size, size)
     # A running summary of bounded room needs that of a device's part.
     options["max_length"] = -(-length // (devices * block_size)) * block_size
     form = _Summaries(registered, is_causal, head_dim, block_size, True, False, options)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.checks import check_choice, check_count
+from approx_attention.checks import check_choice, keep_count
 from approx_attention.clustering import (
     cholesky_places,
     farthest_places,
@@ -98,7 +98,7 @@ class Halving:
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, SIGN_RULES)
         check_choice("order", self.order, ("tree", "random"))
-        check_count("block", self.block, least=2)
+        keep_count(self, "block", least=2)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -130,6 +130,9 @@ class Stratified:
     share: float = 0.25
     sample: int = 1024
     halving: Halving = Halving()
+
+    def __post_init__(self) -> None:
+        keep_count(self, "sample")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -206,6 +209,9 @@ class BalanceKV:
 
     failure: float = 0.5
     octaves: int = 16
+
+    def __post_init__(self) -> None:
+        keep_count(self, "octaves")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -305,7 +311,7 @@ class KMeansMerge:
     seeding: Literal["spread", "random", "pivots"] = "spread"
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
+        keep_count(self, "steps")
         check_choice("seeding", self.seeding, ("spread", "random", "pivots"))
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
@@ -363,6 +369,9 @@ class PivotedNystrom:
     ridge: float = 1e-5
     bins: int = 1
 
+    def __post_init__(self) -> None:
+        keep_count(self, "bins")
+
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
         exponent = ratio / 3.94582
@@ -404,6 +413,9 @@ class SubGen:
     reach: float = 0.5
     reservoir: int = 4
     value_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        keep_count(self, "reservoir")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""

@@ -10,12 +10,20 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.causal import Block, Past, RunningSummary, move_on, scan_blocks
-from approx_attention.checks import check_count, check_floating, fold_scale
+from approx_attention.checks import (
+    check_count,
+    check_floating,
+    check_length,
+    check_lengths,
+    fold_scale,
+    keep_count,
+    logit_scale,
+)
 from approx_attention.registry import METHODS, accepted, check_hyperparameters, draw_per_head, get_method
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import mask_bias
 from approx_attention.states import merge
-from approx_attention.summaries import attend
+from approx_attention.summaries import attend, require_scaled_space
 
 
 class Cache(NamedTuple):
@@ -78,7 +86,8 @@ class Decoder:
         if not isinstance(self.running, RunningSummary):
             raise TypeError(f"running must be what METHODS[name].running makes, got {self.running!r}")
         for name in ("head_dim", "value_dim", "block_size"):
-            check_count(name, getattr(self, name))
+            keep_count(self, name)
+        logit_scale(self.scale, self.head_dim)
         if jnp.dtype(self.dtype) not in (jnp.float32, jnp.float64):
             raise TypeError(f"dtype of a cache must be float32 or float64, got {jnp.dtype(self.dtype)}")
 
@@ -95,12 +104,13 @@ class Decoder:
             cache: what was seen before.
             k: keys ``[T, D]``.
             v: values ``[T, Dv]``.
-            num_real: how many of them are real, from the first on; all by default.
+            num_real: how many of them are real, from the first on, 0 to T (cut to that if traced); all by default.
 
         Returns:
             The new cache.
         """
-        if k.shape[0] > 1 or num_real is not None:
+        num_tokens = self._check_tokens(k, v)
+        if num_tokens > 1 or num_real is not None:
             return self.prefill(cache, jnp.zeros_like(k), k, v, num_real)[1]
         tokens = self._tokens(k, v, 1)
         number, place = cache.length // self.block_size, cache.length % self.block_size
@@ -128,12 +138,13 @@ class Decoder:
         Raises:
             ValueError: queries that do not fit the cache.
         """
-        if q.ndim != 2 or q.shape[1] != self.head_dim:
-            raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}")
+        check_floating("q", q)
+        if q.ndim != 2 or q.shape[1] != self.head_dim or q.shape[0] == 0:
+            raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}; G is at least 1")
         scaled, _ = fold_scale(self.running.space(q.astype(self.dtype)), q, self.scale)
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
         bias = mask_bias(near.kv_mask, self.dtype)[None, :]
-        summary = self.running.read(cache.past.prefix)
+        summary = require_scaled_space("a running summary", self.running.read(cache.past.prefix))
         return merge(self.running.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out
 
     def prefill(
@@ -151,13 +162,12 @@ class Decoder:
         Returns:
             Answers ``[T, Dv]`` in the dtype of the cache, 0 where a token is not real, and the new cache.
         """
-        num_tokens, block_size = k.shape[0], self.block_size
-        if num_real is not None and not jnp.issubdtype(jnp.asarray(num_real).dtype, jnp.integer):
-            raise TypeError(f"num_real must be an integer, got {num_real!r}")
-        if isinstance(num_real, int) and not 0 <= num_real <= num_tokens:
-            raise ValueError(f"num_real must be from 0 to T = {num_tokens}, got {num_real}")
+        num_tokens, block_size = self._check_tokens(k, v), self.block_size
+        if num_real is not None:
+            check_length("num_real", num_real, num_tokens)
         num_real = jnp.clip(jnp.asarray(num_tokens if num_real is None else num_real, jnp.int32), 0, num_tokens)
         tokens = self._tokens(k, v, num_real)
+        check_floating("q", q)
         if q.shape != k.shape:
             raise ValueError(f"q must be [T, D] = {list(k.shape)} like k, got shape {q.shape}")
         real = tokens.kv_mask[:, None]
@@ -182,11 +192,15 @@ class Decoder:
         out = lax.dynamic_slice_in_dim(out_of_blocks(state.out), filled, num_tokens)
         return jnp.where(real, out, jnp.zeros_like(out)), Cache(past, current, cache.length + num_real)
 
-    def _tokens(self, k: Array, v: Array, num_real: Array | int) -> Block:
+    def _check_tokens(self, k: Any, v: Any) -> int:
+        """The number of further tokens."""
         for name, x, size in (("k", k, self.head_dim), ("v", v, self.value_dim)):
+            check_floating(name, x)
             if x.ndim != 2 or x.shape != (k.shape[0], size) or k.shape[0] == 0:
                 raise ValueError(f"{name} must be [T, {size}] with T >= 1 tokens, got shape {x.shape}")
-            check_floating(name, x)
+        return k.shape[0]
+
+    def _tokens(self, k: Array, v: Array, num_real: Array | int) -> Block:
         real = jnp.arange(k.shape[0], dtype=jnp.int32) < num_real
         k, v = (jnp.where(real[:, None], x, jnp.zeros_like(x)).astype(self.dtype) for x in (k, v))
         k = self.running.space(k)
@@ -272,6 +286,8 @@ class HeadsDecoder:
             raise TypeError(f"blocks of method {method!r} are set by {block}, not by block_size")
         default = own[block].default if block in own else 128
         block_size = check_count(block, hyperparameters.get(block, default))
+        if block in hyperparameters:
+            hyperparameters[block] = block_size
         takes = inspect.signature(running).parameters
         # Implementations of exact attention differ in nothing else.
         elsewhere = takes.keys() | {block, "implementation"}
@@ -284,9 +300,11 @@ class HeadsDecoder:
             hyperparameters["max_length"] = block_size * -(-max_length // block_size)
         elif "max_length" in takes and takes["max_length"].default is inspect.Parameter.empty:
             raise TypeError(f"method {method!r} holds every token: pass max_length, the most that there will be")
+        head_dim = check_count("head_dim", head_dim)
+        logit_scale(scale, head_dim)
         self.sizes: dict[str, Any] = {
             "head_dim": head_dim,
-            "value_dim": head_dim if value_dim is None else value_dim,
+            "value_dim": head_dim if value_dim is None else check_count("value_dim", value_dim),
             "block_size": block_size,
             "scale": scale,
             "dtype": dtype,
@@ -306,7 +324,7 @@ class HeadsDecoder:
         Returns:
             The `HeadsCache`.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         head_dim = self.sizes["head_dim"]
         drawn = draw_per_head(self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters)
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
@@ -323,7 +341,8 @@ class HeadsDecoder:
             query: ``[B, T, N, D]``, of which N/K consecutive heads share a key head.
             key: ``[B, T, K, D]``.
             value: ``[B, T, K, Dv]``.
-            lengths: how many of the tokens are real, from the first on, ``[B]``; only with a ragged cache.
+            lengths: how many of the tokens are real, from the first on, ``[B]``, each from 0 to T (cut to that where
+                they are traced); only with a ragged cache.
 
         Returns:
             Answers ``[B, T, N, Dv]`` in the dtype of ``value``, 0 where a token is not real, and the new cache.
@@ -378,23 +397,25 @@ class HeadsDecoder:
     def _check(
         self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None, ragged: bool
     ) -> tuple[int, int]:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_floating(name, x)
         batch = cache.heads.current.kv_mask.shape[0]
         for name, x, heads, size in (
             ("query", query, query.shape[-2] if query.ndim == 4 else None, self.sizes["head_dim"]),
             ("key", key, self.num_kv_heads, self.sizes["head_dim"]),
             ("value", value, self.num_kv_heads, self.sizes["value_dim"]),
         ):
-            if x.shape != (batch, *key.shape[1:2], heads, size):
+            if x.shape != (batch, *key.shape[1:2], heads, size) or 0 in x.shape:
                 raise ValueError(
                     f"{name} must be [B, T, heads, channels] with B = {batch}, {self.num_kv_heads} key heads and "
-                    f"{size} channels, got shape {x.shape}"
+                    f"{size} channels, none of them 0, got shape {x.shape}"
                 )
         if query.shape[2] % self.num_kv_heads:
             raise ValueError(f"key heads must divide query heads, got {self.num_kv_heads} and {query.shape[2]}")
         if lengths is not None and not ragged:
             raise ValueError("lengths are for a cache made by init(..., ragged=True), got one of a common length")
-        if lengths is not None and lengths.shape != (batch,):
-            raise ValueError(f"lengths must be [B] = {[batch]}, got shape {lengths.shape}")
-        if lengths is not None and not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise TypeError(f"lengths must be integers, got dtype {lengths.dtype}")
+        if lengths is not None:
+            check_lengths("lengths", lengths, key.shape[1])
+            if lengths.shape != (batch,):
+                raise ValueError(f"lengths must be [B] = {[batch]}, got shape {lengths.shape}")
         return batch, key.shape[1]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.checks import InputError, accumulation_dtype, head_inputs, zero_padding
 from approx_attention.softmax import HIDDEN
-from approx_attention.summaries import Summary, WeightedKV, attend
+from approx_attention.summaries import Summary, WeightedKV, attend, require_scaled_space
 
 
 class OutputError(NamedTuple):
@@ -134,7 +134,7 @@ def sup_error(
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         v: values ``[S, Dv]``.
-        summary: what stands for them.
+        summary: what stands for them, in scaled space; of one that carries a scale pass ``summary.in_scaled_space()``.
         radius: the ball's radius :math:`\rho`, a norm of scaled queries.
         kv_mask: true where a key is real, ``[S]``.
         key: typed PRNG key of the search; ``jax.random.key(0)`` by default.
@@ -155,6 +155,7 @@ def sup_error(
         >>> bool(fine < 1e-5 < coarse)
         True
     """
+    summary = require_scaled_space("sup_error", summary)
     key_random, key_chosen = jax.random.split(jax.random.key(0) if key is None else key)
     k, v = zero_padding(k, v, kv_mask)
     tokens = WeightedKV.of_tokens(k, v, kv_mask)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from approx_attention.certification import RatioError
-from approx_attention.checks import check_choice, check_count, check_key
+from approx_attention.checks import check_choice, check_count, check_counts, check_key
 from approx_attention.patterns import SparsePattern
 from approx_attention.realization import (
     DETERMINISTIC,
@@ -122,7 +122,8 @@ def dimension_bound(
         (2005), "Neighborliness of randomly projected simplices in high dimensions"; the others are this library's.
     """
     check_choice("kind", kind, get_args(BoundKind))
-    n, k = check_count("num_tokens", num_tokens), check_count("keys_per_row", keys_per_row)
+    # No array is so large: the bounds are formulas.
+    n, k = check_counts(most=None, num_tokens=num_tokens, keys_per_row=keys_per_row)
     if k > n:
         raise ValueError(f"keys_per_row must be at most num_tokens = {n}, got {k}")
     for name, value, low, high in (("eps1", eps1, 0, 1), ("p", p, 0, 1)):
@@ -134,7 +135,7 @@ def dimension_bound(
     if kind == "packing":
         if max_logit is None or not max_logit > 0:
             raise ValueError(f"packing bounds channels by a positive max_logit, got {max_logit}")
-        matched = n / (k * (k if rows_per_key is None else check_count("rows_per_key", rows_per_key)))
+        matched = n / (k * (k if rows_per_key is None else check_count("rows_per_key", rows_per_key, most=None)))
         dim = max(1, _ceil(math.log(max(matched, 1)) / math.log1p(2 * max_logit / gap)))
         return DimensionBound(dim, True, "proved", dim <= 1)
     if kind in ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic"):
@@ -264,7 +265,8 @@ def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
         >>> round(failure_bound(64, 2, 40), 3)
         0.154
     """
-    if check_count("d", d) < keys_per_row:
+    num_tokens, keys_per_row, d = check_counts(most=None, num_tokens=num_tokens, keys_per_row=keys_per_row, d=d)
+    if d < keys_per_row:
         raise ValueError(f"least squares need d >= keys_per_row = {keys_per_row}, got {d}")
     tail = log_t_tail(d - keys_per_row + 1, 1 / math.sqrt(keys_per_row))
     return min(1.0, num_tokens * (num_tokens - keys_per_row) * math.exp(tail))
@@ -327,7 +329,7 @@ def minimal_dimension(
         True
     """
     check_key("minimal_dimension", key)
-    check_count("trials", trials)
+    trials = check_count("trials", trials)
     check_choice("ratio", ratio, get_args(RatioError))
     if method in DETERMINISTIC:
         raise ValueError(f"minimal_dimension searches over draws, and {method!r} makes none")

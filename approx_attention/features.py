@@ -197,7 +197,8 @@ def gaussian_projection(
         >>> gaussian_projection(jax.random.key(0), 8, 4).shape
         (8, 4)
     """
-    return jax.random.normal(key, (check_count("num_features", num_features), head_dim), dtype)
+    shape = check_count("num_features", num_features), check_count("head_dim", head_dim)
+    return jax.random.normal(key, shape, dtype)
 
 
 def orthogonal_projection(
@@ -237,7 +238,9 @@ def orthogonal_projection(
     """
     check_choice("row_norm", row_norm, ("chi", "sqrt_dim"))
     key_directions, key_norms = jax.random.split(key)
-    blocks = -(-check_count("num_features", num_features) // head_dim)
+    num_features = check_count("num_features", num_features)
+    head_dim = check_count("head_dim", head_dim)
+    blocks = -(-num_features // head_dim)
     gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
     rotation, triangle = jnp.linalg.qr(gaussian)
     # The signs of R's diagonal make the rotation uniformly distributed.

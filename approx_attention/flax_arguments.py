@@ -37,13 +37,12 @@ def name_and_randomness(
     return method, registered.capabilities.needs_key or noise
 
 
-def check_redraw(redraw: str, every: int | None) -> None:
-    """Raises ``ValueError`` unless ``every`` is a number of calls just where ``redraw`` is ``"every_n"``."""
+def check_redraw(redraw: str, every: int | None) -> int:
+    """How many calls are counted together; raises unless ``every`` is a count just where ``redraw`` is "every_n"."""
     check_choice("redraw", redraw, ("never", "every_call", "every_n"))
     if (redraw == "every_n") != (every is not None):
         raise ValueError(f"every is for redraw='every_n', and needed there; got redraw={redraw!r}, every={every}")
-    if every is not None:
-        check_count("every", every)
+    return 1 if every is None else check_count("every", every)
 
 
 def drawn_array(name: str, drawn: Mapping[str, Array], argument: str) -> Array:

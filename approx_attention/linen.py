@@ -12,6 +12,7 @@ from jax import Array
 
 from approx_attention import flax_arguments
 from approx_attention.api import attention
+from approx_attention.checks import check_flag
 from approx_attention.registry import accepted, get_method
 
 
@@ -56,6 +57,7 @@ class ApproxAttention(nn.Module):
     learned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_flag("is_causal", self.is_causal)
         flax_arguments.check_redraw(self.redraw, self.every)
         flax_arguments.name_and_randomness(self.method, self.noise, self.options)
         super().__post_init__()
@@ -146,7 +148,8 @@ class ApproxAttention(nn.Module):
         count = self.variable("draws", "count", lambda: jnp.zeros((), jnp.int32))
         if moves_on and not self.is_initializing():
             count.value += 1
-        return jax.random.fold_in(rng, (jnp.maximum(count.value, 1) - 1) // (self.every or 1))
+        every = flax_arguments.check_redraw(self.redraw, self.every)
+        return jax.random.fold_in(rng, (jnp.maximum(count.value, 1) - 1) // every)
 
     def _key_data(self) -> Array:
         """A new key as raw data, from a stream with keys of any kind, new or old."""

@@ -110,7 +110,7 @@ class SparsePattern:
             >>> SparsePattern.from_indices([[0], [0, 2]], num_keys=3).valid.tolist()
             [[True, False], [True, True]]
         """
-        check_count("num_keys", num_keys)
+        num_keys = check_count("num_keys", num_keys)
         rows, keys = _ragged("indices", indices)
         if keys.dtype.kind not in "iu":
             raise TypeError(f"indices must be integers, got dtype {keys.dtype}")
@@ -150,7 +150,7 @@ class SparsePattern:
             >>> SparsePattern.banded(4, range(-1, 2), is_causal=True).indices.tolist()
             [[0, 0], [0, 1], [1, 2], [2, 3]]
         """
-        check_count("num_tokens", num_tokens)
+        num_tokens = check_count("num_tokens", num_tokens)
         steps = _integers("offsets", offsets)
         sizes = np.ones(len(steps), np.float32) if weights is None else np.asarray(weights)
         if sizes.shape != steps.shape:
@@ -182,10 +182,9 @@ class SparsePattern:
             >>> SparsePattern.block(4, 2).indices.tolist()
             [[0, 1], [0, 1], [2, 3], [2, 3]]
         """
-        num_keys = num_tokens if num_keys is None else num_keys
-        check_count("num_tokens", num_tokens)
-        check_count("num_keys", num_keys)
-        check_count("block_size", block_size)
+        num_tokens = check_count("num_tokens", num_tokens)
+        num_keys = num_tokens if num_keys is None else check_count("num_keys", num_keys)
+        block_size = check_count("block_size", block_size)
         shape = -(-num_tokens // block_size), -(-num_keys // block_size)
         block_map = np.eye(*shape, dtype=bool) if block_map is None else np.asarray(block_map)
         if block_map.shape != shape or block_map.dtype != bool:
@@ -216,8 +215,9 @@ class SparsePattern:
         Reference:
             Child et al. (2019), "Generating long sequences with sparse transformers", section 4.2.
         """
-        check_count("num_tokens", num_tokens)
-        reach = num_tokens - 1 - (num_tokens - 1) % check_count("stride", stride)
+        num_tokens = check_count("num_tokens", num_tokens)
+        stride = check_count("stride", stride)
+        reach = num_tokens - 1 - (num_tokens - 1) % stride
         return cls.banded(num_tokens, range(-reach, reach + 1, stride), is_causal=is_causal)
 
     @classmethod
@@ -244,8 +244,9 @@ class SparsePattern:
             >>> (pattern.to_dense() > 0).sum(axis=0).tolist()
             [2, 2, 2, 2, 2, 2]
         """
-        check_count("keys_per_row", keys_per_row)
-        if keys_per_row > check_count("num_tokens", num_tokens):
+        keys_per_row = check_count("keys_per_row", keys_per_row)
+        num_tokens = check_count("num_tokens", num_tokens)
+        if keys_per_row > num_tokens:
             raise ValueError(f"keys_per_row must be at most num_tokens = {num_tokens}, got {keys_per_row}")
         key_rows, key_columns, key_shifts = jax.random.split(check_key("SparsePattern.random", key), 3)
         rows, columns, shifts = (
@@ -390,7 +391,7 @@ class SparsePattern:
             >>> SparsePattern.banded(4, [0, 1]).block_mask(2).tolist()
             [[True, True], [False, True]]
         """
-        check_count("block_size", block_size)
+        block_size = check_count("block_size", block_size)
         rows = jnp.arange(self.num_queries, dtype=jnp.int32)[:, None] // block_size
         shape = math.ceil(self.num_queries / block_size), math.ceil(self.num_keys / block_size)
         return jnp.zeros(shape, bool).at[rows, self.indices // block_size].max(self.valid)

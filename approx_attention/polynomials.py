@@ -13,13 +13,13 @@ import math
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jax.core import Tracer
 from numpy.polynomial import chebyshev, polynomial
 
-from approx_attention.checks import check_choice, check_count
+from approx_attention.checks import check_choice, check_count, shown
 
 Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 
@@ -102,6 +102,17 @@ def check_taken(coefficients: object, *, bound: float | None, rms: float | None)
             kinds = " and ".join(repr(kind) for kind, number in _TAKES.items() if number == name)
             given = repr(coefficients) if isinstance(coefficients, str) else "coefficients that are numbers"
             raise ValueError(f"{name} is for coefficients {kinds}, got {name}={value} with {given}")
+
+
+def num_coefficients(coefficients: Any) -> int:
+    """How many coefficients are given as numbers; raises ``TypeError`` for what is no sequence of real numbers."""
+    given = coefficients if hasattr(coefficients, "dtype") else np.asarray(coefficients)
+    if given.ndim != 1 or given.shape[0] == 0 or given.dtype.kind not in "iufV":
+        raise TypeError(
+            f"coefficients must be one of {', '.join(get_args(Coefficients))}, or real numbers [degree + 1], got "
+            f"{shown(coefficients)}"
+        )
+    return given.shape[0]
 
 
 def taken_by(kind: str, *, bound: float | None = None, rms: float | None = None) -> dict[str, float | None]:
@@ -252,7 +263,8 @@ def choose_degree(
         >>> choose_degree(1e-2, 1.0, 16), choose_degree(1e-2, 1.0, 16, coefficients="taylor")
         (4, 4)
     """
-    check_count("dim", dim)
+    dim = check_count("dim", dim)
+    max_rank = check_count("max_rank", max_rank, most=None)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
     if coefficients in ("minimax", "chebyshev") and bound > MAX_CERTIFIED:

@@ -141,9 +141,10 @@ def realize_sparse_pattern(
         The scheme of ``"projection"`` and of fixed projections is that of Likhosherstov, Choromanski and Weller (2021),
         "On the expressive power of self-attention matrices"; the formulas and the other methods are this library's.
     """
+    d = check_count("d", d)
     require_request(pattern, eps1, eps2, d, method, is_causal)
-    check_count("max_draws", max_draws)
-    check_count("num_steps", num_steps)
+    max_draws = check_count("max_draws", max_draws)
+    num_steps = check_count("num_steps", num_steps)
     check_choice("ratio", ratio, get_args(RatioError))
     for name, limit in (("tau", tau), ("max_logit", max_logit)):
         if limit is not None and not limit > 0:
@@ -171,7 +172,6 @@ def realize_sparse_pattern(
 def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, method: str, is_causal: bool) -> None:
     """Raises unless a method can be asked for a pattern, to these precisions, with d channels."""
     check_choice("method", method, get_args(RealizationMethod))
-    check_count("d", d)
     if not 0 < eps1 < 1:
         raise ValueError(f"eps1 must lie in (0, 1), got {eps1}")
     if not 0 <= eps2 < math.inf:

@@ -208,8 +208,8 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
         Chazelle (2009) and Tropp (2011) for the Hadamard transform.
     """
     check_choice("sketch", kind, SKETCHES)
-    check_count("sketch_size", size)
-    return SKETCHES[kind](check_key("draw_sketch", key), size, check_count("num_rows", num_rows))
+    size, num_rows = check_count("sketch_size", size), check_count("num_rows", num_rows)
+    return SKETCHES[kind](check_key("draw_sketch", key), size, num_rows)
 
 
 def back(sketch: Sketch, y: Array) -> Array:

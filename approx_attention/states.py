@@ -56,6 +56,7 @@ def merge(a: Any, b: Any) -> Any:
 
     Raises:
         TypeError: ``a`` and ``b`` are not of one mergeable kind.
+        ValueError: summaries of which one carries a scale and the other none, or another.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -2,8 +2,8 @@
 
 Every approximation replaces (K, V) by one of two kinds of summary, told apart by where the query's features come from:
 tokens, real or synthetic (`WeightedKV`), or moments of a feature map (`FeatureMoments`). `attend` asks a summary,
-`merge` joins summaries of disjoint sets of keys. Logits are plain dot products here: fold the scale into queries and
-keys first (`fold_scale`).
+`merge` joins summaries of disjoint sets of keys. Logits are plain dot products here, with the scale folded into queries
+and keys (`fold_scale`). A summary that was made from keys as they are carries its scale, for queries as they are.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
@@ -27,9 +28,19 @@ FEATURE_BLOCK = 1024
 LEAST_FEATURE_BLOCK, FEATURE_TILE = 64, 2**18
 
 
+class _InSpace:
+    """What both kinds of summary know of the space of their keys."""
+
+    scale: Array | None
+
+    def in_scaled_space(self) -> Self:
+        """The same summary for queries in scaled space (`fold_scale`), which is where its keys are held."""
+        return dataclasses.replace(self, scale=None)  # pyright: ignore[reportArgumentType]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WeightedKV:
+class WeightedKV(_InSpace):
     r"""M tokens with masses that stand for a set of keys and values.
 
     .. math:: \mathrm{attend}(q) = \sum_j e^{q \cdot k_j}\, \mathrm{value\_sum}_j
@@ -45,12 +56,15 @@ class WeightedKV:
         value_sum: the values each token stands for, summed with their weights, ``[M, Dv]``.
         mass: how many keys each token stands for, ``[M]``.
         value_range: least and greatest value per channel ``[2, Dv]`` if masses are signed, else ``None``.
+        scale: factor s of the logits, if the summary was made from keys as they are and takes queries as they are;
+            ``None`` if both are in scaled space.
     """
 
     k: Array
     value_sum: Array
     mass: Array
     value_range: Array | None = None
+    scale: Array | None = None
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
@@ -88,7 +102,7 @@ class WeightedKV:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FeatureMoments:
+class FeatureMoments(_InSpace):
     r"""Sums over tokens of the features of keys, times values and alone.
 
     .. math:: \mathrm{attend}(q)
@@ -104,12 +118,14 @@ class FeatureMoments:
         mass: ``[R]``.
         log_scale: c ``[R]``, ``-inf`` where no key has been seen.
         features: the feature map that made the moments and reads the query.
+        scale: as in `WeightedKV`.
     """
 
     value_sum: Array
     mass: Array
     log_scale: Array
     features: FeatureMap
+    scale: Array | None = None
 
     @classmethod
     def empty(cls, features: FeatureMap, value_dim: int, dtype: Any = jnp.float32) -> Self:
@@ -137,11 +153,12 @@ class FeatureMoments:
         # The scale is a constant to derivatives; what they see is a factor of 1.
         factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
         log_scale = self.log_scale + lax.stop_gradient(log_weight)
-        return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features)
+        return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features, self.scale)
 
     def reweighted(self, weights: Array, features: FeatureMap) -> Self:
         """The moments with feature r counted so many times, which may be negative, for queries of another map."""
-        return type(self)(self.value_sum * weights[:, None], self.mass * weights, self.log_scale, features)
+        value_sum = self.value_sum * weights[:, None]
+        return type(self)(value_sum, self.mass * weights, self.log_scale, features, self.scale)
 
     @classmethod
     def _of_positive_features(cls, features: PositiveFeatures, k: Array, v: Array, kv_mask: Array | None) -> Self:
@@ -181,14 +198,44 @@ def _feature_block(features: FeatureMap) -> int:
 Summary = WeightedKV | FeatureMoments
 
 
+def scaled_queries(q: Array, summary: Summary) -> Array:
+    """Queries in the space of the keys that a summary was made from, in the scaled space where it holds them."""
+    return q if summary.scale is None else q * jnp.sqrt(summary.scale).astype(q.dtype)
+
+
+def require_scaled_space(owner: str, summary: Any) -> Any:
+    """Returns a summary that is asked in scaled space; raises ``ValueError`` for one that carries a scale."""
+    if getattr(summary, "scale", None) is not None:
+        raise ValueError(
+            f"{owner} asks in scaled space (fold_scale), and the summary carries a scale, for queries as they are: "
+            "pass summary.in_scaled_space()"
+        )
+    return summary
+
+
+def common_scale(a: Summary, b: Summary) -> Array | None:
+    """The scale that two summaries carry, as far as it is known when tracing; raises ``ValueError`` if they differ."""
+    if (a.scale is None) != (b.scale is None):
+        raise ValueError(
+            "merge takes summaries of one space, and one of these carries a scale: make both from keys as they are, or "
+            "both in scaled space, as summary.in_scaled_space() is"
+        )
+    known = a.scale is not b.scale and not isinstance(a.scale, Tracer) and not isinstance(b.scale, Tracer)
+    if known and not np.array_equal(np.asarray(a.scale), np.asarray(b.scale)):
+        raise ValueError(f"merge takes summaries of one scale, got {a.scale} and {b.scale}")
+    return a.scale
+
+
 def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
-    r"""Answers queries from a summary.
+    r"""Answers queries from a summary, in the space of the keys that it was made from.
 
     .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
               \qquad \mathrm{lse}(q) = \log \sum_r \phi_r(q)\, \mathrm{mass}_r.
 
     Args:
-        q: queries ``[T, D]`` in scaled space (`fold_scale`).
+        q: queries ``[T, D]`` in the space of the keys that the summary was made from. Functions named ``summarize_*``
+            take keys in scaled space: then queries go through `fold_scale` too. `compress_tokens` takes keys as they
+            are, and its result the queries as they are.
         summary: a `WeightedKV` or `FeatureMoments`.
 
     Returns:
@@ -206,14 +253,14 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         >>> float(state.out[0, 0]), round(float(jnp.exp(state.lse[0])), 5)
         (3.0, 3.0)
     """
-    q = q.astype(accumulation_dtype(q))
+    if not isinstance(summary, WeightedKV | FeatureMoments):
+        raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
+    q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
             return _attend_positive_moments(q, summary, summary.features)
         block = _feature_block(summary.features)
         return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
-    if not isinstance(summary, WeightedKV):
-        raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
     if q.shape[0] < summary.k.shape[1]:
@@ -296,14 +343,14 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
 @merge.register
 def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
     require_same_kind(a, b)
-    value_range = None
+    scale, value_range = common_scale(a, b), None
     if a.value_range is not None or b.value_range is not None:
         (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
         value_range = jnp.stack([jnp.minimum(low_a, low_b), jnp.maximum(high_a, high_b)])
     k, value_sum, mass = (
         jnp.concatenate([x, y]) for x, y in ((a.k, b.k), (a.value_sum, b.value_sum), (a.mass, b.mass))
     )
-    return WeightedKV(k, value_sum, mass, value_range)
+    return WeightedKV(k, value_sum, mass, value_range, scale)
 
 
 @merge.register
@@ -313,7 +360,8 @@ def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     peak = jnp.maximum(a.log_scale, b.log_scale)
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
-    return FeatureMoments(value_sum, a.mass * factor_a + b.mass * factor_b, peak, a.features)
+    mass = a.mass * factor_a + b.mass * factor_b
+    return FeatureMoments(value_sum, mass, peak, a.features, common_scale(a, b))
 
 
 def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
@@ -330,7 +378,7 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
         Their product, in time that does not depend on the number of tokens.
 
     Raises:
-        ValueError: moments of different sizes.
+        ValueError: moments of different sizes, or of different scales.
 
     Example:
         >>> import jax.numpy as jnp
@@ -346,7 +394,8 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
             shapes = first.value_sum.shape, moments.value_sum.shape
             raise ValueError(f"hadamard takes moments of one size [R, Dv], got {shapes[0]} and {shapes[1]}")
         value_sum, mass = first.value_sum * moments.value_sum, first.mass * moments.mass
-        first = FeatureMoments(value_sum, mass, first.log_scale + moments.log_scale, first.features)
+        log_scale = first.log_scale + moments.log_scale
+        first = FeatureMoments(value_sum, mass, log_scale, first.features, common_scale(first, moments))
     return first
 
 
@@ -369,13 +418,17 @@ def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:
 def summary_bytes(summary: Any) -> int:
     """Bytes that summaries, or caches made of them, hold per head and sequence.
 
-    A feature map does not count: it is drawn once and shared. Works on shapes (`jax.eval_shape`) as on arrays.
+    A feature map and a scale do not count: they are shared. Works on shapes (`jax.eval_shape`) as on arrays.
     """
 
-    def is_moments(x: Any) -> bool:
-        return isinstance(x, FeatureMoments)
+    def is_summary(x: Any) -> bool:
+        return isinstance(x, WeightedKV | FeatureMoments)
 
-    held = jax.tree.map(
-        lambda x: dataclasses.replace(x, features=None) if is_moments(x) else x, summary, is_leaf=is_moments
-    )
+    def counted(x: Any) -> Any:
+        if not is_summary(x):
+            return x
+        shared = {"features": None, "scale": None} if isinstance(x, FeatureMoments) else {"scale": None}
+        return dataclasses.replace(x, **shared)
+
+    held = jax.tree.map(counted, summary, is_leaf=is_summary)
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held))

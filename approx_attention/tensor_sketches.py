@@ -140,7 +140,7 @@ class TensorSketch(_PolynomialSketch):
             >>> query_map.num_features
             133
         """
-        _check_sizes(key, size, head_dim, degree, order, exact_degree)
+        size, head_dim, degree, order, exact_degree = _sizes(key, size, head_dim, degree, order, exact_degree)
         key_place, key_sign = jax.random.split(key)
         place = jax.random.randint(key_place, (degree, head_dim), 0, size)
         signs = _factor_signs(key_sign, order, (degree, head_dim))
@@ -200,7 +200,7 @@ class ProductSketch(_PolynomialSketch):
             >>> len(maps), maps[0].num_features
             (3, 133)
         """
-        _check_sizes(key, size, head_dim, degree, order, exact_degree)
+        size, head_dim, degree, order, exact_degree = _sizes(key, size, head_dim, degree, order, exact_degree)
         signs = _factor_signs(key, order, (degree, size, head_dim))
         return tuple(cls(sign, exact_degree) for sign in signs)
 
@@ -221,14 +221,18 @@ class ProductSketch(_PolynomialSketch):
         yield from itertools.accumulate(sums, operator.mul)
 
 
-def _check_sizes(key: Array, size: int, head_dim: int, degree: int, order: int, exact_degree: int) -> None:
+def _sizes(
+    key: Array, size: int, head_dim: int, degree: int, order: int, exact_degree: int
+) -> tuple[int, int, int, int, int]:
     check_key("a sketch", key)
-    check_count("size", size)
-    check_count("head_dim", head_dim)
-    check_count("degree", degree)
-    check_count("order", order, 2)
-    if check_count("exact_degree", exact_degree, 0) >= degree:
+    size = check_count("size", size)
+    head_dim = check_count("head_dim", head_dim)
+    degree = check_count("degree", degree)
+    order = check_count("order", order, 2)
+    exact_degree = check_count("exact_degree", exact_degree, 0)
+    if exact_degree >= degree:
         raise ValueError(f"exact_degree must be less than degree = {degree}, got {exact_degree}: use MonomialFeatures")
+    return size, head_dim, degree, order, exact_degree
 
 
 def _factor_signs(key: Array, order: int, shape: tuple[int, ...]) -> list[Array]:

@@ -183,8 +183,10 @@ def test_budgets():
 def test_a_head_uses_its_share_of_a_shared_budget():
     _, k, v = random_head(41, 1, 64, 6, 3)
     options: dict = {"policy": "knorm", "sinks": 2, "recent": 3}
-    own = compress_tokens(k, v, budget=12, **options)
-    shared = jax.jit(lambda size: compress_tokens(k, v, budget=64, size=size, **options))(jnp.int32(12))
+    own = compress_tokens(k, v, budget=12, **options).in_scaled_space()
+    shared = jax.jit(lambda size: compress_tokens(k, v, budget=64, size=size, **options).in_scaled_space())(
+        jnp.int32(12)
+    )
     there = np.asarray(shared.mass > 0)
     assert shared.mass.shape == (64,)
     assert there.sum() == 12

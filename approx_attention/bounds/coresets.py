@@ -17,7 +17,7 @@ from approx_attention.checks import (
 from approx_attention.clustering import merged, nearest
 from approx_attention.features import squared_norm
 from approx_attention.softmax import blocked_state, mask_bias
-from approx_attention.summaries import WeightedKV
+from approx_attention.summaries import WeightedKV, require_scaled_space
 
 
 class MergeBound(NamedTuple):
@@ -55,7 +55,7 @@ def merge_bound(
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         v: values ``[S, Dv]``.
-        summary: tokens to merge into, such as a coreset; those without mass are left out.
+        summary: tokens to merge into, such as a coreset, in scaled space; those without mass are left out.
         radius: :math:`\rho`, the largest norm of a query in scaled space.
         kv_mask: true where a key is real ``[S]``.
 
@@ -74,6 +74,7 @@ def merge_bound(
     Reference:
         Each weight is off by a factor between :math:`e^{\pm\rho\delta}`; a derivation of this library.
     """
+    summary = require_scaled_space("merge_bound", summary)
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     label = nearest(tokens.k, summary.k, summary.mass != 0)
     merge = merged(tokens, label, summary.mass.shape[0])
@@ -131,7 +132,7 @@ def sensitivity(
     Reference:
         Sensitivity as in Feldman and Langberg (2011); the gap is that of Frank and Wolfe (1956).
     """
-    check_count("num_steps", num_steps)
+    num_steps = check_count("num_steps", num_steps)
     check_key_value_fit(k, k, k)
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)
@@ -245,8 +246,8 @@ def coreset_size_bound(
         and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment.
     """
     check_choice("result", result, get_args(SizeResult))
-    check_count("head_dim", head_dim)
-    check_count("num_keys", num_keys)
+    head_dim = check_count("head_dim", head_dim, most=None)
+    num_keys = check_count("num_keys", num_keys, most=None)
     if not error > 0 or not radius > 0 or not 0 < failure < 1:
         raise ValueError(
             f"error and radius must be positive and failure between 0 and 1, got {error}, {radius} and {failure}"

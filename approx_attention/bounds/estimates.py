@@ -61,7 +61,7 @@ def favor_mse(
     Reference:
         Choromanski et al. (2021), "Rethinking attention with Performers", lemma 2 and theorem 1.
     """
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "trigonometric"))
     check_key_value_fit(q, k, k)
     dtype = accumulation_dtype(q, k)
@@ -114,7 +114,7 @@ def sketch_mse(
         Second moments of each family; what Wang et al. (2020), "Linformer", theorem 1 leaves as a probability.
     """
     check_choice("kind", kind, SKETCHES)
-    check_count("sketch_size", sketch_size)
+    sketch_size = check_count("sketch_size", sketch_size)
     num_keys = v.shape[0]
     if weights.ndim != 2 or weights.shape[1] != num_keys:
         raise ValueError(f"weights must be [T, S] with S = {num_keys}, got shape {weights.shape}")
@@ -163,7 +163,7 @@ def row_sample_mse(
     Reference:
         Drineas, Kannan and Mahoney (2006), "Fast Monte Carlo algorithms for matrices I".
     """
-    check_count("sample_size", sample_size)
+    sample_size = check_count("sample_size", sample_size)
     dtype = accumulation_dtype(weights, v)
     weights, v = weights.astype(dtype), v.astype(dtype)
     share = jnp.exp(-jax.nn.log_softmax(log_odds.astype(dtype)))
@@ -198,7 +198,7 @@ def johnson_lindenstrauss_size(num_points: int, error: float) -> float:
     Reference:
         Dasgupta and Gupta (2003), "An elementary proof of a theorem of Johnson and Lindenstrauss".
     """
-    check_count("num_points", num_points)
+    num_points = check_count("num_points", num_points, most=None)
     if not 0 < error < 1:
         raise ValueError(f"error must be between 0 and 1, got {error}")
     return 4 * math.log(num_points) / (error**2 / 2 - error**3 / 3)

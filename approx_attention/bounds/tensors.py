@@ -17,6 +17,7 @@ from approx_attention.polynomials import (
     Coefficients,
     check_taken,
     exp_coefficients,
+    num_coefficients,
     ratio_range,
     taken_by,
     weight_bound,
@@ -199,7 +200,7 @@ def tensor_certificate(
         degree = 2 if degree is None else degree
         numbers = taken_by(coefficients, bound=beta if bound is None else bound, rms=rms)
         coefficients = exp_coefficients(coefficients, degree, **numbers)
-    elif degree not in (None, len(coefficients) - 1):
+    elif degree not in (None, num_coefficients(coefficients) - 1):
         told = len(coefficients)
         raise ValueError(f"degree must be that of the {told} coefficients, {told - 1}, got {degree}")
     total_variation = weight_bound(*ratio_range(coefficients, beta))

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_count, check_key, head_inputs, real_keys, token_sums_inputs
+from approx_attention.checks import check_count, check_floating, check_key, head_inputs, real_keys, token_sums_inputs
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend
 
@@ -53,7 +53,7 @@ def mean_value(
         [1.0, 1.5, 3.0]
     """
     dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         counts = jnp.ones(v.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
         last = jnp.minimum(jnp.arange(q.shape[0]), k.shape[0] - 1)
@@ -137,8 +137,8 @@ def uniform_sample(
         True
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    block_size = check_count("block_size", block_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         _check_noise(noise, k.shape[0])
         running = running_uniform_sample(head_dim, key, sample_size=sample_size, noise=noise)
@@ -193,7 +193,11 @@ def running_uniform_sample(
     Returns:
         The `RunningSummary`.
     """
-    check_count("sample_size", sample_size)
+    sample_size = check_count("sample_size", sample_size)
+    if noise is not None:
+        check_floating("noise", noise)
+        if noise.ndim != 1:
+            raise ValueError(f"noise must be [S], got shape {noise.shape}")
 
     def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
         if noise is None:
@@ -213,7 +217,10 @@ def running_uniform_sample(
 
 
 def _check_noise(noise: Array | None, num_keys: int) -> None:
-    if noise is not None and noise.shape != (num_keys,):
+    if noise is None:
+        return
+    check_floating("noise", noise)
+    if noise.shape != (num_keys,):
         raise ValueError(f"noise must be [S] = [{num_keys}], got shape {noise.shape}")
 
 

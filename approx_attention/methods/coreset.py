@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import BlockMap
@@ -17,6 +18,7 @@ from approx_attention.checks import (
     check_count,
     check_key,
     check_not_negative,
+    check_number,
     head_inputs,
     unknown,
 )
@@ -96,9 +98,10 @@ def coreset(
         landmarks.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
+    sinks = check_count("sinks", sinks, least=0)
     check_choice("streaming", streaming, ("fold", "counter"))
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     sizes: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     if is_causal:
         options: Any = {"streaming": streaming, "sinks": sinks, "max_length": q.shape[0]}
@@ -168,11 +171,11 @@ def sparse_coreset(
         Chen et al. (2021), "Scatterbrain", section 4, with a coreset in place of its features.
     """
     dtype = v.dtype
-    check_count("window_size", window_size)
-    check_count("coreset_size", coreset_size)
+    window_size = check_count("window_size", window_size)
+    coreset_size = check_count("coreset_size", coreset_size)
     _algorithm(algorithm)
     drawn = check_key("sparse_coreset", key)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     block = min(window_size, max(q.shape[0], k.shape[0]))
     sizes = {"block_size": block, "num_queries": q.shape[0], "num_keys": k.shape[0]}
 
@@ -234,7 +237,7 @@ def compress(
     """A coreset of tokens that have masses already, such as two coresets merged.
 
     Args:
-        tokens: a `WeightedKV` without negative masses, in scaled space.
+        tokens: a `WeightedKV` without negative masses; if it carries a scale, so does the result.
         key: typed PRNG key.
         coreset_size: the number M of tokens; with no more tokens than that they come back as they are.
         algorithm: as in `coreset`.
@@ -256,16 +259,18 @@ def compress(
         >>> both.k.shape, float(both.mass.sum())
         ((8, 4), 64.0)
     """
-    check_count("coreset_size", coreset_size)
+    coreset_size = check_count("coreset_size", coreset_size)
     chosen = _algorithm(algorithm)
+    if query_radius is not None:
+        check_number("query_radius", query_radius)
+        check_not_negative("query_radius", query_radius)
     if tokens.value_range is not None:
         raise ValueError("tokens with signed masses cannot be compressed again: compress what they were made of")
     drawn = check_key("coreset", key)
-    if query_radius is not None:
-        check_not_negative("query_radius", query_radius)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
-    return _compressed(chosen, coreset_size, tokens, query_radius, drawn)
+    small = _compressed(chosen, coreset_size, tokens.in_scaled_space(), query_radius, drawn)
+    return dataclasses.replace(small, scale=tokens.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -307,7 +312,8 @@ def query_radius(
         >>> round(float(query_radius(jnp.ones((8, 4)))), 3)  # norm 2, times the root of the scale 1/2, and a tenth more
         1.556
     """
-    if not margin > 0:
+    check_number("margin", margin)
+    if not isinstance(margin, Tracer) and not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}")
     q, *_ = head_inputs(q[-check_count("window", window) :], q[:1], q[:1], scale=scale, kv_mask=None)
     return margin * jnp.sqrt(jnp.max(squared_norm(q)))
@@ -347,12 +353,14 @@ def running_coreset(
     Raises:
         ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that folding does not follow.
     """
-    check_count("coreset_size", coreset_size)
-    check_count("sinks", sinks, least=0)
-    check_count("max_length", max_length)
+    coreset_size = check_count("coreset_size", coreset_size)
+    sinks = check_count("sinks", sinks, least=0)
+    max_length = check_count("max_length", max_length)
     check_choice("streaming", streaming, ("fold", "counter"))
     chosen = _algorithm(algorithm)
     drawn = check_key("coreset", key)
+    if query_radius is not None:
+        check_not_negative("query_radius", query_radius)
     if streaming == "fold":
         merges = [ALGORITHMS[name] for name in ("kmeans_nystrom", "kmeans_merge")]
         if chosen not in merges or query_radius is not None:

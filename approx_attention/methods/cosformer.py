@@ -71,10 +71,10 @@ def cosformer(
         Qin et al. (2022), "cosFormer: rethinking softmax in attention", section 2.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
     length = max(q.shape[0], k.shape[0])
     max_length = length if max_length is None else check_count("max_length", max_length)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     q, k = (place_tokens(x, max_length=max_length) for x in (q, k))
     if is_causal:
         state = causal_state(q, k, v, running_cosformer(head_dim), block_size=block_size, kv_mask=kv_mask)
@@ -125,7 +125,7 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
         >>> bool(jnp.allclose(out, cosformer(q, k, v, max_length=32, is_causal=True)[19:], atol=1e-5))
         True
     """
-    check_count("max_length", max_length)
+    max_length = check_count("max_length", max_length)
     if isinstance(start, int) and start + x.shape[0] > max_length:
         raise ValueError(f"max_length must be at least the number of tokens, {start + x.shape[0]}, got {max_length}")
     x = x.astype(accumulation_dtype(x))

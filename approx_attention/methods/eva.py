@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys
+from approx_attention.checks import as_pair, check_choice, check_count, check_floats, check_key, head_inputs, real_keys
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import block_windows, out_of_blocks, pad_rows
@@ -124,17 +124,21 @@ def eva(
         ``pooling_vectors``.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("window_size", window_size)
-    check_count("overlap", overlap, least=0)
+    window_size = check_count("window_size", window_size)
+    overlap = check_count("overlap", overlap, least=0)
+    num_samples = check_count("num_samples", num_samples)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if chunk_size is not None and num_chunks is not None and not (is_causal and exclude_local):
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
     if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
+        chunk_size = check_count("chunk_size", chunk_size)
     if pooling_vectors is not None and (chunk_keys is not None or proposal_mean is not None):
         raise ValueError(
             "pooling_vectors give the chunk keys and the proposals: give them or chunk_keys and proposal_mean, not both"
         )
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    means = None if isinstance(proposal_mean, str) else proposal_mean
+    arrays: Any = {"pooling_vectors": pooling_vectors, "chunk_keys": chunk_keys, "proposal_mean": means}
+    check_floats(**arrays, noise=noise, local_bias=local_bias)
     if is_causal and exclude_local:
         given = {
             "overlap": overlap != 0,
@@ -274,7 +278,7 @@ class _Summaries(NamedTuple):
         log_count = mask_bias(inside, dtype)
         mu = self._proposal_means(parts)
         if noise is None:
-            shape = (check_count("num_samples", self.num_samples), num_chunks, head_dim)
+            shape = (self.num_samples, num_chunks, head_dim)
             noise = jnp.zeros(shape, dtype)
             if self.key is not None:
                 noise = jax.random.normal(jax.random.fold_in(check_key("eva", self.key), level), shape, dtype)
@@ -365,9 +369,9 @@ def _layout(
     spatial_shape: tuple[int, int] | None,
 ) -> _Layout:
     if chunk is not None:
-        check_count("chunk_size", chunk)
+        chunk = check_count("chunk_size", chunk)
     if num_chunks is not None:
-        check_count("num_chunks", num_chunks)
+        num_chunks = check_count("num_chunks", num_chunks)
     if spatial_shape is not None:
         return _image_layout(num_queries, num_keys, window, chunk, num_chunks, overlap, exclude_local, spatial_shape)
     if not exclude_local:
@@ -399,7 +403,7 @@ def _image_layout(
     spatial_shape: tuple[int, int],
 ) -> _Layout:
     """Square windows and chunks; the tokens are ordered window by window, and chunk by chunk within."""
-    height, width = (check_count("spatial_shape", side) for side in spatial_shape)
+    height, width = as_pair("spatial_shape", spatial_shape)
     if height % window or width % window or not num_queries == num_keys == height * width:
         raise ValueError(
             f"spatial_shape must be that of the {num_keys} tokens, with sides that window_size = {window} divides; "
@@ -550,7 +554,9 @@ def running_eva(
     Returns:
         The `RunningSummary`.
     """
-    check_count("num_chunks", num_chunks)
+    num_chunks = check_count("num_chunks", num_chunks)
+    chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+    check_floats(pooling_vectors=pooling_vectors)
     spread = _spread(head_dim, noise_scale)
 
     def directions(k: Array, log_count: Array, first: Array) -> Array:

@@ -86,7 +86,7 @@ def exact(
         return _cudnn(q, k, v, scale, is_causal)[:, 0]
 
     dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if implementation == "dense":
         state = dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
     else:
@@ -128,7 +128,7 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
     Returns:
         The `RunningSummary`.
     """
-    check_count("max_length", max_length)
+    max_length = check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
         v = jnp.where(start + k.shape[0] <= max_length, v, jnp.nan)

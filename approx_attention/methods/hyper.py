@@ -74,8 +74,9 @@ def hyper_attention(
         Han et al. (2023), "HyperAttention", algorithms 1 and 3.
     """
     dtype = v.dtype
-    check_count("block_size", block_size)
-    if check_count("num_hashes", num_hashes) > MOST_HASHES:
+    block_size = check_count("block_size", block_size)
+    num_hashes = check_count("num_hashes", num_hashes)
+    if num_hashes > MOST_HASHES:
         raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: more do not fit an int32")
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)

@@ -8,7 +8,16 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_finite, check_key, head_inputs
+from approx_attention.checks import (
+    as_pair,
+    check_choice,
+    check_count,
+    check_finite,
+    check_floats,
+    check_key,
+    check_number,
+    head_inputs,
+)
 from approx_attention.features import PositiveFeatures, squared_norm
 from approx_attention.rows import map_rows
 from approx_attention.segments import landmark_segments, segment_means
@@ -104,7 +113,12 @@ def lara(
     dtype, head_dim = v.dtype, q.shape[-1]
     check_choice("weights", weights, ("balance", "query_specific", "biased"))
     check_choice("noise_scale", noise_scale, ("exact", "official"))
+    num_samples = check_count("num_samples", num_samples)
+    check_number("correction", correction)
     check_finite("correction", correction)
+    if spatial_shape is not None:
+        spatial_shape = as_pair("spatial_shape", spatial_shape)
+    check_floats(proposal_mean=proposal_mean, query_landmarks=query_landmarks, noise=noise)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
     query_mask = kv_mask if q.shape[0] == k.shape[0] else None
@@ -127,7 +141,7 @@ def lara(
         )
     mu = mu + q_bar if proposal_mean is None else mu
     if noise is None:
-        shape = (check_count("num_samples", num_samples), *mu.shape)
+        shape = (num_samples, *mu.shape)
         noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)
     elif noise.ndim != 3 or noise.shape[1:] != mu.shape:
         raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, head_inputs, real_keys
+from approx_attention.checks import check_choice, check_count, check_floating, check_floats, head_inputs, real_keys
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
@@ -98,9 +98,9 @@ def linformer(
         that Peng et al. (2022), "ABC", give.
     """
     dtype = v.dtype
-    check_count("num_slots", num_slots)
-    check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    num_slots = check_count("num_slots", num_slots)
+    block_size = check_count("block_size", block_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if projection_v is None:
         projection_v = projection_k
     if is_causal:
@@ -113,7 +113,8 @@ def linformer(
     return blocked_state(q, slots_k, slots_v, mask_bias(present, q.dtype)).out.astype(dtype)
 
 
-def _columns(name: str, projection: Array, num_keys: int) -> Array:
+def _columns(name: str, projection: Any, num_keys: int) -> Array:
+    check_floating(name, projection)
     if projection.ndim != 2:
         raise ValueError(f"{name} must be [R, S_max], got shape {projection.shape}; heads of their own are per_head")
     if projection.shape[1] < num_keys:
@@ -128,6 +129,7 @@ def _slots(
     num_keys = x.shape[0]
     real = real_keys(kv_mask, num_keys)
     if isinstance(projection, Convolution):
+        check_floating("the weight of a convolution", projection.weight)
         if projection.weight.ndim != 2:
             raise ValueError(f"the weight of a convolution must be [w, D], got shape {projection.weight.shape}")
         if renormalize:
@@ -361,9 +363,10 @@ def block_linformer(
         Wang et al. (2020), "Linformer", block by block, as far as a causal model can use it.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("slots_per_block", slots_per_block)
-    check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    slots_per_block = check_count("slots_per_block", slots_per_block)
+    block_size = check_count("block_size", block_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    _check_projections(projection_k, projection_v)
     options: Any = {
         "slots_per_block": slots_per_block, "projection_k": projection_k, "projection_v": projection_v,
     }  # fmt: skip
@@ -404,7 +407,8 @@ def summarize_block_linformer(
     Returns:
         A `WeightedKV` of R tokens per block.
     """
-    check_count("slots_per_block", slots_per_block)
+    slots_per_block = check_count("slots_per_block", slots_per_block)
+    block_size = check_count("block_size", block_size)
     block_size = min(block_size, k.shape[0]) if projection_k is None else block_size
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     blocks = jax.tree.map(lambda x: in_blocks(x, block_size), tokens)
@@ -437,8 +441,10 @@ def running_block_linformer(
     Returns:
         The `RunningSummary`.
     """
-    check_count("slots_per_block", slots_per_block)
-    blocks = -(-check_count("max_length", max_length) // check_count("block_size", block_size))
+    slots_per_block = check_count("slots_per_block", slots_per_block)
+    max_length = check_count("max_length", max_length)
+    block_size = check_count("block_size", block_size)
+    blocks = -(-max_length // block_size)
 
     def slots_of(k: Array, v: Array, real: Array) -> WeightedKV:
         return _block_slots(k, v, real, slots_per_block, projection_k, projection_v)
@@ -464,13 +470,18 @@ def running_block_linformer(
     return RunningSummary(init, append, read=lambda held: held)
 
 
+def _check_projections(projection_k: Any, projection_v: Any) -> None:
+    check_floats(projection_k=projection_k, projection_v=projection_v)
+    if projection_v is not None and projection_k is None:
+        raise ValueError("projection_v needs a projection_k beside it")
+
+
 def _block_slots(
     k: Array, v: Array, real: Array, slots_per_block: int, projection_k: Array | None, projection_v: Array | None
 ) -> WeightedKV:
     if projection_v is None:
         projection_v = projection_k
-    if projection_v is not None and projection_k is None:
-        raise ValueError("projection_v needs a projection_k beside it")
+    _check_projections(projection_k, projection_v)
     if projection_k is None or projection_v is None:
         return (
             TokenSums.of_tokens(k, v, real).pooled(segments(k.shape[0], min(slots_per_block, k.shape[0]))).landmarks()

@@ -5,7 +5,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_count, head_inputs
+from approx_attention.checks import as_pair, check_count, head_inputs
 from approx_attention.softmax import mask_bias, window_state
 
 
@@ -55,9 +55,9 @@ def local(
     Reference:
         Beltagy, Peters and Cohan (2020), "Longformer", section 3.1.
     """
-    left, right = window_sides(window_size, is_causal)
     dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    left, right = window_sides(window_size, is_causal)
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     state = window_state(q, k, v, key_bias, left=left, right=right)
     return state if return_state else state.out.astype(dtype)
@@ -66,9 +66,7 @@ def local(
 def window_sides(window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
     """How many keys before and after its own a query sees."""
     if isinstance(window_size, tuple):
-        if len(window_size) != 2:
-            raise ValueError(f"window_size must be a number of tokens or a pair (left, right), got {window_size}")
-        left, right = (check_count("window_size", side, least=0) for side in window_size)
+        left, right = as_pair("window_size", window_size, least=0)
     else:
         left = right = check_count("window_size", window_size) - 1
     return left, 0 if is_causal else right

@@ -9,7 +9,15 @@ import jax.scipy.linalg
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_key, check_positive, head_inputs, real_keys
+from approx_attention.checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_key,
+    check_positive,
+    head_inputs,
+    real_keys,
+)
 from approx_attention.features import squared_norm
 from approx_attention.segments import segment_means, segments
 from approx_attention.softmax import HIDDEN, blocked_state
@@ -87,7 +95,7 @@ def nystrom(
     """
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
     check_choice("inverse", inverse, ("iterations", "ridge", "svd"))
-    check_count("num_iterations", num_iterations)
+    num_iterations = check_count("num_iterations", num_iterations)
     check_positive("ridge", ridge)
     check_positive("rcond", rcond)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
@@ -174,8 +182,10 @@ def skyformer(
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries + num_keys)
     if noise is None:
         noise = jax.random.uniform(check_key("skyformer", key), (num_queries + num_keys,))
-    elif noise.shape != (num_queries + num_keys,):
-        raise ValueError(f"noise must be [T + S] = [{num_queries + num_keys}], got shape {noise.shape}")
+    else:
+        check_floating("noise", noise)
+        if noise.shape != (num_queries + num_keys,):
+            raise ValueError(f"noise must be [T + S] = [{num_queries + num_keys}], got shape {noise.shape}")
     # The kernel sees differences only, and rounding is least where the rows are small.
     center = lax.stop_gradient(segment_means(k, segments(num_keys, 1), kv_mask))
     q, k = q - center, k - center
@@ -247,7 +257,7 @@ def svd(
         Eckart and Young (1936), "The approximation of one matrix by another of lower rank".
     """
     dtype = v.dtype
-    check_count("rank", rank)
+    rank = check_count("rank", rank)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     weights = jax.nn.softmax(q @ k.T, where=None if kv_mask is None else kv_mask[None, :])
     if rank < min(weights.shape):

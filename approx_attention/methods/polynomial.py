@@ -32,7 +32,7 @@ from approx_attention.checks import (
 )
 from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
-from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients
+from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients, num_coefficients
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import GREATEST_TILE
 from approx_attention.states import AttentionState, merge, normalise
@@ -384,9 +384,9 @@ def polynomial_attention(
         Alman and Song (2023), "Fast attention requires bounded entries", theorem 3.8.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
     kernel: Any = {"degree": degree, "coefficients": coefficients, "bound": bound, "rms": rms, "features": features}
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         running = running_polynomial(head_dim, **kernel)
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
@@ -467,7 +467,7 @@ def _degree(degree: int | None, coefficients: Any) -> int:
     """The degree that is asked for, where coefficients may already say it."""
     if isinstance(coefficients, str):
         return 2 if degree is None else check_count("degree", degree, 0)
-    told = len(coefficients) - 1
+    told = num_coefficients(coefficients) - 1
     if degree not in (None, told):
         raise ValueError(f"degree must be that of the {told + 1} coefficients, {told}, got {degree}")
     return told
@@ -475,7 +475,8 @@ def _degree(degree: int | None, coefficients: Any) -> int:
 
 def _largest_entries(name: str, x: Array, count: int) -> Array:
     """The rows whose largest entries are largest, ``[count]``."""
-    if check_count(name, count, 0) > x.shape[0]:
+    count = check_count(name, count, 0)
+    if count > x.shape[0]:
         raise ValueError(f"{name} must be at most the number of tokens, {x.shape[0]}, got {count}")
     return lax.top_k(lax.stop_gradient(jnp.max(jnp.abs(x), axis=1)), count)[1]
 

@@ -67,8 +67,8 @@ def mean_pool(
         with the count of each chunk restored.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    block_size = check_count("block_size", block_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         running = running_mean_pool(head_dim, num_landmarks=num_landmarks)
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
@@ -113,7 +113,7 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
     Returns:
         The `RunningSummary`.
     """
-    check_count("num_landmarks", num_landmarks)
+    num_landmarks = check_count("num_landmarks", num_landmarks)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
         return GrowingSegments.empty(num_landmarks, head_dim, value_dim, dtype)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import check_bias_and_mask, check_choice, check_count, check_key, head_inputs
+from approx_attention.checks import (
+    check_array,
+    check_bias_and_mask,
+    check_choice,
+    check_count,
+    check_floating,
+    check_key,
+    head_inputs,
+)
 from approx_attention.features import squared_norm
 from approx_attention.rows import in_blocks, out_of_blocks
 from approx_attention.softmax import HIDDEN, dense_state
@@ -85,9 +93,16 @@ def ra(
     """
     dtype, head_dim, num_queries, num_keys = v.dtype, q.shape[-1], q.shape[0], k.shape[0]
     check_choice("noise_scale", noise_scale, ("exact", "official"))
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     check_bias_and_mask(bias, mask, num_queries, num_keys)
-    num_samples = check_count("num_samples", num_samples) if noise is None else noise.shape[1]
+    num_samples = check_count("num_samples", num_samples)
+    if indices is not None:
+        check_array("indices", indices, "integers")
+    if noise is not None:
+        check_floating("noise", noise)
+        if noise.ndim != 3:
+            raise ValueError(f"noise must be [T, R, D], got shape {noise.shape}")
+        num_samples = noise.shape[1]
     uniform = jnp.zeros((num_queries, num_samples), q.dtype)
     if noise is None or indices is None:
         key_noise, key_index = jax.random.split(check_key("ra", key))

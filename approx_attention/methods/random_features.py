@@ -15,6 +15,7 @@ from approx_attention.checks import (
     check_choice,
     check_count,
     check_finite,
+    check_floating,
     check_key,
     check_projection,
     head_inputs,
@@ -106,9 +107,9 @@ def favor(
         Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1, theorem 1 and section 2.4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
     drawn: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         state = causal_state(q, k, v, running_favor(head_dim, key, **drawn), block_size=block_size, kv_mask=kv_mask)
     else:
@@ -197,7 +198,7 @@ def draw_favor(
         ``{"projection": [R, D]}``, or ``[R/2, D]``.
     """
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     if features == "hyperbolic":
         if num_features % 2:
             raise ValueError(f"hyperbolic features come in pairs: num_features must be even, got {num_features}")
@@ -213,7 +214,7 @@ def _favor_features(
     row_norm: Literal["chi", "sqrt_dim"],
     projection: Array | None,
 ) -> FeatureMap:
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     if projection is None:
         sizes: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
@@ -298,7 +299,7 @@ def rfa(
         Peng et al. (2021), "Random feature attention", sections 3.1 and 3.2 (gates).
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("block_size", block_size)
+    block_size = check_count("block_size", block_size)
     if gate_logits is not None and not is_causal:
         raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
     drawn: Any = {
@@ -309,7 +310,7 @@ def rfa(
     }
     running = running_rfa(head_dim, key, **drawn, gated=gate_logits is not None)
     # The scale is folded in after the normalisation, which would undo it.
-    q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask, is_causal=is_causal)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     if gate_logits is not None:
@@ -348,7 +349,7 @@ def running_rfa(
         The `RunningSummary`.
     """
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
-    check_finite("bandwidth", bandwidth)
+    _check_bandwidth(bandwidth, head_dim)
 
     def space(x: Array) -> Array:
         tokens = x[:, :head_dim]
@@ -373,6 +374,14 @@ def running_rfa(
         return AttentionState(state.out, state.lse + greatest)
 
     return running_moments(WeightedFeatures(feature_map))._replace(space=space, near=near)
+
+
+def _check_bandwidth(bandwidth: Any, head_dim: int) -> None:
+    if getattr(bandwidth, "shape", ()) != ():
+        check_floating("bandwidth", bandwidth)
+        if bandwidth.shape != (head_dim,):
+            raise ValueError(f"bandwidth must be one number or [D] = [{head_dim}], got shape {bandwidth.shape}")
+    check_finite("bandwidth", bandwidth)
 
 
 def gate_tokens(
@@ -404,6 +413,7 @@ def gate_tokens(
     Raises:
         ValueError: gate logits that are not one per key.
     """
+    check_floating("gate_logits", gate_logits)
     if gate_logits.shape != k.shape[:1]:
         raise ValueError(f"gate_logits must be one per key, [S] = {list(k.shape[:1])}, got shape {gate_logits.shape}")
     dtype = accumulation_dtype(q, k)
@@ -441,7 +451,7 @@ def draw_rfa(
         ``{"projection": [R/2, D]}``, or ``[R, D]`` if positive.
     """
     check_choice("features", features, ("trigonometric", "positive"))
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     if features == "trigonometric":
         if num_features % 2:
             raise ValueError(f"trigonometric features come in pairs: num_features must be even, got {num_features}")
@@ -452,7 +462,7 @@ def draw_rfa(
 def _rfa_features(
     head_dim: int, key: Array | None, num_features: int, features: RfaFeatures, projection: Array | None
 ) -> FeatureMap:
-    check_count("num_features", num_features)
+    num_features = check_count("num_features", num_features)
     check_choice("features", features, ("trigonometric", "positive"))
     if projection is None:
         drawn = draw_rfa(check_key("rfa", key), head_dim, num_features=num_features, features=features)

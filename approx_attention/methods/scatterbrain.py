@@ -77,9 +77,9 @@ def scatterbrain(
         Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
-    check_count("num_features", num_features)
-    check_count("window_size", window_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    num_features = check_count("num_features", num_features)
+    window_size = check_count("window_size", window_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if projection is None:
         projection = orthogonal_projection(check_key("scatterbrain", key), num_features, head_dim)
     check_projection(projection, head_dim)

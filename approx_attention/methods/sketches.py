@@ -7,9 +7,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_choice, check_count, check_key, head_inputs, real_keys, token_sums_inputs
+from approx_attention.checks import (
+    check_choice,
+    check_count,
+    check_key,
+    head_inputs,
+    real_keys,
+    shown,
+    token_sums_inputs,
+)
 from approx_attention.features import squared_norm
-from approx_attention.sketches import RowSample, Sketch, back, draw_sketch, leverages
+from approx_attention.sketches import SKETCHES, RowSample, Sketch, back, draw_sketch, leverages
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV, attend
 
@@ -77,6 +85,8 @@ def unreduced_jlt(
         size = check_count("sketch_size", sketch_size)
         drawn = check_key("unreduced_jlt", key)
         sketch = draw_sketch(drawn, sketch, size if most is None else min(size, most), num_keys)
+    if not isinstance(sketch, Sketch):
+        raise TypeError(f"sketch must be one of {', '.join(SKETCHES)}, or a sketch, got {shown(sketch)}")
     if sketch.num_rows != num_keys:
         raise ValueError(f"the sketch must be of S = {num_keys} rows, got one of {sketch.num_rows}")
     mean = jnp.zeros_like(v[:1])
@@ -174,7 +184,7 @@ def summarize_importance_sample(
         A `WeightedKV` of M tokens.
     """
     check_choice("odds", odds, ("uniform", "key_norm", "value_norm", "leverage"))
-    check_count("sample_size", sample_size)
+    sample_size = check_count("sample_size", sample_size)
     k, v = token_sums_inputs(k, v, kv_mask)
     real = real_keys(kv_mask, k.shape[0])
     size = lax.stop_gradient(

@@ -17,12 +17,12 @@ from approx_attention.block_sparse import (
     gathered_state,
     is_traced,
 )
-from approx_attention.checks import check_count, check_key, head_inputs, real_keys
+from approx_attention.checks import check_array, check_count, check_key, head_inputs, real_keys
 from approx_attention.patterns import SparsePattern
 from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias, triangular_state, window_state
 from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, Summary
+from approx_attention.summaries import FeatureMoments, Summary, require_scaled_space
 
 # One gathered key takes as long as so many keys of a block that is visited.
 GATHER_COST = 24
@@ -84,7 +84,7 @@ def sparse_attention(
         "Big Bird", appendix D.
     """
     dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     _check_pattern(pattern, q.shape[0], k.shape[0])
     chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
     if isinstance(chosen, BlockMap):
@@ -214,7 +214,7 @@ def sparse_plus_summary(
         Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
     """
     dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     _check_pattern(pattern, q.shape[0], k.shape[0])
     if isinstance(pattern, BlockMap):
         if is_causal and not np.diagonal(pattern.visited).all():
@@ -222,15 +222,15 @@ def sparse_plus_summary(
 
         def of_block(k: Array, v: Array, kv_mask: Array, number: Array) -> Summary:
             own = None if key is None else jax.random.fold_in(key, number)
-            summary = summarize(k, v, own, kv_mask=kv_mask)
+            summary = require_scaled_space("sparse_plus_summary", summarize(k, v, own, kv_mask=kv_mask))
             return summarize(k, v, key, kv_mask=kv_mask) if isinstance(summary, FeatureMoments) else summary
 
         state = blocks_and_rest_state(q, k, v, pattern, of_block, is_causal=is_causal, kv_mask=kv_mask)
     else:
-        check_count("block_size", block_size)
+        block_size = check_count("block_size", block_size)
 
         def moments_of(k: Array, v: Array, kv_mask: Array) -> FeatureMoments:
-            summary = summarize(k, v, key, kv_mask=kv_mask)
+            summary = require_scaled_space("sparse_plus_summary", summarize(k, v, key, kv_mask=kv_mask))
             if not isinstance(summary, FeatureMoments):
                 raise NotImplementedError(
                     "sparse_plus_summary with a SparsePattern supports FeatureMoments only, got "
@@ -301,7 +301,7 @@ def longformer(
     dtype, num_keys = v.dtype, k.shape[0]
     left = check_count("window_size", window_size) - 1
     num_global = min(check_count("num_global", num_global, least=0), num_keys)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
     not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
     state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
@@ -377,12 +377,13 @@ def bigbird(
         Zaheer et al. (2020), "Big Bird: transformers for longer sequences", section 2 and appendix D.
     """
     dtype = v.dtype
-    check_count("block_size", block_size)
-    check_count("num_random_blocks", num_random_blocks, least=0)
-    check_count("num_global_blocks", num_global_blocks, least=0)
-    if check_count("num_window_blocks", num_window_blocks) % 2 == 0:
+    block_size = check_count("block_size", block_size)
+    num_random_blocks = check_count("num_random_blocks", num_random_blocks, least=0)
+    num_global_blocks = check_count("num_global_blocks", num_global_blocks, least=0)
+    num_window_blocks = check_count("num_window_blocks", num_window_blocks)
+    if num_window_blocks % 2 == 0:
         raise ValueError(f"num_window_blocks must be odd, the same to both sides, got {num_window_blocks}")
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
     rows, columns = np.indices([-(-n // block_size) for n in (q.shape[0], k.shape[0])])
     near = abs(rows - columns) <= num_window_blocks // 2
@@ -396,12 +397,10 @@ def bigbird(
             return state if return_state else state.out.astype(dtype)
         drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), check_key("bigbird", key))
     else:
-        blocks = jnp.asarray(blocks)
-        if not jnp.issubdtype(blocks.dtype, jnp.integer):
-            raise TypeError(f"blocks must be integers, got dtype {blocks.dtype}")
+        check_array("blocks", blocks, "integers")
         if blocks.ndim != 2 or blocks.shape[0] != len(free):
             raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
-        drawn = _given_lists(free, blocks)
+        drawn = _given_lists(free, jnp.asarray(blocks))
     state = merge(state, block_lists_state(q, k, v, *drawn, block_size=block_size, kv_mask=kv_mask))
     return state if return_state else state.out.astype(dtype)
 

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import GATHERED, gathered_state
-from approx_attention.checks import check_count, check_key, head_inputs, real_keys
+from approx_attention.checks import check_count, check_floating, check_key, head_inputs, real_keys
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 
 # Logits are made by tiles of so many queries and keys.
@@ -71,7 +71,7 @@ def top_k(
     """
     dtype = v.dtype
     count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     places, seen = largest_logits(q, k, count, is_causal=is_causal, kv_mask=kv_mask)
     state = gathered_state(q, k, v, places, seen)
     return state if return_state else state.out.astype(dtype)
@@ -192,19 +192,23 @@ def lsh_top_k(
     """
     dtype, num_keys = v.dtype, k.shape[0]
     count = min(check_count("keys_per_query", keys_per_query), num_keys)
-    check_count("num_rounds", num_rounds)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    num_rounds = check_count("num_rounds", num_rounds)
+    if num_hashes is not None:
+        num_hashes = check_count("num_hashes", num_hashes, least=0)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if projection is None:
         if num_hashes is None:
             num_hashes = (-(-num_keys // count) - 1).bit_length()
-        shape = num_rounds, check_count("num_hashes", num_hashes, least=0), q.shape[1]
+    else:
+        check_floating("projection", projection)
+        if projection.ndim != 3 or projection.shape[2] != q.shape[1]:
+            raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
+        num_hashes = projection.shape[1]
+    if num_hashes > MOST_HASHES:
+        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: there are 2^b buckets")
+    if projection is None:
+        shape = num_rounds, num_hashes, q.shape[1]
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
-    elif projection.ndim != 3 or projection.shape[2] != q.shape[1]:
-        raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
-    if projection.shape[1] > MOST_HASHES:
-        raise ValueError(
-            f"num_hashes must be at most {MOST_HASHES}, got {projection.shape[1]}: there are as many as 2^b buckets"
-        )
     places, seen = _found_by_hashing(q, k, projection.astype(q.dtype), count, is_causal, kv_mask)
     state = gathered_state(q, k, v, places, seen)
     return state if return_state else state.out.astype(dtype)

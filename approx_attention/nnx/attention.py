@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from approx_attention import context_parallel, flax_arguments
 from approx_attention.api import attention
+from approx_attention.checks import check_flag
 from approx_attention.decode import HeadsCache, HeadsDecoder
 from approx_attention.registry import accepted, get_method
 
@@ -72,8 +73,8 @@ class ApproxAttention(nnx.Module):
         head_axis: str | None = None,
         **hyperparameters: Any,
     ):
-        flax_arguments.check_redraw(redraw, every)
-        self.method, self.is_causal = method, is_causal
+        every = flax_arguments.check_redraw(redraw, every)
+        self.method, self.is_causal = method, check_flag("is_causal", is_causal)
         if mesh is None and (sequence_axis is not None or batch_axis is not None or head_axis is not None):
             raise ValueError(
                 "sequence_axis, batch_axis and head_axis are axes of a mesh, and there is none; got "
@@ -81,7 +82,7 @@ class ApproxAttention(nnx.Module):
             )
         self.mesh, self.sequence_axis = mesh, sequence_axis or "sequence"
         self.batch_axis, self.head_axis = batch_axis, head_axis
-        self.redraw, self.every = redraw, every or 1
+        self.redraw, self.every = redraw, every
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
         self.name, draws = _name_and_randomness(method, noise, hyperparameters)
@@ -199,7 +200,7 @@ class ApproxAttention(nnx.Module):
         with flax_arguments.matmul_precision(precision):
             if self.cache is not None:
                 return self._extend(query, key, value, mask, key_value_seq_lengths, per_token)
-            is_causal = is_causal or self.is_causal
+            is_causal = check_flag("is_causal", is_causal) or self.is_causal
             return self._whole(query, key, value, mask, is_causal, key_value_seq_lengths, per_token)
 
     def _whole(

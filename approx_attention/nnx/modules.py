@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from approx_attention.api import attention
-from approx_attention.checks import accumulation_dtype, check_choice, check_count
+from approx_attention.api import attention, within
+from approx_attention.checks import accumulation_dtype, as_pair, check_choice, check_counts, shown
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
 from approx_attention.methods.tensor import tensor_attention
@@ -63,6 +63,7 @@ class Eva(nnx.Module):
     ):
         if rngs is None and (adaptors or pooling_vectors):
             raise ValueError("Eva draws its adaptors and pooling vectors: pass rngs, as in rngs=nnx.Rngs(0); got None")
+        head_dim, num_kv_heads = check_counts(head_dim=head_dim, num_kv_heads=num_kv_heads)
         self.options, self.half = dict(options), half
         self.adapt_queries, self.adapt_keys = (
             Adaptor(head_dim, rngs=rngs) if adaptors and rngs is not None else None for _ in range(2)
@@ -74,16 +75,16 @@ class Eva(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(self._bias_shape())) if local_bias else None
 
     def _bias_shape(self) -> tuple[int, ...]:
-        window, overlap = self.options["window_size"], self.options.get("overlap", 0)
+        side, overlap = check_counts(0, window_size=self.options["window_size"], overlap=self.options.get("overlap", 0))
         if self.options.get("spatial_shape") is not None:
-            return (2 * window - 1, 2 * window - 1)
-        return (window, window + overlap * (1 if self.options.get("is_causal") else 2))
+            return (2 * side - 1, 2 * side - 1)
+        return (side, side + overlap * (1 if self.options.get("is_causal") else 2))
 
     def local_bias(self) -> Array | None:
         """The learned bias ``[window, keys]`` of the logits within a window."""
         if self.bias is None or self.options.get("spatial_shape") is None:
             return None if self.bias is None else self.bias[...]
-        side = np.arange(self.options["window_size"])
+        side = np.arange(int(self.options["window_size"]))
         offset = side[:, None] - side[None, :] + len(side) - 1
         rows, columns = np.broadcast_arrays(offset[:, None, :, None], offset[None, :, None, :])
         return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)
@@ -168,7 +169,7 @@ def eva_official(
     """
     size: dict[str, Any] = {"num_chunks": num_chunks}
     if spatial_shape is not None:  # what is asked for is met by squares of about that number
-        size = {"chunk_size": max(1, math.isqrt(spatial_shape[0] * spatial_shape[1] // num_chunks))}
+        size = {"chunk_size": max(1, math.isqrt(math.prod(as_pair("spatial_shape", spatial_shape)) // num_chunks))}
     options = {
         "window_size": window_size,
         **size,
@@ -260,7 +261,8 @@ class Lara(nnx.Module):
         options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
     ):
-        self.num_landmarks, self.spatial_shape, self.options = num_landmarks, spatial_shape, dict(options or {})
+        head_dim, self.num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
+        self.spatial_shape, self.options = spatial_shape, dict(options or {})
         self.adapt_queries, self.adapt_keys = (Adaptor(head_dim, rngs=rngs) for _ in range(2))
 
     @property
@@ -356,9 +358,10 @@ class LinformerAttention(nnx.Module):
             if rngs is None:
                 raise ValueError("LinformerAttention draws its projections: pass rngs, or projections of another layer")
             sharing = "headwise" if sharing is None else sharing
-            num_slots = 256 if num_slots is None else num_slots
+            sizes = check_counts(num_slots=256 if num_slots is None else num_slots, max_length=max_length)
             check_choice("sharing", sharing, ("none", "headwise", "key_value"))
-            shape = (num_kv_heads,) * (sharing == "none") + (min(num_slots, max_length), max_length)
+            heads = check_counts(num_kv_heads=num_kv_heads) if sharing == "none" else ()
+            shape = (*heads, min(sizes), sizes[1])
             names = ("projection_k",) if sharing == "key_value" else ("projection_k", "projection_v")
             kind = nnx.Variable if frozen else nnx.Param
             projections = nnx.Dict({name: kind(init(rngs.params(), shape)) for name in names})
@@ -410,7 +413,7 @@ class Rfa(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.options = dict(options or {})
-        self.bandwidth = nnx.Param(jnp.ones((num_kv_heads, head_dim)))
+        self.bandwidth = nnx.Param(jnp.ones(check_counts(num_kv_heads=num_kv_heads, head_dim=head_dim)))
         self.gate = None if gate_dim is None else nnx.Linear(gate_dim, num_kv_heads, rngs=rngs)
 
     @property
@@ -507,11 +510,11 @@ class TensorAttention(nnx.Module):
         is_causal: Literal["both", "ordered"] | None = None,
         rngs: nnx.Rngs,
     ):
-        sets = check_count("order", order, 2) - 1
+        sets = check_counts(2, order=order)[0] - 1
         if logit_bound is not None and not logit_bound > 0:
             raise ValueError(f"logit_bound must be positive, got {logit_bound}")
         self.method, self.logit_bound, self.is_causal = method, logit_bound, is_causal
-        shape = num_heads, head_dim
+        model_dim, *shape = check_counts(model_dim=model_dim, num_heads=num_heads, head_dim=head_dim)
         value_bias = nnx.initializers.ones if order > 2 else nnx.initializers.zeros
         self.query = nnx.LinearGeneral(model_dim, shape, rngs=rngs)
         self.keys = nnx.List([nnx.LinearGeneral(model_dim, shape, rngs=rngs) for _ in range(sets)])
@@ -565,12 +568,12 @@ def _unit_rms(x: Array) -> Array:
 def _real(key: Array, lengths: Array | None, mask: Array | None) -> Array | None:
     """Which keys ``[..., S]`` are real, by their number and by a padding mask ``[..., 1, 1, S]``; None for all."""
     if mask is not None:
-        if mask.dtype != jnp.bool_ or mask.ndim < 3 or mask.shape[-3:-1] != (1, 1):
-            raise ValueError(f"mask must be boolean [..., 1, 1, S], got {mask.dtype} {mask.shape}")
+        if getattr(mask, "dtype", None) != jnp.bool_ or mask.ndim < 3 or mask.shape[-3:-1] != (1, 1):
+            raise ValueError(f"mask must be boolean [..., 1, 1, S], got {shown(mask)}")
         mask = jnp.broadcast_to(mask[..., 0, 0, :], key.shape[:-2])
     if lengths is None:
         return mask
-    real = jnp.arange(key.shape[-3]).reshape((1,) * lengths.ndim + (-1,)) < lengths[..., None]
+    real = within(lengths, key.shape[-3], list(key.shape[:-3]), "key_value_seq_lengths")
     return real if mask is None else real & mask
 
 

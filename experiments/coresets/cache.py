@@ -109,9 +109,8 @@ def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., 
             recent=min(config.recent, budget - config.sinks - 1),
             mass_correction=policy.endswith("+mass"),
         )
-        scaled = fold_scale(q[prefix:], k)[0]
         since = exact(q[prefix:], k[prefix:], v[prefix:], is_causal=True, return_state=True)
-        after = merge(attend(scaled, small), since).out
+        after = merge(attend(q[prefix:], small), since).out
         return jnp.concatenate([exact(q[:prefix], k[:prefix], v[:prefix], is_causal=True), after])
 
     return function

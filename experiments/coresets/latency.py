@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from approx_attention import WeightedKV, attend, attention, compress_tokens, fold_scale
+from approx_attention import attend, attention, compress_tokens
 from approx_attention.diagnostics import time_interleaved
 from experiments.config import STRICT
 
@@ -44,7 +44,7 @@ def run(config: LatencyConfig, directory: pathlib.Path, console: Console) -> dic
         }
         last = q[-1:]
         # The whole cache is asked in both ways, and the compressed ones are held to the faster.
-        whole = jax.vmap(WeightedKV.of_tokens, in_axes=1)(fold_scale(k, k)[1], v)
+        whole = jax.vmap(functools.partial(compress_tokens, budget=length), in_axes=1)(k, v)
         decode: dict[str, Any] = {
             "exact": functools.partial(_compiled(_exact, last, k, v), last, k, v),
             EVERY_TOKEN: functools.partial(_compiled(_ask, last, whole), last, whole),
@@ -84,4 +84,4 @@ def _build(policy, budget, k, v, key):
 
 
 def _ask(q, small):
-    return jax.vmap(lambda q, small: attend(fold_scale(q, q)[0], small).out, in_axes=(1, 0))(q, small)
+    return jax.vmap(lambda q, small: attend(q, small).out, in_axes=(1, 0))(q, small)
