@@ -279,16 +279,6 @@ def test_numbers_in_arrays_are_checked_as_numbers_are(name, argument):
     assert traced.shape == query.shape
 
 
-def test_counts_are_integers_that_are_known_when_tracing():
-    query, key, value = random_heads(5, 1, T, T, 2, 2, D)
-    plain = bound("favor")(query, key, value)
-    favor_of = functools.partial(attention, query, key, value, method="favor", rng=jax.random.key(9))
-    for count in (np.uint8(8), np.int8(8)):
-        np.testing.assert_array_equal(favor_of(num_features=count), plain)
-    with pytest.raises(TypeError, match="num_features"):
-        favor_of(num_features=jnp.int32(8))
-
-
 def test_numbers_of_single_heads_are_checked():
     query, key, value = random_heads(6, 1, T, T, 2, 2, D)
     with pytest.raises(ValueError, match=r"bandwidth must be finite, got nan in an array of shape \(2, 8\)"):
