@@ -27,7 +27,7 @@ from approx_attention.checks import InputError
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
 from approx_attention.figures import log_scales, method_styles
-from approx_attention.padding import key_mask, query_mask
+from approx_attention.real_tokens import key_mask, query_mask
 from approx_attention.registry import METHODS, Method, accepted, get_method
 from approx_attention.summaries import summary_bytes
 from approx_attention.tensor_files import Tensors

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.checks import InputError, accumulation_dtype, head_inputs, zero_padding
-from approx_attention.padding import key_mask, query_mask
+from approx_attention.real_tokens import key_mask, query_mask
 from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import Summary, WeightedKV, attend
 

@@ -49,14 +49,17 @@ def light_grid(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def log_scales(axes: Any) -> None:
+def log_scales(axes: Any, which: str = "xy") -> None:
     """Logarithmic axes with a grid and labels that are plain numbers."""
     from matplotlib import ticker
 
-    axes.set(xscale="log", yscale="log")
     light_grid(axes)
     axes.margins(0.08, 0.1)
-    for axis in (axes.xaxis, axes.yaxis):
+    axes.set(**{f"{name}scale": "log" for name in which})
+    for axis in [{"x": axes.xaxis, "y": axes.yaxis}[name] for name in which]:
+        # Axes without a point begin at 0.
+        if axis.get_view_interval()[0] <= 0:
+            axes.set(**{f"{axis.axis_name}lim": (0.1, 1)})
         low, high = axis.get_view_interval()
         decades = math.log10(high / low)
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))

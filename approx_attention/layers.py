@@ -21,7 +21,7 @@ from approx_attention.compare import (
     times,
 )
 from approx_attention.diagnostics import Comparison
-from approx_attention.figures import light_grid, method_styles
+from approx_attention.figures import log_scales, method_styles
 from approx_attention.plan import Candidate, Plan
 
 
@@ -196,7 +196,7 @@ def draw_compared_layers(rows: Mapping[str, Sequence[Comparison]], title: str) -
                 relative_error_std=statistics.pstdev(errors) if all(map(math.isfinite, errors)) else 0.0,
             )
         )
-    return draw_frontiers(medians, f"{title} (medians over {len(rows)} layers, bars: their deviation)")
+    return draw_frontiers(medians, f"{title} (medians, and the deviation of layers as bars)")
 
 
 def draw_planned_layers(plans: Mapping[str, Plan], title: str) -> Any:
@@ -218,9 +218,9 @@ def draw_planned_layers(plans: Mapping[str, Plan], title: str) -> Any:
         star = {"linestyle": "", "marker": "*", "markersize": 18, "markerfacecolor": "none", "color": "black"}
         axes.plot(*zip(*picks, strict=True), label="pick", **star)
     axes.axhline(next(iter(plans.values())).tolerance, color="#D55E00", linewidth=1, label="tolerance")
-    axes.set(yscale="log", ylabel="relative error of what was held out")
+    axes.set(ylabel="relative error of what was held out")
     axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=8, parse_math=False)
-    light_grid(axes)
+    log_scales(axes, "y")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11, parse_math=False)

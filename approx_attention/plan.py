@@ -36,7 +36,7 @@ from approx_attention.compare import (
 from approx_attention.diagnostics import Arm, compile_arm, time_interleaved
 from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.figures import log_scales, method_styles
-from approx_attention.padding import key_mask, query_mask
+from approx_attention.real_tokens import key_mask, query_mask
 from approx_attention.registry import get_method
 from approx_attention.tensor_files import Tensors
 
@@ -484,7 +484,9 @@ def _errors(candidate: Candidate) -> str:
 
 def _costs(candidate: Candidate) -> str:
     speed = times(candidate.speedup, "faster than", "slower than")
-    beside = {"1x": " (as fast as the fastest exact)", "": ""}.get(speed, f" ({speed} the fastest exact)")
+    if speed == "1x":
+        speed = "" if candidate.is_exact else "as fast as"
+    beside = f" ({speed} the fastest exact)" if speed else ""
     return f"{1e3 * candidate.seconds:.3g} ms{beside}, {in_units(candidate.held_bytes)} held"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from approx_attention.checks import InputError, did_you_mean
-from approx_attention.padding import key_mask, query_mask
+from approx_attention.real_tokens import key_mask, query_mask
 
 # What may stand between the name of a layer and that of its array.
 SEPARATORS = "./_"
@@ -126,8 +126,8 @@ def _prefixes(path: pathlib.Path, present: Sequence[str], pattern: str, names: S
 
 def _by_number(name: str) -> list[tuple[int, int, str]]:
     """Sorts layer2 before layer10."""
-    numbers = (part.lstrip("0") if part.isdecimal() else part for part in re.split(r"(\d+)", name))
-    return [(0, len(part), part) if part.isdecimal() else (1, 0, part) for part in numbers]
+    parts = re.split(r"(\d+)", name)
+    return [(0, len(part.lstrip("0")), part) if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _layer(
@@ -302,7 +302,10 @@ class _Npz:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
             raise InputError(f"{name!r} in {self.path} has fields, or a format of numpy that is not known")
-        shape, is_fortran, dtype = readers[version](file)
+        try:
+            shape, is_fortran, dtype = readers[version](file)
+        except Exception as error:  # a tokenizer and a parser are behind it
+            raise ValueError(f"the header of {name!r} is damaged ({type(error).__name__})") from error
         if dtype.hasobject:
             raise InputError(f"{self.path} holds a pickled object, which is never loaded; save plain arrays")
         declared = _num_bytes(shape, dtype)
