@@ -141,7 +141,7 @@ _ON_TENSORS = (
         "--lengths",
         metavar="NAME",
         help="Name of the integers [B] in FILE, or in each layer, that say how many tokens of each sequence are real. "
-        "Errors are then those of real queries.",
+        "Padding is then hidden, and errors are those of real queries (of all, where T differs from S).",
     ),
     click.option(
         "--mask", metavar="NAME", help="Name of the boolean array [B, S] in FILE that is true where a key is real."
@@ -181,16 +181,20 @@ def on_tensors(name: str, least_seeds: int) -> Callable[[Callable[..., None]], C
             type=Directory(),
             default=name,
             show_default=True,
-            help=f"Directory for {name}.json and {name}.png, in which those of earlier runs are replaced.",
+            help=f"Directory for {name}.json and {name}.png. Those of an earlier run are replaced; of two runs at once "
+            "each needs its own.",
         )
-        for option in (out, *reversed((*_ON_TENSORS, seeds))):
+        for option in (out, *reversed((*_ON_TENSORS[:-2], seeds, *_ON_TENSORS[-2:]))):
             command = option(command)
         return command
 
     return add
 
 
-_WINDOW = "w is, under --causal, the query's own token and the w - 1 before it, else its own and w - 1 to each side"
+_WINDOW = (
+    "A window of w holds, under --causal, the query's own token and the w - 1 before it (w in all), else its own and "
+    "w - 1 to each side (2w - 1 in all)."
+)
 
 
 @approx_attention.command()
@@ -202,7 +206,7 @@ _WINDOW = "w is, under --causal, the query's own token and the w - 1 before it, 
     default="64,256",
     show_default=True,
     help="Sizes of summaries: landmarks, samples, features, window. Sizes that count other things are in proportion: "
-    f"at 256 every method has its usual size. A window {_WINDOW}.",
+    f"at 256 every method has its usual size. {_WINDOW}",
 )
 @click.option(
     "--window",
@@ -264,7 +268,7 @@ def compare(
             name="compare",
             rows=lambda rows: rows,
             more=lambda rows: {},
-            shown=lambda rows, title: [comparison_table(rows, title, window)],
+            shown=lambda rows, title: [comparison_table(rows, title, window, is_padded=task.is_padded)],
             draw=draw_frontiers,
             over_layers=compared_over_layers,
             summary=lambda results, title: [comparison_summary_table(compared_over_layers(results), title)],
@@ -303,8 +307,8 @@ def plan(
     attention. FILE is as in `compare`; without it, the sample is used. The fastest is recommended; with --max-bytes
     alone, the one that holds the fewest bytes.
 
-    The size of `local`, `longformer` and other windows counts tokens: w is, under --causal, the query's own and the
-    w - 1 before it, else its own and w - 1 to each side.
+    The size of `local` and `longformer` is a window. One of w holds, under --causal, the query's own token and the
+    w - 1 before it (w in all), else its own and w - 1 to each side (2w - 1 in all).
 
     Results are written before they are printed. A run that is interrupted writes the bounds that it has fitted.
     """

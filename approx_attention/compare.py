@@ -372,10 +372,11 @@ def no_better_than_mean(rows: Sequence[Any]) -> set[int]:
 
 # What marks rows in the tables.
 FRONTIER, TRIVIAL = " *", " !"
+PADDED_FOOTNOTE = "padding takes part in times, and not in errors"
 TRIVIAL_FOOTNOTE = "! error no smaller than that of `mean_value`"
 
 
-def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -> Table:
+def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *, is_padded: bool = False) -> Table:
     """The comparison as a table for the terminal; rows on the frontier of error against time are marked."""
     table = plain_table(
         title,
@@ -383,7 +384,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
         "normaliser: rms error of its log · "
         f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
         "held: bytes per key head and sequence · than exact: the fastest form of it · "
-        f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}",
+        f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}{is_padded * f' · {PADDED_FOOTNOTE}'}",
         *("method", "size", "held", "than all keys", "time", "than exact", "compile", "error", "worst row"),
         *("normaliser", "far"),
     )

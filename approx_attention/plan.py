@@ -17,6 +17,7 @@ from approx_attention.checks import InputError
 from approx_attention.compare import (
     BASELINES,
     MOST_SEEDS,
+    PADDED_FOOTNOTE,
     TRIVIAL,
     TRIVIAL_FOOTNOTE,
     Options,
@@ -493,7 +494,7 @@ def _costs(candidate: Candidate) -> str:
 def plan_table(made: Plan, title: str) -> Table:
     """The candidates as a table for the terminal, the best first and the pick in bold."""
     split = made.split
-    padded = "" if split.query_mask is None else " · padding is left out"
+    padded = "" if split.query_mask is None else f" · {PADDED_FOOTNOTE}"
     table = plain_table(
         title,
         f"chosen on {len(split.calibration)} {split.by}, checked on {len(split.held_out)} others"

@@ -13,6 +13,7 @@ import jax
 
 from approx_attention.checks import InputError
 from approx_attention.compare import finite, report, write_results
+from approx_attention.diagnostics import shared_programs
 from approx_attention.tensor_files import Layer
 from approx_attention.terminal import Terminated, only_holder, progress, say
 
@@ -48,6 +49,11 @@ class Task(NamedTuple):
             f"{'causal' if self.is_causal else 'bidirectional'}{padded}, B={batch} T={length} S={key.shape[1]} "
             f"heads={heads}/{key.shape[2]} D={head_dim}, {jax.devices()[0].device_kind}"
         )
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some tokens are said to be padding."""
+        return any(layer.kv_mask is not None for layer in self.layers.values())
 
     @property
     def over_layers(self) -> str:
@@ -113,10 +119,13 @@ def run(
         return write_results(task.out, kind.name, document, picture)
 
     failure, written, no_figure = None, [], ""
+    programs: dict[bytes, Any] = {}
     say(*task.notes)
     try:
         for number, layer in enumerate(task.layers):
-            with progress(f"{layer}: " if has_layers else "") as on_progress:
+            kv_mask = task.layers[layer].kv_mask
+            own = programs.setdefault(b"" if kv_mask is None else kv_mask.tobytes(), {}) if has_layers else {}
+            with shared_programs(own), progress(f"{layer}: " if has_layers else "") as on_progress:
                 keep = functools.partial(results.__setitem__, layer)
                 results[layer] = measure(task.layers[layer], keep, on_progress)
             try:

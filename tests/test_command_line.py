@@ -257,7 +257,7 @@ def test_windows_are_explained(capsys):
     for command in ("compare", "plan"):
         assert run(command, "--help") == 0
         text = " ".join(capsys.readouterr().out.split())
-        assert "the w - 1 before it, else its own and w - 1 to each side" in text
+        assert "w - 1 before it (w in all), else its own and w - 1 to each side (2w - 1 in all)." in text
 
 
 # what ends it

@@ -74,7 +74,7 @@ def test_a_plan_measures_real_queries():
         assert made.split.shape == (2, 2, 9)
         row = next(c for c in made.candidates if c.method == "mean_value")
         assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
-        assert "padding is left out" in str(plan_table(made, "").caption)
+        assert "padding takes part in times, and not in errors" in str(plan_table(made, "").caption)
     assert [c.label for c in plans[0].candidates if not c.is_exact] == [
         c.label for c in plans[1].candidates if not c.is_exact
     ]
