@@ -234,8 +234,8 @@ def plan(
         arm_of(name, None if get_method(name).size is None else next(iter(_first_sizes(name, num_keys)), 1))
     exact_forms = exact_arms(tensors, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
     bench = _Bench(tensors, exact_forms[0], split)
-    if not bench.exact.any():
-        raise InputError("the outputs of exact attention are all zero, and no error is relative to that")
+    if not 0 < bench.exact.sum() < math.inf:
+        raise InputError("the outputs of exact attention are all zero or not finite, and no error is relative to that")
 
     curves: dict[str, Curve] = {}
     proposals: list[tuple[Arm, float, float]] = [(arm, 0.0, 0.0) for arm in exact_forms]
