@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -449,3 +450,31 @@ def test_layers_measured_before_an_interrupt(tmp_path, monkeypatch, capsys):
     assert "x.npz, layer0" in capsys.readouterr().out
     document = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert {layer: len(part["rows"]) for layer, part in document["layers"].items()} == {"layer0": 4, "layer1": 1}
+
+
+def test_plans_of_layers_before_an_interrupt(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.npz"
+    np.savez(path, **{f"layer{i}.{n}": np.ones((8, 4), np.float32) for i in range(3) for n in "qkv"})
+    made = made_plan()
+    unchecked = [
+        dataclasses.replace(c, held_out_error=math.nan, relative_error=math.nan, seconds=math.nan, speedup=math.nan)
+        for c in made.candidates
+    ]
+    calls = []
+
+    def plan(*args, on_part, **options):
+        calls.append(None)
+        on_part(dataclasses.replace(made, candidates=unchecked, pick=None, verdict="Interrupted."))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(cli, "make_plan", plan)
+    options = ["--layers", "layer*", "--tolerance", 0.3, "--out", tmp_path / "out"]
+    assert run("plan", path, *options) == 130
+    assert "Use mean_pool [b]." in capsys.readouterr().out
+    document = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert [part["plan"]["verdict"] for part in document["layers"].values()] == ["Use mean_pool [b].", "Interrupted."]
+    assert document["layers"]["layer1"]["rows"][1]["seconds"] is None
+    assert document["layers"]["layer1"]["rows"][1]["error_bound"] == 0.2
+    assert (tmp_path / "out" / "plan.png").exists()

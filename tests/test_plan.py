@@ -104,8 +104,8 @@ def test_errors_that_are_no_numbers_are_out_of_reach():
     # A confidence of nearly 1 bounds nothing, and overflows nothing.
     errors = UnitErrors(np.random.default_rng(0).uniform(size=(2, 8)), np.ones(8))
     assert errors.bound(split, 1 - 1e-12) == pytest.approx(1e30)
+    q, k, v = random_heads(0, 1, 8, 8, 8, 8)
     with pytest.raises(InputError, match="all zero or not finite"):
-        q, k, v = random_heads(0, 1, 8, 8, 8, 8)
         plan(Tensors(q, k, 0 * v), tolerance=0.1, methods=["mean_pool"], **QUICK)
 
 
