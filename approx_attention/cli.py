@@ -4,29 +4,35 @@ import contextlib
 import json
 import math
 import pathlib
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from approx_attention.checks import InputError, unknown
 from approx_attention.compare import (
     comparison_table,
     default_methods,
     draw_frontiers,
-    report,
     run_comparison,
-    write_results,
+    taking_no_padding,
 )
-from approx_attention.plan import draw_plan, plan_document, plan_table
+from approx_attention.layers import (
+    compared_over_layers,
+    comparison_summary_table,
+    draw_compared_layers,
+    draw_planned_layers,
+    picks_table,
+    plan_summary_table,
+    planned_over_layers,
+)
+from approx_attention.plan import Plan, draw_plan, plan_document, plan_table
 from approx_attention.plan import plan as make_plan
 from approx_attention.registry import METHODS, capability_table
-from approx_attention.tensor_files import Tensors, load_sample, load_tensors
+from approx_attention.runs import Interrupted, Kind, OnProgress, Task, only_run, run
+from approx_attention.tensor_files import Layer, load_layers, load_sample
+from approx_attention.terminal import outputs, terminable
 
 
 class CommaSeparated(click.ParamType):
@@ -73,9 +79,21 @@ class Option(click.ParamType):
             self.fail(f"it reads METHOD.OPTION=VALUE, such as favor.block_size=64; got {value!r}", param, ctx)
         try:
             setting = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             setting = text
         return MethodName().convert(method, param, ctx), option, setting
+
+
+class Directory(click.ParamType):
+    """A directory for results, which need not be there yet."""
+
+    name = "directory"
+
+    def convert(self, value, param, ctx):
+        """Tells nothing from the current directory, which pathlib does not."""
+        if not str(value).strip():
+            self.fail("give a directory; the current one is '.'", param, ctx)
+        return pathlib.Path(value)
 
 
 def _by_method(settings: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
@@ -85,7 +103,18 @@ def _by_method(settings: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, 
     return options
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Group(click.Group):
+    """A group whose commands are interrupted in one line."""
+
+    def invoke(self, ctx):
+        """Says which signal it was by the exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as signal:
+            raise Interrupted(signal) from None
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="approx_attention")
 def approx_attention() -> None:
     """Approximations of attention, measured on your tensors."""
@@ -103,6 +132,21 @@ _ON_TENSORS = (
     click.option("--k", "k_name", default="k", show_default=True, help="Name of the keys."),
     click.option("--v", "v_name", default="v", show_default=True, help="Name of the values."),
     click.option(
+        "--layers",
+        metavar="PATTERN",
+        help="Several layers of FILE, such as 'layer*' for layer0.q, layer0.k, layer0.v, layer1.q, ... (also layer0/q, "
+        "layer0_q): a table for each, and a summary.",
+    ),
+    click.option(
+        "--lengths",
+        metavar="NAME",
+        help="Name of the integers [B] in FILE, or in each layer, that say how many tokens of each sequence are real. "
+        "Padding is then hidden, and errors are those of real queries (of all, where T differs from S).",
+    ),
+    click.option(
+        "--mask", metavar="NAME", help="Name of the boolean array [B, S] in FILE that is true where a key is real."
+    ),
+    click.option(
         "--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]"
     ),
     click.option(
@@ -114,7 +158,6 @@ _ON_TENSORS = (
     click.option(
         "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
     ),
-    click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods."),
     click.option(
         "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first draw."
     ),
@@ -122,26 +165,40 @@ _ON_TENSORS = (
 )
 
 
-def on_tensors(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def on_tensors(name: str, least_seeds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """What the commands that measure have in common: FILE, its arrays, the methods, and where results NAME go."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
+        seeds = click.option(
+            "--seeds",
+            type=click.IntRange(min=least_seeds),
+            default=3,
+            show_default=True,
+            help="Draws of random methods" + ("." if least_seeds == 1 else "; one has no spread, which a bound needs."),
+        )
         out = click.option(
             "--out",
-            type=click.Path(path_type=pathlib.Path),
+            type=Directory(),
             default=name,
             show_default=True,
-            help=f"Directory for {name}.json and {name}.png.",
+            help=f"Directory for {name}.json and {name}.png. Those of an earlier run are replaced; of two runs at once "
+            "each needs its own.",
         )
-        for option in (out, *reversed(_ON_TENSORS)):
+        for option in (out, *reversed((*_ON_TENSORS[:-2], seeds, *_ON_TENSORS[-2:]))):
             command = option(command)
         return command
 
     return add
 
 
+_WINDOW = (
+    "A window of w holds, under --causal, the query's own token and the w - 1 before it (w in all), else its own and "
+    "w - 1 to each side (2w - 1 in all)."
+)
+
+
 @approx_attention.command()
-@on_tensors("compare")
+@on_tensors("compare", least_seeds=1)
 @click.option(
     "--budget",
     "budgets",
@@ -149,9 +206,15 @@ def on_tensors(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
     default="64,256",
     show_default=True,
     help="Sizes of summaries: landmarks, samples, features, window. Sizes that count other things are in proportion: "
-    "at 256 every method has its usual size.",
+    f"at 256 every method has its usual size. {_WINDOW}",
 )
-@click.option("--window", type=click.IntRange(min=1), default=128, show_default=True, help="Where the far part begins.")
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Where the far part begins: beyond this window, which is one of `local`.",
+)
 def compare(
     names: tuple[str, ...] | None,
     options: tuple[tuple[str, str, Any], ...],
@@ -167,40 +230,55 @@ def compare(
 
     FILE is an .npz or .safetensors file with queries, keys and values, each [T, D], [T, N, D] or [B, T, N, D]; keys and
     values may have fewer heads. Without FILE, a sample from a small trained language model is used.
+
+    Results are written before they are printed. A run that is interrupted writes what it has measured.
     """
-    tensors, source, is_causal = _load("compare", out, scale, **given)
-    console = _console()
-    with _progress() as on_progress:
-        rows = run_comparison(
-            tensors,
-            names or default_methods(is_causal),
-            budgets,
-            is_causal=is_causal,
-            scale=scale,
-            options=_by_method(options),
-            window_size=window,
-            num_seeds=seeds,
-            seed=seed,
-            on_progress=on_progress,
+    with _task("compare", out, scale, names, **given) as task:
+        settings = task.settings | {
+            "options": _by_method(options),
+            "budgets": list(budgets),
+            "num_seeds": seeds,
+            "seed": seed,
+            "window_size": window,
+        }
+
+        def measure(layer: Layer, keep: Callable[[list[Any]], None], on_progress: OnProgress) -> list[Any]:
+            so_far: list[Any] = []
+
+            def keep_row(row: Any) -> None:
+                so_far.append(row)
+                keep(so_far)
+
+            return run_comparison(
+                layer.tensors,
+                task.names,
+                budgets,
+                is_causal=task.is_causal,
+                scale=scale,
+                options=_by_method(options),
+                window_size=window,
+                num_seeds=seeds,
+                seed=seed,
+                mask=layer.kv_mask,
+                on_progress=on_progress,
+                on_row=keep_row,
+            )
+
+        kind = Kind(
+            name="compare",
+            rows=lambda rows: rows,
+            more=lambda rows: {},
+            shown=lambda rows, title: [comparison_table(rows, title, window, is_padded=task.is_padded)],
+            draw=draw_frontiers,
+            over_layers=compared_over_layers,
+            summary=lambda results, title: [comparison_summary_table(compared_over_layers(results), title)],
+            draw_layers=draw_compared_layers,
         )
-    title = _title(tensors, source, is_causal)
-    console.print(comparison_table(rows, title, window))
-    settings = {
-        "source": source,
-        "is_causal": is_causal,
-        "scale": scale,
-        "methods": list(names or default_methods(is_causal)),
-        "options": _by_method(options),
-        "budgets": list(budgets),
-        "num_seeds": seeds,
-        "seed": seed,
-        "window_size": window,
-    }
-    _write(console, out, "compare", report(rows, tensors, settings), lambda: draw_frontiers(rows, title))
+        run(task, settings, kind, measure)
 
 
 @approx_attention.command()
-@on_tensors("plan")
+@on_tensors("plan", least_seeds=2)
 @click.option(
     "--tolerance", type=float, required=True, help="Relative error that is allowed, as `compare` measures it."
 )
@@ -228,46 +306,61 @@ def plan(
     against size, and the smallest size that meets the tolerance is checked on the other heads and timed beside exact
     attention. FILE is as in `compare`; without it, the sample is used. The fastest is recommended; with --max-bytes
     alone, the one that holds the fewest bytes.
+
+    The size of `local` and `longformer` is a window. One of w holds, under --causal, the query's own token and the
+    w - 1 before it (w in all), else its own and w - 1 to each side (2w - 1 in all).
+
+    Results are written before they are printed. A run that is interrupted writes the bounds that it has fitted.
     """
-    tensors, source, is_causal = _load("plan", out, scale, **given)
-    console = _console()
-    with _progress() as on_progress:
-        made = make_plan(
-            tensors,
-            tolerance=tolerance,
-            max_bytes=max_bytes,
-            max_seconds=None if max_milliseconds is None else max_milliseconds / 1e3,
-            is_causal=is_causal,
-            scale=scale,
-            methods=names,
-            options=_by_method(options),
-            held_out=held_out,
-            confidence=confidence,
-            num_seeds=seeds,
-            seed=seed,
-            on_progress=on_progress,
+    with _task("plan", out, scale, names, **given) as task:
+        settings = task.settings | {
+            "options": _by_method(options),
+            "held_out": held_out,
+            "num_seeds": seeds,
+            "seed": seed,
+        }
+
+        def measure(layer: Layer, keep: Callable[[Plan], None], on_progress: OnProgress) -> Plan:
+            return make_plan(
+                layer.tensors,
+                tolerance=tolerance,
+                max_bytes=max_bytes,
+                max_seconds=None if max_milliseconds is None else max_milliseconds / 1e3,
+                is_causal=task.is_causal,
+                scale=scale,
+                methods=task.names,
+                options=_by_method(options),
+                held_out=held_out,
+                confidence=confidence,
+                num_seeds=seeds,
+                seed=seed,
+                mask=layer.kv_mask,
+                on_progress=on_progress,
+                on_part=keep,
+            )
+
+        kind = Kind(
+            name="plan",
+            rows=lambda made: made.candidates,
+            more=lambda made: {"plan": plan_document(made)},
+            shown=lambda made, title: [plan_table(made, title), made.verdict],
+            draw=draw_plan,
+            over_layers=planned_over_layers,
+            summary=lambda plans, title: [
+                picks_table(plans, title),
+                plan_summary_table(planned_over_layers(plans), title),
+            ],
+            draw_layers=draw_planned_layers,
         )
-    title = _title(tensors, source, is_causal)
-    console.print(plan_table(made, title))
-    console.print(made.verdict, highlight=False)
-    settings = {
-        "source": source,
-        "is_causal": is_causal,
-        "scale": scale,
-        "methods": list(names or default_methods(is_causal)),
-        "options": _by_method(options),
-        "held_out": held_out,
-        "num_seeds": seeds,
-        "seed": seed,
-    }
-    document = report(made.candidates, tensors, settings) | {"plan": plan_document(made)}
-    _write(console, out, "plan", document, lambda: draw_plan(made, title))
+        run(task, settings, kind, measure)
 
 
-def _load(
-    name: str,
+@contextlib.contextmanager
+def _task(
+    kind: str,
     out: pathlib.Path,
     scale: float | None,
+    names: tuple[str, ...] | None,
     *,
     file: pathlib.Path | None,
     q_name: str,
@@ -275,53 +368,30 @@ def _load(
     v_name: str,
     causal: bool | None,
     device: str | None,
-) -> tuple[Tensors, str, bool]:
-    """The tensors, what to call them, and whether attention is causal, once there is somewhere to write."""
+    **arrays: str | None,
+) -> Iterator[Task]:
+    """The tensors and methods, once there is somewhere to write, where no other run writes meanwhile."""
     if scale is not None and math.isnan(scale):
         raise InputError("--scale must be a positive number, got nan")
+    arrays = {option: name for option, name in arrays.items() if name is not None}
+    if file is None and arrays:
+        options = " and ".join(f"--{option}" for option in arrays)
+        raise InputError(f"{options} can only be given with a FILE; the sample is one layer without padding")
     _use_device(device)
-    tensors = load_sample() if file is None else load_tensors(file, (q_name, k_name, v_name))
-    _require_writable(out, name)
-    return tensors, "the shipped sample" if file is None else file.name, file is None if causal is None else causal
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 150)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda label, done, total: progress.update(task, description=label, completed=done, total=total)
-
-
-def _title(tensors: Tensors, source: str, is_causal: bool) -> str:
-    batch, length, heads, head_dim = tensors.query.shape
-    return (
-        f"{source}: {'causal' if is_causal else 'bidirectional'}, B={batch} T={length} S={tensors.key.shape[1]} "
-        f"heads={heads}/{tensors.key.shape[2]} D={head_dim}, {jax.devices()[0].device_kind}"
-    )
-
-
-def _write(console: Console, out: pathlib.Path, name: str, document: dict[str, Any], draw: Callable[[], Any]) -> None:
-    written = write_results(out, name, document, draw)
-    console.print(f"wrote {' and '.join(map(str, written))}")
-    if len(written) < 2:
-        console.print("no figure: it needs matplotlib, as in pip install 'approx_attention[plot]'")
-
-
-def _require_writable(out: pathlib.Path, name: str) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to the directory {out}: {error.strerror}") from None
-    for path in (out / f"{name}.json", out / f"{name}.png"):
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a directory")
+    loaded = {"": Layer(load_sample(), None)}
+    if file is not None:
+        loaded = load_layers(file, (q_name, k_name, v_name), **arrays)
+    is_causal = file is None if causal is None else causal
+    chosen = names or tuple(default_methods(is_causal))
+    source = "the shipped sample" if file is None else file.name
+    settings = {"source": source, "is_causal": is_causal, "scale": scale, "methods": list(chosen), **arrays}
+    notes = []
+    if "lengths" in arrays or "mask" in arrays:
+        settings["left_out"] = taking_no_padding(chosen)
+        if settings["left_out"]:
+            notes.append(f"left out, because they take no padding: {', '.join(settings['left_out'])}")
+    with only_run(out, kind):
+        yield Task(out, source, loaded, is_causal, chosen, settings, notes)
 
 
 def _use_device(device: str | None) -> None:
@@ -335,6 +405,15 @@ def _use_device(device: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use."""
+    with outputs() as out, terminable():
+        code = _exit_code(arguments)
+        out.flush()
+        if out.error:
+            click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)
+        return code or int(bool(out.error))
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
         return approx_attention.main(arguments, prog_name="approx-attention", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -342,6 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.ClickException, InputError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"approx-attention: {' '.join(message.split())}", err=True)
+        if isinstance(error, Interrupted):
+            return 143 if error.is_terminated else 130
     except click.Abort:
         click.echo("approx-attention: interrupted", err=True)
         return 130

@@ -26,6 +26,8 @@ from approx_attention.api import attention
 from approx_attention.checks import InputError, check_flag
 from approx_attention.decode import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
+from approx_attention.figures import log_scales, method_styles
+from approx_attention.real_tokens import key_mask, query_mask
 from approx_attention.registry import METHODS, Method, accepted, get_method
 from approx_attention.summaries import summary_bytes
 from approx_attention.tensor_files import Tensors
@@ -34,6 +36,10 @@ from approx_attention.tensor_files import Tensors
 LARGEST_LOGITS = 2**31
 # Always in the comparison: what does not beat these is not worth its trouble.
 BASELINES = ("mean_value", "local", "uniform_sample")
+# A budget above this is a mistake: its features alone would fill the memory.
+LARGEST_BUDGET = 2**20
+# More seeds than this take longer than anyone waits.
+MOST_SEEDS = 1000
 # The budget at which every method has its usual size: of many this is the size, others count blocks or slots per block.
 USUAL_BUDGET = 256
 # Hyper-parameters by the name of the method.
@@ -49,42 +55,6 @@ def default_methods(is_causal: bool) -> list[str]:
     ]
 
 
-def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each method, the same in every figure; names that are no methods take what is left.
-
-    What is left is taken again with hollow markers once it is used up.
-    """
-    names = list(names)
-    known = [name for name in METHODS if name in names]
-    free = [i for i in range(len(_STYLES)) if i >= len(METHODS) or list(METHODS)[i] not in known]
-    looks = {}
-    for number, name in enumerate([name for name in names if name not in known]):
-        pool = free or range(len(_STYLES))
-        looks[name] = (pool[number % len(pool)], number >= len(pool))
-    places = {name: list(METHODS).index(name) for name in known}
-    looks |= {name: (place % len(_STYLES), place // len(_STYLES) % 2 == 1) for name, place in places.items()}
-    # The third time round a colour comes with the next marker.
-    turned = {name: place // (2 * len(_STYLES)) for name, place in places.items()}
-    return {
-        name: {
-            "color": _STYLES[index][0],
-            "marker": _STYLES[(index + turned.get(name, 0)) % len(_STYLES)][1],
-            "markerfacecolor": "white" if hollow else _STYLES[index][0],
-        }
-        for name, (index, hollow) in ((name, looks[name]) for name in names)
-    }
-
-
-# Colours that the colour-blind tell apart, each with a marker of its own.
-_STYLES = tuple(
-    zip(
-        ("#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#8C564B", "#D55E00", "#7F3FBF"),
-        "oPDv^Xs*dp",
-        strict=True,
-    )
-)
-
-
 def build_arms(
     tensors: Tensors,
     methods: Iterable[str],
@@ -93,6 +63,7 @@ def build_arms(
     is_causal: bool,
     scale: float | None,
     options: Options | None = None,
+    kv_mask: np.ndarray | None = None,
 ) -> list[Arm]:
     """The arms to compare: every exact form, the baselines, and each method at each size.
 
@@ -106,28 +77,60 @@ def build_arms(
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits.
         options: hyper-parameters other than the size, by the name of the method.
+        kv_mask: which keys ``[B, S]`` are real; methods that take no padding are left out where some are not.
 
     Returns:
         The arms.
 
     Raises:
-        InputError: an unknown method, one that cannot do what is asked, or options that it does not take.
+        InputError: an unknown method, one that cannot do what is asked, options that it does not take, or a budget
+            out of range.
     """
+    for budget in budgets:
+        check_range("a budget", budget, 1, LARGEST_BUDGET)
     names = list(dict.fromkeys((*BASELINES, *methods)))
     options = check_options(names, options)
-    arms = exact_arms(tensors, is_causal=is_causal, scale=scale)
+    arms = exact_arms(tensors, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
     num_keys = tensors.key.shape[1]
     for name in names:
         method = check_method(name, is_causal)
-        if name == "exact":
+        if name == "exact" or (kv_mask is not None and not method.capabilities.padding):
             continue
         # What is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
         sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
         own = options.get(name, {})
-        arms += [method_arm(tensors, name, size, is_causal=is_causal, scale=scale, options=own) for size in sizes]
+        arms += [
+            method_arm(tensors, name, size, is_causal=is_causal, scale=scale, options=own, kv_mask=kv_mask)
+            for size in sizes
+        ]
     return arms
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises ``InputError`` unless the value is an integer between these."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{name} must be an integer, got {value!r}")
+    if not least <= value <= most:
+        limit = f"least {least}" if value < least else f"most {most}"
+        raise InputError(f"{name} must be at {limit}, got {value}")
+
+
+def without_padding(tensors: Tensors, kv_mask: np.ndarray | None) -> Tensors:
+    """The tensors with zeros in place of the padding, which may hold anything in a file."""
+    real = (None if kv_mask is None else query_mask(kv_mask, tensors.query.shape[1]), kv_mask, kv_mask)
+    return Tensors(
+        *(
+            x if rows is None else jnp.where(rows[:, :, None, None], x, jnp.zeros_like(x))
+            for x, rows in zip(tensors, real, strict=True)
+        )
+    )
+
+
+def taking_no_padding(names: Iterable[str]) -> list[str]:
+    """The methods among these that are left out where sequences are padded."""
+    return [name for name in names if not get_method(name).capabilities.padding]
 
 
 def check_method(name: str, is_causal: bool) -> Method:
@@ -168,6 +171,7 @@ def method_arm(
     is_causal: bool,
     scale: float | None,
     options: Mapping[str, Any] | None = None,
+    kv_mask: np.ndarray | None = None,
 ) -> Arm:
     """One method at one size; ``InputError`` for options that it does not take."""
     method = get_method(name)
@@ -181,6 +185,7 @@ def method_arm(
             query,
             key,
             value,
+            mask=_padding_mask(kv_mask),
             method=name,
             rng=rng if method.capabilities.needs_key else None,
             scale=scale,
@@ -193,7 +198,7 @@ def method_arm(
     if options:
         try:
             jax.eval_shape(function, *tensors, jax.random.key(0))
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
             given = ", ".join(f"{key}={value!r}" for key, value in options.items())
             raise InputError(f"{name} does not take {given}: {error}") from error
     return Arm(
@@ -205,9 +210,16 @@ def method_arm(
     )
 
 
-def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> list[Arm]:
+def _padding_mask(kv_mask: np.ndarray | None) -> Array | None:
+    return None if kv_mask is None else jnp.asarray(kv_mask[:, None, None, :])
+
+
+def exact_arms(
+    tensors: Tensors, *, is_causal: bool, scale: float | None, kv_mask: np.ndarray | None = None
+) -> list[Arm]:
     """Every form of exact attention that this machine has memory for, the library's default first."""
     query, key, value = tensors
+    mask = _padding_mask(kv_mask)
     num_bytes = token_bytes(tensors)
     logits = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1]
 
@@ -216,6 +228,7 @@ def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> lis
             query,
             key,
             value,
+            mask=mask,
             method="exact",
             scale=scale,
             is_causal=is_causal,
@@ -230,6 +243,7 @@ def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> lis
             forms["exact bfloat16"] = lambda query, key, value, rng: (
                 attention(
                     *(x.astype(jnp.bfloat16) for x in (query, key, value)),
+                    mask=mask,
                     method="exact",
                     scale=scale,
                     is_causal=is_causal,
@@ -238,7 +252,7 @@ def exact_arms(tensors: Tensors, *, is_causal: bool, scale: float | None) -> lis
             )
         if value.shape[-1] == key.shape[-1]:
             forms["exact jax.nn"] = lambda query, key, value, rng: (
-                jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=is_causal),
+                jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=is_causal),
                 None,
             )
     return [Arm(name, function, None, num_bytes, is_exact=True) for name, function in forms.items()]
@@ -302,17 +316,36 @@ def run_comparison(
     window_size: int = 128,
     num_seeds: int = 3,
     seed: int = 0,
+    lengths: Any = None,
+    mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
-    """Compares methods at several sizes with exact attention: `build_arms`, then `diagnostics.compare`."""
-    arms = build_arms(tensors, methods, budgets, is_causal=is_causal, scale=scale, options=options)
-    window = method_arm(tensors, "local", min(window_size, tensors.key.shape[1]), is_causal=is_causal, scale=scale)
+    """Compares methods at several sizes with exact attention: `build_arms`, then `diagnostics.compare`.
+
+    Where ``lengths [B]`` or a ``mask [B, S]`` say that some tokens are padding, no method sees these, errors are those
+    of real queries alone, and methods that take no padding are left out.
+    """
+    check_range("num_seeds", num_seeds, 1, MOST_SEEDS)
+    kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
+    tensors = without_padding(tensors, kv_mask)
+    arms = build_arms(tensors, methods, budgets, is_causal=is_causal, scale=scale, options=options, kv_mask=kv_mask)
+    size = min(window_size, tensors.key.shape[1])
+    window = method_arm(tensors, "local", size, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
     return compare(
-        arms, *tensors, exact=arms[0], window=window, num_seeds=num_seeds, seed=seed, on_progress=on_progress
+        arms,
+        *tensors,
+        exact=arms[0],
+        window=window,
+        num_seeds=num_seeds,
+        seed=seed,
+        mask=kv_mask,
+        on_progress=on_progress,
+        on_row=on_row,
     )
 
 
-def best_rows(rows: Sequence[Comparison]) -> set[int]:
+def best_rows(rows: Sequence[Any]) -> set[int]:
     """Indices of the approximations on the frontier: no other is both faster and closer to exact attention."""
     approximations = [i for i, row in enumerate(rows) if not row.is_exact and math.isfinite(row.relative_error)]
 
@@ -327,27 +360,43 @@ def best_rows(rows: Sequence[Comparison]) -> set[int]:
     return {i for i in approximations if not beaten(i)}
 
 
-def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -> Table:
+def no_better_than_mean(rows: Sequence[Any]) -> set[int]:
+    """Indices of the approximations whose relative error is not below that of ``mean_value``, the trivial answer."""
+    least = min((row.relative_error for row in rows if row.method == "mean_value"), default=math.inf)
+    return {
+        i
+        for i, row in enumerate(rows)
+        if not (row.is_exact or row.method == "mean_value" or row.relative_error < least or math.isnan(least))
+    }
+
+
+# What marks rows in the tables.
+FRONTIER, TRIVIAL = " *", " !"
+PADDED_FOOTNOTE = "padding takes part in times, and not in errors"
+TRIVIAL_FOOTNOTE = "! error no smaller than that of `mean_value`"
+
+
+def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *, is_padded: bool = False) -> Table:
     """The comparison as a table for the terminal; rows on the frontier of error against time are marked."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.caption = (
+    table = plain_table(
+        title,
         "error: relative Frobenius norm, mean ± deviation over seeds · worst row: over the mean row norm · "
         "normaliser: rms error of its log · "
         f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
-        "held: bytes per key head and sequence · * on the frontier of error against time"
+        "held: bytes per key head and sequence · than exact: the fastest form of it · "
+        f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}{is_padded * f' · {PADDED_FOOTNOTE}'}",
+        *("method", "size", "held", "than all keys", "time", "than exact", "compile", "error", "worst row"),
+        *("normaliser", "far"),
     )
-    table.add_column("method")
-    for column in ("size", "held", "smaller", "time", "faster", "compile", "error", "worst row", "normaliser", "far"):
-        table.add_column(column, justify="right")
-    frontier = best_rows(rows)
+    frontier, trivial = best_rows(rows), no_better_than_mean(rows)
     for i, row in enumerate(rows):
         table.add_row(
-            Text(f"{row.method}{' *' if i in frontier else ''}"),
+            Text(f"{row.method}{FRONTIER if i in frontier else ''}{TRIVIAL if i in trivial else ''}"),
             "" if row.size is None else str(row.size),
             "" if row.held_bytes is None else in_units(row.held_bytes),
-            "" if row.compression is None else f"{row.compression:.3g}x",
+            "" if row.compression is None else times(row.compression, "smaller", "larger"),
             f"{row.seconds * 1e3:.3g} ms",
-            f"{row.speedup:.2f}x",
+            times(row.speedup, "faster", "slower"),
             f"{row.compile_seconds:.1f} s",
             _with_deviation(row.relative_error, row.relative_error_std, row.num_seeds),
             f"{row.worst_row_error:.3g}",
@@ -356,6 +405,29 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int) -
             style="bold" if i in frontier else "dim" if row.is_exact else "",
         )
     return table
+
+
+def plain_table(title: str, caption: str, *columns: str) -> Table:
+    """An empty table, whose title is text and no markup: names of files are in it."""
+    table = Table(
+        title=Text(title, style="table.title"),
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def times(ratio: float, more: str, less: str) -> str:
+    """A ratio as text that says its direction, such as ``2.5x faster`` or ``340x slower``."""
+    if not (ratio > 0 and math.isfinite(ratio)):
+        return ""
+    factor = max(ratio, 1 / ratio)
+    number = f"{factor:.0f}" if factor >= 100 else f"{factor:.3g}"
+    return "1x" if number == "1" else f"{number}x {more if ratio > 1 else less}"
 
 
 def _with_deviation(mean: float | None, deviation: float | None, num_seeds: int) -> str:
@@ -385,7 +457,11 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
             (left, [row.seconds * 1e3 for row in chosen]),
             (right, [None if row.held_bytes is None else row.held_bytes / 1024 for row in chosen]),
         ):
-            points = [(x, row) for x, row in zip(xs, chosen, strict=True) if x is not None and row.relative_error > 0]
+            points = [
+                (x, row)
+                for x, row in zip(xs, chosen, strict=True)
+                if x is not None and 0 < row.relative_error < math.inf
+            ]
             if not points:
                 continue
             x, errors = [x for x, _ in points], [row.relative_error for _, row in points]
@@ -400,29 +476,8 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
         log_scales(axes)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
-
-
-def light_grid(axes: Any) -> None:
-    """Light lines behind everything else."""
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
-
-
-def log_scales(axes: Any) -> None:
-    """Logarithmic axes with a grid and labels that are plain numbers."""
-    from matplotlib import ticker
-
-    axes.set(xscale="log", yscale="log")
-    light_grid(axes)
-    axes.margins(0.08, 0.1)
-    for axis in (axes.xaxis, axes.yaxis):
-        low, high = axis.get_view_interval()
-        decades = math.log10(high / low)
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(ticker.NullLocator())
 
 
 def environment() -> dict[str, Any]:
@@ -461,24 +516,29 @@ def report(rows: Sequence[Any], tensors: Tensors, settings: Mapping[str, Any]) -
     Returns:
         The document; what is not finite is None in it.
     """
-    return {
-        "settings": dict(settings),
-        "shapes": {name: list(x.shape) for name, x in tensors._asdict().items()},
-        "environment": environment(),
-        "rows": [
-            {
-                name: None if isinstance(x, float) and not math.isfinite(x) else x
-                for name, x in dataclasses.asdict(row).items()
-            }
-            for row in rows
-        ],
-    }
+    return finite(
+        {
+            "settings": dict(settings),
+            "shapes": {name: list(x.shape) for name, x in tensors._asdict().items()},
+            "environment": environment(),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+    )
+
+
+def finite(document: Any) -> Any:
+    """A document with None in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(document, Mapping):
+        return {name: finite(x) for name, x in document.items()}
+    if isinstance(document, list | tuple):
+        return [finite(x) for x in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def write_results(
     out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any]
-) -> list[pathlib.Path]:
-    """Writes NAME.json and, where matplotlib is installed, NAME.png; each is whole or absent.
+) -> tuple[list[pathlib.Path], str]:
+    """Writes NAME.json and, where it can be drawn, NAME.png; each is whole or absent, and both are of one run.
 
     Args:
         out: an existing directory.
@@ -487,18 +547,22 @@ def write_results(
         draw: makes the figure.
 
     Returns:
-        The files written.
+        The files written, and why there is no figure, if there is none.
     """
     written = [out / f"{name}.json"]
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     write_atomically(written[0], lambda file: file.write(text.encode()))
+    picture = out / f"{name}.png"
+    # That of an earlier run.
+    picture.unlink(missing_ok=True)
     try:
         figure = draw()
+        write_atomically(picture, lambda file: figure.savefig(file, format="png"))
     except ImportError:
-        return written
-    written.append(out / f"{name}.png")
-    write_atomically(written[1], lambda file: figure.savefig(file, format="png"))
-    return written
+        return written, "it needs matplotlib, as in pip install 'approx_attention[plot]'"
+    except Exception as error:  # what is measured is worth more than its picture
+        return written, " ".join(f"{type(error).__name__}: {error}".split())
+    return [*written, picture], ""
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:

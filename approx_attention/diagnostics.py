@@ -1,10 +1,14 @@
 """Errors against exact attention, measured on the caller's own tensors, beside the time they buy."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+import hashlib
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +18,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.checks import InputError, accumulation_dtype, head_inputs, zero_padding
+from approx_attention.real_tokens import key_mask, query_mask
 from approx_attention.softmax import HIDDEN
 from approx_attention.summaries import Summary, WeightedKV, attend, require_scaled_space
 
@@ -278,6 +283,35 @@ class Arm:
         return self.method if self.size is None else f"{self.method} {self.size}"
 
 
+_Programs = dict[bytes, tuple[Callable[..., Any], float]]
+_shared_programs: contextvars.ContextVar[_Programs | None] = contextvars.ContextVar("shared_programs", default=None)
+# Each maps memory, and Linux grants a process only so many maps.
+_MOST_SHARED = 256
+
+
+@contextlib.contextmanager
+def shared_programs(programs: _Programs) -> Iterator[None]:
+    """Within this, arms that are the same computation are compiled once, as in layers of one shape.
+
+    Args:
+        programs: those that are there. Arms that close over different arrays must not share them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.diagnostics import Arm, compile_arm, shared_programs
+        >>> x = jnp.ones((1, 4, 1, 2))
+        >>> with shared_programs({}):
+        ...     made = [compile_arm(Arm("mine", lambda q, k, v, rng: (v, None)), x, x, x)[0] for _ in range(2)]
+        >>> made[0] is made[1]
+        True
+    """
+    token = _shared_programs.set(programs)
+    try:
+        yield
+    finally:
+        _shared_programs.reset(token)
+
+
 def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Callable[..., Any], float]:
     """The program of an arm for these tensors, and the seconds that it took to compile.
 
@@ -285,11 +319,21 @@ def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Calla
         InputError: the arm does not take them.
     """
     start = time.perf_counter()
+    shared = _shared_programs.get()
     try:
-        program = jax.jit(arm.function).lower(query, key, value, jax.random.key(0)).compile()
+        lowered = jax.jit(arm.function).lower(query, key, value, jax.random.key(0))
+        same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
+        if shared is not None and same in shared:
+            return shared[same]
+        program = lowered.compile()
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"{arm.label} does not take these tensors: {error}") from error
-    return program, time.perf_counter() - start
+    made = program, time.perf_counter() - start
+    if shared is not None:
+        if len(shared) == _MOST_SHARED:
+            del shared[next(iter(shared))]
+        shared[same] = made
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +391,10 @@ def compare(
     num_seeds: int = 3,
     seed: int = 0,
     rounds: int = 5,
+    lengths: Any = None,
+    mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
     """Measures what each arm costs and loses on the given tensors.
 
@@ -361,14 +408,19 @@ def compare(
         num_seeds: draws over which the errors of random arms are averaged.
         seed: the first seed.
         rounds: how often each arm is timed, in turn with the others.
+        lengths: real tokens of each sequence, integers ``[B]``: errors are those of real queries alone. The arms must
+            hide the padded keys themselves. Where T differs from S all queries are real.
+        mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
         on_progress: called with what is done next, the number of steps done and their total.
+        on_row: called with each arm as soon as its errors are known, for those who may be interrupted. Its times are
+            then those of the calls that measured the errors.
 
     Returns:
         A `Comparison` per arm, in their order.
 
     Raises:
         ValueError: no arm is exact.
-        InputError: an arm does not take these tensors.
+        InputError: an arm does not take these tensors, lengths or a mask that do not fit them.
 
     Example:
         >>> import functools, jax
@@ -386,6 +438,10 @@ def compare(
     if not any(arm.is_exact for arm in arms):
         raise ValueError("compare needs an exact arm: speed is measured against it")
     keys_rngs = [jax.random.key(seed + i) for i in range(num_seeds)]
+    real = query_mask(key_mask(key.shape, lengths=lengths, mask=mask), query.shape[1])
+
+    def real_rows(result: tuple[Array, Array | None]) -> Any:
+        return result if real is None else tuple(None if x is None else x[real] for x in result)
 
     @functools.cache
     def compiled(arm: Arm) -> tuple[Callable[..., Any], float]:
@@ -393,63 +449,66 @@ def compare(
 
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
-    exact_out, exact_lse = compiled(exact)[0](query, key, value, keys_rngs[0])
+    exact_out, exact_lse = real_rows(compiled(exact)[0](query, key, value, keys_rngs[0]))
     if exact_lse is None:
         raise ValueError("the exact arm must also return log-normalisers")
-    window_out, window_lse = compiled(window)[0](query, key, value, keys_rngs[0])
+    window_out, window_lse = real_rows(compiled(window)[0](query, key, value, keys_rngs[0]))
     # The sums over keys beyond the window, as a share of the exact normaliser: what is left of the exact output.
     far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
     far_norm = jnp.linalg.norm(far_part)
     window_misses = bool(far_norm > 1e-5 * jnp.linalg.norm(_flat(exact_out)))
 
-    functions, compile_seconds, errors = [], [], []
-    for done, arm in enumerate(arms, start=1):
-        on_progress(arm.label, done, steps)
-        function, seconds = compiled(arm)
-        functions.append(function)
-        compile_seconds.append(seconds)
+    kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
+    errors: list[list[tuple[float | None, ...]]] = []
+    first_timings: list[Timing] = []
+
+    def comparison(i: int, timings: list[Timing]) -> Comparison:
+        arm, timing = arms[i], timings[i]
+        relative, worst_row, normalizer, far = zip(*errors[i], strict=True)
+        baseline = min((t.least for arm, t in zip(arms, timings, strict=False) if arm.is_exact), default=math.nan)
+        return Comparison(
+            method=arm.method,
+            size=arm.size,
+            held_bytes=arm.held_bytes,
+            compression=kv_bytes / arm.held_bytes if arm.held_bytes else None,
+            compile_seconds=compiled(arm)[1],
+            seconds=timing.least,
+            median_seconds=timing.median,
+            speedup=baseline / timing.least,
+            relative_error=statistics.fmean(relative),
+            relative_error_std=float(np.std(relative)),
+            worst_row_error=statistics.fmean(worst_row),
+            normalizer_error=None if normalizer[0] is None else statistics.fmean(normalizer),
+            far_error=None if far[0] is None else statistics.fmean(far),
+            far_error_std=None if far[0] is None else float(np.std(far)),
+            num_seeds=len(errors[i]),
+            is_exact=arm.is_exact,
+        )
+
+    for i, arm in enumerate(arms):
+        on_progress(arm.label, i + 1, steps)
+        function, seconds = compiled(arm)[0], []
         errors.append([])
         for rng in keys_rngs if arm.is_random else keys_rngs[:1]:
-            out, lse = function(query, key, value, rng)
+            start = time.perf_counter()
+            result = jax.block_until_ready(function(query, key, value, rng))
+            seconds.append(time.perf_counter() - start)
+            out, lse = real_rows(result)
             relative, worst_row = output_error(out, exact_out)
             normalizer, far = None, None
             if lse is not None:
                 normalizer = jnp.sqrt(jnp.mean((lse - exact_lse) ** 2))
                 if window_misses:
                     far = jnp.linalg.norm(_flat(out, lse - exact_lse) - _flat(exact_out)) / far_norm
-            errors[-1].append([None if x is None else float(x) for x in (relative, worst_row, normalizer, far)])
+            errors[-1].append(tuple(None if x is None else float(x) for x in (relative, worst_row, normalizer, far)))
+        first_timings.append(Timing(min(seconds), statistics.median(seconds)))
+        on_row(comparison(i, first_timings))
 
     on_progress("timing", steps - 1, steps)
-    calls = {str(i): functools.partial(f, query, key, value, keys_rngs[0]) for i, f in enumerate(functions)}
+    calls = {str(i): functools.partial(compiled(arm)[0], query, key, value, keys_rngs[0]) for i, arm in enumerate(arms)}
     timings = list(time_interleaved(calls, rounds=rounds).values())
     on_progress("done", steps, steps)
-    baseline = min(timing.least for arm, timing in zip(arms, timings, strict=True) if arm.is_exact)
-    kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
-
-    rows = []
-    for arm, timing, compile_time, measured in zip(arms, timings, compile_seconds, errors, strict=True):
-        relative, worst_row, normalizer, far = zip(*measured, strict=True)
-        rows.append(
-            Comparison(
-                method=arm.method,
-                size=arm.size,
-                held_bytes=arm.held_bytes,
-                compression=kv_bytes / arm.held_bytes if arm.held_bytes else None,
-                compile_seconds=compile_time,
-                seconds=timing.least,
-                median_seconds=timing.median,
-                speedup=baseline / timing.least,
-                relative_error=statistics.fmean(relative),
-                relative_error_std=float(np.std(relative)),
-                worst_row_error=statistics.fmean(worst_row),
-                normalizer_error=None if normalizer[0] is None else statistics.fmean(normalizer),
-                far_error=None if far[0] is None else statistics.fmean(far),
-                far_error_std=None if far[0] is None else float(np.std(far)),
-                num_seeds=len(measured),
-                is_exact=arm.is_exact,
-            )
-        )
-    return rows
+    return [comparison(i, timings) for i in range(len(arms))]
 
 
 def _flat(out: Array, log_weight: Array | None = None) -> Array:

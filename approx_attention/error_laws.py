@@ -14,6 +14,8 @@ from approx_attention.checks import InputError
 LEAST_HEADS = 8
 # So many runs of queries of each key head then take the place of heads.
 RUNS_OF_QUERIES = 16
+# Errors above this count as this where their logarithms are fitted.
+LARGEST_ERROR = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ class ErrorLaw:
         """The law of measured errors by size; an error of 0 counts as the least positive one."""
         sizes = sorted(measured)
         x = np.log(sizes)
-        y = np.log([max(measured[size], float(np.finfo(np.float32).tiny)) for size in sizes])
+        least = float(np.finfo(np.float32).tiny)
+        y = np.log([min(max(measured[size], least), LARGEST_ERROR) for size in sizes])
         pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
         slope = min(0.0, float(np.median(pairs))) if pairs else 0.0
         # Neighbours that increase are pooled to their mean until none does.
@@ -91,6 +94,7 @@ class Split(NamedTuple):
         groups: the stratum of each unit, ``[U]``: its sequence, or its key head.
         calibration: indices of the units that are measured.
         held_out: indices of the others.
+        query_mask: which queries ``[B, T]`` are real, if some are padding.
     """
 
     by: str
@@ -98,18 +102,26 @@ class Split(NamedTuple):
     groups: np.ndarray
     calibration: np.ndarray
     held_out: np.ndarray
+    query_mask: np.ndarray | None = None
 
     def sums(self, rows: np.ndarray) -> np.ndarray:
-        """Sums by unit, ``[U]``, of what there is for each query, ``[B, T, N]``."""
+        """Sums by unit, ``[U]``, of what there is for each query, ``[B, T, N]``; padding is left out."""
         sequences, num_key_heads, runs = self.shape
         by_key_head = rows.reshape(*rows.shape[:2], num_key_heads, -1).sum(-1)
-        if sequences == 1:
-            by_key_head = by_key_head.sum(0, keepdims=True)
-        starts = np.arange(runs) * rows.shape[1] // runs
-        return np.add.reduceat(by_key_head.swapaxes(1, 2), starts, axis=2).ravel()
+        real = np.ones(rows.shape[:2], bool) if self.query_mask is None else self.query_mask
+        # Runs are equally long but for one query; where there is padding, runs of the real ones.
+        run = np.empty(rows.shape[:2], int)
+        for sequence, is_real in enumerate(real):
+            starts = np.arange(runs) * is_real.sum() // runs
+            run[sequence] = np.searchsorted(starts, np.cumsum(is_real) - 1, side="right") - 1
+        in_run = (run[:, :, None] == np.arange(runs)) & real[:, :, None]
+        sums = np.einsum("btk,btr->bkr", np.where(real[:, :, None], by_key_head, 0), in_run)
+        return (sums.sum(0) if sequences == 1 else sums).ravel()
 
 
-def split_units(shape: Sequence[int], num_key_heads: int, held_out: float, seed: int) -> Split:
+def split_units(
+    shape: Sequence[int], num_key_heads: int, held_out: float, seed: int, query_mask: np.ndarray | None = None
+) -> Split:
     """Calibration and held-out units of queries ``[B, T, N, D]``.
 
     With at least 8 key heads these are divided, each in all sequences; with fewer, but 8 over all sequences, those of
@@ -120,6 +132,7 @@ def split_units(shape: Sequence[int], num_key_heads: int, held_out: float, seed:
         num_key_heads: how many key heads the query heads share.
         held_out: the share that is held out.
         seed: of the draw.
+        query_mask: which queries ``[B, T]`` are real; all by default.
 
     Returns:
         The `Split`.
@@ -129,7 +142,8 @@ def split_units(shape: Sequence[int], num_key_heads: int, held_out: float, seed:
     """
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
-    num_batches, num_queries = shape[:2]
+    num_batches = shape[0]
+    num_queries = shape[1] if query_mask is None else int(query_mask.sum(1).min())
     if num_key_heads >= LEAST_HEADS:
         by, sizes = "heads", (1, num_key_heads, 1)
     elif num_batches * num_key_heads >= LEAST_HEADS:
@@ -139,7 +153,8 @@ def split_units(shape: Sequence[int], num_key_heads: int, held_out: float, seed:
     sequence, head = (index.ravel() for index in np.indices(sizes)[:2])
     groups = sequence if sizes[2] == 1 else sequence * num_key_heads + head
     if len(groups) < 4:
-        raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]")
+        padded = "" if query_mask is None else f" with {num_queries} real queries in the shortest sequence"
+        raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]{padded}")
     random = np.random.default_rng(seed)
     order = random.permutation(len(groups))
     # Each stratum gives its share, up to one unit.
@@ -150,7 +165,7 @@ def split_units(shape: Sequence[int], num_key_heads: int, held_out: float, seed:
     order = order[np.argsort(rank[order], kind="stable")]
     num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
     kept, given = order[:-num_held], order[-num_held:]
-    return Split(by, sizes, groups, np.sort(kept), np.sort(given))
+    return Split(by, sizes, groups, np.sort(kept), np.sort(given), query_mask)
 
 
 class UnitErrors(NamedTuple):
@@ -160,8 +175,13 @@ class UnitErrors(NamedTuple):
     exact: np.ndarray
 
     def relative(self, units: np.ndarray) -> float:
-        """The relative error of these units together, mean over seeds: what `diagnostics.compare` reports of all."""
-        return float(np.mean(np.sqrt(self.error[:, units].sum(1) / self.exact[units].sum())))
+        """The relative error of these units together, mean over seeds: what `diagnostics.compare` reports of all.
+
+        Outputs that are no numbers make it infinite.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = float(np.mean(np.sqrt(self.error[:, units].sum(1) / self.exact[units].sum())))
+        return math.inf if math.isnan(error) else error
 
     def worst(self, units: np.ndarray) -> float:
         """The largest relative error of one of these units, mean over seeds."""
@@ -176,10 +196,10 @@ class UnitErrors(NamedTuple):
         with the degrees of freedom that Satterthwaite gives to their sum.
         """
         units, groups = split.calibration, split.groups[split.calibration]
-        if self.relative(units) == 0:
-            return 0.0
+        if self.relative(units) in (0, math.inf):
+            return self.relative(units)
         whole = math.log(self.relative(units))
-        without = np.log([max(self.relative(units[units != unit]), 1e-30) for unit in units])
+        without = np.log(np.clip([self.relative(units[units != unit]) for unit in units], 1e-30, LARGEST_ERROR))
         strata = [groups == group for group in np.unique(groups)]
         if min(stratum.sum() for stratum in strata) < 3:
             strata = [np.ones(len(units), bool)]
@@ -194,4 +214,5 @@ class UnitErrors(NamedTuple):
         variance = sum(part for part, _ in parts)
         # Where one stratum, or the draws, make most of the error, there are few degrees of freedom.
         freedom = variance**2 / sum(part**2 / own for part, own in parts) if variance > 0 else 1.0
-        return math.exp(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance))
+        # The exponential of a large number overflows.
+        return math.exp(min(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance), math.log(LARGEST_ERROR)))

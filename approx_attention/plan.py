@@ -10,26 +10,34 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from approx_attention.checks import InputError
 from approx_attention.compare import (
     BASELINES,
+    MOST_SEEDS,
+    PADDED_FOOTNOTE,
+    TRIVIAL,
+    TRIVIAL_FOOTNOTE,
     Options,
     check_method,
     check_options,
+    check_range,
     default_methods,
     exact_arms,
     in_units,
-    log_scales,
     method_arm,
-    method_styles,
+    no_better_than_mean,
+    plain_table,
+    times,
     token_bytes,
+    without_padding,
 )
 from approx_attention.diagnostics import Arm, compile_arm, time_interleaved
 from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
+from approx_attention.figures import log_scales, method_styles
+from approx_attention.real_tokens import key_mask, query_mask
 from approx_attention.registry import get_method
 from approx_attention.tensor_files import Tensors
 
@@ -143,7 +151,10 @@ def plan(
     num_seeds: int = 3,
     seed: int = 0,
     rounds: int = 5,
+    lengths: Any = None,
+    mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    on_part: Callable[[Plan], None] = lambda made: None,
 ) -> Plan:
     """The cheapest setting of any method whose error stays below a tolerance on heads that were not looked at.
 
@@ -170,14 +181,19 @@ def plan(
         num_seeds: draws of random methods, to choose and then to check; at least 2, because one has no spread.
         seed: of the split, and the first draw of the check.
         rounds: how often each candidate is timed, in turn with the others.
+        lengths: real tokens of each sequence, integers ``[B]``. No method sees the padding, errors are those of real
+            queries alone, and methods that take no padding are left out. Where T differs from S all queries are real.
+        mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
         on_progress: called with what is done next, the number of steps done and their total.
+        on_part: called after each method with the plan so far, for those who may be interrupted: it has the bounds,
+            and nothing that is checked or timed.
 
     Returns:
         The `Plan`.
 
     Raises:
         InputError: a tolerance, budget, share or count out of range, a method that is unknown or has no causal form,
-            options that it does not take.
+            options that it does not take, lengths or a mask that do not fit.
 
     Example:
         >>> import jax
@@ -193,31 +209,75 @@ def plan(
     _check_positive("max_seconds", max_seconds)
     if not 0.5 <= confidence < 1:
         raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}")
-    for name, count, least in (("num_seeds", num_seeds, 2), ("rounds", rounds, 1)):
-        if count < least:
-            raise InputError(f"{name} must be at least {least}, got {count}")
+    check_range("num_seeds", num_seeds, 2, MOST_SEEDS)
+    check_range("rounds", rounds, 1, MOST_SEEDS)
+    check_range("seed", seed, 0, 2**31 - 1)
     names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
-    names = [name for name in names if name != "exact"]
-    for name in names:
-        check_method(name, is_causal)
+    kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
+    taken = {name: check_method(name, is_causal) for name in names if name != "exact"}
+    names = [name for name, method in taken.items() if kv_mask is None or method.capabilities.padding]
     options = check_options(names, options)
-    split = split_units(tensors.query.shape, tensors.key.shape[2], held_out, seed)
+    tensors = without_padding(tensors, kv_mask)
+    real_queries = query_mask(kv_mask, tensors.query.shape[1])
+    split = split_units(tensors.query.shape, tensors.key.shape[2], held_out, seed, real_queries)
     rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
     # What exact attention holds, and every method that keeps all tokens.
     all_bytes = token_bytes(tensors)
-    exact_forms = exact_arms(tensors, is_causal=is_causal, scale=scale)
-    bench = _Bench(tensors, exact_forms[0], split)
-
     arm_of = functools.cache(
         lambda name, size: method_arm(  # compiled once
-            tensors, name, size, is_causal=is_causal, scale=scale, options=options.get(name)
+            tensors, name, size, is_causal=is_causal, scale=scale, options=options.get(name), kv_mask=kv_mask
         )
     )
+    # What is wrong with options is said before anything is measured.
+    num_keys = tensors.key.shape[1]
+    for name in options:
+        arm_of(name, None if get_method(name).size is None else next(iter(_first_sizes(name, num_keys)), 1))
+    exact_forms = exact_arms(tensors, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
+    bench = _Bench(tensors, exact_forms[0], split)
+    if not 0 < bench.exact.sum() < math.inf:
+        raise InputError("the outputs of exact attention are all zero or not finite, and no error is relative to that")
+
     curves: dict[str, Curve] = {}
     proposals: list[tuple[Arm, float, float]] = [(arm, 0.0, 0.0) for arm in exact_forms]
+
+    def candidate(
+        proposal: tuple[Arm, float, float],
+        errors: UnitErrors | None = None,
+        least: float = math.nan,
+        fastest_exact: float = math.nan,
+    ) -> Candidate:
+        arm, predicted, bound = proposal
+        held_bytes = arm.held_bytes or all_bytes
+        error = math.nan if errors is None else errors.relative(split.held_out)
+        return Candidate(
+            method=arm.method,
+            size=arm.size,
+            predicted_error=predicted,
+            error_bound=bound,
+            held_out_error=error,
+            worst_held_out_error=math.nan if errors is None else errors.worst(split.held_out),
+            relative_error=math.nan if errors is None else errors.relative(np.arange(len(split.groups))),
+            held_bytes=held_bytes,
+            compile_seconds=bench.compile_seconds(arm),
+            seconds=least,
+            speedup=fastest_exact / least,
+            is_exact=arm.is_exact,
+            # A form of exact attention in few bits has an error too.
+            is_predicted=bool((error if arm.is_exact and errors else bound) <= tolerance * ROUNDING),
+            in_budget=(max_bytes is None or held_bytes <= max_bytes) and (max_seconds is None or least <= max_seconds),
+            meets=bool(error <= tolerance),
+        )
+
+    def so_far() -> Plan:
+        told = "Interrupted: these are bounds, of which nothing was checked or timed."
+        bounded = [candidate(proposal) for proposal in proposals]
+        return Plan(tolerance, max_bytes, max_seconds, "held_bytes", confidence, split, bounded, curves, None, told)
+
     choosing, checking = range(seed + num_seeds, seed + 2 * num_seeds), range(seed, seed + num_seeds)
     for done, name in enumerate(names):
         on_progress(name, done, len(names) + 1)
+        if done:
+            on_part(so_far())
 
         def measure(size: int | None, name: str = name) -> tuple[float, float]:
             errors = bench.errors(arm_of(name, size), choosing)
@@ -230,7 +290,7 @@ def plan(
         def held(size: int, name: str = name) -> int:
             return arm_of(name, size).held_bytes or all_bytes
 
-        curve = _calibrate(name, tensors.key.shape[1], tolerance, max_bytes, measure, held)
+        curve = _calibrate(name, num_keys, tolerance, max_bytes, measure, held)
         if curve is None:
             continue
         curves[name] = curve
@@ -243,6 +303,7 @@ def plan(
             )
         proposals += [(arm_of(name, size), curve.error.error(size), curve.bound.error(size)) for size in sizes]
 
+    on_part(so_far())
     on_progress("timing", len(names), len(names) + 1)
     checked = [bench.errors(arm, checking) for arm, *_ in proposals]
     timings = time_interleaved(
@@ -250,35 +311,14 @@ def plan(
     )
     seconds = [timing.least for timing in timings.values()]
     fastest_exact = min(time for time, (arm, *_) in zip(seconds, proposals, strict=True) if arm.is_exact)
-    candidates = []
-    for (arm, predicted, bound), errors, least in zip(proposals, checked, seconds, strict=True):
-        held_bytes = arm.held_bytes or all_bytes
-        error = errors.relative(split.held_out)
-        candidates.append(
-            Candidate(
-                method=arm.method,
-                size=arm.size,
-                predicted_error=predicted,
-                error_bound=bound,
-                held_out_error=error,
-                worst_held_out_error=errors.worst(split.held_out),
-                relative_error=errors.relative(np.arange(len(split.groups))),
-                held_bytes=held_bytes,
-                compile_seconds=bench.compile_seconds(arm),
-                seconds=least,
-                speedup=fastest_exact / least,
-                is_exact=arm.is_exact,
-                # A form of exact attention in few bits has an error too.
-                is_predicted=bool((error if arm.is_exact else bound) <= tolerance * ROUNDING),
-                in_budget=(max_bytes is None or held_bytes <= max_bytes)
-                and (max_seconds is None or least <= max_seconds),
-                meets=bool(error <= tolerance),
-            )
-        )
     candidates = [
-        candidate
+        candidate(proposal, errors, least, fastest_exact)
+        for proposal, errors, least in zip(proposals, checked, seconds, strict=True)
+    ]
+    candidates = [
+        chosen
         for method in dict.fromkeys(c.method for c in candidates)
-        for candidate in _chosen(
+        for chosen in _chosen(
             [c for c in candidates if c.method == method], meets=lambda c: c.is_predicted, fits=lambda c: c.in_budget
         )
     ]
@@ -330,15 +370,11 @@ def _calibrate(
 
     The last only where nothing in the budget meets the tolerance: what comes nearest uses all that it may.
     """
-    usual = get_method(name).usual_size
-    # Sizes that count tokens are shares of these, half of which is the most that is worth it; others go by their usual.
-    greatest = num_keys // 2 if usual >= 64 else min(8 * usual, num_keys // 2)
-    greatest -= greatest % 2
-    if greatest < 2:
+    greatest, first_sizes = _greatest_size(name, num_keys), _first_sizes(name, num_keys)
+    if not first_sizes:
         return None
-    start = (num_keys / 64, num_keys / 16, num_keys / 4) if usual >= 64 else (usual / 4, usual, 4 * usual)
     errors, bounds = {}, {}
-    for size in dict.fromkeys(_round_size(size, greatest) for size in start):
+    for size in first_sizes:
         errors[size], bounds[size] = measure(size)
     for _ in range(REFINEMENTS):
         size = ErrorLaw.fit(bounds).size(tolerance)
@@ -360,6 +396,22 @@ def _calibrate(
     return Curve(dict(sorted(errors.items())), ErrorLaw.fit(errors), ErrorLaw.fit(bounds))
 
 
+def _greatest_size(name: str, num_keys: int) -> int:
+    """Half of the tokens is the most that is worth it, of sizes that count these; others go by their usual."""
+    usual = get_method(name).usual_size
+    greatest = num_keys // 2 if usual >= 64 else min(8 * usual, num_keys // 2)
+    return greatest - greatest % 2
+
+
+def _first_sizes(name: str, num_keys: int) -> list[int]:
+    """The sizes at which a method is measured first; none where there are too few tokens."""
+    usual, greatest = get_method(name).usual_size, _greatest_size(name, num_keys)
+    if greatest < 2:
+        return []
+    start = (num_keys / 64, num_keys / 16, num_keys / 4) if usual >= 64 else (usual / 4, usual, 4 * usual)
+    return list(dict.fromkeys(_round_size(size, greatest) for size in start))
+
+
 def _round_size(size: float, greatest: int) -> int:
     """A size of at least this one with three leading bits, and even, for the cosines and sines that come in pairs."""
     size = max(2, math.ceil(size - 1e-9))
@@ -379,7 +431,7 @@ def _chosen(
 
 
 def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+    if value is not None and not (isinstance(value, int | float) and 0 < value < 1e30):
         raise InputError(f"{name} must be a positive number, got {value}")
 
 
@@ -432,40 +484,42 @@ def _errors(candidate: Candidate) -> str:
 
 
 def _costs(candidate: Candidate) -> str:
-    return (
-        f"{1e3 * candidate.seconds:.3g} ms ({candidate.speedup:.2f}x the fastest exact), "
-        f"{in_units(candidate.held_bytes)} held"
-    )
+    speed = times(candidate.speedup, "faster than", "slower than")
+    if speed == "1x":
+        speed = "" if candidate.is_exact else "as fast as"
+    beside = f" ({speed} the fastest exact)" if speed else ""
+    return f"{1e3 * candidate.seconds:.3g} ms{beside}, {in_units(candidate.held_bytes)} held"
 
 
 def plan_table(made: Plan, title: str) -> Table:
     """The candidates as a table for the terminal, the best first and the pick in bold."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     split = made.split
-    table.caption = (
+    padded = "" if split.query_mask is None else f" · {PADDED_FOOTNOTE}"
+    table = plain_table(
+        title,
         f"chosen on {len(split.calibration)} {split.by}, checked on {len(split.held_out)} others"
         + ("" if split.by == "heads" else f", because key heads are fewer than {LEAST_HEADS}")
         + f" · at most: the bound, with a confidence of {made.confidence:g}, that the choice rests on · held out: "
         "relative error of what was held out · worst: that of the worst of these · held: bytes per key head and "
-        "sequence"
+        f"sequence · than exact: the fastest form of it · {TRIVIAL_FOOTNOTE}{padded}",
+        *("method", "size", "predicted", "at most", "held out", "worst", "all", "held", "time", "than exact", ""),
     )
-    table.add_column("method")
-    for column in ("size", "predicted", "at most", "held out", "worst", "all", "held", "time", "faster", ""):
-        table.add_column(column, justify="right")
-    for candidate in made.candidates:
-        remark = "" if candidate.is_predicted else "misses the tolerance"
+    trivial = no_better_than_mean(made.candidates)
+    for i, candidate in enumerate(made.candidates):
         if candidate.is_predicted:
             remark = "" if candidate.meets else "missed when checked"
+        else:
+            remark = "bound exceeds the tolerance" if candidate.meets else "misses the tolerance"
         if not candidate.in_budget:
             remark += f"{', ' if remark else ''}over budget"
         table.add_row(
-            Text(candidate.method),
+            Text(f"{candidate.method}{TRIVIAL if i in trivial else ''}"),
             "" if candidate.size is None else str(candidate.size),
             *("" if candidate.is_exact else f"{x:.3g}" for x in (candidate.predicted_error, candidate.error_bound)),
             *(f"{x:.3g}" for x in (candidate.held_out_error, candidate.worst_held_out_error, candidate.relative_error)),
             in_units(candidate.held_bytes),
             f"{candidate.seconds * 1e3:.3g} ms",
-            f"{candidate.speedup:.2f}x",
+            times(candidate.speedup, "faster", "slower"),
             remark,
             style="bold" if candidate is made.pick else "" if candidate.is_predicted and candidate.in_budget else "dim",
         )
@@ -531,5 +585,5 @@ def draw_plan(made: Plan, title: str) -> Any:
         log_scales(axes)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure

@@ -1,18 +1,43 @@
 """The tensors that a comparison is made on, read from the user's file or from the sample shipped with the package."""
 
+import contextlib
+import fnmatch
 import importlib.resources
+import json
+import math
 import os
 import pathlib
+import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array
 
 from approx_attention.checks import InputError, did_you_mean
+from approx_attention.real_tokens import key_mask, query_mask
+
+# What may stand between the name of a layer and that of its array.
+SEPARATORS = "./_"
+# A byte that zip has deflated is at most this many.
+_LARGEST_DEFLATION = 1032
+_SAFETENSORS_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    **{f"{sign}{8 * size}": np.dtype(f"{sign.lower()}{size}") for sign in "IU" for size in (1, 2, 4, 8)},
+    "BOOL": np.bool_,
+}
 
 
 class Tensors(NamedTuple):
@@ -23,11 +48,18 @@ class Tensors(NamedTuple):
     value: Array
 
 
+class Layer(NamedTuple):
+    """The tensors of a layer, and which of its keys ``[B, S]`` are real, if some are padding."""
+
+    tensors: Tensors
+    kv_mask: np.ndarray | None
+
+
 def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q", "k", "v")) -> Tensors:
     """Reads q, k and v, each ``[T, D]``, ``[T, N, D]`` or ``[B, T, N, D]``, from an .npz or .safetensors file.
 
     Args:
-        path: the file. Nothing in it is unpickled.
+        path: the file. Nothing in it is unpickled, and nothing larger than the file or the memory allocated.
         names: the names of the three arrays in it.
 
     Returns:
@@ -36,41 +68,39 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
     Raises:
         InputError: the file cannot be read, an array is missing or unfit, or holds a number that is not finite.
     """
+    return load_layers(path, names)[""].tensors
+
+
+def load_layers(
+    path: str | os.PathLike[str],
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    *,
+    layers: str | None = None,
+    lengths: str | None = None,
+    mask: str | None = None,
+) -> dict[str, Layer]:
+    """Reads q, k and v of one layer or several, with the lengths or the mask that say what is padding.
+
+    The arrays of a layer are named after it: ``layer0.q``, ``layer0/q`` or ``layer0_q``, at any depth.
+
+    Args:
+        path: the file, as for `load_tensors`.
+        names: the names of the three arrays in it, or in each layer.
+        layers: a pattern of the layers' names in which ``*``, ``?`` and ``[...]`` are as in a shell.
+        lengths: name of the integers ``[B]`` of real tokens, in each layer or for all.
+        mask: name of the boolean array ``[B, S]`` that is true where a key is real, in each layer or for all.
+
+    Returns:
+        A `Layer` by name, in the order of the numbers in the names; without ``layers`` one, called "".
+
+    Raises:
+        InputError: the file cannot be read, no layer fits the pattern, an array is missing or unfit, or holds a number
+            that is not finite and no padding.
+    """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path} is {'a directory' if path.is_dir() else 'not there'}; give an .npz or .safetensors file"
-        )
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty")
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    if path.suffix not in readers:
-        raise InputError(f"{path} must end in .npz or .safetensors")
-    arrays = readers[path.suffix](path, names)
-    for name, x in zip(names, arrays, strict=True):
-        if not 2 <= x.ndim <= 4:
-            raise InputError(f"{name!r} in {path} must be [T, D], [T, N, D] or [B, T, N, D], got shape {list(x.shape)}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise InputError(f"{name!r} in {path} must hold floating-point numbers, got dtype {x.dtype}")
-        if 0 in x.shape:
-            raise InputError(f"{name!r} in {path} is empty, of shape {list(x.shape)}")
-    if len({x.ndim for x in arrays}) > 1:
-        raise InputError(
-            f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}"
-        )
-    with np.errstate(over="ignore"):
-        query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
-    _check_shapes(path, names, query, key, value)
-    for name, x in zip(names, (query, key, value), strict=True):
-        bad = np.argwhere(~np.isfinite(x))
-        if len(bad):
-            where = ", ".join(map(str, bad[0][-arrays[0].ndim :]))
-            number = x[tuple(bad[0])]
-            raise InputError(
-                f"{name!r} in {path} has {len(bad)} numbers that are not finite in float32, "
-                f"the first {number} at [{where}]"
-            )
-    return Tensors(*(jnp.asarray(x) for x in (query, key, value)))
+    archive = _open(path)
+    prefixes = {"": ""} if layers is None else _prefixes(path, archive.names, layers, names)
+    return {layer: _layer(path, archive, prefix, names, lengths, mask) for layer, prefix in prefixes.items()}
 
 
 def load_sample() -> Tensors:
@@ -79,52 +109,105 @@ def load_sample() -> Tensors:
         return load_tensors(path)
 
 
-def _read_npz(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file):
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                _require_names(path, names, archive.files)
-                arrays = [archive[name] for name in names]
-        for name, x in zip(names, arrays, strict=True):
-            if not isinstance(x, np.ndarray):
-                raise InputError(f"{name!r} in {path} is not an array that numpy saved")
-        return arrays
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a whole .npz archive: {error}") from error
-    except ValueError as error:
-        if "pickle" in str(error):
-            raise InputError(f"{path} holds a pickled object, which is never loaded; save plain arrays") from error
-        raise InputError(f"{path} cannot be read: {error}") from error
+def _prefixes(path: pathlib.Path, present: Sequence[str], pattern: str, names: Sequence[str]) -> dict[str, str]:
+    """What the names of arrays begin with, by layer."""
+    ends = {separator + name for separator in SEPARATORS for name in names}
+    found: dict[str, set[str]] = {}
+    for name in present:
+        for end in ends:
+            if name.endswith(end) and len(name) > len(end):
+                found.setdefault(name.removesuffix(end), set()).add(end[0])
+    chosen = [layer for layer in found if layer == pattern or fnmatch.fnmatchcase(layer, pattern)]
+    if not chosen:
+        has = f"its layers are {_listed(sorted(found, key=_by_number))}" if found else _holds(present)
+        raise InputError(f"{path} has no layer {pattern!r} with arrays such as {'layer0.' + names[0]!r} ({has})")
+    return {layer: layer + min(found[layer], key=SEPARATORS.index) for layer in sorted(chosen, key=_by_number)}
 
 
-def _read_safetensors(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise InputError("reading .safetensors needs the package safetensors: pip install safetensors") from error
-    try:
-        with safetensors.safe_open(path, framework="flax") as archive:
-            _require_names(path, names, archive.keys())
-            tensors = [archive.get_tensor(name) for name in names]
-        # numpy has no bfloat16
-        return [np.asarray(x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x) for x in tensors]
-    except InputError:
-        raise
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a whole .safetensors file: {error}") from error
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer2 before layer10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, len(part.lstrip("0")), part) if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _require_names(path: pathlib.Path, names: Iterable[str], present: Iterable[str]) -> None:
-    present = list(present)
+def _layer(
+    path: pathlib.Path,
+    archive: "_Archive",
+    prefix: str,
+    names: Sequence[str],
+    lengths: str | None,
+    mask: str | None,
+) -> Layer:
+    names = [prefix + name for name in names]
+    advice = "name yours with --q, --k, --v"
+    if not prefix and any(name.endswith(separator + names[0]) for name in archive.names for separator in SEPARATORS):
+        advice += ", or several layers with --layers"
     for name in names:
-        if name not in present:
-            holds = f"it holds {', '.join(map(repr, present[:12]))}" if present else "it holds nothing"
-            raise InputError(
-                f"{path} has no array {name!r}{did_you_mean(name, present)} ({holds}; name yours with --q, --k, --v)"
+        _require(path, name, archive.names, advice)
+    arrays = [archive.read(name) for name in names]
+    for name, x in zip(names, arrays, strict=True):
+        if not 2 <= x.ndim <= 4:
+            raise InputError(f"{name!r} in {path} must be [T, D], [T, N, D] or [B, T, N, D], got shape {list(x.shape)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            unnamed = (
+                "; numpy files do not name bfloat16 and float8, .safetensors files do" if x.dtype.kind == "V" else ""
             )
+            raise InputError(f"{name!r} in {path} must hold floating-point numbers, got dtype {x.dtype}{unnamed}")
+        if 0 in x.shape:
+            raise InputError(f"{name!r} in {path} is empty, of shape {list(x.shape)}")
+    if len({x.ndim for x in arrays}) > 1:
+        raise InputError(
+            f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
+    _check_shapes(path, names, query, key, value)
+    kv_mask = _padding(path, archive, prefix, key.shape, lengths, mask)
+    real = (query_mask(kv_mask, query.shape[1]), kv_mask, kv_mask)
+    for name, x, rows in zip(names, (query, key, value), real, strict=True):
+        bad = np.argwhere(~np.isfinite(x) if rows is None else ~np.isfinite(x) & rows[:, :, None, None])
+        if len(bad):
+            where = ", ".join(map(str, bad[0][-arrays[0].ndim :] if arrays[0].ndim > 2 else bad[0][[1, 3]]))
+            number = x[tuple(bad[0])]
+            raise InputError(
+                f"{name!r} in {path} has {len(bad)} numbers that are not finite in float32, "
+                f"the first {number} at [{where}]"
+            )
+    return Layer(Tensors(*(jnp.asarray(x) for x in (query, key, value))), kv_mask)
+
+
+def _padding(
+    path: pathlib.Path,
+    archive: "_Archive",
+    prefix: str,
+    key_shape: Sequence[int],
+    lengths: str | None,
+    mask: str | None,
+) -> np.ndarray | None:
+    given = {}
+    for argument, name in (("lengths", lengths), ("mask", mask)):
+        if name is not None:
+            own = prefix + name if prefix + name in archive.names else name
+            _require(path, own, archive.names, f"name yours with --{argument}")
+            given[argument] = (own, archive.read(own))
+    try:
+        return key_mask(key_shape, **{argument: x for argument, (_, x) in given.items()})
+    except InputError as error:
+        shown = " and ".join(repr(own) for own, _ in given.values())
+        raise InputError(f"{shown} in {path}: {error}") from None
+
+
+def _require(path: pathlib.Path, name: str, present: Sequence[str], advice: str) -> None:
+    if name not in present:
+        raise InputError(f"{path} has no array {name!r}{did_you_mean(name, present)} ({_holds(present)}; {advice})")
+
+
+def _holds(present: Sequence[str]) -> str:
+    return f"it holds {_listed(present)}" if present else "it holds nothing"
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _with_all_axes(x: np.ndarray) -> np.ndarray:
@@ -144,3 +227,170 @@ def _check_shapes(
         raise InputError(f"{q!r} and {k!r} must have one head dimension{shapes}")
     if query.shape[2] % key.shape[2]:
         raise InputError(f"the heads of {k!r} must divide those of {q!r}{shapes}")
+
+
+# Files may be damaged, or made to harm: what a header declares is held against the file before anything is allocated.
+
+
+class _Archive(Protocol):
+    names: list[str]
+
+    def read(self, name: str) -> np.ndarray:
+        """The array of that name."""
+        ...
+
+
+def _open(path: pathlib.Path) -> _Archive:
+    kinds = {".npz": _Npz, ".safetensors": _Safetensors}
+    try:
+        if not path.is_file():
+            state = "a directory" if path.is_dir() else "no regular file" if path.exists() else "not there"
+            raise InputError(f"{path} is {state}; give an .npz or .safetensors file")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty")
+        if path.suffix not in kinds:
+            raise InputError(f"{path} must end in .npz or .safetensors")
+        return kinds[path.suffix](path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[None]:
+    """What a damaged file raises, in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{path} takes more memory than there is") from None
+    except (
+        *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+        *(ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, SyntaxError),
+    ) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(f"{path} is not a whole {path.suffix} file: {said}") from error
+
+
+class _Npz:
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        with _whole(path), zipfile.ZipFile(path) as archive:
+            # As numpy.load names them; the last of a name counts.
+            self.members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        self.names = list(self.members)
+
+    def read(self, name: str) -> np.ndarray:
+        member = self.members[name]
+        with _whole(self.path), zipfile.ZipFile(self.path) as archive:
+            most = member.compress_size * (_LARGEST_DEFLATION if member.compress_type == zipfile.ZIP_DEFLATED else 1)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name!r} is compressed in a way that numpy does not use")
+            if member.file_size > most:
+                raise ValueError(
+                    f"{name!r} declares {member.file_size} bytes, which {member.compress_size} cannot hold"
+                )
+            _check_room(self.path, name, member.file_size)
+            with archive.open(member) as file:
+                return self._array(name, member.file_size, file)
+
+    def _array(self, name: str, num_bytes: int, file: Any) -> np.ndarray:
+        try:
+            version = np.lib.format.read_magic(file)
+        except ValueError:
+            raise InputError(f"{name!r} in {self.path} is not an array that numpy saved") from None
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise InputError(f"{name!r} in {self.path} has fields, or a format of numpy that is not known")
+        try:
+            shape, is_fortran, dtype = readers[version](file)
+        except Exception as error:  # a tokenizer and a parser are behind it
+            raise ValueError(f"the header of {name!r} is damaged ({type(error).__name__})") from error
+        if dtype.hasobject:
+            raise InputError(f"{self.path} holds a pickled object, which is never loaded; save plain arrays")
+        declared = _num_bytes(shape, dtype)
+        if declared > num_bytes:
+            raise ValueError(f"{name!r} declares shape {list(shape)} of {dtype}, {declared} bytes, and has {num_bytes}")
+        data = file.read(declared)
+        if len(data) < declared:
+            raise ValueError(f"{name!r} ends early")
+        file.read()  # to the end, where the checksum is tested
+        return np.ndarray(shape, dtype, data, order="F" if is_fortran else "C")
+
+
+class _Safetensors:
+    """Eight bytes of length, a JSON header with dtype, shape and place of each array, and the arrays."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        with _whole(path), path.open("rb") as file:
+            size = path.stat().st_size
+            self.header = _safetensors_header(file, size)
+        self.names = list(self.header)
+
+    def read(self, name: str) -> np.ndarray:
+        with _whole(self.path):
+            dtype_name, shape, start, num_bytes = self.header[name]
+            if dtype_name not in _SAFETENSORS_DTYPES:
+                readable = ", ".join(_SAFETENSORS_DTYPES)
+                raise InputError(f"{name!r} in {self.path} is of dtype {dtype_name}; those read are {readable}")
+            dtype = np.dtype(_SAFETENSORS_DTYPES[dtype_name])
+            if _num_bytes(shape, dtype) != num_bytes:
+                raise ValueError(f"{name!r} declares shape {shape} of {dtype_name}, and has {num_bytes} bytes")
+            _check_room(self.path, name, 4 * math.prod(shape))
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = file.read(num_bytes)
+            return np.ndarray(shape, dtype, data)
+
+
+def _safetensors_header(file: BinaryIO, size: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Name, dtype, shape, place and number of bytes of each array; they lie one after another to the end."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    begin = 8 + length
+    if begin > size:
+        raise ValueError(f"its header is said to have {length} bytes")
+    try:
+        entries = json.loads(file.read(length))
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no JSON object")
+    entries.pop("__metadata__", None)
+    header = {}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (first, last) = entry["shape"], entry["data_offsets"]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, first, last)):
+            raise ValueError(f"{name!r} has shape {shape} and offsets {[first, last]}")
+        if first != end or last < first or begin + last > size:
+            raise ValueError(f"{name!r} is said to be at bytes {first} to {last}, after {end} of {size - begin}")
+        end = last
+        header[name] = str(entry["dtype"]), tuple(shape), begin + first, last - first
+    if begin + end != size:
+        raise ValueError(f"it has {size - begin} bytes for arrays, and they take {end}")
+    return header
+
+
+def _num_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape {list(shape)} has a negative axis")
+    return math.prod(map(int, shape)) * dtype.itemsize
+
+
+def _check_room(path: pathlib.Path, name: str, num_bytes: int) -> None:
+    """One line in place of a machine that runs out of memory."""
+    room = _memory()
+    if room is not None and num_bytes > room:
+        raise InputError(
+            f"{name!r} in {path} takes {num_bytes / 2**30:.3g} GiB, more than the {room / 2**30:.3g} GiB of memory left"
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of memory that are free, where the system tells."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None

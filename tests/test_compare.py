@@ -41,6 +41,7 @@ def run(*arguments):
 
 def refusal(capsys, *arguments):
     """The one line with which the command line refuses its input."""
+    capsys.readouterr()
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()

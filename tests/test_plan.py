@@ -91,6 +91,24 @@ def test_what_does_not_fall_is_out_of_reach():
     assert ErrorLaw.fit({8: 0.5, 16: 0.1, 32: 0.1}).size(0.1) == pytest.approx(16)
 
 
+def test_errors_that_are_no_numbers_are_out_of_reach():
+    for wild in (math.inf, 1e300):
+        law = ErrorLaw.fit({8: wild, 16: 0.3, 32: 0.2})
+        assert law.error(16) == pytest.approx(0.3)
+        assert 16 < law.size(0.25) < 32
+    assert ErrorLaw.fit({8: math.inf, 16: math.inf}).size(0.1) == math.inf
+    split = split_units((1, 8, 8, 4), 8, 0.5, 0)
+    errors = UnitErrors(np.full((2, 8), np.nan), np.ones(8))
+    assert errors.relative(split.calibration) == math.inf
+    assert errors.bound(split, 0.95) == math.inf
+    # A confidence of nearly 1 bounds nothing, and overflows nothing.
+    errors = UnitErrors(np.random.default_rng(0).uniform(size=(2, 8)), np.ones(8))
+    assert errors.bound(split, 1 - 1e-12) == pytest.approx(1e30)
+    q, k, v = random_heads(0, 1, 8, 8, 8, 8)
+    with pytest.raises(InputError, match="all zero or not finite"):
+        plan(Tensors(q, k, 0 * v), tolerance=0.1, methods=["mean_pool"], **QUICK)
+
+
 # the bound
 
 

@@ -31,8 +31,9 @@ def local(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        window_size: ``w`` gives l = w - 1 and r = 0 under ``is_causal``, else l = r = w - 1, so that the window holds
-            the query's own position and w - 1 tokens to a side; a pair ``(l, r)`` sets both.
+        window_size: ``w`` tokens in all under ``is_causal``, the query's own and the w - 1 before it (l = w - 1,
+            r = 0); else w to each side, the query's own counted to both, 2w - 1 in all (l = r = w - 1). A pair
+            ``(l, r)`` sets the tokens before and after the query's own, as `jax.nn.dot_product_attention` counts them.
         is_causal: no key after the query (r = 0).
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor of the logits, ``1/sqrt(D)`` by default.

@@ -1,0 +1,182 @@
+"""A run of a command: layers measured in turn, and the results written before they are printed, or on an interrupt."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import click
+import jax
+
+from approx_attention.checks import InputError
+from approx_attention.compare import finite, report, write_results
+from approx_attention.diagnostics import shared_programs
+from approx_attention.tensor_files import Layer
+from approx_attention.terminal import Terminated, only_holder, progress, say
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class Interrupted(click.ClickException):
+    """The end of an interrupted run, with the exit code that shells give to its signal."""
+
+    def __init__(self, signal: KeyboardInterrupt, message: str = ""):
+        self.is_terminated = isinstance(signal, Terminated)
+        super().__init__(f"{'terminated' if self.is_terminated else 'interrupted'}{message}")
+
+
+class Task(NamedTuple):
+    """What a command measures, and where its results go. The one layer of a file without layers is called ""."""
+
+    out: pathlib.Path
+    source: str
+    layers: Mapping[str, Layer]
+    is_causal: bool
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    notes: list[str]
+
+    def title(self, layer: str) -> str:
+        """The layer, and what it holds."""
+        query, key, _ = self.layers[layer].tensors
+        batch, length, heads, head_dim = query.shape
+        padded = "" if self.layers[layer].kv_mask is None else ", padded"
+        return (
+            f"{shown_name(self.source)}{layer and f', {shown_name(layer)}'}: "
+            f"{'causal' if self.is_causal else 'bidirectional'}{padded}, B={batch} T={length} S={key.shape[1]} "
+            f"heads={heads}/{key.shape[2]} D={head_dim}, {jax.devices()[0].device_kind}"
+        )
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some tokens are said to be padding."""
+        return any(layer.kv_mask is not None for layer in self.layers.values())
+
+    @property
+    def over_layers(self) -> str:
+        """The title of what is said of all layers."""
+        return f"{shown_name(self.source)}: {len(self.layers)} layers"
+
+
+def shown_name(name: str) -> str:
+    """A name that is no UTF-8 with question marks."""
+    return name.encode(errors="replace").decode()
+
+
+class Kind(NamedTuple):
+    """What a command makes of the result of each layer, and of all by the name of the layer.
+
+    Attributes:
+        name: of the files.
+        rows: the rows of the result.
+        more: what else goes into the JSON.
+        shown: the tables and texts of a layer, under a title.
+        draw: the figure of a layer.
+        over_layers: the rows of the summary.
+        summary: the tables of the summary.
+        draw_layers: the figure of all layers.
+    """
+
+    name: str
+    rows: Callable[[Any], Sequence[Any]]
+    more: Callable[[Any], dict[str, Any]]
+    shown: Callable[[Any, str], list[Any]]
+    draw: Callable[[Any, str], Any]
+    over_layers: Callable[[dict[str, Any]], list[Any]]
+    summary: Callable[[dict[str, Any], str], list[Any]]
+    draw_layers: Callable[[dict[str, Any], str], Any]
+
+
+def run(
+    task: Task,
+    settings: dict[str, Any],
+    kind: Kind,
+    measure: Callable[[Layer, Callable[[Any], None], OnProgress], Any],
+) -> None:
+    """Measures every layer, writes what there is after each, also after an interrupt, and then prints it."""
+    results: dict[str, Any] = {}
+    has_layers = "" not in task.layers
+
+    def write(is_complete: bool) -> tuple[list[pathlib.Path], str]:
+        parts = {
+            layer: report(kind.rows(result), task.layers[layer].tensors, settings) | finite(kind.more(result))
+            for layer, result in results.items()
+        }
+        document = parts.get("", {})
+        if has_layers:
+            common = {"settings": settings, "environment": next(iter(parts.values()))["environment"]}
+            own = {layer: {k: x for k, x in part.items() if k not in common} for layer, part in parts.items()}
+            over = [dataclasses.asdict(row) for row in kind.over_layers(results)]
+            document = finite(common | {"layers": own, "summary": over})
+        document["is_complete"] = is_complete
+
+        def picture() -> Any:
+            return kind.draw_layers(results, task.over_layers) if has_layers else kind.draw(results[""], task.title(""))
+
+        return write_results(task.out, kind.name, document, picture)
+
+    failure, written, no_figure = None, [], ""
+    programs: dict[bytes, Any] = {}
+    say(*task.notes)
+    try:
+        for number, layer in enumerate(task.layers):
+            kv_mask = task.layers[layer].kv_mask
+            own = programs.setdefault(b"" if kv_mask is None else kv_mask.tobytes(), {}) if has_layers else {}
+            with shared_programs(own), progress(f"{layer}: " if has_layers else "") as on_progress:
+                keep = functools.partial(results.__setitem__, layer)
+                results[layer] = measure(task.layers[layer], keep, on_progress)
+            try:
+                written, no_figure = write(number + 1 == len(task.layers))
+                failure = None
+            except OSError as error:
+                failure = error
+            say(*kind.shown(results[layer], task.title(layer)))
+    except BaseException as error:
+        _write_the_rest(error, functools.partial(write, False) if results else None)
+        raise
+    if has_layers:
+        say(*kind.summary(results, task.over_layers))
+    if failure is not None:
+        raise failure
+    say(f"wrote {' and '.join(map(str, written))}")
+    if no_figure:
+        say(f"no figure: {no_figure}")
+
+
+def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> None:
+    """What is measured until an error or an interrupt is kept."""
+    where = "before anything was measured"
+    if write:
+        try:
+            written, _ = write()
+            where = f"what was measured until then is in {' and '.join(map(str, written))}"
+        except OSError as failure:
+            where = f"what was measured until then cannot be written: {failure}"
+    if isinstance(error, KeyboardInterrupt):
+        raise Interrupted(error, f"; {where}" if write else f" {where}") from None
+    if isinstance(error, InputError):
+        raise InputError(f"{error}; {where}" if write else str(error)) from None
+    if write:
+        click.echo(f"approx-attention: {where}", err=True)
+
+
+@contextlib.contextmanager
+def only_run(out: pathlib.Path, kind: str) -> Iterator[None]:
+    """A directory that can be written to, and that no other run writes to meanwhile."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except (OSError, ValueError) as error:
+        reason = "it is a file" if out.is_file() else getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to the directory {out}: {reason}") from None
+    for path in (out / f"{kind}.json", out / f"{kind}.png"):
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a directory")
+    with only_holder(out) as is_held:
+        if not is_held:
+            raise InputError(f"another run is writing to {out}; give this one another --out, or wait for its end")
+        yield

@@ -1,0 +1,142 @@
+"""What the command line says: output that cannot be written loses nothing else, progress, and interrupts."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Terminated(KeyboardInterrupt):
+    """The end that SIGTERM asks for, in the form in which Python brings that of SIGINT."""
+
+
+class Output:
+    """Standard output or error. Text that it does not take is dropped, with the reason kept in ``error``."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.error: str | None = None
+        self._is_lost = stream is None
+
+    def write(self, text: str) -> int:
+        """Writes what the stream can show, and question marks in place of the rest."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try(lambda: self.stream.write(text.encode(encoding, "replace").decode(encoding)))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream."""
+        self._try(lambda: self.stream.flush())
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        # Binary writers would get round this.
+        if name == "buffer":
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._is_lost:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            self._is_lost = True
+            # A reader that has seen enough is no error.
+            if getattr(error, "errno", None) != errno.EPIPE:
+                self.error = getattr(error, "strerror", None) or str(error)
+            # What is left in buffers would fail once more when Python ends.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def outputs() -> Iterator[Output]:
+    """Standard output, which like standard error is an `Output` meanwhile."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(out), Output(err)
+    try:
+        yield sys.stdout
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = out, err
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` meanwhile, unless something else handles it."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def say(*things: Any) -> None:
+    """Prints texts and tables as they are: square brackets and colons in names are no markup."""
+    console = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False, highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
+@contextlib.contextmanager
+def progress(prefix: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """How far a run is, on standard error: a bar on a terminal, elsewhere a line for each thing that is begun."""
+    if not sys.stderr.isatty():
+        begun = time.monotonic()
+
+        def line(label: str, done: int, total: int) -> None:
+            if done < total:
+                sys.stderr.write(f"{done + 1}/{total} {prefix}{label} ({time.monotonic() - begun:.0f} s)\n")
+                sys.stderr.flush()
+
+        yield line
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+        task = bars.add_task(f"{prefix}starting", total=None)
+        yield lambda label, done, total: bars.update(task, description=prefix + label, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def only_holder(directory: pathlib.Path) -> Iterator[bool]:
+    """Whether no other process holds the directory, which this one then does meanwhile; its end ends that too."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield True
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = True
+    except BlockingIOError:
+        is_held = False
+    except OSError:  # a file system without locks
+        is_held = True
+    try:
+        yield is_held
+    finally:
+        os.close(handle)

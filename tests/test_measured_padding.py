@@ -1,0 +1,172 @@
+"""Padding in comparisons and plans: errors are those of real queries, and what padding holds never matters."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import compare as compare_module
+from approx_attention import diagnostics, registry
+from approx_attention.checks import InputError
+from approx_attention.compare import build_arms, exact_arms, method_arm, run_comparison
+from approx_attention.error_laws import split_units
+from approx_attention.plan import plan, plan_table
+from approx_attention.real_tokens import key_mask, query_mask
+from approx_attention.tensor_files import Tensors
+from tests.references import brute_force, random_heads
+
+LENGTHS = np.array([24, 9])
+
+
+def spoilt(num_heads=4, num_kv_heads=2):
+    """Tensors [2, 24, ...] of two lengths, and the same with noise of any kind in the padding."""
+    clean = Tensors(*random_heads(0, 2, 24, 24, num_heads, num_kv_heads))
+    real = np.arange(24) < LENGTHS[:, None]
+    fill = iter((jnp.nan, jnp.inf, 1e30))
+    return clean, Tensors(*(jnp.where(real[:, :, None, None], x, next(fill)) for x in clean))
+
+
+def squares(tensors, is_causal=False):
+    """Squared norms of the error of the mean of the values and of exact outputs, [B, N], over real queries only."""
+    error, norm = np.zeros((2, 4)), np.zeros((2, 4))
+    for b, length in enumerate(LENGTHS):
+        for n in range(4):
+            heads = zip(tensors, (n, n // 2, n // 2), strict=True)
+            q, k, v = (np.asarray(x[b, :length, m], np.float64) for x, m in heads)
+            mask = np.tri(length, dtype=bool) if is_causal else np.ones((length, length), bool)
+            exact = brute_force(q, k, v, mask=mask)[0]
+            mean = mask @ v / mask.sum(1, keepdims=True)
+            error[b, n], norm[b, n] = np.sum((mean - exact) ** 2), np.sum(exact**2)
+    return error, norm
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_errors_are_those_of_real_queries(is_causal):
+    clean, noisy = spoilt()
+    error, norm = squares(clean, is_causal)
+    options = {"is_causal": is_causal, "num_seeds": 1, "window_size": 4}
+    mask = np.arange(24) < LENGTHS[:, None]
+    for tensors, padding in ((clean, {"lengths": LENGTHS}), (noisy, {"mask": mask}), (noisy, {"lengths": LENGTHS})):
+        rows = run_comparison(tensors, ["mean_value"], [8], **options, **padding)
+        row = next(row for row in rows if row.method == "mean_value")
+        assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
+        for row in rows:
+            assert math.isfinite(row.worst_row_error)
+            if row.is_exact:
+                assert row.relative_error < 1e-5
+                assert row.normalizer_error is None or row.normalizer_error < 1e-5
+            if row.method == "local":
+                assert 0 < row.far_error < math.inf
+    unpadded = run_comparison(clean, ["mean_value"], [8], **options)
+    assert next(r for r in unpadded if r.method == "mean_value").relative_error != pytest.approx(row.relative_error)
+
+
+def test_a_plan_measures_real_queries():
+    clean, noisy = spoilt()
+    error, norm = squares(clean)
+    options = {"tolerance": 0.5, "methods": ["mean_pool"], "num_seeds": 2, "rounds": 1}
+    plans = [plan(tensors, lengths=LENGTHS, **options) for tensors in (clean, noisy)]
+    for made in plans:
+        assert made.split.by == "runs of queries"
+        assert made.split.shape == (2, 2, 9)
+        row = next(c for c in made.candidates if c.method == "mean_value")
+        assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
+        assert "padding takes part in times, and not in errors" in str(plan_table(made, "").caption)
+    assert [c.label for c in plans[0].candidates if not c.is_exact] == [
+        c.label for c in plans[1].candidates if not c.is_exact
+    ]
+
+
+def test_runs_are_of_real_queries():
+    rows = np.random.default_rng(0).normal(size=(2, 10, 4)) ** 2
+    mask = np.array([[True] * 10, [False, True] * 4 + [False, False]])
+    split = split_units((2, 10, 4, 8), 2, 0.5, 0, mask)
+    assert split.shape == (2, 2, 4)
+    # Four runs of ten queries begin at 0, 2, 5 and 7; of the four real ones of the second sequence each is a run.
+    first = [rows[0, a:b, 2 * k : 2 * k + 2].sum() for k in range(2) for a, b in ((0, 2), (2, 5), (5, 7), (7, 10))]
+    second = [rows[1, t, 2 * k : 2 * k + 2].sum() for k in range(2) for t in (1, 3, 5, 7)]
+    np.testing.assert_allclose(split.sums(rows), first + second)
+    rows[1, 0] = np.nan
+    np.testing.assert_allclose(split.sums(rows), first + second)
+    heads = split_units((2, 10, 16, 8), 8, 0.5, 0, mask)
+    np.testing.assert_allclose(heads.sums(np.ones((2, 10, 16))), np.full(8, 28.0))
+    with pytest.raises(InputError, match="at least 4 queries.* with 1 real queries in the shortest sequence"):
+        split_units((1, 10, 1, 8), 1, 0.5, 0, np.arange(10)[None] < 1)
+
+
+@pytest.mark.parametrize(
+    ("padding", "told"),
+    [
+        ({"lengths": [24]}, r"lengths must be \[B\] = \[2\], got shape \[1\]"),
+        ({"lengths": [[24, 9]]}, r"lengths must be \[B\] = \[2\], got shape \[1, 2\]"),
+        ({"lengths": [24, 25]}, "lengths must be from 1 to S = 24, got 25 for sequence 1"),
+        ({"lengths": [24, 0]}, "lengths must be from 1 to S = 24, got 0 for sequence 1"),
+        ({"lengths": [-1, 9]}, "lengths must be from 1 to S = 24, got -1 for sequence 0"),
+        ({"lengths": [24.0, 9.0]}, "lengths must be integers, got dtype float64"),
+        ({"lengths": [True, True]}, "lengths must be integers, got dtype bool"),
+        ({"lengths": "nine"}, "lengths must be integers, got dtype <U4"),
+        ({"mask": np.ones((2, 24), int)}, "mask must be boolean, true where a key is real; got dtype int64"),
+        ({"mask": np.ones((2, 23), bool)}, r"mask must be \[B, S\] = \[2, 24\] or \[S\] = \[24\], got shape \[2, 23\]"),
+        ({"mask": np.ones((2, 24, 24), bool)}, r"got shape \[2, 24, 24\]"),
+        ({"mask": np.zeros(24, bool)}, "every sequence must have a real key, and sequence 0 has none"),
+        ({"lengths": 3, "mask": np.arange(24) > 5}, "sequence 0 has none"),
+    ],
+)
+def test_what_does_not_fit(padding, told):
+    tensors = Tensors(*random_heads(0, 2, 24, 24, 4, 2))
+    (arm,) = (arm for arm in exact_arms(tensors, is_causal=False, scale=None) if arm.method == "exact")
+    calls = (
+        lambda: run_comparison(tensors, ["mean_pool"], [8], **padding),
+        lambda: plan(tensors, tolerance=0.1, methods=["mean_pool"], **padding),
+        lambda: diagnostics.compare([arm], *tensors, exact=arm, window=arm, **padding),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=told):
+            call()
+
+
+def test_what_fits():
+    assert key_mask((2, 3, 1, 4)) is None
+    lengths = np.array([3, 1], np.uint8)
+    expected = [[True, True, True], [True, False, False]]
+    assert key_mask((2, 3, 1, 4), lengths=lengths).tolist() == expected
+    assert key_mask((2, 3, 1, 4), mask=jnp.asarray(expected)[:, None, None]).tolist() == expected
+    assert key_mask((2, 3, 1, 4), mask=expected[1]).tolist() == [expected[1]] * 2
+    assert key_mask((2, 3, 1, 4), lengths=2).sum() == 4
+    # Queries of another sequence are all real.
+    mask = key_mask((2, 3, 1, 4), lengths=lengths)
+    assert query_mask(mask, 3) is mask
+    assert query_mask(mask, 5).all()
+    assert query_mask(None, 5) is None
+
+
+def test_methods_without_padding_are_left_out(monkeypatch):
+    method = registry.METHODS["favor"]
+    blind = dataclasses.replace(method, capabilities=dataclasses.replace(method.capabilities, padding=False))
+    monkeypatch.setattr(compare_module, "get_method", lambda n: blind if n == "favor" else registry.METHODS[n])
+    tensors = Tensors(*random_heads(0, 2, 24, 24, 4, 2))
+    assert compare_module.taking_no_padding(["mean_pool", "favor"]) == ["favor"]
+    names = ["favor", "mean_pool"]
+
+    def of(kv_mask):
+        arms = build_arms(tensors, names, [8], is_causal=False, scale=None, kv_mask=kv_mask)
+        return {arm.method for arm in arms}
+
+    assert of(None) - of(np.ones((2, 24), bool)) == {"favor"}
+    made = plan(tensors, tolerance=0.5, methods=names, num_seeds=2, rounds=1, lengths=LENGTHS)
+    assert {"favor", "mean_pool"} & {c.method for c in made.candidates} == {"mean_pool"}
+
+
+def test_an_arm_sees_no_padding():
+    clean, noisy = spoilt()
+    mask = np.arange(24) < LENGTHS[:, None]
+    zeroed = compare_module.without_padding(noisy, mask)
+    for name in ("mean_pool", "uniform_sample"):
+        arm = method_arm(zeroed, name, 4, is_causal=False, scale=None, kv_mask=mask)
+
+        outs = [arm.function(*tensors, jax.random.key(0))[0] for tensors in (clean, zeroed)]
+        np.testing.assert_allclose(outs[0][0], outs[1][0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(outs[0][1, :9], outs[1][1, :9], rtol=1e-5, atol=1e-6)
