@@ -66,7 +66,7 @@ def _run_of(
     config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
 ) -> Run:
     file = read_config_file(config)
-    arm, seed = arm or file.arms[0].name, file.seeds[0] if seed is None else seed
+    arm, seed = file.arms[0].name if arm is None else arm, file.seeds[0] if seed is None else seed
     return Run.of(file, arm, seed, parse_overrides(assignments), _results(out, assignments))
 
 
@@ -177,7 +177,9 @@ def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -
     try:
         make = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module can raise anything
-        detail = f"{type(error).__name__}: {error}" if colon else "it is MODULE:FUNCTION, as in my_model:make"
+        usual = isinstance(error, (ImportError, AttributeError, ValueError))
+        detail = str(error) if usual else f"{type(error).__name__}: {error}"
+        detail = detail if colon else "it is MODULE:FUNCTION, as in my_model:make"
         raise ConfigError(f"{function!r} cannot be imported: {detail}") from None
     made = make()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
@@ -190,7 +192,7 @@ def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -
 
 
 def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None, to: pathlib.Path) -> None:
-    chosen = layers.split(",") if layers else list(captured)
+    chosen = list(captured) if layers is None else layers.split(",")
     for name in chosen:
         if name not in captured:
             raise ConfigError(unknown("layer", name, captured))

@@ -203,7 +203,7 @@ def _measure(
         except ConfigError as error:
             path = run_directory(file, side.arm, seed, results) / "result.json"
             raise ConfigError(
-                f"{path}: {error}; if that is no slip in the claim, delete the file, and the run is done again"
+                f"{path}: {error}; if that is no slip in the claim, remove the file, and the run is done again"
             ) from None
 
     own = figure(claim.metric)

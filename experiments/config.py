@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 import yaml
 
-from approx_attention.checks import did_you_mean, unknown
+from approx_attention.checks import unknown
 from experiments.plain_yaml import load_plain, one_line
 
 Config = TypeVar("Config")
@@ -106,7 +106,7 @@ def read_config_file(path: pathlib.Path) -> ConfigFile:
         or not arms
         or not all(isinstance(overrides, dict | None) for overrides in arms.values())
     ):
-        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides")
+        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides, got {reprlib.repr(arms)}")
     try:
         check_names(arms)
     except ValueError as error:
@@ -133,9 +133,11 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping with the key 'experiment', got {_kind(content)}")
-    if not isinstance(content.get("experiment"), str):
-        near = "" if "experiment" in content else did_you_mean("experiment", content)
-        raise ConfigError(f"{path} must be a mapping with the key 'experiment', which names one{near}")
+    if "experiment" not in content:
+        keys = reprlib.repr(list(content)).strip("[]")
+        raise ConfigError(f"{path} must be a mapping with the key 'experiment', got the keys {keys}")
+    if not isinstance(content["experiment"], str):
+        raise ConfigError(f"{path}: 'experiment' must be a name, got {reprlib.repr(content['experiment'])}")
     return dict(content)
 
 
@@ -182,8 +184,8 @@ def _check_plain(value: Any, key: str, where: str) -> None:
             _check_plain(part, f"{key}.{index}" if key else str(index), where)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key!r} must be a finite number, got {value}")
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{where}: {key!r} must be a number within 64 bits, got {reprlib.repr(value)}")
+    elif isinstance(value, int) and abs(value) >= 2**32:
+        raise ConfigError(f"{where}: {key!r} must be a whole number within 32 bits, got {reprlib.repr(value)}")
     elif not isinstance(value, str | int | float | None):
         raise ConfigError(f"{where}: {key!r} must be text, a number, a list or a mapping, got {_kind(value)}")
 
@@ -313,8 +315,9 @@ def _first_fault(kind: type, error: pydantic.ValidationError, beside: Iterable[s
     if fault["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
     if fault["type"] == "value_error":  # a configuration's own check
-        return f"{key!r}: {fault['msg'].removeprefix('Value error, ')}"
-    said = fault["msg"].removeprefix("Value error, ")
+        said = fault["msg"].removeprefix("Value error, ")
+        return f"{key!r}: {said}" if key else said
+    said = fault["msg"]
     return f"{key!r} is {reprlib.repr(fault['input'])}: {said[0].lower()}{said[1:]}"
 
 

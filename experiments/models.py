@@ -165,6 +165,10 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
 
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for channels are rotated in pairs; got {self.head_dim}")
+
 
 def rotate(x: Array, base: float, first: Array | int = 0) -> Array:
     """Rotary position embedding of ``x [B, T, N, D]``: pairs of channels turn with the position.

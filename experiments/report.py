@@ -78,9 +78,9 @@ def _naming_the_damaged(file: ConfigFile, runs: Sequence[Mapping[str, Any]], res
             except _LACKS as error:
                 path = run_directory(file, run["arm"], run["seed"], results) / "result.json"
                 said = f"{type(error).__name__}: {error}"
-                raise ConfigError(f"{path} is damaged ({said}); delete it, and the run is done again") from error
+                raise ConfigError(f"{path} is damaged; remove it, and the run is done again ({said})") from error
         raise ConfigError(
-            f"the results of {file.path} do not fit each other ({type(error).__name__}: {error}); delete them, and the "
+            f"the results of {file.path} do not fit each other ({type(error).__name__}: {error}); remove them, and the "
             "runs are done again"
         ) from error
 

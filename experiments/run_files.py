@@ -20,7 +20,7 @@ def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
     Args:
         path: the file.
         kind: the type that it must have the parts of, as pydantic reads it.
-        remedy: what happens once the file is deleted.
+        remedy: what happens once the file is removed.
 
     Raises:
         ConfigError: the file cannot be read, is no JSON, or lacks a part.
@@ -29,13 +29,13 @@ def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
         content = json.loads(path.read_bytes())
         adapter_of(kind).validate_python(content)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; remove it, and {remedy}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         said = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'].lower()}"
-        raise ConfigError(f"{path} is damaged ({said}); delete it, and {remedy}") from None
+        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({said})") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete it, and {remedy}") from None
+        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({error})") from None
     return content
 
 
@@ -58,7 +58,9 @@ def locked(lock: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("a+", encoding="utf-8", errors="replace")
     except (OSError, ValueError) as error:  # ValueError: NUL in a path
-        raise ConfigError(f"{str(what)!r} cannot be made: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"{str(what)!r} cannot be made: {getattr(error, 'strerror', None) or error}; choose --out"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

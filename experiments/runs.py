@@ -128,6 +128,7 @@ class Run:
     experiment: str
     config: Any
     directory: pathlib.Path
+    source: pathlib.Path
 
     @classmethod
     def of(cls, file: ConfigFile, arm: str, seed: int, overrides: Mapping[str, Any], results: pathlib.Path) -> "Run":
@@ -143,10 +144,13 @@ class Run:
             raise ConfigError(f"{file.path}: {unknown('arm', arm, [entry.name for entry in file.arms])}")
         if "seed" in file.settings or "seed" in chosen.overrides or "seed" in overrides:
             raise ConfigError(f"{file.path}: the seed of a run is one of 'seeds', or that of --seed, and no setting")
+        for key in (*chosen.overrides, *overrides):
+            if key.partition(".")[0] in BESIDE_SETTINGS:
+                raise ConfigError(f"{file.path}: {key!r} stands beside the settings of all arms, and is none of them")
         settings = {**chosen.overrides, **overrides, "seed": seed}
         kind = EXPERIMENTS[file.experiment].config
         config = resolve(kind, file.settings, settings, str(file.path), BESIDE_SETTINGS)
-        return cls(arm, seed, file.experiment, config, run_directory(file, arm, seed, results))
+        return cls(arm, seed, file.experiment, config, run_directory(file, arm, seed, results), file.path)
 
     def result(self, console: Console) -> dict[str, Any]:
         """Runs it, or gives the result it already has.
@@ -173,6 +177,11 @@ class Run:
             write_json(self.directory / "result.json", document)
         return document
 
+    @property
+    def named(self) -> str:
+        """What messages begin with."""
+        return f"{self.source}, arm {self.arm!r}"
+
     def finished(self) -> dict[str, Any] | None:
         """The result that it already has.
 
@@ -185,7 +194,7 @@ class Run:
         self.check_directory()
         document = self.read_result()
         if found := self._differences(document["config"], done):
-            raise ConfigError(f"{done} is of other settings ({'; '.join(found)}); delete it, and the run is done again")
+            raise ConfigError(f"{done} is of other settings ({'; '.join(found)}); remove it, and the run is done again")
         return document
 
     @contextlib.contextmanager
@@ -201,15 +210,15 @@ class Run:
             plain, trace = self.claim_directory(), self.directory / "traceback.txt"
             try:
                 yield plain
-            except ConfigError:
-                raise
+            except ConfigError as error:
+                raise ConfigError(f"{self.named}: {error}") from error
             except Exception as error:
                 # Settings can ask for what a method, the memory or the disk cannot do. If the fault is ours, the
                 # traceback is there to mend it by.
                 with contextlib.suppress(OSError):
                     trace.write_text(traceback.format_exc(), encoding="utf-8")
                 said = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
-                raise ConfigError(f"{self.directory} failed: {said} (see its {trace.name})") from error
+                raise ConfigError(f"{self.named}: {said} (see {trace})") from error
             trace.unlink(missing_ok=True)
 
     def read_result(self) -> dict[str, Any]:
@@ -222,7 +231,7 @@ class Run:
         document = read_json(path, Result, "the run is done again")
         if (document["arm"], document["seed"]) != (self.arm, self.seed):
             raise ConfigError(
-                f"{path} is of the arm {document['arm']!r} with seed {document['seed']}; delete it, and the run is "
+                f"{path} is of the arm {document['arm']!r} with seed {document['seed']}; remove it, and the run is "
                 "done again"
             )
         return document
@@ -245,8 +254,9 @@ class Run:
             ConfigError: it holds work with other settings.
         """
         held = self.directory / "config.yaml"
-        work = ("result.json", "checkpoints", "lengths.json", "methods.json", "plan.json")
-        if not any((self.directory / name).exists() for name in work):
+        work = ("result.json", "lengths.json", "methods.json", "plan.json")
+        saved = (path for path in (self.directory / "checkpoints").rglob("*") if path.is_file())
+        if not any((self.directory / name).exists() for name in work) and not any(saved):
             return False
         elsewhere = f"remove {self.directory}, or choose --out"
         try:
@@ -301,4 +311,7 @@ def check_all(runs: Iterable[Run]) -> None:
         if run.finished() is None:
             run.check_directory()
             for training in EXPERIMENTS[run.experiment].trains(run.config):
-                check(training, run.directory.name)
+                try:
+                    check(training)
+                except ConfigError as error:
+                    raise ConfigError(f"{run.named}: {error}") from error

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import tempfile
-import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -23,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from approx_attention.compare import write_atomically
 from experiments import data
+from experiments.checkpoints import brief, open_checkpoints, restore, save
 from experiments.config import (
     STRICT,
     ConfigError,
@@ -31,9 +29,7 @@ from experiments.config import (
     Positive,
     Seed,
     Share,
-    as_plain,
     checked,
-    departures,
 )
 from experiments.data import DataConfig, Dataset
 from experiments.models import AttentionConfig, Classifier, LanguageModel, ModelConfig, VisionTransformer
@@ -155,7 +151,7 @@ def spread(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:
     return {name: jax.device_put(x, NamedSharding(mesh, spec(x))) for name, x in batch.items()}
 
 
-def check(config: TrainingConfig, name: str) -> tuple[Dataset, dict[str, Any]]:
+def check(config: TrainingConfig) -> tuple[Dataset, dict[str, Any]]:
     """The data of a training and a batch of them, once it is known that the model can be made and reads them.
 
     Raises:
@@ -167,7 +163,7 @@ def check(config: TrainingConfig, name: str) -> tuple[Dataset, dict[str, Any]]:
         # Nothing is computed, so that a sweep can look at all that it trains before it trains anything.
         nnx.eval_shape(mean_bits, nnx.eval_shape(lambda: build_model(config, dataset)), example)
     except (TypeError, ValueError, NotImplementedError, ArithmeticError, MemoryError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(str(error)) from error
     return dataset, example
 
 
@@ -180,7 +176,7 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
     Returns:
         The model, its data, and the seconds it was trained, over all resumed parts.
     """
-    dataset, example = check(config, directory.name)
+    dataset, example = check(config)
     model = build_model(config, dataset)
     optimizer = make_optimizer(config.train, model)
     mesh = config.attention.parallel and config.attention.parallel.mesh()
@@ -189,8 +185,8 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
     log = _Log(directory / "metrics.jsonl")
     tokens = config.train.batch if dataset.kind == "image" else example["tokens"].size
     unit = "tokens/s" if dataset.kind != "image" else "images/s"
-    with _checkpoints(directory / "checkpoints") as manager:
-        done, spent = _restore(manager, config, model, optimizer)
+    with open_checkpoints(directory / "checkpoints", config) as manager:
+        done, spent = restore(manager, model, optimizer)
         log.keep_until(done)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
@@ -207,7 +203,7 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
                     progress.update(task, completed=step + 1, note=f"{loss:.3f} bits  {speed:.0f} {unit}")
                     losses = []
                 if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps:
-                    _save(manager, step + 1, config, model, optimizer, spent + time.monotonic() - start)
+                    save(manager, step + 1, config, model, optimizer, spent + time.monotonic() - start)
             total = spent + time.monotonic() - start if done < config.train.steps else spent
     return model, dataset, total
 
@@ -235,91 +231,6 @@ def _octaves(length: int) -> Iterable[tuple[int, int]]:
         low, high = high, 2 * high
 
 
-def _state(model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
-    return {"model": nnx.to_pure_dict(nnx.state(model)), "optimizer": nnx.to_pure_dict(nnx.state(optimizer))}
-
-
-def _checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    try:
-        return ocp.CheckpointManager(directory.resolve(), options=options)
-    except Exception as error:
-        raise ConfigError(f"{directory} is damaged ({_brief(error)}); delete it, and training begins anew") from error
-
-
-def _save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    config: TrainingConfig,
-    model: nnx.Module,
-    optimizer: nnx.Optimizer,
-    seconds: float,
-) -> None:
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(_state(model, optimizer)),
-        clock=ocp.args.JsonSave({"seconds": seconds, "settings": as_plain(config)}),
-    )
-    manager.save(step, args=items)
-    manager.wait_until_finished()
-
-
-def _restore(
-    manager: ocp.CheckpointManager, config: TrainingConfig, model: nnx.Module, optimizer: nnx.Optimizer
-) -> tuple[int, float]:
-    """Loads the last whole checkpoint, if there is one; returns its step and the seconds spent up to it.
-
-    Later ones that are damaged, or of other settings, are put aside.
-
-    Raises:
-        ConfigError: there are checkpoints, and none can be used.
-    """
-    directory = pathlib.Path(manager.directory)
-    faults: dict[int, str] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            seconds = _load(manager, step, config, model, optimizer)
-        except Exception as error:  # orbax lets through the errors of many parts
-            faults[step] = _brief(error)
-            continue
-        for bad, said in faults.items():
-            aside = tempfile.mkdtemp(prefix=f"damaged-{bad}-", dir=directory.parent)
-            (directory / str(bad)).replace(aside)
-            warnings.warn(
-                f"{directory}: checkpoint {bad} cannot be read and is put aside in {pathlib.Path(aside).name}, "
-                f"training goes on from checkpoint {step}: {said}",
-                stacklevel=2,
-            )
-        if faults:
-            manager.reload()
-        return step, seconds
-    if faults:
-        said = "; ".join(f"checkpoint {step}: {said}" for step, said in faults.items())
-        raise ConfigError(f"{directory} is damaged ({said}); delete it, and training begins anew")
-    return 0, 0.0
-
-
-def _load(
-    manager: ocp.CheckpointManager, step: int, config: TrainingConfig, model: nnx.Module, optimizer: nnx.Optimizer
-) -> float:
-    """Loads one checkpoint; returns the seconds spent up to it."""
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _state(model, optimizer))
-    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(template), clock=ocp.args.JsonRestore())
-    items: Any = manager.restore(step, args=wanted)
-    seconds = checked(NonNegative, items.clock["seconds"], "'seconds'")
-    held = items.clock.get("settings")  # older ones do not say
-    if held is not None and (found := departures(config, held, "its settings")):
-        raise ValueError(f"it is of other settings: {'; '.join(found)}")
-    for part, name in ((model, "model"), (optimizer, "optimizer")):
-        state = nnx.state(part)
-        nnx.replace_by_pure_dict(state, items.state[name])
-        nnx.update(part, state)
-    return seconds
-
-
-def _brief(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
-
-
 class _Log:
     """Figures of each logged step, one JSON object a line."""
 
@@ -343,14 +254,15 @@ class _Log:
                 logged = checked(Count, record["step"], "'step'")
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 if number == len(lines) and not line.endswith("\n"):
+                    warnings.warn(f"{self.path}: the last line is cut short and is left out", stacklevel=2)
                     continue
-                raise self._damaged(f"line {number}: {_brief(error)}") from None
+                raise self._damaged(f"line {number}: {brief(error)}") from None
             if logged <= step:
                 kept.append(line.removesuffix("\n") + "\n")
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def _damaged(self, said: str) -> ConfigError:
-        return ConfigError(f"{self.path} is damaged ({said}); delete it, and training goes on from the last checkpoint")
+        return ConfigError(f"{self.path} is damaged; remove it, and training goes on from the last checkpoint ({said})")
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 
 from approx_attention.checks import unknown
-from experiments.config import ConfigError, Count, Seed
+from experiments.config import ConfigError, Count, Seed, Whole
 from experiments.data import cache as storage
 from experiments.data.dataset import Batch, Dataset, generated
 
@@ -26,8 +26,8 @@ def listops(
     greatest_length: Count = 128,
     max_depth: Annotated[Count, pydantic.Field(le=100)] = 6,
     max_arguments: Annotated[Count, pydantic.Field(le=100)] = 5,
-    items: Count | None = None,
-    held_out_items: Count = 2000,
+    items: Whole | None = None,
+    held_out_items: Whole = 2000,
     seed: Seed = 0,
     cache: str | None = None,
 ) -> Dataset:
@@ -176,8 +176,8 @@ CONTOUR_LENGTHS: Mapping[str, int] = {"easy": 6, "intermediate": 9, "hard": 14}
 def pathfinder(
     size: Count = 32,
     level: str = "hard",
-    items: Count | None = None,
-    held_out_items: Count = 2000,
+    items: Whole | None = None,
+    held_out_items: Whole = 2000,
     seed: Seed = 0,
     cache: str | None = None,
 ) -> Dataset:

@@ -73,7 +73,7 @@ def kept(directory: pathlib.Path, figures: Iterable[str]) -> dict[str, Any]:
     for name, entry in trained.items():
         for figure in figures:
             if not isinstance(entry.get(figure), float):
-                raise ConfigError(f"{path} is damaged ({name}.{figure} is no number); delete it, and {remedy}")
+                raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({name}.{figure} is no number)")
     return trained
 
 
