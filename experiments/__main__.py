@@ -1,9 +1,13 @@
 """``python -m experiments run|sweep|list|report|capture|capture-model|sample``: every claim a verdict."""
 
+import contextlib
 import importlib
 import itertools
+import os
 import pathlib
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -17,21 +21,40 @@ from approx_attention.compare import write_atomically
 from experiments import data, report
 from experiments.capture import capture
 from experiments.config import ConfigError, parse_overrides, read_config_file
-from experiments.runs import CONFIGS, RESULTS, ROOT, Run, results_of
+from experiments.runs import CONFIGS, RESULTS, ROOT, Run, check_all, results_of
 from experiments.sample import write_sample
 from experiments.training import TrainingConfig, fit, predict
 
-CONFIG = click.argument("config", type=click.Path(path_type=pathlib.Path))
+
+class Place(click.Path):
+    """A path that names something, and where a file is to be written, one of that ending in a folder that is there."""
+
+    def __init__(self, ending: str = ""):
+        super().__init__(dir_okay=not ending, path_type=pathlib.Path)
+        self.ending = ending
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value) or value == pathlib.Path() or "\0" in str(value):
+            self.fail(f"{str(value)!r} is no path", param, ctx)
+        path = pathlib.Path(str(super().convert(value, param, ctx)))
+        if self.ending and path.suffix != self.ending:
+            self.fail(f"{str(path)!r} must end in {self.ending}", param, ctx)
+        if self.ending and not path.parent.is_dir():
+            self.fail(f"the folder {str(path.parent)!r} is not there", param, ctx)
+        return path
+
+
+CONFIG = click.argument("config", type=Place())
 SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a key: train.steps=100.")
 OUT = click.option(
     "--out",
-    type=click.Path(path_type=pathlib.Path),
+    type=Place(),
     help="Where results go.  [default: experiments/results, or out/experiments with --set]",
 )
+ARM = click.option("--arm", help="Which variant.  [default: the first in the file]")
+SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Which seed.  [default: the first in the file]")
 SAMPLE_CONFIG = CONFIGS / "harness/sample/full.yaml"
-TO = click.option(
-    "--to", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True, help="The .npz to write."
-)
+TO = click.option("--to", type=Place(".npz"), required=True, help="The .npz to write.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +66,7 @@ def _run_of(
     config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
 ) -> Run:
     file = read_config_file(config)
-    arm, seed = arm or file.arms[0].name, file.seeds[0] if seed is None else seed
+    arm, seed = file.arms[0].name if arm is None else arm, file.seeds[0] if seed is None else seed
     return Run.of(file, arm, seed, parse_overrides(assignments), _results(out, assignments))
 
 
@@ -53,32 +76,37 @@ def _results(out: pathlib.Path | None, assignments: tuple[str, ...]) -> pathlib.
 
 @experiments.command()
 @CONFIG
-@click.option("--arm", help="Which variant.  [default: the first in the file]")
-@click.option("--seed", type=click.IntRange(min=0), help="Which seed.  [default: the first in the file]")
+@ARM
+@SEED
 @SET
 @OUT
 def run(
     config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
 ) -> None:
     """Run one arm of CONFIG with one seed; goes on where a killed run stopped."""
-    console = Console()
+    console = _console()
     console.print_json(data=_run_of(config, arm, seed, assignments, out).result(console)["result"])
 
 
 @experiments.command()
-@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=pathlib.Path))
+@click.argument("configs", nargs=-1, required=True, type=Place())
 @SET
 @OUT
 def sweep(configs: tuple[pathlib.Path, ...], assignments: tuple[str, ...], out: pathlib.Path | None) -> None:
-    """Run every arm of every CONFIG with every seed, leaving out what is done."""
-    console, results, overrides = Console(), _results(out, assignments), parse_overrides(assignments)
+    """Run every arm of every CONFIG with every seed, leaving out what is done.
+
+    All are checked before the first is run.
+    """
+    console, results, overrides = _console(), _results(out, assignments), parse_overrides(assignments)
     runs = [
         Run.of(file, arm.name, seed, overrides, results)
         for file in map(read_config_file, configs)
         for seed, arm in itertools.product(file.seeds, file.arms)
     ]
+    check_all(runs)
     for run in runs:
-        console.print(f"{run.directory.relative_to(results)}: {run.result(console)['seconds']:.0f} s")
+        seconds = run.result(console)["seconds"]
+        console.print(f"{run.directory.relative_to(results)}: {seconds:.0f} s", soft_wrap=True)
         # Each compiled program maps memory, of which Linux grants a process 65530 pieces.
         jax.clear_caches()
 
@@ -93,23 +121,23 @@ def list_command() -> None:
         table.add_row(
             path.relative_to(CONFIGS).as_posix(), file.experiment, str(len(file.arms)), str(len(file.seeds)), done
         )
-    Console().print(table)
+    _console().print(table)
 
 
 @experiments.command("report")
 def report_command() -> None:
     """Compute every verdict from the results and write experiments/RESULTS.md with its plots."""
     for path in report.write(ROOT / "experiments"):
-        Console().print(f"wrote {path.relative_to(ROOT)}")
+        _console().print(f"wrote {path.relative_to(ROOT)}", soft_wrap=True)
 
 
 @experiments.command("capture")
 @CONFIG
-@click.option("--arm", help="Which variant.  [default: the first in the file]")
-@click.option("--seed", type=click.IntRange(min=0), help="Which seed.  [default: the first in the file]")
+@ARM
+@SEED
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
 @click.option("--layers", help="Paths of layers, separated by commas.  [default: all]")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="How many examples.")
+@click.option("--batch", type=click.IntRange(1, 65536), default=1, show_default=True, help="How many examples.")
 @SET
 @OUT
 @TO
@@ -128,10 +156,11 @@ def capture_command(
 
     Trains the model first if its run has no checkpoint here.
     """
-    settings, directory = _training_run(_run_of(config, arm, seed, assignments, out))
-    model, dataset, _ = fit(settings, directory, Console())
-    examples = data.held_out(dataset, split, batch, 1)[0]
-    _write_layers(capture(model, lambda model: predict(model, examples)), layers, to)
+    with _training_run(_run_of(config, arm, seed, assignments, out)) as (settings, directory):
+        model, dataset, _ = fit(settings, directory, _console())
+        examples = data.held_out(dataset, split, batch, 1)[0]
+        captured = capture(model, lambda model: predict(model, examples))
+    _write_layers(captured, layers, to)
 
 
 @experiments.command("capture-model")
@@ -147,29 +176,40 @@ def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -
     sys.path.insert(0, "")
     try:
         make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        detail = str(error) if colon else "it is MODULE:FUNCTION, as in my_model:make"
+    except Exception as error:  # a module can raise anything
+        usual = isinstance(error, (ImportError, AttributeError, ValueError))
+        detail = str(error) if usual else f"{type(error).__name__}: {error}"
+        detail = detail if colon else "it is MODULE:FUNCTION, as in my_model:make"
         raise ConfigError(f"{function!r} cannot be imported: {detail}") from None
-    _write_layers(capture(*make()), layers, to)
+    made = make()
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
+        raise ConfigError(f"{function!r} must return (model, run), and run(model) calls the model once")
+    try:
+        captured = capture(*made)
+    except ValueError as error:
+        raise ConfigError(f"{function!r}: {error}") from error
+    _write_layers(captured, layers, to)
 
 
 def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None, to: pathlib.Path) -> None:
-    chosen = layers.split(",") if layers else list(captured)
+    chosen = list(captured) if layers is None else layers.split(",")
     for name in chosen:
         if name not in captured:
             raise ConfigError(unknown("layer", name, captured))
     arrays: dict[str, Any] = {f"{name}.{x}": captured[name][x] for name in chosen for x in "qkv"}
     write_atomically(to, lambda file: np.savez_compressed(file, **arrays))
-    Console().print(f"wrote {', '.join(chosen)} to {to}; name a layer with --q LAYER.q --k LAYER.k --v LAYER.v")
+    _console().print(
+        f"wrote {', '.join(chosen)} to {to}; name a layer with --q LAYER.q --k LAYER.k --v LAYER.v", soft_wrap=True
+    )
 
 
 @experiments.command("sample")
-@click.argument("config", type=click.Path(path_type=pathlib.Path), default=SAMPLE_CONFIG)
+@click.argument("config", type=Place(), default=SAMPLE_CONFIG)
 @SET
 @OUT
 @click.option(
     "--to",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    type=Place(".npz"),
     help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/sample.npz]",
 )
 def sample_command(
@@ -179,32 +219,56 @@ def sample_command(
     if to is None and (assignments or config != SAMPLE_CONFIG):
         raise ConfigError("with other settings than its own the sample is written where --to says")
     to = to or ROOT / "approx_attention/sample.npz"
-    settings, directory = _training_run(_run_of(config, None, None, assignments, out))
-    console = Console()
-    console.print_json(data=write_sample(settings, directory, to, console))
+    console = _console()
+    with _training_run(_run_of(config, None, None, assignments, out)) as (settings, directory):
+        provenance = write_sample(settings, directory, to, console)
+    console.print_json(data=provenance)
 
 
-def _training_run(run: Run) -> tuple[TrainingConfig, pathlib.Path]:
+@contextlib.contextmanager
+def _training_run(run: Run) -> Iterator[tuple[TrainingConfig, pathlib.Path]]:
     """The settings and the directory of a run whose model is wanted."""
     if not isinstance(run.config, TrainingConfig):
         raise ConfigError(f"{run.directory.name}: only the experiment 'quality' trains a model of one method")
-    run.claim_directory()
-    if (run.directory / "result.json").exists() and not (run.directory / "checkpoints").exists():
-        raise ConfigError(f"{run.directory} has a result but no checkpoint here; train again elsewhere with --out")
-    return run.config, run.directory
+    with run.held():
+        if (run.directory / "result.json").exists() and not (run.directory / "checkpoints").exists():
+            raise ConfigError(f"{run.directory} has a result but no checkpoint here; train again elsewhere with --out")
+        yield run.config, run.directory
+
+
+def _console() -> Console:
+    """Prints names as they are: square brackets in them are no markup."""
+    return Console(markup=False)
+
+
+def _say(message: object, *_: Any, **__: Any) -> None:
+    click.echo(f"experiments: {' '.join(str(message).split())}", err=True)
 
 
 def main() -> int:
     """Runs the command line; exit code 2, with one line that says why, for input it cannot use."""
     try:
-        return experiments.main(prog_name="python -m experiments", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            # Not by click's own main, which says an empty line when it is interrupted.
+            with experiments.make_context("python -m experiments", sys.argv[1:]) as context:
+                experiments.invoke(context)
+        return 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
-    except (click.ClickException, ConfigError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"experiments: {' '.join(message.split())}", err=True)
-    except click.Abort:
-        click.echo("experiments: interrupted; the same command goes on from the last checkpoint", err=True)
+    except click.ClickException as error:
+        _say(error.format_message())
+    except ConfigError as error:
+        _say(error)
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        _say(f"{error.filename or 'the output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from what is done")
         return 130
     return 2
 

@@ -3,14 +3,13 @@
 import dataclasses
 import math
 import pathlib
+import reprlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import yaml
-
-from experiments.config import STRICT, ConfigError, read_config_file, resolve
-from experiments.runs import CONFIGS, results_of
+from experiments.config import STRICT, ConfigError, ConfigFile, Number, load_yaml, read_config_file, resolve
+from experiments.runs import CONFIGS, results_of, run_directory
 
 # The most telling scale first; a claim's verdict comes from the first of them whose study is complete.
 SCALES = ("gpu", "cpu")
@@ -41,8 +40,8 @@ class Against:
 class Range:
     """Where a figure must lie."""
 
-    at_least: float = -math.inf
-    at_most: float = math.inf
+    at_least: Number = -math.inf
+    at_most: Number = math.inf
 
     __pydantic_config__ = STRICT
 
@@ -124,7 +123,9 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
     Raises:
         ConfigError: a record lacks a key, has an unknown one, or shares its id with another.
     """
-    records = yaml.safe_load(path.read_text(encoding="utf-8"))
+    records = load_yaml(path)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ConfigError(f"{path} must be a list of claims, each a mapping")
     claims = [resolve(Claim, record, {}, f"{path.name}, claim {record.get('id')!r}") for record in records]
     for claim in claims:
         parts = [part for part in (claim, claim.caveat) if part]
@@ -152,7 +153,7 @@ def judge(claim: Claim, results: pathlib.Path) -> Finding:
         arms = {side.arm for part in parts for side in (part.metric, part.against) if side}
         if any((arm, seed) not in runs for arm in arms for seed in file.seeds):
             continue
-        figures = [_measure(claim, runs, seed) for seed in file.seeds]
+        figures = [_measure(claim, runs, seed, file, results) for seed in file.seeds]
         mean, half_width = statistics.fmean(figures), _half_width(claim, figures, runs, file.seeds)
         verdict, band = _verdict(claim, mean)
         caveats = []
@@ -161,7 +162,7 @@ def judge(claim: Claim, results: pathlib.Path) -> Finding:
         elif band is not None and not all(mean + side * half_width in band for side in (-1, 1)):
             caveats.append("the interval of the figure reaches beyond what this verdict asks")
         if claim.caveat is not None:
-            found = statistics.fmean(_measure(claim.caveat, runs, seed) for seed in file.seeds)
+            found = statistics.fmean(_measure(claim.caveat, runs, seed, file, results) for seed in file.seeds)
             if found not in claim.caveat.within:
                 caveats.append(f"{claim.caveat.says} ({found:.3g}, asked {claim.caveat.within})")
                 verdict = "not reproduced" if verdict == "not reproduced" else "inconclusive"
@@ -193,12 +194,25 @@ def _half_width(claim: Claim, figures: Sequence[float], runs: Mapping[tuple[str,
     return _at(runs[claim.metric.arm, seeds[0]]["result"], f"{place}.half_width") if fitted else 0.0
 
 
-def _measure(claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: int) -> float:
-    figure = _at(runs[claim.metric.arm, seed]["result"], claim.metric.value)
+def _measure(
+    claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: int, file: ConfigFile, results: pathlib.Path
+) -> float:
+    def figure(side: Metric | Against) -> float:
+        try:
+            return _at(runs[side.arm, seed]["result"], side.value)
+        except ConfigError as error:
+            path = run_directory(file, side.arm, seed, results) / "result.json"
+            raise ConfigError(
+                f"{path}: {error}; if that is no slip in the claim, remove the file, and the run is done again"
+            ) from None
+
+    own = figure(claim.metric)
     if claim.against is None:
-        return figure
-    base = _at(runs[claim.against.arm, seed]["result"], claim.against.value)
-    return figure / base if claim.against.by == "ratio" else figure - base
+        return own
+    base = figure(claim.against)
+    if claim.against.by == "difference":
+        return own - base
+    return own / base if base else math.nan
 
 
 def _at(result: Any, place: str) -> float:
@@ -208,10 +222,13 @@ def _at(result: Any, place: str) -> float:
         if result is None:  # a slope of too few points
             return math.nan
         # A name may hold dots itself, as 0.5 does.
-        name = max((name for name in result if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+        names = list(result) if isinstance(result, dict) else []
+        name = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
         if name is None:
-            raise ConfigError(f"the results have nothing at {place!r}: {rest!r} is not among {', '.join(result)}")
+            raise ConfigError(f"the results have nothing at {place!r}: {rest!r} is not among {', '.join(names)}")
         result, rest = result[name], rest[len(name) + 1 :]
+    if not isinstance(result, int | float | None) or isinstance(result, bool):
+        raise ConfigError(f"the results have no number at {place!r} but {reprlib.repr(result)}")
     return math.inf if result is None else float(result)
 
 

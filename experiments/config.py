@@ -1,8 +1,14 @@
-"""Typed configurations: frozen dataclasses read from YAML, with overrides; what is unknown or unfit is refused."""
+"""Typed configurations: frozen dataclasses read from YAML, with overrides; what is unknown or unfit is one error."""
 
+import collections
 import dataclasses
 import functools
+import math
 import pathlib
+import re
+import reprlib
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -10,11 +16,51 @@ import pydantic
 import yaml
 
 from approx_attention.checks import unknown
+from experiments.plain_yaml import load_plain, one_line
 
 Config = TypeVar("Config")
 
-# A count of at least one; a bool is none.
-Count = Annotated[int, pydantic.Field(ge=1, strict=True)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {value}")
+    return value
+
+
+# Numbers as configurations hold them: a bool is none, and NaN and infinity are none either. JAX counts in int32.
+Whole = Annotated[int, pydantic.Field(ge=0, lt=2**31, strict=True)]
+Count = Annotated[int, pydantic.Field(ge=1, lt=2**31, strict=True)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32, strict=True)]
+Number = Annotated[float, pydantic.Field(allow_inf_nan=False), pydantic.BeforeValidator(_no_bool)]
+NonNegative = Annotated[Number, pydantic.Field(ge=0)]
+Positive = Annotated[Number, pydantic.Field(gt=0)]
+Share = Annotated[Number, pydantic.Field(ge=0, le=1)]
+
+
+def check_names(names: Iterable[Any]) -> None:
+    """Raises ``ValueError`` unless each name can be that of a file, on every file system another one."""
+    given = list(names)
+    for name in given:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,99}", name):
+            raise ValueError(
+                f"{reprlib.repr(name)} cannot name files: a name has 1 to 100 of A-Z, a-z, 0-9, '_', '.', '=', '+' and "
+                "'-', and begins with a letter, a digit or '_'"
+            )
+    for folded, times in collections.Counter(map(str.casefold, given)).items():
+        if times > 1:
+            same = " and ".join(repr(name) for name in given if name.casefold() == folded)
+            raise ValueError(f"{same} name the same file where file names ignore case")
+
+
+def _named(parts: dict[str, Any]) -> dict[str, Any]:
+    check_names(parts)
+    return parts
+
+
+Part = TypeVar("Part")
+# A list with at least one part, and parts whose names become those of files.
+Several = Annotated[list[Part], pydantic.Field(min_length=1)]
+Named = Annotated[dict[str, Part], pydantic.AfterValidator(_named)]
 # Set as ``__pydantic_config__`` on every configuration dataclass.
 STRICT = pydantic.ConfigDict(extra="forbid")
 
@@ -42,11 +88,16 @@ class ConfigFile:
     seeds: tuple[int, ...]
 
 
+# The keys of a file that are no settings.
+BESIDE_SETTINGS = ("experiment", "arms", "seeds")
+
+
 def read_config_file(path: pathlib.Path) -> ConfigFile:
     """Reads ``experiment``, optional ``arms`` and ``seeds``, and the settings from a YAML file.
 
     Raises:
-        ConfigError: the file is not there, is no YAML mapping, or names no experiment.
+        ConfigError: the file is not there, is no YAML mapping, or names no experiment; an arm's name cannot be that of
+            a directory; a seed is no whole number, or given twice.
     """
     settings = read_yaml(path)
     experiment, arms, seeds = settings.pop("experiment"), settings.pop("arms", {"run": {}}), settings.pop("seeds", [0])
@@ -55,9 +106,19 @@ def read_config_file(path: pathlib.Path) -> ConfigFile:
         or not arms
         or not all(isinstance(overrides, dict | None) for overrides in arms.values())
     ):
-        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides")
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise ConfigError(f"{path}: 'seeds' must be a list of integers, got {seeds!r}")
+        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides, got {reprlib.repr(arms)}")
+    try:
+        check_names(arms)
+    except ValueError as error:
+        raise ConfigError(f"{path}: 'arms': {error}") from None
+    if not isinstance(seeds, list) or not seeds:
+        raise ConfigError(f"{path}: 'seeds' must be a list of whole numbers, got {reprlib.repr(seeds)}")
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ConfigError(f"{path}: 'seeds' must be whole numbers from 0 to 2^32 - 1, got {reprlib.repr(seed)}")
+    for seed, times in collections.Counter(seeds).items():
+        if times > 1:
+            raise ConfigError(f"{path}: 'seeds' must be different, got {seed} {times} times")
     return ConfigFile(
         path, experiment, settings, tuple(Arm(name, overrides or {}) for name, overrides in arms.items()), tuple(seeds)
     )
@@ -69,37 +130,107 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not there, is no YAML mapping, or names no experiment.
     """
+    content = load_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping with the key 'experiment', got {_kind(content)}")
+    if "experiment" not in content:
+        keys = reprlib.repr(list(content)).strip("[]")
+        raise ConfigError(f"{path} must be a mapping with the key 'experiment', got the keys {keys}")
+    if not isinstance(content["experiment"], str):
+        raise ConfigError(f"{path}: 'experiment' must be a name, got {reprlib.repr(content['experiment'])}")
+    return dict(content)
+
+
+# A longer file is none of ours, or has no end.
+_LONGEST = 1_000_000
+
+
+def load_yaml(path: pathlib.Path) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, or holds values that are no plain ones.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("experiment"), str):
-        raise ConfigError(f"{path} must be a mapping with the key 'experiment'")
-    return dict(content)
+    except ValueError as error:  # a path with NUL in it
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from None
+    if len(content) > _LONGEST:
+        raise ConfigError(f"{path} is longer than {_LONGEST} bytes, too long for a configuration")
+    try:
+        loaded = load_plain(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML that can be used: {one_line(error)}") from None
+    _check_plain(loaded, "", str(path))
+    return loaded
+
+
+def _check_plain(value: Any, key: str, where: str) -> None:
+    """Raises unless the value is made of text, numbers that are some, true, false and null, under keys of text."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if not isinstance(name, str):
+                raise ConfigError(
+                    f"{where}: the key {name!r} {f'in {key!r} ' if key else ''}must be text; put it in quotes"
+                )
+            _check_plain(part, f"{key}.{name}" if key else name, where)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            _check_plain(part, f"{key}.{index}" if key else str(index), where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key!r} must be a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) >= 2**32:
+        raise ConfigError(f"{where}: {key!r} must be a whole number within 32 bits, got {reprlib.repr(value)}")
+    elif not isinstance(value, str | int | float | None):
+        raise ConfigError(f"{where}: {key!r} must be text, a number, a list or a mapping, got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    names = {"NoneType": "nothing", "list": "a list", "str": "text", "int": "a number", "float": "a number"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     """``["train.steps=100"]`` as ``{"train.steps": 100}``, the values read as YAML.
 
     Raises:
-        ConfigError: an assignment has no ``=``.
+        ConfigError: an assignment has no ``=``, a value is no YAML, or a key is given twice.
     """
     overrides = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise ConfigError(f"an override is KEY=VALUE, as in train.steps=100; got {assignment!r}")
+        if name in overrides:
+            raise ConfigError(f"--set gives {name!r} twice")
         try:
-            overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"the value of {name} is not YAML: {value!r}") from None
+            overrides[name] = load_plain(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {name} is not YAML: {reprlib.repr(value)}: {one_line(error)}") from None
+        _check_plain(overrides[name], name, "--set")
     return overrides
 
 
-def resolve(kind: type[Config], settings: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Config:
+def resolve(
+    kind: type[Config],
+    settings: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    where: str,
+    beside: Iterable[str] = (),
+) -> Config:
     """Settings with overrides by dotted key, checked against a configuration class.
+
+    Args:
+        kind: the class.
+        settings: by key.
+        overrides: by dotted key.
+        where: what messages begin with.
+        beside: keys that may stand beside the settings, for messages on unknown ones.
 
     Raises:
         ConfigError: a key is unknown (the message names the nearest), missing, or holds a value of the wrong type.
@@ -114,18 +245,41 @@ def resolve(kind: type[Config], settings: Mapping[str, Any], overrides: Mapping[
                 raise ConfigError(f"{where}: {dotted!r} goes through {parent!r}, which is not a mapping")
         node[last] = value
     try:
-        return _adapter(kind).validate_python(merged)
+        return adapter_of(kind).validate_python(merged)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_first_fault(kind, error)}") from None
+        raise ConfigError(f"{where}: {_first_fault(kind, error, beside)}") from None
+    except (TypeError, ArithmeticError) as error:  # of a method, to which settings are no arguments
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def checked(kind: Any, value: Any, where: str) -> Any:
+    """A value as a type takes it.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        return adapter_of(kind).validate_python(value)
+    except pydantic.ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where} is {reprlib.repr(value)}: {said[0].lower()}{said[1:]}") from None
+
+
+def departures(config: Any, held: Mapping[str, Any], where: str) -> list[str]:
+    """In which settings held ones differ from a configuration; those that have come since stand at their default."""
+    try:
+        return differences(as_plain(resolve(type(config), held, {}, where)), as_plain(config))
+    except ConfigError as error:
+        return [str(error)]
 
 
 def as_plain(config: Any) -> dict[str, Any]:
     """A configuration as plain mappings and lists, ready for YAML or JSON."""
-    return _adapter(type(config)).dump_python(config, mode="json")
+    return adapter_of(type(config)).dump_python(config, mode="json")
 
 
 @functools.cache
-def _adapter(kind: type[Config]) -> pydantic.TypeAdapter[Config]:
+def adapter_of(kind: type[Config]) -> pydantic.TypeAdapter[Config]:
     """To make one takes milliseconds, and a report asks thousands of times."""
     return pydantic.TypeAdapter(kind)
 
@@ -146,20 +300,38 @@ def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
 
 
-def _first_fault(kind: type, error: pydantic.ValidationError) -> str:
+def _first_fault(kind: type, error: pydantic.ValidationError, beside: Iterable[str]) -> str:
     fault = error.errors()[0]
     key = ".".join(map(str, fault["loc"]))
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        *parents, last = fault["loc"]
         owner: Any = kind
-        for parent in fault["loc"][:-1]:
-            fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
-            owner = {field.name: field.type for field in fields}.get(str(parent))
-        if not dataclasses.is_dataclass(owner):  # within a mapping or an optional part
+        for parent in parents:
+            owner = _within(owner, parent)
+        if not dataclasses.is_dataclass(owner):
             return f"unknown key {key!r}"
-        known = [field.name for field in dataclasses.fields(owner)]
-        return f"in {key!r}: {unknown('key', fault['loc'][-1], known)}"
+        known = [field.name for field in dataclasses.fields(owner)] + ([] if parents else list(beside))
+        return f"in {key!r}: {unknown('key', str(last), known)}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
     if fault["type"] == "value_error":  # a configuration's own check
-        return f"{key!r}: {fault['msg'].removeprefix('Value error, ')}"
-    return f"{key!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        said = fault["msg"].removeprefix("Value error, ")
+        return f"{key!r}: {said}" if key else said
+    said = fault["msg"]
+    return f"{key!r} is {reprlib.repr(fault['input'])}: {said[0].lower()}{said[1:]}"
+
+
+def _within(kind: Any, part: Any) -> Any:
+    """What is at a key of a configuration class, or in a mapping or list of them."""
+    if dataclasses.is_dataclass(kind):
+        return _bare({field.name: field.type for field in dataclasses.fields(kind)}.get(str(part)))
+    return _bare(typing.get_args(kind)[-1]) if typing.get_origin(kind) in (dict, list) else None
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its annotations, and without the None beside it."""
+    if typing.get_origin(kind) is Annotated:
+        return _bare(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return _bare(next(one for one in typing.get_args(kind) if one is not types.NoneType))
+    return kind

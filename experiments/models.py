@@ -18,7 +18,7 @@ from approx_attention import METHODS
 from approx_attention.checks import check_count, did_you_mean
 from approx_attention.nnx import ApproxAttention, LinformerAttention, init_cache, mean_pool_init, scale_keeping_init
 from approx_attention.registry import accepted, get_method
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +159,15 @@ class ModelConfig:
     num_kv_heads: Count = 2
     head_dim: Count = 32
     hidden_dim: Count = 384
-    rotary_base: float = 10_000.0
+    rotary_base: Positive = 10_000.0
     patch_size: Count = 4
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for channels are rotated in pairs; got {self.head_dim}")
 
 
 def rotate(x: Array, base: float, first: Array | int = 0) -> Array:

@@ -1,15 +1,16 @@
 """RESULTS.md: what was claimed, what was measured, on what, and whether it holds; nothing in it is typed by hand."""
 
+import contextlib
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from approx_attention.compare import write_atomically
 from experiments import plots
 from experiments.claims import SCALES, Against, Finding, Metric, device_name, judge, read_claims
-from experiments.config import ConfigFile, read_config_file
-from experiments.runs import CONFIGS, results_of
+from experiments.config import ConfigError, ConfigFile, read_config_file
+from experiments.runs import CONFIGS, results_of, run_directory
 from experiments.tables import count, table, tables
 
 
@@ -34,7 +35,8 @@ def render(root: pathlib.Path) -> str:
         ),
     ]
     for file, runs in studies:
-        parts += list(_study(file, runs))
+        with _naming_the_damaged(file, runs, results):
+            parts += list(_study(file, runs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -43,7 +45,8 @@ def write(root: pathlib.Path) -> list[pathlib.Path]:
     written = []
     (root / "plots").mkdir(exist_ok=True)
     for file, runs in _studies(root / "results"):
-        figure, place = plots.draw(file.experiment, runs), root / "plots" / _plot_name(file.path)
+        with _naming_the_damaged(file, runs, root / "results"):
+            figure, place = plots.draw(file.experiment, runs), root / "plots" / _plot_name(file.path)
         write_atomically(place, lambda out, figure=figure: figure.savefig(out, format="png"))
         written.append(place)
     text = render(root)
@@ -56,6 +59,30 @@ def _studies(results: pathlib.Path) -> Iterable[tuple[ConfigFile, list[dict[str,
     for path in sorted(CONFIGS.rglob("*.yaml")):
         if path.stem in SCALES and (runs := results_of(file := read_config_file(path), results)):
             yield file, runs
+
+
+# What is raised over a result that lacks a part, or has one of another kind.
+_LACKS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+@contextlib.contextmanager
+def _naming_the_damaged(file: ConfigFile, runs: Sequence[Mapping[str, Any]], results: pathlib.Path) -> Iterator[None]:
+    """Where a study cannot be shown: which of its results alone cannot be shown either."""
+    try:
+        yield
+    except _LACKS as error:
+        for run in runs:
+            try:
+                list(_study(file, [run]))
+                plots.draw(file.experiment, [run])
+            except _LACKS as error:
+                path = run_directory(file, run["arm"], run["seed"], results) / "result.json"
+                said = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"{path} is damaged; remove it, and the run is done again ({said})") from error
+        raise ConfigError(
+            f"the results of {file.path} do not fit each other ({type(error).__name__}: {error}); remove them, and the "
+            "runs are done again"
+        ) from error
 
 
 def _seconds(run: Mapping[str, Any]) -> float:

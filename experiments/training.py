@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,7 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from approx_attention.compare import write_atomically
 from experiments import data
-from experiments.config import STRICT, ConfigError, Count
+from experiments.checkpoints import brief, open_checkpoints, restore, save
+from experiments.config import (
+    STRICT,
+    ConfigError,
+    Count,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    checked,
+)
 from experiments.data import DataConfig, Dataset
 from experiments.models import AttentionConfig, Classifier, LanguageModel, ModelConfig, VisionTransformer
 
@@ -32,10 +41,10 @@ class OptimizerConfig:
 
     steps: Count
     batch: Count = 8
-    peak_learning_rate: float = 2e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    peak_learning_rate: Positive = 2e-3
+    warmup: Share = 0.05
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive = 1.0
     log_every: Count = 20
     checkpoint_every: Count = 200
     evaluation_batches: Count = 8
@@ -58,7 +67,7 @@ class TrainingConfig:
     train: OptimizerConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -142,6 +151,22 @@ def spread(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:
     return {name: jax.device_put(x, NamedSharding(mesh, spec(x))) for name, x in batch.items()}
 
 
+def check(config: TrainingConfig) -> tuple[Dataset, dict[str, Any]]:
+    """The data of a training and a batch of them, once it is known that the model can be made and reads them.
+
+    Raises:
+        ConfigError: the settings do not fit each other or the data.
+    """
+    try:
+        dataset = data.load(config.data)
+        example = data.held_out(dataset, "train", config.train.batch, 1)[0]
+        # Nothing is computed, so that a sweep can look at all that it trains before it trains anything.
+        nnx.eval_shape(mean_bits, nnx.eval_shape(lambda: build_model(config, dataset)), example)
+    except (TypeError, ValueError, NotImplementedError, ArithmeticError, MemoryError) as error:
+        raise ConfigError(str(error)) from error
+    return dataset, example
+
+
 def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tuple[nnx.Module, Dataset, float]:
     """Trains the model, or goes on from its last checkpoint in ``directory``, and returns it.
 
@@ -151,13 +176,8 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
     Returns:
         The model, its data, and the seconds it was trained, over all resumed parts.
     """
-    try:
-        dataset = data.load(config.data)
-        model = build_model(config, dataset)
-        example = data.held_out(dataset, "train", config.train.batch, 1)[0]
-        nnx.eval_shape(mean_bits, model, example)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{directory.name}: {error}") from error
+    dataset, example = check(config)
+    model = build_model(config, dataset)
     optimizer = make_optimizer(config.train, model)
     mesh = config.attention.parallel and config.attention.parallel.mesh()
     if mesh is not None:
@@ -165,9 +185,8 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
     log = _Log(directory / "metrics.jsonl")
     tokens = config.train.batch if dataset.kind == "image" else example["tokens"].size
     unit = "tokens/s" if dataset.kind != "image" else "images/s"
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options) as manager:
-        done, spent = _restore(manager, model, optimizer)
+    with open_checkpoints(directory / "checkpoints", config) as manager:
+        done, spent = restore(manager, model, optimizer)
         log.keep_until(done)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
@@ -184,7 +203,7 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
                     progress.update(task, completed=step + 1, note=f"{loss:.3f} bits  {speed:.0f} {unit}")
                     losses = []
                 if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps:
-                    _save(manager, step + 1, model, optimizer, spent + time.monotonic() - start)
+                    save(manager, step + 1, config, model, optimizer, spent + time.monotonic() - start)
             total = spent + time.monotonic() - start if done < config.train.steps else spent
     return model, dataset, total
 
@@ -212,39 +231,6 @@ def _octaves(length: int) -> Iterable[tuple[int, int]]:
         low, high = high, 2 * high
 
 
-def _state(model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
-    return {"model": nnx.to_pure_dict(nnx.state(model)), "optimizer": nnx.to_pure_dict(nnx.state(optimizer))}
-
-
-def _save(
-    manager: ocp.CheckpointManager, step: int, model: nnx.Module, optimizer: nnx.Optimizer, seconds: float
-) -> None:
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(_state(model, optimizer)), clock=ocp.args.JsonSave({"seconds": seconds})
-    )
-    manager.save(step, args=items)
-    manager.wait_until_finished()
-
-
-def _restore(manager: ocp.CheckpointManager, model: nnx.Module, optimizer: nnx.Optimizer) -> tuple[int, float]:
-    """Loads the last whole checkpoint, if there is one; returns its step and the seconds spent up to it."""
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _state(model, optimizer))
-    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(template), clock=ocp.args.JsonRestore())
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            items: Any = manager.restore(step, args=wanted)
-        except (OSError, ValueError, KeyError) as error:
-            warnings.warn(f"checkpoint {step} cannot be read and is left out: {error}", stacklevel=2)
-            manager.delete(step)
-            continue
-        for part, name in ((model, "model"), (optimizer, "optimizer")):
-            state = nnx.state(part)
-            nnx.replace_by_pure_dict(state, items.state[name])
-            nnx.update(part, state)
-        return step, items.clock["seconds"]
-    return 0, 0.0
-
-
 class _Log:
     """Figures of each logged step, one JSON object a line."""
 
@@ -252,16 +238,31 @@ class _Log:
         self.path = path
 
     def keep_until(self, step: int) -> None:
-        """Drops what was logged after the checkpoint that the run goes on from."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = []
-        for line in lines:
+        """Drops what was logged after the checkpoint that the run goes on from.
+
+        Raises:
+            ConfigError: a line is no record, but for the last, which a kill may have cut short.
+        """
+        try:
+            text = self.path.read_bytes().decode() if self.path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._damaged(str(getattr(error, "strerror", None) or error)) from None
+        kept, lines = [], text.splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the line that a kill cut short
-                continue
+                record = json.loads(line)
+                logged = checked(Count, record["step"], "'step'")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    warnings.warn(f"{self.path}: the last line is cut short and is left out", stacklevel=2)
+                    continue
+                raise self._damaged(f"line {number}: {brief(error)}") from None
+            if logged <= step:
+                kept.append(line.removesuffix("\n") + "\n")
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+
+    def _damaged(self, said: str) -> ConfigError:
+        return ConfigError(f"{self.path} is damaged; remove it, and training goes on from the last checkpoint ({said})")
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -414,7 +414,7 @@ def test_a_break_even_that_is_never_reached_is_infinite():
         (["run", "{config}", "--set", "train.log_every=3"], "checkpoint_every must be a multiple of log_every"),
         (["run", "{config}", "--set", "seed=5"], "the seed of a run is one of 'seeds'"),
         (["run", "{config}", "--set", "model.num_kv_heads=3"], "key heads must divide query heads"),
-        (["run", "{config}", "--set", "data.settings.length=abc"], "exact-seed0:"),
+        (["run", "{config}", "--set", "data.settings.length=abc"], "'length' is 'abc'"),
         (["run", "{config}", "--arm", "local", "--set", "attention.settings.window_size=-2"], "window_size must be"),
         (["run", "{swap}", "--set", "methods.favor.setings=1"], "unknown key"),
         (["run", "{swap}", "--set", "training.attention.method=favor"], "what is trained is 'exact'"),
@@ -464,14 +464,15 @@ def test_a_directory_of_other_settings_is_refused(tmp_path):
     file = read_config_file(CONFIGS / "harness" / "language_model" / "smoke.yaml")
     run = Run.of(file, "exact", 0, {}, tmp_path)
     settings = run.claim_directory()
-    (run.directory / "result.json").write_text(json.dumps({"arm": "exact"}))
-    assert run.result(Console(quiet=True)) == {"arm": "exact"}
+    document = {"arm": "exact", "seed": 0, "config": dict(settings), "result": {}, "seconds": 1.0, "environment": {}}
+    (run.directory / "result.json").write_text(json.dumps(document))
+    assert run.result(Console(quiet=True)) == document
     with pytest.raises(ConfigError, match=r"train.steps: 4 there, 5 now"):
         Run.of(file, "exact", 0, {"train.steps": 5}, tmp_path).claim_directory()
     # A setting that has come since the run was made stands at its default.
-    del settings["attention"]["learned"]
+    settings["attention"] = {name: x for name, x in settings["attention"].items() if name != "learned"}
     (run.directory / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert run.result(Console(quiet=True)) == {"arm": "exact"}
+    assert run.result(Console(quiet=True)) == document
 
 
 def test_the_seed_of_a_swap_in_stands_in_one_place():

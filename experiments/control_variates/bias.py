@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import METHODS, exact
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, NonNegative, Seed, Several
 from experiments.harness.long_context import slope
 from experiments.models import AttentionConfig
 
@@ -21,12 +21,12 @@ class BiasConfig:
 
     methods: dict[str, AttentionConfig]
     argument: dict[str, str]
-    sizes: list[int]
-    length: int = 32
-    head_dim: int = 8
-    spread: float = 1.0
-    draws: int = 16384
-    seed: int = 0
+    sizes: Several[Count]
+    length: Count = 32
+    head_dim: Count = 8
+    spread: NonNegative = 1.0
+    draws: Count = 16384
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

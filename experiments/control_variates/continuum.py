@@ -20,7 +20,7 @@ from approx_attention import (
     orthogonal_projection,
 )
 from approx_attention import control_variate_state as estimate
-from experiments.config import STRICT, ConfigError, Count
+from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, Several, Whole
 from experiments.control_variates.gap import GapConfig, smoothed
 
 
@@ -28,14 +28,14 @@ from experiments.control_variates.gap import GapConfig, smoothed
 class ContinuumConfig:
     """One head of smoothed tensors; the exact sets and the numbers of groups that the other keys are split into."""
 
-    exact_sizes: list[int]
-    groups: list[Count]
+    exact_sizes: Several[Whole]
+    groups: Several[Count]
     num_features: Count = 64
     length: Count = 256
     head_dim: Count = 16
-    smoothing: float = 4.0
-    spread: float = 1.0
-    seed: int = 0
+    smoothing: NonNegative = 4.0
+    spread: NonNegative = 1.0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from approx_attention import METHODS, attention, diagnostics
 from approx_attention.compare import held_bytes
 from approx_attention.tensor_files import Tensors, load_sample
-from experiments.config import STRICT, ConfigError
+from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, Share
 from experiments.models import AttentionConfig
 
 
@@ -29,13 +29,13 @@ class GapConfig:
 
     methods: dict[str, AttentionConfig]
     source: Literal["smoothed", "sample"] = "smoothed"
-    length: int = 784
-    head_dim: int = 64
-    smoothing: float = 0.0
-    spread: float = 1.0
-    shared: float = 0.5
+    length: Count = 784
+    head_dim: Count = 64
+    smoothing: NonNegative = 0.0
+    spread: NonNegative = 1.0
+    shared: Share = 0.5
     is_causal: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

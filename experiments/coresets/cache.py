@@ -20,7 +20,7 @@ from approx_attention.coresets import ALGORITHMS
 from approx_attention.diagnostics import output_error
 from experiments import data
 from experiments.capture import capture
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, Seed, Several, Share, Whole
 from experiments.models import attention_layers
 from experiments.training import TrainingConfig, bits, fit, predict
 
@@ -43,13 +43,13 @@ class CacheConfig:
     """
 
     training: TrainingConfig
-    prefix: int
-    policies: list[str]
-    kept: list[float] = dataclasses.field(default_factory=lambda: [0.5, 0.25, 0.125, 0.0625])
-    sinks: int = 4
-    recent: int = 16
-    batches: int = 16
-    seed: int = 0
+    prefix: Count
+    policies: Several[str]
+    kept: list[Share] = dataclasses.field(default_factory=lambda: [0.5, 0.25, 0.125, 0.0625])
+    sinks: Whole = 4
+    recent: Whole = 16
+    batches: Count = 16
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -15,7 +15,7 @@ from approx_attention import WeightedKV, attend, summarize_coreset, summarize_me
 from approx_attention.coresets import ALGORITHMS, Algorithm, Halving
 from approx_attention.diagnostics import sup_error
 from approx_attention.rows import pad_rows
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
 from experiments.coresets import instances
 from experiments.harness.long_context import slope
 
@@ -33,15 +33,15 @@ class CoresetErrorConfig:
         draws: of the coreset, whose errors are averaged.
     """
 
-    algorithms: list[str]
-    sizes: list[float]
+    algorithms: Several[str]
+    sizes: Several[Positive]
     instance: Literal["clustered", "sphere", "low_rank", "outliers", "two_points", "lower_bound"] = "clustered"
-    radii: list[float] = dataclasses.field(default_factory=lambda: [2.0])
-    head_dims: list[int] = dataclasses.field(default_factory=lambda: [32])
-    num_keys: int = 4096
-    value_dim: int = 32
-    draws: int = 1
-    seed: int = 0
+    radii: list[NonNegative] = dataclasses.field(default_factory=lambda: [2.0])
+    head_dims: list[Count] = dataclasses.field(default_factory=lambda: [32])
+    num_keys: Count = 4096
+    value_dim: Count = 32
+    draws: Count = 1
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens
 from approx_attention.diagnostics import time_interleaved
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, Seed, Several, Share
 
 # The whole cache as a summary that holds it.
 EVERY_TOKEN = "every token"
@@ -21,13 +21,13 @@ EVERY_TOKEN = "every token"
 class LatencyConfig:
     """Gaussian tensors of these lengths, compressed to a share of them."""
 
-    lengths: list[int]
-    policies: list[str]
-    kept: float = 0.0625
-    num_heads: int = 8
-    head_dim: int = 64
-    rounds: int = 3
-    seed: int = 0
+    lengths: Several[Count]
+    policies: Several[str]
+    kept: Share = 0.0625
+    num_heads: Count = 8
+    head_dim: Count = 64
+    rounds: Count = 3
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

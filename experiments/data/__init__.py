@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from approx_attention.checks import did_you_mean, unknown
-from experiments.config import STRICT, ConfigError
+from experiments.config import STRICT, ConfigError, checked
 from experiments.data import images, lra, synthetic, text
 from experiments.data.dataset import SPLITS, Dataset
 
@@ -42,6 +42,29 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
+    def __post_init__(self) -> None:
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings as the loader takes them.
+
+        Raises:
+            ConfigError: there is no data set of that name, or it lacks such a setting or does not take such a value.
+        """
+        if self.name not in DATASETS:
+            raise ConfigError(unknown("data", self.name, DATASETS))
+        parameters = inspect.signature(DATASETS[self.name]).parameters
+        for name in self.settings:
+            if name not in parameters:
+                raise ConfigError(f"data {self.name!r} has no setting {name!r}{did_you_mean(name, parameters)}")
+        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in self.settings]
+        if missing:
+            raise ConfigError(f"data {self.name!r} needs the setting {missing[0]!r}")
+        return {
+            name: checked(parameters[name].annotation, value, f"data {self.name!r}: {name!r}")
+            for name, value in self.settings.items()
+        }
+
 
 def load(config: DataConfig) -> Dataset:
     """The data set that a configuration names.
@@ -49,17 +72,7 @@ def load(config: DataConfig) -> Dataset:
     Raises:
         ConfigError: there is none of that name, it lacks such a setting, or its path holds something else.
     """
-    if config.name not in DATASETS:
-        raise ConfigError(unknown("data", config.name, DATASETS))
-    loader = DATASETS[config.name]
-    parameters = inspect.signature(loader).parameters
-    for name in config.settings:
-        if name not in parameters:
-            raise ConfigError(f"data {config.name!r} has no setting {name!r}{did_you_mean(name, parameters)}")
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in config.settings]
-    if missing:
-        raise ConfigError(f"data {config.name!r} needs the setting {missing[0]!r}")
-    return loader(**config.settings)
+    return DATASETS[config.name](**config.arguments())
 
 
 def held_out(data: Dataset, split: str, batch: int, count: int) -> list[dict[str, np.ndarray]]:

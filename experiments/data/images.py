@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Count
 from experiments.data.dataset import SPLITS, Dataset
 
 
@@ -20,7 +20,7 @@ def digits() -> Dataset:
     return _labelled(parts, 10, "sklearn.datasets.load_digits")
 
 
-def digit_scenes(size: int = 32, count: int = 4) -> Dataset:
+def digit_scenes(size: Count = 32, count: Count = 4) -> Dataset:
     """``count`` digits at random places of a ``size x size`` canvas; the label is the greatest digit.
 
     A scene's digits come from its split's digits alone.
@@ -60,7 +60,7 @@ def cifar10(path: str) -> Dataset:
                 content = _PlainUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
                 pixels = np.asarray(content[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 found[split].append(((pixels / 255).astype(np.float32), np.asarray(content[b"labels"], np.int32)))
-    except (OSError, tarfile.TarError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged archives and pickles raise errors of many kinds
         raise ConfigError(f"data 'cifar10': {path} is not cifar-10-python.tar.gz: {error}") from None
     parts = {
         split: (np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs]))
@@ -69,7 +69,7 @@ def cifar10(path: str) -> Dataset:
     return _labelled(parts, 10, "CIFAR-10")
 
 
-def image_folder(path: str, size: int = 64) -> Dataset:
+def image_folder(path: str, size: Count = 64) -> Dataset:
     """A folder in ImageNet's layout, ``train/<class>/*`` and ``val/<class>/*``, scaled to ``size x size``.
 
     One training image in twenty, by its name's order, is the validation split; ``val`` is the test split.
@@ -98,8 +98,11 @@ def image_folder(path: str, size: int = 64) -> Dataset:
     def read(file: pathlib.Path) -> np.ndarray:
         from PIL import Image
 
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB").resize((size, size)), np.float32) / 255
+        try:
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB").resize((size, size)), np.float32) / 255
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow says so of damaged images
+            raise ConfigError(f"data 'image_folder': {file} is no image that can be read: {error}") from None
 
     def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
         chosen = [parts[split][i] for i in random.integers(0, len(parts[split]), batch)]

@@ -5,12 +5,13 @@ import functools
 import itertools
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 
 from approx_attention.checks import unknown
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Count, Seed, Whole
 from experiments.data import cache as storage
 from experiments.data.dataset import Batch, Dataset, generated
 
@@ -21,13 +22,13 @@ ORACLE_ITEMS = 4000
 
 
 def listops(
-    least_length: int = 20,
-    greatest_length: int = 128,
-    max_depth: int = 6,
-    max_arguments: int = 5,
-    items: int | None = None,
-    held_out_items: int = 2000,
-    seed: int = 0,
+    least_length: Count = 20,
+    greatest_length: Count = 128,
+    max_depth: Annotated[Count, pydantic.Field(le=100)] = 6,
+    max_arguments: Annotated[Count, pydantic.Field(le=100)] = 5,
+    items: Whole | None = None,
+    held_out_items: Whole = 2000,
+    seed: Seed = 0,
     cache: str | None = None,
 ) -> Dataset:
     """Nested expressions in MIN, MAX, MED and SM (sum modulo 10); the label is the value (Nangia and Bowman 2018).
@@ -173,11 +174,11 @@ CONTOUR_LENGTHS: Mapping[str, int] = {"easy": 6, "intermediate": 9, "hard": 14}
 
 
 def pathfinder(
-    size: int = 32,
+    size: Count = 32,
     level: str = "hard",
-    items: int | None = None,
-    held_out_items: int = 2000,
-    seed: int = 0,
+    items: Whole | None = None,
+    held_out_items: Whole = 2000,
+    seed: Seed = 0,
     cache: str | None = None,
 ) -> Dataset:
     """Two dashed curves among shorter ones; the label is whether the two marked ends lie on one of them.

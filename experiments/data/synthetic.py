@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Count, Positive
 from experiments.data.dataset import Batch, Dataset, generated
 
 
 def recall(
-    length: int = 256, pairs: int = 16, vocabulary: int = 512, power: float = 0.01, joined: bool = False
+    length: Count = 256, pairs: Count = 16, vocabulary: Count = 512, power: Positive = 0.01, joined: bool = False
 ) -> Dataset:
     """Multi-query associative recall (Arora et al. 2023): keys with their values, then the keys again, asking for them.
 
@@ -44,7 +44,7 @@ def recall(
     return Dataset("sequence", generated(draw), num_classes=size, vocabulary=size, is_causal=True)
 
 
-def copying(length: int = 64, vocabulary: int = 16) -> Dataset:
+def copying(length: Count = 64, vocabulary: Count = 16) -> Dataset:
     """Random tokens, a separator, and the same tokens again, which must be told one after the other."""
     if length < 2 or vocabulary < 2:
         raise ConfigError(f"data 'copying' needs length >= 2 and vocabulary >= 2, got {length} and {vocabulary}")
@@ -59,7 +59,7 @@ def copying(length: int = 64, vocabulary: int = 16) -> Dataset:
     return Dataset("sequence", generated(draw), num_classes=vocabulary, vocabulary=vocabulary, is_causal=True)
 
 
-def match(order: int = 2, length: int = 16, modulus: int | None = None) -> Dataset:
+def match(order: Count = 2, length: Count = 16, modulus: Count | None = None) -> Dataset:
     """Match2 and Match3 (Sanford et al. 2023): does some token, or pair, sum with this one to 0 modulo ``modulus``?
 
     Places may repeat and include the token itself. By default the modulus is such that about half of the answers are
@@ -81,7 +81,7 @@ def match(order: int = 2, length: int = 16, modulus: int | None = None) -> Datas
     return Dataset("sequence", generated(draw), num_classes=2, vocabulary=modulus)
 
 
-def match_xor(order: int = 3, length: int = 8, bits: int = 5) -> Dataset:
+def match_xor(order: Count = 3, length: Count = 8, bits: Count = 5) -> Dataset:
     """Matching by bits, which a multilinear form of signs sees: order 3 asks for triples, order 2 for pairs.
 
     Do some two other tokens have this one as their exclusive or; does some other token have the opposite of all of this

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Count, Share
 from experiments.data.dataset import SPLITS, Dataset
 
 
-def python_text(length: int = 1024) -> Dataset:
+def python_text(length: Count = 1024) -> Dataset:
     """The sources of Python's standard library, without its tests and without repeated files.
 
     Split 8 : 1 : 1 by a hash of a file's path, so a file is never in two splits. The text depends on the Python
@@ -41,7 +41,7 @@ def python_text(length: int = 1024) -> Dataset:
     return _language(texts, length, f"standard library of Python {platform.python_version()}")
 
 
-def masked_text(length: int = 256, share: float = 0.15) -> Dataset:
+def masked_text(length: Count = 256, share: Share = 0.15) -> Dataset:
     """The bytes of `python_text`, of which a share is hidden and asked for, each at random.
 
     Of those asked for, 8 of 10 become a token of their own, one a random byte, and one stays (Devlin et al. 2019).
@@ -61,7 +61,7 @@ def masked_text(length: int = 256, share: float = 0.15) -> Dataset:
     return dataclasses.replace(whole, draw=draw, vocabulary=257, is_causal=False)
 
 
-def byte_file(path: str, length: int = 1024) -> Dataset:
+def byte_file(path: str, length: Count = 1024) -> Dataset:
     """Any file as bytes, such as enwik8: the first 90 % to train, then 5 % and 5 %."""
     try:
         content = pathlib.Path(path).expanduser().read_bytes()
@@ -72,7 +72,7 @@ def byte_file(path: str, length: int = 1024) -> Dataset:
     return _language(dict(zip(SPLITS, parts, strict=True)), length, pathlib.Path(path).name)
 
 
-def wikitext(path: str, length: int = 1024) -> Dataset:
+def wikitext(path: str, length: Count = 1024) -> Dataset:
     """A WikiText folder with wiki.train, wiki.valid and wiki.test, each .tokens or .raw, as bytes."""
     folder = pathlib.Path(path).expanduser()
     texts = {}
@@ -84,7 +84,7 @@ def wikitext(path: str, length: int = 1024) -> Dataset:
     return _language(texts, length, folder.name)
 
 
-def _language(texts: Mapping[str, bytes], length: int, source: str) -> Dataset:
+def _language(texts: Mapping[str, bytes], length: Count, source: str) -> Dataset:
     """Random windows of a split, whose targets are the next bytes."""
     arrays = {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
     for split, array in arrays.items():

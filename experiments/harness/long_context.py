@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -13,11 +12,12 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.compare import LARGEST_LOGITS, write_atomically
+from approx_attention.compare import LARGEST_LOGITS
 from approx_attention.diagnostics import break_even, time_interleaved
 from approx_attention.registry import get_method
-from experiments.config import STRICT, ConfigError, Count
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
 from experiments.models import AttentionConfig, ModelConfig, SelfAttention
+from experiments.run_files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,38 +25,54 @@ class LongContextConfig:
     """One layer, the lengths it is timed at, and the size of every method's summary."""
 
     model: ModelConfig
-    lengths: list[Count]
-    methods: list[str]
+    lengths: Several[Count]
+    methods: Several[str]
     direction: Literal["bidirectional", "causal"] = "causal"
     passes: Literal["forward", "forward_backward"] = "forward"
-    size: int = 256
+    size: Count = 256
     settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    fit_from: int = 2048
-    rounds: int = 5
-    seed: int = 0
+    fit_from: Count = 2048
+    rounds: Count = 5
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        for name in self.settings:
+            if name not in self.methods:
+                raise ValueError(f"settings are given for {name!r}, which is not among {', '.join(self.methods)}")
+        self.arms()
+
+    def arms(self) -> dict[str, AttentionConfig]:
+        """The methods of this direction, each at the size."""
+        arms = {}
+        for name in self.methods:
+            method = get_method(name)
+            if self.direction == "bidirectional" or method.capabilities.causal:
+                size = {method.size: self.size} if method.size else {}
+                arms[name] = AttentionConfig(name, {**size, **self.settings.get(name, {})})
+        return arms
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeAndMemory:
+    """What is kept of a form at a length."""
+
+    seconds: Positive
+    bytes: NonNegative
 
 
 def run(config: LongContextConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Seconds of every method and exact form at each length, the slopes of log time, and break-even lengths."""
-    is_causal = config.direction == "causal"
-    arms = {}
-    for name in config.methods:
-        method = get_method(name)
-        if is_causal and not method.capabilities.causal:
-            continue
-        size = {method.size: config.size} if method.size else {}
-        arms[name] = AttentionConfig(name, {**size, **config.settings.get(name, {})})
-    for name in config.settings:
-        if name not in config.methods:
-            raise ConfigError(f"settings are given for {name!r}, which is not among {', '.join(config.methods)}")
+    is_causal, arms = config.direction == "causal", config.arms()
     exact = {f"exact {form}": AttentionConfig("exact", {"implementation": form}) for form in ("blocked", "dense")}
     if jax.default_backend() != "cpu":
         exact["exact default"] = AttentionConfig("exact")  # cuDNN where it applies
     # Each length is kept once it is measured, so that a killed run goes on with the next.
     kept = directory / "lengths.json"
-    measured: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    measured: dict[str, Any] = {}
+    if kept.exists():
+        measured = read_json(kept, dict[str, dict[str, TimeAndMemory]], "the lengths are timed again")
     for length in config.lengths:
         if str(length) in measured:
             continue
@@ -77,8 +93,7 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
             name: {"seconds": timing.least, "bytes": compiled[name].memory_analysis().temp_size_in_bytes}
             for name, timing in timings.items()
         }
-        text = json.dumps(measured)
-        write_atomically(kept, lambda file, text=text: file.write(text.encode()))
+        write_json(kept, measured)
         shown = ", ".join(f"{name} {timing.least * 1e3:.3g} ms" for name, timing in timings.items())
         console.print(f"{directory.name} n={length}: {shown}")
     names = dict.fromkeys(name for n in config.lengths for name in measured[str(n)])

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import data
-from experiments.config import STRICT
+from experiments.config import STRICT, Seed
 from experiments.fidelity import attention_errors
 from experiments.harness.quality import bytes_held
 from experiments.models import AttentionConfig, use_attention
@@ -20,7 +20,7 @@ class SwapInConfig:
 
     training: TrainingConfig
     methods: dict[str, AttentionConfig]
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -11,22 +11,22 @@ import optax
 from rich.console import Console
 
 from approx_attention import exact, linformer, mean_value, svd
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionFitConfig:
     """Noisy tokens with positions, through fixed random maps to q and k, and how long to fit."""
 
-    sizes: list[int]
-    length: int = 64
-    head_dim: int = 16
-    spread: float = 1.5
-    noise: float = 0.5
-    steps: int = 500
-    batch: int = 8
-    learning_rate: float = 1e-2
-    seed: int = 0
+    sizes: Several[Count]
+    length: Count = 64
+    head_dim: Count = 16
+    spread: NonNegative = 1.5
+    noise: NonNegative = 0.5
+    steps: Count = 500
+    batch: Count = 8
+    learning_rate: Positive = 1e-2
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from approx_attention import bounds, draw_sketch, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
 from approx_attention.sketches import SKETCHES
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, Share
 from experiments.control_variates.gap import GapConfig, smoothed
 
 
@@ -25,15 +25,15 @@ class SketchConfig:
         delta: the factor of the construction in the proof of Linformer's theorem 2, in units of 1 / length.
     """
 
-    sizes: list[int]
-    length: int = 512
-    head_dim: int = 64
-    smoothing: float = 0.0
-    spread: float = 1.0
-    shared: float = 0.0
-    draws: int = 8
-    delta: float = 1.0
-    seed: int = 0
+    sizes: Several[Count]
+    length: Count = 512
+    head_dim: Count = 64
+    smoothing: NonNegative = 0.0
+    spread: NonNegative = 1.0
+    shared: Share = 0.0
+    draws: Count = 8
+    delta: Positive = 1.0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

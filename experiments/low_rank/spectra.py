@@ -13,7 +13,7 @@ from rich.console import Console
 from approx_attention.diagnostics import spectrum
 from experiments import data
 from experiments.capture import capture
-from experiments.config import STRICT, ConfigError
+from experiments.config import STRICT, ConfigError, Count, Seed, Share
 from experiments.training import TrainingConfig, build_model, fit, predict
 
 
@@ -26,9 +26,9 @@ class SpectraConfig:
     """
 
     training: TrainingConfig
-    share: float = 0.25
-    examples: int = 4
-    seed: int = 0
+    share: Share = 0.25
+    examples: Count = 4
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

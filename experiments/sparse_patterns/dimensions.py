@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import MinimalDimension, SparsePattern, dimension_bound, minimal_dimension, realize_sparse_pattern
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, Positive, Seed, Several
 
 # The bounds that are drawn beside what was measured.
 UPPER = ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic", "least_squares_exact")
@@ -26,13 +26,13 @@ class LogLawConfig:
         trials: over how many draws the median is taken.
     """
 
-    lengths: list[int]
-    methods: list[str]
-    keys_per_row: int = 2
-    eps1: float = 0.5
-    eps2: float = 1.0
-    trials: int = 5
-    seed: int = 0
+    lengths: Several[Count]
+    methods: Several[str]
+    keys_per_row: Count = 2
+    eps1: Positive = 0.5
+    eps2: Positive = 1.0
+    trials: Count = 5
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -84,15 +84,15 @@ class HeadlineConfig:
         num_steps: gradient steps of the methods that take any.
     """
 
-    methods: list[str]
-    length: int = 256
-    keys_per_row: int = 4
-    eps1: float = 0.1
-    eps2: float = 0.1
-    max_logit: float | None = None
-    trials: int = 3
-    num_steps: int = 300
-    seed: int = 0
+    methods: Several[str]
+    length: Count = 256
+    keys_per_row: Count = 4
+    eps1: Positive = 0.1
+    eps2: Positive = 0.1
+    max_logit: Positive | None = None
+    trials: Count = 3
+    num_steps: Count = 300
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -121,15 +121,15 @@ def run_headline(config: HeadlineConfig, directory: pathlib.Path, console: Conso
 class BudgetConfig:
     """Channels against the largest logit that is allowed, for permutations or sparse patterns of one length."""
 
-    methods: list[str]
-    budgets: list[float]
-    length: int = 256
-    keys_per_row: int = 1
-    eps1: float = 0.1
-    eps2: float = 0.1
-    trials: int = 3
-    num_steps: int = 300
-    seed: int = 0
+    methods: Several[str]
+    budgets: Several[Positive]
+    length: Count = 256
+    keys_per_row: Count = 1
+    eps1: Positive = 0.1
+    eps2: Positive = 0.1
+    trials: Count = 3
+    num_steps: Count = 300
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -11,21 +11,21 @@ from rich.console import Console
 
 from approx_attention import SparsePattern, dimension_bound, realize_sparse_pattern
 from approx_attention.dimension import failure_bound
-from experiments.config import STRICT
+from experiments.config import STRICT, Count, Positive, Seed, Several
 
 
 @dataclasses.dataclass(frozen=True)
 class ManyPatternsConfig:
     """Patterns that are realised with one and the same set of keys, by queries alone."""
 
-    dims: list[int]
-    methods: list[str]
-    length: int = 256
-    keys_per_row: int = 4
-    eps1: float = 0.1
-    eps2: float = 0.1
-    patterns: int = 50
-    seed: int = 0
+    dims: Several[Count]
+    methods: Several[str]
+    length: Count = 256
+    keys_per_row: Count = 4
+    eps1: Positive = 0.1
+    eps2: Positive = 0.1
+    patterns: Count = 50
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -64,12 +64,12 @@ class PrecisionConfig:
         eps1: the precisions asked for between zeros and nonzeros; the smaller, the larger the logits.
     """
 
-    eps1: list[float]
-    dtypes: list[str]
-    length: int = 256
-    head_dim: int = 128
-    keys_per_row: int = 4
-    seed: int = 0
+    eps1: Several[Positive]
+    dtypes: Several[str]
+    length: Count = 256
+    head_dim: Count = 128
+    keys_per_row: Count = 4
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -102,11 +102,11 @@ class PictureConfig:
     """
 
     pattern: Literal["window_and_global", "blocks", "strided", "random"] = "random"
-    length: int = 64
-    head_dim: int = 40
-    eps1: float = 1e-3
-    eps2: float = 0.1
-    seed: int = 0
+    length: Count = 64
+    head_dim: Count = 40
+    eps1: Positive = 1e-3
+    eps2: Positive = 0.1
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

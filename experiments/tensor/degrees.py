@@ -13,17 +13,17 @@ from rich.console import Console
 
 from approx_attention import exp_coefficients, ratio_range, weight_bound
 from approx_attention.polynomials import MAX_DEGREE, minimax_error, taken_by
-from experiments.config import STRICT, ConfigError, Count
+from experiments.config import STRICT, ConfigError, Count, Positive, Seed, Several
 
 
 @dataclasses.dataclass(frozen=True)
 class LeastDegreesConfig:
     """Bounds of logits, tolerances of the total variation of weights, and kinds of coefficients."""
 
-    bounds: list[float]
-    tolerances: list[float]
-    kinds: list[Literal["taylor", "chebyshev", "minimax"]]
-    seed: int = 0
+    bounds: Several[Positive]
+    tolerances: Several[Positive]
+    kinds: Several[Literal["taylor", "chebyshev", "minimax"]]
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -36,10 +36,10 @@ class PhaseConfig:
     asked to be right to 1/n.
     """
 
-    lengths: list[Count]
-    multiples: list[float]
-    orders: list[Count]
-    seed: int = 0
+    lengths: Several[Count]
+    multiples: Several[Positive]
+    orders: Several[Count]
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -25,7 +25,7 @@ from approx_attention import (
     weight_bound,
 )
 from approx_attention.polynomials import taken_by
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, Whole
 from experiments.harness.long_context import slope
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill
 
@@ -47,7 +47,7 @@ class FamilyConfig:
     ranks: list[Count] = dataclasses.field(default_factory=list)
     sketch: Literal["tensor", "product"] | None = None
     sizes: list[Count] = dataclasses.field(default_factory=list)
-    exact_degree: int = 1
+    exact_degree: Whole = 1
 
     __pydantic_config__ = STRICT
 
@@ -72,16 +72,16 @@ class PolynomialErrorConfig:
     """
 
     families: dict[str, FamilyConfig]
-    bounds: list[float]
+    bounds: Several[Positive]
     by: Literal["degree", "rank", "bound"]
     length: Count = 256
     head_dim: Count = 8
     clusters: Count = 8
-    noise: float = 0.3
-    decay: float = 1.0
+    noise: NonNegative = 0.3
+    decay: Positive = 1.0
     bound_by: Literal["largest", "channels"] = "largest"
     draws: Count = 3
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

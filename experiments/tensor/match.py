@@ -18,7 +18,7 @@ from rich.console import Console
 from approx_attention import tensor_attention, tensor_polynomial
 from approx_attention.nnx import TensorAttention
 from experiments import data
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, Seed
 from experiments.data import DataConfig
 from experiments.training import OptimizerConfig, make_optimizer
 
@@ -40,7 +40,7 @@ class MatchConfig:
     num_heads: Count = 1
     model_dim: Count = 32
     head_dim: Count = 16
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

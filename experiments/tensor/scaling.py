@@ -14,7 +14,7 @@ from rich.console import Console
 
 from approx_attention import running_tensor_polynomial, tensor_attention, tensor_polynomial
 from approx_attention.diagnostics import time_interleaved
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, Seed, Several, Whole
 from experiments.harness.long_context import slope
 
 
@@ -26,15 +26,15 @@ class TensorScalingConfig:
         backward: time the gradient with respect to all tensors, the forward pass included.
     """
 
-    exact_lengths: list[Count]
-    polynomial_lengths: list[Count]
-    degrees: list[Count]
+    exact_lengths: Several[Count]
+    polynomial_lengths: Several[Count]
+    degrees: Several[Count]
     head_dim: Count = 8
     backward: bool = False
-    exact_from: int = 256
-    polynomial_from: int = 1024
-    rounds: int = 5
-    seed: int = 0
+    exact_from: Whole = 256
+    polynomial_from: Whole = 1024
+    rounds: Count = 5
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -47,13 +47,13 @@ class TensorDecodeConfig:
         exact_to: beyond this many tokens the exact step, which looks at all pairs of them, is left out.
     """
 
-    lengths: list[Count]
-    degrees: list[Count]
+    lengths: Several[Count]
+    degrees: Several[Count]
     head_dim: Count = 8
     steps: Count = 64
-    exact_to: int = 2**14
-    rounds: int = 5
-    seed: int = 0
+    exact_to: Whole = 2**14
+    rounds: Count = 5
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
 from experiments.tensor.inputs import clustered, error_and_skill
 
 
@@ -17,14 +17,14 @@ from experiments.tensor.inputs import clustered, error_and_skill
 class WindowConfig:
     """Causal clustered tensors, and the degrees whose operations a window gets."""
 
-    degrees: list[Count]
+    degrees: Several[Count]
     order: Literal["mixed", "segments"]
-    bound: float
+    bound: Positive
     length: Count = 512
     head_dim: Count = 8
     clusters: Count = 8
-    noise: float = 0.3
-    seed: int = 0
+    noise: NonNegative = 0.3
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

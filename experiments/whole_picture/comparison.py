@@ -2,24 +2,27 @@
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.compare import write_atomically
 from experiments import data
+from experiments.config import ConfigError
 from experiments.fidelity import attention_errors
 from experiments.models import AttentionConfig, SelfAttention
+from experiments.run_files import read_json, write_json
 from experiments.training import TrainingConfig, evaluate, fit
 
 # Held-out examples that errors of attention are measured on.
 ERROR_EXAMPLES = 16
+
+# What is kept of each method that is trained.
+FIGURES = ("bits", "accuracy", "attention_error", "error_on_exact", "training_seconds")
 
 
 def train_one(
@@ -40,7 +43,7 @@ def train_each(
     the tensors of the model trained with exact attention, before anything is trained with the method.
     """
     # Each method is kept once it is trained, so that a killed run goes on with the next, and times can be taken again.
-    path, trained = directory / "methods.json", kept(directory)
+    path, trained = directory / "methods.json", kept(directory, FIGURES)
     dataset = data.load(training.data)
     examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
     reference = None
@@ -55,22 +58,23 @@ def train_each(
             "error_on_exact": on_exact,
             "training_seconds": round(seconds, 1),
         }
-        keep(path, trained)
+        write_json(path, trained)
         console.print(f"{directory.name} {name}: {trained[name]['bits']:.3f} bits, attention error {own:.2f}")
         jax.clear_caches()
     return trained
 
 
-def kept(directory: pathlib.Path) -> dict[str, Any]:
-    """The methods that are trained already."""
-    path = directory / "methods.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def keep(path: pathlib.Path, facts: Mapping[str, Any]) -> None:
-    """Writes facts as JSON, whole or not at all."""
-    text = json.dumps(facts, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+def kept(directory: pathlib.Path, figures: Iterable[str]) -> dict[str, Any]:
+    """The methods that are trained already, with these figures of each."""
+    path, remedy = directory / "methods.json", "the methods are trained again"
+    if not path.exists():
+        return {}
+    trained = read_json(path, dict[str, dict[str, Any]], remedy)
+    for name, entry in trained.items():
+        for figure in figures:
+            if not isinstance(entry.get(figure), float):
+                raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({name}.{figure} is no number)")
+    return trained
 
 
 def layer(training: TrainingConfig, attention: AttentionConfig, length: int, is_causal: bool) -> Callable[[], Any]:

@@ -16,12 +16,13 @@ from approx_attention.compare import environment
 from approx_attention.diagnostics import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
-from experiments.config import STRICT, ConfigError, Count, as_plain
+from experiments.config import STRICT, ConfigError, Count, Named, Positive, Seed, Share, as_plain
 from experiments.data import Dataset
 from experiments.fidelity import attention_errors
 from experiments.models import AttentionConfig, use_attention
+from experiments.run_files import locked, read_json, write_json
 from experiments.training import TrainingConfig, evaluate, fit, make_optimizer, train_step
-from experiments.whole_picture.comparison import keep, kept, layer
+from experiments.whole_picture.comparison import kept, layer
 
 # Sizes that are tried, over the usual size of a method.
 TIMES_USUAL = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
@@ -40,11 +41,11 @@ class EqualTimeConfig:
     """
 
     training: TrainingConfig
-    methods: dict[str, AttentionConfig]
+    methods: Named[AttentionConfig]
     tuning: Count
-    share: float = 0.5
+    share: Share = 0.5
     rounds: Count = 20
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -57,6 +58,23 @@ class EqualTimeConfig:
             size = get_method(attention.method).size
             if attention.method == "exact" or size in attention.settings:
                 raise ValueError(f"{name!r}: exact attention is what all are held to, and sizes are found, not given")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundSize:
+    """The largest size of a method within the share of the time, and the time it takes."""
+
+    size: Count | None
+    share: Positive
+    seconds: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The parts of the file of sizes that seeds share."""
+
+    config: dict[str, Any]
+    sizes: dict[str, FoundSize]
 
 
 def run(config: EqualTimeConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -72,7 +90,7 @@ def run(config: EqualTimeConfig, directory: pathlib.Path, console: Console) -> d
     sizes = shared_sizes(config, directory, example["tokens"].shape[1])
     fitting = {name: entry for name, entry in sizes.items() if entry["share"] <= config.share}
     methods = {name: _of_size(config.methods[name], entry["size"]) for name, entry in fitting.items()}
-    scores = kept(directory)
+    scores = kept(directory, ("bits", "accuracy", "untuned", "error"))
     for name, attention in ({"exact": AttentionConfig()} | methods).items():
         if name in scores:
             continue
@@ -85,7 +103,7 @@ def run(config: EqualTimeConfig, directory: pathlib.Path, console: Console) -> d
             "untuned": untuned,
             "error": attention_errors(model, example, {name: attention})[name]["mean"],
         }
-        keep(directory / "methods.json", scores)
+        write_json(directory / "methods.json", scores)
         console.print(f"{directory.name} {name}: {untuned:.3f} bits, tuned {scores[name]['bits']:.3f}")
         jax.clear_caches()
     return {
@@ -108,14 +126,15 @@ def shared_sizes(config: EqualTimeConfig, directory: pathlib.Path, length: int) 
     """What `fit_sizes` finds, once for all seeds of an arm: else the noise of a clock would give each its own sizes."""
     path = directory.with_name(directory.name.rpartition("-seed")[0] + "-sizes.json")
     settings = json.loads(json.dumps(as_plain(dataclasses.replace(config, seed=0))))
-    if path.exists():
-        held = json.loads(path.read_text())
-        if held["config"] != settings:
-            raise ConfigError(f"{path} holds the sizes of other settings; remove it, and they are found again")
-        return held["sizes"]
-    sizes = fit_sizes(config, length)
-    keep(path, {"config": settings, "environment": environment(), "sizes": sizes})
-    return sizes
+    with locked(path.with_suffix(".lock"), path):
+        if path.exists():
+            held = read_json(path, Sizes, "the sizes are found again")
+            if held["config"] != settings:
+                raise ConfigError(f"{path} holds the sizes of other settings; remove it, and they are found again")
+            return held["sizes"]
+        sizes = fit_sizes(config, length)
+        write_json(path, {"config": settings, "environment": environment(), "sizes": sizes})
+        return sizes
 
 
 def fit_sizes(config: EqualTimeConfig, length: int) -> dict[str, dict[str, Any]]:

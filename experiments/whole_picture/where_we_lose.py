@@ -17,7 +17,7 @@ from approx_attention.compare import default_methods, held_bytes, method_arm
 from approx_attention.diagnostics import output_error
 from approx_attention.registry import METHODS
 from approx_attention.tensor_files import Tensors, load_sample
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, Seed, Several
 from experiments.coresets import instances
 
 # What a method has to beat to be worth its trouble, and how the texts call it.
@@ -46,13 +46,13 @@ class WhereWeLoseConfig:
             method may take more at its smallest.
     """
 
-    families: list[str]
+    families: Several[str]
     tokens: Count
     length: Count = 1024
     num_heads: Count = 4
     head_dim: Count = 32
     is_causal: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import math
 import pathlib
 import statistics
@@ -14,14 +13,15 @@ from rich.console import Console
 from approx_attention.diagnostics import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
-from experiments.config import STRICT, Count
+from experiments.config import STRICT, Count, Named, Seed
 from experiments.harness.quality import bytes_held
 from experiments.models import AttentionConfig
+from experiments.run_files import read_json, write_json
 from experiments.training import TrainingConfig, evaluate
 from experiments.whole_picture.choice import choose
 from experiments.whole_picture.comparison import (
     ERROR_EXAMPLES,
-    keep,
+    FIGURES,
     kept,
     layer,
     rank_correlation,
@@ -38,9 +38,9 @@ class ZooConfig:
     """A task, and the methods to train on it, by the name they are reported under; ``exact`` is among them."""
 
     training: TrainingConfig
-    methods: dict[str, AttentionConfig]
+    methods: Named[AttentionConfig]
     rounds: Count = 20
-    seed: int = 0
+    seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
@@ -51,6 +51,16 @@ class ZooConfig:
             raise ValueError("the methods must have 'exact' among them, without settings: all others are held to it")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The parts of plan.json that tables show."""
+
+    method: str
+    bits: float
+    error_bound: float
+    held_out_error: float
+
+
 def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Score, errors of attention, bytes and time of each method, and how well the errors tell the scores.
 
@@ -58,7 +68,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     beside the ``best`` and ``median`` bits of the methods that hold no more: those it can choose from.
     """
     planned = directory / "plan.json"
-    before = kept(directory)
+    before = kept(directory, FIGURES)
     newly_trained = before.keys() != config.methods.keys()
     dataset = data.load(config.training.data)
     examples = data.held_out(dataset, "valid", ERROR_EXAMPLES, 1)[0]
@@ -78,7 +88,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
         name = "-".join(["plan", chosen.method, *(f"{of}={x}" for of, x in sorted(chosen.settings.items()))])
         model, spent = train_one(training, name, chosen, directory, console)
         facts |= evaluate(training, model, dataset, "test") | {"training_seconds": round(spent, 1)}
-        keep(planned, facts)
+        write_json(planned, facts)
         console.print(f"{directory.name} {name}: {facts['bits']:.3f} bits")
     seconds = layer_seconds(config, length, dataset.is_causal)
     methods = {name: {**trained[name], "answer_bytes": held[name], "seconds": seconds[name]} for name in config.methods}
@@ -86,7 +96,7 @@ def run(config: ZooConfig, directory: pathlib.Path, console: Console) -> dict[st
     return {
         "methods": methods,
         "plan": {
-            **json.loads(planned.read_text()),
+            **read_json(planned, Plan, "a method is chosen again"),
             "best": min(methods[name]["bits"] for name in within),
             "median": statistics.median(methods[name]["bits"] for name in within),
         },

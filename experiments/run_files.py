@@ -1,0 +1,79 @@
+"""Files of runs: JSON that may have been damaged, and locks that keep two processes out of one directory."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+
+from approx_attention.compare import write_atomically
+from experiments.config import ConfigError, adapter_of
+
+
+def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
+    """A mapping from a JSON file.
+
+    Args:
+        path: the file.
+        kind: the type that it must have the parts of, as pydantic reads it.
+        remedy: what happens once the file is removed.
+
+    Raises:
+        ConfigError: the file cannot be read, is no JSON, or lacks a part.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        adapter_of(kind).validate_python(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; remove it, and {remedy}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        said = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'].lower()}"
+        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({said})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({error})") from None
+    return content
+
+
+def write_json(path: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Writes facts as JSON, whole or not at all."""
+    text = json.dumps(facts, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def locked(lock: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of what a file stands for; its folder is made.
+
+    The system lets go of the lock when the process ends, however it ends, so the file may stay.
+
+    Raises:
+        ConfigError: another process is at work there, or the file cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+", encoding="utf-8", errors="replace")
+    except (OSError, ValueError) as error:  # ValueError: NUL in a path
+        raise ConfigError(
+            f"{str(what)!r} cannot be made: {getattr(error, 'strerror', None) or error}; choose --out"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip()
+            named = f" (process {holder})" if holder.isdigit() else ""
+            raise ConfigError(
+                f"{what} is in use by another run{named}; wait until that ends, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{lock} cannot be locked: {error.strerror}; choose --out on another disk") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
