@@ -136,7 +136,7 @@ def attention(
     noise = draw_per_head(head.name, head.method, rng, num_kv_heads, query.shape[-1], hyperparameters, own.keys())
     of_heads = {**noise, **own}
     query, key, value = (x.reshape(num_batches, *x.shape[-3:]) for x in (query, key, value))
-    static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
+    static, arrays = split_arrays(head.name, {**hyperparameters, **options})
     result = _lifted(head.function, static, _Operands((query, key, value), sliced, dense, of_heads, arrays))
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
@@ -259,7 +259,7 @@ def _lifted(function: Callable[..., Any], static: tuple[tuple[str, Any], ...], o
     return in_place(operands)
 
 
-def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
     """Arguments that are known when tracing, and those that hold arrays."""
     arrays = {
         argument: value
