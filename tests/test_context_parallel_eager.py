@@ -70,6 +70,29 @@ def test_arrays_among_the_arguments_have_gradients(name, is_causal):
         assert np.abs(expected[x]).max() > 1e-3
 
 
+def primitives(jaxpr):
+    """Every equation of a program and of those within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+@pytest.mark.parametrize(("name", "is_causal"), FORMS)
+def test_no_factorisation_of_a_batch_runs_on_a_device(name, is_causal):
+    # On CPU it is shared out to threads, of which none is left where every device waits for its own.
+    sizes = {"favor": {"num_features": 32}, "coreset": {"coreset_size": 32}}
+    program = jax.make_jaxpr(over_devices(name, is_causal, **sizes.get(name, {})))
+    found = [x for x in primitives(program(*tensors()).jaxpr) if x.primitive.name in BATCHED]
+    assert all(len(x.invars[0].aval.shape) <= 2 for x in found), found
+    assert found or (name, is_causal) not in [("favor", False), ("favor", True), ("coreset", False)]
+
+
+BATCHED = {"qr", "geqrf", "geqp3", "householder_product", "cholesky", "lu", "eigh", "svd", "triangular_solve"}
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_placed_tensors_and_meshes_in_use_without_jit(axis_type):
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(axis_type,))
