@@ -16,11 +16,18 @@ from approx_attention.checks import (
     check_flag,
     check_floating,
     check_lengths,
-    check_scale,
     did_you_mean,
     shown,
 )
-from approx_attention.registry import METHODS, OPTIONS, arguments, check_hyperparameters, draw_per_head, get_method
+from approx_attention.registry import (
+    METHODS,
+    OPTIONS,
+    arguments,
+    check_hyperparameters,
+    check_values,
+    draw_per_head,
+    get_method,
+)
 from approx_attention.rows import along_with
 
 
@@ -148,7 +155,7 @@ def attention(
         sliced[name] = x.reshape(num_batches * num_kv_heads, num_keys)
 
     own = _per_head(head, {} if per_head is None else per_head, num_kv_heads)
-    head.check_values({**hyperparameters, **options, **own})
+    check_values(head.method, {**hyperparameters, **options, **own})
     noise = draw_per_head(head.name, head.method, rng, num_kv_heads, query.shape[-1], hyperparameters, own.keys())
     of_heads = {**noise, **own}
     query, key, value = (x.reshape(num_batches, *x.shape[-3:]) for x in (query, key, value))
@@ -156,7 +163,7 @@ def attention(
     if head.method and head.method.together and not (sliced or dense or of_heads or return_residual):
         result = head.method.together(query, key, value, **hyperparameters, **options)
     if result is None:
-        static, arrays = _split_arrays(head.name, {**hyperparameters, **options})
+        static, arrays = split_arrays(head.name, {**hyperparameters, **options})
         operands = _Operands((query, key, value), sliced, dense, of_heads, arrays)
         result = _lifted(head.function, static, operands, in_place=head.in_place)
 
@@ -187,14 +194,6 @@ class _Head:
         self.hyperparameters = hyperparameters
         self.arguments = arguments(self.function)
         check_hyperparameters(self.name, self.function, hyperparameters)
-
-    def check_values(self, given: Mapping[str, Any]) -> None:
-        """Looks at numbers in arrays while they are known: the lifted method sees them as tracers."""
-        if given.get("scale") is not None:
-            check_scale(given["scale"])
-        for name, check in self.method.values.items() if self.method else ():
-            if hasattr(given.get(name), "dtype"):
-                check(name, given[name])
 
     def check_options(self, options: Iterable[str]) -> None:
         for name in options:
@@ -292,7 +291,7 @@ def _lifted(
     return where_it_lies(operands)
 
 
-def _split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
     """Arguments that are known when tracing, and those that hold arrays."""
     arrays = {
         argument: value

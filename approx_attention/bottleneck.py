@@ -2,7 +2,8 @@ r"""The low-rank bottleneck: what attention a head of D channels can express, wh
 
 Logits :math:`q k^T` have rank D at most, and softmax attention forgets a constant in each row of them. So a positive
 row-stochastic P is expressed by D channels if and only if the rank of :math:`\log P\,(I - \tfrac1S 1 1^T)` is no more
-than D. This is about the rank of logits; that of P itself, which `linformer` and `svd` speak of, may be full.
+than D. Causal heads, whose hidden logits are free, may do with fewer. This is about the rank of logits; that of P
+itself, which `linformer` and `svd` speak of, may be full.
 """
 
 import math

@@ -29,11 +29,13 @@ class Certificate(NamedTuple):
         log1p_eps2: :math:`\log(1 + \varepsilon_2)`, that of the largest error of the ratio of two nonzeros,
             :math:`\max_i (\max_{S_i} - \min_{S_i})(L_{is} - \log A_{is})` for relative errors, and for absolute ones
             that of :math:`1 + \max |M_{is} / M_{is'} - A_{is} / A_{is'}|`.
-        logit_absmax: the largest :math:`|L_{ij}|`.
-        rho: the gap :math:`-\log \varepsilon_1` in units of the largest logit, which no scale changes.
+        logit_absmax: the largest :math:`|L_{ij}|` of all pairs, also of those that a causal head hides. This is the
+            ``max_logit`` of `approx_attention.dimension_bound`.
+        rho: the gap :math:`-\log \varepsilon_1` in units of the largest logit that is visible, which no scale changes.
         max_row_tv: the largest total variation distance between a row of M and that of A.
         ok: whether the precisions asked for are met.
         draws: how many draws were made.
+        visible_logit_absmax: the largest :math:`|L_{ij}|` of the pairs that the head sees; without causality the same.
     """
 
     log_eps1: Array
@@ -43,9 +45,10 @@ class Certificate(NamedTuple):
     max_row_tv: Array
     ok: Array
     draws: Array
+    visible_logit_absmax: Array
 
     def logits_needed(self, eps1: float) -> Array:
-        """The largest logit with which these inputs, scaled, tell zeros from nonzeros to the precision ``eps1``.
+        """The largest visible logit with which these inputs, scaled, tell zeros from nonzeros to precision ``eps1``.
 
         It is infinite where a zero is as large as a nonzero of its row, which no scale mends.
         """
@@ -138,25 +141,27 @@ def _measure(
         if ratio == "absolute":
             spread = jnp.log1p(_absolute_ratio_error(error, log_weights, valid))
         visible = jnp.where(off, jnp.abs(logits), 0), jnp.where(valid, jnp.abs(on), 0)
-        size = jnp.maximum(*(jnp.max(x, axis=1) for x in visible))
+        visible_size = jnp.maximum(*(jnp.max(x, axis=1) for x in visible))
+        size = jnp.max(jnp.abs(logits), axis=1)
         peak = jnp.maximum(greatest_off, jnp.max(jnp.where(valid, on, -jnp.inf), axis=1))[:, None]
         mass = jnp.sum(jnp.where(off, jnp.exp(logits - peak), 0), axis=1)
         weights = jnp.where(valid, jnp.exp(on - peak), 0)
         realized = weights / (mass + jnp.sum(weights, axis=1))[:, None]
         # Both rows sum to 1, so what A has more on its support is what M has more elsewhere.
         missing = jnp.where(valid, jnp.maximum(jnp.exp(log_weights) - realized, 0), 0)
-        worst = greatest_off - least_on, spread, size, jnp.sum(missing, axis=1)
+        worst = greatest_off - least_on, spread, size, visible_size, jnp.sum(missing, axis=1)
         return tuple(jnp.max(x) for x in worst)
 
     log_weights = pattern.normalized_log_weights(dtype)
     rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)
     arrays = rows, q, pattern.indices, pattern.valid, log_weights
     blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_queries)) for x in arrays))
-    log_eps1, log1p_eps2, size, distance = (jnp.max(x) for x in blocks)
-    rho = jnp.where(size > 0, -log_eps1 / jnp.where(size > 0, size, 1), jnp.where(log_eps1 == -jnp.inf, jnp.inf, 0))
+    log_eps1, log1p_eps2, size, visible, distance = (jnp.max(x) for x in blocks)
+    in_units = -log_eps1 / jnp.where(visible > 0, visible, 1)
+    rho = jnp.where(visible > 0, in_units, jnp.where(log_eps1 == -jnp.inf, jnp.inf, 0))
     eps1, eps2 = (jnp.asarray(limit, dtype) for limit in limits)
     ok = (log_eps1 <= jnp.log(eps1)) & (log1p_eps2 <= jnp.log1p(eps2))
-    return Certificate(log_eps1, log1p_eps2, size, rho, distance, ok, jnp.zeros((), jnp.int32))
+    return Certificate(log_eps1, log1p_eps2, size, rho, distance, ok, jnp.zeros((), jnp.int32), visible)
 
 
 def _absolute_ratio_error(error: Array, log_weights: Array, valid: Array) -> Array:

@@ -15,14 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from approx_attention.api import check_layout, within
+from approx_attention.api import check_layout, split_arrays, within
 from approx_attention.causal import Block, Past, RunningSummary, scan_blocks
 from approx_attention.checks import check_count, check_flag, check_key, fold_scale
 from approx_attention.choices import keeping_choices
 from approx_attention.methods.local import window_sides
-from approx_attention.registry import METHODS, OPTIONS, Method, accepted, check_hyperparameters, get_method
+from approx_attention.registry import (
+    METHODS,
+    OPTIONS,
+    Method,
+    accepted,
+    check_hyperparameters,
+    check_values,
+    get_method,
+)
 from approx_attention.rows import in_blocks
 from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
 from approx_attention.states import AttentionState, finite_peak, merge
@@ -74,7 +82,7 @@ def attention(
     Raises:
         ValueError: shapes that do not fit, an unknown method, a random method without ``rng``, an axis that the mesh
             does not have, a window longer than a device's part, a size below the number of devices.
-        TypeError: wrong dtypes, an argument that the method does not have.
+        TypeError: wrong dtypes, an argument that the method does not have or that is neither hashable nor holds arrays.
         NotImplementedError: a method without a summary of all keys, or without a causal one; an option that the summary
             does not have.
 
@@ -96,37 +104,66 @@ def attention(
         if x.ndim != 4 or x.shape[:2] != query.shape[:2]:
             raise ValueError(f"{name} must be [B, T, N, D] with the B and T of query {query.shape[:2]}, got {x.shape}")
     if key_value_seq_lengths is not None:
+        key_value_seq_lengths = jnp.asarray(key_value_seq_lengths)
         within(key_value_seq_lengths, query.shape[1], [query.shape[0]], "key_value_seq_lengths")
     for name in (axis, batch_axis, head_axis):
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
-    form = _form(method, is_causal, mesh.shape[axis], query.shape[1], query.shape[-1], hyperparameters)
     if method in METHODS and METHODS[method].capabilities.needs_key:
         check_key(method, rng)
-    over_devices: Callable[..., Array] = functools.partial(
-        _over_devices, form, mesh, (batch_axis, axis, head_axis), scale
-    )
-    laid_out = jax.typeof(query).sharding
-    if AxisType.Explicit in laid_out.mesh.axis_types:  # of answers as of queries; within, the compiler moves arrays
-        auto: Any = jax.sharding.auto_axes(over_devices, out_sharding=laid_out)
-        over_devices = auto
-    return over_devices(query, key, value, key_value_seq_lengths, rng)
+    check_values(METHODS.get(method), {**hyperparameters, "scale": scale})
+    static, arrays = split_arrays(method, {**hyperparameters, "scale": scale})
+    call = _Call(method, is_causal, mesh, (batch_axis, axis, head_axis), static)
+    with jax.disable_jit(False):
+        return _over_devices(call, query, key, value, key_value_seq_lengths, rng, arrays)
 
 
+class _Call(NamedTuple):
+    """All of a call that is known when tracing."""
+
+    method: str
+    is_causal: bool
+    mesh: Mesh
+    axes: tuple[str | None, str, str | None]
+    static: tuple[tuple[str, Any], ...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _over_devices(
-    form: "_Form",
-    mesh: Mesh,
-    axes: tuple[str | None, str, str | None],
-    scale: float | None,
+    call: _Call,
     query: Array,
     key: Array,
     value: Array,
     lengths: Array | None,
     rng: Array | None,
+    arrays: dict[str, Any],
+) -> Array:
+    """One program also where the caller compiles none: by single operations devices wait for each other for ever."""
+    on_parts: Callable[..., Array] = functools.partial(_on_parts, call)
+    laid_out = jax.typeof(query).sharding
+    if laid_out.mesh.empty:  # under `jax.set_mesh` a tensor that no one has placed is a part of its mesh
+        laid_out = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+    if AxisType.Explicit in laid_out.mesh.axis_types:  # of answers as of queries; within, the compiler moves arrays
+        auto: Any = jax.sharding.auto_axes(on_parts, out_sharding=laid_out)
+        on_parts = auto
+    return on_parts(query, key, value, lengths, rng, arrays)
+
+
+def _on_parts(
+    call: _Call,
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array | None,
+    rng: Array | None,
+    arrays: dict[str, Any],
 ) -> Array:
     """Pads the sequence to equal parts, and has each device answer for its own."""
-    batch_axis, axis, head_axis = axes
+    mesh, (batch_axis, axis, head_axis) = call.mesh, call.axes
     batch, length = query.shape[:2]
+    hyperparameters = {**dict(call.static), **arrays}
+    del hyperparameters["scale"]
+    form = _form(call.method, call.is_causal, mesh.shape[axis], length, query.shape[-1], hyperparameters)
     dtype = value.dtype
     wide = jnp.promote_types(jnp.float32, dtype)
     real = jnp.ones((batch, length), bool)
@@ -137,34 +174,36 @@ def _over_devices(
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         for x in (*(x.astype(wide) for x in (query, key, value)), real)
     )
-    tokens = PartitionSpec(batch_axis, axis, head_axis, None)
+    tokens, same = PartitionSpec(batch_axis, axis, head_axis, None), PartitionSpec()
     on_devices = jax.shard_map(
-        functools.partial(_on_device, form, axis, scale),
+        functools.partial(_on_device, form, axis, dict(call.static)),
         mesh=Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
-        in_specs=(tokens, tokens, tokens, PartitionSpec(batch_axis, axis), PartitionSpec(head_axis), PartitionSpec()),
+        in_specs=(tokens, tokens, tokens, PartitionSpec(batch_axis, axis), PartitionSpec(head_axis), same, same),
         out_specs=tokens,
         check_vma=False,
     )
-    return on_devices(query, key, value, real, jnp.arange(key.shape[2]), rng)[:, :length].astype(dtype)
+    return on_devices(query, key, value, real, jnp.arange(key.shape[2]), rng, arrays)[:, :length].astype(dtype)
 
 
 def _on_device(
     form: "_Form",
     axis: str,
-    scale: float | None,
+    static: dict[str, Any],
     q: Array,
     k: Array,
     v: Array,
     real: Array,
     numbers: Array,
     rng: Array | None,
+    arrays: dict[str, Any],
 ) -> Array:
     """The answers of one device's queries ``[B, t, N, D]``."""
+    form = form.given(arrays)
     batch, part, num_kv_heads, _ = k.shape
     group = q.shape[2] // num_kv_heads
     keys = None if rng is None else jnp.tile(jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers), batch)
     k, v = (jnp.where(real[:, :, None, None], x, jnp.zeros_like(x)) for x in (k, v))
-    q, k = fold_scale(form.space(q), form.space(k), scale)
+    q, k = fold_scale(form.space(q), form.space(k), {**static, **arrays}["scale"])
 
     def by_head(x: Array) -> Array:
         return jnp.moveaxis(x, 2, 1).reshape(batch * num_kv_heads, part, *x.shape[3:])
@@ -191,6 +230,10 @@ class _Form:
     @property
     def multiple(self) -> int:
         return 1
+
+    def given(self, arrays: dict[str, Any]) -> "_Form":
+        """With arrays among the options that are those of a device."""
+        return self
 
     def space(self, x: Array) -> Array:
         """Queries or keys whose softmax attention the method estimates."""
@@ -332,6 +375,9 @@ class _Summaries(_Form):
     sends_tokens: bool
     by_blocks: bool
     options: dict[str, Any]
+
+    def given(self, arrays: dict[str, Any]) -> _Form:
+        return dataclasses.replace(self, options={name: arrays.get(name, x) for name, x in self.options.items()})
 
     @property
     def multiple(self) -> int:

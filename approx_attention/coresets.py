@@ -82,6 +82,8 @@ class ValueNorm:
 class Halving:
     """Discrepancy halving of neighbours, again and again.
 
+    The rules control the norm of the kernel's sums; none carries a guarantee of 1/m for all queries at once.
+
     Attributes:
         rule: how signs are chosen: ``"greedy"`` one after the other, ``"search"`` for all pairs of a block at once
             (fewer steps in sequence, and at best as good), ``"walk"`` the self-balancing walk with the constants of its

@@ -101,6 +101,10 @@ def skill(
     return jnp.linalg.norm(out - exact_out) / jnp.linalg.norm(exact_out - trivial)
 
 
+# Radii from which the search for the worst query starts, in equal ratios down to a sixteenth at least.
+NUM_SPHERES = 5
+
+
 class SupError(NamedTuple):
     """The largest error found over a ball of queries.
 
@@ -132,9 +136,10 @@ def sup_error(
     .. math:: \max_{\|q\| \le \rho}
               \frac{\|\mathrm{attend}(q, (K, V)) - \mathrm{attend}(q, \mathrm{summary})\|_2}{\max_j \|v_j\|_2}
 
-    Random directions and those of keys and their opposites are tried on the sphere; from the worst of them, projected
-    gradient ascent climbs further. What is found is a lower bound of the supremum, and random queries alone understate
-    it; more starts and steps show whether the search has converged.
+    Random directions and those of keys and their opposites are tried on spheres, from that of radius :math:`\rho` down
+    to where logits differ by no more than 1, because sharp weights hide what soft ones show; from the worst of each,
+    projected gradient ascent climbs further. What is found is a lower bound of the supremum, and random queries alone
+    understate it; more starts and steps show whether the search has converged.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
@@ -145,7 +150,7 @@ def sup_error(
         key: typed PRNG key of the search; ``jax.random.key(0)`` by default.
         num_random: random directions tried.
         num_keys: keys whose directions are tried.
-        num_starts: worst directions from which ascent starts.
+        num_starts: worst directions of each sphere from which ascent starts.
         num_steps: steps of ascent.
 
     Returns:
@@ -178,25 +183,37 @@ def sup_error(
     directions = jax.random.normal(key_random, (num_random, k.shape[-1]), k.dtype)
     some = jax.random.permutation(key_chosen, k.shape[0])[:num_keys]
     directions = jnp.concatenate([directions, k[some], -k[some]])
-    queries = onto_ball(directions / jnp.maximum(jnp.linalg.norm(directions, axis=-1, keepdims=True), 1e-12) * radius)
-    start_errors, worst = lax.top_k(errors(queries), min(num_starts, queries.shape[0]))
+    directions = directions / jnp.maximum(jnp.linalg.norm(directions, axis=-1, keepdims=True), 1e-12)
     gradient = jax.grad(lambda q: jnp.sum(errors(q)))
 
-    def climb(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
-        q, best_error, best_query = carry
-        slope = gradient(q)
-        length = radius * (0.15 * (1 + jnp.cos(jnp.pi * step / num_steps)) + 0.01)
-        q = onto_ball(q + length * slope / jnp.maximum(jnp.linalg.norm(slope, axis=-1, keepdims=True), 1e-20))
-        error = errors(q)
-        better = error > best_error
-        return (q, jnp.where(better, error, best_error), jnp.where(better[:, None], q, best_query)), None
+    def from_sphere(sphere: Array) -> SupError:
+        queries = onto_ball(directions * sphere)
+        start_errors, worst = lax.top_k(errors(queries), min(num_starts, queries.shape[0]))
 
-    starts = queries[worst]
-    (_, best_error, best_query), _ = lax.scan(
-        climb, (starts, start_errors, starts), jnp.arange(num_steps, dtype=k.dtype)
-    )
-    found = jnp.argmax(best_error)
-    return SupError(best_error[found] / largest_value, best_query[found])
+        def climb(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
+            q, best_error, best_query = carry
+            slope = gradient(q)
+            length = sphere * (0.15 * (1 + jnp.cos(jnp.pi * step / num_steps)) + 0.01)
+            q = onto_ball(q + length * slope / jnp.maximum(jnp.linalg.norm(slope, axis=-1, keepdims=True), 1e-20))
+            error = errors(q)
+            better = error > best_error
+            return (q, jnp.where(better, error, best_error), jnp.where(better[:, None], q, best_query)), None
+
+        starts = queries[worst]
+        (_, best_error, best_query), _ = lax.scan(
+            climb, (starts, start_errors, starts), jnp.arange(num_steps, dtype=k.dtype)
+        )
+        found = jnp.argmax(best_error)
+        return SupError(best_error[found], best_query[found])
+
+    middle = jnp.sum(k, axis=0) / jnp.maximum(jnp.sum(tokens.mass), 1)
+    away = jnp.sqrt(jnp.max(jnp.where(tokens.mass > 0, jnp.sum((k - middle[None, :]) ** 2, axis=-1), 0)))
+    # Half the largest difference of logits is radius * away at most.
+    smallest = jnp.minimum(1 / 16, 0.5 / jnp.maximum(radius * away, 1e-20))
+    spheres = radius * smallest ** jnp.linspace(0, 1, NUM_SPHERES, dtype=k.dtype)
+    found = lax.map(from_sphere, spheres)
+    best = jnp.argmax(found.error)
+    return SupError(found.error[best] / jnp.where(largest_value > 0, largest_value, 1), found.query[best])
 
 
 class Timing(NamedTuple):

@@ -84,9 +84,15 @@ def dimension_bound(
     .. math:: \text{least\_squares: } k - 1 + \frac{2 \log(n (n - k) / 2 p)}{\log(1 + s^2)}, \qquad
               \text{donoho\_tanner: } d = c\, k \log(n / d),\ c = 2 \text{ (weak, most rows), } 2 e \text{ (strong)},
 
-    and 2 k for ``trigonometric``, whose logits are huge. Below all methods with logits up to R lies
+    and 2 k for ``trigonometric``, whose logits are huge. Below all methods whose logits of all pairs are up to R lies
 
     .. math:: \text{packing: } \frac{\log(n / k k_c)}{\log(1 + 2 R / m)}.
+
+    In the norm :math:`\max_i |x_i \cdot y|` over all queries, keys of different rows lie m apart in a ball of radius R.
+    So R is over every pair of a query and a key, also those that a causal head hides (``Certificate.logit_absmax``).
+    The visible logits alone bound nothing: in one channel the causal identity has logits :math:`2 m\, 2^{j - i}`, of
+    which the visible ones are at most 2 m. The distance m is seen by the later of two rows, which sees both keys: with
+    this R the bound holds for causal heads too.
 
     The bounds of Johnson-Lindenstrauss and of least squares hold for one draw with probability 1 - p at least;
     Donoho-Tanner is asymptotic; the heuristics are within about a quarter of measurements where kappa is 5 or more, and
@@ -101,8 +107,9 @@ def dimension_bound(
         p: probability of failure of a draw.
         kind: one of the above.
         tau: logit of the nonzeros, for least squares; unlimited by default.
-        max_logit: largest absolute logit R, for ``packing``.
-        rows_per_key: the greatest number of rows that see one key, for ``packing``; ``keys_per_row`` by default.
+        max_logit: largest absolute logit R of all pairs, hidden ones included, for ``packing``.
+        rows_per_key: the greatest number :math:`k_c` of rows that one key is in, for ``packing``; ``keys_per_row`` by
+            default, which is too few for patterns with global keys.
 
     Returns:
         The `DimensionBound`.
@@ -309,7 +316,7 @@ def minimal_dimension(
         trials: number of draws.
         quantile: of the trials' results, which is returned.
         max_dim: most channels tried, 16 for each token by default.
-        max_logit: largest absolute logit that is accepted.
+        max_logit: largest absolute logit that is accepted, as for `realize_sparse_pattern`.
         is_causal: key j is visible to query i only if j <= i.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
         ratio: as for `realize_sparse_pattern`.
@@ -388,7 +395,8 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
     the support or its complement is chosen such that all chosen sets form a chain. Two rows may choose alike if one
     support holds the other, and unlike if the supports are disjoint or cover all keys: a satisfiability problem whose
     clauses are equations modulo 2, solved by colouring in O(T^2 S) time. The ratios within supports are not considered;
-    for more than one channel the decision is NP-hard.
+    for more than one channel the decision is NP-hard. Every row sees every key: a causal head has less to separate, and
+    may do with one channel where there is no order.
 
     Args:
         pattern: the pattern.
@@ -436,6 +444,8 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
 
 def realizable_in_one_dimension(pattern: SparsePattern) -> bool:
     """Whether one channel separates the nonzeros of every row from its zeros, see `one_dimensional_order`.
+
+    That speaks of heads whose rows see every key: those of a causal head ask for less.
 
     Args:
         pattern: the pattern.

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, PRNGKeyArray
 
 from approx_attention.checks import check_choice, check_count
@@ -242,7 +242,8 @@ def orthogonal_projection(
     head_dim = check_count("head_dim", head_dim)
     blocks = -(-num_features // head_dim)
     gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
-    rotation, triangle = jnp.linalg.qr(gaussian)
+    # Block after block: the threads of a CPU's batch wait for each other, and for ever where each holds another device.
+    rotation, triangle = lax.map(jnp.linalg.qr, gaussian)
     # The signs of R's diagonal make the rotation uniformly distributed.
     rotation = rotation * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
     directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]

@@ -154,17 +154,18 @@ def minimax_error(degree: int, bound: float) -> float:
 def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tuple[float, float]:
     r"""The least and the greatest :math:`P(x) e^{-x}` over :math:`[-\beta, \beta]`.
 
-    They are at the ends or where :math:`P' = P`. Those points are found by interpolating the ratio, to rounding for
-    bounds up to 100, and the values there are exact but for the last rounding. So this speaks of the coefficients as
-    they are in float64, whose own rounding costs minimax about :math:`10^{-16} e^{2\beta}`; the sums of attention round
-    in their own precision on top.
+    They are at the ends or where :math:`P' = P`. All such points are found, in exact arithmetic to 2^-53 of the
+    interval, and so is every root of P, however short it dips below zero beside ratios many orders larger; the values
+    are exact but for the last rounding. So this speaks of the coefficients as they are in float64, whose own rounding
+    costs minimax about :math:`10^{-16} e^{2\beta}`; the sums of attention round in their own precision on top.
 
     Args:
         coefficients: of ascending powers ``[degree + 1]``.
         bound: :math:`\beta \ge 0`.
 
     Returns:
-        ``(lo, hi)``; ``hi`` is infinite, or ``lo`` minus infinity, beyond the largest number.
+        ``(lo, hi)``; ``lo`` is at most 0 where P has a root, or is too near to one to tell. ``hi`` is infinite, or
+        ``lo`` minus infinity, beyond the largest number.
 
     Raises:
         ValueError: coefficients that are no finite vector, a bad bound.
@@ -180,22 +181,15 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
         raise ValueError(f"coefficients must be a vector of finite numbers, got {coefficients!r}")
     bound = _static("ratio_range", "bound", bound)
 
-    def ratio(x: np.ndarray) -> np.ndarray:
-        """At points of [-1, 1]."""
-        logits = bound * x
-        with np.errstate(over="ignore"):
-            return _values(given, logits) * np.exp(-logits)
-
-    # The Chebyshev series of exp(-x) has fallen below rounding after so many terms.
-    length = given.size + 40 + math.ceil(2 * min(bound, 100))
-    points = chebyshev.chebpts1(length)
-    values = ratio(points)
-    if np.all(np.isfinite(values)):
-        slope = chebyshev.chebder(chebyshev.chebfit(points, values, length - 1))
-        critical = np.real(chebyshev.chebroots(chebyshev.chebtrim(slope)))
-        values = np.append(values, ratio(critical[np.abs(critical) <= 1]))
-    values = np.append(values, ratio(np.array([-1.0, 1.0])))
-    return float(np.min(values)), float(np.max(values))
+    whole = _whole_numbers(given, bound)
+    # P' - P in a common unit too: bound is a quotient of whole numbers, and so is the derivative for x over it.
+    over, under = bound.as_integer_ratio()
+    slope = [*[under * k * c for k, c in enumerate(whole)][1:], 0]
+    slope = [rise - over * c for rise, c in zip(slope, whole, strict=True)]
+    ratios = [_ratio(given, bound, x) for x in (-1.0, 1.0, *_real_roots_within(slope))]
+    if _real_roots_within(whole):
+        ratios.append(0.0)
+    return min(ratios), max(ratios)
 
 
 def weight_bound(lo: float, hi: float) -> float:
@@ -316,22 +310,70 @@ def _hermite(degree: int, rms: float) -> np.ndarray:
     return math.exp(rms * rms / 2) * np.array(sums, np.float64)
 
 
-def _values(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """A polynomial in whole numbers, rounded once: x in units of 2^-60, coefficients in their common unit."""
-    parts = [float(c).as_integer_ratio() for c in coefficients]
-    unit, degree = max(divisor for _, divisor in parts), len(parts) - 1
-    whole = [(number * (unit // divisor)) << (60 * (degree - k)) for k, (number, divisor) in enumerate(parts)]
+def _ratio(coefficients: np.ndarray, bound: float, x: float) -> float:
+    """P(t) e^-t at t = bound x: the sum is exact, and rounded once."""
+    at, total = Fraction(bound) * Fraction(x), Fraction(0)
+    for c in reversed(coefficients.tolist()):
+        total = total * at + Fraction(c)
+    if total == 0:
+        return 0.0
+    try:
+        ratio = float(total) * math.exp(-at)
+    except OverflowError:
+        ratio = math.inf
+    if 0 < abs(ratio) < math.inf:
+        return ratio
+    # One of the factors leaves the range of floats, and the product need not.
+    size = math.log(abs(total.numerator)) - math.log(total.denominator) - float(at)
+    size = math.exp(size) if size < 709 else math.inf
+    return size if total > 0 else -size
 
-    def value(t: float) -> float:
-        steps, total = round(t * 2.0**60), 0
-        for c in reversed(whole):
-            total = total * steps + c
-        try:
-            return total / (unit << (60 * degree))
-        except OverflowError:
-            return math.copysign(math.inf, total)
 
-    return np.array([value(float(t)) for t in x])
+def _whole_numbers(coefficients: np.ndarray, bound: float) -> list[int]:
+    """The coefficients of P(bound x), as a polynomial of x, in whole numbers of a common unit."""
+    terms = [Fraction(c) * Fraction(bound) ** k for k, c in enumerate(coefficients.tolist())]
+    unit = max(term.denominator for term in terms)  # all are powers of 2
+    return [int(term * unit) for term in terms]
+
+
+def _real_roots_within(whole: list[int]) -> list[float]:
+    """Points of [-1, 1] such that every real root there of a polynomial in whole numbers is within 2^-53 of one.
+
+    In Bernstein's form on an interval, a polynomial whose coefficients have one sign has no root within. Intervals are
+    halved until this is seen or they are that short; numbers stay whole, so that no root is lost. Where two roots are
+    nearer to each other than that, complex ones too, there may be a point without a root.
+    """
+    degree = max((k for k, c in enumerate(whole) if c), default=0)
+    if degree == 0:
+        return []
+    # Powers of x + 1, then Bernstein's form on [-1, 1].
+    shifted = np.array(whole[: degree + 1], object)
+    for k in range(degree):
+        for j in range(degree - 1, k - 1, -1):
+            shifted[j] -= shifted[j + 1]
+    factorials = [math.factorial(k) for k in range(degree + 1)]
+    powers = [(c << k) * factorials[k] * factorials[degree - k] for k, c in enumerate(shifted.tolist())]
+    form = np.array([sum(math.comb(i, k) * powers[k] for k in range(i + 1)) for i in range(degree + 1)], object)
+    doubled = np.array([1 << (degree - i) for i in range(degree + 1)], object)
+    found, waiting = [], [(form, -1.0, 2.0)]
+    while waiting:
+        form, start, width = waiting.pop()
+        found.extend(end for c, end in ((form[0], start), (form[-1], start + width)) if c == 0)
+        signs = {c > 0 for c in form.tolist() if c}
+        if len(signs) < 2:
+            continue
+        width /= 2
+        if width < 2.0**-53:
+            found.append(start + width)
+            continue
+        left, right = [form[0]], [form[-1]]
+        for _ in range(degree):
+            form = form[:-1] + form[1:]
+            left.append(form[0])
+            right.append(form[-1])
+        halves = np.array(left, object) * doubled, (np.array(right, object) * doubled)[::-1]
+        waiting.extend((half, begin, width) for half, begin in zip(halves, (start, start + width), strict=True))
+    return found
 
 
 @functools.lru_cache

@@ -114,7 +114,7 @@ def realize_sparse_pattern(
         tau: logit by which the nonzeros are lifted; by default the least that gives ``eps1`` for the draw.
         is_causal: key j is visible to query i only if j <= i.
         max_draws: draws at most.
-        max_logit: largest absolute logit that is accepted.
+        max_logit: largest absolute logit that is accepted, of all pairs, also of those that a causal head hides.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
         ratio: whether ``eps2`` limits relative errors of ratios of nonzeros, as above, or absolute ones.
         dtype: of the inputs and projections; the certificate speaks of them as they are rounded.
@@ -269,7 +269,7 @@ def draw_until_accepted(
         return draw + 1, inputs, certificate._replace(ok=ok, draws=draw + 1)
 
     none = jnp.full((), jnp.nan, compute)
-    nothing = Certificate(none, none, none, none, none, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    nothing = Certificate(none, none, none, none, none, jnp.zeros((), bool), jnp.zeros((), jnp.int32), none)
     empty = jnp.zeros((pattern.num_queries, 2 * width), dtype)
     start = jnp.zeros((), jnp.int32), empty, nothing
     _, inputs, certificate = lax.while_loop(lambda state: (state[0] < max_draws) & ~state[2].ok, attempt, start)

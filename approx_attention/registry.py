@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from approx_attention.checks import check_finite, check_key, check_not_negative, check_positive, did_you_mean, unknown
+from approx_attention.checks import (
+    check_finite,
+    check_key,
+    check_not_negative,
+    check_positive,
+    check_scale,
+    did_you_mean,
+    unknown,
+)
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,
@@ -465,6 +473,15 @@ def check_hyperparameters(
         if argument not in own:
             known = f"it takes {', '.join(own)}" if own else "it takes none"
             raise TypeError(f"method {name!r} has no argument {argument!r}{did_you_mean(argument, own)} ({known})")
+
+
+def check_values(method: Method | None, given: Mapping[str, Any]) -> None:
+    """Raises for numbers in arrays that a method cannot use, while they are known: a compiled method sees tracers."""
+    if given.get("scale") is not None:
+        check_scale(given["scale"])
+    for name, check in method.values.items() if method else ():
+        if hasattr(given.get(name), "dtype"):
+            check(name, given[name])
 
 
 def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def by_definition(logits, matrix, is_causal):
         ratio = max([ratio, *(row[s] / row[r] / (wanted[s] / wanted[r]) for s in on for r in on)])
         distance = max(distance, np.abs(row - wanted).sum() / 2)
     size = np.abs(logits[visible]).max()
-    return np.log(eps1), np.log(ratio), size, -np.log(eps1) / size, distance
+    return np.log(eps1), np.log(ratio), np.abs(logits).max(), -np.log(eps1) / size, distance
 
 
 def realize(pattern, eps1=0.1, eps2=0.1, *, d, **options):

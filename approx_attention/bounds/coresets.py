@@ -212,6 +212,12 @@ def coreset_size_bound(
               \text{thinformer: } \frac{\log^{3/2} n}{\epsilon}, \quad
               \text{optimal: } \frac{\sqrt d\, e^{\rho}}{\epsilon}.
 
+    The optimal coreset exists by Banaszczyk's theorem, and the Gram-Schmidt walk finds it in polynomial time. That walk
+    is not implemented here, because no rule of signs gained by it in measurements; the rules of `coresets.Halving`
+    control the norm of the kernel's sums, and carry no guarantee of 1/m for all queries at once. Its tokens are
+    weighted: the abstract says subset, but without weights one key among :math:`e^{2\rho}` opposite ones, which the
+    query that points at it weighs as much as all others, needs about :math:`e^{2\rho}` rows.
+
     WildCat has no row: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for an error.
 
     Args:
@@ -224,8 +230,8 @@ def coreset_size_bound(
             time and beside its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for the space
             that a stream needs, where radii are at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low effective
             rank, whose rank its constant hides; ``"kernel_discrepancy"`` for the sums themselves, before one is divided
-            by the other, of keys and queries of norm 1; ``"optimal"`` for the size that is known to exist, without an
-            algorithm; ``"lower_bound"`` for the size below which some data have no coreset of rows.
+            by the other, of keys and queries of norm 1; ``"optimal"`` for the size of a weighted coreset that exists;
+            ``"lower_bound"`` for the size below which some data have no coreset of rows.
 
     Returns:
         The `CoresetSize`; ``vacuous`` if it is at least ``num_keys``.
@@ -243,7 +249,9 @@ def coreset_size_bound(
     Reference:
         Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", abstract; Han et al. (2025),
         "BalanceKV", theorems 3.1 and 3.2; Zandieh et al. (2024), "SubGen"; "Thinformer" with "Express" (2026); Karnin
-        and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment.
+        and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment; Banaszczyk
+        (1998), "Balancing vectors and Gaussian measures of n-dimensional convex bodies", and Bansal, Dadush, Garg and
+        Lovett (2018), "The Gram-Schmidt walk", for the optimal coreset.
     """
     check_choice("result", result, get_args(SizeResult))
     head_dim = check_count("head_dim", head_dim, most=None)
@@ -282,7 +290,7 @@ def coreset_size_bound(
         ),
         "optimal": (
             0.5 * math.log(head_dim) + radius - math.log(error),
-            "a weighted coreset exists, all queries at once; no algorithm is known to find it",
+            "a weighted coreset exists, all queries at once; found by the Gram-Schmidt walk, not implemented",
         ),
         "lower_bound": (
             0.5 * math.log(head_dim) + radius - math.log(error),

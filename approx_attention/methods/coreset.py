@@ -265,7 +265,7 @@ def compress(
         check_number("query_radius", query_radius)
         check_not_negative("query_radius", query_radius)
     if tokens.value_range is not None:
-        raise ValueError("tokens with signed masses cannot be compressed again: compress what they were made of")
+        raise ValueError("tokens with signed masses are not supported: compress what they were made of")
     drawn = check_key("coreset", key)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
@@ -332,8 +332,9 @@ def running_coreset(
 ) -> RunningSummary:
     """The coreset of a growing prefix.
 
-    Folding merges every further block into the clusters so far, whatever the algorithm, because what is solved for or
-    chosen cannot be taken up again. The counter applies the algorithm: of two coresets of one level it makes one of the
+    Folding merges every further block into the clusters so far, whatever the algorithm. Nystrom weights could be solved
+    for again, because they are linear in (mass * value, mass) and only the choice of landmarks needs masses without a
+    sign; this is not implemented. The counter applies the algorithm: of two coresets of one level it makes one of the
     next, as a binary counter carries, so that it holds up to ``coreset_size`` tokens for each of
     ``log2(max_length / coreset_size)`` levels; a prefix that is longer is folded into the last.
 
@@ -480,7 +481,7 @@ class _Reduce:
         small = compress(tokens, key, coreset_size=self.coreset_size, **options)
         if small.value_range is not None:
             raise ValueError(
-                f"algorithm {self.algorithm!r} makes signed masses, which a counter cannot reduce further; "
+                f"algorithm {self.algorithm!r} makes signed masses, which a counter does not support; "
                 "use one that does not, such as 'halving', 'stratified' or 'kmeans_merge'"
             )
         missing = self.coreset_size - small.mass.shape[0]

@@ -1,0 +1,84 @@
+"""The search for the worst query sees the whole ball: soft queries well inside, and sharp ones on its sphere."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import WeightedKV, attend, bounds
+from approx_attention.diagnostics import sup_error
+from tests.references import random_head
+
+
+def masses_doubled(k, v, side):
+    """Tokens as they are, but for those of one side, which count twice."""
+    tokens = WeightedKV.of_tokens(k, v)
+    mass = jnp.where(side, 2.0, 1.0)
+    return WeightedKV(tokens.k, tokens.value_sum * mass[:, None], mass)
+
+
+def on_a_grid(k, v, summary, radius):
+    """The largest error at any query of a line, dense at every scale."""
+    ends = np.geomspace(1e-7, 1, 4000) * radius
+    q = jnp.asarray(np.concatenate([-ends, [0], ends, np.linspace(-radius, radius, 8001)])[:, None], jnp.float32)
+    difference = attend(q, WeightedKV.of_tokens(k, v)).out - attend(q, summary).out
+    return float(jnp.max(jnp.linalg.norm(difference, axis=1)) / jnp.max(jnp.linalg.norm(v, axis=1)))
+
+
+@pytest.mark.parametrize("spread", [1.0, pytest.param(0.01, marks=pytest.mark.slow), 100.0])
+def test_two_points_at_every_radius(spread):
+    k = jnp.asarray(np.repeat([1.0, -1.0], 32)[:, None] * spread, jnp.float32)
+    bad = masses_doubled(k, k, jnp.arange(64) < 32)
+    for radius in (0.1, 1.0, 8.0, 30.0, 300.0, 3000.0):
+        found = sup_error(k, k, bad, radius)
+        assert float(found.error) == pytest.approx(on_a_grid(k, k, bad, radius), rel=0.01)
+        assert abs(float(found.query[0])) <= radius * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_one_channel_against_a_dense_grid(seed):
+    _, k, v = random_head(seed, 1, 40, 1, 2)
+    summaries = [
+        masses_doubled(k, v, k[:, 0] > 0),
+        masses_doubled(k, v, jnp.arange(40) % 3 == 0),
+        WeightedKV.of_tokens(k[:20], v[:20]),
+    ]
+    for summary in summaries:
+        for radius in (0.3, 20.0, 200.0):
+            found = float(sup_error(k, v, summary, radius).error)
+            assert found >= 0.98 * on_a_grid(k, v, summary, radius), (radius, summary.mass[:4])
+
+
+def test_a_larger_ball_never_has_a_smaller_error():
+    _, k, v = random_head(3, 1, 60, 3)
+    bad = masses_doubled(k, v, k[:, 0] > 0)
+    errors = [float(sup_error(k, v, bad, radius).error) for radius in (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)]
+    assert all(after >= 0.98 * before for before, after in itertools.pairwise(errors))
+
+
+def test_more_starts_never_find_less():
+    _, k, v = random_head(4, 1, 60, 5)
+    for summary in (masses_doubled(k, v, k[:, 0] > 0), WeightedKV.of_tokens(k[:60], v[:60] + 0.1 * k[:60])):
+        found = [float(sup_error(k, v, summary, 6.0, num_starts=starts).error) for starts in (1, 6, 24)]
+        assert all(after >= before * (1 - 1e-5) for before, after in itertools.pairwise(found))
+
+
+def test_keys_that_are_one_point_or_none():
+    k = jnp.ones((8, 2))
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    for kv_mask in (None, jnp.zeros(8, bool), jnp.arange(8) < 1):
+        found = sup_error(k, v, WeightedKV.of_tokens(k, v, kv_mask), 5.0, kv_mask=kv_mask)
+        assert not float(found.error) > 1e-5
+    assert float(sup_error(k, v, WeightedKV.of_tokens(k[:4], v[:4]), 5.0).error) > 0.01
+
+
+def test_sensitivities_bound_every_radius_of_the_ball():
+    k = jnp.asarray(np.repeat([1.0, 0.1, -1.0], 4)[:, None], jnp.float32)
+    for radius in (1.0, 30.0, 300.0):
+        least, most = bounds.sensitivity(k, radius, num_steps=400)
+        q = np.concatenate([np.geomspace(1e-4, 1, 2000), -np.geomspace(1e-4, 1, 2000), [0]])[:, None] * radius
+        reached = np.max(jax.nn.softmax(jnp.asarray(q @ np.asarray(k, np.float64).T, jnp.float32)), axis=0)
+        assert np.all(reached <= most * (1 + 1e-5))
+        assert np.all(least <= most)
