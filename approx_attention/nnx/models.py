@@ -116,7 +116,9 @@ def _attention_layers(model: nnx.Module) -> dict[str, Any]:
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_graph(model)
-        if isinstance(module, nnx.Module) and callable(getattr(module, "attention_fn", None))
+        # A Linen module inside shows its attributes, but does not let them be set.
+        if isinstance(module, nnx.Module) and not isinstance(module, nnx.bridge.ToNNX)
+        if callable(getattr(module, "attention_fn", None))
     }
 
 
