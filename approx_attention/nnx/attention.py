@@ -315,7 +315,10 @@ class ApproxAttention(nnx.Module):
 
     @property
     def num_seen(self) -> Array:
-        """The number of tokens in the cache, ``[]``, or ``[B]`` where sequences differ; 0 without one."""
+        """The number of tokens in the cache, ``[]``, or ``[B]`` where sequences differ; 0 without one.
+
+        Of stacked layers it has the axes of the stack in front.
+        """
         return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().heads.length
 
     @property
