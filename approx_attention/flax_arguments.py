@@ -47,7 +47,7 @@ def check_redraw(redraw: str, every: int | None) -> None:
 
 
 def check_opt_ins(causal_mask: str, dropout: str) -> None:
-    """Raises ``ValueError`` unless both say what is done with what no approximation can follow as it is."""
+    """Raises ``ValueError`` unless both are among their choices."""
     check_choice("causal_mask", causal_mask, ("error", "as_is_causal"))
     check_choice("dropout", dropout, ("error", "output"))
 
@@ -130,8 +130,8 @@ def takes_dense_mask(method: str | Callable[..., Array]) -> bool:
 def without_causality(name: str, mask: Array | None, causal_mask: str) -> tuple[Array | None, bool]:
     """The padding ``[..., 1, 1, S]`` that is left of a mask without its causality, and whether it has any.
 
-    A mask that differs between queries is causal, or a causal one and padding. Then a key is real if any query sees it:
-    one that no query sees may as well be padding. Queries that see nothing are padding too, whose outputs nobody reads.
+    A mask that differs between queries is taken to be a causal mask, or one combined with padding. Then a key is real
+    if any query sees it; a key that no query sees may as well be padding. Queries that see nothing are padding too.
 
     Args:
         name: of the method.

@@ -31,11 +31,11 @@ class ApproxAttention(nn.Module):
         every: the number of calls with ``"every_n"``.
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are parameters, such as ``("projection",)``.
-        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding,
-            of which it must be made, as ``nn.make_causal_mask`` and ``nn.combine_masks`` do. A traced mask cannot be
-            looked at: there your word is taken. Outputs of queries that are padding themselves are arbitrary.
-        dropout: with ``"output"`` the dropout that a layer asks for its attention weights, which are never formed, is
-            put on the output instead.
+        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
+            It must be a causal mask, or one combined with padding (``nn.make_causal_mask``, ``nn.combine_masks``). A
+            traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
+        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
+            which are never formed.
 
     Raises:
         ValueError: an unknown method, options that do not fit together.

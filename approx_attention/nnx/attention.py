@@ -34,11 +34,11 @@ class ApproxAttention(nnx.Module):
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are learned, such as ``("projection",)``.
         head_dim: the number D of channels of a head, needed with ``learned``.
-        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding,
-            of which it must be made, as ``nnx.make_causal_mask`` and ``nnx.combine_masks`` do. A traced mask cannot be
-            looked at: there your word is taken. Outputs of queries that are padding themselves are arbitrary.
-        dropout: with ``"output"`` the dropout that a layer asks for its attention weights, which are never formed, is
-            put on the output instead.
+        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
+            It must be a causal mask, or one combined with padding (``nnx.make_causal_mask``, ``nnx.combine_masks``). A
+            traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
+        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
+            which are never formed.
         mesh: devices over which sequences are sharded, as in `approx_attention.context_parallel`; None for one device.
         sequence_axis: the mesh axis of the tokens, ``"sequence"`` by default.
         batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
@@ -107,15 +107,7 @@ class ApproxAttention(nnx.Module):
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
         self.hyperparameters = nnx.static(hyperparameters)
-        stream = None
-        if draws or learned:
-            stream = rngs.attention if isinstance(rngs, nnx.Rngs) else rngs
-            if stream is not None and stream.key.shape:
-                raise ValueError(
-                    f"rngs must have one key, got keys of shape {stream.key.shape}: make stacked layers inside "
-                    "nnx.vmap, or put the method into layers that are stacked already by replace_attention"
-                )
-            stream = stream.fork() if isinstance(rngs, nnx.Rngs) else stream
+        stream = _stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
         self.cache = nnx.data(None)
@@ -358,6 +350,17 @@ class ApproxAttention(nnx.Module):
         for variable, x in zip(self.cache or (), jax.tree.leaves(cache), strict=True):
             variable[...] = x
         return out
+
+
+def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
+    """What one layer draws from: a fork of the stream ``attention``, or the stream that is given."""
+    stream = rngs.attention if isinstance(rngs, nnx.Rngs) else rngs
+    if stream is not None and stream.key.shape:
+        raise ValueError(
+            f"rngs must have one key, got keys of shape {stream.key.shape}: make stacked layers inside nnx.vmap, or "
+            "put the method into layers that are stacked already by replace_attention"
+        )
+    return stream.fork() if isinstance(rngs, nnx.Rngs) and stream is not None else stream
 
 
 def _name_and_randomness(

@@ -22,14 +22,14 @@ def replace_attention(
 ) -> list[str]:
     """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
 
-    Layers that ``nnx.vmap`` has stacked along leading axes are found by the shapes of their kernels; each layer of a
-    stack gets a random projection of its own, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before.
+    Layers that ``nnx.vmap`` has stacked along leading axes are recognised by the shapes of their kernels. Every layer
+    of a stack gets a different random projection, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before.
 
     Args:
         model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
         method: as in `ApproxAttention`, but for modules: each layer needs one of its own.
         only: ``(path, layer) -> bool``, which layers; all by default.
-        rngs: where random methods draw from, each layer for itself; one key, or for stacked layers a key for each.
+        rngs: where random methods draw from, each layer for itself: one key, or one for each layer of a stack.
         **options: those of `ApproxAttention` and of the method.
 
     Returns:
@@ -164,7 +164,7 @@ def _start_caches(layer: Any, stack: tuple[int, ...], batch_size: int, options: 
 def _for_each_layer(
     make: Callable[..., ApproxAttention], stack: tuple[int, ...], rngs: nnx.Rngs | None
 ) -> ApproxAttention:
-    """The attention of all layers of a stack, of which each draws for itself."""
+    """The attention of all layers of a stack, with a different random projection in each."""
     if not stack or not isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return make(rngs=rngs)
     if not jax.tree.leaves(nnx.state(make(rngs=nnx.Rngs(0)))):  # it draws nothing
