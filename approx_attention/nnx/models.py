@@ -128,14 +128,14 @@ def _stack(layer: nnx.Module, path: str) -> tuple[int, ...]:
     A layer does not say that it is a stack of layers. But its linear maps have the sizes that one layer was made with:
     the axes of a kernel before these are those of the stack. Inside ``nnx.vmap`` a layer is alone.
     """
-    for _, module in nnx.iter_graph(layer):
+    for _, module in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0])):  # its own maps come first
         if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
             continue
         batch = module.batch_axis.values() if isinstance(module, nnx.LinearGeneral) else ()
         own = *batch, *_as_tuple(module.in_features), *_as_tuple(module.out_features)
         shape = tuple(module.kernel.shape)
         stack = shape[: len(shape) - len(own)]
-        if shape != (*stack, *own):
+        if stack and shape != (*stack, *own):
             raise ValueError(f"layers must be stacked along leading axes, but a kernel of {path!r} has shape {shape}")
         return stack
     return ()
