@@ -70,7 +70,9 @@ def attention(
         key_value_seq_lengths: real keys per sequence, ``[...]``.
         local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
             many tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
-        return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``.
+        return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``: in float32
+            (float64 where an input is), differentiable, and -inf where a query sees no key. Those of `jax.nn` have the
+            type of the inputs, and no gradient flows through them.
         per_head: arguments of the method that each key head has of its own, such as a learned ``bandwidth [K, D]``.
         **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
             ``method="exact"`` have names of their own: "dense", "blocked" and "cudnn". What belongs to a token, such as

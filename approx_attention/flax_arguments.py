@@ -45,6 +45,12 @@ def check_redraw(redraw: str, every: int | None) -> int:
     return 1 if every is None else check_count("every", every)
 
 
+def check_opt_ins(causal_mask: str, dropout: str) -> None:
+    """Raises ``ValueError`` unless both are among their choices."""
+    check_choice("causal_mask", causal_mask, ("error", "as_is_causal"))
+    check_choice("dropout", dropout, ("error", "output"))
+
+
 def drawn_array(name: str, drawn: Mapping[str, Array], argument: str) -> Array:
     """The array of a method's draw that is to be learned; raises ``ValueError`` if there is none."""
     if argument not in drawn:
@@ -52,27 +58,48 @@ def drawn_array(name: str, drawn: Mapping[str, Array], argument: str) -> Array:
     return drawn[argument]
 
 
-def check_unused(name: str, *, dropout_rate: float, deterministic: bool, **others: Any) -> None:
+def check_unused(
+    name: str, *, dropout: str, dropout_rate: float, deterministic: bool, dropout_rng: Array | None, **others: Any
+) -> None:
     """Raises for arguments that no approximation has a use for.
 
     Args:
         name: of the method.
+        dropout: ``"output"`` if the dropout of attention weights is put on the output.
         dropout_rate: of Flax's dropout of attention weights.
         deterministic: whether it is off.
+        dropout_rng: PRNG key of what is dropped.
         **others: arguments that must be None.
 
     Raises:
         NotImplementedError: one of them is asked for.
+        ValueError: dropout without a key.
     """
-    if dropout_rate > 0 and not deterministic:
+    if dropout_rate > 0 and not deterministic and dropout == "error":
         raise NotImplementedError(
             f"method {name!r} does not support dropout of attention weights (dropout_rate={dropout_rate}), which it "
-            f"never forms; put a Dropout on the output of the attention layer and leave its dropout_rate at 0"
+            f"never forms; make ApproxAttention with dropout='output' to drop entries of its output instead, or leave "
+            f"dropout_rate at 0 and put a Dropout on the output of the attention layer"
         )
+    if dropout_rate > 0 and not deterministic and dropout_rng is None:
+        raise ValueError(f"dropout_rate={dropout_rate} needs a dropout_rng, got None")
     for argument, value in others.items():
         if value is not None:
             advice = " (sow_weights: there are no weights to sow)" if argument == "module" else ""
             raise NotImplementedError(f"method {name!r} does not support {argument}{advice}")
+
+
+def with_dropout(out: Array, rate: float, deterministic: bool, rng: Array | None, broadcast: bool) -> Array:
+    """The output ``[..., T, N, Dv]`` with a share ``rate`` of its entries dropped, and the rest made larger to match.
+
+    With ``broadcast`` the same entries are dropped in all sequences and heads, as Flax does with weights.
+    """
+    if rate == 0 or deterministic or rng is None:
+        return out
+    if rate >= 1:
+        return jnp.zeros_like(out)
+    shape = (*(1,) * (out.ndim - 3), out.shape[-3], 1, out.shape[-1]) if broadcast else out.shape
+    return jnp.where(jax.random.bernoulli(rng, 1 - rate, shape), out / (1 - rate), jnp.zeros_like(out))
 
 
 def as_boolean(mask: Array | None) -> Array | None:
@@ -97,6 +124,40 @@ def takes_dense_mask(method: str | Callable[..., Array]) -> bool:
         return get_method(method).capabilities.dense_mask
     names = arguments(method)
     return names is None or "mask" in names
+
+
+def without_causality(name: str, mask: Array | None, causal_mask: str) -> tuple[Array | None, bool]:
+    """The padding ``[..., 1, 1, S]`` that is left of a mask without its causality, and whether it has any.
+
+    A mask that differs between queries is taken to be a causal mask, or one combined with padding. Then a key is real
+    if any query sees it; a key that no query sees may as well be padding. Queries that see nothing are padding too.
+
+    Args:
+        name: of the method.
+        mask: boolean, broadcastable to ``[B, N, T, S]``.
+        causal_mask: ``"as_is_causal"`` to do so, ``"error"`` to leave every mask as it is.
+
+    Returns:
+        The padding, None if there is none, and whether attention is causal.
+
+    Raises:
+        NotImplementedError: another mask, if it can be looked at. One that is traced is taken to be causal, if it is
+            square.
+    """
+    if mask is None or causal_mask == "error" or mask.ndim < 2 or mask.shape[-2] == 1:
+        return mask, False
+    looked_at: Any = mask if isinstance(mask, Tracer) else np.asarray(mask)
+    one = looked_at if mask.ndim == 2 else looked_at[..., :1, :, :]
+    real = one.any(-2, keepdims=True)
+    if mask.shape[-2] == mask.shape[-1]:
+        if isinstance(mask, Tracer):
+            return real, True
+        if (np.tri(mask.shape[-1], dtype=bool) & real & one.any(-1, keepdims=True) == looked_at).all():
+            return None if real.all() else jnp.asarray(real), True
+    raise NotImplementedError(
+        f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
+        f"many queries as keys; got another one of shape {mask.shape}"
+    )
 
 
 def check_mask(
@@ -129,8 +190,8 @@ def check_mask(
     if padded[-2] != 1 or padded[-3] != 1:
         raise NotImplementedError(
             f"method {name!r} does not support a mask that differs between queries or heads, got shape {mask.shape}; "
-            f"in place of a causal mask pass is_causal=True, and padding as [B, 1, 1, S]: "
-            f"make_attention_mask(jnp.ones((B, 1)), is_real)"
+            f"in place of a causal mask pass is_causal=True, or make ApproxAttention with causal_mask='as_is_causal'; "
+            f"and padding as [B, 1, 1, S]: make_attention_mask(jnp.ones((B, 1)), is_real)"
         )
     return is_causal
 

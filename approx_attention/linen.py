@@ -32,6 +32,11 @@ class ApproxAttention(nn.Module):
         every: the number of calls with ``"every_n"``.
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are parameters, such as ``("projection",)``.
+        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
+            It must be a causal mask, or one combined with padding (``nn.make_causal_mask``, ``nn.combine_masks``). A
+            traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
+        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
+            which are never formed.
 
     Raises:
         ValueError: an unknown method, options that do not fit together.
@@ -55,10 +60,13 @@ class ApproxAttention(nn.Module):
     every: int | None = None
     noise: bool = False
     learned: tuple[str, ...] = ()
+    causal_mask: Literal["error", "as_is_causal"] = "error"
+    dropout: Literal["error", "output"] = "error"
 
     def __post_init__(self) -> None:
         check_flag("is_causal", self.is_causal)
         flax_arguments.check_redraw(self.redraw, self.every)
+        flax_arguments.check_opt_ins(self.causal_mask, self.dropout)
         flax_arguments.name_and_randomness(self.method, self.noise, self.options)
         super().__post_init__()
 
@@ -86,10 +94,11 @@ class ApproxAttention(nn.Module):
             query: ``[..., T, N, D]``.
             key: ``[..., S, K, D]``.
             value: ``[..., S, K, Dv]``.
-            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; any other for methods with ``dense_mask`` only.
-            dropout_rng: ignored, because dropout of weights is refused.
-            dropout_rate: must be 0, unless ``deterministic``.
-            broadcast_dropout: ignored likewise.
+            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; causal with ``causal_mask="as_is_causal"``; any other
+                for methods with ``dense_mask`` only.
+            dropout_rng: PRNG key for ``dropout="output"``.
+            dropout_rate: must be 0, unless ``deterministic`` or with ``dropout="output"``.
+            broadcast_dropout: drop the same in all sequences and heads.
             deterministic: whether dropout is off.
             dtype: computation type, that of the arrays by default.
             precision: of matrix products.
@@ -107,22 +116,25 @@ class ApproxAttention(nn.Module):
         name, draws = flax_arguments.name_and_randomness(self.method, self.noise, self.options)
         flax_arguments.check_unused(
             name,
+            dropout=self.dropout,
             dropout_rate=dropout_rate,
             deterministic=deterministic,
+            dropout_rng=dropout_rng,
             module=module,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
-        mask = flax_arguments.as_boolean(mask)
+        mask, causal = flax_arguments.without_causality(name, flax_arguments.as_boolean(mask), self.causal_mask)
         dense = flax_arguments.takes_dense_mask(self.method)
-        is_causal = flax_arguments.check_mask(name, mask, self.is_causal, query.shape[-3], key.shape[-3], dense=dense)
+        sizes = query.shape[-3], key.shape[-3]
+        is_causal = flax_arguments.check_mask(name, mask, self.is_causal or causal, *sizes, dense=dense)
         rng = self._rng() if draws else None
         learned: dict[str, Any] = {
             argument: self.param(argument, self._first_draw(argument, query.shape[-1])) for argument in self.learned
         }
         with flax_arguments.matmul_precision(precision):
-            return attention(
+            out = attention(
                 query,
                 key,
                 value,
@@ -133,6 +145,7 @@ class ApproxAttention(nn.Module):
                 **self.options,
                 **learned,
             )
+        return flax_arguments.with_dropout(out, dropout_rate, deterministic, dropout_rng, broadcast_dropout)
 
     def _rng(self) -> Array:
         """The key of this call."""
@@ -140,7 +153,10 @@ class ApproxAttention(nn.Module):
         if self.redraw == "every_call":
             return _key_of(self._key_data())
         if not moves_on and not self.has_variable("draws", "key"):
-            raise ValueError(f"method {self.method!r} keeps what it draws: apply needs the variables 'draws' of init")
+            raise ValueError(
+                f"method {self.method!r} keeps what it draws: apply needs the variables 'draws' of init; in nn.scan "
+                f"and nn.vmap give variable_axes={{'params': 0, 'draws': 0}}"
+            )
         # Raw data of the key, which checkpoints of any kind take.
         rng = _key_of(self.variable("draws", "key", self._key_data).value)
         if self.redraw == "never":
@@ -153,6 +169,11 @@ class ApproxAttention(nn.Module):
 
     def _key_data(self) -> Array:
         """A new key as raw data, from a stream with keys of any kind, new or old."""
+        if not self.has_rng("attention") and not self.has_rng("params"):
+            raise ValueError(
+                f"method {self.method!r} draws from the stream 'attention': pass rngs={{'attention': key}}; in nn.scan "
+                f"and nn.vmap give split_rngs={{'params': True, 'attention': True}}"
+            )
         return jax.random.bits(self.make_rng("attention"), (2,), jnp.uint32)
 
     def _first_draw(self, argument: str, head_dim: int) -> Callable[[Array], Array]:

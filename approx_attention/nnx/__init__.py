@@ -1,6 +1,7 @@
 """Flax nnx: attention by any method in a model, and the modules that own the learned parts of methods."""
 
-from approx_attention.nnx.attention import ApproxAttention, init_cache, replace_attention
+from approx_attention.nnx.attention import ApproxAttention
+from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import (
     Adaptor,
     Eva,

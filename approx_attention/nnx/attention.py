@@ -35,6 +35,11 @@ class ApproxAttention(nnx.Module):
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are learned, such as ``("projection",)``.
         head_dim: the number D of channels of a head, needed with ``learned``.
+        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
+            It must be a causal mask, or one combined with padding (``nnx.make_causal_mask``, ``nnx.combine_masks``). A
+            traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
+        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
+            which are never formed.
         mesh: devices over which sequences are sharded, as in `approx_attention.context_parallel`; None for one device.
         sequence_axis: the mesh axis of the tokens, ``"sequence"`` by default.
         batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
@@ -67,6 +72,8 @@ class ApproxAttention(nnx.Module):
         noise: bool = False,
         learned: Sequence[str] = (),
         head_dim: int | None = None,
+        causal_mask: Literal["error", "as_is_causal"] = "error",
+        dropout: Literal["error", "output"] = "error",
         mesh: Mesh | None = None,
         sequence_axis: str | None = None,
         batch_axis: str | None = None,
@@ -74,6 +81,8 @@ class ApproxAttention(nnx.Module):
         **hyperparameters: Any,
     ):
         every = flax_arguments.check_redraw(redraw, every)
+        flax_arguments.check_opt_ins(causal_mask, dropout)
+        self.causal_mask, self.dropout = causal_mask, dropout
         self.method, self.is_causal = method, check_flag("is_causal", is_causal)
         if mesh is None and (sequence_axis is not None or batch_axis is not None or head_axis is not None):
             raise ValueError(
@@ -99,9 +108,7 @@ class ApproxAttention(nnx.Module):
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
         self.hyperparameters = nnx.static(hyperparameters)
-        stream = None
-        if draws or learned:
-            stream = rngs.attention.fork() if isinstance(rngs, nnx.Rngs) else rngs
+        stream = _stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
         self.cache = nnx.data(None)
@@ -130,6 +137,11 @@ class ApproxAttention(nnx.Module):
 
     def _last_key(self, stream: nnx.RngStream) -> Array:
         """The key of the last call that moved on, or else of the first one."""
+        if stream.key.shape:
+            raise ValueError(
+                f"method {self.name!r} has random projections for {stream.key.shape} stacked layers, and one layer is "
+                "called: map nnx.RngState over the same axis as nnx.Param, as in_axes=0 of nnx.scan and nnx.vmap does"
+            )
         if self.redraw == "never":
             return stream.key[...]
         return jax.random.fold_in(stream.key[...], (jnp.maximum(stream.count[...], 1) - 1) // self.every)
@@ -168,10 +180,11 @@ class ApproxAttention(nnx.Module):
             query: ``[..., T, N, D]``.
             key: ``[..., S, K, D]``.
             value: ``[..., S, K, Dv]``.
-            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; any other for methods with ``dense_mask`` only.
-            dropout_rng: ignored, because dropout of weights is refused.
-            dropout_rate: must be 0, unless ``deterministic``.
-            broadcast_dropout: ignored likewise.
+            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; causal with ``causal_mask="as_is_causal"``; any other
+                for methods with ``dense_mask`` only.
+            dropout_rng: PRNG key for ``dropout="output"``.
+            dropout_rate: must be 0, unless ``deterministic`` or with ``dropout="output"``.
+            broadcast_dropout: drop the same in all sequences and heads.
             deterministic: whether dropout is off.
             dtype: computation type, that of the arrays by default.
             precision: of matrix products.
@@ -189,19 +202,23 @@ class ApproxAttention(nnx.Module):
         """
         flax_arguments.check_unused(
             self.name,
+            dropout=self.dropout,
             dropout_rate=dropout_rate,
             deterministic=deterministic,
+            dropout_rng=dropout_rng,
             module=module,
             input_positions=input_positions,
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
-        mask = flax_arguments.as_boolean(mask)
+        mask, causal = flax_arguments.without_causality(self.name, flax_arguments.as_boolean(mask), self.causal_mask)
         per_token: dict[str, Any] = {} if gate_logits is None else {"gate_logits": gate_logits}
         with flax_arguments.matmul_precision(precision):
             if self.cache is not None:
-                return self._extend(query, key, value, mask, key_value_seq_lengths, per_token)
-            is_causal = check_flag("is_causal", is_causal) or self.is_causal
-            return self._whole(query, key, value, mask, is_causal, key_value_seq_lengths, per_token)
+                out = self._extend(query, key, value, mask, key_value_seq_lengths, per_token)
+            else:
+                is_causal = check_flag("is_causal", is_causal) or self.is_causal or causal
+                out = self._whole(query, key, value, mask, is_causal, key_value_seq_lengths, per_token)
+        return flax_arguments.with_dropout(out, dropout_rate, deterministic, dropout_rng, broadcast_dropout)
 
     def _whole(
         self,
@@ -291,7 +308,10 @@ class ApproxAttention(nnx.Module):
 
     @property
     def num_seen(self) -> Array:
-        """The number of tokens in the cache, ``[]``, or ``[B]`` where sequences differ; 0 without one."""
+        """The number of tokens in the cache, ``[]``, or ``[B]`` where sequences differ; 0 without one.
+
+        Of stacked layers it has the axes of the stack in front.
+        """
         return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().heads.length
 
     @property
@@ -333,6 +353,17 @@ class ApproxAttention(nnx.Module):
         return out
 
 
+def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
+    """What one layer draws from: a fork of the stream ``attention``, or the stream that is given."""
+    stream = rngs.attention if isinstance(rngs, nnx.Rngs) else rngs
+    if stream is not None and stream.key.shape:
+        raise ValueError(
+            f"rngs must have one key, got keys of shape {stream.key.shape}: make stacked layers inside nnx.vmap, or "
+            "put the method into layers that are stacked already by replace_attention"
+        )
+    return stream.fork() if isinstance(rngs, nnx.Rngs) and stream is not None else stream
+
+
 def _name_and_randomness(
     method: str | Callable[..., Array] | nnx.Module, noise: bool, hyperparameters: dict[str, Any]
 ) -> tuple[str, bool]:
@@ -347,96 +378,3 @@ def _name_and_randomness(
             f"is_causal; got {type(method).__name__}"
         )
     return type(method).__name__, rng.default is inspect.Parameter.empty or noise
-
-
-def replace_attention(
-    model: nnx.Module,
-    method: str | Callable[..., Array],
-    *,
-    only: Callable[[str, nnx.Module], bool] | None = None,
-    rngs: nnx.Rngs | None = None,
-    **options: Any,
-) -> list[str]:
-    """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
-
-    Args:
-        model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
-        method: as in `ApproxAttention`, but for modules: each layer needs one of its own.
-        only: ``(path, layer) -> bool``, which layers; all by default.
-        rngs: where random methods draw from, each layer for itself.
-        **options: those of `ApproxAttention` and of the method.
-
-    Returns:
-        The paths of the layers, such as ``"layers.0.attention"``.
-
-    Raises:
-        ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from approx_attention.nnx import replace_attention
-        >>> model = nnx.MultiHeadAttention(num_heads=4, in_features=32, decode=False, rngs=nnx.Rngs(0))
-        >>> exact = model(jnp.ones((2, 100, 32)))
-        >>> replace_attention(model, "mean_pool", num_landmarks=100)
-        ['']
-        >>> bool(jnp.allclose(model(jnp.ones((2, 100, 32))), exact, atol=1e-5))
-        True
-    """
-    if isinstance(method, nnx.Module):
-        raise TypeError("each layer needs a module of its own: set the attention_fn of the layers one by one")
-    layers = _attention_layers(model)
-    chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
-    if not chosen:
-        raise ValueError(f"no layer to replace; those with an attention_fn are {', '.join(layers) or 'none'}")
-    for layer in chosen.values():
-        layer.attention_fn = nnx.data(ApproxAttention(method, rngs=rngs, **options))
-    return list(chosen)
-
-
-def init_cache(
-    model: nnx.Module, batch_size: int, *, max_length: int | None = None, ragged: bool = False, dtype: Any = jnp.float32
-) -> int:
-    """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
-
-    The layers' own ``decode`` stays False: it is for Flax's cache of all keys, which takes one token at a time.
-
-    Args:
-        model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
-        batch_size: the number of sequences.
-        max_length: room for so many tokens, where a method holds all or a part of them.
-        ragged: whether sequences have lengths of their own.
-        dtype: of the cache.
-
-    Returns:
-        The bytes that all caches take.
-
-    Raises:
-        ValueError: a layer with another ``attention_fn``, or no layer with one.
-        NotImplementedError: a method without a running summary.
-    """
-    layers = _attention_layers(model)
-    if not layers:
-        raise ValueError(f"no layer of the {type(model).__name__} has an attention_fn")
-    other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
-    if other:
-        raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
-    try:
-        for layer in layers.values():
-            layer.attention_fn.init_cache(
-                batch_size, layer.num_kv_heads, layer.head_dim, max_length=max_length, ragged=ragged, dtype=dtype
-            )
-    except Exception:
-        for layer in layers.values():
-            layer.attention_fn.drop_cache()
-        raise
-    return sum(layer.attention_fn.cache_bytes for layer in layers.values())
-
-
-def _attention_layers(model: nnx.Module) -> dict[str, Any]:
-    """The modules that have an ``attention_fn``, by their path in the model."""
-    return {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_graph(model)
-        if isinstance(module, nnx.Module) and callable(getattr(module, "attention_fn", None))
-    }

@@ -1,0 +1,179 @@
+"""Another attention in all layers of a Flax nnx model, and caches for them; layers may be stacked by ``nnx.vmap``."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from approx_attention.nnx.attention import ApproxAttention
+
+
+def replace_attention(
+    model: nnx.Module,
+    method: str | Callable[..., Array],
+    *,
+    only: Callable[[str, nnx.Module], bool] | None = None,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> list[str]:
+    """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
+
+    Layers that ``nnx.vmap`` has stacked along leading axes are recognised by the shapes of their kernels. Every layer
+    of a stack gets a different random projection, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before.
+
+    Args:
+        model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
+        method: as in `ApproxAttention`, but for modules: each layer needs one of its own.
+        only: ``(path, layer) -> bool``, which layers; all by default.
+        rngs: where random methods draw from, each layer for itself: one key, or one for each layer of a stack.
+        **options: those of `ApproxAttention` and of the method.
+
+    Returns:
+        The paths of the layers, such as ``"layers.0.attention"``.
+
+    Raises:
+        ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them; layers stacked along
+            other axes than leading ones.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import replace_attention
+        >>> model = nnx.MultiHeadAttention(num_heads=4, in_features=32, decode=False, rngs=nnx.Rngs(0))
+        >>> exact = model(jnp.ones((2, 100, 32)))
+        >>> replace_attention(model, "mean_pool", num_landmarks=100)
+        ['']
+        >>> bool(jnp.allclose(model(jnp.ones((2, 100, 32))), exact, atol=1e-5))
+        True
+    """
+    if isinstance(method, nnx.Module):
+        raise TypeError("each layer needs a module of its own: set the attention_fn of the layers one by one")
+    layers = _attention_layers(model)
+    chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
+    if not layers:
+        raise ValueError(
+            f"no layer to replace; none of the {type(model).__name__} has an attention_fn. Where a model calls "
+            "jax.nn.dot_product_attention itself, call approx_attention.attention(..., method=...) in its place; in a "
+            "Linen model, set attention_fn=approx_attention.linen.ApproxAttention(...) of its layers"
+        )
+    if not chosen:
+        raise ValueError(f"no layer to replace; those with an attention_fn are {', '.join(layers)}")
+    make = functools.partial(ApproxAttention, method, **options)
+    made = [_for_each_layer(make, _stack(layer, path), rngs) for path, layer in chosen.items()]
+    for layer, attention_fn in zip(chosen.values(), made, strict=True):
+        layer.attention_fn = nnx.data(attention_fn)
+    return list(chosen)
+
+
+def init_cache(
+    model: nnx.Module, batch_size: int, *, max_length: int | None = None, ragged: bool = False, dtype: Any = jnp.float32
+) -> int:
+    """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
+
+    The layers' own ``decode`` stays False: it is for Flax's cache of all keys, which takes one token at a time. Layers
+    stacked by ``nnx.vmap`` get a cache each, stacked likewise.
+
+    Args:
+        model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
+        batch_size: the number of sequences.
+        max_length: room for so many tokens, where a method holds all or a part of them.
+        ragged: whether sequences have lengths of their own.
+        dtype: of the cache.
+
+    Returns:
+        The bytes that all caches take.
+
+    Raises:
+        ValueError: a layer with another ``attention_fn``, or no layer with one.
+        NotImplementedError: a method without a running summary.
+    """
+    layers = _attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"no layer of the {type(model).__name__} has an attention_fn; a model that calls attention itself decodes "
+            "with approx_attention.HeadsDecoder"
+        )
+    other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
+    if other:
+        raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
+    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
+    try:
+        for path, layer in layers.items():
+            _start_caches(layer, _stack(layer, path), batch_size, options)
+    except Exception:
+        for layer in layers.values():
+            layer.attention_fn.drop_cache()
+        raise
+    return sum(layer.attention_fn.cache_bytes for layer in layers.values())
+
+
+def _attention_layers(model: nnx.Module) -> dict[str, Any]:
+    """The modules that have an ``attention_fn``, by their path in the model."""
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_graph(model)
+        # A Linen module inside shows its attributes, but does not let them be set.
+        if isinstance(module, nnx.Module) and not isinstance(module, nnx.bridge.ToNNX)
+        if callable(getattr(module, "attention_fn", None))
+    }
+
+
+def _stack(layer: nnx.Module, path: str) -> tuple[int, ...]:
+    """The axes that ``nnx.vmap`` has put before the parameters of a layer: ``(L,)`` for L stacked layers, or ``()``.
+
+    A layer does not say that it is a stack of layers. But its linear maps have the sizes that one layer was made with:
+    the axes of a kernel before these are those of the stack. Inside ``nnx.vmap`` a layer is alone.
+    """
+    for _, module in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0])):  # its own maps come first
+        if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
+            continue
+        batch = module.batch_axis.values() if isinstance(module, nnx.LinearGeneral) else ()
+        own = *batch, *_as_tuple(module.in_features), *_as_tuple(module.out_features)
+        shape = tuple(module.kernel.shape)
+        stack = shape[: len(shape) - len(own)]
+        if stack and shape != (*stack, *own):
+            raise ValueError(f"layers must be stacked along leading axes, but a kernel of {path!r} has shape {shape}")
+        return stack
+    return ()
+
+
+def _as_tuple(features: Any) -> tuple[int, ...]:
+    return tuple(features) if isinstance(features, tuple | list) else (features,)
+
+
+def _over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+    """A function of one layer's state as a function of all that are stacked."""
+    for size in reversed(stack):
+        function = nnx.vmap(function, in_axes=0, out_axes=0, axis_size=size)
+    return function
+
+
+def _start_caches(layer: Any, stack: tuple[int, ...], batch_size: int, options: dict[str, Any]) -> None:
+    """A cache for every layer of a stack."""
+
+    def start(attention_fn: ApproxAttention) -> None:
+        attention_fn.init_cache(batch_size, layer.num_kv_heads, layer.head_dim, **options)
+
+    _over_stack(start, stack)(layer.attention_fn)
+
+
+def _for_each_layer(
+    make: Callable[..., ApproxAttention], stack: tuple[int, ...], rngs: nnx.Rngs | None
+) -> ApproxAttention:
+    """The attention of all layers of a stack, with a different random projection in each."""
+    if not stack or not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+        return make(rngs=rngs)
+    if not jax.tree.leaves(nnx.state(make(rngs=nnx.Rngs(0)))):  # it draws nothing
+        return make()
+    stream = rngs.attention if isinstance(rngs, nnx.Rngs) else rngs
+    split = stream.key.shape
+    if split not in ((), stack):
+        raise ValueError(
+            f"rngs must have one key, or one for each of {stack} stacked layers; got keys of shape {split}"
+        )
+    keys = _over_stack(type(stream).__call__, stack)(stream) if split else jax.random.split(stream(), stack)
+    return _over_stack(lambda key: make(rngs=nnx.RngStream(key, tag=stream.tag)), stack)(keys)

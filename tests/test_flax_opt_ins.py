@@ -1,0 +1,309 @@
+"""What Flax asks for and no approximation follows as it is: causal masks, dropout of weights, models without layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from approx_attention import attention
+from approx_attention import linen as ours_linen
+from approx_attention import nnx as ours
+from tests.references import random_heads
+
+pytestmark = pytest.mark.usefixtures("models")
+
+HEADS, DIM, LENGTH = 2, 8, 6
+HEAD = DIM // HEADS
+
+
+def tokens():
+    return jax.random.normal(jax.random.key(0), (3, LENGTH, DIM))
+
+
+REAL = {
+    "none": np.ones((3, LENGTH), bool),
+    "right": np.arange(LENGTH) < np.array([[6], [4], [1]]),
+    "left": np.arange(LENGTH) >= np.array([[0], [2], [5]]),
+    "scattered": np.array([[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 1]], bool),
+}
+CAUSAL = np.tri(LENGTH, dtype=bool)
+
+
+def masks(real, dtype=jnp.float32):
+    """Causal masks with this padding, as models make them: of queries and keys, and of keys alone."""
+    real = jnp.asarray(real)
+    causal = nnx.make_causal_mask(real, dtype=dtype)
+    both = nnx.combine_masks(causal, nnx.make_attention_mask(real, real, dtype=dtype), dtype=dtype)
+    keys = nn.combine_masks(causal, nn.make_attention_mask(jnp.ones_like(real), real, dtype=dtype), dtype=dtype)
+    return [both, keys, both.astype(bool), jnp.broadcast_to(both, (3, HEADS, LENGTH, LENGTH))]
+
+
+def as_causal(method, adapter=ours, **options):
+    if adapter is ours:
+        return ours.ApproxAttention(method, causal_mask="as_is_causal", rngs=nnx.Rngs(0), **options)
+    return ours_linen.ApproxAttention(method, options, causal_mask="as_is_causal")
+
+
+# 1. causal masks
+
+
+@pytest.mark.parametrize("padding", REAL)
+@pytest.mark.parametrize("traced", [False, True], ids=["looked at", "traced"])
+def test_a_causal_mask_is_causality_and_padding(padding, traced):
+    real, heads = REAL[padding], random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    of_mask, fn = ours.ApproxAttention("exact"), as_causal("exact")
+    call = nnx.jit(lambda fn, mask: fn(*heads, mask=mask)) if traced else (lambda fn, mask: fn(*heads, mask=mask))
+    for mask in masks(real):
+        expected = of_mask(*heads, mask=mask)
+        sees = np.asarray(mask > 0)[:, 0].any(-1) & real
+        np.testing.assert_allclose(np.asarray(call(fn, mask))[sees], np.asarray(expected)[sees], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["favor", "mean_pool", "local"])
+def test_approximations_follow_the_parts_of_a_causal_mask(method):
+    options = {"favor": {"num_features": 8}, "mean_pool": {"num_landmarks": 4}, "local": {"window_size": 2}}[method]
+    real, heads = REAL["scattered"], random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    fn = as_causal(method, **options)
+    rng = None if fn.stream is None else fn.stream.key[...]
+    padding = jnp.asarray(real)[:, None, None]
+    expected = attention(*heads, mask=padding, method=method, is_causal=True, rng=rng, **options)
+    for mask in masks(real):
+        np.testing.assert_allclose(np.asarray(fn(*heads, mask=mask))[real], np.asarray(expected)[real], atol=1e-6)
+    twin = as_causal(method, ours_linen, **options)
+    out = twin.apply({"draws": {"key": jax.random.key_data(rng)}} if rng is not None else {}, *heads, mask=mask)
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=1e-6)
+
+
+def test_layers_of_both_kinds_take_causal_masks():
+    x, real = tokens(), REAL["right"]
+    mask = masks(real)[0]
+    layer = nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=nnx.Rngs(0))
+    expected = layer(x, mask=mask)
+    assert ours.replace_attention(layer, "exact", causal_mask="as_is_causal") == [""]
+    for call in (lambda layer, x, mask: layer(x, mask=mask), nnx.jit(lambda layer, x, mask: layer(x, mask=mask))):
+        np.testing.assert_allclose(np.asarray(call(layer, x, mask))[real], np.asarray(expected)[real], atol=1e-5)
+    # A mask that is a constant of a program can be looked at.
+    constant = np.asarray(mask) > 0
+    inside = nnx.jit(lambda layer, x: layer(x, mask=constant))(layer, x)
+    np.testing.assert_allclose(np.asarray(inside)[real], np.asarray(expected)[real], atol=1e-5)
+    with pytest.raises(NotImplementedError, match="padding, or causal, or both"):
+        nnx.jit(lambda layer, x: layer(x, mask=~constant))(layer, x)
+
+    plain = nn.MultiHeadDotProductAttention(HEADS)
+    variables = plain.init(jax.random.key(0), x)
+    expected = plain.apply(variables, x, mask=mask)
+    out = nn.MultiHeadDotProductAttention(HEADS, attention_fn=as_causal("exact", ours_linen)).apply(
+        variables, x, mask=mask
+    )
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=1e-5)
+
+
+def test_causal_masks_without_batch_axes():
+    query, key, value = (x[0] for x in random_heads(0, 1, LENGTH, LENGTH, HEADS, HEADS))
+    fn = as_causal("exact")
+    expected = fn(query, key, value, is_causal=True)
+    for mask in (CAUSAL, CAUSAL[None], np.broadcast_to(CAUSAL, (HEADS, LENGTH, LENGTH))):
+        np.testing.assert_allclose(fn(query, key, value, mask=jnp.asarray(mask)), expected, atol=1e-6)
+        traced = nnx.jit(lambda fn, mask: fn(query, key, value, mask=mask))(fn, jnp.asarray(mask))
+        np.testing.assert_allclose(traced, expected, atol=1e-6)
+
+
+def test_padding_stays_padding_with_the_opt_in():
+    heads, real = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS), jnp.asarray(REAL["left"])
+    padding = nn.make_attention_mask(jnp.ones((3, 1)), real)
+    plain, fn = ours.ApproxAttention("exact"), as_causal("exact")
+    np.testing.assert_array_equal(fn(*heads, mask=padding), plain(*heads, mask=padding))
+    np.testing.assert_array_equal(fn(*heads), plain(*heads))
+
+
+OTHER_MASKS = {
+    "all": np.ones((LENGTH, LENGTH)),
+    "the other direction": CAUSAL.T,
+    "before the query alone": np.tri(LENGTH, k=-1),
+    "one ahead": np.tri(LENGTH, k=1),
+    "a window": CAUSAL & ~np.tri(LENGTH, k=-2, dtype=bool),
+    "packed sequences": np.kron(np.eye(2), np.ones((3, 3))) * CAUSAL,
+    "a prefix": CAUSAL | (np.arange(LENGTH) < 3),
+    "more keys": np.tri(LENGTH, LENGTH + 2),
+    "heads differ": np.stack([CAUSAL, CAUSAL & (np.arange(LENGTH) > 0)])[None],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MASKS)
+@pytest.mark.parametrize("adapter", [ours, ours_linen], ids=["nnx", "linen"])
+def test_a_mask_that_is_not_causal_is_not_taken_as_one(name, adapter):
+    mask = jnp.asarray(OTHER_MASKS[name], bool)
+    query, key, value = random_heads(0, 3, LENGTH, mask.shape[-1], HEADS, HEADS)
+    fn = as_causal("mean_pool", adapter, num_landmarks=4)
+    call = fn if adapter is ours else lambda *heads, mask: fn.apply({}, *heads, mask=mask)
+    with pytest.raises(NotImplementedError, match=r"'mean_pool' with causal_mask='as_is_causal' takes .* of shape"):
+        call(query, key, value, mask=mask if mask.ndim == 4 else jnp.broadcast_to(mask, (3, 1, *mask.shape)))
+
+
+def test_the_error_of_a_causal_mask_names_the_opt_in():
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    with pytest.raises(NotImplementedError, match=r"is_causal=True, or make ApproxAttention with causal_mask='as_is"):
+        ours.ApproxAttention("mean_pool")(*heads, mask=jnp.asarray(CAUSAL))
+    with pytest.raises(ValueError, match=r"causal_mask must be one of error, as_is_causal; got 'causal'"):
+        ours.ApproxAttention("mean_pool", causal_mask="causal")
+    with pytest.raises(ValueError, match=r"dropout must be one of error, output; got 'weights'"):
+        ours_linen.ApproxAttention("mean_pool", dropout="weights")
+
+
+def test_a_method_that_is_not_causal_says_so_with_the_opt_in():
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    with pytest.raises(NotImplementedError, match="'nystrom' does not support is_causal"):
+        as_causal("nystrom", num_landmarks=4)(*heads, mask=jnp.asarray(CAUSAL))
+
+
+def test_causal_masks_while_decoding():
+    """A model that masks the tokens of each call causally: what is left of the mask says which are real."""
+    layer, x, real = nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=nnx.Rngs(0)), tokens(), REAL["right"]
+    ours.replace_attention(layer, "mean_pool", num_landmarks=4, is_causal=True, causal_mask="as_is_causal")
+    call = nnx.jit(lambda layer, x, mask: layer(x, mask=mask))
+    expected = call(layer, x, masks(real)[0])
+    ours.init_cache(layer, 3, ragged=True)
+    prompt = call(layer, x, masks(real)[0])
+    np.testing.assert_allclose(np.asarray(prompt)[real], np.asarray(expected)[real], atol=1e-5)
+    np.testing.assert_array_equal(layer.attention_fn.num_seen, real.sum(1))
+    call(layer, x[:, :1], nnx.make_causal_mask(x[:, :1, 0]))
+    np.testing.assert_array_equal(layer.attention_fn.num_seen, real.sum(1) + 1)
+
+
+# 2. dropout
+
+
+def dropping(adapter, method="mean_value", rate=0.5, **options):
+    if adapter is ours:
+        fn = ours.ApproxAttention(method, dropout="output", **options)
+        return nnx.MultiHeadAttention(HEADS, DIM, attention_fn=fn, decode=False, dropout_rate=rate, rngs=nnx.Rngs(0))
+    fn = ours_linen.ApproxAttention(method, options, dropout="output")
+    return nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn, dropout_rate=rate)
+
+
+def test_dropout_of_the_output_is_unbiased_and_off_in_evaluation():
+    fn = ours.ApproxAttention("mean_value", dropout="output")
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    expected = np.asarray(fn(*heads))
+    options = {"dropout_rate": 0.25, "deterministic": False}
+
+    def out(seed, **more):
+        return fn(*heads, dropout_rng=jax.random.key(seed), **{**options, **more})
+
+    one = np.asarray(out(0, broadcast_dropout=False))
+    dropped = one == 0
+    np.testing.assert_allclose(one[~dropped], expected[~dropped] / 0.75, rtol=1e-6)
+    assert 0.1 < dropped.mean() < 0.4
+    mean = jax.jit(lambda seeds: jnp.mean(jax.vmap(out)(seeds), 0))(jnp.arange(2000))
+    np.testing.assert_allclose(mean, expected, atol=0.06)
+    np.testing.assert_array_equal(out(0, deterministic=True), expected)
+    np.testing.assert_array_equal(out(0, dropout_rate=1.0), np.zeros_like(expected))
+    # Shared by all sequences and heads, as Flax has it.
+    shared = np.asarray(out(0, broadcast_dropout=True)) == 0
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:1, :, :1], shared.shape))
+    assert fn(*(x.astype(jnp.bfloat16) for x in heads), dropout_rng=jax.random.key(0), **options).dtype == jnp.bfloat16
+
+
+def test_layers_of_both_kinds_drop():
+    x, layer = tokens(), dropping(ours)
+    layer.train()
+    rngs = nnx.Rngs(dropout=1)
+    one, other = layer(x, rngs=rngs), layer(x, rngs=rngs)
+    assert np.abs(one - other).max() > 1e-3
+    gradient = nnx.grad(lambda layer: jnp.sum(layer(x, rngs=nnx.Rngs(dropout=1)) ** 2))(layer)
+    assert np.isfinite(gradient["value"]["kernel"][...]).all()
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), layer(x))
+
+    twin = dropping(ours_linen)
+    variables = twin.init(jax.random.key(0), x, deterministic=True)
+    one, other = (
+        twin.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(i)}) for i in range(2)
+    )  # fmt: skip
+    assert np.abs(one - other).max() > 1e-3
+    quiet = twin.apply(variables, x, deterministic=True)
+    np.testing.assert_array_equal(quiet, dropping(ours_linen, rate=0.0).apply(variables, x))
+    rate_one = dropping(ours_linen, rate=1.0).apply(
+        variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)}
+    )
+    np.testing.assert_array_equal(rate_one, jnp.zeros_like(x))
+
+
+def test_dropout_in_a_cache_and_on_a_stack():
+    fn = ours.ApproxAttention("mean_pool", num_landmarks=4, dropout="output", is_causal=True)
+    fn.init_cache(3, HEADS, 8)
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    out = fn(*heads, dropout_rng=jax.random.key(0), dropout_rate=0.5, deterministic=False)
+    assert 0.2 < (np.asarray(out) == 0).mean() < 0.8
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return nnx.MultiHeadAttention(HEADS, DIM, decode=False, dropout_rate=0.5, deterministic=False, rngs=rngs)
+
+    layers = stack(nnx.Rngs(0))
+    ours.replace_attention(layers, "favor", num_features=8, dropout="output", rngs=nnx.Rngs(1))
+    run = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    assert np.abs(run(layers, tokens()) - run(layers, tokens())).max() > 1e-3
+
+
+@pytest.mark.parametrize("adapter", [ours, ours_linen], ids=["nnx", "linen"])
+def test_the_errors_of_dropout(adapter):
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+
+    def call(**options):
+        fn = adapter.ApproxAttention("mean_value", **options)
+        asked = {"dropout_rate": 0.1, "deterministic": False}
+        return fn(*heads, **asked) if adapter is ours else fn.apply({}, *heads, **asked)
+
+    with pytest.raises(NotImplementedError, match=r"dropout_rate=0.1.* dropout='output'.* a Dropout on the output"):
+        call()
+    with pytest.raises(ValueError, match=r"dropout_rate=0.1 needs a dropout_rng, got None"):
+        call(dropout="output")
+
+
+def test_a_call_that_fails_draws_and_keeps_nothing():
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    fn = ours.ApproxAttention("favor", num_features=8, redraw="every_call", is_causal=True, rngs=nnx.Rngs(0))
+    fn.init_cache(3, HEADS, 8)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        fn(*heads, dropout_rate=0.1, deterministic=False)
+    assert int(fn.num_seen) == 0
+    fn.drop_cache()
+    with pytest.raises(NotImplementedError, match="dropout"):
+        fn(*heads, dropout_rate=0.1, deterministic=False)
+    assert int(fn.stream.count[...]) == 0
+
+
+# 3. models without layers to replace
+
+
+class CallsJax(nnx.Module):
+    def __init__(self):
+        self.query = nnx.LinearGeneral(DIM, (HEADS, HEAD), rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        q = self.query(x)
+        return jax.nn.dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        CallsJax(),
+        nn.MultiHeadDotProductAttention(HEADS),
+        nnx.bridge.ToNNX(nn.MultiHeadDotProductAttention(HEADS), rngs=nnx.Rngs(0)),
+        nnx.Linear(DIM, DIM, rngs=nnx.Rngs(0)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_without_layers_to_replace_is_told_what_to_do(model):
+    with pytest.raises(ValueError, match=r"no layer to replace; none .* has an attention_fn") as error:
+        ours.replace_attention(model, "mean_pool")
+    for advice in ("approx_attention.attention(", "jax.nn.dot_product_attention", "approx_attention.linen"):
+        assert advice in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"has an attention_fn; .* approx_attention.HeadsDecoder"):
+        ours.init_cache(model, 2)

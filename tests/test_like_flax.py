@@ -1,0 +1,399 @@
+"""Flax's attention layers with exact attention of this library in them, over what Flax's own tests cover of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from approx_attention import linen as ours_linen
+from approx_attention import nnx as ours
+
+pytestmark = pytest.mark.usefixtures("models")
+
+HEADS, DIM, LENGTH = 4, 16, 6
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def both_nnx(**options):
+    """A layer of Flax's, and the same with exact attention of this library."""
+    options = {"num_heads": HEADS, "in_features": DIM, "decode": False, **options}
+    theirs, mine = (nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0)) for _ in range(2))
+    ours.replace_attention(mine, "exact")
+    return theirs, mine
+
+
+def both_linen(kind=nn.MultiHeadDotProductAttention, is_causal=False, **options):
+    fn = ours_linen.ApproxAttention("exact", is_causal=is_causal)
+    return kind(HEADS, **options), kind(HEADS, attention_fn=fn, **options)
+
+
+@nnx.jit(static_argnames=("is_causal",))
+def call(layer, *inputs, mask=None, is_causal=False):
+    return layer(*inputs, mask=mask, is_causal=is_causal)
+
+
+def assert_same(layers, *inputs, atol=1e-5, **options):
+    expected, out = (call(layer, *inputs, **options) for layer in layers)
+    assert (out.dtype, out.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=atol)
+    return out
+
+
+def initial(module, *inputs, **options):
+    return jax.jit(lambda key: module.init(key, *inputs, **options))(jax.random.key(0))
+
+
+def assert_same_linen(modules, *inputs, variables=None, atol=1e-5, **options):
+    variables = initial(modules[0], *inputs) if variables is None else variables
+    expected, out = (jax.jit(lambda v, m=m: m.apply(v, *inputs, **options))(variables) for m in modules)
+    assert (out.dtype, out.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=atol)
+    return out
+
+
+# 1. nnx: inputs, sizes, types
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_self_attention_with_any_batch_axes(batch, causal):
+    assert_same(both_nnx(), normal(*batch, LENGTH, DIM), is_causal=causal)
+
+
+def test_cross_attention_and_values_that_are_no_keys():
+    layers, (q, k, v) = both_nnx(), (normal(2, n, DIM, seed=n) for n in (4, 7, 8))
+    assert_same(layers, q, k)
+    assert_same(layers, q, k, v[:, :7])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qkv_features": 32},
+        {"out_features": 5},
+        {"in_kv_features": 8, "qkv_features": 8, "out_features": 12},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1},
+        {"use_bias": False},
+        {"normalize_qk": True},
+        {"num_kv_heads": 2, "normalize_qk": True, "use_bias": False},
+        {"precision": jax.lax.Precision.HIGHEST},
+        {"precision": "high"},
+    ],
+    ids=str,
+)
+def test_sizes_and_options(options):
+    if "num_kv_heads" in options:  # Flax's dispatches grouped heads to the same function of JAX
+        assert both_nnx(**options)[1].key.kernel.shape == (DIM, options["num_kv_heads"], DIM // HEADS)
+    x = normal(2, LENGTH, DIM)
+    kv = normal(2, LENGTH, options.get("in_kv_features", DIM), seed=1)
+    assert_same(both_nnx(**options), x, kv)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "inputs", "expected"),
+    [
+        (None, jnp.float32, jnp.float32, jnp.float32),
+        (None, jnp.float32, jnp.bfloat16, jnp.float32),
+        (None, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16),
+        (jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float16, jnp.float32, jnp.float16),
+    ],
+)
+def test_types_of_computation_parameters_and_inputs(dtype, param_dtype, inputs, expected):
+    layers = both_nnx(dtype=dtype, param_dtype=param_dtype)
+    x = normal(2, LENGTH, DIM, dtype=inputs)
+    if expected == jnp.float16:  # what JAX itself calls then does not run on CPUs
+        out = call(layers[1], x)
+    else:
+        out = assert_same(layers, x, atol=1e-5 if expected == jnp.float32 else 0.05)
+    assert out.dtype == expected
+
+
+def test_queries_keys_and_values_of_different_types_are_promoted():
+    layers = both_nnx()
+    x, y = normal(2, LENGTH, DIM), normal(2, LENGTH, DIM, seed=1, dtype=jnp.bfloat16)
+    assert_same(layers, x, y, y)
+    fn = ours.ApproxAttention("exact")
+    heads = [
+        normal(2, LENGTH, HEADS, 8, seed=i, dtype=t) for i, t in enumerate((jnp.float32, jnp.bfloat16, jnp.bfloat16))
+    ]
+    np.testing.assert_allclose(fn(*heads), nnx.dot_product_attention(*heads), atol=1e-5)
+
+
+# 2. nnx: masks
+
+
+def real_tokens():
+    return jnp.arange(LENGTH)[None] < jnp.array([LENGTH, 4])[:, None]
+
+
+MASKS = {
+    "padding": lambda real: nnx.make_attention_mask(jnp.ones((2, 1)), real),
+    "padding of both": lambda real: nnx.make_attention_mask(real, real),
+    "causal": lambda real: nnx.make_causal_mask(real),
+    "causal and padding": lambda real: nnx.combine_masks(
+        nnx.make_causal_mask(real), nnx.make_attention_mask(real, real)
+    ),
+    "boolean": lambda real: nnx.make_causal_mask(real, dtype=bool),
+    "of heads": lambda real: jnp.tril(jnp.ones((1, HEADS, LENGTH, LENGTH))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "and is_causal"])
+def test_masks_of_flax(name, causal):
+    x, real = normal(2, LENGTH, DIM), real_tokens()
+    layers, mask = both_nnx(), MASKS[name](real)
+    expected, out = (np.asarray(call(layer, x, mask=mask, is_causal=causal)) for layer in layers)
+    # A query that sees nothing gets the mean of all values from JAX, and 0 here.
+    np.testing.assert_allclose(out[real], expected[real], atol=1e-5)
+
+
+def test_masks_with_several_batch_axes():
+    x = normal(2, 3, LENGTH, DIM)
+    layers, mask = both_nnx(), jnp.tril(jnp.ones((2, 3, 1, LENGTH, LENGTH)))
+    out = call(layers[1], x, mask=mask)
+    np.testing.assert_allclose(out, call(layers[1], x, is_causal=True), atol=1e-5)
+    np.testing.assert_allclose(out, call(layers[0], x, is_causal=True), atol=1e-5)
+
+
+def test_masks_without_batch_axes():
+    layers, x = both_nnx(), normal(LENGTH, DIM)
+    assert_same(layers, x, mask=nnx.make_causal_mask(x[:, 0]))
+
+
+# 3. nnx: decoding, dropout, weights
+
+
+@pytest.mark.parametrize("num_kv_heads", [HEADS, 2])
+@pytest.mark.parametrize("batch", [(2,), (2, 3)], ids=str)
+def test_decoding_with_flaxs_cache(num_kv_heads, batch):
+    theirs, mine = both_nnx(num_kv_heads=num_kv_heads)
+    x = normal(*batch, LENGTH, DIM)
+    whole = call(mine, x, is_causal=True)
+    for layer in (theirs, mine):
+        layer.decode = True
+        layer.init_cache(x.shape)
+    step = nnx.jit(lambda layer, x: layer(x))
+    outs = [[step(layer, x[..., t : t + 1, :]) for t in range(LENGTH)] for layer in (theirs, mine)]
+    theirs_out, mine_out = (jnp.concatenate(steps, axis=-2) for steps in outs)
+    np.testing.assert_allclose(mine_out, theirs_out, atol=1e-5)
+    np.testing.assert_allclose(mine_out, whole, atol=1e-5)
+    assert int(mine.cache_index[...]) == LENGTH
+
+
+def test_decoding_with_flaxs_cache_and_is_causal():
+    """Flax 0.12.8 itself lets such a step see the first key only."""
+    _, mine = both_nnx()
+    x = normal(2, LENGTH, DIM)
+    whole = call(mine, x, is_causal=True)
+    mine.decode = True
+    mine.init_cache(x.shape)
+    outs = [mine(x[:, t : t + 1], is_causal=True) for t in range(LENGTH)]
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+
+
+def test_flaxs_cache_says_what_it_lacks():
+    _, mine = both_nnx()
+    mine.decode = True
+    with pytest.raises(ValueError, match="not initialized"):
+        mine(normal(2, 1, DIM))
+    mine.init_cache((2, LENGTH, DIM))
+    with pytest.raises(ValueError, match="cache shape error"):
+        mine(normal(2, 2, DIM))
+
+
+@pytest.mark.parametrize("in_call", [None, False, True])
+@pytest.mark.parametrize("made", [False, True])
+def test_flags_of_dropout(made, in_call):
+    """What the call says goes before what the layer says; only dropout that is on is an error."""
+    theirs, mine = both_nnx(dropout_rate=0.5, deterministic=made)
+    x = normal(2, LENGTH, DIM)
+    off = made if in_call is None else in_call
+    options = {} if in_call is None else {"deterministic": in_call}
+    if off:
+        np.testing.assert_allclose(mine(x, **options), theirs(x, **options), atol=1e-5)
+    else:
+        with pytest.raises(NotImplementedError, match=r"'exact' does not support dropout .*dropout_rate=0.5"):
+            mine(x, **options)
+    mine.eval()
+    theirs.eval()
+    np.testing.assert_allclose(mine(x), theirs(x), atol=1e-5)
+
+
+def test_layers_without_dropout_need_no_flag():
+    theirs, mine = both_nnx(keep_rngs=False)
+    np.testing.assert_allclose(mine(normal(2, LENGTH, DIM)), theirs(normal(2, LENGTH, DIM)), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"dropout_rate": 0.5}, {"dropout_rate": 0.5, "keep_rngs": False}], ids=str)
+def test_dropout_on_the_output_draws_from_the_streams_of_flax(options):
+    def drop(layer, x, **more):
+        return layer(x, deterministic=False, **more)
+
+    _, mine = both_nnx(**options)
+    ours.replace_attention(mine, "exact", dropout="output")
+    x = normal(2, LENGTH, DIM)
+    one, same = (drop(mine, x, rngs=nnx.Rngs(dropout=1)) for _ in range(2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(drop(mine, x, rngs=nnx.Rngs(dropout=2)) - one).max() > 1e-3
+    if "keep_rngs" in options:
+        with pytest.raises(ValueError, match="rngs"):
+            drop(mine, x)
+    else:
+        assert np.abs(drop(mine, x) - drop(mine, x)).max() > 1e-3
+
+
+def test_there_are_no_weights_to_sow():
+    _, mine = both_nnx()
+    with pytest.raises(NotImplementedError, match=r"'exact' does not support module \(sow_weights"):
+        mine(normal(2, LENGTH, DIM), sow_weights=True)
+
+
+def test_gradients_of_parameters_and_inputs():
+    layers, x = both_nnx(num_kv_heads=2), normal(2, LENGTH, DIM)
+    gradient = nnx.jit(nnx.grad(lambda layer, x: jnp.sum(layer(x, is_causal=True) ** 2), argnums=(0, 1)))
+    (theirs, x_theirs), (mine, x_mine) = (gradient(layer, x) for layer in layers)
+    np.testing.assert_allclose(x_mine, x_theirs, atol=1e-4)
+    mine, theirs = (nnx.to_pure_dict(state) for state in (mine, theirs))
+    for part in theirs:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), mine[part], theirs[part])
+
+
+# 4. Linen
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_linen_self_and_cross_attention(batch):
+    modules = both_linen()
+    x, y = normal(*batch, LENGTH, DIM), normal(*batch, 9, DIM, seed=1)
+    assert_same_linen(modules, x)
+    assert_same_linen(modules, x, y, normal(*batch, 9, DIM, seed=2))
+
+
+@pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
+@pytest.mark.parametrize("kind", [nn.MultiHeadAttention, nn.SelfAttention], ids=lambda kind: kind.__name__)
+def test_linen_layers_of_other_names(kind):
+    assert_same_linen(both_linen(kind), normal(2, LENGTH, DIM))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qkv_features": 32, "out_features": 5},
+        {"use_bias": False},
+        {"normalize_qk": True},
+        {"precision": jax.lax.Precision.HIGHEST},
+        {"force_fp32_for_softmax": True},
+        {"dtype": jnp.bfloat16},
+        {"param_dtype": jnp.bfloat16},
+    ],
+    ids=str,
+)
+def test_linen_sizes_types_and_options(options):
+    atol = 0.05 if "dtype" in options else 1e-5
+    assert_same_linen(both_linen(**options), normal(2, LENGTH, DIM), atol=atol)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_linen_masks(name):
+    x, real = normal(2, LENGTH, DIM), real_tokens()
+    modules, mask = both_linen(), MASKS[name](real)
+    variables = initial(modules[0], x)
+    expected, out = (np.asarray(m.apply(variables, x, mask=mask)) for m in modules)
+    np.testing.assert_allclose(out[real], expected[real], atol=1e-5)
+
+
+def test_linen_causality_is_a_field():
+    x = normal(2, LENGTH, DIM)
+    plain, causal = nn.MultiHeadDotProductAttention(HEADS), both_linen(is_causal=True)[1]
+    variables = initial(plain, x)
+    expected = plain.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
+    np.testing.assert_allclose(causal.apply(variables, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal field"])
+def test_linen_decoding_with_its_cache(batch, is_causal):
+    x = normal(*batch, LENGTH, DIM)
+    modules = both_linen(decode=True, is_causal=is_causal)
+    whole = both_linen()[0]
+    outs = []
+    for module in modules:
+        variables = initial(module, x)
+        cache, params = variables["cache"], variables["params"]
+        step = jax.jit(lambda c, x, m=module, p=params: m.apply({"params": p, "cache": c}, x, mutable=["cache"]))
+        steps = []
+        for t in range(LENGTH):
+            out, changed = step(cache, x[..., t : t + 1, :])
+            cache = changed["cache"]
+            steps.append(out)
+        outs.append(jnp.concatenate(steps, axis=-2))
+    np.testing.assert_allclose(outs[1], outs[0], atol=1e-5)
+    expected = whole.apply({"params": params}, x, mask=nn.make_causal_mask(x[..., 0]))
+    np.testing.assert_allclose(outs[1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_call", [False, True])
+def test_linen_flags_of_dropout(in_call):
+    theirs, mine = both_linen(dropout_rate=0.5)
+    x = normal(2, LENGTH, DIM)
+    variables = initial(theirs, x, deterministic=True)
+    if in_call:
+        assert_same_linen((theirs, mine), x, variables=variables, deterministic=True)
+    else:
+        with pytest.raises(NotImplementedError, match=r"'exact' does not support dropout .*dropout_rate=0.5"):
+            mine.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+
+
+def test_linen_dropout_takes_a_key_in_the_call():
+    fn = ours_linen.ApproxAttention("exact", dropout="output")
+    module = nn.MultiHeadDotProductAttention(HEADS, dropout_rate=0.5, deterministic=False, attention_fn=fn)
+    x = normal(2, LENGTH, DIM)
+    variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    one, same, other = (module.apply(variables, x, dropout_rng=jax.random.PRNGKey(i)) for i in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_linen_has_no_weights_to_sow():
+    _, mine = both_linen()
+    variables = initial(mine, normal(2, LENGTH, DIM))
+    with pytest.raises(NotImplementedError, match=r"'exact' does not support module \(sow_weights"):
+        mine.apply(variables, normal(2, LENGTH, DIM), sow_weights=True, mutable=["intermediates"])
+
+
+def test_linen_einsums_of_weights_have_no_meaning():
+    module = both_linen(qk_attn_weights_einsum_cls=lambda: jnp.einsum)[1]
+    with pytest.raises(NotImplementedError, match="'exact' does not support qk_attn_weights_einsum"):
+        initial(module, normal(2, LENGTH, DIM))
+
+
+def test_linen_gradients():
+    modules, x = both_linen(), normal(2, LENGTH, DIM)
+    variables = initial(modules[0], x)
+    theirs, mine = (jax.jit(jax.grad(lambda v, m=m: jnp.sum(m.apply(v, x) ** 2)))(variables) for m in modules)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), mine, theirs)
+
+
+# 5. both frameworks
+
+
+def test_nnx_and_linen_agree():
+    layer, x = both_nnx()[1], normal(2, LENGTH, DIM)
+    params = {
+        part: {"kernel": getattr(layer, part).kernel[...], "bias": getattr(layer, part).bias[...]}
+        for part in ("query", "key", "value", "out")
+    }
+    mask = nn.make_attention_mask(jnp.ones((2, 1)), real_tokens())
+    twin = both_linen()[1].apply({"params": params}, x, mask=mask)
+    np.testing.assert_allclose(twin, layer(x, mask=mask), atol=1e-6)

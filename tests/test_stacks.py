@@ -1,0 +1,391 @@
+"""Layers stacked by Flax's transforms: a random projection for each, caches for each, run by scan, vmap and remat."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from approx_attention import linen as ours_linen
+from approx_attention import nnx as ours
+from tests.references import having, settings
+
+pytestmark = pytest.mark.usefixtures("models")
+
+HEADS, DIM = 2, 8
+
+
+def stack_of(*sizes, **options):
+    """Attention layers stacked along leading axes of these sizes, without a method."""
+
+    def make(rngs):
+        return nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=rngs, **options)
+
+    for size in reversed(sizes):
+        make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=0, out_axes=0))
+    return make(nnx.Rngs(0))
+
+
+def with_method(method="favor", *sizes, rngs=None, **options):
+    layers = stack_of(*(sizes or (3,)))
+    options = {**settings(method), **options}
+    ours.replace_attention(layers, method, rngs=nnx.Rngs(3) if rngs is None else rngs, **options)
+    return layers
+
+
+def tokens(length=8, batch=2):
+    return jax.random.normal(jax.random.key(1), (batch, length, DIM))
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def scanned(layer, x):
+    return x + layer(x)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def scanned_twice(layers, x):
+    return scanned(layers, x)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def scanned_with_remat(layer, x):
+    return x + nnx.remat(lambda layer, x: layer(x))(layer, x)
+
+
+def alone(layers, *index):
+    graph, state = nnx.split(layers)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
+
+
+def in_turn(layers, x, count=3):
+    """One layer after the other, without any transform of Flax."""
+    for i in range(count):
+        x = x + alone(layers, i)(x)
+    return x
+
+
+def key_data(layers):
+    return np.asarray(jax.random.key_data(layers.attention_fn.stream.key[...]))
+
+
+def sum_of_squares(run):
+    return lambda layers, x: jnp.sum(run(layers, x) ** 2)
+
+
+# 1. methods that are random
+
+
+@pytest.mark.parametrize("method", having(needs_key=True))
+def test_every_random_method_runs_on_a_stack(method):
+    layers, x = with_method(method), jax.ShapeDtypeStruct((2, 8, DIM), jnp.float32)
+    assert layers.attention_fn.stream.key.shape == (3,)
+    out = nnx.eval_shape(lambda layers, x: scanned(layers, x), layers, x)
+    assert out.shape == x.shape
+    gradient = nnx.eval_shape(lambda layers, x: nnx.grad(sum_of_squares(scanned))(layers, x), layers, x)
+    assert gradient["query"]["kernel"].shape == (3, DIM, HEADS, DIM // HEADS)
+
+
+def in_vmap(layers, rngs):
+    """`replace_attention` on one layer at a time."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0, 0))
+    def put(layer, rngs):
+        ours.replace_attention(layer, "favor", num_features=8, rngs=rngs)
+
+    put(layers, rngs)
+
+
+WAYS = {
+    "one key": lambda layers: ours.replace_attention(layers, "favor", num_features=8, rngs=nnx.Rngs(3)),
+    "named": lambda layers: ours.replace_attention(layers, "favor", num_features=8, rngs=nnx.Rngs(attention=3)),
+    "split": lambda layers: ours.replace_attention(layers, "favor", num_features=8, rngs=nnx.Rngs(3).split(3)),
+    "vmap": lambda layers: in_vmap(layers, nnx.Rngs(3)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_layer_of_a_stack_draws_for_itself(way):
+    layers, x = stack_of(3), tokens()
+    WAYS[way](layers)
+    assert len(np.unique(key_data(layers), axis=0)) == 3
+    np.testing.assert_allclose(scanned(layers, x), in_turn(layers, x), atol=1e-5)
+
+
+def test_scan_remat_jit_and_gradients_of_a_stack():
+    layers, x = with_method(), tokens()
+    out, expected = (nnx.jit(nnx.value_and_grad(sum_of_squares(run)))(layers, x) for run in (scanned, in_turn))
+    remat = nnx.jit(nnx.value_and_grad(sum_of_squares(scanned_with_remat)))(layers, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), out, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), remat, expected)
+
+
+def test_an_ensemble():
+    layers, x = with_method(), tokens()
+    # Layers with the same parameters differ in nothing else.
+    graph, params, rest = nnx.split(layers, nnx.Param, ...)
+    same = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params), rest)
+    outs = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(same, x)
+    for i in range(3):
+        np.testing.assert_allclose(outs[i], alone(same, i)(x), atol=1e-5)
+        assert np.abs(outs[i] - outs[i - 1]).max() > 1e-3
+
+
+def test_a_stack_of_stacks():
+    layers, x = with_method("favor", 2, 3), tokens()
+    assert len(np.unique(key_data(layers).reshape(6, -1), axis=0)) == 6
+    expected = x
+    for i in range(2):
+        for j in range(3):
+            expected = expected + alone(layers, i, j)(expected)
+    np.testing.assert_allclose(scanned_twice(layers, x), expected, atol=1e-5)
+    split = nnx.Rngs(3).split((2, 3))
+    assert with_method("favor", 2, 3, rngs=split).attention_fn.stream.key.shape == (2, 3)
+
+
+def test_stacks_and_single_layers_of_one_model():
+    model = nnx.Dict(stack=stack_of(3), single=stack_of(), mlp=nnx.Linear(DIM, DIM, rngs=nnx.Rngs(0)))
+    rngs = nnx.Rngs(attention=3)
+    assert sorted(ours.replace_attention(model, "favor", num_features=8, rngs=rngs)) == ["single", "stack"]
+    data = key_data(model["stack"]), key_data(model["single"])[None]
+    assert len(np.unique(np.concatenate(data), axis=0)) == 4
+    # What draws nothing takes no key.
+    before = int(rngs.attention.count[...])
+    ours.replace_attention(model, "mean_pool", num_landmarks=4, rngs=rngs)
+    assert int(rngs.attention.count[...]) == before
+    assert scanned(model["stack"], tokens()).shape == (2, 8, DIM)
+    ours.replace_attention(model, "mean_pool", num_landmarks=4, rngs=nnx.Rngs(params=0))
+
+
+def test_one_layer_in_a_stack_is_a_stack():
+    layers, x = with_method("favor", 1), tokens()
+    np.testing.assert_allclose(scanned(layers, x), in_turn(layers, x, count=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"redraw": "every_call"}, {"redraw": "every_n", "every": 2}], ids=str)
+def test_new_draws_in_every_layer(options):
+    layers, x = with_method(**options), tokens()
+    call = nnx.jit(lambda layers, x: scanned(layers, x))
+    outs = [call(layers, x) for _ in range(3)]
+    np.testing.assert_array_equal(layers.attention_fn.stream.count[...], [3, 3, 3])
+    same = [bool((outs[i] == outs[i + 1]).all()) for i in range(2)]
+    assert same == [options["redraw"] == "every_n", False]
+    # Views that are made for evaluation keep the last draw, and do not count.
+    view = nnx.view(layers, deterministic=True)
+    np.testing.assert_allclose(scanned(view, x), outs[-1], atol=1e-6)
+    layers.eval()
+    np.testing.assert_allclose(scanned(layers, x), outs[-1], atol=1e-6)
+    np.testing.assert_array_equal(layers.attention_fn.stream.count[...], [3, 3, 3])
+    layers.train()
+    assert (scanned(layers, x) != outs[-1]).any() or options["redraw"] == "every_n"
+
+
+def test_learned_draws_of_a_stack():
+    layers, x = with_method(learned=("projection",), head_dim=DIM // HEADS), tokens()
+    projection = layers.attention_fn.learned["projection"][...]
+    assert projection.shape == (3, 8, DIM // HEADS)
+    assert np.abs(projection[0] - projection[1]).max() > 0.1
+    np.testing.assert_allclose(scanned(layers, x), in_turn(layers, x), atol=1e-5)
+    gradient = nnx.grad(sum_of_squares(scanned))(layers, x)["attention_fn"]["learned"]["projection"][...]
+    assert (np.abs(gradient).max((1, 2)) > 0).all()
+
+
+def test_the_state_of_a_stack_is_that_of_its_layers():
+    layers, x = with_method(), tokens()
+    graph, state = nnx.split(layers)
+    np.testing.assert_array_equal(scanned(nnx.merge(graph, state), x), scanned(layers, x))
+    other = with_method(rngs=nnx.Rngs(7))
+    assert np.abs(scanned(other, x) - scanned(layers, x)).max() > 1e-3
+    nnx.update(other, state)
+    np.testing.assert_array_equal(scanned(other, x), scanned(layers, x))
+
+
+def test_a_function_with_noise_on_a_stack():
+    def method(q, k, v, key):
+        return v + jax.random.normal(key, v.shape)
+
+    layers = stack_of(3)
+    ours.replace_attention(layers, method, noise=True, rngs=nnx.Rngs(3))
+    np.testing.assert_allclose(scanned(layers, tokens()), in_turn(layers, tokens()), atol=1e-5)
+
+
+# 2. decoding
+
+
+@nnx.vmap(in_axes=0)
+def start_each(layer):
+    ours.init_cache(layer, 2, max_length=16)
+
+
+@pytest.mark.parametrize("method", ["favor", "mean_pool", "exact"])
+@pytest.mark.parametrize("inside", [False, True], ids=["on the stack", "in vmap"])
+def test_decoding_a_stack_equals_whole_sequences(method, inside):
+    layers, x = with_method(method, is_causal=True), tokens()
+    whole = scanned(layers, x)
+    if inside:
+        start_each(layers)
+    else:
+        taken = ours.init_cache(layers, 2, max_length=16)
+        assert taken == layers.attention_fn.cache_bytes
+    single = alone(layers, 0)
+    assert layers.attention_fn.cache_bytes == 3 * single.attention_fn.cache_bytes > 0
+    call = nnx.jit(lambda layers, x: scanned(layers, x))
+    outs = [call(layers, x[:, :5])] + [call(layers, x[:, t : t + 1]) for t in range(5, 8)]
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+    np.testing.assert_array_equal(layers.attention_fn.num_seen, [8, 8, 8])
+    layers.attention_fn.drop_cache()
+    assert layers.attention_fn.cache_bytes == 0
+    np.testing.assert_allclose(scanned(layers, x), whole, atol=1e-6)
+
+
+def test_decoding_a_stack_of_stacks_and_sequences_of_their_own_lengths():
+    layers, x = with_method("favor", 2, 3, is_causal=True), tokens()
+    whole = scanned_twice(layers, x)
+    ours.init_cache(layers, 2)
+    outs = [scanned_twice(layers, x[:, :7]), scanned_twice(layers, x[:, 7:])]
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+    assert layers.attention_fn.num_seen.shape == (2, 3)
+
+    layers = with_method("mean_pool", is_causal=True)
+    ours.init_cache(layers, 2, ragged=True)
+    real = jnp.arange(8) < jnp.array([8, 5])[:, None]
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def masked(layer, x):
+        return x + layer(x, mask=real[:, None, None])
+
+    nnx.jit(masked)(layers, x)
+    np.testing.assert_array_equal(layers.attention_fn.num_seen, [[8, 5]] * 3)
+
+
+def test_a_failed_start_leaves_no_cache_on_a_stack():
+    layers = with_method("nystrom")
+    with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):
+        ours.init_cache(layers, 2)
+    assert layers.attention_fn.cache is None
+
+
+# 3. what cannot work says so
+
+
+def test_stacks_that_cannot_be_served():
+    with pytest.raises(ValueError, match=r"one for each of \(3,\) stacked layers; got keys of shape \(4,\)"):
+        with_method(rngs=nnx.Rngs(0).split(4))
+    with pytest.raises(ValueError, match=r"rngs must have one key, got keys of shape \(3,\): .* replace_attention"):
+        ours.ApproxAttention("favor", rngs=nnx.Rngs(0).split(3))
+    with pytest.raises(TypeError, match="rngs must be nnx.Rngs"):
+        with_method(rngs=jax.random.key(0))
+    with pytest.raises(ValueError, match="is random: pass rngs"):
+        ours.replace_attention(stack_of(3), "favor")
+    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+    layers = nnx.split_rngs(splits=3)(
+        nnx.vmap(lambda rngs: nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=rngs), in_axes=0, out_axes=axes)
+    )(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"stacked along leading axes, but a kernel of '' has shape \(\d, 3, "):
+        ours.replace_attention(layers, "favor", rngs=nnx.Rngs(0))
+
+    @nnx.scan(in_axes=(nnx.StateAxes({nnx.Param: 0, ...: None}), nnx.Carry), out_axes=nnx.Carry)
+    def of_parameters(layer, x):
+        return layer(x)
+
+    with pytest.raises(ValueError, match=r"for \(3,\) stacked layers, and one layer is called: map nnx.RngState"):
+        of_parameters(with_method(), tokens())
+
+
+def test_nothing_is_replaced_if_not_all_can_be():
+    model = nnx.Dict(first=stack_of(3), second=stack_of(4))
+    before = model["first"].attention_fn
+    with pytest.raises(ValueError, match=r"got keys of shape \(3,\)"):
+        ours.replace_attention(model, "favor", rngs=nnx.Rngs(0).split(3))
+    assert model["first"].attention_fn is before
+
+
+# 4. Linen
+
+
+class Block(nn.Module):
+    redraw: str = "never"
+    learned: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        every = 2 if self.redraw == "every_n" else None
+        fn = ours_linen.ApproxAttention("favor", {"num_features": 8}, False, self.redraw, every, learned=self.learned)
+        return x + nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)(x), None
+
+
+AXES = {"params": 0, "draws": 0}
+SPLIT = {"params": True, "attention": True}
+LIFTS = {
+    "scan": lambda block: nn.scan(block, variable_axes=AXES, split_rngs=SPLIT, length=3),
+    "scan of remat": lambda block: nn.scan(nn.remat(block), variable_axes=AXES, split_rngs=SPLIT, length=3),
+    "vmap": lambda block: nn.vmap(
+        block, in_axes=None, variable_axes=AXES, split_rngs=SPLIT, axis_size=3
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("learned", [(), ("projection",)], ids=["drawn", "learned"])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_linen_lifts_draw_for_each_layer(lift, learned):
+    model, x = LIFTS[lift](Block)(learned=learned), tokens()
+    variables = model.init({"params": jax.random.key(0), "attention": jax.random.key(1)}, x, None)
+    (key,) = jax.tree.leaves(variables["draws"])
+    assert key.shape == (3, 2)
+    assert len(np.unique(np.asarray(key), axis=0)) == 3
+    out, _ = model.apply(variables, x, None)
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(3)]
+    if lift == "vmap":
+        expected = jnp.stack([Block(learned=learned).apply(layer, x)[0] for layer in layers])
+    else:
+        expected = x
+        for layer in layers:
+            expected, _ = Block(learned=learned).apply(layer, expected)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    gradient = jax.grad(lambda p: jnp.sum(model.apply({**variables, "params": p}, x, None)[0] ** 2))(
+        variables["params"]
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_linen_remat_alone():
+    x = tokens()
+    variables = Block().init(jax.random.key(0), x)
+    out, _ = nn.remat(Block)().apply(variables, x)
+    np.testing.assert_allclose(out, Block().apply(variables, x)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("redraw", ["every_call", "every_n"])
+def test_linen_scan_draws_anew(redraw):
+    model, x = LIFTS["scan"](Block)(redraw=redraw), tokens()
+    variables = model.init({"params": jax.random.key(0), "attention": jax.random.key(1)}, x, None)
+    outs = []
+    for i in range(3):
+        (out, _), changed = model.apply(
+            variables, x, None, rngs={"attention": jax.random.key(i)}, mutable=["draws"]
+        )  # fmt: skip
+        variables = {**variables, **changed}
+        outs.append(out)
+    same = [bool((outs[i] == outs[i + 1]).all()) for i in range(2)]
+    assert same == [redraw == "every_n", False]
+    if redraw == "every_n":
+        np.testing.assert_array_equal(variables["draws"]["ApproxAttention_0"]["count"], [3, 3, 3])
+
+
+def test_linen_lifts_that_split_or_keep_too_little():
+    x, rngs = tokens(), {"params": jax.random.key(0), "attention": jax.random.key(1)}
+    model = nn.scan(Block, variable_axes={"params": 0}, split_rngs=SPLIT, length=3)()
+    with pytest.raises(ValueError, match=r"'draws' of init; in nn.scan and nn.vmap give variable_axes=.*'draws': 0"):
+        model.init(rngs, x, None)
+    model = nn.scan(Block, variable_axes=AXES, split_rngs={"params": True}, length=3)("every_call")
+    variables = model.init(rngs, x, None)
+    with pytest.raises(ValueError, match=r"from the stream 'attention'.*give split_rngs=.*'attention': True"):
+        model.apply(variables, x, None, rngs={"attention": jax.random.key(2)})
+    # One random projection for all, where that is asked for.
+    split_rngs = {"params": True, "attention": False}
+    shared = nn.scan(
+        Block, variable_axes={"params": 0}, variable_broadcast="draws", split_rngs=split_rngs, length=3
+    )  # fmt: skip
+    (key,) = jax.tree.leaves(shared().init(rngs, x, None)["draws"])
+    assert key.shape == (2,)
