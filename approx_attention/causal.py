@@ -159,14 +159,15 @@ def causal_state(
     block_size = min(check_count("block_size", block_size), q.shape[0])
 
     def state(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
-        return _state_of_blocks(q, k, v, running, block_size, kv_mask)
+        return causal_state_by_place(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
 
     return over_real_tokens(state, q, k, v, kv_mask, is_causal=True)
 
 
-def _state_of_blocks(
-    q: Array, k: Array, v: Array, running: RunningSummary, block_size: int, kv_mask: Array | None
+def causal_state_by_place(
+    q: Array, k: Array, v: Array, running: RunningSummary, *, block_size: int, kv_mask: Array | None = None
 ) -> AttentionState:
+    """The same with blocks of all places, padding included: for patterns, which count places too."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)

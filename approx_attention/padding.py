@@ -51,7 +51,13 @@ def count_real(mask: Array) -> Array:
 
 def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) -> Array | None:
     """Which queries are real ``[T]``: those that ``q_mask`` says, or in self-attention (T = S) those of real keys."""
-    return kv_mask if q_mask is None and kv_mask is not None and kv_mask.shape[0] == num_queries else q_mask
+    if q_mask is None:
+        return query_places(kv_mask, num_queries, is_causal=False)
+    if q_mask.dtype != jnp.bool_ or q_mask.shape != (num_queries,):
+        raise ValueError(
+            f"q_mask must be boolean [T] = [{num_queries}], got dtype {q_mask.dtype}, shape {q_mask.shape}"
+        )
+    return q_mask
 
 
 def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:

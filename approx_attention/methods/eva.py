@@ -13,7 +13,7 @@ from approx_attention.checks import check_choice, check_count, check_key, head_i
 from approx_attention.chunks import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
-from approx_attention.padding import RealFirst, draw_of_size, over_real_tokens, query_places
+from approx_attention.padding import RealFirst, draw_of_size, over_real_tokens, query_mask, query_places
 from approx_attention.rows import block_windows, out_of_blocks, pad_rows
 from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means, segments
 from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, mask_bias
@@ -193,7 +193,9 @@ def eva(
             state = jax.tree.map(lambda x: x[back], state)
         return state
 
-    queries = q, query_places(kv_mask, q.shape[0], is_causal) if q_mask is None else q_mask
+    if q_mask is None:
+        q_mask = query_places(kv_mask, q.shape[0], is_causal)
+    queries = q, query_mask(q_mask, kv_mask, q.shape[0])
     if spatial_shape is None:
         state = over_real_tokens(by_windows, queries, k, v, kv_mask, is_causal=is_causal)
     else:  # a hidden pixel keeps its place

@@ -87,7 +87,9 @@ def hyper_attention(
     planes = jax.random.normal(key_hash, (q.shape[1], num_hashes), q.dtype)
     rank_q, rank_k = _gray_rank(q, planes), _gray_rank(k, planes)
     is_self = q.shape[0] == k.shape[0]
-    order_q = jnp.lexsort((rank_q, ~real)) if is_self else jnp.argsort(rank_q, stable=True)
+    order_q = jnp.argsort(rank_q, stable=True)
+    if kv_mask is not None and is_self:  # real queries first
+        order_q = jnp.lexsort((rank_q, ~kv_mask))
     order_k = jnp.lexsort((rank_k, ~real))
     num_blocks = -(-q.shape[0] // block_size)
     keys_per_block = room = -(-k.shape[0] // num_blocks)
