@@ -65,8 +65,9 @@ def attention(
         rng: typed PRNG key; each key head draws from its own, shared over the batch and over its query heads.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t (aligned top left where T != S).
-        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Where lengths are
-            traced, those below 0 count as 0, and those above the number of tokens as that.
+        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Methods that take
+            ``q_mask`` leave them out of what they make of all queries. Where lengths are traced, those below 0 count as
+            0, and those above the number of tokens as that.
         key_value_seq_lengths: real keys per sequence, ``[...]``.
         local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
             many tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
@@ -145,6 +146,9 @@ def attention(
     if query_seq_lengths is not None:
         asked = within(query_seq_lengths, num_queries, batch, "query_seq_lengths")[..., None, None]
         query = jnp.where(asked, query, jnp.zeros_like(query))
+        if "q_mask" in (head.arguments or ()):
+            real = jnp.broadcast_to(asked[..., 0, 0][..., None, :], (*batch, num_kv_heads, num_queries))
+            sliced["q_mask"] = real.reshape(num_batches * num_kv_heads, num_queries)
 
     for name in _PER_TOKEN & hyperparameters.keys():
         x, expected = hyperparameters.pop(name), (*batch, num_keys, num_kv_heads)

@@ -15,6 +15,7 @@ from jax import Array, lax
 from approx_attention.checks import check_count, real_keys
 from approx_attention.choices import keeping_choices
 from approx_attention.features import FeatureMap
+from approx_attention.padding import over_real_tokens
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
@@ -131,6 +132,7 @@ def causal_state(
     """Causal attention of query t over keys j <= t: exact in two blocks, summarised before them.
 
     The cost is linear in T for a summary of bounded size, and only the current summary is held, not one per position.
+    Blocks are those of the real tokens, so that padding moves nothing from one block to another (`over_real_tokens`).
 
     Args:
         q: queries ``[T, D]`` in scaled space (`fold_scale`).
@@ -138,7 +140,7 @@ def causal_state(
         v: values ``[S, Dv]``.
         running: how the prefix is summarised.
         block_size: tokens per block.
-        kv_mask: true where a key is real, ``[S]``.
+        kv_mask: true where a key is real, ``[S]``. The query of a hidden key gives 0 if a real key comes after it.
 
     Returns:
         The `AttentionState` of the queries.
@@ -154,8 +156,19 @@ def causal_state(
         >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))
         True
     """
+    block_size = min(check_count("block_size", block_size), q.shape[0])
+
+    def state(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        return causal_state_by_place(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+
+    return over_real_tokens(state, q, k, v, kv_mask, is_causal=True)
+
+
+def causal_state_by_place(
+    q: Array, k: Array, v: Array, running: RunningSummary, *, block_size: int, kv_mask: Array | None = None
+) -> AttentionState:
+    """The same with blocks of all places, padding included: for patterns, which count places too."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
-    block_size = min(check_count("block_size", block_size), num_queries)
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
     blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in tokens))

@@ -73,29 +73,38 @@ def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     Candidates are drawn as in the seeding of k-means++, but many at a time: in rounds, with odds in proportion to mass
     and squared distance to those of earlier rounds.
     """
-    candidates = min(2 * count, tokens.mass.shape[0])
+    num_tokens = tokens.mass.shape[0]
+    candidates = min(2 * count, num_tokens)
     rounds = min(SEEDING_ROUNDS, candidates)
     share = -(-candidates // rounds)
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
+    # Tokens without mass at the end are padding, without which rounds, shares and noise must come out the same.
+    length = jnp.max(jnp.where(mass > 0, jnp.arange(1, num_tokens + 1, dtype=jnp.int32), 1))
+    least_candidates = jnp.minimum(2 * count, length)
+    least_rounds = jnp.minimum(rounds, least_candidates)
+    least_share = -(-least_candidates // least_rounds)
     size = squared_norm(k)[:, 0]
     least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
-    noise = jax.random.gumbel(key, (rounds, k.shape[0]), k.dtype)
+    noise = jax.random.gumbel(key, (rounds * num_tokens,), k.dtype)
 
-    def step(distance: Array, noise: Array) -> tuple[Array, Array]:
-        odds = jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + noise
+    def step(distance: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
+        own = lax.dynamic_slice_in_dim(noise, number * length, num_tokens)
+        odds = jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + own
         place = lax.top_k(jnp.where((mass > 0) & (distance > 0), odds, HIDDEN), share)[1]
+        wanted = (number < least_rounds) & (jnp.arange(share, dtype=jnp.int32) < least_share)
         centres = k[place]
-        bias = -squared_norm(centres)[:, 0][None, :] / 2
+        bias = jnp.where(wanted, -squared_norm(centres)[:, 0] / 2, HIDDEN)[None, :]
 
         def likeness(x: Array) -> Array:
             return jnp.max(x @ centres.T + bias, axis=1)
 
         left = size - 2 * map_rows(likeness, k, max(1, LEAST_TILE // share))
         distance = jnp.minimum(distance, jnp.where(left > least, left, 0))
-        return distance.at[place].set(0), place
+        return distance.at[jnp.where(wanted, place, num_tokens)].set(0, mode="drop"), (place, wanted)
 
-    place = lax.scan(step, jnp.ones_like(size), noise)[1].reshape(-1)
-    return place[farthest_places(k[place], mass[place] > 0, count)]
+    _, (place, wanted) = lax.scan(step, jnp.ones_like(size), jnp.arange(rounds, dtype=jnp.int32))
+    place, wanted = place.reshape(-1), wanted.reshape(-1)
+    return place[farthest_places(k[place], (mass[place] > 0) & wanted, count)]
 
 
 def farthest_places(k: Array, present: Array, count: int) -> Array:

@@ -516,8 +516,8 @@ def _better(tokens: WeightedKV, merge: WeightedKV, solved: WeightedKV, ratio: Ar
     radius = ratio * jnp.sqrt(jnp.max(squared_norm(held.k)))
     side = jnp.where(jnp.arange(place.shape[0]) % 2 == 0, 1, -1)[:, None]
     q = side * direction * radius / jnp.where(norm > 0, norm, 1)
-    truth = attend(q, held).out
-    errors = [jnp.sum((attend(q, summary).out - truth) ** 2) for summary in (first, second)]
+    truth, asked = attend(q, held).out, (held.mass[place] > 0)[:, None]
+    errors = [jnp.sum((attend(q, summary).out - truth) ** 2, where=asked) for summary in (first, second)]
     return jax.tree.map(
         lambda a, b: jnp.where(errors[1] < errors[0], a, b),
         solved,

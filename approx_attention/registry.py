@@ -443,6 +443,7 @@ OPTIONS: Mapping[str, str] = types.MappingProxyType(
         "is_causal": "is_causal",
         "return_state": "return_residual: its normaliser is not comparable to that of exact attention",
         "kv_mask": "padding (a mask over keys or key_value_seq_lengths)",
+        "q_mask": "a mask over queries",
         "mask": "a mask that differs between queries or heads",
         "bias": "bias",
     }

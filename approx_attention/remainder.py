@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.block_sparse import GATHERED, BlockMap, block_sparse_state, gathered_state
-from approx_attention.causal import RunningSummary, causal_state, running_moments
+from approx_attention.causal import RunningSummary, causal_state_by_place, running_moments
 from approx_attention.checks import real_keys
 from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
 from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state
@@ -192,7 +192,7 @@ def support_and_moments_state(
         block_size = min(block_size, q.shape[0])
         first = summarize(k[:1], v[:1], kv_mask[:1])
         running = _running_sums(summarize, first.features)._replace(near=_nothing)
-        whole = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+        whole = causal_state_by_place(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
         block = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None] // block_size
         seen = seen & (places < (block - 1) * block_size)
     else:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.checks import check_count
+from approx_attention.checks import check_count, real_keys
+from approx_attention.padding import count_real, floor_of_share
 from approx_attention.rows import pad_rows
 from approx_attention.summaries import WeightedKV
 
@@ -18,31 +19,88 @@ from approx_attention.summaries import WeightedKV
 class Segments:
     """M groups of tokens: ``member [M, longest]`` are their indices, and ``inside`` tells them from filling."""
 
-    member: np.ndarray
-    inside: np.ndarray
+    member: np.ndarray | Array
+    inside: np.ndarray | Array
 
     def gather(self, x: Array) -> Array:
         """Rows ``[S, ...]`` by segment, ``[M, longest, ...]``, with zeros as filling."""
-        if self.inside.all() and np.array_equal(self.member.reshape(-1), np.arange(x.shape[0])):
+        known = isinstance(self.inside, np.ndarray)
+        if known and self.inside.all() and np.array_equal(self.member.reshape(-1), np.arange(x.shape[0])):
             return x.reshape(*self.member.shape, *x.shape[1:])
         inside = self.inside.reshape(self.inside.shape + (1,) * (x.ndim - 1))
         return jnp.where(inside, x[self.member], jnp.zeros((), x.dtype))
 
+    def sums(self, x: Array) -> Array:
+        """The sums of the rows ``[S, ...]`` of each segment, ``[M, ...]``."""
+        return jnp.sum(self.gather(x), axis=1)
 
-def segments(num_tokens: int, num_segments: int) -> Segments:
-    """Runs of consecutive tokens whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c."""
+    def maxima(self, x: Array) -> Array:
+        """The greatest of the rows ``[S, D]`` of each segment ``[M, D]``."""
+        return jnp.max(self.gather(x), axis=1, where=self.inside[..., None], initial=-jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedSegments:
+    """M groups of the real tokens of a sequence: ``number [S]`` is each token's group, M that of padding."""
+
+    number: Array
+    num_segments: int
+
+    def sums(self, x: Array) -> Array:
+        """The sums of the real rows ``[S, ...]`` of each segment, ``[M, ...]``."""
+        return jax.ops.segment_sum(x, self.number, self.num_segments)
+
+    def maxima(self, x: Array) -> Array:
+        """The greatest of the real rows ``[S, D]`` of each segment ``[M, D]``; minus infinity where there is none."""
+        return jax.ops.segment_max(x, self.number, self.num_segments)
+
+
+def segments(
+    num_tokens: int, num_segments: int, real: Array | None = None, most: Array | int | None = None
+) -> Segments | RankedSegments:
+    r"""Runs of consecutive tokens whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c.
+
+    Padding is in no segment: where ``real`` tells it apart, j is a token's rank among the n real ones, S is n, and M is
+    at most n, so that the segments are those of the sequence without padding, whatever its place and number.
+
+    Args:
+        num_tokens: the number S of places.
+        num_segments: M, at most S.
+        real: which tokens are real ``[S]``.
+        most: a further bound on M, which leaves the last segments empty, beside ``real``.
+
+    Returns:
+        The segments, of fixed indices unless ``real`` is given.
+    """
+    if real is not None:
+        return RankedSegments(_ranked(num_segments, real, most), num_segments)
+    return _runs(num_tokens, num_segments)
+
+
+def _runs(num_tokens: int, num_segments: int) -> Segments:
     bounds = -(-np.arange(num_segments + 1) * num_tokens // num_segments)
     member = bounds[:-1, None] + np.arange(-(-num_tokens // num_segments))
     inside = member < bounds[1:, None]
     return Segments(np.minimum(member, num_tokens - 1), inside)
 
 
-def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any) -> Array:
+def _ranked(num_segments: int, real: Array, most: Array | int | None) -> Array:
+    """The segment of each real token by its rank ``[S]``, and ``num_segments`` for padding."""
+    count = count_real(real)
+    used = jnp.minimum(num_segments, count if most is None else jnp.minimum(count, most))
+    number, _ = floor_of_share(jnp.cumsum(real, dtype=jnp.int32) - 1, used, jnp.maximum(count, 1))
+    return jnp.where(real, number, num_segments)
+
+
+def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array | None = None) -> Array:
     """The matrix ``[M, S]`` whose rows take the means of `segments`; M is S if there are no more tokens."""
     num_segments = min(num_segments, num_tokens)
-    segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
+    if real is None:
+        segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
+    else:
+        segment = _ranked(num_segments, real, None)
     member = (segment[None, :] == jnp.arange(num_segments)[:, None]).astype(dtype)
-    return member / jnp.sum(member, axis=1, keepdims=True)
+    return member / jnp.maximum(jnp.sum(member, axis=1, keepdims=True), 1)
 
 
 def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
@@ -53,7 +111,7 @@ def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
         raise ValueError(
             f"the landmarks of an image must be a square number of at most {min(height, width)}^2, got {num_segments}"
         )
-    rows, columns = segments(height, side), segments(width, side)
+    rows, columns = _runs(height, side), _runs(width, side)
     member = rows.member[:, None, :, None] * width + columns.member[None, :, None, :]
     inside = rows.inside[:, None, :, None] & columns.inside[None, :, None, :]
     return Segments(member.reshape(num_segments, -1), inside.reshape(num_segments, -1))
@@ -74,7 +132,7 @@ def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[
         ValueError: a shape that is not that of the tokens.
     """
     if spatial_shape is None:
-        return segments(num_tokens, num_landmarks)
+        return _runs(num_tokens, num_landmarks)
     if math.prod(spatial_shape) != num_tokens:
         raise ValueError(f"spatial_shape must be that of the {num_tokens} tokens, got {spatial_shape}")
     return grid_segments(spatial_shape, math.isqrt(min(num_landmarks, min(spatial_shape) ** 2)) ** 2)
@@ -93,9 +151,9 @@ class TokenSums(NamedTuple):
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         return cls(tokens.k, tokens.value_sum, tokens.mass)
 
-    def pooled(self, parts: Segments) -> "TokenSums":
+    def pooled(self, parts: Segments | RankedSegments) -> "TokenSums":
         """The sums over unions of these segments."""
-        return jax.tree.map(lambda x: jnp.sum(parts.gather(x), axis=1), self)
+        return jax.tree.map(parts.sums, self)
 
     def landmarks(self) -> WeightedKV:
         """The mean key of each segment with its summed values, of mass 0 where it has no real token."""
@@ -107,10 +165,53 @@ def mean(total: Array, count: Array) -> Array:
     return total / jnp.maximum(count, jnp.ones_like(count))[:, None]
 
 
-def segment_means(x: Array, parts: Segments, mask: Array | None = None) -> Array:
+def segment_means(x: Array, parts: Segments | RankedSegments, mask: Array | None = None) -> Array:
     """The mean of the rows ``x [S, D]`` of each segment, of those where ``mask`` is true; 0 where there is none."""
     sums = TokenSums.of_tokens(x, x[:, :0], mask).pooled(parts)
     return mean(sums.k, sums.count)
+
+
+def landmark_means(
+    x: Array,
+    num_landmarks: int,
+    mask: Array | None,
+    spatial_shape: tuple[int, int] | None = None,
+    most: Array | int | None = None,
+) -> Array:
+    """The mean of the real rows ``x [S, D]`` of each segment: of the real tokens, or of all pixels of an image."""
+    if mask is None or spatial_shape is not None:
+        return segment_means(x, landmark_segments(x.shape[0], num_landmarks, spatial_shape), mask)
+    return segment_means(x, segments(x.shape[0], num_landmarks, mask, most), mask)
+
+
+def paired_means(
+    q: Array,
+    k: Array,
+    num_segments: int,
+    q_mask: Array | None,
+    kv_mask: Array | None,
+    spatial_shape: tuple[int, int] | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """Means of queries and of keys over equally many segments, no more than there are real queries and real keys.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        num_segments: M, at most T and S.
+        q_mask: which queries are real ``[T]``.
+        kv_mask: which keys are real ``[S]``.
+        spatial_shape: as in `landmark_segments`.
+
+    Returns:
+        The means ``[M, D]`` of queries and of keys, and which of the segments there are ``[M]``: None for all.
+    """
+    most = present = None
+    if spatial_shape is None and (q_mask is not None or kv_mask is not None):
+        q_mask, kv_mask = real_keys(q_mask, q.shape[0]), real_keys(kv_mask, k.shape[0])
+        most = jnp.minimum(count_real(q_mask), count_real(kv_mask))
+        present = jnp.arange(num_segments, dtype=jnp.int32) < most
+    q_mean = landmark_means(q, num_segments, q_mask, spatial_shape, most)
+    return q_mean, landmark_means(k, num_segments, kv_mask, spatial_shape, most), present
 
 
 class GrowingSegments(NamedTuple):

@@ -37,6 +37,14 @@ def causal_mask(num_queries, num_keys):
     return np.arange(num_keys)[None, :] <= np.arange(num_queries)[:, None]
 
 
+def without_padding(q, k, v, kv_mask, is_causal=False):
+    """The tokens without padding, and which queries are left: those of real keys, where they stand at keys' places."""
+    real, rows = np.asarray(kv_mask), np.ones(len(q), bool)
+    if is_causal or len(q) == len(k):
+        rows[: len(k)] = real[: len(q)]
+    return q[rows], k[real], v[real], rows
+
+
 def random_head(seed, num_queries, num_keys, head_dim=8, value_dim=None, dtype=jnp.float32, spread=1.0):
     """q [T, D], k [S, D], v [S, Dv] with standard normal entries, times ``spread`` for q and k."""
     random = np.random.default_rng(seed)

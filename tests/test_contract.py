@@ -572,7 +572,7 @@ def test_every_hyperparameter_has_an_effect(name):
     q, k, v = random_head(18, 40, 40)
     for argument in list(inspect.signature(METHODS[name].function).parameters)[4:]:
         # Options of `attention`, tested above; the form of the answer, not its value.
-        if argument in ("is_causal", "kv_mask", "mask", "bias", "scale", "implementation", "return_state"):
+        if argument in ("is_causal", "kv_mask", "q_mask", "mask", "bias", "scale", "implementation", "return_state"):
             continue
         if (name, argument) in WITHOUT_EFFECT:
             continue

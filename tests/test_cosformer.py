@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import Decoder, cosformer, place_tokens, running_cosformer
-from tests.references import causal_mask, random_head
+from tests.references import causal_mask, random_head, without_padding
 
 
 def kernel_attention(q, k, v, *, max_length=None, seen=None):
@@ -26,16 +26,18 @@ def kernel_attention(q, k, v, *, max_length=None, seen=None):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_kernel_as_it_is_defined(num_queries, num_keys, is_causal):
     q, k, v = random_head(0, num_queries, num_keys, 8, 5)
-    visible = causal_mask(num_queries, num_keys) if is_causal else np.ones((num_queries, num_keys), bool)
     kv_mask = np.arange(num_keys) % 5 != 2
     for max_length in (None, 50):
         options = {"max_length": max_length, "is_causal": is_causal, "block_size": 4, "scale": 0.7}
         function = jax.jit(functools.partial(cosformer, **options, return_state=True))
         for mask in (np.ones(num_keys, bool), kv_mask):
             state = function(q, k, v, kv_mask=mask)
-            out, total = kernel_attention(q, k, v, max_length=max_length, seen=visible & mask)
-            np.testing.assert_allclose(state.out, out, atol=1e-5)
-            np.testing.assert_allclose(jnp.exp(state.lse), 0.7 * total, rtol=1e-4, atol=1e-6)
+            *tokens, rows = without_padding(q, k, v, mask, is_causal)
+            seen = causal_mask(len(tokens[0]), len(tokens[1])) if is_causal else None
+            length = max_length or (mask.sum() if num_queries == num_keys else max(num_queries, mask.sum()))
+            out, total = kernel_attention(*tokens, max_length=length, seen=seen)
+            np.testing.assert_allclose(state.out[rows], out, atol=1e-5)
+            np.testing.assert_allclose(jnp.exp(state.lse[rows]), 0.7 * total, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

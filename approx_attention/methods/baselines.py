@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import check_count, check_floating, check_key, head_inputs, real_keys, token_sums_inputs
+from approx_attention.padding import RealFirst, ranks
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend
 
@@ -141,6 +142,8 @@ def uniform_sample(
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         _check_noise(noise, k.shape[0])
+        if noise is not None and kv_mask is not None:
+            noise = RealFirst.of(kv_mask).front(noise)
         running = running_uniform_sample(head_dim, key, sample_size=sample_size, noise=noise)
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
@@ -174,6 +177,7 @@ def summarize_uniform_sample(
     _check_noise(noise, k.shape[0])
     if noise is None:
         noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],))
+        noise = noise if kv_mask is None else noise[ranks(kv_mask, k.shape[0])]
     real = real_keys(kv_mask, k.shape[0])
     k, v = token_sums_inputs(k, v, kv_mask)
     return _Sample.empty(sample_size, k.shape[-1], v.shape[-1], k.dtype).offer(noise, k, v, real).tokens()

@@ -25,8 +25,10 @@ from approx_attention.checks import (
 from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.features import squared_norm
+from approx_attention.padding import RealFirst, count_real, over_real_tokens
 from approx_attention.remainder import blocks_and_rest_state
 from approx_attention.rows import out_of_blocks, pad_rows
+from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend, merge
 
 
@@ -64,7 +66,7 @@ def coreset(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key.
-        coreset_size: the number M of tokens; with M >= S the answer is exact.
+        coreset_size: the number M of tokens; with as many as real keys the answer is exact.
         algorithm: a name in `approx_attention.coresets.ALGORITHMS`, or one of its classes with settings of your own.
         query_radius: :math:`\rho`, the largest norm of a query in scaled space (`query_radius`); by default that of the
             centred keys.
@@ -140,7 +142,7 @@ def sparse_coreset(
     Unlike causal `coreset`, which folds all earlier blocks into one coreset, its causal form summarises each once.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key.
@@ -181,10 +183,15 @@ def sparse_coreset(
 
     def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> WeightedKV:
         own = jax.random.fold_in(drawn, number)
-        return summarize_coreset(k, v, own, coreset_size=coreset_size, algorithm=algorithm, kv_mask=kv_mask)
+        tokens = WeightedKV.of_tokens(k, v, kv_mask)
+        return compress(tokens, own, coreset_size=coreset_size, algorithm=algorithm)
 
     blocks = BlockMap.banded(1, 1, **sizes)
-    state = blocks_and_rest_state(q, k, v, blocks, summarize, is_causal=is_causal, kv_mask=kv_mask)
+
+    def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        return blocks_and_rest_state(q, k, v, blocks, summarize, is_causal=is_causal, kv_mask=kv_mask)
+
+    state = over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
     return state if return_state else state.out.astype(dtype)
 
 
@@ -207,10 +214,11 @@ def summarize_coreset(
         coreset_size: the number M of tokens.
         algorithm: as in `coreset`.
         query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
-        kv_mask: true where a key is real, ``[S]``.
+        kv_mask: true where a key is real, ``[S]``. The choice depends on these alone, but with ``"halving"``,
+            ``"stratified"``, ``"thinformer"``, ``"balance_kv"`` and ``"subgen"``, which draw by the length, on S too.
 
     Returns:
-        A `WeightedKV` of at most M tokens; as they are, if S is at most M.
+        A `WeightedKV` of at most M tokens; as they are, if no more keys are real.
 
     Raises:
         ValueError: an unknown algorithm, a count below 1, no key.
@@ -222,8 +230,17 @@ def summarize_coreset(
         >>> summarize_coreset(k, v, jax.random.key(2), coreset_size=8, algorithm="uniform").mass.sum().tolist()
         64.0
     """
+    options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    return compress(tokens, key, coreset_size=coreset_size, algorithm=algorithm, query_radius=query_radius)
+    if kv_mask is None or coreset_size >= k.shape[0]:
+        return compress(tokens, key, **options)
+    tokens = RealFirst.of(kv_mask).front(tokens)
+    small = compress(tokens, key, **options)
+    # No more real keys than there is room for stay as they are.
+    whole = WeightedKV(*(x[:coreset_size] for x in (tokens.k, tokens.value_sum, tokens.mass)))
+    few = WeightedKV(*(pad_rows(x, coreset_size - x.shape[0]) for x in (small.k, small.value_sum, small.mass)))
+    chosen = jax.tree.map(lambda a, b: jnp.where(count_real(kv_mask) <= coreset_size, a, b), whole, few)
+    return dataclasses.replace(chosen, value_range=small.value_range)
 
 
 def compress(

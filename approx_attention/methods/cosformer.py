@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import accumulation_dtype, check_count, head_inputs
 from approx_attention.features import CosineFeatures
+from approx_attention.padding import count_real, query_places, ranks
 from approx_attention.summaries import FeatureMoments, attend, kernel_state
 
 
@@ -40,15 +41,15 @@ def cosformer(
     For decoding see `running_cosformer`: the tokens of a cache carry no place by themselves.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        max_length: M, at least T and S, ``max(T, S)`` by default. Set it for answers that do not depend on how long
-            the sequence is.
+        max_length: M, at least T and S; by default the number of real keys, or of queries if T != S and these are more.
+            Set it for answers that do not depend on how long the sequence is.
         is_causal: query t sees keys j <= t.
         block_size: tokens per block of the causal form; it matters to speed only.
-        kv_mask: true where a key is real, ``[S]``; padding keeps its place. A query that sees no key gives 0.
+        kv_mask: true where a key is real, ``[S]``; padding has no place. A query that sees no key gives 0.
         scale: factor of the kernel, ``1/sqrt(D)`` by default; the answer does not depend on it.
         return_state: return the `AttentionState`, with the logarithms of this kernel's normalisers, in the
             accumulation dtype.
@@ -72,10 +73,18 @@ def cosformer(
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)
-    length = max(q.shape[0], k.shape[0])
-    max_length = length if max_length is None else check_count("max_length", max_length)
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    longest = max(num_queries, num_keys)
+    if max_length is not None:
+        max_length = check_count("max_length", max_length)
+        if max_length < longest:
+            raise ValueError(f"max_length must be at least the number of tokens, {longest}, got {max_length}")
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    q, k = (place_tokens(x, max_length=max_length) for x in (q, k))
+    own = query_places(kv_mask, num_queries, is_causal)
+    if max_length is None and kv_mask is not None:
+        longest = jnp.maximum(count_real(kv_mask), 1 if num_queries == num_keys else num_queries)
+    over = longest if max_length is None else max_length
+    q, k = _placed(q, ranks(own, num_queries), over), _placed(k, ranks(kv_mask, num_keys), over)
     if is_causal:
         state = causal_state(q, k, v, running_cosformer(head_dim), block_size=block_size, kv_mask=kv_mask)
     else:
@@ -128,8 +137,13 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
     max_length = check_count("max_length", max_length)
     if isinstance(start, int) and start + x.shape[0] > max_length:
         raise ValueError(f"max_length must be at least the number of tokens, {start + x.shape[0]}, got {max_length}")
-    x = x.astype(accumulation_dtype(x))
-    place = (start + jnp.arange(x.shape[0], dtype=jnp.int32))[:, None]
+    return _placed(x, start + jnp.arange(x.shape[0], dtype=jnp.int32), max_length)
+
+
+def _placed(x: Array, place: Array, max_length: Array | int) -> Array:
+    """Rows ``[N, D]`` with their places ``[N]`` as two more channels."""
+    x, place = x.astype(accumulation_dtype(x)), place[:, None]
     # The cosine as the sine of what is left to a right angle, which keeps its digits where it is small.
-    cosine, sine = (jnp.sin(n.astype(x.dtype) * (math.pi / (2 * max_length))) for n in (max_length - place, place))
+    step = math.pi / (2 * (max_length if isinstance(max_length, int) else max_length.astype(x.dtype)))
+    cosine, sine = (jnp.sin(n.astype(x.dtype) * step) for n in (max_length - place, place))
     return jnp.concatenate([x, cosine, sine], axis=-1)

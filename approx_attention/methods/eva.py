@@ -1,6 +1,5 @@
 """EVA: exact attention nearby, and one control variate for every chunk of tokens further away."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,17 +9,16 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import as_pair, check_choice, check_count, check_floats, check_key, head_inputs, real_keys
+from approx_attention.checks import check_choice, check_count, check_floats, check_key, head_inputs, real_keys
+from approx_attention.chunks import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.padding import RealFirst, draw_of_size, over_real_tokens, query_mask, query_places
 from approx_attention.rows import block_windows, out_of_blocks, pad_rows
-from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means
+from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means, segments
 from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, WeightedKV
-
-# The default chunk is the largest divisor of the window up to this.
-DEFAULT_CHUNK = 16
 
 ProposalMean = Literal["q+k", "half", "k"]
 
@@ -47,6 +45,7 @@ def eva(
     local_bias: Float[Array, "W L"] | None = None,
     spatial_shape: tuple[int, int] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
+    q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
 ) -> Any:
@@ -71,7 +70,7 @@ def eva(
     are averaged in pairs as the prefix grows, at a cost linear in T.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key of the noise, or none for no noise.
@@ -87,7 +86,7 @@ def eva(
         pooling_vectors: two learned ones ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
             :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and w the second for every chunk.
         chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means; like all that is given
-            by chunk in the order of ``chunk_means``.
+            by chunk in the order of ``chunk_means``. With a mask and ``num_chunks``, C is the lesser of that and S.
         proposal_mean: :math:`\mu`: ``"q+k"``, ``"half"`` of that, ``"k"``, or ``[C, D]`` in scaled space. By default
             ``"q+k"``, but ``"k"`` if causal and ``exclude_local``. Queries of another sequence (T != S) enter by the
             mean of them all, but causally by those at the places of the chunk.
@@ -97,8 +96,9 @@ def eva(
         local_bias: learned bias of the logits within a window, ``[window, window + overlaps]``; of an image, between
             the pixels of a window, row by row.
         spatial_shape: height and width of an image that the tokens are, row by row.
-        kv_mask: true where a key is real, ``[S]``, and for self-attention a query. A query that sees no key gives 0; a
-            chunk without a real key has no mass.
+        kv_mask: true where a key is real, ``[S]``; windows and chunks are of real tokens, in an image of all pixels. A
+            query that sees no key gives 0; a chunk without a real key has no mass.
+        q_mask: true where a query is real, ``[T]``, and enters means of queries; by default `kv_mask` where T = S.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
 
@@ -153,7 +153,7 @@ def eva(
         for name, is_given in given.items():
             if is_given:
                 raise NotImplementedError(f"method 'eva' does not support {name} with is_causal and exclude_local")
-        chunk_size = chunk_size or _largest_divisor(window_size, DEFAULT_CHUNK)
+        chunk_size = chunk_size or largest_divisor(window_size, DEFAULT_CHUNK)
         if window_size % chunk_size:
             raise ValueError(f"chunk_size must divide window_size = {window_size}, got {chunk_size}")
         if num_chunks is None:
@@ -165,31 +165,45 @@ def eva(
         state = causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
         return state if return_state else state.out.astype(dtype)
 
-    layout = _layout(
-        q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, 0 if is_causal else overlap, exclude_local,
-        spatial_shape,
-    )  # fmt: skip
-    left, right = overlap, 0 if is_causal else overlap
-    if layout.order is not None:
-        q, k, v = (x[layout.order] for x in (q, k, v))
-        kv_mask = None if kv_mask is None else kv_mask[layout.order]
-        if local_bias is not None and layout.within is not None and local_bias.shape == (layout.window,) * 2:
-            local_bias = local_bias[layout.within][:, layout.within]
+    sizes = {
+        "window": window_size, "chunk": chunk_size, "num_chunks": num_chunks, "overlap": 0 if is_causal else overlap,
+        "exclude_local": exclude_local, "spatial_shape": spatial_shape,
+    }  # fmt: skip
     learned = {"chunk_keys": chunk_keys, "noise": noise}
-    summarise = _Summaries(
-        q, k, v, key, kv_mask, pooling_vectors, proposal_mean, num_samples, noise_scale, count_correction, is_causal
-    )
-    chunks = summarise(layout.chunks, 0, **learned)
-    siblings = None
-    if layout.siblings is not None:
-        for name, x in {**learned, "proposal_mean": None if isinstance(proposal_mean, str) else proposal_mean}.items():
-            if x is not None:
-                raise NotImplementedError(f"method 'eva' does not support {name} with chunks longer than a window")
-        siblings = summarise(layout.siblings, 1)
-    state = _answer(q, k, v, kv_mask, layout, left, right, chunks, siblings, local_bias, is_causal, exclude_local)
-    if layout.order is not None:
-        back = np.argsort(layout.order)
-        state = jax.tree.map(lambda x: x[back], state)
+    given = {**learned, "proposal_mean": None if isinstance(proposal_mean, str) else proposal_mean}
+
+    def by_windows(queries: tuple[Array, Array | None], k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        (q, q_mask), bias = queries, local_bias
+        layout = layout_of(q.shape[0], k.shape[0], **sizes, kv_mask=kv_mask)
+        if layout.order is not None:
+            q, k, v, q_mask, kv_mask = jax.tree.map(lambda x: x[layout.order], (q, k, v, q_mask, kv_mask))
+            if bias is not None and layout.within is not None and bias.shape == (layout.window,) * 2:
+                bias = bias[layout.within][:, layout.within]
+        summarise = _Summaries(
+            q, k, v, key, q_mask, kv_mask, pooling_vectors, proposal_mean, num_samples, noise_scale, count_correction,
+            is_causal,
+        )  # fmt: skip
+        chunks = summarise(layout.chunks, 0, layout.used, **learned)
+        siblings = None
+        if layout.siblings is not None:
+            for name, x in given.items():
+                if x is not None:
+                    raise NotImplementedError(f"method 'eva' does not support {name} with chunks longer than a window")
+            siblings = summarise(layout.siblings, 1, layout.used_siblings)
+        sides = overlap, 0 if is_causal else overlap
+        state = _answer(q, k, v, kv_mask, layout, *sides, chunks, siblings, bias, is_causal, exclude_local)
+        if layout.order is not None:
+            back = np.argsort(layout.order)
+            state = jax.tree.map(lambda x: x[back], state)
+        return state
+
+    if q_mask is None:
+        q_mask = query_places(kv_mask, q.shape[0], is_causal)
+    queries = q, query_mask(q_mask, kv_mask, q.shape[0])
+    if spatial_shape is None:
+        state = over_real_tokens(by_windows, queries, k, v, kv_mask, is_causal=is_causal)
+    else:  # a hidden pixel keeps its place
+        state = by_windows(queries, k, v, kv_mask)
     return state if return_state else state.out.astype(dtype)
 
 
@@ -224,25 +238,33 @@ def chunk_means(
         Query means and key means, each ``[C, D]``: chunks of a sequence in order; of an image row by row, but with
         ``exclude_local`` window by window and row by row within. If T != S the query means are as in `eva`.
     """
-    layout = _layout(
+    q_mask = query_places(kv_mask, q.shape[0], is_causal)
+    if kv_mask is not None and spatial_shape is None:
+        keys = RealFirst.of(kv_mask)
+        k, kv_mask = keys.front(k), keys.real
+        if q_mask is not None:
+            queries = RealFirst.of(q_mask)
+            q, q_mask = queries.front(q), queries.real
+    layout = layout_of(
         q.shape[0], k.shape[0], window_size, chunk_size, num_chunks, 0 if is_causal else overlap, exclude_local,
-        spatial_shape,
+        spatial_shape, kv_mask,
     )  # fmt: skip
     if layout.order is not None:
-        q, k = q[layout.order], k[layout.order]
-        kv_mask = None if kv_mask is None else kv_mask[layout.order]
-    return _query_means(q, k, layout.chunks, kv_mask, is_causal), segment_means(k, layout.chunks, kv_mask)
+        q, k, q_mask, kv_mask = jax.tree.map(lambda x: x[layout.order], (q, k, q_mask, kv_mask))
+    return _query_means(q, k, layout.chunks, q_mask, kv_mask, is_causal), segment_means(k, layout.chunks, kv_mask)
 
 
-def _query_means(q: Array, k: Array, parts: Segments, kv_mask: Array | None, is_causal: bool) -> Array:
+def _query_means(
+    q: Array, k: Array, parts: Segments, q_mask: Array | None, kv_mask: Array | None, is_causal: bool
+) -> Array:
     num_queries, num_keys = q.shape[0], k.shape[0]
     if num_queries == num_keys:
-        return segment_means(q, parts, kv_mask)
+        return segment_means(q, parts, q_mask)
     if is_causal:  # queries of later places would tell of the future
-        asked = jnp.arange(num_keys) < num_queries
-        asked = asked if kv_mask is None else asked & kv_mask
-        return segment_means(pad_rows(q[:num_keys], max(0, num_keys - num_queries)), parts, asked)
-    return jnp.broadcast_to(jnp.mean(q, axis=0, keepdims=True), (len(parts.member), q.shape[1]))
+        more = max(0, num_keys - num_queries)
+        asked = pad_rows(real_keys(q_mask, num_queries)[:num_keys], more) & real_keys(kv_mask, num_keys)
+        return segment_means(pad_rows(q[:num_keys], more), parts, asked)
+    return jnp.broadcast_to(segment_means(q, segments(num_queries, 1), q_mask), (len(parts.member), q.shape[1]))
 
 
 class _Chunks(NamedTuple):
@@ -261,6 +283,7 @@ class _Summaries(NamedTuple):
     k: Array
     v: Array
     key: Array | None
+    q_mask: Array | None
     kv_mask: Array | None
     pooling_vectors: tuple[Array, Array] | None
     proposal_mean: ProposalMean | Array | None
@@ -270,7 +293,12 @@ class _Summaries(NamedTuple):
     is_causal: bool
 
     def __call__(
-        self, parts: Segments, level: int, chunk_keys: Array | None = None, noise: Array | None = None
+        self,
+        parts: Segments,
+        level: int,
+        used: Array | None,
+        chunk_keys: Array | None = None,
+        noise: Array | None = None,
     ) -> _Chunks:
         num_chunks, head_dim, dtype = len(parts.member), self.k.shape[1], self.k.dtype
         tokens = self.k, self.v, real_keys(self.kv_mask, self.k.shape[0])
@@ -282,6 +310,7 @@ class _Summaries(NamedTuple):
             noise = jnp.zeros(shape, dtype)
             if self.key is not None:
                 noise = jax.random.normal(jax.random.fold_in(check_key("eva", self.key), level), shape, dtype)
+                noise = noise if used is None else draw_of_size(noise, used)
         elif noise.ndim != 3 or noise.shape[1:] != (num_chunks, head_dim):
             raise ValueError(f"noise must be [R, C, D] with C, D = {[num_chunks, head_dim]}, got shape {noise.shape}")
         w = mu[None] + noise.astype(dtype) * _spread(head_dim, self.noise_scale)
@@ -311,7 +340,7 @@ class _Summaries(NamedTuple):
         k_mean = segment_means(self.k, parts, self.kv_mask)
         if kind == "k":
             return k_mean
-        q_mean = _query_means(self.q, self.k, parts, self.kv_mask, self.is_causal)
+        q_mean = _query_means(self.q, self.k, parts, self.q_mask, self.kv_mask, self.is_causal)
         return (q_mean + k_mean) * (0.5 if kind == "half" else 1.0)
 
 
@@ -338,122 +367,12 @@ def _spread(head_dim: int, noise_scale: str) -> float:
     return head_dim**-0.25 if noise_scale == "official" else 1.0
 
 
-class _Layout(NamedTuple):
-    """Which tokens stand together; all of it is known when tracing.
-
-    Attributes:
-        window: queries per window.
-        chunk: positions per chunk.
-        chunks: the chunks of all keys.
-        siblings: where a chunk holds several windows, those windows, to stand for the rest of a query's own chunk.
-        order: the order of an image's tokens in which every window is a run, or None.
-        within: the places of a window in that order, if it is not row by row.
-    """
-
-    window: int
-    chunk: int
-    chunks: Segments
-    siblings: Segments | None
-    order: np.ndarray | None
-    within: np.ndarray | None = None
-
-
-def _layout(
-    num_queries: int,
-    num_keys: int,
-    window: int,
-    chunk: int | None,
-    num_chunks: int | None,
-    overlap: int,
-    exclude_local: bool,
-    spatial_shape: tuple[int, int] | None,
-) -> _Layout:
-    if chunk is not None:
-        chunk = check_count("chunk_size", chunk)
-    if num_chunks is not None:
-        num_chunks = check_count("num_chunks", num_chunks)
-    if spatial_shape is not None:
-        return _image_layout(num_queries, num_keys, window, chunk, num_chunks, overlap, exclude_local, spatial_shape)
-    if not exclude_local:
-        if chunk is None and num_chunks is not None:
-            chunk = -(-num_keys // num_chunks)
-        chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
-        return _Layout(window, chunk, _runs(num_keys, chunk, overlap), None, None)
-    if chunk is None and num_chunks is not None:
-        least = -(-num_keys // num_chunks)
-        fits = least <= window
-        chunk = window // _largest_divisor(window, window // least) if fits else -(-least // window) * window
-    chunk = chunk or _largest_divisor(window, DEFAULT_CHUNK)
-    if window % chunk and chunk % window:
-        raise ValueError(f"chunk_size must divide window_size = {window} or be a multiple of it, got {chunk}")
-    if overlap and (overlap % chunk or chunk > window):
-        raise ValueError(f"overlap must be a multiple of the chunk size {chunk} within a window, got {overlap}")
-    siblings = _runs(num_keys, window) if chunk > window else None
-    return _Layout(window, chunk, _runs(num_keys, chunk), siblings, None)
-
-
-def _image_layout(
-    num_queries: int,
-    num_keys: int,
-    window: int,
-    chunk: int | None,
-    num_chunks: int | None,
-    overlap: int,
-    exclude_local: bool,
-    spatial_shape: tuple[int, int],
-) -> _Layout:
-    """Square windows and chunks; the tokens are ordered window by window, and chunk by chunk within."""
-    height, width = as_pair("spatial_shape", spatial_shape)
-    if height % window or width % window or not num_queries == num_keys == height * width:
-        raise ValueError(
-            f"spatial_shape must be that of the {num_keys} tokens, with sides that window_size = {window} divides; "
-            f"got {spatial_shape} and {num_queries} queries"
-        )
-    if overlap:
-        raise NotImplementedError("method 'eva' does not support overlap with spatial_shape")
-    if chunk is None and num_chunks is not None:
-        sides = [side for side in range(1, window + 1) if window % side == 0 and num_keys <= num_chunks * side**2]
-        if not sides:
-            raise ValueError(
-                f"num_chunks must be at least {num_keys // window**2}, one chunk a window, got {num_chunks}"
-            )
-        chunk = sides[0]
-    chunk = chunk or _largest_divisor(window, max(1, math.isqrt(DEFAULT_CHUNK)))
-    if (exclude_local and window % chunk) or height % chunk or width % chunk:
-        raise ValueError(f"chunk_size must divide {window if exclude_local else spatial_shape}, got {chunk}")
-
-    def squares(side: int) -> np.ndarray:
-        grid = np.arange(num_keys).reshape(height // side, side, width // side, side)
-        return grid.transpose(0, 2, 1, 3).reshape(-1, side * side)
-
-    if not exclude_local:
-        order = squares(window).reshape(-1)
-        member = np.argsort(order)[squares(chunk)]
-        return _Layout(window**2, chunk**2, Segments(member, np.ones(member.shape, bool)), None, order)
-    within = np.arange(window**2).reshape(window // chunk, chunk, window // chunk, chunk)
-    within = within.transpose(0, 2, 1, 3).reshape(-1)
-    order = squares(window)[:, within].reshape(-1)
-    return _Layout(window**2, chunk**2, _runs(num_keys, chunk**2), None, order, within)
-
-
-def _runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
-    """Runs of ``length`` tokens, the last of what is left, and so many more to either side."""
-    first = np.arange(0, num_tokens, length)[:, None]
-    member = first + np.arange(-overlap, length + overlap)
-    return Segments(np.clip(member, 0, num_tokens - 1), (member >= 0) & (member < num_tokens))
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of ``number`` up to ``limit``."""
-    return max(divisor for divisor in range(1, max(1, min(number, limit)) + 1) if number % divisor == 0)
-
-
 def _answer(
     q: Array,
     k: Array,
     v: Array,
     kv_mask: Array | None,
-    layout: _Layout,
+    layout: Layout,
     left: int,
     right: int,
     chunks: _Chunks,
@@ -482,18 +401,7 @@ def _answer(
     own_bias = jnp.zeros((1, reach), dtype) if local_bias is None else local_bias.astype(dtype)
     if is_causal:
         own_bias = jnp.where(np.tri(window, reach, left, dtype=bool), own_bias, HIDDEN)
-    per_chunk = layout.chunk // window
-    if siblings is not None:
-        filled = -(-num_windows // per_chunk) * per_chunk
-
-        def by_chunk(x: Array, fill: float = 0.0) -> Array:
-            x = x[:filled]
-            x = jnp.pad(x, ((0, filled - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
-            return x.reshape(-1, per_chunk, *x.shape[1:])
-
-        related = by_chunk(siblings.k), by_chunk(siblings.beta[0]), by_chunk(siblings.log_mass, HIDDEN)
-
-    position = np.arange(len(layout.chunks.member), dtype=np.int32) * np.int32(layout.chunk)
+    position = np.arange(len(layout.chunks.member), dtype=np.int32) * layout.chunk
 
     def block(args: Any) -> AttentionState:
         first, q, (k, v, bias) = args
@@ -502,18 +410,20 @@ def _answer(
         q_windows = q.reshape(together, window, -1)
         local = jax.vmap(dense_state)(q_windows, k, v, bias)
         if siblings is not None:
-            chunk = jnp.minimum(number // per_chunk, related[0].shape[0] - 1)
-            sibling_k, sibling_v, log_mass = (x[chunk] for x in related)
-            is_own = jnp.arange(per_chunk, dtype=jnp.int32)[None, :] == (number % per_chunk)[:, None]
-            log_mass = jnp.where(is_own, HIDDEN, log_mass)[:, None, :]
-            local = merge(local, jax.vmap(dense_state)(q_windows, sibling_k, sibling_v, log_mass))
+            # The other windows of a window's chunk.
+            per_chunk = jnp.maximum(layout.chunk // window, 1)
+            at = jnp.arange(layout.chunks.member.shape[1] // window, dtype=jnp.int32)[None, :]
+            window_number = (number // per_chunk * per_chunk)[:, None] + at
+            is_other = (at < per_chunk) & (window_number < siblings.k.shape[0]) & (window_number != number[:, None])
+            window_number = jnp.minimum(window_number, siblings.k.shape[0] - 1)
+            log_mass = jnp.where(is_other, siblings.log_mass[window_number], HIDDEN)[:, None, :]
+            of_siblings = siblings.k[window_number], siblings.beta[0][window_number], log_mass
+            local = merge(local, jax.vmap(dense_state)(q_windows, *of_siblings))
         local = out_of_blocks(local)
         log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(position)))
         start = (number * window)[:, None]
         if exclude_local:
-            hidden = (position[None, :] >= start - left) & (position[None, :] < start + window + right)
-            if siblings is not None:
-                hidden = position[None, :] // layout.chunk == start // layout.chunk
+            hidden = (position[None, :] + layout.chunk > start - left) & (position[None, :] < start + window + right)
             log_mass = jnp.where(jnp.repeat(hidden, window, axis=0, total_repeat_length=rows), HIDDEN, log_mass)
         elif is_causal:
             row = first * window + jnp.arange(rows, dtype=jnp.int32)[:, None]
@@ -576,7 +486,7 @@ def running_eva(
 
     def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
         block_size = k.shape[0]
-        chunk = chunk_size or _largest_divisor(block_size, DEFAULT_CHUNK)
+        chunk = chunk_size or largest_divisor(block_size, DEFAULT_CHUNK)
         if block_size % chunk:
             raise ValueError(f"chunk_size must divide the block of {block_size} tokens, got {chunk}")
         tokens = TokenSums.of_tokens(k, v, kv_mask)

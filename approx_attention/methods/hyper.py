@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.checks import check_count, check_key, head_inputs, real_keys
 from approx_attention.clustering import random_places
+from approx_attention.padding import RealFirst, count_real
 from approx_attention.rows import out_of_blocks, pad_rows
 from approx_attention.softmax import HIDDEN, dense_state, mask_bias
 from approx_attention.states import AttentionState, merge
@@ -49,9 +50,10 @@ def hyper_attention(
         v: values ``[S, Dv]``.
         key: typed PRNG key.
         sample_size: the number M of sampled keys; with M >= S the answer is exact.
-        block_size: queries per block, each of which meets as many keys (in proportion, if S != T).
+        block_size: queries per block, each of which meets as many keys (in proportion, if S != T), padding left out.
         num_hashes: the number b of random signs, at most 31.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        kv_mask: true where a key is real, ``[S]``, and where T = S a query: the others are in the last blocks. A query
+            that sees no key gives 0. Where T != S the number of queries counts, padding included.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
 
@@ -84,17 +86,34 @@ def hyper_attention(
     real = real_keys(kv_mask, k.shape[0])
 
     planes = jax.random.normal(key_hash, (q.shape[1], num_hashes), q.dtype)
-    order_q = jnp.argsort(_gray_rank(q, planes), stable=True)
-    order_k = jnp.lexsort((_gray_rank(k, planes), ~real))
+    rank_q, rank_k = _gray_rank(q, planes), _gray_rank(k, planes)
+    is_self = q.shape[0] == k.shape[0]
+    order_q = jnp.argsort(rank_q, stable=True)
+    if kv_mask is not None and is_self:  # real queries first
+        order_q = jnp.lexsort((rank_q, ~kv_mask))
+    order_k = jnp.lexsort((rank_k, ~real))
     num_blocks = -(-q.shape[0] // block_size)
-    keys_per_block = -(-k.shape[0] // num_blocks)
+    keys_per_block = room = -(-k.shape[0] // num_blocks)
 
     def in_blocks(x: Array, length: int) -> Array:
         return pad_rows(x, num_blocks * length - x.shape[0]).reshape(num_blocks, length, *x.shape[1:])
 
-    near = tuple(in_blocks(x[order_k], keys_per_block) for x in (k, v, real))
-
-    sampled = random_places(real.astype(k.dtype), sample_size, key_sample)
+    if kv_mask is None:
+        near = tuple(in_blocks(x[order_k], room) for x in (k, v, real))
+        sampled = random_places(real.astype(k.dtype), sample_size, key_sample)
+    else:
+        num_real = jnp.maximum(count_real(kv_mask), 1)
+        keys_per_block = -(-num_real // (-(-num_real // block_size) if is_self else num_blocks))
+        # In self-attention a block of queries meets no more keys than it has room for queries.
+        room = min(block_size, k.shape[0]) if is_self else room
+        number = jnp.arange(room, dtype=jnp.int32)[None, :]
+        place = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * keys_per_block + number
+        inside = (number < keys_per_block) & (place < k.shape[0])
+        place = order_k[jnp.minimum(place, k.shape[0] - 1)]
+        near = k[place], v[place], inside & real[place]
+        # A key is drawn by its rank among the real ones.
+        tokens = RealFirst.of(kv_mask)
+        sampled = tokens.order[random_places(tokens.real.astype(k.dtype), sample_size, key_sample)]
     block_of_key = (
         jnp.zeros(k.shape[0], jnp.int32).at[order_k].set(jnp.arange(k.shape[0], dtype=jnp.int32) // keys_per_block)
     )

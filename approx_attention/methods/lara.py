@@ -19,8 +19,9 @@ from approx_attention.checks import (
     head_inputs,
 )
 from approx_attention.features import PositiveFeatures, squared_norm
+from approx_attention.padding import draw_of_size, query_mask
 from approx_attention.rows import map_rows
-from approx_attention.segments import landmark_segments, segment_means
+from approx_attention.segments import landmark_means, paired_means
 from approx_attention.softmax import HIDDEN
 from approx_attention.states import AttentionState
 from approx_attention.summaries import FEATURE_BLOCK, FeatureMoments, attend
@@ -46,6 +47,7 @@ def lara(
     noise: Float[Array, "R C D"] | None = None,
     noise_scale: Literal["exact", "official"] = "exact",
     kv_mask: Bool[Array, " S"] | None = None,
+    q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
 ) -> Any:
@@ -76,7 +78,7 @@ def lara(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key of the noise, or none for no noise.
-        num_landmarks: the number C of proposals; no more than there are queries and keys.
+        num_landmarks: the number C of proposals; no more than there are real queries and real keys.
         weights: the rule for :math:`\alpha`.
         correction: how much of the query-specific term, for that rule.
         proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned; beside
@@ -88,7 +90,9 @@ def lara(
         antithetic: also use the negative of every noise, which doubles the samples.
         noise: standard normal noise ``[R, C, D]`` in place of a draw.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
-        kv_mask: true where a key is real, ``[S]``, and for self-attention a query. A query that sees no key gives 0.
+        kv_mask: true where a key is real, ``[S]``; segments are of real tokens, in an image of all pixels. A query that
+            sees no key gives 0.
+        q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
 
@@ -121,19 +125,21 @@ def lara(
     check_floats(proposal_mean=proposal_mean, query_landmarks=query_landmarks, noise=noise)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
-    query_mask = kv_mask if q.shape[0] == k.shape[0] else None
-
-    def pooled(x: Array, mask: Array | None, count: int) -> Array:
-        return segment_means(x, landmark_segments(x.shape[0], count, spatial_shape), mask)
-
-    mu = pooled(k, kv_mask, num_landmarks) if proposal_mean is None else proposal_mean.astype(q.dtype)
+    q_mask = query_mask(q_mask, kv_mask, q.shape[0])
+    q_mean = present = None
+    if proposal_mean is None:
+        q_mean, mu, present = paired_means(q, k, num_landmarks, q_mask, kv_mask, spatial_shape)
+    else:
+        mu = proposal_mean.astype(q.dtype)
     if mu.ndim != 2 or mu.shape[1] != head_dim:
         raise ValueError(f"proposal_mean must be [C, D] with D = {head_dim}, got shape {mu.shape}")
     q_bar = jnp.zeros_like(mu)
     if query_landmarks is not None:
         q_bar = query_landmarks.astype(q.dtype)
-    elif proposal_mean is None or weights == "query_specific":
-        q_bar = pooled(q, query_mask, mu.shape[0])
+    elif q_mean is not None:
+        q_bar = q_mean
+    elif weights == "query_specific":
+        q_bar = landmark_means(q, mu.shape[0], q_mask, spatial_shape)
     if q_bar.shape != mu.shape:
         raise ValueError(
             f"query_landmarks, by default pooled, must be [C, D] = {list(mu.shape)} like the proposals, "
@@ -143,6 +149,7 @@ def lara(
     if noise is None:
         shape = (num_samples, *mu.shape)
         noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)
+        noise = noise if present is None else draw_of_size(noise, jnp.sum(present, dtype=jnp.int32))
     elif noise.ndim != 3 or noise.shape[1:] != mu.shape:
         raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")
     epsilon = noise.astype(q.dtype) * (head_dim**-0.25 if noise_scale == "official" else 1.0)
@@ -154,20 +161,28 @@ def lara(
 
     # log q_c(w) / N(w; 0, I) for each draw w and each proposal c.
     log_density = w @ mu.T - squared_norm(mu).T / 2
+    if present is not None:
+        log_density = jnp.where(present[None, :], log_density, HIDDEN)
     log_mixture = jax.nn.logsumexp(log_density, axis=1)
     moments = FeatureMoments.of_tokens(PositiveFeatures(w), k, v, kv_mask)
     if weights == "balance":
         # Two factors of 1/sqrt(draws) in the features; the mixture has `num_samples` draws of each proposal.
-        state = attend(q, moments.weighted(np.log(num_proposals) - log_mixture))
+        log_weight = np.log(num_proposals) - log_mixture
+        if present is not None:
+            log_weight = jnp.where(present[own], log_weight, HIDDEN)
+        state = attend(q, moments.weighted(log_weight))
     else:
         own_density = log_density[np.arange(len(own)), own]
+        own_density = own_density if present is None else jnp.where(present[own], own_density, 0)
         log_sum = jnp.log(jnp.where(moments.mass == 0, 1, moments.mass))
-        log_sum = jnp.where(moments.mass == 0, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(len(own)))
+        hidden = moments.mass == 0 if present is None else (moments.mass == 0) | ~present[own]
+        log_sum = jnp.where(hidden, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(len(own)))
         f = moments.value_sum / jnp.where(moments.mass == 0, 1, moments.mass)[:, None]
         balance = jnp.exp(own_density - log_mixture)
+        counted = None if present is None else (present | ~jnp.any(present))[None, :]
         affinity = q @ q_bar.T
-        if query_mask is not None:
-            affinity = jnp.where(query_mask[:, None], affinity, HIDDEN)
+        if q_mask is not None:
+            affinity = jnp.where(q_mask[:, None], affinity, HIDDEN)
         log_affinity = jax.nn.logsumexp(affinity, axis=0)
         log_affinity = jnp.where(log_affinity < HIDDEN / 2, jnp.zeros_like(log_affinity), log_affinity)
 
@@ -178,7 +193,7 @@ def lara(
             else:
                 # A share of what all queries have is at most 1, but for those that are padding.
                 r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
-                alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True))[:, own]
+                alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True, where=counted))[:, own]
                 log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
             lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(num_samples)
             out = jax.nn.softmax(log_weight, axis=1) @ f

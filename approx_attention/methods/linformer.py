@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import check_choice, check_count, check_floating, check_floats, head_inputs, real_keys
+from approx_attention.padding import RealFirst
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
@@ -60,10 +61,9 @@ def linformer(
         v: values ``[S, Dv]``.
         key: ignored.
         num_slots: the number R of segments to pool, for ``"mean"`` and ``"max"``; with R >= S the answer is exact.
-            Segments are laid out over all S places, padding and (causally) the future included: a model that decodes
-            takes a matrix.
-        projection_k: E ``[R, S_max]``, of which the first S columns are used; or ``"mean"`` or ``"max"`` of R segments
-            whose lengths differ by at most 1; or a `Convolution`.
+            Segments are laid out over all real keys, causally the future included: a model that decodes takes a matrix.
+        projection_k: E ``[R, S_max]``, of which the first S columns are used, each for the key of its place; or
+            ``"mean"`` or ``"max"`` of R segments whose lengths differ by at most 1; or a `Convolution`.
         projection_v: F, by default the same as E.
         renormalize: scale what the visible keys give to each slot by the share of the sum of its row that is theirs,
             so that padding, shorter inputs and (causally) the future change no slot's scale; for rows whose entries are
@@ -71,8 +71,9 @@ def linformer(
         is_causal: slots of query t are :math:`\sum_{j \le t} E_{rj} k_j`, those that no key has entered left out; means
             are over what is visible. For a matrix or ``"mean"``; only with a matrix does a prefix answer as the whole.
         block_size: tokens that the causal form takes at a time; the result does not depend on it.
-        kv_mask: true where a key is real, ``[S]``; of a matrix padding is as good as removed, with its columns. A query
-            that sees no key gives 0, and a slot that no visible key enters is left out.
+        kv_mask: true where a key is real, ``[S]``; means, maxima and convolutions are of the real keys. Columns of a
+            matrix belong to places: padding is removed together with its columns, so it should stand on the right. A
+            query that sees no key gives 0, and a slot that no visible key enters is left out.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -104,8 +105,8 @@ def linformer(
     if projection_v is None:
         projection_v = projection_k
     if is_causal:
-        of_keys = _Rows.of("projection_k", projection_k, k, num_slots, renormalize)
-        of_values = _Rows.of("projection_v", projection_v, k, num_slots, renormalize)
+        of_keys = _Rows.of("projection_k", projection_k, k, num_slots, renormalize, kv_mask)
+        of_values = _Rows.of("projection_v", projection_v, k, num_slots, renormalize, kv_mask)
         return _causal(q, k, v, of_keys, of_values, kv_mask, block_size).astype(dtype)
     slots_k, present = _slots("projection_k", k, projection_k, num_slots, kv_mask, renormalize)
     slots_v, _ = _slots("projection_v", v, projection_v, num_slots, kv_mask, renormalize)
@@ -137,19 +138,20 @@ def _slots(
         width, channels = projection.weight.shape
         if channels != x.shape[1]:
             raise ValueError(f"{name} convolves {channels} channels, got {x.shape[1]}")
+        if kv_mask is not None:
+            tokens = RealFirst.of(kv_mask)
+            x, real = tokens.front(x), tokens.real
         windows = in_blocks(x, width)
         slots = jnp.sum(windows * projection.weight.astype(x.dtype)[None], axis=1)
         return slots, jnp.any(in_blocks(real, width), axis=1)
     if isinstance(projection, str):
         check_choice(name, projection, ("mean", "max"))
-        parts = segments(num_keys, min(num_slots, num_keys))
+        parts = segments(num_keys, min(num_slots, num_keys), kv_mask)
         if projection == "mean":
             sums = TokenSums.of_tokens(x, x[:, :0], kv_mask).pooled(parts)
             return mean(sums.k, sums.count), sums.count > 0
-        there = parts.gather(real)
-        largest = jnp.max(parts.gather(x), axis=1, where=there[..., None], initial=-jnp.inf)
-        present = jnp.any(there, axis=1)
-        return jnp.where(present[:, None], largest, 0), present
+        present = parts.sums(real.astype(jnp.int32)) > 0
+        return jnp.where(present[:, None], parts.maxima(x), 0), present
     matrix = _columns(name, projection, num_keys).astype(x.dtype)
     visible = jnp.where(real[None, :], matrix, 0)
     slots = visible @ x
@@ -271,13 +273,15 @@ class _Rows(NamedTuple):
     sums: Array | None
 
     @classmethod
-    def of(cls, name: str, projection: Projection, k: Array, num_slots: int, renormalize: bool) -> "_Rows":
+    def of(
+        cls, name: str, projection: Projection, k: Array, num_slots: int, renormalize: bool, kv_mask: Array | None
+    ) -> "_Rows":
         num_keys = k.shape[0]
         if isinstance(projection, Convolution) or (isinstance(projection, str) and projection == "max"):
             raise NotImplementedError(f"method 'linformer' does not support is_causal with {name} {projection!r}")
         if isinstance(projection, str):
             check_choice(name, projection, ("mean", "max"))
-            projection, renormalize = averaging_matrix(num_keys, num_slots, k.dtype), True
+            projection, renormalize = averaging_matrix(num_keys, num_slots, k.dtype, kv_mask), True
         matrix = _columns(name, projection, num_keys).astype(k.dtype)
         return cls(matrix, jnp.sum(projection.astype(k.dtype), axis=1) if renormalize else None)
 
@@ -410,9 +414,16 @@ def summarize_block_linformer(
     slots_per_block = check_count("slots_per_block", slots_per_block)
     block_size = check_count("block_size", block_size)
     block_size = min(block_size, k.shape[0]) if projection_k is None else block_size
-    tokens = k, v, real_keys(kv_mask, k.shape[0])
+    tokens, first = (k, v, real_keys(kv_mask, k.shape[0])), None
+    if kv_mask is not None:
+        order = RealFirst.of(kv_mask)
+        tokens = (*order.front((k, v)), order.real)
+        # A sequence that is shorter than a block is one block.
+        first = order.real[:block_size]
     blocks = jax.tree.map(lambda x: in_blocks(x, block_size), tokens)
-    slots = jax.vmap(lambda k, v, real: _block_slots(k, v, real, slots_per_block, projection_k, projection_v))(*blocks)
+    slots = jax.vmap(lambda k, v, real: _block_slots(k, v, real, slots_per_block, projection_k, projection_v, first))(
+        *blocks
+    )
     return out_of_blocks(slots)
 
 
@@ -477,15 +488,21 @@ def _check_projections(projection_k: Any, projection_v: Any) -> None:
 
 
 def _block_slots(
-    k: Array, v: Array, real: Array, slots_per_block: int, projection_k: Array | None, projection_v: Array | None
+    k: Array,
+    v: Array,
+    real: Array,
+    slots_per_block: int,
+    projection_k: Array | None,
+    projection_v: Array | None,
+    places: Array | None = None,
 ) -> WeightedKV:
+    """The slots of a block, by default means of segments: of all its places, or of those that are in use."""
     if projection_v is None:
         projection_v = projection_k
     _check_projections(projection_k, projection_v)
     if projection_k is None or projection_v is None:
-        return (
-            TokenSums.of_tokens(k, v, real).pooled(segments(k.shape[0], min(slots_per_block, k.shape[0]))).landmarks()
-        )
+        parts = segments(k.shape[0], min(slots_per_block, k.shape[0]), places)
+        return TokenSums.of_tokens(k, v, real).pooled(parts).landmarks()
     if projection_k.shape != projection_v.shape or projection_k.ndim != 2 or projection_k.shape[1] != k.shape[0]:
         raise ValueError(
             f"projection_k and projection_v must be [R, b] with b = {k.shape[0]}, got {projection_k.shape} and "

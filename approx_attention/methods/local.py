@@ -6,7 +6,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.checks import as_pair, check_count, head_inputs
+from approx_attention.padding import over_real_tokens
 from approx_attention.softmax import mask_bias, window_state
+from approx_attention.states import AttentionState
 
 
 def local(
@@ -27,7 +29,7 @@ def local(
               \Big/ \sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
@@ -59,8 +61,12 @@ def local(
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     left, right = window_sides(window_size, is_causal)
-    key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
-    state = window_state(q, k, v, key_bias, left=left, right=right)
+
+    def window(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
+        return window_state(q, k, v, key_bias, left=left, right=right)
+
+    state = over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)
     return state if return_state else state.out.astype(dtype)
 
 

@@ -19,7 +19,8 @@ from approx_attention.checks import (
     real_keys,
 )
 from approx_attention.features import squared_norm
-from approx_attention.segments import segment_means, segments
+from approx_attention.padding import count_real, query_mask, ranks
+from approx_attention.segments import paired_means, segment_means, segments
 from approx_attention.softmax import HIDDEN, blocked_state
 
 
@@ -35,6 +36,7 @@ def nystrom(
     ridge: float | Array = 1e-4,
     rcond: float | Array = 1e-2,
     kv_mask: Bool[Array, " S"] | None = None,
+    q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T Dv"]:
     r"""Nystrom attention: three softmax kernels between tokens and the means of M segments of queries and of keys.
@@ -56,7 +58,7 @@ def nystrom(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        num_landmarks: the number M of segments, of sizes that differ by at most 1; no more than queries and keys.
+        num_landmarks: the number M of segments, of sizes that differ by at most 1; no more than real queries and keys.
         inverse: how :math:`\tilde A`, each matrix by itself, is inverted:
 
             - ``"iterations"``: the published third-order iteration. Stopped early it is a soft cut of small singular
@@ -70,8 +72,8 @@ def nystrom(
         ridge: :math:`\gamma`, in units of squared singular values; the largest of :math:`\tilde A` is from 1 to
             :math:`\sqrt M`.
         rcond: the relative cut of ``"svd"``.
-        kv_mask: true where a key is real, ``[S]``, and where T = S a query: the means of queries leave out the rows
-            that it hides. Segments without a real token are absent. A query that sees no key gives 0.
+        kv_mask: true where a key is real, ``[S]``; segments are cut over real tokens. A query that sees no key gives 0.
+        q_mask: true where a query is real, ``[T]``, and enters the means of queries; where T = S by default `kv_mask`.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -100,14 +102,14 @@ def nystrom(
     check_positive("rcond", rcond)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries, num_keys)
-    q_bar, q_present = _landmarks(q, kv_mask if num_queries == num_keys else None, num_landmarks)
-    k_bar, k_present = _landmarks(k, kv_mask, num_landmarks)
+    q_bar, k_bar, present = paired_means(q, k, num_landmarks, query_mask(q_mask, kv_mask, num_queries), kv_mask)
     key_bias = None if kv_mask is None else _hiding(kv_mask, jnp.zeros(num_keys, q.dtype))
-    landmark_bias = None if kv_mask is None else _hiding(k_present, jnp.zeros(num_landmarks, q.dtype))
+    landmark_bias = None if present is None else _hiding(present, jnp.zeros(num_landmarks, q.dtype))
 
     with jax.default_matmul_precision("float32"):
         # An absent landmark is a row or column of zeros, of which every inverse makes a column or row of zeros.
-        a = jax.nn.softmax(q_bar @ k_bar.T, where=q_present[:, None] & k_present[None, :])
+        both = None if present is None else present[:, None] & present[None, :]
+        a = jax.nn.softmax(q_bar @ k_bar.T, where=both)
         if inverse == "iterations":
             z = _iterated_inverse(a, num_iterations)
         elif inverse == "ridge":
@@ -128,6 +130,7 @@ def skyformer(
     ridge: float | Array = 1e-3,
     noise: Float[Array, " N"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
+    q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T Dv"]:
     r"""Skyformer: Nystrom approximation of *kernelised* attention, which is not softmax attention.
@@ -153,8 +156,8 @@ def skyformer(
             kernelised attention.
         ridge: :math:`\gamma`; in float32 not much below :math:`10^{-7} M`.
         noise: a priority per row of :math:`[q; k]`, ``[T + S]``; the M largest are drawn.
-        kv_mask: true where a key is real, ``[S]``, and where T = S a query: rows that it hides are never drawn. A query
-            that sees no key gives 0.
+        kv_mask: true where a key is real, ``[S]``; only rows of real tokens are drawn. A query that sees no key is 0.
+        q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S.
         scale: factor s of the squared distances, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -180,19 +183,22 @@ def skyformer(
     check_positive("ridge", ridge)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries + num_keys)
+    q_mask = query_mask(q_mask, kv_mask, num_queries)
     if noise is None:
         noise = jax.random.uniform(check_key("skyformer", key), (num_queries + num_keys,))
+        if q_mask is not None or kv_mask is not None:  # as drawn without padding
+            first_key = num_queries if q_mask is None else count_real(q_mask)
+            noise = noise[jnp.concatenate([ranks(q_mask, num_queries), first_key + ranks(kv_mask, num_keys)])]
     else:
         check_floating("noise", noise)
         if noise.shape != (num_queries + num_keys,):
             raise ValueError(f"noise must be [T + S] = [{num_queries + num_keys}], got shape {noise.shape}")
     # The kernel sees differences only, and rounding is least where the rows are small.
-    center = lax.stop_gradient(segment_means(k, segments(num_keys, 1), kv_mask))
+    center = lax.stop_gradient(segment_means(k, segments(num_keys, 1, kv_mask), kv_mask))
     q, k = q - center, k - center
 
     real_key = real_keys(kv_mask, num_keys)
-    real_query = real_key if num_queries == num_keys else jnp.ones(num_queries, bool)
-    real = jnp.concatenate([real_query, real_key])
+    real = jnp.concatenate([real_keys(q_mask, num_queries), real_key])
     priority, chosen = lax.top_k(jnp.where(real, noise.astype(q.dtype), -jnp.inf), num_landmarks)
     present = priority > -jnp.inf
     rows = jnp.where(present[:, None], jnp.concatenate([q, k])[chosen], 0)
@@ -214,6 +220,7 @@ def svd(
     *,
     rank: int = 64,
     kv_mask: Bool[Array, " S"] | None = None,
+    q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T Dv"]:
     r"""The best approximation of the attention matrix by one of rank r, at cubic cost: a yardstick, not a method.
@@ -234,6 +241,8 @@ def svd(
         key: ignored.
         rank: r; with r >= min(T, S) the answer is exact.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S. The matrix is that of real
+            queries; the others get exact outputs.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -260,15 +269,14 @@ def svd(
     rank = check_count("rank", rank)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     weights = jax.nn.softmax(q @ k.T, where=None if kv_mask is None else kv_mask[None, :])
+    q_mask = query_mask(q_mask, kv_mask, q.shape[0])
     if rank < min(weights.shape):
-        weights = _truncated(weights, rank)
+        if q_mask is None:
+            weights = _truncated(weights, rank)
+        else:
+            truncated = _truncated(jnp.where(q_mask[:, None], weights, 0), rank)
+            weights = jnp.where(q_mask[:, None], truncated, weights)
     return (weights @ v).astype(dtype)
-
-
-def _landmarks(x: Array, mask: Array | None, num_landmarks: int) -> tuple[Array, Array]:
-    """Segment means ``[M, D]`` over real tokens, and whether each segment has one ``[M]``."""
-    parts = segments(x.shape[0], num_landmarks)
-    return segment_means(x, parts, mask), jnp.any(parts.gather(real_keys(mask, x.shape[0])), axis=1)
 
 
 def _iterated_inverse(a: Array, num_iterations: int) -> Array:

@@ -26,7 +26,7 @@ def mean_pool(
 ) -> Any:
     r"""Attention over the means of M segments of keys, each weighted by its number of keys.
 
-    With segments :math:`P_c` of consecutive tokens, :math:`\bar k_c, \bar v_c` their means over real tokens,
+    With segments :math:`P_c` of consecutive real tokens, :math:`\bar k_c, \bar v_c` their means,
 
     .. math:: \mathrm{out}_t = \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}\, \bar v_c
               \Big/ \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}.
@@ -39,7 +39,8 @@ def mean_pool(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        num_landmarks: the number M of segments, of sizes that differ by at most 1; with M >= S the answer is exact.
+        num_landmarks: the number M of segments, of sizes that differ by at most 1; with as many as real keys the answer
+            is exact.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by segments
             of equal length, the least power of two (times ``ceil(block_size / M)``) with which M segments cover them.
         block_size: tokens per block of the causal form.
@@ -85,7 +86,7 @@ def summarize_mean_pool(
     num_landmarks: int = 256,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Segment means of keys and sums of values; a segment without a real key has mass 0.
+    """Segment means of keys and sums of values over the real keys; where these are fewer than M, the rest has mass 0.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
@@ -99,7 +100,7 @@ def summarize_mean_pool(
     """
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
-    return TokenSums.of_tokens(k, v, kv_mask).pooled(segments(num_keys, num_landmarks)).landmarks()
+    return TokenSums.of_tokens(k, v, kv_mask).pooled(segments(num_keys, num_landmarks, kv_mask)).landmarks()
 
 
 def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks: int = 256) -> RunningSummary:

@@ -17,6 +17,7 @@ from approx_attention.checks import (
     head_inputs,
 )
 from approx_attention.features import squared_norm
+from approx_attention.padding import RealFirst, query_mask
 from approx_attention.rows import in_blocks, out_of_blocks
 from approx_attention.softmax import HIDDEN, dense_state
 from approx_attention.states import AttentionState
@@ -106,10 +107,13 @@ def ra(
     uniform = jnp.zeros((num_queries, num_samples), q.dtype)
     if noise is None or indices is None:
         key_noise, key_index = jax.random.split(check_key("ra", key))
+        # In self-attention a query draws by its rank among the real ones.
+        own = query_mask(None, kv_mask, num_queries)
+        drawer = slice(None) if own is None else RealFirst.of(own).position
         if indices is None:
-            uniform = jax.random.uniform(key_index, (num_queries, num_samples), q.dtype)
+            uniform = jax.random.uniform(key_index, (num_queries, num_samples), q.dtype)[drawer]
         if noise is None:
-            noise = jax.random.normal(key_noise, (num_queries, num_samples, head_dim), q.dtype)
+            noise = jax.random.normal(key_noise, (num_queries, num_samples, head_dim), q.dtype)[drawer]
     for name, x, shape in (
         ("noise", noise, (num_queries, num_samples, head_dim)),
         ("indices", indices, (num_queries, num_samples)),

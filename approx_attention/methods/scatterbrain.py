@@ -9,7 +9,9 @@ from approx_attention.block_sparse import BlockMap
 from approx_attention.causal import causal_state, running_moments
 from approx_attention.checks import check_count, check_key, check_projection, head_inputs
 from approx_attention.features import PositiveFeatures, orthogonal_projection
+from approx_attention.padding import over_real_tokens
 from approx_attention.remainder import blocks_and_rest_state
+from approx_attention.states import AttentionState
 from approx_attention.summaries import FeatureMoments
 
 
@@ -46,7 +48,7 @@ def scatterbrain(
     With ``is_causal`` the future is dropped, which leaves causal `favor` with ``block_size=window_size``.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
@@ -93,5 +95,8 @@ def scatterbrain(
         def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> FeatureMoments:
             return FeatureMoments.of_tokens(features, k, v, kv_mask)
 
-        state = blocks_and_rest_state(q, k, v, blocks, summarize, kv_mask=kv_mask)
+        def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+            return blocks_and_rest_state(q, k, v, blocks, summarize, kv_mask=kv_mask)
+
+        state = over_real_tokens(by_blocks, q, k, v, kv_mask)
     return state if return_state else state.out.astype(dtype)

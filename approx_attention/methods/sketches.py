@@ -1,8 +1,10 @@
 """Sketches in front of the values, which need all of the weights, and samples of the keys, which do not."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
@@ -17,6 +19,8 @@ from approx_attention.checks import (
     token_sums_inputs,
 )
 from approx_attention.features import squared_norm
+from approx_attention.padding import RealFirst, count_real, draw_of_size
+from approx_attention.rows import pad_rows
 from approx_attention.sketches import SKETCHES, RowSample, Sketch, back, draw_sketch, leverages
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV, attend
@@ -53,9 +57,10 @@ def unreduced_jlt(
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``sketch`` is drawn already.
         sketch_size: the number M of rows.
-        sketch: a kind of `approx_attention.sketches.draw_sketch`, or a sketch of S rows.
+        sketch: a kind of `approx_attention.sketches.draw_sketch`, or a sketch of S rows, by place.
         centred: subtract the mean of the values before, and add it after.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Only ``"uniform_rows"`` draws
+            rows of padding too.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
 
@@ -80,14 +85,12 @@ def unreduced_jlt(
     dtype, num_keys = v.dtype, k.shape[0]
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if isinstance(sketch, str):
-        # Rows beyond the orthogonal transform's, or beyond all rows of a sample, would add nothing.
-        most = {"hadamard": 1 << (num_keys - 1).bit_length(), "uniform_rows": num_keys}.get(sketch)
-        size = check_count("sketch_size", sketch_size)
-        drawn = check_key("unreduced_jlt", key)
-        sketch = draw_sketch(drawn, sketch, size if most is None else min(size, most), num_keys)
-    if not isinstance(sketch, Sketch):
+        sketch_size = check_count("sketch_size", sketch_size)
+        check_choice("sketch", sketch, SKETCHES)
+        check_key("unreduced_jlt", key)
+    elif not isinstance(sketch, Sketch):
         raise TypeError(f"sketch must be one of {', '.join(SKETCHES)}, or a sketch, got {shown(sketch)}")
-    if sketch.num_rows != num_keys:
+    elif sketch.num_rows != num_keys:
         raise ValueError(f"the sketch must be of S = {num_keys} rows, got one of {sketch.num_rows}")
     mean = jnp.zeros_like(v[:1])
     if centred:
@@ -95,10 +98,42 @@ def unreduced_jlt(
         mean = jnp.sum(v, axis=0, keepdims=True) / jnp.maximum(jnp.sum(real), 1).astype(v.dtype)
         v = jnp.where(real, v - mean, 0)
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
-    state = blocked_state(q, k, back(sketch, sketch @ v), key_bias)
+    if not isinstance(sketch, str):
+        v = back(sketch, sketch @ v)
+    elif kv_mask is None:
+        v = _through_sketch(v, sketch, sketch_size, key)
+    else:
+        order = RealFirst.of(kv_mask)
+        v = order.back(_through_real_sketch(order.front(v), count_real(kv_mask), sketch, sketch_size, key))
+    state = blocked_state(q, k, v, key_bias)
     seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
     state = dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
     return state if return_state else state.out.astype(dtype)
+
+
+def _through_sketch(v: Array, kind: str, size: int, key: Array | None, count: Array | None = None) -> Array:
+    """What a random sketch of ``count`` rows makes of the first rows ``v``, the others being 0; by default of all."""
+    # Rows beyond the orthogonal transform's, or beyond all rows of a sample, would add nothing.
+    most = {"hadamard": 1 << (v.shape[0] - 1).bit_length(), "uniform_rows": v.shape[0]}.get(kind, size)
+    sketch = draw_sketch(check_key("unreduced_jlt", key), kind, min(size, most), v.shape[0])
+    if count is not None and kind != "uniform_rows":
+        sketch = jax.tree.map(lambda x: draw_of_size(x, count), sketch)
+    return back(sketch, sketch @ v)
+
+
+def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Array | None) -> Array:
+    """The same for any kind."""
+    if kind != "hadamard":
+        return _through_sketch(v, kind, size, key, count)
+
+    def of_length(length: int, v: Array) -> Array:
+        rows = pad_rows(v[:length], max(0, length - v.shape[0]))
+        return pad_rows(_through_sketch(rows, kind, size, key), max(0, v.shape[0] - length))[: v.shape[0]]
+
+    # The transform is that of the least power of two that holds the real rows.
+    lengths = [1 << level for level in range((v.shape[0] - 1).bit_length() + 1)]
+    level = jnp.sum(jnp.asarray(lengths, jnp.int32) < count, dtype=jnp.int32)
+    return lax.switch(level, [functools.partial(of_length, length) for length in lengths], v)
 
 
 Odds = Literal["uniform", "key_norm", "value_norm", "leverage"]

@@ -18,8 +18,10 @@ from approx_attention.block_sparse import (
     is_traced,
 )
 from approx_attention.checks import check_array, check_count, check_key, head_inputs, real_keys
+from approx_attention.padding import over_real_tokens
 from approx_attention.patterns import SparsePattern
 from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
+from approx_attention.rows import in_blocks
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias, triangular_state, window_state
 from approx_attention.states import AttentionState, merge
 from approx_attention.summaries import FeatureMoments, Summary, require_scaled_space
@@ -263,12 +265,12 @@ def longformer(
               \qquad S_t = \begin{cases} \{0, \dots, S - 1\} & t < G \\
               \{j : |t - j| < w\} \cup \{0, \dots, G - 1\} & \text{else.} \end{cases}
 
-    The first G tokens are the global ones: order the sequence so. The published model gives global attention
+    The first G real tokens are the global ones: order the sequence so. The published model gives global attention
     projections of its own; here there is one q, k and v. Causally the window lies before the query, a global token too
     sees no key after it, and what is left is a window with attention sinks.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
@@ -302,13 +304,18 @@ def longformer(
     left = check_count("window_size", window_size) - 1
     num_global = min(check_count("num_global", num_global, least=0), num_keys)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
-    not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
-    state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
-    if num_global:
+
+    def window_and_global(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
+        not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
+        state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
+        if num_global == 0:
+            return state
         columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
         rows = (triangular_state if is_causal else blocked_state)(q[:num_global], k, v, bias)
-        state = jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
+        return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
+
+    state = over_real_tokens(window_and_global, q, k, v, kv_mask, is_causal=is_causal)
     return state if return_state else state.out.astype(dtype)
 
 
@@ -335,12 +342,12 @@ def bigbird(
     .. math:: \{j : |i - j| \le (w - 1) / 2\} \cup \{0, \dots, g - 1\} \cup R_i,
 
     and one of the first g blocks sees every block. The r blocks :math:`R_i` are drawn uniformly, without replacement,
-    from those that are left. The first tokens are the global ones (the published internal variant takes the last block
-    too). Causally a query sees of all these the keys j <= t: the window lies before it, and its blocks are drawn from
-    earlier ones.
+    from those that are left. Blocks are those of the real tokens, of which the first are the global ones (the published
+    internal variant takes the last block too). Causally a query sees of all these the keys j <= t: the window lies
+    before it, and its blocks are drawn from earlier ones.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``blocks`` is given or none are drawn.
@@ -350,9 +357,9 @@ def bigbird(
             where there are (w + 1) / 2).
         num_global_blocks: the number g.
         block_size: tokens per block.
-        blocks: numbers of the random blocks ``[ceil(T / block_size), R]`` in place of a draw; those that a query sees
-            anyhow, or twice, or not at all if causal, count for nothing, and neither do numbers that are no block's,
-            such as -1.
+        blocks: numbers of the random blocks (of real tokens) ``[ceil(T / block_size), R]`` in place of a draw; those
+            that a query sees anyhow, or twice, or not at all if causal, count for nothing, and neither do numbers that
+            are no block's, such as -1.
         is_causal: no key after the query.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
@@ -391,26 +398,37 @@ def bigbird(
     fixed = fixed.causal() if is_causal else fixed
     free = ~fixed.visited & ((columns < rows) | (not is_causal))
 
-    state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
-    if blocks is None:
-        if num_random_blocks == 0:
-            return state if return_state else state.out.astype(dtype)
-        drawn = _random_lists(free, min(num_random_blocks, int(free.sum(axis=1).max())), check_key("bigbird", key))
-    else:
+    count = min(num_random_blocks, int(free.sum(axis=1).max()))
+    if blocks is not None:
         check_array("blocks", blocks, "integers")
         if blocks.ndim != 2 or blocks.shape[0] != len(free):
             raise ValueError(f"blocks must be [ceil(T / block_size), R] with {len(free)} rows, got {blocks.shape}")
-        drawn = _given_lists(free, jnp.asarray(blocks))
-    state = merge(state, block_lists_state(q, k, v, *drawn, block_size=block_size, kv_mask=kv_mask))
+        blocks = jnp.asarray(blocks)
+
+    def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
+        if blocks is not None:
+            drawn = _given_lists(free, blocks)
+        elif num_random_blocks:
+            present = None if kv_mask is None else jnp.any(in_blocks(kv_mask, block_size), axis=1)
+            drawn = _random_lists(free, count, check_key("bigbird", key), present)
+        else:
+            return state
+        return merge(state, block_lists_state(q, k, v, *drawn, block_size=block_size, kv_mask=kv_mask))
+
+    state = over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
     return state if return_state else state.out.astype(dtype)
 
 
-def _random_lists(free: np.ndarray, count: int, key: Array) -> tuple[Array, Array]:
+def _random_lists(free: np.ndarray, count: int, key: Array, present: Array | None) -> tuple[Array, Array]:
     """For each row a uniform draw of so many of its free columns, and which are; what a row draws depends on no other.
+
+    Columns that are not ``present`` are not drawn: blocks of nothing but padding.
 
     Neither does the order of columns depend on how many there are: a prefix of a sequence draws like the whole.
     """
     numbers = jnp.arange(free.shape[1], dtype=jnp.int32)
+    may_be_drawn = jnp.asarray(free) if present is None else free & present[None, :]
 
     def of_row(args: tuple[Array, Array]) -> tuple[Array, Array]:
         row, free = args
@@ -419,7 +437,7 @@ def _random_lists(free: np.ndarray, count: int, key: Array) -> tuple[Array, Arra
         best, chosen = lax.top_k(priority, count)
         return chosen.astype(jnp.int32), best >= 0
 
-    return lax.map(of_row, (jnp.arange(len(free), dtype=jnp.int32), free))
+    return lax.map(of_row, (jnp.arange(len(free), dtype=jnp.int32), may_be_drawn))
 
 
 def _given_lists(free: np.ndarray, blocks: Array) -> tuple[Array, Array]:

@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import GATHERED, gathered_state
 from approx_attention.checks import check_count, check_floating, check_key, head_inputs, real_keys
+from approx_attention.padding import count_real, draw_of_size, over_real_tokens
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
+from approx_attention.states import AttentionState
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024
@@ -156,14 +158,14 @@ def lsh_top_k(
     sorted chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t.
+        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         keys_per_query: the number K of keys; with K >= S the answer is exact unless ``num_hashes`` says otherwise.
         num_rounds: the number N of rounds.
-        num_hashes: the number b of signs, at most 24; by default so many that a bucket holds no more than K keys on
-            average.
+        num_hashes: the number b of signs, at most 24; by default as many as it takes for a bucket to hold no more than
+            K real keys on average.
         projection: the directions ``[N, b, D]`` in place of a draw.
         is_causal: query t sees keys j <= t.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
@@ -196,9 +198,11 @@ def lsh_top_k(
     if num_hashes is not None:
         num_hashes = check_count("num_hashes", num_hashes, least=0)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    used = None
     if projection is None:
         if num_hashes is None:
             num_hashes = (-(-num_keys // count) - 1).bit_length()
+            used = None if kv_mask is None else _hashes(jnp.maximum(count_real(kv_mask), 1), count, num_hashes)
     else:
         check_floating("projection", projection)
         if projection.ndim != 3 or projection.shape[2] != q.shape[1]:
@@ -209,19 +213,42 @@ def lsh_top_k(
     if projection is None:
         shape = num_rounds, num_hashes, q.shape[1]
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
-    places, seen = _found_by_hashing(q, k, projection.astype(q.dtype), count, is_causal, kv_mask)
-    state = gathered_state(q, k, v, places, seen)
+        projection = projection if used is None else draw_of_size(projection, used)
+    planes = projection.astype(q.dtype)
+
+    def found(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        return gathered_state(q, k, v, *_found_by_hashing(q, k, planes, used, count, is_causal, kv_mask))
+
+    state = over_real_tokens(found, q, k, v, kv_mask, is_causal=is_causal)
     return state if return_state else state.out.astype(dtype)
 
 
+def _hashes(num_keys: Array, count: int, most: int) -> Array:
+    """The least number of signs, up to ``most``, with which buckets hold no more than so many keys on average."""
+    buckets = -(-num_keys // count)
+    return jnp.sum(2 ** jnp.arange(most, dtype=jnp.int32) < buckets, dtype=jnp.int32)
+
+
 def _found_by_hashing(
-    q: Array, k: Array, projection: Array, count: int, is_causal: bool, kv_mask: Array | None
+    q: Array,
+    k: Array,
+    projection: Array,
+    used: Array | None,
+    count: int,
+    is_causal: bool,
+    kv_mask: Array | None,
 ) -> tuple[Array, Array]:
-    """The keys of the largest logits among those that each query meets ``[T, count]``, and which there are."""
+    """The keys of the largest logits among those that each query meets ``[T, count]``, and which there are.
+
+    Of each round the first ``used`` signs count, or all.
+    """
     q, k = lax.stop_gradient((q, k))
     num_queries, nowhere = q.shape[0], k.shape[0]
     num_rounds, num_hashes, _ = projection.shape
-    powers = 2 ** jnp.arange(num_hashes, dtype=jnp.int32)
+    powers, is_used = 2 ** jnp.arange(num_hashes, dtype=jnp.int32), None
+    if used is not None:
+        is_used = jnp.arange(num_hashes, dtype=jnp.int32) < used
+        powers = jnp.where(is_used, powers, 0)
 
     def sort(planes: Array) -> tuple[Array, Array]:
         """The keys by bucket and place, and where each bucket starts."""
@@ -237,7 +264,8 @@ def _found_by_hashing(
         side = q @ planes.T
         buckets = ((side > 0).astype(jnp.int32) @ powers)[:, None]
         if num_hashes:
-            unsure = powers[jnp.argmin(jnp.abs(side), axis=1)]
+            margin = jnp.abs(side) if is_used is None else jnp.where(is_used[None, :], jnp.abs(side), jnp.inf)
+            unsure = powers[jnp.argmin(margin, axis=1)]
             buckets = jnp.concatenate([buckets, buckets ^ unsure[:, None]], axis=1)
         start, end = bounds[buckets], bounds[buckets + 1]
         after = _first_beyond(order, start, end, place[:, None])

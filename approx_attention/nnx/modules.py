@@ -15,7 +15,7 @@ from approx_attention.checks import accumulation_dtype, as_pair, check_choice, c
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
 from approx_attention.methods.tensor import tensor_attention
-from approx_attention.segments import averaging_matrix, landmark_segments, segment_means
+from approx_attention.segments import averaging_matrix, paired_means
 
 
 class Adaptor(nnx.Module):
@@ -283,13 +283,12 @@ class Lara(nnx.Module):
         """Attention in the layout of `approx_attention.attention`, as in `Eva`."""
         root = math.sqrt(1 / math.sqrt(query.shape[-1]))
 
-        def pooled(x: Array, mask: Array | None) -> Array:
-            count = min(self.num_landmarks, query.shape[-3], key.shape[-3])
-            return segment_means(x, landmark_segments(x.shape[0], count, self.spatial_shape), mask)
-
         def head(q: Array, k: Array, v: Array, kv_mask: Array | None, _: None, key: Array | None) -> Array:
-            q_bar = self.adapt_queries(pooled(q, kv_mask if q.shape[0] == k.shape[0] else None))
-            mu = q_bar + self.adapt_keys(pooled(k, kv_mask))
+            count = min(self.num_landmarks, q.shape[0], k.shape[0])
+            q_mask = kv_mask if q.shape[0] == k.shape[0] else None
+            q_mean, k_mean, _present = paired_means(q, k, count, q_mask, kv_mask, self.spatial_shape)
+            q_bar = self.adapt_queries(q_mean)
+            mu = q_bar + self.adapt_keys(k_mean)
             learned = {"proposal_mean": root * mu, "query_landmarks": root * q_bar}
             return lara(q, k, v, key, kv_mask=kv_mask, **learned, **self.options)
 

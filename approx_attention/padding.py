@@ -1,0 +1,142 @@
+"""Real tokens before padding: what cuts or ranks tokens by place does so on the sequence of the real ones alone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from approx_attention.rows import pad_rows
+from approx_attention.states import AttentionState
+
+
+class RealFirst(NamedTuple):
+    """The order in which real tokens stand first, each group as before.
+
+    Attributes:
+        order: the tokens' places in that order ``[n]``.
+        position: where each token goes ``[n]``; of a real one its rank among the real ones.
+        real: which tokens are real, in that order ``[n]``.
+    """
+
+    order: Array
+    position: Array
+    real: Array
+
+    @classmethod
+    def of(cls, mask: Array) -> Self:
+        """The order of tokens ``[n]`` of which ``mask`` says which are real."""
+        places = jnp.arange(mask.shape[0], dtype=jnp.int32)
+        rank = jnp.cumsum(mask, dtype=jnp.int32) - 1
+        num_real = rank[-1] + 1
+        # Of padding before place j there is j less the real ones.
+        position = jnp.where(mask, rank, num_real + places - rank - 1)
+        order = jnp.zeros_like(places).at[position].set(places, unique_indices=True)
+        return cls(order, position, places < num_real)
+
+    def front(self, tree: Any) -> Any:
+        """The rows of every array ``[n, ...]``, real ones first."""
+        return jax.tree.map(lambda x: x[self.order], tree)
+
+    def back(self, tree: Any) -> Any:
+        """Rows in that order at the places from which they came."""
+        return jax.tree.map(lambda x: x[self.position], tree)
+
+
+def count_real(mask: Array) -> Array:
+    """The number of real tokens, int32."""
+    return jnp.sum(mask, dtype=jnp.int32)
+
+
+def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) -> Array | None:
+    """Which queries are real ``[T]``: those that ``q_mask`` says, or in self-attention (T = S) those of real keys."""
+    if q_mask is None:
+        return query_places(kv_mask, num_queries, is_causal=False)
+    if q_mask.dtype != jnp.bool_ or q_mask.shape != (num_queries,):
+        raise ValueError(
+            f"q_mask must be boolean [T] = [{num_queries}], got dtype {q_mask.dtype}, shape {q_mask.shape}"
+        )
+    return q_mask
+
+
+def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
+    """Which queries stand at the places of real keys ``[T]``; None where queries have places apart from the keys'."""
+    if kv_mask is None or (kv_mask.shape[0] != num_queries and not is_causal):
+        return None
+    # Queries beyond the keys stand where no padding is.
+    return jnp.pad(kv_mask[:num_queries], (0, max(0, num_queries - kv_mask.shape[0])), constant_values=True)
+
+
+def over_real_tokens(
+    state: Callable[[Any, Array, Array, Array | None], AttentionState],
+    q: Any,
+    k: Array,
+    v: Array,
+    kv_mask: Array | None,
+    *,
+    is_causal: bool = False,
+) -> AttentionState:
+    """What ``state(q, k, v, kv_mask)`` answers from real tokens moved to the front, so that padding takes no place.
+
+    In self-attention (T = S) queries move with their keys. Causally they do so for other lengths too: query t stands at
+    the place of key t, those behind the last key after all, and it sees the real keys at places j <= t. Then a query in
+    padding has no place among the real tokens: it gives 0 unless no real key comes after it.
+
+    Args:
+        state: the answers of queries ``[T, D]``, from keys of which the first are real.
+        q: queries ``[T, D]``, or a tree of arrays with a row for each.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        kv_mask: true where a key is real ``[S]``, or None: then nothing is moved.
+        is_causal: query t sees keys j <= t.
+
+    Returns:
+        The `AttentionState` of the queries at their own places.
+    """
+    if kv_mask is None:
+        return state(q, k, v, None)
+    num_queries, num_keys = jax.tree.leaves(q)[0].shape[0], k.shape[0]
+    keys = RealFirst.of(kv_mask)
+    k, v = keys.front((k, v))
+    own = query_places(kv_mask, num_queries, is_causal)
+    if own is None:
+        return state(q, k, v, keys.real)
+    queries = RealFirst.of(own)
+    answer = queries.back(state(queries.front(q), k, v, keys.real))
+    if not is_causal:
+        return answer
+    seen = jnp.cumsum(pad_rows(kv_mask[:num_queries], max(0, num_queries - num_keys)), dtype=jnp.int32)
+    placed = own | (seen == count_real(kv_mask))
+    out = jnp.where(placed[:, None], answer.out, jnp.zeros_like(answer.out))
+    return AttentionState(out, jnp.where(placed, answer.lse, -jnp.inf))
+
+
+def ranks(mask: Array | None, num_tokens: int) -> Array:
+    """The places of tokens among the real ones: of padding, that of the last real token before it, or 0."""
+    if mask is None:
+        return jnp.arange(num_tokens, dtype=jnp.int32)
+    return jnp.maximum(jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
+
+
+def draw_of_size(noise: Array, size: Array | int) -> Array:
+    """Of noise ``[R, n, ...]`` that which a draw of ``[R, size, ...]`` holds, with any behind the first ``size <= n``.
+
+    The numbers of a counter-based generator (JAX's default, with ``jax_threefry_partitionable``) depend on their place
+    in the flat array alone; with another generator the distributions are equal, not the numbers.
+    """
+    rows, length = noise.shape[:2]
+    if rows == 1:
+        return noise
+    place = jnp.arange(rows, dtype=jnp.int32)[:, None] * size + jnp.arange(length, dtype=jnp.int32)[None, :]
+    return noise.reshape(rows * length, *noise.shape[2:])[place]
+
+
+def floor_of_share(number: Array, times: Array, over: Array) -> tuple[Array, Array]:
+    r""":math:`\lfloor a b / c \rfloor` and the remainder, for :math:`0 \le a \le c`, where the product may pass 2^31.
+
+    The quotient is estimated in floating point. What it misses is small, and so right in integers that wrap around.
+    """
+    quotient = (number.astype(jnp.float32) * (times.astype(jnp.float32) / over.astype(jnp.float32))).astype(jnp.int32)
+    missing = number * times - quotient * over
+    return quotient + missing // over, missing % over

@@ -1,0 +1,300 @@
+"""An output depends on the real tokens alone: on no padding, wherever it stands, and on no batch mate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import METHODS, attend, attention, summarize_mean_pool
+from approx_attention.methods.eva import chunk_means
+from approx_attention.methods.linformer import Convolution
+from approx_attention.padding import RealFirst, draw_of_size, floor_of_share, ranks
+from approx_attention.segments import averaging_matrix, segments
+from tests.references import brute_force, call, having, random_head, random_heads, relative_error, settings
+
+PADDED = having(padding=True)
+CAUSAL = having(padding=True, causal=True)
+both_directions = pytest.mark.parametrize(
+    ("name", "is_causal"), [(name, c) for name in PADDED for c in ([False, True] if name in CAUSAL else [False])]
+)
+KINDS = ("right", "left", "scattered")
+
+
+def mask_of(kind, num_real, length):
+    """Which of the places hold the real tokens."""
+    mask = np.arange(length) < num_real
+    if kind == "left":
+        return mask[::-1].copy()
+    return np.random.default_rng(num_real).permutation(mask) if kind == "scattered" else mask
+
+
+def padded(x, mask, garbage=0.0):
+    return jnp.full((len(mask), *x.shape[1:]), garbage, x.dtype).at[np.flatnonzero(mask)].set(x)
+
+
+def compare_with_unpadded(function, tensors, kinds=KINDS, lengths=(40,), atol=1e-5, cross=False):
+    """``function(q, k, v, kv_mask)`` with padding of every kind against the same tokens without, and its gradients."""
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(tensors[0].shape[0], tensors[2].shape[1])), jnp.float32)
+
+    @jax.jit
+    def answer(tensors, mask, weight):
+        out, pull = jax.vjp(lambda *tensors: function(*tensors, mask), *tensors)
+        return out, pull(weight)
+
+    out, gradients = answer(tensors, None, weight)
+    real = [slice(None) if cross else None, None, None]
+    for length in lengths:
+        for kind in kinds:
+            mask = mask_of(kind, tensors[1].shape[0], length)
+            q = tensors[0] if cross else padded(tensors[0], mask, 3.0)
+            soiled = q, *(padded(x, mask, jnp.nan) for x in tensors[1:])
+            padded_weight = weight if cross else padded(weight, mask)
+            found, found_gradients = answer(soiled, jnp.asarray(mask), padded_weight)
+            at = np.flatnonzero(mask)
+            message = f"{kind} padding to {length}"
+            np.testing.assert_allclose(found if cross else found[at], out, atol=atol, err_msg=message)
+            assert np.all(np.isfinite(found)), message
+            for whole, expected, rows in zip(found_gradients, gradients, real, strict=True):
+                own = whole[at] if rows is None else whole
+                np.testing.assert_allclose(own, expected, atol=10 * atol, rtol=1e-4, err_msg=f"gradient, {message}")
+                assert np.all(np.isfinite(whole)), message
+    return out
+
+
+@both_directions
+@pytest.mark.parametrize("num_real", [19, pytest.param(5, marks=pytest.mark.slow)])
+def test_an_output_is_that_of_the_real_tokens(name, is_causal, num_real):
+    options = {"is_causal": True} if is_causal else {}
+
+    def function(q, k, v, mask):
+        return METHODS[name].function(q, k, v, jax.random.key(7), **settings(name), **options, kv_mask=mask)
+
+    compare_with_unpadded(function, random_head(0, num_real, num_real), lengths=(27, 40) if num_real == 5 else (40,))
+
+
+@pytest.mark.parametrize("name", having(padding=True, cross=True))
+def test_cross_attention_is_that_of_the_real_keys(name):
+    def function(q, k, v, mask):
+        return METHODS[name].function(q, k, v, jax.random.key(7), **settings(name), kv_mask=mask)
+
+    compare_with_unpadded(function, random_head(1, 11, 19), kinds=("left", "scattered"), lengths=(40,), cross=True)
+
+
+@both_directions
+def test_batch_mates_and_lengths_change_nothing(name, is_causal):
+    options = {"method": name, "rng": jax.random.key(3), "is_causal": is_causal, **settings(name)}
+    if name not in CAUSAL:
+        options.pop("is_causal")
+    tensors, lengths = random_heads(2, 2, 23, 23, 2, 1), jnp.array([23, 9])
+    whole = jax.jit(lambda *x: attention(*x, **options, key_value_seq_lengths=lengths))(*tensors)
+    alone = jax.jit(lambda *x: attention(*x, **options))(*(x[1:, :9] for x in tensors))
+    np.testing.assert_allclose(whole[1:, :9], alone, atol=1e-5)
+    # The same tokens behind their padding, by a mask.
+    mask = (jnp.arange(23)[None] >= 23 - lengths[:, None])[:, None, None, :]
+    moved = tuple(jnp.roll(x, 14, axis=1).at[0].set(x[0]) for x in tensors)
+    left = jax.jit(lambda *x: attention(*x, mask=mask, **options))(*moved)
+    np.testing.assert_allclose(left[1:, 14:], alone, atol=1e-5)
+
+
+# Blocks of queries share out the keys, so that more queries make smaller shares.
+COUNTS_QUERIES = ("hyper_attention",)
+
+
+@pytest.mark.parametrize("name", [x for x in having(padding=True, cross=True) if x not in COUNTS_QUERIES])
+def test_padded_queries_change_nothing(name):
+    query, key, value = random_heads(4, 1, 21, 13, 2, 1)
+    options = {"method": name, "rng": jax.random.key(3), **settings(name)}
+    alone = jax.jit(lambda *x: attention(*x, **options))(query[:, :6], key, value)
+    lengths = jnp.array([6])
+    whole = jax.jit(lambda *x: attention(*x, **options, query_seq_lengths=lengths))(query, key, value)
+    np.testing.assert_allclose(whole[:, :6], alone, atol=1e-5)
+    np.testing.assert_array_equal(whole[:, 6:], 0)
+
+
+@pytest.mark.parametrize("name", [name for name in PADDED if METHODS[name].summarize])
+def test_a_summary_is_that_of_the_real_keys(name):
+    summarize = METHODS[name].summarize
+    q, k, v = random_head(5, 6, 19)
+    size = {METHODS[name].size: 6} if METHODS[name].size else {}
+    answer = jax.jit(lambda k, v, mask: attend(q, summarize(k, v, jax.random.key(7), **size, kv_mask=mask)))
+    expected = answer(k, v, None)
+    for kind in KINDS:
+        mask = mask_of(kind, 19, 33)
+        state = answer(padded(k, mask, jnp.nan), padded(v, mask, jnp.nan), jnp.asarray(mask))
+        np.testing.assert_allclose(state.out, expected.out, atol=1e-5)
+        np.testing.assert_allclose(state.lse, expected.lse, atol=1e-5)
+
+
+# Settings that lay tokens out in other ways than the defaults.
+OTHERS = {
+    "eva, chunks and windows of other sizes": ("eva", {"num_chunks": 3, "window_size": 6, "num_samples": 3}),
+    "eva, chunks longer than a window": ("eva", {"num_chunks": 3, "window_size": 1}),
+    "eva, fixed chunks": ("eva", {"chunk_size": 2, "window_size": 4, "overlap": 2, "num_samples": 2}),
+    "eva, as published": ("eva", {"num_chunks": 4, "window_size": 4, "overlap": 1, "exclude_local": False}),
+    "eva, as published and causal": (
+        "eva",
+        {"num_chunks": 4, "window_size": 4, "overlap": 1, "exclude_local": False, "is_causal": True},
+    ),
+    "lara, query-specific": ("lara", {"num_landmarks": 24, "weights": "query_specific", "num_samples": 2}),
+    "lara, biased": ("lara", {"num_landmarks": 6, "weights": "biased", "antithetic": True, "num_samples": 2}),
+    "linformer, maxima": ("linformer", {"projection_k": "max", "num_slots": 4}),
+    "linformer, convolution": ("linformer", {"projection_k": Convolution(random_head(6, 3, 1)[0])}),
+    "nystrom, more landmarks than tokens": ("nystrom", {"num_landmarks": 24, "inverse": "ridge"}),
+    "skyformer, more landmarks than tokens": ("skyformer", {"num_landmarks": 50}),
+    "lsh_top_k, sizes of buckets": ("lsh_top_k", {"keys_per_query": 3, "num_rounds": 2, "is_causal": True}),
+    "hyper_attention, uneven blocks": ("hyper_attention", {"sample_size": 4, "block_size": 7}),
+    "bigbird, few random blocks": ("bigbird", {"num_random_blocks": 1, "block_size": 2}),
+    "coreset, more room than half the tokens": ("coreset", {"coreset_size": 12}),
+    "coreset, as many as tokens": ("coreset", {"coreset_size": 19}),
+    "coreset, pivots": ("coreset", {"coreset_size": 6, "algorithm": "nystrom_rpc"}),
+    "block_linformer, less than a block": ("block_linformer", {"slots_per_block": 3, "block_size": 24}),
+    "rfa, gates": ("rfa", {"num_features": 8, "is_causal": True, "block_size": 4}),
+    "unreduced_jlt, entries by flat place": ("unreduced_jlt", {"sketch": "gaussian", "sketch_size": 8}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_settings_too(case):
+    name, options = OTHERS[case]
+
+    def function(q, k, v, mask):
+        return METHODS[name].function(q, k, v, jax.random.key(7), **options, kv_mask=mask)
+
+    compare_with_unpadded(function, random_head(8, 19, 19), kinds=("left", "scattered"), lengths=(40,))
+
+
+@pytest.mark.parametrize("name", sorted({"mean_pool", "coreset", "linformer", "block_linformer", "uniform_sample"}))
+def test_as_many_landmarks_as_real_tokens_are_exact(name):
+    q, k, v = random_head(9, 7, 7)
+    mask = mask_of("scattered", 7, 64)
+    out = call(name, *(padded(x, mask) for x in (q, k, v)), size=16, block_size=32, kv_mask=jnp.asarray(mask))
+    np.testing.assert_allclose(out[np.flatnonzero(mask)], brute_force(q, k, v)[0], atol=1e-5)
+
+
+# What draws by the padded length has the same expectation, not the same numbers.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["halving", "stratified", "thinformer", "subgen"])
+def test_algorithms_that_draw_by_length_are_as_good(algorithm):
+    q, k, v = random_head(10, 32, 48, spread=0.5)
+    exact = brute_force(q, k, v)[0]
+    keys = jax.random.split(jax.random.key(0), 64)
+
+    @functools.partial(jax.jit, static_argnames="length")
+    def outs(length):
+        mask = jnp.arange(length) < 48
+        tensors = (jnp.pad(x, ((0, length - 48), (0, 0))) for x in (k, v))
+        function = functools.partial(METHODS["coreset"].function, algorithm=algorithm, coreset_size=12)
+        k_padded, v_padded = tensors
+        return jax.vmap(lambda key: function(q, k_padded, v_padded, key, kv_mask=mask))(keys)
+
+    errors = [np.mean([relative_error(out, exact) for out in outs(length)]) for length in (48, 160)]
+    assert 0.8 < errors[1] / errors[0] < 1.25
+
+
+def test_columns_of_a_matrix_belong_to_places():
+    q, k, v = random_head(11, 9, 9)
+    e = random_head(12, 4, 1, 16)[0]
+    mask = mask_of("right", 9, 16)
+    out = call("linformer", *(padded(x, mask) for x in (q, k, v)), projection_k=e, kv_mask=jnp.asarray(mask))
+    np.testing.assert_allclose(out[:9], call("linformer", q, k, v, projection_k=e), atol=1e-5)
+    mask = mask_of("scattered", 9, 16)
+    out = call("linformer", *(padded(x, mask) for x in (q, k, v)), projection_k=e, kv_mask=jnp.asarray(mask))
+    own = call("linformer", q, k, v, projection_k=e[:, np.flatnonzero(mask)])
+    np.testing.assert_allclose(out[np.flatnonzero(mask)], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_later_token_changes_nothing_before_it_in_padding_too(name):
+    q, k, v = random_head(13, 19, 19)
+    mask = jnp.asarray(mask_of("scattered", 13, 19))
+    function = jax.jit(functools.partial(call, name, is_causal=True, kv_mask=mask))
+    before = function(q, k, v)
+    # Lengths of samples and distances are shares of a sequence whose length does not change.
+    for j in np.flatnonzero(mask)[[3, 8, 12]]:
+        after = function(q, k.at[j].add(3.0), v.at[j].set(1e4))
+        np.testing.assert_array_equal(after[:j], before[:j])
+
+
+@pytest.mark.parametrize("lengths", [(7, 19), (19, 7)])
+def test_causal_queries_stand_at_places_of_keys(lengths):
+    q, k, v = random_head(14, *lengths)
+    mask = np.arange(lengths[1]) % 3 != 0
+    visible = (np.arange(lengths[1])[None] <= np.arange(lengths[0])[:, None]) & mask
+    expected = brute_force(q, k, v, mask=visible)[0]
+    own = np.concatenate([mask, np.ones(max(0, lengths[0] - lengths[1]), bool)])[: lengths[0]]
+    for name in ("mean_pool", "favor", "local"):
+        out = call(name, q, k, v, size=32, block_size=32, is_causal=True, kv_mask=jnp.asarray(mask))
+        np.testing.assert_allclose(out[own], expected[own], atol=2e-6)
+
+
+# Segments, ranks and noise by brute force
+
+
+def test_segments_are_those_of_the_real_tokens():
+    random = np.random.default_rng(0)
+    for length in (1, 5, 13, 64):
+        for num_real in {0, 1, 4, length // 2, length}:
+            mask = random.permutation(np.arange(length) < min(num_real, length))
+            num_real = mask.sum()
+            for number in {1, 2, 3, 7, length}:
+                if number > length:
+                    continue
+                used = min(number, num_real)
+                expected = np.full(length, number)
+                expected[mask] = [j * used // num_real for j in range(num_real)]
+                found = segments(length, number, jnp.asarray(mask))
+                np.testing.assert_array_equal(found.number, expected)
+                matrix = averaging_matrix(length, number, jnp.float32, jnp.asarray(mask))
+                np.testing.assert_allclose(matrix[:used].sum(1), 1, rtol=1e-6)
+                np.testing.assert_array_equal(matrix[:, ~mask], 0)
+                x = random.normal(size=(length, 2)).astype(np.float32)
+                parts = [x[expected == c] for c in range(number)]
+                np.testing.assert_allclose(found.sums(jnp.asarray(x)), [part.sum(0) for part in parts], atol=1e-5)
+                greatest = [part.max(0, initial=-np.inf) for part in parts]
+                np.testing.assert_array_equal(found.maxima(jnp.asarray(x)), greatest)
+
+
+def test_shares_beyond_the_largest_integer():
+    random = np.random.default_rng(1)
+    for _ in range(100):
+        over = int(random.integers(1, 2**24))
+        times, number = int(random.integers(1, over + 1)), random.integers(0, over, 100)
+        found = floor_of_share(*(jnp.asarray(x, jnp.int32) for x in (number, times, over)))
+        np.testing.assert_array_equal(found, [number * times // over, number * times % over])
+
+
+def test_real_tokens_first_and_back():
+    mask = mask_of("scattered", 6, 11)
+    order = RealFirst.of(jnp.asarray(mask))
+    x = jnp.arange(11)
+    np.testing.assert_array_equal(order.front(x), np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)]))
+    np.testing.assert_array_equal(order.back(order.front(x)), x)
+    np.testing.assert_array_equal(ranks(jnp.asarray(mask), 11)[mask], np.arange(6))
+
+
+@pytest.mark.parametrize("draw", [jax.random.normal, jax.random.uniform, jax.random.gumbel])
+def test_noise_of_a_shorter_sequence_is_found_in_that_of_a_longer(draw):
+    key = jax.random.key(5)
+    for size in (1, 5, 12, 13):
+        found = draw_of_size(draw(key, (3, 13, 2)), jnp.int32(size))
+        np.testing.assert_array_equal(found[:, :size], draw(key, (3, size, 2)))
+
+
+def test_chunk_means_are_those_of_real_tokens():
+    q, k, _ = random_head(15, 19, 19)
+    mask = mask_of("left", 19, 40)
+    found = chunk_means(padded(q, mask), padded(k, mask), num_chunks=4, window_size=4, kv_mask=jnp.asarray(mask))
+    expected = chunk_means(q, k, num_chunks=4, window_size=4)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x[: len(y)], y, atol=1e-6)
+
+
+def test_a_mask_that_hides_nothing_changes_nothing():
+    _, k, v = random_head(16, 1, 23)
+    plain, masked = (summarize_mean_pool(k, v, num_landmarks=5, kv_mask=mask) for mask in (None, jnp.ones(23, bool)))
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(masked), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
