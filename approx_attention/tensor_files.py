@@ -262,6 +262,8 @@ def _whole(path: pathlib.Path) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except MemoryError:
         raise InputError(f"{path} takes more memory than there is") from None
     except (
@@ -283,13 +285,12 @@ class _Npz:
     def read(self, name: str) -> np.ndarray:
         member = self.members[name]
         with _whole(self.path), zipfile.ZipFile(self.path) as archive:
-            most = member.compress_size * (_LARGEST_DEFLATION if member.compress_type == zipfile.ZIP_DEFLATED else 1)
+            packed = min(member.compress_size, self.path.stat().st_size)
+            most = packed * (_LARGEST_DEFLATION if member.compress_type == zipfile.ZIP_DEFLATED else 1)
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name!r} is compressed in a way that numpy does not use")
             if member.file_size > most:
-                raise ValueError(
-                    f"{name!r} declares {member.file_size} bytes, which {member.compress_size} cannot hold"
-                )
+                raise ValueError(f"{name!r} declares {member.file_size} bytes, which {packed} cannot hold")
             _check_room(self.path, name, member.file_size)
             with archive.open(member) as file:
                 return self._array(name, member.file_size, file)

@@ -429,7 +429,7 @@ def test_json_figure_and_table(tmp_path, capsys):
     document = json.loads((out / "plan.json").read_text())
     assert document["settings"]["methods"] == ["mean_pool", "favor"]
     assert document["plan"]["rank_by"] == "held_bytes"
-    assert document["plan"]["split"]["by"] == "heads"
+    assert document["plan"]["split"]["by"] == "runs of queries"
     assert document["plan"]["verdict"].split(":")[0] in " ".join(printed.split())
     assert {row["method"] for row in document["rows"]} >= {"exact", "mean_value", "local", "mean_pool", "favor"}
     for row in document["rows"]:

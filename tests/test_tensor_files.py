@@ -154,6 +154,9 @@ def test_what_the_directory_of_a_zip_declares_is_held_against_it(tmp_path, monke
     (tmp_path / "x.npz").write_bytes(data[:at] + struct.pack("<I", 2**31) + data[at + 4 :])
     with pytest.raises(InputError, match="declares 2147483648 bytes, which"):
         load_tensors(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(data[: at - 4] + 2 * struct.pack("<I", 2**31) + data[at + 4 :])
+    with pytest.raises(InputError, match="declares 2147483648 bytes, which"):
+        load_tensors(tmp_path / "x.npz")
     # What is deflated well may still be more than the machine has.
     bomb = npz(tmp_path / "y.npz", {n: npy((4096, 64), data=bytes(2**20)) for n in "qkv"}, zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < 10_000
