@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import io
 import itertools
+import logging
 import os
 import pathlib
 import sys
@@ -247,6 +249,10 @@ def _say(message: object, *_: Any, **__: Any) -> None:
 
 def main() -> int:
     """Runs the command line; exit code 2, with one line that says why, for input it cannot use."""
+    # What orbax logs of files is said here, in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say

@@ -1,12 +1,16 @@
 """Checkpoints of a training: saved with checksums, and gone on from where they are whole and of the same training."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import shutil
+import signal
 import tempfile
 import textwrap
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -91,6 +95,8 @@ def open_checkpoints(directory: pathlib.Path, config: Any) -> ocp.CheckpointMana
         except (OSError, ValueError) as error:
             faults[int(folder.name)] = brief(error)
     _put_damaged_aside(directory, faults, {int(folder.name) for folder in steps} - faults.keys())
+    for broken_off in directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(broken_off, ignore_errors=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -111,11 +117,28 @@ def save(
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_state(model, optimizer)), clock=ocp.args.JsonSave({"seconds": seconds})
     )
-    manager.save(step, args=items)
-    manager.wait_until_finished()
-    folder = pathlib.Path(manager.directory) / str(step)
-    sums = {file.relative_to(folder).as_posix(): _sum(file) for file in _files(folder)}
-    write_json(folder / _SAVED, {"settings": as_plain(config), "step": step, "sha256": sums})
+    with _interrupts_after():
+        manager.save(step, args=items)
+        manager.wait_until_finished()
+        folder = pathlib.Path(manager.directory) / str(step)
+        sums = {file.relative_to(folder).as_posix(): _sum(file) for file in _files(folder)}
+        write_json(folder / _SAVED, {"settings": as_plain(config), "step": step, "sha256": sums})
+
+
+@contextlib.contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Lets an interrupt wait: threads of orbax that are broken off print their tracebacks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        signal.raise_signal(signal.SIGINT)
 
 
 def restore(manager: ocp.CheckpointManager, model: nnx.Module, optimizer: nnx.Optimizer) -> tuple[int, float]:
@@ -130,7 +153,8 @@ def restore(manager: ocp.CheckpointManager, model: nnx.Module, optimizer: nnx.Op
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
-            items: Any = manager.restore(step, args=wanted)
+            with _interrupts_after():
+                items: Any = manager.restore(step, args=wanted)
             seconds = checked(NonNegative, items.clock["seconds"], "'seconds'")
         except Exception as error:  # orbax lets through the errors of many parts
             faults[step] = brief(error)

@@ -67,21 +67,25 @@ _LACKS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 @contextlib.contextmanager
 def _naming_the_damaged(file: ConfigFile, runs: Sequence[Mapping[str, Any]], results: pathlib.Path) -> Iterator[None]:
-    """Where a study cannot be shown: which of its results alone cannot be shown either."""
+    """Where a study cannot be shown: without which of its results it can, or which alone cannot be shown either."""
+
+    def shown(part: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            list(_study(file, part))
+            plots.draw(file.experiment, part)
+        except _LACKS:
+            return False
+        return True
+
     try:
         yield
     except _LACKS as error:
-        for run in runs:
-            try:
-                list(_study(file, [run]))
-                plots.draw(file.experiment, [run])
-            except _LACKS as error:
-                path = run_directory(file, run["arm"], run["seed"], results) / "result.json"
-                said = f"{type(error).__name__}: {error}"
-                raise ConfigError(f"{path} is damaged; remove it, and the run is done again ({said})") from error
+        at_fault = [run for run in runs if shown([other for other in runs if other is not run])]
+        at_fault = at_fault or [run for run in runs if not shown([run])] or runs
+        paths = [run_directory(file, run["arm"], run["seed"], results) / "result.json" for run in at_fault]
+        said = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"the results of {file.path} do not fit each other ({type(error).__name__}: {error}); remove them, and the "
-            "runs are done again"
+            f"{' or '.join(map(str, paths))} is damaged; remove it, and the run is done again ({said})"
         ) from error
 
 

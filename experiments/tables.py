@@ -510,12 +510,17 @@ _TABLES = {
 
 def _spread(figures: Sequence[float]) -> str:
     mean = statistics.fmean(figures)
-    return f"{mean:.3f}" if len(figures) == 1 else f"{mean:.3f} ± {statistics.stdev(figures):.3f}"
+    return f"{mean:.3f}" if len(figures) == 1 else f"{mean:.3f} ± {_deviation(figures):.3f}"
+
+
+def _deviation(figures: Sequence[float]) -> float:
+    """Of a run that diverged there is none, and `statistics` raises."""
+    return statistics.stdev(figures) if all(map(math.isfinite, figures)) else math.nan
 
 
 def _significant(figures: Sequence[float]) -> str:
     mean = statistics.fmean(figures)
-    return f"{mean:.2g}" if len(figures) == 1 else f"{mean:.2g} ± {statistics.stdev(figures):.1g}"
+    return f"{mean:.2g}" if len(figures) == 1 else f"{mean:.2g} ± {_deviation(figures):.1g}"
 
 
 def _bytes(count: int | None) -> str:

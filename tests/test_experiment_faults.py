@@ -375,9 +375,11 @@ def test_a_report_names_the_one_damaged_file_among_many(tmp_path, study):
                 list(tables(file.experiment, damaged))
         assert str(path) in str(error.value)
     path.write_text(json.dumps({**whole, "environment": {}}))
-    with pytest.raises(ConfigError, match="result.json is damaged; remove it"):  # noqa: SIM117
-        with report._naming_the_damaged(file, damaged := results_of(file, tmp_path), tmp_path):
-            list(report._study(file, damaged[-1:]))
+    damaged = results_of(file, tmp_path)
+    with pytest.raises(ConfigError, match="result.json is damaged; remove it") as error:  # noqa: SIM117
+        with report._naming_the_damaged(file, damaged, tmp_path):
+            list(report._study(file, damaged))
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("result", [{}, {"test": 3}, {"test": {"bits": "x"}}, {"test": {"bits": True}}, {"test": []}])
@@ -488,6 +490,30 @@ def test_a_damaged_checkpoint_is_put_aside_where_another_is_whole(tmp_path, dama
         with pytest.raises(ConfigError, match=f"checkpoints is damaged; remove it, and training begins anew .*{said}"):
             checkpoints.open_checkpoints(directory, config)
         assert last.exists()
+
+
+def test_an_interrupt_waits_until_a_checkpoint_is_written(tmp_path):
+    done = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with checkpoints._interrupts_after():
+            signal.raise_signal(signal.SIGINT)
+            done.append("written")
+    assert done == ["written"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # What a kill left of another is taken away.
+    config = Run.of(read_config_file(_config(tmp_path)), "exact", 0, {}, tmp_path).config
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    checkpoints.open_checkpoints(tmp_path / "checkpoints", config).close()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_run_that_diverged_is_shown(tmp_path):
+    study = "low_rank/sketch"
+    file = read_config_file(CONFIGS / study / "cpu.yaml")
+    found = results_of(file, CONFIGS.parent / "experiments" / "results")
+    errors = found[0]["result"]["errors"]
+    errors[next(iter(errors))] = dict.fromkeys(next(iter(errors.values())), float("nan"))
+    assert any("nan ± nan" in table for table in tables(file.experiment, found))
 
 
 def test_a_file_in_the_place_of_checkpoints(tmp_path):

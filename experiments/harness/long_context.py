@@ -153,9 +153,10 @@ def _jax_nn_layer(config: LongContextConfig, is_causal: bool) -> Callable[..., A
 def _passes(config: LongContextConfig, layer: SelfAttention) -> Callable[..., Any]:
     if config.passes == "forward":
         return layer
-    graph, parameters = nnx.split(layer)
+    # What a method draws is not trained, and its counters are no floating-point numbers.
+    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
 
     def loss(parameters: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(nnx.merge(graph, parameters)(x).astype(jnp.float32) ** 2)
+        return jnp.sum(nnx.merge(graph, parameters, rest)(x).astype(jnp.float32) ** 2)
 
     return lambda x: jax.grad(loss, argnums=(0, 1))(parameters, x)
