@@ -1,5 +1,6 @@
 """Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -143,11 +144,11 @@ def lara(
     moments = FeatureMoments.of_tokens(PositiveFeatures(w), k, v, kv_mask)
     if weights == "balance":
         # Two factors of 1/sqrt(draws) in the features; the mixture has `num_samples` draws of each proposal.
-        state = attend(q, moments.weighted(np.log(num_proposals) - log_mixture))
+        state = attend(q, moments.weighted(math.log(num_proposals) - log_mixture))
     else:
         own_density = log_density[np.arange(len(own)), own]
         log_sum = jnp.log(jnp.where(moments.mass == 0, 1, moments.mass))
-        log_sum = jnp.where(moments.mass == 0, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(len(own)))
+        log_sum = jnp.where(moments.mass == 0, HIDDEN, log_sum + moments.log_scale + 0.5 * math.log(len(own)))
         f = moments.value_sum / jnp.where(moments.mass == 0, 1, moments.mass)[:, None]
         balance = jnp.exp(own_density - log_mixture)
         affinity = q @ q_bar.T
@@ -165,7 +166,7 @@ def lara(
                 r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
                 alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True))[:, own]
                 log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
-            lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(num_samples)
+            lse = jax.nn.logsumexp(log_weight, axis=1) - math.log(num_samples)
             out = jax.nn.softmax(log_weight, axis=1) @ f
             seen = ~(lse < HIDDEN / 2)
             return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))

@@ -173,7 +173,7 @@ def skyformer(
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries + num_keys)
     if noise is None:
-        noise = jax.random.uniform(check_key("skyformer", key), (num_queries + num_keys,))
+        noise = jax.random.uniform(check_key("skyformer", key), (num_queries + num_keys,), jnp.float32)
     elif noise.shape != (num_queries + num_keys,):
         raise ValueError(f"noise must be [T + S] = [{num_queries + num_keys}], got shape {noise.shape}")
     # The kernel sees differences only, and rounding is least where the rows are small.
