@@ -18,6 +18,11 @@ from approx_attention.checks import accumulation_dtype, check_choice, check_coun
 from approx_attention.rows import along_with, pad_rows
 
 
+def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
+    """1 or -1 in float32, drawn as by `jax.random.rademacher`, which compares float64 where that is enabled."""
+    return jnp.where(jax.random.bernoulli(key, jnp.float32(0.5), shape), jnp.float32(1), jnp.float32(-1))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseSketch:
@@ -28,14 +33,14 @@ class DenseSketch:
     @classmethod
     def gaussian(cls, key: Array, size: int, num_rows: int) -> Self:
         """Independent entries of N(0, 1/M)."""
-        return cls(jax.random.normal(key, (size, num_rows)) / math.sqrt(size))
+        return cls(jax.random.normal(key, (size, num_rows), jnp.float32) / math.sqrt(size))
 
     @classmethod
     def signs(cls, key: Array, size: int, num_rows: int, *, sparsity: int = 1) -> Self:
         r"""Entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0: Rademacher for s = 1, Achlioptas for s = 3."""
         key_sign, key_there = jax.random.split(key)
-        there = jax.random.bernoulli(key_there, 1 / sparsity, (size, num_rows))
-        sign = jax.random.rademacher(key_sign, (size, num_rows), float)
+        there = jax.random.bernoulli(key_there, jnp.float32(1 / sparsity), (size, num_rows))
+        sign = random_signs(key_sign, (size, num_rows))
         return cls(jnp.where(there, sign * math.sqrt(sparsity / size), 0))
 
     def __matmul__(self, x: Array) -> Array:
@@ -73,7 +78,7 @@ class SparseSketch:
             raise ValueError(f"sketch_size must be a multiple of the {entries} entries per row, got {size}")
         key_place, key_sign = jax.random.split(key)
         place = jax.random.randint(key_place, (entries, num_rows), 0, size // entries)
-        return cls(place, jax.random.rademacher(key_sign, (entries, num_rows), float), size)
+        return cls(place, random_signs(key_sign, (entries, num_rows)), size)
 
     def __matmul__(self, x: Array) -> Array:
         """S x of rows ``x [n, ...]``: ``[M, ...]``."""
@@ -113,7 +118,7 @@ class HadamardSketch:
         if size > length:
             raise ValueError(f"sketch_size must be at most {length}, the power of two from S on, got {size}")
         key_sign, key_row = jax.random.split(key)
-        sign = jax.random.rademacher(key_sign, (num_rows,), float)
+        sign = random_signs(key_sign, (num_rows,))
         return cls(sign, jax.random.permutation(key_row, length)[:size])
 
     def __matmul__(self, x: Array) -> Array:

@@ -31,7 +31,7 @@ from jaxtyping import Float, PRNGKeyArray
 from approx_attention.checks import check_count, check_key
 from approx_attention.features import Features
 from approx_attention.monomials import MonomialFeatures, monomials, scaled_coefficients, total_degree
-from approx_attention.sketches import SparseSketch
+from approx_attention.sketches import SparseSketch, random_signs
 
 
 class _PolynomialSketch:
@@ -237,5 +237,5 @@ def _sizes(
 
 def _factor_signs(key: Array, order: int, shape: tuple[int, ...]) -> list[Array]:
     """Signs of the queries, the product of all others, and of each kind of keys."""
-    signs = [jax.random.rademacher(each, shape, float) for each in jax.random.split(key, order - 1)]
+    signs = [random_signs(each, shape) for each in jax.random.split(key, order - 1)]
     return [functools.reduce(operator.mul, signs), *signs]

@@ -23,7 +23,8 @@ def head(queries, keys):
     w_q = np.zeros((2 * d, d), np.float32)
     w_k = w_q.copy()
     w_q[:d], w_k[d:] = np.eye(d) * math.sqrt(d), np.eye(d)
-    return [jnp.asarray(x, jnp.float32) for x in (np.concatenate([queries, keys], axis=1), w_q, w_k)]
+    inputs = np.concatenate([queries, keys], axis=1)
+    return jnp.asarray(inputs, jnp.float32), jnp.asarray(w_q), jnp.asarray(w_k)
 
 
 def lower(certificate, pattern):

@@ -176,7 +176,7 @@ def summarize_uniform_sample(
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     _check_noise(noise, k.shape[0])
     if noise is None:
-        noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],))
+        noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],), jnp.float32)
         noise = noise if kv_mask is None else noise[ranks(kv_mask, k.shape[0])]
     real = real_keys(kv_mask, k.shape[0])
     k, v = token_sums_inputs(k, v, kv_mask)
@@ -206,7 +206,7 @@ def running_uniform_sample(
     def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
         if noise is None:
             own = jax.random.fold_in(check_key("uniform_sample", key), start)
-            priority = jax.random.uniform(own, (k.shape[0],))
+            priority = jax.random.uniform(own, (k.shape[0],), jnp.float32)
         else:
             place = start + jnp.arange(k.shape[0], dtype=jnp.int32)
             priority = noise[jnp.minimum(place, noise.shape[0] - 1)]

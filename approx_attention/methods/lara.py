@@ -1,5 +1,6 @@
 """Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -167,7 +168,7 @@ def lara(
     moments = FeatureMoments.of_tokens(PositiveFeatures(w), k, v, kv_mask)
     if weights == "balance":
         # Two factors of 1/sqrt(draws) in the features; the mixture has `num_samples` draws of each proposal.
-        log_weight = np.log(num_proposals) - log_mixture
+        log_weight = math.log(num_proposals) - log_mixture
         if present is not None:
             log_weight = jnp.where(present[own], log_weight, HIDDEN)
         state = attend(q, moments.weighted(log_weight))
@@ -176,7 +177,7 @@ def lara(
         own_density = own_density if present is None else jnp.where(present[own], own_density, 0)
         log_sum = jnp.log(jnp.where(moments.mass == 0, 1, moments.mass))
         hidden = moments.mass == 0 if present is None else (moments.mass == 0) | ~present[own]
-        log_sum = jnp.where(hidden, HIDDEN, log_sum + moments.log_scale + 0.5 * np.log(len(own)))
+        log_sum = jnp.where(hidden, HIDDEN, log_sum + moments.log_scale + 0.5 * math.log(len(own)))
         f = moments.value_sum / jnp.where(moments.mass == 0, 1, moments.mass)[:, None]
         balance = jnp.exp(own_density - log_mixture)
         counted = None if present is None else (present | ~jnp.any(present))[None, :]
@@ -195,7 +196,7 @@ def lara(
                 r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
                 alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True, where=counted))[:, own]
                 log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
-            lse = jax.nn.logsumexp(log_weight, axis=1) - np.log(num_samples)
+            lse = jax.nn.logsumexp(log_weight, axis=1) - math.log(num_samples)
             out = jax.nn.softmax(log_weight, axis=1) @ f
             seen = ~(lse < HIDDEN / 2)
             return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))

@@ -185,7 +185,7 @@ def skyformer(
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries + num_keys)
     q_mask = query_mask(q_mask, kv_mask, num_queries)
     if noise is None:
-        noise = jax.random.uniform(check_key("skyformer", key), (num_queries + num_keys,))
+        noise = jax.random.uniform(check_key("skyformer", key), (num_queries + num_keys,), jnp.float32)
         if q_mask is not None or kv_mask is not None:  # as drawn without padding
             first_key = num_queries if q_mask is None else count_real(q_mask)
             noise = noise[jnp.concatenate([ranks(q_mask, num_queries), first_key + ranks(kv_mask, num_keys)])]

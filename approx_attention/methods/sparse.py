@@ -433,7 +433,8 @@ def _random_lists(free: np.ndarray, count: int, key: Array, present: Array | Non
     def of_row(args: tuple[Array, Array]) -> tuple[Array, Array]:
         row, free = args
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, row), numbers)
-        priority = jnp.where(free, jax.vmap(jax.random.uniform)(keys), -1)
+        drawn = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+        priority = jnp.where(free, drawn, -1)
         best, chosen = lax.top_k(priority, count)
         return chosen.astype(jnp.int32), best >= 0
 

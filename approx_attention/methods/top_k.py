@@ -299,7 +299,7 @@ def _found_by_hashing(
 def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:
     """The first number i in [start, end) with ``order[i] > bound``, or end, where ``order`` rises; by bisection."""
 
-    def halve(_: Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array | int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = interval
         middle = (low + high) // 2
         is_below = (order[jnp.minimum(middle, order.shape[0] - 1)] <= bound) & (low < high)
