@@ -196,8 +196,12 @@ def heads_decoder(**options):
     [
         (lambda q, k, v: (q.astype(int), k, v), TypeError, "query must be a floating-point array, got dtype int"),
         (lambda q, k, v: (q > 0, k, v), TypeError, "query must be a floating-point array, got dtype bool"),
-        (lambda q, k, v: (q * 1j, k, v), TypeError, "query must be a floating-point array, got dtype complex"),
-        (lambda q, k, v: (q, k * 1j, v), TypeError, "key must be a floating-point array, got dtype complex"),
+        (
+            lambda q, k, v: (q.astype(complex), k, v),
+            TypeError,
+            "query must be a floating-point array, got dtype complex",
+        ),
+        (lambda q, k, v: (q, k.astype(complex), v), TypeError, "key must be a floating-point array, got dtype complex"),
         (lambda q, k, v: (q, k, v.astype(int)), TypeError, "value must be a floating-point array, got dtype int"),
         (lambda q, k, v: ([1], k, v), TypeError, "query must be a floating-point array, got list"),
         (lambda q, k, v: (q, 3, v), TypeError, "key must be a floating-point array, got int"),
@@ -231,7 +235,7 @@ def test_lengths_of_a_heads_decoder():
     for scale, error in (("x", TypeError), (1j, TypeError), (True, TypeError), (0.0, ValueError), (np.nan, ValueError)):
         with pytest.raises(error, match="scale must be "):
             heads_decoder(scale=scale)
-    narrow = heads_decoder(block_size=np.uint8(200), num_features=np.uint8(200), head_dim=np.uint8(4))
+    narrow = heads_decoder(block_size=np.uint8(200), head_dim=np.uint8(4))
     out, _ = jax.eval_shape(narrow.extend, narrow.init(np.uint8(2), KEY), *TENSORS)
     assert out.shape == (2, 6, 4, 4)
 
@@ -240,7 +244,7 @@ def test_tensors_of_a_decoder():
     decoder = Decoder(running=running_exact(4, max_length=8), head_dim=np.uint8(4), value_dim=4, block_size=np.uint8(8))
     assert type(decoder.block_size) is int
     x, cache = jnp.ones((3, 4)), decoder.init()
-    for bad in (x.astype(int), x > 0, x * 1j, [[1.0] * 4], 3):
+    for bad in (x.astype(int), x > 0, x.astype(complex), [[1.0] * 4], 3):
         for call in (
             lambda bad: decoder.append(cache, bad, x),
             lambda bad: decoder.append(cache, x, bad),
