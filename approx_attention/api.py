@@ -315,7 +315,7 @@ def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[tuple[tuple[str,
     return static, arrays
 
 
-def _per_head(head: _Head, per_head: Mapping[str, Array], num_kv_heads: int) -> dict[str, Array]:
+def _per_head(head: _Head, per_head: Any, num_kv_heads: int) -> dict[str, Array]:
     """Checks arguments that are stacked over the key heads."""
     if not isinstance(per_head, Mapping):
         raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
@@ -356,7 +356,7 @@ def check_layout(query: Array, key: Array, value: Array) -> None:
         raise ValueError(f"key heads must divide query heads, got {key.shape[-2]} and {query.shape[-2]}")
 
 
-def _split_mask(mask: Array | None, full: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+def _split_mask(mask: Any, full: tuple[int, ...]) -> tuple[Array | None, Array | None]:
     """A mask as padding ``[*B, S]``, if it tells neither queries nor heads apart, or else as a dense mask."""
     if mask is None:
         return None, None
@@ -377,9 +377,9 @@ def _broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
         raise ValueError(f"{name} must broadcast to [..., N, T, S] = {list(full)}, got shape {x.shape}") from None
 
 
-def within(lengths: Array, size: int, batch: list[int], name: str) -> Array:
+def within(lengths: Any, size: int, batch: list[int], name: str) -> Array:
     """True at the positions before each sequence's length, ``[*B, size]``."""
-    given: Any = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
+    given = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
     check_lengths(name, given, size)
     lengths = jnp.asarray(given)
     if lengths.shape != tuple(batch):

@@ -10,7 +10,7 @@ from approx_attention.choices import kept
 from approx_attention.features import squared_norm
 from approx_attention.rows import map_rows
 from approx_attention.softmax import HIDDEN, LEAST_TILE, blocked_state
-from approx_attention.summaries import WeightedKV
+from approx_attention.summaries import WeightedKV, require_scaled_space
 
 # exp of this is finite in float32.
 LARGEST_EXPONENT = math.log(1e30)
@@ -36,6 +36,7 @@ def nearest(x: Array, centres: Array, present: Array) -> Array:
 
 def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
     """One token for every cluster: the mean key of its members, with their masses and values summed."""
+    require_scaled_space("an algorithm", tokens)
     weighted = tokens.k * tokens.mass[:, None]
     key_sum, value_sum, mass = (
         jax.ops.segment_sum(x, label, num_clusters) for x in (weighted, tokens.value_sum, tokens.mass)

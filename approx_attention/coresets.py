@@ -39,7 +39,7 @@ from approx_attention.halving import (
 )
 from approx_attention.rows import out_of_blocks, pad_rows
 from approx_attention.softmax import blocked_state
-from approx_attention.summaries import WeightedKV, attend
+from approx_attention.summaries import WeightedKV, attend, require_scaled_space
 
 Algorithm = Callable[[WeightedKV, int, Array, Array], WeightedKV]
 # Directions of keys in which the Nystrom weights must be better than a merge to be used.
@@ -219,6 +219,7 @@ class BalanceKV:
         """A coreset of ``size`` tokens."""
         if size < 2:
             raise ValueError(f"balance_kv keeps one token for the numerator and one for the normaliser, got {size}")
+        require_scaled_space("an algorithm", tokens)
         x = lax.stop_gradient(tokens.k) * jnp.sqrt(ratio)
         norm = jnp.sqrt(squared_norm(lax.stop_gradient(tokens.values))[:, 0])
         largest = jnp.max(jnp.where(tokens.mass > 0, norm, 0))
@@ -376,6 +377,7 @@ class PivotedNystrom:
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
+        require_scaled_space("an algorithm", tokens)
         exponent = ratio / 3.94582
         length, per_bin = -(-tokens.mass.shape[0] // self.bins), size // self.bins
         if per_bin == 0:
@@ -425,6 +427,7 @@ class SubGen:
         slots = min(self.reservoir, size - samples)
         if slots < 1:
             raise ValueError(f"subgen keeps at least one key and one value, got a coreset size of {size}")
+        require_scaled_space("an algorithm", tokens)
         clusters = (size - samples) // slots
         key_values, key_slots = jax.random.split(key)
         k = lax.stop_gradient(tokens.k)
@@ -491,6 +494,7 @@ def _coins(key: Array, points: Points, size: int) -> list[Array]:
 
 def _kept(tokens: WeightedKV, place: Array, mass: Array) -> WeightedKV:
     """The tokens at these places with other masses."""
+    require_scaled_space("an algorithm", tokens)
     values = jnp.where(mass[:, None] > 0, tokens.values[place], 0)
     return WeightedKV(tokens.k[place], values * mass[:, None], mass)
 

@@ -101,7 +101,7 @@ def check_taken(coefficients: object, *, bound: float | None, rms: float | None)
         if value is not None and name != takes:
             kinds = " and ".join(repr(kind) for kind, number in _TAKES.items() if number == name)
             given = repr(coefficients) if isinstance(coefficients, str) else "coefficients that are numbers"
-            raise ValueError(f"{name} is for coefficients {kinds}, got {name}={value} with {given}")
+            raise ValueError(f"{name} is for coefficients {kinds}, got {name}={shown(value)} with {given}")
 
 
 def num_coefficients(coefficients: Any) -> int:
@@ -292,7 +292,7 @@ def _static(owner: str, name: str, value: float | None) -> float:
     if isinstance(value, Tracer) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number known when tracing, got {type(value).__name__}")
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+        raise ValueError(f"{name} must be finite and not negative, got {shown(value)}")
     return float(value)
 
 

@@ -375,6 +375,7 @@ def block_linformer(
         "slots_per_block": slots_per_block, "projection_k": projection_k, "projection_v": projection_v,
     }  # fmt: skip
     if is_causal:
+        block_size = min(block_size, q.shape[0])
         # No query looks beyond the first two blocks by slots, which a single short block could not have.
         options = options if q.shape[0] > block_size else {}
         running = running_block_linformer(head_dim, **options, block_size=block_size, max_length=q.shape[0])

@@ -391,6 +391,7 @@ def bigbird(
     if num_window_blocks % 2 == 0:
         raise ValueError(f"num_window_blocks must be odd, the same to both sides, got {num_window_blocks}")
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    block_size = min(block_size, max(q.shape[0], k.shape[0]))
     sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
     rows, columns = np.indices([-(-n // block_size) for n in (q.shape[0], k.shape[0])])
     near = abs(rows - columns) <= num_window_blocks // 2

@@ -1,0 +1,191 @@
+"""Summaries are asked in the space of the keys that they were made from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import (
+    BlockMap,
+    Decoder,
+    FeatureMoments,
+    PositiveFeatures,
+    RunningSummary,
+    WeightedKV,
+    attend,
+    attention_received,
+    bounds,
+    causal_state,
+    compress,
+    compress_cache,
+    compress_tokens,
+    diagnostics,
+    exact,
+    fold_scale,
+    hadamard,
+    merge,
+    running_exact,
+    sparse_plus_summary,
+    summarize_coreset,
+    summary_bytes,
+)
+from approx_attention.coresets import ALGORITHMS
+from tests.references import random_head
+
+KEY = jax.random.key(0)
+Q, K, V = random_head(0, 12, 20, 8, 3)
+SCALES = {"default": None, "number": 0.3, "array": jnp.float32(0.3), "one": 1.0}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_cache_with_room_for_all_answers_queries_as_they_are(scale, jit):
+    def answers(q, k, v):
+        return attend(q, compress_tokens(k, v, KEY, budget=20, scale=scale)).out
+
+    out = (jax.jit(answers) if jit else answers)(Q, K, V)
+    np.testing.assert_allclose(out, exact(Q, K, V, scale=scale), atol=1e-5)
+    few = (jax.jit(answers) if jit else answers)(Q[:2], K, V)
+    np.testing.assert_allclose(few, exact(Q[:2], K, V, scale=scale), atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["kmeans_nystrom", "stratified", "knorm", "h2o"])
+def test_a_compressed_cache_is_asked_in_either_space(policy):
+    small = compress_tokens(K, V, KEY, budget=12, policy=policy, queries=Q, sinks=2, recent=3, scale=0.3)
+    as_they_are = attend(Q, small)
+    folded = attend(fold_scale(Q, K, 0.3)[0], small.in_scaled_space())
+    np.testing.assert_allclose(as_they_are.out, folded.out, atol=1e-6)
+    np.testing.assert_allclose(as_they_are.lse, folded.lse, atol=1e-5)
+    # The scale changes what is kept, as in scaled space itself.
+    queries, keys = fold_scale(Q, K, 0.3)
+    there = compress_tokens(keys, V, KEY, budget=12, policy=policy, queries=queries, sinks=2, recent=3, scale=1.0)
+    np.testing.assert_allclose(there.k, small.k, atol=1e-5)
+
+
+def test_heads_of_scales_of_their_own():
+    scales = jnp.array([0.1, 0.5, 2.0])
+    q, k, v = (jnp.stack([x, 0.5 * x, -x]) for x in (Q, K, V))
+    small = jax.vmap(lambda k, v, s: compress_tokens(k, v, budget=20, scale=s))(k, v, scales)
+    assert small.scale.shape == (3,)
+    out = jax.vmap(attend)(q, small).out
+    np.testing.assert_allclose(out, jax.vmap(lambda q, k, v, s: exact(q, k, v, scale=s))(q, k, v, scales), atol=1e-5)
+    shared = jax.vmap(lambda k, v: compress_tokens(k, v, budget=20))(k, v)
+    np.testing.assert_allclose(jax.vmap(attend)(q, shared).out, jax.vmap(exact)(q, k, v), atol=1e-5)
+
+
+def test_derivatives_of_a_scale():
+    def ours(q, k, v, scale):
+        return jnp.sum(attend(q, compress_tokens(k, v, budget=20, scale=scale)).out ** 2)
+
+    def theirs(q, k, v, scale):
+        return jnp.sum(exact(q, k, v, scale=scale) ** 2)
+
+    for one, other in zip(
+        *(jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(Q, K, V, jnp.float32(0.3)) for f in (ours, theirs)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def carrying(scale, part=slice(None)):
+    return compress_tokens(K[part], V[part], budget=20, scale=scale)
+
+
+def test_summaries_of_one_scale_merge_and_keep_it():
+    for scale in (None, 0.3, jnp.float32(0.3)):
+        both = merge(carrying(scale, slice(0, 9)), carrying(scale, slice(9, None)))
+        np.testing.assert_allclose(attend(Q, both).out, exact(Q, K, V, scale=scale), atol=1e-5)
+    merged = jax.jit(lambda scale: merge(carrying(scale, slice(0, 9)), carrying(scale, slice(9, None))))(0.3)
+    np.testing.assert_allclose(attend(Q, merged).out, exact(Q, K, V, scale=0.3), atol=1e-5)
+
+
+def moments(scale):
+    made = FeatureMoments.of_tokens(PositiveFeatures(K[:6]), *fold_scale(K, K, scale)[1:], V)
+    return dataclasses.replace(made, scale=jnp.float32(scale))
+
+
+def test_moments_carry_a_scale_too():
+    small, plain = moments(0.3), moments(0.3).in_scaled_space()
+    expected = attend(fold_scale(Q, K, 0.3)[0], plain).out
+    np.testing.assert_allclose(attend(Q, small).out, expected, atol=1e-6)
+    zeros, ones = jnp.zeros(6), jnp.ones(6)
+    for kept in (small.weighted(zeros), small.reweighted(ones, small.features), merge(small, small)):
+        np.testing.assert_allclose(attend(Q, kept).out, expected, atol=1e-5)
+    assert hadamard(small, small).scale == small.scale
+    with pytest.raises(ValueError, match="merge takes summaries of one scale"):
+        hadamard(small, moments(0.4))
+
+
+@pytest.mark.parametrize("make", [carrying, moments])
+def test_summaries_of_two_spaces_do_not_merge(make):
+    with pytest.raises(ValueError, match=r"^merge takes summaries of one scale, got 0\.3.* and 0\.4[^\n]*$"):
+        merge(make(0.3), make(0.4))
+    for one, other in ((make(0.3), make(0.3).in_scaled_space()), (make(0.3).in_scaled_space(), make(0.3))):
+        with pytest.raises(ValueError, match=r"^merge takes summaries of one space[^\n]*in_scaled_space\(\)[^\n]*$"):
+            merge(one, other)
+
+
+def test_what_is_made_in_scaled_space_carries_none():
+    assert summarize_coreset(K, V, KEY, coreset_size=4, algorithm="uniform").scale is None
+    assert WeightedKV.of_tokens(K, V).scale is None
+    assert FeatureMoments.of_tokens(PositiveFeatures(K), K, V).scale is None
+    assert carrying(0.3).in_scaled_space().scale is None
+
+
+def test_what_reads_keys_honours_the_scale():
+    small = carrying(0.3)
+    received = attention_received(small, Q)
+    queries, keys = fold_scale(Q, K, 0.3)
+    np.testing.assert_allclose(received, attention_received(WeightedKV.of_tokens(keys, V), queries), rtol=1e-5)
+    smaller = compress(small, KEY, coreset_size=20)
+    np.testing.assert_allclose(attend(Q, smaller).out, exact(Q, K, V, scale=0.3), atol=1e-5)
+    smaller = compress(small, KEY, coreset_size=8, algorithm="stratified")
+    plain = compress(small.in_scaled_space(), KEY, coreset_size=8, algorithm="stratified")
+    np.testing.assert_allclose(attend(Q, smaller).out, attend(queries, plain).out, atol=1e-6)
+    # As what a feature map draws, it is shared.
+    assert summary_bytes(small) == summary_bytes(small.in_scaled_space()) == 4 * (20 * 8 + 20 * 3 + 20)
+
+
+def running_of(scale):
+    """A running summary of the tokens of the last block, in a space of its own."""
+
+    def append(state, start, k, v, kv_mask):
+        return compress_tokens(k, v, budget=k.shape[0], scale=scale)
+
+    return RunningSummary(lambda d, dv, dtype: carrying(scale, slice(0, 4)), append, read=lambda state: state)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda small: diagnostics.sup_error(K, V, small, 1.0),
+        lambda small: bounds.merge_bound(K, V, small, 1.0),
+        lambda small: causal_state(K, K, V, running_of(0.3), block_size=4),
+        lambda small: Decoder(running=running_of(0.3), head_dim=8, value_dim=3, block_size=4).attend(
+            Decoder(running=running_of(0.3), head_dim=8, value_dim=3, block_size=4).init(), Q
+        ),
+        lambda small: sparse_plus_summary(
+            K, K, V, summarize=lambda k, v, key, kv_mask: compress_tokens(k, v, budget=4, kv_mask=kv_mask),
+            pattern=BlockMap.banded(0, 0, block_size=4, num_queries=20, num_keys=20),
+        ),
+    ],
+    ids=["sup_error", "merge_bound", "causal_state", "decoder", "sparse_plus_summary"],
+)  # fmt: skip
+def test_what_asks_in_scaled_space_takes_no_other(ask):
+    with pytest.raises(ValueError, match=r"^[^\n]* asks in scaled space \(fold_scale\)[^\n]*in_scaled_space\(\)"):
+        ask(carrying(0.3))
+
+
+def test_a_cache_that_carries_a_scale_is_not_compressed():
+    decoder = Decoder(running=running_exact(8, max_length=20), head_dim=8, value_dim=3, block_size=4)
+    cache = decoder.append(decoder.init(), K, V)
+    past = cache.past._replace(prefix=dataclasses.replace(cache.past.prefix, scale=jnp.float32(0.3)))
+    with pytest.raises(ValueError, match="compress_cache asks in scaled space"):
+        compress_cache(cache._replace(past=past), budget=8)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_take_tokens_without_a_scale(name):
+    with pytest.raises(ValueError, match="an algorithm asks in scaled space"):
+        ALGORITHMS[name](carrying(0.3), 8, jnp.float32(1), KEY)
