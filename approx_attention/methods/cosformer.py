@@ -46,8 +46,8 @@ def cosformer(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        max_length: M, at least T and S; by default the number of real queries or of real keys, whichever is greater. Set
-            it for answers that do not depend on how long the sequence is.
+        max_length: M, at least T and S; by default the greater number of real queries and real keys. Set it for
+            answers that do not depend on how long the sequence is.
         is_causal: query t sees keys j <= t.
         block_size: tokens per block of the causal form; it matters to speed only.
         kv_mask: true where a key is real, ``[S]``; padding has no place. A query that sees no key gives 0.
