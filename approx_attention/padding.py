@@ -37,11 +37,16 @@ class RealFirst(NamedTuple):
 
     def front(self, tree: Any) -> Any:
         """The rows of every array ``[n, ...]``, real ones first."""
-        return jax.tree.map(lambda x: x[self.order], tree)
+        return _permuted(tree, self.order)
 
     def back(self, tree: Any) -> Any:
         """Rows in that order at the places from which they came."""
-        return jax.tree.map(lambda x: x[self.position], tree)
+        return _permuted(tree, self.position)
+
+
+def _permuted(tree: Any, places: Array) -> Any:
+    """Rows of every array in that order, each once, which makes the derivative a permutation too."""
+    return jax.tree.map(lambda x: x.at[places].get(unique_indices=True, mode="promise_in_bounds"), tree)
 
 
 def count_real(mask: Array) -> Array:
@@ -54,9 +59,8 @@ def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) ->
     if q_mask is None:
         return query_places(kv_mask, num_queries, is_causal=False)
     if q_mask.dtype != jnp.bool_ or q_mask.shape != (num_queries,):
-        raise ValueError(
-            f"q_mask must be boolean [T] = [{num_queries}], got dtype {q_mask.dtype}, shape {q_mask.shape}"
-        )
+        given = f"dtype {q_mask.dtype}, shape {q_mask.shape}"
+        raise ValueError(f"q_mask must be boolean (true = real query), [T] = [{num_queries}], got {given}")
     return q_mask
 
 

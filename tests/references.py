@@ -38,7 +38,7 @@ def causal_mask(num_queries, num_keys):
 
 
 def without_padding(q, k, v, kv_mask, is_causal=False):
-    """The tokens without padding, and which queries are left: those of real keys, where they stand at keys' places."""
+    """The tokens without padding, and which queries are left: where these stand at keys' places, those of real keys."""
     real, rows = np.asarray(kv_mask), np.ones(len(q), bool)
     if is_causal or len(q) == len(k):
         rows[: len(k)] = real[: len(q)]

@@ -205,7 +205,7 @@ def test_blocks_that_are_not_full_are_exact_by_the_identity():
     np.testing.assert_allclose(block_linformer(q, k, v, **options), expected, atol=2e-6)
     visible = np.asarray(real)[None, :] & causal_mask(10, 10)
     out = block_linformer(q, k, v, is_causal=True, **options)
-    np.testing.assert_allclose(out, brute_force(q, k, v, mask=visible)[0], atol=2e-6)
+    np.testing.assert_allclose(out[real], brute_force(q, k, v, mask=visible)[0][real], atol=2e-6)
     few = block_linformer(q[:3], k[:3], v[:3], projection_k=jnp.eye(4), block_size=4, is_causal=True)
     np.testing.assert_allclose(few, brute_force(q[:3], k[:3], v[:3], mask=causal_mask(3, 3))[0], atol=2e-6)
 

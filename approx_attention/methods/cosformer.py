@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import accumulation_dtype, check_count, head_inputs
 from approx_attention.features import CosineFeatures
-from approx_attention.padding import count_real, query_places, ranks
+from approx_attention.padding import count_real, query_mask, query_places, ranks
 from approx_attention.summaries import FeatureMoments, attend, kernel_state
 
 
@@ -24,6 +24,7 @@ def cosformer(
     is_causal: bool = False,
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
+    q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
     return_state: bool = False,
 ) -> Any:
@@ -45,11 +46,12 @@ def cosformer(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         key: ignored.
-        max_length: M, at least T and S; by default the number of real keys, or of queries if T != S and these are more.
-            Set it for answers that do not depend on how long the sequence is.
+        max_length: M, at least T and S; by default the greater number of real queries and real keys. Set it for
+            answers that do not depend on how long the sequence is.
         is_causal: query t sees keys j <= t.
         block_size: tokens per block of the causal form; it matters to speed only.
         kv_mask: true where a key is real, ``[S]``; padding has no place. A query that sees no key gives 0.
+        q_mask: true where a query is real, ``[T]``, and counts for M; by default `kv_mask` where T = S.
         scale: factor of the kernel, ``1/sqrt(D)`` by default; the answer does not depend on it.
         return_state: return the `AttentionState`, with the logarithms of this kernel's normalisers, in the
             accumulation dtype.
@@ -81,8 +83,10 @@ def cosformer(
             raise ValueError(f"max_length must be at least the number of tokens, {longest}, got {max_length}")
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     own = query_places(kv_mask, num_queries, is_causal)
-    if max_length is None and kv_mask is not None:
-        longest = jnp.maximum(count_real(kv_mask), 1 if num_queries == num_keys else num_queries)
+    q_mask = query_mask(q_mask, kv_mask, num_queries)
+    if max_length is None and not (q_mask is None and kv_mask is None):
+        counts = (n if mask is None else count_real(mask) for mask, n in ((q_mask, num_queries), (kv_mask, num_keys)))
+        longest = jnp.maximum(jnp.maximum(*counts), 1)
     over = longest if max_length is None else max_length
     q, k = _placed(q, ranks(own, num_queries), over), _placed(k, ranks(kv_mask, num_keys), over)
     if is_causal:

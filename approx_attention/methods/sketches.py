@@ -59,8 +59,8 @@ def unreduced_jlt(
         sketch_size: the number M of rows.
         sketch: a kind of `approx_attention.sketches.draw_sketch`, or a sketch of S rows, by place.
         centred: subtract the mean of the values before, and add it after.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Only ``"uniform_rows"`` draws
-            rows of padding too.
+        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. With ``"uniform_rows"`` rows of
+            padding are drawn too.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
 
