@@ -99,7 +99,7 @@ def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array
         segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
     else:
         segment = _ranked(num_segments, real, None)
-    member = (segment[None, :] == jnp.arange(num_segments)[:, None]).astype(dtype)
+    member = (segment[None, :] == jnp.arange(num_segments, dtype=segment.dtype)[:, None]).astype(dtype)
     return member / jnp.maximum(jnp.sum(member, axis=1, keepdims=True), 1)
 
 
