@@ -287,7 +287,13 @@ def _lifted(
         room = jax.tree.map(lambda x: jnp.zeros((num_batches, x.shape[0], num_heads, *x.shape[2:]), x.dtype), one)
         return lax.fori_loop(0, num_batches * num_kv_heads, put, along_with(room, *operands.tokens))
 
-    where_it_lies.defjvp(lambda primals, tangents: jax.jvp(transposed, primals, tangents))
+    def derivative(primals: tuple[_Operands], tangents: tuple[_Operands]) -> tuple[Any, Any]:
+        def result(operands: _Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
+            return along_with(transposed(operands), *operands.tokens)
+
+        return jax.jvp(result, primals, tangents)
+
+    where_it_lies.defjvp(derivative)
 
     if num_batches * num_kv_heads == 1:
         tokens = jax.tree.map(lambda x: x[0], operands.tokens)

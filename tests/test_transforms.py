@@ -60,6 +60,10 @@ NESTINGS = {
         lambda f: jax.grad(loss(jax.vmap(f, q_only)), (0, 1, 2)),
         (*shapes(B)[:1], *shapes()[1:]),
     ),
+    "grad(vmap of queries) by queries": (
+        lambda f: jax.grad(loss(jax.vmap(f, q_only))),
+        (*shapes(B)[:1], *shapes()[1:]),
+    ),
     "vmap(grad) of queries": (
         lambda f: jax.vmap(jax.grad(loss(f), (0, 1, 2)), q_only),
         (*shapes(B)[:1], *shapes()[1:]),
