@@ -202,8 +202,8 @@ def scan_blocks(
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
 
-    past = along_with(past, q_blocks, blocks)
-    blocks = blocks._replace(kv_mask=along_with(blocks.kv_mask, blocks.k, blocks.v))
+    # Of tokens only: a cache must not come to depend on queries.
+    past, blocks = along_with((past, blocks), past, blocks)
     return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
 
 
