@@ -102,7 +102,7 @@ def attention(
     if bias is not None:
         check_floating("bias", bias)
     if local_window_size is not None:
-        if method != "exact":
+        if method not in ("exact", METHODS["exact"].function):
             raise NotImplementedError(f"method {method!r} does not support local_window_size; only 'exact' does")
         if bias is not None or "implementation" in hyperparameters:
             raise NotImplementedError("method 'exact' with local_window_size supports neither bias nor implementation")
@@ -285,11 +285,11 @@ def _lifted(
         one = jax.eval_shape(head, jnp.zeros((), jnp.int32))
         num_heads = num_kv_heads * group
         room = jax.tree.map(lambda x: jnp.zeros((num_batches, x.shape[0], num_heads, *x.shape[2:]), x.dtype), one)
-        return lax.fori_loop(0, num_batches * num_kv_heads, put, along_with(room, *operands.tokens))
+        return lax.fori_loop(0, num_batches * num_kv_heads, put, along_with(room, operands))
 
     def derivative(primals: tuple[_Operands], tangents: tuple[_Operands]) -> tuple[Any, Any]:
         def result(operands: _Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
-            return along_with(transposed(operands), *operands.tokens)
+            return along_with(transposed(operands), operands)
 
         return jax.jvp(result, primals, tangents)
 
@@ -326,7 +326,9 @@ def _per_head(head: _Head, per_head: Any, num_kv_heads: int) -> dict[str, Array]
     if not isinstance(per_head, Mapping):
         raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
     for name, x in per_head.items():
-        if name not in (head.arguments or ()) or name in OPTIONS:
+        if name in OPTIONS:
+            raise TypeError(f"per_head takes arguments of the method, and {name!r} is one of all heads")
+        if name not in (head.arguments or ()):
             raise TypeError(f"method {head.name!r} has no argument {name!r}{did_you_mean(name, head.arguments or ())}")
         if name in head.hyperparameters:
             raise TypeError(f"argument {name!r} is given both per_head and for all heads")
@@ -390,5 +392,6 @@ def within(lengths: Any, size: int, batch: list[int], name: str) -> Array:
     lengths = jnp.asarray(given)
     if lengths.shape != tuple(batch):
         raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
-    positions = jnp.arange(size).reshape((1,) * len(batch) + (size,))
-    return positions < lengths[..., None]
+    kind = jnp.promote_types(lengths.dtype, jnp.int32)
+    positions = jnp.arange(size, dtype=kind).reshape((1,) * len(batch) + (size,))
+    return positions < lengths.astype(kind)[..., None]

@@ -72,6 +72,15 @@ def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Ar
     return jnp.pad(kv_mask[:num_queries], (0, max(0, num_queries - kv_mask.shape[0])), constant_values=True)
 
 
+def placed_queries(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
+    """Which queries have a place among the real tokens: causally those behind the last real key too."""
+    own = query_places(kv_mask, num_queries, is_causal)
+    if own is None or kv_mask is None or not is_causal:
+        return own
+    seen = jnp.cumsum(pad_rows(kv_mask[:num_queries], max(0, num_queries - kv_mask.shape[0])), dtype=jnp.int32)
+    return own | (seen == count_real(kv_mask))
+
+
 def over_real_tokens(
     state: Callable[[Any, Array, Array, Array | None], AttentionState],
     q: Any,
@@ -100,18 +109,15 @@ def over_real_tokens(
     """
     if kv_mask is None:
         return state(q, k, v, None)
-    num_queries, num_keys = jax.tree.leaves(q)[0].shape[0], k.shape[0]
     keys = RealFirst.of(kv_mask)
     k, v = keys.front((k, v))
-    own = query_places(kv_mask, num_queries, is_causal)
-    if own is None:
+    placed = placed_queries(kv_mask, jax.tree.leaves(q)[0].shape[0], is_causal)
+    if placed is None:
         return state(q, k, v, keys.real)
-    queries = RealFirst.of(own)
+    queries = RealFirst.of(placed)
     answer = queries.back(state(queries.front(q), k, v, keys.real))
     if not is_causal:
         return answer
-    seen = jnp.cumsum(pad_rows(kv_mask[:num_queries], max(0, num_queries - num_keys)), dtype=jnp.int32)
-    placed = own | (seen == count_real(kv_mask))
     out = jnp.where(placed[:, None], answer.out, jnp.zeros_like(answer.out))
     return AttentionState(out, jnp.where(placed, answer.lse, -jnp.inf))
 

@@ -30,7 +30,8 @@ def along_with(tree: Any, *arrays: Any) -> Any:
     What a loop starts from, or one branch of a condition returns, must have the type of what comes out. Mapped axes
     stand first. The values are the same, and compilers remove the choice that never takes another.
     """
-    others = [lax.stop_gradient(x).reshape(-1)[:1] for x in jax.tree.leaves(arrays) if x.size]
+    others = [x if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool else None for x in jax.tree.leaves(arrays)]
+    others = [lax.stop_gradient(x).reshape(-1)[:1] for x in others if x is not None and x.size]
 
     def of(x: Array) -> Array:
         flat = x.reshape(-1)

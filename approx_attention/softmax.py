@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.checks import real_keys
-from approx_attention.rows import even_split, map_rows, out_of_blocks, pad_rows
+from approx_attention.rows import along_with, even_split, map_rows, out_of_blocks, pad_rows
 from approx_attention.states import AttentionState, merge
 
 # The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
@@ -139,12 +139,19 @@ def _triangle(q: Array, k: Array, v: Array, key_bias: Array | None, halvings: in
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, merge(late, below))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def streamed_state(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bool) -> AttentionState:
     """`triangular_state` or `blocked_state`, with a backward pass that streams tiles once and merges nothing.
 
     It has no forward-mode derivative; `dense_state` has.
     """
+    # In shard_map a tensor that all devices share has the sum of their gradients, which the rule below does not take.
+    if len({getattr(jax.typeof(x), "mat", None) for x in (q, k, v)}) > 1:
+        q, k, v = along_with((q, k, v), q, k, v)
+    return _streamed_state(q, k, v, kv_mask, is_causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _streamed_state(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bool) -> AttentionState:
     return _streamed(q, k, v, kv_mask, is_causal)
 
 
@@ -154,7 +161,7 @@ def _streamed(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bo
 
 
 def _streamed_forward(q, k, v, kv_mask, is_causal):
-    # Not `streamed_state` itself, so that a derivative of the gradient (a Hessian) may be taken in forward mode.
+    # Not `_streamed_state` itself, so that a derivative of the gradient (a Hessian) may be taken in forward mode.
     state = _streamed(q, k, v, kv_mask, is_causal)
     return state, (q, k, v, kv_mask, state)
 
@@ -168,7 +175,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     Tiles are held transposed, keys by queries: only one product of five is left with a transposed operand.
 
     The forward pass rounds its products in tiles of other shapes. Where logits are so large that the difference would
-    show in a weight, the normalisers are computed again from the tiles of this pass.
+    show in a weight, the normalisers and the :math:`dO_t \cdot O_t` are computed again from the tiles of this pass.
     """
     q, k, v, kv_mask, state = residuals
     num_queries, num_keys = q.shape[0], k.shape[0]
@@ -177,12 +184,11 @@ def _streamed_backward(is_causal, residuals, cotangent):
     query_blocks, rows = even_split(num_queries, block)
     key_blocks, columns = (-(-num_keys // rows), rows) if is_causal else even_split(num_keys, block)
     seen = state.lse > -jnp.inf
-    delta = jnp.sum(cotangent.out * state.out, axis=-1) - cotangent.lse
     lse = jnp.where(seen, state.lse, jnp.zeros_like(state.lse))
     d_out = jnp.where(seen[:, None], cotangent.out, jnp.zeros_like(cotangent.out))
-    delta = jnp.where(seen, delta, jnp.zeros_like(delta))
+    d_lse = jnp.where(seen, cotangent.lse, jnp.zeros_like(cotangent.lse))
     extra = query_blocks * rows - num_queries
-    by_query = pad_rows(q, extra), pad_rows(d_out, extra), pad_rows(delta, extra)
+    by_query = pad_rows(q, extra), pad_rows(d_out, extra)
     padding = key_blocks * columns - num_keys
     bias = mask_bias(pad_rows(real_keys(kv_mask, num_keys), padding), q.dtype)
     by_key = (pad_rows(k, padding), pad_rows(v, padding), bias)
@@ -200,26 +206,32 @@ def _streamed_backward(is_causal, residuals, cotangent):
         logits = k @ q.T + bias[:, None]
         return jnp.where(jnp.tri(columns, dtype=bool).T, logits, HIDDEN) if diagonal else logits
 
-    def add_normaliser(normaliser, pair, diagonal=False):
+    def add_row_sums(sums, pair, diagonal=False):
         i, j = pair[0] * rows, pair[1] * columns
-        q, peak, total = (lax.dynamic_slice_in_dim(x, i, rows) for x in (by_query[0], *normaliser))
-        k, bias = (lax.dynamic_slice_in_dim(x, j, columns) for x in (by_key[0], by_key[2]))
+        q, d_out, peak, total, product = (lax.dynamic_slice_in_dim(x, i, rows) for x in (*by_query, *sums))
+        k, v, bias = (lax.dynamic_slice_in_dim(x, j, columns) for x in by_key)
         logits = tile_logits(q, k, bias, diagonal)
         new = lax.stop_gradient(jnp.maximum(peak, jnp.max(logits, axis=0)))
-        total = total * jnp.exp(peak - new) + jnp.sum(jnp.exp(logits - new[None, :]), axis=0)
+        weights, before = jnp.exp(logits - new[None, :]), jnp.exp(peak - new)
+        total = total * before + jnp.sum(weights, axis=0)
+        product = product * before + jnp.sum(weights * (v @ d_out.T), axis=0)
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
-        return (put(normaliser[0], new), put(normaliser[1], total)), None
+        return tuple(put(x, part) for x, part in zip(sums, (new, total, product), strict=True)), None
 
-    def again(lse):
+    def again(lse, product):
         # Peak and sum stay apart: their logarithm added to a large peak would be rounded away.
-        peak, total = over_tiles(add_normaliser, (jnp.full_like(lse, HIDDEN), jnp.zeros_like(lse)))
-        return peak, jnp.log(jnp.where(total > 0, total, 1))
+        none = jnp.zeros_like(lse)
+        peak, total, product = over_tiles(add_row_sums, (none + HIDDEN, none, none))
+        total = jnp.where(total > 0, total, 1)
+        return peak, jnp.log(total), product / total
 
     # A row past the end gets an infinite normaliser and so no weight; a hidden key is one with a bias.
     lse = jnp.pad(lse, (0, extra), constant_values=-HIDDEN)
+    product = pad_rows(jnp.sum(d_out * state.out, axis=-1), extra)
     rounding = jnp.finfo(q.dtype).eps * jnp.sqrt(jnp.max(jnp.sum(q * q, -1)) * jnp.max(jnp.sum(k * k, -1)))
-    normaliser = lax.cond(rounding > NOTICEABLE, again, lambda lse: (lse, jnp.zeros_like(lse)), lse)
-    by_query = *by_query, *normaliser
+    saved = lambda lse, product: (lse, jnp.zeros_like(lse), product)  # noqa: E731
+    *normaliser, product = lax.cond(rounding > NOTICEABLE, again, saved, lse, product)
+    by_query = *by_query, product - pad_rows(d_lse, extra), *normaliser
 
     def tile(gradients, pair, diagonal=False):
         i, j = pair[0] * rows, pair[1] * columns
@@ -243,7 +255,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     return d_q[:num_queries], d_k[:num_keys], d_v[:num_keys], None
 
 
-streamed_state.defvjp(_streamed_forward, _streamed_backward)
+_streamed_state.defvjp(_streamed_forward, _streamed_backward)
 
 
 def window_state(

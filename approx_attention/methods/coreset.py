@@ -232,6 +232,7 @@ def summarize_coreset(
     """
     options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
+    coreset_size = check_count("coreset_size", coreset_size)
     if kv_mask is None or coreset_size >= k.shape[0]:
         return compress(tokens, key, **options)
     tokens = RealFirst.of(kv_mask).front(tokens)

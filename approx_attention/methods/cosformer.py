@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.checks import accumulation_dtype, check_count, head_inputs
 from approx_attention.features import CosineFeatures
-from approx_attention.padding import count_real, query_mask, query_places, ranks
+from approx_attention.padding import count_real, placed_queries, query_mask, ranks
 from approx_attention.summaries import FeatureMoments, attend, kernel_state
 
 
@@ -82,7 +82,7 @@ def cosformer(
         if max_length < longest:
             raise ValueError(f"max_length must be at least the number of tokens, {longest}, got {max_length}")
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    own = query_places(kv_mask, num_queries, is_causal)
+    own = placed_queries(kv_mask, num_queries, is_causal) if is_causal or q_mask is None else q_mask
     q_mask = query_mask(q_mask, kv_mask, num_queries)
     if max_length is None and not (q_mask is None and kv_mask is None):
         counts = (n if mask is None else count_real(mask) for mask, n in ((q_mask, num_queries), (kv_mask, num_keys)))

@@ -9,7 +9,15 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_floats, check_key, head_inputs, real_keys
+from approx_attention.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_floats,
+    check_key,
+    head_inputs,
+    real_keys,
+)
 from approx_attention.chunks import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
 from approx_attention.control_variates import control_variate_state
 from approx_attention.features import PositiveFeatures, squared_norm
@@ -124,6 +132,8 @@ def eva(
         ``pooling_vectors``.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
+    exclude_local = check_flag("exclude_local", exclude_local)
+    count_correction = check_flag("count_correction", count_correction)
     window_size = check_count("window_size", window_size)
     overlap = check_count("overlap", overlap, least=0)
     num_samples = check_count("num_samples", num_samples)

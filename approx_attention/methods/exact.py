@@ -76,17 +76,16 @@ def exact(
     check_choice("implementation", implementation, ("dense", "blocked", "cudnn"))
     if implementation == "blocked" and not plain:
         raise NotImplementedError("exact with implementation='blocked' supports neither bias nor mask; use 'dense'")
+    dtype, given = v.dtype, (q, k, v)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if implementation == "cudnn":
         if not fusible:
             raise ValueError(
                 "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is "
                 "a multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
             )
-        q, k, v = (x[:, None, :] for x in (q, k, v))
+        q, k, v = (x[:, None, :] for x in given)
         return _cudnn(q, k, v, scale, is_causal)[:, 0]
-
-    dtype = v.dtype
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if implementation == "dense":
         state = dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
     else:
@@ -169,13 +168,14 @@ def exact_together(
 
 
 def _cudnn(query: Array, key: Array, value: Array, scale: float | Array | None, is_causal: bool) -> Array:
-    """cuDNN's attention over ``[..., T, N, D]``, under any nesting of `jax.vmap` and `jax.grad`.
+    """cuDNN's attention over ``[..., T, N, D]``, also where `jax.vmap` maps some of the operands or another axis.
 
     The batching rules that JAX has for it want every operand, and the cotangent, mapped along axis 0 or none of them.
     """
     if scale is not None and not isinstance(scale, float | int):
         # To the kernel a scale is a constant of the program.
-        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+        scaled = query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
+        query, scale = scaled.astype(query.dtype), 1.0
     query, key, value = along_with((query, key, value), query, key, value)
     attend: Any = jax.nn.dot_product_attention
     out = attend(query, key, value, scale=scale, is_causal=is_causal, implementation="cudnn")

@@ -14,6 +14,7 @@ from approx_attention.checks import (
     check_choice,
     check_count,
     check_finite,
+    check_flag,
     check_floats,
     check_key,
     check_number,
@@ -118,7 +119,7 @@ def lara(
     dtype, head_dim = v.dtype, q.shape[-1]
     check_choice("weights", weights, ("balance", "query_specific", "biased"))
     check_choice("noise_scale", noise_scale, ("exact", "official"))
-    num_samples = check_count("num_samples", num_samples)
+    num_samples, antithetic = check_count("num_samples", num_samples), check_flag("antithetic", antithetic)
     check_number("correction", correction)
     check_finite("correction", correction)
     if spatial_shape is not None:

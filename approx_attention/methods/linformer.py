@@ -9,7 +9,15 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_choice, check_count, check_floating, check_floats, head_inputs, real_keys
+from approx_attention.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_floating,
+    check_floats,
+    head_inputs,
+    real_keys,
+)
 from approx_attention.padding import RealFirst
 from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
 from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
@@ -100,7 +108,7 @@ def linformer(
     """
     dtype = v.dtype
     num_slots = check_count("num_slots", num_slots)
-    block_size = check_count("block_size", block_size)
+    block_size, renormalize = check_count("block_size", block_size), check_flag("renormalize", renormalize)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if projection_v is None:
         projection_v = projection_k

@@ -14,6 +14,7 @@ from approx_attention.checks import (
     check_count,
     check_floating,
     check_key,
+    check_number,
     check_positive,
     head_inputs,
     real_keys,
@@ -98,8 +99,9 @@ def nystrom(
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
     check_choice("inverse", inverse, ("iterations", "ridge", "svd"))
     num_iterations = check_count("num_iterations", num_iterations)
-    check_positive("ridge", ridge)
-    check_positive("rcond", rcond)
+    for name, number in (("ridge", ridge), ("rcond", rcond)):
+        check_number(name, number)
+        check_positive(name, number)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries, num_keys)
     q_bar, k_bar, present = paired_means(q, k, num_landmarks, query_mask(q_mask, kv_mask, num_queries), kv_mask)
@@ -180,6 +182,7 @@ def skyformer(
         Chen et al. (2021), "Skyformer: remodel self-attention with Gaussian kernel and Nystrom method", section 4.
     """
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
+    check_number("ridge", ridge)
     check_positive("ridge", ridge)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_queries + num_keys)

@@ -81,7 +81,8 @@ class Kernel(NamedTuple):
             coefficients = exp_coefficients(coefficients, maps[0].degree, bound=bound, rms=rms)
         else:
             check_taken(coefficients, bound=bound, rms=rms)
-            check_finite("coefficients", coefficients if hasattr(coefficients, "dtype") else np.array(coefficients))
+            for number in (coefficients,) if hasattr(coefficients, "dtype") else coefficients:
+                check_finite("coefficients", number)
         return cls(maps[0], tuple(maps[1:]), maps[0].weights(jnp.asarray(coefficients, dtype), dtype=dtype))
 
     def summarize(self, inputs: TensorInputs) -> FeatureMoments:

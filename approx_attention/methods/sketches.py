@@ -1,7 +1,6 @@
 """Sketches in front of the values, which need all of the weights, and samples of the keys, which do not."""
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float
 from approx_attention.checks import (
     check_choice,
     check_count,
+    check_flag,
     check_key,
     head_inputs,
     real_keys,
@@ -21,7 +21,7 @@ from approx_attention.checks import (
 from approx_attention.features import squared_norm
 from approx_attention.padding import RealFirst, count_real, draw_of_size
 from approx_attention.rows import pad_rows
-from approx_attention.sketches import SKETCHES, RowSample, Sketch, back, draw_sketch, leverages
+from approx_attention.sketches import SKETCHES, HadamardSketch, RowSample, Sketch, back, draw_sketch, leverages
 from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.summaries import WeightedKV, attend
 
@@ -83,6 +83,7 @@ def unreduced_jlt(
         Wang et al. (2020), "Linformer", theorem 1; the name is that of Chen et al. (2021), "Skeinformer", section 3.
     """
     dtype, num_keys = v.dtype, k.shape[0]
+    centred = check_flag("centred", centred)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if isinstance(sketch, str):
         sketch_size = check_count("sketch_size", sketch_size)
@@ -125,15 +126,17 @@ def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Arra
     """The same for any kind."""
     if kind != "hadamard":
         return _through_sketch(v, kind, size, key, count)
-
-    def of_length(length: int, v: Array) -> Array:
-        rows = pad_rows(v[:length], max(0, length - v.shape[0]))
-        return pad_rows(_through_sketch(rows, kind, size, key), max(0, v.shape[0] - length))[: v.shape[0]]
-
-    # The transform is that of the least power of two that holds the real rows.
+    # The transform of the least power of two that holds the real rows is a corner of that of all rows.
     lengths = [1 << level for level in range((v.shape[0] - 1).bit_length() + 1)]
+    size = min(size, lengths[-1])
+    sketch = HadamardSketch.draw(check_key("unreduced_jlt", key), size, v.shape[0])
+    rows = [HadamardSketch.draw(check_key("unreduced_jlt", key), min(size, n), n).chosen for n in lengths]
     level = jnp.sum(jnp.asarray(lengths, jnp.int32) < count, dtype=jnp.int32)
-    return lax.switch(level, [functools.partial(of_length, length) for length in lengths], v)
+    chosen = jnp.stack([pad_rows(x, size - x.shape[0]) for x in rows])[level]
+    used = jnp.minimum(size, jnp.asarray(lengths, jnp.int32)[level])
+    sketch = dataclasses.replace(sketch, chosen=chosen)
+    share = jnp.where(jnp.arange(size, dtype=jnp.int32) < used, size / used.astype(v.dtype), 0)
+    return back(sketch, share[:, None] * (sketch @ v))
 
 
 Odds = Literal["uniform", "key_norm", "value_norm", "leverage"]
