@@ -310,3 +310,15 @@ def test_masks_are_traced_in_float64(name, is_causal, x64):
             lambda *x, of=function: of(*x[:3], jax.random.key(7), kv_mask=x[3]), *tensors, mask_of("left", 9, 19)
         )
         assert out.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["exact", "local", "mean_pool", "favor", "longformer", "eva"])
+def test_queries_behind_the_last_key_keep_their_place(name):
+    # Causally there may be more queries than keys; those behind the last real key see all of them.
+    q, k, v = random_head(31, 24, 20)
+    options = {**settings(name), "is_causal": True}
+    function = jax.jit(
+        lambda q, k, v, mask: METHODS[name].function(q, k, v, jax.random.key(7), **options, kv_mask=mask)
+    )
+    padded = function(q, k, v, jnp.arange(20) < 7)
+    np.testing.assert_allclose(padded, function(q, k[:7], v[:7], None), atol=1e-5)

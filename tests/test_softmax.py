@@ -134,6 +134,24 @@ def test_gradients_at_large_logits(is_causal, form, num_queries, num_keys):
             assert close.mean() >= (1.0 if magnitude < 1e5 else 0.98), magnitude
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e6, 1e8])
+def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
+    # Keys are equal but for their sign, so that half of them share the weight at any size of the logits.
+    random = np.random.default_rng(3)
+    k = np.where(random.random(300) < 0.5, 1.0, -1.0)[:, None] * random.normal(size=(1, 16))
+    q = random.normal(size=(300, 16))
+    factor = np.sqrt(magnitude / np.abs(q @ k.T).max())
+    q, k = (jnp.asarray(factor * x, jnp.float32) for x in (q, k))
+    v, d_out = (jnp.asarray(random.normal(size=(300, 16)), jnp.float32) for _ in range(2))
+    bias = jnp.where(jnp.asarray(causal_mask(300, 300)), 0.0, HIDDEN) if is_causal else None
+    streamed = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * streamed_state(*x, None, is_causal).out), (0, 1, 2)))
+    dense = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * dense_state(*x, bias).out), (0, 1, 2)))
+    noise = 1e-5 * np.abs(d_out @ v.T).max() * max(np.abs(q).max(), np.abs(k).max())
+    for found, expected in zip(streamed(q, k, v), dense(q, k, v), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=noise)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [blocked_state, triangular_state, functools.partial(window_state, left=40, right=3)])
 def test_gradients_against_finite_differences(form, x64, monkeypatch):

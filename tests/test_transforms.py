@@ -104,6 +104,37 @@ def test_nested_transformations_trace(name, is_causal, nesting):
     jax.eval_shape(transform(bound(name, is_causal)), *tensors)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [pytest.param(*x, marks=() if x[0] in ("exact", "favor") else pytest.mark.slow) for x in DIRECTIONS],
+)
+@pytest.mark.parametrize("varying", range(4))
+def test_one_tensor_may_be_that_of_a_device_alone(name, is_causal, varying):
+    # In shard_map each device has queries, keys, values or a scale of its own, and they share the others.
+    mesh = jax.make_mesh((B,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = [PartitionSpec("batch") if i == varying else PartitionSpec() for i in range(4)]
+    function = bound(name, is_causal)
+
+    def gradients(query, key, value, scale):
+        return jax.grad(loss(lambda *x: function(*x, scale=scale[0])), (0, 1, 2))(query, key, value)
+
+    tensors = [(shapes(B) if i == varying else shapes(1))[i] for i in range(3)]
+    tensors.append(jax.ShapeDtypeStruct((B if varying == 3 else 1,), jnp.float32))
+    out_specs = tuple(specs[:3])
+    jax.eval_shape(jax.shard_map(gradients, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs), *tensors)
+
+
+def test_lengths_trace_under_every_nesting():
+    lengths = jax.ShapeDtypeStruct((B, 3), jnp.int32)
+    for name in METHODS:
+        function = bound(name)
+
+        def attend(query, key, value, lengths, function=function):
+            return function(query, key, value, key_value_seq_lengths=lengths)
+
+        jax.eval_shape(jax.grad(loss(jax.vmap(attend)), (0, 1, 2)), *shapes(B, 3), lengths)
+
+
 @pytest.mark.parametrize("nesting", [x for x in NESTINGS if x not in ("grad(grad)", "vmap(value_and_grad(vmap))")])
 def test_nested_transformations_of_exact_attention_trace(nesting):
     transform, tensors = NESTINGS[nesting]
@@ -234,6 +265,44 @@ def test_nested_transformations_reach_cudnn(as_on_a_gpu):
         (jax.vmap(lambda scale, *x: attend(*x, scale=scale), (0, None, None, None)), (jnp.ones(3), query, key, value)),
     ):
         assert "dot_product_attention" in str(jax.make_jaxpr(function)(*tensors))
+
+
+def test_inputs_for_cudnn_are_checked_as_others_are(as_on_a_gpu):
+    head = as_half([jax.ShapeDtypeStruct((T, D), jnp.bfloat16)] * 3)
+    for options in ({"scale": -1.0}, {"scale": np.nan}, {"scale": True}, {"is_causal": "x"}):
+        with pytest.raises((TypeError, ValueError)):
+            jax.eval_shape(functools.partial(exact, **options), *head)
+    batch = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in head]
+    with pytest.raises((TypeError, ValueError)):
+        jax.eval_shape(exact, *batch)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16, jnp.int32, jnp.uint32])
+def test_lengths_may_be_integers_of_any_type(dtype):
+    query, key, value = random_heads(7, 2, T, T, 2, 2, D)
+    of = functools.partial(bound("mean_pool"), query, key, value)
+    for option in ("key_value_seq_lengths", "query_seq_lengths"):
+        expected = of(**{option: jnp.array([4, 9])})
+        np.testing.assert_array_equal(of(**{option: jnp.array([4, 9], dtype)}), expected)
+        with jax.enable_x64(True):
+            np.testing.assert_array_equal(of(**{option: jnp.array([4, 9], dtype)}), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        (name, p.name)
+        for name, m in METHODS.items()
+        for p in inspect.signature(m.function).parameters.values()
+        if isinstance(p.default, bool)
+    ],
+)
+def test_switches_are_true_or_false(name, argument):
+    query, key, value = random_heads(8, 1, T, T, 2, 2, D)
+    option = {"return_state": "return_residual"}.get(argument, argument)
+    for wrong in ("no", 1, None, jnp.array(True)):
+        with pytest.raises(TypeError, match=argument if option == argument else option):
+            jax.eval_shape(lambda *x, wrong=wrong: bound(name)(*x, **{option: wrong}), query, key, value)
 
 
 # Numbers in arrays are checked while they are known.
