@@ -12,6 +12,7 @@ from jax import Array, lax
 from approx_attention.causal import Block, Past, RunningSummary, move_on, scan_blocks
 from approx_attention.checks import (
     check_count,
+    check_flag,
     check_floating,
     check_length,
     check_lengths,
@@ -324,7 +325,7 @@ class HeadsDecoder:
         Returns:
             The `HeadsCache`.
         """
-        batch_size = check_count("batch_size", batch_size)
+        batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
         head_dim = self.sizes["head_dim"]
         drawn = draw_per_head(self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters)
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.core import Tracer
 
-from approx_attention.checks import check_choice, check_count
+from approx_attention.checks import check_choice, check_count, check_number, shown
 from approx_attention.registry import arguments, check_hyperparameters, get_method
 
 
@@ -73,8 +74,14 @@ def check_unused(
 
     Raises:
         NotImplementedError: one of them is asked for.
-        ValueError: dropout without a key.
+        ValueError: dropout without a key; a rate that is not from 0 to 1.
+        TypeError: a rate that is not a number, or is traced.
     """
+    check_number("dropout_rate", dropout_rate)
+    if isinstance(dropout_rate, Tracer):
+        raise TypeError("dropout_rate must be known when tracing, got a traced number")
+    if not 0 <= dropout_rate <= 1:
+        raise ValueError(f"dropout_rate must be from 0 to 1, got {dropout_rate}")
     if dropout_rate > 0 and not deterministic and dropout == "error":
         raise NotImplementedError(
             f"method {name!r} does not support dropout of attention weights (dropout_rate={dropout_rate}), which it "
@@ -106,10 +113,14 @@ def as_boolean(mask: Array | None) -> Array | None:
     """Flax's mask, boolean or floating point with 1 for what may be seen, as a boolean one.
 
     Raises:
-        TypeError: neither boolean nor a number.
+        TypeError: no array, or neither boolean nor numbers.
         ValueError: other values than 0 and 1, as in an additive mask, if they can be looked at.
     """
-    if mask is None or mask.dtype == jnp.bool_:
+    if mask is None:
+        return None
+    if not hasattr(mask, "dtype") or not hasattr(mask, "shape"):
+        raise TypeError(f"mask must be an array, boolean or of 0 and 1; got {type(mask).__name__}")
+    if mask.dtype == jnp.bool_:
         return mask
     if not jnp.issubdtype(mask.dtype, jnp.number):
         raise TypeError(f"mask must be boolean or hold 0 and 1, got dtype {mask.dtype}")
@@ -118,24 +129,30 @@ def as_boolean(mask: Array | None) -> Array | None:
     return mask > 0
 
 
-def takes_dense_mask(method: str | Callable[..., Array]) -> bool:
+def takes_dense_mask(method: str | Callable[..., Array] | nnx.Module) -> bool:
     """Whether a registered method, or a function of one head, follows a mask that differs between queries."""
+    if isinstance(method, nnx.Module):
+        return False
     if isinstance(method, str):
         return get_method(method).capabilities.dense_mask
     names = arguments(method)
     return names is None or "mask" in names
 
 
-def without_causality(name: str, mask: Array | None, causal_mask: str) -> tuple[Array | None, bool]:
+def without_causality(
+    name: str, mask: Array | None, causal_mask: str, *, dense: bool = False
+) -> tuple[Array | None, bool]:
     """The padding ``[..., 1, 1, S]`` that is left of a mask without its causality, and whether it has any.
 
-    A mask that differs between queries is taken to be a causal mask, or one combined with padding. Then a key is real
-    if any query sees it; a key that no query sees may as well be padding. Queries that see nothing are padding too.
+    A mask with an axis of queries is taken to be a causal mask, or one combined with padding. Then a key is real if any
+    query sees it; a key that no query sees may as well be padding. Queries that see nothing are padding too. One that
+    can be looked at may also be padding alone.
 
     Args:
         name: of the method.
         mask: boolean, broadcastable to ``[B, N, T, S]``.
         causal_mask: ``"as_is_causal"`` to do so, ``"error"`` to leave every mask as it is.
+        dense: whether the method follows every mask: it keeps one that is not known to be causal or padding.
 
     Returns:
         The padding, None if there is none, and whether attention is causal.
@@ -146,14 +163,21 @@ def without_causality(name: str, mask: Array | None, causal_mask: str) -> tuple[
     """
     if mask is None or causal_mask == "error" or mask.ndim < 2 or mask.shape[-2] == 1:
         return mask, False
-    looked_at: Any = mask if isinstance(mask, Tracer) else np.asarray(mask)
+    square, traced = mask.shape[-2] == mask.shape[-1], isinstance(mask, Tracer)
+    if traced and dense:
+        return mask, False
+    looked_at: Any = mask if traced else np.asarray(mask)
     one = looked_at if mask.ndim == 2 else looked_at[..., :1, :, :]
     real = one.any(-2, keepdims=True)
-    if mask.shape[-2] == mask.shape[-1]:
-        if isinstance(mask, Tracer):
-            return real, True
-        if (np.tri(mask.shape[-1], dtype=bool) & real & one.any(-1, keepdims=True) == looked_at).all():
-            return None if real.all() else jnp.asarray(real), True
+    if traced and square:
+        return real, True
+    if not traced:
+        pairs = real & one.any(-1, keepdims=True)
+        causal = square and bool((np.tri(mask.shape[-1], dtype=bool) & pairs == looked_at).all())
+        if causal or (pairs == looked_at).all():
+            return None if real.all() else jnp.asarray(real), causal
+    if dense:
+        return jnp.asarray(mask), False
     raise NotImplementedError(
         f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
         f"many queries as keys; got another one of shape {mask.shape}"
@@ -213,6 +237,17 @@ def real_tokens(mask: Array, batch_size: int, num_tokens: int) -> tuple[Array, A
     if not isinstance(first, Tracer) and not first.all():
         raise ValueError("while decoding, a mask must hide the last tokens of a sequence: padding stands on the right")
     return real.sum(-1, dtype=jnp.int32), first
+
+
+def cache_dtype(dtype: Any) -> str:
+    """The name of a cache's dtype; raises ``TypeError`` unless it is float32 or float64."""
+    try:
+        name = "" if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "float64"):
+        raise TypeError(f"dtype of a cache must be float32 or float64, got {shown(dtype)}")
+    return name
 
 
 def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextManager[Any]:

@@ -125,8 +125,8 @@ class ApproxAttention(nn.Module):
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
-        mask, causal = flax_arguments.without_causality(name, flax_arguments.as_boolean(mask), self.causal_mask)
-        dense = flax_arguments.takes_dense_mask(self.method)
+        dense, mask = flax_arguments.takes_dense_mask(self.method), flax_arguments.as_boolean(mask)
+        mask, causal = flax_arguments.without_causality(name, mask, self.causal_mask, dense=dense)
         sizes = query.shape[-3], key.shape[-3]
         is_causal = flax_arguments.check_mask(name, mask, self.is_causal or causal, *sizes, dense=dense)
         rng = self._rng() if draws else None

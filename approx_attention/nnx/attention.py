@@ -111,7 +111,7 @@ class ApproxAttention(nnx.Module):
         stream = _stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
-        self.cache = nnx.data(None)
+        self._hold(None, {}, None)
 
     def _first_draw(
         self, learned: tuple[str, ...], head_dim: int | None, stream: nnx.RngStream | None
@@ -210,7 +210,10 @@ class ApproxAttention(nnx.Module):
             input_positions=input_positions,
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
-        mask, causal = flax_arguments.without_causality(self.name, flax_arguments.as_boolean(mask), self.causal_mask)
+        # A cache is causal already, whether its method follows every mask or not.
+        dense = self.cache is None and flax_arguments.takes_dense_mask(self.method)
+        mask = flax_arguments.as_boolean(mask)
+        mask, causal = flax_arguments.without_causality(self.name, mask, self.causal_mask, dense=dense)
         per_token: dict[str, Any] = {} if gate_logits is None else {"gate_logits": gate_logits}
         with flax_arguments.matmul_precision(precision):
             if self.cache is not None:
@@ -232,7 +235,7 @@ class ApproxAttention(nnx.Module):
     ) -> Array:
         module: Any = self.method if isinstance(self.method, nnx.Module) else None
         always = module is not None and module.is_causal
-        dense = module is None and flax_arguments.takes_dense_mask(self.method)
+        dense = flax_arguments.takes_dense_mask(self.method)
         sizes = query.shape[-3], key.shape[-3]
         is_causal = flax_arguments.check_mask(self.name, mask, is_causal or always, *sizes, dense=dense)
         if module is not None:
@@ -292,19 +295,28 @@ class ApproxAttention(nnx.Module):
 
         Raises:
             NotImplementedError: a method without a running summary, or a layer over many devices.
+            TypeError: a dtype other than float32 and float64.
         """
         if self.mesh is not None:
             raise NotImplementedError("a layer over many devices has no cache; make one without mesh to decode")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        self.sizes = nnx.static({**sizes, "max_length": max_length, "dtype": jnp.dtype(dtype).name})
+        sizes = {**sizes, "max_length": max_length, "dtype": flax_arguments.cache_dtype(dtype)}
         # A cache is made of one draw, so that no call moves it on.
         rng = None if self.stream is None else self._last_key(self.stream)
-        leaves, self.treedef = jax.tree.flatten(self._decoder().init(batch_size, rng, ragged=ragged))
-        self.cache = nnx.data(nnx.List([nnx.Cache(x) for x in leaves]))
+        leaves, treedef = jax.tree.flatten(self._decoder(sizes).init(batch_size, rng, ragged=ragged))
+        self._hold(nnx.List([nnx.Cache(x) for x in leaves]), sizes, treedef)
 
     def drop_cache(self) -> None:
         """Ends decoding: calls are whole sequences again."""
-        self.cache = nnx.data(None)
+        self._hold(None, {}, None)
+
+    def _held(self) -> tuple[nnx.List | None, dict[str, Any], Any]:
+        """The cache, the sizes it was made with, and its structure."""
+        return self.cache, self.sizes, self.treedef
+
+    def _hold(self, cache: nnx.List | None, sizes: dict[str, Any], treedef: Any) -> None:
+        """Takes what `_held` gave, or None for no cache."""
+        self.cache, self.sizes, self.treedef = nnx.data(cache), nnx.static(sizes), nnx.static(treedef)
 
     @property
     def num_seen(self) -> Array:
@@ -322,10 +334,10 @@ class ApproxAttention(nnx.Module):
     def _cached(self) -> HeadsCache:
         return jax.tree.unflatten(self.treedef, [x[...] for x in self.cache or ()])
 
-    def _decoder(self) -> HeadsDecoder:
+    def _decoder(self, sizes: dict[str, Any]) -> HeadsDecoder:
         if not isinstance(self.method, str):
             raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
-        return HeadsDecoder(self.method, **self.sizes, **self._arguments())
+        return HeadsDecoder(self.method, **sizes, **self._arguments())
 
     def _extend(
         self,
@@ -344,7 +356,7 @@ class ApproxAttention(nnx.Module):
         if mask is not None:
             masked, first = flax_arguments.real_tokens(mask, key.shape[0], key.shape[1])
             lengths = masked if lengths is None else jnp.minimum(lengths, masked)
-        out, cache = self._decoder().extend(self._cached(), query, key, value, lengths)
+        out, cache = self._decoder(self.sizes).extend(self._cached(), query, key, value, lengths)
         if first is not None:
             # A compiled program cannot raise an error.
             out = jnp.where(first[:, None, None, None], out, jnp.full_like(out, jnp.nan))
@@ -353,9 +365,21 @@ class ApproxAttention(nnx.Module):
         return out
 
 
+def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
+    """The stream that methods draw from; raises ``ValueError`` if there is none."""
+    if isinstance(rngs, nnx.RngStream):
+        return rngs
+    if "attention" not in rngs and "default" not in rngs:
+        raise ValueError(
+            "rngs needs the stream 'attention', as nnx.Rngs(attention=0) has it, or nnx.Rngs(0) by default; "
+            f"got {', '.join(rngs) or 'no stream'}"
+        )
+    return rngs.attention
+
+
 def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
     """What one layer draws from: a fork of the stream ``attention``, or the stream that is given."""
-    stream = rngs.attention if isinstance(rngs, nnx.Rngs) else rngs
+    stream = None if rngs is None else attention_stream(rngs)
     if stream is not None and stream.key.shape:
         raise ValueError(
             f"rngs must have one key, got keys of shape {stream.key.shape}: make stacked layers inside nnx.vmap, or "

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from approx_attention.nnx.attention import ApproxAttention
+from approx_attention.checks import shown
+from approx_attention.nnx.attention import ApproxAttention, attention_stream
 
 
 def replace_attention(
@@ -22,8 +23,11 @@ def replace_attention(
 ) -> list[str]:
     """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
 
-    Layers that ``nnx.vmap`` has stacked along leading axes are recognised by the shapes of their kernels. Every layer
-    of a stack gets a different random projection, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before.
+    Layers that ``nnx.vmap`` has stacked along leading axes are recognised by the kernels of their ``nnx.Linear``,
+    ``nnx.LinearGeneral``, ``nnx.Einsum`` and ``nnx.Conv``, or by random streams of theirs. Every layer of a stack gets
+    a different random projection, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before. Layers with other
+    parameters alone, such as an ``nnx.Param``, do not tell that they are stacked: give a key for each layer
+    (``rngs.split(L)``), or replace inside ``nnx.vmap``.
 
     Args:
         model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
@@ -37,7 +41,8 @@ def replace_attention(
 
     Raises:
         ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them; layers stacked along
-            other axes than leading ones.
+            other axes than leading ones; ``rngs`` with other keys than one, or one for each layer of a stack.
+        TypeError: a module as the method, or ``only`` that cannot be called.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,6 +57,8 @@ def replace_attention(
     """
     if isinstance(method, nnx.Module):
         raise TypeError("each layer needs a module of its own: set the attention_fn of the layers one by one")
+    if only is not None and not callable(only):
+        raise TypeError(f"only must be a function (path, layer) -> bool, got {shown(only)}")
     layers = _attention_layers(model)
     chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
     if not layers:
@@ -75,7 +82,8 @@ def init_cache(
     """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
 
     The layers' own ``decode`` stays False: it is for Flax's cache of all keys, which takes one token at a time. Layers
-    stacked by ``nnx.vmap`` get a cache each, stacked likewise.
+    stacked by ``nnx.vmap`` get a cache each, stacked likewise; they are recognised as by `replace_attention`, others
+    get theirs inside ``nnx.vmap``. Caches that layers had before are replaced, but kept where this raises.
 
     Args:
         model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
@@ -90,6 +98,7 @@ def init_cache(
     Raises:
         ValueError: a layer with another ``attention_fn``, or no layer with one.
         NotImplementedError: a method without a running summary.
+        TypeError: a dtype other than float32 and float64.
     """
     layers = _attention_layers(model)
     if not layers:
@@ -101,12 +110,13 @@ def init_cache(
     if other:
         raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
     options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
+    before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers.values()]
     try:
         for path, layer in layers.items():
-            _start_caches(layer, _stack(layer, path), batch_size, options)
+            _start_caches(layer, _stack(layer, path) or (), batch_size, options)
     except Exception:
-        for layer in layers.values():
-            layer.attention_fn.drop_cache()
+        for attention_fn, held in before:
+            attention_fn._hold(*held)
         raise
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 
@@ -122,23 +132,34 @@ def _attention_layers(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def _stack(layer: nnx.Module, path: str) -> tuple[int, ...]:
+def _stack(layer: nnx.Module, path: str) -> tuple[int, ...] | None:
     """The axes that ``nnx.vmap`` has put before the parameters of a layer: ``(L,)`` for L stacked layers, or ``()``.
 
     A layer does not say that it is a stack of layers. But its linear maps have the sizes that one layer was made with:
-    the axes of a kernel before these are those of the stack. Inside ``nnx.vmap`` a layer is alone.
+    the axes of a kernel before these are those of the stack. A random stream of one layer has a key without axes.
+    Inside ``nnx.vmap`` a layer is alone. None where nothing tells.
     """
-    for _, module in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0])):  # its own maps come first
-        if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
+    nodes = [node for _, node in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0]))]  # its own come first
+    for module in nodes:
+        own = _kernel_shape(module)
+        if own is None:
             continue
-        batch = module.batch_axis.values() if isinstance(module, nnx.LinearGeneral) else ()
-        own = *batch, *_as_tuple(module.in_features), *_as_tuple(module.out_features)
         shape = tuple(module.kernel.shape)
         stack = shape[: len(shape) - len(own)]
         if stack and shape != (*stack, *own):
             raise ValueError(f"layers must be stacked along leading axes, but a kernel of {path!r} has shape {shape}")
         return stack
-    return ()
+    return next((node.key.shape for node in nodes if isinstance(node, nnx.RngStream) and node.key.shape), None)
+
+
+def _kernel_shape(module: Any) -> tuple[int, ...] | None:
+    """The shape with which the kernel of a linear map was made; None for other modules."""
+    if isinstance(module, nnx.Einsum | nnx.Conv | nnx.ConvTranspose):
+        return tuple(module.kernel_shape)
+    if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
+        return None
+    batch = module.batch_axis.values() if isinstance(module, nnx.LinearGeneral) else ()
+    return *batch, *_as_tuple(module.in_features), *_as_tuple(module.out_features)
 
 
 def _as_tuple(features: Any) -> tuple[int, ...]:
@@ -162,18 +183,23 @@ def _start_caches(layer: Any, stack: tuple[int, ...], batch_size: int, options: 
 
 
 def _for_each_layer(
-    make: Callable[..., ApproxAttention], stack: tuple[int, ...], rngs: nnx.Rngs | None
+    make: Callable[..., ApproxAttention], stack: tuple[int, ...] | None, rngs: nnx.Rngs | None
 ) -> ApproxAttention:
-    """The attention of all layers of a stack, with a different random projection in each."""
-    if not stack or not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+    """The attention of all layers of a stack, with a different random projection in each.
+
+    Where the layers do not tell whether they are a stack, keys for each layer do.
+    """
+    if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return make(rngs=rngs)
     if not jax.tree.leaves(nnx.state(make(rngs=nnx.Rngs(0)))):  # it draws nothing
         return make()
-    stream = rngs.attention if isinstance(rngs, nnx.Rngs) else rngs
+    stream = attention_stream(rngs)
     split = stream.key.shape
+    stack = split if stack is None else stack
     if split not in ((), stack):
-        raise ValueError(
-            f"rngs must have one key, or one for each of {stack} stacked layers; got keys of shape {split}"
-        )
+        layers = f", or one for each of {stack} stacked layers" if stack else " for layers that are not stacked"
+        raise ValueError(f"rngs must have one key{layers}; got keys of shape {split}")
+    if not stack:
+        return make(rngs=rngs)
     keys = _over_stack(type(stream).__call__, stack)(stream) if split else jax.random.split(stream(), stack)
     return _over_stack(lambda key: make(rngs=nnx.RngStream(key, tag=stream.tag)), stack)(keys)
