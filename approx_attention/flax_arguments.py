@@ -177,7 +177,7 @@ def without_causality(
         if causal or (pairs == looked_at).all():
             return None if real.all() else jnp.asarray(real), causal
     if dense:
-        return mask, False
+        return jnp.asarray(mask), False
     raise NotImplementedError(
         f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
         f"many queries as keys; got another one of shape {mask.shape}"

@@ -88,6 +88,11 @@ def test_layers_of_both_kinds_take_causal_masks():
     constant = np.asarray(mask) > 0
     inside = nnx.jit(lambda layer, x: layer(x, mask=constant))(layer, x)
     np.testing.assert_allclose(np.asarray(inside)[real], np.asarray(expected)[real], atol=1e-5)
+    kept = nnx.jit(lambda layer, x: layer(x, mask=~constant))(layer, x)
+    sees = ~constant.all(-1)[:, 0]
+    ours.replace_attention(layer, "exact")
+    np.testing.assert_allclose(np.asarray(kept)[sees], np.asarray(layer(x, mask=~mask.astype(bool)))[sees], atol=1e-5)
+    ours.replace_attention(layer, "mean_pool", num_landmarks=4, causal_mask="as_is_causal")
     with pytest.raises(NotImplementedError, match="padding, or causal, or both"):
         nnx.jit(lambda layer, x: layer(x, mask=~constant))(layer, x)
 
@@ -119,7 +124,6 @@ def test_padding_stays_padding_with_the_opt_in():
 
 
 OTHER_MASKS = {
-    "all": np.ones((LENGTH, LENGTH)),
     "the other direction": CAUSAL.T,
     "before the query alone": np.tri(LENGTH, k=-1),
     "one ahead": np.tri(LENGTH, k=1),
@@ -140,6 +144,42 @@ def test_a_mask_that_is_not_causal_is_not_taken_as_one(name, adapter):
     call = fn if adapter is ours else lambda *heads, mask: fn.apply({}, *heads, mask=mask)
     with pytest.raises(NotImplementedError, match=r"'mean_pool' with causal_mask='as_is_causal' takes .* of shape"):
         call(query, key, value, mask=mask if mask.ndim == 4 else jnp.broadcast_to(mask, (3, 1, *mask.shape)))
+
+
+@pytest.mark.parametrize("name", OTHER_MASKS)
+@pytest.mark.parametrize("adapter", [ours, ours_linen], ids=["nnx", "linen"])
+def test_a_method_that_follows_every_mask_keeps_one_that_is_not_causal(name, adapter):
+    mask = jnp.asarray(OTHER_MASKS[name], bool)
+    mask = mask if mask.ndim == 4 else mask[None, None]
+    heads = random_heads(0, 3, LENGTH, mask.shape[-1], HEADS, HEADS)
+    fn = as_causal("exact", adapter)
+    call = fn if adapter is ours else lambda *heads, mask: fn.apply({}, *heads, mask=mask)
+    expected = np.asarray(ours.ApproxAttention("exact")(*heads, mask=mask))
+    sees = np.broadcast_to(np.asarray(mask).any(-1)[:, 0], expected.shape[:2])
+    for out in (call(*heads, mask=mask), jax.jit(lambda mask: call(*heads, mask=mask))(mask)):
+        np.testing.assert_allclose(np.asarray(out)[sees], expected[sees], atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", REAL)
+@pytest.mark.parametrize("method", ["exact", "nystrom", "mean_pool"])
+@pytest.mark.parametrize("adapter", [ours, ours_linen], ids=["nnx", "linen"])
+def test_padding_for_each_query_is_padding(padding, method, adapter):
+    real, heads = REAL[padding], random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    options = {} if method == "exact" else {"num_landmarks": 3}
+    fn = as_causal(method, adapter, **options)
+    call = fn if adapter is ours else lambda *heads, mask: fn.apply({}, *heads, mask=mask)
+    expected = np.asarray(call(*heads, mask=jnp.asarray(real)[:, None, None]))
+    masks = [nnx.make_attention_mask(real, real), nnx.make_attention_mask(np.ones_like(real), real)]
+    for mask in (*masks, jnp.broadcast_to(masks[1], (3, HEADS, LENGTH, LENGTH))):
+        np.testing.assert_allclose(np.asarray(call(*heads, mask=jnp.asarray(mask)))[real], expected[real], atol=1e-6)
+
+
+def test_padding_for_each_query_of_other_keys():
+    query, key, value = random_heads(0, 3, LENGTH, LENGTH + 2, HEADS, HEADS)
+    fn, real = as_causal("mean_pool", num_landmarks=4), jnp.arange(LENGTH + 2) < 5
+    mask = jnp.broadcast_to(real, (3, 1, LENGTH, LENGTH + 2))
+    expected = fn(query, key, value, mask=mask[:, :, :1])
+    np.testing.assert_allclose(fn(query, key, value, mask=mask), expected, atol=1e-6)
 
 
 def test_the_error_of_a_causal_mask_names_the_opt_in():
@@ -307,3 +347,85 @@ def test_a_model_without_layers_to_replace_is_told_what_to_do(model):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"has an attention_fn; .* approx_attention.HeadsDecoder"):
         ours.init_cache(model, 2)
+
+
+# 4. bad arguments
+
+
+def called(adapter, **arguments):
+    heads = random_heads(0, 3, LENGTH, LENGTH, HEADS, HEADS)
+    fn = adapter.ApproxAttention("mean_value", dropout="output")
+    return fn(*heads, **arguments) if adapter is ours else fn.apply({}, *heads, **arguments)
+
+
+@pytest.mark.parametrize("adapter", [ours, ours_linen], ids=["nnx", "linen"])
+def test_bad_masks_and_rates_are_named(adapter):
+    for mask in ([1], True, "x", [[True] * LENGTH], jax.random.key(0)):
+        with pytest.raises(TypeError, match=r"mask must be .*boolean or") as error:
+            called(adapter, mask=mask)
+        assert "\n" not in str(error.value)
+    for rate in ("x", None, [0.5], np.full(2, 0.5), True):
+        with pytest.raises(TypeError, match="dropout_rate must be one number|dropout_rate must be real"):
+            called(adapter, dropout_rate=rate)
+    for rate in (np.nan, -0.5, 1.5, np.inf):
+        for deterministic in (True, False):
+            with pytest.raises(ValueError, match=f"dropout_rate must be from 0 to 1, got {rate}"):
+                called(adapter, dropout_rate=rate, deterministic=deterministic, dropout_rng=jax.random.key(0))
+    with pytest.raises(TypeError, match="dropout_rate must be known when tracing"):
+        jax.jit(lambda rate: called(adapter, dropout_rate=rate))(0.5)
+    for rate in (0, 1, np.float32(0.5), jnp.float32(0.5)):
+        assert called(adapter, dropout_rate=rate, deterministic=False, dropout_rng=jax.random.key(0)).ndim == 4
+
+
+def test_streams_and_layers_that_are_missing_are_named():
+    layer = nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=nnx.Rngs(0))
+    options = {"num_features": 8, "rngs": nnx.Rngs(params=0)}
+    for make in (ours.ApproxAttention, lambda *args, **more: ours.replace_attention(layer, *args, **more)):
+        with pytest.raises(ValueError, match=r"needs the stream 'attention', as nnx.Rngs\(attention=0\).* got params"):
+            make("favor", **options)
+        with pytest.raises(ValueError, match=r"needs the stream 'attention'.* got no stream"):
+            make("favor", num_features=8, rngs=nnx.Rngs())
+        make("favor", num_features=8, rngs=nnx.Rngs(params=0, attention=1))
+        make("mean_pool", num_landmarks=4, rngs=nnx.Rngs(params=0))
+    for only in ("x", [""], 1):
+        with pytest.raises(TypeError, match=r"only must be a function \(path, layer\) -> bool, got"):
+            ours.replace_attention(layer, "mean_pool", only=only)
+
+
+def test_bad_caches_are_named():
+    layer = nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=nnx.Rngs(0))
+    ours.replace_attention(layer, "mean_pool", num_landmarks=4)
+    for start in (
+        lambda **options: ours.init_cache(layer, 2, **options),
+        lambda **options: layer.attention_fn.init_cache(2, HEADS, HEAD, **options),
+    ):
+        for dtype in ("foo", "bfloat16", jnp.float16, jnp.int32, None, 3):
+            with pytest.raises(TypeError, match="dtype of a cache must be float32 or float64, got"):
+                start(dtype=dtype)
+        for ragged in ("x", 2, None):
+            with pytest.raises(TypeError, match="ragged must be True or False"):
+                start(ragged=ragged)
+        start(dtype="float32", ragged=np.bool_(True))
+
+
+# 5. parameters have one type, wherever they are made
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: ours.evabyte(HEAD, HEADS, window_size=4, chunk_size=2, rngs=rngs),
+        lambda rngs: ours.eva_official(HEAD, HEADS, window_size=4, num_chunks=2, local_bias=True, rngs=rngs),
+        lambda rngs: ours.Lara(HEAD, num_landmarks=3, rngs=rngs),
+        lambda rngs: ours.Rfa(HEAD, HEADS, gate_dim=DIM, rngs=rngs),
+        lambda rngs: ours.TensorAttention(DIM, num_heads=HEADS, head_dim=HEAD, rngs=rngs),
+        *(
+            lambda rngs, init=init: ours.LinformerAttention(HEADS, 12, num_slots=3, init=init, rngs=rngs)
+            for init in (ours.scale_keeping_init, ours.mean_pool_init(), nnx.initializers.normal())
+        ),
+        lambda rngs: ours.ApproxAttention("favor", num_features=8, learned=("projection",), head_dim=HEAD, rngs=rngs),
+    ],
+)
+def test_parameters_are_float32_where_float64_is_enabled(make, x64):
+    state = nnx.state(make(nnx.Rngs(0)), nnx.Param)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}

@@ -259,6 +259,84 @@ def test_decoding_a_stack_of_stacks_and_sequences_of_their_own_lengths():
     np.testing.assert_array_equal(layers.attention_fn.num_seen, [[8, 5]] * 3)
 
 
+class Own(nnx.Module):
+    """A layer with projections that are no linear map of sizes of its own."""
+
+    def __init__(self, kind, rngs):
+        self.num_kv_heads, self.head_dim = HEADS, DIM // HEADS
+        shape = (DIM, HEADS, DIM // HEADS)
+        if kind == "einsum":
+            self.map = nnx.Einsum("btc,chd->bthd", shape, rngs=rngs)
+        else:
+            self.map = nnx.Param(0.3 * jax.random.normal(rngs.params(), shape))
+        self.dropout = nnx.Dropout(0.1, deterministic=True, rngs=rngs) if kind == "dropout" else None
+        self.attention_fn = nnx.dot_product_attention
+
+    def __call__(self, x):
+        q = self.map(x) if isinstance(self.map, nnx.Einsum) else jnp.einsum("btc,chd->bthd", x, self.map[...])
+        return self.attention_fn(q, q, q).reshape(x.shape)
+
+
+def own_stack(kind, size=3):
+    return nnx.split_rngs(splits=size)(nnx.vmap(lambda rngs: Own(kind, rngs), in_axes=0, out_axes=0))(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", ["einsum", "param", "dropout"])
+@pytest.mark.parametrize("split", [False, True], ids=["one key", "split"])
+def test_stacks_without_linear_layers(kind, split):
+    layers, x = own_stack(kind), tokens()
+    if kind == "param" and not split:  # nothing tells that it is a stack
+        in_vmap(layers, nnx.Rngs(3))
+    else:
+        rngs = nnx.Rngs(3).split(3) if split else nnx.Rngs(3)
+        ours.replace_attention(layers, "favor", num_features=8, is_causal=True, rngs=rngs)
+    assert len(np.unique(key_data(layers), axis=0)) == 3
+    whole = scanned(layers, x)
+    np.testing.assert_allclose(whole, in_turn(layers, x), atol=1e-5)
+    if split:  # what was drawn tells from now on
+        ours.init_cache(layers, 2)
+        outs = [scanned(layers, x[:, :5]), scanned(layers, x[:, 5:])]
+        np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+        ours.replace_attention(layers, "favor", num_features=8, rngs=nnx.Rngs(4))
+        assert layers.attention_fn.stream.key.shape == (3,)
+    ours.replace_attention(layers, "mean_pool", num_landmarks=4, rngs=nnx.Rngs(3).split(3))
+    assert scanned(layers, x).shape == x.shape
+
+
+def test_one_layer_without_linear_layers_is_alone():
+    for kind in ("einsum", "param", "dropout"):
+        layer = Own(kind, nnx.Rngs(0))
+        ours.replace_attention(layer, "favor", num_features=8, rngs=nnx.Rngs(3))
+        assert layer.attention_fn.stream.key.shape == ()
+        assert layer(tokens()).shape == (2, 8, DIM)
+
+
+def test_a_failed_start_keeps_the_caches_that_were_there():
+    model, x = nnx.Dict(first=with_method("favor", is_causal=True), second=stack_of()), tokens()
+    ours.replace_attention(model["second"], "nystrom", num_landmarks=4)
+    expected = scanned(model["first"], x)
+    ours.init_cache(model["first"], 2)
+    outs = [scanned(model["first"], x[:, :5])]
+    for dtype in (jnp.float32, "foo"):
+        with pytest.raises((NotImplementedError, TypeError)):
+            ours.init_cache(model, 3, dtype=dtype)
+    with pytest.raises(TypeError, match="dtype"):
+        model["first"].attention_fn.init_cache(3, 1, 1, dtype="foo")
+    outs.append(scanned(model["first"], x[:, 5:]))
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, atol=1e-5)
+    assert model["second"].attention_fn.cache is None
+
+    single = stack_of()
+    ours.replace_attention(single, "mean_pool", num_landmarks=4, is_causal=True)
+    ours.init_cache(single, 2)
+    single(x[:, :5])
+    for options in ({"dtype": "foo"}, {"ragged": "x"}, {"max_length": -1}):
+        with pytest.raises((TypeError, ValueError)):
+            ours.init_cache(single, 3, **options)
+    single(x[:, 5:])
+    assert int(single.attention_fn.num_seen) == 8
+
+
 def test_a_failed_start_leaves_no_cache_on_a_stack():
     layers = with_method("nystrom")
     with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):
@@ -274,6 +352,8 @@ def test_stacks_that_cannot_be_served():
         with_method(rngs=nnx.Rngs(0).split(4))
     with pytest.raises(ValueError, match=r"rngs must have one key, got keys of shape \(3,\): .* replace_attention"):
         ours.ApproxAttention("favor", rngs=nnx.Rngs(0).split(3))
+    with pytest.raises(ValueError, match=r"one key for layers that are not stacked; got keys of shape \(3,\)"):
+        ours.replace_attention(stack_of(), "favor", rngs=nnx.Rngs(0).split(3))
     with pytest.raises(TypeError, match="rngs must be nnx.Rngs"):
         with_method(rngs=jax.random.key(0))
     with pytest.raises(ValueError, match="is random: pass rngs"):

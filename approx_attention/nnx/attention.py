@@ -111,7 +111,7 @@ class ApproxAttention(nnx.Module):
         stream = _stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
-        self.hold(None, {}, None)
+        self._hold(None, {}, None)
 
     def _first_draw(
         self, learned: tuple[str, ...], head_dim: int | None, stream: nnx.RngStream | None
@@ -304,18 +304,18 @@ class ApproxAttention(nnx.Module):
         # A cache is made of one draw, so that no call moves it on.
         rng = None if self.stream is None else self._last_key(self.stream)
         leaves, treedef = jax.tree.flatten(self._decoder(sizes).init(batch_size, rng, ragged=ragged))
-        self.hold(nnx.List([nnx.Cache(x) for x in leaves]), sizes, treedef)
+        self._hold(nnx.List([nnx.Cache(x) for x in leaves]), sizes, treedef)
 
     def drop_cache(self) -> None:
         """Ends decoding: calls are whole sequences again."""
-        self.hold(None, {}, None)
+        self._hold(None, {}, None)
 
-    def held(self) -> tuple[nnx.List | None, dict[str, Any], Any]:
+    def _held(self) -> tuple[nnx.List | None, dict[str, Any], Any]:
         """The cache, the sizes it was made with, and its structure."""
         return self.cache, self.sizes, self.treedef
 
-    def hold(self, cache: nnx.List | None, sizes: dict[str, Any], treedef: Any) -> None:
-        """Takes what `held` gave, or None for no cache."""
+    def _hold(self, cache: nnx.List | None, sizes: dict[str, Any], treedef: Any) -> None:
+        """Takes what `_held` gave, or None for no cache."""
         self.cache, self.sizes, self.treedef = nnx.data(cache), nnx.static(sizes), nnx.static(treedef)
 
     @property

@@ -110,13 +110,13 @@ def init_cache(
     if other:
         raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
     options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
-    before = [(layer.attention_fn, layer.attention_fn.held()) for layer in layers.values()]
+    before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers.values()]
     try:
         for path, layer in layers.items():
             _start_caches(layer, _stack(layer, path) or (), batch_size, options)
     except Exception:
         for attention_fn, held in before:
-            attention_fn.hold(*held)
+            attention_fn._hold(*held)
         raise
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 

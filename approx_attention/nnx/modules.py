@@ -70,9 +70,9 @@ class Eva(nnx.Module):
         )
         drawn = None
         if pooling_vectors and rngs is not None:
-            drawn = jnp.clip(jax.random.normal(rngs.params(), (num_kv_heads, 2, head_dim)), -1, 1) * head_dim**-0.5
-        self.pooling_vectors = None if drawn is None else nnx.Param(drawn)
-        self.bias = nnx.Param(jnp.zeros(self._bias_shape())) if local_bias else None
+            drawn = jnp.clip(jax.random.normal(rngs.params(), (num_kv_heads, 2, head_dim), jnp.float32), -1, 1)
+        self.pooling_vectors = None if drawn is None else nnx.Param(drawn * head_dim**-0.5)
+        self.bias = nnx.Param(jnp.zeros(self._bias_shape(), jnp.float32)) if local_bias else None
 
     def _bias_shape(self) -> tuple[int, ...]:
         side, overlap = check_counts(0, window_size=self.options["window_size"], overlap=self.options.get("overlap", 0))
@@ -330,8 +330,8 @@ class LinformerAttention(nnx.Module):
         sharing: ``"none"``, ``"headwise"`` (if None) or ``"key_value"``.
         projections: those of another layer, in place of new ones (layerwise sharing): slots, sharing and whether they
             are frozen are what they are there, and not to be given here.
-        init: an initialiser of ``[R, max_length]``, or ``[K, R, max_length]`` with ``"none"``; `scale_keeping_init`,
-            `mean_pool_init` or any of `flax.nnx.initializers`.
+        init: an initialiser ``(key, shape, dtype)`` of ``[R, max_length]``, or ``[K, R, max_length]`` with ``"none"``;
+            `scale_keeping_init`, `mean_pool_init` or any of `flax.nnx.initializers`.
         frozen: keep the projections as they were drawn: no optimiser of `nnx.Param` sees them.
         is_causal: as in `approx_attention.linformer`.
         options: further static arguments of it.
@@ -363,7 +363,7 @@ class LinformerAttention(nnx.Module):
             shape = (*heads, min(sizes), sizes[1])
             names = ("projection_k",) if sharing == "key_value" else ("projection_k", "projection_v")
             kind = nnx.Variable if frozen else nnx.Param
-            projections = nnx.Dict({name: kind(init(rngs.params(), shape)) for name in names})
+            projections = nnx.Dict({name: kind(init(rngs.params(), shape, jnp.float32)) for name in names})
         elif num_slots is not None or sharing is not None or frozen:
             raise ValueError(
                 "with projections given, num_slots, sharing and frozen are theirs: leave them out; "
@@ -412,7 +412,7 @@ class Rfa(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.options = dict(options or {})
-        self.bandwidth = nnx.Param(jnp.ones(check_counts(num_kv_heads=num_kv_heads, head_dim=head_dim)))
+        self.bandwidth = nnx.Param(jnp.ones(check_counts(num_kv_heads=num_kv_heads, head_dim=head_dim), jnp.float32))
         self.gate = None if gate_dim is None else nnx.Linear(gate_dim, num_kv_heads, rngs=rngs)
 
     @property
@@ -522,8 +522,9 @@ class TensorAttention(nnx.Module):
         )
         self.null = nnx.data(None)
         if null_token:
-            keys = nnx.Param(0.02 * jax.random.normal(rngs.params(), (sets, *shape)))
-            self.null = nnx.data(nnx.Dict(keys=keys, values=nnx.Param(jnp.full((sets, *shape), float(order > 2)))))
+            keys = 0.02 * jax.random.normal(rngs.params(), (sets, *shape), jnp.float32)
+            values = jnp.full((sets, *shape), float(order > 2), jnp.float32)
+            self.null = nnx.data(nnx.Dict(keys=nnx.Param(keys), values=nnx.Param(values)))
         self.out = nnx.LinearGeneral(shape, model_dim, axis=(-2, -1), rngs=rngs)
 
     def __call__(self, x: Array, *, kv_mask: Array | None = None) -> Array:
