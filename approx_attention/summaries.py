@@ -294,11 +294,9 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
 
 
 def _head_dim(summary: Summary) -> int | None:
-    """The channels of the queries of a summary, if its feature map tells them."""
-    if isinstance(summary, WeightedKV):
-        return summary.k.shape[-1]
-    projection = getattr(summary.features, "projection", None)
-    return getattr(summary.features, "head_dim", None) if projection is None else projection.shape[-1]
+    """The channels of the queries of a summary, if its feature map is one of projections."""
+    rows = summary.k if isinstance(summary, WeightedKV) else getattr(summary.features, "projection", None)
+    return None if rows is None else rows.shape[-1]
 
 
 def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
