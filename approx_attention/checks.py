@@ -161,11 +161,20 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_floats(**arrays: Any) -> None:
-    """Raises ``TypeError``, naming the argument, unless each is None, a floating-point array or a tuple of them."""
-    for name, given in arrays.items():
-        for x in given if isinstance(given, tuple) else (given,):
-            if given is not None:
-                check_floating(name, x)
+    """Raises ``TypeError``, naming the argument, unless each is None or a floating-point array."""
+    for name, x in arrays.items():
+        if x is not None:
+            check_floating(name, x)
+
+
+def check_float_tuple(name: str, given: Any, length: int = 2) -> None:
+    """Raises ``TypeError`` unless ``given`` is None or a tuple of so many floating-point arrays."""
+    if given is None:
+        return
+    if not isinstance(given, tuple) or len(given) != length:
+        raise TypeError(f"{name} must be a tuple of {length} floating-point arrays, got {shown(given)}")
+    for x in given:
+        check_floating(name, x)
 
 
 def check_number(name: str, x: Any) -> None:
