@@ -348,7 +348,7 @@ def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     except TypeError:
         made = None
     if made is None or not jnp.issubdtype(made, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {shown(dtype if made is None else made)}")
+        raise TypeError(f"{name} must be floating point, got {shown(dtype) if made is None else made}")
     return made
 
 
