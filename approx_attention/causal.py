@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.checks import check_count, real_keys
+from approx_attention.checks import check_count, check_rows, check_tokens, real_keys
 from approx_attention.choices import keeping_choices
 from approx_attention.features import FeatureMap
 from approx_attention.padding import over_real_tokens
@@ -146,7 +146,8 @@ def causal_state(
         The `AttentionState` of the queries.
 
     Raises:
-        ValueError: a block size below 1.
+        TypeError: tensors that are not floating point, what is no `RunningSummary`.
+        ValueError: shapes that do not fit, a block size below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -156,6 +157,10 @@ def causal_state(
         >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))
         True
     """
+    check_rows("q", q, "[T, D]")
+    check_tokens(k, v, kv_mask)
+    if not isinstance(running, RunningSummary):
+        raise TypeError(f"running must be a RunningSummary, got {type(running).__name__}")
     block_size = min(check_count("block_size", block_size), q.shape[0])
 
     def state(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:

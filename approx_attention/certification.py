@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from approx_attention.checks import accumulation_dtype, check_choice, check_floating
-from approx_attention.patterns import SparsePattern
+from approx_attention.patterns import SparsePattern, check_pattern
 from approx_attention.rows import in_blocks
 
 RatioError = Literal["relative", "absolute"]
@@ -178,6 +178,7 @@ def _absolute_ratio_error(error: Array, log_weights: Array, valid: Array) -> Arr
 
 def check_square(pattern: SparsePattern) -> None:
     """Raises unless a pattern has as many queries as keys."""
+    check_pattern(pattern)
     if pattern.num_queries != pattern.num_keys:
         raise ValueError(
             f"self-attention has as many queries as keys, got a pattern [{pattern.num_queries}, {pattern.num_keys}]"

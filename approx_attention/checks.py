@@ -53,9 +53,7 @@ def head_inputs(
     """
     check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
-        check_floating(name, x)
-        if x.ndim != 2:
-            raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {x.shape}")
+        check_rows(name, x, axes)
     check_key_value_fit(q, k, v)
     dtype = accumulation_dtype(q, k, v)
     q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
@@ -82,8 +80,8 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         The scaled queries and keys, in their own dtypes.
 
     Raises:
-        TypeError: a scale that is not one number.
-        ValueError: a scale that is not positive and finite.
+        TypeError: queries or keys that are not floating point, a scale that is not one number.
+        ValueError: queries or keys without axes, a scale that is not positive and finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,6 +89,10 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         >>> float((q @ k.T)[0, 0])
         2.0
     """
+    for name, x in (("q", q), ("k", k)):
+        check_floating(name, x)
+        if x.ndim == 0:
+            raise ValueError(f"{name} must be [..., D], got shape ()")
     root = jnp.sqrt(jnp.asarray(logit_scale(scale, q.shape[-1]), accumulation_dtype(q, k)))
     return q * root.astype(q.dtype), k * root.astype(k.dtype)
 
@@ -111,18 +113,36 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
     return jnp.where(real, k, jnp.zeros_like(k)), jnp.where(real, v, jnp.zeros_like(v))
 
 
+def check_tokens(k: Any, v: Any, kv_mask: Any = None) -> None:
+    """Raises unless k and v are floating-point rows of the same tokens, of which ``kv_mask`` says which are real."""
+    check_rows("k", k, "[S, D]")
+    check_rows("v", v, "[S, Dv]")
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"k and v must hold the same tokens, got {k.shape[0]} and {v.shape[0]}")
+    if kv_mask is not None:
+        check_kv_mask(kv_mask, k.shape[0])
+
+
+def check_rows(name: str, x: Any, axes: str) -> None:
+    """Raises unless ``x`` is a floating-point array of two axes."""
+    check_floating(name, x)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {x.shape}")
+
+
 def real_keys(kv_mask: Array | None, num_keys: int) -> Array:
     """Which keys ``[S]`` are real: all, where there is no ``kv_mask``."""
     return jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
 
 
 def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
-    """Keys and values of a summary in the accumulation dtype, with zeros where ``kv_mask`` says padding."""
+    """Keys and values of a summary, checked, in the accumulation dtype, with zeros where ``kv_mask`` says padding."""
+    check_tokens(k, v, kv_mask)
     dtype = accumulation_dtype(k, v)
     return zero_padding(k.astype(dtype), v.astype(dtype), kv_mask)
 
 
-def accumulation_dtype(*tensors: Array) -> Any:
+def accumulation_dtype(*tensors: Any) -> Any:
     """float64 where any tensor is float64, else float32."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
 
@@ -141,11 +161,20 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_floats(**arrays: Any) -> None:
-    """Raises ``TypeError``, naming the argument, unless each is None, a floating-point array or a tuple of them."""
-    for name, given in arrays.items():
-        for x in given if isinstance(given, tuple) else (given,):
-            if given is not None:
-                check_floating(name, x)
+    """Raises ``TypeError``, naming the argument, unless each is None or a floating-point array."""
+    for name, x in arrays.items():
+        if x is not None:
+            check_floating(name, x)
+
+
+def check_float_tuple(name: str, given: Any, length: int = 2) -> None:
+    """Raises ``TypeError`` unless ``given`` is None or a tuple of so many floating-point arrays."""
+    if given is None:
+        return
+    if not isinstance(given, tuple) or len(given) != length:
+        raise TypeError(f"{name} must be a tuple of {length} floating-point arrays, got {shown(given)}")
+    for x in given:
+        check_floating(name, x)
 
 
 def check_number(name: str, x: Any) -> None:
@@ -158,6 +187,22 @@ def check_number(name: str, x: Any) -> None:
     if shape != ():
         raise TypeError(f"{name} must be one number, got shape {shape}")
     check_real(name, dtype)
+
+
+def known_number(name: str, x: Any) -> float:
+    """Returns ``x`` as a float if it is one real number that is known when tracing; use what it returns."""
+    if isinstance(x, Tracer):
+        raise TypeError(f"{name} must be a number known when tracing, got {type(x).__name__}")
+    check_number(name, x)
+    return _as_float(x)
+
+
+def _as_float(x: Any) -> float:
+    """A number of any kind as a float, infinite beyond the largest."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
 
 
 def check_real(name: str, dtype: Any) -> None:
@@ -195,12 +240,13 @@ def _check_values(name: str, x: Any, *rules: tuple[str, Callable[[np.ndarray], A
     # What is traced, or lies on other hosts, cannot be looked at.
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return
-    numbers = np.asarray(x, np.float64)
+    numbers = np.asarray(_as_float(x) if isinstance(x, int) else x, np.float64)
     for allowed, holds in rules:
         bad = numbers[~holds(numbers)]
         if bad.size:
             where = f" in an array of shape {numbers.shape}" if numbers.shape else ""
-            raise ValueError(f"{name} must be {allowed}, got {float(bad[0])}{where}")
+            given = shown(x) if isinstance(x, int) else float(bad[0])
+            raise ValueError(f"{name} must be {allowed}, got {given}{where}")
 
 
 def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
@@ -289,7 +335,21 @@ def check_length(name: str, length: Any, most: int) -> None:
     check_number(name, length)
     if isinstance(length, float):
         raise TypeError(f"{name} must be an integer, got {length}")
-    check_lengths(name, np.asarray(length) if isinstance(length, int) else length, most)
+    if not isinstance(length, int):
+        check_lengths(name, length, most)
+    elif not 0 <= length <= most:
+        raise ValueError(f"{name} must be from 0 to {most}, got {shown(length)}")
+
+
+def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+    """Returns a dtype that is given by itself, its type or its name, if it is floating point."""
+    try:
+        made = np.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
+    except TypeError:
+        made = None
+    if made is None or not jnp.issubdtype(made, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {shown(dtype) if made is None else made}")
+    return made
 
 
 def shown(value: Any) -> str:

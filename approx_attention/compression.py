@@ -15,14 +15,17 @@ from jaxtyping import Bool, Float
 from approx_attention.causal import RunningSummary
 from approx_attention.checks import (
     check_count,
+    check_counts,
     check_flag,
     check_floating,
     check_key,
     check_length,
     check_not_negative,
     check_number,
+    floating_dtype,
     head_inputs,
     logit_scale,
+    shown,
     unknown,
 )
 from approx_attention.coresets import ALGORITHMS, Algorithm
@@ -144,11 +147,12 @@ def _check_policy(policy: str | Algorithm, size: int | Array | None) -> None:
         raise ValueError(unknown("policy", policy, [*ALGORITHMS, *HEURISTICS]))
     if not isinstance(policy, str) and not callable(policy):
         raise ValueError(
-            f"policy must be one of {', '.join([*ALGORITHMS, *HEURISTICS])}, or an algorithm, got {policy!r}"
+            f"policy must be one of {', '.join([*ALGORITHMS, *HEURISTICS])}, or an algorithm, got {shown(policy)}"
         )
     if size is not None:
         raise ValueError(
-            f"size is for heuristics, which drop what they rank last: {', '.join(HEURISTICS)}; got policy {policy!r}"
+            f"size is for heuristics, which drop what they rank last: {', '.join(HEURISTICS)}; got policy "
+            f"{shown(policy)}"
         )
 
 
@@ -244,6 +248,10 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     Returns:
         Sums ``[S]``, which add up to the number of queries that see a key.
 
+    Raises:
+        TypeError: what is no `WeightedKV`, queries that are not floating point.
+        ValueError: queries that are not ``[T, D]`` with at most S rows.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention import WeightedKV, attention_received
@@ -254,6 +262,8 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     Reference:
         Zhang et al. (2023), "H2O"; of a window of the last queries: Li et al. (2024), "SnapKV".
     """
+    if not isinstance(tokens, WeightedKV):
+        raise TypeError(f"attention_received takes a WeightedKV, got {type(tokens).__name__}")
     _check_queries(queries, tokens.k)
     num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
     number = jnp.arange(num_keys, dtype=jnp.int32)
@@ -327,7 +337,7 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
 
     Raises:
         ValueError: not even one does, or counts below 1.
-        TypeError: counts that are no integers.
+        TypeError: counts that are no integers, a dtype that is not floating point.
 
     Example:
         >>> from approx_attention import token_budget
@@ -337,7 +347,7 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
     head_dim = check_count("head_dim", head_dim)
     value_dim = check_count("value_dim", value_dim)
     num_bytes = check_count("num_bytes", num_bytes, most=None)
-    per_token = (head_dim + value_dim + 1) * jnp.dtype(dtype).itemsize
+    per_token = (head_dim + value_dim + 1) * floating_dtype("dtype", dtype).itemsize
     if num_bytes < per_token:
         raise ValueError(f"a weighted token takes {per_token} bytes, more than the budget of {num_bytes}")
     return num_bytes // per_token
@@ -467,7 +477,7 @@ def running_compressed(
         >>> running.read(running.init(4, 4, jnp.float32)).mass.shape
         (24,)
     """
-    budget = check_count("budget", budget)
+    head_dim, budget = check_counts(head_dim=head_dim, budget=budget)
     folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:

@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from approx_attention.certification import RatioError
-from approx_attention.checks import check_choice, check_count, check_counts, check_key
-from approx_attention.patterns import SparsePattern
+from approx_attention.checks import check_choice, check_count, check_counts, check_key, known_number
+from approx_attention.patterns import SparsePattern, check_pattern
 from approx_attention.realization import (
     DETERMINISTIC,
     INTERPOLATIONS,
     draw_until_accepted,
+    positive_limit,
     require_request,
 )
 
@@ -326,6 +327,7 @@ def minimal_dimension(
 
     Raises:
         ValueError: a method that makes no draws, numbers out of range.
+        TypeError: what is no pattern and makes none, numbers that are not known when tracing.
 
     Example:
         >>> import functools, jax
@@ -336,6 +338,11 @@ def minimal_dimension(
         True
     """
     check_key("minimal_dimension", key)
+    if not callable(pattern):
+        check_pattern(pattern)
+    eps1, eps2 = known_number("eps1", eps1), known_number("eps2", eps2)
+    max_logit = math.inf if max_logit is None else positive_limit("max_logit", max_logit)
+    quantile = known_number("quantile", quantile)
     trials = check_count("trials", trials)
     check_choice("ratio", ratio, get_args(RatioError))
     if method in DETERMINISTIC:
@@ -346,6 +353,7 @@ def minimal_dimension(
     for trial in range(trials):
         key_pattern, key_draw = jax.random.split(jax.random.fold_in(key, trial))
         drawn = pattern if isinstance(pattern, SparsePattern) else pattern(key_pattern)
+        check_pattern(drawn)
         least = drawn.keys_per_row if method in INTERPOLATIONS else 1
         most = 16 * drawn.num_queries if max_dim is None else check_count("max_dim", max_dim)
         if method == "orthogonal":  # exact with as many channels as keys, and worse again with a few more
@@ -355,7 +363,7 @@ def minimal_dimension(
         def accepted(d: int, drawn: SparsePattern = drawn, key_draw: Any = key_draw) -> bool:
             realized = draw_until_accepted(
                 drawn,
-                (eps1, eps2, math.inf if max_logit is None else max_logit),
+                (eps1, eps2, max_logit),
                 None,
                 d,
                 key_draw,
@@ -404,6 +412,9 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
     Returns:
         Queries ``[T]``, 1 or -1, and keys ``[S]``, integers, or ``None`` where no order exists.
 
+    Raises:
+        TypeError: what is no pattern.
+
     Example:
         >>> from approx_attention import SparsePattern
         >>> queries, keys = one_dimensional_order(SparsePattern.from_indices([[0], [0, 1], [2]], num_keys=3))
@@ -413,6 +424,7 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
     Reference:
         Likhosherstov, Choromanski and Weller (2021), algorithm 1, decides this case; the derivation is this library's.
     """
+    check_pattern(pattern)
     valid = np.asarray(pattern.valid)
     supports = np.zeros((pattern.num_queries, pattern.num_keys), bool)
     supports[np.nonzero(valid)[0], np.asarray(pattern.indices)[valid]] = True
@@ -452,6 +464,9 @@ def realizable_in_one_dimension(pattern: SparsePattern) -> bool:
 
     Returns:
         The decision.
+
+    Raises:
+        TypeError: what is no pattern.
 
     Example:
         >>> from approx_attention import SparsePattern

@@ -67,7 +67,6 @@ class IndexSet:
         return exponents
 
 
-@functools.lru_cache
 def total_degree(dim: int, degree: int) -> IndexSet:
     r"""All multi-indices of a degree or less: :math:`\{\alpha \in N^d : |\alpha| \le g\}`, :math:`\binom{d+g}{g}` many.
 
@@ -80,13 +79,18 @@ def total_degree(dim: int, degree: int) -> IndexSet:
 
     Raises:
         ValueError: no channel, a negative degree.
+        TypeError: counts that are no integers.
 
     Example:
         >>> from approx_attention.monomials import total_degree
         >>> total_degree(2, 2).exponents.tolist()
         [[0, 0], [1, 0], [0, 1], [2, 0], [1, 1], [0, 2]]
     """
-    dim, degree = check_count("dim", dim), check_count("degree", degree, 0)
+    return _total_degree(check_count("dim", dim), check_count("degree", degree, 0))
+
+
+@functools.lru_cache
+def _total_degree(dim: int, degree: int) -> IndexSet:
     parent, variable = [np.array([-1])], [np.array([-1])]
     start = 0
     for _ in range(degree):

@@ -397,6 +397,12 @@ class SparsePattern:
         return jnp.zeros(shape, bool).at[rows, self.indices // block_size].max(self.valid)
 
 
+def check_pattern(pattern: Any) -> None:
+    """Raises ``TypeError`` for what is no `SparsePattern`."""
+    if not isinstance(pattern, SparsePattern):
+        raise TypeError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
+
+
 def _ragged(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     """Rows and entries of a sequence of sequences."""
     if len(lists) == 0 or any(np.ndim(row) != 1 for row in lists):

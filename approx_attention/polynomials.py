@@ -16,10 +16,9 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jax.core import Tracer
 from numpy.polynomial import chebyshev, polynomial
 
-from approx_attention.checks import check_choice, check_count, shown
+from approx_attention.checks import check_choice, check_count, known_number, shown
 
 Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 
@@ -169,6 +168,7 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
 
     Raises:
         ValueError: coefficients that are no finite vector, a bad bound.
+        TypeError: a bound that is not a number known when tracing.
 
     Example:
         >>> from approx_attention.polynomials import ratio_range
@@ -176,9 +176,12 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
         >>> round(lo, 4), round(hi, 4)
         (0.9197, 1.3591)
     """
-    given = np.asarray(coefficients, np.float64)
+    try:
+        given = np.asarray(coefficients, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        given = np.zeros(0)
     if given.ndim != 1 or not given.size or not np.all(np.isfinite(given)):
-        raise ValueError(f"coefficients must be a vector of finite numbers, got {coefficients!r}")
+        raise ValueError(f"coefficients must be a vector of finite numbers, got {shown(coefficients)}")
     bound = _static("ratio_range", "bound", bound)
 
     whole = _whole_numbers(given, bound)
@@ -208,6 +211,10 @@ def weight_bound(lo: float, hi: float) -> float:
     Returns:
         The bound on the total variation, below 1; infinite where ``lo`` is not positive.
 
+    Raises:
+        TypeError: factors that are not numbers known when tracing.
+        ValueError: ``lo`` is not at most ``hi``.
+
     Example:
         >>> from approx_attention.polynomials import exp_coefficients, ratio_range, weight_bound
         >>> weight_bound(0.99, 1.01) < 0.00501
@@ -219,7 +226,10 @@ def weight_bound(lo: float, hi: float) -> float:
         A derivation of this library: with factors :math:`f_j` the sum is
         :math:`\sum_j w_j |f_j - \bar f| / \bar f`, which is largest for a law on the two points ``lo`` and ``hi``.
     """
-    if not lo > 0:
+    lo, hi = known_number("lo", lo), known_number("hi", hi)
+    if not lo <= hi:
+        raise ValueError(f"hi must be at least lo = {lo}, got {hi}")
+    if lo <= 0:
         return math.inf
     return math.tanh(math.log1p((hi - lo) / lo) / 4)
 
@@ -289,11 +299,10 @@ def _static(owner: str, name: str, value: float | None) -> float:
     """Returns a number that is known when tracing, finite and not negative."""
     if value is None:
         raise ValueError(f"{owner} needs {name}")
-    if isinstance(value, Tracer) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number known when tracing, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
+    number = known_number(name, value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {shown(value)}")
-    return float(value)
+    return number
 
 
 def _taylor(degree: int) -> np.ndarray:

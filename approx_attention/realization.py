@@ -31,8 +31,8 @@ from approx_attention.certification import (
     full_matmul,
     off_rows,
 )
-from approx_attention.checks import check_choice, check_count, check_key
-from approx_attention.patterns import SparsePattern
+from approx_attention.checks import check_choice, check_count, check_key, floating_dtype, known_number
+from approx_attention.patterns import SparsePattern, check_pattern
 from approx_attention.rows import in_blocks
 
 RealizationMethod = Literal[
@@ -126,7 +126,7 @@ def realize_sparse_pattern(
         ValueError: a pattern that is not square, reaches the future of a causal head, or has no zeros (for a
             projection) or zeros (for ``"dense"``); precisions or counts out of range; fewer channels than a method can
             do with.
-        TypeError: a dtype that is not floating point.
+        TypeError: what is no pattern, numbers that are not known when tracing, a dtype that is not floating point.
         NotImplementedError: ``"dense"`` with ``is_causal``.
 
     Example:
@@ -141,18 +141,16 @@ def realize_sparse_pattern(
         The scheme of ``"projection"`` and of fixed projections is that of Likhosherstov, Choromanski and Weller (2021),
         "On the expressive power of self-attention matrices"; the formulas and the other methods are this library's.
     """
-    d = check_count("d", d)
+    check_pattern(pattern)
+    d, eps1, eps2 = check_count("d", d), known_number("eps1", eps1), known_number("eps2", eps2)
     require_request(pattern, eps1, eps2, d, method, is_causal)
     max_draws = check_count("max_draws", max_draws)
     num_steps = check_count("num_steps", num_steps)
     check_choice("ratio", ratio, get_args(RatioError))
-    for name, limit in (("tau", tau), ("max_logit", max_logit)):
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name} must be positive, got {limit}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating point, got {jnp.dtype(dtype)}")
+    tau = None if tau is None else positive_limit("tau", tau)
+    max_logit = math.inf if max_logit is None else positive_limit("max_logit", max_logit)
+    dtype = floating_dtype("dtype", dtype)
     key = jax.random.key(0) if method in DETERMINISTIC else check_key(f"realize_sparse_pattern by {method!r}", key)
-    max_logit = math.inf if max_logit is None else max_logit
     return draw_until_accepted(
         pattern,
         (eps1, eps2, max_logit),
@@ -165,8 +163,16 @@ def realize_sparse_pattern(
         max_draws=1 if method in DETERMINISTIC else max_draws,
         num_steps=num_steps,
         ratio=ratio,
-        dtype=jnp.dtype(dtype),
+        dtype=dtype,
     )
+
+
+def positive_limit(name: str, limit: Any) -> float:
+    """Returns a number that is known when tracing, positive, and may be infinite."""
+    number = known_number(name, limit)
+    if not number > 0:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
 
 
 def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, method: str, is_causal: bool) -> None:

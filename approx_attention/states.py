@@ -56,7 +56,9 @@ def merge(a: Any, b: Any) -> Any:
 
     Raises:
         TypeError: ``a`` and ``b`` are not of one mergeable kind.
-        ValueError: summaries of which one carries a scale and the other none, or another.
+        ValueError: states or tokens of different sizes; summaries of which one carries a scale and the other none, or
+            another. Where scales are traced, the keys of the second are brought to that of the first; features cannot
+            be, and moments of scales that differ merge to NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -80,6 +82,7 @@ def merge(a: Any, b: Any) -> Any:
 @merge.register
 def _merge_states(a: AttentionState, b: Any) -> AttentionState:
     require_same_kind(a, b)
+    _require_same_rows("merge", a, b)
     peak = finite_peak(jnp.maximum(a.lse, b.lse))
     weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
     total = weight_a + weight_b
@@ -106,6 +109,10 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
     Returns:
         The state of the others.
 
+    Raises:
+        TypeError: what is no `AttentionState`.
+        ValueError: states of different queries or channels.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import WeightedKV, attend
@@ -115,6 +122,10 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
         >>> bool(jnp.allclose(rest.out, of(slice(2, 6)).out, atol=1e-5))
         True
     """
+    for name, state in (("whole", whole), ("part", part)):
+        if not isinstance(state, AttentionState):
+            raise TypeError(f"subtract takes two attention states, got {type(state).__name__} for {name}")
+    _require_same_rows("subtract", whole, part)
     absent = part.lse == -jnp.inf
     # Never above 0, so that no overflow, whose derivative is NaN, stands behind what is left out.
     shift = jnp.minimum(jnp.where(absent, 0, part.lse) - jnp.where(absent, 0, whole.lse), 0)
@@ -129,6 +140,11 @@ def require_same_kind(a: Any, b: Any) -> None:
     """Raises ``TypeError`` unless ``b`` is of the type of ``a``: only like merges with like."""
     if type(a) is not type(b):
         raise TypeError(f"merge takes two objects of one kind, got {type(a).__name__} and {type(b).__name__}")
+
+
+def _require_same_rows(owner: str, a: AttentionState, b: AttentionState) -> None:
+    if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
+        raise ValueError(f"{owner} takes states of the same queries and channels, got {a.out.shape} and {b.out.shape}")
 
 
 def finite_peak(peak: Array) -> Array:

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, real_keys, token_sums_inputs
+from approx_attention.checks import accumulation_dtype, check_rows, real_keys, token_sums_inputs
 from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
 from approx_attention.rows import in_blocks, map_rows
 from approx_attention.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state
@@ -68,7 +68,12 @@ class WeightedKV(_InSpace):
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
-        """The summary that keeps every token with mass 1, and masked ones with mass 0."""
+        """The summary that keeps every token with mass 1, and masked ones with mass 0.
+
+        Raises:
+            TypeError: keys or values that are not floating point, a mask that is not boolean.
+            ValueError: keys, values or a mask that are not of the same tokens.
+        """
         k, v = token_sums_inputs(k, v, kv_mask)
         mass = jnp.ones(k.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
         return cls(k, v, mass)
@@ -135,9 +140,9 @@ class FeatureMoments(_InSpace):
 
     @classmethod
     def of_tokens(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
-        """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block."""
-        num_keys = k.shape[0]
+        """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block; raises as `WeightedKV` does."""
         k, v = token_sums_inputs(k, v, kv_mask)
+        num_keys = k.shape[0]
         if isinstance(features, PositiveFeatures):
             return cls._of_positive_features(features, k, v, kv_mask)
         block = _feature_block(features)
@@ -213,17 +218,32 @@ def require_scaled_space(owner: str, summary: Any) -> Any:
     return summary
 
 
-def common_scale(a: Summary, b: Summary) -> Array | None:
-    """The scale that two summaries carry, as far as it is known when tracing; raises ``ValueError`` if they differ."""
+def scale_ratio(a: Summary, b: Summary) -> tuple[Any, Any]:
+    """The scale of ``b`` over that of ``a``, None where they carry none, and whether that is 1 but for rounding.
+
+    Raises:
+        ValueError: scales that are known when tracing and differ, or one of which is missing.
+    """
     if (a.scale is None) != (b.scale is None):
         raise ValueError(
             "merge takes summaries of one space, and one of these carries a scale: make both from keys as they are, or "
             "both in scaled space, as summary.in_scaled_space() is"
         )
-    known = a.scale is not b.scale and not isinstance(a.scale, Tracer) and not isinstance(b.scale, Tracer)
-    if known and not np.array_equal(np.asarray(a.scale), np.asarray(b.scale)):
+    if a.scale is b.scale:
+        return None, True
+    known = not isinstance(a.scale, Tracer) and not isinstance(b.scale, Tracer)
+    scales = [(np if known else jnp).asarray(x) for x in (a.scale, b.scale)]
+    dtype = accumulation_dtype(*scales)
+    ratio = scales[1].astype(dtype) / scales[0].astype(dtype)
+    # As far as the narrower of the two dtypes can tell.
+    same = abs(ratio - 1) <= 2 * max(float(jnp.finfo(x.dtype).eps) for x in scales)
+    if known and not np.all(same):
         raise ValueError(f"merge takes summaries of one scale, got {a.scale} and {b.scale}")
-    return a.scale
+    return ratio, same
+
+
+def _nan_unless(same: Any, x: Array) -> Array:
+    return x if same is True else jnp.where(jnp.asarray(same), x, jnp.nan)
 
 
 def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
@@ -243,7 +263,8 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         features allow, there is no answer: ``out = 0`` and ``lse = -inf``, the state that merging ignores.
 
     Raises:
-        TypeError: ``summary`` is neither of the two kinds.
+        TypeError: ``summary`` is neither of the two kinds, queries that are not floating point.
+        ValueError: queries that are not rows of as many channels as the keys.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -255,6 +276,10 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     """
     if not isinstance(summary, WeightedKV | FeatureMoments):
         raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
+    check_rows("q", q, "[T, D]")
+    head_dim = _head_dim(summary)
+    if head_dim is not None and q.shape[1] != head_dim:
+        raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
@@ -266,6 +291,12 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     if q.shape[0] < summary.k.shape[1]:
         return _attend_few(q, summary)
     return blocked_state(q, summary.k, summary.values, summary.log_mass)
+
+
+def _head_dim(summary: Summary) -> int | None:
+    """The channels of the queries of a summary, if its feature map is one of projections."""
+    rows = summary.k if isinstance(summary, WeightedKV) else getattr(summary.features, "projection", None)
+    return None if rows is None else rows.shape[-1]
 
 
 def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
@@ -343,14 +374,23 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
 @merge.register
 def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
     require_same_kind(a, b)
-    scale, value_range = common_scale(a, b), None
+    for name, x, y in (("D", a.k, b.k), ("Dv", a.value_sum, b.value_sum)):
+        if x.shape[1:] != y.shape[1:]:
+            raise ValueError(f"merge takes tokens of one {name}, got {x.shape[1:]} and {y.shape[1:]}")
+    (ratio, _), keys, value_range = scale_ratio(a, b), b.k, None
+    if ratio is not None:
+        # Keys are held in scaled space: the root of their scale in them becomes b's scale over the root of a's.
+        keys = keys * jnp.sqrt(ratio).astype(keys.dtype)
     if a.value_range is not None or b.value_range is not None:
         (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
         value_range = jnp.stack([jnp.minimum(low_a, low_b), jnp.maximum(high_a, high_b)])
-    k, value_sum, mass = (
-        jnp.concatenate([x, y]) for x, y in ((a.k, b.k), (a.value_sum, b.value_sum), (a.mass, b.mass))
-    )
-    return WeightedKV(k, value_sum, mass, value_range, scale)
+    k, value_sum, mass = (_joined(x, y) for x, y in ((a.k, keys), (a.value_sum, b.value_sum), (a.mass, b.mass)))
+    return WeightedKV(k, value_sum, mass, value_range, a.scale)
+
+
+def _joined(x: Array, y: Array) -> Array:
+    dtype = x.dtype if x.dtype == y.dtype else accumulation_dtype(x, y)
+    return jnp.concatenate([x.astype(dtype), y.astype(dtype)])
 
 
 @merge.register
@@ -360,8 +400,9 @@ def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     peak = jnp.maximum(a.log_scale, b.log_scale)
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
-    mass = a.mass * factor_a + b.mass * factor_b
-    return FeatureMoments(value_sum, mass, peak, a.features, common_scale(a, b))
+    # Features of keys of another scale cannot be converted.
+    mass = _nan_unless(scale_ratio(a, b)[1], a.mass * factor_a + b.mass * factor_b)
+    return FeatureMoments(value_sum, mass, peak, a.features, a.scale)
 
 
 def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
@@ -378,7 +419,8 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
         Their product, in time that does not depend on the number of tokens.
 
     Raises:
-        ValueError: moments of different sizes, or of different scales.
+        TypeError: what is no `FeatureMoments`.
+        ValueError: moments of different sizes, or of different scales. Where these are traced, the product is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -389,13 +431,17 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
         >>> pairs.mass.tolist(), pairs.value_sum[:, 0].tolist()
         ([1.0, 2.0], [2.0, 4.0])
     """
+    for moments in (first, *others):
+        if not isinstance(moments, FeatureMoments):
+            raise TypeError(f"hadamard takes FeatureMoments, got {type(moments).__name__}")
     for moments in others:
         if moments.value_sum.shape != first.value_sum.shape:
             shapes = first.value_sum.shape, moments.value_sum.shape
             raise ValueError(f"hadamard takes moments of one size [R, Dv], got {shapes[0]} and {shapes[1]}")
-        value_sum, mass = first.value_sum * moments.value_sum, first.mass * moments.mass
+        value_sum = first.value_sum * moments.value_sum
+        mass = _nan_unless(scale_ratio(first, moments)[1], first.mass * moments.mass)
         log_scale = first.log_scale + moments.log_scale
-        first = FeatureMoments(value_sum, mass, log_scale, first.features, common_scale(first, moments))
+        first = FeatureMoments(value_sum, mass, log_scale, first.features, first.scale)
     return first
 
 
@@ -419,6 +465,9 @@ def summary_bytes(summary: Any) -> int:
     """Bytes that summaries, or caches made of them, hold per head and sequence.
 
     A feature map and a scale do not count: they are shared. Works on shapes (`jax.eval_shape`) as on arrays.
+
+    Raises:
+        TypeError: what does not consist of arrays.
     """
 
     def is_summary(x: Any) -> bool:
@@ -431,4 +480,7 @@ def summary_bytes(summary: Any) -> int:
         return dataclasses.replace(x, **shared)
 
     held = jax.tree.map(counted, summary, is_leaf=is_summary)
+    for x in jax.tree.leaves(held):
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise TypeError(f"summary_bytes takes summaries or caches, which hold arrays, got {type(x).__name__}")
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held))

@@ -38,9 +38,10 @@ KEY = jax.random.key(0)
 plain_attention = inspect.unwrap(attention)
 
 
-def test_every_method_names_what_it_cannot_take():
-    """All methods, counts, arrays and flags, in a process without the checks of signatures that tests install."""
-    command = [sys.executable, "-m", "tests.bad_input"]
+@pytest.mark.parametrize("module", ["tests.bad_input", "tests.bad_values"])
+def test_every_function_names_what_it_cannot_take(module):
+    """Methods and other functions, in a process without the checks of signatures that tests install."""
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
 

@@ -100,9 +100,54 @@ def test_summaries_of_one_scale_merge_and_keep_it():
     np.testing.assert_allclose(attend(Q, merged).out, exact(Q, K, V, scale=0.3), atol=1e-5)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tokens_of_two_traced_scales_merge_in_either_space(swapped):
+    """In a compiled function a scale is traced even where it is a number."""
+    scales = (1.2, 0.3) if swapped else (0.3, 1.2)
+
+    def answers(q, scales):
+        parts = [carrying(scale, part) for scale, part in zip(scales, (slice(0, 9), slice(9, None)), strict=True)]
+        return attend(q, merge(*parts)), merge(*(attend(q, part) for part in parts))
+
+    for given in (lambda q: answers(q, scales), lambda q: jax.vmap(answers, (None, 0))(q, jnp.array([scales]))):
+        merged, expected = jax.jit(given)(Q)
+        np.testing.assert_allclose(merged.out, expected.out, atol=1e-5)
+        np.testing.assert_allclose(merged.lse, expected.lse, atol=1e-5)
+
+    def loss(scales, which):
+        return jnp.sum(answers(Q, scales)[which].out ** 2)
+
+    ours, theirs = (jax.jit(jax.grad(loss), static_argnums=1)(jnp.array(scales), which) for which in (0, 1))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_two_traced_scales_are_nan():
+    for join in (merge, hadamard):
+        joined = jax.jit(lambda a, b, join=join: attend(Q, join(moments(a), moments(b))).out)
+        np.testing.assert_allclose(joined(0.3, 0.3), attend(Q, join(moments(0.3), moments(0.3))).out, atol=1e-5)
+        assert np.isnan(joined(0.3, 0.4)).all()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_one_scale_of_two_precisions(jit):
+    """The default scale of 3 channels is no number of float32."""
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x)[:, :3], jnp.float64) for x in (Q, K, V)]
+        parts = [[x[:9].astype(jnp.float32) for x in wide[1:]], [x[9:] for x in wide[1:]]]
+        for narrow_first in (False, True):
+
+            def answers(parts, narrow_first=narrow_first):
+                small = [compress_tokens(*part, budget=20) for part in (parts if narrow_first else parts[::-1])]
+                return merge(*small)
+
+            merged = (jax.jit(answers) if jit else answers)(parts)
+            assert merged.k.dtype == jnp.float64
+            np.testing.assert_allclose(attend(wide[0], merged).out, exact(*wide), atol=1e-6)
+
+
 def moments(scale):
     made = FeatureMoments.of_tokens(PositiveFeatures(K[:6]), *fold_scale(K, K, scale)[1:], V)
-    return dataclasses.replace(made, scale=jnp.float32(scale))
+    return dataclasses.replace(made, scale=jnp.asarray(scale, jnp.float32))
 
 
 def test_moments_carry_a_scale_too():

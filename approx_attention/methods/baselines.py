@@ -8,7 +8,16 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_count, check_floating, check_key, head_inputs, real_keys, token_sums_inputs
+from approx_attention.checks import (
+    check_count,
+    check_counts,
+    check_floating,
+    check_key,
+    check_tokens,
+    head_inputs,
+    real_keys,
+    token_sums_inputs,
+)
 from approx_attention.padding import RealFirst, ranks
 from approx_attention.states import AttentionState
 from approx_attention.summaries import WeightedKV, attend
@@ -84,6 +93,7 @@ def summarize_mean_value(
     Returns:
         A `WeightedKV` of one token.
     """
+    check_tokens(k, v, kv_mask)
     tokens = WeightedKV.of_tokens(jnp.zeros_like(k), v, kv_mask)
     return WeightedKV(tokens.k[:1], jnp.sum(tokens.value_sum, axis=0)[None], jnp.sum(tokens.mass)[None])
 
@@ -173,6 +183,7 @@ def summarize_uniform_sample(
     Returns:
         A `WeightedKV` of min(M, S) tokens.
     """
+    check_tokens(k, v, kv_mask)
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     _check_noise(noise, k.shape[0])
     if noise is None:
@@ -189,7 +200,7 @@ def running_uniform_sample(
     """Keeps a uniform sample of a growing prefix: of all keys so far, those of the largest priorities.
 
     Args:
-        head_dim: ignored.
+        head_dim: the number D of channels of queries and keys.
         key: typed PRNG key; not needed if ``noise`` is given.
         sample_size: the number M of keys kept.
         noise: a priority per position, ``[S]``, for a prefix of at most S tokens; the answers of a longer one are NaN.
@@ -197,7 +208,7 @@ def running_uniform_sample(
     Returns:
         The `RunningSummary`.
     """
-    sample_size = check_count("sample_size", sample_size)
+    head_dim, sample_size = check_counts(head_dim=head_dim, sample_size=sample_size)
     if noise is not None:
         check_floating("noise", noise)
         if noise.ndim != 1:

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import BlockMap
@@ -16,10 +15,14 @@ from approx_attention.checks import (
     accumulation_dtype,
     check_choice,
     check_count,
+    check_counts,
     check_key,
     check_not_negative,
     check_number,
+    check_positive,
+    check_rows,
     head_inputs,
+    shown,
     unknown,
 )
 from approx_attention.clustering import k_means, spread_places
@@ -221,7 +224,9 @@ def summarize_coreset(
         A `WeightedKV` of at most M tokens; as they are, if no more keys are real.
 
     Raises:
-        ValueError: an unknown algorithm, a count below 1, no key.
+        ValueError: an unknown algorithm, a count below 1, no key; keys, values or a mask that are not of the same
+            tokens.
+        TypeError: keys or values that are not floating point, a count that is no integer.
 
     Example:
         >>> import jax
@@ -230,6 +235,7 @@ def summarize_coreset(
         >>> summarize_coreset(k, v, jax.random.key(2), coreset_size=8, algorithm="uniform").mass.sum().tolist()
         64.0
     """
+    coreset_size = check_count("coreset_size", coreset_size)
     options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     coreset_size = check_count("coreset_size", coreset_size)
@@ -265,6 +271,7 @@ def compress(
         A `WeightedKV` of at most M tokens.
 
     Raises:
+        TypeError: what is no `WeightedKV`.
         ValueError: an unknown algorithm, a count below 1, signed masses, no key.
 
     Example:
@@ -277,11 +284,15 @@ def compress(
         >>> both.k.shape, float(both.mass.sum())
         ((8, 4), 64.0)
     """
+    if not isinstance(tokens, WeightedKV):
+        raise TypeError(f"compress takes a WeightedKV, got {type(tokens).__name__}")
     coreset_size = check_count("coreset_size", coreset_size)
     chosen = _algorithm(algorithm)
     if query_radius is not None:
         check_number("query_radius", query_radius)
         check_not_negative("query_radius", query_radius)
+        # An integer of Python may be too large for what is compiled.
+        query_radius = float(query_radius) if isinstance(query_radius, int) else query_radius
     if tokens.value_range is not None:
         raise ValueError("tokens with signed masses are not supported: compress what they were made of")
     drawn = check_key("coreset", key)
@@ -321,7 +332,7 @@ def query_radius(
         The radius, to be passed as ``query_radius``.
 
     Raises:
-        ValueError: shapes that do not fit, a window below 1, a margin that is not positive.
+        ValueError: shapes that do not fit, a window below 1, a margin that is not positive and finite.
         TypeError: queries that are not floating point.
 
     Example:
@@ -331,10 +342,10 @@ def query_radius(
         1.556
     """
     check_number("margin", margin)
-    if not isinstance(margin, Tracer) and not margin > 0:
-        raise ValueError(f"margin must be positive, got {margin}")
+    check_positive("margin", margin)
+    check_rows("q", q, "[T, D]")
     q, *_ = head_inputs(q[-check_count("window", window) :], q[:1], q[:1], scale=scale, kv_mask=None)
-    return margin * jnp.sqrt(jnp.max(squared_norm(q)))
+    return jnp.asarray(margin, q.dtype) * jnp.sqrt(jnp.max(squared_norm(q)))
 
 
 def running_coreset(
@@ -357,7 +368,7 @@ def running_coreset(
     ``log2(max_length / coreset_size)`` levels; a prefix that is longer is folded into the last.
 
     Args:
-        head_dim: ignored.
+        head_dim: the number D of channels of queries and keys.
         key: typed PRNG key.
         coreset_size: the number M of tokens, of each level if it is a counter.
         algorithm: of the counter: one whose masses are not negative.
@@ -372,7 +383,7 @@ def running_coreset(
     Raises:
         ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that folding does not follow.
     """
-    coreset_size = check_count("coreset_size", coreset_size)
+    head_dim, coreset_size = check_counts(head_dim=head_dim, coreset_size=coreset_size)
     sinks = check_count("sinks", sinks, least=0)
     max_length = check_count("max_length", max_length)
     check_choice("streaming", streaming, ("fold", "counter"))
@@ -385,7 +396,7 @@ def running_coreset(
         if chosen not in merges or query_radius is not None:
             raise ValueError(
                 "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
-                f"defaults, or use streaming='counter'; got {algorithm!r} and {query_radius!r}"
+                f"defaults, or use streaming='counter'; got {shown(algorithm)} and {shown(query_radius)}"
             )
         return _after_sinks(sinks, _folding(drawn, coreset_size))
     levels = max(1, (-(-max_length // coreset_size) - 1).bit_length() + 1)
@@ -520,7 +531,7 @@ def _algorithm(algorithm: str | Algorithm) -> Algorithm:
             raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
         return ALGORITHMS[algorithm]
     if not callable(algorithm):
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or a function, got {algorithm!r}")
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or a function, got {shown(algorithm)}")
     if type(algorithm).__hash__ is None:
-        raise ValueError(f"algorithm must be hashable, as functions and frozen dataclasses are, got {algorithm!r}")
+        raise ValueError(f"algorithm must be hashable, as functions and frozen dataclasses are, got {shown(algorithm)}")
     return algorithm

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import accumulation_dtype, check_count, head_inputs
+from approx_attention.checks import accumulation_dtype, check_count, check_length, check_rows, head_inputs
 from approx_attention.features import CosineFeatures
 from approx_attention.padding import count_real, placed_queries, query_mask, ranks
 from approx_attention.summaries import FeatureMoments, attend, kernel_state
@@ -107,7 +108,7 @@ def running_cosformer(head_dim: int) -> RunningSummary:
     Returns:
         The `RunningSummary`.
     """
-    features = CosineFeatures(head_dim)
+    features = CosineFeatures(check_count("head_dim", head_dim))
     # What is near is answered by the same kernel: softmax there and another kernel far away would not add up.
     near = lambda q, k, v, bias: kernel_state(features, q, k, v, bias)  # noqa: E731
     return running_moments(features)._replace(near=near)
@@ -125,7 +126,8 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
         Rows ``[N, D + 2]`` in float32 or wider.
 
     Raises:
-        ValueError: positions beyond M, as far as they are known when tracing.
+        TypeError: rows that are not floating point, a start that is no integer.
+        ValueError: positions below 0 or beyond M, as far as they are known when tracing.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -139,8 +141,15 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
         True
     """
     max_length = check_count("max_length", max_length)
-    if isinstance(start, int) and start + x.shape[0] > max_length:
-        raise ValueError(f"max_length must be at least the number of tokens, {start + x.shape[0]}, got {max_length}")
+    check_rows("x", x, "[N, D]")
+    check_length("start", start, max_length)
+    if isinstance(start, Tracer):
+        start = start.astype(jnp.int32)
+    else:
+        start = int(start)
+        if start + x.shape[0] > max_length:
+            least = start + x.shape[0]
+            raise ValueError(f"max_length must be at least the number of tokens, {least}, got {max_length}")
     return _placed(x, start + jnp.arange(x.shape[0], dtype=jnp.int32), max_length)
 
 

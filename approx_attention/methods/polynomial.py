@@ -27,6 +27,7 @@ from approx_attention.checks import (
     check_choice,
     check_count,
     check_finite,
+    check_tokens,
     head_inputs,
     token_sums_inputs,
 )
@@ -63,6 +64,7 @@ class Kernel(NamedTuple):
         dtype: Any,
     ) -> "Kernel":
         """The kernel that the hyper-parameters of the methods of this file describe."""
+        head_dim = check_count("head_dim", head_dim)
         if isinstance(features, tuple):
             if len(features) != num_sets + 1:
                 raise ValueError(f"features must be {num_sets + 1} maps, queries' first, got {len(features)}")
@@ -424,6 +426,7 @@ def summarize_polynomial(
     Returns:
         A `FeatureMoments`.
     """
+    check_tokens(k, v, kv_mask)
     kernel = Kernel.of(k.shape[-1], 1, degree, coefficients, bound, rms, features, accumulation_dtype(k, v))
     moments = FeatureMoments.of_tokens(kernel.key_maps[0], k, v, kv_mask)
     return moments.reweighted(kernel.weights, kernel.query_map)

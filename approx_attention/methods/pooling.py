@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_count, head_inputs
+from approx_attention.checks import check_count, check_counts, check_tokens, head_inputs
 from approx_attention.segments import GrowingSegments, TokenSums, segments
 from approx_attention.summaries import WeightedKV, attend
 
@@ -98,6 +98,7 @@ def summarize_mean_pool(
     Returns:
         A `WeightedKV` of min(M, S) tokens.
     """
+    check_tokens(k, v, kv_mask)
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
     return TokenSums.of_tokens(k, v, kv_mask).pooled(segments(num_keys, num_landmarks, kv_mask)).landmarks()
@@ -107,14 +108,14 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
     """Segments of equal length over a growing prefix: neighbours are pooled in pairs whenever M of them no longer fit.
 
     Args:
-        head_dim: ignored.
+        head_dim: the number D of channels of queries and keys.
         key: ignored.
         num_landmarks: the number M of segments.
 
     Returns:
         The `RunningSummary`.
     """
-    num_landmarks = check_count("num_landmarks", num_landmarks)
+    head_dim, num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
 
     def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
         return GrowingSegments.empty(num_landmarks, head_dim, value_dim, dtype)

@@ -18,6 +18,7 @@ from approx_attention.checks import (
     check_floating,
     check_key,
     check_projection,
+    check_tokens,
     head_inputs,
 )
 from approx_attention.features import (
@@ -143,6 +144,7 @@ def summarize_favor(
     Returns:
         `FeatureMoments` of size R.
     """
+    check_tokens(k, v, kv_mask)
     feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection)
     return FeatureMoments.of_tokens(feature_map, k, v, kv_mask)
 
@@ -169,6 +171,7 @@ def running_favor(
     Returns:
         The `RunningSummary`.
     """
+    head_dim = check_count("head_dim", head_dim)
     feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection)
     running = running_moments(feature_map)
     if features != "relu":
@@ -348,6 +351,7 @@ def running_rfa(
     Returns:
         The `RunningSummary`.
     """
+    head_dim = check_count("head_dim", head_dim)
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
     _check_bandwidth(bandwidth, head_dim)
 
