@@ -16,7 +16,6 @@ from approx_attention.compare import (
     default_methods,
     draw_frontiers,
     run_comparison,
-    taking_no_padding,
 )
 from approx_attention.layers import (
     compared_over_layers,
@@ -99,7 +98,9 @@ class Directory(click.ParamType):
 def _by_method(settings: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {}
     for method, option, value in settings:
-        options.setdefault(method, {})[option] = value
+        if option in options.setdefault(method, {}):
+            raise InputError(f"--set gives {method}.{option} twice")
+        options[method][option] = value
     return options
 
 
@@ -159,7 +160,11 @@ _ON_TENSORS = (
         "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first draw."
+        "--seed",
+        type=click.IntRange(min=0, max=2**31 - 1),
+        default=0,
+        show_default=True,
+        help="Of the first random projection or sample.",
     ),
     click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"),
 )
@@ -303,7 +308,7 @@ def plan(
     """Which method, of what size, stays below a tolerance on the tensors in FILE, and is the cheapest?
 
     Every method is measured at a few sizes on part of the heads; what the error of unseen heads stays below is fitted
-    against size, and the smallest size that meets the tolerance is checked on the other heads and timed beside exact
+    against size, and the smallest size that meets the tolerance is checked on the other heads and timed with exact
     attention. FILE is as in `compare`; without it, the sample is used. The fastest is recommended; with --max-bytes
     alone, the one that holds the fewest bytes.
 
@@ -312,6 +317,9 @@ def plan(
 
     Results are written before they are printed. A run that is interrupted writes the bounds that it has fitted.
     """
+    max_seconds = None if max_milliseconds is None else max_milliseconds / 1e3
+    if max_seconds is not None and not 0 < max_seconds < 1e30:
+        raise InputError(f"--max-milliseconds must be a positive number, got {max_milliseconds}")
     with _task("plan", out, scale, names, **given) as task:
         settings = task.settings | {
             "options": _by_method(options),
@@ -325,7 +333,7 @@ def plan(
                 layer.tensors,
                 tolerance=tolerance,
                 max_bytes=max_bytes,
-                max_seconds=None if max_milliseconds is None else max_milliseconds / 1e3,
+                max_seconds=max_seconds,
                 is_causal=task.is_causal,
                 scale=scale,
                 methods=task.names,
@@ -385,13 +393,8 @@ def _task(
     chosen = names or tuple(default_methods(is_causal))
     source = "the shipped sample" if file is None else file.name
     settings = {"source": source, "is_causal": is_causal, "scale": scale, "methods": list(chosen), **arrays}
-    notes = []
-    if "lengths" in arrays or "mask" in arrays:
-        settings["left_out"] = taking_no_padding(chosen)
-        if settings["left_out"]:
-            notes.append(f"left out, because they take no padding: {', '.join(settings['left_out'])}")
     with only_run(out, kind):
-        yield Task(out, source, loaded, is_causal, chosen, settings, notes)
+        yield Task(out, source, loaded, is_causal, chosen, settings)
 
 
 def _use_device(device: str | None) -> None:
@@ -400,13 +403,16 @@ def _use_device(device: str | None) -> None:
     try:
         jax.devices()
     except RuntimeError:
-        raise InputError(f"JAX finds no device of kind {device!r} on this machine") from None
+        kind = device or jax.config.jax_platforms
+        of_kind = f" of kind {kind!r}{'' if device else ', which JAX_PLATFORMS names,'}" if kind else ""
+        raise InputError(f"JAX finds no device{of_kind} on this machine") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use."""
-    with outputs() as out, terminable():
+    with terminable() as ignore_signals, outputs() as out:
         code = _exit_code(arguments)
+        ignore_signals()
         out.flush()
         if out.error:
             click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)

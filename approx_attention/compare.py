@@ -44,6 +44,18 @@ MOST_SEEDS = 1000
 USUAL_BUDGET = 256
 # Hyper-parameters by the name of the method.
 Options = Mapping[str, Mapping[str, Any]]
+# What all methods are given alike, by what gives it on the command line and in Python.
+COMMON = {
+    **{name: "FILE, or tensors in Python" for name in ("query", "key", "value")},
+    "mask": "--mask or --lengths, or mask in Python",
+    "key_value_seq_lengths": "--lengths, or lengths in Python",
+    "query_seq_lengths": "--lengths, or lengths in Python",
+    "is_causal": "--causal, or is_causal in Python",
+    "scale": "--scale, or scale in Python",
+    "rng": "--seed, or seed in Python",
+    "method": "--methods, or methods in Python",
+    "return_residual": "nothing: it is always asked for",
+}
 
 
 def default_methods(is_causal: bool) -> list[str]:
@@ -77,7 +89,7 @@ def build_arms(
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits.
         options: hyper-parameters other than the size, by the name of the method.
-        kv_mask: which keys ``[B, S]`` are real; methods that take no padding are left out where some are not.
+        kv_mask: which keys ``[B, S]`` are real.
 
     Returns:
         The arms.
@@ -94,7 +106,7 @@ def build_arms(
     num_keys = tensors.key.shape[1]
     for name in names:
         method = check_method(name, is_causal)
-        if name == "exact" or (kv_mask is not None and not method.capabilities.padding):
+        if name == "exact":
             continue
         # What is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
@@ -128,11 +140,6 @@ def without_padding(tensors: Tensors, kv_mask: np.ndarray | None) -> Tensors:
     )
 
 
-def taking_no_padding(names: Iterable[str]) -> list[str]:
-    """The methods among these that are left out where sequences are padded."""
-    return [name for name in names if not get_method(name).capabilities.padding]
-
-
 def check_method(name: str, is_causal: bool) -> Method:
     """The method of that name.
 
@@ -152,7 +159,8 @@ def check_options(names: Iterable[str], options: Options | None) -> Options:
     """The options, none if there are none.
 
     Raises:
-        InputError: options of a method that does not take part, or the size, which is chosen for it.
+        InputError: options of a method that does not take part, the size, which is chosen for it, or what all methods
+            are given alike.
     """
     options, names = options or {}, [name for name in names if name != "exact"]
     for name, own in options.items():
@@ -160,6 +168,8 @@ def check_options(names: Iterable[str], options: Options | None) -> Options:
             raise InputError(f"options are for a method that takes part: {', '.join(names)}; got some for {name!r}")
         if get_method(name).size in own:
             raise InputError(f"{get_method(name).size} of {name} is its size, which is not an option here")
+        for option in COMMON.keys() & own:
+            raise InputError(f"{option} is no option of {name}, for all methods have the same: give {COMMON[option]}")
     return options
 
 
@@ -323,8 +333,8 @@ def run_comparison(
 ) -> list[Comparison]:
     """Compares methods at several sizes with exact attention: `build_arms`, then `diagnostics.compare`.
 
-    Where ``lengths [B]`` or a ``mask [B, S]`` say that some tokens are padding, no method sees these, errors are those
-    of real queries alone, and methods that take no padding are left out.
+    Where ``lengths [B]`` or a ``mask [B, S]`` say that some tokens are padding, no method sees these, and errors are
+    those of real queries alone.
     """
     check_range("num_seeds", num_seeds, 1, MOST_SEEDS)
     kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
@@ -574,5 +584,6 @@ def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
-        os.unlink(draft)
+        # An interrupt can come when it is moved already.
+        pathlib.Path(draft).unlink(missing_ok=True)
         raise

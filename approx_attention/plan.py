@@ -182,7 +182,7 @@ def plan(
         seed: of the split, and the first draw of the check.
         rounds: how often each candidate is timed, in turn with the others.
         lengths: real tokens of each sequence, integers ``[B]``. No method sees the padding, errors are those of real
-            queries alone, and methods that take no padding are left out. Where T differs from S all queries are real.
+            queries alone. Where T differs from S all queries are real.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
         on_progress: called with what is done next, the number of steps done and their total.
         on_part: called after each method with the plan so far, for those who may be interrupted: it has the bounds,
@@ -215,7 +215,7 @@ def plan(
     names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
     kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
     taken = {name: check_method(name, is_causal) for name in names if name != "exact"}
-    names = [name for name, method in taken.items() if kv_mask is None or method.capabilities.padding]
+    names = list(taken)
     options = check_options(names, options)
     tensors = without_padding(tensors, kv_mask)
     real_queries = query_mask(kv_mask, tensors.query.shape[1])

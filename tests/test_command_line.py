@@ -371,6 +371,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monke
     assert "Invalid value for '--out': give a directory" in message(*tolerance, "--out", " ")
     (tmp_path / "taken").touch()
     assert "taken: it is a file" in message("compare", "--out", tmp_path / "taken")
+    assert "File name too long" in message("compare", "--out", tmp_path / ("x" * 300))
     assert "cannot write to the directory /proc/none" in message(*tolerance, "--out", "/proc/none")
     assert "--layers and --lengths can only be given with a FILE" in refusal(
         capsys, "compare", "--layers", "*", "--lengths", "n"
