@@ -164,7 +164,7 @@ _ON_TENSORS = (
         type=click.IntRange(min=0, max=2**31 - 1),
         default=0,
         show_default=True,
-        help="Of the first random projection or sample.",
+        help="Seed of the first random projection or sample.",
     ),
     click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"),
 )
@@ -287,7 +287,7 @@ def compare(
 @click.option(
     "--tolerance", type=float, required=True, help="Relative error that is allowed, as `compare` measures it."
 )
-@click.option("--max-bytes", type=int, help="Bytes that may be held per key head and sequence.")
+@click.option("--max-bytes", type=int, help="Bytes that the cache may take per key head and sequence.")
 @click.option("--max-milliseconds", type=float, help="Time that a call on these tensors may take.")
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")

@@ -108,7 +108,7 @@ def build_arms(
         method = check_method(name, is_causal)
         if name == "exact":
             continue
-        # What is exact at the size of the sequence has no larger size.
+        # A method that is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
         sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
@@ -393,9 +393,9 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *
         "error: relative Frobenius norm, mean ± deviation over seeds · worst row: over the mean row norm · "
         "normaliser: rms error of its log · "
         f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
-        "held: bytes per key head and sequence · than exact: the fastest form of it · "
+        "cache: bytes per key head and sequence · than exact: the fastest form of it · "
         f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}{is_padded * f' · {PADDED_FOOTNOTE}'}",
-        *("method", "size", "held", "than all keys", "time", "than exact", "compile", "error", "worst row"),
+        *("method", "size", "cache", "than all keys", "time", "than exact", "compile", "error", "worst row"),
         *("normaliser", "far"),
     )
     frontier, trivial = best_rows(rows), no_better_than_mean(rows)
@@ -452,7 +452,7 @@ def in_units(num_bytes: int) -> str:
 
 
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
-    """The figure: error against time and against bytes held, one line per method through the sizes in the legend."""
+    """The figure: error against time and against cache bytes, one line per method through the sizes in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
@@ -481,7 +481,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     if exact.held_bytes is not None:
         right.axvline(exact.held_bytes / 1024, color="0.4", linestyle="--")
     left.set(xlabel="time of a call (ms)", ylabel="relative error of the output")
-    right.set(xlabel="held in place of all keys, by head and sequence (KiB); dashed: all")
+    right.set(xlabel="cache per key head and sequence (KiB); dashed: all keys and values")
     for axes in (left, right):
         log_scales(axes)
     handles, labels = left.get_legend_handles_labels()
@@ -491,7 +491,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on: versions and the device."""
+    """Versions and the device, on which the figures depend."""
     device = jax.devices()[0]
     return {
         "approx_attention": importlib.metadata.version("approx_attention"),
@@ -570,7 +570,7 @@ def write_results(
         write_atomically(picture, lambda file: figure.savefig(file, format="png"))
     except ImportError:
         return written, "it needs matplotlib, as in pip install 'approx_attention[plot]'"
-    except Exception as error:  # what is measured is worth more than its picture
+    except Exception as error:  # the measurements are worth more than their picture
         return written, " ".join(f"{type(error).__name__}: {error}".split())
     return [*written, picture], ""
 

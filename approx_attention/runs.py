@@ -150,14 +150,14 @@ def run(
 
 
 def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> None:
-    """What is measured until an error or an interrupt is kept."""
+    """Keeps the measurements made until an error or an interrupt."""
     where = "before anything was measured"
     if write:
         try:
             written, _ = write()
-            where = f"what was measured until then is in {' and '.join(map(str, written))}"
+            where = f"the measurements until then are in {' and '.join(map(str, written))}"
         except OSError as failure:
-            where = f"what was measured until then cannot be written: {failure}"
+            where = f"the measurements until then cannot be written: {failure}"
     if isinstance(error, KeyboardInterrupt):
         raise Interrupted(error, f"; {where}" if write else f" {where}") from None
     if isinstance(error, InputError):

@@ -267,11 +267,11 @@ def test_windows_are_explained(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; what was measured until then is in"),
-        (terminal.Terminated(), 143, "terminated; what was measured until then is in"),
-        (InputError("eva does not take it"), 2, "eva does not take it; what was measured until then is in"),
-        (MemoryError(), 1, "what was measured until then is in"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), 1, "what was measured until then is in"),
+        (KeyboardInterrupt(), 130, "interrupted; the measurements until then are in"),
+        (terminal.Terminated(), 143, "terminated; the measurements until then are in"),
+        (InputError("eva does not take it"), 2, "eva does not take it; the measurements until then are in"),
+        (MemoryError(), 1, "the measurements until then are in"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), 1, "the measurements until then are in"),
     ],
 )
 def test_what_is_measured_until_then_is_written(file, tmp_path, measured, capsys, error, code, told):
@@ -318,7 +318,7 @@ def test_signals(tmp_path, number, code):
     assert process.returncode == code
     assert printed == ""
     assert "Traceback" not in errors
-    assert "what was measured until then is in" in errors.splitlines()[-1]
+    assert "the measurements until then are in" in errors.splitlines()[-1]
     document = json.loads((tmp_path / "out" / f"{command[0]}.json").read_text())
     assert document["is_complete"] is False
     assert {"exact", "mean_value", "local"} <= {row["method"] for row in document["rows"]}
