@@ -281,8 +281,8 @@ def _measured(name: str) -> list[str]:
             f":alt: Relative error of {name} against cache bytes, among all methods of the comparison",
             "",
             f"Relative error against cache bytes on the shipped sample ({kind}, "
-            f"{document['shapes']['key'][1]} tokens); below and to the left is better. Grey: the other methods of the same run. A method that holds all keys "
-            "stands at their bytes.",
+            f"{document['shapes']['key'][1]} tokens); below and to the left is better. Grey: the other methods of the "
+            "same run. A method that holds all keys stands at their bytes.",
             "```",
             "",
         ]
