@@ -403,7 +403,7 @@ def _use_device(device: str | None) -> None:
     try:
         jax.devices()
     except RuntimeError:
-        kind = device or jax.config.jax_platforms
+        kind = device or jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
         of_kind = f" of kind {kind!r}{'' if device else ', which JAX_PLATFORMS names,'}" if kind else ""
         raise InputError(f"JAX finds no device{of_kind} on this machine") from None
 

@@ -17,7 +17,8 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez(path, **{name: np.ones((8, 4), np.float32) for name in "qkv"})
+    array = np.ones((8, 4), np.float32)
+    np.savez(path, q=array, k=array, v=array)
     return path
 
 
