@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,6 +33,9 @@ from approx_attention.registry import METHODS, capability_table
 from approx_attention.runs import Interrupted, Kind, OnProgress, Task, only_run, run
 from approx_attention.tensor_files import Layer, load_layers, load_sample
 from approx_attention.terminal import outputs, terminable
+
+# The exit codes that shells give to SIGINT and SIGTERM.
+INTERRUPTED = (130, 143)
 
 
 class CommaSeparated(click.ParamType):
@@ -409,14 +413,22 @@ def _use_device(device: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use."""
-    with terminable() as ignore_signals, outputs() as out:
-        code = _exit_code(arguments)
-        ignore_signals()
-        out.flush()
-        if out.error:
-            click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)
-        return code or int(bool(out.error))
+    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use.
+
+    Without arguments it takes those of the process, and ends that if it is interrupted.
+    """
+    with terminable() as ignore_signals:
+        with outputs() as out:
+            code = _exit_code(arguments)
+            ignore_signals()
+            out.flush()
+            if out.error:
+                click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)
+            code = code or int(bool(out.error))
+        if arguments is None and code in INTERRUPTED:
+            # Where XLA was at work, Python's own way to end can crash, and a further signal shows a traceback.
+            os._exit(code)
+        return code
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
@@ -428,10 +440,10 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"approx-attention: {' '.join(message.split())}", err=True)
         if isinstance(error, Interrupted):
-            return 143 if error.is_terminated else 130
+            return INTERRUPTED[error.is_terminated]
     except click.Abort:
         click.echo("approx-attention: interrupted", err=True)
-        return 130
+        return INTERRUPTED[0]
     except (OSError, MemoryError) as error:
         click.echo(f"approx-attention: {' '.join(str(error).split()) or 'out of memory'}", err=True)
         return 1

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ ROWS = [
     comparison("favor", 170.0, 0.95),
     comparison("mean_pool", 0.2, 0.2),
 ]
-COMMAND = [sys.executable, "-c", "import sys; from approx_attention.cli import main; sys.exit(main(sys.argv[1:]))"]
+COMMAND = [sys.executable, "-c", "import sys; from approx_attention.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture
@@ -313,7 +314,9 @@ def test_signals(tmp_path, number, code):
     for line in process.stderr:  # a line for each that is begun, while others are to come
         if "longformer" in line:
             break
-    process.send_signal(number)
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.05)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert printed == ""

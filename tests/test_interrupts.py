@@ -2,13 +2,15 @@
 
 import json
 import signal
+import subprocess
+import time
 import weakref
 
 import numpy as np
 import pytest
 
 from approx_attention import cli, runs
-from tests.test_command_line import ROWS, Stream
+from tests.test_command_line import COMMAND, ROWS, Stream
 from tests.test_compare import run
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -110,6 +112,22 @@ def test_a_signal_while_the_last_output_is_flushed(file, tmp_path, monkeypatch, 
     assert run("compare", file, "--out", tmp_path / "out") == 0
     stream.number = None
     assert document(tmp_path)["is_complete"] is True
+
+
+@pytest.mark.parametrize("lines", [1, 2, 4])
+def test_signals_at_any_time_end_in_one_line(file, tmp_path, lines):
+    command = [*COMMAND, "plan", str(file), "--tolerance", "0.1", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for _ in range(lines):
+        process.stderr.readline()
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "approx-attention: interrupted" in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize("where", ["comparison_table", "draw_frontiers"])
