@@ -419,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     with terminable() as ignore_signals:
         with outputs() as out:
-            code = _exit_code(arguments)
+            code = _exit_code(arguments, ignore_signals)
             ignore_signals()
             out.flush()
             if out.error:
@@ -431,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _exit_code(arguments: Sequence[str] | None) -> int:
+def _exit_code(arguments: Sequence[str] | None, ignore_signals: Callable[[], None]) -> int:
     try:
         return approx_attention.main(arguments, prog_name="approx-attention", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -440,9 +440,12 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"approx-attention: {' '.join(message.split())}", err=True)
         if isinstance(error, Interrupted):
+            # While the error is handled: later, what it holds of the run is freed, which can take long.
+            ignore_signals()
             return INTERRUPTED[error.is_terminated]
     except click.Abort:
         click.echo("approx-attention: interrupted", err=True)
+        ignore_signals()
         return INTERRUPTED[0]
     except (OSError, MemoryError) as error:
         click.echo(f"approx-attention: {' '.join(str(error).split()) or 'out of memory'}", err=True)

@@ -101,8 +101,8 @@ def test_a_signal_while_the_last_output_is_flushed(file, tmp_path, monkeypatch, 
     stream = Disturbed()
     end = cli._exit_code
 
-    def ended(arguments):
-        code = end(arguments)
+    def ended(*arguments):
+        code = end(*arguments)
         stream.number = signal.SIGINT
         return code
 
