@@ -82,7 +82,7 @@ def layout_of(
 
 
 def _chunk_of(least: Any, window: int, overlap: int, exclude_local: bool) -> Any:
-    """The chunk of at least so many tokens: a divisor of the window and of the overlap, or a multiple of the window."""
+    """The chunk of ``least`` tokens or more: a divisor of window and overlap, or a multiple of the window."""
     if not exclude_local:
         return least
     multiple = -(-least // window) * window
@@ -138,7 +138,7 @@ def _image_layout(
 
 
 def _runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
-    """Runs of ``length`` tokens, the last of what is left, and so many more to either side."""
+    """Runs of ``length`` tokens, the last of the rest, and ``overlap`` more to either side."""
     first = np.arange(0, num_tokens, length)[:, None]
     member = first + np.arange(-overlap, length + overlap)
     return Segments(np.clip(member, 0, num_tokens - 1), (member >= 0) & (member < num_tokens))
@@ -147,7 +147,7 @@ def _runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
 def _real_runs(
     count: Array, num_tokens: int, room: int, length: Array | int, longest: int, overlap: int = 0
 ) -> tuple[Segments, Array]:
-    """The same of the first ``count`` tokens, with ``room`` for so many runs; and how many there are."""
+    """The same of the first ``count`` tokens, with room for ``room`` runs; and the number of runs."""
     first = jnp.arange(room, dtype=jnp.int32)[:, None] * length
     member = first + np.arange(-overlap, longest + overlap, dtype=np.int32)[None, :]
     inside = (member >= 0) & (member < jnp.minimum(count, first + length + overlap)) & (first < count)

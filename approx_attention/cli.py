@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from approx_attention.compare import (
     default_methods,
     draw_frontiers,
     run_comparison,
-    taking_no_padding,
 )
 from approx_attention.layers import (
     compared_over_layers,
@@ -33,6 +33,9 @@ from approx_attention.registry import METHODS, capability_table
 from approx_attention.runs import Interrupted, Kind, OnProgress, Task, only_run, run
 from approx_attention.tensor_files import Layer, load_layers, load_sample
 from approx_attention.terminal import outputs, terminable
+
+# The exit codes that shells give to SIGINT and SIGTERM.
+INTERRUPTED = (130, 143)
 
 
 class CommaSeparated(click.ParamType):
@@ -99,7 +102,9 @@ class Directory(click.ParamType):
 def _by_method(settings: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {}
     for method, option, value in settings:
-        options.setdefault(method, {})[option] = value
+        if option in options.setdefault(method, {}):
+            raise InputError(f"--set gives {method}.{option} twice")
+        options[method][option] = value
     return options
 
 
@@ -159,7 +164,11 @@ _ON_TENSORS = (
         "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first draw."
+        "--seed",
+        type=click.IntRange(min=0, max=2**31 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of the first random projection or sample.",
     ),
     click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"),
 )
@@ -282,7 +291,7 @@ def compare(
 @click.option(
     "--tolerance", type=float, required=True, help="Relative error that is allowed, as `compare` measures it."
 )
-@click.option("--max-bytes", type=int, help="Bytes that may be held per key head and sequence.")
+@click.option("--max-bytes", type=int, help="Bytes that the cache may take per key head and sequence.")
 @click.option("--max-milliseconds", type=float, help="Time that a call on these tensors may take.")
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
@@ -303,7 +312,7 @@ def plan(
     """Which method, of what size, stays below a tolerance on the tensors in FILE, and is the cheapest?
 
     Every method is measured at a few sizes on part of the heads; what the error of unseen heads stays below is fitted
-    against size, and the smallest size that meets the tolerance is checked on the other heads and timed beside exact
+    against size, and the smallest size that meets the tolerance is checked on the other heads and timed with exact
     attention. FILE is as in `compare`; without it, the sample is used. The fastest is recommended; with --max-bytes
     alone, the one that holds the fewest bytes.
 
@@ -312,6 +321,9 @@ def plan(
 
     Results are written before they are printed. A run that is interrupted writes the bounds that it has fitted.
     """
+    max_seconds = None if max_milliseconds is None else max_milliseconds / 1e3
+    if max_seconds is not None and not 0 < max_seconds < 1e30:
+        raise InputError(f"--max-milliseconds must be a positive number, got {max_milliseconds}")
     with _task("plan", out, scale, names, **given) as task:
         settings = task.settings | {
             "options": _by_method(options),
@@ -325,7 +337,7 @@ def plan(
                 layer.tensors,
                 tolerance=tolerance,
                 max_bytes=max_bytes,
-                max_seconds=None if max_milliseconds is None else max_milliseconds / 1e3,
+                max_seconds=max_seconds,
                 is_causal=task.is_causal,
                 scale=scale,
                 methods=task.names,
@@ -385,13 +397,8 @@ def _task(
     chosen = names or tuple(default_methods(is_causal))
     source = "the shipped sample" if file is None else file.name
     settings = {"source": source, "is_causal": is_causal, "scale": scale, "methods": list(chosen), **arrays}
-    notes = []
-    if "lengths" in arrays or "mask" in arrays:
-        settings["left_out"] = taking_no_padding(chosen)
-        if settings["left_out"]:
-            notes.append(f"left out, because they take no padding: {', '.join(settings['left_out'])}")
     with only_run(out, kind):
-        yield Task(out, source, loaded, is_causal, chosen, settings, notes)
+        yield Task(out, source, loaded, is_causal, chosen, settings)
 
 
 def _use_device(device: str | None) -> None:
@@ -400,20 +407,31 @@ def _use_device(device: str | None) -> None:
     try:
         jax.devices()
     except RuntimeError:
-        raise InputError(f"JAX finds no device of kind {device!r} on this machine") from None
+        kind = device or jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        of_kind = f" of kind {kind!r}{'' if device else ', which JAX_PLATFORMS names,'}" if kind else ""
+        raise InputError(f"JAX finds no device{of_kind} on this machine") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use."""
-    with outputs() as out, terminable():
-        code = _exit_code(arguments)
-        out.flush()
-        if out.error:
-            click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)
-        return code or int(bool(out.error))
+    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use.
+
+    Without arguments it takes those of the process, and ends that if it is interrupted.
+    """
+    with terminable() as ignore_signals:
+        with outputs() as out:
+            code = _exit_code(arguments, ignore_signals)
+            ignore_signals()
+            out.flush()
+            if out.error:
+                click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)
+            code = code or int(bool(out.error))
+        if arguments is None and code in INTERRUPTED:
+            # Where XLA was at work, Python's own way to end can crash, and a further signal shows a traceback.
+            os._exit(code)
+        return code
 
 
-def _exit_code(arguments: Sequence[str] | None) -> int:
+def _exit_code(arguments: Sequence[str] | None, ignore_signals: Callable[[], None]) -> int:
     try:
         return approx_attention.main(arguments, prog_name="approx-attention", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -422,10 +440,13 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"approx-attention: {' '.join(message.split())}", err=True)
         if isinstance(error, Interrupted):
-            return 143 if error.is_terminated else 130
+            # While the error is handled: later, what it holds of the run is freed, which can take long.
+            ignore_signals()
+            return INTERRUPTED[error.is_terminated]
     except click.Abort:
         click.echo("approx-attention: interrupted", err=True)
-        return 130
+        ignore_signals()
+        return INTERRUPTED[0]
     except (OSError, MemoryError) as error:
         click.echo(f"approx-attention: {' '.join(str(error).split()) or 'out of memory'}", err=True)
         return 1

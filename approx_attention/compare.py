@@ -44,6 +44,18 @@ MOST_SEEDS = 1000
 USUAL_BUDGET = 256
 # Hyper-parameters by the name of the method.
 Options = Mapping[str, Mapping[str, Any]]
+# What all methods are given alike, by what gives it on the command line and in Python.
+COMMON = {
+    **{name: "FILE, or tensors in Python" for name in ("query", "key", "value")},
+    "mask": "--mask or --lengths, or mask in Python",
+    "key_value_seq_lengths": "--lengths, or lengths in Python",
+    "query_seq_lengths": "--lengths, or lengths in Python",
+    "is_causal": "--causal, or is_causal in Python",
+    "scale": "--scale, or scale in Python",
+    "rng": "--seed, or seed in Python",
+    "method": "--methods, or methods in Python",
+    "return_residual": "nothing: it is always asked for",
+}
 
 
 def default_methods(is_causal: bool) -> list[str]:
@@ -77,7 +89,7 @@ def build_arms(
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits.
         options: hyper-parameters other than the size, by the name of the method.
-        kv_mask: which keys ``[B, S]`` are real; methods that take no padding are left out where some are not.
+        kv_mask: which keys ``[B, S]`` are real.
 
     Returns:
         The arms.
@@ -94,9 +106,9 @@ def build_arms(
     num_keys = tensors.key.shape[1]
     for name in names:
         method = check_method(name, is_causal)
-        if name == "exact" or (kv_mask is not None and not method.capabilities.padding):
+        if name == "exact":
             continue
-        # What is exact at the size of the sequence has no larger size.
+        # A method that is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
         sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
@@ -128,11 +140,6 @@ def without_padding(tensors: Tensors, kv_mask: np.ndarray | None) -> Tensors:
     )
 
 
-def taking_no_padding(names: Iterable[str]) -> list[str]:
-    """The methods among these that are left out where sequences are padded."""
-    return [name for name in names if not get_method(name).capabilities.padding]
-
-
 def check_method(name: str, is_causal: bool) -> Method:
     """The method of that name.
 
@@ -152,7 +159,8 @@ def check_options(names: Iterable[str], options: Options | None) -> Options:
     """The options, none if there are none.
 
     Raises:
-        InputError: options of a method that does not take part, or the size, which is chosen for it.
+        InputError: options of a method that does not take part, the size, which is chosen for it, or what all methods
+            are given alike.
     """
     options, names = options or {}, [name for name in names if name != "exact"]
     for name, own in options.items():
@@ -160,6 +168,8 @@ def check_options(names: Iterable[str], options: Options | None) -> Options:
             raise InputError(f"options are for a method that takes part: {', '.join(names)}; got some for {name!r}")
         if get_method(name).size in own:
             raise InputError(f"{get_method(name).size} of {name} is its size, which is not an option here")
+        for option in COMMON.keys() & own:
+            raise InputError(f"{option} is no option of {name}, for all methods have the same: give {COMMON[option]}")
     return options
 
 
@@ -323,8 +333,8 @@ def run_comparison(
 ) -> list[Comparison]:
     """Compares methods at several sizes with exact attention: `build_arms`, then `diagnostics.compare`.
 
-    Where ``lengths [B]`` or a ``mask [B, S]`` say that some tokens are padding, no method sees these, errors are those
-    of real queries alone, and methods that take no padding are left out.
+    Where ``lengths [B]`` or a ``mask [B, S]`` say that some tokens are padding, no method sees these, and errors are
+    those of real queries alone.
     """
     check_range("num_seeds", num_seeds, 1, MOST_SEEDS)
     kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
@@ -383,9 +393,9 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *
         "error: relative Frobenius norm, mean ± deviation over seeds · worst row: over the mean row norm · "
         "normaliser: rms error of its log · "
         f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
-        "held: bytes per key head and sequence · than exact: the fastest form of it · "
+        "cache: bytes per key head and sequence · than exact: the fastest form of it · "
         f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}{is_padded * f' · {PADDED_FOOTNOTE}'}",
-        *("method", "size", "held", "than all keys", "time", "than exact", "compile", "error", "worst row"),
+        *("method", "size", "cache", "than all keys", "time", "than exact", "compile", "error", "worst row"),
         *("normaliser", "far"),
     )
     frontier, trivial = best_rows(rows), no_better_than_mean(rows)
@@ -442,7 +452,7 @@ def in_units(num_bytes: int) -> str:
 
 
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
-    """The figure: error against time and against bytes held, one line per method through the sizes in the legend."""
+    """The figure: error against time and against cache bytes, one line per method through the sizes in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
@@ -471,7 +481,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
     if exact.held_bytes is not None:
         right.axvline(exact.held_bytes / 1024, color="0.4", linestyle="--")
     left.set(xlabel="time of a call (ms)", ylabel="relative error of the output")
-    right.set(xlabel="held in place of all keys, by head and sequence (KiB); dashed: all")
+    right.set(xlabel="cache per key head and sequence (KiB); dashed: all keys and values")
     for axes in (left, right):
         log_scales(axes)
     handles, labels = left.get_legend_handles_labels()
@@ -481,7 +491,7 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on: versions and the device."""
+    """Versions and the device, on which the figures depend."""
     device = jax.devices()[0]
     return {
         "approx_attention": importlib.metadata.version("approx_attention"),
@@ -560,7 +570,7 @@ def write_results(
         write_atomically(picture, lambda file: figure.savefig(file, format="png"))
     except ImportError:
         return written, "it needs matplotlib, as in pip install 'approx_attention[plot]'"
-    except Exception as error:  # what is measured is worth more than its picture
+    except Exception as error:  # the measurements are worth more than their picture
         return written, " ".join(f"{type(error).__name__}: {error}".split())
     return [*written, picture], ""
 
@@ -574,5 +584,6 @@ def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
-        os.unlink(draft)
+        # An interrupt can come when it is moved already.
+        pathlib.Path(draft).unlink(missing_ok=True)
         raise

@@ -33,7 +33,7 @@ def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-# Colours that the colour-blind tell apart, each with a marker of its own.
+# Colours that the colour-blind tell apart, each with a different marker.
 _STYLES = tuple(
     zip(
         ("#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#8C564B", "#D55E00", "#7F3FBF"),

@@ -113,9 +113,9 @@ def comparison_summary_table(summary: Sequence[OverLayers], title: str) -> Table
     table = plain_table(
         title,
         "median and worst: relative error over layers · worst in: the layer of the worst error · time, than exact: "
-        f"medians over layers · held: the most of a layer · * on the frontier of error against time · "
+        f"medians over layers · cache: the most bytes of a layer · * on the frontier of error against time · "
         f"{TRIVIAL_FOOTNOTE}",
-        *("method", "size", "held", "time", "than exact", "layers", "median", "worst", "worst in"),
+        *("method", "size", "cache", "time", "than exact", "layers", "median", "worst", "worst in"),
     )
     frontier, trivial = best_rows(summary), no_better_than_mean(summary)
     for i, row in enumerate(summary):
@@ -139,7 +139,7 @@ def picks_table(plans: Mapping[str, Plan], title: str) -> Table:
     table = plain_table(
         title,
         "held out: relative error of what was held out · than exact: the fastest form of it",
-        *("layer", "pick", "at most", "held out", "held", "time", "than exact"),
+        *("layer", "pick", "at most", "held out", "cache", "time", "than exact"),
     )
     for layer, made in plans.items():
         pick = made.pick

@@ -161,7 +161,7 @@ def plan(
     Every method is measured at a few sizes on part of the key heads, with the queries that ask them (the calibration
     heads). A bound of the error of other heads, from the spread over these and over draws, is fitted against size; the
     smallest size predicted to meet the tolerance is measured in its turn, and the fit made again. What is left of each
-    method is measured on the held-out heads with new draws and timed beside every exact form, and the cheapest is
+    method is measured on the held-out heads with new draws and timed with every exact form, and the cheapest is
     recommended: the fastest, or where only bytes are limited the one that holds the fewest. Exact attention and the
     trivial baselines always take part. The held-out heads choose nothing, so what is said of them is what to expect of
     others like them. With fewer than eight key heads those of each sequence are divided, and with fewer than eight over
@@ -182,7 +182,7 @@ def plan(
         seed: of the split, and the first draw of the check.
         rounds: how often each candidate is timed, in turn with the others.
         lengths: real tokens of each sequence, integers ``[B]``. No method sees the padding, errors are those of real
-            queries alone, and methods that take no padding are left out. Where T differs from S all queries are real.
+            queries alone. Where T differs from S all queries are real.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
         on_progress: called with what is done next, the number of steps done and their total.
         on_part: called after each method with the plan so far, for those who may be interrupted: it has the bounds,
@@ -215,7 +215,7 @@ def plan(
     names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
     kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
     taken = {name: check_method(name, is_causal) for name in names if name != "exact"}
-    names = [name for name, method in taken.items() if kv_mask is None or method.capabilities.padding]
+    names = list(taken)
     options = check_options(names, options)
     tensors = without_padding(tensors, kv_mask)
     real_queries = query_mask(kv_mask, tensors.query.shape[1])
@@ -228,7 +228,7 @@ def plan(
             tensors, name, size, is_causal=is_causal, scale=scale, options=options.get(name), kv_mask=kv_mask
         )
     )
-    # What is wrong with options is said before anything is measured.
+    # Options that do not fit are said before anything is measured.
     num_keys = tensors.key.shape[1]
     for name in options:
         arm_of(name, None if get_method(name).size is None else next(iter(_first_sizes(name, num_keys)), 1))
@@ -487,8 +487,8 @@ def _costs(candidate: Candidate) -> str:
     speed = times(candidate.speedup, "faster than", "slower than")
     if speed == "1x":
         speed = "" if candidate.is_exact else "as fast as"
-    beside = f" ({speed} the fastest exact)" if speed else ""
-    return f"{1e3 * candidate.seconds:.3g} ms{beside}, {in_units(candidate.held_bytes)} held"
+    compared = f" ({speed} the fastest exact)" if speed else ""
+    return f"{1e3 * candidate.seconds:.3g} ms{compared}, cache {in_units(candidate.held_bytes)}"
 
 
 def plan_table(made: Plan, title: str) -> Table:
@@ -502,7 +502,7 @@ def plan_table(made: Plan, title: str) -> Table:
         + f" · at most: the bound, with a confidence of {made.confidence:g}, that the choice rests on · held out: "
         "relative error of what was held out · worst: that of the worst of these · held: bytes per key head and "
         f"sequence · than exact: the fastest form of it · {TRIVIAL_FOOTNOTE}{padded}",
-        *("method", "size", "predicted", "at most", "held out", "worst", "all", "held", "time", "than exact", ""),
+        *("method", "size", "predicted", "at most", "held out", "worst", "all", "cache", "time", "than exact", ""),
     )
     trivial = no_better_than_mean(made.candidates)
     for i, candidate in enumerate(made.candidates):
@@ -579,7 +579,7 @@ def draw_plan(made: Plan, title: str) -> Any:
     for axes in (left, right):
         axes.axhline(made.tolerance, color="#D55E00", linewidth=1)
     left.set(xlabel="size (line: fit, dotted: bound for unseen heads)", ylabel="relative error of the output")
-    what = "time of a call (ms)" if made.rank_by == "seconds" else "held per key head and sequence (KiB)"
+    what = "time of a call (ms)" if made.rank_by == "seconds" else "cache per key head and sequence (KiB)"
     right.set(xlabel=f"{what}; the bound of each candidate")
     for axes in (left, right):
         log_scales(axes)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from approx_attention.checks import InputError
 from approx_attention.compare import finite, report, write_results
 from approx_attention.diagnostics import shared_programs
 from approx_attention.tensor_files import Layer
-from approx_attention.terminal import Terminated, only_holder, progress, say
+from approx_attention.terminal import Terminated, end_if_asked, only_holder, progress, say
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -37,7 +36,6 @@ class Task(NamedTuple):
     is_causal: bool
     names: tuple[str, ...]
     settings: dict[str, Any]
-    notes: list[str]
 
     def title(self, layer: str) -> str:
         """The layer, and what it holds."""
@@ -99,8 +97,9 @@ def run(
     """Measures every layer, writes what there is after each, also after an interrupt, and then prints it."""
     results: dict[str, Any] = {}
     has_layers = "" not in task.layers
+    num_measured = 0
 
-    def write(is_complete: bool) -> tuple[list[pathlib.Path], str]:
+    def write() -> tuple[list[pathlib.Path], str]:
         parts = {
             layer: report(kind.rows(result), task.layers[layer].tensors, settings) | finite(kind.more(result))
             for layer, result in results.items()
@@ -111,7 +110,7 @@ def run(
             own = {layer: {k: x for k, x in part.items() if k not in common} for layer, part in parts.items()}
             over = [dataclasses.asdict(row) for row in kind.over_layers(results)]
             document = finite(common | {"layers": own, "summary": over})
-        document["is_complete"] = is_complete
+        document["is_complete"] = num_measured == len(task.layers)
 
         def picture() -> Any:
             return kind.draw_layers(results, task.over_layers) if has_layers else kind.draw(results[""], task.title(""))
@@ -120,22 +119,26 @@ def run(
 
     failure, written, no_figure = None, [], ""
     programs: dict[bytes, Any] = {}
-    say(*task.notes)
     try:
-        for number, layer in enumerate(task.layers):
+        for layer in task.layers:
+
+            def keep(result: Any, layer: str = layer) -> None:
+                results[layer] = result
+                end_if_asked()
+
             kv_mask = task.layers[layer].kv_mask
             own = programs.setdefault(b"" if kv_mask is None else kv_mask.tobytes(), {}) if has_layers else {}
             with shared_programs(own), progress(f"{layer}: " if has_layers else "") as on_progress:
-                keep = functools.partial(results.__setitem__, layer)
                 results[layer] = measure(task.layers[layer], keep, on_progress)
+            num_measured += 1
             try:
-                written, no_figure = write(number + 1 == len(task.layers))
+                written, no_figure = write()
                 failure = None
             except OSError as error:
                 failure = error
             say(*kind.shown(results[layer], task.title(layer)))
     except BaseException as error:
-        _write_the_rest(error, functools.partial(write, False) if results else None)
+        _write_the_rest(error, write if results else None)
         raise
     if has_layers:
         say(*kind.summary(results, task.over_layers))
@@ -147,14 +150,14 @@ def run(
 
 
 def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> None:
-    """What is measured until an error or an interrupt is kept."""
+    """Keeps the measurements made until an error or an interrupt."""
     where = "before anything was measured"
     if write:
         try:
             written, _ = write()
-            where = f"what was measured until then is in {' and '.join(map(str, written))}"
+            where = f"the measurements until then are in {' and '.join(map(str, written))}"
         except OSError as failure:
-            where = f"what was measured until then cannot be written: {failure}"
+            where = f"the measurements until then cannot be written: {failure}"
     if isinstance(error, KeyboardInterrupt):
         raise Interrupted(error, f"; {where}" if write else f" {where}") from None
     if isinstance(error, InputError):
@@ -171,7 +174,8 @@ def only_run(out: pathlib.Path, kind: str) -> Iterator[None]:
         with tempfile.TemporaryFile(dir=out):
             pass
     except (OSError, ValueError) as error:
-        reason = "it is a file" if out.is_file() else getattr(error, "strerror", None) or error
+        is_file = isinstance(error, FileExistsError)
+        reason = "it is a file" if is_file else getattr(error, "strerror", None) or error
         raise InputError(f"cannot write to the directory {out}: {reason}") from None
     for path in (out / f"{kind}.json", out / f"{kind}.png"):
         if path.is_dir():

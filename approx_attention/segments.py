@@ -61,13 +61,13 @@ def segments(
     r"""Runs of consecutive tokens whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c.
 
     Padding is in no segment: where ``real`` tells it apart, j is a token's rank among the n real ones, S is n, and M is
-    at most n, so that the segments are those of the sequence without padding, whatever its place and number.
+    at most n, so that the segments are those of the sequence without its padding.
 
     Args:
         num_tokens: the number S of places.
         num_segments: M, at most S.
         real: which tokens are real ``[S]``.
-        most: a further bound on M, which leaves the last segments empty, beside ``real``.
+        most: a further bound on M, which leaves the last segments empty; only with ``real``.
 
     Returns:
         The segments, of fixed indices unless ``real`` is given.

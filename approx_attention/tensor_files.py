@@ -111,17 +111,31 @@ def load_sample() -> Tensors:
 
 def _prefixes(path: pathlib.Path, present: Sequence[str], pattern: str, names: Sequence[str]) -> dict[str, str]:
     """What the names of arrays begin with, by layer."""
-    ends = {separator + name for separator in SEPARATORS for name in names}
-    found: dict[str, set[str]] = {}
-    for name in present:
-        for end in ends:
-            if name.endswith(end) and len(name) > len(end):
-                found.setdefault(name.removesuffix(end), set()).add(end[0])
-    chosen = [layer for layer in found if layer == pattern or fnmatch.fnmatchcase(layer, pattern)]
+    found: dict[str, str] = {}
+    partial: dict[str, str] = {}
+    for separator in SEPARATORS:
+        for name in names:
+            for array in present:
+                layer = array.removesuffix(separator + name)
+                if layer not in ("", array):
+                    missing = [x for own in names if (x := layer + separator + own) not in present]
+                    if not missing:
+                        found.setdefault(layer, layer + separator)
+                    elif len(missing) < len(names) - 1:
+                        partial[layer] = missing[0]
+    chosen = [layer for layer in found if _fits(layer, pattern)]
+    for layer, missing in partial.items():
+        # Others than q, k and v may end like them, as layer0.rope_q and layer0.rope_k do.
+        if _fits(layer, pattern) and layer not in found and not any(map(layer.startswith, found.values())):
+            raise InputError(f"{path} has no array {missing!r}, without which {layer!r} is no layer")
     if not chosen:
         has = f"its layers are {_listed(sorted(found, key=_by_number))}" if found else _holds(present)
         raise InputError(f"{path} has no layer {pattern!r} with arrays such as {'layer0.' + names[0]!r} ({has})")
-    return {layer: layer + min(found[layer], key=SEPARATORS.index) for layer in sorted(chosen, key=_by_number)}
+    return {layer: found[layer] for layer in sorted(chosen, key=_by_number)}
+
+
+def _fits(layer: str, pattern: str) -> bool:
+    return layer == pattern or fnmatch.fnmatchcase(layer, pattern)
 
 
 def _by_number(name: str) -> list[tuple[int, int, str]]:
@@ -139,7 +153,7 @@ def _layer(
     mask: str | None,
 ) -> Layer:
     names = [prefix + name for name in names]
-    advice = "name yours with --q, --k, --v"
+    advice = "name yours with --q, --k, --v" if archive.names else "save arrays in it"
     if not prefix and any(name.endswith(separator + names[0]) for name in archive.names for separator in SEPARATORS):
         advice += ", or several layers with --layers"
     for name in names:

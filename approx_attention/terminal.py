@@ -77,21 +77,61 @@ def outputs() -> Iterator[Output]:
         sys.stdout, sys.stderr = out, err
 
 
+# What the signals that end a command raise, and how Python handles each where nothing else does.
+_ENDS: dict[int, tuple[type[KeyboardInterrupt], Any]] = {
+    signal.SIGINT: (KeyboardInterrupt, signal.default_int_handler),
+    signal.SIGTERM: (Terminated, signal.SIG_DFL),
+}
+# Those that have come within `terminable`. Python drops an exception that is raised while it collects garbage.
+_heard: list[type[KeyboardInterrupt]] = []
+
+
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` meanwhile, unless something else handles it."""
+def terminable() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM raise meanwhile, unless something else handles them; gives what ends that.
 
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
+    They are ignored while an earlier one is handled, so that the results are written.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
         return
-    signal.signal(signal.SIGTERM, terminate)
+    is_over = False
+
+    def end(number: int, frame: Any) -> None:
+        if is_over or _is_ending(sys.exc_info()[1]):
+            return
+        _heard.append(_ENDS[number][0])
+        raise _heard[-1]
+
+    def ignore() -> None:
+        nonlocal is_over
+        is_over = True
+
+    def tell(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            tell_before(dropped)
+
+    own = [number for number, (_, usual) in _ENDS.items() if signal.getsignal(number) == usual]
+    tell_before, sys.unraisablehook = sys.unraisablehook, tell
+    for number in own:
+        signal.signal(number, end)
     try:
-        yield
+        yield ignore
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in own:
+            signal.signal(number, _ENDS[number][1])
+        sys.unraisablehook = tell_before
+        _heard.clear()
+
+
+def _is_ending(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_ending(error.__context__))
+
+
+def end_if_asked() -> None:
+    """Raises what a signal has asked for and Python has dropped."""
+    if _heard:
+        raise _heard[-1]
 
 
 def say(*things: Any) -> None:
@@ -108,6 +148,7 @@ def progress(prefix: str = "") -> Iterator[Callable[[str, int, int], None]]:
         begun = time.monotonic()
 
         def line(label: str, done: int, total: int) -> None:
+            end_if_asked()
             if done < total:
                 sys.stderr.write(f"{done + 1}/{total} {prefix}{label} ({time.monotonic() - begun:.0f} s)\n")
                 sys.stderr.flush()
@@ -117,7 +158,12 @@ def progress(prefix: str = "") -> Iterator[Callable[[str, int, int], None]]:
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
         task = bars.add_task(f"{prefix}starting", total=None)
-        yield lambda label, done, total: bars.update(task, description=prefix + label, completed=done, total=total)
+
+        def move(label: str, done: int, total: int) -> None:
+            end_if_asked()
+            bars.update(task, description=prefix + label, completed=done, total=total)
+
+        yield move
 
 
 @contextlib.contextmanager

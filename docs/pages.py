@@ -272,17 +272,17 @@ def _measured(name: str) -> list[str]:
         ]
         for row in rows
     ]
-    header = ["size", "KiB held", "relative error", "far error", "ms", "speed over best exact"]
+    header = ["size", "cache (KiB)", "relative error", "far error", "ms", "speed over best exact"]
     figure = (
         []
         if METHODS[name] is METHODS["exact"]
         else [
             f"```{{figure}} {name}.svg",
-            f":alt: Relative error of {name} against bytes held, among all methods of the comparison",
+            f":alt: Relative error of {name} against cache bytes, among all methods of the comparison",
             "",
-            f"Relative error against bytes held on the shipped sample ({kind}, {document['shapes']['key'][1]} tokens); "
-            "below and to the left is better. Grey: the other methods of the same run. A method that holds all keys "
-            "stands at their bytes.",
+            f"Relative error against cache bytes on the shipped sample ({kind}, "
+            f"{document['shapes']['key'][1]} tokens); below and to the left is better. Grey: the other methods of the "
+            "same run. A method that holds all keys stands at their bytes.",
             "```",
             "",
         ]
@@ -317,7 +317,7 @@ def _kib_held(row: Mapping[str, Any], document: Mapping[str, Any]) -> float:
 
 
 def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draws error against bytes held: the method in colour, the baselines named, all others grey."""
+    """Draws error against cache bytes: the method in colour, the baselines named, all others grey."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in document["rows"]:
         if not row["is_exact"]:
@@ -338,7 +338,7 @@ def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> No
                 name_style |= {"bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
                 axes.annotate(other, (kib[at], error[at]), shift, textcoords="offset points", ha=side, **name_style)
         top = 1.3 * max(1.2, *(value for _, value in curves.get(name, [(0, 0.0)])))
-        axes.set(yscale="log", xlabel="KiB held", ylabel="relative error", xlim=(-5, None), ylim=(None, top))
+        axes.set(yscale="log", xlabel="cache (KiB)", ylabel="relative error", xlim=(-5, None), ylim=(None, top))
         axes.grid(alpha=0.3)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
@@ -503,7 +503,7 @@ def sample_table() -> str:
         for row in sorted(document["rows"], key=lambda row: row["relative_error"])
         if not row["is_exact"]
     ]
-    header = ["method", "size", "KiB held", "relative error", "far error", "speed over best exact"]
+    header = ["method", "size", "cache (KiB)", "relative error", "far error", "speed over best exact"]
     exact = next(row for row in document["rows"] if row["is_exact"])
     return (
         markdown_table(header, rows)

@@ -200,9 +200,7 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
             raise ConfigError(unknown("layer", name, captured))
     arrays: dict[str, Any] = {f"{name}.{x}": captured[name][x] for name in chosen for x in "qkv"}
     write_atomically(to, lambda file: np.savez_compressed(file, **arrays))
-    _console().print(
-        f"wrote {', '.join(chosen)} to {to}; name a layer with --q LAYER.q --k LAYER.k --v LAYER.v", soft_wrap=True
-    )
+    _console().print(f"wrote {', '.join(chosen)} to {to}; read all of them with --layers '*'", soft_wrap=True)
 
 
 @experiments.command("sample")

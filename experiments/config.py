@@ -58,9 +58,10 @@ def _named(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 Part = TypeVar("Part")
-# A list with at least one part, and parts whose names become those of files.
+# A list or a mapping with at least one part, and parts whose names become those of files.
 Several = Annotated[list[Part], pydantic.Field(min_length=1)]
-Named = Annotated[dict[str, Part], pydantic.AfterValidator(_named)]
+SeveralBy = Annotated[dict[str, Part], pydantic.Field(min_length=1)]
+Named = Annotated[SeveralBy[Part], pydantic.AfterValidator(_named)]
 # Set as ``__pydantic_config__`` on every configuration dataclass.
 STRICT = pydantic.ConfigDict(extra="forbid")
 
@@ -230,7 +231,7 @@ def resolve(
         settings: by key.
         overrides: by dotted key.
         where: what messages begin with.
-        beside: keys that may stand beside the settings, for messages on unknown ones.
+        beside: keys of a file that are no settings, for messages on unknown ones.
 
     Raises:
         ConfigError: a key is unknown (the message names the nearest), missing, or holds a value of the wrong type.
@@ -322,14 +323,14 @@ def _first_fault(kind: type, error: pydantic.ValidationError, beside: Iterable[s
 
 
 def _within(kind: Any, part: Any) -> Any:
-    """What is at a key of a configuration class, or in a mapping or list of them."""
+    """The part at a key of a configuration class, or in a mapping or list of them."""
     if dataclasses.is_dataclass(kind):
         return _bare({field.name: field.type for field in dataclasses.fields(kind)}.get(str(part)))
     return _bare(typing.get_args(kind)[-1]) if typing.get_origin(kind) in (dict, list) else None
 
 
 def _bare(kind: Any) -> Any:
-    """A type without its annotations, and without the None beside it."""
+    """A type without its annotations, and without None."""
     if typing.get_origin(kind) is Annotated:
         return _bare(typing.get_args(kind)[0])
     if typing.get_origin(kind) in (types.UnionType, typing.Union):

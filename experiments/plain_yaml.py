@@ -1,6 +1,7 @@
 """YAML as configurations need it: plain values, no key twice, and aliases and nesting within bounds."""
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import yaml
 
@@ -25,8 +26,20 @@ def load_plain(text: str) -> Any:
         loader.dispose()
 
 
+def _plain_numbers(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """Which texts are numbers: not 1:30, which in YAML 1.1 is 90, and not 010, which is 8."""
+    if not tag.endswith((":int", ":float")):
+        return pattern
+    return re.compile(rf"(?!.*:|[-+]?0[0-7_]+$)(?:{pattern.pattern})", pattern.flags)
+
+
 class _PlainLoader(yaml.SafeLoader):
     """The safe loader, within bounds that are checked before anything is built."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, _plain_numbers(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, text: str):
         super().__init__(text)

@@ -146,7 +146,7 @@ class Run:
             raise ConfigError(f"{file.path}: the seed of a run is one of 'seeds', or that of --seed, and no setting")
         for key in (*chosen.overrides, *overrides):
             if key.partition(".")[0] in BESIDE_SETTINGS:
-                raise ConfigError(f"{file.path}: {key!r} stands beside the settings of all arms, and is none of them")
+                raise ConfigError(f"{file.path}: {key!r} is a key of the whole file, and no setting of an arm")
         settings = {**chosen.overrides, **overrides, "seed": seed}
         kind = EXPERIMENTS[file.experiment].config
         config = resolve(kind, file.settings, settings, str(file.path), BESIDE_SETTINGS)

@@ -127,7 +127,7 @@ def _losses(document: Mapping[str, Any]) -> str:
     kind = "causal" if document["settings"]["is_causal"] else "bidirectional"
     return (
         f"**Accuracy.** On the shipped sample ({kind}, {document['shapes']['key'][1]} tokens), relative error at the "
-        f"largest size of the default run (in brackets, with what is held in place of all keys): {errors}{verdict}."
+        f"largest size of the default run (in brackets, with the bytes of its cache): {errors}{verdict}."
     )
 
 

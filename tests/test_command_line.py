@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ ROWS = [
     comparison("favor", 170.0, 0.95),
     comparison("mean_pool", 0.2, 0.2),
 ]
-COMMAND = [sys.executable, "-c", "import sys; from approx_attention.cli import main; sys.exit(main(sys.argv[1:]))"]
+COMMAND = [sys.executable, "-c", "import sys; from approx_attention.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture
@@ -267,11 +268,11 @@ def test_windows_are_explained(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; what was measured until then is in"),
-        (terminal.Terminated(), 143, "terminated; what was measured until then is in"),
-        (InputError("eva does not take it"), 2, "eva does not take it; what was measured until then is in"),
-        (MemoryError(), 1, "what was measured until then is in"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), 1, "what was measured until then is in"),
+        (KeyboardInterrupt(), 130, "interrupted; the measurements until then are in"),
+        (terminal.Terminated(), 143, "terminated; the measurements until then are in"),
+        (InputError("eva does not take it"), 2, "eva does not take it; the measurements until then are in"),
+        (MemoryError(), 1, "the measurements until then are in"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), 1, "the measurements until then are in"),
     ],
 )
 def test_what_is_measured_until_then_is_written(file, tmp_path, measured, capsys, error, code, told):
@@ -313,12 +314,14 @@ def test_signals(tmp_path, number, code):
     for line in process.stderr:  # a line for each that is begun, while others are to come
         if "longformer" in line:
             break
-    process.send_signal(number)
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.05)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert printed == ""
     assert "Traceback" not in errors
-    assert "what was measured until then is in" in errors.splitlines()[-1]
+    assert "the measurements until then are in" in errors.splitlines()[-1]
     document = json.loads((tmp_path / "out" / f"{command[0]}.json").read_text())
     assert document["is_complete"] is False
     assert {"exact", "mean_value", "local"} <= {row["method"] for row in document["rows"]}
@@ -371,6 +374,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monke
     assert "Invalid value for '--out': give a directory" in message(*tolerance, "--out", " ")
     (tmp_path / "taken").touch()
     assert "taken: it is a file" in message("compare", "--out", tmp_path / "taken")
+    assert "File name too long" in message("compare", "--out", tmp_path / ("x" * 300))
     assert "cannot write to the directory /proc/none" in message(*tolerance, "--out", "/proc/none")
     assert "--layers and --lengths can only be given with a FILE" in refusal(
         capsys, "compare", "--layers", "*", "--lengths", "n"

@@ -201,6 +201,20 @@ def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
     assert "options are for a method that takes part" in refused("nystrom.num_landmarks=4")
     assert "unknown method 'favour'; did you mean 'favor'" in refused("favour.block_size=4")
     assert "METHOD.OPTION=VALUE" in refused("favor")
+    assert "--set gives favor.block_size twice" in refused("favor.block_size=1", "favor.block_size=2")
+    for option, instead in (
+        ("is_causal=true", "--causal"),
+        ("scale=2", "--scale"),
+        ("rng=2", "--seed"),
+        ("method=eva", "--methods"),
+        ("mask=1", "--mask"),
+        ("query=1", "FILE"),
+        ("return_residual=true", "nothing"),
+    ):
+        told = refused(f"favor.{option}")
+        assert (
+            f"{option.partition('=')[0]} is no option of favor, for all methods have the same: give {instead}" in told
+        )
     assert "favor does not take block_size=0: block_size must be" in refused("favor.block_size=0")
 
 
@@ -342,16 +356,24 @@ def test_bad_options(tensors, tmp_path, capsys):
     assert not (tmp_path / "out" / "compare.json").exists()
 
 
-def test_an_absent_device_is_refused(tensors, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "platforms", "told"),
+    [
+        (["--device", "tpu"], "cpu", "JAX finds no device of kind 'tpu' on this machine"),
+        ([], "foo", "JAX finds no device of kind 'foo', which JAX_PLATFORMS names, on this machine"),
+    ],
+)
+def test_an_absent_device_is_refused(tensors, tmp_path, options, platforms, told):
     command = [sys.executable, "-c", "import sys; from approx_attention.cli import main; sys.exit(main(sys.argv[1:]))"]
     result = subprocess.run(
-        [*command, "compare", str(tensors), "--device", "tpu", "--out", str(tmp_path / "out")],
+        [*command, "compare", str(tensors), *options, "--out", str(tmp_path / "out")],
+        env=os.environ | {"JAX_PLATFORMS": platforms},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("approx-attention: JAX finds no device of kind 'tpu'")
+    assert result.stderr.strip().splitlines()[-1] == f"approx-attention: {told}"
     assert "Traceback" not in result.stderr
 
 

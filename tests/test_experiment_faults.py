@@ -95,7 +95,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
         (TEXT.replace("steps: 8", "steps: 2020-13-45"), "month must be in 1..12"),
         (TEXT.replace("steps: 8", "steps: 2020-12-05"), "'train.steps' must be text, a number"),
         (TEXT.replace("steps: 8", "steps: !!python/object:os.system {}"), "could not determine a constructor"),
-        (TEXT.replace("exact: {}", "exact: {seeds: [1]}"), "'seeds' stands beside the settings of all arms"),
+        (TEXT.replace("exact: {}", "exact: {seeds: [1]}"), "'seeds' is a key of the whole file, and no setting"),
         (TEXT.replace("head_dim: 8", "head_dim: 7"), "head_dim must be even"),
         (b"#" * 1_000_001, "too long for a configuration"),
     ],

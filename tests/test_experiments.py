@@ -477,7 +477,7 @@ def test_a_directory_of_other_settings_is_refused(tmp_path):
 
 def test_the_seed_of_a_swap_in_stands_in_one_place():
     file = read_config_file(CONFIGS / "harness" / "swap_in" / "smoke.yaml")
-    with pytest.raises(ConfigError, match="the seed stands beside 'training'"):
+    with pytest.raises(ConfigError, match="the seed is a key next to 'training'"):
         Run.of(file, "run", 0, {"training.seed": 3}, CONFIGS)
 
 

@@ -1,6 +1,5 @@
 """Padding in comparisons and plans: errors are those of real queries, and what padding holds never matters."""
 
-import dataclasses
 import math
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from approx_attention import compare as compare_module
-from approx_attention import diagnostics, registry
+from approx_attention import diagnostics
 from approx_attention.checks import InputError
-from approx_attention.compare import build_arms, exact_arms, method_arm, run_comparison
+from approx_attention.compare import exact_arms, method_arm, run_comparison
 from approx_attention.error_laws import split_units
 from approx_attention.plan import plan, plan_table
 from approx_attention.real_tokens import key_mask, query_mask
@@ -141,23 +140,6 @@ def test_what_fits():
     assert query_mask(mask, 3) is mask
     assert query_mask(mask, 5).all()
     assert query_mask(None, 5) is None
-
-
-def test_methods_without_padding_are_left_out(monkeypatch):
-    method = registry.METHODS["favor"]
-    blind = dataclasses.replace(method, capabilities=dataclasses.replace(method.capabilities, padding=False))
-    monkeypatch.setattr(compare_module, "get_method", lambda n: blind if n == "favor" else registry.METHODS[n])
-    tensors = Tensors(*random_heads(0, 2, 24, 24, 4, 2))
-    assert compare_module.taking_no_padding(["mean_pool", "favor"]) == ["favor"]
-    names = ["favor", "mean_pool"]
-
-    def of(kv_mask):
-        arms = build_arms(tensors, names, [8], is_causal=False, scale=None, kv_mask=kv_mask)
-        return {arm.method for arm in arms}
-
-    assert of(None) - of(np.ones((2, 24), bool)) == {"favor"}
-    made = plan(tensors, tolerance=0.5, methods=names, num_seeds=2, rounds=1, lengths=LENGTHS)
-    assert {"favor", "mean_pool"} & {c.method for c in made.candidates} == {"mean_pool"}
 
 
 def test_an_arm_sees_no_padding():

@@ -452,7 +452,10 @@ def test_bad_options(tmp_path, capsys):
     assert "tolerance must be a positive number, got 0.0" in message("--tolerance", 0)
     assert "tolerance must be a positive number, got nan" in message("--tolerance", "nan")
     assert "max_bytes must be a positive number, got -3" in message("--tolerance", 0.1, "--max-bytes", -3)
-    assert "max_seconds must be a positive number" in message("--tolerance", 0.1, "--max-milliseconds", 0)
+    for value in (0.0, -1.0, "nan", "inf", 1e-323):
+        assert f"--max-milliseconds must be a positive number, got {value}" in message(
+            "--tolerance", 0.1, "--max-milliseconds", value
+        )
     assert "held_out must be a share between 0 and 1, got 1.0" in message("--tolerance", 0.1, "--held-out", 1)
     assert "confidence must be at least 0.5 and below 1" in message("--tolerance", 0.1, "--confidence", 1)
     assert "unknown method 'favour'; did you mean 'favor'" in message("--tolerance", 0.1, "--methods", "favour")

@@ -245,11 +245,30 @@ def test_names_below_a_layer_and_layers_with_brackets(tmp_path):
     assert list(load_layers(path, names, layers="h*")) == ["h[0]", "h[1]"]
     assert list(load_layers(path, names, layers="h[0]")) == ["h[0]"]
     path = layered(tmp_path / "y.npz", ["a.q", "a.k", "a.v", "b.q", "b.k"])
-    with pytest.raises(InputError, match="has no array 'b.v'; did you mean 'b.q'"):
+    with pytest.raises(InputError, match="has no array 'b.v', without which 'b' is no layer"):
         load_layers(path, layers="*")
+    assert list(load_layers(path, layers="a")) == ["a"]
     layered(tmp_path / "z.npz", ["keys"])
     with pytest.raises(InputError, match=r"has no layer '\*' with arrays such as 'layer0.q' \(it holds 'keys'\)"):
         load_layers(tmp_path / "z.npz", layers="*")
+
+
+@pytest.mark.parametrize("separator", "./_")
+@pytest.mark.parametrize("others", [["rope{}k"], ["rope{}q", "rope{}k"], ["rope{}q", "rope{}k", "extra{}v"], []])
+def test_arrays_that_end_like_those_of_a_layer(tmp_path, separator, others):
+    own = [f"layer{i}{separator}{name}" for i in range(2) for name in "qkv"]
+    more = [f"layer0{separator}{other.format('_')}" for other in others] + ["cache_k", "positions.q"]
+    path = layered(tmp_path / "x.npz", [*own, *more])
+    assert list(load_layers(path, layers="layer*")) == ["layer0", "layer1"]
+    assert list(load_layers(path, layers="*")) == ["layer0", "layer1"]
+    with pytest.raises(InputError, match=r"has no layer 'cache'.*its layers are 'layer0', 'layer1'\)$"):
+        load_layers(path, layers="cache")
+
+
+def test_advice_that_helps(tmp_path):
+    np.savez(tmp_path / "x.npz")
+    with pytest.raises(InputError, match="it holds nothing; save arrays in it"):
+        load_layers(tmp_path / "x.npz")
 
 
 def test_lengths_and_masks_of_all_layers_or_of_each(tmp_path):

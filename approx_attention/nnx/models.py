@@ -31,7 +31,7 @@ def replace_attention(
 
     Args:
         model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
-        method: as in `ApproxAttention`, but for modules: each layer needs one of its own.
+        method: as in `ApproxAttention`, but for modules: each layer needs a separate one.
         only: ``(path, layer) -> bool``, which layers; all by default.
         rngs: where random methods draw from, each layer for itself: one key, or one for each layer of a stack.
         **options: those of `ApproxAttention` and of the method.
@@ -56,7 +56,7 @@ def replace_attention(
         True
     """
     if isinstance(method, nnx.Module):
-        raise TypeError("each layer needs a module of its own: set the attention_fn of the layers one by one")
+        raise TypeError("each layer needs a separate module: set the attention_fn of the layers one by one")
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function (path, layer) -> bool, got {shown(only)}")
     layers = _attention_layers(model)
@@ -88,8 +88,8 @@ def init_cache(
     Args:
         model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
         batch_size: the number of sequences.
-        max_length: room for so many tokens, where a method holds all or a part of them.
-        ragged: whether sequences have lengths of their own.
+        max_length: number of tokens to make room for, where a method holds all or a part of them.
+        ragged: whether sequences differ in length.
         dtype: of the cache.
 
     Returns:

@@ -12,7 +12,7 @@ from rich.console import Console
 from approx_attention import METHODS, attention, diagnostics
 from approx_attention.compare import held_bytes
 from approx_attention.tensor_files import Tensors, load_sample
-from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, Share
+from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, SeveralBy, Share
 from experiments.models import AttentionConfig
 
 
@@ -27,7 +27,7 @@ class GapConfig:
         shared: the part of their variance that q and k have in common.
     """
 
-    methods: dict[str, AttentionConfig]
+    methods: SeveralBy[AttentionConfig]
     source: Literal["smoothed", "sample"] = "smoothed"
     length: Count = 784
     head_dim: Count = 64

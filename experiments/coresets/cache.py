@@ -45,7 +45,7 @@ class CacheConfig:
     training: TrainingConfig
     prefix: Count
     policies: Several[str]
-    kept: list[Share] = dataclasses.field(default_factory=lambda: [0.5, 0.25, 0.125, 0.0625])
+    kept: Several[Share] = dataclasses.field(default_factory=lambda: [0.5, 0.25, 0.125, 0.0625])
     sinks: Whole = 4
     recent: Whole = 16
     batches: Count = 16

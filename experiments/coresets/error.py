@@ -36,8 +36,8 @@ class CoresetErrorConfig:
     algorithms: Several[str]
     sizes: Several[Positive]
     instance: Literal["clustered", "sphere", "low_rank", "outliers", "two_points", "lower_bound"] = "clustered"
-    radii: list[NonNegative] = dataclasses.field(default_factory=lambda: [2.0])
-    head_dims: list[Count] = dataclasses.field(default_factory=lambda: [32])
+    radii: Several[NonNegative] = dataclasses.field(default_factory=lambda: [2.0])
+    head_dims: Several[Count] = dataclasses.field(default_factory=lambda: [32])
     num_keys: Count = 4096
     value_dim: Count = 32
     draws: Count = 1

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import data
-from experiments.config import STRICT, Seed
+from experiments.config import STRICT, Seed, SeveralBy
 from experiments.fidelity import attention_errors
 from experiments.harness.quality import bytes_held
 from experiments.models import AttentionConfig, use_attention
@@ -19,14 +19,14 @@ class SwapInConfig:
     """What is trained, and the methods that then take attention's place, by the name they are reported under."""
 
     training: TrainingConfig
-    methods: dict[str, AttentionConfig]
+    methods: SeveralBy[AttentionConfig]
     seed: Seed = 0
 
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.training.seed != 0:
-            raise ValueError(f"the seed stands beside 'training', not in it, where it is {self.training.seed}")
+            raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
         if self.training.attention.method != "exact" or "exact" in self.methods:
             raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
 

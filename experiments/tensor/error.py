@@ -25,7 +25,7 @@ from approx_attention import (
     weight_bound,
 )
 from approx_attention.polynomials import taken_by
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, Whole
+from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, SeveralBy, Whole
 from experiments.harness.long_context import slope
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill
 
@@ -71,7 +71,7 @@ class PolynomialErrorConfig:
         draws: over how many keys the squared error of a sketch is averaged.
     """
 
-    families: dict[str, FamilyConfig]
+    families: SeveralBy[FamilyConfig]
     bounds: Several[Positive]
     by: Literal["degree", "rank", "bound"]
     length: Count = 256

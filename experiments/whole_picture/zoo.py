@@ -46,7 +46,7 @@ class ZooConfig:
 
     def __post_init__(self) -> None:
         if self.training.seed != 0:
-            raise ValueError(f"the seed stands beside 'training', not in it, where it is {self.training.seed}")
+            raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
         if self.methods.get("exact") != AttentionConfig():
             raise ValueError("the methods must have 'exact' among them, without settings: all others are held to it")
 

@@ -1,0 +1,75 @@
+"""Settings that fit their type and nothing else are an error before anything is run, in one line that names the key."""
+
+import math
+
+import pytest
+from rich.console import Console
+
+from experiments.config import ConfigError, load_yaml, parse_overrides, read_config_file, resolve
+from experiments.control_variates import bias
+from experiments.runs import CONFIGS, EXPERIMENTS, Run
+
+BIAS = CONFIGS / "control_variates" / "bias" / "smoke.yaml"
+
+
+def resolved(path, **overrides):
+    file = read_config_file(path)
+    return resolve(EXPERIMENTS[file.experiment].config, file.settings, overrides, str(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"draws": 8}, "draws must be a multiple of 16, got 8"),
+        ({"draws": 65}, "draws must be a multiple of 16, got 65"),
+        ({"argument": {}}, "the key 'argument.ra' is missing"),
+        ({"argument.more": "num_samples"}, "argument: unknown method 'more'"),
+        ({"argument.ra": "num_sample"}, "argument.ra: unknown argument 'num_sample'; did you mean 'num_samples'"),
+        ({"argument.ra": "q"}, "argument.ra: unknown argument 'q'"),
+        ({"methods.ra.method": "mean_value"}, "methods.ra: method 'mean_value' is not random"),
+        ({"methods.ra.method": "favor"}, "argument.ra: unknown argument 'num_samples'"),
+    ],
+)
+def test_settings_of_bias_that_do_not_fit(overrides, said):
+    with pytest.raises(ConfigError) as raised:
+        resolved(BIAS, **overrides)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_arms_are_checked_before_they_run(tmp_path):
+    path = tmp_path / "bias.yaml"
+    path.write_text(BIAS.read_text() + "arms: {a: {methods.ra.method: mean_value}}\n")
+    with pytest.raises(ConfigError, match="method 'mean_value' is not random"):
+        Run.of(read_config_file(path), "a", 0, {}, tmp_path)
+
+
+@pytest.mark.parametrize("draws", [16, 1040])
+def test_draws_that_do_not_fill_the_last_call(tmp_path, draws):
+    methods, argument = {"ra": {"method": "ra"}}, {"ra": "num_samples"}
+    config = resolved(BIAS, draws=draws, sizes=[2], length=4, head_dim=2, methods=methods, argument=argument)
+    result = bias.run(config, tmp_path, Console())
+    assert math.isfinite(result["methods"]["ra"]["deviation"]["2"])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("smoke.yaml")), ids=lambda path: path.parent.name)
+def test_nothing_to_run_is_an_error(path):
+    settings = read_config_file(path).settings
+    for name in {"methods", "families", "sizes", "lengths", "radii", "head_dims", "kept", "bounds"} & settings.keys():
+        with pytest.raises(ConfigError, match=name):
+            resolved(path, **{name: type(settings[name])()})
+
+
+@pytest.mark.parametrize("text", ["1:30", "010", "-010", "1:30.5", "190:20:30"])
+def test_numbers_of_old_yaml_are_text(tmp_path, text):
+    path = tmp_path / "bias.yaml"
+    path.write_text(BIAS.read_text().replace("length: 32", f"length: {text}"))
+    with pytest.raises(ConfigError, match=f"'length' is '{text}'"):
+        resolved(path)
+    assert parse_overrides([f"length={text}"]) == {"length": text}
+
+
+def test_numbers_are_numbers(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("[0, 10, -5, +7, 0.5, 00.5, 1.0e-3, 0x10, 1_000]")
+    assert load_yaml(path) == [0, 10, -5, 7, 0.5, 0.5, 0.001, 16, 1000]
