@@ -259,13 +259,19 @@ def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"attention needs at least one query, key and channel; got q {q.shape} and k {k.shape}")
 
 
-def check_kv_mask(kv_mask: Array, num_keys: int) -> None:
+def check_kv_mask(kv_mask: Any, num_keys: int) -> None:
     """Raises unless ``kv_mask`` is boolean ``[num_keys]``."""
-    if getattr(kv_mask, "dtype", None) != jnp.bool_:
-        given = f"dtype {kv_mask.dtype}" if hasattr(kv_mask, "dtype") else type(kv_mask).__name__
-        raise TypeError(f"kv_mask must be a boolean array (true = real key), got {given}")
-    if kv_mask.shape != (num_keys,):
-        raise ValueError(f"kv_mask must be [S] = [{num_keys}], got shape {kv_mask.shape}")
+    check_mask("kv_mask", kv_mask, num_keys)
+
+
+def check_mask(name: str, mask: Any, length: int) -> None:
+    """Raises unless the mask over tokens of that name, ``kv_mask`` or ``q_mask``, is boolean ``[length]``."""
+    of, axis = ("key", "S") if name == "kv_mask" else ("query", "T")
+    if getattr(mask, "dtype", None) != jnp.bool_:
+        given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean array (true = real {of}), got {given}")
+    if mask.shape != (length,):
+        raise ValueError(f"{name} must be [{axis}] = [{length}], got shape {mask.shape}")
 
 
 def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from approx_attention.checks import check_mask
 from approx_attention.rows import pad_rows
 from approx_attention.states import AttentionState
 
@@ -58,9 +59,7 @@ def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) ->
     """Which queries are real ``[T]``: those that ``q_mask`` says, or in self-attention (T = S) those of real keys."""
     if q_mask is None:
         return query_places(kv_mask, num_queries, is_causal=False)
-    if q_mask.dtype != jnp.bool_ or q_mask.shape != (num_queries,):
-        given = f"dtype {q_mask.dtype}, shape {q_mask.shape}"
-        raise ValueError(f"q_mask must be boolean (true = real query), [T] = [{num_queries}], got {given}")
+    check_mask("q_mask", q_mask, num_queries)
     return q_mask
 
 

@@ -34,9 +34,6 @@ NO_COUNTS = (2.5, "x", None, [3], 0, -1, 10**20)
 NO_PATTERNS = (3, None, "x", np.eye(3), [[0]])
 HUGE = (10**20, 10**400)
 
-# Methods whose summaries do not look at what they are given until it is too late.
-UNCHECKED = ("exact", "eva", "block_linformer")
-
 # What is called, the argument that messages must name, and what it cannot take.
 CASES: list[tuple[str, Callable[[Any], Any], str, tuple[Any, ...]]] = []
 
@@ -55,7 +52,7 @@ SUMMARIES: dict[str, Callable[..., Any]] = {
             lambda method, k, v, kv_mask=None: method.summarize(k, v, key, kv_mask=kv_mask), method
         )
         for name, method in aa.METHODS.items()
-        if method.summarize is not None and name not in UNCHECKED
+        if method.summarize is not None
     },
 }
 for owner, made in SUMMARIES.items():
@@ -65,8 +62,10 @@ for owner, made in SUMMARIES.items():
     case(owner, "kv_mask", NO_MASKS, functools.partial(lambda made, x: made(rows, rows, x), made))
 
 for name, method in aa.METHODS.items():
-    if method.running is not None and name not in UNCHECKED:
-        case(f"running_{name}", "head_dim", NO_COUNTS, functools.partial(lambda run, n: run(n, key), method.running))
+    if method.running is not None:
+        sizes: dict[str, Any] = {"max_length": 8} if name == "exact" else {}
+        run = functools.partial(method.running, key=key, **sizes)
+        case(f"running_{name}", "head_dim", NO_COUNTS, functools.partial(lambda run, n: run(n), run))
 case("running_compressed", "head_dim", NO_COUNTS, lambda n: aa.running_compressed(n, key, budget=4))
 
 for owner, summary in (("tokens", tokens), ("moments", moments)):

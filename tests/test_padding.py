@@ -19,7 +19,13 @@ CAUSAL = having(padding=True, causal=True)
 both_directions = pytest.mark.parametrize(
     ("name", "is_causal"), [(name, c) for name in PADDED for c in ([False, True] if name in CAUSAL else [False])]
 )
+# One method for each kind of summary, the others when slow.
+LIFTED = ("exact", "local", "mean_pool", "favor", "nystrom", "eva")
 KINDS = ("right", "left", "scattered")
+
+
+def unless_slow(name, *others):
+    return pytest.param(name, *others, marks=() if name in LIFTED else pytest.mark.slow)
 
 
 def mask_of(kind, num_real, length):
@@ -74,7 +80,7 @@ def test_an_output_is_that_of_the_real_tokens(name, is_causal, num_real):
     compare_with_unpadded(function, random_head(0, num_real, num_real), lengths=(27, 40) if num_real == 5 else (40,))
 
 
-@pytest.mark.parametrize("name", having(padding=True, cross=True))
+@pytest.mark.parametrize("name", [unless_slow(name) for name in having(padding=True, cross=True)])
 def test_cross_attention_is_that_of_the_real_keys(name):
     def function(q, k, v, mask):
         return METHODS[name].function(q, k, v, jax.random.key(7), **settings(name), kv_mask=mask)
@@ -82,7 +88,10 @@ def test_cross_attention_is_that_of_the_real_keys(name):
     compare_with_unpadded(function, random_head(1, 11, 19), kinds=("left", "scattered"), lengths=(40,), cross=True)
 
 
-@both_directions
+@pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [unless_slow(name, c) for name in PADDED for c in ([False, True] if name in CAUSAL else [False])],
+)
 def test_batch_mates_and_lengths_change_nothing(name, is_causal):
     options = {"method": name, "rng": jax.random.key(3), "is_causal": is_causal, **settings(name)}
     if name not in CAUSAL:
@@ -102,7 +111,7 @@ def test_batch_mates_and_lengths_change_nothing(name, is_causal):
 COUNTS_QUERIES = ("hyper_attention",)
 
 
-@pytest.mark.parametrize("name", [x for x in having(padding=True, cross=True) if x not in COUNTS_QUERIES])
+@pytest.mark.parametrize("name", [unless_slow(x) for x in having(padding=True, cross=True) if x not in COUNTS_QUERIES])
 def test_padded_queries_change_nothing(name):
     query, key, value = random_heads(4, 1, 21, 13, 2, 1)
     options = {"method": name, "rng": jax.random.key(3), **settings(name)}
@@ -155,7 +164,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=() if "published" in x or "more" in x else pytest.mark.slow) for x in OTHERS]
+)
 def test_other_settings_too(case):
     name, options = OTHERS[case]
 

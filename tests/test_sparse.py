@@ -316,7 +316,9 @@ def test_random_blocks_are_uniform_and_left_over():
     free = np.ones((6, 9), bool)
     free[:, :2] = False
     free[5, 4:] = False
-    lists, present = jax.vmap(lambda key: sparse._random_lists(free, 3, key))(jax.random.split(jax.random.key(0), 2000))
+    lists, present = jax.vmap(lambda key: sparse._random_lists(free, 3, key, None))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
     drawn = np.zeros((2000, 6, 9), int)
     draws, rows, _ = np.indices(lists.shape)
     np.add.at(drawn, (draws, rows, np.asarray(lists)), np.asarray(present))

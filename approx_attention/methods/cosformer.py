@@ -83,8 +83,8 @@ def cosformer(
         if max_length < longest:
             raise ValueError(f"max_length must be at least the number of tokens, {longest}, got {max_length}")
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    own = placed_queries(kv_mask, num_queries, is_causal) if is_causal or q_mask is None else q_mask
-    q_mask = query_mask(q_mask, kv_mask, num_queries)
+    given, q_mask = q_mask, query_mask(q_mask, kv_mask, num_queries)
+    own = placed_queries(kv_mask, num_queries, is_causal) if is_causal or given is None else given
     if max_length is None and not (q_mask is None and kv_mask is None):
         counts = (n if mask is None else count_real(mask) for mask, n in ((q_mask, num_queries), (kv_mask, num_keys)))
         longest = jnp.maximum(jnp.maximum(*counts), 1)

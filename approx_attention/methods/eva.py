@@ -12,9 +12,12 @@ from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import (
     check_choice,
     check_count,
+    check_counts,
     check_flag,
+    check_float_tuple,
     check_floats,
     check_key,
+    check_mask,
     head_inputs,
     real_keys,
 )
@@ -147,8 +150,10 @@ def eva(
             "pooling_vectors give the chunk keys and the proposals: give them or chunk_keys and proposal_mean, not both"
         )
     means = None if isinstance(proposal_mean, str) else proposal_mean
-    arrays: Any = {"pooling_vectors": pooling_vectors, "chunk_keys": chunk_keys, "proposal_mean": means}
-    check_floats(**arrays, noise=noise, local_bias=local_bias)
+    check_float_tuple("pooling_vectors", pooling_vectors)
+    check_floats(chunk_keys=chunk_keys, proposal_mean=means, noise=noise, local_bias=local_bias)
+    if q_mask is not None:
+        check_mask("q_mask", q_mask, q.shape[0])
     if is_causal and exclude_local:
         given = {
             "overlap": overlap != 0,
@@ -474,9 +479,9 @@ def running_eva(
     Returns:
         The `RunningSummary`.
     """
-    num_chunks = check_count("num_chunks", num_chunks)
+    head_dim, num_chunks = check_counts(head_dim=head_dim, num_chunks=num_chunks)
     chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
-    check_floats(pooling_vectors=pooling_vectors)
+    check_float_tuple("pooling_vectors", pooling_vectors)
     spread = _spread(head_dim, noise_scale)
 
     def directions(k: Array, log_count: Array, first: Array) -> Array:

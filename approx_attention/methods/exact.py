@@ -127,7 +127,7 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
     Returns:
         The `RunningSummary`.
     """
-    max_length = check_count("max_length", max_length)
+    head_dim, max_length = check_count("head_dim", head_dim), check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
         v = jnp.where(start + k.shape[0] <= max_length, v, jnp.nan)

@@ -12,9 +12,11 @@ from approx_attention.causal import RunningSummary, causal_state
 from approx_attention.checks import (
     check_choice,
     check_count,
+    check_counts,
     check_flag,
     check_floating,
     check_floats,
+    check_tokens,
     head_inputs,
     real_keys,
 )
@@ -420,6 +422,7 @@ def summarize_block_linformer(
     Returns:
         A `WeightedKV` of R tokens per block.
     """
+    check_tokens(k, v, kv_mask)
     slots_per_block = check_count("slots_per_block", slots_per_block)
     block_size = check_count("block_size", block_size)
     block_size = min(block_size, k.shape[0]) if projection_k is None else block_size
@@ -461,7 +464,7 @@ def running_block_linformer(
     Returns:
         The `RunningSummary`.
     """
-    slots_per_block = check_count("slots_per_block", slots_per_block)
+    head_dim, slots_per_block = check_counts(head_dim=head_dim, slots_per_block=slots_per_block)
     max_length = check_count("max_length", max_length)
     block_size = check_count("block_size", block_size)
     blocks = -(-max_length // block_size)
