@@ -2,6 +2,8 @@
 
 import itertools
 import pathlib
+import signal
+import threading
 
 import jax
 import jaxtyping
@@ -15,6 +17,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+# A job that is started in the background has interrupts ignored; tests send them.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHECKED = ["approx_attention.api", "approx_attention.checks", "approx_attention.methods"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
