@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from approx_attention.checks import (
     as_pair,
@@ -42,8 +42,8 @@ def attention(
     rng: Array | None = None,
     scale: float | Array | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Int[Array, "*B"] | None = None,
-    key_value_seq_lengths: Int[Array, "*B"] | None = None,
+    query_seq_lengths: Integer[Array, "*B"] | None = None,
+    key_value_seq_lengths: Integer[Array, "*B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
     per_head: Mapping[str, Array] | None = None,
@@ -392,6 +392,8 @@ def within(lengths: Any, size: int, batch: list[int], name: str) -> Array:
     lengths = jnp.asarray(given)
     if lengths.shape != tuple(batch):
         raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
-    kind = jnp.promote_types(lengths.dtype, jnp.int32)
-    positions = jnp.arange(size, dtype=kind).reshape((1,) * len(batch) + (size,))
-    return positions < lengths.astype(kind)[..., None]
+    # In the lengths' own type, whose numbers int32 may not hold.
+    most = jnp.asarray(min(size, jnp.iinfo(lengths.dtype).max), lengths.dtype)
+    lengths = jnp.minimum(lengths, most).astype(jnp.int32)
+    positions = jnp.arange(size, dtype=jnp.int32).reshape((1,) * len(batch) + (size,))
+    return positions < lengths[..., None]

@@ -207,9 +207,16 @@ def scan_blocks(
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
 
-    # Of tokens only: a cache must not come to depend on queries.
-    past, blocks = along_with((past, blocks), past, blocks)
+    # Of tokens only: a cache must not come to depend on queries. Integers without axes count tokens, the same for all;
+    # mapped, they would make selections of conditions, which JAX cannot differentiate there.
+    arrays = [x for x in jax.tree.leaves(past) if not _is_count(x)]
+    past = jax.tree.map(lambda x: x if _is_count(x) else along_with(x, arrays, blocks), past)
+    blocks = along_with(blocks, arrays, blocks)
     return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
+
+
+def _is_count(x: Array) -> bool:
+    return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def move_on(running: RunningSummary, past: Past, number: Array, block: Block) -> Past:
