@@ -26,7 +26,7 @@ state = aa.attend(rows, tokens)
 pattern = aa.SparsePattern.banded(6, [0])
 running = aa.running_exact(4, max_length=8)
 
-NO_TENSORS = ([1.0], None, 3.0, "x", rows * 1j, jnp.ones((6, 4), int), jnp.array(1.0))
+NO_TENSORS = ([1.0], None, 3.0, "x", rows.astype(jnp.complex64), jnp.ones((6, 4), int), jnp.array(1.0))
 NO_ROWS = (*NO_TENSORS, rows[0], rows[None])
 NO_MASKS = ([True] * 6, jnp.ones(1, bool), jnp.ones((6, 1), bool), jnp.full(6, 0.5), "x", 3)
 NO_NUMBERS = (None, "x", [1.0], 1j, True, jnp.ones(2), np.ones((2, 2)))
