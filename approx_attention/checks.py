@@ -168,7 +168,7 @@ def check_floats(**arrays: Any) -> None:
 
 
 def check_float_tuple(name: str, given: Any, length: int = 2) -> None:
-    """Raises ``TypeError`` unless ``given`` is None or a tuple of so many floating-point arrays."""
+    """Raises ``TypeError`` unless ``given`` is None or a tuple of ``length`` floating-point arrays."""
     if given is None:
         return
     if not isinstance(given, tuple) or len(given) != length:

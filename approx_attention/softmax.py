@@ -238,7 +238,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
         q, d_out, delta, peak, log_total = (lax.dynamic_slice_in_dim(x, i, rows) for x in by_query)
         k, v, bias = (lax.dynamic_slice_in_dim(x, j, columns) for x in by_key)
         logits = (tile_logits(q, k, bias, diagonal) - peak[None, :]) - log_total[None, :]
-        # No weight is above 1, whatever was rounded; as a constant, so that second derivatives see the logits.
+        # Rounding lifts no weight above 1; as a constant, so that second derivatives see the logits.
         weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
         d_logits = weights * (v @ d_out.T - delta[None, :])
         d_q = lax.optimization_barrier(k.T @ d_logits).T

@@ -361,7 +361,7 @@ def running_coreset(
 ) -> RunningSummary:
     """The coreset of a growing prefix.
 
-    Folding merges every further block into the clusters so far, whatever the algorithm. Nystrom weights could be solved
+    Folding merges every further block into the clusters so far, with any algorithm. Nystrom weights could be solved
     for again, because they are linear in (mass * value, mass) and only the choice of landmarks needs masses without a
     sign; this is not implemented. The counter applies the algorithm: of two coresets of one level it makes one of the
     next, as a binary counter carries, so that it holds up to ``coreset_size`` tokens for each of

@@ -224,7 +224,7 @@ def lsh_top_k(
 
 
 def _hashes(num_keys: Array, count: int, most: int) -> Array:
-    """The least number of signs, up to ``most``, with which buckets hold no more than so many keys on average."""
+    """The least number of signs, up to ``most``, with which buckets hold at most ``count`` keys on average."""
     buckets = -(-num_keys // count)
     return jnp.sum(2 ** jnp.arange(most, dtype=jnp.int32) < buckets, dtype=jnp.int32)
 
