@@ -2,9 +2,7 @@
 
 from approx_attention.api import attention
 from approx_attention.block_sparse import BlockMap
-from approx_attention.causal import RunningSummary, causal_state, running_moments
 from approx_attention.certification import Certificate, certify
-from approx_attention.checks import InputError, fold_scale
 from approx_attention.compression import (
     attention_received,
     compress_cache,
@@ -14,7 +12,30 @@ from approx_attention.compression import (
     shared_sizes,
     token_budget,
 )
-from approx_attention.control_variates import control_variate_state
+from approx_attention.core import (
+    AttentionState,
+    CosineFeatures,
+    FeatureMoments,
+    InputError,
+    PositiveFeatures,
+    ReLUFeatures,
+    RunningSummary,
+    TrigonometricFeatures,
+    WeightedFeatures,
+    WeightedKV,
+    attend,
+    causal_state,
+    control_variate_state,
+    draw_sketch,
+    fold_scale,
+    gaussian_projection,
+    hadamard,
+    merge,
+    orthogonal_projection,
+    running_moments,
+    subtract,
+    summary_bytes,
+)
 from approx_attention.decode import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.dimension import (
     DimensionBound,
@@ -23,15 +44,6 @@ from approx_attention.dimension import (
     minimal_dimension,
     one_dimensional_order,
     realizable_in_one_dimension,
-)
-from approx_attention.features import (
-    CosineFeatures,
-    PositiveFeatures,
-    ReLUFeatures,
-    TrigonometricFeatures,
-    WeightedFeatures,
-    gaussian_projection,
-    orthogonal_projection,
 )
 from approx_attention.methods.baselines import (
     mean_value,
@@ -95,9 +107,6 @@ from approx_attention.patterns import SparsePattern
 from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
 from approx_attention.realization import Realization, fixed_projections, realize_sparse_pattern
 from approx_attention.registry import METHODS, Capabilities, Method
-from approx_attention.sketches import draw_sketch
-from approx_attention.states import AttentionState, merge, subtract
-from approx_attention.summaries import FeatureMoments, WeightedKV, attend, hadamard, summary_bytes
 from approx_attention.tensor_sketches import ProductSketch, TensorSketch
 
 __all__ = [

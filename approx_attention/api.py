@@ -11,14 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Integer
 
-from approx_attention.checks import (
-    as_pair,
-    check_flag,
-    check_floating,
-    check_lengths,
-    did_you_mean,
-    shown,
-)
+from approx_attention.core import along_with, as_pair, check_flag, check_floating, check_lengths, did_you_mean, shown
 from approx_attention.registry import (
     METHODS,
     OPTIONS,
@@ -28,7 +21,6 @@ from approx_attention.registry import (
     draw_per_head,
     get_method,
 )
-from approx_attention.rows import along_with
 
 
 def attention(

@@ -1,6 +1,6 @@
 """Exact attention over part of the keys: by blocks that are visited, or by keys that are gathered for each query.
 
-Logits are plain dot products, as in `approx_attention.softmax`. A block is computed if a query of it may see a key of
+Logits are plain dot products, as in `approx_attention.core`. A block is computed if a query of it may see a key of
 it; what of it a query must not see is hidden. Which blocks are visited is known when tracing, or given by lists.
 """
 
@@ -14,11 +14,21 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from approx_attention.checks import check_count, check_counts, real_keys
+from approx_attention.core import (
+    HIDDEN,
+    KEY_BLOCK,
+    AttentionState,
+    check_count,
+    check_counts,
+    dense_state,
+    in_blocks,
+    mask_bias,
+    merge,
+    out_of_blocks,
+    pad_rows,
+    real_keys,
+)
 from approx_attention.patterns import SparsePattern
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
-from approx_attention.softmax import HIDDEN, KEY_BLOCK, dense_state, mask_bias
-from approx_attention.states import AttentionState, merge
 
 # Blocks are taken together until they make so many logits: what is gathered for them then stays in cache.
 LOGITS = 2**18

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, check_count, check_floating
+from approx_attention.core import accumulation_dtype, check_count, check_floating
 
 
 def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) -> Array:

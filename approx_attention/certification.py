@@ -11,9 +11,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, check_choice, check_floating
+from approx_attention.core import accumulation_dtype, check_choice, check_floating, in_blocks
 from approx_attention.patterns import SparsePattern, check_pattern
-from approx_attention.rows import in_blocks
 
 RatioError = Literal["relative", "absolute"]
 # Rows of logits that are held at a time.

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from approx_attention.checks import as_pair, check_count
-from approx_attention.padding import count_real
-from approx_attention.segments import Segments
+from approx_attention.core import Segments, as_pair, check_count, count_real
 
 # The default chunk is the largest divisor of the window up to this.
 DEFAULT_CHUNK = 16

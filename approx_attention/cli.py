@@ -11,13 +11,13 @@ from typing import Any
 import click
 import jax
 
-from approx_attention.checks import InputError, unknown
 from approx_attention.compare import (
     comparison_table,
     default_methods,
     draw_frontiers,
     run_comparison,
 )
+from approx_attention.core import InputError, unknown
 from approx_attention.layers import (
     compared_over_layers,
     comparison_summary_table,

@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.choices import kept
-from approx_attention.features import squared_norm
-from approx_attention.rows import map_rows
-from approx_attention.softmax import HIDDEN, LEAST_TILE, blocked_state
-from approx_attention.summaries import WeightedKV, require_scaled_space
+from approx_attention.core import (
+    HIDDEN,
+    LEAST_TILE,
+    WeightedKV,
+    blocked_state,
+    kept,
+    map_rows,
+    require_scaled_space,
+    squared_norm,
+)
 
 # exp of this is finite in float32.
 LARGEST_EXPONENT = math.log(1e30)

@@ -12,8 +12,10 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary
-from approx_attention.checks import (
+from approx_attention.core import (
+    HIDDEN,
+    RunningSummary,
+    WeightedKV,
     check_count,
     check_counts,
     check_flag,
@@ -24,17 +26,19 @@ from approx_attention.checks import (
     check_number,
     floating_dtype,
     head_inputs,
+    in_blocks,
     logit_scale,
+    merge,
+    pad_rows,
+    require_scaled_space,
+    scaled_queries,
     shown,
+    squared_norm,
     unknown,
 )
 from approx_attention.coresets import ALGORITHMS, Algorithm
 from approx_attention.decode import Cache
-from approx_attention.features import squared_norm
 from approx_attention.methods.coreset import compress, running_coreset
-from approx_attention.rows import in_blocks, pad_rows
-from approx_attention.softmax import HIDDEN
-from approx_attention.summaries import WeightedKV, merge, require_scaled_space, scaled_queries
 
 # What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.
 SNAP_QUERIES, SNAP_POOL = 32, 5

@@ -18,9 +18,29 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from approx_attention.api import check_layout, split_arrays, within
-from approx_attention.causal import Block, Past, RunningSummary, scan_blocks
-from approx_attention.checks import check_count, check_flag, check_key, fold_scale
-from approx_attention.choices import keeping_choices
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    Block,
+    FeatureMoments,
+    Past,
+    RunningSummary,
+    Summary,
+    WeightedKV,
+    attend,
+    blocked_state,
+    check_count,
+    check_flag,
+    check_key,
+    finite_peak,
+    fold_scale,
+    in_blocks,
+    keeping_choices,
+    merge,
+    scan_blocks,
+    triangular_state,
+    window_state,
+)
 from approx_attention.methods.local import window_sides
 from approx_attention.registry import (
     METHODS,
@@ -31,10 +51,6 @@ from approx_attention.registry import (
     check_values,
     get_method,
 )
-from approx_attention.rows import in_blocks
-from approx_attention.softmax import HIDDEN, blocked_state, triangular_state, window_state
-from approx_attention.states import AttentionState, finite_peak, merge
-from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
 
 
 def attention(

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.checks import check_choice, keep_count
 from approx_attention.clustering import (
     cholesky_places,
     farthest_places,
@@ -25,7 +24,17 @@ from approx_attention.clustering import (
     random_places,
     spread_places,
 )
-from approx_attention.features import squared_norm
+from approx_attention.core import (
+    WeightedKV,
+    attend,
+    blocked_state,
+    check_choice,
+    keep_count,
+    out_of_blocks,
+    pad_rows,
+    require_scaled_space,
+    squared_norm,
+)
 from approx_attention.halving import (
     SIGN_RULES,
     Points,
@@ -37,9 +46,6 @@ from approx_attention.halving import (
     spread_over,
     tree_order,
 )
-from approx_attention.rows import out_of_blocks, pad_rows
-from approx_attention.softmax import blocked_state
-from approx_attention.summaries import WeightedKV, attend, require_scaled_space
 
 Algorithm = Callable[[WeightedKV, int, Array, Array], WeightedKV]
 # Directions of keys in which the Nystrom weights must be better than a merge to be used.

@@ -9,22 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.causal import Block, Past, RunningSummary, move_on, scan_blocks
-from approx_attention.checks import (
+from approx_attention.core import (
+    Block,
+    Past,
+    RunningSummary,
+    attend,
     check_count,
     check_flag,
     check_floating,
     check_length,
     check_lengths,
     fold_scale,
+    in_blocks,
     keep_count,
     logit_scale,
+    mask_bias,
+    merge,
+    move_on,
+    out_of_blocks,
+    pad_rows,
+    require_scaled_space,
+    scan_blocks,
 )
 from approx_attention.registry import METHODS, accepted, check_hyperparameters, draw_per_head, get_method
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
-from approx_attention.softmax import mask_bias
-from approx_attention.states import merge
-from approx_attention.summaries import attend, require_scaled_space
 
 
 class Cache(NamedTuple):

@@ -17,10 +17,18 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.checks import InputError, accumulation_dtype, head_inputs, zero_padding
+from approx_attention.core import (
+    HIDDEN,
+    InputError,
+    Summary,
+    WeightedKV,
+    accumulation_dtype,
+    attend,
+    head_inputs,
+    require_scaled_space,
+    zero_padding,
+)
 from approx_attention.real_tokens import key_mask, query_mask
-from approx_attention.softmax import HIDDEN
-from approx_attention.summaries import Summary, WeightedKV, attend, require_scaled_space
 
 
 class OutputError(NamedTuple):

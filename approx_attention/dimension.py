@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from approx_attention.certification import RatioError
-from approx_attention.checks import check_choice, check_count, check_counts, check_key, known_number
+from approx_attention.core import check_choice, check_count, check_counts, check_key, known_number
 from approx_attention.patterns import SparsePattern, check_pattern
 from approx_attention.realization import (
     DETERMINISTIC,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from approx_attention.checks import InputError
+from approx_attention.core import InputError
 
 # With fewer key heads than this, over all sequences, their spread cannot be told, and queries are held out instead.
 LEAST_HEADS = 8

@@ -12,7 +12,7 @@ from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.core import Tracer
 
-from approx_attention.checks import check_choice, check_count, check_number, shown
+from approx_attention.core import check_choice, check_count, check_number, shown
 from approx_attention.registry import arguments, check_hyperparameters, get_method
 
 

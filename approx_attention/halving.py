@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.features import squared_norm
-from approx_attention.rows import pad_rows
-from approx_attention.softmax import LEAST_TILE
-from approx_attention.summaries import WeightedKV
+from approx_attention.core import LEAST_TILE, WeightedKV, pad_rows, squared_norm
 
 SignRule = Literal["search", "greedy", "walk", "thinning", "compress"]
 # The share of the mean squared value norm that stands for the normaliser.

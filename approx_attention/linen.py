@@ -12,7 +12,7 @@ from jax import Array
 
 from approx_attention import flax_arguments
 from approx_attention.api import attention
-from approx_attention.checks import check_flag
+from approx_attention.core import check_flag
 from approx_attention.registry import accepted, get_method
 
 

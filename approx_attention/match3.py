@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import check_count
+from approx_attention.core import check_count
 from approx_attention.methods.tensor import tensor_attention
 
 

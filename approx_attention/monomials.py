@@ -21,8 +21,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, check_count, check_floating
-from approx_attention.features import Features
+from approx_attention.core import Features, accumulation_dtype, check_count, check_floating
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

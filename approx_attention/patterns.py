@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.checks import check_count, check_key
+from approx_attention.core import check_count, check_key
 
 # How many rows an error message names.
 NAMED_ROWS = 8

@@ -13,7 +13,6 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from approx_attention.checks import InputError
 from approx_attention.compare import (
     BASELINES,
     MOST_SEEDS,
@@ -34,6 +33,7 @@ from approx_attention.compare import (
     token_bytes,
     without_padding,
 )
+from approx_attention.core import InputError
 from approx_attention.diagnostics import Arm, compile_arm, time_interleaved
 from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.figures import log_scales, method_styles

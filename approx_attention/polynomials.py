@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.polynomial import chebyshev, polynomial
 
-from approx_attention.checks import check_choice, check_count, known_number, shown
+from approx_attention.core import check_choice, check_count, known_number, shown
 
 Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 

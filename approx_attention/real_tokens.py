@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from approx_attention.checks import InputError
+from approx_attention.core import InputError
 
 
 def key_mask(key_shape: Sequence[int], *, lengths: Any = None, mask: Any = None) -> np.ndarray | None:

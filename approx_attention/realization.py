@@ -31,9 +31,8 @@ from approx_attention.certification import (
     full_matmul,
     off_rows,
 )
-from approx_attention.checks import check_choice, check_count, check_key, floating_dtype, known_number
+from approx_attention.core import check_choice, check_count, check_key, floating_dtype, in_blocks, known_number
 from approx_attention.patterns import SparsePattern, check_pattern
-from approx_attention.rows import in_blocks
 
 RealizationMethod = Literal[
     "projection", "orthogonal", "balanced", "ls", "wls", "max_margin", "learned", "trigonometric", "dense"

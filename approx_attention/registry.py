@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from approx_attention.checks import (
+from approx_attention.core import (
     check_finite,
     check_key,
     check_not_negative,

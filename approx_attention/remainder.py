@@ -15,12 +15,26 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.block_sparse import GATHERED, BlockMap, block_sparse_state, gathered_state
-from approx_attention.causal import RunningSummary, causal_state_by_place, running_moments
-from approx_attention.checks import real_keys
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
-from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state
-from approx_attention.states import AttentionState, finite_peak, merge, subtract
-from approx_attention.summaries import FeatureMoments, Summary, WeightedKV, attend
+from approx_attention.core import (
+    HIDDEN,
+    LEAST_TILE,
+    AttentionState,
+    FeatureMoments,
+    RunningSummary,
+    Summary,
+    WeightedKV,
+    attend,
+    causal_state_by_place,
+    dense_state,
+    finite_peak,
+    in_blocks,
+    merge,
+    out_of_blocks,
+    pad_rows,
+    real_keys,
+    running_moments,
+    subtract,
+)
 
 # Blocks are taken together until they hold as many rows: enough for the matrix products, few enough for the cache.
 ROWS = 1024

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import click
 import jax
 
-from approx_attention.checks import InputError
 from approx_attention.compare import finite, report, write_results
+from approx_attention.core import InputError
 from approx_attention.diagnostics import shared_programs
 from approx_attention.tensor_files import Layer
 from approx_attention.terminal import Terminated, end_if_asked, only_holder, progress, say

@@ -28,10 +28,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from approx_attention.checks import check_count, check_key
-from approx_attention.features import Features
+from approx_attention.core import Features, SparseSketch, check_count, check_key, random_signs
 from approx_attention.monomials import MonomialFeatures, monomials, scaled_coefficients, total_degree
-from approx_attention.sketches import SparseSketch, random_signs
 
 
 class _PolynomialSketch:

@@ -13,17 +13,26 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
 
-from approx_attention.checks import (
+from approx_attention.core import (
+    GREATEST_TILE,
+    LEAST_TILE,
+    AttentionState,
     accumulation_dtype,
     check_choice,
     check_count,
     check_floating,
     check_kv_mask,
+    dense_state,
+    finite_peak,
+    in_blocks,
+    map_rows,
+    mask_bias,
+    merge,
+    normalise,
+    out_of_blocks,
+    pad_rows,
     real_keys,
 )
-from approx_attention.rows import in_blocks, map_rows, out_of_blocks, pad_rows
-from approx_attention.softmax import GREATEST_TILE, LEAST_TILE, dense_state, mask_bias
-from approx_attention.states import AttentionState, finite_peak, merge, normalise
 
 # Rows of composed queries in one tile at least, so that products stay products of matrices when keys are many.
 LEAST_ROWS = 64

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 import yaml
 
-from approx_attention.checks import unknown
+from approx_attention.core import unknown
 from experiments.plain_yaml import load_plain, one_line
 
 Config = TypeVar("Config")

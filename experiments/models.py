@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh
 
 from approx_attention import METHODS
-from approx_attention.checks import check_count, did_you_mean
+from approx_attention.core import check_count, did_you_mean
 from approx_attention.nnx import ApproxAttention, LinformerAttention, init_cache, mean_pool_init, scale_keeping_init
 from approx_attention.registry import accepted, get_method
 from experiments.config import STRICT, Count, Positive

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from approx_attention import METHODS, SparsePattern, bounds, pyramid_budgets, token_budget
-from approx_attention.checks import shown
+from approx_attention.core import shown
 from approx_attention.dimension import failure_bound
 from approx_attention.monomials import total_degree
 from approx_attention.polynomials import exp_coefficients

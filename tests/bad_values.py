@@ -16,7 +16,7 @@ import numpy as np
 
 import approx_attention as aa
 from approx_attention import dimension, monomials, polynomials
-from approx_attention.checks import shown
+from approx_attention.core import shown
 from tests.bad_input import outcome
 
 rows, mask, key = jnp.ones((6, 4)), jnp.ones(6, bool), jax.random.key(0)

@@ -22,7 +22,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-CHECKED = ["approx_attention.api", "approx_attention.checks", "approx_attention.methods"]
+CHECKED = ["approx_attention.api", "approx_attention.core.checks", "approx_attention.methods"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 

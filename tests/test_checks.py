@@ -21,7 +21,7 @@ from approx_attention import (
     ra,
     rfa,
 )
-from approx_attention.checks import check_count, check_projection
+from approx_attention.core import check_count, check_projection
 from approx_attention.registry import get_method
 from tests.references import random_head, random_heads
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from approx_attention import cli, runs, terminal
-from approx_attention.checks import InputError
 from approx_attention.compare import comparison_table, no_better_than_mean, times
+from approx_attention.core import InputError
 from approx_attention.plan import Candidate, Plan, plan_table
 from tests.references import random_heads
 from tests.test_compare import comparison, refusal, run

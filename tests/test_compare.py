@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from approx_attention import attention, cli
-from approx_attention.checks import InputError
 from approx_attention.compare import (
     best_rows,
     build_arms,
@@ -21,6 +20,7 @@ from approx_attention.compare import (
     run_comparison,
     write_atomically,
 )
+from approx_attention.core import InputError
 from approx_attention.diagnostics import Comparison
 from approx_attention.tensor_files import load_sample, load_tensors
 from tests.references import brute_force, random_heads

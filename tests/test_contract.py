@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from approx_attention import METHODS, Decoder, api, attend, attention, fold_scale, merge
-from approx_attention.causal import RunningSummary
+from approx_attention.core import RunningSummary
 from approx_attention.monomials import total_degree
 from approx_attention.registry import accepted, svd_flops
 from tests.references import (

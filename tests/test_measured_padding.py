@@ -9,8 +9,8 @@ import pytest
 
 from approx_attention import compare as compare_module
 from approx_attention import diagnostics
-from approx_attention.checks import InputError
 from approx_attention.compare import exact_arms, method_arm, run_comparison
+from approx_attention.core import InputError
 from approx_attention.error_laws import split_units
 from approx_attention.plan import plan, plan_table
 from approx_attention.real_tokens import key_mask, query_mask

@@ -11,8 +11,8 @@ import pytest
 
 from approx_attention import cli
 from approx_attention import plan as plan_module
-from approx_attention.checks import InputError
 from approx_attention.compare import held_bytes, run_comparison
+from approx_attention.core import InputError
 from approx_attention.diagnostics import Timing
 from approx_attention.error_laws import ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.plan import plan, plan_table

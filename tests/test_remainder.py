@@ -29,9 +29,7 @@ from approx_attention import (
     summarize_mean_pool,
     summarize_polynomial,
 )
-from approx_attention.features import TrigonometricFeatures
-from approx_attention.segments import averaging_matrix
-from approx_attention.summaries import FeatureMoments
+from approx_attention.core import FeatureMoments, TrigonometricFeatures, averaging_matrix
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 from tests.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, support
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention.rows import in_blocks, map_rows, out_of_blocks
+from approx_attention.core import in_blocks, map_rows, out_of_blocks
 
 
 @pytest.mark.parametrize(("num_rows", "block_size"), [(5, 2), (6, 3), (3, 8)])

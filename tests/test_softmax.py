@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from approx_attention import softmax
-from approx_attention.softmax import HIDDEN, blocked_state, dense_state, streamed_state, triangular_state, window_state
+from approx_attention.core import (
+    HIDDEN,
+    blocked_state,
+    dense_state,
+    softmax,
+    streamed_state,
+    triangular_state,
+    window_state,
+)
 from tests.references import brute_force, causal_mask, random_head
 
 

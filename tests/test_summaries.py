@@ -17,7 +17,7 @@ from approx_attention import (
     merge,
     summary_bytes,
 )
-from approx_attention.summaries import FEATURE_BLOCK, hadamard
+from approx_attention.core import FEATURE_BLOCK, hadamard
 from tests.references import brute_force, compiled, random_head
 
 attend = compiled(attend)

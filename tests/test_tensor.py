@@ -28,11 +28,11 @@ from approx_attention import (
     tensor_polynomial,
     tensor_support_basis,
 )
+from approx_attention.core import AttentionState, merge
 from approx_attention.diagnostics import skill
 from approx_attention.methods import polynomial
 from approx_attention.methods.tensor import determinant_channels, strassen_channels
 from approx_attention.polynomials import taken_by
-from approx_attention.states import AttentionState, merge
 from approx_attention.tensors import check_causal, scaled, tensor_inputs
 from tests.references import compiled
 from tests.test_contract import equations

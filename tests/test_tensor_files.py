@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from approx_attention import tensor_files
-from approx_attention.checks import InputError
+from approx_attention.core import InputError
 from approx_attention.tensor_files import load_layers, load_tensors
 
 

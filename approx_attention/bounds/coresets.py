@@ -7,17 +7,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import (
+from approx_attention.clustering import merged, nearest
+from approx_attention.core import (
+    WeightedKV,
     accumulation_dtype,
+    blocked_state,
     check_choice,
     check_count,
     check_key_value_fit,
+    mask_bias,
     real_keys,
+    require_scaled_space,
+    squared_norm,
 )
-from approx_attention.clustering import merged, nearest
-from approx_attention.features import squared_norm
-from approx_attention.softmax import blocked_state, mask_bias
-from approx_attention.summaries import WeightedKV, require_scaled_space
 
 
 class MergeBound(NamedTuple):

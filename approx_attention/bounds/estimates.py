@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.checks import (
+from approx_attention.core import (
+    SKETCHES,
     accumulation_dtype,
     check_choice,
     check_count,
     check_key_value_fit,
     fold_scale,
+    squared_norm,
 )
-from approx_attention.features import squared_norm
-from approx_attention.sketches import SKETCHES
 
 
 def favor_mse(
@@ -93,7 +93,7 @@ def sketch_mse(
         weights: attention weights P ``[T, S]``.
         v: values ``[S, Dv]``.
         sketch_size: M.
-        kind: as in `approx_attention.sketches.draw_sketch`.
+        kind: as in `approx_attention.core.draw_sketch`.
 
     Returns:
         The expected squared error, summed over queries and channels. Beside :math:`\|P v\|_F^2` it says whether the

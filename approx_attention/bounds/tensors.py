@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.features import squared_norm
+from approx_attention.core import squared_norm
 from approx_attention.polynomials import (
     Coefficients,
     check_taken,

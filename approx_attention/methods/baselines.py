@@ -7,20 +7,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import (
+from approx_attention.core import (
+    AttentionState,
+    RealFirst,
+    RunningSummary,
+    WeightedKV,
+    attend,
+    causal_state,
     check_count,
     check_counts,
     check_floating,
     check_key,
     check_tokens,
     head_inputs,
+    ranks,
     real_keys,
     token_sums_inputs,
 )
-from approx_attention.padding import RealFirst, ranks
-from approx_attention.states import AttentionState
-from approx_attention.summaries import WeightedKV, attend
 
 
 def mean_value(

@@ -10,9 +10,15 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import BlockMap
-from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import (
+from approx_attention.clustering import k_means, spread_places
+from approx_attention.core import (
+    AttentionState,
+    RealFirst,
+    RunningSummary,
+    WeightedKV,
     accumulation_dtype,
+    attend,
+    causal_state,
     check_choice,
     check_count,
     check_counts,
@@ -21,18 +27,18 @@ from approx_attention.checks import (
     check_number,
     check_positive,
     check_rows,
+    count_real,
     head_inputs,
+    merge,
+    out_of_blocks,
+    over_real_tokens,
+    pad_rows,
     shown,
+    squared_norm,
     unknown,
 )
-from approx_attention.clustering import k_means, spread_places
 from approx_attention.coresets import ALGORITHMS, Algorithm
-from approx_attention.features import squared_norm
-from approx_attention.padding import RealFirst, count_real, over_real_tokens
 from approx_attention.remainder import blocks_and_rest_state
-from approx_attention.rows import out_of_blocks, pad_rows
-from approx_attention.states import AttentionState
-from approx_attention.summaries import WeightedKV, attend, merge
 
 
 def coreset(

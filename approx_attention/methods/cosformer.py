@@ -8,11 +8,24 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import accumulation_dtype, check_count, check_length, check_rows, head_inputs
-from approx_attention.features import CosineFeatures
-from approx_attention.padding import count_real, placed_queries, query_mask, ranks
-from approx_attention.summaries import FeatureMoments, attend, kernel_state
+from approx_attention.core import (
+    CosineFeatures,
+    FeatureMoments,
+    RunningSummary,
+    accumulation_dtype,
+    attend,
+    causal_state,
+    check_count,
+    check_length,
+    check_rows,
+    count_real,
+    head_inputs,
+    kernel_state,
+    placed_queries,
+    query_mask,
+    ranks,
+    running_moments,
+)
 
 
 def cosformer(

@@ -8,8 +8,21 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import (
+from approx_attention.chunks import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
+from approx_attention.core import (
+    HIDDEN,
+    LEAST_TILE,
+    AttentionState,
+    FeatureMoments,
+    GrowingSegments,
+    PositiveFeatures,
+    RealFirst,
+    RunningSummary,
+    Segments,
+    TokenSums,
+    WeightedKV,
+    block_windows,
+    causal_state,
     check_choice,
     check_count,
     check_counts,
@@ -18,18 +31,23 @@ from approx_attention.checks import (
     check_floats,
     check_key,
     check_mask,
+    control_variate_state,
+    dense_state,
+    draw_of_size,
     head_inputs,
+    mask_bias,
+    mean,
+    merge,
+    out_of_blocks,
+    over_real_tokens,
+    pad_rows,
+    query_mask,
+    query_places,
     real_keys,
+    segment_means,
+    segments,
+    squared_norm,
 )
-from approx_attention.chunks import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
-from approx_attention.control_variates import control_variate_state
-from approx_attention.features import PositiveFeatures, squared_norm
-from approx_attention.padding import RealFirst, draw_of_size, over_real_tokens, query_mask, query_places
-from approx_attention.rows import block_windows, out_of_blocks, pad_rows
-from approx_attention.segments import GrowingSegments, Segments, TokenSums, mean, segment_means, segments
-from approx_attention.softmax import HIDDEN, LEAST_TILE, dense_state, mask_bias
-from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, WeightedKV
 
 ProposalMean = Literal["q+k", "half", "k"]
 

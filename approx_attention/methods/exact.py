@@ -7,12 +7,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary
-from approx_attention.checks import check_bias_and_mask, check_choice, check_count, head_inputs
-from approx_attention.rows import along_with
-from approx_attention.softmax import HIDDEN, dense_state, streamed_state
-from approx_attention.states import AttentionState
-from approx_attention.summaries import WeightedKV
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    RunningSummary,
+    WeightedKV,
+    along_with,
+    check_bias_and_mask,
+    check_choice,
+    check_count,
+    dense_state,
+    head_inputs,
+    streamed_state,
+)
 
 Implementation = Literal["dense", "blocked", "cudnn"]
 

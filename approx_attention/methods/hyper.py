@@ -7,12 +7,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import check_count, check_key, head_inputs, real_keys
 from approx_attention.clustering import random_places
-from approx_attention.padding import RealFirst, count_real
-from approx_attention.rows import out_of_blocks, pad_rows
-from approx_attention.softmax import HIDDEN, dense_state, mask_bias
-from approx_attention.states import AttentionState, merge
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    RealFirst,
+    check_count,
+    check_key,
+    count_real,
+    dense_state,
+    head_inputs,
+    mask_bias,
+    merge,
+    out_of_blocks,
+    pad_rows,
+    real_keys,
+)
 
 # The order of so many signs is a number that an int32 holds.
 MOST_HASHES = 31

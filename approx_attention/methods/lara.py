@@ -9,8 +9,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import (
+from approx_attention.core import (
+    FEATURE_BLOCK,
+    HIDDEN,
+    AttentionState,
+    FeatureMoments,
+    PositiveFeatures,
     as_pair,
+    attend,
     check_choice,
     check_count,
     check_finite,
@@ -18,15 +24,14 @@ from approx_attention.checks import (
     check_floats,
     check_key,
     check_number,
+    draw_of_size,
     head_inputs,
+    landmark_means,
+    map_rows,
+    paired_means,
+    query_mask,
+    squared_norm,
 )
-from approx_attention.features import PositiveFeatures, squared_norm
-from approx_attention.padding import draw_of_size, query_mask
-from approx_attention.rows import map_rows
-from approx_attention.segments import landmark_means, paired_means
-from approx_attention.softmax import HIDDEN
-from approx_attention.states import AttentionState
-from approx_attention.summaries import FEATURE_BLOCK, FeatureMoments, attend
 
 # What the authors' code clamps the weights of its query-specific rule to.
 LEAST_WEIGHT = 1e-8

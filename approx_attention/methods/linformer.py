@@ -8,8 +8,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import (
+from approx_attention.core import (
+    HIDDEN,
+    RealFirst,
+    RunningSummary,
+    TokenSums,
+    WeightedKV,
+    along_with,
+    attend,
+    averaging_matrix,
+    blocked_state,
+    causal_state,
     check_choice,
     check_count,
     check_counts,
@@ -18,13 +27,14 @@ from approx_attention.checks import (
     check_floats,
     check_tokens,
     head_inputs,
+    in_blocks,
+    mask_bias,
+    mean,
+    out_of_blocks,
+    pad_rows,
     real_keys,
+    segments,
 )
-from approx_attention.padding import RealFirst
-from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
-from approx_attention.segments import TokenSums, averaging_matrix, mean, segments
-from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
-from approx_attention.summaries import WeightedKV, attend
 
 
 @jax.tree_util.register_dataclass

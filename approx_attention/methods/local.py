@@ -5,10 +5,15 @@ from typing import Any
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import as_pair, check_count, head_inputs
-from approx_attention.padding import over_real_tokens
-from approx_attention.softmax import mask_bias, window_state
-from approx_attention.states import AttentionState
+from approx_attention.core import (
+    AttentionState,
+    as_pair,
+    check_count,
+    head_inputs,
+    mask_bias,
+    over_real_tokens,
+    window_state,
+)
 
 
 def local(

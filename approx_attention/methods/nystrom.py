@@ -9,20 +9,25 @@ import jax.scipy.linalg
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import (
+from approx_attention.core import (
+    HIDDEN,
+    blocked_state,
     check_choice,
     check_count,
     check_floating,
     check_key,
     check_number,
     check_positive,
+    count_real,
     head_inputs,
+    paired_means,
+    query_mask,
+    ranks,
     real_keys,
+    segment_means,
+    segments,
+    squared_norm,
 )
-from approx_attention.features import squared_norm
-from approx_attention.padding import count_real, query_mask, ranks
-from approx_attention.segments import paired_means, segment_means, segments
-from approx_attention.softmax import HIDDEN, blocked_state
 
 
 def nystrom(

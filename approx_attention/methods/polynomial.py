@@ -21,23 +21,31 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import (
+from approx_attention.core import (
+    GREATEST_TILE,
+    AttentionState,
+    FeatureMap,
+    FeatureMoments,
+    RunningSummary,
     accumulation_dtype,
+    attend,
+    causal_state,
     check_choice,
     check_count,
     check_finite,
     check_tokens,
+    hadamard,
     head_inputs,
+    in_blocks,
+    merge,
+    normalise,
+    out_of_blocks,
+    pad_rows,
+    running_moments,
     token_sums_inputs,
 )
-from approx_attention.features import FeatureMap
 from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
 from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients, num_coefficients
-from approx_attention.rows import in_blocks, out_of_blocks, pad_rows
-from approx_attention.softmax import GREATEST_TILE
-from approx_attention.states import AttentionState, merge, normalise
-from approx_attention.summaries import FeatureMoments, attend, hadamard
 from approx_attention.tensors import TensorInputs, check_causal, tensor_inputs, tensor_state
 
 # Terms [chunk, R, Dv + 1] of a causal chunk stay in cache below this size.

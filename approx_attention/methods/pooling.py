@@ -5,10 +5,19 @@ from typing import Any
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.causal import RunningSummary, causal_state
-from approx_attention.checks import check_count, check_counts, check_tokens, head_inputs
-from approx_attention.segments import GrowingSegments, TokenSums, segments
-from approx_attention.summaries import WeightedKV, attend
+from approx_attention.core import (
+    GrowingSegments,
+    RunningSummary,
+    TokenSums,
+    WeightedKV,
+    attend,
+    causal_state,
+    check_count,
+    check_counts,
+    check_tokens,
+    head_inputs,
+    segments,
+)
 
 
 def mean_pool(

@@ -7,20 +7,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.checks import (
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    RealFirst,
     check_array,
     check_bias_and_mask,
     check_choice,
     check_count,
     check_floating,
     check_key,
+    dense_state,
     head_inputs,
+    in_blocks,
+    out_of_blocks,
+    query_mask,
+    squared_norm,
 )
-from approx_attention.features import squared_norm
-from approx_attention.padding import RealFirst, query_mask
-from approx_attention.rows import in_blocks, out_of_blocks
-from approx_attention.softmax import HIDDEN, dense_state
-from approx_attention.states import AttentionState
 
 # Logits of at most this many pairs exist at a time.
 TILE = 2**22

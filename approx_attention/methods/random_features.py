@@ -9,9 +9,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.causal import RunningSummary, causal_state, running_moments
-from approx_attention.checks import (
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    FeatureMap,
+    FeatureMoments,
+    PositiveFeatures,
+    ReLUFeatures,
+    RunningSummary,
+    TrigonometricFeatures,
+    WeightedFeatures,
     accumulation_dtype,
+    attend,
+    causal_state,
     check_choice,
     check_count,
     check_finite,
@@ -19,21 +29,15 @@ from approx_attention.checks import (
     check_key,
     check_projection,
     check_tokens,
-    head_inputs,
-)
-from approx_attention.features import (
-    FeatureMap,
-    PositiveFeatures,
-    ReLUFeatures,
-    TrigonometricFeatures,
-    WeightedFeatures,
+    dense_state,
+    finite_peak,
     gaussian_projection,
+    head_inputs,
+    kernel_state,
     orthogonal_projection,
+    running_moments,
     squared_norm,
 )
-from approx_attention.softmax import HIDDEN, dense_state
-from approx_attention.states import AttentionState, finite_peak
-from approx_attention.summaries import FeatureMoments, attend, kernel_state
 
 # A token whose entries are all smaller has no direction that float32 could tell.
 LEAST_SIZE = 1e-18

@@ -6,13 +6,20 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import BlockMap
-from approx_attention.causal import causal_state, running_moments
-from approx_attention.checks import check_count, check_key, check_projection, head_inputs
-from approx_attention.features import PositiveFeatures, orthogonal_projection
-from approx_attention.padding import over_real_tokens
+from approx_attention.core import (
+    AttentionState,
+    FeatureMoments,
+    PositiveFeatures,
+    causal_state,
+    check_count,
+    check_key,
+    check_projection,
+    head_inputs,
+    orthogonal_projection,
+    over_real_tokens,
+    running_moments,
+)
 from approx_attention.remainder import blocks_and_rest_state
-from approx_attention.states import AttentionState
-from approx_attention.summaries import FeatureMoments
 
 
 def scatterbrain(

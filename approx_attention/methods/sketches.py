@@ -8,22 +8,33 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.checks import (
+from approx_attention.core import (
+    HIDDEN,
+    SKETCHES,
+    HadamardSketch,
+    RealFirst,
+    RowSample,
+    Sketch,
+    WeightedKV,
+    attend,
+    back,
+    blocked_state,
     check_choice,
     check_count,
     check_flag,
     check_key,
+    count_real,
+    draw_of_size,
+    draw_sketch,
     head_inputs,
+    leverages,
+    mask_bias,
+    pad_rows,
     real_keys,
     shown,
+    squared_norm,
     token_sums_inputs,
 )
-from approx_attention.features import squared_norm
-from approx_attention.padding import RealFirst, count_real, draw_of_size
-from approx_attention.rows import pad_rows
-from approx_attention.sketches import SKETCHES, HadamardSketch, RowSample, Sketch, back, draw_sketch, leverages
-from approx_attention.softmax import HIDDEN, blocked_state, mask_bias
-from approx_attention.summaries import WeightedKV, attend
 
 
 def unreduced_jlt(
@@ -57,7 +68,7 @@ def unreduced_jlt(
         v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``sketch`` is drawn already.
         sketch_size: the number M of rows.
-        sketch: a kind of `approx_attention.sketches.draw_sketch`, or a sketch of S rows, by place.
+        sketch: a kind of `approx_attention.core.draw_sketch`, or a sketch of S rows, by place.
         centred: subtract the mean of the values before, and add it after.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. With ``"uniform_rows"`` rows of
             padding are drawn too.

@@ -17,14 +17,27 @@ from approx_attention.block_sparse import (
     gathered_state,
     is_traced,
 )
-from approx_attention.checks import check_array, check_count, check_key, head_inputs, real_keys
-from approx_attention.padding import over_real_tokens
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    FeatureMoments,
+    Summary,
+    blocked_state,
+    check_array,
+    check_count,
+    check_key,
+    head_inputs,
+    in_blocks,
+    mask_bias,
+    merge,
+    over_real_tokens,
+    real_keys,
+    require_scaled_space,
+    triangular_state,
+    window_state,
+)
 from approx_attention.patterns import SparsePattern
 from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
-from approx_attention.rows import in_blocks
-from approx_attention.softmax import HIDDEN, blocked_state, mask_bias, triangular_state, window_state
-from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, Summary, require_scaled_space
 
 # One gathered key takes as long as so many keys of a block that is visited.
 GATHER_COST = 24

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from approx_attention.checks import check_floating
-from approx_attention.states import finite_peak
+from approx_attention.core import check_floating, finite_peak
 from approx_attention.tensors import check_causal, scaled, sets, tensor_inputs, tensor_state
 
 Causal = Literal["both", "ordered"]

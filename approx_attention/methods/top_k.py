@@ -8,10 +8,21 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from approx_attention.block_sparse import GATHERED, gathered_state
-from approx_attention.checks import check_count, check_floating, check_key, head_inputs, real_keys
-from approx_attention.padding import count_real, draw_of_size, over_real_tokens
-from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
-from approx_attention.states import AttentionState
+from approx_attention.core import (
+    AttentionState,
+    along_with,
+    check_count,
+    check_floating,
+    check_key,
+    count_real,
+    draw_of_size,
+    head_inputs,
+    in_blocks,
+    out_of_blocks,
+    over_real_tokens,
+    pad_rows,
+    real_keys,
+)
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024

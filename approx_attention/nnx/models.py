@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from approx_attention.checks import shown
+from approx_attention.core import shown
 from approx_attention.nnx.attention import ApproxAttention, attention_stream
 
 

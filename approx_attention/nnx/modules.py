@@ -11,11 +11,18 @@ from flax import nnx
 from jax import Array
 
 from approx_attention.api import attention, within
-from approx_attention.checks import accumulation_dtype, as_pair, check_choice, check_counts, shown
+from approx_attention.core import (
+    accumulation_dtype,
+    as_pair,
+    averaging_matrix,
+    check_choice,
+    check_counts,
+    paired_means,
+    shown,
+)
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
 from approx_attention.methods.tensor import tensor_attention
-from approx_attention.segments import averaging_matrix, paired_means
 
 
 class Adaptor(nnx.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import METHODS, exact
-from approx_attention.checks import unknown
+from approx_attention.core import unknown
 from experiments.config import STRICT, Count, NonNegative, Seed, Several, SeveralBy
 from experiments.harness.long_context import slope
 from experiments.models import AttentionConfig

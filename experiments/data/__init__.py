@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from approx_attention.checks import did_you_mean, unknown
+from approx_attention.core import did_you_mean, unknown
 from experiments.config import STRICT, ConfigError, checked
 from experiments.data import images, lra, synthetic, text
 from experiments.data.dataset import SPLITS, Dataset

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic
 
-from approx_attention.checks import unknown
+from approx_attention.core import unknown
 from experiments.config import ConfigError, Count, Seed, Whole
 from experiments.data import cache as storage
 from experiments.data.dataset import Batch, Dataset, generated

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, PRNGKeyArray
 
-from approx_attention.checks import check_choice, check_count
+from approx_attention.core.checks import check_choice, check_count
 
 
 class Features(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from approx_attention.checks import check_mask
-from approx_attention.rows import pad_rows
-from approx_attention.states import AttentionState
+from approx_attention.core.checks import check_mask
+from approx_attention.core.rows import pad_rows
+from approx_attention.core.states import AttentionState
 
 
 class RealFirst(NamedTuple):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.states import AttentionState, finite_peak, merge
-from approx_attention.summaries import FeatureMoments, attend
+from approx_attention.core.states import AttentionState, finite_peak, merge
+from approx_attention.core.summaries import FeatureMoments, attend
 
 
 def control_variate_state(

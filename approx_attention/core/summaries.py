@@ -17,11 +17,11 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, check_rows, real_keys, token_sums_inputs
-from approx_attention.features import FeatureMap, PositiveFeatures, squared_norm
-from approx_attention.rows import in_blocks, map_rows
-from approx_attention.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state
-from approx_attention.states import AttentionState, finite_peak, merge, normalise, require_same_kind
+from approx_attention.core.checks import accumulation_dtype, check_rows, real_keys, token_sums_inputs
+from approx_attention.core.features import FeatureMap, PositiveFeatures, squared_norm
+from approx_attention.core.rows import in_blocks, map_rows
+from approx_attention.core.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state
+from approx_attention.core.states import AttentionState, finite_peak, merge, normalise, require_same_kind
 
 # Features of this many rows are made at a time; all of them never exist at once.
 FEATURE_BLOCK = 1024
@@ -425,7 +425,7 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention.monomials import MonomialFeatures, total_degree
-        >>> from approx_attention.summaries import FeatureMoments, hadamard
+        >>> from approx_attention.core import FeatureMoments, hadamard
         >>> features = MonomialFeatures(total_degree(1, 1))
         >>> pairs = hadamard(*(FeatureMoments.of_tokens(features, x, x) for x in (jnp.eye(1), 2 * jnp.eye(1))))
         >>> pairs.mass.tolist(), pairs.value_sum[:, 0].tolist()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
-from approx_attention.rows import along_with, pad_rows
+from approx_attention.core.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
+from approx_attention.core.rows import along_with, pad_rows
 
 
 def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
@@ -202,7 +202,7 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention.sketches import back, draw_sketch
+        >>> from approx_attention.core import back, draw_sketch
         >>> sketch = draw_sketch(jax.random.key(0), "hadamard", 64, 64)
         >>> x = jax.random.normal(jax.random.key(1), (64, 3))
         >>> bool(jnp.allclose(back(sketch, sketch @ x), x, atol=1e-5))

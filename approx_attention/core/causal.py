@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.checks import check_count, check_rows, check_tokens, real_keys
-from approx_attention.choices import keeping_choices
-from approx_attention.features import FeatureMap
-from approx_attention.padding import over_real_tokens
-from approx_attention.rows import along_with, in_blocks, out_of_blocks, pad_rows
-from approx_attention.softmax import dense_state, mask_bias
-from approx_attention.states import AttentionState, merge
-from approx_attention.summaries import FeatureMoments, Summary, attend, require_scaled_space
+from approx_attention.core.checks import check_count, check_rows, check_tokens, real_keys
+from approx_attention.core.choices import keeping_choices
+from approx_attention.core.features import FeatureMap
+from approx_attention.core.padding import over_real_tokens
+from approx_attention.core.rows import along_with, in_blocks, out_of_blocks, pad_rows
+from approx_attention.core.softmax import dense_state, mask_bias
+from approx_attention.core.states import AttentionState, merge
+from approx_attention.core.summaries import FeatureMoments, Summary, attend, require_scaled_space
 
 
 def _same(x: Array) -> Array:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.checks import check_count, real_keys
-from approx_attention.padding import count_real, floor_of_share
-from approx_attention.rows import pad_rows
-from approx_attention.summaries import WeightedKV
+from approx_attention.core.checks import check_count, real_keys
+from approx_attention.core.padding import count_real, floor_of_share
+from approx_attention.core.rows import pad_rows
+from approx_attention.core.summaries import WeightedKV
 
 
 @dataclasses.dataclass(frozen=True)

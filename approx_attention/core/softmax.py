@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.checks import real_keys
-from approx_attention.rows import along_with, even_split, map_rows, out_of_blocks, pad_rows
-from approx_attention.states import AttentionState, merge
+from approx_attention.core.checks import real_keys
+from approx_attention.core.rows import along_with, even_split, map_rows, out_of_blocks, pad_rows
+from approx_attention.core.states import AttentionState, merge
 
 # The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
 # without a guard inside the tile (a guard there splits XLA's fused product, maximum and exponential).
