@@ -1,7 +1,6 @@
 """Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
 
 from approx_attention.api import attention
-from approx_attention.block_sparse import BlockMap
 from approx_attention.certification import Certificate, certify
 from approx_attention.compression import (
     attention_received,
@@ -103,10 +102,10 @@ from approx_attention.methods.sparse import bigbird, longformer, sparse_attentio
 from approx_attention.methods.tensor import determinant_attention, strassen_attention, tensor_attention
 from approx_attention.methods.top_k import lsh_top_k, top_k
 from approx_attention.monomials import IndexSet, MonomialFeatures, anisotropic, total_degree
-from approx_attention.patterns import SparsePattern
 from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
 from approx_attention.realization import Realization, fixed_projections, realize_sparse_pattern
 from approx_attention.registry import METHODS, Capabilities, Method
+from approx_attention.sparse import BlockMap, SparsePattern
 from approx_attention.tensor_sketches import ProductSketch, TensorSketch
 
 __all__ = [

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from approx_attention.core import accumulation_dtype, check_choice, check_floating, in_blocks
-from approx_attention.patterns import SparsePattern, check_pattern
+from approx_attention.sparse import SparsePattern, check_pattern
 
 RatioError = Literal["relative", "absolute"]
 # Rows of logits that are held at a time.

@@ -14,7 +14,6 @@ from jaxtyping import PRNGKeyArray
 
 from approx_attention.certification import RatioError
 from approx_attention.core import check_choice, check_count, check_counts, check_key, known_number
-from approx_attention.patterns import SparsePattern, check_pattern
 from approx_attention.realization import (
     DETERMINISTIC,
     INTERPOLATIONS,
@@ -22,6 +21,7 @@ from approx_attention.realization import (
     positive_limit,
     require_request,
 )
+from approx_attention.sparse import SparsePattern, check_pattern
 
 BoundKind = Literal[
     "johnson_lindenstrauss",

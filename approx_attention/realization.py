@@ -32,7 +32,7 @@ from approx_attention.certification import (
     off_rows,
 )
 from approx_attention.core import check_choice, check_count, check_key, floating_dtype, in_blocks, known_number
-from approx_attention.patterns import SparsePattern, check_pattern
+from approx_attention.sparse import SparsePattern, check_pattern
 
 RealizationMethod = Literal[
     "projection", "orthogonal", "balanced", "ls", "wls", "max_margin", "learned", "trigonometric", "dense"

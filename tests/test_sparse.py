@@ -21,8 +21,8 @@ from approx_attention import (
     sparse_attention,
     top_k,
 )
-from approx_attention.block_sparse import block_lists_state
 from approx_attention.methods import sparse
+from approx_attention.sparse import block_lists_state
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 from tests.test_contract import equations
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.block_sparse import BlockMap
 from approx_attention.clustering import k_means, spread_places
 from approx_attention.core import (
     AttentionState,
@@ -38,7 +37,7 @@ from approx_attention.core import (
     unknown,
 )
 from approx_attention.coresets import ALGORITHMS, Algorithm
-from approx_attention.remainder import blocks_and_rest_state
+from approx_attention.sparse import BlockMap, blocks_and_rest_state
 
 
 def coreset(

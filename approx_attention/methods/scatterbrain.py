@@ -5,7 +5,6 @@ from typing import Any
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.block_sparse import BlockMap
 from approx_attention.core import (
     AttentionState,
     FeatureMoments,
@@ -19,7 +18,7 @@ from approx_attention.core import (
     over_real_tokens,
     running_moments,
 )
-from approx_attention.remainder import blocks_and_rest_state
+from approx_attention.sparse import BlockMap, blocks_and_rest_state
 
 
 def scatterbrain(

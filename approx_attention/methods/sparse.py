@@ -10,13 +10,6 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.block_sparse import (
-    BlockMap,
-    block_lists_state,
-    block_sparse_state,
-    gathered_state,
-    is_traced,
-)
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
@@ -36,8 +29,16 @@ from approx_attention.core import (
     triangular_state,
     window_state,
 )
-from approx_attention.patterns import SparsePattern
-from approx_attention.remainder import blocks_and_rest_state, support_and_moments_state
+from approx_attention.sparse import (
+    BlockMap,
+    SparsePattern,
+    block_lists_state,
+    block_sparse_state,
+    blocks_and_rest_state,
+    gathered_state,
+    is_traced,
+    support_and_moments_state,
+)
 
 # One gathered key takes as long as so many keys of a block that is visited.
 GATHER_COST = 24

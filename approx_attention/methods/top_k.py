@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.block_sparse import GATHERED, gathered_state
 from approx_attention.core import (
     AttentionState,
     along_with,
@@ -23,6 +22,7 @@ from approx_attention.core import (
     pad_rows,
     real_keys,
 )
+from approx_attention.sparse import GATHERED, gathered_state
 
 # Logits are made by tiles of so many queries and keys.
 QUERY_BLOCK, SEARCHED = 512, 1024

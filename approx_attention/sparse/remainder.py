@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.block_sparse import GATHERED, BlockMap, block_sparse_state, gathered_state
 from approx_attention.core import (
     HIDDEN,
     LEAST_TILE,
@@ -35,6 +34,7 @@ from approx_attention.core import (
     running_moments,
     subtract,
 )
+from approx_attention.sparse.blocks import GATHERED, BlockMap, block_sparse_state, gathered_state
 
 # Blocks are taken together until they hold as many rows: enough for the matrix products, few enough for the cache.
 ROWS = 1024

@@ -28,7 +28,7 @@ from approx_attention.core import (
     pad_rows,
     real_keys,
 )
-from approx_attention.patterns import SparsePattern
+from approx_attention.sparse.patterns import SparsePattern
 
 # Blocks are taken together until they make so many logits: what is gathered for them then stays in cache.
 LOGITS = 2**18
