@@ -99,14 +99,25 @@ from approx_attention.methods.random_features import (
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
-from approx_attention.methods.tensor import determinant_attention, strassen_attention, tensor_attention
 from approx_attention.methods.top_k import lsh_top_k, top_k
-from approx_attention.monomials import IndexSet, MonomialFeatures, anisotropic, total_degree
-from approx_attention.polynomials import choose_degree, exp_coefficients, ratio_range, weight_bound
 from approx_attention.realization import Realization, fixed_projections, realize_sparse_pattern
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sparse import BlockMap, SparsePattern
-from approx_attention.tensor_sketches import ProductSketch, TensorSketch
+from approx_attention.tensor import (
+    IndexSet,
+    MonomialFeatures,
+    ProductSketch,
+    TensorSketch,
+    anisotropic,
+    choose_degree,
+    determinant_attention,
+    exp_coefficients,
+    ratio_range,
+    strassen_attention,
+    tensor_attention,
+    total_degree,
+    weight_bound,
+)
 
 __all__ = [
     "METHODS",

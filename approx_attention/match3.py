@@ -27,7 +27,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from approx_attention.core import check_count
-from approx_attention.methods.tensor import tensor_attention
+from approx_attention.tensor import tensor_attention
 
 
 class Match3(NamedTuple):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import approx_attention as aa
-from approx_attention import dimension, monomials, polynomials
+from approx_attention import dimension
 from approx_attention.core import shown
+from approx_attention.tensor import monomials, polynomials
 from tests.bad_input import outcome
 
 rows, mask, key = jnp.ones((6, 4)), jnp.ones(6, bool), jax.random.key(0)

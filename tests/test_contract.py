@@ -19,8 +19,8 @@ from jax.test_util import check_grads
 
 from approx_attention import METHODS, Decoder, api, attend, attention, fold_scale, merge
 from approx_attention.core import RunningSummary
-from approx_attention.monomials import total_degree
 from approx_attention.registry import accepted, svd_flops
+from approx_attention.tensor import total_degree
 from tests.references import (
     brute_force,
     call,

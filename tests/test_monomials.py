@@ -12,9 +12,16 @@ import pytest
 from numpy.polynomial import polynomial
 
 from approx_attention import FeatureMoments, attend
-from approx_attention.monomials import MonomialFeatures, anisotropic, monomials, total_degree
-from approx_attention.polynomials import exp_coefficients, taken_by
-from approx_attention.tensor_sketches import ProductSketch, TensorSketch
+from approx_attention.tensor import (
+    MonomialFeatures,
+    ProductSketch,
+    TensorSketch,
+    anisotropic,
+    exp_coefficients,
+    monomials,
+    taken_by,
+    total_degree,
+)
 from tests.references import compiled, random_head
 
 COUNTS = {

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Chebyshev, hermite_e, polynomial
 
-from approx_attention import polynomials
-from approx_attention.polynomials import (
+from approx_attention.tensor import (
     Coefficients,
     choose_degree,
     exp_coefficients,
     minimax_error,
+    polynomials,
     ratio_range,
     taken_by,
     weight_bound,

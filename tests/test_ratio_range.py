@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from approx_attention.polynomials import Coefficients, exp_coefficients, ratio_range, taken_by, weight_bound
+from approx_attention.tensor import Coefficients, exp_coefficients, ratio_range, taken_by, weight_bound
 
 DIGITS = 90
 

@@ -31,9 +31,14 @@ from approx_attention import (
 from approx_attention.core import AttentionState, merge
 from approx_attention.diagnostics import skill
 from approx_attention.methods import polynomial
-from approx_attention.methods.tensor import determinant_channels, strassen_channels
-from approx_attention.polynomials import taken_by
-from approx_attention.tensors import check_causal, scaled, tensor_inputs
+from approx_attention.tensor import (
+    check_causal,
+    determinant_channels,
+    scaled,
+    strassen_channels,
+    taken_by,
+    tensor_inputs,
+)
 from tests.references import compiled
 from tests.test_contract import equations
 
@@ -258,7 +263,7 @@ def test_every_row_and_head_alone(method):
 
 
 def test_exact_blocks_do_not_matter(x64, monkeypatch):
-    from approx_attention import tensors as floor
+    from approx_attention.tensor import inputs as floor
 
     q, keys, values = tensors(13, 70, (130, 90), dim=3)
     options = {"kv_mask": masks(1, keys)}
@@ -300,7 +305,7 @@ def test_no_array_of_a_derivative_is_of_the_size_of_all_pairs(name):
 
 @pytest.mark.slow
 def test_what_a_derivative_computes_again_does_not_matter(x64, monkeypatch):
-    from approx_attention import tensors as shared
+    from approx_attention.tensor import inputs as shared
 
     monkeypatch.setattr(polynomial, "CHUNK_TERMS", 300)
     monkeypatch.setattr(shared, "LEAST_TILE", 1)

@@ -13,16 +13,16 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.core import squared_norm
-from approx_attention.polynomials import (
+from approx_attention.tensor import (
     Coefficients,
     check_taken,
     exp_coefficients,
     num_coefficients,
     ratio_range,
     taken_by,
+    tensor_inputs,
     weight_bound,
 )
-from approx_attention.tensors import tensor_inputs
 
 
 def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:

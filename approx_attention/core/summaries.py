@@ -424,7 +424,7 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.monomials import MonomialFeatures, total_degree
+        >>> from approx_attention.tensor import MonomialFeatures, total_degree
         >>> from approx_attention.core import FeatureMoments, hadamard
         >>> features = MonomialFeatures(total_degree(1, 1))
         >>> pairs = hadamard(*(FeatureMoments.of_tokens(features, x, x) for x in (jnp.eye(1), 2 * jnp.eye(1))))

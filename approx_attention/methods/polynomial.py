@@ -44,9 +44,19 @@ from approx_attention.core import (
     running_moments,
     token_sums_inputs,
 )
-from approx_attention.monomials import IndexSet, MonomialFeatures, total_degree
-from approx_attention.polynomials import Coefficients, check_taken, exp_coefficients, num_coefficients
-from approx_attention.tensors import TensorInputs, check_causal, tensor_inputs, tensor_state
+from approx_attention.tensor import (
+    Coefficients,
+    IndexSet,
+    MonomialFeatures,
+    TensorInputs,
+    check_causal,
+    check_taken,
+    exp_coefficients,
+    num_coefficients,
+    tensor_inputs,
+    tensor_state,
+    total_degree,
+)
 
 # Terms [chunk, R, Dv + 1] of a causal chunk stay in cache below this size.
 CHUNK_TERMS = 2**17

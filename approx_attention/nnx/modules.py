@@ -22,7 +22,7 @@ from approx_attention.core import (
 )
 from approx_attention.methods.eva import chunk_means, eva
 from approx_attention.methods.lara import lara
-from approx_attention.methods.tensor import tensor_attention
+from approx_attention.tensor import tensor_attention
 
 
 class Adaptor(nnx.Module):

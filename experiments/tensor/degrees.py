@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import exp_coefficients, ratio_range, weight_bound
-from approx_attention.polynomials import MAX_DEGREE, minimax_error, taken_by
+from approx_attention.tensor import MAX_DEGREE, minimax_error, taken_by
 from experiments.config import STRICT, ConfigError, Count, Positive, Seed, Several
 
 

@@ -24,7 +24,7 @@ from approx_attention import (
     total_degree,
     weight_bound,
 )
-from approx_attention.polynomials import taken_by
+from approx_attention.tensor import taken_by
 from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, SeveralBy, Whole
 from experiments.harness.long_context import slope
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill

@@ -64,7 +64,7 @@ def exp_coefficients(
         TypeError: a degree, bound or root mean square that is not known when tracing.
 
     Example:
-        >>> from approx_attention.polynomials import exp_coefficients
+        >>> from approx_attention.tensor import exp_coefficients
         >>> exp_coefficients("taylor", 2).tolist()
         [1.0, 1.0, 0.5]
         >>> exp_coefficients("minimax", 2, bound=1.0).round(3).tolist()
@@ -137,7 +137,7 @@ def minimax_error(degree: int, bound: float) -> float:
         ValueError: a bad degree or bound.
 
     Example:
-        >>> from approx_attention.polynomials import minimax_error
+        >>> from approx_attention.tensor import minimax_error
         >>> round(minimax_error(2, 1.0), 4)
         0.0397
 
@@ -171,7 +171,7 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
         TypeError: a bound that is not a number known when tracing.
 
     Example:
-        >>> from approx_attention.polynomials import ratio_range
+        >>> from approx_attention.tensor import ratio_range
         >>> lo, hi = ratio_range([1, 1, 1 / 2], 1.0)
         >>> round(lo, 4), round(hi, 4)
         (0.9197, 1.3591)
@@ -216,7 +216,7 @@ def weight_bound(lo: float, hi: float) -> float:
         ValueError: ``lo`` is not at most ``hi``.
 
     Example:
-        >>> from approx_attention.polynomials import exp_coefficients, ratio_range, weight_bound
+        >>> from approx_attention.tensor import exp_coefficients, ratio_range, weight_bound
         >>> weight_bound(0.99, 1.01) < 0.00501
         True
         >>> weight_bound(*ratio_range(exp_coefficients("taylor", 1), 2.0))
@@ -263,7 +263,7 @@ def choose_degree(
             root mean square for another kind.
 
     Example:
-        >>> from approx_attention.polynomials import choose_degree
+        >>> from approx_attention.tensor import choose_degree
         >>> choose_degree(1e-2, 1.0, 16), choose_degree(1e-2, 1.0, 16, coefficients="taylor")
         (4, 4)
     """

@@ -29,7 +29,7 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from approx_attention.core import Features, SparseSketch, check_count, check_key, random_signs
-from approx_attention.monomials import MonomialFeatures, monomials, scaled_coefficients, total_degree
+from approx_attention.tensor.monomials import MonomialFeatures, monomials, scaled_coefficients, total_degree
 
 
 class _PolynomialSketch:
@@ -133,7 +133,7 @@ class TensorSketch(_PolynomialSketch):
 
         Example:
             >>> import jax, jax.numpy as jnp
-            >>> from approx_attention.tensor_sketches import TensorSketch
+            >>> from approx_attention.tensor import TensorSketch
             >>> query_map, key_map = TensorSketch.draw(jax.random.key(0), 64, 4, 3)
             >>> query_map.num_features
             133
@@ -193,7 +193,7 @@ class ProductSketch(_PolynomialSketch):
 
         Example:
             >>> import jax, jax.numpy as jnp
-            >>> from approx_attention.tensor_sketches import ProductSketch
+            >>> from approx_attention.tensor import ProductSketch
             >>> maps = ProductSketch.draw(jax.random.key(0), 64, 4, 3, order=3)
             >>> len(maps), maps[0].num_features
             (3, 133)

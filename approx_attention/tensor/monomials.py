@@ -81,7 +81,7 @@ def total_degree(dim: int, degree: int) -> IndexSet:
         TypeError: counts that are no integers.
 
     Example:
-        >>> from approx_attention.monomials import total_degree
+        >>> from approx_attention.tensor import total_degree
         >>> total_degree(2, 2).exponents.tolist()
         [[0, 0], [1, 0], [0, 1], [2, 0], [1, 1], [0, 2]]
     """
@@ -121,7 +121,7 @@ def anisotropic(channel_bounds: Sequence[float], rank: int) -> tuple[IndexSet, f
         ValueError: no channel, a negative or infinite bound, a sum of bounds above 700, no rank.
 
     Example:
-        >>> from approx_attention.monomials import anisotropic
+        >>> from approx_attention.tensor import anisotropic
         >>> indices, error = anisotropic((1.0, 0.1), 4)
         >>> indices.exponents.tolist(), round(error, 3)
         ([[0, 0], [1, 0], [2, 0], [3, 0]], 0.337)
@@ -197,7 +197,7 @@ def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.monomials import monomials, total_degree
+        >>> from approx_attention.tensor import monomials, total_degree
         >>> monomials(jnp.array([[2.0, 3.0]]), total_degree(2, 2)).tolist()
         [[1.0, 2.0, 3.0, 4.0, 6.0, 9.0]]
     """
