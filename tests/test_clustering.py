@@ -9,24 +9,27 @@ from approx_attention import (
     WeightedKV,
     attend,
 )
-from approx_attention.clustering import (
-    cholesky_places,
-    farthest_places,
-    k_means,
-    nearest,
-    nystrom,
-    random_places,
-    spread_places,
-)
 from approx_attention.coresets import (
+    SIGN_RULES,
     Halving,
     KMeansMerge,
     KMeansNystrom,
     PivotedNystrom,
+    cholesky_places,
+    farthest_places,
+    group_length,
+    halve,
+    k_means,
+    kernel_points,
+    nearest,
+    nystrom,
+    random_places,
     sensitivities,
+    spread_over,
+    spread_places,
+    tree_order,
 )
 from approx_attention.diagnostics import sup_error
-from approx_attention.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
 from tests.references import compiled, random_head
 from tests.test_coreset import KEY, answers, clustered, summary
 

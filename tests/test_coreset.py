@@ -21,12 +21,8 @@ from approx_attention import (
     sparse_coreset,
     summarize_coreset,
 )
-from approx_attention.coresets import (
-    ALGORITHMS,
-    Halving,
-)
+from approx_attention.coresets import ALGORITHMS, SIGN_RULES, Halving
 from approx_attention.diagnostics import sup_error
-from approx_attention.halving import SIGN_RULES
 from tests.references import brute_force, compiled, random_head
 
 attend = compiled(attend)

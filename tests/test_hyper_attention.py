@@ -7,9 +7,7 @@ import numpy as np
 from approx_attention import (
     hyper_attention,
 )
-from approx_attention.clustering import (
-    random_places,
-)
+from approx_attention.coresets import random_places
 from tests.references import compiled, random_head
 from tests.test_coreset import KEY
 

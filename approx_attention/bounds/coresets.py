@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.clustering import merged, nearest
 from approx_attention.core import (
     WeightedKV,
     accumulation_dtype,
@@ -20,6 +19,7 @@ from approx_attention.core import (
     require_scaled_space,
     squared_norm,
 )
+from approx_attention.coresets import merged, nearest
 
 
 class MergeBound(NamedTuple):

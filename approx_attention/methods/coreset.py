@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.clustering import k_means, spread_places
 from approx_attention.core import (
     AttentionState,
     RealFirst,
@@ -36,7 +35,7 @@ from approx_attention.core import (
     squared_norm,
     unknown,
 )
-from approx_attention.coresets import ALGORITHMS, Algorithm
+from approx_attention.coresets import ALGORITHMS, Algorithm, k_means, spread_places
 from approx_attention.sparse import BlockMap, blocks_and_rest_state
 
 

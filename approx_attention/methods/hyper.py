@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.clustering import random_places
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
@@ -23,6 +22,7 @@ from approx_attention.core import (
     pad_rows,
     real_keys,
 )
+from approx_attention.coresets import random_places
 
 # The order of so many signs is a number that an int32 holds.
 MOST_HASHES = 31

@@ -14,16 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.clustering import (
-    cholesky_places,
-    farthest_places,
-    k_means,
-    merged,
-    nearest,
-    nystrom,
-    random_places,
-    spread_places,
-)
 from approx_attention.core import (
     WeightedKV,
     attend,
@@ -35,7 +25,17 @@ from approx_attention.core import (
     require_scaled_space,
     squared_norm,
 )
-from approx_attention.halving import (
+from approx_attention.coresets.clustering import (
+    cholesky_places,
+    farthest_places,
+    k_means,
+    merged,
+    nearest,
+    nystrom,
+    random_places,
+    spread_places,
+)
+from approx_attention.coresets.halving import (
     SIGN_RULES,
     Points,
     SignRule,
