@@ -1,7 +1,6 @@
 """Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
 
 from approx_attention.api import attention
-from approx_attention.certification import Certificate, certify
 from approx_attention.compression import (
     attention_received,
     compress_cache,
@@ -36,14 +35,6 @@ from approx_attention.core import (
     summary_bytes,
 )
 from approx_attention.decode import Cache, Decoder, HeadsCache, HeadsDecoder
-from approx_attention.dimension import (
-    DimensionBound,
-    MinimalDimension,
-    dimension_bound,
-    minimal_dimension,
-    one_dimensional_order,
-    realizable_in_one_dimension,
-)
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,
@@ -100,7 +91,19 @@ from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
 from approx_attention.methods.top_k import lsh_top_k, top_k
-from approx_attention.realization import Realization, fixed_projections, realize_sparse_pattern
+from approx_attention.realization import (
+    Certificate,
+    DimensionBound,
+    MinimalDimension,
+    Realization,
+    certify,
+    dimension_bound,
+    fixed_projections,
+    minimal_dimension,
+    one_dimensional_order,
+    realizable_in_one_dimension,
+    realize_sparse_pattern,
+)
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sparse import BlockMap, SparsePattern
 from approx_attention.tensor import (

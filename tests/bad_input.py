@@ -15,7 +15,7 @@ import numpy as np
 
 from approx_attention import METHODS, SparsePattern, bounds, pyramid_budgets, token_budget
 from approx_attention.core import shown
-from approx_attention.dimension import failure_bound
+from approx_attention.realization import failure_bound
 from approx_attention.tensor import exp_coefficients, total_degree
 
 # Narrow integers overflow at sums and products of a count that fits them itself.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import approx_attention as aa
-from approx_attention import dimension
 from approx_attention.core import shown
+from approx_attention.realization import dimension
 from approx_attention.tensor import monomials, polynomials
 from tests.bad_input import outcome
 

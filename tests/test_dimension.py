@@ -16,7 +16,7 @@ from approx_attention import (
     one_dimensional_order,
     realizable_in_one_dimension,
 )
-from approx_attention.dimension import failure_bound, log_t_tail
+from approx_attention.realization import failure_bound, log_t_tail
 from tests.test_realization import KEY, N, realize
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention.match3 import match3, match3_outputs, match3_weights
+from approx_attention.realization import match3, match3_outputs, match3_weights
 
 SIZES = [(8, 11), (16, 37), (24, 101)]
 SEQUENCES = 200

@@ -18,9 +18,9 @@ from approx_attention import (
     summarize_importance_sample,
     unreduced_jlt,
 )
-from approx_attention.bottleneck import needed_head_dim, realize_attention
 from approx_attention.core import SKETCHES, RowSample, back, draw_sketch, hadamard_transform, leverages
 from approx_attention.diagnostics import spectrum
+from approx_attention.realization import needed_head_dim, realize_attention
 from tests.references import brute_force, compiled, random_head, random_heads
 
 exact, importance_sample, linformer, unreduced_jlt = compiled(exact, importance_sample, linformer, unreduced_jlt)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import SparsePattern, dimension_bound, realize_sparse_pattern
-from approx_attention.dimension import failure_bound
+from approx_attention.realization import failure_bound
 from experiments.config import STRICT, Count, Positive, Seed, Several
 
 

@@ -88,7 +88,7 @@ def match3_weights(
         ValueError: a modulus below 5, no token, no frequency, or frequencies that do not tell all residues from 0.
 
     Example:
-        >>> from approx_attention.match3 import match3_weights
+        >>> from approx_attention.realization import match3_weights
         >>> weights = match3_weights(11, 8)
         >>> weights.w_q.shape, round(float(weights.w_q[0, 0]))
         ((4, 5), 70)
@@ -171,7 +171,7 @@ def match3(x: Int[Array, " N"], modulus: int, *, frequencies: Sequence[int] = (1
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.match3 import match3
+        >>> from approx_attention.realization import match3
         >>> match3(jnp.array([1, 2, 8, 4]), 11).tolist()  # 1 + 2 + 8 = 11
         [True, True, True, False]
 

@@ -20,8 +20,9 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float, PRNGKeyArray
 
-from approx_attention.bottleneck import nearest_factors, row_centred
-from approx_attention.certification import (
+from approx_attention.core import check_choice, check_count, check_key, floating_dtype, in_blocks, known_number
+from approx_attention.realization.bottleneck import nearest_factors, row_centred
+from approx_attention.realization.certification import (
     ROW_BLOCK,
     Certificate,
     RatioError,
@@ -31,7 +32,6 @@ from approx_attention.certification import (
     full_matmul,
     off_rows,
 )
-from approx_attention.core import check_choice, check_count, check_key, floating_dtype, in_blocks, known_number
 from approx_attention.sparse import SparsePattern, check_pattern
 
 RealizationMethod = Literal[

@@ -29,7 +29,7 @@ def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) ->
 
     Example:
         >>> import jax
-        >>> from approx_attention.bottleneck import needed_head_dim
+        >>> from approx_attention.realization import needed_head_dim
         >>> q, k = (jax.random.normal(jax.random.key(i), (16, 3)) for i in range(2))
         >>> int(needed_head_dim(jax.nn.softmax(q @ k.T)))
         3
@@ -66,7 +66,7 @@ def realize_attention(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import exact
-        >>> from approx_attention.bottleneck import realize_attention
+        >>> from approx_attention.realization import realize_attention
         >>> weights = jax.nn.softmax(jax.random.normal(jax.random.key(0), (8, 8)))
         >>> q, k = realize_attention(weights)
         >>> q.shape, bool(jnp.allclose(exact(q, k, jnp.eye(8)), weights, atol=1e-5))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from approx_attention.certification import RatioError
 from approx_attention.core import check_choice, check_count, check_counts, check_key, known_number
-from approx_attention.realization import (
+from approx_attention.realization.certification import RatioError
+from approx_attention.realization.constructions import (
     DETERMINISTIC,
     INTERPOLATIONS,
     draw_until_accepted,
