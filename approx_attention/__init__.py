@@ -1,15 +1,6 @@
 """Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
 
 from approx_attention.api import attention
-from approx_attention.compression import (
-    attention_received,
-    compress_cache,
-    compress_tokens,
-    pyramid_budgets,
-    running_compressed,
-    shared_sizes,
-    token_budget,
-)
 from approx_attention.core import (
     AttentionState,
     CosineFeatures,
@@ -34,7 +25,19 @@ from approx_attention.core import (
     subtract,
     summary_bytes,
 )
-from approx_attention.decode import Cache, Decoder, HeadsCache, HeadsDecoder
+from approx_attention.decoding import (
+    Cache,
+    Decoder,
+    HeadsCache,
+    HeadsDecoder,
+    attention_received,
+    compress_cache,
+    compress_tokens,
+    pyramid_budgets,
+    running_compressed,
+    shared_sizes,
+    token_budget,
+)
 from approx_attention.methods.baselines import (
     mean_value,
     running_uniform_sample,

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from approx_attention.api import attention
 from approx_attention.core import InputError, check_flag, summary_bytes
-from approx_attention.decode import Decoder
+from approx_attention.decoding import Decoder
 from approx_attention.diagnostics import Arm, Comparison, compare
 from approx_attention.figures import log_scales, method_styles
 from approx_attention.real_tokens import key_mask, query_mask

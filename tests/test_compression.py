@@ -21,7 +21,7 @@ from approx_attention import (
     summarize_coreset,
     token_budget,
 )
-from approx_attention.compression import HEURISTICS, attention_received
+from approx_attention.decoding import HEURISTICS, attention_received
 from tests.references import brute_force, compiled, random_head, relative_error
 from tests.test_coreset import KEY, clustered
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from approx_attention import context_parallel, flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
-from approx_attention.decode import HeadsCache, HeadsDecoder
+from approx_attention.decoding import HeadsCache, HeadsDecoder
 from approx_attention.registry import accepted, get_method
 
 

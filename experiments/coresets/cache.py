@@ -15,8 +15,8 @@ from rich.console import Console
 
 from approx_attention import attend, attention, causal_state, compress_tokens, exact, fold_scale, merge
 from approx_attention import running_coreset as running
-from approx_attention.compression import HEURISTICS
 from approx_attention.coresets import ALGORITHMS
+from approx_attention.decoding import HEURISTICS
 from approx_attention.diagnostics import output_error
 from experiments import data
 from experiments.capture import capture

@@ -37,7 +37,7 @@ from approx_attention.core import (
     unknown,
 )
 from approx_attention.coresets import ALGORITHMS, Algorithm
-from approx_attention.decode import Cache
+from approx_attention.decoding.decoder import Cache
 from approx_attention.methods.coreset import compress, running_coreset
 
 # What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.

@@ -1,0 +1,28 @@
+"""Decoding with a cache of bounded size, and compression of caches."""
+
+from approx_attention.decoding.compression import (
+    HEURISTICS,
+    attention_received,
+    compress_cache,
+    compress_tokens,
+    pyramid_budgets,
+    running_compressed,
+    shared_sizes,
+    token_budget,
+)
+from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
+
+__all__ = [
+    "HEURISTICS",
+    "Cache",
+    "Decoder",
+    "HeadsCache",
+    "HeadsDecoder",
+    "attention_received",
+    "compress_cache",
+    "compress_tokens",
+    "pyramid_budgets",
+    "running_compressed",
+    "shared_sizes",
+    "token_budget",
+]
