@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from approx_attention import METHODS, context_parallel
+from approx_attention import METHODS, distributed
 from approx_attention.compare import environment
 from benchmarks.wire import SETTINGS, Sizes, sent_by
 
@@ -125,7 +125,7 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
 
 
 def compiled_bytes(method: str, is_causal: bool, sizes: Sizes, **hyperparameters: Any) -> dict[str, float]:
-    """What one layer's `context_parallel.attention` sends in its forward pass, by kind of collective."""
+    """What one layer's `distributed.attention` sends in its forward pass, by kind of collective."""
     mesh = jax.make_mesh((sizes.devices,), ("sequence",), axis_types=(AxisType.Auto,))
     layout = NamedSharding(mesh, PartitionSpec(None, "sequence"))
     tensors = (
@@ -133,7 +133,7 @@ def compiled_bytes(method: str, is_causal: bool, sizes: Sizes, **hyperparameters
         for width in (sizes.head_dim, sizes.head_dim, sizes.value_dim)
     )
     call = functools.partial(
-        context_parallel.attention, mesh=mesh, axis="sequence", method=method, is_causal=is_causal, **hyperparameters
+        distributed.attention, mesh=mesh, axis="sequence", method=method, is_causal=is_causal, **hyperparameters
     )
     rng = jax.random.key(0) if METHODS[method].capabilities.needs_key else None
     program = jax.jit(functools.partial(call, rng=rng)).lower(*tensors).compile().as_text()

@@ -390,7 +390,7 @@ def _collectives_section(document: dict[str, Any]) -> Iterable[str]:
     yield "## Many devices: bytes on the wire"
     sizes = document["sizes"]
     yield (
-        "Bytes that the busiest device sends for one layer of `context_parallel.attention` over one sequence, forward, "
+        "Bytes that the busiest device sends for one layer of `distributed.attention` over one sequence, forward, "
         f"with {sizes['num_kv_heads']} key heads, {sizes['head_dim']} channels of keys and {sizes['value_dim']} of "
         "values, counted in the collectives of the compiled programs; in brackets as a share of ring attention, which "
         "is `exact`. Summaries have size 256 (`block_linformer`: 16 of every 128 tokens; `local`: a window of 128; "

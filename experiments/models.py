@@ -76,7 +76,7 @@ class AttentionConfig:
         gated: whether a learned map of the layer's input gives it ``gate_logits``.
         noise: whether a method that is random only with a key gets one.
         projections: of ``linformer``, where they are learned or drawn and not pooled.
-        parallel: over which devices it is computed, by `approx_attention.context_parallel`; none for one.
+        parallel: over which devices it is computed, by `approx_attention.distributed`; none for one.
     """
 
     method: str = "exact"

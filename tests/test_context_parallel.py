@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from approx_attention import METHODS, attend, attention, context_parallel, fold_scale, merge
+from approx_attention import METHODS, attend, attention, distributed, fold_scale, merge
 from tests.references import compiled, random_heads
 
 # Small enough to shard over eight devices, and not a multiple of them.
@@ -47,7 +47,7 @@ def mesh_of(devices):
 @compiled
 def sharded(query, key, value, devices, **options):
     options.setdefault("rng", jax.random.key(5))
-    return context_parallel.attention(query, key, value, mesh=mesh_of(devices), axis="sequence", **options)
+    return distributed.attention(query, key, value, mesh=mesh_of(devices), axis="sequence", **options)
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def test_batch_and_heads_over_further_axes():
         for x, spec in zip(tensors(), [PartitionSpec("data", "sequence", "heads", None)] * 3, strict=True)
     ]
     axes = {"axis": "sequence", "batch_axis": "data", "head_axis": "heads"}
-    out = context_parallel.attention(*placed, mesh=mesh, **axes, **options)
+    out = distributed.attention(*placed, mesh=mesh, **axes, **options)
     expected = attention(*tensors(), **options)
     np.testing.assert_allclose(np.asarray(out)[:, :LENGTH], expected, atol=1e-4, rtol=1e-4)
 
@@ -193,7 +193,7 @@ def test_sharded_arguments_within_a_compiled_gradient(name, axis_type):
     layout = NamedSharding(mesh, PartitionSpec("data", "sequence"))
     query, key, value = (x[:, :60] for x in tensors())
     options = {"method": name, "rng": jax.random.key(5), "is_causal": True, **SETTINGS[name]}
-    over = functools.partial(context_parallel.attention, mesh=mesh, axis="sequence", batch_axis="data", **options)
+    over = functools.partial(distributed.attention, mesh=mesh, axis="sequence", batch_axis="data", **options)
     gradients = [
         jax.jit(jax.grad(lambda tensors, call=call: jnp.sum(jnp.square(call(*tensors)))))(placed)
         for call, placed in (
@@ -226,14 +226,14 @@ def test_what_cannot_be_done_is_refused(error, message, options):
     query, key, value = tensors()
     options = {"mesh": mesh_of(2), "axis": "sequence", "method": "exact"}
     with pytest.raises(ValueError, match="query and key must share the head dimension"):
-        context_parallel.attention(query, key[..., :-1], value, **options)
+        distributed.attention(query, key[..., :-1], value, **options)
     with pytest.raises(ValueError, match="key_value_seq_lengths must have the batch's shape"):
-        context_parallel.attention(query, key, value, key_value_seq_lengths=jnp.ones(7, int), **options)
+        distributed.attention(query, key, value, key_value_seq_lengths=jnp.ones(7, int), **options)
     with pytest.raises(TypeError, match="query must be"):
-        context_parallel.attention(query.astype(int), key, value, **options)
+        distributed.attention(query.astype(int), key, value, **options)
     with pytest.raises(TypeError, match="query"):
-        context_parallel.attention(query.tolist(), key, value, **options)
+        distributed.attention(query.tolist(), key, value, **options)
     with pytest.raises(ValueError, match=r"must be \[B, T, N, D\]"):
-        context_parallel.attention(query, key[:, :-1], value[:, :-1], **options)
+        distributed.attention(query, key[:, :-1], value[:, :-1], **options)
     with pytest.raises(ValueError, match="mesh has the axes sequence, got 'time'"):
-        context_parallel.attention(*tensors(), mesh=mesh_of(2), axis="time", method="exact")
+        distributed.attention(*tensors(), mesh=mesh_of(2), axis="time", method="exact")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from approx_attention import attention, context_parallel
+from approx_attention import attention, distributed
 from tests.references import random_heads
 from tests.test_context_parallel import FORMS, LENGTHS, mesh_of, options_of, tensors
 
 
 def over_devices(name, is_causal, devices=8, **more):
     options = {**options_of(name, is_causal), **more}
-    return functools.partial(context_parallel.attention, mesh=mesh_of(devices), axis="sequence", **options)
+    return functools.partial(distributed.attention, mesh=mesh_of(devices), axis="sequence", **options)
 
 
 SECOND = [(name, is_causal) for name, is_causal in FORMS if not is_causal and (name, True) in FORMS]
@@ -98,7 +98,7 @@ def test_placed_tensors_and_meshes_in_use_without_jit(axis_type):
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(axis_type,))
     plain = random_heads(4, 2, 64, 64, 2, 1)
     placed = jax.device_put(plain, NamedSharding(mesh, PartitionSpec(None, "sequence")))
-    call = functools.partial(context_parallel.attention, mesh=mesh, axis="sequence", method="exact")
+    call = functools.partial(distributed.attention, mesh=mesh, axis="sequence", method="exact")
     expected = attention(*plain, method="exact")
     np.testing.assert_allclose(call(*placed), expected, atol=1e-5)
     with jax.set_mesh(mesh):
@@ -117,7 +117,7 @@ def test_a_batch_of_calls_without_jit():
 
 
 def test_arguments_that_no_program_can_be_kept_for_are_named():
-    call = functools.partial(context_parallel.attention, *tensors(), mesh=mesh_of(2), axis="sequence")
+    call = functools.partial(distributed.attention, *tensors(), mesh=mesh_of(2), axis="sequence")
     with pytest.raises(
         TypeError, match=r"'coefficients' of method 'polynomial' must be hashable or hold arrays, got \["
     ):

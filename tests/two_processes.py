@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from approx_attention import context_parallel
+from approx_attention import distributed
 
 METHODS = {
     "exact": {},
@@ -51,7 +51,7 @@ def main(out: pathlib.Path, number: str, port: str, dying: str | None = None) ->
 
             @jax.jit
             def attend(query, key, value, name=name, is_causal=is_causal, settings=settings):
-                return context_parallel.attention(
+                return distributed.attention(
                     query, key, value, mesh=mesh, axis="sequence", method=name, rng=jax.random.key(5),
                     is_causal=is_causal, **settings,
                 )  # fmt: skip

@@ -12,7 +12,7 @@ from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.sharding import Mesh
 
-from approx_attention import context_parallel, flax_arguments
+from approx_attention import distributed, flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
 from approx_attention.decoding import HeadsCache, HeadsDecoder
@@ -40,7 +40,7 @@ class ApproxAttention(nnx.Module):
             traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
         dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
             which are never formed.
-        mesh: devices over which sequences are sharded, as in `approx_attention.context_parallel`; None for one device.
+        mesh: devices over which sequences are sharded, as in `approx_attention.distributed`; None for one device.
         sequence_axis: the mesh axis of the tokens, ``"sequence"`` by default.
         batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
         head_axis: a mesh axis of the heads.
@@ -252,7 +252,7 @@ class ApproxAttention(nnx.Module):
         assert isinstance(self.method, str)
         if mask is not None:
             raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
-        return context_parallel.attention(
+        return distributed.attention(
             query,
             key,
             value,

@@ -104,10 +104,10 @@ def attention(
 
     Example:
         >>> import jax
-        >>> from approx_attention import attention, context_parallel
+        >>> from approx_attention import attention, distributed
         >>> mesh = jax.make_mesh((1,), ("sequence",))
         >>> query, key, value = (jax.random.normal(jax.random.key(i), (2, 64, 4, 8)) for i in range(3))
-        >>> sharded = context_parallel.attention(query, key, value, mesh=mesh, axis="sequence", method="exact")
+        >>> sharded = distributed.attention(query, key, value, mesh=mesh, axis="sequence", method="exact")
         >>> bool(abs(sharded - attention(query, key, value, method="exact")).max() < 1e-5)
         True
 

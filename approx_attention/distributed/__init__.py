@@ -1,0 +1,5 @@
+"""A sequence over several devices."""
+
+from approx_attention.distributed.context_parallel import attention
+
+__all__ = ["attention"]
