@@ -11,28 +11,37 @@ from typing import Any
 import click
 import jax
 
-from approx_attention.compare import (
-    comparison_table,
-    default_methods,
-    draw_frontiers,
-    run_comparison,
-)
 from approx_attention.core import InputError, unknown
-from approx_attention.layers import (
+from approx_attention.evaluation import (
+    Interrupted,
+    Kind,
+    Layer,
+    OnProgress,
+    Plan,
+    Task,
     compared_over_layers,
     comparison_summary_table,
+    comparison_table,
+    default_methods,
     draw_compared_layers,
+    draw_frontiers,
+    draw_plan,
     draw_planned_layers,
+    load_layers,
+    load_sample,
+    only_run,
+    outputs,
     picks_table,
+    plan_document,
     plan_summary_table,
+    plan_table,
     planned_over_layers,
+    run,
+    run_comparison,
+    terminable,
 )
-from approx_attention.plan import Plan, draw_plan, plan_document, plan_table
-from approx_attention.plan import plan as make_plan
+from approx_attention.evaluation import plan as make_plan
 from approx_attention.registry import METHODS, capability_table
-from approx_attention.runs import Interrupted, Kind, OnProgress, Task, only_run, run
-from approx_attention.tensor_files import Layer, load_layers, load_sample
-from approx_attention.terminal import outputs, terminable
 
 # The exit codes that shells give to SIGINT and SIGTERM.
 INTERRUPTED = (130, 143)

@@ -7,7 +7,7 @@ import click
 import jax
 from rich.console import Console
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from benchmarks import (
     collectives,
     control_variates,

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from approx_attention import METHODS, distributed
-from approx_attention.compare import environment
+from approx_attention.evaluation import environment
 from benchmarks.wire import SETTINGS, Sizes, sent_by
 
 DEVICES, LENGTHS = (2, 4, 8), (4096, 32768)

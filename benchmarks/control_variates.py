@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import METHODS, attention
-from approx_attention.compare import environment
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, torch_arm, torch_version, with_gradient
 
 SETTINGS: dict[str, dict[str, Any]] = {

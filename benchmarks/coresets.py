@@ -11,9 +11,8 @@ from jax import Array
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, attention, fold_scale, summarize_coreset
-from approx_attention.compare import environment
 from approx_attention.coresets import ALGORITHMS, Algorithm, Halving, PivotedNystrom
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, peak_flops
 
 LENGTH, SIZE = 16384, 1024

@@ -11,8 +11,7 @@ from jax import Array
 from rich.console import Console
 
 from approx_attention import METHODS, attention
-from approx_attention.compare import environment
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 from approx_attention.nnx import init_cache
 from benchmarks.exact import peak_flops
 from experiments.models import (

@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import attention
-from approx_attention.compare import environment
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 
 NUM_HEADS, HEAD_DIM = 8, 64
 # An arm that holds all logits is left out above this many bytes of them.

@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import attention, draw_sketch
-from approx_attention.compare import environment
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, torch_version
 
 SLOTS = (128, 256, 512, 1024, 2048)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from approx_attention.diagnostics import break_even
+from approx_attention.evaluation import break_even
 
 # Times are not known to less: a method that is not faster by this share is not faster.
 MARGIN = 0.05

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
-from approx_attention.compare import environment
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import peak_flops
 
 HEAD_DIM, DEGREE = 8, 4

@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 
-from approx_attention.compare import BASELINES
+from approx_attention.evaluation import BASELINES
 from approx_attention.registry import METHODS, Capabilities, Method, capability_table
 from benchmarks.report import machine, markdown_table
 

@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from approx_attention.compare import write_atomically
 from approx_attention.core import unknown
+from approx_attention.evaluation import write_atomically
 from experiments import data, report
 from experiments.capture import capture
 from experiments.config import ConfigError, parse_overrides, read_config_file

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from approx_attention import diagnostics
+from approx_attention.evaluation import output_error
 from experiments.capture import capture
 from experiments.models import AttentionConfig, attention_layers
 from experiments.training import predict
@@ -56,5 +56,5 @@ def attention_errors(
 
         exact = answers(AttentionConfig("exact"))
         for name, config in methods.items():
-            errors[name].append(float(diagnostics.output_error(answers(config), exact).relative))
+            errors[name].append(float(output_error(answers(config), exact).relative))
     return {name: {"mean": float(np.mean(of)), "layers": of} for name, of in errors.items()}

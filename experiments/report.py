@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from experiments import plots
 from experiments.claims import SCALES, Against, Finding, Metric, device_name, judge, read_claims
 from experiments.config import ConfigError, ConfigFile, read_config_file

@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from experiments.config import ConfigError, adapter_of
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from approx_attention.compare import environment, write_atomically
 from approx_attention.core import unknown
+from approx_attention.evaluation import environment, write_atomically
 from experiments.config import (
     BESIDE_SETTINGS,
     ConfigError,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from experiments import data
 from experiments.capture import capture
 from experiments.config import as_plain

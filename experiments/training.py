@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from experiments import data
 from experiments.checkpoints import brief, open_checkpoints, restore, save
 from experiments.config import (

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from docs import pages
 
 LISTING = pathlib.Path(__file__).parent / "public_api.txt"

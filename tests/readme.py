@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from approx_attention.compare import BASELINES, in_units, write_atomically
-from approx_attention.diagnostics import break_even
+from approx_attention.evaluation import BASELINES, break_even, in_units, write_atomically
 from approx_attention.registry import METHODS, capability_table
 from benchmarks.report import (
     MARGIN,

@@ -24,12 +24,11 @@ from approx_attention import (
     shared_sizes,
     token_budget,
 )
-from approx_attention.compare import build_arms
 from approx_attention.core import as_pair, check_count, check_counts
 from approx_attention.coresets import BalanceKV, Halving, KMeansMerge, PivotedNystrom, Stratified, SubGen
+from approx_attention.evaluation import Tensors, build_arms
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
 from approx_attention.sparse import SparsePattern
-from approx_attention.tensor_files import Tensors
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEY = jax.random.key(0)

@@ -29,7 +29,7 @@ from approx_attention.coresets import (
     spread_places,
     tree_order,
 )
-from approx_attention.diagnostics import sup_error
+from approx_attention.evaluation import sup_error
 from tests.references import compiled, random_head
 from tests.test_coreset import KEY, answers, clustered, summary
 

@@ -14,10 +14,18 @@ import jax
 import numpy as np
 import pytest
 
-from approx_attention import cli, runs, terminal
-from approx_attention.compare import comparison_table, no_better_than_mean, times
+from approx_attention import cli
 from approx_attention.core import InputError
-from approx_attention.plan import Candidate, Plan, plan_table
+from approx_attention.evaluation import (
+    Candidate,
+    Plan,
+    comparison_table,
+    no_better_than_mean,
+    plan_table,
+    runs,
+    terminal,
+    times,
+)
 from tests.references import random_heads
 from tests.test_compare import comparison, refusal, run
 
@@ -74,7 +82,7 @@ def candidate(method, bound, held_out, speedup, is_exact=False):
 
 
 def made_plan():
-    from approx_attention.error_laws import split_units
+    from approx_attention.evaluation import split_units
 
     candidates = [
         candidate("exact", 0.0, 0.0, 1.0, is_exact=True),
@@ -350,8 +358,8 @@ def test_progress_is_a_line_for_each(file, tmp_path, capsys):
 
 
 def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("approx_attention.diagnostics.compile_arm", lambda *args: pytest.fail("measured"))
-    monkeypatch.setattr("approx_attention.plan.compile_arm", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("approx_attention.evaluation.diagnostics.compile_arm", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("approx_attention.evaluation.planning.compile_arm", lambda *args: pytest.fail("measured"))
 
     def message(*options):
         return refusal(capsys, options[0], file, "--out", tmp_path / "out", *options[1:])

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 
 from approx_attention import attention, cli
-from approx_attention.compare import (
+from approx_attention.core import InputError
+from approx_attention.evaluation import (
+    Comparison,
     best_rows,
     build_arms,
     comparison_table,
     draw_frontiers,
+    load_sample,
+    load_tensors,
     run_comparison,
     write_atomically,
 )
-from approx_attention.core import InputError
-from approx_attention.diagnostics import Comparison
-from approx_attention.tensor_files import load_sample, load_tensors
 from tests.references import brute_force, random_heads
 
 
@@ -380,7 +381,8 @@ def test_an_absent_device_is_refused(tensors, tmp_path, options, platforms, told
 def test_a_method_without_a_causal_form_is_refused_for_causal_attention(tensors, monkeypatch):
     import dataclasses
 
-    from approx_attention import compare, registry
+    from approx_attention import registry
+    from approx_attention.evaluation import comparison as compare
 
     method = registry.METHODS["mean_pool"]
     blind = dataclasses.replace(method, capabilities=dataclasses.replace(method.capabilities, causal=False))

@@ -22,7 +22,7 @@ from approx_attention import (
     summarize_coreset,
 )
 from approx_attention.coresets import ALGORITHMS, SIGN_RULES, Halving
-from approx_attention.diagnostics import sup_error
+from approx_attention.evaluation import sup_error
 from tests.references import brute_force, compiled, random_head
 
 attend = compiled(attend)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from approx_attention import WeightedKV, attend, summarize_mean_pool, summarize_uniform_sample
-from approx_attention.diagnostics import Arm, compare, output_error, skill, sup_error, time_interleaved
+from approx_attention.evaluation import Arm, compare, output_error, skill, sup_error, time_interleaved
 from tests.references import brute_force, random_head, random_heads
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.diagnostics import Timing
+from approx_attention.evaluation import Timing
 from experiments import plots, tables
 from experiments.config import ConfigError, read_config_file
 from experiments.models import AttentionConfig

@@ -9,7 +9,8 @@ import weakref
 import numpy as np
 import pytest
 
-from approx_attention import cli, runs
+from approx_attention import cli
+from approx_attention.evaluation import runs
 from tests.test_command_line import COMMAND, ROWS, Stream
 from tests.test_compare import run
 

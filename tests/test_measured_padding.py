@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import compare as compare_module
-from approx_attention import diagnostics
-from approx_attention.compare import exact_arms, method_arm, run_comparison
 from approx_attention.core import InputError
-from approx_attention.error_laws import split_units
-from approx_attention.plan import plan, plan_table
-from approx_attention.real_tokens import key_mask, query_mask
-from approx_attention.tensor_files import Tensors
+from approx_attention.evaluation import (
+    Tensors,
+    diagnostics,
+    exact_arms,
+    key_mask,
+    method_arm,
+    plan,
+    plan_table,
+    query_mask,
+    run_comparison,
+    split_units,
+)
+from approx_attention.evaluation import comparison as compare_module
 from tests.references import brute_force, random_heads
 
 LENGTHS = np.array([24, 9])

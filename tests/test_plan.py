@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 
 from approx_attention import cli
-from approx_attention import plan as plan_module
-from approx_attention.compare import held_bytes, run_comparison
 from approx_attention.core import InputError
-from approx_attention.diagnostics import Timing
-from approx_attention.error_laws import ErrorLaw, Split, UnitErrors, split_units
-from approx_attention.plan import plan, plan_table
+from approx_attention.evaluation import (
+    ErrorLaw,
+    Split,
+    Tensors,
+    Timing,
+    UnitErrors,
+    held_bytes,
+    load_sample,
+    plan,
+    plan_table,
+    run_comparison,
+    split_units,
+)
+from approx_attention.evaluation import planning as plan_module
 from approx_attention.registry import METHODS
-from approx_attention.tensor_files import Tensors, load_sample
 from tests.references import brute_force, random_heads
 from tests.test_compare import refusal, run
 

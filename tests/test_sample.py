@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from flax import nnx
 
-from approx_attention.tensor_files import load_tensors
+from approx_attention.evaluation import load_tensors
 from experiments.__main__ import experiments
 from experiments.capture import capture
 from experiments.config import ConfigError

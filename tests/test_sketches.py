@@ -19,7 +19,7 @@ from approx_attention import (
     unreduced_jlt,
 )
 from approx_attention.core import SKETCHES, RowSample, back, draw_sketch, hadamard_transform, leverages
-from approx_attention.diagnostics import spectrum
+from approx_attention.evaluation import spectrum
 from approx_attention.realization import needed_head_dim, realize_attention
 from tests.references import brute_force, compiled, random_head, random_heads
 

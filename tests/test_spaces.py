@@ -21,7 +21,6 @@ from approx_attention import (
     compress,
     compress_cache,
     compress_tokens,
-    diagnostics,
     exact,
     fold_scale,
     hadamard,
@@ -32,6 +31,7 @@ from approx_attention import (
     summary_bytes,
 )
 from approx_attention.coresets import ALGORITHMS
+from approx_attention.evaluation import diagnostics
 from tests.references import random_head
 
 KEY = jax.random.key(0)

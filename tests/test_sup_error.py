@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import WeightedKV, attend, bounds
-from approx_attention.diagnostics import sup_error
+from approx_attention.evaluation import sup_error
 from tests.references import random_head
 
 

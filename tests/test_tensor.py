@@ -29,7 +29,7 @@ from approx_attention import (
     tensor_support_basis,
 )
 from approx_attention.core import AttentionState, merge
-from approx_attention.diagnostics import skill
+from approx_attention.evaluation import skill
 from approx_attention.methods import polynomial
 from approx_attention.tensor import (
     check_causal,

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from approx_attention import tensor_files
 from approx_attention.core import InputError
-from approx_attention.tensor_files import load_layers, load_tensors
+from approx_attention.evaluation import files as tensor_files
+from approx_attention.evaluation import load_layers, load_tensors
 
 
 def safetensors(path, arrays, header=None, trailing=b""):

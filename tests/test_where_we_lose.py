@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from approx_attention.compare import held_bytes
+from approx_attention.evaluation import held_bytes
 from experiments.config import ConfigError, resolve
 from experiments.whole_picture.where_we_lose import (
     FAMILIES,

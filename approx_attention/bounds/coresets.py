@@ -51,7 +51,7 @@ def merge_bound(
 
     The bound is that of the merge that is returned, not of the summary that was given: of the clusters of that one only
     the means are known, and not who is in them. No bound of this kind is known for Nystrom weights or for chosen
-    tokens: measure those with `approx_attention.diagnostics.sup_error`, whose search gives a lower bound of the
+    tokens: measure those with `approx_attention.evaluation.sup_error`, whose search gives a lower bound of the
     supremum. Above :math:`2 \max \|v\|` it says nothing.
 
     Args:

@@ -157,8 +157,8 @@ def tensor_certificate(
               |\tilde o_{ic} - o_{ic}| \le C\, \Big(\max_{j, l} v^1_{jc} v^2_{lc} - \min_{j, l} v^1_{jc} v^2_{lc}\Big).
 
     It holds with and without a causal mask or a window. It assumes the worst logits within the bound and is often a
-    hundred times larger than the error: measure that too (`approx_attention.diagnostics.output_error`), and its *skill*
-    beside the mean of the values (`approx_attention.diagnostics.skill`), for where logits are tiny all methods look
+    hundred times larger than the error: measure that too (`approx_attention.evaluation.output_error`), and its *skill*
+    beside the mean of the values (`approx_attention.evaluation.skill`), for where logits are tiny all methods look
     good. Rounding is not part of it.
 
     Args:

@@ -73,7 +73,7 @@ def favor(
     The normaliser and the numerator are unbiased; their ratio is not. Magnitudes stay in the log domain: there is
     no epsilon, no clamp, and no stabiliser that looks at other positions. The relative error of one entry grows like
     :math:`e^{\|q + k\|^2 / 2} R^{-1/2}` (`approx_attention.bounds.favor_mse`), so large queries and keys need very many
-    features: measure with `approx_attention.diagnostics` before trusting it. A fixed key gives a fixed draw: redraw by
+    features: measure with `approx_attention.evaluation` before trusting it. A fixed key gives a fixed draw: redraw by
     passing another.
 
     Args:

@@ -14,12 +14,12 @@ from approx_attention import (
     PositiveFeatures,
     WeightedKV,
     attend,
-    diagnostics,
     exact,
     fold_scale,
     orthogonal_projection,
 )
 from approx_attention import control_variate_state as estimate
+from approx_attention.evaluation import output_error
 from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, Several, Whole
 from experiments.control_variates.gap import GapConfig, smoothed
 
@@ -64,10 +64,10 @@ def run(config: ContinuumConfig, directory: pathlib.Path, console: Console) -> d
             moments = jax.vmap(lambda k, v: FeatureMoments.of_tokens(features, k, v))(*parts)
             logits = (scaled_q @ scaled_k[size:].T).reshape(config.length, groups, -1)
             state = estimate(scaled_q, near, moments, jax.nn.logsumexp(logits, axis=2))
-            errors[str(size)][str(groups)] = float(diagnostics.output_error(state.out, truth).relative)
+            errors[str(size)][str(groups)] = float(output_error(state.out, truth).relative)
     random_features = attend(scaled_q, FeatureMoments.of_tokens(features, scaled_k, v)).out
     return {
         "errors": errors,
-        "random_features": float(diagnostics.output_error(random_features, truth).relative),
-        "mean_value": float(diagnostics.output_error(jnp.broadcast_to(v.mean(0), v.shape), truth).relative),
+        "random_features": float(output_error(random_features, truth).relative),
+        "mean_value": float(output_error(jnp.broadcast_to(v.mean(0), v.shape), truth).relative),
     }

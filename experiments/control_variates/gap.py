@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from approx_attention import METHODS, attention, diagnostics
-from approx_attention.compare import held_bytes
-from approx_attention.tensor_files import Tensors, load_sample
+from approx_attention import METHODS, attention
+from approx_attention.evaluation import Tensors, held_bytes, load_sample, output_error
 from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, SeveralBy, Share
 from experiments.models import AttentionConfig
 
@@ -54,7 +53,7 @@ def run(config: GapConfig, directory: pathlib.Path, console: Console) -> dict[st
         out = attention(*tensors, method=method.method, rng=rng, is_causal=config.is_causal, **method.arguments())
         size = method.settings.get(entry.size or "", 0)
         result[name] = {
-            "error": float(diagnostics.output_error(out, exact).relative),
+            "error": float(output_error(out, exact).relative),
             "flops": entry.cost(length, length, head_dim, head_dim, size),
             "held_bytes": held_bytes(tensors, method.method, method.arguments(), is_causal=config.is_causal),
         }

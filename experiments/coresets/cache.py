@@ -17,7 +17,7 @@ from approx_attention import attend, attention, causal_state, compress_tokens, e
 from approx_attention import running_coreset as running
 from approx_attention.coresets import ALGORITHMS
 from approx_attention.decoding import HEURISTICS
-from approx_attention.diagnostics import output_error
+from approx_attention.evaluation import output_error
 from experiments import data
 from experiments.capture import capture
 from experiments.config import STRICT, Count, Seed, Several, Share, Whole

@@ -14,7 +14,7 @@ from rich.console import Console
 from approx_attention import WeightedKV, attend, summarize_coreset, summarize_mean_value
 from approx_attention.core import pad_rows
 from approx_attention.coresets import ALGORITHMS, Algorithm, Halving
-from approx_attention.diagnostics import sup_error
+from approx_attention.evaluation import sup_error
 from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
 from experiments.coresets import instances
 from experiments.harness.long_context import slope

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import time_interleaved
 from experiments.config import STRICT, Count, Seed, Several, Share
 
 # The whole cache as a summary that holds it.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from approx_attention.compare import write_atomically
+from approx_attention.evaluation import write_atomically
 from experiments.config import ConfigError
 from experiments.data.dataset import Batch, Dataset
 

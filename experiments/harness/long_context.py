@@ -12,8 +12,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.compare import LARGEST_LOGITS
-from approx_attention.diagnostics import break_even, time_interleaved
+from approx_attention.evaluation import LARGEST_LOGITS, break_even, time_interleaved
 from approx_attention.registry import get_method
 from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
 from experiments.models import AttentionConfig, ModelConfig, SelfAttention

@@ -5,8 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from approx_attention.compare import held_bytes
-from approx_attention.tensor_files import Tensors
+from approx_attention.evaluation import Tensors, held_bytes
 from experiments import data
 from experiments.data import Dataset
 from experiments.fidelity import attention_errors

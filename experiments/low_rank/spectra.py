@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.diagnostics import spectrum
+from approx_attention.evaluation import spectrum
 from experiments import data
 from experiments.capture import capture
 from experiments.config import STRICT, ConfigError, Count, Seed, Share

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.diagnostics import output_error, skill
+from approx_attention.evaluation import output_error, skill
 
 
 class Tensors(NamedTuple):

@@ -13,7 +13,7 @@ from jax import lax
 from rich.console import Console
 
 from approx_attention import running_tensor_polynomial, tensor_attention, tensor_polynomial
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import time_interleaved
 from experiments.config import STRICT, Count, Seed, Several, Whole
 from experiments.harness.long_context import slope
 

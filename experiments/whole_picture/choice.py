@@ -1,4 +1,4 @@
-"""What `approx_attention.plan` chooses for a model trained with exact attention, in the bytes of the zoo."""
+"""What `approx_attention.evaluation.plan` chooses for a model trained with exact attention, in the bytes of the zoo."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from approx_attention.plan import plan
+from approx_attention.evaluation import Tensors, plan
 from approx_attention.registry import get_method
-from approx_attention.tensor_files import Tensors
 from experiments.capture import capture
 from experiments.models import AttentionConfig
 from experiments.training import predict

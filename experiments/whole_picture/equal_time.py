@@ -12,8 +12,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.compare import environment
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import environment, time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
 from experiments.config import STRICT, ConfigError, Count, Named, Positive, Seed, Share, as_plain

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from approx_attention.figures import light_grid, method_styles
+from approx_attention.evaluation import light_grid, method_styles
 from experiments.whole_picture import where_we_lose
 from experiments.whole_picture.zoo import CHOOSE
 

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from approx_attention.compare import default_methods, held_bytes, method_arm
 from approx_attention.core import unknown
-from approx_attention.diagnostics import output_error
+from approx_attention.evaluation import Tensors, default_methods, held_bytes, load_sample, method_arm, output_error
 from approx_attention.registry import METHODS
-from approx_attention.tensor_files import Tensors, load_sample
 from experiments.config import STRICT, Count, Seed, Several
 from experiments.coresets import instances
 

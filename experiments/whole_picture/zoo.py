@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from approx_attention.diagnostics import time_interleaved
+from approx_attention.evaluation import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
 from experiments.config import STRICT, Count, Named, Seed

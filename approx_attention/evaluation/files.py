@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from approx_attention.core import InputError, did_you_mean
-from approx_attention.real_tokens import key_mask, query_mask
+from approx_attention.evaluation.real_tokens import key_mask, query_mask
 
 # What may stand between the name of a layer and that of its array.
 SEPARATORS = "./_"

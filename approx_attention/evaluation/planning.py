@@ -13,7 +13,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from approx_attention.compare import (
+from approx_attention.core import InputError
+from approx_attention.evaluation.comparison import (
     BASELINES,
     MOST_SEEDS,
     PADDED_FOOTNOTE,
@@ -33,13 +34,12 @@ from approx_attention.compare import (
     token_bytes,
     without_padding,
 )
-from approx_attention.core import InputError
-from approx_attention.diagnostics import Arm, compile_arm, time_interleaved
-from approx_attention.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
-from approx_attention.figures import log_scales, method_styles
-from approx_attention.real_tokens import key_mask, query_mask
+from approx_attention.evaluation.diagnostics import Arm, compile_arm, time_interleaved
+from approx_attention.evaluation.error_laws import LEAST_HEADS, ErrorLaw, Split, UnitErrors, split_units
+from approx_attention.evaluation.figures import log_scales, method_styles
+from approx_attention.evaluation.files import Tensors
+from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from approx_attention.registry import get_method
-from approx_attention.tensor_files import Tensors
 
 _Setting = TypeVar("_Setting")
 
@@ -197,8 +197,8 @@ def plan(
 
     Example:
         >>> import jax
-        >>> from approx_attention.tensor_files import Tensors
-        >>> from approx_attention.plan import plan
+        >>> from approx_attention.evaluation import Tensors
+        >>> from approx_attention.evaluation import plan
         >>> q, k, v = (0.1 * jax.random.normal(jax.random.key(i), (1, 64, 8, 8)) for i in range(3))
         >>> made = plan(Tensors(q, k, v + 1), tolerance=0.05, max_bytes=1000, methods=["mean_pool"], rounds=1)
         >>> made.pick.label, made.pick.meets

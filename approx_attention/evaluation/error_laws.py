@@ -31,7 +31,7 @@ class ErrorLaw:
         slope: of log error against log size, at most 0.
 
     Example:
-        >>> from approx_attention.error_laws import ErrorLaw
+        >>> from approx_attention.evaluation import ErrorLaw
         >>> law = ErrorLaw.fit({16: 0.4, 64: 0.2, 256: 0.1})  # falls as the square root
         >>> round(law.slope, 3), round(law.error(1024), 3), round(law.size(0.15))
         (-0.5, 0.05, 114)

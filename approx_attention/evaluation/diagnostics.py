@@ -28,7 +28,7 @@ from approx_attention.core import (
     require_scaled_space,
     zero_padding,
 )
-from approx_attention.real_tokens import key_mask, query_mask
+from approx_attention.evaluation.real_tokens import key_mask, query_mask
 
 
 class OutputError(NamedTuple):
@@ -61,7 +61,7 @@ def output_error(out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows D
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.diagnostics import output_error
+        >>> from approx_attention.evaluation import output_error
         >>> error = output_error(jnp.array([[1.0], [1.0]]), jnp.array([[1.0], [0.0]]))
         >>> float(error.relative), round(float(error.worst_row), 4)
         (1.0, 1.4142)
@@ -98,7 +98,7 @@ def skill(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.diagnostics import skill
+        >>> from approx_attention.evaluation import skill
         >>> float(skill(jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [3.0]]), jnp.array([[2.0]])).round(3))
         0.707
     """
@@ -167,7 +167,7 @@ def sup_error(
     Example:
         >>> import jax
         >>> from approx_attention import summarize_mean_pool
-        >>> from approx_attention.diagnostics import sup_error
+        >>> from approx_attention.evaluation import sup_error
         >>> k, v = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
         >>> coarse, fine = (sup_error(k, v, summarize_mean_pool(k, v, num_landmarks=m), 1.0).error for m in (8, 64))
         >>> bool(fine < 1e-5 < coarse)
@@ -270,7 +270,7 @@ def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float], *, m
         The length, or None where the method is no faster at the longest.
 
     Example:
-        >>> from approx_attention.diagnostics import break_even
+        >>> from approx_attention.evaluation import break_even
         >>> break_even({512: 2.0, 1024: 2.0, 2048: 4.0}, {512: 1.0, 1024: 3.0, 2048: 9.0})
         1024
     """
@@ -323,7 +323,7 @@ def shared_programs(programs: _Programs) -> Iterator[None]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.diagnostics import Arm, compile_arm, shared_programs
+        >>> from approx_attention.evaluation import Arm, compile_arm, shared_programs
         >>> x = jnp.ones((1, 4, 1, 2))
         >>> with shared_programs({}):
         ...     made = [compile_arm(Arm("mine", lambda q, k, v, rng: (v, None)), x, x, x)[0] for _ in range(2)]
@@ -576,7 +576,7 @@ def spectrum(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.diagnostics import spectrum
+        >>> from approx_attention.evaluation import spectrum
         >>> q = k = 9.0 * jnp.eye(4)
         >>> [round(float(x), 2) for x in spectrum(q, k).weights]
         [0.25, 0.5, 0.75, 1.0]

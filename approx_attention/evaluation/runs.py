@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import click
 import jax
 
-from approx_attention.compare import finite, report, write_results
 from approx_attention.core import InputError
-from approx_attention.diagnostics import shared_programs
-from approx_attention.tensor_files import Layer
-from approx_attention.terminal import Terminated, end_if_asked, only_holder, progress, say
+from approx_attention.evaluation.comparison import finite, report, write_results
+from approx_attention.evaluation.diagnostics import shared_programs
+from approx_attention.evaluation.files import Layer
+from approx_attention.evaluation.terminal import Terminated, end_if_asked, only_holder, progress, say
 
 OnProgress = Callable[[str, int, int], None]
 

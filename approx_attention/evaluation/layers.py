@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from approx_attention.compare import (
+from approx_attention.evaluation.comparison import (
     FRONTIER,
     TRIVIAL,
     TRIVIAL_FOOTNOTE,
@@ -20,9 +20,9 @@ from approx_attention.compare import (
     plain_table,
     times,
 )
-from approx_attention.diagnostics import Comparison
-from approx_attention.figures import log_scales, method_styles
-from approx_attention.plan import Candidate, Plan
+from approx_attention.evaluation.diagnostics import Comparison
+from approx_attention.evaluation.figures import log_scales, method_styles
+from approx_attention.evaluation.planning import Candidate, Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,11 @@ from rich.text import Text
 from approx_attention.api import attention
 from approx_attention.core import InputError, check_flag, summary_bytes
 from approx_attention.decoding import Decoder
-from approx_attention.diagnostics import Arm, Comparison, compare
-from approx_attention.figures import log_scales, method_styles
-from approx_attention.real_tokens import key_mask, query_mask
+from approx_attention.evaluation.diagnostics import Arm, Comparison, compare
+from approx_attention.evaluation.figures import log_scales, method_styles
+from approx_attention.evaluation.files import Tensors
+from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from approx_attention.registry import METHODS, Method, accepted, get_method
-from approx_attention.tensor_files import Tensors
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
 LARGEST_LOGITS = 2**31
