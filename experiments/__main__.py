@@ -210,7 +210,7 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
 @click.option(
     "--to",
     type=Place(".npz"),
-    help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/sample.npz]",
+    help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/data/sample.npz]",
 )
 def sample_command(
     config: pathlib.Path, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path | None
@@ -218,7 +218,7 @@ def sample_command(
     """Write the sample that ships with the package, from the language model of CONFIG; trains it first if need be."""
     if to is None and (assignments or config != SAMPLE_CONFIG):
         raise ConfigError("with other settings than its own the sample is written where --to says")
-    to = to or ROOT / "approx_attention/sample.npz"
+    to = to or ROOT / "approx_attention/data/sample.npz"
     console = _console()
     with _training_run(_run_of(config, None, None, assignments, out)) as (settings, directory):
         provenance = write_sample(settings, directory, to, console)

@@ -104,8 +104,8 @@ def _zoo_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             yield (
                 "`approx_attention.evaluation.plan`, asked for the least error in 1.15 times the median bytes on the "
                 f"tensors of the model trained with exact attention, chose {chosen}: error at most {bound}, {error} on "
-                f"what was held out. Trained with its choice {bits} bits; with the best of the arms above that it can choose "
-                f"from, those that hold no more bytes, {best}, with the median of these {median}."
+                f"what was held out. Trained with its choice {bits} bits; with the best of the arms above that it can "
+                f"choose from, those that hold no more bytes, {best}, with the median of these {median}."
             )
         for name, accuracy in results[0]["oracles"].items():
             yield f"Oracle, {name.replace('_', ' ')}: accuracy {accuracy:.3f}."

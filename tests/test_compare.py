@@ -82,7 +82,7 @@ def test_the_sample_is_what_its_text_says():
     assert query.shape[1] == key.shape[1] == 2048
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] == 64
     assert query.shape[0] >= 2
-    package = os.path.dirname(cli.__file__)
+    package = os.path.join(os.path.dirname(cli.__file__), "data")
     assert os.path.getsize(os.path.join(package, "sample.npz")) <= 2 * 10**6
     with open(os.path.join(package, "sample.txt")) as file:
         provenance = json.load(file)

@@ -104,8 +104,8 @@ def load_layers(
 
 
 def load_sample() -> Tensors:
-    """The tensors that ship with the package; see sample.txt beside them for where they come from."""
-    with importlib.resources.as_file(importlib.resources.files("approx_attention") / "sample.npz") as path:
+    """The tensors that ship with the package; see data/sample.txt for where they come from."""
+    with importlib.resources.as_file(importlib.resources.files("approx_attention") / "data" / "sample.npz") as path:
         return load_tensors(path)
 
 

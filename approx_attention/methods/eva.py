@@ -8,7 +8,6 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.chunks import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
 from approx_attention.core import (
     HIDDEN,
     LEAST_TILE,
@@ -48,6 +47,7 @@ from approx_attention.core import (
     segments,
     squared_norm,
 )
+from approx_attention.methods.eva_layouts import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
 
 ProposalMean = Literal["q+k", "half", "k"]
 
