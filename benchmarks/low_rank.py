@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from approx_attention import attention, draw_sketch
+from approx_attention import attention
+from approx_attention.core import draw_sketch
 from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, torch_version
 

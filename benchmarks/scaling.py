@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from rich.console import Console
 
-from approx_attention import METHODS, Decoder, attention
+from approx_attention import METHODS, Cache, Decoder, attention
 from approx_attention.core import HIDDEN
-from approx_attention.decoding import Cache
 from approx_attention.evaluation import environment, time_interleaved
 from approx_attention.registry import Method
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, with_gradient

@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array, lax
 from rich.console import Console
 
-from approx_attention import BlockMap, SparsePattern, attention, certify, sparse_attention
+from approx_attention import SparsePattern, attention, certify, sparse_attention
 from approx_attention.evaluation import environment, time_interleaved
+from approx_attention.sparse import BlockMap
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops
 
 # The share of the pairs that causal attention sees which the window and the global block see, about.

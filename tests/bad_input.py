@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from approx_attention import METHODS, SparsePattern, bounds, pyramid_budgets, token_budget
+from approx_attention import METHODS, SparsePattern, bounds
 from approx_attention.core import shown
+from approx_attention.decoding import pyramid_budgets, token_budget
 from approx_attention.realization import failure_bound
 from approx_attention.tensor import exp_coefficients, total_degree
 

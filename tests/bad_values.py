@@ -15,17 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import approx_attention as aa
-from approx_attention.core import shown
-from approx_attention.realization import dimension
-from approx_attention.tensor import monomials, polynomials
+from approx_attention.core import PositiveFeatures, causal_state, hadamard, shown, subtract, summary_bytes
+from approx_attention.coresets import compress, query_radius
+from approx_attention.decoding import attention_received, running_compressed, token_budget
+from approx_attention.methods import place_tokens, running_exact
+from approx_attention.realization import dimension, minimal_dimension, realizable_in_one_dimension
+from approx_attention.tensor import polynomials
+from approx_attention.tensor.monomials import monomials
 from tests.bad_input import outcome
 
 rows, mask, key = jnp.ones((6, 4)), jnp.ones(6, bool), jax.random.key(0)
 tokens = aa.WeightedKV.of_tokens(rows, rows)
-moments = aa.FeatureMoments.of_tokens(aa.PositiveFeatures(rows), rows, rows)
+moments = aa.FeatureMoments.of_tokens(PositiveFeatures(rows), rows, rows)
 state = aa.attend(rows, tokens)
 pattern = aa.SparsePattern.banded(6, [0])
-running = aa.running_exact(4, max_length=8)
+running = running_exact(4, max_length=8)
 
 NO_TENSORS = ([1.0], None, 3.0, "x", rows.astype(jnp.complex64), jnp.ones((6, 4), int), jnp.array(1.0))
 NO_ROWS = (*NO_TENSORS, rows[0], rows[None])
@@ -46,7 +50,7 @@ def case(owner: str, says: str, bad: tuple[Any, ...], call: Callable[[Any], Any]
 SUMMARIES: dict[str, Callable[..., Any]] = {
     "WeightedKV.of_tokens": lambda k, v, kv_mask=None: aa.WeightedKV.of_tokens(k, v, kv_mask),
     "FeatureMoments.of_tokens": lambda k, v, kv_mask=None: aa.FeatureMoments.of_tokens(
-        aa.PositiveFeatures(rows), k, v, kv_mask
+        PositiveFeatures(rows), k, v, kv_mask
     ),
     **{
         f"summarize_{name}": functools.partial(
@@ -67,7 +71,7 @@ for name, method in aa.METHODS.items():
         sizes: dict[str, Any] = {"max_length": 8} if name == "exact" else {}
         run = functools.partial(method.running, key=key, **sizes)
         case(f"running_{name}", "head_dim", NO_COUNTS, functools.partial(lambda run, n: run(n), run))
-case("running_compressed", "head_dim", NO_COUNTS, lambda n: aa.running_compressed(n, key, budget=4))
+case("running_compressed", "head_dim", NO_COUNTS, lambda n: running_compressed(n, key, budget=4))
 
 for owner, summary in (("tokens", tokens), ("moments", moments)):
     case(f"attend {owner}", "q", (*NO_ROWS, rows[:, :3]), functools.partial(lambda s, q: aa.attend(q, s), summary))
@@ -80,35 +84,35 @@ case("attend", "attend", (*NO_TENSORS, rows, state), lambda x: aa.attend(rows, x
 case("fold_scale", "q", NO_TENSORS, lambda x: aa.fold_scale(x, rows))
 case("fold_scale", "k", NO_TENSORS, lambda x: aa.fold_scale(rows, x))
 case("fold_scale", "scale", (*NO_NUMBERS[1:], 10**400, -(10**400), -1, 0), lambda x: aa.fold_scale(rows, rows, x))
-case("subtract", "subtract", (*NO_TENSORS, rows, tokens, aa.attend(rows[:1], tokens)), lambda x: aa.subtract(state, x))
-case("subtract", "subtract", (*NO_TENSORS, rows, tokens), lambda x: aa.subtract(x, state))
-case("summary_bytes", "summary_bytes", ([1.0], 3, "x", (tokens, 1.0)), aa.summary_bytes)
-case("hadamard", "hadamard", (3, None, tokens, state, rows), aa.hadamard)
-case("hadamard", "hadamard", (3, None, tokens), lambda x: aa.hadamard(moments, x))
-case("attention_received", "attention_received", (*NO_TENSORS, moments), lambda x: aa.attention_received(x, rows))
-case("attention_received", "queries", (*NO_ROWS, rows[:, :3]), lambda x: aa.attention_received(tokens, x))
-case("compress", "compress", (*NO_TENSORS, moments), lambda x: aa.compress(x, key))
+case("subtract", "subtract", (*NO_TENSORS, rows, tokens, aa.attend(rows[:1], tokens)), lambda x: subtract(state, x))
+case("subtract", "subtract", (*NO_TENSORS, rows, tokens), lambda x: subtract(x, state))
+case("summary_bytes", "summary_bytes", ([1.0], 3, "x", (tokens, 1.0)), summary_bytes)
+case("hadamard", "hadamard", (3, None, tokens, state, rows), hadamard)
+case("hadamard", "hadamard", (3, None, tokens), lambda x: hadamard(moments, x))
+case("attention_received", "attention_received", (*NO_TENSORS, moments), lambda x: attention_received(x, rows))
+case("attention_received", "queries", (*NO_ROWS, rows[:, :3]), lambda x: attention_received(tokens, x))
+case("compress", "compress", (*NO_TENSORS, moments), lambda x: compress(x, key))
 case("summarize_coreset", "coreset_size", (None, "x", [1.0], 2.5, 0),
      lambda x: aa.summarize_coreset(rows, rows, key, coreset_size=x, kv_mask=mask))  # fmt: skip
 case("compress_tokens", "policy", (rows, 3, ["knorm"]), lambda x: aa.compress_tokens(rows, rows, budget=4, policy=x))
 case("compress", "query_radius", (10**400, -1, *NO_NUMBERS[1:]),
-     lambda x: aa.compress(tokens, key, coreset_size=4, query_radius=x))  # fmt: skip
-case("causal_state", "q", NO_ROWS, lambda x: aa.causal_state(x, rows, rows, running, block_size=2))
-case("causal_state", "q", ([1.0],), lambda x: aa.causal_state(running, x, rows, rows, block_size=2))  # pyright: ignore[reportArgumentType]
-case("causal_state", "k", NO_ROWS, lambda x: aa.causal_state(rows, x, rows, running, block_size=2))
-case("causal_state", "kv_mask", NO_MASKS, lambda x: aa.causal_state(rows, rows, rows, running, block_size=2, kv_mask=x))
-case("causal_state", "running", (3, None, tokens), lambda x: aa.causal_state(rows, rows, rows, x, block_size=2))
-case("query_radius", "q", NO_ROWS, aa.query_radius)
-case("query_radius", "margin", (*NO_NUMBERS, 10**400, 0, -1.0, math.nan), lambda x: aa.query_radius(rows, margin=x))
+     lambda x: compress(tokens, key, coreset_size=4, query_radius=x))  # fmt: skip
+case("causal_state", "q", NO_ROWS, lambda x: causal_state(x, rows, rows, running, block_size=2))
+case("causal_state", "q", ([1.0],), lambda x: causal_state(running, x, rows, rows, block_size=2))  # pyright: ignore[reportArgumentType]
+case("causal_state", "k", NO_ROWS, lambda x: causal_state(rows, x, rows, running, block_size=2))
+case("causal_state", "kv_mask", NO_MASKS, lambda x: causal_state(rows, rows, rows, running, block_size=2, kv_mask=x))
+case("causal_state", "running", (3, None, tokens), lambda x: causal_state(rows, rows, rows, x, block_size=2))
+case("query_radius", "q", NO_ROWS, query_radius)
+case("query_radius", "margin", (*NO_NUMBERS, 10**400, 0, -1.0, math.nan), lambda x: query_radius(rows, margin=x))
 case("token_budget", "dtype", (None, "x", rows, 3, int, "int32", np.ones(2)),
-     lambda x: aa.token_budget(2**20, 4, 4, dtype=x))  # fmt: skip
-case("place_tokens", "x", NO_ROWS, lambda x: aa.place_tokens(x, max_length=8))
+     lambda x: token_budget(2**20, 4, 4, dtype=x))  # fmt: skip
+case("place_tokens", "x", NO_ROWS, lambda x: place_tokens(x, max_length=8))
 case("place_tokens", "start", (2.5, -1, math.nan, 10**20, 10**400, "x", None, [1], jnp.ones(2, int), np.int8(-1)),
-     lambda x: aa.place_tokens(rows, max_length=8, start=x))  # fmt: skip
-case("place_tokens", "max_length", (5, 0, "x", 10**20), lambda x: aa.place_tokens(rows, max_length=x))
+     lambda x: place_tokens(rows, max_length=8, start=x))  # fmt: skip
+case("place_tokens", "max_length", (5, 0, "x", 10**20), lambda x: place_tokens(rows, max_length=x))
 
 case("one_dimensional_order", "pattern", NO_PATTERNS, dimension.one_dimensional_order)
-case("realizable_in_one_dimension", "pattern", NO_PATTERNS, aa.realizable_in_one_dimension)
+case("realizable_in_one_dimension", "pattern", NO_PATTERNS, realizable_in_one_dimension)
 case("certify", "pattern", NO_PATTERNS, lambda x: aa.certify(rows, rows.T @ rows, rows.T @ rows, x))
 
 
@@ -117,7 +121,7 @@ def realize(pattern: Any = pattern, eps1: Any = 0.1, eps2: Any = 0.1, **options:
 
 
 def search(pattern: Any = pattern, eps1: Any = 0.1, eps2: Any = 0.1, **options: Any) -> Any:
-    return aa.minimal_dimension(pattern, eps1, eps2, key=key, trials=1, **options)
+    return minimal_dimension(pattern, eps1, eps2, key=key, trials=1, **options)
 
 
 for owner, call in (("realize_sparse_pattern", realize), ("minimal_dimension", search)):
@@ -146,11 +150,11 @@ case("minimax_error", "bound", (*NO_NUMBERS[1:], 10**400, 0, -1.0), lambda x: po
 # Large, and allowed.
 ALLOWED: dict[str, Callable[[], Any]] = {
     "fold_scale(scale=10**20)": lambda: aa.fold_scale(rows, rows, 10**20),
-    "query_radius(margin=10**20)": lambda: aa.query_radius(rows, margin=10**20),
+    "query_radius(margin=10**20)": lambda: query_radius(rows, margin=10**20),
     "realize_sparse_pattern(eps2=10**20)": lambda: realize(eps2=10**20),
     "minimal_dimension(eps2=10**20)": lambda: search(eps2=10**20),
-    "compress(query_radius=10**20)": lambda: aa.compress(tokens, key, coreset_size=4, query_radius=10**20),
-    "place_tokens(start=uint8)": lambda: aa.place_tokens(rows, max_length=300, start=np.uint8(200)),  # pyright: ignore[reportArgumentType]
+    "compress(query_radius=10**20)": lambda: compress(tokens, key, coreset_size=4, query_radius=10**20),
+    "place_tokens(start=uint8)": lambda: place_tokens(rows, max_length=300, start=np.uint8(200)),  # pyright: ignore[reportArgumentType]
 }
 
 

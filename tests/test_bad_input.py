@@ -11,24 +11,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from approx_attention import (
-    Decoder,
-    HeadsDecoder,
-    attention,
-    compress_cache,
-    compress_tokens,
-    linen,
-    pyramid_budgets,
-    running_coreset,
-    running_exact,
-    shared_sizes,
-    token_budget,
-)
+from approx_attention import Decoder, HeadsDecoder, SparsePattern, attention, compress_cache, compress_tokens, linen
 from approx_attention.core import as_pair, check_count, check_counts
-from approx_attention.coresets import BalanceKV, Halving, KMeansMerge, PivotedNystrom, Stratified, SubGen
-from approx_attention.evaluation import Tensors, build_arms
+from approx_attention.coresets import (
+    BalanceKV,
+    Halving,
+    KMeansMerge,
+    PivotedNystrom,
+    Stratified,
+    SubGen,
+    running_coreset,
+)
+from approx_attention.decoding import pyramid_budgets, shared_sizes, token_budget
+from approx_attention.evaluation import Tensors
+from approx_attention.evaluation.comparison import build_arms
+from approx_attention.methods import running_exact
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
-from approx_attention.sparse import SparsePattern
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEY = jax.random.key(0)

@@ -7,22 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
-    FeatureMoments,
-    PositiveFeatures,
-    WeightedKV,
-    attend,
-    causal_state,
-    favor,
-    fold_scale,
-    gaussian_projection,
-    mean_pool,
-    merge,
-    running_exact,
-    running_mean_pool,
-    running_moments,
-    running_uniform_sample,
-)
+from approx_attention import FeatureMoments, WeightedKV, attend, favor, fold_scale, mean_pool, merge
+from approx_attention.core import PositiveFeatures, causal_state, gaussian_projection, running_moments
+from approx_attention.methods import running_exact, running_mean_pool, running_uniform_sample
 from tests.references import brute_force, causal_mask, compiled, random_head
 
 causal_state, favor = compiled(causal_state, favor)

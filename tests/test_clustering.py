@@ -10,31 +10,30 @@ from approx_attention import (
     attend,
 )
 from approx_attention.coresets import (
-    SIGN_RULES,
     Halving,
     KMeansMerge,
     KMeansNystrom,
     PivotedNystrom,
-    cholesky_places,
-    farthest_places,
-    group_length,
-    halve,
-    k_means,
-    kernel_points,
     nearest,
-    nystrom,
     random_places,
     sensitivities,
-    spread_over,
-    spread_places,
-    tree_order,
 )
+from approx_attention.coresets.clustering import (
+    cholesky_places,
+    farthest_places,
+    k_means,
+    spread_places,
+    with_nystrom_weights,
+)
+from approx_attention.coresets.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
 from approx_attention.evaluation import sup_error
 from tests.references import compiled, random_head
 from tests.test_coreset import KEY, answers, clustered, summary
 
 attend, halve, k_means, kernel_points = compiled(attend, halve, k_means, kernel_points)
-nearest, nystrom, sensitivities, spread_over = compiled(nearest, nystrom, sensitivities, spread_over)
+nearest, with_nystrom_weights, sensitivities, spread_over = compiled(
+    nearest, with_nystrom_weights, sensitivities, spread_over
+)
 
 
 def test_the_greedy_rule_against_a_loop():
@@ -206,7 +205,7 @@ def test_nystrom_weights_against_float64():
     tokens = WeightedKV(k, v * jnp.asarray(mass, jnp.float32)[:, None], jnp.asarray(mass, jnp.float32))
     places = jnp.arange(9)
     landmarks = WeightedKV(k[:9], v[:9], jnp.ones(9))
-    solved = nystrom(tokens, landmarks, jnp.float32(0.5), 1e-3)
+    solved = with_nystrom_weights(tokens, landmarks, jnp.float32(0.5), 1e-3)
     x, c, v = (np.asarray(a, np.float64) for a in (k, k[places], v))
 
     def kernel(a, b):

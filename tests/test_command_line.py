@@ -14,18 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from approx_attention import cli
-from approx_attention.core import InputError
-from approx_attention.evaluation import (
-    Candidate,
-    Plan,
-    comparison_table,
-    no_better_than_mean,
-    plan_table,
-    runs,
-    terminal,
-    times,
-)
+from approx_attention import InputError, cli
+from approx_attention.evaluation import Candidate, Plan, comparison_table, plan_table, runs, terminal
+from approx_attention.evaluation.comparison import no_better_than_mean, times
 from tests.references import random_heads
 from tests.test_compare import comparison, refusal, run
 
@@ -82,7 +73,7 @@ def candidate(method, bound, held_out, speedup, is_exact=False):
 
 
 def made_plan():
-    from approx_attention.evaluation import split_units
+    from approx_attention.evaluation.error_laws import split_units
 
     candidates = [
         candidate("exact", 0.0, 0.0, 1.0, is_exact=True),

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import attention, cli
-from approx_attention.core import InputError
+from approx_attention import InputError, attention, cli
 from approx_attention.evaluation import (
     Comparison,
-    best_rows,
-    build_arms,
     comparison_table,
     draw_frontiers,
     load_sample,
@@ -24,6 +21,7 @@ from approx_attention.evaluation import (
     run_comparison,
     write_atomically,
 )
+from approx_attention.evaluation.comparison import best_rows, build_arms
 from tests.references import brute_force, random_heads
 
 

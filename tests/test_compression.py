@@ -5,23 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
-    Decoder,
-    WeightedKV,
-    attend,
-    compress_cache,
-    compress_tokens,
-    exact,
+from approx_attention import Decoder, WeightedKV, attend, compress_cache, compress_tokens, exact, summarize_coreset
+from approx_attention.coresets import running_coreset
+from approx_attention.decoding import (
+    HEURISTICS,
+    attention_received,
     pyramid_budgets,
-    running_block_linformer,
     running_compressed,
-    running_coreset,
-    running_exact,
     shared_sizes,
-    summarize_coreset,
     token_budget,
 )
-from approx_attention.decoding import HEURISTICS, attention_received
+from approx_attention.methods import running_block_linformer, running_exact
 from tests.references import brute_force, compiled, random_head, relative_error
 from tests.test_coreset import KEY, clustered
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from approx_attention import METHODS, Decoder, api, attend, attention, fold_scale, merge
-from approx_attention.core import RunningSummary
+from approx_attention import METHODS, Decoder, RunningSummary, api, attend, attention, fold_scale, merge
 from approx_attention.registry import accepted, svd_flops
 from approx_attention.tensor import total_degree
 from tests.references import (

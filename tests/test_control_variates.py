@@ -14,21 +14,19 @@ from approx_attention import (
     AttentionState,
     Decoder,
     FeatureMoments,
-    PositiveFeatures,
     attend,
     attention,
     bounds,
-    control_variate_state,
     eva,
     favor,
     fold_scale,
-    gate_tokens,
     lara,
     mean_pool,
     ra,
     rfa,
-    running_rfa,
 )
+from approx_attention.core import PositiveFeatures, control_variate_state
+from approx_attention.methods import gate_tokens, running_rfa
 from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
 
 eva, favor, lara, mean_pool, ra, rfa = compiled(eva, favor, lara, mean_pool, ra, rfa)

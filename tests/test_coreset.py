@@ -12,16 +12,14 @@ from approx_attention import (
     WeightedKV,
     attend,
     bounds,
-    compress,
     coreset,
     exact,
     merge,
-    query_radius,
-    running_coreset,
     sparse_coreset,
     summarize_coreset,
 )
-from approx_attention.coresets import ALGORITHMS, SIGN_RULES, Halving
+from approx_attention.coresets import ALGORITHMS, Halving, compress, query_radius, running_coreset
+from approx_attention.coresets.halving import SIGN_RULES
 from approx_attention.evaluation import sup_error
 from tests.references import brute_force, compiled, random_head
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import Decoder, cosformer, place_tokens, running_cosformer
+from approx_attention import Decoder, cosformer
+from approx_attention.methods import place_tokens, running_cosformer
 from tests.references import causal_mask, random_head, without_padding
 
 

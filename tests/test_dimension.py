@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from approx_attention import (
-    SparsePattern,
-    dimension_bound,
+from approx_attention import SparsePattern, dimension_bound
+from approx_attention.realization import (
+    failure_bound,
     minimal_dimension,
     one_dimensional_order,
     realizable_in_one_dimension,
 )
-from approx_attention.realization import failure_bound, log_t_tail
+from approx_attention.realization.dimension import log_t_tail
 from tests.test_realization import KEY, N, realize
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
+from approx_attention.core import (
     PositiveFeatures,
     ReLUFeatures,
     TrigonometricFeatures,

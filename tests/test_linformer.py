@@ -5,19 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
-    Convolution,
-    Decoder,
-    LinformerPrefix,
-    block_linformer,
-    exact,
-    fold_scale,
-    linformer,
-    linformer_step,
-    mean_pool,
-    running_block_linformer,
-    svd,
-)
+from approx_attention import Decoder, block_linformer, exact, fold_scale, linformer, mean_pool, svd
+from approx_attention.methods import Convolution, LinformerPrefix, linformer_step, running_block_linformer
 from tests.references import brute_force, causal_mask, compiled, random_head
 
 block_linformer, linformer, mean_pool, svd = compiled(block_linformer, linformer, mean_pool, svd)

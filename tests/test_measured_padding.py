@@ -7,20 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention.core import InputError
-from approx_attention.evaluation import (
-    Tensors,
-    diagnostics,
-    exact_arms,
-    key_mask,
-    method_arm,
-    plan,
-    plan_table,
-    query_mask,
-    run_comparison,
-    split_units,
-)
+from approx_attention import InputError
+from approx_attention.evaluation import Tensors, diagnostics, method_arm, plan, plan_table, run_comparison
 from approx_attention.evaluation import comparison as compare_module
+from approx_attention.evaluation.comparison import exact_arms
+from approx_attention.evaluation.error_laws import split_units
+from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from tests.references import brute_force, random_heads
 
 LENGTHS = np.array([24, 9])

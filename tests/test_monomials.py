@@ -18,10 +18,10 @@ from approx_attention.tensor import (
     TensorSketch,
     anisotropic,
     exp_coefficients,
-    monomials,
     taken_by,
     total_degree,
 )
+from approx_attention.tensor.monomials import monomials
 from tests.references import compiled, random_head
 
 COUNTS = {

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 import approx_attention
 from approx_attention import attention
-from approx_attention.methods import nystrom as module
+from approx_attention import nystrom as module
 from tests.references import brute_force, kernelised_attention, random_head, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
-    SparsePattern,
-    certify,
-    dimension_bound,
-    realizable_in_one_dimension,
-    realize_sparse_pattern,
-)
+from approx_attention import SparsePattern, certify, dimension_bound, realize_sparse_pattern
+from approx_attention.realization import realizable_in_one_dimension
 from tests.references import causal_mask
 
 

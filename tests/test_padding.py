@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, attend, attention, summarize_mean_pool
-from approx_attention.core import RealFirst, averaging_matrix, draw_of_size, floor_of_share, ranks, segments
-from approx_attention.methods.eva import chunk_means
-from approx_attention.methods.linformer import Convolution
+from approx_attention.core import RealFirst, averaging_matrix, draw_of_size, ranks, segments
+from approx_attention.core.padding import floor_of_share
+from approx_attention.methods import Convolution, chunk_means
 from tests.references import brute_force, call, having, random_head, random_heads, relative_error, settings
 
 PADDED = having(padding=True)

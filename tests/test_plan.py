@@ -9,22 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import cli
-from approx_attention.core import InputError
-from approx_attention.evaluation import (
-    ErrorLaw,
-    Split,
-    Tensors,
-    Timing,
-    UnitErrors,
-    held_bytes,
-    load_sample,
-    plan,
-    plan_table,
-    run_comparison,
-    split_units,
-)
+from approx_attention import InputError, cli
+from approx_attention.evaluation import Tensors, Timing, held_bytes, load_sample, plan, plan_table, run_comparison
 from approx_attention.evaluation import planning as plan_module
+from approx_attention.evaluation.error_laws import ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.registry import METHODS
 from tests.references import brute_force, random_heads
 from tests.test_compare import refusal, run

@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
-    SparsePattern,
-    certify,
-    dimension_bound,
-    exact,
-    fixed_projections,
-    minimal_dimension,
-    realize_sparse_pattern,
-)
-from approx_attention.realization import draw_until_accepted
+from approx_attention import SparsePattern, certify, dimension_bound, exact, realize_sparse_pattern
+from approx_attention.realization import fixed_projections, minimal_dimension
+from approx_attention.realization.constructions import draw_until_accepted
 from tests.references import causal_mask
 
 N = 24

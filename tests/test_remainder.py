@@ -11,25 +11,24 @@ import pytest
 
 from approx_attention import (
     AttentionState,
-    BlockMap,
+    FeatureMoments,
     SparsePattern,
     WeightedKV,
     attend,
     eva,
     fold_scale,
-    gaussian_projection,
     scatterbrain,
     sparse_attention,
     sparse_coreset,
     sparse_plus_summary,
-    subtract,
     summarize_coreset,
     summarize_exact,
     summarize_favor,
     summarize_mean_pool,
     summarize_polynomial,
 )
-from approx_attention.core import FeatureMoments, TrigonometricFeatures, averaging_matrix
+from approx_attention.core import TrigonometricFeatures, averaging_matrix, gaussian_projection, subtract
+from approx_attention.sparse import BlockMap
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 from tests.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, support
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import exact, favor, fold_scale, local, orthogonal_projection, scatterbrain
+from approx_attention import exact, favor, fold_scale, local, scatterbrain
+from approx_attention.core import orthogonal_projection
 from tests.references import brute_force, causal_mask, random_head, relative_error, without_padding
 
 PROJECTION = orthogonal_projection(jax.random.key(0), 12, 8)

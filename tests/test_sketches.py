@@ -18,7 +18,8 @@ from approx_attention import (
     summarize_importance_sample,
     unreduced_jlt,
 )
-from approx_attention.core import SKETCHES, RowSample, back, draw_sketch, hadamard_transform, leverages
+from approx_attention.core import SKETCHES, RowSample, back, draw_sketch, leverages
+from approx_attention.core.sketches import hadamard_transform
 from approx_attention.evaluation import spectrum
 from approx_attention.realization import needed_head_dim, realize_attention
 from tests.references import brute_force, compiled, random_head, random_heads

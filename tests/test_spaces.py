@@ -8,30 +8,26 @@ import numpy as np
 import pytest
 
 from approx_attention import (
-    BlockMap,
     Decoder,
     FeatureMoments,
-    PositiveFeatures,
     RunningSummary,
     WeightedKV,
     attend,
-    attention_received,
     bounds,
-    causal_state,
-    compress,
     compress_cache,
     compress_tokens,
     exact,
     fold_scale,
-    hadamard,
     merge,
-    running_exact,
     sparse_plus_summary,
     summarize_coreset,
-    summary_bytes,
 )
-from approx_attention.coresets import ALGORITHMS
+from approx_attention.core import PositiveFeatures, causal_state, hadamard, summary_bytes
+from approx_attention.coresets import ALGORITHMS, compress
+from approx_attention.decoding import attention_received
 from approx_attention.evaluation import diagnostics
+from approx_attention.methods import running_exact
+from approx_attention.sparse import BlockMap
 from tests.references import random_head
 
 KEY = jax.random.key(0)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from approx_attention import (
-    BlockMap,
     SparsePattern,
     attention,
     bigbird,
@@ -22,7 +21,7 @@ from approx_attention import (
     top_k,
 )
 from approx_attention.methods import sparse
-from approx_attention.sparse import block_lists_state
+from approx_attention.sparse import BlockMap, block_lists_state
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 from tests.test_contract import equations
 

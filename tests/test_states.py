@@ -10,7 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from approx_attention import AttentionState, FeatureMoments, PositiveFeatures, WeightedKV, attend, merge
+from approx_attention import AttentionState, FeatureMoments, WeightedKV, attend, merge
+from approx_attention.core import PositiveFeatures
 from tests.references import brute_force, random_head
 
 

@@ -6,18 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import (
-    FeatureMoments,
+from approx_attention import FeatureMoments, WeightedKV, attend, merge
+from approx_attention.core import (
+    FEATURE_BLOCK,
     PositiveFeatures,
     ReLUFeatures,
     TrigonometricFeatures,
-    WeightedKV,
-    attend,
     gaussian_projection,
-    merge,
+    hadamard,
     summary_bytes,
 )
-from approx_attention.core import FEATURE_BLOCK, hadamard
 from tests.references import brute_force, compiled, random_head
 
 attend = compiled(attend)

@@ -15,30 +15,29 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 from approx_attention import (
-    TensorSketch,
-    anisotropic,
+    AttentionState,
     bounds,
     determinant_attention,
     exact,
-    exp_coefficients,
+    merge,
     polynomial_attention,
-    running_tensor_polynomial,
     strassen_attention,
     tensor_attention,
     tensor_polynomial,
-    tensor_support_basis,
 )
-from approx_attention.core import AttentionState, merge
 from approx_attention.evaluation import skill
 from approx_attention.methods import polynomial
 from approx_attention.tensor import (
-    check_causal,
-    determinant_channels,
-    scaled,
-    strassen_channels,
+    TensorSketch,
+    anisotropic,
+    exp_coefficients,
+    running_tensor_polynomial,
     taken_by,
     tensor_inputs,
+    tensor_support_basis,
 )
+from approx_attention.tensor.exact import determinant_channels, strassen_channels
+from approx_attention.tensor.inputs import check_causal, scaled
 from tests.references import compiled
 from tests.test_contract import equations
 

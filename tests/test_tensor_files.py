@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from approx_attention.core import InputError
+from approx_attention import InputError
 from approx_attention.evaluation import files as tensor_files
 from approx_attention.evaluation import load_layers, load_tensors
 

@@ -102,7 +102,7 @@ def running_moments(features: FeatureMap) -> RunningSummary:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import PositiveFeatures, running_moments
+        >>> from approx_attention.core import PositiveFeatures, running_moments
         >>> running = running_moments(PositiveFeatures(jax.random.normal(jax.random.key(0), (16, 4))))
         >>> empty, ones = running.init(4, 2, jnp.float32), jnp.ones((3, 4))
         >>> moments = running.append(empty, jnp.int32(0), ones, ones[:, :2], jnp.ones(3, bool))
@@ -151,7 +151,9 @@ def causal_state(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import causal_state, exact, fold_scale, running_exact
+        >>> from approx_attention import exact, fold_scale
+        >>> from approx_attention.core import causal_state
+        >>> from approx_attention.methods import running_exact
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
         >>> state = causal_state(*fold_scale(q, k), v, running_exact(4, max_length=8), block_size=2)
         >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))

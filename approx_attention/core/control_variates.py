@@ -38,7 +38,8 @@ def control_variate_state(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import AttentionState, FeatureMoments, PositiveFeatures, attend
+        >>> from approx_attention import AttentionState, FeatureMoments, attend
+        >>> from approx_attention.core import PositiveFeatures
         >>> q, k, v, w = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(4))
         >>> groups = lambda x: x.reshape(1, 6, 4)
         >>> moments = jax.vmap(lambda k, v: FeatureMoments.of_tokens(PositiveFeatures(w), k, v))(groups(k), groups(v))

@@ -1,52 +1,47 @@
-"""Few weighted tokens that stand for many: the algorithms, k-means, and halving."""
+"""Few weighted tokens that stand for many: the algorithms, k-means, halving, and streams."""
 
 from approx_attention.coresets.algorithms import (
     ALGORITHMS,
     Algorithm,
     BalanceKV,
+    Compress,
+    FarthestMerge,
     Halving,
+    Herding,
     KMeansMerge,
     KMeansNystrom,
     PivotedNystrom,
     Stratified,
     SubGen,
+    Uniform,
+    ValueNorm,
     sensitivities,
 )
-from approx_attention.coresets.clustering import (
-    cholesky_places,
-    farthest_places,
-    k_means,
-    merged,
-    nearest,
-    nystrom,
-    random_places,
-    spread_places,
-)
-from approx_attention.coresets.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
+from approx_attention.coresets.clustering import merged, nearest, random_places
+from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
+from approx_attention.coresets.streaming import running_coreset
 
 __all__ = [
     "ALGORITHMS",
-    "SIGN_RULES",
     "Algorithm",
     "BalanceKV",
+    "Compress",
+    "FarthestMerge",
     "Halving",
+    "Herding",
     "KMeansMerge",
     "KMeansNystrom",
     "PivotedNystrom",
     "Stratified",
     "SubGen",
-    "cholesky_places",
-    "farthest_places",
-    "group_length",
-    "halve",
-    "k_means",
-    "kernel_points",
+    "Uniform",
+    "ValueNorm",
+    "algorithm_of",
+    "compress",
     "merged",
     "nearest",
-    "nystrom",
+    "query_radius",
     "random_places",
+    "running_coreset",
     "sensitivities",
-    "spread_over",
-    "spread_places",
-    "tree_order",
 ]

@@ -31,9 +31,9 @@ from approx_attention.coresets.clustering import (
     k_means,
     merged,
     nearest,
-    nystrom,
     random_places,
     spread_places,
+    with_nystrom_weights,
 )
 from approx_attention.coresets.halving import (
     SIGN_RULES,
@@ -360,7 +360,7 @@ class KMeansNystrom:
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
         merge = self.clusters(tokens, size, ratio, key)
-        return _better(tokens, merge, nystrom(tokens, merge, ratio / 2, self.ridge), ratio, key)
+        return _better(tokens, merge, with_nystrom_weights(tokens, merge, ratio / 2, self.ridge), ratio, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +395,7 @@ class PivotedNystrom:
             if per_bin >= length:
                 return part
             merge = _merged_around(part, cholesky_places(part, exponent, per_bin, key))
-            return _better(part, merge, nystrom(part, merge, exponent, self.ridge), ratio, key)
+            return _better(part, merge, with_nystrom_weights(part, merge, exponent, self.ridge), ratio, key)
 
         def in_bins(x: Array) -> Array:
             return pad_rows(x, self.bins * length - x.shape[0]).reshape(self.bins, length, *x.shape[1:])

@@ -170,7 +170,7 @@ def _finite_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple
     return factor, factor @ (jnp.tril(both) - jnp.diag(jnp.diagonal(both)) / 2)
 
 
-def nystrom(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: float) -> WeightedKV:
+def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: float) -> WeightedKV:
     r"""The landmarks' keys with the signed masses and values that solve the kernel's ridge regression.
 
     With :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`, landmarks c and tokens x of masses m,

@@ -36,9 +36,8 @@ from approx_attention.core import (
     squared_norm,
     unknown,
 )
-from approx_attention.coresets import ALGORITHMS, Algorithm
+from approx_attention.coresets import ALGORITHMS, Algorithm, compress, running_coreset
 from approx_attention.decoding.decoder import Cache
-from approx_attention.methods.coreset import compress, running_coreset
 
 # What SnapKV looks at: the attention of so many last queries, averaged over so many neighbouring keys.
 SNAP_QUERIES, SNAP_POOL = 32, 5
@@ -258,7 +257,8 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention import WeightedKV, attention_received
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.decoding import attention_received
         >>> tokens = WeightedKV.of_tokens(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
         >>> attention_received(tokens, jnp.ones((2, 2))).round(2).tolist()  # a third of one, a quarter of the other
         [0.58, 0.58, 0.58, 0.25]
@@ -344,7 +344,7 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
         TypeError: counts that are no integers, a dtype that is not floating point.
 
     Example:
-        >>> from approx_attention import token_budget
+        >>> from approx_attention.decoding import token_budget
         >>> token_budget(2**20, 64, 64)  # 129 numbers of 4 bytes each
         2032
     """
@@ -375,7 +375,7 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
         ValueError: counts or a steepness below 1, a least budget below 0.
 
     Example:
-        >>> from approx_attention import pyramid_budgets
+        >>> from approx_attention.decoding import pyramid_budgets
         >>> pyramid_budgets(5, 100)
         [160, 130, 100, 70, 40]
 
@@ -414,7 +414,8 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
 
     Example:
         >>> import functools, jax
-        >>> from approx_attention import WeightedKV, attention_received, compress_tokens, fold_scale, shared_sizes
+        >>> from approx_attention import WeightedKV, compress_tokens, fold_scale
+        >>> from approx_attention.decoding import attention_received, shared_sizes
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (2, 256, 8)) for i in range(3))
         >>> scaled_q, scaled_k = fold_scale(q[:, -32:], k)
         >>> score = jax.vmap(lambda k, v, q: attention_received(WeightedKV.of_tokens(k, v), q))
@@ -476,7 +477,7 @@ def running_compressed(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import running_compressed
+        >>> from approx_attention.decoding import running_compressed
         >>> running = running_compressed(4, jax.random.key(0), budget=16, coreset_size=8)
         >>> running.read(running.init(4, 4, jnp.float32)).mass.shape
         (24,)
@@ -538,7 +539,9 @@ def compress_cache(
 
     Example:
         >>> import jax
-        >>> from approx_attention import Decoder, compress_cache, running_compressed, running_exact
+        >>> from approx_attention import Decoder, compress_cache
+        >>> from approx_attention.decoding import running_compressed
+        >>> from approx_attention.methods import running_exact
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (100, 4)) for i in range(3))
         >>> sizes, key = dict(head_dim=4, value_dim=4, block_size=10), jax.random.key(3)
         >>> decoder = Decoder(running=running_exact(4, max_length=100), **sizes)

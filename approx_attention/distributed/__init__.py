@@ -2,4 +2,6 @@
 
 from approx_attention.distributed.context_parallel import attention
 
-__all__ = ["attention"]
+__all__ = [
+    "attention",
+]

@@ -41,7 +41,7 @@ from approx_attention.core import (
     triangular_state,
     window_state,
 )
-from approx_attention.methods.local import window_sides
+from approx_attention.methods import window_sides
 from approx_attention.registry import (
     METHODS,
     OPTIONS,

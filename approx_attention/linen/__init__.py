@@ -2,4 +2,6 @@
 
 from approx_attention.linen.attention import ApproxAttention
 
-__all__ = ["ApproxAttention"]
+__all__ = [
+    "ApproxAttention",
+]

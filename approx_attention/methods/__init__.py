@@ -1,1 +1,103 @@
-"""The methods, one file each; `approx_attention.registry` lists them."""
+"""The attention methods, each a file: `METHODS` lists them."""
+
+from approx_attention.methods.baselines import (
+    mean_value,
+    running_uniform_sample,
+    summarize_mean_value,
+    summarize_uniform_sample,
+    uniform_sample,
+)
+from approx_attention.methods.coreset import coreset, sparse_coreset, summarize_coreset
+from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
+from approx_attention.methods.eva import chunk_means, eva, running_eva
+from approx_attention.methods.exact import exact, exact_together, running_exact, summarize_exact
+from approx_attention.methods.hyper import hyper_attention
+from approx_attention.methods.lara import lara
+from approx_attention.methods.linformer import (
+    Convolution,
+    LinformerPrefix,
+    block_linformer,
+    linformer,
+    linformer_step,
+    running_block_linformer,
+    summarize_block_linformer,
+)
+from approx_attention.methods.local import local, window_sides
+from approx_attention.methods.nystrom import nystrom, skyformer, svd
+from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
+from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
+from approx_attention.methods.ra import ra
+from approx_attention.methods.random_features import (
+    draw_favor,
+    draw_rfa,
+    favor,
+    gate_tokens,
+    rfa,
+    running_favor,
+    running_rfa,
+    summarize_favor,
+)
+from approx_attention.methods.scatterbrain import scatterbrain
+from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
+from approx_attention.methods.top_k import lsh_top_k, top_k
+
+__all__ = [
+    "Convolution",
+    "LinformerPrefix",
+    "bigbird",
+    "block_linformer",
+    "chunk_means",
+    "coreset",
+    "cosformer",
+    "draw_favor",
+    "draw_rfa",
+    "eva",
+    "exact",
+    "exact_together",
+    "favor",
+    "gate_tokens",
+    "hyper_attention",
+    "importance_sample",
+    "lara",
+    "linformer",
+    "linformer_step",
+    "local",
+    "longformer",
+    "lsh_top_k",
+    "mean_pool",
+    "mean_value",
+    "nystrom",
+    "place_tokens",
+    "polynomial_attention",
+    "ra",
+    "rfa",
+    "running_block_linformer",
+    "running_cosformer",
+    "running_eva",
+    "running_exact",
+    "running_favor",
+    "running_mean_pool",
+    "running_polynomial",
+    "running_rfa",
+    "running_uniform_sample",
+    "scatterbrain",
+    "skyformer",
+    "sparse_attention",
+    "sparse_coreset",
+    "sparse_plus_summary",
+    "summarize_block_linformer",
+    "summarize_coreset",
+    "summarize_exact",
+    "summarize_favor",
+    "summarize_importance_sample",
+    "summarize_mean_pool",
+    "summarize_mean_value",
+    "summarize_polynomial",
+    "summarize_uniform_sample",
+    "svd",
+    "top_k",
+    "uniform_sample",
+    "unreduced_jlt",
+    "window_sides",
+]

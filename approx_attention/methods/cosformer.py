@@ -144,7 +144,8 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import Decoder, cosformer, place_tokens, running_cosformer
+        >>> from approx_attention import Decoder, cosformer
+        >>> from approx_attention.methods import place_tokens, running_cosformer
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (20, 8)) for i in range(3))
         >>> decoder = Decoder(running=running_cosformer(8), head_dim=10, value_dim=8, block_size=4)
         >>> step = [place_tokens(x[19:], max_length=32, start=19) for x in (q, k)]

@@ -251,7 +251,8 @@ def linformer_step(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import LinformerPrefix, fold_scale, linformer, linformer_step
+        >>> from approx_attention import fold_scale, linformer
+        >>> from approx_attention.methods import LinformerPrefix, linformer_step
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 8)) for i in range(3))
         >>> projection = jax.random.normal(jax.random.key(3), (4, 32))
         >>> scaled_q, scaled_k = fold_scale(q, k)

@@ -219,7 +219,8 @@ def sparse_plus_summary(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import BlockMap, exact, sparse_plus_summary, summarize_exact
+        >>> from approx_attention import exact, sparse_plus_summary, summarize_exact
+        >>> from approx_attention.sparse import BlockMap
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
         >>> window = BlockMap.banded(1, 1, block_size=4, num_queries=32, num_keys=32)
         >>> out = sparse_plus_summary(q, k, v, pattern=window, summarize=summarize_exact)

@@ -20,8 +20,7 @@ from approx_attention.core import (
     paired_means,
     shown,
 )
-from approx_attention.methods.eva import chunk_means, eva
-from approx_attention.methods.lara import lara
+from approx_attention.methods import chunk_means, eva, lara
 from approx_attention.tensor import tensor_attention
 
 

@@ -210,7 +210,7 @@ def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2
         ``W_Q`` and ``W_K``, ``[2 d, d]``.
 
     Example:
-        >>> from approx_attention import fixed_projections
+        >>> from approx_attention.realization import fixed_projections
         >>> w_q, w_k = fixed_projections(1)
         >>> w_q.tolist(), w_k.tolist()
         ([[1.0], [0.0]], [[0.0], [1.0]])

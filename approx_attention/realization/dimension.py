@@ -331,7 +331,8 @@ def minimal_dimension(
 
     Example:
         >>> import functools, jax
-        >>> from approx_attention import SparsePattern, minimal_dimension
+        >>> from approx_attention import SparsePattern
+        >>> from approx_attention.realization import minimal_dimension
         >>> permutation = functools.partial(SparsePattern.random, num_tokens=32, keys_per_row=1)
         >>> found = minimal_dimension(permutation, 0.1, 0.1, key=jax.random.key(0), trials=3)
         >>> 6 < found.dim < 20

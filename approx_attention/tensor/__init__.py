@@ -1,14 +1,10 @@
-"""Attention over pairs and tuples of keys: its inputs, exact forms, polynomials, monomials and their sketches."""
+"""Attention over pairs and tuples of keys, exactly and by polynomials of bounded logits."""
 
-from approx_attention.tensor.exact import (
-    determinant_attention,
-    determinant_channels,
-    strassen_attention,
-    strassen_channels,
-    tensor_attention,
-)
-from approx_attention.tensor.inputs import TensorInputs, check_causal, scaled, tensor_inputs, tensor_state
-from approx_attention.tensor.monomials import IndexSet, MonomialFeatures, anisotropic, monomials, total_degree
+from approx_attention.tensor.exact import determinant_attention, strassen_attention, tensor_attention
+from approx_attention.tensor.inputs import tensor_inputs
+from approx_attention.tensor.kernels import Kernel
+from approx_attention.tensor.monomials import IndexSet, MonomialFeatures, anisotropic, total_degree
+from approx_attention.tensor.polynomial import tensor_polynomial, tensor_support_basis
 from approx_attention.tensor.polynomials import (
     MAX_DEGREE,
     Coefficients,
@@ -21,34 +17,33 @@ from approx_attention.tensor.polynomials import (
     taken_by,
     weight_bound,
 )
+from approx_attention.tensor.running import TensorDecoder, running_tensor_polynomial
 from approx_attention.tensor.sketches import ProductSketch, TensorSketch
 
 __all__ = [
     "MAX_DEGREE",
     "Coefficients",
     "IndexSet",
+    "Kernel",
     "MonomialFeatures",
     "ProductSketch",
-    "TensorInputs",
+    "TensorDecoder",
     "TensorSketch",
     "anisotropic",
-    "check_causal",
     "check_taken",
     "choose_degree",
     "determinant_attention",
-    "determinant_channels",
     "exp_coefficients",
     "minimax_error",
-    "monomials",
     "num_coefficients",
     "ratio_range",
-    "scaled",
+    "running_tensor_polynomial",
     "strassen_attention",
-    "strassen_channels",
     "taken_by",
     "tensor_attention",
     "tensor_inputs",
-    "tensor_state",
+    "tensor_polynomial",
+    "tensor_support_basis",
     "total_degree",
     "weight_bound",
 ]

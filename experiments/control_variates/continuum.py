@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from approx_attention import (
-    AttentionState,
-    FeatureMoments,
-    PositiveFeatures,
-    WeightedKV,
-    attend,
-    exact,
-    fold_scale,
-    orthogonal_projection,
-)
-from approx_attention import control_variate_state as estimate
+from approx_attention import AttentionState, FeatureMoments, WeightedKV, attend, exact, fold_scale
+from approx_attention.core import PositiveFeatures, orthogonal_projection
+from approx_attention.core import control_variate_state as estimate
 from approx_attention.evaluation import output_error
 from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, Several, Whole
 from experiments.control_variates.gap import GapConfig, smoothed

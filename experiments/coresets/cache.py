@@ -13,9 +13,10 @@ from flax import nnx
 from jax import Array
 from rich.console import Console
 
-from approx_attention import attend, attention, causal_state, compress_tokens, exact, fold_scale, merge
-from approx_attention import running_coreset as running
+from approx_attention import attend, attention, compress_tokens, exact, fold_scale, merge
+from approx_attention.core import causal_state
 from approx_attention.coresets import ALGORITHMS
+from approx_attention.coresets import running_coreset as running
 from approx_attention.decoding import HEURISTICS
 from approx_attention.evaluation import output_error
 from experiments import data

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from approx_attention import bounds, draw_sketch, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
-from approx_attention.core import SKETCHES
+from approx_attention import bounds, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
+from approx_attention.core import SKETCHES, draw_sketch
 from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, Share
 from experiments.control_variates.gap import GapConfig, smoothed
 

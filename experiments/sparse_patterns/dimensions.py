@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from approx_attention import MinimalDimension, SparsePattern, dimension_bound, minimal_dimension, realize_sparse_pattern
+from approx_attention import SparsePattern, dimension_bound, realize_sparse_pattern
+from approx_attention.realization import MinimalDimension, minimal_dimension
 from experiments.config import STRICT, Count, Positive, Seed, Several
 
 # The bounds that are drawn beside what was measured.

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from approx_attention import exp_coefficients, ratio_range, weight_bound
-from approx_attention.tensor import MAX_DEGREE, minimax_error, taken_by
+from approx_attention.tensor import MAX_DEGREE, exp_coefficients, minimax_error, ratio_range, taken_by, weight_bound
 from experiments.config import STRICT, ConfigError, Count, Positive, Seed, Several
 
 

@@ -12,19 +12,17 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from approx_attention import (
+from approx_attention import bounds, tensor_attention, tensor_polynomial
+from approx_attention.tensor import (
     ProductSketch,
     TensorSketch,
     anisotropic,
-    bounds,
     exp_coefficients,
     ratio_range,
-    tensor_attention,
-    tensor_polynomial,
+    taken_by,
     total_degree,
     weight_bound,
 )
-from approx_attention.tensor import taken_by
 from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, SeveralBy, Whole
 from experiments.harness.long_context import slope
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from rich.console import Console
 
-from approx_attention import running_tensor_polynomial, tensor_attention, tensor_polynomial
+from approx_attention import tensor_attention, tensor_polynomial
 from approx_attention.evaluation import time_interleaved
+from approx_attention.tensor import running_tensor_polynomial
 from experiments.config import STRICT, Count, Seed, Several, Whole
 from experiments.harness.long_context import slope
 

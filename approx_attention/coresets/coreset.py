@@ -1,0 +1,145 @@
+"""A coreset of weighted tokens by any algorithm."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from approx_attention.core import (
+    WeightedKV,
+    accumulation_dtype,
+    check_count,
+    check_key,
+    check_not_negative,
+    check_number,
+    check_positive,
+    check_rows,
+    head_inputs,
+    shown,
+    squared_norm,
+    unknown,
+)
+from approx_attention.coresets.algorithms import ALGORITHMS, Algorithm
+
+
+def compress(
+    tokens: WeightedKV,
+    key: Array | None = None,
+    *,
+    coreset_size: int = 256,
+    algorithm: str | Algorithm = "kmeans_nystrom",
+    query_radius: float | Array | None = None,
+) -> WeightedKV:
+    """A coreset of tokens that have masses already, such as two coresets merged.
+
+    Args:
+        tokens: a `WeightedKV` without negative masses; if it carries a scale, so does the result.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens; with no more tokens than that they come back as they are.
+        algorithm: as in `coreset`.
+        query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
+
+    Returns:
+        A `WeightedKV` of at most M tokens.
+
+    Raises:
+        TypeError: what is no `WeightedKV`.
+        ValueError: an unknown algorithm, a count below 1, signed masses, no key.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import WeightedKV, merge
+        >>> from approx_attention.coresets import compress
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
+        >>> halves = (WeightedKV.of_tokens(k[part], v[part]) for part in (slice(0, 32), slice(32, 64)))
+        >>> first, second = (compress(half, jax.random.key(2), coreset_size=8, algorithm="uniform") for half in halves)
+        >>> both = compress(merge(first, second), jax.random.key(3), coreset_size=8, algorithm="uniform")
+        >>> both.k.shape, float(both.mass.sum())
+        ((8, 4), 64.0)
+    """
+    if not isinstance(tokens, WeightedKV):
+        raise TypeError(f"compress takes a WeightedKV, got {type(tokens).__name__}")
+    coreset_size = check_count("coreset_size", coreset_size)
+    chosen = algorithm_of(algorithm)
+    if query_radius is not None:
+        check_number("query_radius", query_radius)
+        check_not_negative("query_radius", query_radius)
+        # An integer of Python may be too large for what is compiled.
+        query_radius = float(query_radius) if isinstance(query_radius, int) else query_radius
+    if tokens.value_range is not None:
+        raise ValueError("tokens with signed masses are not supported: compress what they were made of")
+    drawn = check_key("coreset", key)
+    if coreset_size >= tokens.mass.shape[0]:
+        return tokens
+    small = _compressed(chosen, coreset_size, tokens.in_scaled_space(), query_radius, drawn)
+    return dataclasses.replace(small, scale=tokens.scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compressed(
+    algorithm: Algorithm, size: int, tokens: WeightedKV, query_radius: float | Array | None, key: Array
+) -> WeightedKV:
+    """A coreset by an algorithm: one program, because a call that is not compiled would be hundreds."""
+    dtype = accumulation_dtype(tokens.k, tokens.value_sum)
+    middle, centred = centred_tokens(jax.tree.map(lambda x: x.astype(dtype), tokens))
+    radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
+    ratio = jnp.ones_like(radius)
+    if query_radius is not None:
+        ratio = jnp.asarray(query_radius, radius.dtype) / jnp.where(radius > 0, radius, 1)
+    small = algorithm(centred, size, lax.stop_gradient(ratio), key)
+    return dataclasses.replace(small, k=small.k + middle[None, :])
+
+
+def query_radius(
+    q: Float[Array, "T D"], *, scale: float | Array | None = None, window: int = 32, margin: float = 1.1
+) -> Float[Array, ""]:
+    """An estimate of the norm of queries to come, in scaled space: the largest of the last ones, and a little more.
+
+    Args:
+        q: queries ``[T, D]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+        window: how many of the last queries are looked at.
+        margin: factor on the largest norm.
+
+    Returns:
+        The radius, to be passed as ``query_radius``.
+
+    Raises:
+        ValueError: shapes that do not fit, a window below 1, a margin that is not positive and finite.
+        TypeError: queries that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.coresets import query_radius
+        >>> round(float(query_radius(jnp.ones((8, 4)))), 3)  # norm 2, times the root of the scale 1/2, and a tenth more
+        1.556
+    """
+    check_number("margin", margin)
+    check_positive("margin", margin)
+    check_rows("q", q, "[T, D]")
+    q, *_ = head_inputs(q[-check_count("window", window) :], q[:1], q[:1], scale=scale, kv_mask=None)
+    return jnp.asarray(margin, q.dtype) * jnp.sqrt(jnp.max(squared_norm(q)))
+
+
+def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
+    """The mean key, and the tokens without it: no answer changes, and exponents stay small."""
+    total = jnp.sum(tokens.mass)
+    middle = tokens.mass @ tokens.k / jnp.where(total > 0, total, 1)
+    k = jnp.where(tokens.mass[:, None] > 0, tokens.k - middle[None, :], 0)
+    return middle, dataclasses.replace(tokens, k=k)
+
+
+def algorithm_of(algorithm: str | Algorithm) -> Algorithm:
+    """The algorithm of that name, or the hashable function itself."""
+    if isinstance(algorithm, str):
+        if algorithm not in ALGORITHMS:
+            raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
+        return ALGORITHMS[algorithm]
+    if not callable(algorithm):
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or a function, got {shown(algorithm)}")
+    if type(algorithm).__hash__ is None:
+        raise ValueError(f"algorithm must be hashable, as functions and frozen dataclasses are, got {shown(algorithm)}")
+    return algorithm

@@ -1,0 +1,194 @@
+"""The coreset of a growing prefix: clusters that are folded, or a counter of coresets."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.core import (
+    RunningSummary,
+    WeightedKV,
+    check_choice,
+    check_count,
+    check_counts,
+    check_key,
+    check_not_negative,
+    merge,
+    out_of_blocks,
+    pad_rows,
+    shown,
+)
+from approx_attention.coresets.algorithms import ALGORITHMS, Algorithm
+from approx_attention.coresets.clustering import k_means, spread_places
+from approx_attention.coresets.coreset import algorithm_of, centred_tokens, compress
+
+
+def running_coreset(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    coreset_size: int = 256,
+    algorithm: str | Algorithm = "kmeans_nystrom",
+    query_radius: float | Array | None = None,
+    streaming: Literal["fold", "counter"] = "fold",
+    sinks: int = 4,
+    max_length: int = 65536,
+) -> RunningSummary:
+    """The coreset of a growing prefix.
+
+    Folding merges every further block into the clusters so far, with any algorithm. Nystrom weights could be solved
+    for again, because they are linear in (mass * value, mass) and only the choice of landmarks needs masses without a
+    sign; this is not implemented. The counter applies the algorithm: of two coresets of one level it makes one of the
+    next, as a binary counter carries, so that it holds up to ``coreset_size`` tokens for each of
+    ``log2(max_length / coreset_size)`` levels; a prefix that is longer is folded into the last.
+
+    Args:
+        head_dim: the number D of channels of queries and keys.
+        key: typed PRNG key.
+        coreset_size: the number M of tokens, of each level if it is a counter.
+        algorithm: of the counter: one whose masses are not negative.
+        query_radius: of the counter, as in `coreset`.
+        streaming: ``"fold"`` or ``"counter"``.
+        sinks: how many of the first real tokens are kept exactly, beside the coreset.
+        max_length: the length that the counter's levels are made for.
+
+    Returns:
+        The `RunningSummary`.
+
+    Raises:
+        ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that folding does not follow.
+    """
+    head_dim, coreset_size = check_counts(head_dim=head_dim, coreset_size=coreset_size)
+    sinks = check_count("sinks", sinks, least=0)
+    max_length = check_count("max_length", max_length)
+    check_choice("streaming", streaming, ("fold", "counter"))
+    chosen = algorithm_of(algorithm)
+    drawn = check_key("coreset", key)
+    if query_radius is not None:
+        check_not_negative("query_radius", query_radius)
+    if streaming == "fold":
+        merges = [ALGORITHMS[name] for name in ("kmeans_nystrom", "kmeans_merge")]
+        if chosen not in merges or query_radius is not None:
+            raise ValueError(
+                "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
+                f"defaults, or use streaming='counter'; got {shown(algorithm)} and {shown(query_radius)}"
+            )
+        return _after_sinks(sinks, _folding(drawn, coreset_size))
+    levels = max(1, (-(-max_length // coreset_size) - 1).bit_length() + 1)
+    reduce = _Reduce(coreset_size, algorithm, query_radius, levels)
+    return _after_sinks(sinks, RunningSummary(reduce.init, lambda *args: reduce.append(drawn, *args), reduce.read))
+
+
+class _Sunk(NamedTuple):
+    """The first real tokens, of mass 0 until they have come, and the summary of those after them."""
+
+    first: WeightedKV
+    rest: Any
+
+
+def _after_sinks(sinks: int, running: RunningSummary) -> RunningSummary:
+    if sinks == 0:
+        return running
+
+    def init(head_dim: int, value_dim: int, dtype: Any) -> _Sunk:
+        return _Sunk(WeightedKV.empty(sinks, head_dim, value_dim, dtype), running.init(head_dim, value_dim, dtype))
+
+    def append(held: _Sunk, start: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
+        number = jnp.sum(held.first.mass > 0) + jnp.cumsum(kv_mask) - 1
+        is_first = kv_mask & (number < sinks)
+        place = jnp.where(is_first, number, sinks)
+        tokens = WeightedKV.of_tokens(k, v, kv_mask)
+        first = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), held.first, tokens)
+        return _Sunk(first, running.append(held.rest, start, k, v, kv_mask & ~is_first))
+
+    return RunningSummary(init, append, read=lambda held: merge(held.first, running.read(held.rest)))
+
+
+def _folding(key: Array, coreset_size: int) -> RunningSummary:
+    def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:
+        return WeightedKV.empty(coreset_size, head_dim, value_dim, dtype)
+
+    def append(held: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
+        tokens = merge(held, WeightedKV.of_tokens(k, v, kv_mask))
+        middle, centred = centred_tokens(tokens)
+        places = spread_places(centred, coreset_size, jax.random.fold_in(key, start))
+        clusters = k_means(centred, places, steps=2)
+        return dataclasses.replace(clusters, k=clusters.k + middle[None, :])
+
+    return RunningSummary(init, append, read=lambda held: held)
+
+
+class _Levels(NamedTuple):
+    """Coresets ``[levels, M, ...]`` of ever more tokens, the empty ones without mass, and the one being filled."""
+
+    levels: WeightedKV
+    filling: WeightedKV
+    filled: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reduce:
+    """Merge and reduce, as a binary counter counts."""
+
+    coreset_size: int
+    algorithm: str | Algorithm
+    query_radius: float | Array | None
+    levels: int
+
+    def init(self, head_dim: int, value_dim: int, dtype: Any) -> _Levels:
+        room = WeightedKV.empty(self.coreset_size, head_dim, value_dim, dtype)
+        levels = jax.tree.map(lambda x: jnp.zeros((self.levels, *x.shape), x.dtype), room)
+        return _Levels(levels, room, jnp.zeros((), jnp.int32))
+
+    def append(self, key: Array, held: _Levels, start: Array, k: Array, v: Array, kv_mask: Array) -> _Levels:
+        block = WeightedKV.of_tokens(k, v, kv_mask)
+        size, length = self.coreset_size, k.shape[0]
+        key = jax.random.fold_in(key, start)
+        if length > size:
+            block, length = self._compress(block, key), size
+        # The block joins those that are being filled; when it no longer fits, these are carried over first.
+        full = held.filled + length > size
+        levels = lax.cond(full, lambda: self._carry(held.levels, held.filling, key), lambda: held.levels)
+        at = jnp.where(full, 0, held.filled)
+
+        def put(room: Array, x: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(jnp.where(full, 0, room), x, at, 0)
+
+        return _Levels(levels, jax.tree.map(put, held.filling, block), at + length)
+
+    def _carry(self, levels: WeightedKV, carried: WeightedKV, key: Array) -> WeightedKV:
+        def occupied(number: Array) -> Array:
+            return jnp.any(levels.mass[number] > 0)
+
+        def step(state: tuple[Array, WeightedKV, WeightedKV]) -> tuple[Array, WeightedKV, WeightedKV]:
+            number, levels, carried = state
+            both = merge(jax.tree.map(lambda x: x[number], levels), carried)
+            carried = self._compress(both, jax.random.fold_in(key, number))
+            levels = jax.tree.map(lambda x: x.at[number].set(0), levels)
+            return number + 1, levels, carried
+
+        last = self.levels - 1
+        number, levels, carried = lax.fori_loop(
+            0,
+            self.levels,
+            lambda _, state: lax.cond((state[0] <= last) & occupied(state[0]), step, lambda s: s, state),
+            (jnp.zeros((), jnp.int32), levels, carried),
+        )
+        number = jnp.minimum(number, last)
+        return jax.tree.map(lambda x, new: x.at[number].set(new), levels, carried)
+
+    def read(self, held: _Levels) -> WeightedKV:
+        return merge(out_of_blocks(held.levels), held.filling)
+
+    def _compress(self, tokens: WeightedKV, key: Array) -> WeightedKV:
+        options: Any = {"algorithm": self.algorithm, "query_radius": self.query_radius}
+        small = compress(tokens, key, coreset_size=self.coreset_size, **options)
+        if small.value_range is not None:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} makes signed masses, which a counter does not support; "
+                "use one that does not, such as 'halving', 'stratified' or 'kmeans_merge'"
+            )
+        missing = self.coreset_size - small.mass.shape[0]
+        return jax.tree.map(lambda x: pad_rows(x, missing), small)

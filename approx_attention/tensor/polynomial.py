@@ -1,0 +1,204 @@
+r"""The polynomial method: attention of any order in linear time, where logits are bounded.
+
+A polynomial P of degree g in place of the exponential makes the weight of a query and m - 1 keys a sum of products,
+
+.. math:: P\Big(s \sum_t q_t k^1_t \cdots k^{m-1}_t\Big)
+          = \sum_{|\alpha| \le g} w_\alpha\, q^\alpha\, (k^1)^\alpha \cdots (k^{m-1})^\alpha,
+
+so sums over tuples of keys are products of sums over each set:
+:math:`(A \oslash B)^T (C \oslash E) = A^T C \odot B^T E`, whose left side has a row for every pair.
+No pair of keys is ever looked at.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float
+
+from approx_attention.core import (
+    attend,
+    check_count,
+    merge,
+)
+from approx_attention.tensor.inputs import check_causal, tensor_inputs, tensor_state
+from approx_attention.tensor.kernels import Kernel
+from approx_attention.tensor.polynomials import Coefficients
+from approx_attention.tensor.running import causal_state_of, windowed_state_of
+
+
+def tensor_polynomial(
+    q: Float[Array, "T D"],
+    k: Any,
+    v: Any,
+    key: Array | None = None,
+    *,
+    degree: int | None = None,
+    coefficients: Coefficients | Sequence[float] | Array | np.ndarray = "taylor",
+    bound: float | None = None,
+    rms: float | None = None,
+    features: Any = None,
+    is_causal: Literal["both", "ordered"] | None = None,
+    window: int | tuple[int, ...] | None = None,
+    kv_mask: Any = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Tensor attention of any order by the polynomial method, linear in the number of tokens.
+
+    With the monomials :math:`U^a_{j\alpha} = (k^a_j)^\alpha` and :math:`\hat V^a = [V^a, 1]`,
+
+    .. math:: G = w \odot \prod_a (U^a)^T \hat V^a, \qquad [\mathrm{num}_i, \mathrm{den}_i] = q_i^\alpha\, G, \qquad
+              \mathrm{out}_i = \mathrm{num}_i / \mathrm{den}_i,
+
+    in :math:`2 (T + \sum_a S_a) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. How far this can be from
+    `tensor_attention` is `approx_attention.bounds.tensor_certificate`: it is a matter of how large logits are, and of
+    nothing else. A polynomial of odd degree may turn negative; a row whose normaliser is not positive gives 0.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[m-1, S, D]``, or a tuple of m - 1 arrays ``[S_a, D]``; one array ``[S, D]`` is ordinary attention.
+        v: values ``[m-1, S, Dv]``, likewise.
+        key: ignored: sketches are drawn beforehand.
+        degree: g, 2 by default; that of ``coefficients`` or ``features`` where they say so.
+        coefficients: ``"taylor"``; ``"minimax"`` and ``"chebyshev"`` for logits up to ``bound``; ``"hermite"`` for
+            logits of root mean square ``rms``; or the coefficients themselves, ``[g + 1]`` from the constant on.
+        bound: the largest magnitude of a logit, known when tracing; only with coefficients that are made for it.
+        rms: the root mean square of the logits, likewise.
+        features: an `IndexSet` of monomials, as `anisotropic` makes for channels of unequal size; or the maps of a
+            sketch, the queries' first (`TensorSketch.draw`), which lose to monomials for all but large D.
+        is_causal: ``"both"`` or ``"ordered"``, as in `tensor_attention`; by running sums over tokens.
+        window: how many places back a query sees, for ``"both"``.
+        kv_mask: true where a key is real: ``[S]``, ``[m-1, S]`` or a tuple. A query that sees no tuple gives 0.
+        scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
+        return_state: return the `AttentionState`, in the accumulation dtype.
+
+    Returns:
+        Outputs ``[T, Dv]`` in the dtype of the values, or the state.
+
+    Raises:
+        ValueError: shapes that do not fit, coefficients and a bound that do not go together.
+        TypeError: dtypes that are not floating point, a bound that is not known when tracing.
+        NotImplementedError: a window with ``"ordered"``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import tensor_attention, tensor_polynomial
+        >>> q, k, l, v, w = (0.5 * jax.random.normal(jax.random.key(i), (40, 4)) for i in range(5))
+        >>> out = tensor_polynomial(q, (k, l), (v, w), degree=4)
+        >>> bool(jnp.allclose(out, tensor_attention(q, (k, l), (v, w)), atol=1e-3))
+        True
+
+    Reference:
+        Alman and Song (2024), "How to capture higher-order correlations? Generalizing matrix softmax attention to
+        Kronecker computation", upper bound; Alman and Song (2023), "Fast attention requires bounded entries", for
+        order 2. Causal forms, windows and index sets are derivations of this library.
+    """
+    inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    widths = check_causal(is_causal, window, len(inputs.keys))
+    if widths is not None and is_causal == "ordered":
+        raise NotImplementedError("tensor_polynomial with is_causal='ordered' supports no window; use tensor_attention")
+    kernel = Kernel.of(q.shape[-1], len(inputs.keys), degree, coefficients, bound, rms, features, inputs.q.dtype)
+    if is_causal is None:
+        state = attend(inputs.q, kernel.summarize(inputs))
+    elif widths is None:
+        state = causal_state_of(kernel, inputs, is_causal == "ordered")
+    else:
+        state = windowed_state_of(kernel, inputs, widths)
+    return state if return_state else state.out.astype(inputs.value_dtype)
+
+
+def tensor_support_basis(
+    q: Float[Array, "T D"],
+    k: Any,
+    v: Any,
+    key: Array | None = None,
+    *,
+    num_large_queries: int = 16,
+    num_large_keys: int = 16,
+    degree: int | None = None,
+    coefficients: Coefficients | Sequence[float] | Array | np.ndarray = "taylor",
+    bound: float | None = None,
+    rms: float | None = None,
+    features: Any = None,
+    kv_mask: Any = None,
+    scale: float | Array | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Tensor attention with the queries and keys of large entries exactly, and the rest by the polynomial method.
+
+    With C the large keys of each set, all pairs but those of two small keys are taken exactly, under one normaliser:
+
+    .. math:: \sum_{j, l} = \underbrace{\sum_{j \in C_1,\, l}\; + \sum_{j \notin C_1,\, l \in C_2}}_{e^x}
+              \; + \underbrace{\sum_{j \notin C_1,\, l \notin C_2}}_{P(x)},
+
+    and large queries exactly throughout. Large rows do not count for the bound on logits that the polynomial serves.
+    The exact part takes :math:`2 T S (|C_1| + |C_2|) (D + D_v)` operations at order 3, which is linear at order 2 only.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys, as in `tensor_polynomial`.
+        v: values, likewise.
+        key: ignored.
+        num_large_queries: how many queries are exact, those with the largest entries.
+        num_large_keys: how many keys of each set are.
+        degree: as in `tensor_polynomial`, like all that follow.
+        coefficients: as there.
+        bound: as there, for small queries and keys.
+        rms: as there, for small queries and keys.
+        features: as there.
+        kv_mask: as there.
+        scale: as there.
+        return_state: as there.
+
+    Returns:
+        As `tensor_polynomial`.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative count, more than there are.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import tensor_attention, tensor_polynomial
+        >>> from approx_attention.tensor import tensor_support_basis
+        >>> q, k, l, v, w = (0.3 * jax.random.normal(jax.random.key(i), (40, 4)) for i in range(5))
+        >>> k = k.at[7].mul(100)
+        >>> expected = tensor_attention(q, (k, l), (v, w))
+        >>> split = tensor_support_basis(q, (k, l), (v, w), num_large_queries=0, num_large_keys=1, degree=4)
+        >>> whole = tensor_polynomial(q, (k, l), (v, w), degree=4)
+        >>> [bool(jnp.max(jnp.abs(out - expected)) < 1e-3) for out in (split, whole)]
+        [True, False]
+
+    Reference:
+        "Support basis: fast attention beyond bounded entries" (2025), for order 2; higher orders are a derivation of
+        this library.
+    """
+    inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
+    kernel = Kernel.of(q.shape[-1], len(inputs.keys), degree, coefficients, bound, rms, features, inputs.q.dtype)
+    large = [_largest_entries("num_large_keys", x, num_large_keys) for x in inputs.keys]
+    small = tuple(
+        jnp.ones(x.shape[0], bool).at[chosen].set(False) & (True if mask is None else mask)
+        for x, chosen, mask in zip(inputs.keys, large, inputs.masks, strict=True)
+    )
+    state = attend(inputs.q, kernel.summarize(inputs._replace(masks=small)))
+    for a, chosen in enumerate(large if num_large_keys else ()):
+        keys, values, masks = list(inputs.keys), list(inputs.values), [*small[:a], *inputs.masks[a:]]
+        keys[a], values[a] = keys[a][chosen], values[a][chosen]
+        masks[a] = jax.tree.map(lambda mask, chosen=chosen: mask[chosen], masks[a])
+        state = merge(state, tensor_state(inputs._replace(keys=tuple(keys), values=tuple(values), masks=tuple(masks))))
+    rows = _largest_entries("num_large_queries", inputs.q, num_large_queries)
+    if num_large_queries:
+        exact = tensor_state(inputs._replace(q=inputs.q[rows]))
+        state = jax.tree.map(lambda x, row: x.at[rows].set(row), state, exact)
+    return state if return_state else state.out.astype(inputs.value_dtype)
+
+
+def _largest_entries(name: str, x: Array, count: int) -> Array:
+    """The rows whose largest entries are largest, ``[count]``."""
+    count = check_count(name, count, 0)
+    if count > x.shape[0]:
+        raise ValueError(f"{name} must be at most the number of tokens, {x.shape[0]}, got {count}")
+    return lax.top_k(lax.stop_gradient(jnp.max(jnp.abs(x), axis=1)), count)[1]
