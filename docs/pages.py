@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 
+import approx_attention
 from approx_attention.evaluation import BASELINES
 from approx_attention.registry import METHODS, Capabilities, Method, capability_table
 from benchmarks.report import machine, markdown_table
@@ -30,22 +31,16 @@ LABELS = {"mean_value": (0, (8, -4), "left"), "uniform_sample": (-1, (-8, -6), "
 
 # Functions and classes beside those that the registry names, on the page of the method that they belong to.
 COMPANIONS = {
-    "cosformer": ("running_cosformer", "place_tokens"),
-    "linformer": ("linformer_step", "LinformerPrefix", "Convolution"),
-    "coreset": ("query_radius",),
-    "rfa": ("gate_tokens",),
+    "cosformer": ("methods.running_cosformer", "methods.place_tokens"),
+    "linformer": ("methods.linformer_step", "methods.LinformerPrefix", "methods.Convolution"),
+    "coreset": ("coresets.query_radius",),
+    "rfa": ("methods.gate_tokens",),
 }
 
-# Modules all of whose names are public, and what each is for.
-MODULES = {
-    "plan": "Which method, of what size, for a tolerance and a budget: what `approx-attention plan` runs.",
-    "tensor_files": "Tensors from files, and the shipped sample.",
+# Packages all of whose names are public, and what each is for.
+PACKAGES = {
     "bounds": "Certificates and closed-form errors: what is promised before anything is measured.",
-    "diagnostics": "Errors against exact attention on your own tensors, adversarial queries, timings.",
-    "coresets": "The algorithms behind `coreset` and `compress_tokens`, as objects with their settings.",
-    "bottleneck": "How many channels given attention weights need, and the queries and keys that have them.",
-    "match3": "One unit of third-order attention that decides Match3, with explicit weights.",
-    "context_parallel": "Sequences sharded over devices.",
+    "distributed": "Sequences sharded over devices.",
     "nnx": "Attention and learned parts for Flax nnx.",
     "linen": "Attention for Flax linen.",
 }
@@ -56,7 +51,7 @@ DATA = {
     "approx_attention.coresets.ALGORITHMS": "The algorithms by name: what ``policy=`` and ``algorithm=`` take.",
 }
 
-# The other names of `approx_attention`, by topic.
+# The other public names, by topic.
 TOPICS = {
     "attention": (
         "Attention over batch and heads",
@@ -67,37 +62,73 @@ TOPICS = {
         "Summaries, answers and features",
         "The calculus that everything else is made of: summaries answer queries, summaries of disjoint keys merge.",
         (
-            "fold_scale", "attend", "merge", "subtract", "hadamard", "summary_bytes", "AttentionState", "WeightedKV",
-            "FeatureMoments", "RunningSummary", "causal_state", "running_moments", "control_variate_state",
-            "PositiveFeatures", "TrigonometricFeatures", "ReLUFeatures", "CosineFeatures", "WeightedFeatures",
-            "gaussian_projection", "orthogonal_projection", "draw_sketch",
+            "fold_scale", "attend", "merge", "AttentionState", "WeightedKV", "FeatureMoments", "RunningSummary",
+            "core.subtract", "core.hadamard", "core.summary_bytes", "core.causal_state", "core.running_moments",
+            "core.control_variate_state", "core.PositiveFeatures", "core.TrigonometricFeatures", "core.ReLUFeatures",
+            "core.CosineFeatures", "core.WeightedFeatures", "core.gaussian_projection", "core.orthogonal_projection",
+            "core.draw_sketch",
         ),
     ),
     "decoding": (
         "Decoding and compression of caches",
         "Caches of bounded size, and policies that make few weighted tokens of many.",
         (
-            "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress", "compress_tokens", "compress_cache",
-            "running_compressed", "attention_received", "token_budget", "pyramid_budgets", "shared_sizes",
+            "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress_tokens", "compress_cache",
+            "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
+            "decoding.pyramid_budgets", "decoding.shared_sizes",
+        ),
+    ),
+    "coresets": (
+        "Coresets",
+        "The algorithms behind `coreset` and `compress_tokens`, as objects with their settings.",
+        (
+            "coresets.compress", "coresets.ALGORITHMS", "coresets.Uniform", "coresets.ValueNorm", "coresets.Halving",
+            "coresets.Stratified", "coresets.sensitivities", "coresets.Compress", "coresets.BalanceKV",
+            "coresets.Herding", "coresets.KMeansMerge", "coresets.FarthestMerge", "coresets.KMeansNystrom",
+            "coresets.PivotedNystrom", "coresets.SubGen",
         ),
     ),
     "tensor": (
         "Attention over pairs of keys, and polynomials",
         "Tensor attention of any order, exactly and by polynomials of bounded logits.",
         (
-            "tensor_attention", "tensor_polynomial", "tensor_support_basis", "determinant_attention",
-            "strassen_attention", "running_tensor_polynomial", "TensorDecoder", "exp_coefficients", "choose_degree",
-            "ratio_range", "weight_bound", "IndexSet", "total_degree", "anisotropic", "MonomialFeatures",
-            "TensorSketch", "ProductSketch",
+            "tensor_attention", "tensor_polynomial", "tensor.tensor_support_basis", "determinant_attention",
+            "strassen_attention", "tensor.running_tensor_polynomial", "tensor.TensorDecoder",
+            "tensor.exp_coefficients", "tensor.choose_degree", "tensor.ratio_range", "tensor.weight_bound",
+            "tensor.IndexSet", "tensor.total_degree", "tensor.anisotropic", "tensor.MonomialFeatures",
+            "tensor.TensorSketch", "tensor.ProductSketch",
         ),
     ),
     "patterns": (
         "Sparse patterns",
-        "Patterns as what is computed, and as what self-attention with few channels can realise.",
+        "Patterns as what is computed.",
+        ("SparsePattern", "sparse.BlockMap", "sparse_attention", "sparse_plus_summary"),
+    ),
+    "realization": (
+        "What attention can express",
+        "Patterns and weights that self-attention with few channels realises, and one unit of third order that decides "
+        "Match3.",
         (
-            "SparsePattern", "BlockMap", "sparse_attention", "sparse_plus_summary", "realize_sparse_pattern",
-            "fixed_projections", "certify", "Realization", "Certificate", "dimension_bound", "DimensionBound",
-            "minimal_dimension", "MinimalDimension", "one_dimensional_order", "realizable_in_one_dimension",
+            "realize_sparse_pattern", "certify", "dimension_bound", "realization.fixed_projections",
+            "realization.Realization", "realization.Certificate", "realization.DimensionBound",
+            "realization.minimal_dimension", "realization.MinimalDimension", "realization.one_dimensional_order",
+            "realization.realizable_in_one_dimension", "realization.row_centred", "realization.needed_head_dim",
+            "realization.nearest_factors", "realization.realize_attention", "realization.Match3",
+            "realization.match3_weights", "realization.match3_outputs", "realization.match3",
+        ),
+    ),
+    "evaluation": (
+        "Errors and times on your own tensors",
+        "Errors against exact attention, adversarial queries, timings; and which method, of what size, for a tolerance "
+        "and a budget: what `approx-attention plan` runs.",
+        (
+            "evaluation.compare", "evaluation.Arm", "evaluation.Comparison", "evaluation.output_error",
+            "evaluation.OutputError", "evaluation.skill", "evaluation.sup_error", "evaluation.SupError",
+            "evaluation.spectrum", "evaluation.Spectrum", "evaluation.time_interleaved", "evaluation.Timing",
+            "evaluation.break_even", "evaluation.compile_arm", "evaluation.shared_programs", "evaluation.plan",
+            "evaluation.Plan", "evaluation.Candidate", "evaluation.Curve", "evaluation.plan_document",
+            "evaluation.plan_table", "evaluation.draw_plan", "evaluation.Tensors", "evaluation.Layer",
+            "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample",
         ),
     ),
 }  # fmt: skip
@@ -108,7 +139,7 @@ def write(docs: pathlib.Path = DOCS) -> None:
     pages: dict[str, str] = {"methods/index.md": methods_index(), "api/index.md": api_index()}
     pages |= {f"methods/{name}.md": method_page(name) for name in METHODS}
     pages |= {f"api/{topic}.md": topic_page(topic) for topic in TOPICS}
-    pages |= {f"api/{module}.md": module_page(module) for module in MODULES}
+    pages |= {f"api/{package}.md": package_page(package) for package in PACKAGES}
     pages |= {f"measured/{name}.md": make() for name, make in MEASURED.items()}
     pages |= {f"results/{name}.md": text for name, text in results_pages(docs).items()}
     for folder in ("methods", "api", "measured", "results"):
@@ -132,11 +163,17 @@ def _write_if_new(path: pathlib.Path, text: str) -> None:
 # Where a public name is documented.
 
 
+def public_name(thing: Any) -> str:
+    """The name of a function or class below `approx_attention`: its own at the root, else with its package."""
+    name, package = thing.__name__, thing.__module__.split(".")[1]
+    return name if name in approx_attention.__all__ else f"{package}.{name}"
+
+
 def method_names(name: str) -> list[str]:
     """The public names on the page of a method: its own, and what makes its summaries, that no page before it has."""
     before = set()
     for other, method in METHODS.items():
-        own = [part.__name__ for part in (method.function, method.summarize, method.running, method.draw) if part]
+        own = [public_name(part) for part in (method.function, method.summarize, method.running, method.draw) if part]
         own = [part for part in [*own, *COMPANIONS.get(other, ())] if part not in before]
         if other == name:
             return own
@@ -144,17 +181,9 @@ def method_names(name: str) -> list[str]:
     raise ValueError(f"{name!r} is not in METHODS")
 
 
-def module_names(module: str) -> list[str]:
-    """The public names of a public module, in the order of its text; of a package, those it lists."""
-    loaded = importlib.import_module(f"approx_attention.{module}")
-    if hasattr(loaded, "__path__"):
-        return list(loaded.__all__)
-    return [
-        name
-        for name, value in vars(loaded).items()
-        if f"{loaded.__name__}.{name}" in DATA
-        or (getattr(value, "__module__", None) == loaded.__name__ and getattr(value, "__name__", "_")[0] != "_")
-    ]
+def package_names(package: str) -> list[str]:
+    """The public names of a package that is public as a whole."""
+    return list(importlib.import_module(f"approx_attention.{package}").__all__)
 
 
 def places() -> dict[str, str]:
@@ -162,8 +191,8 @@ def places() -> dict[str, str]:
     found = {"approx_attention.METHODS": "methods/index"}
     found |= {f"approx_attention.{part}": f"methods/{name}" for name in METHODS for part in method_names(name)}
     found |= {f"approx_attention.{part}": f"api/{topic}" for topic, (_, _, parts) in TOPICS.items() for part in parts}
-    for module in MODULES:
-        found |= {f"approx_attention.{module}.{part}": f"api/{module}" for part in module_names(module)}
+    for package in PACKAGES:
+        found |= {f"approx_attention.{package}.{part}": f"api/{package}" for part in package_names(package)}
     return found
 
 
@@ -207,11 +236,11 @@ def method_page(name: str) -> str:
     """What the registry, the measurements and the docstrings say about a method."""
     method = METHODS[name]
     lines = [f"# `{name}`", "", _sources(method), ""]
-    lines += [*_directives(f"approx_attention.{method.function.__name__}"), ""]
+    lines += [*_directives(f"approx_attention.{public_name(method.function)}"), ""]
     lines += ["## Measured error", "", *_measured(name), ""]
     lines += ["## What it can do", "", capability_rows(method), ""]
     lines += ["## Cost", "", cost_table(method), ""]
-    if companions := [part for part in method_names(name) if part != method.function.__name__]:
+    if companions := [part for part in method_names(name) if part != public_name(method.function)]:
         lines += ["## Its parts", ""]
         for part in companions:
             lines += [*_directives(f"approx_attention.{part}"), ""]
@@ -357,7 +386,7 @@ def api_index() -> str:
         for name in sorted(places(), key=lambda name: (name.count("."), name.lower()))
     ]
     lines = ["# API", "", "Everything public, by topic:", "", "```{toctree}", ":maxdepth: 1", "", *TOPICS, "```", ""]
-    lines += ["Modules all of whose names are public:", "", "```{toctree}", ":maxdepth: 1", "", *MODULES, "```", ""]
+    lines += ["Packages all of whose names are public:", "", "```{toctree}", ":maxdepth: 1", "", *PACKAGES, "```", ""]
     lines += [
         "The methods have [pages of their own](../methods/index.md). A committed list of these names and their "
         "signatures is compared to the code by the tests, so that none changes unnoticed.",
@@ -385,12 +414,12 @@ def topic_page(topic: str) -> str:
     return "\n".join(lines)
 
 
-def module_page(module: str) -> str:
-    """All names of a public module."""
-    lines = [f"# `approx_attention.{module}`", "", MODULES[module], ""]
-    lines += ["```{eval-rst}", f".. automodule:: approx_attention.{module}", "   :no-members:", "```", ""]
-    for name in module_names(module):
-        lines += [*_directives(f"approx_attention.{module}.{name}"), ""]
+def package_page(package: str) -> str:
+    """All names of a public package."""
+    lines = [f"# `approx_attention.{package}`", "", PACKAGES[package], ""]
+    lines += ["```{eval-rst}", f".. automodule:: approx_attention.{package}", "   :no-members:", "```", ""]
+    for name in package_names(package):
+        lines += [*_directives(f"approx_attention.{package}.{name}"), ""]
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from approx_attention import cli
 from approx_attention.evaluation import runs
-from tests.test_command_line import COMMAND, ROWS, Stream
-from tests.test_compare import run
+from tests.evaluation.test_command_line import COMMAND, ROWS, Stream
+from tests.evaluation.test_compare import run
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 

@@ -17,7 +17,7 @@ from approx_attention.realization import (
     realizable_in_one_dimension,
 )
 from approx_attention.realization.dimension import log_t_tail
-from tests.test_realization import KEY, N, realize
+from tests.realization.test_realization import KEY, N, realize
 
 
 def failures(method, d, num_tokens, num_keys, num_draws):

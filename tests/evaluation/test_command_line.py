@@ -17,8 +17,8 @@ import pytest
 from approx_attention import InputError, cli
 from approx_attention.evaluation import Candidate, Plan, comparison_table, plan_table, runs, terminal
 from approx_attention.evaluation.comparison import no_better_than_mean, times
+from tests.evaluation.test_compare import comparison, refusal, run
 from tests.references import random_heads
-from tests.test_compare import comparison, refusal, run
 
 ROWS = [
     comparison("exact", 0.5, 0.0, is_exact=True),

@@ -14,8 +14,8 @@ from approx_attention.evaluation import Tensors, Timing, held_bytes, load_sample
 from approx_attention.evaluation import planning as plan_module
 from approx_attention.evaluation.error_laws import ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.registry import METHODS
+from tests.evaluation.test_compare import refusal, run
 from tests.references import brute_force, random_heads
-from tests.test_compare import refusal, run
 
 QUICK: dict[str, Any] = {"num_seeds": 2, "rounds": 1}
 

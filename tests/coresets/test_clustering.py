@@ -27,8 +27,8 @@ from approx_attention.coresets.clustering import (
 )
 from approx_attention.coresets.halving import SIGN_RULES, group_length, halve, kernel_points, spread_over, tree_order
 from approx_attention.evaluation import sup_error
+from tests.methods.test_coreset import KEY, answers, clustered, summary
 from tests.references import compiled, random_head
-from tests.test_coreset import KEY, answers, clustered, summary
 
 attend, halve, k_means, kernel_points = compiled(attend, halve, k_means, kernel_points)
 nearest, with_nystrom_weights, sensitivities, spread_over = compiled(

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from approx_attention import attention, distributed
+from tests.distributed.test_context_parallel import FORMS, LENGTHS, mesh_of, options_of, tensors
 from tests.references import random_heads
-from tests.test_context_parallel import FORMS, LENGTHS, mesh_of, options_of, tensors
 
 
 def over_devices(name, is_causal, devices=8, **more):

@@ -29,8 +29,8 @@ from approx_attention import (
 )
 from approx_attention.core import TrigonometricFeatures, averaging_matrix, gaussian_projection, subtract
 from approx_attention.sparse import BlockMap
+from tests.methods.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, support
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
-from tests.test_sparse import LENGTH, PATTERNS, blocks_of, every_pattern, support
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

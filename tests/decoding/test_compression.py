@@ -16,8 +16,8 @@ from approx_attention.decoding import (
     token_budget,
 )
 from approx_attention.methods import running_block_linformer, running_exact
+from tests.methods.test_coreset import KEY, clustered
 from tests.references import brute_force, compiled, random_head, relative_error
-from tests.test_coreset import KEY, clustered
 
 attend, compress_cache, compress_tokens, exact = compiled(attend, compress_cache, compress_tokens, exact)
 

@@ -106,7 +106,9 @@ def test_layers_of_a_trained_model_are_captured(tmp_path):
 
 def test_a_users_model_is_captured_to_a_file_that_compare_reads(tmp_path):
     out = tmp_path / "captured.npz"
-    outcome = CliRunner().invoke(experiments, ["capture-model", "tests.test_sample:two_layers", "--to", str(out)])
+    outcome = CliRunner().invoke(
+        experiments, ["capture-model", "tests.experiments.test_sample:two_layers", "--to", str(out)]
+    )
     assert outcome.exit_code == 0, outcome.output
     tensors = load_tensors(out, ("second.q", "second.k", "second.v"))
     assert tensors.query.shape == (1, 5, 2, 4)

@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from tests import two_processes
+from tests.distributed import two_processes
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 WITHIN = 60  # seconds, on a busy machine; the heartbeat's are fewer
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,15 @@ def start(tmp_path):
 
     def one(number, *options):
         log = (tmp_path / f"{number}.txt").open("w")
-        command = [sys.executable, "-u", "-m", "tests.two_processes", str(tmp_path / f"{number}.npz"), number, port]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "tests.distributed.two_processes",
+            str(tmp_path / f"{number}.npz"),
+            number,
+            port,
+        ]
         started.append((subprocess.Popen([*command, *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT), log))
         return started[-1][0]
 

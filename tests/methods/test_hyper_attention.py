@@ -8,8 +8,8 @@ from approx_attention import (
     hyper_attention,
 )
 from approx_attention.coresets import random_places
+from tests.methods.test_coreset import KEY
 from tests.references import compiled, random_head
-from tests.test_coreset import KEY
 
 
 def test_hyper_attention_against_a_loop():
