@@ -88,7 +88,7 @@ def attention(
         (2, 100, 8, 16)
 
     Reference:
-        Grouped key heads: Ainslie et al. (2023), "GQA".
+        Grouped key heads: :cite:p:`ainslie2023gqa`.
     """
     is_causal, return_residual = check_flag("is_causal", is_causal), check_flag("return_residual", return_residual)
     if bias is not None:

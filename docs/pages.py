@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
@@ -447,56 +447,6 @@ def results_pages(docs: pathlib.Path) -> dict[str, str]:
 # Sources.
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """An entry of references.bib."""
-
-    key: str
-    surnames: str
-    title: str
-    year: str
-
-
-def bibliography() -> list[Source]:
-    """The entries of references.bib, with surnames and titles in plain lower case."""
-    text = (DOCS / "references.bib").read_text(encoding="utf-8")
-    entries = []
-    for key, body in re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", text, re.DOTALL | re.MULTILINE):
-        fields = dict(re.findall(r"^  (\w+) = \{(.*)\},$", body, re.MULTILINE))
-        surnames = " ".join(_letters(author.split(",")[0]) for author in fields.get("author", "").split(" and "))
-        names = f"{fields['title']} {fields.get('note', '')}"
-        entries.append(Source(key, surnames, _letters(names), fields.get("year", "")))
-    return entries
-
-
-def _letters(text: str) -> str:
-    """Text without accents, braces and other marks of TeX, in lower case."""
-    return re.sub(r"""\\[`'"^]\{?(\w)\}?|[{}]|\\(?=\w)""", r"\1", text).lower()
-
-
-def named_sources(text: str) -> list[tuple[str, str, str]]:
-    """What a text names as in ``Name et al. (2020), "Title"``: a surname or the name of a system, a year, a title."""
-    text = " ".join(text.split())
-    name = r"((?:(?:de|van|von) )?[A-Z][\w-]+)(?:(?:, [A-Z][\w-]+)*,? and [A-Z][\w-]+(?: [A-Z][\w-]+)?| et al\.)?"
-    cited = [match.groups("") for match in re.finditer(name + r' (?:\((\d{4})\)|(\d{4}))(?:, "([^"]*)")?', text)]
-    by_name = [(name, year or bare, title) for name, year, bare, title in cited]
-    by_title = [("", year, title) for title, year in re.findall(r'"([^"]*)" \((\d{4})\)', text)]
-    return by_name + by_title
-
-
-def find_source(named: tuple[str, str, str], entries: Iterable[Source]) -> list[Source]:
-    """The entries that a name, year and title may stand for; a system's name may stand in place of an author's."""
-    name, year, title = (part.lower() for part in named)
-    found = [
-        entry
-        for entry in entries
-        if entry.year == year
-        and (entry.surnames.split(" ")[0] == name or entry.title.startswith(name) or not name)
-        and title.rstrip(".:")[:40] in entry.title
-    ]
-    return found
-
-
 def reference_section(thing: Any) -> str:
     """The text of the section Reference of a docstring."""
     match = re.search(r"^Reference:\n((?:    .*\n?|\n)+)", inspect.getdoc(thing) or "", re.MULTILINE)
@@ -504,14 +454,8 @@ def reference_section(thing: Any) -> str:
 
 
 def sources(method: Method) -> list[str]:
-    """The keys of what a method's docstring and registry entry name; the docstring settles what is ambiguous."""
-    entries = bibliography()
-    keys = [source.key for named in named_sources(reference_section(method.function))
-            for source in find_source(named, entries)]  # fmt: skip
-    for named in named_sources(method.reference):
-        candidates = [source.key for source in find_source(named, entries)]
-        keys += [] if set(candidates) & set(keys) else candidates
-    return list(dict.fromkeys(keys))
+    """The citation keys of a method's docstring."""
+    return list(dict.fromkeys(re.findall(r":cite:p:`(\w+)`", reference_section(method.function))))
 
 
 # Tables of the guide.

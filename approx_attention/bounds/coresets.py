@@ -132,7 +132,7 @@ def sensitivity(
         (True, True)
 
     Reference:
-        Sensitivity as in Feldman and Langberg (2011); the gap is that of Frank and Wolfe (1956).
+        Sensitivity as in :cite:p:`feldman2011unified`; the gap is that of :cite:p:`frank1956algorithm`.
     """
     num_steps = check_count("num_steps", num_steps)
     check_key_value_fit(k, k, k)
@@ -249,11 +249,10 @@ def coreset_size_bound(
         True
 
     Reference:
-        Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", abstract; Han et al. (2025),
-        "BalanceKV", theorems 3.1 and 3.2; Zandieh et al. (2024), "SubGen"; "Thinformer" with "Express" (2026); Karnin
-        and Liberty (2019) and Phillips and Tai (2020) for kernels; uniform sampling by its second moment; Banaszczyk
-        (1998), "Balancing vectors and Gaussian measures of n-dimensional convex bodies", and Bansal, Dadush, Garg and
-        Lovett (2018), "The Gram-Schmidt walk", for the optimal coreset.
+        :cite:p:`liberty2026nearly`, abstract; :cite:p:`han2025balancekv`, theorems 3.1 and 3.2;
+        :cite:p:`zandieh2024subgen`; "Thinformer" with :cite:p:`express2026`; :cite:p:`karnin2019discrepancy`
+        and :cite:p:`phillips2020near` for kernels; uniform sampling by its second moment;
+        :cite:p:`banaszczyk1998balancing`, and :cite:p:`bansal2018gram`, for the optimal coreset.
     """
     check_choice("result", result, get_args(SizeResult))
     head_dim = check_count("head_dim", head_dim, most=None)

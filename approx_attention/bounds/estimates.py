@@ -59,7 +59,7 @@ def favor_mse(
         0.0
 
     Reference:
-        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 2 and theorem 1.
+        :cite:p:`choromanski2021rethinking`, lemma 2 and theorem 1.
     """
     num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "trigonometric"))
@@ -111,7 +111,7 @@ def sketch_mse(
         (2.0, 0.0)
 
     Reference:
-        Second moments of each family; what Wang et al. (2020), "Linformer", theorem 1 leaves as a probability.
+        Second moments of each family; what :cite:p:`wang2020linformer`, theorem 1 leaves as a probability.
     """
     check_choice("kind", kind, SKETCHES)
     sketch_size = check_count("sketch_size", sketch_size)
@@ -161,7 +161,7 @@ def row_sample_mse(
         0.0
 
     Reference:
-        Drineas, Kannan and Mahoney (2006), "Fast Monte Carlo algorithms for matrices I".
+        :cite:p:`drineas2006fast`.
     """
     sample_size = check_count("sample_size", sample_size)
     dtype = accumulation_dtype(weights, v)
@@ -196,7 +196,7 @@ def johnson_lindenstrauss_size(num_points: int, error: float) -> float:
         (299, 5347)
 
     Reference:
-        Dasgupta and Gupta (2003), "An elementary proof of a theorem of Johnson and Lindenstrauss".
+        :cite:p:`dasgupta2003elementary`.
     """
     num_points = check_count("num_points", num_points, most=None)
     if not 0 < error < 1:

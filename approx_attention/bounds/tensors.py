@@ -189,7 +189,7 @@ def tensor_certificate(
         (True, 495, True)
 
     Reference:
-        Alman and Song (2024), upper bound; the constants are derivations of this library (`weight_bound`).
+        :cite:p:`alman2024capture`, upper bound; the constants are derivations of this library (`weight_bound`).
     """
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     beta = float(logit_bound(q, k, scale=scale, kv_mask=kv_mask))

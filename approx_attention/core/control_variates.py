@@ -49,7 +49,7 @@ def control_variate_state(
         True
 
     Reference:
-        Zheng et al. (2023), "Efficient attention via control variates", section 4.
+        :cite:p:`zheng2023efficient`, section 4.
     """
     answers = jax.vmap(lambda moments: attend(q, moments))(moments)
     log_mass = answers.lse.T if log_mass is None else log_mass

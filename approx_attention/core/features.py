@@ -50,7 +50,7 @@ class PositiveFeatures:
             with rows ``[w; -w]`` these are the hyperbolic features.
 
     Reference:
-        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1.
+        :cite:p:`choromanski2021rethinking`, lemma 1.
     """
 
     projection: Array
@@ -78,7 +78,7 @@ class TrigonometricFeatures:
         projection: directions ``w [R/2, D]``.
 
     Reference:
-        Peng et al. (2021), "Random feature attention", section 2.2; Rahimi and Recht (2007), algorithm 1.
+        :cite:p:`peng2021random`, section 2.2; :cite:p:`rahimi2007random`, algorithm 1.
     """
 
     projection: Array
@@ -107,7 +107,7 @@ class ReLUFeatures:
         offset: the constant :math:`\epsilon > 0` that is part of this kernel and keeps its normaliser positive.
 
     Reference:
-        Choromanski et al. (2021), "Rethinking attention with Performers", section 4.2.
+        :cite:p:`choromanski2021rethinking`, section 4.2.
     """
 
     projection: Array
@@ -161,7 +161,7 @@ class CosineFeatures:
         head_dim: the number D of channels of x.
 
     Reference:
-        Qin et al. (2022), "cosFormer: rethinking softmax in attention".
+        :cite:p:`qin2022cosformer`.
     """
 
     head_dim: int = dataclasses.field(metadata={"static": True})
@@ -234,7 +234,7 @@ def orthogonal_projection(
         True
 
     Reference:
-        Choromanski et al. (2021), section 2.4; Yu et al. (2016), "Orthogonal random features".
+        :cite:p:`choromanski2021rethinking`, section 2.4; :cite:p:`yu2016orthogonal`.
     """
     check_choice("row_norm", row_norm, ("chi", "sqrt_dim"))
     key_directions, key_norms = jax.random.split(key)

@@ -209,8 +209,9 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
         True
 
     Reference:
-        Achlioptas (2003); Charikar, Chen and Farach-Colton (2002) for CountSketch; Kane and Nelson (2014); Ailon and
-        Chazelle (2009) and Tropp (2011) for the Hadamard transform.
+        :cite:p:`achlioptas2003database`; :cite:p:`charikar2002finding` for CountSketch;
+        :cite:p:`kane2014sparser`; :cite:p:`ailon2009fast` and :cite:p:`tropp2011improved` for the Hadamard
+        transform.
     """
     check_choice("sketch", kind, SKETCHES)
     size, num_rows = check_count("sketch_size", size), check_count("num_rows", num_rows)

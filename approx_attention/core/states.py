@@ -71,8 +71,7 @@ def merge(a: Any, b: Any) -> Any:
         True
 
     Reference:
-        Milakov and Gimelshein (2018), "Online normalizer calculation for softmax", section 3;
-        Liu, Zaharia and Abbeel (2023), "Ring attention", section 3.
+        :cite:p:`milakov2018online`, section 3; :cite:p:`liu2023ring`, section 3.
     """
     raise TypeError(
         f"merge takes two attention states or two summaries of one kind, got {type(a).__name__} and {type(b).__name__}"

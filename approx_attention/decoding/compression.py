@@ -105,11 +105,9 @@ def compress_tokens(
         True
 
     Reference:
-        The algorithms: as in `coreset`. The heuristics: ``"streaming_llm"`` Xiao et al. (2023), "Efficient streaming
-        language models with attention sinks"; ``"knorm"`` Devoto et al. (2024), "A simple and effective L2 norm-based
-        strategy for KV cache compression"; ``"keydiff"`` Park et al. (2025), "KeyDiff"; ``"h2o"`` Zhang et al. (2023),
-        "H2O"; ``"snapkv"`` Li et al. (2024), "SnapKV"; ``"tova"`` Oren et al. (2024), "Transformers are multi-state
-        RNNs".
+        The algorithms: as in `coreset`. The heuristics: ``"streaming_llm"`` :cite:p:`xiao2023sinks`;
+        ``"knorm"`` :cite:p:`devoto2024simple`; ``"keydiff"`` :cite:p:`park2025keydiff`; ``"h2o"``
+        :cite:p:`zhang2023h2o`; ``"snapkv"`` :cite:p:`li2024snapkv`; ``"tova"`` :cite:p:`oren2024tova`.
     """
     _check_policy(policy, size)
     for name, x in (("k", k), ("v", v)):
@@ -264,7 +262,7 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
         [0.58, 0.58, 0.58, 0.25]
 
     Reference:
-        Zhang et al. (2023), "H2O"; of a window of the last queries: Li et al. (2024), "SnapKV".
+        :cite:p:`zhang2023h2o`; of a window of the last queries: :cite:p:`li2024snapkv`.
     """
     if not isinstance(tokens, WeightedKV):
         raise TypeError(f"attention_received takes a WeightedKV, got {type(tokens).__name__}")
@@ -380,7 +378,7 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
         [160, 130, 100, 70, 40]
 
     Reference:
-        Cai et al. (2024), "PyramidKV".
+        :cite:p:`cai2024pyramidkv`.
     """
     least = check_count("least", least, least=0)
     num_layers = check_count("num_layers", num_layers)
@@ -426,7 +424,7 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
         True
 
     Reference:
-        Feng et al. (2024), "Ada-KV".
+        :cite:p:`feng2024adakv`.
     """
     check_floating("scores", scores)
     if scores.ndim != 2 or 0 in scores.shape:

@@ -112,7 +112,7 @@ def attention(
         True
 
     Reference:
-        Liu, Zaharia and Abbeel (2023), "Ring attention with blockwise transformers", for exact attention.
+        :cite:p:`liu2023ring`, for exact attention.
     """
     is_causal = check_flag("is_causal", is_causal)
     check_layout(query, key, value)

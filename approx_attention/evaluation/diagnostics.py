@@ -582,7 +582,7 @@ def spectrum(
         [0.25, 0.5, 0.75, 1.0]
 
     Reference:
-        Wang et al. (2020), "Linformer", figure 1, there without centring.
+        :cite:p:`wang2020linformer`, figure 1, there without centring.
     """
     q, k, _ = head_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
     real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask

@@ -94,9 +94,8 @@ def coreset(
         True
 
     Reference:
-        Liberty, Andoni and Kleiner (2026), "Nearly optimal attention coresets", for the problem and its bounds; Karnin
-        and Liberty (2019) for halving; the default is k-means with Nystrom weights, as in WildCat (2026) with other
-        landmarks.
+        :cite:p:`liberty2026nearly`, for the problem and its bounds; :cite:p:`karnin2019discrepancy` for
+        halving; the default is k-means with Nystrom weights, as in :cite:p:`wildcat2026` with other landmarks.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)
@@ -169,7 +168,7 @@ def sparse_coreset(
         True
 
     Reference:
-        Chen et al. (2021), "Scatterbrain", section 4, with a coreset in place of its features.
+        :cite:p:`chen2021scatterbrain`, section 4, with a coreset in place of its features.
     """
     dtype = v.dtype
     window_size = check_count("window_size", window_size)

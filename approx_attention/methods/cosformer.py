@@ -85,7 +85,7 @@ def cosformer(
         [0.423, 0.366, 0.211]
 
     Reference:
-        Qin et al. (2022), "cosFormer: rethinking softmax in attention", section 2.
+        :cite:p:`qin2022cosformer`, section 2.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)

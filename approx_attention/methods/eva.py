@@ -149,8 +149,7 @@ def eva(
         True
 
     Reference:
-        Zheng et al. (2023), "Efficient attention via control variates", section 4; EvaByte (2025) for its
-        ``pooling_vectors``.
+        :cite:p:`zheng2023efficient`, section 4; :cite:p:`evabyte2025` for its ``pooling_vectors``.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     exclude_local = check_flag("exclude_local", exclude_local)

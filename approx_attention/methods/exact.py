@@ -73,8 +73,7 @@ def exact(
         True
 
     Reference:
-        Vaswani et al. (2017), "Attention is all you need", equation 1; blocked form: Dao et al. (2022),
-        "FlashAttention", algorithm 1.
+        :cite:p:`vaswani2017attention`, equation 1; blocked form: :cite:p:`dao2022flashattention`, algorithm 1.
     """
     plain = bias is None and mask is None
     fusible = plain and kv_mask is None and not return_state and _cudnn_applies(q, k, v)

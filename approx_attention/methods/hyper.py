@@ -83,7 +83,7 @@ def hyper_attention(
         True
 
     Reference:
-        Han et al. (2023), "HyperAttention", algorithms 1 and 3.
+        :cite:p:`han2023hyperattention`, algorithms 1 and 3.
     """
     dtype = v.dtype
     block_size = check_count("block_size", block_size)

@@ -119,7 +119,7 @@ def lara(
         True
 
     Reference:
-        Zheng, Wang and Kong (2022), "Linear complexity randomized self-attention mechanism", section 4.
+        :cite:p:`zheng2022linear`, section 4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     check_choice("weights", weights, ("balance", "query_specific", "biased"))

@@ -115,8 +115,7 @@ def linformer(
         True
 
     Reference:
-        Wang et al. (2020), "Linformer: self-attention with linear complexity", section 4; the causal form is the one
-        that Peng et al. (2022), "ABC", give.
+        :cite:p:`wang2020linformer`, section 4; the causal form is the one that :cite:p:`peng2022abc`, give.
     """
     dtype = v.dtype
     num_slots = check_count("num_slots", num_slots)
@@ -385,7 +384,7 @@ def block_linformer(
         (256, 8)
 
     Reference:
-        Wang et al. (2020), "Linformer", block by block, as far as a causal model can use it.
+        :cite:p:`wang2020linformer`, block by block, as far as a causal model can use it.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     slots_per_block = check_count("slots_per_block", slots_per_block)

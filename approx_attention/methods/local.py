@@ -61,7 +61,7 @@ def local(
         True
 
     Reference:
-        Beltagy, Peters and Cohan (2020), "Longformer", section 3.1.
+        :cite:p:`beltagy2020longformer`, section 3.1.
     """
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)

@@ -98,8 +98,8 @@ def nystrom(
         True
 
     Reference:
-        Xiong et al. (2021), "Nystromformer: a Nystrom-based algorithm for approximating self-attention", section 3;
-        without its convolution of the values, which belongs to a layer.
+        :cite:p:`xiong2021nystromformer`, section 3; without its convolution of the values, which belongs to a
+        layer.
     """
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
     check_choice("inverse", inverse, ("iterations", "ridge", "svd"))
@@ -184,7 +184,7 @@ def skyformer(
         True
 
     Reference:
-        Chen et al. (2021), "Skyformer: remodel self-attention with Gaussian kernel and Nystrom method", section 4.
+        :cite:p:`chen2021skyformer`, section 4.
     """
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
     check_number("ridge", ridge)
@@ -271,7 +271,7 @@ def svd(
         2
 
     Reference:
-        Eckart and Young (1936), "The approximation of one matrix by another of lower rank".
+        :cite:p:`eckart1936approximation`.
     """
     dtype = v.dtype
     rank = check_count("rank", rank)

@@ -85,7 +85,7 @@ def polynomial_attention(
         True
 
     Reference:
-        Alman and Song (2023), "Fast attention requires bounded entries", theorem 3.8.
+        :cite:p:`alman2023fast`, theorem 3.8.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)

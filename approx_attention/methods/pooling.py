@@ -73,8 +73,8 @@ def mean_pool(
         True
 
     Reference:
-        The clustered special case of Zheng et al. (2023), "Efficient attention via control variates", section 4.2,
-        with the count of each chunk restored.
+        The clustered special case of :cite:p:`zheng2023efficient`, section 4.2, with the count of each chunk
+        restored.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)

@@ -93,7 +93,7 @@ def ra(
         True
 
     Reference:
-        Zheng, Wang and Kong (2022), "Linear complexity randomized self-attention mechanism", section 3.
+        :cite:p:`zheng2022linear`, section 3.
     """
     dtype, head_dim, num_queries, num_keys = v.dtype, q.shape[-1], q.shape[0], k.shape[0]
     check_choice("noise_scale", noise_scale, ("exact", "official"))

@@ -109,7 +109,7 @@ def favor(
         True
 
     Reference:
-        Choromanski et al. (2021), "Rethinking attention with Performers", lemma 1, theorem 1 and section 2.4.
+        :cite:p:`choromanski2021rethinking`, lemma 1, theorem 1 and section 2.4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)
@@ -303,7 +303,7 @@ def rfa(
         True
 
     Reference:
-        Peng et al. (2021), "Random feature attention", sections 3.1 and 3.2 (gates).
+        :cite:p:`peng2021random`, sections 3.1 and 3.2 (gates).
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     block_size = check_count("block_size", block_size)

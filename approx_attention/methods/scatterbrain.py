@@ -82,7 +82,7 @@ def scatterbrain(
         True
 
     Reference:
-        Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
+        :cite:p:`chen2021scatterbrain`, section 4.
     """
     dtype, head_dim = v.dtype, q.shape[-1]
     num_features = check_count("num_features", num_features)

@@ -91,7 +91,7 @@ def unreduced_jlt(
         True
 
     Reference:
-        Wang et al. (2020), "Linformer", theorem 1; the name is that of Chen et al. (2021), "Skeinformer", section 3.
+        :cite:p:`wang2020linformer`, theorem 1; the name is that of :cite:p:`chen2021skeinformer`, section 3.
     """
     dtype, num_keys = v.dtype, k.shape[0]
     centred = check_flag("centred", centred)
@@ -201,7 +201,7 @@ def importance_sample(
         True
 
     Reference:
-        Self-normalised importance sampling; row sampling as in Drineas, Kannan and Mahoney (2006).
+        Self-normalised importance sampling; row sampling as in :cite:p:`drineas2006fast`.
     """
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)

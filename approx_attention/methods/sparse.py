@@ -96,8 +96,7 @@ def sparse_attention(
         True
 
     Reference:
-        Child et al. (2019), "Generating long sequences with sparse transformers"; blocks: Zaheer et al. (2020),
-        "Big Bird", appendix D.
+        :cite:p:`child2019sparse`; blocks: :cite:p:`zaheer2020bigbird`, appendix D.
     """
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -228,7 +227,7 @@ def sparse_plus_summary(
         True
 
     Reference:
-        Chen et al. (2021), "Scatterbrain: unifying sparse and low-rank attention", section 4.
+        :cite:p:`chen2021scatterbrain`, section 4.
     """
     dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -312,8 +311,7 @@ def longformer(
         True
 
     Reference:
-        Beltagy, Peters and Cohan (2020), "Longformer", section 3.1; sinks: Xiao et al. (2023), "Efficient streaming
-        language models with attention sinks".
+        :cite:p:`beltagy2020longformer`, section 3.1; sinks: :cite:p:`xiao2023sinks`.
     """
     dtype, num_keys = v.dtype, k.shape[0]
     left = check_count("window_size", window_size) - 1
@@ -396,7 +394,7 @@ def bigbird(
         True
 
     Reference:
-        Zaheer et al. (2020), "Big Bird: transformers for longer sequences", section 2 and appendix D.
+        :cite:p:`zaheer2020bigbird`, section 2 and appendix D.
     """
     dtype = v.dtype
     block_size = check_count("block_size", block_size)

@@ -80,7 +80,7 @@ def top_k(
         True
 
     Reference:
-        Gupta et al. (2021), "Memory-efficient transformers via top-k attention", section 3.
+        :cite:p:`gupta2021topk`, section 3.
     """
     dtype = v.dtype
     count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
@@ -201,7 +201,7 @@ def lsh_top_k(
         True
 
     Reference:
-        Kitaev, Kaiser and Levskaya (2020), "Reformer", section 2; the neighbour: Lv et al. (2007), "Multi-probe LSH".
+        :cite:p:`kitaev2020reformer`, section 2; the neighbour: :cite:p:`lv2007multiprobe`.
     """
     dtype, num_keys = v.dtype, k.shape[0]
     count = min(check_count("keys_per_query", keys_per_query), num_keys)

@@ -498,8 +498,7 @@ class TensorAttention(nnx.Module):
         (3, 5, 8)
 
     Reference:
-        Clift et al. (2020), "Logic and the 2-simplicial transformer"; Roy et al. (2025), "Fast and simplex:
-        2-simplicial attention in Triton", for the biases.
+        :cite:p:`clift2020logic`; :cite:p:`roy2025simplex`, for the biases.
     """
 
     def __init__(

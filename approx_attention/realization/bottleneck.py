@@ -35,7 +35,7 @@ def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) ->
         3
 
     Reference:
-        Sharper than Bhojanapalli et al. (2020), "Low-rank bottleneck in multi-head attention models", theorem 1.
+        Sharper than :cite:p:`bhojanapalli2020bottleneck`, theorem 1.
     """
     sizes = jnp.linalg.svd(_centred_logits(weights), compute_uv=False)
     rank = jnp.sum(sizes > tolerance * jnp.maximum(sizes[0], 1), dtype=jnp.int32)
@@ -73,7 +73,7 @@ def realize_attention(
         ((8, 7), True)
 
     Reference:
-        Bhojanapalli et al. (2020), theorem 1, with S - 1 channels in place of S.
+        :cite:p:`bhojanapalli2020bottleneck`, theorem 1, with S - 1 channels in place of S.
     """
     num_queries, num_keys = weights.shape
     if head_dim is None:

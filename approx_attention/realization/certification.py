@@ -97,8 +97,8 @@ def certify(
         (-4.0, 1.0)
 
     Reference:
-        Likhosherstov, Choromanski and Weller (2021), "On the expressive power of self-attention matrices", for the two
-        precisions; how they are measured is a derivation of this library.
+        :cite:p:`likhosherstov2021expressive`, for the two precisions; how they are measured is a derivation of
+        this library.
     """
     for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
         check_floating(name, x)

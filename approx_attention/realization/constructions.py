@@ -137,8 +137,8 @@ def realize_sparse_pattern(
         ((64, 96), True)
 
     Reference:
-        The scheme of ``"projection"`` and of fixed projections is that of Likhosherstov, Choromanski and Weller (2021),
-        "On the expressive power of self-attention matrices"; the formulas and the other methods are this library's.
+        The scheme of ``"projection"`` and of fixed projections is that of
+        :cite:p:`likhosherstov2021expressive`; the formulas and the other methods are this library's.
     """
     check_pattern(pattern)
     d, eps1, eps2 = check_count("d", d), known_number("eps1", eps1), known_number("eps2", eps2)

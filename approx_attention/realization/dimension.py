@@ -126,8 +126,7 @@ def dimension_bound(
         70
 
     Reference:
-        Dasgupta and Gupta (2003), "An elementary proof of a theorem of Johnson and Lindenstrauss"; Donoho and Tanner
-        (2005), "Neighborliness of randomly projected simplices in high dimensions"; the others are this library's.
+        :cite:p:`dasgupta2003elementary`; :cite:p:`donoho2005neighborliness`; the others are this library's.
     """
     check_choice("kind", kind, get_args(BoundKind))
     # No array is so large: the bounds are formulas.
@@ -423,7 +422,7 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
         [[3, 2, 0], [3, 2, 0], [-3, -2, 0]]
 
     Reference:
-        Likhosherstov, Choromanski and Weller (2021), algorithm 1, decides this case; the derivation is this library's.
+        :cite:p:`likhosherstov2021expressive`, algorithm 1, decides this case; the derivation is this library's.
     """
     check_pattern(pattern)
     valid = np.asarray(pattern.valid)

@@ -94,8 +94,8 @@ def match3_weights(
         ((4, 5), 70)
 
     Reference:
-        Sanford, Hsu and Telgarsky (2023), "Representational strengths and limitations of transformers", on Match3 and
-        third-order self-attention; these weights are a derivation of this library.
+        :cite:p:`sanford2023representational`, on Match3 and third-order self-attention; these weights are a
+        derivation of this library.
     """
     modulus, num_tokens = check_count("modulus", modulus, 5), check_count("num_tokens", num_tokens)
     factors = np.array([check_count("frequencies", f) for f in frequencies])

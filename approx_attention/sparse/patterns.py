@@ -213,7 +213,7 @@ class SparsePattern:
             [[0, 2], [1, 3], [0, 2], [1, 3]]
 
         Reference:
-            Child et al. (2019), "Generating long sequences with sparse transformers", section 4.2.
+            :cite:p:`child2019sparse`, section 4.2.
         """
         num_tokens = check_count("num_tokens", num_tokens)
         stride = check_count("stride", stride)
@@ -327,7 +327,7 @@ class SparsePattern:
             [0.5, 0.5, 0.0]
 
         Reference:
-            Beltagy et al. (2020), "Longformer", section 3.1.
+            :cite:p:`beltagy2020longformer`, section 3.1.
         """
         held = _integers("tokens", tokens)
         limit = self.num_keys if only_columns else min(self.num_keys, self.num_queries)

@@ -67,9 +67,7 @@ def tensor_attention(
         True
 
     Reference:
-        Alman and Song (2024), "How to capture higher-order correlations? Generalizing matrix softmax attention to
-        Kronecker computation", definition of tensor attention; Roy et al. (2025), "Fast and simplex: 2-simplicial
-        attention in Triton", for windows.
+        :cite:p:`alman2024capture`, definition of tensor attention; :cite:p:`roy2025simplex`, for windows.
     """
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     widths = check_causal(is_causal, window, len(inputs.keys))
@@ -116,7 +114,7 @@ def determinant_attention(
         [2.25]
 
     Reference:
-        Roy et al. (2025), section on rotation invariant trilinear forms.
+        :cite:p:`roy2025simplex`, section on rotation invariant trilinear forms.
     """
     channels = determinant_channels(q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -207,8 +205,7 @@ def strassen_attention(
         True
 
     Reference:
-        Kozachinskiy et al. (2025), "Strassen attention: unlocking compositional abilities in transformers based on a
-        new lower bound method", section on Strassen attention.
+        :cite:p:`kozachinskiy2025strassen`, section on Strassen attention.
     """
     inputs = tensor_inputs(f, k, v, scale=scale, kv_mask=kv_mask)
     if len(inputs.keys) != 2:

@@ -93,9 +93,8 @@ def tensor_polynomial(
         True
 
     Reference:
-        Alman and Song (2024), "How to capture higher-order correlations? Generalizing matrix softmax attention to
-        Kronecker computation", upper bound; Alman and Song (2023), "Fast attention requires bounded entries", for
-        order 2. Causal forms, windows and index sets are derivations of this library.
+        :cite:p:`alman2024capture`, upper bound; :cite:p:`alman2023fast`, for order 2. Causal forms, windows and
+        index sets are derivations of this library.
     """
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     widths = check_causal(is_causal, window, len(inputs.keys))
@@ -173,8 +172,7 @@ def tensor_support_basis(
         [True, False]
 
     Reference:
-        "Support basis: fast attention beyond bounded entries" (2025), for order 2; higher orders are a derivation of
-        this library.
+        :cite:p:`supportbasis2025`, for order 2; higher orders are a derivation of this library.
     """
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     kernel = Kernel.of(q.shape[-1], len(inputs.keys), degree, coefficients, bound, rms, features, inputs.q.dtype)

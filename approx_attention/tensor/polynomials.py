@@ -71,9 +71,8 @@ def exp_coefficients(
         [1.027, 1.114, 0.469]
 
     Reference:
-        Alman and Song (2023), "Fast attention requires bounded entries", section 3; Aggarwal and Alman (2022),
-        "Optimal-degree polynomial approximations for exponentials and Gaussian kernel density estimation"; Remez
-        (1934) for the exchange.
+        :cite:p:`alman2023fast`, section 3; :cite:p:`aggarwal2022optimal`; :cite:p:`remez1934sur` for the
+        exchange.
     """
     check_choice("coefficients", kind, get_args(Coefficients))
     degree = check_count("degree", degree, 0)
@@ -223,8 +222,8 @@ def weight_bound(lo: float, hi: float) -> float:
         inf
 
     Reference:
-        A derivation of this library: with factors :math:`f_j` the sum is
-        :math:`\sum_j w_j |f_j - \bar f| / \bar f`, which is largest for a law on the two points ``lo`` and ``hi``.
+        A derivation of this library: with factors :math:`f_j` the sum is :math:`\sum_j w_j |f_j - \bar f| /
+        \bar f`, which is largest for a law on the two points ``lo`` and ``hi``.
     """
     lo, hi = known_number("lo", lo), known_number("hi", hi)
     if not lo <= hi:

@@ -102,8 +102,7 @@ class TensorSketch(_PolynomialSketch):
         exact_degree: the highest degree whose monomials are kept.
 
     Reference:
-        Pham and Pagh (2013), "Fast and scalable polynomial kernels via explicit feature maps"; more than two factors
-        are a derivation of this library.
+        :cite:p:`pham2013fast`; more than two factors are a derivation of this library.
     """
 
     place: Array
@@ -178,8 +177,7 @@ class ProductSketch(_PolynomialSketch):
         exact_degree: the highest degree whose monomials are kept.
 
     Reference:
-        Kar and Karnick (2012), "Random feature maps for dot product kernels"; more than two factors are a derivation of
-        this library.
+        :cite:p:`kar2012random`; more than two factors are a derivation of this library.
     """
 
     sign: Array

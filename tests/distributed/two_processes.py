@@ -1,4 +1,4 @@
-"""``python -m tests.distributed.two_processes OUT NUMBER PORT [DYING]``: attention on four devices of one process, or of two.
+"""``python -m tests.distributed.two_processes OUT NUMBER PORT [DYING]``: four devices of one process, or of two.
 
 NUMBER is that of this process, or ``alone``. Process DYING kills itself once all have met; the other is to notice.
 """
