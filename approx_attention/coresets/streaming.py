@@ -44,18 +44,15 @@ def running_coreset(
     next, as a binary counter carries, so that it holds up to ``coreset_size`` tokens for each of
     ``log2(max_length / coreset_size)`` levels; a prefix that is longer is folded into the last.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: the number D of channels of queries and keys.
-        key: typed PRNG key.
         coreset_size: the number M of tokens, of each level if it is a counter.
         algorithm: of the counter: one whose masses are not negative.
         query_radius: of the counter, as in `coreset`.
         streaming: ``"fold"`` or ``"counter"``.
         sinks: how many of the first real tokens are kept exactly, beside the coreset.
         max_length: the length that the counter's levels are made for.
-
-    Returns:
-        The `RunningSummary`.
 
     Raises:
         ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that folding does not follow.

@@ -1,4 +1,27 @@
-"""The attention methods, each a file: `METHODS` lists them."""
+r"""The attention methods, each a file. `approx_attention.METHODS` lists them with what each can do.
+
+A method is a pure function ``(q, k, v, key=None, *, ...) -> out`` of one head. Its docstring describes what is its own;
+the arguments here mean the same in every method that has them.
+
+Args:
+    q: queries ``[T, D]``.
+    k: keys ``[S, D]``.
+    v: values ``[S, Dv]``.
+    key: typed PRNG key, as in ``jax.random.key(0)``. Methods that are not random ignore it.
+    is_causal: query t sees keys j <= t, counted from the left where T != S.
+    block_size: tokens per block of the causal form. A query sees its own block and the block before exactly, and
+        earlier ones by the method's summary.
+    kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. What padding holds never matters.
+    q_mask: true where a query is real, ``[T]``; by default ``kv_mask`` where T = S.
+    scale: factor s of the logits, ``1/sqrt(D)`` by default.
+    return_state: return the `AttentionState` in the accumulation dtype: outputs and log-normalisers.
+
+Outputs are ``[T, Dv]`` in the dtype of ``v``. Sums and normalisers are in float32, or in float64 where an input is.
+
+What a method knows of all keys is made by ``summarize_<method>(k, v, key, *, ..., kv_mask)``, from keys in scaled space
+(`fold_scale`), and of a growing prefix by ``running_<method>(head_dim, key, *, ...)``, which returns a `RunningSummary`
+of keys with ``head_dim`` channels.
+"""
 
 from approx_attention.methods.baselines import (
     mean_value,

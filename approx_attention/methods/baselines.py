@@ -41,15 +41,12 @@ def mean_value(
 
     .. math:: \mathrm{out}_t = \frac{1}{n_t} \sum_{j \text{ visible}} v_j
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; only their number matters.
         k: keys ``[S, D]``; only their number matters.
-        v: values ``[S, Dv]``.
-        key: ignored.
-        is_causal: query t sees keys j <= t.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         scale: checked, without effect: all logits are 0.
-        return_state: return the `AttentionState`, in the accumulation dtype.
 
     Returns:
         Outputs ``[T, Dv]`` in the dtype of ``v``, or the state, whose log-normaliser is the log of the count.
@@ -87,11 +84,10 @@ def summarize_mean_value(
 ) -> WeightedKV:
     """One token at the origin that stands for all keys.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         k: keys ``[S, D]``; only their number matters.
-        v: values ``[S, Dv]``.
-        key: ignored.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         A `WeightedKV` of one token.
@@ -122,21 +118,13 @@ def uniform_sample(
 
     The normaliser and the numerator are unbiased; their ratio is not.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``noise`` is given.
         sample_size: the number M of keys kept; with M >= S the answer is exact.
         noise: a priority per key, ``[S]``; the M largest are kept.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by sample.
-        block_size: tokens per block of the causal form.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor noise.
@@ -175,13 +163,12 @@ def summarize_uniform_sample(
 ) -> WeightedKV:
     """Keeps a uniform sample of the keys, without replacement, with equal masses that sum to the number of keys.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``noise`` is given.
         sample_size: the number M of keys kept.
         noise: a priority per key, ``[S]``; the M largest are kept.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         A `WeightedKV` of min(M, S) tokens.
@@ -202,14 +189,12 @@ def running_uniform_sample(
 ) -> RunningSummary:
     """Keeps a uniform sample of a growing prefix: of all keys so far, those of the largest priorities.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: the number D of channels of queries and keys.
         key: typed PRNG key; not needed if ``noise`` is given.
         sample_size: the number M of keys kept.
         noise: a priority per position, ``[S]``, for a prefix of at most S tokens; the answers of a longer one are NaN.
-
-    Returns:
-        The `RunningSummary`.
     """
     head_dim, sample_size = check_counts(head_dim=head_dim, sample_size=sample_size)
     if noise is not None:

@@ -60,11 +60,9 @@ def coreset(
 
     Which tokens are chosen has no gradient; the keys and values of the chosen have.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: typed PRNG key.
         coreset_size: the number M of tokens; with as many as real keys the answer is exact.
         algorithm: a name in `approx_attention.coresets.ALGORITHMS`, or one of its classes with settings of your own.
         query_radius: :math:`\rho`, the largest norm of a query in scaled space (`query_radius`); by default that of the
@@ -73,13 +71,6 @@ def coreset(
         streaming: how the coreset grows causally, see `running_coreset`: folded, which merges clusters and takes no
             algorithm and no radius, or counted.
         sinks: how many of the first tokens the causal form keeps exactly, beside the coreset.
-        block_size: tokens per block of the causal form.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
@@ -139,21 +130,14 @@ def sparse_coreset(
     The cost is that of exact attention over three blocks and over M tokens of every block: T S M / ``window_size``.
     Unlike causal `coreset`, which folds all earlier blocks into one coreset, its causal form summarises each once.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: typed PRNG key.
         coreset_size: the number M of tokens for each block; with as many as a block holds the answer is exact.
         algorithm: as in `coreset`; masses that are positive keep the weights positive.
         window_size: tokens per block.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coresets.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
@@ -205,10 +189,9 @@ def summarize_coreset(
 ) -> WeightedKV:
     """A coreset of keys and values.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        key: typed PRNG key.
         coreset_size: the number M of tokens.
         algorithm: as in `coreset`.
         query_radius: the largest norm of a query in scaled space, by default that of the centred keys.

@@ -55,23 +55,18 @@ def cosformer(
 
     For decoding see `running_cosformer`: the tokens of a cache carry no place by themselves.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         max_length: M, at least T and S; by default the greater number of real queries and real keys. Set it for
             answers that do not depend on how long the sequence is.
-        is_causal: query t sees keys j <= t.
         block_size: tokens per block of the causal form; it matters to speed only.
         kv_mask: true where a key is real, ``[S]``; padding has no place. A query that sees no key gives 0.
         q_mask: true where a query is real, ``[T]``, and counts for M; by default `kv_mask` where T = S.
         scale: factor of the kernel, ``1/sqrt(D)`` by default; the answer does not depend on it.
         return_state: return the `AttentionState`, with the logarithms of this kernel's normalisers, in the
             accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, a ``max_length`` below T or S.

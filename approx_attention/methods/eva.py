@@ -98,16 +98,15 @@ def eva(
     every earlier chunk, at a cost of T^2 / ``chunk_size``; with a number of chunks at most that many, whose neighbours
     are averaged in pairs as the prefix grows, at a cost linear in T.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key of the noise, or none for no noise.
         window_size: queries per window; of an image, the side of a square window.
         chunk_size: keys per chunk (of an image, its side): a divisor of the window, by default the largest one up to
             16, or a multiple of it if neither causal nor an image. With ``exclude_local=False`` any.
         num_chunks: the greatest number of chunks; in place of a chunk size, but beside it if causal.
-        is_causal: query t sees keys j <= t.
         exclude_local: no token is both in the window and in a chunk; else all are in chunks, as in the authors' code.
         count_correction: the factor :math:`|P|`.
         overlap: how many tokens to each side a window sees beyond its own (to the left if causal), a multiple of the
@@ -128,11 +127,6 @@ def eva(
         kv_mask: true where a key is real, ``[S]``; windows and chunks are of real tokens, in an image of all pixels. A
             query that sees no key gives 0; a chunk without a real key has no mass.
         q_mask: true where a query is real, ``[T]``, and enters means of queries; by default `kv_mask` where T = S.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes or sizes that do not fit, counts below 1.
@@ -254,9 +248,9 @@ def chunk_means(
 ) -> tuple[Array, Array]:
     """Means of the queries and keys of every chunk of `eva`, from which learned chunk keys and proposals are made.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
         window_size: as in `eva`, like all that follow.
         chunk_size: keys per chunk.
         num_chunks: the greatest number of chunks.
@@ -484,17 +478,15 @@ def running_eva(
 ) -> RunningSummary:
     """Chunks of a growing prefix: neighbours are averaged in pairs whenever so many no longer fit.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: the number D of channels of queries and keys.
         key: typed PRNG key of the noise, or none for no noise.
         num_chunks: how many chunks there are at most.
         chunk_size: tokens per chunk, a divisor of the block; by default the largest one up to 16.
         pooling_vectors: learned ones, as in `eva`.
         count_correction: as in `eva`.
         noise_scale: as in `eva`.
-
-    Returns:
-        The `RunningSummary`.
     """
     head_dim, num_chunks = check_counts(head_dim=head_dim, num_chunks=num_chunks)
     chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)

@@ -42,23 +42,15 @@ def exact(
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored; exact attention is deterministic.
         is_causal: query t sees keys j <= t (aligned top left where T != S).
         bias: added to the logits, ``[T, S]``.
         mask: true where query t may see key j, ``[T, S]``.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
         implementation: ``"blocked"`` streams tiles of logits in memory linear in T and S; ``"dense"`` holds all of
             them, and alone takes a bias or mask and has a forward-mode derivative; ``"cudnn"`` is the GPU's fused
             kernel. By default the last where it applies, else blocked, or dense for a bias or mask.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.
@@ -108,11 +100,7 @@ def summarize_exact(
 ) -> WeightedKV:
     """Keeps every token with mass 1: the summary that loses nothing and saves nothing.
 
-    Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        key: ignored.
-        kv_mask: true where a key is real, ``[S]``.
+    Shared arguments: see `approx_attention.methods`.
 
     Returns:
         A `WeightedKV` of S tokens.
@@ -125,13 +113,10 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
 
     A prefix that grows longer cannot raise an error inside a compiled program; its answers turn to NaN instead.
 
-    Args:
-        head_dim: ignored.
-        key: ignored.
-        max_length: room for this many tokens.
+    Shared arguments: see `approx_attention.methods`.
 
-    Returns:
-        The `RunningSummary`.
+    Args:
+        max_length: room for this many tokens.
     """
     head_dim, max_length = check_count("head_dim", head_dim), check_count("max_length", max_length)
 

@@ -54,21 +54,14 @@ def hyper_attention(
     Given the hashes, numerator and normaliser are unbiased. There is no causal form: a query's block depends on the
     hashes of all queries, and so on those that come later; the published recursion shares that leak.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: typed PRNG key.
         sample_size: the number M of sampled keys; with M >= S the answer is exact.
         block_size: queries per block, each of which meets as many keys (in proportion, if S != T), padding left out.
         num_hashes: the number b of random signs, at most 31.
         kv_mask: true where a key is real, ``[S]``, and where T = S a query: the others are in the last blocks. A query
             that sees no key gives 0. Where T != S the number of queries counts, padding included.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, more than 31 signs, no key.

@@ -80,10 +80,9 @@ def lara(
 
     Without a key the noise is off, :math:`w_c = \mu_c`: deterministic, and what the authors' code evaluates with.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key of the noise, or none for no noise.
         num_landmarks: the number C of proposals; no more than there are real queries and real keys.
         weights: the rule for :math:`\alpha`.
@@ -100,11 +99,6 @@ def lara(
         kv_mask: true where a key is real, ``[S]``; segments are of real tokens, in an image of all pixels. A query that
             sees no key gives 0.
         q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown rules.

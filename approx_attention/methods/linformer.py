@@ -75,11 +75,9 @@ def linformer(
     the softmax is taken over mixtures of keys: what the theorem of the paper speaks of is `unreduced_jlt`. With means
     of segments it is `mean_pool` without its counts.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         num_slots: the number R of segments to pool, for ``"mean"`` and ``"max"``; with R >= S the answer is exact.
             Segments are laid out over all real keys, causally the future included: a model that decodes takes a matrix.
         projection_k: E ``[R, S_max]``, of which the first S columns are used, each for the key of its place; or
@@ -94,10 +92,6 @@ def linformer(
         kv_mask: true where a key is real, ``[S]``; means, maxima and convolutions are of the real keys. Columns of a
             matrix belong to places: padding is removed together with its columns, so it should stand on the right. A
             query that sees no key gives 0, and a slot that no visible key enters is left out.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``.
 
     Raises:
         ValueError: shapes that do not fit, more keys than columns, an unknown pooling.
@@ -354,11 +348,9 @@ def block_linformer(
     .. math:: \mathrm{out}_t = \sum_{B, r} \tfrac{n_B}{R_B}\, e^{s\, q_t \cdot (E k_B)_r} (F v_B)_r
               \Big/ \sum_{B, r} \tfrac{n_B}{R_B}\, e^{s\, q_t \cdot (E k_B)_r}.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         slots_per_block: the number R of slots, unless a projection is given; with R >= b the answer is exact.
         projection_k: E ``[R, b]``; by default the means of R segments.
         projection_v: F ``[R, b]``, by default the same as E.
@@ -366,11 +358,6 @@ def block_linformer(
         block_size: the number b of tokens per block.
         kv_mask: true where a key is real, ``[S]``; means are over real keys, and of E and F the columns of padding
             are left out. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1.
@@ -419,15 +406,13 @@ def summarize_block_linformer(
 ) -> WeightedKV:
     """The slots of every block of keys.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        key: ignored.
         slots_per_block: as in `block_linformer`.
         projection_k: as in `block_linformer`.
         projection_v: as in `block_linformer`.
         block_size: the number b of tokens per block.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         A `WeightedKV` of R tokens per block.
@@ -461,18 +446,15 @@ def running_block_linformer(
 ) -> RunningSummary:
     """The slots of a growing prefix, with room for those of ``max_length`` tokens.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: ignored.
-        key: ignored.
         slots_per_block: as in `block_linformer`.
         projection_k: as in `block_linformer`.
         projection_v: as in `block_linformer`.
         block_size: the number b of tokens per block, that of the `Decoder` too.
         max_length: the length there is room for; the blocks of a longer prefix are averaged into the last, slot by
             slot.
-
-    Returns:
-        The `RunningSummary`.
     """
     head_dim, slots_per_block = check_counts(head_dim=head_dim, slots_per_block=slots_per_block)
     max_length = check_count("max_length", max_length)

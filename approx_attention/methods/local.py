@@ -33,21 +33,14 @@ def local(
     .. math:: \mathrm{out}_t = \sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}\, v_j
               \Big/ \sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         window_size: ``w`` tokens in all under ``is_causal``, the query's own and the w - 1 before it (l = w - 1,
             r = 0); else w to each side, the query's own counted to both, 2w - 1 in all (l = r = w - 1). A pair
             ``(l, r)`` sets the tokens before and after the query's own, as `jax.nn.dot_product_attention` counts them.
         is_causal: no key after the query (r = 0).
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, a window without any key.

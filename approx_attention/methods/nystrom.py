@@ -59,11 +59,9 @@ def nystrom(
     landmarks is often many times that of an inverse that cuts them. Weights may be negative under every inverse.
     There is no causal form: every landmark of queries reads all keys.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         num_landmarks: the number M of segments, of sizes that differ by at most 1; no more than real queries and keys.
         inverse: how :math:`\tilde A`, each matrix by itself, is inverted:
 
@@ -80,10 +78,6 @@ def nystrom(
         rcond: the relative cut of ``"svd"``.
         kv_mask: true where a key is real, ``[S]``; segments are cut over real tokens. A query that sees no key gives 0.
         q_mask: true where a query is real, ``[T]``, and enters the means of queries; where T = S by default `kv_mask`.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, another inverse, a ridge or cut that is not positive.
@@ -154,10 +148,9 @@ def skyformer(
     Its weights do not sum to 1, and may be negative. The normalisation and the iteration with which the authors invert
     the middle matrix cancel out of this formula; it is solved directly. There is no causal form.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``noise`` is given.
         num_landmarks: the number M of rows drawn, without replacement; with M >= T + S and a small ridge the answer is
             kernelised attention.
@@ -166,9 +159,6 @@ def skyformer(
         kv_mask: true where a key is real, ``[S]``; only rows of real tokens are drawn. A query that sees no key is 0.
         q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S.
         scale: factor s of the squared distances, ``1/sqrt(D)`` by default.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, a ridge that is not positive, neither key nor noise.
@@ -242,19 +232,12 @@ def svd(
     The derivative is that of the truncation, without bound where :math:`\sigma_r` nears :math:`\sigma_{r+1}`; pairs of
     equal singular values on either side of the cut, where there is none, are left out of it.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         rank: r; with r >= min(T, S) the answer is exact.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S. The matrix is that of real
             queries; the others get exact outputs.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``.
 
     Raises:
         ValueError: shapes that do not fit, a rank below 1.

@@ -54,24 +54,15 @@ def polynomial_attention(
     :math:`\binom{D + g}{g}` leaves degrees up to 2 for D = 64 and 4 for D = 16. Taylor polynomials of even degree, the
     default, are positive.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored; the method is deterministic.
         degree: g, 2 by default, or that of ``coefficients`` or ``features``.
         coefficients: as in `tensor_polynomial`.
         bound: as there.
         rms: as there.
         features: an `IndexSet` of monomials in place of all up to a degree, or two maps, as in `tensor_polynomial`.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by moments.
-        block_size: tokens per block of the causal form.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, coefficients and a bound that do not go together.
@@ -113,16 +104,14 @@ def summarize_polynomial(
 ) -> FeatureMoments:
     """The moments of the monomials of keys, times their weights in the polynomial.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        key: ignored.
         degree: as in `polynomial_attention`, like all that follow.
         coefficients: as there.
         bound: as there.
         rms: as there.
         features: as there.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         A `FeatureMoments`.
@@ -145,17 +134,14 @@ def running_polynomial(
 ) -> RunningSummary:
     """The moments of the monomials of a growing prefix.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: the number D of channels.
-        key: ignored.
         degree: as in `polynomial_attention`, like all that follow.
         coefficients: as there.
         bound: as there.
         rms: as there.
         features: as there.
-
-    Returns:
-        The `RunningSummary`.
     """
     of_dtype = functools.partial(Kernel.of, head_dim, 1, degree, coefficients, bound, rms, features)
     maps = of_dtype(jnp.float32)

@@ -43,22 +43,13 @@ def mean_pool(
     Exact where the keys of a segment are equal, whatever their values. By Jensen's inequality it never
     overestimates the normaliser.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         num_landmarks: the number M of segments, of sizes that differ by at most 1; with as many as real keys the answer
             is exact.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by segments
             of equal length, the least power of two (times ``ceil(block_size / M)``) with which M segments cover them.
-        block_size: tokens per block of the causal form.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1.
@@ -97,12 +88,10 @@ def summarize_mean_pool(
 ) -> WeightedKV:
     """Segment means of keys and sums of values over the real keys; where these are fewer than M, the rest has mass 0.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        key: ignored.
         num_landmarks: the number M of segments.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         A `WeightedKV` of min(M, S) tokens.
@@ -116,13 +105,10 @@ def summarize_mean_pool(
 def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks: int = 256) -> RunningSummary:
     """Segments of equal length over a growing prefix: neighbours are pooled in pairs whenever M of them no longer fit.
 
-    Args:
-        head_dim: the number D of channels of queries and keys.
-        key: ignored.
-        num_landmarks: the number M of segments.
+    Shared arguments: see `approx_attention.methods`.
 
-    Returns:
-        The `RunningSummary`.
+    Args:
+        num_landmarks: the number M of segments.
     """
     head_dim, num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
 

@@ -60,25 +60,18 @@ def ra(
     Gradients flow through w and the noise is reparameterised, but the drawn index m is a constant to them: gradients
     with respect to q and k are biased.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``noise`` and ``indices`` are given.
         num_samples: the number R of draws that are averaged, unless they are given.
         noise: :math:`\epsilon` ``[T, R, D]`` in place of a draw.
         indices: m ``[T, R]`` in place of a draw.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, which is :math:`D^{1/4}` times
             too small in scaled space and makes the estimate biased.
-        is_causal: query t sees keys j <= t.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
         mask: true where a query may see a key, ``[T, S]``.
         bias: added to the logits, ``[T, S]``.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor draws.

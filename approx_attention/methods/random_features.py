@@ -76,10 +76,9 @@ def favor(
     features: measure with `approx_attention.evaluation` before trusting it. A fixed key gives a fixed draw: redraw by
     passing another.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given; even for hyperbolic ones.
         features: ``"positive"``; ``"hyperbolic"``, those of R/2 directions and of their negatives, which halves the
@@ -88,13 +87,6 @@ def favor(
         row_norm: norms of the directions, see `orthogonal_projection`.
         projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic) in place of a draw.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
-        block_size: tokens per block of the causal form.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
@@ -135,15 +127,14 @@ def summarize_favor(
 ) -> FeatureMoments:
     """The moments of the positive random features of keys.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
         features: their kind, as in `favor`.
         row_norm: norms of the directions, see `orthogonal_projection`.
         projection: the directions in place of a draw.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         `FeatureMoments` of size R.
@@ -164,16 +155,14 @@ def running_favor(
 ) -> RunningSummary:
     """The moments of a growing prefix.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: the number D of channels of queries and keys.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
         features: their kind, as in `favor`.
         row_norm: norms of the directions, see `orthogonal_projection`.
         projection: the directions in place of a draw.
-
-    Returns:
-        The `RunningSummary`.
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection)
@@ -194,9 +183,9 @@ def draw_favor(
 ) -> dict[str, Array]:
     """Draws the directions that `favor` takes as ``projection``, to be shared by many calls.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        key: typed PRNG key.
-        head_dim: the number D of channels of queries and keys.
         num_features: the number R of features.
         features: their kind, as in `favor`; hyperbolic ones need half as many directions.
         row_norm: norms of the directions, see `orthogonal_projection`.
@@ -266,10 +255,9 @@ def rfa(
     Trigonometric estimates may be negative, so an answer can leave the range of the values, and where the estimated
     normaliser is not positive the far tokens count for nothing.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given; even for trigonometric ones.
         features: ``"trigonometric"``, R/2 sines and R/2 cosines, or ``"positive"``, those of `favor`.
@@ -278,14 +266,9 @@ def rfa(
         projection: the directions ``[R/2, D]`` (``[R, D]`` if positive) in place of a draw.
         gate_logits: z ``[S]``, the logits of the gates; with ``is_causal`` only.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
-        block_size: tokens per block of the causal form.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0; padding closes no gate.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are those of the
             normalised queries and keys.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
@@ -343,17 +326,15 @@ def running_rfa(
 ) -> RunningSummary:
     """The moments of a growing prefix of normalised keys.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        head_dim: the number D of channels of queries and keys.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
         features: their kind, as in `rfa`.
         bandwidth: as in `rfa`.
         projection: the directions in place of a draw.
         gated: queries and keys come from `gate_tokens`, with D + 2 channels.
-
-    Returns:
-        The `RunningSummary`.
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
@@ -406,12 +387,11 @@ def gate_tokens(
     Key j gets the log-weight :math:`b_j = \log(1 - g_j) - \sum_{i \le j} \log g_i`. A `Decoder` of
     ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)`` takes them, segment by segment.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
         gate_logits: z ``[S]`` of gates :math:`g = \mathrm{sigmoid}(z)`.
         scale: the factor of the logits that will be folded in, ``1/sqrt(D)`` by default.
-        kv_mask: true where a key is real, ``[S]``.
         start: what the segment before returned.
 
     Returns:
@@ -449,9 +429,9 @@ def draw_rfa(
 ) -> dict[str, Array]:
     """Draws the directions that `rfa` takes as ``projection``, to be shared by many calls.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        key: typed PRNG key.
-        head_dim: the number D of channels of queries and keys.
         num_features: the number R of features.
         features: their kind, as in `rfa`.
 

@@ -53,21 +53,15 @@ def scatterbrain(
 
     With ``is_causal`` the future is dropped, which leaves causal `favor` with ``block_size=window_size``.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
         window_size: tokens per block; a query sees from one to two blocks to a side exactly.
         projection: the directions ``[R, D]`` in place of a draw.
         is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor projection.

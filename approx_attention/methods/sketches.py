@@ -62,21 +62,16 @@ def unreduced_jlt(
     saves nothing: it is the oracle that says how far a sketch of so many rows can go. Subtracting the mean is free,
     because rows of P sum to 1.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``sketch`` is drawn already.
         sketch_size: the number M of rows.
         sketch: a kind of `approx_attention.core.draw_sketch`, or a sketch of S rows, by place.
         centred: subtract the mean of the values before, and add it after.
         kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. With ``"uniform_rows"`` rows of
             padding are drawn too.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, an unknown kind of sketch, a size that it cannot have, no key.
@@ -173,20 +168,12 @@ def importance_sample(
 
     Numerator and normaliser are right on average whatever the odds; their ratio is so in the limit.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: typed PRNG key.
         sample_size: the number M of draws.
         odds: p, in proportion to 1, to the norms of keys or of values (each plus their mean, so that none is near 0),
             or to the ridge leverage scores of the keys (plus theirs).
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, a count below 1, unknown odds, no key.
@@ -221,13 +208,11 @@ def summarize_importance_sample(
 ) -> WeightedKV:
     """Keys drawn with replacement, with masses that undo their odds.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        key: typed PRNG key.
         sample_size: the number M of draws.
         odds: as in `importance_sample`.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         A `WeightedKV` of M tokens.

@@ -69,19 +69,11 @@ def sparse_attention(
     or 128. A traced pattern is gathered, because its blocks are not known; so is one that is an argument of
     `attention`, which takes ``method=sparse_attention, pattern=...``.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         pattern: which keys each query sees, of T queries and S keys.
         is_causal: of these keys only j <= t.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -192,10 +184,9 @@ def sparse_plus_summary(
     the estimated weight lies on the support, little but rounding is left of the rest, and answers may leave the range
     of the values: prefer blocks. Causally the keys of the query's block and of the one before it join the support.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key, if the summary is random. Blocks of tokens draw independently; moments share one draw (to
             make it once, bind ``projection``).
         pattern: the support.
@@ -204,12 +195,6 @@ def sparse_plus_summary(
             those of softmax attention.
         block_size: tokens per block of the causal form with a `SparsePattern`; a `BlockMap` has its own.
         is_causal: query t sees keys j <= t; of earlier blocks that it does not visit, the summaries.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit; causally, a block that does not see itself.
@@ -283,20 +268,13 @@ def longformer(
     projections of its own; here there is one q, k and v. Causally the window lies before the query, a global token too
     sees no key after it, and what is left is a window with attention sinks.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
         window_size: w, the query's own position and w - 1 tokens to a side (only before it if causal).
         num_global: the number G of global tokens.
         is_causal: no key after the query.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, a window without any key.
@@ -359,10 +337,10 @@ def bigbird(
     internal variant takes the last block too). Causally a query sees of all these the keys j <= t: the window lies
     before it, and its blocks are drawn from earlier ones.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``blocks`` is given or none are drawn.
         num_random_blocks: the number r; where fewer blocks are left, all are seen, and if that holds everywhere the
             answer is exact.
@@ -374,12 +352,6 @@ def bigbird(
             that a query sees anyhow, or twice, or not at all if causal, count for nothing, and neither do numbers that
             are no block's, such as -1.
         is_causal: no key after the query.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, a window of an even number of blocks, neither key nor blocks.

@@ -53,19 +53,10 @@ def top_k(
     any search for the largest logits could reach at best. The total variation to softmax is the weight left out. Which
     keys are chosen has no gradient; of equal logits the first are.
 
-    Args:
-        q: queries ``[T, D]``.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
-        key: ignored.
-        keys_per_query: the number K of keys; with K >= S the answer is exact.
-        is_causal: query t sees keys j <= t.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
+    Shared arguments: see `approx_attention.methods`.
 
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
+    Args:
+        keys_per_query: the number K of keys; with K >= S the answer is exact.
 
     Raises:
         ValueError: shapes that do not fit, a count below 1.
@@ -95,12 +86,11 @@ def largest_logits(
 ) -> tuple[Array, Array]:
     """The keys of the largest logits of every query, in falling order.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]`` in scaled space.
-        k: keys ``[S, D]``.
         count: how many, at most S.
-        is_causal: query t sees keys j <= t.
-        kv_mask: true where a key is real, ``[S]``.
 
     Returns:
         Their numbers, int32 ``[T, count]``, and which of them the query sees: all, unless it sees fewer.
@@ -168,23 +158,16 @@ def lsh_top_k(
     the last K keys of a bucket that come before it; the keys that come later change neither hash nor choice, which
     sorted chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
 
+    Shared arguments: see `approx_attention.methods`.
+
     Args:
         q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        k: keys ``[S, D]``.
-        v: values ``[S, Dv]``.
         key: typed PRNG key; not needed if ``projection`` is given.
         keys_per_query: the number K of keys; with K >= S the answer is exact unless ``num_hashes`` says otherwise.
         num_rounds: the number N of rounds.
         num_hashes: the number b of signs, at most 24; by default as many as it takes for a bucket to hold no more than
             K real keys on average.
         projection: the directions ``[N, b, D]`` in place of a draw.
-        is_causal: query t sees keys j <= t.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, with log-normalisers, in the accumulation dtype.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection.
