@@ -27,6 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --cache-dir .cache/imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

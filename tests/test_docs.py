@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 
 import pytest
@@ -184,6 +185,19 @@ def test_entries_of_the_bibliography_are_told_apart():
     text = (pages.DOCS / "references.bib").read_text(encoding="utf-8")
     assert all(line.count("{") == line.count("}") for line in text.splitlines() if line.startswith("  "))
     assert len(entries()) == text.count("\n@") + 1 == len(set(entries()))
+
+
+def test_the_drawing_of_the_packages_is_the_one_that_is_checked():
+    drawing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1].strip().splitlines()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = settings["contracts"][0]["layers"]
+    assert [re.split(r"  +", line)[0] for line in drawing] == layers
+    parts = {part.strip() for layer in layers for part in layer.split("|")}
+    packages = {path.stem for path in (ROOT / "approx_attention").glob("[!_]*.py")}
+    packages |= {path.parent.name for path in (ROOT / "approx_attention").glob("*/__init__.py")}
+    assert parts == packages
+    private = {contract["protected_modules"][0].split(".")[1] for contract in settings["contracts"][1:]}
+    assert private == {path.parent.name for path in (ROOT / "approx_attention").glob("*/__init__.py")}
 
 
 def test_broken_links_are_found(tmp_path):

@@ -84,7 +84,7 @@ from approx_attention.core.segments import (
     mean,
     paired_means,
     segment_means,
-    segments,
+    segments_of,
 )
 from approx_attention.core.sketches import (
     SKETCHES,
@@ -229,7 +229,7 @@ __all__ = [
     "scaled_queries",
     "scan_blocks",
     "segment_means",
-    "segments",
+    "segments_of",
     "shown",
     "squared_norm",
     "streamed_state",

@@ -55,7 +55,7 @@ class RankedSegments:
         return jax.ops.segment_max(x, self.number, self.num_segments)
 
 
-def segments(
+def segments_of(
     num_tokens: int, num_segments: int, real: Array | None = None, most: Array | int | None = None
 ) -> Segments | RankedSegments:
     r"""Runs of consecutive tokens whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c.
@@ -181,7 +181,7 @@ def landmark_means(
     """The mean of the real rows ``x [S, D]`` of each segment: of the real tokens, or of all pixels of an image."""
     if mask is None or spatial_shape is not None:
         return segment_means(x, landmark_segments(x.shape[0], num_landmarks, spatial_shape), mask)
-    return segment_means(x, segments(x.shape[0], num_landmarks, mask, most), mask)
+    return segment_means(x, segments_of(x.shape[0], num_landmarks, mask, most), mask)
 
 
 def paired_means(

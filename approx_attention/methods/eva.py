@@ -44,7 +44,7 @@ from approx_attention.core import (
     query_places,
     real_keys,
     segment_means,
-    segments,
+    segments_of,
     squared_norm,
 )
 from approx_attention.methods.eva_layouts import DEFAULT_CHUNK, Layout, largest_divisor, layout_of
@@ -290,7 +290,7 @@ def _query_means(
         more = max(0, num_keys - num_queries)
         asked = pad_rows(real_keys(q_mask, num_queries)[:num_keys], more) & real_keys(kv_mask, num_keys)
         return segment_means(pad_rows(q[:num_keys], more), parts, asked)
-    return jnp.broadcast_to(segment_means(q, segments(num_queries, 1), q_mask), (len(parts.member), q.shape[1]))
+    return jnp.broadcast_to(segment_means(q, segments_of(num_queries, 1), q_mask), (len(parts.member), q.shape[1]))
 
 
 class _Chunks(NamedTuple):

@@ -33,7 +33,7 @@ from approx_attention.core import (
     out_of_blocks,
     pad_rows,
     real_keys,
-    segments,
+    segments_of,
 )
 
 
@@ -159,7 +159,7 @@ def _slots(
         return slots, jnp.any(in_blocks(real, width), axis=1)
     if isinstance(projection, str):
         check_choice(name, projection, ("mean", "max"))
-        parts = segments(num_keys, min(num_slots, num_keys), kv_mask)
+        parts = segments_of(num_keys, min(num_slots, num_keys), kv_mask)
         if projection == "mean":
             sums = TokenSums.of_tokens(x, x[:, :0], kv_mask).pooled(parts)
             return mean(sums.k, sums.count), sums.count > 0
@@ -505,7 +505,7 @@ def _block_slots(
         projection_v = projection_k
     _check_projections(projection_k, projection_v)
     if projection_k is None or projection_v is None:
-        parts = segments(k.shape[0], min(slots_per_block, k.shape[0]), places)
+        parts = segments_of(k.shape[0], min(slots_per_block, k.shape[0]), places)
         return TokenSums.of_tokens(k, v, real).pooled(parts).landmarks()
     if projection_k.shape != projection_v.shape or projection_k.ndim != 2 or projection_k.shape[1] != k.shape[0]:
         raise ValueError(

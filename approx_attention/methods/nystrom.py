@@ -25,7 +25,7 @@ from approx_attention.core import (
     ranks,
     real_keys,
     segment_means,
-    segments,
+    segments_of,
     squared_norm,
 )
 
@@ -192,7 +192,7 @@ def skyformer(
         if noise.shape != (num_queries + num_keys,):
             raise ValueError(f"noise must be [T + S] = [{num_queries + num_keys}], got shape {noise.shape}")
     # The kernel sees differences only, and rounding is least where the rows are small.
-    center = lax.stop_gradient(segment_means(k, segments(num_keys, 1, kv_mask), kv_mask))
+    center = lax.stop_gradient(segment_means(k, segments_of(num_keys, 1, kv_mask), kv_mask))
     q, k = q - center, k - center
 
     real_key = real_keys(kv_mask, num_keys)

@@ -16,7 +16,7 @@ from approx_attention.core import (
     check_counts,
     check_tokens,
     head_inputs,
-    segments,
+    segments_of,
 )
 
 
@@ -99,7 +99,7 @@ def summarize_mean_pool(
     check_tokens(k, v, kv_mask)
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
-    return TokenSums.of_tokens(k, v, kv_mask).pooled(segments(num_keys, num_landmarks, kv_mask)).landmarks()
+    return TokenSums.of_tokens(k, v, kv_mask).pooled(segments_of(num_keys, num_landmarks, kv_mask)).landmarks()
 
 
 def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks: int = 256) -> RunningSummary:

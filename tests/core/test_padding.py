@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, attend, attention, summarize_mean_pool
-from approx_attention.core import RealFirst, averaging_matrix, draw_of_size, ranks, segments
+from approx_attention.core import RealFirst, averaging_matrix, draw_of_size, ranks, segments_of
 from approx_attention.core.padding import floor_of_share
 from approx_attention.methods import Convolution, chunk_means
 from tests.references import brute_force, call, having, random_head, random_heads, relative_error, settings
@@ -256,7 +256,7 @@ def test_segments_are_those_of_the_real_tokens():
                 used = min(number, num_real)
                 expected = np.full(length, number)
                 expected[mask] = [j * used // num_real for j in range(num_real)]
-                found = segments(length, number, jnp.asarray(mask))
+                found = segments_of(length, number, jnp.asarray(mask))
                 np.testing.assert_array_equal(found.number, expected)
                 matrix = averaging_matrix(length, number, jnp.float32, jnp.asarray(mask))
                 np.testing.assert_allclose(matrix[:used].sum(1), 1, rtol=1e-6)
