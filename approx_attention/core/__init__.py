@@ -64,6 +64,7 @@ from approx_attention.core.features import (
     orthogonal_projection,
     squared_norm,
 )
+from approx_attention.core.outputs import OutputOrState, output_or_state
 from approx_attention.core.padding import (
     RealFirst,
     count_real,
@@ -139,6 +140,7 @@ __all__ = [
     "GrowingSegments",
     "HadamardSketch",
     "InputError",
+    "OutputOrState",
     "Past",
     "PositiveFeatures",
     "ReLUFeatures",
@@ -215,6 +217,7 @@ __all__ = [
     "normalise",
     "orthogonal_projection",
     "out_of_blocks",
+    "output_or_state",
     "over_real_tokens",
     "pad_rows",
     "paired_means",

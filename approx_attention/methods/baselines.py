@@ -20,12 +20,14 @@ from approx_attention.core import (
     check_key,
     check_tokens,
     head_inputs,
+    output_or_state,
     ranks,
     real_keys,
     token_sums_inputs,
 )
 
 
+@output_or_state
 def mean_value(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -35,8 +37,7 @@ def mean_value(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""The mean of the visible values: attention with all logits taken to be 0.
 
     .. math:: \mathrm{out}_t = \frac{1}{n_t} \sum_{j \text{ visible}} v_j
@@ -62,7 +63,6 @@ def mean_value(
         >>> mean_value(v, v, v, is_causal=True)[:, 0].tolist()
         [1.0, 1.5, 3.0]
     """
-    dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
         counts = jnp.ones(v.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
@@ -72,7 +72,7 @@ def mean_value(
         state = AttentionState(value_sum / safe_count[:, None], jnp.log(count))
     else:
         state = attend(jnp.zeros_like(q), summarize_mean_value(k, v, kv_mask=kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_mean_value(
@@ -97,6 +97,7 @@ def summarize_mean_value(
     return WeightedKV(tokens.k[:1], jnp.sum(tokens.value_sum, axis=0)[None], jnp.sum(tokens.mass)[None])
 
 
+@output_or_state
 def uniform_sample(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -109,8 +110,7 @@ def uniform_sample(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Attention over a uniform sample of the keys, each standing for n/M of them.
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in I} e^{s\, q_t \cdot k_j} v_j}{\sum_{j \in I} e^{s\, q_t \cdot k_j}},
@@ -138,7 +138,7 @@ def uniform_sample(
         >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-6))
         True
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
@@ -149,7 +149,7 @@ def uniform_sample(
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_uniform_sample(k, v, key, sample_size=sample_size, noise=noise, kv_mask=kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_uniform_sample(

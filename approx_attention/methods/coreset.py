@@ -19,6 +19,7 @@ from approx_attention.core import (
     check_key,
     count_real,
     head_inputs,
+    output_or_state,
     over_real_tokens,
     pad_rows,
 )
@@ -31,6 +32,7 @@ from approx_attention.coresets import (
 from approx_attention.sparse import BlockMap, blocks_and_rest_state
 
 
+@output_or_state
 def coreset(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -46,8 +48,7 @@ def coreset(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Attention over M weighted tokens that stand for all keys and values, whatever is asked.
 
     .. math:: \mathrm{out}_t = \sum_c e^{s\, q_t \cdot k_c}\, u_c \Big/ \sum_c e^{s\, q_t \cdot k_c}\, m_c,
@@ -88,7 +89,7 @@ def coreset(
         :cite:p:`liberty2026nearly`, for the problem and its bounds; :cite:p:`karnin2019discrepancy` for
         halving; the default is k-means with Nystrom weights, as in :cite:p:`wildcat2026` with other landmarks.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     sinks = check_count("sinks", sinks, least=0)
     check_choice("streaming", streaming, ("fold", "counter"))
@@ -100,9 +101,10 @@ def coreset(
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_coreset(k, v, key, **sizes, kv_mask=kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
+@output_or_state
 def sparse_coreset(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -115,8 +117,7 @@ def sparse_coreset(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""The coreset twin of Scatterbrain: exact on nearby blocks, a coreset for each of the others.
 
     With the support N(t), the keys of the block of query t and of the blocks just before and after it, and coresets
@@ -154,7 +155,6 @@ def sparse_coreset(
     Reference:
         :cite:p:`chen2021scatterbrain`, section 4, with a coreset in place of its features.
     """
-    dtype = v.dtype
     window_size = check_count("window_size", window_size)
     coreset_size = check_count("coreset_size", coreset_size)
     algorithm_of(algorithm)
@@ -174,7 +174,7 @@ def sparse_coreset(
         return blocks_and_rest_state(q, k, v, blocks, summarize, is_causal=is_causal, kv_mask=kv_mask)
 
     state = over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_coreset(

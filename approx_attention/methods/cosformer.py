@@ -1,7 +1,6 @@
 """cosFormer: linear attention of rectified queries and keys, weighted by the cosine of their distance."""
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from approx_attention.core import (
+    AttentionState,
     CosineFeatures,
     FeatureMoments,
     RunningSummary,
@@ -21,6 +21,7 @@ from approx_attention.core import (
     count_real,
     head_inputs,
     kernel_state,
+    output_or_state,
     placed_queries,
     query_mask,
     ranks,
@@ -28,6 +29,7 @@ from approx_attention.core import (
 )
 
 
+@output_or_state
 def cosformer(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -40,8 +42,7 @@ def cosformer(
     kv_mask: Bool[Array, " S"] | None = None,
     q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""cosFormer: linear attention whose kernel rectifies queries and keys and fades with their distance.
 
     .. math:: A_{ij} = \max(q_i, 0) \cdot \max(k_j, 0)\, \cos\frac{\pi (i - j)}{2M}, \qquad
@@ -82,7 +83,7 @@ def cosformer(
     Reference:
         :cite:p:`qin2022cosformer`, section 2.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     num_queries, num_keys = q.shape[0], k.shape[0]
     longest = max(num_queries, num_keys)
@@ -102,7 +103,7 @@ def cosformer(
         state = causal_state(q, k, v, running_cosformer(head_dim), block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, FeatureMoments.of_tokens(CosineFeatures(head_dim), k, v, kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def running_cosformer(head_dim: int) -> RunningSummary:

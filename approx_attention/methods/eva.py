@@ -38,6 +38,7 @@ from approx_attention.core import (
     mean,
     merge,
     out_of_blocks,
+    output_or_state,
     over_real_tokens,
     pad_rows,
     query_mask,
@@ -52,6 +53,7 @@ from approx_attention.methods.eva_layouts import DEFAULT_CHUNK, Layout, largest_
 ProposalMean = Literal["q+k", "half", "k"]
 
 
+@output_or_state
 def eva(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -76,8 +78,7 @@ def eva(
     kv_mask: Bool[Array, " S"] | None = None,
     q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""EVA: softmax attention over the tokens of a window and one synthetic token for every chunk of the others.
 
     With :math:`q, k` scaled by :math:`\sqrt s`, windows W of consecutive queries, chunks P of keys, their means
@@ -145,7 +146,7 @@ def eva(
     Reference:
         :cite:p:`zheng2023efficient`, section 4; :cite:p:`evabyte2025` for its ``pooling_vectors``.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     exclude_local = check_flag("exclude_local", exclude_local)
     count_correction = check_flag("count_correction", count_correction)
     window_size = check_count("window_size", window_size)
@@ -189,7 +190,7 @@ def eva(
         options: Any = {"count_correction": count_correction, "noise_scale": noise_scale}
         running = running_eva(head_dim, key, **sizes, pooling_vectors=pooling_vectors, **options)
         state = causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
-        return state if return_state else state.out.astype(dtype)
+        return state
 
     sizes = {
         "window": window_size, "chunk": chunk_size, "num_chunks": num_chunks, "overlap": 0 if is_causal else overlap,
@@ -230,7 +231,7 @@ def eva(
         state = over_real_tokens(by_windows, queries, k, v, kv_mask, is_causal=is_causal)
     else:  # a hidden pixel keeps its place
         state = by_windows(queries, k, v, kv_mask)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def chunk_means(

@@ -1,6 +1,6 @@
 """Exact softmax attention: the reference that every approximation is measured against."""
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,40 @@ from approx_attention.core import (
 Implementation = Literal["dense", "blocked", "cudnn"]
 
 
+@overload
+def exact(
+    q: Array,
+    k: Array,
+    v: Array,
+    key: Array | None = None,
+    *,
+    is_causal: bool = ...,
+    bias: Array | None = ...,
+    mask: Array | None = ...,
+    kv_mask: Array | None = ...,
+    scale: float | Array | None = ...,
+    implementation: Implementation | None = ...,
+    return_state: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def exact(
+    q: Array,
+    k: Array,
+    v: Array,
+    key: Array | None = None,
+    *,
+    is_causal: bool = ...,
+    bias: Array | None = ...,
+    mask: Array | None = ...,
+    kv_mask: Array | None = ...,
+    scale: float | Array | None = ...,
+    implementation: Implementation | None = ...,
+    return_state: Literal[True],
+) -> AttentionState: ...
+
+
 def exact(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -37,7 +71,7 @@ def exact(
     scale: float | Array | None = None,
     implementation: Implementation | None = None,
     return_state: bool = False,
-) -> Any:
+) -> Array | AttentionState:
     r"""Softmax attention of one head, by the fastest implementation for its options and device.
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}

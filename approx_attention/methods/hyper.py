@@ -1,7 +1,5 @@
 """HyperAttention: exact attention where sorted hashes meet, and a uniform sample of the other keys."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,6 +17,7 @@ from approx_attention.core import (
     mask_bias,
     merge,
     out_of_blocks,
+    output_or_state,
     pad_rows,
     real_keys,
 )
@@ -28,6 +27,7 @@ from approx_attention.coresets import random_places
 MOST_HASHES = 31
 
 
+@output_or_state
 def hyper_attention(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -39,8 +39,7 @@ def hyper_attention(
     num_hashes: int = 7,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""HyperAttention: sorted locality-sensitive hashing for the large weights, sampling for the rest.
 
     Queries and keys are hashed by the signs of b random projections, read as Gray codes so that neighbouring numbers
@@ -78,7 +77,6 @@ def hyper_attention(
     Reference:
         :cite:p:`han2023hyperattention`, algorithms 1 and 3.
     """
-    dtype = v.dtype
     block_size = check_count("block_size", block_size)
     num_hashes = check_count("num_hashes", num_hashes)
     if num_hashes > MOST_HASHES:
@@ -135,7 +133,7 @@ def hyper_attention(
     state = lax.map(jax.checkpoint(of_block), blocks)
     back = jnp.argsort(order_q)
     state = jax.tree.map(lambda x: x[back], out_of_blocks(state, q.shape[0]))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def _gray_rank(x: Array, planes: Array) -> Array:

@@ -1,7 +1,7 @@
 """Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from approx_attention.core import (
     head_inputs,
     landmark_means,
     map_rows,
+    output_or_state,
     paired_means,
     query_mask,
     squared_norm,
@@ -37,6 +38,7 @@ from approx_attention.core import (
 LEAST_WEIGHT = 1e-8
 
 
+@output_or_state
 def lara(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -56,8 +58,7 @@ def lara(
     kv_mask: Bool[Array, " S"] | None = None,
     q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""LARA: softmax attention by importance sampling from C Gaussians centred on pooled queries and keys.
 
     With :math:`q, k` scaled by :math:`\sqrt s`, :math:`\xi(x, w) = e^{w \cdot x - \|x\|^2/2}`, segment means
@@ -115,7 +116,7 @@ def lara(
     Reference:
         :cite:p:`zheng2022linear`, section 4.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     check_choice("weights", weights, ("balance", "query_specific", "biased"))
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     num_samples, antithetic = check_count("num_samples", num_samples), check_flag("antithetic", antithetic)
@@ -202,4 +203,4 @@ def lara(
             return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))
 
         state = map_rows(jax.checkpoint(answer), q, FEATURE_BLOCK)
-    return state if return_state else state.out.astype(dtype)
+    return state

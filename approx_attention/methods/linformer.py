@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from approx_attention.core import (
     HIDDEN,
+    AttentionState,
     RealFirst,
     RunningSummary,
     TokenSums,
@@ -31,6 +32,7 @@ from approx_attention.core import (
     mask_bias,
     mean,
     out_of_blocks,
+    output_or_state,
     pad_rows,
     real_keys,
     segments_of,
@@ -325,6 +327,7 @@ def _causal(
 # Blocks: every block of keys has slots of its own, so that what is finished never changes.
 
 
+@output_or_state
 def block_linformer(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -338,8 +341,7 @@ def block_linformer(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Attention over projected blocks of keys, and causally over nearby keys as they are, in one softmax.
 
     Block B of b tokens becomes :math:`R_B` slots :math:`E k_B, F v_B`, those that a real token enters, each of which
@@ -373,7 +375,7 @@ def block_linformer(
     Reference:
         :cite:p:`wang2020linformer`, block by block, as far as a causal model can use it.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     slots_per_block = check_count("slots_per_block", slots_per_block)
     block_size = check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -390,7 +392,7 @@ def block_linformer(
     else:
         summary = summarize_block_linformer(k, v, **options, block_size=block_size, kv_mask=kv_mask)
         state = attend(q, summary)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_block_linformer(

@@ -1,7 +1,5 @@
 """Local window attention: exact on nearby keys, blind to the rest."""
 
-from typing import Any
-
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -11,11 +9,13 @@ from approx_attention.core import (
     check_count,
     head_inputs,
     mask_bias,
+    output_or_state,
     over_real_tokens,
     window_state,
 )
 
 
+@output_or_state
 def local(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -26,8 +26,7 @@ def local(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Softmax attention over the keys within a window around each query.
 
     .. math:: \mathrm{out}_t = \sum_{j = t-l}^{t+r} e^{s\, q_t \cdot k_j}\, v_j
@@ -56,7 +55,6 @@ def local(
     Reference:
         :cite:p:`beltagy2020longformer`, section 3.1.
     """
-    dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     left, right = window_sides(window_size, is_causal)
 
@@ -65,7 +63,7 @@ def local(
         return window_state(q, k, v, key_bias, left=left, right=right)
 
     state = over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def window_sides(window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:

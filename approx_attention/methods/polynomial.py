@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.core import (
+    AttentionState,
     FeatureMoments,
     RunningSummary,
     accumulation_dtype,
@@ -18,6 +19,7 @@ from approx_attention.core import (
     check_count,
     check_tokens,
     head_inputs,
+    output_or_state,
     running_moments,
 )
 from approx_attention.tensor import (
@@ -27,6 +29,7 @@ from approx_attention.tensor import (
 )
 
 
+@output_or_state
 def polynomial_attention(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -42,8 +45,7 @@ def polynomial_attention(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Ordinary attention by the polynomial method: monomials of queries and keys as features.
 
     .. math:: P(s\, q \cdot k) = \sum_{|\alpha| \le g} w_\alpha\, q^\alpha k^\alpha, \qquad
@@ -78,7 +80,7 @@ def polynomial_attention(
     Reference:
         :cite:p:`alman2023fast`, theorem 3.8.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     kernel: Any = {"degree": degree, "coefficients": coefficients, "bound": bound, "rms": rms, "features": features}
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -87,7 +89,7 @@ def polynomial_attention(
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_polynomial(k, v, **kernel, kv_mask=kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_polynomial(

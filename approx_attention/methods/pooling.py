@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.core import (
+    AttentionState,
     GrowingSegments,
     RunningSummary,
     TokenSums,
@@ -16,10 +17,12 @@ from approx_attention.core import (
     check_counts,
     check_tokens,
     head_inputs,
+    output_or_state,
     segments_of,
 )
 
 
+@output_or_state
 def mean_pool(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -31,8 +34,7 @@ def mean_pool(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Attention over the means of M segments of keys, each weighted by its number of keys.
 
     With segments :math:`P_c` of consecutive real tokens, :math:`\bar k_c, \bar v_c` their means,
@@ -67,7 +69,7 @@ def mean_pool(
         The clustered special case of :cite:p:`zheng2023efficient`, section 4.2, with the count of each chunk
         restored.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
@@ -75,7 +77,7 @@ def mean_pool(
         state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_mean_pool(k, v, num_landmarks=num_landmarks, kv_mask=kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_mean_pool(

@@ -21,6 +21,7 @@ from approx_attention.core import (
     head_inputs,
     in_blocks,
     out_of_blocks,
+    output_or_state,
     query_mask,
     squared_norm,
 )
@@ -29,6 +30,7 @@ from approx_attention.core import (
 TILE = 2**22
 
 
+@output_or_state
 def ra(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -44,8 +46,7 @@ def ra(
     mask: Bool[Array, "T S"] | None = None,
     bias: Float[Array, "T S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Randomised attention: the random feature of each query is drawn from the very mixture that makes it unbiased.
 
     With :math:`q, k` scaled by :math:`\sqrt s`, weights :math:`\pi_{tm}` of softmax attention, and R draws per query,
@@ -88,7 +89,7 @@ def ra(
     Reference:
         :cite:p:`zheng2022linear`, section 3.
     """
-    dtype, head_dim, num_queries, num_keys = v.dtype, q.shape[-1], q.shape[0], k.shape[0]
+    head_dim, num_queries, num_keys = q.shape[-1], q.shape[0], k.shape[0]
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     check_bias_and_mask(bias, mask, num_queries, num_keys)
@@ -155,4 +156,4 @@ def ra(
     arguments = (q, jnp.arange(num_queries), noise, uniform, indices, mask, bias)
     arguments = jax.tree.map(lambda x: in_blocks(x, rows), arguments)
     state = out_of_blocks(lax.map(jax.checkpoint(block), arguments), num_queries)
-    return state if return_state else state.out.astype(dtype)
+    return state

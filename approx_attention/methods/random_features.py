@@ -35,6 +35,7 @@ from approx_attention.core import (
     head_inputs,
     kernel_state,
     orthogonal_projection,
+    output_or_state,
     running_moments,
     squared_norm,
 )
@@ -46,6 +47,7 @@ FavorFeatures = Literal["positive", "hyperbolic", "relu"]
 RfaFeatures = Literal["trigonometric", "positive"]
 
 
+@output_or_state
 def favor(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -60,8 +62,7 @@ def favor(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""FAVOR+ (Performer): softmax attention estimated by R positive random features, in O((T + S) R) time.
 
     With :math:`q, k` scaled by :math:`\sqrt{s}` and directions :math:`w_r \sim N(0, I)`, orthogonal in blocks,
@@ -103,7 +104,7 @@ def favor(
     Reference:
         :cite:p:`choromanski2021rethinking`, lemma 1, theorem 1 and section 2.4.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     drawn: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -111,7 +112,7 @@ def favor(
         state = causal_state(q, k, v, running_favor(head_dim, key, **drawn), block_size=block_size, kv_mask=kv_mask)
     else:
         state = attend(q, summarize_favor(k, v, key, **drawn, kv_mask=kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_favor(
@@ -221,6 +222,7 @@ def _favor_features(
     return PositiveFeatures(jnp.concatenate([projection, -projection]) if features == "hyperbolic" else projection)
 
 
+@output_or_state
 def rfa(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -236,8 +238,7 @@ def rfa(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Random feature attention: softmax attention between unit vectors, estimated by R random features.
 
     Queries and keys are first normalised, :math:`\hat x = D^{1/4}\, \sigma \odot x / \|x\|`, so that with the default
@@ -288,7 +289,7 @@ def rfa(
     Reference:
         :cite:p:`peng2021random`, sections 3.1 and 3.2 (gates).
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     block_size = check_count("block_size", block_size)
     if gate_logits is not None and not is_causal:
         raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
@@ -311,7 +312,7 @@ def rfa(
     else:
         feature_map = _rfa_features(head_dim, key, num_features, features, projection)
         state = attend(q, FeatureMoments.of_tokens(feature_map, k, v, kv_mask))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def running_rfa(

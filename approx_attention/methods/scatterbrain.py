@@ -1,7 +1,5 @@
 """Scatterbrain: exact attention to nearby blocks, positive random features for all the others."""
 
-from typing import Any
-
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -15,12 +13,14 @@ from approx_attention.core import (
     check_projection,
     head_inputs,
     orthogonal_projection,
+    output_or_state,
     over_real_tokens,
     running_moments,
 )
 from approx_attention.sparse import BlockMap, blocks_and_rest_state
 
 
+@output_or_state
 def scatterbrain(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -33,8 +33,7 @@ def scatterbrain(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Scatterbrain: sparse plus low rank, exact on a local support and by R positive random features off it.
 
     With :math:`q, k` scaled by :math:`\sqrt{s}`, features :math:`\phi` of `favor` and the support N(t), the keys of the
@@ -78,7 +77,7 @@ def scatterbrain(
     Reference:
         :cite:p:`chen2021scatterbrain`, section 4.
     """
-    dtype, head_dim = v.dtype, q.shape[-1]
+    head_dim = q.shape[-1]
     num_features = check_count("num_features", num_features)
     window_size = check_count("window_size", window_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -99,4 +98,4 @@ def scatterbrain(
             return blocks_and_rest_state(q, k, v, blocks, summarize, kv_mask=kv_mask)
 
         state = over_real_tokens(by_blocks, q, k, v, kv_mask)
-    return state if return_state else state.out.astype(dtype)
+    return state

@@ -1,7 +1,7 @@
 """Sketches in front of the values, which need all of the weights, and samples of the keys, which do not."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from approx_attention.core import (
     HIDDEN,
     SKETCHES,
+    AttentionState,
     HadamardSketch,
     RealFirst,
     RowSample,
@@ -29,6 +30,7 @@ from approx_attention.core import (
     head_inputs,
     leverages,
     mask_bias,
+    output_or_state,
     pad_rows,
     real_keys,
     shown,
@@ -37,6 +39,7 @@ from approx_attention.core import (
 )
 
 
+@output_or_state
 def unreduced_jlt(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -48,8 +51,7 @@ def unreduced_jlt(
     centred: bool = True,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Softmax attention over values that a Johnson-Lindenstrauss sketch has squeezed and spread again.
 
     With the weights :math:`P = \mathrm{softmax}(s\, q k^T)`, the mean value :math:`\bar v` and a random M x S matrix
@@ -88,7 +90,7 @@ def unreduced_jlt(
     Reference:
         :cite:p:`wang2020linformer`, theorem 1; the name is that of :cite:p:`chen2021skeinformer`, section 3.
     """
-    dtype, num_keys = v.dtype, k.shape[0]
+    num_keys = k.shape[0]
     centred = check_flag("centred", centred)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     if isinstance(sketch, str):
@@ -115,7 +117,7 @@ def unreduced_jlt(
     state = blocked_state(q, k, v, key_bias)
     seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
     state = dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def _through_sketch(v: Array, kind: str, size: int, key: Array | None, count: Array | None = None) -> Array:
@@ -148,6 +150,7 @@ def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Arra
 Odds = Literal["uniform", "key_norm", "value_norm", "leverage"]
 
 
+@output_or_state
 def importance_sample(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -158,8 +161,7 @@ def importance_sample(
     odds: Odds = "value_norm",
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Attention over M keys drawn with replacement, each counted as often as its odds say it was passed over.
 
     .. math:: j_1, \dots, j_M \sim p, \qquad
@@ -190,11 +192,10 @@ def importance_sample(
     Reference:
         Self-normalised importance sampling; row sampling as in :cite:p:`drineas2006fast`.
     """
-    dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     summary = summarize_importance_sample(k, v, key, sample_size=sample_size, odds=odds, kv_mask=kv_mask)
     state = attend(q, summary)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def summarize_importance_sample(

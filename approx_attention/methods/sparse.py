@@ -23,6 +23,7 @@ from approx_attention.core import (
     in_blocks,
     mask_bias,
     merge,
+    output_or_state,
     over_real_tokens,
     real_keys,
     require_scaled_space,
@@ -45,6 +46,7 @@ GATHER_COST = 24
 BLOCK_SIZES = (64, 128)
 
 
+@output_or_state
 def sparse_attention(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -55,8 +57,7 @@ def sparse_attention(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Softmax attention over the support of a pattern; what lies outside is not computed.
 
     .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j}
@@ -90,7 +91,6 @@ def sparse_attention(
     Reference:
         :cite:p:`child2019sparse`; blocks: :cite:p:`zaheer2020bigbird`, appendix D.
     """
-    dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     _check_pattern(pattern, q.shape[0], k.shape[0])
     chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
@@ -98,7 +98,7 @@ def sparse_attention(
         state = _over_blocks(q, k, v, chosen, is_causal, kv_mask)
     else:
         state = _over_gathered(q, k, v, chosen, is_causal, kv_mask)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def _check_pattern(pattern: Any, num_queries: int, num_keys: int) -> None:
@@ -151,6 +151,7 @@ def _over_gathered(
     return gathered_state(q, k, v, pattern.indices, seen)
 
 
+@output_or_state
 def sparse_plus_summary(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -163,8 +164,7 @@ def sparse_plus_summary(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Exact attention on a sparse support, and a summary, of any kind, of the keys outside it.
 
     With weights :math:`\hat e_{tj}` that the summary gives the keys, one normaliser for all and support :math:`S_t`,
@@ -214,7 +214,6 @@ def sparse_plus_summary(
     Reference:
         :cite:p:`chen2021scatterbrain`, section 4.
     """
-    dtype = v.dtype
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     _check_pattern(pattern, q.shape[0], k.shape[0])
     if isinstance(pattern, BlockMap):
@@ -241,9 +240,10 @@ def sparse_plus_summary(
 
         options: Any = {"is_causal": is_causal, "kv_mask": kv_mask, "block_size": block_size}
         state = support_and_moments_state(q, k, v, pattern.indices, pattern.valid, moments_of, **options)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
+@output_or_state
 def longformer(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -255,8 +255,7 @@ def longformer(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""A sliding window, and a few global tokens that see every key and that every query sees.
 
     .. math:: \mathrm{out}_t
@@ -291,7 +290,7 @@ def longformer(
     Reference:
         :cite:p:`beltagy2020longformer`, section 3.1; sinks: :cite:p:`xiao2023sinks`.
     """
-    dtype, num_keys = v.dtype, k.shape[0]
+    num_keys = k.shape[0]
     left = check_count("window_size", window_size) - 1
     num_global = min(check_count("num_global", num_global, least=0), num_keys)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
@@ -307,9 +306,10 @@ def longformer(
         return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
 
     state = over_real_tokens(window_and_global, q, k, v, kv_mask, is_causal=is_causal)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
+@output_or_state
 def bigbird(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -324,8 +324,7 @@ def bigbird(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""A sliding window, global tokens and random keys, all by blocks.
 
     A query of block i sees the blocks of
@@ -368,7 +367,6 @@ def bigbird(
     Reference:
         :cite:p:`zaheer2020bigbird`, section 2 and appendix D.
     """
-    dtype = v.dtype
     block_size = check_count("block_size", block_size)
     num_random_blocks = check_count("num_random_blocks", num_random_blocks, least=0)
     num_global_blocks = check_count("num_global_blocks", num_global_blocks, least=0)
@@ -403,7 +401,7 @@ def bigbird(
         return merge(state, block_lists_state(q, k, v, *drawn, block_size=block_size, kv_mask=kv_mask))
 
     state = over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def _random_lists(free: np.ndarray, count: int, key: Array, present: Array | None) -> tuple[Array, Array]:

@@ -1,7 +1,5 @@
 """Top-k attention: every query over the keys of its largest logits, found exactly or by hashing."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,6 +16,7 @@ from approx_attention.core import (
     head_inputs,
     in_blocks,
     out_of_blocks,
+    output_or_state,
     over_real_tokens,
     pad_rows,
     real_keys,
@@ -30,6 +29,7 @@ QUERY_BLOCK, SEARCHED = 512, 1024
 MOST_HASHES = 24
 
 
+@output_or_state
 def top_k(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -40,8 +40,7 @@ def top_k(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Softmax attention of every query over the K keys with the largest logits.
 
     .. math:: \mathrm{out}_t
@@ -73,12 +72,11 @@ def top_k(
     Reference:
         :cite:p:`gupta2021topk`, section 3.
     """
-    dtype = v.dtype
     count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     places, seen = largest_logits(q, k, count, is_causal=is_causal, kv_mask=kv_mask)
     state = gathered_state(q, k, v, places, seen)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def largest_logits(
@@ -127,6 +125,7 @@ def largest_logits(
     return places, logits != -jnp.inf
 
 
+@output_or_state
 def lsh_top_k(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -140,8 +139,7 @@ def lsh_top_k(
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Top-k attention whose keys are looked for among those that hash like the query.
 
     In each of N rounds the signs of b random projections put queries and keys into :math:`2^b` buckets. With the keys
@@ -186,7 +184,7 @@ def lsh_top_k(
     Reference:
         :cite:p:`kitaev2020reformer`, section 2; the neighbour: :cite:p:`lv2007multiprobe`.
     """
-    dtype, num_keys = v.dtype, k.shape[0]
+    num_keys = k.shape[0]
     count = min(check_count("keys_per_query", keys_per_query), num_keys)
     num_rounds = check_count("num_rounds", num_rounds)
     if num_hashes is not None:
@@ -214,7 +212,7 @@ def lsh_top_k(
         return gathered_state(q, k, v, *_found_by_hashing(q, k, planes, used, count, is_causal, kv_mask))
 
     state = over_real_tokens(found, q, k, v, kv_mask, is_causal=is_causal)
-    return state if return_state else state.out.astype(dtype)
+    return state
 
 
 def _hashes(num_keys: Array, count: int, most: int) -> Array:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class Eva(nnx.Module):
                 chunk_keys = self.adapt_keys(k_mean)
                 learned["chunk_keys"] = root * chunk_keys
                 learned["proposal_mean"] = root * (self.adapt_queries(q_mean) + chunk_keys) * (0.5 if self.half else 1)
-            return eva(q, k, v, key, kv_mask=kv_mask, **self.options, **learned)
+            return cast(Array, eva(q, k, v, key, kv_mask=kv_mask, **self.options, **learned))
 
         vectors = None if self.pooling_vectors is None else self.pooling_vectors[...]
         return _over_heads(head, query, key, value, _real(key, key_value_seq_lengths, mask), vectors, rng)
@@ -296,7 +296,7 @@ class Lara(nnx.Module):
             q_bar = self.adapt_queries(q_mean)
             mu = q_bar + self.adapt_keys(k_mean)
             learned = {"proposal_mean": root * mu, "query_landmarks": root * q_bar}
-            return lara(q, k, v, key, kv_mask=kv_mask, **learned, **self.options)
+            return cast(Array, lara(q, k, v, key, kv_mask=kv_mask, **learned, **self.options))
 
         return _over_heads(head, query, key, value, _real(key, key_value_seq_lengths, mask), None, rng)
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from approx_attention.core import check_floating, finite_peak
+from approx_attention.core import AttentionState, check_floating, finite_peak, output_or_state
 from approx_attention.tensor.inputs import check_causal, scaled, sets, tensor_inputs, tensor_state
 
 Causal = Literal["both", "ordered"]
 
 
+@output_or_state
 def tensor_attention(
     q: Float[Array, "T D"],
     k: Any,
@@ -28,8 +29,7 @@ def tensor_attention(
     window: int | tuple[int, ...] | None = None,
     kv_mask: Any = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Attention over all tuples of m - 1 keys, of which values are multiplied channel by channel.
 
     .. math:: \mathrm{out}_i = \frac{\sum_{j, l} e^{x_{ijl}}\, v^1_j \odot v^2_l}{\sum_{j, l} e^{x_{ijl}}}, \qquad
@@ -72,7 +72,7 @@ def tensor_attention(
     inputs = tensor_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     widths = check_causal(is_causal, window, len(inputs.keys))
     state = tensor_state(inputs, is_causal, widths)
-    return state if return_state else state.out.astype(inputs.value_dtype)
+    return state
 
 
 def determinant_attention(

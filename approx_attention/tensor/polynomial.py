@@ -20,9 +20,11 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from approx_attention.core import (
+    AttentionState,
     attend,
     check_count,
     merge,
+    output_or_state,
 )
 from approx_attention.tensor.inputs import check_causal, tensor_inputs, tensor_state
 from approx_attention.tensor.kernels import Kernel
@@ -30,6 +32,7 @@ from approx_attention.tensor.polynomials import Coefficients
 from approx_attention.tensor.running import causal_state_of, windowed_state_of
 
 
+@output_or_state
 def tensor_polynomial(
     q: Float[Array, "T D"],
     k: Any,
@@ -45,8 +48,7 @@ def tensor_polynomial(
     window: int | tuple[int, ...] | None = None,
     kv_mask: Any = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Tensor attention of any order by the polynomial method, linear in the number of tokens.
 
     With the monomials :math:`U^a_{j\alpha} = (k^a_j)^\alpha` and :math:`\hat V^a = [V^a, 1]`,
@@ -107,9 +109,10 @@ def tensor_polynomial(
         state = causal_state_of(kernel, inputs, is_causal == "ordered")
     else:
         state = windowed_state_of(kernel, inputs, widths)
-    return state if return_state else state.out.astype(inputs.value_dtype)
+    return state
 
 
+@output_or_state
 def tensor_support_basis(
     q: Float[Array, "T D"],
     k: Any,
@@ -125,8 +128,7 @@ def tensor_support_basis(
     features: Any = None,
     kv_mask: Any = None,
     scale: float | Array | None = None,
-    return_state: bool = False,
-) -> Any:
+) -> AttentionState:
     r"""Tensor attention with the queries and keys of large entries exactly, and the rest by the polynomial method.
 
     With C the large keys of each set, all pairs but those of two small keys are taken exactly, under one normaliser:
@@ -191,7 +193,7 @@ def tensor_support_basis(
     if num_large_queries:
         exact = tensor_state(inputs._replace(q=inputs.q[rows]))
         state = jax.tree.map(lambda x, row: x.at[rows].set(row), state, exact)
-    return state if return_state else state.out.astype(inputs.value_dtype)
+    return state
 
 
 def _largest_entries(name: str, x: Array, count: int) -> Array:

@@ -1,0 +1,57 @@
+"""What a method returns: outputs, or on request the attention state that they are part of."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, Protocol, overload
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from approx_attention.core.states import AttentionState
+
+P = ParamSpec("P")
+
+
+class OutputOrState(Protocol[P]):
+    """A method of one head: outputs in the dtype of the values, or the `AttentionState`."""
+
+    __name__: str
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array: ...
+
+    @overload
+    def __call__(
+        self, q: Array, k: Any, v: Any, key: Any = None, *, return_state: Literal[True], **options: Any
+    ) -> AttentionState: ...
+
+    @overload
+    def __call__(
+        self, q: Array, k: Any, v: Any, key: Any = None, *, return_state: bool, **options: Any
+    ) -> Array | AttentionState: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method."""
+
+
+def output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
+    """A method from the function ``(q, k, v, key, *, ...)`` that makes its state: adds the argument ``return_state``.
+
+    The output has the dtype of the values, the state that of the sums, which is float32 or wider.
+    """
+
+    make: Callable[..., AttentionState] = function
+
+    @functools.wraps(function)
+    def method(q: Array, k: Any, v: Any, *key: Any, return_state: bool = False, **options: Any) -> Any:
+        state = make(q, k, v, *key, **options)
+        return state if return_state else state.out.astype(jnp.result_type(*jax.tree.leaves(v)))
+
+    signature = inspect.signature(function)
+    state = inspect.Parameter("return_state", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), state], return_annotation=Array | AttentionState
+    )
+    return method  # type: ignore[return-value]
