@@ -108,7 +108,7 @@ def counts_of_functions() -> Iterator[str]:
         def sizes(n: Any, name: str = name, counts: dict[str, int] = counts) -> Any:
             made: Any = METHODS[name].running
             summary = made(4, key, **{argument: n(count) for argument, count in counts.items()})
-            return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: summary.init(4, 4, jnp.float32)))]
+            return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: summary.init(4, jnp.float32)))]
 
         visible[f"running_{name}"] = sizes
     for name, function in visible.items():

@@ -30,7 +30,7 @@ class RunningSummary(NamedTuple):
     """How a method summarises a growing prefix in bounded space, as pure functions.
 
     Attributes:
-        init: ``(head_dim, value_dim, dtype) -> state`` of the empty prefix.
+        init: ``(value_dim, dtype) -> state`` of the empty prefix.
         append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D]``, ``v [b, Dv]``, whose
             first token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
         read: ``state -> summary`` of the prefix, for `attend`.
@@ -46,18 +46,18 @@ class RunningSummary(NamedTuple):
         ...     count = jnp.sum(kv_mask, dtype=jnp.float32)
         ...     return total[0] + jnp.sum(k, axis=0), total[1] + jnp.sum(v, axis=0), total[2] + count
         >>> running = RunningSummary(
-        ...     init=lambda head_dim, value_dim, dtype: (jnp.zeros(head_dim), jnp.zeros(value_dim), jnp.zeros(())),
+        ...     init=lambda value_dim, dtype: (jnp.zeros(2), jnp.zeros(value_dim), jnp.zeros(())),
         ...     append=add,
         ...     read=lambda total: WeightedKV(total[0][None] / total[2], total[1][None], total[2][None]),
         ... )
-        >>> prefix = running.init(2, 1, jnp.float32)
+        >>> prefix = running.init(1, jnp.float32)
         >>> for start, value in ((0, 1.0), (4, 5.0)):
         ...     prefix = running.append(prefix, start, jnp.ones((4, 2)), jnp.full((4, 1), value), jnp.ones(4, bool))
         >>> float(attend(jnp.ones((1, 2)), running.read(prefix)).out[0, 0])
         3.0
     """
 
-    init: Callable[[int, int, Any], Any]
+    init: Callable[[int, Any], Any]
     append: Callable[[Any, Array, Array, Array, Array], Any]
     read: Callable[[Any], Summary]
     near: Callable[[Array, Array, Array, Array], AttentionState] = dense_state
@@ -88,7 +88,7 @@ class Past(NamedTuple):
     def empty(cls, running: RunningSummary, block_size: int, head_dim: int, value_dim: int, dtype: Any) -> Self:
         """The past of the first block."""
         before = Block.empty(block_size, head_dim, value_dim, dtype)
-        return cls(before, running.init(head_dim, value_dim, dtype))
+        return cls(before, running.init(value_dim, dtype))
 
 
 def running_moments(features: FeatureMap) -> RunningSummary:
@@ -104,7 +104,7 @@ def running_moments(features: FeatureMap) -> RunningSummary:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention.core import PositiveFeatures, running_moments
         >>> running = running_moments(PositiveFeatures(jax.random.normal(jax.random.key(0), (16, 4))))
-        >>> empty, ones = running.init(4, 2, jnp.float32), jnp.ones((3, 4))
+        >>> empty, ones = running.init(2, jnp.float32), jnp.ones((3, 4))
         >>> moments = running.append(empty, jnp.int32(0), ones, ones[:, :2], jnp.ones(3, bool))
         >>> running.read(moments).value_sum.shape
         (16, 2)
@@ -118,7 +118,7 @@ def running_moments(features: FeatureMap) -> RunningSummary:
         return dataclasses.replace(moments, features=features)
 
     return RunningSummary(
-        init=lambda head_dim, value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
+        init=lambda value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
         append=lambda moments, _, k, v, kv_mask: bare(
             merge(read(moments), FeatureMoments.of_tokens(features, k, v, kv_mask))
         ),

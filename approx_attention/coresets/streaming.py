@@ -72,10 +72,11 @@ def running_coreset(
                 "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
                 f"defaults, or use streaming='counter'; got {shown(algorithm)} and {shown(query_radius)}"
             )
-        return _after_sinks(sinks, _folding(drawn, coreset_size))
+        return _after_sinks(sinks, head_dim, _folding(drawn, head_dim, coreset_size))
     levels = max(1, (-(-max_length // coreset_size) - 1).bit_length() + 1)
-    reduce = _Reduce(coreset_size, algorithm, query_radius, levels)
-    return _after_sinks(sinks, RunningSummary(reduce.init, lambda *args: reduce.append(drawn, *args), reduce.read))
+    reduce = _Reduce(head_dim, coreset_size, algorithm, query_radius, levels)
+    counter = RunningSummary(reduce.init, lambda *args: reduce.append(drawn, *args), reduce.read)
+    return _after_sinks(sinks, head_dim, counter)
 
 
 class _Sunk(NamedTuple):
@@ -85,12 +86,12 @@ class _Sunk(NamedTuple):
     rest: Any
 
 
-def _after_sinks(sinks: int, running: RunningSummary) -> RunningSummary:
+def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningSummary:
     if sinks == 0:
         return running
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> _Sunk:
-        return _Sunk(WeightedKV.empty(sinks, head_dim, value_dim, dtype), running.init(head_dim, value_dim, dtype))
+    def init(value_dim: int, dtype: Any) -> _Sunk:
+        return _Sunk(WeightedKV.empty(sinks, head_dim, value_dim, dtype), running.init(value_dim, dtype))
 
     def append(held: _Sunk, start: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
         number = jnp.sum(held.first.mass > 0) + jnp.cumsum(kv_mask) - 1
@@ -103,8 +104,8 @@ def _after_sinks(sinks: int, running: RunningSummary) -> RunningSummary:
     return RunningSummary(init, append, read=lambda held: merge(held.first, running.read(held.rest)))
 
 
-def _folding(key: Array, coreset_size: int) -> RunningSummary:
-    def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:
+def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
+    def init(value_dim: int, dtype: Any) -> WeightedKV:
         return WeightedKV.empty(coreset_size, head_dim, value_dim, dtype)
 
     def append(held: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
@@ -129,13 +130,14 @@ class _Levels(NamedTuple):
 class _Reduce:
     """Merge and reduce, as a binary counter counts."""
 
+    head_dim: int
     coreset_size: int
     algorithm: str | Algorithm
     query_radius: float | Array | None
     levels: int
 
-    def init(self, head_dim: int, value_dim: int, dtype: Any) -> _Levels:
-        room = WeightedKV.empty(self.coreset_size, head_dim, value_dim, dtype)
+    def init(self, value_dim: int, dtype: Any) -> _Levels:
+        room = WeightedKV.empty(self.coreset_size, self.head_dim, value_dim, dtype)
         levels = jax.tree.map(lambda x: jnp.zeros((self.levels, *x.shape), x.dtype), room)
         return _Levels(levels, room, jnp.zeros((), jnp.int32))
 

@@ -477,16 +477,16 @@ def running_compressed(
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention.decoding import running_compressed
         >>> running = running_compressed(4, jax.random.key(0), budget=16, coreset_size=8)
-        >>> running.read(running.init(4, 4, jnp.float32)).mass.shape
+        >>> running.read(running.init(4, jnp.float32)).mass.shape
         (24,)
     """
     head_dim, budget = check_counts(head_dim=head_dim, budget=budget)
     folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> Compressed:
+    def init(value_dim: int, dtype: Any) -> Compressed:
         empty = WeightedKV.empty(budget, head_dim, value_dim, dtype)
         fixed = dataclasses.replace(empty, value_range=empty.values_from_to)
-        return Compressed(fixed, folding.init(head_dim, value_dim, dtype))
+        return Compressed(fixed, folding.init(value_dim, dtype))
 
     def append(held: Compressed, start: Array, k: Array, v: Array, kv_mask: Array) -> Compressed:
         return held._replace(since=folding.append(held.since, start, k, v, kv_mask))

@@ -435,7 +435,7 @@ class _Summaries(_Form):
         blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))
         starts = jnp.arange(blocks[0].shape[0], dtype=jnp.int32) * self.block_size
         step = keeping_choices(lambda state, args: (running.append(state, *args), None))
-        return lax.scan(step, running.init(self.head_dim, v.shape[1], v.dtype), (starts, *blocks))[0]
+        return lax.scan(step, running.init(v.shape[1], v.dtype), (starts, *blocks))[0]
 
     def _causal(self, heads: _Heads, axis: str) -> Array:
         part, block_size = heads.k.shape[1], self.block_size
@@ -452,7 +452,7 @@ class _Summaries(_Form):
         def one(args: tuple[_Heads, tuple[Array, Array, Array], Any]) -> Array:
             (q, k, v, real, key), halo, earlier = args
             running = self._running(key)
-            start = running.init(self.head_dim, v.shape[1], v.dtype) if self.sends_tokens else earlier
+            start = running.init(v.shape[1], v.dtype) if self.sends_tokens else earlier
             blocks = Block(*(in_blocks(x, block_size) for x in (k, v, real)))
 
             def query_head(q: Array) -> Array:

@@ -213,7 +213,7 @@ def running_uniform_sample(
             priority = jnp.where(place < noise.shape[0], priority, jnp.inf)
         return sample.offer(priority, k, v, kv_mask)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> "_Sample":
+    def init(value_dim: int, dtype: Any) -> "_Sample":
         return _Sample.empty(sample_size, head_dim, value_dim, dtype)
 
     return RunningSummary(init, append, read=lambda sample: sample.tokens())

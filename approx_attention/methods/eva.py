@@ -506,7 +506,7 @@ def running_eva(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key("eva", key), numbers)
         return mu + spread * jax.vmap(lambda key: jax.random.normal(key, (head_dim,), mu.dtype))(keys)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
+    def init(value_dim: int, dtype: Any) -> GrowingSegments:
         return GrowingSegments.empty(num_chunks, head_dim, value_dim, dtype)
 
     def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:

@@ -159,7 +159,7 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
         block = WeightedKV.of_tokens(k, v, kv_mask)
         return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, start, 0), tokens, block)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:
+    def init(value_dim: int, dtype: Any) -> WeightedKV:
         return WeightedKV.empty(max_length, head_dim, value_dim, dtype)
 
     return RunningSummary(init, append, read=lambda tokens: tokens)

@@ -466,7 +466,7 @@ def running_block_linformer(
     def slots_of(k: Array, v: Array, real: Array) -> WeightedKV:
         return _block_slots(k, v, real, slots_per_block, projection_k, projection_v)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> WeightedKV:
+    def init(value_dim: int, dtype: Any) -> WeightedKV:
         one = jax.eval_shape(
             slots_of,
             *(jax.ShapeDtypeStruct((block_size, size), dtype) for size in (head_dim, value_dim)),

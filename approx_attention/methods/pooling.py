@@ -114,7 +114,7 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
     """
     head_dim, num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
 
-    def init(head_dim: int, value_dim: int, dtype: Any) -> GrowingSegments:
+    def init(value_dim: int, dtype: Any) -> GrowingSegments:
         return GrowingSegments.empty(num_landmarks, head_dim, value_dim, dtype)
 
     def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:

@@ -49,7 +49,7 @@ def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
 def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
     _, k, v = random_head(2, 1, 60)
     running = running_mean_pool(8, num_landmarks=num_landmarks)
-    segments = running.init(8, 8, jnp.float32)
+    segments = running.init(8, jnp.float32)
     append = jax.jit(running.append)
     for block in range(60 // block_size):
         stop = (block + 1) * block_size
@@ -79,7 +79,7 @@ def test_a_running_sample_is_uniform():
     @jax.vmap
     def kept(key):
         running = running_of(key)
-        sample = running.init(1, 1, jnp.float32)
+        sample = running.init(1, jnp.float32)
         for start in range(0, 24, 4):
             part = slice(start, start + 4)
             sample = running.append(sample, jnp.int32(start), k[part], v[part], jnp.ones(4, bool))

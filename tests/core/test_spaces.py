@@ -194,7 +194,7 @@ def running_of(scale):
     def append(state, start, k, v, kv_mask):
         return compress_tokens(k, v, budget=k.shape[0], scale=scale)
 
-    return RunningSummary(lambda d, dv, dtype: carrying(scale, slice(0, 4)), append, read=lambda state: state)
+    return RunningSummary(lambda dv, dtype: carrying(scale, slice(0, 4)), append, read=lambda state: state)
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_streams_keep_the_mass_and_come_near_the_offline_coreset(streaming, algo
 
     @jax.jit
     def stream(k, v):
-        state = running.init(6, 3, jnp.float32)
+        state = running.init(3, jnp.float32)
         blocks = jax.tree.map(lambda x: x.reshape(16, 32, -1), (k, v))
         starts = 32 * jnp.arange(16, dtype=jnp.int32)
         mask = jnp.ones(32, bool)
@@ -371,7 +371,7 @@ def test_sinks_are_the_first_real_tokens_and_stay_exact(streaming):
     options = {"algorithm": "kmeans_merge", "streaming": streaming, "sinks": 5, "max_length": 96}
     running = running_coreset(6, KEY, coreset_size=8, **options)
     mask = (jnp.arange(96) >= 6) & (jnp.arange(96) != 8)
-    state, append = running.init(6, 3, jnp.float32), jax.jit(running.append)
+    state, append = running.init(3, jnp.float32), jax.jit(running.append)
     for start in range(0, 96, 8):
         rows = slice(start, start + 8)
         state = append(state, jnp.int32(start), k[rows], v[rows], mask[rows])
@@ -403,7 +403,7 @@ def test_the_counter_decodes_as_it_answers_causally(block_size):
 def test_a_counter_longer_than_its_levels_goes_on():
     k, v = clustered(35, 256)
     running = running_coreset(6, KEY, coreset_size=8, algorithm="halving", streaming="counter", max_length=32)
-    state = running.init(6, 3, jnp.float32)
+    state = running.init(3, jnp.float32)
     append = jax.jit(running.append)
     for start in range(0, 256, 8):
         state = append(state, jnp.int32(start), k[start : start + 8], v[start : start + 8], jnp.ones(8, bool))
