@@ -34,6 +34,7 @@ from approx_attention.methods.coreset import coreset, sparse_coreset, summarize_
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import chunk_means, eva, running_eva
 from approx_attention.methods.exact import exact, exact_together, running_exact, summarize_exact
+from approx_attention.methods.favor import draw_favor, favor, running_favor, summarize_favor
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
 from approx_attention.methods.linformer import (
@@ -50,16 +51,7 @@ from approx_attention.methods.nystrom import nystrom, skyformer, svd
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
-from approx_attention.methods.random_features import (
-    draw_favor,
-    draw_rfa,
-    favor,
-    gate_tokens,
-    rfa,
-    running_favor,
-    running_rfa,
-    summarize_favor,
-)
+from approx_attention.methods.rfa import draw_rfa, gate_tokens, rfa, running_rfa
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
 from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary

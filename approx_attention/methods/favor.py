@@ -1,0 +1,205 @@
+"""FAVOR+: positive random features of the softmax kernel."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, PRNGKeyArray
+
+from approx_attention.core import (
+    AttentionState,
+    FeatureMap,
+    FeatureMoments,
+    PositiveFeatures,
+    ReLUFeatures,
+    RunningSummary,
+    attend,
+    causal_state,
+    check_choice,
+    check_count,
+    check_key,
+    check_projection,
+    check_tokens,
+    head_inputs,
+    kernel_state,
+    orthogonal_projection,
+    output_or_state,
+    running_moments,
+)
+
+FavorFeatures = Literal["positive", "hyperbolic", "relu"]
+
+
+@output_or_state
+def favor(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+    projection: Float[Array, "W D"] | None = None,
+    is_causal: bool = False,
+    block_size: int = 128,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+) -> AttentionState:
+    r"""FAVOR+ (Performer): softmax attention estimated by R positive random features, in O((T + S) R) time.
+
+    With :math:`q, k` scaled by :math:`\sqrt{s}` and directions :math:`w_r \sim N(0, I)`, orthogonal in blocks,
+
+    .. math:: \phi_r(x) = R^{-1/2} e^{w_r \cdot x - \|x\|^2/2}, \qquad
+              \mathrm{out}_t = \sum_r \phi_r(q_t) \sum_j \phi_r(k_j)\, v_j
+              \Big/ \sum_r \phi_r(q_t) \sum_j \phi_r(k_j).
+
+    The normaliser and the numerator are unbiased; their ratio is not. Magnitudes stay in the log domain: there is
+    no epsilon, no clamp, and no stabiliser that looks at other positions. The relative error of one entry grows like
+    :math:`e^{\|q + k\|^2 / 2} R^{-1/2}` (`approx_attention.bounds.favor_mse`), so large queries and keys need very many
+    features: measure with `approx_attention.evaluation` before trusting it. A fixed key gives a fixed draw: redraw by
+    passing another.
+
+    Shared arguments: see `approx_attention.methods`.
+
+    Args:
+        key: typed PRNG key; not needed if ``projection`` is given.
+        num_features: the number R of features, unless a projection is given; even for hyperbolic ones.
+        features: ``"positive"``; ``"hyperbolic"``, those of R/2 directions and of their negatives, which halves the
+            variance where logits are small; ``"relu"``, the generalised attention of the paper, which is a kernel of
+            its own and no estimate of softmax, nearby tokens included.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+        projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic) in place of a draw.
+        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
+
+    Raises:
+        ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, favor
+        >>> q, k, v = (0.3 * jax.random.normal(jax.random.key(i), (64, 16)) for i in range(3))
+        >>> out = favor(q, k, v, jax.random.key(3), num_features=512)
+        >>> bool(jnp.linalg.norm(out - exact(q, k, v)) < 0.1 * jnp.linalg.norm(exact(q, k, v)))
+        True
+
+    Reference:
+        :cite:p:`choromanski2021rethinking`, lemma 1, theorem 1 and section 2.4.
+    """
+    head_dim = q.shape[-1]
+    block_size = check_count("block_size", block_size)
+    drawn: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    if is_causal:
+        state = causal_state(q, k, v, running_favor(head_dim, key, **drawn), block_size=block_size, kv_mask=kv_mask)
+    else:
+        state = attend(q, summarize_favor(k, v, key, **drawn, kv_mask=kv_mask))
+    return state
+
+
+def summarize_favor(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+    projection: Float[Array, "W D"] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> FeatureMoments:
+    """The moments of the positive random features of keys.
+
+    Shared arguments: see `approx_attention.methods`.
+
+    Args:
+        key: typed PRNG key; not needed if ``projection`` is given.
+        num_features: the number R of features, unless a projection is given.
+        features: their kind, as in `favor`.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+        projection: the directions in place of a draw.
+
+    Returns:
+        `FeatureMoments` of size R.
+    """
+    check_tokens(k, v, kv_mask)
+    feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection)
+    return FeatureMoments.of_tokens(feature_map, k, v, kv_mask)
+
+
+def running_favor(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    num_features: int = 256,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+    projection: Float[Array, "W D"] | None = None,
+) -> RunningSummary:
+    """The moments of a growing prefix.
+
+    Shared arguments: see `approx_attention.methods`.
+
+    Args:
+        key: typed PRNG key; not needed if ``projection`` is given.
+        num_features: the number R of features, unless a projection is given.
+        features: their kind, as in `favor`.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+        projection: the directions in place of a draw.
+    """
+    head_dim = check_count("head_dim", head_dim)
+    feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection)
+    running = running_moments(feature_map)
+    if features != "relu":
+        return running
+    # What is near is answered by the same kernel: softmax there and another kernel far away would not add up.
+    return running._replace(near=lambda q, k, v, bias: kernel_state(feature_map, q, k, v, bias))
+
+
+def draw_favor(
+    key: PRNGKeyArray,
+    head_dim: int,
+    *,
+    num_features: int = 256,
+    features: FavorFeatures = "positive",
+    row_norm: Literal["chi", "sqrt_dim"] = "chi",
+) -> dict[str, Array]:
+    """Draws the directions that `favor` takes as ``projection``, to be shared by many calls.
+
+    Shared arguments: see `approx_attention.methods`.
+
+    Args:
+        num_features: the number R of features.
+        features: their kind, as in `favor`; hyperbolic ones need half as many directions.
+        row_norm: norms of the directions, see `orthogonal_projection`.
+
+    Returns:
+        ``{"projection": [R, D]}``, or ``[R/2, D]``.
+    """
+    check_choice("features", features, ("positive", "hyperbolic", "relu"))
+    num_features = check_count("num_features", num_features)
+    if features == "hyperbolic":
+        if num_features % 2:
+            raise ValueError(f"hyperbolic features come in pairs: num_features must be even, got {num_features}")
+        num_features //= 2
+    return {"projection": orthogonal_projection(key, num_features, head_dim, row_norm=row_norm)}
+
+
+def _favor_features(
+    head_dim: int,
+    key: Array | None,
+    num_features: int,
+    features: FavorFeatures,
+    row_norm: Literal["chi", "sqrt_dim"],
+    projection: Array | None,
+) -> FeatureMap:
+    num_features = check_count("num_features", num_features)
+    check_choice("features", features, ("positive", "hyperbolic", "relu"))
+    if projection is None:
+        sizes: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
+        projection = draw_favor(check_key("favor", key), head_dim, **sizes)["projection"]
+    check_projection(projection, head_dim)
+    if features == "relu":
+        return ReLUFeatures(projection)
+    return PositiveFeatures(jnp.concatenate([projection, -projection]) if features == "hyperbolic" else projection)
