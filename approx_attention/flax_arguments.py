@@ -7,35 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.core import Tracer
 
 from approx_attention.core import check_choice, check_count, check_number, shown
-from approx_attention.registry import arguments, check_hyperparameters, get_method
+from approx_attention.registry import BoundMethod, bind
 
 
-def name_and_randomness(
+def bind_layer(
     method: str | Callable[..., Array], noise: bool, hyperparameters: Mapping[str, Any]
-) -> tuple[str, bool]:
-    """What errors call the method, and whether it draws.
+) -> tuple[BoundMethod, bool]:
+    """The method of a layer with its hyper-parameters, and whether it is random.
 
     Raises:
         ValueError: an unknown method, or noise asked of a method that has none.
         TypeError: neither a name nor a function, or an argument that the method does not have.
     """
-    if not isinstance(method, str):
-        if not callable(method):
-            raise TypeError(f"method must be a registered name or a function of one head, got {method!r}")
-        name = getattr(method, "__name__", type(method).__name__)
-        check_hyperparameters(name, method, hyperparameters, options=("scale",))
-        return name, noise
-    registered = get_method(method)
-    check_hyperparameters(method, registered.function, hyperparameters, options=("scale",))
-    if noise and not (registered.capabilities.takes_key or registered.capabilities.needs_key):
-        raise ValueError(f"method {method!r} has no noise to be switched on")
-    return method, registered.capabilities.needs_key or noise
+    bound = bind(method, hyperparameters, options=("scale",))
+    if noise and not bound.may_be_random:
+        raise ValueError(f"method {bound.name!r} has no noise to be switched on")
+    return bound, bound.is_random or noise
 
 
 def check_redraw(redraw: str, every: int | None) -> int:
@@ -127,16 +119,6 @@ def as_boolean(mask: Array | None) -> Array | None:
     if not isinstance(mask, Tracer) and not np.isin(np.asarray(mask, np.float32), (0, 1)).all():
         raise ValueError("mask must be boolean or hold 0 and 1 (1 = may be seen); an additive mask is a bias")
     return mask > 0
-
-
-def takes_dense_mask(method: str | Callable[..., Array] | nnx.Module) -> bool:
-    """Whether a registered method, or a function of one head, follows a mask that differs between queries."""
-    if isinstance(method, nnx.Module):
-        return False
-    if isinstance(method, str):
-        return get_method(method).capabilities.dense_mask
-    names = arguments(method)
-    return names is None or "mask" in names
 
 
 def without_causality(

@@ -56,7 +56,7 @@ TOPICS = {
     "attention": (
         "Attention over batch and heads",
         "One call for any method, and the registry that knows what each can do.",
-        ("attention", "Method", "Capabilities", "InputError"),
+        ("attention", "Method", "Capabilities", "registry.bind", "registry.BoundMethod", "InputError"),
     ),
     "summaries": (
         "Summaries, answers and features",

@@ -64,6 +64,8 @@ from approx_attention.core.features import (
     orthogonal_projection,
     squared_norm,
 )
+from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, over_heads, split_arrays
+from approx_attention.core.layout import broadcast, check_layout, split_mask, within
 from approx_attention.core.outputs import OutputOrState, output_or_state
 from approx_attention.core.padding import (
     RealFirst,
@@ -140,6 +142,7 @@ __all__ = [
     "GrowingSegments",
     "HadamardSketch",
     "InputError",
+    "Operands",
     "OutputOrState",
     "Past",
     "PositiveFeatures",
@@ -163,6 +166,8 @@ __all__ = [
     "back",
     "block_windows",
     "blocked_state",
+    "broadcast",
+    "by_kv_head",
     "causal_state",
     "causal_state_by_place",
     "check_array",
@@ -178,6 +183,7 @@ __all__ = [
     "check_key",
     "check_key_value_fit",
     "check_kv_mask",
+    "check_layout",
     "check_length",
     "check_lengths",
     "check_mask",
@@ -194,9 +200,11 @@ __all__ = [
     "did_you_mean",
     "draw_of_size",
     "draw_sketch",
+    "each",
     "finite_peak",
     "floating_dtype",
     "fold_scale",
+    "from_kv_head",
     "gaussian_projection",
     "hadamard",
     "head_inputs",
@@ -218,6 +226,7 @@ __all__ = [
     "orthogonal_projection",
     "out_of_blocks",
     "output_or_state",
+    "over_heads",
     "over_real_tokens",
     "pad_rows",
     "paired_means",
@@ -234,6 +243,8 @@ __all__ = [
     "segment_means",
     "segments_of",
     "shown",
+    "split_arrays",
+    "split_mask",
     "squared_norm",
     "streamed_state",
     "subtract",
@@ -242,5 +253,6 @@ __all__ = [
     "triangular_state",
     "unknown",
     "window_state",
+    "within",
     "zero_padding",
 ]

@@ -211,14 +211,13 @@ def scan_blocks(
 
     # Of tokens only: a cache must not come to depend on queries. Integers without axes count tokens, the same for all;
     # mapped, they would make selections of conditions, which JAX cannot differentiate there.
-    arrays = [x for x in jax.tree.leaves(past) if not _is_count(x)]
-    past = jax.tree.map(lambda x: x if _is_count(x) else along_with(x, arrays, blocks), past)
-    blocks = along_with(blocks, arrays, blocks)
+    leaves, structure = jax.tree.flatten(past)
+    counts = [x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) for x in leaves]
+    arrays = [x for x, is_count in zip(leaves, counts, strict=True) if not is_count]
+    blocks, varying = along_with((blocks, arrays), arrays, blocks)
+    varying = iter(varying)
+    past = structure.unflatten([x if is_count else next(varying) for x, is_count in zip(leaves, counts, strict=True)])
     return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
-
-
-def _is_count(x: Array) -> bool:
-    return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def move_on(running: RunningSummary, past: Past, number: Array, block: Block) -> Past:

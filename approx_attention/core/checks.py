@@ -125,7 +125,7 @@ def check_tokens(k: Any, v: Any, kv_mask: Any = None) -> None:
 
 def check_rows(name: str, x: Any, axes: str) -> None:
     """Raises unless ``x`` is a floating-point array of two axes."""
-    check_floating(name, x)
+    check_array(name, x, "a floating-point array")
     if x.ndim != 2:
         raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {x.shape}")
 
@@ -144,7 +144,7 @@ def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array,
 
 def accumulation_dtype(*tensors: Any) -> Any:
     """float64 where any tensor is float64, else float32."""
-    return jnp.float64 if any(x.dtype == jnp.float64 for x in tensors) else jnp.float32
+    return jnp.float64 if jnp.float64 in [x.dtype for x in tensors] else jnp.float32
 
 
 def check_array(name: str, x: Any, kind: Literal["a floating-point array", "integers"]) -> None:

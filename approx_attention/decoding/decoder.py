@@ -1,12 +1,11 @@
 """Decoding and streaming with a cache of bounded size: recent tokens exactly, a summary of everything older."""
 
 import dataclasses
-import inspect
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from approx_attention.core import (
@@ -19,6 +18,7 @@ from approx_attention.core import (
     check_floating,
     check_length,
     check_lengths,
+    each,
     fold_scale,
     in_blocks,
     keep_count,
@@ -31,7 +31,7 @@ from approx_attention.core import (
     require_scaled_space,
     scan_blocks,
 )
-from approx_attention.registry import METHODS, accepted, check_hyperparameters, draw_per_head, get_method
+from approx_attention.registry import BoundMethod, bind
 
 
 class Cache(NamedTuple):
@@ -234,7 +234,7 @@ class HeadsDecoder:
     whole sequence with the same ``rng``. Its functions can be jitted with the cache donated.
 
     Args:
-        method: a name in `METHODS` with ``decode``.
+        method: a name in `METHODS` with ``decode``, or bound to hyper-parameters.
         num_kv_heads: the number K of key heads.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.
@@ -267,7 +267,7 @@ class HeadsDecoder:
 
     def __init__(
         self,
-        method: str,
+        method: str | BoundMethod,
         *,
         num_kv_heads: int,
         head_dim: int,
@@ -278,47 +278,17 @@ class HeadsDecoder:
         dtype: Any = jnp.float32,
         **hyperparameters: Any,
     ):
-        self.method, self.registered = method, get_method(method)
-        running = self.registered.running
-        if running is None:
-            able = ", ".join(name for name, other in METHODS.items() if other.running)
-            raise NotImplementedError(
-                f"method {method!r} has no running summary to decode with; those that have are {able}"
-            )
-        check_hyperparameters(method, self.registered.function, hyperparameters, options=("scale",))
-        own = inspect.signature(self.registered.function).parameters
-        block = self.registered.block
-        if block_size is not None and block == "block_size":
-            hyperparameters["block_size"] = block_size
-        elif block_size is not None:
-            raise TypeError(f"blocks of method {method!r} are set by {block}, not by block_size")
-        default = own[block].default if block in own else 128
-        block_size = check_count(block, hyperparameters.get(block, default))
-        if block in hyperparameters:
-            hyperparameters[block] = block_size
-        takes = inspect.signature(running).parameters
-        # Implementations of exact attention differ in nothing else.
-        elsewhere = takes.keys() | {block, "implementation"}
-        for name, value in hyperparameters.items():
-            if name not in elsewhere and not np.array_equal(value, own[name].default):
-                raise NotImplementedError(f"method {method!r} does not support {name} while decoding, got {value!r}")
-        if max_length is not None:
-            max_length = check_count("max_length", max_length)
-        if max_length is not None and "max_length" in takes:
-            hyperparameters["max_length"] = block_size * -(-max_length // block_size)
-        elif "max_length" in takes and takes["max_length"].default is inspect.Parameter.empty:
-            raise TypeError(f"method {method!r} holds every token: pass max_length, the most that there will be")
+        self.bound = bind(method, hyperparameters).for_decoding(max_length, block_size)
         head_dim = check_count("head_dim", head_dim)
         logit_scale(scale, head_dim)
         self.sizes: dict[str, Any] = {
             "head_dim": head_dim,
             "value_dim": head_dim if value_dim is None else check_count("value_dim", value_dim),
-            "block_size": block_size,
+            "block_size": self.bound.block_size,
             "scale": scale,
             "dtype": dtype,
         }
         self.num_kv_heads = check_count("num_kv_heads", num_kv_heads)
-        self.hyperparameters = hyperparameters
 
     def init(self, batch_size: int, rng: Array | None = None, *, ragged: bool = False) -> HeadsCache:
         """The cache that has seen no token.
@@ -333,8 +303,7 @@ class HeadsDecoder:
             The `HeadsCache`.
         """
         batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
-        head_dim = self.sizes["head_dim"]
-        drawn = draw_per_head(self.method, self.registered, rng, self.num_kv_heads, head_dim, self.hyperparameters)
+        drawn = self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"])
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
         heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)
@@ -360,11 +329,8 @@ class HeadsDecoder:
         group = query.shape[2] // self.num_kv_heads
         by_head = [jnp.moveaxis(x, 1, 2) for x in (key, value)]
         q = jnp.moveaxis(query.reshape(batch, tokens, self.num_kv_heads, group, -1), 1, 2)
-        # As in `attention`: on a CPU products of one head at a time are faster, where there is more than one row.
-        in_turn = tokens > 1 and jax.default_backend() == "cpu"
-
-        def over(function: Any, args: Any) -> Any:
-            return lax.map(function, args) if in_turn else jax.vmap(function)(args)
+        # Products of one head at a time are faster only where there is more than one row.
+        over = functools.partial(each, together=tokens == 1)
 
         def of_sequence(args: Any) -> Any:
             *heads, length, real = args
@@ -397,10 +363,7 @@ class HeadsDecoder:
         return out.astype(v.dtype), cache
 
     def _of_head(self, drawn: dict[str, Array]) -> Decoder:
-        running = self.registered.running
-        assert running is not None
-        options = {**accepted(running, self.hyperparameters), **drawn}
-        return Decoder(running=running(self.sizes["head_dim"], **options), **self.sizes)
+        return Decoder(running=self.bound.running(self.sizes["head_dim"], **drawn), **self.sizes)
 
     def _check(
         self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None, ragged: bool

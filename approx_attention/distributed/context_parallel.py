@@ -8,7 +8,6 @@ attention, which has no summary, sends all keys and values around a ring.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from approx_attention.api import check_layout, split_arrays, within
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
@@ -29,28 +27,25 @@ from approx_attention.core import (
     WeightedKV,
     attend,
     blocked_state,
+    by_kv_head,
     check_count,
     check_flag,
     check_key,
+    check_layout,
+    each,
     finite_peak,
     fold_scale,
+    from_kv_head,
     in_blocks,
     keeping_choices,
     merge,
     scan_blocks,
+    split_arrays,
     triangular_state,
     window_state,
+    within,
 )
-from approx_attention.methods import window_sides
-from approx_attention.registry import (
-    METHODS,
-    OPTIONS,
-    Method,
-    accepted,
-    check_hyperparameters,
-    check_values,
-    get_method,
-)
+from approx_attention.registry import METHODS, OPTIONS, BoundMethod, accepted, bind
 
 
 def attention(
@@ -60,7 +55,7 @@ def attention(
     *,
     mesh: Mesh,
     axis: str,
-    method: str,
+    method: str | BoundMethod,
     rng: Array | None = None,
     scale: float | None = None,
     is_causal: bool = False,
@@ -83,7 +78,7 @@ def attention(
         value: ``[B, T, K, Dv]``.
         mesh: the devices.
         axis: the mesh axis over which T is sharded; lengths that p does not divide are padded.
-        method: a name in `METHODS` with a summary, or ``"exact"`` (a ring) or ``"local"`` (halos).
+        method: a name in `METHODS` with a summary, or ``"exact"`` (a ring) or ``"local"`` (halos), also bound.
         rng: typed PRNG key, as in `approx_attention.attention`.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t.
@@ -125,11 +120,13 @@ def attention(
     for name in (axis, batch_axis, head_axis):
         if name is not None and name not in mesh.shape:
             raise ValueError(f"mesh has the axes {', '.join(mesh.shape)}, got {name!r}")
-    if method in METHODS and METHODS[method].capabilities.needs_key:
-        check_key(method, rng)
-    check_values(METHODS.get(method), {**hyperparameters, "scale": scale})
-    static, arrays = split_arrays(method, {**hyperparameters, "scale": scale})
-    call = _Call(method, is_causal, mesh, (batch_axis, axis, head_axis), static)
+    bound = bind(method, hyperparameters, options=OPTIONS)
+    if bound.is_random:
+        check_key(bound.name, rng)
+    bound.check_values({"scale": scale})
+    static, arrays = split_arrays(bound.name, {**bound.hyperparameters, "scale": scale})
+    unbound = dataclasses.replace(bound, hyperparameters={})
+    call = _Call(unbound, is_causal, mesh, (batch_axis, axis, head_axis), static)
     with jax.disable_jit(False):
         return _over_devices(call, query, key, value, key_value_seq_lengths, rng, arrays)
 
@@ -137,7 +134,7 @@ def attention(
 class _Call(NamedTuple):
     """All of a call that is known when tracing."""
 
-    method: str
+    method: BoundMethod
     is_causal: bool
     mesh: Mesh
     axes: tuple[str | None, str, str | None]
@@ -179,7 +176,8 @@ def _on_parts(
     batch, length = query.shape[:2]
     hyperparameters = {**dict(call.static), **arrays}
     del hyperparameters["scale"]
-    form = _form(call.method, call.is_causal, mesh.shape[axis], length, query.shape[-1], hyperparameters)
+    bound = dataclasses.replace(call.method, hyperparameters=hyperparameters)
+    form = _form(bound, call.is_causal, mesh.shape[axis], length, query.shape[-1])
     dtype = value.dtype
     wide = jnp.promote_types(jnp.float32, dtype)
     real = jnp.ones((batch, length), bool)
@@ -215,19 +213,14 @@ def _on_device(
 ) -> Array:
     """The answers of one device's queries ``[B, t, N, D]``."""
     form = form.given(arrays)
-    batch, part, num_kv_heads, _ = k.shape
-    group = q.shape[2] // num_kv_heads
+    batch, _, num_kv_heads, _ = k.shape
     keys = None if rng is None else jnp.tile(jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers), batch)
     k, v = (jnp.where(real[:, :, None, None], x, jnp.zeros_like(x)) for x in (k, v))
     q, k = fold_scale(form.space(q), form.space(k), {**static, **arrays}["scale"])
 
-    def by_head(x: Array) -> Array:
-        return jnp.moveaxis(x, 2, 1).reshape(batch * num_kv_heads, part, *x.shape[3:])
-
-    q = q.reshape(batch, part, num_kv_heads, group, -1)
-    heads = _Heads(jnp.moveaxis(by_head(q), 2, 1), by_head(k), by_head(v), jnp.repeat(real, num_kv_heads, 0), keys)
-    out = form.answer(heads, axis).reshape(batch, num_kv_heads, group, part, -1)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, part, num_kv_heads * group, -1)
+    q, k, v = (by_kv_head(x, num_kv_heads) for x in (q, k, v))
+    heads = _Heads(jnp.moveaxis(q, 2, 1), k[:, :, 0], v[:, :, 0], jnp.repeat(real, num_kv_heads, 0), keys)
+    return from_kv_head(jnp.moveaxis(form.answer(heads, axis), 1, 2), num_kv_heads)
 
 
 class _Heads(NamedTuple):
@@ -260,58 +253,43 @@ class _Form:
         raise NotImplementedError
 
 
-def _form(
-    method: str, is_causal: bool, devices: int, length: int, head_dim: int, hyperparameters: dict[str, Any]
-) -> _Form:
-    registered = get_method(method)
-    known = inspect.signature(registered.function).parameters
-    check_hyperparameters(method, registered.function, hyperparameters, options=OPTIONS)
-    maker = _maker(registered, is_causal)
-    if maker is None and method != "local":
-        have = [name for name, other in METHODS.items() if _maker(other, is_causal)]
+def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_dim: int) -> _Form:
+    method = bound.registered
+    sender = method.sender(is_causal) if method else None
+    if method is None or (sender is None and method.window is None):
+        have = [name for name, other in METHODS.items() if other.sender(is_causal)]
+        windows = [repr(name) for name, other in METHODS.items() if other.window]
         raise NotImplementedError(
-            f"method {method!r} has no {'running ' if is_causal else ''}summary to send; those with one are "
-            f"{', '.join(have)}, and 'local' sends its window"
+            f"method {bound.name!r} has no {'running ' if is_causal else ''}summary to send; those with one are "
+            f"{', '.join(have)}, and {' and '.join(windows)} sends its window"
         )
-    used = {registered.size, registered.block, *(inspect.signature(maker).parameters if maker else ())}
-    for name in hyperparameters:
-        if name not in used or (method == "exact" and name != registered.block):
-            raise NotImplementedError(f"method {method!r} does not support {name} across devices")
-    if method == "exact":
+    rings, used = method.sharding == "ring", {method.block}
+    if not rings:
+        used |= {str(method.size), *(accepted(sender, bound.hyperparameters) if sender else ())}
+    for name in bound.hyperparameters:
+        if name not in used:
+            raise NotImplementedError(f"method {bound.name!r} does not support {name} across devices")
+    if rings:
         return _Ring(is_causal)
-    if method == "local":
-        return _Halos(*window_sides(hyperparameters.get("window_size", known["window_size"].default), is_causal))
-    options = dict(hyperparameters)
+    if method.window is not None:
+        return _Halos(*method.window(bound.arguments, is_causal))
+    options = dict(bound.hyperparameters)
     # A method without blocks is summarised whole: any number of tokens is one of its parts.
-    block_size = options.get(registered.block, known[registered.block].default if registered.block in known else 1)
-    block_size = check_count(registered.block, block_size)
-    if registered.size is not None:
-        size = options.get(registered.size, known[registered.size].default)
+    block_size = bound.block_size if bound.takes(method.block) else 1
+    if method.size is not None:
+        size = bound.value(method.size)
         if size is None:
-            raise NotImplementedError(f"method {method!r} needs {registered.size} across devices")
-        options[registered.size] = check_count(registered.size, size)
+            raise NotImplementedError(f"method {bound.name!r} needs {method.size} across devices")
+        options[method.size] = size = check_count(method.size, size)
+        # Of a summary of tokens that does not grow, each device makes its share.
+        if method.summary is WeightedKV and not method.grows:
+            if size < devices:
+                raise ValueError(f"{method.size} must be at least the number of devices, {devices}, got {size}")
+            options[method.size] = size // devices
     # A running summary of bounded room needs that of a device's part.
     options["max_length"] = -(-length // (devices * block_size)) * block_size
-    form = _Summaries(registered, is_causal, head_dim, block_size, True, False, options)
-    short, long = (form.shape_of_summary(blocks * block_size) for blocks in (64, 128))
-    if isinstance(short, FeatureMoments):
-        return dataclasses.replace(form, sends_tokens=False)
-    if short.mass.shape != long.mass.shape:
-        return dataclasses.replace(form, by_blocks=True)
-    if registered.size is not None:
-        size = options[registered.size]
-        if size < devices:
-            raise ValueError(f"{registered.size} must be at least the number of devices, {devices}, got {size}")
-        options[registered.size] = size // devices
-    return form
-
-
-def _maker(method: Method, is_causal: bool) -> Callable[..., Any] | None:
-    """What makes the summary that a device sends, if there is one."""
-    if is_causal or method.summarize is not None:
-        return method.running if is_causal else method.summarize
-    # Where blocks are windows, the bidirectional form too sees them exactly, and is no summary of all keys.
-    return None if method.block == "window_size" else method.running
+    bound = dataclasses.replace(bound, hyperparameters=options)
+    return _Summaries(bound, is_causal, head_dim, block_size, method.summary is WeightedKV, method.grows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +317,7 @@ class _Ring(_Form):
                 which = jnp.where(source == own, 1, jnp.where(source < own, 0, 2))
                 return merge(state, lax.switch(which, each, q))
 
-            return lax.map(one, (heads.q, state, tokens))
+            return each(one, (heads.q, state, tokens))
 
         def step(carry: Any, index: Array) -> tuple[Any, None]:
             state, tokens = carry
@@ -377,23 +355,23 @@ class _Halos(_Form):
             # Query t stands at key t + left.
             return jax.vmap(lambda q: window_state(q, k, v, bias, left=0, right=self.left + self.right).out)(q)
 
-        return lax.map(one, (heads.q, around))
+        return each(one, (heads.q, around))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Summaries(_Form):
     """Each device summarises its own part; the summaries are joined, or causally those of the devices before."""
 
-    method: Method
+    method: BoundMethod
     is_causal: bool
     head_dim: int
     block_size: int
     sends_tokens: bool
     by_blocks: bool
-    options: dict[str, Any]
 
     def given(self, arrays: dict[str, Any]) -> _Form:
-        return dataclasses.replace(self, options={name: arrays.get(name, x) for name, x in self.options.items()})
+        given = {name: arrays.get(name, x) for name, x in self.method.hyperparameters.items()}
+        return dataclasses.replace(self, method=dataclasses.replace(self.method, hyperparameters=given))
 
     @property
     def multiple(self) -> int:
@@ -406,28 +384,23 @@ class _Summaries(_Form):
             heads = heads._replace(key=jax.vmap(jax.random.fold_in, (0, None))(heads.key, index))
         if self.is_causal:
             return self._causal(heads, axis)
-        summary = lax.map(lambda args: self._summarize(*args), (heads.k, heads.v, heads.real, heads.key))
+        summary = each(lambda args: self._summarize(*args), (heads.k, heads.v, heads.real, heads.key))
         whole = _over_all(summary, axis)
-        return lax.map(lambda args: jax.vmap(lambda q: attend(q, args[1]).out)(args[0]), (heads.q, whole))
+        return each(lambda args: jax.vmap(lambda q: attend(q, args[1]).out)(args[0]), (heads.q, whole))
 
     def space(self, x: Array) -> Array:
-        if self.method.running is None:
+        if self.method.registered is None or self.method.registered.running is None:
             return x
-        return self._running(jax.random.key(0)).space(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-
-    def shape_of_summary(self, length: int) -> Any:
-        """The summary of a part of so many tokens, as shapes."""
-        tokens = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((length, self.head_dim), (length, 1)))
-        return jax.eval_shape(self._summarize, *tokens, jax.ShapeDtypeStruct((length,), bool), jax.random.key(0))
-
-    def _running(self, key: Array | None) -> RunningSummary:
-        assert self.method.running is not None
-        return self.method.running(self.head_dim, key, **accepted(self.method.running, self.options))
+        running = self.method.running(self.head_dim, jax.random.key(0))
+        return running.space(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
     def _summarize(self, k: Array, v: Array, real: Array, key: Array | None) -> Summary:
-        if self.method.summarize is None:
+        if self.method.registered is None or self.method.registered.summarize is None:
             return self._running(key).read(self._state_of_blocks(k, v, real, key))
-        return self.method.summarize(k, v, key, kv_mask=real, **accepted(self.method.summarize, self.options))
+        return self.method.summarize(k, v, key, real)
+
+    def _running(self, key: Array | None) -> RunningSummary:
+        return self.method.running(self.head_dim, key)
 
     def _state_of_blocks(self, k: Array, v: Array, real: Array, key: Array | None) -> Any:
         """What the running summary holds after all blocks in turn."""
@@ -447,7 +420,7 @@ class _Summaries(_Form):
             read = lambda args: self._running(args[3]).read(self._state_of_blocks(*args))  # noqa: E731
         else:  # moments go on where the devices before left off
             read = lambda args: self._state_of_blocks(*args)  # noqa: E731
-        earlier = _of_those_before(lax.map(read, (*sent, heads.key)), axis)
+        earlier = _of_those_before(each(read, (*sent, heads.key)), axis)
 
         def one(args: tuple[_Heads, tuple[Array, Array, Array], Any]) -> Array:
             (q, k, v, real, key), halo, earlier = args
@@ -463,7 +436,7 @@ class _Summaries(_Form):
 
             return jax.vmap(query_head)(q)
 
-        return lax.map(one, (heads, halo, earlier))
+        return each(one, (heads, halo, earlier))
 
 
 def _from_neighbour(x: Array, axis: str, offset: int) -> Array:

@@ -13,7 +13,7 @@ from jax import Array
 from approx_attention import flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
-from approx_attention.registry import accepted, get_method
+from approx_attention.registry import BoundMethod
 
 
 class ApproxAttention(nn.Module):
@@ -67,7 +67,7 @@ class ApproxAttention(nn.Module):
         check_flag("is_causal", self.is_causal)
         flax_arguments.check_redraw(self.redraw, self.every)
         flax_arguments.check_opt_ins(self.causal_mask, self.dropout)
-        flax_arguments.name_and_randomness(self.method, self.noise, self.options)
+        flax_arguments.bind_layer(self.method, self.noise, self.options)
         super().__post_init__()
 
     @nn.compact
@@ -113,7 +113,8 @@ class ApproxAttention(nn.Module):
         Raises:
             NotImplementedError: dropout, sown weights, or a mask that the method does not support.
         """
-        name, draws = flax_arguments.name_and_randomness(self.method, self.noise, self.options)
+        bound, draws = flax_arguments.bind_layer(self.method, self.noise, self.options)
+        name = bound.name
         flax_arguments.check_unused(
             name,
             dropout=self.dropout,
@@ -125,13 +126,13 @@ class ApproxAttention(nn.Module):
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
-        dense, mask = flax_arguments.takes_dense_mask(self.method), flax_arguments.as_boolean(mask)
+        dense, mask = bound.takes("mask"), flax_arguments.as_boolean(mask)
         mask, causal = flax_arguments.without_causality(name, mask, self.causal_mask, dense=dense)
         sizes = query.shape[-3], key.shape[-3]
         is_causal = flax_arguments.check_mask(name, mask, self.is_causal or causal, *sizes, dense=dense)
         rng = self._rng() if draws else None
         learned: dict[str, Any] = {
-            argument: self.param(argument, self._first_draw(argument, query.shape[-1])) for argument in self.learned
+            argument: self.param(argument, _first_draw(bound, argument, query.shape[-1])) for argument in self.learned
         }
         with flax_arguments.matmul_precision(precision):
             out = attention(
@@ -176,14 +177,10 @@ class ApproxAttention(nn.Module):
             )
         return jax.random.bits(self.make_rng("attention"), (2,), jnp.uint32)
 
-    def _first_draw(self, argument: str, head_dim: int) -> Callable[[Array], Array]:
-        draw = get_method(self.method).draw if isinstance(self.method, str) else None
 
-        def init(key: Array) -> Array:
-            drawn = draw(key, head_dim, **accepted(draw, self.options)) if draw else {}
-            return flax_arguments.drawn_array(str(self.method), drawn, argument)
-
-        return init
+def _first_draw(bound: BoundMethod, argument: str, head_dim: int) -> Callable[[Array], Array]:
+    """An initialiser of a learned array: the random projection that the method would draw."""
+    return lambda key: flax_arguments.drawn_array(bound.name, bound.projections(key, head_dim), argument)
 
 
 def _key_of(data: Array) -> Array:

@@ -1,5 +1,6 @@
 """Attention by any method in a Flax nnx model, as the ``attention_fn`` of its layers."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from approx_attention import distributed, flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
 from approx_attention.decoding import HeadsCache, HeadsDecoder
-from approx_attention.registry import accepted, get_method
+from approx_attention.registry import BoundMethod
 
 
 class ApproxAttention(nnx.Module):
@@ -94,8 +95,8 @@ class ApproxAttention(nnx.Module):
         self.redraw, self.every = redraw, every
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
-        self.name, draws = _name_and_randomness(method, noise, hyperparameters)
-        if mesh is not None and not isinstance(method, str):
+        bound, self.name, draws = _bound(method, noise, hyperparameters)
+        if mesh is not None and (bound is None or bound.registered is None):
             raise NotImplementedError(f"method {self.name!r} does not go over many devices; methods of the registry do")
         for name, x in hyperparameters.items():
             if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
@@ -103,11 +104,14 @@ class ApproxAttention(nnx.Module):
                     f"argument {name!r} of method {self.name!r} must be static, got an array: learned=({name!r},) "
                     f"makes what a method draws a parameter, and modules such as LinformerAttention own theirs"
                 )
+        scale = hyperparameters.pop("scale", None)
+        if bound is not None:
+            bound = dataclasses.replace(bound, hyperparameters=hyperparameters)
         if draws and rngs is None:
             raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
-        self.hyperparameters = nnx.static(hyperparameters)
+        self.bound, self.scale = nnx.static(bound), nnx.static(scale)
         stream = _stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
@@ -118,13 +122,13 @@ class ApproxAttention(nnx.Module):
     ) -> dict[str, nnx.Param]:
         if not learned:
             return {}
-        draw = get_method(self.method).draw if isinstance(self.method, str) else None
-        if head_dim is None or stream is None or draw is None:
+        bound = self.bound
+        if head_dim is None or stream is None or bound is None or not bound.registered or not bound.registered.draw:
             raise ValueError(
                 f"learned={learned} needs head_dim, rngs and a registered method that draws, got head_dim={head_dim}, "
                 f"rngs={stream}, method {self.name!r}"
             )
-        drawn = draw(stream.key[...], head_dim, **accepted(draw, self.hyperparameters))
+        drawn = bound.projections(stream.key[...], head_dim)
         return {name: nnx.Param(flax_arguments.drawn_array(self.name, drawn, name)) for name in learned}
 
     def rng(self) -> Array | None:
@@ -172,7 +176,7 @@ class ApproxAttention(nnx.Module):
         input_positions: Array | None = None,
         *,
         key_value_seq_lengths: Array | None = None,
-        gate_logits: Array | None = None,
+        **per_token: Array | None,
     ) -> Array:
         """What ``nnx.MultiHeadAttention`` calls.
 
@@ -192,7 +196,8 @@ class ApproxAttention(nnx.Module):
             is_causal: query t sees keys j <= t.
             input_positions: must be None.
             key_value_seq_lengths: real keys per sequence, ``[...]``; Flax does not pass it, layers of your own may.
-            gate_logits: ``[..., S, K]`` for gated `rfa`, likewise.
+            **per_token: arguments with one number per key, ``[..., S, K]``, likewise, such as ``gate_logits`` of gated
+                `rfa`; or what a module takes.
 
         Returns:
             ``[..., T, N, Dv]``.
@@ -211,16 +216,19 @@ class ApproxAttention(nnx.Module):
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
         # A cache is causal already, whether its method follows every mask or not.
-        dense = self.cache is None and flax_arguments.takes_dense_mask(self.method)
+        dense = self.cache is None and self._takes_dense_mask
         mask = flax_arguments.as_boolean(mask)
         mask, causal = flax_arguments.without_causality(self.name, mask, self.causal_mask, dense=dense)
-        per_token: dict[str, Any] = {} if gate_logits is None else {"gate_logits": gate_logits}
+        given = {name: x for name, x in per_token.items() if x is not None}
+        known = self.bound.registered.per_token if self.bound is not None and self.bound.registered else None
+        if unknown := [name for name in given if known is not None and name not in known]:
+            raise TypeError(f"method {self.name!r} has no argument per token {', '.join(unknown)}")
         with flax_arguments.matmul_precision(precision):
             if self.cache is not None:
-                out = self._extend(query, key, value, mask, key_value_seq_lengths, per_token)
+                out = self._extend(query, key, value, mask, key_value_seq_lengths, given)
             else:
                 is_causal = check_flag("is_causal", is_causal) or self.is_causal or causal
-                out = self._whole(query, key, value, mask, is_causal, key_value_seq_lengths, per_token)
+                out = self._whole(query, key, value, mask, is_causal, key_value_seq_lengths, given)
         return flax_arguments.with_dropout(out, dropout_rate, deterministic, dropout_rng, broadcast_dropout)
 
     def _whole(
@@ -231,11 +239,11 @@ class ApproxAttention(nnx.Module):
         mask: Array | None,
         is_causal: bool,
         lengths: Array | None,
-        per_token: dict[str, Any],
+        per_token: dict[str, Array],
     ) -> Array:
         module: Any = self.method if isinstance(self.method, nnx.Module) else None
         always = module is not None and module.is_causal
-        dense = flax_arguments.takes_dense_mask(self.method)
+        dense = self._takes_dense_mask
         sizes = query.shape[-3], key.shape[-3]
         is_causal = flax_arguments.check_mask(self.name, mask, is_causal or always, *sizes, dense=dense)
         if module is not None:
@@ -244,20 +252,17 @@ class ApproxAttention(nnx.Module):
             if always and not is_causal:
                 raise NotImplementedError(f"{self.name} was made causal: its one query would see the first key only")
             return module(query, key, value, rng=self.rng(), mask=mask, key_value_seq_lengths=lengths, **per_token)
-        arguments: dict[str, Any] = {**self._arguments(), **per_token, "is_causal": is_causal, "rng": self.rng()}
+        assert self.bound is not None
+        arguments: dict[str, Any] = {**self._learned(), **per_token, "is_causal": is_causal, "rng": self.rng()}
+        arguments |= {"method": self.bound, "scale": self.scale, "key_value_seq_lengths": lengths}
         if self.mesh is None:
-            return attention(
-                query, key, value, mask=mask, method=self.method, key_value_seq_lengths=lengths, **arguments
-            )
-        assert isinstance(self.method, str)
+            return attention(query, key, value, mask=mask, **arguments)
         if mask is not None:
             raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
         return distributed.attention(
             query,
             key,
             value,
-            method=self.method,
-            key_value_seq_lengths=lengths,
             mesh=self.mesh,
             axis=self.sequence_axis,
             batch_axis=None if query.shape[0] % self.mesh.shape.get(self.batch_axis, 1) else self.batch_axis,
@@ -265,8 +270,13 @@ class ApproxAttention(nnx.Module):
             **arguments,
         )
 
-    def _arguments(self) -> dict[str, Any]:
-        return {**self.hyperparameters, **{name: x[...] for name, x in self.learned.items()}}
+    @property
+    def _takes_dense_mask(self) -> bool:
+        """Whether the method follows a mask that differs between queries."""
+        return self.bound is not None and self.bound.takes("mask")
+
+    def _learned(self) -> dict[str, Any]:
+        return {name: x[...] for name, x in self.learned.items()}
 
     def init_cache(
         self,
@@ -335,9 +345,9 @@ class ApproxAttention(nnx.Module):
         return jax.tree.unflatten(self.treedef, [x[...] for x in self.cache or ()])
 
     def _decoder(self, sizes: dict[str, Any]) -> HeadsDecoder:
-        if not isinstance(self.method, str):
+        if self.bound is None or self.bound.registered is None:
             raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
-        return HeadsDecoder(self.method, **sizes, **self._arguments())
+        return HeadsDecoder(self.bound, **sizes, scale=self.scale, **self._learned())
 
     def _extend(
         self,
@@ -346,11 +356,11 @@ class ApproxAttention(nnx.Module):
         value: Array,
         mask: Array | None,
         lengths: Array | None,
-        per_token: dict[str, Any],
+        per_token: dict[str, Array],
     ) -> Array:
         if per_token:
             raise NotImplementedError(f"method {self.name!r} does not support {', '.join(per_token)} while decoding")
-        dense = flax_arguments.takes_dense_mask(self.method)
+        dense = self._takes_dense_mask
         flax_arguments.check_mask(self.name, mask, False, query.shape[-3], key.shape[-3], dense=dense)
         first = None
         if mask is not None:
@@ -388,11 +398,13 @@ def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
     return stream.fork() if isinstance(rngs, nnx.Rngs) and stream is not None else stream
 
 
-def _name_and_randomness(
+def _bound(
     method: str | Callable[..., Array] | nnx.Module, noise: bool, hyperparameters: dict[str, Any]
-) -> tuple[str, bool]:
+) -> tuple[BoundMethod | None, str, bool]:
+    """The method with its hyper-parameters if it is no module, what errors call it, and whether it is random."""
     if not isinstance(method, nnx.Module):
-        return flax_arguments.name_and_randomness(method, noise, hyperparameters)
+        bound, draws = flax_arguments.bind_layer(method, noise, hyperparameters)
+        return bound, bound.name, draws
     if hyperparameters:
         raise TypeError(f"{type(method).__name__} has its options already, got {', '.join(hyperparameters)}")
     rng = inspect.signature(method).parameters.get("rng")
@@ -401,4 +413,4 @@ def _name_and_randomness(
             f"a module must be called as Eva is, (query, key, value, *, rng, key_value_seq_lengths, mask), and have "
             f"is_causal; got {type(method).__name__}"
         )
-    return type(method).__name__, rng.default is inspect.Parameter.empty or noise
+    return None, type(method).__name__, rng.default is inspect.Parameter.empty or noise

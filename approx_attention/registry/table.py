@@ -1,25 +1,11 @@
 """The methods by name, with the facts about each that the contract tests check and the README's table prints."""
 
-import dataclasses
-import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-
-from approx_attention.core import (
-    check_finite,
-    check_key,
-    check_not_negative,
-    check_positive,
-    check_scale,
-    did_you_mean,
-    unknown,
-)
+from approx_attention.core import FeatureMoments, check_finite, check_not_negative, check_positive, unknown
 from approx_attention.coresets import running_coreset
 from approx_attention.methods import (
     bigbird,
@@ -69,80 +55,9 @@ from approx_attention.methods import (
     top_k,
     uniform_sample,
     unreduced_jlt,
+    window_sides,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Capabilities:
-    """What a method can do; every entry is a fact that tests/test_contract.py checks.
-
-    Attributes:
-        causal: takes ``is_causal``.
-        cross: takes queries of another sequence (T != S).
-        padding: takes ``kv_mask``; what padding holds never matters.
-        dense_mask: takes ``mask`` and ``bias`` of shape ``[T, S]``.
-        decode: has a running summary, so a cache of bounded size.
-        needs_key: is random.
-        takes_key: is random with a key, and deterministic without.
-        affine: the weights of a query sum to 1.
-        convex: answers are averages of values, with weights that are not negative.
-        trainable: is made to be learned: arrays that its caller owns take the place of a default.
-        normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
-        unbiased: the expectation of numerator and normaliser over keys is the exact one.
-        exact_limit: equals exact attention once its size reaches the number of keys.
-        subquadratic: holds no array with both a T and an S axis.
-        forward_mode: has forward-mode derivatives (`jax.jvp`) with its default arguments; all have reverse mode.
-    """
-
-    causal: bool = True
-    cross: bool = True
-    padding: bool = True
-    dense_mask: bool = False
-    decode: bool = False
-    needs_key: bool = False
-    takes_key: bool = False
-    affine: bool = True
-    convex: bool = True
-    trainable: bool = False
-    normalizer: bool = True
-    unbiased: bool = False
-    exact_limit: bool = False
-    subquadratic: bool = True
-    forward_mode: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-    """An attention method.
-
-    Attributes:
-        function: ``(q, k, v, key, *, ...) -> out`` of one head.
-        capabilities: what it can do.
-        cost: ``(T, S, D, Dv, size) -> FLOPs`` of the matrix products of its bidirectional form, per head.
-        reference: where it comes from.
-        size: the hyper-parameter that says how large its summary is, if it has one.
-        usual_size: the value at which its cost is shown, and that it has in a comparison with a budget of 256.
-        summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
-        running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
-        block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.
-        draw: ``(key, head_dim, *, ...) -> {argument: array}``, if its draw can be shared between calls.
-        values: hyper-parameters that are numbers and may be arrays, traced or not, with the check of their values.
-        together: ``(query, key, value, *, ...) -> out`` over all heads ``[B, T, N, D]`` at once, if it has a fused
-            kernel for them; returns None where that does not apply.
-    """
-
-    function: Callable[..., Any]
-    capabilities: Capabilities
-    cost: Callable[[int, int, int, int, int], float]
-    reference: str
-    size: str | None = None
-    usual_size: int = 256
-    summarize: Callable[..., Any] | None = None
-    running: Callable[..., Any] | None = None
-    block: str = "block_size"
-    draw: Callable[..., Any] | None = None
-    values: Mapping[str, Callable[[str, Any], None]] = dataclasses.field(default_factory=dict)
-    together: Callable[..., Any] | None = None
+from approx_attention.registry.method import Capabilities, Method
 
 
 def svd_flops(rows: int, columns: int) -> float:
@@ -151,10 +66,19 @@ def svd_flops(rows: int, columns: int) -> float:
     return 14 * long * short**2 + 8 * short**3
 
 
+def window_of(given: Mapping[str, Any], is_causal: bool) -> tuple[int, int]:
+    """How many keys to the left and to the right of its own a query sees."""
+    return window_sides(given["window_size"], is_causal)
+
+
 METHODS: Mapping[str, Method] = types.MappingProxyType(
     {
         "exact": Method(
             function=exact,
+            grows=True,
+            indifferent=("implementation",),
+            windowed="local",
+            sharding="ring",
             summarize=summarize_exact,
             running=running_exact,
             together=exact_together,
@@ -174,6 +98,9 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "local": Method(
             function=local,
+            window=window_of,
+            tokens_seen=lambda given, is_causal: sum(window_of(given, is_causal)) + 1,
+            sharding="halos",
             size="window_size",
             capabilities=Capabilities(exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * min(2 * size - 1, S) * (D + Dv),
@@ -181,6 +108,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "longformer": Method(
             function=longformer,
+            tokens_seen=lambda given, is_causal: sum(window_of(given, is_causal)) + 1 + given["num_global"],
             size="window_size",
             capabilities=Capabilities(exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * (T * min(2 * size - 1 + 4, S) + 4 * S) * (D + Dv),
@@ -188,6 +116,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "bigbird": Method(
             function=bigbird,
+            noise=("blocks",),
             size="num_random_blocks",
             usual_size=3,
             capabilities=Capabilities(needs_key=True, exact_limit=True),
@@ -205,6 +134,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "lsh_top_k": Method(
             function=lsh_top_k,
+            noise=("projection",),
             size="keys_per_query",
             usual_size=32,
             capabilities=Capabilities(needs_key=True, exact_limit=True),
@@ -214,6 +144,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "uniform_sample": Method(
             function=uniform_sample,
+            noise=("noise",),
             size="sample_size",
             summarize=summarize_uniform_sample,
             running=running_uniform_sample,
@@ -268,6 +199,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "block_linformer": Method(
             function=block_linformer,
+            grows=True,
             size="slots_per_block",
             usual_size=16,
             summarize=summarize_block_linformer,
@@ -278,6 +210,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "unreduced_jlt": Method(
             function=unreduced_jlt,
+            noise=("sketch",),
             size="sketch_size",
             capabilities=Capabilities(causal=False, needs_key=True, convex=False, unbiased=True, subquadratic=False),
             cost=lambda T, S, D, Dv, size: 2 * T * S * (D + Dv),
@@ -293,6 +226,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "favor": Method(
             function=favor,
+            summary=FeatureMoments,
+            noise=("projection",),
             size="num_features",
             summarize=summarize_favor,
             running=running_favor,
@@ -303,6 +238,9 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "scatterbrain": Method(
             function=scatterbrain,
+            summary=FeatureMoments,
+            noise=("projection",),
+            sharding="prefix",
             size="num_features",
             # Without the future it is causal favor, whose blocks are the windows.
             running=running_favor,
@@ -321,6 +259,9 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "rfa": Method(
             function=rfa,
+            summary=FeatureMoments,
+            noise=("projection",),
+            per_token=("gate_logits",),
             size="num_features",
             running=running_rfa,
             draw=draw_rfa,
@@ -331,6 +272,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "ra": Method(
             function=ra,
+            noise=("noise",),
             size="num_samples",
             usual_size=1,
             capabilities=Capabilities(dense_mask=True, needs_key=True, unbiased=True, subquadratic=False),
@@ -339,6 +281,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "lara": Method(
             function=lara,
+            noise=("noise",),
             size="num_landmarks",
             values={"correction": check_finite},
             capabilities=Capabilities(causal=False, takes_key=True),
@@ -347,6 +290,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "eva": Method(
             function=eva,
+            noise=("noise",),
+            sharding="prefix",
             size="num_chunks",
             running=running_eva,
             block="window_size",
@@ -365,6 +310,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "skyformer": Method(
             function=skyformer,
+            noise=("noise",),
             size="num_landmarks",
             values={"ridge": check_positive},
             capabilities=Capabilities(causal=False, needs_key=True, affine=False, convex=False, normalizer=False),
@@ -373,6 +319,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "polynomial": Method(
             function=polynomial_attention,
+            summary=FeatureMoments,
             summarize=summarize_polynomial,
             running=running_polynomial,
             values={"coefficients": check_finite},
@@ -406,104 +353,6 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def draw_per_head(
-    name: str,
-    method: Method | None,
-    rng: Array | None,
-    num_kv_heads: int,
-    head_dim: int,
-    hyperparameters: Mapping[str, Any],
-    given: Set[str] = frozenset(),
-) -> dict[str, Array]:
-    """What each key head draws from, stacked: the draw itself where it can be shared between calls, else a key.
-
-    Args:
-        name: what errors call the method.
-        method: its entry in `METHODS`; None for a function that has none, whose heads get keys.
-        rng: typed PRNG key, or None for nothing.
-        num_kv_heads: the number K of key heads, each with a draw of its own.
-        head_dim: the number D of channels.
-        hyperparameters: those of the method.
-        given: names of further arguments that are given.
-
-    Raises:
-        ValueError: a random method without ``rng`` and without its noise.
-    """
-    noise = _NOISE & (hyperparameters.keys() | given)
-    if rng is None:
-        drawn = noise or not isinstance(hyperparameters.get("sketch", ""), str)
-        if method and method.capabilities.needs_key and not drawn:
-            raise ValueError(f"method {name!r} is random: pass rng, as in rng=jax.random.key(0)")
-        return {}
-    check_key(name, rng)
-    if method and not (method.capabilities.needs_key or method.capabilities.takes_key):
-        return {}
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(num_kv_heads))
-    draw = method.draw if method else None
-    if draw is None or noise:
-        return {"key": keys}
-    return jax.vmap(lambda key: draw(key, head_dim, **accepted(draw, hyperparameters)))(keys)
-
-
-# Drawn noise that a caller may pass in place of an rng.
-_NOISE = frozenset({"projection", "noise", "blocks"})
-
-
-# What `attention` may ask of a method's function, and what its absence is called in an error.
-OPTIONS: Mapping[str, str] = types.MappingProxyType(
-    {
-        "scale": "scale",
-        "is_causal": "is_causal",
-        "return_state": "return_residual: its normaliser is not comparable to that of exact attention",
-        "kv_mask": "padding (a mask over keys or key_value_seq_lengths)",
-        "q_mask": "a mask over queries",
-        "mask": "a mask that differs between queries or heads",
-        "bias": "bias",
-    }
-)
-
-
-def arguments(function: Callable[..., Any]) -> list[str] | None:
-    """What a function of one head takes after q, k, v and key; None for one that takes anything."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return [
-        p.name
-        for i, p in enumerate(parameters)
-        if p.kind is p.KEYWORD_ONLY or (i >= 4 and p.kind is p.POSITIONAL_OR_KEYWORD)
-    ]
-
-
-def check_hyperparameters(
-    name: str, function: Callable[..., Any], given: Iterable[str], *, options: Iterable[str] = ()
-) -> None:
-    """Raises ``TypeError`` for what is no hyper-parameter of a method's function, nor among the ``options`` allowed."""
-    takes = arguments(function)
-    if takes is None:
-        return
-    own = [argument for argument in takes if argument not in OPTIONS or argument in options]
-    for argument in given:
-        if argument not in own:
-            known = f"it takes {', '.join(own)}" if own else "it takes none"
-            raise TypeError(f"method {name!r} has no argument {argument!r}{did_you_mean(argument, own)} ({known})")
-
-
-def check_values(method: Method | None, given: Mapping[str, Any]) -> None:
-    """Raises for numbers in arrays that a method cannot use, while they are known: a compiled method sees tracers."""
-    if given.get("scale") is not None:
-        check_scale(given["scale"])
-    for name, check in method.values.items() if method else ():
-        if hasattr(given.get(name), "dtype"):
-            check(name, given[name])
-
-
-def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a method's hyper-parameters that one of its functions takes."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in hyperparameters.items() if name in parameters}
-
-
 def capability_table() -> str:
     """The methods and what each can do, as a Markdown table."""
     from tabulate import tabulate  # most who import the methods print no table
@@ -525,7 +374,8 @@ def capability_table() -> str:
     rows = []
     for name, method in METHODS.items():
         facts = ["x" if getattr(method.capabilities, field) else "" for field in columns]
-        limit = "always" if name == "exact" else f"{method.size} = S" if method.capabilities.exact_limit else ""
+        limit = f"{method.size} = S" if method.capabilities.exact_limit else ""
+        limit = "always" if method.function is exact else limit
         rows.append([f"`{name}`", *facts, limit, *(_relative_cost(method, n) for n in (4096, 65536)), method.reference])
     alignment = ["left"] + ["center"] * len(columns) + ["left", "right", "right", "left"]
     return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
@@ -533,5 +383,6 @@ def capability_table() -> str:
 
 def _relative_cost(method: Method, length: int) -> str:
     """Matrix-product FLOPs at head dimension 64 and the usual size, as a share of exact attention's."""
-    share = method.cost(length, length, 64, 64, method.usual_size) / METHODS["exact"].cost(length, length, 64, 64, 0)
+    of_exact = METHODS[exact.__name__].cost(length, length, 64, 64, 0)
+    share = method.cost(length, length, 64, 64, method.usual_size) / of_exact
     return f"{100 * share:.3g}%"

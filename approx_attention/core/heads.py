@@ -1,0 +1,160 @@
+"""The one lifting of functions of one head over batch and grouped heads: in turn on a CPU, together elsewhere."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from approx_attention.core.rows import along_with
+
+
+def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False) -> Any:
+    """Applies a function to every slice along the leading axis.
+
+    On a CPU slices take turns, so that the data of one stays in cache; elsewhere, or with ``together``, at once.
+    """
+    if together or jax.default_backend() != "cpu":
+        return jax.vmap(function)(slices)
+    return lax.map(function, slices)
+
+
+def by_kv_head(x: Array, num_kv_heads: int) -> Array:
+    """``[B, T, K * G, D]`` as one slice per key head of every sequence, ``[B * K, T, G, D]``."""
+    x = x.reshape(*x.shape[:2], num_kv_heads, x.shape[2] // num_kv_heads, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * num_kv_heads, x.shape[1], *x.shape[3:])
+
+
+def from_kv_head(x: Array, num_kv_heads: int) -> Array:
+    """The inverse of `by_kv_head`: ``[B, T, K * G, ...]``."""
+    x = jnp.moveaxis(x.reshape(x.shape[0] // num_kv_heads, num_kv_heads, *x.shape[1:]), 1, 2)
+    return x.reshape(*x.shape[:2], num_kv_heads * x.shape[3], *x.shape[4:])
+
+
+class Operands(NamedTuple):
+    """All arrays of a call.
+
+    Attributes:
+        tokens: q ``[B, T, K * G, D]``, k and v ``[B, S, K, D]``: G query heads share a key head.
+        sliced: ``[B * K, ...]``, arguments of each key head of each sequence.
+        dense: ``[B * K, G, ...]``, the same for each query head.
+        per_head: ``[K, ...]``, arguments that a key head has in all sequences.
+        shared: arguments that all heads have in common.
+    """
+
+    tokens: tuple[Array, Array, Array]
+    sliced: dict[str, Array]
+    dense: dict[str, Array]
+    per_head: dict[str, Any]
+    shared: dict[str, Any]
+
+
+Static = tuple[tuple[str, Any], ...]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="in_place")
+def over_heads(function: Callable[..., Any], static: Static, operands: Operands, *, in_place: bool) -> Any:
+    """Lifts ``function(q, k, v, key, **arguments)`` of one head to ``[B, T, N, ...]``.
+
+    Args:
+        function: the function of one head.
+        static: arguments that are known when tracing.
+        operands: the others.
+        in_place: cut each head out of the layout where it lies, on a CPU: to transpose all first would take a third of
+            the time of a linear method. Derivatives go through the transposed layout, because that of a cut is an array
+            of zeros as large as the whole. The rule that does so differentiates in forward mode, and could not see
+            arrays with derivatives that the function closes over.
+    """
+    num_batches, _, num_kv_heads, _ = operands.tokens[1].shape
+    group = operands.tokens[0].shape[2] // num_kv_heads
+
+    # Traced once, however often it is asked for: for its shapes, in the loop, and in the derivative.
+    @jax.jit
+    def of_one_head(tokens: tuple[Array, ...], arguments: dict[str, Any], dense: dict[str, Array]) -> Any:
+        """The output ``[T, G, ...]`` to queries ``[T, G, D]`` from keys and values ``[S, 1, D]``."""
+        q, k, v = tokens[0], tokens[1][:, 0], tokens[2][:, 0]
+
+        def query_head(q: Array, dense: dict[str, Array]) -> Any:
+            given = arguments | dense
+            return function(q, k, v, given.pop("key", None), **dict(static), **given)
+
+        if group == 1:
+            dense = {name: x[0] for name, x in dense.items()}
+            return jax.tree.map(lambda x: x[:, None], query_head(q[:, 0], dense))
+        return jax.vmap(query_head, in_axes=(1, 0), out_axes=1)(q, dense)
+
+    def kv_head(operands: Operands, index: Array | int, tokens: tuple[Array, ...]) -> Any:
+        own, dense = jax.tree.map(lambda x: x[index], (operands.sliced, operands.dense))
+        own |= jax.tree.map(lambda x: x[index % num_kv_heads], operands.per_head) | operands.shared
+        return of_one_head(tokens, own, dense)
+
+    def transposed(operands: Operands) -> Any:
+        tokens = jax.tree.map(lambda x: by_kv_head(x, num_kv_heads), operands.tokens)
+        slices = jnp.arange(num_batches * num_kv_heads), tokens
+        result = each(lambda args: kv_head(operands, *args), slices)
+        return jax.tree.map(lambda x: from_kv_head(x, num_kv_heads), result)
+
+    @jax.custom_jvp
+    def where_it_lies(operands: Operands) -> Any:
+        def head(index: Array) -> Any:
+            batch, head = index // num_kv_heads, index % num_kv_heads
+
+            def cut(x: Array) -> Array:
+                heads = x.shape[2] // num_kv_heads
+                x = lax.dynamic_index_in_dim(x, batch, keepdims=False)
+                return lax.dynamic_slice_in_dim(x, head * heads, heads, axis=1)
+
+            return kv_head(operands, index, jax.tree.map(cut, operands.tokens))
+
+        def put(index: Array, result: Any) -> Any:
+            at = index // num_kv_heads, 0, index % num_kv_heads * group
+
+            def paste(x: Array, of_head: Array) -> Array:
+                return lax.dynamic_update_slice(x, of_head[None], (*at, *(0,) * (x.ndim - 3)))
+
+            return jax.tree.map(paste, result, head(index))
+
+        one = jax.eval_shape(head, jnp.zeros((), jnp.int32))
+        num_heads = num_kv_heads * group
+        room = jax.tree.map(lambda x: jnp.zeros((num_batches, x.shape[0], num_heads, *x.shape[2:]), x.dtype), one)
+        return lax.fori_loop(0, num_batches * num_kv_heads, put, along_with(room, operands))
+
+    def derivative(primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
+        def result(operands: Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
+            return along_with(transposed(operands), operands)
+
+        return jax.jvp(result, primals, tangents)
+
+    where_it_lies.defjvp(derivative)
+
+    if num_batches * num_kv_heads == 1:
+        tokens = jax.tree.map(lambda x: x[0], operands.tokens)
+        return jax.tree.map(lambda x: x[None], kv_head(operands, 0, tokens))
+    if jax.default_backend() != "cpu" or num_batches == 0 or not in_place:
+        return transposed(operands)
+    return where_it_lies(operands)
+
+
+def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str, Any]]:
+    """Arguments that are known when tracing, and those that hold arrays.
+
+    Raises:
+        TypeError: an argument of the method ``name`` that is neither.
+    """
+    arrays = {
+        argument: value
+        for argument, value in arguments.items()
+        if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(value))
+    }
+    static = tuple((argument, value) for argument, value in arguments.items() if argument not in arrays)
+    for argument, value in static:
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"argument {argument!r} of method {name!r} must be hashable or hold arrays, got {value!r}"
+            ) from None
+    return static, arrays

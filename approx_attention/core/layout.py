@@ -1,0 +1,64 @@
+"""Arrays over batch and heads, in the layout of `jax.nn.dot_product_attention`, checked."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from approx_attention.core.checks import check_floating, check_lengths
+
+
+def check_layout(query: Array, key: Array, value: Array) -> None:
+    """Raises unless query, key and value are ``[..., T, N, D]``, ``[..., S, K, D]`` and ``[..., S, K, Dv]``."""
+    for name, x, axes in (("query", query, "T, N, D"), ("key", key, "S, K, D"), ("value", value, "S, K, Dv")):
+        check_floating(name, x)
+        if x.ndim < 3 or 0 in x.shape[-3:]:
+            raise ValueError(f"{name} must be [..., {axes}] with no empty axis but batch axes, got shape {x.shape}")
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        shapes = query.shape[:-3], key.shape[:-3], value.shape[:-3]
+        raise ValueError(
+            f"query, key and value must have the same batch axes, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(f"key and value must share [S, K], got {key.shape[-3:-1]} and {value.shape[-3:-1]}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must share the head dimension, got {query.shape[-1]} and {key.shape[-1]}")
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(f"key heads must divide query heads, got {key.shape[-2]} and {query.shape[-2]}")
+
+
+def split_mask(mask: Any, full: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+    """A mask as padding ``[*B, S]``, if it tells neither queries nor heads apart, or else as a dense mask."""
+    if mask is None:
+        return None, None
+    if getattr(mask, "dtype", None) != jnp.bool_:
+        given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
+        raise TypeError(f"mask must be a boolean array (true = may be seen), got {given}")
+    broadcast("mask", mask, full)
+    mask = mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
+    if mask.shape[-3:-1] == (1, 1):
+        return jnp.broadcast_to(mask[..., 0, 0, :], (*full[:-3], full[-1])), None
+    return None, mask
+
+
+def broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
+    """The array ``name`` with all axes; raises ``ValueError`` if it does not broadcast to them."""
+    try:
+        return jnp.broadcast_to(x, full)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to [..., N, T, S] = {list(full)}, got shape {x.shape}") from None
+
+
+def within(lengths: Any, size: int, batch: list[int], name: str) -> Array:
+    """True at the positions before each sequence's length, ``[*B, size]``."""
+    given = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
+    check_lengths(name, given, size)
+    lengths = jnp.asarray(given)
+    if lengths.shape != tuple(batch):
+        raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
+    # In the lengths' own type, whose numbers int32 may not hold.
+    most = jnp.asarray(min(size, jnp.iinfo(lengths.dtype).max), lengths.dtype)
+    lengths = jnp.minimum(lengths, most).astype(jnp.int32)
+    positions = jnp.arange(size, dtype=jnp.int32).reshape((1,) * len(batch) + (size,))
+    return positions < lengths[..., None]

@@ -1,0 +1,19 @@
+"""The methods by name, with the facts about each that the contract tests check, and methods with hyper-parameters."""
+
+from approx_attention.registry.bound import BoundMethod, bind
+from approx_attention.registry.method import OPTIONS, Capabilities, Method, accepted, arguments
+from approx_attention.registry.table import METHODS, capability_table, get_method, svd_flops
+
+__all__ = [
+    "METHODS",
+    "OPTIONS",
+    "BoundMethod",
+    "Capabilities",
+    "Method",
+    "accepted",
+    "arguments",
+    "bind",
+    "capability_table",
+    "get_method",
+    "svd_flops",
+]

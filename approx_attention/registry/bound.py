@@ -1,0 +1,255 @@
+"""A method with its hyper-parameters, checked once, as everything that runs one receives it."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from approx_attention.core import (
+    Block,
+    RunningSummary,
+    Summary,
+    check_count,
+    check_key,
+    check_scale,
+    summary_bytes,
+)
+from approx_attention.registry.method import (
+    OPTIONS,
+    Method,
+    accepted,
+    arguments,
+    check_hyperparameters,
+    defaults,
+)
+from approx_attention.registry.table import METHODS, get_method
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundMethod:
+    """A method bound to hyper-parameters that it has. Make it by `bind`, which checks them.
+
+    Attributes:
+        name: what errors call it.
+        function: ``(q, k, v, key, *, ...) -> out`` of one head.
+        hyperparameters: its arguments.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    hyperparameters: Mapping[str, Any]
+
+    def __hash__(self) -> int:  # a layer keeps it as static data
+        return hash((self.name, self.function, *self.hyperparameters))
+
+    @property
+    def registered(self) -> Method | None:
+        """Its entry in `METHODS`; None for a function that has none."""
+        method = METHODS.get(self.name)
+        return method if method and method.function is self.function else None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it needs a key; of a function without an entry that is not known, and not assumed."""
+        return self.registered is not None and self.registered.capabilities.needs_key
+
+    @property
+    def may_be_random(self) -> bool:
+        """Whether it takes a key."""
+        return self.registered is None or self.is_random or self.registered.capabilities.takes_key
+
+    def takes(self, option: str) -> bool:
+        """Whether the function has that argument."""
+        known = arguments(self.function)
+        return known is None or option in known
+
+    def require(self, options: Iterable[str]) -> None:
+        """Raises ``NotImplementedError`` for options of `attention` that the function does not have."""
+        known, method = arguments(self.function), self.registered
+        for option in options:
+            no_state = option == "return_state" and method and not method.capabilities.normalizer
+            if (known is not None and option not in known) or no_state:
+                raise NotImplementedError(f"method {self.name!r} does not support {OPTIONS[option]}")
+
+    def check_values(self, given: Mapping[str, Any]) -> None:
+        """Raises for numbers in arrays that it cannot use, while they are known: a compiled method sees tracers."""
+        if given.get("scale") is not None:
+            check_scale(given["scale"])
+        method = self.registered
+        for name, check in method.values.items() if method else ():
+            for values in (given, self.hyperparameters):
+                if hasattr(values.get(name), "dtype"):
+                    check(name, values[name])
+
+    def value(self, name: str) -> Any:
+        """An argument: the one that is given, or the function's default."""
+        return self.hyperparameters.get(name, defaults(self.function).get(name))
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """All arguments: those that are given, and the function's defaults."""
+        return {**defaults(self.function), **self.hyperparameters}
+
+    def draw(
+        self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str] = frozenset()
+    ) -> dict[str, Array]:
+        """Random arrays of each key head, stacked: projections that calls can share, else a key.
+
+        Args:
+            rng: typed PRNG key, or None for nothing.
+            num_kv_heads: the number K of key heads, each with its own sample.
+            head_dim: the number D of channels.
+            given: names of further arguments that are given.
+
+        Raises:
+            ValueError: a random method without ``rng`` and without its noise.
+        """
+        method = self.registered
+        # Of some noise the name of a kind can be given too, from which nothing is drawn yet.
+        noise = method and any(
+            name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in method.noise
+        )
+        needed = method is not None and method.capabilities.needs_key
+        if rng is None:
+            if needed and not noise:
+                raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
+            return {}
+        check_key(self.name, rng)
+        if method and not (needed or method.capabilities.takes_key):
+            return {}
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(num_kv_heads))
+        if method is None or method.draw is None or noise:
+            return {"key": keys}
+        return jax.vmap(lambda key: self.projections(key, head_dim))(keys)
+
+    def projections(self, key: Array, head_dim: int) -> dict[str, Array]:
+        """Random projections of one head, by the argument that takes them; empty if it has none to share."""
+        draw = self.registered.draw if self.registered else None
+        return draw(key, head_dim, **accepted(draw, self.hyperparameters)) if draw else {}
+
+    def summarize(self, k: Array, v: Array, key: Array | None, kv_mask: Array | None = None) -> Summary:
+        """The summary of all keys of one head, in scaled space."""
+        make = self.registered.summarize if self.registered else None
+        assert make is not None, self.name
+        return make(k, v, key, kv_mask=kv_mask, **accepted(make, self.hyperparameters))
+
+    def running(self, head_dim: int, key: Array | None = None, **random: Array) -> RunningSummary:
+        """The running summary of one head."""
+        make = self.registered.running if self.registered else None
+        assert make is not None, self.name
+        return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random})
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block of its causal form."""
+        assert self.registered is not None
+        size = self.value(self.registered.block)
+        return 128 if size is None else check_count(self.registered.block, size)
+
+    def held_bytes(self, num_keys: int, head_dim: int, value_dim: int, dtype: Any, *, is_causal: bool) -> int | None:
+        """Bytes per key head and sequence of a cache that serves in place of all keys and values.
+
+        Args:
+            num_keys: the number of keys.
+            head_dim: channels of keys.
+            value_dim: channels of values.
+            dtype: of keys and values.
+            is_causal: count the whole decoding cache where the method has one, and not just one summary of all keys.
+
+        Returns:
+            The bytes, or None where nothing can serve in place of all keys: a method that asks every key, or makes
+            its summary from the queries too.
+        """
+        method = self.registered
+        if method is None:
+            return None
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        if is_causal and method.running is not None and method.block in defaults(method.function):
+            roomy = dataclasses.replace(self, hyperparameters={"max_length": num_keys, **self.hyperparameters})
+
+            def cache(key: Array) -> Any:
+                running = roomy.running(head_dim, key)
+                block = Block.empty(self.block_size, head_dim, value_dim, jnp.float32)
+                return block[:2], block[:2], running.read(running.init(value_dim, jnp.float32))
+
+            return summary_bytes(jax.eval_shape(cache, key))
+        if method.summarize is not None:
+            tokens = (jax.ShapeDtypeStruct((num_keys, size), dtype) for size in (head_dim, value_dim))
+            return summary_bytes(jax.eval_shape(self.summarize, *tokens, key))
+        if method.tokens_seen is None:
+            return None
+        return min(method.tokens_seen(self.arguments, is_causal), num_keys) * (head_dim + value_dim) * 4
+
+    def for_decoding(self, max_length: int | None = None, block_size: int | None = None) -> "BoundMethod":
+        """The method as a decoder needs it, with room for ``max_length`` tokens in whole blocks.
+
+        Raises:
+            NotImplementedError: no running summary, or an argument that it does not follow.
+            TypeError: ``max_length`` missing where it is needed, or a block size that another argument sets.
+        """
+        method = self.registered
+        if method is None or method.running is None:
+            able = ", ".join(name for name, other in METHODS.items() if other.running)
+            raise NotImplementedError(
+                f"method {self.name!r} has no running summary to decode with; those that have are {able}"
+            )
+        given = dict(self.hyperparameters)
+        if block_size is not None:
+            if method.block != "block_size":
+                raise TypeError(f"blocks of method {self.name!r} are set by {method.block}, not by block_size")
+            given["block_size"] = block_size
+        bound = dataclasses.replace(self, hyperparameters=given)
+        if method.block in given:
+            given[method.block] = bound.block_size
+        taken = defaults(method.running)
+        for name, value in given.items():
+            known = name in taken or name == method.block or name in method.indifferent
+            if not known and not np.array_equal(value, defaults(method.function)[name]):
+                raise NotImplementedError(f"method {self.name!r} does not support {name} while decoding, got {value!r}")
+        if max_length is not None:
+            max_length = check_count("max_length", max_length)
+        if "max_length" in taken:
+            if max_length is not None:
+                given["max_length"] = bound.block_size * -(-max_length // bound.block_size)
+            elif taken["max_length"] is inspect.Parameter.empty:
+                raise TypeError(f"method {self.name!r} holds every token: pass max_length, the most that there will be")
+        return bound
+
+
+def bind(
+    method: str | Callable[..., Any] | BoundMethod,
+    hyperparameters: Mapping[str, Any] | None = None,
+    *,
+    options: Iterable[str] = (),
+) -> BoundMethod:
+    """Binds a method to hyper-parameters, which are checked here and nowhere else.
+
+    Args:
+        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a bound method, which gets
+            further hyper-parameters.
+        hyperparameters: arguments of the method.
+        options: names of arguments of `attention` that may be among them.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a function, or an argument that the method does not have.
+    """
+    given = dict(hyperparameters or {})
+    if isinstance(method, BoundMethod):
+        if not given:
+            return method
+        bound = dataclasses.replace(method, hyperparameters={**method.hyperparameters, **given})
+    elif isinstance(method, str):
+        bound = BoundMethod(method, get_method(method).function, given)
+    elif callable(method):
+        named = (name for name, known in METHODS.items() if known.function is method)
+        bound = BoundMethod(next(named, getattr(method, "__name__", type(method).__name__)), method, given)
+    else:
+        raise TypeError(f"method must be a registered name or a function (q, k, v, key) -> out, got {method!r}")
+    check_hyperparameters(bound.name, bound.function, given, options=options)
+    return bound
