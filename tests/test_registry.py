@@ -79,7 +79,7 @@ def test_a_function_of_the_registry_is_its_method():
 
 
 def test_what_a_method_does_not_have_is_said_when_it_is_bound():
-    with pytest.raises(TypeError, match="method 'favor' has no argument 'num_feature', did you mean 'num_features'"):
+    with pytest.raises(TypeError, match="method 'favor' has no argument 'num_feature'; did you mean 'num_features'"):
         bind("favor", {"num_feature": 16})
     with pytest.raises(TypeError, match="method 'favor' has no argument 'is_causal'"):
         bind("favor", {"is_causal": True})
