@@ -1,21 +1,11 @@
 """Flax nnx: attention by any method in a model, and the modules that own the learned parts of methods."""
 
 from approx_attention.nnx.attention import ApproxAttention
+from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_official_causal, evabyte
+from approx_attention.nnx.learned import Adaptor
 from approx_attention.nnx.models import init_cache, replace_attention
-from approx_attention.nnx.modules import (
-    Adaptor,
-    Eva,
-    Lara,
-    LinformerAttention,
-    Rfa,
-    TensorAttention,
-    eva_dropin,
-    eva_official,
-    eva_official_causal,
-    evabyte,
-    mean_pool_init,
-    scale_keeping_init,
-)
+from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
+from approx_attention.nnx.tensor import TensorAttention
 
 __all__ = [
     "Adaptor",

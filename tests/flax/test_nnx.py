@@ -10,7 +10,7 @@ from flax import nnx as flax_nnx
 
 from approx_attention import eva, lara, rfa, tensor_attention, tensor_polynomial
 from approx_attention import nnx as ours
-from approx_attention.nnx.modules import _unit_rms
+from approx_attention.nnx.tensor import _unit_rms
 from tests.references import random_heads
 
 pytestmark = pytest.mark.usefixtures("models")

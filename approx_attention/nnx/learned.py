@@ -1,0 +1,91 @@
+"""Attention over batch and heads by a method whose arrays are learned."""
+
+from typing import Any
+
+from flax import nnx
+from jax import Array
+
+from approx_attention.api import attention
+from approx_attention.registry import BoundMethod
+
+
+class Adaptor(nnx.Module):
+    """A linear map and a layer norm of pooled queries or keys, shared by the heads."""
+
+    def __init__(self, head_dim: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(head_dim, head_dim, kernel_init=nnx.initializers.truncated_normal(0.02), rngs=rngs)
+        self.norm = nnx.LayerNorm(head_dim, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[..., D]`` to the same."""
+        return self.norm(self.linear(x))
+
+
+class LearnedAttention(nnx.Module):
+    """Base of the modules that own learned arrays of a method: the call that layers make.
+
+    A subclass says in `arguments` which method is called and with what. Where the learned arrays of a method are
+    functions of a head's queries and keys, these are `by_head`, and the subclass has a method ``head``.
+    """
+
+    options: dict[str, Any]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it was made causal."""
+        return bool(self.options.get("is_causal"))
+
+    def arguments(self, query: Array) -> dict[str, Any]:
+        """The arguments ``method`` of `approx_attention.attention` and those of the method."""
+        raise NotImplementedError
+
+    def by_head(self, own: Array | None = None) -> dict[str, Any]:
+        """The arguments that have ``head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
+        graphdef, state = nnx.split(self)
+        bound = BoundMethod(type(self).__name__, _call_head, {"graphdef": graphdef, "state": state})
+        return {"method": bound, "per_head": {} if own is None else {"own": own}}
+
+    def head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
+        """The output of one head, from queries ``[T, D]`` and keys and values ``[S, .]``."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        rng: Array | None = None,
+        key_value_seq_lengths: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Attention in the layout of `approx_attention.attention`.
+
+        Args:
+            query: ``[..., T, N, D]``.
+            key: ``[..., S, K, D]``.
+            value: ``[..., S, K, Dv]``.
+            rng: typed PRNG key of the noise; none for no noise, as in evaluation.
+            key_value_seq_lengths: real keys per sequence, ``[...]``.
+            mask: which keys are real, ``[..., 1, 1, S]``.
+
+        Returns:
+            ``[..., T, N, Dv]``.
+        """
+        lengths = key_value_seq_lengths
+        return attention(query, key, value, rng=rng, key_value_seq_lengths=lengths, mask=mask, **self.arguments(query))
+
+
+def _call_head(
+    q: Array,
+    k: Array,
+    v: Array,
+    key: Array | None = None,
+    *,
+    graphdef: Any,
+    state: Any,
+    own: Array | None = None,
+    kv_mask: Array | None = None,
+) -> Array:
+    """One head of a module. Its arrays are arguments: a compiled program that held them would not see them change."""
+    return nnx.merge(graphdef, state).head(q, k, v, key, kv_mask, own)
