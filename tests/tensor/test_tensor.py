@@ -38,8 +38,8 @@ from approx_attention.tensor import (
 )
 from approx_attention.tensor.exact import determinant_channels, strassen_channels
 from approx_attention.tensor.inputs import check_causal, scaled
+from tests.programs import equations
 from tests.references import compiled
-from tests.test_contract import equations
 
 NAMES = "jlpr"
 
