@@ -13,6 +13,8 @@ from experiments import __main__ as cli
 from experiments.config import ConfigError, parse_overrides, read_config_file, resolve
 from experiments.runs import CONFIGS, EXPERIMENTS, Run
 from experiments.training import TrainingConfig
+from tests.experiments.test_claims import STUDY
+from tests.experiments.test_training import KILLED
 
 pytestmark = pytest.mark.usefixtures("models")
 
