@@ -1,13 +1,12 @@
-"""What the tests measure against: brute force in float64, small inputs, and small settings of every method."""
+"""What the tests measure against: brute force in float64, small inputs, and functions as one program."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from approx_attention import METHODS, attention
+from approx_attention import METHODS
 
 
 def brute_force(q, k, v, *, scale=None, mask=None, bias=None):
@@ -58,49 +57,6 @@ def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, he
     random = np.random.default_rng(seed)
     shapes = (batch, num_queries, num_heads, head_dim), *[(batch, num_keys, num_kv_heads, head_dim)] * 2
     return tuple(jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
-
-
-def settings(name, size=8, block_size=4):
-    """Hyper-parameters that make a method small."""
-    chosen = sized(name, size)
-    if METHODS[name].block in inspect.signature(METHODS[name].function).parameters and name != "local":
-        chosen[METHODS[name].block] = block_size
-    return chosen
-
-
-def sized(name, size):
-    """The hyper-parameter that makes a summary of this size; sines and cosines come in pairs, slots in blocks."""
-    method = METHODS[name]
-    by_block = dict.fromkeys(("block_linformer", "sparse_coreset", "bigbird"), size if size > 8 else 2)
-    size = {"rfa": size + size % 2, **by_block}.get(name, size)
-    return {method.size: size} if method.size else {}
-
-
-def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
-    """A method on one head, compiled, with small settings and a fixed key."""
-    key = jax.random.key(7) if key is None else key
-    options = {**settings(name, size, block_size), **options}
-    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
-    fixed = tuple((option, x) for option, x in options.items() if option not in arrays)
-    return _compiled(METHODS[name].function, fixed)(q, k, v, key, arrays)
-
-
-def call_heads(name, query, key, value, *, rng=None, **options):
-    """A method over batch and heads, compiled, with small settings and a fixed key."""
-    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
-    fixed = {**settings(name), **{option: x for option, x in options.items() if option not in arrays}, "method": name}
-    rng = jax.random.key(7) if rng is None else rng
-    return _compiled(_attention, tuple(fixed.items()))(query, key, value, rng, arrays)
-
-
-def _attention(query, key, value, rng, **options):
-    return attention(query, key, value, rng=rng, **options)
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(function, fixed):
-    """One compilation for all tests that ask the same."""
-    return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))
 
 
 def compiled(*functions):

@@ -119,14 +119,6 @@ def test_the_heads_of_one_draw_are_independent_of_the_batch_and_of_each_other():
     assert np.abs(np.asarray(out[:, :, 0] - out[:, :, 1])).max() > 1e-3
 
 
-def test_a_given_projection_takes_the_place_of_rng():
-    tensors = random_heads(9, **SHAPE)
-    projection = jax.random.normal(jax.random.key(0), (6, 8))
-    out = attention(*tensors, method="favor", projection=projection)
-    with_rng = attention(*tensors, method="favor", projection=projection, rng=jax.random.key(5))
-    np.testing.assert_array_equal(out, with_rng)
-
-
 @pytest.mark.slow
 def test_at_once_equals_in_turn(monkeypatch):
     tensors = random_heads(10, **SHAPE)
@@ -137,25 +129,6 @@ def test_at_once_equals_in_turn(monkeypatch):
             patched.setattr(jax, "default_backend", lambda: "tpu")
             at_once = function(*tensors)
         np.testing.assert_allclose(at_once, in_turn, atol=2e-6)
-
-
-def test_cudnn_is_chosen_exactly_where_it_applies(monkeypatch):
-    calls = []
-
-    def library(query, key, value, *, scale, is_causal, implementation):
-        calls.append(implementation)
-        return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", library)
-    q, k, v = (x[0, :, 0].astype(jnp.bfloat16) for x in random_heads(11, **SHAPE))
-    exact(q, k, v, is_causal=True)
-    assert calls == ["cudnn"]
-    exact(q, k, v, kv_mask=jnp.ones(11, bool))
-    exact(q, k, v, return_state=True)
-    exact(q, k, v[:, :5])
-    exact(q.astype(jnp.float32), k, v)
-    assert calls == ["cudnn"]
 
 
 def test_a_function_may_close_over_what_is_differentiated():

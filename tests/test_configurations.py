@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS
-from tests.references import settings
+from tests.cases import DIRECTIONS, settings
 
 LENGTH = 12
-FORMS = [
-    (name, causal) for name, method in METHODS.items() for causal in ([False, True][: 1 + method.capabilities.causal])
-]
-forms = pytest.mark.parametrize(("name", "is_causal"), FORMS)
+forms = pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS)
 
 
 def options_of(name, is_causal, **more):

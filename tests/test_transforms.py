@@ -10,10 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from approx_attention import METHODS, attention, exact, favor
-from tests.references import call, having, random_head, random_heads, settings
+from tests.cases import CAUSAL, DIRECTIONS, call, case_of, settings
+from tests.references import random_head, random_heads
 
-CAUSAL = having(causal=True)
-DIRECTIONS = [(name, c) for name in METHODS for c in ([False, True] if name in CAUSAL else [False])]
 B, T, N, D = 2, 9, 4, 8
 
 
@@ -183,17 +182,6 @@ def test_a_gradient_of_vmap_is_that_of_the_batch(name, is_causal):
         np.testing.assert_allclose(a, jnp.sum(b, axis=0), atol=5e-5)
 
 
-def test_a_hessian_of_exact_attention_is_that_of_its_dense_form(x64):
-    q, k, v = random_head(2, 5, 5, 3, dtype=jnp.float64)
-
-    def hessian(implementation, is_causal):
-        function = functools.partial(exact, implementation=implementation, is_causal=is_causal)
-        return jax.jit(jax.hessian(lambda q: loss(function)(q, k, v)))(q)
-
-    for is_causal in (False, True):
-        np.testing.assert_allclose(hessian("blocked", is_causal), hessian("dense", is_causal), atol=1e-10)
-
-
 def test_a_function_of_the_library_is_the_method_of_its_name():
     query, key, value = random_heads(3, 2, T, T, N, 2, D)
     options = {"rng": jax.random.key(1), "num_features": 8}
@@ -316,18 +304,10 @@ def float_arguments():
                 yield name, argument
 
 
-# What else must be said for an argument to be read.
-CONTEXTS = {
-    "rcond": {"inverse": "svd"},
-    ("nystrom", "ridge"): {"inverse": "ridge"},
-    "correction": {"weights": "query_specific"},
-}
-
-
 @pytest.mark.parametrize(("name", "argument"), [*float_arguments()])
 def test_numbers_in_arrays_are_checked_as_numbers_are(name, argument):
     query, key, value = random_heads(4, 1, T, T, 2, 2, D)
-    context = CONTEXTS.get((name, argument), CONTEXTS.get(argument, {}))
+    context = case_of(name).contexts.get(argument, {})
     scalar = (lambda x: x) if argument != "coefficients" else lambda x: np.array([1, 1, x])
 
     def outcome(given):

@@ -11,7 +11,7 @@ from approx_attention.core import WeightedKV, did_you_mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a method can do; every entry is a fact that tests/test_contract.py checks.
+    """What a method can do; every entry is a fact that tests/contract checks.
 
     Attributes:
         causal: takes ``is_causal``.

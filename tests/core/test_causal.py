@@ -9,7 +9,7 @@ import pytest
 
 from approx_attention import FeatureMoments, WeightedKV, attend, favor, fold_scale, mean_pool, merge
 from approx_attention.core import PositiveFeatures, causal_state, gaussian_projection, running_moments
-from approx_attention.methods import running_exact, running_mean_pool, running_uniform_sample
+from approx_attention.methods import running_exact
 from tests.references import brute_force, causal_mask, compiled, random_head
 
 causal_state, favor = compiled(causal_state, favor)
@@ -43,54 +43,6 @@ def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
         expected = of(q[t : t + 1], (k[:start], v[:start]), (k[start : t + 1], v[start : t + 1]))
         np.testing.assert_allclose(state.out[t], expected.out[0], atol=1e-5)
         np.testing.assert_allclose(state.lse[t], expected.lse[0], atol=1e-5)
-
-
-@pytest.mark.parametrize(("num_landmarks", "block_size"), [(1, 4), (3, 4), (4, 4), (5, 3), (8, 4), (64, 4)])
-def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
-    _, k, v = random_head(2, 1, 60)
-    running = running_mean_pool(8, num_landmarks=num_landmarks)
-    segments = running.init(8, jnp.float32)
-    append = jax.jit(running.append)
-    for block in range(60 // block_size):
-        stop = (block + 1) * block_size
-        part = slice(block * block_size, stop)
-        segments = append(segments, jnp.int32(part.start), k[part], v[part], jnp.ones(block_size, bool))
-        length = int(segments.length)
-        summary = running.read(segments)
-        sizes = [min(length, max(0, stop - c * length)) for c in range(num_landmarks)]
-        np.testing.assert_array_equal(summary.mass, sizes)
-        assert sum(sizes) == stop
-        for c, size in enumerate(sizes):
-            if size:
-                np.testing.assert_allclose(summary.k[c], np.mean(k[c * length : c * length + size], axis=0), atol=1e-5)
-                np.testing.assert_allclose(
-                    summary.value_sum[c], np.sum(v[c * length : c * length + size], axis=0), atol=1e-5
-                )
-    # No coarser than it must be: half the length would not fit.
-    first = -(-block_size // num_landmarks)
-    assert length == first or num_landmarks * length < 2 * stop
-
-
-def test_a_running_sample_is_uniform():
-    k = v = jnp.arange(24.0)[:, None]
-    running_of = functools.partial(running_uniform_sample, 1, sample_size=6)
-
-    @jax.jit
-    @jax.vmap
-    def kept(key):
-        running = running_of(key)
-        sample = running.init(1, jnp.float32)
-        for start in range(0, 24, 4):
-            part = slice(start, start + 4)
-            sample = running.append(sample, jnp.int32(start), k[part], v[part], jnp.ones(4, bool))
-        return running.read(sample).k[:, 0], running.read(sample).mass
-
-    tokens, mass = kept(jax.random.split(jax.random.key(0), 4000))
-    np.testing.assert_allclose(mass, 4.0)
-    assert all(len(set(row)) == 6 for row in np.asarray(tokens)[:50])
-    counts = np.bincount(np.asarray(tokens, int).ravel(), minlength=24)
-    # Each key is kept with probability 1/4: 1000 times, with a standard deviation of 27.
-    assert np.all(np.abs(counts - 1000) < 4.5 * 27.4)
 
 
 def test_a_full_buffer_turns_to_nan_instead_of_forgetting():

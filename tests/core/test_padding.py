@@ -11,20 +11,18 @@ from approx_attention import METHODS, attend, attention, summarize_mean_pool
 from approx_attention.core import RealFirst, averaging_matrix, draw_of_size, ranks, segments_of
 from approx_attention.core.padding import floor_of_share
 from approx_attention.methods import Convolution, chunk_means
-from tests.references import brute_force, call, having, random_head, random_heads, relative_error, settings
+from tests import cases
+from tests.cases import call, settings
+from tests.references import brute_force, having, random_head, random_heads, relative_error
 
 PADDED = having(padding=True)
 CAUSAL = having(padding=True, causal=True)
 both_directions = pytest.mark.parametrize(
     ("name", "is_causal"), [(name, c) for name in PADDED for c in ([False, True] if name in CAUSAL else [False])]
 )
-# One method for each kind of summary, the others when slow.
-LIFTED = ("exact", "local", "mean_pool", "favor", "nystrom", "eva")
+# Windows lay tokens out in further ways.
+unless_slow = functools.partial(cases.unless_slow, also=("local", "eva"))
 KINDS = ("right", "left", "scattered")
-
-
-def unless_slow(name, *others):
-    return pytest.param(name, *others, marks=() if name in LIFTED else pytest.mark.slow)
 
 
 def mask_of(kind, num_real, length):

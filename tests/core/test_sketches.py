@@ -1,4 +1,4 @@
-"""Sketches, the oracle of Linformer's theorem and its closed forms, samples of keys, and the low-rank bottleneck."""
+"""Sketches and their closed forms, samples of rows by their odds, and the low-rank bottleneck."""
 
 import functools
 
@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
-from approx_attention import (
-    attend,
-    attention,
-    bounds,
-    exact,
-    importance_sample,
-    linformer,
-    summarize_importance_sample,
-    unreduced_jlt,
-)
+from approx_attention import bounds, exact, importance_sample, linformer, unreduced_jlt
 from approx_attention.core import SKETCHES, RowSample, back, draw_sketch, leverages
 from approx_attention.core.sketches import hadamard_transform
 from approx_attention.evaluation import spectrum
 from approx_attention.realization import needed_head_dim, realize_attention
-from tests.references import brute_force, compiled, random_head, random_heads
+from tests.references import brute_force, compiled, random_head
 
 exact, importance_sample, linformer, unreduced_jlt = compiled(exact, importance_sample, linformer, unreduced_jlt)
 back, draw_sketch, needed_head_dim, realize_attention = compiled(back, draw_sketch, needed_head_dim, realize_attention)
@@ -109,57 +100,6 @@ def test_the_mean_squared_error_is_the_closed_form(kind, num_keys):
     assert np.abs(errors.mean(0)).max() < 5 * errors.std(0).max() / np.sqrt(30000)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_the_oracle_is_its_formula(centred):
-    q, k, v = random_head(3, 6, 12, 4, 3)
-    real = jnp.arange(12) != 5
-    sketch = draw_sketch(jax.random.key(3), "gaussian", 4, 12)
-    out = unreduced_jlt(q, k, v, sketch=sketch, centred=centred, kv_mask=real)
-    matrix = np.asarray(sketch @ jnp.eye(12), np.float64)
-    weights = brute_force(q, k, np.eye(12), mask=np.asarray(real)[None, :])[0]
-    mean = np.asarray(v)[np.asarray(real)].mean(0) * centred
-    centred_v = np.where(np.asarray(real)[:, None], np.asarray(v) - mean, 0)
-    np.testing.assert_allclose(out, mean + weights @ (matrix.T @ (matrix @ centred_v)), atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_mean_costs_nothing_and_saves_its_error():
-    q, k, v = random_head(4, 6, 32, 4, 3)
-    weights = jnp.asarray(brute_force(q, k, np.eye(32))[0], jnp.float32)
-    far = v + 10
-    assert bounds.sketch_mse(weights, far - jnp.mean(far, axis=0, keepdims=True), 8) < 0.1 * bounds.sketch_mse(
-        weights, far, 8
-    )
-    outs = jax.vmap(lambda key: unreduced_jlt(q, k, far, key, sketch_size=8))(jax.random.split(jax.random.key(0), 64))
-    mse = np.mean(np.sum((np.asarray(outs) - brute_force(q, k, far)[0]) ** 2, axis=(1, 2)))
-    assert mse < 0.1 * bounds.sketch_mse(weights, far, 8, "hadamard")
-
-
-def test_any_orthogonal_sketch_of_all_rows_is_exact_and_the_same_in_front_is_not():
-    q, k, v = random_head(5, 16, 16, 8)
-    sketch = draw_sketch(jax.random.key(5), "hadamard", 16, 16)
-    np.testing.assert_allclose(unreduced_jlt(q, k, v, sketch=sketch), exact(q, k, v), atol=1e-5)
-    before = linformer(q, k, v, projection_k=sketch @ jnp.eye(16))
-    assert jnp.linalg.norm(before - exact(q, k, v)) > 0.3 * jnp.linalg.norm(exact(q, k, v))
-
-
-def test_the_construction_of_the_proof_answers_every_query_alike():
-    q, k, v = random_head(6, 64, 256, 16)
-    expected = brute_force(q, k, v)[0]
-    random = draw_sketch(jax.random.key(6), "gaussian", 64, 256) @ jnp.eye(256)
-
-    def spread(delta):
-        out = np.asarray(linformer(q, k, v, projection_k=delta * random, projection_v=random * float(np.exp(-delta))))
-        error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
-        return np.linalg.norm(out - out.mean(0)) / np.linalg.norm(out), error
-
-    (wide, _), (narrow, error) = spread(1e-2), spread(1e-3)
-    assert narrow == pytest.approx(wide / 10, rel=0.05)
-    assert narrow < 0.01
-    # It is further from attention than the mean of the values, which asks for nothing.
-    assert error > np.linalg.norm(np.asarray(v).mean(0) - expected) / np.linalg.norm(expected)
-
-
 def test_the_size_of_johnson_and_lindenstrauss():
     for points, error in ((512, 0.5), (100, 0.1)):
         asked = bounds.johnson_lindenstrauss_size(points, error)
@@ -173,49 +113,6 @@ def test_norms_grow_as_rarely_as_promised():
     x = random_head(7, 1, 1, 32)[0][0]
     norms = np.linalg.norm(matrices("gaussian", 64, 32, 2000) @ np.asarray(x), axis=1) / np.linalg.norm(x)
     assert (norms <= 1.5).mean() >= 1 - np.exp(-(0.5**2 - 0.5**3) * 64 / 4)
-
-
-@pytest.mark.parametrize("odds", ["uniform", "key_norm", "value_norm", "leverage"])
-def test_samples_of_keys_count_for_those_passed_over(odds):
-    q, k, v = random_head(8, 4, 10, 4, 3)
-    k, v = (x * jnp.asarray(np.linspace(0.2, 2, 10)[::step, None], jnp.float32) for x, step in ((k, 1), (v, -1)))
-    real = jnp.arange(10) != 3
-    options = {"sample_size": 4, "odds": odds, "kv_mask": real}
-    keys = jax.random.split(jax.random.key(8), 20000)
-    small = jax.jit(jax.vmap(lambda key: summarize_importance_sample(k, v, key, **options)))(keys)
-    numerator = jnp.einsum("cmt,cmv->ctv", jnp.exp(small.k @ q.T), small.value_sum)
-    whole = np.exp(q @ k.T) * np.asarray(real)
-    allowed = 5 * np.asarray(numerator.std(0)) / np.sqrt(20000)
-    assert np.all(np.abs(np.asarray(numerator.mean(0)) - whole @ np.asarray(v)) <= allowed)
-    np.testing.assert_allclose(small.mass.sum(1).mean(), 9, rtol=0.05)
-    one = summarize_importance_sample(*_soiled(k, v, real), keys[0], **options)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(small), strict=True):
-        np.testing.assert_allclose(a, b[0], rtol=1e-6)
-
-
-def _soiled(k, v, real):
-    return (jnp.where(real[:, None], x, jnp.nan) for x in (k, v))
-
-
-def test_a_drawn_sketch_needs_no_key():
-    query, key, value = random_heads(19, 1, 8, 8, 2, 1)
-    sketch = draw_sketch(jax.random.key(0), "gaussian", 4, 8)
-    out = attention(query, key, value, method="unreduced_jlt", sketch=sketch)
-    np.testing.assert_allclose(
-        out[0, :, 1], unreduced_jlt(query[0, :, 1], key[0, :, 0], value[0, :, 0], sketch=sketch), atol=1e-6
-    )
-    with pytest.raises(ValueError, match="is random: pass rng"):
-        attention(query, key, value, method="unreduced_jlt")
-
-
-@pytest.mark.slow
-def test_no_real_key_and_values_of_zero():
-    q, k, v = random_head(9, 4, 10, 4, 3)
-    none = jnp.zeros(10, bool)
-    np.testing.assert_array_equal(importance_sample(q, k, v, jax.random.key(0), kv_mask=none), 0)
-    np.testing.assert_array_equal(unreduced_jlt(q, k, v, jax.random.key(0), kv_mask=none), 0)
-    out = importance_sample(q, k, 0 * v, jax.random.key(0), sample_size=5)
-    np.testing.assert_array_equal(out, 0)
 
 
 def test_the_best_odds_are_those_of_the_norms_of_columns_and_values():
@@ -248,12 +145,6 @@ def test_leverages_against_their_formula():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert found.sum() < 4
     np.testing.assert_array_equal(leverages(jnp.zeros((5, 3))), 0)
-
-
-def test_attend_answers_from_a_sample():
-    q, k, v = random_head(12, 4, 30, 4, 3)
-    small = summarize_importance_sample(k, v, jax.random.key(0), sample_size=20000, odds="leverage")
-    np.testing.assert_allclose(attend(q, small).out, brute_force(q, k, v, scale=1.0)[0], atol=0.15)
 
 
 @pytest.mark.parametrize("num_queries", [8, 5, 11])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, HeadsDecoder, attention
-from tests.references import having, random_heads, settings
-from tests.test_contract import unless_slow
+from tests.cases import settings, unless_slow
+from tests.references import having, random_heads
 
 DECODING = having(decode=True)
 # Blocks of four, so that sequences of this length end inside one.

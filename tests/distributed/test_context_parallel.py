@@ -9,25 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from approx_attention import METHODS, attend, attention, distributed, fold_scale, merge
+from tests.cases import CASES
 from tests.references import compiled, random_heads
 
 # Small enough to shard over eight devices, and not a multiple of them.
 LENGTH, LENGTHS = 61, jnp.array([61, 40])
-SETTINGS = {
-    "exact": {},
-    "local": {"window_size": 5},
-    "mean_value": {},
-    "favor": {"num_features": 16, "block_size": 4},
-    "rfa": {"num_features": 32, "block_size": 4},
-    "polynomial": {"block_size": 4},
-    "block_linformer": {"slots_per_block": 2, "block_size": 4},
-    # As many tokens as there are keys, and so what one device has.
-    "coreset": {"coreset_size": 64, "block_size": 4},
-    "mean_pool": {"num_landmarks": 64, "block_size": 4},
-    "uniform_sample": {"sample_size": 64, "block_size": 4},
-    "eva": {"num_chunks": 64, "window_size": 4},
-    "scatterbrain": {"num_features": 16, "window_size": 4},
-}
+SETTINGS = {name: dict(case.devices) for name, case in CASES.items() if case.devices is not None}
 # Draws with replacement, each device from its own part, and so never what one device has.
 DRAWS = "importance_sample"
 FORMS = [
@@ -62,9 +49,8 @@ def with_padding(x):
 
 
 def options_of(name, is_causal):
-    chosen = {"method": name, "is_causal": is_causal, "key_value_seq_lengths": LENGTHS, **SETTINGS[name]}
-    # Noise of EVA is drawn by chunks, which are numbered anew on each device.
-    return {**chosen, "rng": None if name == "eva" else jax.random.key(5)}
+    options = {"method": name, "is_causal": is_causal, "key_value_seq_lengths": LENGTHS}
+    return {**options, "rng": jax.random.key(5), **SETTINGS[name]}
 
 
 def on_one_device(name, is_causal):

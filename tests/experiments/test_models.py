@@ -8,7 +8,8 @@ from flax import nnx
 
 from approx_attention.nnx import ApproxAttention, replace_attention
 from experiments.models import AttentionConfig, LanguageModel, ModelConfig, attention_layers, generate, use_attention
-from tests.references import having, settings
+from tests.cases import settings
+from tests.references import having
 
 pytestmark = pytest.mark.usefixtures("models")
 

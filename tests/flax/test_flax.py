@@ -15,8 +15,8 @@ from flax import nnx
 from approx_attention import METHODS, attention, exact
 from approx_attention import linen as ours_linen
 from approx_attention import nnx as ours
-from tests.references import having, random_heads, settings
-from tests.test_contract import lifted, unless_slow
+from tests.cases import lifted, settings, unless_slow
+from tests.references import having, random_heads
 
 pytestmark = pytest.mark.usefixtures("models")
 

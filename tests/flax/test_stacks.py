@@ -9,7 +9,8 @@ from flax import nnx
 
 from approx_attention import linen as ours_linen
 from approx_attention import nnx as ours
-from tests.references import having, settings
+from tests.cases import settings
+from tests.references import having
 
 pytestmark = pytest.mark.usefixtures("models")
 

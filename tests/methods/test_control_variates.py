@@ -27,7 +27,56 @@ from approx_attention import (
 )
 from approx_attention.core import PositiveFeatures, control_variate_state
 from approx_attention.methods import gate_tokens, running_rfa
+from tests.methods.case import Case
 from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
+
+
+def attention_of_directions(q, k, v):
+    """Attention between unit vectors."""
+    x, y = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (q, k))
+    return brute_force(x, y, v, scale=1.0)[0]
+
+
+CASES = {
+    "rfa": Case(
+        size=lambda size: size + size % 2,  # sines and cosines come in pairs
+        target=attention_of_directions,
+        changes={
+            "num_features": 6,
+            "features": "positive",
+            "bandwidth": 0.5,
+            "projection": jnp.ones((3, 8)),
+            "gate_logits": jnp.zeros(40),
+        },
+        devices={"num_features": 32, "block_size": 4},
+    ),
+    "ra": Case(
+        changes={
+            "noise": jnp.ones((40, 8, 8)),
+            "indices": jnp.zeros((40, 8), jnp.int32),
+            "noise_scale": "official",
+        },
+    ),
+    "lara": Case(
+        changes={
+            "weights": "query_specific",
+            "correction": 0.0,
+            "proposal_mean": jnp.zeros((8, 8)),
+            "query_landmarks": jnp.zeros((8, 8)),
+            "spatial_shape": (8, 5),
+            "num_samples": 5,
+            "antithetic": True,
+            "noise": jnp.ones((2, 8, 8)),
+            "noise_scale": "official",
+        },
+        contexts={
+            "correction": {"weights": "query_specific"},
+            "query_landmarks": {"weights": "query_specific"},
+            "spatial_shape": {"num_landmarks": 4},
+        },
+    ),
+}
+
 
 eva, favor, lara, mean_pool, ra, rfa = compiled(eva, favor, lara, mean_pool, ra, rfa)
 

@@ -21,7 +21,25 @@ from approx_attention import (
 from approx_attention.coresets import ALGORITHMS, Halving, compress, query_radius, running_coreset
 from approx_attention.coresets.halving import SIGN_RULES
 from approx_attention.evaluation import sup_error
+from tests.methods.case import Case, within_block
 from tests.references import brute_force, compiled, random_head
+
+CASES = {
+    "coreset": Case(
+        changes={"algorithm": "halving", "query_radius": 9.0, "streaming": "counter", "sinks": 0},
+        # The causal form folds, by whichever algorithm and radius.
+        changes_are_causal=False,
+        contexts={
+            "streaming": {"is_causal": True, "algorithm": "kmeans_merge"},
+            "sinks": {"is_causal": True},
+            "block_size": {"is_causal": True},
+        },
+        # As many tokens as there are keys, and so what one device has.
+        devices={"coreset_size": 64, "block_size": 4},
+    ),
+    # Two of four tokens leave k-means no choice.
+    "sparse_coreset": Case(size=within_block, changes={"algorithm": "uniform"}, random={"block_size": 8}),
+}
 
 attend = compiled(attend)
 

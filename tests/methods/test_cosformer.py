@@ -9,7 +9,20 @@ import pytest
 
 from approx_attention import Decoder, cosformer
 from approx_attention.methods import place_tokens, running_cosformer
+from tests.methods.case import Case
 from tests.references import causal_mask, random_head, without_padding
+
+CASES = {
+    "cosformer": Case(
+        scale_cancels="its kernel is homogeneous: a scale is a factor of all weights",
+        # Rectified, a token may have no channel left to see itself by.
+        diagonal_inputs=lambda q, k: (jnp.abs(q), jnp.abs(k)),
+        # Distances are shares of the length.
+        any_length=lambda length: {"max_length": length},
+        changes={"max_length": 60},
+        without_effect=("block_size",),
+    ),
+}
 
 
 def kernel_attention(q, k, v, *, max_length=None, seen=None):

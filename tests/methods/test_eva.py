@@ -8,7 +8,41 @@ import numpy as np
 import pytest
 
 from approx_attention import eva, fold_scale
+from tests.methods.case import Case
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
+
+CASES = {
+    "eva": Case(
+        # A causal chunk is no smaller than it is asked to be, whatever their number.
+        exact_causal={"chunk_size": 1},
+        changes={
+            "chunk_size": 1,
+            "num_chunks": 20,
+            "exclude_local": False,
+            "count_correction": False,
+            "overlap": 4,
+            "pooling_vectors": (jnp.ones(8), jnp.zeros(8)),
+            "chunk_keys": jnp.zeros((10, 8)),
+            "proposal_mean": "k",
+            "num_samples": 5,
+            "noise": jnp.ones((2, 10, 8)),
+            "noise_scale": "official",
+            "local_bias": jnp.eye(4),
+            "spatial_shape": (10, 4),
+        },
+        # The causal form does not take all of them.
+        changes_are_causal=False,
+        contexts={
+            "chunk_size": {"num_chunks": None},
+            "overlap": {"num_chunks": 10},
+            "chunk_keys": {"num_chunks": 10},
+            "noise": {"num_chunks": 10},
+            "spatial_shape": {"window_size": 2, "num_chunks": None},
+        },
+        # Noise is drawn by chunks, which are numbered anew on each device: without.
+        devices={"num_chunks": 64, "window_size": 4, "rng": None},
+    ),
+}
 
 eva = compiled(eva)
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from approx_attention import (
-    hyper_attention,
-)
+from approx_attention import hyper_attention
 from approx_attention.coresets import random_places
+from tests.methods.case import Case
 from tests.methods.test_coreset import KEY
 from tests.references import compiled, random_head
+
+CASES = {"hyper_attention": Case(unseen="kv", changes={"num_hashes": 1})}
 
 
 def test_hyper_attention_against_a_loop():

@@ -7,7 +7,26 @@ import pytest
 
 from approx_attention import Decoder, block_linformer, exact, fold_scale, linformer, mean_pool, svd
 from approx_attention.methods import Convolution, LinformerPrefix, linformer_step, running_block_linformer
+from tests.methods.case import Case, within_block
 from tests.references import brute_force, causal_mask, compiled, random_head
+
+CASES = {
+    "linformer": Case(
+        # Segments that are pooled into slots are laid out for the length.
+        any_length=lambda length: {"projection_k": random_head(28, 6, length, length)[0]},
+        changes={"projection_k": jnp.ones((3, 40)), "projection_v": jnp.ones((8, 40)), "renormalize": True},
+        contexts={"renormalize": {"projection_k": jnp.ones((3, 40))}},
+        without_effect=("block_size",),
+        learned=("projection_k", (3, 12)),
+    ),
+    "block_linformer": Case(
+        size=within_block,
+        changes={"slots_per_block": 1, "projection_k": jnp.ones((3, 4)), "projection_v": 2 * jnp.ones((3, 4))},
+        contexts={"projection_v": {"projection_k": jnp.ones((3, 4))}},
+        learned=("projection_k", (3, 4)),
+        devices={"slots_per_block": 2, "block_size": 4},
+    ),
+}
 
 block_linformer, linformer, mean_pool, svd = compiled(block_linformer, linformer, mean_pool, svd)
 

@@ -13,7 +13,18 @@ from jax.test_util import check_grads
 import approx_attention
 from approx_attention import attention
 from approx_attention import nystrom as module
+from tests.methods.case import Case
 from tests.references import brute_force, kernelised_attention, random_head, relative_error
+
+CASES = {
+    "nystrom": Case(
+        fast=True,
+        changes={"inverse": "ridge", "num_iterations": 3, "ridge": 0.5, "rcond": 0.5},
+        contexts={"ridge": {"inverse": "ridge"}, "rcond": {"inverse": "svd"}},
+    ),
+    "skyformer": Case(target=kernelised_attention, changes={"ridge": 0.5, "noise": jnp.arange(80.0)}),
+    "svd": Case(),
+}
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,7 +11,15 @@ import pytest
 
 from approx_attention import exact, favor, fold_scale, local, scatterbrain
 from approx_attention.core import orthogonal_projection
+from tests.methods.case import Case
 from tests.references import brute_force, causal_mask, random_head, relative_error, without_padding
+
+CASES = {
+    "scatterbrain": Case(
+        changes={"projection": jnp.ones((3, 8))},
+        devices={"num_features": 16, "window_size": 4},
+    ),
+}
 
 PROJECTION = orthogonal_projection(jax.random.key(0), 12, 8)
 

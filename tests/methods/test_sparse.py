@@ -22,8 +22,31 @@ from approx_attention import (
 )
 from approx_attention.methods import sparse
 from approx_attention.sparse import BlockMap, block_lists_state
+from tests.methods.case import Case, within_block
+from tests.programs import equations
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
-from tests.test_contract import equations
+
+CASES = {
+    "longformer": Case(changes={"num_global": 6}),
+    "bigbird": Case(
+        size=within_block,
+        changes={"num_window_blocks": 1, "num_global_blocks": 0, "blocks": jnp.zeros((10, 1), jnp.int32)},
+        # More random blocks would leave none to choose.
+        contexts={
+            argument: {"num_random_blocks": 1}
+            for argument in ("num_window_blocks", "num_global_blocks", "block_size", "blocks")
+        },
+    ),
+    # A token need not be among those that it chooses.
+    "top_k": Case(diagonal_size=14, unseen="kv"),
+    "lsh_top_k": Case(
+        diagonal_size=14,
+        unseen="kv",
+        # The number of buckets is laid out for the length.
+        any_length=lambda length: {"num_hashes": 1},
+        changes={"num_rounds": 1, "num_hashes": 1, "projection": jnp.ones((1, 2, 8))},
+    ),
+}
 
 exact, longformer, bigbird, top_k = compiled(exact, longformer, bigbird, top_k)
 

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 from approx_attention import (
@@ -25,69 +22,20 @@ from approx_attention import (
     tensor_attention,
     tensor_polynomial,
 )
-from approx_attention.evaluation import skill
 from approx_attention.methods import polynomial
 from approx_attention.tensor import (
     TensorSketch,
     anisotropic,
     exp_coefficients,
     running_tensor_polynomial,
-    taken_by,
     tensor_inputs,
     tensor_support_basis,
 )
 from approx_attention.tensor.exact import determinant_channels, strassen_channels
 from approx_attention.tensor.inputs import check_causal, scaled
+from tests.programs import equations
 from tests.references import compiled
-from tests.test_contract import equations
-
-NAMES = "jlpr"
-
-# Compiled once for all calls of one form: the loops of a call that is not are compiled again each time.
-STATIC = ("is_causal", "window", "return_state")
-compiled_exact = jax.jit(tensor_attention, static_argnames=STATIC)
-compiled_polynomial = jax.jit(tensor_polynomial, static_argnames=(*STATIC, "degree"))
-
-
-def tensors(seed, num_queries, lengths, dim=4, value_dim=3, spread=1.0, dtype=jnp.float64):
-    """q [T, D] and, for each length, keys [S, D] and values [S, Dv]."""
-    random = np.random.default_rng(seed)
-    make = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)  # noqa: E731
-    q = spread * make(num_queries, dim)
-    return q, tuple(spread * make(n, dim) for n in lengths), tuple(make(n, value_dim) for n in lengths)
-
-
-def brute(q, keys, values, *, scale, kernel=np.exp, is_causal=None, window=None, kv_mask=None):
-    """Outputs and logarithms of normalisers from every tuple of keys."""
-    q, keys, values = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, keys, values))
-    sets = NAMES[: len(keys)]
-    terms = ",".join(["id", *(f"{name}d" for name in sets)])
-    logits = scale * np.einsum(f"{terms}->i{sets}", q, *keys)
-    place = np.indices(logits.shape)
-    seen, newest = np.ones(logits.shape, bool), place[0]
-    for a in range(len(keys)):
-        if is_causal:
-            seen &= place[a + 1] <= newest
-            newest = place[a + 1] if is_causal == "ordered" else newest
-        if window is not None:
-            seen &= place[a + 1] > place[0] - window[a]
-        if kv_mask is not None and kv_mask[a] is not None:
-            seen &= np.asarray(kv_mask[a])[place[a + 1]]
-    weights = np.where(seen, kernel(logits), 0)
-    total = weights.reshape(len(q), -1).sum(axis=1)
-    out = np.einsum(f"i{sets},{','.join(f'{name}c' for name in sets)}->ic", weights, *values)
-    with np.errstate(divide="ignore"):
-        return out / np.where(total > 0, total, 1)[:, None], np.log(total)
-
-
-def masks(seed, keys):
-    random = np.random.default_rng(seed)
-    return tuple(jnp.asarray(random.random(k.shape[0]) < 0.7) for k in keys)
-
-
-def close(a, b, tolerance=1e-12):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
-
+from tests.tensor.tuples import both_methods, brute, close, compiled_exact, compiled_polynomial, masks, tensors
 
 FORMS = [
     (None, None),
@@ -136,11 +84,6 @@ def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
     state = jax.jit(function)(q, keys, values)
     close(state.out, out, 1e-11)
     close(state.lse, lse, 1e-11)
-
-
-both_methods = pytest.mark.parametrize(
-    "method", [compiled_exact, functools.partial(compiled_polynomial, degree=4)], ids=["exact", "polynomial"]
-)
 
 
 @both_methods
@@ -424,82 +367,6 @@ def test_large_rows_are_exact_in_the_support_basis(x64):
     close(jax.jit(functools.partial(tensor_support_basis, **everything))(*inputs), compiled_exact(*inputs))
     with pytest.raises(ValueError, match="num_large_keys must be at most the number of tokens, 13, got 14"):
         tensor_support_basis(q, keys, values, num_large_keys=14)
-
-
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(0, 5), st.floats(0.1, 1.5), st.booleans(),
-       st.sampled_from(["taylor", "minimax", "chebyshev", "hermite"]))  # fmt: skip
-def test_the_certificate_is_never_violated(seed, order, degree, spread, is_causal, coefficients):
-    with jax.enable_x64(True):
-        q, keys, values = tensors(seed, 6, [6, 5, 4][: order - 1], dim=3, spread=spread)
-        certificate = bounds.tensor_certificate(
-            q, keys, values, degree=degree, coefficients=coefficients, scale=0.4, tolerance=0.1
-        )
-        beta = certificate.logit_bound
-        rms = float(bounds.logit_rms(q, keys, scale=0.4))
-        options = {"is_causal": "both" if is_causal else None, "scale": 0.4}
-        chosen = jnp.asarray(exp_coefficients(coefficients, degree, **taken_by(coefficients, bound=beta, rms=rms)))
-        out = compiled_polynomial(q, keys, values, coefficients=chosen, **options)
-        expected = compiled_exact(q, keys, values, **options)
-        error = np.max(np.abs(np.asarray(out - expected)), axis=0)
-        assert np.all(error <= certificate.output + 1e-9)
-        assert certificate.met == (certificate.total_variation <= 0.1)
-        assert certificate.rank == math.comb(3 + degree, degree)
-
-
-@hypothesis_settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 4), st.floats(-3, 3))
-def test_the_bound_on_logits_holds_and_the_root_mean_square_is_exact(seed, order, scale):
-    with jax.enable_x64(True):
-        q, keys, _ = tensors(seed, 5, [6, 5, 4][: order - 1], dim=3)
-        q = q * jnp.array([10.0, 1.0, 0.1])[None]
-        terms = ",".join(["id", *(f"{name}d" for name in NAMES[: order - 1])])
-        logits = scale * np.einsum(f"{terms}->i{NAMES[: order - 1]}", q, *keys)
-        assert np.max(np.abs(logits)) <= bounds.logit_bound(q, keys, scale=scale) * (1 + 1e-12) + 1e-100
-        close(bounds.logit_rms(q, keys, scale=scale), np.sqrt(np.mean(logits**2)), 1e-9)
-
-
-def test_the_bound_on_logits_is_reached_and_ignores_padding(x64):
-    x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-    close(bounds.logit_bound(x, (x, x, x), scale=1.0), 16.0)
-    padded = jnp.concatenate([x, jnp.full((1, 2), jnp.nan)])
-    close(bounds.logit_bound(x, (padded, x), scale=1.0, kv_mask=(jnp.array([True, True, False]), None)), 8.0)
-
-
-def test_certificates_ignore_padding(x64):
-    q, keys, values = tensors(23, 6, (9, 7))
-    real = jnp.arange(9) < 5
-    padded = [(jnp.where(real[:, None], xs[0], jnp.nan), xs[1]) for xs in (keys, values)]
-    options = {"scale": -0.3, "degree": 4, "coefficients": "hermite"}
-    found = bounds.tensor_certificate(q, *padded, kv_mask=(real, None), **options)
-    expected = bounds.tensor_certificate(q, (keys[0][:5], keys[1]), (values[0][:5], values[1]), **options)
-    assert math.isfinite(expected.total_variation)
-    jax.tree.map(close, found[:3], expected[:3])
-    assert bounds.logit_rms(q, keys, kv_mask=(jnp.zeros(9, bool), None)) == 0
-    with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
-        bounds.tensor_certificate(q, keys, values, degree=4, coefficients=[1.0, 1.0, 0.5])
-
-
-def test_the_bound_on_logits_neither_overflows_nor_vanishes():
-    q, keys, _ = tensors(24, 6, (9, 7), dtype=jnp.float32)
-    large = bounds.logit_bound(q * 1e-20, (keys[0] * 1e20, keys[1]))
-    close(large, bounds.logit_bound(q, keys), 1e-5)
-    assert bounds.logit_bound(0 * q, tuple(1e20 * k for k in keys)) == 0
-
-
-def test_error_falls_with_even_degree_and_below_its_certificate(x64):
-    q, keys, values = tensors(19, 40, (40, 40), spread=0.5)
-    expected = compiled_exact(q, keys, values)
-    mean = jnp.mean(values[0], axis=0) * jnp.mean(values[1], axis=0)
-    last, last_certified = np.inf, np.inf
-    for degree in (0, 2, 4, 6, 8):
-        out = compiled_polynomial(q, keys, values, degree=degree)
-        error = float(skill(out, expected, mean[None]))
-        certified = np.max(bounds.tensor_certificate(q, keys, values, degree=degree).output)
-        assert error < last / 2
-        assert certified <= last_certified
-        last, last_certified = error, certified
-    assert float(skill(jnp.broadcast_to(mean, expected.shape), expected, mean[None])) == 1.0
 
 
 @pytest.mark.slow

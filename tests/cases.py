@@ -1,0 +1,105 @@
+"""Every method with small settings: the cases of `tests.methods` together, and calls that all tests share."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+
+import jax
+import pytest
+
+from approx_attention import METHODS, attention
+from tests import methods
+from tests.methods.case import Case
+from tests.references import having
+
+
+def _collected():
+    found = {}
+    for module in pkgutil.iter_modules(methods.__path__):
+        cases = getattr(importlib.import_module(f"{methods.__name__}.{module.name}"), "CASES", {})
+        if twice := found.keys() & cases.keys():
+            raise ValueError(f"two cases of {', '.join(twice)}, the second in {module.name}")
+        found |= cases
+    return found
+
+
+CASES: dict[str, Case] = _collected()
+
+
+def case_of(name):
+    """The case of a method; one that has none yet differs in nothing, and the contract says that it is missing."""
+    return CASES.get(name, Case())
+
+
+# What the contract runs over.
+
+ALL = list(METHODS)
+CAUSAL = having(causal=True)
+DIRECTIONS = [(name, c) for name in ALL for c in ([False, True] if name in CAUSAL else [False])]
+
+
+def unless_slow(name, *others, also=()):
+    """The parameters of a test of how methods are lifted, more than of the method itself."""
+    return pytest.param(name, *others, marks=() if case_of(name).fast or name in also else pytest.mark.slow)
+
+
+every_method = pytest.mark.parametrize("name", ALL)
+lifted = pytest.mark.parametrize("name", [unless_slow(name) for name in ALL])
+# What the causal form of a method shows of it is not shown again without; the other direction when slow.
+one_direction = pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [(name, name in CAUSAL) for name in ALL] + [pytest.param(name, False, marks=pytest.mark.slow) for name in CAUSAL],
+)
+lifted_one_direction = pytest.mark.parametrize(
+    ("name", "is_causal"),
+    [unless_slow(name, name in CAUSAL) for name in ALL]
+    + [pytest.param(name, False, marks=pytest.mark.slow) for name in CAUSAL],
+)
+lifted_both_directions = pytest.mark.parametrize(("name", "is_causal"), [unless_slow(*x) for x in DIRECTIONS])
+
+
+def settings(name, size=8, block_size=4):
+    """Hyper-parameters that make a method small."""
+    chosen = sized(name, size)
+    if METHODS[name].block in inspect.signature(METHODS[name].function).parameters:
+        chosen[METHODS[name].block] = block_size
+    return chosen
+
+
+def sized(name, size):
+    """The hyper-parameter that makes a summary of this size."""
+    method = METHODS[name]
+    return {method.size: case_of(name).size(size)} if method.size else {}
+
+
+def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
+    """A method on one head, compiled, with small settings and a fixed key."""
+    key = jax.random.key(7) if key is None else key
+    options = {**settings(name, size, block_size), **options}
+    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
+    fixed = tuple((option, x) for option, x in options.items() if option not in arrays)
+    return _compiled(METHODS[name].function, fixed)(q, k, v, key, arrays)
+
+
+def dense(q, k, v, *, is_causal=False):
+    """Exact attention of one head from its whole matrix."""
+    return call("exact", q, k, v, is_causal=is_causal, implementation="dense")
+
+
+def call_heads(name, query, key, value, *, rng=None, **options):
+    """A method over batch and heads, compiled, with small settings and a fixed key."""
+    arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
+    fixed = {**settings(name), **{option: x for option, x in options.items() if option not in arrays}, "method": name}
+    rng = jax.random.key(7) if rng is None else rng
+    return _compiled(_attention, tuple(fixed.items()))(query, key, value, rng, arrays)
+
+
+def _attention(query, key, value, rng, **options):
+    return attention(query, key, value, rng=rng, **options)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(function, fixed):
+    """One compilation for all tests that ask the same."""
+    return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))

@@ -1,0 +1,1 @@
+"""What every registered method must do; a method is tested by being registered."""

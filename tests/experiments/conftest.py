@@ -1,0 +1,36 @@
+"""The command line of the experiments, called within a test."""
+
+import sys
+
+import pytest
+
+from experiments import __main__ as cli
+from experiments import runs
+from experiments.runs import EXPERIMENTS
+from experiments.training import TrainingConfig
+
+
+@pytest.fixture
+def never_run(monkeypatch):
+    """Nothing is trained: what is run instead says so."""
+    started = []
+    quick = runs.Experiment(
+        TrainingConfig, lambda config, directory, console: started.append(directory.name) or {"test": {}},
+        EXPERIMENTS["quality"].trains,
+    )  # fmt: skip
+    monkeypatch.setattr(runs, "EXPERIMENTS", {**EXPERIMENTS, "quality": quick})
+    return started
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls the command line: its exit code, what it prints and what it says on stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+        code = cli.main()
+        out, err = capsys.readouterr()
+        assert err.count("\n") == (1 if code else err.count("\n")), err
+        return code, out, err
+
+    return call

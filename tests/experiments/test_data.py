@@ -1,0 +1,152 @@
+"""The data of the experiments: generated, and read from users' files."""
+
+import io
+import pickle
+import re
+import tarfile
+
+import numpy as np
+import pytest
+
+from experiments.config import ConfigError
+from experiments.data import DATASETS, DataConfig, load, text
+
+pytestmark = pytest.mark.usefixtures("models")
+
+
+GENERATED = ["digits", "digit_scenes", "listops", "pathfinder", "recall", "copying", "match", "match_xor"]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_data_is_a_function_of_the_generator_and_the_split(name):
+    dataset = load(DataConfig(name))
+    first, again, other = (dataset.draw(np.random.default_rng(0), 4, split) for split in ("train", "train", "test"))
+    for field in first:
+        np.testing.assert_array_equal(first[field], again[field])
+    assert any(not np.array_equal(first[field], other[field]) for field in first)
+    targets = first.get("targets", first.get("label"))
+    assert -1 <= targets.min() <= targets.max() < dataset.num_classes
+
+
+def test_recall_asks_for_the_value_that_followed_the_key():
+    batch = load(DataConfig("recall", {"length": 64, "pairs": 4, "vocabulary": 32})).draw(
+        np.random.default_rng(0), 8, "train"
+    )
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        values = dict(zip(tokens[0:8:2], tokens[1:8:2], strict=True))
+        asked = np.flatnonzero(targets >= 0)
+        assert len(asked) == 4
+        assert all(values[tokens[place]] == targets[place] for place in asked)
+
+
+def test_listops_labels_are_the_values():
+    batch = load(DataConfig("listops")).draw(np.random.default_rng(1), 16, "train")
+    functions = {10: min, 11: max, 12: lambda x: int(np.median(x)), 13: lambda x: sum(x) % 10}
+    for tokens, length, label in zip(batch["tokens"], batch["lengths"], batch["label"], strict=True):
+        stack = []
+        for token in tokens[:length]:
+            if token != 14:
+                stack.append(int(token))
+                continue
+            arguments = []
+            while stack[-1] < 10:
+                arguments.append(stack.pop())
+            operator = stack.pop()
+            value = functions[operator](arguments)
+            stack.append(value)
+        assert stack == [label]
+
+
+def test_bits_match_in_triples_and_in_pairs():
+    triples, pairs = (
+        load(DataConfig("match_xor", {"order": order, "length": 7, "bits": 3})).draw(
+            np.random.default_rng(0), 40, "train"
+        )
+        for order in (3, 2)
+    )
+    places = range(7)
+    for tokens, targets in zip(triples["tokens"], triples["targets"], strict=True):
+        for i in places:
+            others = [tokens[j] ^ tokens[k] for j in places for k in places if len({i, j, k}) == 3]
+            assert targets[i] == (tokens[i] in others)
+    for tokens, targets in zip(pairs["tokens"], pairs["targets"], strict=True):
+        assert [7 - x in tokens for x in tokens] == targets.astype(bool).tolist()
+    for batch in (triples, pairs):
+        assert 0 < batch["targets"].mean() < 1
+
+
+@pytest.mark.parametrize("name", ["byte_file", "wikitext", "cifar10", "image_folder"])
+def test_missing_paths_are_one_clear_line(name):
+    with pytest.raises(ConfigError, match=f"'{name}'.*/nowhere") as error:
+        load(DataConfig(name, {"path": "/nowhere"}))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="needs the setting 'path'"):
+        load(DataConfig(name))
+    assert name in DATASETS
+
+
+def test_python_text_is_split_by_file_without_repeats(tmp_path, monkeypatch):
+    for number in range(40):
+        (tmp_path / f"module{number}.py").write_text(f"value = {number:04d}  # {'x' * 40}\n")
+    (tmp_path / "again.py").write_text((tmp_path / "module0.py").read_text())
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "left_out.py").write_text("y" * 1000)
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    dataset = load(DataConfig("python_text", {"length": 16}))
+    held = dataset.provenance["bytes"]
+    # Each file once, with a line end between those of a split.
+    assert sum(held.values()) == 40 * len((tmp_path / "module0.py").read_bytes()) + 40 - 3
+    assert all(held.values())
+    seen = {}
+    for split in ("train", "valid", "test"):
+        windows = dataset.draw(np.random.default_rng(0), 400, split)
+        np.testing.assert_array_equal(windows["tokens"][:, 1:], windows["targets"][:, :-1])
+        lines = b"|".join(bytes(row) for row in windows["tokens"].astype(np.uint8))
+        seen[split] = set(re.findall(rb"value = (\d{4})", lines))
+        assert seen[split]
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["valid"]
+
+
+def test_users_files_are_read(tmp_path):
+    (tmp_path / "enwik8").write_bytes(bytes(range(200)) * 10)
+    batch = load(DataConfig("byte_file", {"path": str(tmp_path / "enwik8"), "length": 8})).draw(
+        np.random.default_rng(0), 2, "test"
+    )
+    np.testing.assert_array_equal((batch["tokens"] + 1) % 200, batch["targets"])
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.raw").write_text(split * 20)
+    batch = load(DataConfig("wikitext", {"path": str(tmp_path), "length": 5})).draw(
+        np.random.default_rng(0), 1, "valid"
+    )
+    assert bytes(batch["tokens"][0].astype(np.uint8)) in b"valid" * 3
+    with pytest.raises(ConfigError, match="too few for a length of 4096"):
+        load(DataConfig("wikitext", {"path": str(tmp_path), "length": 4096}))
+
+
+def test_users_images_are_read(tmp_path):
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
+        for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            pixels = np.full((2, 3072), 10 * number, np.uint8)
+            content = pickle.dumps({b"data": pixels, b"labels": [number, number]}, protocol=2)
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    cifar = load(DataConfig("cifar10", {"path": str(tmp_path / "cifar.tar.gz")}))
+    batch = cifar.draw(np.random.default_rng(0), 3, "test")
+    assert batch["image"].shape == (3, 32, 32, 3)
+    np.testing.assert_allclose(batch["image"], 50 / 255, rtol=1e-6)
+    np.testing.assert_array_equal(batch["label"], 5)
+    from PIL import Image
+
+    for part, name, shade in (("train", "cat", 0), ("train", "dog", 255), ("val", "dog", 255)):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (9, 7), (shade,) * 3).save(folder / "one.png")
+    images = load(DataConfig("image_folder", {"path": str(tmp_path), "size": 8}))
+    batch = images.draw(np.random.default_rng(0), 2, "test")
+    np.testing.assert_array_equal(batch["image"], 1)
+    np.testing.assert_array_equal(batch["label"], 1)
+    (tmp_path / "train" / "dog" / "one.png").unlink()
+    with pytest.raises(ConfigError, match="holds one image"):
+        load(DataConfig("image_folder", {"path": str(tmp_path), "size": 8}))

@@ -1,0 +1,146 @@
+"""Training that is killed, goes on, and runs on a mesh."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+from rich.console import Console
+
+from experiments import training
+from experiments.config import read_config_file
+from experiments.data import DataConfig, load
+from experiments.models import AttentionConfig, ModelConfig, ParallelConfig
+from experiments.runs import CONFIGS, Run
+from experiments.training import OptimizerConfig, TrainingConfig, build_model, make_optimizer, train_step
+
+pytestmark = pytest.mark.usefixtures("models")
+
+
+KILLED = {
+    "experiment": "quality",
+    "data": {"name": "copying", "settings": {"length": 8}},
+    "model": {"num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "hidden_dim": 16},
+    "train": {"steps": 60, "batch": 2, "checkpoint_every": 4, "log_every": 2, "evaluation_batches": 1},
+}
+ON_A_MESH = {
+    "method": "favor",
+    "settings": {"num_features": 4, "block_size": 2},
+    "parallel": {"data": 2, "sequence": 4},
+}
+
+
+@pytest.mark.parametrize(
+    "attention", [{"method": "exact"}, pytest.param(ON_A_MESH, marks=pytest.mark.slow)], ids=["alone", "on_a_mesh"]
+)
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monkeypatch, attention):
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump({**KILLED, "attention": attention}))
+    console = Console(quiet=True)
+    file = read_config_file(config)
+    whole = Run.of(file, "run", 0, {}, tmp_path / "whole").result(console)
+    run = Run.of(file, "run", 0, {}, tmp_path / "killed")
+    log = run.directory / "metrics.jsonl"
+
+    def logged():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    killed_at, checkpoints = [], run.directory / "checkpoints"
+    for stop in (5, 11):
+        command = [sys.executable, "-m", "experiments", "run", str(config), "--out", str(tmp_path / "killed")]
+        # Compiled as here, so that the steps are the same to the bit.
+        process = subprocess.Popen(
+            command,
+            cwd=CONFIGS.parent,
+            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_NUM_CPU_DEVICES": "8"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        while process.poll() is None and logged() < stop:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stdout.read().decode()
+        process.stdout.close()
+        killed_at.append(logged())
+    assert killed_at[0] < killed_at[1] < 30
+    kept = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    assert kept >= 4 * (killed_at[1] * 2 // 4) - 4 > 0
+    steps_taken = []
+    train_step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: (steps_taken.append(1), train_step(*args))[1])
+    resumed = run.result(console)
+    assert len(steps_taken) == 60 - kept
+    for split in ("valid", "test"):
+        assert resumed["result"][split] == whole["result"][split]
+    lines, uninterrupted = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (log, Run.of(file, "run", 0, {}, tmp_path / "whole").directory / "metrics.jsonl")
+    )
+    assert [line["step"] for line in lines] == list(range(2, 61, 2))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["exact", "favor"])
+def test_a_step_on_a_mesh_is_that_of_one_device(method):
+    dataset = load(DataConfig("copying", {"length": 8}))
+    sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
+    settings = {} if method == "exact" else {"num_features": 4, "block_size": 2}
+    batch = dataset.draw(np.random.default_rng(0), 4, "train")
+    after = []
+    for parallel in (None, ParallelConfig(data=2, sequence=4)):
+        attention = AttentionConfig(method, settings, parallel=parallel)
+        config = TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=4, batch=4), sizes, attention)
+        model = build_model(config, dataset)
+        optimizer = training.make_optimizer(config.train, model)
+        placed = batch
+        if parallel is not None:
+            mesh = parallel.mesh()
+            training.replicate(mesh, model, optimizer)
+            placed = training.spread(mesh, batch)
+        losses = [float(train_step(model, optimizer, placed)) for _ in range(3)]
+        after.append((losses, nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    (one, ours), (several, theirs) = after
+    assert len(jax.tree.leaves(theirs)[0].sharding.device_set) == 8
+    np.testing.assert_allclose(several, one, rtol=1e-5)
+    assert one[2] < one[0]
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, ours), jax.tree.map(np.asarray, theirs), atol=1e-5)
+
+
+def test_what_cannot_be_trained_on_a_mesh_is_refused():
+    with pytest.raises(ValueError, match="a mesh of 3 x 4 needs 12 devices, there are 8; JAX_NUM_CPU_DEVICES"):
+        ParallelConfig(data=3, sequence=4).mesh()
+    attention = AttentionConfig(parallel=ParallelConfig(data=2))
+    with pytest.raises(ValueError, match=r"batch must be a multiple of parallel.data = 2, got 3"):
+        TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=1, batch=3), attention=attention)
+    with pytest.raises(ValueError, match="'rfa' has neither projections nor gates in parallel"):
+        AttentionConfig("rfa", gated=True, parallel=ParallelConfig())
+
+
+@pytest.mark.slow
+def test_learned_draws_are_trained():
+    dataset = load(DataConfig("copying", {"length": 8}))
+    sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
+    favor = AttentionConfig("favor", {"num_features": 4, "block_size": 4}, ("projection",))
+    config = TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=4), sizes, favor)
+    model = build_model(config, dataset)
+    batch = dataset.draw(np.random.default_rng(0), 2, "train")
+    before = np.asarray(model.body.layers[0].attention.attention_fn.learned["projection"][...])
+    assert before.shape == (4, 8)
+    optimizer = make_optimizer(config.train, model)
+    for _ in range(3):
+        train_step(model, optimizer, batch)
+    after = np.asarray(model.body.layers[0].attention.attention_fn.learned["projection"][...])
+    assert np.abs(after - before).max() > 1e-5
+    with pytest.raises(ValueError, match="'favor' has no noise to be switched on"):
+        AttentionConfig("favor", noise=True)
+    with pytest.raises(ValueError, match="'favor' draws no 'omega' to learn; it draws projection"):
+        AttentionConfig("favor", learned=("omega",))

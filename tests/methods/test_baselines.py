@@ -1,0 +1,43 @@
+"""The baselines: uniform sampling, the mean of the values, a local window."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from approx_attention.methods import running_uniform_sample
+from tests.methods.case import Case
+
+CASES = {
+    "mean_value": Case(values_only=True, unseen="k", scale_cancels="all its logits are 0, at any scale", devices={}),
+    "local": Case(unseen="kv", devices={"window_size": 5}),
+    "uniform_sample": Case(
+        unseen="v",
+        changes={"noise": jnp.arange(40.0)},
+        # As many tokens as there are keys, and so what one device has.
+        devices={"sample_size": 64, "block_size": 4},
+    ),
+}
+
+
+def test_a_running_sample_is_uniform():
+    k = v = jnp.arange(24.0)[:, None]
+    running_of = functools.partial(running_uniform_sample, 1, sample_size=6)
+
+    @jax.jit
+    @jax.vmap
+    def kept(key):
+        running = running_of(key)
+        sample = running.init(1, jnp.float32)
+        for start in range(0, 24, 4):
+            part = slice(start, start + 4)
+            sample = running.append(sample, jnp.int32(start), k[part], v[part], jnp.ones(4, bool))
+        return running.read(sample).k[:, 0], running.read(sample).mass
+
+    tokens, mass = kept(jax.random.split(jax.random.key(0), 4000))
+    np.testing.assert_allclose(mass, 4.0)
+    assert all(len(set(row)) == 6 for row in np.asarray(tokens)[:50])
+    counts = np.bincount(np.asarray(tokens, int).ravel(), minlength=24)
+    # Each key is kept with probability 1/4: 1000 times, with a standard deviation of 27.
+    assert np.all(np.abs(counts - 1000) < 4.5 * 27.4)

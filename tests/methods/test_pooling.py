@@ -1,0 +1,41 @@
+"""Running means of segments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention.methods import running_mean_pool
+from tests.methods.case import Case
+from tests.references import random_head
+
+CASES = {
+    # As many segments as there are keys, and so what one device has.
+    "mean_pool": Case(fast=True, devices={"num_landmarks": 64, "block_size": 4}),
+}
+
+
+@pytest.mark.parametrize(("num_landmarks", "block_size"), [(1, 4), (3, 4), (4, 4), (5, 3), (8, 4), (64, 4)])
+def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
+    _, k, v = random_head(2, 1, 60)
+    running = running_mean_pool(8, num_landmarks=num_landmarks)
+    segments = running.init(8, jnp.float32)
+    append = jax.jit(running.append)
+    for block in range(60 // block_size):
+        stop = (block + 1) * block_size
+        part = slice(block * block_size, stop)
+        segments = append(segments, jnp.int32(part.start), k[part], v[part], jnp.ones(block_size, bool))
+        length = int(segments.length)
+        summary = running.read(segments)
+        sizes = [min(length, max(0, stop - c * length)) for c in range(num_landmarks)]
+        np.testing.assert_array_equal(summary.mass, sizes)
+        assert sum(sizes) == stop
+        for c, size in enumerate(sizes):
+            if size:
+                np.testing.assert_allclose(summary.k[c], np.mean(k[c * length : c * length + size], axis=0), atol=1e-5)
+                np.testing.assert_allclose(
+                    summary.value_sum[c], np.sum(v[c * length : c * length + size], axis=0), atol=1e-5
+                )
+    # No coarser than it must be: half the length would not fit.
+    first = -(-block_size // num_landmarks)
+    assert length == first or num_landmarks * length < 2 * stop

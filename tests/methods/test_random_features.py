@@ -1,0 +1,25 @@
+"""FAVOR+, made small; tests/core tests its features and its causal form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from approx_attention import attention
+from tests.methods.case import Case
+from tests.references import random_heads
+
+CASES = {
+    "favor": Case(
+        fast=True,
+        changes={"features": "hyperbolic", "row_norm": "sqrt_dim", "projection": jnp.ones((3, 8))},
+        devices={"num_features": 16, "block_size": 4},
+    ),
+}
+
+
+def test_a_given_projection_takes_the_place_of_rng():
+    tensors = random_heads(9, 2, 9, 11, 4, 2)
+    projection = jax.random.normal(jax.random.key(0), (6, 8))
+    out = attention(*tensors, method="favor", projection=projection)
+    with_rng = attention(*tensors, method="favor", projection=projection, rng=jax.random.key(5))
+    np.testing.assert_array_equal(out, with_rng)
