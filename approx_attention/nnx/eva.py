@@ -80,7 +80,7 @@ class Eva(LearnedAttention):
         rows, columns = np.broadcast_arrays(offset[:, None, :, None], offset[None, :, None, :])
         return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)
 
-    def arguments(self, query: Array) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments of `approx_attention.attention`."""
         return self.by_head(None if self.pooling_vectors is None else self.pooling_vectors[...])
 
@@ -223,7 +223,7 @@ class Lara(LearnedAttention):
         self.spatial_shape, self.options = spatial_shape, dict(options or {})
         self.adapt_queries, self.adapt_keys = (Adaptor(head_dim, rngs=rngs) for _ in range(2))
 
-    def arguments(self, query: Array) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments of `approx_attention.attention`."""
         return self.by_head()
 

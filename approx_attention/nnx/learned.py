@@ -1,5 +1,6 @@
 """Attention over batch and heads by a method whose arrays are learned."""
 
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -35,14 +36,14 @@ class LearnedAttention(nnx.Module):
         """Whether it was made causal."""
         return bool(self.options.get("is_causal"))
 
-    def arguments(self, query: Array) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments ``method`` of `approx_attention.attention` and those of the method."""
         raise NotImplementedError
 
     def by_head(self, own: Array | None = None) -> dict[str, Any]:
         """The arguments that have ``head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
         graphdef, state = nnx.split(self)
-        bound = BoundMethod(type(self).__name__, _call_head, {"graphdef": graphdef, "state": state})
+        bound = BoundMethod(type(self).__name__, _call_head, {"structure": _Structure(graphdef), "state": state})
         return {"method": bound, "per_head": {} if own is None else {"own": own}}
 
     def head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
@@ -73,7 +74,17 @@ class LearnedAttention(nnx.Module):
             ``[..., T, N, Dv]``.
         """
         lengths = key_value_seq_lengths
-        return attention(query, key, value, rng=rng, key_value_seq_lengths=lengths, mask=mask, **self.arguments(query))
+        return attention(query, key, value, rng=rng, key_value_seq_lengths=lengths, mask=mask, **self.arguments())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """The structure of a module as static data: graphs with mappings compare, but have no hash."""
+
+    graphdef: Any
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 def _call_head(
@@ -82,10 +93,10 @@ def _call_head(
     v: Array,
     key: Array | None = None,
     *,
-    graphdef: Any,
+    structure: _Structure,
     state: Any,
     own: Array | None = None,
     kv_mask: Array | None = None,
 ) -> Array:
     """One head of a module. Its arrays are arguments: a compiled program that held them would not see them change."""
-    return nnx.merge(graphdef, state).head(q, k, v, key, kv_mask, own)
+    return nnx.merge(structure.graphdef, state).head(q, k, v, key, kv_mask, own)
