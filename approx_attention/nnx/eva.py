@@ -80,11 +80,11 @@ class Eva(LearnedAttention):
         rows, columns = np.broadcast_arrays(offset[:, None, :, None], offset[None, :, None, :])
         return self.bias[...][rows, columns].reshape(len(side) ** 2, len(side) ** 2)
 
-    def arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """The arguments of `approx_attention.attention`."""
-        return self.by_head(None if self.pooling_vectors is None else self.pooling_vectors[...])
+        return self._by_head(None if self.pooling_vectors is None else self.pooling_vectors[...])
 
-    def head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
+    def _head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
         """EVA of one head, whose learned arrays are made from its means of queries and keys."""
         layout = {
             name: self.options[name]
@@ -223,11 +223,11 @@ class Lara(LearnedAttention):
         self.spatial_shape, self.options = spatial_shape, dict(options or {})
         self.adapt_queries, self.adapt_keys = (Adaptor(head_dim, rngs=rngs) for _ in range(2))
 
-    def arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """The arguments of `approx_attention.attention`."""
-        return self.by_head()
+        return self._by_head()
 
-    def head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
+    def _head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
         """LARA of one head, whose proposals are made from its means of queries and keys."""
         root = math.sqrt(1 / math.sqrt(q.shape[-1]))
         count = min(self.num_landmarks, q.shape[0], k.shape[0])

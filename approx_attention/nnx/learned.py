@@ -25,8 +25,8 @@ class Adaptor(nnx.Module):
 class LearnedAttention(nnx.Module):
     """Base of the modules that own learned arrays of a method: the call that layers make.
 
-    A subclass says in `arguments` which method is called and with what. Where the learned arrays of a method are
-    functions of a head's queries and keys, these are `by_head`, and the subclass has a method ``head``.
+    A subclass says in `_arguments` which method is called and with what. Where the learned arrays of a method are
+    functions of a head's queries and keys, these are `_by_head`, and the subclass has a method ``_head``.
     """
 
     options: dict[str, Any]
@@ -36,17 +36,17 @@ class LearnedAttention(nnx.Module):
         """Whether it was made causal."""
         return bool(self.options.get("is_causal"))
 
-    def arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """The arguments ``method`` of `approx_attention.attention` and those of the method."""
         raise NotImplementedError
 
-    def by_head(self, own: Array | None = None) -> dict[str, Any]:
-        """The arguments that have ``head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
+    def _by_head(self, own: Array | None = None) -> dict[str, Any]:
+        """The arguments that have ``_head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
         graphdef, state = nnx.split(self)
         bound = BoundMethod(type(self).__name__, _call_head, {"structure": _Structure(graphdef), "state": state})
         return {"method": bound, "per_head": {} if own is None else {"own": own}}
 
-    def head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
+    def _head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
         """The output of one head, from queries ``[T, D]`` and keys and values ``[S, .]``."""
         raise NotImplementedError
 
@@ -74,7 +74,7 @@ class LearnedAttention(nnx.Module):
             ``[..., T, N, Dv]``.
         """
         lengths = key_value_seq_lengths
-        return attention(query, key, value, rng=rng, key_value_seq_lengths=lengths, mask=mask, **self.arguments())
+        return attention(query, key, value, rng=rng, key_value_seq_lengths=lengths, mask=mask, **self._arguments())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,4 +99,4 @@ def _call_head(
     kv_mask: Array | None = None,
 ) -> Array:
     """One head of a module. Its arrays are arguments: a compiled program that held them would not see them change."""
-    return nnx.merge(structure.graphdef, state).head(q, k, v, key, kv_mask, own)
+    return nnx.merge(structure.graphdef, state)._head(q, k, v, key, kv_mask, own)

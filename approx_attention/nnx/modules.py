@@ -95,7 +95,7 @@ class LinformerAttention(LearnedAttention):
         self.projections = projections
         self.per_head = projections["projection_k"][...].ndim == 3
 
-    def arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """The arguments of `approx_attention.attention`."""
         arrays = {name: x[...] for name, x in self.projections.items()}
         owned: dict[str, Any] = {"per_head": arrays} if self.per_head else arrays
