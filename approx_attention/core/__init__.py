@@ -123,6 +123,7 @@ from approx_attention.core.summaries import (
     scaled_queries,
     summary_bytes,
 )
+from approx_attention.core.summary_forms import state_by_summary
 
 __all__ = [
     "FEATURE_BLOCK",
@@ -235,6 +236,7 @@ __all__ = [
     "segments_of",
     "shown",
     "squared_norm",
+    "state_by_summary",
     "streamed_state",
     "subtract",
     "summary_bytes",
