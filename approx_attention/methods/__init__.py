@@ -12,7 +12,8 @@ Args:
         if its noise is given (``projection``, ``noise``, ``blocks``). The same key gives the same output.
     is_causal: query t sees keys j <= t only. Both are counted from the left, also where T != S.
     block_size: tokens per block of the causal form. A query sees its own block and the block before it exactly, and
-        all earlier blocks by the summary of the method. Without ``is_causal`` it has no effect.
+        all earlier blocks by the summary of the method. Without ``is_causal`` it has no effect, but in methods whose
+        docstring describes it.
     kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Padding may contain anything.
     q_mask: true where a query is real, ``[T]``; by default ``kv_mask`` where T = S.
     scale: factor s of the logits, ``1/sqrt(D)`` by default.
@@ -24,8 +25,8 @@ Many methods read the keys only through a summary. ``summarize_<method>(k, v, ke
 of all keys, which are in scaled space (`fold_scale`). ``running_<method>(head_dim, key, *, ...)`` returns the
 `RunningSummary` of a growing prefix of keys with ``head_dim`` channels, for causal attention and for decoding.
 
-A summary has 256 entries by default (features, landmarks, sampled keys, tokens of a coreset), so that methods compare
-at one budget, and a block 128 tokens: the two blocks that a query sees exactly contain 256 keys.
+Most summaries have 256 entries by default (features, landmarks, sampled keys, tokens of a coreset), so that methods
+compare at one budget. A block of the causal form has 128 tokens: the two that a query sees exactly contain 256 keys.
 """
 
 from approx_attention.methods.baselines import (

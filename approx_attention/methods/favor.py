@@ -163,6 +163,7 @@ def draw_favor(
     """
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     num_features = check_count("num_features", num_features)
+    # A direction and its negative give two features.
     if features == "hyperbolic":
         if num_features % 2:
             raise ValueError(f"hyperbolic features come in pairs: num_features must be even, got {num_features}")

@@ -105,7 +105,7 @@ def lsh_top_k(
     if projection is None:
         shape = num_rounds, num_hashes, q.shape[1]
         projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
-        # The random numbers of that many signs: padding changes none of them.
+        # The random numbers that this number of signs would have: padding changes none of them.
         projection = projection if used is None else draw_of_size(projection, used)
     planes = projection.astype(q.dtype)
 

@@ -108,6 +108,7 @@ def summarize_polynomial(
         A `FeatureMoments`.
     """
     check_tokens(k, v, kv_mask)
+    # One set of keys: ordinary attention is tensor attention of order 2.
     kernel = Kernel.of(k.shape[-1], 1, degree, coefficients, bound, rms, features, accumulation_dtype(k, v))
     # The weights go to the moments, not to the keys' monomials: R products in place of S R.
     moments = FeatureMoments.of_tokens(kernel.key_maps[0], k, v, kv_mask)

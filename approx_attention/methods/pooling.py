@@ -98,6 +98,7 @@ def summarize_mean_pool(
     check_tokens(k, v, kv_mask)
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
+    # Segments are cut over the real tokens, and sums (not means) are pooled: padding counts for nothing in either.
     return TokenSums.of_tokens(k, v, kv_mask).pooled(segments_of(num_keys, num_landmarks, kv_mask)).landmarks()
 
 
