@@ -1,6 +1,7 @@
 """Exact softmax attention: the reference that every approximation is measured against."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, ParamSpec
 
 import jax
@@ -28,11 +29,12 @@ Implementation = Literal["dense", "blocked", "cudnn"]
 P = ParamSpec("P")
 
 
-def _fused_where_it_applies(method: OutputOrState[P]) -> OutputOrState[P]:
-    """The method, whose outputs are those of the fused kernel where it applies.
+def _output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
+    """`output_or_state`, with the outputs of the fused kernel where it applies.
 
-    The kernel makes outputs without log-normalisers, so it stands in front of `output_or_state`, which needs a state.
+    The kernel makes no log-normalisers, so no state comes from it.
     """
+    method = output_or_state(function)
 
     @functools.wraps(method)
     def fused_first(q: Array, k: Any, v: Any, *key: Any, return_state: bool = False, **options: Any) -> Any:
@@ -63,8 +65,7 @@ def _fused(
     return _cudnn(q[:, None, :], k[:, None, :], v[:, None, :], scale, is_causal)[:, 0]
 
 
-@_fused_where_it_applies
-@output_or_state
+@_output_or_state
 def exact(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
