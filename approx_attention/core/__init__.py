@@ -125,6 +125,7 @@ from approx_attention.core.summaries import (
     scaled_queries,
     summary_bytes,
 )
+from approx_attention.core.summary_forms import state_by_summary
 
 __all__ = [
     "FEATURE_BLOCK",
@@ -246,6 +247,7 @@ __all__ = [
     "split_arrays",
     "split_mask",
     "squared_norm",
+    "state_by_summary",
     "streamed_state",
     "subtract",
     "summary_bytes",

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, Protocol, overload
+from typing import Any, Literal, ParamSpec, Protocol, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from approx_attention.core.states import AttentionState
 P = ParamSpec("P")
 
 
+@runtime_checkable
 class OutputOrState(Protocol[P]):
     """A method of one head: outputs in the dtype of the values, or the `AttentionState`."""
 

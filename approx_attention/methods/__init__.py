@@ -1,26 +1,32 @@
-r"""The attention methods, each a file. `approx_attention.METHODS` lists them with what each can do.
+r"""Attention methods, one method or one tight family per file. `approx_attention.METHODS` lists their capabilities.
 
-A method is a pure function ``(q, k, v, key=None, *, ...) -> out`` of one head. Its docstring describes what is its own;
-the arguments here mean the same in every method that has them.
+A method is a pure function ``(q, k, v, key=None, *, ...) -> out`` of one head; `attention` applies it to batches of
+heads. The arguments below mean the same in every method that has them. The docstring of a method describes the others.
 
 Args:
-    q: queries ``[T, D]``.
+    q: queries ``[T, D]``. Where a method counts places (windows, blocks), query t stands at the place of key t, and
+        padding takes no place.
     k: keys ``[S, D]``.
     v: values ``[S, Dv]``.
-    key: typed PRNG key, as in ``jax.random.key(0)``. Methods that are not random ignore it.
-    is_causal: query t sees keys j <= t, counted from the left where T != S.
-    block_size: tokens per block of the causal form. A query sees its own block and the block before exactly, and
-        earlier ones by the method's summary.
-    kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. What padding holds never matters.
+    key: typed PRNG key, as in ``jax.random.key(0)``. Deterministic methods ignore it. A random method does not need it
+        if its noise is given (``projection``, ``noise``, ``blocks``). The same key gives the same output.
+    is_causal: query t sees keys j <= t only. Both are counted from the left, also where T != S.
+    block_size: tokens per block of the causal form. A query sees its own block and the block before it exactly, and
+        all earlier blocks by the summary of the method. Without ``is_causal`` it has no effect, but in methods whose
+        docstring describes it.
+    kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Padding may contain anything.
     q_mask: true where a query is real, ``[T]``; by default ``kv_mask`` where T = S.
     scale: factor s of the logits, ``1/sqrt(D)`` by default.
     return_state: return the `AttentionState` in the accumulation dtype: outputs and log-normalisers.
 
 Outputs are ``[T, Dv]`` in the dtype of ``v``. Sums and normalisers are in float32, or in float64 where an input is.
 
-What a method knows of all keys is made by ``summarize_<method>(k, v, key, *, ..., kv_mask)``, from keys in scaled space
-(`fold_scale`), and of a growing prefix by ``running_<method>(head_dim, key, *, ...)``, which returns a `RunningSummary`
-of keys with ``head_dim`` channels.
+Many methods read the keys only through a summary. ``summarize_<method>(k, v, key, *, ..., kv_mask)`` makes the summary
+of all keys, which are in scaled space (`fold_scale`). ``running_<method>(head_dim, key, *, ...)`` returns the
+`RunningSummary` of a growing prefix of keys with ``head_dim`` channels, for causal attention and for decoding.
+
+Most summaries have 256 entries by default (features, landmarks, sampled keys, tokens of a coreset), so that methods
+compare at one budget. A block of the causal form has 128 tokens: the two that a query sees exactly contain 256 keys.
 """
 
 from approx_attention.methods.baselines import (
@@ -30,6 +36,7 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
+from approx_attention.methods.bigbird import bigbird
 from approx_attention.methods.coreset import coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import chunk_means, eva, running_eva
@@ -47,6 +54,8 @@ from approx_attention.methods.linformer import (
     summarize_block_linformer,
 )
 from approx_attention.methods.local import local, window_sides
+from approx_attention.methods.longformer import longformer
+from approx_attention.methods.lsh_top_k import lsh_top_k
 from approx_attention.methods.nystrom import nystrom, skyformer, svd
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
@@ -54,8 +63,8 @@ from approx_attention.methods.ra import ra
 from approx_attention.methods.rfa import draw_rfa, gate_tokens, rfa, running_rfa
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
-from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
-from approx_attention.methods.top_k import lsh_top_k, top_k
+from approx_attention.methods.sparse import sparse_attention, sparse_plus_summary
+from approx_attention.methods.top_k import top_k
 
 __all__ = [
     "Convolution",

@@ -1,5 +1,6 @@
 """The trivial baselines that every approximation must beat: the mean of the values, and uniform sampling."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ from approx_attention.core import (
     RunningSummary,
     WeightedKV,
     attend,
-    causal_state,
     check_count,
     check_counts,
     check_floating,
@@ -23,6 +23,7 @@ from approx_attention.core import (
     output_or_state,
     ranks,
     real_keys,
+    state_by_summary,
     token_sums_inputs,
 )
 
@@ -42,15 +43,10 @@ def mean_value(
 
     .. math:: \mathrm{out}_t = \frac{1}{n_t} \sum_{j \text{ visible}} v_j
 
+    The log-normaliser is :math:`\log n_t`. Of queries and keys only the number matters; a scale is checked and has no
+    effect.
+
     Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        q: queries ``[T, D]``; only their number matters.
-        k: keys ``[S, D]``; only their number matters.
-        scale: checked, without effect: all logits are 0.
-
-    Returns:
-        Outputs ``[T, Dv]`` in the dtype of ``v``, or the state, whose log-normaliser is the log of the count.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -65,9 +61,11 @@ def mean_value(
     """
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
+        # Running sums, at the last visible key: queries that stand after all keys see all of them.
         counts = jnp.ones(v.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
         last = jnp.minimum(jnp.arange(q.shape[0]), k.shape[0] - 1)
         value_sum, count = jnp.cumsum(v, axis=0)[last], jnp.cumsum(counts)[last]
+        # A query that sees no key gives 0, not 0/0; its log-normaliser is the -inf of log 0.
         safe_count = jnp.maximum(count, jnp.ones_like(count))
         state = AttentionState(value_sum / safe_count[:, None], jnp.log(count))
     else:
@@ -82,12 +80,9 @@ def summarize_mean_value(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """One token at the origin that stands for all keys.
+    """One token at the origin, whose logit is 0 for every query, that stands for all keys.
 
     Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        k: keys ``[S, D]``; only their number matters.
 
     Returns:
         A `WeightedKV` of one token.
@@ -121,10 +116,8 @@ def uniform_sample(
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        key: typed PRNG key; not needed if ``noise`` is given.
-        sample_size: the number M of keys kept; with M >= S the answer is exact.
-        noise: a priority per key, ``[S]``; the M largest are kept.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by sample.
+        sample_size: the number M of keys in the sample; with M >= S the output is exact.
+        noise: a priority per key, ``[S]``; the M keys of largest priority are the sample. By default uniform noise.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor noise.
@@ -138,18 +131,24 @@ def uniform_sample(
         >>> bool(jnp.allclose(out, exact(q, k, v), atol=1e-6))
         True
     """
-    head_dim = q.shape[-1]
-    block_size = check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    if is_causal:
+
+    def running(head_dim: int) -> RunningSummary:
         _check_noise(noise, k.shape[0])
-        if noise is not None and kv_mask is not None:
-            noise = RealFirst.of(kv_mask).front(noise)
-        running = running_uniform_sample(head_dim, key, sample_size=sample_size, noise=noise)
-        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
-    else:
-        state = attend(q, summarize_uniform_sample(k, v, key, sample_size=sample_size, noise=noise, kv_mask=kv_mask))
-    return state
+        # The causal form moves real keys to the front, and their priorities must go along.
+        moved = noise if noise is None or kv_mask is None else RealFirst.of(kv_mask).front(noise)
+        return running_uniform_sample(head_dim, key, sample_size=sample_size, noise=moved)
+
+    return state_by_summary(
+        q,
+        k,
+        v,
+        functools.partial(summarize_uniform_sample, key=key, sample_size=sample_size, noise=noise),
+        running,
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
 
 
 def summarize_uniform_sample(
@@ -161,14 +160,9 @@ def summarize_uniform_sample(
     noise: Float[Array, " S"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Keeps a uniform sample of the keys, without replacement, with equal masses that sum to the number of keys.
+    """A uniform sample of the keys, without replacement, with equal masses that sum to the number of keys.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        key: typed PRNG key; not needed if ``noise`` is given.
-        sample_size: the number M of keys kept.
-        noise: a priority per key, ``[S]``; the M largest are kept.
+    Arguments are those of `uniform_sample`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         A `WeightedKV` of min(M, S) tokens.
@@ -178,6 +172,7 @@ def summarize_uniform_sample(
     _check_noise(noise, k.shape[0])
     if noise is None:
         noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],), jnp.float32)
+        # Noise by rank among the real keys: padding changes no choice.
         noise = noise if kv_mask is None else noise[ranks(kv_mask, k.shape[0])]
     real = real_keys(kv_mask, k.shape[0])
     k, v = token_sums_inputs(k, v, kv_mask)
@@ -187,14 +182,10 @@ def summarize_uniform_sample(
 def running_uniform_sample(
     head_dim: int, key: Array | None = None, *, sample_size: int = 256, noise: Float[Array, " S"] | None = None
 ) -> RunningSummary:
-    """Keeps a uniform sample of a growing prefix: of all keys so far, those of the largest priorities.
+    """A uniform sample of a growing prefix: of all keys so far, those of the largest priorities.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        key: typed PRNG key; not needed if ``noise`` is given.
-        sample_size: the number M of keys kept.
-        noise: a priority per position, ``[S]``, for a prefix of at most S tokens; the answers of a longer one are NaN.
+    Arguments are those of `uniform_sample`, for keys in scaled space (`approx_attention.methods`). With ``noise [S]``
+    the outputs of a prefix longer than S are NaN, since a compiled program cannot raise an error.
     """
     head_dim, sample_size = check_counts(head_dim=head_dim, sample_size=sample_size)
     if noise is not None:
@@ -204,11 +195,12 @@ def running_uniform_sample(
 
     def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
         if noise is None:
-            own = jax.random.fold_in(check_key("uniform_sample", key), start)
-            priority = jax.random.uniform(own, (k.shape[0],), jnp.float32)
+            block_key = jax.random.fold_in(check_key("uniform_sample", key), start)
+            priority = jax.random.uniform(block_key, (k.shape[0],), jnp.float32)
         else:
             place = start + jnp.arange(k.shape[0], dtype=jnp.int32)
             priority = noise[jnp.minimum(place, noise.shape[0] - 1)]
+            # Keys beyond the noise win every comparison, so that their NaN stays in the sample.
             v = jnp.where((kv_mask & (place >= noise.shape[0]))[:, None], jnp.nan, v)
             priority = jnp.where(place < noise.shape[0], priority, jnp.inf)
         return sample.offer(priority, k, v, kv_mask)
@@ -228,7 +220,7 @@ def _check_noise(noise: Array | None, num_keys: int) -> None:
 
 
 class _Sample(NamedTuple):
-    """The M keys of largest priority among those offered so far; priority ``-inf`` marks a free place."""
+    """The M keys of largest priority among all so far; priority ``-inf`` marks a free place."""
 
     priority: Array
     k: Array
@@ -242,12 +234,14 @@ class _Sample(NamedTuple):
 
     def offer(self, priority: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
         priority = jnp.where(kv_mask, priority.astype(k.dtype), -jnp.inf)
+        # The choice has no gradient; the keys and values that are chosen have.
         candidates = jnp.concatenate([self.priority, lax.stop_gradient(priority)])
         priority, chosen = lax.top_k(candidates, self.priority.shape[0])
         k, v = jnp.concatenate([self.k, k])[chosen], jnp.concatenate([self.v, v])[chosen]
         return _Sample(priority, k, v, self.num_offered + jnp.sum(kv_mask, dtype=k.dtype))
 
     def tokens(self) -> WeightedKV:
+        # Each token of the sample stands for n/M keys, or fewer tokens than M for one key each.
         taken = self.priority > -jnp.inf
         mass = jnp.where(taken, self.num_offered / jnp.maximum(jnp.sum(taken), 1).astype(self.k.dtype), 0)
         return WeightedKV(self.k, self.v * mass[:, None], mass)

@@ -1,6 +1,7 @@
-"""Coresets: few weighted tokens that answer every query of bounded norm almost as all tokens do."""
+"""Coresets: a few weighted tokens that give every query of bounded norm almost the output of all tokens."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -12,8 +13,6 @@ from approx_attention.core import (
     AttentionState,
     RealFirst,
     WeightedKV,
-    attend,
-    causal_state,
     check_choice,
     check_count,
     check_key,
@@ -22,6 +21,7 @@ from approx_attention.core import (
     output_or_state,
     over_real_tokens,
     pad_rows,
+    state_by_summary,
 )
 from approx_attention.coresets import (
     Algorithm,
@@ -49,29 +49,28 @@ def coreset(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Attention over M weighted tokens that stand for all keys and values, whatever is asked.
+    r"""Attention over M weighted tokens that stand for all keys and values, for every query.
 
     .. math:: \mathrm{out}_t = \sum_c e^{s\, q_t \cdot k_c}\, u_c \Big/ \sum_c e^{s\, q_t \cdot k_c}\, m_c,
 
     with tokens such that :math:`\sup_{\|q\| \le \rho} \|\mathrm{out}(q) - \mathrm{attention}(q)\|` is small. Chosen
-    tokens (``"halving"``, ``"stratified"``, samples) have :math:`u_c = m_c v_c`; merged ones (``"kmeans_merge"``) are
-    means of keys with sums of values; ``"kmeans_nystrom"`` solves for masses and values, which may then be negative, so
-    that answers are clipped to the range of the values. All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep
-    the total mass exactly.
+    tokens (``"halving"``, ``"stratified"``, samples) have :math:`u_c = m_c v_c`. Merged ones (``"kmeans_merge"``) are
+    means of keys with sums of values. ``"kmeans_nystrom"`` solves for masses and values, which may be negative, so that
+    outputs are clipped to the range of the values. All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep the
+    total mass exactly.
 
-    Which tokens are chosen has no gradient; the keys and values of the chosen have.
+    The choice of tokens has no gradient; the keys and values of the chosen ones have.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        coreset_size: the number M of tokens; with as many as real keys the answer is exact.
-        algorithm: a name in `approx_attention.coresets.ALGORITHMS`, or one of its classes with settings of your own.
+        coreset_size: the number M of tokens; with as many as real keys the output is exact.
+        algorithm: a name in `approx_attention.coresets.ALGORITHMS`, or an instance of one of its classes.
         query_radius: :math:`\rho`, the largest norm of a query in scaled space (`query_radius`); by default that of the
             centred keys.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coreset.
-        streaming: how the coreset grows causally, see `running_coreset`: folded, which merges clusters and takes no
-            algorithm and no radius, or counted.
-        sinks: how many of the first tokens the causal form keeps exactly, beside the coreset.
+        streaming: growth of the coreset in the causal form, see `running_coreset`: ``"fold"`` merges clusters and takes
+            neither algorithm nor radius, ``"counter"`` keeps a coreset per level.
+        sinks: the number of first tokens that the causal form keeps exactly, in addition to the coreset.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
@@ -89,19 +88,23 @@ def coreset(
         :cite:p:`liberty2026nearly`, for the problem and its bounds; :cite:p:`karnin2019discrepancy` for
         halving; the default is k-means with Nystrom weights, as in :cite:p:`wildcat2026` with other landmarks.
     """
-    head_dim = q.shape[-1]
-    block_size = check_count("block_size", block_size)
+    # Checked without is_causal too, so that a mistake does not wait for the causal form.
     sinks = check_count("sinks", sinks, least=0)
     check_choice("streaming", streaming, ("fold", "counter"))
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    sizes: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
-    if is_causal:
-        options: Any = {"streaming": streaming, "sinks": sinks, "max_length": q.shape[0]}
-        running = running_coreset(head_dim, key, **sizes, **options)
-        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
-    else:
-        state = attend(q, summarize_coreset(k, v, key, **sizes, kv_mask=kv_mask))
-    return state
+    options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
+    # Trained models put large weights on the first few tokens (attention sinks), which merging would blur.
+    growth: Any = {"streaming": streaming, "sinks": sinks, "max_length": q.shape[0]}
+    return state_by_summary(
+        q,
+        k,
+        v,
+        functools.partial(summarize_coreset, key=key, **options),
+        functools.partial(running_coreset, key=key, **options, **growth),
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
 
 
 @output_or_state
@@ -118,9 +121,9 @@ def sparse_coreset(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""The coreset twin of Scatterbrain: exact on nearby blocks, a coreset for each of the others.
+    r"""Scatterbrain with coresets: exact on nearby blocks, a coreset for each of the others.
 
-    With the support N(t), the keys of the block of query t and of the blocks just before and after it, and coresets
+    The support N(t) is the keys of the block of query t and of the blocks just before and after it. With coresets
     :math:`C_b` of M tokens :math:`(c, m_c, u_c)` for each block b,
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in N(t)} e^{s\, q_t \cdot k_j} v_j
@@ -129,16 +132,14 @@ def sparse_coreset(
               + \sum_{b \not\subset N(t)} \sum_{c \in C_b} e^{s\, q_t \cdot c}\, m_c}.
 
     The cost is that of exact attention over three blocks and over M tokens of every block: T S M / ``window_size``.
-    Unlike causal `coreset`, which folds all earlier blocks into one coreset, its causal form summarises each once.
+    Causal `coreset` folds all earlier blocks into one coreset; here the causal form summarises each block once.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        coreset_size: the number M of tokens for each block; with as many as a block holds the answer is exact.
-        algorithm: as in `coreset`; masses that are positive keep the weights positive.
-        window_size: tokens per block.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by coresets.
+        coreset_size: the number M of tokens for each block; with ``window_size`` of them the output is exact.
+        algorithm: as in `coreset`; positive masses keep the weights positive.
+        window_size: tokens per block; causally a query sees its block and the block before exactly.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
@@ -158,23 +159,24 @@ def sparse_coreset(
     window_size = check_count("window_size", window_size)
     coreset_size = check_count("coreset_size", coreset_size)
     algorithm_of(algorithm)
-    drawn = check_key("sparse_coreset", key)
+    sample_key = check_key("sparse_coreset", key)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     block = min(window_size, max(q.shape[0], k.shape[0]))
     sizes = {"block_size": block, "num_queries": q.shape[0], "num_keys": k.shape[0]}
 
     def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> WeightedKV:
-        own = jax.random.fold_in(drawn, number)
+        # With one key for all blocks, their random choices and so their errors would go together.
+        block_key = jax.random.fold_in(sample_key, number)
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
-        return compress(tokens, own, coreset_size=coreset_size, algorithm=algorithm)
+        return compress(tokens, block_key, coreset_size=coreset_size, algorithm=algorithm)
 
     blocks = BlockMap.banded(1, 1, **sizes)
 
     def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         return blocks_and_rest_state(q, k, v, blocks, summarize, is_causal=is_causal, kv_mask=kv_mask)
 
-    state = over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
-    return state
+    # Blocks count places, so that padding must take none.
+    return over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
 
 
 def summarize_coreset(
@@ -189,22 +191,17 @@ def summarize_coreset(
 ) -> WeightedKV:
     """A coreset of keys and values.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        coreset_size: the number M of tokens.
-        algorithm: as in `coreset`.
-        query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
-        kv_mask: true where a key is real, ``[S]``. The choice depends on these alone, but with ``"halving"``,
-            ``"stratified"``, ``"thinformer"``, ``"balance_kv"`` and ``"subgen"``, which draw by the length, on S too.
+    Arguments are those of `coreset`, with keys in scaled space (`approx_attention.methods`). The choice depends on the
+    real keys alone; with ``"halving"``, ``"stratified"``, ``"thinformer"``, ``"balance_kv"`` and ``"subgen"``, whose
+    random numbers follow the length, on S too.
 
     Returns:
-        A `WeightedKV` of at most M tokens; as they are, if no more keys are real.
+        A `WeightedKV` of at most M tokens; the tokens as they are, if no more than M keys are real.
 
     Raises:
         ValueError: an unknown algorithm, a count below 1, no key; keys, values or a mask that are not of the same
             tokens.
-        TypeError: keys or values that are not floating point, a count that is no integer.
+        TypeError: keys or values that are not floating point, a count that is not an integer.
 
     Example:
         >>> import jax
@@ -216,13 +213,15 @@ def summarize_coreset(
     coreset_size = check_count("coreset_size", coreset_size)
     options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    coreset_size = check_count("coreset_size", coreset_size)
     if kv_mask is None or coreset_size >= k.shape[0]:
         return compress(tokens, key, **options)
+    # Algorithms pair and sample tokens by place: with the real ones first, padding takes no place.
     tokens = RealFirst.of(kv_mask).front(tokens)
     small = compress(tokens, key, **options)
-    # No more real keys than there is room for stay as they are.
+    # If no more keys are real than there is room for, they stay as they are. Their number is traced, so both coresets
+    # are made, padded to one size, and one is selected.
     whole = WeightedKV(*(x[:coreset_size] for x in (tokens.k, tokens.value_sum, tokens.mass)))
     few = WeightedKV(*(pad_rows(x, coreset_size - x.shape[0]) for x in (small.k, small.value_sum, small.mass)))
     chosen = jax.tree.map(lambda a, b: jnp.where(count_real(kv_mask) <= coreset_size, a, b), whole, few)
+    # Signed masses need the range of the values; tokens that stay as they are lie within it.
     return dataclasses.replace(chosen, value_range=small.value_range)

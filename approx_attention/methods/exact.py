@@ -1,6 +1,8 @@
 """Exact softmax attention: the reference that every approximation is measured against."""
 
-from typing import Any, Literal, overload
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
+    OutputOrState,
     RunningSummary,
     WeightedKV,
     along_with,
@@ -18,46 +21,51 @@ from approx_attention.core import (
     check_count,
     dense_state,
     head_inputs,
+    output_or_state,
     streamed_state,
 )
 
 Implementation = Literal["dense", "blocked", "cudnn"]
+P = ParamSpec("P")
 
 
-@overload
-def exact(
+def _output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
+    """`output_or_state`, with the outputs of the fused kernel where it applies.
+
+    The kernel makes no log-normalisers, so no state comes from it.
+    """
+    method = output_or_state(function)
+
+    @functools.wraps(method)
+    def fused_first(q: Array, k: Any, v: Any, *key: Any, return_state: bool = False, **options: Any) -> Any:
+        out = None if return_state else _fused(q, k, v, **options)
+        return method(q, k, v, *key, return_state=return_state, **options) if out is None else out
+
+    return fused_first  # pyright: ignore[reportReturnType]
+
+
+def _fused(
     q: Array,
     k: Array,
     v: Array,
-    key: Array | None = None,
     *,
-    is_causal: bool = ...,
-    bias: Array | None = ...,
-    mask: Array | None = ...,
-    kv_mask: Array | None = ...,
-    scale: float | Array | None = ...,
-    implementation: Implementation | None = ...,
-    return_state: Literal[False] = ...,
-) -> Array: ...
+    is_causal: bool = False,
+    scale: float | Array | None = None,
+    implementation: Implementation | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    kv_mask: Array | None = None,
+) -> Array | None:
+    """The output of the fused kernel for one head; None where it does not apply, as with a bias or a mask."""
+    plain = bias is None and mask is None and kv_mask is None
+    if implementation not in (None, "cudnn") or not plain or not _cudnn_applies(q, k, v):
+        return None
+    # For its checks: the kernel takes tensors as they are, in half precision, and the scale apart.
+    head_inputs(q, k, v, scale=scale, is_causal=is_causal)
+    return _cudnn(q[:, None, :], k[:, None, :], v[:, None, :], scale, is_causal)[:, 0]
 
 
-@overload
-def exact(
-    q: Array,
-    k: Array,
-    v: Array,
-    key: Array | None = None,
-    *,
-    is_causal: bool = ...,
-    bias: Array | None = ...,
-    mask: Array | None = ...,
-    kv_mask: Array | None = ...,
-    scale: float | Array | None = ...,
-    implementation: Implementation | None = ...,
-    return_state: Literal[True],
-) -> AttentionState: ...
-
-
+@_output_or_state
 def exact(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -70,8 +78,7 @@ def exact(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     implementation: Implementation | None = None,
-    return_state: bool = False,
-) -> Array | AttentionState:
+) -> AttentionState:
     r"""Softmax attention of one head, by the fastest implementation for its options and device.
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}
@@ -79,11 +86,10 @@ def exact(
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        is_causal: query t sees keys j <= t (aligned top left where T != S).
         bias: added to the logits, ``[T, S]``.
         mask: true where query t may see key j, ``[T, S]``.
-        implementation: ``"blocked"`` streams tiles of logits in memory linear in T and S; ``"dense"`` holds all of
-            them, and alone takes a bias or mask and has a forward-mode derivative; ``"cudnn"`` is the GPU's fused
+        implementation: ``"blocked"`` streams tiles of logits in memory linear in T and S. ``"dense"`` makes all of them
+            at once, and alone takes a bias or mask and has a forward-mode derivative. ``"cudnn"`` is the GPU's fused
             kernel. By default the last where it applies, else blocked, or dense for a bias or mask.
 
     Raises:
@@ -102,27 +108,21 @@ def exact(
         :cite:p:`vaswani2017attention`, equation 1; blocked form: :cite:p:`dao2022flashattention`, algorithm 1.
     """
     plain = bias is None and mask is None
-    fusible = plain and kv_mask is None and not return_state and _cudnn_applies(q, k, v)
     if implementation is None:
-        implementation = "cudnn" if fusible else "blocked" if plain else "dense"
+        # What the fused kernel serves never comes here.
+        implementation = "blocked" if plain else "dense"
     check_choice("implementation", implementation, ("dense", "blocked", "cudnn"))
     if implementation == "blocked" and not plain:
         raise NotImplementedError("exact with implementation='blocked' supports neither bias nor mask; use 'dense'")
-    dtype, given = v.dtype, (q, k, v)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if implementation == "cudnn":
-        if not fusible:
-            raise ValueError(
-                "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is "
-                "a multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
-            )
-        q, k, v = (x[:, None, :] for x in given)
-        return _cudnn(q, k, v, scale, is_causal)[:, 0]
+        raise ValueError(
+            "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is "
+            "a multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
+        )
     if implementation == "dense":
-        state = dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
-    else:
-        state: AttentionState = streamed_state(q, k, v, kv_mask, is_causal)
-    return state if return_state else state.out.astype(dtype)
+        return dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
+    return streamed_state(q, k, v, kv_mask, is_causal)
 
 
 def summarize_exact(
@@ -132,7 +132,7 @@ def summarize_exact(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Keeps every token with mass 1: the summary that loses nothing and saves nothing.
+    """Every token with mass 1: the summary that loses nothing and saves nothing.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -143,9 +143,9 @@ def summarize_exact(
 
 
 def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -> RunningSummary:
-    """Keeps every token of a prefix of at most ``max_length`` tokens.
+    """Every token of a prefix of at most ``max_length`` tokens.
 
-    A prefix that grows longer cannot raise an error inside a compiled program; its answers turn to NaN instead.
+    A prefix that grows longer cannot raise an error inside a compiled program; its outputs turn to NaN instead.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -155,6 +155,7 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
     head_dim, max_length = check_count("head_dim", head_dim), check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
+        # `dynamic_update_slice` would move a block past the end back over earlier tokens: its NaN shows that.
         v = jnp.where(start + k.shape[0] <= max_length, v, jnp.nan)
         block = WeightedKV.of_tokens(k, v, kv_mask)
         return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, start, 0), tokens, block)
@@ -176,13 +177,12 @@ def exact_together(
 ) -> Float[Array, "B T N Dv"] | None:
     """All heads in one call of the GPU's fused kernel, in which grouped heads share keys; None where it does not apply.
 
+    The options are those of `exact`.
+
     Args:
         query: ``[B, T, N, D]``.
         key: ``[B, S, K, D]``, where K divides N.
         value: ``[B, S, K, Dv]``.
-        is_causal: as in `exact`.
-        scale: as in `exact`.
-        implementation: as in `exact`.
 
     Returns:
         Outputs ``[B, T, N, Dv]``, or None.
@@ -201,6 +201,7 @@ def _cudnn(query: Array, key: Array, value: Array, scale: float | Array | None, 
         # To the kernel a scale is a constant of the program.
         scaled = query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
         query, scale = scaled.astype(query.dtype), 1.0
+    # All or none mapped, as the batching rules want it.
     query, key, value = along_with((query, key, value), query, key, value)
     attend: Any = jax.nn.dot_product_attention
     out = attend(query, key, value, scale=scale, is_causal=is_causal, implementation="cudnn")
@@ -227,9 +228,10 @@ def _cudnn_applies(q: Array, k: Array, v: Array) -> bool:
 def _total_bias(
     q: Array, k: Array, bias: Array | None, mask: Array | None, kv_mask: Array | None, is_causal: bool
 ) -> Array | None:
-    """The sum of everything added to the logits, ``[T, S]``, with hidden keys at `HIDDEN`."""
+    """The sum of all biases, ``[T, S]``, with hidden keys at `HIDDEN`."""
     shape = q.shape[0], k.shape[0]
     check_bias_and_mask(bias, mask, *shape)
+    # A bias of -inf, which many masks use, would give NaN in a row of nothing else; `HIDDEN` is finite.
     total = None if bias is None else jnp.maximum(bias.astype(q.dtype), HIDDEN)
     visible = [] if mask is None else [mask]
     if is_causal:

@@ -1,5 +1,6 @@
 """FAVOR+: positive random features of the softmax kernel."""
 
+import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,18 +14,16 @@ from approx_attention.core import (
     PositiveFeatures,
     ReLUFeatures,
     RunningSummary,
-    attend,
-    causal_state,
     check_choice,
     check_count,
     check_key,
     check_projection,
     check_tokens,
-    head_inputs,
     kernel_state,
     orthogonal_projection,
     output_or_state,
     running_moments,
+    state_by_summary,
 )
 
 FavorFeatures = Literal["positive", "hyperbolic", "relu"]
@@ -54,23 +53,23 @@ def favor(
               \mathrm{out}_t = \sum_r \phi_r(q_t) \sum_j \phi_r(k_j)\, v_j
               \Big/ \sum_r \phi_r(q_t) \sum_j \phi_r(k_j).
 
-    The normaliser and the numerator are unbiased; their ratio is not. Magnitudes stay in the log domain: there is
-    no epsilon, no clamp, and no stabiliser that looks at other positions. The relative error of one entry grows like
+    The normaliser and the numerator are unbiased; their ratio is not. The relative error of one entry grows like
     :math:`e^{\|q + k\|^2 / 2} R^{-1/2}` (`approx_attention.bounds.favor_mse`), so large queries and keys need very many
-    features: measure with `approx_attention.evaluation` before trusting it. A fixed key gives a fixed draw: redraw by
-    passing another.
+    features: measure with `approx_attention.evaluation` before trusting it.
+
+    The authors' code adds an epsilon to the features and subtracts their maximum over all positions, by which causal
+    outputs come to depend on later keys. Here magnitudes stay in the log domain: there is no epsilon, no clamp, and no
+    stabiliser that looks at other positions. The key alone fixes the projection, which theirs may seed by the inputs.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given; even for hyperbolic ones.
         features: ``"positive"``; ``"hyperbolic"``, those of R/2 directions and of their negatives, which halves the
-            variance where logits are small; ``"relu"``, the generalised attention of the paper, which is a kernel of
-            its own and no estimate of softmax, nearby tokens included.
+            variance where logits are small; ``"relu"``, the generalised attention of the paper, which is another kernel
+            and no estimate of softmax, nearby tokens included.
         row_norm: norms of the directions, see `orthogonal_projection`.
-        projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic) in place of a draw.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
+        projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic); by default a random projection.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
@@ -87,15 +86,19 @@ def favor(
     Reference:
         :cite:p:`choromanski2021rethinking`, lemma 1, theorem 1 and section 2.4.
     """
-    head_dim = q.shape[-1]
-    block_size = check_count("block_size", block_size)
-    drawn: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    if is_causal:
-        state = causal_state(q, k, v, running_favor(head_dim, key, **drawn), block_size=block_size, kv_mask=kv_mask)
-    else:
-        state = attend(q, summarize_favor(k, v, key, **drawn, kv_mask=kv_mask))
-    return state
+    # The default of 256 features is that of the authors' code.
+    options: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
+    return state_by_summary(
+        q,
+        k,
+        v,
+        functools.partial(summarize_favor, key=key, **options),
+        functools.partial(running_favor, key=key, **options),
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
 
 
 def summarize_favor(
@@ -111,14 +114,7 @@ def summarize_favor(
 ) -> FeatureMoments:
     """The moments of the positive random features of keys.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        key: typed PRNG key; not needed if ``projection`` is given.
-        num_features: the number R of features, unless a projection is given.
-        features: their kind, as in `favor`.
-        row_norm: norms of the directions, see `orthogonal_projection`.
-        projection: the directions in place of a draw.
+    Arguments are those of `favor`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         `FeatureMoments` of size R.
@@ -139,21 +135,14 @@ def running_favor(
 ) -> RunningSummary:
     """The moments of a growing prefix.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        key: typed PRNG key; not needed if ``projection`` is given.
-        num_features: the number R of features, unless a projection is given.
-        features: their kind, as in `favor`.
-        row_norm: norms of the directions, see `orthogonal_projection`.
-        projection: the directions in place of a draw.
+    Arguments are those of `favor`, for keys in scaled space (`approx_attention.methods`).
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection)
     running = running_moments(feature_map)
     if features != "relu":
         return running
-    # What is near is answered by the same kernel: softmax there and another kernel far away would not add up.
+    # Nearby tokens get the same kernel: weights of softmax there and of another kernel far away would not add up.
     return running._replace(near=lambda q, k, v, bias: kernel_state(feature_map, q, k, v, bias))
 
 
@@ -165,20 +154,16 @@ def draw_favor(
     features: FavorFeatures = "positive",
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
 ) -> dict[str, Array]:
-    """Draws the directions that `favor` takes as ``projection``, to be shared by many calls.
+    """The random directions that `favor` takes as ``projection``, to be shared by many calls.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        num_features: the number R of features.
-        features: their kind, as in `favor`; hyperbolic ones need half as many directions.
-        row_norm: norms of the directions, see `orthogonal_projection`.
+    Arguments are those of `favor`, and ``head_dim``, the number D of channels.
 
     Returns:
-        ``{"projection": [R, D]}``, or ``[R/2, D]``.
+        ``{"projection": [R, D]}``, or ``[R/2, D]`` for hyperbolic features.
     """
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     num_features = check_count("num_features", num_features)
+    # A direction and its negative give two features.
     if features == "hyperbolic":
         if num_features % 2:
             raise ValueError(f"hyperbolic features come in pairs: num_features must be even, got {num_features}")
@@ -197,9 +182,10 @@ def _favor_features(
     num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     if projection is None:
-        sizes: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
-        projection = draw_favor(check_key("favor", key), head_dim, **sizes)["projection"]
+        options: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
+        projection = draw_favor(check_key("favor", key), head_dim, **options)["projection"]
     check_projection(projection, head_dim)
     if features == "relu":
         return ReLUFeatures(projection)
+    # Hyperbolic features need no map of their kind: they are positive features of the directions and their negatives.
     return PositiveFeatures(jnp.concatenate([projection, -projection]) if features == "hyperbolic" else projection)

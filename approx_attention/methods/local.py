@@ -1,4 +1,4 @@
-"""Local window attention: exact on nearby keys, blind to the rest."""
+"""Local window attention: exact on nearby keys, without the others."""
 
 from jax import Array
 from jaxtyping import Bool, Float
@@ -35,11 +35,10 @@ def local(
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         window_size: ``w`` tokens in all under ``is_causal``, the query's own and the w - 1 before it (l = w - 1,
             r = 0); else w to each side, the query's own counted to both, 2w - 1 in all (l = r = w - 1). A pair
-            ``(l, r)`` sets the tokens before and after the query's own, as `jax.nn.dot_product_attention` counts them.
-        is_causal: no key after the query (r = 0).
+            ``(l, r)`` sets the tokens before and after the query's own, as `jax.nn.dot_product_attention` counts them;
+            causally r = 0.
 
     Raises:
         ValueError: shapes that do not fit, a window without any key.
@@ -62,12 +61,12 @@ def local(
         key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
         return window_state(q, k, v, key_bias, left=left, right=right)
 
-    state = over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)
-    return state
+    # A window counts real tokens: padding between two tokens does not move them apart.
+    return over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)
 
 
 def window_sides(window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
-    """How many keys before and after its own a query sees."""
+    """The numbers of keys that a query sees before and after its own position."""
     if isinstance(window_size, tuple):
         left, right = as_pair("window_size", window_size, least=0)
     else:

@@ -14,13 +14,10 @@ from approx_attention.core import (
     FeatureMoments,
     RunningSummary,
     accumulation_dtype,
-    attend,
-    causal_state,
-    check_count,
     check_tokens,
-    head_inputs,
     output_or_state,
     running_moments,
+    state_by_summary,
 )
 from approx_attention.tensor import (
     Coefficients,
@@ -52,19 +49,16 @@ def polynomial_attention(
               \mathrm{out}_t = \frac{\sum_\alpha w_\alpha q_t^\alpha \sum_j k_j^\alpha v_j}
                                     {\sum_\alpha w_\alpha q_t^\alpha \sum_j k_j^\alpha}.
 
-    It is certified where logits are bounded (`approx_attention.bounds.tensor_certificate`); the number of features
-    :math:`\binom{D + g}{g}` leaves degrees up to 2 for D = 64 and 4 for D = 16. Taylor polynomials of even degree, the
-    default, are positive.
+    The error is certified where logits are bounded (`approx_attention.bounds.tensor_certificate`). The number of
+    features :math:`\binom{D + g}{g}` leaves degrees up to 2 for D = 64 and 4 for D = 16. Taylor polynomials of even
+    degree, the default, are positive; of other polynomials the normaliser may not be, and it is not clamped.
 
-    Shared arguments: see `approx_attention.methods`.
+    Shared arguments: see `approx_attention.methods`. The polynomial (``coefficients``, ``bound``, ``rms``) is chosen as
+    in `tensor_polynomial`.
 
     Args:
         degree: g, 2 by default, or that of ``coefficients`` or ``features``.
-        coefficients: as in `tensor_polynomial`.
-        bound: as there.
-        rms: as there.
         features: an `IndexSet` of monomials in place of all up to a degree, or two maps, as in `tensor_polynomial`.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by moments.
 
     Raises:
         ValueError: shapes that do not fit, coefficients and a bound that do not go together.
@@ -80,16 +74,18 @@ def polynomial_attention(
     Reference:
         :cite:p:`alman2023fast`, theorem 3.8.
     """
-    head_dim = q.shape[-1]
-    block_size = check_count("block_size", block_size)
     kernel: Any = {"degree": degree, "coefficients": coefficients, "bound": bound, "rms": rms, "features": features}
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    if is_causal:
-        running = running_polynomial(head_dim, **kernel)
-        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
-    else:
-        state = attend(q, summarize_polynomial(k, v, **kernel, kv_mask=kv_mask))
-    return state
+    return state_by_summary(
+        q,
+        k,
+        v,
+        functools.partial(summarize_polynomial, **kernel),
+        functools.partial(running_polynomial, **kernel),
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
 
 
 def summarize_polynomial(
@@ -106,20 +102,15 @@ def summarize_polynomial(
 ) -> FeatureMoments:
     """The moments of the monomials of keys, times their weights in the polynomial.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        degree: as in `polynomial_attention`, like all that follow.
-        coefficients: as there.
-        bound: as there.
-        rms: as there.
-        features: as there.
+    Arguments are those of `polynomial_attention`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         A `FeatureMoments`.
     """
     check_tokens(k, v, kv_mask)
+    # One set of keys: ordinary attention is tensor attention of order 2.
     kernel = Kernel.of(k.shape[-1], 1, degree, coefficients, bound, rms, features, accumulation_dtype(k, v))
+    # The weights go to the moments, not to the keys' monomials: R products in place of S R.
     moments = FeatureMoments.of_tokens(kernel.key_maps[0], k, v, kv_mask)
     return moments.reweighted(kernel.weights, kernel.query_map)
 
@@ -136,16 +127,11 @@ def running_polynomial(
 ) -> RunningSummary:
     """The moments of the monomials of a growing prefix.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        degree: as in `polynomial_attention`, like all that follow.
-        coefficients: as there.
-        bound: as there.
-        rms: as there.
-        features: as there.
+    Arguments are those of `polynomial_attention`, for keys in scaled space (`approx_attention.methods`).
     """
     of_dtype = functools.partial(Kernel.of, head_dim, 1, degree, coefficients, bound, rms, features)
+    # The maps are the same in every dtype. The weights are made when the moments are read, in the dtype of these, and
+    # multiplied in there: moments that are still growing stay sums over keys alone.
     maps = of_dtype(jnp.float32)
     running = running_moments(maps.key_maps[0])
 

@@ -1,5 +1,6 @@
-"""Mean-pooled keys and values with log counts: the simplest landmarks that are right where keys are alike."""
+"""Mean-pooled keys and values with log counts: the simplest landmarks, exact where the keys of a segment are equal."""
 
+import functools
 from typing import Any
 
 from jax import Array
@@ -11,14 +12,12 @@ from approx_attention.core import (
     RunningSummary,
     TokenSums,
     WeightedKV,
-    attend,
-    causal_state,
     check_count,
     check_counts,
     check_tokens,
-    head_inputs,
     output_or_state,
     segments_of,
+    state_by_summary,
 )
 
 
@@ -42,16 +41,15 @@ def mean_pool(
     .. math:: \mathrm{out}_t = \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}\, \bar v_c
               \Big/ \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}.
 
-    Exact where the keys of a segment are equal, whatever their values. By Jensen's inequality it never
-    overestimates the normaliser.
+    It is exact where the keys of a segment are equal, for any values. By Jensen's inequality it never overestimates the
+    normaliser.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_landmarks: the number M of segments, of sizes that differ by at most 1; with as many as real keys the answer
-            is exact.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by segments
-            of equal length, the least power of two (times ``ceil(block_size / M)``) with which M segments cover them.
+        num_landmarks: the number M of segments, of sizes that differ by at most 1; with as many as real keys the output
+            is exact. Causally the segments of earlier blocks have equal length, the least power of two (times
+            ``ceil(block_size / M)``) with which M segments cover them.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1.
@@ -69,15 +67,17 @@ def mean_pool(
         The clustered special case of :cite:p:`zheng2023efficient`, section 4.2, with the count of each chunk
         restored.
     """
-    head_dim = q.shape[-1]
-    block_size = check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    if is_causal:
-        running = running_mean_pool(head_dim, num_landmarks=num_landmarks)
-        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
-    else:
-        state = attend(q, summarize_mean_pool(k, v, num_landmarks=num_landmarks, kv_mask=kv_mask))
-    return state
+    return state_by_summary(
+        q,
+        k,
+        v,
+        functools.partial(summarize_mean_pool, num_landmarks=num_landmarks),
+        functools.partial(running_mean_pool, num_landmarks=num_landmarks),
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
 
 
 def summarize_mean_pool(
@@ -88,29 +88,24 @@ def summarize_mean_pool(
     num_landmarks: int = 256,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Segment means of keys and sums of values over the real keys; where these are fewer than M, the rest has mass 0.
+    """Segment means of keys and sums of values over the real keys.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        num_landmarks: the number M of segments.
+    Arguments are those of `mean_pool`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
-        A `WeightedKV` of min(M, S) tokens.
+        A `WeightedKV` of min(M, S) tokens; where fewer than M keys are real, the other tokens have mass 0.
     """
     check_tokens(k, v, kv_mask)
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
+    # Segments are cut over the real tokens, and sums (not means) are pooled: padding counts for nothing in either.
     return TokenSums.of_tokens(k, v, kv_mask).pooled(segments_of(num_keys, num_landmarks, kv_mask)).landmarks()
 
 
 def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks: int = 256) -> RunningSummary:
     """Segments of equal length over a growing prefix: neighbours are pooled in pairs whenever M of them no longer fit.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        num_landmarks: the number M of segments.
+    Arguments are those of `mean_pool`, for keys in scaled space (`approx_attention.methods`).
     """
     head_dim, num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
 
@@ -118,6 +113,7 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
         return GrowingSegments.empty(num_landmarks, head_dim, value_dim, dtype)
 
     def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
+        # At first segments are as short as lets M of them cover one block; later they double.
         least_length = -(-k.shape[0] // num_landmarks)
         return growing.append(start, 1, TokenSums.of_tokens(k, v, kv_mask), least_length)
 

@@ -19,8 +19,6 @@ from approx_attention.core import (
     TrigonometricFeatures,
     WeightedFeatures,
     accumulation_dtype,
-    attend,
-    causal_state,
     check_choice,
     check_count,
     check_finite,
@@ -34,9 +32,11 @@ from approx_attention.core import (
     output_or_state,
     running_moments,
     squared_norm,
+    state_by_summary,
 )
 
-# A token whose entries are all smaller has no direction that float32 could tell.
+# A token whose entries are all smaller counts as zero, which has no direction: the square of the limit, 1e-36, is near
+# the least normal number of float32.
 LEAST_SIZE = 1e-18
 
 RfaFeatures = Literal["trigonometric", "positive"]
@@ -70,26 +70,24 @@ def rfa(
 
     With gates :math:`g_t = \mathrm{sigmoid}(z_t)` the causal sums forget, :math:`S_t = g_t S_{t-1} + (1 - g_t)
     \phi(k_t) v_t^T`: key j then weighs :math:`(1 - g_j) \prod_{i \le j} g_i^{-1}` times a factor that the normaliser
-    cancels, a log-weight of the key alone, so the chunked causal form serves unchanged. It is held as one number per
-    key, whose rounding error is about :math:`10^{-7} \sum_{i \le j} |\log g_i|`.
+    cancels. This is a log-weight of the key alone, so the blockwise causal form serves unchanged. It is one number per
+    key, whose rounding error is about :math:`10^{-7} \sum_{i \le j} |\log g_i|`. Padding closes no gate.
 
-    Trigonometric estimates may be negative, so an answer can leave the range of the values, and where the estimated
-    normaliser is not positive the far tokens count for nothing.
+    Trigonometric estimates may be negative, so an output can leave the range of the values. Where the estimated
+    normaliser is not positive, the features give no output: earlier blocks then count for nothing. The authors' code
+    clamps the normaliser from below instead, which shrinks outputs, and contains no gates.
+
+    Log-normalisers are those of the normalised queries and keys.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given; even for trigonometric ones.
         features: ``"trigonometric"``, R/2 sines and R/2 cosines, or ``"positive"``, those of `favor`.
-        bandwidth: :math:`\sigma`, a number or one per channel ``[D]``, to be learned. The paper's Gaussian kernel is
-            this one where it is a number; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
-        projection: the directions ``[R/2, D]`` (``[R, D]`` if positive) in place of a draw.
+        bandwidth: :math:`\sigma`, a number or one per channel ``[D]``, which can be learned. A number gives the
+            paper's Gaussian kernel; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
+        projection: the directions ``[R/2, D]`` (``[R, D]`` if positive); by default a random projection.
         gate_logits: z ``[S]``, the logits of the gates; with ``is_causal`` only.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0; padding closes no gate.
-        return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are those of the
-            normalised queries and keys.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
@@ -110,29 +108,32 @@ def rfa(
         :cite:p:`peng2021random`, sections 3.1 and 3.2 (gates).
     """
     head_dim = q.shape[-1]
-    block_size = check_count("block_size", block_size)
     if gate_logits is not None and not is_causal:
         raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
-    drawn: Any = {
-        "num_features": num_features,
-        "features": features,
-        "bandwidth": bandwidth,
-        "projection": projection,
-    }
-    running = running_rfa(head_dim, key, **drawn, gated=gate_logits is not None)
-    # The scale is folded in after the normalisation, which would undo it.
+    gated = gate_logits is not None
+    options: Any = {"num_features": num_features, "features": features, "projection": projection}
+    running = running_rfa(head_dim, key, **options, bandwidth=bandwidth, gated=gated)
+    # The normalisation would undo a scale, which is folded in after it.
     q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask, is_causal=is_causal)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     if gate_logits is not None:
         q, k, _ = gate_tokens(q, k, gate_logits, scale=scale, kv_mask=kv_mask)
-    q, k, v = head_inputs(running.space(q), running.space(k), v, scale=scale)
-    if is_causal:
-        state = causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
-    else:
-        feature_map = _rfa_features(head_dim, key, num_features, features, projection)
-        state = attend(q, FeatureMoments.of_tokens(feature_map, k, v, kv_mask))
-    return state
+
+    def summarize(k: Array, v: Array, kv_mask: Array | None) -> FeatureMoments:
+        return FeatureMoments.of_tokens(_rfa_features(head_dim, key, **options), k, v, kv_mask)
+
+    return state_by_summary(
+        running.space(q),
+        running.space(k),
+        v,
+        summarize,
+        lambda _: running,
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
 
 
 def running_rfa(
@@ -147,14 +148,9 @@ def running_rfa(
 ) -> RunningSummary:
     """The moments of a growing prefix of normalised keys.
 
-    Shared arguments: see `approx_attention.methods`.
+    Arguments are those of `rfa`; its ``space`` normalises queries and keys.
 
     Args:
-        key: typed PRNG key; not needed if ``projection`` is given.
-        num_features: the number R of features, unless a projection is given.
-        features: their kind, as in `rfa`.
-        bandwidth: as in `rfa`.
-        projection: the directions in place of a draw.
         gated: queries and keys come from `gate_tokens`, with D + 2 channels.
     """
     head_dim = check_count("head_dim", head_dim)
@@ -163,9 +159,12 @@ def running_rfa(
 
     def space(x: Array) -> Array:
         tokens = x[:, :head_dim]
-        # Brought to a size whose square neither over- nor underflows; a row of next to nothing has no direction.
+        # Divided by its largest entry, a row has a square that neither over- nor underflows. The norm cancels this
+        # factor, so it can be a constant to derivatives.
         size = lax.stop_gradient(jnp.max(jnp.abs(tokens), axis=-1, keepdims=True))
         none = size < LEAST_SIZE
+        # Guarded twice: a quotient or root of 0 that is only selected away has a derivative of NaN. The authors' code
+        # adds 1e-3 to the norm, which no longer gives unit vectors.
         tokens = jnp.where(none, 0, tokens / jnp.where(none, 1, size))
         norm = jnp.sqrt(jnp.where(none, 1, squared_norm(tokens)))
         unit = tokens * (head_dim**0.25 / norm) * jnp.asarray(bandwidth, x.dtype).reshape(1, -1)
@@ -175,7 +174,9 @@ def running_rfa(
         return running_moments(feature_map)._replace(space=space)
 
     def near(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-        # The log-weights are added here, and not within the product of queries and keys, which may round them.
+        # Log-weights are sums over all earlier gates and so may be large. Added here, and not as channels of the
+        # product of queries and keys, they are not rounded to lower precision; less the greatest that is seen, they do
+        # not swallow the logits.
         log_weight = k[:, -1][None, :]
         greatest = finite_peak(jnp.max(jnp.where(bias <= HIDDEN / 2, -jnp.inf, log_weight)))
         state = dense_state(
@@ -203,7 +204,7 @@ def gate_tokens(
     kv_mask: Bool[Array, " S"] | None = None,
     start: Float[Array, ""] | float = 0.0,
 ) -> tuple[Array, Array, Array]:
-    r"""Queries and keys that carry the gates of gated `rfa` in two more channels.
+    r"""Queries and keys with the gates of gated `rfa` in two more channels.
 
     Key j gets the log-weight :math:`b_j = \log(1 - g_j) - \sum_{i \le j} \log g_i`. A `Decoder` of
     ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)`` takes them, segment by segment.
@@ -213,11 +214,11 @@ def gate_tokens(
     Args:
         gate_logits: z ``[S]`` of gates :math:`g = \mathrm{sigmoid}(z)`.
         scale: the factor of the logits that will be folded in, ``1/sqrt(D)`` by default.
-        start: what the segment before returned.
+        start: the last result of the segment before, 0 for the first segment.
 
     Returns:
-        Queries ``[T, D + 2]`` and keys ``[S, D + 2]`` in float32 or wider, and :math:`-\sum \log g` up to the end, the
-        next ``start``.
+        Queries ``[T, D + 2]`` and keys ``[S, D + 2]`` in float32 or wider, and :math:`-\sum \log g` up to the end,
+        which is ``start`` of the next segment.
 
     Raises:
         ValueError: gate logits that are not one per key.
@@ -226,11 +227,14 @@ def gate_tokens(
     if gate_logits.shape != k.shape[:1]:
         raise ValueError(f"gate_logits must be one per key, [S] = {list(k.shape[:1])}, got shape {gate_logits.shape}")
     dtype = accumulation_dtype(q, k)
+    # The scale will be folded in later: divided by its root, the two channels come out as they are.
     root = math.sqrt(1 / math.sqrt(q.shape[-1])) if scale is None else jnp.sqrt(jnp.asarray(scale, dtype))
     q, k, gate_logits = q.astype(dtype), k.astype(dtype), gate_logits.astype(dtype)
     if kv_mask is not None:
         gate_logits = jnp.where(kv_mask, gate_logits, 0)
+    # -log g and, below, -log(1 - g), without the overflow of either sigmoid.
     forgotten = jax.nn.softplus(-gate_logits)
+    # Padding forgets nothing, g = 1: the next real token finds the sums as they were.
     if kv_mask is not None:
         forgotten = jnp.where(kv_mask, forgotten, 0)
     total = jnp.asarray(start, k.dtype) + jnp.cumsum(forgotten)
@@ -238,6 +242,7 @@ def gate_tokens(
     if kv_mask is not None:
         log_weight = jnp.where(kv_mask[:, None], log_weight, 0)
     ones = jnp.ones_like(q[:, :1]) / root
+    # The channels of `WeightedFeatures`: [q, 1, 0] and [k, b, b], so that logits are q . k + b and features e^b phi(k).
     return (
         jnp.concatenate([q, ones, jnp.zeros_like(ones)], axis=-1),
         jnp.concatenate([k, log_weight, log_weight], axis=-1),
@@ -248,13 +253,9 @@ def gate_tokens(
 def draw_rfa(
     key: PRNGKeyArray, head_dim: int, *, num_features: int = 256, features: RfaFeatures = "trigonometric"
 ) -> dict[str, Array]:
-    """Draws the directions that `rfa` takes as ``projection``, to be shared by many calls.
+    """The random directions that `rfa` takes as ``projection``, to be shared by many calls.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        num_features: the number R of features.
-        features: their kind, as in `rfa`.
+    Arguments are those of `rfa`, and ``head_dim``, the number D of channels.
 
     Returns:
         ``{"projection": [R/2, D]}``, or ``[R, D]`` if positive.
@@ -265,6 +266,7 @@ def draw_rfa(
         if num_features % 2:
             raise ValueError(f"trigonometric features come in pairs: num_features must be even, got {num_features}")
         num_features //= 2
+    # Independent directions, as in the paper.
     return {"projection": gaussian_projection(key, num_features, head_dim)}
 
 
@@ -274,8 +276,8 @@ def _rfa_features(
     num_features = check_count("num_features", num_features)
     check_choice("features", features, ("trigonometric", "positive"))
     if projection is None:
-        drawn = draw_rfa(check_key("rfa", key), head_dim, num_features=num_features, features=features)
-        projection = drawn["projection"]
+        sample_key = check_key("rfa", key)
+        projection = draw_rfa(sample_key, head_dim, num_features=num_features, features=features)["projection"]
     check_projection(projection, head_dim)
     kind: Callable[[Array], FeatureMap] = TrigonometricFeatures if features == "trigonometric" else PositiveFeatures
     return kind(projection)

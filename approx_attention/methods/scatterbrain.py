@@ -43,24 +43,23 @@ def scatterbrain(
               S_{tj} = \big(e^{q_t \cdot k_j} - \phi(q_t) \cdot \phi(k_j)\big)\,[j \in N(t)], \qquad
               \mathrm{out}_t = \sum_j A_{tj} v_j \Big/ \sum_j A_{tj}.
 
-    Nothing is subtracted: the keys before the support and those after it are summed apart from it, so every weight is
-    positive, however wrong the features are on the support. Normaliser and numerator are unbiased; their ratio is not.
-    Where two blocks hold all tokens the answer is exact. The support serves low temperatures, if it holds what matters
-    there, and the features high ones; but exact weights do not share the errors of estimated ones, which partly cancel
-    in the ratio of `favor`, so where neither serves it may be worse than either alone. The paper's support comes from
-    hashing; this one is positional.
+    The paper subtracts the features on the support. Here the keys off the support are summed alone, so every weight is
+    positive, however wrong the features would be on the support. The paper's support comes from hashing; this one is
+    positional.
 
-    With ``is_causal`` the future is dropped, which leaves causal `favor` with ``block_size=window_size``.
+    Normaliser and numerator are unbiased; their ratio is not. Where two blocks contain all tokens the output is exact.
+    The support serves low temperatures, if it contains the large weights, and the features serve high ones. But exact
+    weights do not share the errors of estimated ones, which partly cancel in the ratio of `favor`: where neither
+    serves, the sum may be worse than either alone.
+
+    With ``is_causal`` there are no later keys, which leaves causal `favor` with ``block_size=window_size``.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        key: typed PRNG key; not needed if ``projection`` is given.
         num_features: the number R of features, unless a projection is given.
         window_size: tokens per block; a query sees from one to two blocks to a side exactly.
-        projection: the directions ``[R, D]`` in place of a draw.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by features.
+        projection: the directions ``[R, D]``; by default a random projection.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor projection.
@@ -88,10 +87,12 @@ def scatterbrain(
     if is_causal:
         state = causal_state(q, k, v, running_moments(features), block_size=window_size, kv_mask=kv_mask)
     else:
+        # No block is longer than the sequence, which would only be padding.
         block = min(window_size, max(q.shape[0], k.shape[0]))
         blocks = BlockMap.banded(1, 1, block_size=block, num_queries=q.shape[0], num_keys=k.shape[0])
 
         def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> FeatureMoments:
+            # One projection for all blocks: moments add up only in the same features.
             return FeatureMoments.of_tokens(features, k, v, kv_mask)
 
         def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:

@@ -1,4 +1,4 @@
-"""Sketches in front of the values, which need all of the weights, and samples of the keys, which do not."""
+"""Sketches of the values, which need all of the weights, and importance samples of the keys, which do not."""
 
 import dataclasses
 from typing import Literal
@@ -52,28 +52,28 @@ def unreduced_jlt(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Softmax attention over values that a Johnson-Lindenstrauss sketch has squeezed and spread again.
+    r"""Softmax attention over values that a Johnson-Lindenstrauss sketch has compressed and spread again.
 
     With the weights :math:`P = \mathrm{softmax}(s\, q k^T)`, the mean value :math:`\bar v` and a random M x S matrix
     :math:`\Pi` with :math:`E[\Pi^T \Pi] = I`,
 
     .. math:: \mathrm{out} = \bar v + P\, \Pi^T \Pi\, (v - \bar v).
 
-    This is the approximation that the theory of Linformer speaks of, and unlike `linformer` with a random projection it
-    is one: its expectation is softmax attention, and `bounds.sketch_mse` is its mean squared error. It needs P, so it
-    saves nothing: it is the oracle that says how far a sketch of so many rows can go. Subtracting the mean is free,
-    because rows of P sum to 1.
+    This is the approximation of Linformer's theory. Its expectation is softmax attention and its mean squared error is
+    `bounds.sketch_mse`; neither holds for `linformer` with a random projection. It needs P, so it saves nothing: it
+    shows what a sketch of M rows can reach. Log-normalisers are exact.
 
-    Shared arguments: see `approx_attention.methods`.
+    Subtracting the mean is a departure from the paper. It is free, because rows of P sum to 1, and lowers the variance
+    where the mean is large.
+
+    Shared arguments: see `approx_attention.methods`. With ``"uniform_rows"`` the sample may contain rows of padding.
 
     Args:
-        key: typed PRNG key; not needed if ``sketch`` is drawn already.
+        key: typed PRNG key; not needed if ``sketch`` is a sketch.
         sketch_size: the number M of rows.
-        sketch: a kind of `approx_attention.core.draw_sketch`, or a sketch of S rows, by place.
-        centred: subtract the mean of the values before, and add it after.
-        kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. With ``"uniform_rows"`` rows of
-            padding are drawn too.
-        return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
+        sketch: a kind of `approx_attention.core.draw_sketch`, or a sketch of S rows, by place. The default loses
+            nothing where M is the power of two from S on.
+        centred: subtract the mean of the values before the sketch, and add it after.
 
     Raises:
         ValueError: shapes that do not fit, an unknown kind of sketch, a size that it cannot have, no key.
@@ -105,6 +105,7 @@ def unreduced_jlt(
     if centred:
         real = jnp.ones((num_keys, 1), bool) if kv_mask is None else kv_mask[:, None]
         mean = jnp.sum(v, axis=0, keepdims=True) / jnp.maximum(jnp.sum(real), 1).astype(v.dtype)
+        # Padding stays 0, so that the sketch of the real rows contains none of it.
         v = jnp.where(real, v - mean, 0)
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     if not isinstance(sketch, str):
@@ -112,29 +113,32 @@ def unreduced_jlt(
     elif kv_mask is None:
         v = _through_sketch(v, sketch, sketch_size, key)
     else:
+        # The sketch of the real rows alone: random numbers go by place, and padding must change none of them.
         order = RealFirst.of(kv_mask)
         v = order.back(_through_real_sketch(order.front(v), count_real(kv_mask), sketch, sketch_size, key))
     state = blocked_state(q, k, v, key_bias)
+    # A query that sees no key gives 0, not the mean; NaN must come out, not turn to 0.
     seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
-    state = dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
-    return state
+    return dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
 
 
 def _through_sketch(v: Array, kind: str, size: int, key: Array | None, count: Array | None = None) -> Array:
-    """What a random sketch of ``count`` rows makes of the first rows ``v``, the others being 0; by default of all."""
+    r"""The rows :math:`\Pi^T \Pi v` of a random sketch of the first ``count`` rows; those after them must be 0."""
     # Rows beyond the orthogonal transform's, or beyond all rows of a sample, would add nothing.
     most = {"hadamard": 1 << (v.shape[0] - 1).bit_length(), "uniform_rows": v.shape[0]}.get(kind, size)
     sketch = draw_sketch(check_key("unreduced_jlt", key), kind, min(size, most), v.shape[0])
+    # The random numbers that a sketch of ``count`` rows would have; a sample of rows has no such prefix.
     if count is not None and kind != "uniform_rows":
         sketch = jax.tree.map(lambda x: draw_of_size(x, count), sketch)
     return back(sketch, sketch @ v)
 
 
 def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Array | None) -> Array:
-    """The same for any kind."""
+    """`_through_sketch` for ``count`` real rows of any kind, also where the shape of the sketch depends on it."""
     if kind != "hadamard":
         return _through_sketch(v, kind, size, key, count)
-    # The transform of the least power of two that holds the real rows is a corner of that of all rows.
+    # The transform of the least power of two that holds the real rows is a corner of that of all rows. Their number is
+    # traced, so rows are sampled for every power of two, and one of the samples is selected.
     lengths = [1 << level for level in range((v.shape[0] - 1).bit_length() + 1)]
     size = min(size, lengths[-1])
     sketch = HadamardSketch.draw(check_key("unreduced_jlt", key), size, v.shape[0])
@@ -143,6 +147,7 @@ def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Arra
     chosen = jnp.stack([pad_rows(x, size - x.shape[0]) for x in rows])[level]
     used = jnp.minimum(size, jnp.asarray(lengths, jnp.int32)[level])
     sketch = dataclasses.replace(sketch, chosen=chosen)
+    # Entries of the sketch are 1/sqrt(size); those of one of fewer rows are larger, and rows behind them count nothing.
     share = jnp.where(jnp.arange(size, dtype=jnp.int32) < used, size / used.astype(v.dtype), 0)
     return back(sketch, share[:, None] * (sketch @ v))
 
@@ -162,18 +167,18 @@ def importance_sample(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Attention over M keys drawn with replacement, each counted as often as its odds say it was passed over.
+    r"""Attention over a sample of M keys with replacement, each weighted by its inverse probability.
 
     .. math:: j_1, \dots, j_M \sim p, \qquad
               \mathrm{out}_t = \sum_m \frac{e^{s\, q_t \cdot k_{j_m}}}{M p_{j_m}}\, v_{j_m}
               \Big/ \sum_m \frac{e^{s\, q_t \cdot k_{j_m}}}{M p_{j_m}}.
 
-    Numerator and normaliser are right on average whatever the odds; their ratio is so in the limit.
+    Numerator and normaliser are unbiased for all odds; their ratio is in the limit of large M.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        sample_size: the number M of draws.
+        sample_size: the number M of sampled keys, of which some may be equal.
         odds: p, in proportion to 1, to the norms of keys or of values (each plus their mean, so that none is near 0),
             or to the ridge leverage scores of the keys (plus theirs).
 
@@ -193,9 +198,7 @@ def importance_sample(
         Self-normalised importance sampling; row sampling as in :cite:p:`drineas2006fast`.
     """
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
-    summary = summarize_importance_sample(k, v, key, sample_size=sample_size, odds=odds, kv_mask=kv_mask)
-    state = attend(q, summary)
-    return state
+    return attend(q, summarize_importance_sample(k, v, key, sample_size=sample_size, odds=odds, kv_mask=kv_mask))
 
 
 def summarize_importance_sample(
@@ -207,13 +210,9 @@ def summarize_importance_sample(
     odds: Odds = "value_norm",
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Keys drawn with replacement, with masses that undo their odds.
+    """A sample of keys with replacement, with masses that undo their odds.
 
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        sample_size: the number M of draws.
-        odds: as in `importance_sample`.
+    Arguments are those of `importance_sample`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         A `WeightedKV` of M tokens.
@@ -222,6 +221,8 @@ def summarize_importance_sample(
     sample_size = check_count("sample_size", sample_size)
     k, v = token_sums_inputs(k, v, kv_mask)
     real = real_keys(kv_mask, k.shape[0])
+    # The odds cancel on average, so they are constants to derivatives. Value norms are the default because the optimal
+    # odds, for a query, are proportional to its weights times these norms.
     size = lax.stop_gradient(
         {
             "uniform": lambda: jnp.ones_like(k[:, 0]),
@@ -230,8 +231,11 @@ def summarize_importance_sample(
             "leverage": lambda: leverages(k),
         }[odds]()
     )
+    # Adding the mean bounds every odds from below by half of the uniform ones, and so every mass by 2 n / M. Where all
+    # sizes are 0 the odds are uniform.
     mean = jnp.sum(size, where=real) / jnp.maximum(jnp.sum(real), 1).astype(k.dtype)
     log_odds = jnp.where(real, jnp.log(size + jnp.where(mean > 0, mean, 1)), HIDDEN)
     sample = RowSample.with_odds(check_key("importance_sample", key), sample_size, log_odds)
+    # A sketch is applied twice, S^T S, so its weight is the root of 1/(M p). If no key is real, padding is sampled.
     mass = jnp.where(real[sample.chosen], sample.weight**2, 0)
     return WeightedKV(k[sample.chosen], mass[:, None] * v[sample.chosen], mass)

@@ -1,6 +1,5 @@
-"""Top-k attention: every query over the keys of its largest logits, found exactly or by hashing."""
+"""Top-k attention: every query over the keys of its largest logits."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
@@ -9,24 +8,16 @@ from approx_attention.core import (
     AttentionState,
     along_with,
     check_count,
-    check_floating,
-    check_key,
-    count_real,
-    draw_of_size,
     head_inputs,
     in_blocks,
     out_of_blocks,
     output_or_state,
-    over_real_tokens,
-    pad_rows,
     real_keys,
 )
-from approx_attention.sparse import GATHERED, gathered_state
+from approx_attention.sparse import gathered_state
 
-# Logits are made by tiles of so many queries and keys.
-QUERY_BLOCK, SEARCHED = 512, 1024
-# The buckets are listed, so there must not be many more of them than keys.
-MOST_HASHES = 24
+# Queries and keys per tile of logits: the search makes one tile at a time.
+QUERY_BLOCK, KEY_BLOCK = 512, 1024
 
 
 @output_or_state
@@ -47,15 +38,15 @@ def top_k(
               = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
               \qquad S_t = \operatorname{arg\,top}_K\; q_t \cdot k_j
 
-    The keys are found exactly, by blocks of keys of which the best so far are kept, so that memory is linear; the time
-    is not, since every logit is computed: it saves the memory of the weights and the work of the values, and shows what
-    any search for the largest logits could reach at best. The total variation to softmax is the weight left out. Which
-    keys are chosen has no gradient; of equal logits the first are.
+    The keys are found exactly, block by block, with the best so far. Memory is linear; time is not, since every logit
+    is computed. This saves the memory of the weights and the products with the values, and shows the best that a search
+    for the largest logits can reach. The total variation to softmax is the weight left out. The choice of keys has no
+    gradient; of equal logits the first keys are chosen.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        keys_per_query: the number K of keys; with K >= S the answer is exact.
+        keys_per_query: the number K of keys; with K >= S the output is exact.
 
     Raises:
         ValueError: shapes that do not fit, a count below 1.
@@ -75,8 +66,8 @@ def top_k(
     count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     places, seen = largest_logits(q, k, count, is_causal=is_causal, kv_mask=kv_mask)
-    state = gathered_state(q, k, v, places, seen)
-    return state
+    # The logits are computed again, from the gathered keys alone: the search has no gradient.
+    return gathered_state(q, k, v, places, seen)
 
 
 def largest_logits(
@@ -88,7 +79,8 @@ def largest_logits(
 
     Args:
         q: queries ``[T, D]`` in scaled space.
-        count: how many, at most S.
+        k: keys ``[S, D]`` in scaled space.
+        count: the number of keys per query, at most S.
 
     Returns:
         Their numbers, int32 ``[T, count]``, and which of them the query sees: all, unless it sees fewer.
@@ -96,7 +88,7 @@ def largest_logits(
     q, k = lax.stop_gradient((q, k))
     num_queries, num_keys = q.shape[0], k.shape[0]
     real = real_keys(kv_mask, num_keys)
-    rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, SEARCHED)
+    rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, KEY_BLOCK)
     numbers = jnp.arange(num_keys, dtype=jnp.int32)
     key_blocks = in_blocks(k, columns), in_blocks(real, columns), in_blocks(numbers, columns)
 
@@ -121,180 +113,5 @@ def largest_logits(
     positions = jnp.arange(num_queries, dtype=jnp.int32)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
     logits, places = out_of_blocks(found, num_queries)
-    # NaN counts: it must come out.
+    # Not `> -inf`, which is false of NaN: a NaN counts, so that it comes out.
     return places, logits != -jnp.inf
-
-
-@output_or_state
-def lsh_top_k(
-    q: Float[Array, "T D"],
-    k: Float[Array, "S D"],
-    v: Float[Array, "S Dv"],
-    key: Array | None = None,
-    *,
-    keys_per_query: int = 32,
-    num_rounds: int = 4,
-    num_hashes: int | None = None,
-    projection: Float[Array, "N B D"] | None = None,
-    is_causal: bool = False,
-    kv_mask: Bool[Array, " S"] | None = None,
-    scale: float | Array | None = None,
-) -> AttentionState:
-    r"""Top-k attention whose keys are looked for among those that hash like the query.
-
-    In each of N rounds the signs of b random projections put queries and keys into :math:`2^b` buckets. With the keys
-    sorted by bucket and place, a query meets the K keys nearest to its own place in its bucket, and as many in the
-    neighbour that it reaches by the sign it was least sure of. Of all that it meets in all rounds, each counted once,
-    the K of the largest logits are attended to, with exact logits.
-
-    .. math:: \mathrm{out}_t
-              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
-              \qquad S_t = \operatorname{arg\,top}_{K,\, j \in C_t}\; q_t \cdot k_j
-
-    The cost is that of 2 N K gathered keys for each query, whatever S. Signs see the angle between a query and a key,
-    not the norm of the key: where norms differ much, the largest logits are missed more often. Causally a query meets
-    the last K keys of a bucket that come before it; the keys that come later change neither hash nor choice, which
-    sorted chunks (as in Reformer) do not ensure. Which keys are chosen has no gradient.
-
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
-        key: typed PRNG key; not needed if ``projection`` is given.
-        keys_per_query: the number K of keys; with K >= S the answer is exact unless ``num_hashes`` says otherwise.
-        num_rounds: the number N of rounds.
-        num_hashes: the number b of signs, at most 24; by default as many as it takes for a bucket to hold no more than
-            K real keys on average.
-        projection: the directions ``[N, b, D]`` in place of a draw.
-
-    Raises:
-        ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection.
-        TypeError: dtypes that are not floating point.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import lsh_top_k, top_k
-        >>> x, v = (jax.random.normal(jax.random.key(i), (256, 16)) for i in range(2))
-        >>> q = 3 * x + 0.1 * v  # every query points at a key of its own
-        >>> out = lsh_top_k(q, x, v, jax.random.key(3), keys_per_query=8)
-        >>> best = top_k(q, x, v, keys_per_query=8)
-        >>> bool(jnp.linalg.norm(out - best) < 0.2 * jnp.linalg.norm(best))
-        True
-
-    Reference:
-        :cite:p:`kitaev2020reformer`, section 2; the neighbour: :cite:p:`lv2007multiprobe`.
-    """
-    num_keys = k.shape[0]
-    count = min(check_count("keys_per_query", keys_per_query), num_keys)
-    num_rounds = check_count("num_rounds", num_rounds)
-    if num_hashes is not None:
-        num_hashes = check_count("num_hashes", num_hashes, least=0)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    used = None
-    if projection is None:
-        if num_hashes is None:
-            num_hashes = (-(-num_keys // count) - 1).bit_length()
-            used = None if kv_mask is None else _hashes(jnp.maximum(count_real(kv_mask), 1), count, num_hashes)
-    else:
-        check_floating("projection", projection)
-        if projection.ndim != 3 or projection.shape[2] != q.shape[1]:
-            raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
-        num_hashes = projection.shape[1]
-    if num_hashes > MOST_HASHES:
-        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: there are 2^b buckets")
-    if projection is None:
-        shape = num_rounds, num_hashes, q.shape[1]
-        projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
-        projection = projection if used is None else draw_of_size(projection, used)
-    planes = projection.astype(q.dtype)
-
-    def found(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
-        return gathered_state(q, k, v, *_found_by_hashing(q, k, planes, used, count, is_causal, kv_mask))
-
-    state = over_real_tokens(found, q, k, v, kv_mask, is_causal=is_causal)
-    return state
-
-
-def _hashes(num_keys: Array, count: int, most: int) -> Array:
-    """The least number of signs, up to ``most``, with which buckets hold at most ``count`` keys on average."""
-    buckets = -(-num_keys // count)
-    return jnp.sum(2 ** jnp.arange(most, dtype=jnp.int32) < buckets, dtype=jnp.int32)
-
-
-def _found_by_hashing(
-    q: Array,
-    k: Array,
-    projection: Array,
-    used: Array | None,
-    count: int,
-    is_causal: bool,
-    kv_mask: Array | None,
-) -> tuple[Array, Array]:
-    """The keys of the largest logits among those that each query meets ``[T, count]``, and which there are.
-
-    Of each round the first ``used`` signs count, or all.
-    """
-    q, k = lax.stop_gradient((q, k))
-    num_queries, nowhere = q.shape[0], k.shape[0]
-    num_rounds, num_hashes, _ = projection.shape
-    powers, is_used = 2 ** jnp.arange(num_hashes, dtype=jnp.int32), None
-    if used is not None:
-        is_used = jnp.arange(num_hashes, dtype=jnp.int32) < used
-        powers = jnp.where(is_used, powers, 0)
-
-    def sort(planes: Array) -> tuple[Array, Array]:
-        """The keys by bucket and place, and where each bucket starts."""
-        bucket = (k @ planes.T > 0).astype(jnp.int32) @ powers
-        if kv_mask is not None:
-            bucket = jnp.where(kv_mask, bucket, 2**num_hashes)
-        order = jnp.argsort(bucket, stable=True).astype(jnp.int32)
-        every = jnp.arange(2**num_hashes + 1, dtype=jnp.int32)
-        return order, jnp.searchsorted(bucket[order], every).astype(jnp.int32)
-
-    def meet(q: Array, place: Array, planes: Array, order: Array, bounds: Array) -> Array:
-        """The keys that queries at a place meet in their bucket and its neighbour ``[n, 2 count]``, or nowhere."""
-        side = q @ planes.T
-        buckets = ((side > 0).astype(jnp.int32) @ powers)[:, None]
-        if num_hashes:
-            margin = jnp.abs(side) if is_used is None else jnp.where(is_used[None, :], jnp.abs(side), jnp.inf)
-            unsure = powers[jnp.argmin(margin, axis=1)]
-            buckets = jnp.concatenate([buckets, buckets ^ unsure[:, None]], axis=1)
-        start, end = bounds[buckets], bounds[buckets + 1]
-        after = _first_beyond(order, start, end, place[:, None])
-        if is_causal:
-            start, end = jnp.maximum(start, after - count), after
-        else:
-            start = jnp.clip(after - (count + 1) // 2, start, jnp.maximum(start, end - count))
-            end = jnp.minimum(end, start + count)
-        number = start[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
-        met = jnp.where(number < end[:, :, None], order[jnp.minimum(number, nowhere - 1)], nowhere)
-        return met.reshape(q.shape[0], -1)
-
-    k_padded = pad_rows(k, 1)
-    sorted_keys = jax.vmap(sort)(projection)
-    rows = min(num_queries, max(1, GATHERED // (2 * num_rounds * count)))
-
-    def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        q, place = args
-        met = jax.vmap(meet, (None, None, 0, 0, 0), 1)(q, place, projection, *sorted_keys)
-        places = jnp.sort(met.reshape(rows, -1), axis=1)
-        again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
-        logits = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k_padded[places]))
-        logits, chosen = lax.top_k(jnp.where(again | (places == nowhere), -jnp.inf, logits), count)
-        return jnp.take_along_axis(places, chosen, axis=1), logits != -jnp.inf
-
-    own_place = jnp.arange(num_queries, dtype=jnp.int32)
-    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
-    return out_of_blocks(found, num_queries)
-
-
-def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:
-    """The first number i in [start, end) with ``order[i] > bound``, or end, where ``order`` rises; by bisection."""
-
-    def halve(_: Array | int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) // 2
-        is_below = (order[jnp.minimum(middle, order.shape[0] - 1)] <= bound) & (low < high)
-        return jnp.where(is_below, middle + 1, low), jnp.where(is_below | (low == high), high, middle)
-
-    return lax.fori_loop(0, order.shape[0].bit_length(), halve, (start, end))[0]

@@ -1,0 +1,62 @@
+"""The two forms of a method that is a summary: from all keys at once, or causal."""
+
+from collections.abc import Callable
+
+from jax import Array
+
+from approx_attention.core.causal import RunningSummary, causal_state
+from approx_attention.core.checks import check_count, head_inputs
+from approx_attention.core.states import AttentionState
+from approx_attention.core.summaries import Summary, attend
+
+
+def state_by_summary(
+    q: Array,
+    k: Array,
+    v: Array,
+    summarize: Callable[..., Summary],
+    running: Callable[[int], RunningSummary],
+    *,
+    is_causal: bool,
+    block_size: int,
+    kv_mask: Array | None,
+    scale: float | Array | None,
+) -> AttentionState:
+    """Attention of one head by a summary of its keys, causal or not.
+
+    Args:
+        q: queries ``[T, D]``, not yet scaled.
+        k: keys ``[S, D]``, not yet scaled.
+        v: values ``[S, Dv]``.
+        summarize: ``(k, v, kv_mask=...) -> summary`` of all keys, in scaled space.
+        running: ``head_dim -> RunningSummary`` of a growing prefix of keys with ``head_dim`` channels.
+        is_causal: use the running summary, with exact attention nearby (`causal_state`).
+        block_size: tokens per block of the causal form.
+        kv_mask: true where a key is real, ``[S]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+
+    Returns:
+        The `AttentionState` of the queries.
+
+    Raises:
+        ValueError: shapes that do not fit, a block size below 1.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp
+        >>> from approx_attention import exact
+        >>> from approx_attention.core import state_by_summary
+        >>> from approx_attention.methods import running_exact, summarize_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
+        >>> running = functools.partial(running_exact, max_length=8)
+        >>> options = {"is_causal": True, "block_size": 2, "kv_mask": None, "scale": None}
+        >>> state = state_by_summary(q, k, v, summarize_exact, running, **options)
+        >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))
+        True
+    """
+    block_size = check_count("block_size", block_size)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    # Each form is made only where it is used: both of a random method would sample its projection twice.
+    if is_causal:
+        return causal_state(q, k, v, running(q.shape[-1]), block_size=block_size, kv_mask=kv_mask)
+    return attend(q, summarize(k, v, kv_mask=kv_mask))

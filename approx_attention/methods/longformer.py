@@ -1,0 +1,86 @@
+"""Longformer: a sliding window and a few global tokens."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
+    blocked_state,
+    check_count,
+    head_inputs,
+    mask_bias,
+    merge,
+    output_or_state,
+    over_real_tokens,
+    real_keys,
+    triangular_state,
+    window_state,
+)
+
+
+@output_or_state
+def longformer(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    window_size: int = 128,
+    num_global: int = 4,
+    is_causal: bool = False,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+) -> AttentionState:
+    r"""A sliding window, and a few global tokens that see every key and that every query sees.
+
+    .. math:: \mathrm{out}_t
+              = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
+              \qquad S_t = \begin{cases} \{0, \dots, S - 1\} & t < G \\
+              \{j : |t - j| < w\} \cup \{0, \dots, G - 1\} & \text{else.} \end{cases}
+
+    The first G real tokens are the global ones: order the sequence so. The published model projects q, k and v for
+    global attention a second time; here there is one q, k and v. Causally the window lies before the query and a global
+    token too sees no key after it, which leaves a window with attention sinks.
+
+    Shared arguments: see `approx_attention.methods`.
+
+    Args:
+        window_size: w, the query's own position and w - 1 tokens to a side (only before it if causal).
+        num_global: the number G of global tokens; by default 4, the usual number of attention sinks.
+
+    Raises:
+        ValueError: shapes that do not fit, a window without any key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import exact, longformer
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 4)) for i in range(3))
+        >>> out = longformer(q, k, v, window_size=2, num_global=3)
+        >>> bool(jnp.allclose(out[:3], exact(q, k, v)[:3], atol=1e-6))
+        True
+
+    Reference:
+        :cite:p:`beltagy2020longformer`, section 3.1; sinks: :cite:p:`xiao2023sinks`.
+    """
+    num_keys = k.shape[0]
+    left = check_count("window_size", window_size) - 1
+    num_global = min(check_count("num_global", num_global, least=0), num_keys)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+
+    def window_and_global(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
+        bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
+        # Global keys are hidden from the window, because every query sees them in another state: none counts twice.
+        not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
+        state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
+        if num_global == 0:
+            return state
+        columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
+        # Global queries see all keys, so that theirs is no merged state but another one.
+        rows = (triangular_state if is_causal else blocked_state)(q[:num_global], k, v, bias)
+        return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
+
+    return over_real_tokens(window_and_global, q, k, v, kv_mask, is_causal=is_causal)
