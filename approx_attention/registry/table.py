@@ -5,58 +5,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from approx_attention import methods
 from approx_attention.core import FeatureMoments, check_finite, check_not_negative, check_positive, unknown
 from approx_attention.coresets import running_coreset
-from approx_attention.methods import (
-    bigbird,
-    block_linformer,
-    coreset,
-    cosformer,
-    draw_favor,
-    draw_rfa,
-    eva,
-    exact,
-    exact_together,
-    favor,
-    hyper_attention,
-    importance_sample,
-    lara,
-    linformer,
-    local,
-    longformer,
-    lsh_top_k,
-    mean_pool,
-    mean_value,
-    nystrom,
-    polynomial_attention,
-    ra,
-    rfa,
-    running_block_linformer,
-    running_eva,
-    running_exact,
-    running_favor,
-    running_mean_pool,
-    running_polynomial,
-    running_rfa,
-    running_uniform_sample,
-    scatterbrain,
-    skyformer,
-    sparse_coreset,
-    summarize_block_linformer,
-    summarize_coreset,
-    summarize_exact,
-    summarize_favor,
-    summarize_importance_sample,
-    summarize_mean_pool,
-    summarize_mean_value,
-    summarize_polynomial,
-    summarize_uniform_sample,
-    svd,
-    top_k,
-    uniform_sample,
-    unreduced_jlt,
-    window_sides,
-)
 from approx_attention.registry.method import Capabilities, Method
 
 
@@ -68,20 +19,20 @@ def svd_flops(rows: int, columns: int) -> float:
 
 def window_of(given: Mapping[str, Any], is_causal: bool) -> tuple[int, int]:
     """How many keys to the left and to the right of its own a query sees."""
-    return window_sides(given["window_size"], is_causal)
+    return methods.window_sides(given["window_size"], is_causal)
 
 
 METHODS: Mapping[str, Method] = types.MappingProxyType(
     {
         "exact": Method(
-            function=exact,
+            function=methods.exact,
             grows=True,
             indifferent=("implementation",),
             windowed="local",
             sharding="ring",
-            summarize=summarize_exact,
-            running=running_exact,
-            together=exact_together,
+            summarize=methods.summarize_exact,
+            running=methods.running_exact,
+            together=methods.exact_together,
             # The gradient of its tiles is written out by hand, in reverse mode.
             capabilities=Capabilities(
                 dense_mask=True, decode=True, unbiased=True, subquadratic=False, forward_mode=False
@@ -90,14 +41,14 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Vaswani et al. 2017",
         ),
         "mean_value": Method(
-            function=mean_value,
-            summarize=summarize_mean_value,
+            function=methods.mean_value,
+            summarize=methods.summarize_mean_value,
             capabilities=Capabilities(normalizer=False),
             cost=lambda T, S, D, Dv, size: 0,
             reference="baseline",
         ),
         "local": Method(
-            function=local,
+            function=methods.local,
             window=window_of,
             tokens_seen=lambda given, is_causal: sum(window_of(given, is_causal)) + 1,
             sharding="halos",
@@ -107,7 +58,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Beltagy et al. 2020",
         ),
         "longformer": Method(
-            function=longformer,
+            function=methods.longformer,
             tokens_seen=lambda given, is_causal: sum(window_of(given, is_causal)) + 1 + given["num_global"],
             size="window_size",
             capabilities=Capabilities(exact_limit=True),
@@ -115,7 +66,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Beltagy et al. 2020",
         ),
         "bigbird": Method(
-            function=bigbird,
+            function=methods.bigbird,
             noise=("blocks",),
             size="num_random_blocks",
             usual_size=3,
@@ -125,7 +76,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Zaheer et al. 2020",
         ),
         "top_k": Method(
-            function=top_k,
+            function=methods.top_k,
             size="keys_per_query",
             usual_size=32,
             capabilities=Capabilities(exact_limit=True, subquadratic=False),
@@ -133,7 +84,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Gupta et al. 2021",
         ),
         "lsh_top_k": Method(
-            function=lsh_top_k,
+            function=methods.lsh_top_k,
             noise=("projection",),
             size="keys_per_query",
             usual_size=32,
@@ -143,28 +94,28 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Kitaev et al. 2020",
         ),
         "uniform_sample": Method(
-            function=uniform_sample,
+            function=methods.uniform_sample,
             noise=("noise",),
             size="sample_size",
-            summarize=summarize_uniform_sample,
-            running=running_uniform_sample,
+            summarize=methods.summarize_uniform_sample,
+            running=methods.running_uniform_sample,
             capabilities=Capabilities(decode=True, needs_key=True, unbiased=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (D + Dv),
             reference="baseline",
         ),
         "mean_pool": Method(
-            function=mean_pool,
+            function=methods.mean_pool,
             size="num_landmarks",
-            summarize=summarize_mean_pool,
-            running=running_mean_pool,
+            summarize=methods.summarize_mean_pool,
+            running=methods.running_mean_pool,
             capabilities=Capabilities(decode=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (D + Dv),
             reference="Zheng et al. 2023, special case",
         ),
         "coreset": Method(
-            function=coreset,
+            function=methods.coreset,
             size="coreset_size",
-            summarize=summarize_coreset,
+            summarize=methods.summarize_coreset,
             running=running_coreset,
             values={"query_radius": check_not_negative},
             capabilities=Capabilities(decode=True, needs_key=True, exact_limit=True),
@@ -173,7 +124,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Liberty et al. 2026, k-means with Nystrom weights",
         ),
         "sparse_coreset": Method(
-            function=sparse_coreset,
+            function=methods.sparse_coreset,
             size="coreset_size",
             usual_size=8,
             block="window_size",
@@ -183,14 +134,14 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Chen et al. 2021, with coresets",
         ),
         "hyper_attention": Method(
-            function=hyper_attention,
+            function=methods.hyper_attention,
             size="sample_size",
             capabilities=Capabilities(causal=False, needs_key=True, unbiased=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + min(256, S)) * (D + Dv),
             reference="Han et al. 2023",
         ),
         "linformer": Method(
-            function=linformer,
+            function=methods.linformer,
             size="num_slots",
             capabilities=Capabilities(trainable=True, normalizer=False, exact_limit=True),
             # Of pooling; learned projections cost 2 S R (D + Dv) on top.
@@ -198,18 +149,18 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Wang et al. 2020",
         ),
         "block_linformer": Method(
-            function=block_linformer,
+            function=methods.block_linformer,
             grows=True,
             size="slots_per_block",
             usual_size=16,
-            summarize=summarize_block_linformer,
-            running=running_block_linformer,
+            summarize=methods.summarize_block_linformer,
+            running=methods.running_block_linformer,
             capabilities=Capabilities(decode=True, trainable=True, exact_limit=True, subquadratic=False),
             cost=lambda T, S, D, Dv, size: 2 * T * -(-S // 128) * min(size, 128) * (D + Dv),
             reference="Wang et al. 2020, by blocks",
         ),
         "unreduced_jlt": Method(
-            function=unreduced_jlt,
+            function=methods.unreduced_jlt,
             noise=("sketch",),
             size="sketch_size",
             capabilities=Capabilities(causal=False, needs_key=True, convex=False, unbiased=True, subquadratic=False),
@@ -217,61 +168,61 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Wang et al. 2020, theorem 1",
         ),
         "importance_sample": Method(
-            function=importance_sample,
+            function=methods.importance_sample,
             size="sample_size",
-            summarize=summarize_importance_sample,
+            summarize=methods.summarize_importance_sample,
             capabilities=Capabilities(causal=False, needs_key=True, unbiased=True),
             cost=lambda T, S, D, Dv, size: 2 * T * size * (D + Dv),
             reference="Drineas et al. 2006",
         ),
         "favor": Method(
-            function=favor,
+            function=methods.favor,
             summary=FeatureMoments,
             noise=("projection",),
             size="num_features",
-            summarize=summarize_favor,
-            running=running_favor,
-            draw=draw_favor,
+            summarize=methods.summarize_favor,
+            running=methods.running_favor,
+            draw=methods.draw_favor,
             capabilities=Capabilities(decode=True, needs_key=True, unbiased=True),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D + Dv),
             reference="Choromanski et al. 2021",
         ),
         "scatterbrain": Method(
-            function=scatterbrain,
+            function=methods.scatterbrain,
             summary=FeatureMoments,
             noise=("projection",),
             sharding="prefix",
             size="num_features",
             # Without the future it is causal favor, whose blocks are the windows.
-            running=running_favor,
+            running=methods.running_favor,
             block="window_size",
-            draw=draw_favor,
+            draw=methods.draw_favor,
             capabilities=Capabilities(decode=True, needs_key=True, unbiased=True),
             cost=lambda T, S, D, Dv, size: 2 * ((T + S) * size + T * min(192, S)) * (D + Dv),
             reference="Chen et al. 2021",
         ),
         "cosformer": Method(
-            function=cosformer,
+            function=methods.cosformer,
             # Tokens carry no place by themselves: see running_cosformer.
             capabilities=Capabilities(normalizer=False),
             cost=lambda T, S, D, Dv, size: 4 * (T + S) * D * Dv,
             reference="Qin et al. 2022, a kernel of its own",
         ),
         "rfa": Method(
-            function=rfa,
+            function=methods.rfa,
             summary=FeatureMoments,
             noise=("projection",),
             per_token=("gate_logits",),
             size="num_features",
-            running=running_rfa,
-            draw=draw_rfa,
+            running=methods.running_rfa,
+            draw=methods.draw_rfa,
             values={"bandwidth": check_finite},
             capabilities=Capabilities(decode=True, needs_key=True, normalizer=False, convex=False),
             cost=lambda T, S, D, Dv, size: 2 * (T + S) * size * (D / 2 + Dv),
             reference="Peng et al. 2021",
         ),
         "ra": Method(
-            function=ra,
+            function=methods.ra,
             noise=("noise",),
             size="num_samples",
             usual_size=1,
@@ -280,7 +231,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Zheng et al. 2022",
         ),
         "lara": Method(
-            function=lara,
+            function=methods.lara,
             noise=("noise",),
             size="num_landmarks",
             values={"correction": check_finite},
@@ -289,18 +240,18 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Zheng et al. 2022",
         ),
         "eva": Method(
-            function=eva,
+            function=methods.eva,
             noise=("noise",),
             sharding="prefix",
             size="num_chunks",
-            running=running_eva,
+            running=methods.running_eva,
             block="window_size",
             capabilities=Capabilities(decode=True, takes_key=True, exact_limit=True),
             cost=lambda T, S, D, Dv, size: 2 * T * (min(size, S) + 64) * (D + Dv),
             reference="Zheng et al. 2023",
         ),
         "nystrom": Method(
-            function=nystrom,
+            function=methods.nystrom,
             size="num_landmarks",
             values={"ridge": check_positive, "rcond": check_positive},
             capabilities=Capabilities(causal=False, affine=False, convex=False, normalizer=False),
@@ -309,7 +260,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Xiong et al. 2021",
         ),
         "skyformer": Method(
-            function=skyformer,
+            function=methods.skyformer,
             noise=("noise",),
             size="num_landmarks",
             values={"ridge": check_positive},
@@ -318,17 +269,17 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             reference="Chen et al. 2021",
         ),
         "polynomial": Method(
-            function=polynomial_attention,
+            function=methods.polynomial_attention,
             summary=FeatureMoments,
-            summarize=summarize_polynomial,
-            running=running_polynomial,
+            summarize=methods.summarize_polynomial,
+            running=methods.running_polynomial,
             values={"coefficients": check_finite},
             capabilities=Capabilities(decode=True),
             cost=lambda T, S, D, Dv, size: 2 * (T * (Dv + 1) + S * Dv) * math.comb(D + 2, 2),
             reference="Alman and Song 2023",
         ),
         "svd": Method(
-            function=svd,
+            function=methods.svd,
             size="rank",
             capabilities=Capabilities(
                 causal=False, affine=False, convex=False, normalizer=False, exact_limit=True, subquadratic=False
@@ -375,7 +326,7 @@ def capability_table() -> str:
     for name, method in METHODS.items():
         facts = ["x" if getattr(method.capabilities, field) else "" for field in columns]
         limit = f"{method.size} = S" if method.capabilities.exact_limit else ""
-        limit = "always" if method.function is exact else limit
+        limit = "always" if method.function is methods.exact else limit
         rows.append([f"`{name}`", *facts, limit, *(_relative_cost(method, n) for n in (4096, 65536)), method.reference])
     alignment = ["left"] + ["center"] * len(columns) + ["left", "right", "right", "left"]
     return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
@@ -383,6 +334,6 @@ def capability_table() -> str:
 
 def _relative_cost(method: Method, length: int) -> str:
     """Matrix-product FLOPs at head dimension 64 and the usual size, as a share of exact attention's."""
-    of_exact = METHODS[exact.__name__].cost(length, length, 64, 64, 0)
+    of_exact = METHODS[methods.exact.__name__].cost(length, length, 64, 64, 0)
     share = method.cost(length, length, 64, 64, method.usual_size) / of_exact
     return f"{100 * share:.3g}%"
