@@ -32,11 +32,8 @@ class ApproxAttention(nn.Module):
         every: the number of calls with ``"every_n"``.
         noise: let a method that is random only with a key (`lara`, `eva`) draw too.
         learned: which of the arrays that the method draws are parameters, such as ``("projection",)``.
-        causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
-            It must be a causal mask, or one combined with padding (``nn.make_causal_mask``, ``nn.combine_masks``). A
-            traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
-        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
-            which are never formed.
+        causal_mask: ``"error"`` or ``"as_is_causal"``, as in `approx_attention.nnx.ApproxAttention`.
+        dropout: ``"error"`` or ``"output"``, likewise.
 
     Raises:
         ValueError: an unknown method, options that do not fit together.
@@ -88,21 +85,11 @@ class ApproxAttention(nn.Module):
         qk_attn_weights_einsum: Callable[..., Array] | None = None,
         attn_weights_value_einsum: Callable[..., Array] | None = None,
     ) -> Array:
-        """What ``nn.MultiHeadDotProductAttention`` calls.
+        """Attention as ``nn.MultiHeadDotProductAttention`` calls it.
+
+        Arguments that nnx has too are those of `approx_attention.nnx.ApproxAttention`.
 
         Args:
-            query: ``[..., T, N, D]``.
-            key: ``[..., S, K, D]``.
-            value: ``[..., S, K, Dv]``.
-            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; causal with ``causal_mask="as_is_causal"``; any other
-                for methods with ``dense_mask`` only.
-            dropout_rng: PRNG key for ``dropout="output"``.
-            dropout_rate: must be 0, unless ``deterministic`` or with ``dropout="output"``.
-            broadcast_dropout: drop the same in all sequences and heads.
-            deterministic: whether dropout is off.
-            dtype: computation type, that of the arrays by default.
-            precision: of matrix products.
-            module: must be None (``sow_weights=False``).
             force_fp32_for_softmax: ignored: normalisers are always float32 or wider.
             qk_attn_weights_einsum: must be None.
             attn_weights_value_einsum: must be None.

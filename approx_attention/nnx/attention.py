@@ -151,7 +151,7 @@ class ApproxAttention(nnx.Module):
         return jax.random.fold_in(stream.key[...], (jnp.maximum(stream.count[...], 1) - 1) // self.every)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What ``nnx.view`` calls.
+        """Takes what ``nnx.view`` says of all modules.
 
         Args:
             deterministic: whether to keep the last draw.
@@ -178,7 +178,7 @@ class ApproxAttention(nnx.Module):
         key_value_seq_lengths: Array | None = None,
         **per_token: Array | None,
     ) -> Array:
-        """What ``nnx.MultiHeadAttention`` calls.
+        """Attention as ``nnx.MultiHeadAttention`` calls it.
 
         Args:
             query: ``[..., T, N, D]``.

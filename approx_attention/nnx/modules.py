@@ -137,19 +137,11 @@ class Rfa(LearnedAttention):
         key_value_seq_lengths: Array | None = None,
         mask: Array | None = None,
     ) -> Array:
-        """Attention in the layout of `approx_attention.attention`.
+        """Attention in the layout of `approx_attention.attention`, as in `Eva`.
 
         Args:
-            query: ``[..., T, N, D]``.
-            key: ``[..., S, K, D]``.
-            value: ``[..., S, K, Dv]``.
             rng: typed PRNG key of the features; the same one for the same features.
             gate_input: ``[..., S, gate_dim]``, needed if there are gates.
-            key_value_seq_lengths: real keys per sequence, ``[...]``.
-            mask: which keys are real, ``[..., 1, 1, S]``.
-
-        Returns:
-            ``[..., T, N, Dv]``.
         """
         if (self.gate is None) != (gate_input is None):
             made = "no gates, gate_dim = None" if self.gate is None else f"gates, gate_dim = {self.gate.in_features}"
