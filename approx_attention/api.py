@@ -58,7 +58,7 @@ def attention(
             taken by every method with ``padding``, any other only by methods with ``dense_mask``.
         method: a name in `METHODS`, any function ``(q, k, v, key) -> out`` of one head, or what
             `approx_attention.registry.bind` makes of either.
-        rng: typed PRNG key; each key head draws from its own, shared over the batch and over its query heads.
+        rng: typed PRNG key; each key head gets a different one, shared over the batch and over its query heads.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t (aligned top left where T != S).
         query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Methods that take
@@ -70,9 +70,9 @@ def attention(
         return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``: in float32
             (float64 where an input is), differentiable, and -inf where a query sees no key. Those of `jax.nn` have the
             type of the inputs, and no gradient flows through them.
-        per_head: arguments of the method that each key head has of its own, such as a learned ``bandwidth [K, D]``.
+        per_head: arguments of the method that differ between key heads, such as a learned ``bandwidth [K, D]``.
         **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
-            ``method="exact"`` have names of their own: "dense", "blocked" and "cudnn". What belongs to a token, such as
+            ``method="exact"`` are "dense", "blocked" and "cudnn". An argument with one number per key, such as
             the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
 
     Returns:
@@ -168,7 +168,7 @@ def attention(
 
 
 def _within_window(bound: BoundMethod, size: int | tuple[int, int], bias: Array | None) -> BoundMethod:
-    """The method that is this one within a window of so many tokens to the left and to the right."""
+    """The method that is this one within a window of ``size`` tokens to the left and to the right."""
     windowed = bound.registered and bound.registered.windowed
     if not windowed:
         able = " and ".join(repr(name) for name, other in METHODS.items() if other.windowed)

@@ -1,4 +1,4 @@
-"""What Flax hands to an ``attention_fn``, checked and put into this library's terms: nothing is dropped in silence."""
+"""The arguments that Flax passes to an ``attention_fn``, checked and translated: none is dropped in silence."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def bind_layer(
 
 
 def check_redraw(redraw: str, every: int | None) -> int:
-    """How many calls are counted together; raises unless ``every`` is a count just where ``redraw`` is "every_n"."""
+    """The number of calls that are counted together; raises unless ``every`` is a count just where ``redraw`` is "every_n"."""
     check_choice("redraw", redraw, ("never", "every_call", "every_n"))
     if (redraw == "every_n") != (every is not None):
         raise ValueError(f"every is for redraw='every_n', and needed there; got redraw={redraw!r}, every={every}")
@@ -169,7 +169,7 @@ def without_causality(
 def check_mask(
     name: str, mask: Array | None, is_causal: bool, num_queries: int, num_keys: int, *, dense: bool = False
 ) -> bool:
-    """Whether attention is causal besides the mask; raises for a mask that the method cannot follow.
+    """True if attention is causal besides the mask; raises for a mask that the method cannot follow.
 
     Flax's own cache asks with one query and all keys, of which a mask shows those that were generated: that mask is all
     the causality there is, for the first key is the only one that a first query would see.
@@ -203,7 +203,7 @@ def check_mask(
 
 
 def real_tokens(mask: Array, batch_size: int, num_tokens: int) -> tuple[Array, Array]:
-    """How many of a call's tokens are real, and whether they all stand before the padding, each ``[B]``.
+    """The number of real tokens of a call, and whether they all stand before the padding, each ``[B]``.
 
     Raises:
         ValueError: another mask than ``[B, 1, 1, T]``; real tokens after padding, if they can be looked at.
@@ -248,6 +248,6 @@ def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextMana
 
 
 def promoted(arrays: tuple[Array, ...], dtype: Dtype | None) -> tuple[Array, ...]:
-    """Arrays in Flax's computation type, or in one type that holds them all."""
+    """Arrays in Flax's computation type, or in one type that represents them all."""
     common = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(x.astype(common) for x in arrays)

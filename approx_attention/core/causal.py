@@ -27,15 +27,15 @@ def _same(x: Array) -> Array:
 
 
 class RunningSummary(NamedTuple):
-    """How a method summarises a growing prefix in bounded space, as pure functions.
+    """The summary of a growing prefix in bounded space, as pure functions.
 
     Attributes:
         init: ``(value_dim, dtype) -> state`` of the empty prefix.
         append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D]``, ``v [b, Dv]``, whose
             first token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
         read: ``state -> summary`` of the prefix, for `attend`.
-        near: ``(q, k, v, bias) -> AttentionState`` over tokens that are held exactly: the kernel that the summary
-            estimates, softmax unless the method has one of its own.
+        near: ``(q, k, v, bias) -> AttentionState`` over tokens that are kept exactly: the kernel that the summary
+            estimates, softmax by default.
         space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
             in: the identity unless the method normalises them.
 
@@ -79,7 +79,7 @@ class Block(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What a block of queries knows of the tokens before it: the block just before, and the prefix before that."""
+    """The tokens before a block of queries: the block just before, and the summary of the prefix before that."""
 
     before: Block
     prefix: Any
@@ -131,7 +131,7 @@ def causal_state(
 ) -> AttentionState:
     """Causal attention of query t over keys j <= t: exact in two blocks, summarised before them.
 
-    The cost is linear in T for a summary of bounded size, and only the current summary is held, not one per position.
+    The cost is linear in T for a summary of bounded size, and only the current summary is kept, not one per position.
     Blocks are those of the real tokens, so that padding moves nothing from one block to another (`over_real_tokens`).
 
     Args:
@@ -174,7 +174,7 @@ def causal_state(
 def causal_state_by_place(
     q: Array, k: Array, v: Array, running: RunningSummary, *, block_size: int, kv_mask: Array | None = None
 ) -> AttentionState:
-    """The same with blocks of all places, padding included: for patterns, which count places too."""
+    """`causal_state` with blocks of all places, padding included: for patterns, which count places too."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
@@ -195,10 +195,10 @@ def scan_blocks(
         first: the number of the first block in its sequence; ``past.before`` is block ``first - 1``.
         q_blocks: queries ``[blocks, b, D]``.
         blocks: their tokens, stacked.
-        length: how many of the tokens there are; blocks after the one that holds the last are not taken into the past.
+        length: number of tokens; blocks after that of the last token are not taken into the past.
 
     Returns:
-        The past of the block that holds the last token, and the states ``[blocks, b]``.
+        The past of the block of the last token, and the states ``[blocks, b]``.
     """
     block_size = q_blocks.shape[1]
 

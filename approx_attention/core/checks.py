@@ -131,7 +131,7 @@ def check_rows(name: str, x: Any, axes: str) -> None:
 
 
 def real_keys(kv_mask: Array | None, num_keys: int) -> Array:
-    """Which keys ``[S]`` are real: all, where there is no ``kv_mask``."""
+    """The mask of real keys ``[S]``: all true without a ``kv_mask``."""
     return jnp.ones(num_keys, bool) if kv_mask is None else kv_mask
 
 
@@ -359,7 +359,7 @@ def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
 
 
 def shown(value: Any) -> str:
-    """What was given, on one short line."""
+    """A given value on one short line, for errors."""
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.number | np.bool_):
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, int) and value.bit_length() > 4 * SHOWN:
@@ -397,7 +397,7 @@ def check_key(method: str, key: Any) -> Any:
 
 
 def unknown(what: str, given: Any, choices: Iterable[str]) -> str:
-    """What to say of a name that is none of the choices: the nearest of them, and all."""
+    """The error for a name that is none of the choices: names the nearest, and lists all."""
     choices = list(choices)
     return f"unknown {what} {given!r}{did_you_mean(given, choices) or '.'} Known: {', '.join(choices)}."
 

@@ -1,4 +1,4 @@
-"""What a method returns: outputs, or on request the attention state that they are part of."""
+"""The return value of a method: outputs, or on request the attention state that they are part of."""
 
 import functools
 import inspect

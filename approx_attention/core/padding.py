@@ -56,7 +56,7 @@ def count_real(mask: Array) -> Array:
 
 
 def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) -> Array | None:
-    """Which queries are real ``[T]``: those that ``q_mask`` says, or in self-attention (T = S) those of real keys."""
+    """The mask of real queries ``[T]``: ``q_mask`` if given, or in self-attention (T = S) that of the keys."""
     if q_mask is None:
         return query_places(kv_mask, num_queries, is_causal=False)
     check_mask("q_mask", q_mask, num_queries)
@@ -64,7 +64,7 @@ def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) ->
 
 
 def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
-    """Which queries stand at the places of real keys ``[T]``; None where queries have places apart from the keys'."""
+    """The mask of queries at the places of real keys ``[T]``; None where queries have places apart from the keys'."""
     if kv_mask is None or (kv_mask.shape[0] != num_queries and not is_causal):
         return None
     # Queries beyond the keys stand where no padding is.
@@ -72,7 +72,7 @@ def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Ar
 
 
 def placed_queries(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
-    """Which queries have a place among the real tokens: causally those behind the last real key too."""
+    """The mask of queries with a place among the real tokens: causally those behind the last real key too."""
     own = query_places(kv_mask, num_queries, is_causal)
     if own is None or kv_mask is None or not is_causal:
         return own
@@ -89,7 +89,7 @@ def over_real_tokens(
     *,
     is_causal: bool = False,
 ) -> AttentionState:
-    """What ``state(q, k, v, kv_mask)`` answers from real tokens moved to the front, so that padding takes no place.
+    """The state ``state(q, k, v, kv_mask)`` of real tokens moved to the front, so that padding takes no place.
 
     In self-attention (T = S) queries move with their keys. Causally they do so for other lengths too: query t stands at
     the place of key t, those behind the last key after all, and it sees the real keys at places j <= t. Then a query in

@@ -58,7 +58,7 @@ def even_split(length: int, block_size: int) -> tuple[int, int]:
 
 
 def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
-    """The rows ``[n, ...]`` around each of so many blocks, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
+    """The rows ``[n, ...]`` around each block, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
     end = blocks * block + right
     x = x[:end]
     around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)

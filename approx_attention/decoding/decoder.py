@@ -35,7 +35,7 @@ from approx_attention.registry import BoundMethod, bind
 
 
 class Cache(NamedTuple):
-    """All that a decoder remembers of a sequence.
+    """The cache of one head: recent tokens, and a summary of older ones.
 
     Attributes:
         past: the block before the current one, and the summary of everything older.
@@ -141,7 +141,7 @@ class Decoder:
             q: the queries.
 
         Returns:
-            Answers ``[G, Dv]`` in the dtype of the cache, which is that of the values it holds.
+            Answers ``[G, Dv]`` in the dtype of the cache, which is that of its values.
 
         Raises:
             ValueError: queries that do not fit the cache.
@@ -216,11 +216,11 @@ class Decoder:
 
 
 class HeadsCache(NamedTuple):
-    """What a decoder of many heads remembers of a batch of sequences.
+    """The cache of many heads for a batch of sequences.
 
     Attributes:
         heads: a `Cache` with leading axes ``[B, K]``; its ``length`` is one number, or ``[B]`` where sequences differ.
-        drawn: what each key head draws from, ``[K, ...]``, by the argument that takes it.
+        drawn: the random arrays of each key head, ``[K, ...]``, by the argument that takes them.
     """
 
     heads: Cache
@@ -238,9 +238,9 @@ class HeadsDecoder:
         num_kv_heads: the number K of key heads.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.
-        max_length: room for so many tokens, for methods that hold all (``"exact"``) or a part of them; whole blocks.
+        max_length: the most tokens of a sequence, for methods whose cache grows (``"exact"``); rounded up to whole blocks.
             Methods of bounded size do not need it.
-        block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, of their own.
+        block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, among their arguments.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         dtype: of the cache, float32 or float64.
         **hyperparameters: those of the method.
@@ -296,7 +296,7 @@ class HeadsDecoder:
         Args:
             batch_size: the number B of sequences.
             rng: typed PRNG key, as in `attention`.
-            ragged: let sequences have lengths of their own. Where all have one length, older tokens are summarised
+            ragged: let sequences differ in length. Where all have one length, older tokens are summarised
                 once per block; else the summary of every sequence is computed at every step, and taken where it is due.
 
         Returns:
@@ -353,7 +353,7 @@ class HeadsDecoder:
     def _extend_head(
         self, cache: Cache, drawn: dict[str, Array], q: Array, k: Array, v: Array, real: Array | None
     ) -> tuple[Array, Cache]:
-        """The same for one key head and its queries ``[T, G, D]``."""
+        """`extend` for one key head and its queries ``[T, G, D]``."""
         decoder = self._of_head(drawn)
         if k.shape[0] == 1 and real is None:
             cache = decoder.append(cache, k, v)

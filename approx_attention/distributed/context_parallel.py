@@ -224,7 +224,7 @@ def _on_device(
 
 
 class _Heads(NamedTuple):
-    """What a device holds, one row per key head of every sequence: q ``[H, G, t, D]``, k and v ``[H, t, .]``."""
+    """The tokens of a device, one row per key head of every sequence: q ``[H, G, t, D]``, k and v ``[H, t, .]``."""
 
     q: Array
     k: Array
@@ -234,7 +234,7 @@ class _Heads(NamedTuple):
 
 
 class _Form:
-    """How a method goes over devices, whose parts are padded to a multiple of so many tokens."""
+    """A method spread over devices, whose parts are padded to a multiple of `multiple` tokens."""
 
     @property
     def multiple(self) -> int:
@@ -403,7 +403,7 @@ class _Summaries(_Form):
         return self.method.running(self.head_dim, key)
 
     def _state_of_blocks(self, k: Array, v: Array, real: Array, key: Array | None) -> Any:
-        """What the running summary holds after all blocks in turn."""
+        """The state of the running summary after all blocks."""
         running = self._running(key)
         blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))
         starts = jnp.arange(blocks[0].shape[0], dtype=jnp.int32) * self.block_size
@@ -440,7 +440,7 @@ class _Summaries(_Form):
 
 
 def _from_neighbour(x: Array, axis: str, offset: int) -> Array:
-    """What the device so many places before this one holds; zeros (false) where there is none."""
+    """The array of the device ``offset`` places before this one; zeros (false) where there is none."""
     devices = lax.axis_size(axis)
     pairs = [(i, i + offset) for i in range(devices) if 0 <= i + offset < devices]
     return lax.ppermute(x, axis, pairs)

@@ -20,7 +20,7 @@ class ApproxAttention(nn.Module):
     r"""Attention by any method, for ``nn.MultiHeadDotProductAttention(attention_fn=...)`` or on its own.
 
     Every argument that Linen may pass is named, so that its filter by signature drops none. Linen has no argument for
-    causality: it is a field here. What a random method draws from is the variable ``draws/key``, made at
+    causality: it is a field here. The key of a random method is the variable ``draws/key``, made at
     initialisation from the stream ``attention`` (or ``params``); learned arrays are parameters.
 
     Attributes:

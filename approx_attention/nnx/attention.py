@@ -195,7 +195,7 @@ class ApproxAttention(nnx.Module):
             module: must be None (``sow_weights=False``).
             is_causal: query t sees keys j <= t.
             input_positions: must be None.
-            key_value_seq_lengths: real keys per sequence, ``[...]``; Flax does not pass it, layers of your own may.
+            key_value_seq_lengths: real keys per sequence, ``[...]``; Flax does not pass it, your layers may.
             **per_token: arguments with one number per key, ``[..., S, K]``, likewise, such as ``gate_logits`` of gated
                 `rfa`; or what a module takes.
 
@@ -272,7 +272,7 @@ class ApproxAttention(nnx.Module):
 
     @property
     def _takes_dense_mask(self) -> bool:
-        """Whether the method follows a mask that differs between queries."""
+        """True if the method follows a mask that differs between queries."""
         return self.bound is not None and self.bound.takes("mask")
 
     def _learned(self) -> dict[str, Any]:
@@ -299,8 +299,8 @@ class ApproxAttention(nnx.Module):
             num_kv_heads: the number K of key heads.
             head_dim: channels D of queries and keys.
             value_dim: channels Dv of values, D by default.
-            max_length: room for so many tokens, where a method holds all or a part of them.
-            ragged: whether sequences have lengths of their own.
+            max_length: the most tokens of a sequence, for methods whose cache grows.
+            ragged: whether sequences differ in length.
             dtype: of the cache.
 
         Raises:
@@ -376,7 +376,7 @@ class ApproxAttention(nnx.Module):
 
 
 def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
-    """The stream that methods draw from; raises ``ValueError`` if there is none."""
+    """The stream of random methods; raises ``ValueError`` if there is none."""
     if isinstance(rngs, nnx.RngStream):
         return rngs
     if "attention" not in rngs and "default" not in rngs:
@@ -388,7 +388,7 @@ def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
 
 
 def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
-    """What one layer draws from: a fork of the stream ``attention``, or the stream that is given."""
+    """The random stream of one layer: a fork of the stream ``attention``, or the stream that is given."""
     stream = None if rngs is None else attention_stream(rngs)
     if stream is not None and stream.key.shape:
         raise ValueError(

@@ -33,7 +33,7 @@ class LearnedAttention(nnx.Module):
 
     @property
     def is_causal(self) -> bool:
-        """Whether it was made causal."""
+        """True if it was made causal."""
         return bool(self.options.get("is_causal"))
 
     def _arguments(self) -> dict[str, Any]:
@@ -98,5 +98,5 @@ def _call_head(
     own: Array | None = None,
     kv_mask: Array | None = None,
 ) -> Array:
-    """One head of a module. Its arrays are arguments: a compiled program that held them would not see them change."""
+    """One head of a module. Its arrays are arguments: a compiled program that contained them would not see them change."""
     return nnx.merge(structure.graphdef, state)._head(q, k, v, key, kv_mask, own)

@@ -33,7 +33,7 @@ def replace_attention(
         model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
         method: as in `ApproxAttention`, but for modules: each layer needs a separate one.
         only: ``(path, layer) -> bool``, which layers; all by default.
-        rngs: where random methods draw from, each layer for itself: one key, or one for each layer of a stack.
+        rngs: streams for random methods, forked for each layer: one key, or one for each layer of a stack.
         **options: those of `ApproxAttention` and of the method.
 
     Returns:
@@ -88,7 +88,7 @@ def init_cache(
     Args:
         model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
         batch_size: the number of sequences.
-        max_length: number of tokens to make room for, where a method holds all or a part of them.
+        max_length: the most tokens of a sequence, for methods whose cache grows.
         ragged: whether sequences differ in length.
         dtype: of the cache.
 

@@ -22,7 +22,7 @@ class TensorAttention(nnx.Module):
     orders: values of order 3 and more start at a bias of 1, the null token's at 1 too.
 
     With ``logit_bound``, queries and keys are divided by their root mean square and logits scaled by
-    :math:`\beta / D^{m/2}`, so that no logit exceeds :math:`\beta`, whatever is learned: the polynomial method then has
+    :math:`\beta / D^{m/2}`, so that no logit exceeds :math:`\beta` during training: the polynomial method then has
     a certificate that holds throughout training. The price is that typical logits are far below the bound.
 
     Args:

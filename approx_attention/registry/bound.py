@@ -55,16 +55,16 @@ class BoundMethod:
 
     @property
     def is_random(self) -> bool:
-        """Whether it needs a key; of a function without an entry that is not known, and not assumed."""
+        """True if it needs a key; a function without an entry is taken not to."""
         return self.registered is not None and self.registered.capabilities.needs_key
 
     @property
     def may_be_random(self) -> bool:
-        """Whether it takes a key."""
+        """True if it takes a key."""
         return self.registered is None or self.is_random or self.registered.capabilities.takes_key
 
     def takes(self, option: str) -> bool:
-        """Whether the function has that argument."""
+        """True if the function has that argument."""
         known = arguments(self.function)
         return known is None or option in known
 

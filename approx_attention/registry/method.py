@@ -11,12 +11,12 @@ from approx_attention.core import WeightedKV, did_you_mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a method can do; every entry is a fact that tests/contract checks.
+    """The capabilities of a method; every entry is a fact that tests/contract checks.
 
     Attributes:
         causal: takes ``is_causal``.
         cross: takes queries of another sequence (T != S).
-        padding: takes ``kv_mask``; what padding holds never matters.
+        padding: takes ``kv_mask``; the values in padding never matter.
         dense_mask: takes ``mask`` and ``bias`` of shape ``[T, S]``.
         decode: has a running summary, so a cache of bounded size.
         needs_key: is random.
@@ -27,7 +27,7 @@ class Capabilities:
         normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
         unbiased: the expectation of numerator and normaliser over keys is the exact one.
         exact_limit: equals exact attention once its size reaches the number of keys.
-        subquadratic: holds no array with both a T and an S axis.
+        subquadratic: makes no array with both a T and an S axis.
         forward_mode: has forward-mode derivatives (`jax.jvp`) with its default arguments; all have reverse mode.
     """
 

@@ -12,13 +12,13 @@ from approx_attention.registry.method import Capabilities, Method
 
 
 def svd_flops(rows: int, columns: int) -> float:
-    """What a thin singular value decomposition takes (Golub and Van Loan, "Matrix computations", section 8.6)."""
+    """FLOPs of a thin singular value decomposition (Golub and Van Loan, "Matrix computations", section 8.6)."""
     long, short = max(rows, columns), min(rows, columns)
     return 14 * long * short**2 + 8 * short**3
 
 
 def window_of(given: Mapping[str, Any], is_causal: bool) -> tuple[int, int]:
-    """How many keys to the left and to the right of its own a query sees."""
+    """The number of keys that a query sees to the left and to the right."""
     return methods.window_sides(given["window_size"], is_causal)
 
 
