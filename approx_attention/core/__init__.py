@@ -1,4 +1,4 @@
-"""What every other package stands on: checks, summaries and states of attention, features, and the causal scan."""
+"""The common calculus: checks, summaries and states of attention, features, sketches, and the causal scan."""
 
 from approx_attention.core.causal import (
     Block,

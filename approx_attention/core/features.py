@@ -26,7 +26,7 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class FeatureMap(Protocol):
-    """What moments need of a feature map: it is a pytree, knows its size, and maps rows to `Features`."""
+    """Protocol of a feature map, for moments: a pytree that knows its size and maps rows to `Features`."""
 
     @property
     def num_features(self) -> int:
@@ -62,6 +62,7 @@ class PositiveFeatures:
 
     def __call__(self, x: Array, /) -> Features:
         """Log-features ``[N, R]`` of rows ``[N, D]``; the values are all one."""
+        # In logarithms: exp(w . x) of a trained model overflows float32, and exp(-|x|^2 / 2) underflows.
         log_scale = x @ self.projection.astype(x.dtype).T - squared_norm(x) / 2 - 0.5 * math.log(self.num_features)
         return Features(jnp.ones((), x.dtype), log_scale)
 
@@ -92,19 +93,21 @@ class TrigonometricFeatures:
         """Sines and cosines ``[N, R]`` with one log-scale per row."""
         angle = x @ self.projection.astype(x.dtype).T
         values = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        # The magnitude is the same for all features of a row: one log-scale per row, and values within [-1, 1].
         return Features(values, squared_norm(x) / 2 - 0.5 * math.log(self.num_features / 2))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReLUFeatures:
-    r"""The generalised attention of the Performer: a kernel of its own, not an estimate of softmax.
+    r"""ReLU features, the generalised attention of the Performer: another kernel, not an estimate of softmax.
 
     .. math:: \phi_i(x) = R^{-1/2} (\max(w_i \cdot x, 0) + \epsilon).
 
     Attributes:
         projection: directions ``w [R, D]``.
-        offset: the constant :math:`\epsilon > 0` that is part of this kernel and keeps its normaliser positive.
+        offset: the constant :math:`\epsilon > 0` of this kernel, which keeps its normaliser positive; 1e-3 as in the
+            authors' code.
 
     Reference:
         :cite:p:`choromanski2021rethinking`, section 4.2.
@@ -152,7 +155,7 @@ class WeightedFeatures:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CosineFeatures:
-    r"""Rectified rows turned by the angle of their place: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
+    r"""Rectified rows rotated by the angle of their position: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
 
     With :math:`c = \cos a` and :math:`s = \sin a` these are the features of the kernel
     :math:`\max(x, 0) \cdot \max(y, 0) \cos(a - b)`, which is no estimate of softmax.
@@ -181,7 +184,7 @@ class CosineFeatures:
 def gaussian_projection(
     key: PRNGKeyArray, num_features: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "R D"]:
-    """Draws independent directions ``[R, D]`` from N(0, I).
+    """Samples independent directions ``[R, D]`` from N(0, I).
 
     Args:
         key: typed PRNG key.
@@ -209,7 +212,7 @@ def orthogonal_projection(
     *,
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
 ) -> Float[Array, "R D"]:
-    r"""Draws directions ``[R, D]`` that are orthogonal within each block of D rows.
+    r"""Samples directions ``[R, D]`` that are orthogonal within each block of D rows.
 
     Every row is marginally N(0, I) with ``row_norm="chi"`` (norms of independent Gaussian vectors), so estimates stay
     unbiased; ``"sqrt_dim"`` gives every row the norm :math:`\sqrt{D}` (less variance, a slight bias).
@@ -242,7 +245,7 @@ def orthogonal_projection(
     head_dim = check_count("head_dim", head_dim)
     blocks = -(-num_features // head_dim)
     gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
-    # Block after block: the threads of a CPU's batch wait for each other, and for ever where each holds another device.
+    # One block after the other: a batched QR on CPU can deadlock where several devices share its threads.
     rotation, triangle = lax.map(jnp.linalg.qr, gaussian)
     # The signs of R's diagonal make the rotation uniformly distributed.
     rotation = rotation * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]

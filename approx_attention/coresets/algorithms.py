@@ -84,7 +84,7 @@ class Halving:
 
 @dataclasses.dataclass(frozen=True)
 class Stratified:
-    r"""Keeps the most sensitive tokens as they are and halves the rest.
+    r"""Keeps the most sensitive tokens unchanged and halves the rest.
 
     The sensitivity of token j is its share of the normaliser for the query that points at it, estimated from a uniform
     sample (`sensitivities`). Halving alone fails on outliers: it may drop, in any round, the one key that some query
@@ -133,7 +133,7 @@ class Herding:
         x, values, mass = points.x, points.values, points.mass
         # The largest exponential becomes 1, so that none overflows; a common factor changes no choice.
         shift = jnp.max(squared_norm(x))
-        # The kernel's mean over all tokens is softmax attention of the points over themselves: no S x S matrix is held.
+        # The kernel's mean over all tokens is softmax attention of the points over themselves, without an S x S matrix.
         state = blocked_state(x, x, values, tokens.log_mass)
         log_scale = state.lse - jnp.log(jnp.where(jnp.sum(mass) > 0, jnp.sum(mass), 1)) - shift
         mean = jnp.exp(log_scale) * jnp.sum(values * state.out, axis=1)

@@ -158,7 +158,7 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
         factor, residual = state
         odds = jnp.where((tokens.mass > 0) & (residual > 0), jnp.log(jnp.maximum(residual, 1e-37)) + prior, -jnp.inf)
         place = jnp.argmax(odds + jax.random.gumbel(noise[i], odds.shape, odds.dtype))
-        # One column of the kernel less its projection on earlier pivots: the kernel's matrix is never held.
+        # One column of the kernel less its projection on earlier pivots: the kernel's matrix is never stored.
         column = jnp.exp(x @ x[place] - half - half[place]) - factor[:, place] @ factor
         pivot = residual[place]
         row = jnp.where(pivot > 0, column / jnp.sqrt(jnp.where(pivot > 0, pivot, 1)), 0)

@@ -46,7 +46,7 @@ def compress(
         A `WeightedKV` of at most M tokens.
 
     Raises:
-        TypeError: what is no `WeightedKV`.
+        TypeError: not a `WeightedKV`.
         ValueError: an unknown algorithm, a count below 1, signed masses, no key.
 
     Example:

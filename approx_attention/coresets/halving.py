@@ -252,7 +252,7 @@ def tree_order(points: Points, group: int) -> Array:
     """An order in which neighbours stand together and absent points last: the leaves of a tree of splits.
 
     The tree splits along the principal axes of keys and values in turn, into `BRANCHES` equal cells at a time. Cells
-    hold whole groups of ``group`` points, a power of two, as long as they hold more than one.
+    consist of whole groups of ``group`` points, a power of two, while they are larger than one.
     """
     num_points = points.mass.shape[0]
     present = points.mass > 0
@@ -289,7 +289,7 @@ def spread_over(points: Points, order: Array, num_groups: int) -> Points:
     group_size = group_length(num_points, num_groups)
     count = jnp.sum(points.mass > 0, dtype=jnp.int32)
     rank = jnp.arange(num_points, dtype=jnp.int32)
-    # The first groups hold one more than the others.
+    # The first groups have one point more than the others.
     least, larger = count // num_groups, count % num_groups
     in_larger = larger * (least + 1)
     beyond = rank - in_larger
@@ -306,7 +306,7 @@ def spread_over(points: Points, order: Array, num_groups: int) -> Points:
 
 
 def group_length(num_points: int, num_groups: int) -> int:
-    """The least power of two as length of a group with which ``num_groups`` groups hold all points."""
+    """The least length, a power of two, with which ``num_groups`` groups have places for all points."""
     return 1 << max(0, -(-num_points // num_groups) - 1).bit_length()
 
 

@@ -71,8 +71,8 @@ class BalanceKV:
 
     Attributes:
         failure: the probability with which the guarantee may fail.
-        octaves: the number of octaves below the largest norm that are told apart; smaller values share the last one
-            (the published algorithm erases them).
+        octaves: the number of octaves below the largest norm; smaller values share the last one (the published
+            algorithm erases them).
     """
 
     failure: float = 0.5

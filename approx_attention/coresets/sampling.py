@@ -1,4 +1,4 @@
-"""Samples of tokens whose masses stand for all, and how much each token can matter."""
+"""Samples of tokens whose masses stand for all, and the sensitivities of tokens."""
 
 import dataclasses
 

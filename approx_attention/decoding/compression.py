@@ -33,8 +33,8 @@ from approx_attention.decoding.decoder import Cache
 from approx_attention.decoding.heuristics import HEURISTICS, SNAP_QUERIES, check_queries
 
 
-class _Room(NamedTuple):
-    """Budget of tokens: its total, how many of them heuristics may use, and how many are reserved at both ends."""
+class _Budget(NamedTuple):
+    """Budget of tokens: its total, the number that heuristics may use, and the numbers reserved at both ends."""
 
     budget: int
     size: int | Array | None
@@ -73,7 +73,7 @@ def compress_tokens(
     Shared key heads are compressed once, not once per query head.
 
     Args:
-        k: keys ``[S, D]`` as they are attended to, positions included.
+        k: keys ``[S, D]`` as attention reads them, with rotary positions applied.
         v: values ``[S, Dv]``.
         key: typed PRNG key; heuristics need none.
         budget: the number of tokens that are kept in all; with ``budget >= S`` and no ``size`` nothing is lost.
@@ -127,7 +127,7 @@ def compress_tokens(
         WeightedKV.of_tokens(k, v, kv_mask),
         None if queries is None else asked,
         key,
-        room=_Room(budget, size, sinks, recent),
+        limits=_Budget(budget, size, sinks, recent),
         real=kv_mask,
         policy=policy,
         mass_correction=mass_correction,
@@ -157,14 +157,14 @@ def _in_budget(
     queries: Array | None,
     key: Array | None,
     *,
-    room: _Room,
+    limits: _Budget,
     real: Array | None,
     policy: str | Algorithm,
     mass_correction: bool,
     query_radius: float | Array | None,
 ) -> WeightedKV:
     """`compress_tokens` of weighted tokens in scaled space; those that are not ``real`` have mass 0."""
-    budget, size, sinks, recent = room.checked()
+    budget, size, sinks, recent = limits.checked()
     num_keys, mass_correction = tokens.mass.shape[0], check_flag("mass_correction", mass_correction)
     if query_radius is not None:
         check_not_negative("query_radius", query_radius)
@@ -299,7 +299,7 @@ def compress_cache(
     cache.
 
     Args:
-        cache: of a decoder with ``running_exact``, or with another that holds tokens whose masses are not negative.
+        cache: cache of a decoder with ``running_exact``, or with another summary of tokens without negative masses.
         key: typed PRNG key.
         budget: tokens for everything older than the exact blocks; `token_budget` converts bytes.
         size: the number of tokens that this head may use, as in `compress_tokens`.
@@ -314,7 +314,7 @@ def compress_cache(
         The compressed cache.
 
     Raises:
-        TypeError: a cache that does not hold tokens, or holds signed masses.
+        TypeError: a cache without tokens, or with signed masses.
         ValueError: as in `compress_tokens`, counts below 1, a cache whose tokens carry a scale.
 
     Example:
@@ -350,7 +350,7 @@ def compress_cache(
         prefix,
         queries,
         key,
-        room=_Room(budget, size, sinks, 0),
+        limits=_Budget(budget, size, sinks, 0),
         real=prefix.mass > 0,
         policy=policy,
         mass_correction=mass_correction,

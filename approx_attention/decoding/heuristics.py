@@ -38,7 +38,7 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
         Sums ``[S]``, which add up to the number of queries that see a key.
 
     Raises:
-        TypeError: what is no `WeightedKV`, queries that are not floating point.
+        TypeError: not a `WeightedKV`, queries that are not floating point.
         ValueError: queries that are not ``[T, D]`` with at most S rows.
 
     Example:
