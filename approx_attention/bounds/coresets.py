@@ -80,7 +80,9 @@ def merge_bound(
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     label = nearest(tokens.k, summary.k, summary.mass != 0)
     merge = merged(tokens, label, summary.mass.shape[0])
+    # Distances from the means of the merge, not from the given tokens: the mean is what every key is replaced by.
     away = jnp.where(tokens.mass > 0, jnp.sqrt(squared_norm(tokens.k - merge.k[label]))[:, 0], 0)
+    # expm1: for small clusters the bound is small, and must keep its digits.
     bound = jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(tokens.values)))
     return MergeBound(merge, bound)
 
@@ -139,6 +141,7 @@ def sensitivity(
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)
     present = real_keys(kv_mask, k.shape[0])
+    # Padding may hold NaN, which its bias would not hide.
     k = jnp.where(present[:, None], k, 0)
     bias = mask_bias(present, k.dtype)
 

@@ -70,6 +70,7 @@ def favor_mse(
     # Squared norms by products, which rounding may leave below 0.
     together, apart = (jnp.maximum(norms + sign * 2 * logits, 0) for sign in (1, -1))
     if features == "trigonometric":
+        # Exponents are added first: each exponential alone may overflow where the quotient does not.
         return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
     positive = jnp.expm1(together) / num_features
     return positive if features == "positive" else positive * -jnp.expm1(-together)
@@ -128,6 +129,8 @@ def sketch_mse(
     if kind == "hadamard":
         length = 1 << (num_keys - 1).bit_length()
         return (total + out - 2 * own) / sketch_size * _without_replacement(length, sketch_size)
+    # The coefficient of C: the fourth moment of an entry in units of its variance, less the 3 of a Gaussian one. Signs
+    # have 1, and 3 at density 1/3.
     own_times = {"gaussian": 0, "achlioptas": 0, "rademacher": -2, "count": -2, "sparse_jl": -2}[kind]
     return (total + out + own_times * own) / sketch_size
 

@@ -72,6 +72,7 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
         norms = [jnp.max(jnp.sum(jnp.abs(y) ** order, axis=1)) ** (1 / order) for y in factors]
         return functools.reduce(operator.mul, norms)
 
+    # The gauge: a channel of one factor times c and of another over c leaves every logit as it is.
     common = by_channel[None] ** (1 / order) / jnp.where(largest > 0, largest, 1)
     balanced = [y * gauge[None, :] for y, gauge in zip(factors, common, strict=True)]
     euclidean = [jnp.sqrt(jnp.max(squared_norm(y))) for y in factors]
@@ -213,6 +214,7 @@ def tensor_certificate(
     num_queries, dim = inputs.q.shape
     lengths = [keys.shape[0] for keys in inputs.keys]
     rank = math.comb(dim + len(coefficients) - 1, dim)
+    # Per token R products with Dv values and the normaliser, each a multiplication and an addition.
     return TensorCertificate(
         logit_bound=beta,
         total_variation=total_variation,

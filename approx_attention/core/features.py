@@ -62,7 +62,8 @@ class PositiveFeatures:
 
     def __call__(self, x: Array, /) -> Features:
         """Log-features ``[N, R]`` of rows ``[N, D]``; the values are all one."""
-        # In logarithms: exp(w . x) of a trained model overflows float32, and exp(-|x|^2 / 2) underflows.
+        # In logarithms: exp(w . x) of a trained model overflows float32, and exp(-|x|^2 / 2) underflows. The authors'
+        # code subtracts maxima and adds an epsilon to every feature instead, which biases small weights.
         log_scale = x @ self.projection.astype(x.dtype).T - squared_norm(x) / 2 - 0.5 * math.log(self.num_features)
         return Features(jnp.ones((), x.dtype), log_scale)
 
@@ -93,7 +94,8 @@ class TrigonometricFeatures:
         """Sines and cosines ``[N, R]`` with one log-scale per row."""
         angle = x @ self.projection.astype(x.dtype).T
         values = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-        # The magnitude is the same for all features of a row: one log-scale per row, and values within [-1, 1].
+        # The magnitude is the same for all features of a row: one log-scale per row, and values within [-1, 1]. The
+        # factor is that of the theorem; the authors' code has a constant 0.1, and clamps the normaliser from below.
         return Features(values, squared_norm(x) / 2 - 0.5 * math.log(self.num_features / 2))
 
 
@@ -200,6 +202,7 @@ def gaussian_projection(
         >>> gaussian_projection(jax.random.key(0), 8, 4).shape
         (8, 4)
     """
+    # Scaled space has unit directions: the scale of the logits is in queries and keys.
     shape = check_count("num_features", num_features), check_count("head_dim", head_dim)
     return jax.random.normal(key, shape, dtype)
 
@@ -252,6 +255,7 @@ def orthogonal_projection(
     directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]
     if row_norm == "sqrt_dim":
         return math.sqrt(head_dim) * directions
+    # Norms of independent Gaussian vectors, chi with D degrees of freedom: rows are then marginally Gaussian.
     norms = jnp.linalg.norm(jax.random.normal(key_norms, (num_features, head_dim), dtype), axis=-1, keepdims=True)
     return norms * directions
 

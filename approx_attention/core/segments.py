@@ -90,6 +90,7 @@ def _ranked(num_segments: int, real: Array, most: Array | int | None) -> Array:
     """The segment of each real token by its rank ``[S]``, and ``num_segments`` for padding."""
     count = count_real(real)
     used = jnp.minimum(num_segments, count if most is None else jnp.minimum(count, most))
+    # rank M / n as whole numbers whose product may pass 2^31 for long sequences.
     number, _ = floor_of_share(jnp.cumsum(real, dtype=jnp.int32) - 1, used, jnp.maximum(count, 1))
     return jnp.where(real, number, num_segments)
 
@@ -247,6 +248,7 @@ class GrowingSegments(NamedTuple):
         length = jnp.where(start == 0, least_length, self.length)
         full = start + block_size > num_segments * length
         sums = lax.cond(full, lambda sums: jax.tree.map(_sum_pairs, sums), lambda sums: sums, self.sums)
+        # Doubling costs a sum over all segments, and happens log2(S) times.
         length = jnp.where(full, 2 * length, length)
         segment = (start + unit * jnp.arange(tokens.count.shape[0], dtype=jnp.int32)) // length
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_segments, indices_are_sorted=True), tokens)

@@ -39,6 +39,7 @@ class DenseSketch:
     def signs(cls, key: Array, size: int, num_rows: int, *, sparsity: int = 1) -> Self:
         r"""Entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0: Rademacher for s = 1, Achlioptas for s = 3."""
         key_sign, key_there = jax.random.split(key)
+        # A float32 probability: samples are then the same with and without 64-bit mode.
         there = jax.random.bernoulli(key_there, jnp.float32(1 / sparsity), (size, num_rows))
         sign = random_signs(key_sign, (size, num_rows))
         return cls(jnp.where(there, sign * math.sqrt(sparsity / size), 0))
@@ -114,6 +115,7 @@ class HadamardSketch:
     @classmethod
     def draw(cls, key: Array, size: int, num_rows: int) -> Self:
         """Random signs and rows."""
+        # Rows of the padded transform are sampled, so M may exceed n up to the power of two.
         length = _power_of_two(num_rows)
         if size > length:
             raise ValueError(f"sketch_size must be at most {length}, the power of two from S on, got {size}")
@@ -231,6 +233,7 @@ def hadamard_transform(x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
     length = x.shape[0]
     if length != _power_of_two(length):
         raise ValueError(f"the length must be a power of two, got {length}")
+    # Butterflies of pairs: N log N additions in place of the N^2 of a product.
     flat = x.reshape(length, -1)
     half = 1
     while half < length:

@@ -1,4 +1,4 @@
-"""Exact attention states of one head: dense, blocked, triangular (causal) and windowed.
+"""Exact attention states of one head: dense, blocked, triangular (causal), windowed, and of other kernels.
 
 Logits here are plain dot products: the scale is already folded into ``q`` and ``k``. A bias is added to the logits, and
 `HIDDEN` as a bias hides a key with any logit. The blocked forms merge dense tiles, and recompute them in the
@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.core.checks import real_keys
+from approx_attention.core.features import FeatureMap
 from approx_attention.core.rows import along_with, even_split, map_rows, out_of_blocks, pad_rows
-from approx_attention.core.states import AttentionState, merge
+from approx_attention.core.states import AttentionState, finite_peak, merge, normalise
 
 # The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
 # without a guard inside the tile (a guard there splits XLA's fused product, maximum and exponential).
@@ -76,6 +77,7 @@ def blocked_state(
         columns = min(k.shape[0], key_block)
         query_block = min(max(q.shape[0] // 4, LEAST_TILE // columns), GREATEST_TILE // columns)
     num_keys = k.shape[0]
+    # Blocks of equal size and not of the largest: the padding is less than one key per block.
     key_blocks, keys_per_block = even_split(num_keys, key_block)
     padding = key_blocks * keys_per_block - num_keys
     if padding and key_bias is None:
@@ -92,6 +94,7 @@ def blocked_state(
         state = _tile_state(q, *first)
         if key_blocks == 1:
             return state
+        # The first tile is apart, so that a single block needs no merge with the empty state.
         step = jax.checkpoint(lambda state, tile: merge(state, dense_state(q, *tile)))
         return lax.scan(lambda state, tile: (step(state, tile), None), state, rest)[0]
 
@@ -189,6 +192,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
     query_blocks, rows = even_split(num_queries, block)
     key_blocks, columns = (-(-num_keys // rows), rows) if is_causal else even_split(num_keys, block)
+    # A row that sees no key has the output 0 for any input: cotangents of it are dropped, and -inf is not subtracted.
     seen = state.lse > -jnp.inf
     lse = jnp.where(seen, state.lse, jnp.zeros_like(state.lse))
     d_out = jnp.where(seen[:, None], cotangent.out, jnp.zeros_like(cotangent.out))
@@ -198,6 +202,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     padding = key_blocks * columns - num_keys
     bias = mask_bias(pad_rows(real_keys(kv_mask, num_keys), padding), q.dtype)
     by_key = (pad_rows(k, padding), pad_rows(v, padding), bias)
+    # Below the diagonal no mask is computed; tiles above it are not visited.
     pairs = np.array([(i, j) for i in range(query_blocks) for j in range(key_blocks) if not is_causal or j < i])
     diagonal_pairs = np.array([(i, i) for i in range(min(query_blocks, key_blocks))])
 
@@ -266,6 +271,19 @@ def _streamed_backward(is_causal, residuals, cotangent):
 _streamed_state.defvjp(_streamed_forward, _streamed_backward)
 
 
+def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+    """Attention with the kernel of a non-negative feature map, over all pairs; ``bias [1 or T, S]`` hides keys."""
+    (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
+    peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
+    # One peak per query cancels in its normaliser; keys share one, so that their weights stay comparable.
+    peak = jnp.max(peak_k)
+    phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
+    phi_k = phi_k * jnp.exp(log_scale_k - peak)
+    # Half of HIDDEN, as sums of biases may move it; no other bias is near.
+    weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
+    return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
+
+
 def window_state(
     q: Array, k: Array, v: Array, key_bias: Array | None = None, *, left: int, right: int
 ) -> AttentionState:
@@ -284,6 +302,7 @@ def window_state(
     if key_bias is None:
         key_bias = jnp.zeros(num_keys, q.dtype)
     after = max(0, blocks * rows + span - left - num_keys)
+    # Padded once on both sides, so that every band reads a slice of one static length.
     around = ((left, after), (0, 0))
     k, v = jnp.pad(k, around), jnp.pad(v, around)
     key_bias = jnp.pad(key_bias, (left, after), constant_values=HIDDEN)

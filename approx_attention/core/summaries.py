@@ -82,11 +82,13 @@ class WeightedKV(_InSpace):
     @property
     def values(self) -> Array:
         """The mean value that each token stands for, ``[M, Dv]``."""
+        # Over 1 for mass 0: of an absent token, or one with values and no mass (`BalanceKV`, `SubGen`).
         return self.value_sum / jnp.where(self.mass == 0, 1, self.mass)[:, None]
 
     @property
     def log_mass(self) -> Array:
         """Logarithms of the masses, which are not negative, and ``HIDDEN`` for a token that is absent ``[M]``."""
+        # HIDDEN and a double where, not log(0): neither a row without keys nor its derivative is NaN.
         absent = self.mass == 0
         return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 
@@ -95,6 +97,7 @@ class WeightedKV(_InSpace):
         """Least and greatest value per channel ``[2, Dv]``, without gradient; infinity and its negative if empty."""
         if self.value_range is not None:
             return self.value_range
+        # Without gradient: it is a limit for outputs, not a term of them.
         present, values = (self.mass > 0)[:, None], lax.stop_gradient(self.values)
         low = jnp.min(values, axis=0, initial=jnp.inf, where=present)
         return jnp.stack([low, jnp.max(values, axis=0, initial=-jnp.inf, where=present)])
@@ -136,6 +139,7 @@ class FeatureMoments(_InSpace):
     @classmethod
     def empty(cls, features: FeatureMap, value_dim: int, dtype: Any = jnp.float32) -> Self:
         """The moments of no key."""
+        # log_scale is -inf, so that any key sets the scale of its features.
         zeros = jnp.zeros((features.num_features,), dtype)
         return cls(jnp.zeros((features.num_features, value_dim), dtype), zeros, zeros - jnp.inf, features)
 
@@ -190,6 +194,7 @@ class FeatureMoments(_InSpace):
         values, log_scale = features(k)
         if kv_mask is not None:
             log_scale = jnp.where(kv_mask[:, None], log_scale, -jnp.inf)
+        # One peak per feature and not one for all: a feature far from all keys so far keeps its digits for later ones.
         peak = lax.stop_gradient(jnp.max(log_scale, axis=0))
         weights = values * jnp.exp(log_scale - finite_peak(peak)[None])
         weights = jnp.broadcast_to(weights, (k.shape[0], features.num_features))
@@ -291,6 +296,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
+    # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
     if q.shape[0] < summary.k.shape[1]:
         return _attend_few(q, summary)
     return blocked_state(q, summary.k, summary.values, summary.log_mass)
@@ -337,6 +343,8 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments, features: Positi
     .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r}
               = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
     """
+    # The R features of a query are its logits against the directions: tiles of `blocked_state` serve them, and they are
+    # never stored. The factors of the query alone are added to the normaliser.
     directions = WeightedKV(features.projection.astype(q.dtype), moments.value_sum, moments.mass)
     state = blocked_state(q, directions.k, directions.values, directions.log_mass + finite_peak(moments.log_scale))
     query_scale = -squared_norm(q)[:, 0] / 2 - 0.5 * math.log(features.num_features)
@@ -352,22 +360,10 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
     return normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
 
 
-def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-    """Attention with the kernel of a non-negative feature map, over all pairs; ``bias [1 or T, S]`` hides keys."""
-    (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
-    peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
-    # One peak per query cancels in its normaliser; keys share one, so that their weights stay comparable.
-    peak = jnp.max(peak_k)
-    phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
-    phi_k = phi_k * jnp.exp(log_scale_k - peak)
-    # Half of HIDDEN, as sums of biases may move it; no other bias is near.
-    weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
-    return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
-
-
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
     """Attention over tokens with signed masses, by sums and not logarithms, clipped to the range of the values."""
     assert summary.value_range is not None
+    # A token of no mass may have values (`BalanceKV`, `SubGen`): it counts in the numerator.
     present = (summary.mass != 0) | jnp.any(summary.value_sum != 0, axis=1)
     logits = _products(q, summary.k, present)
     peak = finite_peak(jnp.max(logits, axis=-1))
@@ -406,6 +402,7 @@ def _joined(x: Array, y: Array) -> Array:
 def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     require_same_kind(a, b)
     _require_same_features(a.features, b.features)
+    # Both at the larger scale: the other is scaled down, which may underflow to 0 but never overflows.
     peak = jnp.maximum(a.log_scale, b.log_scale)
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
@@ -449,6 +446,7 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
             raise ValueError(f"hadamard takes moments of one size [R, Dv], got {shapes[0]} and {shapes[1]}")
         value_sum = first.value_sum * moments.value_sum
         mass = _nan_unless(scale_ratio(first, moments)[1], first.mass * moments.mass)
+        # Magnitudes add as logarithms, so that no product overflows.
         log_scale = first.log_scale + moments.log_scale
         first = FeatureMoments(value_sum, mass, log_scale, first.features, first.scale)
     return first

@@ -72,7 +72,7 @@ class Halving:
         points = kernel_points(tokens, ratio / 2)
         key_order, key_signs = jax.random.split(key)
         if self.order == "tree":
-            # One order serves all levels: what survives of neighbours are neighbours.
+            # One order serves all levels: the survivors of neighbouring pairs are neighbours.
             order = tree_order(points, group_length(points.mass.shape[0], size))
         else:
             order = random_places(points.mass, points.mass.shape[0], key_order)

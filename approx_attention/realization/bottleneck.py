@@ -90,6 +90,7 @@ def nearest_factors(logits: Float[Array, "T S"], head_dim: int) -> tuple[Float[A
     """Factors q and k of the matrix :math:`q k^T` of rank D that is nearest to given logits in the Frobenius norm."""
     left, sizes, right = jnp.linalg.svd(logits, full_matrices=False)
     rank = min(head_dim, sizes.shape[0])
+    # The spectrum in equal parts, so that neither queries nor keys are large.
     root = jnp.sqrt(sizes[:rank])[None, :]
     unused = ((0, 0), (0, head_dim - rank))
     return jnp.pad(root * left[:, :rank], unused), jnp.pad(root * right[:rank].T, unused)

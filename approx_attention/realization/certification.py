@@ -137,6 +137,7 @@ def _measure(
         greatest_off = jnp.max(jnp.where(off, logits, -jnp.inf), axis=1)
         least_on = jnp.min(jnp.where(valid, on, jnp.inf), axis=1)
         error = on - log_weights
+        # A ratio of two nonzeros is off by the difference of their errors, at most the spread.
         spread = jnp.max(jnp.where(valid, error, -jnp.inf), axis=1) - jnp.min(jnp.where(valid, error, jnp.inf), axis=1)
         if ratio == "absolute":
             spread = jnp.log1p(_absolute_ratio_error(error, log_weights, valid))

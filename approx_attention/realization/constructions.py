@@ -125,8 +125,8 @@ def realize_sparse_pattern(
 
     Raises:
         ValueError: a pattern that is not square, reaches the future of a causal head, or has no zeros (for a
-            projection) or zeros (for ``"dense"``); precisions or counts out of range; fewer channels than a method can
-            do with.
+            projection) or zeros (for ``"dense"``); precisions or counts out of range; fewer channels than a method
+            needs.
         TypeError: not a pattern, numbers that are not known when tracing, a dtype that is not floating point.
         NotImplementedError: ``"dense"`` with ``is_causal``.
 

@@ -382,7 +382,7 @@ def minimal_dimension(
 
 
 def _first_accepted(accepted: Callable[[int], bool], least: int, most: int) -> float:
-    """A d that is accepted, after one that is not within `RESOLUTION` below it; infinite if none is up to ``most``."""
+    """An accepted d with a rejected one at most `RESOLUTION` below it; infinite if none up to ``most`` is accepted."""
     if least > most:
         return math.inf
     low, high = least - 1, least

@@ -100,6 +100,7 @@ def project_balanced(pattern: SparsePattern, log_weights: Array, sampling: Sampl
     lifted = jnp.zeros((pattern.num_queries,) * 2, entries.dtype).at[rows, pattern.indices].add(entries)
     left, right = nearest_factors(lifted, pattern.num_queries)
     keys = random_keys(sampling, pattern.num_queries, orthogonal=False)
+    # Over the lift, because the caller multiplies by it: for equal weights B is proportional to it.
     queries = full_matmul(left, keys) / sampling.lift
     return Factors(queries, jnp.zeros_like(queries), full_matmul(right, keys))
 

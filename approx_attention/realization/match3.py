@@ -120,6 +120,8 @@ def match3_weights(
         matrix[-2:, -1] = real, null
         return jnp.asarray(matrix, dtype)
 
+    # Frequencies are averaged. The scale of the logits is in the queries, and the height of the null pair in their last
+    # channel, where only the null token has keys.
     share = largest / size
     return Match3(
         jnp.asarray(embedding, dtype),

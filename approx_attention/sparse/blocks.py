@@ -61,6 +61,7 @@ class BlockMap:
     kinds: np.ndarray
     tiles: np.ndarray
 
+    # Compared by content, so that an equal map finds a compiled program again; bytes, because arrays have no hash.
     @functools.cached_property
     def _content(self) -> tuple[Any, ...]:
         return self.num_queries, self.num_keys, self.block_size, self.kinds.tobytes(), self.tiles.tobytes()
@@ -104,12 +105,11 @@ class BlockMap:
     def banded(cls, before: int, after: int, *, block_size: int, num_queries: int, num_keys: int) -> Self:
         """Makes the map in which a block sees itself and its neighbours, whole.
 
+        block_size, num_queries and num_keys: as in `from_blocks`.
+
         Args:
             before: the number of blocks of keys that a block of queries visits before its own.
             after: the number that it visits after its own.
-            block_size: tokens of a block.
-            num_queries: the number T of queries.
-            num_keys: the number S of keys.
 
         Returns:
             The map.
@@ -170,6 +170,7 @@ class BlockMap:
         """The map without keys after the query: blocks above the diagonal are not visited."""
         rows, columns = np.indices(self.kinds.shape)
         kinds = np.where(columns <= rows, self.kinds, 0)
+        # Tiles on the diagonal lose their upper half: new tiles after the old ones, of which equal ones merge again.
         diagonal = self.tiles & np.tri(self.block_size, dtype=bool)
         kinds = np.where((columns == rows) & (kinds > 0), kinds + len(self.tiles), kinds)
         visited = np.flatnonzero(kinds)
@@ -234,6 +235,7 @@ def _groups(blocks: BlockMap) -> list[_Group]:
     for octave in np.unique(np.ceil(np.log2(width[width > 0]))):
         rows = np.flatnonzero((width > 2.0 ** (octave - 1)) & (width <= 2.0**octave))
         most = width[rows].max()
+        # Long lists in steps of at most KEY_BLOCK keys, whose states merge, so that tiles stay in cache.
         steps = -(-most * size // KEY_BLOCK)
         per_step = -(-most // steps)
         # Sorted by kind and not by place, lists of the same kinds share one mask. Padding is of kind 0, and comes last.
@@ -272,6 +274,7 @@ def block_sparse_state(
     tokens = _key_blocks(k, v, size, kv_mask)
     q_blocks = in_blocks(q, size)
     groups = _groups(blocks)
+    # Blocks of queries that visit nothing are not computed: their state is the empty one.
     unseen = np.flatnonzero(~blocks.visited.any(axis=1))
     states = []
     for group in groups:
@@ -339,6 +342,7 @@ def _attend_lists(
     number, size = q_blocks.shape[:2]
     _, steps, width = lists.shape
     reach = width * size
+    # Small blocks are batched to fill the machine; the turns run one after the other, to stay in cache.
     together = max(1, min(number, LOGITS // (size * reach)))
     turns = -(-number // together)
     filling = turns * together - number

@@ -253,6 +253,7 @@ class SparsePattern:
             jax.random.permutation(key, jnp.arange(num_tokens, dtype=jnp.int32))
             for key in (key_rows, key_columns, key_shifts)
         )
+        # Distinct shifts make the k permutations disjoint, without rejection: the key may be traced.
         indices = columns[(rows[:, None] + shifts[None, :keys_per_row]) % num_tokens]
         shape = num_tokens, keys_per_row
         return cls(jnp.sort(indices, axis=1), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool), num_tokens)

@@ -69,6 +69,7 @@ def blocks_and_rest_state(
     """
     block, num_queries = blocks.block_size, q.shape[0]
     rows, columns = np.indices(blocks.kinds.shape)
+    # Causally only earlier blocks are summarised whole: a part of the query's own block cannot be.
     far = ~blocks.visited & ((columns < rows) | (not is_causal))
     support = BlockMap.from_blocks(blocks.visited, block_size=block, num_queries=num_queries, num_keys=blocks.num_keys)
     near = block_sparse_state(q, k, v, support.causal() if is_causal else support, kv_mask=kv_mask)
@@ -85,6 +86,7 @@ def blocks_and_rest_state(
         summary: Any = summarize(*args)
         return dataclasses.replace(summary, features=None) if of_moments else summary
 
+    # Batched, because one block is too small for the machine.
     together = max(1, ROWS // block)
     summaries = lax.map(bare, (*tokens, numbers), batch_size=together)
     q_blocks = in_blocks(q, block)
@@ -105,6 +107,7 @@ def blocks_and_rest_state(
             q, far = args
             return attend(q, _tokens_of(summaries, far))
 
+        # Every block of queries reads the tokens of all blocks, far ones with mass: tiles bound the batch.
         together = max(1, min(together, LEAST_TILE // (block * per_block * far.shape[1])))
         answer = lax.map(from_tokens, (q_blocks, jnp.asarray(far)), batch_size=together)
     return merge(near, out_of_blocks(answer, num_queries))
@@ -138,6 +141,7 @@ def _moments_of(moments: Any, far: np.ndarray) -> Any:
 def _around_runs(moments: Any, first: np.ndarray, last: np.ndarray) -> Any:
     """Moments of the blocks before ``first [Tb]`` and from ``last [Tb]`` on, by one scan from either end."""
     before, after = _running(moments), _running(moments, reverse=True)
+    # Where all blocks are far the run before them is everything, and the one after is empty: none counts twice.
     last = np.where(first == moments.mass.shape[0], moments.mass.shape[0], last)
     return jax.vmap(merge)(*(jax.tree.map(lambda x, at=at: x[at], y) for y, at in ((before, first), (after, last))))
 
@@ -145,6 +149,7 @@ def _around_runs(moments: Any, first: np.ndarray, last: np.ndarray) -> Any:
 def _running(moments: Any, *, reverse: bool = False) -> Any:
     """Moments of the blocks before each number 0..n; in reverse, of those from it on."""
     none = jax.tree.map(lambda x: jnp.zeros_like(x[0]), moments)
+    # The identity of `merge`.
     none = dataclasses.replace(none, log_scale=jnp.full_like(none.log_scale, -jnp.inf))
 
     def step(past: Any, block: Any) -> tuple[Any, Any]:
@@ -225,6 +230,7 @@ def support_and_moments_state(
     # States are logarithms and have no sign: negative estimates are added to the whole, and positive ones subtracted.
     positive, negative = _estimates_of_own(q, k, v, places, seen, summarize)
     rest = subtract(merge(whole, negative), positive)
+    # Rows without moments, such as those of the first blocks, have no rest: estimates on the support must not make one.
     answered = whole.lse > -jnp.inf
     rest = AttentionState(jnp.where(answered[:, None], rest.out, 0), jnp.where(answered, rest.lse, -jnp.inf))
     return merge(near, rest)
@@ -274,6 +280,7 @@ def _estimates_of_own(
     def of_rows(args: tuple[Array, Array]) -> AttentionState:
         q, places = args
         values, log_scale = one.features(q)
+        # Features of queries and of keys are each at the peak of their row, and the peaks are added as logarithms.
         peak = finite_peak(jnp.max(log_scale, axis=1))
         phi = values * jnp.exp(log_scale - peak[:, None])
         phi = jnp.broadcast_to(phi, (q.shape[0], phi_k.shape[1]))

@@ -116,6 +116,7 @@ def determinant_attention(
     Reference:
         :cite:p:`roy2025simplex`, section on rotation invariant trilinear forms.
     """
+    # The scale is that of the D given channels, not of the 2 D that stand for them.
     channels = determinant_channels(q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return tensor_attention(*channels, v, key, scale=scale, **options)

@@ -141,6 +141,7 @@ def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] 
 
 def scaled(q: Array, scale: float | Array | None) -> Array:
     """Rows ``[T, D]`` times the scale of the logits, of any sign; ``1/sqrt(D)`` by default."""
+    # 1 / sqrt(D) as in models; the theorem of Alman and Song divides by D.
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     elif isinstance(scale, str | bool | tuple | list) or getattr(scale, "shape", ()) != ():
@@ -226,6 +227,7 @@ def tensor_state(
 def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
     """State of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
     first, *others = sets
+    # Composed queries times last keys fill a tile.
     rows = max(LEAST_ROWS, LEAST_TILE // sets[-1].k.shape[0])
     if not others:
         tile = jax.checkpoint(lambda queries: dense_state(queries.q, first.k, first.v, _bias(rule, queries, first)))
@@ -240,6 +242,7 @@ def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> Atte
 
         if first.k.shape[0] <= num_keys:
             return tile(first)
+        # Padded with keys that are not real: a key of zeros would still count with the logit 0.
         room = first.padded(0, -first.k.shape[0] % num_keys)
         blocks = jax.tree.map(lambda x: in_blocks(x, num_keys), room)
         empty = AttentionState.empty(queries.q.shape[0], first.v.shape[1], first.v.dtype)

@@ -51,6 +51,7 @@ class Kernel(NamedTuple):
                 raise TypeError(f"features must be an IndexSet, a tuple of maps or None, got {type(features).__name__}")
             if features.dim != head_dim:
                 raise ValueError(f"features must be an IndexSet of D = {head_dim} channels, got {features.dim}")
+            # Monomials need no map for each factor: the same serves queries and all keys.
             maps = (MonomialFeatures(features),) * (num_sets + 1)
         if degree not in (None, maps[0].degree):
             raise ValueError(f"degree must be that of the features, {maps[0].degree}, got {degree}")
@@ -65,6 +66,7 @@ class Kernel(NamedTuple):
     def summarize(self, inputs: TensorInputs) -> FeatureMoments:
         """The moments of all tuples of one key of each set."""
         tokens = zip(self.key_maps, inputs.keys, inputs.values, inputs.masks, strict=True)
+        # The sum over tuples is the product of the sums over sets. Weights, of any sign, enter once, at the end.
         product = hadamard(*(FeatureMoments.of_tokens(*each) for each in tokens))
         return product.reweighted(self.weights, self.query_map)
 

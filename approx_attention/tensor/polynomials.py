@@ -104,6 +104,7 @@ def check_taken(coefficients: object, *, bound: float | None, rms: float | None)
 
 def num_coefficients(coefficients: Any) -> int:
     """The number of coefficients given as numbers; raises ``TypeError`` unless they are real and a vector."""
+    # A traced array has a shape and a dtype, which suffice. Kind V: bfloat16 and other types that NumPy does not know.
     given = coefficients if hasattr(coefficients, "dtype") else np.asarray(coefficients)
     if given.ndim != 1 or given.shape[0] == 0 or given.dtype.kind not in "iufV":
         raise TypeError(
@@ -223,7 +224,7 @@ def weight_bound(lo: float, hi: float) -> float:
 
     Reference:
         A derivation of this library: with factors :math:`f_j` the sum is :math:`\sum_j w_j |f_j - \bar f| /
-        \bar f`, which is largest for a law on the two points ``lo`` and ``hi``.
+        \bar f`, which is largest for a distribution on the two points ``lo`` and ``hi``.
     """
     lo, hi = known_number("lo", lo), known_number("hi", hi)
     if not lo <= hi:
@@ -341,7 +342,8 @@ def _ratio(coefficients: np.ndarray, bound: float, x: float) -> float:
 def _whole_numbers(coefficients: np.ndarray, bound: float) -> list[int]:
     """The coefficients of P(bound x), as a polynomial of x, in whole numbers of a common unit."""
     terms = [Fraction(c) * Fraction(bound) ** k for k, c in enumerate(coefficients.tolist())]
-    unit = max(term.denominator for term in terms)  # all are powers of 2
+    # Floats are whole numbers over powers of 2, so that the largest denominator is the common one.
+    unit = max(term.denominator for term in terms)
     return [int(term * unit) for term in terms]
 
 
@@ -414,6 +416,7 @@ def _minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
         # From the extrema of a Chebyshev polynomial.
         points = np.array([Decimal(-bound * math.cos(math.pi * i / (degree + 1))) for i in range(degree + 2)])
         sign = np.array([Decimal((-1) ** i) for i in range(degree + 2)])
+        # The exchange takes some ten rounds; 100 are a limit that raises.
         for _ in range(100):
             value = np.array([x.exp() for x in points])
             smooth, level = _divided_differences(points, value), _divided_differences(points, sign * value)
@@ -452,6 +455,7 @@ def _derivative(powers: np.ndarray) -> np.ndarray:
 def _real_roots(powers: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The roots of a polynomial all of whose roots are real, by Ehrlich and Aberth's iteration from distinct points."""
     roots, slope = start, _derivative(powers)
+    # It converges cubically from points near the roots; 200 steps are a limit that it does not reach.
     for _ in range(200):
         step = polynomial.polyval(roots, powers) / polynomial.polyval(roots, slope)
         apart = [sum((1 / (x - y) for j, y in enumerate(roots) if j != i), Decimal(0)) for i, x in enumerate(roots)]

@@ -64,6 +64,7 @@ class _PolynomialSketch:
 
     def __call__(self, x: Array, /) -> Features:
         """Features ``[N, R]`` of rows ``[N, D]``."""
+        # Low degrees carry most of the weight and have few monomials: exact, and random features only beyond.
         exact = monomials(x, total_degree(self.sizes[2], self.exact_degree))
         random = itertools.islice(self.sketched(x.astype(exact.dtype)), self.exact_degree, None)
         return Features(jnp.concatenate([exact, *random], axis=1), jnp.zeros((x.shape[0], 1), exact.dtype))
@@ -158,6 +159,7 @@ class TensorSketch(_PolynomialSketch):
         """The buckets of each degree, ``[N, size]``."""
         spectrum = None
         for place, sign in zip(self.place, self.sign, strict=True):
+            # A convolution of counts is a product of spectra: size log(size) per degree.
             counts = jnp.fft.rfft(SparseSketch(place[None], sign[None], self.size) @ x.T, axis=0)
             spectrum = counts if spectrum is None else spectrum * counts
             yield jnp.fft.irfft(spectrum, self.size, axis=0).T
