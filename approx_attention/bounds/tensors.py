@@ -163,8 +163,8 @@ def tensor_certificate(
     against the mean of the values (`approx_attention.evaluation.skill`), because all methods are good where logits are
     tiny. Rounding is not part of it.
 
-    It is not possible under `jax.jit`: q, k and v must be known. q, k, v, scale and kv_mask: as in `tensor_attention`;
-    degree and coefficients: as in `tensor_polynomial`.
+    It needs the numbers of q, k and v, and so does not run under `jax.jit`. q, k, v, scale and kv_mask: as in
+    `tensor_attention`; degree and coefficients: as in `tensor_polynomial`.
 
     Args:
         bound: as in `tensor_polynomial`; by default the `logit_bound` of the tensors.

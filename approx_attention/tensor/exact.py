@@ -139,7 +139,7 @@ def determinant_channels(q: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.tensor import determinant_channels
+        >>> from approx_attention.tensor.exact import determinant_channels
         >>> q, (k, l) = determinant_channels(jnp.eye(3)[:1], (jnp.eye(3)[1:2], jnp.eye(3)[2:]))
         >>> float(jnp.sum(q * k * l))  # three axes span a volume of 1
         1.0
@@ -199,7 +199,7 @@ def strassen_attention(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import strassen_attention, tensor_attention
-        >>> from approx_attention.tensor import strassen_channels
+        >>> from approx_attention.tensor.exact import strassen_channels
         >>> f, g, h, v, w = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(5))
         >>> lifted = tensor_attention(*strassen_channels(f, (g, h)), (v, w), scale=1 / 2)
         >>> bool(jnp.allclose(strassen_attention(f, (g, h), (v, w)), lifted, atol=1e-5))
@@ -255,7 +255,7 @@ def strassen_channels(f: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.tensor import strassen_channels
+        >>> from approx_attention.tensor.exact import strassen_channels
         >>> q, (k, l) = strassen_channels(jnp.full((1, 1), 2.0), jnp.array([[[3.0]], [[5.0]]]))
         >>> float(jnp.sum(q * k * l))  # 2 * 3 + 3 * 5 + 5 * 2
         31.0

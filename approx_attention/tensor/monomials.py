@@ -200,7 +200,8 @@ def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.tensor import monomials, total_degree
+        >>> from approx_attention.tensor import total_degree
+        >>> from approx_attention.tensor.monomials import monomials
         >>> monomials(jnp.array([[2.0, 3.0]]), total_degree(2, 2)).tolist()
         [[1.0, 2.0, 3.0, 4.0, 6.0, 9.0]]
     """
