@@ -31,7 +31,7 @@ def bind_layer(
 
 
 def check_redraw(redraw: str, every: int | None) -> int:
-    """The number of calls that are counted together; raises unless ``every`` is a count just where ``redraw`` is "every_n"."""
+    """The number of calls that are counted together; raises unless ``every`` is given just with "every_n"."""
     check_choice("redraw", redraw, ("never", "every_call", "every_n"))
     if (redraw == "every_n") != (every is not None):
         raise ValueError(f"every is for redraw='every_n', and needed there; got redraw={redraw!r}, every={every}")

@@ -1,4 +1,4 @@
-"""What theory promises: closed forms for the error of estimates, with their assumptions."""
+"""Bounds and closed forms for the errors of estimates, with their assumptions."""
 
 from approx_attention.bounds.coresets import (
     CoresetSize,

@@ -1,4 +1,4 @@
-"""Coresets: what merging keys can cost, how much a key can matter, and which sizes are promised."""
+"""Bounds for coresets: the error of merged keys, the sensitivity of a key, and sizes with a guarantee."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -26,8 +26,8 @@ class MergeBound(NamedTuple):
     """Merged tokens, and a bound on their error.
 
     Attributes:
-        summary: every key merged into the nearest of the tokens that were given.
-        bound: on its error for all queries of the ball, in the units of the values.
+        summary: every key merged into the nearest of the given tokens.
+        bound: bound on its error for all queries of the ball, in the units of the values.
     """
 
     summary: WeightedKV
@@ -42,22 +42,22 @@ def merge_bound(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> MergeBound:
-    r"""Merges every key into the nearest of some tokens, with a bound on the error for every query of bounded norm.
+    r"""Merges every key into the nearest of some tokens, with a bound on the error for all queries of bounded norm.
 
     If every key is within :math:`\delta` of the mean key that it was merged into,
 
     .. math:: \sup_{\|q\| \le \rho} \|\mathrm{attend}(q) - \mathrm{attention}(q)\|_2
               \le (e^{2 \rho \delta} - 1)\, \max_j \|v_j\|_2.
 
-    The bound is that of the merge that is returned, not of the summary that was given: of the clusters of that one only
-    the means are known, and not who is in them. No bound of this kind is known for Nystrom weights or for chosen
-    tokens: measure those with `approx_attention.evaluation.sup_error`, whose search gives a lower bound of the
-    supremum. Above :math:`2 \max \|v\|` it says nothing.
+    The bound is that of the returned merge, not of the given summary: a summary has the means of its clusters, but not
+    their members. No bound of this kind is known for Nystrom weights or for chosen tokens: measure those with
+    `approx_attention.evaluation.sup_error`, whose search gives a lower bound of the supremum. Above
+    :math:`2 \max \|v\|` it is vacuous.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         v: values ``[S, Dv]``.
-        summary: tokens to merge into, such as a coreset, in scaled space; those without mass are left out.
+        summary: tokens to merge into, such as a coreset, in scaled space; tokens without mass are ignored.
         radius: :math:`\rho`, the largest norm of a query in scaled space.
         kv_mask: true where a key is real ``[S]``.
 
@@ -80,17 +80,19 @@ def merge_bound(
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     label = nearest(tokens.k, summary.k, summary.mass != 0)
     merge = merged(tokens, label, summary.mass.shape[0])
+    # Distances from the means of the merge, not from the given tokens: the mean is what every key is replaced by.
     away = jnp.where(tokens.mass > 0, jnp.sqrt(squared_norm(tokens.k - merge.k[label]))[:, 0], 0)
+    # expm1: for small clusters the bound is small, and must keep its digits.
     bound = jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(tokens.values)))
     return MergeBound(merge, bound)
 
 
 class Sensitivity(NamedTuple):
-    """Enclosures of the sensitivities of keys, each ``[S]``.
+    """Lower and upper bounds on the sensitivities of keys, each ``[S]``.
 
     Attributes:
-        least: reached by a query that was found.
-        most: exceeded by no query of the ball.
+        least: the attention weight of a query that the search found.
+        most: a limit for all queries of the ball.
     """
 
     least: Array
@@ -104,24 +106,24 @@ def sensitivity(
     kv_mask: Bool[Array, " S"] | None = None,
     num_steps: int = 64,
 ) -> Sensitivity:
-    r"""The largest attention weight that any query of bounded norm gives to each key, from below and from above.
+    r"""Bounds the largest attention weight of each key over all queries of bounded norm, from below and from above.
 
     .. math:: s_j = \sup_{\|q\| \le \rho} \frac{e^{q \cdot k_j}}{\sum_i e^{q \cdot k_i}}.
 
-    The total of all keys is how many tokens importance sampling needs, up to logarithms and :math:`1/\epsilon^2`:
-    near 1 where keys are alike for such queries, S where each of them can be singled out. The search for the query is
-    convex, :math:`\min_q f(q) = \log \sum_i e^{q \cdot (k_i - k_j)}`, so that the duality gap
-    :math:`g = \nabla f \cdot q + \rho \|\nabla f\|` of its last step turns what was found into a bound,
-    :math:`s_j \le e^{g - f(q)}`, whether it has converged or not.
+    The total of all keys is the number of tokens that importance sampling needs, up to logarithms and
+    :math:`1/\epsilon^2`: near 1 where keys are alike for such queries, S where a query can single out each of them. The
+    search for the query is convex, :math:`\min_q f(q) = \log \sum_i e^{q \cdot (k_i - k_j)}`, so that the duality gap
+    :math:`g = \nabla f \cdot q + \rho \|\nabla f\|` of its last step gives a bound, :math:`s_j \le e^{g - f(q)}`,
+    whether the search has converged or not.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         radius: :math:`\rho`, the largest norm of a query in scaled space.
         kv_mask: true where a key is real ``[S]``; others have sensitivity 0.
-        num_steps: accelerated projected gradient steps.
+        num_steps: accelerated projected gradient steps; more of them bring the two bounds closer.
 
     Returns:
-        The `Sensitivity`, for the price of ``num_steps * S`` queries over all keys.
+        The `Sensitivity`, at the cost of ``num_steps * S`` queries over all keys.
 
     Example:
         >>> import jax
@@ -139,6 +141,7 @@ def sensitivity(
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)
     present = real_keys(kv_mask, k.shape[0])
+    # Padding may hold NaN, which its bias would not hide.
     k = jnp.where(present[:, None], k, 0)
     bias = mask_bias(present, k.dtype)
 
@@ -151,7 +154,8 @@ def sensitivity(
         norm = jnp.sqrt(squared_norm(q))
         return q * jnp.minimum(1, radius / jnp.where(norm > 0, norm, 1))
 
-    # The second derivative of f is the variance of keys in a direction.
+    # The second derivative of f is a variance of keys in a direction, at most the largest squared distance from any
+    # point, here their mean: the inverse is a safe step.
     middle = jnp.mean(k, axis=0, where=present[:, None])
     curvature = jnp.max(squared_norm(k - middle[None, :]), where=present[:, None], initial=0)
     stride = 1 / jnp.where(curvature > 0, curvature, 1)
@@ -159,6 +163,7 @@ def sensitivity(
     def step(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         q, ahead = state
         new = onto_ball(ahead - stride * value_and_slope(ahead)[1])
+        # Nesterov's momentum.
         return new, new + number / (number + 3) * (new - q)
 
     start = jnp.zeros_like(k)
@@ -183,11 +188,11 @@ SizeResult = Literal[
 
 
 class CoresetSize(NamedTuple):
-    """A size that theory asks for.
+    """Size of a coreset by theory.
 
     Attributes:
-        size: tokens, up to a constant that the theorem does not give (taken to be 1).
-        vacuous: whether it is no less than the number of tokens there are.
+        size: the number of tokens, up to a constant that the theorem does not give (here 1).
+        vacuous: whether it is at least the number of keys.
         statement: the bound, in words.
     """
 
@@ -205,7 +210,7 @@ def coreset_size_bound(
     failure: float = 0.1,
     result: SizeResult = "optimal",
 ) -> CoresetSize:
-    r"""How many tokens theory asks for so that attention errs by at most ``error`` where values have norm at most 1.
+    r"""Computes the number of tokens with which theory promises an error of attention, for values of norm at most 1.
 
     With queries of norm :math:`\rho` and keys of norm 1, in d dimensions, up to constants and lower-order terms:
 
@@ -215,12 +220,13 @@ def coreset_size_bound(
               \text{optimal: } \frac{\sqrt d\, e^{\rho}}{\epsilon}.
 
     The optimal coreset exists by Banaszczyk's theorem, and the Gram-Schmidt walk finds it in polynomial time. That walk
-    is not implemented here, because no rule of signs gained by it in measurements; the rules of `coresets.Halving`
-    control the norm of the kernel's sums, and carry no guarantee of 1/m for all queries at once. Its tokens are
-    weighted: the abstract says subset, but without weights one key among :math:`e^{2\rho}` opposite ones, which the
-    query that points at it weighs as much as all others, needs about :math:`e^{2\rho}` rows.
+    is not implemented here, because it was no better than other sign rules in measurements; the rules of
+    `coresets.Halving` control the norm of the kernel's sums, and carry no guarantee of 1/m for all queries at once. The
+    tokens of the optimal coreset are weighted: the abstract says subset, but without weights one key among
+    :math:`e^{2\rho}` opposite ones, which the query that points at it weighs as much as all others, needs about
+    :math:`e^{2\rho}` rows.
 
-    WildCat has no row: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for an error.
+    WildCat is missing: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for an error.
 
     Args:
         error: :math:`\epsilon`, of values of norm at most 1.
@@ -229,11 +235,11 @@ def coreset_size_bound(
         num_keys: n.
         failure: :math:`\delta`, the probability with which a random choice may fail.
         result: ``"uniform"`` for a uniform sample; ``"subgen"`` for the samples of values of SubGen, one query at a
-            time and beside its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for the space
-            that a stream needs, where radii are at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low effective
-            rank, whose rank its constant hides; ``"kernel_discrepancy"`` for the sums themselves, before one is divided
-            by the other, of keys and queries of norm 1; ``"optimal"`` for the size of a weighted coreset that exists;
-            ``"lower_bound"`` for the size below which some data have no coreset of rows.
+            time and in addition to its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for
+            the space that a stream needs, where radii are at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low
+            effective rank, with a constant that depends on the rank; ``"kernel_discrepancy"`` for numerator and
+            normaliser by themselves, of keys and queries of norm 1; ``"optimal"`` for the size of a weighted coreset
+            that exists; ``"lower_bound"`` for the size below which some data have no coreset of rows.
 
     Returns:
         The `CoresetSize`; ``vacuous`` if it is at least ``num_keys``.
@@ -298,5 +304,6 @@ def coreset_size_bound(
             "some data have no smaller coreset of their own rows",
         ),
     }[result]
+    # Logarithms throughout: e^{2 rho} of real heads (rho of 20 and more) leaves float64 in products.
     size = math.exp(log_size) if log_size < 700 else math.inf
     return CoresetSize(size, size >= num_keys, statement)

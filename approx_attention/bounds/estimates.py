@@ -1,4 +1,4 @@
-"""Mean squared errors of random features, sketches and sampled rows, and how large a projection must be."""
+"""Mean squared errors of random features, sketches and sampled rows, and the size of a random projection."""
 
 import math
 from typing import Literal
@@ -27,7 +27,7 @@ def favor_mse(
     features: Literal["positive", "hyperbolic", "trigonometric"] = "positive",
     scale: float | Array | None = None,
 ) -> Float[Array, "T S"]:
-    r"""Mean squared error of random-feature estimates of :math:`e^{q \cdot k}`, relative to its square.
+    r"""Computes the mean squared error of random-feature estimates of :math:`e^{q \cdot k}`, relative to its square.
 
     For R features of independent directions, with q and k scaled by :math:`\sqrt s` and :math:`z = \|q + k\|^2`,
 
@@ -35,15 +35,15 @@ def favor_mse(
               \text{hyperbolic: } \frac{(e^z - 1)(1 - e^{-z})}{R}, \qquad
               \text{trigonometric: } \frac{e^z (1 - e^{-\|q - k\|^2})^2}{R\, e^{4 q \cdot k}}.
 
-    The hyperbolic and trigonometric ones use R/2 directions. Orthogonal directions do better, by an amount that this
-    bound does not claim. It speaks of the entries, whose estimates are unbiased; their ratio, the answer, is not. Above
-    1 an entry's estimate is worth nothing.
+    Hyperbolic and trigonometric features use R/2 directions. Orthogonal directions have less error, by an amount that
+    is not part of this formula. It holds for single entries, whose estimates are unbiased; their ratio, the output, is
+    biased. Above 1 the estimate of an entry is of no use.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         num_features: the number R of features.
-        features: their kind.
+        features: the kind of features.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -67,8 +67,10 @@ def favor_mse(
     dtype = accumulation_dtype(q, k)
     q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
     logits, norms = q @ k.T, squared_norm(q) + squared_norm(k).T
+    # Squared norms by products, which rounding may leave below 0.
     together, apart = (jnp.maximum(norms + sign * 2 * logits, 0) for sign in (1, -1))
     if features == "trigonometric":
+        # Exponents are added first: each exponential alone may overflow where the quotient does not.
         return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
     positive = jnp.expm1(together) / num_features
     return positive if features == "positive" else positive * -jnp.expm1(-together)
@@ -77,7 +79,7 @@ def favor_mse(
 def sketch_mse(
     weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: str = "gaussian"
 ) -> Float[Array, ""]:
-    r"""The mean squared error of attention over sketched values, exactly.
+    r"""Computes the mean squared error of attention over sketched values, exactly.
 
     With :math:`T = \|P\|_F^2 \|v\|_F^2`, :math:`O = \|P v\|_F^2`, :math:`C = \sum_j \|P_{:j}\|^2 \|v_j\|^2` and M rows,
     :math:`E \|P \Pi^T \Pi v - P v\|_F^2` is
@@ -96,8 +98,8 @@ def sketch_mse(
         kind: as in `approx_attention.core.draw_sketch`.
 
     Returns:
-        The expected squared error, summed over queries and channels. Beside :math:`\|P v\|_F^2` it says whether the
-        sketch is worth anything: for uniform weights and centred values it is S/M times as large.
+        The expected squared error, summed over queries and channels. A sketch is of use where it is below
+        :math:`\|P v\|_F^2`: for uniform weights and centred values it is S/M times as large.
 
     Raises:
         ValueError: an unknown kind, shapes that do not fit.
@@ -111,7 +113,7 @@ def sketch_mse(
         (2.0, 0.0)
 
     Reference:
-        Second moments of each family; what :cite:p:`wang2020linformer`, theorem 1 leaves as a probability.
+        Second moments of each family; :cite:p:`wang2020linformer`, theorem 1 gives a probability instead.
     """
     check_choice("kind", kind, SKETCHES)
     sketch_size = check_count("sketch_size", sketch_size)
@@ -127,6 +129,8 @@ def sketch_mse(
     if kind == "hadamard":
         length = 1 << (num_keys - 1).bit_length()
         return (total + out - 2 * own) / sketch_size * _without_replacement(length, sketch_size)
+    # The coefficient of C: the fourth moment of an entry in units of its variance, less the 3 of a Gaussian one. Signs
+    # have 1, and 3 at density 1/3.
     own_times = {"gaussian": 0, "achlioptas": 0, "rademacher": -2, "count": -2, "sparse_jl": -2}[kind]
     return (total + out + own_times * own) / sketch_size
 
@@ -134,7 +138,7 @@ def sketch_mse(
 def row_sample_mse(
     weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sample_size: int, log_odds: Float[Array, " S"]
 ) -> Float[Array, ""]:
-    r"""The mean squared error of attention over M rows drawn with replacement and counted against their odds.
+    r"""Computes the mean squared error of attention over M rows sampled with replacement, weighted by inverse odds.
 
     .. math:: E \|P \Pi^T \Pi v - P v\|_F^2
               = \frac1M \Big(\sum_j \frac{\|P_{:j}\|^2 \|v_j\|^2}{p_j} - \|P v\|_F^2\Big),
@@ -146,7 +150,7 @@ def row_sample_mse(
         weights: attention weights P ``[T, S]``.
         v: values ``[S, Dv]``.
         sample_size: M.
-        log_odds: logarithms of p up to a constant ``[S]``; zeros for uniform draws.
+        log_odds: logarithms of p up to a constant ``[S]``; zeros for uniform sampling.
 
     Returns:
         The expected squared error, summed over queries and channels.
@@ -172,11 +176,12 @@ def row_sample_mse(
 
 
 def _without_replacement(num_rows: int, size: int) -> float:
+    """The factor of a variance for sampling without replacement."""
     return max(0, num_rows - size) / max(1, num_rows - 1)
 
 
 def johnson_lindenstrauss_size(num_points: int, error: float) -> float:
-    r"""Rows with which a random projection keeps all distances between N points.
+    r"""Computes the number of rows with which a random projection preserves all distances between N points.
 
     .. math:: M = 4 \ln N \,/\, (\epsilon^2/2 - \epsilon^3/3)
 

@@ -1,4 +1,4 @@
-"""Tensor attention: bounds on its logits, and the certificate of a polynomial approximation."""
+"""Bounds for tensor attention: on its logits, and the certificate of a polynomial approximation."""
 
 import functools
 import itertools
@@ -26,15 +26,15 @@ from approx_attention.tensor import (
 
 
 def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
-    r"""A bound on the magnitude of every logit of tensor attention, in time linear in the number of tokens.
+    r"""Bounds the magnitude of every logit of tensor attention, in time linear in the number of tokens.
 
     .. math:: \max |x| \le \min\Big(
               |s| \sum_t \prod_a \max_j |y^a_{jt}|,\
               |s| \prod_a \max_j \|y^a_j\|_m,\
               |s| \min_{a \ne b} \max \|y^a\|_2 \max \|y^b\|_2 \prod_{c \ne a, b} \max \|y^c\|_\infty \Big)
 
-    over the m factors y, the queries and m - 1 sets of keys. The second is taken with channels as they are and scaled
-    so that the largest entries of all factors agree in each channel, which leaves logits alone.
+    over the m factors y, the queries and m - 1 sets of keys. The second is computed twice, for the given channels and
+    for channels scaled so that the largest entries of all factors agree, which does not change logits.
 
     Args:
         q: queries ``[T, D]``.
@@ -60,7 +60,8 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
     """
     inputs = tensor_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
     tokens = (inputs.q, *inputs.keys)
-    # In units of the largest entry of each factor, whose powers neither overflow nor vanish.
+    # In units of the largest entry of each factor: powers of entries up to 1 do not overflow, and sums of them are at
+    # least 1.
     peaks = [jnp.max(jnp.abs(y)) for y in tokens]
     factors = tuple(y / jnp.where(peak > 0, peak, 1) for y, peak in zip(tokens, peaks, strict=True))
     order = len(factors)
@@ -71,6 +72,7 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
         norms = [jnp.max(jnp.sum(jnp.abs(y) ** order, axis=1)) ** (1 / order) for y in factors]
         return functools.reduce(operator.mul, norms)
 
+    # The gauge: a channel of one factor times c and of another over c leaves every logit as it is.
     common = by_channel[None] ** (1 / order) / jnp.where(largest > 0, largest, 1)
     balanced = [y * gauge[None, :] for y, gauge in zip(factors, common, strict=True)]
     euclidean = [jnp.sqrt(jnp.max(squared_norm(y))) for y in factors]
@@ -80,21 +82,21 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
 
 
 def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
-    r"""The root mean square of all logits of tensor attention, exactly and in linear time.
+    r"""Computes the root mean square of all logits of tensor attention, exactly and in linear time.
 
     .. math:: \frac{1}{T \prod_a S_a} \sum_{i, j, l} x_{ijl}^2
               = \frac{s^2}{T \prod_a S_a} \sum_{t, u} (Q^T Q)_{tu} \prod_a (K_a^T K_a)_{tu}
 
-    It is what ``coefficients="hermite"`` asks for.
+    It is the ``rms`` of ``coefficients="hermite"``.
 
     Args:
         q: queries ``[T, D]``.
         k: keys, as in `logit_bound`.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        kv_mask: true where a key is real, as in `tensor_attention`; others do not count. 0 without any in a set.
+        kv_mask: true where a key is real, as in `tensor_attention`; others do not count.
 
     Returns:
-        One number.
+        The root mean square; 0 where a set has no real key.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -114,16 +116,16 @@ def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = N
 
 
 class TensorCertificate(NamedTuple):
-    """What is certain of the polynomial method on given tensors, in exact arithmetic.
+    """Certificate of the polynomial method on given tensors, in exact arithmetic.
 
     Attributes:
-        logit_bound: no logit is larger in magnitude.
-        total_variation: no query's weights are further off than this; infinite if the polynomial may turn negative.
-        output: nor its output in each channel, ``[Dv]``, in the units of the values.
-        met: whether the first is within the tolerance that was asked for; None if there was none.
+        logit_bound: bound on the magnitude of all logits.
+        total_variation: bound on the error of the weights of all queries; infinite if the polynomial may turn negative.
+        output: bound on the error of outputs in each channel, ``[Dv]``, in the units of the values.
+        met: whether ``total_variation`` is within the requested tolerance; None without one.
         rank: the number of features.
-        flops: of the polynomial method.
-        exact_flops: of exact attention.
+        flops: operations of the polynomial method.
+        exact_flops: operations of exact attention.
     """
 
     logit_bound: float
@@ -148,7 +150,7 @@ def tensor_certificate(
     scale: float | Array | None = None,
     kv_mask: Any = None,
 ) -> TensorCertificate:
-    r"""How far the polynomial method can be from tensor attention of any order on these tensors.
+    r"""Certifies the polynomial method on given tensors: bounds its distance from tensor attention of any order.
 
     With :math:`\beta` the `logit_bound` and lo and hi the least and the greatest :math:`P(x) e^{-x}` for
     :math:`|x| \le \beta` (`ratio_range`),
@@ -158,20 +160,16 @@ def tensor_certificate(
 
     It holds with and without a causal mask or a window. It assumes the worst logits within the bound and is often a
     hundred times larger than the error: measure that too (`approx_attention.evaluation.output_error`), and its *skill*
-    beside the mean of the values (`approx_attention.evaluation.skill`), for where logits are tiny all methods look
-    good. Rounding is not part of it.
+    against the mean of the values (`approx_attention.evaluation.skill`), because all methods are good where logits are
+    tiny. Rounding is not part of it.
+
+    It needs the numbers of q, k and v, and so does not run under `jax.jit`. q, k, v, scale and kv_mask: as in
+    `tensor_attention`; degree and coefficients: as in `tensor_polynomial`.
 
     Args:
-        q: queries ``[T, D]``; this and the next two are numbers, so that it cannot be called under `jax.jit`.
-        k: keys, as in `tensor_polynomial`.
-        v: values, likewise.
-        degree: g, 2 by default, or that of ``coefficients``.
-        coefficients: as in `tensor_polynomial`.
-        bound: as there; the `logit_bound` of the tensors if it is needed and not given.
-        rms: as there; the `logit_rms` of the tensors if it is needed and not given.
-        tolerance: on the total variation.
-        scale: factor of the logits, ``1/sqrt(D)`` by default.
-        kv_mask: true where a key is real.
+        bound: as in `tensor_polynomial`; by default the `logit_bound` of the tensors.
+        rms: as in `tensor_polynomial`; by default the `logit_rms` of the tensors.
+        tolerance: limit on the total variation.
 
     Returns:
         The `TensorCertificate`.
@@ -206,6 +204,7 @@ def tensor_certificate(
     total_variation = weight_bound(*ratio_range(coefficients, beta))
     value_dim = inputs.values[0].shape[1]
     low, high = np.ones(value_dim), np.ones(value_dim)
+    # The extremes of a product of values are products of extremes, over both ends of each set.
     for values, mask in zip(inputs.values, inputs.masks, strict=True):
         real = np.asarray(values, np.float64)[slice(None) if mask is None else np.asarray(mask)]
         if not len(real):
@@ -215,6 +214,7 @@ def tensor_certificate(
     num_queries, dim = inputs.q.shape
     lengths = [keys.shape[0] for keys in inputs.keys]
     rank = math.comb(dim + len(coefficients) - 1, dim)
+    # Per token R products with Dv values and the normaliser, each a multiplication and an addition.
     return TensorCertificate(
         logit_bound=beta,
         total_variation=total_variation,

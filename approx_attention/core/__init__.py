@@ -1,4 +1,4 @@
-"""What every other package stands on: checks, summaries and states of attention, features, and the causal scan."""
+"""The common calculus: checks, summaries and states of attention, features, sketches, and the causal scan."""
 
 from approx_attention.core.causal import (
     Block,
@@ -107,6 +107,7 @@ from approx_attention.core.softmax import (
     LEAST_TILE,
     blocked_state,
     dense_state,
+    kernel_state,
     mask_bias,
     streamed_state,
     triangular_state,
@@ -120,7 +121,6 @@ from approx_attention.core.summaries import (
     WeightedKV,
     attend,
     hadamard,
-    kernel_state,
     require_scaled_space,
     scaled_queries,
     summary_bytes,

@@ -15,21 +15,21 @@ def control_variate_state(
     moments: FeatureMoments,
     log_mass: Float[Array, "T G"] | None = None,
 ) -> AttentionState:
-    r"""Attention over an exact set E and G groups of keys, each with a control-variate coefficient of its own.
+    r"""Attention over an exact set E of keys and G groups, each group with one control-variate coefficient.
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in E} e^{q_t \cdot k_j} v_j + \sum_g m_{tg}\, \beta_{tg}}
               {\sum_{j \in E} e^{q_t \cdot k_j} + \sum_g m_{tg}}, \qquad
               \beta_{tg} = \frac{\phi_g(q_t)^T\, \mathrm{value\_sum}_g}{\phi_g(q_t)^T\, \mathrm{mass}_g}.
 
-    The coefficient :math:`\beta_g` is the random-feature answer of group g, which makes its residual vanish; the mass
-    :math:`m_{tg}` is how much attention the group gets, :math:`\sum_{j \in g} e^{q_t \cdot k_j}` or a stand-in. With
-    one group, no exact set and the masses that the features themselves estimate this is random feature attention; with
-    one group per key, or every key in E, it is softmax attention; EVA lies between.
+    The coefficient :math:`\beta_g` is the random-feature output of group g, for which its residual vanishes; the mass
+    :math:`m_{tg}` is the attention of the group, :math:`\sum_{j \in g} e^{q_t \cdot k_j}` or an estimate. With one
+    group, no exact set and the masses that the features estimate this is random feature attention; with one group per
+    key, or every key in E, it is softmax attention; EVA lies between.
 
     Args:
         q: queries ``[T, D]`` in scaled space (`fold_scale`).
         exact: the state of the exact set, `AttentionState.empty` if there is none.
-        moments: the features of each group's keys, every array with a leading axis G.
+        moments: the moments of each group's keys, every array with a leading axis G.
         log_mass: log of the groups' masses ``[T, G]``, ``-inf`` for a group without keys; by default those that the
             features estimate.
 
@@ -53,6 +53,8 @@ def control_variate_state(
     """
     answers = jax.vmap(lambda moments: attend(q, moments))(moments)
     log_mass = answers.lse.T if log_mass is None else log_mass
+    # Masses less their peak, as in softmax; a query without any group has the peak 0 and the total 0. The double where
+    # keeps its division, and the derivative of that, finite.
     peak = finite_peak(jnp.max(log_mass, axis=1))
     mass = jnp.exp(log_mass - peak[:, None])
     total = jnp.sum(mass, axis=1)

@@ -26,7 +26,7 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class FeatureMap(Protocol):
-    """What moments need of a feature map: it is a pytree, knows its size, and maps rows to `Features`."""
+    """Protocol of a feature map, for moments: a pytree that knows its size and maps rows to `Features`."""
 
     @property
     def num_features(self) -> int:
@@ -62,6 +62,8 @@ class PositiveFeatures:
 
     def __call__(self, x: Array, /) -> Features:
         """Log-features ``[N, R]`` of rows ``[N, D]``; the values are all one."""
+        # In logarithms: exp(w . x) of a trained model overflows float32, and exp(-|x|^2 / 2) underflows. The authors'
+        # code subtracts maxima and adds an epsilon to every feature instead, which biases small weights.
         log_scale = x @ self.projection.astype(x.dtype).T - squared_norm(x) / 2 - 0.5 * math.log(self.num_features)
         return Features(jnp.ones((), x.dtype), log_scale)
 
@@ -92,19 +94,22 @@ class TrigonometricFeatures:
         """Sines and cosines ``[N, R]`` with one log-scale per row."""
         angle = x @ self.projection.astype(x.dtype).T
         values = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        # The magnitude is the same for all features of a row: one log-scale per row, and values within [-1, 1]. The
+        # factor is that of the theorem; the authors' code has a constant 0.1, and clamps the normaliser from below.
         return Features(values, squared_norm(x) / 2 - 0.5 * math.log(self.num_features / 2))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReLUFeatures:
-    r"""The generalised attention of the Performer: a kernel of its own, not an estimate of softmax.
+    r"""ReLU features, the generalised attention of the Performer: another kernel, not an estimate of softmax.
 
     .. math:: \phi_i(x) = R^{-1/2} (\max(w_i \cdot x, 0) + \epsilon).
 
     Attributes:
         projection: directions ``w [R, D]``.
-        offset: the constant :math:`\epsilon > 0` that is part of this kernel and keeps its normaliser positive.
+        offset: the constant :math:`\epsilon > 0` of this kernel, which keeps its normaliser positive; 1e-3 as in the
+            authors' code.
 
     Reference:
         :cite:p:`choromanski2021rethinking`, section 4.2.
@@ -152,7 +157,7 @@ class WeightedFeatures:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CosineFeatures:
-    r"""Rectified rows turned by the angle of their place: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
+    r"""Rectified rows rotated by the angle of their position: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
 
     With :math:`c = \cos a` and :math:`s = \sin a` these are the features of the kernel
     :math:`\max(x, 0) \cdot \max(y, 0) \cos(a - b)`, which is no estimate of softmax.
@@ -181,7 +186,7 @@ class CosineFeatures:
 def gaussian_projection(
     key: PRNGKeyArray, num_features: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "R D"]:
-    """Draws independent directions ``[R, D]`` from N(0, I).
+    """Samples independent directions ``[R, D]`` from N(0, I).
 
     Args:
         key: typed PRNG key.
@@ -197,6 +202,7 @@ def gaussian_projection(
         >>> gaussian_projection(jax.random.key(0), 8, 4).shape
         (8, 4)
     """
+    # Scaled space has unit directions: the scale of the logits is in queries and keys.
     shape = check_count("num_features", num_features), check_count("head_dim", head_dim)
     return jax.random.normal(key, shape, dtype)
 
@@ -209,7 +215,7 @@ def orthogonal_projection(
     *,
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
 ) -> Float[Array, "R D"]:
-    r"""Draws directions ``[R, D]`` that are orthogonal within each block of D rows.
+    r"""Samples directions ``[R, D]`` that are orthogonal within each block of D rows.
 
     Every row is marginally N(0, I) with ``row_norm="chi"`` (norms of independent Gaussian vectors), so estimates stay
     unbiased; ``"sqrt_dim"`` gives every row the norm :math:`\sqrt{D}` (less variance, a slight bias).
@@ -242,13 +248,14 @@ def orthogonal_projection(
     head_dim = check_count("head_dim", head_dim)
     blocks = -(-num_features // head_dim)
     gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
-    # Block after block: the threads of a CPU's batch wait for each other, and for ever where each holds another device.
+    # One block after the other: a batched QR on CPU can deadlock where several devices share its threads.
     rotation, triangle = lax.map(jnp.linalg.qr, gaussian)
     # The signs of R's diagonal make the rotation uniformly distributed.
     rotation = rotation * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
     directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]
     if row_norm == "sqrt_dim":
         return math.sqrt(head_dim) * directions
+    # Norms of independent Gaussian vectors, chi with D degrees of freedom: rows are then marginally Gaussian.
     norms = jnp.linalg.norm(jax.random.normal(key_norms, (num_features, head_dim), dtype), axis=-1, keepdims=True)
     return norms * directions
 

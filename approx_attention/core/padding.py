@@ -1,4 +1,4 @@
-"""Real tokens before padding: what cuts or ranks tokens by place does so on the sequence of the real ones alone."""
+"""Real tokens before padding: methods that cut or rank tokens by position see the sequence of the real ones alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -13,11 +13,11 @@ from approx_attention.core.states import AttentionState
 
 
 class RealFirst(NamedTuple):
-    """The order in which real tokens stand first, each group as before.
+    """Stable order with real tokens first and padding after them.
 
     Attributes:
-        order: the tokens' places in that order ``[n]``.
-        position: where each token goes ``[n]``; of a real one its rank among the real ones.
+        order: the places of the tokens in that order ``[n]``.
+        position: the new place of each token ``[n]``: of a real one, its rank among the real ones.
         real: which tokens are real, in that order ``[n]``.
     """
 
@@ -27,11 +27,12 @@ class RealFirst(NamedTuple):
 
     @classmethod
     def of(cls, mask: Array) -> Self:
-        """The order of tokens ``[n]`` of which ``mask`` says which are real."""
+        """The order of tokens whose ``mask [n]`` is true where they are real."""
         places = jnp.arange(mask.shape[0], dtype=jnp.int32)
         rank = jnp.cumsum(mask, dtype=jnp.int32) - 1
         num_real = rank[-1] + 1
-        # Of padding before place j there is j less the real ones.
+        # A cumulative sum gives the ranks, and a scatter inverts them: linear, where a sort is not. Padding at place j
+        # has j - rank - 1 padded places before it.
         position = jnp.where(mask, rank, num_real + places - rank - 1)
         order = jnp.zeros_like(places).at[position].set(places, unique_indices=True)
         return cls(order, position, places < num_real)
@@ -41,12 +42,12 @@ class RealFirst(NamedTuple):
         return _permuted(tree, self.order)
 
     def back(self, tree: Any) -> Any:
-        """Rows in that order at the places from which they came."""
+        """Rows in that order, moved back to their original places."""
         return _permuted(tree, self.position)
 
 
 def _permuted(tree: Any, places: Array) -> Any:
-    """Rows of every array in that order, each once, which makes the derivative a permutation too."""
+    """Rows of every array in a given order; as each is read once, the derivative is a permutation and no sum."""
     return jax.tree.map(lambda x: x.at[places].get(unique_indices=True, mode="promise_in_bounds"), tree)
 
 
@@ -92,11 +93,11 @@ def over_real_tokens(
     """The state ``state(q, k, v, kv_mask)`` of real tokens moved to the front, so that padding takes no place.
 
     In self-attention (T = S) queries move with their keys. Causally they do so for other lengths too: query t stands at
-    the place of key t, those behind the last key after all, and it sees the real keys at places j <= t. Then a query in
+    the place of key t, those after the last key behind all, and it sees the real keys at places j <= t. Then a query in
     padding has no place among the real tokens: it gives 0 unless no real key comes after it.
 
     Args:
-        state: the answers of queries ``[T, D]``, from keys of which the first are real.
+        state: ``(q, k, v, kv_mask) -> AttentionState``, called with real keys first.
         q: queries ``[T, D]``, or a tree of arrays with a row for each.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
@@ -122,17 +123,18 @@ def over_real_tokens(
 
 
 def ranks(mask: Array | None, num_tokens: int) -> Array:
-    """The places of tokens among the real ones: of padding, that of the last real token before it, or 0."""
+    """Ranks of tokens among the real ones; padding has that of the last real token before it, or 0."""
     if mask is None:
         return jnp.arange(num_tokens, dtype=jnp.int32)
     return jnp.maximum(jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
 
 
 def draw_of_size(noise: Array, size: Array | int) -> Array:
-    """Of noise ``[R, n, ...]`` that which a draw of ``[R, size, ...]`` holds, with any behind the first ``size <= n``.
+    """Rearranges noise ``[R, n, ...]`` so that its first ``size <= n`` columns are a random array ``[R, size, ...]``.
 
-    The numbers of a counter-based generator (JAX's default, with ``jax_threefry_partitionable``) depend on their place
-    in the flat array alone; with another generator the distributions are equal, not the numbers.
+    So a padded sequence gets the noise of the sequence without its padding. The numbers of a counter-based generator
+    (JAX's default, with ``jax_threefry_partitionable``) depend on their place in the flat array alone; with another
+    generator the distributions are equal, not the numbers.
     """
     rows, length = noise.shape[:2]
     if rows == 1:
@@ -144,7 +146,8 @@ def draw_of_size(noise: Array, size: Array | int) -> Array:
 def floor_of_share(number: Array, times: Array, over: Array) -> tuple[Array, Array]:
     r""":math:`\lfloor a b / c \rfloor` and the remainder, for :math:`0 \le a \le c`, where the product may pass 2^31.
 
-    The quotient is estimated in floating point. What it misses is small, and so right in integers that wrap around.
+    The quotient is estimated in floating point. The remainder of the estimate is small, and so exact in integers that
+    wrap around.
     """
     quotient = (number.astype(jnp.float32) * (times.astype(jnp.float32) / over.astype(jnp.float32))).astype(jnp.int32)
     missing = number * times - quotient * over

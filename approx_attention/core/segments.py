@@ -17,13 +17,14 @@ from approx_attention.core.summaries import WeightedKV
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """M groups of tokens: ``member [M, longest]`` are their indices, and ``inside`` tells them from filling."""
+    """M groups of tokens: ``member [M, longest]`` are their indices, and ``inside`` is false for filling."""
 
     member: np.ndarray | Array
     inside: np.ndarray | Array
 
     def gather(self, x: Array) -> Array:
         """Rows ``[S, ...]`` by segment, ``[M, longest, ...]``, with zeros as filling."""
+        # Segments of equal length are a reshape, which needs no gather and no scatter in its derivative.
         known = isinstance(self.inside, np.ndarray)
         if known and self.inside.all() and np.array_equal(self.member.reshape(-1), np.arange(x.shape[0])):
             return x.reshape(*self.member.shape, *x.shape[1:])
@@ -31,11 +32,11 @@ class Segments:
         return jnp.where(inside, x[self.member], jnp.zeros((), x.dtype))
 
     def sums(self, x: Array) -> Array:
-        """The sums of the rows ``[S, ...]`` of each segment, ``[M, ...]``."""
+        """Sums of the rows ``[S, ...]`` of each segment, ``[M, ...]``."""
         return jnp.sum(self.gather(x), axis=1)
 
     def maxima(self, x: Array) -> Array:
-        """The greatest of the rows ``[S, D]`` of each segment ``[M, D]``."""
+        """Maxima of the rows ``[S, D]`` of each segment ``[M, D]``."""
         return jnp.max(self.gather(x), axis=1, where=self.inside[..., None], initial=-jnp.inf)
 
 
@@ -47,30 +48,31 @@ class RankedSegments:
     num_segments: int
 
     def sums(self, x: Array) -> Array:
-        """The sums of the real rows ``[S, ...]`` of each segment, ``[M, ...]``."""
+        """Sums of the real rows ``[S, ...]`` of each segment, ``[M, ...]``."""
+        # Padding has the number M, beyond the last segment, which the scatter leaves out.
         return jax.ops.segment_sum(x, self.number, self.num_segments)
 
     def maxima(self, x: Array) -> Array:
-        """The greatest of the real rows ``[S, D]`` of each segment ``[M, D]``; minus infinity where there is none."""
+        """Maxima of the real rows ``[S, D]`` of each segment ``[M, D]``; minus infinity for an empty one."""
         return jax.ops.segment_max(x, self.number, self.num_segments)
 
 
 def segments_of(
     num_tokens: int, num_segments: int, real: Array | None = None, most: Array | int | None = None
 ) -> Segments | RankedSegments:
-    r"""Runs of consecutive tokens whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c.
+    r"""Cuts tokens into runs whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c.
 
-    Padding is in no segment: where ``real`` tells it apart, j is a token's rank among the n real ones, S is n, and M is
-    at most n, so that the segments are those of the sequence without its padding.
+    Padding is in no segment: with ``real``, j is the rank of a token among the n real ones, S is n, and M is at most n,
+    so that the segments are those of the sequence without its padding.
 
     Args:
         num_tokens: the number S of places.
         num_segments: M, at most S.
         real: which tokens are real ``[S]``.
-        most: a further bound on M, which leaves the last segments empty; only with ``real``.
+        most: a further bound on M, with which the last segments are empty; only with ``real``.
 
     Returns:
-        The segments, of fixed indices unless ``real`` is given.
+        The segments, with static indices unless ``real`` is given.
     """
     if real is not None:
         return RankedSegments(_ranked(num_segments, real, most), num_segments)
@@ -88,12 +90,13 @@ def _ranked(num_segments: int, real: Array, most: Array | int | None) -> Array:
     """The segment of each real token by its rank ``[S]``, and ``num_segments`` for padding."""
     count = count_real(real)
     used = jnp.minimum(num_segments, count if most is None else jnp.minimum(count, most))
+    # rank M / n as whole numbers whose product may pass 2^31 for long sequences.
     number, _ = floor_of_share(jnp.cumsum(real, dtype=jnp.int32) - 1, used, jnp.maximum(count, 1))
     return jnp.where(real, number, num_segments)
 
 
 def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array | None = None) -> Array:
-    """The matrix ``[M, S]`` whose rows take the means of `segments`; M is S if there are no more tokens."""
+    """Matrix ``[M, S]`` whose rows average the segments of `segments_of`; M is at most S."""
     num_segments = min(num_segments, num_tokens)
     if real is None:
         segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
@@ -104,7 +107,7 @@ def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array
 
 
 def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
-    """Rectangles of an image of ``shape`` whose pixels are the tokens, row by row; their number must be a square."""
+    """Cuts an image, whose pixels are the tokens row by row, into a square number of rectangles."""
     height, width = (check_count("spatial_shape", side) for side in shape)
     side = math.isqrt(num_segments)
     if side * side != num_segments or side > min(height, width):
@@ -118,12 +121,12 @@ def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
 
 
 def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[int, int] | None = None) -> Segments:
-    """Runs of consecutive tokens; of an image rectangles, as many as the greatest square number up to that asked for.
+    """Cuts tokens into runs, or an image into the greatest square number of rectangles up to ``num_landmarks``.
 
     Args:
         num_tokens: the number of tokens.
-        num_landmarks: how many segments are asked for.
-        spatial_shape: height and width of the image that the tokens are, row by row.
+        num_landmarks: the requested number of segments.
+        spatial_shape: height and width of the image whose pixels are the tokens, row by row.
 
     Returns:
         The `Segments`.
@@ -139,7 +142,7 @@ def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[
 
 
 class TokenSums(NamedTuple):
-    """Sums of keys ``[M, D]`` and values ``[M, Dv]`` over the real tokens of each segment, and how many they are."""
+    """Sums of keys ``[M, D]`` and values ``[M, Dv]`` over the real tokens of each segment, and their number."""
 
     k: Array
     v: Array
@@ -147,26 +150,27 @@ class TokenSums(NamedTuple):
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None) -> "TokenSums":
-        """Each token as a segment of its own; without a count where ``kv_mask`` says padding."""
+        """The sums of segments of one token each; padding counts 0."""
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         return cls(tokens.k, tokens.value_sum, tokens.mass)
 
     def pooled(self, parts: Segments | RankedSegments) -> "TokenSums":
-        """The sums over unions of these segments."""
+        """Sums over unions of these segments."""
         return jax.tree.map(parts.sums, self)
 
     def landmarks(self) -> WeightedKV:
-        """The mean key of each segment with its summed values, of mass 0 where it has no real token."""
+        """Mean keys of the segments with their summed values; a segment without a real token has mass 0."""
         return WeightedKV(mean(self.k, self.count), self.v, self.count)
 
 
 def mean(total: Array, count: Array) -> Array:
-    """Rows ``total [M, D]`` over ``count [M]``; 0 where there is nothing."""
+    """Rows ``total [M, D]`` over ``count [M]``; 0 for a count of 0."""
     return total / jnp.maximum(count, jnp.ones_like(count))[:, None]
 
 
 def segment_means(x: Array, parts: Segments | RankedSegments, mask: Array | None = None) -> Array:
-    """The mean of the rows ``x [S, D]`` of each segment, of those where ``mask`` is true; 0 where there is none."""
+    """Means of the rows ``x [S, D]`` of each segment where ``mask`` is true; 0 for an empty one."""
+    # Values without channels: the sums of `TokenSums` clear padding, and count it.
     sums = TokenSums.of_tokens(x, x[:, :0], mask).pooled(parts)
     return mean(sums.k, sums.count)
 
@@ -178,7 +182,8 @@ def landmark_means(
     spatial_shape: tuple[int, int] | None = None,
     most: Array | int | None = None,
 ) -> Array:
-    """The mean of the real rows ``x [S, D]`` of each segment: of the real tokens, or of all pixels of an image."""
+    """Means of the real rows ``x [S, D]`` over segments of the real tokens, or of all pixels of an image."""
+    # The pixels of an image keep their places: padding may leave a rectangle with fewer, or none.
     if mask is None or spatial_shape is not None:
         return segment_means(x, landmark_segments(x.shape[0], num_landmarks, spatial_shape), mask)
     return segment_means(x, segments_of(x.shape[0], num_landmarks, mask, most), mask)
@@ -192,7 +197,7 @@ def paired_means(
     kv_mask: Array | None,
     spatial_shape: tuple[int, int] | None = None,
 ) -> tuple[Array, Array, Array | None]:
-    """Means of queries and of keys over equally many segments, no more than there are real queries and real keys.
+    """Means of queries and of keys over the same number of segments, at most that of real queries and of real keys.
 
     Args:
         q: queries ``[T, D]``.
@@ -203,7 +208,7 @@ def paired_means(
         spatial_shape: as in `landmark_segments`.
 
     Returns:
-        The means ``[M, D]`` of queries and of keys, and which of the segments there are ``[M]``: None for all.
+        The means ``[M, D]`` of queries and of keys, and which segments are not empty ``[M]``: None for all.
     """
     most = present = None
     if spatial_shape is None and (q_mask is not None or kv_mask is not None):
@@ -222,26 +227,28 @@ class GrowingSegments(NamedTuple):
 
     @classmethod
     def empty(cls, num_segments: int, head_dim: int, value_dim: int, dtype: Any) -> "GrowingSegments":
-        """Room for so many segments, without a token."""
+        """Segments without a token."""
         room = WeightedKV.empty(num_segments, head_dim, value_dim, dtype)
         return cls(TokenSums(room.k, room.value_sum, room.mass), jnp.ones((), jnp.int32))
 
     def append(self, start: Array, unit: int, tokens: TokenSums, least_length: int) -> "GrowingSegments":
         """The segments after one more block.
 
-        Whenever they would no longer hold the block, neighbours are pooled in pairs: a bounded number of segments then
-        covers any prefix, and each holds at least half of what it could.
+        When the block no longer fits, neighbours are pooled in pairs and the length doubles: a bounded number of
+        segments covers any prefix, and at least half of them are in use.
 
         Args:
             start: position of the block's first token.
-            unit: how many positions each row of ``tokens`` stands for.
+            unit: the number of positions that each row of ``tokens`` stands for.
             tokens: sums of the block, unit by unit.
-            least_length: positions per segment at first, a multiple of ``unit``, with which all hold a block.
+            least_length: initial positions per segment, a multiple of ``unit``; all segments together hold a block.
         """
         num_segments, block_size = self.sums.count.shape[0], unit * tokens.count.shape[0]
+        # The first block sets the length, which the empty state does not know.
         length = jnp.where(start == 0, least_length, self.length)
         full = start + block_size > num_segments * length
         sums = lax.cond(full, lambda sums: jax.tree.map(_sum_pairs, sums), lambda sums: sums, self.sums)
+        # Doubling costs a sum over all segments, and happens log2(S) times.
         length = jnp.where(full, 2 * length, length)
         segment = (start + unit * jnp.arange(tokens.count.shape[0], dtype=jnp.int32)) // length
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_segments, indices_are_sorted=True), tokens)
@@ -249,7 +256,7 @@ class GrowingSegments(NamedTuple):
 
 
 def _sum_pairs(x: Array) -> Array:
-    """Sums rows 2c and 2c + 1 into row c, and frees the rows behind."""
+    """Sums rows 2c and 2c + 1 into row c, and clears the rows behind."""
     rows = x.shape[0]
     pairs = jnp.sum(pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), axis=1)
     return pad_rows(pairs, rows - pairs.shape[0])

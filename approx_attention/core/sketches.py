@@ -1,7 +1,7 @@
-r"""Random matrices S with :math:`E[S^T S] = I`: sums of many rows in few, that keep inner products on average.
+r"""Random matrices S with :math:`E[S^T S] = I`: sums of many rows in few, which preserve inner products on average.
 
-A sketch holds what was drawn and applies it: ``sketch @ x``, fast where its structure allows. `back` applies its
-transpose, and ``sketch @ jnp.eye(n)`` is the matrix.
+A sketch is applied by ``sketch @ x``, fast where its structure allows. `back` applies its transpose, and
+``sketch @ jnp.eye(n)`` is the matrix.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from approx_attention.core.rows import along_with, pad_rows
 
 
 def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
-    """1 or -1 in float32, drawn as by `jax.random.rademacher`, which compares float64 where that is enabled."""
+    """Random signs in float32, the same with and without 64-bit mode, unlike those of `jax.random.rademacher`."""
     return jnp.where(jax.random.bernoulli(key, jnp.float32(0.5), shape), jnp.float32(1), jnp.float32(-1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseSketch:
-    """A matrix ``[M, n]``, such as one of independent entries or of learned ones."""
+    """Dense matrix ``[M, n]``, with independent random entries or learned ones."""
 
     entries: Array
 
@@ -39,6 +39,7 @@ class DenseSketch:
     def signs(cls, key: Array, size: int, num_rows: int, *, sparsity: int = 1) -> Self:
         r"""Entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0: Rademacher for s = 1, Achlioptas for s = 3."""
         key_sign, key_there = jax.random.split(key)
+        # A float32 probability: samples are then the same with and without 64-bit mode.
         there = jax.random.bernoulli(key_there, jnp.float32(1 / sparsity), (size, num_rows))
         sign = random_signs(key_sign, (size, num_rows))
         return cls(jnp.where(there, sign * math.sqrt(sparsity / size), 0))
@@ -50,20 +51,20 @@ class DenseSketch:
 
     @property
     def num_rows(self) -> int:
-        """How many rows it sums, n."""
+        """The number n of rows that it sums."""
         return self.entries.shape[1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseSketch:
-    r"""Each row is added, with a random sign, to one of the M/s sums of each of s blocks, times :math:`1/\sqrt s`.
+    r"""Sparse sketch: each row is added, with a random sign, to one of the M/s sums of s blocks, over :math:`\sqrt s`.
 
     CountSketch for s = 1, and the block form of the sparse Johnson-Lindenstrauss transform of Kane and Nelson beyond.
 
     Attributes:
-        place: the sum of its block that a row is added to ``[s, n]``.
-        sign: ``[s, n]``.
+        place: the number of the sum, within its block, to which a row is added ``[s, n]``.
+        sign: the sign with which it is added ``[s, n]``.
         size: the number M of sums.
     """
 
@@ -92,7 +93,7 @@ class SparseSketch:
 
     @property
     def num_rows(self) -> int:
-        """How many rows it sums, n."""
+        """The number n of rows that it sums."""
         return self.place.shape[1]
 
 
@@ -114,6 +115,7 @@ class HadamardSketch:
     @classmethod
     def draw(cls, key: Array, size: int, num_rows: int) -> Self:
         """Random signs and rows."""
+        # Rows of the padded transform are sampled, so M may exceed n up to the power of two.
         length = _power_of_two(num_rows)
         if size > length:
             raise ValueError(f"sketch_size must be at most {length}, the power of two from S on, got {size}")
@@ -129,19 +131,19 @@ class HadamardSketch:
 
     @property
     def num_rows(self) -> int:
-        """How many rows it sums, n."""
+        """The number n of rows that it sums."""
         return self.sign.shape[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSample:
-    """Some rows, each times a weight.
+    """Sampled rows, each times a weight.
 
     Attributes:
-        chosen: which ``[M]``.
-        weight: ``[M]``.
-        num_rows: of how many, n.
+        chosen: indices of the rows ``[M]``.
+        weight: their weights ``[M]``.
+        num_rows: the number n of rows.
     """
 
     chosen: Array
@@ -161,7 +163,8 @@ class RowSample:
         r"""M rows with replacement, row j with probability :math:`p_j`, times :math:`1/\sqrt{M p_j}`; odds ``[n]``."""
         log_p = jax.nn.log_softmax(log_odds)
         cumulative = jnp.cumsum(jnp.exp(log_p))
-        # Uniform numbers in (0, 1], so that a row without odds is never reached.
+        # 1 - u lies in (0, 1]: the first row of cumulative odds at least that large never has odds of 0. Times the last
+        # sum, which rounding may leave below 1, so that the search stays within the rows.
         reached = cumulative[-1] * (1 - jax.random.uniform(key, (size,), cumulative.dtype))
         chosen = jnp.searchsorted(cumulative, reached)
         return cls(chosen, jnp.exp(-0.5 * (math.log(size) + log_p[chosen])), log_odds.shape[0])
@@ -185,7 +188,7 @@ SKETCHES: Mapping[str, Callable[[Array, int, int], Sketch]] = {
 
 
 def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
-    r"""A random matrix S ``[M, n]`` with :math:`E[S^T S] = I`, whatever the rows that it will be applied to.
+    r"""Samples a random matrix S ``[M, n]`` with :math:`E[S^T S] = I`, independent of the rows that it is applied to.
 
     Args:
         key: typed PRNG key.
@@ -198,7 +201,7 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
         The sketch, for ``sketch @ x``.
 
     Raises:
-        ValueError: an unknown kind, a size that the kind cannot have.
+        ValueError: an unknown kind, a size that the kind does not support.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -219,7 +222,8 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
 
 
 def back(sketch: Sketch, y: Array) -> Array:
-    """:math:`S^T y` of rows ``y [M, ...]``: ``[n, ...]``."""
+    """Applies the transpose, :math:`S^T y` of rows ``y [M, ...]``: ``[n, ...]``."""
+    # JAX transposes the fast product: no sketch needs a second implementation.
     like = along_with(jnp.zeros((sketch.num_rows, *y.shape[1:]), y.dtype), y)
     return jax.linear_transpose(lambda x: sketch @ x, like)(y)[0]
 
@@ -229,6 +233,7 @@ def hadamard_transform(x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
     length = x.shape[0]
     if length != _power_of_two(length):
         raise ValueError(f"the length must be a power of two, got {length}")
+    # Butterflies of pairs: N log N additions in place of the N^2 of a product.
     flat = x.reshape(length, -1)
     half = 1
     while half < length:
@@ -247,13 +252,14 @@ def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " 
     """
     k = k.astype(accumulation_dtype(k))
     gram = k.T @ k
+    # Relative to the mean eigenvalue, so that the scores do not depend on the scale of the keys; 1 where all are 0.
     level = ridge * jnp.trace(gram) / k.shape[1]
     level = jnp.where(level > 0, level, 1)
     return jnp.sum(k.T * jnp.linalg.solve(gram + level * jnp.eye(k.shape[1], dtype=k.dtype), k.T), axis=0)
 
 
 def _rows(x: Array, num_rows: int) -> Array:
-    """What a sketch of ``num_rows`` rows is applied to, in the accumulation dtype."""
+    """The rows that a sketch is applied to, checked and in the accumulation dtype."""
     check_floating("x", x)
     if x.shape[:1] != (num_rows,):
         raise ValueError(f"the sketch is of {num_rows} rows, got shape {x.shape}")
@@ -261,8 +267,10 @@ def _rows(x: Array, num_rows: int) -> Array:
 
 
 def _times_rows(weight: Array, x: Array) -> Array:
+    """Rows ``[n, ...]`` times a weight each."""
     return weight.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x
 
 
 def _power_of_two(length: int) -> int:
+    """The least power of two that is at least ``length``."""
     return 1 << max(0, length - 1).bit_length()

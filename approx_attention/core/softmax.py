@@ -1,7 +1,7 @@
-"""Exact attention states of one head: dense, blocked, triangular (causal) and windowed.
+"""Exact attention states of one head: dense, blocked, triangular (causal), windowed, and of other kernels.
 
 Logits here are plain dot products: the scale is already folded into ``q`` and ``k``. A bias is added to the logits, and
-`HIDDEN` as a bias hides a key, whatever its logit. The blocked forms merge dense tiles, and recompute them in the
+`HIDDEN` as a bias hides a key with any logit. The blocked forms merge dense tiles, and recompute them in the
 backward pass, so that memory is linear in the sequence in both directions.
 """
 
@@ -14,47 +14,51 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.core.checks import real_keys
+from approx_attention.core.features import FeatureMap
 from approx_attention.core.rows import along_with, even_split, map_rows, out_of_blocks, pad_rows
-from approx_attention.core.states import AttentionState, merge
+from approx_attention.core.states import AttentionState, finite_peak, merge, normalise
 
 # The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
 # without a guard inside the tile (a guard there splits XLA's fused product, maximum and exponential).
 HIDDEN = -1e30
-# Tiles of at most this many keys, and of 2^21 to 2^23 logits, run the matrix products at full speed from cache.
+# Tiles of at most 2048 keys, and of 2^21 to 2^23 logits (8 to 32 MB in float32), run the matrix products at full speed
+# from cache: smaller ones merge more often, larger ones are read from memory.
 KEY_BLOCK = 2048
 LEAST_TILE, GREATEST_TILE = 2**21, 2**23
-# A relative error of weights that the streamed gradient does not let pass: a hundred roundings.
+# A relative error of weights that the streamed gradient does not let pass: a hundred roundings of float32.
 NOTICEABLE = 1e-5
 # A causal tile no longer than this is computed whole: its masked half costs less than splitting it.
 TRIANGLE = 128
 
 
 def mask_bias(seen: Array, dtype: Any) -> Array:
-    """The bias that hides what is not ``seen``: 0 where it is, `HIDDEN` elsewhere."""
+    """The bias of a mask: 0 where it is true, `HIDDEN` elsewhere."""
     return jnp.where(seen, jnp.zeros((), dtype), HIDDEN)
 
 
 def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
     r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
-    # A sum alone would let a key through whose logit is as large as what hides it. A key that all queries must not see
-    # is set to 0 instead, which leaves XLA's fused product whole.
+    # Adding HIDDEN alone would let a key through whose logit is as large. A key hidden from all queries is set to 0
+    # instead, which leaves XLA's fused product whole; where it is hidden from some, the sum is replaced.
     if bias is None:
         logits = q @ k.T
     elif bias.shape[0] == 1:
         logits = q @ jnp.where(bias[0, :, None] <= HIDDEN / 2, 0, k).T + bias
     else:
         logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, q @ k.T + bias)
+    # The peak cancels between numerator and normaliser, so it needs no derivative.
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out, lse = weights @ v / total, peak + jnp.log(total)
     if bias is not None:
-        # NaN must come out and not pass for a row that sees nothing; a maximum may drop it, a sum never does.
+        # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
         unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
         out, lse = jnp.where(unseen, jnp.zeros_like(out), out), jnp.where(unseen, -jnp.inf, lse)
     return AttentionState(out, lse[:, 0])
 
 
+# The backward pass recomputes the logits of a tile, so that no T x S array is stored.
 _tile_state = jax.checkpoint(dense_state)
 
 
@@ -67,11 +71,13 @@ def blocked_state(
     query_block: int | None = None,
     key_block: int = KEY_BLOCK,
 ) -> AttentionState:
-    """The same as `dense_state` with a bias ``[S]`` on keys, from tiles of logits that are merged as they come."""
+    """Softmax attention as `dense_state` with a bias ``[S]`` on keys, by tiles whose states are merged in turn."""
+    # Four blocks of queries, if tiles then are neither too small nor too large.
     if query_block is None:
         columns = min(k.shape[0], key_block)
         query_block = min(max(q.shape[0] // 4, LEAST_TILE // columns), GREATEST_TILE // columns)
     num_keys = k.shape[0]
+    # Blocks of equal size and not of the largest: the padding is less than one key per block.
     key_blocks, keys_per_block = even_split(num_keys, key_block)
     padding = key_blocks * keys_per_block - num_keys
     if padding and key_bias is None:
@@ -88,6 +94,7 @@ def blocked_state(
         state = _tile_state(q, *first)
         if key_blocks == 1:
             return state
+        # The first tile is apart, so that a single block needs no merge with the empty state.
         step = jax.checkpoint(lambda state, tile: merge(state, dense_state(q, *tile)))
         return lax.scan(lambda state, tile: (step(state, tile), None), state, rest)[0]
 
@@ -95,7 +102,7 @@ def blocked_state(
 
 
 def triangular_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
-    r"""Causal attention, query t over keys j <= t, by halves: two triangles and the square below the diagonal.
+    r"""Causal attention, query t over keys j <= t, by halves: two triangles and the square below them.
 
     .. math:: \text{causal}(n) = \big[\,\text{causal}(n/2);\;
               \text{merge}(\text{causal}(n/2),\ \text{blocked}(q_{\text{late}}, k_{\text{early}}))\,\big]
@@ -112,6 +119,7 @@ def triangular_state(q: Array, k: Array, v: Array, key_bias: Array | None = None
         k, v = k[:num_queries], v[:num_queries]
         key_bias = None if key_bias is None else key_bias[:num_queries]
 
+    # Padded so that every halving is even: triangles of one size are one program.
     halvings = max(0, -(-num_queries // TRIANGLE) - 1).bit_length()
     padding = -num_queries % (1 << halvings)
     # Padded keys come last, so no real query sees them.
@@ -140,11 +148,12 @@ def _triangle(q: Array, k: Array, v: Array, key_bias: Array | None, halvings: in
 
 
 def streamed_state(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bool) -> AttentionState:
-    """`triangular_state` or `blocked_state`, with a backward pass that streams tiles once and merges nothing.
+    """Computes `triangular_state` or `blocked_state`, with a backward pass of one stream of tiles and no merge.
 
     It has no forward-mode derivative; `dense_state` has.
     """
-    # In shard_map a tensor that all devices share has the sum of their gradients, which the rule below does not take.
+    # In shard_map the gradient of a tensor that all devices share is a sum over devices, which the rule below does not
+    # take: all three tensors are made to vary alike.
     if len({getattr(jax.typeof(x), "mat", None) for x in (q, k, v)}) > 1:
         q, k, v = along_with((q, k, v), q, k, v)
     return _streamed_state(q, k, v, kv_mask, is_causal)
@@ -161,7 +170,7 @@ def _streamed(q: Array, k: Array, v: Array, kv_mask: Array | None, is_causal: bo
 
 
 def _streamed_forward(q, k, v, kv_mask, is_causal):
-    # Not `_streamed_state` itself, so that a derivative of the gradient (a Hessian) may be taken in forward mode.
+    # Not `_streamed_state` itself: a derivative of the gradient (a Hessian) then works in forward mode.
     state = _streamed(q, k, v, kv_mask, is_causal)
     return state, (q, k, v, kv_mask, state)
 
@@ -172,7 +181,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad
               dQ = dX\,K, \quad dK = dX^T Q, \qquad \delta_t = dO_t \cdot O_t - d\mathrm{lse}_t.
 
-    Tiles are held transposed, keys by queries: only one product of five is left with a transposed operand.
+    Tiles are transposed, keys by queries: then only one product of five has a transposed operand.
 
     The forward pass rounds its products in tiles of other shapes. Where logits are so large that the difference would
     show in a weight, the normalisers and the :math:`dO_t \cdot O_t` are computed again from the tiles of this pass.
@@ -183,6 +192,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
     query_blocks, rows = even_split(num_queries, block)
     key_blocks, columns = (-(-num_keys // rows), rows) if is_causal else even_split(num_keys, block)
+    # A row that sees no key has the output 0 for any input: cotangents of it are dropped, and -inf is not subtracted.
     seen = state.lse > -jnp.inf
     lse = jnp.where(seen, state.lse, jnp.zeros_like(state.lse))
     d_out = jnp.where(seen[:, None], cotangent.out, jnp.zeros_like(cotangent.out))
@@ -192,6 +202,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
     padding = key_blocks * columns - num_keys
     bias = mask_bias(pad_rows(real_keys(kv_mask, num_keys), padding), q.dtype)
     by_key = (pad_rows(k, padding), pad_rows(v, padding), bias)
+    # Below the diagonal no mask is computed; tiles above it are not visited.
     pairs = np.array([(i, j) for i in range(query_blocks) for j in range(key_blocks) if not is_causal or j < i])
     diagonal_pairs = np.array([(i, i) for i in range(min(query_blocks, key_blocks))])
 
@@ -219,15 +230,16 @@ def _streamed_backward(is_causal, residuals, cotangent):
         return tuple(put(x, part) for x, part in zip(sums, (new, total, product), strict=True)), None
 
     def again(lse, product):
-        # Peak and sum stay apart: their logarithm added to a large peak would be rounded away.
+        # Peak and sum stay apart: added to a large peak, the logarithm of the sum would be rounded away.
         none = jnp.zeros_like(lse)
         peak, total, product = over_tiles(add_row_sums, (none + HIDDEN, none, none))
         total = jnp.where(total > 0, total, 1)
         return peak, jnp.log(total), product / total
 
-    # A row past the end gets an infinite normaliser and so no weight; a hidden key is one with a bias.
+    # A row past the end gets a huge normaliser and so no weight.
     lse = jnp.pad(lse, (0, extra), constant_values=-HIDDEN)
     product = pad_rows(jnp.sum(d_out * state.out, axis=-1), extra)
+    # A bound on the rounding of a logit, by Cauchy's inequality: one unit of |q| |k|.
     rounding = jnp.finfo(q.dtype).eps * jnp.sqrt(jnp.max(jnp.sum(q * q, -1)) * jnp.max(jnp.sum(k * k, -1)))
     saved = lambda lse, product: (lse, jnp.zeros_like(lse), product)  # noqa: E731
     *normaliser, product = lax.cond(rounding > NOTICEABLE, again, saved, lse, product)
@@ -241,6 +253,7 @@ def _streamed_backward(is_causal, residuals, cotangent):
         # Rounding lifts no weight above 1; as a constant, so that second derivatives see the logits.
         weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
         d_logits = weights * (v @ d_out.T - delta[None, :])
+        # The barrier keeps XLA from turning this into d_logits.T @ k, whose large operand would be transposed.
         d_q = lax.optimization_barrier(k.T @ d_logits).T
         terms = (d_q, i), (d_logits @ q, j), (weights @ d_out, j)
 
@@ -258,13 +271,27 @@ def _streamed_backward(is_causal, residuals, cotangent):
 _streamed_state.defvjp(_streamed_forward, _streamed_backward)
 
 
+def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+    """Attention with the kernel of a non-negative feature map, over all pairs; ``bias [1 or T, S]`` hides keys."""
+    (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
+    peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
+    # One peak per query cancels in its normaliser; keys share one, so that their weights stay comparable.
+    peak = jnp.max(peak_k)
+    phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
+    phi_k = phi_k * jnp.exp(log_scale_k - peak)
+    # Half of HIDDEN, as sums of biases may move it; no other bias is near.
+    weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
+    return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
+
+
 def window_state(
     q: Array, k: Array, v: Array, key_bias: Array | None = None, *, left: int, right: int
 ) -> AttentionState:
     """Attention of query t over keys t - left <= j <= t + right only, at a cost that grows with T * (left + right)."""
     num_queries, num_keys = q.shape[0], k.shape[0]
     left, right = min(left, num_queries - 1), min(right, num_keys - 1)
-    # A few narrow bands at a time, batched: enough rows for the matrix products, few keys outside the window.
+    # A few narrow bands at a time, batched: enough rows for the matrix products, few keys outside the window. A band
+    # has about as many rows as its window has keys, in multiples of 64 (whole vector registers), up to 1024.
     span = _round_up(max(left + right, 1), 64)
     band = min(span, 1024)
     bands = max(1, min(1024, num_queries) // band)
@@ -275,6 +302,7 @@ def window_state(
     if key_bias is None:
         key_bias = jnp.zeros(num_keys, q.dtype)
     after = max(0, blocks * rows + span - left - num_keys)
+    # Padded once on both sides, so that every band reads a slice of one static length.
     around = ((left, after), (0, 0))
     k, v = jnp.pad(k, around), jnp.pad(v, around)
     key_bias = jnp.pad(key_bias, (left, after), constant_values=HIDDEN)

@@ -1,4 +1,4 @@
-"""Attention states: a normalised answer with its log-normaliser, and the law by which answers merge."""
+"""Attention states: outputs with their log-normalisers, and the law by which they merge."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionState:
-    r"""The answer of attention over some set of keys, with what is needed to merge it with another.
+    r"""The answer of attention over a set of keys: outputs, and the log-normalisers with which answers merge.
 
     For logits :math:`x_{tj}` over keys :math:`j`,
 
@@ -82,6 +82,8 @@ def merge(a: Any, b: Any) -> Any:
 def _merge_states(a: AttentionState, b: Any) -> AttentionState:
     require_same_kind(a, b)
     _require_same_rows("merge", a, b)
+    # The larger weight is 1, so that the sum neither overflows nor vanishes; it is 0 only where both are empty, and the
+    # double where keeps the derivative finite there.
     peak = finite_peak(jnp.maximum(a.lse, b.lse))
     weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
     total = weight_a + weight_b
@@ -92,14 +94,14 @@ def _merge_states(a: AttentionState, b: Any) -> AttentionState:
 
 
 def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
-    r"""The state of the keys of ``whole`` that are not among those of ``part``: what merged with ``part`` gives it.
+    r"""Removes a part: the state of the keys of ``whole`` that are not in ``part``, the inverse of `merge`.
 
     .. math:: \mathrm{lse} = \log(e^{\mathrm{lse}_w} - e^{\mathrm{lse}_p}), \qquad
               \mathrm{out} = \frac{\mathrm{out}_w - r\, \mathrm{out}_p}{1 - r}, \qquad
               r = e^{\mathrm{lse}_p - \mathrm{lse}_w}.
 
-    Rounding errors grow like :math:`1 / (1 - r)`: where a part is nearly the whole nothing is known of the rest, and
-    the answer may leave the range of the values. Where r is not below 1 there is no rest: ``out = 0``, ``lse = -inf``.
+    Rounding errors grow like :math:`1 / (1 - r)`: where a part is nearly the whole, the rest is lost in them, and
+    outputs may leave the range of the values. Where r is not below 1 there is no rest: ``out = 0``, ``lse = -inf``.
 
     Args:
         whole: the state of all keys.
@@ -109,7 +111,7 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
         The state of the others.
 
     Raises:
-        TypeError: what is no `AttentionState`.
+        TypeError: not an `AttentionState`.
         ValueError: states of different queries or channels.
 
     Example:
@@ -126,7 +128,7 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
             raise TypeError(f"subtract takes two attention states, got {type(state).__name__} for {name}")
     _require_same_rows("subtract", whole, part)
     absent = part.lse == -jnp.inf
-    # Never above 0, so that no overflow, whose derivative is NaN, stands behind what is left out.
+    # Never above 0: an overflow in a branch that `where` leaves out would still give a derivative of NaN.
     shift = jnp.minimum(jnp.where(absent, 0, part.lse) - jnp.where(absent, 0, whole.lse), 0)
     ratio = jnp.where(absent, 0, jnp.exp(shift))
     gone = ratio >= 1
@@ -147,13 +149,16 @@ def _require_same_rows(owner: str, a: AttentionState, b: AttentionState) -> None
 
 
 def finite_peak(peak: Array) -> Array:
-    """A maximum made safe to subtract: without gradient, and 0 where no key was seen (``-inf``)."""
+    """Makes a maximum safe to subtract: without gradient, and 0 where no key was seen (``-inf``)."""
+    # No result depends on the peak that is subtracted: its derivative would be 0 up to rounding. And -inf less -inf is
+    # NaN.
     peak = jax.lax.stop_gradient(peak)
     return jnp.where(peak == -jnp.inf, jnp.zeros_like(peak), peak)
 
 
 def normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
-    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``; none where mass <= 0."""
+    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``; empty where mass <= 0."""
+    # A mass that is not positive has no logarithm. NaN is not <= 0, and shows in the output.
     unanswered = mass <= 0
     safe_mass = jnp.where(unanswered, jnp.ones_like(mass), mass)
     out = jnp.where(unanswered[:, None], jnp.zeros_like(numerator), numerator / safe_mass[:, None])

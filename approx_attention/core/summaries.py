@@ -1,9 +1,9 @@
-"""Summaries: keys and values in small space, that can answer any query.
+"""Summaries: keys and values in small space, with attention for any query.
 
-Every approximation replaces (K, V) by one of two kinds of summary, told apart by where the query's features come from:
-tokens, real or synthetic (`WeightedKV`), or moments of a feature map (`FeatureMoments`). `attend` asks a summary,
-`merge` joins summaries of disjoint sets of keys. Logits are plain dot products here, with the scale folded into queries
-and keys (`fold_scale`). A summary that was made from keys as they are carries its scale, for queries as they are.
+Every approximation replaces (K, V) by one of two kinds of summary: tokens, real or synthetic (`WeightedKV`), or moments
+of a feature map (`FeatureMoments`). `attend` computes the attention of queries over a summary, `merge` joins summaries
+of disjoint sets of keys. Logits are plain dot products here, with the scale folded into queries and keys
+(`fold_scale`). A summary of keys that are not scaled carries the scale, and takes queries that are not scaled.
 """
 
 import dataclasses
@@ -23,18 +23,19 @@ from approx_attention.core.rows import in_blocks, map_rows
 from approx_attention.core.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state
 from approx_attention.core.states import AttentionState, finite_peak, merge, normalise, require_same_kind
 
-# Features of this many rows are made at a time; all of them never exist at once.
+# Features of at most 1024 rows and 2^18 numbers (1 MB in float32, within the cache) exist at a time, so that memory
+# does not grow with S R; but of 64 rows at least, for products of matrices.
 FEATURE_BLOCK = 1024
 LEAST_FEATURE_BLOCK, FEATURE_TILE = 64, 2**18
 
 
 class _InSpace:
-    """What both kinds of summary know of the space of their keys."""
+    """Base of both kinds of summary: the space of their keys."""
 
     scale: Array | None
 
     def in_scaled_space(self) -> Self:
-        """The same summary for queries in scaled space (`fold_scale`), which is where its keys are held."""
+        """The same summary for queries in scaled space (`fold_scale`), the space of its stored keys."""
         return dataclasses.replace(self, scale=None)  # pyright: ignore[reportArgumentType]
 
 
@@ -47,17 +48,17 @@ class WeightedKV(_InSpace):
               \Big/ \sum_j e^{q \cdot k_j}\, \mathrm{mass}_j
 
     With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
-    values ``value_sum / mass``; a token of mass 0 is absent, whatever its key holds and if its value is finite. Signed
-    masses (Nystrom weights), and values without mass, need the range of the true values, to which the answer is then
-    clipped; without it a negative mass gives NaN.
+    values ``value_sum / mass``; a token of mass 0 is absent, for any key and any finite value. Signed masses (Nystrom
+    weights), and values without mass, need the range of the true values, to which outputs are then clipped; without it
+    a negative mass gives NaN.
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
         value_sum: the values each token stands for, summed with their weights, ``[M, Dv]``.
-        mass: how many keys each token stands for, ``[M]``.
+        mass: the number of keys that each token stands for, ``[M]``.
         value_range: least and greatest value per channel ``[2, Dv]`` if masses are signed, else ``None``.
-        scale: factor s of the logits, if the summary was made from keys as they are and takes queries as they are;
-            ``None`` if both are in scaled space.
+        scale: factor s of the logits, if the summary takes queries that are not scaled; ``None`` if they are in scaled
+            space.
     """
 
     k: Array
@@ -81,19 +82,22 @@ class WeightedKV(_InSpace):
     @property
     def values(self) -> Array:
         """The mean value that each token stands for, ``[M, Dv]``."""
+        # Over 1 for mass 0: of an absent token, or one with values and no mass (`BalanceKV`, `SubGen`).
         return self.value_sum / jnp.where(self.mass == 0, 1, self.mass)[:, None]
 
     @property
     def log_mass(self) -> Array:
         """Logarithms of the masses, which are not negative, and ``HIDDEN`` for a token that is absent ``[M]``."""
+        # HIDDEN and a double where, not log(0): neither a row without keys nor its derivative is NaN.
         absent = self.mass == 0
         return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 
     @property
     def values_from_to(self) -> Array:
-        """Least and greatest value per channel ``[2, Dv]``, as a constant; of none from infinity to minus infinity."""
+        """Least and greatest value per channel ``[2, Dv]``, without gradient; infinity and its negative if empty."""
         if self.value_range is not None:
             return self.value_range
+        # Without gradient: it is a limit for outputs, not a term of them.
         present, values = (self.mass > 0)[:, None], lax.stop_gradient(self.values)
         low = jnp.min(values, axis=0, initial=jnp.inf, where=present)
         return jnp.stack([low, jnp.max(values, axis=0, initial=-jnp.inf, where=present)])
@@ -108,7 +112,7 @@ class WeightedKV(_InSpace):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeatureMoments(_InSpace):
-    r"""Sums over tokens of the features of keys, times values and alone.
+    r"""Moments of the features of keys: their sums over tokens, times values and alone.
 
     .. math:: \mathrm{attend}(q)
               = \frac{\phi(q)^T\, (e^c \odot \mathrm{value\_sum})}{\phi(q)^T\, (e^c \odot \mathrm{mass})}, \quad
@@ -134,7 +138,8 @@ class FeatureMoments(_InSpace):
 
     @classmethod
     def empty(cls, features: FeatureMap, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """The moments of no key at all."""
+        """The moments of no key."""
+        # log_scale is -inf, so that any key sets the scale of its features.
         zeros = jnp.zeros((features.num_features,), dtype)
         return cls(jnp.zeros((features.num_features, value_dim), dtype), zeros, zeros - jnp.inf, features)
 
@@ -149,19 +154,20 @@ class FeatureMoments(_InSpace):
         if num_keys <= block:
             return cls._of_block(features, k, v, kv_mask)
         tokens = tuple(in_blocks(x, block) for x in (k, v, real_keys(kv_mask, num_keys)))
+        # Features are made again in the backward pass, where storing them would take S R numbers.
         step = jax.checkpoint(lambda moments, block: merge(moments, cls._of_block(features, *block)))
         empty = cls.empty(features, v.shape[-1], v.dtype)
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
 
     def weighted(self, log_weight: Array) -> Self:
-        """The moments with feature r counted :math:`e^{b_r}` times, ``log_weight [R]``."""
-        # The scale is a constant to derivatives; what they see is a factor of 1.
+        """The moments with feature r times :math:`e^{b_r}`, ``log_weight [R]``."""
+        # The log-scale has no gradient; that of the weights flows through a factor of 1.
         factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
         log_scale = self.log_scale + lax.stop_gradient(log_weight)
         return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features, self.scale)
 
     def reweighted(self, weights: Array, features: FeatureMap) -> Self:
-        """The moments with feature r counted so many times, which may be negative, for queries of another map."""
+        """The moments with feature r times ``weights [R]`` of any sign, for queries of another feature map."""
         value_sum = self.value_sum * weights[:, None]
         return type(self)(value_sum, self.mass * weights, self.log_scale, features, self.scale)
 
@@ -175,9 +181,10 @@ class FeatureMoments(_InSpace):
         if kv_mask is not None:
             key_bias = jnp.where(kv_mask, key_bias, HIDDEN)
         directions = features.projection.astype(k.dtype)
-        # All the features of so many keys fill a tile.
+        # Directions are few and keys many: blocks of keys that fill a tile with all the features.
         keys = max(KEY_BLOCK, LEAST_TILE // features.num_features)
         state = blocked_state(directions, k, v, key_bias, key_block=keys)
+        # Masses are 1 in value, at the log-scale of their own sum; the gradient of the sum flows through them.
         log_scale = lax.stop_gradient(state.lse)
         mass = jnp.exp(state.lse - finite_peak(log_scale))
         return cls(state.out * mass[:, None], mass, log_scale - 0.5 * math.log(features.num_features), features)
@@ -187,6 +194,7 @@ class FeatureMoments(_InSpace):
         values, log_scale = features(k)
         if kv_mask is not None:
             log_scale = jnp.where(kv_mask[:, None], log_scale, -jnp.inf)
+        # One peak per feature and not one for all: a feature far from all keys so far keeps its digits for later ones.
         peak = lax.stop_gradient(jnp.max(log_scale, axis=0))
         weights = values * jnp.exp(log_scale - finite_peak(peak)[None])
         weights = jnp.broadcast_to(weights, (k.shape[0], features.num_features))
@@ -196,7 +204,7 @@ class FeatureMoments(_InSpace):
 
 
 def _feature_block(features: FeatureMap) -> int:
-    """Of how many rows features are made at a time: all of them, of many features or few, stay in cache."""
+    """The number of rows whose features stay in cache together."""
     return max(LEAST_FEATURE_BLOCK, min(FEATURE_BLOCK, FEATURE_TILE // features.num_features))
 
 
@@ -204,12 +212,12 @@ Summary = WeightedKV | FeatureMoments
 
 
 def scaled_queries(q: Array, summary: Summary) -> Array:
-    """Queries in the space of the keys that a summary was made from, in the scaled space where it holds them."""
+    """Scales queries for a summary that carries a scale, into the space of its stored keys."""
     return q if summary.scale is None else q * jnp.sqrt(summary.scale).astype(q.dtype)
 
 
 def require_scaled_space(owner: str, summary: Any) -> Any:
-    """Returns a summary that is asked in scaled space; raises ``ValueError`` for one that carries a scale."""
+    """Returns a summary in scaled space; raises ``ValueError`` for one that carries a scale."""
     if getattr(summary, "scale", None) is not None:
         raise ValueError(
             f"{owner} asks in scaled space (fold_scale), and the summary carries a scale, for queries as they are: "
@@ -219,10 +227,10 @@ def require_scaled_space(owner: str, summary: Any) -> Any:
 
 
 def scale_ratio(a: Summary, b: Summary) -> tuple[Any, Any]:
-    """The scale of ``b`` over that of ``a``, None where they carry none, and whether that is 1 but for rounding.
+    """The scale of ``b`` over that of ``a``, None where they carry none, and whether it is 1 up to rounding.
 
     Raises:
-        ValueError: scales that are known when tracing and differ, or one of which is missing.
+        ValueError: scales that are known when tracing and differ, or only one of them.
     """
     if (a.scale is None) != (b.scale is None):
         raise ValueError(
@@ -235,7 +243,7 @@ def scale_ratio(a: Summary, b: Summary) -> tuple[Any, Any]:
     scales = [(np if known else jnp).asarray(x) for x in (a.scale, b.scale)]
     dtype = accumulation_dtype(*scales)
     ratio = scales[1].astype(dtype) / scales[0].astype(dtype)
-    # As far as the narrower of the two dtypes can tell.
+    # Within two units of rounding of the narrower of the two dtypes.
     same = abs(ratio - 1) <= 2 * max(float(jnp.finfo(x.dtype).eps) for x in scales)
     if known and not np.all(same):
         raise ValueError(f"merge takes summaries of one scale, got {a.scale} and {b.scale}")
@@ -243,24 +251,24 @@ def scale_ratio(a: Summary, b: Summary) -> tuple[Any, Any]:
 
 
 def _nan_unless(same: Any, x: Array) -> Array:
+    """NaN where traced scales differ, which cannot raise any more."""
     return x if same is True else jnp.where(jnp.asarray(same), x, jnp.nan)
 
 
 def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
-    r"""Answers queries from a summary, in the space of the keys that it was made from.
+    r"""Computes the attention of queries over a summary.
 
     .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
               \qquad \mathrm{lse}(q) = \log \sum_r \phi_r(q)\, \mathrm{mass}_r.
 
     Args:
-        q: queries ``[T, D]`` in the space of the keys that the summary was made from. Functions named ``summarize_*``
-            take keys in scaled space: then queries go through `fold_scale` too. `compress_tokens` takes keys as they
-            are, and its result the queries as they are.
+        q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for the functions ``summarize_*``,
+            which take scaled keys; not scaled where the summary carries its scale, as that of `compress_tokens`.
         summary: a `WeightedKV` or `FeatureMoments`.
 
     Returns:
         The `AttentionState` of the queries. Where the estimated normaliser is not positive, which signed masses and
-        features allow, there is no answer: ``out = 0`` and ``lse = -inf``, the state that merging ignores.
+        features allow, it is empty: ``out = 0`` and ``lse = -inf``, which merging ignores.
 
     Raises:
         TypeError: ``summary`` is neither of the two kinds, queries that are not floating point.
@@ -288,21 +296,22 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
+    # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
     if q.shape[0] < summary.k.shape[1]:
         return _attend_few(q, summary)
     return blocked_state(q, summary.k, summary.values, summary.log_mass)
 
 
 def _head_dim(summary: Summary) -> int | None:
-    """The channels of the queries of a summary, if its feature map is one of projections."""
+    """The number of channels of the queries, where tokens or the projection of a feature map determine it."""
     rows = summary.k if isinstance(summary, WeightedKV) else getattr(summary.features, "projection", None)
     return None if rows is None else rows.shape[-1]
 
 
 def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
-    """For fewer queries than channels: their weights are smaller than keys and values, which stay as they are.
+    """Attention of fewer queries than channels, as in decoding, without a copy of keys and values.
 
-    What would hide a key, or divide a value by the mass that it stands for, is done to its weights.
+    The weights are smaller than keys and values: absent keys are hidden, and values divided by masses, in the weights.
     """
     absent = tokens.mass == 0
     logits = _products(q, tokens.k, ~absent) + tokens.log_mass[None, :]
@@ -314,14 +323,14 @@ def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
 
 @jax.custom_jvp
 def _products(q: Array, k: Array, present: Array) -> Array:
-    """Logits ``q k^T``, minus infinity for keys that are not present ``[M]``, which may hold anything."""
+    """Logits ``q k^T``, minus infinity for keys that are not present ``[M]``, which may be NaN."""
     return jnp.where(present[None, :], q @ k.T, -jnp.inf)
 
 
 @_products.defjvp
 def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
-    # Derivatives for queries are products with keys, where what is hidden meets NaN as 0 times NaN. Keys are copied to
-    # be cleared here alone: answers without a derivative, as in decoding, read them as they are.
+    # Derivatives for queries are products with keys, where an absent key of NaN would give 0 times NaN. Only here keys
+    # are copied to be cleared: without a derivative, as in decoding, they are read in place.
     (q, k, present), (q_tangent, k_tangent, _) = primals, tangents
     cleared = jnp.where(present[:, None], k, jnp.zeros_like(k))
     tangent = q_tangent @ cleared.T + q @ k_tangent.T
@@ -329,11 +338,13 @@ def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Ar
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
-    r"""Positive features are softmax attention over R random keys: the directions w, with the moments as their values.
+    r"""Attention over moments of positive features, as softmax attention over R keys: the random directions w.
 
     .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r}
               = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
     """
+    # The R features of a query are its logits against the directions: tiles of `blocked_state` serve them, and they are
+    # never stored. The factors of the query alone are added to the normaliser.
     directions = WeightedKV(features.projection.astype(q.dtype), moments.value_sum, moments.mass)
     state = blocked_state(q, directions.k, directions.values, directions.log_mass + finite_peak(moments.log_scale))
     query_scale = -squared_norm(q)[:, 0] / 2 - 0.5 * math.log(features.num_features)
@@ -341,6 +352,7 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments, features: Positi
 
 
 def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
+    """Attention over moments of any features, at the peak of each query's log-scales."""
     values, log_scale = moments.features(q)
     log_scale = log_scale + moments.log_scale[None, :]
     peak = finite_peak(jnp.max(log_scale, axis=-1))
@@ -348,24 +360,16 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
     return normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
 
 
-def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-    """Attention with the kernel of a non-negative feature map, all pairs at once; ``bias [1 or T, S]`` hides keys."""
-    (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
-    peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
-    peak = jnp.max(peak_k)
-    phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
-    phi_k = phi_k * jnp.exp(log_scale_k - peak)
-    weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
-    return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
-
-
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
+    """Attention over tokens with signed masses, by sums and not logarithms, clipped to the range of the values."""
     assert summary.value_range is not None
+    # A token of no mass may have values (`BalanceKV`, `SubGen`): it counts in the numerator.
     present = (summary.mass != 0) | jnp.any(summary.value_sum != 0, axis=1)
     logits = _products(q, summary.k, present)
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
     state = normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
+    # Exact attention never leaves the range; a quotient of signed sums may, without a limit.
     low, high = summary.value_range[:, None, :]
     has_answer = jnp.isfinite(state.lse)[:, None]
     return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)
@@ -379,7 +383,7 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
             raise ValueError(f"merge takes tokens of one {name}, got {x.shape[1:]} and {y.shape[1:]}")
     (ratio, _), keys, value_range = scale_ratio(a, b), b.k, None
     if ratio is not None:
-        # Keys are held in scaled space: the root of their scale in them becomes b's scale over the root of a's.
+        # b's stored keys carry the root of b's scale; with a's scale on queries they need b's over the root of a's.
         keys = keys * jnp.sqrt(ratio).astype(keys.dtype)
     if a.value_range is not None or b.value_range is not None:
         (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
@@ -389,6 +393,7 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
 
 
 def _joined(x: Array, y: Array) -> Array:
+    """Rows of both, in the wider dtype."""
     dtype = x.dtype if x.dtype == y.dtype else accumulation_dtype(x, y)
     return jnp.concatenate([x.astype(dtype), y.astype(dtype)])
 
@@ -397,16 +402,17 @@ def _joined(x: Array, y: Array) -> Array:
 def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     require_same_kind(a, b)
     _require_same_features(a.features, b.features)
+    # Both at the larger scale: the other is scaled down, which may underflow to 0 but never overflows.
     peak = jnp.maximum(a.log_scale, b.log_scale)
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
-    # Features of keys of another scale cannot be converted.
+    # Features of keys of another scale cannot be converted, unlike keys.
     mass = _nan_unless(scale_ratio(a, b)[1], a.mass * factor_a + b.mass * factor_b)
     return FeatureMoments(value_sum, mass, peak, a.features, a.scale)
 
 
 def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
-    r"""The moments of all tuples of one token of each set, whose values and features multiply entry by entry.
+    r"""Moments of all tuples of one token of each set, whose values and features multiply entry by entry.
 
     .. math:: \sum_{j, l} \phi_r(k^1_j)\, \phi_r(k^2_l)\, v^1_j \odot v^2_l
               = \Big(\sum_j \phi_r(k^1_j)\, v^1_j\Big) \odot \Big(\sum_l \phi_r(k^2_l)\, v^2_l\Big)
@@ -419,7 +425,7 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
         Their product, in time that does not depend on the number of tokens.
 
     Raises:
-        TypeError: what is no `FeatureMoments`.
+        TypeError: not `FeatureMoments`.
         ValueError: moments of different sizes, or of different scales. Where these are traced, the product is NaN.
 
     Example:
@@ -440,6 +446,7 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
             raise ValueError(f"hadamard takes moments of one size [R, Dv], got {shapes[0]} and {shapes[1]}")
         value_sum = first.value_sum * moments.value_sum
         mass = _nan_unless(scale_ratio(first, moments)[1], first.mass * moments.mass)
+        # Magnitudes add as logarithms, so that no product overflows.
         log_scale = first.log_scale + moments.log_scale
         first = FeatureMoments(value_sum, mass, log_scale, first.features, first.scale)
     return first
@@ -462,12 +469,12 @@ def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:
 
 
 def summary_bytes(summary: Any) -> int:
-    """Bytes that summaries, or caches made of them, hold per head and sequence.
+    """Cache bytes: the size of summaries, or of caches made of them, per head and sequence.
 
     A feature map and a scale do not count: they are shared. Works on shapes (`jax.eval_shape`) as on arrays.
 
     Raises:
-        TypeError: what does not consist of arrays.
+        TypeError: leaves that are not arrays.
     """
 
     def is_summary(x: Any) -> bool:

@@ -1,24 +1,19 @@
-"""Few weighted tokens that stand for many: the algorithms, k-means, halving, and streams."""
+"""Coresets: few weighted tokens that stand for many, by sampling, halving, clustering and in streams."""
 
 from approx_attention.coresets.algorithms import (
     ALGORITHMS,
     Algorithm,
-    BalanceKV,
-    Compress,
     FarthestMerge,
     Halving,
     Herding,
     KMeansMerge,
     KMeansNystrom,
-    PivotedNystrom,
     Stratified,
-    SubGen,
-    Uniform,
-    ValueNorm,
-    sensitivities,
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
 from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
+from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
+from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
 from approx_attention.coresets.streaming import running_coreset
 
 __all__ = [

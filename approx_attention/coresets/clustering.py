@@ -1,5 +1,6 @@
-"""Landmarks that stand for tokens near them: k-means, farthest points, pivoted Cholesky, and Nystrom weights."""
+"""Landmarks that stand for nearby tokens: k-means, farthest points, pivoted Cholesky, and Nystrom weights."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,7 @@ from approx_attention.core import (
     HIDDEN,
     LEAST_TILE,
     WeightedKV,
+    attend,
     blocked_state,
     kept,
     map_rows,
@@ -17,30 +19,36 @@ from approx_attention.core import (
     squared_norm,
 )
 
-# exp of this is finite in float32.
+# exp of this is finite in float32, with room for a product by a weight (the largest number is 3.4e38).
 LARGEST_EXPONENT = math.log(1e30)
 
-# Rounds in which the first centres of k-means are drawn.
+# Rounds in which the first centres of k-means are sampled: k-means++ has one per centre, in sequence; with eight, the
+# candidates of one round do not see each other, which twice as many candidates make up for.
 SEEDING_ROUNDS = 8
+
+# Queries on which Nystrom weights must be better than a merge to be used: their cost is that of 64 exact outputs.
+PROBES = 64
 
 
 def nearest(x: Array, centres: Array, present: Array) -> Array:
-    r"""Of each row the nearest of the present centres, :math:`\arg\max_c\, x \cdot c - \|c\|^2 / 2`, ``[n]``."""
+    r"""The nearest of the present centres for each row, :math:`\arg\max_c\, x \cdot c - \|c\|^2 / 2`, ``[n]``."""
     bias = jnp.where(present, -squared_norm(centres)[:, 0] / 2, HIDDEN)[None, :]
     numbers = jnp.arange(centres.shape[0], dtype=jnp.int32)[None, :]
 
     def of_block(x: Array) -> Array:
         likeness = x @ centres.T + bias
-        # Twice as fast on CPU as an argmax. A row that is not a number belongs to the first, and so comes out.
+        # Twice as fast on CPU as an argmax. A row with NaN equals no maximum: it joins the first centre, whose output
+        # then shows the NaN.
         best = jnp.max(likeness, axis=1, keepdims=True)
         return jnp.maximum(jnp.max(jnp.where(likeness == best, numbers, -1), axis=1), 0)
 
     label = map_rows(of_block, lax.stop_gradient(x), max(1, LEAST_TILE // centres.shape[0]))
+    # On ties rounding decides: a backward pass that computed labels again might find others.
     return kept(label)
 
 
 def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
-    """One token for every cluster: the mean key of its members, with their masses and values summed."""
+    """Merges each cluster into one token: the mean key of its members, with their masses and values summed."""
     require_scaled_space("an algorithm", tokens)
     weighted = tokens.k * tokens.mass[:, None]
     key_sum, value_sum, mass = (
@@ -50,15 +58,16 @@ def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
 
 
 def k_means(tokens: WeightedKV, start: Array, steps: int) -> WeightedKV:
-    """Lloyd's iteration from the tokens at places ``start [M]``: clusters, merged.
+    """Lloyd's iteration from the tokens at places ``start [M]``, and the merge of its clusters.
 
-    A cluster that loses all its members is left empty. With distinct keys in all places but those of equal keys, and no
-    more keys than places, every key is its own cluster.
+    A cluster that loses all its members stays empty. Where there are no more distinct keys than places and every one of
+    them is a start, each distinct key is a cluster by itself, and the merge is exact.
     """
     num_clusters = start.shape[0]
     centres, present = lax.stop_gradient(tokens.k)[start], tokens.mass[start] > 0
     frozen = lax.stop_gradient(tokens)
 
+    # Centres are a choice, without a derivative; gradients flow through the last merge alone.
     def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         clusters = merged(frozen, nearest(frozen.k, *state), num_clusters)
         return (clusters.k, clusters.mass > 0), None
@@ -68,16 +77,16 @@ def k_means(tokens: WeightedKV, start: Array, steps: int) -> WeightedKV:
 
 
 def random_places(mass: Array, count: int, key: Array) -> Array:
-    """``count`` places drawn without replacement from those with mass; the others follow when these are used up."""
+    """A uniform sample of ``count`` places with mass, without replacement; others follow when these are used up."""
     priority = jax.random.uniform(key, mass.shape, mass.dtype)
     return lax.top_k(jnp.where(mass > 0, priority, -1), count)[1]
 
 
 def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
-    r"""``count`` places far from each other: of twice as many candidates, each the farthest from all before.
+    r"""``count`` places far from each other: of twice as many candidates, each the farthest from all before it.
 
-    Candidates are drawn as in the seeding of k-means++, but many at a time: in rounds, with odds in proportion to mass
-    and squared distance to those of earlier rounds.
+    Candidates are sampled as in the seeding of k-means++, but many at a time: in rounds, with odds in proportion to
+    mass and squared distance to the candidates of earlier rounds.
     """
     num_tokens = tokens.mass.shape[0]
     candidates = min(2 * count, num_tokens)
@@ -90,11 +99,13 @@ def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     least_rounds = jnp.minimum(rounds, least_candidates)
     least_share = -(-least_candidates // least_rounds)
     size = squared_norm(k)[:, 0]
+    # A squared distance is a difference of squares: below their rounding it is that of an equal key, and counts as 0.
     least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
     noise = jax.random.gumbel(key, (rounds * num_tokens,), k.dtype)
 
     def step(distance: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
         own = lax.dynamic_slice_in_dim(noise, number * length, num_tokens)
+        # The largest log-odds + Gumbel: a sample without replacement, of a static size.
         odds = jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + own
         place = lax.top_k(jnp.where((mass > 0) & (distance > 0), odds, HIDDEN), share)[1]
         wanted = (number < least_rounds) & (jnp.arange(share, dtype=jnp.int32) < least_share)
@@ -114,13 +125,14 @@ def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
 
 
 def farthest_places(k: Array, present: Array, count: int) -> Array:
-    """Greedy k-center: every place is that of the key farthest from all before; the first is that farthest from 0."""
+    """Greedy k-center: places of keys that are each the farthest from all before; the first is the farthest from 0."""
     k = lax.stop_gradient(k)
     size = squared_norm(k)[:, 0]
 
     def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
         distance, place = state
         left = jnp.maximum(size - 2 * (k @ k[place]) + size[place], 0)
+        # -1 for chosen and absent places: below every distance, so that they come last.
         distance = jnp.minimum(distance, left).at[place].set(-1)
         return (distance, jnp.argmax(distance)), place
 
@@ -130,13 +142,15 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
 
 
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
-    r"""Randomly pivoted Cholesky: places drawn by what the kernel of those before leaves of each key.
+    r"""Randomly pivoted Cholesky: pivots sampled by the residual that earlier pivots leave of each key.
 
-    The kernel is :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`; a key with residual :math:`r_j` is drawn
-    with a probability in proportion to :math:`r_j e^{s \|k_j\|^2}`, and to its mass.
+    The kernel is :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`; the next pivot is
+    key j with a probability in proportion to its residual times :math:`e^{s \|k_j\|^2}`, and to its mass.
     """
     x = lax.stop_gradient(tokens.k * jnp.sqrt(exponent))
     half = squared_norm(x)[:, 0] / 2
+    # The kernel is normalised to a unit diagonal, which no radius overflows; its true diagonal e^{s |k|^2} enters the
+    # odds as a logarithm.
     prior = 2 * half + tokens.log_mass
     noise = jax.random.split(key, count)
 
@@ -144,9 +158,11 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
         factor, residual = state
         odds = jnp.where((tokens.mass > 0) & (residual > 0), jnp.log(jnp.maximum(residual, 1e-37)) + prior, -jnp.inf)
         place = jnp.argmax(odds + jax.random.gumbel(noise[i], odds.shape, odds.dtype))
+        # One column of the kernel less its projection on earlier pivots: the kernel's matrix is never stored.
         column = jnp.exp(x @ x[place] - half - half[place]) - factor[:, place] @ factor
         pivot = residual[place]
         row = jnp.where(pivot > 0, column / jnp.sqrt(jnp.where(pivot > 0, pivot, 1)), 0)
+        # Rounding may leave a residual below 0, and one of a pivot above it.
         residual = jnp.maximum(residual - row**2, 0).at[place].set(0)
         return (factor.at[i].set(row), residual), place
 
@@ -156,14 +172,17 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
 
 @jax.custom_jvp
 def _finite_cholesky(kernel: Array) -> Array:
-    """The Cholesky factor, or the identity where there is none: worthless, but its gradients are numbers."""
+    """The Cholesky factor, or the identity where there is none: of no use, but with finite gradients."""
     factor = lax.linalg.cholesky(kernel, symmetrize_input=False)
     return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.eye(kernel.shape[0], dtype=kernel.dtype))
 
 
 @_finite_cholesky.defjvp
 def _finite_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    r""":math:`dL = L\, \Phi(L^{-1}\, dK\, L^{-T})`, with :math:`\Phi` the lower triangle and half of the diagonal."""
+    r""":math:`dL = L\, \Phi(L^{-1}\, dK\, L^{-T})`, with :math:`\Phi` the lower triangle with half of the diagonal.
+
+    A rule by hand: that of JAX is a product with the factor before it was replaced, NaN where there is none.
+    """
     factor, change = _finite_cholesky(*primals), tangents[0]
     half = jax.scipy.linalg.solve_triangular(factor, change, lower=True)
     both = jax.scipy.linalg.solve_triangular(factor, half.T, lower=True)
@@ -181,21 +200,56 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
     """
     c, present = landmarks.k, landmarks.mass > 0
     half = exponent * squared_norm(c)[:, 0] / 2
+    # Values less their mean: the ridge shrinks weights, and so pulls outputs to the mean and not to 0.
     middle = jnp.sum(tokens.value_sum, axis=0) / jnp.where(jnp.sum(tokens.mass) > 0, jnp.sum(tokens.mass), 1)
     state = blocked_state(exponent * c, tokens.k, tokens.values - middle[None, :], tokens.log_mass)
     log_size = jnp.where(present, state.lse - half, -jnp.inf)
+    # The largest sum becomes 1 before the solve, which is linear: no exponential overflows, and the shift is undone
+    # with the weights.
     shift = lax.stop_gradient(jnp.max(log_size))
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     normalizer = jnp.exp(log_size - shift)
     sums = normalizer[:, None] * jnp.concatenate([state.out, jnp.ones_like(normalizer)[:, None]], axis=1)
 
     both = present[:, None] & present[None, :]
+    # A double where: the exponential of an absent landmark may overflow, and 0 times its gradient would be NaN.
     kernel = jnp.where(both, jnp.exp(jnp.where(both, exponent * (c @ c.T) - half[:, None] - half[None, :], 0)), 0)
+    # 1 for an absent landmark, so that the matrix stays positive definite; the ridge bounds its condition.
     diagonal = jnp.where(present, 0, 1) + ridge
     kernel = kernel + jnp.diag(diagonal.astype(kernel.dtype))
     weights = jax.scipy.linalg.cho_solve((_finite_cholesky(kernel), True), sums)
-    # Beyond the cap they are worth nothing, and are not used; without it they would have no finite gradient either.
+    # Weights beyond the cap are of no use and lose to the merge; without it they would have no finite gradient either.
     weights = weights * jnp.exp(jnp.minimum(shift - half, LARGEST_EXPONENT))[:, None]
     weights = jnp.where(present[:, None], weights, 0)
     mass = weights[:, -1]
     return WeightedKV(c, weights[:, :-1] + mass[:, None] * middle[None, :], mass, tokens.values_from_to)
+
+
+def merged_around(tokens: WeightedKV, place: Array) -> WeightedKV:
+    """Merges every token into the nearest of those at these places."""
+    return merged(tokens, nearest(tokens.k, lax.stop_gradient(tokens.k)[place], tokens.mass[place] > 0), place.shape[0])
+
+
+def better_weights(tokens: WeightedKV, merge: WeightedKV, solved: WeightedKV, ratio: Array, key: Array) -> WeightedKV:
+    """The solved weights or the merge that they start from, whichever errs less on queries along some keys.
+
+    Solved weights have no bound on their error: where landmarks are few for the radius of the queries they can be far
+    worse than the merge, whose outputs are averages of values.
+    """
+    # Which one is used is a choice, without a derivative.
+    held, first, second = lax.stop_gradient((tokens, merge, solved))
+    place = random_places(held.mass, min(PROBES, held.mass.shape[0]), jax.random.fold_in(key, 1))
+    direction = held.k[place]
+    norm = jnp.sqrt(squared_norm(direction))
+    radius = ratio * jnp.sqrt(jnp.max(squared_norm(held.k)))
+    # Probes point along keys and against them, by turns: where one key matters most, and where the others do.
+    side = jnp.where(jnp.arange(place.shape[0]) % 2 == 0, 1, -1)[:, None]
+    q = side * direction * radius / jnp.where(norm > 0, norm, 1)
+    truth, asked = attend(q, held).out, (held.mass[place] > 0)[:, None]
+    errors = [jnp.sum((attend(q, summary).out - truth) ** 2, where=asked) for summary in (first, second)]
+    # NaN compares as false, so that a failed solution leaves the merge. Both get a value range: one structure.
+    return jax.tree.map(
+        lambda a, b: jnp.where(errors[1] < errors[0], a, b),
+        solved,
+        dataclasses.replace(merge, value_range=solved.value_range),
+    )

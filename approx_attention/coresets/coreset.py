@@ -33,12 +33,12 @@ def compress(
     algorithm: str | Algorithm = "kmeans_nystrom",
     query_radius: float | Array | None = None,
 ) -> WeightedKV:
-    """A coreset of tokens that have masses already, such as two coresets merged.
+    """Makes a coreset of tokens that already have masses, such as two coresets merged.
 
     Args:
         tokens: a `WeightedKV` without negative masses; if it carries a scale, so does the result.
         key: typed PRNG key.
-        coreset_size: the number M of tokens; with no more tokens than that they come back as they are.
+        coreset_size: the number M of tokens; no more than M tokens are returned unchanged.
         algorithm: as in `coreset`.
         query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
 
@@ -46,7 +46,7 @@ def compress(
         A `WeightedKV` of at most M tokens.
 
     Raises:
-        TypeError: what is no `WeightedKV`.
+        TypeError: not a `WeightedKV`.
         ValueError: an unknown algorithm, a count below 1, signed masses, no key.
 
     Example:
@@ -67,7 +67,7 @@ def compress(
     if query_radius is not None:
         check_number("query_radius", query_radius)
         check_not_negative("query_radius", query_radius)
-        # An integer of Python may be too large for what is compiled.
+        # A Python integer may exceed the integers of compiled programs.
         query_radius = float(query_radius) if isinstance(query_radius, int) else query_radius
     if tokens.value_range is not None:
         raise ValueError("tokens with signed masses are not supported: compress what they were made of")
@@ -82,10 +82,11 @@ def compress(
 def _compressed(
     algorithm: Algorithm, size: int, tokens: WeightedKV, query_radius: float | Array | None, key: Array
 ) -> WeightedKV:
-    """A coreset by an algorithm: one program, because a call that is not compiled would be hundreds."""
+    """A coreset by an algorithm, as one program: without compilation a call would dispatch hundreds."""
     dtype = accumulation_dtype(tokens.k, tokens.value_sum)
     middle, centred = centred_tokens(jax.tree.map(lambda x: x.astype(dtype), tokens))
     radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
+    # Without a radius of the queries they are taken to be as large as the centred keys.
     ratio = jnp.ones_like(radius)
     if query_radius is not None:
         ratio = jnp.asarray(query_radius, radius.dtype) / jnp.where(radius > 0, radius, 1)
@@ -96,12 +97,12 @@ def _compressed(
 def query_radius(
     q: Float[Array, "T D"], *, scale: float | Array | None = None, window: int = 32, margin: float = 1.1
 ) -> Float[Array, ""]:
-    """An estimate of the norm of queries to come, in scaled space: the largest of the last ones, and a little more.
+    """Estimates the norm of later queries, in scaled space: the largest of the last ones times a margin.
 
     Args:
         q: queries ``[T, D]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        window: how many of the last queries are looked at.
+        window: the number of last queries that are read.
         margin: factor on the largest norm.
 
     Returns:
@@ -125,7 +126,7 @@ def query_radius(
 
 
 def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
-    """The mean key, and the tokens without it: no answer changes, and exponents stay small."""
+    """The mean key, and the tokens with keys less the mean: softmax forgets it, and exponents stay small."""
     total = jnp.sum(tokens.mass)
     middle = tokens.mass @ tokens.k / jnp.where(total > 0, total, 1)
     k = jnp.where(tokens.mass[:, None] > 0, tokens.k - middle[None, :], 0)
@@ -133,7 +134,7 @@ def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
 
 
 def algorithm_of(algorithm: str | Algorithm) -> Algorithm:
-    """The algorithm of that name, or the hashable function itself."""
+    """The algorithm of a name, or a hashable function itself."""
     if isinstance(algorithm, str):
         if algorithm not in ALGORITHMS:
             raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))

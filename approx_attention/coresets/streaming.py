@@ -1,4 +1,4 @@
-"""The coreset of a growing prefix: clusters that are folded, or a counter of coresets."""
+"""Coresets of a growing prefix: folded clusters, or a binary counter of coresets."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -36,13 +36,13 @@ def running_coreset(
     sinks: int = 4,
     max_length: int = 65536,
 ) -> RunningSummary:
-    """The coreset of a growing prefix.
+    """Running coreset of a growing prefix.
 
     Folding merges every further block into the clusters so far, with any algorithm. Nystrom weights could be solved
     for again, because they are linear in (mass * value, mass) and only the choice of landmarks needs masses without a
     sign; this is not implemented. The counter applies the algorithm: of two coresets of one level it makes one of the
-    next, as a binary counter carries, so that it holds up to ``coreset_size`` tokens for each of
-    ``log2(max_length / coreset_size)`` levels; a prefix that is longer is folded into the last.
+    next, as a binary counter carries, so that it stores up to ``coreset_size`` tokens for each of
+    ``log2(max_length / coreset_size)`` levels; a longer prefix is folded into the last level.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -51,8 +51,8 @@ def running_coreset(
         algorithm: of the counter: one whose masses are not negative.
         query_radius: of the counter, as in `coreset`.
         streaming: ``"fold"`` or ``"counter"``.
-        sinks: how many of the first real tokens are kept exactly, beside the coreset.
-        max_length: the length that the counter's levels are made for.
+        sinks: the number of first real tokens that are kept exactly, in addition to the coreset.
+        max_length: the length of a prefix for which the counter has levels.
 
     Raises:
         ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that folding does not follow.
@@ -80,13 +80,14 @@ def running_coreset(
 
 
 class _Sunk(NamedTuple):
-    """The first real tokens, of mass 0 until they have come, and the summary of those after them."""
+    """The first real tokens, of mass 0 until they arrive, and the summary of those after them."""
 
     first: WeightedKV
     rest: Any
 
 
 def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningSummary:
+    """The first tokens exactly, because models attend to them far more, and a running summary of the others."""
     if sinks == 0:
         return running
 
@@ -96,6 +97,7 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
     def append(held: _Sunk, start: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
         number = jnp.sum(held.first.mass > 0) + jnp.cumsum(kv_mask) - 1
         is_first = kv_mask & (number < sinks)
+        # Others are placed past the end, where ``mode="drop"`` leaves them out.
         place = jnp.where(is_first, number, sinks)
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         first = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), held.first, tokens)
@@ -105,6 +107,8 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
 
 
 def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
+    """K-means over the clusters so far and the next block: masses stay exact, and all weights positive."""
+
     def init(value_dim: int, dtype: Any) -> WeightedKV:
         return WeightedKV.empty(coreset_size, head_dim, value_dim, dtype)
 
@@ -112,6 +116,7 @@ def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
         tokens = merge(held, WeightedKV.of_tokens(k, v, kv_mask))
         middle, centred = centred_tokens(tokens)
         places = spread_places(centred, coreset_size, jax.random.fold_in(key, start))
+        # Two steps, where a whole sequence takes one: an error of this fold stays in all later ones.
         clusters = k_means(centred, places, steps=2)
         return dataclasses.replace(clusters, k=clusters.k + middle[None, :])
 
@@ -119,7 +124,7 @@ def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
 
 
 class _Levels(NamedTuple):
-    """Coresets ``[levels, M, ...]`` of ever more tokens, the empty ones without mass, and the one being filled."""
+    """Coresets ``[levels, M, ...]``, each level of twice as many tokens, empty ones without mass, and the next."""
 
     levels: WeightedKV
     filling: WeightedKV
@@ -128,7 +133,7 @@ class _Levels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Reduce:
-    """Merge and reduce, as a binary counter counts."""
+    """Merge and reduce, in the order of a binary counter."""
 
     head_dim: int
     coreset_size: int
@@ -169,6 +174,7 @@ class _Reduce:
             return number + 1, levels, carried
 
         last = self.levels - 1
+        # A loop of fixed length with a condition and no `while_loop`, which has no reverse-mode derivative.
         number, levels, carried = lax.fori_loop(
             0,
             self.levels,

@@ -1,16 +1,9 @@
 """Decoding with a cache of bounded size, and compression of caches."""
 
-from approx_attention.decoding.compression import (
-    HEURISTICS,
-    attention_received,
-    compress_cache,
-    compress_tokens,
-    pyramid_budgets,
-    running_compressed,
-    shared_sizes,
-    token_budget,
-)
+from approx_attention.decoding.budgets import pyramid_budgets, shared_sizes, token_budget
+from approx_attention.decoding.compression import compress_cache, compress_tokens, running_compressed
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
+from approx_attention.decoding.heuristics import HEURISTICS, attention_received
 
 __all__ = [
     "HEURISTICS",

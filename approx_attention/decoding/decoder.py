@@ -238,9 +238,10 @@ class HeadsDecoder:
         num_kv_heads: the number K of key heads.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.
-        max_length: the most tokens of a sequence, for methods whose cache grows (``"exact"``); rounded up to whole blocks.
-            Methods of bounded size do not need it.
-        block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, among their arguments.
+        max_length: the most tokens of a sequence, rounded up to whole blocks, for methods whose cache grows
+            (``"exact"``). Methods of bounded size do not need it.
+        block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, among their
+            arguments.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         dtype: of the cache, float32 or float64.
         **hyperparameters: those of the method.

@@ -98,5 +98,5 @@ def _call_head(
     own: Array | None = None,
     kv_mask: Array | None = None,
 ) -> Array:
-    """One head of a module. Its arrays are arguments: a compiled program that contained them would not see them change."""
+    """One head of a module. Its arrays are arguments: a program compiled with them inside would not see them change."""
     return nnx.merge(structure.graphdef, state)._head(q, k, v, key, kv_mask, own)

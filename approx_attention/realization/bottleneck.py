@@ -1,9 +1,9 @@
-r"""The low-rank bottleneck: what attention a head of D channels can express, whatever its queries and keys.
+r"""The low-rank bottleneck: the attention weights that a head of D channels can express.
 
 Logits :math:`q k^T` have rank D at most, and softmax attention forgets a constant in each row of them. So a positive
 row-stochastic P is expressed by D channels if and only if the rank of :math:`\log P\,(I - \tfrac1S 1 1^T)` is no more
-than D. Causal heads, whose hidden logits are free, may do with fewer. This is about the rank of logits; that of P
-itself, which `linformer` and `svd` speak of, may be full.
+than D. Causal heads, whose hidden logits are free, may need fewer. This is about the rank of logits; the rank of P
+itself, which matters for `linformer` and `svd`, may be full.
 """
 
 import math
@@ -20,8 +20,8 @@ def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) ->
 
     Args:
         weights: positive, with rows that sum to 1 ``[T, S]``.
-        tolerance: singular values of the centred logarithms below this, or below this share of the largest, are taken
-            to be 0.
+        tolerance: singular values of the centred logarithms below this, or below this share of the largest, count as
+            0.
 
     Returns:
         The rank, int32: at most ``min(T, S - 1)``; 0 for uniform weights, -1 where a weight is not positive, which no
@@ -38,6 +38,7 @@ def needed_head_dim(weights: Float[Array, "T S"], *, tolerance: float = 1e-5) ->
         Sharper than :cite:p:`bhojanapalli2020bottleneck`, theorem 1.
     """
     sizes = jnp.linalg.svd(_centred_logits(weights), compute_uv=False)
+    # Relative to the largest, but never to less than 1: logits below the tolerance are equal weights up to rounding.
     rank = jnp.sum(sizes > tolerance * jnp.maximum(sizes[0], 1), dtype=jnp.int32)
     return jnp.where(jnp.all(weights > 0), rank, -1)
 
@@ -80,6 +81,7 @@ def realize_attention(
         head_dim = max(1, min(num_queries, num_keys - 1))
     head_dim = check_count("head_dim", head_dim)
     q, k = nearest_factors(_centred_logits(weights), head_dim)
+    # D^(1/4) in each cancels the default scale 1 / sqrt(D).
     root = math.sqrt(math.sqrt(head_dim))
     return root * q, root * k
 
@@ -88,12 +90,14 @@ def nearest_factors(logits: Float[Array, "T S"], head_dim: int) -> tuple[Float[A
     """Factors q and k of the matrix :math:`q k^T` of rank D that is nearest to given logits in the Frobenius norm."""
     left, sizes, right = jnp.linalg.svd(logits, full_matrices=False)
     rank = min(head_dim, sizes.shape[0])
+    # The spectrum in equal parts, so that neither queries nor keys are large.
     root = jnp.sqrt(sizes[:rank])[None, :]
     unused = ((0, 0), (0, head_dim - rank))
     return jnp.pad(root * left[:, :rank], unused), jnp.pad(root * right[:rank].T, unused)
 
 
 def _centred_logits(weights: Array) -> Array:
+    """Logarithms of attention weights, less their mean in each row."""
     check_floating("weights", weights)
     if weights.ndim != 2:
         raise ValueError(f"weights must be [T, S], got shape {weights.shape}")

@@ -1,4 +1,4 @@
-r"""Certificates: how precisely self-attention has a sparse pattern, read off its logits."""
+r"""Certificates: how precisely self-attention has a sparse pattern, measured on its logits."""
 
 import functools
 import math
@@ -15,12 +15,12 @@ from approx_attention.core import accumulation_dtype, check_choice, check_floati
 from approx_attention.sparse import SparsePattern, check_pattern
 
 RatioError = Literal["relative", "absolute"]
-# Rows of logits that are held at a time.
+# Rows of logits in memory at a time: 256 T numbers in place of T^2, and still a full matrix product.
 ROW_BLOCK = 256
 
 
 class Certificate(NamedTuple):
-    r"""How precisely attention M has a pattern A with supports :math:`S_i`, from its logits L.
+    r"""Precision with which attention M of logits L has a pattern A with supports :math:`S_i`.
 
     Attributes:
         log_eps1: :math:`\log \varepsilon_1`, the log of the largest ratio of a zero to a nonzero of its row,
@@ -30,11 +30,12 @@ class Certificate(NamedTuple):
             that of :math:`1 + \max |M_{is} / M_{is'} - A_{is} / A_{is'}|`.
         logit_absmax: the largest :math:`|L_{ij}|` of all pairs, also of those that a causal head hides. This is the
             ``max_logit`` of `approx_attention.dimension_bound`.
-        rho: the gap :math:`-\log \varepsilon_1` in units of the largest logit that is visible, which no scale changes.
+        rho: the gap :math:`-\log \varepsilon_1` in units of the largest visible logit, independent of the scale.
         max_row_tv: the largest total variation distance between a row of M and that of A.
-        ok: whether the precisions asked for are met.
-        draws: how many draws were made.
-        visible_logit_absmax: the largest :math:`|L_{ij}|` of the pairs that the head sees; without causality the same.
+        ok: whether the requested precisions are met.
+        draws: the number of samples that were made.
+        visible_logit_absmax: the largest :math:`|L_{ij}|` of the pairs that the head sees; equal to ``logit_absmax``
+            without causality.
     """
 
     log_eps1: Array
@@ -47,9 +48,9 @@ class Certificate(NamedTuple):
     visible_logit_absmax: Array
 
     def logits_needed(self, eps1: float) -> Array:
-        """The largest visible logit with which these inputs, scaled, tell zeros from nonzeros to precision ``eps1``.
+        """The largest visible logit of these inputs when scaled so that zeros reach the precision ``eps1``.
 
-        It is infinite where a zero is as large as a nonzero of its row, which no scale mends.
+        It is infinite where a zero is as large as a nonzero of its row, at any scale.
         """
         return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
 
@@ -65,12 +66,12 @@ def certify(
     eps2: Any = math.inf,
     ratio: RatioError = "relative",
 ) -> Certificate:
-    r"""How precisely self-attention has a sparse pattern, whatever made its inputs.
+    r"""Measures how precisely self-attention of any inputs has a sparse pattern.
 
-    It speaks of sparse patterns only; bounds on the errors of approximate attention are in `approx_attention.bounds`.
-    All is read off the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, whose exponentials may underflow, block of rows by
-    block of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of low precision
-    are taken as they are, and multiplied in float32.
+    It is about sparse patterns only; bounds on the errors of approximate attention are in `approx_attention.bounds`.
+    Everything is computed from the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, because their exponentials may
+    underflow, in blocks of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of
+    low precision are not rounded again, and multiplied in float32.
 
     Args:
         inputs: tokens X ``[T, C]``.
@@ -80,7 +81,7 @@ def certify(
         is_causal: key j is visible to query i only if j <= i.
         eps1: largest ratio of a zero to a nonzero of its row with which ``ok`` is true.
         eps2: largest error of a ratio of nonzeros with which ``ok`` is true.
-        ratio: whether errors of ratios are relative or absolute.
+        ratio: whether errors of ratios are ``"relative"`` or ``"absolute"``.
 
     Returns:
         The `Certificate`, with ``draws = 0``.
@@ -97,8 +98,8 @@ def certify(
         (-4.0, 1.0)
 
     Reference:
-        :cite:p:`likhosherstov2021expressive`, for the two precisions; how they are measured is a derivation of
-        this library.
+        :cite:p:`likhosherstov2021expressive`, for the two precisions; the measurement is a derivation of this
+        library.
     """
     for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
         check_floating(name, x)
@@ -136,17 +137,19 @@ def _measure(
         greatest_off = jnp.max(jnp.where(off, logits, -jnp.inf), axis=1)
         least_on = jnp.min(jnp.where(valid, on, jnp.inf), axis=1)
         error = on - log_weights
+        # A ratio of two nonzeros is off by the difference of their errors, at most the spread.
         spread = jnp.max(jnp.where(valid, error, -jnp.inf), axis=1) - jnp.min(jnp.where(valid, error, jnp.inf), axis=1)
         if ratio == "absolute":
             spread = jnp.log1p(_absolute_ratio_error(error, log_weights, valid))
         visible = jnp.where(off, jnp.abs(logits), 0), jnp.where(valid, jnp.abs(on), 0)
         visible_size = jnp.maximum(*(jnp.max(x, axis=1) for x in visible))
         size = jnp.max(jnp.abs(logits), axis=1)
+        # Rows are normalised at their own peak, so that the total variation has no overflow.
         peak = jnp.maximum(greatest_off, jnp.max(jnp.where(valid, on, -jnp.inf), axis=1))[:, None]
         mass = jnp.sum(jnp.where(off, jnp.exp(logits - peak), 0), axis=1)
         weights = jnp.where(valid, jnp.exp(on - peak), 0)
         realized = weights / (mass + jnp.sum(weights, axis=1))[:, None]
-        # Both rows sum to 1, so what A has more on its support is what M has more elsewhere.
+        # Both rows sum to 1: the summed excess of A on its support is the total variation, without a sum over zeros.
         missing = jnp.where(valid, jnp.maximum(jnp.exp(log_weights) - realized, 0), 0)
         worst = greatest_off - least_on, spread, size, visible_size, jnp.sum(missing, axis=1)
         return tuple(jnp.max(x) for x in worst)
@@ -156,6 +159,7 @@ def _measure(
     arrays = rows, q, pattern.indices, pattern.valid, log_weights
     blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_queries)) for x in arrays))
     log_eps1, log1p_eps2, size, visible, distance = (jnp.max(x) for x in blocks)
+    # A double where: logits that are all 0 have no unit; the gap is then infinite without zeros, and else 0.
     in_units = -log_eps1 / jnp.where(visible > 0, visible, 1)
     rho = jnp.where(visible > 0, in_units, jnp.where(log_eps1 == -jnp.inf, jnp.inf, 0))
     eps1, eps2 = (jnp.asarray(limit, dtype) for limit in limits)
@@ -185,20 +189,20 @@ def check_square(pattern: SparsePattern) -> None:
 
 
 def check_no_future(pattern: SparsePattern) -> None:
-    """Raises if a row of a pattern holds a key after its query."""
+    """Raises if a row of a pattern has a key after its query."""
     future = np.asarray(pattern.valid) & (np.asarray(pattern.indices) > np.arange(pattern.num_queries)[:, None])
     if future.any():
         raise ValueError(f"a causal head sees no key after its query, but {future.any(axis=1).sum()} rows do: causal()")
 
 
 def off_rows(rows: Array, indices: Array, valid: Array, num_keys: int, is_causal: bool) -> Array:
-    """Which keys some queries see and should not ``[rows, S]``."""
+    """The zeros of a pattern that some queries see ``[rows, S]``."""
     local = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    # Padding names key 0, which a row may or may not hold: it must not clear it.
+    # Padding has index 0: by ``min`` it leaves that key as it is, where setting it would clear it.
     off = jnp.ones((rows.shape[0], num_keys), bool).at[local, indices].min(~valid)
     return off & (jnp.arange(num_keys, dtype=jnp.int32)[None, :] <= rows[:, None]) if is_causal else off
 
 
 def full_matmul(a: Array, b: Array) -> Array:
-    """A product in full precision, on accelerators too: the last digits of a logit are what is certified."""
+    """Product in full precision, on accelerators too: TF32 would lose the digits of a logit that are certified."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -1,6 +1,6 @@
-r"""How many channels the realisation of a sparse pattern needs: bounds from both sides, and search.
+r"""The number of channels that realise a sparse pattern: bounds from both sides, and search.
 
-A pattern of n tokens has at most k keys a row; with m = log(1/eps1), and weights in a row within a ratio gamma.
+A pattern of n tokens has at most k keys a row, with weights within a ratio gamma; m = log(1/eps1).
 """
 
 import math
@@ -17,6 +17,7 @@ from approx_attention.realization.certification import RatioError
 from approx_attention.realization.constructions import (
     DETERMINISTIC,
     INTERPOLATIONS,
+    Search,
     draw_until_accepted,
     positive_limit,
     require_request,
@@ -34,19 +35,20 @@ BoundKind = Literal[
     "trigonometric",
     "packing",
 ]
-# A search refines until it knows the number of channels to this share.
-RESOLUTION = 0.01
+# A search grows d by this factor until it succeeds, and then bisects to this share of d. Finer would gain nothing: the
+# least d of two samples differs by some 15 %.
 GROWTH = 1.3
+RESOLUTION = 0.01
 
 
 class DimensionBound(NamedTuple):
     """A bound on the number of channels.
 
     Attributes:
-        dim: the number of channels: enough (upper bounds) or the least possible (lower bounds).
-        is_lower: whether it bounds from below, whatever the method.
+        dim: the number of channels: sufficient (upper bounds) or necessary (lower bounds).
+        is_lower: whether it is a lower bound, for all methods.
         standing: ``"proved"`` with the stated probability, ``"heuristic"`` or ``"asymptotic"``.
-        vacuous: nothing is learned: an upper bound of n or more, where d = n is exact, or a lower bound of 1.
+        vacuous: true for an upper bound of n or more, where d = n is exact, and for a lower bound of 1.
     """
 
     dim: int
@@ -68,7 +70,7 @@ def dimension_bound(
     max_logit: float | None = None,
     rows_per_key: int | None = None,
 ) -> DimensionBound:
-    r"""Bounds on the channels with which a pattern is realised, with n tokens and k keys a row.
+    r"""Bounds the number of channels that realise a pattern of n tokens and k keys a row.
 
     With :math:`\kappa = m / \log(1 + \varepsilon_2)` (0 for k = 1, where there are no ratios to keep) upper bounds are
 
@@ -85,17 +87,18 @@ def dimension_bound(
     .. math:: \text{least\_squares: } k - 1 + \frac{2 \log(n (n - k) / 2 p)}{\log(1 + s^2)}, \qquad
               \text{donoho\_tanner: } d = c\, k \log(n / d),\ c = 2 \text{ (weak, most rows), } 2 e \text{ (strong)},
 
-    and 2 k for ``trigonometric``, whose logits are huge. Below all methods whose logits of all pairs are up to R lies
+    and 2 k for ``trigonometric``, whose logits are huge. A lower bound for all methods with logits of all pairs up to R
+    is
 
     .. math:: \text{packing: } \frac{\log(n / k k_c)}{\log(1 + 2 R / m)}.
 
     In the norm :math:`\max_i |x_i \cdot y|` over all queries, keys of different rows lie m apart in a ball of radius R.
     So R is over every pair of a query and a key, also those that a causal head hides (``Certificate.logit_absmax``).
-    The visible logits alone bound nothing: in one channel the causal identity has logits :math:`2 m\, 2^{j - i}`, of
-    which the visible ones are at most 2 m. The distance m is seen by the later of two rows, which sees both keys: with
-    this R the bound holds for causal heads too.
+    A limit on visible logits alone gives no bound: in one channel the causal identity has logits
+    :math:`2 m\, 2^{j - i}`, of which the visible ones are at most 2 m. The later of two rows sees both keys, and so the
+    distance m: with this R the bound holds for causal heads too.
 
-    The bounds of Johnson-Lindenstrauss and of least squares hold for one draw with probability 1 - p at least;
+    The bounds of Johnson-Lindenstrauss and of least squares hold for one sample with probability 1 - p at least;
     Donoho-Tanner is asymptotic; the heuristics are within about a quarter of measurements where kappa is 5 or more, and
     too small below.
 
@@ -103,20 +106,20 @@ def dimension_bound(
         num_tokens: the number n.
         keys_per_row: the greatest number k of keys in a row.
         eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
-        eps2: largest relative error of the ratio of two nonzeros; least squares keep the ratios exactly.
+        eps2: largest relative error of the ratio of two nonzeros; least squares preserve the ratios exactly.
         gamma: largest ratio of two weights in a row.
-        p: probability of failure of a draw.
+        p: probability of failure of one sample.
         kind: one of the above.
         tau: logit of the nonzeros, for least squares; unlimited by default.
         max_logit: largest absolute logit R of all pairs, hidden ones included, for ``packing``.
-        rows_per_key: the greatest number :math:`k_c` of rows that one key is in, for ``packing``; ``keys_per_row`` by
-            default, which is too few for patterns with global keys.
+        rows_per_key: the greatest number :math:`k_c` of rows that share one key, for ``packing``; ``keys_per_row`` by
+            default, which is too small for patterns with global keys.
 
     Returns:
         The `DimensionBound`.
 
     Raises:
-        ValueError: numbers out of range, precisions that no number of channels gives by this argument.
+        ValueError: numbers out of range, precisions that this kind of bound reaches with no number of channels.
 
     Example:
         >>> from approx_attention import dimension_bound
@@ -129,7 +132,7 @@ def dimension_bound(
         :cite:p:`dasgupta2003elementary`; :cite:p:`donoho2005neighborliness`; the others are this library's.
     """
     check_choice("kind", kind, get_args(BoundKind))
-    # No array is so large: the bounds are formulas.
+    # Counts may exceed any array (``most=None``): the bounds are formulas.
     n, k = check_counts(most=None, num_tokens=num_tokens, keys_per_row=keys_per_row)
     if k > n:
         raise ValueError(f"keys_per_row must be at most num_tokens = {n}, got {k}")
@@ -165,25 +168,28 @@ def dimension_bound(
 
 
 def _ceil(x: float) -> int:
-    """The next integer, forgiving what rounding adds to one."""
+    """The next integer, where an integer plus rounding counts as that integer."""
     return math.ceil(x - 1e-9)
 
 
 def _projection_dim(kind: str, n: int, k: int, gap: float, eps2: float, gamma: float, p: float) -> tuple[float, str]:
+    """Channels of a random projection, and the standing of that number."""
     slack = math.log1p(eps2)
     if kind == "johnson_lindenstrauss":
-        # Without ratios to keep, half of the lift may be lost.
+        # One key a row has no ratio to preserve: the error may take half of the lift.
         share = 0.5 if k == 1 else slack / 2 / (math.log(gamma) + slack + gap)
         error = share / math.sqrt(k)
         return 2 * math.log(4 * n * n / p) / (error**2 / 2 - error**3 / 3), "proved"
     if k == 1:
         raise ValueError(f"{kind} speaks of ratios between the keys of a row, got keys_per_row = 1")
+    # Union bound over the n k (k - 1) ratios, whose logits have a spread of variance 2 k / d. Orthogonal rows lose the
+    # part that d = n, where they are exact, would not have.
     gaussian = 4 * k * (gap / slack) ** 2 * math.log(n * k * (k - 1))
     return gaussian if kind == "projection_heuristic" else gaussian * n / (n + gaussian), "heuristic"
 
 
 def _least_squares_sharpness(k: int, gap: float, gamma: float, tau: float) -> float:
-    """The least of (min b - m) / |b| over weights within a ratio gamma, whose centred logarithms b - tau has."""
+    """The least (min b - m) / |b| over rows of logits b: tau plus centred log-weights within a ratio gamma."""
     if tau == math.inf:
         return 1 / math.sqrt(k)
     spread = math.log(gamma)
@@ -194,6 +200,7 @@ def _least_squares_sharpness(k: int, gap: float, gamma: float, tau: float) -> fl
 
 
 def _exact_least_squares_dim(n: int, k: int, sharpness: float, p: float, enough: int) -> int:
+    """The least d whose union bound of Student tails is at most p, by bisection below the closed form."""
     pairs = n * (n - k)
     if pairs == 0:
         return k
@@ -206,12 +213,12 @@ def _exact_least_squares_dim(n: int, k: int, sharpness: float, p: float, enough:
 
 
 def log_t_tail(freedom: int, sharpness: float) -> float:
-    r"""The logarithm of a tail of Student's t, :math:`\log P[t_\nu > \sqrt\nu\, s]`, exact however small it is.
+    r"""Logarithm of a tail of Student's t, :math:`\log P[t_\nu > \sqrt\nu\, s]`, exact for tails of any size.
 
     .. math:: P = \tfrac12 I_x(\tfrac\nu2, \tfrac12), \qquad x = \frac{1}{1 + s^2}, \qquad
               I_x(a, b) = \frac{x^a (1 - x)^b}{a\, B(a, b)}\ \cfrac{1}{1 +} \cfrac{d_1}{1 +} \cfrac{d_2}{1 +} \cdots,
 
-    a continued fraction of about :math:`\sqrt\nu` terms, where a series would take :math:`1 / s^2` of them.
+    a continued fraction of about :math:`\sqrt\nu` terms, where a series would take :math:`1 / s^2`.
 
     Args:
         freedom: the degrees of freedom, at least 1.
@@ -229,13 +236,16 @@ def log_t_tail(freedom: int, sharpness: float) -> float:
     """
     a, x, rest = freedom / 2, 1 / (1 + sharpness**2), sharpness**2 / (1 + sharpness**2)
     if x * (a + 2.5) > a + 1:
-        # Near the middle that of the complement is short, and nothing cancels.
+        # Near the middle the fraction of the complement is short, and 1 minus it does not cancel.
         return math.log((1 - math.exp(_log_incomplete_beta(0.5, a, rest, x))) / 2)
     return _log_incomplete_beta(a, 0.5, x, rest) - math.log(2)
 
 
 def _log_incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
-    """The logarithm of I_x(a, b) at x = 1 - rest: its fraction from the front, by the modified method of Lentz."""
+    """Logarithm of the incomplete beta function I_x(a, b) at x = 1 - rest, by the modified method of Lentz.
+
+    ``rest`` is passed along with x because 1 - x would lose its digits where x is near 1.
+    """
     upper, lower = 1.0, 1 / (1 - (a + b) * x / (a + 1))
     total = lower
     number, change = 1, math.inf
@@ -253,7 +263,7 @@ def _log_incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
 
 
 def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
-    r"""The probability, at most, with which one draw of ``"ls"`` fails for equal weights and unlimited logits.
+    r"""Bound on the probability that one sample of ``"ls"`` fails, for equal weights and unlimited logits.
 
     .. math:: n (n - k)\, P\big[t_\nu > \sqrt{\nu / k}\big], \qquad \nu = d - k + 1.
 
@@ -263,7 +273,7 @@ def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
         d: the number of channels.
 
     Returns:
-        The bound, 1 where it says nothing.
+        The bound, 1 where it is vacuous.
 
     Raises:
         ValueError: fewer channels than keys a row.
@@ -280,7 +290,7 @@ def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
 
 
 class MinimalDimension(NamedTuple):
-    """The channels that a search found: a quantile over trials, and each of them; infinite where none sufficed."""
+    """Result of a search: a quantile over trials, and the channels of each trial, infinite where none sufficed."""
 
     dim: float
     per_trial: tuple[float, ...]
@@ -301,32 +311,32 @@ def minimal_dimension(
     num_steps: int = 600,
     ratio: RatioError = "relative",
 ) -> MinimalDimension:
-    r"""The least number of channels with which one draw of a method realises a pattern, by search.
+    r"""Searches the least number of channels with which one sample of a method realises a pattern.
 
-    A trial makes one draw of unlimited width, of which d channels are a prefix, tries d on a grid that grows by a
-    factor of 1.3, and bisects between the last failure and the first success, to a hundredth. Success need not be
-    monotone in d, so a trial is noisy. The least d over all realisations is NP-hard to find; this bounds it from above.
+    A trial makes one random sample of unlimited width, of which d channels are a prefix, tries d on a grid that grows
+    by a factor of 1.3, and bisects between the last failure and the first success, to a hundredth. Success need not be
+    monotone in d, so a trial is noisy. The least d over all realisations is NP-hard to find; this is an upper bound.
 
     Args:
         pattern: a square pattern, or a function that makes the pattern of each trial from a key.
-        eps1: as for `realize_sparse_pattern`.
-        eps2: as for `realize_sparse_pattern`.
+        eps1: as in `realize_sparse_pattern`.
+        eps2: as in `realize_sparse_pattern`.
         key: typed PRNG key.
         method: a random method of `realize_sparse_pattern`.
-        trials: number of draws.
-        quantile: of the trials' results, which is returned.
-        max_dim: most channels tried, 16 for each token by default.
-        max_logit: largest absolute logit that is accepted, as for `realize_sparse_pattern`.
+        trials: the number of samples.
+        quantile: the quantile of the trials' results that is returned.
+        max_dim: the largest number of channels that is tried, 16 for each token by default.
+        max_logit: largest absolute logit that is accepted, as in `realize_sparse_pattern`.
         is_causal: key j is visible to query i only if j <= i.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
-        ratio: as for `realize_sparse_pattern`.
+        ratio: as in `realize_sparse_pattern`.
 
     Returns:
         The `MinimalDimension`.
 
     Raises:
-        ValueError: a method that makes no draws, numbers out of range.
-        TypeError: what is no pattern and makes none, numbers that are not known when tracing.
+        ValueError: a deterministic method, numbers out of range.
+        TypeError: neither a pattern nor a function, numbers that are not known when tracing.
 
     Example:
         >>> import functools, jax
@@ -361,21 +371,10 @@ def minimal_dimension(
         require_request(drawn, eps1, eps2, least, method, is_causal)
 
         def accepted(d: int, drawn: SparsePattern = drawn, key_draw: Any = key_draw) -> bool:
-            realized = draw_until_accepted(
-                drawn,
-                (eps1, eps2, max_logit),
-                None,
-                d,
-                key_draw,
-                # One compilation serves every d up to a power of 2.
-                width=1 << (d - 1).bit_length(),
-                method=method,
-                is_causal=is_causal,
-                max_draws=1,
-                num_steps=num_steps,
-                ratio=ratio,
-                dtype=jnp.dtype(jnp.float32),
-            )
+            # One compilation serves every d up to a power of 2.
+            width = 1 << (d - 1).bit_length()
+            search = Search(method, width, jnp.dtype(jnp.float32), is_causal, num_steps=num_steps, ratio=ratio)
+            realized = draw_until_accepted(drawn, (eps1, eps2, max_logit), None, d, key_draw, search=search)
             return bool(realized.certificate.ok)
 
         found.append(_first_accepted(accepted, least, most))
@@ -383,6 +382,7 @@ def minimal_dimension(
 
 
 def _first_accepted(accepted: Callable[[int], bool], least: int, most: int) -> float:
+    """An accepted d with a rejected one at most `RESOLUTION` below it; infinite if none up to ``most`` is accepted."""
     if least > most:
         return math.inf
     low, high = least - 1, least
@@ -397,14 +397,14 @@ def _first_accepted(accepted: Callable[[int], bool], least: int, most: int) -> f
 
 
 def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarray] | None:
-    r"""Queries and keys of one channel that separate the nonzeros of every row from its zeros, if there are any.
+    r"""Finds queries and keys of one channel that separate the nonzeros of every row from its zeros, if they exist.
 
     Logits :math:`x_i y_j` put the keys on a line, and the support of a row at one of its ends. So for each row either
     the support or its complement is chosen such that all chosen sets form a chain. Two rows may choose alike if one
     support holds the other, and unlike if the supports are disjoint or cover all keys: a satisfiability problem whose
     clauses are equations modulo 2, solved by colouring in O(T^2 S) time. The ratios within supports are not considered;
-    for more than one channel the decision is NP-hard. Every row sees every key: a causal head has less to separate, and
-    may do with one channel where there is no order.
+    for more than one channel the decision is NP-hard. Every row sees every key: a causal head has fewer pairs to
+    separate, and one channel may suffice where there is no order.
 
     Args:
         pattern: the pattern.
@@ -413,7 +413,7 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
         Queries ``[T]``, 1 or -1, and keys ``[S]``, integers, or ``None`` where no order exists.
 
     Raises:
-        TypeError: what is no pattern.
+        TypeError: not a pattern.
 
     Example:
         >>> from approx_attention import SparsePattern
@@ -434,7 +434,7 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
     unlike = (shared == 0) | (sizes[:, None] + sizes[None, :] - shared == pattern.num_keys)
     if not (alike | unlike).all():
         return None
-    # Rows that leave each other both choices are not neighbours.
+    # Two rows that may choose alike as well as unlike tie neither: they are no edge of the graph to colour.
     tied = alike != unlike
     queries = np.zeros(pattern.num_queries, int)
     for start in range(pattern.num_queries):
@@ -455,9 +455,9 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
 
 
 def realizable_in_one_dimension(pattern: SparsePattern) -> bool:
-    """Whether one channel separates the nonzeros of every row from its zeros, see `one_dimensional_order`.
+    """Decides whether one channel separates the nonzeros of every row from its zeros (`one_dimensional_order`).
 
-    That speaks of heads whose rows see every key: those of a causal head ask for less.
+    It assumes that every row sees every key; a causal head has fewer pairs to separate.
 
     Args:
         pattern: the pattern.
@@ -466,7 +466,7 @@ def realizable_in_one_dimension(pattern: SparsePattern) -> bool:
         The decision.
 
     Raises:
-        TypeError: what is no pattern.
+        TypeError: not a pattern.
 
     Example:
         >>> from approx_attention import SparsePattern

@@ -1,6 +1,6 @@
 r"""Match3 by one unit of third-order attention with explicit weights.
 
-Tokens are residues modulo M, and each asks whether it and some two tokens sum to 0 modulo M. With
+Tokens are residues modulo M; a token matches if it and some two tokens sum to 0 modulo M. With
 :math:`\theta = 2 \pi x / M` a trilinear form of sines and cosines is the cosine of the sum of three angles,
 
 .. math:: \cos(\theta_1 + \theta_2 + \theta_3) = c_1 c_2 c_3 - c_1 s_2 s_3 - s_1 c_2 s_3 - s_1 s_2 c_3,
@@ -8,12 +8,12 @@ Tokens are residues modulo M, and each asks whether it and some two tokens sum t
 which is 1 for a match and at most :math:`1 - \Delta` otherwise. A null token, whose pair with itself scores between the
 two, takes the weight where there is no match.
 
-What this needs is what the fast method forbids. Logits are as large as
+Match3 needs logits that the fast method cannot serve. They are as large as
 :math:`\lambda = (2 / \Delta) \ln(4 N^2)`, with :math:`\Delta = 1 - \cos(2 \pi / M)` for one frequency and about 1 for
 some :math:`4 \ln M` random ones: at best of the order of :math:`\ln N`, in about :math:`\ln N` channels. So entries are
 of the order of :math:`(\ln N)^{1/3}`, the threshold from which on no algorithm is faster than cubic by a power of N
-unless the strong exponential time hypothesis fails, and at which `tensor_polynomial` has no certificate that is worth
-anything. An exact Match3 head and near-linear time exclude each other; use `tensor_attention`.
+unless the strong exponential time hypothesis fails, and at which the certificate of `tensor_polynomial` is vacuous. An
+exact Match3 head and near-linear time exclude each other; use `tensor_attention`.
 """
 
 import math
@@ -31,16 +31,16 @@ from approx_attention.tensor import tensor_attention
 
 
 class Match3(NamedTuple):
-    r"""The weights of a unit that decides Match3, of F frequencies: E = 2 F + 2 and D = 4 F + 1.
+    r"""Weights of a unit that decides Match3 by F frequencies: E = 2 F + 2 and D = 4 F + 1.
 
     Attributes:
-        embedding: of each residue, :math:`(c, s, 1, 0)`, and last of the null token, :math:`(0, 0, 0, 1)`:
+        embedding: embeddings of the residues, :math:`(c, s, 1, 0)`, and last of the null token, :math:`(0, 0, 0, 1)`:
             ``[M + 1, E]``.
-        w_q: queries from embeddings, ``[E, D]``; they hold the scale :math:`\lambda` of the logits.
-        w_k1: the first set of keys, likewise.
-        w_k2: the second set.
-        w_v: values of both sets, 1 for a residue and 0 for the null token, ``[E, 1]``.
-        threshold: outputs above are matches.
+        w_q: projection of embeddings to queries, ``[E, D]``, with the scale :math:`\lambda` of the logits.
+        w_k1: projection to the first set of keys, likewise.
+        w_k2: projection to the second set.
+        w_v: projection to values of both sets, 1 for a residue and 0 for the null token, ``[E, 1]``.
+        threshold: outputs above it are matches.
     """
 
     embedding: Float[Array, "M+1 E"]
@@ -63,7 +63,7 @@ def match3_weights(
     frequencies: Sequence[int] = (1,),
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Match3:
-    r"""The weights with which one unit of third-order attention decides Match3 for up to N tokens.
+    r"""Weights with which one unit of third-order attention decides Match3 for up to N tokens.
 
     .. math:: \Delta = 1 - \max_{r \not\equiv 0} \frac1F \sum_f \cos \frac{2 \pi f r}{M}, \qquad
               \tau = 1 - \frac{\Delta}{2}, \qquad \lambda = \frac{2}{\Delta} \ln(4 N^2).
@@ -74,18 +74,18 @@ def match3_weights(
     :math:`N^2 e^{-\lambda \Delta / 2} = 1/4` without.
 
     Args:
-        modulus: M, at least 5: with fewer residues the null pair scores no more than half of what a match does.
+        modulus: M, at least 5: with fewer residues the null pair scores at most half as much as a match.
         num_tokens: N, the largest number of tokens.
         frequencies: f, whole numbers without a divisor that all share with M. Some :math:`4 \ln M` random ones make
             :math:`\Delta` about 1, and logits small, in more channels.
-        dtype: of the weights. Rounding of a logit is a matter of :math:`\lambda`: float32 is enough up to a
-            :math:`\lambda` of about :math:`10^6`.
+        dtype: dtype of the weights. The rounding of a logit grows with :math:`\lambda`: float32 is enough up to
+            about :math:`\lambda = 10^6`.
 
     Returns:
         The `Match3`.
 
     Raises:
-        ValueError: a modulus below 5, no token, no frequency, or frequencies that do not tell all residues from 0.
+        ValueError: a modulus below 5, no token, no frequency, or frequencies that do not separate all residues from 0.
 
     Example:
         >>> from approx_attention.realization import match3_weights
@@ -104,6 +104,7 @@ def match3_weights(
     if math.gcd(modulus, *factors.tolist()) > 1:
         raise ValueError(f"frequencies must share no divisor with the modulus {modulus}, got {tuple(frequencies)}")
     size = factors.size
+    # Products modulo M before the angle: whole numbers are exact, and large angles lose digits.
     angles = 2 * np.pi / modulus * (np.arange(modulus)[:, None] * factors % modulus)
     gap = 1 - np.max(np.mean(np.cos(angles[1:]), axis=1))
     largest = 2 / gap * math.log(4 * num_tokens**2)
@@ -119,6 +120,8 @@ def match3_weights(
         matrix[-2:, -1] = real, null
         return jnp.asarray(matrix, dtype)
 
+    # Frequencies are averaged. The scale of the logits is in the queries, and the height of the null pair in their last
+    # channel, where only the null token has keys.
     share = largest / size
     return Match3(
         jnp.asarray(embedding, dtype),
@@ -130,11 +133,11 @@ def match3_weights(
 
 
 def match3_outputs(x: Int[Array, " N"], weights: Match3) -> Float[Array, " N"]:
-    """What the unit answers for each token: near 1 with a match, and at most 1/4 without.
+    """Outputs of the unit for each token: near 1 with a match, and at most 1/4 without.
 
     Args:
         x: residues ``[N]``.
-        weights: from `match3_weights` for as many tokens.
+        weights: `match3_weights` for at least N tokens.
 
     Returns:
         Outputs between 0 and 1, ``[N]``.
@@ -143,7 +146,7 @@ def match3_outputs(x: Int[Array, " N"], weights: Match3) -> Float[Array, " N"]:
     x = x if x.dtype.itemsize >= 4 else x.astype(jnp.int32)  # the modulus may be beyond a narrower type
     tokens = weights.embedding[x % jnp.asarray(modulus, x.dtype)]
     keys = jnp.concatenate([tokens, weights.null_token[None, :]])
-    # Logits are far larger than what tells a match: a GPU's short float32 products would lose it.
+    # The gap of a match is a small part of the logits: TF32 products of a GPU would lose it.
     with jax.default_matmul_precision("highest"):
         v = keys @ weights.w_v
         k = keys @ weights.w_k1, keys @ weights.w_k2
@@ -163,7 +166,7 @@ def match3(x: Int[Array, " N"], modulus: int, *, frequencies: Sequence[int] = (1
         frequencies: as in `match3_weights`.
 
     Returns:
-        The answers ``[N]``.
+        The decisions ``[N]``.
 
     Raises:
         ValueError: as `match3_weights`, or tokens that are no vector.

@@ -1,7 +1,7 @@
-"""Exact attention over part of the keys: by blocks that are visited, or by keys that are gathered for each query.
+"""Exact attention over part of the keys: by visited blocks, or by keys that are gathered for each query.
 
-Logits are plain dot products, as in `approx_attention.core`. A block is computed if a query of it may see a key of
-it; what of it a query must not see is hidden. Which blocks are visited is known when tracing, or given by lists.
+Logits are plain dot products, as in `approx_attention.core`. A block is computed if one of its queries may see one of
+its keys; the other pairs of it are hidden. Visited blocks are known when tracing, or given by lists.
 """
 
 import dataclasses
@@ -30,23 +30,23 @@ from approx_attention.core import (
 )
 from approx_attention.sparse.patterns import SparsePattern
 
-# Blocks are taken together until they make so many logits: what is gathered for them then stays in cache.
+# Blocks are batched up to this number of logits (1 MB in float32): their gathered keys and values then stay in cache.
 LOGITS = 2**18
-# Keys and values of so many entries are gathered at a time: few enough for the cache.
+# Entries of a pattern whose keys and values are gathered at a time: with 64 channels of both, 4 MB in float32.
 GATHERED = 2**13
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMap:
-    """Which keys each query may see, block by block; it is hashable, and so a static argument of compiled programs.
+    """Block-sparse mask of the keys that each query sees, hashable as a static argument of compiled programs.
 
     Attributes:
         num_queries: the number T of queries.
         num_keys: the number S of keys.
-        block_size: queries, and keys, of a block.
-        kinds: for each block of queries and each of keys which of the tiles it is, int32
+        block_size: the number of queries, and of keys, of a block.
+        kinds: the number of the tile of each block of queries and of keys, int32
             ``[ceil(T / block_size), ceil(S / block_size)]``; 0 if it is not visited.
-        tiles: true where the query of a block sees the key ``[kinds, block_size, block_size]``: number 0 sees nothing.
+        tiles: true where the query of a block sees the key ``[kinds, block_size, block_size]``; tile 0 is all false.
 
     Example:
         >>> import numpy as np
@@ -61,6 +61,7 @@ class BlockMap:
     kinds: np.ndarray
     tiles: np.ndarray
 
+    # Compared by content, so that an equal map finds a compiled program again; bytes, because arrays have no hash.
     @functools.cached_property
     def _content(self) -> tuple[Any, ...]:
         return self.num_queries, self.num_keys, self.block_size, self.kinds.tobytes(), self.tiles.tobytes()
@@ -73,7 +74,7 @@ class BlockMap:
 
     @classmethod
     def from_blocks(cls, visited: Any, *, block_size: int, num_queries: int, num_keys: int) -> Self:
-        """The map in which every query of a block sees every key of the blocks that it visits.
+        """Makes the map in which every query of a block sees every key of the visited blocks.
 
         Args:
             visited: boolean ``[ceil(T / block_size), ceil(S / block_size)]``.
@@ -102,14 +103,13 @@ class BlockMap:
 
     @classmethod
     def banded(cls, before: int, after: int, *, block_size: int, num_queries: int, num_keys: int) -> Self:
-        """The map in which a block sees itself, so many blocks before it and so many after it, whole.
+        """Makes the map in which a block sees itself and its neighbours, whole.
+
+        block_size, num_queries and num_keys: as in `from_blocks`.
 
         Args:
-            before: how many blocks of keys before its own a block of queries visits.
-            after: how many after it.
-            block_size: tokens of a block.
-            num_queries: the number T of queries.
-            num_keys: the number S of keys.
+            before: the number of blocks of keys that a block of queries visits before its own.
+            after: the number that it visits after its own.
 
         Returns:
             The map.
@@ -127,10 +127,10 @@ class BlockMap:
 
     @classmethod
     def from_pattern(cls, pattern: SparsePattern, block_size: int = 64) -> Self:
-        """The map of a pattern's support, key by key.
+        """Makes the map of a pattern's support, key by key.
 
         Args:
-            pattern: a `SparsePattern` whose arrays are known: of no use where they are traced.
+            pattern: a `SparsePattern` whose arrays are known when tracing.
             block_size: tokens of a block.
 
         Returns:
@@ -156,11 +156,11 @@ class BlockMap:
     def _of_tiles(
         cls, num_queries: int, num_keys: int, block_size: int, visited: np.ndarray, tiles: np.ndarray
     ) -> Self:
-        """The map that visits these pairs of blocks, by number, and sees of them these tiles; like ones are shared."""
+        """The map that visits given pairs of blocks, by number, with a tile for each; equal tiles are shared."""
         shape = _num_blocks(num_queries, num_keys, block_size)
         tiles = np.concatenate([np.zeros((1, block_size, block_size), bool), tiles])
         packed = np.packbits(tiles.reshape(len(tiles), -1), axis=1)
-        # Number 0, all zeros, sorts first.
+        # Packed to bits, equal tiles are equal rows. Tile 0, all zeros, sorts first.
         _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
         kinds = np.zeros(shape, np.int32)
         kinds.reshape(-1)[visited] = kind.reshape(-1)[1:]
@@ -170,6 +170,7 @@ class BlockMap:
         """The map without keys after the query: blocks above the diagonal are not visited."""
         rows, columns = np.indices(self.kinds.shape)
         kinds = np.where(columns <= rows, self.kinds, 0)
+        # Tiles on the diagonal lose their upper half: new tiles after the old ones, of which equal ones merge again.
         diagonal = self.tiles & np.tri(self.block_size, dtype=bool)
         kinds = np.where((columns == rows) & (kinds > 0), kinds + len(self.tiles), kinds)
         visited = np.flatnonzero(kinds)
@@ -183,7 +184,7 @@ class BlockMap:
 
     @property
     def density(self) -> float:
-        """The share of all pairs of a query and a key that lie in visited blocks."""
+        """Share of the pairs of a query and a key that lie in visited blocks."""
         rows, columns = (
             np.minimum(self.block_size, n - self.block_size * np.arange(-(-n // self.block_size)))
             for n in (self.num_queries, self.num_keys)
@@ -191,14 +192,14 @@ class BlockMap:
         return float(rows @ self.visited @ columns / (self.num_queries * self.num_keys))
 
     def to_mask(self) -> np.ndarray:
-        """Which keys each query sees, boolean ``[T, S]``."""
+        """The mask of keys that each query sees, boolean ``[T, S]``."""
         mask = self.tiles[self.kinds].transpose(0, 2, 1, 3)
         rows, columns = (n * self.block_size for n in self.kinds.shape)
         return mask.reshape(rows, columns)[: self.num_queries, : self.num_keys]
 
 
 def is_traced(pattern: SparsePattern) -> bool:
-    """Whether the arrays of a pattern are not known."""
+    """Whether the arrays of a pattern are traced."""
     return any(isinstance(x, Tracer) for x in (pattern.indices, pattern.valid))
 
 
@@ -207,12 +208,12 @@ def _num_blocks(num_queries: int, num_keys: int, block_size: int) -> tuple[int, 
 
 
 class _Group(NamedTuple):
-    """Blocks of queries that visit about as many blocks of keys.
+    """Blocks of queries that visit similar numbers of blocks of keys.
 
     Attributes:
-        rows: their numbers ``[n]``.
-        lists: the blocks of keys that each visits ``[n, steps, width]``, filled up with block 0.
-        mask: which of the distinct masks hides the keys that it must not see ``[n]``, or None if all see everything.
+        rows: the numbers of the blocks of queries ``[n]``.
+        lists: the blocks of keys that each visits ``[n, steps, width]``, padded with block 0.
+        mask: the number of its mask among the distinct ones ``[n]``, or None if every query sees every listed key.
         masks: true where the query sees the key ``[masks, steps, block_size, width * block_size]``.
     """
 
@@ -223,9 +224,9 @@ class _Group(NamedTuple):
 
 
 def _groups(blocks: BlockMap) -> list[_Group]:
-    """Blocks of queries by the number of blocks they visit, each group filled up to its fullest.
+    """Groups blocks of queries by the number of blocks they visit, and pads lists to the longest of a group.
 
-    The fullest visits less than twice as many as the others, so that rows of global tokens do not lengthen all lists.
+    It is less than twice as long as the others of its group: the full rows of global tokens do not lengthen all lists.
     """
     kinds, size = blocks.kinds, blocks.block_size
     width = np.count_nonzero(kinds, axis=1)
@@ -234,9 +235,10 @@ def _groups(blocks: BlockMap) -> list[_Group]:
     for octave in np.unique(np.ceil(np.log2(width[width > 0]))):
         rows = np.flatnonzero((width > 2.0 ** (octave - 1)) & (width <= 2.0**octave))
         most = width[rows].max()
+        # Long lists in steps of at most KEY_BLOCK keys, whose states merge, so that tiles stay in cache.
         steps = -(-most * size // KEY_BLOCK)
         per_step = -(-most // steps)
-        # Sorted by kind, not by place, alike lists have one mask; what fills up is of kind 0, and comes last.
+        # Sorted by kind and not by place, lists of the same kinds share one mask. Padding is of kind 0, and comes last.
         own = np.where(kinds[rows] > 0, kinds[rows], len(blocks.tiles))
         lists = np.argsort(own, axis=1, kind="stable")[:, : steps * per_step]
         own = np.take_along_axis(kinds[rows], lists, axis=1)
@@ -256,11 +258,11 @@ def _groups(blocks: BlockMap) -> list[_Group]:
 def block_sparse_state(
     q: Array, k: Array, v: Array, blocks: BlockMap, *, kv_mask: Array | None = None
 ) -> AttentionState:
-    """Attention over the keys that a map lets each query see; blocks that it does not visit are not computed.
+    """Attention over the keys that a map shows each query; blocks that are not visited are not computed.
 
     Args:
         q: queries ``[T, D]`` in scaled space.
-        k: keys ``[S, D]``, without NaN where ``kv_mask`` says padding.
+        k: keys ``[S, D]``, without NaN in padding.
         v: values ``[S, Dv]``.
         blocks: the map.
         kv_mask: true where a key is real ``[S]``.
@@ -272,6 +274,7 @@ def block_sparse_state(
     tokens = _key_blocks(k, v, size, kv_mask)
     q_blocks = in_blocks(q, size)
     groups = _groups(blocks)
+    # Blocks of queries that visit nothing are not computed: their state is the empty one.
     unseen = np.flatnonzero(~blocks.visited.any(axis=1))
     states = []
     for group in groups:
@@ -291,11 +294,11 @@ def block_sparse_state(
 def block_lists_state(
     q: Array, k: Array, v: Array, lists: Array, present: Array, *, block_size: int, kv_mask: Array | None = None
 ) -> AttentionState:
-    """Attention of every block of queries over the blocks of keys in its list, which may be known only at run time.
+    """Attention of every block of queries over the blocks of keys in its list, which may be traced.
 
     Args:
         q: queries ``[T, D]`` in scaled space.
-        k: keys ``[S, D]``, without NaN where ``kv_mask`` says padding.
+        k: keys ``[S, D]``, without NaN in padding.
         v: values ``[S, Dv]``.
         lists: numbers of blocks of keys, int32 ``[ceil(T / block_size), W]``.
         present: which entries count ``[ceil(T / block_size), W]``; no block twice.
@@ -310,7 +313,7 @@ def block_lists_state(
     steps = -(-lists.shape[1] * block_size // KEY_BLOCK)
     padding = -lists.shape[1] % steps
     tokens = _key_blocks(k, v, block_size, kv_mask)
-    # The block after the last holds no key.
+    # Absent entries name a block after the last one, all of it hidden.
     k_blocks, v_blocks, _ = tokens
     hidden = jnp.zeros(k_blocks.shape[:2], q.dtype) if tokens[2] is None else tokens[2]
     tokens = pad_rows(k_blocks, 1), pad_rows(v_blocks, 1), jnp.pad(hidden, ((0, 1), (0, 0)), constant_values=HIDDEN)
@@ -322,7 +325,7 @@ def block_lists_state(
 
 
 def _key_blocks(k: Array, v: Array, block_size: int, kv_mask: Array | None) -> tuple[Array, Array, Array | None]:
-    """Keys, values and biases that hide padding, in blocks; no biases where nothing is to hide."""
+    """Keys, values and biases that hide padding, in blocks; no biases without padding."""
     if kv_mask is None and k.shape[0] % block_size == 0:
         return in_blocks(k, block_size), in_blocks(v, block_size), None
     bias = mask_bias(in_blocks(real_keys(kv_mask, k.shape[0]), block_size), k.dtype)
@@ -339,6 +342,7 @@ def _attend_lists(
     number, size = q_blocks.shape[:2]
     _, steps, width = lists.shape
     reach = width * size
+    # Small blocks are batched to fill the machine; the turns run one after the other, to stay in cache.
     together = max(1, min(number, LOGITS // (size * reach)))
     turns = -(-number // together)
     filling = turns * together - number
@@ -354,7 +358,7 @@ def _attend_lists(
             key_bias = key_bias[:, None, :]
             masks = key_bias if masks is None else jnp.where(key_bias <= HIDDEN / 2, HIDDEN, masks)
         if masks is None or len(masks) == 1:
-            # A mask that all share is held once.
+            # A mask that all share is not copied for each.
             shared = None if masks is None else masks[0]
             return jax.vmap(dense_state, in_axes=(0, 0, 0, None))(q, k, v, shared)
         return jax.vmap(dense_state)(q, k, v, masks)
@@ -380,7 +384,7 @@ def _attend_lists(
 
 
 def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> AttentionState:
-    r"""Attention of each query over keys of its own, gathered, at a cost of O(T K (D + Dv)).
+    r"""Attention of each query over K gathered keys, at a cost of O(T K (D + Dv)).
 
     .. math:: \mathrm{out}_t = \sum_i e^{q_t \cdot k_{p_{ti}}} v_{p_{ti}} \Big/ \sum_i e^{q_t \cdot k_{p_{ti}}}
 
@@ -388,14 +392,14 @@ def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> 
         q: queries ``[T, D]`` in scaled space.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        places: the numbers p of the keys, int32 ``[T, K]``.
-        seen: which of them count ``[T, K]``; none twice.
+        places: the indices p of the keys, int32 ``[T, K]``.
+        seen: which of them count ``[T, K]``; no key twice.
 
     Returns:
         The `AttentionState` of the queries.
     """
     num_queries, per_query = places.shape
-    # What does not count points at a row of zeros, so that nothing can come of what stands elsewhere.
+    # Entries that do not count point at a row of zeros: NaN in a key they name cannot enter.
     k, v = pad_rows(k, 1), pad_rows(v, 1)
     places = jnp.where(seen, places, k.shape[0] - 1)
     rows = min(num_queries, max(1, GATHERED // per_query))
@@ -403,7 +407,7 @@ def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> 
     @jax.checkpoint
     def of_rows(args: tuple[Array, Array]) -> AttentionState:
         q, places = args
-        # Gathered once: fused into the products, rows would be read once for each use.
+        # The barrier keeps the gather apart: fused into the products, it would read the rows once for each use.
         k_own, v_own = lax.optimization_barrier((k[places], v[places]))
         return _rows_state(q, k_own, v_own, mask_bias(places < k.shape[0] - 1, q.dtype))
 
@@ -413,6 +417,6 @@ def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> 
 
 
 def _rows_state(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-    """Each query ``[n, D]`` over keys ``[n, K, D]`` and values of its own, with biases ``[n, K]``."""
+    """Attention of queries ``[n, D]`` over keys ``[n, K, D]`` and values of each, with biases ``[n, K]``."""
     state = jax.vmap(lambda q, k, v, bias: dense_state(q[None], k, v, bias[None]))(q, k, v, bias)
     return jax.tree.map(lambda x: x[:, 0], state)

@@ -1,7 +1,7 @@
-r"""Sparse attention patterns: which keys a query sees, and with what weights, as padded indices.
+r"""Sparse attention patterns: the keys that a query sees and their weights, as padded indices.
 
 A pattern stands for a row-stochastic matrix A with few entries a row. Softmax attention forgets a constant in each row
-of its logits, so weights are kept as logarithms up to such a constant. Patterns are made and checked on the host.
+of its logits, so weights are stored as logarithms up to such a constant. Patterns are made and checked on the host.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.core import check_count, check_key
 
-# How many rows an error message names.
+# Rows that an error message names: enough to find the fault, and one line.
 NAMED_ROWS = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparsePattern:
-    r"""A sparse attention matrix in padded index form.
+    r"""Sparse attention matrix in padded index form.
 
     .. math:: A_{ts} = w_{ts} \Big/ \sum_{s' \in S_t} w_{ts'}\ (s \in S_t), \qquad A_{ts} = 0\ (s \notin S_t).
 
-    Every row sees at least one key and no key twice; keys ascend, with the padding (key 0, not valid) after them. The
-    fields are not checked: make patterns by the constructors below.
+    Every row sees at least one key and no key twice; keys ascend, followed by padding (key 0, not valid). The fields
+    are not checked: make patterns by the constructors below.
 
     Attributes:
         indices: the keys of each row, int32 ``[T, K]``.
         log_weights: natural logarithms of their weights ``[T, K]``, up to a constant in each row; ``-inf`` on padding.
-        valid: which entries are no padding ``[T, K]``.
+        valid: false on padding ``[T, K]``.
         num_keys: the number S of keys.
 
     Example:
@@ -58,22 +58,22 @@ class SparsePattern:
 
     @property
     def keys_per_row(self) -> int:
-        """The number K of keys that the fullest row may see."""
+        """The number K of keys of the fullest row."""
         return self.indices.shape[1]
 
     @classmethod
     def from_dense(cls, weights: Any, atol: float = 0.0) -> Self:
-        """The pattern of a matrix.
+        """Makes the pattern of a matrix.
 
         Args:
             weights: a matrix ``[T, S]`` of weights that are not negative; rows need not sum to 1.
-            atol: entries up to this are zeros.
+            atol: entries up to this count as zeros.
 
         Returns:
             The pattern.
 
         Raises:
-            ValueError: no matrix, weights or a limit that are negative or not finite, rows without a key.
+            ValueError: not a matrix, weights or a limit that are negative or not finite, rows without a key.
 
         Example:
             >>> import jax.numpy as jnp
@@ -91,7 +91,7 @@ class SparsePattern:
 
     @classmethod
     def from_indices(cls, indices: Any, weights: Any = None, *, num_keys: int) -> Self:
-        """The pattern of given keys.
+        """Makes the pattern of given keys.
 
         Args:
             indices: the keys of each row, an array ``[T, K]`` or a sequence of sequences of any lengths.
@@ -131,7 +131,7 @@ class SparsePattern:
     def banded(
         cls, num_tokens: int, offsets: Sequence[int], weights: Sequence[float] | None = None, is_causal: bool = False
     ) -> Self:
-        """Diagonals: query t sees the keys t + o for the given offsets o, where there are such keys.
+        """Makes diagonals: query t sees the keys t + o for the given offsets o, within the sequence.
 
         Args:
             num_tokens: the number T of queries, and of keys.
@@ -163,13 +163,13 @@ class SparsePattern:
 
     @classmethod
     def block(cls, num_tokens: int, block_size: int, block_map: Any = None, *, num_keys: int | None = None) -> Self:
-        """Blocks of queries see blocks of keys whole, with equal weights.
+        """Makes blocks: blocks of queries see whole blocks of keys, with equal weights.
 
         Args:
             num_tokens: the number T of queries.
             block_size: tokens per block b; the last block may be shorter.
-            block_map: boolean ``[ceil(T/b), ceil(S/b)]``, which blocks of keys a block of queries sees, by default its
-                own.
+            block_map: boolean ``[ceil(T/b), ceil(S/b)]``, the blocks of keys that a block of queries sees, by default
+                its own.
             num_keys: the number S of keys, T by default.
 
         Returns:
@@ -195,11 +195,11 @@ class SparsePattern:
 
     @classmethod
     def strided(cls, num_tokens: int, stride: int, is_causal: bool = False) -> Self:
-        """Query t sees the keys whose distance from t is a multiple of a stride, with equal weights.
+        """Makes strides: query t sees the keys at distances from t that are multiples of a stride, with equal weights.
 
         Args:
             num_tokens: the number T of queries, and of keys.
-            stride: the distance between keys; by `union` with `banded` this is the pattern of sparse transformers.
+            stride: the distance between keys; its `union` with `banded` is the pattern of sparse transformers.
             is_causal: leave out keys after t.
 
         Returns:
@@ -222,7 +222,7 @@ class SparsePattern:
 
     @classmethod
     def random(cls, key: PRNGKeyArray, num_tokens: int, keys_per_row: int) -> Self:
-        r"""Random k-sparse rows and columns: k disjoint permutations, each uniformly distributed.
+        r"""Samples k-sparse rows and columns: k disjoint permutations, each uniformly distributed.
 
         With uniform permutations :math:`\pi, \sigma` and distinct random shifts :math:`r_j`, row t sees the keys
         :math:`\pi((\sigma(t) + r_j) \bmod T)`: every row is a uniform set of k keys, with equal weights.
@@ -253,6 +253,7 @@ class SparsePattern:
             jax.random.permutation(key, jnp.arange(num_tokens, dtype=jnp.int32))
             for key in (key_rows, key_columns, key_shifts)
         )
+        # Distinct shifts make the k permutations disjoint, without rejection: the key may be traced.
         indices = columns[(rows[:, None] + shifts[None, :keys_per_row]) % num_tokens]
         shape = num_tokens, keys_per_row
         return cls(jnp.sort(indices, axis=1), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool), num_tokens)
@@ -261,7 +262,7 @@ class SparsePattern:
     def _of_entries(
         cls, rows: np.ndarray, keys: np.ndarray, log_weights: np.ndarray, num_tokens: int, num_keys: int
     ) -> Self:
-        """The padded form of entries in any order, checked."""
+        """Checks entries in any order, and sorts them into the padded form."""
         outside = (keys < 0) | (keys >= num_keys)
         if outside.any():
             raise ValueError(f"indices must lie in [0, {num_keys}), got {keys[outside][0]} in {_named(rows[outside])}")
@@ -286,16 +287,16 @@ class SparsePattern:
         return np.nonzero(valid)[0], np.asarray(self.indices)[valid], np.asarray(self.log_weights)[valid]
 
     def union(self, other: Self) -> Self:
-        """The entries of two patterns, with the larger of two weights where both have one.
+        """Joins the entries of two patterns, with the larger weight where both have one.
 
         Args:
-            other: a pattern of as many queries and keys.
+            other: a pattern with the same numbers of queries and keys.
 
         Returns:
             The pattern of both.
 
         Raises:
-            ValueError: other counts of queries or keys.
+            ValueError: different numbers of queries or keys.
 
         Example:
             >>> SparsePattern.banded(4, [0]).union(SparsePattern.strided(4, 3)).indices.tolist()
@@ -309,17 +310,17 @@ class SparsePattern:
         return self._joined(other._entries())
 
     def with_global(self, tokens: Sequence[int], *, only_columns: bool = False) -> Self:
-        """Adds global tokens: every query sees them, and they see every key, with weight 1 unless they have more.
+        """Adds global tokens: every query sees them, and they see every key, with weight 1 or a larger one they have.
 
         Args:
             tokens: positions of the global tokens.
-            only_columns: leave out what they see: a row that sees every key makes the padded form as large as A.
+            only_columns: leave out their rows: a row that sees every key makes the padded form as large as A.
 
         Returns:
             The pattern with them.
 
         Raises:
-            ValueError: positions that are none.
+            ValueError: positions outside the sequence.
             TypeError: positions that are no integers.
 
         Example:
@@ -340,7 +341,7 @@ class SparsePattern:
         return self._joined((rows, keys, np.zeros(len(rows), self.log_weights.dtype)))
 
     def _joined(self, entries: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Self:
-        """The pattern with more entries, the heavier of two that name one place."""
+        """The pattern with further entries; of two entries for one place, the heavier."""
         rows, keys, log_weights = (np.concatenate(x) for x in zip(self._entries(), entries, strict=True))
         order = np.lexsort((-log_weights, keys, rows))
         rows, keys, log_weights = rows[order], keys[order], log_weights[order]
@@ -348,13 +349,13 @@ class SparsePattern:
         return self._of_entries(rows[first], keys[first], log_weights[first], self.num_queries, self.num_keys)
 
     def causal(self) -> Self:
-        """The pattern without its entries above the diagonal.
+        """Removes the entries above the diagonal.
 
         Returns:
             The causal pattern.
 
         Raises:
-            ValueError: rows that are left without a key.
+            ValueError: rows without a remaining key.
 
         Example:
             >>> SparsePattern.block(4, 2).causal().to_dense().tolist()[0]
@@ -372,11 +373,12 @@ class SparsePattern:
     def to_dense(self) -> Float[Array, "T S"]:
         """The matrix A ``[T, S]``, whose rows sum to 1."""
         rows = jnp.arange(self.num_queries, dtype=jnp.int32)[:, None]
+        # Added and not set: padding has index 0 and weight 0, which must not overwrite that key.
         matrix = jnp.zeros((self.num_queries, self.num_keys), self.log_weights.dtype)
         return matrix.at[rows, self.indices].add(jnp.exp(self.normalized_log_weights()))
 
     def block_mask(self, block_size: int) -> Bool[Array, "Tb Sb"]:
-        """Which blocks hold an entry.
+        """The blocks with an entry.
 
         Args:
             block_size: tokens per block b.
@@ -398,7 +400,7 @@ class SparsePattern:
 
 
 def check_pattern(pattern: Any) -> None:
-    """Raises ``TypeError`` for what is no `SparsePattern`."""
+    """Raises ``TypeError`` unless given a `SparsePattern`."""
     if not isinstance(pattern, SparsePattern):
         raise TypeError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
 
@@ -433,6 +435,7 @@ def _check_weights(weights: np.ndarray) -> None:
 def _log(weights: np.ndarray) -> np.ndarray:
     """Logarithms, float64 where the weights are and JAX has it, else float32."""
     wide = weights.dtype == np.float64 and jax.config.read("jax_enable_x64")
+    # In float64 on the host in any case, for a single rounding to the final dtype. The logarithm of 0 is -inf.
     with np.errstate(divide="ignore"):
         return np.log(weights.astype(np.float64)).astype(np.float64 if wide else np.float32)
 

@@ -1,8 +1,8 @@
 r"""Exact tensor attention of any order: attention over pairs, triples and so on of keys.
 
 A pair's logit is :math:`\sum_t q_t k^1_t k^2_t = (q \odot k^1) \cdot k^2`: given the first key, ordinary attention of
-the query :math:`q \odot k^1` over the second. So attention of order m is attention over the first keys of the
-answers of order m - 1, with their log-normalisers as logits, and matrix products are all there is to it.
+the query :math:`q \odot k^1` over the second. So attention of order m is attention over the first keys, with the
+outputs of order m - 1 times the first values as values and their log-normalisers as logits: matrix products alone.
 """
 
 import math
@@ -30,7 +30,7 @@ def tensor_attention(
     kv_mask: Any = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Attention over all tuples of m - 1 keys, of which values are multiplied channel by channel.
+    r"""Attention over all tuples of m - 1 keys, whose values are multiplied channel by channel.
 
     .. math:: \mathrm{out}_i = \frac{\sum_{j, l} e^{x_{ijl}}\, v^1_j \odot v^2_l}{\sum_{j, l} e^{x_{ijl}}}, \qquad
               x_{ijl} = s \sum_t q_{it}\, k^1_{jt}\, k^2_{lt}
@@ -42,12 +42,12 @@ def tensor_attention(
         k: keys ``[m-1, S, D]``, or a tuple of m - 1 arrays ``[S_a, D]``; one array ``[S, D]`` is ordinary attention.
         v: values ``[m-1, S, Dv]``, likewise.
         key: ignored; exact attention is deterministic.
-        is_causal: ``"both"``: query i sees keys at places up to i in every set; ``"ordered"``: also none of a set at
-            a place after that of the set before it (l <= j <= i). Aligned top left where T != S.
-        window: how many places back from its own, which counts, a query sees, in all sets or in each.
+        is_causal: ``"both"``: query i sees keys at positions up to i in every set; ``"ordered"``: and positions do not
+            increase from set to set (l <= j <= i). Aligned top left where T != S.
+        window: the number of positions that a query sees, its own and those before it, in all sets or in each.
         kv_mask: true where a key is real: ``[S]``, ``[m-1, S]`` or a tuple. A query that sees no tuple gives 0.
         scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, whose normaliser is that over tuples, in the accumulation dtype.
+        return_state: return the `AttentionState`, with the normaliser over tuples, in the accumulation dtype.
 
     Returns:
         Outputs ``[T, Dv]`` in the dtype of the values, or the state.
@@ -84,7 +84,7 @@ def determinant_attention(
     scale: float | Array | None = None,
     **options: Any,
 ) -> Any:
-    r"""Third-order attention whose logits are signed volumes, which rotations of three channels leave alone.
+    r"""Third-order attention whose logits are signed volumes, invariant under rotations of three channels.
 
     .. math:: x_{ijl} = s \sum_g \det\big[\, q_{ig},\ k^1_{jg},\ k^2_{lg} \,\big]
 
@@ -97,7 +97,7 @@ def determinant_attention(
         v: values ``[2, S, Dv]``, likewise.
         key: ignored.
         scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
-        options: the others of `tensor_attention`.
+        options: the other arguments of `tensor_attention`.
 
     Returns:
         As `tensor_attention`.
@@ -116,6 +116,7 @@ def determinant_attention(
     Reference:
         :cite:p:`roy2025simplex`, section on rotation invariant trilinear forms.
     """
+    # The scale is that of the D given channels, not of the 2 D that stand for them.
     channels = determinant_channels(q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return tensor_attention(*channels, v, key, scale=scale, **options)
@@ -138,7 +139,7 @@ def determinant_channels(q: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.tensor import determinant_channels
+        >>> from approx_attention.tensor.exact import determinant_channels
         >>> q, (k, l) = determinant_channels(jnp.eye(3)[:1], (jnp.eye(3)[1:2], jnp.eye(3)[2:]))
         >>> float(jnp.sum(q * k * l))  # three axes span a volume of 1
         1.0
@@ -168,24 +169,24 @@ def strassen_attention(
     kv_mask: Any = None,
     scale: float | Array | None = None,
 ) -> Array:
-    r"""Third-order attention whose logits are sums over the three pairs, by products of square matrices alone.
+    r"""Third-order attention whose logits are sums over the three pairs, by products of matrices alone.
 
     .. math:: x_{ijl} = s\, (f_i \cdot g_j + g_j \cdot h_l + h_l \cdot f_i), \quad
               X = e^{s f g^T},\ Y = e^{s g h^T},\ Z = e^{s f h^T}, \quad
               \mathrm{den} = ((X Y) \odot Z)\, 1, \quad
               \mathrm{num}_c = \big((X\, \mathrm{diag}(v^1_c)\, Y\, \mathrm{diag}(v^2_c)) \odot Z\big)\, 1.
 
-    It takes Dv + 1 products of matrices of T x S and S x S and holds them, in place of the exponentials of all triples.
-    Each factor is divided by its rows' largest entries. A row without a pair within :math:`e^{-87}` (float32) of
-    the product of its factors' largest has no answer and gives NaN; where logits are that uneven, `tensor_attention` of
-    ``strassen_channels`` has one.
+    It stores and multiplies matrices of T x S and S x S, Dv + 1 times, in place of the exponentials of all triples.
+    Each factor is divided by the largest entries of its rows. A row without a pair within :math:`e^{-87}` (float32) of
+    the product of the largest entries of its factors gives NaN; for logits that uneven use `tensor_attention` of
+    ``strassen_channels``.
 
     Args:
         f: queries ``[T, D]``.
         k: two sets of keys, g ``[S_1, D]`` and h ``[S_2, D]``, or one array ``[2, S, D]``.
         v: their values, likewise.
         key: ignored.
-        kv_mask: true where a key is real, as in `tensor_attention`. Without any real pair the answer is 0.
+        kv_mask: true where a key is real, as in `tensor_attention`. Without any real pair the output is 0.
         scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
 
     Returns:
@@ -198,7 +199,7 @@ def strassen_attention(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import strassen_attention, tensor_attention
-        >>> from approx_attention.tensor import strassen_channels
+        >>> from approx_attention.tensor.exact import strassen_channels
         >>> f, g, h, v, w = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(5))
         >>> lifted = tensor_attention(*strassen_channels(f, (g, h)), (v, w), scale=1 / 2)
         >>> bool(jnp.allclose(strassen_attention(f, (g, h), (v, w)), lifted, atol=1e-5))
@@ -216,11 +217,14 @@ def strassen_attention(
         for x, mask in zip((g, h), inputs.masks, strict=True)
     )
 
+    # Every factor less its own row peaks, which cancel in the quotient of the sums: no exponential passes 1. A row
+    # without a key has the peak 0, so that -inf less the peak is not NaN.
     def shifted(logits: Array) -> tuple[Array, Array]:
         peak = finite_peak(jnp.max(logits, axis=1))
         return jnp.exp(logits - peak[:, None]), peak
 
     from_g, peak_g = shifted(scaled(g, scale) @ h.T + seen_h[None, :])
+    # The peaks of Y's rows, one for each g, move into X, whose columns these are.
     from_f, _ = shifted(inputs.q @ g.T + (seen_g + peak_g)[None, :])
     around, _ = shifted(inputs.q @ h.T + seen_h[None, :])
 
@@ -229,8 +233,10 @@ def strassen_attention(
         return jnp.sum(((from_f * one[None, :]) @ (from_g * other[None, :])) * around, axis=1)
 
     ones = jnp.ones((g.shape[0],), g.dtype), jnp.ones((h.shape[0],), h.dtype)
+    # Without a real pair both sums are 0. A normaliser of 0 in spite of real pairs has underflowed: it shows as NaN.
     some = jnp.isfinite(jnp.max(seen_g)) & jnp.isfinite(jnp.max(seen_h))
     normaliser = jnp.where(some, total(ones), jnp.ones((), g.dtype))
+    # One channel of values at a time: all Dv products at once would take Dv times the memory.
     return (lax.map(total, (first.T, second.T)).T / normaliser[:, None]).astype(inputs.value_dtype)
 
 
@@ -249,7 +255,7 @@ def strassen_channels(f: Array, k: Any) -> tuple[Array, tuple[Array, Array]]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.tensor import strassen_channels
+        >>> from approx_attention.tensor.exact import strassen_channels
         >>> q, (k, l) = strassen_channels(jnp.full((1, 1), 2.0), jnp.array([[[3.0]], [[5.0]]]))
         >>> float(jnp.sum(q * k * l))  # 2 * 3 + 3 * 5 + 5 * 2
         31.0

@@ -1,8 +1,8 @@
-"""Tensor (Kronecker) attention: what its exact and its polynomial form share.
+"""Inputs of tensor (Kronecker) attention, and its exact states from tiles of composed queries.
 
-The keys and values of order m are m - 1 sets of tokens, that may differ in length: ``k [m-1, S, D]`` or a tuple of
+The keys and values of order m are m - 1 sets of tokens, which may differ in length: ``k [m-1, S, D]`` or a tuple of
 arrays ``[S_a, D]``, and likewise the values. Logits are sums over channels of products of one query and m - 1 keys; the
-scale is folded into the query.
+scale is folded into the query alone, so that it may have any sign.
 """
 
 import math
@@ -34,16 +34,18 @@ from approx_attention.core import (
     real_keys,
 )
 
-# Rows of composed queries in one tile at least, so that products stay products of matrices when keys are many.
+# Rows of composed queries in one tile at least: where keys are many, products of matrices must not become those of
+# vectors.
 LEAST_ROWS = 64
-# Causal queries are taken in up to so many segments of at least so many, each with the keys up to its end.
+# Causal queries in up to 4 segments of at least 64, each with the keys up to its end. At order 3 four segments compute
+# 47 % of all tuples where 33 % are visible; each further segment is one more program to compile.
 SEGMENTS, LEAST_SEGMENT = 4, 64
 
 
 class TensorInputs(NamedTuple):
     """Queries ``[T, D]`` with the scale folded in, and per set keys ``[S_a, D]``, values and mask (or None).
 
-    ``value_dtype`` is that of the values as they were given, and so that of answers.
+    ``value_dtype`` is the dtype of the given values, and of outputs.
     """
 
     q: Array
@@ -61,7 +63,7 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
         k: keys ``[m-1, S, D]``, or a tuple of m - 1 arrays ``[S_a, D]``; one array ``[S, D]`` is order 2.
         v: values, likewise.
         scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
-        kv_mask: true where a key is real: ``[m-1, S]``, or a tuple of arrays ``[S_a]`` or None; one array ``[S]`` holds
+        kv_mask: true where a key is real: ``[m-1, S]``, or a tuple of arrays ``[S_a]`` or None; one array ``[S]`` is
             for all sets, whose lengths are equal then.
 
     Returns:
@@ -139,6 +141,7 @@ def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] 
 
 def scaled(q: Array, scale: float | Array | None) -> Array:
     """Rows ``[T, D]`` times the scale of the logits, of any sign; ``1/sqrt(D)`` by default."""
+    # 1 / sqrt(D) as in models; the theorem of Alman and Song divides by D.
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     elif isinstance(scale, str | bool | tuple | list) or getattr(scale, "shape", ()) != ():
@@ -149,7 +152,7 @@ def scaled(q: Array, scale: float | Array | None) -> Array:
 
 
 class _Queries(NamedTuple):
-    """Queries ``[N, D]``, their own places, and the newest place of a key that each may see; None if not causal."""
+    """Queries ``[N, D]``, their positions, and the newest position of a key that each may see; None if not causal."""
 
     q: Array
     place: Array | None
@@ -157,7 +160,7 @@ class _Queries(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """One set of keys ``[S, D]`` and values, which of them are real (None for all), and their places."""
+    """One set of keys ``[S, D]`` and values, which of them are real (None for all), and their positions."""
 
     k: Array
     v: Array
@@ -169,20 +172,20 @@ class _Tokens(NamedTuple):
         return cls(k, v, real, jnp.arange(k.shape[0], dtype=jnp.int32))
 
     def padded(self, before: int, after: int) -> Self:
-        """So many more places on both sides, without real keys."""
+        """The tokens with ``before`` and ``after`` further places on both sides, without real keys."""
         real = real_keys(self.real, self.k.shape[0])
         around = lambda x: jnp.pad(x, ((before, after),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
         return type(self)(*(around(x) for x in (self.k, self.v, real, self.place)))
 
 
 class _Rule(NamedTuple):
-    """Whether places must not increase from set to set, and how far back each set is seen (None for all the way)."""
+    """Whether positions must not increase from set to set, and the window of each set (None for no limit)."""
 
     ordered: bool
     widths: tuple[int | None, ...]
 
     def visible(self, queries: _Queries, tokens: _Tokens) -> Array | None:
-        """Which keys of the first set a query sees, ``[N or 1, S]``; None for all."""
+        """The keys of the first set that a query sees, ``[N or 1, S]``; None for all."""
         seen = None if tokens.real is None else tokens.real[None, :]
         if queries.place is None or queries.newest is None:
             return seen
@@ -193,7 +196,7 @@ class _Rule(NamedTuple):
         return seen & (tokens.place[None, :] > queries.place[:, None] - self.widths[0])
 
     def compose(self, queries: _Queries, tokens: _Tokens) -> _Queries:
-        """The queries times each key of the first set, which ask the sets after it."""
+        """The composed queries of the sets after the first: each query times each key of the first set."""
         pairs = queries.q.shape[0], tokens.k.shape[0]
 
         def of_pairs(x: Array | None) -> Array | None:
@@ -213,7 +216,7 @@ class _Rule(NamedTuple):
 def tensor_state(
     inputs: TensorInputs, is_causal: str | None = None, widths: tuple[int, ...] | None = None
 ) -> AttentionState:
-    """The exact state of queries over all visible tuples of keys, in memory linear in all lengths."""
+    """Exact state of queries over all visible tuples of keys, in memory linear in all lengths."""
     tokens = tuple(_Tokens.of(*one) for one in zip(inputs.keys, inputs.values, inputs.masks, strict=True))
     rule = _Rule(is_causal == "ordered", (None,) * len(tokens) if widths is None else widths)
     if is_causal is None:
@@ -222,8 +225,9 @@ def tensor_state(
 
 
 def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """The state of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
+    """State of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
     first, *others = sets
+    # Composed queries times last keys fill a tile.
     rows = max(LEAST_ROWS, LEAST_TILE // sets[-1].k.shape[0])
     if not others:
         tile = jax.checkpoint(lambda queries: dense_state(queries.q, first.k, first.v, _bias(rule, queries, first)))
@@ -238,25 +242,28 @@ def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> Atte
 
         if first.k.shape[0] <= num_keys:
             return tile(first)
+        # Padded with keys that are not real: a key of zeros would still count with the logit 0.
         room = first.padded(0, -first.k.shape[0] % num_keys)
         blocks = jax.tree.map(lambda x: in_blocks(x, num_keys), room)
         empty = AttentionState.empty(queries.q.shape[0], first.v.shape[1], first.v.dtype)
         return lax.scan(lambda state, tokens: (merge(state, tile(tokens)), None), empty, blocks)[0]
 
-    # A derivative holds the state of every query before every block of keys, unless it computes them again.
+    # A derivative stores the state of every query before every block of keys, unless it computes them again: a second
+    # forward pass pays only where they are large.
     held = queries.q.shape[0] * -(-first.k.shape[0] // num_keys) * first.v.shape[1]
     over_keys = jax.checkpoint(over_first_keys) if held > GREATEST_TILE else over_first_keys
     return map_rows(over_keys, queries, max(1, rows // num_keys))
 
 
 def _fold(answers: AttentionState, v: Array, visible: Array | None) -> AttentionState:
-    r"""Attention over first keys, whose logits are the normalisers of their answers over all others.
+    r"""Attention over first keys, whose logits are the log-normalisers of their states over all other sets.
 
     .. math:: \mathrm{lse}_i = \log \sum_j e^{\mathrm{lse}_{ij}}, \qquad
               \mathrm{out}_i = \sum_j e^{\mathrm{lse}_{ij} - \mathrm{lse}_i}\, v_j \odot \mathrm{out}_{ij}
     """
     num_keys = v.shape[0]
     out, lse = answers.out.reshape(-1, num_keys, v.shape[1]), answers.lse.reshape(-1, num_keys)
+    # -inf and not HIDDEN: a hidden first key must not count even where all others are hidden too.
     lse = lse if visible is None else jnp.where(visible, lse, -jnp.inf)
     peak = finite_peak(jnp.max(lse, axis=1))
     weights = jnp.exp(lse - peak[:, None])
@@ -269,7 +276,7 @@ def _bias(rule: _Rule, queries: _Queries, tokens: _Tokens) -> Array | None:
 
 
 def _causal(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """Causal attention by segments of queries, each of which leaves out the keys after its end."""
+    """Causal attention by segments of queries, each without the keys after its end."""
     length = -(-q.shape[0] // min(SEGMENTS, -(-q.shape[0] // LEAST_SEGMENT)))
     states = []
     for start in range(0, q.shape[0], length):
@@ -281,8 +288,10 @@ def _causal(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
 
 
 def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """Causal attention by short blocks of queries, each with the keys in reach of it."""
+    """Causal attention by short blocks of queries, each with the keys in its reach."""
     reach = [min(width or 0, q.shape[0]) for width in rule.widths]
+    # Blocks of half the window read 1.5 w keys of a set for w visible ones; at least 8 rows for the matrix products, at
+    # most 128 to bound the tile.
     block = min(q.shape[0], max(8, min(reach) // 2), 128)
     blocks = -(-q.shape[0] // block)
 
@@ -302,6 +311,7 @@ def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionStat
         return _streamed(_Queries(q, place, place), tokens, rule)
 
     starts = jnp.arange(blocks, dtype=jnp.int32) * block
+    # As many blocks at once as fill a tile with the composed queries of the last two sets.
     at_once = max(1, LEAST_TILE // math.prod(block + width for width in [0, *reach[-2:]]))
     q_blocks = pad_rows(q, blocks * block - q.shape[0]).reshape(blocks, block, -1)
     state = lax.map(near, (starts, q_blocks), batch_size=min(at_once, blocks))

@@ -1,4 +1,4 @@
-"""A polynomial of a multilinear form as features of queries and of each set of keys."""
+"""Polynomial kernels of a multilinear form, as features of queries and of each set of keys."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from approx_attention.tensor.polynomials import Coefficients, check_taken, exp_c
 
 
 class Kernel(NamedTuple):
-    """A polynomial of a multilinear form as features: maps of queries and of each set of keys, and weights ``[R]``."""
+    """Polynomial of a multilinear form as features: maps of queries and of each set of keys, and weights ``[R]``."""
 
     query_map: FeatureMap
     key_maps: tuple[FeatureMap, ...]
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
         features: Any,
         dtype: Any,
     ) -> "Kernel":
-        """The kernel that the hyper-parameters of the methods of this file describe."""
+        """The kernel of the hyper-parameters of `tensor_polynomial`."""
         head_dim = check_count("head_dim", head_dim)
         if isinstance(features, tuple):
             if len(features) != num_sets + 1:
@@ -51,6 +51,7 @@ class Kernel(NamedTuple):
                 raise TypeError(f"features must be an IndexSet, a tuple of maps or None, got {type(features).__name__}")
             if features.dim != head_dim:
                 raise ValueError(f"features must be an IndexSet of D = {head_dim} channels, got {features.dim}")
+            # Monomials need no map for each factor: the same serves queries and all keys.
             maps = (MonomialFeatures(features),) * (num_sets + 1)
         if degree not in (None, maps[0].degree):
             raise ValueError(f"degree must be that of the features, {maps[0].degree}, got {degree}")
@@ -65,12 +66,13 @@ class Kernel(NamedTuple):
     def summarize(self, inputs: TensorInputs) -> FeatureMoments:
         """The moments of all tuples of one key of each set."""
         tokens = zip(self.key_maps, inputs.keys, inputs.values, inputs.masks, strict=True)
+        # The sum over tuples is the product of the sums over sets. Weights, of any sign, enter once, at the end.
         product = hadamard(*(FeatureMoments.of_tokens(*each) for each in tokens))
         return product.reweighted(self.weights, self.query_map)
 
 
 def _degree(degree: int | None, coefficients: Any) -> int:
-    """The degree that is asked for, where coefficients may already say it."""
+    """The requested degree, which coefficients given as numbers determine."""
     if isinstance(coefficients, str):
         return 2 if degree is None else check_count("degree", degree, 0)
     told = num_coefficients(coefficients) - 1

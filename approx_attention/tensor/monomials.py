@@ -1,11 +1,11 @@
-r"""Monomials as features: a polynomial of a multilinear form, as a sum of products with one factor per argument.
+r"""Monomials as features: a polynomial of a multilinear form as a sum of products with one factor per argument.
 
 With :math:`x = s \sum_t \prod_a y^a_t` for m vectors of d channels, and multi-indices :math:`\alpha`,
 
 .. math:: \sum_k c_k x^k = \sum_\alpha w_\alpha \prod_a (y^a)^\alpha, \qquad
           w_\alpha = c_{|\alpha|}\, s^{|\alpha|} \frac{|\alpha|!}{\prod_t \alpha_t!}.
 
-So one map serves the queries and every kind of keys, whatever the order m, and there are :math:`\binom{d+g}{g}`
+So one map serves the queries and every kind of keys for any order m, and there are :math:`\binom{d+g}{g}`
 features of degree g or less. For m = 2 the form is :math:`s\, q \cdot k`.
 """
 
@@ -26,10 +26,10 @@ from approx_attention.core import Features, accumulation_dtype, check_count, che
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class IndexSet:
-    r"""Multi-indices :math:`\alpha`, by degree, each one step from another of the set: :math:`\alpha = \alpha' + e_t`.
+    r"""Set of multi-indices :math:`\alpha` by degree, each one step from another one: :math:`\alpha = \alpha' + e_t`.
 
-    It is static. `total_degree` and `anisotropic` give the same object for the same arguments, so that programs
-    compiled with it are found again.
+    It is static and compared by identity. `total_degree` and `anisotropic` return the same object for the same
+    arguments, so that compiled programs are found again.
 
     Attributes:
         dim: the number d of channels.
@@ -93,7 +93,8 @@ def _total_degree(dim: int, degree: int) -> IndexSet:
     parent, variable = [np.array([-1])], [np.array([-1])]
     start = 0
     for _ in range(degree):
-        # Those whose last channel is t or before come first, so a step into channel t starts from the first of them.
+        # Steps into channel t start from the multi-indices whose last channel is t or before, which come first: each
+        # multi-index is reached once.
         counts = np.searchsorted(variable[-1], np.arange(dim), side="right")
         start, previous = start + len(parent[-1]), start
         parent.append(np.concatenate([previous + np.arange(count) for count in counts]))
@@ -102,11 +103,11 @@ def _total_degree(dim: int, degree: int) -> IndexSet:
 
 
 def anisotropic(channel_bounds: Sequence[float], rank: int) -> tuple[IndexSet, float]:
-    r"""The multi-indices whose terms of the exponential are largest, where channels are of unequal size.
+    r"""Multi-indices of the largest terms of the exponential, for channels of unequal size.
 
     Of :math:`e^x = \sum_\alpha \prod_t a_t^{\alpha_t} / \alpha_t!` with :math:`x = \sum_t a_t`, those with the largest
-    :math:`\prod_t \beta_t^{\alpha_t} / \alpha_t!` for :math:`|a_t| \le \beta_t`, each after all that it is a multiple
-    of. Where all bounds are equal and small, this is `total_degree`.
+    :math:`\prod_t \beta_t^{\alpha_t} / \alpha_t!` for :math:`|a_t| \le \beta_t`, each after all of its divisors. Where
+    all bounds are equal and small, this is `total_degree`.
 
     Args:
         channel_bounds: :math:`\beta_t \ge 0`, ``[d]``: for attention of order m, the scale times the largest
@@ -149,6 +150,7 @@ def _anisotropic(bounds: tuple[float, ...], rank: int) -> tuple[IndexSet, float]
         for t in range(dim):
             child = (*alpha[:t], alpha[t] + 1, *alpha[t + 1 :])
             divisors_chosen[child] = divisors_chosen.get(child, 0) + 1
+            # A set without a divisor of a member would have no parent for it: a child waits for all of them.
             if divisors_chosen[child] == dim - child.count(0):
                 heapq.heappush(waiting, (cost - logs[t] + math.log(child[t]), degree + 1, child))
     last = {alpha: max((t for t in range(dim) if alpha[t]), default=-1) for alpha in chosen}
@@ -159,6 +161,7 @@ def _anisotropic(bounds: tuple[float, ...], rank: int) -> tuple[IndexSet, float]
     ]
     indices = _index_set(dim, np.array(parent), np.array([last[alpha] for alpha in ordered]))
     total = math.exp(sum(bounds))
+    # The tail is a difference of nearly equal numbers: the rounding of sums and exponentials is added to stay a bound.
     rounding = 8 * (indices.degree + sum(bounds) + 2) * 2.0**-52 * total
     tail = total - math.fsum(math.exp(log_term) for log_term in chosen.values())
     return indices, max(tail, 0) + rounding
@@ -179,7 +182,7 @@ def _index_set(dim: int, parent: np.ndarray, variable: np.ndarray) -> IndexSet:
 
 
 def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
-    r"""The monomials :math:`x^\alpha = \prod_t x_t^{\alpha_t}` of each row, for every multi-index of a set.
+    r"""Computes the monomials :math:`x^\alpha = \prod_t x_t^{\alpha_t}` of each row, for all multi-indices of a set.
 
     Each is one product of an earlier one with a channel, so that there are neither powers nor divisions: derivatives
     are finite everywhere.
@@ -197,7 +200,8 @@ def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from approx_attention.tensor import monomials, total_degree
+        >>> from approx_attention.tensor import total_degree
+        >>> from approx_attention.tensor.monomials import monomials
         >>> monomials(jnp.array([[2.0, 3.0]]), total_degree(2, 2)).tolist()
         [[1.0, 2.0, 3.0, 4.0, 6.0, 9.0]]
     """
@@ -217,7 +221,7 @@ def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MonomialFeatures:
-    r"""Monomials as a feature map, for moments: :math:`\phi_\alpha(x) = x^\alpha`, and their weights in a polynomial.
+    r"""Feature map of monomials, :math:`\phi_\alpha(x) = x^\alpha`, and their weights in a polynomial.
 
     Attributes:
         indices: the multi-indices.
@@ -247,7 +251,7 @@ class MonomialFeatures:
         scale: float | Array = 1.0,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Float[Array, " R"]:
-        r"""What each product of features counts in a polynomial: :math:`c_k s^k k! / \prod_t \alpha_t!`, k the degree.
+        r"""Weights of the products of features in a polynomial: :math:`c_k s^k k! / \prod_t \alpha_t!`, k the degree.
 
         Args:
             coefficients: c, one for each degree of the set, which may be traced ``[degree + 1]``.
@@ -268,9 +272,10 @@ class MonomialFeatures:
 def scaled_coefficients(
     coefficients: Array | np.ndarray, degree: int, scale: float | Array, dtype: jax.typing.DTypeLike
 ) -> Array:
-    """Coefficients of x where they were of ``scale * x``, ``[degree + 1]``."""
+    """Coefficients of powers of x from those of powers of ``scale * x``, ``[degree + 1]``."""
     c = jnp.asarray(coefficients, dtype)
     if c.shape != (degree + 1,):
         raise ValueError(f"coefficients must be [{degree + 1}], one for each degree from 0, got shape {c.shape}")
+    # Products in place of powers have a derivative at any scale, 0 included.
     powers = jnp.cumprod(jnp.full((degree,), scale, dtype))
     return c * jnp.concatenate([jnp.ones(1, dtype), powers])

@@ -7,7 +7,7 @@ A polynomial P of degree g in place of the exponential makes the weight of a que
 
 so sums over tuples of keys are products of sums over each set:
 :math:`(A \oslash B)^T (C \oslash E) = A^T C \odot B^T E`, whose left side has a row for every pair.
-No pair of keys is ever looked at.
+No pair of keys is ever formed.
 """
 
 from collections.abc import Sequence
@@ -56,27 +56,22 @@ def tensor_polynomial(
     .. math:: G = w \odot \prod_a (U^a)^T \hat V^a, \qquad [\mathrm{num}_i, \mathrm{den}_i] = q_i^\alpha\, G, \qquad
               \mathrm{out}_i = \mathrm{num}_i / \mathrm{den}_i,
 
-    in :math:`2 (T + \sum_a S_a) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. How far this can be from
-    `tensor_attention` is `approx_attention.bounds.tensor_certificate`: it is a matter of how large logits are, and of
-    nothing else. A polynomial of odd degree may turn negative; a row whose normaliser is not positive gives 0.
+    in :math:`2 (T + \sum_a S_a) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. The distance from
+    `tensor_attention` is bounded by `approx_attention.bounds.tensor_certificate`; it depends on the size of the logits
+    alone. A polynomial of odd degree may turn negative; a row whose normaliser is not positive gives 0.
+
+    q, k, v, is_causal, kv_mask, scale and return_state: as in `tensor_attention`. ``key`` is ignored: a sketch is
+    sampled when it is made.
 
     Args:
-        q: queries ``[T, D]``.
-        k: keys ``[m-1, S, D]``, or a tuple of m - 1 arrays ``[S_a, D]``; one array ``[S, D]`` is ordinary attention.
-        v: values ``[m-1, S, Dv]``, likewise.
-        key: ignored: sketches are drawn beforehand.
-        degree: g, 2 by default; that of ``coefficients`` or ``features`` where they say so.
+        degree: g, 2 by default; that of ``coefficients`` or ``features`` where they determine it.
         coefficients: ``"taylor"``; ``"minimax"`` and ``"chebyshev"`` for logits up to ``bound``; ``"hermite"`` for
             logits of root mean square ``rms``; or the coefficients themselves, ``[g + 1]`` from the constant on.
-        bound: the largest magnitude of a logit, known when tracing; only with coefficients that are made for it.
-        rms: the root mean square of the logits, likewise.
-        features: an `IndexSet` of monomials, as `anisotropic` makes for channels of unequal size; or the maps of a
-            sketch, the queries' first (`TensorSketch.draw`), which lose to monomials for all but large D.
-        is_causal: ``"both"`` or ``"ordered"``, as in `tensor_attention`; by running sums over tokens.
-        window: how many places back a query sees, for ``"both"``.
-        kv_mask: true where a key is real: ``[S]``, ``[m-1, S]`` or a tuple. A query that sees no tuple gives 0.
-        scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
-        return_state: return the `AttentionState`, in the accumulation dtype.
+        bound: the largest magnitude of a logit, known when tracing; only with ``"minimax"`` and ``"chebyshev"``.
+        rms: the root mean square of the logits, known when tracing; only with ``"hermite"``.
+        features: an `IndexSet` of monomials, such as `anisotropic` for channels of unequal size; or the maps of a
+            sketch, the queries' first (`TensorSketch.draw`), which lose to monomials except for large D.
+        window: as in `tensor_attention`, for ``"both"`` only.
 
     Returns:
         Outputs ``[T, Dv]`` in the dtype of the values, or the state.
@@ -129,31 +124,21 @@ def tensor_support_basis(
     kv_mask: Any = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Tensor attention with the queries and keys of large entries exactly, and the rest by the polynomial method.
+    r"""Tensor attention, exact for queries and keys with large entries, and by the polynomial method for the rest.
 
-    With C the large keys of each set, all pairs but those of two small keys are taken exactly, under one normaliser:
+    With C the large keys of each set, all pairs except those of two small keys are exact, under one normaliser:
 
     .. math:: \sum_{j, l} = \underbrace{\sum_{j \in C_1,\, l}\; + \sum_{j \notin C_1,\, l \in C_2}}_{e^x}
               \; + \underbrace{\sum_{j \notin C_1,\, l \notin C_2}}_{P(x)},
 
-    and large queries exactly throughout. Large rows do not count for the bound on logits that the polynomial serves.
-    The exact part takes :math:`2 T S (|C_1| + |C_2|) (D + D_v)` operations at order 3, which is linear at order 2 only.
+    and all pairs of large queries are exact. So the bound on logits is that of small queries and keys alone. The exact
+    part takes :math:`2 T S (|C_1| + |C_2|) (D + D_v)` operations at order 3, which is linear at order 2 only.
+
+    The other arguments: as in `tensor_polynomial`, with ``bound`` and ``rms`` those of small queries and keys.
 
     Args:
-        q: queries ``[T, D]``.
-        k: keys, as in `tensor_polynomial`.
-        v: values, likewise.
-        key: ignored.
-        num_large_queries: how many queries are exact, those with the largest entries.
-        num_large_keys: how many keys of each set are.
-        degree: as in `tensor_polynomial`, like all that follow.
-        coefficients: as there.
-        bound: as there, for small queries and keys.
-        rms: as there, for small queries and keys.
-        features: as there.
-        kv_mask: as there.
-        scale: as there.
-        return_state: as there.
+        num_large_queries: the number of exact queries, those with the largest entries.
+        num_large_keys: the number of exact keys in each set, likewise.
 
     Returns:
         As `tensor_polynomial`.
@@ -184,6 +169,8 @@ def tensor_support_basis(
         for x, chosen, mask in zip(inputs.keys, large, inputs.masks, strict=True)
     )
     state = attend(inputs.q, kernel.summarize(inputs._replace(masks=small)))
+    # Term a: a large key in set a, small ones in the sets before it, any in those after it. The terms are disjoint, so
+    # that their states merge.
     for a, chosen in enumerate(large if num_large_keys else ()):
         keys, values, masks = list(inputs.keys), list(inputs.values), [*small[:a], *inputs.masks[a:]]
         keys[a], values[a] = keys[a][chosen], values[a][chosen]
@@ -201,4 +188,5 @@ def _largest_entries(name: str, x: Array, count: int) -> Array:
     count = check_count(name, count, 0)
     if count > x.shape[0]:
         raise ValueError(f"{name} must be at most the number of tokens, {x.shape[0]}, got {count}")
+    # Which rows are exact is a choice, without a derivative.
     return lax.top_k(lax.stop_gradient(jnp.max(jnp.abs(x), axis=1)), count)[1]

@@ -1,9 +1,9 @@
-r"""Polynomials that stand for the exponential on :math:`[-\beta, \beta]`, and what that costs the weights of attention.
+r"""Polynomials in place of the exponential on :math:`[-\beta, \beta]`, and the error of the attention weights.
 
-Attention divides by a normaliser, so a constant factor is free: what matters of a polynomial P is how much the ratio
-:math:`P(x) e^{-x}` varies over the logits, and not how far P is from the exponential.
+Attention divides by a normaliser, so a constant factor is free: the error of a polynomial P is the variation of the
+ratio :math:`P(x) e^{-x}` over the logits, and not its distance from the exponential.
 
-All of this happens before tracing, in Python floats and float64: degrees, bounds and root mean squares are static.
+Everything here happens before tracing, in Python numbers and float64: degrees, bounds and root mean squares are static.
 Traced arrays need coefficients that do not depend on them, such as Taylor's.
 """
 
@@ -22,10 +22,10 @@ from approx_attention.core import check_choice, check_count, known_number, shown
 
 Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 
-# The number that a kind is made for, beside its degree.
+# The number that a kind depends on besides its degree.
 _TAKES: dict[str, str | None] = {"taylor": None, "chebyshev": "bound", "minimax": "bound", "hermite": "rms"}
 
-# Degrees beyond this gain nothing that float64 could hold.
+# Degrees beyond this gain nothing that coefficients in float64 can represent.
 MAX_DEGREE = 64
 
 # Rounding of coefficients costs 1e-16 exp(2 bound): beyond this there is nothing left to certify.
@@ -37,7 +37,7 @@ _ZERO = np.array([Decimal(0)])
 def exp_coefficients(
     kind: str, degree: int, *, bound: float | None = None, rms: float | None = None
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    r"""Coefficients c of a polynomial :math:`P(x) = \sum_k c_k x^k` in place of :math:`e^x`.
+    r"""Computes coefficients c of a polynomial :math:`P(x) = \sum_k c_k x^k` in place of :math:`e^x`.
 
     .. math:: \text{taylor: } c_k = \frac1{k!}, \qquad
               \text{chebyshev: } P(x) = I_0(\beta) + 2 \sum_{k \le g} I_k(\beta)\, T_k(x / \beta), \qquad
@@ -45,10 +45,9 @@ def exp_coefficients(
               \text{hermite: } \min_P E_{x \sim N(0, \sigma^2)} (P(x) - e^x)^2, \quad
               c_k = \frac{e^{\sigma^2/2}}{k!} \sum_{j \le (g-k)/2} \frac{(-\sigma^2/2)^j}{j!}.
 
-    Taylor's are safe for any logits: those of even degree are positive everywhere. Minimax has the best certificate
-    (`ratio_range`) for logits that are known to be bounded; it is found for the very bound that is given, by Remez
-    exchange in decimal arithmetic. Hermite has the least error for logits of that root mean square while it is small,
-    and none to vouch for.
+    Taylor polynomials are safe for any logits: those of even degree are positive everywhere. Minimax has the best
+    certificate (`ratio_range`) for logits with a known bound; it is computed for this very bound, by Remez exchange in
+    decimal arithmetic. Hermite has the least measured error for logits of a small root mean square, and no certificate.
 
     Args:
         kind: ``"taylor"``, ``"chebyshev"``, ``"minimax"`` or ``"hermite"``.
@@ -82,6 +81,7 @@ def exp_coefficients(
     if kind == "hermite":
         return _hermite(degree, _static(kind, "rms", rms))
     bound = _static(kind, "bound", bound)
+    # exp(709) is the largest float64.
     if bound > 700:
         raise ValueError(f"bound must be at most 700, got {bound}: no polynomial is near to exp over such logits")
     if bound == 0:
@@ -103,7 +103,8 @@ def check_taken(coefficients: object, *, bound: float | None, rms: float | None)
 
 
 def num_coefficients(coefficients: Any) -> int:
-    """How many coefficients are given as numbers; raises ``TypeError`` for what is no sequence of real numbers."""
+    """The number of coefficients given as numbers; raises ``TypeError`` unless they are real and a vector."""
+    # A traced array has a shape and a dtype, which suffice. Kind V: bfloat16 and other types that NumPy does not know.
     given = coefficients if hasattr(coefficients, "dtype") else np.asarray(coefficients)
     if given.ndim != 1 or given.shape[0] == 0 or given.dtype.kind not in "iufV":
         raise TypeError(
@@ -114,13 +115,13 @@ def num_coefficients(coefficients: Any) -> int:
 
 
 def taken_by(kind: str, *, bound: float | None = None, rms: float | None = None) -> dict[str, float | None]:
-    """The one of a bound and a root mean square that a kind takes, as an argument of `exp_coefficients`."""
+    """Selects the bound or the root mean square that a kind takes, as an argument of `exp_coefficients`."""
     check_choice("coefficients", kind, get_args(Coefficients))
     return {name: value for name, value in (("bound", bound), ("rms", rms)) if name == _TAKES[kind]}
 
 
 def minimax_error(degree: int, bound: float) -> float:
-    r"""The least relative error of a polynomial in place of exp: :math:`\min_P \max_{|x| \le \beta} |P(x) e^{-x} - 1|`.
+    r"""Least relative error of a polynomial in place of exp, :math:`\min_P \max_{|x| \le \beta} |P(x) e^{-x} - 1|`.
 
     In exact arithmetic: the coefficients of `exp_coefficients`, rounded to float64, are off by about
     :math:`10^{-16} e^{2\beta}` more, which `ratio_range` counts.
@@ -150,19 +151,19 @@ def minimax_error(degree: int, bound: float) -> float:
 
 
 def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tuple[float, float]:
-    r"""The least and the greatest :math:`P(x) e^{-x}` over :math:`[-\beta, \beta]`.
+    r"""Computes the least and the greatest :math:`P(x) e^{-x}` over :math:`[-\beta, \beta]`.
 
     They are at the ends or where :math:`P' = P`. All such points are found, in exact arithmetic to 2^-53 of the
-    interval, and so is every root of P, however short it dips below zero beside ratios many orders larger; the values
-    are exact but for the last rounding. So this speaks of the coefficients as they are in float64, whose own rounding
-    costs minimax about :math:`10^{-16} e^{2\beta}`; the sums of attention round in their own precision on top.
+    interval, and so is every root of P, also where P dips below zero only briefly; the values are exact except for the
+    last rounding. So the range is that of the coefficients in float64, whose rounding costs minimax about
+    :math:`10^{-16} e^{2\beta}`; the rounding of the sums of attention is not part of it.
 
     Args:
         coefficients: of ascending powers ``[degree + 1]``.
         bound: :math:`\beta \ge 0`.
 
     Returns:
-        ``(lo, hi)``; ``lo`` is at most 0 where P has a root, or is too near to one to tell. ``hi`` is infinite, or
+        ``(lo, hi)``; ``lo`` is at most 0 where P has a root, or is too near to one to decide. ``hi`` is infinite, or
         ``lo`` minus infinity, beyond the largest number.
 
     Raises:
@@ -195,7 +196,7 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
 
 
 def weight_bound(lo: float, hi: float) -> float:
-    r"""The largest error of attention weights whose exponentials are off by factors between ``lo`` and ``hi``.
+    r"""Bounds the error of attention weights whose exponentials are off by factors between ``lo`` and ``hi``.
 
     .. math:: \tfrac12 \sum_j |\tilde w_j - w_j| \le \frac{\sqrt{hi/lo} - 1}{\sqrt{hi/lo} + 1}
               = \tanh\bigl(\tfrac14 \ln \tfrac{hi}{lo}\bigr).
@@ -223,7 +224,7 @@ def weight_bound(lo: float, hi: float) -> float:
 
     Reference:
         A derivation of this library: with factors :math:`f_j` the sum is :math:`\sum_j w_j |f_j - \bar f| /
-        \bar f`, which is largest for a law on the two points ``lo`` and ``hi``.
+        \bar f`, which is largest for a distribution on the two points ``lo`` and ``hi``.
     """
     lo, hi = known_number("lo", lo), known_number("hi", hi)
     if not lo <= hi:
@@ -242,7 +243,7 @@ def choose_degree(
     rms: float | None = None,
     max_rank: int = 50_000,
 ) -> int:
-    r"""The least even degree whose weights are right to a tolerance for all logits of :math:`[-\beta, \beta]`.
+    r"""Finds the least even degree whose weights meet a tolerance for all logits in :math:`[-\beta, \beta]`.
 
     Even, because polynomials of odd degree turn negative just beyond the bound.
 
@@ -250,16 +251,15 @@ def choose_degree(
         tolerance: the largest total variation between the weights (`weight_bound`), between 0 and 1.
         bound: :math:`\beta`.
         dim: the number d of channels, for the rank :math:`\binom{d+g}{g}`.
-        coefficients: their kind (`exp_coefficients`).
-        rms: for ``"hermite"``.
-        max_rank: the largest rank that is affordable.
+        coefficients: the kind of coefficients (`exp_coefficients`).
+        rms: as in `exp_coefficients`, for ``"hermite"``.
+        max_rank: the largest rank that is accepted.
 
     Returns:
         The degree.
 
     Raises:
-        ValueError: no such degree is affordable, with the rank that is needed; or none meets the tolerance at all; a
-            root mean square for another kind.
+        ValueError: a rank above ``max_rank``; no degree that meets the tolerance; a root mean square for another kind.
 
     Example:
         >>> from approx_attention.tensor import choose_degree
@@ -305,11 +305,13 @@ def _static(owner: str, name: str, value: float | None) -> float:
 
 
 def _taylor(degree: int) -> np.ndarray:
+    """1 / k!."""
     return np.array([1 / math.factorial(k) for k in range(degree + 1)])
 
 
 def _hermite(degree: int, rms: float) -> np.ndarray:
-    """The projections of exp on Hermite polynomials, summed in closed form."""
+    """Projections of exp on Hermite polynomials, summed in closed form; in fractions, because terms alternate."""
+    # The factor exp(rms^2 / 2) is 1e195 there.
     if rms > 30:
         raise ValueError(f"rms must be at most 30, got {rms}: no polynomial is near to exp over such logits")
     variance = Fraction(rms) ** 2 / 2
@@ -340,16 +342,17 @@ def _ratio(coefficients: np.ndarray, bound: float, x: float) -> float:
 def _whole_numbers(coefficients: np.ndarray, bound: float) -> list[int]:
     """The coefficients of P(bound x), as a polynomial of x, in whole numbers of a common unit."""
     terms = [Fraction(c) * Fraction(bound) ** k for k, c in enumerate(coefficients.tolist())]
-    unit = max(term.denominator for term in terms)  # all are powers of 2
+    # Floats are whole numbers over powers of 2, so that the largest denominator is the common one.
+    unit = max(term.denominator for term in terms)
     return [int(term * unit) for term in terms]
 
 
 def _real_roots_within(whole: list[int]) -> list[float]:
     """Points of [-1, 1] such that every real root there of a polynomial in whole numbers is within 2^-53 of one.
 
-    In Bernstein's form on an interval, a polynomial whose coefficients have one sign has no root within. Intervals are
-    halved until this is seen or they are that short; numbers stay whole, so that no root is lost. Where two roots are
-    nearer to each other than that, complex ones too, there may be a point without a root.
+    A polynomial whose coefficients in Bernstein's form on an interval have one sign has no root within. Intervals are
+    halved until this holds or they are that short; numbers stay whole, so that no root is lost. Where two roots,
+    complex ones too, are nearer to each other than that, there may be a point without a root.
     """
     degree = max((k for k, c in enumerate(whole) if c), default=0)
     if degree == 0:
@@ -386,7 +389,7 @@ def _real_roots_within(whole: list[int]) -> list[float]:
 
 @functools.lru_cache
 def _chebyshev(degree: int, bound: float) -> tuple[float, ...]:
-    """The truncated Chebyshev series of exp; in digits enough for its powers to cancel."""
+    """The truncated Chebyshev series of exp, with enough digits for the cancellation of its powers."""
     with decimal.localcontext(prec=40 + degree + math.ceil(bound)):
         half = Decimal(bound) / 2
         series = []
@@ -408,10 +411,12 @@ def _minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
     and where :math:`P' = P`, whose roots are all real: they are the next points.
     """
     small = (math.lgamma(degree + 2) - (degree + 1) * math.log(bound / 2)) / math.log(10)
+    # 40 digits for the result and Newton's form, more for powers that cancel, and as many as the error itself is small.
     with decimal.localcontext(prec=40 + degree + math.ceil(bound + max(small, 0))):
         # From the extrema of a Chebyshev polynomial.
         points = np.array([Decimal(-bound * math.cos(math.pi * i / (degree + 1))) for i in range(degree + 2)])
         sign = np.array([Decimal((-1) ** i) for i in range(degree + 2)])
+        # The exchange takes some ten rounds; 100 are a limit that raises.
         for _ in range(100):
             value = np.array([x.exp() for x in points])
             smooth, level = _divided_differences(points, value), _divided_differences(points, sign * value)
@@ -420,12 +425,14 @@ def _minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
             points[1:-1] = _real_roots(_derivative(powers) - powers, points[1:-1])
             decay = np.array([(-x).exp() for x in points])
             error = abs(polynomial.polyval(points, powers) * decay - 1)
+            # Levelled to 12 digits: the exchange converges quadratically, and coefficients are rounded to 16.
             if max(error) - min(error) <= Decimal("1e-12") * max(error):
                 return tuple(float(c) for c in powers), float(max(error))
     raise ArithmeticError(f"the exchange for degree {degree} and bound {bound} has not converged")
 
 
 def _divided_differences(x: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """The coefficients of Newton's form of the polynomial through points (x, f)."""
     for k in range(1, len(x)):
         f = np.append(f[:k], (f[k:] - f[k - 1 : -1]) / (x[k:] - x[:-k]))
     return f
@@ -448,6 +455,7 @@ def _derivative(powers: np.ndarray) -> np.ndarray:
 def _real_roots(powers: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The roots of a polynomial all of whose roots are real, by Ehrlich and Aberth's iteration from distinct points."""
     roots, slope = start, _derivative(powers)
+    # It converges cubically from points near the roots; 200 steps are a limit that it does not reach.
     for _ in range(200):
         step = polynomial.polyval(roots, powers) / polynomial.polyval(roots, slope)
         apart = [sum((1 / (x - y) for j, y in enumerate(roots) if j != i), Decimal(0)) for i, x in enumerate(roots)]

@@ -25,17 +25,18 @@ from approx_attention.tensor.inputs import TensorInputs
 from approx_attention.tensor.kernels import Kernel
 from approx_attention.tensor.polynomials import Coefficients
 
-# Terms [chunk, R, Dv + 1] of a causal chunk stay in cache below this size.
+# Terms [chunk, R, Dv + 1] of a causal chunk stay in cache below this size, 512 KB in float32. Larger chunks would save
+# steps of the scan, and read their terms from memory.
 CHUNK_TERMS = 2**17
 
 
 class TensorDecoder(NamedTuple):
-    """Causal tensor attention token by token, in a state whose size does not depend on how many there were.
+    """Decoder of causal tensor attention, token by token, with a state of constant size.
 
     Attributes:
-        init: ``(value_dim, dtype) -> state`` of no token, in the decoder's own dtype by default.
-        step: ``(state, q [b, D], keys, values, masks) -> (state, AttentionState)`` of b more tokens, scaled queries,
-            per set keys ``[b, D]``, values ``[b, Dv]`` and a mask ``[b]`` or None.
+        init: ``(value_dim, dtype) -> state`` of no token, in the dtype of the kernel by default.
+        step: ``(state, q [b, D], keys, values, masks) -> (state, AttentionState)`` of b more tokens: scaled queries,
+            and per set keys ``[b, D]``, values ``[b, Dv]`` and a mask ``[b]`` or None.
     """
 
     init: Callable[..., Any]
@@ -54,22 +55,18 @@ def running_tensor_polynomial(
     is_causal: Literal["both", "ordered"] = "both",
     dtype: Any = jnp.float32,
 ) -> TensorDecoder:
-    r"""Decoding by the polynomial method: :math:`O(R D_v)` time and memory per token, at any position.
+    r"""Makes a decoder by the polynomial method: :math:`O(R D_v)` time and memory per token, at any position.
 
     With running sums :math:`G^a_i = \sum_{j \le i} U^a_j \hat V^a_j`, the moments of pairs are
     :math:`G^1_i \odot G^2_i` for ``"both"`` and :math:`\sum_{j \le i} (U^1_j \hat V^1_j) \odot G^2_j` for
     ``"ordered"``.
 
+    degree, coefficients, bound, rms, features and is_causal: as in `tensor_polynomial`.
+
     Args:
         head_dim: the number D of channels.
-        order: m, one more than there are sets of keys.
-        degree: as in `tensor_polynomial`, like all that follow.
-        coefficients: as there.
-        bound: as there.
-        rms: as there.
-        features: as there.
-        is_causal: ``"both"`` or ``"ordered"``.
-        dtype: of the state, float32 or float64.
+        order: m, one more than the number of sets of keys.
+        dtype: dtype of the state, float32 or float64.
 
     Returns:
         The `TensorDecoder`; fold the scale into the queries.
@@ -98,6 +95,8 @@ def running_tensor_polynomial(
 
 
 def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
+    """The decoder of a kernel, whose step takes any number of tokens: causal attention is a scan of it over chunks."""
+
     def init(value_dim: int, dtype: Any = kernel.weights.dtype) -> tuple[Array, ...]:
         return tuple(jnp.zeros((kernel.weights.shape[0], value_dim + 1), dtype) for _ in kernel.key_maps)
 
@@ -110,6 +109,7 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
     ) -> tuple[tuple[Array, ...], AttentionState]:
         seen = jnp.tri(q.shape[0], dtype=sums[0].dtype)
         after, pairs = [], jnp.ones((), sums[0].dtype)
+        # From the last set to the first: in order, the terms of a set are times the running sums of the set after it.
         for a in reversed(range(len(keys))):
             mask = None if masks is None else masks[a]
             terms = _terms(kernel.key_maps[a], *token_sums_inputs(keys[a], values[a], mask), mask)
@@ -122,7 +122,7 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
 
 
 def causal_state_of(kernel: Kernel, inputs: TensorInputs, ordered: bool) -> AttentionState:
-    """Chunks of tokens in order, each of them by running sums over its tokens."""
+    """Causal state: chunks of tokens in order, each by running sums over its tokens."""
     chunk, tokens = _chunks(kernel, inputs, CHUNK_TERMS)
     decoder = _decoder(kernel, ordered)
     sums = decoder.init(inputs.values[0].shape[1], inputs.q.dtype)
@@ -132,18 +132,19 @@ def causal_state_of(kernel: Kernel, inputs: TensorInputs, ordered: bool) -> Atte
 
 
 def windowed_state_of(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> AttentionState:
-    r"""Running sums over a window as sums of chunks that it covers, and of single tokens at both ends.
+    r"""Windowed state: sums of the chunks that a window covers, and of single tokens at both ends.
 
-    Nothing is subtracted, so nothing cancels: a window of w tokens up to token i of chunk c is the part of chunks
-    c - p - 1 and c - p in it, with :math:`p = \lfloor (w - 1) / b \rfloor`, the whole chunks between, and the tokens of
-    chunk c up to i.
+    Differences of prefix sums would cancel in low precision; here nothing is subtracted. A window of w tokens up to
+    token i of chunk c is the part of chunks c - p - 1 and c - p in it, with :math:`p = \lfloor (w - 1) / b \rfloor`,
+    the whole chunks between, and the tokens of chunk c up to i.
     """
     num_queries, dtype = inputs.q.shape[0], inputs.q.dtype
     chunk, tokens = _chunks(kernel, inputs, CHUNK_TERMS // 2)
     whole = [(min(width, num_queries) - 1) // chunk for width in widths]
     shape = kernel.weights.shape[0], inputs.values[0].shape[1] + 1
     rings = tuple(jnp.zeros((max(p - 1, 0), *shape), dtype) for p in whole)
-    # A derivative holds the rings of every chunk of a group, and of the first chunk of every group.
+    # A derivative stores the rings of every chunk of a group, and of the first chunk of every group. With a square root
+    # of the chunks per group both are few, at the price of a second forward pass, which small rings do not need.
     count = -(-num_queries // chunk)
     groups = math.isqrt(count) if count * sum(ring.size for ring in rings) > GREATEST_TILE else 1
     per_group = -(-count // groups)
@@ -190,9 +191,11 @@ def windowed_state_of(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, .
 
 
 def _chunks(kernel: Kernel, inputs: TensorInputs, most_terms: int) -> tuple[int, tuple[Any, ...]]:
-    """Tokens per chunk, and all tokens with as many keys as there are queries."""
+    """Tokens per chunk, and all tokens with the number of keys cut or padded to that of the queries."""
     num_queries = inputs.q.shape[0]
     per_token = kernel.weights.shape[0] * (inputs.values[0].shape[1] + 1)
+    # At least 4 tokens, for any number of features; at most 64, because the triangle of a chunk costs each token one
+    # product per token of the chunk.
     chunk = min(num_queries, max(4, min(64, most_terms // per_token)))
 
     def aligned(x: Array) -> Array:
@@ -205,8 +208,9 @@ def _chunks(kernel: Kernel, inputs: TensorInputs, most_terms: int) -> tuple[int,
 
 
 def _terms(key_map: FeatureMap, k: Array, v: Array, mask: Array | None) -> Array:
-    r"""What each token adds to the moments of its set, :math:`U_j \hat V_j`: ``[b, R, Dv + 1]``."""
+    r"""Contribution of each token to the moments of its set, :math:`U_j \hat V_j`: ``[b, R, Dv + 1]``."""
     features = _rows(key_map, k)
+    # Features are masked and not keys: a key of zeros still has the monomial of degree 0.
     if mask is not None:
         features = jnp.where(mask[:, None], features, jnp.zeros_like(features))
     with_one = jnp.concatenate([v, jnp.ones((v.shape[0], 1), v.dtype)], axis=1)
@@ -214,11 +218,12 @@ def _terms(key_map: FeatureMap, k: Array, v: Array, mask: Array | None) -> Array
 
 
 def _answer(kernel: Kernel, q: Array, pairs: Array) -> AttentionState:
-    """The answers of queries ``[b, D]`` from the moments of pairs that each of them sees, ``[b, R, Dv + 1]``."""
+    """States of queries ``[b, D]`` from the moments of pairs that each of them sees, ``[b, R, Dv + 1]``."""
     total = jnp.einsum("br,brc->bc", _rows(kernel.query_map, q) * kernel.weights[None, :], pairs)
     return normalise(total[:, :-1], total[:, -1], jnp.zeros(q.shape[0], total.dtype))
 
 
 def _rows(feature_map: FeatureMap, x: Array) -> Array:
+    """Features as plain numbers ``[N, R]``: those of polynomials are of moderate size, and need no log-scale."""
     values, log_scale = feature_map(x)
     return values * jnp.exp(log_scale)

@@ -9,7 +9,7 @@ Degrees up to ``exact_degree`` are monomials, without error; of the others each 
 :math:`m - 1` independent sign vectors, one for each kind of keys, and the queries take their product, so that signs
 cancel where all m factors agree in a coordinate, and on average only there.
 
-The error of a degree-k estimate is of the order of :math:`(s \prod_a \|y^a\|)^k`, and what it estimates is
+The error of a degree-k estimate is of the order of :math:`(s \prod_a \|y^a\|)^k`, and its mean is
 :math:`x^k`. In a form of three factors :math:`|x|` is less than the norms by a factor of about d. So at equal rank
 sketches lose to the monomials of a lower degree for d = 16, and at d = 64 they win little, between two degrees whose
 monomials are affordable. Their estimates of the kernel are unbiased, but not positive: a normaliser may be negative.
@@ -33,18 +33,18 @@ from approx_attention.tensor.monomials import MonomialFeatures, monomials, scale
 
 
 class _PolynomialSketch:
-    """What both sketches share: monomials first, then the random features of each degree beyond."""
+    """Base of both sketches: monomials first, then the random features of each further degree."""
 
     exact_degree: int
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """The degree of the polynomial, the number of random features of each degree, and that of channels."""
+        """The degree of the polynomial, the number of random features of each degree, and the number of channels."""
         raise NotImplementedError
 
     @property
     def share(self) -> float:
-        """What each product of random features counts in the estimate of a power of x."""
+        """The weight of each product of random features in the estimate of a power of x."""
         raise NotImplementedError
 
     def sketched(self, x: Array) -> Iterator[Array]:
@@ -64,6 +64,7 @@ class _PolynomialSketch:
 
     def __call__(self, x: Array, /) -> Features:
         """Features ``[N, R]`` of rows ``[N, D]``."""
+        # Low degrees carry most of the weight and have few monomials: exact, and random features only beyond.
         exact = monomials(x, total_degree(self.sizes[2], self.exact_degree))
         random = itertools.islice(self.sketched(x.astype(exact.dtype)), self.exact_degree, None)
         return Features(jnp.concatenate([exact, *random], axis=1), jnp.zeros((x.shape[0], 1), exact.dtype))
@@ -75,7 +76,7 @@ class _PolynomialSketch:
         scale: float | Array = 1.0,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Float[Array, " R"]:
-        """What each product of features counts; as `MonomialFeatures.weights`, with one coefficient per degree."""
+        """Weights of the products of features, as `MonomialFeatures.weights` with one coefficient per degree."""
         degree, size, dim = self.sizes
         c = scaled_coefficients(coefficients, degree, scale, dtype)
         exact = MonomialFeatures(total_degree(dim, self.exact_degree))
@@ -86,14 +87,14 @@ class _PolynomialSketch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TensorSketch(_PolynomialSketch):
-    r"""TensorSketch: counts of the k-fold tensor power of a row in few buckets, by convolution of counts of the row.
+    r"""TensorSketch: CountSketch of the k-fold tensor power of a row, by convolution of CountSketches of the row.
 
     .. math:: \phi(y) = F^{-1} \Bigl(\prod_{p \le k} F C_p\, y\Bigr), \qquad
               (C_p\, y)_b = \sum_{t : h_p(t) = b} \sigma_{pt}\, y_t.
 
-    The features are the buckets themselves and not their spectrum: a product of three spectra is no spectrum of a
-    product. All factors share the places h, so that equal coordinates meet, and differ in the signs. One convolution
-    leads from each degree to the next.
+    The features are the buckets and not their spectrum: a product of three spectra is no spectrum of a product. All
+    factors share the buckets h, so that equal coordinates meet, and differ in the signs. One convolution leads from
+    each degree to the next.
 
     Attributes:
         place: the bucket :math:`h_p(t)` of each channel, ``[degree, D]``.
@@ -114,7 +115,7 @@ class TensorSketch(_PolynomialSketch):
     def draw(
         cls, key: PRNGKeyArray, size: int, head_dim: int, degree: int, *, order: int = 2, exact_degree: int = 1
     ) -> tuple[Self, ...]:
-        """The maps of the ``order`` factors, that of the queries first.
+        """Samples the maps of the ``order`` factors, the queries' first.
 
         Args:
             key: typed PRNG key.
@@ -158,6 +159,7 @@ class TensorSketch(_PolynomialSketch):
         """The buckets of each degree, ``[N, size]``."""
         spectrum = None
         for place, sign in zip(self.place, self.sign, strict=True):
+            # A convolution of counts is a product of spectra: size log(size) per degree.
             counts = jnp.fft.rfft(SparseSketch(place[None], sign[None], self.size) @ x.T, axis=0)
             spectrum = counts if spectrum is None else spectrum * counts
             yield jnp.fft.irfft(spectrum, self.size, axis=0).T
@@ -166,11 +168,11 @@ class TensorSketch(_PolynomialSketch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProductSketch(_PolynomialSketch):
-    r"""Products of random signed sums: :math:`\phi_r(y) = \prod_{p \le k} \sigma_{pr} \cdot y`, counted 1/size each.
+    r"""Product sketch of random signed sums: :math:`\phi_r(y) = \prod_{p \le k} \sigma_{pr} \cdot y`, of weight 1/size.
 
     An estimate of :math:`x^k` has variance :math:`((N^2 + 2^{m-1} (x^2 - e))^k - x^{2k}) / \text{size}`, with N the
-    product of the norms of the m factors and e the sum of the squares of the d terms of x. In standard deviations it is
-    several times that of `TensorSketch`: these are here for comparison.
+    product of the norms of the m factors and e the sum of the squares of the d terms of x. Its standard deviation is
+    several times that of `TensorSketch`: this sketch is here for comparison.
 
     Attributes:
         sign: the signs of this factor, ``[degree, size, D]``.
@@ -187,7 +189,7 @@ class ProductSketch(_PolynomialSketch):
     def draw(
         cls, key: PRNGKeyArray, size: int, head_dim: int, degree: int, *, order: int = 2, exact_degree: int = 1
     ) -> tuple[Self, ...]:
-        """The maps of the ``order`` factors; arguments and errors as in `TensorSketch.draw`.
+        """Samples the maps of the ``order`` factors; arguments and errors as in `TensorSketch.draw`.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -232,6 +234,6 @@ def _sizes(
 
 
 def _factor_signs(key: Array, order: int, shape: tuple[int, ...]) -> list[Array]:
-    """Signs of the queries, the product of all others, and of each kind of keys."""
+    """Signs of the queries, the product of all others, so that all m multiply to 1, and of each kind of keys."""
     signs = [random_signs(each, shape) for each in jax.random.split(key, order - 1)]
     return [functools.reduce(operator.mul, signs), *signs]

@@ -10,7 +10,7 @@ import pytest
 
 from approx_attention import SparsePattern, certify, dimension_bound, exact, realize_sparse_pattern
 from approx_attention.realization import fixed_projections, minimal_dimension
-from approx_attention.realization.constructions import draw_until_accepted
+from approx_attention.realization.constructions import Search, draw_until_accepted
 from tests.references import causal_mask
 
 N = 24
@@ -369,20 +369,8 @@ def test_a_certificate_speaks_of_inputs_as_they_are_rounded():
 def test_fewer_channels_are_a_prefix_of_more():
     pattern = SparsePattern.random(KEY, N, 2)
     for method in ("projection", "wls"):
-        draw = functools.partial(
-            draw_until_accepted,
-            pattern,
-            (0.5, 1.0, math.inf),
-            None,
-            10,
-            KEY,
-            method=method,
-            is_causal=False,
-            max_draws=1,
-            num_steps=20,
-            dtype=jnp.dtype(jnp.float32),
-        )
-        narrow, wide = draw(width=10), draw(width=16)
+        draw = functools.partial(draw_until_accepted, pattern, (0.5, 1.0, math.inf), None, 10, KEY)
+        narrow, wide = (draw(search=Search(method, width, jnp.dtype(jnp.float32), num_steps=20)) for width in (10, 16))
         np.testing.assert_allclose(wide.inputs[:, 10:16], 0, atol=1e-7)
         np.testing.assert_allclose(wide.inputs[:, 16:26], narrow.inputs[:, 10:], atol=1e-4)
         np.testing.assert_allclose(
