@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from approx_attention.evaluation import BASELINES, break_even, write_atomically
-from approx_attention.evaluation.comparison import in_units
+from approx_attention.evaluation.units import in_units
 from approx_attention.registry import METHODS, capability_table
 from benchmarks.report import (
     MARGIN,

@@ -24,7 +24,7 @@ from approx_attention.coresets import (
 )
 from approx_attention.decoding import pyramid_budgets, shared_sizes, token_budget
 from approx_attention.evaluation import Tensors
-from approx_attention.evaluation.comparison import build_arms
+from approx_attention.evaluation.arms import build_arms
 from approx_attention.methods import running_exact
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
 

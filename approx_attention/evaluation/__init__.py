@@ -1,48 +1,35 @@
 """Errors and times on your own tensors: compare and plan, the files they read, the tables and figures they write."""
 
-from approx_attention.evaluation.comparison import (
-    BASELINES,
-    LARGEST_LOGITS,
-    comparison_table,
-    default_methods,
-    draw_frontiers,
-    environment,
-    held_bytes,
-    method_arm,
-    run_comparison,
-    write_atomically,
-)
-from approx_attention.evaluation.diagnostics import (
-    Arm,
-    Comparison,
-    OutputError,
-    Spectrum,
-    SupError,
-    Timing,
-    break_even,
-    compare,
-    compile_arm,
-    output_error,
-    shared_programs,
-    skill,
-    spectrum,
-    sup_error,
-    time_interleaved,
-)
-from approx_attention.evaluation.figures import light_grid, method_styles
-from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
-from approx_attention.evaluation.layers import (
-    compared_over_layers,
-    comparison_summary_table,
+from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_methods, method_arm
+from approx_attention.evaluation.cache_bytes import held_bytes
+from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
+from approx_attention.evaluation.errors import OutputError, output_error, skill
+from approx_attention.evaluation.figures import (
     draw_compared_layers,
+    draw_frontiers,
+    draw_plan,
     draw_planned_layers,
+    light_grid,
+    method_styles,
+)
+from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
+from approx_attention.evaluation.layers import compared_over_layers, planned_over_layers
+from approx_attention.evaluation.planning import plan
+from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
+from approx_attention.evaluation.programs import Arm, compile_arm, shared_programs
+from approx_attention.evaluation.results import environment, write_atomically
+from approx_attention.evaluation.runs import Interrupted, Kind, OnProgress, Task, only_run, run
+from approx_attention.evaluation.spectra import Spectrum, spectrum
+from approx_attention.evaluation.tables import (
+    comparison_summary_table,
+    comparison_table,
     picks_table,
     plan_summary_table,
-    planned_over_layers,
+    plan_table,
 )
-from approx_attention.evaluation.planning import Candidate, Curve, Plan, draw_plan, plan, plan_document, plan_table
-from approx_attention.evaluation.runs import Interrupted, Kind, OnProgress, Task, only_run, run
 from approx_attention.evaluation.terminal import outputs, terminable
+from approx_attention.evaluation.timing import Timing, break_even, time_interleaved
+from approx_attention.evaluation.worst_query import SupError, sup_error
 
 __all__ = [
     "BASELINES",

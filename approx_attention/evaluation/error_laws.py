@@ -31,7 +31,6 @@ class ErrorLaw:
         slope: of log error against log size, at most 0.
 
     Example:
-        >>> from approx_attention.evaluation import ErrorLaw
         >>> law = ErrorLaw.fit({16: 0.4, 64: 0.2, 256: 0.1})  # falls as the square root
         >>> round(law.slope, 3), round(law.error(1024), 3), round(law.size(0.15))
         (-0.5, 0.05, 114)
@@ -175,7 +174,7 @@ class UnitErrors(NamedTuple):
     exact: np.ndarray
 
     def relative(self, units: np.ndarray) -> float:
-        """The relative error of these units together, mean over seeds: what `diagnostics.compare` reports of all.
+        """The relative error of these units together, mean over seeds: what `compare` reports of all.
 
         Outputs that are no numbers make it infinite.
         """

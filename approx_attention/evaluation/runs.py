@@ -11,9 +11,9 @@ import click
 import jax
 
 from approx_attention.core import InputError
-from approx_attention.evaluation.comparison import finite, report, write_results
-from approx_attention.evaluation.diagnostics import shared_programs
 from approx_attention.evaluation.files import Layer
+from approx_attention.evaluation.programs import shared_programs
+from approx_attention.evaluation.results import finite, report, write_results
 from approx_attention.evaluation.terminal import Terminated, end_if_asked, only_holder, progress, say
 
 OnProgress = Callable[[str, int, int], None]

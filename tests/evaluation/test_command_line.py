@@ -16,7 +16,8 @@ import pytest
 
 from approx_attention import InputError, cli
 from approx_attention.evaluation import Candidate, Plan, comparison_table, plan_table, runs, terminal
-from approx_attention.evaluation.comparison import no_better_than_mean, times
+from approx_attention.evaluation.comparison import no_better_than_mean
+from approx_attention.evaluation.units import times
 from tests.evaluation.test_compare import comparison, refusal, run
 from tests.references import random_heads
 
@@ -349,7 +350,7 @@ def test_progress_is_a_line_for_each(file, tmp_path, capsys):
 
 
 def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("approx_attention.evaluation.diagnostics.compile_arm", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("approx_attention.evaluation.comparison.compile_arm", lambda *args: pytest.fail("measured"))
     monkeypatch.setattr("approx_attention.evaluation.planning.compile_arm", lambda *args: pytest.fail("measured"))
 
     def message(*options):

@@ -21,7 +21,8 @@ from approx_attention.evaluation import (
     run_comparison,
     write_atomically,
 )
-from approx_attention.evaluation.comparison import best_rows, build_arms
+from approx_attention.evaluation.arms import build_arms
+from approx_attention.evaluation.comparison import best_rows
 from tests.references import brute_force, random_heads
 
 
@@ -380,11 +381,11 @@ def test_a_method_without_a_causal_form_is_refused_for_causal_attention(tensors,
     import dataclasses
 
     from approx_attention import registry
-    from approx_attention.evaluation import comparison as compare
+    from approx_attention.evaluation import arms
 
     method = registry.METHODS["mean_pool"]
     blind = dataclasses.replace(method, capabilities=dataclasses.replace(method.capabilities, causal=False))
-    monkeypatch.setattr(compare, "get_method", lambda name: blind if name == "mean_pool" else registry.METHODS[name])
+    monkeypatch.setattr(arms, "get_method", lambda name: blind if name == "mean_pool" else registry.METHODS[name])
     with pytest.raises(InputError, match="'mean_pool' has no causal form"):
         build_arms(load_tensors(tensors), ["mean_pool"], [4], is_causal=True, scale=None)
 

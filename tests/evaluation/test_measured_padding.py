@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from approx_attention import InputError
-from approx_attention.evaluation import Tensors, diagnostics, method_arm, plan, plan_table, run_comparison
-from approx_attention.evaluation import comparison as compare_module
-from approx_attention.evaluation.comparison import exact_arms
+from approx_attention.evaluation import Tensors, compare, method_arm, plan, plan_table, run_comparison
+from approx_attention.evaluation.arms import exact_arms, without_padding
 from approx_attention.evaluation.error_laws import split_units
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from tests.references import brute_force, random_heads
@@ -118,7 +117,7 @@ def test_what_does_not_fit(padding, told):
     calls = (
         lambda: run_comparison(tensors, ["mean_pool"], [8], **padding),
         lambda: plan(tensors, tolerance=0.1, methods=["mean_pool"], **padding),
-        lambda: diagnostics.compare([arm], *tensors, exact=arm, window=arm, **padding),
+        lambda: compare([arm], *tensors, exact=arm, window=arm, **padding),
     )
     for call in calls:
         with pytest.raises(InputError, match=told):
@@ -143,7 +142,7 @@ def test_what_fits():
 def test_an_arm_sees_no_padding():
     clean, noisy = spoilt()
     mask = np.arange(24) < LENGTHS[:, None]
-    zeroed = compare_module.without_padding(noisy, mask)
+    zeroed = without_padding(noisy, mask)
     for name in ("mean_pool", "uniform_sample"):
         arm = method_arm(zeroed, name, 4, is_causal=False, scale=None, kv_mask=mask)
 
