@@ -4,29 +4,17 @@ from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_
 from approx_attention.evaluation.cache_bytes import held_bytes
 from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
 from approx_attention.evaluation.errors import OutputError, output_error, skill
-from approx_attention.evaluation.figures import (
-    draw_compared_layers,
-    draw_frontiers,
-    draw_plan,
-    draw_planned_layers,
-    light_grid,
-    method_styles,
-)
+from approx_attention.evaluation.figures import draw_frontiers, draw_plan, light_grid, method_styles
 from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
-from approx_attention.evaluation.layers import compared_over_layers, planned_over_layers
+from approx_attention.evaluation.kinds import comparison_kind, plan_kind
 from approx_attention.evaluation.planning import plan
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
+from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm, compile_arm, shared_programs
 from approx_attention.evaluation.results import environment, write_atomically
-from approx_attention.evaluation.runs import Interrupted, Kind, OnProgress, Task, only_run, run
+from approx_attention.evaluation.runs import Interrupted, OnProgress, Task, only_run, run
 from approx_attention.evaluation.spectra import Spectrum, spectrum
-from approx_attention.evaluation.tables import (
-    comparison_summary_table,
-    comparison_table,
-    picks_table,
-    plan_summary_table,
-    plan_table,
-)
+from approx_attention.evaluation.tables import comparison_table, plan_table
 from approx_attention.evaluation.terminal import outputs, terminable
 from approx_attention.evaluation.timing import Timing, break_even, time_interleaved
 from approx_attention.evaluation.worst_query import SupError, sup_error
@@ -39,11 +27,11 @@ __all__ = [
     "Comparison",
     "Curve",
     "Interrupted",
-    "Kind",
     "Layer",
     "OnProgress",
     "OutputError",
     "Plan",
+    "Problem",
     "Spectrum",
     "SupError",
     "Task",
@@ -51,15 +39,12 @@ __all__ = [
     "Timing",
     "break_even",
     "compare",
-    "compared_over_layers",
-    "comparison_summary_table",
+    "comparison_kind",
     "comparison_table",
     "compile_arm",
     "default_methods",
-    "draw_compared_layers",
     "draw_frontiers",
     "draw_plan",
-    "draw_planned_layers",
     "environment",
     "held_bytes",
     "light_grid",
@@ -71,12 +56,10 @@ __all__ = [
     "only_run",
     "output_error",
     "outputs",
-    "picks_table",
     "plan",
     "plan_document",
-    "plan_summary_table",
+    "plan_kind",
     "plan_table",
-    "planned_over_layers",
     "run",
     "run_comparison",
     "shared_programs",

@@ -5,21 +5,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from approx_attention.api import attention
 from approx_attention.core import InputError, check_flag
 from approx_attention.evaluation.cache_bytes import held_bytes, token_bytes
-from approx_attention.evaluation.files import Tensors
+from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
-from approx_attention.evaluation.real_tokens import query_mask
 from approx_attention.registry import METHODS, Method, get_method
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
 LARGEST_LOGITS = 2**31
+# The method that is the truth, in each of its forms.
+EXACT = "exact"
+# The trivial answer, and the window beyond which the far error begins.
+MEAN, WINDOW = "mean_value", "local"
 # Always in the comparison: what does not beat these is not worth its trouble.
-BASELINES = ("mean_value", "local", "uniform_sample")
+BASELINES = (MEAN, WINDOW, "uniform_sample")
 # A budget above this is a mistake: its features alone would fill the memory.
 LARGEST_BUDGET = 2**20
 # More seeds than this take longer than anyone waits.
@@ -52,31 +54,21 @@ def default_methods(is_causal: bool) -> list[str]:
 
 
 def build_arms(
-    tensors: Tensors,
-    methods: Iterable[str],
-    budgets: Sequence[int],
-    *,
-    is_causal: bool,
-    scale: float | None,
-    options: Options | None = None,
-    kv_mask: np.ndarray | None = None,
+    problem: Problem, methods: Iterable[str], budgets: Sequence[int], options: Options | None = None
 ) -> list[Arm]:
-    """The arms to compare: every exact form, the baselines, and each method at each size.
+    """The configurations to compare: every exact form, the baselines, and each method at each size.
 
     At a budget of 256 every method has its usual size, at others a size in proportion. A size above the number of keys
     is cut to it for methods that are exact there.
 
     Args:
-        tensors: what will be compared.
+        problem: the attention to be approximated.
         methods: names in `METHODS`; the baselines are added.
         budgets: sizes of summaries, of methods whose usual size is 256.
-        is_causal: whether query t sees keys j <= t only.
-        scale: factor of the logits.
         options: hyper-parameters other than the size, by the name of the method.
-        kv_mask: which keys ``[B, S]`` are real.
 
     Returns:
-        The arms.
+        An `Arm` per configuration.
 
     Raises:
         InputError: an unknown method, one that cannot do what is asked, options that it does not take, or a budget
@@ -86,36 +78,25 @@ def build_arms(
         check_range("a budget", budget, 1, LARGEST_BUDGET)
     names = list(dict.fromkeys((*BASELINES, *methods)))
     options = check_options(names, options)
-    arms = exact_arms(tensors, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
-    num_keys = tensors.key.shape[1]
+    arms = exact_arms(problem)
+    num_keys = problem.tensors.key.shape[1]
     for name in names:
-        method = check_method(name, is_causal)
-        if name == "exact":
+        method = check_method(name, problem.is_causal)
+        if name == EXACT:
             continue
         # A method that is exact at the size of the sequence has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
         sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
-        own = options.get(name, {})
-        arms += [
-            method_arm(tensors, name, size, is_causal=is_causal, scale=scale, options=own, kv_mask=kv_mask)
-            for size in sizes
-        ]
+        arms += [method_arm(problem, name, size, options.get(name, {})) for size in sizes]
     return arms
 
 
-def method_arm(
-    tensors: Tensors,
-    name: str,
-    size: int | None,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    options: Mapping[str, Any] | None = None,
-    kv_mask: np.ndarray | None = None,
-) -> Arm:
+def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[str, Any] | None = None) -> Arm:
     """One method at one size; ``InputError`` for options that it does not take."""
-    method = get_method(name)
+    # The closure below must not hold the tensors.
+    tensors, is_causal, scale, _ = problem
+    method, mask = get_method(name), problem.mask
     hyperparameters: dict[str, Any] = dict(options or {}) | (
         {} if method.size is None or size is None else {method.size: size}
     )
@@ -126,7 +107,7 @@ def method_arm(
             query,
             key,
             value,
-            mask=_padding_mask(kv_mask),
+            mask=mask,
             method=name,
             rng=rng if method.capabilities.needs_key else None,
             scale=scale,
@@ -151,13 +132,10 @@ def method_arm(
     )
 
 
-def exact_arms(
-    tensors: Tensors, *, is_causal: bool, scale: float | None, kv_mask: np.ndarray | None = None
-) -> list[Arm]:
+def exact_arms(problem: Problem) -> list[Arm]:
     """Every form of exact attention that this machine has memory for, the library's default first."""
-    query, key, value = tensors
-    mask = _padding_mask(kv_mask)
-    num_bytes = token_bytes(tensors)
+    (query, key, value), is_causal, scale, _ = problem
+    mask, num_bytes = problem.mask, token_bytes(problem.tensors)
     logits = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1]
 
     def ours(implementation: str | None) -> Callable[..., tuple[Array, Array | None]]:
@@ -166,48 +144,33 @@ def exact_arms(
             key,
             value,
             mask=mask,
-            method="exact",
+            method=EXACT,
             scale=scale,
             is_causal=is_causal,
             return_residual=True,
             implementation=implementation,
         )
 
-    forms = {"exact": ours(None)}
+    forms = {EXACT: ours(None)}
     if logits <= LARGEST_LOGITS:
-        forms["exact dense"] = ours("dense")
+        forms[f"{EXACT} dense"] = ours("dense")
         if jax.default_backend() == "gpu":
-            forms["exact bfloat16"] = lambda query, key, value, rng: (
+            forms[f"{EXACT} bfloat16"] = lambda query, key, value, rng: (
                 attention(
                     *(x.astype(jnp.bfloat16) for x in (query, key, value)),
                     mask=mask,
-                    method="exact",
+                    method=EXACT,
                     scale=scale,
                     is_causal=is_causal,
                 ),
                 None,
             )
         if value.shape[-1] == key.shape[-1]:
-            forms["exact jax.nn"] = lambda query, key, value, rng: (
+            forms[f"{EXACT} jax.nn"] = lambda query, key, value, rng: (
                 jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=is_causal),
                 None,
             )
     return [Arm(name, function, None, num_bytes, is_exact=True) for name, function in forms.items()]
-
-
-def _padding_mask(kv_mask: np.ndarray | None) -> Array | None:
-    return None if kv_mask is None else jnp.asarray(kv_mask[:, None, None, :])
-
-
-def without_padding(tensors: Tensors, kv_mask: np.ndarray | None) -> Tensors:
-    """The tensors with zeros in place of the padding, which may hold anything in a file."""
-    real = (None if kv_mask is None else query_mask(kv_mask, tensors.query.shape[1]), kv_mask, kv_mask)
-    return Tensors(
-        *(
-            x if rows is None else jnp.where(rows[:, :, None, None], x, jnp.zeros_like(x))
-            for x, rows in zip(tensors, real, strict=True)
-        )
-    )
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
@@ -241,7 +204,7 @@ def check_options(names: Iterable[str], options: Options | None) -> Options:
         InputError: options of a method that does not take part, the size, which is chosen for it, or what all methods
             are given alike.
     """
-    options, names = options or {}, [name for name in names if name != "exact"]
+    options, names = options or {}, [name for name in names if name != EXACT]
     for name, own in options.items():
         if name not in names:
             raise InputError(f"options are for a method that takes part: {', '.join(names)}; got some for {name!r}")

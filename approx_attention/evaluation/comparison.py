@@ -14,9 +14,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.evaluation.arms import MOST_SEEDS, Options, build_arms, check_range, method_arm, without_padding
+from approx_attention.evaluation.arms import MEAN, MOST_SEEDS, WINDOW, Options, build_arms, check_range, method_arm
 from approx_attention.evaluation.errors import output_error
-from approx_attention.evaluation.files import Tensors
+from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm, compile_arm
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from approx_attention.evaluation.timing import Timing, time_interleaved
@@ -205,40 +205,31 @@ def _flat(out: Array, log_weight: Array | None = None) -> Array:
 
 
 def run_comparison(
-    tensors: Tensors,
+    problem: Problem,
     methods: Iterable[str],
     budgets: Sequence[int],
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
     options: Options | None = None,
     window_size: int = 128,
     num_seeds: int = 3,
     seed: int = 0,
-    lengths: Any = None,
-    mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
     """Compares methods at several sizes with exact attention: `build_arms`, then `compare`.
 
-    Where ``lengths [B]`` or a ``mask [B, S]`` say that some tokens are padding, no method sees these, and errors are
-    those of real queries alone.
+    No method sees the padding of a `Problem`, and errors are those of real queries alone.
     """
     check_range("num_seeds", num_seeds, 1, MOST_SEEDS)
-    kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
-    tensors = without_padding(tensors, kv_mask)
-    arms = build_arms(tensors, methods, budgets, is_causal=is_causal, scale=scale, options=options, kv_mask=kv_mask)
-    size = min(window_size, tensors.key.shape[1])
-    window = method_arm(tensors, "local", size, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
+    arms = build_arms(problem, methods, budgets, options)
     return compare(
         arms,
-        *tensors,
+        *problem.tensors,
         exact=arms[0],
-        window=window,
+        window=method_arm(problem, WINDOW, min(window_size, problem.tensors.key.shape[1])),
         num_seeds=num_seeds,
         seed=seed,
-        mask=kv_mask,
+        mask=problem.kv_mask,
         on_progress=on_progress,
         on_row=on_row,
     )
@@ -261,9 +252,9 @@ def best_rows(rows: Sequence[Any]) -> set[int]:
 
 def no_better_than_mean(rows: Sequence[Any]) -> set[int]:
     """Indices of the approximations whose relative error is not below that of ``mean_value``, the trivial answer."""
-    least = min((row.relative_error for row in rows if row.method == "mean_value"), default=math.inf)
+    least = min((row.relative_error for row in rows if row.method == MEAN), default=math.inf)
     return {
         i
         for i, row in enumerate(rows)
-        if not (row.is_exact or row.method == "mean_value" or row.relative_error < least or math.isnan(least))
+        if not (row.is_exact or row.method == MEAN or row.relative_error < least or math.isnan(least))
     }

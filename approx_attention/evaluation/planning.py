@@ -13,6 +13,7 @@ import numpy as np
 from approx_attention.core import InputError
 from approx_attention.evaluation.arms import (
     BASELINES,
+    EXACT,
     MOST_SEEDS,
     Options,
     check_method,
@@ -21,15 +22,15 @@ from approx_attention.evaluation.arms import (
     default_methods,
     exact_arms,
     method_arm,
-    without_padding,
 )
 from approx_attention.evaluation.cache_bytes import token_bytes
 from approx_attention.evaluation.calibration import ROUNDING, calibrate, chosen_settings, first_sizes
 from approx_attention.evaluation.error_laws import Split, UnitErrors, split_units
 from approx_attention.evaluation.files import Tensors
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, cost, verdict
+from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm, compile_arm
-from approx_attention.evaluation.real_tokens import key_mask, query_mask
+from approx_attention.evaluation.real_tokens import query_mask
 from approx_attention.evaluation.timing import time_interleaved
 from approx_attention.registry import get_method
 
@@ -111,26 +112,23 @@ def plan(
     check_range("rounds", rounds, 1, MOST_SEEDS)
     check_range("seed", seed, 0, 2**31 - 1)
     names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
-    kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
-    taken = {name: check_method(name, is_causal) for name in names if name != "exact"}
+    problem = Problem.of(tensors, is_causal=is_causal, scale=scale, lengths=lengths, mask=mask)
+    tensors = problem.tensors
+    taken = {name: check_method(name, is_causal) for name in names if name != EXACT}
     names = list(taken)
     options = check_options(names, options)
-    tensors = without_padding(tensors, kv_mask)
-    real_queries = query_mask(kv_mask, tensors.query.shape[1])
+    real_queries = query_mask(problem.kv_mask, tensors.query.shape[1])
     split = split_units(tensors.query.shape, tensors.key.shape[2], held_out, seed, real_queries)
     rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
     # What exact attention holds, and every method that keeps all tokens.
     all_bytes = token_bytes(tensors)
-    arm_of = functools.cache(
-        lambda name, size: method_arm(  # compiled once
-            tensors, name, size, is_causal=is_causal, scale=scale, options=options.get(name), kv_mask=kv_mask
-        )
-    )
+    # Each is made once, and so compiled once.
+    arm_of = functools.cache(lambda name, size: method_arm(problem, name, size, options.get(name)))
     # Options that do not fit are said before anything is measured.
     num_keys = tensors.key.shape[1]
     for name in options:
         arm_of(name, None if get_method(name).size is None else next(iter(first_sizes(name, num_keys)), 1))
-    exact_forms = exact_arms(tensors, is_causal=is_causal, scale=scale, kv_mask=kv_mask)
+    exact_forms = exact_arms(problem)
     bench = _Bench(tensors, exact_forms[0], split)
     if not 0 < bench.exact.sum() < math.inf:
         raise InputError("the outputs of exact attention are all zero or not finite, and no error is relative to that")

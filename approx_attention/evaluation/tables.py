@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from approx_attention.evaluation.arms import MEAN
 from approx_attention.evaluation.comparison import Comparison, best_rows, no_better_than_mean
 from approx_attention.evaluation.error_laws import LEAST_HEADS
 from approx_attention.evaluation.layers import OverLayers
@@ -15,7 +16,7 @@ from approx_attention.evaluation.units import in_units, times
 # What marks rows in the tables.
 FRONTIER, TRIVIAL = " *", " !"
 PADDED_FOOTNOTE = "padding takes part in times, and not in errors"
-TRIVIAL_FOOTNOTE = "! error no smaller than that of `mean_value`"
+TRIVIAL_FOOTNOTE = f"! error no smaller than that of `{MEAN}`"
 
 
 def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *, is_padded: bool = False) -> Table:
