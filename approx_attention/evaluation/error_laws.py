@@ -43,20 +43,19 @@ class ErrorLaw:
     @classmethod
     def fit(cls, measured: Mapping[int, float]) -> "ErrorLaw":
         """The law of measured errors by size; an error of 0 counts as the least positive one."""
+        from scipy.optimize import isotonic_regression  # the command line starts faster without these
+        from scipy.stats import theilslopes
+
         sizes = sorted(measured)
         x = np.log(sizes)
+        # An error of 0 has no logarithm, and an infinite one no mean with others.
         least = float(np.finfo(np.float32).tiny)
         y = np.log([min(max(measured[size], least), LARGEST_ERROR) for size in sizes])
-        pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
-        slope = min(0.0, float(np.median(pairs))) if pairs else 0.0
-        # Neighbours that increase are pooled to their mean until none does.
-        pools: list[tuple[float, int]] = []
-        for value in y:
-            pools.append((float(value), 1))
-            while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
-                (late, many), (early, few) = pools.pop(), pools.pop()
-                pools.append(((early * few + late * many) / (few + many), few + many))
-        fitted = [math.exp(mean) for mean, count in pools for _ in range(count)]
+        # One size has no slope. An error that grows with the size is noise: beyond the sizes it stays as it is.
+        slope = 0.0
+        if len(sizes) > 1:
+            slope = min(0.0, float(theilslopes(y, x).slope))  # pyright: ignore[reportAttributeAccessIssue]
+        fitted = [math.exp(log) for log in isotonic_regression(y, increasing=False).x]
         return cls(tuple(sizes), tuple(fitted), slope)
 
     def error(self, size: float) -> float:
