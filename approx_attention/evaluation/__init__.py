@@ -4,7 +4,7 @@ from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_
 from approx_attention.evaluation.cache_bytes import held_bytes
 from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
 from approx_attention.evaluation.errors import OutputError, output_error, skill
-from approx_attention.evaluation.figures import draw_frontiers, draw_plan, light_grid, method_styles
+from approx_attention.evaluation.figures import draw_frontiers, draw_plan, figure_style, light_grid, method_styles
 from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
 from approx_attention.evaluation.kinds import comparison_kind, plan_kind
 from approx_attention.evaluation.planning import plan
@@ -14,7 +14,7 @@ from approx_attention.evaluation.programs import Arm, compile_arm, shared_progra
 from approx_attention.evaluation.results import environment, write_atomically
 from approx_attention.evaluation.runs import Interrupted, OnProgress, Task, only_run, run
 from approx_attention.evaluation.spectra import Spectrum, spectrum
-from approx_attention.evaluation.tables import comparison_table, plan_table
+from approx_attention.evaluation.tables import comparison_table, markdown_table, plan_table
 from approx_attention.evaluation.terminal import outputs, terminable
 from approx_attention.evaluation.timing import Timing, break_even, time_interleaved
 from approx_attention.evaluation.worst_query import SupError, sup_error
@@ -46,11 +46,13 @@ __all__ = [
     "draw_frontiers",
     "draw_plan",
     "environment",
+    "figure_style",
     "held_bytes",
     "light_grid",
     "load_layers",
     "load_sample",
     "load_tensors",
+    "markdown_table",
     "method_arm",
     "method_styles",
     "only_run",

@@ -1,10 +1,12 @@
-"""Comparisons and plans as tables for the terminal."""
+"""Comparisons and plans as tables for the terminal, and cells as a table in Markdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from tabulate import tabulate
 
 from approx_attention.evaluation.arms import MEAN
 from approx_attention.evaluation.comparison import Comparison, best_rows, no_better_than_mean
@@ -157,6 +159,22 @@ def picks_table(plans: Mapping[str, Plan], title: str) -> Table:
             )
         table.add_row(Text(layer), *cells)
     return table
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, others: Literal["left", "right"] = "right"
+) -> str:
+    """Rows of cells as a Markdown table, the first column left-aligned and the others as told.
+
+    Example:
+        >>> from approx_attention.evaluation import markdown_table
+        >>> print(markdown_table(["method", "ms"], [["`local`", "1.5"]]))
+        | method   |   ms |
+        |:---------|-----:|
+        | `local`  |  1.5 |
+    """
+    alignment = ["left", *[others] * (len(header) - 1)]
+    return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 
 
 def plain_table(title: str, caption: str, *columns: str) -> Table:
