@@ -47,7 +47,7 @@ class CommaSeparated(click.ParamType):
         self.name = f"{item.name},..."
 
     def convert(self, value, param, ctx):
-        """Splits the text and converts each item."""
+        """Split the text and convert each item."""
         if isinstance(value, tuple):
             return value
         items = [item.strip() for item in value.split(",") if item.strip()]
@@ -62,7 +62,7 @@ class MethodName(click.ParamType):
     name = "method"
 
     def convert(self, value, param, ctx):
-        """Accepts only names in the registry."""
+        """Accept only names in the registry."""
         if value not in METHODS:
             self.fail(unknown("method", value, METHODS), param, ctx)
         return value
@@ -74,7 +74,7 @@ class Option(click.ParamType):
     name = "method.option=value"
 
     def convert(self, value, param, ctx):
-        """Splits the text; a value that is no JSON is a text."""
+        """Split the text; a value that is no JSON is a text."""
         if isinstance(value, tuple):
             return value
         path, equals, text = value.partition("=")
@@ -94,7 +94,7 @@ class Directory(click.ParamType):
     name = "directory"
 
     def convert(self, value, param, ctx):
-        """Tells nothing from the current directory, which pathlib does not."""
+        """Refuse an empty name, which pathlib takes for the current directory."""
         if not str(value).strip():
             self.fail("give a directory; the current one is '.'", param, ctx)
         return pathlib.Path(value)
@@ -104,7 +104,7 @@ class Group(click.Group):
     """A group whose commands are interrupted in one line."""
 
     def invoke(self, ctx):
-        """Says which signal it was by the exit code."""
+        """Say by the exit code which signal it was."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as signal:
@@ -394,7 +394,7 @@ def _use_device(device: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use.
+    """Run the command line and return its exit code: 2, with one line that says why, for input it cannot use.
 
     Without arguments it takes those of the process, and ends that if it is interrupted.
     """

@@ -41,7 +41,7 @@ LABELS = {"mean_value": (0, (8, -4), "left"), "uniform_sample": (-1, (-8, -6), "
 
 
 def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draws error against cache bytes: the method in colour, the baselines named, all others grey."""
+    """Draw error against cache bytes: the method in colour, the baselines named, all others grey."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in document["rows"]:
         if not row["is_exact"]:

@@ -29,7 +29,7 @@ from docs.tables import capability_rows, cost_table, needs_table, sample_table, 
 
 
 def write(docs: pathlib.Path = DOCS) -> None:
-    """Makes every generated page anew, touching only what has changed."""
+    """Make every generated page anew, touching only what has changed."""
     pages: dict[str, str] = {"methods/index.md": methods_index(), "api/index.md": api_index()}
     pages |= {f"methods/{name}.md": method_page(name) for name in METHODS}
     pages |= {f"api/{topic}.md": topic_page(topic) for topic in TOPICS}

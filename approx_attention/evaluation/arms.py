@@ -24,7 +24,7 @@ MEAN, WINDOW = "mean_value", "local"
 BASELINES = (MEAN, WINDOW, "uniform_sample")
 # A budget above this is a mistake: its features alone would fill the memory.
 LARGEST_BUDGET = 2**20
-# More seeds than this take longer than anyone waits.
+# More seeds, or rounds of timing, than this take longer than anyone waits.
 MOST_SEEDS = 1000
 # The budget at which every method has its usual size: of many this is the size, others count blocks or slots per block.
 USUAL_BUDGET = 256
@@ -93,7 +93,11 @@ def build_arms(
 
 
 def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[str, Any] | None = None) -> Arm:
-    """One method at one size; ``InputError`` for options that it does not take."""
+    """One method at one size.
+
+    Raises:
+        InputError: options that it does not take.
+    """
     # The closure below must not hold the tensors.
     tensors, is_causal, scale, _ = problem
     method, mask = get_method(name), problem.mask
@@ -174,7 +178,7 @@ def exact_arms(problem: Problem) -> list[Arm]:
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raises ``InputError`` unless the value is an integer between these."""
+    """Raise ``InputError`` unless the value is an integer between these."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InputError(f"{name} must be an integer, got {value!r}")
     if not least <= value <= most:

@@ -52,6 +52,7 @@ def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], 
     if method.summarize is not None:
         summarize = functools.partial(method.summarize, **accepted(method.summarize, hyperparameters))
         return summary_bytes(jax.eval_shape(summarize, key, value, rng))
+    # A window is no summary of all keys, but its tokens are all that it needs.
     if method.size != "window_size" or method.size not in hyperparameters:
         return None
     size = hyperparameters[method.size]

@@ -24,7 +24,7 @@ from approx_attention.evaluation.timing import Timing, time_interleaved
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    r"""What an arm costs and loses. Errors are means over seeds, with their standard deviation beside them.
+    r"""What a configuration costs and loses. Errors are means over seeds, with their standard deviation.
 
     Attributes:
         method: name of the method.
@@ -34,7 +34,7 @@ class Comparison:
         compile_seconds: time to compile, apart from everything else.
         seconds: least time of a call.
         median_seconds: median time of a call.
-        speedup: time of the fastest exact arm over ``seconds``.
+        speedup: time of the fastest exact configuration over ``seconds``.
         relative_error: `OutputError.relative`.
         relative_error_std: its standard deviation over seeds.
         worst_row_error: `OutputError.worst_row`.
@@ -82,31 +82,31 @@ def compare(
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
-    """Measures what each arm costs and loses on the given tensors.
+    """Measure what each configuration costs and loses on the given tensors.
 
     Args:
-        arms: the arms; those that are exact set the baseline of speed, so give every exact form there is.
+        arms: the configurations; the exact ones set the baseline of speed, so give every exact form there is.
         query: ``[B, T, N, D]``.
         key: ``[B, S, K, D]``.
         value: ``[B, S, K, Dv]``.
-        exact: the arm whose outputs and log-normalisers are the truth.
+        exact: the configuration whose outputs and log-normalisers are the truth.
         window: the local window that ``far_error`` refers to.
-        num_seeds: draws over which the errors of random arms are averaged.
+        num_seeds: draws over which the errors of random methods are averaged.
         seed: the first seed.
-        rounds: how often each arm is timed, in turn with the others.
-        lengths: real tokens of each sequence, integers ``[B]``: errors are those of real queries alone. The arms must
-            hide the padded keys themselves. Where T differs from S all queries are real.
+        rounds: how often each is timed, in turn with the others.
+        lengths: real tokens of each sequence, integers ``[B]``: errors are those of real queries alone. The
+            functions must hide the padded keys themselves. Where T differs from S all queries are real.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
         on_progress: called with what is done next, the number of steps done and their total.
-        on_row: called with each arm as soon as its errors are known, for those who may be interrupted. Its times are
+        on_row: called with each as soon as its errors are known, for those who may be interrupted. Its times are
             then those of the calls that measured the errors.
 
     Returns:
-        A `Comparison` per arm, in their order.
+        A `Comparison` per configuration, in their order.
 
     Raises:
-        ValueError: no arm is exact.
-        InputError: an arm does not take these tensors, lengths or a mask that do not fit them.
+        ValueError: none is exact.
+        InputError: a method does not take these tensors, lengths or a mask that do not fit them.
 
     Example:
         >>> import functools, jax
@@ -143,6 +143,7 @@ def compare(
     # The sums over keys beyond the window, as a share of the exact normaliser: what is left of the exact output.
     far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
     far_norm = jnp.linalg.norm(far_part)
+    # Less is rounding, relative to which no error means anything.
     window_misses = bool(far_norm > 1e-5 * jnp.linalg.norm(_flat(exact_out)))
 
     kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
@@ -216,7 +217,7 @@ def run_comparison(
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
-    """Compares methods at several sizes with exact attention: `build_arms`, then `compare`.
+    """Compare methods at several sizes with exact attention: `build_arms`, then `compare`.
 
     No method sees the padding of a `Problem`, and errors are those of real queries alone.
     """

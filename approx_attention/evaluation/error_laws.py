@@ -12,7 +12,7 @@ from approx_attention.core import InputError
 
 # With fewer key heads than this, over all sequences, their spread cannot be told, and queries are held out instead.
 LEAST_HEADS = 8
-# So many runs of queries of each key head then take the place of heads.
+# Runs of queries of each key head that then take the place of heads.
 RUNS_OF_QUERIES = 16
 # Errors above this count as this where their logarithms are fitted.
 LARGEST_ERROR = 1e30
@@ -155,12 +155,13 @@ def split_units(
         raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]{padded}")
     random = np.random.default_rng(seed)
     order = random.permutation(len(groups))
-    # Each stratum gives its share, up to one unit.
+    # Each stratum gives its share, up to one unit: its units are spread evenly over the order, from a random start.
     rank = np.zeros(len(groups))
     for group in np.unique(groups):
         members = order[groups[order] == group]
         rank[members] = (np.arange(len(members)) + random.uniform()) / len(members)
     order = order[np.argsort(rank[order], kind="stable")]
+    # Two units at least are measured, for one has no spread.
     num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
     kept, given = order[:-num_held], order[-num_held:]
     return Split(by, sizes, groups, np.sort(kept), np.sort(given), query_mask)
@@ -199,14 +200,17 @@ class UnitErrors(NamedTuple):
         whole = math.log(self.relative(units))
         without = np.log(np.clip([self.relative(units[units != unit]) for unit in units], 1e-30, LARGEST_ERROR))
         strata = [groups == group for group in np.unique(groups)]
+        # Two units tell a variance with a single degree of freedom.
         if min(stratum.sum() for stratum in strata) < 3:
             strata = [np.ones(len(units), bool)]
+        # An error of unseen units has the variance of the mean of those measured, and that of its own mean.
         to_come = 1 + len(units) / len(split.held_out)
         parts = [
             (to_come * (s.sum() - 1) / s.sum() * float(np.sum((without[s] - without[s].mean()) ** 2)), s.sum() - 1)
             for s in strata
         ]
         if len(self.error) > 1:
+            # Squared norms have twice the logarithm of norms.
             logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
             parts.append((float(np.var(logs, ddof=1)) * (1 + 1 / len(logs)), len(logs) - 1))
         variance = sum(part for part, _ in parts)

@@ -169,6 +169,7 @@ def plan(
         bounded = [candidate(proposal) for proposal in proposals]
         return Plan(tolerance, max_bytes, max_seconds, "held_bytes", confidence, split, bounded, curves, None, told)
 
+    # What checks a choice must not be what made it: the seeds are others, as the units are.
     choosing, checking = range(seed + num_seeds, seed + 2 * num_seeds), range(seed, seed + num_seeds)
     for done, name in enumerate(names):
         on_progress(name, done, len(names) + 1)
@@ -202,6 +203,7 @@ def plan(
     on_part(so_far())
     on_progress("timing", len(names), len(names) + 1)
     checked = [bench.errors(arm, checking) for arm, *_ in proposals]
+    # Twice the usual patience, for there are many candidates.
     timings = time_interleaved(
         {str(i): bench.call(arm, seed) for i, (arm, *_) in enumerate(proposals)}, rounds=rounds, patience=60
     )
@@ -231,7 +233,7 @@ def _check_positive(name: str, value: float | None) -> None:
 
 
 class _Bench:
-    """Compiled arms on the tensors, and their errors against exact attention by unit."""
+    """Compiled configurations on the tensors, and their errors against exact attention by unit."""
 
     def __init__(self, tensors: Tensors, exact: Arm, split: Split):
         self.tensors, self.split = tensors, split

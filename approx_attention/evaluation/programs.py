@@ -16,7 +16,7 @@ from approx_attention.core import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One setting of one method, to be compared with exact attention.
+    """One configuration of one method, to be compared with exact attention.
 
     Attributes:
         method: its name.
@@ -42,16 +42,16 @@ class Arm:
 
 _Programs = dict[bytes, tuple[Callable[..., Any], float]]
 _shared_programs: contextvars.ContextVar[_Programs | None] = contextvars.ContextVar("shared_programs", default=None)
-# Each maps memory, and Linux grants a process only so many maps.
+# Each program maps memory, and Linux limits the maps of a process.
 _MOST_SHARED = 256
 
 
 @contextlib.contextmanager
 def shared_programs(programs: _Programs) -> Iterator[None]:
-    """Within this, arms that are the same computation are compiled once, as in layers of one shape.
+    """Within this, configurations that are the same computation are compiled once, as in layers of one shape.
 
     Args:
-        programs: those that are there. Arms that close over different arrays must not share them.
+        programs: those that are there. Functions that close over different arrays must not share them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,15 +70,16 @@ def shared_programs(programs: _Programs) -> Iterator[None]:
 
 
 def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Callable[..., Any], float]:
-    """The program of an arm for these tensors, and the seconds that it took to compile.
+    """The program of a configuration for these tensors, and the seconds that it took to compile.
 
     Raises:
-        InputError: the arm does not take them.
+        InputError: the method does not take them.
     """
     start = time.perf_counter()
     shared = _shared_programs.get()
     try:
         lowered = jax.jit(arm.function).lower(query, key, value, jax.random.key(0))
+        # Two functions are the same computation where their programs read alike.
         same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
         if shared is not None and same in shared:
             return shared[same]

@@ -75,7 +75,7 @@ def finite(document: Any) -> Any:
 def write_results(
     out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any]
 ) -> tuple[list[pathlib.Path], str]:
-    """Writes NAME.json and, where it can be drawn, NAME.png; each is whole or absent, and both are of one run.
+    """Write NAME.json and, where it can be drawn, NAME.png; each is whole or absent, and both are of one run.
 
     Args:
         out: an existing directory.
@@ -103,11 +103,12 @@ def write_results(
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file beside its place and then moves it there, so that it is never half written."""
+    """Write a file next to its place and then move it there, so that it is never half written."""
     descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
+        # A temporary file can be read by its owner alone.
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:

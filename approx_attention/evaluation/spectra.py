@@ -54,6 +54,7 @@ def spectrum(
     """
     q, k, _ = head_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
     real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    # A hidden logit is finite, so that a head without a real key gives zeros and not NaN.
     weights = jnp.where(real[None, :], jax.nn.softmax(jnp.where(real[None, :], q @ k.T, HIDDEN), axis=-1), 0)
     uniform = real.astype(weights.dtype) / jnp.maximum(jnp.sum(real), 1).astype(weights.dtype)
 

@@ -9,7 +9,7 @@ import jax
 
 
 class Timing(NamedTuple):
-    """Seconds per call over several calls."""
+    """Seconds per call over several calls: the least, to which other work adds nothing, and the median."""
 
     least: float
     median: float
@@ -18,7 +18,7 @@ class Timing(NamedTuple):
 def time_interleaved(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5, patience: float = 30.0
 ) -> dict[str, Timing]:
-    """Times compiled calls in turn, so that a busy moment of the machine falls on all of them.
+    """Time compiled calls in turn, so that a busy moment of the machine falls on all of them.
 
     Args:
         calls: functions without arguments, each already compiled; called once before the clock starts.

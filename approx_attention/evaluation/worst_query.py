@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.core import Summary, WeightedKV, attend, require_scaled_space, zero_padding
 
-# Radii from which the search for the worst query starts, in equal ratios down to a sixteenth at least.
+# Number of radii from which the search for the worst query starts, in equal ratios down to a sixteenth at least.
 NUM_SPHERES = 5
 
 
@@ -40,7 +40,7 @@ def sup_error(
     num_starts: int = 24,
     num_steps: int = 60,
 ) -> SupError:
-    r"""Searches a ball of queries for the one on which a summary is furthest from exact attention.
+    r"""Search a ball of queries for the one on which a summary is furthest from exact attention.
 
     .. math:: \max_{\|q\| \le \rho}
               \frac{\|\mathrm{attend}(q, (K, V)) - \mathrm{attend}(q, \mathrm{summary})\|_2}{\max_j \|v_j\|_2}
@@ -92,6 +92,7 @@ def sup_error(
     directions = jax.random.normal(key_random, (num_random, k.shape[-1]), k.dtype)
     some = jax.random.permutation(key_chosen, k.shape[0])[:num_keys]
     directions = jnp.concatenate([directions, k[some], -k[some]])
+    # A key of padding is zero, and stays so.
     directions = directions / jnp.maximum(jnp.linalg.norm(directions, axis=-1, keepdims=True), 1e-12)
     gradient = jax.grad(lambda q: jnp.sum(errors(q)))
 
@@ -102,6 +103,7 @@ def sup_error(
         def climb(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
             q, best_error, best_query = carry
             slope = gradient(q)
+            # Steps shrink as a cosine from 0.31 of the radius to 0.01: first to leave flat parts, then to settle.
             length = sphere * (0.15 * (1 + jnp.cos(jnp.pi * step / num_steps)) + 0.01)
             q = onto_ball(q + length * slope / jnp.maximum(jnp.linalg.norm(slope, axis=-1, keepdims=True), 1e-20))
             error = errors(q)
@@ -115,6 +117,7 @@ def sup_error(
         found = jnp.argmax(best_error)
         return SupError(best_error[found], best_query[found])
 
+    # Softmax does not see what all logits share, so that keys count from their mean.
     middle = jnp.sum(k, axis=0) / jnp.maximum(jnp.sum(tokens.mass), 1)
     away = jnp.sqrt(jnp.max(jnp.where(tokens.mass > 0, jnp.sum((k - middle[None, :]) ** 2, axis=-1), 0)))
     # Half the largest difference of logits is radius * away at most.

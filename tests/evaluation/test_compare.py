@@ -19,11 +19,13 @@ from approx_attention.evaluation import (
     draw_frontiers,
     load_sample,
     load_tensors,
+    method_styles,
     run_comparison,
     write_atomically,
 )
 from approx_attention.evaluation.arms import build_arms
 from approx_attention.evaluation.comparison import best_rows
+from approx_attention.registry import METHODS
 from tests.references import brute_force, random_heads
 
 
@@ -384,6 +386,13 @@ def test_a_method_without_a_causal_form_is_refused_for_causal_attention(tensors,
     monkeypatch.setattr(arms, "get_method", lambda name: blind if name == "mean_pool" else registry.METHODS[name])
     with pytest.raises(InputError, match="'mean_pool' has no causal form"):
         build_arms(Problem(load_tensors(tensors), is_causal=True), ["mean_pool"], [4])
+
+
+def test_no_two_methods_look_alike_in_figures():
+    for names in ([*METHODS], [*METHODS, "new"], [f"new {i}" for i in range(len(METHODS))]):
+        looks = method_styles(names)
+        assert list(looks) == names
+        assert len({tuple(look.values()) for look in looks.values()}) >= len(METHODS)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
