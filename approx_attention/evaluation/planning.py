@@ -96,8 +96,7 @@ def plan(
 
     Example:
         >>> import jax
-        >>> from approx_attention.evaluation import Tensors
-        >>> from approx_attention.evaluation import plan
+        >>> from approx_attention.evaluation import Tensors, plan
         >>> q, k, v = (0.1 * jax.random.normal(jax.random.key(i), (1, 64, 8, 8)) for i in range(3))
         >>> made = plan(Tensors(q, k, v + 1), tolerance=0.05, max_bytes=1000, methods=["mean_pool"], rounds=1)
         >>> made.pick.label, made.pick.meets
