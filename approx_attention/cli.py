@@ -1,6 +1,8 @@
 """The command line: ``approx-attention compare``, ``approx-attention plan`` and ``approx-attention methods``."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,28 +16,18 @@ import jax
 from approx_attention.core import InputError, unknown
 from approx_attention.evaluation import (
     Interrupted,
-    Kind,
     Layer,
     OnProgress,
     Plan,
+    Problem,
     Task,
-    compared_over_layers,
-    comparison_summary_table,
-    comparison_table,
+    comparison_kind,
     default_methods,
-    draw_compared_layers,
-    draw_frontiers,
-    draw_plan,
-    draw_planned_layers,
     load_layers,
     load_sample,
     only_run,
     outputs,
-    picks_table,
-    plan_document,
-    plan_summary_table,
-    plan_table,
-    planned_over_layers,
+    plan_kind,
     run,
     run_comparison,
     terminable,
@@ -55,7 +47,7 @@ class CommaSeparated(click.ParamType):
         self.name = f"{item.name},..."
 
     def convert(self, value, param, ctx):
-        """Splits the text and converts each item."""
+        """Split the text and convert each item."""
         if isinstance(value, tuple):
             return value
         items = [item.strip() for item in value.split(",") if item.strip()]
@@ -70,7 +62,7 @@ class MethodName(click.ParamType):
     name = "method"
 
     def convert(self, value, param, ctx):
-        """Accepts only names in the registry."""
+        """Accept only names in the registry."""
         if value not in METHODS:
             self.fail(unknown("method", value, METHODS), param, ctx)
         return value
@@ -82,7 +74,7 @@ class Option(click.ParamType):
     name = "method.option=value"
 
     def convert(self, value, param, ctx):
-        """Splits the text; a value that is no JSON is a text."""
+        """Split the text; a value that is no JSON is a text."""
         if isinstance(value, tuple):
             return value
         path, equals, text = value.partition("=")
@@ -102,26 +94,17 @@ class Directory(click.ParamType):
     name = "directory"
 
     def convert(self, value, param, ctx):
-        """Tells nothing from the current directory, which pathlib does not."""
+        """Refuse an empty name, which pathlib takes for the current directory."""
         if not str(value).strip():
             self.fail("give a directory; the current one is '.'", param, ctx)
         return pathlib.Path(value)
-
-
-def _by_method(settings: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
-    options: dict[str, dict[str, Any]] = {}
-    for method, option, value in settings:
-        if option in options.setdefault(method, {}):
-            raise InputError(f"--set gives {method}.{option} twice")
-        options[method][option] = value
-    return options
 
 
 class Group(click.Group):
     """A group whose commands are interrupted in one line."""
 
     def invoke(self, ctx):
-        """Says which signal it was by the exit code."""
+        """Say by the exit code which signal it was."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as signal:
@@ -183,8 +166,41 @@ _ON_TENSORS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the commands that measure have in common, as it was given."""
+
+    file: pathlib.Path | None
+    q_name: str
+    k_name: str
+    v_name: str
+    layers: str | None
+    lengths: str | None
+    mask: str | None
+    causal: bool | None
+    scale: float | None
+    names: tuple[str, ...] | None
+    options: tuple[tuple[str, str, Any], ...]
+    seeds: int
+    seed: int
+    device: str | None
+    out: pathlib.Path
+
+    def options_by_method(self) -> dict[str, dict[str, Any]]:
+        """The hyper-parameters by the name of the method."""
+        options: dict[str, dict[str, Any]] = {}
+        for method, option, value in self.options:
+            if option in options.setdefault(method, {}):
+                raise InputError(f"--set gives {method}.{option} twice")
+            options[method][option] = value
+        return options
+
+
 def on_tensors(name: str, least_seeds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What the commands that measure have in common: FILE, its arrays, the methods, and where results NAME go."""
+    """What the commands that measure have in common: FILE, its arrays, the methods, and where results NAME go.
+
+    The command gets it as its first argument, `Given`.
+    """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         seeds = click.option(
@@ -202,9 +218,15 @@ def on_tensors(name: str, least_seeds: int) -> Callable[[Callable[..., None]], C
             help=f"Directory for {name}.json and {name}.png. Those of an earlier run are replaced; of two runs at once "
             "each needs its own.",
         )
+
+        @functools.wraps(command)
+        def gathered(**parameters: Any) -> None:
+            given = Given(**{field.name: parameters.pop(field.name) for field in dataclasses.fields(Given)})
+            command(given, **parameters)
+
         for option in (out, *reversed((*_ON_TENSORS[:-2], seeds, *_ON_TENSORS[-2:]))):
-            command = option(command)
-        return command
+            gathered = option(gathered)
+        return gathered
 
     return add
 
@@ -233,17 +255,7 @@ _WINDOW = (
     show_default=True,
     help="Where the far part begins: beyond this window, which is one of `local`.",
 )
-def compare(
-    names: tuple[str, ...] | None,
-    options: tuple[tuple[str, str, Any], ...],
-    scale: float | None,
-    budgets: tuple[int, ...],
-    seeds: int,
-    seed: int,
-    window: int,
-    out: pathlib.Path,
-    **given: Any,
-) -> None:
+def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
     """What does each approximation cost and lose, on the tensors in FILE?
 
     FILE is an .npz or .safetensors file with queries, keys and values, each [T, D], [T, N, D] or [B, T, N, D]; keys and
@@ -251,12 +263,13 @@ def compare(
 
     Results are written before they are printed. A run that is interrupted writes what it has measured.
     """
-    with _task("compare", out, scale, names, **given) as task:
+    with _task("compare", given) as task:
+        options = given.options_by_method()
         settings = task.settings | {
-            "options": _by_method(options),
+            "options": options,
             "budgets": list(budgets),
-            "num_seeds": seeds,
-            "seed": seed,
+            "num_seeds": given.seeds,
+            "seed": given.seed,
             "window_size": window,
         }
 
@@ -268,31 +281,18 @@ def compare(
                 keep(so_far)
 
             return run_comparison(
-                layer.tensors,
+                Problem.of(layer.tensors, is_causal=task.is_causal, scale=given.scale, mask=layer.kv_mask),
                 task.names,
                 budgets,
-                is_causal=task.is_causal,
-                scale=scale,
-                options=_by_method(options),
+                options=options,
                 window_size=window,
-                num_seeds=seeds,
-                seed=seed,
-                mask=layer.kv_mask,
+                num_seeds=given.seeds,
+                seed=given.seed,
                 on_progress=on_progress,
                 on_row=keep_row,
             )
 
-        kind = Kind(
-            name="compare",
-            rows=lambda rows: rows,
-            more=lambda rows: {},
-            shown=lambda rows, title: [comparison_table(rows, title, window, is_padded=task.is_padded)],
-            draw=draw_frontiers,
-            over_layers=compared_over_layers,
-            summary=lambda results, title: [comparison_summary_table(compared_over_layers(results), title)],
-            draw_layers=draw_compared_layers,
-        )
-        run(task, settings, kind, measure)
+        run(task, settings, comparison_kind(window, is_padded=task.is_padded), measure)
 
 
 @approx_attention.command()
@@ -305,18 +305,12 @@ def compare(
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
 def plan(
-    names: tuple[str, ...] | None,
-    options: tuple[tuple[str, str, Any], ...],
-    scale: float | None,
-    seeds: int,
-    seed: int,
+    given: Given,
     tolerance: float,
     max_bytes: int | None,
     max_milliseconds: float | None,
     held_out: float,
     confidence: float,
-    out: pathlib.Path,
-    **given: Any,
 ) -> None:
     """Which method, of what size, stays below a tolerance on the tensors in FILE, and is the cheapest?
 
@@ -333,12 +327,13 @@ def plan(
     max_seconds = None if max_milliseconds is None else max_milliseconds / 1e3
     if max_seconds is not None and not 0 < max_seconds < 1e30:
         raise InputError(f"--max-milliseconds must be a positive number, got {max_milliseconds}")
-    with _task("plan", out, scale, names, **given) as task:
+    with _task("plan", given) as task:
+        options = given.options_by_method()
         settings = task.settings | {
-            "options": _by_method(options),
+            "options": options,
             "held_out": held_out,
-            "num_seeds": seeds,
-            "seed": seed,
+            "num_seeds": given.seeds,
+            "seed": given.seed,
         }
 
         def measure(layer: Layer, keep: Callable[[Plan], None], on_progress: OnProgress) -> Plan:
@@ -348,66 +343,43 @@ def plan(
                 max_bytes=max_bytes,
                 max_seconds=max_seconds,
                 is_causal=task.is_causal,
-                scale=scale,
+                scale=given.scale,
                 methods=task.names,
-                options=_by_method(options),
+                options=options,
                 held_out=held_out,
                 confidence=confidence,
-                num_seeds=seeds,
-                seed=seed,
+                num_seeds=given.seeds,
+                seed=given.seed,
                 mask=layer.kv_mask,
                 on_progress=on_progress,
                 on_part=keep,
             )
 
-        kind = Kind(
-            name="plan",
-            rows=lambda made: made.candidates,
-            more=lambda made: {"plan": plan_document(made)},
-            shown=lambda made, title: [plan_table(made, title), made.verdict],
-            draw=draw_plan,
-            over_layers=planned_over_layers,
-            summary=lambda plans, title: [
-                picks_table(plans, title),
-                plan_summary_table(planned_over_layers(plans), title),
-            ],
-            draw_layers=draw_planned_layers,
-        )
-        run(task, settings, kind, measure)
+        run(task, settings, plan_kind(), measure)
 
 
 @contextlib.contextmanager
-def _task(
-    kind: str,
-    out: pathlib.Path,
-    scale: float | None,
-    names: tuple[str, ...] | None,
-    *,
-    file: pathlib.Path | None,
-    q_name: str,
-    k_name: str,
-    v_name: str,
-    causal: bool | None,
-    device: str | None,
-    **arrays: str | None,
-) -> Iterator[Task]:
+def _task(kind: str, given: Given) -> Iterator[Task]:
     """The tensors and methods, once there is somewhere to write, where no other run writes meanwhile."""
+    file, scale = given.file, given.scale
+    # A range of click lets it pass.
     if scale is not None and math.isnan(scale):
         raise InputError("--scale must be a positive number, got nan")
+    arrays = {"layers": given.layers, "lengths": given.lengths, "mask": given.mask}
     arrays = {option: name for option, name in arrays.items() if name is not None}
     if file is None and arrays:
         options = " and ".join(f"--{option}" for option in arrays)
         raise InputError(f"{options} can only be given with a FILE; the sample is one layer without padding")
-    _use_device(device)
+    _use_device(given.device)
     loaded = {"": Layer(load_sample(), None)}
     if file is not None:
-        loaded = load_layers(file, (q_name, k_name, v_name), **arrays)
-    is_causal = file is None if causal is None else causal
-    chosen = names or tuple(default_methods(is_causal))
+        loaded = load_layers(file, (given.q_name, given.k_name, given.v_name), **arrays)
+    is_causal = file is None if given.causal is None else given.causal
+    chosen = given.names or tuple(default_methods(is_causal))
     source = "the shipped sample" if file is None else file.name
     settings = {"source": source, "is_causal": is_causal, "scale": scale, "methods": list(chosen), **arrays}
-    with only_run(out, kind):
-        yield Task(out, source, loaded, is_causal, chosen, settings)
+    with only_run(given.out, kind):
+        yield Task(given.out, source, loaded, is_causal, chosen, settings)
 
 
 def _use_device(device: str | None) -> None:
@@ -422,7 +394,7 @@ def _use_device(device: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 2, with one line that says why, for input it cannot use.
+    """Run the command line and return its exit code: 2, with one line that says why, for input it cannot use.
 
     Without arguments it takes those of the process, and ends that if it is interrupted.
     """

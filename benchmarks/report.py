@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
-from approx_attention.evaluation import break_even
+from approx_attention.evaluation import break_even, markdown_table
 
 # Times are not known to less: a method that is not faster by this share is not faster.
 MARGIN = 0.05
@@ -467,9 +466,3 @@ def _ms(seconds: float) -> str:
 
 def _mib(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / 2**20:.3g}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a Markdown table, the first column left-aligned and the others right."""
-    alignment = ["left", *["right"] * (len(header) - 1)]
-    return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)

@@ -10,7 +10,7 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from benchmarks.report import markdown_table
+from approx_attention.evaluation import markdown_table
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scaling.md"
 

@@ -22,7 +22,7 @@ class Page(html.parser.HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Notes what a tag links to and what it can be reached by."""
+        """Note what a tag links to and what it can be reached by."""
         for name, value in attrs:
             if name in ("href", "src") and value:
                 self.links.append(value)
@@ -62,7 +62,7 @@ def missing_files(text: str, folders: Iterable[pathlib.Path]) -> list[str]:
 
 
 def main(site: pathlib.Path) -> int:
-    """Prints what is broken, and how many external links there are."""
+    """Print what is broken, and how many external links there are."""
     broken, external = broken_links(site)
     texts = [file for file in (ROOT / "docs").rglob("*.md") if "_build" not in file.parts]
     broken += [

@@ -8,10 +8,11 @@ from typing import Any
 
 from approx_attention.evaluation import write_atomically
 from experiments import plots
+from experiments.cells import count, table
 from experiments.claims import SCALES, Against, Finding, Metric, device_name, judge, read_claims
 from experiments.config import ConfigError, ConfigFile, read_config_file
 from experiments.runs import CONFIGS, results_of, run_directory
-from experiments.tables import count, table, tables
+from experiments.tables import tables
 
 
 def render(root: pathlib.Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from approx_attention.evaluation import write_atomically
-from docs import pages
+from docs import names
 
 LISTING = pathlib.Path(__file__).parent / "public_api.txt"
 
@@ -15,13 +15,13 @@ LISTING = pathlib.Path(__file__).parent / "public_api.txt"
 def render() -> str:
     """A line per public name, and one per public method or property of a class."""
     return (
-        "\n".join(line for name in sorted(pages.places()) for line in describe(name, pages.public_object(name))) + "\n"
+        "\n".join(line for name in sorted(names.places()) for line in describe(name, names.public_object(name))) + "\n"
     )
 
 
 def describe(name: str, thing: Any) -> Iterable[str]:
     """The lines of a name."""
-    if name in pages.DATA:
+    if name in names.DATA:
         yield f"{name}: {', '.join(thing)}"
     elif inspect.isclass(thing):
         make = thing.__new__ if issubclass(thing, tuple) else thing.__init__

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from approx_attention.evaluation import BASELINES, break_even, write_atomically
-from approx_attention.evaluation.comparison import in_units
+from approx_attention.evaluation import BASELINES, break_even, markdown_table, write_atomically
+from approx_attention.evaluation.units import in_units
 from approx_attention.registry import METHODS, capability_table
 from benchmarks.report import (
     MARGIN,
@@ -15,7 +15,6 @@ from benchmarks.report import (
     break_even_length,
     from_length,
     machine,
-    markdown_table,
     sizes,
 )
 from experiments.config import read_config_file

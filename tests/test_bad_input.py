@@ -23,8 +23,8 @@ from approx_attention.coresets import (
     running_coreset,
 )
 from approx_attention.decoding import pyramid_budgets, shared_sizes, token_budget
-from approx_attention.evaluation import Tensors
-from approx_attention.evaluation.comparison import build_arms
+from approx_attention.evaluation import Problem, Tensors
+from approx_attention.evaluation.arms import build_arms
 from approx_attention.methods import running_exact
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
 
@@ -137,7 +137,7 @@ def test_whether_attention_is_causal_is_known(value):
     with pytest.raises(TypeError, match=message):
         linen.ApproxAttention("exact", is_causal=value)
     with pytest.raises(TypeError, match=message):
-        build_arms(Tensors(*TENSORS), ["favor"], [4], is_causal=value, scale=None)
+        build_arms(Problem(Tensors(*TENSORS), is_causal=value), ["favor"], [4])
     with pytest.raises(TypeError, match="return_residual must be True or False"):
         plain_attention(*TENSORS, method="exact", return_residual=value)
 

@@ -12,8 +12,9 @@ import typing
 import pytest
 
 import approx_attention
+from approx_attention import METHODS
 from benchmarks import report, wire
-from docs import check, pages
+from docs import check, comparisons, names, pages, tables
 from experiments.claims import Verdict, read_claims
 from tests import readme
 
@@ -117,14 +118,14 @@ def test_files_that_the_texts_name_exist(text):
     assert not [name for name in missing if text in TEXTS or not name.startswith(made_at_build)]
 
 
-@pytest.mark.parametrize("name", pages.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_page(name):
     page = pages.method_page(name)
-    method = pages.METHODS[name]
+    method = METHODS[name]
     assert f"autofunction:: approx_attention.{method.function.__name__}\n" in page
     assert method.reference in page
     assert (f"{name}.svg" in page) == (name != "exact")
-    rows = pages.comparison(pages.measured_methods().get(name, pages.COMPARISONS[0]))["rows"]
+    rows = comparisons.comparison(comparisons.measured_methods().get(name, comparisons.COMPARISONS[0]))["rows"]
     errors = [f"{row['relative_error']:.2g}" for row in rows if row["method"] == name]
     assert errors
     assert all(error in page for error in errors)
@@ -135,9 +136,9 @@ def test_the_pages_are_written_and_stale_ones_go(tmp_path):
     (tmp_path / "methods" / "of_old.md").write_text("gone")
     pages.write(tmp_path)
     written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.md")}
-    assert {f"{page}.md" for page in pages.places().values()} <= written
+    assert {f"{page}.md" for page in names.places().values()} <= written
     assert "methods/of_old.md" not in written
-    assert {file.stem for file in tmp_path.rglob("*.svg")} == set(pages.measured_methods())
+    assert {file.stem for file in tmp_path.rglob("*.svg")} == set(comparisons.measured_methods())
     assert "scaling" not in (tmp_path / "results" / "index.md").read_text()
     (tmp_path / "scaling.md").write_text("# Scaling")
     assert "scaling" in pages.results_pages(tmp_path)["index"]
@@ -145,10 +146,10 @@ def test_the_pages_are_written_and_stale_ones_go(tmp_path):
 
 def test_the_verdicts_on_the_page_are_those_of_the_report():
     claims = read_claims(ROOT / "experiments" / "claims.yaml")
-    verdicts = pages.verdicts()
+    verdicts = tables.verdicts()
     assert [claim for _, _, claim in verdicts] == [claim.statement for claim in claims]
     for (family, verdict, _), claim in zip(verdicts, claims, strict=True):
-        assert verdict in pages.VERDICTS == typing.get_args(Verdict)
+        assert verdict in tables.VERDICTS == typing.get_args(Verdict)
         assert claim.study.startswith(f"{family}/")
 
 
@@ -159,13 +160,15 @@ def docstrings():
         things = [value for value in vars(loaded).values() if getattr(value, "__module__", None) == module.name]
         things += [getattr(x, "__func__", x) for cls in things if inspect.isclass(cls) for x in vars(cls).values()]
         for thing in filter(callable, things):
-            if section := pages.reference_section(thing):
+            if section := names.reference_section(thing):
                 yield section
 
 
 def entries():
     """The citation keys of the bibliography."""
-    return re.findall(r"^@\w+\{(\w+),$", (pages.DOCS / "references.bib").read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(
+        r"^@\w+\{(\w+),$", (comparisons.DOCS / "references.bib").read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def test_the_bibliography_has_every_source():
@@ -177,12 +180,12 @@ def test_the_bibliography_has_every_source():
 
 
 def test_every_method_cites_its_source():
-    for name, method in pages.METHODS.items():
-        assert pages.sources(method) or method.reference == "baseline", name
+    for name, method in METHODS.items():
+        assert names.sources(method) or method.reference == "baseline", name
 
 
 def test_entries_of_the_bibliography_are_told_apart():
-    text = (pages.DOCS / "references.bib").read_text(encoding="utf-8")
+    text = (comparisons.DOCS / "references.bib").read_text(encoding="utf-8")
     assert all(line.count("{") == line.count("}") for line in text.splitlines() if line.startswith("  "))
     assert len(entries()) == text.count("\n@") + 1 == len(set(entries()))
 

@@ -1,7 +1,8 @@
 """The public API is what is written down: no name or signature changes unnoticed, and all of it is documented."""
 
 import approx_attention
-from docs import pages
+from approx_attention import METHODS
+from docs import names
 from tests import public_api
 
 
@@ -16,17 +17,17 @@ def test_the_public_names_and_signatures_are_those_on_file():
 
 
 def test_every_public_name_has_one_page():
-    documented = [name.removeprefix("approx_attention.") for name in pages.places()]
+    documented = [name.removeprefix("approx_attention.") for name in names.places()]
     top = [name for name in documented if "." not in name]
     assert sorted(top) == sorted(approx_attention.__all__)
-    topics = [part for _, _, parts in pages.TOPICS.values() for part in parts]
-    methods = [part for name in pages.METHODS for part in pages.method_names(name)]
+    topics = [part for _, _, parts in names.TOPICS.values() for part in parts]
+    methods = [part for name in METHODS for part in names.method_names(name)]
     assert len(set(topics + methods)) == len(topics + methods)
     assert {part for part in topics + methods if "." not in part} == {*top} - {"METHODS"}  # on the list of methods
 
 
 def test_every_public_name_has_a_docstring():
     bare = [
-        name for name in pages.places() if name not in pages.DATA and not pages.first_line(pages.public_object(name))
+        name for name in names.places() if name not in names.DATA and not names.first_line(names.public_object(name))
     ]
     assert not bare

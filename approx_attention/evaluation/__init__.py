@@ -1,48 +1,23 @@
 """Errors and times on your own tensors: compare and plan, the files they read, the tables and figures they write."""
 
-from approx_attention.evaluation.comparison import (
-    BASELINES,
-    LARGEST_LOGITS,
-    comparison_table,
-    default_methods,
-    draw_frontiers,
-    environment,
-    held_bytes,
-    method_arm,
-    run_comparison,
-    write_atomically,
-)
-from approx_attention.evaluation.diagnostics import (
-    Arm,
-    Comparison,
-    OutputError,
-    Spectrum,
-    SupError,
-    Timing,
-    break_even,
-    compare,
-    compile_arm,
-    output_error,
-    shared_programs,
-    skill,
-    spectrum,
-    sup_error,
-    time_interleaved,
-)
-from approx_attention.evaluation.figures import light_grid, method_styles
+from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_methods, method_arm
+from approx_attention.evaluation.cache_bytes import held_bytes
+from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
+from approx_attention.evaluation.errors import OutputError, output_error, skill
+from approx_attention.evaluation.figures import draw_frontiers, draw_plan, figure_style, light_grid, method_styles
 from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
-from approx_attention.evaluation.layers import (
-    compared_over_layers,
-    comparison_summary_table,
-    draw_compared_layers,
-    draw_planned_layers,
-    picks_table,
-    plan_summary_table,
-    planned_over_layers,
-)
-from approx_attention.evaluation.planning import Candidate, Curve, Plan, draw_plan, plan, plan_document, plan_table
-from approx_attention.evaluation.runs import Interrupted, Kind, OnProgress, Task, only_run, run
+from approx_attention.evaluation.kinds import comparison_kind, plan_kind
+from approx_attention.evaluation.planning import plan
+from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
+from approx_attention.evaluation.problem import Problem
+from approx_attention.evaluation.programs import Arm, compile_arm, shared_programs
+from approx_attention.evaluation.results import environment, write_atomically
+from approx_attention.evaluation.runs import Interrupted, OnProgress, Task, only_run, run
+from approx_attention.evaluation.spectra import Spectrum, spectrum
+from approx_attention.evaluation.tables import comparison_table, markdown_table, plan_table
 from approx_attention.evaluation.terminal import outputs, terminable
+from approx_attention.evaluation.timing import Timing, break_even, time_interleaved
+from approx_attention.evaluation.worst_query import SupError, sup_error
 
 __all__ = [
     "BASELINES",
@@ -52,11 +27,11 @@ __all__ = [
     "Comparison",
     "Curve",
     "Interrupted",
-    "Kind",
     "Layer",
     "OnProgress",
     "OutputError",
     "Plan",
+    "Problem",
     "Spectrum",
     "SupError",
     "Task",
@@ -64,32 +39,29 @@ __all__ = [
     "Timing",
     "break_even",
     "compare",
-    "compared_over_layers",
-    "comparison_summary_table",
+    "comparison_kind",
     "comparison_table",
     "compile_arm",
     "default_methods",
-    "draw_compared_layers",
     "draw_frontiers",
     "draw_plan",
-    "draw_planned_layers",
     "environment",
+    "figure_style",
     "held_bytes",
     "light_grid",
     "load_layers",
     "load_sample",
     "load_tensors",
+    "markdown_table",
     "method_arm",
     "method_styles",
     "only_run",
     "output_error",
     "outputs",
-    "picks_table",
     "plan",
     "plan_document",
-    "plan_summary_table",
+    "plan_kind",
     "plan_table",
-    "planned_over_layers",
     "run",
     "run_comparison",
     "shared_programs",

@@ -12,7 +12,7 @@ from approx_attention.core import InputError
 
 # With fewer key heads than this, over all sequences, their spread cannot be told, and queries are held out instead.
 LEAST_HEADS = 8
-# So many runs of queries of each key head then take the place of heads.
+# Runs of queries of each key head that then take the place of heads.
 RUNS_OF_QUERIES = 16
 # Errors above this count as this where their logarithms are fitted.
 LARGEST_ERROR = 1e30
@@ -31,7 +31,6 @@ class ErrorLaw:
         slope: of log error against log size, at most 0.
 
     Example:
-        >>> from approx_attention.evaluation import ErrorLaw
         >>> law = ErrorLaw.fit({16: 0.4, 64: 0.2, 256: 0.1})  # falls as the square root
         >>> round(law.slope, 3), round(law.error(1024), 3), round(law.size(0.15))
         (-0.5, 0.05, 114)
@@ -44,20 +43,19 @@ class ErrorLaw:
     @classmethod
     def fit(cls, measured: Mapping[int, float]) -> "ErrorLaw":
         """The law of measured errors by size; an error of 0 counts as the least positive one."""
+        from scipy.optimize import isotonic_regression  # the command line starts faster without these
+        from scipy.stats import theilslopes
+
         sizes = sorted(measured)
         x = np.log(sizes)
+        # An error of 0 has no logarithm, and an infinite one no mean with others.
         least = float(np.finfo(np.float32).tiny)
         y = np.log([min(max(measured[size], least), LARGEST_ERROR) for size in sizes])
-        pairs = [(y[j] - y[i]) / (x[j] - x[i]) for i in range(len(x)) for j in range(i + 1, len(x))]
-        slope = min(0.0, float(np.median(pairs))) if pairs else 0.0
-        # Neighbours that increase are pooled to their mean until none does.
-        pools: list[tuple[float, int]] = []
-        for value in y:
-            pools.append((float(value), 1))
-            while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
-                (late, many), (early, few) = pools.pop(), pools.pop()
-                pools.append(((early * few + late * many) / (few + many), few + many))
-        fitted = [math.exp(mean) for mean, count in pools for _ in range(count)]
+        # One size has no slope. An error that grows with the size is noise: beyond the sizes it stays as it is.
+        slope = 0.0
+        if len(sizes) > 1:
+            slope = min(0.0, float(theilslopes(y, x).slope))  # pyright: ignore[reportAttributeAccessIssue]
+        fitted = [math.exp(log) for log in isotonic_regression(y, increasing=False).x]
         return cls(tuple(sizes), tuple(fitted), slope)
 
     def error(self, size: float) -> float:
@@ -157,12 +155,13 @@ def split_units(
         raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]{padded}")
     random = np.random.default_rng(seed)
     order = random.permutation(len(groups))
-    # Each stratum gives its share, up to one unit.
+    # Each stratum gives its share, up to one unit: its units are spread evenly over the order, from a random start.
     rank = np.zeros(len(groups))
     for group in np.unique(groups):
         members = order[groups[order] == group]
         rank[members] = (np.arange(len(members)) + random.uniform()) / len(members)
     order = order[np.argsort(rank[order], kind="stable")]
+    # Two units at least are measured, for one has no spread.
     num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
     kept, given = order[:-num_held], order[-num_held:]
     return Split(by, sizes, groups, np.sort(kept), np.sort(given), query_mask)
@@ -175,7 +174,7 @@ class UnitErrors(NamedTuple):
     exact: np.ndarray
 
     def relative(self, units: np.ndarray) -> float:
-        """The relative error of these units together, mean over seeds: what `diagnostics.compare` reports of all.
+        """The relative error of these units together, mean over seeds: what `compare` reports of all.
 
         Outputs that are no numbers make it infinite.
         """
@@ -201,14 +200,17 @@ class UnitErrors(NamedTuple):
         whole = math.log(self.relative(units))
         without = np.log(np.clip([self.relative(units[units != unit]) for unit in units], 1e-30, LARGEST_ERROR))
         strata = [groups == group for group in np.unique(groups)]
+        # Two units tell a variance with a single degree of freedom.
         if min(stratum.sum() for stratum in strata) < 3:
             strata = [np.ones(len(units), bool)]
+        # An error of unseen units has the variance of the mean of those measured, and that of its own mean.
         to_come = 1 + len(units) / len(split.held_out)
         parts = [
             (to_come * (s.sum() - 1) / s.sum() * float(np.sum((without[s] - without[s].mean()) ** 2)), s.sum() - 1)
             for s in strata
         ]
         if len(self.error) > 1:
+            # Squared norms have twice the logarithm of norms.
             logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
             parts.append((float(np.var(logs, ddof=1)) * (1 + 1 / len(logs)), len(logs) - 1))
         variance = sum(part for part, _ in parts)

@@ -56,7 +56,7 @@ class Layer(NamedTuple):
 
 
 def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q", "k", "v")) -> Tensors:
-    """Reads q, k and v, each ``[T, D]``, ``[T, N, D]`` or ``[B, T, N, D]``, from an .npz or .safetensors file.
+    """Read q, k and v, each ``[T, D]``, ``[T, N, D]`` or ``[B, T, N, D]``, from an .npz or .safetensors file.
 
     Args:
         path: the file. Nothing in it is unpickled, and nothing larger than the file or the memory allocated.
@@ -79,7 +79,7 @@ def load_layers(
     lengths: str | None = None,
     mask: str | None = None,
 ) -> dict[str, Layer]:
-    """Reads q, k and v of one layer or several, with the lengths or the mask that say what is padding.
+    """Read q, k and v of one layer or several, with the lengths or the mask that say what is padding.
 
     The arrays of a layer are named after it: ``layer0.q``, ``layer0/q`` or ``layer0_q``, at any depth.
 
@@ -139,7 +139,7 @@ def _fits(layer: str, pattern: str) -> bool:
 
 
 def _by_number(name: str) -> list[tuple[int, int, str]]:
-    """Sorts layer2 before layer10."""
+    """Sort layer2 before layer10."""
     parts = re.split(r"(\d+)", name)
     return [(0, len(part.lstrip("0")), part) if part.isdecimal() else (1, 0, part) for part in parts]
 

@@ -23,7 +23,6 @@ def key_mask(key_shape: Sequence[int], *, lengths: Any = None, mask: Any = None)
         InputError: a shape or dtype that does not fit, a length out of range, a sequence without a real key.
 
     Example:
-        >>> from approx_attention.evaluation import key_mask
         >>> key_mask((2, 3, 1, 8), lengths=[3, 1]).tolist()
         [[True, True, True], [True, False, False]]
     """

@@ -11,9 +11,9 @@ import click
 import jax
 
 from approx_attention.core import InputError
-from approx_attention.evaluation.comparison import finite, report, write_results
-from approx_attention.evaluation.diagnostics import shared_programs
 from approx_attention.evaluation.files import Layer
+from approx_attention.evaluation.programs import shared_programs
+from approx_attention.evaluation.results import finite, report, write_results
 from approx_attention.evaluation.terminal import Terminated, end_if_asked, only_holder, progress, say
 
 OnProgress = Callable[[str, int, int], None]
@@ -94,7 +94,7 @@ def run(
     kind: Kind,
     measure: Callable[[Layer, Callable[[Any], None], OnProgress], Any],
 ) -> None:
-    """Measures every layer, writes what there is after each, also after an interrupt, and then prints it."""
+    """Measure every layer, write what there is after each, also after an interrupt, and then print it."""
     results: dict[str, Any] = {}
     has_layers = "" not in task.layers
     num_measured = 0
@@ -150,7 +150,7 @@ def run(
 
 
 def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> None:
-    """Keeps the measurements made until an error or an interrupt."""
+    """Keep the measurements made until an error or an interrupt."""
     where = "before anything was measured"
     if write:
         try:

@@ -28,13 +28,13 @@ class Output:
         self._is_lost = stream is None
 
     def write(self, text: str) -> int:
-        """Writes what the stream can show, and question marks in place of the rest."""
+        """Write what the stream can show, and question marks in place of the rest."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         self._try(lambda: self.stream.write(text.encode(encoding, "replace").decode(encoding)))
         return len(text)
 
     def flush(self) -> None:
-        """Flushes the stream."""
+        """Flush the stream."""
         self._try(lambda: self.stream.flush())
 
     def isatty(self) -> bool:
@@ -129,13 +129,13 @@ def _is_ending(error: BaseException | None) -> bool:
 
 
 def end_if_asked() -> None:
-    """Raises what a signal has asked for and Python has dropped."""
+    """Raise what a signal has asked for and Python has dropped."""
     if _heard:
         raise _heard[-1]
 
 
 def say(*things: Any) -> None:
-    """Prints texts and tables as they are: square brackets and colons in names are no markup."""
+    """Print texts and tables as they are: square brackets and colons in names are no markup."""
     console = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False, highlight=False)
     for thing in things:
         console.print(thing)

@@ -1,4 +1,8 @@
-"""Finite sets of generated examples, drawn once and kept on disk; what is read back is checked first."""
+"""Finite sets of generated examples, drawn once and kept on disk; what is read back is checked first.
+
+`joblib.Memory` does not do this: it cannot hash the closures that draw, keeps no checksum, does not notice when a
+function that the generator calls has changed, and unpickles what it finds.
+"""
 
 import hashlib
 import json
@@ -29,7 +33,7 @@ def finite(
     seed: int,
     folder: str | None = None,
 ) -> dict[str, Batch]:
-    """So many examples for each split, all of them different, from a file if there is one that holds them.
+    """Examples for each split, all of them different, from a file if there is one that holds them.
 
     A file is used only if its checksum holds, it names these settings, and its first examples are those that ``draw``
     gives now; else it is written anew, with a warning.
@@ -37,8 +41,8 @@ def finite(
     Args:
         name: the file's name begins with it.
         rule: the settings that the examples depend on.
-        draw: so many examples from a random generator.
-        counts: of each split.
+        draw: draws a number of examples from a random generator.
+        counts: the number of examples of each split.
         seed: of all splits together.
         folder: where the file is.
 

@@ -33,7 +33,7 @@ def score(result: Mapping[str, Any]) -> str:
 def draw_zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """By task: the methods by their score, and the score against the time of a layer and the error of the attention."""
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(5 * len(arms) + 0.5, 14), layout="constrained", dpi=130)
+    figure = Figure(figsize=(5 * len(arms) + 0.5, 14), dpi=130)
     panels = figure.subplots(3, len(arms), squeeze=False, height_ratios=(1.5, 1, 1))
     styles = method_styles(dict.fromkeys(name for run in runs for name in run["result"]["methods"]))
     handles: dict[str, Any] = {}
@@ -80,9 +80,7 @@ def draw_zoo(runs: Sequence[Mapping[str, Any]]) -> Figure:
         for axes in (ranked, in_time, by_error):
             light_grid(axes)
     columns = 2 + 2 * len(arms)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 
 
@@ -103,7 +101,7 @@ def above_exact(results: Sequence[Mapping[str, Any]], name: str, figure: str = "
 def draw_equal_time(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """By how much the methods are above exact attention after tuning, and before it against their error."""
     results = [run["result"] for run in runs]
-    figure = Figure(figsize=(11, 5.4), layout="constrained", dpi=150)
+    figure = Figure(figsize=(11, 5.4))
     ranked, by_error = figure.subplots(1, 2)
     styles = method_styles(results[0]["methods"])
     names = []
@@ -131,7 +129,7 @@ def draw_equal_time(runs: Sequence[Mapping[str, Any]]) -> Figure:
     )
     for axes in (ranked, by_error):
         light_grid(axes)
-    figure.legend(*by_error.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(*by_error.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     return figure
 
 
@@ -145,7 +143,7 @@ def draw_losses(runs: Sequence[Mapping[str, Any]]) -> Figure:
         for row, name in enumerate(names):
             if name in by_name:
                 factors[row, column] = by_name[name] / least
-    figure = Figure(figsize=(1.1 * len(errors) + 2.5, 0.3 * len(names) + 1.6), layout="constrained", dpi=150)
+    figure = Figure(figsize=(1.1 * len(errors) + 2.5, 0.3 * len(names) + 1.6))
     axes = figure.subplots()
     drawn = axes.imshow(np.log10(factors), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
     for (row, column), factor in np.ndenumerate(factors):

@@ -13,7 +13,15 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention.core import unknown
-from approx_attention.evaluation import Tensors, default_methods, held_bytes, load_sample, method_arm, output_error
+from approx_attention.evaluation import (
+    Problem,
+    Tensors,
+    default_methods,
+    held_bytes,
+    load_sample,
+    method_arm,
+    output_error,
+)
 from approx_attention.registry import METHODS
 from experiments.config import STRICT, Count, Seed, Several
 from experiments.coresets import instances
@@ -132,7 +140,7 @@ def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) ->
 
     @functools.cache
     def program(name: str, size: int | None) -> Any:
-        arm = method_arm(first, name, size, is_causal=config.is_causal, scale=None)
+        arm = method_arm(Problem(first, config.is_causal), name, size)
         return jax.jit(lambda *arguments: arm.function(*arguments)[0]), arm.held_bytes
 
     drawn = {family: draw(config, family) for family in config.families}

@@ -25,7 +25,7 @@ from approx_attention import (
 from approx_attention.core import PositiveFeatures, causal_state, hadamard, summary_bytes
 from approx_attention.coresets import ALGORITHMS, compress
 from approx_attention.decoding import attention_received
-from approx_attention.evaluation import diagnostics
+from approx_attention.evaluation import sup_error
 from approx_attention.methods import running_exact
 from approx_attention.sparse import BlockMap
 from tests.references import random_head
@@ -200,7 +200,7 @@ def running_of(scale):
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda small: diagnostics.sup_error(K, V, small, 1.0),
+        lambda small: sup_error(K, V, small, 1.0),
         lambda small: bounds.merge_bound(K, V, small, 1.0),
         lambda small: causal_state(K, K, V, running_of(0.3), block_size=4),
         lambda small: Decoder(running=running_of(0.3), head_dim=8, value_dim=3, block_size=4).attend(

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from approx_attention import InputError, cli
-from approx_attention.evaluation import Candidate, Plan, comparison_table, plan_table, runs, terminal
-from approx_attention.evaluation.comparison import no_better_than_mean, times
+from approx_attention.evaluation import Candidate, Plan, comparison_table, kinds, plan_table, runs, terminal
+from approx_attention.evaluation.comparison import no_better_than_mean
+from approx_attention.evaluation.units import times
 from tests.evaluation.test_compare import comparison, refusal, run
 from tests.references import random_heads
 
@@ -41,7 +42,7 @@ def measured(monkeypatch):
     """Comparisons that take no time; the test may have them end in an error."""
     ends = []
 
-    def compare(tensors, *args, on_row, **options):
+    def compare(*args, on_row, **options):
         for row in ROWS:
             on_row(row)
         if ends:
@@ -180,7 +181,7 @@ def test_results_that_cannot_be_written_are_printed(file, tmp_path, monkeypatch,
 def test_a_figure_is_of_the_run_of_its_results(file, tmp_path, monkeypatch, measured, capsys):
     out = tmp_path / "out"
     assert run("compare", file, "--out", out) == 0
-    monkeypatch.setattr(cli, "draw_frontiers", lambda *args: 1 / 0)
+    monkeypatch.setattr(kinds, "draw_frontiers", lambda *args: 1 / 0)
     assert run("compare", file, "--out", out) == 0
     assert [path.name for path in out.iterdir()] == ["compare.json"]
     assert "no figure: ZeroDivisionError: division by zero" in capsys.readouterr().out
@@ -349,7 +350,7 @@ def test_progress_is_a_line_for_each(file, tmp_path, capsys):
 
 
 def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("approx_attention.evaluation.diagnostics.compile_arm", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("approx_attention.evaluation.comparison.compile_arm", lambda *args: pytest.fail("measured"))
     monkeypatch.setattr("approx_attention.evaluation.planning.compile_arm", lambda *args: pytest.fail("measured"))
 
     def message(*options):
@@ -440,7 +441,7 @@ def test_layers_measured_before_an_interrupt(tmp_path, monkeypatch, capsys):
     np.savez(path, **{f"layer{i}.{n}": np.ones((8, 4), np.float32) for i in range(3) for n in "qkv"})
     calls = []
 
-    def compare(tensors, *args, on_row, **options):
+    def compare(*args, on_row, **options):
         calls.append(None)
         on_row(ROWS[0])
         if len(calls) == 2:

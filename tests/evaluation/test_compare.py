@@ -14,14 +14,18 @@ import pytest
 from approx_attention import InputError, attention, cli
 from approx_attention.evaluation import (
     Comparison,
+    Problem,
     comparison_table,
     draw_frontiers,
     load_sample,
     load_tensors,
+    method_styles,
     run_comparison,
     write_atomically,
 )
-from approx_attention.evaluation.comparison import best_rows, build_arms
+from approx_attention.evaluation.arms import build_arms
+from approx_attention.evaluation.comparison import best_rows
+from approx_attention.registry import METHODS
 from tests.references import brute_force, random_heads
 
 
@@ -141,7 +145,7 @@ def test_json_figure_and_table(tensors, tmp_path, capsys):
 
 def test_errors_are_those_of_the_outputs(tensors):
     loaded = load_tensors(tensors)
-    rows = run_comparison(loaded, ["mean_value", "local"], [16], is_causal=True, window_size=8, num_seeds=1)
+    rows = run_comparison(Problem(loaded, is_causal=True), ["mean_value", "local"], [16], window_size=8, num_seeds=1)
     row = next(row for row in rows if row.method == "mean_value")
     exact, mean, window, wider = [], [], [], []
     for n in range(4):
@@ -167,16 +171,14 @@ def test_errors_are_those_of_the_outputs(tensors):
 
 def test_sizes_that_count_other_things_are_in_proportion(tensors):
     names = ["mean_pool", "block_linformer", "bigbird"]
-    arms = build_arms(load_tensors(tensors), names, [8, 32, 512], is_causal=False, scale=None)
+    arms = build_arms(Problem(load_tensors(tensors)), names, [8, 32, 512])
     sizes = {name: [arm.size for arm in arms if arm.method == name] for name in names}
     # The sequence has 48 keys; usual are 256 landmarks, 16 slots per block and 3 random blocks.
     assert sizes == {"mean_pool": [8, 32, 48], "block_linformer": [1, 2, 32], "bigbird": [1, 6]}
 
 
 def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
-    arms = build_arms(
-        load_tensors(tensors), ["favor"], [8], is_causal=True, scale=None, options={"favor": {"block_size": 4}}
-    )
+    arms = build_arms(Problem(load_tensors(tensors), is_causal=True), ["favor"], [8], {"favor": {"block_size": 4}})
     query, key, value = load_tensors(tensors)
     arm = next(arm for arm in arms if arm.method == "favor")
     own = attention(
@@ -219,15 +221,12 @@ def test_options_are_those_of_the_method(tensors, tmp_path, capsys):
 
 def test_bytes_held(tensors):
     loaded = load_tensors(tensors)
-    held = {
-        arm.label: arm.held_bytes
-        for arm in build_arms(loaded, ["mean_pool", "favor"], [8], is_causal=False, scale=None)
-    }
+    held = {arm.label: arm.held_bytes for arm in build_arms(Problem(loaded), ["mean_pool", "favor"], [8])}
     assert held["exact"] == 48 * 16 * 4
     assert held["mean_value"] == held["mean_pool 8"] / 8 == (8 + 8 + 1) * 4
     assert held["favor 8"] == 8 * (8 + 1 + 1) * 4
     assert held["local 8"] == 15 * 16 * 4
-    causal = {arm.label: arm.held_bytes for arm in build_arms(loaded, ["mean_pool"], [8], is_causal=True, scale=None)}
+    causal = {arm.label: arm.held_bytes for arm in build_arms(Problem(loaded, is_causal=True), ["mean_pool"], [8])}
     assert causal["mean_pool 8"] == held["mean_pool 8"] + 2 * 128 * 16 * 4
     assert causal["local 8"] == 8 * 16 * 4
 
@@ -380,13 +379,20 @@ def test_a_method_without_a_causal_form_is_refused_for_causal_attention(tensors,
     import dataclasses
 
     from approx_attention import registry
-    from approx_attention.evaluation import comparison as compare
+    from approx_attention.evaluation import arms
 
     method = registry.METHODS["mean_pool"]
     blind = dataclasses.replace(method, capabilities=dataclasses.replace(method.capabilities, causal=False))
-    monkeypatch.setattr(compare, "get_method", lambda name: blind if name == "mean_pool" else registry.METHODS[name])
+    monkeypatch.setattr(arms, "get_method", lambda name: blind if name == "mean_pool" else registry.METHODS[name])
     with pytest.raises(InputError, match="'mean_pool' has no causal form"):
-        build_arms(load_tensors(tensors), ["mean_pool"], [4], is_causal=True, scale=None)
+        build_arms(Problem(load_tensors(tensors), is_causal=True), ["mean_pool"], [4])
+
+
+def test_no_two_methods_look_alike_in_figures():
+    for names in ([*METHODS], [*METHODS, "new"], [f"new {i}" for i in range(len(METHODS))]):
+        looks = method_styles(names)
+        assert list(looks) == names
+        assert len({tuple(look.values()) for look in looks.values()}) >= len(METHODS)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

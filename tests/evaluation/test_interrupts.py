@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from approx_attention import cli
-from approx_attention.evaluation import runs
+from approx_attention.evaluation import kinds, runs
 from tests.evaluation.test_command_line import COMMAND, ROWS, Stream
 from tests.evaluation.test_compare import run
 
@@ -28,7 +28,7 @@ def file(tmp_path):
 def measuring(monkeypatch, during):
     """Comparisons that take no time, with something that happens during each."""
 
-    def compare(tensors, *args, on_row, on_progress, **options):
+    def compare(*args, on_row, on_progress, **options):
         on_row(ROWS[0])
         during(on_row, on_progress)
         return ROWS
@@ -141,7 +141,7 @@ def test_an_interrupt_after_the_last_layer_leaves_its_results_complete(file, tmp
             signal.raise_signal(signal.SIGINT)
 
     measuring(monkeypatch, lambda on_row, on_progress: None)
-    monkeypatch.setattr(cli, where, interrupted)
+    monkeypatch.setattr(kinds, where, interrupted)
     assert run("compare", file, "--out", tmp_path / "out") == 130
     assert document(tmp_path)["is_complete"] is True
     assert len(document(tmp_path)["rows"]) == len(ROWS)

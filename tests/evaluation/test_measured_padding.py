@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from approx_attention import InputError
-from approx_attention.evaluation import Tensors, diagnostics, method_arm, plan, plan_table, run_comparison
-from approx_attention.evaluation import comparison as compare_module
-from approx_attention.evaluation.comparison import exact_arms
+from approx_attention.evaluation import Problem, Tensors, compare, method_arm, plan, plan_table, run_comparison
+from approx_attention.evaluation.arms import exact_arms
 from approx_attention.evaluation.error_laws import split_units
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from tests.references import brute_force, random_heads
@@ -44,10 +43,10 @@ def squares(tensors, is_causal=False):
 def test_errors_are_those_of_real_queries(is_causal):
     clean, noisy = spoilt()
     error, norm = squares(clean, is_causal)
-    options = {"is_causal": is_causal, "num_seeds": 1, "window_size": 4}
+    options = {"num_seeds": 1, "window_size": 4}
     mask = np.arange(24) < LENGTHS[:, None]
     for tensors, padding in ((clean, {"lengths": LENGTHS}), (noisy, {"mask": mask}), (noisy, {"lengths": LENGTHS})):
-        rows = run_comparison(tensors, ["mean_value"], [8], **options, **padding)
+        rows = run_comparison(Problem.of(tensors, is_causal=is_causal, **padding), ["mean_value"], [8], **options)
         row = next(row for row in rows if row.method == "mean_value")
         assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
         for row in rows:
@@ -57,7 +56,7 @@ def test_errors_are_those_of_real_queries(is_causal):
                 assert row.normalizer_error is None or row.normalizer_error < 1e-5
             if row.method == "local":
                 assert 0 < row.far_error < math.inf
-    unpadded = run_comparison(clean, ["mean_value"], [8], **options)
+    unpadded = run_comparison(Problem(clean, is_causal), ["mean_value"], [8], **options)
     assert next(r for r in unpadded if r.method == "mean_value").relative_error != pytest.approx(row.relative_error)
 
 
@@ -114,11 +113,11 @@ def test_runs_are_of_real_queries():
 )
 def test_what_does_not_fit(padding, told):
     tensors = Tensors(*random_heads(0, 2, 24, 24, 4, 2))
-    (arm,) = (arm for arm in exact_arms(tensors, is_causal=False, scale=None) if arm.method == "exact")
+    (arm,) = (arm for arm in exact_arms(Problem(tensors)) if arm.method == "exact")
     calls = (
-        lambda: run_comparison(tensors, ["mean_pool"], [8], **padding),
+        lambda: run_comparison(Problem.of(tensors, **padding), ["mean_pool"], [8]),
         lambda: plan(tensors, tolerance=0.1, methods=["mean_pool"], **padding),
-        lambda: diagnostics.compare([arm], *tensors, exact=arm, window=arm, **padding),
+        lambda: compare([arm], *tensors, exact=arm, window=arm, **padding),
     )
     for call in calls:
         with pytest.raises(InputError, match=told):
@@ -143,9 +142,10 @@ def test_what_fits():
 def test_an_arm_sees_no_padding():
     clean, noisy = spoilt()
     mask = np.arange(24) < LENGTHS[:, None]
-    zeroed = compare_module.without_padding(noisy, mask)
+    problem = Problem.of(noisy, mask=mask)
+    zeroed = problem.tensors
     for name in ("mean_pool", "uniform_sample"):
-        arm = method_arm(zeroed, name, 4, is_causal=False, scale=None, kv_mask=mask)
+        arm = method_arm(problem, name, 4)
 
         outs = [arm.function(*tensors, jax.random.key(0))[0] for tensors in (clean, zeroed)]
         np.testing.assert_allclose(outs[0][0], outs[1][0], rtol=1e-5, atol=1e-6)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from approx_attention import InputError, cli
-from approx_attention.evaluation import Tensors, Timing, held_bytes, load_sample, plan, plan_table, run_comparison
+from approx_attention.evaluation import (
+    Problem,
+    Tensors,
+    Timing,
+    held_bytes,
+    load_sample,
+    plan,
+    plan_table,
+    run_comparison,
+)
 from approx_attention.evaluation import planning as plan_module
 from approx_attention.evaluation.error_laws import ErrorLaw, Split, UnitErrors, split_units
 from approx_attention.registry import METHODS
@@ -242,7 +251,7 @@ def test_the_figures_are_those_of_compare():
     tensors = Tensors(*random_heads(0, 2, 64, 64, 4, 2))
     made = plan(tensors, tolerance=0.2, is_causal=True, methods=["mean_pool", "favor"], num_seeds=3, rounds=1)
     sizes = sorted({c.size for c in made.candidates if c.size is not None})
-    rows = run_comparison(tensors, ["mean_pool", "favor"], sizes, is_causal=True, num_seeds=3)
+    rows = run_comparison(Problem(tensors, is_causal=True), ["mean_pool", "favor"], sizes, num_seeds=3)
     compared = {(row.method, row.size): row for row in rows}
     for candidate in made.candidates:
         row = compared[candidate.method, candidate.size]

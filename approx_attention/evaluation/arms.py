@@ -1,0 +1,219 @@
+"""The configurations to compare: exact attention, the baselines, and each method at each size."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from approx_attention.api import attention
+from approx_attention.core import InputError, check_flag
+from approx_attention.evaluation.cache_bytes import held_bytes, token_bytes
+from approx_attention.evaluation.problem import Problem
+from approx_attention.evaluation.programs import Arm
+from approx_attention.registry import METHODS, Method, get_method
+
+# Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
+LARGEST_LOGITS = 2**31
+# The method that is the truth, in each of its forms.
+EXACT = "exact"
+# The trivial answer, and the window beyond which the far error begins.
+MEAN, WINDOW = "mean_value", "local"
+# Always in the comparison: what does not beat these is not worth its trouble.
+BASELINES = (MEAN, WINDOW, "uniform_sample")
+# A budget above this is a mistake: its features alone would fill the memory.
+LARGEST_BUDGET = 2**20
+# More seeds, or rounds of timing, than this take longer than anyone waits.
+MOST_SEEDS = 1000
+# The budget at which every method has its usual size: of many this is the size, others count blocks or slots per block.
+USUAL_BUDGET = 256
+# Hyper-parameters by the name of the method.
+Options = Mapping[str, Mapping[str, Any]]
+# What all methods are given alike, by what gives it on the command line and in Python.
+COMMON = {
+    **{name: "FILE, or tensors in Python" for name in ("query", "key", "value")},
+    "mask": "--mask or --lengths, or mask in Python",
+    "key_value_seq_lengths": "--lengths, or lengths in Python",
+    "query_seq_lengths": "--lengths, or lengths in Python",
+    "is_causal": "--causal, or is_causal in Python",
+    "scale": "--scale, or scale in Python",
+    "rng": "--seed, or seed in Python",
+    "method": "--methods, or methods in Python",
+    "return_residual": "nothing: it is always asked for",
+}
+
+
+def default_methods(is_causal: bool) -> list[str]:
+    """The methods that are compared where none is named: all that cost less than exact attention and fit the task."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if method.capabilities.subquadratic and (method.capabilities.causal or not is_causal)
+    ]
+
+
+def build_arms(
+    problem: Problem, methods: Iterable[str], budgets: Sequence[int], options: Options | None = None
+) -> list[Arm]:
+    """The configurations to compare: every exact form, the baselines, and each method at each size.
+
+    At a budget of 256 every method has its usual size, at others a size in proportion. A size above the number of keys
+    is cut to it for methods that are exact there.
+
+    Args:
+        problem: the attention to be approximated.
+        methods: names in `METHODS`; the baselines are added.
+        budgets: sizes of summaries, of methods whose usual size is 256.
+        options: hyper-parameters other than the size, by the name of the method.
+
+    Returns:
+        An `Arm` per configuration.
+
+    Raises:
+        InputError: an unknown method, one that cannot do what is asked, options that it does not take, or a budget
+            out of range.
+    """
+    for budget in budgets:
+        check_range("a budget", budget, 1, LARGEST_BUDGET)
+    names = list(dict.fromkeys((*BASELINES, *methods)))
+    options = check_options(names, options)
+    arms = exact_arms(problem)
+    num_keys = problem.tensors.key.shape[1]
+    for name in names:
+        method = check_method(name, problem.is_causal)
+        if name == EXACT:
+            continue
+        # A method that is exact at the size of the sequence has no larger size.
+        greatest = num_keys if method.capabilities.exact_limit else max(budgets)
+        proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
+        sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
+        arms += [method_arm(problem, name, size, options.get(name, {})) for size in sizes]
+    return arms
+
+
+def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[str, Any] | None = None) -> Arm:
+    """One method at one size.
+
+    Raises:
+        InputError: options that it does not take.
+    """
+    # The closure below must not hold the tensors.
+    tensors, is_causal, scale, _ = problem
+    method, mask = get_method(name), problem.mask
+    hyperparameters: dict[str, Any] = dict(options or {}) | (
+        {} if method.size is None or size is None else {method.size: size}
+    )
+    with_state = method.capabilities.normalizer
+
+    def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, Array | None]:
+        result = attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            method=name,
+            rng=rng if method.capabilities.needs_key else None,
+            scale=scale,
+            is_causal=is_causal,
+            return_residual=with_state,
+            **hyperparameters,
+        )
+        return result if with_state else (result, None)
+
+    if options:
+        try:
+            jax.eval_shape(function, *tensors, jax.random.key(0))
+        except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            raise InputError(f"{name} does not take {given}: {error}") from error
+    return Arm(
+        method=name,
+        function=function,
+        size=size,
+        held_bytes=held_bytes(tensors, name, hyperparameters, is_causal=is_causal),
+        is_random=method.capabilities.needs_key,
+    )
+
+
+def exact_arms(problem: Problem) -> list[Arm]:
+    """Every form of exact attention that this machine has memory for, the library's default first."""
+    (query, key, value), is_causal, scale, _ = problem
+    mask, num_bytes = problem.mask, token_bytes(problem.tensors)
+    logits = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1]
+
+    def ours(implementation: str | None) -> Callable[..., tuple[Array, Array | None]]:
+        return lambda query, key, value, rng: attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            method=EXACT,
+            scale=scale,
+            is_causal=is_causal,
+            return_residual=True,
+            implementation=implementation,
+        )
+
+    forms = {EXACT: ours(None)}
+    if logits <= LARGEST_LOGITS:
+        forms[f"{EXACT} dense"] = ours("dense")
+        if jax.default_backend() == "gpu":
+            forms[f"{EXACT} bfloat16"] = lambda query, key, value, rng: (
+                attention(
+                    *(x.astype(jnp.bfloat16) for x in (query, key, value)),
+                    mask=mask,
+                    method=EXACT,
+                    scale=scale,
+                    is_causal=is_causal,
+                ),
+                None,
+            )
+        if value.shape[-1] == key.shape[-1]:
+            forms[f"{EXACT} jax.nn"] = lambda query, key, value, rng: (
+                jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=is_causal),
+                None,
+            )
+    return [Arm(name, function, None, num_bytes, is_exact=True) for name, function in forms.items()]
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raise ``InputError`` unless the value is an integer between these."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{name} must be an integer, got {value!r}")
+    if not least <= value <= most:
+        limit = f"least {least}" if value < least else f"most {most}"
+        raise InputError(f"{name} must be at {limit}, got {value}")
+
+
+def check_method(name: str, is_causal: bool) -> Method:
+    """The method of that name.
+
+    Raises:
+        InputError: it is unknown, or has no causal form where one is asked for.
+    """
+    try:
+        method = get_method(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if check_flag("is_causal", is_causal) and not method.capabilities.causal:
+        raise InputError(f"method {name!r} has no causal form; leave it out or do without --causal")
+    return method
+
+
+def check_options(names: Iterable[str], options: Options | None) -> Options:
+    """The options, none if there are none.
+
+    Raises:
+        InputError: options of a method that does not take part, the size, which is chosen for it, or what all methods
+            are given alike.
+    """
+    options, names = options or {}, [name for name in names if name != EXACT]
+    for name, own in options.items():
+        if name not in names:
+            raise InputError(f"options are for a method that takes part: {', '.join(names)}; got some for {name!r}")
+        if get_method(name).size in own:
+            raise InputError(f"{get_method(name).size} of {name} is its size, which is not an option here")
+        for option in COMMON.keys() & own:
+            raise InputError(f"{option} is no option of {name}, for all methods have the same: give {COMMON[option]}")
+    return options

@@ -1,0 +1,54 @@
+"""What the commands ``compare`` and ``plan`` make of the results of each layer, and of all layers."""
+
+from approx_attention.evaluation.figures import (
+    draw_compared_layers,
+    draw_frontiers,
+    draw_plan,
+    draw_planned_layers,
+)
+from approx_attention.evaluation.layers import compared_over_layers, planned_over_layers
+from approx_attention.evaluation.plans import plan_document
+from approx_attention.evaluation.runs import Kind
+from approx_attention.evaluation.tables import (
+    comparison_summary_table,
+    comparison_table,
+    picks_table,
+    plan_summary_table,
+    plan_table,
+)
+
+
+def comparison_kind(window_size: int, *, is_padded: bool) -> Kind:
+    """The tables and figures of comparisons.
+
+    Args:
+        window_size: of the window beyond which the far error begins.
+        is_padded: whether some tokens are padding, which a footnote then speaks of.
+    """
+    return Kind(
+        name="compare",
+        rows=lambda rows: rows,
+        more=lambda rows: {},
+        shown=lambda rows, title: [comparison_table(rows, title, window_size, is_padded=is_padded)],
+        draw=draw_frontiers,
+        over_layers=compared_over_layers,
+        summary=lambda results, title: [comparison_summary_table(compared_over_layers(results), title)],
+        draw_layers=draw_compared_layers,
+    )
+
+
+def plan_kind() -> Kind:
+    """The tables and figures of plans."""
+    return Kind(
+        name="plan",
+        rows=lambda made: made.candidates,
+        more=lambda made: {"plan": plan_document(made)},
+        shown=lambda made, title: [plan_table(made, title), made.verdict],
+        draw=draw_plan,
+        over_layers=planned_over_layers,
+        summary=lambda plans, title: [
+            picks_table(plans, title),
+            plan_summary_table(planned_over_layers(plans), title),
+        ],
+        draw_layers=draw_planned_layers,
+    )

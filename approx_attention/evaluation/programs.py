@@ -1,0 +1,94 @@
+"""A method in one configuration as a compiled program."""
+
+import contextlib
+import contextvars
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax import Array
+
+from approx_attention.core import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One configuration of one method, to be compared with exact attention.
+
+    Attributes:
+        method: its name.
+        function: ``(query, key, value, rng) -> (out, lse)`` over ``[B, T, N, D]``, with ``lse [B, T, N]`` or ``None``.
+        size: the size of its summary, if it has one.
+        held_bytes: bytes held per key head and sequence, if known.
+        is_random: whether it depends on ``rng``.
+        is_exact: whether it is a form of exact attention; the fastest of these is the baseline of speed.
+    """
+
+    method: str
+    function: Callable[..., tuple[Array, Array | None]]
+    size: int | None = None
+    held_bytes: int | None = None
+    is_random: bool = False
+    is_exact: bool = False
+
+    @property
+    def label(self) -> str:
+        """The method with its size."""
+        return self.method if self.size is None else f"{self.method} {self.size}"
+
+
+_Programs = dict[bytes, tuple[Callable[..., Any], float]]
+_shared_programs: contextvars.ContextVar[_Programs | None] = contextvars.ContextVar("shared_programs", default=None)
+# Each program maps memory, and Linux limits the maps of a process.
+_MOST_SHARED = 256
+
+
+@contextlib.contextmanager
+def shared_programs(programs: _Programs) -> Iterator[None]:
+    """Within this, configurations that are the same computation are compiled once, as in layers of one shape.
+
+    Args:
+        programs: those that are there. Functions that close over different arrays must not share them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.evaluation import Arm, compile_arm, shared_programs
+        >>> x = jnp.ones((1, 4, 1, 2))
+        >>> with shared_programs({}):
+        ...     made = [compile_arm(Arm("mine", lambda q, k, v, rng: (v, None)), x, x, x)[0] for _ in range(2)]
+        >>> made[0] is made[1]
+        True
+    """
+    token = _shared_programs.set(programs)
+    try:
+        yield
+    finally:
+        _shared_programs.reset(token)
+
+
+def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Callable[..., Any], float]:
+    """The program of a configuration for these tensors, and the seconds that it took to compile.
+
+    Raises:
+        InputError: the method does not take them.
+    """
+    start = time.perf_counter()
+    shared = _shared_programs.get()
+    try:
+        lowered = jax.jit(arm.function).lower(query, key, value, jax.random.key(0))
+        # Two functions are the same computation where their programs read alike.
+        same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
+        if shared is not None and same in shared:
+            return shared[same]
+        program = lowered.compile()
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"{arm.label} does not take these tensors: {error}") from error
+    made = program, time.perf_counter() - start
+    if shared is not None:
+        if len(shared) == _MOST_SHARED:
+            del shared[next(iter(shared))]
+        shared[same] = made
+    return made

@@ -1,0 +1,117 @@
+"""What was measured as files: JSON with what it depends on, and the figure; each is whole or absent."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from approx_attention.evaluation.files import Tensors
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the device, on which the figures depend."""
+    device = jax.devices()[0]
+    return {
+        "approx_attention": importlib.metadata.version("approx_attention"),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "processor": processor_name(),
+        "processor_cores": os.cpu_count(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name where the system tells, else its architecture."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def report(rows: Sequence[Any], tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured and what it depends on, ready for JSON.
+
+    Args:
+        rows: `Comparison` or other dataclasses.
+        tensors: what was measured on.
+        settings: how.
+
+    Returns:
+        The document; what is not finite is None in it.
+    """
+    return finite(
+        {
+            "settings": dict(settings),
+            "shapes": {name: list(x.shape) for name, x in tensors._asdict().items()},
+            "environment": environment(),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+    )
+
+
+def finite(document: Any) -> Any:
+    """A document with None in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(document, Mapping):
+        return {name: finite(x) for name, x in document.items()}
+    if isinstance(document, list | tuple):
+        return [finite(x) for x in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
+
+
+def write_results(
+    out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any]
+) -> tuple[list[pathlib.Path], str]:
+    """Write NAME.json and, where it can be drawn, NAME.png; each is whole or absent, and both are of one run.
+
+    Args:
+        out: an existing directory.
+        name: of the files.
+        document: what goes into the JSON.
+        draw: makes the figure.
+
+    Returns:
+        The files written, and why there is no figure, if there is none.
+    """
+    written = [out / f"{name}.json"]
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    write_atomically(written[0], lambda file: file.write(text.encode()))
+    picture = out / f"{name}.png"
+    # That of an earlier run.
+    picture.unlink(missing_ok=True)
+    try:
+        figure = draw()
+        write_atomically(picture, lambda file: figure.savefig(file, format="png"))
+    except ImportError:
+        return written, "it needs matplotlib, as in pip install 'approx_attention[plot]'"
+    except Exception as error:  # the measurements are worth more than their picture
+        return written, " ".join(f"{type(error).__name__}: {error}".split())
+    return [*written, picture], ""
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
+    """Write a file next to its place and then move it there, so that it is never half written."""
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        # A temporary file can be read by its owner alone.
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        # An interrupt can come when it is moved already.
+        pathlib.Path(draft).unlink(missing_ok=True)
+        raise

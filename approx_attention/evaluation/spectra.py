@@ -1,0 +1,65 @@
+"""The singular values of attention weights."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from approx_attention.core import HIDDEN, head_inputs
+
+
+class Spectrum(NamedTuple):
+    """Shares of the singular values of attention weights, summed from the largest on, each ``[min(T, S)]``.
+
+    Attributes:
+        weights: of P.
+        centred: of P less the uniform weights, without which diffuse attention looks like rank 1.
+    """
+
+    weights: Array
+    centred: Array
+
+
+def spectrum(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    *,
+    kv_mask: Bool[Array, " S"] | None = None,
+    scale: float | Array | None = None,
+) -> Spectrum:
+    r"""How fast the singular values of softmax attention fall, which is how well any matrix of low rank can do.
+
+    .. math:: c_r = \sum_{i \le r} \sigma_i \Big/ \sum_i \sigma_i
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        kv_mask: true where a key is real, ``[S]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
+
+    Returns:
+        The `Spectrum` of one head; `jax.vmap` adds heads and layers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.evaluation import spectrum
+        >>> q = k = 9.0 * jnp.eye(4)
+        >>> [round(float(x), 2) for x in spectrum(q, k).weights]
+        [0.25, 0.5, 0.75, 1.0]
+
+    Reference:
+        :cite:p:`wang2020linformer`, figure 1, there without centring.
+    """
+    q, k, _ = head_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
+    real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
+    # A hidden logit is finite, so that a head without a real key gives zeros and not NaN.
+    weights = jnp.where(real[None, :], jax.nn.softmax(jnp.where(real[None, :], q @ k.T, HIDDEN), axis=-1), 0)
+    uniform = real.astype(weights.dtype) / jnp.maximum(jnp.sum(real), 1).astype(weights.dtype)
+
+    def shares(x: Array) -> Array:
+        cumulative = jnp.cumsum(jnp.linalg.svd(x, compute_uv=False))
+        return cumulative / jnp.where(cumulative[-1] > 0, cumulative[-1], 1)
+
+    return Spectrum(shares(weights), shares(weights - uniform[None, :]))

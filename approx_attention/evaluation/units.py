@@ -1,0 +1,17 @@
+"""Numbers as text."""
+
+import math
+
+
+def times(ratio: float, more: str, less: str) -> str:
+    """A ratio as text that says its direction, such as ``2.5x faster`` or ``340x slower``."""
+    if not (ratio > 0 and math.isfinite(ratio)):
+        return ""
+    factor = max(ratio, 1 / ratio)
+    number = f"{factor:.0f}" if factor >= 100 else f"{factor:.3g}"
+    return "1x" if number == "1" else f"{number}x {more if ratio > 1 else less}"
+
+
+def in_units(num_bytes: int) -> str:
+    """Bytes as text, in KiB from 1024 on."""
+    return f"{num_bytes} B" if num_bytes < 1024 else f"{num_bytes / 1024:.4g} KiB"
