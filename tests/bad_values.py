@@ -20,8 +20,7 @@ from approx_attention.coresets import compress, query_radius
 from approx_attention.decoding import attention_received, running_compressed, token_budget
 from approx_attention.methods import place_tokens, running_exact
 from approx_attention.realization import dimension, minimal_dimension, realizable_in_one_dimension
-from approx_attention.tensor import polynomials
-from approx_attention.tensor.monomials import monomials
+from approx_attention.tensor import polynomials, total_degree
 from tests.bad_input import outcome
 
 rows, mask, key = jnp.ones((6, 4)), jnp.ones(6, bool), jax.random.key(0)
@@ -135,8 +134,8 @@ case("realize_sparse_pattern", "dtype", ("x", None, int, rows), lambda x: realiz
 case("minimal_dimension", "pattern", (lambda key: 3,), search)
 case("minimal_dimension", "quantile", (*NO_NUMBERS, -0.1, 1.5, math.nan), lambda x: search(quantile=x))
 
-case("total_degree", "dim", NO_COUNTS, lambda x: monomials.total_degree(x, 2))
-case("total_degree", "degree", (*NO_COUNTS[:4], -1, 10**20), lambda x: monomials.total_degree(2, x))
+case("total_degree", "dim", NO_COUNTS, lambda x: total_degree(x, 2))
+case("total_degree", "degree", (*NO_COUNTS[:4], -1, 10**20), lambda x: total_degree(2, x))
 case("weight_bound", "lo", NO_NUMBERS, lambda x: polynomials.weight_bound(x, 1.0))
 case("weight_bound", "hi", (2.0, math.nan), lambda x: polynomials.weight_bound(x, 1.0))
 case("weight_bound", "hi", (*NO_NUMBERS, 0.5, math.nan), lambda x: polynomials.weight_bound(0.9, x))
