@@ -66,6 +66,15 @@ Named = Annotated[SeveralBy[Part], pydantic.AfterValidator(_named)]
 STRICT = pydantic.ConfigDict(extra="forbid")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded:
+    """The base of a study's configuration."""
+
+    seed: Seed = 0
+
+    __pydantic_config__ = STRICT
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line that says where and why."""
 

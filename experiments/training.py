@@ -27,7 +27,7 @@ from experiments.config import (
     Count,
     NonNegative,
     Positive,
-    Seed,
+    Seeded,
     Share,
     checked,
 )
@@ -60,16 +60,13 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Seeded):
     """A model with one attention method, trained on one data set."""
 
     data: DataConfig
     train: OptimizerConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         parallel = self.attention.parallel

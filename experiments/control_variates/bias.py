@@ -12,7 +12,7 @@ from rich.console import Console
 
 from approx_attention import METHODS, exact
 from approx_attention.core import unknown
-from experiments.config import STRICT, Count, NonNegative, Seed, Several, SeveralBy
+from experiments.config import Count, NonNegative, Seeded, Several, SeveralBy
 from experiments.harness.long_context import slope
 from experiments.models import AttentionConfig
 
@@ -23,7 +23,7 @@ _MOST_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasConfig:
+class BiasConfig(Seeded):
     """One head of Gaussian tensors; each method at growing values of one of its arguments.
 
     Attributes:
@@ -40,9 +40,6 @@ class BiasConfig:
     head_dim: Count = 8
     spread: NonNegative = 1.0
     draws: Count = 16384
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.draws % _PARTS:

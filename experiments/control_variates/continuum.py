@@ -12,12 +12,12 @@ from approx_attention import AttentionState, FeatureMoments, WeightedKV, attend,
 from approx_attention.core import PositiveFeatures, orthogonal_projection
 from approx_attention.core import control_variate_state as estimate
 from approx_attention.evaluation import output_error
-from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, Several, Whole
+from experiments.config import ConfigError, Count, NonNegative, Seeded, Several, Whole
 from experiments.control_variates.gap import GapConfig, smoothed
 
 
 @dataclasses.dataclass(frozen=True)
-class ContinuumConfig:
+class ContinuumConfig(Seeded):
     """One head of smoothed tensors; the exact sets and the numbers of groups that the other keys are split into."""
 
     exact_sizes: Several[Whole]
@@ -27,9 +27,6 @@ class ContinuumConfig:
     head_dim: Count = 16
     smoothing: NonNegative = 4.0
     spread: NonNegative = 1.0
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: ContinuumConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

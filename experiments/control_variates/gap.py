@@ -11,12 +11,12 @@ from rich.console import Console
 
 from approx_attention import METHODS, attention
 from approx_attention.evaluation import Tensors, held_bytes, load_sample, output_error
-from experiments.config import STRICT, ConfigError, Count, NonNegative, Seed, SeveralBy, Share
+from experiments.config import ConfigError, Count, NonNegative, Seeded, SeveralBy, Share
 from experiments.models import AttentionConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GapConfig:
+class GapConfig(Seeded):
     """Tensors, and the methods by the name they are reported under.
 
     Attributes:
@@ -34,9 +34,6 @@ class GapConfig:
     spread: NonNegative = 1.0
     shared: Share = 0.5
     is_causal: bool = False
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: GapConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from approx_attention.decoding import HEURISTICS
 from approx_attention.evaluation import output_error
 from experiments import data
 from experiments.capture import capture
-from experiments.config import STRICT, Count, Seed, Several, Share, Whole
+from experiments.config import Count, Seeded, Several, Share, Whole
 from experiments.models import attention_layers
 from experiments.training import TrainingConfig, bits, fit, predict
 
@@ -30,7 +30,7 @@ STREAMED = "streamed"
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Seeded):
     """What is trained with exact attention, and how its caches are compressed.
 
     Attributes:
@@ -50,9 +50,6 @@ class CacheConfig:
     sinks: Whole = 4
     recent: Whole = 16
     batches: Count = 16
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for policy in self.policies:

@@ -15,13 +15,13 @@ from approx_attention import WeightedKV, attend, summarize_coreset, summarize_me
 from approx_attention.core import pad_rows
 from approx_attention.coresets import ALGORITHMS, Algorithm, Halving
 from approx_attention.evaluation import sup_error
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
+from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.coresets import instances
 from experiments.harness.long_context import slope
 
 
 @dataclasses.dataclass(frozen=True)
-class CoresetErrorConfig:
+class CoresetErrorConfig(Seeded):
     """An instance, the algorithms, and what grows.
 
     Attributes:
@@ -41,9 +41,6 @@ class CoresetErrorConfig:
     num_keys: Count = 4096
     value_dim: Count = 32
     draws: Count = 1
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if sum(len(x) > 1 for x in (self.sizes, self.radii, self.head_dims)) > 1:

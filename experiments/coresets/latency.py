@@ -11,14 +11,14 @@ from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens
 from approx_attention.evaluation import time_interleaved
-from experiments.config import STRICT, Count, Seed, Several, Share
+from experiments.config import Count, Seeded, Several, Share
 
 # The whole cache as a summary that holds it.
 EVERY_TOKEN = "every token"
 
 
 @dataclasses.dataclass(frozen=True)
-class LatencyConfig:
+class LatencyConfig(Seeded):
     """Gaussian tensors of these lengths, compressed to a share of them."""
 
     lengths: Several[Count]
@@ -27,9 +27,6 @@ class LatencyConfig:
     num_heads: Count = 8
     head_dim: Count = 64
     rounds: Count = 3
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: LatencyConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

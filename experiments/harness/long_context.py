@@ -14,13 +14,13 @@ from rich.console import Console
 
 from approx_attention.evaluation import LARGEST_LOGITS, break_even, time_interleaved
 from approx_attention.registry import get_method
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
+from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.models import AttentionConfig, ModelConfig, SelfAttention
 from experiments.run_files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
-class LongContextConfig:
+class LongContextConfig(Seeded):
     """One layer, the lengths it is timed at, and the size of every method's summary."""
 
     model: ModelConfig
@@ -32,9 +32,6 @@ class LongContextConfig:
     settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     fit_from: Count = 2048
     rounds: Count = 5
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for name in self.settings:

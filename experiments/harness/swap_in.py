@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import data
-from experiments.config import STRICT, Seed, SeveralBy
+from experiments.config import Seeded, SeveralBy
 from experiments.fidelity import attention_errors
 from experiments.harness.quality import bytes_held
 from experiments.models import AttentionConfig, use_attention
@@ -15,14 +15,11 @@ from experiments.training import TrainingConfig, evaluate, fit
 
 
 @dataclasses.dataclass(frozen=True)
-class SwapInConfig:
+class SwapInConfig(Seeded):
     """What is trained, and the methods that then take attention's place, by the name they are reported under."""
 
     training: TrainingConfig
     methods: SeveralBy[AttentionConfig]
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.training.seed != 0:

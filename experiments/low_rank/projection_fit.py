@@ -11,11 +11,11 @@ import optax
 from rich.console import Console
 
 from approx_attention import exact, linformer, mean_value, svd
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
+from experiments.config import Count, NonNegative, Positive, Seeded, Several
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectionFitConfig:
+class ProjectionFitConfig(Seeded):
     """Noisy tokens with positions, through fixed random maps to q and k, and how long to fit."""
 
     sizes: Several[Count]
@@ -26,9 +26,6 @@ class ProjectionFitConfig:
     steps: Count = 500
     batch: Count = 8
     learning_rate: Positive = 1e-2
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: ProjectionFitConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

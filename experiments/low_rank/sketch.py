@@ -12,12 +12,12 @@ from rich.console import Console
 
 from approx_attention import bounds, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
 from approx_attention.core import SKETCHES, draw_sketch
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, Share
+from experiments.config import Count, NonNegative, Positive, Seeded, Several, Share
 from experiments.control_variates.gap import GapConfig, smoothed
 
 
 @dataclasses.dataclass(frozen=True)
-class SketchConfig:
+class SketchConfig(Seeded):
     """Tensors as in `gap`, and the numbers of rows.
 
     Attributes:
@@ -33,9 +33,6 @@ class SketchConfig:
     shared: Share = 0.0
     draws: Count = 8
     delta: Positive = 1.0
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: SketchConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

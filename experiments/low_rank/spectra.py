@@ -13,12 +13,12 @@ from rich.console import Console
 from approx_attention.evaluation import spectrum
 from experiments import data
 from experiments.capture import capture
-from experiments.config import STRICT, ConfigError, Count, Seed, Share
+from experiments.config import ConfigError, Count, Seeded, Share
 from experiments.training import TrainingConfig, build_model, fit, predict
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectraConfig:
+class SpectraConfig(Seeded):
     """A model trained with exact attention, and the share of the singular values that is looked at.
 
     Attributes:
@@ -28,9 +28,6 @@ class SpectraConfig:
     training: TrainingConfig
     share: Share = 0.25
     examples: Count = 4
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.training.seed:

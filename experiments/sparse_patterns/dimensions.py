@@ -12,14 +12,14 @@ from rich.console import Console
 
 from approx_attention import SparsePattern, dimension_bound, realize_sparse_pattern
 from approx_attention.realization import MinimalDimension, minimal_dimension
-from experiments.config import STRICT, Count, Positive, Seed, Several
+from experiments.config import Count, Positive, Seeded, Several
 
 # The bounds that are drawn beside what was measured.
 UPPER = ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic", "least_squares_exact")
 
 
 @dataclasses.dataclass(frozen=True)
-class LogLawConfig:
+class LogLawConfig(Seeded):
     """Random k-sparse patterns of growing length.
 
     Attributes:
@@ -33,9 +33,6 @@ class LogLawConfig:
     eps1: Positive = 0.5
     eps2: Positive = 1.0
     trials: Count = 5
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run_log_law(config: LogLawConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -77,7 +74,7 @@ def _line_in_log2(curve: dict[str, Any], theory: float) -> dict[str, float] | No
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadlineConfig:
+class HeadlineConfig(Seeded):
     """One length, and all methods.
 
     Attributes:
@@ -93,9 +90,6 @@ class HeadlineConfig:
     max_logit: Positive | None = None
     trials: Count = 3
     num_steps: Count = 300
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run_headline(config: HeadlineConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def run_headline(config: HeadlineConfig, directory: pathlib.Path, console: Conso
 
 
 @dataclasses.dataclass(frozen=True)
-class BudgetConfig:
+class BudgetConfig(Seeded):
     """Channels against the largest logit that is allowed, for permutations or sparse patterns of one length."""
 
     methods: Several[str]
@@ -130,9 +124,6 @@ class BudgetConfig:
     eps2: Positive = 0.1
     trials: Count = 3
     num_steps: Count = 300
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run_budget(config: BudgetConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from approx_attention import SparsePattern, dimension_bound, realize_sparse_pattern
 from approx_attention.realization import failure_bound
-from experiments.config import STRICT, Count, Positive, Seed, Several
+from experiments.config import Count, Positive, Seeded, Several
 
 
 @dataclasses.dataclass(frozen=True)
-class ManyPatternsConfig:
+class ManyPatternsConfig(Seeded):
     """Patterns that are realised with one and the same set of keys, by queries alone."""
 
     dims: Several[Count]
@@ -25,9 +25,6 @@ class ManyPatternsConfig:
     eps1: Positive = 0.1
     eps2: Positive = 0.1
     patterns: Count = 50
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run_many_patterns(config: ManyPatternsConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -57,7 +54,7 @@ def run_many_patterns(config: ManyPatternsConfig, directory: pathlib.Path, conso
 
 
 @dataclasses.dataclass(frozen=True)
-class PrecisionConfig:
+class PrecisionConfig(Seeded):
     """Realisations of one pattern to growing precision, rounded to each type.
 
     Attributes:
@@ -69,9 +66,6 @@ class PrecisionConfig:
     length: Count = 256
     head_dim: Count = 128
     keys_per_row: Count = 4
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run_precision(config: PrecisionConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def run_precision(config: PrecisionConfig, directory: pathlib.Path, console: Con
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureConfig:
+class PictureConfig(Seeded):
     """One pattern to look at.
 
     Attributes:
@@ -106,9 +100,6 @@ class PictureConfig:
     head_dim: Count = 40
     eps1: Positive = 1e-3
     eps2: Positive = 0.1
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run_picture(config: PictureConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

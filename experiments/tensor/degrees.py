@@ -12,23 +12,20 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention.tensor import MAX_DEGREE, exp_coefficients, minimax_error, ratio_range, taken_by, weight_bound
-from experiments.config import STRICT, ConfigError, Count, Positive, Seed, Several
+from experiments.config import ConfigError, Count, Positive, Seeded, Several
 
 
 @dataclasses.dataclass(frozen=True)
-class LeastDegreesConfig:
+class LeastDegreesConfig(Seeded):
     """Bounds of logits, tolerances of the total variation of weights, and kinds of coefficients."""
 
     bounds: Several[Positive]
     tolerances: Several[Positive]
     kinds: Several[Literal["taylor", "chebyshev", "minimax"]]
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
-class PhaseConfig:
+class PhaseConfig(Seeded):
     """Lengths n, and the bound of logits as multiples of ln n, where the theory puts the threshold.
 
     The theory's logits are means over log n channels, so entries up to B make logits of order m up to B^m. Weights are
@@ -38,9 +35,6 @@ class PhaseConfig:
     lengths: Several[Count]
     multiples: Several[Positive]
     orders: Several[Count]
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 @functools.cache

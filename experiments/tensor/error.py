@@ -23,7 +23,7 @@ from approx_attention.tensor import (
     total_degree,
     weight_bound,
 )
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several, SeveralBy, Whole
+from experiments.config import STRICT, Count, NonNegative, Positive, Seeded, Several, SeveralBy, Whole
 from experiments.harness.long_context import slope
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill
 
@@ -59,7 +59,7 @@ class FamilyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PolynomialErrorConfig:
+class PolynomialErrorConfig(Seeded):
     """Clustered tensors with logits up to each of the bounds, and the polynomials by name.
 
     Attributes:
@@ -79,9 +79,6 @@ class PolynomialErrorConfig:
     decay: Positive = 1.0
     bound_by: Literal["largest", "channels"] = "largest"
     draws: Count = 3
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: PolynomialErrorConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

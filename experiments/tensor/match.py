@@ -18,13 +18,13 @@ from rich.console import Console
 from approx_attention import tensor_attention, tensor_polynomial
 from approx_attention.nnx import TensorAttention
 from experiments import data
-from experiments.config import STRICT, Count, Seed
+from experiments.config import Count, Seeded
 from experiments.data import DataConfig
 from experiments.training import OptimizerConfig, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchConfig:
+class MatchConfig(Seeded):
     """A small transformer whose tokens are signs, and its attention.
 
     Attributes:
@@ -40,9 +40,6 @@ class MatchConfig:
     num_heads: Count = 1
     model_dim: Count = 32
     head_dim: Count = 16
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 class MatchModel(nnx.Module):

@@ -15,12 +15,12 @@ from rich.console import Console
 from approx_attention import tensor_attention, tensor_polynomial
 from approx_attention.evaluation import time_interleaved
 from approx_attention.tensor import running_tensor_polynomial
-from experiments.config import STRICT, Count, Seed, Several, Whole
+from experiments.config import Count, Seeded, Several, Whole
 from experiments.harness.long_context import slope
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorScalingConfig:
+class TensorScalingConfig(Seeded):
     """Lengths at which both are timed, and from which lengths on a slope is fitted to each.
 
     Attributes:
@@ -35,13 +35,10 @@ class TensorScalingConfig:
     exact_from: Whole = 256
     polynomial_from: Whole = 1024
     rounds: Count = 5
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorDecodeConfig:
+class TensorDecodeConfig(Seeded):
     """How many tokens come before, and how many are then decoded one by one.
 
     Attributes:
@@ -54,9 +51,6 @@ class TensorDecodeConfig:
     steps: Count = 64
     exact_to: Whole = 2**14
     rounds: Count = 5
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def tensors(length: int, head_dim: int, seed: int) -> tuple[Any, Any, Any]:

@@ -9,12 +9,12 @@ import jax
 from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
-from experiments.config import STRICT, Count, NonNegative, Positive, Seed, Several
+from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.tensor.inputs import clustered, error_and_skill
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowConfig:
+class WindowConfig(Seeded):
     """Causal clustered tensors, and the degrees whose operations a window gets."""
 
     degrees: Several[Count]
@@ -24,9 +24,6 @@ class WindowConfig:
     head_dim: Count = 8
     clusters: Count = 8
     noise: NonNegative = 0.3
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
 
 def run(config: WindowConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from approx_attention.evaluation import environment, time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
-from experiments.config import STRICT, ConfigError, Count, Named, Positive, Seed, Share, as_plain
+from experiments.config import ConfigError, Count, Named, Positive, Seeded, Share, as_plain
 from experiments.data import Dataset
 from experiments.fidelity import attention_errors
 from experiments.models import AttentionConfig, use_attention
@@ -28,7 +28,7 @@ TIMES_USUAL = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class EqualTimeConfig:
+class EqualTimeConfig(Seeded):
     """A model trained with exact attention, and the methods that take its place and are trained on.
 
     Attributes:
@@ -44,9 +44,6 @@ class EqualTimeConfig:
     tuning: Count
     share: Share = 0.5
     rounds: Count = 20
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.training.attention != AttentionConfig() or self.training.seed != 0:

@@ -23,7 +23,7 @@ from approx_attention.evaluation import (
     output_error,
 )
 from approx_attention.registry import METHODS
-from experiments.config import STRICT, Count, Seed, Several
+from experiments.config import Count, Seeded, Several
 from experiments.coresets import instances
 
 # What a method has to beat to be worth its trouble, and how the texts call it.
@@ -42,7 +42,7 @@ RADII = {"clustered": 8.0, "outliers": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class WhereWeLoseConfig:
+class WhereWeLoseConfig(Seeded):
     """Data, and what a method may hold.
 
     Attributes:
@@ -58,9 +58,6 @@ class WhereWeLoseConfig:
     num_heads: Count = 4
     head_dim: Count = 32
     is_causal: bool = False
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for family in self.families:

@@ -13,7 +13,7 @@ from rich.console import Console
 from approx_attention.evaluation import time_interleaved
 from approx_attention.registry import get_method
 from experiments import data
-from experiments.config import STRICT, Count, Named, Seed
+from experiments.config import Count, Named, Seeded
 from experiments.harness.quality import bytes_held
 from experiments.models import AttentionConfig
 from experiments.run_files import read_json, write_json
@@ -34,15 +34,12 @@ ENDS = ("exact", "mean_value", "ra")
 
 
 @dataclasses.dataclass(frozen=True)
-class ZooConfig:
+class ZooConfig(Seeded):
     """A task, and the methods to train on it, by the name they are reported under; ``exact`` is among them."""
 
     training: TrainingConfig
     methods: Named[AttentionConfig]
     rounds: Count = 20
-    seed: Seed = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.training.seed != 0:
