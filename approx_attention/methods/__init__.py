@@ -32,7 +32,7 @@ from approx_attention.methods.baselines import (
 )
 from approx_attention.methods.coreset import coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
-from approx_attention.methods.eva import chunk_means, eva, running_eva
+from approx_attention.methods.eva import OFFICIAL_EVA, chunk_means, eva, running_eva
 from approx_attention.methods.exact import exact, exact_together, running_exact, summarize_exact
 from approx_attention.methods.favor import draw_favor, favor, running_favor, summarize_favor
 from approx_attention.methods.hyper import hyper_attention
@@ -58,6 +58,7 @@ from approx_attention.methods.sparse import bigbird, longformer, sparse_attentio
 from approx_attention.methods.top_k import lsh_top_k, top_k
 
 __all__ = [
+    "OFFICIAL_EVA",
     "Convolution",
     "LinformerPrefix",
     "bigbird",
