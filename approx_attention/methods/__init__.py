@@ -30,6 +30,11 @@ from approx_attention.methods.baselines import (
     summarize_uniform_sample,
     uniform_sample,
 )
+from approx_attention.methods.block_linformer import (
+    block_linformer,
+    running_block_linformer,
+    summarize_block_linformer,
+)
 from approx_attention.methods.coreset import coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
 from approx_attention.methods.eva import OFFICIAL_EVA, chunk_means, eva, running_eva
@@ -37,15 +42,8 @@ from approx_attention.methods.exact import exact, exact_together, running_exact,
 from approx_attention.methods.favor import draw_favor, favor, running_favor, summarize_favor
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
-from approx_attention.methods.linformer import (
-    Convolution,
-    LinformerPrefix,
-    block_linformer,
-    linformer,
-    linformer_step,
-    running_block_linformer,
-    summarize_block_linformer,
-)
+from approx_attention.methods.linformer import Convolution, linformer
+from approx_attention.methods.linformer_prefix import LinformerPrefix, linformer_step
 from approx_attention.methods.local import local, window_sides
 from approx_attention.methods.nystrom import nystrom, skyformer, svd
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
