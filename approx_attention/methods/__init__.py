@@ -45,14 +45,16 @@ from approx_attention.methods.lara import lara
 from approx_attention.methods.linformer import Convolution, linformer
 from approx_attention.methods.linformer_prefix import LinformerPrefix, linformer_step
 from approx_attention.methods.local import local, window_sides
-from approx_attention.methods.nystrom import nystrom, skyformer, svd
+from approx_attention.methods.nystrom import nystrom
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.rfa import draw_rfa, gate_tokens, rfa, running_rfa
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.skyformer import skyformer
 from approx_attention.methods.sparse import bigbird, longformer, sparse_attention, sparse_plus_summary
+from approx_attention.methods.svd import svd
 from approx_attention.methods.top_k import lsh_top_k, top_k
 
 __all__ = [
