@@ -1,4 +1,4 @@
-"""Linformer block by block: every block of keys has slots of its own, so that finished blocks never change."""
+"""Linformer block by block: a block of keys keeps its slots, so that finished blocks never change."""
 
 from typing import Any
 

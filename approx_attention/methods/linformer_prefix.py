@@ -1,4 +1,4 @@
-"""The causal form of `linformer`: every query has slots of its own, those of the tokens so far."""
+"""The causal form of `linformer`: the slots of a query are those of the tokens so far."""
 
 from typing import Any, NamedTuple
 
@@ -138,5 +138,5 @@ def causal_outputs(
 
 
 def share(whole: Array, visible: Array) -> Array:
-    """The factor from what is visible of a row to all of it; 1 where nothing is, and for sums that cancel."""
+    """The sum of a row over that of its visible part; 1 where the latter is 0."""
     return jnp.where(visible == 0, 1, whole / jnp.where(visible == 0, 1, visible))

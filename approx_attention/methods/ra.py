@@ -164,5 +164,5 @@ def _sampled_keys(logits: Array, uniform: Array) -> Array:
     cumulative = jnp.cumsum(lax.stop_gradient(weights), axis=-1)
     # The first key in sight at which the share of the weights reaches a uniform number in (0, 1].
     reached = (cumulative >= (1 - uniform[:, None]) * cumulative[:, -1:]) & (weights > 0)
-    # Rounding can leave a sum short of its own last entry: then the heaviest key.
+    # Rounding can leave every entry short of the share: then the heaviest key.
     return jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), jnp.argmax(weights, axis=-1))

@@ -45,7 +45,7 @@ def skyformer(
     .. math:: \mathrm{out}_t = \sum_j \kappa(q_t, k_j)\, v_j, \qquad \kappa(x, y) = e^{-s \|x - y\|^2 / 2}.
 
     :math:`\kappa(q, k)` is a block of the positive semi-definite kernel of all N = T + S rows of :math:`[q; k]`. With M
-    of the real ones x, drawn uniformly,
+    of the real ones x, a uniform sample,
 
     .. math:: \mathrm{out} = \kappa(q, x)\, \big(\kappa(x, x) + \gamma I\big)^{-1} \big(\kappa(x, k)\, v\big).
 
@@ -56,10 +56,10 @@ def skyformer(
 
     Args:
         key: typed PRNG key; not needed if ``noise`` is given.
-        num_landmarks: the number M of rows drawn, without replacement; with M >= T + S and a small ridge the answer is
+        num_landmarks: the number M of sampled rows, each once; with M >= T + S and a small ridge the output is
             kernelised attention.
         ridge: :math:`\gamma`; in float32 not much below :math:`10^{-7} M`.
-        noise: a priority per row of :math:`[q; k]`, ``[T + S]``; the M largest are drawn.
+        noise: a priority per row of :math:`[q; k]`, ``[T + S]``; the M largest are taken.
         scale: factor s of the squared distances, ``1/sqrt(D)`` by default.
 
     Raises:

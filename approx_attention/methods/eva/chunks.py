@@ -108,7 +108,7 @@ def summarize_chunks(tokens: Tokens, parts: Parts, recipe: Recipe, level: int = 
 
 
 def attend_chunks(q: Array, near: AttentionState, chunks: Chunks, log_mass: Array) -> AttentionState:
-    """What queries know from the tokens nearby, merged with chunks of these masses ``[T, C]`` or ``[1, C]``."""
+    """The states ``near`` merged with attention to chunks, of log-masses ``[T, C]`` or ``[1, C]``."""
     if chunks.moments is None:
         # With one direction a coefficient is the same for every query: the density of the proposal cancels.
         return merge(near, dense_state(q, chunks.k, chunks.beta, log_mass))
@@ -174,12 +174,12 @@ def coefficients(k: Array, v: Array, log_count: Array, w: Array) -> Array:
 
 
 def _softmax_means(logits: Array, log_count: Array, x: Array) -> Array:
-    # A chunk without a real key has equal logits, whatever its rows hold: gradients stay finite.
+    # A chunk without a real key has equal logits, so that gradients stay finite.
     return jnp.einsum("cj,cjd->cd", jax.nn.softmax(jnp.where(log_count <= HIDDEN / 2, HIDDEN, logits), axis=1), x)
 
 
 def _weighted_moments(w: Array, mu: Array, k: Array, v: Array, inside: Array) -> FeatureMoments:
-    """The features of one chunk at directions ``w [R, D]`` drawn around ``mu``, with their importance weights."""
+    """The features of one chunk at directions ``w [R, D]`` around ``mu``, with their importance weights."""
     # log N(w; 0, I) / N(w; mu, I).
     log_weight = squared_norm(mu[None])[:, 0] / 2 - w @ mu
     return FeatureMoments.of_tokens(PositiveFeatures(w), k, v, inside).weighted(log_weight)

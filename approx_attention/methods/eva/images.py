@@ -44,7 +44,7 @@ def image_layout(sizes: Sizes, num_queries: int, num_keys: int) -> Layout:
 
 
 def _side_of(num_chunks: int, num_keys: int, window: int) -> int:
-    """The least side of chunks that cut a window evenly and are at most so many."""
+    """The least side that divides the window and gives at most ``num_chunks`` chunks."""
     for side in range(1, window + 1):
         if window % side == 0 and num_keys <= num_chunks * side**2:
             return side

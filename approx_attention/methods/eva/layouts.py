@@ -13,7 +13,7 @@ DEFAULT_CHUNK = 16
 
 
 class Sizes(NamedTuple):
-    """What a caller asks of a layout, by the arguments of `eva`."""
+    """The arguments of `eva` that decide the layout."""
 
     window_size: int
     chunk_size: int | None
@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     spatial_shape: tuple[int, int] | None
 
     def checked(self) -> "Sizes":
-        """The same with Python's integers; raises for what is none."""
+        """The same with Python's integers and booleans; raises for any other value."""
         return self._replace(
             window_size=check_count("window_size", self.window_size),
             chunk_size=None if self.chunk_size is None else check_count("chunk_size", self.chunk_size),

@@ -238,9 +238,9 @@ def _check_learned(recipe: Recipe, local_bias: Array | None) -> None:
 
 
 def _check_streamable(sizes: Sizes, recipe: Recipe, local_bias: Array | None) -> None:
-    """Raises for what would look at queries or at chunks as a whole, which a growing prefix can not."""
+    """Raises for options that need queries or all chunks at once, which a growing prefix does not have."""
     mean = recipe.proposal_mean
-    refused = {
+    unsupported = {
         "overlap": sizes.overlap != 0,
         "chunk_keys": recipe.chunk_keys is not None,
         "proposal_mean": mean is not None and not (isinstance(mean, str) and mean == "k"),
@@ -249,6 +249,6 @@ def _check_streamable(sizes: Sizes, recipe: Recipe, local_bias: Array | None) ->
         "local_bias": local_bias is not None,
         "spatial_shape": sizes.spatial_shape is not None,
     }
-    for name, is_given in refused.items():
+    for name, is_given in unsupported.items():
         if is_given:
             raise NotImplementedError(f"method 'eva' does not support {name} with is_causal and exclude_local")
