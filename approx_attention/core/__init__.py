@@ -51,7 +51,7 @@ from approx_attention.core.checks import (
     zero_padding,
 )
 from approx_attention.core.choices import keeping_choices, kept
-from approx_attention.core.control_variates import control_variate_state
+from approx_attention.core.control_variates import control_variate_state, noise_deviation
 from approx_attention.core.features import (
     CosineFeatures,
     FeatureMap,
@@ -223,6 +223,7 @@ __all__ = [
     "mean",
     "merge",
     "move_on",
+    "noise_deviation",
     "normalise",
     "orthogonal_projection",
     "out_of_blocks",

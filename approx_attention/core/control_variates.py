@@ -1,10 +1,13 @@
 """The control-variate view: random features, EVA and softmax attention as one estimator."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from approx_attention.core.checks import check_choice
 from approx_attention.core.states import AttentionState, finite_peak, merge
 from approx_attention.core.summaries import FeatureMoments, attend
 
@@ -61,3 +64,13 @@ def control_variate_state(
     safe_total = jnp.where(total == 0, jnp.ones_like(total), total)
     out = jnp.einsum("tg,gtd->td", mass / safe_total[:, None], answers.out)
     return merge(exact, AttentionState(out, jnp.where(total == 0, -jnp.inf, peak + jnp.log(safe_total))))
+
+
+def noise_deviation(noise_scale: Literal["exact", "official"], head_dim: int) -> float:
+    r"""Standard deviation of the noise of random directions in scaled space, for `ra`, `lara` and `eva`.
+
+    The theory draws from N(0, I) in scaled space. The authors' code adds such noise to queries and keys that are not
+    scaled yet, and then scales by :math:`D^{-1/2}`: in scaled space its deviation is :math:`D^{-1/4}`.
+    """
+    check_choice("noise_scale", noise_scale, ("exact", "official"))
+    return head_dim**-0.25 if noise_scale == "official" else 1.0

@@ -37,36 +37,37 @@ from approx_attention.methods.baselines import (
     uniform_sample,
 )
 from approx_attention.methods.bigbird import bigbird
+from approx_attention.methods.block_linformer import (
+    block_linformer,
+    running_block_linformer,
+    summarize_block_linformer,
+)
 from approx_attention.methods.coreset import coreset, sparse_coreset, summarize_coreset
 from approx_attention.methods.cosformer import cosformer, place_tokens, running_cosformer
-from approx_attention.methods.eva import chunk_means, eva, running_eva
+from approx_attention.methods.eva import OFFICIAL_EVA, chunk_means, eva, running_eva
 from approx_attention.methods.exact import exact, exact_together, running_exact, summarize_exact
 from approx_attention.methods.favor import draw_favor, favor, running_favor, summarize_favor
 from approx_attention.methods.hyper import hyper_attention
 from approx_attention.methods.lara import lara
-from approx_attention.methods.linformer import (
-    Convolution,
-    LinformerPrefix,
-    block_linformer,
-    linformer,
-    linformer_step,
-    running_block_linformer,
-    summarize_block_linformer,
-)
+from approx_attention.methods.linformer import Convolution, linformer
+from approx_attention.methods.linformer_prefix import LinformerPrefix, linformer_step
 from approx_attention.methods.local import local, window_sides
 from approx_attention.methods.longformer import longformer
 from approx_attention.methods.lsh_top_k import lsh_top_k
-from approx_attention.methods.nystrom import nystrom, skyformer, svd
+from approx_attention.methods.nystrom import nystrom
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
 from approx_attention.methods.ra import ra
 from approx_attention.methods.rfa import draw_rfa, gate_tokens, rfa, running_rfa
 from approx_attention.methods.scatterbrain import scatterbrain
 from approx_attention.methods.sketches import importance_sample, summarize_importance_sample, unreduced_jlt
+from approx_attention.methods.skyformer import skyformer
 from approx_attention.methods.sparse import sparse_attention, sparse_plus_summary
+from approx_attention.methods.svd import svd
 from approx_attention.methods.top_k import top_k
 
 __all__ = [
+    "OFFICIAL_EVA",
     "Convolution",
     "LinformerPrefix",
     "bigbird",

@@ -49,23 +49,20 @@ def cosformer(
               \mathrm{out}_i = \sum_j A_{ij} v_j \Big/ \sum_j A_{ij}.
 
     The cosine of a difference splits into 2 D features, :math:`[\max(x, 0) \cos a, \max(x, 0) \sin a]` at the angle
-    :math:`a = \pi i / 2M`, so the sums are exact in O((T + S) D Dv) time. This is a kernel of its own and **no
-    approximation of softmax attention**: swapped into a trained model it answers another question. It is homogeneous,
-    so neither the scale nor the temperature matters to the answer. A query whose kernel is 0 at every key gives 0;
-    there is no epsilon (the authors' code clamps normalisers at 1e-6, which shrinks the answers of small ones).
+    :math:`a = \pi i / 2M`, so the sums are exact in O((T + S) D Dv) time. It is another kernel and **no
+    approximation of softmax attention**. It is homogeneous, so the scale does not matter to the output. A query whose
+    kernel is 0 at every key gives 0; there is no epsilon (the authors' code clamps normalisers at 1e-6, which shrinks
+    the outputs of small ones).
 
-    For decoding see `running_cosformer`: the tokens of a cache carry no place by themselves.
+    Query t stands at the position of key t, counted over real keys. For decoding see `running_cosformer`: the tokens of
+    a cache carry no place by themselves.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        q: queries ``[T, D]``; query t stands at the position of key t, counted over real keys.
         max_length: M, at least T and S; by default the greater number of real queries and real keys. Set it for
-            answers that do not depend on how long the sequence is.
+            outputs that do not depend on the length of the sequence.
         block_size: tokens per block of the causal form; it matters to speed only.
-        kv_mask: true where a key is real, ``[S]``; padding has no place. A query that sees no key gives 0.
-        q_mask: true where a query is real, ``[T]``, and counts for M; by default `kv_mask` where T = S.
-        scale: factor of the kernel, ``1/sqrt(D)`` by default; the answer does not depend on it.
         return_state: return the `AttentionState`, with the logarithms of this kernel's normalisers, in the
             accumulation dtype.
 
@@ -100,16 +97,14 @@ def cosformer(
     over = longest if max_length is None else max_length
     q, k = _placed(q, ranks(own, num_queries), over), _placed(k, ranks(kv_mask, num_keys), over)
     if is_causal:
-        state = causal_state(q, k, v, running_cosformer(head_dim), block_size=block_size, kv_mask=kv_mask)
-    else:
-        state = attend(q, FeatureMoments.of_tokens(CosineFeatures(head_dim), k, v, kv_mask))
-    return state
+        return causal_state(q, k, v, running_cosformer(head_dim), block_size=block_size, kv_mask=kv_mask)
+    return attend(q, FeatureMoments.of_tokens(CosineFeatures(head_dim), k, v, kv_mask))
 
 
 def running_cosformer(head_dim: int) -> RunningSummary:
     """The moments of a growing prefix of tokens that carry their places.
 
-    A `Decoder` of it with ``head_dim=D + 2`` takes what `place_tokens` makes of queries and keys, segment by segment.
+    A `Decoder` of it with ``head_dim=D + 2`` takes the rows of `place_tokens`, segment by segment.
 
     Args:
         head_dim: the number D of channels of queries and keys, without their places.
@@ -118,7 +113,7 @@ def running_cosformer(head_dim: int) -> RunningSummary:
         The `RunningSummary`.
     """
     features = CosineFeatures(check_count("head_dim", head_dim))
-    # What is near is answered by the same kernel: softmax there and another kernel far away would not add up.
+    # Nearby tokens by the same kernel: its sums and those of softmax could not be added.
     near = lambda q, k, v, bias: kernel_state(features, q, k, v, bias)  # noqa: E731
     return running_moments(features)._replace(near=near)
 
@@ -166,7 +161,7 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
 def _placed(x: Array, place: Array, max_length: Array | int) -> Array:
     """Rows ``[N, D]`` with their places ``[N]`` as two more channels."""
     x, place = x.astype(accumulation_dtype(x)), place[:, None]
-    # The cosine as the sine of what is left to a right angle, which keeps its digits where it is small.
+    # The cosine as the sine of the complement, which keeps its digits where it is small.
     step = math.pi / (2 * (max_length if isinstance(max_length, int) else max_length.astype(x.dtype)))
     cosine, sine = (jnp.sin(n.astype(x.dtype) * step) for n in (max_length - place, place))
     return jnp.concatenate([x, cosine, sine], axis=-1)

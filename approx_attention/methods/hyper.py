@@ -23,7 +23,7 @@ from approx_attention.core import (
 )
 from approx_attention.coresets import random_places
 
-# The order of so many signs is a number that an int32 holds.
+# The signs of one token are an int32.
 MOST_HASHES = 31
 
 
@@ -50,17 +50,16 @@ def hyper_attention(
               {\sum_{j \in B(t)} e^{s\, q_t \cdot k_j}
               + \frac{n}{M} \sum_{j \in I \setminus B(t)} e^{s\, q_t \cdot k_j}}.
 
-    Given the hashes, numerator and normaliser are unbiased. There is no causal form: a query's block depends on the
-    hashes of all queries, and so on those that come later; the published recursion shares that leak.
+    Given the hashes, numerator and normaliser are unbiased. In self-attention (T = S) padded queries are in the last
+    blocks; where T != S the number of queries counts, padding included. There is no causal form: a query's block
+    depends on the hashes of all queries, and so on later ones; the published recursion shares that leak.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        sample_size: the number M of sampled keys; with M >= S the answer is exact.
-        block_size: queries per block, each of which meets as many keys (in proportion, if S != T), padding left out.
+        sample_size: the number M of sampled keys; with M >= S the output is exact.
+        block_size: queries per block, each with as many keys (in proportion, if S != T), padding left out.
         num_hashes: the number b of random signs, at most 31.
-        kv_mask: true where a key is real, ``[S]``, and where T = S a query: the others are in the last blocks. A query
-            that sees no key gives 0. Where T != S the number of queries counts, padding included.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, more than 31 signs, no key.
@@ -93,6 +92,7 @@ def hyper_attention(
     if kv_mask is not None and is_self:  # real queries first
         order_q = jnp.lexsort((rank_q, ~kv_mask))
     order_k = jnp.lexsort((rank_k, ~real))
+    # As many blocks of keys as of queries.
     num_blocks = -(-q.shape[0] // block_size)
     keys_per_block = room = -(-k.shape[0] // num_blocks)
 
@@ -103,6 +103,7 @@ def hyper_attention(
         near = tuple(in_blocks(x[order_k], room) for x in (k, v, real))
         sampled = random_places(real.astype(k.dtype), sample_size, key_sample)
     else:
+        # Blocks of real keys alone, so that padding moves none of them to another block.
         num_real = jnp.maximum(count_real(kv_mask), 1)
         keys_per_block = -(-num_real // (-(-num_real // block_size) if is_self else num_blocks))
         # In self-attention a block of queries meets no more keys than it has room for queries.
@@ -112,13 +113,14 @@ def hyper_attention(
         inside = (number < keys_per_block) & (place < k.shape[0])
         place = order_k[jnp.minimum(place, k.shape[0] - 1)]
         near = k[place], v[place], inside & real[place]
-        # A key is drawn by its rank among the real ones.
+        # By rank among the real keys, so that padding changes no sample.
         tokens = RealFirst.of(kv_mask)
         sampled = tokens.order[random_places(tokens.real.astype(k.dtype), sample_size, key_sample)]
     block_of_key = (
         jnp.zeros(k.shape[0], jnp.int32).at[order_k].set(jnp.arange(k.shape[0], dtype=jnp.int32) // keys_per_block)
     )
     num_real = jnp.maximum(jnp.sum(real), 1).astype(k.dtype)
+    # log(n / M), with 0 where all keys are in the sample.
     weight = jnp.log(num_real / jnp.minimum(num_real, sample_size))
     present, own = real[sampled], block_of_key[sampled]
     k_sampled, v_sampled = k[sampled], v[sampled]
@@ -126,18 +128,19 @@ def hyper_attention(
     def of_block(args: tuple[Array, Array, tuple[Array, Array, Array]]) -> AttentionState:
         number, q, (k, v, real) = args
         local = dense_state(q, k, v, mask_bias(real, q.dtype)[None, :])
+        # A sampled key of the block itself is seen exactly already.
         outside = jnp.where(present & (own != number), weight, HIDDEN)
         return merge(local, dense_state(q, k_sampled, v_sampled, outside[None, :]))
 
     blocks = jnp.arange(num_blocks, dtype=jnp.int32), in_blocks(q[order_q], block_size), near
     state = lax.map(jax.checkpoint(of_block), blocks)
     back = jnp.argsort(order_q)
-    state = jax.tree.map(lambda x: x[back], out_of_blocks(state, q.shape[0]))
-    return state
+    return jax.tree.map(lambda x: x[back], out_of_blocks(state, q.shape[0]))
 
 
 def _gray_rank(x: Array, planes: Array) -> Array:
     """The number of each row's signs ``[n]`` in the order in which neighbours differ in one sign."""
     bits = (x @ planes > 0).astype(jnp.int32)
+    # A bit of the number is the parity of the Gray code's bits up to it.
     binary = jnp.cumsum(bits, axis=1) % 2
     return binary @ (2 ** jnp.arange(planes.shape[1] - 1, -1, -1, dtype=jnp.int32))

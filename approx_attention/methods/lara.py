@@ -1,7 +1,7 @@
-"""Linear randomised attention: a handful of proposals, shared by all queries, by multiple importance sampling."""
+"""Linear randomised attention: a few proposals that all queries share, by multiple importance sampling."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ from approx_attention.core import (
     head_inputs,
     landmark_means,
     map_rows,
+    noise_deviation,
     output_or_state,
     paired_means,
     query_mask,
     squared_norm,
 )
 
-# What the authors' code clamps the weights of its query-specific rule to.
+# The least weight of the query-specific rule, as in the authors' code: its logarithm must exist.
 LEAST_WEIGHT = 1e-8
 
 
@@ -75,31 +76,28 @@ def lara(
     - ``"query_specific"``: the same plus ``correction`` times
       :math:`r_{tc} - \frac1C \sum_{c'} r_{tc'}`, where
       :math:`r_{tc} = e^{q_t \cdot \bar q_c} / \sum_{t'} e^{q_{t'} \cdot \bar q_c}`. It is the paper's rule and the
-      default of its code. It looks at all queries, and where it would be negative it is clamped to 1e-8 and has no
-      gradient.
+      default of its code. It looks at all queries; where it is negative it is clamped to 1e-8 and has no gradient.
     - ``"biased"``: :math:`e^{\mu_c \cdot q_t}` over the mixture's density, without correction for it.
 
-    Without a key the noise is off, :math:`w_c = \mu_c`: deterministic, and what the authors' code evaluates with.
+    Without a key the noise is off, :math:`w_c = \mu_c`: deterministic, as the authors' code is in evaluation. Segments
+    are of real tokens, those of an image of all pixels.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        key: typed PRNG key of the noise, or none for no noise.
         num_landmarks: the number C of proposals; no more than there are real queries and real keys.
         weights: the rule for :math:`\alpha`.
-        correction: how much of the query-specific term, for that rule.
-        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned; beside
-            it ``num_landmarks`` is not read.
-        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space for the query-specific rule in place of pooled ones.
-        spatial_shape: height and width of an image that the tokens are, row by row; the segments are then rectangles of
-            it, as many as the greatest square number up to C.
-        num_samples: draws per proposal, unless ``noise`` is given.
+        correction: the factor of the query-specific term, for that rule.
+        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned;
+            ``num_landmarks`` is then not read.
+        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space in place of the pooled ones, for the query-specific
+            rule.
+        spatial_shape: height and width of an image whose pixels are the tokens, row by row; the segments are then
+            rectangles, as many as the greatest square number up to C.
+        num_samples: samples per proposal, unless ``noise`` is given.
         antithetic: also use the negative of every noise, which doubles the samples.
-        noise: standard normal noise ``[R, C, D]`` in place of a draw.
+        noise: standard normal noise ``[R, C, D]`` in place of a sample.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
-        kv_mask: true where a key is real, ``[S]``; segments are of real tokens, in an image of all pixels. A query that
-            sees no key gives 0.
-        q_mask: true where a query is real, ``[T]``, by default `kv_mask` where T = S.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown rules.
@@ -116,9 +114,8 @@ def lara(
     Reference:
         :cite:p:`zheng2022linear`, section 4.
     """
-    head_dim = q.shape[-1]
     check_choice("weights", weights, ("balance", "query_specific", "biased"))
-    check_choice("noise_scale", noise_scale, ("exact", "official"))
+    deviation = noise_deviation(noise_scale, q.shape[-1])
     num_samples, antithetic = check_count("num_samples", num_samples), check_flag("antithetic", antithetic)
     check_number("correction", correction)
     check_finite("correction", correction)
@@ -126,81 +123,135 @@ def lara(
         spatial_shape = as_pair("spatial_shape", spatial_shape)
     check_floats(proposal_mean=proposal_mean, query_landmarks=query_landmarks, noise=noise)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
-    num_landmarks = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
     q_mask = query_mask(q_mask, kv_mask, q.shape[0])
-    q_mean = present = None
+    count = min(check_count("num_landmarks", num_landmarks), q.shape[0], k.shape[0])
     if proposal_mean is None:
-        q_mean, mu, present = paired_means(q, k, num_landmarks, q_mask, kv_mask, spatial_shape)
+        q_bar, k_bar, present = paired_means(q, k, count, q_mask, kv_mask, spatial_shape)
+        q_bar = _like_proposals(q_bar if query_landmarks is None else query_landmarks, k_bar)
+        mu = k_bar + q_bar
     else:
-        mu = proposal_mean.astype(q.dtype)
-    if mu.ndim != 2 or mu.shape[1] != head_dim:
-        raise ValueError(f"proposal_mean must be [C, D] with D = {head_dim}, got shape {mu.shape}")
-    q_bar = jnp.zeros_like(mu)
-    if query_landmarks is not None:
-        q_bar = query_landmarks.astype(q.dtype)
-    elif q_mean is not None:
-        q_bar = q_mean
-    elif weights == "query_specific":
-        q_bar = landmark_means(q, mu.shape[0], q_mask, spatial_shape)
+        mu, present = proposal_mean.astype(q.dtype), None
+        if mu.ndim != 2 or mu.shape[1] != q.shape[1]:
+            raise ValueError(f"proposal_mean must be [C, D] with D = {q.shape[1]}, got shape {mu.shape}")
+        if query_landmarks is None and weights == "query_specific":
+            query_landmarks = landmark_means(q, mu.shape[0], q_mask, spatial_shape)
+        q_bar = _like_proposals(mu if query_landmarks is None else query_landmarks, mu)
+
+    epsilon = deviation * _noise(key, num_samples, noise, mu, present)
+    if antithetic:
+        epsilon = jnp.concatenate([epsilon, -epsilon])
+    samples = _Samples.of(mu, epsilon, present)
+    moments = FeatureMoments.of_tokens(PositiveFeatures(samples.w), k, v, kv_mask)
+    if weights == "balance":
+        return _balanced(q, moments, samples)
+
+    w, own = samples.w, samples.own
+    f, log_sum = _of_keys(moments, samples)
+    balance = jnp.exp(samples.log_own - samples.log_mixture)
+    log_affinity = _log_affinity(q, q_bar, q_mask)
+    # Proposals that padding leaves absent count in no mean over the proposals; without any real one all do.
+    counted = None if present is None else (present | ~jnp.any(present))[None, :]
+
+    def attend_rows(q: Array) -> AttentionState:
+        log_weight = q @ w.T - squared_norm(q) / 2 + log_sum[None, :]
+        if weights == "biased":
+            log_weight = log_weight + q @ mu.T[:, own] - samples.log_mixture[None, :]
+        else:
+            # A share of what all queries have is at most 1, but for those that are padding.
+            r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
+            alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True, where=counted))[:, own]
+            log_weight = log_weight - samples.log_own[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
+        lse = jax.nn.logsumexp(log_weight, axis=1) - math.log(epsilon.shape[0])
+        out = jax.nn.softmax(log_weight, axis=1) @ f
+        # Where no key is real all log-weights are HIDDEN; a NaN is passed on.
+        seen = ~(lse < HIDDEN / 2)
+        return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))
+
+    # Rows at a time, so that no array with a row per query and a column per sample exists at once.
+    return map_rows(jax.checkpoint(attend_rows), q, FEATURE_BLOCK)
+
+
+def _like_proposals(q_bar: Array, mu: Array) -> Array:
     if q_bar.shape != mu.shape:
         raise ValueError(
             f"query_landmarks, by default pooled, must be [C, D] = {list(mu.shape)} like the proposals, "
             f"got shape {q_bar.shape}"
         )
-    mu = mu + q_bar if proposal_mean is None else mu
-    if noise is None:
-        shape = (num_samples, *mu.shape)
-        noise = jnp.zeros(shape, q.dtype) if key is None else jax.random.normal(check_key("lara", key), shape, q.dtype)
-        noise = noise if present is None else draw_of_size(noise, jnp.sum(present, dtype=jnp.int32))
-    elif noise.ndim != 3 or noise.shape[1:] != mu.shape:
-        raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")
-    epsilon = noise.astype(q.dtype) * (head_dim**-0.25 if noise_scale == "official" else 1.0)
-    if antithetic:
-        epsilon = jnp.concatenate([epsilon, -epsilon])
-    num_samples, num_proposals = epsilon.shape[0], mu.shape[0]
-    own = np.arange(num_samples * num_proposals) % num_proposals
-    w = (mu[None] + epsilon).reshape(-1, head_dim)
+    return q_bar.astype(mu.dtype)
 
-    # log q_c(w) / N(w; 0, I) for each draw w and each proposal c.
-    log_density = w @ mu.T - squared_norm(mu).T / 2
-    if present is not None:
-        log_density = jnp.where(present[None, :], log_density, HIDDEN)
-    log_mixture = jax.nn.logsumexp(log_density, axis=1)
-    moments = FeatureMoments.of_tokens(PositiveFeatures(w), k, v, kv_mask)
-    if weights == "balance":
-        # Two factors of 1/sqrt(draws) in the features; the mixture has `num_samples` draws of each proposal.
-        log_weight = math.log(num_proposals) - log_mixture
+
+def _noise(key: Array | None, num_samples: int, noise: Array | None, mu: Array, present: Array | None) -> Array:
+    """Standard normal noise ``[R, C, D]``, zeros without a key."""
+    if noise is not None:
+        if noise.ndim != 3 or noise.shape[1:] != mu.shape:
+            raise ValueError(f"noise must be [R, C, D] with C, D = {list(mu.shape)}, got shape {noise.shape}")
+        return noise.astype(mu.dtype)
+    shape = (num_samples, *mu.shape)
+    if key is None:
+        return jnp.zeros(shape, mu.dtype)
+    noise = jax.random.normal(check_key("lara", key), shape, mu.dtype)
+    # As sampled for the proposals of the real tokens alone, so that padding changes nothing.
+    return noise if present is None else draw_of_size(noise, jnp.sum(present, dtype=jnp.int32))
+
+
+class _Samples(NamedTuple):
+    r"""The RC samples of C proposals.
+
+    Attributes:
+        w: the samples ``[RC, D]``.
+        own: the proposal of each ``[RC]``.
+        log_own: :math:`\log \xi(\mu_c, w)` at its proposal ``[RC]``: the density over that of N(0, I).
+        log_mixture: the logarithm of the sum of the same over all proposals ``[RC]``.
+        present: which proposals are of real tokens ``[C]``, None for all.
+    """
+
+    w: Array
+    own: np.ndarray
+    log_own: Array
+    log_mixture: Array
+    present: Array | None
+
+    @classmethod
+    def of(cls, mu: Array, epsilon: Array, present: Array | None) -> "_Samples":
+        """The samples of proposals ``mu [C, D]`` with noise ``[R, C, D]``."""
+        num_samples, num_proposals, head_dim = epsilon.shape
+        own = np.arange(num_samples * num_proposals) % num_proposals
+        w = (mu[None] + epsilon).reshape(-1, head_dim)
+        log_density = w @ mu.T - squared_norm(mu).T / 2
         if present is not None:
-            log_weight = jnp.where(present[own], log_weight, HIDDEN)
-        state = attend(q, moments.weighted(log_weight))
-    else:
-        own_density = log_density[np.arange(len(own)), own]
-        own_density = own_density if present is None else jnp.where(present[own], own_density, 0)
-        log_sum = jnp.log(jnp.where(moments.mass == 0, 1, moments.mass))
-        hidden = moments.mass == 0 if present is None else (moments.mass == 0) | ~present[own]
-        log_sum = jnp.where(hidden, HIDDEN, log_sum + moments.log_scale + 0.5 * math.log(len(own)))
-        f = moments.value_sum / jnp.where(moments.mass == 0, 1, moments.mass)[:, None]
-        balance = jnp.exp(own_density - log_mixture)
-        counted = None if present is None else (present | ~jnp.any(present))[None, :]
-        affinity = q @ q_bar.T
-        if q_mask is not None:
-            affinity = jnp.where(q_mask[:, None], affinity, HIDDEN)
-        log_affinity = jax.nn.logsumexp(affinity, axis=0)
-        log_affinity = jnp.where(log_affinity < HIDDEN / 2, jnp.zeros_like(log_affinity), log_affinity)
+            log_density = jnp.where(present[None, :], log_density, HIDDEN)
+        log_own = log_density[np.arange(len(own)), own]
+        log_own = log_own if present is None else jnp.where(present[own], log_own, 0)
+        return cls(w, own, log_own, jax.nn.logsumexp(log_density, axis=1), present)
 
-        def answer(q: Array) -> AttentionState:
-            log_weight = q @ w.T - squared_norm(q) / 2 + log_sum[None, :]
-            if weights == "biased":
-                log_weight = log_weight + q @ mu.T[:, own] - log_mixture[None, :]
-            else:
-                # A share of what all queries have is at most 1, but for those that are padding.
-                r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
-                alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True, where=counted))[:, own]
-                log_weight = log_weight - own_density[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
-            lse = jax.nn.logsumexp(log_weight, axis=1) - math.log(num_samples)
-            out = jax.nn.softmax(log_weight, axis=1) @ f
-            seen = ~(lse < HIDDEN / 2)
-            return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))
 
-        state = map_rows(jax.checkpoint(answer), q, FEATURE_BLOCK)
-    return state
+def _balanced(q: Array, moments: FeatureMoments, samples: _Samples) -> AttentionState:
+    """The balance heuristic: random features with weights that do not depend on the query."""
+    # Features carry a factor of 1/sqrt(RC), so that products are means over all samples. The sum over proposals has R
+    # samples of each: C times that mean.
+    num_proposals = int(samples.own[-1]) + 1
+    log_weight = math.log(num_proposals) - samples.log_mixture
+    if samples.present is not None:
+        log_weight = jnp.where(samples.present[samples.own], log_weight, HIDDEN)
+    return attend(q, moments.weighted(log_weight))
+
+
+def _of_keys(moments: FeatureMoments, samples: _Samples) -> tuple[Array, Array]:
+    r""":math:`f_c` ``[RC, Dv]`` and :math:`\log \sum_j \xi(k_j, w_c)` ``[RC]``, ``HIDDEN`` for an absent proposal."""
+    hidden = moments.mass == 0
+    mass = jnp.where(hidden, 1, moments.mass)
+    f = moments.value_sum / mass[:, None]
+    if samples.present is not None:
+        hidden = hidden | ~samples.present[samples.own]
+    # Without the factor of 1/sqrt(RC) that features carry.
+    log_sum = jnp.log(mass) + moments.log_scale + 0.5 * math.log(len(samples.own))
+    return f, jnp.where(hidden, HIDDEN, log_sum)
+
+
+def _log_affinity(q: Array, q_bar: Array, q_mask: Array | None) -> Array:
+    r""":math:`\log \sum_t e^{q_t \cdot \bar q_c}` ``[C]`` over real queries; 0 without any."""
+    affinity = q @ q_bar.T
+    if q_mask is not None:
+        affinity = jnp.where(q_mask[:, None], affinity, HIDDEN)
+    log_affinity = jax.nn.logsumexp(affinity, axis=0)
+    return jnp.where(log_affinity < HIDDEN / 2, jnp.zeros_like(log_affinity), log_affinity)

@@ -15,10 +15,8 @@ from approx_attention.core import (
     check_counts,
     paired_means,
 )
-from approx_attention.methods import chunk_means, eva, lara
+from approx_attention.methods import OFFICIAL_EVA, chunk_means, eva, lara
 from approx_attention.nnx.learned import Adaptor, LearnedAttention
-
-_OFFICIAL = {"exclude_local": False, "count_correction": False, "noise_scale": "official"}
 
 
 class Eva(LearnedAttention):
@@ -136,7 +134,7 @@ def eva_official(
         **size,
         "overlap": max(1, window_size // 2) if overlap else 0,
         "spatial_shape": spatial_shape,
-        **_OFFICIAL,
+        **OFFICIAL_EVA,
     }
     return Eva(head_dim, num_kv_heads, options=options, adaptors=True, half=True, local_bias=local_bias, rngs=rngs)
 
@@ -167,7 +165,7 @@ def eva_official_causal(
         "chunk_size": chunk_size,
         "overlap": window_size if overlap else 0,
         "is_causal": True,
-        **_OFFICIAL,
+        **OFFICIAL_EVA,
     }
     return Eva(head_dim, num_kv_heads, options=options, adaptors=True, local_bias=local_bias, rngs=rngs)
 

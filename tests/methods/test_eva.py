@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import eva, fold_scale
+from approx_attention.methods import OFFICIAL_EVA
 from tests.methods.case import Case
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 
@@ -88,7 +89,7 @@ def test_eva_is_its_formula(length, proposal):
 
 def test_eva_without_the_departures_is_the_official_one():
     q, k, v = head(15)
-    options = {"window_size": 8, "chunk_size": 6, "exclude_local": False, "count_correction": False}
+    options = {"window_size": 8, "chunk_size": 6, **OFFICIAL_EVA}
     out = eva(q, k, v, proposal_mean="half", **options)
     expected = eva_by_hand(q, k, v, 8, 6, visible=lambda t, c: True, count=False, proposal="half")
     np.testing.assert_allclose(out, expected, rtol=1e-9)
@@ -102,7 +103,7 @@ def test_eva_without_the_departures_is_the_official_one():
 
 def test_official_windows_and_chunks_overlap_alike():
     q, k, v = head(27)
-    out = eva(q, k, v, window_size=8, chunk_size=4, overlap=2, exclude_local=False, count_correction=False)
+    out = eva(q, k, v, window_size=8, chunk_size=4, overlap=2, **OFFICIAL_EVA)
     x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
     expected = []
     for t in range(24):
@@ -225,7 +226,7 @@ def test_images_in_squares():
     rows = eva(q[order], k[order], v[order], window_size=16, chunk_size=4)
     image = eva(q, k, v, window_size=4, chunk_size=2, spatial_shape=(8, 8))
     np.testing.assert_allclose(image[order], rows, rtol=1e-9)
-    official = {"exclude_local": False, "count_correction": False, "proposal_mean": "half"}
+    official = {**OFFICIAL_EVA, "proposal_mean": "half"}
     image = eva(q, k, v, window_size=4, chunk_size=2, spatial_shape=(8, 8), **official)
     rows = eva(q[order], k[order], v[order], window_size=16, chunk_size=4, **official)
     np.testing.assert_allclose(image[order], rows, rtol=1e-9)

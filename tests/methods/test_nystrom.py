@@ -12,7 +12,8 @@ from jax.test_util import check_grads
 
 import approx_attention
 from approx_attention import attention
-from approx_attention import nystrom as module
+from approx_attention.methods.nystrom import _iterated_inverse
+from approx_attention.methods.svd import _truncated
 from tests.methods.case import Case
 from tests.references import brute_force, kernelised_attention, random_head, relative_error
 
@@ -137,11 +138,11 @@ def test_the_iteration_approaches_the_inverse_and_a_few_steps_cut_small_singular
     left, right = (np.linalg.qr(np.random.default_rng(i).normal(size=(4, 4)))[0] for i in range(2))
     sigma = np.array([1.0, 0.3, 0.1, 1e-3])
     a = left * sigma @ right
-    gain = np.diag(right @ np.asarray(module._iterated_inverse(jnp.asarray(a), 6)) @ left) * sigma
+    gain = np.diag(right @ np.asarray(_iterated_inverse(jnp.asarray(a), 6)) @ left) * sigma
     np.testing.assert_allclose(gain[:2], 1, atol=1e-3)
     assert gain[2] > 0.8
     assert gain[3] < 0.01
-    np.testing.assert_allclose(module._iterated_inverse(jnp.asarray(a), 30), np.linalg.inv(a), rtol=1e-6)
+    np.testing.assert_allclose(_iterated_inverse(jnp.asarray(a), 30), np.linalg.inv(a), rtol=1e-6)
 
 
 @by_inverse
@@ -157,7 +158,7 @@ def test_an_item_does_not_depend_on_its_batch_mates(options):
 def test_the_iterated_inverse_is_that_of_each_matrix():
     logits = np.random.default_rng(0).normal(size=(3, 6, 6)) * np.array([0.1, 1, 5])[:, None, None]
     a = softmax(logits)
-    found = jax.vmap(lambda a: module._iterated_inverse(a, 6))(jnp.asarray(a))
+    found = jax.vmap(lambda a: _iterated_inverse(a, 6))(jnp.asarray(a))
     np.testing.assert_allclose(found, np.stack([iterated(x, 6) for x in a]), rtol=1e-9, atol=1e-9)
 
 
@@ -342,7 +343,7 @@ def test_svd_of_masked_keys_is_that_of_the_others():
 def test_the_derivative_of_the_truncation():
     for rows, columns, rank in ((5, 8, 3), (8, 5, 1)):
         p = jnp.asarray(np.random.default_rng(0).normal(size=(rows, columns)))
-        function = jax.jit(functools.partial(module._truncated, rank=rank))
+        function = jax.jit(functools.partial(_truncated, rank=rank))
         check_grads(function, (p,), order=1, eps=1e-6, atol=1e-7, rtol=1e-7)
 
 
@@ -351,7 +352,7 @@ def test_the_derivative_of_the_truncation_at_coincident_singular_values_is_finit
     identity = jnp.eye(8)
     repeated = jnp.ones((8, 8)).at[:4].set(2.0)
     for p in (identity, repeated, jnp.zeros((8, 8))):
-        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module._truncated(p, rank)))))(p)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(_truncated(p, rank)))))(p)
         chex.assert_tree_all_finite(gradient)
 
 

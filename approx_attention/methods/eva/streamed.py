@@ -1,0 +1,128 @@
+r"""EVA over a growing prefix: proposals come from keys alone, :math:`\mu_P = \bar k_P`, so that chunks never change."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from approx_attention.core import (
+    AttentionState,
+    GrowingSegments,
+    RunningSummary,
+    TokenSums,
+    WeightedKV,
+    causal_state,
+    check_count,
+    check_counts,
+    check_float_tuple,
+    check_key,
+    mask_bias,
+    mean,
+    noise_deviation,
+)
+from approx_attention.methods.eva.chunks import PoolingVectors, coefficients, pooled_keys
+from approx_attention.methods.eva.layouts import DEFAULT_CHUNK, largest_divisor
+
+
+def streamed_eva(
+    q: Array,
+    k: Array,
+    v: Array,
+    key: Array | None,
+    *,
+    window_size: int,
+    chunk_size: int | None,
+    num_chunks: int | None,
+    kv_mask: Array | None,
+    **options: Any,
+) -> AttentionState:
+    """Causal EVA of a whole sequence in scaled space, as `running_eva` decodes it.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        key: typed PRNG key of the noise, or none for no noise.
+        window_size: tokens per window.
+        chunk_size: tokens per chunk, a divisor of the window.
+        num_chunks: the greatest number of chunks, by default that of the sequence.
+        kv_mask: true where a key is real ``[S]``.
+        **options: further ones of `running_eva`.
+    """
+    chunk_size = chunk_size or largest_divisor(window_size, DEFAULT_CHUNK)
+    if window_size % chunk_size:
+        raise ValueError(f"chunk_size must divide window_size = {window_size}, got {chunk_size}")
+    if num_chunks is None:
+        num_chunks = -(-max(q.shape[0], window_size) // chunk_size)
+    # Fewer queries than a block see no chunk, and their only block is shorter than a window.
+    chunk_size = chunk_size if q.shape[0] >= window_size else 1
+    running = running_eva(q.shape[-1], key, num_chunks=num_chunks, chunk_size=chunk_size, **options)
+    return causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
+
+
+def running_eva(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    num_chunks: int = 256,
+    chunk_size: int | None = None,
+    pooling_vectors: PoolingVectors | None = None,
+    count_correction: bool = True,
+    noise_scale: Literal["exact", "official"] = "exact",
+) -> RunningSummary:
+    """The chunks of a growing prefix; where they are too many, neighbours are averaged in pairs.
+
+    Shared arguments: see `approx_attention.methods`.
+
+    Args:
+        key: typed PRNG key of the noise, or none for no noise.
+        num_chunks: the greatest number of chunks.
+        chunk_size: tokens per chunk, a divisor of the block; by default the largest one up to 16.
+        pooling_vectors: as in `eva`.
+        count_correction: as in `eva`.
+        noise_scale: as in `eva`.
+    """
+    head_dim, num_chunks = check_counts(head_dim=head_dim, num_chunks=num_chunks)
+    chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+    check_float_tuple("pooling_vectors", pooling_vectors)
+    deviation = noise_deviation(noise_scale, head_dim)
+
+    def directions(k: Array, log_count: Array, first: Array) -> Array:
+        """One direction for each of the chunks ``k [C, j, D]``, the first of which is number ``first``."""
+        if pooling_vectors is None:
+            mu = pooled_keys(k, log_count, None)
+        else:
+            mu = jnp.broadcast_to(pooling_vectors[1].astype(k.dtype)[None], (k.shape[0], head_dim))
+        if key is None:
+            return mu
+        # By the chunk's number in the sequence: the noise does not depend on how many blocks a call brings.
+        numbers = first + jnp.arange(k.shape[0], dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key("eva", key), numbers)
+        return mu + deviation * jax.vmap(lambda key: jax.random.normal(key, (head_dim,), mu.dtype))(keys)
+
+    def init(value_dim: int, dtype: Any) -> GrowingSegments:
+        return GrowingSegments.empty(num_chunks, head_dim, value_dim, dtype)
+
+    def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
+        block_size = k.shape[0]
+        chunk = chunk_size or largest_divisor(block_size, DEFAULT_CHUNK)
+        if block_size % chunk:
+            raise ValueError(f"chunk_size must divide the block of {block_size} tokens, got {chunk}")
+        tokens = TokenSums.of_tokens(k, v, kv_mask)
+        k, v, count = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tuple(tokens))
+        log_count = mask_bias(count > 0, count.dtype)
+        beta = coefficients(k, v, log_count, directions(k, log_count, start // chunk))
+        total = jnp.sum(count, axis=1)
+        # Sums of synthetic tokens by their masses, so that pairs are averaged by adding.
+        chunks = TokenSums(total[:, None] * pooled_keys(k, log_count, pooling_vectors), total[:, None] * beta, total)
+        return growing.append(start, chunk, chunks, chunk * -(-(block_size // chunk) // num_chunks))
+
+    def read(growing: GrowingSegments) -> WeightedKV:
+        landmarks = growing.sums.landmarks()
+        if count_correction:
+            return landmarks
+        once = (landmarks.mass > 0).astype(landmarks.mass.dtype)
+        return WeightedKV(landmarks.k, mean(landmarks.value_sum, landmarks.mass), once)
+
+    return RunningSummary(init, append, read)

@@ -1,0 +1,92 @@
+"""Exact attention within windows, merged with attention over the chunks that a window may see."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from approx_attention.core import (
+    HIDDEN,
+    LEAST_TILE,
+    AttentionState,
+    block_windows,
+    dense_state,
+    mask_bias,
+    merge,
+    out_of_blocks,
+    pad_rows,
+    real_keys,
+)
+from approx_attention.methods.eva.chunks import Chunks, Tokens, attend_chunks
+from approx_attention.methods.eva.layouts import Layout, Sizes
+
+
+def attend_windows(
+    tokens: Tokens, sizes: Sizes, layout: Layout, chunks: Chunks, siblings: Chunks | None, local_bias: Array | None
+) -> AttentionState:
+    """The states of the queries: their windows exactly, the other windows of a long chunk, and all other chunks."""
+    q, k, v, _, kv_mask = tokens
+    num_queries, window, (left, right), dtype = q.shape[0], layout.window, sizes.sides, q.dtype
+    reach = left + window + right
+    if local_bias is not None and local_bias.shape != (window, reach):
+        raise ValueError(f"local_bias must be [window, window + overlaps] = {[window, reach]}, got {local_bias.shape}")
+    num_windows = -(-num_queries // window)
+    # As many windows at a time as fill a tile of logits, and 1024 rows at least, so that products stay large.
+    rows = max(1024, LEAST_TILE // (reach + len(layout.chunks.segments.member)))
+    blocks = -(-num_windows // max(1, rows // window))
+    together = -(-num_windows // blocks)
+    rows = together * window
+
+    own_bias = jnp.zeros((1, reach), dtype) if local_bias is None else local_bias.astype(dtype)
+    if sizes.is_causal:
+        own_bias = jnp.where(np.tri(window, reach, left, dtype=bool), own_bias, HIDDEN)
+
+    def block(args: Any) -> AttentionState:
+        first, q, (k, v, key_bias) = args
+        numbers = first + jnp.arange(together, dtype=jnp.int32)
+        key_bias = key_bias[:, None, :]
+        bias = jnp.where(key_bias <= HIDDEN / 2, HIDDEN, key_bias + own_bias[None])
+        q_windows = q.reshape(together, window, -1)
+        near = jax.vmap(dense_state)(q_windows, k, v, bias)
+        if siblings is not None:
+            near = merge(near, jax.vmap(dense_state)(q_windows, *_siblings(numbers, layout, siblings)))
+        hidden = _hidden_chunks(numbers, sizes, layout)
+        log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(chunks.log_mass)))
+        log_mass = log_mass if hidden is None else jnp.where(hidden, HIDDEN, log_mass)
+        return attend_chunks(q, out_of_blocks(near), chunks, log_mass)
+
+    key_bias = mask_bias(real_keys(kv_mask, k.shape[0]), dtype)
+    near = tuple(
+        block_windows(x, window, blocks * together, left, right, fill).reshape(blocks, together, reach, *x.shape[1:])
+        for x, fill in ((k, 0.0), (v, 0.0), (key_bias, HIDDEN))
+    )
+    q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
+    numbers = together * jnp.arange(blocks, dtype=jnp.int32)
+    return out_of_blocks(lax.map(jax.checkpoint(block), (numbers, q, near)), num_queries)
+
+
+def _siblings(numbers: Array, layout: Layout, siblings: Chunks) -> tuple[Array, Array, Array]:
+    """Keys, values and log-masses of the other windows of each window's chunk, which is itself hidden from it."""
+    per_chunk = jnp.maximum(layout.chunk // layout.window, 1)
+    at = jnp.arange(layout.chunks.segments.member.shape[1] // layout.window, dtype=jnp.int32)[None, :]
+    others = (numbers // per_chunk * per_chunk)[:, None] + at
+    is_other = (at < per_chunk) & (others < siblings.k.shape[0]) & (others != numbers[:, None])
+    others = jnp.minimum(others, siblings.k.shape[0] - 1)
+    log_mass = jnp.where(is_other, siblings.log_mass[others], HIDDEN)[:, None, :]
+    return siblings.k[others], siblings.beta[others], log_mass
+
+
+def _hidden_chunks(numbers: Array, sizes: Sizes, layout: Layout) -> Array | None:
+    """Which chunks the queries of these windows do not see, ``[queries, C]``; None where they see all."""
+    position = np.arange(len(layout.chunks.segments.member), dtype=np.int32)[None, :] * layout.chunk
+    start, (left, right) = (numbers * layout.window)[:, None], sizes.sides
+    if sizes.exclude_local:  # chunks that hold a token of the window
+        hidden = (position + layout.chunk > start - left) & (position < start + layout.window + right)
+        rows = len(numbers) * layout.window
+        return jnp.repeat(hidden, layout.window, axis=0, total_repeat_length=rows)
+    if sizes.is_causal:  # a query's chunk too: its means hold later tokens
+        place = (start + jnp.arange(layout.window, dtype=jnp.int32)[None, :]).reshape(-1, 1)
+        return place // layout.chunk <= position // layout.chunk
+    return None

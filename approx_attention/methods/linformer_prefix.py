@@ -1,0 +1,142 @@
+"""The causal form of `linformer`: the slots of a query are those of the tokens so far."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from approx_attention.core import HIDDEN, along_with, in_blocks, out_of_blocks, pad_rows, real_keys
+
+
+class LinformerPrefix(NamedTuple):
+    """Slots of the tokens so far: the cache of decoding.
+
+    Attributes:
+        k: projected keys ``[R, D]``.
+        v: projected values ``[R, Dv]``.
+        row_k: sums of the rows of E over the tokens so far ``[R]``.
+        row_v: the same of F.
+        entered: whether any token has entered the slot ``[R]``.
+    """
+
+    k: Array
+    v: Array
+    row_k: Array
+    row_v: Array
+    entered: Array
+
+    @classmethod
+    def empty(cls, num_slots: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> "LinformerPrefix":
+        """The slots that no token has entered."""
+        row = jnp.zeros((num_slots,), dtype)
+        slots = jnp.zeros((num_slots, head_dim), dtype), jnp.zeros((num_slots, value_dim), dtype)
+        return cls(*slots, row, row, jnp.zeros((num_slots,), bool))
+
+
+def linformer_step(
+    prefix: LinformerPrefix,
+    q: Float[Array, "b D"],
+    k: Float[Array, "b D"],
+    v: Float[Array, "b Dv"],
+    columns_k: Float[Array, "R b"],
+    columns_v: Float[Array, "R b"],
+    *,
+    kv_mask: Bool[Array, " b"] | None = None,
+    row_sums: tuple[Array | None, Array | None] = (None, None),
+) -> tuple[Float[Array, "b Dv"], LinformerPrefix]:
+    r"""Causal Linformer attention at b further tokens, usually one when decoding.
+
+    .. math:: q_i \cdot \bar k_{r,i} = q_i \cdot \bar k_r + \sum_{j \le i} (q_i \cdot k_j)\, E_{rj}, \qquad
+              \mathrm{out}_i = \sum_r p_{ir}\, \bar v_r + \sum_{j \le i} \Big(\sum_r p_{ir} F_{rj}\Big) v_j.
+
+    Args:
+        prefix: the slots before these tokens.
+        q: their queries in scaled space (`fold_scale`).
+        k: their keys in scaled space.
+        v: their values.
+        columns_k: their columns of E ``[R, b]``.
+        columns_v: their columns of F ``[R, b]``.
+        kv_mask: true where a token is real ``[b]``.
+        row_sums: the sums of all rows of E and of F ``[R]`` where slots are rescaled to them.
+
+    Returns:
+        Outputs ``[b, Dv]`` and the slots after these tokens.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import fold_scale, linformer
+        >>> from approx_attention.methods import LinformerPrefix, linformer_step
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (32, 8)) for i in range(3))
+        >>> projection = jax.random.normal(jax.random.key(3), (4, 32))
+        >>> scaled_q, scaled_k = fold_scale(q, k)
+        >>> prefix = LinformerPrefix.empty(4, 8, 8)
+        >>> for t in range(32):
+        ...     token = slice(t, t + 1)
+        ...     columns = projection[:, token]
+        ...     last, prefix = linformer_step(prefix, scaled_q[token], scaled_k[token], v[token], columns, columns)
+        >>> whole = linformer(q, k, v, projection_k=projection, is_causal=True)
+        >>> bool(jnp.allclose(last[0], whole[-1], atol=1e-5))
+        True
+    """
+    dtype, working = v.dtype, prefix.k.dtype
+    q, k, v, columns_k, columns_v = (x.astype(working) for x in (q, k, v, columns_k, columns_v))
+    if kv_mask is not None:
+        k, v = jnp.where(kv_mask[:, None], k, 0), jnp.where(kv_mask[:, None], v, 0)
+        columns_k, columns_v = jnp.where(kv_mask[None, :], columns_k, 0), jnp.where(kv_mask[None, :], columns_v, 0)
+    # Slots per query would be an array [b, R, D]: the tokens of this step enter by their products with the queries.
+    so_far = jnp.tri(q.shape[0], dtype=q.dtype)
+    logits = q @ prefix.k.T + (so_far * (q @ k.T)) @ columns_k.T
+    entered = prefix.entered[None, :] | (so_far @ jnp.abs(columns_k.T) > 0)
+    visible_k = prefix.row_k[None, :] + so_far @ columns_k.T
+    visible_v = prefix.row_v[None, :] + so_far @ columns_v.T
+    if row_sums[0] is not None:
+        logits = logits * share(row_sums[0][None, :], visible_k)
+    weights = jnp.where(entered, jax.nn.softmax(jnp.where(entered, logits, HIDDEN), axis=-1), 0)
+    if row_sums[1] is not None:
+        weights = weights * share(row_sums[1][None, :], visible_v)
+    out = weights @ prefix.v + (so_far * (weights @ columns_v)) @ v
+    after = LinformerPrefix(
+        prefix.k + columns_k @ k, prefix.v + columns_v @ v, visible_k[-1], visible_v[-1], entered[-1]
+    )
+    return out.astype(dtype), after
+
+
+class Rows(NamedTuple):
+    """A projection's matrix ``[R, S]`` and, where slots are rescaled to them, the sums of its rows ``[R]``."""
+
+    matrix: Array
+    sums: Array | None
+
+
+def causal_outputs(
+    q: Array, k: Array, v: Array, of_keys: Rows, of_values: Rows, kv_mask: Array | None, block_size: int
+) -> Array:
+    """Outputs of causal Linformer attention, ``block_size`` tokens at a time.
+
+    The scan of `causal_state` does not serve here. It merges attention over nearby tokens with attention to a summary
+    of the others: two states over disjoint keys. A slot is no set of keys that a state could cover: each token up to
+    the query's own changes the key of every slot, and with it every logit.
+    """
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    num_seen = min(num_queries, num_keys)
+    tokens = (k, v, of_keys.matrix.T, of_values.matrix.T, real_keys(kv_mask, num_keys))
+    tokens = tuple(pad_rows(x[:num_seen], num_queries - num_seen) for x in tokens)
+    blocks = jax.tree.map(lambda x: in_blocks(x, min(block_size, num_queries)), (q, *tokens))
+
+    @jax.checkpoint
+    def step(prefix: LinformerPrefix, block: Any) -> tuple[LinformerPrefix, Array]:
+        q, k, v, rows_k, rows_v, real = block
+        row_sums = of_keys.sums, of_values.sums
+        out, prefix = linformer_step(prefix, q, k, v, rows_k.T, rows_v.T, kv_mask=real, row_sums=row_sums)
+        return prefix, out
+
+    empty = LinformerPrefix.empty(of_keys.matrix.shape[0], k.shape[1], v.shape[1], k.dtype)
+    empty = along_with(empty, blocks)
+    return out_of_blocks(lax.scan(step, empty, blocks)[1], num_queries)
+
+
+def share(whole: Array, visible: Array) -> Array:
+    """The sum of a row over that of its visible part; 1 where the latter is 0."""
+    return jnp.where(visible == 0, 1, whole / jnp.where(visible == 0, 1, visible))
