@@ -37,9 +37,9 @@ def _output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
     method = output_or_state(function)
 
     @functools.wraps(method)
-    def fused_first(q: Array, k: Any, v: Any, *key: Any, return_state: bool = False, **options: Any) -> Any:
+    def fused_first(q: Array, k: Any, v: Any, key: Any = None, *, return_state: bool = False, **options: Any) -> Any:
         out = None if return_state else _fused(q, k, v, **options)
-        return method(q, k, v, *key, return_state=return_state, **options) if out is None else out
+        return method(q, k, v, key, return_state=return_state, **options) if out is None else out
 
     return fused_first  # pyright: ignore[reportReturnType]
 
