@@ -16,7 +16,7 @@ from approx_attention.registry import BoundMethod, bind
 
 
 def bind_layer(
-    method: str | Callable[..., Array], noise: bool, hyperparameters: Mapping[str, Any]
+    method: str | Callable[..., Array] | BoundMethod, noise: bool, hyperparameters: Mapping[str, Any]
 ) -> tuple[BoundMethod, bool]:
     """The method of a layer with its hyper-parameters, and whether it is random.
 

@@ -1,13 +1,19 @@
 """What the registry says of a method's arguments is so, and a method is checked when it is bound."""
 
+import functools
+import gc
 import inspect
+import weakref
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from approx_attention import METHODS, HeadsDecoder, attention, favor
-from approx_attention.registry import BoundMethod, bind
+from approx_attention import linen as linen_layers
+from approx_attention import nnx as flax_layers
+from approx_attention.registry import BoundMethod, arguments, bind
 from tests.references import random_heads
 
 RUNNING = [name for name, method in METHODS.items() if method.running]
@@ -88,3 +94,42 @@ def test_what_a_method_does_not_have_is_said_when_it_is_bound():
     with pytest.raises(TypeError, match="method must be a registered name or a function"):
         bind(3)  # type: ignore[arg-type]
     assert isinstance(bind("favor", {"scale": 1.0}, options=("scale",)), BoundMethod)
+
+
+def test_bound_methods_compare_whatever_they_hold():
+    ordered = [{"num_features": 8, "block_size": 4}, {"block_size": 4, "num_features": 8}]
+    first, second = (bind("favor", given) for given in ordered)
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != bind("favor", {"num_features": 8, "block_size": 8})
+    projection = jnp.ones((4, 8))
+    with_array = bind("favor", {"projection": projection})
+    assert with_array == bind("favor", {"projection": projection})
+    assert with_array != bind("favor", {"projection": jnp.ones((4, 8))})
+    assert with_array != bind("favor", {"projection": None})
+
+
+def test_layers_take_bound_methods():
+    query, key, value = random_heads(1, 1, 16, 16, 2, 2)
+    bound = bind("local", {"window_size": 2})
+    expected = attention(query, key, value, method="local", window_size=2)
+    assert (flax_layers.ApproxAttention(bound)(query, key, value) == expected).all()
+    assert (linen_layers.ApproxAttention(bound).apply({}, query, key, value) == expected).all()
+    with pytest.raises(TypeError, match="must be static, got an array"):
+        flax_layers.ApproxAttention(bind("uniform_sample", {"noise": jnp.ones(16)}), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="method 'local' has no argument gate_logits with one number per key"):
+        flax_layers.ApproxAttention(bound)(query, key, value, gate_logits=None)
+
+
+def test_a_block_size_of_none_is_none_while_decoding_too():
+    with pytest.raises(TypeError, match="window_size must be an integer"):
+        HeadsDecoder("eva", num_kv_heads=1, head_dim=8, num_chunks=4, window_size=None)
+
+
+def test_functions_are_remembered_no_longer_than_they_live():
+    function = functools.partial(favor, num_features=4)
+    assert "num_features" in arguments(function)
+    kept = weakref.ref(function)
+    del function
+    gc.collect()
+    assert kept() is None

@@ -56,7 +56,7 @@ def state_by_summary(
     """
     block_size = check_count("block_size", block_size)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    # Each form is made only where it is used: both of a random method would sample its projection twice.
+    # Each form is made only where it is used: to make one, a random method samples its projection.
     if is_causal:
         return causal_state(q, k, v, running(q.shape[-1]), block_size=block_size, kv_mask=kv_mask)
     return attend(q, summarize(k, v, kv_mask=kv_mask))

@@ -265,7 +265,7 @@ def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_d
         )
     rings, used = method.sharding == "ring", {method.block}
     if not rings:
-        used |= {str(method.size), *(accepted(sender, bound.hyperparameters) if sender else ())}
+        used |= {*filter(None, [method.size]), *(accepted(sender, bound.hyperparameters) if sender else ())}
     for name in bound.hyperparameters:
         if name not in used:
             raise NotImplementedError(f"method {bound.name!r} does not support {name} across devices")
@@ -311,11 +311,11 @@ class _Ring(_Form):
                 whole = lambda q: blocked_state(q, k, v, bias)  # noqa: E731
                 half = lambda q: triangular_state(q, k, v, bias)  # noqa: E731
                 none = lambda q: AttentionState.empty(q.shape[0], v.shape[1], v.dtype)  # noqa: E731
-                each = [jax.vmap(form) for form in (whole, half, none)]
+                forms = [jax.vmap(form) for form in (whole, half, none)]
                 if not self.is_causal:
-                    return merge(state, each[0](q))
+                    return merge(state, forms[0](q))
                 which = jnp.where(source == own, 1, jnp.where(source < own, 0, 2))
-                return merge(state, lax.switch(which, each, q))
+                return merge(state, lax.switch(which, forms, q))
 
             return each(one, (heads.q, state, tokens))
 

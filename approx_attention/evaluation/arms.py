@@ -9,15 +9,15 @@ from jax import Array
 
 from approx_attention.api import attention
 from approx_attention.core import InputError, check_flag
-from approx_attention.evaluation.cache_bytes import held_bytes, token_bytes
+from approx_attention.evaluation.cache_bytes import bytes_of, token_bytes
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
-from approx_attention.registry import METHODS, Method, get_method
+from approx_attention.registry import METHODS, Method, bind, get_method
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
 LARGEST_LOGITS = 2**31
 # The method that is the truth, in each of its forms.
-EXACT = "exact"
+EXACT = next(name for name, method in METHODS.items() if method.is_exact)
 # The trivial answer, and the window beyond which the far error begins.
 MEAN, WINDOW = "mean_value", "local"
 # Always in the comparison: what does not beat these is not worth its trouble.
@@ -105,6 +105,11 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
         {} if method.size is None or size is None else {method.size: size}
     )
     with_state = method.capabilities.normalizer
+    given = ", ".join(f"{key}={value!r}" for key, value in (options or {}).items())
+    try:
+        bound = bind(name, hyperparameters)
+    except TypeError as error:
+        raise InputError(f"{name} does not take {given}: {error}") from error
 
     def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, Array | None]:
         result = attention(
@@ -112,12 +117,11 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
             key,
             value,
             mask=mask,
-            method=name,
+            method=bound,
             rng=rng if method.capabilities.needs_key else None,
             scale=scale,
             is_causal=is_causal,
             return_residual=with_state,
-            **hyperparameters,
         )
         return result if with_state else (result, None)
 
@@ -125,13 +129,12 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
         try:
             jax.eval_shape(function, *tensors, jax.random.key(0))
         except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
-            given = ", ".join(f"{key}={value!r}" for key, value in options.items())
             raise InputError(f"{name} does not take {given}: {error}") from error
     return Arm(
         method=name,
         function=function,
         size=size,
-        held_bytes=held_bytes(tensors, name, hyperparameters, is_causal=is_causal),
+        held_bytes=bytes_of(bound, tensors, is_causal=is_causal),
         is_random=method.capabilities.needs_key,
     )
 
@@ -178,7 +181,7 @@ def exact_arms(problem: Problem) -> list[Arm]:
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raise ``InputError`` unless the value is an integer between these."""
+    """Raises ``InputError`` unless the value is an integer between these."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InputError(f"{name} must be an integer, got {value!r}")
     if not least <= value <= most:

@@ -1,10 +1,10 @@
-"""Bytes of what a method keeps in place of all keys and values."""
+"""Cache bytes of a method on given tensors."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from approx_attention.evaluation.files import Tensors
-from approx_attention.registry import OPTIONS, bind
+from approx_attention.registry import OPTIONS, BoundMethod, bind
 
 
 def token_bytes(tensors: Tensors) -> int:
@@ -13,19 +13,12 @@ def token_bytes(tensors: Tensors) -> int:
     return key.shape[1] * (key.shape[-1] + value.shape[-1]) * 4
 
 
-def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], *, is_causal: bool) -> int | None:
-    """Bytes per key head and sequence of what a method holds in place of all keys and values, where it holds less.
-
-    Args:
-        tensors: arrays or their shapes.
-        name: the method.
-        hyperparameters: its arguments.
-        is_causal: count the whole decoding cache where the method has one, and not just one summary of all keys.
-
-    Returns:
-        The bytes, or None where nothing can be held in the place of all keys: a method that asks every key, or makes
-        what it answers from together with the queries.
-    """
+def bytes_of(bound: BoundMethod, tensors: Tensors, *, is_causal: bool) -> int | None:
+    """Cache bytes per key head and sequence of a method on tensors of these shapes (`BoundMethod.held_bytes`)."""
     _, key, value = tensors
-    bound = bind(name, hyperparameters, options=OPTIONS)
     return bound.held_bytes(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, is_causal=is_causal)
+
+
+def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], *, is_causal: bool) -> int | None:
+    """The same of a method by its name, whose hyper-parameters may have options of `attention` among them."""
+    return bytes_of(bind(name, hyperparameters, options=OPTIONS), tensors, is_causal=is_causal)

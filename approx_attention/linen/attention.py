@@ -1,5 +1,6 @@
 """Attention by any method in a Flax Linen model, as the ``attention_fn`` of its layers."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -101,7 +102,8 @@ class ApproxAttention(nn.Module):
             NotImplementedError: dropout, sown weights, or a mask that the method does not support.
         """
         bound, draws = flax_arguments.bind_layer(self.method, self.noise, self.options)
-        name = bound.name
+        name, given = bound.name, dict(bound.hyperparameters)
+        scale = given.pop("scale", None)
         flax_arguments.check_unused(
             name,
             dropout=self.dropout,
@@ -127,10 +129,10 @@ class ApproxAttention(nn.Module):
                 key,
                 value,
                 mask=mask,
-                method=self.method,
+                method=dataclasses.replace(bound, hyperparameters=given),
                 rng=rng,
                 is_causal=is_causal,
-                **self.options,
+                scale=scale,
                 **learned,
             )
         return flax_arguments.with_dropout(out, dropout_rate, deterministic, dropout_rng, broadcast_dropout)

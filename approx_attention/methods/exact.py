@@ -55,9 +55,10 @@ def _fused(
     bias: Array | None = None,
     mask: Array | None = None,
     kv_mask: Array | None = None,
+    **others: Any,
 ) -> Array | None:
     """The output of the fused kernel for one head; None where it does not apply, as with a bias or a mask."""
-    plain = bias is None and mask is None and kv_mask is None
+    plain = bias is None and mask is None and kv_mask is None and not others  # `exact` says what it does not have
     if implementation not in (None, "cudnn") or not plain or not _cudnn_applies(q, k, v):
         return None
     # For its checks: the kernel takes tensors as they are, in half precision, and the scale apart.

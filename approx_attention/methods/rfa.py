@@ -1,7 +1,6 @@
 """Random feature attention: trigonometric features of normalised queries and keys, with gates in its causal form."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,7 +11,6 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
-    FeatureMap,
     FeatureMoments,
     PositiveFeatures,
     RunningSummary,
@@ -111,8 +109,9 @@ def rfa(
     if gate_logits is not None and not is_causal:
         raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
     gated = gate_logits is not None
-    options: Any = {"num_features": num_features, "features": features, "projection": projection}
-    running = running_rfa(head_dim, key, **options, bandwidth=bandwidth, gated=gated)
+    feature_map = _rfa_features(head_dim, key, num_features, features, projection)
+    options: Any = {"features": features, "projection": feature_map.projection}
+    running = running_rfa(head_dim, **options, bandwidth=bandwidth, gated=gated)
     # The normalisation would undo a scale, which is folded in after it.
     q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask, is_causal=is_causal)
     if scale is None:
@@ -121,7 +120,7 @@ def rfa(
         q, k, _ = gate_tokens(q, k, gate_logits, scale=scale, kv_mask=kv_mask)
 
     def summarize(k: Array, v: Array, kv_mask: Array | None) -> FeatureMoments:
-        return FeatureMoments.of_tokens(_rfa_features(head_dim, key, **options), k, v, kv_mask)
+        return FeatureMoments.of_tokens(feature_map, k, v, kv_mask)
 
     return state_by_summary(
         running.space(q),
@@ -272,12 +271,12 @@ def draw_rfa(
 
 def _rfa_features(
     head_dim: int, key: Array | None, num_features: int, features: RfaFeatures, projection: Array | None
-) -> FeatureMap:
+) -> TrigonometricFeatures | PositiveFeatures:
     num_features = check_count("num_features", num_features)
     check_choice("features", features, ("trigonometric", "positive"))
     if projection is None:
         sample_key = check_key("rfa", key)
         projection = draw_rfa(sample_key, head_dim, num_features=num_features, features=features)["projection"]
     check_projection(projection, head_dim)
-    kind: Callable[[Array], FeatureMap] = TrigonometricFeatures if features == "trigonometric" else PositiveFeatures
+    kind = TrigonometricFeatures if features == "trigonometric" else PositiveFeatures
     return kind(projection)

@@ -2,7 +2,7 @@
 
 from approx_attention.nnx.attention import ApproxAttention
 from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_official_causal, evabyte
-from approx_attention.nnx.learned import Adaptor
+from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
 from approx_attention.nnx.tensor import TensorAttention
@@ -12,6 +12,7 @@ __all__ = [
     "ApproxAttention",
     "Eva",
     "Lara",
+    "LearnedAttention",
     "LinformerAttention",
     "Rfa",
     "TensorAttention",

@@ -26,8 +26,9 @@ class ApproxAttention(nnx.Module):
     Being a module, what it draws and what it learns is part of the model's state.
 
     Args:
-        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a module of this package that
-            owns learned arrays, such as `Eva`, `Lara`, `LinformerAttention` or `Rfa`.
+        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, what
+            `approx_attention.registry.bind` makes of either, or a module that owns learned arrays, such as `Eva`,
+            `Lara`, `LinformerAttention` or `Rfa`.
         is_causal: query t sees keys j <= t, whether the layer around asks for it or not.
         rngs: streams, of which a random method forks ``attention``, or an ``nnx.RngStream`` to draw from as it is.
         redraw: how long a random method keeps what it has drawn: for good, for one call, or for ``every`` calls. After
@@ -64,7 +65,7 @@ class ApproxAttention(nnx.Module):
 
     def __init__(
         self,
-        method: str | Callable[..., Array] | nnx.Module,
+        method: str | Callable[..., Array] | BoundMethod | nnx.Module,
         *,
         is_causal: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -98,15 +99,15 @@ class ApproxAttention(nnx.Module):
         bound, self.name, draws = _bound(method, noise, hyperparameters)
         if mesh is not None and (bound is None or bound.registered is None):
             raise NotImplementedError(f"method {self.name!r} does not go over many devices; methods of the registry do")
-        for name, x in hyperparameters.items():
+        for name, x in (hyperparameters if bound is None else bound.hyperparameters).items():
             if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
                 raise TypeError(
                     f"argument {name!r} of method {self.name!r} must be static, got an array: learned=({name!r},) "
                     f"makes what a method draws a parameter, and modules such as LinformerAttention own theirs"
                 )
-        scale = hyperparameters.pop("scale", None)
-        if bound is not None:
-            bound = dataclasses.replace(bound, hyperparameters=hyperparameters)
+        given = {} if bound is None else dict(bound.hyperparameters)
+        scale = given.pop("scale", None)
+        bound = None if bound is None else dataclasses.replace(bound, hyperparameters=given)
         if draws and rngs is None:
             raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
@@ -219,10 +220,11 @@ class ApproxAttention(nnx.Module):
         dense = self.cache is None and self._takes_dense_mask
         mask = flax_arguments.as_boolean(mask)
         mask, causal = flax_arguments.without_causality(self.name, mask, self.causal_mask, dense=dense)
+        if self.bound is not None:
+            known = self.bound.registered.per_token if self.bound.registered else ()
+            if unknown := [name for name in per_token if name not in known]:
+                raise TypeError(f"method {self.name!r} has no argument {', '.join(unknown)} with one number per key")
         given = {name: x for name, x in per_token.items() if x is not None}
-        known = self.bound.registered.per_token if self.bound is not None and self.bound.registered else None
-        if unknown := [name for name in given if known is not None and name not in known]:
-            raise TypeError(f"method {self.name!r} has no argument per token {', '.join(unknown)}")
         with flax_arguments.matmul_precision(precision):
             if self.cache is not None:
                 out = self._extend(query, key, value, mask, key_value_seq_lengths, given)
@@ -399,7 +401,7 @@ def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
 
 
 def _bound(
-    method: str | Callable[..., Array] | nnx.Module, noise: bool, hyperparameters: dict[str, Any]
+    method: str | Callable[..., Array] | BoundMethod | nnx.Module, noise: bool, hyperparameters: dict[str, Any]
 ) -> tuple[BoundMethod | None, str, bool]:
     """The method with its hyper-parameters if it is no module, what errors call it, and whether it is random."""
     if not isinstance(method, nnx.Module):
@@ -410,7 +412,7 @@ def _bound(
     rng = inspect.signature(method).parameters.get("rng")
     if rng is None or not hasattr(method, "is_causal"):
         raise TypeError(
-            f"a module must be called as Eva is, (query, key, value, *, rng, key_value_seq_lengths, mask), and have "
-            f"is_causal; got {type(method).__name__}"
+            "a module must be called as LearnedAttention is, (query, key, value, *, rng, key_value_seq_lengths, mask), "
+            f"and have is_causal; got {type(method).__name__}"
         )
     return None, type(method).__name__, rng.default is inspect.Parameter.empty or noise

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -43,7 +44,8 @@ class LearnedAttention(nnx.Module):
     def _by_head(self, own: Array | None = None) -> dict[str, Any]:
         """The arguments that have ``_head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
         graphdef, state = nnx.split(self)
-        bound = BoundMethod(type(self).__name__, _call_head, {"structure": _Structure(graphdef), "state": state})
+        arguments = {"structure": _Structure(graphdef), **({"state": state} if jax.tree.leaves(state) else {})}
+        bound = BoundMethod(type(self).__name__, _call_head, arguments)
         return {"method": bound, "per_head": {} if own is None else {"own": own}}
 
     def _head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
@@ -73,8 +75,10 @@ class LearnedAttention(nnx.Module):
         Returns:
             ``[..., T, N, Dv]``.
         """
-        lengths = key_value_seq_lengths
-        return attention(query, key, value, rng=rng, key_value_seq_lengths=lengths, mask=mask, **self._arguments())
+        return self._attend(query, key, value, rng=rng, key_value_seq_lengths=key_value_seq_lengths, mask=mask)
+
+    def _attend(self, query: Array, key: Array, value: Array, **others: Any) -> Array:
+        return attention(query, key, value, **self._arguments(), **others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,9 @@ def _call_head(
     key: Array | None = None,
     *,
     structure: _Structure,
-    state: Any,
+    state: nnx.State | None = None,
     own: Array | None = None,
     kv_mask: Array | None = None,
 ) -> Array:
     """One head of a module. Its arrays are arguments: a program compiled with them inside would not see them change."""
-    return nnx.merge(structure.graphdef, state)._head(q, k, v, key, kv_mask, own)
+    return nnx.merge(structure.graphdef, nnx.State({}) if state is None else state)._head(q, k, v, key, kv_mask, own)

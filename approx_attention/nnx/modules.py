@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from approx_attention.api import attention
 from approx_attention.core import (
     averaging_matrix,
     check_choice,
@@ -75,6 +74,8 @@ class LinformerAttention(LearnedAttention):
         options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
+        if "is_causal" in (options or {}):
+            raise TypeError("is_causal is an argument of LinformerAttention, and not among its options")
         self.options = {**(options or {}), "is_causal": is_causal}
         if projections is None:
             if rngs is None:
@@ -126,31 +127,28 @@ class Rfa(LearnedAttention):
         self.bandwidth = nnx.Param(jnp.ones(check_counts(num_kv_heads=num_kv_heads, head_dim=head_dim), jnp.float32))
         self.gate = None if gate_dim is None else nnx.Linear(gate_dim, num_kv_heads, rngs=rngs)
 
+    def _arguments(self) -> dict[str, Any]:
+        return {"method": "rfa", "per_head": {"bandwidth": self.bandwidth[...]}, **self.options}
+
     def __call__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        rng: Array,
-        gate_input: Array | None = None,
-        key_value_seq_lengths: Array | None = None,
-        mask: Array | None = None,
+        self, query: Array, key: Array, value: Array, *, rng: Array, gate_input: Array | None = None, **masks: Any
     ) -> Array:
-        """Attention in the layout of `approx_attention.attention`, as in `Eva`.
+        """Attention as of every module with learned arrays, with gates made from the layer's input.
 
         Args:
+            query: ``[..., T, N, D]``.
+            key: ``[..., S, K, D]``.
+            value: ``[..., S, K, Dv]``.
             rng: typed PRNG key of the features; the same one for the same features.
             gate_input: ``[..., S, gate_dim]``, needed if there are gates.
+            **masks: ``mask`` and ``key_value_seq_lengths``.
+
+        Returns:
+            ``[..., T, N, Dv]``.
         """
         if (self.gate is None) != (gate_input is None):
             made = "no gates, gate_dim = None" if self.gate is None else f"gates, gate_dim = {self.gate.in_features}"
             given = "None" if gate_input is None else f"shape {gate_input.shape}"
             raise ValueError(f"gate_input goes with gates: this module has {made}, and gate_input is {given}")
-        gates: dict[str, Any] = {}
-        if self.gate is not None and gate_input is not None:
-            gates["gate_logits"] = self.gate(gate_input)
-        return attention(
-            query, key, value, method="rfa", rng=rng, key_value_seq_lengths=key_value_seq_lengths, mask=mask,
-            per_head={"bandwidth": self.bandwidth[...]}, **self.options, **gates,
-        )  # fmt: skip
+        gates = {} if self.gate is None or gate_input is None else {"gate_logits": self.gate(gate_input)}
+        return self._attend(query, key, value, rng=rng, **gates, **masks)

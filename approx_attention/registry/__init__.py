@@ -2,7 +2,7 @@
 
 from approx_attention.registry.bound import BoundMethod, bind
 from approx_attention.registry.method import OPTIONS, Capabilities, Method, accepted, arguments
-from approx_attention.registry.table import METHODS, capability_table, get_method, svd_flops
+from approx_attention.registry.table import METHODS, capability_table, get_method
 
 __all__ = [
     "METHODS",
@@ -15,5 +15,4 @@ __all__ = [
     "bind",
     "capability_table",
     "get_method",
-    "svd_flops",
 ]

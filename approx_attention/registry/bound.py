@@ -30,7 +30,7 @@ from approx_attention.registry.method import (
 from approx_attention.registry.table import METHODS, get_method
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BoundMethod:
     """A method bound to hyper-parameters that it has. Make it by `bind`, which checks them.
 
@@ -44,8 +44,18 @@ class BoundMethod:
     function: Callable[..., Any]
     hyperparameters: Mapping[str, Any]
 
-    def __hash__(self) -> int:  # a layer keeps it as static data
-        return hash((self.name, self.function, *self.hyperparameters))
+    # A layer keeps it as static data, which JAX compares. Arrays are compared by identity.
+    def __hash__(self) -> int:
+        return hash((self.name, self.function, frozenset(self.hyperparameters)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BoundMethod):
+            return NotImplemented
+        mine, theirs = self.hyperparameters, other.hyperparameters
+        return (self.name, self.function, mine.keys()) == (other.name, other.function, theirs.keys()) and all(
+            x is theirs[name] or (not _has_arrays(x) and not _has_arrays(theirs[name]) and x == theirs[name])
+            for name, x in mine.items()
+        )
 
     @property
     def registered(self) -> Method | None:
@@ -114,13 +124,12 @@ class BoundMethod:
         noise = method and any(
             name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in method.noise
         )
-        needed = method is not None and method.capabilities.needs_key
         if rng is None:
-            if needed and not noise:
+            if self.is_random and not noise:
                 raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
             return {}
         check_key(self.name, rng)
-        if method and not (needed or method.capabilities.takes_key):
+        if not self.may_be_random:
             return {}
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(num_kv_heads))
         if method is None or method.draw is None or noise:
@@ -148,8 +157,8 @@ class BoundMethod:
     def block_size(self) -> int:
         """Tokens per block of its causal form."""
         assert self.registered is not None
-        size = self.value(self.registered.block)
-        return 128 if size is None else check_count(self.registered.block, size)
+        block = self.registered.block
+        return check_count(block, self.value(block)) if self.takes(block) or block in self.hyperparameters else 128
 
     def held_bytes(self, num_keys: int, head_dim: int, value_dim: int, dtype: Any, *, is_causal: bool) -> int | None:
         """Bytes per key head and sequence of a cache that serves in place of all keys and values.
@@ -203,9 +212,9 @@ class BoundMethod:
             if method.block != "block_size":
                 raise TypeError(f"blocks of method {self.name!r} are set by {method.block}, not by block_size")
             given["block_size"] = block_size
-        bound = dataclasses.replace(self, hyperparameters=given)
+        block_size = dataclasses.replace(self, hyperparameters=given).block_size
         if method.block in given:
-            given[method.block] = bound.block_size
+            given[method.block] = block_size
         taken = defaults(method.running)
         for name, value in given.items():
             known = name in taken or name == method.block or name in method.indifferent
@@ -215,10 +224,14 @@ class BoundMethod:
             max_length = check_count("max_length", max_length)
         if "max_length" in taken:
             if max_length is not None:
-                given["max_length"] = bound.block_size * -(-max_length // bound.block_size)
+                given["max_length"] = block_size * -(-max_length // block_size)
             elif taken["max_length"] is inspect.Parameter.empty:
                 raise TypeError(f"method {self.name!r} holds every token: pass max_length, the most that there will be")
-        return bound
+        return dataclasses.replace(self, hyperparameters=given)
+
+
+def _has_arrays(value: Any) -> bool:
+    return any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(value))
 
 
 def bind(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -71,6 +72,7 @@ class Method:
         indifferent: arguments that choose an implementation and change no output.
         together: ``(query, key, value, *, ...) -> out`` over all heads ``[B, T, N, D]`` at once, if it has a fused
             kernel for them; returns None where that does not apply.
+        is_exact: it is exact attention, by which others are judged.
         windowed: the method that is this one within a window around each query.
         window: ``(arguments, is_causal) -> (left, right)``: how far a query sees, if it sees just the keys so near.
         tokens_seen: ``(arguments, is_causal) -> count``: how many keys a query sees, if these are all a cache needs.
@@ -96,6 +98,7 @@ class Method:
     values: Mapping[str, Callable[[str, Any], None]] = dataclasses.field(default_factory=dict)
     indifferent: tuple[str, ...] = ()
     together: Callable[..., Any] | None = None
+    is_exact: bool = False
     windowed: str | None = None
     window: Callable[[Mapping[str, Any], bool], tuple[int, int]] | None = None
     tokens_seen: Callable[[Mapping[str, Any], bool], int] | None = None
@@ -108,13 +111,29 @@ class Method:
         return self.summarize or (self.running if self.sharding == "summaries" else None)
 
 
-@functools.lru_cache(maxsize=1024)
+def _remembered(read: Callable[[Callable[..., Any]], Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Caches what is read of a function for as long as the function lives."""
+    known: weakref.WeakKeyDictionary[Callable[..., Any], Any] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(read)
+    def cached(function: Callable[..., Any]) -> Any:
+        try:
+            if function not in known:
+                known[function] = read(function)
+            return known[function]
+        except TypeError:  # no hash, or no weak reference
+            return read(function)
+
+    return cached
+
+
+@_remembered
 def defaults(function: Callable[..., Any]) -> Mapping[str, Any]:
     """The parameters of a function and their defaults, `inspect.Parameter.empty` where there is none."""
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
-@functools.lru_cache(maxsize=1024)
+@_remembered
 def arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
     """The arguments that a function of one head has after q, k, v and key; None for one that takes anything."""
     parameters = list(inspect.signature(function).parameters.values())
@@ -145,7 +164,7 @@ OPTIONS: Mapping[str, str] = {
 def check_hyperparameters(
     name: str, function: Callable[..., Any], given: Iterable[str], *, options: Iterable[str] = ()
 ) -> None:
-    """Raises ``TypeError`` for what is no hyper-parameter of a method's function, nor among the ``options`` allowed."""
+    """Raises ``TypeError`` for names that are neither hyper-parameters of the function nor among the ``options``."""
     takes = arguments(function)
     if takes is None:
         return

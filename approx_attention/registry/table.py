@@ -26,6 +26,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
     {
         "exact": Method(
             function=methods.exact,
+            is_exact=True,
             grows=True,
             indifferent=("implementation",),
             windowed="local",
@@ -326,7 +327,7 @@ def capability_table() -> str:
     for name, method in METHODS.items():
         facts = ["x" if getattr(method.capabilities, field) else "" for field in columns]
         limit = f"{method.size} = S" if method.capabilities.exact_limit else ""
-        limit = "always" if method.function is methods.exact else limit
+        limit = "always" if method.is_exact else limit
         rows.append([f"`{name}`", *facts, limit, *(_relative_cost(method, n) for n in (4096, 65536)), method.reference])
     alignment = ["left"] + ["center"] * len(columns) + ["left", "right", "right", "left"]
     return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
@@ -334,6 +335,7 @@ def capability_table() -> str:
 
 def _relative_cost(method: Method, length: int) -> str:
     """Matrix-product FLOPs at head dimension 64 and the usual size, as a share of exact attention's."""
-    of_exact = METHODS[methods.exact.__name__].cost(length, length, 64, 64, 0)
+    exact = next(other for other in METHODS.values() if other.is_exact)
+    of_exact = exact.cost(length, length, 64, 64, 0)
     share = method.cost(length, length, 64, 64, method.usual_size) / of_exact
     return f"{100 * share:.3g}%"

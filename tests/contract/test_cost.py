@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from approx_attention import METHODS
-from approx_attention.registry import svd_flops
+from approx_attention.registry.table import svd_flops
 from tests.cases import CAUSAL, lifted
 from tests.programs import equations
 from tests.references import having

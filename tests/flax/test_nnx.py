@@ -65,7 +65,6 @@ def test_modules_are_jitted_and_mask_padding(name):
     np.testing.assert_array_equal(call(module, query, *soiled), out)
 
 
-@pytest.mark.slow
 def test_the_drop_in_is_the_function():
     query, key, value = random_heads(2, 2, 12, 12, 4, 2)
     module = ours.eva_dropin(8, 2, window_size=4, chunk_size=2)

@@ -309,3 +309,10 @@ def test_options_that_do_not_fit_are_refused():
     ):
         with pytest.raises(error, match=message):
             eva(q, k, v, **options)
+
+
+@pytest.mark.parametrize("sizes", [{"chunk_size": 8}, {"num_chunks": 1}])
+def test_a_chunk_longer_than_a_window_has_no_overlap(sizes):
+    q, k, v = random_head(5, 24, 24)
+    with pytest.raises(ValueError, match="overlap must be a multiple of the chunk size"):
+        eva(q, k, v, window_size=4, overlap=4, **sizes)

@@ -81,7 +81,7 @@ def sequence_layout(sizes: Sizes, num_keys: int, kv_mask: Array | None) -> Layou
         chunk = sizes.chunk_size or largest_divisor(window, DEFAULT_CHUNK)
     if sizes.exclude_local and window % chunk and chunk % window:
         raise ValueError(f"chunk_size must divide window_size = {window} or be a multiple of it, got {chunk}")
-    if sizes.exclude_local and overlap % min(chunk, window):
+    if sizes.exclude_local and overlap and (overlap % chunk or chunk > window):
         raise ValueError(f"overlap must be a multiple of the chunk size {chunk} within a window, got {overlap}")
     has_siblings = sizes.exclude_local and chunk > window
     if kv_mask is None:
