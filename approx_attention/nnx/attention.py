@@ -23,7 +23,7 @@ from approx_attention.registry import BoundMethod
 class ApproxAttention(nnx.Module):
     r"""Attention by any method, for ``nnx.MultiHeadAttention(attention_fn=...)`` or on its own.
 
-    Being a module, what it draws and what it learns is part of the model's state.
+    Its random projections and learned arrays are part of the model's state.
 
     Args:
         method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, what
@@ -31,11 +31,11 @@ class ApproxAttention(nnx.Module):
             `Lara`, `LinformerAttention` or `Rfa`.
         is_causal: query t sees keys j <= t, whether the layer around asks for it or not.
         rngs: streams, of which a random method forks ``attention``, or an ``nnx.RngStream`` to draw from as it is.
-        redraw: how long a random method keeps what it has drawn: for good, for one call, or for ``every`` calls. After
-            ``model.eval()`` it keeps the last draw.
+        redraw: how long a random method keeps a random projection: for good, for one call, or for ``every`` calls.
+            After ``model.eval()`` it keeps the last one.
         every: the number of calls with ``"every_n"``.
-        noise: let a method that is random only with a key (`lara`, `eva`) draw too.
-        learned: which of the arrays that the method draws are learned, such as ``("projection",)``.
+        noise: make a method that is random only with a key (`lara`, `eva`) random.
+        learned: which random projections of the method are learned, such as ``("projection",)``.
         head_dim: the number D of channels of a head, needed with ``learned``.
         causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
             It must be a causal mask, or one combined with padding (``nnx.make_causal_mask``, ``nnx.combine_masks``). A

@@ -32,10 +32,10 @@ class Eva(LearnedAttention):
         half: take half of that sum as the proposal, as the authors' bidirectional code does.
         pooling_vectors: learn EvaByte's two per key head.
         local_bias: learn a bias of the logits within a window, one per pair of places, or per offset in an image.
-        rngs: where adaptors and pooling vectors are drawn from; not needed without them.
+        rngs: streams for adaptors and pooling vectors; not needed without them.
 
     Raises:
-        ValueError: no ``rngs`` for what is drawn.
+        ValueError: adaptors or pooling vectors without ``rngs``.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def eva_official(
         overlap: extend windows and chunks by half a window to each side.
         spatial_shape: height and width of an image.
         local_bias: learn a bias within windows.
-        rngs: where the parameters are drawn from.
+        rngs: streams for the parameters.
     """
     size: dict[str, Any] = {"num_chunks": num_chunks}
     if spatial_shape is not None:  # what is asked for is met by squares of about that number
@@ -158,7 +158,7 @@ def eva_official_causal(
         chunk_size: keys per chunk.
         overlap: let a window see the window before.
         local_bias: learn a bias within windows.
-        rngs: where the parameters are drawn from.
+        rngs: streams for the parameters.
     """
     options = {
         "window_size": window_size,
@@ -180,7 +180,7 @@ def evabyte(head_dim: int, num_kv_heads: int, *, window_size: int, chunk_size: i
         num_kv_heads: the number K of key heads.
         window_size: tokens per window.
         chunk_size: tokens per chunk.
-        rngs: where the parameters are drawn from.
+        rngs: streams for the parameters.
     """
     options = {"window_size": window_size, "chunk_size": chunk_size, "is_causal": True, "count_correction": False}
     return Eva(head_dim, num_kv_heads, options=options, pooling_vectors=True, rngs=rngs)
@@ -205,7 +205,7 @@ class Lara(LearnedAttention):
         num_landmarks: the number C of proposals.
         spatial_shape: height and width of an image, as in `approx_attention.lara`.
         options: further static arguments of `approx_attention.lara`.
-        rngs: where the parameters are drawn from.
+        rngs: streams for the parameters.
     """
 
     def __init__(

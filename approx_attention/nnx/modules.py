@@ -57,7 +57,7 @@ class LinformerAttention(LearnedAttention):
         frozen: keep the projections as they were drawn: no optimiser of `nnx.Param` sees them.
         is_causal: as in `approx_attention.linformer`.
         options: further static arguments of it.
-        rngs: where the parameters are drawn from; not needed with ``projections``.
+        rngs: streams for the parameters; not needed with ``projections``.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Rfa(LearnedAttention):
         num_kv_heads: the number K of key heads.
         options: static arguments of `approx_attention.rfa`.
         gate_dim: channels of the input from which gates are made; None for no gates.
-        rngs: where the parameters are drawn from.
+        rngs: streams for the parameters.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class TensorAttention(nnx.Module):
         null_token: whether there is one.
         logit_bound: :math:`\beta`, or None for logits without bound.
         is_causal: ``"both"``, ``"ordered"`` or None, as in `approx_attention.tensor_attention`.
-        rngs: where the parameters are drawn from.
+        rngs: streams for the parameters.
 
     Raises:
         ValueError: a count that is too small, a bound that is not positive.
