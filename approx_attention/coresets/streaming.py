@@ -69,7 +69,7 @@ def running_coreset(
         merges = [ALGORITHMS[name] for name in ("kmeans_nystrom", "kmeans_merge")]
         if chosen not in merges or query_radius is not None:
             raise ValueError(
-                "streaming='fold' merges clusters for all queries alike: leave algorithm and query_radius at their "
+                "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
                 f"defaults, or use streaming='counter'; got {shown(algorithm)} and {shown(query_radius)}"
             )
         return _after_sinks(sinks, head_dim, _folding(drawn, head_dim, coreset_size))

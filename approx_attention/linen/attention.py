@@ -28,8 +28,8 @@ class ApproxAttention(nn.Module):
         method: a name in `METHODS`, or a function ``(q, k, v, key) -> out`` of one head.
         options: hyper-parameters of the method, such as ``{"num_features": 128}``.
         is_causal: query t sees keys j <= t.
-        redraw: keep random projections for good, or sample new ones in every call from the stream ``attention``, or after
-            ``every`` calls (counted in ``draws``, where that is mutable; elsewhere the last are kept).
+        redraw: keep random projections for good, or sample new ones from the stream ``attention`` in every call, or
+            after ``every`` calls (counted in ``draws``, where that is mutable; elsewhere the last are kept).
         every: the number of calls with ``"every_n"``.
         noise: make a method that is random only with a key (`lara`, `eva`) random.
         learned: which random projections of the method are parameters, such as ``("projection",)``.
