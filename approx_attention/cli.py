@@ -21,6 +21,7 @@ from approx_attention.evaluation import (
     Plan,
     Problem,
     Task,
+    capability_table,
     comparison_kind,
     default_methods,
     load_layers,
@@ -33,7 +34,7 @@ from approx_attention.evaluation import (
     terminable,
 )
 from approx_attention.evaluation import plan as make_plan
-from approx_attention.registry import METHODS, capability_table
+from approx_attention.registry import METHODS
 
 # The exit codes that shells give to SIGINT and SIGTERM.
 INTERRUPTED = (130, 143)

@@ -9,8 +9,8 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-from approx_attention.evaluation import markdown_table
-from approx_attention.registry import METHODS, Method, capability_table
+from approx_attention.evaluation import capability_table, markdown_table
+from approx_attention.registry import METHODS, Method
 from benchmarks.report import machine
 from docs.comparisons import COMPARISONS, DOCS, comparison, draw_error, kib_held, measured_methods
 from docs.names import (

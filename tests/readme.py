@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from approx_attention.evaluation import BASELINES, break_even, markdown_table, write_atomically
+from approx_attention.evaluation import BASELINES, break_even, capability_table, markdown_table, write_atomically
 from approx_attention.evaluation.units import in_units
-from approx_attention.registry import METHODS, capability_table
+from approx_attention.registry import METHODS
 from benchmarks.report import (
     MARGIN,
     best_exact_decode,

@@ -2,6 +2,7 @@
 
 from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_methods, method_arm
 from approx_attention.evaluation.cache_bytes import held_bytes
+from approx_attention.evaluation.capabilities import capability_table
 from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
 from approx_attention.evaluation.errors import OutputError, output_error, skill
 from approx_attention.evaluation.figures import draw_frontiers, draw_plan, figure_style, light_grid, method_styles
@@ -38,6 +39,7 @@ __all__ = [
     "Tensors",
     "Timing",
     "break_even",
+    "capability_table",
     "compare",
     "comparison_kind",
     "comparison_table",

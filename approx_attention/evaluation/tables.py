@@ -1,7 +1,6 @@
 """Comparisons and plans as tables for the terminal, and cells as a table in Markdown."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -162,9 +161,9 @@ def picks_table(plans: Mapping[str, Plan], title: str) -> Table:
 
 
 def markdown_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, others: Literal["left", "right"] = "right"
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, others: str | Sequence[str] = "right"
 ) -> str:
-    """Rows of cells as a Markdown table, the first column left-aligned and the others as told.
+    """Rows of cells as a Markdown table, the first column left-aligned and the others as told, all alike or one by one.
 
     Example:
         >>> from approx_attention.evaluation import markdown_table
@@ -173,7 +172,7 @@ def markdown_table(
         |:---------|-----:|
         | `local`  |  1.5 |
     """
-    alignment = ["left", *[others] * (len(header) - 1)]
+    alignment = ["left", *([others] * (len(header) - 1) if isinstance(others, str) else others)]
     return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 
 

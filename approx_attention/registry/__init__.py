@@ -2,7 +2,7 @@
 
 from approx_attention.registry.bound import BoundMethod, bind
 from approx_attention.registry.method import OPTIONS, Capabilities, Method, accepted, arguments
-from approx_attention.registry.table import METHODS, capability_table, get_method
+from approx_attention.registry.table import METHODS, get_method
 
 __all__ = [
     "METHODS",
@@ -13,6 +13,5 @@ __all__ = [
     "accepted",
     "arguments",
     "bind",
-    "capability_table",
     "get_method",
 ]

@@ -303,39 +303,3 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(unknown("method", name, METHODS))
     return METHODS[name]
-
-
-def capability_table() -> str:
-    """The methods and what each can do, as a Markdown table."""
-    from tabulate import tabulate  # most who import the methods print no table
-
-    columns = {
-        "causal": "causal",
-        "cross": "T != S",
-        "padding": "padding",
-        "dense_mask": "mask, bias",
-        "decode": "decode",
-        "normalizer": "merges",
-        "unbiased": "unbiased",
-        "subquadratic": "below T x S",
-        "needs_key": "random",
-        "takes_key": "may be random",
-        "trainable": "learned",
-    }
-    header = ["method", *columns.values(), "exact at", "FLOPs, n = 4k", "n = 64k", "reference"]
-    rows = []
-    for name, method in METHODS.items():
-        facts = ["x" if getattr(method.capabilities, field) else "" for field in columns]
-        limit = f"{method.size} = S" if method.capabilities.exact_limit else ""
-        limit = "always" if method.is_exact else limit
-        rows.append([f"`{name}`", *facts, limit, *(_relative_cost(method, n) for n in (4096, 65536)), method.reference])
-    alignment = ["left"] + ["center"] * len(columns) + ["left", "right", "right", "left"]
-    return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
-
-
-def _relative_cost(method: Method, length: int) -> str:
-    """Matrix-product FLOPs at head dimension 64 and the usual size, as a share of exact attention's."""
-    exact = next(other for other in METHODS.values() if other.is_exact)
-    of_exact = exact.cost(length, length, 64, 64, 0)
-    share = method.cost(length, length, 64, 64, method.usual_size) / of_exact
-    return f"{100 * share:.3g}%"
