@@ -21,6 +21,7 @@ from approx_attention import (
     top_k,
 )
 from approx_attention.methods import sparse
+from approx_attention.methods.bigbird import _given_lists, _random_lists
 from approx_attention.sparse import BlockMap, block_lists_state
 from tests.methods.case import Case, within_block
 from tests.programs import equations
@@ -203,16 +204,21 @@ def test_batches_heads_and_bfloat16():
 
 def test_the_cheaper_form_is_chosen(monkeypatch):
     chosen = []
-    for name in ("_over_blocks", "_over_gathered"):
+    for name in ("block_sparse_state", "_over_gathered"):
         form = getattr(sparse, name)
-        monkeypatch.setattr(sparse, name, lambda *args, name=name, form=form: chosen.append(name) or form(*args))
+
+        def noted(*args, name=name, form=form, **options):
+            chosen.append(name)
+            return form(*args, **options)
+
+        monkeypatch.setattr(sparse, name, noted)
     q, k, v = random_head(7, 512, 512, 4)
     few, band = SparsePattern.random(jax.random.key(0), 512, 4), SparsePattern.banded(512, range(-20, 21))
     jax.jit(lambda: sparse_attention(q, k, v, pattern=few))()
     jax.jit(lambda: sparse_attention(q, k, v, pattern=band))()
     jax.jit(lambda pattern: sparse_attention(q, k, v, pattern=pattern))(band)
     sparse_attention(q, k, v, pattern=BlockMap.from_pattern(few, 64))
-    assert chosen == ["_over_gathered", "_over_blocks", "_over_gathered", "_over_blocks"]
+    assert chosen == ["_over_gathered", "block_sparse_state", "_over_gathered", "block_sparse_state"]
 
 
 def test_what_a_causal_head_does_not_see_is_not_gathered():
@@ -326,7 +332,7 @@ def test_bigbird_is_a_window_with_global_and_random_blocks(is_causal):
 def test_given_blocks_that_are_none_hide_no_other():
     free = np.array([[True, True, True, False]])
     for given, seen in (([-1, 0], [0]), ([-2, -1, 0, 1], [0, 1]), ([0, 0, 4, 9], [0]), ([3, 2, -1], [2])):
-        lists, present = sparse._given_lists(free, jnp.asarray([given], jnp.int32))
+        lists, present = _given_lists(free, jnp.asarray([given], jnp.int32))
         assert np.asarray(lists)[np.asarray(present)].tolist() == seen
     q, k, v = random_head(11, 38, 45)
     options = {"block_size": 4, "num_random_blocks": 0}
@@ -338,9 +344,7 @@ def test_random_blocks_are_uniform_and_left_over():
     free = np.ones((6, 9), bool)
     free[:, :2] = False
     free[5, 4:] = False
-    lists, present = jax.vmap(lambda key: sparse._random_lists(free, 3, key, None))(
-        jax.random.split(jax.random.key(0), 2000)
-    )
+    lists, present = jax.vmap(lambda key: _random_lists(free, 3, key, None))(jax.random.split(jax.random.key(0), 2000))
     drawn = np.zeros((2000, 6, 9), int)
     draws, rows, _ = np.indices(lists.shape)
     np.add.at(drawn, (draws, rows, np.asarray(lists)), np.asarray(present))
