@@ -167,7 +167,7 @@ def attention(
     return (out, residual) if return_residual else out
 
 
-def _within_window(bound: BoundMethod, size: int | tuple[int, int], bias: Array | None) -> BoundMethod:
+def _within_window(bound: BoundMethod, size: Any, bias: Array | None) -> BoundMethod:
     """The method that is this one within a window of ``size`` tokens to the left and to the right."""
     windowed = bound.registered and bound.registered.windowed
     if not windowed:

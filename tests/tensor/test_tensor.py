@@ -22,11 +22,11 @@ from approx_attention import (
     tensor_attention,
     tensor_polynomial,
 )
-from approx_attention.methods import polynomial
 from approx_attention.tensor import (
     TensorSketch,
     anisotropic,
     exp_coefficients,
+    running,
     running_tensor_polynomial,
     tensor_inputs,
     tensor_support_basis,
@@ -68,7 +68,7 @@ def test_exact_is_the_sum_over_tuples(x64, order, is_causal, window):
 def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
     x64, monkeypatch, order, is_causal, window, chunk_terms
 ):
-    monkeypatch.setattr(polynomial, "CHUNK_TERMS", chunk_terms)
+    monkeypatch.setattr(running, "CHUNK_TERMS", chunk_terms)
     lengths = [29, 11, 9][: order - 1] if is_causal is None else [29, 31, 20][: order - 1]
     q, keys, values = tensors(2, 29, lengths)
     window = None if window is None else window[: order - 1]
@@ -249,7 +249,7 @@ def test_no_array_of_a_derivative_is_of_the_size_of_all_pairs(name):
 def test_what_a_derivative_computes_again_does_not_matter(x64, monkeypatch):
     from approx_attention.tensor import inputs as shared
 
-    monkeypatch.setattr(polynomial, "CHUNK_TERMS", 300)
+    monkeypatch.setattr(running, "CHUNK_TERMS", 300)
     monkeypatch.setattr(shared, "LEAST_TILE", 1)
     monkeypatch.setattr(shared, "LEAST_ROWS", 4)
     inputs = tensors(21, 45, (45, 45))
