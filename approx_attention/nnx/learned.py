@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -43,8 +44,11 @@ class LearnedAttention(nnx.Module):
 
     def _by_head(self, own: Array | None = None) -> dict[str, Any]:
         """The arguments that have ``_head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
-        graphdef, state = nnx.split(self)
-        arguments = {"structure": _Structure(graphdef), **({"state": state} if jax.tree.leaves(state) else {})}
+        graphdef, state, others = nnx.split(self, _is_array, ...)
+        leaves, tree = jax.tree.flatten(others)
+        arguments: dict[str, Any] = {"structure": _Structure(graphdef, tuple(leaves), tree)}
+        if jax.tree.leaves(state):
+            arguments["state"] = state
         bound = BoundMethod(type(self).__name__, _call_head, arguments)
         return {"method": bound, "per_head": {} if own is None else {"own": own}}
 
@@ -81,11 +85,18 @@ class LearnedAttention(nnx.Module):
         return attention(query, key, value, **self._arguments(), **others)
 
 
+def _is_array(path: Any, x: Any) -> bool:
+    """True for what may change between calls; functions that stand in a layer's place are structure."""
+    return isinstance(x, nnx.Variable | jax.Array | np.ndarray)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Structure:
-    """The structure of a module as static data: graphs with mappings compare, but have no hash."""
+    """A module without its arrays, as static data: graphs with mappings compare, but have no hash."""
 
     graphdef: Any
+    others: tuple[Any, ...]
+    tree_of_others: Any
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -103,4 +114,6 @@ def _call_head(
     kv_mask: Array | None = None,
 ) -> Array:
     """One head of a module. Its arrays are arguments: a program compiled with them inside would not see them change."""
-    return nnx.merge(structure.graphdef, nnx.State({}) if state is None else state)._head(q, k, v, key, kv_mask, own)
+    others = jax.tree.unflatten(structure.tree_of_others, structure.others)
+    module = nnx.merge(structure.graphdef, nnx.State({}) if state is None else state, others)
+    return module._head(q, k, v, key, kv_mask, own)

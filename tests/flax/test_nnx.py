@@ -94,7 +94,6 @@ def test_evabyte_pools_raw_keys_by_its_vectors():
         np.testing.assert_allclose(out[0, t, 1], weights @ np.asarray(values) / weights.sum(), atol=2e-5)
 
 
-@pytest.mark.slow
 def test_adaptors_that_change_nothing_give_pooled_means():
     query, key, value = random_heads(4, 1, 16, 16, 2, 1)
     module = ours.eva_official(8, 1, window_size=4, num_chunks=4, rngs=RNGS(0))
