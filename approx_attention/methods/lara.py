@@ -222,7 +222,10 @@ class _Samples(NamedTuple):
             log_density = jnp.where(present[None, :], log_density, HIDDEN)
         log_own = log_density[np.arange(len(own)), own]
         log_own = log_own if present is None else jnp.where(present[own], log_own, 0)
-        return cls(w, own, log_own, jax.nn.logsumexp(log_density, axis=1), present)
+        log_mixture = jax.nn.logsumexp(log_density, axis=1)
+        # Without a proposal there is no mixture: a share of it would be infinite, and weights that are hidden NaN.
+        log_mixture = log_mixture if present is None else jnp.where(jnp.any(present), log_mixture, 0)
+        return cls(w, own, log_own, log_mixture, present)
 
 
 def _balanced(q: Array, moments: FeatureMoments, samples: _Samples) -> AttentionState:

@@ -346,7 +346,6 @@ def test_the_normaliser_of_lara_is_unbiased():
     assert np.all(ratio.std(0) / np.sqrt(len(keys)) < 0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["balance", "query_specific", "biased"])
 def test_lara_where_padding_is_large_or_everything_is_masked(weights):
     q, k, v = head(31)
