@@ -131,7 +131,15 @@ class Rfa(LearnedAttention):
         return {"method": "rfa", "per_head": {"bandwidth": self.bandwidth[...]}, **self.options}
 
     def __call__(
-        self, query: Array, key: Array, value: Array, *, rng: Array, gate_input: Array | None = None, **masks: Any
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        rng: Array,
+        gate_input: Array | None = None,
+        key_value_seq_lengths: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         """Attention as of every module with learned arrays, with gates made from the layer's input.
 
@@ -141,7 +149,8 @@ class Rfa(LearnedAttention):
             value: ``[..., S, K, Dv]``.
             rng: typed PRNG key of the features; the same one for the same features.
             gate_input: ``[..., S, gate_dim]``, needed if there are gates.
-            **masks: ``mask`` and ``key_value_seq_lengths``.
+            key_value_seq_lengths: real keys per sequence, ``[...]``.
+            mask: which keys are real, ``[..., 1, 1, S]``.
 
         Returns:
             ``[..., T, N, Dv]``.
@@ -151,4 +160,5 @@ class Rfa(LearnedAttention):
             given = "None" if gate_input is None else f"shape {gate_input.shape}"
             raise ValueError(f"gate_input goes with gates: this module has {made}, and gate_input is {given}")
         gates = {} if self.gate is None or gate_input is None else {"gate_logits": self.gate(gate_input)}
-        return self._attend(query, key, value, rng=rng, **gates, **masks)
+        masks = {"key_value_seq_lengths": key_value_seq_lengths, "mask": mask}
+        return self._attend(query, key, value, rng=rng, **masks, **gates)
