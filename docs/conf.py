@@ -21,6 +21,7 @@ from sphinx.application import Sphinx  # noqa: E402
 from sphinx.errors import NoUri  # noqa: E402
 
 from docs import pages  # noqa: E402
+from tests import public_api  # noqa: E402
 
 project = "approx_attention"
 author = "The approx_attention authors"
@@ -41,7 +42,6 @@ default_role = "py:obj"
 add_module_names = False
 maximum_signature_line_length = 88
 autodoc_typehints = "none"
-autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -119,9 +119,18 @@ def constructor(app: Sphinx, what: str, name: str, thing, options, signature: st
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters])), None
 
 
+def defaults_by_name(app: Sphinx, what: str, name: str, thing, options, signature: str | None, returns):
+    """The signature of a function with defaults as a reader would write them; decorators may add parameters."""
+    if what not in ("function", "method") or signature is None or ("<" not in signature and what == "method"):
+        return None
+    unbound = what == "method" and "self" in inspect.signature(thing).parameters
+    return public_api.signature(thing, skip_first=unbound), None
+
+
 def setup(app: Sphinx) -> None:
     """Makes the generated pages before anything is read."""
     pages.write()
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-signature", constructor)
+    app.connect("autodoc-process-signature", defaults_by_name)

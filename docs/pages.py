@@ -4,6 +4,7 @@
 ``measured/`` tables that the guide includes.
 """
 
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -179,6 +180,8 @@ def topic_page(topic: str) -> str:
     """The names of a topic."""
     title, about, names = TOPICS[topic]
     lines = [f"# {title}", "", about, ""]
+    if importlib.util.find_spec(f"approx_attention.{topic}"):  # so that the package itself can be referred to
+        lines += ["```{eval-rst}", f".. automodule:: approx_attention.{topic}", "   :no-members:", "```", ""]
     for name in names:
         lines += [*_directives(f"approx_attention.{name}"), ""]
     return "\n".join(lines)

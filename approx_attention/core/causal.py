@@ -132,7 +132,7 @@ def causal_state(
     """Causal attention of query t over keys j <= t: exact in two blocks, summarised before them.
 
     The cost is linear in T for a summary of bounded size, and only the current summary is kept, not one per position.
-    Blocks are those of the real tokens, so that padding moves nothing from one block to another (`over_real_tokens`).
+    Blocks are those of the real tokens, so that padding moves nothing from one block to another (``over_real_tokens``).
 
     Args:
         q: queries ``[T, D]`` in scaled space (`fold_scale`).

@@ -96,7 +96,7 @@ class Plan:
 
 
 def plan_document(made: Plan) -> dict[str, Any]:
-    """What the plan rests on, ready for JSON; `results.report` adds the candidates."""
+    """What the plan rests on, ready for JSON; ``results.report`` adds the candidates."""
     split = made.split
     return {
         "tolerance": made.tolerance,

@@ -27,8 +27,8 @@ class Adaptor(nnx.Module):
 class LearnedAttention(nnx.Module):
     """Base of the modules that own learned arrays of a method: the call that layers make.
 
-    A subclass says in `_arguments` which method is called and with what. Where the learned arrays of a method are
-    functions of a head's queries and keys, these are `_by_head`, and the subclass has a method ``_head``.
+    A subclass says in ``_arguments`` which method is called and with what. Where the learned arrays of a method are
+    functions of a head's queries and keys, these are ``_by_head``, and the subclass has a method ``_head``.
     """
 
     options: dict[str, Any]

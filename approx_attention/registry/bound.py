@@ -102,7 +102,7 @@ class BoundMethod:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """All arguments: those that are given, and the function's defaults."""
+        """The arguments that are given, and the defaults of the others."""
         return {**defaults(self.function), **self.hyperparameters}
 
     def draw(
