@@ -120,7 +120,7 @@ def constructor(app: Sphinx, what: str, name: str, thing, options, signature: st
 
 
 def defaults_by_name(app: Sphinx, what: str, name: str, thing, options, signature: str | None, returns):
-    """The signature of a function or class with defaults as a reader would write them; decorators may add parameters."""
+    """The signature with defaults as a reader would write them; decorators may add parameters."""
     if what == "class" and signature is not None and "=<" in signature:
         make = thing.__new__ if issubclass(thing, tuple) else thing.__init__
         return public_api.signature(make, skip_first=True), None
