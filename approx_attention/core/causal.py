@@ -1,7 +1,9 @@
 """The causal form of every method that has a summary: exact attention nearby, a running summary of what came before.
 
 Tokens are taken in blocks. A query sees its own block and the one before it exactly (causally), and every earlier
-block through a summary that grows block by block. One scan serves training, prefill and decoding, so they agree.
+block through a summary that grows block by block. This one definition serves training, prefill and decoding, and has
+two executions. On a CPU a scan takes the blocks in turn, and each stays in cache. On accelerators, where a chain of
+small steps leaves the machine idle, the summaries of all prefixes are made first, and then all blocks attend at once.
 """
 
 import dataclasses
@@ -12,14 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.core.checks import check_count, check_rows, check_tokens, real_keys
+from approx_attention.core.checks import accumulation_dtype, check_count, check_rows, check_tokens, fold_scale, real_keys
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.features import FeatureMap
 from approx_attention.core.padding import over_real_tokens
-from approx_attention.core.rows import along_with, in_blocks, out_of_blocks, pad_rows
+from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows
 from approx_attention.core.softmax import dense_state, mask_bias
 from approx_attention.core.states import AttentionState, merge
 from approx_attention.core.summaries import FeatureMoments, Summary, attend, require_scaled_space
+
+# Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
+# of as many as this allows, 16,384 tokens with 256 features of 64 values: enough to fill the machine, and less than
+# what the tokens of a long sequence take themselves.
+GROUP_NUMBERS = 2**24
 
 
 def _same(x: Array) -> Array:
@@ -38,6 +45,12 @@ class RunningSummary(NamedTuple):
             estimates, softmax by default.
         space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
             in: the identity unless the method normalises them.
+        append_all: ``(state, starts [m], k [m, b, D], v, kv_mask) -> states`` after 0, 1, ..., m further blocks, stacked
+            ``[m + 1, ...]``: for accelerators, where it should be a few large operations. By default blocks are
+            appended in turn.
+        of_sequence: ``(k [n, b, D], v, kv_mask) -> at``, with ``at(count)`` the state after the first ``count`` blocks
+            of a sequence: in place of ``append_all`` where the states can be had from the tokens without one another.
+            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,6 +75,8 @@ class RunningSummary(NamedTuple):
     read: Callable[[Any], Summary]
     near: Callable[[Array, Array, Array, Array], AttentionState] = dense_state
     space: Callable[[Array], Array] = _same
+    append_all: Callable[[Any, Array, Array, Array, Array], Any] | None = None
+    of_sequence: Callable[[Array, Array, Array], Callable[[Array], Any]] | None = None
 
 
 class Block(NamedTuple):
@@ -79,7 +94,10 @@ class Block(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The tokens before a block of queries: the block just before, and the summary of the prefix before that."""
+    """The tokens before a block of queries: the block just before, and the summary of the prefix before that.
+
+    A prefix of None is known to be empty when tracing: the block is that of a sequence's first or second block.
+    """
 
     before: Block
     prefix: Any
@@ -117,30 +135,52 @@ def running_moments(features: FeatureMap) -> RunningSummary:
     def read(moments: Any) -> FeatureMoments:
         return dataclasses.replace(moments, features=features)
 
+    def of_block(k: Array, v: Array, kv_mask: Array) -> Any:
+        return bare(FeatureMoments.of_tokens(features, k, v, kv_mask))
+
+    def added(a: Any, b: Any) -> Any:
+        return bare(merge(read(a), read(b)))
+
+    def append_all(moments: Any, _: Array, k: Array, v: Array, kv_mask: Array) -> Any:
+        # A tree of merges and not a cumulative sum: a log-scale common to all blocks would depend on later ones.
+        parts = jax.vmap(of_block)(k, v, kv_mask)
+        parts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), moments, parts)
+        return lax.associative_scan(jax.vmap(added), parts)
+
     return RunningSummary(
         init=lambda value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
-        append=lambda moments, _, k, v, kv_mask: bare(
-            merge(read(moments), FeatureMoments.of_tokens(features, k, v, kv_mask))
-        ),
+        append=lambda moments, _, k, v, kv_mask: added(moments, of_block(k, v, kv_mask)),
         read=read,
+        append_all=append_all,
     )
 
 
 def causal_state(
-    q: Array, k: Array, v: Array, running: RunningSummary, *, block_size: int, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    running: RunningSummary,
+    *,
+    block_size: int,
+    kv_mask: Array | None = None,
+    scale: float | Array = 1.0,
 ) -> AttentionState:
     """Causal attention of query t over keys j <= t: exact in two blocks, summarised before them.
 
-    The cost is linear in T for a summary of bounded size, and only the current summary is kept, not one per position.
-    Blocks are those of the real tokens, so that padding moves nothing from one block to another (``over_real_tokens``).
+    The cost is linear in T for a summary of bounded size. On a CPU only the current summary is kept; on accelerators
+    those of a bounded number of blocks are. Blocks are those of the real tokens, so that padding moves nothing from
+    one block to another (``over_real_tokens``).
 
     Args:
-        q: queries ``[T, D]`` in scaled space (`fold_scale`).
-        k: keys ``[S, D]`` in scaled space.
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         running: how the prefix is summarised.
-        block_size: tokens per block.
+        block_size: tokens per block: a choice of accuracy.
         kv_mask: true where a key is real, ``[S]``. The query of a hidden key gives 0 if a real key comes after it.
+        scale: factor of the logits that is folded into the queries and keys, 1 for those in scaled space (`fold_scale`).
+            It is folded in block by block, as is the cast to the accumulation dtype, so that no copy of all tokens is
+            made.
 
     Returns:
         The `AttentionState` of the queries.
@@ -151,11 +191,11 @@ def causal_state(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from approx_attention import exact, fold_scale
+        >>> from approx_attention import exact
         >>> from approx_attention.core import causal_state
         >>> from approx_attention.methods import running_exact
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
-        >>> state = causal_state(*fold_scale(q, k), v, running_exact(4, max_length=8), block_size=2)
+        >>> state = causal_state(q, k, v, running_exact(4, max_length=8), block_size=2, scale=0.5)
         >>> bool(jnp.allclose(state.out, exact(q, k, v, is_causal=True), atol=1e-5))
         True
     """
@@ -166,58 +206,225 @@ def causal_state(
     block_size = min(check_count("block_size", block_size), q.shape[0])
 
     def state(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
-        return causal_state_by_place(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
+        return causal_state_by_place(q, k, v, running, block_size=block_size, kv_mask=kv_mask, scale=scale)
 
     return over_real_tokens(state, q, k, v, kv_mask, is_causal=True)
 
 
 def causal_state_by_place(
-    q: Array, k: Array, v: Array, running: RunningSummary, *, block_size: int, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    running: RunningSummary,
+    *,
+    block_size: int,
+    kv_mask: Array | None = None,
+    scale: float | Array = 1.0,
 ) -> AttentionState:
     """`causal_state` with blocks of all places, padding included: for patterns, which count places too."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
+    dtype = accumulation_dtype(q, k, v)
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
     blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in tokens))
-    past = Past.empty(running, block_size, k.shape[-1], v.shape[-1], k.dtype)
-    _, state = scan_blocks(running, past, 0, q_blocks, blocks, num_queries)
+
+    def prepared(q: Array, block: Block) -> tuple[Array, Block]:
+        q, k = q.astype(dtype), block.k.astype(dtype)
+        if not (isinstance(scale, int | float) and scale == 1):
+            q, k = fold_scale(q, k, scale)
+        return q, Block(k, block.v.astype(dtype), block.kv_mask)
+
+    before = Block.empty(block_size, k.shape[-1], v.shape[-1], dtype)
+    state = causal_blocks(running, before, 0, q_blocks, blocks, prepared)
     return out_of_blocks(state, num_queries)
+
+
+Prepare = Callable[[Array, Block], tuple[Array, Block]]
+
+
+def _as_they_are(q: Array, block: Block) -> tuple[Array, Block]:
+    return q, block
+
+
+def causal_blocks(
+    running: RunningSummary,
+    before: Block,
+    first: int,
+    q_blocks: Array,
+    blocks: Block,
+    prepare: Prepare = _as_they_are,
+) -> AttentionState:
+    """The states of the blocks of a sequence, each of which attends to itself and its past.
+
+    Args:
+        running: how the prefix is summarised.
+        before: the block before the first of these.
+        first: the number of the first block, 0 or 1: no block is before that one.
+        q_blocks: queries ``[n, b, D]``.
+        blocks: their tokens, stacked.
+        prepare: queries and tokens of blocks in scaled space and the accumulation dtype, from those given.
+
+    Returns:
+        The states ``[n, b]``.
+    """
+    past = Past(before, None)
+    length = q_blocks.shape[0] * q_blocks.shape[1]
+    in_turn = lambda *args: _in_turn(running, past, first, *args, length, prepare)[1]  # noqa: E731
+    together = lambda *args: _together(running, past, first, *args, None, prepare)[1]  # noqa: E731
+    return lax.platform_dependent(q_blocks, blocks, cpu=in_turn, default=together)
 
 
 def scan_blocks(
     running: RunningSummary, past: Past, first: Array | int, q_blocks: Array, blocks: Block, length: Array | int
 ) -> tuple[Past, AttentionState]:
-    """Takes blocks of tokens in order, each of which attends to itself and its past.
+    """Takes further blocks of tokens in order, each of which attends to itself and its past.
 
     Args:
         running: how the prefix is summarised.
         past: the past of the first block.
         first: the number of the first block in its sequence; ``past.before`` is block ``first - 1``.
-        q_blocks: queries ``[blocks, b, D]``.
+        q_blocks: queries ``[n, b, D]`` in scaled space.
         blocks: their tokens, stacked.
         length: number of tokens; blocks after that of the last token are not taken into the past.
 
     Returns:
-        The past of the block of the last token, and the states ``[blocks, b]``.
+        The past of the block of the last token, and the states ``[n, b]``.
     """
+    length = jnp.asarray(length, jnp.int32)
+    in_turn = lambda past, *args: _in_turn(running, past, first, *args, _as_they_are)  # noqa: E731
+    together = lambda past, *args: _together(running, past, first, *args, _as_they_are)  # noqa: E731
+    return lax.platform_dependent(past, q_blocks, blocks, length, cpu=in_turn, default=together)
+
+
+def _in_turn(
+    running: RunningSummary,
+    past: Past,
+    first: Array | int,
+    q_blocks: Array,
+    blocks: Block,
+    length: Array | int,
+    prepare: Prepare,
+) -> tuple[Past, AttentionState]:
+    """The sequential execution: one block after the other, and only the current prefix."""
     block_size = q_blocks.shape[1]
+    past = _started(running, past)
 
     @keeping_choices
     def step(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
         index, q, block = args
+        q, block = prepare(q, block)
         state = _attend_block(running, q, past.before, block, past.prefix)
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
 
-    # Of tokens only: a cache must not come to depend on queries. Integers without axes count tokens, the same for all;
-    # mapped, they would make selections of conditions, which JAX cannot differentiate there.
+    past, blocks = _varying_alike(past, blocks)
+    return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
+
+
+def _together(
+    running: RunningSummary,
+    past: Past,
+    first: Array | int,
+    q_blocks: Array,
+    blocks: Block,
+    length: Array | None,
+    prepare: Prepare,
+) -> tuple[Past, AttentionState]:
+    """The parallel execution: the prefixes of many blocks, and then the attention of all of them at once.
+
+    Blocks go in groups, so that memory is linear in the sequence. Without a length no past is asked for.
+    """
+    num_blocks, block_size = q_blocks.shape[:2]
+    at = None
+    if past.prefix is None and running.of_sequence is not None and isinstance(first, int):
+        # Summarised are all blocks but the last two: one is the block before, and the other attends.
+        _, tokens = prepare(q_blocks, blocks)
+        earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, tokens)
+        at = jax.checkpoint(running.of_sequence)(*earlier)
+    else:
+        past = _started(running, past)
+
+    def states_of(prefix: Any, numbers: Array, before: Block) -> tuple[Any, Any]:
+        """The states before each of these blocks, and all with that after the last where the prefix is carried on."""
+        if at is not None:
+            return jax.vmap(at)(jnp.maximum(numbers - 1, 0)), None
+        append_all = running.append_all or _appended_in_turn(running)
+        states = append_all(prefix, (numbers - 1) * block_size, *before)
+        return jax.tree.map(lambda x: x[:-1], states), states
+
+    at_once = _blocks_at_once(running, at, past, q_blocks, blocks)
+    groups, size = even_split(num_blocks, at_once)
+    padding = groups * size - num_blocks
+    grouped = jax.tree.map(lambda x: pad_rows(x, padding).reshape(groups, size, *x.shape[1:]), (q_blocks, blocks))
+
+    @keeping_choices
+    def group(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
+        index, q, block = args
+        q, block = prepare(q, block)
+        around = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), past.before, block)
+        before, block = (jax.tree.map(lambda x, part=part: x[part], around) for part in (slice(-1), slice(1, None)))
+        numbers = first + index * size + jnp.arange(size, dtype=jnp.int32)
+        prefixes, states = states_of(past.prefix, numbers, before)
+        state = jax.vmap(lambda *args: _attend_block(running, *args))(q, before, block, prefixes)
+        if length is None:
+            return Past(*jax.tree.map(lambda x: x[-1], (block, states))), state
+        # The block of the last token stays out of the past.
+        passed = jnp.clip((length - 1) // block_size - index * size, 0, size)
+        moved = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, passed, keepdims=False), (around, states))
+        return Past(*moved), state
+
+    past, blocks = _varying_alike(past, grouped[1])
+    past, state = lax.scan(group, past, (jnp.arange(groups, dtype=jnp.int32), grouped[0], blocks))
+    return past, jax.tree.map(lambda x: out_of_blocks(x, num_blocks), state)
+
+
+def _started(running: RunningSummary, past: Past) -> Past:
+    """With the state of an empty prefix in place of None."""
+    if past.prefix is not None:
+        return past
+    v = past.before.v
+    return past._replace(prefix=running.init(v.shape[-1], v.dtype))
+
+
+def _appended_in_turn(running: RunningSummary) -> Callable[..., Any]:
+    """`RunningSummary.append_all` of a summary that has none."""
+
+    def append_all(state: Any, starts: Array, *blocks: Array) -> Any:
+        @keeping_choices
+        def step(state: Any, args: Any) -> tuple[Any, Any]:
+            start, *block = args
+            state = lax.cond(start >= 0, lambda state: running.append(state, start, *block), lambda state: state, state)
+            return state, state
+
+        _, states = lax.scan(step, along_with(state, *blocks), (starts, *blocks))
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, states)
+
+    return append_all
+
+
+def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Array, blocks: Block) -> int:
+    """The number of blocks whose states and logits `GROUP_NUMBERS` allows."""
+    block_size, value_dim = q_blocks.shape[1], blocks.v.shape[-1]
+    prefix = past.prefix if at is None else jax.eval_shape(at, jnp.zeros((), jnp.int32))
+    numbers = sum(x.size for x in jax.tree.leaves(prefix))
+    rows = numbers // (value_dim + 1)
+    # Logits nearby and against the summary, and the state with the two that a merge makes it from.
+    return max(1, GROUP_NUMBERS // (block_size * (2 * block_size + rows) + 3 * numbers))
+
+
+def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:
+    """What a loop starts from varies as what comes out of it, which depends on tokens.
+
+    Of tokens only: a cache must not come to depend on queries. Integers without axes count tokens, the same for all;
+    mapped, they would make selections of conditions, which JAX cannot differentiate there.
+    """
     leaves, structure = jax.tree.flatten(past)
     counts = [x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) for x in leaves]
     arrays = [x for x, is_count in zip(leaves, counts, strict=True) if not is_count]
     blocks, varying = along_with((blocks, arrays), arrays, blocks)
     varying = iter(varying)
     past = structure.unflatten([x if is_count else next(varying) for x, is_count in zip(leaves, counts, strict=True)])
-    return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
+    return past, blocks
 
 
 def move_on(running: RunningSummary, past: Past, number: Array, block: Block) -> Past:

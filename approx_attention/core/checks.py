@@ -51,17 +51,23 @@ def head_inputs(
         ValueError: shapes that do not fit.
         TypeError: tensors that are not floating point, a mask that is not boolean, a causal option that is no truth.
     """
+    q, k, v = checked_inputs(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
+    dtype = accumulation_dtype(q, k, v)
+    q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
+    return q, k, v.astype(dtype)
+
+
+def checked_inputs(
+    q: Array, k: Array, v: Array, *, kv_mask: Array | None = None, is_causal: bool = False
+) -> tuple[Array, Array, Array]:
+    """One head's tensors with zeroed padding, in their own dtypes and not scaled; raises as `head_inputs` does."""
     check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
         check_rows(name, x, axes)
     check_key_value_fit(q, k, v)
-    dtype = accumulation_dtype(q, k, v)
-    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     if kv_mask is not None:
         check_kv_mask(kv_mask, k.shape[0])
-    k, v = zero_padding(k, v, kv_mask)
-    q, k = fold_scale(q, k, scale)
-    return q, k, v
+    return q, *zero_padding(k, v, kv_mask)
 
 
 def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[Array, Array]:

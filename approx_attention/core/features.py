@@ -248,8 +248,9 @@ def orthogonal_projection(
     head_dim = check_count("head_dim", head_dim)
     blocks = -(-num_features // head_dim)
     gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
-    # One block after the other: a batched QR on CPU can deadlock where several devices share its threads.
-    rotation, triangle = lax.map(jnp.linalg.qr, gaussian)
+    # On a CPU one block after the other: a batched QR can deadlock where several devices share its threads.
+    in_turn = lambda x: lax.map(jnp.linalg.qr, x)  # noqa: E731
+    rotation, triangle = lax.platform_dependent(gaussian, cpu=in_turn, default=jnp.linalg.qr)
     # The signs of R's diagonal make the rotation uniformly distributed.
     rotation = rotation * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
     directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]

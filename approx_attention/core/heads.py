@@ -1,4 +1,7 @@
-"""The one lifting of functions of one head over batch and grouped heads: in turn on a CPU, together elsewhere."""
+"""The one lifting of functions of one head over batch and grouped heads: in turn on a CPU, together elsewhere.
+
+Which of the two is run follows the platform that a program is lowered for, not the machine on which it is traced.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,14 +15,33 @@ from jax import Array, lax
 from approx_attention.core.rows import along_with
 
 
+# Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
+# channels. More heads than that fill no machine better, and their intermediate results would take its memory.
+TOGETHER = 3 * 2**26
+
+
 def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False) -> Any:
     """Applies a function to every slice along the leading axis.
 
     On a CPU slices take turns, so that the data of one stays in cache; elsewhere, or with ``together``, at once.
     """
-    if together or jax.default_backend() != "cpu":
+    if together:
         return jax.vmap(function)(slices)
-    return lax.map(function, slices)
+    in_turn, at_once = functools.partial(lax.map, function), functools.partial(_at_once, function)
+    return lax.platform_dependent(slices, cpu=in_turn, default=at_once)
+
+
+def _at_once(function: Callable[[Any], Any], slices: Any) -> Any:
+    """All slices at once, or groups of as many as `TOGETHER` allows."""
+    leaves = jax.tree.leaves(slices)
+    count, numbers = leaves[0].shape[0], sum(x.size for x in leaves)
+    most = count if numbers <= TOGETHER else max(1, count * TOGETHER // numbers)
+    # Equal groups are one program; if none are near that size, the last is smaller and another.
+    size = next(size for size in range(most, 0, -1) if count % size == 0) if count else 0
+    size = size if 2 * size > most else most
+    if size == count:
+        return jax.vmap(function)(slices)
+    return lax.map(function, slices, batch_size=size)
 
 
 def by_kv_head(x: Array, num_kv_heads: int) -> Array:
@@ -91,10 +113,10 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
         own |= jax.tree.map(lambda x: x[index % num_kv_heads], operands.per_head) | operands.shared
         return of_one_head(tokens, own, dense)
 
-    def transposed(operands: Operands) -> Any:
+    def transposed(apply: Callable[..., Any], operands: Operands) -> Any:
         tokens = jax.tree.map(lambda x: by_kv_head(x, num_kv_heads), operands.tokens)
         slices = jnp.arange(num_batches * num_kv_heads), tokens
-        result = each(lambda args: kv_head(operands, *args), slices)
+        result = apply(lambda args: kv_head(operands, *args), slices)
         return jax.tree.map(lambda x: from_kv_head(x, num_kv_heads), result)
 
     @jax.custom_jvp
@@ -124,7 +146,7 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
 
     def derivative(primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
         def result(operands: Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
-            return along_with(transposed(operands), operands)
+            return along_with(transposed(lax.map, operands), operands)
 
         return jax.jvp(result, primals, tangents)
 
@@ -133,9 +155,10 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
     if num_batches * num_kv_heads == 1:
         tokens = jax.tree.map(lambda x: x[0], operands.tokens)
         return jax.tree.map(lambda x: x[None], kv_head(operands, 0, tokens))
-    if jax.default_backend() != "cpu" or num_batches == 0 or not in_place:
-        return transposed(operands)
-    return where_it_lies(operands)
+    if num_batches == 0 or not in_place:
+        return transposed(each, operands)
+    at_once = functools.partial(transposed, _at_once)
+    return lax.platform_dependent(operands, cpu=where_it_lies, default=at_once)
 
 
 def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Groups of neighbouring tokens and their means: the landmarks, proposals and chunks of many methods."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from jax import Array, lax
 
 from approx_attention.core.checks import check_count, real_keys
 from approx_attention.core.padding import count_real, floor_of_share
-from approx_attention.core.rows import pad_rows
+from approx_attention.core.rows import in_blocks, pad_rows
 from approx_attention.core.summaries import WeightedKV
 
 
@@ -253,6 +255,87 @@ class GrowingSegments(NamedTuple):
         segment = (start + unit * jnp.arange(tokens.count.shape[0], dtype=jnp.int32)) // length
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_segments, indices_are_sorted=True), tokens)
         return GrowingSegments(jax.tree.map(jnp.add, sums, block), length)
+
+    @classmethod
+    def of_sequence(
+        cls, num_segments: int, unit: int, block_size: int, tokens: TokenSums, least_length: int
+    ) -> Callable[[Array], "GrowingSegments"]:
+        """The segments after the first blocks of a sequence, which `append` would have made of them, for any number.
+
+        After e positions the length is the least of ``least_length * 2^i`` with which all segments together reach e.
+        So the segments that are full come from one table for all prefixes, of the first segments of each such length;
+        only the last one, which a prefix ends in, is its own.
+
+        Args:
+            num_segments: the number M of segments.
+            unit: the number of positions that each row of ``tokens`` stands for.
+            block_size: positions per block, a multiple of ``unit``.
+            tokens: sums of the whole sequence, unit by unit.
+            least_length: as in `append`.
+
+        Returns:
+            ``at(count) -> GrowingSegments`` after ``count`` blocks.
+        """
+        num_units, per_block = tokens.count.shape[0], block_size // unit
+        # Lengths in units, the last of which covers the sequence.
+        doublings = max(0, -(-num_units * unit // (num_segments * least_length)) - 1).bit_length()
+        lengths = [(least_length // unit) << i for i in range(doublings + 1)]
+
+        def firsts(x: Array, length: int) -> Array:
+            """Sums of the first M segments of this length."""
+            x = x[: num_segments * length]
+            x = pad_rows(x, num_segments * length - x.shape[0])
+            return jnp.sum(x.reshape(num_segments, length, *x.shape[1:]), axis=1)
+
+        table = jax.tree.map(lambda x: jnp.stack([firsts(x, length) for length in lengths]), tokens)
+        by_block = jax.tree.map(lambda x: in_blocks(x, per_block), tokens)
+        block_sums = jax.tree.map(lambda x: jnp.sum(x, axis=1), by_block)
+        aligned = all(length % per_block == 0 or per_block % length == 0 for length in lengths)
+        return jax.tree_util.Partial(
+            functools.partial(_segments_after, unit, per_block, tuple(lengths), aligned), table, by_block, block_sums
+        )
+
+
+def _segments_after(
+    unit: int,
+    per_block: int,
+    lengths: tuple[int, ...],
+    aligned: bool,
+    table: TokenSums,
+    by_block: TokenSums,
+    block_sums: TokenSums,
+    count: Array,
+) -> GrowingSegments:
+    """The segments after ``count`` blocks; all lengths and positions are counted in units."""
+    num_segments, num_blocks = table.count.shape[1], block_sums.count.shape[0]
+    count = jnp.minimum(count, num_blocks)
+    end = count * per_block
+    reach = jnp.asarray([length * num_segments for length in lengths], jnp.int32)
+    level = jnp.minimum(jnp.sum(reach < end, dtype=jnp.int32), len(lengths) - 1)
+    length = jnp.asarray(lengths, jnp.int32)[level]
+    full = end // length
+    # The last segment starts in block `first`: all blocks from there on, less what stands before it.
+    start = full * length
+    first = start // per_block
+    whole = (jnp.arange(num_blocks, dtype=jnp.int32) >= first) & (jnp.arange(num_blocks, dtype=jnp.int32) < count)
+    number = jnp.arange(num_segments, dtype=jnp.int32)
+
+    def rows(segments: Array, blocks: Array, units: Array) -> Array:
+        def along(mask: Array, x: Array) -> Array:
+            return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+
+        if aligned:
+            last = jnp.sum(jnp.where(along(whole, blocks), blocks, 0), axis=0)
+        else:
+            after = jnp.where(along(whole & (jnp.arange(num_blocks) > first), blocks), blocks, 0)
+            inside = lax.dynamic_index_in_dim(units, jnp.minimum(first, num_blocks - 1), keepdims=False)
+            of_segment = (first < count) & (first * per_block + jnp.arange(per_block, dtype=jnp.int32) >= start)
+            last = jnp.sum(after, axis=0) + jnp.sum(jnp.where(along(of_segment, inside), inside, 0), axis=0)
+        own = lax.dynamic_index_in_dim(segments, level, keepdims=False)
+        # Later tokens are in the table's further rows, and selected away rather than multiplied by 0.
+        return jnp.where(along(number < full, own), own, jnp.where(along(number == full, own), last[None], 0))
+
+    return GrowingSegments(jax.tree.map(rows, table, block_sums, by_block), unit * length)
 
 
 def _sum_pairs(x: Array) -> Array:

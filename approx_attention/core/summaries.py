@@ -290,8 +290,6 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
-        if isinstance(summary.features, PositiveFeatures):
-            return _attend_positive_moments(q, summary, summary.features)
         block = _feature_block(summary.features)
         return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
     if summary.value_range is not None:
@@ -335,20 +333,6 @@ def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Ar
     cleared = jnp.where(present[:, None], k, jnp.zeros_like(k))
     tangent = q_tangent @ cleared.T + q @ k_tangent.T
     return _products(q, k, present), jnp.where(present[None, :], tangent, jnp.zeros_like(tangent))
-
-
-def _attend_positive_moments(q: Array, moments: FeatureMoments, features: PositiveFeatures) -> AttentionState:
-    r"""Attention over moments of positive features, as softmax attention over R keys: the random directions w.
-
-    .. math:: \phi_r(q)\, \mathrm{mass}_r\, e^{c_r}
-              = e^{w_r \cdot q + \log \mathrm{mass}_r + c_r}\, e^{-\|q\|^2 / 2} R^{-1/2}
-    """
-    # The R features of a query are its logits against the directions: tiles of `blocked_state` serve them, and they are
-    # never stored. The factors of the query alone are added to the normaliser.
-    directions = WeightedKV(features.projection.astype(q.dtype), moments.value_sum, moments.mass)
-    state = blocked_state(q, directions.k, directions.values, directions.log_mass + finite_peak(moments.log_scale))
-    query_scale = -squared_norm(q)[:, 0] / 2 - 0.5 * math.log(features.num_features)
-    return AttentionState(state.out, state.lse + query_scale)
 
 
 def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:

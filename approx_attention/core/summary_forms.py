@@ -1,11 +1,12 @@
 """The two forms of a method that is a summary: from all keys at once, or causal."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jax import Array
 
 from approx_attention.core.causal import RunningSummary, causal_state
-from approx_attention.core.checks import check_count, head_inputs
+from approx_attention.core.checks import check_count, check_flag, checked_inputs, head_inputs, logit_scale
 from approx_attention.core.states import AttentionState
 from approx_attention.core.summaries import Summary, attend
 
@@ -55,8 +56,10 @@ def state_by_summary(
         True
     """
     block_size = check_count("block_size", block_size)
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     # Each form is made only where it is used: to make one, a random method samples its projection.
-    if is_causal:
-        return causal_state(q, k, v, running(q.shape[-1]), block_size=block_size, kv_mask=kv_mask)
+    if check_flag("is_causal", is_causal):
+        q, k, v = checked_inputs(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
+        options: Any = {"block_size": block_size, "kv_mask": kv_mask, "scale": logit_scale(scale, q.shape[-1])}
+        return causal_state(q, k, v, running(q.shape[-1]), **options)
+    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     return attend(q, summarize(k, v, kv_mask=kv_mask))

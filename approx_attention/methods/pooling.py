@@ -1,6 +1,7 @@
 """Mean-pooled keys and values with log counts: the simplest landmarks, exact where the keys of a segment are equal."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from jax import Array
@@ -15,6 +16,7 @@ from approx_attention.core import (
     check_count,
     check_counts,
     check_tokens,
+    out_of_blocks,
     output_or_state,
     segments_of,
     state_by_summary,
@@ -117,4 +119,9 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
         least_length = -(-k.shape[0] // num_landmarks)
         return growing.append(start, 1, TokenSums.of_tokens(k, v, kv_mask), least_length)
 
-    return RunningSummary(init, append, read=lambda growing: growing.sums.landmarks())
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], GrowingSegments]:
+        block_size = k.shape[1]
+        tokens = TokenSums.of_tokens(*out_of_blocks((k, v, kv_mask)))
+        return GrowingSegments.of_sequence(num_landmarks, 1, block_size, tokens, -(-block_size // num_landmarks))
+
+    return RunningSummary(init, append, read=lambda growing: growing.sums.landmarks(), of_sequence=of_sequence)

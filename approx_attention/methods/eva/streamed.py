@@ -1,5 +1,6 @@
 r"""EVA over a growing prefix: proposals come from keys alone, :math:`\mu_P = \bar k_P`, so that chunks never change."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -20,6 +21,7 @@ from approx_attention.core import (
     mask_bias,
     mean,
     noise_deviation,
+    out_of_blocks,
 )
 from approx_attention.methods.eva.chunks import PoolingVectors, coefficients, pooled_keys
 from approx_attention.methods.eva.layouts import DEFAULT_CHUNK, largest_divisor
@@ -88,7 +90,7 @@ def running_eva(
     check_float_tuple("pooling_vectors", pooling_vectors)
     deviation = noise_deviation(noise_scale, head_dim)
 
-    def directions(k: Array, log_count: Array, first: Array) -> Array:
+    def directions(k: Array, log_count: Array, first: Array | int) -> Array:
         """One direction for each of the chunks ``k [C, j, D]``, the first of which is number ``first``."""
         if pooling_vectors is None:
             mu = pooled_keys(k, log_count, None)
@@ -104,19 +106,37 @@ def running_eva(
     def init(value_dim: int, dtype: Any) -> GrowingSegments:
         return GrowingSegments.empty(num_chunks, head_dim, value_dim, dtype)
 
-    def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
-        block_size = k.shape[0]
+    def chunk_of(block_size: int) -> int:
         chunk = chunk_size or largest_divisor(block_size, DEFAULT_CHUNK)
         if block_size % chunk:
             raise ValueError(f"chunk_size must divide the block of {block_size} tokens, got {chunk}")
+        return chunk
+
+    def chunks(k: Array, v: Array, kv_mask: Array, chunk: int, first: Array | int) -> TokenSums:
+        """The synthetic tokens of the chunks of ``k [b, D]``, the first of which is number ``first``."""
         tokens = TokenSums.of_tokens(k, v, kv_mask)
         k, v, count = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tuple(tokens))
         log_count = mask_bias(count > 0, count.dtype)
-        beta = coefficients(k, v, log_count, directions(k, log_count, start // chunk))
+        beta = coefficients(k, v, log_count, directions(k, log_count, first))
         total = jnp.sum(count, axis=1)
         # Sums of synthetic tokens by their masses, so that pairs are averaged by adding.
-        chunks = TokenSums(total[:, None] * pooled_keys(k, log_count, pooling_vectors), total[:, None] * beta, total)
-        return growing.append(start, chunk, chunks, chunk * -(-(block_size // chunk) // num_chunks))
+        return TokenSums(total[:, None] * pooled_keys(k, log_count, pooling_vectors), total[:, None] * beta, total)
+
+    def least_length(block_size: int, chunk: int) -> int:
+        return chunk * -(-(block_size // chunk) // num_chunks)
+
+    def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
+        block_size = k.shape[0]
+        chunk = chunk_of(block_size)
+        return growing.append(
+            start, chunk, chunks(k, v, kv_mask, chunk, start // chunk), least_length(block_size, chunk)
+        )
+
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], GrowingSegments]:
+        block_size = k.shape[1]
+        chunk = chunk_of(block_size)
+        tokens = chunks(*out_of_blocks((k, v, kv_mask)), chunk, 0)
+        return GrowingSegments.of_sequence(num_chunks, chunk, block_size, tokens, least_length(block_size, chunk))
 
     def read(growing: GrowingSegments) -> WeightedKV:
         landmarks = growing.sums.landmarks()
@@ -125,4 +145,4 @@ def running_eva(
         once = (landmarks.mass > 0).astype(landmarks.mass.dtype)
         return WeightedKV(landmarks.k, mean(landmarks.value_sum, landmarks.mass), once)
 
-    return RunningSummary(init, append, read)
+    return RunningSummary(init, append, read, of_sequence=of_sequence)
