@@ -14,19 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.core.checks import accumulation_dtype, check_count, check_rows, check_tokens, fold_scale, real_keys
+from approx_attention.core.checks import accumulation_dtype, check_count, check_rows, check_tokens, logit_scale, real_keys
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.features import FeatureMap
 from approx_attention.core.padding import over_real_tokens
 from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows
 from approx_attention.core.softmax import dense_state, mask_bias
-from approx_attention.core.states import AttentionState, merge
+from approx_attention.core.states import AttentionState, finite_peak, merge
 from approx_attention.core.summaries import FeatureMoments, Summary, attend, require_scaled_space
 
 # Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
 # of as many as this allows, 16,384 tokens with 256 features of 64 values: enough to fill the machine, and less than
 # what the tokens of a long sequence take themselves.
 GROUP_NUMBERS = 2**24
+_OWNER = "a running summary"
 
 
 def _same(x: Array) -> Array:
@@ -142,10 +143,8 @@ def running_moments(features: FeatureMap) -> RunningSummary:
         return bare(merge(read(a), read(b)))
 
     def append_all(moments: Any, _: Array, k: Array, v: Array, kv_mask: Array) -> Any:
-        # A tree of merges and not a cumulative sum: a log-scale common to all blocks would depend on later ones.
         parts = jax.vmap(of_block)(k, v, kv_mask)
-        parts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), moments, parts)
-        return lax.associative_scan(jax.vmap(added), parts)
+        return _sums_so_far(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), moments, parts))
 
     return RunningSummary(
         init=lambda value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
@@ -153,6 +152,26 @@ def running_moments(features: FeatureMap) -> RunningSummary:
         read=read,
         append_all=append_all,
     )
+
+
+def _sums_so_far(parts: FeatureMoments) -> FeatureMoments:
+    r"""The moments of the first i of stacked parts a, for each i, by one product.
+
+    .. math:: \mathrm{sum}_i = \sum_{a \le i} e^{c_a - C_i}\, \mathrm{sum}_a, \qquad C_i = \max_{a \le i} c_a.
+    """
+    # One log-scale for all prefixes would let a later part push an earlier one below the smallest number.
+    so_far = jnp.tri(parts.mass.shape[0], dtype=bool)
+    log_scale = jnp.max(jnp.where(so_far[:, :, None], parts.log_scale[None], -jnp.inf), axis=1)
+    shift = jnp.where(so_far[:, :, None], parts.log_scale[None] - finite_peak(log_scale)[:, None], -jnp.inf)
+    sums = jnp.concatenate([parts.value_sum, parts.mass[..., None]], axis=-1)
+    # In the product a later NaN would reach earlier prefixes, as 0 times NaN: it is put back where it belongs.
+    finite = jnp.all(jnp.isfinite(sums), axis=(1, 2))
+    lost = jnp.any(so_far & ~finite[None], axis=1)[:, None, None]
+    kept = jnp.where(finite[:, None, None], sums, 0)
+    # In full precision: these are sums, in place of a chain of additions.
+    total = jnp.einsum("iar,ard->ird", jnp.exp(shift), kept, precision=lax.Precision.HIGHEST)
+    total = jnp.where(lost, jnp.nan, total)
+    return dataclasses.replace(parts, value_sum=total[..., :-1], mass=total[..., -1], log_scale=log_scale)
 
 
 def causal_state(
@@ -179,8 +198,7 @@ def causal_state(
         block_size: tokens per block: a choice of accuracy.
         kv_mask: true where a key is real, ``[S]``. The query of a hidden key gives 0 if a real key comes after it.
         scale: factor of the logits that is folded into the queries and keys, 1 for those in scaled space (`fold_scale`).
-            It is folded in block by block, as is the cast to the accumulation dtype, so that no copy of all tokens is
-            made.
+            Tokens are scaled and cast to the accumulation dtype where they are used, without a copy of all.
 
     Returns:
         The `AttentionState` of the queries.
@@ -223,54 +241,59 @@ def causal_state_by_place(
 ) -> AttentionState:
     """`causal_state` with blocks of all places, padding included: for patterns, which count places too."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
-    dtype = accumulation_dtype(q, k, v)
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
     blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in tokens))
-
-    def prepared(q: Array, block: Block) -> tuple[Array, Block]:
-        q, k = q.astype(dtype), block.k.astype(dtype)
-        if not (isinstance(scale, int | float) and scale == 1):
-            q, k = fold_scale(q, k, scale)
-        return q, Block(k, block.v.astype(dtype), block.kv_mask)
-
-    before = Block.empty(block_size, k.shape[-1], v.shape[-1], dtype)
-    state = causal_blocks(running, before, 0, q_blocks, blocks, prepared)
-    return out_of_blocks(state, num_queries)
+    running = _of_unscaled(running, logit_scale(scale, k.shape[-1]), accumulation_dtype(q, k, v))
+    none = jax.tree.map(lambda x: jnp.zeros_like(x[0]), blocks)
+    return out_of_blocks(causal_blocks(running, none, 0, q_blocks, blocks), num_queries)
 
 
-Prepare = Callable[[Array, Block], tuple[Array, Block]]
+def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> RunningSummary:
+    """The same summary of keys and values as they come: cast and scaled where they are used, without a copy of all."""
+    root = jnp.sqrt(jnp.asarray(scale, dtype))
 
+    def in_space(x: Array) -> Array:
+        return x.astype(dtype) * root
 
-def _as_they_are(q: Array, block: Block) -> tuple[Array, Block]:
-    return q, block
+    def tokens(k: Array, v: Array, kv_mask: Array) -> tuple[Array, Array, Array]:
+        return in_space(k), v.astype(dtype), kv_mask
+
+    def read(state: Any) -> Summary:
+        summary: Any = require_scaled_space(_OWNER, running.read(state))
+        # Queries are not scaled either, which the summary makes up for.
+        return dataclasses.replace(summary, scale=jnp.asarray(scale, dtype))
+
+    append_all, of_sequence = running.append_all, running.of_sequence
+    return running._replace(
+        init=lambda value_dim, _: running.init(value_dim, dtype),
+        append=lambda state, start, *block: running.append(state, start, *tokens(*block)),
+        read=read,
+        near=lambda q, k, v, bias: running.near(in_space(q), in_space(k), v.astype(dtype), bias.astype(dtype)),
+        append_all=append_all and (lambda state, starts, *blocks: append_all(state, starts, *tokens(*blocks))),
+        of_sequence=of_sequence and (lambda *blocks: of_sequence(*tokens(*blocks))),
+    )
 
 
 def causal_blocks(
-    running: RunningSummary,
-    before: Block,
-    first: int,
-    q_blocks: Array,
-    blocks: Block,
-    prepare: Prepare = _as_they_are,
+    running: RunningSummary, before: Block, first: int, q_blocks: Array, blocks: Block
 ) -> AttentionState:
     """The states of the blocks of a sequence, each of which attends to itself and its past.
 
     Args:
         running: how the prefix is summarised.
         before: the block before the first of these.
-        first: the number of the first block, 0 or 1: no block is before that one.
+        first: the number of the first block, 0 or 1: the block before is the only one that may be.
         q_blocks: queries ``[n, b, D]``.
         blocks: their tokens, stacked.
-        prepare: queries and tokens of blocks in scaled space and the accumulation dtype, from those given.
 
     Returns:
         The states ``[n, b]``.
     """
     past = Past(before, None)
     length = q_blocks.shape[0] * q_blocks.shape[1]
-    in_turn = lambda *args: _in_turn(running, past, first, *args, length, prepare)[1]  # noqa: E731
-    together = lambda *args: _together(running, past, first, *args, None, prepare)[1]  # noqa: E731
+    in_turn = lambda *args: _in_turn(running, past, first, *args, length)[1]  # noqa: E731
+    together = lambda *args: _together(running, past, first, *args, None)[1]  # noqa: E731
     return lax.platform_dependent(q_blocks, blocks, cpu=in_turn, default=together)
 
 
@@ -291,8 +314,9 @@ def scan_blocks(
         The past of the block of the last token, and the states ``[n, b]``.
     """
     length = jnp.asarray(length, jnp.int32)
-    in_turn = lambda past, *args: _in_turn(running, past, first, *args, _as_they_are)  # noqa: E731
-    together = lambda past, *args: _together(running, past, first, *args, _as_they_are)  # noqa: E731
+    running = running._replace(read=lambda state, read=running.read: require_scaled_space(_OWNER, read(state)))
+    in_turn = lambda past, *args: _in_turn(running, past, first, *args)  # noqa: E731
+    together = lambda past, *args: _together(running, past, first, *args)  # noqa: E731
     return lax.platform_dependent(past, q_blocks, blocks, length, cpu=in_turn, default=together)
 
 
@@ -303,7 +327,6 @@ def _in_turn(
     q_blocks: Array,
     blocks: Block,
     length: Array | int,
-    prepare: Prepare,
 ) -> tuple[Past, AttentionState]:
     """The sequential execution: one block after the other, and only the current prefix."""
     block_size = q_blocks.shape[1]
@@ -312,7 +335,6 @@ def _in_turn(
     @keeping_choices
     def step(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
         index, q, block = args
-        q, block = prepare(q, block)
         state = _attend_block(running, q, past.before, block, past.prefix)
         more = (index + 1) * block_size < length
         return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
@@ -328,7 +350,6 @@ def _together(
     q_blocks: Array,
     blocks: Block,
     length: Array | None,
-    prepare: Prepare,
 ) -> tuple[Past, AttentionState]:
     """The parallel execution: the prefixes of many blocks, and then the attention of all of them at once.
 
@@ -338,8 +359,7 @@ def _together(
     at = None
     if past.prefix is None and running.of_sequence is not None and isinstance(first, int):
         # Summarised are all blocks but the last two: one is the block before, and the other attends.
-        _, tokens = prepare(q_blocks, blocks)
-        earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, tokens)
+        earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, blocks)
         at = jax.checkpoint(running.of_sequence)(*earlier)
     else:
         past = _started(running, past)
@@ -352,15 +372,13 @@ def _together(
         states = append_all(prefix, (numbers - 1) * block_size, *before)
         return jax.tree.map(lambda x: x[:-1], states), states
 
-    at_once = _blocks_at_once(running, at, past, q_blocks, blocks)
-    groups, size = even_split(num_blocks, at_once)
+    groups, size = _groups(num_blocks, _blocks_at_once(running, at, past, q_blocks, blocks))
     padding = groups * size - num_blocks
     grouped = jax.tree.map(lambda x: pad_rows(x, padding).reshape(groups, size, *x.shape[1:]), (q_blocks, blocks))
 
     @keeping_choices
     def group(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
         index, q, block = args
-        q, block = prepare(q, block)
         around = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), past.before, block)
         before, block = (jax.tree.map(lambda x, part=part: x[part], around) for part in (slice(-1), slice(1, None)))
         numbers = first + index * size + jnp.arange(size, dtype=jnp.int32)
@@ -412,6 +430,13 @@ def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Arra
     return max(1, GROUP_NUMBERS // (block_size * (2 * block_size + rows) + 3 * numbers))
 
 
+def _groups(count: int, most: int) -> tuple[int, int]:
+    """The number of groups of at most ``most`` and their common size, without padding if few more groups allow it."""
+    least = -(-count // most)
+    even = next((groups for groups in range(least, 2 * least) if count % groups == 0), None)
+    return even_split(count, most) if even is None else (even, count // even)
+
+
 def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:
     """What a loop starts from varies as what comes out of it, which depends on tokens.
 
@@ -444,5 +469,6 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
     block_size = q.shape[0]
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
-    summary = require_scaled_space("a running summary", running.read(prefix))
-    return merge(running.near(q, near.k, near.v, mask_bias(visible, q.dtype)), attend(q, summary))
+    summary = running.read(prefix)
+    nearby = running.near(q, near.k, near.v, mask_bias(visible, q.dtype))
+    return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))

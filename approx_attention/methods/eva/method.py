@@ -17,6 +17,7 @@ from approx_attention.core import (
     check_float_tuple,
     check_floats,
     check_mask,
+    checked_inputs,
     head_inputs,
     output_or_state,
     over_real_tokens,
@@ -128,7 +129,7 @@ def eva(
         :cite:p:`zheng2023efficient`, section 4; :cite:p:`evabyte2025` for its ``pooling_vectors``.
     """
     sizes = Sizes(window_size, chunk_size, num_chunks, is_causal, exclude_local, overlap, spatial_shape).checked()
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+    q, k, v = checked_inputs(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
     recipe = Recipe(
         key, pooling_vectors, chunk_keys, proposal_mean, check_count("num_samples", num_samples), noise, noise_scale,
         check_flag("count_correction", count_correction), is_causal,
@@ -142,9 +143,10 @@ def eva(
         _check_streamable(sizes, recipe, local_bias)
         return streamed_eva(
             q, k, v, key, window_size=sizes.window_size, chunk_size=sizes.chunk_size, num_chunks=sizes.num_chunks,
-            kv_mask=kv_mask, pooling_vectors=pooling_vectors, count_correction=recipe.count_correction,
+            kv_mask=kv_mask, scale=scale, pooling_vectors=pooling_vectors, count_correction=recipe.count_correction,
             noise_scale=noise_scale,
         )  # fmt: skip
+    q, k, v = head_inputs(q, k, v, scale=scale)
     if chunk_size is not None and num_chunks is not None:
         raise ValueError(f"give chunk_size or num_chunks, not both; got {chunk_size} and {num_chunks}")
 

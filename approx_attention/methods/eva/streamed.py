@@ -18,6 +18,7 @@ from approx_attention.core import (
     check_counts,
     check_float_tuple,
     check_key,
+    logit_scale,
     mask_bias,
     mean,
     noise_deviation,
@@ -37,9 +38,10 @@ def streamed_eva(
     chunk_size: int | None,
     num_chunks: int | None,
     kv_mask: Array | None,
+    scale: float | Array | None = None,
     **options: Any,
 ) -> AttentionState:
-    """Causal EVA of a whole sequence in scaled space, as `running_eva` decodes it.
+    """Causal EVA of a whole sequence, as `running_eva` decodes it.
 
     Args:
         q: queries ``[T, D]``.
@@ -50,6 +52,7 @@ def streamed_eva(
         chunk_size: tokens per chunk, a divisor of the window.
         num_chunks: the greatest number of chunks, by default that of the sequence.
         kv_mask: true where a key is real ``[S]``.
+        scale: factor of the logits, ``1/sqrt(D)`` by default.
         **options: further ones of `running_eva`.
     """
     chunk_size = chunk_size or largest_divisor(window_size, DEFAULT_CHUNK)
@@ -60,7 +63,8 @@ def streamed_eva(
     # Fewer queries than a block see no chunk, and their only block is shorter than a window.
     chunk_size = chunk_size if q.shape[0] >= window_size else 1
     running = running_eva(q.shape[-1], key, num_chunks=num_chunks, chunk_size=chunk_size, **options)
-    return causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask)
+    scale = logit_scale(scale, q.shape[-1])
+    return causal_state(q, k, v, running, block_size=window_size, kv_mask=kv_mask, scale=scale)
 
 
 def running_eva(
