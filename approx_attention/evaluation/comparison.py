@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from approx_attention.core import in_float32
 from approx_attention.evaluation.arms import MEAN, MOST_SEEDS, WINDOW, Options, build_arms, check_range, method_arm
 from approx_attention.evaluation.errors import output_error
 from approx_attention.evaluation.problem import Problem
@@ -84,6 +85,9 @@ def compare(
 ) -> list[Comparison]:
     """Measure what each configuration costs and loses on the given tensors.
 
+    The truth is computed in float32, each configuration at the precision of products that is set: the default of an
+    accelerator rounds them, which is then part of the error of all of them, the exact ones too.
+
     Args:
         arms: the configurations; the exact ones set the baseline of speed, so give every exact form there is.
         query: ``[B, T, N, D]``.
@@ -136,10 +140,13 @@ def compare(
 
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
-    exact_out, exact_lse = real_rows(compiled(exact)[0](query, key, value, keys_rngs[0]))
+    # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
+    with in_float32():
+        exact_program, window_program = (compile_arm(arm, query, key, value)[0] for arm in (exact, window))
+    exact_out, exact_lse = real_rows(exact_program(query, key, value, keys_rngs[0]))
     if exact_lse is None:
         raise ValueError("the exact arm must also return log-normalisers")
-    window_out, window_lse = real_rows(compiled(window)[0](query, key, value, keys_rngs[0]))
+    window_out, window_lse = real_rows(window_program(query, key, value, keys_rngs[0]))
     # The sums over keys beyond the window, as a share of the exact normaliser: what is left of the exact output.
     far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
     far_norm = jnp.linalg.norm(far_part)
