@@ -1,5 +1,6 @@
 """What a traced program computes."""
 
+import functools
 import re
 
 import jax
@@ -30,3 +31,17 @@ def products(function, *arguments):
             left, right = re.search(r": \(tensor<(\S+)>, tensor<(\S+)>\)", line).groups()
             shapes = tuple(tuple(int(n) for n in x.split("x")[:-1]) for x in (left, right))
             yield shapes, "HIGHEST, HIGHEST" not in line
+
+
+def num_decompositions(function, *arguments, platform="tpu"):
+    """How many QR decompositions the text of a program has; a loop counts once, what is called twice counts twice."""
+    bodies = {}
+    for part in lowered_text(function, *arguments, platform=platform).split("func.func ")[1:]:
+        bodies[re.search(r"@([\w.]+)\(", part).group(1)] = part
+
+    @functools.cache
+    def within(name):
+        own = len(re.findall(r"custom_call @(?:Qr\b|\w*geqrf)", bodies[name]))
+        return own + sum(within(called) for called in re.findall(r"[^_]call @([\w.]+)\(", bodies[name]))
+
+    return within("main")

@@ -240,7 +240,7 @@ class _Bench:
         # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
         with in_float32():
             program, _ = compile_arm(exact, *tensors)
-        self.exact_out = program(*tensors, jax.random.key(0))[0]
+        self.exact_out = program(*tensors, exact.draw(jax.random.key(0)))[0]
         self.exact = self._by_unit(self.exact_out)
 
     def _program(self, arm: Arm) -> tuple[Callable[..., Any], float]:
@@ -249,7 +249,7 @@ class _Bench:
         return self.programs[arm]
 
     def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
-        return functools.partial(self._program(arm)[0], *self.tensors, jax.random.key(seed))
+        return functools.partial(self._program(arm)[0], *self.tensors, arm.draw(jax.random.key(seed)))
 
     def compile_seconds(self, arm: Arm) -> float:
         return self._program(arm)[1]
