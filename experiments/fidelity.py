@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from approx_attention.core import in_float32
 from approx_attention.evaluation import output_error
 from experiments.capture import capture
 from experiments.models import AttentionConfig, attention_layers
@@ -54,7 +55,8 @@ def attention_errors(
             # What stands beyond a sequence's end is no answer.
             return jnp.where((jnp.arange(out.shape[1])[None, :] < lengths[:, None])[..., None, None], out, 0)
 
-        exact = answers(AttentionConfig("exact"))
+        with in_float32():
+            exact = answers(AttentionConfig("exact"))
         for name, config in methods.items():
             errors[name].append(float(output_error(answers(config), exact).relative))
     return {name: {"mean": float(np.mean(of)), "layers": of} for name, of in errors.items()}

@@ -12,6 +12,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 # Almost all of a test's time is compilation.
 jax.config.update("jax_disable_most_optimizations", True)
+# On an accelerator products are rounded by default, by more than most tests allow.
+jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))

@@ -14,6 +14,7 @@ from approx_attention.core import (
     check_choice,
     check_count,
     check_key_value_fit,
+    in_float32,
     mask_bias,
     real_keys,
     require_scaled_space,
@@ -34,6 +35,7 @@ class MergeBound(NamedTuple):
     bound: Array
 
 
+@in_float32()
 def merge_bound(
     k: Float[Array, "S D"],
     v: Float[Array, "S Dv"],
@@ -99,6 +101,7 @@ class Sensitivity(NamedTuple):
     most: Array
 
 
+@in_float32()
 def sensitivity(
     k: Float[Array, "S D"],
     radius: float | Array,

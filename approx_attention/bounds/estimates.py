@@ -15,10 +15,12 @@ from approx_attention.core import (
     check_count,
     check_key_value_fit,
     fold_scale,
+    in_float32,
     squared_norm,
 )
 
 
+@in_float32()
 def favor_mse(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -76,6 +78,7 @@ def favor_mse(
     return positive if features == "positive" else positive * -jnp.expm1(-together)
 
 
+@in_float32()
 def sketch_mse(
     weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: str = "gaussian"
 ) -> Float[Array, ""]:
@@ -135,6 +138,7 @@ def sketch_mse(
     return (total + out + own_times * own) / sketch_size
 
 
+@in_float32()
 def row_sample_mse(
     weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sample_size: int, log_odds: Float[Array, " S"]
 ) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.core import squared_norm
+from approx_attention.core import in_float32, squared_norm
 from approx_attention.tensor import (
     Coefficients,
     check_taken,
@@ -81,6 +81,7 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
     return functools.reduce(operator.mul, peaks, least)
 
 
+@in_float32()
 def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
     r"""Computes the root mean square of all logits of tensor attention, exactly and in linear time.
 

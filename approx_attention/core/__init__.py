@@ -79,6 +79,7 @@ from approx_attention.core.padding import (
     query_places,
     ranks,
 )
+from approx_attention.core.precision import in_float32
 from approx_attention.core.rows import along_with, block_windows, in_blocks, map_rows, out_of_blocks, pad_rows
 from approx_attention.core.segments import (
     GrowingSegments,
@@ -214,6 +215,7 @@ __all__ = [
     "hadamard",
     "head_inputs",
     "in_blocks",
+    "in_float32",
     "keep_count",
     "keeping_choices",
     "kept",

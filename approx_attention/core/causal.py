@@ -24,9 +24,10 @@ from approx_attention.core.states import AttentionState, finite_peak, merge
 from approx_attention.core.summaries import FeatureMoments, Summary, attend, require_scaled_space
 
 # Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
-# of as many as this allows, 16,384 tokens with 256 features of 64 values: enough to fill the machine, and less than
-# what the tokens of a long sequence take themselves.
-GROUP_NUMBERS = 2**24
+# of as many as this allows, 16,384 tokens and more with 256 features of 64 values: enough to fill the machine, and no
+# more than the tokens of a long sequence take themselves. Fewer tokens than a least group would leave it idle.
+GROUP_NUMBERS = 18_000_000
+LEAST_GROUP = 6144
 _OWNER = "a running summary"
 
 
@@ -163,15 +164,20 @@ def _sums_so_far(parts: FeatureMoments) -> FeatureMoments:
     so_far = jnp.tri(parts.mass.shape[0], dtype=bool)
     log_scale = jnp.max(jnp.where(so_far[:, :, None], parts.log_scale[None], -jnp.inf), axis=1)
     shift = jnp.where(so_far[:, :, None], parts.log_scale[None] - finite_peak(log_scale)[:, None], -jnp.inf)
-    sums = jnp.concatenate([parts.value_sum, parts.mass[..., None]], axis=-1)
-    # In the product a later NaN would reach earlier prefixes, as 0 times NaN: it is put back where it belongs.
-    finite = jnp.all(jnp.isfinite(sums), axis=(1, 2))
-    lost = jnp.any(so_far & ~finite[None], axis=1)[:, None, None]
-    kept = jnp.where(finite[:, None, None], sums, 0)
-    # In full precision: these are sums, in place of a chain of additions.
-    total = jnp.einsum("iar,ard->ird", jnp.exp(shift), kept, precision=lax.Precision.HIGHEST)
-    total = jnp.where(lost, jnp.nan, total)
-    return dataclasses.replace(parts, value_sum=total[..., :-1], mass=total[..., -1], log_scale=log_scale)
+    # In a product a later NaN would reach earlier prefixes, as 0 times NaN: it is put back where it belongs.
+    finite = jnp.isfinite(jnp.sum(jnp.abs(parts.mass), axis=1) + jnp.sum(jnp.abs(parts.value_sum), axis=(1, 2)))
+    lost = jnp.any(so_far & ~finite[None], axis=1)
+
+    @jax.checkpoint
+    def total(shift: Array, sums: Array) -> Array:
+        kept = jnp.where(finite.reshape(-1, *(1,) * (sums.ndim - 1)), sums, 0)
+        # In full precision: these are sums, in place of a chain of additions.
+        sums = jnp.einsum("iar,ar...->ir...", jnp.exp(shift), kept, precision=lax.Precision.HIGHEST)
+        return jnp.where(lost.reshape(-1, *(1,) * (sums.ndim - 1)), jnp.nan, sums)
+
+    return dataclasses.replace(
+        parts, value_sum=total(shift, parts.value_sum), mass=total(shift, parts.mass), log_scale=log_scale
+    )
 
 
 def causal_state(
@@ -372,7 +378,7 @@ def _together(
         states = append_all(prefix, (numbers - 1) * block_size, *before)
         return jax.tree.map(lambda x: x[:-1], states), states
 
-    groups, size = _groups(num_blocks, _blocks_at_once(running, at, past, q_blocks, blocks))
+    groups, size = even_split(num_blocks, _blocks_at_once(running, at, past, q_blocks))
     padding = groups * size - num_blocks
     grouped = jax.tree.map(lambda x: pad_rows(x, padding).reshape(groups, size, *x.shape[1:]), (q_blocks, blocks))
 
@@ -420,21 +426,14 @@ def _appended_in_turn(running: RunningSummary) -> Callable[..., Any]:
     return append_all
 
 
-def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Array, blocks: Block) -> int:
-    """The number of blocks whose states and logits `GROUP_NUMBERS` allows."""
-    block_size, value_dim = q_blocks.shape[1], blocks.v.shape[-1]
+def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Array) -> int:
+    """The number of blocks whose prefixes and logits `GROUP_NUMBERS` allows."""
+    block_size = q_blocks.shape[1]
     prefix = past.prefix if at is None else jax.eval_shape(at, jnp.zeros((), jnp.int32))
-    numbers = sum(x.size for x in jax.tree.leaves(prefix))
-    rows = numbers // (value_dim + 1)
-    # Logits nearby and against the summary, and the state with the two that a merge makes it from.
-    return max(1, GROUP_NUMBERS // (block_size * (2 * block_size + rows) + 3 * numbers))
-
-
-def _groups(count: int, most: int) -> tuple[int, int]:
-    """The number of groups of at most ``most`` and their common size, without padding if few more groups allow it."""
-    least = -(-count // most)
-    even = next((groups for groups in range(least, 2 * least) if count % groups == 0), None)
-    return even_split(count, most) if even is None else (even, count // even)
+    rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
+    # The prefix of each block is read, and made from another of its size.
+    numbers = block_size * (2 * block_size + rows) + 2 * sum(x.size for x in jax.tree.leaves(prefix))
+    return max(GROUP_NUMBERS // numbers, -(-LEAST_GROUP // block_size))
 
 
 def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:

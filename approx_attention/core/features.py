@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from approx_attention.core.checks import check_choice, check_count
+from approx_attention.core.heads import each
 
 
 class Features(NamedTuple):
@@ -248,9 +249,7 @@ def orthogonal_projection(
     head_dim = check_count("head_dim", head_dim)
     blocks = -(-num_features // head_dim)
     gaussian = jax.random.normal(key_directions, (blocks, head_dim, head_dim), dtype)
-    # On a CPU one block after the other: a batched QR can deadlock where several devices share its threads.
-    in_turn = lambda x: lax.map(jnp.linalg.qr, x)  # noqa: E731
-    rotation, triangle = lax.platform_dependent(gaussian, cpu=in_turn, default=jnp.linalg.qr)
+    rotation, triangle = _decomposed(gaussian)
     # The signs of R's diagonal make the rotation uniformly distributed.
     rotation = rotation * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
     directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]
@@ -259,6 +258,13 @@ def orthogonal_projection(
     # Norms of independent Gaussian vectors, chi with D degrees of freedom: rows are then marginally Gaussian.
     norms = jnp.linalg.norm(jax.random.normal(key_norms, (num_features, head_dim), dtype), axis=-1, keepdims=True)
     return norms * directions
+
+
+@jax.jit  # a loop by itself is compiled anew in every call
+def _decomposed(blocks: Array) -> tuple[Array, Array]:
+    """The QR decompositions of square blocks."""
+    # In turn on a CPU: a batched QR there can deadlock where several devices share its threads.
+    return each(jnp.linalg.qr, blocks)
 
 
 def squared_norm(x: Array) -> Array:

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.core.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
+from approx_attention.core.precision import in_float32
 from approx_attention.core.rows import along_with, pad_rows
 
 
@@ -243,6 +244,7 @@ def hadamard_transform(x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
     return flat.reshape(x.shape)
 
 
+@in_float32()
 def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " S"]:
     r"""Ridge leverage scores :math:`\ell_j = k_j^T (K^T K + \lambda I)^{-1} k_j`, whose sum is at most D.
 

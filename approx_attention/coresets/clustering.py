@@ -13,6 +13,7 @@ from approx_attention.core import (
     WeightedKV,
     attend,
     blocked_state,
+    in_float32,
     kept,
     map_rows,
     require_scaled_space,
@@ -36,6 +37,7 @@ def nearest(x: Array, centres: Array, present: Array) -> Array:
     numbers = jnp.arange(centres.shape[0], dtype=jnp.int32)[None, :]
 
     def of_block(x: Array) -> Array:
+        # At the user's precision: a key between two centres, of which rounding decides, errs little by either.
         likeness = x @ centres.T + bias
         # Twice as fast on CPU as an argmax. A row with NaN equals no maximum: it joins the first centre, whose output
         # then shows the NaN.
@@ -82,6 +84,7 @@ def random_places(mass: Array, count: int, key: Array) -> Array:
     return lax.top_k(jnp.where(mass > 0, priority, -1), count)[1]
 
 
+@in_float32()  # a distance is a difference of squares, and 0 for equal keys
 def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     r"""``count`` places far from each other: of twice as many candidates, each the farthest from all before it.
 
@@ -124,6 +127,7 @@ def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     return place[farthest_places(k[place], (mass[place] > 0) & wanted, count)]
 
 
+@in_float32()  # a distance is a difference of squares
 def farthest_places(k: Array, present: Array, count: int) -> Array:
     """Greedy k-center: places of keys that are each the farthest from all before; the first is the farthest from 0."""
     k = lax.stop_gradient(k)
@@ -141,6 +145,7 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
     return lax.scan(step, (start, first), length=count)[1].astype(jnp.int32)
 
 
+@in_float32()  # residuals are what is left of nearly equal numbers
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
     r"""Randomly pivoted Cholesky: pivots sampled by the residual that earlier pivots leave of each key.
 
@@ -178,6 +183,7 @@ def _finite_cholesky(kernel: Array) -> Array:
 
 
 @_finite_cholesky.defjvp
+@in_float32()
 def _finite_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     r""":math:`dL = L\, \Phi(L^{-1}\, dK\, L^{-T})`, with :math:`\Phi` the lower triangle with half of the diagonal.
 
@@ -213,7 +219,9 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
 
     both = present[:, None] & present[None, :]
     # A double where: the exponential of an absent landmark may overflow, and 0 times its gradient would be NaN.
-    kernel = jnp.where(both, jnp.exp(jnp.where(both, exponent * (c @ c.T) - half[:, None] - half[None, :], 0)), 0)
+    with in_float32():  # the solve amplifies the rounding of the kernel by its condition
+        logits = exponent * (c @ c.T) - half[:, None] - half[None, :]
+    kernel = jnp.where(both, jnp.exp(jnp.where(both, logits, 0)), 0)
     # 1 for an absent landmark, so that the matrix stays positive definite; the ridge bounds its condition.
     diagonal = jnp.where(present, 0, 1) + ridge
     kernel = kernel + jnp.diag(diagonal.astype(kernel.dtype))

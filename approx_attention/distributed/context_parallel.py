@@ -189,14 +189,16 @@ def _on_parts(
         for x in (*(x.astype(wide) for x in (query, key, value)), real)
     )
     tokens, same = PartitionSpec(batch_axis, axis, head_axis, None), PartitionSpec()
+    # Once, and not by every device in every use of them: each gets those of its heads.
+    drawn = bound.draw(rng, key.shape[2], query.shape[-1])
     on_devices = jax.shard_map(
         functools.partial(_on_device, form, axis, dict(call.static)),
         mesh=Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
-        in_specs=(tokens, tokens, tokens, PartitionSpec(batch_axis, axis), PartitionSpec(head_axis), same, same),
+        in_specs=(tokens, tokens, tokens, PartitionSpec(batch_axis, axis), PartitionSpec(head_axis), same),
         out_specs=tokens,
         check_vma=False,
     )
-    return on_devices(query, key, value, real, jnp.arange(key.shape[2]), rng, arrays)[:, :length].astype(dtype)
+    return on_devices(query, key, value, real, drawn, arrays)[:, :length].astype(dtype)
 
 
 def _on_device(
@@ -207,30 +209,32 @@ def _on_device(
     k: Array,
     v: Array,
     real: Array,
-    numbers: Array,
-    rng: Array | None,
+    drawn: dict[str, Array],
     arrays: dict[str, Any],
 ) -> Array:
     """The answers of one device's queries ``[B, t, N, D]``."""
     form = form.given(arrays)
     batch, _, num_kv_heads, _ = k.shape
-    keys = None if rng is None else jnp.tile(jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers), batch)
+    drawn = jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * (x.ndim - 1))), drawn)
     k, v = (jnp.where(real[:, :, None, None], x, jnp.zeros_like(x)) for x in (k, v))
     q, k = fold_scale(form.space(q), form.space(k), {**static, **arrays}["scale"])
 
     q, k, v = (by_kv_head(x, num_kv_heads) for x in (q, k, v))
-    heads = _Heads(jnp.moveaxis(q, 2, 1), k[:, :, 0], v[:, :, 0], jnp.repeat(real, num_kv_heads, 0), keys)
+    heads = _Heads(jnp.moveaxis(q, 2, 1), k[:, :, 0], v[:, :, 0], jnp.repeat(real, num_kv_heads, 0), drawn)
     return from_kv_head(jnp.moveaxis(form.answer(heads, axis), 1, 2), num_kv_heads)
 
 
 class _Heads(NamedTuple):
-    """The tokens of a device, one row per key head of every sequence: q ``[H, G, t, D]``, k and v ``[H, t, .]``."""
+    """The tokens of a device, one row per key head of every sequence: q ``[H, G, t, D]``, k and v ``[H, t, .]``.
+
+    `drawn` has the random arrays of `BoundMethod.draw`, or keys, ``[H, ...]``.
+    """
 
     q: Array
     k: Array
     v: Array
     real: Array
-    key: Array | None
+    drawn: dict[str, Array]
 
 
 class _Form:
@@ -379,12 +383,12 @@ class _Summaries(_Form):
 
     def answer(self, heads: _Heads, axis: str) -> Array:
         # Tokens are drawn on each device for itself; features are one map for all.
-        if self.sends_tokens and heads.key is not None and lax.axis_size(axis) > 1:
-            index = lax.axis_index(axis)
-            heads = heads._replace(key=jax.vmap(jax.random.fold_in, (0, None))(heads.key, index))
+        if self.sends_tokens and "key" in heads.drawn and lax.axis_size(axis) > 1:
+            own = jax.vmap(jax.random.fold_in, (0, None))(heads.drawn["key"], lax.axis_index(axis))
+            heads = heads._replace(drawn={**heads.drawn, "key": own})
         if self.is_causal:
             return self._causal(heads, axis)
-        summary = each(lambda args: self._summarize(*args), (heads.k, heads.v, heads.real, heads.key))
+        summary = each(lambda args: self._summarize(*args), (heads.k, heads.v, heads.real, heads.drawn))
         whole = _over_all(summary, axis)
         return each(lambda args: jax.vmap(lambda q: attend(q, args[1]).out)(args[0]), (heads.q, whole))
 
@@ -394,17 +398,17 @@ class _Summaries(_Form):
         running = self.method.running(self.head_dim, jax.random.key(0))
         return running.space(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
-    def _summarize(self, k: Array, v: Array, real: Array, key: Array | None) -> Summary:
+    def _summarize(self, k: Array, v: Array, real: Array, drawn: dict[str, Array]) -> Summary:
         if self.method.registered is None or self.method.registered.summarize is None:
-            return self._running(key).read(self._state_of_blocks(k, v, real, key))
-        return self.method.summarize(k, v, key, real)
+            return self._running(drawn).read(self._state_of_blocks(k, v, real, drawn))
+        return self.method.summarize(k, v, kv_mask=real, **drawn)
 
-    def _running(self, key: Array | None) -> RunningSummary:
-        return self.method.running(self.head_dim, key)
+    def _running(self, drawn: dict[str, Array]) -> RunningSummary:
+        return self.method.running(self.head_dim, **drawn)
 
-    def _state_of_blocks(self, k: Array, v: Array, real: Array, key: Array | None) -> Any:
+    def _state_of_blocks(self, k: Array, v: Array, real: Array, drawn: dict[str, Array]) -> Any:
         """The state of the running summary after all blocks."""
-        running = self._running(key)
+        running = self._running(drawn)
         blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))
         starts = jnp.arange(blocks[0].shape[0], dtype=jnp.int32) * self.block_size
         step = keeping_choices(lambda state, args: (running.append(state, *args), None))
@@ -420,11 +424,11 @@ class _Summaries(_Form):
             read = lambda args: self._running(args[3]).read(self._state_of_blocks(*args))  # noqa: E731
         else:  # moments go on where the devices before left off
             read = lambda args: self._state_of_blocks(*args)  # noqa: E731
-        earlier = _of_those_before(each(read, (*sent, heads.key)), axis)
+        earlier = _of_those_before(each(read, (*sent, heads.drawn)), axis)
 
         def one(args: tuple[_Heads, tuple[Array, Array, Array], Any]) -> Array:
-            (q, k, v, real, key), halo, earlier = args
-            running = self._running(key)
+            (q, k, v, real, drawn), halo, earlier = args
+            running = self._running(drawn)
             start = running.init(v.shape[1], v.dtype) if self.sends_tokens else earlier
             blocks = Block(*(in_blocks(x, block_size) for x in (k, v, real)))
 

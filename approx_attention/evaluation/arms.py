@@ -98,27 +98,34 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
     Raises:
         InputError: options that it does not take.
     """
-    # The closure below must not hold the tensors.
+    # The closures below must not hold the tensors.
     tensors, is_causal, scale, _ = problem
     method, mask = get_method(name), problem.mask
     hyperparameters: dict[str, Any] = dict(options or {}) | (
         {} if method.size is None or size is None else {method.size: size}
     )
-    with_state = method.capabilities.normalizer
+    num_kv_heads, head_dim = tensors.key.shape[2:]
+    with_state, is_random = method.capabilities.normalizer, method.capabilities.needs_key
     given = ", ".join(f"{key}={value!r}" for key, value in (options or {}).items())
     try:
         bound = bind(name, hyperparameters)
     except TypeError as error:
         raise InputError(f"{name} does not take {given}: {error}") from error
 
-    def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, Array | None]:
+    def draw(rng: Array) -> Any:
+        projections = bound.draw(rng, num_kv_heads, head_dim) if is_random else {}
+        return projections if projections.keys() - {"key"} else rng
+
+    def function(query: Array, key: Array, value: Array, random: Any) -> tuple[Array, Array | None]:
+        drawn = isinstance(random, dict)
         result = attention(
             query,
             key,
             value,
             mask=mask,
             method=bound,
-            rng=rng if method.capabilities.needs_key else None,
+            rng=random if is_random and not drawn else None,
+            per_head=random if drawn else None,
             scale=scale,
             is_causal=is_causal,
             return_residual=with_state,
@@ -135,7 +142,8 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
         function=function,
         size=size,
         held_bytes=bytes_of(bound, tensors, is_causal=is_causal),
-        is_random=method.capabilities.needs_key,
+        is_random=is_random,
+        draw=draw,
     )
 
 

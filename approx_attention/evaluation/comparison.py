@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from approx_attention.core import in_float32
 from approx_attention.evaluation.arms import MEAN, MOST_SEEDS, WINDOW, Options, build_arms, check_range, method_arm
 from approx_attention.evaluation.errors import output_error
 from approx_attention.evaluation.problem import Problem
@@ -32,7 +33,7 @@ class Comparison:
         held_bytes: bytes held per key head and sequence, if known.
         compression: bytes of the keys and values over ``held_bytes``.
         compile_seconds: time to compile, apart from everything else.
-        seconds: least time of a call.
+        seconds: least time of a call, without random projections that calls can share.
         median_seconds: median time of a call.
         speedup: time of the fastest exact configuration over ``seconds``.
         relative_error: `OutputError.relative`.
@@ -83,6 +84,9 @@ def compare(
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
     """Measure what each configuration costs and loses on the given tensors.
+
+    The truth is computed in float32, each configuration at the precision of products that is set: the default of an
+    accelerator rounds them, which is then part of the error of all of them, the exact ones too.
 
     Args:
         arms: the configurations; the exact ones set the baseline of speed, so give every exact form there is.
@@ -136,10 +140,13 @@ def compare(
 
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
-    exact_out, exact_lse = real_rows(compiled(exact)[0](query, key, value, keys_rngs[0]))
+    # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
+    with in_float32():
+        exact_program, window_program = (compile_arm(arm, query, key, value)[0] for arm in (exact, window))
+    exact_out, exact_lse = real_rows(exact_program(query, key, value, exact.draw(keys_rngs[0])))
     if exact_lse is None:
         raise ValueError("the exact arm must also return log-normalisers")
-    window_out, window_lse = real_rows(compiled(window)[0](query, key, value, keys_rngs[0]))
+    window_out, window_lse = real_rows(window_program(query, key, value, window.draw(keys_rngs[0])))
     # The sums over keys beyond the window, as a share of the exact normaliser: what is left of the exact output.
     far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
     far_norm = jnp.linalg.norm(far_part)
@@ -178,8 +185,9 @@ def compare(
         function, seconds = compiled(arm)[0], []
         errors.append([])
         for rng in keys_rngs if arm.is_random else keys_rngs[:1]:
+            random = jax.block_until_ready(arm.draw(rng))
             start = time.perf_counter()
-            result = jax.block_until_ready(function(query, key, value, rng))
+            result = jax.block_until_ready(function(query, key, value, random))
             seconds.append(time.perf_counter() - start)
             out, lse = real_rows(result)
             relative, worst_row = output_error(out, exact_out)
@@ -193,7 +201,10 @@ def compare(
         on_row(comparison(i, first_timings))
 
     on_progress("timing", steps - 1, steps)
-    calls = {str(i): functools.partial(compiled(arm)[0], query, key, value, keys_rngs[0]) for i, arm in enumerate(arms)}
+    calls = {
+        str(i): functools.partial(compiled(arm)[0], query, key, value, arm.draw(keys_rngs[0]))
+        for i, arm in enumerate(arms)
+    }
     timings = list(time_interleaved(calls, rounds=rounds).values())
     on_progress("done", steps, steps)
     return [comparison(i, timings) for i in range(len(arms))]

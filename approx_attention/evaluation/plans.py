@@ -22,7 +22,7 @@ class Candidate:
         relative_error: that of all units, as ``approx-attention compare`` reports it.
         held_bytes: bytes held per key head and sequence; those of all keys and values where these are kept.
         compile_seconds: time to compile.
-        seconds: least time of a call on all tensors.
+        seconds: least time of a call on all tensors, without random projections that calls can share.
         speedup: time of the fastest exact form over ``seconds``.
         is_exact: whether this is a form of exact attention.
         is_predicted: whether its bound meets the tolerance.

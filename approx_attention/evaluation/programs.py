@@ -14,6 +14,10 @@ from jax import Array
 from approx_attention.core import InputError
 
 
+def _as_it_is(rng: Array) -> Array:
+    return rng
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """One configuration of one method, to be compared with exact attention.
@@ -21,10 +25,12 @@ class Arm:
     Attributes:
         method: its name.
         function: ``(query, key, value, rng) -> (out, lse)`` over ``[B, T, N, D]``, with ``lse [B, T, N]`` or ``None``.
+            With ``draw`` it gets what that makes of ``rng`` in place of it.
         size: the size of its summary, if it has one.
         held_bytes: bytes held per key head and sequence, if known.
         is_random: whether it depends on ``rng``.
         is_exact: whether it is a form of exact attention; the fastest of these is the baseline of speed.
+        draw: ``rng -> random``, random projections that calls can share: they are not part of the program.
     """
 
     method: str
@@ -33,6 +39,7 @@ class Arm:
     held_bytes: int | None = None
     is_random: bool = False
     is_exact: bool = False
+    draw: Callable[[Array], Any] = _as_it_is
 
     @property
     def label(self) -> str:
@@ -72,13 +79,15 @@ def shared_programs(programs: _Programs) -> Iterator[None]:
 def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Callable[..., Any], float]:
     """The program of a configuration for these tensors, and the seconds that it took to compile.
 
+    Its last argument is ``arm.draw(rng)``.
+
     Raises:
         InputError: the method does not take them.
     """
     start = time.perf_counter()
     shared = _shared_programs.get()
     try:
-        lowered = jax.jit(arm.function).lower(query, key, value, jax.random.key(0))
+        lowered = jax.jit(arm.function).lower(query, key, value, jax.eval_shape(arm.draw, jax.random.key(0)))
         # Two functions are the same computation where their programs read alike.
         same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
         if shared is not None and same in shared:

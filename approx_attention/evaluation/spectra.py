@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.core import HIDDEN, head_inputs
+from approx_attention.core import HIDDEN, head_inputs, in_float32
 
 
 class Spectrum(NamedTuple):
@@ -22,6 +22,7 @@ class Spectrum(NamedTuple):
     centred: Array
 
 
+@in_float32()
 def spectrum(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],

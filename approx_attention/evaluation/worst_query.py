@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from approx_attention.core import Summary, WeightedKV, attend, require_scaled_space, zero_padding
+from approx_attention.core import Summary, WeightedKV, attend, in_float32, require_scaled_space, zero_padding
 
 # Number of radii from which the search for the worst query starts, in equal ratios down to a sixteenth at least.
 NUM_SPHERES = 5
@@ -27,6 +27,7 @@ class SupError(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("num_random", "num_keys", "num_starts", "num_steps"))
+@in_float32()
 def sup_error(
     k: Float[Array, "S D"],
     v: Float[Array, "S Dv"],

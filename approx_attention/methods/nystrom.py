@@ -15,6 +15,7 @@ from approx_attention.core import (
     check_number,
     check_positive,
     head_inputs,
+    in_float32,
     mask_bias,
     paired_means,
     query_mask,
@@ -96,8 +97,9 @@ def nystrom(
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     landmark_bias = None if present is None else mask_bias(present, q.dtype)
 
-    # An inverse amplifies rounding by the condition number: accelerators must not round these products to bfloat16.
-    with jax.default_matmul_precision("float32"):
+    averages = blocked_state(q_bar, k, v, key_bias).out
+    # An inverse amplifies rounding by the condition number: the products of M x M matrices are not rounded.
+    with in_float32():
         # An absent landmark is a row or column of zeros, of which every inverse makes a column or row of zeros.
         both = None if present is None else present[:, None] & present[None, :]
         a = jax.nn.softmax(q_bar @ k_bar.T, where=both)
@@ -107,7 +109,7 @@ def nystrom(
             z = solve_positive(a.T @ a + ridge * jnp.eye(num_landmarks, dtype=a.dtype), a.T)
         else:
             z = jnp.linalg.pinv(a, rtol=rcond)
-        values = z @ blocked_state(q_bar, k, v, key_bias).out
+        values = z @ averages
     return blocked_state(q, k_bar, values, landmark_bias).out.astype(dtype)
 
 

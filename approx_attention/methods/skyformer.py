@@ -103,13 +103,12 @@ def skyformer(
     present = priority > -jnp.inf
     rows = jnp.where(present[:, None], jnp.concatenate([q, k])[chosen], 0)
 
-    with jax.default_matmul_precision("float32"):
-        # From differences, not products, whose rounding could make it indefinite.
-        gram = jnp.exp(-jnp.sum((rows[:, None, :] - rows[None, :, :]) ** 2, axis=-1) / 2)
-        gram = jnp.where(present[:, None] & present[None, :], gram, 0)
-        # The row and column of an absent one are those of the identity: it gets no weight.
-        diagonal = jnp.where(present, ridge, 1 + ridge)
-        values = solve_positive(gram + jnp.diag(diagonal.astype(gram.dtype)), _gaussian_sums(rows, k, v, real_key))
+    # From differences, not products, whose rounding could make it indefinite; the solve is in float32 as it is.
+    gram = jnp.exp(-jnp.sum((rows[:, None, :] - rows[None, :, :]) ** 2, axis=-1) / 2)
+    gram = jnp.where(present[:, None] & present[None, :], gram, 0)
+    # The row and column of an absent one are those of the identity: it gets no weight.
+    diagonal = jnp.where(present, ridge, 1 + ridge)
+    values = solve_positive(gram + jnp.diag(diagonal.astype(gram.dtype)), _gaussian_sums(rows, k, v, real_key))
     return _gaussian_sums(q, rows, values, present).astype(dtype)
 
 

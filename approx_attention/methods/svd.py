@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from approx_attention.core import check_count, head_inputs, query_mask
+from approx_attention.core import check_count, head_inputs, in_float32, query_mask
 
 
+@in_float32()  # a yardstick, to which other errors are compared
 def svd(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -77,6 +78,7 @@ def _truncated(p: Array, rank: int) -> Array:
 
 
 @_truncated.defjvp
+@in_float32()
 def _truncated_jvp(rank, primals, tangents):
     r"""With :math:`M = U^T dP\, V`, kept values i and dropped ones j,
 

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.core import accumulation_dtype, check_choice, check_floating, in_blocks
+from approx_attention.core import accumulation_dtype, check_choice, check_floating, in_blocks, in_float32
 from approx_attention.sparse import SparsePattern, check_pattern
 
 RatioError = Literal["relative", "absolute"]
@@ -115,6 +115,7 @@ def certify(
 
 
 @functools.partial(jax.jit, static_argnames=("is_causal", "ratio"))
+@in_float32()  # TF32 would lose the digits of a logit that are certified
 def _measure(
     inputs: Array,
     w_q: Array,
@@ -127,11 +128,11 @@ def _measure(
 ) -> Certificate:
     dtype = accumulation_dtype(inputs, w_q, w_k)
     inputs, w_q, w_k = (x.astype(dtype) for x in (inputs, w_q, w_k))
-    q, k = full_matmul(inputs, w_q) / math.sqrt(w_q.shape[1]), full_matmul(inputs, w_k)
+    q, k = inputs @ w_q / math.sqrt(w_q.shape[1]), inputs @ w_k
 
     def block(args: tuple[Array, ...]) -> tuple[Array, ...]:
         rows, q, indices, valid, log_weights = args
-        logits = full_matmul(q, k.T)
+        logits = q @ k.T
         off = off_rows(rows, indices, valid, pattern.num_keys, is_causal)
         on = jnp.take_along_axis(logits, indices, axis=1)
         greatest_off = jnp.max(jnp.where(off, logits, -jnp.inf), axis=1)
@@ -201,8 +202,3 @@ def off_rows(rows: Array, indices: Array, valid: Array, num_keys: int, is_causal
     # Padding has index 0: by ``min`` it leaves that key as it is, where setting it would clear it.
     off = jnp.ones((rows.shape[0], num_keys), bool).at[local, indices].min(~valid)
     return off & (jnp.arange(num_keys, dtype=jnp.int32)[None, :] <= rows[:, None]) if is_causal else off
-
-
-def full_matmul(a: Array, b: Array) -> Array:
-    """Product in full precision, on accelerators too: TF32 would lose the digits of a logit that are certified."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -20,7 +20,15 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float, PRNGKeyArray
 
-from approx_attention.core import check_choice, check_count, check_key, floating_dtype, in_blocks, known_number
+from approx_attention.core import (
+    check_choice,
+    check_count,
+    check_key,
+    floating_dtype,
+    in_blocks,
+    in_float32,
+    known_number,
+)
 from approx_attention.realization.certification import (
     ROW_BLOCK,
     Certificate,
@@ -28,7 +36,6 @@ from approx_attention.realization.certification import (
     certify,
     check_no_future,
     check_square,
-    full_matmul,
     off_rows,
 )
 from approx_attention.realization.factors import (
@@ -237,6 +244,7 @@ class Search(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="search", inline=True)
+@in_float32()
 def draw_until_accepted(
     pattern: SparsePattern,
     limits: tuple[Any, Any, Any],
@@ -309,7 +317,7 @@ def _least_lift(factors: Factors, pattern: SparsePattern, gap: Array, is_causal:
 
     def block(args: tuple[Array, ...]) -> tuple[Array, ...]:
         rows, separating, weighting, indices, valid = args
-        logits, shifts = (full_matmul(x, factors.keys.T) for x in (separating, weighting))
+        logits, shifts = (x @ factors.keys.T for x in (separating, weighting))
         off = off_rows(rows, indices, valid, pattern.num_keys, is_causal)
 
         # One key of every support at a time: all pairs with the keys off it would be T x K x T numbers.

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from approx_attention.realization.bottleneck import nearest_factors, row_centred
-from approx_attention.realization.certification import ROW_BLOCK, full_matmul, off_rows
+from approx_attention.realization.certification import ROW_BLOCK, off_rows
 from approx_attention.sparse import SparsePattern
 
 
@@ -76,7 +76,7 @@ def project(pattern: SparsePattern, log_weights: Array, sampling: Sampling, *, o
 
     def row(args: tuple[Array, Array, Array]) -> Array:
         indices, valid, log_weights = args
-        return full_matmul(_on_support(valid, log_weights), keys[indices])
+        return _on_support(valid, log_weights) @ keys[indices]
 
     both = lax.map(row, (pattern.indices, pattern.valid, log_weights), batch_size=ROW_BLOCK)
     return Factors(both[:, 0], both[:, 1], keys)
@@ -101,8 +101,8 @@ def project_balanced(pattern: SparsePattern, log_weights: Array, sampling: Sampl
     left, right = nearest_factors(lifted, pattern.num_queries)
     keys = random_keys(sampling, pattern.num_queries, orthogonal=False)
     # Over the lift, because the caller multiplies by it: for equal weights B is proportional to it.
-    queries = full_matmul(left, keys) / sampling.lift
-    return Factors(queries, jnp.zeros_like(queries), full_matmul(right, keys))
+    queries = left @ keys / sampling.lift
+    return Factors(queries, jnp.zeros_like(queries), right @ keys)
 
 
 def interpolate(pattern: SparsePattern, log_weights: Array, sampling: Sampling, *, orthogonal: bool) -> Factors:
@@ -125,7 +125,7 @@ def interpolating_queries(keys: Array, pattern: SparsePattern, log_weights: Arra
         # Centred: softmax forgets the mean, and the shortest target gives the shortest query.
         mean = jnp.sum(jnp.where(valid, log_weights, 0)) / count
         wanted = jnp.stack([valid.astype(log_weights.dtype), jnp.where(valid, log_weights - mean, 0)])
-        return full_matmul(wanted, support_inverse(keys, indices, valid).T)
+        return wanted @ support_inverse(keys, indices, valid).T
 
     both = lax.map(row, (pattern.indices, pattern.valid, log_weights), batch_size=ROW_BLOCK)
     return both[:, 0], both[:, 1]
@@ -135,7 +135,7 @@ def support_inverse(keys: Array, indices: Array, valid: Array, ridge: float = 0.
     """The pseudoinverse ``[d, K]`` of the keys of a row ``[K, d]``, whose padding is zero."""
     # Padding has rows of 0, and 1 on the diagonal, so that the matrix stays regular; a ridge is only for training.
     on = jnp.where(valid[:, None], keys[indices], 0)
-    gram = full_matmul(on, on.T) + jnp.diag(jnp.where(valid, jnp.asarray(ridge, keys.dtype), 1))
+    gram = on @ on.T + jnp.diag(jnp.where(valid, jnp.asarray(ridge, keys.dtype), 1))
     return jnp.linalg.solve(gram, on).T
 
 
@@ -170,7 +170,7 @@ def on_moment_curve(pattern: SparsePattern, log_weights: Array, sampling: Sampli
         return jnp.prod(jnp.where(valid[:, None], falls[indices], 1), axis=0)
 
     products = jax.vmap(row)(pattern.indices, pattern.valid)
-    coefficients = full_matmul(products, jnp.asarray(-2 / len(nodes) * at_nodes, sampling.dtype))
+    coefficients = products @ jnp.asarray(-2 / len(nodes) * at_nodes, sampling.dtype)
     _, weighting = interpolating_queries(keys, pattern, log_weights)
     return Factors(jnp.pad(coefficients, unused), weighting, keys)
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from approx_attention.core import check_count
+from approx_attention.core import check_count, in_float32
 from approx_attention.tensor import tensor_attention
 
 
@@ -147,7 +147,7 @@ def match3_outputs(x: Int[Array, " N"], weights: Match3) -> Float[Array, " N"]:
     tokens = weights.embedding[x % jnp.asarray(modulus, x.dtype)]
     keys = jnp.concatenate([tokens, weights.null_token[None, :]])
     # The gap of a match is a small part of the logits: TF32 products of a GPU would lose it.
-    with jax.default_matmul_precision("highest"):
+    with in_float32():
         v = keys @ weights.w_v
         k = keys @ weights.w_k1, keys @ weights.w_k2
         return tensor_attention(tokens @ weights.w_q, k, (v, v), scale=1.0)[:, 0]

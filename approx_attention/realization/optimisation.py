@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.realization.certification import full_matmul
 from approx_attention.realization.factors import (
     Factors,
     Sampling,
@@ -36,7 +35,7 @@ def separate(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> 
         return free + _repair(free, start.keys, inverses, pattern)
 
     def loss(free: Array, sharpness: Array) -> Array:
-        logits = jnp.where(off, sharpness * full_matmul(queries(free), start.keys.T), -jnp.inf)
+        logits = jnp.where(off, sharpness * (queries(free) @ start.keys.T), -jnp.inf)
         peaks = jax.nn.logsumexp(logits, axis=1)
         return jnp.sum(jnp.where(jnp.any(off, axis=1), peaks, 0)) / sharpness
 
@@ -48,8 +47,8 @@ def _repair(free: Array, keys: Array, inverses: Array, pattern: SparsePattern) -
     """The shortest correction that brings the logits of queries on their supports to 1."""
 
     def row(free: Array, inverse: Array, indices: Array, valid: Array) -> Array:
-        missing = jnp.where(valid, 1 - full_matmul(keys[indices], free), 0)
-        return full_matmul(inverse, missing)
+        missing = jnp.where(valid, 1 - keys[indices] @ free, 0)
+        return inverse @ missing
 
     return jax.vmap(row)(free, inverses, pattern.indices, pattern.valid)
 
@@ -73,7 +72,7 @@ def learn(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Fac
 
     def loss(parameters: tuple[Array, Array], sharpness: Array) -> Array:
         free, keys = (jnp.where(used, x, 0) for x in parameters)
-        logits = full_matmul(queries(free, keys, ridge), keys.T)
+        logits = queries(free, keys, ridge) @ keys.T
         largest = jax.nn.logsumexp(jnp.where(off, sharpness * (logits - 1), -jnp.inf)) / sharpness
         # The penalty keeps logits above about -1: the margin counts in units of the largest logit.
         return largest + 20 / pattern.num_queries * jnp.sum(jnp.where(off, jax.nn.relu(-logits - 1) ** 2, 0))

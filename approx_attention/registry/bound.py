@@ -1,6 +1,7 @@
 """A method with its hyper-parameters, checked once, as everything that runs one receives it."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
@@ -17,6 +18,8 @@ from approx_attention.core import (
     check_count,
     check_key,
     check_scale,
+    each,
+    split_arrays,
     summary_bytes,
 )
 from approx_attention.registry.method import (
@@ -134,18 +137,21 @@ class BoundMethod:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(num_kv_heads))
         if method is None or method.draw is None or noise:
             return {"key": keys}
-        return jax.vmap(lambda key: self.projections(key, head_dim))(keys)
+        static, arrays = split_arrays(self.name, accepted(method.draw, self.hyperparameters))
+        return _drawn(method.draw, head_dim, static, keys, arrays)
 
     def projections(self, key: Array, head_dim: int) -> dict[str, Array]:
         """Random projections of one head, by the argument that takes them; empty if it has none to share."""
         draw = self.registered.draw if self.registered else None
         return draw(key, head_dim, **accepted(draw, self.hyperparameters)) if draw else {}
 
-    def summarize(self, k: Array, v: Array, key: Array | None, kv_mask: Array | None = None) -> Summary:
+    def summarize(
+        self, k: Array, v: Array, key: Array | None = None, kv_mask: Array | None = None, **random: Array
+    ) -> Summary:
         """The summary of all keys of one head, in scaled space."""
         make = self.registered.summarize if self.registered else None
         assert make is not None, self.name
-        return make(k, v, key, kv_mask=kv_mask, **accepted(make, self.hyperparameters))
+        return make(k, v, key, kv_mask=kv_mask, **{**accepted(make, self.hyperparameters), **random})
 
     def running(self, head_dim: int, key: Array | None = None, **random: Array) -> RunningSummary:
         """The running summary of one head."""
@@ -228,6 +234,14 @@ class BoundMethod:
             elif taken["max_length"] is inspect.Parameter.empty:
                 raise TypeError(f"method {self.name!r} holds every token: pass max_length, the most that there will be")
         return dataclasses.replace(self, hyperparameters=given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # a loop by itself is compiled anew in every call
+def _drawn(
+    draw: Callable[..., Any], head_dim: int, static: tuple[tuple[str, Any], ...], keys: Array, arrays: dict[str, Any]
+) -> dict[str, Array]:
+    """The random projections of each head."""
+    return each(lambda key: draw(key, head_dim, **dict(static), **arrays), keys)
 
 
 def _has_arrays(value: Any) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import METHODS, exact
-from approx_attention.core import unknown
+from approx_attention.core import in_float32, unknown
 from experiments.config import Count, NonNegative, Seeded, Several, SeveralBy
 from experiments.harness.long_context import slope
 from experiments.models import AttentionConfig
@@ -58,6 +58,7 @@ class BiasConfig(Seeded):
                 raise ValueError(f"argument.{name}: {unknown('argument', self.argument[name], known)}")
 
 
+@in_float32()  # a bias may be smaller than the rounding of an accelerator
 def run(config: BiasConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Relative bias and deviation of each method at each size, with the slopes of their logs.
 

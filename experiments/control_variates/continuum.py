@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from approx_attention import AttentionState, FeatureMoments, WeightedKV, attend, exact, fold_scale
-from approx_attention.core import PositiveFeatures, orthogonal_projection
+from approx_attention.core import PositiveFeatures, in_float32, orthogonal_projection
 from approx_attention.core import control_variate_state as estimate
 from approx_attention.evaluation import output_error
 from experiments.config import ConfigError, Count, NonNegative, Seeded, Several, Whole
@@ -29,6 +29,7 @@ class ContinuumConfig(Seeded):
     spread: NonNegative = 1.0
 
 
+@in_float32()  # as many groups as keys give the truth
 def run(config: ContinuumConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Error of the estimate by the size of the exact set and the number of groups, whose masses are exact."""
     sizes: Any = {"length": config.length, "head_dim": config.head_dim, "seed": config.seed}

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import METHODS, attention
+from approx_attention.core import in_float32
 from approx_attention.evaluation import Tensors, held_bytes, load_sample, output_error
 from experiments.config import ConfigError, Count, NonNegative, Seeded, SeveralBy, Share
 from experiments.models import AttentionConfig
@@ -41,7 +42,8 @@ def run(config: GapConfig, directory: pathlib.Path, console: Console) -> dict[st
     if any(method.projections for method in config.methods.values()):
         raise ConfigError("experiment 'gap' trains nothing: give 'linformer' no projections")
     tensors = load_sample() if config.source == "sample" else smoothed(config)
-    exact = attention(*tensors, method="exact", is_causal=config.is_causal)
+    with in_float32():
+        exact = attention(*tensors, method="exact", is_causal=config.is_causal)
     length, head_dim = tensors.query.shape[1], tensors.query.shape[3]
     result = {}
     for name, method in config.methods.items():

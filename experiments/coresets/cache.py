@@ -14,7 +14,7 @@ from jax import Array
 from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens, exact, fold_scale, merge
-from approx_attention.core import causal_state
+from approx_attention.core import causal_state, in_float32
 from approx_attention.coresets import ALGORITHMS
 from approx_attention.coresets import running_coreset as running
 from approx_attention.decoding import HEURISTICS
@@ -139,6 +139,8 @@ def _error(config: CacheConfig, captured: Any, function: Callable[..., Array]) -
     errors = []
     for tensors in captured.values():
         q, k, v = (jnp.asarray(tensors[name], jnp.float32) for name in "qkv")
-        out, truth = (_answers(q, k, v, f, config.seed)[:, config.prefix :] for f in (function, _causal))
+        out = _answers(q, k, v, function, config.seed)[:, config.prefix :]
+        with in_float32():
+            truth = _answers(q, k, v, _causal, config.seed)[:, config.prefix :]
         errors.append(float(output_error(out, truth).relative))
     return float(np.mean(errors))

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention import bounds, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
-from approx_attention.core import SKETCHES, draw_sketch
+from approx_attention.core import SKETCHES, draw_sketch, in_float32
 from experiments.config import Count, NonNegative, Positive, Seeded, Several, Share
 from experiments.control_variates.gap import GapConfig, smoothed
 
@@ -35,6 +35,7 @@ class SketchConfig(Seeded):
     delta: Positive = 1.0
 
 
+@in_float32()  # the errors are those of closed forms
 def run(config: SketchConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
     """Root of the mean squared error over the norm of the exact output, by kind and size.
 

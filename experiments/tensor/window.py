@@ -9,6 +9,7 @@ import jax
 from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
+from approx_attention.core import in_float32
 from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.tensor.inputs import clustered, error_and_skill
 
@@ -41,7 +42,8 @@ def run(config: WindowConfig, directory: pathlib.Path, console: Console) -> dict
         noise=config.noise,
         order=config.order,
     )
-    expected = tensor_attention(*tensors, scale=1.0, is_causal="both")
+    with in_float32():
+        expected = tensor_attention(*tensors, scale=1.0, is_causal="both")
     uniform = tensor_polynomial(*tensors, degree=0, is_causal="both")
     methods: dict[str, Any] = {name: {"error": {}, "skill": {}} for name in ("window", "polynomial")}
     windows = {}

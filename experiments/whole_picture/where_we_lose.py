@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from approx_attention.core import unknown
+from approx_attention.core import in_float32, unknown
 from approx_attention.evaluation import (
     Problem,
     Tensors,
@@ -148,7 +148,8 @@ def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) ->
     }
     rng = jax.random.key(config.seed)
     for family, tensors in drawn.items():
-        exact = program("exact", None)[0](*tensors, rng)
+        with in_float32():
+            exact = program("exact", None)[0](*tensors, rng)
         methods = {}
         for name, (size, fits) in sizes.items():
             function, held = program(name, size)

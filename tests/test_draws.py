@@ -1,0 +1,152 @@
+"""Random projections are drawn once where a key is given, and not at all where they are: counted in lowered programs.
+
+What is counted are QR decompositions, of `favor` and `scatterbrain`. Other methods sample numbers without one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from approx_attention import METHODS, HeadsDecoder, attention, distributed, linen
+from approx_attention.evaluation import Tensors, compile_arm
+from approx_attention.evaluation.arms import method_arm
+from approx_attention.evaluation.problem import Problem
+from approx_attention.nnx import ApproxAttention
+from approx_attention.registry import bind
+from tests.programs import num_decompositions
+
+SIZES = {"favor": {"num_features": 20, "block_size": 8}, "scatterbrain": {"num_features": 20, "window_size": 8}}
+BATCH, NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, DIM = 2, 64, 4, 2, 8
+names = pytest.mark.parametrize("name", sorted(SIZES))
+platforms = pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+causality = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+
+
+def tensors():
+    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    return tuple(jax.random.normal(jax.random.key(i), (BATCH, NUM_TOKENS, n, DIM)) for i, n in enumerate(heads))
+
+
+def projections(name):
+    return bind(name, SIZES[name]).draw(jax.random.key(7), NUM_KV_HEADS, DIM)["projection"]
+
+
+def test_methods_that_decompose_are_these():
+    x = jnp.zeros((NUM_TOKENS, DIM))
+    for name, method in METHODS.items():
+        own = {**SIZES.get(name, {} if method.size is None else {method.size: 4})}
+        if name in ("svd", "polynomial"):
+            continue
+        count = num_decompositions(
+            lambda key, method=method, own=own: method.function(x, x, x, key, **own), jax.random.key(0)
+        )
+        assert count == (name in SIZES), name
+
+
+@platforms
+@names
+@causality
+def test_attention_draws_once_for_all_heads(name, is_causal, platform):
+    def function(*args):
+        return attention(*args[:3], method=name, rng=args[3], is_causal=is_causal, **SIZES[name])
+
+    def loss(*args):
+        return jnp.sum(function(*args))
+
+    assert num_decompositions(function, *tensors(), jax.random.key(0), platform=platform) == 1
+    assert num_decompositions(jax.grad(loss), *tensors(), jax.random.key(0), platform=platform) == 1
+
+
+@names
+@causality
+def test_attention_draws_nothing_where_projections_are_given(name, is_causal):
+    options = {"method": name, "is_causal": is_causal, **SIZES[name]}
+    own, rng = projections(name), jax.random.key(7)
+    routes = {
+        "per head": lambda q, k, v, w: attention(q, k, v, per_head={"projection": w}, **options),
+        "per head, with a key": lambda q, k, v, w: attention(q, k, v, rng=rng, per_head={"projection": w}, **options),
+        "for all": lambda q, k, v, w: attention(q, k, v, projection=w[0], **options),
+        "for all, with a key": lambda q, k, v, w: attention(q, k, v, rng=rng, projection=w[0], **options),
+    }
+    for function in routes.values():
+        assert num_decompositions(function, *tensors(), own) == 0
+    expected = attention(*tensors(), rng=rng, **options)
+    np.testing.assert_allclose(routes["per head"](*tensors(), own), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_calls_outside_a_program_compile_nothing_anew(caplog):
+    given = tensors()
+
+    def call():
+        return attention(*given, method="favor", rng=jax.random.key(0), **SIZES["favor"]).block_until_ready()
+
+    def function():
+        q, k, v = (x[0, :, 0] for x in given)
+        return METHODS["favor"].function(q, k, v, jax.random.key(0), num_features=20).block_until_ready()
+
+    for one in (call, function):
+        one()
+        caplog.clear()
+        with jax.log_compiles():
+            one()
+        assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+@names
+def test_a_decoder_draws_when_its_cache_is_made(name):
+    sizes = {"num_kv_heads": NUM_KV_HEADS, "head_dim": DIM}
+    decoder = HeadsDecoder(name, **sizes, **SIZES[name])
+    assert num_decompositions(lambda rng: decoder.init(BATCH, rng), jax.random.key(0)) == 1
+    cache, (q, k, v) = decoder.init(BATCH, jax.random.key(0)), tensors()
+    assert num_decompositions(decoder.extend, cache, q, k, v) == 0
+    assert num_decompositions(decoder.extend, cache, q[:, :1], k[:, :1], v[:, :1]) == 0
+
+
+@pytest.mark.parametrize("head_axis", [None, "heads"])
+@pytest.mark.parametrize(("name", "is_causal"), [("favor", False), ("favor", True), ("scatterbrain", True)])
+def test_devices_are_given_what_is_drawn_once(name, is_causal, head_axis):
+    mesh = jax.make_mesh((4, 2), ("tokens", "heads"))
+    options = {"method": name, "is_causal": is_causal, **SIZES[name]}
+    devices = {"mesh": mesh, "axis": "tokens", "head_axis": head_axis}
+
+    def function(q, k, v, rng):
+        return distributed.attention(q, k, v, rng=rng, **devices, **options)
+
+    def given(q, k, v, projection):
+        return distributed.attention(q, k, v, rng=jax.random.key(7), projection=projection, **devices, **options)
+
+    # The program of a mesh is lowered for its devices.
+    assert num_decompositions(function, *tensors(), jax.random.key(7), platform="cpu") == 1
+    assert num_decompositions(given, *tensors(), projections(name)[0], platform="cpu") == 0
+    expected = attention(*tensors(), rng=jax.random.key(7), **options)
+    np.testing.assert_allclose(function(*tensors(), jax.random.key(7)), expected, rtol=1e-4, atol=1e-5)
+
+
+@names
+def test_a_layer_draws_in_every_call_unless_it_learns_the_projection(name):
+    q, k, v = tensors()
+    kept = ApproxAttention(name, rngs=nnx.Rngs(0), **SIZES[name])
+    assert num_decompositions(lambda q, k, v: kept(q, k, v, is_causal=True), q, k, v) == 1
+    learned = ApproxAttention(name, rngs=nnx.Rngs(0), learned=("projection",), head_dim=DIM, **SIZES[name])
+    assert num_decompositions(lambda q, k, v: learned(q, k, v, is_causal=True), q, k, v) == 0
+
+    options = {"method": name, "is_causal": True, "options": SIZES[name]}
+    for count, layer in (
+        (1, linen.ApproxAttention(**options)),
+        (0, linen.ApproxAttention(**options, learned=("projection",))),
+    ):
+        variables = layer.init(jax.random.key(0), q, k, v)
+        assert num_decompositions(layer.apply, variables, q, k, v) == count
+
+
+@pytest.mark.parametrize("name", ["favor", "rfa", "coreset"])
+def test_a_comparison_measures_programs_without_what_they_draw(name):
+    q, k, v = tensors()
+    arm = method_arm(Problem(Tensors(q, k, v)), name, 16)
+    rng = jax.random.key(3)
+    assert num_decompositions(arm.function, q, k, v, arm.draw(rng)) == 0
+    expected = attention(q, k, v, method=name, rng=rng, **{METHODS[name].size: 16})
+    out, _ = compile_arm(arm, q, k, v)[0](q, k, v, arm.draw(rng))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
