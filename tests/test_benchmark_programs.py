@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compiled
+from benchmarks import compiled, compiled_report
 from benchmarks.ahead_of_time import Case
 from benchmarks.hlo import Loop, computations, counted
 
@@ -128,3 +128,32 @@ def test_what_ends_a_process_is_the_error_of_its_case(tmp_path):
         assert error in compiled._compiled_apart(Case("gpu", "favor", 8), python, tmp_path, limit)["error"]
     with pytest.raises(RuntimeError, match="make aot"):
         compiled._versions(python.with_name("absent"), "libtpu")
+
+
+def test_the_report_shows_what_was_before_beside_what_is_now_and_every_error():
+    def document(state, *rows):
+        return {
+            "code": state,
+            "environment": {"jax-cuda12-plugin": "1.2"},
+            "rows": [{"code": state, **x} for x in rows],
+        }
+
+    def row(operations, trips, **chosen):
+        case = dataclasses.asdict(Case("gpu", "favor", 32768, is_causal=True, **chosen))
+        return {"case": case, "operations": operations, "temp_bytes": 2**20, "input_bytes": 2**19, **trips}
+
+    known, unknown = ({"loops": [{"depth": 0, "trips": trips, "operations": 1}]} for trips in (4, None))
+    failed = {"case": dataclasses.asdict(Case("gpu", "eva", 2048, least_effort=True)), "error": "no room"}
+    documents = {
+        "compiled_gpu": document("now", row(47, unknown), row(12, known, backend="gpu"), failed),
+        "compiled_gpu_before": document("old", row(67715, known, batch=2), row(67750, known)),
+    }
+    text = "\n".join(compiled_report.section(documents))
+    favor = next(line for line in text.splitlines() if line.startswith("| `favor`"))
+    assert [cell.strip() for cell in favor.split("|")[2:6]] == ["67750", ">= 47", "<= 150", ""]
+    assert "1 (2.0x)" in text
+    assert "- `eva`, H200 (sm_90a), forward, now: no room" in text
+    assert "jax-cuda12-plugin 1.2" in text
+    assert "earlier code" not in text
+    documents["compiled_gpu"]["code"] = "newer"
+    assert "3 of these rows are of earlier code" in "\n".join(compiled_report.section(documents))
