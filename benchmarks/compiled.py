@@ -113,26 +113,21 @@ def measure(
     jax.config.update("jax_platforms", "cpu")
     versions = _versions(python, COMPILERS[platform])
     code, console = _code(library, versions), Console()
+    asked = {_name(dataclasses.asdict(case)): case for case in cases(platform)}
     earlier = {_name(row["case"]): row for row in known.get("rows", [])}
-    rows: dict[str, dict[str, Any]] = {}
-    asked = list(cases(platform))
-    for case in asked:
-        if row := earlier.get(_name(dataclasses.asdict(case))):
-            rows[_name(row["case"])] = row
+    rows = {name: earlier[name] for name in asked if name in earlier}
 
     def document() -> dict[str, Any]:
-        order = [_name(dataclasses.asdict(case)) for case in asked]
         return {
             "platform": platform,
             "chip": CHIPS[platform],
             "size": SIZE,
             "code": code,
             "environment": environment() | versions,
-            "rows": [rows[name] for name in order if name in rows],
+            "rows": [rows[name] for name in asked if name in rows],
         }
 
-    for case in asked:
-        name = _name(dataclasses.asdict(case))
+    for name, case in asked.items():
         if methods and case.method not in methods:
             continue
         if not again and name in rows and rows[name]["code"] == code:
@@ -141,7 +136,7 @@ def measure(
         rows[name] = {"case": dataclasses.asdict(case), "code": code, **result}
         write(document())
         shown = {key: value for key, value in result.items() if key != "loops"}
-        console.print(f"{platform} {case}: {shown}", highlight=False)
+        console.print(f"{platform} {case}: {shown}", highlight=False, soft_wrap=True)
     write(document())
 
 
