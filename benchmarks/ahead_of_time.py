@@ -72,7 +72,7 @@ class Case:
     def __str__(self) -> str:
         words = [self.method, f"n={self.length}", f"B={self.batch}", f"N={self.num_heads}"]
         words += ["causal"] * self.is_causal + ["with gradient"] * self.backward
-        return " ".join(words + ["from a process on a GPU"] * (self.backend != "cpu"))
+        return " ".join(words + [f"from a process on a {self.backend.upper()}"] * (self.backend != "cpu"))
 
 
 def compiled(case: Case) -> dict[str, Any]:

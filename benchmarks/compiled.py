@@ -57,9 +57,10 @@ def cases(platform: Platform) -> Iterator[Case]:
 
 
 def _of_tpu(platform: Platform) -> Iterator[Case]:
-    for length in LENGTHS:
-        for backward in (False, True):
-            yield Case(platform, "exact", length, is_causal=True, backward=backward)
+    for backend in ("cpu", "tpu"):
+        for length in LENGTHS:
+            for backward in (False, True):
+                yield Case(platform, "exact", length, is_causal=True, backward=backward, backend=backend)
 
 
 def _of_gpu(platform: Platform) -> Iterator[Case]:

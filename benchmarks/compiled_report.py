@@ -1,5 +1,6 @@
 """The section of RESULTS.md on programs compiled for accelerators: now, before, and what is asked of them."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -123,16 +124,16 @@ def _exact(states: States) -> Iterable[str]:
     growth = f"+{100 * MOST_GROWTH:.0f} % at most"
     limits = [(f"<= {MOST_COMPILER_SECONDS}", f"<= {MOST_PROGRAM_BYTES / MIB:.0f}"), (growth, growth)]
     table = []
-    for backward in (False, True):
+    for backward, backend in itertools.product((False, True), ("cpu", "tpu")):
         for length, (most_seconds, most_size) in zip(LENGTHS, limits, strict=True):
-            asked = {"method": "exact", "length": length, "is_causal": True, "backward": backward}
+            asked = {"method": "exact", "length": length, "is_causal": True, "backward": backward, "backend": backend}
             rows = [_row(states["tpu"][state], **asked) for state in STATES]
-            cells = ["with gradient" if backward else "forward", str(length)]
+            cells = ["with gradient" if backward else "forward", str(length), backend]
             cells += [*(_cell(row, "compiler_seconds", 1, ".0f") for row in rows), most_seconds]
             table.append([*cells, *(_cell(row, "program_bytes", MIB, ".2f") for row in rows), most_size])
     yield f"Causal, for a {CHIPS['tpu']}: CPU seconds of the compiler, and MiB of the program."
     header = [f"{what}, {name}" for what in ("seconds", "MiB") for name in (*STATES, "asked")]
-    yield markdown_table(["", "n", *header], table)
+    yield markdown_table(["", "n", "process on", *header], table)
     yield f"`blocked`, for an {CHIPS['gpu']}, 8 sequences of 32 heads, n = {LENGTHS[0]}: GiB of temporaries."
     table = []
     for backend in ("cpu", "gpu"):
