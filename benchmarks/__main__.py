@@ -140,16 +140,15 @@ def compiled_command(
     name = f"compiled_{platform}_before" if before else f"compiled_{platform}"
     path = HERE / "results" / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    compiled.measure(
-        platform,
-        python or HERE.parent / f".venv-{platform}" / "bin" / "python",
-        before or HERE.parent,
-        known,
-        functools.partial(_write, name, quiet=True),
-        methods=methods,
-        limit=limit,
-        again=again,
-    )
+    # A symbolic link to an interpreter is an environment, which what it points to is not.
+    python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
+    write = functools.partial(_write, name, quiet=True)
+    try:
+        compiled.measure(
+            platform, python, before or HERE.parent, known, write, methods=methods, limit=limit, again=again
+        )
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command("report")
