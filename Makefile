@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 COSTLY := top_k,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 
-.PHONY: compare test test-slow lint format docs bench experiments readme sample check-wheel clean
+.PHONY: compare test test-slow lint format docs bench aot experiments readme sample check-wheel clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
@@ -53,6 +53,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks report
 	$(MAKE) sample-errors readme
 
+# Compiles programs for a TPU and for a GPU, neither of which need be there, and rewrites benchmarks/RESULTS.md.
+aot: $(VENV)/.dev .venv-gpu/.aot .venv-tpu/.aot
+	$(BIN)/python -m benchmarks compiled --platform gpu
+	$(BIN)/python -m benchmarks compiled --platform tpu
+	$(BIN)/python -m benchmarks report
+
 # Compares all methods on the sample anew: the figure in docs/, and what the pages of the methods say of them.
 sample-errors: $(VENV)/.dev
 	$(BIN)/approx-attention compare --out docs
@@ -93,9 +99,15 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
+# An environment for each compiler: two of them in one process compete for its platforms.
+.venv-%/.aot: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[aot-$*]'
+	@touch $@
+
 $(VENV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "approx_attention needs Python 3.11 or newer, this is %d.%d; name another with make PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .cache out dist build docs/_build docs/api docs/measured docs/methods docs/results
+	rm -rf $(VENV) .venv-gpu .venv-tpu .cache out dist build docs/_build docs/api docs/measured docs/methods docs/results

@@ -1,5 +1,6 @@
 """``python -m benchmarks COMMAND``: measures, or turns the measurements into RESULTS.md."""
 
+import functools
 import json
 import pathlib
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from approx_attention.evaluation import write_atomically
 from benchmarks import (
     collectives,
+    compiled,
     control_variates,
     coresets,
     decode,
@@ -21,6 +23,7 @@ from benchmarks import (
     tensor,
     wire,
 )
+from benchmarks.ahead_of_time import Platform
 
 HERE = pathlib.Path(__file__).parent
 
@@ -30,12 +33,13 @@ def main() -> None:
     """Speed and memory, side by side in one run. Keep the machine otherwise idle."""
 
 
-def _write(name: str, document: dict) -> None:
+def _write(name: str, document: dict, *, quiet: bool = False) -> None:
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(document, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-    Console().print(f"wrote {path.relative_to(HERE.parent)}")
+    if not quiet:
+        Console().print(f"wrote {path.relative_to(HERE.parent)}")
 
 
 @main.command("exact")
@@ -107,6 +111,44 @@ def decode_command(longest: int, rounds: int) -> None:
 def collectives_command() -> None:
     """Bytes that devices send each other, counted in compiled programs; nothing is timed."""
     _write("collectives", collectives.measure())
+
+
+@main.command("compiled")
+@click.option("--platform", type=click.Choice(["tpu", "gpu"]), required=True, help="What is compiled for.")
+@click.option("--method", "methods", multiple=True, help="Compile the cases of this method alone; may be repeated.")
+@click.option("--limit", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds for a case.")
+@click.option("--again", is_flag=True, help="Compile anew what was compiled of the same code.")
+@click.option(
+    "--python",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    help="Interpreter of an environment that has the platform's compiler.  [default: .venv-PLATFORM/bin/python]",
+)
+@click.option(
+    "--before",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=pathlib.Path),
+    help="Compile the library in this source tree, as the state before, into a file of its own.",
+)
+def compiled_command(
+    platform: Platform,
+    methods: tuple[str, ...],
+    limit: float,
+    again: bool,
+    python: pathlib.Path | None,
+    before: pathlib.Path | None,
+) -> None:
+    """Programs compiled for an accelerator that is not there: memory, size, operations in sequence; no times."""
+    name = f"compiled_{platform}_before" if before else f"compiled_{platform}"
+    path = HERE / "results" / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    # A symbolic link to an interpreter is an environment, which what it points to is not.
+    python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
+    write = functools.partial(_write, name, quiet=True)
+    try:
+        compiled.measure(
+            platform, python, before or HERE.parent, known, write, methods=methods, limit=limit, again=again
+        )
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command("report")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from approx_attention import METHODS, distributed
 from approx_attention.evaluation import environment
+from benchmarks.hlo import computations
 from benchmarks.wire import SETTINGS, Sizes, sent_by
 
 DEVICES, LENGTHS = (2, 4, 8), (4096, 32768)
@@ -21,7 +22,6 @@ DEVICES, LENGTHS = (2, 4, 8), (4096, 32768)
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 WIDTHS |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?\(.*?\)(.*)"
 )
@@ -52,16 +52,7 @@ def sent_bytes(program: str) -> dict[str, float]:
     """
     found = re.search(r"\bnum_partitions=(\d+)", program)
     devices = int(found[1]) if found else 1
-    bodies: dict[str, list[str]] = {}
-    entry = body = None
-    for line in program.splitlines():
-        if header := _COMPUTATION.match(line):
-            body = bodies.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif body is not None:
-            body.append(line)
-    if entry is None:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
+    entry, bodies = computations(program)
 
     @functools.cache
     def of(computation: str) -> dict[tuple[str, int], float]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from approx_attention.evaluation import break_even, markdown_table
+from benchmarks import compiled_report
 
 # Times are not known to less: a method that is not faster by this share is not faster.
 MARGIN = 0.05
@@ -35,6 +36,8 @@ def render(results: pathlib.Path) -> str:
         # Machines of other kinds have files of their own, such as scaling_gpu.json.
         for measured in sorted(results.glob(f"{name}.json")) + sorted(results.glob(f"{name}_[gt]pu.json")):
             parts += section(json.loads(measured.read_text()))
+    if compiled := {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("compiled_*.json"))}:
+        parts += compiled_report.section(compiled)
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a traced program computes."""
+"""What a traced or lowered program computes."""
 
 import functools
 import re
@@ -45,3 +45,52 @@ def num_decompositions(function, *arguments, platform="tpu"):
         return own + sum(within(called) for called in re.findall(r"[^_]call @([\w.]+)\(", bodies[name]))
 
     return within("main")
+
+
+def lowered_for(platform, function, *arguments):
+    """A function lowered for one platform, whether or not it is there: ``"cpu"``, ``"cuda"`` or ``"tpu"``."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+def loop_steps(lowered):
+    """The steps of all loops of a lowered program that run one after the other; loops within loops multiply.
+
+    Raises:
+        ValueError: the trips of a loop do not show in the program.
+    """
+    functions = {f.attributes["sym_name"].value: f for f in lowered.compiler_ir("stablehlo").body.operations}
+
+    def within(operations):
+        return sum(map(of, operations))
+
+    def of(operation):
+        name = operation.operation.name
+        if name == "func.call":
+            return within(functions[operation.attributes["callee"].value].regions[0].blocks[0])
+        if name == "stablehlo.while":
+            return _trips(operation) * (1 + within(operation.regions[1].blocks[0]))
+        inside = [within(block) for region in operation.regions for block in region.blocks]
+        return max(inside, default=0)  # of branches one runs
+
+    return of(functions["main"])
+
+
+def _trips(loop):
+    """How often a loop runs that counts from a constant up to another."""
+    condition = loop.regions[0].blocks[0]
+    compared = condition.operations[len(condition.operations) - 1].operands[0].owner
+    if compared.name == "stablehlo.compare" and "LT" in str(compared.attributes["comparison_direction"]):
+        counter, end = compared.operands
+        for place, argument in enumerate(condition.arguments):
+            start = loop.operands[place]
+            if argument == counter and _is_constant(start) and _is_constant(end):
+                return _constant(end) - _constant(start)
+    raise ValueError(f"the trips of this loop are not known: {condition}")
+
+
+def _is_constant(value):
+    return getattr(value.owner, "name", None) == "stablehlo.constant"
+
+
+def _constant(value):
+    return int(next(iter(value.owner.attributes["value"])))

@@ -26,7 +26,7 @@ from approx_attention.core.summaries import FeatureMoments, Summary, attend, req
 # Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
 # of as many as this allows, 16,384 tokens and more with 256 features of 64 values: enough to fill the machine, and no
 # more than the tokens of a long sequence take themselves. Fewer tokens than a least group would leave it idle.
-GROUP_NUMBERS = 18_000_000
+GROUP_NUMBERS = 2**24
 LEAST_GROUP = 6144
 _OWNER = "a running summary"
 

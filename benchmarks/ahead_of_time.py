@@ -1,0 +1,146 @@
+"""One program compiled for an accelerator that is not there: ``python -m benchmarks.ahead_of_time LIBRARY CASE``.
+
+It runs in a process of its own, started by `benchmarks.compiled`: no case can end or slow down another. Nothing is
+imported from the library but what is measured, so that ``LIBRARY`` may be the source tree of another version.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from benchmarks.hlo import counted
+
+Platform = Literal["tpu", "gpu"]
+
+CHIPS = {"tpu": "TPU v5e", "gpu": "H200 (sm_90a)"}
+
+# The compiler's description of an H200, as a process on one reports it.
+_H200 = """
+platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 150000000000
+}
+"""
+# libtpu asks the machine for its TPUs unless it is told what to be.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program of `attention`.
+
+    Attributes:
+        platform: what it is compiled for.
+        method: its name in ``METHODS``.
+        length: tokens of each sequence.
+        is_causal: whether queries see earlier keys alone.
+        backward: the gradient, with the forward pass that it needs, instead of the forward pass.
+        batch: sequences.
+        options: the method's hyper-parameters.
+        least_effort: compile as cheaply as the compiler can; such a program is not counted.
+        backend: what `jax.default_backend` says during the trace: ``"cpu"``, where programs are exported.
+    """
+
+    platform: Platform
+    method: str
+    length: int
+    is_causal: bool = False
+    backward: bool = False
+    batch: int = 1
+    num_heads: int = 8
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    least_effort: bool = False
+    backend: str = "cpu"
+
+    def __str__(self) -> str:
+        words = [self.method, f"n={self.length}", f"B={self.batch}", f"N={self.num_heads}"]
+        words += ["causal"] * self.is_causal + ["with gradient"] * self.backward
+        return " ".join(words + [f"from a process on a {self.backend.upper()}"] * (self.backend != "cpu"))
+
+
+def compiled(case: Case) -> dict[str, Any]:
+    """Compiles a case and counts what the program does.
+
+    Returns:
+        CPU seconds of the compiler, tracing included; bytes of the inputs q, k, v; and, unless the compiler makes the
+        least effort, bytes of temporaries and of the program, and the counts of `benchmarks.hlo`.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from approx_attention import METHODS, attention
+
+    if case.platform == "tpu":
+        topology = topologies.get_topology_desc(topology_name="v5e:2x2x1", platform="tpu")
+    else:
+        topology = topologies.get_topology_desc(
+            topology_name="h200", platform="cuda", target_config=_H200, topology="1x1x1"
+        )
+    if case.least_effort:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    if case.backend != "cpu":
+        jax.default_backend = lambda: case.backend
+    here = SingleDeviceSharding(topology.devices[0])
+    shape = (case.batch, case.length, case.num_heads, case.head_dim)
+    tensor = jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype), sharding=here)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=here)
+    is_random = METHODS[case.method].capabilities.needs_key
+    # A method that takes no `is_causal` is not asked for it.
+    options = {**case.options, **({"is_causal": True} if case.is_causal else {})}
+
+    def forward(q, k, v, rng=None):
+        return attention(q, k, v, method=case.method, rng=rng, **options)
+
+    def gradient(q, k, v, cotangent, rng=None):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, rng), q, k, v)[1](cotangent)
+
+    function, tensors = (gradient, 4 * [tensor]) if case.backward else (forward, 3 * [tensor])
+    start = time.process_time()
+    program = jax.jit(function).lower(*tensors, *[rng] * is_random).compile()
+    row: dict[str, Any] = {"compiler_seconds": round(time.process_time() - start, 1)}
+    row["input_bytes"] = 3 * math.prod(shape) * tensor.dtype.itemsize
+    if case.least_effort:
+        return row
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None
+    assert text is not None
+    row["temp_bytes"] = memory.temp_size_in_bytes
+    # The CUDA plug-in does not say the size of its code.
+    row["program_bytes"] = memory.generated_code_size_in_bytes or None
+    return row | dataclasses.asdict(counted(text))
+
+
+def main() -> None:
+    """Prints the row of one case as JSON, on the last line."""
+    library, case = sys.argv[1:]
+    os.environ.update(_WITHOUT_TPU | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"})
+    sys.path.insert(0, library)
+    try:
+        row = compiled(Case(**json.loads(case)))
+    except Exception as error:  # which cases fail is what is measured
+        row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    print(f"\n{json.dumps(row)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Programs compiled for accelerators on a machine without one: memory, size and operations in sequence; no times.
+
+The platform's compiler is libtpu, or the CUDA plug-in of jax: `make aot` installs each in an environment of its own.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from approx_attention import METHODS
+from approx_attention.evaluation import environment
+from benchmarks.ahead_of_time import CHIPS, Case, Platform
+from benchmarks.exact import HEAD_DIM, NUM_HEADS
+from benchmarks.scaling import SIZE, size_of
+
+ROOT = pathlib.Path(__file__).parent.parent
+COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
+
+# Their causal forms should be a few large operations, whatever the length.
+IN_PARALLEL = ("favor", "eva", "mean_pool", "linformer", "rfa", "cosformer", "polynomial", "uniform_sample", "coreset")
+# Of these all summaries at once are the most memory.
+LARGEST = ("favor", "eva", "mean_pool")
+LENGTHS = (32768, 131072)
+# Each method compiles, or does not, at any length alike.
+SHORT = 2048
+# Not compiled for a TPU: its singular value decomposition takes the compiler longer than all other cases together.
+TOO_SLOW = {"tpu": ("svd",), "gpu": ()}
+
+# What is asked of causal forms on an H200: operations in sequence, forward and with gradient, at any length.
+MOST_OPERATIONS: dict[str, int] = dict.fromkeys(IN_PARALLEL[:6], 150)
+MOST_OPERATIONS |= {"polynomial": 300, "uniform_sample": 500, "coreset": 5000}
+MOST_OPERATIONS_BACKWARD: dict[str, int] = dict.fromkeys(IN_PARALLEL[:7], 300)
+# Temporaries of the causal forms, in multiples of q, k and v; with gradient.
+MOST_MEMORY, MOST_MEMORY_BACKWARD = 4, 8
+# Temporaries of blocked exact attention under 8 sequences of 32 heads.
+MOST_EXACT_BYTES = 2 * 2**30
+# Causal exact attention for a TPU: at the first length, and how much more at the second.
+MOST_COMPILER_SECONDS, MOST_PROGRAM_BYTES, MOST_GROWTH = 12, 2 * 2**20, 0.2
+
+
+def cases(platform: Platform) -> Iterator[Case]:
+    """The programs of a platform: those of which something is asked, then every method once."""
+    yield from _of_tpu(platform) if platform == "tpu" else _of_gpu(platform)
+    for method, known in METHODS.items():
+        if method not in TOO_SLOW[platform]:
+            for backward in (False, True):
+                is_causal = known.capabilities.causal
+                yield _of(platform, method, SHORT, is_causal=is_causal, backward=backward, least_effort=True)
+
+
+def _of_tpu(platform: Platform) -> Iterator[Case]:
+    for backend in ("cpu", "tpu"):
+        for length in LENGTHS:
+            for backward in (False, True):
+                yield Case(platform, "exact", length, is_causal=True, backward=backward, backend=backend)
+
+
+def _of_gpu(platform: Platform) -> Iterator[Case]:
+    for backend in ("cpu", "gpu"):
+        many = {"batch": 8, "num_heads": 32, "options": {"implementation": "blocked"}}
+        yield Case(platform, "exact", LENGTHS[0], **many, backend=backend)
+    for method in IN_PARALLEL:
+        for length in LENGTHS if method in LARGEST else LENGTHS[:1]:
+            for backward in (False, True):
+                yield _of(platform, method, length, is_causal=True, backward=backward)
+    for method in LARGEST:
+        for backward in (False, True):
+            yield _of(platform, method, LENGTHS[0], is_causal=True, backward=backward, backend="gpu")
+
+
+def _of(platform: Platform, method: str, length: int, **chosen: Any) -> Case:
+    """A case of a method at its usual size."""
+    size = METHODS[method].size
+    options = {} if size is None else {size: size_of(method, METHODS[method])}
+    return Case(platform, method, length, num_heads=NUM_HEADS, head_dim=HEAD_DIM, options=options, **chosen)
+
+
+def measure(
+    platform: Platform,
+    python: pathlib.Path,
+    library: pathlib.Path,
+    known: Mapping[str, Any],
+    write: Callable[[dict[str, Any]], None],
+    *,
+    methods: Sequence[str] = (),
+    limit: float = 900.0,
+    again: bool = False,
+) -> None:
+    """Compiles the cases of a platform, each in a process of its own, and writes the rows as they come.
+
+    Args:
+        platform: what is compiled for.
+        python: the interpreter of an environment that has the platform's compiler.
+        library: the source tree whose ``approx_attention`` is compiled.
+        known: an earlier document of this platform, or empty. Its rows of the same code are not compiled again; rows
+            of other code stay until they are replaced, and rows of cases that are no more are left out.
+        write: writes the document so far.
+        methods: compiles these alone; all if empty.
+        limit: seconds after which a case is given up.
+        again: compiles the rows of the same code too.
+
+    Raises:
+        RuntimeError: the platform's compiler is not installed there.
+    """
+    # An accelerator that is there is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    versions = _versions(python, COMPILERS[platform])
+    code, console = _code(library, versions), Console()
+    asked = {_name(dataclasses.asdict(case)): case for case in cases(platform)}
+    earlier = {_name(row["case"]): row for row in known.get("rows", [])}
+    rows = {name: earlier[name] for name in asked if name in earlier}
+
+    def document() -> dict[str, Any]:
+        return {
+            "platform": platform,
+            "chip": CHIPS[platform],
+            "size": SIZE,
+            "code": code,
+            "environment": environment() | versions,
+            "rows": [rows[name] for name in asked if name in rows],
+        }
+
+    for name, case in asked.items():
+        if methods and case.method not in methods:
+            continue
+        if not again and name in rows and rows[name]["code"] == code:
+            continue
+        result = _compiled_apart(case, python, library, limit)
+        rows[name] = {"case": dataclasses.asdict(case), "code": code, **result}
+        write(document())
+        shown = {key: value for key, value in result.items() if key != "loops"}
+        console.print(f"{platform} {case}: {shown}", highlight=False, soft_wrap=True)
+    write(document())
+
+
+def _compiled_apart(case: Case, python: pathlib.Path, library: pathlib.Path, limit: float) -> dict[str, Any]:
+    """The result of a case from a process of its own, or its error."""
+    arguments = [str(library), json.dumps(dataclasses.asdict(case))]
+    # Flags of this process are not those of the programs.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "LIBTPU_"))}
+    try:
+        done = subprocess.run(
+            [python, "-m", "benchmarks.ahead_of_time", *arguments],
+            cwd=ROOT,
+            env=inherited,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not compiled within {limit:.0f} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = (done.stderr.strip().splitlines() or [""])[-1][:300]
+    return {"error": f"the process ended with {done.returncode}: {last}"}
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    return json.dumps(case, sort_keys=True)
+
+
+def _code(library: pathlib.Path, versions: Mapping[str, str]) -> str:
+    """A digest of what decides how a case is compiled: the library's sources, jax and the compiler."""
+    digest = hashlib.sha256(json.dumps(versions).encode())
+    for path in sorted((library / "approx_attention").rglob("*.py")):
+        digest.update(str(path.relative_to(library)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _versions(python: pathlib.Path, compiler: str) -> dict[str, str]:
+    """The versions of jax and of the compiler in the interpreter's environment."""
+    packages = ["jax", "jaxlib", compiler]
+    ask = f"import importlib.metadata, json; print(json.dumps([importlib.metadata.version(x) for x in {packages}]))"
+    try:
+        answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"{python} has no {compiler}: `make aot` makes environments that have it") from error
+    return dict(zip(packages, json.loads(answer), strict=True))

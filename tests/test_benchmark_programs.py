@@ -1,0 +1,159 @@
+"""Counting in the text of compiled programs, and the cases that are compiled for accelerators."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compiled, compiled_report
+from benchmarks.ahead_of_time import Case
+from benchmarks.hlo import Loop, computations, counted
+
+PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%inner (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = (s32[], f32[8]{0:T(256)}) parameter(0)
+  %first = f32[8]{0:T(256)} get-tuple-element(%x), index=1
+  %sort.1 = (f32[8]{0:T(256)}, /*index=1*/s32[8]{0}) sort(%first, %first), dimensions={0}, to_apply=%sum
+  %call = f32[8]{0} custom-call(%first), custom_call_target="qr", called_computations={%sum}
+  ROOT %t = (s32[], f32[8]) tuple(%x)
+}
+
+%outer (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %fusion = f32[8]{0} fusion(%x), kind=kLoop, calls=%sum
+  ROOT %again = (s32[], f32[8]) while(%x), condition=%sum, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%once (x: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} copy(%x)
+}
+
+"""
+LOOP = "%l = (s32[], /*index=1*/f32[8]{0:T(8,128)}) while(%x), condition=%sum, body=%outer"
+THREE = ', backend_config={"known_trip_count":{"n":"3"}}'
+
+
+def program(*lines):
+    return PROGRAM + "ENTRY %main (x: f32[8]) -> f32[8] {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+
+
+def test_operations_in_sequence_count_as_often_as_their_loops_run():
+    counts = counted(program("%y = f32[8]{0} copy(%x)", LOOP + THREE))
+    assert counts.operations == 1 + 3 * (1 + 5 * 2)
+    assert counts.loops == (Loop(0, 3, 11), Loop(1, 5, 2))
+    assert counts.custom_calls == {"qr": 1}
+
+
+def test_a_loop_of_unknown_trips_counts_once():
+    counts = counted(program(LOOP))
+    assert counts.operations == 11
+    assert counts.loops[0] == Loop(0, None, 11)
+
+
+def test_of_the_branches_the_longest_counts():
+    branches = "%c = f32[8] conditional(%i, %x, %x), branch_computations={%once, %outer}"
+    chosen = "%c = f32[8] conditional(%p, %x, %x), true_computation=%once, false_computation=%outer"
+    assert counted(program(branches)).operations == counted(program(chosen)).operations == 11
+    assert counted(program("ROOT %c = f32[8] call(%x), to_apply=%outer")).operations == 11
+
+
+def test_reading_the_text_of_no_compiled_program_raises():
+    assert computations(program(LOOP))[0] == "main"
+    with pytest.raises(ValueError, match="no ENTRY"):
+        counted("module @jit_f {}")
+
+
+def test_the_count_of_a_program_of_this_machine():
+    @jax.jit
+    def function(x):
+        return jax.lax.fori_loop(0, 7, lambda i, x: jax.lax.fori_loop(0, 3, lambda j, x: jnp.cos(x) @ x, x), x)
+
+    text = function.lower(jnp.ones((8, 8))).compile().as_text()
+    assert {(loop.depth, loop.trips) for loop in counted(text).loops} >= {(0, 7)}
+    assert counted(text).operations >= 7 * 3
+
+
+# The cases
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_cases_are_told_apart_and_read_back(platform):
+    cases = [dataclasses.asdict(case) for case in compiled.cases(platform)]
+    assert all(Case(**json.loads(json.dumps(case))) == Case(**case) for case in cases)
+    assert len({json.dumps(case, sort_keys=True) for case in cases}) == len(cases)
+
+
+def test_rows_of_the_same_code_are_kept_and_an_error_is_a_row(monkeypatch, tmp_path):
+    asked = [Case("gpu", name, 8) for name in ("favor", "eva", "exact")]
+    calls, written = [], []
+
+    def apart(case, *_):
+        calls.append(case.method)
+        return {"error": "no"} if case.method == "eva" else {"operations": 1, "loops": []}
+
+    monkeypatch.setattr(compiled, "cases", lambda platform: asked)
+    monkeypatch.setattr(compiled, "_compiled_apart", apart)
+    monkeypatch.setattr(compiled, "_versions", lambda python, compiler: {"jax": "0"})
+    known = {}
+    for source, methods, expected in (
+        ("x = 1", ["eva"], ["eva"]),
+        ("x = 1", [], ["favor", "exact"]),
+        ("x = 2", ["favor"], ["favor"]),
+    ):
+        package = tmp_path / "approx_attention"
+        package.mkdir(exist_ok=True)
+        (package / "one.py").write_text(source)
+        compiled.measure("gpu", tmp_path / "python", tmp_path, known, written.append, methods=methods)
+        assert calls == expected
+        calls.clear()
+        known = json.loads(json.dumps(written[-1]))
+    assert [row["case"]["method"] for row in known["rows"]] == ["favor", "eva", "exact"]
+    assert known["rows"][1]["error"] == "no"
+    assert [row["code"] == known["code"] for row in known["rows"]] == [True, False, False]
+
+
+def test_what_ends_a_process_is_the_error_of_its_case(tmp_path):
+    python = tmp_path / "python"
+    for script, error in (("echo why >&2; exit 3", "ended with 3: why"), ("exec sleep 60", "not compiled within")):
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        limit = 30 if "exit" in script else 0.2
+        assert error in compiled._compiled_apart(Case("gpu", "favor", 8), python, tmp_path, limit)["error"]
+    with pytest.raises(RuntimeError, match="make aot"):
+        compiled._versions(python.with_name("absent"), "libtpu")
+
+
+def test_the_report_shows_what_was_before_beside_what_is_now_and_every_error():
+    def document(state, *rows):
+        return {
+            "code": state,
+            "environment": {"jax-cuda12-plugin": "1.2"},
+            "rows": [{"code": state, **x} for x in rows],
+        }
+
+    def row(operations, trips, **chosen):
+        case = dataclasses.asdict(Case("gpu", "favor", 32768, is_causal=True, **chosen))
+        return {"case": case, "operations": operations, "temp_bytes": 2**20, "input_bytes": 2**19, **trips}
+
+    known, unknown = ({"loops": [{"depth": 0, "trips": trips, "operations": 1}]} for trips in (4, None))
+    failed = {"case": dataclasses.asdict(Case("gpu", "eva", 2048, least_effort=True)), "error": "no room"}
+    documents = {
+        "compiled_gpu": document("now", row(47, unknown), row(12, known, backend="gpu"), failed),
+        "compiled_gpu_before": document("old", row(67715, known, batch=2), row(67750, known)),
+    }
+    text = "\n".join(compiled_report.section(documents))
+    favor = next(line for line in text.splitlines() if line.startswith("| `favor`"))
+    assert [cell.strip() for cell in favor.split("|")[2:6]] == ["67750", ">= 47", "<= 150", ""]
+    assert "1 (2.0x)" in text
+    assert "- `eva`, H200 (sm_90a), forward, now: no room" in text
+    assert "jax-cuda12-plugin 1.2" in text
+    assert "earlier code" not in text
+    documents["compiled_gpu"]["code"] = "newer"
+    assert "3 of these rows are of earlier code" in "\n".join(compiled_report.section(documents))
