@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.core.checks import accumulation_dtype, check_count, check_rows, check_tokens, logit_scale, real_keys
+from approx_attention.core.checks import (
+    accumulation_dtype,
+    check_count,
+    check_rows,
+    check_tokens,
+    logit_scale,
+    real_keys,
+)
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.features import FeatureMap
 from approx_attention.core.padding import over_real_tokens
@@ -26,7 +33,7 @@ from approx_attention.core.summaries import FeatureMoments, Summary, attend, req
 # Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
 # of as many as this allows, 16,384 tokens and more with 256 features of 64 values: enough to fill the machine, and no
 # more than the tokens of a long sequence take themselves. Fewer tokens than a least group would leave it idle.
-GROUP_NUMBERS = 2**24
+GROUP_NUMBERS = 13_000_000
 LEAST_GROUP = 6144
 _OWNER = "a running summary"
 
@@ -52,7 +59,7 @@ class RunningSummary(NamedTuple):
             appended in turn.
         of_sequence: ``(k [n, b, D], v, kv_mask) -> at``, with ``at(count)`` the state after the first ``count`` blocks
             of a sequence: in place of ``append_all`` where the states can be had from the tokens without one another.
-            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses.
+            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None where there is no such form.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,7 +85,7 @@ class RunningSummary(NamedTuple):
     near: Callable[[Array, Array, Array, Array], AttentionState] = dense_state
     space: Callable[[Array], Array] = _same
     append_all: Callable[[Any, Array, Array, Array, Array], Any] | None = None
-    of_sequence: Callable[[Array, Array, Array], Callable[[Array], Any]] | None = None
+    of_sequence: Callable[[Array, Array, Array], Callable[[Array], Any] | None] | None = None
 
 
 class Block(NamedTuple):
@@ -281,9 +288,7 @@ def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> R
     )
 
 
-def causal_blocks(
-    running: RunningSummary, before: Block, first: int, q_blocks: Array, blocks: Block
-) -> AttentionState:
+def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: Array, blocks: Block) -> AttentionState:
     """The states of the blocks of a sequence, each of which attends to itself and its past.
 
     Args:
@@ -367,7 +372,7 @@ def _together(
         # Summarised are all blocks but the last two: one is the block before, and the other attends.
         earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, blocks)
         at = jax.checkpoint(running.of_sequence)(*earlier)
-    else:
+    if at is None:
         past = _started(running, past)
 
     def states_of(prefix: Any, numbers: Array, before: Block) -> tuple[Any, Any]:

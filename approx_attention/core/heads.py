@@ -14,7 +14,6 @@ from jax import Array, lax
 
 from approx_attention.core.rows import along_with
 
-
 # Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
 # channels. More heads than that fill no machine better, and their intermediate results would take its memory.
 TOGETHER = 3 * 2**26

@@ -25,6 +25,8 @@ HIDDEN = -1e30
 # from cache: smaller ones merge more often, larger ones are read from memory.
 KEY_BLOCK = 2048
 LEAST_TILE, GREATEST_TILE = 2**21, 2**23
+# Logits of a block of queries as causal forms and decoders ask: kept for the backward pass, and not computed again.
+KEPT_TILE = 2**16
 # A relative error of weights that the streamed gradient does not let pass: a hundred roundings of float32.
 NOTICEABLE = 1e-5
 # A causal tile no longer than this is computed whole: its masked half costs less than splitting it.
@@ -91,9 +93,9 @@ def blocked_state(
     def over_keys(q: Array) -> AttentionState:
         first = jax.tree.map(lambda x: x[0], (keys, values, biases))
         rest = jax.tree.map(lambda x: x[1:], (keys, values, biases))
-        state = _tile_state(q, *first)
         if key_blocks == 1:
-            return state
+            return (dense_state if q.shape[0] * k.shape[0] <= KEPT_TILE else _tile_state)(q, *first)
+        state = _tile_state(q, *first)
         # The first tile is apart, so that a single block needs no merge with the empty state.
         step = jax.checkpoint(lambda state, tile: merge(state, dense_state(q, *tile)))
         return lax.scan(lambda state, tile: (step(state, tile), None), state, rest)[0]

@@ -24,9 +24,9 @@ from approx_attention.core.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked
 from approx_attention.core.states import AttentionState, finite_peak, merge, normalise, require_same_kind
 
 # Features of at most 1024 rows and 2^18 numbers (1 MB in float32, within the cache) exist at a time, so that memory
-# does not grow with S R; but of 64 rows at least, for products of matrices.
+# does not grow with S R; but of 128 rows at least, for products of matrices.
 FEATURE_BLOCK = 1024
-LEAST_FEATURE_BLOCK, FEATURE_TILE = 64, 2**18
+LEAST_FEATURE_BLOCK, FEATURE_TILE = 128, 2**18
 
 
 class _InSpace:
@@ -291,6 +291,8 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
         block = _feature_block(summary.features)
+        if q.shape[0] <= block:
+            return _attend_moments(q, summary)
         return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
@@ -357,6 +359,13 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
     low, high = summary.value_range[:, None, :]
     has_answer = jnp.isfinite(state.lse)[:, None]
     return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)
+
+
+def first_blocks(blocks: WeightedKV, count: Array) -> WeightedKV:
+    """The tokens of the first ``count`` of many blocks ``[n, m, ...]``; the others stay, without mass."""
+    seen = (jnp.arange(blocks.mass.shape[0], dtype=jnp.int32) < count)[:, None]
+    k, value_sum, mass = (x.reshape(-1, *x.shape[2:]) for x in (blocks.k, blocks.value_sum, blocks.mass * seen))
+    return WeightedKV(k, value_sum, mass)
 
 
 @merge.register

@@ -1,6 +1,7 @@
 """The trivial baselines that every approximation must beat: the mean of the values, and uniform sampling."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from approx_attention.core import (
     check_key,
     check_tokens,
     head_inputs,
+    out_of_blocks,
     output_or_state,
     ranks,
     real_keys,
@@ -193,22 +195,67 @@ def running_uniform_sample(
         if noise.ndim != 1:
             raise ValueError(f"noise must be [S], got shape {noise.shape}")
 
-    def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
+    def priorities(start: Array | int, count: int) -> tuple[Array, Array]:
+        """The priorities of a block of tokens from ``start`` on, and which of them lie beyond the noise."""
         if noise is None:
             block_key = jax.random.fold_in(check_key("uniform_sample", key), start)
-            priority = jax.random.uniform(block_key, (k.shape[0],), jnp.float32)
-        else:
-            place = start + jnp.arange(k.shape[0], dtype=jnp.int32)
-            priority = noise[jnp.minimum(place, noise.shape[0] - 1)]
-            # Keys beyond the noise win every comparison, so that their NaN stays in the sample.
-            v = jnp.where((kv_mask & (place >= noise.shape[0]))[:, None], jnp.nan, v)
-            priority = jnp.where(place < noise.shape[0], priority, jnp.inf)
-        return sample.offer(priority, k, v, kv_mask)
+            return jax.random.uniform(block_key, (count,), jnp.float32), jnp.zeros(count, bool)
+        place = start + jnp.arange(count, dtype=jnp.int32)
+        # Keys beyond the noise win every comparison, so that their NaN stays in the sample.
+        beyond = place >= noise.shape[0]
+        return jnp.where(beyond, jnp.inf, noise[jnp.minimum(place, noise.shape[0] - 1)]), beyond
+
+    def lost(v: Array, beyond: Array) -> Array:
+        return jnp.where(beyond[..., None], jnp.nan, v)
+
+    def append(sample: "_Sample", start: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
+        priority, beyond = priorities(start, k.shape[0])
+        return sample.offer(priority, k, lost(v, kv_mask & beyond), kv_mask)
 
     def init(value_dim: int, dtype: Any) -> "_Sample":
         return _Sample.empty(sample_size, head_dim, value_dim, dtype)
 
-    return RunningSummary(init, append, read=lambda sample: sample.tokens())
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], "_Sample"]:
+        num_blocks, block_size = kv_mask.shape
+        starts = jnp.arange(num_blocks, dtype=jnp.int32) * block_size
+        priority, beyond = jax.vmap(lambda start: priorities(start, block_size))(starts)
+        return _samples_of_prefixes(sample_size, priority, k, lost(v, kv_mask & beyond), kv_mask)
+
+    return RunningSummary(init, append, read=lambda sample: sample.tokens(), of_sequence=of_sequence)
+
+
+def _samples_of_prefixes(
+    sample_size: int, priority: Array, k: Array, v: Array, kv_mask: Array
+) -> Callable[[Array], "_Sample"]:
+    """The sample of the first blocks of ``k [n, b, D]``, for any number of them: samples merge, as a choice of places."""
+    num_blocks, block_size = kv_mask.shape
+    priority = jnp.where(kv_mask, lax.stop_gradient(priority).astype(k.dtype), -jnp.inf)
+    # A place of no token, with the priority of one that is free, in as many columns as the sample has.
+    free = max(0, sample_size - block_size)
+    priority = jnp.pad(priority, ((0, 0), (0, free)), constant_values=-jnp.inf)
+    place = jnp.arange(num_blocks * block_size, dtype=jnp.int32).reshape(num_blocks, block_size)
+    place = jnp.pad(place, ((0, 0), (0, free)))
+
+    def largest(priority: Array, place: Array) -> tuple[Array, Array]:
+        priority, chosen = lax.top_k(priority, sample_size)
+        return priority, jnp.take_along_axis(place, chosen, axis=-1)
+
+    def merged(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        return largest(*(jnp.concatenate(parts, axis=-1) for parts in zip(a, b, strict=True)))
+
+    chosen = lax.associative_scan(merged, largest(priority, place))
+    offered = jnp.cumsum(jnp.sum(kv_mask, axis=1, dtype=k.dtype))
+    k, v = out_of_blocks((k, v))
+    return jax.tree_util.Partial(_sample_after, *chosen, offered, k, v)
+
+
+def _sample_after(priority: Array, place: Array, offered: Array, k: Array, v: Array, count: Array) -> "_Sample":
+    """The sample after ``count`` blocks, from those after each block."""
+    last = jnp.minimum(jnp.maximum(count, 1), offered.shape[0]) - 1
+    priority = jnp.where(count > 0, priority[last], -jnp.inf)
+    taken = (priority > -jnp.inf)[:, None]
+    k, v = (jnp.where(taken, x[place[last]], 0) for x in (k, v))
+    return _Sample(priority, k, v, jnp.where(count > 0, offered[last], 0))
 
 
 def _check_noise(noise: Array | None, num_keys: int) -> None:

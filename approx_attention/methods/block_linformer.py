@@ -1,5 +1,6 @@
 """Linformer block by block: a block of keys keeps its slots, so that finished blocks never change."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from approx_attention.core import (
     check_counts,
     check_floats,
     check_tokens,
+    first_blocks,
     head_inputs,
     in_blocks,
     out_of_blocks,
@@ -183,7 +185,12 @@ def running_block_linformer(
         both = WeightedKV(middle, old.value_sum + new.value_sum, mass)
         return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, at, 0), slots, both)
 
-    return RunningSummary(init, append, read=lambda slots: slots)
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], WeightedKV] | None:
+        if k.shape[0] > blocks:
+            return None
+        return jax.tree_util.Partial(first_blocks, jax.vmap(slots_of)(k, v, kv_mask))
+
+    return RunningSummary(init, append, read=lambda slots: slots, of_sequence=of_sequence)
 
 
 def _check_projections(projection_k: Any, projection_v: Any) -> None:

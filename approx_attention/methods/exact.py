@@ -20,6 +20,7 @@ from approx_attention.core import (
     check_choice,
     check_count,
     dense_state,
+    first_blocks,
     head_inputs,
     output_or_state,
     streamed_state,
@@ -164,7 +165,12 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
     def init(value_dim: int, dtype: Any) -> WeightedKV:
         return WeightedKV.empty(max_length, head_dim, value_dim, dtype)
 
-    return RunningSummary(init, append, read=lambda tokens: tokens)
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], WeightedKV] | None:
+        if kv_mask.size > max_length:
+            return None
+        return jax.tree_util.Partial(first_blocks, jax.vmap(WeightedKV.of_tokens)(k, v, kv_mask))
+
+    return RunningSummary(init, append, read=lambda tokens: tokens, of_sequence=of_sequence)
 
 
 def exact_together(
