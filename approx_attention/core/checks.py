@@ -51,17 +51,22 @@ def head_inputs(
         ValueError: shapes that do not fit.
         TypeError: tensors that are not floating point, a mask that is not boolean, a causal option that is no truth.
     """
+    check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
+    dtype = accumulation_dtype(q, k, v)
+    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    k, v = zero_padding(k, v, kv_mask)
+    q, k = fold_scale(q, k, scale)
+    return q, k, v
+
+
+def check_head(q: Any, k: Any, v: Any, *, kv_mask: Any = None, is_causal: Any = False) -> None:
+    """The checks of `head_inputs`."""
     check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
         check_rows(name, x, axes)
     check_key_value_fit(q, k, v)
-    dtype = accumulation_dtype(q, k, v)
-    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     if kv_mask is not None:
         check_kv_mask(kv_mask, k.shape[0])
-    k, v = zero_padding(k, v, kv_mask)
-    q, k = fold_scale(q, k, scale)
-    return q, k, v
 
 
 def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[Array, Array]:

@@ -1,0 +1,396 @@
+r"""Exact attention of one head as a stream of tiles, full or causal, in memory linear in the sequence.
+
+The loops are flat: over pairs of blocks, of queries and of keys, causally those below the diagonal. Their program does
+not grow with the sequence. The gradient is written out: it recomputes the weights of a tile from the normalisers.
+
+The platform that a program is lowered for decides how its tiles are computed:
+
+- on a CPU in float32 (or wider), with the scale folded into queries and keys, in tiles for its cache;
+- elsewhere from tensors as they are, with products of half-precision tensors summed in float32, and the scale applied
+  to the logits: a scaled tensor in half precision would be rounded, and one in float32 is a copy.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.core.checks import accumulation_dtype, real_keys
+from approx_attention.core.rows import along_with, even_split, out_of_blocks
+from approx_attention.core.softmax import HIDDEN, blocked_state, mask_bias
+from approx_attention.core.states import AttentionState
+
+# Rows of a causal tile on a CPU; larger ones need fewer merges, and are read from memory.
+CPU_TILE = 1024
+# On the diagonal a CPU splits its tiles into strips of this many queries: the masked half of a strip is small.
+CPU_STRIP = 128
+# Rows and columns of a tile on accelerators: a tile of every head that runs at once fits their memory, and the products
+# are large enough for their matrix units.
+LEAST_TILE, GREATEST_TILE = 512, 1024
+# A relative error of weights that the gradient does not let pass: a hundred roundings of float32.
+NOTICEABLE = 1e-5
+
+
+def streamed_state(
+    q: Array, k: Array, v: Array, kv_mask: Array | None = None, *, scale: float | Array = 1.0, is_causal: bool = False
+) -> AttentionState:
+    r"""Softmax attention :math:`\mathrm{softmax}(s\, q k^T)\, v` by tiles, causally of query t over keys j <= t.
+
+    It has no forward-mode derivative; `dense_state` has.
+
+    Args:
+        q: queries ``[T, D]``, of any floating dtype.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``. Keys and values of padding are zeros.
+        kv_mask: true where a key is real, ``[S]``.
+        scale: a positive factor of the logits.
+        is_causal: row t of q stands at position t of k; T and S may differ.
+    """
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    if is_causal and num_queries > num_keys:
+        # The last queries see all keys.
+        parts = (
+            streamed_state(q[:num_keys], k, v, kv_mask, scale=scale, is_causal=True),
+            streamed_state(q[num_keys:], k, v, kv_mask, scale=scale),
+        )
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    if is_causal and num_queries < num_keys:
+        k, v = k[:num_queries], v[:num_queries]
+        kv_mask = None if kv_mask is None else kv_mask[:num_queries]
+    dtype = accumulation_dtype(q, k, v)
+    tensors = (q, k, v)
+    if len({x.dtype for x in tensors}) > 1:
+        tensors = tuple(x.astype(dtype) for x in tensors)
+    scale = jnp.asarray(scale, dtype)
+    # In shard_map the gradient of a tensor that all devices share is a sum over devices, which the rule below does not
+    # take: all are made to vary alike.
+    if len({getattr(jax.typeof(x), "mat", None) for x in (*tensors, scale)}) > 1:
+        *tensors, scale = along_with((*tensors, scale), *tensors)
+    wide = tuple(x.astype(dtype) for x in tensors)
+    return _streamed_state(tuple(tensors), wide, scale, kv_mask, is_causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _streamed_state(
+    tensors: tuple[Array, ...], wide: tuple[Array, ...], scale: Array, kv_mask: Array | None, is_causal: bool
+) -> AttentionState:
+    """The state of ``tensors``; ``wide`` is never read, and takes the gradients in the dtype of the sums.
+
+    Heads that share keys add their gradients before these are rounded to the dtype of the keys.
+    """
+    return _streamed_forward(tensors, wide, scale, kv_mask, is_causal)[0]
+
+
+def _streamed_forward(tensors, wide, scale, kv_mask, is_causal):
+    cpu, default = (functools.partial(form, is_causal=is_causal) for form in (cpu_forward, accelerator_forward))
+    sums = lax.platform_dependent(*tensors, scale, kv_mask, cpu=cpu, default=default)
+    return sums.state(), (tensors, scale, kv_mask, sums)
+
+
+def _streamed_backward(is_causal, residuals, cotangent):
+    tensors, scale, kv_mask, sums = residuals
+    cpu, default = (functools.partial(form, is_causal=is_causal) for form in (cpu_backward, accelerator_backward))
+    *gradients, d_scale = lax.platform_dependent(*tensors, scale, kv_mask, sums, cotangent, cpu=cpu, default=default)
+    return None, tuple(gradients), d_scale, None
+
+
+_streamed_state.defvjp(_streamed_forward, _streamed_backward)
+
+
+class Normalised(NamedTuple):
+    """Outputs ``[T, Dv]``, and normalisers ``[T]`` as peaks and the logarithms of sums.
+
+    Added to a large peak, the logarithm of the sum would be rounded away. A row that sees no key has the peak `HIDDEN`.
+    """
+
+    out: Array
+    peak: Array
+    log_total: Array
+
+    def state(self) -> AttentionState:
+        """With the two parts of a normaliser added."""
+        return AttentionState(self.out, jnp.where(self.peak <= HIDDEN / 2, -jnp.inf, self.peak + self.log_total))
+
+
+class _Sums(NamedTuple):
+    """Unnormalised sums over the keys of some tiles: weights relative to the peak, and weights times values."""
+
+    peak: Array
+    total: Array
+    product: Array
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        peak = lax.stop_gradient(jnp.maximum(self.peak, other.peak))
+        own, others = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
+        product = self.product * own[:, None] + other.product * others[:, None]
+        return _Sums(peak, self.total * own + other.total * others, product)
+
+
+def _logits(q: Array, k: Array, scale: Array | None, bias: Array | None) -> Array:
+    logits = _product(q, k.T)
+    logits = logits if scale is None else logits * scale
+    return logits if bias is None else logits + bias
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=accumulation_dtype(a, b))
+
+
+def _tile(q: Array, k: Array, v: Array, scale: Array | None, bias: Array | None, seen: Any = None) -> _Sums:
+    logits = _logits(q, k, scale, bias)
+    logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
+    # The peak cancels between numerator and normaliser, so it needs no derivative.
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    return _Sums(peak[:, 0], jnp.sum(weights, axis=-1), _product(weights.astype(v.dtype), v))
+
+
+def _diagonal(q: Array, k: Array, v: Array, scale: Array | None, bias: Array | None, strip: int) -> _Sums:
+    """A tile on the diagonal, in strips of queries that see no key behind their last."""
+    parts = []
+    for start in range(0, q.shape[0], strip):
+        end = min(start + strip, q.shape[0])
+        seen = jnp.tri(end - start, end, start, dtype=bool)
+        parts.append(_tile(q[start:end], k[:end], v[:end], scale, None if bias is None else bias[:end], seen))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def _over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, rows: int, columns: int | None = None) -> Any:
+    """``step(carry, i, j)`` over all pairs of blocks, row by row; without ``columns`` over those with j < i."""
+    count = rows * (rows - 1) // 2 if columns is None else rows * columns
+    if not count:
+        return carry
+
+    def body(_, place: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        i, j, carry = place
+        carry = step(carry, i, j)
+        last = j + 1 == (i if columns is None else columns)
+        return jnp.where(last, i + 1, i), jnp.where(last, 0, j + 1), carry
+
+    first = jnp.int32(1 if columns is None else 0)
+    return lax.fori_loop(0, count, body, (first, jnp.int32(0), carry))[2]
+
+
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _put(tree: Any, index: Array, block: Any) -> Any:
+    return jax.tree.map(lambda x, part: lax.dynamic_update_index_in_dim(x, part, index, 0), tree, block)
+
+
+def _blocks(x: Any, blocks: int, rows: int, fill: float = 0) -> Any:
+    """Rows ``[n, ...]`` as blocks ``[blocks, rows, ...]``, padded with ``fill``."""
+
+    def of(x: Array) -> Array:
+        around = ((0, blocks * rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, around, constant_values=fill).reshape(blocks, rows, *x.shape[1:])
+
+    return jax.tree.map(of, x)
+
+
+def _key_bias(kv_mask: Array | None, num_keys: int, padding: int, dtype: Any) -> Array | None:
+    """The bias of keys that hides padding; None where there is nothing to hide."""
+    if kv_mask is None and not padding:
+        return None
+    return mask_bias(real_keys(kv_mask, num_keys), dtype)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, scale: Array | None, kv_mask: Array | None, *, is_causal: bool, tile: int, strip: int
+) -> Normalised:
+    """Tiles of at most ``tile`` queries and keys: one pass over the diagonal or the first keys, one over the others."""
+    (num_queries, num_keys), dtype = (q.shape[0], k.shape[0]), accumulation_dtype(q)
+    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, tile), even_split(num_keys, tile)
+    # Causally no real query sees the padding behind the last key.
+    padding = 0 if is_causal else key_blocks * columns - num_keys
+    queries = _blocks(q, query_blocks, rows)
+    keys = _blocks((k, v), key_blocks, columns)
+    bias = _blocks(_key_bias(kv_mask, num_keys, padding, dtype), key_blocks, columns, HIDDEN)
+
+    def add(sums: _Sums, i: Array, j: Array) -> _Sums:
+        tile = _tile(_at(queries, i), *_at(keys, j), scale, _at(bias, j))
+        return _put(sums, i, _at(sums, i).plus(tile))
+
+    if is_causal:
+        first = lambda x: _diagonal(x[0], *x[1], scale, x[2], strip)  # noqa: E731
+        sums = _over_pairs(add, lax.map(first, (queries, keys, bias)), query_blocks)
+    else:
+        first = lambda q: _tile(q, *_at(keys, 0), scale, _at(bias, 0))  # noqa: E731
+        sums = _over_pairs(lambda x, i, j: add(x, i, j + 1), lax.map(first, queries), query_blocks, key_blocks - 1)
+    peak, total, product = out_of_blocks(sums, num_queries)
+    # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
+    unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
+    out = jnp.where(unseen[:, None], 0, product / total[:, None])
+    return Normalised(out, jnp.where(unseen, HIDDEN, peak), jnp.where(unseen, 0, jnp.log(total)))
+
+
+def _in_float32(q: Array, k: Array, v: Array, scale: Array) -> tuple[Array, Array, Array]:
+    """In the dtype of the sums, with the scale folded into queries and keys."""
+    q, k, v = (x.astype(scale.dtype) for x in (q, k, v))
+    return q * jnp.sqrt(scale), k * jnp.sqrt(scale), v
+
+
+def cpu_forward(q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | None, *, is_causal: bool) -> Normalised:
+    """Attention in float32 or wider, in tiles for the cache of a CPU."""
+    q, k, v = _in_float32(q, k, v, scale)
+    if is_causal:
+        return _forward(q, k, v, None, kv_mask, is_causal=True, tile=CPU_TILE, strip=CPU_STRIP)
+    state = blocked_state(q, k, v, _key_bias(kv_mask, k.shape[0], 0, q.dtype))
+    return Normalised(state.out, jnp.maximum(state.lse, HIDDEN), jnp.zeros_like(state.lse))
+
+
+def accelerator_forward(
+    q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | None, *, is_causal: bool
+) -> Normalised:
+    """Attention of tensors in their dtype, with sums in float32 or wider."""
+    tile = _accelerator_tile(q, k)
+    return _forward(q, k, v, scale, kv_mask, is_causal=is_causal, tile=tile, strip=tile)
+
+
+def _accelerator_tile(q: Array, k: Array) -> int:
+    return min(max(max(q.shape[0], k.shape[0]) // 8, LEAST_TILE), GREATEST_TILE)
+
+
+def _cotangents(sums: Normalised, cotangent: AttentionState) -> tuple[Array, Array, Array, Array]:
+    """Peaks, logarithms of sums and cotangents, with zeros in rows that see no key: these have the output 0 always."""
+    seen = sums.peak > HIDDEN / 2
+    keep = lambda x: jnp.where(seen.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))  # noqa: E731
+    return keep(sums.peak), keep(sums.log_total), keep(cotangent.out), keep(cotangent.lse)
+
+
+def _add_to(total: Array, index: Array, term: Array) -> Array:
+    return _put(total, index, _at(total, index) + term)
+
+
+def accelerator_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    kv_mask: Array | None,
+    sums: Normalised,
+    cotangent: AttentionState,
+    *,
+    is_causal: bool,
+) -> tuple[Array, Array, Array, Array]:
+    r"""Gradients of q, k, v and the scale s as sums over tiles of the weights, which the normalisers give back.
+
+    .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad
+              dQ = s\, dX\,K, \quad dK = s\, dX^T Q, \qquad \delta_t = dO_t \cdot O_t - d\mathrm{lse}_t.
+
+    Tiles are those of the forward pass, so that logits of any size are rounded alike in both.
+    """
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    tile = _accelerator_tile(q, k)
+    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, tile), even_split(num_keys, tile)
+    padding = 0 if is_causal else key_blocks * columns - num_keys
+    peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
+    delta = jnp.sum(d_out * sums.out, axis=-1) - d_lse
+    # Rows past the end have the cotangent 0.
+    queries = _blocks((q, d_out.astype(v.dtype), delta, peak, log_total), query_blocks, rows)
+    bias = _blocks(_key_bias(kv_mask, num_keys, padding, scale.dtype), key_blocks, columns, HIDDEN)
+    keys = (*_blocks((k, v), key_blocks, columns), bias)
+
+    def add(gradients: tuple[Array, ...], i: Array, j: Array, seen: Any = None) -> tuple[Array, ...]:
+        (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i), _at(keys, j)
+        logits = _logits(q, k, scale, bias)
+        logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
+        logits = (logits - peak[:, None]) - log_total[:, None]
+        # Rounding lifts no weight above 1; as a constant, so that second derivatives see the logits.
+        weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
+        d_logits = (weights * (_product(d_out, v.T) - delta[:, None])).astype(q.dtype)
+        terms = _product(d_logits, k), _product(d_logits.T, q), _product(weights.astype(v.dtype).T, d_out)
+        return tuple(_add_to(x, index, term) for x, index, term in zip(gradients, (i, j, j), terms, strict=True))
+
+    gradients = tuple(jnp.zeros_like(x, scale.dtype) for x in (queries[0], *keys[:2]))
+    gradients = _over_pairs(add, gradients, query_blocks, None if is_causal else key_blocks)
+    if is_causal:
+        seen = jnp.tri(rows, dtype=bool)
+        gradients = lax.fori_loop(0, query_blocks, lambda i, x: add(x, i, i, seen), gradients)
+    d_q, d_k, d_v = (x.reshape(-1, x.shape[-1]) for x in gradients)
+    d_q = d_q[:num_queries]
+    return d_q * scale, d_k[:num_keys] * scale, d_v[:num_keys], jnp.sum(d_q * q)
+
+
+def cpu_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    kv_mask: Array | None,
+    sums: Normalised,
+    cotangent: AttentionState,
+    *,
+    is_causal: bool,
+) -> tuple[Array, Array, Array, Array]:
+    r"""The gradients of `accelerator_backward`, in float32 or wider and in tiles for the cache of a CPU.
+
+    Tiles are transposed, keys by queries: then only one product of five has a transposed operand.
+
+    The forward pass rounds its products in tiles of other shapes. Where logits are so large that the difference would
+    show in a weight, the normalisers and the :math:`dO_t \cdot O_t` are computed again from the tiles of this pass.
+    """
+    unscaled = q
+    q, k, v = _in_float32(q, k, v, scale)
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    # Smaller causal tiles waste less on the diagonal, larger ones run faster.
+    block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
+    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, block), even_split(num_keys, block)
+    peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
+    own = _blocks((q, d_out), query_blocks, rows)
+    bias = _blocks(mask_bias(real_keys(kv_mask, num_keys), q.dtype), key_blocks, columns, HIDDEN)
+    keys = (*_blocks((k, v), key_blocks, columns), bias)
+
+    def over_tiles(add: Callable[..., Any], total: Any) -> Any:
+        # Below the diagonal no mask is computed; tiles above it are not visited.
+        total = _over_pairs(add, total, query_blocks, None if is_causal else key_blocks)
+        if not is_causal:
+            return total
+        seen = jnp.tri(rows, dtype=bool).T
+        return lax.fori_loop(0, query_blocks, lambda i, x: add(x, i, i, seen), total)
+
+    def tile_logits(q: Array, k: Array, bias: Array, seen: Any) -> Array:
+        logits = k @ q.T + bias[:, None]
+        return logits if seen is None else jnp.where(seen, logits, HIDDEN)
+
+    def add_row_sums(sums: _Sums, i: Array, j: Array, seen: Any = None) -> _Sums:
+        (q, d_out), (k, v, bias), before = _at(own, i), _at(keys, j), _at(sums, i)
+        logits = tile_logits(q, k, bias, seen)
+        peak = lax.stop_gradient(jnp.maximum(before.peak, jnp.max(logits, axis=0)))
+        weights, rest = jnp.exp(logits - peak[None, :]), jnp.exp(before.peak - peak)
+        total = before.total * rest + jnp.sum(weights, axis=0)
+        return _put(sums, i, _Sums(peak, total, before.product * rest + jnp.sum(weights * (v @ d_out.T), axis=0)))
+
+    def again(peak: Array, log_total: Array, product: Array) -> tuple[Array, Array, Array]:
+        none = jnp.zeros_like(peak)
+        peak, total, product = over_tiles(add_row_sums, _Sums(none + HIDDEN, none, none))
+        total = jnp.where(total > 0, total, 1)
+        return peak, jnp.log(total), product / total
+
+    # A row past the end gets a huge normaliser and so no weight.
+    peak = _blocks(peak, query_blocks, rows, -HIDDEN)
+    log_total, product = _blocks((log_total, jnp.sum(d_out * sums.out, axis=-1)), query_blocks, rows)
+    # A bound on the rounding of a logit, by Cauchy's inequality: one unit of |q| |k|.
+    rounding = jnp.finfo(q.dtype).eps * jnp.sqrt(jnp.max(jnp.sum(q * q, -1)) * jnp.max(jnp.sum(k * k, -1)))
+    saved = lambda *x: x  # noqa: E731
+    peak, log_total, product = lax.cond(rounding > NOTICEABLE, again, saved, peak, log_total, product)
+    queries = *own, product - _blocks(d_lse, query_blocks, rows), peak, log_total
+
+    def add(gradients: tuple[Array, ...], i: Array, j: Array, seen: Any = None) -> tuple[Array, ...]:
+        (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i), _at(keys, j)
+        logits = (tile_logits(q, k, bias, seen) - peak[None, :]) - log_total[None, :]
+        # As in `accelerator_backward`.
+        weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
+        d_logits = weights * (v @ d_out.T - delta[None, :])
+        # The barrier keeps XLA from turning this into d_logits.T @ k, whose large operand would be transposed.
+        terms = lax.optimization_barrier(k.T @ d_logits).T, d_logits @ q, weights @ d_out
+        return tuple(_add_to(x, index, term) for x, index, term in zip(gradients, (i, j, j), terms, strict=True))
+
+    gradients = over_tiles(add, tuple(jnp.zeros_like(x) for x in (own[0], *keys[:2])))
+    d_q, d_k, d_v = (x.reshape(-1, x.shape[-1]) for x in gradients)
+    d_q, d_k, d_v = d_q[:num_queries] * jnp.sqrt(scale), d_k[:num_keys] * jnp.sqrt(scale), d_v[:num_keys]
+    return d_q, d_k, d_v, jnp.sum(d_q * unscaled) / scale
