@@ -129,7 +129,7 @@ class _Sums(NamedTuple):
         return _Sums(peak, self.total * own + other.total * others, product)
 
 
-def _logits(q: Array, k: Array, scale: Array | None, bias: Array | None) -> Array:
+def _logits(q: Array, k: Array, bias: Array | None, scale: Array | None) -> Array:
     logits = _product(q, k.T)
     logits = logits if scale is None else logits * scale
     return logits if bias is None else logits + bias
@@ -139,8 +139,8 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=accumulation_dtype(a, b))
 
 
-def _tile(q: Array, k: Array, v: Array, scale: Array | None, bias: Array | None, seen: Any = None) -> _Sums:
-    logits = _logits(q, k, scale, bias)
+def _tile(q: Array, k: Array, v: Array, bias: Array | None, scale: Array | None = None, seen: Any = None) -> _Sums:
+    logits = _logits(q, k, bias, scale)
     logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
     # The peak cancels between numerator and normaliser, so it needs no derivative.
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -148,30 +148,34 @@ def _tile(q: Array, k: Array, v: Array, scale: Array | None, bias: Array | None,
     return _Sums(peak[:, 0], jnp.sum(weights, axis=-1), _product(weights.astype(v.dtype), v))
 
 
-def _diagonal(q: Array, k: Array, v: Array, scale: Array | None, bias: Array | None, strip: int) -> _Sums:
+def _diagonal(q: Array, k: Array, v: Array, bias: Array | None, strip: int) -> _Sums:
     """A tile on the diagonal, in strips of queries that see no key behind their last."""
     parts = []
     for start in range(0, q.shape[0], strip):
         end = min(start + strip, q.shape[0])
         seen = jnp.tri(end - start, end, start, dtype=bool)
-        parts.append(_tile(q[start:end], k[:end], v[:end], scale, None if bias is None else bias[:end], seen))
+        parts.append(_tile(q[start:end], k[:end], v[:end], None if bias is None else bias[:end], seen=seen))
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
-def _over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, rows: int, columns: int | None = None) -> Any:
-    """``step(carry, i, j)`` over all pairs of blocks, row by row; without ``columns`` over those with j < i."""
-    count = rows * (rows - 1) // 2 if columns is None else rows * columns
+def _over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, rows: range, length: Callable[[Any], Any]) -> Any:
+    """``step(carry, i, j)`` for all ``j < length(i)`` of every row i, one after the other."""
+    count = sum(map(length, rows))
     if not count:
         return carry
 
     def body(_, place: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
         i, j, carry = place
         carry = step(carry, i, j)
-        last = j + 1 == (i if columns is None else columns)
+        last = j + 1 == length(i)
         return jnp.where(last, i + 1, i), jnp.where(last, 0, j + 1), carry
 
-    first = jnp.int32(1 if columns is None else 0)
-    return lax.fori_loop(0, count, body, (first, jnp.int32(0), carry))[2]
+    return lax.fori_loop(0, count, body, (jnp.int32(rows.start), jnp.int32(0), carry))[2]
+
+
+def _over_blocks(step: Callable[[Any, Array, Array], Any], carry: Any, rows: int, columns: int | None) -> Any:
+    """``step(carry, i, j)`` for all pairs of blocks, or without ``columns`` for those with j <= i."""
+    return _over_pairs(step, carry, range(rows), lambda i: i + 1 if columns is None else columns)
 
 
 def _at(tree: Any, index: Array) -> Any:
@@ -192,35 +196,27 @@ def _blocks(x: Any, blocks: int, rows: int, fill: float = 0) -> Any:
     return jax.tree.map(of, x)
 
 
-def _key_bias(kv_mask: Array | None, num_keys: int, padding: int, dtype: Any) -> Array | None:
-    """The bias of keys that hides padding; None where there is nothing to hide."""
-    if kv_mask is None and not padding:
-        return None
-    return mask_bias(real_keys(kv_mask, num_keys), dtype)
+def _key_bias(kv_mask: Array | None, num_keys: int, dtype: Any) -> Array | None:
+    return None if kv_mask is None else mask_bias(real_keys(kv_mask, num_keys), dtype)
 
 
-def _forward(
-    q: Array, k: Array, v: Array, scale: Array | None, kv_mask: Array | None, *, is_causal: bool, tile: int, strip: int
-) -> Normalised:
-    """Tiles of at most ``tile`` queries and keys: one pass over the diagonal or the first keys, one over the others."""
-    (num_queries, num_keys), dtype = (q.shape[0], k.shape[0]), accumulation_dtype(q)
-    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, tile), even_split(num_keys, tile)
+def _key_blocks(k: Array, v: Array, kv_mask: Array | None, dtype: Any, tile: int, is_causal: bool) -> tuple[Any, ...]:
+    """Keys, values, and the bias that hides padding, or None where there is nothing to hide; in blocks."""
+    blocks, rows = even_split(k.shape[0], tile)
     # Causally no real query sees the padding behind the last key.
-    padding = 0 if is_causal else key_blocks * columns - num_keys
-    queries = _blocks(q, query_blocks, rows)
-    keys = _blocks((k, v), key_blocks, columns)
-    bias = _blocks(_key_bias(kv_mask, num_keys, padding, dtype), key_blocks, columns, HIDDEN)
+    if kv_mask is None and not is_causal and blocks * rows > k.shape[0]:
+        kv_mask = jnp.ones(k.shape[0], bool)
+    bias = _key_bias(kv_mask, k.shape[0], dtype)
+    return *_blocks((k, v), blocks, rows), _blocks(bias, blocks, rows, HIDDEN)
 
-    def add(sums: _Sums, i: Array, j: Array) -> _Sums:
-        tile = _tile(_at(queries, i), *_at(keys, j), scale, _at(bias, j))
-        return _put(sums, i, _at(sums, i).plus(tile))
 
-    if is_causal:
-        first = lambda x: _diagonal(x[0], *x[1], scale, x[2], strip)  # noqa: E731
-        sums = _over_pairs(add, lax.map(first, (queries, keys, bias)), query_blocks)
-    else:
-        first = lambda q: _tile(q, *_at(keys, 0), scale, _at(bias, 0))  # noqa: E731
-        sums = _over_pairs(lambda x, i, j: add(x, i, j + 1), lax.map(first, queries), query_blocks, key_blocks - 1)
+def _no_sums(queries: Array, v: Array, dtype: Any) -> _Sums:
+    """The sums over no key, for blocks of queries."""
+    none = jnp.zeros_like(queries[..., 0], dtype)
+    return _Sums(none + HIDDEN, none, none[..., None] + jnp.zeros(v.shape[1], dtype))
+
+
+def _normalise(sums: _Sums, num_queries: int) -> Normalised:
     peak, total, product = out_of_blocks(sums, num_queries)
     # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
     unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
@@ -235,12 +231,20 @@ def _in_float32(q: Array, k: Array, v: Array, scale: Array) -> tuple[Array, Arra
 
 
 def cpu_forward(q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | None, *, is_causal: bool) -> Normalised:
-    """Attention in float32 or wider, in tiles for the cache of a CPU."""
+    """Attention in float32 or wider, in tiles for the cache of a CPU: those on the diagonal, then those below it."""
     q, k, v = _in_float32(q, k, v, scale)
-    if is_causal:
-        return _forward(q, k, v, None, kv_mask, is_causal=True, tile=CPU_TILE, strip=CPU_STRIP)
-    state = blocked_state(q, k, v, _key_bias(kv_mask, k.shape[0], 0, q.dtype))
-    return Normalised(state.out, jnp.maximum(state.lse, HIDDEN), jnp.zeros_like(state.lse))
+    if not is_causal:
+        state = blocked_state(q, k, v, _key_bias(kv_mask, k.shape[0], q.dtype))
+        return Normalised(state.out, jnp.maximum(state.lse, HIDDEN), jnp.zeros_like(state.lse))
+    blocks, rows = even_split(q.shape[0], CPU_TILE)
+    queries, keys = _blocks(q, blocks, rows), _key_blocks(k, v, kv_mask, q.dtype, CPU_TILE, is_causal)
+
+    def add(sums: _Sums, i: Array, j: Array) -> _Sums:
+        return _put(sums, i, _at(sums, i).plus(_tile(_at(queries, i), *_at(keys, j))))
+
+    diagonal = lambda i, sums: _put(sums, i, _diagonal(_at(queries, i), *_at(keys, i), CPU_STRIP))  # noqa: E731
+    sums = lax.fori_loop(0, blocks, diagonal, _no_sums(queries, v, q.dtype))
+    return _normalise(_over_pairs(add, sums, range(1, blocks), lambda i: i), q.shape[0])
 
 
 def accelerator_forward(
@@ -248,11 +252,25 @@ def accelerator_forward(
 ) -> Normalised:
     """Attention of tensors in their dtype, with sums in float32 or wider."""
     tile = _accelerator_tile(q, k)
-    return _forward(q, k, v, scale, kv_mask, is_causal=is_causal, tile=tile, strip=tile)
+    blocks, rows = even_split(q.shape[0], tile)
+    queries, keys = _blocks(q, blocks, rows), _key_blocks(k, v, kv_mask, scale.dtype, tile, is_causal)
+
+    def add(sums: _Sums, i: Array, j: Array) -> _Sums:
+        seen = _seen(i, j, rows) if is_causal else None
+        return _put(sums, i, _at(sums, i).plus(_tile(_at(queries, i), *_at(keys, j), scale, seen)))
+
+    sums = _over_blocks(add, _no_sums(queries, v, scale.dtype), blocks, None if is_causal else len(keys[0]))
+    return _normalise(sums, q.shape[0])
 
 
 def _accelerator_tile(q: Array, k: Array) -> int:
     return min(max(max(q.shape[0], k.shape[0]) // 8, LEAST_TILE), GREATEST_TILE)
+
+
+def _seen(i: Array, j: Array, rows: int) -> Array:
+    """The keys of block j that queries of block i see; also below the diagonal: two loops would be twice the program."""
+    place = lax.broadcasted_iota(jnp.int32, (rows, rows), 0) - lax.broadcasted_iota(jnp.int32, (rows, rows), 1)
+    return place >= (j - i) * rows
 
 
 def _cotangents(sums: Normalised, cotangent: AttentionState) -> tuple[Array, Array, Array, Array]:
@@ -286,19 +304,17 @@ def accelerator_backward(
     """
     num_queries, num_keys = q.shape[0], k.shape[0]
     tile = _accelerator_tile(q, k)
-    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, tile), even_split(num_keys, tile)
-    padding = 0 if is_causal else key_blocks * columns - num_keys
+    blocks, rows = even_split(num_queries, tile)
     peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
     delta = jnp.sum(d_out * sums.out, axis=-1) - d_lse
     # Rows past the end have the cotangent 0.
-    queries = _blocks((q, d_out.astype(v.dtype), delta, peak, log_total), query_blocks, rows)
-    bias = _blocks(_key_bias(kv_mask, num_keys, padding, scale.dtype), key_blocks, columns, HIDDEN)
-    keys = (*_blocks((k, v), key_blocks, columns), bias)
+    queries = _blocks((q, d_out.astype(v.dtype), delta, peak, log_total), blocks, rows)
+    keys = _key_blocks(k, v, kv_mask, scale.dtype, tile, is_causal)
 
-    def add(gradients: tuple[Array, ...], i: Array, j: Array, seen: Any = None) -> tuple[Array, ...]:
+    def add(gradients: tuple[Array, ...], i: Array, j: Array) -> tuple[Array, ...]:
         (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i), _at(keys, j)
-        logits = _logits(q, k, scale, bias)
-        logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
+        logits = _logits(q, k, bias, scale)
+        logits = jnp.where(_seen(i, j, rows), logits, HIDDEN) if is_causal else logits
         logits = (logits - peak[:, None]) - log_total[:, None]
         # Rounding lifts no weight above 1; as a constant, so that second derivatives see the logits.
         weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
@@ -307,10 +323,7 @@ def accelerator_backward(
         return tuple(_add_to(x, index, term) for x, index, term in zip(gradients, (i, j, j), terms, strict=True))
 
     gradients = tuple(jnp.zeros_like(x, scale.dtype) for x in (queries[0], *keys[:2]))
-    gradients = _over_pairs(add, gradients, query_blocks, None if is_causal else key_blocks)
-    if is_causal:
-        seen = jnp.tri(rows, dtype=bool)
-        gradients = lax.fori_loop(0, query_blocks, lambda i, x: add(x, i, i, seen), gradients)
+    gradients = _over_blocks(add, gradients, blocks, None if is_causal else len(keys[0]))
     d_q, d_k, d_v = (x.reshape(-1, x.shape[-1]) for x in gradients)
     d_q = d_q[:num_queries]
     return d_q * scale, d_k[:num_keys] * scale, d_v[:num_keys], jnp.sum(d_q * q)
@@ -339,22 +352,20 @@ def cpu_backward(
     num_queries, num_keys = q.shape[0], k.shape[0]
     # Smaller causal tiles waste less on the diagonal, larger ones run faster.
     block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
-    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, block), even_split(num_keys, block)
+    query_blocks, rows = even_split(num_queries, block)
     peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
-    own = _blocks((q, d_out), query_blocks, rows)
-    bias = _blocks(mask_bias(real_keys(kv_mask, num_keys), q.dtype), key_blocks, columns, HIDDEN)
-    keys = (*_blocks((k, v), key_blocks, columns), bias)
+    own, keys = _blocks((q, d_out), query_blocks, rows), _key_blocks(k, v, kv_mask, q.dtype, block, is_causal)
 
     def over_tiles(add: Callable[..., Any], total: Any) -> Any:
-        # Below the diagonal no mask is computed; tiles above it are not visited.
-        total = _over_pairs(add, total, query_blocks, None if is_causal else key_blocks)
         if not is_causal:
-            return total
+            return _over_blocks(add, total, query_blocks, len(keys[0]))
+        # Below the diagonal no mask is computed; tiles above it are not visited.
+        total = _over_pairs(add, total, range(1, query_blocks), lambda i: i)
         seen = jnp.tri(rows, dtype=bool).T
         return lax.fori_loop(0, query_blocks, lambda i, x: add(x, i, i, seen), total)
 
-    def tile_logits(q: Array, k: Array, bias: Array, seen: Any) -> Array:
-        logits = k @ q.T + bias[:, None]
+    def tile_logits(q: Array, k: Array, bias: Array | None, seen: Any) -> Array:
+        logits = k @ q.T if bias is None else k @ q.T + bias[:, None]
         return logits if seen is None else jnp.where(seen, logits, HIDDEN)
 
     def add_row_sums(sums: _Sums, i: Array, j: Array, seen: Any = None) -> _Sums:
