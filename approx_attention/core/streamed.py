@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from approx_attention.core.checks import accumulation_dtype, real_keys
-from approx_attention.core.rows import along_with, even_split, out_of_blocks
+from approx_attention.core.rows import along_with, even_split
 from approx_attention.core.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.core.states import AttentionState
 
@@ -178,46 +178,53 @@ def _over_blocks(step: Callable[[Any, Array, Array], Any], carry: Any, rows: int
     return _over_pairs(step, carry, range(rows), lambda i: i + 1 if columns is None else columns)
 
 
-def _at(tree: Any, index: Array) -> Any:
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+def _at(tree: Any, index: Array, rows: int) -> Any:
+    """Block ``index`` of arrays whose rows are padded to blocks.
+
+    They keep the axis of tokens: cut in two, it would cost a TPU a copy in another layout, of every tensor.
+    """
+    read = functools.partial(lax.dynamic_slice_in_dim, slice_size=rows, allow_negative_indices=False)
+    return jax.tree.map(lambda x: read(x, index * rows), tree)
 
 
 def _put(tree: Any, index: Array, block: Any) -> Any:
-    return jax.tree.map(lambda x, part: lax.dynamic_update_index_in_dim(x, part, index, 0), tree, block)
+    write = functools.partial(lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+    return jax.tree.map(lambda x, part: write(x, part, index * part.shape[0]), tree, block)
 
 
-def _blocks(x: Any, blocks: int, rows: int, fill: float = 0) -> Any:
-    """Rows ``[n, ...]`` as blocks ``[blocks, rows, ...]``, padded with ``fill``."""
+def _padded(tree: Any, length: int, fill: float = 0) -> Any:
+    """Arrays with rows of ``fill`` up to a length."""
 
     def of(x: Array) -> Array:
-        around = ((0, blocks * rows - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, around, constant_values=fill).reshape(blocks, rows, *x.shape[1:])
+        around = ((0, length - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, around, constant_values=fill) if length > x.shape[0] else x
 
-    return jax.tree.map(of, x)
+    return jax.tree.map(of, tree)
 
 
 def _key_bias(kv_mask: Array | None, num_keys: int, dtype: Any) -> Array | None:
     return None if kv_mask is None else mask_bias(real_keys(kv_mask, num_keys), dtype)
 
 
-def _key_blocks(k: Array, v: Array, kv_mask: Array | None, dtype: Any, tile: int, is_causal: bool) -> tuple[Any, ...]:
-    """Keys, values, and the bias that hides padding, or None where there is nothing to hide; in blocks."""
-    blocks, rows = even_split(k.shape[0], tile)
+def _padded_keys(
+    k: Array, v: Array, kv_mask: Array | None, dtype: Any, length: int, is_causal: bool
+) -> tuple[Array, Array, Array | None]:
+    """Keys and values padded to a length, and the bias that hides padding, or None where there is nothing to hide."""
     # Causally no real query sees the padding behind the last key.
-    if kv_mask is None and not is_causal and blocks * rows > k.shape[0]:
+    if kv_mask is None and not is_causal and length > k.shape[0]:
         kv_mask = jnp.ones(k.shape[0], bool)
     bias = _key_bias(kv_mask, k.shape[0], dtype)
-    return *_blocks((k, v), blocks, rows), _blocks(bias, blocks, rows, HIDDEN)
+    return *_padded((k, v), length), _padded(bias, length, HIDDEN)
 
 
 def _no_sums(queries: Array, v: Array, dtype: Any) -> _Sums:
-    """The sums over no key, for blocks of queries."""
-    none = jnp.zeros_like(queries[..., 0], dtype)
-    return _Sums(none + HIDDEN, none, none[..., None] + jnp.zeros(v.shape[1], dtype))
+    """The sums over no key."""
+    none = jnp.zeros_like(queries[:, 0], dtype)
+    return _Sums(none + HIDDEN, none, none[:, None] + jnp.zeros(v.shape[1], dtype))
 
 
 def _normalise(sums: _Sums, num_queries: int) -> Normalised:
-    peak, total, product = out_of_blocks(sums, num_queries)
+    peak, total, product = jax.tree.map(lambda x: x[:num_queries], sums)
     # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
     unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
     out = jnp.where(unseen[:, None], 0, product / total[:, None])
@@ -237,13 +244,17 @@ def cpu_forward(q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | Non
         state = blocked_state(q, k, v, _key_bias(kv_mask, k.shape[0], q.dtype))
         return Normalised(state.out, jnp.maximum(state.lse, HIDDEN), jnp.zeros_like(state.lse))
     blocks, rows = even_split(q.shape[0], CPU_TILE)
-    queries, keys = _blocks(q, blocks, rows), _key_blocks(k, v, kv_mask, q.dtype, CPU_TILE, is_causal)
+    queries = _padded(q, blocks * rows)
+    keys = _padded_keys(k, v, kv_mask, q.dtype, blocks * rows, is_causal)
+    at = functools.partial(_at, rows=rows)
+
+    def start(i: Array, sums: _Sums) -> _Sums:
+        return _put(sums, i, _diagonal(at(queries, i), *at(keys, i), CPU_STRIP))
 
     def add(sums: _Sums, i: Array, j: Array) -> _Sums:
-        return _put(sums, i, _at(sums, i).plus(_tile(_at(queries, i), *_at(keys, j))))
+        return _put(sums, i, at(sums, i).plus(_tile(at(queries, i), *at(keys, j))))
 
-    diagonal = lambda i, sums: _put(sums, i, _diagonal(_at(queries, i), *_at(keys, i), CPU_STRIP))  # noqa: E731
-    sums = lax.fori_loop(0, blocks, diagonal, _no_sums(queries, v, q.dtype))
+    sums = lax.fori_loop(0, blocks, start, _no_sums(queries, v, q.dtype))
     return _normalise(_over_pairs(add, sums, range(1, blocks), lambda i: i), q.shape[0])
 
 
@@ -251,15 +262,16 @@ def accelerator_forward(
     q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | None, *, is_causal: bool
 ) -> Normalised:
     """Attention of tensors in their dtype, with sums in float32 or wider."""
-    tile = _accelerator_tile(q, k)
-    blocks, rows = even_split(q.shape[0], tile)
-    queries, keys = _blocks(q, blocks, rows), _key_blocks(k, v, kv_mask, scale.dtype, tile, is_causal)
+    (blocks, rows), (key_blocks, columns) = (even_split(x.shape[0], _accelerator_tile(q, k)) for x in (q, k))
+    queries = _padded(q, blocks * rows)
+    keys = _padded_keys(k, v, kv_mask, scale.dtype, key_blocks * columns, is_causal)
 
     def add(sums: _Sums, i: Array, j: Array) -> _Sums:
         seen = _seen(i, j, rows) if is_causal else None
-        return _put(sums, i, _at(sums, i).plus(_tile(_at(queries, i), *_at(keys, j), scale, seen)))
+        tile = _tile(_at(queries, i, rows), *_at(keys, j, columns), scale, seen)
+        return _put(sums, i, _at(sums, i, rows).plus(tile))
 
-    sums = _over_blocks(add, _no_sums(queries, v, scale.dtype), blocks, None if is_causal else len(keys[0]))
+    sums = _over_blocks(add, _no_sums(queries, v, scale.dtype), blocks, None if is_causal else key_blocks)
     return _normalise(sums, q.shape[0])
 
 
@@ -268,7 +280,7 @@ def _accelerator_tile(q: Array, k: Array) -> int:
 
 
 def _seen(i: Array, j: Array, rows: int) -> Array:
-    """The keys of block j that queries of block i see; also below the diagonal: two loops would be twice the program."""
+    """Which keys of block j queries of block i see, also below the diagonal: one loop is less program than two."""
     place = lax.broadcasted_iota(jnp.int32, (rows, rows), 0) - lax.broadcasted_iota(jnp.int32, (rows, rows), 1)
     return place >= (j - i) * rows
 
@@ -281,7 +293,7 @@ def _cotangents(sums: Normalised, cotangent: AttentionState) -> tuple[Array, Arr
 
 
 def _add_to(total: Array, index: Array, term: Array) -> Array:
-    return _put(total, index, _at(total, index) + term)
+    return _put(total, index, _at(total, index, term.shape[0]) + term)
 
 
 def accelerator_backward(
@@ -303,16 +315,15 @@ def accelerator_backward(
     Tiles are those of the forward pass, so that logits of any size are rounded alike in both.
     """
     num_queries, num_keys = q.shape[0], k.shape[0]
-    tile = _accelerator_tile(q, k)
-    blocks, rows = even_split(num_queries, tile)
+    (blocks, rows), (key_blocks, columns) = (even_split(x.shape[0], _accelerator_tile(q, k)) for x in (q, k))
     peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
     delta = jnp.sum(d_out * sums.out, axis=-1) - d_lse
     # Rows past the end have the cotangent 0.
-    queries = _blocks((q, d_out.astype(v.dtype), delta, peak, log_total), blocks, rows)
-    keys = _key_blocks(k, v, kv_mask, scale.dtype, tile, is_causal)
+    queries = _padded((q, d_out.astype(v.dtype), delta, peak, log_total), blocks * rows)
+    keys = _padded_keys(k, v, kv_mask, scale.dtype, key_blocks * columns, is_causal)
 
     def add(gradients: tuple[Array, ...], i: Array, j: Array) -> tuple[Array, ...]:
-        (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i), _at(keys, j)
+        (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i, rows), _at(keys, j, columns)
         logits = _logits(q, k, bias, scale)
         logits = jnp.where(_seen(i, j, rows), logits, HIDDEN) if is_causal else logits
         logits = (logits - peak[:, None]) - log_total[:, None]
@@ -323,8 +334,7 @@ def accelerator_backward(
         return tuple(_add_to(x, index, term) for x, index, term in zip(gradients, (i, j, j), terms, strict=True))
 
     gradients = tuple(jnp.zeros_like(x, scale.dtype) for x in (queries[0], *keys[:2]))
-    gradients = _over_blocks(add, gradients, blocks, None if is_causal else len(keys[0]))
-    d_q, d_k, d_v = (x.reshape(-1, x.shape[-1]) for x in gradients)
+    d_q, d_k, d_v = _over_blocks(add, gradients, blocks, None if is_causal else key_blocks)
     d_q = d_q[:num_queries]
     return d_q * scale, d_k[:num_keys] * scale, d_v[:num_keys], jnp.sum(d_q * q)
 
@@ -352,13 +362,14 @@ def cpu_backward(
     num_queries, num_keys = q.shape[0], k.shape[0]
     # Smaller causal tiles waste less on the diagonal, larger ones run faster.
     block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
-    query_blocks, rows = even_split(num_queries, block)
+    (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, block), even_split(num_keys, block)
+    length = query_blocks * rows
     peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
-    own, keys = _blocks((q, d_out), query_blocks, rows), _key_blocks(k, v, kv_mask, q.dtype, block, is_causal)
+    own, keys = _padded((q, d_out), length), _padded_keys(k, v, kv_mask, q.dtype, key_blocks * columns, is_causal)
 
     def over_tiles(add: Callable[..., Any], total: Any) -> Any:
         if not is_causal:
-            return _over_blocks(add, total, query_blocks, len(keys[0]))
+            return _over_blocks(add, total, query_blocks, key_blocks)
         # Below the diagonal no mask is computed; tiles above it are not visited.
         total = _over_pairs(add, total, range(1, query_blocks), lambda i: i)
         seen = jnp.tri(rows, dtype=bool).T
@@ -369,7 +380,7 @@ def cpu_backward(
         return logits if seen is None else jnp.where(seen, logits, HIDDEN)
 
     def add_row_sums(sums: _Sums, i: Array, j: Array, seen: Any = None) -> _Sums:
-        (q, d_out), (k, v, bias), before = _at(own, i), _at(keys, j), _at(sums, i)
+        (q, d_out), (k, v, bias), before = _at(own, i, rows), _at(keys, j, columns), _at(sums, i, rows)
         logits = tile_logits(q, k, bias, seen)
         peak = lax.stop_gradient(jnp.maximum(before.peak, jnp.max(logits, axis=0)))
         weights, rest = jnp.exp(logits - peak[None, :]), jnp.exp(before.peak - peak)
@@ -383,16 +394,16 @@ def cpu_backward(
         return peak, jnp.log(total), product / total
 
     # A row past the end gets a huge normaliser and so no weight.
-    peak = _blocks(peak, query_blocks, rows, -HIDDEN)
-    log_total, product = _blocks((log_total, jnp.sum(d_out * sums.out, axis=-1)), query_blocks, rows)
+    peak = _padded(peak, length, -HIDDEN)
+    log_total, product = _padded((log_total, jnp.sum(d_out * sums.out, axis=-1)), length)
     # A bound on the rounding of a logit, by Cauchy's inequality: one unit of |q| |k|.
     rounding = jnp.finfo(q.dtype).eps * jnp.sqrt(jnp.max(jnp.sum(q * q, -1)) * jnp.max(jnp.sum(k * k, -1)))
     saved = lambda *x: x  # noqa: E731
     peak, log_total, product = lax.cond(rounding > NOTICEABLE, again, saved, peak, log_total, product)
-    queries = *own, product - _blocks(d_lse, query_blocks, rows), peak, log_total
+    queries = *own, product - _padded(d_lse, length), peak, log_total
 
     def add(gradients: tuple[Array, ...], i: Array, j: Array, seen: Any = None) -> tuple[Array, ...]:
-        (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i), _at(keys, j)
+        (q, d_out, delta, peak, log_total), (k, v, bias) = _at(queries, i, rows), _at(keys, j, columns)
         logits = (tile_logits(q, k, bias, seen) - peak[None, :]) - log_total[None, :]
         # As in `accelerator_backward`.
         weights = jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))
@@ -401,7 +412,6 @@ def cpu_backward(
         terms = lax.optimization_barrier(k.T @ d_logits).T, d_logits @ q, weights @ d_out
         return tuple(_add_to(x, index, term) for x, index, term in zip(gradients, (i, j, j), terms, strict=True))
 
-    gradients = over_tiles(add, tuple(jnp.zeros_like(x) for x in (own[0], *keys[:2])))
-    d_q, d_k, d_v = (x.reshape(-1, x.shape[-1]) for x in gradients)
+    d_q, d_k, d_v = over_tiles(add, tuple(jnp.zeros_like(x) for x in (own[0], *keys[:2])))
     d_q, d_k, d_v = d_q[:num_queries] * jnp.sqrt(scale), d_k[:num_keys] * jnp.sqrt(scale), d_v[:num_keys]
     return d_q, d_k, d_v, jnp.sum(d_q * unscaled) / scale
