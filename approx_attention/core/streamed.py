@@ -132,7 +132,7 @@ class _Sums(NamedTuple):
 def _logits(q: Array, k: Array, bias: Array | None, scale: Array | None) -> Array:
     logits = _product(q, k.T)
     logits = logits if scale is None else logits * scale
-    return logits if bias is None else logits + bias
+    return logits if bias is None else logits + bias[None, :]
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -220,7 +220,7 @@ def _padded_keys(
 def _no_sums(queries: Array, v: Array, dtype: Any) -> _Sums:
     """The sums over no key."""
     none = jnp.zeros_like(queries[:, 0], dtype)
-    return _Sums(none + HIDDEN, none, none[:, None] + jnp.zeros(v.shape[1], dtype))
+    return _Sums(none + HIDDEN, none, none[:, None] + jnp.zeros((1, v.shape[1]), dtype))
 
 
 def _normalise(sums: _Sums, num_queries: int) -> Normalised:
@@ -336,7 +336,7 @@ def accelerator_backward(
     gradients = tuple(jnp.zeros_like(x, scale.dtype) for x in (queries[0], *keys[:2]))
     d_q, d_k, d_v = _over_blocks(add, gradients, blocks, None if is_causal else key_blocks)
     d_q = d_q[:num_queries]
-    return d_q * scale, d_k[:num_keys] * scale, d_v[:num_keys], jnp.sum(d_q * q)
+    return d_q * scale, d_k[:num_keys] * scale, d_v[:num_keys], jnp.sum(d_q * q.astype(d_q.dtype))
 
 
 def cpu_backward(
@@ -414,4 +414,4 @@ def cpu_backward(
 
     d_q, d_k, d_v = over_tiles(add, tuple(jnp.zeros_like(x) for x in (own[0], *keys[:2])))
     d_q, d_k, d_v = d_q[:num_queries] * jnp.sqrt(scale), d_k[:num_keys] * jnp.sqrt(scale), d_v[:num_keys]
-    return d_q, d_k, d_v, jnp.sum(d_q * unscaled) / scale
+    return d_q, d_k, d_v, jnp.sum(d_q * unscaled.astype(d_q.dtype)) / scale
