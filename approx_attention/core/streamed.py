@@ -249,7 +249,7 @@ def cpu_forward(q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | Non
     at = functools.partial(_at, rows=rows)
 
     def start(i: Array, sums: _Sums) -> _Sums:
-        return _put(sums, i, _diagonal(at(queries, i), *at(keys, i), CPU_STRIP))
+        return _put(sums, i, _diagonal(at(queries, i), *at(keys, i), strip=CPU_STRIP))
 
     def add(sums: _Sums, i: Array, j: Array) -> _Sums:
         return _put(sums, i, at(sums, i).plus(_tile(at(queries, i), *at(keys, j))))
@@ -268,7 +268,7 @@ def accelerator_forward(
 
     def add(sums: _Sums, i: Array, j: Array) -> _Sums:
         seen = _seen(i, j, rows) if is_causal else None
-        tile = _tile(_at(queries, i, rows), *_at(keys, j, columns), scale, seen)
+        tile = _tile(_at(queries, i, rows), *_at(keys, j, columns), scale=scale, seen=seen)
         return _put(sums, i, _at(sums, i, rows).plus(tile))
 
     sums = _over_blocks(add, _no_sums(queries, v, scale.dtype), blocks, None if is_causal else key_blocks)
