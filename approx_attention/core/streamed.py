@@ -67,8 +67,9 @@ def streamed_state(
     scale = jnp.asarray(scale, dtype)
     # In shard_map the gradient of a tensor that all devices share is a sum over devices, which the rule below does not
     # take: all are made to vary alike.
-    if len({getattr(jax.typeof(x), "mat", None) for x in (*tensors, scale)}) > 1:
-        *tensors, scale = along_with((*tensors, scale), *tensors)
+    operands = *tensors, scale, *(() if kv_mask is None else (kv_mask,))
+    if len({getattr(jax.typeof(x), "mat", None) for x in operands}) > 1:
+        *tensors, scale = along_with((*tensors, scale), *operands)
     wide = tuple(x.astype(dtype) for x in tensors)
     return _streamed_state(tuple(tensors), wide, scale, kv_mask, is_causal)
 
@@ -85,16 +86,22 @@ def _streamed_state(
 
 
 def _streamed_forward(tensors, wide, scale, kv_mask, is_causal):
-    cpu, default = (functools.partial(form, is_causal=is_causal) for form in (cpu_forward, accelerator_forward))
-    sums = lax.platform_dependent(*tensors, scale, kv_mask, cpu=cpu, default=default)
+    sums = _by_platform(cpu_forward, accelerator_forward, is_causal, *tensors, scale, kv_mask)
     return sums.state(), (tensors, scale, kv_mask, sums)
 
 
 def _streamed_backward(is_causal, residuals, cotangent):
     tensors, scale, kv_mask, sums = residuals
-    cpu, default = (functools.partial(form, is_causal=is_causal) for form in (cpu_backward, accelerator_backward))
-    *gradients, d_scale = lax.platform_dependent(*tensors, scale, kv_mask, sums, cotangent, cpu=cpu, default=default)
+    operands = *tensors, scale, kv_mask, sums, cotangent
+    *gradients, d_scale = _by_platform(cpu_backward, accelerator_backward, is_causal, *operands)
     return None, tuple(gradients), d_scale, None
+
+
+# Compiled also where the caller compiles nothing: else every call would compile the loops of all platforms anew.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _by_platform(cpu: Callable[..., Any], default: Callable[..., Any], is_causal: bool, *operands: Any) -> Any:
+    cpu, default = (functools.partial(form, is_causal=is_causal) for form in (cpu, default))
+    return lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
 _streamed_state.defvjp(_streamed_forward, _streamed_backward)
