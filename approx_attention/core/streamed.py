@@ -23,8 +23,8 @@ from approx_attention.core.rows import along_with, even_split
 from approx_attention.core.softmax import HIDDEN, blocked_state, mask_bias
 from approx_attention.core.states import AttentionState
 
-# Rows of a causal tile on a CPU; larger ones need fewer merges, and are read from memory.
-CPU_TILE = 1024
+# Rows of a causal tile on a CPU: smaller tiles waste less on the diagonal, larger ones run faster.
+LEAST_CPU_TILE, GREATEST_CPU_TILE = 512, 1024
 # On the diagonal a CPU splits its tiles into strips of this many queries: the masked half of a strip is small.
 CPU_STRIP = 128
 # Rows and columns of a tile on accelerators: a tile of every head that runs at once fits their memory, and the products
@@ -250,7 +250,7 @@ def cpu_forward(q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | Non
     if not is_causal:
         state = blocked_state(q, k, v, _key_bias(kv_mask, k.shape[0], q.dtype))
         return Normalised(state.out, jnp.maximum(state.lse, HIDDEN), jnp.zeros_like(state.lse))
-    blocks, rows = even_split(q.shape[0], CPU_TILE)
+    blocks, rows = even_split(q.shape[0], _causal_cpu_tile(q))
     queries = _padded(q, blocks * rows)
     keys = _padded_keys(k, v, kv_mask, q.dtype, blocks * rows, is_causal)
     at = functools.partial(_at, rows=rows)
@@ -263,6 +263,10 @@ def cpu_forward(q: Array, k: Array, v: Array, scale: Array, kv_mask: Array | Non
 
     sums = lax.fori_loop(0, blocks, start, _no_sums(queries, v, q.dtype))
     return _normalise(_over_pairs(add, sums, range(1, blocks), lambda i: i), q.shape[0])
+
+
+def _causal_cpu_tile(q: Array) -> int:
+    return min(max(q.shape[0] // 4, LEAST_CPU_TILE), GREATEST_CPU_TILE)
 
 
 def accelerator_forward(
@@ -367,8 +371,7 @@ def cpu_backward(
     unscaled = q
     q, k, v = _in_float32(q, k, v, scale)
     num_queries, num_keys = q.shape[0], k.shape[0]
-    # Smaller causal tiles waste less on the diagonal, larger ones run faster.
-    block = min(max(num_queries // 4, 512), 1024) if is_causal else 1024
+    block = _causal_cpu_tile(q) if is_causal else GREATEST_CPU_TILE
     (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, block), even_split(num_keys, block)
     length = query_blocks * rows
     peak, log_total, d_out, d_lse = _cotangents(sums, cotangent)
