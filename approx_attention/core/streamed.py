@@ -1,6 +1,6 @@
 r"""Exact attention of one head as a stream of tiles, full or causal, in memory linear in the sequence.
 
-The loops are flat: over pairs of blocks, of queries and of keys, causally those below the diagonal. Their program does
+The loops are flat: over pairs of blocks, of queries and of keys, causally down to the diagonal. Their program does
 not grow with the sequence. The gradient is written out: it recomputes the weights of a tile from the normalisers.
 
 The platform that a program is lowered for decides how its tiles are computed:
