@@ -25,6 +25,7 @@ from approx_attention.core.checks import (
     check_float_tuple,
     check_floating,
     check_floats,
+    check_head,
     check_key,
     check_key_value_fit,
     check_kv_mask,
@@ -112,11 +113,10 @@ from approx_attention.core.softmax import (
     dense_state,
     kernel_state,
     mask_bias,
-    streamed_state,
-    triangular_state,
     window_state,
 )
 from approx_attention.core.states import AttentionState, finite_peak, merge, normalise, subtract
+from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
     FeatureMoments,
@@ -186,6 +186,7 @@ __all__ = [
     "check_float_tuple",
     "check_floating",
     "check_floats",
+    "check_head",
     "check_key",
     "check_key_value_fit",
     "check_kv_mask",
@@ -261,7 +262,6 @@ __all__ = [
     "subtract",
     "summary_bytes",
     "token_sums_inputs",
-    "triangular_state",
     "unknown",
     "window_state",
     "within",

@@ -61,13 +61,18 @@ def checked_inputs(
     q: Array, k: Array, v: Array, *, kv_mask: Array | None = None, is_causal: bool = False
 ) -> tuple[Array, Array, Array]:
     """One head's tensors with zeroed padding, in their own dtypes and not scaled; raises as `head_inputs` does."""
+    check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
+    return q, *zero_padding(k, v, kv_mask)
+
+
+def check_head(q: Any, k: Any, v: Any, *, kv_mask: Any = None, is_causal: Any = False) -> None:
+    """The checks of `head_inputs`."""
     check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
         check_rows(name, x, axes)
     check_key_value_fit(q, k, v)
     if kv_mask is not None:
         check_kv_mask(kv_mask, k.shape[0])
-    return q, *zero_padding(k, v, kv_mask)
 
 
 def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[Array, Array]:

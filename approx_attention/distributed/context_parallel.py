@@ -26,7 +26,6 @@ from approx_attention.core import (
     Summary,
     WeightedKV,
     attend,
-    blocked_state,
     by_kv_head,
     check_count,
     check_flag,
@@ -41,7 +40,7 @@ from approx_attention.core import (
     merge,
     scan_blocks,
     split_arrays,
-    triangular_state,
+    streamed_state,
     window_state,
     within,
 )
@@ -298,7 +297,7 @@ def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_d
 
 @dataclasses.dataclass(frozen=True)
 class _Ring(_Form):
-    """Exact attention: keys and values visit every device in turn."""
+    """Exact attention: keys and values visit every device in turn, and are sent on before they are read."""
 
     is_causal: bool
 
@@ -311,9 +310,8 @@ class _Ring(_Form):
 
             def one(args: Any) -> AttentionState:
                 q, state, (k, v, real) = args
-                bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
-                whole = lambda q: blocked_state(q, k, v, bias)  # noqa: E731
-                half = lambda q: triangular_state(q, k, v, bias)  # noqa: E731
+                whole = lambda q: streamed_state(q, k, v, real)  # noqa: E731
+                half = lambda q: streamed_state(q, k, v, real, is_causal=True)  # noqa: E731
                 none = lambda q: AttentionState.empty(q.shape[0], v.shape[1], v.dtype)  # noqa: E731
                 forms = [jax.vmap(form) for form in (whole, half, none)]
                 if not self.is_causal:
@@ -325,16 +323,17 @@ class _Ring(_Form):
 
         def step(carry: Any, index: Array) -> tuple[Any, None]:
             state, tokens = carry
-            tokens = jax.tree.map(lambda x: lax.ppermute(x, axis, onwards), tokens)
-            return (visited(state, tokens, index), tokens), None
+            # Nothing that is computed here waits for what is sent, nor the other way round: they can overlap.
+            sent = jax.tree.map(lambda x: lax.ppermute(x, axis, onwards), tokens)
+            return (visited(state, tokens, index), sent), None
 
         tokens = heads.k, heads.v, heads.real
         rows = heads.q.shape[:3]
         empty = AttentionState(
             jnp.zeros((*rows, heads.v.shape[-1]), heads.v.dtype), jnp.full(rows, -jnp.inf, heads.v.dtype)
         )
-        state = visited(empty, tokens, jnp.zeros((), jnp.int32))
-        return lax.scan(step, (state, tokens), jnp.arange(1, devices, dtype=jnp.int32))[0][0].out
+        (state, tokens), _ = lax.scan(step, (empty, tokens), jnp.arange(devices - 1, dtype=jnp.int32))
+        return visited(state, tokens, jnp.int32(devices - 1)).out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,8 @@ def exact_arms(problem: Problem) -> list[Arm]:
     if logits <= LARGEST_LOGITS:
         forms[f"{EXACT} dense"] = ours("dense")
         if jax.default_backend() == "gpu":
+            head_dim = query.shape[-1]
+            fused = mask is None and head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= 128
             forms[f"{EXACT} bfloat16"] = lambda query, key, value, rng: (
                 attention(
                     *(x.astype(jnp.bfloat16) for x in (query, key, value)),
@@ -177,6 +179,7 @@ def exact_arms(problem: Problem) -> list[Arm]:
                     method=EXACT,
                     scale=scale,
                     is_causal=is_causal,
+                    implementation="cudnn" if fused else None,
                 ),
                 None,
             )

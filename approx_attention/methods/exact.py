@@ -19,19 +19,26 @@ from approx_attention.core import (
     check_bias_and_mask,
     check_choice,
     check_count,
+    check_head,
     dense_state,
     first_blocks,
     head_inputs,
+    logit_scale,
     output_or_state,
     streamed_state,
+    zero_padding,
 )
 
 Implementation = Literal["dense", "blocked", "cudnn"]
 P = ParamSpec("P")
+CUDNN_APPLIES = (
+    "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is a multiple "
+    "of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
+)
 
 
 def _output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
-    """`output_or_state`, with the outputs of the fused kernel where it applies.
+    """`output_or_state`, with the outputs of the fused kernel where it is asked for.
 
     The kernel makes no log-normalisers, so no state comes from it.
     """
@@ -39,8 +46,9 @@ def _output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
 
     @functools.wraps(method)
     def fused_first(q: Array, k: Any, v: Any, key: Any = None, *, return_state: bool = False, **options: Any) -> Any:
-        out = None if return_state else _fused(q, k, v, **options)
-        return method(q, k, v, key, return_state=return_state, **options) if out is None else out
+        if options.get("implementation") == "cudnn" and not return_state:
+            return _fused(q, k, v, **options)
+        return method(q, k, v, key, return_state=return_state, **options)
 
     return fused_first  # pyright: ignore[reportReturnType]
 
@@ -50,21 +58,16 @@ def _fused(
     k: Array,
     v: Array,
     *,
+    implementation: Implementation,
     is_causal: bool = False,
     scale: float | Array | None = None,
-    implementation: Implementation | None = None,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    kv_mask: Array | None = None,
     **others: Any,
-) -> Array | None:
-    """The output of the fused kernel for one head; None where it does not apply, as with a bias or a mask."""
-    plain = bias is None and mask is None and kv_mask is None and not others  # `exact` says what it does not have
-    if implementation not in (None, "cudnn") or not plain or not _cudnn_applies(q, k, v):
-        return None
-    # For its checks: the kernel takes tensors as they are, in half precision, and the scale apart.
-    head_inputs(q, k, v, scale=scale, is_causal=is_causal)
-    return _cudnn(q[:, None, :], k[:, None, :], v[:, None, :], scale, is_causal)[:, 0]
+) -> Array:
+    """The output of the fused kernel for one head."""
+    check_head(q, k, v, is_causal=is_causal)
+    if any(x is not None for x in others.values()):
+        raise ValueError(CUDNN_APPLIES)
+    return _cudnn(q[:, None, :], k[:, None, :], v[:, None, :], logit_scale(scale, q.shape[-1]), is_causal)[:, 0]
 
 
 @_output_or_state
@@ -81,7 +84,7 @@ def exact(
     scale: float | Array | None = None,
     implementation: Implementation | None = None,
 ) -> AttentionState:
-    r"""Softmax attention of one head, by the fastest implementation for its options and device.
+    r"""Softmax attention of one head, in memory linear in the sequence.
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}
 
@@ -91,8 +94,9 @@ def exact(
         bias: added to the logits, ``[T, S]``.
         mask: true where query t may see key j, ``[T, S]``.
         implementation: ``"blocked"`` streams tiles of logits in memory linear in T and S. ``"dense"`` makes all of them
-            at once, and alone takes a bias or mask and has a forward-mode derivative. ``"cudnn"`` is the GPU's fused
-            kernel. By default the last where it applies, else blocked, or dense for a bias or mask.
+            at once, and alone takes a bias or mask and has a forward-mode derivative. By default blocked, or dense for
+            a bias or mask. ``"cudnn"`` is the fused kernel of NVIDIA GPUs, faster than both, for programs that are
+            traced where there is one. It is never the default: the platform of a program is known when it is lowered.
 
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.
@@ -111,20 +115,19 @@ def exact(
     """
     plain = bias is None and mask is None
     if implementation is None:
-        # What the fused kernel serves never comes here.
         implementation = "blocked" if plain else "dense"
     check_choice("implementation", implementation, ("dense", "blocked", "cudnn"))
     if implementation == "blocked" and not plain:
         raise NotImplementedError("exact with implementation='blocked' supports neither bias nor mask; use 'dense'")
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if implementation == "cudnn":
-        raise ValueError(
-            "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is "
-            "a multiple of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
-        )
+        check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
+        raise ValueError(CUDNN_APPLIES)
     if implementation == "dense":
+        q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
         return dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
-    return streamed_state(q, k, v, kv_mask, is_causal)
+    check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
+    scale = logit_scale(scale, q.shape[-1])
+    return streamed_state(q, *zero_padding(k, v, kv_mask), kv_mask, scale=scale, is_causal=is_causal)
 
 
 def summarize_exact(
@@ -182,7 +185,7 @@ def exact_together(
     scale: float | Array | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N Dv"] | None:
-    """All heads in one call of the GPU's fused kernel, in which grouped heads share keys; None where it does not apply.
+    """All heads in one call of cuDNN's fused kernel, in which grouped heads share keys; None where it is not asked for.
 
     The options are those of `exact`.
 
@@ -193,25 +196,35 @@ def exact_together(
 
     Returns:
         Outputs ``[B, T, N, Dv]``, or None.
+
+    Raises:
+        ValueError: tensors that the kernel does not take, or no GPU.
     """
-    if implementation not in (None, "cudnn") or not _cudnn_applies(query, key, value):
+    if implementation != "cudnn":
         return None
-    return _cudnn(query, key, value, scale, is_causal)
+    return _cudnn(query, key, value, logit_scale(scale, query.shape[-1]), is_causal)
 
 
-def _cudnn(query: Array, key: Array, value: Array, scale: float | Array | None, is_causal: bool) -> Array:
+def _cudnn(query: Array, key: Array, value: Array, scale: float | Array, is_causal: bool) -> Array:
     """cuDNN's attention over ``[..., T, N, D]``, also where `jax.vmap` maps some of the operands or another axis.
 
     The batching rules that JAX has for it want every operand, and the cotangent, mapped along axis 0 or none of them.
     """
-    if scale is not None and not isinstance(scale, float | int):
+    half = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.bfloat16, jnp.float16)
+    head_dim = query.shape[-1]
+    if not half or head_dim != value.shape[-1] or head_dim % 8 or head_dim > 128:
+        raise ValueError(CUDNN_APPLIES)
+    if not isinstance(scale, float | int):
         # To the kernel a scale is a constant of the program.
         scaled = query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
         query, scale = scaled.astype(query.dtype), 1.0
     # All or none mapped, as the batching rules want it.
     query, key, value = along_with((query, key, value), query, key, value)
     attend: Any = jax.nn.dot_product_attention
-    out = attend(query, key, value, scale=scale, is_causal=is_causal, implementation="cudnn")
+    try:
+        out = attend(query, key, value, scale=scale, is_causal=is_causal, implementation="cudnn")
+    except RuntimeError as error:  # no cuDNN, or one that is too old
+        raise ValueError(CUDNN_APPLIES) from error
     return _cotangent_along_with(out, query)
 
 
@@ -224,12 +237,6 @@ _cotangent_along_with.defvjp(
     lambda x, other: (x, other),
     lambda other, cotangent: (along_with(cotangent, other), jnp.zeros_like(other)),
 )
-
-
-def _cudnn_applies(q: Array, k: Array, v: Array) -> bool:
-    half = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
-    one_head_dim = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return half and one_head_dim and jax.default_backend() == "gpu"
 
 
 def _total_bias(

@@ -16,7 +16,6 @@ from approx_attention.core import (
     output_or_state,
     over_real_tokens,
     real_keys,
-    triangular_state,
     window_state,
 )
 
@@ -80,7 +79,10 @@ def longformer(
             return state
         columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
         # Global queries see all keys, so that theirs is no merged state but another one.
-        rows = (triangular_state if is_causal else blocked_state)(q[:num_global], k, v, bias)
+        if is_causal:
+            rows = window_state(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
+        else:
+            rows = blocked_state(q[:num_global], k, v, bias)
         return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
 
     return over_real_tokens(window_and_global, q, k, v, kv_mask, is_causal=is_causal)

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +12,7 @@ from approx_attention.core import (
     HIDDEN,
     blocked_state,
     dense_state,
-    softmax,
     streamed_state,
-    triangular_state,
     window_state,
 )
 from tests.references import brute_force, causal_mask, random_head
@@ -38,24 +35,6 @@ def test_blocked_equals_brute_force(num_queries, num_keys, masked):
     assert_is_exact(state, q, k, v, mask if masked else None)
 
 
-@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300, 513])
-@pytest.mark.parametrize("masked", [False, True])
-def test_triangular_equals_brute_force(length, masked):
-    q, k, v = random_head(1, length, length, spread=0.5)
-    mask = np.random.default_rng(0).random(length) < 0.7
-    bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN) if masked else None
-    state = jax.jit(triangular_state)(q, k, v, bias)
-    visible = causal_mask(length, length)
-    assert_is_exact(state, q, k, v, visible & mask if masked else visible)
-
-
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(200, 150), (150, 200), (1, 300), (300, 1)])
-def test_triangular_takes_sequences_of_two_lengths(num_queries, num_keys):
-    q, k, v = random_head(2, num_queries, num_keys, spread=0.5)
-    state = jax.jit(triangular_state)(q, k, v)
-    assert_is_exact(state, q, k, v, causal_mask(num_queries, num_keys))
-
-
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(5, 3), (3, 5), (130, 130), (700, 300), (1100, 1100)])
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (5, 0), (3, 7), (127, 0), (100, 900), (2000, 2000)])
 def test_window_equals_brute_force(num_queries, num_keys, left, right):
@@ -65,27 +44,6 @@ def test_window_equals_brute_force(num_queries, num_keys, left, right):
     bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN)
     state = jax.jit(functools.partial(window_state, left=left, right=right))(q, k, v, bias)
     assert_is_exact(state, q, k, v, (offset >= -left) & (offset <= right) & mask)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (9, 14), (1100, 1300), (1500, 700), (2600, 2600)])
-def test_streamed_gradient_equals_that_of_the_dense_form(is_causal, num_queries, num_keys):
-    q, k, v = random_head(4, num_queries, num_keys, 4, spread=0.7)
-    kv_mask = jnp.arange(num_keys) % 5 != 3
-    visible = jnp.broadcast_to(kv_mask, (num_queries, num_keys))
-    if is_causal:
-        visible &= jnp.asarray(causal_mask(num_queries, num_keys))
-    random = np.random.default_rng(1)
-    d_out = jnp.asarray(random.normal(size=(num_queries, 4)), jnp.float32)
-    d_lse = jnp.asarray(random.normal(size=num_queries), jnp.float32)
-
-    def loss(state):
-        lse = jnp.where(jnp.isfinite(state.lse), state.lse, 0.0)
-        return jnp.sum(state.out * d_out) + jnp.sum(lse * d_lse)
-
-    streamed = jax.jit(jax.grad(lambda *x: loss(streamed_state(*x, kv_mask, is_causal)), argnums=(0, 1, 2)))
-    dense = jax.jit(jax.grad(lambda *x: loss(dense_state(*x, jnp.where(visible, 0.0, HIDDEN))), argnums=(0, 1, 2)))
-    chex.assert_trees_all_close(streamed(q, k, v), dense(q, k, v), atol=3e-4, rtol=1e-4)
 
 
 def large_logits(seed, num_queries, num_keys, magnitude, head_dim=32):
@@ -103,10 +61,9 @@ def value_gradient_in_float64(q, k, v, d_out, visible):
 
 
 FORMS = [
-    (False, lambda q, k, v: streamed_state(q, k, v, None, False)),
-    (True, lambda q, k, v: streamed_state(q, k, v, None, True)),
+    (False, streamed_state),
+    (True, functools.partial(streamed_state, is_causal=True)),
     (False, functools.partial(blocked_state, query_block=64, key_block=64)),
-    (True, triangular_state),
     (False, functools.partial(window_state, left=40, right=25)),
     (True, functools.partial(window_state, left=40, right=0)),
 ]
@@ -152,7 +109,7 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
     q, k = (jnp.asarray(factor * x, jnp.float32) for x in (q, k))
     v, d_out = (jnp.asarray(random.normal(size=(300, 16)), jnp.float32) for _ in range(2))
     bias = jnp.where(jnp.asarray(causal_mask(300, 300)), 0.0, HIDDEN) if is_causal else None
-    streamed = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * streamed_state(*x, None, is_causal).out), (0, 1, 2)))
+    streamed = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * streamed_state(*x, is_causal=is_causal).out), (0, 1, 2)))
     dense = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * dense_state(*x, bias).out), (0, 1, 2)))
     noise = 1e-5 * np.abs(d_out @ v.T).max() * max(np.abs(q).max(), np.abs(k).max())
     for found, expected in zip(streamed(q, k, v), dense(q, k, v), strict=True):
@@ -160,9 +117,8 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [blocked_state, triangular_state, functools.partial(window_state, left=40, right=3)])
-def test_gradients_against_finite_differences(form, x64, monkeypatch):
-    monkeypatch.setattr(softmax, "TRIANGLE", 4)
+@pytest.mark.parametrize("form", [blocked_state, functools.partial(window_state, left=40, right=3)])
+def test_gradients_against_finite_differences(form, x64):
     q, k, v = random_head(5, 13, 13, 3, dtype=jnp.float64)
     bias = jnp.where(jnp.arange(13) % 4 == 1, HIDDEN, 0.1 * jnp.arange(13.0))
     if form is blocked_state:
@@ -174,21 +130,3 @@ def test_dense_form_has_forward_mode_and_second_derivatives(x64):
     q, k, v = random_head(6, 5, 6, 3, dtype=jnp.float64)
     out = jax.jit(lambda *x: dense_state(*x).out)
     check_grads(out, (q, k, v), order=2, modes=["rev", "fwd"], eps=1e-6, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_memory_of_the_streamed_form_is_linear(is_causal, optimized):
-    def temporary_bytes(length, backward):
-        x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
-        function = lambda q, k, v: streamed_state(q, k, v, None, is_causal).out  # noqa: E731
-        if backward:
-            function = jax.grad(
-                lambda q, k, v: jnp.sum(streamed_state(q, k, v, None, is_causal).out), argnums=(0, 1, 2)
-            )
-        return jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
-
-    for backward in (False, True):
-        once, fourfold = temporary_bytes(2**14, backward), temporary_bytes(2**16, backward)
-        assert fourfold < 4.5 * once
-        assert fourfold < 2**16 * 2**16 * 4 / 64

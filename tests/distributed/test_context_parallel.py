@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from approx_attention import METHODS, attend, attention, distributed, fold_scale, merge
 from tests.cases import CASES
+from tests.programs import equations
 from tests.references import compiled, random_heads
 
 # Small enough to shard over eight devices, and not a multiple of them.
@@ -155,6 +156,35 @@ def test_no_later_token_matters_across_devices():
         later = call(query, key.at[:, 37:].add(3.0), value.at[:, 37:].set(7.0))
         np.testing.assert_allclose(later[:, :37], out[:, :37], atol=1e-5)
         assert np.abs(later[:, 37:] - out[:, 37:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_ring_computes_with_the_keys_that_it_sends_on(is_causal):
+    ring = functools.partial(distributed.attention, mesh=mesh_of(8), axis="sequence", method="exact")
+    program = jax.make_jaxpr(functools.partial(ring, is_causal=is_causal))(*tensors())
+    sending = [
+        body
+        for equation, _ in equations(program.jaxpr)
+        if equation.primitive.name == "scan"
+        for body in [equation.params["jaxpr"].jaxpr]
+        if any(e.primitive.name == "ppermute" for e in body.eqns)
+    ]
+    assert len(sending) == 1
+    (body,) = sending
+    sends = [e for e in body.eqns if e.primitive.name == "ppermute"]
+    sent = {id(x) for e in sends for x in e.outvars}
+    # What is sent is given, and what arrives is not read: the transfer and the computation wait for nothing.
+    assert all(any(x is y for y in body.invars) for e in sends for x in e.invars)
+    assert not any(id(x) in sent for e in body.eqns for x in e.invars)
+
+
+def test_the_program_of_the_ring_does_not_grow_with_the_sequence():
+    def size(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        ring = functools.partial(distributed.attention, mesh=mesh_of(2), axis="sequence", method="exact")
+        return jax.jit(functools.partial(ring, is_causal=True)).lower(x, x, x).as_text().count(" = ")
+
+    assert size(2**14) == size(2**17)
 
 
 @pytest.mark.slow

@@ -1,0 +1,166 @@
+"""The two executions of streamed attention equal brute force in value, normaliser and gradient, and their program has
+one size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention.core import HIDDEN, dense_state, streamed, streamed_state
+from tests.references import causal_mask, random_head
+
+EXECUTIONS = {
+    "cpu": (streamed.cpu_forward, streamed.cpu_backward),
+    "accelerator": (streamed.accelerator_forward, streamed.accelerator_backward),
+}
+TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
+
+
+@pytest.fixture(params=list(EXECUTIONS))
+def execution(request, monkeypatch):
+    """On this machine, the execution of a CPU or that of other platforms."""
+    forward, backward = EXECUTIONS[request.param]
+    monkeypatch.setattr(streamed, "cpu_forward", forward)
+    monkeypatch.setattr(streamed, "cpu_backward", backward)
+    return request.param
+
+
+def loss_of(num_queries, value_dim):
+    random = np.random.default_rng(1)
+    d_out, d_lse = random.normal(size=(num_queries, value_dim)), random.normal(size=num_queries)
+
+    def loss(state):
+        lse = jnp.where(jnp.isfinite(state.lse), state.lse, 0)
+        dtype = lse.dtype
+        return jnp.sum(state.out * jnp.asarray(d_out, dtype)) + jnp.sum(lse * jnp.asarray(d_lse, dtype))
+
+    return loss
+
+
+def visible_keys(num_queries, num_keys, is_causal, kv_mask=None):
+    visible = causal_mask(num_queries, num_keys) if is_causal else np.ones((num_queries, num_keys), bool)
+    return visible if kv_mask is None else visible & np.asarray(kv_mask)
+
+
+def by_brute_force(q, k, v, scale, visible):
+    """State and gradients of queries, keys, values and the scale, in float64."""
+    loss = loss_of(len(q), v.shape[1])
+    bias = jnp.where(jnp.asarray(visible), 0.0, HIDDEN)
+    tensors = [jnp.asarray(x, jnp.float64) for x in (q, k, v, scale)]
+    state = lambda q, k, v, scale: dense_state(scale * q, k, v, bias)  # noqa: E731
+    return state(*tensors), jax.grad(lambda *x: loss(state(*x)), (0, 1, 2, 3))(*tensors)
+
+
+def streamed_gradients(q, k, v, scale, kv_mask, is_causal):
+    loss = loss_of(len(q), v.shape[1])
+    state = lambda q, k, v, scale: streamed_state(q, k, v, kv_mask, scale=scale, is_causal=is_causal)  # noqa: E731
+    found = jax.jit(state)(q, k, v, scale)
+    return found, jax.jit(jax.grad(lambda *x: loss(state(*x)), (0, 1, 2, 3)))(q, k, v, scale)
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        size = np.abs(np.asarray(b)[np.isfinite(b)]).max(initial=1)
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * size)
+
+
+# Around one tile of either execution, its strips, and several.
+LENGTHS = [(1, 1, 0), (9, 14, 1), (129, 127, 0), (1100, 1300, 1), (1500, 700, 1), (2100, 2100, 0)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys", "masked"), LENGTHS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_values_and_gradients_equal_brute_force(execution, x64, is_causal, num_queries, num_keys, masked, dtype):
+    q, k, v = (x.astype(dtype) for x in random_head(4, num_queries, num_keys, 4, spread=0.7))
+    v, kv_mask = v[:, :3], None
+    if masked:
+        # Causally the first queries see no key.
+        kv_mask = (jnp.arange(num_keys) % 5 != 3) & (jnp.arange(num_keys) > 5)
+        k, v = (jnp.where(kv_mask[:, None], x, 0) for x in (k, v))
+    expected = by_brute_force(q, k, v, 0.7, visible_keys(num_queries, num_keys, is_causal, kv_mask))
+    found = streamed_gradients(q, k, v, jnp.asarray(0.7, dtype), kv_mask, is_causal)
+    # The gradient of keys that no query sees is not asked for: they are padding, and zeros.
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_rounded_in_weights_and_outputs_alone(execution, x64, is_causal, dtype):
+    q, k, v = (x.astype(dtype) for x in random_head(5, 1300, 1300, 16, spread=0.7))
+    state, gradients = streamed_gradients(q, k, v, jnp.float32(0.25), None, is_causal)
+    out, lse = state.out, state.lse
+    expected, of_gradients = by_brute_force(q, k, v, 0.25, visible_keys(1300, 1300, is_causal))
+    assert out.dtype == lse.dtype == jnp.float32
+    # Products of numbers in half precision are exact in float32, so that normalisers are those of float32.
+    np.testing.assert_allclose(lse, expected.lse, atol=1e-5)
+    unit = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(out, expected.out, atol=2 * unit * float(jnp.abs(v).max()))
+    for a, b in zip(gradients[:3], of_gradients[:3], strict=True):
+        assert a.dtype == dtype
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 3 * unit * np.linalg.norm(b)
+
+
+def test_gradients_of_shared_keys_are_added_before_they_are_rounded(execution):
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_head(6, 64, 64, 8))
+    many = jnp.broadcast_to(q, (256, *q.shape))
+    of = lambda q, k, v: jnp.sum(streamed_state(q, k, v).out * v.astype(jnp.float32))  # noqa: E731
+    one = jax.grad(lambda k: of(*(x.astype(jnp.float32) for x in (q, k, v))))(k.astype(jnp.float32))
+    all_heads = jax.grad(lambda k: jnp.sum(jax.vmap(of, (0, None, None))(many, k, v)))(k)
+    relative = np.linalg.norm(np.asarray(all_heads, np.float32) / 256 - one) / np.linalg.norm(one)
+    assert relative < 0.006
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_second_derivatives(execution, x64, is_causal, monkeypatch):
+    q, k, v = random_head(7, 7, 7, 3, dtype=jnp.float64)
+    bias = jnp.where(jnp.asarray(visible_keys(7, 7, is_causal)), 0.0, HIDDEN)
+    tiles = lambda q: jnp.sum(streamed_state(q, k, v, is_causal=is_causal).out ** 2)  # noqa: E731
+    dense = lambda q: jnp.sum(dense_state(q, k, v, bias).out ** 2)  # noqa: E731
+    expected = jax.hessian(dense)(q)
+    np.testing.assert_allclose(jax.jit(jax.hessian(tiles))(q), expected, atol=1e-10)
+    np.testing.assert_allclose(jax.jit(jax.jacrev(jax.jacrev(tiles)))(q), expected, atol=1e-10)
+
+
+def lowered(function, length, platform):
+    head = jax.ShapeDtypeStruct((length, 16), jnp.bfloat16)
+    return jax.jit(function).trace(head, head, head).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("platform", "lengths"), [("tpu", (1024, 8192, 131072)), ("cpu", (8192, 131072))])
+def test_the_program_does_not_grow_with_the_sequence(platform, lengths, backward, is_causal):
+    function = lambda *x: streamed_state(*x, is_causal=is_causal).out  # noqa: E731
+    if backward:
+        function = jax.grad(lambda *x: jnp.sum(streamed_state(*x, is_causal=is_causal).out), (0, 1, 2))
+    sizes = {lowered(function, length, platform).count(" = ") for length in lengths}
+    assert len(sizes) == 1
+
+
+def test_accelerators_make_no_copy_of_tensors_in_float32():
+    forward = functools.partial(streamed.accelerator_forward, kv_mask=None, is_causal=True)
+    text = lowered(lambda *x: forward(*x, jnp.float32(0.25)).out.astype(jnp.bfloat16), 4096, "cuda")
+    assert "xbf16>) -> tensor<512x512xf32>" in text
+    assert "(tensor<4096x16xbf16>) -> tensor<4096x16xf32>" not in text
+    assert "(tensor<512x16xbf16>) -> tensor<512x16xf32>" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_memory_of_the_streamed_form_is_linear(is_causal, optimized):
+    def temporary_bytes(length, backward):
+        x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
+        function = lambda q, k, v: streamed_state(q, k, v, is_causal=is_causal).out  # noqa: E731
+        if backward:
+            function = jax.grad(
+                lambda q, k, v: jnp.sum(streamed_state(q, k, v, is_causal=is_causal).out), argnums=(0, 1, 2)
+            )
+        return jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    for backward in (False, True):
+        once, fourfold = temporary_bytes(2**14, backward), temporary_bytes(2**16, backward)
+        assert fourfold < 4.5 * once
+        assert fourfold < 2**16 * 2**16 * 4 / 64
