@@ -10,18 +10,20 @@ from jax import Array, lax
 from approx_attention.core import (
     RunningSummary,
     WeightedKV,
+    along_with,
     check_choice,
     check_count,
     check_counts,
     check_key,
     check_not_negative,
+    keeping_choices,
     merge,
     out_of_blocks,
     pad_rows,
     shown,
 )
 from approx_attention.coresets.algorithms import ALGORITHMS, Algorithm
-from approx_attention.coresets.clustering import k_means, spread_places
+from approx_attention.coresets.clustering import lasting_places, merged_around
 from approx_attention.coresets.coreset import algorithm_of, centred_tokens, compress
 
 
@@ -94,20 +96,40 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
     def init(value_dim: int, dtype: Any) -> _Sunk:
         return _Sunk(WeightedKV.empty(sinks, head_dim, value_dim, dtype), running.init(value_dim, dtype))
 
-    def append(held: _Sunk, start: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
+    def parted(held: _Sunk, k: Array, v: Array, kv_mask: Array) -> tuple[WeightedKV, Array]:
+        """The first tokens after tokens ``k [n, D]``, and which of these are not among them."""
         number = jnp.sum(held.first.mass > 0) + jnp.cumsum(kv_mask) - 1
         is_first = kv_mask & (number < sinks)
         # Others are placed past the end, where ``mode="drop"`` leaves them out.
         place = jnp.where(is_first, number, sinks)
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         first = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), held.first, tokens)
-        return _Sunk(first, running.append(held.rest, start, k, v, kv_mask & ~is_first))
+        return first, kv_mask & ~is_first
 
-    return RunningSummary(init, append, read=lambda held: merge(held.first, running.read(held.rest)))
+    def append(held: _Sunk, start: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
+        first, others = parted(held, k, v, kv_mask)
+        return _Sunk(first, running.append(held.rest, start, k, v, others))
+
+    def append_all(held: _Sunk, starts: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
+        first, others = parted(held, *out_of_blocks((k, v, kv_mask)))
+        # Places fill in order: the first of them after each block.
+        added = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.sum(kv_mask, axis=1, dtype=jnp.int32))])
+        filled = jnp.arange(sinks)[None, :] < (jnp.sum(held.first.mass > 0) + added)[:, None]
+        firsts = jax.tree.map(lambda x: jnp.where(filled.reshape(*filled.shape, *(1,) * (x.ndim - 1)), x, 0), first)
+        others = others.reshape(kv_mask.shape)
+        return _Sunk(firsts, running_all(held.rest, starts, k, v, others))
+
+    running_all = running.append_all
+    return RunningSummary(
+        init,
+        append,
+        read=lambda held: merge(held.first, running.read(held.rest)),
+        append_all=append_all if running_all else None,
+    )
 
 
 def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
-    """K-means over the clusters so far and the next block: masses stay exact, and all weights positive."""
+    """The clusters so far and the next block, merged where it costs least: masses stay exact, and weights positive."""
 
     def init(value_dim: int, dtype: Any) -> WeightedKV:
         return WeightedKV.empty(coreset_size, head_dim, value_dim, dtype)
@@ -115,12 +137,21 @@ def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
     def append(held: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
         tokens = merge(held, WeightedKV.of_tokens(k, v, kv_mask))
         middle, centred = centred_tokens(tokens)
-        places = spread_places(centred, coreset_size, jax.random.fold_in(key, start))
-        # Two steps, where a whole sequence takes one: an error of this fold stays in all later ones.
-        clusters = k_means(centred, places, steps=2)
+        places = lasting_places(centred, coreset_size, jax.random.fold_in(key, start))
+        clusters = merged_around(centred, places)
         return dataclasses.replace(clusters, k=clusters.k + middle[None, :])
 
-    return RunningSummary(init, append, read=lambda held: held)
+    def append_all(held: WeightedKV, starts: Array, *blocks: Array) -> WeightedKV:
+        @keeping_choices
+        def step(held: WeightedKV, args: tuple[Array, ...]) -> tuple[WeightedKV, WeightedKV]:
+            held = append(held, *args)
+            return held, held
+
+        held = along_with(held, *blocks)
+        _, states = lax.scan(step, held, (starts, *blocks))
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), held, states)
+
+    return RunningSummary(init, append, read=lambda held: held, append_all=append_all)
 
 
 class _Levels(NamedTuple):
