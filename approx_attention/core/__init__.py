@@ -1,6 +1,7 @@
 """The common calculus: checks, summaries and states of attention, features, sketches, and the causal scan."""
 
 from approx_attention.core.causal import (
+    GROUP_NUMBERS,
     Block,
     Past,
     RunningSummary,
@@ -81,7 +82,16 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
-from approx_attention.core.rows import along_with, block_windows, in_blocks, map_rows, out_of_blocks, pad_rows
+from approx_attention.core.rows import (
+    along_with,
+    block_windows,
+    even_split,
+    in_blocks,
+    map_rows,
+    out_of_blocks,
+    pad_rows,
+    sums_so_far,
+)
 from approx_attention.core.segments import (
     GrowingSegments,
     Segments,
@@ -134,6 +144,7 @@ from approx_attention.core.summary_forms import state_by_summary
 __all__ = [
     "FEATURE_BLOCK",
     "GREATEST_TILE",
+    "GROUP_NUMBERS",
     "HIDDEN",
     "KEY_BLOCK",
     "LEAST_TILE",
@@ -209,6 +220,7 @@ __all__ = [
     "draw_of_size",
     "draw_sketch",
     "each",
+    "even_split",
     "finite_peak",
     "first_blocks",
     "floating_dtype",
@@ -261,6 +273,7 @@ __all__ = [
     "streamed_state",
     "subtract",
     "summary_bytes",
+    "sums_so_far",
     "token_sums_inputs",
     "unknown",
     "window_state",

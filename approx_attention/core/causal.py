@@ -25,7 +25,7 @@ from approx_attention.core.checks import (
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.features import FeatureMap
 from approx_attention.core.padding import over_real_tokens
-from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows
+from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows, sums_so_far
 from approx_attention.core.softmax import dense_state, mask_bias
 from approx_attention.core.states import AttentionState, finite_peak, merge
 from approx_attention.core.summaries import FeatureMoments, Summary, attend, require_scaled_space
@@ -54,12 +54,13 @@ class RunningSummary(NamedTuple):
             estimates, softmax by default.
         space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
             in: the identity unless the method normalises them.
-        append_all: ``(state, starts [m], k [m, b, D], v, kv_mask) -> states`` after 0, 1, ..., m further blocks, stacked
-            ``[m + 1, ...]``: for accelerators, where it should be a few large operations. By default blocks are
-            appended in turn.
+        append_all: ``(state, starts [m], k [m, b, D], v, kv_mask) -> states`` after 0, 1, ..., m further blocks,
+            stacked ``[m + 1, ...]``: for accelerators, where it should be a few large operations. By default blocks
+            are appended in turn. A block that starts below 0 holds no real token.
         of_sequence: ``(k [n, b, D], v, kv_mask) -> at``, with ``at(count)`` the state after the first ``count`` blocks
             of a sequence: in place of ``append_all`` where the states can be had from the tokens without one another.
-            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None where there is no such form.
+            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None where there is no such
+            form.
 
     Example:
         >>> import jax.numpy as jnp
@@ -152,7 +153,7 @@ def running_moments(features: FeatureMap) -> RunningSummary:
 
     def append_all(moments: Any, _: Array, k: Array, v: Array, kv_mask: Array) -> Any:
         parts = jax.vmap(of_block)(k, v, kv_mask)
-        return _sums_so_far(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), moments, parts))
+        return _moments_so_far(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), moments, parts))
 
     return RunningSummary(
         init=lambda value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
@@ -162,7 +163,7 @@ def running_moments(features: FeatureMap) -> RunningSummary:
     )
 
 
-def _sums_so_far(parts: FeatureMoments) -> FeatureMoments:
+def _moments_so_far(parts: FeatureMoments) -> FeatureMoments:
     r"""The moments of the first i of stacked parts a, for each i, by one product.
 
     .. math:: \mathrm{sum}_i = \sum_{a \le i} e^{c_a - C_i}\, \mathrm{sum}_a, \qquad C_i = \max_{a \le i} c_a.
@@ -171,20 +172,8 @@ def _sums_so_far(parts: FeatureMoments) -> FeatureMoments:
     so_far = jnp.tri(parts.mass.shape[0], dtype=bool)
     log_scale = jnp.max(jnp.where(so_far[:, :, None], parts.log_scale[None], -jnp.inf), axis=1)
     shift = jnp.where(so_far[:, :, None], parts.log_scale[None] - finite_peak(log_scale)[:, None], -jnp.inf)
-    # In a product a later NaN would reach earlier prefixes, as 0 times NaN: it is put back where it belongs.
-    finite = jnp.isfinite(jnp.sum(jnp.abs(parts.mass), axis=1) + jnp.sum(jnp.abs(parts.value_sum), axis=(1, 2)))
-    lost = jnp.any(so_far & ~finite[None], axis=1)
-
-    @jax.checkpoint
-    def total(shift: Array, sums: Array) -> Array:
-        kept = jnp.where(finite.reshape(-1, *(1,) * (sums.ndim - 1)), sums, 0)
-        # In full precision: these are sums, in place of a chain of additions.
-        sums = jnp.einsum("iar,ar...->ir...", jnp.exp(shift), kept, precision=lax.Precision.HIGHEST)
-        return jnp.where(lost.reshape(-1, *(1,) * (sums.ndim - 1)), jnp.nan, sums)
-
-    return dataclasses.replace(
-        parts, value_sum=total(shift, parts.value_sum), mass=total(shift, parts.mass), log_scale=log_scale
-    )
+    value_sum, mass = (sums_so_far(x, jnp.exp(shift)) for x in (parts.value_sum, parts.mass))
+    return dataclasses.replace(parts, value_sum=value_sum, mass=mass, log_scale=log_scale)
 
 
 def causal_state(
@@ -210,7 +199,7 @@ def causal_state(
         running: how the prefix is summarised.
         block_size: tokens per block: a choice of accuracy.
         kv_mask: true where a key is real, ``[S]``. The query of a hidden key gives 0 if a real key comes after it.
-        scale: factor of the logits that is folded into the queries and keys, 1 for those in scaled space (`fold_scale`).
+        scale: factor of the logits, which is folded into queries and keys; 1 for those in scaled space (`fold_scale`).
             Tokens are scaled and cast to the accumulation dtype where they are used, without a copy of all.
 
     Returns:

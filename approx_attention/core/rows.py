@@ -65,3 +65,27 @@ def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill
     if left == right == 0:
         return around.reshape(blocks, block, *x.shape[1:])
     return around[np.arange(blocks)[:, None] * block + np.arange(left + block + right)]
+
+
+def sums_so_far(x: Array, weights: Array | None = None) -> Array:
+    r"""Sums of the first i rows of ``x [n, ...]``, for each i, by one product with a triangle of weights.
+
+    .. math:: y_i = \sum_{j \le i} w_{ij}\, x_j
+
+    Args:
+        x: the rows.
+        weights: ``[n, n]``, or ``[n, n, R]`` for rows ``[R, ...]``; 0 above the diagonal. By default 1 below it.
+
+    Returns:
+        The sums ``[n, ...]``, in full precision on every machine; NaN from the first row on that is not finite.
+    """
+    so_far = jnp.tri(x.shape[0], dtype=bool)
+    rest = (1,) * (x.ndim - 1)
+    # In the product a later NaN would reach earlier sums, as 0 times NaN: it is put back where it belongs.
+    finite = jnp.isfinite(jnp.sum(lax.stop_gradient(jnp.abs(x)), axis=tuple(range(1, x.ndim))))
+    lost = jnp.any(so_far & ~finite[None], axis=1)
+    kept = jnp.where(finite.reshape(-1, *rest), x, 0)
+    weights = so_far.astype(x.dtype) if weights is None else weights
+    form = "ij,j...->i..." if weights.ndim == 2 else "ijr,jr...->ir..."
+    total = jnp.einsum(form, weights, kept, precision=lax.Precision.HIGHEST)
+    return jnp.where(lost.reshape(-1, *rest), jnp.nan, total)

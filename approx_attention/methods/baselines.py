@@ -227,7 +227,7 @@ def running_uniform_sample(
 def _samples_of_prefixes(
     sample_size: int, priority: Array, k: Array, v: Array, kv_mask: Array
 ) -> Callable[[Array], "_Sample"]:
-    """The sample of the first blocks of ``k [n, b, D]``, for any number of them: samples merge, as a choice of places."""
+    """The sample of the first blocks of ``k [n, b, D]``, for any number of them: samples, as places, merge."""
     num_blocks, block_size = kv_mask.shape
     priority = jnp.where(kv_mask, lax.stop_gradient(priority).astype(k.dtype), -jnp.inf)
     # A place of no token, with the priority of one that is free, in as many columns as the sample has.

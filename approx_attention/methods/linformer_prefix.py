@@ -1,5 +1,7 @@
 """The causal form of `linformer`: the slots of a query are those of the tokens so far."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +9,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from approx_attention.core import HIDDEN, along_with, in_blocks, out_of_blocks, pad_rows, real_keys
+from approx_attention.core import (
+    GROUP_NUMBERS,
+    HIDDEN,
+    along_with,
+    even_split,
+    in_blocks,
+    out_of_blocks,
+    pad_rows,
+    real_keys,
+    sums_so_far,
+)
 
 
 class LinformerPrefix(NamedTuple):
@@ -113,9 +125,9 @@ class Rows(NamedTuple):
 def causal_outputs(
     q: Array, k: Array, v: Array, of_keys: Rows, of_values: Rows, kv_mask: Array | None, block_size: int
 ) -> Array:
-    """Outputs of causal Linformer attention, ``block_size`` tokens at a time.
+    """Outputs of causal Linformer attention, ``block_size`` tokens at a time: in turn on a CPU, together elsewhere.
 
-    The scan of `causal_state` does not serve here. It merges attention over nearby tokens with attention to a summary
+    `causal_state` does not serve here. It merges attention over nearby tokens with attention to a summary
     of the others: two states over disjoint keys. A slot is no set of keys that a state could cover: each token up to
     the query's own changes the key of every slot, and with it every logit.
     """
@@ -124,17 +136,55 @@ def causal_outputs(
     tokens = (k, v, of_keys.matrix.T, of_values.matrix.T, real_keys(kv_mask, num_keys))
     tokens = tuple(pad_rows(x[:num_seen], num_queries - num_seen) for x in tokens)
     blocks = jax.tree.map(lambda x: in_blocks(x, min(block_size, num_queries)), (q, *tokens))
+    row_sums = of_keys.sums, of_values.sums
+
+    def attend(prefix: LinformerPrefix, block: Any) -> tuple[Array, LinformerPrefix]:
+        q, k, v, rows_k, rows_v, real = block
+        return linformer_step(prefix, q, k, v, rows_k.T, rows_v.T, kv_mask=real, row_sums=row_sums)
+
+    empty = LinformerPrefix.empty(of_keys.matrix.shape[0], k.shape[1], v.shape[1], k.dtype)
+    in_turn, together = functools.partial(_in_turn, attend, empty), functools.partial(_together, attend, empty)
+    return out_of_blocks(lax.platform_dependent(blocks, cpu=in_turn, default=together), num_queries)
+
+
+def _in_turn(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) -> Array:
+    """The outputs of blocks, one after the other."""
 
     @jax.checkpoint
     def step(prefix: LinformerPrefix, block: Any) -> tuple[LinformerPrefix, Array]:
-        q, k, v, rows_k, rows_v, real = block
-        row_sums = of_keys.sums, of_values.sums
-        out, prefix = linformer_step(prefix, q, k, v, rows_k.T, rows_v.T, kv_mask=real, row_sums=row_sums)
+        out, prefix = attend(prefix, block)
         return prefix, out
 
-    empty = LinformerPrefix.empty(of_keys.matrix.shape[0], k.shape[1], v.shape[1], k.dtype)
-    empty = along_with(empty, blocks)
-    return out_of_blocks(lax.scan(step, empty, blocks)[1], num_queries)
+    return lax.scan(step, along_with(empty, blocks), blocks)[1]
+
+
+def _together(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) -> Array:
+    """The outputs of groups of blocks at once, from the slots before each: sums over the blocks before."""
+    num_blocks = blocks[0].shape[0]
+    groups, size = even_split(num_blocks, max(1, GROUP_NUMBERS // (3 * sum(x.size for x in empty))))
+    padded = jax.tree.map(lambda x: pad_rows(x, groups * size - num_blocks), blocks)
+    grouped = jax.tree.map(lambda x: x.reshape(groups, size, *x.shape[1:]), padded)
+
+    @jax.checkpoint
+    def group(prefix: LinformerPrefix, blocks: Any) -> tuple[LinformerPrefix, Array]:
+        _, k, v, rows_k, rows_v, real = blocks
+        of_block = jax.vmap(_slots_of_block)(k.astype(prefix.k.dtype), v, rows_k, rows_v, real)
+        *sums, entered = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), prefix, of_block)
+        entered = sums_so_far(entered.astype(prefix.k.dtype)) > 0.5
+        prefixes = LinformerPrefix(*map(sums_so_far, sums), entered)
+        before = jax.tree.map(lambda x: x[:-1], prefixes)
+        out = jax.vmap(lambda prefix, block: attend(prefix, block)[0])(before, blocks)
+        return jax.tree.map(lambda x: x[-1], prefixes), out
+
+    _, out = lax.scan(group, along_with(empty, blocks), grouped)
+    return out_of_blocks(out, num_blocks)
+
+
+def _slots_of_block(k: Array, v: Array, rows_k: Array, rows_v: Array, real: Array) -> LinformerPrefix:
+    """What one block adds to the slots, from rows of the transposed matrices ``[b, R]``."""
+    k, v, rows_k, rows_v = (jnp.where(real[:, None], x.astype(k.dtype), 0) for x in (k, v, rows_k, rows_v))
+    entered = jnp.any(rows_k != 0, axis=0)
+    return LinformerPrefix(rows_k.T @ k, rows_v.T @ v, jnp.sum(rows_k, axis=0), jnp.sum(rows_v, axis=0), entered)
 
 
 def share(whole: Array, visible: Array) -> Array:
