@@ -68,10 +68,6 @@ def texts(monkeypatch, platform, make):
     return found
 
 
-follows_the_process = pytest.mark.xfail(strict=True, reason="the code path follows the backend of the process")
-
-
-@follows_the_process
 @few_methods
 @backward_or_not
 @pytest.mark.parametrize("platform", ["cuda", "cpu"])
@@ -80,7 +76,6 @@ def test_a_program_is_the_same_wherever_it_is_lowered(monkeypatch, platform, nam
     assert on_gpu == on_cpu
 
 
-@follows_the_process
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_shapes_of_fused_kernels_change_no_program(monkeypatch, platform):
     """In half precision a process on a GPU could take cuDNN's attention, for which it asks its own GPU."""

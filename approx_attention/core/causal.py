@@ -357,7 +357,7 @@ def _together(
     """
     num_blocks, block_size = q_blocks.shape[:2]
     at = None
-    if past.prefix is None and running.of_sequence is not None and isinstance(first, int):
+    if past.prefix is None and running.of_sequence is not None and num_blocks + first > 1:
         # Summarised are all blocks but the last two: one is the block before, and the other attends.
         earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, blocks)
         at = jax.checkpoint(running.of_sequence)(*earlier)

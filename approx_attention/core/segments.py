@@ -317,7 +317,8 @@ def _segments_after(
     # The last segment starts in block `first`: all blocks from there on, less what stands before it.
     start = full * length
     first = start // per_block
-    whole = (jnp.arange(num_blocks, dtype=jnp.int32) >= first) & (jnp.arange(num_blocks, dtype=jnp.int32) < count)
+    block = jnp.arange(num_blocks, dtype=jnp.int32)
+    whole = (block >= first) & (block < count)
     number = jnp.arange(num_segments, dtype=jnp.int32)
 
     def rows(segments: Array, blocks: Array, units: Array) -> Array:
@@ -327,7 +328,7 @@ def _segments_after(
         if aligned:
             last = jnp.sum(jnp.where(along(whole, blocks), blocks, 0), axis=0)
         else:
-            after = jnp.where(along(whole & (jnp.arange(num_blocks) > first), blocks), blocks, 0)
+            after = jnp.where(along(whole & (block > first), blocks), blocks, 0)
             inside = lax.dynamic_index_in_dim(units, jnp.minimum(first, num_blocks - 1), keepdims=False)
             of_segment = (first < count) & (first * per_block + jnp.arange(per_block, dtype=jnp.int32) >= start)
             last = jnp.sum(after, axis=0) + jnp.sum(jnp.where(along(of_segment, inside), inside, 0), axis=0)

@@ -98,7 +98,7 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
 
     def parted(held: _Sunk, k: Array, v: Array, kv_mask: Array) -> tuple[WeightedKV, Array]:
         """The first tokens after tokens ``k [n, D]``, and which of these are not among them."""
-        number = jnp.sum(held.first.mass > 0) + jnp.cumsum(kv_mask) - 1
+        number = present(held) + jnp.cumsum(kv_mask, dtype=jnp.int32) - 1
         is_first = kv_mask & (number < sinks)
         # Others are placed past the end, where ``mode="drop"`` leaves them out.
         place = jnp.where(is_first, number, sinks)
@@ -114,10 +114,13 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
         first, others = parted(held, *out_of_blocks((k, v, kv_mask)))
         # Places fill in order: the first of them after each block.
         added = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.sum(kv_mask, axis=1, dtype=jnp.int32))])
-        filled = jnp.arange(sinks)[None, :] < (jnp.sum(held.first.mass > 0) + added)[:, None]
+        filled = jnp.arange(sinks, dtype=jnp.int32)[None, :] < (present(held) + added)[:, None]
         firsts = jax.tree.map(lambda x: jnp.where(filled.reshape(*filled.shape, *(1,) * (x.ndim - 1)), x, 0), first)
         others = others.reshape(kv_mask.shape)
         return _Sunk(firsts, running_all(held.rest, starts, k, v, others))
+
+    def present(held: _Sunk) -> Array:
+        return jnp.sum(held.first.mass > 0, dtype=jnp.int32)
 
     running_all = running.append_all
     return RunningSummary(

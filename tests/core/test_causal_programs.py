@@ -37,7 +37,6 @@ def causal(method, backward, **options):
     return gradient if backward else lambda query, key, value, _: forward(query, key, value)
 
 
-@pytest.mark.xfail(strict=True, reason="causal forms go through their blocks in turn on accelerators too")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize(("method", "options"), [("favor", {"num_features": 64}), ("eva", {"num_chunks": 64})])
 def test_no_more_steps_in_sequence_for_more_tokens(method, options, backward):

@@ -1,0 +1,105 @@
+"""The two executions of causal forms, in turn as on a CPU and together as on accelerators, are one function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from approx_attention import METHODS, Decoder
+from approx_attention.core import causal
+from approx_attention.registry import accepted
+from tests.cases import CAUSAL, settings, sized, unless_slow
+from tests.references import having, random_head
+
+# Without blocks of their own there is one form, or the two are tested with their tiles (tests/core/test_streamed.py).
+BLOCKS = [name for name in CAUSAL if METHODS[name].block in settings(name) and name not in ("sparse_coreset",)]
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Runs a function as an accelerator would, on this machine, in groups of few blocks or all at once."""
+
+    def run(function, *arguments, groups=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+            if groups:
+                patched.setattr(causal, "GROUP_NUMBERS", 1)
+                patched.setattr(causal, "LEAST_GROUP", 12)
+            # A function of its own is traced anew.
+            return jax.jit(lambda *arguments: function(*arguments))(*arguments)
+
+    return run
+
+
+def value_and_gradients(name, *, kv_mask=None):
+    """A causal method on one head: its outputs, and its gradients of a sum that depends on all of them."""
+
+    def function(q, k, v):
+        options = settings(name) | {"is_causal": True} | ({} if kv_mask is None else {"kv_mask": kv_mask})
+        out, pull = jax.vjp(lambda *tensors: METHODS[name].function(*tensors, jax.random.key(7), **options), q, k, v)
+        return out, *pull(jnp.cos(out))
+
+    return function
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "masked", "groups"),
+    [(41, 41, False, False), (41, 30, True, True), pytest.param(30, 41, False, True, marks=pytest.mark.slow)],
+)
+def test_both_executions_agree(together, x64, name, num_queries, num_keys, masked, groups):
+    tensors = random_head(0, num_queries, num_keys, dtype=jnp.float64)
+    function = value_and_gradients(name, kv_mask=jnp.arange(num_keys) % 5 != 2 if masked else None)
+    in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors, groups=groups)
+    for ours, expected in zip(at_once, in_turn, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [unless_slow(name) for name in BLOCKS])
+def test_both_executions_agree_in_float32(together, name):
+    tensors = random_head(1, 37, 37)
+    function = value_and_gradients(name)
+    in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors)
+    for ours, expected in zip(at_once, in_turn, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_comes_later_reaches_nothing_before_it(together, name):
+    q, k, v = random_head(2, 40, 40)
+    function = functools.partial(METHODS[name].function, key=jax.random.key(7), is_causal=True, **settings(name))
+
+    def outputs(q, k, v):
+        later = function(q, k.at[13].set(1e4), v.at[13].set(1e4))
+        return function(q, k, v), later, function(q, k.at[30].set(jnp.nan), v.at[30].set(jnp.nan))
+
+    before, later, broken = together(outputs, q, k, v)
+    np.testing.assert_array_equal(later[:13], before[:13])
+    # Within its block, whose logits are one product, a NaN may reach others.
+    np.testing.assert_array_equal(broken[:28], before[:28])
+    assert np.all(np.isnan(broken[30]))
+
+
+@pytest.mark.parametrize("name", [unless_slow(name) for name in having(decode=True)])
+def test_prefill_agrees_too(together, name):
+    q, k, v = random_head(3, 33, 33)
+    method = METHODS[name]
+    hyperparameters = sized(name, 8) if method.size else accepted(method.running, {"max_length": 36})
+    running = method.running(8, jax.random.key(7), **hyperparameters)
+    decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
+
+    def in_parts(q, k, v):
+        cache, outs = decoder.init(), []
+        for start, stop in ((0, 1), (1, 6), (6, 6 + 16), (22, 33)):
+            real = stop - start - (stop == 22)  # the last of them is padding
+            out, cache = decoder.prefill(cache, q[start:stop], k[start:stop], v[start:stop], real)
+            outs.append(out)
+        return jnp.concatenate(outs), cache
+
+    expected, at_once = jax.jit(in_parts)(q, k, v), together(in_parts, q, k, v)
+    np.testing.assert_allclose(at_once[0], expected[0], atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(at_once[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
