@@ -11,6 +11,7 @@ from approx_attention.core.causal import (
     move_on,
     running_moments,
     scan_blocks,
+    state_of_blocks,
 )
 from approx_attention.core.checks import (
     InputError,
@@ -270,6 +271,7 @@ __all__ = [
     "split_mask",
     "squared_norm",
     "state_by_summary",
+    "state_of_blocks",
     "streamed_state",
     "subtract",
     "summary_bytes",

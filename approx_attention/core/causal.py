@@ -266,7 +266,8 @@ def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> R
         # Queries are not scaled either, which the summary makes up for.
         return dataclasses.replace(summary, scale=jnp.asarray(scale, dtype))
 
-    append_all, of_sequence = running.append_all, running.of_sequence
+    append_all: Any = running.append_all
+    of_sequence: Any = running.of_sequence
     return running._replace(
         init=lambda value_dim, _: running.init(value_dim, dtype),
         append=lambda state, start, *block: running.append(state, start, *tokens(*block)),
@@ -292,8 +293,8 @@ def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: 
     """
     past = Past(before, None)
     length = q_blocks.shape[0] * q_blocks.shape[1]
-    in_turn = lambda *args: _in_turn(running, past, first, *args, length)[1]  # noqa: E731
-    together = lambda *args: _together(running, past, first, *args, None)[1]  # noqa: E731
+    in_turn = lambda q, blocks: _in_turn(running, past, first, q, blocks, length)[1]  # noqa: E731
+    together = lambda q, blocks: _together(running, past, first, q, blocks, None)[1]  # noqa: E731
     return lax.platform_dependent(q_blocks, blocks, cpu=in_turn, default=together)
 
 
@@ -318,6 +319,31 @@ def scan_blocks(
     in_turn = lambda past, *args: _in_turn(running, past, first, *args)  # noqa: E731
     together = lambda past, *args: _together(running, past, first, *args)  # noqa: E731
     return lax.platform_dependent(past, q_blocks, blocks, length, cpu=in_turn, default=together)
+
+
+def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
+    """The state of the running summary after all of the first blocks of a sequence."""
+    starts = jnp.arange(blocks.kv_mask.shape[0], dtype=jnp.int32) * blocks.kv_mask.shape[1]
+    empty = running.init(blocks.v.shape[-1], blocks.v.dtype)
+
+    def in_turn(blocks: Block) -> Any:
+        step = keeping_choices(lambda state, args: (running.append(state, *args), None))
+        return lax.scan(step, along_with(empty, *blocks), (starts, *blocks))[0]
+
+    def together(blocks: Block) -> Any:
+        at = None if running.of_sequence is None else running.of_sequence(*blocks)
+        if at is not None:
+            return at(jnp.asarray(starts.shape[0], jnp.int32))
+        if running.append_all is None:
+            return in_turn(blocks)
+        groups, size = even_split(starts.shape[0], -(-LEAST_GROUP // blocks.kv_mask.shape[1]))
+        append_all: Any = running.append_all
+        padding = groups * size - starts.shape[0]
+        grouped = jax.tree.map(lambda x: pad_rows(x, padding).reshape(groups, size, *x.shape[1:]), (starts, *blocks))
+        step = keeping_choices(lambda state, args: (jax.tree.map(lambda x: x[-1], append_all(state, *args)), None))
+        return lax.scan(step, along_with(empty, *blocks), grouped)[0]
+
+    return lax.platform_dependent(blocks, cpu=in_turn, default=together)
 
 
 def _in_turn(

@@ -362,7 +362,7 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
 
 
 def first_blocks(blocks: WeightedKV, count: Array) -> WeightedKV:
-    """The tokens of the first ``count`` of many blocks ``[n, m, ...]``; the others are absent, with keys as they are."""
+    """The tokens of the first ``count`` of many blocks ``[n, m, ...]``; the others are absent, and keep their keys."""
     seen = (jnp.arange(blocks.mass.shape[0], dtype=jnp.int32) < count)[:, None]
     value_sum, mass = jnp.where(seen[..., None], blocks.value_sum, 0), jnp.where(seen, blocks.mass, 0)
     return WeightedKV(*(x.reshape(-1, *x.shape[2:]) for x in (blocks.k, value_sum, mass)))

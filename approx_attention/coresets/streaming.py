@@ -122,7 +122,7 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
     def present(held: _Sunk) -> Array:
         return jnp.sum(held.first.mass > 0, dtype=jnp.int32)
 
-    running_all = running.append_all
+    running_all: Any = running.append_all
     return RunningSummary(
         init,
         append,

@@ -27,6 +27,7 @@ from approx_attention.core import (
     WeightedKV,
     attend,
     by_kv_head,
+    causal_blocks,
     check_count,
     check_flag,
     check_key,
@@ -36,10 +37,11 @@ from approx_attention.core import (
     fold_scale,
     from_kv_head,
     in_blocks,
-    keeping_choices,
     merge,
+    out_of_blocks,
     scan_blocks,
     split_arrays,
+    state_of_blocks,
     streamed_state,
     window_state,
     within,
@@ -407,11 +409,7 @@ class _Summaries(_Form):
 
     def _state_of_blocks(self, k: Array, v: Array, real: Array, drawn: dict[str, Array]) -> Any:
         """The state of the running summary after all blocks."""
-        running = self._running(drawn)
-        blocks = jax.tree.map(lambda x: in_blocks(x, self.block_size), (k, v, real))
-        starts = jnp.arange(blocks[0].shape[0], dtype=jnp.int32) * self.block_size
-        step = keeping_choices(lambda state, args: (running.append(state, *args), None))
-        return lax.scan(step, running.init(v.shape[1], v.dtype), (starts, *blocks))[0]
+        return state_of_blocks(self._running(drawn), Block(*(in_blocks(x, self.block_size) for x in (k, v, real))))
 
     def _causal(self, heads: _Heads, axis: str) -> Array:
         part, block_size = heads.k.shape[1], self.block_size
@@ -428,14 +426,16 @@ class _Summaries(_Form):
         def one(args: tuple[_Heads, tuple[Array, Array, Array], Any]) -> Array:
             (q, k, v, real, drawn), halo, earlier = args
             running = self._running(drawn)
-            start = running.init(v.shape[1], v.dtype) if self.sends_tokens else earlier
             blocks = Block(*(in_blocks(x, block_size) for x in (k, v, real)))
 
             def query_head(q: Array) -> Array:
                 # The halo is block 0, so that it joins the summary when it is passed.
-                _, state = scan_blocks(running, Past(Block(*halo), start), 1, in_blocks(q, block_size), blocks, part)
-                state = jax.tree.map(lambda x: x.reshape(part, *x.shape[2:]), state)
-                return merge(state, attend(q, earlier)).out if self.sends_tokens else state.out
+                q_blocks = in_blocks(q, block_size)
+                if self.sends_tokens:
+                    state = out_of_blocks(causal_blocks(running, Block(*halo), 1, q_blocks, blocks))
+                    return merge(state, attend(q, earlier)).out
+                _, state = scan_blocks(running, Past(Block(*halo), earlier), 1, q_blocks, blocks, part)
+                return out_of_blocks(state.out)
 
             return jax.vmap(query_head)(q)
 

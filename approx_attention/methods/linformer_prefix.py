@@ -169,9 +169,9 @@ def _together(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) -
     def group(prefix: LinformerPrefix, blocks: Any) -> tuple[LinformerPrefix, Array]:
         _, k, v, rows_k, rows_v, real = blocks
         of_block = jax.vmap(_slots_of_block)(k.astype(prefix.k.dtype), v, rows_k, rows_v, real)
-        *sums, entered = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), prefix, of_block)
-        entered = sums_so_far(entered.astype(prefix.k.dtype)) > 0.5
-        prefixes = LinformerPrefix(*map(sums_so_far, sums), entered)
+        parts = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), prefix, of_block)
+        entered = sums_so_far(parts.entered.astype(prefix.k.dtype)) > 0.5
+        prefixes = LinformerPrefix(*(sums_so_far(x) for x in parts[:4]), entered=entered)
         before = jax.tree.map(lambda x: x[:-1], prefixes)
         out = jax.vmap(lambda prefix, block: attend(prefix, block)[0])(before, blocks)
         return jax.tree.map(lambda x: x[-1], prefixes), out

@@ -139,7 +139,8 @@ def running_eva(
     def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], GrowingSegments]:
         block_size = k.shape[1]
         chunk = chunk_of(block_size)
-        tokens = chunks(*out_of_blocks((k, v, kv_mask)), chunk, 0)
+        k, v, kv_mask = out_of_blocks((k, v, kv_mask))
+        tokens = chunks(k, v, kv_mask, chunk, 0)
         return GrowingSegments.of_sequence(num_chunks, chunk, block_size, tokens, least_length(block_size, chunk))
 
     def read(growing: GrowingSegments) -> WeightedKV:
