@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention.core import in_blocks, map_rows, out_of_blocks
+from approx_attention.core import in_blocks, map_rows, out_of_blocks, sums_so_far
 
 
 @pytest.mark.parametrize(("num_rows", "block_size"), [(5, 2), (6, 3), (3, 8)])
@@ -17,3 +17,18 @@ def test_rows_come_back_out_of_blocks(num_rows, block_size):
         np.testing.assert_array_equal(padded[num_rows:], 0)
     doubled = map_rows(lambda rows: {"x": 2 * rows[0]}, tree, block_size)
     np.testing.assert_array_equal(doubled["x"], 2 * tree[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_so_far_are_those_of_a_loop(weighted):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(7, 3, 2)).astype(np.float32)
+    weights = np.tril(np.ones((7, 7)))[:, :, None] * (random.uniform(size=(7, 7, 3)) if weighted else 1)
+    expected = [sum(weights[i, j][:, None] * x[j].astype(float) for j in range(i + 1)) for i in range(7)]
+    given = (jnp.asarray(weights, jnp.float32),) if weighted else ()
+    np.testing.assert_allclose(sums_so_far(jnp.asarray(x), *given), expected, atol=1e-6)
+    for broken in (np.nan, np.inf):
+        x[4, 1, 0] = broken
+        after = sums_so_far(jnp.asarray(x), *given)
+        np.testing.assert_allclose(after[:4], expected[:4], atol=1e-6)
+        assert np.all(np.isnan(after[4:]))

@@ -22,6 +22,7 @@ from approx_attention.coresets.clustering import (
     cholesky_places,
     farthest_places,
     k_means,
+    lasting_places,
     spread_places,
     with_nystrom_weights,
 )
@@ -182,11 +183,13 @@ def test_farthest_places_against_a_loop():
     np.testing.assert_array_equal(farthest_places(jnp.asarray(k), jnp.ones(40, bool), 7), chosen)
 
 
-@pytest.mark.parametrize("places", [random_places, spread_places, cholesky_places])
+@pytest.mark.parametrize("places", [random_places, spread_places, cholesky_places, lasting_places])
 def test_places_are_distinct_and_real(places):
     _, k, v = random_head(23, 1, 60, 4, 2)
     tokens = WeightedKV.of_tokens(k, v, jnp.arange(60) % 3 != 0)
-    argument = {random_places: (tokens.mass, 12), spread_places: (tokens, 12)}.get(places, (tokens, jnp.float32(1), 12))
+    argument = {random_places: (tokens.mass, 12), spread_places: (tokens, 12), lasting_places: (tokens, 12)}.get(
+        places, (tokens, jnp.float32(1), 12)
+    )
     place = np.asarray(places(*argument, KEY))
     assert len(set(place)) == 12
     assert (place % 3 != 0).all()
@@ -245,3 +248,26 @@ def test_sensitivities_against_a_loop():
     weights = np.exp(1.3 * x @ x.T) * np.asarray(tokens.mass)[None]
     expected = np.diagonal(weights) / weights.sum(1) * np.asarray(tokens.mass)
     np.testing.assert_allclose(sensitivities(tokens, jnp.float32(1.3), KEY, sample=29), expected, rtol=1e-4)
+
+
+def test_lasting_places_against_a_loop():
+    random = np.random.default_rng(21)
+    k, mass = random.normal(size=(24, 3)), random.integers(1, 5, size=24).astype(float)
+    tokens = WeightedKV(*(jnp.asarray(x, jnp.float32) for x in (k, mass[:, None] * k, mass)))
+    order = np.asarray(jax.random.uniform(KEY, (24,), jnp.float32))
+    costs = []
+    for i in range(24):
+        larger = [j for j in range(24) if (mass[j], order[j]) > (mass[i], order[i])]
+        ward = [mass[i] * mass[j] / (mass[i] + mass[j]) * np.sum((k[i] - k[j]) ** 2) for j in larger]
+        costs.append(min(ward, default=np.inf))
+    expected = set(np.argsort(costs)[::-1][:9])
+    assert set(np.asarray(lasting_places(tokens, 9, KEY)).tolist()) == expected
+
+
+def test_lasting_places_are_those_of_distinct_keys_and_never_of_padding():
+    _, k, v = random_head(22, 1, 30)
+    k = k.at[10:].set(k[jnp.arange(20) % 10])  # each of ten keys thrice
+    real = jnp.arange(30) != 4
+    places = np.asarray(lasting_places(WeightedKV.of_tokens(k, v, real), 10, KEY))
+    assert 4 not in places
+    assert len({tuple(row) for row in np.asarray(k)[places]}) == 10

@@ -1,0 +1,38 @@
+"""Segments of a growing prefix: those of all prefixes at once are those that grew block by block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention.core import GrowingSegments, TokenSums
+
+
+@pytest.mark.parametrize(
+    ("num_segments", "unit", "block_size", "num_blocks"),
+    [
+        (8, 1, 4, 1),
+        (8, 1, 4, 23),
+        (3, 1, 8, 9),
+        (5, 1, 12, 11),
+        (4, 4, 8, 17),
+        (7, 2, 12, 10),
+        (64, 1, 4, 9),
+        (1, 1, 3, 6),
+    ],
+)
+def test_segments_of_all_prefixes_are_those_that_grow(num_segments, unit, block_size, num_blocks):
+    random, per_block = np.random.default_rng(0), block_size // unit
+    rows = num_blocks * per_block
+    tokens = TokenSums(*(jnp.asarray(random.normal(size=(rows, n)[: 2 if n else 1]), jnp.float32) for n in (3, 2, 0)))
+    least = unit * -(-per_block // num_segments)
+    at = GrowingSegments.of_sequence(num_segments, unit, block_size, tokens, least)
+    grown = GrowingSegments.empty(num_segments, 3, 2, jnp.float32)
+    for count in range(num_blocks + 1):
+        now = at(jnp.int32(count))
+        for ours, expected in zip(now.sums, grown.sums, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
+        assert count == 0 or now.length == grown.length
+        block = jax.tree.map(lambda x, i=count: x[i * per_block : (i + 1) * per_block], tokens)
+        if count < num_blocks:
+            grown = grown.append(jnp.int32(count * block_size), unit, block, least)
