@@ -310,9 +310,10 @@ def _segments_after(
     num_segments, num_blocks = table.count.shape[1], block_sums.count.shape[0]
     count = jnp.minimum(count, num_blocks)
     end = count * per_block
-    reach = jnp.asarray([length * num_segments for length in lengths], jnp.int32)
-    level = jnp.minimum(jnp.sum(reach < end, dtype=jnp.int32), len(lengths) - 1)
-    length = jnp.asarray(lengths, jnp.int32)[level]
+    level = jnp.zeros((), jnp.int32)
+    for length in lengths[:-1]:
+        level = level + (length * num_segments < end).astype(jnp.int32)
+    length = lengths[0] << level
     full = end // length
     # The last segment starts in block `first`: all blocks from there on, less what stands before it.
     start = full * length
