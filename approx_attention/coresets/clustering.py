@@ -145,7 +145,7 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
     return lax.scan(step, (start, first), length=count)[1].astype(jnp.int32)
 
 
-@in_float32()  # residuals are what is left of nearly equal numbers
+@in_float32()  # a distance is a difference of squares, and 0 for equal keys
 def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     r"""``count`` places: all but those of the tokens that cost least to merge, found at once.
 
@@ -159,8 +159,7 @@ def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     """
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
     size, order = squared_norm(k)[:, 0], jax.random.uniform(key, mass.shape, k.dtype)
-    with in_float32():
-        distance = size[:, None] + size[None, :] - 2 * k @ k.T
+    distance = size[:, None] + size[None, :] - 2 * k @ k.T
     # A difference of squares: below their rounding it is that of an equal key, and costs nothing.
     distance = jnp.where(distance > 16 * jnp.finfo(k.dtype).eps * jnp.max(size), distance, 0)
     larger = (mass[None, :] > mass[:, None]) | ((mass[None, :] == mass[:, None]) & (order[None, :] > order[:, None]))
@@ -170,6 +169,7 @@ def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     return lax.top_k(jnp.where(mass > 0, cost, -1), count)[1]
 
 
+@in_float32()  # residuals are what is left of nearly equal numbers
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
     r"""Randomly pivoted Cholesky: pivots sampled by the residual that earlier pivots leave of each key.
 

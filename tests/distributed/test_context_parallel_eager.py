@@ -71,10 +71,17 @@ def test_arrays_among_the_arguments_have_gradients(name, is_causal):
 
 
 def primitives(jaxpr):
-    """Every equation of a program and of those within it."""
+    """Every equation of a program on a CPU and of those within it."""
     for equation in jaxpr.eqns:
         yield equation
-        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        inside = list(equation.params.values())
+        if platforms := equation.params.get("branches_platforms"):
+            inside = [
+                branch
+                for branch, names in zip(equation.params["branches"], platforms, strict=True)
+                if names and "cpu" in names
+            ]
+        for parameter in jax.tree.leaves(inside, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from primitives(inner)
