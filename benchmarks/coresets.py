@@ -11,6 +11,7 @@ from jax import Array
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, attention, fold_scale, summarize_coreset
+from approx_attention.core import each
 from approx_attention.coresets import ALGORITHMS, Algorithm, Halving, PivotedNystrom
 from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, peak_flops
@@ -39,7 +40,7 @@ def _build(algorithm: Algorithm, key: Array, value: Array, rng: Array) -> Weight
         return summarize_coreset(fold_scale(k, k)[1], v, rng, coreset_size=SIZE, algorithm=algorithm)
 
     heads = _heads_first(key), _heads_first(value), jax.random.split(rng, NUM_HEADS)
-    return jax.lax.map(head, heads) if jax.default_backend() == "cpu" else jax.vmap(head)(heads)
+    return each(head, heads)
 
 
 def _answer(query: Array, small: WeightedKV) -> Array:
@@ -49,7 +50,7 @@ def _answer(query: Array, small: WeightedKV) -> Array:
         return attend(fold_scale(q, q)[0], small).out
 
     heads = jnp.arange(NUM_HEADS), small
-    return jax.lax.map(head, heads) if jax.default_backend() == "cpu" else jax.vmap(head)(heads)
+    return each(head, heads)
 
 
 def measure(rounds: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens
+from approx_attention.core import each
 from approx_attention.evaluation import time_interleaved
 from experiments.config import Count, Seeded, Several, Share
 
@@ -77,7 +78,7 @@ def _build(policy, budget, k, v, key):
         return compress_tokens(*args, budget=budget, policy=policy)
 
     heads = (jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), jax.random.split(key, k.shape[1]))
-    return jax.lax.map(head, heads) if jax.default_backend() == "cpu" else jax.vmap(head)(heads)
+    return each(head, heads)
 
 
 def _ask(q, small):

@@ -62,8 +62,6 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
     """Seconds of every method and exact form at each length, the slopes of log time, and break-even lengths."""
     is_causal, arms = config.direction == "causal", config.arms()
     exact = {f"exact {form}": AttentionConfig("exact", {"implementation": form}) for form in ("blocked", "dense")}
-    if jax.default_backend() != "cpu":
-        exact["exact default"] = AttentionConfig("exact")  # cuDNN where it applies
     # Each length is kept once it is measured, so that a killed run goes on with the next.
     kept = directory / "lengths.json"
     measured: dict[str, Any] = {}
