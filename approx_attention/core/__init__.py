@@ -9,7 +9,6 @@ from approx_attention.core.causal import (
     causal_state,
     causal_state_by_place,
     move_on,
-    running_moments,
     scan_blocks,
     state_of_blocks,
 )
@@ -71,6 +70,7 @@ from approx_attention.core.features import (
 )
 from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, over_heads, split_arrays
 from approx_attention.core.layout import broadcast, check_layout, split_mask, within
+from approx_attention.core.moments import running_moments
 from approx_attention.core.outputs import OutputOrState, output_or_state
 from approx_attention.core.padding import (
     RealFirst,

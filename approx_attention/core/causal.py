@@ -23,12 +23,11 @@ from approx_attention.core.checks import (
     real_keys,
 )
 from approx_attention.core.choices import keeping_choices
-from approx_attention.core.features import FeatureMap
 from approx_attention.core.padding import over_real_tokens
-from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows, sums_so_far
+from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows
 from approx_attention.core.softmax import dense_state, mask_bias
-from approx_attention.core.states import AttentionState, finite_peak, merge
-from approx_attention.core.summaries import FeatureMoments, Summary, attend, require_scaled_space
+from approx_attention.core.states import AttentionState, merge
+from approx_attention.core.summaries import Summary, attend, require_scaled_space
 
 # Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
 # of as many as this allows, 16,384 tokens and more with 256 features of 64 values: enough to fill the machine, and no
@@ -117,63 +116,6 @@ class Past(NamedTuple):
         """The past of the first block."""
         before = Block.empty(block_size, head_dim, value_dim, dtype)
         return cls(before, running.init(value_dim, dtype))
-
-
-def running_moments(features: FeatureMap) -> RunningSummary:
-    """Moments of a growing prefix: those of each further block are added.
-
-    Args:
-        features: the feature map, such as `PositiveFeatures`.
-
-    Returns:
-        The `RunningSummary` whose summary is a `FeatureMoments`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from approx_attention.core import PositiveFeatures, running_moments
-        >>> running = running_moments(PositiveFeatures(jax.random.normal(jax.random.key(0), (16, 4))))
-        >>> empty, ones = running.init(2, jnp.float32), jnp.ones((3, 4))
-        >>> moments = running.append(empty, jnp.int32(0), ones, ones[:, :2], jnp.ones(3, bool))
-        >>> running.read(moments).value_sum.shape
-        (16, 2)
-    """
-
-    # The map is not part of the state: it never changes, and a donated cache must not take its arrays along.
-    def bare(moments: FeatureMoments) -> Any:
-        return dataclasses.replace(moments, features=None)
-
-    def read(moments: Any) -> FeatureMoments:
-        return dataclasses.replace(moments, features=features)
-
-    def of_block(k: Array, v: Array, kv_mask: Array) -> Any:
-        return bare(FeatureMoments.of_tokens(features, k, v, kv_mask))
-
-    def added(a: Any, b: Any) -> Any:
-        return bare(merge(read(a), read(b)))
-
-    def append_all(moments: Any, _: Array, k: Array, v: Array, kv_mask: Array) -> Any:
-        parts = jax.vmap(of_block)(k, v, kv_mask)
-        return _moments_so_far(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), moments, parts))
-
-    return RunningSummary(
-        init=lambda value_dim, dtype: bare(FeatureMoments.empty(features, value_dim, dtype)),
-        append=lambda moments, _, k, v, kv_mask: added(moments, of_block(k, v, kv_mask)),
-        read=read,
-        append_all=append_all,
-    )
-
-
-def _moments_so_far(parts: FeatureMoments) -> FeatureMoments:
-    r"""The moments of the first i of stacked parts a, for each i, by one product.
-
-    .. math:: \mathrm{sum}_i = \sum_{a \le i} e^{c_a - C_i}\, \mathrm{sum}_a, \qquad C_i = \max_{a \le i} c_a.
-    """
-    # One log-scale for all prefixes would let a later part push an earlier one below the smallest number.
-    so_far = jnp.tri(parts.mass.shape[0], dtype=bool)
-    log_scale = jnp.max(jnp.where(so_far[:, :, None], parts.log_scale[None], -jnp.inf), axis=1)
-    shift = jnp.where(so_far[:, :, None], parts.log_scale[None] - finite_peak(log_scale)[:, None], -jnp.inf)
-    value_sum, mass = (sums_so_far(x, jnp.exp(shift)) for x in (parts.value_sum, parts.mass))
-    return dataclasses.replace(parts, value_sum=value_sum, mass=mass, log_scale=log_scale)
 
 
 def causal_state(

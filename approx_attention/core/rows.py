@@ -82,7 +82,7 @@ def sums_so_far(x: Array, weights: Array | None = None) -> Array:
     so_far = jnp.tri(x.shape[0], dtype=bool)
     rest = (1,) * (x.ndim - 1)
     # In the product a later NaN would reach earlier sums, as 0 times NaN: it is put back where it belongs.
-    finite = jnp.isfinite(jnp.sum(lax.stop_gradient(jnp.abs(x)), axis=tuple(range(1, x.ndim))))
+    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
     lost = jnp.any(so_far & ~finite[None], axis=1)
     kept = jnp.where(finite.reshape(-1, *rest), x, 0)
     weights = so_far.astype(x.dtype) if weights is None else weights
