@@ -34,7 +34,7 @@ SHORT = 2048
 # Not compiled for a TPU: its singular value decomposition takes the compiler longer than all other cases together.
 TOO_SLOW = {"tpu": ("svd",), "gpu": ()}
 
-# What is asked of causal forms on an H200: operations in sequence, forward and with gradient, at any length.
+# What is asked of causal forms on an H200: operations in sequence, forward and with gradient, at 32,768 tokens.
 MOST_OPERATIONS: dict[str, int] = dict.fromkeys(IN_PARALLEL[:6], 150)
 MOST_OPERATIONS |= {"polynomial": 300, "uniform_sample": 500, "coreset": 5000}
 MOST_OPERATIONS_BACKWARD: dict[str, int] = dict.fromkeys(IN_PARALLEL[:7], 300)

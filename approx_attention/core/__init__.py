@@ -1,10 +1,12 @@
-"""The common calculus: checks, summaries and states of attention, features, sketches, and the causal scan."""
+"""The common calculus: checks, summaries and states of attention, features, sketches, and causal forms."""
 
 from approx_attention.core.causal import (
     GROUP_NUMBERS,
     Block,
     Past,
     RunningSummary,
+    append_all_of,
+    appended_in_turn,
     causal_blocks,
     causal_state,
     causal_state_by_place,
@@ -177,6 +179,8 @@ __all__ = [
     "WeightedKV",
     "accumulation_dtype",
     "along_with",
+    "append_all_of",
+    "appended_in_turn",
     "as_pair",
     "attend",
     "averaging_matrix",

@@ -148,7 +148,7 @@ def causal_state(
         The `AttentionState` of the queries.
 
     Raises:
-        TypeError: tensors that are not floating point, what is no `RunningSummary`.
+        TypeError: tensors that are not floating point, another type in place of a `RunningSummary`.
         ValueError: shapes that do not fit, a block size below 1.
 
     Example:
@@ -185,6 +185,8 @@ def causal_state_by_place(
 ) -> AttentionState:
     """`causal_state` with blocks of all places, padding included: for patterns, which count places too."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
+    # Scaled keys vary where the scale does, and so does what is made of them.
+    k = along_with(k, scale) if isinstance(scale, Array) else k
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
     blocks = Block(*(in_blocks(pad_rows(x[:num_keys], num_queries - num_keys), block_size) for x in tokens))
@@ -278,8 +280,8 @@ def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
             return at(jnp.asarray(starts.shape[0], jnp.int32))
         if running.append_all is None:
             return in_turn(blocks)
-        groups, size = even_split(starts.shape[0], -(-LEAST_GROUP // blocks.kv_mask.shape[1]))
         append_all: Any = running.append_all
+        groups, size = even_split(starts.shape[0], _least_blocks(blocks.kv_mask.shape[1]))
         padding = groups * size - starts.shape[0]
         grouped = jax.tree.map(lambda x: pad_rows(x, padding).reshape(groups, size, *x.shape[1:]), (starts, *blocks))
         step = keeping_choices(lambda state, args: (jax.tree.map(lambda x: x[-1], append_all(state, *args)), None))
@@ -326,7 +328,7 @@ def _together(
     num_blocks, block_size = q_blocks.shape[:2]
     at = None
     if past.prefix is None and running.of_sequence is not None and num_blocks + first > 1:
-        # Summarised are all blocks but the last two: one is the block before, and the other attends.
+        # The last block attends only; those before it come into prefixes.
         earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, blocks)
         at = jax.checkpoint(running.of_sequence)(*earlier)
     if at is None:
@@ -336,8 +338,7 @@ def _together(
         """The states before each of these blocks, and all with that after the last where the prefix is carried on."""
         if at is not None:
             return jax.vmap(at)(jnp.maximum(numbers - 1, 0)), None
-        append_all = running.append_all or _appended_in_turn(running)
-        states = append_all(prefix, (numbers - 1) * block_size, *before)
+        states = append_all_of(running)(prefix, (numbers - 1) * block_size, *before)
         return jax.tree.map(lambda x: x[:-1], states), states
 
     groups, size = even_split(num_blocks, _blocks_at_once(running, at, past, q_blocks))
@@ -372,17 +373,26 @@ def _started(running: RunningSummary, past: Past) -> Past:
     return past._replace(prefix=running.init(v.shape[-1], v.dtype))
 
 
-def _appended_in_turn(running: RunningSummary) -> Callable[..., Any]:
-    """`RunningSummary.append_all` of a summary that has none."""
+def append_all_of(running: RunningSummary) -> Callable[..., Any]:
+    """`RunningSummary.append_all`, by default with blocks in turn."""
+
+    def append(state: Any, start: Array, *block: Array) -> Any:
+        return lax.cond(start >= 0, lambda state: running.append(state, start, *block), lambda state: state, state)
+
+    return running.append_all or appended_in_turn(append)
+
+
+def appended_in_turn(append: Callable[..., Any]) -> Callable[..., Any]:
+    """A `RunningSummary.append_all` that appends one block after the other."""
 
     def append_all(state: Any, starts: Array, *blocks: Array) -> Any:
         @keeping_choices
         def step(state: Any, args: Any) -> tuple[Any, Any]:
-            start, *block = args
-            state = lax.cond(start >= 0, lambda state: running.append(state, start, *block), lambda state: state, state)
+            state = append(state, *args)
             return state, state
 
-        _, states = lax.scan(step, along_with(state, *blocks), (starts, *blocks))
+        state = along_with(state, *blocks)
+        _, states = lax.scan(step, state, (starts, *blocks))
         return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, states)
 
     return append_all
@@ -395,7 +405,12 @@ def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Arra
     rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
     # The prefix of each block is read, and made from another of its size.
     numbers = block_size * (2 * block_size + rows) + 2 * sum(x.size for x in jax.tree.leaves(prefix))
-    return max(GROUP_NUMBERS // numbers, -(-LEAST_GROUP // block_size))
+    return max(GROUP_NUMBERS // numbers, _least_blocks(block_size))
+
+
+def _least_blocks(block_size: int) -> int:
+    """The number of blocks of a least group: at most 128, because every block has a prefix."""
+    return min(-(-LEAST_GROUP // block_size), 128)
 
 
 def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:

@@ -169,7 +169,7 @@ def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     return lax.top_k(jnp.where(mass > 0, cost, -1), count)[1]
 
 
-@in_float32()  # residuals are what is left of nearly equal numbers
+@in_float32()  # residuals are differences of nearly equal numbers
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
     r"""Randomly pivoted Cholesky: pivots sampled by the residual that earlier pivots leave of each key.
 

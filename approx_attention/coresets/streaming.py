@@ -10,13 +10,13 @@ from jax import Array, lax
 from approx_attention.core import (
     RunningSummary,
     WeightedKV,
-    along_with,
+    append_all_of,
+    appended_in_turn,
     check_choice,
     check_count,
     check_counts,
     check_key,
     check_not_negative,
-    keeping_choices,
     merge,
     out_of_blocks,
     pad_rows,
@@ -71,7 +71,7 @@ def running_coreset(
         merges = [ALGORITHMS[name] for name in ("kmeans_nystrom", "kmeans_merge")]
         if chosen not in merges or query_radius is not None:
             raise ValueError(
-                "streaming='fold' merges clusters whatever the queries: leave algorithm and query_radius at their "
+                "streaming='fold' merges clusters without regard to queries: leave algorithm and query_radius at their "
                 f"defaults, or use streaming='counter'; got {shown(algorithm)} and {shown(query_radius)}"
             )
         return _after_sinks(sinks, head_dim, _folding(drawn, head_dim, coreset_size))
@@ -117,18 +117,15 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
         filled = jnp.arange(sinks, dtype=jnp.int32)[None, :] < (present(held) + added)[:, None]
         firsts = jax.tree.map(lambda x: jnp.where(filled.reshape(*filled.shape, *(1,) * (x.ndim - 1)), x, 0), first)
         others = others.reshape(kv_mask.shape)
-        return _Sunk(firsts, running_all(held.rest, starts, k, v, others))
+        return _Sunk(firsts, append_all_of(running)(held.rest, starts, k, v, others))
 
     def present(held: _Sunk) -> Array:
         return jnp.sum(held.first.mass > 0, dtype=jnp.int32)
 
-    running_all: Any = running.append_all
-    return RunningSummary(
-        init,
-        append,
-        read=lambda held: merge(held.first, running.read(held.rest)),
-        append_all=append_all if running_all else None,
-    )
+    def read(held: _Sunk) -> WeightedKV:
+        return merge(held.first, running.read(held.rest))
+
+    return RunningSummary(init, append, read, append_all=append_all)
 
 
 def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
@@ -144,17 +141,8 @@ def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
         clusters = merged_around(centred, places)
         return dataclasses.replace(clusters, k=clusters.k + middle[None, :])
 
-    def append_all(held: WeightedKV, starts: Array, *blocks: Array) -> WeightedKV:
-        @keeping_choices
-        def step(held: WeightedKV, args: tuple[Array, ...]) -> tuple[WeightedKV, WeightedKV]:
-            held = append(held, *args)
-            return held, held
-
-        held = along_with(held, *blocks)
-        _, states = lax.scan(step, held, (starts, *blocks))
-        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), held, states)
-
-    return RunningSummary(init, append, read=lambda held: held, append_all=append_all)
+    # A block without tokens merges into nothing.
+    return RunningSummary(init, append, read=lambda held: held, append_all=appended_in_turn(append))
 
 
 class _Levels(NamedTuple):

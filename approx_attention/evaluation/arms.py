@@ -169,7 +169,7 @@ def exact_arms(problem: Problem) -> list[Arm]:
     forms = {EXACT: ours(None)}
     if logits <= LARGEST_LOGITS:
         forms[f"{EXACT} dense"] = ours("dense")
-        if jax.default_backend() == "gpu":
+        if jax.default_backend() == "gpu":  # what is timed is what this machine has
             head_dim = query.shape[-1]
             fused = mask is None and head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= 128
             forms[f"{EXACT} bfloat16"] = lambda query, key, value, rng: (

@@ -34,11 +34,11 @@ def together(monkeypatch):
     return run
 
 
-def value_and_gradients(name, *, kv_mask=None):
+def value_and_gradients(name, **others):
     """A causal method on one head: its outputs, and its gradients of a sum that depends on all of them."""
 
     def function(q, k, v):
-        options = settings(name) | {"is_causal": True} | ({} if kv_mask is None else {"kv_mask": kv_mask})
+        options = settings(name) | {"is_causal": True} | others
         out, pull = jax.vjp(lambda *tensors: METHODS[name].function(*tensors, jax.random.key(7), **options), q, k, v)
         return out, *pull(jnp.cos(out))
 
@@ -52,10 +52,34 @@ def value_and_gradients(name, *, kv_mask=None):
 )
 def test_both_executions_agree(together, x64, name, num_queries, num_keys, masked, groups):
     tensors = random_head(0, num_queries, num_keys, dtype=jnp.float64)
-    function = value_and_gradients(name, kv_mask=jnp.arange(num_keys) % 5 != 2 if masked else None)
+    function = value_and_gradients(name, **({"kv_mask": jnp.arange(num_keys) % 5 != 2} if masked else {}))
     in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors, groups=groups)
     for ours, expected in zip(at_once, in_turn, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-12, rtol=1e-12)
+
+
+RNG = np.random.default_rng(4)
+# What changes how prefixes are summarised; sizes that no block divides.
+VARIANTS = [
+    ("favor", {"features": "hyperbolic"}),
+    ("favor", {"features": "relu"}),
+    ("rfa", {"gate_logits": jnp.asarray(RNG.normal(size=41), jnp.float32)}),
+    ("mean_pool", {"num_landmarks": 3}),
+    ("eva", {"num_chunks": 3, "chunk_size": 2}),
+    ("eva", {"pooling_vectors": tuple(jnp.asarray(x, jnp.float32) for x in RNG.normal(size=(2, 8)))}),
+    ("uniform_sample", {"noise": jnp.asarray(RNG.uniform(size=41), jnp.float32)}),
+    ("coreset", {"streaming": "counter", "algorithm": "kmeans_merge", "sinks": 3}),
+    ("linformer", {"projection_k": jnp.asarray(RNG.uniform(size=(6, 41)), jnp.float32), "renormalize": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{name}-{next(iter(x))}" for name, x in VARIANTS])
+def test_both_executions_agree_with_other_options(together, name, options):
+    tensors = random_head(5, 41, 41)
+    function = value_and_gradients(name, **options)
+    in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors)
+    for ours, expected in zip(at_once, in_turn, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", [unless_slow(name) for name in BLOCKS])

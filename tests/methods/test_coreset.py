@@ -432,7 +432,7 @@ def test_signed_masses_cannot_be_compressed_again():
     k, v = clustered(36, 64)
     with pytest.raises(ValueError, match="signed masses are not supported"):
         compress(summary(k, v, size=16, algorithm="kmeans_nystrom"), KEY, coreset_size=8)
-    with pytest.raises(ValueError, match="streaming='fold' merges clusters whatever the queries"):
+    with pytest.raises(ValueError, match="streaming='fold' merges clusters without regard to queries"):
         coreset(k, k, v, KEY, coreset_size=8, algorithm="halving", is_causal=True)
     with pytest.raises(ValueError, match="makes signed masses, which a counter does not support"):
         coreset(k, k, v, KEY, coreset_size=8, streaming="counter", is_causal=True, block_size=8)
