@@ -15,8 +15,9 @@ from jax import Array, lax
 from approx_attention.core.rows import along_with
 
 # Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
-# channels. More heads than that fill no machine better, and their intermediate results would take its memory.
-TOGETHER = 3 * 2**26
+# channels, or of 8 heads of 131,072. More heads than that fill no machine better, and their intermediate results would
+# take its memory.
+TOGETHER = 2**28
 
 
 def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False) -> Any:
