@@ -446,5 +446,6 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
     summary = running.read(prefix)
-    nearby = running.near(q, near.k, near.v, mask_bias(visible, q.dtype))
+    # In float16 the bias of a hidden key would be infinite, and a row of nothing else NaN.
+    nearby = running.near(q, near.k, near.v, mask_bias(visible, accumulation_dtype(q)))
     return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))

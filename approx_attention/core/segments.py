@@ -264,7 +264,7 @@ class GrowingSegments(NamedTuple):
 
         After e positions the length is the least of ``least_length * 2^i`` with which all segments together reach e.
         So the segments that are full come from one table for all prefixes, of the first segments of each such length;
-        only the last one, which a prefix ends in, is its own.
+        only the last one, in which a prefix ends, differs between prefixes.
 
         Args:
             num_segments: the number M of segments.

@@ -28,7 +28,7 @@ def together(monkeypatch):
             if groups:
                 patched.setattr(causal, "GROUP_NUMBERS", 1)
                 patched.setattr(causal, "LEAST_GROUP", 12)
-            # A function of its own is traced anew.
+            # A new function is traced anew.
             return jax.jit(lambda *arguments: function(*arguments))(*arguments)
 
     return run

@@ -1,5 +1,6 @@
 """The shared causal form: exact nearby, summarised before, each token counted once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -81,3 +82,15 @@ def test_blocks_hold_a_token():
     q, k, v = random_head(5, 4, 4)
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         causal_state(q, k, v, running_exact(8, max_length=4), block_size=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_the_bias_of_hidden_keys_is_finite_in_half_precision(dtype):
+    running = running_moments(PositiveFeatures(gaussian_projection(jax.random.key(0), 6, 8)))
+
+    def near(q, k, v, bias):
+        state = running.near(q, k, v, bias)
+        return dataclasses.replace(state, out=jnp.where(jnp.all(jnp.isfinite(bias)), state.out, jnp.nan))
+
+    q, k, v = random_head(6, 9, 9, dtype=dtype)
+    assert np.all(np.isfinite(causal_state(q, k, v, running._replace(near=near), block_size=4).out))
