@@ -16,7 +16,6 @@ from approx_attention.core.causal import (
 )
 from approx_attention.core.checks import (
     InputError,
-    accumulation_dtype,
     as_pair,
     check_array,
     check_bias_and_mask,
@@ -85,16 +84,6 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
-from approx_attention.core.rows import (
-    along_with,
-    block_windows,
-    even_split,
-    in_blocks,
-    map_rows,
-    out_of_blocks,
-    pad_rows,
-    sums_so_far,
-)
 from approx_attention.core.segments import (
     GrowingSegments,
     Segments,
@@ -117,18 +106,7 @@ from approx_attention.core.sketches import (
     leverages,
     random_signs,
 )
-from approx_attention.core.softmax import (
-    GREATEST_TILE,
-    HIDDEN,
-    KEY_BLOCK,
-    LEAST_TILE,
-    blocked_state,
-    dense_state,
-    kernel_state,
-    mask_bias,
-    window_state,
-)
-from approx_attention.core.states import AttentionState, finite_peak, merge, normalise, subtract
+from approx_attention.core.softmax import SoftmaxNear, blocked_state, kernel_state, window_state
 from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
@@ -143,6 +121,28 @@ from approx_attention.core.summaries import (
     summary_bytes,
 )
 from approx_attention.core.summary_forms import state_by_summary
+from approx_attention.kernels import (
+    GREATEST_TILE,
+    HIDDEN,
+    KEY_BLOCK,
+    LEAST_TILE,
+    AttentionState,
+    accumulation_dtype,
+    along_with,
+    block_windows,
+    dense_state,
+    even_split,
+    finite_peak,
+    in_blocks,
+    map_rows,
+    mask_bias,
+    merge,
+    normalise,
+    out_of_blocks,
+    pad_rows,
+    subtract,
+    sums_so_far,
+)
 
 __all__ = [
     "FEATURE_BLOCK",
@@ -171,6 +171,7 @@ __all__ = [
     "RunningSummary",
     "Segments",
     "Sketch",
+    "SoftmaxNear",
     "SparseSketch",
     "Summary",
     "TokenSums",

@@ -24,10 +24,18 @@ from approx_attention.core.checks import (
 )
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.padding import over_real_tokens
-from approx_attention.core.rows import along_with, even_split, in_blocks, out_of_blocks, pad_rows
-from approx_attention.core.softmax import dense_state, mask_bias
-from approx_attention.core.states import AttentionState, merge
+from approx_attention.core.softmax import SoftmaxNear
 from approx_attention.core.summaries import Summary, attend, require_scaled_space
+from approx_attention.kernels import (
+    AttentionState,
+    along_with,
+    even_split,
+    in_blocks,
+    mask_bias,
+    merge,
+    out_of_blocks,
+    pad_rows,
+)
 
 # Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
 # of as many as this allows, 16,384 tokens and more with 256 features of 64 values: enough to fill the machine, and no
@@ -82,7 +90,7 @@ class RunningSummary(NamedTuple):
     init: Callable[[int, Any], Any]
     append: Callable[[Any, Array, Array, Array, Array], Any]
     read: Callable[[Any], Summary]
-    near: Callable[[Array, Array, Array, Array], AttentionState] = dense_state
+    near: Callable[[Array, Array, Array, Array], AttentionState] = SoftmaxNear()
     space: Callable[[Array], Array] = _same
     append_all: Callable[[Any, Array, Array, Array, Array], Any] | None = None
     of_sequence: Callable[[Array, Array, Array], Callable[[Array], Any] | None] | None = None
@@ -210,13 +218,18 @@ def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> R
         # Queries are not scaled either, which the summary makes up for.
         return dataclasses.replace(summary, scale=jnp.asarray(scale, dtype))
 
+    def near(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
+        return running.near(in_space(q), in_space(k), v.astype(dtype), bias.astype(dtype))
+
+    if isinstance(running.near, SoftmaxNear):
+        near = SoftmaxNear(scale)
     append_all: Any = running.append_all
     of_sequence: Any = running.of_sequence
     return running._replace(
         init=lambda value_dim, _: running.init(value_dim, dtype),
         append=lambda state, start, *block: running.append(state, start, *tokens(*block)),
         read=read,
-        near=lambda q, k, v, bias: running.near(in_space(q), in_space(k), v.astype(dtype), bias.astype(dtype)),
+        near=near,
         append_all=append_all and (lambda state, starts, *blocks: append_all(state, starts, *tokens(*blocks))),
         of_sequence=of_sequence and (lambda *blocks: of_sequence(*tokens(*blocks))),
     )
@@ -442,10 +455,13 @@ def move_on(running: RunningSummary, past: Past, number: Array, block: Block) ->
 
 def _attend_block(running: RunningSummary, q: Array, before: Block, current: Block, prefix: Any) -> AttentionState:
     """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
-    block_size = q.shape[0]
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
-    visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
-    summary = running.read(prefix)
     # In float16 the bias of a hidden key would be infinite, and a row of nothing else NaN.
-    nearby = running.near(q, near.k, near.v, mask_bias(visible, accumulation_dtype(q)))
-    return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))
+    dtype = accumulation_dtype(q)
+    if isinstance(running.near, SoftmaxNear):
+        nearby = running.near.causal(q, near.k, near.v, mask_bias(near.kv_mask, dtype))
+    else:
+        block_size = q.shape[0]
+        visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
+        nearby = running.near(q, near.k, near.v, mask_bias(visible, dtype))
+    return merge(nearby, attend(q.astype(nearby.lse.dtype), running.read(prefix)))

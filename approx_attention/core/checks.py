@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from approx_attention.kernels import accumulation_dtype
+
 # The largest count: places of tokens and sizes of arrays are int32.
 MOST_COUNT = 2**31 - 1
 
@@ -151,11 +153,6 @@ def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array,
     check_tokens(k, v, kv_mask)
     dtype = accumulation_dtype(k, v)
     return zero_padding(k.astype(dtype), v.astype(dtype), kv_mask)
-
-
-def accumulation_dtype(*tensors: Any) -> Any:
-    """float64 where any tensor is float64, else float32."""
-    return jnp.float64 if jnp.float64 in [x.dtype for x in tensors] else jnp.float32
 
 
 def check_array(name: str, x: Any, kind: Literal["a floating-point array", "integers"]) -> None:

@@ -8,8 +8,8 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.core.checks import check_choice
-from approx_attention.core.states import AttentionState, finite_peak, merge
 from approx_attention.core.summaries import FeatureMoments, attend
+from approx_attention.kernels import AttentionState, finite_peak, merge
 
 
 def control_variate_state(

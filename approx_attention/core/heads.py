@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.core.rows import along_with
+from approx_attention.kernels import along_with
 
 # Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
 # channels, or of 8 heads of 131,072. More heads than that fill no machine better, and their intermediate results would

@@ -9,9 +9,8 @@ from jax import Array, lax
 
 from approx_attention.core.causal import RunningSummary
 from approx_attention.core.features import FeatureMap
-from approx_attention.core.rows import even_split, out_of_blocks, pad_rows, sums_so_far
-from approx_attention.core.states import finite_peak, merge
 from approx_attention.core.summaries import FeatureMoments
+from approx_attention.kernels import even_split, finite_peak, merge, out_of_blocks, pad_rows, sums_so_far
 
 # Parts whose sums so far are one product: its weights grow with their square.
 MOST_PARTS = 128

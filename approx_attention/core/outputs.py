@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from approx_attention.core.states import AttentionState
+from approx_attention.kernels import AttentionState
 
 P = ParamSpec("P")
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from approx_attention.core.checks import check_mask
-from approx_attention.core.rows import pad_rows
-from approx_attention.core.states import AttentionState
+from approx_attention.kernels import AttentionState, pad_rows
 
 
 class RealFirst(NamedTuple):

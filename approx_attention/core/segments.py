@@ -13,8 +13,8 @@ from jax import Array, lax
 
 from approx_attention.core.checks import check_count, real_keys
 from approx_attention.core.padding import count_real, floor_of_share
-from approx_attention.core.rows import in_blocks, pad_rows
 from approx_attention.core.summaries import WeightedKV
+from approx_attention.kernels import in_blocks, pad_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from approx_attention.core.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
 from approx_attention.core.precision import in_float32
-from approx_attention.core.rows import along_with, pad_rows
+from approx_attention.kernels import along_with, pad_rows
 
 
 def random_signs(key: Array, shape: tuple[int, ...]) -> Array:

@@ -19,9 +19,17 @@ from jaxtyping import Float
 
 from approx_attention.core.checks import accumulation_dtype, check_rows, real_keys, token_sums_inputs
 from approx_attention.core.features import FeatureMap, PositiveFeatures, squared_norm
-from approx_attention.core.rows import in_blocks, map_rows
-from approx_attention.core.softmax import HIDDEN, KEY_BLOCK, LEAST_TILE, blocked_state
-from approx_attention.core.states import AttentionState, finite_peak, merge, normalise, require_same_kind
+from approx_attention.core.softmax import blocked_state
+from approx_attention.kernels import (
+    HIDDEN,
+    AttentionState,
+    finite_peak,
+    in_blocks,
+    map_rows,
+    merge,
+    normalise,
+    require_same_kind,
+)
 
 # Features of at most 1024 rows and 2^18 numbers (1 MB in float32, within the cache) exist at a time, so that memory
 # does not grow with S R; but of 128 rows at least, for products of matrices.
@@ -180,10 +188,7 @@ class FeatureMoments(_InSpace):
         key_bias = -squared_norm(k)[:, 0] / 2
         if kv_mask is not None:
             key_bias = jnp.where(kv_mask, key_bias, HIDDEN)
-        directions = features.projection.astype(k.dtype)
-        # Directions are few and keys many: blocks of keys that fill a tile with all the features.
-        keys = max(KEY_BLOCK, LEAST_TILE // features.num_features)
-        state = blocked_state(directions, k, v, key_bias, key_block=keys)
+        state = blocked_state(features.projection.astype(k.dtype), k, v, key_bias)
         # Masses are 1 in value, at the log-scale of their own sum; the gradient of the sum flows through them.
         log_scale = lax.stop_gradient(state.lse)
         mass = jnp.exp(state.lse - finite_peak(log_scale))

@@ -15,7 +15,20 @@ from approx_attention.core import (
     streamed_state,
     window_state,
 )
+from approx_attention.kernels import cpu
 from tests.references import brute_force, causal_mask, random_head
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 64 by 64, so that a short sequence has several."""
+    monkeypatch.setattr(cpu, "KEY_BLOCK", 64)
+    monkeypatch.setattr(cpu, "LEAST_TILE", 64)
+    monkeypatch.setattr(cpu, "GREATEST_TILE", 64 * 64)
+    # Traces of larger tiles.
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def assert_is_exact(state, q, k, v, mask=None):
@@ -26,12 +39,12 @@ def assert_is_exact(state, q, k, v, mask=None):
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (7, 5), (64, 64), (65, 130), (200, 63)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocked_equals_brute_force(num_queries, num_keys, masked):
+def test_blocked_equals_brute_force(small_tiles, num_queries, num_keys, masked):
     q, k, v = random_head(0, num_queries, num_keys, spread=0.5)
     mask = np.random.default_rng(0).random(num_keys) < 0.7
     mask[0] = True
     bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN) if masked else None
-    state = jax.jit(functools.partial(blocked_state, query_block=64, key_block=64))(q, k, v, bias)
+    state = jax.jit(cpu.blocked_state)(q, k, v, bias)
     assert_is_exact(state, q, k, v, mask if masked else None)
 
 
@@ -63,7 +76,7 @@ def value_gradient_in_float64(q, k, v, d_out, visible):
 FORMS = [
     (False, streamed_state),
     (True, functools.partial(streamed_state, is_causal=True)),
-    (False, functools.partial(blocked_state, query_block=64, key_block=64)),
+    (False, blocked_state),
     (False, functools.partial(window_state, left=40, right=25)),
     (True, functools.partial(window_state, left=40, right=0)),
 ]
@@ -71,7 +84,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("is_causal", "form"), FORMS)
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(300, 300), (70, 1300)])
-def test_gradients_at_large_logits(is_causal, form, num_queries, num_keys):
+def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, num_keys):
     offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
     visible = offset <= 0 if is_causal else np.ones_like(offset, bool)
     if getattr(form, "func", None) is window_state:
@@ -121,8 +134,6 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
 def test_gradients_against_finite_differences(form, x64):
     q, k, v = random_head(5, 13, 13, 3, dtype=jnp.float64)
     bias = jnp.where(jnp.arange(13) % 4 == 1, HIDDEN, 0.1 * jnp.arange(13.0))
-    if form is blocked_state:
-        form = functools.partial(form, query_block=5, key_block=4)
     check_grads(form, (q, k, v, bias), order=1, modes=["rev", "fwd"], eps=1e-6, atol=1e-6, rtol=1e-6)
 
 

@@ -8,23 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention.core import HIDDEN, dense_state, streamed, streamed_state
+from approx_attention.core import HIDDEN, dense_state, streamed_state
+from approx_attention.kernels import fused
 from tests.references import causal_mask, random_head
 
-EXECUTIONS = {
-    "cpu": (streamed.cpu_forward, streamed.cpu_backward),
-    "accelerator": (streamed.accelerator_forward, streamed.accelerator_backward),
-}
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
 
 
-@pytest.fixture(params=list(EXECUTIONS))
+@pytest.fixture(params=["cpu", "accelerator"])
 def execution(request, monkeypatch):
-    """On this machine, the execution of a CPU or that of other platforms."""
-    forward, backward = EXECUTIONS[request.param]
-    monkeypatch.setattr(streamed, "cpu_forward", forward)
-    monkeypatch.setattr(streamed, "cpu_backward", backward)
-    return request.param
+    """On this machine, the tiles of a CPU or those of other platforms."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    for function in (fused._forward, fused._backward):
+        monkeypatch.setattr(function, "cpu", function.default)
+    # Traces of the other execution.
+    jax.clear_caches()
+    yield request.param
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 def loss_of(num_queries, value_dim):
@@ -141,8 +144,8 @@ def test_the_program_does_not_grow_with_the_sequence(platform, lengths, backward
 
 
 def test_accelerators_make_no_copy_of_tensors_in_float32():
-    forward = functools.partial(streamed.accelerator_forward, kv_mask=None, is_causal=True)
-    text = lowered(lambda *x: forward(*x, jnp.float32(0.25)).out.astype(jnp.bfloat16), 4096, "cuda")
+    forward = functools.partial(streamed_state, scale=0.25, is_causal=True, implementation="xla")
+    text = lowered(lambda *x: forward(*x).out.astype(jnp.bfloat16), 4096, "cuda")
     assert "xbf16>) -> tensor<512x512xf32>" in text
     assert "(tensor<4096x16xbf16>) -> tensor<4096x16xf32>" not in text
     assert "(tensor<512x16xbf16>) -> tensor<512x16xf32>" not in text

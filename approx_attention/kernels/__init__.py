@@ -1,0 +1,51 @@
+"""Attention states, and the one operation that makes them: fused kernels on accelerators, tiles elsewhere."""
+
+from approx_attention.kernels.fused import Implementation, state
+from approx_attention.kernels.reach import Reach
+from approx_attention.kernels.rows import (
+    along_with,
+    block_windows,
+    even_split,
+    in_blocks,
+    map_rows,
+    out_of_blocks,
+    pad_rows,
+    sums_so_far,
+)
+from approx_attention.kernels.states import AttentionState, finite_peak, merge, normalise, require_same_kind, subtract
+from approx_attention.kernels.tiles import (
+    GREATEST_TILE,
+    HIDDEN,
+    KEY_BLOCK,
+    LEAST_TILE,
+    accumulation_dtype,
+    dense_state,
+    mask_bias,
+)
+
+__all__ = [
+    "GREATEST_TILE",
+    "HIDDEN",
+    "KEY_BLOCK",
+    "LEAST_TILE",
+    "AttentionState",
+    "Implementation",
+    "Reach",
+    "accumulation_dtype",
+    "along_with",
+    "block_windows",
+    "dense_state",
+    "even_split",
+    "finite_peak",
+    "in_blocks",
+    "map_rows",
+    "mask_bias",
+    "merge",
+    "normalise",
+    "out_of_blocks",
+    "pad_rows",
+    "require_same_kind",
+    "state",
+    "subtract",
+    "sums_so_far",
+]

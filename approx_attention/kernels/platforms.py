@@ -1,0 +1,148 @@
+"""One function with a form for each platform, chosen where a program is lowered and as one primitive of JAX.
+
+`jax.lax.platform_dependent` chooses as well, but a fused kernel may not stand in one of its branches: in a program for
+several platforms it lowers every branch for all of them. A primitive is asked with the platform at hand. It also learns
+whether the program is partitioned automatically over devices, which no fused kernel can be.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
+
+# Which operands are mapped, along their leading axis, by one `jax.vmap`.
+Mapped = tuple[bool, ...]
+Options = tuple[tuple[str, Any], ...]
+
+
+class ByPlatform:
+    """A function of arrays ``(*operands, **options)`` with several forms, that returns a tuple of arrays.
+
+    Args:
+        name: the name of the primitive.
+        outputs: ``(*operands, **options) -> [(shape, dtype), ...]`` from operands of which only shapes and dtypes are
+            known.
+        cpu: the form for CPUs, of operations of JAX.
+        default: that for all other platforms without a fused kernel, and for programs that are partitioned.
+        fused: forms for platforms by name, or a form that an option ``implementation`` asks for by another name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        outputs: Callable[..., Sequence[tuple[tuple[int, ...], Any]]],
+        *,
+        cpu: Callable[..., Any],
+        default: Callable[..., Any],
+        fused: Mapping[str, Callable[..., Any]],
+    ):
+        self.outputs, self.cpu, self.default, self.fused = outputs, cpu, default, fused
+        self.primitive = Primitive(name)
+        self.primitive.multiple_results = True
+        self.primitive.def_abstract_eval(self._types)
+        self.primitive.def_impl(self._applied)
+        batching.primitive_batchers[self.primitive] = self._batched
+        mlir.register_lowering(self.primitive, functools.partial(self._lowered, form="default"))
+        for platform in ("cpu", "tpu", "cuda"):
+            rule = functools.partial(self._lowered, form=platform)
+            mlir.register_lowering(self.primitive, rule, platform=platform)
+
+    def __call__(self, *operands: Array, **options: Any) -> list[Array]:
+        """The outputs. In shard_map all operands vary over the same axes."""
+        return self.bind(*operands, mapped=(), options=tuple(sorted(options.items())))
+
+    def define_jvp(self, rule: Callable[..., tuple[Any, Any]]) -> None:
+        """Sets the derivative: ``(primals, tangents, mapped, options) -> (outputs, tangents of outputs)``."""
+
+        def jvp(primals: Any, tangents: Any, *, options: Options, mapped: tuple[Mapped, ...]) -> Any:
+            return rule(primals, [ad.instantiate_zeros(x) for x in tangents], mapped, options)
+
+        ad.primitive_jvps[self.primitive] = jvp
+
+    def define_transpose(self, rule: Callable[..., Any]) -> None:
+        """Sets the transpose: ``(cotangents, operands, mapped, options) -> cotangents of operands``."""
+
+        def transpose(cotangents: Any, *operands: Any, options: Options, mapped: tuple[Mapped, ...]) -> Any:
+            return rule([ad.instantiate_zeros(x) for x in cotangents], operands, mapped, options)
+
+        ad.primitive_transposes[self.primitive] = transpose
+
+    def bind(self, *operands: Array, mapped: tuple[Mapped, ...], options: Options) -> list[Array]:
+        """The outputs for operands that are mapped already, as a rule of a derivative receives them."""
+        return self.primitive.bind(*operands, options=options, mapped=mapped)
+
+    def _types(self, *operands: Any, options: Options, mapped: tuple[Mapped, ...]) -> list[Any]:
+        own = list(operands)
+        sizes = []
+        for level in mapped:
+            sizes.append(next(x.shape[0] for x, is_mapped in zip(own, level, strict=True) if is_mapped))
+            own = [
+                jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_mapped else x
+                for x, is_mapped in zip(own, level, strict=True)
+            ]
+
+        def type_of(shape: tuple[int, ...], dtype: Any) -> Any:
+            shape = (*sizes, *shape)
+            sharding = operands[0].sharding.update(spec=PartitionSpec(*(None for _ in shape)))
+            return operands[0].update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+        return [type_of(*output) for output in self.outputs(*own, **dict(options))]
+
+    def _batched(
+        self, operands: Sequence[Array], axes: Sequence[Any], *, options: Options, mapped: tuple[Mapped, ...]
+    ) -> tuple[list[Array], list[int]]:
+        level = tuple(axis is not None for axis in axes)
+        moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True)]
+        outputs = self.bind(*moved, mapped=(level, *mapped), options=options)
+        return outputs, [0] * len(outputs)
+
+    def _applied(self, *operands: Array, options: Options, mapped: tuple[Mapped, ...]) -> Any:
+        forms = {"cpu": self.cpu, "default": self.default}
+        forms = {name: mapped_form(form, options, mapped) for name, form in forms.items()}
+        return lax.platform_dependent(*operands, **forms)
+
+    def _lowered(self, ctx: Any, *operands: Any, options: Options, mapped: tuple[Mapped, ...], form: str) -> Any:
+        asked = dict(options).get("implementation") or "default"
+        chosen = self.cpu if form == "cpu" else self.default
+        if asked in self.fused:
+            chosen = self.fused[asked]
+        elif asked == "pallas" and form not in self.fused:
+            raise NotImplementedError(
+                f"implementation='pallas' was lowered for a platform that has no fused kernel ({form}); these have: "
+                f"{', '.join(x for x in self.fused if x in ('tpu', 'cuda'))}. Use None, 'xla' or 'interpret'"
+            )
+        elif asked != "xla" and form in self.fused:
+            module = ctx.module_context
+            if _is_partitioned(module.axis_context):
+                if asked == "pallas":
+                    raise NotImplementedError(
+                        "implementation='pallas' is not supported in a program that is partitioned automatically over "
+                        "several devices; use jax.shard_map over them, None or 'xla'"
+                    )
+            else:
+                chosen = self.fused[form]
+                # In a program for several platforms this part is for one.
+                ctx = ctx.replace(module_context=module.replace(platforms=(form,)))
+        return mlir.lower_fun(mapped_form(chosen, options, mapped), multiple_results=True)(ctx, *operands)
+
+
+def mapped_form(function: Callable[..., Any], options: Options, mapped: tuple[Mapped, ...]) -> Callable[..., Any]:
+    """A function of unmapped operands as one of mapped operands, with its options given."""
+    function = functools.partial(function, **dict(options))
+    for level in reversed(mapped):
+        function = jax.vmap(function, in_axes=[0 if is_mapped else None for is_mapped in level])
+    return function
+
+
+def _is_partitioned(axes: Any) -> bool:
+    """Whether XLA divides the operations of a program among devices by itself."""
+    if hasattr(axes, "num_devices"):
+        return axes.num_devices not in (None, 1)
+    # In shard_map the mesh's other axes are automatic.
+    return hasattr(axes, "manual_axes") and set(axes.manual_axes) != set(axes.mesh.axis_names)

@@ -1,0 +1,81 @@
+"""Which keys a query reaches, by position; and the blocks of them that a block of queries visits."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+
+class Reach(NamedTuple):
+    """Query t stands at position ``t + offset`` and sees keys from ``left`` before it to ``right`` after it.
+
+    Attributes:
+        offset: the position of the first query.
+        left: how far back a query sees; None for all earlier keys.
+        right: how far ahead; None for all later keys, 0 for none.
+    """
+
+    offset: int = 0
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every query sees all keys."""
+        return self.left is None and self.right is None
+
+    def seen(self, query: Any, key: Any) -> Any:
+        """Whether the query with this number sees the key with this number."""
+        distance = key - query - self.offset
+        seen = True
+        if self.left is not None:
+            seen = distance >= -self.left
+        if self.right is not None:
+            seen = seen & (distance <= self.right)
+        return seen
+
+    def of_keys(self) -> "Reach":
+        """The reach of keys over queries: the same pairs with the two exchanged."""
+        return Reach(-self.offset, self.right, self.left)
+
+    def first(self, block: Any, rows: int, columns: int) -> Any:
+        """The first block of ``columns`` keys that a block of ``rows`` queries visits."""
+        if self.left is None:
+            return 0
+        return _larger(_floor_quotient(block, rows, self.offset - self.left, columns), 0)
+
+    def end(self, block: Any, rows: int, columns: int, key_blocks: int) -> Any:
+        """The block after the last that is visited, of ``key_blocks``; none is where it is not after `first`."""
+        if self.right is None:
+            return key_blocks
+        last = _floor_quotient(block, rows, rows - 1 + self.offset + self.right, columns)
+        return -_larger(-(last + 1), -key_blocks)
+
+    def most_blocks(self, blocks: int, rows: int, columns: int, key_blocks: int) -> int:
+        """The largest number of key blocks that a block of queries visits."""
+        return max(self.end(i, rows, columns, key_blocks) - self.first(i, rows, columns) for i in range(blocks))
+
+    def is_whole(self, i: Any, j: Any, rows: int, columns: int) -> Any:
+        """Whether every query of block i sees every key of block j; a truth or an array."""
+        is_whole = True
+        if self.left is not None:
+            is_whole = j * columns >= (i + 1) * rows - 1 + self.offset - self.left
+        if self.right is not None:
+            is_whole = is_whole & ((j + 1) * columns - 1 <= i * rows + self.offset + self.right)
+        return is_whole
+
+
+def _larger(a: Any, b: int) -> Any:
+    return max(a, b) if isinstance(a, int) else jnp.maximum(a, b)
+
+
+def _floor_quotient(block: Any, rows: int, shift: int, columns: int) -> Any:
+    """``(block * rows + shift) // columns``, also for traced numbers of a block.
+
+    The operator asks the default device, which a kernel that is compiled for another machine has none of.
+    """
+    if isinstance(block, int):
+        return (block * rows + shift) // columns
+    # The quotient of numbers that are not negative needs no correction.
+    above = max(0, (columns - 1 - shift) // columns)
+    return lax.div(block * rows + (shift + above * columns), jnp.int32(columns)) - above

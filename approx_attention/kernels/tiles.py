@@ -1,0 +1,146 @@
+"""What tiles of logits have in common on every platform: hidden keys, sums relative to a peak, and their normaliser."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.kernels.states import AttentionState
+
+# The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
+# without a guard inside the tile (a guard there splits XLA's fused product, maximum and exponential).
+HIDDEN = -1e30
+# Tiles of at most 2048 keys, and of 2^21 to 2^23 logits (8 to 32 MB in float32), run the matrix products of a CPU at
+# full speed from cache: smaller ones merge more often, larger ones are read from memory.
+KEY_BLOCK = 2048
+LEAST_TILE, GREATEST_TILE = 2**21, 2**23
+
+
+def accumulation_dtype(*tensors: Any) -> Any:
+    """float64 where any tensor is float64, else float32."""
+    return jnp.float64 if jnp.float64 in [x.dtype for x in tensors] else jnp.float32
+
+
+def mask_bias(seen: Array, dtype: Any) -> Array:
+    """The bias of a mask: 0 where it is true, `HIDDEN` elsewhere."""
+    return jnp.where(seen, jnp.zeros((), dtype), HIDDEN)
+
+
+def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
+    r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
+    # Adding HIDDEN alone would let a key through whose logit is as large. A key hidden from all queries is set to 0
+    # instead, which leaves XLA's fused product whole; where it is hidden from some, the sum is replaced.
+    if bias is None:
+        logits = q @ k.T
+    elif bias.shape[0] == 1:
+        logits = q @ jnp.where(bias[0, :, None] <= HIDDEN / 2, 0, k).T + bias
+    else:
+        logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, q @ k.T + bias)
+    # The peak cancels between numerator and normaliser, so it needs no derivative.
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out, lse = weights @ v / total, peak + jnp.log(total)
+    if bias is not None:
+        # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
+        unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
+        out, lse = jnp.where(unseen, jnp.zeros_like(out), out), jnp.where(unseen, -jnp.inf, lse)
+    return AttentionState(out, lse[:, 0])
+
+
+class Rows(NamedTuple):
+    """Outputs ``[T, Dv]``, and normalisers ``[T]`` as peaks and the logarithms of sums.
+
+    Added to a large peak, the logarithm of the sum would be rounded away. A row that sees no key has the peak `HIDDEN`.
+    """
+
+    out: Array
+    peak: Array
+    log_total: Array
+
+    def state(self) -> AttentionState:
+        """With the two parts of a normaliser added."""
+        return AttentionState(self.out, jnp.where(self.peak <= HIDDEN / 2, -jnp.inf, self.peak + self.log_total))
+
+
+class Sums(NamedTuple):
+    """Unnormalised sums over the keys of some tiles: weights relative to the peak, and weights times values."""
+
+    peak: Array
+    total: Array
+    product: Array
+
+    def plus(self, other: "Sums") -> "Sums":
+        """The sums over the keys of both."""
+        peak = lax.stop_gradient(jnp.maximum(self.peak, other.peak))
+        own, others = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
+        product = self.product * own[:, None] + other.product * others[:, None]
+        return Sums(peak, self.total * own + other.total * others, product)
+
+
+def tile_logits(q: Array, k: Array, bias: Array | None, scale: Array | None) -> Array:
+    """The logits of a tile, with a bias ``[S]`` of its keys."""
+    logits = product(q, k.T)
+    logits = logits if scale is None else logits * scale
+    return logits if bias is None else logits + bias[None, :]
+
+
+def product(a: Array, b: Array) -> Array:
+    """The matrix product of tensors in their dtype, summed in float32 or wider."""
+    return jnp.matmul(a, b, preferred_element_type=accumulation_dtype(a, b))
+
+
+def tile_sums(q: Array, k: Array, v: Array, bias: Array | None, scale: Array | None = None, seen: Any = None) -> Sums:
+    """The sums over one tile; ``seen`` is false where a query does not reach a key."""
+    logits = tile_logits(q, k, bias, scale)
+    logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
+    # The peak cancels between numerator and normaliser, so it needs no derivative.
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    return Sums(peak[:, 0], jnp.sum(weights, axis=-1), product(weights.astype(v.dtype), v))
+
+
+def padded(tree: Any, length: int, fill: float = 0) -> Any:
+    """Arrays with rows of ``fill`` up to a length."""
+
+    def of(x: Array) -> Array:
+        around = ((0, length - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, around, constant_values=fill) if length > x.shape[0] else x
+
+    return jax.tree.map(of, tree)
+
+
+def no_sums(queries: Array, v: Array, dtype: Any) -> Sums:
+    """The sums over no key."""
+    none = jnp.zeros_like(queries[:, 0], dtype)
+    return Sums(none + HIDDEN, none, none[:, None] + jnp.zeros((1, v.shape[1]), dtype))
+
+
+def normalised(sums: Sums, num_queries: int) -> Rows:
+    """The first rows of sums, divided by their totals."""
+    peak, total, product = jax.tree.map(lambda x: x[:num_queries], sums)
+    # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
+    unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
+    out = jnp.where(unseen[:, None], 0, product / total[:, None])
+    return Rows(out, jnp.where(unseen, HIDDEN, peak), jnp.where(unseen, 0, jnp.log(total)))
+
+
+def seen_cotangents(
+    out: Array, peak: Array, log_total: Array, d_out: Array, d_lse: Array
+) -> tuple[Array, Array, Array, Array]:
+    r"""Peaks, logarithms of sums, cotangents of outputs, and :math:`\delta_t = dO_t \cdot O_t - d\mathrm{lse}_t`.
+
+    All are 0 in rows that see no key: these have the output 0 always.
+    """
+    seen = peak > HIDDEN / 2
+    d_out = jnp.where(seen[:, None], d_out, 0)
+    delta = jnp.sum(d_out * out, axis=-1) - jnp.where(seen, d_lse, 0)
+    return jnp.where(seen, peak, 0), jnp.where(seen, log_total, 0), d_out, delta
+
+
+def weights_of(logits: Array, peak: Array, log_total: Array) -> Array:
+    """Weights from logits and the two parts of normalisers, which broadcast against them."""
+    logits = (logits - peak) - log_total
+    # Rounding lifts no weight above 1; as a constant, so that second derivatives see the logits.
+    return jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))

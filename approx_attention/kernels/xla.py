@@ -1,0 +1,158 @@
+r"""Attention as one flat loop over pairs of tiles, of operations that every platform has.
+
+The loop visits the pairs of a block of queries and a block of keys within their reach. Its program does not grow with
+the sequence. The gradient recomputes the weights of a tile from the normalisers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from approx_attention.kernels.reach import Reach
+from approx_attention.kernels.rows import even_split
+from approx_attention.kernels.tiles import (
+    HIDDEN,
+    Rows,
+    no_sums,
+    normalised,
+    padded,
+    product,
+    seen_cotangents,
+    tile_logits,
+    tile_sums,
+    weights_of,
+)
+
+# Rows and columns of a tile: a tile of every head that runs at once fits the memory of an accelerator, and the products
+# are large enough for its matrix units.
+LEAST_TILE, GREATEST_TILE = 512, 1024
+
+
+def forward(q: Array, k: Array, v: Array, scale: Array, bias: Array | None = None, *, reach: Reach, **_: Any) -> Rows:
+    """Attention of tensors in their dtype, with sums in float32 or wider."""
+    (blocks, rows), (key_blocks, columns) = _tiles(q, k)
+    queries, keys = padded(q, blocks * rows), padded_keys(k, v, bias, scale.dtype, key_blocks * columns)
+
+    def add(sums: Any, i: Array, j: Array) -> Any:
+        seen = _seen(reach, i, j, rows, columns)
+        tile = tile_sums(at(queries, i, rows), *at(keys, j, columns), scale=scale, seen=seen)
+        return put(sums, i, at(sums, i, rows).plus(tile))
+
+    pairs = _visited(reach, blocks, rows, key_blocks, columns)
+    return normalised(over_pairs(add, no_sums(queries, v, scale.dtype), pairs), q.shape[0])
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    out: Array,
+    peak: Array,
+    log_total: Array,
+    d_out: Array,
+    d_lse: Array,
+    bias: Array | None = None,
+    *,
+    reach: Reach,
+    **_: Any,
+) -> tuple[Array, ...]:
+    r"""Gradients of q, k, v and the bias b as sums over tiles of the weights, which the normalisers give back.
+
+    .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad
+              dQ = s\, dX\,K, \quad dK = s\, dX^T Q, \quad db = dX^T 1.
+
+    Tiles are those of the forward pass, so that logits of any size are rounded alike in both.
+    """
+    (blocks, rows), (key_blocks, columns) = _tiles(q, k)
+    peak, log_total, d_out, delta = seen_cotangents(out, peak, log_total, d_out, d_lse)
+    # Rows past the end have the cotangent 0.
+    queries = padded((q, d_out.astype(v.dtype), delta, peak, log_total), blocks * rows)
+    keys = padded_keys(k, v, bias, scale.dtype, key_blocks * columns)
+
+    def add(gradients: tuple[Array, ...], i: Array, j: Array) -> tuple[Array, ...]:
+        (q, d_out, delta, peak, log_total), (k, v, bias) = at(queries, i, rows), at(keys, j, columns)
+        logits, seen = tile_logits(q, k, bias, scale), _seen(reach, i, j, rows, columns)
+        logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
+        weights = weights_of(logits, peak[:, None], log_total[:, None])
+        d_logits = weights * (product(d_out, v.T) - delta[:, None])
+        rounded = d_logits.astype(q.dtype)
+        terms = product(rounded, k), product(rounded.T, q), product(weights.astype(v.dtype).T, d_out)
+        terms += () if bias is None else (jnp.sum(d_logits, axis=0),)
+        indices = (i, j, j, j)[: len(terms)]
+        return tuple(add_to(x, index, term) for x, index, term in zip(gradients, indices, terms, strict=True))
+
+    gradients = tuple(jnp.zeros_like(x, scale.dtype) for x in (queries[0], *keys) if x is not None)
+    d_q, d_k, *others = over_pairs(add, gradients, _visited(reach, blocks, rows, key_blocks, columns))
+    d_q, d_k, *others = d_q[: q.shape[0]], *(x[: k.shape[0]] for x in (d_k, *others))
+    return d_q * scale, d_k * scale, *others[: 1 if bias is None else 2]
+
+
+def _tiles(q: Array, k: Array) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The number of blocks of queries and their rows, and those of keys."""
+    tile = min(max(max(q.shape[0], k.shape[0]) // 8, LEAST_TILE), GREATEST_TILE)
+    return even_split(q.shape[0], tile), even_split(k.shape[0], tile)
+
+
+def _seen(reach: Reach, i: Array, j: Array, rows: int, columns: int) -> Array | None:
+    """Which keys of block j the queries of block i see; None for all."""
+    if reach.is_full:
+        return None
+    query, key = (lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    return reach.seen(query + i * rows, key + j * columns)
+
+
+def _visited(reach: Reach, blocks: int, rows: int, key_blocks: int, columns: int) -> list[tuple[int, int, int]]:
+    """For each block of queries that sees a key, its number and its first key block and the one after its last."""
+    spans = [(i, reach.first(i, rows, columns), reach.end(i, rows, columns, key_blocks)) for i in range(blocks)]
+    return [span for span in spans if span[1] < span[2]]
+
+
+def over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, spans: list[tuple[int, int, int]]) -> Any:
+    """``step(carry, i, j)`` for all ``first <= j < end`` of every ``(i, first, end)``, one after the other."""
+    count = sum(end - first for _, first, end in spans)
+    if not count:
+        return carry
+    rows, firsts, ends = (jnp.asarray(np.array(x, np.int32)) for x in zip(*spans, strict=True))
+
+    def body(_: Any, place: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        row, j, carry = place
+        carry = step(carry, rows[row], j)
+        last = j + 1 == ends[row]
+        following = jnp.minimum(row + 1, len(spans) - 1)
+        return jnp.where(last, following, row), jnp.where(last, firsts[following], j + 1), carry
+
+    return lax.fori_loop(0, count, body, (jnp.int32(0), jnp.int32(spans[0][1]), carry))[2]
+
+
+def at(tree: Any, index: Array, rows: int) -> Any:
+    """Block ``index`` of arrays whose rows are padded to blocks.
+
+    They keep the axis of tokens: cut in two, it would cost a TPU a copy in another layout, of every tensor.
+    """
+    read = functools.partial(lax.dynamic_slice_in_dim, slice_size=rows, allow_negative_indices=False)
+    return jax.tree.map(lambda x: read(x, index * rows), tree)
+
+
+def put(tree: Any, index: Array, block: Any) -> Any:
+    """Arrays with block ``index`` replaced."""
+    write = functools.partial(lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+    return jax.tree.map(lambda x, part: write(x, part, index * part.shape[0]), tree, block)
+
+
+def add_to(total: Array, index: Array, term: Array) -> Array:
+    """An array with a term added to block ``index``."""
+    return put(total, index, at(total, index, term.shape[0]) + term)
+
+
+def padded_keys(k: Array, v: Array, bias: Array | None, dtype: Any, length: int) -> tuple[Array, Array, Array | None]:
+    """Keys and values padded to a length, and the bias that hides padding, or None where there is nothing to hide."""
+    if bias is None and length > k.shape[0]:
+        bias = jnp.zeros(k.shape[0], dtype)
+    bias = None if bias is None else padded(bias.astype(dtype), length, HIDDEN)
+    return *padded((k, v), length), bias
