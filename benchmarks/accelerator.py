@@ -59,7 +59,7 @@ HOLD_LOGITS = ("exact dense", "exact jax.nn xla")
 # A longer sequence is not tried where the last one took longer: seconds of a call, and of a case with its compilation.
 LONGEST_CALL, LONGEST_CASE = 1.0, 60.0
 # So often each case is timed, unless it takes more than so many seconds.
-ROUNDS, PATIENCE = 10, 2.0
+ROUNDS, PATIENCE = 10, 1.0
 # Shorter calls follow one another without a synchronisation, for about so many seconds and at most so many calls.
 SHORT_CALL, TOGETHER, MOST_TOGETHER = 1e-3, 5e-3, 50
 # Tokens in a cache of bounded size before it is timed.
@@ -81,9 +81,9 @@ STAGES: Sequence[tuple[Kind, str, Sequence[int]]] = (
     (CAUSAL, "main", FIRST),
     (CAUSAL, "main", BETWEEN),
     (CAUSAL_GRADIENT, "main", FIRST),
-    (CAUSAL, "main", LONG),
-    (DECODE, "main", FIRST),
     (FULL, "main", FIRST),
+    (DECODE, "main", FIRST),
+    (CAUSAL, "main", LONG),
     (CAUSAL_GRADIENT, "main", BETWEEN),
     (CAUSAL_GRADIENT, "main", LONG),
     (CAUSAL, "others", FIRST),

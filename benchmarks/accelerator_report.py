@@ -111,8 +111,8 @@ def _times(title: str, rows: Sequence[Row], document: Mapping[str, Any]) -> Iter
         yield (
             f"Mean of {document['decoded']} tokens that come one by one, append and attend. `exact buffer` and `exact "
             f"jax.nn NAME` keep all keys and values in {document['dtype']}, `exact decoder` and the methods theirs in "
-            "float32. A cache of bounded size is timed after its first tokens, with the later ones not appended: its "
-            "time does not depend on them."
+            "float32. The caches of the methods have a bounded size and hold the first tokens only: their time does "
+            "not depend on n."
         )
     lengths = sorted({row["length"] for row in rows})
     exact = best_exact(rows, rows[0]["is_causal"], rows[0]["backward"])
@@ -151,7 +151,7 @@ def _memory(document: Mapping[str, Any], passes: Sequence[tuple[str, list[Row]]]
     rows = [row for _, rows in passes for row in rows]
     if not rows:
         return
-    columns = [(title, max(row["length"] for row in rows), rows) for title, rows in passes]
+    columns = [(title, _shown_length(rows), rows) for title, rows in passes]
     table = []
     for arm in [*_arms(rows, exact=True), *_arms(rows, exact=False)]:
         cells = []
@@ -181,4 +181,11 @@ def _errors(rows: Iterable[Row]) -> Iterable[str]:
 
 
 def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g}"
+    return f"{seconds * 1e6:.3g}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
+
+
+def _shown_length(rows: Sequence[Row]) -> int:
+    """The longest sequence that at least half of the methods and implementations were measured on."""
+    lengths = [row["length"] for row in rows]
+    half = len({row["arm"] for row in rows}) / 2
+    return max((n for n in lengths if lengths.count(n) >= half), default=max(lengths))

@@ -78,6 +78,17 @@ def test_without_an_accelerator_nothing_is_measured(monkeypatch):
     assert "--tiny needs --output" in run("--tiny").output
 
 
+def test_on_an_accelerator_the_results_and_the_report_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(accelerator, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(accelerator, "REPORT", tmp_path / "RESULTS.md")
+    result = run("--budget", "0")
+    assert result.exit_code == 0, result.output
+    chip = jax.devices()[0].device_kind
+    assert json.loads(accelerator.path_of(chip).read_text())["not_begun"] == len(accelerator.cases())
+    assert f"## Times on an accelerator: {chip}" in (tmp_path / "RESULTS.md").read_text()
+
+
 def figures(seconds, **others):
     return {
         "seconds": seconds,
@@ -215,6 +226,13 @@ def test_the_peak_of_memory_is_said_where_the_device_reports_it():
     text = "\n\n".join(accelerator_report.section([document({**row, "peak_bytes": 2**34})]))
     assert "held 16 GiB on the device of 128 GiB" in text
     assert cells(text, "Memory", "`exact`") == ["1"]
+
+
+def test_memory_is_shown_at_the_longest_sequence_of_most_methods():
+    rows = rows_of("exact", {2048: 1.0, 4096: 1.0, 8192: 1.0}) + rows_of("local", {2048: 1.0, 4096: 1.0})
+    text = "\n\n".join(accelerator_report.section([document(*rows, *rows_of("favor", {2048: 1.0}))]))
+    assert "Causal, forward, n = 4096" in text
+    assert cells(text, "Memory", "`local`") == ["1"]
 
 
 def test_without_a_file_the_report_says_what_measures():
