@@ -302,6 +302,14 @@ def _memory(name: str) -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get(name)
 
 
+def device_works() -> bool:
+    """Whether the device still computes: a kernel that crashes can end the process's use of it."""
+    try:
+        return float(jnp.ones(8).sum()) == 8
+    except Exception:  # of whatever kind, it does not
+        return False
+
+
 def is_hopeless(case: Case, rows: Mapping[Case, Mapping[str, Any]]) -> bool:
     """Whether the same failed, or took too long, at the longest shorter length."""
     shorter = [x for x in rows if (x.arm, x.kind) == (case.arm, case.kind) and x.length < case.length]
@@ -335,6 +343,9 @@ def measure(
 
     Returns:
         The document.
+
+    Raises:
+        RuntimeError: the device does not work any more after a case, whose row is written.
     """
     begun, console, here = time.perf_counter(), Console(), environment()
     versions = {name: here[name] for name in ("jax", "jaxlib", "device")}
@@ -372,6 +383,8 @@ def measure(
         rows[case] = dataclasses.asdict(case) | measured(case, rounds)
         write(document())
         row = rows[case]
+        if "error" in row and not device_works():
+            raise RuntimeError(f"the device does not work any more after {case}: {row['error']}; rerun to continue")
         shown = row.get("error") or f"{row['seconds'] * 1e3:.4g} ms, compiled in {row['compile_seconds']:.1f} s"
         spent = time.perf_counter() - begun
         console.print(f"{spent:4.0f} s  {case}: {shown}", highlight=False, soft_wrap=True, markup=False)
@@ -405,14 +418,17 @@ def main(budget: float, again: bool, tiny: bool, output: pathlib.Path | None) ->
         raise click.ClickException("no GPU or TPU was found, so nothing was measured; --tiny runs anywhere")
     path = output or path_of(jax.devices()[0].device_kind)
     known = json.loads(path.read_text()) if path.exists() else {}
-    document = measure(
-        cases(tiny=tiny),
-        known,
-        functools.partial(write_document, path),
-        budget=budget,
-        rounds=TINY_ROUNDS if tiny else ROUNDS,
-        again=again,
-    )
+    try:
+        document = measure(
+            cases(tiny=tiny),
+            known,
+            functools.partial(write_document, path),
+            budget=budget,
+            rounds=TINY_ROUNDS if tiny else ROUNDS,
+            again=again,
+        )
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
     click.echo(f"wrote {path}: {len(document['rows'])} cases, {document['not_begun']} not begun within {budget:.0f} s")
     if output is None:
         write_text(REPORT, report.render(RESULTS))

@@ -120,6 +120,20 @@ def test_each_row_is_written_at_once_and_rows_of_other_code_are_left_out(monkeyp
     assert [len(x["rows"]) for x in written] == [1, 2, 2]
 
 
+def test_a_run_ends_where_the_device_stops_working_and_the_next_goes_on_after_that_case(monkeypatch):
+    asked, written = [Case("exact", 64), Case("favor", 64)], []
+    monkeypatch.setattr(accelerator, "measured", lambda case, rounds: {"error": "crash", "case_seconds": 1.0})
+    monkeypatch.setattr(accelerator, "device_works", lambda: False)
+    with pytest.raises(RuntimeError, match=r"after exact n=64 causal: crash; rerun"):
+        accelerator.measure(asked, {}, written.append, budget=60)
+    assert [row["arm"] for row in written[-1]["rows"]] == ["exact"]
+    monkeypatch.undo()
+    assert accelerator.device_works()
+    monkeypatch.setattr(accelerator, "measured", lambda case, rounds: figures(1e-3))
+    rows = accelerator.measure(asked, written[-1], written.append, budget=60)["rows"]
+    assert [("error" in row) for row in rows] == [True, False]
+
+
 def test_longer_sequences_are_left_out_after_failures_and_slow_calls():
     case = Case("favor", 256)
     assert not accelerator.is_hopeless(case, {})
