@@ -8,8 +8,8 @@ import click
 import jax
 from rich.console import Console
 
-from approx_attention.evaluation import write_atomically
 from benchmarks import (
+    accelerator,
     collectives,
     compiled,
     control_variates,
@@ -24,8 +24,7 @@ from benchmarks import (
     wire,
 )
 from benchmarks.ahead_of_time import Platform
-
-HERE = pathlib.Path(__file__).parent
+from benchmarks.files import HERE, REPORT, RESULTS, write_document, write_text
 
 
 @click.group()
@@ -34,10 +33,8 @@ def main() -> None:
 
 
 def _write(name: str, document: dict, *, quiet: bool = False) -> None:
-    path = HERE / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    text = json.dumps(document, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    path = RESULTS / f"{name}.json"
+    write_document(path, document)
     if not quiet:
         Console().print(f"wrote {path.relative_to(HERE.parent)}")
 
@@ -138,7 +135,7 @@ def compiled_command(
 ) -> None:
     """Programs compiled for an accelerator that is not there: memory, size, operations in sequence; no times."""
     name = f"compiled_{platform}_before" if before else f"compiled_{platform}"
-    path = HERE / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     # A symbolic link to an interpreter is an environment, which what it points to is not.
     python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
@@ -151,12 +148,14 @@ def compiled_command(
         raise click.ClickException(str(error)) from error
 
 
+main.add_command(accelerator.main, "accelerator")
+
+
 @main.command("report")
 def report_command() -> None:
     """Write RESULTS.md from the measurements, and docs/scaling.md from the model that they confirm."""
-    texts = {HERE / "RESULTS.md": report.render(HERE / "results"), wire.PAGE: wire.page(HERE / "results")}
-    for path, text in texts.items():
-        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    for path, text in {REPORT: report.render(RESULTS), wire.PAGE: wire.page(RESULTS)}.items():
+        write_text(path, text)
         Console().print(f"wrote {path.relative_to(HERE.parent)}")
 
 

@@ -113,7 +113,7 @@ def measure(
     # An accelerator that is there is left alone.
     jax.config.update("jax_platforms", "cpu")
     versions = _versions(python, COMPILERS[platform])
-    code, console = _code(library, versions), Console()
+    code, console = digest_of(library, versions), Console()
     asked = {_name(dataclasses.asdict(case)): case for case in cases(platform)}
     earlier = {_name(row["case"]): row for row in known.get("rows", [])}
     rows = {name: earlier[name] for name in asked if name in earlier}
@@ -167,8 +167,8 @@ def _name(case: Mapping[str, Any]) -> str:
     return json.dumps(case, sort_keys=True)
 
 
-def _code(library: pathlib.Path, versions: Mapping[str, str]) -> str:
-    """A digest of what decides how a case is compiled: the library's sources, jax and the compiler."""
+def digest_of(library: pathlib.Path, versions: Mapping[str, Any]) -> str:
+    """A digest of what decides how a case is compiled: the library's sources, and versions such as of the compiler."""
     digest = hashlib.sha256(json.dumps(versions).encode())
     for path in sorted((library / "approx_attention").rglob("*.py")):
         digest.update(str(path.relative_to(library)).encode() + path.read_bytes())

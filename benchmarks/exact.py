@@ -36,10 +36,15 @@ def peak_flops(rounds: int = 9) -> dict[str, float]:
     return {name: 2 * size**3 / timing.least for name, timing in time_interleaved(calls, rounds=rounds).items()}
 
 
-def inputs(length: int) -> tuple[jax.Array, ...]:
+def inputs(length: int, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
     """query, key, value and a cotangent, each ``[1, T, 8, 64]``."""
     keys = jax.random.split(jax.random.key(0), 4)
-    return tuple(jax.random.normal(key, (1, length, NUM_HEADS, HEAD_DIM)) for key in keys)
+    return tuple(jax.random.normal(key, (1, length, NUM_HEADS, HEAD_DIM)).astype(dtype) for key in keys)
+
+
+def num_flops(length: int, is_causal: bool, backward: bool) -> float:
+    """Floating-point operations of the products alone: 2 forward, 5 backward, half of the pairs when causal."""
+    return 2 * NUM_HEADS * length**2 * HEAD_DIM * (7 if backward else 2) / (2 if is_causal else 1)
 
 
 def with_gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -100,8 +105,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
                 if torch_version():
                     calls["torch"] = torch_arm(length, is_causal, backward)
                 timings = time_interleaved(calls, rounds=rounds, patience=60)
-                # Products only: 2 forward, 5 backward, half of the pairs when causal.
-                flops = 2 * NUM_HEADS * length**2 * HEAD_DIM * (7 if backward else 2) / (2 if is_causal else 1)
+                flops = num_flops(length, is_causal, backward)
                 for name, timing in timings.items():
                     memory = compiled[name].memory_analysis().temp_size_in_bytes if name in compiled else None
                     rows.append(

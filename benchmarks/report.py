@@ -2,16 +2,24 @@
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from approx_attention.evaluation import break_even, markdown_table
-from benchmarks import compiled_report
-
-# Times are not known to less: a method that is not faster by this share is not faster.
-MARGIN = 0.05
+from benchmarks import accelerator_report, compiled_report
+from benchmarks.tables import (
+    MARGIN,
+    best_exact,
+    best_exact_decode,
+    break_even_length,
+    from_length,
+    machine,
+    mib,
+    ms,
+    sizes,
+)
 
 
 def render(results: pathlib.Path) -> str:
@@ -36,19 +44,10 @@ def render(results: pathlib.Path) -> str:
         # Machines of other kinds have files of their own, such as scaling_gpu.json.
         for measured in sorted(results.glob(f"{name}.json")) + sorted(results.glob(f"{name}_[gt]pu.json")):
             parts += section(json.loads(measured.read_text()))
+    parts += accelerator_report.section([json.loads(x.read_text()) for x in sorted(results.glob("accelerator-*.json"))])
     if compiled := {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("compiled_*.json"))}:
         parts += compiled_report.section(compiled)
     return "\n\n".join(parts) + "\n"
-
-
-def machine(document: Mapping[str, Any]) -> str:
-    """The machine and the versions of a measurement, in a few words."""
-    env = document["environment"]
-    peers = f", PyTorch {env['torch']}" if env.get("torch") else ""
-    return (
-        f"{env['processor']}, {env['processor_cores']} cores, backend {env['backend']}, "
-        f"Python {env['python']}, jax {env['jax']}{peers}"
-    )
 
 
 def _setting(document: Mapping[str, Any]) -> str:
@@ -80,12 +79,12 @@ def _exact_section(document: dict[str, Any]) -> Iterable[str]:
                 ours = min((arms[name] for name in ("blocked", "dense") if name in arms), key=lambda r: r["seconds"])
                 row = [str(length)]
                 row += [
-                    _ms(arms[name]["seconds"]) if name in arms else ""
+                    ms(arms[name]["seconds"]) if name in arms else ""
                     for name in ("blocked", "dense", "jax.nn", "torch")
                 ]
                 row += [f"{ours['flops_per_second'] / 1e9:.0f}", f"{100 * ours['flops_per_second'] / peak['jax']:.0f}%"]
                 row += [_ratio(arms, "jax.nn", ours), _ratio(arms, "torch", ours)]
-                row += [_mib(arms[name]["temp_bytes"]) if name in arms else "" for name in ("blocked", "jax.nn")]
+                row += [mib(arms[name]["temp_bytes"]) if name in arms else "" for name in ("blocked", "jax.nn")]
                 table.append(row)
             header = (
                 "n|blocked, ms|dense, ms|jax.nn, ms|torch, ms|best GFLOP/s|share of peak|jax.nn / best|torch / best"
@@ -127,14 +126,14 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
             rows = [r for r in document["rows"] if (r["backward"], r["is_causal"]) == (backward, is_causal)]
             exact = best_exact(rows, is_causal, backward)
             lengths, longest = list(exact), max(exact)
-            table = [["best exact", *(_ms(exact[n]) for n in lengths), _slope_of_three(exact, 2048), "", "", ""]]
+            table = [["best exact", *(ms(exact[n]) for n in lengths), _slope_of_three(exact, 2048), "", "", ""]]
             for arm in dict.fromkeys(r["arm"] for r in rows if not r["arm"].startswith("exact")):
                 seconds = {r["length"]: r["seconds"] for r in rows if r["arm"] == arm}
                 memory = {r["length"]: r["temp_bytes"] for r in rows if r["arm"] == arm}
                 table.append(
                     [
                         f"`{arm}`",
-                        *(_ms(seconds[n]) if n in seconds else "" for n in lengths),
+                        *(ms(seconds[n]) if n in seconds else "" for n in lengths),
                         _slope_of_three(seconds, 2048),
                         _slope_of_three(memory, 2048),
                         from_length(break_even_length(rows, arm, is_causal, backward), seconds),
@@ -162,13 +161,6 @@ def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
         yield markdown_table(["", *map(str, exact), "break-even n", f"faster at {max(exact)}"], table)
 
 
-def sizes(document: Mapping[str, Any]) -> str:
-    """The sizes of the summaries, those that differ from the common one in brackets."""
-    own = document.get("sizes", {"local": 128})
-    others = ", ".join(f"`{name}`: {size}" for name, size in own.items() if size not in (None, document["size"]))
-    return f"{document['size']} ({others})"
-
-
 def _control_variates_section(document: dict[str, Any]) -> Iterable[str]:
     yield "## FAVOR+, LARA and EVA against their peers"
     yield _setting(document)
@@ -187,7 +179,7 @@ def _control_variates_section(document: dict[str, Any]) -> Iterable[str]:
     for backward in (False, True):
         rows = [row for row in document["rows"] if row["backward"] == backward]
         exact = best_exact(rows, False, backward)
-        table = [["best exact", *map(_ms, exact.values()), f"{_slope(exact, 2048):.2f}", "", ""]]
+        table = [["best exact", *map(ms, exact.values()), f"{_slope(exact, 2048):.2f}", "", ""]]
         for arm in dict.fromkeys(row["arm"] for row in rows if not row["arm"].startswith("exact")):
             own = {row["length"]: row for row in rows if row["arm"] == arm}
             seconds = {length: row["seconds"] for length, row in own.items()}
@@ -195,7 +187,7 @@ def _control_variates_section(document: dict[str, Any]) -> Iterable[str]:
             table.append(
                 [
                     f"`{arm}`" if arm in document["settings"] else arm,
-                    *(_ms(seconds[n]) for n in exact),
+                    *(ms(seconds[n]) for n in exact),
                     f"{_slope(seconds, 2048):.2f}",
                     f"{exact[8192] / seconds[8192]:.1f}x",
                     "" if flops is None else f"{100 * flops / peak:.0f}%",
@@ -217,7 +209,7 @@ def _coresets_section(document: dict[str, Any]) -> Iterable[str]:
     table = [
         [
             f"`{arm}`" if " " not in arm else arm,
-            _ms(value),
+            ms(value),
             f"{value / exact:.3f}",
             f"{exact / value:.1f}x",
             f"{document['compile_seconds'][arm.removeprefix('build ')]:.1f}" if arm.startswith("build ") else "",
@@ -241,9 +233,9 @@ def _low_rank_section(document: dict[str, Any]) -> Iterable[str]:
     arms = list(dict.fromkeys(row["arm"] for row in rows if not row["arm"].startswith("exact")))
     seconds = {arm: {row["length"]: row["seconds"] for row in rows if row["arm"] == arm} for arm in arms}
     yield "### Milliseconds at n"
-    table = [["best exact", *map(_ms, exact.values())]]
+    table = [["best exact", *map(ms, exact.values())]]
     table += [
-        [f"`{arm}`" if "(" not in arm else arm, *(_ms(seconds[arm][n]) if n in seconds[arm] else "" for n in exact)]
+        [f"`{arm}`" if "(" not in arm else arm, *(ms(seconds[arm][n]) if n in seconds[arm] else "" for n in exact)]
         for arm in arms
     ]
     yield markdown_table(["", *map(str, exact)], table)
@@ -284,8 +276,8 @@ def _sparse_patterns_section(document: dict[str, Any]) -> Iterable[str]:
     table = []
     for n, seconds in exact.items():
         blocks = arms["blocks", n]
-        faster, memory = f"{seconds / blocks['seconds']:.1f}x", _mib(blocks["temp_bytes"])
-        table.append([str(n), f"{100 * blocks['density']:.1f}%", _ms(seconds), _ms(blocks["seconds"]), faster, memory])
+        faster, memory = f"{seconds / blocks['seconds']:.1f}x", mib(blocks["temp_bytes"])
+        table.append([str(n), f"{100 * blocks['density']:.1f}%", ms(seconds), ms(blocks["seconds"]), faster, memory])
     header = ["n", "density", "best exact, ms", "`blocks`, ms", "faster", "`blocks` temp, MiB"]
     yield markdown_table(header, table)
     yield "### Gathered: milliseconds, and times its floor"
@@ -293,7 +285,7 @@ def _sparse_patterns_section(document: dict[str, Any]) -> Iterable[str]:
     table = []
     for n in exact:
         pairs = [(arms[f"gathered {k}", n]["seconds"], arms[f"floor {k}", n]["seconds"]) for k in counts]
-        table.append([str(n), *(_ms(own) for own, _ in pairs), *(f"{own / floor:.2f}" for own, floor in pairs)])
+        table.append([str(n), *(ms(own) for own, _ in pairs), *(f"{own / floor:.2f}" for own, floor in pairs)])
     yield markdown_table(["n", *(f"k={k}, ms" for k in counts), *(f"k={k} / floor" for k in counts)], table)
     yield (
         f"A certificate of {certificate['num_tokens']} tokens at d = {certificate['dimension']}, with "
@@ -323,7 +315,7 @@ def _tensor_section(document: dict[str, Any]) -> Iterable[str]:
     for (arm, backward), by_length in seconds.items():
         slope = _slope(by_length, 256 if arm == "exact" else 1024)
         name = f"`{arm}`, {'with gradients' if backward else 'forward'}"
-        table.append([name, *(_ms(by_length[n]) if n in by_length else "" for n in lengths), f"{slope:.2f}"])
+        table.append([name, *(ms(by_length[n]) if n in by_length else "" for n in lengths), f"{slope:.2f}"])
     yield "### Milliseconds at n"
     yield markdown_table(["", *map(str, lengths), "time slope"], table)
     exact, polynomial = seconds["exact", False], seconds["polynomial", False]
@@ -417,33 +409,6 @@ def _collectives_section(document: dict[str, Any]) -> Iterable[str]:
         yield markdown_table(["", *(f"p={devices}, n={length}" for devices, length in cells)], table)
 
 
-def best_exact(rows: Iterable[Mapping[str, Any]], is_causal: bool, backward: bool) -> dict[int, float]:
-    """Seconds of the fastest exact form at each length, shortest first."""
-    seconds: dict[int, float] = {}
-    for row in sorted(rows, key=lambda row: row["length"]):
-        if row["arm"].startswith("exact") and (row["is_causal"], row["backward"]) == (is_causal, backward):
-            seconds[row["length"]] = min(row["seconds"], seconds.get(row["length"], float("inf")))
-    return seconds
-
-
-def best_exact_decode(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """Seconds per token of the fastest exact cache at each length, shortest first."""
-    as_passes = [{**row, "is_causal": True, "backward": False} for row in rows]
-    return best_exact(as_passes, True, False)
-
-
-def break_even_length(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:
-    """The shortest measured length from which on the arm is faster than the best exact at every measured length."""
-    measured = [r for r in rows if (r["arm"], r["is_causal"], r["backward"]) == (arm, is_causal, backward)]
-    exact = best_exact(rows, is_causal, backward)
-    return break_even({r["length"]: r["seconds"] for r in measured}, exact, margin=MARGIN)
-
-
-def from_length(length: int | None, measured: Iterable[int]) -> str:
-    """A break-even as text."""
-    return f"beyond {max(measured)}" if length is None else str(length)
-
-
 def _slope(values: dict[int, float], least: int) -> float:
     lengths = [n for n in sorted(values) if n >= least and values[n] > 0]
     return (
@@ -461,11 +426,3 @@ def _slope_of_three(values: dict[int, float], least: int) -> str:
 
 def _ratio(arms: dict[str, Any], name: str, ours: dict[str, Any]) -> str:
     return f"{arms[name]['seconds'] / ours['seconds']:.2f}" if name in arms else ""
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
-
-
-def _mib(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / 2**20:.3g}"

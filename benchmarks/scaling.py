@@ -52,6 +52,14 @@ def size_of(name: str, method: Method) -> int | None:
     return SETTINGS.get(name, min(SIZE, method.usual_size))
 
 
+def form_of(name: str, is_causal: bool) -> Callable[..., Array]:
+    """Attention by a method at its size, as a function of query, key and value."""
+    method = METHODS[name]
+    rng = jax.random.key(0) if method.capabilities.needs_key else None
+    chosen = {method.size: size_of(name, method)} if method.size else {}
+    return functools.partial(attention, method=name, rng=rng, is_causal=is_causal, **chosen)
+
+
 def _passes(longest: int, rounds: int, is_causal: bool, backward: bool, console: Console) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     lengths = [n for n in (BACKWARD_LENGTHS if backward else LENGTHS) if n <= longest]
@@ -64,10 +72,7 @@ def _passes(longest: int, rounds: int, is_causal: bool, backward: bool, console:
         arguments = inputs(length) if backward else inputs(length)[:3]
         compiled = {f"exact {name}": arm for name, arm in jax_arms(length, is_causal, backward).items()}
         for name in names:
-            method, size = METHODS[name], size_of(name, METHODS[name])
-            rng = jax.random.key(0) if method.capabilities.needs_key else None
-            chosen = {method.size: size} if method.size else {}
-            form = functools.partial(attention, method=name, rng=rng, is_causal=is_causal, **chosen)
+            form = form_of(name, is_causal)
             compiled[name] = jax.jit(with_gradient(form) if backward else form).lower(*arguments).compile()
         calls = {name: functools.partial(form, *arguments) for name, form in compiled.items()}
         timings = time_interleaved(calls, rounds=rounds, patience=15)
@@ -97,12 +102,12 @@ def _decode(longest: int, rounds: int, console: Console) -> list[dict[str, Any]]
     """Seconds per token of every decoder, once so many tokens have been seen, beside those of exact caches."""
     rows: list[dict[str, Any]] = []
     lengths = [n for n in LENGTHS if n <= longest]
-    decoders = {name: _decoder(name, method) for name, method in METHODS.items() if _decodes(name, method)}
+    decoders = {name: decoder_of(name, method) for name, method in METHODS.items() if decodes(name, method)}
     chunk = lengths[0]
     query, key, value = (x[0] for x in inputs(max(chunk, DECODED))[:3])
-    prefill = {name: jax.jit(_over_heads(decoder.prefill)) for name, decoder in decoders.items()}
-    steps = {name: jax.jit(functools.partial(_steps, decoder)) for name, decoder in decoders.items()}
-    caches = {name: _empty(decoder) for name, decoder in decoders.items()}
+    prefill = {name: jax.jit(over_heads(decoder.prefill)) for name, decoder in decoders.items()}
+    steps = {name: jax.jit(functools.partial(decoder_steps, decoder)) for name, decoder in decoders.items()}
+    caches = {name: empty_cache(decoder) for name, decoder in decoders.items()}
     tokens = tuple(x[:DECODED] for x in (query, key, value))
     seen = 0
     for length in lengths:
@@ -110,16 +115,12 @@ def _decode(longest: int, rounds: int, console: Console) -> list[dict[str, Any]]
             for name in decoders:
                 _, caches[name] = prefill[name](caches[name], *(x[:chunk] for x in (query, key, value)))
             seen += chunk
-        exact = Decoder(
-            running=_running("exact", METHODS["exact"], max_length=length + DECODED),
-            head_dim=HEAD_DIM,
-            value_dim=HEAD_DIM,
-        )
-        buffers = tuple(jnp.zeros((length + DECODED, NUM_HEADS, HEAD_DIM)).at[:length].set(1.0) for _ in range(2))
-        full = _empty(exact)._replace(length=jnp.asarray(length, jnp.int32))
+        exact = exact_decoder(length)
+        buffers = exact_buffers(length)
+        full = cache_at(empty_cache(exact), length)
         calls: dict[str, Callable[[], Any]] = {
-            "exact buffer": functools.partial(jax.jit(_exact_steps), buffers, length, *tokens),
-            "exact decoder": functools.partial(jax.jit(functools.partial(_steps, exact)), full, *tokens),
+            "exact buffer": functools.partial(jax.jit(exact_steps), buffers, length, *tokens),
+            "exact decoder": functools.partial(jax.jit(functools.partial(decoder_steps, exact)), full, *tokens),
         }
         calls |= {name: functools.partial(steps[name], caches[name], *tokens) for name in decoders}
         timings = time_interleaved(calls, rounds=rounds, patience=15)
@@ -130,31 +131,53 @@ def _decode(longest: int, rounds: int, console: Console) -> list[dict[str, Any]]
     return rows
 
 
-def _decodes(name: str, method: Method) -> bool:
+def decodes(name: str, method: Method) -> bool:
+    """Whether a method decodes with a cache of bounded size."""
     return method.running is not None and method.capabilities.decode and method.capabilities.subquadratic
 
 
-def _running(name: str, method: Method, **chosen: Any) -> Any:
+def running_of(name: str, method: Method, **chosen: Any) -> Any:
+    """The running summary of a method."""
     assert method.running is not None, name
     arguments = {"key": jax.random.key(0)} if "key" in inspect.signature(method.running).parameters else {}
     return method.running(HEAD_DIM, **arguments, **chosen)
 
 
-def _decoder(name: str, method: Method) -> Decoder:
+def decoder_of(name: str, method: Method) -> Decoder:
+    """The decoder of a method at its size."""
     chosen = {method.size: size_of(name, method)} if method.size else {}
-    running = _running(name, method, **chosen)
+    running = running_of(name, method, **chosen)
     return Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM, block_size=DECODED)
 
 
-def _empty(decoder: Decoder) -> Cache:
+def exact_decoder(length: int) -> Decoder:
+    """The decoder that keeps all tokens, with room for those that are decoded after so many."""
+    running = running_of("exact", METHODS["exact"], max_length=length + DECODED)
+    return Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
+
+
+def exact_buffers(length: int, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    """Keys and values of the tokens, with room for those that are decoded."""
+    buffer = jnp.zeros((length + DECODED, NUM_HEADS, HEAD_DIM), dtype).at[:length].set(1.0)
+    return buffer, buffer
+
+
+def cache_at(cache: Cache, length: int | Array) -> Cache:
+    """The cache with its next token at a position: its time does not depend on what it has seen."""
+    return cache._replace(length=jnp.asarray(length, jnp.int32))
+
+
+def empty_cache(decoder: Decoder) -> Cache:
+    """The empty cache of all heads."""
     return jax.vmap(decoder.init, out_axes=SHARED_LENGTH, axis_size=NUM_HEADS)()
 
 
-def _over_heads(prefill: Callable[..., Any]) -> Callable[..., Any]:
+def over_heads(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    """The prefill of all heads, for tokens ``[T, N, D]``."""
     return jax.vmap(prefill, in_axes=(SHARED_LENGTH, 1, 1, 1), out_axes=(1, SHARED_LENGTH))
 
 
-def _steps(decoder: Decoder, cache: Cache, query: Array, key: Array, value: Array) -> Array:
+def decoder_steps(decoder: Decoder, cache: Cache, query: Array, key: Array, value: Array) -> Array:
     """Answers to tokens ``[T, N, D]`` that come one by one."""
     append = jax.vmap(decoder.append, in_axes=(SHARED_LENGTH, 0, 0), out_axes=SHARED_LENGTH)
     attend = jax.vmap(decoder.attend, in_axes=(SHARED_LENGTH, 0))
@@ -167,15 +190,29 @@ def _steps(decoder: Decoder, cache: Cache, query: Array, key: Array, value: Arra
     return lax.scan(step, cache, (query, key, value))[1]
 
 
-def _exact_steps(buffers: Iterable[Array], length: int | Array, query: Array, key: Array, value: Array) -> Array:
-    """The same with all keys and values in buffers ``[S, N, D]`` of which ``length`` rows are filled."""
+def exact_steps(
+    buffers: Iterable[Array],
+    length: int | Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    read: Callable[..., Array] | None = None,
+) -> Array:
+    """The same with all keys and values in buffers ``[S, N, D]`` of which ``length`` rows are filled.
+
+    ``read`` computes the output of a query ``[N, D]`` at a position from the buffers; by default from all logits.
+    """
 
     def step(carry: tuple[Array, Array, Array], token: tuple[Array, ...]) -> tuple[Any, Array]:
         k, v, at = carry
         q, *new = token
         k, v = (lax.dynamic_update_slice_in_dim(x, y[None], at, 0) for x, y in zip((k, v), new, strict=True))
-        logits = jnp.einsum("nd,snd->ns", q, k) / HEAD_DIM**0.5
-        weights = jax.nn.softmax(jnp.where(jnp.arange(k.shape[0])[None, :] <= at, logits, HIDDEN))
-        return (k, v, at + 1), jnp.einsum("ns,snd->nd", weights, v)
+        return (k, v, at + 1), (read or _read_logits)(q, k, v, at)
 
     return lax.scan(step, (*buffers, jnp.asarray(length, jnp.int32)), (query, key, value))[1]
+
+
+def _read_logits(q: Array, k: Array, v: Array, at: Array) -> Array:
+    logits = jnp.einsum("nd,snd->ns", q, k) / HEAD_DIM**0.5
+    weights = jax.nn.softmax(jnp.where(jnp.arange(k.shape[0])[None, :] <= at, logits, HIDDEN))
+    return jnp.einsum("ns,snd->nd", weights, v)

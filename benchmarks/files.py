@@ -1,0 +1,21 @@
+"""Where measurements and reports are written; each file is whole or absent."""
+
+import json
+import pathlib
+from typing import Any
+
+from approx_attention.evaluation import write_atomically
+
+HERE = pathlib.Path(__file__).parent
+RESULTS, REPORT = HERE / "results", HERE / "RESULTS.md"
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_document(path: pathlib.Path, document: dict[str, Any]) -> None:
+    """Writes a document as JSON, with the directory that it goes to."""
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps(document, indent=1) + "\n")
