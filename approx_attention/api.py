@@ -72,8 +72,8 @@ def attention(
             type of the inputs, and no gradient flows through them.
         per_head: arguments of the method that differ between key heads, such as a learned ``bandwidth [K, D]``.
         **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
-            ``method="exact"`` are "dense", "blocked" and "cudnn". An argument with one number per key, such as
-            the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
+            ``method="exact"`` are "dense", "blocked", "pallas" and "cudnn". An argument with one number per key, such
+            as the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
 
     Returns:
         Outputs ``[..., T, N, Dv]`` in the dtype of ``value``; with ``return_residual`` a pair with the log-normalisers.
@@ -156,8 +156,7 @@ def attention(
         operands = Operands((query, key, value), sliced, dense, of_heads, arrays)
         # The rule of the form in place differentiates in forward mode, and could not see arrays with derivatives that a
         # function from elsewhere closes over.
-        in_place = registered is not None and registered.capabilities.forward_mode
-        result = over_heads(bound.function, static, operands, in_place=in_place)
+        result = over_heads(bound.function, static, operands, in_place=registered is not None)
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
     out, residual = (result.out.astype(value.dtype), result.lse) if return_residual else (result, None)

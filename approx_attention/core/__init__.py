@@ -106,7 +106,7 @@ from approx_attention.core.sketches import (
     leverages,
     random_signs,
 )
-from approx_attention.core.softmax import SoftmaxNear, blocked_state, kernel_state, window_state
+from approx_attention.core.softmax import SoftmaxNear, blocked_state, kernel_state, tile_state, window_state
 from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
@@ -281,6 +281,7 @@ __all__ = [
     "subtract",
     "summary_bytes",
     "sums_so_far",
+    "tile_state",
     "token_sums_inputs",
     "unknown",
     "window_state",

@@ -7,6 +7,7 @@ small steps leaves the machine idle, the summaries of all prefixes are made firs
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from approx_attention import kernels
 from approx_attention.core.checks import (
     accumulation_dtype,
     check_count,
@@ -25,7 +27,7 @@ from approx_attention.core.checks import (
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.padding import over_real_tokens
 from approx_attention.core.softmax import SoftmaxNear
-from approx_attention.core.summaries import Summary, attend, require_scaled_space
+from approx_attention.core.summaries import Summary, WeightedKV, attend, require_scaled_space
 from approx_attention.kernels import (
     AttentionState,
     along_with,
@@ -457,11 +459,33 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
     """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
     # In float16 the bias of a hidden key would be infinite, and a row of nothing else NaN.
-    dtype = accumulation_dtype(q)
+    dtype, summary = accumulation_dtype(q), running.read(prefix)
     if isinstance(running.near, SoftmaxNear):
-        nearby = running.near.causal(q, near.k, near.v, mask_bias(near.kv_mask, dtype))
-    else:
-        block_size = q.shape[0]
-        visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
-        nearby = running.near(q, near.k, near.v, mask_bias(visible, dtype))
-    return merge(nearby, attend(q.astype(nearby.lse.dtype), running.read(prefix)))
+        key_bias = mask_bias(near.kv_mask, dtype)
+        apart = functools.partial(_apart, running.near)
+        if not isinstance(summary, WeightedKV) or summary.value_range is not None:
+            return apart(q, near.k, near.v, key_bias, summary)
+        as_one = functools.partial(_as_one, running.near)
+        return lax.platform_dependent(q, near.k, near.v, key_bias, summary, cpu=apart, default=as_one)
+    block_size = q.shape[0]
+    visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
+    nearby = running.near(q, near.k, near.v, mask_bias(visible, dtype))
+    return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))
+
+
+def _apart(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: Summary) -> AttentionState:
+    """Queries over nearby tokens, merged with those over a summary."""
+    nearby = near.causal(q, k, v, key_bias)
+    return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))
+
+
+def _as_one(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: WeightedKV) -> AttentionState:
+    """The same as one set of keys, the summary's before all others: one kernel, and no states to merge."""
+    dtype = accumulation_dtype(q, k, v)
+    # Both sets in the space of the summary, whose keys are scaled already.
+    root = jnp.sqrt(jnp.asarray(near.scale, dtype))
+    keys, values = (
+        jnp.concatenate(x) for x in ((summary.k, k.astype(dtype) * root), (summary.values, v.astype(dtype)))
+    )
+    bias = jnp.concatenate([summary.log_mass, key_bias])
+    return kernels.state(q.astype(dtype) * root, keys, values, bias, offset=keys.shape[0] - q.shape[0], right=0)

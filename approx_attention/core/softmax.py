@@ -13,21 +13,24 @@ from approx_attention import kernels
 from approx_attention.core.features import FeatureMap
 from approx_attention.kernels import HIDDEN, AttentionState, accumulation_dtype, dense_state, finite_peak, normalise
 
-# Logits of a block of queries as causal forms and decoders ask on a CPU: kept for the backward pass, and not computed
-# again.
+# Logits of a block of queries as causal forms and decoders ask: a tile on a CPU.
 KEPT_TILE = 2**16
 
 
-def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
-    """Softmax attention as `dense_state` with a bias ``[S]`` on keys, in memory linear in T and S."""
-    if q.shape[0] * k.shape[0] > KEPT_TILE:
-        return kernels.state(q, k, v, key_bias)
+def tile_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
+    """The state of few queries and keys: on a CPU its logits are kept for the backward pass, elsewhere never made."""
     bias = () if key_bias is None else (key_bias,)
 
     def dense(q: Array, k: Array, v: Array, *bias: Array) -> AttentionState:
         return dense_state(q, k, v, *(x[None, :] for x in bias))
 
     return lax.platform_dependent(q, k, v, *bias, cpu=dense, default=kernels.state)
+
+
+def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
+    """Softmax attention as `dense_state` with a bias ``[S]`` on keys, in memory linear in T and S."""
+    form = kernels.state if q.shape[0] * k.shape[0] > KEPT_TILE else tile_state
+    return form(q, k, v, key_bias)
 
 
 @dataclasses.dataclass(frozen=True)

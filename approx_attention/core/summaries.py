@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
+from approx_attention import kernels
 from approx_attention.core.checks import accumulation_dtype, check_rows, real_keys, token_sums_inputs
 from approx_attention.core.features import FeatureMap, PositiveFeatures, squared_norm
 from approx_attention.core.softmax import blocked_state
@@ -295,10 +296,9 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
-        block = _feature_block(summary.features)
-        if q.shape[0] <= block:
-            return _attend_moments(q, summary)
-        return map_rows(jax.checkpoint(lambda q: _attend_moments(q, summary)), q, block)
+        if isinstance(summary.features, PositiveFeatures):
+            return lax.platform_dependent(q, summary, cpu=_attend_moments, default=_attend_positive_moments)
+        return _attend_moments(q, summary)
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
     # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
@@ -343,12 +343,32 @@ def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Ar
 
 
 def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
-    """Attention over moments of any features, at the peak of each query's log-scales."""
-    values, log_scale = moments.features(q)
-    log_scale = log_scale + moments.log_scale[None, :]
-    peak = finite_peak(jnp.max(log_scale, axis=-1))
-    weights = values * jnp.exp(log_scale - peak[:, None])
-    return normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
+    """Attention over moments of any features, at the peak of each query's log-scales, a few queries at a time."""
+
+    def of_block(q: Array) -> AttentionState:
+        values, log_scale = moments.features(q)
+        log_scale = log_scale + moments.log_scale[None, :]
+        peak = finite_peak(jnp.max(log_scale, axis=-1))
+        weights = values * jnp.exp(log_scale - peak[:, None])
+        return normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
+
+    block = _feature_block(moments.features)
+    return of_block(q) if q.shape[0] <= block else map_rows(jax.checkpoint(of_block), q, block)
+
+
+def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionState:
+    r"""Moments of positive features answer as keys do: the directions w, with a bias. No feature of a query is stored.
+
+    .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
+              = e^{w_r \cdot q + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
+    """
+    assert isinstance(moments.features, PositiveFeatures)
+    absent = (moments.mass == 0) | (moments.log_scale == -jnp.inf)
+    mass = jnp.where(absent, 1, moments.mass)
+    bias = jnp.where(absent, HIDDEN, jnp.where(absent, 0, moments.log_scale) + jnp.log(mass))
+    state = kernels.state(q, moments.features.projection.astype(q.dtype), moments.value_sum / mass[:, None], bias)
+    of_query = squared_norm(q)[:, 0] / 2 + 0.5 * math.log(moments.features.num_features)
+    return AttentionState(state.out, state.lse - of_query)
 
 
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from approx_attention.core import (
     zero_padding,
 )
 
-Implementation = Literal["dense", "blocked", "cudnn"]
+Implementation = Literal["dense", "blocked", "pallas", "cudnn"]
 P = ParamSpec("P")
 CUDNN_APPLIES = (
     "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is a multiple "
@@ -93,10 +93,11 @@ def exact(
     Args:
         bias: added to the logits, ``[T, S]``.
         mask: true where query t may see key j, ``[T, S]``.
-        implementation: ``"blocked"`` streams tiles of logits in memory linear in T and S. ``"dense"`` makes all of them
-            at once, and alone takes a bias or mask and has a forward-mode derivative. By default blocked, or dense for
-            a bias or mask. ``"cudnn"`` is the fused kernel of NVIDIA GPUs, faster than both, for programs that are
-            traced where there is one. It is never the default: the platform of a program is known when it is lowered.
+        implementation: by default a fused kernel in programs for TPUs and NVIDIA GPUs and ``"blocked"`` elsewhere (see
+            `kernels.state`), or ``"dense"`` for a bias or mask. ``"blocked"`` streams tiles of logits in memory linear
+            in T and S. ``"dense"`` makes all of them at once, and alone takes a bias or mask. ``"pallas"`` is the fused
+            kernel or an error. ``"cudnn"`` is the kernel of NVIDIA's library, for programs that are traced where there
+            is one. It is never the default: the platform of a program is known when it is lowered.
 
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.
@@ -114,11 +115,14 @@ def exact(
         :cite:p:`vaswani2017attention`, equation 1; blocked form: :cite:p:`dao2022flashattention`, algorithm 1.
     """
     plain = bias is None and mask is None
-    if implementation is None:
-        implementation = "blocked" if plain else "dense"
-    check_choice("implementation", implementation, ("dense", "blocked", "cudnn"))
-    if implementation == "blocked" and not plain:
-        raise NotImplementedError("exact with implementation='blocked' supports neither bias nor mask; use 'dense'")
+    if implementation is None and not plain:
+        implementation = "dense"
+    if implementation is not None:
+        check_choice("implementation", implementation, get_args(Implementation))
+    if implementation in ("blocked", "pallas") and not plain:
+        raise NotImplementedError(
+            f"exact with implementation={implementation!r} supports neither bias nor mask; use 'dense'"
+        )
     if implementation == "cudnn":
         check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
         raise ValueError(CUDNN_APPLIES)
@@ -127,7 +131,9 @@ def exact(
         return dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
     check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
     scale = logit_scale(scale, q.shape[-1])
-    return streamed_state(q, *zero_padding(k, v, kv_mask), kv_mask, scale=scale, is_causal=is_causal)
+    form: Any = "xla" if implementation == "blocked" else implementation
+    k, v = zero_padding(k, v, kv_mask)
+    return streamed_state(q, k, v, kv_mask, scale=scale, is_causal=is_causal, implementation=form)
 
 
 def summarize_exact(

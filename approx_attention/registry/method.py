@@ -29,7 +29,6 @@ class Capabilities:
         unbiased: the expectation of numerator and normaliser over keys is the exact one.
         exact_limit: equals exact attention once its size reaches the number of keys.
         subquadratic: makes no array with both a T and an S axis.
-        forward_mode: has forward-mode derivatives (`jax.jvp`) with its default arguments; all have reverse mode.
     """
 
     causal: bool = True
@@ -46,7 +45,6 @@ class Capabilities:
     unbiased: bool = False
     exact_limit: bool = False
     subquadratic: bool = True
-    forward_mode: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

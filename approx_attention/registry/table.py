@@ -34,10 +34,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             summarize=methods.summarize_exact,
             running=methods.running_exact,
             together=methods.exact_together,
-            # The gradient of its tiles is written out by hand, in reverse mode.
-            capabilities=Capabilities(
-                dense_mask=True, decode=True, unbiased=True, subquadratic=False, forward_mode=False
-            ),
+            capabilities=Capabilities(dense_mask=True, decode=True, unbiased=True, subquadratic=False),
             cost=lambda T, S, D, Dv, size: 2 * T * S * (D + Dv),
             reference="Vaswani et al. 2017",
         ),
