@@ -10,6 +10,7 @@ Products are of tensors in their dtype, summed in float32. Those of float32 foll
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from approx_attention.kernels.reach import Reach
 HIDDEN = -1e30
 # The matrix units multiply tiles of 16 rows and columns at least.
 LEAST_BLOCK = 16
+# A power of 2 is one instruction of a GPU, and one of e about ten: inside the kernels, logits are multiplied by this.
+LOG2_E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
@@ -260,18 +263,19 @@ def _forward_kernel(
 ):
     first = pl.program_id(0) * tile.rows
     queries = _Rows(0, first, tile.rows, size.num_queries)
-    q, scale = queries.read(q_ref, size.head_dim), scale_ref[0]
+    q, scale = queries.read(q_ref, size.head_dim), scale_ref[0] * LOG2_E
 
     def over(start: Array, carry: tuple[Array, Array, Array], at_edge: bool) -> tuple[Array, Array, Array]:
         product, peak, total = carry
         keys = _Rows(start, start, tile.columns, size.num_keys)
-        k, v, bias = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim), keys.read(bias_ref, fill=HIDDEN)
+        k, v = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim)
+        bias = keys.read(bias_ref, fill=HIDDEN) * LOG2_E
         logits = _dot(q, k, transposed=True) * scale + bias[None, :]
         if at_edge:
             logits = jnp.where(_seen(queries, keys, reach), logits, HIDDEN)
         greatest = jnp.maximum(peak, jnp.max(logits, axis=1))
-        weights = jnp.exp(logits - greatest[:, None])
-        fading = jnp.exp(peak - greatest)
+        weights = jnp.exp2(logits - greatest[:, None])
+        fading = jnp.exp2(peak - greatest)
         product = product * fading[:, None] + _dot(weights.astype(v.dtype), v)
         return product, greatest, total * fading + jnp.sum(weights, axis=1)
 
@@ -285,7 +289,7 @@ def _forward_kernel(
     unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
     total = jnp.where(unseen, 1.0, total)
     queries.write(out_ref, jnp.where(unseen[:, None], 0.0, product / total[:, None]), size.value_dim)
-    queries.write(peak_ref, jnp.where(unseen, HIDDEN, peak))
+    queries.write(peak_ref, jnp.where(unseen, HIDDEN, peak / LOG2_E))
     queries.write(log_total_ref, jnp.log(total))
 
 
@@ -308,13 +312,15 @@ def _d_queries_kernel(
     first = pl.program_id(0) * tile.rows
     queries = _Rows(0, first, tile.rows, size.num_queries)
     q, d_out, scale = queries.read(q_ref, size.head_dim), queries.read(d_out_ref, size.value_dim), scale_ref[0]
-    peak, log_total, delta = (queries.read(ref)[:, None] for ref in (peak_ref, log_total_ref, delta_ref))
+    peak, log_total = (queries.read(ref)[:, None] * LOG2_E for ref in (peak_ref, log_total_ref))
+    delta = queries.read(delta_ref)[:, None]
 
     def over(start: Array, d_q: Array, at_edge: bool) -> Array:
         keys = _Rows(start, start, tile.columns, size.num_keys)
-        k, v, bias = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim), keys.read(bias_ref, fill=HIDDEN)
-        logits = _dot(q, k, transposed=True) * scale + bias[None, :]
-        weights = jnp.exp(jnp.minimum((logits - peak) - log_total, 0.0))
+        k, v = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim)
+        bias = keys.read(bias_ref, fill=HIDDEN) * LOG2_E
+        logits = _dot(q, k, transposed=True) * (scale * LOG2_E) + bias[None, :]
+        weights = jnp.exp2(jnp.minimum((logits - peak) - log_total, 0.0))
         if at_edge:
             weights = jnp.where(_seen(queries, keys, reach), weights, 0.0)
         d_logits = weights * (_dot(d_out, v, transposed=True) - delta)
@@ -346,16 +352,17 @@ def _d_keys_kernel(
     first = pl.program_id(0) * tile.columns
     keys = _Rows(0, first, tile.columns, size.num_keys)
     k, v, scale = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim), scale_ref[0]
-    bias = keys.read(bias_ref, fill=HIDDEN)[:, None]
+    bias = keys.read(bias_ref, fill=HIDDEN)[:, None] * LOG2_E
 
     # The tile is transposed, with keys as rows: the weights are the left factor of their product as they are.
     def over(start: Array, carry: tuple[Array, Array, Array], at_edge: bool) -> tuple[Array, Array, Array]:
         d_k, d_v, d_bias = carry
         queries = _Rows(start, start, tile.rows, size.num_queries)
         q, d_out = queries.read(q_ref, size.head_dim), queries.read(d_out_ref, size.value_dim)
-        peak, log_total, delta = (queries.read(ref)[None, :] for ref in (peak_ref, log_total_ref, delta_ref))
-        logits = _dot(k, q, transposed=True) * scale + bias
-        weights = jnp.exp(jnp.minimum((logits - peak) - log_total, 0.0))
+        peak, log_total = (queries.read(ref)[None, :] * LOG2_E for ref in (peak_ref, log_total_ref))
+        delta = queries.read(delta_ref)[None, :]
+        logits = _dot(k, q, transposed=True) * (scale * LOG2_E) + bias
+        weights = jnp.exp2(jnp.minimum((logits - peak) - log_total, 0.0))
         if at_edge:
             weights = jnp.where(_seen(queries, keys, reach, transposed=True), weights, 0.0)
         d_v = d_v + _dot(weights.astype(d_out.dtype), d_out)

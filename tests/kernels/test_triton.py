@@ -85,7 +85,7 @@ def assert_as_expected(results, reference, tolerance):
     np.testing.assert_array_equal(np.asarray(peak)[unseen], np.float32(HIDDEN))
     np.testing.assert_array_equal(np.asarray(log_total)[unseen], 0)
     np.testing.assert_array_equal(np.asarray(out)[unseen], 0)
-    sums = np.asarray(peak, np.float64) + log_total
+    sums = np.asarray(peak, np.float64) + np.asarray(log_total, np.float64)
     pairs = [(out, reference_out), (sums[~unseen], normaliser[~unseen]), *zip(gradients, reference_gradients, strict=True)]
     for name, (result, reference) in zip(("out", "normaliser", "q", "k", "v", "bias"), pairs, strict=True):
         assert result.dtype == (np.float64 if name == "normaliser" else np.float32), name
