@@ -97,9 +97,9 @@ def forward(
     """
     size = _Size(q.shape[0], k.shape[0], q.shape[1], v.shape[1])
     step = _fitted((tile or default_tiles(size.head_dim, size.value_dim, q.dtype)).forward, size)
-    queries = _Blocks(size.num_queries, step.rows)
+    queries, exp2 = _Blocks(size.num_queries, step.rows), jnp.exp2 if interpret else _exp2
     return _call(
-        functools.partial(_forward_kernel, size=size, tile=step, reach=reach),
+        functools.partial(_forward_kernel, size=size, tile=step, reach=reach, exp2=exp2),
         step,
         queries.count,
         [
@@ -153,11 +153,12 @@ def backward(
     size = _Size(q.shape[0], k.shape[0], q.shape[1], v.shape[1])
     tiles = tile or default_tiles(size.head_dim, size.value_dim, q.dtype)
     operands = q, k, v, bias, scale.reshape(1), peak, log_total, delta, d_out
+    exp2 = jnp.exp2 if interpret else _exp2
 
     step = _fitted(tiles.d_queries, size)
     queries = _Blocks(size.num_queries, step.rows)
     (d_q,) = _call(
-        functools.partial(_d_queries_kernel, size=size, tile=step, reach=reach),
+        functools.partial(_d_queries_kernel, size=size, tile=step, reach=reach, exp2=exp2),
         step,
         queries.count,
         [
@@ -176,7 +177,7 @@ def backward(
     step = _fitted(tiles.d_keys, size)
     keys = _Blocks(size.num_keys, step.columns)
     d_k, d_v, d_bias = _call(
-        functools.partial(_d_keys_kernel, size=size, tile=step, reach=reach),
+        functools.partial(_d_keys_kernel, size=size, tile=step, reach=reach, exp2=exp2),
         step,
         keys.count,
         [
@@ -259,7 +260,19 @@ def _call(
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, bias_ref, scale_ref, out_ref, peak_ref, log_total_ref, *, size: _Size, tile: Tile, reach: Reach
+    q_ref,
+    k_ref,
+    v_ref,
+    bias_ref,
+    scale_ref,
+    out_ref,
+    peak_ref,
+    log_total_ref,
+    *,
+    size: _Size,
+    tile: Tile,
+    reach: Reach,
+    exp2: Callable[[Array], Array],
 ):
     first = pl.program_id(0) * tile.rows
     queries = _Rows(0, first, tile.rows, size.num_queries)
@@ -274,8 +287,8 @@ def _forward_kernel(
         if at_edge:
             logits = jnp.where(_seen(queries, keys, reach), logits, HIDDEN)
         greatest = jnp.maximum(peak, jnp.max(logits, axis=1))
-        weights = jnp.exp2(logits - greatest[:, None])
-        fading = jnp.exp2(peak - greatest)
+        weights = exp2(logits - greatest[:, None])
+        fading = exp2(peak - greatest)
         product = product * fading[:, None] + _dot(weights.astype(v.dtype), v)
         return product, greatest, total * fading + jnp.sum(weights, axis=1)
 
@@ -308,6 +321,7 @@ def _d_queries_kernel(
     size: _Size,
     tile: Tile,
     reach: Reach,
+    exp2: Callable[[Array], Array],
 ):
     first = pl.program_id(0) * tile.rows
     queries = _Rows(0, first, tile.rows, size.num_queries)
@@ -320,7 +334,7 @@ def _d_queries_kernel(
         k, v = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim)
         bias = keys.read(bias_ref, fill=HIDDEN) * LOG2_E
         logits = _dot(q, k, transposed=True) * (scale * LOG2_E) + bias[None, :]
-        weights = jnp.exp2(jnp.minimum((logits - peak) - log_total, 0.0))
+        weights = exp2(jnp.minimum((logits - peak) - log_total, 0.0))
         if at_edge:
             weights = jnp.where(_seen(queries, keys, reach), weights, 0.0)
         d_logits = weights * (_dot(d_out, v, transposed=True) - delta)
@@ -348,6 +362,7 @@ def _d_keys_kernel(
     size: _Size,
     tile: Tile,
     reach: Reach,
+    exp2: Callable[[Array], Array],
 ):
     first = pl.program_id(0) * tile.columns
     keys = _Rows(0, first, tile.columns, size.num_keys)
@@ -362,7 +377,7 @@ def _d_keys_kernel(
         peak, log_total = (queries.read(ref)[None, :] * LOG2_E for ref in (peak_ref, log_total_ref))
         delta = queries.read(delta_ref)[None, :]
         logits = _dot(k, q, transposed=True) * (scale * LOG2_E) + bias
-        weights = jnp.exp2(jnp.minimum((logits - peak) - log_total, 0.0))
+        weights = exp2(jnp.minimum((logits - peak) - log_total, 0.0))
         if at_edge:
             weights = jnp.where(_seen(queries, keys, reach, transposed=True), weights, 0.0)
         d_v = d_v + _dot(weights.astype(d_out.dtype), d_out)
@@ -377,9 +392,7 @@ def _d_keys_kernel(
     )
     # Seen from a key, queries stand where keys stand for a query, with left and right exchanged.
     seen_from_key = Reach(-reach.offset, reach.right, reach.left)
-    d_k, d_v, d_bias = _over_reach(
-        over, nothing, first, tile.columns, tile.rows, size.num_queries, seen_from_key
-    )
+    d_k, d_v, d_bias = _over_reach(over, nothing, first, tile.columns, tile.rows, size.num_queries, seen_from_key)
     keys.write(d_k_ref, d_k * scale, size.head_dim)
     keys.write(d_v_ref, d_v, size.value_dim)
     keys.write(d_bias_ref, d_bias)
@@ -425,6 +438,15 @@ class _Rows(NamedTuple):
 def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
     """The product of a with b, or with the transpose of b."""
     return lax.dot_general(a, b, (((1,), (int(transposed),)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _exp2(x: Array) -> Array:
+    """Powers of 2, with 0 for those below 2^-126: to tell them apart takes three more instructions for each."""
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    instruction = "ex2.approx.ftz.f32 $0, $1;"
+    return plgpu.elementwise_inline_asm(
+        instruction, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[result]
+    )[0]
 
 
 def _seen(queries: _Rows, keys: _Rows, reach: Reach, transposed: bool = False) -> Array:

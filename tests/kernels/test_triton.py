@@ -86,7 +86,11 @@ def assert_as_expected(results, reference, tolerance):
     np.testing.assert_array_equal(np.asarray(log_total)[unseen], 0)
     np.testing.assert_array_equal(np.asarray(out)[unseen], 0)
     sums = np.asarray(peak, np.float64) + np.asarray(log_total, np.float64)
-    pairs = [(out, reference_out), (sums[~unseen], normaliser[~unseen]), *zip(gradients, reference_gradients, strict=True)]
+    pairs = [
+        (out, reference_out),
+        (sums[~unseen], normaliser[~unseen]),
+        *zip(gradients, reference_gradients, strict=True),
+    ]
     for name, (result, reference) in zip(("out", "normaliser", "q", "k", "v", "bias"), pairs, strict=True):
         assert result.dtype == (np.float64 if name == "normaliser" else np.float32), name
         error = np.max(np.abs(np.asarray(result, np.float64) - reference), initial=0)
@@ -171,7 +175,9 @@ def test_groups_of_heads_share_keys(reach):
 def test_shared_keys_are_not_copied():
     q, k, v, bias, scale, *_ = heads(4, 2)
     call = jax.vmap(functools.partial(triton.forward, reach=CAUSAL), in_axes=(0, None, None, None, None))
-    (kernel,) = (e for e in jax.make_jaxpr(call)(q[0], k[0], v[0], bias[0], scale).eqns if e.primitive.name == "pallas_call")
+    (kernel,) = (
+        e for e in jax.make_jaxpr(call)(q[0], k[0], v[0], bias[0], scale).eqns if e.primitive.name == "pallas_call"
+    )
     assert [x.aval.shape for x in kernel.invars[1:4]] == [k.shape[1:], v.shape[1:], bias.shape[1:]]
 
 
