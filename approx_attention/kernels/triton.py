@@ -3,8 +3,8 @@ r"""Exact attention of one head as fused kernels for GPUs, written in Pallas and
 The logits are :math:`x_{tj} = s\, q_t \cdot k_j + b_j`. A program of `forward` holds a block of queries and loops over
 the blocks of keys within its reach; no tile of logits is stored. `backward` computes each tile again from the
 normalisers, in two kernels: for the gradient of the queries as `forward`, and for that of the keys with the loop over
-blocks of queries. Batches and heads are added by `jax.vmap`, which makes them further axes of the grid and does not copy
-what they share.
+blocks of queries. Batches and heads are added by `jax.vmap`, which makes them further axes of the grid and does not
+copy what they share.
 
 Products are of tensors in their dtype, summed in float32. Those of float32 follow `jax.default_matmul_precision`.
 """
@@ -54,18 +54,43 @@ class Tiles(NamedTuple):
     d_keys: Tile
 
 
+# Default tiles by the greatest dimension of a head, rounded up to a power of two, chosen from programs compiled
+# for an H200 (sm_90a), not from times. No full, causal or windowed program spills registers, and the tiles fit shared
+# memory (227 KB) with blocks read ahead. Under these limits a program holds as many queries (for the gradient of the
+# keys: as many keys) as it can, up to 128, because each block that it reads serves all of them.
+_HALF_PRECISION = {
+    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 8, 2)),
+}
+# Products of float32 on matrix units, which round the factors to TF32.
+_TF32 = {
+    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
+    256: Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(16, 16, 8, 2)),
+}
+# Products of float32 without the matrix units: their tiles are held in registers.
+_FLOAT32 = {
+    64: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    128: Tiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
+    256: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+}
+_TF32_PRECISIONS = None, "default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32"
+
+
 def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
-    """The tiles for these dimensions of heads."""
-    width = max(_padded(head_dim), _padded(value_dim))
+    """The tiles for heads of these dimensions, at the precision `jax.default_matmul_precision` in float32.
+
+    Dimensions above 256 get the tiles of 256, and their programs spill registers.
+    """
     if jnp.dtype(dtype).itemsize == 2:
-        if width <= 64:
-            return Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3))
-        if width <= 128:
-            return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
-        return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2))
-    if width <= 64:
-        return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
-    return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2))
+        table = _HALF_PRECISION
+    else:
+        # JAX declares this option at run time.
+        precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+        table = _TF32 if precision in _TF32_PRECISIONS else _FLOAT32
+    width = max(_padded(head_dim), _padded(value_dim))
+    return next((tiles for limit, tiles in table.items() if width <= limit), table[256])
 
 
 def forward(
@@ -97,7 +122,7 @@ def forward(
     """
     size = _Size(q.shape[0], k.shape[0], q.shape[1], v.shape[1])
     step = _fitted((tile or default_tiles(size.head_dim, size.value_dim, q.dtype)).forward, size)
-    queries, exp2 = _Blocks(size.num_queries, step.rows), jnp.exp2 if interpret else _exp2
+    queries, exp2 = _query_blocks(size, step), jnp.exp2 if interpret else _exp2
     return _call(
         functools.partial(_forward_kernel, size=size, tile=step, reach=reach, exp2=exp2),
         step,
@@ -156,7 +181,7 @@ def backward(
     exp2 = jnp.exp2 if interpret else _exp2
 
     step = _fitted(tiles.d_queries, size)
-    queries = _Blocks(size.num_queries, step.rows)
+    queries = _query_blocks(size, step)
     (d_q,) = _call(
         functools.partial(_d_queries_kernel, size=size, tile=step, reach=reach, exp2=exp2),
         step,
@@ -207,17 +232,32 @@ class _Size(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """An axis of tokens in blocks, one for each program."""
+    """An axis of tokens in blocks, one for each program, from the first block on or from the last."""
 
     length: int
     rows: int
+    last_first: bool = False
 
     @property
     def count(self) -> int:
         return pl.cdiv(self.length, self.rows)
 
     def block(self, *width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((self.rows, *map(_padded, width)), lambda i: (i, *(jnp.int32(0) for _ in width)))
+        return pl.BlockSpec(
+            (self.rows, *map(_padded, width)), lambda i: (self.index(i), *(jnp.int32(0) for _ in width))
+        )
+
+    def index(self, program: Array) -> Array:
+        return self.count - 1 - program if self.last_first else program
+
+    def first(self) -> Array:
+        """The first token of this program."""
+        return self.index(pl.program_id(0)) * self.rows
+
+
+def _query_blocks(size: _Size, tile: Tile) -> _Blocks:
+    # Causally the last queries see the most keys: their programs start first, and the short ones fill up the end.
+    return _Blocks(size.num_queries, tile.rows, last_first=True)
 
 
 def _whole(length: int, rows: int, *width: int) -> pl.BlockSpec:
@@ -274,7 +314,7 @@ def _forward_kernel(
     reach: Reach,
     exp2: Callable[[Array], Array],
 ):
-    first = pl.program_id(0) * tile.rows
+    first = _query_blocks(size, tile).first()
     queries = _Rows(0, first, tile.rows, size.num_queries)
     q, scale = queries.read(q_ref, size.head_dim), scale_ref[0] * LOG2_E
 
@@ -323,7 +363,7 @@ def _d_queries_kernel(
     reach: Reach,
     exp2: Callable[[Array], Array],
 ):
-    first = pl.program_id(0) * tile.rows
+    first = _query_blocks(size, tile).first()
     queries = _Rows(0, first, tile.rows, size.num_queries)
     q, d_out, scale = queries.read(q_ref, size.head_dim), queries.read(d_out_ref, size.value_dim), scale_ref[0]
     peak, log_total = (queries.read(ref)[:, None] * LOG2_E for ref in (peak_ref, log_total_ref))
@@ -364,7 +404,7 @@ def _d_keys_kernel(
     reach: Reach,
     exp2: Callable[[Array], Array],
 ):
-    first = pl.program_id(0) * tile.columns
+    first = _Blocks(size.num_keys, tile.columns).first()
     keys = _Rows(0, first, tile.columns, size.num_keys)
     k, v, scale = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim), scale_ref[0]
     bias = keys.read(bias_ref, fill=HIDDEN)[:, None] * LOG2_E
