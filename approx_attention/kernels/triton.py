@@ -374,7 +374,7 @@ def _d_queries_kernel(
         k, v = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim)
         bias = keys.read(bias_ref, fill=HIDDEN) * LOG2_E
         logits = _dot(q, k, transposed=True) * (scale * LOG2_E) + bias[None, :]
-        weights = exp2(jnp.minimum((logits - peak) - log_total, 0.0))
+        weights = exp2(_at_most_one((logits - peak) - log_total, log_total))
         if at_edge:
             weights = jnp.where(_seen(queries, keys, reach), weights, 0.0)
         d_logits = weights * (_dot(d_out, v, transposed=True) - delta)
@@ -417,7 +417,7 @@ def _d_keys_kernel(
         peak, log_total = (queries.read(ref)[None, :] * LOG2_E for ref in (peak_ref, log_total_ref))
         delta = queries.read(delta_ref)[None, :]
         logits = _dot(k, q, transposed=True) * (scale * LOG2_E) + bias
-        weights = exp2(jnp.minimum((logits - peak) - log_total, 0.0))
+        weights = exp2(_at_most_one((logits - peak) - log_total, log_total))
         if at_edge:
             weights = jnp.where(_seen(queries, keys, reach, transposed=True), weights, 0.0)
         d_v = d_v + _dot(weights.astype(d_out.dtype), d_out)
@@ -478,6 +478,12 @@ class _Rows(NamedTuple):
 def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
     """The product of a with b, or with the transpose of b."""
     return lax.dot_general(a, b, (((1,), (int(transposed),)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _at_most_one(exponent: Array, log_total: Array) -> Array:
+    """Exponents of weights, at most 0 despite rounding, or NaN in a row with NaN."""
+    # A minimum on a GPU drops NaN unless both of its arguments are NaN.
+    return jnp.minimum(exponent, log_total - log_total)
 
 
 def _exp2(x: Array) -> Array:

@@ -145,11 +145,14 @@ def test_large_logits():
 def test_nan_shows_in_its_row_alone():
     q, *others = inputs(4, 40, 40)
     q = q.at[7].set(jnp.nan)
-    out, _, log_total = both(q, *others, reach=CAUSAL)[0]
-    rows = np.arange(40) == 7
-    np.testing.assert_array_equal(np.isnan(out).all(1), rows)
-    np.testing.assert_array_equal(np.isnan(out).any(1), rows)
-    np.testing.assert_array_equal(np.isnan(log_total), rows)
+    (out, _, log_total), (d_q, d_k, d_v, d_bias) = both(q, *others, reach=CAUSAL)
+    row, seen_by_row = np.arange(40) == 7, np.arange(40) <= 7
+    for result in (out, d_q):
+        np.testing.assert_array_equal(np.isnan(result), np.broadcast_to(row[:, None], result.shape))
+    np.testing.assert_array_equal(np.isnan(log_total), row)
+    for result in (d_k, d_v, d_bias[:, None]):
+        assert np.isnan(result[seen_by_row]).all()
+        assert np.isfinite(result[16:]).all()
 
 
 def heads(num_heads, num_kv_heads):
