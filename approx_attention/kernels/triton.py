@@ -71,8 +71,8 @@ _TF32 = {
 }
 # Products of float32 without the matrix units: their tiles are held in registers.
 _FLOAT32 = {
-    64: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    128: Tiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
+    64: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+    128: Tiles(Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
     256: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
 _TF32_PRECISIONS = None, "default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32"
