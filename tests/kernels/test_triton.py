@@ -145,7 +145,7 @@ def test_large_logits():
     # The logits themselves are rounded, by up to 1e-4 where they are as large as 1000.
     np.testing.assert_allclose(out, reference, atol=1e-3)
     np.testing.assert_allclose(peak + log_total, normaliser, rtol=1e-6, atol=1e-4)
-    # The gradient has the same weights as the output, as far as their logits are rounded alike: those of a row sum to 1.
+    # The gradient has the weights of the output, as far as logits are rounded alike: those of a row sum to 1.
     np.testing.assert_allclose(jnp.sum(d_v[:, 0]), len(q), rtol=3e-5)
 
 
