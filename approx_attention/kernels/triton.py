@@ -75,14 +75,13 @@ _FLOAT32 = {
     128: Tiles(Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
     256: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
+# Above 256 programs compile up to dimension 1024 in half precision and 512 in float32 (TF32), and may spill registers.
+_WIDE = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
 _TF32_PRECISIONS = None, "default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32"
 
 
 def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
-    """The tiles for heads of these dimensions, at the precision `jax.default_matmul_precision` in float32.
-
-    Dimensions above 256 get the tiles of 256, and their programs spill registers.
-    """
+    """The tiles for heads of these dimensions, at the precision `jax.default_matmul_precision` in float32."""
     if jnp.dtype(dtype).itemsize == 2:
         table = _HALF_PRECISION
     else:
@@ -90,7 +89,7 @@ def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
         precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
         table = _TF32 if precision in _TF32_PRECISIONS else _FLOAT32
     width = max(_padded(head_dim), _padded(value_dim))
-    return next((tiles for limit, tiles in table.items() if width <= limit), table[256])
+    return next((tiles for limit, tiles in table.items() if width <= limit), _WIDE)
 
 
 def forward(
