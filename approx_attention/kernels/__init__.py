@@ -1,6 +1,6 @@
 """Attention states, and the one operation that makes them: fused kernels on accelerators, tiles elsewhere."""
 
-from approx_attention.kernels.fused import Implementation, state
+from approx_attention.kernels.fused import Implementation, export_checks, state
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.rows import (
     along_with,
@@ -36,6 +36,7 @@ __all__ = [
     "block_windows",
     "dense_state",
     "even_split",
+    "export_checks",
     "finite_peak",
     "in_blocks",
     "map_rows",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad
@@ -102,12 +103,33 @@ def state(
     return _state(*operands, reach=Reach(offset, left, right), implementation=implementation)
 
 
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What to pass as ``disabled_checks`` to `jax.export.export` of a program for ``"cuda"``.
+
+    JAX promises that artefacts with a kernel for TPUs run in later versions, and not those with one of Triton: export
+    and run them with one version, or with ``implementation="xla"``.
+
+    Example:
+        >>> import jax, jax.export, jax.numpy as jnp
+        >>> from approx_attention import attention, kernels
+        >>> x = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)
+        >>> checks = kernels.export_checks()
+        >>> export = jax.export.export(jax.jit(attention), platforms=["cpu", "cuda", "tpu"], disabled_checks=checks)
+        >>> export(x, x, x).platforms
+        ('cpu', 'cuda', 'tpu')
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+
+
 # Compiled also where the caller compiles nothing: else every call would compile its loops anew.
 @functools.partial(jax.jit, static_argnames=("reach", "implementation"))
 def _state(
     q: Array, k: Array, v: Array, scale: Array, *bias: Array, reach: Reach, implementation: Implementation | None
 ) -> AttentionState:
-    out, peak, log_total = _forward(q, k, v, scale, *bias, reach=reach, implementation=implementation)
+    # JAX declares this option when it is imported.
+    precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+    options = {"reach": reach, "implementation": implementation, "precision": precision}
+    out, peak, log_total = _forward(q, k, v, scale, *bias, **options)
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
     return AttentionState(out, jnp.where(peak <= HIDDEN / 2, -jnp.inf, peak + log_total))
 

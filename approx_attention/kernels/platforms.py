@@ -133,11 +133,21 @@ class ByPlatform:
 
 
 def mapped_form(function: Callable[..., Any], options: Options, mapped: tuple[Mapped, ...]) -> Callable[..., Any]:
-    """A function of unmapped operands as one of mapped operands, with its options given."""
-    function = functools.partial(function, **dict(options))
+    """A function of unmapped operands as one of mapped operands, with its options given.
+
+    The option ``precision`` is that of matrix products: they are made when a program is lowered, outside the context
+    in which it was traced.
+    """
+    given = dict(options)
+    precision = given.pop("precision", None)
+
+    def form(*operands: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*operands, **given)
+
     for level in reversed(mapped):
-        function = jax.vmap(function, in_axes=[0 if is_mapped else None for is_mapped in level])
-    return function
+        form = jax.vmap(form, in_axes=[0 if is_mapped else None for is_mapped in level])
+    return form
 
 
 def _is_partitioned(axes: Any) -> bool:
