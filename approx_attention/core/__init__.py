@@ -106,7 +106,14 @@ from approx_attention.core.sketches import (
     leverages,
     random_signs,
 )
-from approx_attention.core.softmax import SoftmaxNear, blocked_state, kernel_state, tile_state, window_state
+from approx_attention.core.softmax import (
+    SoftmaxNear,
+    blocked_state,
+    joined_state,
+    kernel_state,
+    tile_state,
+    window_state,
+)
 from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
@@ -237,6 +244,7 @@ __all__ = [
     "head_inputs",
     "in_blocks",
     "in_float32",
+    "joined_state",
     "keep_count",
     "keeping_choices",
     "kept",

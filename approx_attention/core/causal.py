@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention import kernels
 from approx_attention.core.checks import (
     accumulation_dtype,
     check_count,
@@ -26,7 +25,7 @@ from approx_attention.core.checks import (
 )
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.padding import over_real_tokens
-from approx_attention.core.softmax import SoftmaxNear
+from approx_attention.core.softmax import SoftmaxNear, joined_state
 from approx_attention.core.summaries import Summary, WeightedKV, attend, require_scaled_space
 from approx_attention.kernels import (
     AttentionState,
@@ -480,12 +479,9 @@ def _apart(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, sum
 
 
 def _as_one(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: WeightedKV) -> AttentionState:
-    """The same as one set of keys, the summary's before all others: one kernel, and no states to merge."""
+    """The same with nearby tokens and those of the summary as one set of keys."""
     dtype = accumulation_dtype(q, k, v)
-    # Both sets in the space of the summary, whose keys are scaled already.
+    # Both in the space of the summary, whose keys are scaled already.
     root = jnp.sqrt(jnp.asarray(near.scale, dtype))
-    keys, values = (
-        jnp.concatenate(x) for x in ((summary.k, k.astype(dtype) * root), (summary.values, v.astype(dtype)))
-    )
-    bias = jnp.concatenate([summary.log_mass, key_bias])
-    return kernels.state(q.astype(dtype) * root, keys, values, bias, offset=keys.shape[0] - q.shape[0], right=0)
+    far, nearby = (summary.k, summary.values, summary.log_mass), (k.astype(dtype) * root, v.astype(dtype), key_bias)
+    return joined_state(q.astype(dtype) * root, far, nearby, last=k.shape[0] - q.shape[0])

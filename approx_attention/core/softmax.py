@@ -13,6 +13,7 @@ from approx_attention import kernels
 from approx_attention.core.features import FeatureMap
 from approx_attention.kernels import HIDDEN, AttentionState, accumulation_dtype, dense_state, finite_peak, normalise
 
+Keys = tuple[Array, Array, Array]
 # Logits of a block of queries as causal forms and decoders ask: a tile on a CPU.
 KEPT_TILE = 2**16
 
@@ -31,6 +32,17 @@ def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -
     """Softmax attention as `dense_state` with a bias ``[S]`` on keys, in memory linear in T and S."""
     form = kernels.state if q.shape[0] * k.shape[0] > KEPT_TILE else tile_state
     return form(q, k, v, key_bias)
+
+
+def joined_state(q: Array, far: Keys, near: Keys, *, last: int | None = None) -> AttentionState:
+    """Two sets of keys, values and biases as one: one kernel, and no states to merge.
+
+    A query sees all far keys, and causally the nearby ones up to number ``last + t``; all if it is None.
+    """
+    k, v, key_bias = (jnp.concatenate(x) for x in zip(far, near, strict=True))
+    if last is None:
+        return kernels.state(q, k, v, key_bias)
+    return kernels.state(q, k, v, key_bias, offset=far[0].shape[0] + last, right=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,11 +27,13 @@ from approx_attention.core import (
     out_of_blocks,
     pad_rows,
     real_keys,
+    tile_state,
 )
 from approx_attention.sparse.patterns import SparsePattern
 
-# Blocks are batched up to this number of logits (1 MB in float32): their gathered keys and values then stay in cache.
-LOGITS = 2**18
+# Blocks are batched up to this number of logits: on a CPU (1 MB in float32) their gathered keys and values then stay in
+# cache, and on accelerators (32 MB for each head) few steps follow one another.
+LOGITS, ACCELERATOR_LOGITS = 2**18, 2**23
 # Entries of a pattern whose keys and values are gathered at a time: with 64 channels of both, 4 MB in float32.
 GATHERED = 2**13
 
@@ -339,11 +341,24 @@ def _attend_lists(
     bias: tuple[np.ndarray, np.ndarray] | None,
 ) -> AttentionState:
     """Blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, a few at a time."""
+    forms = (functools.partial(_lists_in_turns, logits=logits) for logits in (LOGITS, ACCELERATOR_LOGITS))
+    cpu, default = forms
+    return lax.platform_dependent(q_blocks, tokens, lists, bias, cpu=cpu, default=default)
+
+
+def _lists_in_turns(
+    q_blocks: Array,
+    tokens: tuple[Array, Array, Array | None],
+    lists: Array,
+    bias: tuple[Array, Array] | None,
+    *,
+    logits: int,
+) -> AttentionState:
     number, size = q_blocks.shape[:2]
     _, steps, width = lists.shape
     reach = width * size
     # Small blocks are batched to fill the machine; the turns run one after the other, to stay in cache.
-    together = max(1, min(number, LOGITS // (size * reach)))
+    together = max(1, min(number, logits // (size * reach)))
     turns = -(-number // together)
     filling = turns * together - number
 
@@ -354,13 +369,13 @@ def _attend_lists(
     def tile(q: Array, listed: Array, masks: Array | None) -> AttentionState:
         """Blocks of queries ``[m, b, D]`` over the blocks of keys in ``listed [m, width]``."""
         k, v, key_bias = jax.tree.map(lambda x: x[listed].reshape(together, reach, *x.shape[2:]), tokens)
+        if masks is None:
+            return jax.vmap(tile_state)(q, k, v, key_bias)
         if key_bias is not None:
-            key_bias = key_bias[:, None, :]
-            masks = key_bias if masks is None else jnp.where(key_bias <= HIDDEN / 2, HIDDEN, masks)
-        if masks is None or len(masks) == 1:
+            masks = jnp.where(key_bias[:, None, :] <= HIDDEN / 2, HIDDEN, masks)
+        if len(masks) == 1:
             # A mask that all share is not copied for each.
-            shared = None if masks is None else masks[0]
-            return jax.vmap(dense_state, in_axes=(0, 0, 0, None))(q, k, v, shared)
+            return jax.vmap(dense_state, in_axes=(0, 0, 0, None))(q, k, v, masks[0])
         return jax.vmap(dense_state)(q, k, v, masks)
 
     def turn(args: tuple[Array, Array, Array | None]) -> AttentionState:

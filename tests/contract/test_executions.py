@@ -11,7 +11,7 @@ from jax import lax
 from approx_attention import METHODS, Decoder
 from approx_attention.core import causal
 from approx_attention.registry import accepted
-from tests.cases import CAUSAL, settings, sized, unless_slow
+from tests.cases import CAUSAL, every_method, settings, sized, unless_slow
 from tests.references import having, random_head
 
 # Without blocks of their own there is one form, or the two are tested with their tiles (tests/core/test_streamed.py).
@@ -34,11 +34,11 @@ def together(monkeypatch):
     return run
 
 
-def value_and_gradients(name, **others):
-    """A causal method on one head: its outputs, and its gradients of a sum that depends on all of them."""
+def value_and_gradients(name, is_causal=True, **others):
+    """A method on one head: its outputs, and its gradients of a sum that depends on all of them."""
 
     def function(q, k, v):
-        options = settings(name) | {"is_causal": True} | others
+        options = settings(name) | ({"is_causal": True} if is_causal else {}) | others
         out, pull = jax.vjp(lambda *tensors: METHODS[name].function(*tensors, jax.random.key(7), **options), q, k, v)
         return out, *pull(jnp.cos(out))
 
@@ -56,6 +56,16 @@ def test_both_executions_agree(together, x64, name, num_queries, num_keys, maske
     in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors, groups=groups)
     for ours, expected in zip(at_once, in_turn, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-12, rtol=1e-12)
+
+
+@every_method
+def test_forms_of_both_platforms_agree_on_all_keys(together, x64, name):
+    num_keys = 41 if METHODS[name].capabilities.cross else 52
+    tensors = random_head(6, 52, num_keys, dtype=jnp.float64)
+    function = value_and_gradients(name, is_causal=False)
+    on_cpu, elsewhere = jax.jit(function)(*tensors), together(function, *tensors)
+    for ours, expected in zip(elsewhere, on_cpu, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-11, rtol=1e-11)
 
 
 RNG = np.random.default_rng(4)

@@ -13,6 +13,7 @@ from approx_attention.core import (
     AttentionState,
     block_windows,
     dense_state,
+    joined_state,
     mask_bias,
     merge,
     out_of_blocks,
@@ -43,9 +44,7 @@ def attend_windows(
     if sizes.is_causal:
         own_bias = jnp.where(np.tri(window, reach, left, dtype=bool), own_bias, HIDDEN)
 
-    def block(args: Any) -> AttentionState:
-        first, q, (k, v, key_bias) = args
-        numbers = first + jnp.arange(together, dtype=jnp.int32)
+    def apart(numbers: Array, q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
         key_bias = key_bias[:, None, :]
         bias = jnp.where(key_bias <= HIDDEN / 2, HIDDEN, key_bias + own_bias[None])
         q_windows = q.reshape(together, window, -1)
@@ -56,6 +55,27 @@ def attend_windows(
         log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (1, len(chunks.log_mass)))
         log_mass = log_mass if hidden is None else jnp.where(hidden, HIDDEN, log_mass)
         return attend_chunks(q, out_of_blocks(near), chunks, log_mass)
+
+    def as_one(numbers: Array, q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
+        log_mass = jnp.broadcast_to(chunks.log_mass[None, :], (together, len(chunks.log_mass)))
+        hidden = _hidden_chunks(numbers, sizes, layout)
+        if hidden is not None:
+            log_mass = jnp.where(hidden[::window], HIDDEN, log_mass)
+        last = left if sizes.is_causal else None
+
+        def of_window(q: Array, log_mass: Array, near: tuple[Array, Array, Array]) -> AttentionState:
+            return joined_state(q, (chunks.k, chunks.beta, log_mass), near, last=last)
+
+        return out_of_blocks(jax.vmap(of_window)(q.reshape(together, window, -1), log_mass, (k, v, key_bias)))
+
+    # Queries of a window see the same chunks, each with one coefficient, and no key has a bias of its place.
+    is_one_set = siblings is None and local_bias is None and chunks.moments is None
+    is_one_set &= sizes.exclude_local or not sizes.is_causal
+
+    def block(args: Any) -> AttentionState:
+        first, q, near = args
+        operands = first + jnp.arange(together, dtype=jnp.int32), q, *near
+        return lax.platform_dependent(*operands, cpu=apart, default=as_one) if is_one_set else apart(*operands)
 
     key_bias = mask_bias(real_keys(kv_mask, k.shape[0]), dtype)
     near = tuple(
