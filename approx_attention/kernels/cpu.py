@@ -92,7 +92,7 @@ def _rows(state: AttentionState) -> Rows:
 
 
 def _is_window(reach: Reach) -> bool:
-    return reach.left is not None and reach.right is not None and reach.offset == 0
+    return reach.left is not None and reach.left >= 0 and reach.right is not None and reach.offset == 0
 
 
 # The backward pass recomputes the logits of a tile, so that no T x S array is stored.

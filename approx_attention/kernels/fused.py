@@ -85,6 +85,8 @@ def state(
     tensors, dtype = [q, k, v], accumulation_dtype(q, k, v)
     if len({x.dtype for x in tensors}) > 1:
         tensors = [x.astype(dtype) for x in tensors]
+    if 0 in (q.shape[0], k.shape[0]):
+        return AttentionState.empty(q.shape[0], v.shape[1], dtype)
     scale = jnp.asarray(scale, dtype)
     if dtype == jnp.float64:
         implementation = "xla"
@@ -154,7 +156,7 @@ _FORMS = {"forward": _fused_forward, "backward": _fused_backward}
 
 
 def _bias(k: Array, bias: Array | None = None) -> Array:
-    return jnp.zeros(k.shape[0], jnp.float32) if bias is None else bias
+    return jnp.zeros_like(k[:, 0], jnp.float32) if bias is None else bias
 
 
 def _fused(name: str) -> dict[str, Callable[..., Any]]:

@@ -195,12 +195,15 @@ class _Call(NamedTuple):
             return pl.BlockSpec((channels, self.tile.columns), column_index)
 
         length = blocks * self.tile.rows
+        # In shard_map outputs vary over devices as operands do.
+        varying = jax.typeof(operands[-1][0]).mat
+        out_type = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=varying)
         return pl.pallas_call(
             kernel,
             grid=(blocks, steps),
             in_specs=[spec(x.shape[0], kind) for x, kind in operands],
             out_specs=[spec(channels, kind) for channels, kind in outputs],
-            out_shape=[jax.ShapeDtypeStruct((channels, length), jnp.float32) for channels, _ in outputs],
+            out_shape=[out_type((channels, length)) for channels, _ in outputs],
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=self.interpret,
