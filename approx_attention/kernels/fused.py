@@ -19,7 +19,7 @@ from approx_attention.kernels.platforms import ByPlatform, mapped_form
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.rows import along_with
 from approx_attention.kernels.states import AttentionState
-from approx_attention.kernels.tiles import HIDDEN, accumulation_dtype, seen_cotangents
+from approx_attention.kernels.tiles import HIDDEN, accumulation_dtype, seen_cotangents, sees_a_key
 
 Implementation = Literal["xla", "pallas", "interpret", "interpret_gpu"]
 _KERNELS = {"tpu": "mosaic", "cuda": "triton"}
@@ -111,7 +111,7 @@ def _state(
 ) -> AttentionState:
     out, peak, log_total = _forward(q, k, v, scale, *bias, reach=reach, implementation=implementation)
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
-    return AttentionState(out, jnp.where(peak <= HIDDEN / 2, -jnp.inf, peak + log_total))
+    return AttentionState(out, jnp.where(sees_a_key(peak), peak + log_total, -jnp.inf))
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
@@ -184,8 +184,7 @@ def _tangents(
     primals = *(x.astype(dtype) for x in (q, k, v)), scale, *bias
     tangents = tuple(x.astype(dtype) for x in tangents)
     rows, d_rows = jax.jvp(functools.partial(xla.forward, reach=reach), primals, tangents)
-    seen = rows.peak > HIDDEN / 2
-    return d_rows.out, jnp.where(seen, d_rows.log_total, 0)
+    return d_rows.out, jnp.where(sees_a_key(rows.peak), d_rows.log_total, 0)
 
 
 def _shapes_of_state(q: Any, k: Any, v: Any, *others: Any, **_: Any) -> list[Any]:

@@ -285,10 +285,11 @@ def _forward_kernel(
     def _() -> None:
         all_lanes = jnp.sum(total[...], axis=1, keepdims=True)
         # A row with NaN must show it: a maximum may drop NaN, a sum never does.
-        unseen = (highest[:, :1] < HIDDEN / 2) & (all_lanes == all_lanes)
+        top = jnp.where(all_lanes == all_lanes, highest[:, :1], all_lanes)
+        unseen = top <= HIDDEN / 2
         out[...] = jnp.where(unseen, 0.0, sums[...] / all_lanes).T
         of_row = lambda x: jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]  # noqa: E731
-        peak[...] = of_row(jnp.where(unseen, HIDDEN, highest[:, :1]))
+        peak[...] = of_row(jnp.where(unseen, HIDDEN, top))
         log_total[...] = of_row(jnp.where(unseen, 0.0, jnp.log(all_lanes)))
 
 
