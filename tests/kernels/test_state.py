@@ -44,10 +44,11 @@ def check(form, operands, tolerance=2e-6, has_bias=True, **reach):
 
 
 lengths = st.one_of(st.integers(1, 300), st.sampled_from((1, 128, 129, 1100)))
-reaches = st.one_of(st.none(), st.integers(0, 40), st.integers(0, 400))
+# A reach that is negative begins behind the query, or ends before it.
+reaches = st.one_of(st.none(), st.integers(-20, 40), st.integers(0, 400))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     num_queries=lengths,
     num_keys=lengths,
@@ -64,6 +65,7 @@ reaches = st.one_of(st.none(), st.integers(0, 40), st.integers(0, 400))
 @example(1030, 1030, (8, 8), 0, None, 0, 0.0, False)
 @example(1, 300, (8, 8), 299, 130, 0, 0.0, False)
 @example(300, 1, (3, 2), 0, None, None, 0.0, True)
+@example(300, 300, (8, 8), 0, -5, 20, 0.0, True)
 def test_values_and_gradients_equal_brute_force(
     form, num_queries, num_keys, dims, offset, left, right, hidden, has_bias
 ):
@@ -151,8 +153,7 @@ def test_logits_of_ten_thousand_and_more(form, reach):
     check(form, (q, k, v, bias, jnp.float32(1), *cotangents), **reach)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("reach", REACHES[1:3], ids=str)
+@pytest.mark.parametrize(("dtype", "reach"), [(jnp.bfloat16, REACHES[1]), (jnp.float16, REACHES[2])])
 def test_half_precision_is_rounded_in_weights_and_logits_alone(form, dtype, reach):
     q, k, v, bias, scale, *cotangents = random_operands(6, 300, 300, 16, 24, dtype, hidden=0.2)
     found, gradients = state_and_gradients(q, k, v, bias, scale, *cotangents, **reach, implementation=form)
@@ -168,7 +169,7 @@ def test_half_precision_is_rounded_in_weights_and_logits_alone(form, dtype, reac
         assert np.linalg.norm(np.asarray(x, np.float64) - y) <= 4 * unit * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("reach", REACHES, ids=str)
+@pytest.mark.parametrize("reach", REACHES[1:3], ids=str)
 def test_float64(form, x64, reach):
     """There is no kernel in it: tiles."""
     check(form, random_operands(7, 140, 140, 8, 5, np.float64, hidden=0.2), 1e-12, **reach)

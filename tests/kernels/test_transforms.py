@@ -16,18 +16,23 @@ from tests.kernels.cases import HAS_GPU_KERNEL, random_operands, running, seen_p
 
 LENGTH, HEADS = 12, 3
 # Forms with the reaches that they treat in their own way.
-FORMS = [
-    ("cpu", {}),
-    ("cpu", {"right": 0}),
-    ("cpu", {"left": 3, "right": 2}),
-    ("xla", {"offset": 2, "left": 4}),
-    ("interpret", {"right": 0}),
-]
+CAUSAL, KERNEL = ("cpu", {"right": 0}), ("interpret", {"right": 0})
+FORMS = [CAUSAL, ("cpu", {}), ("cpu", {"left": 3, "right": 2}), ("xla", {"offset": 2, "left": 4}), KERNEL]
 if HAS_GPU_KERNEL:
     FORMS.append(("interpret_gpu", {"right": 0}))
 
 
-@pytest.fixture(scope="module", params=FORMS, ids=lambda x: f"{x[0]}-{x[1]}")
+def case(form, *others, is_fast):
+    name = "-".join([form[0], str(form[1]), *others])
+    return pytest.param(form, *others, id=name, marks=() if is_fast else pytest.mark.slow)
+
+
+def every_form(*fast):
+    """Parametrizes a test by forms, of which some are always tested."""
+    return pytest.mark.parametrize("pair", [case(form, is_fast=form in fast) for form in FORMS], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def pair(request):
     """One form of the operation, and attention written out: functions of q, k, v, the bias and the scale."""
     form, reach = request.param
@@ -164,32 +169,50 @@ def assert_same(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(np.abs(y).max(initial=1)))
 
 
-@pytest.mark.parametrize("name", ONE_HEAD)
+# Those that a fused kernel has a part in; elsewhere forms differ in nothing but the tiles.
+OF_KERNELS = {"grad", "checkpoint", "grad of vmap", "double vmap, queries in groups", "vmap over other axes"}
+
+
+def every_transformation(names):
+    cases = [
+        case(form, name, is_fast=form == CAUSAL or (form == KERNEL and name in OF_KERNELS))
+        for form in FORMS
+        for name in names
+    ]
+    return pytest.mark.parametrize(("pair", "name"), cases, indirect=["pair"])
+
+
+@every_transformation(ONE_HEAD)
 def test_transformations_of_one_head(pair, name):
     state, written_out = (jax.jit(ONE_HEAD[name](f))(*head()) for f in pair)
     assert_same(state, written_out)
 
 
-@pytest.mark.parametrize("name", MANY_HEADS)
+@every_transformation(MANY_HEADS)
 def test_transformations_of_heads(pair, name):
     state, written_out = (jax.jit(MANY_HEADS[name](f))(*heads()) for f in pair)
     assert_same(state, written_out)
 
 
+@every_form(CAUSAL)
 @pytest.mark.parametrize(
-    "second", [jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacfwd(jax.jacfwd(f))]
+    "second",
+    [jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacfwd(jax.jacfwd(f))],
+    ids=["forward over reverse", "reverse over reverse", "forward over forward"],
 )
 def test_second_derivatives(pair, second):
     state, written_out = (jax.jit(second(of_q(f)))(head()[0][4:7, 1]) for f in pair)
     assert_same(state, written_out)
 
 
+@every_form(CAUSAL)
 def test_the_result_is_a_pytree(pair):
     state, written_out = (jax.tree.map(lambda x: x + 1, f(*head())) for f in pair)
     assert isinstance(state, AttentionState)
     assert_same(state, written_out)
 
 
+@every_form(CAUSAL, KERNEL)
 def test_operations_one_by_one(pair):
     state, written_out = pair
     with jax.disable_jit():
@@ -208,6 +231,7 @@ def four(operands):
     return tuple(jnp.concatenate([x, x[:1]]) for x in operands)
 
 
+@every_form(CAUSAL, KERNEL)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_tensors_that_all_devices_share(pair, check_vma):
     """Each device has other queries; keys, values, the bias and the scale are the same."""
@@ -236,23 +260,25 @@ def test_shard_map_with_tensors_that_all_devices_share(pair, check_vma):
     assert_same(jax.jit(lambda: on_devices(state))(), jax.jit(lambda: on_one(written_out))())
 
 
+@every_form(CAUSAL)
 @pytest.mark.parametrize("axis", [0, 1], ids=["heads", "tokens"])
 def test_programs_that_are_partitioned_automatically(pair, axis):
     mesh = mesh_of(2)
     operands = four(heads())
-    placed = [
-        jax.device_put(
-            x, NamedSharding(mesh, PartitionSpec(*([None] * axis), "x") if x.ndim > axis else PartitionSpec())
-        )
-        for x in operands
-    ]
+    spec = PartitionSpec(*[None] * axis, "x")
+    specs = [spec if x.ndim > axis else PartitionSpec() for x in operands]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
     state, written_out = (jax.grad(loss_of(jax.vmap(f)), ALL) for f in pair)
     assert_same(jax.jit(state)(*placed), jax.jit(written_out)(*operands))
 
 
-def test_heads_on_a_mesh_with_explicit_axes(request, pair):
-    if "interpret" in request.node.name:
-        pytest.skip("Pallas does not interpret kernels there")
+# Pallas interprets no kernel on such a mesh. And JAX maps no condition whose branches hold constants, as the gradient
+# over all keys does.
+EXPLICIT = [case(form, is_fast=form == CAUSAL) for form in FORMS if form[0] in ("cpu", "xla") and form[1]]
+
+
+@pytest.mark.parametrize("pair", EXPLICIT, indirect=True)
+def test_heads_on_a_mesh_with_explicit_axes(pair):
     mesh = mesh_of(2, AxisType.Explicit)
     operands = four(heads())
     state, written_out = pair
