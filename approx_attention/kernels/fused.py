@@ -101,7 +101,9 @@ def state(
     operands = *tensors, scale, *bias
     if len({getattr(jax.typeof(x), "mat", None) for x in operands}) > 1:
         operands = along_with(operands, *operands)
-    return _state(*operands, reach=Reach(offset, left, right), implementation=implementation)
+    # A bound may be any number that stands for none: one that no int32 holds, or that hides a faster form.
+    reach = Reach(offset, left, right).within(q.shape[0], k.shape[0])
+    return _state(*operands, reach=reach, implementation=implementation)
 
 
 # Compiled also where the caller compiles nothing: else every call would compile its loops anew.

@@ -72,3 +72,15 @@ def test_keys_reach_the_queries_that_reach_them():
         pairs, exchanged = seen_pairs(17, 12, *reach), seen_pairs(12, 17, *reach.of_keys())
         np.testing.assert_array_equal(exchanged, pairs.T)
         assert reach.of_keys().of_keys() == reach
+
+
+def test_a_bound_that_excludes_nothing_is_none():
+    for reach, (num_queries, num_keys) in itertools.product(REACHES, [(1, 1), (7, 5), (17, 12), (3, 30)]):
+        within = reach.within(num_queries, num_keys)
+        pairs = seen_pairs(num_queries, num_keys, *reach)
+        np.testing.assert_array_equal(seen_pairs(num_queries, num_keys, *within), pairs)
+        assert within.left in (None, reach.left)
+        assert within.right in (None, reach.right)
+        assert within.is_full == pairs.all()
+    assert Reach(5, 2**40, 2**40).within(8, 8) == Reach()
+    assert Reach(0, 2**40, 0).within(8, 8) == Reach(right=0)

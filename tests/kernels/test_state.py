@@ -183,6 +183,10 @@ def test_operands_of_several_dtypes_are_promoted(form):
     assert found[0].dtype == jnp.float32
 
 
+def test_a_bound_may_be_any_number(form):
+    check(form, random_operands(9, 140, 140), left=2**40, right=0, offset=-3)
+
+
 def check_values(form, q, k, v, *others):
     found = state_and_gradients(q, k, v, *others, right=0, implementation=form)
     bias, scale, *cotangents = others
