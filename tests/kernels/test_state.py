@@ -48,7 +48,7 @@ lengths = st.one_of(st.integers(1, 300), st.sampled_from((1, 128, 129, 1100)))
 reaches = st.one_of(st.none(), st.integers(-20, 40), st.integers(0, 400))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     num_queries=lengths,
     num_keys=lengths,
@@ -63,8 +63,7 @@ reaches = st.one_of(st.none(), st.integers(-20, 40), st.integers(0, 400))
 @example(300, 1100, (8, 5), 500, 200, 150, 0.3, True)
 @example(1100, 300, (8, 5), 0, 70, 3, 0.3, True)
 @example(1030, 1030, (8, 8), 0, None, 0, 0.0, False)
-@example(1, 300, (8, 8), 299, 130, 0, 0.0, False)
-@example(300, 1, (3, 2), 0, None, None, 0.0, True)
+@example(1, 300, (3, 2), 299, 130, 0, 0.0, False)
 @example(300, 300, (8, 8), 0, -5, 20, 0.0, True)
 def test_values_and_gradients_equal_brute_force(
     form, num_queries, num_keys, dims, offset, left, right, hidden, has_bias
