@@ -25,6 +25,7 @@ from approx_attention.kernels.tiles import (
     normalised,
     padded,
     seen_cotangents,
+    sees_a_key,
     tile_sums,
     weights_of,
 )
@@ -74,7 +75,7 @@ def backward(
     elif _is_window(reach):
         state = functools.partial(window_state, reach=reach)
         operands = (q, k, v) if bias is None else (q, k, v, bias)
-        gradients = jax.vjp(state, *operands)[1](AttentionState(d_out, jnp.where(peak > HIDDEN / 2, d_lse, 0)))
+        gradients = jax.vjp(state, *operands)[1](AttentionState(d_out, jnp.where(sees_a_key(peak), d_lse, 0)))
     else:
         gradients = xla.backward(q, k, v, jnp.ones_like(scale), *rows, bias, reach=reach)
     d_q, d_k, *others = gradients
@@ -88,11 +89,11 @@ def _in_float32(q: Array, k: Array, v: Array, scale: Array) -> tuple[Array, Arra
 
 
 def _rows(state: AttentionState) -> Rows:
-    return Rows(state.out, jnp.maximum(state.lse, HIDDEN), jnp.zeros_like(state.lse))
+    return Rows(state.out, jnp.where(state.lse == -jnp.inf, HIDDEN, state.lse), jnp.zeros_like(state.lse))
 
 
 def _is_window(reach: Reach) -> bool:
-    return reach.left is not None and reach.right is not None and reach.offset == 0
+    return reach.left is not None and reach.left >= 0 and reach.right is not None and reach.offset == 0
 
 
 # The backward pass recomputes the logits of a tile, so that no T x S array is stored.
@@ -233,8 +234,7 @@ def _streamed_backward(
     block = _causal_tile(q) if is_causal else GREATEST_CAUSAL_TILE
     (query_blocks, rows), (key_blocks, columns) = even_split(num_queries, block), even_split(num_keys, block)
     length = query_blocks * rows
-    seen = peak > HIDDEN / 2
-    d_lse = jnp.where(seen, d_lse, 0)
+    d_lse = jnp.where(sees_a_key(peak), d_lse, 0)
     peak, log_total, d_out, _ = seen_cotangents(out, peak, log_total, d_out, d_lse)
     own = padded((q, d_out), length)
     keys = _causal_keys(k, v, bias, length) if is_causal else padded_keys(k, v, bias, q.dtype, key_blocks * columns)

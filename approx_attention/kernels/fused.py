@@ -20,7 +20,7 @@ from approx_attention.kernels.platforms import ByPlatform, mapped_form
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.rows import along_with
 from approx_attention.kernels.states import AttentionState
-from approx_attention.kernels.tiles import HIDDEN, accumulation_dtype, seen_cotangents
+from approx_attention.kernels.tiles import HIDDEN, accumulation_dtype, seen_cotangents, sees_a_key
 
 Implementation = Literal["xla", "pallas", "interpret", "interpret_gpu"]
 _KERNELS = {"tpu": "mosaic", "cuda": "triton"}
@@ -86,6 +86,8 @@ def state(
     tensors, dtype = [q, k, v], accumulation_dtype(q, k, v)
     if len({x.dtype for x in tensors}) > 1:
         tensors = [x.astype(dtype) for x in tensors]
+    if 0 in (q.shape[0], k.shape[0]):
+        return AttentionState.empty(q.shape[0], v.shape[1], dtype)
     scale = jnp.asarray(scale, dtype)
     if dtype == jnp.float64:
         implementation = "xla"
@@ -100,7 +102,9 @@ def state(
     operands = *tensors, scale, *bias
     if len({getattr(jax.typeof(x), "mat", None) for x in operands}) > 1:
         operands = along_with(operands, *operands)
-    return _state(*operands, reach=Reach(offset, left, right), implementation=implementation)
+    # A bound may be any number that stands for none: one that no int32 holds, or that hides a faster form.
+    reach = Reach(offset, left, right).within(q.shape[0], k.shape[0])
+    return _state(*operands, reach=reach, implementation=implementation)
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
@@ -131,7 +135,7 @@ def _state(
     options = {"reach": reach, "implementation": implementation, "precision": precision}
     out, peak, log_total = _forward(q, k, v, scale, *bias, **options)
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
-    return AttentionState(out, jnp.where(peak <= HIDDEN / 2, -jnp.inf, peak + log_total))
+    return AttentionState(out, jnp.where(sees_a_key(peak), peak + log_total, -jnp.inf))
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
@@ -176,7 +180,7 @@ _FORMS = {"forward": _fused_forward, "backward": _fused_backward}
 
 
 def _bias(k: Array, bias: Array | None = None) -> Array:
-    return jnp.zeros(k.shape[0], jnp.float32) if bias is None else bias
+    return jnp.zeros_like(k[:, 0], jnp.float32) if bias is None else bias
 
 
 def _fused(name: str) -> dict[str, Callable[..., Any]]:
@@ -204,8 +208,7 @@ def _tangents(
     primals = *(x.astype(dtype) for x in (q, k, v)), scale, *bias
     tangents = tuple(x.astype(dtype) for x in tangents)
     rows, d_rows = jax.jvp(functools.partial(xla.forward, reach=reach), primals, tangents)
-    seen = rows.peak > HIDDEN / 2
-    return d_rows.out, jnp.where(seen, d_rows.log_total, 0)
+    return d_rows.out, jnp.where(sees_a_key(rows.peak), d_rows.log_total, 0)
 
 
 def _shapes_of_state(q: Any, k: Any, v: Any, *others: Any, **_: Any) -> list[Any]:

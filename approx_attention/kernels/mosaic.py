@@ -195,12 +195,15 @@ class _Call(NamedTuple):
             return pl.BlockSpec((channels, self.tile.columns), column_index)
 
         length = blocks * self.tile.rows
+        # In shard_map outputs vary over devices as operands do.
+        varying = jax.typeof(operands[-1][0]).mat
+        out_type = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=varying)
         return pl.pallas_call(
             kernel,
             grid=(blocks, steps),
             in_specs=[spec(x.shape[0], kind) for x, kind in operands],
             out_specs=[spec(channels, kind) for channels, kind in outputs],
-            out_shape=[jax.ShapeDtypeStruct((channels, length), jnp.float32) for channels, _ in outputs],
+            out_shape=[out_type((channels, length)) for channels, _ in outputs],
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=self.interpret,
@@ -282,10 +285,11 @@ def _forward_kernel(
     def _() -> None:
         all_lanes = jnp.sum(total[...], axis=1, keepdims=True)
         # A row with NaN must show it: a maximum may drop NaN, a sum never does.
-        unseen = (highest[:, :1] < HIDDEN / 2) & (all_lanes == all_lanes)
+        top = jnp.where(all_lanes == all_lanes, highest[:, :1], all_lanes)
+        unseen = top <= HIDDEN / 2
         out[...] = jnp.where(unseen, 0.0, sums[...] / all_lanes).T
         of_row = lambda x: jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]  # noqa: E731
-        peak[...] = of_row(jnp.where(unseen, HIDDEN, highest[:, :1]))
+        peak[...] = of_row(jnp.where(unseen, HIDDEN, top))
         log_total[...] = of_row(jnp.where(unseen, 0.0, jnp.log(all_lanes)))
 
 

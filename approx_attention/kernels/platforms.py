@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
@@ -46,6 +46,7 @@ class ByPlatform:
         self.primitive = Primitive(name)
         self.primitive.multiple_results = True
         self.primitive.def_abstract_eval(self._types)
+        self._compiled = jax.jit(self.bind, static_argnames=("mapped", "options"))
         self.primitive.def_impl(self._applied)
         batching.primitive_batchers[self.primitive] = self._batched
         mlir.register_lowering(self.primitive, functools.partial(self._lowered, form="default"))
@@ -78,19 +79,24 @@ class ByPlatform:
         return self.primitive.bind(*operands, options=options, mapped=mapped)
 
     def _types(self, *operands: Any, options: Options, mapped: tuple[Mapped, ...]) -> list[Any]:
+        def typed(shape: tuple[int, ...], parts: Sequence[Any], dtype: Any) -> Any:
+            sharding = operands[0].sharding.update(spec=PartitionSpec(*parts))
+            return operands[0].update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
         own = list(operands)
-        sizes = []
+        # On a mesh with explicit axes a mapped axis stays divided as it is; no other axis of an output is.
+        sizes, parts = [], []
         for level in mapped:
-            sizes.append(next(x.shape[0] for x, is_mapped in zip(own, level, strict=True) if is_mapped))
+            first = next(x for x, is_mapped in zip(own, level, strict=True) if is_mapped)
+            sizes.append(first.shape[0])
+            parts.append(first.sharding.spec[0])
             own = [
-                jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_mapped else x
+                typed(x.shape[1:], x.sharding.spec[1:], x.dtype) if is_mapped else x
                 for x, is_mapped in zip(own, level, strict=True)
             ]
 
         def type_of(shape: tuple[int, ...], dtype: Any) -> Any:
-            shape = (*sizes, *shape)
-            sharding = operands[0].sharding.update(spec=PartitionSpec(*(None for _ in shape)))
-            return operands[0].update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+            return typed((*sizes, *shape), (*parts, *(None for _ in shape)), dtype)
 
         return [type_of(*output) for output in self.outputs(*own, **dict(options))]
 
@@ -103,9 +109,9 @@ class ByPlatform:
         return outputs, [0] * len(outputs)
 
     def _applied(self, *operands: Array, options: Options, mapped: tuple[Mapped, ...]) -> Any:
-        forms = {"cpu": self.cpu, "default": self.default}
-        forms = {name: mapped_form(form, options, mapped) for name, form in forms.items()}
-        return lax.platform_dependent(*operands, **forms)
+        # Also under `jax.disable_jit`: only where a program is lowered is its platform known.
+        with jax.disable_jit(False):
+            return self._compiled(*operands, mapped=mapped, options=options)
 
     def _lowered(self, ctx: Any, *operands: Any, options: Options, mapped: tuple[Mapped, ...], form: str) -> Any:
         asked = dict(options).get("implementation") or "default"

@@ -34,6 +34,12 @@ class Reach(NamedTuple):
             seen = seen & (distance <= self.right)
         return seen
 
+    def within(self, num_queries: int, num_keys: int) -> "Reach":
+        """The same pairs of these queries and keys, without a bound that excludes none of them."""
+        left = None if self.left is not None and self.left >= num_queries - 1 + self.offset else self.left
+        right = None if self.right is not None and self.right >= num_keys - 1 - self.offset else self.right
+        return Reach(0 if left is right is None else self.offset, left, right)
+
     def of_keys(self) -> "Reach":
         """The reach of keys over queries: the same pairs with the two exchanged."""
         return Reach(-self.offset, self.right, self.left)

@@ -61,7 +61,12 @@ class Rows(NamedTuple):
 
     def state(self) -> AttentionState:
         """With the two parts of a normaliser added."""
-        return AttentionState(self.out, jnp.where(self.peak <= HIDDEN / 2, -jnp.inf, self.peak + self.log_total))
+        return AttentionState(self.out, jnp.where(sees_a_key(self.peak), self.peak + self.log_total, -jnp.inf))
+
+
+def sees_a_key(peak: Array) -> Array:
+    """Whether the row of a peak sees a key. One with NaN does, and must show it."""
+    return ~(peak <= HIDDEN / 2)
 
 
 class Sums(NamedTuple):
@@ -121,7 +126,8 @@ def normalised(sums: Sums, num_queries: int) -> Rows:
     """The first rows of sums, divided by their totals."""
     peak, total, product = jax.tree.map(lambda x: x[:num_queries], sums)
     # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
-    unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
+    peak = jnp.where(jnp.isnan(total), total, peak)
+    unseen = ~sees_a_key(peak)
     out = jnp.where(unseen[:, None], 0, product / total[:, None])
     return Rows(out, jnp.where(unseen, HIDDEN, peak), jnp.where(unseen, 0, jnp.log(total)))
 
@@ -133,7 +139,7 @@ def seen_cotangents(
 
     All are 0 in rows that see no key: these have the output 0 always.
     """
-    seen = peak > HIDDEN / 2
+    seen = sees_a_key(peak)
     d_out = jnp.where(seen[:, None], d_out, 0)
     delta = jnp.sum(d_out * out, axis=-1) - jnp.where(seen, d_lse, 0)
     return jnp.where(seen, peak, 0), jnp.where(seen, log_total, 0), d_out, delta

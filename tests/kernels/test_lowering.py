@@ -1,0 +1,135 @@
+"""The platform that a program is lowered for decides which form it has."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from approx_attention import kernels
+from tests.kernels.cases import random_operands
+from tests.programs import lowered_for, lowered_text
+
+HEADS = PartitionSpec("x")
+
+
+def of_heads(implementation=None):
+    one = functools.partial(kernels.state, right=0, implementation=implementation)
+    return jax.vmap(lambda q, k, v: one(q, k, v).out)
+
+
+def gradient(implementation=None):
+    return jax.grad(lambda *x: jnp.sum(of_heads(implementation)(*x) ** 2), (0, 1, 2))
+
+
+@functools.cache
+def heads():
+    random = [random_operands(seed, 20, 20, 4)[:3] for seed in range(4)]
+    return tuple(jnp.stack(x) for x in zip(*random, strict=True))
+
+
+def num_kernels(text):
+    return text.count("@tpu_custom_call")
+
+
+def mesh_of(*sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, ("x", "y")[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def partitioned(implementation):
+    """A program over two devices, which XLA divides by itself."""
+    sharding = NamedSharding(mesh_of(2), HEADS)
+    return jax.jit(of_heads(implementation), in_shardings=(sharding,) * 3).trace(*heads())
+
+
+def over_devices(function, mesh, **options):
+    return jax.shard_map(function, mesh=mesh, in_specs=(HEADS,) * 3, out_specs=HEADS, **options)
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_a_program_for_tpus_has_one_kernel_forward_and_two_more_backward(implementation):
+    assert num_kernels(lowered_text(of_heads(implementation), *heads())) == 1
+    assert num_kernels(lowered_text(gradient(implementation), *heads())) == 3
+    one = lambda *x: kernels.state(*x, left=3, right=2, offset=1, implementation=implementation)  # noqa: E731
+    assert num_kernels(lowered_text(one, *(x[0] for x in heads()))) == 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+def test_tiles_everywhere_where_asked(platform):
+    assert "custom_call @tpu" not in lowered_text(gradient("xla"), *heads(), platform=platform)
+
+
+def test_float64_has_tiles(x64):
+    assert not num_kernels(lowered_text(of_heads(), *(x.astype(jnp.float64) for x in heads())))
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "interpret"])
+def test_a_program_does_not_depend_on_where_it_is_lowered(monkeypatch, implementation):
+    texts = set()
+    for backend in ("cpu", "tpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        jax.clear_caches()
+        texts.add(lowered_text(gradient(implementation), *heads()))
+    assert len(texts) == 1
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match="one of 'xla', 'pallas', 'interpret', 'interpret_gpu', got 'mosaic'"):
+        of_heads("mosaic")(*heads())
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_no_fused_kernel_on_a_cpu(compiles):
+    with jax.disable_jit(not compiles), pytest.raises(NotImplementedError, match=r"no fused kernel \(cpu\).*tpu"):
+        of_heads("pallas")(*heads())
+
+
+def test_programs_that_are_partitioned_automatically_have_tiles():
+    assert not num_kernels(partitioned(None).lower(lowering_platforms=("tpu",)).as_text())
+    with pytest.raises(NotImplementedError, match="partitioned automatically over several devices; use jax.shard_map"):
+        partitioned("pallas").lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_has_kernels(check_vma):
+    mesh = mesh_of(4)
+    forward = over_devices(of_heads("pallas"), mesh, check_vma=check_vma)
+    assert num_kernels(lowered_text(forward, *heads())) == 1
+    outside = jax.grad(lambda *x: jnp.sum(forward(*x)), (0, 1, 2))
+    assert num_kernels(lowered_text(outside, *heads())) == 3
+
+
+def test_shard_map_over_some_axes_has_tiles():
+    """XLA divides the program over the others."""
+    mesh = mesh_of(2, 2)
+    assert not num_kernels(lowered_text(over_devices(of_heads(), mesh, axis_names={"x"}), *heads()))
+    with pytest.raises(NotImplementedError, match="partitioned automatically"):
+        lowered_text(over_devices(of_heads("pallas"), mesh, axis_names={"x"}), *heads())
+
+
+@pytest.mark.parametrize("make", [of_heads, gradient])
+@pytest.mark.parametrize("platforms", [("tpu",), ("cpu", "tpu")])
+def test_exported_programs(platforms, make):
+    exported = jax.export.export(jax.jit(make()), platforms=platforms)(*heads())
+    exported = jax.export.deserialize(exported.serialize())
+    assert num_kernels(str(exported.mlir_module())) == (1 if make is of_heads else 3)
+    if "cpu" in platforms:
+        for found, expected in zip(*(jax.tree.leaves(f(*heads())) for f in (exported.call, make())), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_exported_programs_of_several_devices():
+    mesh = mesh_of(4)
+    function = jax.jit(over_devices(of_heads(), mesh))
+    exported = jax.export.export(function, platforms=("cpu", "tpu"))(*heads())
+    assert num_kernels(str(exported.mlir_module())) == 1
+    placed = [jax.device_put(x, NamedSharding(mesh, HEADS)) for x in heads()]
+    np.testing.assert_allclose(exported.call(*placed), of_heads()(*heads()), atol=1e-5)
+
+
+def test_lowered_for_other_platforms_there_are_tiles():
+    assert "custom_call" not in lowered_for("rocm", of_heads(), *heads()).as_text()

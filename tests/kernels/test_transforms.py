@@ -1,0 +1,291 @@
+"""Transformations of JAX give of every form what they give of attention written out."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from approx_attention import kernels
+from approx_attention.kernels import AttentionState
+from tests.kernels.cases import HAS_GPU_KERNEL, random_operands, running, seen_pairs
+
+LENGTH, HEADS = 12, 3
+# Forms with the reaches that they treat in their own way.
+CAUSAL, KERNEL = ("cpu", {"right": 0}), ("interpret", {"right": 0})
+FORMS = [CAUSAL, ("cpu", {}), ("cpu", {"left": 3, "right": 2}), ("xla", {"offset": 2, "left": 4}), KERNEL]
+if HAS_GPU_KERNEL:
+    FORMS.append(("interpret_gpu", {"right": 0}))
+
+
+def case(form, *others, is_fast):
+    name = "-".join([form[0], str(form[1]), *others])
+    return pytest.param(form, *others, id=name, marks=() if is_fast else pytest.mark.slow)
+
+
+def every_form(*fast):
+    """Parametrizes a test by forms, of which some are always tested."""
+    return pytest.mark.parametrize("pair", [case(form, is_fast=form in fast) for form in FORMS], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def pair(request):
+    """One form of the operation, and attention written out: functions of q, k, v, the bias and the scale."""
+    form, reach = request.param
+    seen = jnp.asarray(seen_pairs(LENGTH, LENGTH, **reach))
+    with running(form) as implementation:
+
+        def state(q, k, v, bias, scale):
+            return kernels.state(q, k, v, bias, scale=scale, **reach, implementation=implementation)
+
+        def written_out(q, k, v, bias, scale):
+            logits = jnp.where(seen, q @ k.T * scale + bias[None, :], -jnp.inf)
+            return AttentionState(jax.nn.softmax(logits) @ v, jax.nn.logsumexp(logits, axis=1))
+
+        yield state, written_out
+
+
+@functools.cache
+def heads():
+    """Operands of several heads, with one scale each."""
+    random = [random_operands(seed, LENGTH, LENGTH, 4, 3) for seed in range(HEADS)]
+    return tuple(jnp.stack(x) for x in zip(*(x[:5] for x in random), strict=True))
+
+
+def head():
+    return tuple(x[0] for x in heads())
+
+
+def loss_of(function):
+    """A sum of outputs and normalisers with weights; of some heads or of one."""
+
+    def loss(*operands):
+        state = function(*operands)
+        out, lse = (jnp.cos(1 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in (state.out, state.lse))
+        return jnp.sum(out * state.out) + jnp.sum(lse * jnp.tanh(state.lse))
+
+    return loss
+
+
+ALL = (0, 1, 2, 3, 4)
+
+
+def grouped(function):
+    """Two queries on every key: `vmap` over queries alone."""
+    return jax.vmap(function, (0, None, None, None, None))
+
+
+def of_groups(transform):
+    def function(q, *others):
+        return transform(jnp.stack([q, 2 * q, -q], axis=1), *others)
+
+    return function
+
+
+def scanned(f):
+    def step(carry, operands):
+        state = f(*operands)
+        return carry + jnp.sum(state.out), state
+
+    return lambda *operands: lax.scan(step, jnp.float32(0), operands)
+
+
+def transposed(f):
+    """The transpose of the derivative, as a function of cotangents."""
+
+    def function(*operands):
+        along = lambda tangents: jax.jvp(f, operands, tangents)[1]  # noqa: E731
+        return jax.linear_transpose(along, operands)(f(*operands))
+
+    return function
+
+
+def linearized(f):
+    def function(*operands):
+        outputs, along = jax.linearize(f, *operands)
+        return outputs, along(*operands), along(*(2 * x for x in operands))
+
+    return function
+
+
+def written_by(f):
+    """A jaxpr, evaluated."""
+    return lambda *operands: jax.core.eval_jaxpr(
+        (jaxpr := jax.make_jaxpr(lambda *x: jax.tree.leaves(f(*x)))(*operands)).jaxpr, jaxpr.consts, *operands
+    )
+
+
+def of_q(f):
+    """The head that is a function of few numbers, for second derivatives."""
+    q, *others = head()
+    return lambda x: loss_of(f)(q.at[4:7, 1].set(x), *others)
+
+
+ONE_HEAD = {
+    "grad": lambda f: jax.grad(loss_of(f), ALL),
+    "value_and_grad of q alone": lambda f: jax.value_and_grad(loss_of(f)),
+    "grad of the bias alone": lambda f: jax.grad(loss_of(f), 3),
+    "grad of the scale alone": lambda f: jax.grad(loss_of(f), 4),
+    "checkpoint": lambda f: jax.grad(jax.checkpoint(loss_of(f)), ALL),
+    "jvp": lambda f: lambda *x: jax.jvp(f, x, x),
+    "jvp along keys alone": lambda f: lambda q, k, *x: jax.jvp(lambda k: f(q, k, *x), (k,), (k,)),
+    "linearize": linearized,
+    "linear_transpose": transposed,
+    "jacfwd of the scale": lambda f: jax.jacfwd(f, 4),
+    "jacrev of the bias": lambda f: jax.jacrev(loss_of(f), 3),
+    "jvp of grad": lambda f: lambda *x: jax.jvp(jax.grad(loss_of(f), ALL), x, x),
+    "make_jaxpr": written_by,
+}
+MANY_HEADS = {
+    "vmap": jax.vmap,
+    "grad of vmap": lambda f: jax.grad(loss_of(jax.vmap(f)), ALL),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(loss_of(f), ALL)),
+    "vmap of jvp": lambda f: jax.vmap(lambda *x: jax.jvp(f, x, x)),
+    "scan": lambda f: jax.value_and_grad(lambda *x: scanned(f)(*x)[0], ALL),
+    "vmap over queries, all shared": lambda f: jax.grad(lambda q, *x: loss_of(grouped(f))(q, *(y[0] for y in x)), ALL),
+    "double vmap, queries in groups": lambda f: jax.grad(
+        of_groups(loss_of(jax.vmap(jax.vmap(f, (0, None, None, None, None))))), ALL
+    ),
+    "vmap over other axes": lambda f: jax.grad(
+        lambda q, k, v, *x: loss_of(jax.vmap(f, (2, 1, 0, 0, None), 1))(
+            jnp.moveaxis(q, 0, 2), jnp.moveaxis(k, 0, 1), v, x[0], x[1][0]
+        ),
+        ALL,
+    ),
+    "vmap of keys alone": lambda f: jax.grad(
+        lambda q, k, *x: loss_of(jax.vmap(f, (None, 0, None, None, None)))(q[0], k, *(y[0] for y in x)), ALL
+    ),
+}
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(np.abs(y).max(initial=1)))
+
+
+# Those that a fused kernel has a part in; elsewhere forms differ in nothing but the tiles.
+OF_KERNELS = {"grad", "checkpoint", "grad of vmap", "double vmap, queries in groups", "vmap over other axes"}
+
+
+def every_transformation(names):
+    cases = [
+        case(form, name, is_fast=form == CAUSAL or (form == KERNEL and name in OF_KERNELS))
+        for form in FORMS
+        for name in names
+    ]
+    return pytest.mark.parametrize(("pair", "name"), cases, indirect=["pair"])
+
+
+@every_transformation(ONE_HEAD)
+def test_transformations_of_one_head(pair, name):
+    state, written_out = (jax.jit(ONE_HEAD[name](f))(*head()) for f in pair)
+    assert_same(state, written_out)
+
+
+@every_transformation(MANY_HEADS)
+def test_transformations_of_heads(pair, name):
+    state, written_out = (jax.jit(MANY_HEADS[name](f))(*heads()) for f in pair)
+    assert_same(state, written_out)
+
+
+@every_form(CAUSAL)
+@pytest.mark.parametrize(
+    "second",
+    [jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacfwd(jax.jacfwd(f))],
+    ids=["forward over reverse", "reverse over reverse", "forward over forward"],
+)
+def test_second_derivatives(pair, second):
+    state, written_out = (jax.jit(second(of_q(f)))(head()[0][4:7, 1]) for f in pair)
+    assert_same(state, written_out)
+
+
+@every_form(CAUSAL)
+def test_the_result_is_a_pytree(pair):
+    state, written_out = (jax.tree.map(lambda x: x + 1, f(*head())) for f in pair)
+    assert isinstance(state, AttentionState)
+    assert_same(state, written_out)
+
+
+@every_form(CAUSAL, KERNEL)
+def test_operations_one_by_one(pair):
+    state, written_out = pair
+    with jax.disable_jit():
+        found = state(*head()), jax.grad(loss_of(state), ALL)(*head())
+    assert_same(found, (written_out(*head()), jax.jit(jax.grad(loss_of(written_out), ALL))(*head())))
+
+
+# Several devices
+
+
+def mesh_of(devices, kind=AxisType.Auto):
+    return jax.make_mesh((devices,), ("x",), axis_types=(kind,), devices=jax.devices()[:devices])
+
+
+def four(operands):
+    return tuple(jnp.concatenate([x, x[:1]]) for x in operands)
+
+
+@every_form(CAUSAL, KERNEL)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_with_tensors_that_all_devices_share(pair, check_vma):
+    """Each device has other queries; keys, values, the bias and the scale are the same."""
+    one, every = PartitionSpec("x"), PartitionSpec()
+    specs = one, every, every, every, every
+    q, *others = four(heads())
+    operands = q, *(x[0] for x in others)
+    shared = functools.partial(jax.shard_map, mesh=mesh_of(4), in_specs=specs)
+
+    def on_devices(f):
+        def outside(*operands):
+            return loss_of(shared(grouped(f), out_specs=one, check_vma=check_vma))(*operands)
+
+        found = jax.grad(outside, ALL)(*operands)
+        if check_vma:
+            # Inside, the gradient of what all share is the sum over devices as well.
+            inside = shared(jax.grad(lambda *x: jnp.sum(grouped(f)(*x).out), ALL), out_specs=specs)
+            return found, inside(*operands)
+        return found
+
+    def on_one(f):
+        found = jax.grad(loss_of(grouped(f)), ALL)(*operands)
+        return (found, jax.grad(lambda *x: jnp.sum(grouped(f)(*x).out), ALL)(*operands)) if check_vma else found
+
+    state, written_out = pair
+    assert_same(jax.jit(lambda: on_devices(state))(), jax.jit(lambda: on_one(written_out))())
+
+
+@every_form(CAUSAL)
+@pytest.mark.parametrize("axis", [0, 1], ids=["heads", "tokens"])
+def test_programs_that_are_partitioned_automatically(pair, axis):
+    mesh = mesh_of(2)
+    operands = four(heads())
+    spec = PartitionSpec(*[None] * axis, "x")
+    specs = [spec if x.ndim > axis else PartitionSpec() for x in operands]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
+    state, written_out = (jax.grad(loss_of(jax.vmap(f)), ALL) for f in pair)
+    assert_same(jax.jit(state)(*placed), jax.jit(written_out)(*operands))
+
+
+# Pallas interprets no kernel on such a mesh. And JAX maps no condition whose branches hold constants, as the gradient
+# over all keys does.
+EXPLICIT = [case(form, is_fast=form == CAUSAL) for form in FORMS if form[0] in ("cpu", "xla") and form[1]]
+
+
+@pytest.mark.parametrize("pair", EXPLICIT, indirect=True)
+def test_heads_on_a_mesh_with_explicit_axes(pair):
+    mesh = mesh_of(2, AxisType.Explicit)
+    operands = four(heads())
+    state, written_out = pair
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("x"))) for x in operands]
+        out = jax.jit(jax.vmap(state))(*placed).out
+        assert jax.typeof(out).sharding.spec[0] == "x"
+        found = jax.jit(jax.grad(lambda *x: jnp.sum(jax.vmap(state)(*x).out ** 2), ALL))(*placed)
+    expected = jax.jit(jax.grad(lambda *x: jnp.sum(jax.vmap(written_out)(*x).out ** 2), ALL))(*operands)
+    assert_same(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
