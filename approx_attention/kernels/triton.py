@@ -286,15 +286,22 @@ def _call(
     results: list[tuple[pl.BlockSpec, tuple[int, ...]]],
     interpret: bool,
 ) -> Callable[..., Any]:
-    return pl.pallas_call(
-        kernel,
-        grid=(count,),
-        in_specs=operands,
-        out_specs=[block for block, _ in results],
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for _, shape in results],
-        compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
-        interpret=interpret,
-    )
+    def of_operands(*arrays: Array) -> Any:
+        # In shard_map outputs vary over devices as operands do.
+        out_type = functools.partial(
+            jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=jax.typeof(arrays[0]).mat
+        )
+        return pl.pallas_call(
+            kernel,
+            grid=(count,),
+            in_specs=operands,
+            out_specs=[block for block, _ in results],
+            out_shape=[out_type(shape) for _, shape in results],
+            compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
+            interpret=interpret,
+        )(*arrays)
+
+    return of_operands
 
 
 def _forward_kernel(
@@ -337,7 +344,8 @@ def _forward_kernel(
     )
     product, peak, total = _over_reach(over, nothing, first, tile.rows, tile.columns, size.num_keys, reach)
     # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
-    unseen = (peak < HIDDEN / 2) & ~jnp.isnan(total)
+    peak = jnp.where(jnp.isnan(total), total, peak)
+    unseen = peak <= HIDDEN / 2
     total = jnp.where(unseen, 1.0, total)
     queries.write(out_ref, jnp.where(unseen[:, None], 0.0, product / total[:, None]), size.value_dim)
     queries.write(peak_ref, jnp.where(unseen, HIDDEN, peak / LOG2_E))

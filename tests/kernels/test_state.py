@@ -142,14 +142,16 @@ def test_nan_in_a_key_shows_in_every_row_that_sees_it(form, reach):
 
 @pytest.mark.parametrize("reach", REACHES, ids=str)
 def test_logits_of_ten_thousand_and_more(form, reach):
-    """Whole numbers, so that logits are exact: then weights are as well."""
+    """Whole numbers, so that logits are exact: then weights are as well, but where powers of 2 make them."""
     random = np.random.default_rng(5)
     q, k, v, bias, _, *cotangents = random_operands(5, 140, 140)
     q, k = (jnp.asarray(random.integers(-60, 60, x.shape), jnp.float32) for x in (q, k))
     # Some keys are twins, and share their weights.
     k, bias = k.at[1::2].set(k[::2]), jnp.round(bias)
-    assert float(jnp.max(jnp.abs(q @ k.T))) > 1e4
-    check(form, (q, k, v, bias, jnp.float32(1), *cotangents), **reach)
+    largest = float(jnp.max(jnp.abs(q @ k.T)))
+    assert largest > 1e4
+    tolerance = largest * 2.0**-23 if form == "interpret_gpu" else 2e-6
+    check(form, (q, k, v, bias, jnp.float32(1), *cotangents), tolerance, **reach)
 
 
 @pytest.mark.parametrize(("dtype", "reach"), [(jnp.bfloat16, REACHES[1]), (jnp.float16, REACHES[2])])
