@@ -37,6 +37,7 @@ def state(
     right: int | None = None,
     scale: float | Array = 1.0,
     implementation: Implementation | None = None,
+    tiles: Any = None,
 ) -> AttentionState:
     r"""Softmax attention of one head over the keys within reach of each query.
 
@@ -60,6 +61,8 @@ def state(
             NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
             ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. ``"interpret"`` and
             ``"interpret_gpu"`` run the code of the kernel for TPUs and for GPUs on any machine, slowly, for tests.
+        tiles: sizes of the blocks of a fused kernel: `mosaic.Tiles` for the one for TPUs, `triton.Tiles` for the one
+            for GPUs, which the other passes over. By default those of a table in each module.
 
     Returns:
         The `AttentionState` in float32, or float64 where a tensor is. Rows that see no key have ``out = 0``,
@@ -104,7 +107,7 @@ def state(
         operands = along_with(operands, *operands)
     # A bound may be any number that stands for none: one that no int32 holds, or that hides a faster form.
     reach = Reach(offset, left, right).within(q.shape[0], k.shape[0])
-    return _state(*operands, reach=reach, implementation=implementation)
+    return _state(*operands, reach=reach, implementation=implementation, tiles=tiles)
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
@@ -126,13 +129,20 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
 
 # Compiled also where the caller compiles nothing: else every call would compile its loops anew.
-@functools.partial(jax.jit, static_argnames=("reach", "implementation"))
+@functools.partial(jax.jit, static_argnames=("reach", "implementation", "tiles"))
 def _state(
-    q: Array, k: Array, v: Array, scale: Array, *bias: Array, reach: Reach, implementation: Implementation | None
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    *bias: Array,
+    reach: Reach,
+    implementation: Implementation | None,
+    tiles: Any,
 ) -> AttentionState:
     # JAX declares this option when it is imported.
     precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
-    options = {"reach": reach, "implementation": implementation, "precision": precision}
+    options = {"reach": reach, "implementation": implementation, "tiles": tiles, "precision": precision}
     out, peak, log_total = _forward(q, k, v, scale, *bias, **options)
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
     return AttentionState(out, jnp.where(sees_a_key(peak), peak + log_total, -jnp.inf))
@@ -141,17 +151,19 @@ def _state(
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
     """A fused kernel's function; its module is imported when a program is lowered that holds it."""
 
-    def fused(*operands: Array, **options: Any) -> Any:
+    def fused(*operands: Array, tiles: Any, **options: Any) -> Any:
         module = importlib.import_module(f"approx_attention.kernels.{_KERNELS[platform]}")
-        return _FORMS[name](getattr(module, name), *operands, **options, interpret=interpret)
+        chosen = {"tiles": tiles} if isinstance(tiles, module.Tiles) else {}
+        kernel = functools.partial(getattr(module, name), interpret=interpret, **chosen)
+        return _FORMS[name](kernel, *operands, **options)
 
     return fused
 
 
 def _fused_forward(
-    kernel: Any, q: Array, k: Array, v: Array, scale: Array, *bias: Array, reach: Reach, interpret: bool, **_: Any
+    kernel: Any, q: Array, k: Array, v: Array, scale: Array, *bias: Array, reach: Reach, **_: Any
 ) -> Any:
-    return kernel(q, k, v, _bias(k, *bias), scale, reach=reach, interpret=interpret)
+    return kernel(q, k, v, _bias(k, *bias), scale, reach=reach)
 
 
 def _fused_backward(
@@ -167,12 +179,11 @@ def _fused_backward(
     d_lse: Array,
     *bias: Array,
     reach: Reach,
-    interpret: bool,
     **_: Any,
 ) -> Any:
     peak, log_total, d_out, delta = seen_cotangents(out, peak, log_total, d_out, d_lse)
     rows = peak, log_total, delta, d_out.astype(v.dtype)
-    gradients = kernel(q, k, v, _bias(k, *bias), scale, *rows, reach=reach, interpret=interpret)
+    gradients = kernel(q, k, v, _bias(k, *bias), scale, *rows, reach=reach)
     return gradients if bias else gradients[:-1]
 
 

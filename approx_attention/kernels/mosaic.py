@@ -35,7 +35,14 @@ class Tile(NamedTuple):
     strip: int
 
 
-FORWARD, BACKWARD = Tile(1024, 1024, 512), Tile(512, 1024, 512)
+class Tiles(NamedTuple):
+    """The tiles of the kernels: of the state, and of both gradients."""
+
+    forward: Tile
+    backward: Tile
+
+
+TILES = Tiles(Tile(1024, 1024, 512), Tile(512, 1024, 512))
 
 
 def forward(
@@ -46,12 +53,12 @@ def forward(
     scale: Array,
     *,
     reach: Reach,
-    tile: Tile = FORWARD,
+    tiles: Tiles = TILES,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Outputs ``[T, Dv]``, peaks ``[T]`` and logarithms of sums ``[T]`` of one head, in float32."""
     (num_queries, _), (num_keys, value_dim) = q.shape, v.shape
-    call = _Call(reach, _fitted(tile, num_queries, num_keys), num_queries, num_keys, interpret)
+    call = _Call(reach, _fitted(tiles.forward, num_queries, num_keys), num_queries, num_keys, interpret)
     queries, keys = call.rows_of(q), (*(call.columns_of(x) for x in (k, v)), call.bias(bias))
     width = queries.shape[0], keys[1].shape[0]
     rows = call.tile.rows
@@ -77,12 +84,12 @@ def backward(
     d_out: Array,
     *,
     reach: Reach,
-    tile: Tile = BACKWARD,
+    tiles: Tiles = TILES,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of q, k, v and the bias, in float32; see `xla.backward`."""
     (num_queries, head_dim), (num_keys, value_dim) = q.shape, v.shape
-    call = _Call(reach, _fitted(tile, num_queries, num_keys), num_queries, num_keys, interpret)
+    call = _Call(reach, _fitted(tiles.backward, num_queries, num_keys), num_queries, num_keys, interpret)
     queries = *(call.rows_of(x) for x in (q, d_out)), *(call.rows_of(x[:, None]) for x in (peak, log_total, delta))
     keys = *(call.columns_of(x) for x in (k, v)), call.bias(bias)
     width, value_width = queries[0].shape[0], queries[1].shape[0]

@@ -99,7 +99,7 @@ def forward(
     scale: Array,
     *,
     reach: Reach,
-    tile: Tiles | None = None,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     r"""Outputs and normalisers, :math:`o_t = \sum_j e^{x_{tj} - m_t - l_t} v_j`.
@@ -111,7 +111,7 @@ def forward(
         bias: added to the logits of a key, ``[S]`` float32; at most ``HIDDEN / 2`` for a hidden key.
         scale: the factor of the logits, a float32 scalar.
         reach: the keys that each query sees.
-        tile: sizes of tiles; default: `default_tiles`.
+        tiles: sizes of tiles; default: `default_tiles`.
         interpret: run the kernel as an interpreted program, on any platform.
 
     Returns:
@@ -119,7 +119,7 @@ def forward(
         :math:`l_t`, in float32. A row that sees no key has the output 0, the peak `HIDDEN` and the logarithm 0.
     """
     size = _Size(q.shape[0], k.shape[0], q.shape[1], v.shape[1])
-    step = _fitted((tile or default_tiles(size.head_dim, size.value_dim, q.dtype)).forward, size)
+    step = _fitted((tiles or default_tiles(size.head_dim, size.value_dim, q.dtype)).forward, size)
     queries, exp2 = _query_blocks(size, step), jnp.exp2 if interpret else _exp2
     return _call(
         functools.partial(_forward_kernel, size=size, tile=step, reach=reach, exp2=exp2),
@@ -150,7 +150,7 @@ def backward(
     d_out: Array,
     *,
     reach: Reach,
-    tile: Tiles | None = None,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     r"""Gradients of queries, keys, values and bias from that of the outputs.
@@ -167,14 +167,14 @@ def backward(
             for a row that sees no key.
         d_out: the gradient of the outputs ``[T, Dv]``, of the dtype of the values; 0 for a row that sees no key.
         reach: the keys that each query sees.
-        tile: sizes of tiles; default: `default_tiles`.
+        tiles: sizes of tiles; default: `default_tiles`.
         interpret: run the kernels as interpreted programs, on any platform.
 
     Returns:
         Gradients of q, k, v and bias, in float32.
     """
     size = _Size(q.shape[0], k.shape[0], q.shape[1], v.shape[1])
-    tiles = tile or default_tiles(size.head_dim, size.value_dim, q.dtype)
+    tiles = tiles or default_tiles(size.head_dim, size.value_dim, q.dtype)
     operands = q, k, v, bias, scale.reshape(1), peak, log_total, delta, d_out
     exp2 = jnp.exp2 if interpret else _exp2
 

@@ -1,12 +1,14 @@
 """Every form of the operation equals brute force, in values and in gradients, for all shapes and reaches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from approx_attention.kernels import HIDDEN
+from approx_attention import kernels
+from approx_attention.kernels import HIDDEN, mosaic
 from tests.kernels.cases import (
     FORMS,
     assert_close,
@@ -195,3 +197,15 @@ def check_values(form, q, k, v, *others):
     for x, y in zip(found[0], expected, strict=True):
         assert_close(x, y, 2e-6)
     return found
+
+
+def test_tiles_are_those_that_are_asked_for():
+    q, k, v, *_ = random_operands(9, 300, 300)
+    small = mosaic.Tiles(mosaic.Tile(128, 128, 128), mosaic.Tile(128, 128, 128))
+    text = {
+        tiles: jax.jit(lambda *x, tiles=tiles: kernels.state(*x, implementation="interpret", tiles=tiles).out)
+        .lower(q, k, v)
+        .as_text()
+        for tiles in (None, small, "of another kernel")
+    }
+    assert text[None] == text["of another kernel"] != text[small]

@@ -12,14 +12,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from approx_attention import kernels
 from approx_attention.kernels import AttentionState
-from tests.kernels.cases import HAS_GPU_KERNEL, random_operands, running, seen_pairs
+from tests.kernels.cases import random_operands, running, seen_pairs
 
 LENGTH, HEADS = 12, 3
 # Forms with the reaches that they treat in their own way.
 CAUSAL, KERNEL = ("cpu", {"right": 0}), ("interpret", {"right": 0})
 FORMS = [CAUSAL, ("cpu", {}), ("cpu", {"left": 3, "right": 2}), ("xla", {"offset": 2, "left": 4}), KERNEL]
-if HAS_GPU_KERNEL:
-    FORMS.append(("interpret_gpu", {"right": 0}))
+FORMS.append(("interpret_gpu", {"right": 0}))
 
 
 def case(form, *others, is_fast):

@@ -30,10 +30,10 @@ REACHES = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("reach", "tile"))
-def both(q, k, v, bias, scale, d_out, d_normaliser, *, reach, tile=SMALL):
+@functools.partial(jax.jit, static_argnames=("reach", "tiles"))
+def both(q, k, v, bias, scale, d_out, d_normaliser, *, reach, tiles=SMALL):
     """Outputs and gradients, with what a caller computes between the kernels."""
-    kernels = {"reach": reach, "tile": tile, "interpret": True}
+    kernels = {"reach": reach, "tiles": tiles, "interpret": True}
     out, peak, log_total = triton.forward(q, k, v, bias, scale, **kernels)
     unseen = peak <= HIDDEN / 2
     d_out = jnp.where(unseen[:, None], 0, d_out)
@@ -127,7 +127,7 @@ def test_any_shape_and_reach(seed, sizes, widths, reach, hidden):
 
 def test_default_tiles():
     tensors = inputs(1, 150, 170, 64, 64, hidden=0.1)
-    results = both(*tensors, reach=CAUSAL, tile=None)
+    results = both(*tensors, reach=CAUSAL, tiles=None)
     assert_as_expected(results, expected(*tensors, reach=CAUSAL), 2e-6)
 
 
