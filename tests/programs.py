@@ -8,6 +8,16 @@ import jax
 import pytest
 
 from approx_attention.kernels import fused
+from approx_attention.kernels.platforms import mapped_form
+
+
+OPERATIONS = {x.primitive: x for x in (fused._forward, fused._backward, fused._along_tangents)}
+
+
+def on_cpu(equation):
+    """The jaxpr of the form for CPUs of an operation that has one for each platform."""
+    form = mapped_form(OPERATIONS[equation.primitive].cpu, **equation.params)
+    return jax.make_jaxpr(form)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars)).jaxpr
 
 
 def equations(jaxpr, times=1):
@@ -15,6 +25,9 @@ def equations(jaxpr, times=1):
     for equation in jaxpr.eqns:
         yield equation, times
         inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        if equation.primitive in OPERATIONS:
+            yield from equations(on_cpu(equation), times)
+            continue
         for value in equation.params.values():
             for leaf in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
                 if hasattr(leaf, "jaxpr"):

@@ -149,10 +149,21 @@ def _state(
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
-    """A fused kernel's function; its module is imported when a program is lowered that holds it."""
+    """A fused kernel's function, or that of the tiles for heads that are too wide for it.
+
+    Its module is imported when a program is lowered that holds it.
+    """
 
     def fused(*operands: Array, tiles: Any, **options: Any) -> Any:
         module = importlib.import_module(f"approx_attention.kernels.{_KERNELS[platform]}")
+        q, v = operands[0], operands[2]
+        if not module.fits(q, v):
+            if options["implementation"] == "pallas":
+                raise NotImplementedError(
+                    f"implementation='pallas' does not support heads as wide as D = {q.shape[1]}, Dv = {v.shape[1]} in "
+                    f"{q.dtype}; use None or 'xla'"
+                )
+            return getattr(xla, name)(*operands, **options)
         chosen = {"tiles": tiles} if isinstance(tiles, module.Tiles) else {}
         kernel = functools.partial(getattr(module, name), interpret=interpret, **chosen)
         return _FORMS[name](kernel, *operands, **options)

@@ -58,7 +58,7 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """Outputs ``[T, Dv]``, peaks ``[T]`` and logarithms of sums ``[T]`` of one head, in float32."""
     (num_queries, _), (num_keys, value_dim) = q.shape, v.shape
-    call = _Call(reach, _fitted(tiles.forward, num_queries, num_keys), num_queries, num_keys, interpret)
+    call = _Call(reach, _fitted(tiles.forward, q, k, v), num_queries, num_keys, interpret)
     queries, keys = call.rows_of(q), (*(call.columns_of(x) for x in (k, v)), call.bias(bias))
     width = queries.shape[0], keys[1].shape[0]
     rows = call.tile.rows
@@ -89,7 +89,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of q, k, v and the bias, in float32; see `xla.backward`."""
     (num_queries, head_dim), (num_keys, value_dim) = q.shape, v.shape
-    call = _Call(reach, _fitted(tiles.backward, num_queries, num_keys), num_queries, num_keys, interpret)
+    call = _Call(reach, _fitted(tiles.backward, q, k, v), num_queries, num_keys, interpret)
     queries = *(call.rows_of(x) for x in (q, d_out)), *(call.rows_of(x[:, None]) for x in (peak, log_total, delta))
     keys = *(call.columns_of(x) for x in (k, v)), call.bias(bias)
     width, value_width = queries[0].shape[0], queries[1].shape[0]
@@ -121,9 +121,25 @@ def backward(
     return d_q, d_k, d_v, d_bias[0, :num_keys]
 
 
-def _fitted(tile: Tile, num_queries: int, num_keys: int) -> Tile:
-    """A tile no larger than needed."""
-    rows, columns = (min(size, _round_up(n, LANES)) for size, n in ((tile.rows, num_queries), (tile.columns, num_keys)))
+def fits(q: Array, v: Array) -> bool:
+    """Whether blocks of heads of these widths fit the memory of a TPU's core."""
+    return _shrinking(q, v) <= 16
+
+
+def _shrinking(q: Array, v: Array) -> int:
+    """How many times smaller than in the table a tile is, a power of two, where wide heads fill the memory."""
+    # Bytes of a token: operands in their dtype, and sums in float32, which are fewer. Up to 2048 all tables fit.
+    num_bytes = (q.shape[1] + v.shape[1]) * (q.dtype.itemsize + 2)
+    return pl.next_power_of_2(pl.cdiv(num_bytes, 2048))
+
+
+def _fitted(tile: Tile, q: Array, k: Array, v: Array) -> Tile:
+    """A tile no larger than needed, and than the memory allows."""
+    shrinking = _shrinking(q, v)
+    rows, columns = (
+        max(LANES, min(size // shrinking, _round_up(x.shape[0], LANES)))
+        for size, x in ((tile.rows, q), (tile.columns, k))
+    )
     return Tile(rows, columns, min(tile.strip, columns))
 
 

@@ -22,73 +22,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.tiles import HIDDEN
+from approx_attention.kernels.triton_tiles import Tile, Tiles, default_tiles, padded_width
 
-# The matrix units multiply tiles of 16 rows and columns at least.
-LEAST_BLOCK = 16
 # A power of 2 is one instruction of a GPU, and one of e about ten: inside the kernels, logits are multiplied by this.
 LOG2_E = math.log2(math.e)
-
-
-class Tile(NamedTuple):
-    """A tile of logits and how a program computes it.
-
-    Attributes:
-        rows: queries, a power of two of at least 16.
-        columns: keys, a power of two of at least 16.
-        num_warps: groups of 32 threads that share a tile.
-        num_stages: blocks that are read ahead, the current one included.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
-class Tiles(NamedTuple):
-    """The tiles of the three kernels: `forward`, the gradient of the queries, and that of the keys and values."""
-
-    forward: Tile
-    d_queries: Tile
-    d_keys: Tile
-
-
-# Default tiles by the greatest dimension of a head, rounded up to a power of two, chosen from programs compiled
-# for an H200 (sm_90a), not from times. No full, causal or windowed program spills registers, and the tiles fit shared
-# memory (227 KB) with blocks read ahead. Under these limits a program holds as many queries (for the gradient of the
-# keys: as many keys) as it can, up to 128, because each block that it reads serves all of them.
-_HALF_PRECISION = {
-    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
-    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 8, 2)),
-}
-# Products of float32 on matrix units, which round the factors to TF32.
-_TF32 = {
-    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    128: Tiles(Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
-    256: Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(16, 16, 8, 2)),
-}
-# Products of float32 without the matrix units: their tiles are held in registers.
-_FLOAT32 = {
-    64: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
-    128: Tiles(Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
-    256: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
-}
-# Above 256 programs compile up to dimension 1024 in half precision and 512 in float32 (TF32), and may spill registers.
-_WIDE = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
-_TF32_PRECISIONS = None, "default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32"
-
-
-def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
-    """The tiles for heads of these dimensions, at the precision `jax.default_matmul_precision` in float32."""
-    if jnp.dtype(dtype).itemsize == 2:
-        table = _HALF_PRECISION
-    else:
-        # JAX declares this option at run time.
-        precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
-        table = _TF32 if precision in _TF32_PRECISIONS else _FLOAT32
-    width = max(_padded(head_dim), _padded(value_dim))
-    return next((tiles for limit, tiles in table.items() if width <= limit), _WIDE)
 
 
 def forward(
@@ -242,7 +179,7 @@ class _Blocks(NamedTuple):
 
     def block(self, *width: int) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (self.rows, *map(_padded, width)), lambda i: (self.index(i), *(jnp.int32(0) for _ in width))
+            (self.rows, *map(padded_width, width)), lambda i: (self.index(i), *(jnp.int32(0) for _ in width))
         )
 
     def index(self, program: Array) -> Array:
@@ -258,9 +195,14 @@ def _query_blocks(size: _Size, tile: Tile) -> _Blocks:
     return _Blocks(size.num_queries, tile.rows, last_first=True)
 
 
+def fits(q: Array, v: Array) -> bool:
+    """Whether blocks of heads of these widths fit the memory of a multiprocessor."""
+    return max(padded_width(x.shape[1]) for x in (q, v)) <= (1024 if q.dtype.itemsize == 2 else 512)
+
+
 def _whole(length: int, rows: int, *width: int) -> pl.BlockSpec:
     """An array that every program reads in blocks of rows."""
-    shape = pl.cdiv(length, rows) * rows, *map(_padded, width)
+    shape = pl.cdiv(length, rows) * rows, *map(padded_width, width)
     return pl.BlockSpec(shape, lambda i: tuple(jnp.int32(0) for _ in shape))
 
 
@@ -268,13 +210,9 @@ def _scalar() -> pl.BlockSpec:
     return pl.BlockSpec((1,), lambda i: (jnp.int32(0),))
 
 
-def _padded(length: int) -> int:
-    return max(LEAST_BLOCK, pl.next_power_of_2(length))
-
-
 def _fitted(tile: Tile, size: _Size) -> Tile:
     """The tile, no larger than short sequences fill."""
-    rows, columns = min(tile.rows, _padded(size.num_queries)), min(tile.columns, _padded(size.num_keys))
+    rows, columns = min(tile.rows, padded_width(size.num_queries)), min(tile.columns, padded_width(size.num_keys))
     return tile._replace(rows=rows, columns=columns)
 
 
@@ -338,7 +276,7 @@ def _forward_kernel(
         return product, greatest, total * fading + jnp.sum(weights, axis=1)
 
     nothing = (
-        jnp.zeros((tile.rows, _padded(size.value_dim)), jnp.float32),
+        jnp.zeros((tile.rows, padded_width(size.value_dim)), jnp.float32),
         jnp.full((tile.rows,), HIDDEN, jnp.float32),
         jnp.zeros((tile.rows,), jnp.float32),
     )
@@ -386,7 +324,7 @@ def _d_queries_kernel(
         d_logits = weights * (_dot(d_out, v, transposed=True) - delta)
         return d_q + _dot(d_logits.astype(k.dtype), k)
 
-    d_q = jnp.zeros((tile.rows, _padded(size.head_dim)), jnp.float32)
+    d_q = jnp.zeros((tile.rows, padded_width(size.head_dim)), jnp.float32)
     d_q = _over_reach(over, d_q, first, tile.rows, tile.columns, size.num_keys, reach)
     queries.write(d_q_ref, d_q * scale, size.head_dim)
 
@@ -432,8 +370,8 @@ def _d_keys_kernel(
         return d_k, d_v, d_bias + jnp.sum(d_logits, axis=1)
 
     nothing = (
-        jnp.zeros((tile.columns, _padded(size.head_dim)), jnp.float32),
-        jnp.zeros((tile.columns, _padded(size.value_dim)), jnp.float32),
+        jnp.zeros((tile.columns, padded_width(size.head_dim)), jnp.float32),
+        jnp.zeros((tile.columns, padded_width(size.value_dim)), jnp.float32),
         jnp.zeros((tile.columns,), jnp.float32),
     )
     seen = reach.of_keys()
@@ -473,7 +411,7 @@ class _Rows(NamedTuple):
         rows = None if self.length % self.count == 0 else self.positions < self.length
         if width is None:
             return rows
-        padded = _padded(width)
+        padded = padded_width(width)
         columns = None if width == padded else jnp.arange(padded, dtype=jnp.int32)[None, :] < width
         if rows is None:
             return columns

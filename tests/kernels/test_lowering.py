@@ -133,3 +133,11 @@ def test_exported_programs_of_several_devices():
 
 def test_lowered_for_other_platforms_there_are_tiles():
     assert "custom_call" not in lowered_for("rocm", of_heads(), *heads()).as_text()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_heads_too_wide_for_a_kernel_have_tiles(platform):
+    wide = jax.ShapeDtypeStruct((1, 16, 8192), jnp.float32)
+    assert "custom_call" not in lowered_for(platform, of_heads(), wide, wide, wide).as_text()
+    with pytest.raises(NotImplementedError, match="does not support heads as wide as D = 8192"):
+        lowered_for(platform, of_heads(implementation="pallas"), wide, wide, wide)
