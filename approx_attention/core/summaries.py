@@ -357,7 +357,7 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionState:
-    r"""Moments of positive features answer as keys do: the directions w, with a bias. No feature of a query is stored.
+    r"""Attention over moments of positive features, with the directions w as keys: no feature of a query is stored.
 
     .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
               = e^{w_r \cdot q + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}

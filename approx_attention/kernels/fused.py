@@ -20,7 +20,7 @@ from approx_attention.kernels.platforms import ByPlatform, mapped_form
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.rows import along_with
 from approx_attention.kernels.states import AttentionState
-from approx_attention.kernels.tiles import HIDDEN, accumulation_dtype, seen_cotangents, sees_a_key
+from approx_attention.kernels.tiles import HIDDEN, Rows, accumulation_dtype, seen_cotangents, sees_a_key
 
 Implementation = Literal["xla", "pallas", "interpret", "interpret_gpu"]
 _KERNELS = {"tpu": "mosaic", "cuda": "triton"}
@@ -143,9 +143,8 @@ def _state(
     # JAX declares this option when it is imported.
     precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     options = {"reach": reach, "implementation": implementation, "tiles": tiles, "precision": precision}
-    out, peak, log_total = _forward(q, k, v, scale, *bias, **options)
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
-    return AttentionState(out, jnp.where(sees_a_key(peak), peak + log_total, -jnp.inf))
+    return Rows(*_forward(q, k, v, scale, *bias, **options)).state()
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
