@@ -10,7 +10,6 @@ import pytest
 from approx_attention.kernels import fused
 from approx_attention.kernels.platforms import mapped_form
 
-
 OPERATIONS = {x.primitive: x for x in (fused._forward, fused._backward, fused._along_tangents)}
 
 
@@ -20,20 +19,25 @@ def on_cpu(equation):
     return jax.make_jaxpr(form)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars)).jaxpr
 
 
-def equations(jaxpr, times=1):
-    """All equations of a jaxpr and its inner ones, with how often each runs."""
+def equations(jaxpr, times=1, platform=None):
+    """All equations of a jaxpr and its inner ones, with how often each runs; those for one platform alone if given."""
     for equation in jaxpr.eqns:
         yield equation, times
         inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
         if equation.primitive in OPERATIONS:
-            yield from equations(on_cpu(equation), times)
+            yield from equations(on_cpu(equation), times, platform)
+            continue
+        of_platforms = equation.params.get("branches_platforms")
+        if platform and of_platforms:
+            index = next(i for i, names in enumerate(of_platforms) if names is None or platform in names)
+            yield from equations(equation.params["branches"][index].jaxpr, times, platform)
             continue
         for value in equation.params.values():
             for leaf in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
                 if hasattr(leaf, "jaxpr"):
                     leaf = leaf.jaxpr
                 if hasattr(leaf, "eqns"):
-                    yield from equations(leaf, inner)
+                    yield from equations(leaf, inner, platform)
 
 
 def lowered_text(function, *arguments, platform="tpu"):

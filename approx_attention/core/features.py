@@ -157,6 +157,27 @@ class WeightedFeatures:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SignedFeatures:
+    """Features of moments that were weighted with any sign, so that positive features promise nothing about them.
+
+    Attributes:
+        features: the map that they are read by.
+    """
+
+    features: FeatureMap
+
+    @property
+    def num_features(self) -> int:
+        """The number R of features."""
+        return self.features.num_features
+
+    def __call__(self, x: Array, /) -> Features:
+        """Features of rows ``[N, D]``."""
+        return self.features(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class CosineFeatures:
     r"""Rectified rows rotated by the angle of their position: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
 

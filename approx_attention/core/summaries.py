@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from approx_attention import kernels
 from approx_attention.core.checks import accumulation_dtype, check_rows, real_keys, token_sums_inputs
-from approx_attention.core.features import FeatureMap, PositiveFeatures, squared_norm
+from approx_attention.core.features import FeatureMap, PositiveFeatures, SignedFeatures, squared_norm
 from approx_attention.core.softmax import blocked_state
 from approx_attention.kernels import (
     HIDDEN,
@@ -177,6 +177,8 @@ class FeatureMoments(_InSpace):
 
     def reweighted(self, weights: Array, features: FeatureMap) -> Self:
         """The moments with feature r times ``weights [R]`` of any sign, for queries of another feature map."""
+        if isinstance(features, PositiveFeatures):
+            features = SignedFeatures(features)
         value_sum = self.value_sum * weights[:, None]
         return type(self)(value_sum, self.mass * weights, self.log_scale, features, self.scale)
 
@@ -357,7 +359,7 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionState:
-    r"""Moments of positive features answer as keys do: the directions w, with a bias. No feature of a query is stored.
+    r"""Attention over moments of positive features, with the directions w as keys: no feature of a query is stored.
 
     .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
               = e^{w_r \cdot q + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}

@@ -1,7 +1,6 @@
 """Attention states, and the one operation that makes them: fused kernels on accelerators, tiles elsewhere."""
 
 from approx_attention.kernels.fused import Implementation, export_checks, state
-from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.rows import (
     along_with,
     block_windows,
@@ -30,7 +29,6 @@ __all__ = [
     "LEAST_TILE",
     "AttentionState",
     "Implementation",
-    "Reach",
     "accumulation_dtype",
     "along_with",
     "block_windows",

@@ -20,7 +20,7 @@ from approx_attention.kernels.platforms import ByPlatform, mapped_form
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.rows import along_with
 from approx_attention.kernels.states import AttentionState
-from approx_attention.kernels.tiles import HIDDEN, accumulation_dtype, seen_cotangents, sees_a_key
+from approx_attention.kernels.tiles import HIDDEN, Rows, accumulation_dtype, seen_cotangents, sees_a_key
 
 Implementation = Literal["xla", "pallas", "interpret", "interpret_gpu"]
 _KERNELS = {"tpu": "mosaic", "cuda": "triton"}
@@ -60,7 +60,7 @@ def state(
         implementation: by default the platform that a program is lowered for decides: a fused kernel for TPUs and
             NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
             ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. ``"interpret"`` and
-            ``"interpret_gpu"`` run the code of the kernel for TPUs and for GPUs on any machine, slowly, for tests.
+            ``"interpret_gpu"`` run the code of the kernel for TPUs and for GPUs on any machine, slowly, for tests in float32.
         tiles: sizes of the blocks of a fused kernel: `mosaic.Tiles` for the one for TPUs, `triton.Tiles` for the one
             for GPUs, which the other passes over. By default those of a table in each module.
 
@@ -143,9 +143,8 @@ def _state(
     # JAX declares this option when it is imported.
     precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     options = {"reach": reach, "implementation": implementation, "tiles": tiles, "precision": precision}
-    out, peak, log_total = _forward(q, k, v, scale, *bias, **options)
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
-    return AttentionState(out, jnp.where(sees_a_key(peak), peak + log_total, -jnp.inf))
+    return Rows(*_forward(q, k, v, scale, *bias, **options)).state()
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:

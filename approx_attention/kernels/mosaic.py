@@ -7,6 +7,7 @@ operand transposed.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.tiles import HIDDEN
 
 LANES = 128
+# Under these settings of `jax.default_matmul_precision` products of float32 are one pass of the matrix units.
+_ONE_PASS = None, "default", "fastest", "bfloat16", "BF16_BF16_F32"
 
 
 class Tile(NamedTuple):
@@ -43,6 +46,19 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles(Tile(1024, 1024, 512), Tile(512, 1024, 512))
+# The bytes of a query or key and a value for which these tiles fit the memory of a core (16 MiB on a v5e).
+TOKEN_BYTES = 1024
+# Channels of a query and a value together for which the smallest tiles do.
+MOST_CHANNELS = 2048
+
+
+def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
+    """`TILES`, or smaller ones for wide heads."""
+    size = (head_dim + value_dim) * jnp.dtype(dtype).itemsize
+    # The parts of numbers in full precision take as much memory again.
+    size *= 2 if _precision(dtype) == lax.Precision.HIGHEST else 1
+    halvings = max(0, math.ceil(math.log2(size / TOKEN_BYTES)))
+    return Tiles(*(Tile(*(max(LANES, length >> halvings) for length in tile)) for tile in TILES))
 
 
 def forward(
@@ -53,12 +69,14 @@ def forward(
     scale: Array,
     *,
     reach: Reach,
-    tiles: Tiles = TILES,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Outputs ``[T, Dv]``, peaks ``[T]`` and logarithms of sums ``[T]`` of one head, in float32."""
     (num_queries, _), (num_keys, value_dim) = q.shape, v.shape
-    call = _Call(reach, _fitted(tiles.forward, q, k, v), num_queries, num_keys, interpret)
+    q, k, v = (_multiplied(x) for x in (q, k, v))
+    tiles = tiles or default_tiles(q.shape[1], value_dim, q.dtype)
+    call = _Call(reach, _fitted(tiles.forward, num_queries, num_keys), num_queries, num_keys, interpret)
     queries, keys = call.rows_of(q), (*(call.columns_of(x) for x in (k, v)), call.bias(bias))
     width = queries.shape[0], keys[1].shape[0]
     rows = call.tile.rows
@@ -84,12 +102,14 @@ def backward(
     d_out: Array,
     *,
     reach: Reach,
-    tiles: Tiles = TILES,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of q, k, v and the bias, in float32; see `xla.backward`."""
     (num_queries, head_dim), (num_keys, value_dim) = q.shape, v.shape
-    call = _Call(reach, _fitted(tiles.backward, q, k, v), num_queries, num_keys, interpret)
+    q, k, v, d_out = (_multiplied(x) for x in (q, k, v, d_out))
+    tiles = tiles or default_tiles(head_dim, value_dim, q.dtype)
+    call = _Call(reach, _fitted(tiles.backward, num_queries, num_keys), num_queries, num_keys, interpret)
     queries = *(call.rows_of(x) for x in (q, d_out)), *(call.rows_of(x[:, None]) for x in (peak, log_total, delta))
     keys = *(call.columns_of(x) for x in (k, v)), call.bias(bias)
     width, value_width = queries[0].shape[0], queries[1].shape[0]
@@ -122,24 +142,13 @@ def backward(
 
 
 def fits(q: Array, v: Array) -> bool:
-    """Whether blocks of heads of these widths fit the memory of a TPU's core."""
-    return _shrinking(q, v) <= 16
+    """Whether the smallest tile of heads of these widths fits the memory of a TPU's core."""
+    return q.shape[1] + v.shape[1] <= MOST_CHANNELS
 
 
-def _shrinking(q: Array, v: Array) -> int:
-    """How many times smaller than in the table a tile is, a power of two, where wide heads fill the memory."""
-    # Bytes of a token: operands in their dtype, and sums in float32, which are fewer. Up to 2048 all tables fit.
-    num_bytes = (q.shape[1] + v.shape[1]) * (q.dtype.itemsize + 2)
-    return pl.next_power_of_2(pl.cdiv(num_bytes, 2048))
-
-
-def _fitted(tile: Tile, q: Array, k: Array, v: Array) -> Tile:
-    """A tile no larger than needed, and than the memory allows."""
-    shrinking = _shrinking(q, v)
-    rows, columns = (
-        max(LANES, min(size // shrinking, _round_up(x.shape[0], LANES)))
-        for size, x in ((tile.rows, q), (tile.columns, k))
-    )
+def _fitted(tile: Tile, num_queries: int, num_keys: int) -> Tile:
+    """A tile no larger than needed."""
+    rows, columns = (min(size, _round_up(n, LANES)) for size, n in ((tile.rows, num_queries), (tile.columns, num_keys)))
     return Tile(rows, columns, min(tile.strip, columns))
 
 
@@ -255,12 +264,27 @@ def _along(column: Array, width: int) -> Array:
     return column if width == LANES else jnp.tile(column, (1, width // LANES))
 
 
-def _product(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+def _multiplied(x: Array) -> Array:
+    """In a dtype that the matrix units of a TPU multiply, which float16 is not."""
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+
+
+def _precision(dtype: Any) -> lax.Precision:
+    """The precision of products, by `jax.default_matmul_precision`."""
+    # Mosaic has products in one pass, and in full precision of float32 alone: what lies between is rounded up.
+    # JAX declares this option when it is imported.
+    asked = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+    is_full = dtype == jnp.float32 and asked not in _ONE_PASS
+    return lax.Precision.HIGHEST if is_full else lax.Precision.DEFAULT
+
+
+def _product(a: Array, b: Array, axis: int = 0) -> Array:
+    axes = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _product_transposed(a: Array, b: Array) -> Array:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(a, b, axis=1)
 
 
 def _on_visited(call: _Call, step_of_tile: Any) -> None:

@@ -179,3 +179,27 @@ def test_only_moments_of_one_size_multiply():
     narrow, wide = (FeatureMoments.empty(features, value_dim) for value_dim in (1, 3))
     with pytest.raises(ValueError, match=r"moments of one size \[R, Dv\], got \(16, 1\) and \(16, 3\)"):
         hadamard(narrow, wide)
+
+
+@pytest.mark.parametrize("change", ["none", "a mask", "a weight of 0", "no key", "signed weights"])
+def test_moments_of_positive_features_are_read_alike_on_every_platform(monkeypatch, change):
+    q, k, v = random_head(12, 40, 30, spread=0.7)
+    features, weights = feature_map("positive"), np.ones(16, np.float32)
+    seen = jnp.arange(30) % 3 > 0 if change == "a mask" else jnp.zeros(30, bool) if change == "no key" else None
+    weights[3] = {"a weight of 0": 0, "signed weights": -0.5}.get(change, 1)
+
+    def outputs(q, k, v):
+        moments = FeatureMoments.of_tokens(features, k, v, seen)
+        if change in ("a weight of 0", "signed weights"):
+            moments = moments.reweighted(jnp.asarray(weights), features)
+        state = attend.__wrapped__(q, moments)
+        loss = jnp.sum(jnp.sin(state.out)) + jnp.sum(jnp.where(state.lse > -jnp.inf, state.lse, 0))
+        return loss, state
+
+    of = lambda *tensors: jax.value_and_grad(outputs, (0, 1, 2), has_aux=True)(*tensors)  # noqa: E731
+    on_cpu = jax.jit(of)(q, k, v)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    elsewhere = jax.jit(lambda *tensors: of(*tensors))(q, k, v)
+    for ours, expected in zip(jax.tree.leaves(elsewhere), jax.tree.leaves(on_cpu), strict=True):
+        assert np.all(np.isfinite(ours) == np.isfinite(expected))
+        np.testing.assert_allclose(ours, expected, atol=3e-5, rtol=3e-5)

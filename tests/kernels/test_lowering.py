@@ -7,11 +7,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from approx_attention import kernels
+from approx_attention.kernels import mosaic
+from approx_attention.kernels.reach import Reach
 from tests.kernels.cases import random_operands
-from tests.programs import lowered_for, lowered_text
+from tests.programs import equations, lowered_for, lowered_text
 
 HEADS = PartitionSpec("x")
 
@@ -141,3 +144,54 @@ def test_heads_too_wide_for_a_kernel_have_tiles(platform):
     assert "custom_call" not in lowered_for(platform, of_heads(), wide, wide, wide).as_text()
     with pytest.raises(NotImplementedError, match="does not support heads as wide as D = 8192"):
         lowered_for(platform, of_heads(implementation="pallas"), wide, wide, wide)
+
+
+def kernels_for_tpus(dtype):
+    """The equations of all three, for one head."""
+    q, k, v, bias, scale, d_out, row = random_operands(0, 20, 20, 4, dtype=dtype)
+
+    def all_three(q, k, v, d_out):
+        forward = mosaic.forward(q, k, v, bias, scale, reach=Reach())
+        return forward, mosaic.backward(q, k, v, bias, scale, row, row, row, d_out.astype(dtype), reach=Reach())
+
+    jaxpr = jax.make_jaxpr(all_three)(q, k, v, d_out).jaxpr
+    found = [equation for equation, _ in equations(jaxpr) if equation.primitive.name == "pallas_call"]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("precision", ["high", "tensorfloat32", "highest", "BF16_BF16_F32_X3"])
+def test_products_of_kernels_for_tpus_have_a_precision_that_mosaic_compiles(precision, dtype):
+    """One pass, and full precision of float32 alone."""
+    expected = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    with jax.default_matmul_precision(precision):
+        assert num_kernels(lowered_text(gradient(), *(x.astype(dtype) for x in heads()))) == 3
+        for kernel in kernels_for_tpus(dtype):
+            products = [x for x, _ in equations(kernel.params["jaxpr"]) if x.primitive.name == "dot_general"]
+            assert {x for product in products for x in product.params["precision"]} == {expected}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_kernels_for_tpus_have_no_float16(dtype):
+    """Mosaic does not compile it."""
+    for kernel in kernels_for_tpus(dtype):
+        assert jnp.dtype(jnp.float16) not in {x.aval.dtype for x in kernel.invars}
+
+
+def test_tiles_for_tpus_fit_memory_with_wide_heads():
+    whole, half = mosaic.TILES, mosaic.Tiles(mosaic.Tile(512, 512, 256), mosaic.Tile(256, 512, 256))
+    with jax.default_matmul_precision("default"):
+        assert mosaic.default_tiles(128, 128, jnp.float32) == whole == mosaic.default_tiles(256, 256, jnp.bfloat16)
+        assert mosaic.default_tiles(256, 256, jnp.float32) == half == mosaic.default_tiles(500, 12, jnp.float32)
+        least = mosaic.Tile(*3 * [mosaic.LANES])
+        assert mosaic.default_tiles(4096, 64, jnp.float32) == mosaic.Tiles(least, least)
+    with jax.default_matmul_precision("float32"):
+        assert mosaic.default_tiles(128, 128, jnp.float32) == half
+        assert mosaic.default_tiles(128, 128, jnp.bfloat16) == whole
+    operands = random_operands(0, 300, 300, 600)
+    np.testing.assert_allclose(
+        kernels.state(*operands[:4], scale=operands[4], right=0, implementation="interpret").out,
+        kernels.state(*operands[:4], scale=operands[4], right=0).out,
+        atol=1e-5,
+    )

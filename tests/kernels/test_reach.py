@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention.kernels import Reach
+from approx_attention.kernels.reach import Reach
 from tests.kernels.cases import seen_pairs
 
 SIZES = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 1), (3, 7)]
