@@ -14,7 +14,7 @@ from approx_attention.core.features import FeatureMap
 from approx_attention.kernels import HIDDEN, AttentionState, accumulation_dtype, dense_state, finite_peak, normalise
 
 Keys = tuple[Array, Array, Array]
-# Logits of a block of queries as causal forms and decoders ask: a tile on a CPU.
+# Up to this number of logits, as in causal blocks and in decoding, a CPU takes all of them as one tile.
 KEPT_TILE = 2**16
 
 

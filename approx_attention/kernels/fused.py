@@ -59,8 +59,8 @@ def state(
         scale: a positive factor s of the logits. In half precision it is applied to their sums, and rounds no tensor.
         implementation: by default the platform that a program is lowered for decides: a fused kernel for TPUs and
             NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
-            ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. ``"interpret"`` and
-            ``"interpret_gpu"`` run the code of the kernel for TPUs and for GPUs on any machine, slowly, for tests in float32.
+            ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. For tests, ``"interpret"``
+            and ``"interpret_gpu"`` run the code of the kernels for TPUs and for GPUs on any machine, slowly.
         tiles: sizes of the blocks of a fused kernel: `mosaic.Tiles` for the one for TPUs, `triton.Tiles` for the one
             for GPUs, which the other passes over. By default those of a table in each module.
 

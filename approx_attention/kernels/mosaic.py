@@ -1,9 +1,9 @@
 r"""The kernel for TPUs (Pallas, Mosaic).
 
 All tensors have the sequence as their last axis, in HBM and in blocks: 64 channels as the last axis would be padded to
-128. A tile of logits has queries as rows; in the kernel for keys and values it is transposed, and keys are rows. What
-belongs to rows is turned once per block of rows; the other side is used as it lies, because the matrix units take an
-operand transposed.
+128. A tile of logits has queries as rows; in the kernel for keys and values it is transposed, and keys are rows. Tensors of
+the rows are transposed once per block of rows. Those of the columns stay as they are, because the matrix units take a
+transposed operand.
 """
 
 import functools
