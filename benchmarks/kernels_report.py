@@ -1,7 +1,7 @@
 """The section of RESULTS.md on the fused kernels, compiled for accelerators: what is asked, and what came."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from approx_attention.evaluation import markdown_table
@@ -31,10 +31,10 @@ PRODUCTS = {"forward": 2, "d_queries": 3, "d_keys": 4}
 CYCLES_OF_PRODUCT = 2
 
 CHOICE = (
-    "Backward, only 1024 x 1024 in strips of 512 has fewer bundles than the default at d = 128, but at d = 256 in "
-    "bfloat16 it takes 15.9 MiB of VMEM, and the default 11.6. Forward, 512 x 1024 has fewer "
-    "bundles than the default, but twice as many steps and twice the reads of keys and values: 512 operations for a "
-    "byte, fewer than a v6e needs to be busy (918 TFLOP/s and 1.64 TB/s: 560)."
+    "Backward, only 1024 x 1024 in strips of 512 has fewer bundles than the default at d = 128, and half the steps, but "
+    "at d = 256 in bfloat16 it takes 15.9 of 16 MiB of VMEM, and the default 11.6. Forward, 512 x 1024 has fewer bundles "
+    "than the default, but twice as many steps and twice the reads of keys and values: 512 operations for a byte, less "
+    "than keeps a v6e busy (560, by 918 TFLOP/s and 1.64 TB/s)."
 )
 
 
@@ -64,15 +64,15 @@ def _version(documents: Mapping[str, Mapping[str, Any]], platform: Platform) -> 
 
 def _tpu(rows: Sequence[Row]) -> Iterable[str]:
     yield "### TPU: the schedule of a tile"
-    bound = ", ".join(f"{CYCLES_OF_PRODUCT * count} in `{name}`" for name, count in PRODUCTS.items())
+    bound = ", ".join(f"{CYCLES_OF_PRODUCT * count} (`{name}`)" for name, count in PRODUCTS.items())
     yield (
         f"Bundles for each 1024 logits of a tile without a mask, in the compiler's schedule, n = {LENGTHS[0]}. A "
-        "bundle is issued in one cycle at best, and waits where a unit is busy. At full rate the matrix units of a v5e "
-        f"take {bound} cycles for the products in bfloat16, for 64 channels as for 128: a tile takes at least the greater "
-        "of both figures. *Others* are the bundles outside the tile that a step of the grid may run, in each kernel: "
-        "they count more for a smaller tile. *Spills* are MiB of VMEM for what left the registers. Asked on a v5e at "
-        f"d = 128 in bfloat16: at most {MOST_BUNDLES} forward, and at most {MOST_BUNDLES_BACKWARD} in both kernels of "
-        "the gradient together."
+        "bundle is issued in one cycle at best, and waits where a unit is busy. At full rate, the products in bfloat16 "
+        f"take the matrix units of a v5e {bound} cycles, for 64 channels as for 128: a tile takes at least the greater "
+        "of both figures. *Others* are the bundles outside the tile that a step of the grid may run, in each kernel; a "
+        "smaller tile has more steps. *Spills* are MiB of VMEM for what left the registers. Asked on a v5e at d = 128 "
+        f"in bfloat16: at most {MOST_BUNDLES} forward, and at most {MOST_BUNDLES_BACKWARD} in both kernels of the "
+        "gradient together."
     )
     yield _schedules(rows)
     yield from _answer(rows)
@@ -102,7 +102,7 @@ def _answer(rows: Sequence[Row]) -> Iterable[str]:
     forward, *others = (_bundles(row, name) for name in KERNELS)
     needed = CYCLES_OF_PRODUCT * (PRODUCTS["d_queries"] + PRODUCTS["d_keys"])
     yield (
-        f"Came: {forward:.2f} forward ({_verdict(forward <= MOST_BUNDLES)}) and {sum(others):.2f} for the gradient "
+        f"Result: {forward:.2f} forward ({_verdict(forward <= MOST_BUNDLES)}) and {sum(others):.2f} for the gradient "
         f"({_verdict(sum(others) <= MOST_BUNDLES_BACKWARD)}). The products of the gradient alone take the matrix units "
         f"{needed} cycles: {MOST_BUNDLES_BACKWARD} bundles bound the instructions, not the time."
     )
@@ -128,7 +128,7 @@ def _schedules(rows: Sequence[Row]) -> str:
     return markdown_table(["chip", "dtype", "d", *KERNELS, "gradient together", "others", "spills"], table)
 
 
-def _lengths(rows: Sequence[Row], platform: Platform, last: Any) -> str:
+def _lengths(rows: Sequence[Row], platform: Platform, last: Callable[[Row], str]) -> str:
     """Cells of the programs with default tiles: seconds, temporaries, and one figure more."""
     asked = [case for case in cases(platform) if case.tiles is None and not case.backward]
     table = []
@@ -137,10 +137,10 @@ def _lengths(rows: Sequence[Row], platform: Platform, last: Any) -> str:
         cells = [case.chip, case.dtype, str(case.head_dim), "causal" if case.is_causal else "full", str(case.length)]
         for backward in (False, True):
             row = _row(rows, length=case.length, backward=backward, **chosen)
-            known = row is not None and "error" not in row
-            cells.append(
-                f"{row['compiler_seconds']:.1f}, {row['temp_bytes'] / MIB:.0f}, {last(row)}" if known else _state(row)
-            )
+            if row is None or "error" in row:
+                cells.append(_state(row))
+            else:
+                cells.append(f"{row['compiler_seconds']:.1f}, {row['temp_bytes'] / MIB:.0f}, {last(row)}")
         table.append(cells)
     return markdown_table(["chip", "dtype", "d", "keys", "n", "forward", "with gradient"], table)
 

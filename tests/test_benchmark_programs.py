@@ -256,7 +256,7 @@ def test_the_report_says_what_was_asked_of_the_kernels_and_what_came():
     }
     text = "\n".join(kernels_report.section(documents))
     assert "libtpu 1.2" in text
-    assert "Came: 4.50 forward (as asked) and 18.00 for the gradient (more than asked)" in text
+    assert "Result: 4.50 forward (as asked) and 18.00 for the gradient (more than asked)" in text
     assert "77, 77, 77" in text
     assert "1.5, 1, 5.0" in text
     assert "99, 1048576, 32" in text
