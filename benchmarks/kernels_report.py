@@ -31,10 +31,10 @@ PRODUCTS = {"forward": 2, "d_queries": 3, "d_keys": 4}
 CYCLES_OF_PRODUCT = 2
 
 CHOICE = (
-    "Backward, only 1024 x 1024 in strips of 512 has fewer bundles than the default at d = 128, and half the steps, but "
-    "at d = 256 in bfloat16 it takes 15.9 of 16 MiB of VMEM, and the default 11.6. Forward, 512 x 1024 has fewer bundles "
-    "than the default, but twice as many steps and twice the reads of keys and values: 512 operations for a byte, less "
-    "than keeps a v6e busy (560, by 918 TFLOP/s and 1.64 TB/s)."
+    "Backward, only 1024 x 1024 in strips of 512 has fewer bundles than the default at d = 128, and half the steps, "
+    "but at d = 256 in bfloat16 it takes 15.9 of 16 MiB of VMEM, and the default 11.6. Forward, 512 x 1024 has fewer "
+    "bundles than the default, but twice as many steps and twice the reads of keys and values: 512 operations for a "
+    "byte, less than keeps a v6e busy (560, by 918 TFLOP/s and 1.64 TB/s)."
 )
 
 
