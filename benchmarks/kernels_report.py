@@ -168,11 +168,12 @@ def _search(rows: Sequence[Row], tiles: Sequence[tuple[int, int, int]], *, backw
 
 def _gpu(rows: Sequence[Row]) -> Iterable[str]:
     yield "### H200: registers and memory of the kernels"
+    spills = [x["spill_bytes"] for row in rows for x in row.get("kernels", {}).values() if "spill_bytes" in x]
+    most = f" In all programs, of all lengths, the most that a kernel spills is {max(spills)} bytes." if spills else ""
     yield (
         "Default tiles. Registers of a thread and bytes that it spills, by `ptxas`, and KiB of shared memory of a "
         f"block, at n = {LENGTHS[0]}. Asked: no spills and at most {MOST_SHARED // KIB} KiB. Without `ptxas` on the "
-        "machine registers and spills are not known. In all programs, of all lengths, the most that a kernel spills "
-        f"is {max(_most(row, 'spill_bytes') for row in rows if 'error' not in row):.0f} bytes."
+        "machine registers and spills are not known." + most
     )
     table = []
     for dtype, head_dim, is_causal in itertools.product(("bfloat16", "float32"), HEAD_DIMS, (False, True)):
