@@ -57,6 +57,8 @@ bench: $(VENV)/.dev
 aot: $(VENV)/.dev .venv-gpu/.aot .venv-tpu/.aot
 	$(BIN)/python -m benchmarks compiled --platform gpu
 	$(BIN)/python -m benchmarks compiled --platform tpu
+	$(BIN)/python -m benchmarks kernels --platform gpu
+	$(BIN)/python -m benchmarks kernels --platform tpu
 	$(BIN)/python -m benchmarks report
 
 # Compares all methods on the sample anew: the figure in docs/, and what the pages of the methods say of them.

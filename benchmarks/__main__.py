@@ -3,6 +3,8 @@
 import functools
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import click
 import jax
@@ -16,6 +18,7 @@ from benchmarks import (
     coresets,
     decode,
     exact,
+    kernels,
     low_rank,
     report,
     scaling,
@@ -110,16 +113,46 @@ def collectives_command() -> None:
     _write("collectives", collectives.measure())
 
 
+def _compiler_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of commands that compile for an accelerator that is not there."""
+    options = (
+        click.option("--platform", type=click.Choice(["tpu", "gpu"]), required=True, help="What is compiled for."),
+        click.option(
+            "--limit", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds for a case."
+        ),
+        click.option("--again", is_flag=True, help="Compile anew what was compiled of the same code."),
+        click.option(
+            "--python",
+            type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+            help="Interpreter of an environment with the platform's compiler.  [default: .venv-PLATFORM/bin/python]",
+        ),
+    )
+    return functools.reduce(lambda command, option: option(command), reversed(options), command)
+
+
+def _compile(
+    name: str,
+    measure: Callable[..., None],
+    platform: Platform,
+    python: pathlib.Path | None,
+    library: pathlib.Path = HERE.parent,
+    **options: Any,
+) -> None:
+    """Compiles the cases of a benchmark into its document, and leaves out those that are there."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    # A symbolic link to an interpreter is an environment, which what it points to is not.
+    python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
+    write = functools.partial(_write, name, quiet=True)
+    try:
+        measure(platform, python, library, known, write, **options)
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+
+
 @main.command("compiled")
-@click.option("--platform", type=click.Choice(["tpu", "gpu"]), required=True, help="What is compiled for.")
+@_compiler_options
 @click.option("--method", "methods", multiple=True, help="Compile the cases of this method alone; may be repeated.")
-@click.option("--limit", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds for a case.")
-@click.option("--again", is_flag=True, help="Compile anew what was compiled of the same code.")
-@click.option(
-    "--python",
-    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
-    help="Interpreter of an environment that has the platform's compiler.  [default: .venv-PLATFORM/bin/python]",
-)
 @click.option(
     "--before",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=pathlib.Path),
@@ -135,17 +168,15 @@ def compiled_command(
 ) -> None:
     """Programs compiled for an accelerator that is not there: memory, size, operations in sequence; no times."""
     name = f"compiled_{platform}_before" if before else f"compiled_{platform}"
-    path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    # A symbolic link to an interpreter is an environment, which what it points to is not.
-    python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
-    write = functools.partial(_write, name, quiet=True)
-    try:
-        compiled.measure(
-            platform, python, before or HERE.parent, known, write, methods=methods, limit=limit, again=again
-        )
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+    options = {"methods": methods, "limit": limit, "again": again}
+    _compile(name, compiled.measure, platform, python, before or HERE.parent, **options)
+
+
+@main.command("kernels")
+@_compiler_options
+def kernels_command(platform: Platform, limit: float, again: bool, python: pathlib.Path | None) -> None:
+    """The fused kernels compiled for an accelerator that is not there: schedules, registers, memory; no times."""
+    _compile(f"kernels_{platform}", kernels.measure, platform, python, limit=limit, again=again)
 
 
 main.add_command(accelerator.main, "accelerator")

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from benchmarks.hlo import counted
@@ -18,6 +18,8 @@ from benchmarks.hlo import counted
 Platform = Literal["tpu", "gpu"]
 
 CHIPS = {"tpu": "TPU v5e", "gpu": "H200 (sm_90a)"}
+# What the first chip of a topology is.
+_TOPOLOGIES = {"tpu": "v5e:2x2x1", "gpu": "h200"}
 
 # The compiler's description of an H200, as a process on one reports it.
 _H200 = """
@@ -75,6 +77,21 @@ class Case:
         return " ".join(words + [f"from a process on a {self.backend.upper()}"] * (self.backend != "cpu"))
 
 
+def chip(platform: Platform, topology: str | None = None) -> Any:
+    """The sharding of tensors on a chip that is not there, the first of a topology; by default that of `CHIPS`."""
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    name = topology or _TOPOLOGIES[platform]
+    if platform == "tpu":
+        described = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    else:
+        described = topologies.get_topology_desc(
+            topology_name=name, platform="cuda", target_config=_H200, topology="1x1x1"
+        )
+    return SingleDeviceSharding(described.devices[0])
+
+
 def compiled(case: Case) -> dict[str, Any]:
     """Compiles a case and counts what the program does.
 
@@ -84,22 +101,14 @@ def compiled(case: Case) -> dict[str, Any]:
     """
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
     from approx_attention import METHODS, attention
 
-    if case.platform == "tpu":
-        topology = topologies.get_topology_desc(topology_name="v5e:2x2x1", platform="tpu")
-    else:
-        topology = topologies.get_topology_desc(
-            topology_name="h200", platform="cuda", target_config=_H200, topology="1x1x1"
-        )
+    here = chip(case.platform)
     if case.least_effort:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
     if case.backend != "cpu":
         jax.default_backend = lambda: case.backend
-    here = SingleDeviceSharding(topology.devices[0])
     shape = (case.batch, case.length, case.num_heads, case.head_dim)
     tensor = jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype), sharding=here)
     rng = jax.eval_shape(lambda: jax.random.key(0))
@@ -130,13 +139,13 @@ def compiled(case: Case) -> dict[str, Any]:
     return row | dataclasses.asdict(counted(text))
 
 
-def main() -> None:
+def main(case_type: Callable[..., Any] = Case, compile_case: Callable[[Any], dict[str, Any]] = compiled) -> None:
     """Prints the row of one case as JSON, on the last line."""
     library, case = sys.argv[1:]
     os.environ.update(_WITHOUT_TPU | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"})
     sys.path.insert(0, library)
     try:
-        row = compiled(Case(**json.loads(case)))
+        row = compile_case(case_type(**json.loads(case)))
     except Exception as error:  # which cases fail is what is measured
         row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     print(f"\n{json.dumps(row)}")

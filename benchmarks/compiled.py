@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,16 +94,53 @@ def measure(
     limit: float = 900.0,
     again: bool = False,
 ) -> None:
-    """Compiles the cases of a platform, each in a process of its own, and writes the rows as they come.
+    """Compiles the cases of a platform; see `compile_each`.
 
     Args:
         platform: what is compiled for.
         python: the interpreter of an environment that has the platform's compiler.
         library: the source tree whose ``approx_attention`` is compiled.
+        known: an earlier document of this platform, or empty.
+        write: writes the document so far.
+        methods: compiles these alone; all if empty.
+        limit: seconds after which a case is given up.
+        again: compiles the rows of the same code too.
+    """
+    about = {"platform": platform, "chip": CHIPS[platform], "size": SIZE}
+
+    def is_chosen(case: Case) -> bool:
+        return not methods or case.method in methods
+
+    compile_each(cases(platform), about, python, library, known, write, is_chosen=is_chosen, limit=limit, again=again)
+
+
+def compile_each(
+    asked: Iterable[Any],
+    about: Mapping[str, Any],
+    python: pathlib.Path,
+    library: pathlib.Path,
+    known: Mapping[str, Any],
+    write: Callable[[dict[str, Any]], None],
+    *,
+    module: str = "benchmarks.ahead_of_time",
+    sources: str = "approx_attention",
+    is_chosen: Callable[[Any], bool] = lambda case: True,
+    limit: float = 900.0,
+    again: bool = False,
+) -> None:
+    """Compiles cases, each in a process of its own, and writes the rows as they come.
+
+    Args:
+        asked: the cases, instances of a dataclass.
+        about: the head of the document, with its ``platform``.
+        python: the interpreter of an environment that has the platform's compiler.
+        library: the source tree whose ``approx_attention`` is compiled.
         known: an earlier document of this platform, or empty. Its rows of the same code are not compiled again; rows
             of other code stay until they are replaced, and rows of cases that are no more are left out.
         write: writes the document so far.
-        methods: compiles these alone; all if empty.
+        module: what a process runs, with the library and the case as arguments.
+        sources: the part of the library that decides how a case is compiled.
+        is_chosen: compiles the cases of which this is true.
         limit: seconds after which a case is given up.
         again: compiles the rows of the same code too.
 
@@ -112,28 +149,27 @@ def measure(
     """
     # An accelerator that is there is left alone.
     jax.config.update("jax_platforms", "cpu")
+    platform = about["platform"]
     versions = _versions(python, COMPILERS[platform])
-    code, console = digest_of(library, versions), Console()
-    asked = {_name(dataclasses.asdict(case)): case for case in cases(platform)}
+    code, console = digest_of(library, versions, sources), Console()
+    by_name = {_name(dataclasses.asdict(case)): case for case in asked}
     earlier = {_name(row["case"]): row for row in known.get("rows", [])}
-    rows = {name: earlier[name] for name in asked if name in earlier}
+    rows = {name: earlier[name] for name in by_name if name in earlier}
 
     def document() -> dict[str, Any]:
         return {
-            "platform": platform,
-            "chip": CHIPS[platform],
-            "size": SIZE,
+            **about,
             "code": code,
             "environment": environment() | versions,
-            "rows": [rows[name] for name in asked if name in rows],
+            "rows": [rows[name] for name in by_name if name in rows],
         }
 
-    for name, case in asked.items():
-        if methods and case.method not in methods:
+    for name, case in by_name.items():
+        if not is_chosen(case):
             continue
         if not again and name in rows and rows[name]["code"] == code:
             continue
-        result = _compiled_apart(case, python, library, limit)
+        result = _compiled_apart(case, python, library, limit, module)
         rows[name] = {"case": dataclasses.asdict(case), "code": code, **result}
         write(document())
         shown = {key: value for key, value in result.items() if key != "loops"}
@@ -141,14 +177,16 @@ def measure(
     write(document())
 
 
-def _compiled_apart(case: Case, python: pathlib.Path, library: pathlib.Path, limit: float) -> dict[str, Any]:
+def _compiled_apart(
+    case: Any, python: pathlib.Path, library: pathlib.Path, limit: float, module: str = "benchmarks.ahead_of_time"
+) -> dict[str, Any]:
     """The result of a case from a process of its own, or its error."""
     arguments = [str(library), json.dumps(dataclasses.asdict(case))]
     # Flags of this process are not those of the programs.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "LIBTPU_"))}
     try:
         done = subprocess.run(
-            [python, "-m", "benchmarks.ahead_of_time", *arguments],
+            [python, "-m", module, *arguments],
             cwd=ROOT,
             env=inherited,
             capture_output=True,
@@ -167,10 +205,10 @@ def _name(case: Mapping[str, Any]) -> str:
     return json.dumps(case, sort_keys=True)
 
 
-def digest_of(library: pathlib.Path, versions: Mapping[str, Any]) -> str:
+def digest_of(library: pathlib.Path, versions: Mapping[str, Any], sources: str = "approx_attention") -> str:
     """A digest of what decides how a case is compiled: the library's sources, and versions such as of the compiler."""
     digest = hashlib.sha256(json.dumps(versions).encode())
-    for path in sorted((library / "approx_attention").rglob("*.py")):
+    for path in sorted((library / sources).rglob("*.py")):
         digest.update(str(path.relative_to(library)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

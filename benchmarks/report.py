@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from approx_attention.evaluation import break_even, markdown_table
-from benchmarks import accelerator_report, compiled_report
+from benchmarks import accelerator_report, compiled_report, kernels_report
 from benchmarks.tables import (
     MARGIN,
     best_exact,
@@ -47,6 +47,9 @@ def render(results: pathlib.Path) -> str:
     parts += accelerator_report.section([json.loads(x.read_text()) for x in sorted(results.glob("accelerator-*.json"))])
     if compiled := {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("compiled_*.json"))}:
         parts += compiled_report.section(compiled)
+    programs = {path.stem[len("kernels_") :]: json.loads(path.read_text()) for path in results.glob("kernels_*.json")}
+    if programs:
+        parts += kernels_report.section(programs)
     return "\n\n".join(parts) + "\n"
 
 

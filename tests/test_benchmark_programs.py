@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compiled, compiled_report
+from approx_attention.kernels import mosaic
+from benchmarks import compiled, compiled_report, kernel_dumps, kernel_programs, kernels, kernels_report
 from benchmarks.ahead_of_time import Case
 from benchmarks.hlo import Loop, computations, counted
 
@@ -157,3 +158,107 @@ def test_the_report_shows_what_was_before_beside_what_is_now_and_every_error():
     assert "earlier code" not in text
     documents["compiled_gpu"]["code"] = "newer"
     assert "3 of these rows are of earlier code" in "\n".join(compiled_report.section(documents))
+
+
+# Programs of the fused kernels
+
+SCHEDULE = """
+LB: loop body
+
+     0   :  { %s1 = inlined_call_operand.vmem [shape: bf16[128,1024]] }
+   0x1 LB: > { %s2 = sphi %s1  ;;  %9 = sbr.rel (%p1) target = $region4 }
+   0x2   : > { %10 = vxpose.xlu0.b32.start [1/16] %v1 }
+   0x3   : > { %11 = vxpose.xlu0.b32.end [16/16] %v2 }
+   0x4 PF: > { %v3 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %v4 = vmatmul.bf16.gmra.mxu1 %v1 }
+   0x5   : >> { %v5 = vpop.f32.mrf.mxu0 }
+   0x6   :  {}
+   0x7   : > { %14 = sbr.rel (!%p2) target = $region8 }
+   0x8   : > { %v6 = vld [vmem:[%s1] sm:$0xff] }
+   0x9   : > { %v7 = vxpose.xlu0.b32.start [1/16] %v6 }
+   0xa   : > { %v8 = vxpose.xlu0.b32.cont [2/16] %v6 }
+   0xb   : > { %v9 = vxpose.xlu0.b32.cont [3/16] %v6 }
+   0xc   : > { %va = vxpose.xlu0.b32.end [4/16] %v6 }
+   0xd PF: > { %15 = vsyncadd %s1 }
+"""
+VMEM = """<script>
+        const DATA ={"hlo_breakdowns": {
+  "copy.1": {"blocks": [], "total_size": 9},
+  "vmap_attention_d_keys_.1": {"blocks": [{"allocations": [{"size": 8, "tag": "window"}, {"size": 2, "tag": "SPILL"}]}],
+    "total_size": 10}}};
+        const title = DATA.global_info;
+</script>"""
+PTXAS = """ptxas info    : Compiling entry function '_d_keys_kernel' for 'sm_90a'
+    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 231 registers, used 1 barriers"""
+LAUNCHES = """002: kCustomKernel _d_keys_kernel grid: [32, 8, 1] threads: [256, 1, 1]  shared_memory: 164864 bytes
+003: kCustomKernel wrapped_convert_1 grid: [32, 1, 1] threads: [256, 1, 1]  shared_memory: 0 bytes"""
+
+
+def test_the_body_of_a_tile_is_the_region_with_the_products_and_not_the_longest():
+    assert kernel_dumps.schedule_of(SCHEDULE) == {"bundles": 4, "step_bundles": 3}
+    with pytest.raises(ValueError, match="no matrix product"):
+        kernel_dumps.schedule_of("   0x1   : > { %s2 = sphi %s1 }")
+
+
+def test_files_of_a_dump_are_those_of_the_kernels(tmp_path, monkeypatch):
+    name = "12-vmap_attention_d_keys_.1"
+    (tmp_path / f"{name}-01-final_bundles.txt").write_text(SCHEDULE)
+    (tmp_path / f"{name}-00-schedule-analysis_final_bundles.txt").write_text("Schedule analysis:")
+    (tmp_path / "12-TLP-02-vmem_report.html").write_text(VMEM)
+    memory = {"vmem_bytes": 10, "spill_bytes": 2}
+    assert kernel_dumps.of_tpu(tmp_path, is_full=False) == {"d_keys": memory}
+    assert kernel_dumps.of_tpu(tmp_path, is_full=True) == {"d_keys": memory | {"bundles": 4, "step_bundles": 3}}
+    (tmp_path / "m.thunk_sequence.txt").write_text(LAUNCHES)
+    (tmp_path / "m.1.ptx").write_text(".visible .entry _d_keys_kernel(\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernel_dumps.of_gpu(tmp_path) == {"d_keys": {"shared_bytes": 164864}}
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text(f"#!/bin/sh\n/bin/cat >&2 <<'END'\n{PTXAS}\nEND\n")
+    ptxas.chmod(0o755)
+    assert kernel_dumps.of_gpu(tmp_path)["d_keys"] == {"shared_bytes": 164864, "registers": 231, "spill_bytes": 12}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_cases_of_kernels_are_told_apart_and_read_back(platform):
+    cases = [json.dumps(dataclasses.asdict(case), sort_keys=True) for case in kernels.cases(platform)]
+    assert len(set(cases)) == len(cases)
+    assert all(
+        json.dumps(dataclasses.asdict(kernel_programs.Case(**json.loads(case))), sort_keys=True) == case
+        for case in cases
+    )
+
+
+def test_the_search_starts_from_the_default_tiles():
+    assert (kernels.FORWARD_TILES[0], kernels.BACKWARD_TILES[0]) == tuple(map(tuple, mosaic.TILES))
+
+
+def test_the_report_says_what_was_asked_of_the_kernels_and_what_came():
+    def row(platform, backward, **chosen):
+        case = kernel_programs.Case(
+            platform, "v5e" if platform == "tpu" else "H200", 4096, 128, backward=backward, **chosen
+        )
+        shared = {"spill_bytes": 2**20, "vmem_bytes": 5 * 2**20, "shared_bytes": 2**15}
+        figures = {"registers": 99, "bundles": 4608, "step_bundles": 77} | shared
+        default = {name: tile._asdict() for name, tile in mosaic.TILES._asdict().items()}
+        names = kernels_report.KERNELS if backward else kernels_report.KERNELS[:1]
+        result = {
+            "tiles": default,
+            "compiler_seconds": 1.5,
+            "temp_bytes": 2**20,
+            "kernels": dict.fromkeys(names, figures),
+        }
+        return {"case": json.loads(json.dumps(dataclasses.asdict(case))), "code": "now", **result}
+
+    failed = row("tpu", False, tiles=[[512, 1024, 512], kernels.BACKWARD_TILES[0]]) | {"error": "no room"}
+    documents = {
+        "tpu": {"code": "now", "environment": {"libtpu": "1.2"}, "rows": [row("tpu", True), failed]},
+        "gpu": {"code": "newer", "environment": {}, "rows": [row("gpu", True)]},
+    }
+    text = "\n".join(kernels_report.section(documents))
+    assert "libtpu 1.2" in text
+    assert "Result: 4.50 forward (as asked) and 18.00 for the gradient (more than asked)" in text
+    assert "77, 77, 77" in text
+    assert "1.5, 1, 5.0" in text
+    assert "99, 1048576, 32" in text
+    assert "1 of these rows are of earlier code" in text
+    assert "- v5e, n = 4096, d = 128, bfloat16, tiles [[512, 1024, 512], [1024, 512, 512]]: no room" in text

@@ -180,7 +180,7 @@ def test_kernels_for_tpus_have_no_float16(dtype):
 
 
 def test_tiles_for_tpus_fit_memory_with_wide_heads():
-    whole, half = mosaic.TILES, mosaic.Tiles(mosaic.Tile(512, 512, 256), mosaic.Tile(256, 512, 256))
+    whole, half = mosaic.TILES, mosaic.Tiles(mosaic.Tile(512, 512, 256), mosaic.Tile(512, 256, 256))
     with jax.default_matmul_precision("default"):
         assert mosaic.default_tiles(128, 128, jnp.float32) == whole == mosaic.default_tiles(256, 256, jnp.bfloat16)
         assert mosaic.default_tiles(256, 256, jnp.float32) == half == mosaic.default_tiles(500, 12, jnp.float32)
