@@ -112,7 +112,6 @@ from approx_attention.core.softmax import (
     joined_state,
     kernel_state,
     tile_state,
-    window_state,
 )
 from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
@@ -292,7 +291,6 @@ __all__ = [
     "tile_state",
     "token_sums_inputs",
     "unknown",
-    "window_state",
     "within",
     "zero_padding",
 ]

@@ -1,4 +1,4 @@
-"""Exact attention states of one head: dense, over all keys or a window of them, and of other kernels.
+"""Exact attention states of one head: dense, over all keys, and of other kernels.
 
 Logits here are plain dot products: the scale is already folded into ``q`` and ``k``. A bias is added to the logits, and
 `HIDDEN` as a bias hides a key with any logit.
@@ -20,6 +20,8 @@ KEPT_TILE = 2**16
 
 def tile_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
     """The state of few queries and keys: on a CPU its logits are kept for the backward pass, elsewhere never made."""
+    if k.shape[0] == 0:
+        return kernels.state(q, k, v, key_bias)
     bias = () if key_bias is None else (key_bias,)
 
     def dense(q: Array, k: Array, v: Array, *bias: Array) -> AttentionState:
@@ -87,10 +89,3 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
     # Half of HIDDEN, as sums of biases may move it; no other bias is near.
     weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
     return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)
-
-
-def window_state(
-    q: Array, k: Array, v: Array, key_bias: Array | None = None, *, left: int, right: int
-) -> AttentionState:
-    """Attention of query t over keys t - left <= j <= t + right only, at a cost that grows with T * (left + right)."""
-    return kernels.state(q, k, v, key_bias, left=left, right=right)

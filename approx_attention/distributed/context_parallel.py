@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
@@ -43,7 +44,6 @@ from approx_attention.core import (
     split_arrays,
     state_of_blocks,
     streamed_state,
-    window_state,
     within,
 )
 from approx_attention.registry import METHODS, OPTIONS, BoundMethod, accepted, bind
@@ -358,7 +358,7 @@ class _Halos(_Form):
             q, (k, v, real) = args
             bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
             # Query t stands at key t + left.
-            return jax.vmap(lambda q: window_state(q, k, v, bias, left=0, right=self.left + self.right).out)(q)
+            return jax.vmap(lambda q: kernels.state(q, k, v, bias, left=0, right=self.left + self.right).out)(q)
 
         return each(one, (heads.q, around))
 

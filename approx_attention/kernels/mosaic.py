@@ -1,9 +1,9 @@
 r"""The kernel for TPUs (Pallas, Mosaic).
 
 All tensors have the sequence as their last axis, in HBM and in blocks: 64 channels as the last axis would be padded to
-128. A tile of logits has queries as rows; in the kernel for keys and values it is transposed, and keys are rows. Tensors of
-the rows are transposed once per block of rows. Those of the columns stay as they are, because the matrix units take a
-transposed operand.
+128. A tile of logits has queries as rows; in the kernel for keys and values it is transposed, and keys are rows.
+Tensors of the rows are transposed once per block of rows. Those of the columns stay as they are, because the matrix
+units take a transposed operand.
 """
 
 import functools

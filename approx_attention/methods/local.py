@@ -3,6 +3,7 @@
 from jax import Array
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
     AttentionState,
     as_pair,
@@ -11,7 +12,6 @@ from approx_attention.core import (
     mask_bias,
     output_or_state,
     over_real_tokens,
-    window_state,
 )
 
 
@@ -59,7 +59,7 @@ def local(
 
     def window(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
-        return window_state(q, k, v, key_bias, left=left, right=right)
+        return kernels.state(q, k, v, key_bias, left=left, right=right)
 
     # A window counts real tokens: padding between two tokens does not move them apart.
     return over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
@@ -16,7 +17,6 @@ from approx_attention.core import (
     output_or_state,
     over_real_tokens,
     real_keys,
-    window_state,
 )
 
 
@@ -74,13 +74,13 @@ def longformer(
         bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
         # Global keys are hidden from the window, because every query sees them in another state: none counts twice.
         not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
-        state = window_state(q, k, v, not_global, left=left, right=0 if is_causal else left)
+        state = kernels.state(q, k, v, not_global, left=left, right=0 if is_causal else left)
         if num_global == 0:
             return state
         columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
         # Global queries see all keys, so that theirs is no merged state but another one.
         if is_causal:
-            rows = window_state(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
+            rows = kernels.state(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
         else:
             rows = blocked_state(q[:num_global], k, v, bias)
         return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     blocked_state,
     dense_state,
     streamed_state,
-    window_state,
 )
 from approx_attention.kernels import cpu
 from tests.references import brute_force, causal_mask, random_head
@@ -55,7 +55,7 @@ def test_window_equals_brute_force(num_queries, num_keys, left, right):
     offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
     mask = np.arange(num_keys) % 7 != 2
     bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN)
-    state = jax.jit(functools.partial(window_state, left=left, right=right))(q, k, v, bias)
+    state = jax.jit(functools.partial(kernels.state, left=left, right=right))(q, k, v, bias)
     assert_is_exact(state, q, k, v, (offset >= -left) & (offset <= right) & mask)
 
 
@@ -77,8 +77,8 @@ FORMS = [
     (False, streamed_state),
     (True, functools.partial(streamed_state, is_causal=True)),
     (False, blocked_state),
-    (False, functools.partial(window_state, left=40, right=25)),
-    (True, functools.partial(window_state, left=40, right=0)),
+    (False, functools.partial(kernels.state, left=40, right=25)),
+    (True, functools.partial(kernels.state, left=40, right=0)),
 ]
 
 
@@ -87,7 +87,7 @@ FORMS = [
 def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, num_keys):
     offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
     visible = offset <= 0 if is_causal else np.ones_like(offset, bool)
-    if getattr(form, "func", None) is window_state:
+    if getattr(form, "func", None) is kernels.state:
         visible &= (offset >= -40) & (offset <= 25)
     d_out = jnp.asarray(np.random.default_rng(1).normal(size=(num_queries, 32)), jnp.float32)
     gradient = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * form(*x).out), argnums=(0, 1, 2)))
@@ -130,7 +130,7 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [blocked_state, functools.partial(window_state, left=40, right=3)])
+@pytest.mark.parametrize("form", [blocked_state, functools.partial(kernels.state, left=40, right=3)])
 def test_gradients_against_finite_differences(form, x64):
     q, k, v = random_head(5, 13, 13, 3, dtype=jnp.float64)
     bias = jnp.where(jnp.arange(13) % 4 == 1, HIDDEN, 0.1 * jnp.arange(13.0))
