@@ -106,13 +106,13 @@ def _compiled(case: Case) -> dict[str, Any]:
 
 
 def _tiles(case: Case) -> Any:
-    if case.platform == "gpu":
-        from approx_attention.kernels import triton
+    from approx_attention.kernels import default_tiles
 
-        return triton.default_tiles(case.head_dim, case.head_dim, case.dtype)
-    from approx_attention.kernels import mosaic
-
-    return mosaic.TILES if case.tiles is None else mosaic.Tiles(*(mosaic.Tile(*tile) for tile in case.tiles))
+    platform = "cuda" if case.platform == "gpu" else "tpu"
+    tiles = default_tiles(platform, case.head_dim, case.head_dim, case.dtype)
+    if case.tiles is None:
+        return tiles
+    return type(tiles)(*(type(tile)(*sizes) for tile, sizes in zip(tiles, case.tiles, strict=True)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ TOPICS = {
             "core.subtract", "core.hadamard", "core.summary_bytes", "core.causal_state", "core.running_moments",
             "core.control_variate_state", "core.PositiveFeatures", "core.TrigonometricFeatures", "core.ReLUFeatures",
             "core.CosineFeatures", "core.WeightedFeatures", "core.gaussian_projection", "core.orthogonal_projection",
-            "core.draw_sketch", "kernels.state", "kernels.export_checks",
+            "core.draw_sketch", "kernels.state", "kernels.default_tiles",
+            "kernels.export_checks",
         ),
     ),
     "decoding": (

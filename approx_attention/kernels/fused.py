@@ -61,8 +61,8 @@ def state(
             NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
             ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. For tests, ``"interpret"``
             and ``"interpret_gpu"`` run the code of the kernels for TPUs and for GPUs on any machine, slowly.
-        tiles: sizes of the blocks of a fused kernel: `mosaic.Tiles` for the one for TPUs, `triton.Tiles` for the one
-            for GPUs, which the other passes over. By default those of a table in each module.
+        tiles: sizes of the blocks of a fused kernel, by default `default_tiles`. A kernel for another platform passes
+            over them.
 
     Returns:
         The `AttentionState` in float32, or float64 where a tensor is. Rows that see no key have ``out = 0``,
@@ -110,6 +110,26 @@ def state(
     return _state(*operands, reach=reach, implementation=implementation, tiles=tiles)
 
 
+def default_tiles(platform: Literal["tpu", "cuda"], head_dim: int, value_dim: int, dtype: Any) -> Any:
+    """The sizes of the blocks of a platform's kernels: named tuples, of which others are made by ``_replace``.
+
+    They were chosen from compiled programs, not from times; comments in the kernels' modules say how.
+
+    Args:
+        platform: ``"tpu"`` or ``"cuda"``.
+        head_dim: the number D of channels of queries and keys.
+        value_dim: the number Dv of channels of values.
+        dtype: that of the tensors.
+
+    Example:
+        >>> from approx_attention import kernels
+        >>> tiles = kernels.default_tiles("tpu", 64, 64, "bfloat16")
+        >>> tiles._replace(forward=tiles.forward._replace(rows=512)).forward
+        Tile(rows=512, columns=1024, strip=512)
+    """
+    return _module(platform).default_tiles(head_dim, value_dim, dtype)
+
+
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What to pass as ``disabled_checks`` to `jax.export.export` of a program for ``"cuda"``.
 
@@ -147,6 +167,10 @@ def _state(
     return Rows(*_forward(q, k, v, scale, *bias, **options)).state()
 
 
+def _module(platform: str) -> Any:
+    return importlib.import_module(f"approx_attention.kernels.{_KERNELS[platform]}")
+
+
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
     """A fused kernel's function, or that of the tiles for heads that are too wide for it.
 
@@ -154,7 +178,7 @@ def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..
     """
 
     def fused(*operands: Array, tiles: Any, **options: Any) -> Any:
-        module = importlib.import_module(f"approx_attention.kernels.{_KERNELS[platform]}")
+        module = _module(platform)
         q, v = operands[0], operands[2]
         if not module.fits(q, v):
             if options["implementation"] == "pallas":
