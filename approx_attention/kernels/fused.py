@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad
@@ -130,7 +129,7 @@ def default_tiles(platform: Literal["tpu", "cuda"], head_dim: int, value_dim: in
     return _module(platform).default_tiles(head_dim, value_dim, dtype)
 
 
-def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+def export_checks() -> list[Any]:
     """What to pass as ``disabled_checks`` to `jax.export.export` of a program for ``"cuda"``.
 
     JAX promises that artefacts with a kernel for TPUs run in later versions, and not those with one of Triton: export
@@ -145,6 +144,9 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
         >>> export(jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)).platforms
         ('cpu', 'cuda', 'tpu')
     """
+    # Few programs are exported, and the module takes time to import.
+    import jax.export
+
     return [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
 
 
