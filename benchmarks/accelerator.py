@@ -58,9 +58,9 @@ LARGEST_LOGITS = 2**32
 HOLD_LOGITS = ("exact dense", "exact jax.nn xla")
 # A longer sequence is not tried where the last one took longer: seconds of a call, and of a case with its compilation.
 LONGEST_CALL, LONGEST_CASE = 1.0, 60.0
-# So often each case is timed, unless it takes more than so many seconds.
+# How often each case is timed, and the seconds after which it is timed no more.
 ROUNDS, PATIENCE = 10, 1.0
-# Shorter calls follow one another without a synchronisation, for about so many seconds and at most so many calls.
+# Shorter calls follow one another without a synchronisation: for about how many seconds, and at most how many calls.
 SHORT_CALL, TOGETHER, MOST_TOGETHER = 1e-3, 5e-3, 50
 # Tokens in a cache of bounded size before it is timed.
 PREFILLED = 512
@@ -112,7 +112,7 @@ class Case:
         length: tokens of the sequence.
         is_causal: whether queries see earlier keys alone.
         backward: the gradient, with the forward pass.
-        decode: tokens that come one by one after so many others, instead of a sequence.
+        decode: tokens that come one by one after ``length`` others, instead of a sequence.
     """
 
     arm: str
@@ -306,7 +306,7 @@ def device_works() -> bool:
     """Whether the device still computes: a kernel that crashes can end the process's use of it."""
     try:
         return float(jnp.ones(8).sum()) == 8
-    except Exception:  # of whatever kind, it does not
+    except Exception:  # any of them says so
         return False
 
 

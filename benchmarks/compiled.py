@@ -128,7 +128,7 @@ def compile_each(
     limit: float = 900.0,
     again: bool = False,
 ) -> None:
-    """Compiles cases, each in a process of its own, and writes the rows as they come.
+    """Compiles cases, each in a separate process, and writes the rows as they come.
 
     Args:
         asked: the cases, instances of a dataclass.

@@ -1,6 +1,6 @@
 """One program of fused kernels compiled ahead of time: ``python -m benchmarks.kernel_programs LIBRARY CASE``.
 
-It runs in a process of its own, started by `benchmarks.kernels`, like a case of `benchmarks.ahead_of_time`.
+It runs in a separate process, started by `benchmarks.kernels`, like a case of `benchmarks.ahead_of_time`.
 """
 
 import dataclasses

@@ -151,7 +151,7 @@ def decoder_of(name: str, method: Method) -> Decoder:
 
 
 def exact_decoder(length: int) -> Decoder:
-    """The decoder that keeps all tokens, with room for those that are decoded after so many."""
+    """The decoder that keeps all tokens, with room for those that are decoded."""
     running = running_of("exact", METHODS["exact"], max_length=length + DECODED)
     return Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
 

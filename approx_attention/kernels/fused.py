@@ -6,6 +6,7 @@ that, the gradient. In reverse mode the derivative along tangents is never compu
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -51,7 +52,7 @@ def state(
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        key_bias: added to the logits of a key, ``[S]``; `HIDDEN` or less hides it, whatever it holds.
+        key_bias: added to the logits of a key, ``[S]``; `HIDDEN` or less hides it, NaN included.
         offset: the position o of the first query.
         left: how far back a query sees; None for all earlier keys.
         right: how far ahead a query sees; None for all later keys, 0 for a causal order.
@@ -68,7 +69,8 @@ def state(
         ``lse = -inf``.
 
     Raises:
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, shapes that do not fit, a scale that is not positive.
+        TypeError: tensors that are not floating point, bounds that are not integers.
         NotImplementedError: when lowering, ``"pallas"`` where there is no fused kernel.
 
     Example:
@@ -85,6 +87,9 @@ def state(
     if implementation is not None and implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation must be None or one of {allowed}, got {implementation!r}")
+    _check(q, k, v, key_bias, scale)
+    bounds = (None if x is None else _integer(name, x) for name, x in (("left", left), ("right", right)))
+    reach = Reach(_integer("offset", offset), *bounds)
     tensors, dtype = [q, k, v], accumulation_dtype(q, k, v)
     if len({x.dtype for x in tensors}) > 1:
         tensors = [x.astype(dtype) for x in tensors]
@@ -105,8 +110,28 @@ def state(
     if len({getattr(jax.typeof(x), "mat", None) for x in operands}) > 1:
         operands = along_with(operands, *operands)
     # A bound may be any number that stands for none: one that no int32 holds, or that hides a faster form.
-    reach = Reach(offset, left, right).within(q.shape[0], k.shape[0])
-    return _state(*operands, reach=reach, implementation=implementation, tiles=tiles)
+    return _state(*operands, reach=reach.within(q.shape[0], k.shape[0]), implementation=implementation, tiles=tiles)
+
+
+def _check(q: Any, k: Any, v: Any, key_bias: Any, scale: Any) -> None:
+    tensors = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
+    for name, x in tensors.items():
+        dtype = getattr(x, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{name} must be a floating-point array, got {dtype or type(x).__name__}")
+    fits = [x.ndim for x in tensors.values()] == [2, 2, 2, 1][: len(tensors)] and q.shape[1] == k.shape[1]
+    if not fits or any(x.shape[0] != k.shape[0] for name, x in tensors.items() if name != "q"):
+        given = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
+        raise ValueError(f"state takes q [T, D], k [S, D], v [S, Dv] and key_bias [S], got {given}")
+    if isinstance(scale, int | float) and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+
+
+def _integer(name: str, bound: Any) -> int:
+    try:
+        return operator.index(bound)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer that is known when tracing, got {bound!r}") from None
 
 
 def default_tiles(platform: Literal["tpu", "cuda"], head_dim: int, value_dim: int, dtype: Any) -> Any:
@@ -120,12 +145,17 @@ def default_tiles(platform: Literal["tpu", "cuda"], head_dim: int, value_dim: in
         value_dim: the number Dv of channels of values.
         dtype: that of the tensors.
 
+    Raises:
+        ValueError: another platform.
+
     Example:
         >>> from approx_attention import kernels
         >>> tiles = kernels.default_tiles("tpu", 64, 64, "bfloat16")
         >>> tiles._replace(forward=tiles.forward._replace(rows=512)).forward
         Tile(rows=512, columns=1024, strip=512)
     """
+    if platform not in _KERNELS:
+        raise ValueError(f"platform must be one of {', '.join(map(repr, _KERNELS))}, got {platform!r}")
     return _module(platform).default_tiles(head_dim, value_dim, dtype)
 
 

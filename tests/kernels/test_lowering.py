@@ -195,3 +195,23 @@ def test_tiles_for_tpus_fit_memory_with_wide_heads():
         kernels.state(*operands[:4], scale=operands[4], right=0).out,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": jnp.ones((5, 3))}, ValueError, r"state takes q \[T, D\].*got q \(6, 4\), k \(5, 3\)"),
+        ({"v": jnp.ones((6, 2))}, ValueError, r"v \(6, 2\)"),
+        ({"key_bias": jnp.ones((1, 5))}, ValueError, r"key_bias \(1, 5\)"),
+        ({"q": jnp.ones((6, 4), int)}, TypeError, "q must be a floating-point array, got int"),
+        ({"left": 1.5}, TypeError, "left must be an integer that is known when tracing, got 1.5"),
+        ({"offset": None}, TypeError, "offset must be an integer"),
+        ({"scale": 0}, ValueError, "scale must be positive, got 0"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    good = {"q": jnp.ones((6, 4)), "k": jnp.ones((5, 4)), "v": jnp.ones((5, 2))}
+    with pytest.raises(error, match=message):
+        kernels.state(**(good | change))
+    with pytest.raises(ValueError, match="platform must be one of 'tpu', 'cuda', got 'rocm'"):
+        kernels.default_tiles("rocm", 4, 4, jnp.float32)

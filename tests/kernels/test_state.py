@@ -110,7 +110,7 @@ def test_what_hidden_keys_hold_does_not_matter(form, bad, reach):
     q, k, v, bias, *others = random_operands(3, 140, 140, hidden=0.4)
     hidden = np.asarray(bias) <= HIDDEN
     k, v = (jnp.where(hidden[:, None], bad, x) for x in (k, v))
-    # Whatever hides a key does so fully.
+    # A hidden key has no effect.
     bias = jnp.where(hidden, jnp.where(jnp.arange(140) % 2 == 0, -jnp.inf, HIDDEN), bias)
     check(form, (q, k, v, bias, *others), **reach)
 
