@@ -84,6 +84,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
+from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
     GrowingSegments,
     Segments,
@@ -119,7 +120,6 @@ from approx_attention.core.summaries import (
     FeatureMoments,
     Summary,
     WeightedKV,
-    attend,
     first_blocks,
     hadamard,
     require_scaled_space,

@@ -25,8 +25,9 @@ from approx_attention.core.checks import (
 )
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.padding import over_real_tokens
+from approx_attention.core.reading import attend
 from approx_attention.core.softmax import SoftmaxNear, joined_state
-from approx_attention.core.summaries import Summary, WeightedKV, attend, require_scaled_space
+from approx_attention.core.summaries import Summary, WeightedKV, require_scaled_space
 from approx_attention.kernels import (
     AttentionState,
     along_with,

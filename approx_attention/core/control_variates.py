@@ -8,7 +8,8 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention.core.checks import check_choice
-from approx_attention.core.summaries import FeatureMoments, attend
+from approx_attention.core.reading import attend
+from approx_attention.core.summaries import FeatureMoments
 from approx_attention.kernels import AttentionState, finite_peak, merge
 
 

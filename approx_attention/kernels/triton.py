@@ -59,7 +59,7 @@ def forward(
     step = _fitted((tiles or default_tiles(size.head_dim, size.value_dim, q.dtype)).forward, size)
     queries, exp2 = _query_blocks(size, step), jnp.exp2 if interpret else _exp2
     return _call(
-        functools.partial(_forward_kernel, size=size, tile=step, reach=reach, exp2=exp2),
+        functools.partial(_forward_kernel, _Form(size, step, reach, exp2)),
         step,
         queries.count,
         [
@@ -118,7 +118,7 @@ def backward(
     step = _fitted(tiles.d_queries, size)
     queries = _query_blocks(size, step)
     (d_q,) = _call(
-        functools.partial(_d_queries_kernel, size=size, tile=step, reach=reach, exp2=exp2),
+        functools.partial(_d_queries_kernel, _Form(size, step, reach, exp2)),
         step,
         queries.count,
         [
@@ -137,7 +137,7 @@ def backward(
     step = _fitted(tiles.d_keys, size)
     keys = _Blocks(size.num_keys, step.columns)
     d_k, d_v, d_bias = _call(
-        functools.partial(_d_keys_kernel, size=size, tile=step, reach=reach, exp2=exp2),
+        functools.partial(_d_keys_kernel, _Form(size, step, reach, exp2)),
         step,
         keys.count,
         [
@@ -164,6 +164,15 @@ class _Size(NamedTuple):
     num_keys: int
     head_dim: int
     value_dim: int
+
+
+class _Form(NamedTuple):
+    """What is known of a kernel when it is traced."""
+
+    size: _Size
+    tile: Tile
+    reach: Reach
+    exp2: Callable[[Array], Array]
 
 
 class _Blocks(NamedTuple):
@@ -243,6 +252,7 @@ def _call(
 
 
 def _forward_kernel(
+    form: _Form,
     q_ref,
     k_ref,
     v_ref,
@@ -251,12 +261,8 @@ def _forward_kernel(
     out_ref,
     peak_ref,
     log_total_ref,
-    *,
-    size: _Size,
-    tile: Tile,
-    reach: Reach,
-    exp2: Callable[[Array], Array],
 ):
+    size, tile, reach, exp2 = form
     first = _query_blocks(size, tile).first()
     queries = _Rows(0, first, tile.rows, size.num_queries)
     q, scale = queries.read(q_ref, size.head_dim), scale_ref[0] * LOG2_E
@@ -291,6 +297,7 @@ def _forward_kernel(
 
 
 def _d_queries_kernel(
+    form: _Form,
     q_ref,
     k_ref,
     v_ref,
@@ -301,12 +308,8 @@ def _d_queries_kernel(
     delta_ref,
     d_out_ref,
     d_q_ref,
-    *,
-    size: _Size,
-    tile: Tile,
-    reach: Reach,
-    exp2: Callable[[Array], Array],
 ):
+    size, tile, reach, exp2 = form
     first = _query_blocks(size, tile).first()
     queries = _Rows(0, first, tile.rows, size.num_queries)
     q, d_out, scale = queries.read(q_ref, size.head_dim), queries.read(d_out_ref, size.value_dim), scale_ref[0]
@@ -330,6 +333,7 @@ def _d_queries_kernel(
 
 
 def _d_keys_kernel(
+    form: _Form,
     q_ref,
     k_ref,
     v_ref,
@@ -342,12 +346,8 @@ def _d_keys_kernel(
     d_k_ref,
     d_v_ref,
     d_bias_ref,
-    *,
-    size: _Size,
-    tile: Tile,
-    reach: Reach,
-    exp2: Callable[[Array], Array],
 ):
+    size, tile, reach, exp2 = form
     first = _Blocks(size.num_keys, tile.columns).first()
     keys = _Rows(0, first, tile.columns, size.num_keys)
     k, v, scale = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim), scale_ref[0]

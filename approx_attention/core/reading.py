@@ -1,0 +1,148 @@
+"""Attention of queries over summaries: tokens with masses, signed ones too, and moments of features."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from approx_attention import kernels
+from approx_attention.core.checks import accumulation_dtype, check_rows
+from approx_attention.core.features import PositiveFeatures, squared_norm
+from approx_attention.core.softmax import blocked_state
+from approx_attention.core.summaries import (
+    FEATURE_BLOCK,
+    FeatureMoments,
+    Summary,
+    WeightedKV,
+    feature_block,
+    scaled_queries,
+)
+from approx_attention.kernels import HIDDEN, AttentionState, finite_peak, map_rows, normalise
+
+
+def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
+    r"""Computes the attention of queries over a summary.
+
+    .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
+              \qquad \mathrm{lse}(q) = \log \sum_r \phi_r(q)\, \mathrm{mass}_r.
+
+    Args:
+        q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for the functions ``summarize_*``,
+            which take scaled keys; not scaled where the summary carries its scale, as that of `compress_tokens`.
+        summary: a `WeightedKV` or `FeatureMoments`.
+
+    Returns:
+        The `AttentionState` of the queries. Where the estimated normaliser is not positive, which signed masses and
+        features allow, it is empty: ``out = 0`` and ``lse = -inf``, which merging ignores.
+
+    Raises:
+        TypeError: ``summary`` is neither of the two kinds, queries that are not floating point.
+        ValueError: queries that are not rows of as many channels as the keys.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV, attend
+        >>> k, v = jnp.zeros((3, 2)), jnp.array([[1.0], [2.0], [6.0]])
+        >>> state = attend(jnp.ones((1, 2)), WeightedKV.of_tokens(k, v))
+        >>> float(state.out[0, 0]), round(float(jnp.exp(state.lse[0])), 5)
+        (3.0, 3.0)
+    """
+    if not isinstance(summary, WeightedKV | FeatureMoments):
+        raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
+    check_rows("q", q, "[T, D]")
+    head_dim = _head_dim(summary)
+    if head_dim is not None and q.shape[1] != head_dim:
+        raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
+    q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
+    if isinstance(summary, FeatureMoments):
+        if isinstance(summary.features, PositiveFeatures):
+            return lax.platform_dependent(q, summary, cpu=_attend_moments, default=_attend_positive_moments)
+        return _attend_moments(q, summary)
+    if summary.value_range is not None:
+        return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
+    # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
+    if q.shape[0] < summary.k.shape[1]:
+        return _attend_few(q, summary)
+    return blocked_state(q, summary.k, summary.values, summary.log_mass)
+
+
+def _head_dim(summary: Summary) -> int | None:
+    """The number of channels of the queries, where tokens or the projection of a feature map determine it."""
+    rows = summary.k if isinstance(summary, WeightedKV) else getattr(summary.features, "projection", None)
+    return None if rows is None else rows.shape[-1]
+
+
+def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
+    """Attention of fewer queries than channels, as in decoding, without a copy of keys and values.
+
+    The weights are smaller than keys and values: absent keys are hidden, and values divided by masses, in the weights.
+    """
+    absent = tokens.mass == 0
+    logits = _products(q, tokens.k, ~absent) + tokens.log_mass[None, :]
+    peak = finite_peak(jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - peak[:, None])
+    shares = weights / jnp.where(absent, 1, tokens.mass)[None, :]
+    return normalise(shares @ tokens.value_sum, jnp.sum(weights, axis=-1), peak)
+
+
+@jax.custom_jvp
+def _products(q: Array, k: Array, present: Array) -> Array:
+    """Logits ``q k^T``, minus infinity for keys that are not present ``[M]``, which may be NaN."""
+    return jnp.where(present[None, :], q @ k.T, -jnp.inf)
+
+
+@_products.defjvp
+def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+    # Derivatives for queries are products with keys, where an absent key of NaN would give 0 times NaN. Only here keys
+    # are copied to be cleared: without a derivative, as in decoding, they are read in place.
+    (q, k, present), (q_tangent, k_tangent, _) = primals, tangents
+    cleared = jnp.where(present[:, None], k, jnp.zeros_like(k))
+    tangent = q_tangent @ cleared.T + q @ k_tangent.T
+    return _products(q, k, present), jnp.where(present[None, :], tangent, jnp.zeros_like(tangent))
+
+
+def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
+    """Attention over moments of any features, at the peak of each query's log-scales, a few queries at a time."""
+
+    def of_block(q: Array) -> AttentionState:
+        values, log_scale = moments.features(q)
+        log_scale = log_scale + moments.log_scale[None, :]
+        peak = finite_peak(jnp.max(log_scale, axis=-1))
+        weights = values * jnp.exp(log_scale - peak[:, None])
+        return normalise(weights @ moments.value_sum, weights @ moments.mass, peak)
+
+    block = feature_block(moments.features)
+    return of_block(q) if q.shape[0] <= block else map_rows(jax.checkpoint(of_block), q, block)
+
+
+def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionState:
+    r"""Attention over moments of positive features, with the directions w as keys: no feature of a query is stored.
+
+    .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
+              = e^{w_r \cdot q + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
+    """
+    assert isinstance(moments.features, PositiveFeatures)
+    absent = (moments.mass == 0) | (moments.log_scale == -jnp.inf)
+    mass = jnp.where(absent, 1, moments.mass)
+    bias = jnp.where(absent, HIDDEN, jnp.where(absent, 0, moments.log_scale) + jnp.log(mass))
+    state = kernels.state(q, moments.features.projection.astype(q.dtype), moments.value_sum / mass[:, None], bias)
+    of_query = squared_norm(q)[:, 0] / 2 + 0.5 * math.log(moments.features.num_features)
+    return AttentionState(state.out, state.lse - of_query)
+
+
+def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
+    """Attention over tokens with signed masses, by sums and not logarithms, clipped to the range of the values."""
+    assert summary.value_range is not None
+    # A token of no mass may have values (`BalanceKV`, `SubGen`): it counts in the numerator.
+    present = (summary.mass != 0) | jnp.any(summary.value_sum != 0, axis=1)
+    logits = _products(q, summary.k, present)
+    peak = finite_peak(jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - peak[:, None])
+    state = normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
+    # Exact attention never leaves the range; a quotient of signed sums may, without a limit.
+    low, high = summary.value_range[:, None, :]
+    has_answer = jnp.isfinite(state.lse)[:, None]
+    return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)
