@@ -31,6 +31,7 @@ from approx_attention.core.summaries import Summary, WeightedKV, require_scaled_
 from approx_attention.kernels import (
     AttentionState,
     along_with,
+    by_platform,
     even_split,
     in_blocks,
     mask_bias,
@@ -254,7 +255,7 @@ def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: 
     length = q_blocks.shape[0] * q_blocks.shape[1]
     in_turn = lambda q, blocks: _in_turn(running, past, first, q, blocks, length)[1]  # noqa: E731
     together = lambda q, blocks: _together(running, past, first, q, blocks, None)[1]  # noqa: E731
-    return lax.platform_dependent(q_blocks, blocks, cpu=in_turn, default=together)
+    return by_platform(q_blocks, blocks, cpu=in_turn, default=together)
 
 
 def scan_blocks(
@@ -277,7 +278,7 @@ def scan_blocks(
     running = running._replace(read=lambda state, read=running.read: require_scaled_space(_OWNER, read(state)))
     in_turn = lambda past, *args: _in_turn(running, past, first, *args)  # noqa: E731
     together = lambda past, *args: _together(running, past, first, *args)  # noqa: E731
-    return lax.platform_dependent(past, q_blocks, blocks, length, cpu=in_turn, default=together)
+    return by_platform(past, q_blocks, blocks, length, cpu=in_turn, default=together)
 
 
 def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
@@ -302,7 +303,7 @@ def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
         step = keeping_choices(lambda state, args: (jax.tree.map(lambda x: x[-1], append_all(state, *args)), None))
         return lax.scan(step, along_with(empty, *blocks), grouped)[0]
 
-    return lax.platform_dependent(blocks, cpu=in_turn, default=together)
+    return by_platform(blocks, cpu=in_turn, default=together)
 
 
 def _in_turn(
@@ -466,7 +467,7 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
         if not isinstance(summary, WeightedKV) or summary.value_range is not None:
             return apart(q, near.k, near.v, key_bias, summary)
         as_one = functools.partial(_as_one, running.near)
-        return lax.platform_dependent(q, near.k, near.v, key_bias, summary, cpu=apart, default=as_one)
+        return by_platform(q, near.k, near.v, key_bias, summary, cpu=apart, default=as_one)
     block_size = q.shape[0]
     visible = near.kv_mask[None, :] & jnp.tri(block_size, 2 * block_size, block_size, dtype=bool)
     nearby = running.near(q, near.k, near.v, mask_bias(visible, dtype))

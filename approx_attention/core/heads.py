@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from approx_attention.kernels import along_with
+from approx_attention.kernels import along_with, by_platform
 
 # Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
 # channels, or of 8 heads of 131,072. More heads than that fill no machine better, and their intermediate results would
@@ -28,7 +28,7 @@ def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False)
     if together:
         return jax.vmap(function)(slices)
     in_turn, at_once = functools.partial(lax.map, function), functools.partial(_at_once, function)
-    return lax.platform_dependent(slices, cpu=in_turn, default=at_once)
+    return by_platform(slices, cpu=in_turn, default=at_once)
 
 
 def _at_once(function: Callable[[Any], Any], slices: Any) -> Any:
@@ -158,7 +158,7 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
     if num_batches == 0 or not in_place:
         return transposed(each, operands)
     at_once = functools.partial(transposed, _at_once)
-    return lax.platform_dependent(operands, cpu=where_it_lies, default=at_once)
+    return by_platform(operands, cpu=where_it_lies, default=at_once)
 
 
 def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from approx_attention import kernels
@@ -20,7 +20,7 @@ from approx_attention.core.summaries import (
     feature_block,
     scaled_queries,
 )
-from approx_attention.kernels import HIDDEN, AttentionState, finite_peak, map_rows, normalise
+from approx_attention.kernels import HIDDEN, AttentionState, by_platform, finite_peak, map_rows, normalise
 
 
 def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
@@ -59,7 +59,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
-            return lax.platform_dependent(q, summary, cpu=_attend_moments, default=_attend_positive_moments)
+            return by_platform(q, summary, cpu=_attend_moments, default=_attend_positive_moments)
         return _attend_moments(q, summary)
     if summary.value_range is not None:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)

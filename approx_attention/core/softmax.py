@@ -7,11 +7,19 @@ Logits here are plain dot products: the scale is already folded into ``q`` and `
 import dataclasses
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from approx_attention import kernels
 from approx_attention.core.features import FeatureMap
-from approx_attention.kernels import HIDDEN, AttentionState, accumulation_dtype, dense_state, finite_peak, normalise
+from approx_attention.kernels import (
+    HIDDEN,
+    AttentionState,
+    accumulation_dtype,
+    by_platform,
+    dense_state,
+    finite_peak,
+    normalise,
+)
 
 Keys = tuple[Array, Array, Array]
 # Up to this number of logits, as in causal blocks and in decoding, a CPU takes all of them as one tile.
@@ -22,12 +30,12 @@ def tile_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> A
     """The state of few queries and keys: on a CPU its logits are kept for the backward pass, elsewhere never made."""
     if k.shape[0] == 0:
         return kernels.state(q, k, v, key_bias)
-    bias = () if key_bias is None else (key_bias,)
+    operands = (q, k, v) if key_bias is None else (q, k, v, key_bias)
 
     def dense(q: Array, k: Array, v: Array, *bias: Array) -> AttentionState:
         return dense_state(q, k, v, *(x[None, :] for x in bias))
 
-    return lax.platform_dependent(q, k, v, *bias, cpu=dense, default=kernels.state)
+    return by_platform(*operands, cpu=dense, default=kernels.state)
 
 
 def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
@@ -75,7 +83,7 @@ class SoftmaxNear:
         def fused(q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
             return kernels.state(q, k, v, key_bias, offset=offset, right=0, scale=self.scale)
 
-        return lax.platform_dependent(q, k, v, key_bias, cpu=dense, default=fused)
+        return by_platform(q, k, v, key_bias, cpu=dense, default=fused)
 
 
 def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:

@@ -1,6 +1,7 @@
 """Attention states, and the one operation that makes them: fused kernels on accelerators, tiles elsewhere."""
 
 from approx_attention.kernels.fused import Implementation, default_tiles, export_checks, state
+from approx_attention.kernels.platforms import by_platform
 from approx_attention.kernels.rows import (
     along_with,
     block_windows,
@@ -32,6 +33,7 @@ __all__ = [
     "accumulation_dtype",
     "along_with",
     "block_windows",
+    "by_platform",
     "default_tiles",
     "dense_state",
     "even_split",

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from approx_attention.kernels import xla
 from approx_attention.kernels.reach import Reach
-from approx_attention.kernels.rows import even_split, map_rows, out_of_blocks, pad_rows
+from approx_attention.kernels.rows import even_split, map_rows, out_of_blocks, pad_rows, round_up
 from approx_attention.kernels.states import AttentionState, merge
 from approx_attention.kernels.tiles import (
     GREATEST_TILE,
@@ -133,7 +133,7 @@ def window_state(q: Array, k: Array, v: Array, key_bias: Array | None = None, *,
     left, right = min(reach.left, num_queries - 1), min(reach.right, num_keys - 1)
     # A few narrow bands at a time, batched: enough rows for the matrix products, few keys outside the window. A band
     # has about as many rows as its window has keys, in multiples of 64 (whole vector registers), up to 1024.
-    span = _round_up(max(left + right, 1), 64)
+    span = round_up(max(left + right, 1), 64)
     band = min(span, 1024)
     bands = max(1, min(1024, num_queries) // band)
     rows = band * bands
@@ -164,10 +164,6 @@ def window_state(q: Array, k: Array, v: Array, key_bias: Array | None = None, *,
     q = pad_rows(q, blocks * rows - num_queries).reshape(blocks, rows, -1)
     state = lax.map(jax.checkpoint(block), (jnp.arange(blocks) * rows, q))
     return out_of_blocks(state, num_queries)
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def _causal(q: Array, k: Array, v: Array, bias: Array | None) -> Rows:

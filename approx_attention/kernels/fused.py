@@ -60,7 +60,8 @@ def state(
         implementation: by default the platform that a program is lowered for decides: a fused kernel for TPUs and
             NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
             ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. For tests, ``"interpret"``
-            and ``"interpret_gpu"`` run the code of the kernels for TPUs and for GPUs on any machine, slowly.
+            and ``"interpret_gpu"`` run the code of the kernels for TPUs and for GPUs on any machine, slowly; on a CPU
+            in float32, because XLA may have no product of bfloat16 there.
         tiles: sizes of the blocks of a fused kernel, by default `default_tiles`. A kernel for another platform passes
             over them.
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from approx_attention.kernels.reach import Reach
+from approx_attention.kernels.rows import round_up
 from approx_attention.kernels.tiles import HIDDEN
 
 LANES = 128
@@ -151,12 +152,8 @@ def fits(q: Array, v: Array) -> bool:
 
 def _fitted(tile: Tile, num_queries: int, num_keys: int) -> Tile:
     """A tile no larger than needed."""
-    rows, columns = (min(size, _round_up(n, LANES)) for size, n in ((tile.rows, num_queries), (tile.columns, num_keys)))
+    rows, columns = (min(size, round_up(n, LANES)) for size, n in ((tile.rows, num_queries), (tile.columns, num_keys)))
     return Tile(rows, columns, min(tile.strip, columns))
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 class _Call(NamedTuple):
@@ -248,7 +245,7 @@ class _Call(NamedTuple):
 
 def _sequence_last(x: Array, length: int) -> Array:
     """Rows ``[n, D]`` as ``[D', length]``, with zeros up to a length and a number of channels that fills registers."""
-    channels = x.shape[1] if x.shape[1] == 1 else _round_up(x.shape[1], 32 // x.dtype.itemsize)
+    channels = x.shape[1] if x.shape[1] == 1 else round_up(x.shape[1], 32 // x.dtype.itemsize)
     return jnp.pad(x.T, ((0, channels - x.shape[1]), (0, length - x.shape[0])))
 
 

@@ -7,18 +7,32 @@ whether the program is partitioned automatically over devices, which no fused ke
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
+from approx_attention.kernels.rows import along_with
+
+Outputs = TypeVar("Outputs")
 # Which operands are mapped, along their leading axis, by one `jax.vmap`.
 Mapped = tuple[bool, ...]
 Options = tuple[tuple[str, Any], ...]
+
+
+def by_platform(*operands: Any, cpu: Callable[..., Outputs], default: Callable[..., Outputs]) -> Outputs:
+    """The outputs of one of two forms, for CPUs and for all other platforms, both made of operations of JAX.
+
+    In shard_map outputs vary over all axes of the mesh over which an operand does, whichever form they are from.
+    """
+    leaves = jax.tree.leaves(operands)
+    if any(getattr(jax.typeof(x), "mat", None) != getattr(jax.typeof(0), "mat", None) for x in leaves):
+        cpu, default = (lambda *x, form=form: along_with(form(*x), x) for form in (cpu, default))
+    return lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
 class ByPlatform:

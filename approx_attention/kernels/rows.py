@@ -51,6 +51,11 @@ def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:
     return out_of_blocks(lax.map(function, jax.tree.map(lambda x: in_blocks(x, rows), tree)), num_rows)
 
 
+def round_up(length: int, multiple: int) -> int:
+    """The least multiple that is not below a length."""
+    return -(-length // multiple) * multiple
+
+
 def even_split(length: int, block_size: int) -> tuple[int, int]:
     """The number of blocks of at most ``block_size``, and the least common size that covers ``length``."""
     blocks = max(1, -(-length // block_size))

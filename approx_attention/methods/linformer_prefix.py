@@ -13,6 +13,7 @@ from approx_attention.core import (
     GROUP_NUMBERS,
     HIDDEN,
     along_with,
+    by_platform,
     even_split,
     in_blocks,
     out_of_blocks,
@@ -144,7 +145,7 @@ def causal_outputs(
 
     empty = LinformerPrefix.empty(of_keys.matrix.shape[0], k.shape[1], v.shape[1], k.dtype)
     in_turn, together = functools.partial(_in_turn, attend, empty), functools.partial(_together, attend, empty)
-    return out_of_blocks(lax.platform_dependent(blocks, cpu=in_turn, default=together), num_queries)
+    return out_of_blocks(by_platform(blocks, cpu=in_turn, default=together), num_queries)
 
 
 def _in_turn(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) -> Array:

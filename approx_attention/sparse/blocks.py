@@ -18,6 +18,7 @@ from approx_attention.core import (
     HIDDEN,
     KEY_BLOCK,
     AttentionState,
+    by_platform,
     check_count,
     check_counts,
     dense_state,
@@ -343,7 +344,7 @@ def _attend_lists(
     """Blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, a few at a time."""
     forms = (functools.partial(_lists_in_turns, logits=logits) for logits in (LOGITS, ACCELERATOR_LOGITS))
     cpu, default = forms
-    return lax.platform_dependent(q_blocks, tokens, lists, bias, cpu=cpu, default=default)
+    return by_platform(q_blocks, tokens, lists, bias, cpu=cpu, default=default)
 
 
 def _lists_in_turns(

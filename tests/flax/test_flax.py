@@ -16,6 +16,7 @@ from approx_attention import METHODS, attention, exact
 from approx_attention import linen as ours_linen
 from approx_attention import nnx as ours
 from tests.cases import lifted, settings, unless_slow
+from tests.programs import equations
 from tests.references import having, random_heads
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -79,16 +80,16 @@ def test_padding_masks_of_any_type(dtype):
     assert np.abs(favor()(soiled, is_causal=False) - favor()(soiled, mask=mask))[1].max() > 1e-3
 
 
-def test_computation_type_and_precision_are_honoured():
-    fn = ours.ApproxAttention("mean_value")
+@pytest.mark.parametrize("name", ["exact", "favor", "mean_value"])
+def test_computation_type_and_precision_are_honoured(name):
+    fn = ours.ApproxAttention(name, rngs=nnx.Rngs(0), **settings(name))
     query, key, value = random_heads(0, 1, 4, 4, 2, 2)
     assert fn(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
     for precision in (jax.lax.Precision.HIGHEST, "highest"):
-        text = str(jax.make_jaxpr(lambda q: fn(q, key, value))(query))
-        with_precision = str(jax.make_jaxpr(lambda q, p=precision: fn(q, key, value, precision=p))(query))
-        assert "HIGHEST" in with_precision or with_precision == text.replace("DEFAULT", "HIGHEST")
-    exact = ours.ApproxAttention("exact")
-    assert "HIGHEST" in str(jax.make_jaxpr(lambda q: exact(q, key, value, precision="highest"))(query))
+        jaxpr = jax.make_jaxpr(lambda q, p=precision: fn(q, key, value, precision=p))(query).jaxpr
+        found = [x.params["precision"] for x, _ in equations(jaxpr) if x.primitive.name == "dot_general"]
+        assert set(found) <= {(jax.lax.Precision.HIGHEST,) * 2}
+        assert found or name == "mean_value"
 
 
 def test_what_a_method_cannot_follow_is_refused():

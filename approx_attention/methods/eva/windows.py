@@ -12,6 +12,7 @@ from approx_attention.core import (
     LEAST_TILE,
     AttentionState,
     block_windows,
+    by_platform,
     dense_state,
     joined_state,
     mask_bias,
@@ -75,7 +76,7 @@ def attend_windows(
     def block(args: Any) -> AttentionState:
         first, q, near = args
         operands = first + jnp.arange(together, dtype=jnp.int32), q, *near
-        return lax.platform_dependent(*operands, cpu=apart, default=as_one) if is_one_set else apart(*operands)
+        return by_platform(*operands, cpu=apart, default=as_one) if is_one_set else apart(*operands)
 
     key_bias = mask_bias(real_keys(kv_mask, k.shape[0]), dtype)
     near = tuple(
