@@ -10,23 +10,33 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 COSTLY := top_k,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 
-.PHONY: compare test test-slow lint format docs bench aot experiments readme sample check-wheel clean
+.PHONY: compare test pytest test-slow lint style types imports format docs bench aot experiments readme sample check-wheel clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
 	$(BIN)/approx-attention compare $(FILE) --out out $(ARGS)
 
-test: lint
+# Style and types are checked beside the tests; at the end it says how long each stage took.
+test: $(VENV)/.dev
+	$(BIN)/python -m tests.stages "pytest" "style types imports"
+
+pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Checks that take too long for every change.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: style types imports
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+
+types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(VENV)/.dev
 	$(BIN)/lint-imports --cache-dir .cache/imports
 
 format: $(VENV)/.dev

@@ -1,17 +1,36 @@
 """Strict promotion, eight CPU devices, a compilation cache, and the shapes of public signatures checked at run time."""
 
+import gc
 import itertools
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
 import jaxtyping
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
-# Almost all of a test's time is compilation.
+# Almost all of a test's time is compilation: programs that are compiled in a third of the time, and run slower.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def _compile_quickly():
+    # XLA ends a process that gives it a flag that it does not know, so another process tries them.
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"}
+    parse = "import jaxlib.xla_client as xla; xla.CompileOptions().executable_build_options.debug_options"
+    tried = subprocess.run([sys.executable, "-c", parse], env=os.environ | flags, capture_output=True, check=False)
+    if tried.returncode == 0:
+        os.environ.update(flags)
+
+
+# Workers of pytest-xdist have the environment of the process that started them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compile_quickly()
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_num_cpu_devices", 8)
 # On an accelerator products are rounded by default, by more than most tests allow.
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,6 +45,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_threa
 
 CHECKED = ["approx_attention.api", "approx_attention.core.checks", "approx_attention.methods"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rare_collections():
+    """Python looks for garbage rarely: traces are many small objects, a fifth of whose time would go there."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 _tests_done = itertools.count(1)
