@@ -20,6 +20,7 @@ from benchmarks import (
     exact,
     kernels,
     low_rank,
+    ratios,
     report,
     scaling,
     sparse_patterns,
@@ -105,6 +106,13 @@ def tensor_command(longest: int, rounds: int) -> None:
 def decode_command(longest: int, rounds: int) -> None:
     """Tokens per second and bytes of cache of a small language model, against exact attention."""
     _write("decode", decode.measure(longest, rounds))
+
+
+@main.command("ratios")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+def ratios_command(rounds: int) -> None:
+    """Ratios of times on a CPU: causal forms, gradients, decoding, sparse attention, PyTorch, the import."""
+    _write("ratios", ratios.measure(rounds))
 
 
 @main.command("collectives")

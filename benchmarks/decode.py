@@ -1,7 +1,7 @@
 """Decoding: tokens per second and bytes of cache of a small language model, by the length of what it has read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,23 +76,29 @@ def _cached(method: str, length: int, prompt: Array) -> tuple[LanguageModel, int
     return model, num_bytes
 
 
+def calls(length: int, methods: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """Calls that continue a prompt with exact attention over plain caches and with methods, and the bytes they hold."""
+    prompt = jax.random.randint(jax.random.key(1), (1, length), 0, VOCABULARY)
+    makers: dict[str, Callable[[], tuple[LanguageModel, int]]] = {
+        **{f"exact, {name}": functools.partial(_plain, name, length) for name in PLAIN},
+        **{name: functools.partial(_cached, name, length, prompt) for name in methods},
+    }
+    made: dict[str, Callable[[], Any]] = {}
+    held = {}
+    for arm, make in makers.items():
+        model, held[arm] = make()
+        logits = jnp.zeros((1, VOCABULARY))
+        made[arm] = functools.partial(continue_tokens, model, logits, jax.random.key(0), STEPS, 0.0)
+    return made, held
+
+
 def measure(longest: int, rounds: int) -> dict[str, Any]:
     """Seconds per token and bytes of cache of every method that decodes, beside exact attention with plain caches."""
     rows: list[dict[str, Any]] = []
     decoding = [name for name, method in METHODS.items() if method.capabilities.decode]
     for length in (n for n in (1024, 8192, 32768) if n <= longest):
-        prompt = jax.random.randint(jax.random.key(1), (1, length), 0, VOCABULARY)
-        makers: dict[str, Callable[[], tuple[LanguageModel, int]]] = {
-            **{f"exact, {name}": functools.partial(_plain, name, length) for name in PLAIN},
-            **{name: functools.partial(_cached, name, length, prompt) for name in decoding},
-        }
-        calls: dict[str, Callable[[], Any]] = {}
-        held = {}
-        for arm, make in makers.items():
-            model, held[arm] = make()
-            logits = jnp.zeros((1, VOCABULARY))
-            calls[arm] = functools.partial(continue_tokens, model, logits, jax.random.key(0), STEPS, 0.0)
-        for arm, timing in time_interleaved(calls, rounds=rounds, patience=60).items():
+        made, held = calls(length, decoding)
+        for arm, timing in time_interleaved(made, rounds=rounds, patience=60).items():
             row = {"arm": arm, "length": length, "seconds": timing.least / STEPS, "cache_bytes": held[arm]}
             rows.append(row)
             Console().print(f"{length:6} {arm:18} {1 / row['seconds']:8.0f} tokens/s  {held[arm] / 2**20:7.2f} MiB")
