@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
     WeightedKV,
     accumulation_dtype,
-    blocked_state,
     check_choice,
     check_count,
     check_key_value_fit,
@@ -150,7 +150,7 @@ def sensitivity(
 
     def value_and_slope(q: Array) -> tuple[Array, Array]:
         """f and its gradient at queries ``[S, D]``, one for each key."""
-        state = blocked_state(q, k, k, bias)
+        state = kernels.state(q, k, k, bias)
         return state.lse - jnp.sum(q * k, axis=1), state.out - k
 
     def onto_ball(q: Array) -> Array:

@@ -109,10 +109,8 @@ from approx_attention.core.sketches import (
 )
 from approx_attention.core.softmax import (
     SoftmaxNear,
-    blocked_state,
     joined_state,
     kernel_state,
-    tile_state,
 )
 from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
@@ -194,7 +192,6 @@ __all__ = [
     "averaging_matrix",
     "back",
     "block_windows",
-    "blocked_state",
     "broadcast",
     "by_kv_head",
     "by_platform",
@@ -290,7 +287,6 @@ __all__ = [
     "subtract",
     "summary_bytes",
     "sums_so_far",
-    "tile_state",
     "token_sums_inputs",
     "unknown",
     "within",

@@ -6,10 +6,17 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from approx_attention.kernels import OUTPUT
+
 _CHOICE = "choice"
 
 # `jax.checkpoint` that recomputes everything except what is `kept`.
 keeping_choices = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE))
+
+# One that recomputes whole heads: of these it stores what their attention returns too.
+keeping_outputs = functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE, OUTPUT)
+)
 
 
 def kept(choice: Array) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from approx_attention.core.choices import keeping_outputs
 from approx_attention.kernels import along_with, by_platform
 
 # Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
@@ -146,7 +147,8 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
 
     def derivative(primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
         def result(operands: Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
-            return along_with(transposed(lax.map, operands), operands)
+            in_turn = lambda head, slices: lax.map(keeping_outputs(head), slices)  # noqa: E731
+            return along_with(transposed(in_turn, operands), operands)
 
         return jax.jvp(result, primals, tangents)
 

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from approx_attention import kernels
 from approx_attention.core.checks import accumulation_dtype, check_rows
 from approx_attention.core.features import PositiveFeatures, squared_norm
-from approx_attention.core.softmax import blocked_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
     FeatureMoments,
@@ -66,7 +65,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
     if q.shape[0] < summary.k.shape[1]:
         return _attend_few(q, summary)
-    return blocked_state(q, summary.k, summary.values, summary.log_mass)
+    return kernels.state(q, summary.k, summary.values, summary.log_mass)
 
 
 def _head_dim(summary: Summary) -> int | None:

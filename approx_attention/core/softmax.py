@@ -15,33 +15,12 @@ from approx_attention.kernels import (
     HIDDEN,
     AttentionState,
     accumulation_dtype,
-    by_platform,
     dense_state,
     finite_peak,
     normalise,
 )
 
 Keys = tuple[Array, Array, Array]
-# Up to this number of logits, as in causal blocks and in decoding, a CPU takes all of them as one tile.
-KEPT_TILE = 2**16
-
-
-def tile_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
-    """The state of few queries and keys: on a CPU its logits are kept for the backward pass, elsewhere never made."""
-    if k.shape[0] == 0:
-        return kernels.state(q, k, v, key_bias)
-    operands = (q, k, v) if key_bias is None else (q, k, v, key_bias)
-
-    def dense(q: Array, k: Array, v: Array, *bias: Array) -> AttentionState:
-        return dense_state(q, k, v, *(x[None, :] for x in bias))
-
-    return by_platform(*operands, cpu=dense, default=kernels.state)
-
-
-def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
-    """Softmax attention as `dense_state` with a bias ``[S]`` on keys, in memory linear in T and S."""
-    form = kernels.state if q.shape[0] * k.shape[0] > KEPT_TILE else tile_state
-    return form(q, k, v, key_bias)
 
 
 def joined_state(q: Array, far: Keys, near: Keys, *, last: int | None = None) -> AttentionState:
@@ -73,17 +52,7 @@ class SoftmaxNear:
 
     def causal(self, q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
         """The state of T queries that are the last T of S tokens: query t sees S - T + t keys, with a bias ``[S]``."""
-        num_queries, num_keys = q.shape[0], k.shape[0]
-        offset = num_keys - num_queries
-
-        def dense(q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
-            seen = jnp.tri(num_queries, num_keys, offset, dtype=bool)
-            return self(q, k, v, jnp.where(seen, key_bias[None, :], HIDDEN))
-
-        def fused(q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
-            return kernels.state(q, k, v, key_bias, offset=offset, right=0, scale=self.scale)
-
-        return by_platform(q, k, v, key_bias, cpu=dense, default=fused)
+        return kernels.state(q, k, v, key_bias, offset=k.shape[0] - q.shape[0], right=0, scale=self.scale)
 
 
 def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from approx_attention import kernels
 from approx_attention.core.checks import accumulation_dtype, real_keys, token_sums_inputs
 from approx_attention.core.features import FeatureMap, PositiveFeatures, SignedFeatures, squared_norm
-from approx_attention.core.softmax import blocked_state
 from approx_attention.kernels import (
     HIDDEN,
     finite_peak,
@@ -186,7 +186,7 @@ class FeatureMoments(_InSpace):
         key_bias = -squared_norm(k)[:, 0] / 2
         if kv_mask is not None:
             key_bias = jnp.where(kv_mask, key_bias, HIDDEN)
-        state = blocked_state(features.projection.astype(k.dtype), k, v, key_bias)
+        state = kernels.state(features.projection.astype(k.dtype), k, v, key_bias)
         # Masses are 1 in value, at the log-scale of their own sum; the gradient of the sum flows through them.
         log_scale = lax.stop_gradient(state.lse)
         mass = jnp.exp(state.lse - finite_peak(log_scale))

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.core import WeightedKV, blocked_state, check_choice, keep_count, squared_norm
+from approx_attention import kernels
+from approx_attention.core import WeightedKV, check_choice, keep_count, squared_norm
 from approx_attention.coresets.clustering import (
     better_weights,
     cholesky_places,
@@ -134,7 +135,7 @@ class Herding:
         # The largest exponential becomes 1, so that none overflows; a common factor changes no choice.
         shift = jnp.max(squared_norm(x))
         # The kernel's mean over all tokens is softmax attention of the points over themselves, without an S x S matrix.
-        state = blocked_state(x, x, values, tokens.log_mass)
+        state = kernels.state(x, x, values, tokens.log_mass)
         log_scale = state.lse - jnp.log(jnp.where(jnp.sum(mass) > 0, jnp.sum(mass), 1)) - shift
         mean = jnp.exp(log_scale) * jnp.sum(values * state.out, axis=1)
         own = jnp.exp(squared_norm(x)[:, 0] - shift) * squared_norm(values)[:, 0]

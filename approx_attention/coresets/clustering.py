@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     LEAST_TILE,
     WeightedKV,
     attend,
-    blocked_state,
     in_float32,
     kept,
     map_rows,
@@ -232,7 +232,7 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
     half = exponent * squared_norm(c)[:, 0] / 2
     # Values less their mean: the ridge shrinks weights, and so pulls outputs to the mean and not to 0.
     middle = jnp.sum(tokens.value_sum, axis=0) / jnp.where(jnp.sum(tokens.mass) > 0, jnp.sum(tokens.mass), 1)
-    state = blocked_state(exponent * c, tokens.k, tokens.values - middle[None, :], tokens.log_mass)
+    state = kernels.state(exponent * c, tokens.k, tokens.values - middle[None, :], tokens.log_mass)
     log_size = jnp.where(present, state.lse - half, -jnp.inf)
     # The largest sum becomes 1 before the solve, which is linear: no exponential overflows, and the shift is undone
     # with the weights.

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.core import WeightedKV, blocked_state, require_scaled_space, squared_norm
+from approx_attention import kernels
+from approx_attention.core import WeightedKV, require_scaled_space, squared_norm
 from approx_attention.coresets.clustering import random_places
 
 
@@ -70,7 +71,7 @@ def sensitivities(tokens: WeightedKV, ratio: Array, key: Array, sample: int = 10
     scale = jnp.sum(tokens.mass) / jnp.where(jnp.sum(chosen) > 0, jnp.sum(chosen), 1)
     log_scale = jnp.log(jnp.where(scale > 0, scale, 1))
     # Only the normaliser is wanted: one channel of keys stands in for the values.
-    others = blocked_state(ratio * k, k[place], k[place, :1], log_mass[place]).lse + log_scale
+    others = kernels.state(ratio * k, k[place], k[place, :1], log_mass[place]).lse + log_scale
     # A token outside the sample is added to its own normaliser, of which it is a part: shares stay at most 1.
     missing = jnp.ones_like(own).at[place].set(0) > 0
     return jnp.where(tokens.mass > 0, jnp.exp(own - jnp.where(missing, jnp.logaddexp(own, others), others)), 0)

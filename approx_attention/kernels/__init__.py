@@ -1,6 +1,6 @@
 """Attention states, and the one operation that makes them: fused kernels on accelerators, tiles elsewhere."""
 
-from approx_attention.kernels.fused import Implementation, default_tiles, export_checks, state
+from approx_attention.kernels.fused import OUTPUT, Implementation, default_tiles, export_checks, state
 from approx_attention.kernels.platforms import by_platform
 from approx_attention.kernels.rows import (
     along_with,
@@ -28,6 +28,7 @@ __all__ = [
     "HIDDEN",
     "KEY_BLOCK",
     "LEAST_TILE",
+    "OUTPUT",
     "AttentionState",
     "Implementation",
     "accumulation_dtype",

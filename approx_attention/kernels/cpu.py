@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from approx_attention.kernels import xla
@@ -36,6 +37,8 @@ CAUSAL = Reach(right=0)
 LEAST_CAUSAL_TILE, GREATEST_CAUSAL_TILE = 512, 1024
 # Tiles on the diagonal are split into strips of this many queries: the masked half of a strip is small.
 STRIP = 128
+# Up to this number of logits, as in causal blocks and in decoding, all are one tile.
+ONE_TILE = 2**16
 # A relative error of weights that the gradient does not let pass: a hundred roundings of float32.
 NOTICEABLE = 1e-5
 
@@ -43,6 +46,8 @@ NOTICEABLE = 1e-5
 def forward(q: Array, k: Array, v: Array, scale: Array, bias: Array | None = None, *, reach: Reach, **_: Any) -> Rows:
     """Attention by the form that fits the reach."""
     q, k, v = _in_float32(q, k, v, scale)
+    if q.shape[0] * k.shape[0] <= ONE_TILE:
+        return normalised(tile_sums(q, k, v, bias, seen=_seen(reach, q, k)), q.shape[0])
     if reach.is_full:
         return _rows(blocked_state(q, k, v, bias))
     if reach == CAUSAL and q.shape[0] == k.shape[0]:
@@ -70,7 +75,9 @@ def backward(
     """The gradients of `xla.backward`."""
     q, k, v = _in_float32(q, k, v, scale)
     rows = out, peak, log_total, d_out, d_lse
-    if reach.is_full or (reach == CAUSAL and q.shape[0] == k.shape[0]):
+    if q.shape[0] * k.shape[0] <= ONE_TILE:
+        gradients = _tile_backward(q, k, v, d_out, d_lse, bias, reach=reach)
+    elif reach.is_full or (reach == CAUSAL and q.shape[0] == k.shape[0]):
         gradients = _streamed_backward(q, k, v, *rows, bias, reach=reach)
     elif _is_window(reach):
         state = functools.partial(window_state, reach=reach)
@@ -92,8 +99,42 @@ def _rows(state: AttentionState) -> Rows:
     return Rows(state.out, jnp.where(state.lse == -jnp.inf, HIDDEN, state.lse), jnp.zeros_like(state.lse))
 
 
+def _seen(reach: Reach, q: Array, k: Array) -> Array | None:
+    """Which keys each query sees ``[T, S]``; None for all."""
+    if reach.is_full:
+        return None
+    return reach.seen(np.arange(q.shape[0])[:, None], np.arange(k.shape[0])[None, :])
+
+
 def _is_window(reach: Reach) -> bool:
     return reach.left is not None and reach.left >= 0 and reach.right is not None and reach.offset == 0
+
+
+def _tile_backward(
+    q: Array, k: Array, v: Array, d_out: Array, d_lse: Array, bias: Array | None, *, reach: Reach
+) -> tuple[Array, ...]:
+    """Gradients of one tile for a scale of 1, transposed as those of `_streamed_backward`.
+
+    All is computed again from the logits, also the normalisers: so where a backward pass repeats the forward pass, as
+    under `jax.checkpoint`, no outputs need be repeated.
+    """
+    logits, seen = k @ q.T, _seen(reach, q, k)
+    logits = logits if bias is None else logits + bias[:, None]
+    logits = logits if seen is None else jnp.where(seen.T, logits, HIDDEN)
+    peak = lax.stop_gradient(jnp.max(logits, axis=0))
+    weights = jnp.exp(logits - peak[None, :])
+    weights = weights / jnp.sum(weights, axis=0)[None, :]
+    sees = sees_a_key(peak)
+    d_out, d_lse = jnp.where(sees[:, None], d_out, 0), jnp.where(sees, d_lse, 0)
+    d_weights = v @ d_out.T
+    d_logits = weights * (d_weights - (jnp.sum(weights * d_weights, axis=0) - d_lse)[None, :])
+    gradients = _transposed_product(k, d_logits), d_logits @ q, weights @ d_out
+    return gradients if bias is None else (*gradients, jnp.sum(d_logits, axis=1))
+
+
+def _transposed_product(k: Array, d_logits: Array) -> Array:
+    """``d_logits.T @ k``; the barrier keeps XLA from that form, whose large operand would be transposed."""
+    return lax.optimization_barrier(k.T @ d_logits).T
 
 
 # The backward pass recomputes the logits of a tile, so that no T x S array is stored.
@@ -274,8 +315,7 @@ def _streamed_backward(
         (q, d_out, delta, peak, log_total), (k, v, bias) = at(queries, i, rows), at(keys, j, columns)
         weights = weights_of(transposed_logits(q, k, bias, lower), peak[None, :], log_total[None, :])
         d_logits = weights * (v @ d_out.T - delta[None, :])
-        # The barrier keeps XLA from turning this into d_logits.T @ k, whose large operand would be transposed.
-        terms = lax.optimization_barrier(k.T @ d_logits).T, d_logits @ q, weights @ d_out
+        terms = _transposed_product(k, d_logits), d_logits @ q, weights @ d_out
         terms += () if bias is None else (jnp.sum(d_logits, axis=1),)
         indices = (i, j, j, j)[: len(terms)]
         return tuple(add_to(x, index, term) for x, index, term in zip(gradients, indices, terms, strict=True))

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from approx_attention.kernels import cpu, xla
@@ -24,6 +25,9 @@ from approx_attention.kernels.tiles import HIDDEN, Rows, accumulation_dtype, see
 
 Implementation = Literal["xla", "pallas", "interpret", "interpret_gpu"]
 _KERNELS = {"tpu": "mosaic", "cuda": "triton"}
+
+# The name by which a policy of `jax.checkpoint` keeps what the operation returns: its gradient needs it.
+OUTPUT = "attention state"
 
 
 def state(
@@ -319,7 +323,7 @@ _backward = ByPlatform(
 
 
 def _forward_jvp(primals: Any, tangents: Any, mapped: Any, options: Any) -> Any:
-    outputs = _forward.bind(*primals, mapped=mapped, options=options)
+    outputs = [checkpoint_name(x, OUTPUT) for x in _forward.bind(*primals, mapped=mapped, options=options)]
     q, k, v, scale, *bias = primals
     # Outputs are mapped wherever an operand is, and a tangent where its operand is.
     levels = tuple((*level[:4], True, True, True, *level[4:], *level) for level in mapped)

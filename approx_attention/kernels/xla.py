@@ -118,6 +118,9 @@ def over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, spans: list
     count = sum(end - first for _, first, end in spans)
     if not count:
         return carry
+    if count == 1:
+        i, j, _ = spans[0]
+        return step(carry, jnp.int32(i), jnp.int32(j))
     rows, firsts, ends = (jnp.asarray(np.array(x, np.int32)) for x in zip(*spans, strict=True))
 
     def body(_: Any, place: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
     RealFirst,
     TokenSums,
     averaging_matrix,
-    blocked_state,
     check_choice,
     check_count,
     check_flag,
@@ -115,7 +115,7 @@ def linformer(
     slots_k, present = projected_slots("projection_k", k, projection_k, num_slots, kv_mask, renormalize)
     slots_v, _ = projected_slots("projection_v", v, projection_v, num_slots, kv_mask, renormalize)
     _check_slots(slots_k, slots_v)
-    return blocked_state(q, slots_k, slots_v, mask_bias(present, q.dtype)).out.astype(dtype)
+    return kernels.state(q, slots_k, slots_v, mask_bias(present, q.dtype)).out.astype(dtype)
 
 
 def _columns(name: str, projection: Any, num_keys: int) -> Array:

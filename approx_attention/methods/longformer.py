@@ -9,7 +9,6 @@ from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     AttentionState,
-    blocked_state,
     check_count,
     head_inputs,
     mask_bias,
@@ -77,12 +76,12 @@ def longformer(
         state = kernels.state(q, k, v, not_global, left=left, right=0 if is_causal else left)
         if num_global == 0:
             return state
-        columns = blocked_state(q, *(x[:num_global] for x in (k, v, bias)))
+        columns = kernels.state(q, *(x[:num_global] for x in (k, v, bias)))
         # Global queries see all keys, so that theirs is no merged state but another one.
         if is_causal:
             rows = kernels.state(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
         else:
-            rows = blocked_state(q[:num_global], k, v, bias)
+            rows = kernels.state(q[:num_global], k, v, bias)
         return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
 
     return over_real_tokens(window_and_global, q, k, v, kv_mask, is_causal=is_causal)

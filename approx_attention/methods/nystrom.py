@@ -8,8 +8,8 @@ import jax.scipy.linalg
 from jax import Array
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
-    blocked_state,
     check_choice,
     check_count,
     check_number,
@@ -97,7 +97,7 @@ def nystrom(
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     landmark_bias = None if present is None else mask_bias(present, q.dtype)
 
-    averages = blocked_state(q_bar, k, v, key_bias).out
+    averages = kernels.state(q_bar, k, v, key_bias).out
     # An inverse amplifies rounding by the condition number: the products of M x M matrices are not rounded.
     with in_float32():
         # An absent landmark is a row or column of zeros, of which every inverse makes a column or row of zeros.
@@ -110,7 +110,7 @@ def nystrom(
         else:
             z = jnp.linalg.pinv(a, rtol=rcond)
         values = z @ averages
-    return blocked_state(q, k_bar, values, landmark_bias).out.astype(dtype)
+    return kernels.state(q, k_bar, values, landmark_bias).out.astype(dtype)
 
 
 def _iterated_inverse(a: Array, num_iterations: int) -> Array:

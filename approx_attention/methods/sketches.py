@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     SKETCHES,
@@ -19,7 +20,6 @@ from approx_attention.core import (
     WeightedKV,
     attend,
     back,
-    blocked_state,
     check_choice,
     check_count,
     check_flag,
@@ -116,7 +116,7 @@ def unreduced_jlt(
         # The sketch of the real rows alone: random numbers go by place, and padding must change none of them.
         order = RealFirst.of(kv_mask)
         v = order.back(_through_real_sketch(order.front(v), count_real(kv_mask), sketch, sketch_size, key))
-    state = blocked_state(q, k, v, key_bias)
+    state = kernels.state(q, k, v, key_bias)
     # A query that sees no key gives 0, not the mean; NaN must come out, not turn to 0.
     seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
     return dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
-    blocked_state,
     check_count,
     check_floating,
     check_key,
@@ -114,5 +114,5 @@ def skyformer(
 
 def _gaussian_sums(x: Array, y: Array, w: Array, present: Array) -> Array:
     r"""The sums :math:`\sum_j e^{-\|x_i - y_j\|^2 / 2} w_j` over the rows y that are present, as softmax attention."""
-    state = blocked_state(x, y, w, jnp.where(present, -squared_norm(y)[:, 0] / 2, HIDDEN))
+    state = kernels.state(x, y, w, jnp.where(present, -squared_norm(y)[:, 0] / 2, HIDDEN))
     return state.out * jnp.exp(state.lse[:, None] - squared_norm(x) / 2)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
     KEY_BLOCK,
@@ -28,7 +29,6 @@ from approx_attention.core import (
     out_of_blocks,
     pad_rows,
     real_keys,
-    tile_state,
 )
 from approx_attention.sparse.patterns import SparsePattern
 
@@ -371,7 +371,7 @@ def _lists_in_turns(
         """Blocks of queries ``[m, b, D]`` over the blocks of keys in ``listed [m, width]``."""
         k, v, key_bias = jax.tree.map(lambda x: x[listed].reshape(together, reach, *x.shape[2:]), tokens)
         if masks is None:
-            return jax.vmap(tile_state)(q, k, v, key_bias)
+            return jax.vmap(kernels.state)(q, k, v, key_bias)
         if key_bias is not None:
             masks = jnp.where(key_bias[:, None, :] <= HIDDEN / 2, HIDDEN, masks)
         if len(masks) == 1:

@@ -11,7 +11,6 @@ from jax.test_util import check_grads
 from approx_attention import kernels
 from approx_attention.core import (
     HIDDEN,
-    blocked_state,
     dense_state,
     streamed_state,
 )
@@ -22,6 +21,7 @@ from tests.references import brute_force, causal_mask, random_head
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 64 by 64, so that a short sequence has several."""
+    monkeypatch.setattr(cpu, "ONE_TILE", 64 * 64)
     monkeypatch.setattr(cpu, "KEY_BLOCK", 64)
     monkeypatch.setattr(cpu, "LEAST_TILE", 64)
     monkeypatch.setattr(cpu, "GREATEST_TILE", 64 * 64)
@@ -76,14 +76,14 @@ def value_gradient_in_float64(q, k, v, d_out, visible):
 FORMS = [
     (False, streamed_state),
     (True, functools.partial(streamed_state, is_causal=True)),
-    (False, blocked_state),
+    (False, kernels.state),
     (False, functools.partial(kernels.state, left=40, right=25)),
     (True, functools.partial(kernels.state, left=40, right=0)),
 ]
 
 
 @pytest.mark.parametrize(("is_causal", "form"), FORMS)
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(300, 300), (70, 1300)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(60, 60), (300, 300), (70, 1300)])
 def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, num_keys):
     offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
     visible = offset <= 0 if is_causal else np.ones_like(offset, bool)
@@ -130,7 +130,7 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [blocked_state, functools.partial(kernels.state, left=40, right=3)])
+@pytest.mark.parametrize("form", [kernels.state, functools.partial(kernels.state, left=40, right=3)])
 def test_gradients_against_finite_differences(form, x64):
     q, k, v = random_head(5, 13, 13, 3, dtype=jnp.float64)
     bias = jnp.where(jnp.arange(13) % 4 == 1, HIDDEN, 0.1 * jnp.arange(13.0))
