@@ -103,10 +103,10 @@ def compress_tokens(
         TypeError: tensors that are not floating point, counts that are no integers.
 
     Example:
-        >>> import jax
+        >>> import functools, jax
         >>> from approx_attention import attend, compress_tokens, exact
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (256, 8)) for i in range(3))
-        >>> small = compress_tokens(k, v, jax.random.key(3), budget=64)
+        >>> small = jax.jit(functools.partial(compress_tokens, budget=64))(k, v, jax.random.key(3))
         >>> out = attend(q, small).out
         >>> bool(abs(out - exact(q, k, v)).max() < 0.5)
         True
@@ -257,7 +257,7 @@ def running_compressed(
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention.decoding import running_compressed
         >>> running = running_compressed(4, jax.random.key(0), budget=16, coreset_size=8)
-        >>> running.read(running.init(4, jnp.float32)).mass.shape
+        >>> jax.eval_shape(lambda: running.read(running.init(4, jnp.float32)).mass).shape
         (24,)
     """
     head_dim, budget = check_counts(head_dim=head_dim, budget=budget)
@@ -318,18 +318,18 @@ def compress_cache(
         ValueError: as in `compress_tokens`, counts below 1, a cache whose tokens carry a scale.
 
     Example:
-        >>> import jax
+        >>> import functools, jax
         >>> from approx_attention import Decoder, compress_cache
         >>> from approx_attention.decoding import running_compressed
         >>> from approx_attention.methods import running_exact
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (100, 4)) for i in range(3))
         >>> sizes, key = dict(head_dim=4, value_dim=4, block_size=10), jax.random.key(3)
         >>> decoder = Decoder(running=running_exact(4, max_length=100), **sizes)
-        >>> _, cache = decoder.prefill(decoder.init(), q, k, v)
-        >>> cache = compress_cache(cache, key, budget=16, coreset_size=8)
+        >>> _, cache = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
+        >>> cache = jax.jit(functools.partial(compress_cache, budget=16, coreset_size=8))(cache, key)
         >>> decoder = Decoder(running=running_compressed(4, key, budget=16, coreset_size=8), **sizes)
-        >>> cache = decoder.append(cache, k[:1], v[:1])
-        >>> decoder.attend(cache, q[:1]).shape, int(cache.length)
+        >>> cache = jax.jit(decoder.append)(cache, k[:1], v[:1])
+        >>> jax.jit(decoder.attend)(cache, q[:1]).shape, int(cache.length)
         ((1, 4), 101)
 
     Reference:

@@ -70,15 +70,15 @@ class Decoder:
         ValueError: a count below 1, or tensors that do not fit the cache.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import functools, jax, jax.numpy as jnp
         >>> from approx_attention import METHODS, Decoder, favor
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (100, 16)) for i in range(3))
         >>> key = jax.random.key(3)
         >>> decoder = Decoder(running=METHODS["favor"].running(16, key), head_dim=16, value_dim=16, block_size=32)
-        >>> out, cache = decoder.prefill(decoder.init(), q[:99], k[:99], v[:99])
-        >>> cache = decoder.append(cache, k[99:], v[99:])
-        >>> last = decoder.attend(cache, q[99:])
-        >>> whole = favor(q, k, v, key, is_causal=True, block_size=32)
+        >>> out, cache = jax.jit(decoder.prefill)(decoder.init(), q[:99], k[:99], v[:99])
+        >>> cache = jax.jit(decoder.append)(cache, k[99:], v[99:])
+        >>> last = jax.jit(decoder.attend)(cache, q[99:])
+        >>> whole = jax.jit(functools.partial(favor, is_causal=True, block_size=32))(q, k, v, key)
         >>> bool(jnp.allclose(jnp.concatenate([out, last]), whole, atol=1e-5))
         True
     """
@@ -252,16 +252,17 @@ class HeadsDecoder:
         ValueError: tensors that do not fit the cache.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import functools, jax, jax.numpy as jnp
         >>> from approx_attention import HeadsDecoder, attention
         >>> query = jax.random.normal(jax.random.key(0), (2, 40, 4, 8))
         >>> key, value = (jax.random.normal(jax.random.key(i), (2, 40, 2, 8)) for i in (1, 2))
         >>> decoder = HeadsDecoder("favor", num_kv_heads=2, head_dim=8, num_features=16, block_size=8)
         >>> cache = decoder.init(2, jax.random.key(3))
-        >>> out, cache = decoder.extend(cache, query[:, :39], key[:, :39], value[:, :39])
-        >>> last, cache = decoder.extend(cache, query[:, 39:], key[:, 39:], value[:, 39:])
+        >>> extend = jax.jit(decoder.extend)
+        >>> out, cache = extend(cache, query[:, :39], key[:, :39], value[:, :39])
+        >>> last, cache = extend(cache, query[:, 39:], key[:, 39:], value[:, 39:])
         >>> options = dict(method="favor", num_features=16, block_size=8, is_causal=True)
-        >>> whole = attention(query, key, value, rng=jax.random.key(3), **options)
+        >>> whole = jax.jit(functools.partial(attention, **options))(query, key, value, rng=jax.random.key(3))
         >>> bool(jnp.allclose(jnp.concatenate([out, last], axis=1), whole, atol=1e-5))
         True
     """

@@ -71,10 +71,10 @@ def cosformer(
         TypeError: dtypes that are not floating point, a length that is no integer.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from approx_attention import cosformer
         >>> x, v = jnp.ones((3, 1)), jnp.eye(3)
-        >>> [round(float(weight), 3) for weight in cosformer(x, x, v)[0]]  # as 1, cos 30, cos 60 degrees
+        >>> [round(weight, 3) for weight in jax.jit(cosformer)(x, x, v)[0].tolist()]  # as 1, cos 30, cos 60 degrees
         [0.423, 0.366, 0.211]
 
     Reference:
@@ -134,15 +134,17 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
         ValueError: positions below 0 or beyond M, as far as they are known when tracing.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import functools, jax, jax.numpy as jnp
         >>> from approx_attention import Decoder, cosformer
         >>> from approx_attention.methods import place_tokens, running_cosformer
         >>> q, k, v = (jax.random.normal(jax.random.key(i), (20, 8)) for i in range(3))
         >>> decoder = Decoder(running=running_cosformer(8), head_dim=10, value_dim=8, block_size=4)
         >>> step = [place_tokens(x[19:], max_length=32, start=19) for x in (q, k)]
-        >>> _, cache = decoder.prefill(decoder.init(), *(place_tokens(x[:19], max_length=32) for x in (q, k)), v[:19])
-        >>> out, cache = decoder.prefill(cache, *step, v[19:])
-        >>> bool(jnp.allclose(out, cosformer(q, k, v, max_length=32, is_causal=True)[19:], atol=1e-5))
+        >>> prefill = jax.jit(decoder.prefill)
+        >>> _, cache = prefill(decoder.init(), *(place_tokens(x[:19], max_length=32) for x in (q, k)), v[:19])
+        >>> out, cache = prefill(cache, *step, v[19:])
+        >>> whole = jax.jit(functools.partial(cosformer, max_length=32, is_causal=True))(q, k, v)
+        >>> bool(jnp.allclose(out, whole[19:], atol=1e-5))
         True
     """
     max_length = check_count("max_length", max_length)

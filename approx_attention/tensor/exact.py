@@ -63,7 +63,7 @@ def tensor_attention(
         >>> logits = jnp.einsum("id,jd,ld->ijl", q, k, l) / 2
         >>> weights = jax.nn.softmax(logits.reshape(5, 25)).reshape(5, 5, 5)
         >>> expected = jnp.einsum("ijl,jc,lc->ic", weights, v, w)
-        >>> bool(jnp.allclose(tensor_attention(q, (k, l), (v, w)), expected, atol=1e-6))
+        >>> bool(jnp.allclose(jax.jit(tensor_attention)(q, (k, l), (v, w)), expected, atol=1e-6))
         True
 
     Reference:
@@ -110,7 +110,7 @@ def determinant_attention(
         >>> from approx_attention import determinant_attention
         >>> x = jnp.ones((4, 3))  # three equal vectors span no volume, so all weights are equal
         >>> v = jnp.arange(4.0)[:, None]
-        >>> [float(y) for y in determinant_attention(x, (x, x), (v, v))[0]]
+        >>> jax.jit(determinant_attention)(x, (x, x), (v, v))[0].tolist()
         [2.25]
 
     Reference:
@@ -201,8 +201,8 @@ def strassen_attention(
         >>> from approx_attention import strassen_attention, tensor_attention
         >>> from approx_attention.tensor.exact import strassen_channels
         >>> f, g, h, v, w = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(5))
-        >>> lifted = tensor_attention(*strassen_channels(f, (g, h)), (v, w), scale=1 / 2)
-        >>> bool(jnp.allclose(strassen_attention(f, (g, h), (v, w)), lifted, atol=1e-5))
+        >>> lifted = jax.jit(tensor_attention)(*strassen_channels(f, (g, h)), (v, w), scale=1 / 2)
+        >>> bool(jnp.allclose(jax.jit(strassen_attention)(f, (g, h), (v, w)), lifted, atol=1e-5))
         True
 
     Reference:

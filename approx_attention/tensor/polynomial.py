@@ -85,8 +85,8 @@ def tensor_polynomial(
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import tensor_attention, tensor_polynomial
         >>> q, k, l, v, w = (0.5 * jax.random.normal(jax.random.key(i), (40, 4)) for i in range(5))
-        >>> out = tensor_polynomial(q, (k, l), (v, w), degree=4)
-        >>> bool(jnp.allclose(out, tensor_attention(q, (k, l), (v, w)), atol=1e-3))
+        >>> out = jax.jit(tensor_polynomial, static_argnames="degree")(q, (k, l), (v, w), degree=4)
+        >>> bool(jnp.allclose(out, jax.jit(tensor_attention)(q, (k, l), (v, w)), atol=1e-3))
         True
 
     Reference:
@@ -147,14 +147,14 @@ def tensor_support_basis(
         ValueError: shapes that do not fit, a negative count, more than there are.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import functools, jax, jax.numpy as jnp
         >>> from approx_attention import tensor_attention, tensor_polynomial
         >>> from approx_attention.tensor import tensor_support_basis
         >>> q, k, l, v, w = (0.3 * jax.random.normal(jax.random.key(i), (40, 4)) for i in range(5))
         >>> k = k.at[7].mul(100)
-        >>> expected = tensor_attention(q, (k, l), (v, w))
-        >>> split = tensor_support_basis(q, (k, l), (v, w), num_large_queries=0, num_large_keys=1, degree=4)
-        >>> whole = tensor_polynomial(q, (k, l), (v, w), degree=4)
+        >>> basis = functools.partial(tensor_support_basis, num_large_queries=0, num_large_keys=1, degree=4)
+        >>> methods = tensor_attention, basis, functools.partial(tensor_polynomial, degree=4)
+        >>> expected, split, whole = (jax.jit(method)(q, (k, l), (v, w)) for method in methods)
         >>> [bool(jnp.max(jnp.abs(out - expected)) < 1e-3) for out in (split, whole)]
         [True, False]
 

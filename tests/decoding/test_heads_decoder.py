@@ -19,7 +19,7 @@ LENGTH, BLOCK, KEY = 18, 4, jax.random.key(7)
 
 @functools.cache
 def tensors():
-    return random_heads(0, 2, LENGTH, LENGTH, 4, 2)
+    return tuple(map(np.asarray, random_heads(0, 2, LENGTH, LENGTH, 4, 2)))
 
 
 def options(name):
@@ -35,8 +35,15 @@ def rng_of(name):
     return KEY if METHODS[name].capabilities.needs_key else None
 
 
-def whole(name, *heads):
-    return attention(*heads, method=name, rng=rng_of(name), is_causal=True, **options(name))
+@functools.cache
+def whole(name):
+    """The causal form over all tokens: of a shorter sequence it is a part, as no later token changes an answer."""
+    function = functools.partial(attention, method=name, is_causal=True, **options(name))
+    return np.asarray(jax.jit(function)(*tensors(), rng=rng_of(name)))
+
+
+def start(name, **more):
+    return jax.jit(functools.partial(make(name).init, 2, **more))(rng_of(name))
 
 
 @functools.cache
@@ -47,43 +54,44 @@ def extend(name):
 
 @pytest.mark.parametrize("name", [unless_slow(name) for name in DECODING])
 def test_any_cut_equals_the_causal_form(name):
-    expected = whole(name, *tensors())
-    for cuts in ((0, 4, *range(5, LENGTH + 1)), (0, 4, LENGTH)):
-        cache, outs = make(name).init(2, rng_of(name)), []
-        for start, stop in itertools.pairwise(cuts):
-            out, cache = extend(name)(cache, *(x[:, start:stop] for x in tensors()))
+    expected = whole(name)
+    # A prompt and then token by token, and the other way: steps of 14 tokens and of one.
+    for cuts in ((0, *range(14, LENGTH + 1)), (*range(5), LENGTH)):
+        cache, outs = start(name), []
+        for first, stop in itertools.pairwise(cuts):
+            out, cache = extend(name)(cache, *(x[:, first:stop] for x in tensors()))
             outs.append(out)
-        np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, atol=3e-6)
+        np.testing.assert_allclose(np.concatenate(outs, axis=1), expected, atol=3e-6)
         assert int(cache.heads.length) == LENGTH
 
 
 @pytest.mark.parametrize("name", [unless_slow(name) for name in DECODING])
 def test_sequences_of_their_own_lengths(name):
     lengths = jnp.array([9, 4])
-    tokens = [x[:, :9] for x in tensors()]
     # What is past a sequence's length is never looked at.
-    soiled = [x.at[1, 4:].set(jnp.nan) for x in tokens]
-    cache = make(name).init(2, rng_of(name), ragged=True)
+    soiled = [np.array(x[:, :9]) for x in tensors()]
+    for x in soiled:
+        x[1, 4:] = np.nan
+    cache = start(name, ragged=True)
     out, cache = extend(name)(cache, *soiled, lengths)
-    np.testing.assert_array_equal(out[1, 4:], 0)
+    np.testing.assert_array_equal(np.asarray(out)[1, 4:], 0)
     outs = [out]
     for t in range(9, 15):
         # The second sequence goes on where it stands.
-        step = [jnp.stack([x[0, t : t + 1], x[1, t - 5 : t - 4]]) for x in tensors()]
+        step = [np.stack([x[0, t : t + 1], x[1, t - 5 : t - 4]]) for x in tensors()]
         out, cache = extend(name)(cache, *step)
         outs.append(out)
     np.testing.assert_array_equal(cache.heads.length, [15, 10])
-    got = jnp.concatenate(outs, axis=1)
-    first = whole(name, *(x[:1, :15] for x in tensors()))
-    second = whole(name, *(x[1:, :10] for x in tensors()))
-    np.testing.assert_allclose(got[:1], first, atol=3e-6)
-    np.testing.assert_allclose(jnp.concatenate([got[1:, :4], got[1:, 9:]], axis=1), second, atol=3e-6)
+    got = np.concatenate(outs, axis=1)
+    np.testing.assert_allclose(got[0], whole(name)[0, :15], atol=3e-6)
+    np.testing.assert_allclose(np.concatenate([got[1, :4], got[1, 9:]]), whole(name)[1, :10], atol=3e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in DECODING if name not in ("exact", "block_linformer", "coreset")])
 def test_bytes_do_not_depend_on_the_length(name):
     sizes = {"num_kv_heads": 2, "head_dim": 8}
-    short, long = (HeadsDecoder(name, **sizes, max_length=n, **options(name)).init(2, KEY) for n in (64, 4096))
+    decoders = (HeadsDecoder(name, **sizes, max_length=n, **options(name)) for n in (64, 4096))
+    short, long = (jax.eval_shape(functools.partial(decoder.init, 2), KEY) for decoder in decoders)
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
 
 
@@ -91,7 +99,7 @@ def test_a_donated_cache_is_reused():
     decoder = HeadsDecoder("exact", num_kv_heads=2, head_dim=8, max_length=4096)
     cache = decoder.init(2)
     step = jax.jit(decoder.extend, donate_argnums=0)
-    one = [x[:, :1] for x in tensors()]
+    one = [jnp.asarray(x[:, :1]) for x in tensors()]
     analysis = step.lower(cache, *one).compile().memory_analysis()
     buffer = cache.heads.past.prefix.k
     step(cache, *one)

@@ -1,13 +1,13 @@
 """Layers stacked by Flax's transforms: a random projection for each, caches for each, run by scan, vmap and remat."""
 
-import flax.linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from approx_attention import linen as ours_linen
 from approx_attention import nnx as ours
 from tests.cases import settings
 from tests.references import having
@@ -17,15 +17,19 @@ pytestmark = pytest.mark.usefixtures("models")
 HEADS, DIM = 2, 8
 
 
-def stack_of(*sizes, **options):
-    """Attention layers stacked along leading axes of these sizes, without a method."""
-
+@functools.cache
+def _stack_of(sizes):
     def make(rngs):
-        return nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=rngs, **options)
+        return nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=rngs)
 
     for size in reversed(sizes):
         make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=0, out_axes=0))
-    return make(nnx.Rngs(0))
+    return nnx.split(make(nnx.Rngs(0)))
+
+
+def stack_of(*sizes):
+    """Attention layers stacked along leading axes of these sizes, without a method; made once, and copied."""
+    return nnx.merge(*_stack_of(sizes), copy=True)
 
 
 def with_method(method="favor", *sizes, rngs=None, **options):
@@ -35,6 +39,7 @@ def with_method(method="favor", *sizes, rngs=None, **options):
     return layers
 
 
+@functools.cache
 def tokens(length=8, batch=2):
     return jax.random.normal(jax.random.key(1), (batch, length, DIM))
 
@@ -54,15 +59,29 @@ def scanned_with_remat(layer, x):
     return x + nnx.remat(lambda layer, x: layer(x))(layer, x)
 
 
+# Compiled once for all tests of the same layers.
+run, run_twice = nnx.jit(scanned), nnx.jit(scanned_twice)
+
+
+@nnx.jit
+def one(layer, x):
+    return x + layer(x)
+
+
+@jax.jit
+def _leaves_at(state, index):
+    return jax.tree.map(lambda leaf: leaf[index], state)
+
+
 def alone(layers, *index):
     graph, state = nnx.split(layers)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
+    return nnx.merge(graph, _leaves_at(state, index))
 
 
 def in_turn(layers, x, count=3):
-    """One layer after the other, without any transform of Flax."""
+    """One layer after the other, without any transform of Flax that lifts them."""
     for i in range(count):
-        x = x + alone(layers, i)(x)
+        x = one(alone(layers, i), x)
     return x
 
 
@@ -81,9 +100,13 @@ def sum_of_squares(run):
 def test_every_random_method_runs_on_a_stack(method):
     layers, x = with_method(method), jax.ShapeDtypeStruct((2, 8, DIM), jnp.float32)
     assert layers.attention_fn.stream.key.shape == (3,)
-    out = nnx.eval_shape(lambda layers, x: scanned(layers, x), layers, x)
+
+    def loss(layers, x):
+        out = scanned(layers, x)
+        return jnp.sum(out**2), out
+
+    gradient, out = nnx.eval_shape(lambda layers, x: nnx.grad(loss, has_aux=True)(layers, x), layers, x)
     assert out.shape == x.shape
-    gradient = nnx.eval_shape(lambda layers, x: nnx.grad(sum_of_squares(scanned))(layers, x), layers, x)
     assert gradient["query"]["kernel"].shape == (3, DIM, HEADS, DIM // HEADS)
 
 
@@ -111,13 +134,13 @@ def test_each_layer_of_a_stack_draws_for_itself(way):
     layers, x = stack_of(3), tokens()
     WAYS[way](layers)
     assert len(np.unique(key_data(layers), axis=0)) == 3
-    np.testing.assert_allclose(scanned(layers, x), in_turn(layers, x), atol=1e-5)
+    np.testing.assert_allclose(run(layers, x), in_turn(layers, x), atol=1e-5)
 
 
 def test_scan_remat_jit_and_gradients_of_a_stack():
     layers, x = with_method(), tokens()
-    out, expected = (nnx.jit(nnx.value_and_grad(sum_of_squares(run)))(layers, x) for run in (scanned, in_turn))
-    remat = nnx.jit(nnx.value_and_grad(sum_of_squares(scanned_with_remat)))(layers, x)
+    forms = (scanned, scanned_with_remat, in_turn)
+    out, remat, expected = (nnx.jit(nnx.value_and_grad(sum_of_squares(form)))(layers, x) for form in forms)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), out, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), remat, expected)
 
@@ -127,9 +150,9 @@ def test_an_ensemble():
     # Layers with the same parameters differ in nothing else.
     graph, params, rest = nnx.split(layers, nnx.Param, ...)
     same = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params), rest)
-    outs = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(same, x)
+    outs = np.asarray(nnx.jit(nnx.vmap(lambda layer, x: x + layer(x), in_axes=(0, None)))(same, x))
     for i in range(3):
-        np.testing.assert_allclose(outs[i], alone(same, i)(x), atol=1e-5)
+        np.testing.assert_allclose(outs[i], one(alone(same, i), x), atol=1e-5)
         assert np.abs(outs[i] - outs[i - 1]).max() > 1e-3
 
 
@@ -139,8 +162,8 @@ def test_a_stack_of_stacks():
     expected = x
     for i in range(2):
         for j in range(3):
-            expected = expected + alone(layers, i, j)(expected)
-    np.testing.assert_allclose(scanned_twice(layers, x), expected, atol=1e-5)
+            expected = one(alone(layers, i, j), expected)
+    np.testing.assert_allclose(run_twice(layers, x), expected, atol=1e-5)
     split = nnx.Rngs(3).split((2, 3))
     assert with_method("favor", 2, 3, rngs=split).attention_fn.stream.key.shape == (2, 3)
 
@@ -155,7 +178,7 @@ def test_stacks_and_single_layers_of_one_model():
     before = int(rngs.attention.count[...])
     ours.replace_attention(model, "mean_pool", num_landmarks=4, rngs=rngs)
     assert int(rngs.attention.count[...]) == before
-    assert scanned(model["stack"], tokens()).shape == (2, 8, DIM)
+    assert nnx.eval_shape(lambda layers, x: scanned(layers, x), model["stack"], tokens()).shape == (2, 8, DIM)
     ours.replace_attention(model, "mean_pool", num_landmarks=4, rngs=nnx.Rngs(params=0))
 
 
@@ -167,19 +190,18 @@ def test_one_layer_in_a_stack_is_a_stack():
 @pytest.mark.parametrize("options", [{"redraw": "every_call"}, {"redraw": "every_n", "every": 2}], ids=str)
 def test_new_draws_in_every_layer(options):
     layers, x = with_method(**options), tokens()
-    call = nnx.jit(lambda layers, x: scanned(layers, x))
-    outs = [call(layers, x) for _ in range(3)]
+    outs = [np.asarray(run(layers, x)) for _ in range(3)]
     np.testing.assert_array_equal(layers.attention_fn.stream.count[...], [3, 3, 3])
     same = [bool((outs[i] == outs[i + 1]).all()) for i in range(2)]
     assert same == [options["redraw"] == "every_n", False]
     # Views that are made for evaluation keep the last draw, and do not count.
     view = nnx.view(layers, deterministic=True)
-    np.testing.assert_allclose(scanned(view, x), outs[-1], atol=1e-6)
+    np.testing.assert_allclose(run(view, x), outs[-1], atol=1e-6)
     layers.eval()
-    np.testing.assert_allclose(scanned(layers, x), outs[-1], atol=1e-6)
+    np.testing.assert_allclose(run(layers, x), outs[-1], atol=1e-6)
     np.testing.assert_array_equal(layers.attention_fn.stream.count[...], [3, 3, 3])
     layers.train()
-    assert (scanned(layers, x) != outs[-1]).any() or options["redraw"] == "every_n"
+    assert (run(layers, x) != outs[-1]).any() or options["redraw"] == "every_n"
 
 
 def test_learned_draws_of_a_stack():
@@ -187,19 +209,19 @@ def test_learned_draws_of_a_stack():
     projection = layers.attention_fn.learned["projection"][...]
     assert projection.shape == (3, 8, DIM // HEADS)
     assert np.abs(projection[0] - projection[1]).max() > 0.1
-    np.testing.assert_allclose(scanned(layers, x), in_turn(layers, x), atol=1e-5)
-    gradient = nnx.grad(sum_of_squares(scanned))(layers, x)["attention_fn"]["learned"]["projection"][...]
-    assert (np.abs(gradient).max((1, 2)) > 0).all()
+    np.testing.assert_allclose(run(layers, x), in_turn(layers, x), atol=1e-5)
+    gradient = nnx.jit(nnx.grad(sum_of_squares(scanned)))(layers, x)["attention_fn"]["learned"]["projection"][...]
+    assert (np.abs(np.asarray(gradient)).max((1, 2)) > 0).all()
 
 
 def test_the_state_of_a_stack_is_that_of_its_layers():
     layers, x = with_method(), tokens()
     graph, state = nnx.split(layers)
-    np.testing.assert_array_equal(scanned(nnx.merge(graph, state), x), scanned(layers, x))
+    np.testing.assert_array_equal(run(nnx.merge(graph, state), x), run(layers, x))
     other = with_method(rngs=nnx.Rngs(7))
-    assert np.abs(scanned(other, x) - scanned(layers, x)).max() > 1e-3
+    assert np.abs(np.asarray(run(other, x)) - np.asarray(run(layers, x))).max() > 1e-3
     nnx.update(other, state)
-    np.testing.assert_array_equal(scanned(other, x), scanned(layers, x))
+    np.testing.assert_array_equal(run(other, x), run(layers, x))
 
 
 def test_a_function_with_noise_on_a_stack():
@@ -208,7 +230,7 @@ def test_a_function_with_noise_on_a_stack():
 
     layers = stack_of(3)
     ours.replace_attention(layers, method, noise=True, rngs=nnx.Rngs(3))
-    np.testing.assert_allclose(scanned(layers, tokens()), in_turn(layers, tokens()), atol=1e-5)
+    np.testing.assert_allclose(run(layers, tokens()), in_turn(layers, tokens()), atol=1e-5)
 
 
 # 2. decoding
@@ -223,7 +245,7 @@ def start_each(layer):
 @pytest.mark.parametrize("inside", [False, True], ids=["on the stack", "in vmap"])
 def test_decoding_a_stack_equals_whole_sequences(method, inside):
     layers, x = with_method(method, is_causal=True), tokens()
-    whole = scanned(layers, x)
+    whole = run(layers, x)
     if inside:
         start_each(layers)
     else:
@@ -231,21 +253,21 @@ def test_decoding_a_stack_equals_whole_sequences(method, inside):
         assert taken == layers.attention_fn.cache_bytes
     single = alone(layers, 0)
     assert layers.attention_fn.cache_bytes == 3 * single.attention_fn.cache_bytes > 0
-    call = nnx.jit(lambda layers, x: scanned(layers, x))
-    outs = [call(layers, x[:, :5])] + [call(layers, x[:, t : t + 1]) for t in range(5, 8)]
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+    x = np.asarray(x)
+    outs = [run(layers, x[:, :5])] + [run(layers, x[:, t : t + 1]) for t in range(5, 8)]
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, atol=1e-5)
     np.testing.assert_array_equal(layers.attention_fn.num_seen, [8, 8, 8])
     layers.attention_fn.drop_cache()
     assert layers.attention_fn.cache_bytes == 0
-    np.testing.assert_allclose(scanned(layers, x), whole, atol=1e-6)
+    np.testing.assert_allclose(run(layers, x), whole, atol=1e-6)
 
 
 def test_decoding_a_stack_of_stacks_and_sequences_of_their_own_lengths():
     layers, x = with_method("favor", 2, 3, is_causal=True), tokens()
-    whole = scanned_twice(layers, x)
+    whole = run_twice(layers, x)
     ours.init_cache(layers, 2)
-    outs = [scanned_twice(layers, x[:, :7]), scanned_twice(layers, x[:, 7:])]
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+    outs = [run_twice(layers, x[:, :4]), run_twice(layers, x[:, 4:])]
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, atol=1e-5)
     assert layers.attention_fn.num_seen.shape == (2, 3)
 
     layers = with_method("mean_pool", is_causal=True)
@@ -278,8 +300,14 @@ class Own(nnx.Module):
         return self.attention_fn(q, q, q).reshape(x.shape)
 
 
-def own_stack(kind, size=3):
-    return nnx.split_rngs(splits=size)(nnx.vmap(lambda rngs: Own(kind, rngs), in_axes=0, out_axes=0))(nnx.Rngs(0))
+@functools.cache
+def _own_stack(kind):
+    make = nnx.vmap(lambda rngs: Own(kind, rngs), in_axes=0, out_axes=0)
+    return nnx.split(nnx.split_rngs(splits=3)(make)(nnx.Rngs(0)))
+
+
+def own_stack(kind):
+    return nnx.merge(*_own_stack(kind), copy=True)
 
 
 @pytest.mark.parametrize("kind", ["einsum", "param", "dropout"])
@@ -292,16 +320,16 @@ def test_stacks_without_linear_layers(kind, split):
         rngs = nnx.Rngs(3).split(3) if split else nnx.Rngs(3)
         ours.replace_attention(layers, "favor", num_features=8, is_causal=True, rngs=rngs)
     assert len(np.unique(key_data(layers), axis=0)) == 3
-    whole = scanned(layers, x)
+    whole = run(layers, x)
     np.testing.assert_allclose(whole, in_turn(layers, x), atol=1e-5)
     if split:  # what was drawn tells from now on
         ours.init_cache(layers, 2)
-        outs = [scanned(layers, x[:, :5]), scanned(layers, x[:, 5:])]
-        np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=1e-5)
+        outs = [run(layers, x[:, :4]), run(layers, x[:, 4:])]
+        np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, atol=1e-5)
         ours.replace_attention(layers, "favor", num_features=8, rngs=nnx.Rngs(4))
         assert layers.attention_fn.stream.key.shape == (3,)
     ours.replace_attention(layers, "mean_pool", num_landmarks=4, rngs=nnx.Rngs(3).split(3))
-    assert scanned(layers, x).shape == x.shape
+    assert nnx.eval_shape(lambda layers, x: scanned(layers, x), layers, x).shape == x.shape
 
 
 def test_one_layer_without_linear_layers_is_alone():
@@ -309,22 +337,22 @@ def test_one_layer_without_linear_layers_is_alone():
         layer = Own(kind, nnx.Rngs(0))
         ours.replace_attention(layer, "favor", num_features=8, rngs=nnx.Rngs(3))
         assert layer.attention_fn.stream.key.shape == ()
-        assert layer(tokens()).shape == (2, 8, DIM)
+        assert nnx.eval_shape(lambda layer, x: layer(x), layer, tokens()).shape == (2, 8, DIM)
 
 
 def test_a_failed_start_keeps_the_caches_that_were_there():
     model, x = nnx.Dict(first=with_method("favor", is_causal=True), second=stack_of()), tokens()
     ours.replace_attention(model["second"], "nystrom", num_landmarks=4)
-    expected = scanned(model["first"], x)
+    expected = run(model["first"], x)
     ours.init_cache(model["first"], 2)
-    outs = [scanned(model["first"], x[:, :5])]
+    outs = [run(model["first"], x[:, :4])]
     for dtype in (jnp.float32, "foo"):
         with pytest.raises((NotImplementedError, TypeError)):
             ours.init_cache(model, 3, dtype=dtype)
     with pytest.raises(TypeError, match="dtype"):
         model["first"].attention_fn.init_cache(3, 1, 1, dtype="foo")
-    outs.append(scanned(model["first"], x[:, 5:]))
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, atol=1e-5)
+    outs.append(run(model["first"], x[:, 4:]))
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), expected, atol=1e-5)
     assert model["second"].attention_fn.cache is None
 
     single = stack_of()
@@ -380,93 +408,3 @@ def test_nothing_is_replaced_if_not_all_can_be():
     with pytest.raises(ValueError, match=r"got keys of shape \(3,\)"):
         ours.replace_attention(model, "favor", rngs=nnx.Rngs(0).split(3))
     assert model["first"].attention_fn is before
-
-
-# 4. Linen
-
-
-class Block(nn.Module):
-    redraw: str = "never"
-    learned: tuple[str, ...] = ()
-
-    @nn.compact
-    def __call__(self, x, _=None):
-        every = 2 if self.redraw == "every_n" else None
-        fn = ours_linen.ApproxAttention("favor", {"num_features": 8}, False, self.redraw, every, learned=self.learned)
-        return x + nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)(x), None
-
-
-AXES = {"params": 0, "draws": 0}
-SPLIT = {"params": True, "attention": True}
-LIFTS = {
-    "scan": lambda block: nn.scan(block, variable_axes=AXES, split_rngs=SPLIT, length=3),
-    "scan of remat": lambda block: nn.scan(nn.remat(block), variable_axes=AXES, split_rngs=SPLIT, length=3),
-    "vmap": lambda block: nn.vmap(
-        block, in_axes=None, variable_axes=AXES, split_rngs=SPLIT, axis_size=3
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("learned", [(), ("projection",)], ids=["drawn", "learned"])
-@pytest.mark.parametrize("lift", LIFTS)
-def test_linen_lifts_draw_for_each_layer(lift, learned):
-    model, x = LIFTS[lift](Block)(learned=learned), tokens()
-    variables = model.init({"params": jax.random.key(0), "attention": jax.random.key(1)}, x, None)
-    (key,) = jax.tree.leaves(variables["draws"])
-    assert key.shape == (3, 2)
-    assert len(np.unique(np.asarray(key), axis=0)) == 3
-    out, _ = model.apply(variables, x, None)
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(3)]
-    if lift == "vmap":
-        expected = jnp.stack([Block(learned=learned).apply(layer, x)[0] for layer in layers])
-    else:
-        expected = x
-        for layer in layers:
-            expected, _ = Block(learned=learned).apply(layer, expected)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    gradient = jax.grad(lambda p: jnp.sum(model.apply({**variables, "params": p}, x, None)[0] ** 2))(
-        variables["params"]
-    )
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-
-
-def test_linen_remat_alone():
-    x = tokens()
-    variables = Block().init(jax.random.key(0), x)
-    out, _ = nn.remat(Block)().apply(variables, x)
-    np.testing.assert_allclose(out, Block().apply(variables, x)[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("redraw", ["every_call", "every_n"])
-def test_linen_scan_draws_anew(redraw):
-    model, x = LIFTS["scan"](Block)(redraw=redraw), tokens()
-    variables = model.init({"params": jax.random.key(0), "attention": jax.random.key(1)}, x, None)
-    outs = []
-    for i in range(3):
-        (out, _), changed = model.apply(
-            variables, x, None, rngs={"attention": jax.random.key(i)}, mutable=["draws"]
-        )  # fmt: skip
-        variables = {**variables, **changed}
-        outs.append(out)
-    same = [bool((outs[i] == outs[i + 1]).all()) for i in range(2)]
-    assert same == [redraw == "every_n", False]
-    if redraw == "every_n":
-        np.testing.assert_array_equal(variables["draws"]["ApproxAttention_0"]["count"], [3, 3, 3])
-
-
-def test_linen_lifts_that_split_or_keep_too_little():
-    x, rngs = tokens(), {"params": jax.random.key(0), "attention": jax.random.key(1)}
-    model = nn.scan(Block, variable_axes={"params": 0}, split_rngs=SPLIT, length=3)()
-    with pytest.raises(ValueError, match=r"'draws' of init; in nn.scan and nn.vmap give variable_axes=.*'draws': 0"):
-        model.init(rngs, x, None)
-    model = nn.scan(Block, variable_axes=AXES, split_rngs={"params": True}, length=3)("every_call")
-    variables = model.init(rngs, x, None)
-    with pytest.raises(ValueError, match=r"from the stream 'attention'.*give split_rngs=.*'attention': True"):
-        model.apply(variables, x, None, rngs={"attention": jax.random.key(2)})
-    # One random projection for all, where that is asked for.
-    split_rngs = {"params": True, "attention": False}
-    shared = nn.scan(
-        Block, variable_axes={"params": 0}, variable_broadcast="draws", split_rngs=split_rngs, length=3
-    )  # fmt: skip
-    (key,) = jax.tree.leaves(shared().init(rngs, x, None)["draws"])
-    assert key.shape == (2,)

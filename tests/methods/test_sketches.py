@@ -20,6 +20,13 @@ from tests.methods.case import Case
 from tests.references import brute_force, compiled, random_head, random_heads
 
 unreduced_jlt, exact, importance_sample, linformer = compiled(unreduced_jlt, exact, importance_sample, linformer)
+attend, summarize_importance_sample = compiled(attend, summarize_importance_sample)
+draw_sketch = jax.jit(draw_sketch, static_argnums=(1, 2, 3))
+
+
+def matrix_of(sketch, num_rows):
+    return jax.jit(lambda sketch: sketch @ jnp.eye(num_rows))(sketch)
+
 
 CASES = {
     "unreduced_jlt": Case(changes={"sketch": "gaussian", "centred": False}),
@@ -31,10 +38,10 @@ CASES = {
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_oracle_is_its_formula(centred):
     q, k, v = random_head(3, 6, 12, 4, 3)
-    real = jnp.arange(12) != 5
+    real = jnp.asarray(np.arange(12) != 5)
     sketch = draw_sketch(jax.random.key(3), "gaussian", 4, 12)
     out = unreduced_jlt(q, k, v, sketch=sketch, centred=centred, kv_mask=real)
-    matrix = np.asarray(sketch @ jnp.eye(12), np.float64)
+    matrix = np.asarray(matrix_of(sketch, 12), np.float64)
     weights = brute_force(q, k, np.eye(12), mask=np.asarray(real)[None, :])[0]
     mean = np.asarray(v)[np.asarray(real)].mean(0) * centred
     centred_v = np.where(np.asarray(real)[:, None], np.asarray(v) - mean, 0)
@@ -58,17 +65,18 @@ def test_any_orthogonal_sketch_of_all_rows_is_exact_and_the_same_in_front_is_not
     q, k, v = random_head(5, 16, 16, 8)
     sketch = draw_sketch(jax.random.key(5), "hadamard", 16, 16)
     np.testing.assert_allclose(unreduced_jlt(q, k, v, sketch=sketch), exact(q, k, v), atol=1e-5)
-    before = linformer(q, k, v, projection_k=sketch @ jnp.eye(16))
-    assert jnp.linalg.norm(before - exact(q, k, v)) > 0.3 * jnp.linalg.norm(exact(q, k, v))
+    before, expected = linformer(q, k, v, projection_k=matrix_of(sketch, 16)), np.asarray(exact(q, k, v))
+    assert np.linalg.norm(before - expected) > 0.3 * np.linalg.norm(expected)
 
 
 def test_the_construction_of_the_proof_answers_every_query_alike():
     q, k, v = random_head(6, 64, 256, 16)
     expected = brute_force(q, k, v)[0]
-    random = draw_sketch(jax.random.key(6), "gaussian", 64, 256) @ jnp.eye(256)
+    random = np.asarray(matrix_of(draw_sketch(jax.random.key(6), "gaussian", 64, 256), 256))
 
     def spread(delta):
-        out = np.asarray(linformer(q, k, v, projection_k=delta * random, projection_v=random * float(np.exp(-delta))))
+        projections = (jnp.asarray(x * random, jnp.float32) for x in (delta, np.exp(-delta)))
+        out = np.asarray(linformer(q, k, v, **dict(zip(("projection_k", "projection_v"), projections, strict=True))))
         error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
         return np.linalg.norm(out - out.mean(0)) / np.linalg.norm(out), error
 
@@ -82,12 +90,14 @@ def test_the_construction_of_the_proof_answers_every_query_alike():
 @pytest.mark.parametrize("odds", ["uniform", "key_norm", "value_norm", "leverage"])
 def test_samples_of_keys_count_for_those_passed_over(odds):
     q, k, v = random_head(8, 4, 10, 4, 3)
-    k, v = (x * jnp.asarray(np.linspace(0.2, 2, 10)[::step, None], jnp.float32) for x, step in ((k, 1), (v, -1)))
-    real = jnp.arange(10) != 3
+    sizes = np.linspace(0.2, 2, 10, dtype=np.float32)[:, None]
+    k, v = jnp.asarray(np.asarray(k) * sizes), jnp.asarray(np.asarray(v) * sizes[::-1])
+    real = jnp.asarray(np.arange(10) != 3)
     options = {"sample_size": 4, "odds": odds, "kv_mask": real}
     keys = jax.random.split(jax.random.key(8), 20000)
     small = jax.jit(jax.vmap(lambda key: summarize_importance_sample(k, v, key, **options)))(keys)
-    numerator = jnp.einsum("cmt,cmv->ctv", jnp.exp(small.k @ q.T), small.value_sum)
+    small = jax.tree.map(np.asarray, small)
+    numerator = np.exp(small.k @ np.asarray(q).T).swapaxes(1, 2) @ small.value_sum
     whole = np.exp(q @ k.T) * np.asarray(real)
     allowed = 5 * np.asarray(numerator.std(0)) / np.sqrt(20000)
     assert np.all(np.abs(np.asarray(numerator.mean(0)) - whole @ np.asarray(v)) <= allowed)
@@ -98,16 +108,15 @@ def test_samples_of_keys_count_for_those_passed_over(odds):
 
 
 def _soiled(k, v, real):
-    return (jnp.where(real[:, None], x, jnp.nan) for x in (k, v))
+    return (jnp.asarray(np.where(real[:, None], x, np.float32(np.nan))) for x in (k, v))
 
 
 def test_a_drawn_sketch_needs_no_key():
     query, key, value = random_heads(19, 1, 8, 8, 2, 1)
     sketch = draw_sketch(jax.random.key(0), "gaussian", 4, 8)
-    out = attention(query, key, value, method="unreduced_jlt", sketch=sketch)
-    np.testing.assert_allclose(
-        out[0, :, 1], unreduced_jlt(query[0, :, 1], key[0, :, 0], value[0, :, 0], sketch=sketch), atol=1e-6
-    )
+    out = np.asarray(compiled(attention)(query, key, value, method="unreduced_jlt", sketch=sketch))
+    one = (jnp.asarray(np.asarray(x)[0, :, head]) for x, head in ((query, 1), (key, 0), (value, 0)))
+    np.testing.assert_allclose(out[0, :, 1], unreduced_jlt(*one, sketch=sketch), atol=1e-6)
     with pytest.raises(ValueError, match="is random: pass rng"):
         attention(query, key, value, method="unreduced_jlt")
 

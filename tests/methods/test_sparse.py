@@ -49,23 +49,35 @@ CASES = {
     ),
 }
 
-exact, longformer, bigbird, top_k = compiled(exact, longformer, bigbird, top_k)
+exact, longformer, bigbird, top_k, lsh_top_k = compiled(exact, longformer, bigbird, top_k, lsh_top_k)
+random_pattern = jax.jit(SparsePattern.random, static_argnums=(1, 2))
 
-LENGTH = 37
+LENGTH = 21
 RAGGED = np.random.default_rng(0).random((LENGTH, LENGTH)) ** 4 + np.eye(LENGTH)
 PATTERNS = {
     "banded": lambda: SparsePattern.banded(LENGTH, range(-3, 4)),
     "strided": lambda: SparsePattern.strided(LENGTH, 5),
     "block": lambda: SparsePattern.block(LENGTH, 6),
     "global": lambda: SparsePattern.banded(LENGTH, range(-2, 3)).with_global([0, 20]),
-    "random": lambda: SparsePattern.random(jax.random.key(0), LENGTH, 5).union(SparsePattern.banded(LENGTH, [0])),
+    "random": lambda: random_pattern(jax.random.key(0), LENGTH, 5).union(SparsePattern.banded(LENGTH, [0])),
     "ragged": lambda: SparsePattern.from_dense(RAGGED, 0.3),
 }
 every_pattern = pytest.mark.parametrize("kind", PATTERNS)
 
 
 def support(pattern):
-    return np.asarray(pattern.to_dense()) > 0
+    """What a pattern sees, from its indices."""
+    valid, seen = np.asarray(pattern.valid), np.zeros((pattern.num_queries, pattern.num_keys), bool)
+    seen[np.nonzero(valid)[0], np.asarray(pattern.indices)[valid]] = True
+    return seen
+
+
+def padded(pattern, keys_per_row):
+    """The same pattern with more padding, so that all patterns of a length are arguments of one program."""
+    pad = [(0, 0), (0, keys_per_row - pattern.keys_per_row)]
+    indices, valid = np.pad(pattern.indices, pad), np.pad(pattern.valid, pad)
+    log_weights = np.pad(pattern.log_weights, pad, constant_values=-np.inf)
+    return SparsePattern(indices, log_weights.astype(np.float32), valid, pattern.num_keys)
 
 
 def blocks_of(num_queries, num_keys, block_size, share, seed=0):
@@ -85,31 +97,46 @@ def test_both_forms_equal_the_dense_mask_in_values_and_gradients(kind, is_causal
     q, k, v = random_head(0, LENGTH, LENGTH, 8, 5)
     kv_mask = np.arange(LENGTH) % 4 != 1
     mask = support(pattern) & kv_mask & (causal_mask(LENGTH, LENGTH) if is_causal else True)
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=(LENGTH, 5)), jnp.float32)
-    soiled = tuple(jnp.where(kv_mask[:, None], x, jnp.nan) for x in (k, v))
+    weight = np.random.default_rng(1).normal(size=(LENGTH, 5)).astype(np.float32)
+    soiled = tuple(np.where(kv_mask[:, None], x, np.float32(np.nan)) for x in (k, v))
     out, lse = brute_force(q, k, v, mask=mask)
-    dense = jax.vjp(functools.partial(exact, mask=jnp.asarray(mask)), q, k, v)[1](weight)
-
-    def both(pattern):
-        def function(q, k, v):
-            options = {"is_causal": is_causal, "kv_mask": jnp.asarray(kv_mask), "return_state": True}
-            return sparse_attention(q, k, v, pattern=pattern, **options)
-
-        state, pull = jax.vjp(function, q, *soiled)
-        return state, pull(type(state)(weight, jnp.zeros(LENGTH)))
-
-    by_blocks = (functools.partial(both, BlockMap.from_pattern(pattern, size)) for size in (4, 16))
-    for form in (functools.partial(both, pattern), *by_blocks):  # as an argument a pattern is gathered
-        state, gradients = jax.jit(form)()
+    dense = gradients_of_exact(q, k, v, mask, weight)
+    # A pattern that is known is run as one of both forms, which sees the same.
+    chosen = sparse._cheaper(pattern, is_causal)
+    seen = chosen.to_mask() if isinstance(chosen, BlockMap) else support(chosen)
+    np.testing.assert_array_equal(seen & kv_mask & (causal_mask(LENGTH, LENGTH) | (not is_causal)), mask)
+    forms = [BlockMap.from_pattern(pattern, 4), BlockMap.from_pattern(pattern, 16)]
+    forms += [pattern] if kind in ("strided", "ragged") else []
+    by_forms = [
+        jax.jit(functools.partial(state_and_gradients, pattern=form, is_causal=is_causal))(q, *soiled, kv_mask, weight)
+        for form in forms
+    ]
+    gathered = as_an_argument(q, *soiled, kv_mask, weight, pattern=padded(pattern, LENGTH), is_causal=is_causal)
+    for state, gradients in (*by_forms, gathered):
         np.testing.assert_allclose(state.out, out, atol=3e-6)
         np.testing.assert_allclose(state.lse, lse, atol=3e-6)
         chex.assert_trees_all_close(gradients, dense, atol=5e-6)
         empty = ~mask.any(axis=1)
         np.testing.assert_array_equal(np.asarray(state.out)[empty], 0)
         np.testing.assert_array_equal(np.asarray(gradients[0])[empty], 0)
-    traced = jax.jit(both)(pattern)
-    np.testing.assert_allclose(traced[0].out, out, atol=3e-6)
-    chex.assert_trees_all_close(traced[1], dense, atol=5e-6)
+
+
+def state_and_gradients(q, k, v, kv_mask, weight, *, pattern, is_causal):
+    def function(q, k, v):
+        options = {"is_causal": is_causal, "kv_mask": kv_mask, "return_state": True}
+        return sparse_attention(q, k, v, pattern=pattern, **options)
+
+    state, pull = jax.vjp(function, q, k, v)
+    return state, pull(type(state)(weight, jnp.zeros(LENGTH)))
+
+
+# As an argument a pattern is gathered.
+as_an_argument = jax.jit(state_and_gradients, static_argnames="is_causal")
+
+
+@jax.jit
+def gradients_of_exact(q, k, v, mask, weight):
+    return jax.vjp(functools.partial(exact, mask=mask), q, k, v)[1](weight)
 
 
 def test_in_float64_other_lengths_and_rows_that_see_nothing(x64):
@@ -136,26 +163,28 @@ def test_rows_of_many_blocks_are_merged_by_steps():
     visited = np.zeros((3, 157), bool)
     visited[0], visited[1, [3, 156]], visited[2, :40] = True, True, True
     blocks = BlockMap.from_blocks(visited, block_size=32, num_queries=96, num_keys=5000)
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=(96, 3)), jnp.float32)
-    mask = jnp.asarray(blocks.to_mask())
-    ours, dense = (
-        jax.jit(lambda q, k, v, f=f: jax.vjp(f, q, k, v)[1](weight))(q, k, v)
-        for f in (functools.partial(sparse_attention, pattern=blocks), functools.partial(exact, mask=mask))
-    )
-    chex.assert_trees_all_close(ours, dense, atol=5e-6)
-    out = sparse_attention(q, k, v, pattern=blocks)
+    weight = np.random.default_rng(1).normal(size=(96, 3)).astype(np.float32)
+    mask = blocks.to_mask()
+
+    @jax.jit
+    def ours(q, k, v, weight):
+        out, pull = jax.vjp(functools.partial(sparse_attention, pattern=blocks), q, k, v)
+        return out, pull(weight)
+
+    out, gradients = ours(q, k, v, weight)
+    chex.assert_trees_all_close(gradients, gradients_of_exact(q, k, v, mask, weight), atol=5e-6)
     np.testing.assert_allclose(out, brute_force(q, k, v, mask=mask)[0], atol=2e-6)
 
 
 def test_lists_that_are_known_only_at_run_time():
     q, k, v = random_head(4, 21, 30)
-    lists = jnp.array([[0, 2, 5], [7, 1, 0], [3, 3, 3], [0, 0, 0], [4, 6, 2], [1, 5, 7]], jnp.int32)
-    present = jnp.array([[1, 1, 0], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 1]], bool)
+    lists = np.array([[0, 2, 5], [7, 1, 0], [3, 3, 3], [0, 0, 0], [4, 6, 2], [1, 5, 7]], np.int32)
+    present = np.array([[1, 1, 0], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 1]], bool)
     mask = np.zeros((6, 8), bool)
     for row in range(6):
         mask[row, lists[row][present[row]]] = True
     mask = np.repeat(np.repeat(mask, 4, 0), 4, 1)[:21, :30]
-    state = jax.jit(functools.partial(block_lists_state, block_size=4))(*fold_scale(q, k), v, lists, present)
+    state = jax.jit(functools.partial(block_lists_state, block_size=4))(*compiled(fold_scale)(q, k), v, lists, present)
     out, lse = brute_force(q, k, v, mask=mask)
     np.testing.assert_allclose(state.out, out, atol=2e-6)
     np.testing.assert_allclose(state.lse, lse, atol=2e-6)
@@ -165,13 +194,21 @@ def test_nothing_outside_the_support_is_read():
     # NaN where no query looks, in blocks that are not visited and in keys that are not gathered.
     q, k, v = random_head(5, 24, 24)
     pattern = SparsePattern.from_dense(np.tile(np.arange(24) % 3 == 0, (24, 1)) & (np.arange(24) < 12)[None])
-    k, v = (x.at[12:].set(jnp.nan).at[1].set(jnp.nan) for x in (k, v))
-    gathered = jax.jit(lambda pattern: sparse_attention(q, k, v, pattern=pattern))(pattern)
+    k, v = (np.array(x) for x in (k, v))
+    for x in (k, v):
+        x[12:], x[1] = np.nan, np.nan
+    gathered = jax.jit(lambda *args: sparse_attention(*args[:3], pattern=args[3]))(q, k, v, pattern)
     assert np.all(np.isfinite(gathered))
-    clean = k.at[1].set(0.0), v.at[1].set(0.0)
-    out, pull = jax.vjp(functools.partial(sparse_attention, pattern=BlockMap.from_pattern(pattern, 4)), q, *clean)
+    k[1], v[1] = 0, 0
+
+    @jax.jit
+    def out_and_gradients(q, k, v):
+        out, pull = jax.vjp(functools.partial(sparse_attention, pattern=BlockMap.from_pattern(pattern, 4)), q, k, v)
+        return out, pull(out)
+
+    out, gradients = out_and_gradients(q, k, v)
     np.testing.assert_allclose(out, gathered, atol=2e-6)
-    chex.assert_tree_all_finite(pull(out))
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_a_later_token_changes_nothing_before_it():
@@ -179,26 +216,31 @@ def test_a_later_token_changes_nothing_before_it():
     pattern = PATTERNS["global"]()
     for form in (lambda: pattern, lambda: BlockMap.from_pattern(pattern, 8)):
         function = jax.jit(functools.partial(sparse_attention, pattern=form(), is_causal=True))
-        before = function(q, k, v)
+        before = np.asarray(function(q, k, v))
         for j in (3, 8, 20):
-            after = function(q, k.at[j].add(3.0), v.at[j].set(1e4))
+            later_k, later_v = np.array(k), np.array(v)
+            later_k[j] += 3
+            later_v[j] = 1e4
+            after = np.asarray(function(q, later_k, later_v))
             np.testing.assert_array_equal(after[:j], before[:j])
-            assert np.any(np.asarray(after[j:]) != np.asarray(before[j:]))
+            assert np.any(after[j:] != before[j:])
 
 
 def test_batches_heads_and_bfloat16():
     pattern = PATTERNS["strided"]()
+    heads = [np.stack(x) for x in zip(*(random_head(i, LENGTH, LENGTH) for i in range(2)), strict=True)]
+    half = [jnp.asarray(x[0], jnp.bfloat16) for x in heads]
     for form in (pattern, BlockMap.from_pattern(pattern, 16)):
-        heads = [jnp.stack(x) for x in zip(*(random_head(i, LENGTH, LENGTH) for i in range(2)), strict=True)]
         function = functools.partial(sparse_attention, pattern=form)
-        loop = jnp.stack([function(*(x[i] for x in heads)) for i in range(2)])
+        one = jax.jit(function)
+        loop = np.stack([one(*(x[i] for x in heads)) for i in range(2)])
         np.testing.assert_allclose(jax.jit(jax.vmap(function))(*heads), loop, atol=1e-6)
         layout = (x.swapaxes(0, 1)[None] for x in heads)
-        np.testing.assert_allclose(attention(*layout, method=function)[0].swapaxes(0, 1), loop, atol=1e-6)
-        half = [x[0].astype(jnp.bfloat16) for x in heads]
-        out = function(*half)
+        out = jax.jit(functools.partial(attention, method=function))(*layout)
+        np.testing.assert_allclose(np.asarray(out)[0].swapaxes(0, 1), loop, atol=1e-6)
+        out = one(*half)
         assert out.dtype == jnp.bfloat16
-        wide = function(*(x.astype(jnp.float32) for x in half))
+        wide = one(*(np.asarray(x, np.float32) for x in half))
         np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
 
 
@@ -213,11 +255,11 @@ def test_the_cheaper_form_is_chosen(monkeypatch):
 
         monkeypatch.setattr(sparse, name, noted)
     q, k, v = random_head(7, 512, 512, 4)
-    few, band = SparsePattern.random(jax.random.key(0), 512, 4), SparsePattern.banded(512, range(-20, 21))
-    jax.jit(lambda: sparse_attention(q, k, v, pattern=few))()
-    jax.jit(lambda: sparse_attention(q, k, v, pattern=band))()
-    jax.jit(lambda pattern: sparse_attention(q, k, v, pattern=pattern))(band)
-    sparse_attention(q, k, v, pattern=BlockMap.from_pattern(few, 64))
+    few, band = random_pattern(jax.random.key(0), 512, 4), SparsePattern.banded(512, range(-20, 21))
+    jax.eval_shape(lambda: sparse_attention(q, k, v, pattern=few))
+    jax.eval_shape(lambda: sparse_attention(q, k, v, pattern=band))
+    jax.eval_shape(lambda pattern: sparse_attention(q, k, v, pattern=pattern), band)
+    jax.eval_shape(lambda: sparse_attention(q, k, v, pattern=BlockMap.from_pattern(few, 64)))
     assert chosen == ["_over_gathered", "block_sparse_state", "_over_gathered", "block_sparse_state"]
 
 
@@ -302,7 +344,7 @@ def test_what_is_refused():
 def test_longformer_is_a_window_with_global_tokens(num_queries, num_keys, is_causal):
     q, k, v = random_head(10, num_queries, num_keys)
     kv_mask = np.arange(num_keys) % 5 != 1
-    *tokens, rows = without_padding(q, k, v, kv_mask, is_causal)
+    *tokens, rows = without_padding(*map(np.asarray, (q, k, v)), kv_mask, is_causal)
     row, column = np.arange(len(tokens[0]))[:, None], np.arange(len(tokens[1]))[None]
     for window, num_global in ((4, 3), (1, 0), (2, 30)):
         mask = (abs(row - column) < window) | (column < num_global) | (row < num_global)
@@ -312,8 +354,8 @@ def test_longformer_is_a_window_with_global_tokens(num_queries, num_keys, is_cau
             return_state=True,
         )  # fmt: skip
         out, lse = brute_force(*tokens, mask=mask)
-        np.testing.assert_allclose(state.out[rows], out, atol=2e-6)
-        np.testing.assert_allclose(state.lse[rows], lse, atol=2e-6)
+        np.testing.assert_allclose(np.asarray(state.out)[rows], out, atol=2e-6)
+        np.testing.assert_allclose(np.asarray(state.lse)[rows], lse, atol=2e-6)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -332,7 +374,7 @@ def test_bigbird_is_a_window_with_global_and_random_blocks(is_causal):
 def test_given_blocks_that_are_none_hide_no_other():
     free = np.array([[True, True, True, False]])
     for given, seen in (([-1, 0], [0]), ([-2, -1, 0, 1], [0, 1]), ([0, 0, 4, 9], [0]), ([3, 2, -1], [2])):
-        lists, present = _given_lists(free, jnp.asarray([given], jnp.int32))
+        lists, present = jax.jit(functools.partial(_given_lists, free))(np.array([given], np.int32))
         assert np.asarray(lists)[np.asarray(present)].tolist() == seen
     q, k, v = random_head(11, 38, 45)
     options = {"block_size": 4, "num_random_blocks": 0}
@@ -401,18 +443,18 @@ def test_top_k_leaves_out_the_least_weight():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
     # With one round and wide buckets, the candidates are those of two buckets: their best are known.
-    kv_mask, padded = np.arange(47) % 7 != 2, random_head(15, 47, 47)
-    q, k, v = (x[kv_mask] for x in padded)
-    planes = jax.random.normal(jax.random.key(1), (1, 2, 8))
-    side_q, side_k = (np.asarray(x) @ np.asarray(planes[0]).T for x in (q, k))
+    kv_mask, tokens = np.arange(47) % 7 != 2, random_head(15, 47, 47)
+    q, k, v = (np.asarray(x)[kv_mask] for x in tokens)
+    planes = np.random.default_rng(1).normal(size=(1, 2, 8)).astype(np.float32)
+    side_q, side_k = (x @ planes[0].T for x in (q, k))
     bucket_q, bucket_k = ((side > 0) @ [1, 2] for side in (side_q, side_k))
     neighbour = bucket_q ^ np.array([1, 2])[np.argmin(np.abs(side_q), axis=1)]
     met = (bucket_q[:, None] == bucket_k[None]) | (neighbour[:, None] == bucket_k[None])
     met &= causal_mask(40, 40) if is_causal else True
     options = {"is_causal": is_causal, "kv_mask": jnp.asarray(kv_mask), "keys_per_query": 39}
     for rounds in (1, 3):  # the same round again finds nothing new
-        out = lsh_top_k(*padded, projection=jnp.tile(planes, (rounds, 1, 1)), **options)[kv_mask]
-        np.testing.assert_allclose(out, brute_force(q, k, v, mask=met)[0], atol=2e-6)
+        out = np.asarray(lsh_top_k(*tokens, projection=jnp.asarray(np.tile(planes, (rounds, 1, 1))), **options))
+        np.testing.assert_allclose(out[kv_mask], brute_force(q, k, v, mask=met)[0], atol=2e-6)
     # A narrow bucket gives the last keys before the query, or those around it.
     options["keys_per_query"] = 3
     expected = np.zeros((40, 40), bool)
@@ -424,8 +466,8 @@ def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
             expected[t, members[first : after if is_causal else first + 3]] = True
     logits = np.where(expected, np.asarray(q) @ np.asarray(k).T, -np.inf)
     expected &= logits >= -np.sort(-logits, axis=1)[:, 2:3]
-    out = lsh_top_k(*padded, projection=planes, **options)[kv_mask]
-    np.testing.assert_allclose(out, brute_force(q, k, v, mask=expected)[0], atol=2e-6)
+    out = np.asarray(lsh_top_k(*tokens, projection=jnp.asarray(planes), **options))
+    np.testing.assert_allclose(out[kv_mask], brute_force(q, k, v, mask=expected)[0], atol=2e-6)
 
 
 @pytest.mark.slow
@@ -446,10 +488,11 @@ def test_lsh_recalls_more_with_more_rounds():
 
 def test_realised_patterns_are_found_again():
     realisation = pytest.importorskip("approx_attention.realization")
-    pattern = SparsePattern.random(jax.random.key(3), 96, 3)
+    pattern = random_pattern(jax.random.key(3), 96, 3)
     realised = realisation.realize_sparse_pattern(pattern, 0.01, 0.1, d=64, key=jax.random.key(4), method="wls")
-    q, k = realised.inputs @ realised.w_q, realised.inputs @ realised.w_k
-    v = random_head(18, 96, 96)[2]
-    ideal = np.asarray(pattern.to_dense()) @ np.asarray(v)
-    for found in (top_k(q, k, v, scale=1.0, keys_per_query=3), sparse_attention(q, k, v, scale=1.0, pattern=pattern)):
+    inputs, w_q, w_k = map(np.asarray, (realised.inputs, realised.w_q, realised.w_k))
+    q, k, v = jnp.asarray(inputs @ w_q), jnp.asarray(inputs @ w_k), random_head(18, 96, 96)[2]
+    ideal = support(pattern) / 3 @ np.asarray(v)
+    by_pattern = jax.jit(functools.partial(sparse_attention, scale=1.0, pattern=pattern))
+    for found in (top_k(q, k, v, scale=1.0, keys_per_query=3), by_pattern(q, k, v)):
         np.testing.assert_allclose(found, ideal, atol=1e-3)
