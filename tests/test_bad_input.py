@@ -27,6 +27,7 @@ from approx_attention.evaluation import Problem, Tensors
 from approx_attention.evaluation.arms import build_arms
 from approx_attention.methods import running_exact
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
+from tests.references import quick_process
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEY = jax.random.key(0)
@@ -39,7 +40,7 @@ plain_attention = inspect.unwrap(attention)
 def test_every_function_names_what_it_cannot_take(module):
     """Methods and other functions, in a process without the checks of signatures that tests install."""
     command = [sys.executable, "-m", module]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=quick_process(), capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
 
 

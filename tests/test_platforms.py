@@ -60,7 +60,7 @@ def test_what_is_exported_for_all_platforms_computes_the_same(name):
 
 
 def texts(monkeypatch, platforms, make):
-    """A program as text for each platform, as lowered in a process on a CPU and in one on a GPU: traced once in each."""
+    """A program as text for each platform, as traced and lowered in a process on a CPU and in one on a GPU."""
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         jax.clear_caches()  # traces of the other process

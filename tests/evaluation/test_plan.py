@@ -1,10 +1,12 @@
 """The plan: its fit, its promise about heads that were not looked at, its budgets, and what it says."""
 
+import functools
 import itertools
 import json
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,17 +18,38 @@ from approx_attention.evaluation import (
     Timing,
     held_bytes,
     load_sample,
-    plan,
     plan_table,
     run_comparison,
 )
 from approx_attention.evaluation import planning as plan_module
 from approx_attention.evaluation.error_laws import ErrorLaw, Split, UnitErrors, split_units
+from approx_attention.evaluation.programs import compile_arm
 from approx_attention.registry import METHODS
 from tests.evaluation.test_compare import refusal, run
 from tests.references import brute_force, random_heads
 
 QUICK: dict[str, Any] = {"num_seeds": 2, "rounds": 1}
+
+
+_PROGRAMS: dict[Any, Any] = {}
+
+
+@functools.wraps(plan_module.plan)
+def plan(tensors, **options):
+    """A plan whose programs are compiled once for all tests of this file: what tensors hold is no part of a program."""
+    form = tuple(x.shape for x in tensors), options.get("is_causal"), repr(options.get("options"))
+
+    def compiled_once(arm, *given):
+        asked = form, arm.label, jax.config.jax_default_matmul_precision
+        if asked not in _PROGRAMS:
+            if len(_PROGRAMS) > 200:
+                _PROGRAMS.clear()
+            _PROGRAMS[asked] = compile_arm(arm, *given)
+        return _PROGRAMS[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "compile_arm", compiled_once)
+        return plan_module.plan(tensors, **options)
 
 
 def family(name, seed, num_heads=16, length=128, dim=8):
@@ -321,7 +344,7 @@ def test_exact_where_nothing_helps():
 
 
 def test_a_trivial_baseline_where_it_suffices():
-    q, k, v = random_heads(0, 1, 64, 64, 8, 8)
+    q, k, v = random_heads(0, 1, 128, 128, 16, 16)
     made = plan(Tensors(0.01 * q, k, v + 3), tolerance=0.05, max_bytes=10**6, methods=["mean_pool"], **QUICK)
     assert made.pick is not None
     assert made.pick.method == "mean_value"
