@@ -56,27 +56,42 @@ def outcome(function: Callable[[], Any]) -> str:
 
 def counts_of_methods() -> Iterator[str]:
     for name, method in METHODS.items():
-        for argument, parameter in inspect.signature(method.function).parameters.items():
-            if str(parameter.annotation) not in ("<class 'int'>", "int | None", "int | tuple[int, int]"):
-                continue
-            count = OWN_COUNTS.get(argument, COUNT)
-            for form in forms(name):
-                own = form | OTHER.get(argument, {})
+        counts = {
+            argument: OWN_COUNTS.get(argument, COUNT)
+            for argument, parameter in inspect.signature(method.function).parameters.items()
+            if str(parameter.annotation) in ("<class 'int'>", "int | None", "int | tuple[int, int]")
+        }
+        for form in forms(name):
 
-                def traced(value: Any, argument: str = argument, own: Any = own, method: Any = method) -> str:
-                    call = lambda: method.function(tokens, tokens, tokens, key, **own, **{argument: value})  # noqa: E731
-                    return outcome(lambda: jax.eval_shape(call))
+            def traced(form: Any = form, method: Any = method, **given: Any) -> str:
+                call = lambda: method.function(tokens, tokens, tokens, key, **form, **given)  # noqa: E731
+                return outcome(lambda: jax.eval_shape(call))
 
-                expected = traced(count)
+            for together in in_one_call(counts, traced):
+                others = {
+                    x: y for argument in together for x, y in OTHER.get(argument, {}).items() if x not in together
+                }
+                expected = traced(**others, **together)
                 for kind in (np.uint8, np.int8, np.int64):
-                    if traced(kind(count)) != expected:
-                        yield f"{name}({argument}={kind.__name__}({count}), {own}): {traced(kind(count))}"
+                    narrow = {argument: kind(count) for argument, count in together.items()}
+                    if (said := traced(**others, **narrow)) != expected:
+                        yield f"{name}({together} as {kind.__name__}, {form | others}): {said}"
+            for argument in counts:
+                others = OTHER.get(argument, {})
                 for value in (*NO_COUNTS, 10**20, 2**63, 2**31, 10**5000):
-                    said = traced(value)
+                    said = traced(**others, **{argument: value})
                     if argument not in said or "Error" not in said or "instead" in said or "\n" in said:
-                        yield f"{name}({argument}={shown(value)}, {own}): {said}"
+                        yield f"{name}({argument}={shown(value)}, {form | others}): {said}"
                     if isinstance(value, int) and value > 2**30 and "at most 2**31 - 1" not in said:
-                        yield f"{name}({argument}=huge, {own}): {said}"
+                        yield f"{name}({argument}=huge, {form | others}): {said}"
+
+
+def in_one_call(counts: dict[str, int], traced: Callable[..., str]) -> Iterator[dict[str, int]]:
+    """All counts together where a call takes them so, else one after the other."""
+    if len(counts) > 1 and "Error" not in traced(**counts):
+        yield counts
+    else:
+        yield from ({argument: count} for argument, count in counts.items())
 
 
 def counts_of_functions() -> Iterator[str]:

@@ -67,8 +67,13 @@ def products(function, *arguments):
 
 def num_decompositions(function, *arguments, platform="tpu"):
     """How many QR decompositions the text of a program has; a loop counts once, what is called twice counts twice."""
+    return num_decompositions_in(lowered_text(function, *arguments, platform=platform))
+
+
+def num_decompositions_in(text):
+    """As `num_decompositions`, of the text of a lowered program."""
     bodies = {}
-    for part in lowered_text(function, *arguments, platform=platform).split("func.func ")[1:]:
+    for part in text.split("func.func ")[1:]:
         bodies[re.search(r"@([\w.]+)\(", part).group(1)] = part
 
     @functools.cache

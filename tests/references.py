@@ -1,6 +1,7 @@
 """What the tests measure against: brute force in float64, small inputs, and functions as one program."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,16 @@ def _program(function, structure, constants):
         return function(*args, **options)
 
     return jax.jit(program)
+
+
+def quick_process():
+    """The environment of another process, whose programs are compiled as those of tests are, and kept with them."""
+    return os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
 
 
 def having(**capabilities):

@@ -27,6 +27,7 @@ from approx_attention.evaluation import Problem, Tensors
 from approx_attention.evaluation.arms import build_arms
 from approx_attention.methods import running_exact
 from approx_attention.nnx import ApproxAttention, Eva, Lara, LinformerAttention, Rfa, TensorAttention
+from tests.references import compiled, quick_process
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEY = jax.random.key(0)
@@ -39,7 +40,7 @@ plain_attention = inspect.unwrap(attention)
 def test_every_function_names_what_it_cannot_take(module):
     """Methods and other functions, in a process without the checks of signatures that tests install."""
     command = [sys.executable, "-m", module]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=quick_process(), capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
 
 
@@ -313,7 +314,7 @@ def test_compressing_what_is_no_tensor_or_cache():
     with pytest.raises(TypeError, match="v must be a floating-point array, got dtype int"):
         compress_tokens(K, K.astype(int), budget=4)
     decoder = Decoder(running=running_exact(4, max_length=40), head_dim=4, value_dim=4, block_size=8)
-    cache = decoder.append(decoder.init(), K[:30], K[:30])
+    cache = compiled(decoder.append)(decoder.init(), K[:30], K[:30])
     with pytest.raises(ValueError, match="size must be from 0 to 8, got 9"):
         compress_cache(cache, budget=8, sinks=0, policy="knorm", size=9)
     with pytest.raises(ValueError, match=r"queries must be \[T, D\] = \[1 to 40, 4\]"):
@@ -322,7 +323,7 @@ def test_compressing_what_is_no_tensor_or_cache():
         compress_cache(cache, KEY, budget=8, query_radius=float("nan"))
     with pytest.raises(TypeError, match="compress_cache takes the Cache of a Decoder, got tuple"):
         compress_cache((), budget=8)  # pyright: ignore[reportArgumentType]
-    narrow = compress_cache(cache, budget=np.uint8(16), sinks=np.uint8(2), policy="knorm")
+    narrow = compiled(compress_cache)(cache, budget=np.uint8(16), sinks=np.uint8(2), policy="knorm")
     assert narrow.past.prefix.fixed.mass.shape == (16,)
 
 

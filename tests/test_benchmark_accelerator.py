@@ -38,7 +38,8 @@ def test_a_tiny_run_measures_every_kind_and_its_report_shows_them(tiny):
     assert {row["arm"] for row in good} >= {"exact", "exact dense", "exact jax.nn xla", "mean_value", "mean_pool"}
     assert all(0 < row["least_seconds"] <= row["seconds"] for row in good)
     assert document["not_begun"] == 0
-    assert "mean_pool n=128 causal with gradient" in output
+    assert {row["length"] for row in good} == {64, 128}
+    assert "mean_pool n=64 causal with gradient" in output
     text = "\n\n".join(accelerator_report.section([document]))
     for part in ("Break-even", "Causal, forward:", "Bidirectional, forward:", "Decoding:", "Memory:"):
         assert f"### {part}" in text

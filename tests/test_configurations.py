@@ -25,14 +25,18 @@ def options_of(name, is_causal, **more):
 def cases(name, is_causal):
     """Calls with each of the shared arguments, and with noise of the caller's where the method takes any."""
     yield options_of(name, is_causal)
-    yield options_of(name, is_causal, kv_mask=jnp.arange(LENGTH) < 7, scale=0.3)
-    yield options_of(name, is_causal, scale=jnp.float32(0.3))
+    yield options_of(name, is_causal, kv_mask=jnp.arange(LENGTH) < 7, scale=jnp.float32(0.3))
     if name == "lara":
         for weights in ("query_specific", "biased"):
             yield options_of(name, is_causal, weights=weights)
     if name in ("uniform_sample", "skyformer"):
         size = LENGTH if name == "uniform_sample" else 2 * LENGTH
         yield None, options_of(name, is_causal, noise=jnp.linspace(0, 1, size, dtype=jnp.float32))[1]
+
+
+def with_a_number(name, is_causal):
+    """A scale that is a number of Python, as the one by default is: what is asked of its outputs alone."""
+    return options_of(name, is_causal, kv_mask=jnp.arange(LENGTH) < 7, scale=0.3)
 
 
 def equations(jaxpr):
@@ -47,12 +51,14 @@ def equations(jaxpr):
 @forms
 def test_float32_stays_float32_where_float64_is_enabled(name, is_causal, x64):
     x = jax.ShapeDtypeStruct((LENGTH, 4), jnp.float32)
-    for key, options in cases(name, is_causal):
+    asked = [(case, True) for case in cases(name, is_causal)] + [(with_a_number(name, is_causal), False)]
+    for (key, options), with_gradient in asked:
 
         def total(q, k, v, key=key, options=options):
             return jnp.sum(METHODS[name].function(q, k, v, key, **options))
 
-        program = jax.make_jaxpr(jax.value_and_grad(total, argnums=(0, 1, 2)))(x, x, x)
+        function = jax.value_and_grad(total, argnums=(0, 1, 2)) if with_gradient else total
+        program = jax.make_jaxpr(function)(x, x, x)
         assert {aval.dtype for aval in program.out_avals} == {np.dtype(np.float32)}
         # Numbers of Python are float64 in name only: they take the type of what they meet.
         wide = [
@@ -67,7 +73,7 @@ def test_float32_stays_float32_where_float64_is_enabled(name, is_causal, x64):
 @forms
 def test_float64_is_computed_in_float64(name, is_causal, x64):
     x = jax.ShapeDtypeStruct((LENGTH, 4), jnp.float64)
-    for key, options in cases(name, is_causal):
+    for key, options in (*cases(name, is_causal), with_a_number(name, is_causal)):
         out = jax.eval_shape(
             lambda q, k, v, key=key, options=options: METHODS[name].function(q, k, v, key, **options), x, x, x
         )

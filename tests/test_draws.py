@@ -15,12 +15,12 @@ from approx_attention.evaluation.arms import method_arm
 from approx_attention.evaluation.problem import Problem
 from approx_attention.nnx import ApproxAttention
 from approx_attention.registry import bind
-from tests.programs import num_decompositions
+from tests.programs import num_decompositions, num_decompositions_in
 
 SIZES = {"favor": {"num_features": 20, "block_size": 8}, "scatterbrain": {"num_features": 20, "window_size": 8}}
 BATCH, NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, DIM = 2, 64, 4, 2, 8
 names = pytest.mark.parametrize("name", sorted(SIZES))
-platforms = pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+PLATFORMS = ("cpu", "cuda", "tpu")
 causality = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
 
@@ -45,18 +45,18 @@ def test_methods_that_decompose_are_these():
         assert count == (name in SIZES), name
 
 
-@platforms
 @names
 @causality
-def test_attention_draws_once_for_all_heads(name, is_causal, platform):
+def test_attention_draws_once_for_all_heads(name, is_causal):
     def function(*args):
         return attention(*args[:3], method=name, rng=args[3], is_causal=is_causal, **SIZES[name])
 
     def loss(*args):
         return jnp.sum(function(*args))
 
-    assert num_decompositions(function, *tensors(), jax.random.key(0), platform=platform) == 1
-    assert num_decompositions(jax.grad(loss), *tensors(), jax.random.key(0), platform=platform) == 1
+    for traced in (jax.jit(x).trace(*tensors(), jax.random.key(0)) for x in (function, jax.grad(loss))):
+        for platform in PLATFORMS:
+            assert num_decompositions_in(traced.lower(lowering_platforms=(platform,)).as_text()) == 1, platform
 
 
 @names
@@ -70,10 +70,12 @@ def test_attention_draws_nothing_where_projections_are_given(name, is_causal):
         "for all": lambda q, k, v, w: attention(q, k, v, projection=w[0], **options),
         "for all, with a key": lambda q, k, v, w: attention(q, k, v, rng=rng, projection=w[0], **options),
     }
-    for function in routes.values():
-        assert num_decompositions(function, *tensors(), own) == 0
+    lowered = {route: jax.jit(function).lower(*tensors(), own) for route, function in routes.items()}
+    for route, program in lowered.items():
+        assert num_decompositions_in(program.as_text()) == 0, route
     expected = attention(*tensors(), rng=rng, **options)
-    np.testing.assert_allclose(routes["per head"](*tensors(), own), expected, rtol=1e-5, atol=1e-6)
+    found = lowered["per head"].compile()(*tensors(), own)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_calls_outside_a_program_compile_nothing_anew(caplog):
@@ -118,10 +120,11 @@ def test_devices_are_given_what_is_drawn_once(name, is_causal, head_axis):
         return distributed.attention(q, k, v, rng=jax.random.key(7), projection=projection, **devices, **options)
 
     # The program of a mesh is lowered for its devices.
-    assert num_decompositions(function, *tensors(), jax.random.key(7), platform="cpu") == 1
-    assert num_decompositions(given, *tensors(), projections(name)[0], platform="cpu") == 0
+    drawing = jax.jit(function).lower(*tensors(), jax.random.key(7))
+    assert num_decompositions_in(drawing.as_text()) == 1
+    assert num_decompositions_in(jax.jit(given).lower(*tensors(), projections(name)[0]).as_text()) == 0
     expected = attention(*tensors(), rng=jax.random.key(7), **options)
-    np.testing.assert_allclose(function(*tensors(), jax.random.key(7)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(drawing.compile()(*tensors(), jax.random.key(7)), expected, rtol=1e-4, atol=1e-5)
 
 
 @names

@@ -10,8 +10,7 @@ import pytest
 
 from approx_attention import attention
 from approx_attention.kernels import export_checks
-from tests.cases import ALL, CAUSAL, every_method, settings
-from tests.programs import lowered_for
+from tests.cases import ALL, CAUSAL, settings
 from tests.references import random_heads
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -22,67 +21,63 @@ SHAPE = {"batch": 1, "num_queries": 64, "num_keys": 64, "num_heads": 2, "num_kv_
 few_methods = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in ALL]
 )
-backward_or_not = pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 
 
-def program(name, backward, dtype=jnp.float32, head_dim=8, **options):
-    """A method's attention over heads, or its gradient, and what it is called with."""
+def program(name, *, outputs=False, gradients=True, dtype=jnp.float32, head_dim=8, **options):
+    """A method's attention over heads, its gradients or both, as one program, and what it is called with."""
     options |= {"is_causal": True} if name in CAUSAL else {}
     forward = functools.partial(attention, method=name, **settings(name, block_size=16), **options)
 
-    def gradient(query, key, value, cotangent, rng):
-        return jax.vjp(functools.partial(forward, rng=rng), query, key, value)[1](cotangent)
+    def function(query, key, value, rng):
+        attend = functools.partial(forward, rng=rng)
+        # Outputs on their own too: with gradients rules of their own may compute them.
+        out = (attend(query, key, value),) if outputs else ()
+        return out + (jax.vjp(attend, query, key, value)[1](query) if gradients else ())
 
-    query, key, value = (x.astype(dtype) for x in random_heads(0, **SHAPE, head_dim=head_dim))
-    rng = jax.random.key(7)
-    if backward:
-        return jax.jit(gradient), (query, key, value, query, rng)
-    return jax.jit(lambda query, key, value, rng: forward(query, key, value, rng=rng)), (query, key, value, rng)
+    tensors = (x.astype(dtype) for x in random_heads(0, **SHAPE, head_dim=head_dim))
+    return jax.jit(function), (*tensors, jax.random.key(7))
 
 
 def exported_for_all(function):
     return jax.export.export(function, platforms=PLATFORMS, disabled_checks=export_checks())
 
 
-@every_method
+@pytest.mark.parametrize("name", [name for name in ALL if name not in FEW])
 def test_every_gradient_is_exported_for_all_platforms_in_one(name):
-    function, arguments = program(name, True)
+    function, arguments = program(name)
     assert exported_for_all(function)(*arguments).platforms == PLATFORMS
 
 
 @few_methods
-@backward_or_not
-def test_what_is_exported_for_all_platforms_computes_the_same(name, backward):
-    function, arguments = program(name, backward)
+def test_what_is_exported_for_all_platforms_computes_the_same(name):
+    function, arguments = program(name, outputs=True)
     exported = exported_for_all(function)(*arguments)
+    assert exported.platforms == PLATFORMS
     again = jax.export.deserialize(exported.serialize())
     outputs, expected = (jax.tree.leaves(f(*arguments)) for f in (again.call, function))
     for ours, direct in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(ours, direct, atol=2e-6, rtol=1e-5)
 
 
-def texts(monkeypatch, platform, make):
-    """A program as text, as lowered for one platform in a process on a CPU and in one on a GPU."""
-    found = []
+def texts(monkeypatch, platforms, make):
+    """A program as text for each platform, as traced and lowered in a process on a CPU and in one on a GPU."""
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         jax.clear_caches()  # traces of the other process
         function, arguments = make()
-        found.append(lowered_for(platform, function, *arguments).as_text())
+        traced = function.trace(*arguments)
+        yield [traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms]
     jax.clear_caches()
-    return found
 
 
 @few_methods
-@backward_or_not
-@pytest.mark.parametrize("platform", ["cuda", "cpu"])
-def test_a_program_is_the_same_wherever_it_is_lowered(monkeypatch, platform, name, backward):
-    on_cpu, on_gpu = texts(monkeypatch, platform, functools.partial(program, name, backward))
+def test_a_program_is_the_same_wherever_it_is_lowered(monkeypatch, name):
+    on_cpu, on_gpu = texts(monkeypatch, ("cuda", "cpu"), functools.partial(program, name, outputs=True))
     assert on_gpu == on_cpu
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_shapes_of_fused_kernels_change_no_program(monkeypatch, platform):
+def test_the_shapes_of_fused_kernels_change_no_program(monkeypatch):
     """In half precision a process on a GPU could take cuDNN's attention, for which it asks its own GPU."""
-    on_cpu, on_gpu = texts(monkeypatch, platform, functools.partial(program, "exact", False, jnp.bfloat16, 64))
+    options = {"outputs": True, "gradients": False, "dtype": jnp.bfloat16, "head_dim": 64}
+    on_cpu, on_gpu = texts(monkeypatch, ("cuda", "tpu"), functools.partial(program, "exact", **options))
     assert on_gpu == on_cpu

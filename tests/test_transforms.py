@@ -107,20 +107,18 @@ def test_nested_transformations_trace(name, is_causal, nesting):
     ("name", "is_causal"),
     [pytest.param(*x, marks=() if x[0] in ("exact", "favor") else pytest.mark.slow) for x in DIRECTIONS],
 )
-@pytest.mark.parametrize("varying", range(4))
-def test_one_tensor_may_be_that_of_a_device_alone(name, is_causal, varying):
-    # In shard_map each device holds other queries, keys, values or another scale, and they share the rest.
-    mesh = jax.make_mesh((B,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = [PartitionSpec("batch") if i == varying else PartitionSpec() for i in range(4)]
+def test_each_tensor_may_vary_along_an_axis_of_the_mesh_alone(name, is_causal):
+    # In shard_map queries, keys, values and the scale each differ between devices of an axis that the rest share.
+    axes = ("query", "key", "value", "scale")
+    mesh = jax.sharding.AbstractMesh((B,) * 4, axes)
+    specs = tuple(PartitionSpec(axis) for axis in axes)
     function = bound(name, is_causal)
 
     def gradients(query, key, value, scale):
         return jax.grad(loss(lambda *x: function(*x, scale=scale[0])), (0, 1, 2))(query, key, value)
 
-    tensors = [(shapes(B) if i == varying else shapes(1))[i] for i in range(3)]
-    tensors.append(jax.ShapeDtypeStruct((B if varying == 3 else 1,), jnp.float32))
-    out_specs = tuple(specs[:3])
-    jax.eval_shape(jax.shard_map(gradients, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs), *tensors)
+    tensors = (*shapes(B), jax.ShapeDtypeStruct((B,), jnp.float32))
+    jax.eval_shape(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:3]), *tensors)
 
 
 def test_lengths_trace_under_every_nesting():
@@ -165,18 +163,17 @@ def test_forward_mode_of_exact_attention(implementation):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_gradient_of_vmap_is_that_of_the_batch(name, is_causal):
     function = bound(name, is_causal)
-    tensors = random_heads(1, 3, T, T, N, 2, D)
-    whole = jax.jit(jax.grad(loss(function), (0, 1, 2)))(*tensors)
-    for nested in (jax.grad(loss(jax.vmap(function)), (0, 1, 2)), jax.vmap(jax.grad(loss(function), (0, 1, 2)))):
-        for a, b in zip(jax.jit(nested)(*tensors), whole, strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
-    query, key, value = tensors
-    shared = jax.jit(jax.grad(loss(jax.vmap(function, q_only)), (0, 1, 2)))(query, key[0], value[0])
-    alike = (jnp.broadcast_to(x[0], x.shape) for x in (key, value))
-    of_batch = jax.jit(jax.grad(loss(function), (0, 1, 2)))(query, *alike)
-    np.testing.assert_allclose(shared[0], of_batch[0], atol=2e-5)
-    for a, b in zip(shared[1:], of_batch[1:], strict=True):
-        np.testing.assert_allclose(a, jnp.sum(b, axis=0), atol=5e-5)
+    # Of eight sequences each two have the same keys.
+    query, *keys_and_values = random_heads(1, 8, T, T, N, 2, D)
+    keys_and_values = [x[::2] for x in keys_and_values]
+    alike = (jnp.repeat(x, 2, axis=0) for x in keys_and_values)
+    of_query, *of_batch = jax.jit(jax.grad(loss(function), (0, 1, 2)))(query, *alike)
+    nested = jax.vmap(jax.grad(loss(jax.vmap(jax.vmap(function, q_only))), (0, 1, 2)))
+    tensors = query.reshape(2, 2, 2, T, N, D), *(x.reshape(2, 2, *x.shape[1:]) for x in keys_and_values)
+    of_queries, *shared = jax.jit(nested)(*tensors)
+    np.testing.assert_allclose(of_queries, np.reshape(of_query, of_queries.shape), atol=2e-5)
+    for ours, whole in zip(shared, of_batch, strict=True):
+        np.testing.assert_allclose(ours, np.reshape(whole, (2, 2, 2, *whole.shape[1:])).sum(2), atol=5e-5)
 
 
 def test_a_function_of_the_library_is_the_method_of_its_name():

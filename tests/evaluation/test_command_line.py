@@ -19,7 +19,7 @@ from approx_attention.evaluation import Candidate, Plan, comparison_table, kinds
 from approx_attention.evaluation.comparison import no_better_than_mean
 from approx_attention.evaluation.units import times
 from tests.evaluation.test_compare import comparison, refusal, run
-from tests.references import random_heads
+from tests.references import quick_process, random_heads
 
 ROWS = [
     comparison("exact", 0.5, 0.0, is_exact=True),
@@ -157,6 +157,7 @@ def test_real_pipes_and_devices(file, tmp_path):
                 [*COMMAND, "compare", str(file), *options],
                 stdout=stdout,
                 stderr=subprocess.PIPE,
+                env=quick_process(),
                 text=True,
                 check=False,
             )
@@ -309,7 +310,8 @@ def test_signals(tmp_path, number, code):
     command = ["compare", str(path), "--out", str(tmp_path / "out")]
     if number == signal.SIGTERM:
         command = ["plan", *command[1:], "--tolerance", "0.1"]
-    process = subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*COMMAND, *command], **pipes, env=quick_process(), text=True)
     assert process.stderr is not None
     for line in process.stderr:  # a line for each that is begun, while others are to come
         if "longformer" in line:

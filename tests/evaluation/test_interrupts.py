@@ -13,6 +13,7 @@ from approx_attention import cli
 from approx_attention.evaluation import kinds, runs
 from tests.evaluation.test_command_line import COMMAND, ROWS, Stream
 from tests.evaluation.test_compare import run
+from tests.references import quick_process
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
@@ -118,7 +119,8 @@ def test_a_signal_while_the_last_output_is_flushed(file, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("lines", [1, 2, 4])
 def test_signals_at_any_time_end_in_one_line(file, tmp_path, lines):
     command = [*COMMAND, "plan", str(file), "--tolerance", "0.1", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, env=quick_process(), text=True)
     assert process.stderr is not None
     for _ in range(lines):
         process.stderr.readline()

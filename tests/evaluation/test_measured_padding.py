@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 from approx_attention import InputError
-from approx_attention.evaluation import Problem, Tensors, compare, method_arm, plan, plan_table, run_comparison
+from approx_attention.evaluation import (
+    Problem,
+    Tensors,
+    compare,
+    comparison,
+    method_arm,
+    plan,
+    plan_table,
+    run_comparison,
+)
 from approx_attention.evaluation.arms import exact_arms
 from approx_attention.evaluation.error_laws import split_units
+from approx_attention.evaluation.programs import compile_arm
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from tests.references import brute_force, random_heads
 
@@ -39,14 +49,28 @@ def squares(tensors, is_causal=False):
     return error, norm
 
 
+def compared(problem, programs):
+    """The rows of a comparison with the mean, of programs that are compiled once for each mask of keys."""
+    mask = None if problem.kv_mask is None else np.asarray(problem.kv_mask).tobytes()
+
+    def compiled_once(arm, *tensors):
+        asked = mask, arm.label, jax.config.jax_default_matmul_precision
+        if asked not in programs:
+            programs[asked] = compile_arm(arm, *tensors)
+        return programs[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "compile_arm", compiled_once)
+        return run_comparison(problem, ["mean_value"], [8], num_seeds=1, window_size=4)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_errors_are_those_of_real_queries(is_causal):
     clean, noisy = spoilt()
     error, norm = squares(clean, is_causal)
-    options = {"num_seeds": 1, "window_size": 4}
-    mask = np.arange(24) < LENGTHS[:, None]
+    mask, programs = np.arange(24) < LENGTHS[:, None], {}
     for tensors, padding in ((clean, {"lengths": LENGTHS}), (noisy, {"mask": mask}), (noisy, {"lengths": LENGTHS})):
-        rows = run_comparison(Problem.of(tensors, is_causal=is_causal, **padding), ["mean_value"], [8], **options)
+        rows = compared(Problem.of(tensors, is_causal=is_causal, **padding), programs)
         row = next(row for row in rows if row.method == "mean_value")
         assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
         for row in rows:
@@ -56,7 +80,7 @@ def test_errors_are_those_of_real_queries(is_causal):
                 assert row.normalizer_error is None or row.normalizer_error < 1e-5
             if row.method == "local":
                 assert 0 < row.far_error < math.inf
-    unpadded = run_comparison(Problem(clean, is_causal), ["mean_value"], [8], **options)
+    unpadded = compared(Problem(clean, is_causal), programs)
     assert next(r for r in unpadded if r.method == "mean_value").relative_error != pytest.approx(row.relative_error)
 
 
