@@ -242,6 +242,12 @@ def test_causal_queries_stand_at_places_of_keys(lengths):
 # Segments, ranks and noise by brute force
 
 
+@functools.partial(jax.jit, static_argnames="number")
+def segments_and_all_that_they_sum(mask, x, number):
+    found = segments_of(len(mask), number, mask)
+    return found.number, found.sums(x), found.maxima(x), averaging_matrix(len(mask), number, jnp.float32, mask)
+
+
 def test_segments_are_those_of_the_real_tokens():
     random = np.random.default_rng(0)
     for length in (1, 5, 13, 64):
@@ -254,16 +260,15 @@ def test_segments_are_those_of_the_real_tokens():
                 used = min(number, num_real)
                 expected = np.full(length, number)
                 expected[mask] = [j * used // num_real for j in range(num_real)]
-                found = segments_of(length, number, jnp.asarray(mask))
-                np.testing.assert_array_equal(found.number, expected)
-                matrix = averaging_matrix(length, number, jnp.float32, jnp.asarray(mask))
+                x = random.normal(size=(length, 2)).astype(np.float32)
+                found, sums, maxima, matrix = map(np.asarray, segments_and_all_that_they_sum(mask, x, number))
+                np.testing.assert_array_equal(found, expected)
                 np.testing.assert_allclose(matrix[:used].sum(1), 1, rtol=1e-6)
                 np.testing.assert_array_equal(matrix[:, ~mask], 0)
-                x = random.normal(size=(length, 2)).astype(np.float32)
                 parts = [x[expected == c] for c in range(number)]
-                np.testing.assert_allclose(found.sums(jnp.asarray(x)), [part.sum(0) for part in parts], atol=1e-5)
+                np.testing.assert_allclose(sums, [part.sum(0) for part in parts], atol=1e-5)
                 greatest = [part.max(0, initial=-np.inf) for part in parts]
-                np.testing.assert_array_equal(found.maxima(jnp.asarray(x)), greatest)
+                np.testing.assert_array_equal(maxima, greatest)
 
 
 def test_shares_beyond_the_largest_integer():
