@@ -138,7 +138,9 @@ def pulled_back(function, form=None):
     return both
 
 
-def with_gradients(name, q, k, v, d_out=None, *, kv_mask=None, key=None, size=8, is_causal=False, **options):
+def with_gradients(
+    name, q, k, v, d_out=None, *, kv_mask=None, key=None, size=8, block_size=4, is_causal=False, **options
+):
     """Outputs of a method on one head, with small settings, and gradients of q, k and v.
 
     All points of the same shapes are answered by one program, whatever the mask hides: each method costs it once.
@@ -146,7 +148,7 @@ def with_gradients(name, q, k, v, d_out=None, *, kv_mask=None, key=None, size=8,
     """
     key = jax.random.key(7) if key is None else key
     d_out = np.ones((len(q), v.shape[1]), np.float32) if d_out is None else d_out
-    options = {**settings(name, size), **options, **({"is_causal": True} if is_causal else {})}
+    options = {**settings(name, size, block_size), **options, **({"is_causal": True} if is_causal else {})}
     form = None if kv_mask is None else "cpu"
     return _with_gradients(name, tuple(options.items()), form)(q, k, v, d_out, kv_mask, key)
 
