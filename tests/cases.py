@@ -1,11 +1,13 @@
 """Every method with small settings: the cases of `tests.methods` together, and calls that all tests share."""
 
+import contextlib
 import functools
 import importlib
 import inspect
 import pkgutil
 
 import jax
+import numpy as np
 import pytest
 
 from approx_attention import METHODS, attention
@@ -97,6 +99,68 @@ def call_heads(name, query, key, value, *, rng=None, **options):
 
 def _attention(query, key, value, rng, **options):
     return attention(query, key, value, rng=rng, **options)
+
+
+# Functions compiled within others, that would answer with the form of which they have a trace.
+KEEP_TRACES = (
+    ("approx_attention.coresets.coreset", "_compressed"),
+    ("approx_attention.core.features", "_decomposed"),
+    ("approx_attention.api", "over_heads"),
+)
+
+
+@contextlib.contextmanager
+def one_form(form):
+    """Traces the form for CPUs, ``"cpu"``, or that of other platforms, ``"default"``, alone; lists where it chose."""
+    choices = []
+
+    def chosen(*operands, **forms):
+        choices.append(forms[form])
+        return forms[form](*operands)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax.lax, "platform_dependent", chosen)
+        for module, name in KEEP_TRACES:
+            module = importlib.import_module(module)
+            patched.setattr(module, name, getattr(module, name).__wrapped__)
+        yield choices
+
+
+def pulled_back(function, form=None):
+    """``(q, k, v, d_out, *others) -> out, gradients`` of ``function(q, k, v, *others)``, as one program."""
+
+    @jax.jit
+    def both(q, k, v, d_out, *others):
+        with one_form(form) if form else contextlib.nullcontext():
+            out, pull = jax.vjp(lambda *tensors: function(*tensors, *others), q, k, v)
+            return out, pull(d_out.astype(out.dtype))
+
+    return both
+
+
+def with_gradients(
+    name, q, k, v, d_out=None, *, kv_mask=None, key=None, size=8, block_size=4, is_causal=False, **options
+):
+    """Outputs of a method on one head, with small settings, and gradients of q, k and v.
+
+    All points of the same shapes are answered by one program, whatever the mask hides: each method costs it once.
+    With a mask the form of other platforms, which takes most of a causal trace, is not traced along.
+    """
+    key = jax.random.key(7) if key is None else key
+    d_out = np.ones((len(q), v.shape[1]), np.float32) if d_out is None else d_out
+    options = {**settings(name, size, block_size), **options, **({"is_causal": True} if is_causal else {})}
+    form = None if kv_mask is None else "cpu"
+    return _with_gradients(name, tuple(options.items()), form)(q, k, v, d_out, kv_mask, key)
+
+
+@functools.cache
+def _with_gradients(name, fixed, form):
+    function = METHODS[name].function
+    return pulled_back(lambda q, k, v, kv_mask, key: function(q, k, v, key, kv_mask=kv_mask, **dict(fixed)), form)
+
+
+# The lengths at which `with_gradients` is asked: of a sequence, and of one with padding.
+LENGTH, PADDED_LENGTH = 27, 52
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, attention
-from tests.cases import ALL, CASES, CAUSAL, call, call_heads, case_of, every_method, lifted, settings
+from tests.cases import (
+    ALL,
+    CASES,
+    CAUSAL,
+    LENGTH,
+    call,
+    call_heads,
+    case_of,
+    every_method,
+    lifted,
+    settings,
+    with_gradients,
+)
 from tests.references import causal_mask, compiled, having, random_head, random_heads
 
 
@@ -124,11 +136,11 @@ def _is_random(name):
     [(name, c) for name in ALL for c in (False, True) if _is_random(name) and (not c or name in CAUSAL)],
 )
 def test_the_key_decides_the_draw(name, is_causal):
-    q, k, v = random_head(19, 24, 24)
-    options = {"is_causal": True} if is_causal else {}
-    function = functools.partial(call, name, q, k, v, **case_of(name).random, **options)
-    np.testing.assert_array_equal(function(key=jax.random.key(1)), function(key=jax.random.key(1)))
-    assert np.any(np.asarray(function(key=jax.random.key(1))) != np.asarray(function(key=jax.random.key(2))))
+    tensors = random_head(19, LENGTH, LENGTH, 8, 6)
+    function = functools.partial(with_gradients, name, *tensors, is_causal=is_causal, **case_of(name).random)
+    once, again, other = (np.asarray(function(key=jax.random.key(seed))[0]) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(once, again)
+    assert np.any(once != other)
 
 
 @every_method

@@ -1,71 +1,91 @@
 """The two executions of causal forms, in turn as on a CPU and together as on accelerators, are one function."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from approx_attention import METHODS, Decoder
 from approx_attention.core import causal
 from approx_attention.registry import accepted
-from tests.cases import CAUSAL, every_method, settings, sized, unless_slow
+from tests.cases import CAUSAL, LENGTH, every_method, one_form, settings, sized, unless_slow, with_gradients
 from tests.references import having, random_head
 
 # Without blocks of their own there is one form, or the two are tested with their tiles (tests/core/test_streamed.py).
 BLOCKS = [name for name in CAUSAL if METHODS[name].block in settings(name) and name not in ("sparse_coreset",)]
 
 
-@pytest.fixture
-def together(monkeypatch):
-    """Runs a function as an accelerator would, on this machine, in groups of few blocks or all at once."""
+@contextlib.contextmanager
+def running(form, groups):
+    """Traces one form; that of accelerators in groups of few blocks or all at once."""
+    with pytest.MonkeyPatch.context() as patched, one_form(form) as choices:
+        if groups:
+            patched.setattr(causal, "GROUP_NUMBERS", 1)
+            patched.setattr(causal, "LEAST_GROUP", 12)
+        yield choices
 
-    def run(function, *arguments, groups=True):
-        with monkeypatch.context() as patched:
-            patched.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-            if groups:
-                patched.setattr(causal, "GROUP_NUMBERS", 1)
-                patched.setattr(causal, "LEAST_GROUP", 12)
-            # A new function is traced anew.
-            return jax.jit(lambda *arguments: function(*arguments))(*arguments)
 
-    return run
+def compiled_as(form, function, groups=True, has_forms=True):
+    """A function as this machine would run it, ``"cpu"``, or an accelerator, ``"default"``."""
+
+    # A new function is traced anew.
+    def traced(*arguments):
+        with running(form, groups) as choices:
+            found = function(*arguments)
+        assert choices or not has_forms
+        return found
+
+    return jax.jit(traced)
 
 
 def value_and_gradients(name, is_causal=True, **others):
     """A method on one head: its outputs, and its gradients of a sum that depends on all of them."""
+    options = settings(name) | ({"is_causal": True} if is_causal else {}) | others
 
-    def function(q, k, v):
-        options = settings(name) | ({"is_causal": True} if is_causal else {}) | others
-        out, pull = jax.vjp(lambda *tensors: METHODS[name].function(*tensors, jax.random.key(7), **options), q, k, v)
+    def function(q, k, v, **arrays):
+        def answer(*tensors):
+            return METHODS[name].function(*tensors, jax.random.key(7), **options, **arrays)
+
+        out, pull = jax.vjp(answer, q, k, v)
         return out, *pull(jnp.cos(out))
 
-    return function
+    return lambda q, k, v, kv_mask=None: function(q, k, v, **({} if kv_mask is None else {"kv_mask": kv_mask}))
+
+
+def compare(at_once, in_turn, tolerance):
+    for ours, expected in zip(at_once, in_turn, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize(
-    ("num_queries", "num_keys", "masked", "groups"),
-    [(41, 41, False, False), (41, 30, True, True), pytest.param(30, 41, False, True, marks=pytest.mark.slow)],
-)
-def test_both_executions_agree(together, x64, name, num_queries, num_keys, masked, groups):
-    tensors = random_head(0, num_queries, num_keys, dtype=jnp.float64)
-    function = value_and_gradients(name, **({"kv_mask": jnp.arange(num_keys) % 5 != 2} if masked else {}))
-    in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors, groups=groups)
-    for ours, expected in zip(at_once, in_turn, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-12, rtol=1e-12)
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(41, 30), pytest.param(30, 41, marks=pytest.mark.slow)])
+def test_both_executions_agree(x64, name, num_queries, num_keys):
+    tensors, function = random_head(0, num_queries, num_keys, dtype=jnp.float64), value_and_gradients(name)
+    in_turn, in_groups, whole = (
+        compiled_as(form, function, groups=groups)
+        for form, groups in (("cpu", True), ("default", True), ("default", False))
+    )
+    nothing, some = np.ones(num_keys, bool), np.arange(num_keys) % 5 != 2
+    for kv_mask in (nothing, some):
+        expected = in_turn(*tensors, kv_mask)
+        compare(in_groups(*tensors, kv_mask), expected, 1e-12)
+        if kv_mask is nothing:
+            compare(whole(*tensors), expected, 1e-12)
 
 
 @every_method
-def test_forms_of_both_platforms_agree_on_all_keys(together, x64, name):
+def test_forms_of_both_platforms_agree_on_all_keys(x64, name):
     num_keys = 41 if METHODS[name].capabilities.cross else 52
-    tensors = random_head(6, 52, num_keys, dtype=jnp.float64)
-    function = value_and_gradients(name, is_causal=False)
-    on_cpu, elsewhere = jax.jit(function)(*tensors), together(function, *tensors)
-    for ours, expected in zip(elsewhere, on_cpu, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-11, rtol=1e-11)
+    tensors, function = random_head(6, 52, num_keys, dtype=jnp.float64), value_and_gradients(name, is_causal=False)
+    with running("cpu", groups=True) as choices:
+        on_cpu = jax.jit(lambda *tensors: function(*tensors)).trace(*tensors)
+    # Where no form is chosen there is one.
+    if choices:
+        elsewhere = compiled_as("default", function)
+        compare(elsewhere(*tensors), on_cpu.lower().compile()(*tensors), 1e-11)
 
 
 RNG = np.random.default_rng(4)
@@ -84,41 +104,40 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[f"{name}-{next(iter(x))}" for name, x in VARIANTS])
-def test_both_executions_agree_with_other_options(together, name, options):
-    tensors = random_head(5, 41, 41)
-    function = value_and_gradients(name, **options)
-    in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors)
-    for ours, expected in zip(at_once, in_turn, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=2e-5)
+def test_both_executions_agree_with_other_options(name, options):
+    tensors, function = random_head(5, 41, 41), value_and_gradients(name, **options)
+    in_turn, at_once = (compiled_as(form, function)(*tensors) for form in ("cpu", "default"))
+    compare(at_once, in_turn, 2e-5)
 
 
 @pytest.mark.parametrize("name", [unless_slow(name) for name in BLOCKS])
-def test_both_executions_agree_in_float32(together, name):
-    tensors = random_head(1, 37, 37)
-    function = value_and_gradients(name)
-    in_turn, at_once = jax.jit(function)(*tensors), together(function, *tensors)
-    for ours, expected in zip(at_once, in_turn, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
+def test_both_executions_agree_in_float32(name):
+    tensors, function = random_head(1, LENGTH, LENGTH, 8, 6), value_and_gradients(name)
+    out, *gradients = compiled_as("default", function)(*tensors)
+    expected, of_cotangents = with_gradients(name, *tensors, np.cos(out), is_causal=True)
+    compare((out, *gradients), (expected, *of_cotangents), 1e-5)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_what_comes_later_reaches_nothing_before_it(together, name):
-    q, k, v = random_head(2, 40, 40)
+def test_what_comes_later_reaches_nothing_before_it(name):
+    q, k, v = (np.asarray(x) for x in random_head(2, LENGTH, LENGTH, 8, 6))
     function = functools.partial(METHODS[name].function, key=jax.random.key(7), is_causal=True, **settings(name))
+    at_once = compiled_as("default", function)
 
-    def outputs(q, k, v):
-        later = function(q, k.at[13].set(1e4), v.at[13].set(1e4))
-        return function(q, k, v), later, function(q, k.at[30].set(jnp.nan), v.at[30].set(jnp.nan))
+    def changed(at, x):
+        hit = (np.arange(LENGTH) == at)[:, None]
+        return q, np.where(hit, np.float32(x), k), np.where(hit, np.float32(x), v)
 
-    before, later, broken = together(outputs, q, k, v)
-    np.testing.assert_array_equal(later[:13], before[:13])
+    before, later, broken = at_once(q, k, v), at_once(*changed(9, 1e4)), at_once(*changed(18, np.nan))
+    np.testing.assert_allclose(before, with_gradients(name, q, k, v, is_causal=True)[0], atol=1e-5)
+    np.testing.assert_array_equal(later[:9], before[:9])
     # Within its block, whose logits are one product, a NaN may reach others.
-    np.testing.assert_array_equal(broken[:28], before[:28])
-    assert np.all(np.isnan(broken[30]))
+    np.testing.assert_array_equal(broken[:16], before[:16])
+    assert np.all(np.isnan(broken[18]))
 
 
 @pytest.mark.parametrize("name", [unless_slow(name) for name in having(decode=True)])
-def test_prefill_agrees_too(together, name):
+def test_prefill_agrees_too(name):
     q, k, v = random_head(3, 33, 33)
     method = METHODS[name]
     hyperparameters = sized(name, 8) if method.size else accepted(method.running, {"max_length": 36})
@@ -133,7 +152,7 @@ def test_prefill_agrees_too(together, name):
             outs.append(out)
         return jnp.concatenate(outs), cache
 
-    expected, at_once = jax.jit(in_parts)(q, k, v), together(in_parts, q, k, v)
+    expected, at_once = (compiled_as(form, in_parts)(q, k, v) for form in ("cpu", "default"))
     np.testing.assert_allclose(at_once[0], expected[0], atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(at_once[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

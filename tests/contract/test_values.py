@@ -17,14 +17,17 @@ from approx_attention import METHODS, attend, fold_scale, merge
 from tests.cases import (
     ALL,
     CAUSAL,
+    LENGTH,
     call,
     case_of,
     dense,
     every_method,
     lifted_one_direction,
     one_direction,
+    pulled_back,
     settings,
     unless_slow,
+    with_gradients,
 )
 from tests.references import brute_force, causal_mask, compiled, having, random_head, relative_error
 
@@ -44,12 +47,12 @@ EXACT = [name for name in ALL if case_of(name).always_exact or METHODS[name].cap
     ],
 )
 def test_shape_and_dtype(name, is_causal, dtype):
-    q, k, v = random_head(0, 13, 11, 8, 6, dtype)
+    tensors = random_head(0, LENGTH, LENGTH, 8, 6, dtype)
     options = {"is_causal": True} if is_causal else {}
-    out = call(name, q, k, v, **options)
-    assert out.shape == (13, 6)
+    out = call(name, *tensors, **options)
+    assert out.shape == (LENGTH, 6)
     assert out.dtype == dtype
-    wide = call(name, *(x.astype(jnp.float32) for x in (q, k, v)), **options)
+    wide, _ = with_gradients(name, *(np.asarray(x, np.float32) for x in tensors), is_causal=is_causal)
     np.testing.assert_allclose(np.asarray(out, np.float32), wide, atol=2e-2, rtol=2e-2)
 
 
@@ -92,18 +95,26 @@ def test_any_lengths(name, is_causal, shape, size):
 )
 def test_exact_limit(name, is_causal):
     q, k, v = random_head(3, 11, 11)
-    visible = causal_mask(11, 11) if is_causal else None
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=(11, 8)), jnp.float32)
+    weight = np.random.default_rng(0).normal(size=(11, 8)).astype(np.float32)
+    for kv_mask in (np.ones(11, bool), np.arange(11) < 6, np.arange(11) % 4 != 1):
+        out, gradients = at_full_size(name, is_causal, q, k, v, weight, kv_mask)
+        rows = kv_mask if is_causal else slice(None)
+        visible = causal_mask(11, 11) & kv_mask if is_causal else kv_mask
+        np.testing.assert_allclose(out[rows], brute_force(q, k, v, mask=visible)[0][rows], atol=2e-6)
+        if kv_mask.all():
+            chex.assert_trees_all_close(gradients, _exact(is_causal)(q, k, v, weight)[1], atol=2e-6)
 
-    def loss(function):
-        return lambda q, k, v: jnp.sum(weight * function(q, k, v))
 
-    options = {"is_causal": True, **case_of(name).exact_causal} if is_causal else {}
-    approximate = functools.partial(call, name, size=11, **options)
-    exact = functools.partial(dense, is_causal=is_causal)
-    np.testing.assert_allclose(approximate(q, k, v), brute_force(q, k, v, mask=visible)[0], atol=2e-6)
-    gradients, expected = (jax.grad(loss(f), argnums=(0, 1, 2))(q, k, v) for f in (approximate, exact))
-    chex.assert_trees_all_close(gradients, expected, atol=2e-6)
+def at_full_size(name, is_causal, *tensors_and_weight_and_mask):
+    """A summary as large as the sequence: as one program with its gradients, for 11 tokens and any mask."""
+    *tensors, kv_mask = tensors_and_weight_and_mask
+    options = case_of(name).exact_causal if is_causal else {}
+    return with_gradients(name, *tensors, kv_mask=kv_mask, size=11, is_causal=is_causal, **options)
+
+
+@functools.cache
+def _exact(is_causal):
+    return pulled_back(functools.partial(dense, is_causal=is_causal))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in EXACT])
@@ -114,9 +125,9 @@ def test_no_exact_limit_is_kept_silent(name):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_padding_equals_removal_in_the_exact_limit(name):
-    q, k, v = random_head(11, 9, 9)
-    kv_mask = jnp.arange(9) < 6
-    out = call(name, q, k, v, size=9, kv_mask=kv_mask)
+    q, k, v = random_head(11, 11, 11)
+    weight = np.random.default_rng(0).normal(size=(11, 8)).astype(np.float32)
+    out, _ = at_full_size(name, False, q, k, v, weight, np.arange(11) < 6)
     np.testing.assert_allclose(out, brute_force(q, k[:6], v[:6])[0], atol=2e-6)
 
 
@@ -184,15 +195,16 @@ def test_no_unbiased_sums_are_kept_silent(name):
 
 @pytest.mark.parametrize("name", having(affine=True))
 def test_constant_values_come_back(name):
-    q, k, v = random_head(14, 9, 12)
-    out = call(name, q, k, jnp.full_like(v, 2.5))
+    q, k, v = random_head(14, LENGTH, LENGTH, 8, 6)
+    out, _ = with_gradients(name, q, k, np.full(v.shape, 2.5, np.float32))
     np.testing.assert_allclose(out, 2.5, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", having(affine=False))
 def test_weights_that_do_not_sum_to_1_are_kept_silent(name):
-    q, k, v = random_head(26, 9, 12)
-    assert np.abs(np.asarray(call(name, q, k, jnp.ones_like(v), size=5)) - 1).max() > 1e-3
+    q, k, v = random_head(26, LENGTH, LENGTH, 8, 6)
+    out, _ = with_gradients(name, q, k, np.ones(v.shape, np.float32))
+    assert np.abs(out - 1).max() > 1e-3
 
 
 # summaries
@@ -239,22 +251,25 @@ def test_summaries_of_parts_merge(name):
 @one_direction
 @pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_logits_of_ten_thousand(name, is_causal, sign):
-    q, k, v = random_head(16, 9, 9)
+    q, k, v = (np.asarray(x) for x in random_head(16, LENGTH, LENGTH, 8, 6))
     q, k = 200 * q, sign * 200 * k
-    assert np.abs(np.asarray(q) @ np.asarray(k).T / np.sqrt(8)).max() > 1e4
-    options = {"is_causal": True} if is_causal else {}
-    out, vjp = jax.vjp(functools.partial(call, name, **options), q, k, 1e4 * v)
-    chex.assert_tree_all_finite((out, vjp(jnp.ones_like(out))))
+    assert np.abs(q @ k.T / np.sqrt(8)).max() > 1e4
+    chex.assert_tree_all_finite(with_gradients(name, q, k, 1e4 * v, is_causal=is_causal))
 
 
 @one_direction
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_number_that_is_not_one_comes_out(name, is_causal, masked):
     # NaN in what is visible must not pass for a row that sees nothing.
-    q, k, v = random_head(16, 19, 19)
-    options = {"is_causal": True} if is_causal else {}
-    options |= {"kv_mask": jnp.arange(19) != 3} if masked else {}
-    assert np.any(np.isnan(call(name, q, k, v.at[0].set(jnp.nan), size=19, **options)))
-    if not case_of(name).values_only:
-        assert np.any(np.isnan(call(name, q, k.at[0].set(jnp.nan), v, size=19, **options)))
-        assert np.any(np.isnan(call(name, q.at[0].set(jnp.nan), k, v, size=19, **options)))
+    tensors = [np.asarray(x) for x in random_head(16, 11, 11)]
+    nan_in = [(2, 0)] if case_of(name).values_only else [(2, 0), (1, 0), (0, 0)]
+    for which, at in nan_in:
+        soiled = list(tensors)
+        soiled[which] = np.where((np.arange(11) == at)[:, None], np.float32(np.nan), tensors[which])
+        if masked and name in EXACT:
+            out, _ = at_full_size(name, is_causal, *soiled, np.ones((11, 8), np.float32), np.arange(11) != 3)
+        else:
+            options = {"is_causal": True} if is_causal else {}
+            options |= {"kv_mask": jnp.arange(11) != 3} if masked else {}
+            out = call(name, *map(jnp.asarray, soiled), size=11, **options)
+        assert np.any(np.isnan(out))

@@ -24,15 +24,25 @@ from approx_attention.core import GrowingSegments, TokenSums
 def test_segments_of_all_prefixes_are_those_that_grow(num_segments, unit, block_size, num_blocks):
     random, per_block = np.random.default_rng(0), block_size // unit
     rows = num_blocks * per_block
-    tokens = TokenSums(*(jnp.asarray(random.normal(size=(rows, n)[: 2 if n else 1]), jnp.float32) for n in (3, 2, 0)))
+    tokens = TokenSums(*(random.normal(size=(rows, n)[: 2 if n else 1]).astype(np.float32) for n in (3, 2, 0)))
     least = unit * -(-per_block // num_segments)
-    at = GrowingSegments.of_sequence(num_segments, unit, block_size, tokens, least)
+    counts = np.arange(num_blocks + 1, dtype=np.int32)
+
+    @jax.jit
+    def of_all_prefixes(tokens):
+        return jax.lax.map(GrowingSegments.of_sequence(num_segments, unit, block_size, tokens, least), counts)
+
+    @jax.jit
+    def grow(grown, start, block):
+        return grown.append(start, unit, block, least)
+
+    at = of_all_prefixes(jax.tree.map(jnp.asarray, tokens))
     grown = GrowingSegments.empty(num_segments, 3, 2, jnp.float32)
-    for count in range(num_blocks + 1):
-        now = at(jnp.int32(count))
+    for count in counts:
+        now = jax.tree.map(lambda x, i=count: np.asarray(x)[i], at)
         for ours, expected in zip(now.sums, grown.sums, strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-5)
         assert count == 0 or now.length == grown.length
-        block = jax.tree.map(lambda x, i=count: x[i * per_block : (i + 1) * per_block], tokens)
         if count < num_blocks:
-            grown = grown.append(jnp.int32(count * block_size), unit, block, least)
+            block = jax.tree.map(lambda x, i=count: x[i * per_block : (i + 1) * per_block], tokens)
+            grown = grow(grown, count * np.int32(block_size), block)

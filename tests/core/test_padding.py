@@ -12,7 +12,7 @@ from approx_attention.core import RealFirst, averaging_matrix, draw_of_size, ran
 from approx_attention.core.padding import floor_of_share
 from approx_attention.methods import Convolution, chunk_means
 from tests import cases
-from tests.cases import call, settings
+from tests.cases import LENGTH, PADDED_LENGTH, call, pulled_back, settings, with_gradients
 from tests.references import brute_force, having, random_head, random_heads, relative_error
 
 PADDED = having(padding=True)
@@ -34,27 +34,24 @@ def mask_of(kind, num_real, length):
 
 
 def padded(x, mask, garbage=0.0):
-    return jnp.full((len(mask), *x.shape[1:]), garbage, x.dtype).at[np.flatnonzero(mask)].set(x)
+    out = np.full((len(mask), *x.shape[1:]), garbage, x.dtype)
+    out[mask] = x
+    return out
 
 
-def compare_with_unpadded(function, tensors, kinds=KINDS, lengths=(40,), atol=1e-5, cross=False):
-    """``function(q, k, v, kv_mask)`` with padding of every kind against the same tokens without, and its gradients."""
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=(tensors[0].shape[0], tensors[2].shape[1])), jnp.float32)
-
-    @jax.jit
-    def answer(tensors, mask, weight):
-        out, pull = jax.vjp(lambda *tensors: function(*tensors, mask), *tensors)
-        return out, pull(weight)
-
-    out, gradients = answer(tensors, None, weight)
+def compare_with_unpadded(answer, tensors, kinds=KINDS, lengths=(40,), atol=1e-5, cross=False):
+    """``answer(q, k, v, d_out, kv_mask)``, values and gradients, with padding of every kind and without."""
+    tensors = [np.asarray(x) for x in tensors]
+    weight = np.random.default_rng(0).normal(size=(tensors[0].shape[0], tensors[2].shape[1])).astype(np.float32)
+    out, gradients = answer(*tensors, weight, None)
     real = [slice(None) if cross else None, None, None]
     for length in lengths:
         for kind in kinds:
             mask = mask_of(kind, tensors[1].shape[0], length)
             q = tensors[0] if cross else padded(tensors[0], mask, 3.0)
-            soiled = q, *(padded(x, mask, jnp.nan) for x in tensors[1:])
+            soiled = q, *(padded(x, mask, np.nan) for x in tensors[1:])
             padded_weight = weight if cross else padded(weight, mask)
-            found, found_gradients = answer(soiled, jnp.asarray(mask), padded_weight)
+            found, found_gradients = jax.tree.map(np.asarray, answer(*soiled, padded_weight, mask))
             at = np.flatnonzero(mask)
             message = f"{kind} padding to {length}"
             np.testing.assert_allclose(found if cross else found[at], out, atol=atol, err_msg=message)
@@ -67,14 +64,14 @@ def compare_with_unpadded(function, tensors, kinds=KINDS, lengths=(40,), atol=1e
 
 
 @both_directions
-@pytest.mark.parametrize("num_real", [19, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_real", [LENGTH, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_output_is_that_of_the_real_tokens(name, is_causal, num_real):
-    options = {"is_causal": True} if is_causal else {}
+    def answer(*tensors_and_weight_and_mask):
+        *tensors, mask = tensors_and_weight_and_mask
+        return with_gradients(name, *tensors, kv_mask=mask, is_causal=is_causal)
 
-    def function(q, k, v, mask):
-        return METHODS[name].function(q, k, v, jax.random.key(7), **settings(name), **options, kv_mask=mask)
-
-    compare_with_unpadded(function, random_head(0, num_real, num_real), lengths=(27, 40) if num_real == 5 else (40,))
+    lengths = (PADDED_LENGTH,) if num_real == LENGTH else (27, 40)
+    compare_with_unpadded(answer, random_head(0, num_real, num_real, 8, 6), lengths=lengths)
 
 
 @pytest.mark.parametrize("name", [unless_slow(name) for name in having(padding=True, cross=True)])
@@ -82,7 +79,8 @@ def test_cross_attention_is_that_of_the_real_keys(name):
     def function(q, k, v, mask):
         return METHODS[name].function(q, k, v, jax.random.key(7), **settings(name), kv_mask=mask)
 
-    compare_with_unpadded(function, random_head(1, 11, 19), kinds=("left", "scattered"), lengths=(40,), cross=True)
+    tensors = random_head(1, 11, 19)
+    compare_with_unpadded(pulled_back(function), tensors, kinds=("left", "scattered"), cross=True)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +91,14 @@ def test_batch_mates_and_lengths_change_nothing(name, is_causal):
     options = {"method": name, "rng": jax.random.key(3), "is_causal": is_causal, **settings(name)}
     if name not in CAUSAL:
         options.pop("is_causal")
-    tensors, lengths = random_heads(2, 2, 23, 23, 2, 1), jnp.array([23, 9])
-    whole = jax.jit(lambda *x: attention(*x, **options, key_value_seq_lengths=lengths))(*tensors)
+    tensors, lengths = [np.asarray(x) for x in random_heads(2, 2, 23, 23, 2, 1)], np.array([23, 9])
+    whole = jax.jit(lambda *x: attention(*x[:3], **options, key_value_seq_lengths=x[3]))(*tensors, lengths)
     alone = jax.jit(lambda *x: attention(*x, **options))(*(x[1:, :9] for x in tensors))
     np.testing.assert_allclose(whole[1:, :9], alone, atol=1e-5)
     # The same tokens behind their padding, by a mask.
-    mask = (jnp.arange(23)[None] >= 23 - lengths[:, None])[:, None, None, :]
-    moved = tuple(jnp.roll(x, 14, axis=1).at[0].set(x[0]) for x in tensors)
-    left = jax.jit(lambda *x: attention(*x, mask=mask, **options))(*moved)
+    mask = (np.arange(23)[None] >= 23 - lengths[:, None])[:, None, None, :]
+    moved = [np.concatenate([x[:1], np.roll(x[1:], 14, axis=1)]) for x in tensors]
+    left = jax.jit(lambda *x: attention(*x[:3], mask=x[3], **options))(*moved, mask)
     np.testing.assert_allclose(left[1:, 14:], alone, atol=1e-5)
 
 
@@ -110,7 +108,7 @@ COUNTS_QUERIES = ("hyper_attention",)
 
 @pytest.mark.parametrize("name", [unless_slow(x) for x in having(padding=True, cross=True) if x not in COUNTS_QUERIES])
 def test_padded_queries_change_nothing(name):
-    query, key, value = random_heads(4, 1, 21, 13, 2, 1)
+    query, key, value = (np.asarray(x) for x in random_heads(4, 1, 21, 13, 2, 1))
     options = {"method": name, "rng": jax.random.key(3), **settings(name)}
     alone = jax.jit(lambda *x: attention(*x, **options))(query[:, :6], key, value)
     lengths = jnp.array([6])
@@ -128,7 +126,7 @@ def test_a_summary_is_that_of_the_real_keys(name):
     expected = answer(k, v, None)
     for kind in KINDS:
         mask = mask_of(kind, 19, 33)
-        state = answer(padded(k, mask, jnp.nan), padded(v, mask, jnp.nan), jnp.asarray(mask))
+        state = answer(padded(k, mask, np.nan), padded(v, mask, np.nan), mask)
         np.testing.assert_allclose(state.out, expected.out, atol=1e-5)
         np.testing.assert_allclose(state.lse, expected.lse, atol=1e-5)
 
@@ -170,12 +168,12 @@ def test_other_settings_too(case):
     def function(q, k, v, mask):
         return METHODS[name].function(q, k, v, jax.random.key(7), **options, kv_mask=mask)
 
-    compare_with_unpadded(function, random_head(8, 19, 19), kinds=("left", "scattered"), lengths=(40,))
+    compare_with_unpadded(pulled_back(function), random_head(8, 19, 19), kinds=("left", "scattered"))
 
 
 @pytest.mark.parametrize("name", sorted({"mean_pool", "coreset", "linformer", "block_linformer", "uniform_sample"}))
 def test_as_many_landmarks_as_real_tokens_are_exact(name):
-    q, k, v = random_head(9, 7, 7)
+    q, k, v = (np.asarray(x) for x in random_head(9, 7, 7))
     mask = mask_of("scattered", 7, 64)
     out = call(name, *(padded(x, mask) for x in (q, k, v)), size=16, block_size=32, kv_mask=jnp.asarray(mask))
     np.testing.assert_allclose(out[np.flatnonzero(mask)], brute_force(q, k, v)[0], atol=1e-5)
@@ -204,7 +202,7 @@ def test_algorithms_that_draw_by_length_are_as_good(algorithm):
 
 
 def test_columns_of_a_matrix_belong_to_places():
-    q, k, v = random_head(11, 9, 9)
+    q, k, v = (np.asarray(x) for x in random_head(11, 9, 9))
     e = random_head(12, 4, 1, 16)[0]
     mask = mask_of("right", 9, 16)
     out = call("linformer", *(padded(x, mask) for x in (q, k, v)), projection_k=e, kv_mask=jnp.asarray(mask))
@@ -217,14 +215,16 @@ def test_columns_of_a_matrix_belong_to_places():
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_later_token_changes_nothing_before_it_in_padding_too(name):
-    q, k, v = random_head(13, 19, 19)
-    mask = jnp.asarray(mask_of("scattered", 13, 19))
-    function = jax.jit(functools.partial(call, name, is_causal=True, kv_mask=mask))
-    before = function(q, k, v)
+    q, k, v = (np.asarray(x) for x in random_head(13, PADDED_LENGTH, PADDED_LENGTH, 8, 6))
+    mask = mask_of("scattered", 36, PADDED_LENGTH)
+    function = functools.partial(with_gradients, name, is_causal=True, kv_mask=mask)
+    before, _ = function(q, k, v)
     # Lengths of samples and distances are shares of a sequence whose length does not change.
-    for j in np.flatnonzero(mask)[[3, 8, 12]]:
-        after = function(q, k.at[j].add(3.0), v.at[j].set(1e4))
+    for j in np.flatnonzero(mask)[[3, 8, 12, 30]]:
+        at = (np.arange(PADDED_LENGTH) == j)[:, None]
+        after, _ = function(q, np.where(at, k + 3, k), np.where(at, np.float32(1e4), v))
         np.testing.assert_array_equal(after[:j], before[:j])
+        assert np.any(np.asarray(after[j:]) != np.asarray(before[j:]))
 
 
 @pytest.mark.parametrize("lengths", [(7, 19), (19, 7)])
@@ -242,6 +242,12 @@ def test_causal_queries_stand_at_places_of_keys(lengths):
 # Segments, ranks and noise by brute force
 
 
+@functools.partial(jax.jit, static_argnames="number")
+def segments_and_all_that_they_sum(mask, x, number):
+    found = segments_of(len(mask), number, mask)
+    return found.number, found.sums(x), found.maxima(x), averaging_matrix(len(mask), number, jnp.float32, mask)
+
+
 def test_segments_are_those_of_the_real_tokens():
     random = np.random.default_rng(0)
     for length in (1, 5, 13, 64):
@@ -254,24 +260,24 @@ def test_segments_are_those_of_the_real_tokens():
                 used = min(number, num_real)
                 expected = np.full(length, number)
                 expected[mask] = [j * used // num_real for j in range(num_real)]
-                found = segments_of(length, number, jnp.asarray(mask))
-                np.testing.assert_array_equal(found.number, expected)
-                matrix = averaging_matrix(length, number, jnp.float32, jnp.asarray(mask))
+                x = random.normal(size=(length, 2)).astype(np.float32)
+                found, sums, maxima, matrix = map(np.asarray, segments_and_all_that_they_sum(mask, x, number))
+                np.testing.assert_array_equal(found, expected)
                 np.testing.assert_allclose(matrix[:used].sum(1), 1, rtol=1e-6)
                 np.testing.assert_array_equal(matrix[:, ~mask], 0)
-                x = random.normal(size=(length, 2)).astype(np.float32)
                 parts = [x[expected == c] for c in range(number)]
-                np.testing.assert_allclose(found.sums(jnp.asarray(x)), [part.sum(0) for part in parts], atol=1e-5)
+                np.testing.assert_allclose(sums, [part.sum(0) for part in parts], atol=1e-5)
                 greatest = [part.max(0, initial=-np.inf) for part in parts]
-                np.testing.assert_array_equal(found.maxima(jnp.asarray(x)), greatest)
+                np.testing.assert_array_equal(maxima, greatest)
 
 
 def test_shares_beyond_the_largest_integer():
+    share = jax.jit(floor_of_share)
     random = np.random.default_rng(1)
     for _ in range(100):
         over = int(random.integers(1, 2**24))
         times, number = int(random.integers(1, over + 1)), random.integers(0, over, 100)
-        found = floor_of_share(*(jnp.asarray(x, jnp.int32) for x in (number, times, over)))
+        found = share(*(np.asarray(x, np.int32) for x in (number, times, over)))
         np.testing.assert_array_equal(found, [number * times // over, number * times % over])
 
 
@@ -287,23 +293,25 @@ def test_real_tokens_first_and_back():
 @pytest.mark.parametrize("draw", [jax.random.normal, jax.random.uniform, jax.random.gumbel])
 def test_noise_of_a_shorter_sequence_is_found_in_that_of_a_longer(draw):
     key = jax.random.key(5)
+    longer, shorter = draw(key, (3, 13, 2)), jax.jit(draw_of_size)
     for size in (1, 5, 12, 13):
-        found = draw_of_size(draw(key, (3, 13, 2)), jnp.int32(size))
-        np.testing.assert_array_equal(found[:, :size], draw(key, (3, size, 2)))
+        np.testing.assert_array_equal(shorter(longer, np.int32(size))[:, :size], draw(key, (3, size, 2)))
 
 
 def test_chunk_means_are_those_of_real_tokens():
-    q, k, _ = random_head(15, 19, 19)
+    q, k, _ = (np.asarray(x) for x in random_head(15, 19, 19))
     mask = mask_of("left", 19, 40)
-    found = chunk_means(padded(q, mask), padded(k, mask), num_chunks=4, window_size=4, kv_mask=jnp.asarray(mask))
-    expected = chunk_means(q, k, num_chunks=4, window_size=4)
+    means = jax.jit(functools.partial(chunk_means, num_chunks=4, window_size=4))
+    found = means(padded(q, mask), padded(k, mask), kv_mask=mask)
+    expected = means(q, k)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x[: len(y)], y, atol=1e-6)
 
 
 def test_a_mask_that_hides_nothing_changes_nothing():
     _, k, v = random_head(16, 1, 23)
-    plain, masked = (summarize_mean_pool(k, v, num_landmarks=5, kv_mask=mask) for mask in (None, jnp.ones(23, bool)))
+    summarize = jax.jit(functools.partial(summarize_mean_pool, num_landmarks=5))
+    plain, masked = (summarize(k, v, kv_mask=mask) for mask in (None, np.ones(23, bool)))
     for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 

@@ -18,7 +18,15 @@ from tests.references import brute_force, compiled, random_head
 exact, importance_sample, linformer, unreduced_jlt = compiled(exact, importance_sample, linformer, unreduced_jlt)
 back, draw_sketch, needed_head_dim, realize_attention = compiled(back, draw_sketch, needed_head_dim, realize_attention)
 
+hadamard_transform, leverages, spectrum = compiled(hadamard_transform, leverages, spectrum)
+sketch_mse, row_sample_mse = compiled(bounds.sketch_mse, bounds.row_sample_mse)
+
 KINDS = list(SKETCHES)
+
+
+@compiled
+def applied(sketch, x):
+    return sketch @ x
 
 
 def matrices(kind, size, num_rows, count):
@@ -38,11 +46,12 @@ def test_the_expected_gram_matrix_is_the_identity(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sketches_are_linear_and_have_their_transpose(kind):
     sketch = draw_sketch(jax.random.key(1), kind, 8, 12)
-    matrix = np.asarray(sketch @ jnp.eye(12))
+    matrix = np.asarray(applied(sketch, jnp.asarray(np.eye(12, dtype=np.float32))))
     x, y = random_head(0, 12, 8, 3)[:2]
+    column = np.asarray(x)[:, 0]
     assert matrix.shape == (8, 12)
-    np.testing.assert_allclose(sketch @ x, matrix @ np.asarray(x), atol=1e-6)
-    np.testing.assert_allclose(sketch @ x[:, 0], matrix @ np.asarray(x[:, 0]), atol=1e-6)
+    np.testing.assert_allclose(applied(sketch, x), matrix @ np.asarray(x), atol=1e-6)
+    np.testing.assert_allclose(applied(sketch, jnp.asarray(column)), matrix @ column, atol=1e-6)
     np.testing.assert_allclose(back(sketch, y), matrix.T @ np.asarray(y), atol=1e-6)
 
 
@@ -50,8 +59,8 @@ def test_sketches_are_linear_and_have_their_transpose(kind):
 def test_half_precision_is_summed_in_full(kind):
     sketch = draw_sketch(jax.random.key(2), kind, 8, 1000)
     x = random_head(18, 1000, 1, 2, dtype=jnp.bfloat16)[0]
-    expected = np.asarray(sketch @ x.astype(jnp.float32))
-    found = sketch @ x
+    expected = np.asarray(applied(sketch, jnp.asarray(np.asarray(x, np.float32))))
+    found = applied(sketch, x)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0.005, atol=1e-6)
     with pytest.raises(ValueError, match="the sketch is of 1000 rows, got shape"):
@@ -95,7 +104,7 @@ def test_the_mean_squared_error_is_the_closed_form(kind, num_keys):
     weights = brute_force(q, k, np.eye(num_keys))[0]
     drawn = matrices(kind, 4, num_keys, 30000)
     errors = np.einsum("tj,cmj,cmi,iv->ctv", weights, drawn, drawn, v, optimize=True) - weights @ v
-    expected = float(bounds.sketch_mse(*(jnp.asarray(x, jnp.float32) for x in (weights, v)), 4, kind))
+    expected = float(sketch_mse(*(jnp.asarray(x, jnp.float32) for x in (weights, v)), 4, kind))
     assert (errors**2).sum((1, 2)).mean() == pytest.approx(expected, rel=0.03)
     assert np.abs(errors.mean(0)).max() < 5 * errors.std(0).max() / np.sqrt(30000)
 
@@ -122,19 +131,23 @@ def test_the_best_odds_are_those_of_the_norms_of_columns_and_values():
     size = np.linalg.norm(weights, axis=0) * np.linalg.norm(v, axis=1)
     out = weights @ np.asarray(v)
 
+    @jax.jit
+    def drawn(keys, log_odds):
+        return jax.vmap(lambda key: RowSample.with_odds(key, 4, log_odds))(keys)
+
     def mse(odds):
         keys = jax.random.split(jax.random.key(10), 20000)
-        sample = jax.vmap(lambda key: RowSample.with_odds(key, 4, jnp.log(jnp.asarray(odds, jnp.float32))))(keys)
-        columns = jnp.asarray(weights, jnp.float32)[:, sample.chosen] * (sample.weight**2)[None]
-        errors = np.einsum("tcm,cmv->ctv", columns, v[sample.chosen]) - out
+        sample = drawn(keys, np.log(odds).astype(np.float32))
+        chosen, weight = np.asarray(sample.chosen), np.asarray(sample.weight)
+        errors = np.einsum("tcm,cmv->ctv", weights[:, chosen] * weight**2, np.asarray(v)[chosen]) - out
         return np.sum(errors**2, axis=(1, 2)).mean()
 
     best, uniform = mse(size), mse(np.ones(12))
     assert best == pytest.approx((size.sum() ** 2 - (out**2).sum()) / 4, rel=0.03)
     assert best < uniform
     for found, odds in ((best, size), (uniform, np.ones(12))):
-        log_odds = jnp.log(jnp.asarray(odds, jnp.float32))
-        assert found == pytest.approx(float(bounds.row_sample_mse(weights32, v, 4, log_odds)), rel=0.03)
+        log_odds = jnp.asarray(np.log(odds), jnp.float32)
+        assert found == pytest.approx(float(row_sample_mse(weights32, v, 4, log_odds)), rel=0.03)
 
 
 def test_leverages_against_their_formula():
@@ -147,24 +160,30 @@ def test_leverages_against_their_formula():
     np.testing.assert_array_equal(leverages(jnp.zeros((5, 3))), 0)
 
 
+def weights_of(q, k, scale=1.0):
+    return jax.nn.softmax(scale * q @ k.T)
+
+
 @pytest.mark.parametrize("num_queries", [8, 5, 11])
 def test_all_weights_are_realised_with_one_channel_less_than_keys(num_queries):
-    weights = jax.nn.softmax(2 * random_head(13, num_queries, 8, 8)[0] @ random_head(14, 8, 8, 8)[0].T)
+    left, right = random_head(13, num_queries, 8, 8)[0], random_head(14, 8, 8, 8)[0]
+    weights = compiled(weights_of)(left, right, 2.0)
     q, k = realize_attention(weights)
     enough = min(num_queries, 7)
     assert q.shape == (num_queries, enough)
-    np.testing.assert_allclose(exact(q, k, jnp.eye(8)), weights, atol=2e-5)
+    identity = jnp.asarray(np.eye(8, dtype=np.float32))
+    np.testing.assert_allclose(exact(q, k, identity), weights, atol=2e-5)
     assert int(needed_head_dim(weights)) == enough
     q, k = realize_attention(weights, enough - 1)
-    assert jnp.abs(exact(q, k, jnp.eye(8)) - weights).max() > 1e-3
+    assert np.abs(np.asarray(exact(q, k, identity)) - np.asarray(weights)).max() > 1e-3
     q, k = realize_attention(weights, 12)
     assert q.shape == (num_queries, 12)
-    np.testing.assert_allclose(exact(q, k, jnp.eye(8)), weights, atol=2e-5)
+    np.testing.assert_allclose(exact(q, k, identity), weights, atol=2e-5)
 
 
 def test_a_head_of_few_channels_has_weights_of_full_rank():
     q, k, _ = random_head(15, 64, 64, 2, spread=1.2)
-    weights = jax.nn.softmax(q @ k.T)
+    weights = compiled(weights_of)(q, k)
     assert int(needed_head_dim(weights, tolerance=1e-4)) == 2
     assert np.linalg.matrix_rank(np.asarray(weights), tol=1e-4) > 10
 
@@ -185,9 +204,10 @@ def test_no_head_has_weights_of_zero():
 
 def test_the_spectrum_of_attention():
     q, k, _ = random_head(16, 10, 12, 4)
-    real = jnp.arange(12) < 9
+    real, k = np.arange(12) < 9, np.asarray(k)
     weights = brute_force(q, k[:9], np.eye(9))[0]
-    found = spectrum(q, jnp.where(real[:, None], k, jnp.nan), kv_mask=real)
+    soiled = np.where(real[:, None], k, np.float32(np.nan))
+    found = spectrum(q, jnp.asarray(soiled), kv_mask=jnp.asarray(real))
     for shares, matrix in ((found.weights, weights), (found.centred, weights - 1 / 9)):
         sizes = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(shares[:9], np.cumsum(sizes) / sizes.sum(), atol=1e-5)

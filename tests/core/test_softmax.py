@@ -43,7 +43,7 @@ def test_blocked_equals_brute_force(small_tiles, num_queries, num_keys, masked):
     q, k, v = random_head(0, num_queries, num_keys, spread=0.5)
     mask = np.random.default_rng(0).random(num_keys) < 0.7
     mask[0] = True
-    bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN) if masked else None
+    bias = np.where(mask, np.float32(0), np.float32(HIDDEN)) if masked else None
     state = jax.jit(cpu.blocked_state)(q, k, v, bias)
     assert_is_exact(state, q, k, v, mask if masked else None)
 
@@ -54,15 +54,15 @@ def test_window_equals_brute_force(num_queries, num_keys, left, right):
     q, k, v = random_head(3, num_queries, num_keys, spread=0.5)
     offset = np.arange(num_keys)[None, :] - np.arange(num_queries)[:, None]
     mask = np.arange(num_keys) % 7 != 2
-    bias = jnp.where(jnp.asarray(mask), 0.0, HIDDEN)
+    bias = np.where(mask, np.float32(0), np.float32(HIDDEN))
     state = jax.jit(functools.partial(kernels.state, left=left, right=right))(q, k, v, bias)
     assert_is_exact(state, q, k, v, (offset >= -left) & (offset <= right) & mask)
 
 
 def large_logits(seed, num_queries, num_keys, magnitude, head_dim=32):
     """A head whose largest logits are about ``magnitude``, as numbers that tiles of other shapes round otherwise."""
-    q, k, v = random_head(seed, num_queries, num_keys, head_dim)
-    factor = np.sqrt(magnitude / (4 * np.sqrt(head_dim)))
+    q, k, v = (np.asarray(x) for x in random_head(seed, num_queries, num_keys, head_dim))
+    factor = np.float32(np.sqrt(magnitude / (4 * np.sqrt(head_dim))))
     return factor * q, factor * k, v
 
 
@@ -89,13 +89,19 @@ def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, nu
     visible = offset <= 0 if is_causal else np.ones_like(offset, bool)
     if getattr(form, "func", None) is kernels.state:
         visible &= (offset >= -40) & (offset <= 25)
-    d_out = jnp.asarray(np.random.default_rng(1).normal(size=(num_queries, 32)), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * form(*x).out), argnums=(0, 1, 2)))
-    bias = jnp.where(jnp.asarray(visible), 0.0, HIDDEN)
-    dense = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * dense_state(*x, bias).out), argnums=(0, 1, 2)))
+    d_out = np.random.default_rng(1).normal(size=(num_queries, 32)).astype(np.float32)
+    bias = np.where(visible, np.float32(0), np.float32(HIDDEN))
+
+    @jax.jit
+    def both(q, k, v):
+        return tuple(
+            jax.grad(lambda *x, of=of: jnp.sum(d_out * of(*x).out), argnums=(0, 1, 2))(q, k, v)
+            for of in (form, lambda q, k, v: dense_state(q, k, v, jnp.asarray(bias)))
+        )
+
     for magnitude in (1.0, 30.0, 1e3, 1e4, 1e6, 1e8):
         q, k, v = large_logits(7, num_queries, num_keys, magnitude)
-        found, expected = gradient(q, k, v), dense(q, k, v)
+        found, expected = jax.tree.map(np.asarray, both(q, k, v))
         # What rounding a logit may change: the more, the larger it is, until all weight is on one key.
         rounding = 1e-5 + 3e-7 * magnitude
         truth = value_gradient_in_float64(q, k, v, d_out, visible)
@@ -119,12 +125,12 @@ def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
     k = np.where(random.random(300) < 0.5, 1.0, -1.0)[:, None] * random.normal(size=(1, 16))
     q = random.normal(size=(300, 16))
     factor = np.sqrt(magnitude / np.abs(q @ k.T).max())
-    q, k = (jnp.asarray(factor * x, jnp.float32) for x in (q, k))
+    q, k = ((factor * x).astype(np.float32) for x in (q, k))
     v, d_out = (jnp.asarray(random.normal(size=(300, 16)), jnp.float32) for _ in range(2))
-    bias = jnp.where(jnp.asarray(causal_mask(300, 300)), 0.0, HIDDEN) if is_causal else None
+    bias = jnp.asarray(np.where(causal_mask(300, 300), 0.0, HIDDEN), jnp.float32) if is_causal else None
     streamed = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * streamed_state(*x, is_causal=is_causal).out), (0, 1, 2)))
     dense = jax.jit(jax.grad(lambda *x: jnp.sum(d_out * dense_state(*x, bias).out), (0, 1, 2)))
-    noise = 1e-5 * np.abs(d_out @ v.T).max() * max(np.abs(q).max(), np.abs(k).max())
+    noise = 1e-5 * np.abs(np.asarray(d_out) @ np.asarray(v).T).max() * max(np.abs(q).max(), np.abs(k).max())
     for found, expected in zip(streamed(q, k, v), dense(q, k, v), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=noise)
 

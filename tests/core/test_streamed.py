@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from approx_attention.core import HIDDEN, dense_state, streamed_state
-from approx_attention.kernels import fused
+from approx_attention.kernels import AttentionState, fused
+from tests.kernels.cases import by_brute_force
 from tests.references import causal_mask, random_head
 
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
@@ -30,37 +31,36 @@ def execution(request, monkeypatch):
     jax.clear_caches()
 
 
-def loss_of(num_queries, value_dim):
-    random = np.random.default_rng(1)
-    d_out, d_lse = random.normal(size=(num_queries, value_dim)), random.normal(size=num_queries)
-
-    def loss(state):
-        lse = jnp.where(jnp.isfinite(state.lse), state.lse, 0)
-        dtype = lse.dtype
-        return jnp.sum(state.out * jnp.asarray(d_out, dtype)) + jnp.sum(lse * jnp.asarray(d_lse, dtype))
-
-    return loss
-
-
 def visible_keys(num_queries, num_keys, is_causal, kv_mask=None):
     visible = causal_mask(num_queries, num_keys) if is_causal else np.ones((num_queries, num_keys), bool)
     return visible if kv_mask is None else visible & np.asarray(kv_mask)
 
 
-def by_brute_force(q, k, v, scale, visible):
+def cotangents(num_queries, value_dim):
+    """Of outputs and of normalisers."""
+    random = np.random.default_rng(1)
+    return random.normal(size=(num_queries, value_dim)), random.normal(size=num_queries)
+
+
+def with_gradients(q, k, v, scale, visible):
     """State and gradients of queries, keys, values and the scale, in float64."""
-    loss = loss_of(len(q), v.shape[1])
-    bias = jnp.where(jnp.asarray(visible), 0.0, HIDDEN)
-    tensors = [jnp.asarray(x, jnp.float64) for x in (q, k, v, scale)]
-    state = lambda q, k, v, scale: dense_state(scale * q, k, v, bias)  # noqa: E731
-    return state(*tensors), jax.grad(lambda *x: loss(state(*x)), (0, 1, 2, 3))(*tensors)
+    state, (d_q, d_k, d_v, _, d_scale) = by_brute_force(q, k, v, None, scale, visible, *cotangents(len(q), v.shape[1]))
+    return AttentionState(*state), (d_q, d_k, d_v, d_scale)
 
 
 def streamed_gradients(q, k, v, scale, kv_mask, is_causal):
-    loss = loss_of(len(q), v.shape[1])
-    state = lambda q, k, v, scale: streamed_state(q, k, v, kv_mask, scale=scale, is_causal=is_causal)  # noqa: E731
-    found = jax.jit(state)(q, k, v, scale)
-    return found, jax.jit(jax.grad(lambda *x: loss(state(*x)), (0, 1, 2, 3)))(q, k, v, scale)
+    d_out, d_lse = cotangents(len(q), v.shape[1])
+
+    @jax.jit
+    def both(q, k, v, scale, kv_mask):
+        def state(*tensors):
+            return streamed_state(*tensors[:3], kv_mask, scale=tensors[3], is_causal=is_causal)
+
+        found, pull = jax.vjp(state, q, k, v, scale)
+        of_lse = jnp.where(jnp.isfinite(found.lse), d_lse.astype(found.lse.dtype), 0)
+        return found, pull(AttentionState(d_out.astype(found.out.dtype), of_lse))
+
+    return both(q, k, v, scale, kv_mask)
 
 
 def assert_close(found, expected, tolerance):
@@ -77,14 +77,14 @@ LENGTHS = [(1, 1, 0), (9, 14, 1), (129, 127, 0), (1100, 1300, 1), (1500, 700, 1)
 @pytest.mark.parametrize(("num_queries", "num_keys", "masked"), LENGTHS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_values_and_gradients_equal_brute_force(execution, x64, is_causal, num_queries, num_keys, masked, dtype):
-    q, k, v = (x.astype(dtype) for x in random_head(4, num_queries, num_keys, 4, spread=0.7))
-    v, kv_mask = v[:, :3], None
+    q, k, v = (np.asarray(x) for x in random_head(4, num_queries, num_keys, 4, 3, dtype, spread=0.7))
+    kv_mask = None
     if masked:
         # Causally the first queries see no key.
-        kv_mask = (jnp.arange(num_keys) % 5 != 3) & (jnp.arange(num_keys) > 5)
-        k, v = (jnp.where(kv_mask[:, None], x, 0) for x in (k, v))
-    expected = by_brute_force(q, k, v, 0.7, visible_keys(num_queries, num_keys, is_causal, kv_mask))
-    found = streamed_gradients(q, k, v, jnp.asarray(0.7, dtype), kv_mask, is_causal)
+        kv_mask = (np.arange(num_keys) % 5 != 3) & (np.arange(num_keys) > 5)
+        k, v = (np.where(kv_mask[:, None], x, 0) for x in (k, v))
+    expected = with_gradients(q, k, v, 0.7, visible_keys(num_queries, num_keys, is_causal, kv_mask))
+    found = streamed_gradients(q, k, v, np.asarray(0.7, dtype), kv_mask, is_causal)
     # The gradient of keys that no query sees is not asked for: they are padding, and zeros.
     assert_close(found, expected, TOLERANCE[dtype])
 
@@ -92,37 +92,37 @@ def test_values_and_gradients_equal_brute_force(execution, x64, is_causal, num_q
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_rounded_in_weights_and_outputs_alone(execution, x64, is_causal, dtype):
-    q, k, v = (x.astype(dtype) for x in random_head(5, 1300, 1300, 16, spread=0.7))
-    state, gradients = streamed_gradients(q, k, v, jnp.float32(0.25), None, is_causal)
+    q, k, v = random_head(5, 1300, 1300, 16, dtype=dtype, spread=0.7)
+    state, gradients = streamed_gradients(q, k, v, np.float32(0.25), None, is_causal)
     out, lse = state.out, state.lse
-    expected, of_gradients = by_brute_force(q, k, v, 0.25, visible_keys(1300, 1300, is_causal))
+    expected, of_gradients = with_gradients(q, k, v, 0.25, visible_keys(1300, 1300, is_causal))
     assert out.dtype == lse.dtype == jnp.float32
     # Products of numbers in half precision are exact in float32, so that normalisers are those of float32.
     np.testing.assert_allclose(lse, expected.lse, atol=1e-5)
     unit = float(jnp.finfo(dtype).eps) / 2
-    np.testing.assert_allclose(out, expected.out, atol=2 * unit * float(jnp.abs(v).max()))
+    np.testing.assert_allclose(out, expected.out, atol=2 * unit * np.abs(np.asarray(v, np.float64)).max())
     for a, b in zip(gradients[:3], of_gradients[:3], strict=True):
         assert a.dtype == dtype
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 3 * unit * np.linalg.norm(b)
 
 
 def test_gradients_of_shared_keys_are_added_before_they_are_rounded(execution):
-    q, k, v = (x.astype(jnp.bfloat16) for x in random_head(6, 64, 64, 8))
+    q, k, v = random_head(6, 64, 64, 8, dtype=jnp.bfloat16)
     many = jnp.broadcast_to(q, (256, *q.shape))
     of = lambda q, k, v: jnp.sum(streamed_state(q, k, v).out * v.astype(jnp.float32))  # noqa: E731
-    one = jax.grad(lambda k: of(*(x.astype(jnp.float32) for x in (q, k, v))))(k.astype(jnp.float32))
-    all_heads = jax.grad(lambda k: jnp.sum(jax.vmap(of, (0, None, None))(many, k, v)))(k)
+    one = jax.jit(jax.grad(of, 1))(*(np.asarray(x, np.float32) for x in (q, k, v)))
+    all_heads = jax.jit(jax.grad(lambda k: jnp.sum(jax.vmap(of, (0, None, None))(many, k, v))))(k)
     relative = np.linalg.norm(np.asarray(all_heads, np.float32) / 256 - one) / np.linalg.norm(one)
     assert relative < 0.006
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_second_derivatives(execution, x64, is_causal, monkeypatch):
+def test_second_derivatives(execution, x64, is_causal):
     q, k, v = random_head(7, 7, 7, 3, dtype=jnp.float64)
-    bias = jnp.where(jnp.asarray(visible_keys(7, 7, is_causal)), 0.0, HIDDEN)
+    bias = np.where(visible_keys(7, 7, is_causal), 0.0, HIDDEN)
     tiles = lambda q: jnp.sum(streamed_state(q, k, v, is_causal=is_causal).out ** 2)  # noqa: E731
     dense = lambda q: jnp.sum(dense_state(q, k, v, bias).out ** 2)  # noqa: E731
-    expected = jax.hessian(dense)(q)
+    expected = jax.jit(jax.hessian(dense))(q)
     np.testing.assert_allclose(jax.jit(jax.hessian(tiles))(q), expected, atol=1e-10)
     np.testing.assert_allclose(jax.jit(jax.jacrev(jax.jacrev(tiles)))(q), expected, atol=1e-10)
 
