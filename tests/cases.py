@@ -76,12 +76,12 @@ def sized(name, size):
 
 
 def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
-    """A method on one head, compiled, with small settings and a fixed key."""
+    """A method on one head, compiled, with small settings and a fixed key; of its forms that for CPUs alone."""
     key = jax.random.key(7) if key is None else key
     options = {**settings(name, size, block_size), **options}
     arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
     fixed = tuple((option, x) for option, x in options.items() if option not in arrays)
-    return _compiled(METHODS[name].function, fixed)(q, k, v, key, arrays)
+    return _compiled(METHODS[name].function, fixed, "cpu")(q, k, v, key, arrays)
 
 
 def dense(q, k, v, *, is_causal=False):
@@ -164,6 +164,11 @@ LENGTH, PADDED_LENGTH = 27, 52
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(function, fixed):
+def _compiled(function, fixed, form=None):
     """One compilation for all tests that ask the same."""
-    return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))
+
+    def traced(q, k, v, key, arrays):
+        with one_form(form) if form else contextlib.nullcontext():
+            return function(q, k, v, key, **dict(fixed), **arrays)
+
+    return jax.jit(traced)

@@ -62,8 +62,20 @@ def room_for_programs():
     """Lets go of compiled programs when there are many: each maps memory, and Linux grants a process 65530 maps."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if next(_tests_done) % 25 == 0 and (not maps.exists() or maps.read_bytes().count(b"\n") > 30_000):
+    if next(_tests_done) % 25 == 0 and (not maps.exists() or maps.read_bytes().count(b"\n") > 50_000):
         jax.clear_caches()
+
+
+@pytest.fixture
+def traced_anew():
+    """Lets go of all traces, when called and at the end."""
+    yield jax.clear_caches
+    jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that let go of traces run last, because the others share them."""
+    items.sort(key=lambda item: "traced_anew" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture

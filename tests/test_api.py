@@ -126,16 +126,16 @@ def test_the_heads_of_one_draw_are_independent_of_the_batch_and_of_each_other():
 
 
 @pytest.mark.slow
-def test_at_once_equals_in_turn(monkeypatch):
+def test_at_once_equals_in_turn(traced_anew, monkeypatch):
     tensors = random_heads(10, **SHAPE)
     for name in METHODS:
         function = functools.partial(attention, method=name, rng=jax.random.key(0))
         in_turn = function(*tensors)
-        jax.clear_caches()  # traces with both forms
+        traced_anew()  # with both forms
         with monkeypatch.context() as patched:
             patched.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
             at_once = function(*tensors)
-        jax.clear_caches()
+        traced_anew()
         np.testing.assert_allclose(at_once, in_turn, atol=2e-6)
 
 

@@ -59,25 +59,24 @@ def test_what_is_exported_for_all_platforms_computes_the_same(name):
         np.testing.assert_allclose(ours, direct, atol=2e-6, rtol=1e-5)
 
 
-def texts(monkeypatch, platforms, make):
+def texts(traced_anew, monkeypatch, platforms, make):
     """A program as text for each platform, as traced and lowered in a process on a CPU and in one on a GPU."""
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        jax.clear_caches()  # traces of the other process
+        traced_anew()
         function, arguments = make()
         traced = function.trace(*arguments)
         yield [traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms]
-    jax.clear_caches()
 
 
 @few_methods
-def test_a_program_is_the_same_wherever_it_is_lowered(monkeypatch, name):
-    on_cpu, on_gpu = texts(monkeypatch, ("cuda", "cpu"), functools.partial(program, name, outputs=True))
+def test_a_program_is_the_same_wherever_it_is_lowered(traced_anew, monkeypatch, name):
+    on_cpu, on_gpu = texts(traced_anew, monkeypatch, ("cuda", "cpu"), functools.partial(program, name, outputs=True))
     assert on_gpu == on_cpu
 
 
-def test_the_shapes_of_fused_kernels_change_no_program(monkeypatch):
+def test_the_shapes_of_fused_kernels_change_no_program(traced_anew, monkeypatch):
     """In half precision a process on a GPU could take cuDNN's attention, for which it asks its own GPU."""
     options = {"outputs": True, "gradients": False, "dtype": jnp.bfloat16, "head_dim": 64}
-    on_cpu, on_gpu = texts(monkeypatch, ("cuda", "tpu"), functools.partial(program, "exact", **options))
+    on_cpu, on_gpu = texts(traced_anew, monkeypatch, ("cuda", "tpu"), functools.partial(program, "exact", **options))
     assert on_gpu == on_cpu

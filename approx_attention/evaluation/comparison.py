@@ -18,7 +18,7 @@ from approx_attention.core import in_float32
 from approx_attention.evaluation.arms import MEAN, MOST_SEEDS, WINDOW, Options, build_arms, check_range, method_arm
 from approx_attention.evaluation.errors import output_error
 from approx_attention.evaluation.problem import Problem
-from approx_attention.evaluation.programs import Arm, compile_arm
+from approx_attention.evaluation.programs import Arm, compile_ahead, compile_arm
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 from approx_attention.evaluation.timing import Timing, time_interleaved
 
@@ -103,7 +103,7 @@ def compare(
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
         on_progress: called with what is done next, the number of steps done and their total.
         on_row: called with each as soon as its errors are known, for those who may be interrupted. Its times are
-            then those of the calls that measured the errors.
+            then those of the calls that measured the errors, while the next configuration was compiled.
 
     Returns:
         A `Comparison` per configuration, in their order.
@@ -134,10 +134,6 @@ def compare(
     def real_rows(result: tuple[Array, Array | None]) -> Any:
         return result if real is None else tuple(None if x is None else x[real] for x in result)
 
-    @functools.cache
-    def compiled(arm: Arm) -> tuple[Callable[..., Any], float]:
-        return compile_arm(arm, query, key, value)
-
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
     # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
@@ -156,6 +152,7 @@ def compare(
     kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
     errors: list[list[tuple[float | None, ...]]] = []
     first_timings: list[Timing] = []
+    compiled: list[tuple[Callable[..., Any], float]] = []
 
     def comparison(i: int, timings: list[Timing]) -> Comparison:
         arm, timing = arms[i], timings[i]
@@ -166,7 +163,7 @@ def compare(
             size=arm.size,
             held_bytes=arm.held_bytes,
             compression=kv_bytes / arm.held_bytes if arm.held_bytes else None,
-            compile_seconds=compiled(arm)[1],
+            compile_seconds=compiled[i][1],
             seconds=timing.least,
             median_seconds=timing.median,
             speedup=baseline / timing.least,
@@ -180,9 +177,11 @@ def compare(
             is_exact=arm.is_exact,
         )
 
+    programs = compile_ahead(arms, query, key, value)
     for i, arm in enumerate(arms):
         on_progress(arm.label, i + 1, steps)
-        function, seconds = compiled(arm)[0], []
+        compiled.append(next(programs))
+        function, seconds = compiled[i][0], []
         errors.append([])
         for rng in keys_rngs if arm.is_random else keys_rngs[:1]:
             random = jax.block_until_ready(arm.draw(rng))
@@ -202,7 +201,7 @@ def compare(
 
     on_progress("timing", steps - 1, steps)
     calls = {
-        str(i): functools.partial(compiled(arm)[0], query, key, value, arm.draw(keys_rngs[0]))
+        str(i): functools.partial(compiled[i][0], query, key, value, arm.draw(keys_rngs[0]))
         for i, arm in enumerate(arms)
     }
     timings = list(time_interleaved(calls, rounds=rounds).values())

@@ -1,11 +1,12 @@
 """A method in one configuration as a compiled program."""
 
+import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -84,20 +85,63 @@ def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Calla
     Raises:
         InputError: the method does not take them.
     """
+    return _begun(arm, query, key, value, lambda compile_it: compile_it)()
+
+
+def compile_ahead(
+    arms: Iterable[Arm], query: Array, key: Array, value: Array
+) -> Iterator[tuple[Callable[..., Any], float]]:
+    """What `compile_arm` gives for each configuration, in turn: while one is compiled, the next is traced."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        def begun(arm: Arm) -> Callable[[], tuple[Callable[..., Any], float]]:
+            return _begun(arm, query, key, value, lambda compile_it: pool.submit(compile_it).result)
+
+        waiting = None
+        for arm in arms:
+            current, waiting = waiting, begun(arm)
+            if current is not None:
+                yield current()
+        if waiting is not None:
+            yield waiting()
+
+
+def _begun(
+    arm: Arm, query: Array, key: Array, value: Array, begin: Callable[[Callable[[], Any]], Callable[[], Any]]
+) -> Callable[[], tuple[Callable[..., Any], float]]:
+    """Traces a configuration, begins to compile it, and gives what waits for the program."""
     start = time.perf_counter()
     shared = _shared_programs.get()
     try:
+        # In the thread of the caller, whose options of JAX are those of the program.
         lowered = jax.jit(arm.function).lower(query, key, value, jax.eval_shape(arm.draw, jax.random.key(0)))
-        # Two functions are the same computation where their programs read alike.
-        same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
-        if shared is not None and same in shared:
-            return shared[same]
-        program = lowered.compile()
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{arm.label} does not take these tensors: {error}") from error
-    made = program, time.perf_counter() - start
-    if shared is not None:
-        if len(shared) == _MOST_SHARED:
-            del shared[next(iter(shared))]
-        shared[same] = made
-    return made
+        failure = InputError(f"{arm.label} does not take these tensors: {error}")
+        failure.__cause__ = error
+
+        def fail() -> Any:
+            raise failure
+
+        return fail
+    # Two functions are the same computation where their programs read alike.
+    same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
+    if shared is not None and same in shared:
+        made = shared[same]
+        return lambda: made
+    traced = time.perf_counter() - start
+
+    def compile_it() -> tuple[Callable[..., Any], float]:
+        start = time.perf_counter()
+        return lowered.compile(), traced + time.perf_counter() - start
+
+    wait = begin(compile_it)
+
+    def program() -> tuple[Callable[..., Any], float]:
+        made = wait()
+        if shared is not None:
+            if len(shared) == _MOST_SHARED:
+                del shared[next(iter(shared))]
+            shared[same] = made
+        return made
+
+    return program

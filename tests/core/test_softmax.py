@@ -15,6 +15,7 @@ from approx_attention.core import (
     streamed_state,
 )
 from approx_attention.kernels import cpu
+from tests.kernels.cases import forget_programs
 from tests.references import brute_force, causal_mask, random_head
 
 
@@ -25,10 +26,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(cpu, "KEY_BLOCK", 64)
     monkeypatch.setattr(cpu, "LEAST_TILE", 64)
     monkeypatch.setattr(cpu, "GREATEST_TILE", 64 * 64)
-    # Traces of larger tiles.
-    jax.clear_caches()
+    forget_programs()
     yield
-    jax.clear_caches()
+    monkeypatch.undo()
+    forget_programs()
 
 
 def assert_is_exact(state, q, k, v, mask=None):
@@ -44,7 +45,7 @@ def test_blocked_equals_brute_force(small_tiles, num_queries, num_keys, masked):
     mask = np.random.default_rng(0).random(num_keys) < 0.7
     mask[0] = True
     bias = np.where(mask, np.float32(0), np.float32(HIDDEN)) if masked else None
-    state = jax.jit(cpu.blocked_state)(q, k, v, bias)
+    state = jax.jit(lambda *x: cpu.blocked_state(*x))(q, k, v, bias)
     assert_is_exact(state, q, k, v, mask if masked else None)
 
 

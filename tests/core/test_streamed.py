@@ -10,7 +10,7 @@ import pytest
 
 from approx_attention.core import HIDDEN, dense_state, streamed_state
 from approx_attention.kernels import AttentionState, fused
-from tests.kernels.cases import by_brute_force
+from tests.kernels.cases import by_brute_force, forget_programs
 from tests.references import causal_mask, random_head
 
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
@@ -24,11 +24,10 @@ def execution(request, monkeypatch):
         return
     for function in (fused._forward, fused._backward):
         monkeypatch.setattr(function, "cpu", function.default)
-    # Traces of the other execution.
-    jax.clear_caches()
+    forget_programs()
     yield request.param
     monkeypatch.undo()
-    jax.clear_caches()
+    forget_programs()
 
 
 def visible_keys(num_queries, num_keys, is_causal, kv_mask=None):

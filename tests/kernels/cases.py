@@ -10,6 +10,7 @@ import pytest
 
 from approx_attention import kernels
 from approx_attention.kernels import HIDDEN, fused, mosaic
+from tests.programs import OPERATIONS
 
 FORMS = (
     "cpu",
@@ -31,10 +32,15 @@ def running(form):
         if form == "interpret":
             for name in ("forward", "backward"):
                 patched.setattr(mosaic, name, functools.partial(getattr(mosaic, name), tiles=TILES))
-        # Programs of other forms.
-        jax.clear_caches()
+        forget_programs()
         yield form if form.startswith("interpret") else None
-    jax.clear_caches()
+    forget_programs()
+
+
+def forget_programs():
+    """Compiles the operation anew, after its forms have changed; a function that is jitted anew always is."""
+    for program in (fused._state, state_and_gradients, *(x._compiled for x in OPERATIONS.values())):
+        program.clear_cache()
 
 
 def seen_pairs(num_queries, num_keys, offset=0, left=None, right=None):

@@ -71,11 +71,11 @@ def test_float64_has_tiles(x64):
 
 
 @pytest.mark.parametrize("implementation", [None, "xla", "interpret"])
-def test_a_program_does_not_depend_on_where_it_is_lowered(monkeypatch, implementation):
+def test_a_program_does_not_depend_on_where_it_is_lowered(traced_anew, monkeypatch, implementation):
     texts = set()
     for backend in ("cpu", "tpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        jax.clear_caches()
+        traced_anew()
         texts.add(lowered_text(gradient(implementation), *heads()))
     assert len(texts) == 1
 
