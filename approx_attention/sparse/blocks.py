@@ -289,8 +289,11 @@ def block_sparse_state(
     if len(unseen):
         nothing = AttentionState.empty(len(unseen) * size, v.shape[-1], q.dtype)
         states.append(jax.tree.map(lambda x: x.reshape(len(unseen), size, *x.shape[1:]), nothing))
-    order = np.argsort(np.concatenate([*(group.rows for group in groups), unseen]))
-    state = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *states)
+    rows = np.concatenate([*(group.rows for group in groups), unseen])
+    state = jax.tree.map(lambda *x: jnp.concatenate(x), *states)
+    if np.any(np.diff(rows) < 0):
+        order = np.argsort(rows)
+        state = jax.tree.map(lambda x: x[order], state)
     return out_of_blocks(state, num_queries)
 
 
