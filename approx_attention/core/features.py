@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from approx_attention.core.checks import check_choice, check_count
+from approx_attention.core.circle import sine_and_cosine
 from approx_attention.core.heads import each
 
 
@@ -94,7 +95,7 @@ class TrigonometricFeatures:
     def __call__(self, x: Array, /) -> Features:
         """Sines and cosines ``[N, R]`` with one log-scale per row."""
         angle = x @ self.projection.astype(x.dtype).T
-        values = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        values = jnp.concatenate(sine_and_cosine(angle), axis=-1)
         # The magnitude is the same for all features of a row: one log-scale per row, and values within [-1, 1]. The
         # factor is that of the theorem; the authors' code has a constant 0.1, and clamps the normaliser from below.
         return Features(values, squared_norm(x) / 2 - 0.5 * math.log(self.num_features / 2))
