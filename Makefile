@@ -52,6 +52,7 @@ docs: $(VENV)/.docs
 # PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch performer-pytorch linformer nystrom-attention
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks exact
+	$(BIN)/python -m benchmarks ratios
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks control-variates
 	$(BIN)/python -m benchmarks coresets

@@ -26,6 +26,7 @@ def render(results: pathlib.Path) -> str:
     """The text of RESULTS.md."""
     sections = {
         "exact": _exact_section,
+        "ratios": _ratios_section,
         "scaling": _scaling_section,
         "control_variates": _control_variates_section,
         "coresets": _coresets_section,
@@ -113,6 +114,29 @@ def _exact_section(document: dict[str, Any]) -> Iterable[str]:
         if r["arm"] == "blocked" and not r["backward"] and not r["is_causal"]
     }
     yield f"Temporary memory of `blocked` grows as n to the power {_slope(memory, 2048):.2f} from n = 2048 on."
+
+
+def _ratios_section(document: dict[str, Any]) -> Iterable[str]:
+    yield "## How near the forms for CPUs are to their floor"
+    yield _setting(document)
+    yield (
+        "Each ratio is of two times from one run, taken in turn. Both passes of a tile of softmax attention have 7 "
+        "matrix products where weights are computed again, and the forward pass 2: 3.5 times as many."
+    )
+    header = "what|over|n|ms|over, ms|ratio|at most"
+    table = [
+        [
+            row["what"],
+            row["over"],
+            str(row["length"] or ""),
+            ms(row["seconds"]),
+            ms(row["baseline_seconds"]),
+            f"{row['seconds'] / row['baseline_seconds']:.2f}",
+            f"{row['bar']:g}",
+        ]
+        for row in document["rows"]
+    ]
+    yield markdown_table(header.split("|"), table)
 
 
 def _scaling_section(document: dict[str, Any]) -> Iterable[str]:
