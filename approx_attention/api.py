@@ -155,8 +155,8 @@ def attention(
         static, arrays = split_arrays(bound.name, {**given, **options})
         operands = Operands((query, key, value), sliced, dense, of_heads, arrays)
         # The rule of the form in place differentiates in forward mode, and could not see arrays with derivatives that a
-        # function closes over.
-        result = over_heads(bound.function, static, operands, in_place=bound.closes_over_nothing)
+        # function from elsewhere closes over.
+        result = over_heads(bound.function, static, operands, in_place=registered is not None)
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
     out, residual = (result.out.astype(value.dtype), result.lse) if return_residual else (result, None)

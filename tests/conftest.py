@@ -68,21 +68,21 @@ def room_for_programs():
 
 @pytest.fixture
 def traced_anew():
-    """Lets go of all traces, when called and at the end."""
+    """Clears all traces, when called and at the end."""
     yield jax.clear_caches
     jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that let go of traces run last, because the others share them."""
+    """Tests that clear traces run last, because the others share them."""
     items.sort(key=lambda item: "traced_anew" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture
 def optimized():
-    """Programs compiled as users have them, for tests of memory."""
+    """Programs compiled as users have them, for tests of memory; gives the options of their compilation."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    yield {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ.get("XLA_FLAGS", "") else {}
     jax.config.update("jax_disable_most_optimizations", True)
 
 

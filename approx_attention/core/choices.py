@@ -13,9 +13,9 @@ _CHOICE = "choice"
 # `jax.checkpoint` that recomputes everything except what is `kept`.
 keeping_choices = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE))
 
-# One that recomputes whole heads: of these it stores what their attention returns too.
+# The same for the body of a loop over heads: it also stores outputs of attention, which take long to recompute.
 keeping_outputs = functools.partial(
-    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE, OUTPUT)
+    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE, OUTPUT), prevent_cse=False
 )
 
 

@@ -33,6 +33,8 @@ def _polynomials(angle: Array) -> tuple[Array, Array]:
     quarters = jnp.round(angle * (2 / jnp.pi))
     for part in _QUARTER:
         angle = angle - quarters * part
+    # Past 1e7, where the angle itself is rounded by a turn, what is left of it may be any number.
+    angle = jnp.clip(angle, -2, 2)
     square = angle * angle
     sine = angle + angle * square * _polynomial(_SINE, square)
     cosine = 1 - square / 2 + square * square * _polynomial(_COSINE, square)
@@ -40,6 +42,7 @@ def _polynomials(angle: Array) -> tuple[Array, Array]:
     turn = quarters - 4 * jnp.floor(quarters / 4)
     is_odd = (turn == 1) | (turn == 3)
     sine, cosine = jnp.where(is_odd, cosine, sine), jnp.where(is_odd, sine, cosine)
+    sine, cosine = jnp.clip(sine, -1, 1), jnp.clip(cosine, -1, 1)
     return jnp.where(turn >= 2, -sine, sine), jnp.where((turn == 1) | (turn == 2), -cosine, cosine)
 
 

@@ -147,7 +147,9 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
 
     def derivative(primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
         def result(operands: Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
-            in_turn = lambda head, slices: lax.map(keeping_outputs(head), slices)  # noqa: E731
+            def in_turn(head: Callable[..., Any], slices: Any) -> Any:
+                return lax.map(keeping_outputs(head), slices)
+
             return along_with(transposed(in_turn, operands), operands)
 
         return jax.jvp(result, primals, tangents)

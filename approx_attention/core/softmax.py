@@ -11,14 +11,7 @@ from jax import Array
 
 from approx_attention import kernels
 from approx_attention.core.features import FeatureMap
-from approx_attention.kernels import (
-    HIDDEN,
-    AttentionState,
-    accumulation_dtype,
-    dense_state,
-    finite_peak,
-    normalise,
-)
+from approx_attention.kernels import HIDDEN, AttentionState, accumulation_dtype, dense_state, finite_peak, normalise
 
 Keys = tuple[Array, Array, Array]
 

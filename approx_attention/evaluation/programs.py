@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -48,7 +49,9 @@ class Arm:
         return self.method if self.size is None else f"{self.method} {self.size}"
 
 
-_Programs = dict[bytes, tuple[Callable[..., Any], float]]
+# A compiled function, and the seconds that it took to trace and compile.
+Program = tuple[Callable[..., Any], float]
+_Programs = dict[bytes, "Future[Program]"]
 _shared_programs: contextvars.ContextVar[_Programs | None] = contextvars.ContextVar("shared_programs", default=None)
 # Each program maps memory, and Linux limits the maps of a process.
 _MOST_SHARED = 256
@@ -77,7 +80,7 @@ def shared_programs(programs: _Programs) -> Iterator[None]:
         _shared_programs.reset(token)
 
 
-def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Callable[..., Any], float]:
+def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> Program:
     """The program of a configuration for these tensors, and the seconds that it took to compile.
 
     Its last argument is ``arm.draw(rng)``.
@@ -85,63 +88,54 @@ def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> tuple[Calla
     Raises:
         InputError: the method does not take them.
     """
-    return _begun(arm, query, key, value, lambda compile_it: compile_it)()
-
-
-def compile_ahead(
-    arms: Iterable[Arm], query: Array, key: Array, value: Array
-) -> Iterator[tuple[Callable[..., Any], float]]:
-    """What `compile_arm` gives for each configuration, in turn: while one is compiled, the next is traced."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return _started(arm, query, key, value, pool).result()
 
-        def begun(arm: Arm) -> Callable[[], tuple[Callable[..., Any], float]]:
-            return _begun(arm, query, key, value, lambda compile_it: pool.submit(compile_it).result)
 
-        waiting = None
+def compile_ahead(arms: Iterable[Arm], query: Array, key: Array, value: Array) -> Iterator[Program]:
+    """Yields what `compile_arm` returns for each configuration; traces the next while one is compiled."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting: Future[Program] | None = None
         for arm in arms:
-            current, waiting = waiting, begun(arm)
+            current, waiting = waiting, _started(arm, query, key, value, pool)
             if current is not None:
-                yield current()
+                yield current.result()
         if waiting is not None:
-            yield waiting()
+            yield waiting.result()
 
 
-def _begun(
-    arm: Arm, query: Array, key: Array, value: Array, begin: Callable[[Callable[[], Any]], Callable[[], Any]]
-) -> Callable[[], tuple[Callable[..., Any], float]]:
-    """Traces a configuration, begins to compile it, and gives what waits for the program."""
+def _started(arm: Arm, query: Array, key: Array, value: Array, pool: concurrent.futures.Executor) -> "Future[Program]":
+    """Traces a configuration and has it compiled; what is wrong with it is raised where its program is asked for."""
     start = time.perf_counter()
     shared = _shared_programs.get()
+
+    def failed(error: Exception) -> "Future[Program]":
+        future: Future[Program] = Future()
+        future.set_exception(error)
+        return future
+
     try:
         # In the thread of the caller, whose options of JAX are those of the program.
         lowered = jax.jit(arm.function).lower(query, key, value, jax.eval_shape(arm.draw, jax.random.key(0)))
     except (ValueError, NotImplementedError) as error:
-        failure = InputError(f"{arm.label} does not take these tensors: {error}")
-        failure.__cause__ = error
-
-        def fail() -> Any:
-            raise failure
-
-        return fail
+        refusal = InputError(f"{arm.label} does not take these tensors: {error}")
+        refusal.__cause__ = error
+        return failed(refusal)
+    except Exception as error:
+        return failed(error)
     # Two functions are the same computation where their programs read alike.
     same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
     if shared is not None and same in shared:
-        made = shared[same]
-        return lambda: made
+        return shared[same]
     traced = time.perf_counter() - start
 
-    def compile_it() -> tuple[Callable[..., Any], float]:
+    def compiled() -> Program:
         start = time.perf_counter()
         return lowered.compile(), traced + time.perf_counter() - start
 
-    wait = begin(compile_it)
-
-    def program() -> tuple[Callable[..., Any], float]:
-        made = wait()
-        if shared is not None:
-            if len(shared) == _MOST_SHARED:
-                del shared[next(iter(shared))]
-            shared[same] = made
-        return made
-
-    return program
+    future = pool.submit(compiled)
+    if shared is not None:
+        if len(shared) == _MOST_SHARED:
+            del shared[next(iter(shared))]
+        shared[same] = future
+    return future

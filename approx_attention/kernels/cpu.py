@@ -115,8 +115,7 @@ def _tile_backward(
 ) -> tuple[Array, ...]:
     """Gradients of one tile for a scale of 1, transposed as those of `_streamed_backward`.
 
-    All is computed again from the logits, also the normalisers: so where a backward pass repeats the forward pass, as
-    under `jax.checkpoint`, no outputs need be repeated.
+    Normalisers are recomputed too, so that of a forward pass that `jax.checkpoint` repeats nothing is left to compute.
     """
     logits, seen = k @ q.T, _seen(reach, q, k)
     logits = logits if bias is None else logits + bias[:, None]

@@ -27,7 +27,8 @@ Options = tuple[tuple[str, Any], ...]
 def by_platform(*operands: Any, cpu: Callable[..., Outputs], default: Callable[..., Outputs]) -> Outputs:
     """The outputs of one of two forms, for CPUs and for all other platforms, both made of operations of JAX.
 
-    In shard_map outputs vary over all axes of the mesh over which an operand does, whichever form they are from.
+    In shard_map outputs, which are numbers and no keys, vary over all axes of the mesh over which an operand does,
+    whichever form they are from.
     """
     leaves = jax.tree.leaves(operands)
     if any(getattr(jax.typeof(x), "mat", None) != getattr(jax.typeof(0), "mat", None) for x in leaves):

@@ -67,12 +67,6 @@ class BoundMethod:
         return method if method and method.function is self.function else None
 
     @property
-    def closes_over_nothing(self) -> bool:
-        """Whether it is a function that a module of this library defines: all its arrays are arguments."""
-        module, name = (getattr(self.function, x, "") for x in ("__module__", "__qualname__"))
-        return module.partition(".")[0] == __name__.partition(".")[0] and "<locals>" not in name
-
-    @property
     def is_random(self) -> bool:
         """True if it needs a key; a function without an entry is taken not to."""
         return self.registered is not None and self.registered.capabilities.needs_key

@@ -62,7 +62,8 @@ def test_memory_is_linear(function, optimized):
         x = jax.ShapeDtypeStruct((length, 16), jnp.float32)
         forward = lambda q, k, v: function(q, k, v, jax.random.key(0), is_causal=True, block_size=64)  # noqa: E731
         gradient = jax.grad(lambda q, k, v: jnp.sum(forward(q, k, v)), argnums=(0, 1, 2))
-        return jax.jit(gradient if backward else forward).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(gradient if backward else forward).lower(x, x, x)
+        return lowered.compile(optimized).memory_analysis().temp_size_in_bytes
 
     for backward in (False, True):
         once, fourfold = temporary_bytes(2**12, backward), temporary_bytes(2**14, backward)

@@ -41,7 +41,7 @@ def cotangents(num_queries, value_dim):
     return random.normal(size=(num_queries, value_dim)), random.normal(size=num_queries)
 
 
-def with_gradients(q, k, v, scale, visible):
+def in_float64(q, k, v, scale, visible):
     """State and gradients of queries, keys, values and the scale, in float64."""
     state, (d_q, d_k, d_v, _, d_scale) = by_brute_force(q, k, v, None, scale, visible, *cotangents(len(q), v.shape[1]))
     return AttentionState(*state), (d_q, d_k, d_v, d_scale)
@@ -82,7 +82,7 @@ def test_values_and_gradients_equal_brute_force(execution, x64, is_causal, num_q
         # Causally the first queries see no key.
         kv_mask = (np.arange(num_keys) % 5 != 3) & (np.arange(num_keys) > 5)
         k, v = (np.where(kv_mask[:, None], x, 0) for x in (k, v))
-    expected = with_gradients(q, k, v, 0.7, visible_keys(num_queries, num_keys, is_causal, kv_mask))
+    expected = in_float64(q, k, v, 0.7, visible_keys(num_queries, num_keys, is_causal, kv_mask))
     found = streamed_gradients(q, k, v, np.asarray(0.7, dtype), kv_mask, is_causal)
     # The gradient of keys that no query sees is not asked for: they are padding, and zeros.
     assert_close(found, expected, TOLERANCE[dtype])
@@ -94,7 +94,7 @@ def test_half_precision_is_rounded_in_weights_and_outputs_alone(execution, x64, 
     q, k, v = random_head(5, 1300, 1300, 16, dtype=dtype, spread=0.7)
     state, gradients = streamed_gradients(q, k, v, np.float32(0.25), None, is_causal)
     out, lse = state.out, state.lse
-    expected, of_gradients = with_gradients(q, k, v, 0.25, visible_keys(1300, 1300, is_causal))
+    expected, of_gradients = in_float64(q, k, v, 0.25, visible_keys(1300, 1300, is_causal))
     assert out.dtype == lse.dtype == jnp.float32
     # Products of numbers in half precision are exact in float32, so that normalisers are those of float32.
     np.testing.assert_allclose(lse, expected.lse, atol=1e-5)
@@ -160,7 +160,7 @@ def test_memory_of_the_streamed_form_is_linear(is_causal, optimized):
             function = jax.grad(
                 lambda q, k, v: jnp.sum(streamed_state(q, k, v, is_causal=is_causal).out), argnums=(0, 1, 2)
             )
-        return jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(function).lower(x, x, x).compile(optimized).memory_analysis().temp_size_in_bytes
 
     for backward in (False, True):
         once, fourfold = temporary_bytes(2**14, backward), temporary_bytes(2**16, backward)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from approx_attention import kernels
-from approx_attention.kernels import HIDDEN, fused, mosaic
+from approx_attention.core import heads
+from approx_attention.kernels import HIDDEN, cpu, fused, mosaic
 from tests.programs import OPERATIONS
 
 FORMS = (
     "cpu",
+    "tile",
     "xla",
     "interpret",
     "interpret_gpu",
@@ -29,6 +31,8 @@ def running(form):
         if form == "xla":
             for function in (fused._forward, fused._backward):
                 patched.setattr(function, "cpu", function.default)
+        if form == "cpu":
+            patched.setattr(cpu, "ONE_TILE", 0)
         if form == "interpret":
             for name in ("forward", "backward"):
                 patched.setattr(mosaic, name, functools.partial(getattr(mosaic, name), tiles=TILES))
@@ -38,8 +42,9 @@ def running(form):
 
 
 def forget_programs():
-    """Compiles the operation anew, after its forms have changed; a function that is jitted anew always is."""
-    for program in (fused._state, state_and_gradients, *(x._compiled for x in OPERATIONS.values())):
+    """Compiles the operation anew, after its forms have changed; other jitted functions must be new ones."""
+    programs = fused._state, state_and_gradients, heads.over_heads, *(x._compiled for x in OPERATIONS.values())
+    for program in programs:
         program.clear_cache()
 
 

@@ -18,7 +18,7 @@ LENGTH, HEADS = 12, 3
 # Forms with the reaches that they treat in their own way.
 CAUSAL, KERNEL = ("cpu", {"right": 0}), ("interpret", {"right": 0})
 FORMS = [CAUSAL, ("cpu", {}), ("cpu", {"left": 3, "right": 2}), ("xla", {"offset": 2, "left": 4}), KERNEL]
-FORMS.append(("interpret_gpu", {"right": 0}))
+FORMS += [("interpret_gpu", {"right": 0}), ("tile", {"right": 0})]
 
 
 def case(form, *others, is_fast):
