@@ -143,7 +143,8 @@ def with_gradients(
 ):
     """Outputs of a method on one head, with small settings, and gradients of q, k and v.
 
-    All calls of the same shapes share one program, as the mask is an argument. With a mask the form of other platforms, which takes most of a causal trace, is not traced along.
+    All calls of the same shapes share one program, as the mask is an argument. With a mask the form of other platforms,
+    which takes most of a causal trace, is not traced along.
     """
     key = jax.random.key(7) if key is None else key
     d_out = np.ones((len(q), v.shape[1]), np.float32) if d_out is None else d_out
