@@ -14,16 +14,17 @@ import jaxtyping
 import pytest
 
 # Almost all of a test's time is compilation: programs that are compiled in a third of the time, and run slower.
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+QUICK = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 
 
 def _compile_quickly():
-    # XLA ends a process that gives it a flag that it does not know, so another process tries them.
-    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"}
+    # XLA ends a process that gives it a flag that it does not know, as versions differ: another process tries each.
     parse = "import jaxlib.xla_client as xla; xla.CompileOptions().executable_build_options.debug_options"
-    tried = subprocess.run([sys.executable, "-c", parse], env=os.environ | flags, capture_output=True, check=False)
-    if tried.returncode == 0:
-        os.environ.update(flags)
+    for flag in QUICK:
+        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+        tried = subprocess.run([sys.executable, "-c", parse], env=os.environ | flags, capture_output=True, check=False)
+        if tried.returncode == 0:
+            os.environ.update(flags)
 
 
 # Workers of pytest-xdist have the environment of the process that started them.
@@ -82,7 +83,7 @@ def pytest_collection_modifyitems(items):
 def optimized():
     """Programs compiled as users have them, for tests of memory; gives the options of their compilation."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield {"xla_cpu_use_fusion_emitters": True} if QUICK in os.environ.get("XLA_FLAGS", "") else {}
+    yield {"xla_cpu_use_fusion_emitters": True} if QUICK[0] in os.environ.get("XLA_FLAGS", "") else {}
     jax.config.update("jax_disable_most_optimizations", True)
 
 
