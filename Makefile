@@ -16,7 +16,7 @@ BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,sk
 compare: $(VENV)/.core
 	$(BIN)/approx-attention compare $(FILE) --out out $(ARGS)
 
-# Style and types are checked beside the tests; at the end it says how long each stage took.
+# Style and types are checked while the tests run; at the end it says how long each stage took.
 test: $(VENV)/.dev
 	$(BIN)/python -m tests.stages "pytest" "style types imports"
 

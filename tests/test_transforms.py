@@ -105,7 +105,7 @@ def test_nested_transformations_trace(name, is_causal, nesting):
 
 @pytest.mark.parametrize(
     ("name", "is_causal"),
-    [pytest.param(*x, marks=() if x[0] in ("exact", "favor") else pytest.mark.slow) for x in DIRECTIONS],
+    [pytest.param(*x, marks=() if x[0] in ("exact", "favor", "mean_value") else pytest.mark.slow) for x in DIRECTIONS],
 )
 def test_each_tensor_may_vary_along_an_axis_of_the_mesh_alone(name, is_causal):
     # In shard_map queries, keys, values and the scale each differ between devices of an axis that the rest share.

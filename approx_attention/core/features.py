@@ -15,8 +15,8 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from approx_attention.core.checks import check_choice, check_count
-from approx_attention.core.circle import sine_and_cosine
 from approx_attention.core.heads import each
+from approx_attention.core.trigonometry import sine_and_cosine
 
 
 class Features(NamedTuple):

@@ -273,7 +273,7 @@ def test_equal_values_come_back(algorithm):
 
 
 def lower_bound_instance(num_directions, radius, copies, seed=0):
-    """Keys of which no half can stand for all, whatever the masses: values are random signs, in one channel."""
+    """Keys of which no half can stand for all, with any masses: values are random signs, in one channel."""
     blocks = max(1, round(np.exp(radius - 1)))
     a = radius**-0.5
     keys = np.zeros((blocks, num_directions, num_directions + blocks))

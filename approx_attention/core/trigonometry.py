@@ -8,7 +8,7 @@ from approx_attention.kernels import by_platform
 
 # pi / 2 in parts, of which multiples by thousands are exact in float32.
 _QUARTER = 1.5703125, 4.837512969970703125e-4, 7.549789948768648e-8
-# Chebyshev approximations between -pi / 4 and pi / 4, to the rounding of float32: sin r = r + r^3 p(r^2), and
+# Coefficients of the Cephes library for float32, between -pi / 4 and pi / 4: sin r = r + r^3 p(r^2), and
 # cos r = 1 - r^2 / 2 + r^4 p(r^2).
 _SINE = -1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4
 _COSINE = 4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5
@@ -33,7 +33,7 @@ def _polynomials(angle: Array) -> tuple[Array, Array]:
     quarters = jnp.round(angle * (2 / jnp.pi))
     for part in _QUARTER:
         angle = angle - quarters * part
-    # Past 1e7, where the angle itself is rounded by a turn, what is left of it may be any number.
+    # Past 1e7, where the angle itself is rounded by a turn, the remainder may be any number.
     angle = jnp.clip(angle, -2, 2)
     square = angle * angle
     sine = angle + angle * square * _polynomial(_SINE, square)
