@@ -4,6 +4,7 @@ from approx_attention.coresets.algorithms import (
     ALGORITHMS,
     Algorithm,
     FarthestMerge,
+    Guarded,
     Halving,
     Herding,
     KMeansMerge,
@@ -12,9 +13,10 @@ from approx_attention.coresets.algorithms import (
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
 from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
+from approx_attention.coresets.guard import best_of
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
-from approx_attention.coresets.streaming import running_coreset
+from approx_attention.coresets.streaming import Streaming, running_coreset
 
 __all__ = [
     "ALGORITHMS",
@@ -22,16 +24,19 @@ __all__ = [
     "BalanceKV",
     "Compress",
     "FarthestMerge",
+    "Guarded",
     "Halving",
     "Herding",
     "KMeansMerge",
     "KMeansNystrom",
     "PivotedNystrom",
     "Stratified",
+    "Streaming",
     "SubGen",
     "Uniform",
     "ValueNorm",
     "algorithm_of",
+    "best_of",
     "compress",
     "merged",
     "nearest",

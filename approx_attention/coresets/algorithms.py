@@ -8,7 +8,7 @@ s = ratio / 2. A token of mass 0 is absent, and a coreset of absent tokens has m
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jax import Array, lax
 from approx_attention import kernels
 from approx_attention.core import WeightedKV, check_choice, keep_count, squared_norm
 from approx_attention.coresets.clustering import (
-    better_weights,
     cholesky_places,
     farthest_places,
     k_means,
@@ -26,6 +25,7 @@ from approx_attention.coresets.clustering import (
     spread_places,
     with_nystrom_weights,
 )
+from approx_attention.coresets.guard import best_of
 from approx_attention.coresets.halving import (
     SIGN_RULES,
     SignRule,
@@ -40,6 +40,18 @@ from approx_attention.coresets.published import BalanceKV, Compress, PivotedNyst
 from approx_attention.coresets.sampling import Uniform, ValueNorm, rescaled, sensitivities, tokens_at
 
 Algorithm = Callable[[WeightedKV, int, Array, Array], WeightedKV]
+
+Seeding = Literal["spread", "distant", "farthest", "random", "pivots"]
+# The power of the distance in the odds of "distant": from 4 to 16 largest errors agree within their scatter.
+DISTANT = 8.0
+# (tokens, size, ratio, key) -> places of the first centres.
+SEEDINGS: Mapping[Seeding, Callable[[WeightedKV, int, Array, Array], Array]] = {
+    "spread": lambda tokens, size, ratio, key: spread_places(tokens, size, key),
+    "distant": lambda tokens, size, ratio, key: spread_places(tokens, size, key, DISTANT),
+    "farthest": lambda tokens, size, ratio, key: farthest_places(tokens.k, tokens.mass > 0, size),
+    "random": lambda tokens, size, ratio, key: random_places(tokens.mass, size, key),
+    "pivots": lambda tokens, size, ratio, key: cholesky_places(tokens, ratio, size, key),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,26 +171,21 @@ class KMeansMerge:
 
     Attributes:
         steps: steps of Lloyd's iteration; after the spread seeding one is as good as five.
-        seeding: the first centres: tokens far from each other (``"spread"``), a uniform sample (``"random"``), or
-            pivots of the kernel (``"pivots"``).
+        seeding: the first centres: a sample of tokens far from each other (``"spread"``), one that comes near to the
+            farthest (``"distant"``), each the farthest from all before it (``"farthest"``, a step for each), a uniform
+            sample (``"random"``), or pivots of the kernel (``"pivots"``, a step for each).
     """
 
     steps: int = 1
-    seeding: Literal["spread", "random", "pivots"] = "spread"
+    seeding: Seeding = "spread"
 
     def __post_init__(self) -> None:
         keep_count(self, "steps")
-        check_choice("seeding", self.seeding, ("spread", "random", "pivots"))
+        check_choice("seeding", self.seeding, tuple(SEEDINGS))
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
-        if self.seeding == "spread":
-            start = spread_places(tokens, size, key)
-        elif self.seeding == "random":
-            start = random_places(tokens.mass, size, key)
-        else:
-            start = cholesky_places(tokens, ratio, size, key)
-        return k_means(tokens, start, self.steps)
+        return k_means(tokens, SEEDINGS[self.seeding](tokens, size, ratio, key), self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +201,7 @@ class FarthestMerge:
 class KMeansNystrom:
     """Merged clusters whose masses and values are then solved for (Nystrom), which also fits keys between centres.
 
-    Where the solution is worse than the merge on queries that point along keys or against them, the merge is kept.
+    Where the solution is worse than the merge on the queries that probe both (`best_of`), the merge is kept.
 
     Attributes:
         clusters: the algorithm of the landmarks.
@@ -209,10 +216,49 @@ class KMeansNystrom:
         """A coreset of ``size`` tokens."""
         # Exponent ratio / 2, as for halving: a quarter can blow up at large radii.
         merge = self.clusters(tokens, size, ratio, key)
-        return better_weights(tokens, merge, with_nystrom_weights(tokens, merge, ratio / 2, self.ridge), ratio, key)
+        solved = with_nystrom_weights(tokens, merge, ratio / 2, self.ridge)
+        return best_of([merge, solved], tokens, ratio, jax.random.fold_in(key, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Guarded:
+    """The best of a merge, its Nystrom weights and a uniform sample, by their largest errors on probing queries.
+
+    No one of them is best everywhere: Nystrom weights win on smooth data, a merge where the queries are long for the
+    number of landmarks, and a sample where a few keys decide.
+
+    Attributes:
+        clusters: the algorithm of the landmarks.
+        exponents: of the kernels of the Nystrom weights, one candidate each, in units of that of the logits.
+        ridge: as in `KMeansNystrom`.
+
+    Queries that are known (`compress`) are probes too, and add a merge around the keys that they attend to most.
+    """
+
+    clusters: KMeansMerge = KMeansMerge(seeding="distant")
+    exponents: tuple[float, ...] = (0.5, 1.0)
+    ridge: float = 1e-3
+
+    reads_queries: ClassVar[bool] = True
+
+    def __call__(
+        self, tokens: WeightedKV, size: int, ratio: Array, key: Array, queries: Array | None = None
+    ) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
+        key_clusters, key_sample, key_probes = jax.random.split(key, 3)
+        merge = self.clusters(tokens, size, ratio, key_clusters)
+        solved = [with_nystrom_weights(tokens, merge, ratio * exponent, self.ridge) for exponent in self.exponents]
+        candidates = [merge, *solved, Uniform()(tokens, size, ratio, key_sample)]
+        if queries is not None:
+            # The keys that known queries attend to most.
+            shares = jax.nn.softmax(queries @ tokens.k.T + tokens.log_mass, axis=1)
+            places = lax.top_k(jnp.where(tokens.mass > 0, jnp.sum(shares, axis=0), -1), size)[1]
+            candidates.append(merged_around(tokens, places))
+        return best_of(candidates, tokens, ratio, key_probes, queries=queries)
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
+    "guarded": Guarded(),
     "kmeans_nystrom": KMeansNystrom(),
     "kmeans_merge": KMeansMerge(),
     "farthest_merge": FarthestMerge(),

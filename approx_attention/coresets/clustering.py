@@ -12,7 +12,6 @@ from approx_attention.core import (
     HIDDEN,
     LEAST_TILE,
     WeightedKV,
-    attend,
     in_float32,
     kept,
     map_rows,
@@ -26,9 +25,6 @@ LARGEST_EXPONENT = math.log(1e30)
 # Rounds in which the first centres of k-means are sampled: k-means++ has one per centre, in sequence; with eight, the
 # candidates of one round do not see each other, which twice as many candidates make up for.
 SEEDING_ROUNDS = 8
-
-# Queries on which Nystrom weights must be better than a merge to be used: their cost is that of 64 exact outputs.
-PROBES = 64
 
 
 def nearest(x: Array, centres: Array, present: Array) -> Array:
@@ -85,11 +81,12 @@ def random_places(mass: Array, count: int, key: Array) -> Array:
 
 
 @in_float32()  # a distance is a difference of squares, and 0 for equal keys
-def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
-    r"""``count`` places far from each other: of twice as many candidates, each the farthest from all before it.
+def spread_places(tokens: WeightedKV, count: int, key: Array, power: float = 2.0) -> Array:
+    r"""``count`` places far from each other: of twice as many candidates, those that cost most to merge.
 
     Candidates are sampled as in the seeding of k-means++, but many at a time: in rounds, with odds in proportion to
-    mass and squared distance to the candidates of earlier rounds.
+    mass and to a power of the distance from the candidates of earlier rounds. The square is that of k-means++; large
+    powers come near to the greedy choice of the farthest (`farthest_places`), which takes a step for each place.
     """
     num_tokens = tokens.mass.shape[0]
     candidates = min(2 * count, num_tokens)
@@ -109,7 +106,7 @@ def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     def step(distance: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
         own = lax.dynamic_slice_in_dim(noise, number * length, num_tokens)
         # The largest log-odds + Gumbel: a sample without replacement, of a static size.
-        odds = jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + own
+        odds = power / 2 * jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + own
         place = lax.top_k(jnp.where((mass > 0) & (distance > 0), odds, HIDDEN), share)[1]
         wanted = (number < least_rounds) & (jnp.arange(share, dtype=jnp.int32) < least_share)
         centres = k[place]
@@ -124,7 +121,8 @@ def spread_places(tokens: WeightedKV, count: int, key: Array) -> Array:
 
     _, (place, wanted) = lax.scan(step, jnp.ones_like(size), jnp.arange(rounds, dtype=jnp.int32))
     place, wanted = place.reshape(-1), wanted.reshape(-1)
-    return place[farthest_places(k[place], (mass[place] > 0) & wanted, count)]
+    found = WeightedKV(k[place], tokens.value_sum[place], jnp.where(wanted, mass[place], 0))
+    return place[lasting_places(found, count, jax.random.fold_in(key, 1))]
 
 
 @in_float32()  # a distance is a difference of squares
@@ -159,12 +157,18 @@ def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     """
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
     size, order = squared_norm(k)[:, 0], jax.random.uniform(key, mass.shape, k.dtype)
-    distance = size[:, None] + size[None, :] - 2 * k @ k.T
     # A difference of squares: below their rounding it is that of an equal key, and costs nothing.
-    distance = jnp.where(distance > 16 * jnp.finfo(k.dtype).eps * jnp.max(size), distance, 0)
-    larger = (mass[None, :] > mass[:, None]) | ((mass[None, :] == mass[:, None]) & (order[None, :] > order[:, None]))
-    weight = mass[:, None] * mass[None, :] / jnp.maximum(mass[:, None] + mass[None, :], 1)
-    cost = jnp.min(jnp.where(larger, weight * distance, jnp.inf), axis=1)
+    least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
+
+    def least_cost(rows: tuple[Array, Array, Array, Array]) -> Array:
+        k_i, mass_i, size_i, order_i = (x[:, None] if x.ndim == 1 else x for x in rows)
+        distance = size_i + size[None, :] - 2 * k_i @ k.T
+        distance = jnp.where(distance > least, distance, 0)
+        larger = (mass[None, :] > mass_i) | ((mass[None, :] == mass_i) & (order[None, :] > order_i))
+        weight = mass_i * mass[None, :] / jnp.maximum(mass_i + mass[None, :], 1)
+        return jnp.min(jnp.where(larger, weight * distance, jnp.inf), axis=1)
+
+    cost = map_rows(least_cost, (k, mass, size, order), max(1, LEAST_TILE // mass.shape[0]))
     # Places without mass come last; the largest token, which merges into none, first.
     return lax.top_k(jnp.where(mass > 0, cost, -1), count)[1]
 
@@ -226,20 +230,25 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
 
     .. math:: \beta = D_c^{-1} (g_{cc} + \lambda I)^{-1} g_{cx} D_x\, [m v, m], \qquad D = e^{s \|\cdot\|^2 / 2}.
 
-    :math:`g_{cx} D_x [m v, m]` is softmax attention of the landmarks over the tokens, numerator and normaliser.
+    :math:`g_{cx} D_x [m v, m]` is softmax attention of the landmarks over the tokens, numerator and normaliser. It is
+    linear in the masses, so that those of the tokens may be signed too.
     """
-    c, present = landmarks.k, landmarks.mass > 0
+    c, present = landmarks.k, landmarks.mass != 0
     half = exponent * squared_norm(c)[:, 0] / 2
     # Values less their mean: the ridge shrinks weights, and so pulls outputs to the mean and not to 0.
     middle = jnp.sum(tokens.value_sum, axis=0) / jnp.where(jnp.sum(tokens.mass) > 0, jnp.sum(tokens.mass), 1)
-    state = kernels.state(exponent * c, tokens.k, tokens.values - middle[None, :], tokens.log_mass)
+    values, ones = tokens.values - middle[None, :], jnp.ones_like(tokens.mass)[:, None]
+    if tokens.value_range is not None:
+        # The sign of a mass goes to the values of numerator and normaliser.
+        values, ones = (x * jnp.sign(tokens.mass)[:, None] for x in (values, ones))
+    size = dataclasses.replace(tokens, mass=jnp.abs(tokens.mass))
+    state = kernels.state(exponent * c, tokens.k, jnp.concatenate([values, ones], axis=1), size.log_mass)
     log_size = jnp.where(present, state.lse - half, -jnp.inf)
     # The largest sum becomes 1 before the solve, which is linear: no exponential overflows, and the shift is undone
     # with the weights.
     shift = lax.stop_gradient(jnp.max(log_size))
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
-    normalizer = jnp.exp(log_size - shift)
-    sums = normalizer[:, None] * jnp.concatenate([state.out, jnp.ones_like(normalizer)[:, None]], axis=1)
+    sums = jnp.exp(log_size - shift)[:, None] * state.out
 
     both = present[:, None] & present[None, :]
     # A double where: the exponential of an absent landmark may overflow, and 0 times its gradient would be NaN.
@@ -260,28 +269,3 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
 def merged_around(tokens: WeightedKV, place: Array) -> WeightedKV:
     """Merges every token into the nearest of those at these places."""
     return merged(tokens, nearest(tokens.k, lax.stop_gradient(tokens.k)[place], tokens.mass[place] > 0), place.shape[0])
-
-
-def better_weights(tokens: WeightedKV, merge: WeightedKV, solved: WeightedKV, ratio: Array, key: Array) -> WeightedKV:
-    """The solved weights or the merge that they start from, whichever errs less on queries along some keys.
-
-    Solved weights have no bound on their error: where landmarks are few for the radius of the queries they can be far
-    worse than the merge, whose outputs are averages of values.
-    """
-    # Which one is used is a choice, without a derivative.
-    held, first, second = lax.stop_gradient((tokens, merge, solved))
-    place = random_places(held.mass, min(PROBES, held.mass.shape[0]), jax.random.fold_in(key, 1))
-    direction = held.k[place]
-    norm = jnp.sqrt(squared_norm(direction))
-    radius = ratio * jnp.sqrt(jnp.max(squared_norm(held.k)))
-    # Probes point along keys and against them, by turns: where one key matters most, and where the others do.
-    side = jnp.where(jnp.arange(place.shape[0]) % 2 == 0, 1, -1)[:, None]
-    q = side * direction * radius / jnp.where(norm > 0, norm, 1)
-    truth, asked = attend(q, held).out, (held.mass[place] > 0)[:, None]
-    errors = [jnp.sum((attend(q, summary).out - truth) ** 2, where=asked) for summary in (first, second)]
-    # NaN compares as false, so that a failed solution leaves the merge. Both get a value range: one structure.
-    return jax.tree.map(
-        lambda a, b: jnp.where(errors[1] < errors[0], a, b),
-        solved,
-        dataclasses.replace(merge, value_range=solved.value_range),
-    )

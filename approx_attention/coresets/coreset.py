@@ -30,8 +30,9 @@ def compress(
     key: Array | None = None,
     *,
     coreset_size: int = 256,
-    algorithm: str | Algorithm = "kmeans_nystrom",
+    algorithm: str | Algorithm = "guarded",
     query_radius: float | Array | None = None,
+    queries: Float[Array, "T D"] | None = None,
 ) -> WeightedKV:
     """Makes a coreset of tokens that already have masses, such as two coresets merged.
 
@@ -41,6 +42,8 @@ def compress(
         coreset_size: the number M of tokens; no more than M tokens are returned unchanged.
         algorithm: as in `coreset`.
         query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
+        queries: a few queries in scaled space that are like later ones; ``"guarded"`` judges by them too, and other
+            algorithms do not read them.
 
     Returns:
         A `WeightedKV` of at most M tokens.
@@ -69,29 +72,43 @@ def compress(
         check_not_negative("query_radius", query_radius)
         # A Python integer may exceed the integers of compiled programs.
         query_radius = float(query_radius) if isinstance(query_radius, int) else query_radius
+    if queries is not None:
+        check_rows("queries", queries, "[T, D]")
+        if queries.shape[1] != tokens.k.shape[1]:
+            raise ValueError(f"queries must be [T, D] with D = {tokens.k.shape[1]}, got shape {queries.shape}")
+        queries = queries.astype(accumulation_dtype(queries))
     if tokens.value_range is not None:
         raise ValueError("tokens with signed masses are not supported: compress what they were made of")
     drawn = check_key("coreset", key)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
-    small = _compressed(chosen, coreset_size, tokens.in_scaled_space(), query_radius, drawn)
+    small = _compressed(chosen, coreset_size, tokens.in_scaled_space(), query_radius, queries, drawn)
     return dataclasses.replace(small, scale=tokens.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compressed(
-    algorithm: Algorithm, size: int, tokens: WeightedKV, query_radius: float | Array | None, key: Array
+    algorithm: Algorithm,
+    size: int,
+    tokens: WeightedKV,
+    query_radius: float | Array | None,
+    queries: Array | None,
+    key: Array,
 ) -> WeightedKV:
     """A coreset by an algorithm, as one program: without compilation a call would dispatch hundreds."""
     dtype = accumulation_dtype(tokens.k, tokens.value_sum)
     middle, centred = centred_tokens(jax.tree.map(lambda x: x.astype(dtype), tokens))
-    radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
-    # Without a radius of the queries they are taken to be as large as the centred keys.
-    ratio = jnp.ones_like(radius)
-    if query_radius is not None:
-        ratio = jnp.asarray(query_radius, radius.dtype) / jnp.where(radius > 0, radius, 1)
-    small = algorithm(centred, size, lax.stop_gradient(ratio), key)
+    known = {"queries": queries} if queries is not None and getattr(algorithm, "reads_queries", False) else {}
+    small = algorithm(centred, size, ratio_of_radii(centred, query_radius), key, **known)
     return dataclasses.replace(small, k=small.k + middle[None, :])
+
+
+def ratio_of_radii(centred: WeightedKV, query_radius: float | Array | None) -> Array:
+    """The radius of the queries over that of centred keys, 1 where it is not known; it has no gradient."""
+    radius = lax.stop_gradient(jnp.sqrt(jnp.max(squared_norm(centred.k))))
+    if query_radius is None:
+        return jnp.ones_like(radius)
+    return lax.stop_gradient(jnp.asarray(query_radius, radius.dtype)) / jnp.where(radius > 0, radius, 1)
 
 
 def query_radius(

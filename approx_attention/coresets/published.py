@@ -10,11 +10,11 @@ from jax import Array, lax
 
 from approx_attention.core import WeightedKV, keep_count, out_of_blocks, pad_rows, require_scaled_space, squared_norm
 from approx_attention.coresets.clustering import (
-    better_weights,
     cholesky_places,
     merged_around,
     with_nystrom_weights,
 )
+from approx_attention.coresets.guard import best_of
 from approx_attention.coresets.halving import (
     Points,
     balancing_walk,
@@ -181,7 +181,8 @@ class PivotedNystrom:
             if per_bin >= length:
                 return part
             merge = merged_around(part, cholesky_places(part, exponent, per_bin, key))
-            return better_weights(part, merge, with_nystrom_weights(part, merge, exponent, self.ridge), ratio, key)
+            solved = with_nystrom_weights(part, merge, exponent, self.ridge)
+            return best_of([merge, solved], part, ratio, jax.random.fold_in(key, 1))
 
         def in_bins(x: Array) -> Array:
             return pad_rows(x, self.bins * length - x.shape[0]).reshape(self.bins, length, *x.shape[1:])

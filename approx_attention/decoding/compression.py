@@ -57,7 +57,7 @@ def compress_tokens(
     *,
     budget: int,
     size: int | Array | None = None,
-    policy: str | Algorithm = "kmeans_nystrom",
+    policy: str | Algorithm = "guarded",
     queries: Float[Array, "T D"] | None = None,
     sinks: int = 4,
     recent: int = 32,
@@ -203,7 +203,9 @@ def _in_budget(
         if query_radius is None and queries is not None:
             # As `coresets.query_radius`: a tenth more than the largest recent query, because later ones are unknown.
             query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(queries[-SNAP_QUERIES:])))
-        kept = compress(between, key, coreset_size=middle, algorithm=policy, query_radius=query_radius)
+        known = None if queries is None else queries[-SNAP_QUERIES:]
+        options: Any = {"algorithm": policy, "query_radius": query_radius, "queries": known}
+        kept = compress(between, key, coreset_size=middle, **options)
     return merge(merge(first, last), kept)
 
 
@@ -283,7 +285,7 @@ def compress_cache(
     budget: int,
     size: int | Array | None = None,
     coreset_size: int = 256,
-    policy: str | Algorithm = "kmeans_nystrom",
+    policy: str | Algorithm = "guarded",
     queries: Float[Array, "T D"] | None = None,
     sinks: int = 4,
     mass_correction: bool = True,

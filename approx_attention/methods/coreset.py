@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from approx_attention.core import (
 )
 from approx_attention.coresets import (
     Algorithm,
+    Streaming,
     algorithm_of,
     compress,
     running_coreset,
@@ -40,10 +41,10 @@ def coreset(
     key: Array | None = None,
     *,
     coreset_size: int = 256,
-    algorithm: str | Algorithm = "kmeans_nystrom",
+    algorithm: str | Algorithm = "guarded",
     query_radius: float | Array | None = None,
     is_causal: bool = False,
-    streaming: Literal["fold", "counter"] = "fold",
+    streaming: Streaming = "fold",
     sinks: int = 4,
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
@@ -56,8 +57,8 @@ def coreset(
     with tokens such that :math:`\sup_{\|q\| \le \rho} \|\mathrm{out}(q) - \mathrm{attention}(q)\|` is small. Chosen
     tokens (``"halving"``, ``"stratified"``, samples) have :math:`u_c = m_c v_c`. Merged ones (``"kmeans_merge"``) are
     means of keys with sums of values. ``"kmeans_nystrom"`` solves for masses and values, which may be negative, so that
-    outputs are clipped to the range of the values. All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep the
-    total mass exactly.
+    outputs are clipped to the range of the values. ``"guarded"`` takes the best of a merge, two solutions and a sample.
+    All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep the total mass exactly.
 
     The choice of tokens has no gradient; the keys and values of the chosen ones have.
 
@@ -68,8 +69,9 @@ def coreset(
         algorithm: a name in `approx_attention.coresets.ALGORITHMS`, or an instance of one of its classes.
         query_radius: :math:`\rho`, the largest norm of a query in scaled space (`query_radius`); by default that of the
             centred keys.
-        streaming: growth of the coreset in the causal form, see `running_coreset`: ``"fold"`` merges clusters and takes
-            neither algorithm nor radius, ``"counter"`` keeps a coreset per level.
+        streaming: growth of the coreset in the causal form, see `running_coreset`: ``"fold"`` merges clusters and
+            ``"refit"`` solves for masses and values with every block; neither takes an algorithm, and only the second a
+            radius. ``"counter"`` keeps a coreset per level.
         sinks: the number of first tokens that the causal form keeps exactly, in addition to the coreset.
 
     Raises:
@@ -86,11 +88,12 @@ def coreset(
 
     Reference:
         :cite:p:`liberty2026nearly`, for the problem and its bounds; :cite:p:`karnin2019discrepancy` for
-        halving; the default is k-means with Nystrom weights, as in :cite:p:`wildcat2026` with other landmarks.
+        halving; Nystrom weights as in :cite:p:`wildcat2026`, with other landmarks. The choice by errors on probes is
+        a construction of this library.
     """
     # Checked without is_causal too, so that a mistake does not wait for the causal form.
     sinks = check_count("sinks", sinks, least=0)
-    check_choice("streaming", streaming, ("fold", "counter"))
+    check_choice("streaming", streaming, get_args(Streaming))
     options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
     # Trained models put large weights on the first few tokens (attention sinks), which merging would blur.
     growth: Any = {"streaming": streaming, "sinks": sinks, "max_length": q.shape[0]}
@@ -185,7 +188,7 @@ def summarize_coreset(
     key: Array | None = None,
     *,
     coreset_size: int = 256,
-    algorithm: str | Algorithm = "kmeans_nystrom",
+    algorithm: str | Algorithm = "guarded",
     query_radius: float | Array | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:

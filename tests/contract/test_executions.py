@@ -107,6 +107,7 @@ VARIANTS = [
     ("eva", {"pooling_vectors": tuple(jnp.asarray(x, jnp.float32) for x in RNG.normal(size=(2, 8)))}),
     ("uniform_sample", {"noise": jnp.asarray(RNG.uniform(size=41), jnp.float32)}),
     ("coreset", {"streaming": "counter", "algorithm": "kmeans_merge", "sinks": 3}),
+    ("coreset", {"streaming": "refit", "sinks": 3}),
     ("linformer", {"projection_k": jnp.asarray(RNG.uniform(size=(6, 41)), jnp.float32), "renormalize": True}),
 ]
 

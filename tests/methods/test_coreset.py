@@ -47,10 +47,10 @@ sensitivity = jax.jit(bounds.sensitivity, static_argnames="num_steps")
 
 SUBSETS = ["halving", "stratified", "herding", "thinformer", "uniform", "value_norm"]
 MERGES = ["kmeans_merge", "farthest_merge"]
-SIGNED = ["kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
+SIGNED = ["guarded", "kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
 EVERY = SUBSETS + MERGES + SIGNED
 # Compiling all of them takes minutes: where one of a kind says most, the others are slow tests.
-OF_EACH_KIND = ["stratified", "kmeans_nystrom"]
+OF_EACH_KIND = ["stratified", "guarded"]
 SOME = [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 KEY = jax.random.key(5)
 
@@ -340,7 +340,7 @@ def test_signed_masses_cannot_be_compressed_again():
     k, v = clustered(36, 64)
     with pytest.raises(ValueError, match="signed masses are not supported"):
         compress(small_of(k[:NUM_KEYS], v[:NUM_KEYS], algorithm="kmeans_nystrom"), KEY, coreset_size=4)
-    with pytest.raises(ValueError, match="streaming='fold' merges clusters without regard to queries"):
+    with pytest.raises(ValueError, match="streaming='fold' follows neither of algorithm and query_radius"):
         jax.eval_shape(functools.partial(coreset, coreset_size=8, algorithm="halving", is_causal=True), k, k, v, KEY)
     with pytest.raises(ValueError, match="makes signed masses, which a counter does not support"):
         jax.eval_shape(
@@ -396,6 +396,6 @@ def test_what_a_coreset_is_made_by_is_checked_where_none_is_needed():
 
     with pytest.raises(ValueError, match="algorithm must be hashable, as functions and frozen dataclasses are"):
         summarize_coreset(k, v, KEY, coreset_size=4, algorithm=Unhashable())
-    for streaming in ("fold", "counter"):
+    for streaming in ("fold", "refit", "counter"):
         with pytest.raises(ValueError, match="max_length must be at least 1, got -5"):
             running_coreset(8, KEY, streaming=streaming, max_length=-5)

@@ -115,7 +115,7 @@ def test_streams_keep_the_mass_and_come_near_the_offline_coreset(streaming, algo
     assert error_of(k, v, small, 2.0) < allowed + 1e-3
 
 
-@pytest.mark.parametrize("streaming", ["fold", "counter"])
+@pytest.mark.parametrize("streaming", ["fold", "refit", "counter"])
 def test_sinks_are_the_first_real_tokens_and_stay_exact(streaming):
     k, v = clustered(40, 96)
     options = {"algorithm": "kmeans_merge", "streaming": streaming, "sinks": 5, "max_length": 96}
@@ -130,7 +130,7 @@ def test_sinks_are_the_first_real_tokens_and_stay_exact(streaming):
     np.testing.assert_array_equal(small.k[:5], k[first])
     np.testing.assert_array_equal(small.value_sum[:5], v[first])
     np.testing.assert_array_equal(small.mass[:5], 1)
-    assert float(small.mass.sum()) == pytest.approx(89)
+    assert float(small.mass.sum()) == pytest.approx(89, rel=0.01 if streaming == "refit" else None)
 
 
 @pytest.mark.slow
