@@ -251,7 +251,7 @@ class Guarded:
         candidates = [merge, *solved, Uniform()(tokens, size, ratio, key_sample)]
         if queries is not None:
             # The keys that known queries attend to most.
-            shares = jax.nn.softmax(queries @ tokens.k.T + tokens.log_mass, axis=1)
+            shares = jax.nn.softmax(queries @ tokens.k.T + tokens.log_mass[None, :], axis=1)
             places = lax.top_k(jnp.where(tokens.mass > 0, jnp.sum(shares, axis=0), -1), size)[1]
             candidates.append(merged_around(tokens, places))
         return best_of(candidates, tokens, ratio, key_probes, queries=queries)
