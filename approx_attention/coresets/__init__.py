@@ -11,6 +11,7 @@ from approx_attention.coresets.algorithms import (
     Stratified,
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
+from approx_attention.coresets.clusters import CertifiedSummary, Clusters, clusters_around, running_clusters
 from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
@@ -20,6 +21,8 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "BalanceKV",
+    "CertifiedSummary",
+    "Clusters",
     "Compress",
     "FarthestMerge",
     "Halving",
@@ -32,11 +35,13 @@ __all__ = [
     "Uniform",
     "ValueNorm",
     "algorithm_of",
+    "clusters_around",
     "compress",
     "merged",
     "nearest",
     "query_radius",
     "random_places",
+    "running_clusters",
     "running_coreset",
     "sensitivities",
 ]
