@@ -62,6 +62,9 @@ class Clusters:
     @classmethod
     def of_tokens(cls, tokens: WeightedKV) -> Self:
         """Every token as a cluster by itself."""
+        # The key of an absent token may be anything, and norms are read of all.
+        k = jnp.where(tokens.mass[:, None] > 0, tokens.k, 0)
+        tokens = dataclasses.replace(require_scaled_space("Clusters", tokens), k=k)
         zeros = jnp.zeros_like(tokens.mass)
         return cls(tokens, zeros, zeros, zeros, _largest_value(tokens))
 
