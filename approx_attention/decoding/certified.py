@@ -137,7 +137,7 @@ class CertifiedDecoder:
 
 def certified_step(
     decoder_of: Callable[[dict[str, Array]], CertifiedDecoder],
-    tolerance: float,
+    tolerance: float | Array,
     cache: CertifiedCache,
     drawn: dict[str, Array],
     tokens: tuple[Array, Array, Array],
@@ -175,22 +175,24 @@ def certified_step(
         of_sequence_of_all = jax.tree.map(lambda x: x[0], of_sequence)
         return each(sequence, (of_head, of_sequence), together=together)
 
-    def fold() -> Any:
-        def of_head(decoder: Any, prefix: Any, tokens: WeightedKV, length: Array, more: Array) -> Any:
-            new = decoder.fold(prefix, tokens, length)
-            return jax.tree.map(lambda x, y: jnp.where(decoder.due(length) & more, x, y), new, prefix)
-
-        return over(of_head, (cache.prefix, cache.tokens), (before, more), together=False)
-
-    decoder = decoder_of(jax.tree.map(lambda x: x[0], drawn))
-    # One condition for all sequences: where lengths differ, all are folded when one is due, and one result is taken.
-    prefix = lax.cond(jnp.any(decoder.due(before) & more), fold, lambda: cache.prefix)
+    # First of all: an update after a condition has read them would copy all tokens.
     seen, q = over(
         lambda decoder, seen, q, k, v, length, more: decoder.put(seen, length, q, k, v, more),
         (cache.tokens, q, k, v),
         (before, more),
         together=True,
     )
+
+    def fold() -> Any:
+        def of_head(decoder: Any, prefix: Any, tokens: WeightedKV, length: Array, more: Array) -> Any:
+            new = decoder.fold(prefix, tokens, length)
+            return jax.tree.map(lambda x, y: jnp.where(decoder.due(length) & more, x, y), new, prefix)
+
+        return over(of_head, (cache.prefix, seen), (before, more), together=False)
+
+    decoder = decoder_of(jax.tree.map(lambda x: x[0], drawn))
+    # One condition for all sequences: where lengths differ, all are folded when one is due, and one result is taken.
+    prefix = lax.cond(jnp.any(decoder.due(before) & more), fold, lambda: cache.prefix)
     out, bound, largest = over(
         lambda decoder, prefix, seen, q, length: decoder.promise(prefix, seen, length, q),
         (prefix, seen, q),
@@ -199,7 +201,7 @@ def certified_step(
     )
     more = more[:, None]
     # Not `bound > ...`: what is NaN, because the cache has overflowed, is to be seen.
-    falls = more & ~(bound <= tolerance * largest)
+    falls = more & ~(bound <= jnp.asarray(tolerance, bound.dtype) * largest)
     out = lax.cond(jnp.any(falls), lambda: _exact_where(falls, seen, q, out), lambda: out)
     share = jnp.where(falls | ~more, 0, bound / jnp.where(largest > 0, largest, 1))
     certificate = Certificate(

@@ -19,11 +19,11 @@ from approx_attention.core import (
     check_length,
     check_lengths,
     check_not_negative,
+    check_number,
     each,
     fold_scale,
     in_blocks,
     keep_count,
-    known_number,
     logit_scale,
     mask_bias,
     merge,
@@ -298,7 +298,7 @@ class HeadsDecoder:
         block_size: int | None = None,
         scale: float | None = None,
         dtype: Any = jnp.float32,
-        certify: float | None = None,
+        certify: float | Array | None = None,
         **hyperparameters: Any,
     ):
         self.bound = bind(method, hyperparameters).for_decoding(max_length, block_size)
@@ -315,8 +315,9 @@ class HeadsDecoder:
         self.num_kv_heads = check_count("num_kv_heads", num_kv_heads)
         self.certify, self.room = None, 0
         if certify is not None:
+            check_number("certify", certify)
             check_not_negative("certify", certify)
-            self.certify = known_number("certify", certify)
+            self.certify = certify
             self.bound.require_certified()
             if max_length is None:
                 raise TypeError("certify keeps every token: pass max_length, the most that there will be")

@@ -40,21 +40,20 @@ def truth():
     return out, np.maximum.accumulate(np.linalg.norm(value, axis=-1), axis=1)
 
 
-@functools.cache
 def decoder(tolerance):
     return HeadsDecoder("coreset", certify=tolerance, **SIZES, **OPTIONS)
 
 
-@functools.cache
-def extend(tolerance):
-    return jax.jit(decoder(tolerance).extend, donate_argnums=0)
+start = jax.jit(lambda key: decoder(0.0).init(BATCH, key))
+# One program for all tolerances.
+extend = jax.jit(lambda tolerance, *args: decoder(tolerance).extend(*args), donate_argnums=1)
 
 
 def stream(tolerance, stop=LENGTH):
     """Outputs of all tokens, a prompt and then one by one, and the certificate at the end."""
-    cache, outs = jax.jit(functools.partial(decoder(tolerance).init, BATCH))(KEY), []
+    cache, outs = start(KEY), []
     for rows in (slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, stop))):
-        out, cache = extend(tolerance)(cache, *(x[:, rows] for x in tensors()))
+        out, cache = extend(tolerance, cache, *(x[:, rows] for x in tensors()))
         outs.append(out)
     return np.concatenate(outs, axis=1), cache
 
@@ -103,7 +102,7 @@ def test_sequences_of_their_own_lengths():
     for x in soiled:
         x[1, 5:] = np.nan
     cache = decoder(tolerance).init(BATCH, KEY, ragged=True)
-    out, cache = extend(tolerance)(cache, *soiled, jnp.asarray(lengths))
+    out, cache = extend(tolerance, cache, *soiled, jnp.asarray(lengths))
     np.testing.assert_array_equal(np.asarray(out)[1, 5:], 0)
     outs = [[np.asarray(out)[0, :PROMPT]], [np.asarray(out)[1, :5]]]
     seen = lengths.copy()
@@ -112,7 +111,7 @@ def test_sequences_of_their_own_lengths():
         more = np.array([t % 3 != 2, True])
         rows = [np.minimum(seen[b], LENGTH - 1) for b in range(BATCH)]
         step = [np.stack([x[b, rows[b]][None] for b in range(BATCH)]) for x in tensors()]
-        out, cache = extend(tolerance)(cache, *step, jnp.asarray(more, jnp.int32))
+        out, cache = extend(tolerance, cache, *step, jnp.asarray(more, jnp.int32))
         for b in range(BATCH):
             if more[b]:
                 outs[b].append(np.asarray(out)[b])
@@ -133,13 +132,12 @@ def test_sequences_of_their_own_lengths():
 
 
 def test_a_donated_cache_is_reused():
-    cache = decoder(0.05).init(BATCH, KEY)
+    cache = start(KEY)
     one = [jnp.asarray(x[:, :1]) for x in tensors()]
-    step = extend(0.05)
     held = sum(x.nbytes for x in (cache.heads.tokens.k, cache.heads.tokens.value_sum))
     buffer = cache.heads.tokens.k
-    analysis = step.lower(cache, *one).compile().memory_analysis()
-    step(cache, *one)
+    analysis = extend.lower(0.05, cache, *one).compile().memory_analysis()
+    extend(0.05, cache, *one)
     assert buffer.is_deleted()
     assert analysis.alias_size_in_bytes > held
 
@@ -147,12 +145,12 @@ def test_a_donated_cache_is_reused():
 def test_tokens_past_the_room_show_as_nan():
     _, cache = stream(0.05)
     one = [x[:, :1] for x in tensors()]
-    out, cache = extend(0.05)(cache, *one)
+    out, cache = extend(0.05, cache, *one)
     assert np.isnan(np.asarray(out)).all()
-    cache = decoder(0.05).init(BATCH, KEY)
+    cache = start(KEY)
     for rows in (slice(0, PROMPT),) * 4:
-        _, cache = extend(0.05)(cache, *(x[:, rows] for x in tensors()))
-    assert np.isnan(np.asarray(extend(0.05)(cache, *one)[0])).all()
+        _, cache = extend(0.05, cache, *(x[:, rows] for x in tensors()))
+    assert np.isnan(np.asarray(extend(0.05, cache, *one)[0])).all()
 
 
 def test_the_layer_counts_its_exact_steps(models):
