@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from approx_attention.core import (
     LEAST_TILE,
     WeightedKV,
-    accumulation_dtype,
     check_not_negative,
     check_rows,
     in_float32,
@@ -187,7 +186,7 @@ def merge_bound_at(q: Float[Array, "T D"], clusters: Clusters) -> Float[Array, "
         least = jnp.minimum(jnp.minimum(of_weights, of_hull), of_ratios)
         return jnp.minimum(least + _rounding(clusters, norm), 2 * clusters.largest_value)
 
-    return map_rows(of_rows, q.astype(accumulation_dtype(q, tokens.k)), max(1, LEAST_TILE // values.size))
+    return map_rows(of_rows, q.astype(tokens.k.dtype), max(1, LEAST_TILE // values.size))
 
 
 def _of_ratios(clusters: Clusters, a: Array, around: Array) -> Array:
