@@ -118,6 +118,19 @@ def test_finer_clusters_promise_less():
     assert max(at[-1], ball[-1]) < 1e-4 * np.linalg.norm(v, axis=1).max()
 
 
+def test_two_opposite_keys_leave_no_room_below_the_bound():
+    side = np.where(np.arange(NUM_KEYS) % 2 == 0, 1.0, -1.0)[:, None]
+    k, v = (np.asarray(side * np.eye(1, size), np.float32) for size in (HEAD_DIM, VALUE_DIM))
+    small = places(k, v, np.arange(NUM_KEYS) < 1)
+    for radius in (0.1, 0.5):
+        # The mean of values that are +-1 with logits +-radius.
+        error = np.tanh(radius)
+        at = float(bound_at(radius * jnp.eye(72, HEAD_DIM), around(k, v, small))[0])
+        ball = float(merge_bound(k, v, small, np.float32(radius)).bound)
+        assert error <= at <= 1.07 * error
+        assert error <= ball <= 1.07 * error
+
+
 def test_padding_moves_no_bound():
     k, v, chosen = data("clustered")
     real = np.arange(NUM_KEYS) % 5 != 3
