@@ -52,7 +52,7 @@ TOPICS = {
         (
             "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress_tokens", "compress_cache",
             "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
-            "decoding.pyramid_budgets", "decoding.shared_sizes",
+            "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
         ),
     ),
     "coresets": (
@@ -62,7 +62,8 @@ TOPICS = {
             "coresets.compress", "coresets.ALGORITHMS", "coresets.Uniform", "coresets.ValueNorm", "coresets.Halving",
             "coresets.Stratified", "coresets.sensitivities", "coresets.Compress", "coresets.BalanceKV",
             "coresets.Herding", "coresets.KMeansMerge", "coresets.FarthestMerge", "coresets.KMeansNystrom",
-            "coresets.PivotedNystrom", "coresets.SubGen",
+            "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Clusters", "coresets.clusters_around",
+            "coresets.running_clusters", "coresets.CertifiedSummary",
         ),
     ),
     "tensor": (

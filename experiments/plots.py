@@ -1,5 +1,6 @@
 """The figure of each kind of study, from its results."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -225,6 +226,22 @@ def _latency(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _certified(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    layers = runs[0]["result"]["layers"]
+    figure = Figure(figsize=(4.6 * len(layers), 4.4))
+    for axes, (layer, by_norm) in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers.items(), strict=True):
+        for number, (norm, by_size) in enumerate(by_norm.items()):
+            for line, (size, entries) in zip(itertools.cycle(("-", "--", ":", "-.")), by_size.items()):
+                shares = [100 * entry["exact_steps"] for entry in entries.values()]
+                label = f"queries times {norm}, {size} clusters"
+                axes.plot([float(x) for x in entries], shares, line, color=f"C{number}", marker=".", label=label)
+        axes.set(title=f"layer {layer}", xscale="log", xlabel="tolerance, in units of the largest value")
+        light_grid(axes)
+    figure.supylabel("steps that read all tokens, %")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
 def _errors_by_size(runs: Sequence[Mapping[str, Any]]) -> Figure:
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     figure = Figure(figsize=(5.2 * len(arms) + 1, 5))
@@ -284,6 +301,7 @@ _FIGURES = {
     "coreset_error": _coreset_error,
     "cache": _cache,
     "latency": _latency,
+    "certified": _certified,
     "continuum": _continuum,
     "quality": _quality,
     "swap_in": _swap_in,

@@ -278,6 +278,22 @@ def _latency_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             yield table(["", *lengths], rows)
 
 
+def _certified_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for run in runs:
+        layers, rows = run["result"]["layers"], []
+        for layer, by_norm in layers.items():
+            for norm, by_size in by_norm.items():
+                for size, entries in by_size.items():
+                    *certified, never = entries.values()
+                    cells = [f"{100 * entry['exact_steps']:.3g} %, {entry['bytes']:.2g} x" for entry in certified]
+                    rows.append([layer, norm, size, *cells, f"{never['promised']:.2g}, {never['measured']:.2g}"])
+        yield (
+            "Steps that read all tokens, and bytes read against exact decoding, by tolerance; at the last tolerance, "
+            "which no bound exceeds, the largest bound and the largest error"
+        )
+        yield table(["layer", "norm", "clusters", *list(entries)[:-1], "promised, measured"], rows)
+
+
 def _where_we_lose_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     errors, labels = where_we_lose.mean_errors(runs), where_we_lose.TO_BEAT
     over, held = where_we_lose.over_budget(runs), where_we_lose.held(runs)
@@ -310,6 +326,7 @@ _TABLES = {
     "coreset_error": _coreset_error_tables,
     "cache": _cache_tables,
     "latency": _latency_tables,
+    "certified": _certified_tables,
     "continuum": _continuum_tables,
     "gap": _gap_tables,
     "bias": _bias_tables,

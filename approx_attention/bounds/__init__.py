@@ -2,13 +2,12 @@
 
 from approx_attention.bounds.coresets import (
     CoresetSize,
-    MergeBound,
     Sensitivity,
     coreset_size_bound,
-    merge_bound,
     sensitivity,
 )
 from approx_attention.bounds.estimates import favor_mse, johnson_lindenstrauss_size, row_sample_mse, sketch_mse
+from approx_attention.bounds.merges import MergeBound, merge_bound, merge_bound_at
 from approx_attention.bounds.tensors import TensorCertificate, logit_bound, logit_rms, tensor_certificate
 
 __all__ = [
@@ -22,6 +21,7 @@ __all__ = [
     "logit_bound",
     "logit_rms",
     "merge_bound",
+    "merge_bound_at",
     "row_sample_mse",
     "sensitivity",
     "sketch_mse",

@@ -1,4 +1,4 @@
-"""Bounds for coresets: the error of merged keys, the sensitivity of a key, and sizes with a guarantee."""
+"""Bounds for coresets: the sensitivity of a key, and sizes with a guarantee."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 
 from approx_attention import kernels
 from approx_attention.core import (
-    WeightedKV,
     accumulation_dtype,
     check_choice,
     check_count,
@@ -17,76 +16,8 @@ from approx_attention.core import (
     in_float32,
     mask_bias,
     real_keys,
-    require_scaled_space,
     squared_norm,
 )
-from approx_attention.coresets import merged, nearest
-
-
-class MergeBound(NamedTuple):
-    """Merged tokens, and a bound on their error.
-
-    Attributes:
-        summary: every key merged into the nearest of the given tokens.
-        bound: bound on its error for all queries of the ball, in the units of the values.
-    """
-
-    summary: WeightedKV
-    bound: Array
-
-
-@in_float32()
-def merge_bound(
-    k: Float[Array, "S D"],
-    v: Float[Array, "S Dv"],
-    summary: WeightedKV,
-    radius: float | Array,
-    *,
-    kv_mask: Bool[Array, " S"] | None = None,
-) -> MergeBound:
-    r"""Merges every key into the nearest of some tokens, with a bound on the error for all queries of bounded norm.
-
-    If every key is within :math:`\delta` of the mean key that it was merged into,
-
-    .. math:: \sup_{\|q\| \le \rho} \|\mathrm{attend}(q) - \mathrm{attention}(q)\|_2
-              \le (e^{2 \rho \delta} - 1)\, \max_j \|v_j\|_2.
-
-    The bound is that of the returned merge, not of the given summary: a summary has the means of its clusters, but not
-    their members. No bound of this kind is known for Nystrom weights or for chosen tokens: measure those with
-    `approx_attention.evaluation.sup_error`, whose search gives a lower bound of the supremum. Above
-    :math:`2 \max \|v\|` it is vacuous.
-
-    Args:
-        k: keys ``[S, D]`` in scaled space (`fold_scale`).
-        v: values ``[S, Dv]``.
-        summary: tokens to merge into, such as a coreset, in scaled space; tokens without mass are ignored.
-        radius: :math:`\rho`, the largest norm of a query in scaled space.
-        kv_mask: true where a key is real ``[S]``.
-
-    Returns:
-        The `MergeBound`; infinite where it exceeds the largest number.
-
-    Example:
-        >>> import jax
-        >>> from approx_attention import bounds, summarize_coreset
-        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 2)) for i in range(2))
-        >>> coreset = summarize_coreset(k, v, jax.random.key(2), coreset_size=32, algorithm="farthest_merge")
-        >>> merged, bound = bounds.merge_bound(k, v, coreset, 0.5)
-        >>> float(merged.mass.sum()), bool(0 < bound < 2)
-        (64.0, True)
-
-    Reference:
-        Each weight is off by a factor between :math:`e^{\pm\rho\delta}`; a derivation of this library.
-    """
-    summary = require_scaled_space("merge_bound", summary)
-    tokens = WeightedKV.of_tokens(k, v, kv_mask)
-    label = nearest(tokens.k, summary.k, summary.mass != 0)
-    merge = merged(tokens, label, summary.mass.shape[0])
-    # Distances from the means of the merge, not from the given tokens: the mean is what every key is replaced by.
-    away = jnp.where(tokens.mass > 0, jnp.sqrt(squared_norm(tokens.k - merge.k[label]))[:, 0], 0)
-    # expm1: for small clusters the bound is small, and must keep its digits.
-    bound = jnp.expm1(2 * radius * jnp.max(away)) * jnp.sqrt(jnp.max(squared_norm(tokens.values)))
-    return MergeBound(merge, bound)
 
 
 class Sensitivity(NamedTuple):

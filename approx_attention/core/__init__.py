@@ -67,6 +67,7 @@ from approx_attention.core.features import (
     WeightedFeatures,
     gaussian_projection,
     orthogonal_projection,
+    root,
     squared_norm,
 )
 from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, over_heads, split_arrays
@@ -272,6 +273,7 @@ __all__ = [
     "ranks",
     "real_keys",
     "require_scaled_space",
+    "root",
     "running_moments",
     "scaled_queries",
     "scan_blocks",

@@ -292,3 +292,9 @@ def _decomposed(blocks: Array) -> tuple[Array, Array]:
 def squared_norm(x: Array) -> Array:
     """Squared Euclidean norms ``[N, 1]`` of the rows of ``x``."""
     return jnp.sum(x * x, axis=-1, keepdims=True)
+
+
+def root(x: Array) -> Array:
+    """Square roots of numbers that are not negative, with the derivative 0 at 0, where it is infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)

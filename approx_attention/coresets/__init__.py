@@ -12,6 +12,7 @@ from approx_attention.coresets.algorithms import (
     Stratified,
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
+from approx_attention.coresets.clusters import CertifiedSummary, Clusters, clusters_around, running_clusters
 from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
 from approx_attention.coresets.guard import best_of
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
@@ -22,6 +23,8 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "BalanceKV",
+    "CertifiedSummary",
+    "Clusters",
     "Compress",
     "FarthestMerge",
     "Guarded",
@@ -37,11 +40,13 @@ __all__ = [
     "ValueNorm",
     "algorithm_of",
     "best_of",
+    "clusters_around",
     "compress",
     "merged",
     "nearest",
     "query_radius",
     "random_places",
+    "running_clusters",
     "running_coreset",
     "sensitivities",
 ]

@@ -1,6 +1,7 @@
 """Decoding with a cache of bounded size, and compression of caches."""
 
 from approx_attention.decoding.budgets import pyramid_budgets, shared_sizes, token_budget
+from approx_attention.decoding.certified import Certificate, CertifiedCache
 from approx_attention.decoding.compression import compress_cache, compress_tokens, running_compressed
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.decoding.heuristics import HEURISTICS, attention_received
@@ -8,6 +9,8 @@ from approx_attention.decoding.heuristics import HEURISTICS, attention_received
 __all__ = [
     "HEURISTICS",
     "Cache",
+    "Certificate",
+    "CertifiedCache",
     "Decoder",
     "HeadsCache",
     "HeadsDecoder",

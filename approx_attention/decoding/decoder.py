@@ -18,6 +18,8 @@ from approx_attention.core import (
     check_floating,
     check_length,
     check_lengths,
+    check_not_negative,
+    check_number,
     each,
     fold_scale,
     in_blocks,
@@ -31,6 +33,7 @@ from approx_attention.core import (
     require_scaled_space,
     scan_blocks,
 )
+from approx_attention.decoding.certified import CertifiedCache, CertifiedDecoder, certified_step
 from approx_attention.registry import BoundMethod, bind
 
 
@@ -96,8 +99,7 @@ class Decoder:
         for name in ("head_dim", "value_dim", "block_size"):
             keep_count(self, name)
         logit_scale(self.scale, self.head_dim)
-        if jnp.dtype(self.dtype) not in (jnp.float32, jnp.float64):
-            raise TypeError(f"dtype of a cache must be float32 or float64, got {jnp.dtype(self.dtype)}")
+        _check_dtype(self.dtype)
 
     def init(self) -> Cache:
         """The cache that has seen no token."""
@@ -215,15 +217,21 @@ class Decoder:
         return Block(fold_scale(k, k, self.scale)[1], v, real)
 
 
+def _check_dtype(dtype: Any) -> None:
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise TypeError(f"dtype of a cache must be float32 or float64, got {jnp.dtype(dtype)}")
+
+
 class HeadsCache(NamedTuple):
     """The cache of many heads for a batch of sequences.
 
     Attributes:
-        heads: a `Cache` with leading axes ``[B, K]``; its ``length`` is one number, or ``[B]`` where sequences differ.
+        heads: a `Cache`, or with ``certify`` a `CertifiedCache`, with leading axes ``[B, K]``; its ``length`` is one
+            number, or ``[B]`` where sequences differ.
         drawn: the random arrays of each key head, ``[K, ...]``, by the argument that takes them.
     """
 
-    heads: Cache
+    heads: Cache | CertifiedCache
     drawn: dict[str, Array]
 
 
@@ -244,12 +252,24 @@ class HeadsDecoder:
             arguments.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         dtype: of the cache, float32 or float64.
+        certify: the largest error that a step may have, in units of the largest norm of a value seen so far; None for
+            no promise. For methods whose running summary has a bound (``"coreset"``). Needs ``max_length``: every token
+            is kept, in device memory, in addition to the clusters.
         **hyperparameters: those of the method.
 
+    With ``certify`` each step of one token asks the clusters and the recent tokens, as without, and
+    `bounds.merge_bound_at` for a bound on the error of the queries of a key head. Where it is above the tolerance, and
+    only there, that head reads all tokens, and is exact. Heads that do so take turns. A call with more tokens is exact
+    throughout and no step: its tokens are at hand. ``cache.heads.certificate`` counts the steps, those that were exact,
+    and the largest bound of the others (`decoding.Certificate`). What is saved is reading, not memory; how often, see
+    "What the theorems say at your norms" in the guide: the bound is of use where logits vary little within a cluster.
+    Tokens kept on the host are not supported: JAX has no form for reading part of an array there under a condition.
+
     Raises:
-        NotImplementedError: a method without a running summary, or an argument that it does not follow.
+        NotImplementedError: a method without a running summary, or with ``certify`` without one that has a bound, or an
+            argument that it does not follow.
         TypeError: an argument that the method does not have, or ``max_length`` missing where it is needed.
-        ValueError: tensors that do not fit the cache.
+        ValueError: tensors that do not fit the cache, a tolerance below 0.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -278,6 +298,7 @@ class HeadsDecoder:
         block_size: int | None = None,
         scale: float | None = None,
         dtype: Any = jnp.float32,
+        certify: float | Array | None = None,
         **hyperparameters: Any,
     ):
         self.bound = bind(method, hyperparameters).for_decoding(max_length, block_size)
@@ -290,7 +311,18 @@ class HeadsDecoder:
             "scale": scale,
             "dtype": dtype,
         }
+        _check_dtype(dtype)
         self.num_kv_heads = check_count("num_kv_heads", num_kv_heads)
+        self.certify, self.room = None, 0
+        if certify is not None:
+            check_number("certify", certify)
+            check_not_negative("certify", certify)
+            self.certify = certify
+            self.bound.require_certified()
+            if max_length is None:
+                raise TypeError("certify keeps every token: pass max_length, the most that there will be")
+            block_size = self.bound.block_size
+            self.room = block_size * max(2, -(-max_length // block_size))
 
     def init(self, batch_size: int, rng: Array | None = None, *, ragged: bool = False) -> HeadsCache:
         """The cache that has seen no token.
@@ -339,32 +371,45 @@ class HeadsDecoder:
             seen = length if ragged else cache.heads.length
 
             def of_head(args: Any) -> Any:
-                (past, current), drawn, q, k, v = args
-                out, new = self._extend_head(Cache(past, current, seen), drawn, q, k, v, real)
-                return out, (new.past, new.current)
+                held, drawn, q, k, v = args
+                out, new = self._extend_head(held._replace(length=seen), drawn, q, k, v, real)
+                return out, new._replace(length=None)
 
             return over(of_head, (heads[0], cache.drawn, *heads[1:]))
 
-        lengths_seen = cache.heads.length if ragged else None
-        held = cache.heads.past, cache.heads.current
-        out, (past, current) = over(of_sequence, (held, q, *by_head, lengths_seen, lengths))
-        new = tokens if lengths is None else jnp.clip(lengths, 0, tokens).astype(jnp.int32)
+        if isinstance(cache.heads, CertifiedCache) and tokens == 1:
+            assert self.certify is not None
+            one = (q[:, :, 0], by_head[0], by_head[1])
+            out, heads = certified_step(self._of_head, self.certify, cache.heads, cache.drawn, one, lengths)
+            out = out[:, :, None].astype(value.dtype)
+        else:
+            lengths_seen = cache.heads.length if ragged else None
+            held: Any = cache.heads
+            held = held._replace(length=None)
+            out, heads = over(of_sequence, (held, q, *by_head, lengths_seen, lengths))
+            new = tokens if lengths is None else jnp.clip(lengths, 0, tokens).astype(jnp.int32)
+            heads = heads._replace(length=cache.heads.length + new)
         out = jnp.moveaxis(out, 2, 1).reshape(batch, tokens, query.shape[2], -1)
-        return out, HeadsCache(Cache(past, current, cache.heads.length + new), cache.drawn)
+        return out, HeadsCache(heads, cache.drawn)
 
     def _extend_head(
-        self, cache: Cache, drawn: dict[str, Array], q: Array, k: Array, v: Array, real: Array | None
-    ) -> tuple[Array, Cache]:
+        self, cache: Any, drawn: dict[str, Array], q: Array, k: Array, v: Array, real: Array | None
+    ) -> tuple[Array, Any]:
         """`extend` for one key head and its queries ``[T, G, D]``."""
         decoder = self._of_head(drawn)
-        if k.shape[0] == 1 and real is None:
+        if isinstance(decoder, CertifiedDecoder):
+            out, cache = decoder.prefill(cache, q, k, v, None if real is None else jnp.clip(real, 0, k.shape[0]))
+        elif k.shape[0] == 1 and real is None:
             cache = decoder.append(cache, k, v)
             out = decoder.attend(cache, q[0])[None]
         else:
             out, cache = jax.vmap(decoder.prefill, (None, 1, None, None, None), (1, None))(cache, q, k, v, real)
         return out.astype(v.dtype), cache
 
-    def _of_head(self, drawn: dict[str, Array]) -> Decoder:
+    def _of_head(self, drawn: dict[str, Array]) -> Any:
+        if self.certify is not None:
+            clusters = self.bound.certified(self.sizes["head_dim"], **drawn, max_length=self.room)
+            return CertifiedDecoder(clusters=clusters, max_length=self.room, **self.sizes)
         return Decoder(running=self.bound.running(self.sizes["head_dim"], **drawn), **self.sizes)
 
     def _check(
@@ -372,7 +417,7 @@ class HeadsDecoder:
     ) -> tuple[int, int]:
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_floating(name, x)
-        batch = cache.heads.current.kv_mask.shape[0]
+        batch = jax.tree.leaves(cache.heads)[0].shape[0]
         for name, x, heads, size in (
             ("query", query, query.shape[-2] if query.ndim == 4 else None, self.sizes["head_dim"]),
             ("key", key, self.num_kv_heads, self.sizes["head_dim"]),

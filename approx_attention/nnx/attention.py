@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from approx_attention import distributed, flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
-from approx_attention.decoding import HeadsCache, HeadsDecoder
+from approx_attention.decoding import Certificate, CertifiedCache, HeadsCache, HeadsDecoder
 from approx_attention.registry import BoundMethod
 
 
@@ -290,6 +290,7 @@ class ApproxAttention(nnx.Module):
         max_length: int | None = None,
         ragged: bool = False,
         dtype: Any = jnp.float32,
+        certify: float | None = None,
     ) -> None:
         """From now on every call brings further tokens and is answered from a cache, as by `HeadsDecoder`.
 
@@ -304,6 +305,7 @@ class ApproxAttention(nnx.Module):
             max_length: the most tokens of a sequence, for methods whose cache grows.
             ragged: whether sequences differ in length.
             dtype: of the cache.
+            certify: the largest error that a step may have, as in `HeadsDecoder`; needs ``max_length``.
 
         Raises:
             NotImplementedError: a method without a running summary, or a layer over many devices.
@@ -313,6 +315,7 @@ class ApproxAttention(nnx.Module):
             raise NotImplementedError("a layer over many devices has no cache; make one without mesh to decode")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         sizes = {**sizes, "max_length": max_length, "dtype": flax_arguments.cache_dtype(dtype)}
+        sizes["certify"] = certify
         # A cache is made of one draw, so that no call moves it on.
         rng = None if self.stream is None else self._last_key(self.stream)
         leaves, treedef = jax.tree.flatten(self._decoder(sizes).init(batch_size, rng, ragged=ragged))
@@ -337,6 +340,12 @@ class ApproxAttention(nnx.Module):
         Of stacked layers it has the axes of the stack in front.
         """
         return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().heads.length
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What the cache has promised, with axes ``[B, K]``; None without one that was made with ``certify``."""
+        heads = None if self.cache is None else self._cached().heads
+        return heads.certificate if isinstance(heads, CertifiedCache) else None
 
     @property
     def cache_bytes(self) -> int:

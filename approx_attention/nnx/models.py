@@ -77,7 +77,13 @@ def replace_attention(
 
 
 def init_cache(
-    model: nnx.Module, batch_size: int, *, max_length: int | None = None, ragged: bool = False, dtype: Any = jnp.float32
+    model: nnx.Module,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    ragged: bool = False,
+    dtype: Any = jnp.float32,
+    certify: float | None = None,
 ) -> int:
     """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
 
@@ -91,6 +97,7 @@ def init_cache(
         max_length: the most tokens of a sequence, for methods whose cache grows.
         ragged: whether sequences differ in length.
         dtype: of the cache.
+        certify: the largest error that a step of a layer may have, as in `HeadsDecoder`; needs ``max_length``.
 
     Returns:
         The bytes that all caches take.
@@ -109,7 +116,7 @@ def init_cache(
     other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
     if other:
         raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
-    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
+    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype, "certify": certify}
     before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers.values()]
     try:
         for path, layer in layers.items():

@@ -159,6 +159,35 @@ class BoundMethod:
         assert make is not None, self.name
         return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random})
 
+    def require_certified(self) -> Method:
+        """Returns its entry in `METHODS`, if its running summary has a bound for each query.
+
+        Raises:
+            NotImplementedError: it has none, or an argument that the summary does not follow.
+        """
+        method = self.registered
+        if method is None or method.certified is None:
+            able = ", ".join(name for name, other in METHODS.items() if other.certified)
+            raise NotImplementedError(
+                f"method {self.name!r} has no running summary with a bound for certify; those that have are {able}"
+            )
+        self._require_followed(method, method.certified, "with certify", self.hyperparameters)
+        return method
+
+    def certified(self, head_dim: int, key: Array | None = None, *, max_length: int, **random: Array) -> Any:
+        """The `coresets.CertifiedSummary` of one head, with room for ``max_length`` tokens."""
+        make = self.require_certified().certified
+        assert make is not None, self.name
+        return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random, "max_length": max_length})
+
+    def _require_followed(self, method: Method, by: Callable[..., Any], when: str, given: Mapping[str, Any]) -> None:
+        """Raises ``NotImplementedError`` for an argument that a function does not have, unless it is the default."""
+        taken = defaults(by)
+        for name, value in given.items():
+            known = name in taken or name == method.block or name in method.indifferent
+            if not known and not np.array_equal(value, defaults(method.function)[name]):
+                raise NotImplementedError(f"method {self.name!r} does not support {name} {when}, got {value!r}")
+
     @property
     def block_size(self) -> int:
         """Tokens per block of its causal form."""
@@ -222,10 +251,7 @@ class BoundMethod:
         if method.block in given:
             given[method.block] = block_size
         taken = defaults(method.running)
-        for name, value in given.items():
-            known = name in taken or name == method.block or name in method.indifferent
-            if not known and not np.array_equal(value, defaults(method.function)[name]):
-                raise NotImplementedError(f"method {self.name!r} does not support {name} while decoding, got {value!r}")
+        self._require_followed(method, method.running, "while decoding", given)
         if max_length is not None:
             max_length = check_count("max_length", max_length)
         if "max_length" in taken:

@@ -60,7 +60,9 @@ class Method:
         usual_size: the value at which its cost is shown, and that it has in a comparison with a budget of 256.
         summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
         running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
-        summary: the class of what these two make.
+        certified: ``(head_dim, key, *, max_length, ...) -> CertifiedSummary``, if the running summary, as it is by
+            default, has a bound for each query.
+        summary: the class of what these make.
         grows: the running summary grows with the number of keys: it needs ``max_length``.
         block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.
         draw: ``(key, head_dim, *, ...) -> {argument: array}``, if calls can share a random projection.
@@ -87,6 +89,7 @@ class Method:
     usual_size: int = 256
     summarize: Callable[..., Any] | None = None
     running: Callable[..., Any] | None = None
+    certified: Callable[..., Any] | None = None
     summary: type = WeightedKV
     grows: bool = False
     block: str = "block_size"

@@ -7,7 +7,7 @@ from typing import Any
 
 from approx_attention import methods
 from approx_attention.core import FeatureMoments, check_finite, check_not_negative, check_positive, unknown
-from approx_attention.coresets import running_coreset
+from approx_attention.coresets import running_clusters, running_coreset
 from approx_attention.registry.method import Capabilities, Method
 
 
@@ -115,6 +115,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             size="coreset_size",
             summarize=methods.summarize_coreset,
             running=running_coreset,
+            certified=running_clusters,
             values={"query_radius": check_not_negative},
             capabilities=Capabilities(decode=True, needs_key=True, exact_limit=True),
             # Seeding reads keys against twice the coreset, k-means and the Nystrom sums once against it.

@@ -82,7 +82,7 @@ def test_known_queries_decide():
     assert float(best_of([flat, blind], tokens, ratio, KEY).mass[-1]) == 0
     assert float(chosen(query).mass[-1]) == 1
     small = jax.jit(lambda q: compress(tokens, KEY, coreset_size=16, queries=q))(k[:4])
-    assert float(small.mass.sum()) == pytest.approx(64, rel=0.05)
+    assert float(small.mass.sum()) == pytest.approx(64, rel=0.2)
 
 
 @pytest.mark.parametrize("seeding", ["distant", "farthest"])

@@ -1,0 +1,230 @@
+"""Decoding with a promise for every step: clusters where their bound allows it, all tokens where it does not."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.bounds import merge_bound_at
+from approx_attention.core import WeightedKV, attend, each, fold_scale, in_float32, merge, streamed_state
+from approx_attention.coresets import CertifiedSummary, Clusters
+
+
+class Certificate(NamedTuple):
+    """What was promised so far, of each sequence and key head ``[B, K]``.
+
+    Attributes:
+        steps: steps of one token.
+        exact_steps: those of them that were answered from all tokens.
+        promised: the largest bound among the others, in units of the largest norm of a value seen by then.
+    """
+
+    steps: Array
+    exact_steps: Array
+    promised: Array
+
+
+class CertifiedCache(NamedTuple):
+    """The cache of one head: every token, and clusters of all but the last one to two blocks.
+
+    Attributes:
+        tokens: every token by its place ``[max_length]``, with mass 0 where there is none yet.
+        prefix: the state of the clusters (`coresets.CertifiedSummary`).
+        certificate: the `Certificate`.
+        length: the number of tokens seen.
+    """
+
+    tokens: WeightedKV
+    prefix: Any
+    certificate: Certificate
+    length: Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertifiedDecoder:
+    """One head of a certified cache: the parts of a step, and many tokens at once.
+
+    A step is several functions and not one, because heads are mapped together in all but the last, exact attention:
+    mapped, a condition would compute both of its branches.
+    """
+
+    clusters: CertifiedSummary
+    max_length: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    scale: float | None
+    dtype: Any
+
+    def init(self) -> CertifiedCache:
+        """The cache that has seen no token."""
+        tokens = WeightedKV.empty(self.max_length, self.head_dim, self.value_dim, self.dtype)
+        none = jnp.zeros((), jnp.int32)
+        certificate = Certificate(none, none, jnp.zeros((), self.dtype))
+        return CertifiedCache(tokens, self.clusters.init(self.value_dim, self.dtype), certificate, none)
+
+    def prefill(
+        self, cache: CertifiedCache, q: Array, k: Array, v: Array, num_real: Array | None
+    ) -> tuple[Array, CertifiedCache]:
+        """Takes T tokens, and answers queries ``[T, G, D]`` exactly: the tokens are there."""
+        num_tokens, start = k.shape[0], cache.length
+        num_real = jnp.asarray(num_tokens if num_real is None else num_real, jnp.int32)
+        real = jnp.arange(num_tokens, dtype=jnp.int32) < num_real
+        q, new = self._scaled(jnp.where(real[:, None, None], q, 0), k, v, real)
+        with in_float32():
+            before = attend(q.reshape(-1, self.head_dim), cache.tokens)
+            before = jax.tree.map(lambda x: x.reshape(num_tokens, -1, *x.shape[1:]), before)
+            own = jax.vmap(
+                lambda q: streamed_state(q, new.k, new.value_sum, real, is_causal=True), in_axes=1, out_axes=1
+            )(q)
+        out = jnp.where(real[:, None, None], merge(before, own).out, 0)
+
+        place = jnp.where(real, start + jnp.arange(num_tokens, dtype=jnp.int32), self.max_length)
+        tokens = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), cache.tokens, new)
+        # There is no error in a compiled program: what no longer fits shows as NaN.
+        over = start + num_real > self.max_length
+        value_sum = tokens.value_sum.at[-1].set(jnp.where(over, jnp.nan, tokens.value_sum[-1]))
+        tokens = dataclasses.replace(tokens, value_sum=value_sum)
+
+        first, last = self._num_folded(start), self._num_folded(start + num_real)
+
+        def fold(index: Array, prefix: Any) -> Any:
+            def folded() -> Any:
+                return self.clusters.append(prefix, tokens, (first + index) * self.block_size, self.block_size)
+
+            return lax.cond(first + index < last, folded, lambda: prefix)
+
+        prefix = lax.fori_loop(0, num_tokens // self.block_size + 1, fold, cache.prefix)
+        prefix = lax.cond(first < last, lambda: self.clusters.measured(prefix, tokens), lambda: prefix)
+        return out, CertifiedCache(tokens, prefix, cache.certificate, start + num_real)
+
+    def due(self, length: Array) -> Array:
+        """Whether one more token begins a block, so that the block before the last goes into the clusters."""
+        return (length % self.block_size == 0) & (length >= 2 * self.block_size)
+
+    def fold(self, prefix: Any, tokens: WeightedKV, length: Array) -> Any:
+        """The clusters with the block that is due."""
+        start = jnp.maximum(length - 2 * self.block_size, 0)
+        return self.clusters.measured(self.clusters.append(prefix, tokens, start, self.block_size), tokens)
+
+    def put(self, tokens: WeightedKV, length: Array, q: Array, k: Array, v: Array, real: Array) -> tuple[Any, Array]:
+        """The tokens with one more, ``k [1, D]``, and the queries ``[G, D]`` in scaled space."""
+        q, new = self._scaled(q[None], k, jnp.where(length < self.max_length, v, jnp.nan), real[None])
+        return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, length, 0), tokens, new), q[0]
+
+    def promise(self, prefix: Any, tokens: WeightedKV, length: Array, q: Array) -> tuple[Array, Array, Array]:
+        """Outputs ``[G, Dv]`` over clusters and recent tokens, a bound for all of them, and the largest value."""
+        start = self._num_folded(length) * self.block_size
+        near = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, 2 * self.block_size), tokens)
+        clusters = merge(self.clusters.read(prefix), Clusters.of_tokens(near))
+        with in_float32():
+            out = attend(q, clusters.tokens).out
+        return out, jnp.max(merge_bound_at(q, clusters)), clusters.largest_value
+
+    def _num_folded(self, length: Array) -> Array:
+        """The number of blocks in the clusters, all but the last two."""
+        return jnp.maximum(-(-length // self.block_size) - 2, 0)
+
+    def _scaled(self, q: Array, k: Array, v: Array, real: Array) -> tuple[Array, WeightedKV]:
+        """Queries and tokens in scaled space and in the dtype of the cache, zero where they are not real."""
+        k, v = (jnp.where(real[:, None], x, 0).astype(self.dtype) for x in (k, v))
+        q, k = fold_scale(q.astype(self.dtype), k, self.scale)
+        return q, WeightedKV(k, v, real.astype(self.dtype))
+
+
+def certified_step(
+    decoder_of: Callable[[dict[str, Array]], CertifiedDecoder],
+    tolerance: float | Array,
+    cache: CertifiedCache,
+    drawn: dict[str, Array],
+    tokens: tuple[Array, Array, Array],
+    real: Array | None,
+) -> tuple[Array, CertifiedCache]:
+    """One token of every sequence and head.
+
+    Args:
+        decoder_of: the decoder of a head from its random arrays.
+        tolerance: the largest bound that is accepted, in units of the largest value.
+        cache: with axes ``[B, K]``; its ``length`` is one number or ``[B]``.
+        drawn: the random arrays of each key head ``[K, ...]``.
+        tokens: queries ``[B, K, G, D]``, keys ``[B, K, 1, D]`` and values ``[B, K, 1, Dv]``.
+        real: which sequences have a token, ``[B]``; all by default.
+
+    Returns:
+        Outputs ``[B, K, G, Dv]``, 0 where there is no token, and the new cache.
+    """
+    q, k, v = tokens
+    num_batches, ragged = k.shape[0], cache.length.ndim == 1
+    before = jnp.broadcast_to(cache.length, (num_batches,))
+    more = jnp.ones((num_batches,), bool) if real is None else real > 0
+    after = before + more.astype(jnp.int32)
+
+    def over(function: Callable[..., Any], of_head: Any, of_sequence: Any, *, together: bool) -> Any:
+        """``function(decoder, *of_head, *of_sequence)`` of every head."""
+
+        def sequence(args: Any) -> Any:
+            heads, same = args
+            # One length of all is no mapped axis, so that a place in the cache is a slice and not a gather.
+            same = same if ragged else of_sequence_of_all
+            head = lambda args: function(decoder_of(args[1]), *args[0], *same)  # noqa: E731
+            return each(head, (heads, drawn), together=together)
+
+        of_sequence_of_all = jax.tree.map(lambda x: x[0], of_sequence)
+        return each(sequence, (of_head, of_sequence), together=together)
+
+    # First of all: an update after a condition has read them would copy all tokens.
+    seen, q = over(
+        lambda decoder, seen, q, k, v, length, more: decoder.put(seen, length, q, k, v, more),
+        (cache.tokens, q, k, v),
+        (before, more),
+        together=True,
+    )
+
+    def fold() -> Any:
+        def of_head(decoder: Any, prefix: Any, tokens: WeightedKV, length: Array, more: Array) -> Any:
+            new = decoder.fold(prefix, tokens, length)
+            return jax.tree.map(lambda x, y: jnp.where(decoder.due(length) & more, x, y), new, prefix)
+
+        return over(of_head, (cache.prefix, seen), (before, more), together=False)
+
+    decoder = decoder_of(jax.tree.map(lambda x: x[0], drawn))
+    # One condition for all sequences: where lengths differ, all are folded when one is due, and one result is taken.
+    prefix = lax.cond(jnp.any(decoder.due(before) & more), fold, lambda: cache.prefix)
+    out, bound, largest = over(
+        lambda decoder, prefix, seen, q, length: decoder.promise(prefix, seen, length, q),
+        (prefix, seen, q),
+        (after,),
+        together=True,
+    )
+    more = more[:, None]
+    # Not `bound > ...`: what is NaN, because the cache has overflowed, is to be seen.
+    falls = more & ~(bound <= jnp.asarray(tolerance, bound.dtype) * largest)
+    out = lax.cond(jnp.any(falls), lambda: _exact_where(falls, seen, q, out), lambda: out)
+    share = jnp.where(falls | ~more, 0, bound / jnp.where(largest > 0, largest, 1))
+    certificate = Certificate(
+        cache.certificate.steps + jnp.broadcast_to(more, falls.shape).astype(jnp.int32),
+        cache.certificate.exact_steps + falls.astype(jnp.int32),
+        jnp.maximum(cache.certificate.promised, share),
+    )
+    length = after if ragged else cache.length + 1
+    return jnp.where(more[..., None, None], out, 0), CertifiedCache(seen, prefix, certificate, length)
+
+
+def _exact_where(falls: Array, tokens: WeightedKV, q: Array, out: Array) -> Array:
+    """Attention over all tokens of the heads ``[B, K]`` that fall back, one after the other; others stay."""
+    places = jnp.stack(jnp.meshgrid(*(jnp.arange(n) for n in falls.shape), indexing="ij"), axis=-1).reshape(-1, 2)
+
+    def of_head(place: Array) -> Array:
+        b, h = place[0], place[1]
+
+        def exact() -> Array:
+            # Cut out here and not by the loop, which would copy the tokens of every head.
+            with in_float32():
+                return attend(q[b, h], jax.tree.map(lambda x: x[b, h], tokens)).out
+
+        return lax.cond(falls[b, h], exact, lambda: out[b, h])
+
+    return lax.map(of_head, places).reshape(out.shape)
