@@ -3,6 +3,7 @@
 from approx_attention.coresets.algorithms import (
     ALGORITHMS,
     Algorithm,
+    Farthest,
     FarthestMerge,
     Halving,
     Herding,
@@ -12,6 +13,7 @@ from approx_attention.coresets.algorithms import (
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
 from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
+from approx_attention.coresets.masses import FittedMasses
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
 from approx_attention.coresets.streaming import running_coreset
@@ -21,7 +23,9 @@ __all__ = [
     "Algorithm",
     "BalanceKV",
     "Compress",
+    "Farthest",
     "FarthestMerge",
+    "FittedMasses",
     "Halving",
     "Herding",
     "KMeansMerge",
