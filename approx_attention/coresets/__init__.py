@@ -12,7 +12,7 @@ from approx_attention.coresets.algorithms import (
     Stratified,
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
-from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
+from approx_attention.coresets.coreset import algorithm_of, compress, query_radius, refitted
 from approx_attention.coresets.masses import FittedMasses
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
@@ -41,6 +41,7 @@ __all__ = [
     "nearest",
     "query_radius",
     "random_places",
+    "refitted",
     "running_coreset",
     "sensitivities",
 ]

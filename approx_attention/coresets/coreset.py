@@ -18,11 +18,14 @@ from approx_attention.core import (
     check_positive,
     check_rows,
     head_inputs,
+    require_scaled_space,
     shown,
     squared_norm,
     unknown,
 )
 from approx_attention.coresets.algorithms import ALGORITHMS, Algorithm
+from approx_attention.coresets.masses import with_fitted_masses
+from approx_attention.coresets.sampling import rescaled
 
 
 def compress(
@@ -78,6 +81,39 @@ def compress(
     return dataclasses.replace(small, scale=tokens.scale)
 
 
+def refitted(tokens: WeightedKV, held: WeightedKV, *, query_radius: float | Array | None = None) -> WeightedKV:
+    """The held tokens, some of all, with the masses of `FittedMasses`.
+
+    Args:
+        tokens: a `WeightedKV` in scaled space, without negative masses.
+        held: those that are kept; their masses are multiplied by one factor to the total before they are compared with.
+        query_radius: as in `compress`.
+
+    Returns:
+        The held keys and values with other masses.
+
+    Raises:
+        ValueError: summaries that carry a scale, or signed masses.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.coresets import refitted
+        >>> k = jnp.array([[0.0], [0.0], [1.0]])  # of two equal tokens one is held
+        >>> tokens, held = (WeightedKV.of_tokens(x, x) for x in (k, k[1:]))
+        >>> refitted(tokens, held).mass.round(2).tolist()
+        [2.0, 1.0]
+    """
+    require_scaled_space("refitted", tokens)
+    require_scaled_space("refitted", held)
+    middle, centred = centred_tokens(tokens)
+    held = rescaled(held, tokens)
+    moved = dataclasses.replace(held, k=jnp.where(held.mass[:, None] > 0, held.k - middle[None, :], 0))
+    # Where probes stand is not of the essence, so that heuristics need no key.
+    fitted = with_fitted_masses(centred, moved, _ratio(centred, query_radius), jax.random.key(0))
+    return dataclasses.replace(fitted, k=held.k)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compressed(
     algorithm: Algorithm, size: int, tokens: WeightedKV, query_radius: float | Array | None, key: Array
@@ -85,13 +121,16 @@ def _compressed(
     """A coreset by an algorithm, as one program: without compilation a call would dispatch hundreds."""
     dtype = accumulation_dtype(tokens.k, tokens.value_sum)
     middle, centred = centred_tokens(jax.tree.map(lambda x: x.astype(dtype), tokens))
-    radius = jnp.sqrt(jnp.max(squared_norm(centred.k)))
-    # Without a radius of the queries they are taken to be as large as the centred keys.
-    ratio = jnp.ones_like(radius)
-    if query_radius is not None:
-        ratio = jnp.asarray(query_radius, radius.dtype) / jnp.where(radius > 0, radius, 1)
-    small = algorithm(centred, size, lax.stop_gradient(ratio), key)
+    small = algorithm(centred, size, _ratio(centred, query_radius), key)
     return dataclasses.replace(small, k=small.k + middle[None, :])
+
+
+def _ratio(centred: WeightedKV, query_radius: float | Array | None) -> Array:
+    """The radius of the queries over that of the centred keys, which they have by default; without gradient."""
+    radius = jnp.sqrt(jnp.max(squared_norm(lax.stop_gradient(centred.k))))
+    if query_radius is None:
+        return jnp.ones_like(radius)
+    return lax.stop_gradient(jnp.asarray(query_radius, radius.dtype)) / jnp.where(radius > 0, radius, 1)
 
 
 def query_radius(
