@@ -78,10 +78,10 @@ class BalanceKV:
     no mass; one stands for the normaliser. The minority of each walk is kept and doubled, so that some of the mass is
     lost in every round: as published, and unlike all other algorithms here. A batch that already fits is unchanged.
 
-    With the theorem's :math:`\gamma = 1 / (2 c)`, :math:`c = 30 \log(n / \delta)`, the walk is hardly told from coin flips.
-    The default is the number in the authors' code, with which it is almost greedy. There overlaps are not divided by
-    :math:`R^2`, the largest norm of a token in the kernel; here they are, as in the theorem, so that no scale of the
-    values changes the choice.
+    With the theorem's :math:`\gamma = 1 / (2 c)`, :math:`c = 30 \log(n / \delta)`, the walk is hardly told from coin
+    flips. The default is the number in the authors' code, with which it is almost greedy. There overlaps are not
+    divided by :math:`R^2`, the largest norm of a token in the kernel; here they are, as in the theorem, so that no scale
+    of the values changes the choice.
 
     Attributes:
         failure: the probability :math:`\delta` with which the guarantee may fail.

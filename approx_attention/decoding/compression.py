@@ -155,8 +155,8 @@ def _check_policy(policy: Any, size: int | Array | None) -> None:
         raise ValueError(f"policy must be one of {', '.join(known)}, or an algorithm, got {shown(policy)}")
     if size is not None:
         raise ValueError(
-            f"size is for heuristics, which drop what they rank last: {', '.join([*HEURISTICS, *MATCHING])}; got policy "
-            f"{shown(policy)}"
+            f"size is for heuristics, which drop what they rank last: {', '.join([*HEURISTICS, *MATCHING])}; got "
+            f"policy {shown(policy)}"
         )
 
 
@@ -218,6 +218,7 @@ def _in_budget(
     fixed = merge(first, last)
     ranking = _ranking(policy)
     if ranking is None:
+        assert not isinstance(policy, AttentionMatching)
         if query_radius is None and queries is not None:
             query_radius = _later_radius(queries)
         kept = compress(between, key, coreset_size=middle, algorithm=policy, query_radius=query_radius)
@@ -352,7 +353,8 @@ def compress_cache(
         cache: cache of a decoder with ``running_exact``, or with another summary of tokens without negative masses.
         key: typed PRNG key.
         budget: tokens for everything older than the exact blocks.
-        num_bytes: in place of ``budget``, as in `compress_tokens`; the decoder that continues has `token_budget` of them.
+        num_bytes: in place of ``budget``, as in `compress_tokens`; the decoder that continues has a budget of as many
+            tokens as `token_budget` says.
         size: the number of tokens that this head may use, as in `compress_tokens`.
         coreset_size: as in `running_compressed`.
         policy: as in `compress_tokens`.
