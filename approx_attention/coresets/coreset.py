@@ -105,11 +105,15 @@ def refitted(tokens: WeightedKV, held: WeightedKV, *, query_radius: float | Arra
         [2.0, 1.0]
     """
     require_scaled_space("refitted", tokens)
-    require_scaled_space("refitted", held)
+    return _refitted(tokens, require_scaled_space("refitted", held), query_radius)
+
+
+@jax.jit
+def _refitted(tokens: WeightedKV, held: WeightedKV, query_radius: float | Array | None) -> WeightedKV:
     middle, centred = centred_tokens(tokens)
     held = rescaled(held, tokens)
     moved = dataclasses.replace(held, k=jnp.where(held.mass[:, None] > 0, held.k - middle[None, :], 0))
-    # Where probes stand is not of the essence, so that heuristics need no key.
+    # Any places do for probes, so that heuristics need no key.
     fitted = with_fitted_masses(centred, moved, _ratio(centred, query_radius), jax.random.key(0))
     return dataclasses.replace(fitted, k=held.k)
 

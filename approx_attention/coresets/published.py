@@ -80,13 +80,13 @@ class BalanceKV:
 
     With the theorem's :math:`\gamma = 1 / (2 c)`, :math:`c = 30 \log(n / \delta)`, the walk is hardly told from coin
     flips. The default is the number in the authors' code, with which it is almost greedy. There overlaps are not
-    divided by :math:`R^2`, the largest norm of a token in the kernel; here they are, as in the theorem, so that no scale
-    of the values changes the choice.
+    divided by :math:`R^2`, the largest norm of a token in the kernel; here they are, as in the theorem, so that no
+    scale of the values changes the choice.
 
     Attributes:
         failure: the probability :math:`\delta` with which the guarantee may fail.
-        gamma: the factor of overlaps :math:`h / R^2` in the probability :math:`\frac12 - \gamma h / R^2` of a sign; None
-            for that of the theorem.
+        gamma: the factor of overlaps :math:`h / R^2` in the probability :math:`\frac12 - \gamma h / R^2` of a sign;
+            None for that of the theorem.
         octaves: the number of octaves below the largest norm; smaller values share the last one (the published
             algorithm erases them).
     """

@@ -1,6 +1,7 @@
 """Attention matching: kept keys, with masses and values that give reference queries the outputs they had."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -63,6 +64,7 @@ class AttentionMatching:
         """The attention that each key receives from the reference queries, which ranks the keys."""
         return attention_received(tokens, queries[-self.references :])
 
+    @functools.partial(jax.jit, static_argnums=0)
     @in_float32()  # solves multiply rounding by their condition
     def fitted(
         self, tokens: WeightedKV, fixed: WeightedKV, kept: WeightedKV, queries: Array, asked: Array
