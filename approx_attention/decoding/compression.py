@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
@@ -245,11 +246,11 @@ def _in_budget(
 def _checked_correction(mass_correction: Any) -> bool | Literal["fitted"]:
     if isinstance(mass_correction, str) and mass_correction == "fitted":
         return "fitted"
-    if not isinstance(mass_correction, bool):
+    if not isinstance(mass_correction, bool | np.bool_):
         raise TypeError(
             f"mass_correction must be True, False or 'fitted', known when tracing, got {shown(mass_correction)}"
         )
-    return mass_correction
+    return bool(mass_correction)
 
 
 def _later_radius(queries: Array) -> Array:
