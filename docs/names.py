@@ -42,7 +42,7 @@ TOPICS = {
             "core.subtract", "core.hadamard", "core.summary_bytes", "core.causal_state", "core.running_moments",
             "core.control_variate_state", "core.PositiveFeatures", "core.TrigonometricFeatures", "core.ReLUFeatures",
             "core.CosineFeatures", "core.WeightedFeatures", "core.gaussian_projection", "core.orthogonal_projection",
-            "core.draw_sketch", "kernels.state", "kernels.default_tiles",
+            "core.draw_sketch", "core.nonnegative_least_squares", "kernels.state", "kernels.default_tiles",
             "kernels.export_checks",
         ),
     ),
@@ -53,6 +53,7 @@ TOPICS = {
             "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress_tokens", "compress_cache",
             "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
             "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
+            "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.AttentionMatching",
         ),
     ),
     "coresets": (
@@ -64,6 +65,8 @@ TOPICS = {
             "coresets.Herding", "coresets.KMeansMerge", "coresets.FarthestMerge", "coresets.KMeansNystrom",
             "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Clusters", "coresets.clusters_around",
             "coresets.running_clusters", "coresets.CertifiedSummary",
+            "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Farthest", "coresets.FittedMasses",
+            "coresets.refitted",
         ),
     ),
     "tensor": (

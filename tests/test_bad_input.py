@@ -300,7 +300,7 @@ K = jax.random.normal(jax.random.key(1), (50, 4))
         ({"queries": jnp.ones((5, 3))}, ValueError, r"queries must be \[T, D\]"),
         ({"queries": [[1.0] * 4]}, TypeError, "queries must be a floating-point array, got list"),
         ({"queries": jnp.ones((5, 4), int)}, TypeError, "queries must be a floating-point array, got dtype int"),
-        ({"mass_correction": 1}, TypeError, "mass_correction must be True or False"),
+        ({"mass_correction": 1}, TypeError, "mass_correction must be True, False or .fitted."),
     ],
 )
 def test_compressing_tokens(options, error, message):

@@ -73,6 +73,7 @@ from approx_attention.core.features import (
 from approx_attention.core.heads import Operands, by_kv_head, each, from_kv_head, over_heads, split_arrays
 from approx_attention.core.layout import broadcast, check_layout, split_mask, within
 from approx_attention.core.moments import running_moments
+from approx_attention.core.nonnegative import nonnegative_least_squares
 from approx_attention.core.outputs import OutputOrState, output_or_state
 from approx_attention.core.padding import (
     RealFirst,
@@ -258,6 +259,7 @@ __all__ = [
     "merge",
     "move_on",
     "noise_deviation",
+    "nonnegative_least_squares",
     "normalise",
     "orthogonal_projection",
     "out_of_blocks",

@@ -3,6 +3,7 @@
 from approx_attention.coresets.algorithms import (
     ALGORITHMS,
     Algorithm,
+    Farthest,
     FarthestMerge,
     Guarded,
     Halving,
@@ -13,8 +14,9 @@ from approx_attention.coresets.algorithms import (
 )
 from approx_attention.coresets.clustering import merged, nearest, random_places
 from approx_attention.coresets.clusters import CertifiedSummary, Clusters, clusters_around, running_clusters
-from approx_attention.coresets.coreset import algorithm_of, compress, query_radius
+from approx_attention.coresets.coreset import algorithm_of, compress, query_radius, refitted
 from approx_attention.coresets.guard import best_of
+from approx_attention.coresets.masses import FittedMasses
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
 from approx_attention.coresets.streaming import Streaming, running_coreset
@@ -26,7 +28,9 @@ __all__ = [
     "CertifiedSummary",
     "Clusters",
     "Compress",
+    "Farthest",
     "FarthestMerge",
+    "FittedMasses",
     "Guarded",
     "Halving",
     "Herding",
@@ -46,6 +50,7 @@ __all__ = [
     "nearest",
     "query_radius",
     "random_places",
+    "refitted",
     "running_clusters",
     "running_coreset",
     "sensitivities",

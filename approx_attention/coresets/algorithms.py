@@ -36,8 +36,12 @@ from approx_attention.coresets.halving import (
     spread_over,
     tree_order,
 )
+from approx_attention.coresets.masses import FittedMasses
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, rescaled, sensitivities, tokens_at
+
+# Tokens whose signs halving chooses together at least: smaller blocks err more at any size, and are hardly faster.
+LEAST_BLOCK = 1024
 
 Algorithm = Callable[[WeightedKV, int, Array, Array], WeightedKV]
 
@@ -65,18 +69,19 @@ class Halving:
             (fewer steps in sequence, and at best as good), ``"walk"`` the self-balancing walk with the constants of its
             theorem, ``"thinning"`` kernel thinning.
         order: ``"tree"`` pairs neighbours in keys and values, ``"random"`` pairs tokens at random.
-        block: tokens whose signs are chosen together, at a cost that grows with it; below twice the size of the
-            coreset the independent errors of blocks add up.
+        block: tokens whose signs are chosen together, at a cost that grows with it. Below twice the size of the coreset
+            the independent errors of blocks add up: by default it is twice the size, and 1024 at least.
     """
 
     rule: SignRule = "greedy"
     order: Literal["tree", "random"] = "tree"
-    block: int = 1024
+    block: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, SIGN_RULES)
         check_choice("order", self.order, ("tree", "random"))
-        keep_count(self, "block", least=2)
+        if self.block is not None:
+            keep_count(self, "block", least=2)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -90,8 +95,9 @@ class Halving:
         else:
             order = random_places(points.mass, points.mass.shape[0], key_order)
         points = spread_over(points, order, size)
+        block = max(LEAST_BLOCK, 2 * size) if self.block is None else self.block
         for coin in pair_noise(key_signs, points, size):
-            points = halve(points, coin, rule=self.rule, block=self.block)
+            points = halve(points, coin, rule=self.rule, block=block)
         return tokens_at(tokens, points.place, points.mass)
 
 
@@ -189,6 +195,16 @@ class KMeansMerge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Farthest:
+    """Greedy k-center: tokens far from each other, each with the mass of all tokens to which it is the nearest."""
+
+    def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """A coreset of ``size`` tokens."""
+        place = farthest_places(tokens.k, tokens.mass > 0, size)
+        return tokens_at(tokens, place, merged_around(lax.stop_gradient(tokens), place).mass)
+
+
+@dataclasses.dataclass(frozen=True)
 class FarthestMerge:
     """Greedy k-center: centres far from each other, and every token merged into the nearest one."""
 
@@ -265,6 +281,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "nystrom_rpc": PivotedNystrom(),
     "halving": Halving(),
     "stratified": Stratified(),
+    "halving_fitted": FittedMasses(Halving()),
+    "farthest_fitted": FittedMasses(Farthest()),
     "herding": Herding(),
     "thinformer": Compress(),
     "balance_kv": BalanceKV(),

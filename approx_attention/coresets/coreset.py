@@ -18,11 +18,14 @@ from approx_attention.core import (
     check_positive,
     check_rows,
     head_inputs,
+    require_scaled_space,
     shown,
     squared_norm,
     unknown,
 )
 from approx_attention.coresets.algorithms import ALGORITHMS, Algorithm
+from approx_attention.coresets.masses import with_fitted_masses
+from approx_attention.coresets.sampling import rescaled
 
 
 def compress(
@@ -84,6 +87,43 @@ def compress(
         return tokens
     small = _compressed(chosen, coreset_size, tokens.in_scaled_space(), query_radius, queries, drawn)
     return dataclasses.replace(small, scale=tokens.scale)
+
+
+def refitted(tokens: WeightedKV, held: WeightedKV, *, query_radius: float | Array | None = None) -> WeightedKV:
+    """The held tokens, some of all, with the masses of `FittedMasses`.
+
+    Args:
+        tokens: a `WeightedKV` in scaled space, without negative masses.
+        held: those that are kept; their masses are multiplied by one factor to the total before they are compared with.
+        query_radius: as in `compress`.
+
+    Returns:
+        The held keys and values with other masses.
+
+    Raises:
+        ValueError: summaries that carry a scale, or signed masses.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.coresets import refitted
+        >>> k = jnp.array([[0.0], [0.0], [1.0]])  # of two equal tokens one is held
+        >>> tokens, held = (WeightedKV.of_tokens(x, x) for x in (k, k[1:]))
+        >>> refitted(tokens, held).mass.round(2).tolist()
+        [2.0, 1.0]
+    """
+    require_scaled_space("refitted", tokens)
+    return _refitted(tokens, require_scaled_space("refitted", held), query_radius)
+
+
+@jax.jit
+def _refitted(tokens: WeightedKV, held: WeightedKV, query_radius: float | Array | None) -> WeightedKV:
+    middle, centred = centred_tokens(tokens)
+    held = rescaled(held, tokens)
+    moved = dataclasses.replace(held, k=jnp.where(held.mass[:, None] > 0, held.k - middle[None, :], 0))
+    # Any places do for probes, so that heuristics need no key.
+    fitted = with_fitted_masses(centred, moved, ratio_of_radii(centred, query_radius), jax.random.key(0))
+    return dataclasses.replace(fitted, k=held.k)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -37,7 +37,7 @@ def best_of(
         doubts: a factor on the error of each candidate, 1 by default.
 
     Returns:
-        One of the candidates, with the range of the values. The choice has no gradient.
+        One of the candidates, with the range of the values where one of them has it. The choice has no gradient.
     """
     held, compared = lax.stop_gradient((tokens, list(candidates)))
     q, asked = _probes(held, ratio, key)
@@ -49,9 +49,10 @@ def best_of(
     weighted = jnp.stack(errors) * jnp.square(jnp.asarray(doubts or [1.0] * len(errors), truth.dtype))
     # NaN compares as false, so that a failed solution loses.
     best = jnp.argmin(jnp.where(weighted >= 0, weighted, jnp.inf))
-    # One structure: all of them get the range that signed masses need.
-    alike = [dataclasses.replace(x, value_range=tokens.values_from_to) for x in candidates]
-    return jax.tree.map(lambda *x: jnp.stack(x)[best], *alike)
+    if any(x.value_range is not None for x in candidates):
+        # One structure: all of them get the range that signed masses need.
+        candidates = [dataclasses.replace(x, value_range=tokens.values_from_to) for x in candidates]
+    return jax.tree.map(lambda *x: jnp.stack(x)[best], *candidates)
 
 
 def _probes(tokens: WeightedKV, ratio: Array, key: Array) -> tuple[Array, Array]:

@@ -39,17 +39,24 @@ class Points(NamedTuple):
     place: Array
 
 
-def kernel_points(tokens: WeightedKV, exponent: Array) -> Points:
+def value_unit(tokens: WeightedKV) -> Array:
+    """The root mean square norm of the values, without gradient; 1 where all are 0."""
+    mass, values = lax.stop_gradient((tokens.mass, tokens.values))
+    total = jnp.sum(mass)
+    square = jnp.where(mass > 0, squared_norm(values)[:, 0], 0)
+    mean_square = mass @ square / jnp.where(total > 0, total, 1)
+    return jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1))
+
+
+def kernel_points(tokens: WeightedKV, exponent: Array, unit: Array | None = None) -> Points:
     r"""Tokens as points of the kernel with exponent s.
 
-    Values are divided by their root mean square norm, and :math:`\sqrt c` is appended. Points have no gradient: they
-    only serve to choose tokens.
+    Values are divided by the unit, their `value_unit` by default, and :math:`\sqrt c` is appended. Points have no
+    gradient: they only serve to choose tokens and masses.
     """
     tokens = lax.stop_gradient(tokens)
-    values = jnp.where(tokens.mass[:, None] > 0, tokens.values, 0)
-    total = jnp.sum(tokens.mass)
-    mean_square = tokens.mass @ squared_norm(values)[:, 0] / jnp.where(total > 0, total, 1)
-    values = values / jnp.sqrt(jnp.where(mean_square > 0, mean_square, 1))
+    unit = value_unit(tokens) if unit is None else unit
+    values = jnp.where(tokens.mass[:, None] > 0, tokens.values, 0) / unit
     values = jnp.concatenate([values, jnp.full_like(tokens.k[:, :1], NORMALIZER_SHARE**0.5)], axis=1)
     x = tokens.k * jnp.sqrt(lax.stop_gradient(exponent))
     return Points(x, values, tokens.mass, jnp.arange(x.shape[0], dtype=jnp.int32))
@@ -222,19 +229,19 @@ def _search_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failur
     return lax.fori_loop(jnp.int32(0), jnp.int32(SEARCH_ROUNDS), step, (coin < 0.5) | ~free)
 
 
-def balancing_walk(gram: Array, bound: float, coin: Array) -> Array:
-    r"""Signs of single tokens: + with probability :math:`\frac12 - \frac{h}{2 c R^2}` for overlaps h with those before.
+def balancing_walk(gram: Array, gamma: float, coin: Array) -> Array:
+    r"""Signs of single tokens: + with probability :math:`\frac12 - \gamma\, h / R^2` for overlaps h with those before.
 
     Args:
-        gram: kernel of the tokens ``[n, n]``.
-        bound: c; :math:`R^2` is the largest norm on the diagonal.
+        gram: kernel of the tokens ``[n, n]``; :math:`R^2` is the largest number on its diagonal.
+        gamma: :math:`\gamma`.
         coin: uniform noise ``[n]``.
     """
     ones = jnp.ones_like(gram[0])
     largest = jnp.max(jnp.diagonal(gram))
 
     def decide(h: Array, norm: Array, masses: Any, coin: Array, state: Any) -> tuple[Array, Any]:
-        return coin < 0.5 - h / jnp.where(largest > 0, 2 * bound * largest, 1), state
+        return coin < 0.5 - gamma * h / jnp.where(largest > 0, largest, 1), state
 
     return _signs_in_turn(decide, (), gram, ones, ones, coin)
 

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from approx_attention.core import WeightedKV, keep_count, out_of_blocks, pad_rows, require_scaled_space, squared_norm
+from approx_attention.core import (
+    WeightedKV,
+    check_number,
+    check_positive,
+    keep_count,
+    out_of_blocks,
+    pad_rows,
+    require_scaled_space,
+    squared_norm,
+)
 from approx_attention.coresets.clustering import (
     cholesky_places,
     merged_around,
@@ -69,17 +78,28 @@ class BalanceKV:
     no mass; one stands for the normaliser. The minority of each walk is kept and doubled, so that some of the mass is
     lost in every round: as published, and unlike all other algorithms here. A batch that already fits is unchanged.
 
+    With the theorem's :math:`\gamma = 1 / (2 c)`, :math:`c = 30 \log(n / \delta)`, the walk is hardly told from coin
+    flips. The default is the number in the authors' code, with which it is almost greedy. There overlaps are not
+    divided by :math:`R^2`, the largest norm of a token in the kernel; here they are, as in the theorem, so that no
+    scale of the values changes the choice.
+
     Attributes:
-        failure: the probability with which the guarantee may fail.
+        failure: the probability :math:`\delta` with which the guarantee may fail.
+        gamma: the factor of overlaps :math:`h / R^2` in the probability :math:`\frac12 - \gamma h / R^2` of a sign;
+            None for that of the theorem.
         octaves: the number of octaves below the largest norm; smaller values share the last one (the published
             algorithm erases them).
     """
 
     failure: float = 0.5
+    gamma: float | None = 4.0
     octaves: int = 16
 
     def __post_init__(self) -> None:
         keep_count(self, "octaves")
+        if self.gamma is not None:
+            check_number("gamma", self.gamma)
+            check_positive("gamma", self.gamma)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -135,9 +155,8 @@ class BalanceKV:
         # Octaves do not see each other: one walk over a block-diagonal kernel serves all of them.
         alike = (octave[:, None] == octave[None, :]) & present[:, None] & present[None, :]
         gram = jnp.where(alike, jnp.exp(points.x @ points.x.T - shift) * (points.values @ points.values.T), 0)
-        # The theorem's constant c = 30 log(n / delta), with which the walk is hardly told from coin flips; the authors'
-        # code walks with a factor of 4 in place of 1 / (2 c), as a greedy rule would.
-        plus = balancing_walk(gram, 30 * math.log(length / self.failure), coin)
+        gamma = 1 / (60 * math.log(length / self.failure)) if self.gamma is None else self.gamma
+        plus = balancing_walk(gram, gamma, coin)
         votes = jax.ops.segment_sum(jnp.where(present, jnp.where(plus, 1, -1), 0), octave, self.octaves)
         fits = jnp.sum(present) <= octave.shape[0] // 2
         # The minority sign of each octave, plus where they are equally many: at most half of its tokens.

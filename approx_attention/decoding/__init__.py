@@ -5,9 +5,12 @@ from approx_attention.decoding.certified import Certificate, CertifiedCache
 from approx_attention.decoding.compression import compress_cache, compress_tokens, running_compressed
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.decoding.heuristics import HEURISTICS, attention_received
+from approx_attention.decoding.matching import MATCHING, AttentionMatching
 
 __all__ = [
     "HEURISTICS",
+    "MATCHING",
+    "AttentionMatching",
     "Cache",
     "Certificate",
     "CertifiedCache",

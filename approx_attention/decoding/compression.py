@@ -1,10 +1,11 @@
 """KV-cache compression: a prefilled cache in a budget of tokens, by coresets or by the heuristics they compete with."""
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
@@ -14,7 +15,6 @@ from approx_attention.core import (
     WeightedKV,
     check_count,
     check_counts,
-    check_flag,
     check_floating,
     check_key,
     check_length,
@@ -28,9 +28,11 @@ from approx_attention.core import (
     squared_norm,
     unknown,
 )
-from approx_attention.coresets import ALGORITHMS, Algorithm, compress, running_coreset
+from approx_attention.coresets import ALGORITHMS, Algorithm, compress, refitted, running_coreset
+from approx_attention.decoding.budgets import token_budget
 from approx_attention.decoding.decoder import Cache
-from approx_attention.decoding.heuristics import HEURISTICS, SNAP_QUERIES, check_queries
+from approx_attention.decoding.heuristics import HEURISTICS, SNAP_QUERIES, Heuristic, check_queries
+from approx_attention.decoding.matching import MATCHING, AttentionMatching
 
 
 class _Budget(NamedTuple):
@@ -55,13 +57,14 @@ def compress_tokens(
     v: Float[Array, "S Dv"],
     key: Array | None = None,
     *,
-    budget: int,
+    budget: int | None = None,
+    num_bytes: int | None = None,
     size: int | Array | None = None,
-    policy: str | Algorithm = "guarded",
+    policy: str | Algorithm | AttentionMatching = "guarded",
     queries: Float[Array, "T D"] | None = None,
     sinks: int = 4,
     recent: int = 32,
-    mass_correction: bool = True,
+    mass_correction: bool | Literal["fitted"] = True,
     query_radius: float | Array | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
@@ -69,24 +72,29 @@ def compress_tokens(
     """Compresses the keys and values of one head: the first and last tokens exactly, the others in a token budget.
 
     A coreset stands for all tokens. A heuristic keeps the tokens with the greatest scores and evicts the others, whose
-    mass is then missing; with ``mass_correction`` the kept tokens between the first and the last share it equally.
-    Shared key heads are compressed once, not once per query head.
+    mass is then missing; with ``mass_correction`` the kept tokens between the first and the last share it equally, or
+    as fits all tokens best. Attention matching keeps tokens as a heuristic does, and solves for masses and values with
+    which the given queries get the outputs they had. Shared key heads are compressed once, not once per query head.
 
     Args:
         k: keys ``[S, D]`` as attention reads them, with rotary positions applied.
         v: values ``[S, Dv]``.
         key: typed PRNG key; heuristics need none.
         budget: the number of tokens that are kept in all; with ``budget >= S`` and no ``size`` nothing is lost.
-        size: heuristics only: the number of tokens that this head may use where heads share a budget
-            (`shared_sizes`), from 0 to ``budget``; a traced size is cut to that range. The remaining rows have no
-            mass. The first and the last tokens are always kept.
+        num_bytes: in place of ``budget``, the bytes that the kept tokens may take (`token_budget`).
+        size: heuristics and attention matching only: the number of tokens that this head may use where heads share a
+            budget (`shared_sizes`), from 0 to ``budget``; a traced size is cut to that range. The remaining rows have
+            no mass. The first and the last tokens are always kept.
         policy: an algorithm of `approx_attention.coresets`, or a heuristic: ``"streaming_llm"`` (the last tokens),
             ``"knorm"`` (small keys), ``"keydiff"`` (keys unlike the mean key), ``"h2o"`` (attention received from all
-            queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last).
-        queries: the queries of the last T positions ``[T, D]``, for the last three, and as an estimate of the radius.
+            queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last); or
+            ``"attention_matching"``, an `AttentionMatching` of the last 512 queries.
+        queries: the queries of the last T positions ``[T, D]``, for the last four, and as an estimate of the radius.
+            Matching sees all tokens by each of them. Later queries should resemble them.
         sinks: the number of first tokens that are kept exactly.
         recent: the number of last tokens that are kept exactly.
-        mass_correction: heuristics only: the kept tokens take over the mass of the evicted ones.
+        mass_correction: heuristics only: the kept tokens take over the mass of the evicted ones, each in proportion to
+            its own, or ``"fitted"``: with the masses that fit all tokens best (`FittedMasses`).
         query_radius: as in `coreset`, in scaled space.
         kv_mask: true where a key is real ``[S]``; sinks and recent tokens are the first and last real ones, and queries
             of all S positions are real where their keys are.
@@ -97,9 +105,9 @@ def compress_tokens(
         they are. ``in_scaled_space()`` makes of it one for queries of `fold_scale`.
 
     Raises:
-        ValueError: a budget below ``sinks + recent + 1``, an unknown policy, queries that are needed and not given or
-            more than keys, a size for a policy that is no heuristic or out of range, a radius that is negative or not
-            finite, no key for an algorithm.
+        ValueError: a budget below ``sinks + recent + 1``, a budget of tokens and one of bytes, an unknown policy,
+            queries that are needed and not given or more than keys, a size for an algorithm or out of range, a radius
+            that is negative or not finite, no key for an algorithm.
         TypeError: tensors that are not floating point, counts that are no integers.
 
     Example:
@@ -115,6 +123,7 @@ def compress_tokens(
         The algorithms: as in `coreset`. The heuristics: ``"streaming_llm"`` :cite:p:`xiao2023sinks`;
         ``"knorm"`` :cite:p:`devoto2024simple`; ``"keydiff"`` :cite:p:`park2025keydiff`; ``"h2o"``
         :cite:p:`zhang2023h2o`; ``"snapkv"`` :cite:p:`li2024snapkv`; ``"tova"`` :cite:p:`oren2024tova`.
+        ``"attention_matching"``: :cite:p:`zweiger2026matching`.
     """
     _check_policy(policy, size)
     for name, x in (("k", k), ("v", v)):
@@ -123,6 +132,7 @@ def compress_tokens(
         check_queries(queries, k)
     scale = logit_scale(scale, k.shape[-1])
     asked, k, v = head_inputs(k[:1] if queries is None else queries, k, v, scale=scale, kv_mask=kv_mask)
+    budget = _tokens_in(budget, num_bytes, k, v)
     small = _in_budget(
         WeightedKV.of_tokens(k, v, kv_mask),
         None if queries is None else asked,
@@ -136,20 +146,37 @@ def compress_tokens(
     return dataclasses.replace(small, scale=jnp.asarray(scale, k.dtype))
 
 
-def _check_policy(policy: str | Algorithm, size: int | Array | None) -> None:
-    if isinstance(policy, str) and policy in HEURISTICS:
+def _check_policy(policy: Any, size: int | Array | None) -> None:
+    if _ranking(policy) is not None:
         return
+    known = [*ALGORITHMS, *HEURISTICS, *MATCHING]
     if isinstance(policy, str) and policy not in ALGORITHMS:
-        raise ValueError(unknown("policy", policy, [*ALGORITHMS, *HEURISTICS]))
+        raise ValueError(unknown("policy", policy, known))
     if not isinstance(policy, str) and not callable(policy):
-        raise ValueError(
-            f"policy must be one of {', '.join([*ALGORITHMS, *HEURISTICS])}, or an algorithm, got {shown(policy)}"
-        )
+        raise ValueError(f"policy must be one of {', '.join(known)}, or an algorithm, got {shown(policy)}")
     if size is not None:
         raise ValueError(
-            f"size is for heuristics, which drop what they rank last: {', '.join(HEURISTICS)}; got policy "
-            f"{shown(policy)}"
+            f"size is for heuristics, which drop what they rank last: {', '.join([*HEURISTICS, *MATCHING])}; got "
+            f"policy {shown(policy)}"
         )
+
+
+def _ranking(policy: Any) -> Heuristic | AttentionMatching | None:
+    """What ranks the keys, for a policy that keeps the best of them; None for an algorithm."""
+    if isinstance(policy, str):
+        return HEURISTICS.get(policy) or MATCHING.get(policy)
+    return policy if isinstance(policy, AttentionMatching) else None
+
+
+def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array) -> int:
+    """The budget in tokens, of which exactly one is given: their number, or their bytes."""
+    if (budget is None) == (num_bytes is None):
+        given = "neither" if budget is None else f"budget={shown(budget)} and num_bytes={shown(num_bytes)}"
+        raise ValueError(f"pass a budget of tokens or num_bytes, and not both; got {given}")
+    if num_bytes is None:
+        assert budget is not None
+        return budget
+    return token_budget(num_bytes, k.shape[1], v.shape[1], dtype=jnp.promote_types(k.dtype, v.dtype))
 
 
 def _in_budget(
@@ -159,26 +186,27 @@ def _in_budget(
     *,
     limits: _Budget,
     real: Array | None,
-    policy: str | Algorithm,
-    mass_correction: bool,
+    policy: str | Algorithm | AttentionMatching,
+    mass_correction: bool | Literal["fitted"],
     query_radius: float | Array | None,
 ) -> WeightedKV:
     """`compress_tokens` of weighted tokens in scaled space; those that are not ``real`` have mass 0."""
     budget, size, sinks, recent = limits.checked()
-    num_keys, mass_correction = tokens.mass.shape[0], check_flag("mass_correction", mass_correction)
+    num_keys, mass_correction = tokens.mass.shape[0], _checked_correction(mass_correction)
     if query_radius is not None:
         check_not_negative("query_radius", query_radius)
     budget = min(budget, num_keys)
     if budget == num_keys and (size is None or num_keys <= sinks + recent):
         return tokens
     start = jnp.zeros((), jnp.int32)
+    asked = jnp.ones(0 if queries is None else queries.shape[0], bool)
     if real is not None:
         # Padding moves to the front, so that the last tokens are real.
         order = jnp.argsort(real, stable=True)
         tokens, start = jax.tree.map(lambda x: x[order], tokens), num_keys - jnp.sum(real, dtype=jnp.int32)
         # Queries of all positions move with their keys; fewer are those of the last positions, padding included.
         if queries is not None and queries.shape[0] == num_keys:
-            queries = jnp.where(real[:, None], queries, 0)[order]
+            asked, queries = real[order], jnp.where(real[:, None], queries, 0)[order]
     middle = budget - sinks - recent
     if middle < 1:
         raise ValueError(f"budget must be more than sinks + recent = {sinks + recent}, got {budget}")
@@ -188,25 +216,48 @@ def _in_budget(
     is_first = jnp.zeros(num_keys, bool).at[first_place].set(True)
     first, last = _at(tokens, jnp.minimum(first_place, end - 1), first_place < end), _at(tokens, slice(end, None))
     between = _at(tokens, slice(0, end), ~is_first[:end]) if real is not None else _at(tokens, slice(sinks, end))
-    if isinstance(policy, str) and policy in HEURISTICS:
-        heuristic = HEURISTICS[policy]
-        if heuristic.needs_queries and queries is None:
-            raise ValueError(f"policy {policy!r} scores keys by the attention of queries: pass queries")
-        # All tokens are scored, the reserved ones too: attention is a share among all.
-        score = heuristic.score(tokens, tokens.k[:1] if queries is None else queries)[end - between.mass.shape[0] : end]
-        # A ranking has no derivative; tokens without mass rank last.
-        score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
-        kept = _kept_at(between, lax.top_k(score, middle)[1], size if size is None else size - sinks - recent)
-        if mass_correction:
-            kept = _with_mass_of(between, kept)
-    else:
+    fixed = merge(first, last)
+    ranking = _ranking(policy)
+    if ranking is None:
+        assert not isinstance(policy, AttentionMatching)
         if query_radius is None and queries is not None:
-            # As `coresets.query_radius`: a tenth more than the largest recent query, because later ones are unknown.
-            query_radius = 1.1 * jnp.sqrt(jnp.max(squared_norm(queries[-SNAP_QUERIES:])))
+            query_radius = _later_radius(queries)
         known = None if queries is None else queries[-SNAP_QUERIES:]
         options: Any = {"algorithm": policy, "query_radius": query_radius, "queries": known}
         kept = compress(between, key, coreset_size=middle, **options)
-    return merge(merge(first, last), kept)
+        return merge(fixed, kept)
+    if ranking.needs_queries and queries is None:
+        raise ValueError(f"policy {shown(policy)} scores keys by the attention of queries: pass queries")
+    # All tokens are scored, the reserved ones too: attention is a share among all.
+    score = ranking.score(tokens, tokens.k[:1] if queries is None else queries)[end - between.mass.shape[0] : end]
+    # A ranking has no derivative; tokens without mass rank last.
+    score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
+    kept = _kept_at(between, lax.top_k(score, middle)[1], size if size is None else size - sinks - recent)
+    if isinstance(ranking, AttentionMatching):
+        assert queries is not None
+        kept = ranking.fitted(between, fixed, kept, queries, asked)
+    elif mass_correction == "fitted":
+        if query_radius is None and queries is not None:
+            query_radius = _later_radius(queries)
+        kept = refitted(between, kept, query_radius=query_radius)
+    elif mass_correction:
+        kept = _with_mass_of(between, kept)
+    return merge(fixed, kept)
+
+
+def _checked_correction(mass_correction: Any) -> bool | Literal["fitted"]:
+    if isinstance(mass_correction, str) and mass_correction == "fitted":
+        return "fitted"
+    if not isinstance(mass_correction, bool | np.bool_):
+        raise TypeError(
+            f"mass_correction must be True, False or 'fitted', known when tracing, got {shown(mass_correction)}"
+        )
+    return bool(mass_correction)
+
+
+def _later_radius(queries: Array) -> Array:
+    """As `coresets.query_radius`: a tenth more than the largest recent query, because later ones are unknown."""
+    return 1.1 * jnp.sqrt(jnp.max(squared_norm(queries[-SNAP_QUERIES:])))
 
 
 def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) -> WeightedKV:
@@ -282,13 +333,14 @@ def compress_cache(
     cache: Cache,
     key: Array | None = None,
     *,
-    budget: int,
+    budget: int | None = None,
+    num_bytes: int | None = None,
     size: int | Array | None = None,
     coreset_size: int = 256,
-    policy: str | Algorithm = "guarded",
+    policy: str | Algorithm | AttentionMatching = "guarded",
     queries: Float[Array, "T D"] | None = None,
     sinks: int = 4,
-    mass_correction: bool = True,
+    mass_correction: bool | Literal["fitted"] = True,
     query_radius: float | Array | None = None,
 ) -> Cache:
     """Compresses the older tokens of an exact `Decoder`'s cache; its last one or two blocks stay exact.
@@ -303,7 +355,9 @@ def compress_cache(
     Args:
         cache: cache of a decoder with ``running_exact``, or with another summary of tokens without negative masses.
         key: typed PRNG key.
-        budget: tokens for everything older than the exact blocks; `token_budget` converts bytes.
+        budget: tokens for everything older than the exact blocks.
+        num_bytes: in place of ``budget``, as in `compress_tokens`; the decoder that continues has a budget of as many
+            tokens as `token_budget` says.
         size: the number of tokens that this head may use, as in `compress_tokens`.
         coreset_size: as in `running_compressed`.
         policy: as in `compress_tokens`.
@@ -338,13 +392,14 @@ def compress_cache(
         As in `compress_tokens`.
     """
     _check_policy(policy, size)
-    budget, coreset_size = check_count("budget", budget), check_count("coreset_size", coreset_size)
+    coreset_size = check_count("coreset_size", coreset_size)
     if not isinstance(cache, Cache):
         raise TypeError(f"compress_cache takes the Cache of a Decoder, got {type(cache).__name__}")
     prefix = require_scaled_space("compress_cache", cache.past.prefix)
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
         raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
+    budget = check_count("budget", _tokens_in(budget, num_bytes, prefix.k, prefix.value_sum))
     if queries is not None:
         check_queries(queries, prefix.k)
         queries = head_inputs(queries, prefix.k, prefix.value_sum, scale=1.0)[0]

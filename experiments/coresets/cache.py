@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from approx_attention import attend, attention, compress_tokens, exact, fold_sca
 from approx_attention.core import causal_state, in_float32
 from approx_attention.coresets import ALGORITHMS
 from approx_attention.coresets import running_coreset as running
-from approx_attention.decoding import HEURISTICS
+from approx_attention.decoding import HEURISTICS, MATCHING
 from approx_attention.evaluation import output_error
 from experiments import data
 from experiments.capture import capture
@@ -35,8 +35,9 @@ class CacheConfig(Seeded):
 
     Attributes:
         prefix: tokens whose cache is compressed; what comes after them attends to it.
-        policies: names of algorithms and heuristics, with ``+mass`` for one with mass correction, and ``streamed``,
-            which keeps a window of ``recent`` tokens and folds all before it into a coreset as they come.
+        policies: names of algorithms, of heuristics, with ``+mass`` for one with mass correction and ``+fitted`` for
+            masses that fit all tokens, ``attention_matching``, and ``streamed``, which keeps a window of ``recent``
+            tokens and folds all before it into a coreset as they come.
         kept: shares of the prefix that are kept.
         sinks: first tokens kept exactly.
         recent: last tokens kept exactly.
@@ -53,11 +54,22 @@ class CacheConfig(Seeded):
 
     def __post_init__(self) -> None:
         for policy in self.policies:
-            if policy.removesuffix("+mass") not in {*ALGORITHMS, *HEURISTICS, STREAMED}:
-                known = ", ".join((*ALGORITHMS, *HEURISTICS, STREAMED))
-                raise ValueError(f"unknown policy {policy!r}; known are {known}, and heuristics with +mass")
+            name, correction = _parts(policy)
+            known = {*ALGORITHMS, *HEURISTICS, *MATCHING, STREAMED}
+            if name not in known or (correction is not False and name not in HEURISTICS):
+                raise ValueError(
+                    f"unknown policy {policy!r}; known are {', '.join(sorted(known))}, and heuristics with +mass or "
+                    "+fitted"
+                )
         if self.training.attention.method != "exact":
             raise ValueError("what is trained is 'exact'; the policies compress its cache")
+
+
+def _parts(policy: str) -> tuple[str, bool | Literal["fitted"]]:
+    """The name of a policy, and its mass correction."""
+    if policy.endswith("+fitted"):
+        return policy.removesuffix("+fitted"), "fitted"
+    return policy.removesuffix("+mass"), policy.endswith("+mass")
 
 
 def run(config: CacheConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -87,7 +99,7 @@ def _causal(q: Array, k: Array, v: Array, key: Array) -> Array:
 def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., Array]:
     """Exact causal attention within the prefix; after it, the compressed prefix and the exact tokens since."""
     prefix = config.prefix
-    name = policy.removesuffix("+mass")
+    name, mass_correction = _parts(policy)
 
     def function(q: Array, k: Array, v: Array, key: Array) -> Array:
         if name == STREAMED:
@@ -105,7 +117,7 @@ def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., 
             queries=q[:prefix],
             sinks=config.sinks,
             recent=min(config.recent, budget - config.sinks - 1),
-            mass_correction=policy.endswith("+mass"),
+            mass_correction=mass_correction,
         )
         since = exact(q[prefix:], k[prefix:], v[prefix:], is_causal=True, return_state=True)
         after = merge(attend(q[prefix:], small), since).out

@@ -45,7 +45,16 @@ attend, coreset = compiled(attend, coreset)
 merge_bound = jax.jit(bounds.merge_bound)
 sensitivity = jax.jit(bounds.sensitivity, static_argnames="num_steps")
 
-SUBSETS = ["halving", "stratified", "herding", "thinformer", "uniform", "value_norm"]
+SUBSETS = [
+    "halving",
+    "stratified",
+    "halving_fitted",
+    "farthest_fitted",
+    "herding",
+    "thinformer",
+    "uniform",
+    "value_norm",
+]
 MERGES = ["kmeans_merge", "farthest_merge"]
 SIGNED = ["guarded", "kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
 EVERY = SUBSETS + MERGES + SIGNED

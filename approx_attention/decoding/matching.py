@@ -1,0 +1,135 @@
+"""Attention matching: kept keys, with masses and values that give reference queries the outputs they had."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.core import (
+    WeightedKV,
+    attend,
+    check_not_negative,
+    check_number,
+    in_float32,
+    keep_count,
+    merge,
+    nonnegative_least_squares,
+)
+from approx_attention.decoding.heuristics import attention_received
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMatching:
+    r"""Policy that keeps the keys with the most attention from reference queries, and solves for masses and values.
+
+    With :math:`Z(q)` the normaliser of all tokens, :math:`P_{tc} = m_c e^{q_t \cdot k_c} / Z(q_t)` the shares of the
+    kept keys c, :math:`s_t` the share of all tokens they stand for, and :math:`E_t` that of tokens that stay exact,
+    masses :math:`m_c f_c` solve
+
+    .. math:: \min_{f \ge 0}\ \sum_t \Big(\sum_c P_{tc} f_c - s_t\Big)^2 + \lambda\, \tau \sum_c (f_c - 1)^2,
+
+    so that normalisers agree in relative terms, and values :math:`u_c` the ridge regression of the outputs,
+
+    .. math:: \min_u\ \sum_t \Big\| \mathrm{out}(q_t) - \frac{\sum_{j \in E} P_{tj} v_j + \sum_c P_{tc} f_c u_c}
+              {E_t + \sum_c P_{tc} f_c} \Big\|^2 + \lambda\, \tau \sum_c \|u_c - v_c\|^2,
+
+    where :math:`\tau` is the mean of the diagonal of each Gram matrix, of kept keys. Reference queries see all tokens,
+    as later queries do, and not only those before them. The choice of keys and their masses have no gradient; values
+    have.
+
+    Attributes:
+        references: the number of last queries that are matched. The cost is that of their exact outputs, and grows with
+            the cube of the budget.
+        ridge: :math:`\lambda`, the pull to the masses and values that the keys have: less of it fits the reference
+            queries better and later ones worse. On held-out queries of a trained model's diffuse head .1 errs 7 % less
+            than .0001, and on a sharp one all err alike.
+
+    Reference:
+        :cite:p:`zweiger2026matching`, with keys of the most attention. The ridge for masses is this library's: with
+        fewer queries than keys theirs are not determined.
+    """
+
+    references: int = 512
+    ridge: float = 0.1
+    needs_queries: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        keep_count(self, "references")
+        check_number("ridge", self.ridge)
+        check_not_negative("ridge", self.ridge)
+
+    def score(self, tokens: WeightedKV, queries: Array) -> Array:
+        """The attention that each key receives from the reference queries, which ranks the keys."""
+        return attention_received(tokens, queries[-self.references :])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @in_float32()  # solves multiply rounding by their condition
+    def fitted(
+        self, tokens: WeightedKV, fixed: WeightedKV, kept: WeightedKV, queries: Array, asked: Array
+    ) -> WeightedKV:
+        """The kept tokens with the masses and values that match.
+
+        Args:
+            tokens: the tokens that kept ones stand for, themselves included.
+            fixed: tokens that stay exact.
+            kept: some of ``tokens``.
+            queries: ``[T, D]``, of which the last are matched.
+            asked: true where a query is real ``[T]``.
+        """
+        queries, asked = queries[-self.references :], asked[-self.references :, None]
+        own = attend(queries, tokens)
+        whole = merge(own, attend(queries, fixed)) if fixed.mass.shape[0] else own
+
+        def shares(of: WeightedKV) -> Array:
+            seen = asked & (of.mass > 0)[None, :]
+            logits = queries @ of.k.T + of.log_mass[None, :] - whole.lse[:, None]
+            # A share is at most 1, but for rounding.
+            return jnp.where(seen, jnp.exp(jnp.minimum(jnp.where(seen, logits, 0), 0)), 0)
+
+        # Queries that are not asked are rows of 0.
+        share = shares(kept)
+        target = jnp.where(asked[:, 0], jnp.exp(own.lse - whole.lse), 0)
+        gram = share.T @ share
+        # Kept tokens without mass, beyond the size of a head, count for nothing.
+        count = jnp.maximum(jnp.sum(kept.mass > 0), 1).astype(gram.dtype)
+        pull = self.ridge * jnp.trace(gram) / count
+        factor = nonnegative_least_squares(*lax.stop_gradient(_pulled(gram, share.T @ target, pull, 1)))
+        share = share * factor[None, :]
+
+        of_fixed = shares(fixed)
+        total = jnp.sum(of_fixed, axis=1, keepdims=True) + jnp.sum(share, axis=1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)
+        weights = share / total
+        missing = jnp.where(asked, whole.out, 0) - (of_fixed @ fixed.values + share @ kept.values) / total
+        values = kept.values + _ridge_solution(weights, missing, self.ridge, count)
+        mass = kept.mass * factor
+        return WeightedKV(kept.k, values * mass[:, None], mass)
+
+
+MATCHING: Mapping[str, AttentionMatching] = {"attention_matching": AttentionMatching()}
+
+
+def _pulled(gram: Array, target: Array, pull: Array, to: float) -> tuple[Array, Array]:
+    """The least squares problem with a ridge towards a number."""
+    return gram + pull * jnp.eye(gram.shape[0], dtype=gram.dtype), target + pull * to
+
+
+def _ridge_solution(a: Array, b: Array, ridge: float, count: Array) -> Array:
+    r"""The minimiser of :math:`\|a x - b\|^2 + \lambda \tau \|x\|^2` for ``count`` columns that are not 0.
+
+    By the smaller of the two systems.
+    """
+    rows, columns = a.shape
+    gram = a @ a.T if rows < columns else a.T @ a
+    tau = jnp.sum(a * a) / count
+    # 0 where nothing is asked, and without a ridge the rounding of the matrix, which else may have no factor.
+    least = max(rows, columns) * jnp.finfo(a.dtype).eps * jnp.trace(gram)
+    pull = jnp.where(tau > 0, jnp.maximum(ridge * tau, least), 1)
+    factor = lax.linalg.cholesky(gram + pull * jnp.eye(gram.shape[0], dtype=a.dtype)), True
+    if rows < columns:
+        return a.T @ jax.scipy.linalg.cho_solve(factor, b)
+    return jax.scipy.linalg.cho_solve(factor, a.T @ b)
