@@ -84,6 +84,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
+from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, check_bits, quantize, quantized_bytes
 from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
     GrowingSegments,
@@ -156,6 +157,7 @@ __all__ = [
     "HIDDEN",
     "KEY_BLOCK",
     "LEAST_TILE",
+    "QUANTIZED_GROUP",
     "SKETCHES",
     "AttentionState",
     "Block",
@@ -170,6 +172,7 @@ __all__ = [
     "OutputOrState",
     "Past",
     "PositiveFeatures",
+    "QuantizedKV",
     "ReLUFeatures",
     "RealFirst",
     "RowSample",
@@ -200,6 +203,7 @@ __all__ = [
     "causal_state_by_place",
     "check_array",
     "check_bias_and_mask",
+    "check_bits",
     "check_choice",
     "check_count",
     "check_counts",
@@ -266,6 +270,8 @@ __all__ = [
     "pad_rows",
     "paired_means",
     "placed_queries",
+    "quantize",
+    "quantized_bytes",
     "query_mask",
     "query_places",
     "random_signs",
