@@ -262,9 +262,9 @@ def _merge_quantized(a: QuantizedKV, b: Any) -> QuantizedKV:
     require_same_kind(a, b)
     kinds = [(x.k.bits, x.k.seed, x.k.centre.shape[1], x.value_sum.centre.shape[1], x.mass.shape[1]) for x in (a, b)]
     if kinds[0] != kinds[1]:
-        named = "(bits, seed, D, Dv, tokens per group)"
         raise ValueError(
-            f"merge takes quantized tokens of one {named}, got {kinds[0]} and {kinds[1]}; merge what dequantized() gives"
+            "merge takes quantized tokens of one (bits, seed, D, Dv, tokens per group), or what dequantized() makes of "
+            f"them; got {kinds[0]} and {kinds[1]}"
         )
     (ratio, _), keys = scale_ratio(a, b), b.k
     if ratio is not None:

@@ -173,6 +173,7 @@ class FeatureMoments(InSpace):
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
 
     def unshared(self) -> Self:
+        """As of `InSpace`; the features are shared."""
         return dataclasses.replace(self, features=None, scale=None)  # pyright: ignore[reportArgumentType]
 
     def weighted(self, log_weight: Array) -> Self:
