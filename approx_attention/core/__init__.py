@@ -84,7 +84,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
-from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, check_bits, quantize, quantized_bytes
+from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, Summary, check_bits, quantize, quantized_bytes
 from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
     GrowingSegments,
@@ -117,7 +117,6 @@ from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
     FeatureMoments,
-    Summary,
     WeightedKV,
     first_blocks,
     hadamard,

@@ -25,10 +25,10 @@ from approx_attention.core.checks import (
 )
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.padding import over_real_tokens
-from approx_attention.core.quantized import QuantizedKV
+from approx_attention.core.quantized import Summary
 from approx_attention.core.reading import attend
 from approx_attention.core.softmax import SoftmaxNear, joined_state
-from approx_attention.core.summaries import Summary, WeightedKV, require_scaled_space
+from approx_attention.core.summaries import WeightedKV, require_scaled_space
 from approx_attention.kernels import (
     AttentionState,
     along_with,
@@ -95,7 +95,7 @@ class RunningSummary(NamedTuple):
 
     init: Callable[[int, Any], Any]
     append: Callable[[Any, Array, Array, Array, Array], Any]
-    read: Callable[[Any], Summary | QuantizedKV]
+    read: Callable[[Any], Summary]
     near: Callable[[Array, Array, Array, Array], AttentionState] = SoftmaxNear()
     space: Callable[[Array], Array] = _same
     append_all: Callable[[Any, Array, Array, Array, Array], Any] | None = None
@@ -478,9 +478,7 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
     return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))
 
 
-def _apart(
-    near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: Summary | QuantizedKV
-) -> AttentionState:
+def _apart(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: Summary) -> AttentionState:
     """Queries over nearby tokens, merged with those over a summary."""
     nearby = near.causal(q, k, v, key_bias)
     return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from approx_attention import kernels
 from approx_attention.core.checks import accumulation_dtype, check_rows
 from approx_attention.core.features import PositiveFeatures, squared_norm
-from approx_attention.core.quantized import QuantizedKV, rotated, rotated_back
+from approx_attention.core.quantized import QuantizedKV, Summary, rotated, rotated_back
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
     FeatureMoments,
-    Summary,
     WeightedKV,
     feature_block,
     scaled_queries,
@@ -23,7 +22,7 @@ from approx_attention.core.summaries import (
 from approx_attention.kernels import HIDDEN, AttentionState, by_platform, finite_peak, map_rows, normalise
 
 
-def attend(q: Float[Array, "T D"], summary: Summary | QuantizedKV) -> AttentionState:
+def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     r"""Computes the attention of queries over a summary.
 
     .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
@@ -72,7 +71,7 @@ def attend(q: Float[Array, "T D"], summary: Summary | QuantizedKV) -> AttentionS
     return state if summary.value_range is None else _clipped(state, summary.value_range)
 
 
-def _head_dim(summary: Summary | QuantizedKV) -> int | None:
+def _head_dim(summary: Summary) -> int | None:
     """The number of channels of the queries, where tokens or the projection of a feature map determine it."""
     if isinstance(summary, FeatureMoments):
         rows = getattr(summary.features, "projection", None)

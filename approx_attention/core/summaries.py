@@ -42,7 +42,7 @@ class InSpace:
         """The same summary for queries in scaled space (`fold_scale`), the space of its stored keys."""
         return dataclasses.replace(self, scale=None)  # pyright: ignore[reportArgumentType]
 
-    def unshared(self) -> Self:
+    def _unshared(self) -> Self:
         """The same without what summaries have in common, which counts as no bytes of theirs."""
         return self.in_scaled_space()
 
@@ -172,8 +172,7 @@ class FeatureMoments(InSpace):
         empty = cls.empty(features, v.shape[-1], v.dtype)
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
 
-    def unshared(self) -> Self:
-        """As of `InSpace`; the features are shared."""
+    def _unshared(self) -> Self:
         return dataclasses.replace(self, features=None, scale=None)  # pyright: ignore[reportArgumentType]
 
     def weighted(self, log_weight: Array) -> Self:
@@ -224,10 +223,7 @@ def feature_block(features: FeatureMap) -> int:
     return max(LEAST_FEATURE_BLOCK, min(FEATURE_BLOCK, FEATURE_TILE // features.num_features))
 
 
-Summary = WeightedKV | FeatureMoments
-
-
-def scaled_queries(q: Array, summary: Summary) -> Array:
+def scaled_queries(q: Array, summary: InSpace) -> Array:
     """Scales queries for a summary that carries a scale, into the space of its stored keys."""
     return q if summary.scale is None else q * jnp.sqrt(summary.scale).astype(q.dtype)
 
@@ -242,7 +238,7 @@ def require_scaled_space(owner: str, summary: Any) -> Any:
     return summary
 
 
-def scale_ratio(a: Summary, b: Summary) -> tuple[Any, Any]:
+def scale_ratio(a: InSpace, b: InSpace) -> tuple[Any, Any]:
     """The scale of ``b`` over that of ``a``, None where they carry none, and whether it is 1 up to rounding.
 
     Raises:
@@ -388,7 +384,7 @@ def summary_bytes(summary: Any) -> int:
     def is_summary(x: Any) -> bool:
         return isinstance(x, InSpace)
 
-    held = jax.tree.map(lambda x: x.unshared() if is_summary(x) else x, summary, is_leaf=is_summary)
+    held = jax.tree.map(lambda x: x._unshared() if is_summary(x) else x, summary, is_leaf=is_summary)
     for x in jax.tree.leaves(held):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"summary_bytes takes summaries or caches, which hold arrays, got {type(x).__name__}")

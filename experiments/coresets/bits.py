@@ -13,7 +13,7 @@ from jax import Array
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, fold_scale, quantize, summarize_coreset
-from approx_attention.core import pad_rows
+from approx_attention.core import pad_rows, quantized_bytes
 from approx_attention.decoding import token_budget
 from approx_attention.evaluation import load_sample, output_error, sup_error
 from experiments.config import Count, NonNegative, Seeded, Several, Share
@@ -55,12 +55,17 @@ def _head(number: int, num_keys: int) -> tuple[Array, Array, Array]:
 
 
 def num_tokens(num_bytes: int, head_dim: int, value_dim: int, form: str) -> int:
-    """The number of tokens that fit, at least one."""
-    if form == "float32":
-        return token_budget(num_bytes, head_dim, value_dim)
-    if form == "bfloat16":  # with a mass in float32, which counts tokens
-        return num_bytes // (2 * (head_dim + value_dim) + 4)
+    """The number of tokens that fit."""
+    if form in FORMATS[:2]:
+        return num_bytes // bytes_of(1, head_dim, value_dim, form)
     return token_budget(num_bytes, head_dim, value_dim, bits=int(form.split()[0]))
+
+
+def bytes_of(count: int, head_dim: int, value_dim: int, form: str) -> int:
+    """The bytes of that many tokens, with a mass in float32."""
+    if form in FORMATS[:2]:
+        return count * ((head_dim + value_dim) * jnp.dtype(form).itemsize + 4)
+    return quantized_bytes(count, head_dim, value_dim, bits=int(form.split()[0]))
 
 
 def stored(tokens: WeightedKV, form: str) -> WeightedKV:
@@ -68,8 +73,8 @@ def stored(tokens: WeightedKV, form: str) -> WeightedKV:
     if form == "float32":
         return tokens
     if form == "bfloat16":
-        rounded = (x.astype(jnp.bfloat16).astype(x.dtype) for x in (tokens.k, tokens.value_sum))
-        return WeightedKV(*rounded, tokens.mass, tokens.value_range)
+        k, value_sum = (x.astype(jnp.bfloat16).astype(x.dtype) for x in (tokens.k, tokens.value_sum))
+        return dataclasses.replace(tokens, k=k, value_sum=value_sum)
     return quantize(tokens, bits=int(form.split()[0])).dequantized()
 
 
@@ -82,8 +87,8 @@ def _chosen(k: Array, v: Array, key: Array, radius: float | None, *, size: int, 
 def _stored(tokens: WeightedKV, form: str, room: int) -> WeightedKV:
     """One shape for all sizes, so that the search is compiled once."""
     back = stored(tokens, form)
-    padded = (pad_rows(x, room - x.shape[0]) for x in (back.k, back.value_sum, back.mass))
-    return WeightedKV(*padded, back.value_range)
+    k, value_sum, mass = (pad_rows(x, room - x.shape[0]) for x in (back.k, back.value_sum, back.mass))
+    return WeightedKV(k, value_sum, mass, back.value_range)
 
 
 _search = jax.jit(lambda k, v, summary, radius: sup_error(k, v, summary, radius).error)
@@ -107,9 +112,10 @@ def run(config: BytesConfig, directory: pathlib.Path, console: Console) -> dict[
     count, dims = k.shape[0], (k.shape[1], v.shape[1])
     room = count + 128
     whole = WeightedKV.of_tokens(k, v)
-    every_byte = 4 * count * (sum(dims) + 1)
-    result: dict[str, Any] = {"whole_bytes": every_byte, "tokens": {}, "errors": {}, "all_tokens": {}}
+    every_byte = bytes_of(count, *dims, "float32")
+    result: dict[str, Any] = {"bytes": every_byte, "tokens": {}, "errors": {}, "all_tokens": {}, "all_share": {}}
     for form in FORMATS:
+        result["all_share"][form] = bytes_of(count, *dims, form) / every_byte
         result["all_tokens"][form] = float(error(summary=_stored(whole, form, room)))
         result["tokens"][form] = {
             f"{share:g}": min(count, num_tokens(math.floor(share * every_byte), *dims, form)) for share in config.shares
