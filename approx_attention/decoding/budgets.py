@@ -47,7 +47,7 @@ def token_budget(
         >>> token_budget(2**20, 64, 64)  # 129 numbers of 4 bytes each
         2032
         >>> token_budget(2**20, 64, 64, bits=4)
-        13107
+        13081
     """
     head_dim = check_count("head_dim", head_dim)
     value_dim = check_count("value_dim", value_dim)
