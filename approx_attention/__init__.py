@@ -5,11 +5,13 @@ from approx_attention.core import (
     AttentionState,
     FeatureMoments,
     InputError,
+    QuantizedKV,
     RunningSummary,
     WeightedKV,
     attend,
     fold_scale,
     merge,
+    quantize,
 )
 from approx_attention.decoding import Cache, Decoder, HeadsCache, HeadsDecoder, compress_cache, compress_tokens
 from approx_attention.methods import (
@@ -68,6 +70,7 @@ __all__ = [
     "HeadsDecoder",
     "InputError",
     "Method",
+    "QuantizedKV",
     "RunningSummary",
     "SparsePattern",
     "WeightedKV",
@@ -98,6 +101,7 @@ __all__ = [
     "merge",
     "nystrom",
     "polynomial_attention",
+    "quantize",
     "ra",
     "realize_sparse_pattern",
     "rfa",

@@ -38,8 +38,9 @@ TOPICS = {
         "Summaries, answers and features",
         "The calculus that everything else is made of: summaries answer queries, summaries of disjoint keys merge.",
         (
-            "fold_scale", "attend", "merge", "AttentionState", "WeightedKV", "FeatureMoments", "RunningSummary",
-            "core.subtract", "core.hadamard", "core.summary_bytes", "core.causal_state", "core.running_moments",
+            "fold_scale", "attend", "merge", "AttentionState", "WeightedKV", "QuantizedKV", "quantize",
+            "FeatureMoments", "RunningSummary", "core.subtract", "core.hadamard", "core.summary_bytes",
+            "core.causal_state", "core.running_moments",
             "core.control_variate_state", "core.PositiveFeatures", "core.TrigonometricFeatures", "core.ReLUFeatures",
             "core.CosineFeatures", "core.WeightedFeatures", "core.gaussian_projection", "core.orthogonal_projection",
             "core.draw_sketch", "core.nonnegative_least_squares", "kernels.state", "kernels.default_tiles",

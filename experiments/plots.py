@@ -186,6 +186,37 @@ def _coreset_error(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _coreset_bytes(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    columns = min(4, len(arms))
+    rows = -(-len(arms) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.4 * rows + 0.8))
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    styles, handles = method_styles(list(runs[0]["result"]["tokens"])), {}
+    for axes, arm in zip(panels, arms, strict=False):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        shares = list(next(iter(results[0]["tokens"].values())))
+        for form, style in styles.items():
+            # The best of the algorithms on each run; the ring is all tokens in that format, without a choice.
+            best = [[min(by[form][share] for by in r["errors"].values()) for share in shares] for r in results]
+            means = [max(statistics.fmean(x), 1e-5) for x in zip(*best, strict=True)]
+            (handles[form],) = axes.plot([float(share) for share in shares], means, **styles[form])
+            alone = max(statistics.fmean(r["all_tokens"][form] for r in results), 1e-5)
+            if form != "float32":
+                axes.plot(
+                    results[0]["all_share"][form], alone, "o", color=style["color"], markersize=11, fillstyle="none"
+                )
+        axes.set(title=arm, xscale="log", yscale="log", xlabel="share of the bytes of all tokens in float32")
+        axes.set_xticks([float(share) for share in shares], [f"1/{1 / float(share):.0f}" for share in shares])
+        axes.minorticks_off()
+        light_grid(axes)
+    for axes in panels[len(arms) :]:
+        axes.set_visible(False)
+    figure.supylabel("error; rings: all tokens")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    return figure
+
+
 def _cache(runs: Sequence[Mapping[str, Any]]) -> Figure:
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     figure = Figure(figsize=(5.2 * len(arms) + 1, 4.6))
@@ -299,6 +330,7 @@ _FIGURES = {
     "projection_fit": _errors_by_size,
     "spectra": _spectra,
     "coreset_error": _coreset_error,
+    "coreset_bytes": _coreset_bytes,
     "cache": _cache,
     "latency": _latency,
     "certified": _certified,

@@ -26,7 +26,7 @@ from experiments.config import (
     resolve,
 )
 from experiments.control_variates import bias, continuum, gap
-from experiments.coresets import cache, certified, error, latency
+from experiments.coresets import bits, cache, certified, error, latency
 from experiments.harness import long_context, quality, swap_in
 from experiments.low_rank import projection_fit, sketch, spectra
 from experiments.run_files import locked, read_json, write_json
@@ -67,6 +67,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "continuum": Experiment(continuum.ContinuumConfig, continuum.run),
     "bias": Experiment(bias.BiasConfig, bias.run),
     "coreset_error": Experiment(error.CoresetErrorConfig, error.run),
+    "coreset_bytes": Experiment(bits.BytesConfig, bits.run),
     "cache": Experiment(cache.CacheConfig, cache.run, lambda config: [config.training]),
     "certified": Experiment(certified.CertifiedConfig, certified.run),
     "latency": Experiment(latency.LatencyConfig, latency.run),

@@ -243,6 +243,22 @@ def _coreset_error_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         yield table(["", *steps, f"typical at {steps[0]}", "exponent"], rows)
 
 
+def _coreset_bytes_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        results = [run["result"] for run in runs if run["arm"] == arm]
+        first = results[0]
+        shares = list(next(iter(first["tokens"].values())))
+        rows = []
+        for form, counts in first["tokens"].items():
+            alone = significant([r["all_tokens"][form] for r in results])
+            for name in first["errors"]:
+                figures = [significant([r["errors"][name][form][share] for r in results]) for share in shares]
+                rows.append([f"`{name}`", form, *figures, alone, f"{first['all_share'][form]:.3f}"])
+            rows.append(["number of tokens", form, *map(str, counts.values()), "", ""])
+        yield f"`{arm}`: error by the share of {in_kib(first['bytes'])}, those of all tokens in float32"
+        yield table(["", "in", *shares, "all tokens", "in a share of"], rows)
+
+
 def _cache_tables(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     for arm in dict.fromkeys(run["arm"] for run in runs):
         results = [run["result"] for run in runs if run["arm"] == arm]
@@ -324,6 +340,7 @@ _TABLES = {
     "projection_fit": _errors_by_size_tables,
     "spectra": _spectra_tables,
     "coreset_error": _coreset_error_tables,
+    "coreset_bytes": _coreset_bytes_tables,
     "cache": _cache_tables,
     "latency": _latency_tables,
     "certified": _certified_tables,

@@ -80,6 +80,9 @@ case("merge", "merge", (aa.WeightedKV.of_tokens(rows[:, :3], rows), aa.WeightedK
      functools.partial(aa.merge, tokens))  # fmt: skip
 case("merge", "merge", (aa.attend(rows[:5], tokens), aa.attend(rows[:1], tokens)), functools.partial(aa.merge, state))
 case("attend", "attend", (*NO_TENSORS, rows, state), lambda x: aa.attend(rows, x))
+case("quantize", "quantize", (*NO_TENSORS, moments), lambda x: aa.quantize(x, bits=8))
+case("quantize", "bits", (*NO_COUNTS, 3, 16), lambda x: aa.quantize(tokens, bits=x))
+case("quantize", "seed", NO_COUNTS[:4], lambda x: aa.quantize(tokens, bits=8, seed=x))
 case("fold_scale", "q", NO_TENSORS, lambda x: aa.fold_scale(x, rows))
 case("fold_scale", "k", NO_TENSORS, lambda x: aa.fold_scale(rows, x))
 case("fold_scale", "scale", (*NO_NUMBERS[1:], 10**400, -(10**400), -1, 0), lambda x: aa.fold_scale(rows, rows, x))

@@ -86,6 +86,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
+from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, Summary, check_bits, quantize, quantized_bytes
 from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
     GrowingSegments,
@@ -118,7 +119,6 @@ from approx_attention.core.streamed import streamed_state
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
     FeatureMoments,
-    Summary,
     WeightedKV,
     first_blocks,
     hadamard,
@@ -158,6 +158,7 @@ __all__ = [
     "HIDDEN",
     "KEY_BLOCK",
     "LEAST_TILE",
+    "QUANTIZED_GROUP",
     "SKETCHES",
     "AttentionState",
     "Block",
@@ -172,6 +173,7 @@ __all__ = [
     "OutputOrState",
     "Past",
     "PositiveFeatures",
+    "QuantizedKV",
     "ReLUFeatures",
     "RealFirst",
     "RowSample",
@@ -202,6 +204,7 @@ __all__ = [
     "causal_state_by_place",
     "check_array",
     "check_bias_and_mask",
+    "check_bits",
     "check_choice",
     "check_count",
     "check_counts",
@@ -269,6 +272,8 @@ __all__ = [
     "pad_rows",
     "paired_means",
     "placed_queries",
+    "quantize",
+    "quantized_bytes",
     "query_mask",
     "query_places",
     "random_signs",

@@ -25,9 +25,10 @@ from approx_attention.core.checks import (
 )
 from approx_attention.core.choices import keeping_choices
 from approx_attention.core.padding import over_real_tokens
+from approx_attention.core.quantized import Summary
 from approx_attention.core.reading import attend
 from approx_attention.core.softmax import SoftmaxNear, joined_state
-from approx_attention.core.summaries import Summary, WeightedKV, require_scaled_space
+from approx_attention.core.summaries import WeightedKV, require_scaled_space
 from approx_attention.kernels import (
     AttentionState,
     along_with,
@@ -71,6 +72,8 @@ class RunningSummary(NamedTuple):
             of a sequence: in place of ``append_all`` where the states can be had from the tokens without one another.
             ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None where there is no such
             form.
+        quantized: ``(bits, block_size) -> RunningSummary``: the same with tokens in few bits, for blocks of that size;
+            None where appending changes tokens, which would be rounded again at every block.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,6 +100,7 @@ class RunningSummary(NamedTuple):
     space: Callable[[Array], Array] = _same
     append_all: Callable[[Any, Array, Array, Array, Array], Any] | None = None
     of_sequence: Callable[[Array, Array, Array], Callable[[Array], Any] | None] | None = None
+    quantized: Callable[[int, int], "RunningSummary"] | None = None
 
 
 class Block(NamedTuple):

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from approx_attention import kernels
 from approx_attention.core.checks import accumulation_dtype, check_rows
 from approx_attention.core.features import PositiveFeatures, squared_norm
+from approx_attention.core.quantized import QuantizedKV, Summary, rotated, rotated_back
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
     FeatureMoments,
-    Summary,
     WeightedKV,
     feature_block,
     scaled_queries,
@@ -31,14 +31,14 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     Args:
         q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for the functions ``summarize_*``,
             which take scaled keys; not scaled where the summary carries its scale, as that of `compress_tokens`.
-        summary: a `WeightedKV` or `FeatureMoments`.
+        summary: a `WeightedKV`, `QuantizedKV` or `FeatureMoments`.
 
     Returns:
         The `AttentionState` of the queries. Where the estimated normaliser is not positive, which signed masses and
         features allow, it is empty: ``out = 0`` and ``lse = -inf``, which merging ignores.
 
     Raises:
-        TypeError: ``summary`` is neither of the two kinds, queries that are not floating point.
+        TypeError: ``summary`` is none of these kinds, queries that are not floating point.
         ValueError: queries that are not rows of as many channels as the keys.
 
     Example:
@@ -49,8 +49,8 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         >>> float(state.out[0, 0]), round(float(jnp.exp(state.lse[0])), 5)
         (3.0, 3.0)
     """
-    if not isinstance(summary, WeightedKV | FeatureMoments):
-        raise TypeError(f"attend takes a WeightedKV or FeatureMoments, got {type(summary).__name__}")
+    if not isinstance(summary, WeightedKV | QuantizedKV | FeatureMoments):
+        raise TypeError(f"attend takes a WeightedKV, QuantizedKV or FeatureMoments, got {type(summary).__name__}")
     check_rows("q", q, "[T, D]")
     head_dim = _head_dim(summary)
     if head_dim is not None and q.shape[1] != head_dim:
@@ -60,18 +60,34 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         if isinstance(summary.features, PositiveFeatures):
             return by_platform(q, summary, cpu=_attend_moments, default=_attend_positive_moments)
         return _attend_moments(q, summary)
-    if summary.value_range is not None:
-        return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, summary)), q, FEATURE_BLOCK)
-    # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
-    if q.shape[0] < summary.k.shape[1]:
-        return _attend_few(q, summary)
-    return kernels.state(q, summary.k, summary.values, summary.log_mass)
+    signed = summary.value_range is not None
+    if isinstance(summary, QuantizedKV):
+        # Queries and outputs are rotated, which are few, and not the tokens.
+        seed = summary.k.seed
+        state = _attend_tokens(rotated(q, seed), summary.in_rotated_space(), signed=signed)
+        state = AttentionState(rotated_back(state.out, seed), state.lse)
+    else:
+        state = _attend_tokens(q, summary, signed=signed)
+    return state if summary.value_range is None else _clipped(state, summary.value_range)
 
 
 def _head_dim(summary: Summary) -> int | None:
     """The number of channels of the queries, where tokens or the projection of a feature map determine it."""
-    rows = summary.k if isinstance(summary, WeightedKV) else getattr(summary.features, "projection", None)
+    if isinstance(summary, FeatureMoments):
+        rows = getattr(summary.features, "projection", None)
+    else:
+        rows = summary.k if isinstance(summary, WeightedKV) else summary.k.centre
     return None if rows is None else rows.shape[-1]
+
+
+def _attend_tokens(q: Array, tokens: WeightedKV, *, signed: bool) -> AttentionState:
+    """Attention over tokens with masses, before outputs of signed ones are clipped."""
+    if signed:
+        return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, tokens)), q, FEATURE_BLOCK)
+    # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
+    if q.shape[0] < tokens.k.shape[1]:
+        return _attend_few(q, tokens)
+    return kernels.state(q, tokens.k, tokens.values, tokens.log_mass)
 
 
 def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
@@ -133,15 +149,15 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionStat
 
 
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
-    """Attention over tokens with signed masses, by sums and not logarithms, clipped to the range of the values."""
-    assert summary.value_range is not None
-    # A token of no mass may have values (`BalanceKV`, `SubGen`): it counts in the numerator.
-    present = (summary.mass != 0) | jnp.any(summary.value_sum != 0, axis=1)
-    logits = _products(q, summary.k, present)
+    """Attention over tokens with signed masses, by sums and not logarithms."""
+    logits = _products(q, summary.k, summary.present)
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
-    state = normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
-    # Exact attention never leaves the range; a quotient of signed sums may, without a limit.
-    low, high = summary.value_range[:, None, :]
+    return normalise(weights @ summary.value_sum, weights @ summary.mass, peak)
+
+
+def _clipped(state: AttentionState, value_range: Array) -> AttentionState:
+    """Outputs within the range of the values: exact attention never leaves it; a quotient of signed sums may, far."""
+    low, high = value_range[:, None, :]
     has_answer = jnp.isfinite(state.lse)[:, None]
     return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)

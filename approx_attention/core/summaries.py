@@ -33,8 +33,8 @@ FEATURE_BLOCK = 1024
 LEAST_FEATURE_BLOCK, FEATURE_TILE = 128, 2**18
 
 
-class _InSpace:
-    """Base of both kinds of summary: the space of their keys."""
+class InSpace:
+    """Base of every kind of summary: the space of their keys."""
 
     scale: Array | None
 
@@ -42,10 +42,14 @@ class _InSpace:
         """The same summary for queries in scaled space (`fold_scale`), the space of its stored keys."""
         return dataclasses.replace(self, scale=None)  # pyright: ignore[reportArgumentType]
 
+    def _unshared(self) -> Self:
+        """The same without what summaries have in common, which counts as no bytes of theirs."""
+        return self.in_scaled_space()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WeightedKV(_InSpace):
+class WeightedKV(InSpace):
     r"""M tokens with masses that stand for a set of keys and values.
 
     .. math:: \mathrm{attend}(q) = \sum_j e^{q \cdot k_j}\, \mathrm{value\_sum}_j
@@ -97,6 +101,11 @@ class WeightedKV(_InSpace):
         return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 
     @property
+    def present(self) -> Array:
+        """Which tokens count ``[M]``: one of no mass may still have values (`BalanceKV`, `SubGen`)."""
+        return (self.mass != 0) | jnp.any(self.value_sum != 0, axis=1)
+
+    @property
     def values_from_to(self) -> Array:
         """Least and greatest value per channel ``[2, Dv]``, without gradient; infinity and its negative if empty."""
         if self.value_range is not None:
@@ -115,7 +124,7 @@ class WeightedKV(_InSpace):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FeatureMoments(_InSpace):
+class FeatureMoments(InSpace):
     r"""Moments of the features of keys: their sums over tokens, times values and alone.
 
     .. math:: \mathrm{attend}(q)
@@ -162,6 +171,9 @@ class FeatureMoments(_InSpace):
         step = jax.checkpoint(lambda moments, block: merge(moments, cls._of_block(features, *block)))
         empty = cls.empty(features, v.shape[-1], v.dtype)
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
+
+    def _unshared(self) -> Self:
+        return dataclasses.replace(self, features=None, scale=None)  # pyright: ignore[reportArgumentType]
 
     def weighted(self, log_weight: Array) -> Self:
         """The moments with feature r times :math:`e^{b_r}`, ``log_weight [R]``."""
@@ -211,10 +223,7 @@ def feature_block(features: FeatureMap) -> int:
     return max(LEAST_FEATURE_BLOCK, min(FEATURE_BLOCK, FEATURE_TILE // features.num_features))
 
 
-Summary = WeightedKV | FeatureMoments
-
-
-def scaled_queries(q: Array, summary: Summary) -> Array:
+def scaled_queries(q: Array, summary: InSpace) -> Array:
     """Scales queries for a summary that carries a scale, into the space of its stored keys."""
     return q if summary.scale is None else q * jnp.sqrt(summary.scale).astype(q.dtype)
 
@@ -229,7 +238,7 @@ def require_scaled_space(owner: str, summary: Any) -> Any:
     return summary
 
 
-def scale_ratio(a: Summary, b: Summary) -> tuple[Any, Any]:
+def scale_ratio(a: InSpace, b: InSpace) -> tuple[Any, Any]:
     """The scale of ``b`` over that of ``a``, None where they carry none, and whether it is 1 up to rounding.
 
     Raises:
@@ -271,15 +280,20 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
     for name, x, y in (("D", a.k, b.k), ("Dv", a.value_sum, b.value_sum)):
         if x.shape[1:] != y.shape[1:]:
             raise ValueError(f"merge takes tokens of one {name}, got {x.shape[1:]} and {y.shape[1:]}")
-    (ratio, _), keys, value_range = scale_ratio(a, b), b.k, None
+    (ratio, _), keys = scale_ratio(a, b), b.k
     if ratio is not None:
         # b's stored keys carry the root of b's scale; with a's scale on queries they need b's over the root of a's.
         keys = keys * jnp.sqrt(ratio).astype(keys.dtype)
-    if a.value_range is not None or b.value_range is not None:
-        (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
-        value_range = jnp.stack([jnp.minimum(low_a, low_b), jnp.maximum(high_a, high_b)])
     k, value_sum, mass = (_joined(x, y) for x, y in ((a.k, keys), (a.value_sum, b.value_sum), (a.mass, b.mass)))
-    return WeightedKV(k, value_sum, mass, value_range, a.scale)
+    return WeightedKV(k, value_sum, mass, range_of_both(a, b), a.scale)
+
+
+def range_of_both(a: Any, b: Any) -> Array | None:
+    """Least and greatest value per channel of two sets of tokens, if one of them carries its own."""
+    if a.value_range is None and b.value_range is None:
+        return None
+    (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
+    return jnp.stack([jnp.minimum(low_a, low_b), jnp.maximum(high_a, high_b)])
 
 
 def _joined(x: Array, y: Array) -> Array:
@@ -368,15 +382,9 @@ def summary_bytes(summary: Any) -> int:
     """
 
     def is_summary(x: Any) -> bool:
-        return isinstance(x, WeightedKV | FeatureMoments)
+        return isinstance(x, InSpace)
 
-    def counted(x: Any) -> Any:
-        if not is_summary(x):
-            return x
-        shared = {"features": None, "scale": None} if isinstance(x, FeatureMoments) else {"scale": None}
-        return dataclasses.replace(x, **shared)
-
-    held = jax.tree.map(counted, summary, is_leaf=is_summary)
+    held = jax.tree.map(lambda x: x._unshared() if is_summary(x) else x, summary, is_leaf=is_summary)
     for x in jax.tree.leaves(held):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"summary_bytes takes summaries or caches, which hold arrays, got {type(x).__name__}")

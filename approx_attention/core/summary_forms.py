@@ -7,8 +7,8 @@ from jax import Array
 
 from approx_attention.core.causal import RunningSummary, causal_state
 from approx_attention.core.checks import check_count, check_flag, checked_inputs, head_inputs, logit_scale
+from approx_attention.core.quantized import Summary
 from approx_attention.core.reading import attend
-from approx_attention.core.summaries import Summary
 from approx_attention.kernels import AttentionState
 
 

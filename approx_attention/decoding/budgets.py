@@ -1,5 +1,6 @@
 """Budgets of tokens: from bytes, between layers, and between heads."""
 
+import bisect
 import math
 from typing import Any
 
@@ -10,10 +11,20 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.core import check_count, check_floating, check_number, floating_dtype
+from approx_attention.core import (
+    QUANTIZED_GROUP,
+    check_bits,
+    check_count,
+    check_floating,
+    check_number,
+    floating_dtype,
+    quantized_bytes,
+)
 
 
-def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = jnp.float32) -> int:
+def token_budget(
+    num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = jnp.float32, bits: int | None = None
+) -> int:
     """Number of weighted tokens of one head that fit into a budget of bytes.
 
     Args:
@@ -21,26 +32,38 @@ def token_budget(num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = 
         head_dim: channels D of keys.
         value_dim: channels Dv of values.
         dtype: dtype of keys, values and masses.
+        bits: 8 or 4, of tokens that are quantized (`quantize`), whose other numbers are in ``dtype``.
 
     Returns:
-        The number of tokens, each of which takes D + Dv numbers and its mass.
+        The number of tokens, each of which takes D + Dv numbers and its mass; quantized ones two steps more, and a
+        share of the centre of their group.
 
     Raises:
-        ValueError: a budget below one token, counts below 1.
+        ValueError: a budget below one token, counts below 1, other bits.
         TypeError: counts that are no integers, a dtype that is not floating point.
 
     Example:
         >>> from approx_attention.decoding import token_budget
         >>> token_budget(2**20, 64, 64)  # 129 numbers of 4 bytes each
         2032
+        >>> token_budget(2**20, 64, 64, bits=4)
+        13081
     """
     head_dim = check_count("head_dim", head_dim)
     value_dim = check_count("value_dim", value_dim)
     num_bytes = check_count("num_bytes", num_bytes, most=None)
-    per_token = (head_dim + value_dim + 1) * floating_dtype("dtype", dtype).itemsize
-    if num_bytes < per_token:
-        raise ValueError(f"a weighted token takes {per_token} bytes, more than the budget of {num_bytes}")
-    return num_bytes // per_token
+    dtype = floating_dtype("dtype", dtype)
+
+    def size(num_tokens: int) -> int:
+        if bits is None:
+            return num_tokens * (head_dim + value_dim + 1) * dtype.itemsize
+        return quantized_bytes(num_tokens, head_dim, value_dim, bits=check_bits("bits", bits), dtype=dtype)
+
+    if num_bytes < size(1):
+        raise ValueError(f"a weighted token takes {size(1)} bytes, more than the budget of {num_bytes}")
+    # Whole groups cost the same each; between them the bytes grow with the tokens.
+    whole = QUANTIZED_GROUP * (num_bytes // size(QUANTIZED_GROUP))
+    return whole + bisect.bisect_right(range(whole + 1, whole + QUANTIZED_GROUP + 1), num_bytes, key=size)
 
 
 def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, least: int = 40) -> list[int]:

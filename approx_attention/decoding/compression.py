@@ -1,6 +1,8 @@
 """KV-cache compression: a prefilled cache in a budget of tokens, by coresets or by the heuristics they compete with."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -11,8 +13,10 @@ from jaxtyping import Bool, Float
 
 from approx_attention.core import (
     HIDDEN,
+    QuantizedKV,
     RunningSummary,
     WeightedKV,
+    check_bits,
     check_count,
     check_counts,
     check_floating,
@@ -23,6 +27,7 @@ from approx_attention.core import (
     logit_scale,
     merge,
     pad_rows,
+    quantize,
     require_scaled_space,
     shown,
     squared_norm,
@@ -102,7 +107,7 @@ def compress_tokens(
 
     Returns:
         A `WeightedKV` of ``budget`` tokens (or S, if that is less), which carries the scale: `attend` takes queries as
-        they are. ``in_scaled_space()`` makes of it one for queries of `fold_scale`.
+        they are. ``in_scaled_space()`` makes of it one for queries of `fold_scale`, and `quantize` one in few bits.
 
     Raises:
         ValueError: a budget below ``sinks + recent + 1``, a budget of tokens and one of bytes, an unknown policy,
@@ -168,7 +173,7 @@ def _ranking(policy: Any) -> Heuristic | AttentionMatching | None:
     return policy if isinstance(policy, AttentionMatching) else None
 
 
-def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array) -> int:
+def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
     """The budget in tokens, of which exactly one is given: their number, or their bytes."""
     if (budget is None) == (num_bytes is None):
         given = "neither" if budget is None else f"budget={shown(budget)} and num_bytes={shown(num_bytes)}"
@@ -176,7 +181,8 @@ def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array) ->
     if num_bytes is None:
         assert budget is not None
         return budget
-    return token_budget(num_bytes, k.shape[1], v.shape[1], dtype=jnp.promote_types(k.dtype, v.dtype))
+    dtype = jnp.promote_types(k.dtype, v.dtype)
+    return token_budget(num_bytes, k.shape[1], v.shape[1], dtype=dtype, bits=bits)
 
 
 def _in_budget(
@@ -282,15 +288,20 @@ def _with_mass_of(tokens: WeightedKV, kept: WeightedKV) -> WeightedKV:
     return dataclasses.replace(kept, value_sum=kept.value_sum * factor, mass=kept.mass * factor)
 
 
+def _rounding(bits: int | None) -> Callable[[WeightedKV], Any]:
+    """How the tokens of a compressed prefix are stored."""
+    return (lambda tokens: tokens) if bits is None else functools.partial(quantize, bits=check_bits("bits", bits))
+
+
 class Compressed(NamedTuple):
     """Prefix that was compressed once, and the folded coreset of the tokens after it."""
 
-    fixed: WeightedKV
+    fixed: WeightedKV | QuantizedKV
     since: WeightedKV
 
 
 def running_compressed(
-    head_dim: int, key: Array | None = None, *, budget: int, coreset_size: int = 256
+    head_dim: int, key: Array | None = None, *, budget: int, coreset_size: int = 256, bits: int | None = None
 ) -> RunningSummary:
     """Running summary of a compressed prefix (`compress_cache`) and a folded coreset of all tokens after it.
 
@@ -299,12 +310,14 @@ def running_compressed(
         key: typed PRNG key.
         budget: tokens of the compressed prefix.
         coreset_size: tokens that stand for those after it, except for the last two blocks, which stay exact.
+        bits: 8 or 4 bits per channel of the compressed prefix; the coreset is not rounded, because it changes at every
+            block, and rounding would add up.
 
     Returns:
         The `RunningSummary`, for a `Decoder`.
 
     Raises:
-        ValueError: counts below 1, no key.
+        ValueError: counts below 1, other bits, no key.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -314,6 +327,7 @@ def running_compressed(
         (24,)
     """
     head_dim, budget = check_counts(head_dim=head_dim, budget=budget)
+    narrow = _rounding(bits)
     folding = running_coreset(head_dim, check_key("running_compressed", key), coreset_size=coreset_size, sinks=0)
 
     def init(value_dim: int, dtype: Any) -> Compressed:
@@ -321,12 +335,16 @@ def running_compressed(
         # With a range from the start: weights that `compress_cache` solves for may be signed, and states of a cache
         # must be of one structure.
         fixed = dataclasses.replace(empty, value_range=empty.values_from_to)
-        return Compressed(fixed, folding.init(value_dim, dtype))
+        return Compressed(narrow(fixed), folding.init(value_dim, dtype))
 
     def append(held: Compressed, start: Array, k: Array, v: Array, kv_mask: Array) -> Compressed:
         return held._replace(since=folding.append(held.since, start, k, v, kv_mask))
 
-    return RunningSummary(init, append, read=lambda held: merge(held.fixed, held.since))
+    def read(held: Compressed) -> WeightedKV:
+        fixed = held.fixed.dequantized() if isinstance(held.fixed, QuantizedKV) else held.fixed
+        return merge(fixed, held.since)
+
+    return RunningSummary(init, append, read)
 
 
 def compress_cache(
@@ -342,11 +360,12 @@ def compress_cache(
     sinks: int = 4,
     mass_correction: bool | Literal["fitted"] = True,
     query_radius: float | Array | None = None,
+    bits: int | None = None,
 ) -> Cache:
     """Compresses the older tokens of an exact `Decoder`'s cache; its last one or two blocks stay exact.
 
     The result is a cache of ``Decoder(running=running_compressed(D, key, budget=budget, coreset_size=coreset_size))``,
-    which continues from there.
+    with the same ``bits`` if there are any, which continues from there.
 
     Tokens count by their masses. So the tokens of the cache may stand for several already (``running_coreset`` without
     sinks, ``running_block_linformer``); sinks, and policies that read positions, then take them in the order of the
@@ -365,6 +384,7 @@ def compress_cache(
         sinks: the number of first tokens that are kept exactly.
         mass_correction: as in `compress_tokens`.
         query_radius: as in `coreset`.
+        bits: 8 or 4 bits per channel of the compressed tokens (`quantize`); ``dtype`` of the cache by default.
 
     Returns:
         The compressed cache.
@@ -392,6 +412,7 @@ def compress_cache(
         As in `compress_tokens`.
     """
     _check_policy(policy, size)
+    narrow = _rounding(bits)
     coreset_size = check_count("coreset_size", coreset_size)
     if not isinstance(cache, Cache):
         raise TypeError(f"compress_cache takes the Cache of a Decoder, got {type(cache).__name__}")
@@ -399,7 +420,7 @@ def compress_cache(
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
         raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
-    budget = check_count("budget", _tokens_in(budget, num_bytes, prefix.k, prefix.value_sum))
+    budget = check_count("budget", _tokens_in(budget, num_bytes, prefix.k, prefix.value_sum, bits))
     if queries is not None:
         check_queries(queries, prefix.k)
         queries = head_inputs(queries, prefix.k, prefix.value_sum, scale=1.0)[0]
@@ -415,6 +436,6 @@ def compress_cache(
     )
     missing = budget - small.mass.shape[0]
     k, value_sum, mass = (pad_rows(x, missing) for x in (small.k, small.value_sum, small.mass))
-    fixed = WeightedKV(k, value_sum, mass, small.values_from_to)
+    fixed = narrow(WeightedKV(k, value_sum, mass, small.values_from_to))
     empty = WeightedKV.empty(coreset_size, prefix.k.shape[1], prefix.value_sum.shape[1], prefix.k.dtype)
     return cache._replace(past=cache.past._replace(prefix=Compressed(fixed, empty)))

@@ -13,6 +13,7 @@ from approx_attention.core import (
     Past,
     RunningSummary,
     attend,
+    check_bits,
     check_count,
     check_flag,
     check_floating,
@@ -32,6 +33,7 @@ from approx_attention.core import (
     pad_rows,
     require_scaled_space,
     scan_blocks,
+    shown,
 )
 from approx_attention.decoding.certified import CertifiedCache, CertifiedDecoder, certified_step
 from approx_attention.registry import BoundMethod, bind
@@ -67,10 +69,13 @@ class Decoder:
         block_size: the number b of tokens per block.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         dtype: of the cache, float32 or float64.
+        cache_bits: bits per channel of the older tokens, 8 or 4, where ``running`` keeps tokens as they are, as
+            `running_exact` does: each is rounded once, when its block is no longer recent. ``dtype`` by default.
 
     Raises:
+        NotImplementedError: ``cache_bits`` for a summary that changes at every block.
         TypeError: a dtype other than float32 and float64, tokens that are not floating point.
-        ValueError: a count below 1, or tensors that do not fit the cache.
+        ValueError: a count below 1, other bits, or tensors that do not fit the cache.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -92,6 +97,7 @@ class Decoder:
     block_size: int = 128
     scale: float | None = None
     dtype: Any = jnp.float32
+    cache_bits: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.running, RunningSummary):
@@ -100,10 +106,24 @@ class Decoder:
             keep_count(self, name)
         logit_scale(self.scale, self.head_dim)
         _check_dtype(self.dtype)
+        if self.cache_bits is not None:
+            check_bits("cache_bits", self.cache_bits)
+            if self.running.quantized is None:
+                raise NotImplementedError(
+                    "cache_bits needs a summary that keeps tokens as they are, as running_exact does: this one changes "
+                    "at every block, and would be rounded again each time; compress_cache(..., bits=...) rounds once"
+                )
+
+    @property
+    def _held(self) -> RunningSummary:
+        """How older tokens are summarised and stored."""
+        if self.cache_bits is None or self.running.quantized is None:
+            return self.running
+        return self.running.quantized(self.cache_bits, self.block_size)
 
     def init(self) -> Cache:
         """The cache that has seen no token."""
-        past = Past.empty(self.running, self.block_size, self.head_dim, self.value_dim, self.dtype)
+        past = Past.empty(self._held, self.block_size, self.head_dim, self.value_dim, self.dtype)
         current = Block.empty(self.block_size, self.head_dim, self.value_dim, self.dtype)
         return Cache(past, current, jnp.zeros((), jnp.int32))
 
@@ -126,7 +146,7 @@ class Decoder:
         number, place = cache.length // self.block_size, cache.length % self.block_size
 
         def next_block(cache: Cache) -> Cache:
-            past = move_on(self.running, cache.past, number - 1, cache.current)
+            past = move_on(self._held, cache.past, number - 1, cache.current)
             return cache._replace(past=past, current=jax.tree.map(jnp.zeros_like, cache.current))
 
         cache = lax.cond((place == 0) & (number > 0), next_block, lambda cache: cache, cache)
@@ -151,11 +171,11 @@ class Decoder:
         check_floating("q", q)
         if q.ndim != 2 or q.shape[1] != self.head_dim or q.shape[0] == 0:
             raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}; G is at least 1")
-        scaled, _ = fold_scale(self.running.space(q.astype(self.dtype)), q, self.scale)
+        scaled, _ = fold_scale(self._held.space(q.astype(self.dtype)), q, self.scale)
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
         bias = mask_bias(near.kv_mask, self.dtype)[None, :]
-        summary = require_scaled_space("a running summary", self.running.read(cache.past.prefix))
-        return merge(self.running.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out
+        summary = require_scaled_space("a running summary", self._held.read(cache.past.prefix))
+        return merge(self._held.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out
 
     def prefill(
         self, cache: Cache, q: Array, k: Array, v: Array, num_real: Array | int | None = None
@@ -181,7 +201,7 @@ class Decoder:
         if q.shape != k.shape:
             raise ValueError(f"q must be [T, D] = {list(k.shape)} like k, got shape {q.shape}")
         real = tokens.kv_mask[:, None]
-        q = self.running.space(jnp.where(real, q, jnp.zeros_like(q)).astype(self.dtype))
+        q = self._held.space(jnp.where(real, q, jnp.zeros_like(q)).astype(self.dtype))
         q, _ = fold_scale(q, tokens.k, self.scale)
 
         # The new tokens continue the current block wherever it stands.
@@ -195,7 +215,7 @@ class Decoder:
         blocks = jax.tree.map(continued, cache.current, tokens)
         q_blocks = continued(jnp.zeros((block_size, self.head_dim), self.dtype), q)
         length = filled + num_real
-        past, state = scan_blocks(self.running, cache.past, number, q_blocks, blocks, length)
+        past, state = scan_blocks(self._held, cache.past, number, q_blocks, blocks, length)
 
         last = jnp.maximum(length - 1, 0) // block_size
         current = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, last, keepdims=False), blocks)
@@ -213,7 +233,7 @@ class Decoder:
     def _tokens(self, k: Array, v: Array, num_real: Array | int) -> Block:
         real = jnp.arange(k.shape[0], dtype=jnp.int32) < num_real
         k, v = (jnp.where(real[:, None], x, jnp.zeros_like(x)).astype(self.dtype) for x in (k, v))
-        k = self.running.space(k)
+        k = self._held.space(k)
         return Block(fold_scale(k, k, self.scale)[1], v, real)
 
 
@@ -255,6 +275,7 @@ class HeadsDecoder:
         certify: the largest error that a step may have, in units of the largest norm of a value seen so far; None for
             no promise. For methods whose running summary has a bound (``"coreset"``). Needs ``max_length``: every token
             is kept, in device memory, in addition to the clusters.
+        cache_bits: as in `Decoder`: 8 or 4 bits per channel of the older tokens, for ``"exact"``.
         **hyperparameters: those of the method.
 
     With ``certify`` each step of one token asks the clusters and the recent tokens, as without, and
@@ -267,7 +288,8 @@ class HeadsDecoder:
 
     Raises:
         NotImplementedError: a method without a running summary, or with ``certify`` without one that has a bound, or an
-            argument that it does not follow.
+            argument that it does not follow; from `init`, ``cache_bits`` for a method whose summary changes at every
+            block.
         TypeError: an argument that the method does not have, or ``max_length`` missing where it is needed.
         ValueError: tensors that do not fit the cache, a tolerance below 0.
 
@@ -299,6 +321,7 @@ class HeadsDecoder:
         scale: float | None = None,
         dtype: Any = jnp.float32,
         certify: float | Array | None = None,
+        cache_bits: int | None = None,
         **hyperparameters: Any,
     ):
         self.bound = bind(method, hyperparameters).for_decoding(max_length, block_size)
@@ -312,6 +335,7 @@ class HeadsDecoder:
             "dtype": dtype,
         }
         _check_dtype(dtype)
+        self.cache_bits = None if cache_bits is None else check_bits("cache_bits", cache_bits)
         self.num_kv_heads = check_count("num_kv_heads", num_kv_heads)
         self.certify, self.room = None, 0
         if certify is not None:
@@ -319,6 +343,8 @@ class HeadsDecoder:
             check_not_negative("certify", certify)
             self.certify = certify
             self.bound.require_certified()
+            if cache_bits is not None:
+                raise ValueError(f"certify keeps every token as it is: leave cache_bits, got {shown(cache_bits)}")
             if max_length is None:
                 raise TypeError("certify keeps every token: pass max_length, the most that there will be")
             block_size = self.bound.block_size
@@ -410,7 +436,8 @@ class HeadsDecoder:
         if self.certify is not None:
             clusters = self.bound.certified(self.sizes["head_dim"], **drawn, max_length=self.room)
             return CertifiedDecoder(clusters=clusters, max_length=self.room, **self.sizes)
-        return Decoder(running=self.bound.running(self.sizes["head_dim"], **drawn), **self.sizes)
+        running = self.bound.running(self.sizes["head_dim"], **drawn)
+        return Decoder(running=running, cache_bits=self.cache_bits, **self.sizes)
 
     def _check(
         self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None, ragged: bool

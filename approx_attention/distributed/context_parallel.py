@@ -470,6 +470,7 @@ def _of_those_before(summary: Summary, axis: str) -> Summary:
         while reach < devices - 1:
             total, reach = jax.vmap(merge)(total, _moments_from(total, axis, reach)), 2 * reach
         return total
+    assert isinstance(summary, WeightedKV)  # no method sends quantized tokens
     before = (jnp.arange(devices) < own)[:, None, None]
 
     def gathered(x: Array) -> Array:

@@ -13,6 +13,7 @@ from approx_attention.core import (
     HIDDEN,
     AttentionState,
     OutputOrState,
+    QuantizedKV,
     RunningSummary,
     WeightedKV,
     along_with,
@@ -24,7 +25,9 @@ from approx_attention.core import (
     first_blocks,
     head_inputs,
     logit_scale,
+    out_of_blocks,
     output_or_state,
+    quantize,
     streamed_state,
     zero_padding,
 )
@@ -179,7 +182,44 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
             return None
         return jax.tree_util.Partial(first_blocks, jax.vmap(WeightedKV.of_tokens)(k, v, kv_mask))
 
+    def quantized(bits: int, block_size: int) -> RunningSummary:
+        return _running_in_few_bits(head_dim, max_length, bits=bits, block_size=block_size)
+
+    return RunningSummary(init, append, read=lambda tokens: tokens, of_sequence=of_sequence, quantized=quantized)
+
+
+def _running_in_few_bits(head_dim: int, max_length: int, *, bits: int, block_size: int) -> RunningSummary:
+    """Every token, rounded once: with its block, around the centre of that block."""
+    blocks = -(-max_length // block_size)
+
+    def of_block(k: Array, v: Array, kv_mask: Array) -> QuantizedKV:
+        return quantize(WeightedKV.of_tokens(k, v, kv_mask), bits=bits)
+
+    def init(value_dim: int, dtype: Any) -> QuantizedKV:
+        one = jax.eval_shape(lambda: quantize(WeightedKV.empty(block_size, head_dim, value_dim, dtype), bits=bits))
+        return jax.tree.map(lambda x: jnp.zeros((blocks * x.shape[0], *x.shape[1:]), x.dtype), one)
+
+    def append(tokens: QuantizedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> QuantizedKV:
+        number = start // block_size
+        # As above: NaN, which a step keeps, shows a block past the end.
+        block = of_block(k, jnp.where(number < blocks, v, jnp.nan), kv_mask)
+        return jax.tree.map(
+            lambda room, x: lax.dynamic_update_slice_in_dim(room, x, number * x.shape[0], 0), tokens, block
+        )
+
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], QuantizedKV] | None:
+        if k.shape[0] > blocks:
+            return None
+        return jax.tree_util.Partial(_first_quantized, jax.vmap(of_block)(k, v, kv_mask))
+
     return RunningSummary(init, append, read=lambda tokens: tokens, of_sequence=of_sequence)
+
+
+def _first_quantized(blocks: QuantizedKV, count: Array) -> QuantizedKV:
+    """The tokens of the first ``count`` of many blocks ``[n, G, ...]``; the others are absent."""
+    seen = jnp.arange(blocks.mass.shape[0], dtype=jnp.int32) < count
+    seen = jax.tree.map(lambda x: jnp.where(seen.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), blocks)
+    return out_of_blocks(seen)
 
 
 def exact_together(

@@ -291,6 +291,7 @@ class ApproxAttention(nnx.Module):
         ragged: bool = False,
         dtype: Any = jnp.float32,
         certify: float | None = None,
+        cache_bits: int | None = None,
     ) -> None:
         """From now on every call brings further tokens and is answered from a cache, as by `HeadsDecoder`.
 
@@ -306,16 +307,18 @@ class ApproxAttention(nnx.Module):
             ragged: whether sequences differ in length.
             dtype: of the cache.
             certify: the largest error that a step may have, as in `HeadsDecoder`; needs ``max_length``.
+            cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``.
 
         Raises:
-            NotImplementedError: a method without a running summary, or a layer over many devices.
+            NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``; a layer
+                over many devices.
             TypeError: a dtype other than float32 and float64.
         """
         if self.mesh is not None:
             raise NotImplementedError("a layer over many devices has no cache; make one without mesh to decode")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         sizes = {**sizes, "max_length": max_length, "dtype": flax_arguments.cache_dtype(dtype)}
-        sizes["certify"] = certify
+        sizes |= {"certify": certify, "cache_bits": cache_bits}
         # A cache is made of one draw, so that no call moves it on.
         rng = None if self.stream is None else self._last_key(self.stream)
         leaves, treedef = jax.tree.flatten(self._decoder(sizes).init(batch_size, rng, ragged=ragged))

@@ -84,6 +84,7 @@ def init_cache(
     ragged: bool = False,
     dtype: Any = jnp.float32,
     certify: float | None = None,
+    cache_bits: int | None = None,
 ) -> int:
     """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
 
@@ -98,13 +99,14 @@ def init_cache(
         ragged: whether sequences differ in length.
         dtype: of the cache.
         certify: the largest error that a step of a layer may have, as in `HeadsDecoder`; needs ``max_length``.
+        cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``.
 
     Returns:
         The bytes that all caches take.
 
     Raises:
         ValueError: a layer with another ``attention_fn``, or no layer with one.
-        NotImplementedError: a method without a running summary.
+        NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``.
         TypeError: a dtype other than float32 and float64.
     """
     layers = _attention_layers(model)
@@ -116,7 +118,8 @@ def init_cache(
     other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
     if other:
         raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
-    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype, "certify": certify}
+    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
+    options |= {"certify": certify, "cache_bits": cache_bits}
     before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers.values()]
     try:
         for path, layer in layers.items():

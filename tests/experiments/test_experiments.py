@@ -147,7 +147,17 @@ def test_a_sweep_leaves_out_what_is_done(tmp_path, capsys):
         ),
         *(
             pytest.param(f"coresets/{name}", marks=pytest.mark.slow)
-            for name in ("size", "growth", "instances", "table", "language_model", "recall", "latency", "certified")
+            for name in (
+                "size",
+                "growth",
+                "instances",
+                "table",
+                "bits",
+                "language_model",
+                "recall",
+                "latency",
+                "certified",
+            )
         ),
         *(
             pytest.param(f"low_rank/{name}", marks=pytest.mark.slow)

@@ -421,6 +421,18 @@ def test_decoding_in_a_model_equals_whole_sequences(name):
     np.testing.assert_allclose(by_layers(model, x), expected, atol=1e-6)
 
 
+def test_a_cache_in_few_bits():
+    model, x = Model(1), tokens(9)
+    ours.replace_attention(model, "exact", is_causal=True)
+    expected = by_layers(model, np.asarray(x))
+    whole, taken = (ours.init_cache(model, 2, max_length=1024, cache_bits=bits) for bits in (None, 8))
+    assert taken < 0.6 * whole
+    np.testing.assert_allclose(by_layers(model, np.asarray(x)), expected, atol=1e-5)  # all of it is recent
+    ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
+    with pytest.raises(NotImplementedError, match="cache_bits needs a summary that keeps tokens as they are"):
+        ours.init_cache(model, 2, cache_bits=8)
+
+
 def test_decoding_sequences_of_their_own_lengths():
     model, x = Model(1), tokens(9)
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
