@@ -54,7 +54,7 @@ TOPICS = {
             "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress_tokens", "compress_cache",
             "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
             "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
-            "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.AttentionMatching",
+            "decoding.AttentionMatching",
         ),
     ),
     "coresets": (
@@ -64,10 +64,9 @@ TOPICS = {
             "coresets.compress", "coresets.ALGORITHMS", "coresets.Uniform", "coresets.ValueNorm", "coresets.Halving",
             "coresets.Stratified", "coresets.sensitivities", "coresets.Compress", "coresets.BalanceKV",
             "coresets.Herding", "coresets.KMeansMerge", "coresets.FarthestMerge", "coresets.KMeansNystrom",
-            "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Clusters", "coresets.clusters_around",
+            "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Guarded", "coresets.best_of", "coresets.Farthest",
+            "coresets.FittedMasses", "coresets.refitted", "coresets.Clusters", "coresets.clusters_around",
             "coresets.running_clusters", "coresets.CertifiedSummary",
-            "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Farthest", "coresets.FittedMasses",
-            "coresets.refitted",
         ),
     ),
     "tensor": (
