@@ -9,15 +9,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, summarize_coreset, summarize_mean_value
-from approx_attention.core import pad_rows
-from approx_attention.coresets import ALGORITHMS, Algorithm, Halving
+from approx_attention.core import in_blocks, pad_rows
+from approx_attention.coresets import ALGORITHMS, Algorithm, Halving, running_coreset
 from approx_attention.evaluation import sup_error
 from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.coresets import instances
 from experiments.harness.long_context import slope
+
+Instance = Literal[
+    "clustered", "sphere", "low_rank", "outliers", "gaussian", "heavy_tailed", "two_points", "lower_bound"
+]
+# What the guard chooses among and is compared with.
+RIVALS = ("kmeans_merge", "kmeans_nystrom", "nystrom_rpc", "uniform")
+BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,8 @@ class CoresetErrorConfig(Seeded):
 
     Attributes:
         instance: see `experiments.coresets.instances`.
-        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings.
+        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings, and ``stream-fold`` and
+            ``stream-refit`` are coresets that grow with the tokens, 128 at a time.
         sizes: of the coresets; of the instance ``lower_bound`` parts of its distinct keys.
         radii: of the queries; with one radius the error is reported by size, else by radius at the only size.
         head_dims: likewise.
@@ -35,7 +44,7 @@ class CoresetErrorConfig(Seeded):
 
     algorithms: Several[str]
     sizes: Several[Positive]
-    instance: Literal["clustered", "sphere", "low_rank", "outliers", "two_points", "lower_bound"] = "clustered"
+    instance: Instance = "clustered"
     radii: Several[NonNegative] = dataclasses.field(default_factory=lambda: [2.0])
     head_dims: Several[Count] = dataclasses.field(default_factory=lambda: [32])
     num_keys: Count = 4096
@@ -49,10 +58,33 @@ class CoresetErrorConfig(Seeded):
             algorithm_of(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A running coreset of the tokens in their order."""
+
+    streaming: Literal["fold", "refit"]
+
+    def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
+        """The coreset after the last token; one that refits takes the radius of the queries into account."""
+        radius = ratio * jnp.max(jnp.linalg.norm(tokens.k, axis=1)) if self.streaming == "refit" else None
+        running = running_coreset(
+            tokens.k.shape[1], key, coreset_size=size, streaming=self.streaming, query_radius=radius, sinks=0
+        )
+        blocks = in_blocks((tokens.k, tokens.value_sum, tokens.mass > 0), BLOCK)
+        starts = BLOCK * jnp.arange(blocks[0].shape[0], dtype=jnp.int32)
+        start = running.init(tokens.value_sum.shape[1], tokens.k.dtype)
+        held = jax.lax.scan(lambda held, x: (running.append(held, *x), None), start, (starts, *blocks))[0]
+        small = running.read(held)
+        assert isinstance(small, WeightedKV)
+        return small
+
+
 def algorithm_of(name: str) -> str | Algorithm:
     """The algorithm of that name."""
     if name in ALGORITHMS:
         return name
+    if name in ("stream-fold", "stream-refit"):
+        return Streamed("fold" if name == "stream-fold" else "refit")
     try:
         kind, rule, order, block = name.split("-")
         if kind != "halving" or order not in ("tree", "random") or rule not in ("search", "greedy", "walk", "thinning"):
@@ -60,7 +92,8 @@ def algorithm_of(name: str) -> str | Algorithm:
         return Halving(rule=rule, order=order, block=int(block))
     except ValueError:
         raise ValueError(
-            f"{name!r} is no algorithm; known are {', '.join(ALGORITHMS)} and halving-RULE-ORDER-BLOCK"
+            f"{name!r} is no algorithm; known are {', '.join(ALGORITHMS)}, stream-fold, stream-refit and "
+            "halving-RULE-ORDER-BLOCK"
         ) from None
 
 
@@ -105,6 +138,11 @@ def run(config: CoresetErrorConfig, directory: pathlib.Path, console: Console) -
                     entry = result["methods"].setdefault(name, {"error": {}, "typical": {}})
                     entry["error"][f"{step:g}"] = float(np.mean([_search(k, v, s, radius) for s in found]))
                     entry["typical"][f"{step:g}"] = float(np.mean([_typical(k, v, s, radius) for s in found]))
+    if {"guarded", *RIVALS} <= set(result["methods"]):
+        errors = {name: entry["error"] for name, entry in result["methods"].items()}
+        result["guarded_over_best"] = {
+            step: error / min(errors[name][step] for name in RIVALS) for step, error in errors["guarded"].items()
+        }
     for entry in result["methods"].values():
         steps = [float(step) for step in entry["error"]]
         if len(steps) < 3:

@@ -9,7 +9,8 @@ def draw(name: str, num_keys: int, head_dim: int, value_dim: int, radius: float,
     """Keys of norm at most 1 and values of norm at most 1, for queries of norm up to ``radius``.
 
     Args:
-        name: ``clustered``: 64 tight clusters on the sphere, values alike within them. ``sphere``: uniform keys and
+        name: ``gaussian`` and ``heavy_tailed`` (Student's t with 3 degrees of freedom): entries of keys independent of each
+            other. ``clustered``: 64 tight clusters on the sphere, values alike within them. ``sphere``: uniform keys and
             Gaussian values; with ``value_dim=1``, signs. ``low_rank``: Gaussian keys in 6 dimensions of all.
             ``outliers``: most keys in one cap, 1 % opposite to it with other values. ``two_points``: one key, and many
             copies of its opposite. ``lower_bound``: keys of which no half can stand for all, eight copies of each.
@@ -28,6 +29,10 @@ def draw(name: str, num_keys: int, head_dim: int, value_dim: int, radius: float,
         k = random.normal(size=(num_keys, head_dim))
         v = random.normal(size=(num_keys, value_dim))
         v = np.sign(v) if value_dim == 1 else v
+    elif name in ("gaussian", "heavy_tailed"):
+        size = (num_keys, head_dim)
+        k = random.normal(size=size) if name == "gaussian" else random.standard_t(3, size=size)
+        v = random.normal(size=(num_keys, value_dim))
     elif name == "low_rank":
         k = random.normal(size=(num_keys, 6)) @ random.normal(size=(6, head_dim))
         v = k @ random.normal(size=(head_dim, value_dim)) + 0.5 * random.normal(size=(num_keys, value_dim))
@@ -52,7 +57,7 @@ def draw(name: str, num_keys: int, head_dim: int, value_dim: int, radius: float,
         v = random.choice([-1.0, 1.0], size=(blocks * head_dim, 1))
         k, v = np.tile(k.reshape(-1, head_dim + blocks), (8, 1)), np.tile(v, (8, 1))
     else:
-        known = "clustered, sphere, low_rank, outliers, two_points and lower_bound"
+        known = "gaussian, heavy_tailed, clustered, sphere, low_rank, outliers, two_points and lower_bound"
         raise ValueError(f"unknown instance {name!r}; known are {known}")
     if name in ("clustered", "sphere"):
         k = k / np.linalg.norm(k, axis=1, keepdims=True)
