@@ -34,7 +34,7 @@ class CoresetErrorConfig(Seeded):
 
     Attributes:
         instance: see `experiments.coresets.instances`.
-        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings, and ``stream-fold`` and
+        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings; ``stream-fold`` and
             ``stream-refit`` are coresets that grow with the tokens, 128 at a time.
         sizes: of the coresets; of the instance ``lower_bound`` parts of its distinct keys.
         radii: of the queries; with one radius the error is reported by size, else by radius at the only size.
@@ -70,7 +70,7 @@ class Streamed:
         running = running_coreset(
             tokens.k.shape[1], key, coreset_size=size, streaming=self.streaming, query_radius=radius, sinks=0
         )
-        blocks = in_blocks((tokens.k, tokens.value_sum, tokens.mass > 0), BLOCK)
+        blocks = [in_blocks(x, BLOCK) for x in (tokens.k, tokens.value_sum, tokens.mass > 0)]
         starts = BLOCK * jnp.arange(blocks[0].shape[0], dtype=jnp.int32)
         start = running.init(tokens.value_sum.shape[1], tokens.k.dtype)
         held = jax.lax.scan(lambda held, x: (running.append(held, *x), None), start, (starts, *blocks))[0]
