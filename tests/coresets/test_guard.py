@@ -15,6 +15,7 @@ from approx_attention.coresets.clustering import with_nystrom_weights
 from approx_attention.coresets.guard import best_of
 from approx_attention.evaluation import sup_error
 from tests.methods.test_coreset import KEY, clustered
+from tests.programs import equations
 from tests.references import compiled, random_head
 
 NUM_KEYS, SIZE = 512, 48
@@ -144,3 +145,10 @@ def test_refits_beat_folds_on_smooth_keys_and_keep_the_mass():
 def test_refits_are_no_worse_than_folds_where_no_weights_fit():
     k, v = outliers(4)
     assert error(k, v, streamed(k, v, "refit")) < 1.2 * error(k, v, streamed(k, v, "fold"))
+
+
+def test_a_coreset_takes_few_steps_in_sequence():
+    shapes = [jax.ShapeDtypeStruct((16384, 64), jnp.float32)] * 2
+    program = jax.make_jaxpr(lambda k, v: summarize_coreset(k, v, KEY, coreset_size=1024))(*shapes)
+    products = [times for x, times in equations(program.jaxpr, platform="cuda") if x.primitive.name == "dot_general"]
+    assert sum(products) < 100
