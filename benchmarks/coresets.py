@@ -18,11 +18,13 @@ from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, peak_flops
 
 LENGTH, SIZE = 16384, 1024
 ARMS: dict[str, Algorithm] = {
+    "guarded": ALGORITHMS["guarded"],
     "kmeans_nystrom": ALGORITHMS["kmeans_nystrom"],
     "kmeans_merge": ALGORITHMS["kmeans_merge"],
     "halving, blocks of 2048": Halving(block=2048),
     "halving, blocks of 256": Halving(rule="greedy", block=256),
     "halving, blocks of 256, any order": Halving(rule="greedy", order="random", block=256),
+    "halving_fitted": ALGORITHMS["halving_fitted"],
     "stratified": ALGORITHMS["stratified"],
     "thinformer": ALGORITHMS["thinformer"],
     "nystrom_rpc, 16 bins": PivotedNystrom(bins=16),
@@ -66,7 +68,7 @@ def measure(rounds: int) -> dict[str, Any]:
         compile_seconds[name] = time.perf_counter() - start
         calls[f"build {name}"] = functools.partial(build, key, value, rng)
         small = build(key, value, rng)
-        if name in ("kmeans_nystrom", "uniform"):
+        if name in ("guarded", "uniform"):
             answer = jax.jit(_answer).lower(query, small).compile()
             calls[f"attend {name}"] = functools.partial(answer, query, small)
     timings = time_interleaved(calls, rounds=rounds, patience=60)
