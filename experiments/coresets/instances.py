@@ -9,10 +9,11 @@ def draw(name: str, num_keys: int, head_dim: int, value_dim: int, radius: float,
     """Keys of norm at most 1 and values of norm at most 1, for queries of norm up to ``radius``.
 
     Args:
-        name: ``gaussian`` and ``heavy_tailed`` (Student's t, 3 degrees of freedom): independent entries. ``clustered``:
-            64 tight clusters on the sphere, values alike within them. ``sphere``: uniform keys and Gaussian values; with ``value_dim=1``, signs. ``low_rank``: Gaussian keys in 6 dimensions of all.
-            ``outliers``: most keys in one cap, 1 % opposite to it with other values. ``two_points``: one key, and many
-            copies of its opposite. ``lower_bound``: keys of which no half can stand for all, eight copies of each.
+        name: ``clustered``: 64 tight clusters on the sphere, values alike within them. ``sphere``: uniform keys and
+            Gaussian values; with ``value_dim=1``, signs. ``low_rank``: Gaussian keys in 6 dimensions of all.
+            ``outliers``: most keys in one cap, 1 % opposite to it with other values. ``gaussian`` and ``heavy_tailed``
+            (Student's t, 3 degrees of freedom): independent entries. ``two_points``: one key, and many copies of its
+            opposite. ``lower_bound``: keys of which no half can stand for all, eight copies of each.
         num_keys: how many; the last two instances have a number of their own.
         head_dim: channels of keys; of the lower bound, its parameter d.
         value_dim: channels of values.
