@@ -34,8 +34,8 @@ class CoresetErrorConfig(Seeded):
 
     Attributes:
         instance: see `experiments.coresets.instances`.
-        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings, ``stream-fold`` and
-            ``stream-refit`` coresets that grow with the tokens, 128 at a time.
+        algorithms: names of algorithms; ``halving-RULE-ORDER-BLOCK`` is halving with these settings,
+            ``stream-fold`` and ``stream-refit`` coresets that grow with the tokens, 128 at a time.
         sizes: of the coresets; of the instance ``lower_bound`` parts of its distinct keys.
         radii: of the queries; with one radius the error is reported by size, else by radius at the only size.
         head_dims: likewise.
