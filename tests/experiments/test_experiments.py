@@ -148,7 +148,7 @@ def test_a_sweep_leaves_out_what_is_done(tmp_path, capsys):
         *(
             pytest.param(f"coresets/{name}", marks=pytest.mark.slow)
             for name in (
-                *("size", "growth", "instances", "table", "bits"),
+                *("size", "growth", "instances", "table", "guard", "bits"),
                 *("language_model", "recall", "latency", "certified"),
             )
         ),
