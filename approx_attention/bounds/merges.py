@@ -11,6 +11,7 @@ from approx_attention.core import (
     LEAST_TILE,
     WeightedKV,
     check_not_negative,
+    check_number,
     check_rows,
     in_float32,
     map_rows,
@@ -21,7 +22,7 @@ from approx_attention.core import (
 from approx_attention.coresets import Clusters, clusters_around
 
 # Above this an exponential times a value might not be finite; a bound is useless long before.
-LARGEST_EXPONENT = 80.0
+LARGEST_LOGIT = 80.0
 
 
 class MergeBound(NamedTuple):
@@ -93,6 +94,7 @@ def merge_bound(
     Reference:
         A derivation of this library; the range of the log-normaliser is as in :cite:p:`hoeffding1963probability`.
     """
+    check_number("radius", radius)
     check_not_negative("radius", radius)
     clusters = clusters_around(k, v, require_scaled_space("merge_bound", summary), kv_mask=kv_mask)
     tokens = clusters.tokens
@@ -178,7 +180,7 @@ def merge_bound_at(q: Float[Array, "T D"], clusters: Clusters) -> Float[Array, "
         away = jnp.where(present, root(squared_norm(values[None] - out[:, None]))[..., 0], 0)
         a = norm[:, None] * clusters.key_radius[None, :]
         # sinh(a) and cosh(a) - 1 as multiples of e^a, which joins the weight: neither overflows by itself.
-        weight = jnp.exp(jnp.minimum(log_weight + a, LARGEST_EXPONENT)) / 2
+        weight = jnp.exp(jnp.minimum(log_weight + a, LARGEST_LOGIT)) / 2
         within = -jnp.expm1(-2 * a) * clusters.value_spread[None, :]
         of_weights = jnp.sum(weight * (within + jnp.expm1(-a) ** 2 * away), axis=1)
         of_hull = _largest(jnp.where(present, away + clusters.value_radius[None, :], 0))
@@ -195,7 +197,7 @@ def _of_ratios(clusters: Clusters, a: Array, around: Array) -> Array:
     # Rows of queries have an axis in front.
     if a.ndim == 2:
         value_radius, spread = value_radius[None, :], spread[None, :]
-    half = jnp.minimum(a, LARGEST_EXPONENT) / 2
+    half = jnp.minimum(a, LARGEST_LOGIT) / 2
     within = jnp.minimum(2 * jnp.tanh(half) * value_radius, 2 * jnp.sinh(half) * spread)
     log_cosh = a + jnp.log1p(jnp.exp(-2 * a)) - math.log(2)
     between = 2 * jnp.tanh(_largest(log_cosh) / 4) * around

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from approx_attention.core.checks import accumulation_dtype
 from approx_attention.core.precision import in_float32
 
 # Weight of the penalty, for a matrix of unit diagonal, and over-relaxation of a step. On kernels of 256 rows the steps
@@ -36,6 +37,7 @@ def nonnegative_least_squares(gram: Array, target: Array) -> Array:
     Reference:
         :cite:p:`boyd2011admm`.
     """
+    gram, target = (x.astype(accumulation_dtype(gram, target)) for x in (gram, target))
     # Unknowns in units of the diagonal: the penalty then suits all of them.
     diagonal = jnp.diagonal(gram)
     free = diagonal > 0

@@ -241,6 +241,8 @@ def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:
     """
     if not isinstance(summary, WeightedKV):
         raise TypeError(f"quantize takes a WeightedKV, got {type(summary).__name__}")
+    if summary.mass.shape[0] == 0:
+        raise ValueError("quantize takes at least one token, got a summary of none")
     how: Any = {"bits": check_bits("bits", bits), "seed": check_count("seed", seed, least=0)}
     summary = lax.stop_gradient(summary)
     present = summary.present

@@ -18,7 +18,7 @@ from approx_attention.coresets.coreset import algorithm_of, compress, query_radi
 from approx_attention.coresets.guard import best_of
 from approx_attention.coresets.masses import FittedMasses
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
-from approx_attention.coresets.sampling import Uniform, ValueNorm, sensitivities
+from approx_attention.coresets.sampling import Uniform, ValueNorm, rescaled, sensitivities
 from approx_attention.coresets.streaming import Streaming, running_coreset
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "query_radius",
     "random_places",
     "refitted",
+    "rescaled",
     "running_clusters",
     "running_coreset",
     "sensitivities",

@@ -1,13 +1,14 @@
 r"""Algorithms that make few weighted tokens of many: ``(tokens, size, ratio, key) ->`` `WeightedKV`.
 
 ``tokens`` are a `WeightedKV` without negative masses and with centred keys, ``size`` is smaller than their number, and
-``ratio`` is the radius of the queries over that of the keys, which sets the kernel :math:`e^{s\, k \cdot k'}` with
-s = ratio / 2. A token of mass 0 is absent, and a coreset of absent tokens has mass 0.
+``ratio`` is the radius of the queries over that of the keys, of which the exponent s of the kernel
+:math:`e^{s\, k \cdot k'}` is a part: half of it, unless an algorithm says otherwise. A token of mass 0 is absent, and a
+coreset of absent tokens has mass 0.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from approx_attention import kernels
-from approx_attention.core import WeightedKV, check_choice, keep_count, squared_norm
+from approx_attention.core import WeightedKV, check_choice, check_number, check_positive, keep_count, squared_norm
 from approx_attention.coresets.clustering import (
     cholesky_places,
     farthest_places,
@@ -238,18 +239,18 @@ class KMeansNystrom:
 
 @dataclasses.dataclass(frozen=True)
 class Guarded:
-    """The best of a merge, its Nystrom weights and a uniform sample, by their largest errors on probing queries.
+    """The best of a merge and its Nystrom weights, by their largest errors on queries that probe both.
 
-    No one of them is best everywhere: Nystrom weights win on smooth data, a merge where the queries are long for the
-    number of landmarks, and a sample where a few keys decide.
+    Neither is best everywhere: Nystrom weights win on smooth data, and a merge where queries are long for the number of
+    landmarks. Queries that are known (`compress`) take the place of the probes. Then a uniform sample and a merge
+    around the keys that they attend to most are tried too, which can be better on sharp heads and which probes, longer
+    than most queries, would misjudge.
 
     Attributes:
         clusters: the algorithm of the landmarks.
         exponents: of the kernels of the Nystrom weights, one candidate each, in units of that of the logits. One of
             3/4 errs as the better of 1/2 and 1 does, for half of the time.
         ridge: as in `KMeansNystrom`.
-
-    Queries that are known (`compress`) are probes too, and add a merge around the keys that they attend to most.
     """
 
     clusters: KMeansMerge = KMeansMerge(seeding="distant")
@@ -258,6 +259,15 @@ class Guarded:
 
     reads_queries: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        exponents = self.exponents if isinstance(self.exponents, Sequence) else (self.exponents,)
+        for name, x in (("ridge", self.ridge), *(("exponents", x) for x in exponents)):
+            check_number(name, x)
+            check_positive(name, x)
+        # Hashable, as options of compiled programs must be.
+        object.__setattr__(self, "exponents", tuple(float(x) for x in exponents))
+        object.__setattr__(self, "ridge", float(self.ridge))
+
     def __call__(
         self, tokens: WeightedKV, size: int, ratio: Array, key: Array, queries: Array | None = None
     ) -> WeightedKV:
@@ -265,9 +275,9 @@ class Guarded:
         key_clusters, key_sample, key_probes = jax.random.split(key, 3)
         merge = self.clusters(tokens, size, ratio, key_clusters)
         solved = [with_nystrom_weights(tokens, merge, ratio * exponent, self.ridge) for exponent in self.exponents]
-        candidates = [merge, *solved, Uniform()(tokens, size, ratio, key_sample)]
+        candidates = [merge, *solved]
         if queries is not None:
-            # The keys that known queries attend to most.
+            candidates.append(Uniform()(tokens, size, ratio, key_sample))
             shares = jax.nn.softmax(queries @ tokens.k.T + tokens.log_mass[None, :], axis=1)
             places = lax.top_k(jnp.where(tokens.mass > 0, jnp.sum(shares, axis=0), -1), size)[1]
             candidates.append(merged_around(tokens, places))

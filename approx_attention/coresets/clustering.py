@@ -122,7 +122,9 @@ def spread_places(tokens: WeightedKV, count: int, key: Array, power: float = 2.0
     _, (place, wanted) = lax.scan(step, jnp.ones_like(size), jnp.arange(rounds, dtype=jnp.int32))
     place, wanted = place.reshape(-1), wanted.reshape(-1)
     found = WeightedKV(k[place], tokens.value_sum[place], jnp.where(wanted, mass[place], 0))
-    return place[lasting_places(found, count, jax.random.fold_in(key, 1))]
+    # The order is that of the tokens and not of the candidates, whose number depends on padding.
+    order = jax.random.uniform(jax.random.fold_in(key, 1), mass.shape, k.dtype)
+    return place[lasting_in_order(found, count, order[place])]
 
 
 @in_float32()  # a distance is a difference of squares
@@ -144,19 +146,20 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
 
 
 @in_float32()  # a distance is a difference of squares, and 0 for equal keys
-def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
+def lasting_in_order(tokens: WeightedKV, count: int, order: Array) -> Array:
     r"""``count`` places: all but those of the tokens that cost least to merge, found at once.
 
     Token i would be merged into the nearest token j of larger mass, at Ward's cost
 
     .. math:: \frac{m_i m_j}{m_i + m_j}\, \|k_i - k_j\|^2 .
 
-    Of equal masses the order is random: in the order of a sequence each token would be next to the one before, and a
-    smooth sequence would keep runs of neighbours. The order makes it a forest, so that of two close tokens one lasts.
+    Of equal masses ``order [n]`` decides, which should be random: in the order of a sequence each token would be next
+    to the one before, and a smooth sequence would keep runs of neighbours. The order makes it a forest, so that of two
+    close tokens one lasts.
     Only pairs are compared, by one product: where `spread_places` takes a step for each place, this takes none.
     """
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
-    size, order = squared_norm(k)[:, 0], jax.random.uniform(key, mass.shape, k.dtype)
+    size = squared_norm(k)[:, 0]
     # A difference of squares: below their rounding it is that of an equal key, and costs nothing.
     least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
 
@@ -171,6 +174,11 @@ def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
     cost = map_rows(least_cost, (k, mass, size, order), max(1, LEAST_TILE // mass.shape[0]))
     # Places without mass come last; the largest token, which merges into none, first.
     return lax.top_k(jnp.where(mass > 0, cost, -1), count)[1]
+
+
+def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
+    """`lasting_in_order` in a random order."""
+    return lasting_in_order(tokens, count, jax.random.uniform(key, tokens.mass.shape, tokens.k.dtype))
 
 
 @in_float32()  # residuals are differences of nearly equal numbers

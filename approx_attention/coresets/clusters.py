@@ -62,6 +62,8 @@ class Clusters:
     @classmethod
     def of_tokens(cls, tokens: WeightedKV) -> Self:
         """Every token as a cluster by itself."""
+        if tokens.value_range is not None:
+            raise ValueError("tokens with signed masses are not clusters: make clusters of what they stand for")
         # The key of an absent token may be anything, and norms are read of all.
         k = jnp.where(tokens.mass[:, None] > 0, tokens.k, 0)
         tokens = dataclasses.replace(require_scaled_space("Clusters", tokens), k=k)

@@ -45,7 +45,7 @@ def compress(
         coreset_size: the number M of tokens; no more than M tokens are returned unchanged.
         algorithm: as in `coreset`.
         query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
-        queries: a few queries in scaled space that are like later ones; ``"guarded"`` judges by them too, and other
+        queries: a few queries in scaled space that are like later ones; ``"guarded"`` judges by them, and other
             algorithms do not read them.
 
     Returns:

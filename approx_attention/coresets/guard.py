@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from approx_attention.core import WeightedKV, attend, squared_norm
 from approx_attention.coresets.clustering import random_places
+from approx_attention.coresets.halving import NORMALIZER_SHARE, value_unit
 
 # Probes of each kind: together they cost as much as 192 exact outputs.
 PROBES = 64
@@ -25,6 +26,9 @@ def best_of(
 ) -> WeightedKV:
     r"""The candidate with the least largest error on probes, which are queries on the sphere of the largest norm.
 
+    .. math:: \|\mathrm{out}'(q) - \mathrm{out}(q)\|^2 + c\, \overline{\|v\|^2}\, (Z'(q) / Z(q) - 1)^2
+
+    The normaliser Z counts as in the kernel of halving: it is the share that a coreset has beside exact tokens.
     No bound is known for weights that were solved for: where landmarks are few for the radius of the queries they can
     be far worse than a merge, whose outputs are averages of values. And which landmarks are best depends on the data.
 
@@ -33,20 +37,29 @@ def best_of(
         tokens: what they stand for, with centred keys; masses may be signed.
         ratio: the radius of the queries over that of the keys.
         key: typed PRNG key of the probes.
-        queries: queries ``[T, D]`` that are known, asked too.
+        queries: queries ``[T, D]`` that are known, in place of the probes.
         doubts: a factor on the error of each candidate, 1 by default.
 
     Returns:
         One of the candidates, with the range of the values where one of them has it. The choice has no gradient.
     """
     held, compared = lax.stop_gradient((tokens, list(candidates)))
-    q, asked = _probes(held, ratio, key)
-    if queries is not None:
-        q = jnp.concatenate([q, lax.stop_gradient(queries)])
-        asked = jnp.concatenate([asked, jnp.ones(queries.shape[0], bool)])
-    truth = attend(q, held).out
-    errors = [jnp.max(jnp.sum((attend(q, x).out - truth) ** 2, axis=1), where=asked, initial=0) for x in compared]
-    weighted = jnp.stack(errors) * jnp.square(jnp.asarray(doubts or [1.0] * len(errors), truth.dtype))
+    if queries is None:
+        q, asked = _probes(held, ratio, key)
+    else:
+        q, asked = lax.stop_gradient(queries), jnp.ones(queries.shape[0], bool)
+    truth = attend(q, held)
+    unit = NORMALIZER_SHARE * value_unit(dataclasses.replace(held, mass=jnp.abs(held.mass))) ** 2
+
+    def largest_error(candidate: WeightedKV) -> Array:
+        state = attend(q, candidate)
+        # A normaliser that is not positive has the logarithm -inf, and is off by all of Z.
+        of_normalizer = jnp.expm1(jnp.where(asked, state.lse - truth.lse, 0))
+        square = jnp.sum((state.out - truth.out) ** 2, axis=1) + unit * of_normalizer**2
+        return jnp.max(square, where=asked, initial=0)
+
+    errors = jnp.stack([largest_error(x) for x in compared])
+    weighted = errors * jnp.square(jnp.asarray(doubts or [1.0] * len(compared), errors.dtype))
     # NaN compares as false, so that a failed solution loses.
     best = jnp.argmin(jnp.where(weighted >= 0, weighted, jnp.inf))
     if any(x.value_range is not None for x in candidates):

@@ -34,6 +34,8 @@ from approx_attention.coresets.coreset import algorithm_of, centred_tokens, comp
 from approx_attention.coresets.guard import best_of
 
 Streaming = Literal["fold", "refit", "counter"]
+# The default, and what a fold is: the others have a meaning that these two do not follow.
+FOLLOWED = {"fold": ("guarded", "kmeans_nystrom", "kmeans_merge"), "refit": ("guarded",)}
 
 # The exponent of the kernel of refits is that of `Guarded`, in units of that of the logits.
 REFIT_EXPONENT, REFIT_RIDGE = 0.75, 1e-4
@@ -85,7 +87,7 @@ def running_coreset(
     if query_radius is not None:
         check_not_negative("query_radius", query_radius)
     if streaming != "counter":
-        merges = [ALGORITHMS[name] for name in ("guarded", "kmeans_nystrom", "kmeans_merge")]
+        merges = [ALGORITHMS[name] for name in FOLLOWED[streaming]]
         if chosen not in merges or (streaming == "fold" and query_radius is not None):
             followed = "query_radius" if streaming == "refit" else "neither"
             raise ValueError(

@@ -19,7 +19,8 @@ class Certificate(NamedTuple):
     Attributes:
         steps: steps of one token.
         exact_steps: those of them that were answered from all tokens.
-        promised: the largest bound among the others, in units of the largest norm of a value seen by then.
+        promised: the largest bound among the others, in units of the largest norm of a value seen by then; rounding of
+            outputs to a narrower dtype comes on top.
     """
 
     steps: Array

@@ -33,7 +33,7 @@ from approx_attention.core import (
     squared_norm,
     unknown,
 )
-from approx_attention.coresets import ALGORITHMS, Algorithm, compress, refitted, running_coreset
+from approx_attention.coresets import ALGORITHMS, Algorithm, compress, refitted, rescaled, running_coreset
 from approx_attention.decoding.budgets import token_budget
 from approx_attention.decoding.decoder import Cache
 from approx_attention.decoding.heuristics import HEURISTICS, SNAP_QUERIES, Heuristic, check_queries
@@ -86,7 +86,8 @@ def compress_tokens(
         v: values ``[S, Dv]``.
         key: typed PRNG key; heuristics need none.
         budget: the number of tokens that are kept in all; with ``budget >= S`` and no ``size`` nothing is lost.
-        num_bytes: in place of ``budget``, the bytes that the kept tokens may take (`token_budget`).
+        num_bytes: in place of ``budget``, the bytes that the kept tokens may take (`token_budget`), and the range of
+            their values, which some policies store.
         size: heuristics and attention matching only: the number of tokens that this head may use where heads share a
             budget (`shared_sizes`), from 0 to ``budget``; a traced size is cut to that range. The remaining rows have
             no mass. The first and the last tokens are always kept.
@@ -95,7 +96,8 @@ def compress_tokens(
             queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last); or
             ``"attention_matching"``, an `AttentionMatching` of the last 512 queries.
         queries: the queries of the last T positions ``[T, D]``, for the last four, and as an estimate of the radius.
-            Matching sees all tokens by each of them. Later queries should resemble them.
+            Matching sees all tokens by each of them. Later queries should resemble them. ``"guarded"`` judges by the
+            last 32.
         sinks: the number of first tokens that are kept exactly.
         recent: the number of last tokens that are kept exactly.
         mass_correction: heuristics only: the kept tokens take over the mass of the evicted ones, each in proportion to
@@ -182,7 +184,10 @@ def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bi
         assert budget is not None
         return budget
     dtype = jnp.promote_types(k.dtype, v.dtype)
-    return token_budget(num_bytes, k.shape[1], v.shape[1], dtype=dtype, bits=bits)
+    num_bytes = check_count("num_bytes", num_bytes, most=None)
+    # The range of the values, which signed masses need, is stored too.
+    rest = max(1, num_bytes - 2 * v.shape[1] * dtype.itemsize)
+    return token_budget(rest, k.shape[1], v.shape[1], dtype=dtype, bits=bits)
 
 
 def _in_budget(
@@ -247,7 +252,7 @@ def _in_budget(
             query_radius = _later_radius(queries)
         kept = refitted(between, kept, query_radius=query_radius)
     elif mass_correction:
-        kept = _with_mass_of(between, kept)
+        kept = rescaled(kept, between)
     return merge(fixed, kept)
 
 
@@ -279,13 +284,6 @@ def _kept_at(tokens: WeightedKV, ranked: Array, size: int | Array | None) -> Wei
     if size is None:
         return jax.tree.map(lambda x: x[ranked], tokens)
     return _at(tokens, ranked, jnp.arange(ranked.shape[0], dtype=jnp.int32) < size)
-
-
-def _with_mass_of(tokens: WeightedKV, kept: WeightedKV) -> WeightedKV:
-    """The kept tokens with masses and values scaled such that they stand for all tokens."""
-    held = jnp.sum(kept.mass)
-    factor = jnp.sum(tokens.mass) / jnp.where(held > 0, held, 1)
-    return dataclasses.replace(kept, value_sum=kept.value_sum * factor, mass=kept.mass * factor)
 
 
 def _rounding(bits: int | None) -> Callable[[WeightedKV], Any]:

@@ -272,9 +272,10 @@ class HeadsDecoder:
             arguments.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         dtype: of the cache, float32 or float64.
-        certify: the largest error that a step may have, in units of the largest norm of a value seen so far; None for
-            no promise. For methods whose running summary has a bound (``"coreset"``). Needs ``max_length``: every token
-            is kept, in device memory, in addition to the clusters.
+        certify: the largest error that a step may have, before its output is rounded to the dtype of ``value``, in
+            units of the largest norm of a value seen so far; None for no promise. For methods whose running summary has
+            a bound (``"coreset"``). Needs ``max_length``: every token is kept, in device memory, in addition to the
+            clusters.
         cache_bits: as in `Decoder`: 8 or 4 bits per channel of the older tokens, for ``"exact"``.
         **hyperparameters: those of the method.
 

@@ -61,6 +61,7 @@ class AttentionMatching:
         keep_count(self, "references")
         check_number("ridge", self.ridge)
         check_not_negative("ridge", self.ridge)
+        object.__setattr__(self, "ridge", float(self.ridge))
 
     def score(self, tokens: WeightedKV, queries: Array) -> Array:
         """The attention that each key receives from the reference queries, which ranks the keys."""
@@ -83,16 +84,20 @@ class AttentionMatching:
         queries, asked = queries[-self.references :], asked[-self.references :, None]
         own = attend(queries, tokens)
         whole = merge(own, attend(queries, fixed)) if fixed.mass.shape[0] else own
+        # A query that sees none of the tokens asks nothing of them.
+        asked = asked & jnp.isfinite(own.lse)[:, None]
+
+        log_own, log_whole = (jnp.where(asked[:, 0], x.lse, 0) for x in (own, whole))
 
         def shares(of: WeightedKV) -> Array:
             seen = asked & (of.mass > 0)[None, :]
-            logits = queries @ of.k.T + of.log_mass[None, :] - whole.lse[:, None]
+            logits = queries @ of.k.T + of.log_mass[None, :] - log_whole[:, None]
             # A share is at most 1, but for rounding.
             return jnp.where(seen, jnp.exp(jnp.minimum(jnp.where(seen, logits, 0), 0)), 0)
 
         # Queries that are not asked are rows of 0.
         share = shares(kept)
-        target = jnp.where(asked[:, 0], jnp.exp(own.lse - whole.lse), 0)
+        target = jnp.where(asked[:, 0], jnp.exp(log_own - log_whole), 0)
         gram = share.T @ share
         # Kept tokens without mass, beyond the size of a head, count for nothing.
         count = jnp.maximum(jnp.sum(kept.mass > 0), 1).astype(gram.dtype)

@@ -57,7 +57,7 @@ def coreset(
     with tokens such that :math:`\sup_{\|q\| \le \rho} \|\mathrm{out}(q) - \mathrm{attention}(q)\|` is small. Chosen
     tokens (``"halving"``, ``"stratified"``, samples) have :math:`u_c = m_c v_c`. Merged ones (``"kmeans_merge"``) are
     means of keys with sums of values. ``"kmeans_nystrom"`` solves for masses and values, which may be negative, so that
-    outputs are clipped to the range of the values. ``"guarded"`` takes the best of a merge, two solutions and a sample.
+    outputs are clipped to the range of the values. ``"guarded"`` takes the better of a merge and a solution.
     All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep the total mass exactly.
 
     The choice of tokens has no gradient; the keys and values of the chosen ones have.

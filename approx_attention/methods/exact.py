@@ -218,8 +218,8 @@ def _running_in_few_bits(head_dim: int, max_length: int, *, bits: int, block_siz
 def _first_quantized(blocks: QuantizedKV, count: Array) -> QuantizedKV:
     """The tokens of the first ``count`` of many blocks ``[n, G, ...]``; the others are absent."""
     seen = jnp.arange(blocks.mass.shape[0], dtype=jnp.int32) < count
-    seen = jax.tree.map(lambda x: jnp.where(seen.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), blocks)
-    return out_of_blocks(seen)
+    first = jax.tree.map(lambda x: jnp.where(seen.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), blocks)
+    return out_of_blocks(first)
 
 
 def exact_together(

@@ -1,6 +1,7 @@
 """The choice among coresets by probes, the seeding of distant keys, and weights solved for anew in a stream."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -152,3 +153,34 @@ def test_a_coreset_takes_few_steps_in_sequence():
     program = jax.make_jaxpr(lambda k, v: summarize_coreset(k, v, KEY, coreset_size=1024))(*shapes)
     products = [times for x, times in equations(program.jaxpr, platform="cuda") if x.primitive.name == "dot_general"]
     assert sum(products) < 100
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans_merge", "guarded"])
+def test_padding_changes_no_coreset_of_more_than_half_of_the_tokens(algorithm):
+    q, k, v = random_head(9, 6, 40, 4, 2)
+    k, v = k[:40], v[:40]
+
+    @jax.jit
+    def answers(k, v, kv_mask):
+        make = functools.partial(summarize_coreset, coreset_size=30, algorithm=algorithm)
+        return jnp.stack([attend(q, make(k, v, key, kv_mask=kv_mask)).out for key in jax.random.split(KEY, 4)])
+
+    padded = [jnp.concatenate([x, jnp.full((45, x.shape[1]), jnp.nan)]) for x in (k, v)]
+    expected = answers(k, v, jnp.ones(40, bool))
+    np.testing.assert_allclose(answers(*padded, jnp.arange(85) < 40), expected, atol=1e-5)
+
+
+def test_the_guard_sees_the_normaliser():
+    # Values that are all alike: outputs say nothing, and only the normaliser is approximated.
+    k = 1.4 * jax.random.normal(KEY, (512, 2))
+    tokens = WeightedKV.of_tokens(k, jnp.ones((512, 4)))
+    q = jax.random.normal(jax.random.key(6), (64, 2))
+    q = q * jnp.linalg.norm(k, axis=1).max() / jnp.linalg.norm(q, axis=1, keepdims=True)
+
+    @functools.partial(jax.jit, static_argnames="algorithm")
+    def errors(key, algorithm):
+        small = compress(tokens, key, coreset_size=108, algorithm=algorithm)
+        return jnp.abs(jnp.expm1(attend(q, small).lse - attend(q, tokens).lse)).max()
+
+    for key in jax.random.split(jax.random.key(7), 4):
+        assert errors(key, "guarded") < max(0.05, 1.5 * float(errors(key, "kmeans_merge")))
