@@ -126,17 +126,19 @@ def tree_attention(
     return below_of(children[-1], inputs.q)
 
 
-def children_of(parents: Any, num_nodes: int) -> dict[int, list[int]]:
-    """The children of the query, under -1, and of each node.
+def children_of(parents: Any, num_nodes: int | None = None) -> dict[int, list[int]]:
+    """The children of the query, under -1, and of each node; the number of nodes is checked if it is given.
 
     Raises:
         TypeError: parents that are no integers known when tracing.
         ValueError: not one for each node, no such node, or a cycle.
     """
-    allowed = f"parents must hold, for each of {num_nodes} nodes, its parent or -1 for the query"
+    nodes = "at least one node" if num_nodes is None else f"each of {num_nodes} nodes"
+    allowed = f"parents must hold, for {nodes}, its parent or -1 for the query"
     if not isinstance(parents, tuple | list):
         raise TypeError(f"{allowed}, as a tuple of integers; got {shown(parents)}")
     known = [check_count("parents", parent, least=-1) for parent in parents]
+    num_nodes = max(len(known), 1) if num_nodes is None else num_nodes
     if len(known) != num_nodes or any(parent >= num_nodes for parent in known):
         raise ValueError(f"{allowed}; got {shown(parents)}")
     children: dict[int, list[int]] = {node: [] for node in range(-1, num_nodes)}
