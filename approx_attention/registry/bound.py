@@ -193,8 +193,8 @@ class BoundMethod:
         .. math:: \mathrm{out}_t = \frac{\sum_j w_{tj}\, e^{b_j} v_j}{\sum_j w_{tj}\, e^{b_j}}, \qquad
                   \mathrm{lse}_t = \mathrm{lse}^w_t + \log \sum_j w_{tj}\, e^{b_j}
 
-        with the weights w of the method: as they do not depend on values, one more channel of values gives the second
-        sum. In features of keys the bias would change their norms, on which the errors of random features depend.
+        with the weights w of the method, which are the same for all channels of values: one more channel gives the
+        second sum. As a channel of keys the bias would change their norms, on which errors of random features depend.
 
         Args:
             q: queries ``[T, D]``.
