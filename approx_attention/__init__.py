@@ -58,6 +58,7 @@ from approx_attention.realization import certify, dimension_bound, realize_spars
 from approx_attention.registry import METHODS, Capabilities, Method
 from approx_attention.sparse import SparsePattern
 from approx_attention.tensor import determinant_attention, strassen_attention, tensor_attention, tensor_polynomial
+from approx_attention.trees import tree_attention
 
 __all__ = [
     "METHODS",
@@ -124,6 +125,7 @@ __all__ = [
     "tensor_attention",
     "tensor_polynomial",
     "top_k",
+    "tree_attention",
     "uniform_sample",
     "unreduced_jlt",
 ]

@@ -74,7 +74,7 @@ TOPICS = {
         "Tensor attention of any order, exactly and by polynomials of bounded logits.",
         (
             "tensor_attention", "tensor_polynomial", "tensor.tensor_support_basis", "determinant_attention",
-            "strassen_attention", "tensor.running_tensor_polynomial", "tensor.TensorDecoder",
+            "strassen_attention", "tree_attention", "tensor.running_tensor_polynomial", "tensor.TensorDecoder",
             "tensor.exp_coefficients", "tensor.choose_degree", "tensor.ratio_range", "tensor.weight_bound",
             "tensor.IndexSet", "tensor.total_degree", "tensor.anisotropic", "tensor.MonomialFeatures",
             "tensor.TensorSketch", "tensor.ProductSketch",

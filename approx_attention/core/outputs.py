@@ -52,7 +52,9 @@ def output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
 
     signature = inspect.signature(function)
     state = inspect.Parameter("return_state", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    # Python allows nothing after **hyperparameters; the sort is stable.
+    parameters = sorted([*signature.parameters.values(), state], key=lambda parameter: parameter.kind)
     method.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), state], return_annotation=Array | AttentionState
+        parameters=parameters, return_annotation=Array | AttentionState
     )
     return method  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
 from approx_attention.nnx.tensor import TensorAttention
+from approx_attention.nnx.trees import TreeAttention
 
 __all__ = [
     "Adaptor",
@@ -16,6 +17,7 @@ __all__ = [
     "LinformerAttention",
     "Rfa",
     "TensorAttention",
+    "TreeAttention",
     "eva_dropin",
     "eva_official",
     "eva_official_causal",

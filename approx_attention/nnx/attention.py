@@ -113,7 +113,7 @@ class ApproxAttention(nnx.Module):
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
         self.bound, self.scale = nnx.static(bound), nnx.static(scale)
-        stream = _stream(rngs) if draws or learned else None
+        stream = layer_stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
         self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
         self._hold(None, {}, None)
@@ -401,7 +401,7 @@ def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
     return rngs.attention
 
 
-def _stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
+def layer_stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
     """The random stream of one layer: a fork of the stream ``attention``, or the stream that is given."""
     stream = None if rngs is None else attention_stream(rngs)
     if stream is not None and stream.key.shape:

@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+from approx_attention import kernels
 from approx_attention.core import (
+    HIDDEN,
+    AttentionState,
     Block,
     RunningSummary,
     Summary,
@@ -19,6 +22,9 @@ from approx_attention.core import (
     check_key,
     check_scale,
     each,
+    finite_peak,
+    logit_scale,
+    real_keys,
     split_arrays,
     summary_bytes,
 )
@@ -159,6 +165,87 @@ class BoundMethod:
         assert make is not None, self.name
         return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random})
 
+    def require_key_bias(self) -> None:
+        """Raises ``NotImplementedError`` unless it has attention under a bias of each key."""
+        if not _answers_under_bias(self.registered):
+            able = ", ".join(name for name, other in METHODS.items() if _answers_under_bias(other))
+            raise NotImplementedError(
+                f"method {self.name!r} does not support a bias of each key; those that do: {able}"
+            )
+        if self.registered and self.registered.is_exact and self.hyperparameters:
+            given = ", ".join(self.hyperparameters)
+            raise NotImplementedError(f"method {self.name!r} does not support {given} under a bias of each key")
+
+    def state_under_bias(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        key_bias: Array | None = None,
+        key: Array | None = None,
+        *,
+        kv_mask: Array | None = None,
+        is_causal: bool = False,
+        scale: float | Array | None = None,
+    ) -> AttentionState:
+        r"""Attention of one head with a bias of each key, added to its logits.
+
+        .. math:: \mathrm{out}_t = \frac{\sum_j w_{tj}\, e^{b_j} v_j}{\sum_j w_{tj}\, e^{b_j}}, \qquad
+                  \mathrm{lse}_t = \mathrm{lse}^w_t + \log \sum_j w_{tj}\, e^{b_j}
+
+        with the weights w of the method, which are the same for all channels of values: one more channel gives the
+        second sum. As a channel of keys the bias would change their norms, on which errors of random features depend.
+
+        Args:
+            q: queries ``[T, D]``.
+            k: keys ``[S, D]``.
+            v: values ``[S, Dv]``.
+            key_bias: b ``[S]``, -inf for a key that is hidden; None for 0.
+            key: typed PRNG key, for a method that takes one.
+            kv_mask: true where a key is real, ``[S]``.
+            is_causal: query t sees keys j <= t.
+            scale: factor of the logits, ``1/sqrt(D)`` by default.
+
+        Returns:
+            The `AttentionState`; NaN in rows whose visible keys all have an :math:`e^b` of 0 next to the largest.
+
+        Raises:
+            NotImplementedError: a method whose weights may be negative or have another normaliser, or an option that
+                it does not support.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from approx_attention.registry import bind
+            >>> q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
+            >>> bias = jnp.log(jnp.arange(1.0, 7.0))
+            >>> state = bind("mean_pool", {"num_landmarks": 6}).state_under_bias(q, k, v, bias)
+            >>> bool(jnp.allclose(state.out, jax.nn.softmax(q @ k.T / 2 + bias[None]) @ v, atol=1e-5))
+            True
+        """
+        self.require_key_bias()
+        asked = {"scale": scale, "is_causal": is_causal or None, "kv_mask": kv_mask}
+        options = {name: value for name, value in asked.items() if value is not None}
+        self.require(("return_state", *options))
+        self.check_values(options)
+        if key_bias is not None:
+            # NaN is not hidden: it has to come out.
+            seen = real_keys(kv_mask, k.shape[0]) & ~(key_bias <= HIDDEN / 2)
+            key_bias = jnp.where(seen, key_bias, HIDDEN)
+            options["kv_mask"] = seen
+        if self.registered and self.registered.is_exact and key_bias is not None:
+            right = 0 if is_causal else None
+            return kernels.state(q, k, v, key_bias, right=right, scale=logit_scale(scale, q.shape[1]))
+        answer = functools.partial(self.function, return_state=True, **self.hyperparameters)
+        if key_bias is None:
+            return answer(q, k, v, key, **options)
+        peak = finite_peak(lax.stop_gradient(jnp.max(key_bias)))
+        weights = jnp.where(seen, jnp.exp(jnp.where(seen, key_bias - peak, 0)), 0)[:, None]
+        state = answer(q, k, jnp.concatenate([v * weights, weights], axis=1), key, **options)
+        empty = jnp.isneginf(state.lse)
+        # A sum of 0 over visible keys has underflowed: it shows as NaN.
+        total = jnp.where(empty, 1, jnp.where(state.out[:, -1] > 0, state.out[:, -1], jnp.nan))
+        return AttentionState(state.out[:, :-1] / total[:, None], state.lse + jnp.log(total) + peak)
+
     def require_certified(self) -> Method:
         """Returns its entry in `METHODS`, if its running summary has a bound for each query.
 
@@ -268,6 +355,11 @@ def _drawn(
 ) -> dict[str, Array]:
     """The random projections of each head."""
     return each(lambda key: draw(key, head_dim, **dict(static), **arrays), keys)
+
+
+def _answers_under_bias(method: Method | None) -> bool:
+    """True if a bias of each key can ride in its values."""
+    return method is not None and method.capabilities.normalizer and method.capabilities.convex
 
 
 def _has_arrays(value: Any) -> bool:

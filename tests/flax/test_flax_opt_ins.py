@@ -419,6 +419,7 @@ def test_bad_caches_are_named():
         lambda rngs: ours.Lara(HEAD, num_landmarks=3, rngs=rngs),
         lambda rngs: ours.Rfa(HEAD, HEADS, gate_dim=DIM, rngs=rngs),
         lambda rngs: ours.TensorAttention(DIM, num_heads=HEADS, head_dim=HEAD, rngs=rngs),
+        lambda rngs: ours.TreeAttention(DIM, num_heads=HEADS, head_dim=HEAD, rngs=rngs),
         *(
             lambda rngs, init=init: ours.LinformerAttention(HEADS, 12, num_slots=3, init=init, rngs=rngs)
             for init in (ours.scale_keeping_init, ours.mean_pool_init(), nnx.initializers.normal())

@@ -248,6 +248,47 @@ def test_tensor_layers_train_every_array_and_mask_padding(name):
         np.testing.assert_allclose(layer(x.at[:, 3:].set(5.0))[:, :3], layer(x)[:, :3], atol=1e-5)
 
 
+TREE_LAYERS = {
+    "exact, causal": {"is_causal": True},
+    "binary, by favor": {"parents": (-1, 0, 0), "method": "favor", "num_features": 16},
+    "one node": {"parents": (-1,)},
+}
+
+
+@pytest.mark.parametrize("name", TREE_LAYERS)
+def test_tree_layers_train_every_array_and_mask_padding(name):
+    options = TREE_LAYERS[name]
+    layer = ours.TreeAttention(8, num_heads=2, head_dim=4, rngs=RNGS(0), **options)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    real = jnp.arange(6)[None] < jnp.array([6, 4])[:, None]
+
+    def loss(layer, x):
+        out = layer(x, kv_mask=real)
+        return jnp.sum(out[:, :3] ** 2), out
+
+    step = flax_nnx.jit(flax_nnx.grad(loss, has_aux=True))
+    gradient, out = step(layer, x)
+    for path, leaf in jax.tree.leaves_with_path(flax_nnx.to_pure_dict(gradient)):
+        assert np.all(np.isfinite(leaf)), path
+        # What all keys of a node have in common shifts all logits of a query alike: that of one node has no effect.
+        if "keys" not in str(path) or "bias" not in str(path):
+            assert np.abs(leaf).max() > 0, path
+    # Later tokens, where it is causal, and the padding of the second sequence change nothing.
+    other = x.at[1, 4:].set(7.0)
+    other = other.at[:, 3:].set(5.0) if options.get("is_causal") else other
+    np.testing.assert_allclose(step(layer, other)[1][1, :3], out[1, :3], atol=1e-5)
+
+
+def test_a_tree_layer_says_what_it_cannot_take():
+    make = functools.partial(ours.TreeAttention, 8, num_heads=2, head_dim=4, rngs=RNGS(0))
+    with pytest.raises(TypeError, match="parents must hold, for at least one node, .* as a tuple of integers; got 3"):
+        make(parents=3)
+    with pytest.raises(ValueError, match=r"parents must hold, for at least one node, .*; got \(\)"):
+        make(parents=())
+    with pytest.raises(NotImplementedError, match="method 'rfa' does not support a bias of each key"):
+        make(method="rfa")
+
+
 def test_a_bounded_tensor_layer_computes_in_the_precision_of_its_input(x64):
     rows = np.random.default_rng(0).normal(size=(3, 4))
     expected = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True))

@@ -1,0 +1,94 @@
+"""A layer of tree attention."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from approx_attention.core import check_counts, check_flag
+from approx_attention.flax_arguments import bind_layer
+from approx_attention.nnx.attention import layer_stream
+from approx_attention.registry import BoundMethod
+from approx_attention.trees import children_of, tree_attention
+
+
+class TreeAttention(nnx.Module):
+    r"""A layer of tree attention: projections to one query, and to keys and values of each node, per head, and back.
+
+    Nodes with children have queries of their own too. With more than one node values start at a bias of 1, so that
+    their products start near the sum of what each says. A random method keeps the random projections of its first call.
+
+    Args:
+        model_dim: channels of the input and of the output.
+        num_heads: the number N of heads.
+        head_dim: the number D of channels of a head.
+        parents: the parent of each node, -1 for a child of the query, as in `approx_attention.tree_attention`.
+        method: as in `approx_attention.tree_attention`.
+        is_causal: tokens see tokens at their position and before.
+        rngs: streams for the parameters; a random method forks ``attention``.
+        **hyperparameters: static arguments of the method.
+
+    Raises:
+        ValueError: a count that is too small, parents that make no tree, an unknown method.
+        TypeError: an argument that the method does not have.
+        NotImplementedError: a method that answers under no bias of its keys.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import TreeAttention
+        >>> layer = TreeAttention(8, num_heads=2, head_dim=4, parents=(-1, 0), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((3, 5, 8))).shape
+        (3, 5, 8)
+
+    Reference:
+        :cite:p:`chakrabarti2026poly`; :cite:p:`roy2025simplex`, for the biases.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        parents: Sequence[int] = (-1, 0),
+        method: str | Callable[..., Array] | BoundMethod = "exact",
+        is_causal: bool = False,
+        rngs: nnx.Rngs,
+        **hyperparameters: Any,
+    ):
+        bound, draws = bind_layer(method, False, hyperparameters)
+        bound.require_key_bias()
+        children = children_of(parents)
+        model_dim, *shape = check_counts(model_dim=model_dim, num_heads=num_heads, head_dim=head_dim)
+        value_bias = nnx.initializers.ones if len(parents) > 1 else nnx.initializers.zeros
+        self.bound, self.parents = nnx.static(bound), tuple(parents)
+        self.is_causal = check_flag("is_causal", is_causal)
+        self.stream = nnx.data(layer_stream(rngs) if draws else None)
+        self.query = nnx.LinearGeneral(model_dim, shape, rngs=rngs)
+        self.keys = nnx.List([nnx.LinearGeneral(model_dim, shape, rngs=rngs) for _ in parents])
+        self.values = nnx.List([nnx.LinearGeneral(model_dim, shape, bias_init=value_bias, rngs=rngs) for _ in parents])
+        asking = [node for node in range(len(parents)) if children[node]]
+        self.node_queries = nnx.List([nnx.LinearGeneral(model_dim, shape, rngs=rngs) for _ in asking])
+        self.asking = tuple(asking)
+        self.out = nnx.LinearGeneral(shape, model_dim, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x: Array, *, kv_mask: Array | None = None) -> Array:
+        """Attention of tokens ``[B, T, C]`` to themselves, of which ``kv_mask [B, T]`` says which are real."""
+        q = self.query(x)
+        keys, values = (jnp.stack([project(x) for project in of]) for of in (self.keys, self.values))
+        # Leaves have no queries: their keys stand in place, unused.
+        asking = dict(zip(self.asking, self.node_queries, strict=True))
+        node_queries = jnp.stack([asking[node](x) if node in asking else k for node, k in enumerate(keys)])
+        random = None if self.stream is None else jax.random.split(self.stream.key[...], q.shape[2])
+
+        def head(key: Array | None, q: Array, k: Array, v: Array, u: Array, mask: Array | None) -> Array:
+            options: Any = {"parents": self.parents, "method": self.bound, "is_causal": self.is_causal}
+            return tree_attention(q, k, v, key, node_queries=u, kv_mask=mask, **options)
+
+        over_heads = jax.vmap(head, (0, 1, 2, 2, 2, None), 1)
+        out = jax.vmap(over_heads, (None, 0, 1, 1, 1, 0))(random, q, keys, values, node_queries, kv_mask)
+        return self.out(out)
