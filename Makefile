@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 # Methods that the default comparison leaves out: their cost grows with the square of the length, or they have no causal
 # form.
-COSTLY := top_k,sparse_coreset,block_linformer,ra
+COSTLY := top_k,priority,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 
 .PHONY: compare test pytest test-slow lint style types imports format docs bench aot experiments readme sample check-wheel clean

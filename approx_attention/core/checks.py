@@ -175,6 +175,15 @@ def check_floats(**arrays: Any) -> None:
             check_floating(name, x)
 
 
+def check_noise(noise: Any, num_keys: int) -> None:
+    """Raises unless ``noise`` is None or a floating-point number for each key."""
+    if noise is None:
+        return
+    check_floating("noise", noise)
+    if noise.shape != (num_keys,):
+        raise ValueError(f"noise must be [S] = [{num_keys}], got shape {noise.shape}")
+
+
 def check_float_tuple(name: str, given: Any, length: int = 2) -> None:
     """Raises ``TypeError`` unless ``given`` is None or a tuple of ``length`` floating-point arrays."""
     if given is None:

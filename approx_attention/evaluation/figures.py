@@ -38,6 +38,7 @@ _LOOKS = {
     "bigbird": ("orange", "^", "full"),
     "top_k": ("sky", "X", "full"),
     "lsh_top_k": ("blue", "s", "full"),
+    "priority": ("brown", "o", "full"),
     "uniform_sample": ("brown", "*", "full"),
     "mean_pool": ("red", "d", "full"),
     "coreset": ("violet", "p", "full"),

@@ -57,6 +57,7 @@ from approx_attention.methods.lsh_top_k import lsh_top_k
 from approx_attention.methods.nystrom import nystrom
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
+from approx_attention.methods.priority import priority
 from approx_attention.methods.ra import ra
 from approx_attention.methods.rfa import draw_rfa, gate_tokens, rfa, running_rfa
 from approx_attention.methods.scatterbrain import scatterbrain
@@ -95,6 +96,7 @@ __all__ = [
     "nystrom",
     "place_tokens",
     "polynomial_attention",
+    "priority",
     "ra",
     "rfa",
     "running_block_linformer",

@@ -19,6 +19,7 @@ from approx_attention.core import (
     check_counts,
     check_floating,
     check_key,
+    check_noise,
     check_tokens,
     head_inputs,
     out_of_blocks,
@@ -135,7 +136,7 @@ def uniform_sample(
     """
 
     def running(head_dim: int) -> RunningSummary:
-        _check_noise(noise, k.shape[0])
+        check_noise(noise, k.shape[0])
         # The causal form moves real keys to the front, and their priorities must go along.
         moved = noise if noise is None or kv_mask is None else RealFirst.of(kv_mask).front(noise)
         return running_uniform_sample(head_dim, key, sample_size=sample_size, noise=moved)
@@ -171,7 +172,7 @@ def summarize_uniform_sample(
     """
     check_tokens(k, v, kv_mask)
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
-    _check_noise(noise, k.shape[0])
+    check_noise(noise, k.shape[0])
     if noise is None:
         noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],), jnp.float32)
         # Noise by rank among the real keys: padding changes no choice.
@@ -256,14 +257,6 @@ def _sample_after(priority: Array, place: Array, offered: Array, k: Array, v: Ar
     taken = (priority > -jnp.inf)[:, None]
     k, v = (jnp.where(taken, x[place[last]], 0) for x in (k, v))
     return _Sample(priority, k, v, jnp.where(count > 0, offered[last], 0))
-
-
-def _check_noise(noise: Array | None, num_keys: int) -> None:
-    if noise is None:
-        return
-    check_floating("noise", noise)
-    if noise.shape != (num_keys,):
-        raise ValueError(f"noise must be [S] = [{num_keys}], got shape {noise.shape}")
 
 
 class _Sample(NamedTuple):

@@ -91,6 +91,15 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (8 * D + D + Dv),
             reference="Kitaev et al. 2020",
         ),
+        "priority": Method(
+            function=methods.priority,
+            noise=("noise",),
+            size="keys_per_query",
+            usual_size=64,
+            capabilities=Capabilities(needs_key=True, unbiased=True, exact_limit=True, subquadratic=False),
+            cost=lambda T, S, D, Dv, size: 2 * T * (S * D + min(size, S) * (D + Dv)),
+            reference="Zharkov et al. 2026",
+        ),
         "uniform_sample": Method(
             function=methods.uniform_sample,
             noise=("noise",),

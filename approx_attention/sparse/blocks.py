@@ -402,10 +402,13 @@ def _lists_in_turns(
     return out_of_blocks(state, number)
 
 
-def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> AttentionState:
+def gathered_state(
+    q: Array, k: Array, v: Array, places: Array, seen: Array, bias: Array | None = None
+) -> AttentionState:
     r"""Attention of each query over K gathered keys, at a cost of O(T K (D + Dv)).
 
-    .. math:: \mathrm{out}_t = \sum_i e^{q_t \cdot k_{p_{ti}}} v_{p_{ti}} \Big/ \sum_i e^{q_t \cdot k_{p_{ti}}}
+    .. math:: \mathrm{out}_t = \sum_i e^{q_t \cdot k_{p_{ti}} + b_{ti}} v_{p_{ti}}
+              \Big/ \sum_i e^{q_t \cdot k_{p_{ti}} + b_{ti}}
 
     Args:
         q: queries ``[T, D]`` in scaled space.
@@ -413,6 +416,7 @@ def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> 
         v: values ``[S, Dv]``.
         places: the indices p of the keys, int32 ``[T, K]``.
         seen: which of them count ``[T, K]``; no key twice.
+        bias: added to their logits ``[T, K]``, or None.
 
     Returns:
         The `AttentionState` of the queries.
@@ -424,13 +428,14 @@ def gathered_state(q: Array, k: Array, v: Array, places: Array, seen: Array) -> 
     rows = min(num_queries, max(1, GATHERED // per_query))
 
     @jax.checkpoint
-    def of_rows(args: tuple[Array, Array]) -> AttentionState:
-        q, places = args
+    def of_rows(args: tuple[Array, Array, Array | None]) -> AttentionState:
+        q, places, bias = args
         # The barrier keeps the gather apart: fused into the products, it would read the rows once for each use.
         k_own, v_own = lax.optimization_barrier((k[places], v[places]))
-        return _rows_state(q, k_own, v_own, mask_bias(places < k.shape[0] - 1, q.dtype))
+        hidden = mask_bias(places < k.shape[0] - 1, q.dtype)
+        return _rows_state(q, k_own, v_own, hidden if bias is None else hidden + bias)
 
-    blocks = in_blocks(q, rows), in_blocks(places, rows)
+    blocks = in_blocks(q, rows), in_blocks(places, rows), None if bias is None else in_blocks(bias, rows)
     state = lax.map(of_rows, blocks)
     return out_of_blocks(state, num_queries)
 

@@ -128,7 +128,7 @@ def answer_bytes(attention: AttentionConfig, length: int, head_dim: int, is_caus
 
 
 # Methods that hold every token, whatever a query is answered from.
-CHOOSE = ("exact", "ra", "bigbird", "top_k", "lsh_top_k")
+CHOOSE = ("exact", "ra", "bigbird", "top_k", "lsh_top_k", "priority")
 
 
 def _near(settings: Mapping[str, Any], is_causal: bool, block: str = "block_size") -> int:
@@ -157,6 +157,7 @@ _ANSWERS_FROM: Mapping[str, Any] = {
     ),
     "top_k": lambda s, n, d, c: (s["keys_per_query"], 0),
     "lsh_top_k": lambda s, n, d, c: (s["keys_per_query"], 0),
+    "priority": lambda s, n, d, c: (s["num_keys"], 0),
     "uniform_sample": lambda s, n, d, c: (_near(s, c) + s["sample_size"], 0),
     "importance_sample": lambda s, n, d, c: (s["sample_size"], 0),
     "hyper_attention": lambda s, n, d, c: (s["block_size"] + s["sample_size"], 0),

@@ -1,0 +1,167 @@
+"""Priority attention against a transcription in float64, its sums over many draws, and its law of errors."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from approx_attention import priority, top_k
+from approx_attention.evaluation import load_sample
+from tests.methods.case import Case
+from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
+
+CASES = {
+    "priority": Case(
+        diagonal_size=14,
+        changes={"noise": jnp.linspace(0.01, 1, 40)},
+        # The threshold and the choice have no gradient; with all keys there are none.
+        smooth={"keys_per_query": 15},
+    )
+}
+
+KEY = jax.random.key(3)
+priority, top_k = compiled(priority, top_k)
+
+
+def transcribed(q, k, v, u, count, mask, scale=None):
+    """Numerator, normaliser, and the factors of all weights (0 of keys not chosen), one query after the other."""
+    q, k, v, u = (np.asarray(x, np.float64) for x in (q, k, v, u))
+    weights = np.exp(q @ k.T * (1 / np.sqrt(q.shape[1]) if scale is None else scale))
+    factors = np.zeros_like(weights)
+    for t, row in enumerate(weights):
+        seen = np.flatnonzero(mask[t])
+        order = seen[np.argsort(-row[seen] / u[seen])]
+        threshold = row[order[count]] / u[order[count]] if len(order) > count else 0
+        chosen = order[:count]
+        factors[t, chosen] = np.maximum(row[chosen], threshold) / row[chosen]
+    estimates = factors * weights
+    return estimates @ np.where(mask.any(0)[:, None], v, 0), estimates.sum(1), factors
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64):
+    # Longer than a block of keys, with padding of NaN; causally the first queries see few keys, or none.
+    num_queries, num_keys, count = 60, 1100, 7
+    q, k, v = (np.asarray(x) for x in random_head(0, num_queries, num_keys, 8, 5, jnp.float64))
+    u = np.random.default_rng(1).random(num_keys)
+    kv_mask = np.arange(num_keys) % 3 != 0
+    mask = kv_mask & (causal_mask(num_queries, num_keys) if is_causal else np.ones((num_queries, 1), bool))
+    soiled = (np.where(kv_mask[:, None], x, np.nan) for x in (k, v))
+    cotangent = np.random.default_rng(2).normal(size=(num_queries, 6))
+
+    def numerator_and_normaliser(q, k, v):
+        options = {"noise": jnp.asarray(u), "keys_per_query": count, "is_causal": is_causal, "return_state": True}
+        state = priority(q, k, v, kv_mask=jnp.asarray(kv_mask), **options)
+        mass = jnp.exp(state.lse)[:, None]
+        return jnp.concatenate([mass * state.out, mass], axis=1)
+
+    def program(q, k, v):
+        sums, pull = jax.vjp(numerator_and_normaliser, q, k, v)
+        return sums, pull(jnp.asarray(cotangent))
+
+    sums, gradients = jax.jit(program)(*map(jnp.asarray, (q, *soiled)))
+    numerator, normaliser, factors = transcribed(q, k, v, u, count, mask)
+    np.testing.assert_allclose(sums, np.column_stack([numerator, normaliser]), rtol=1e-12, atol=1e-12)
+    assert (normaliser == 0).any() == is_causal  # the query that sees padding alone
+
+    # Gradients are those of the sums with constant factors.
+    estimates = factors * np.exp(q @ k.T / np.sqrt(8))
+    of_logits = estimates * (cotangent[:, :5] @ v.T + cotangent[:, 5:])
+    expected = of_logits @ k / np.sqrt(8), of_logits.T @ q / np.sqrt(8), estimates.T @ cotangent[:, :5]
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-10, atol=1e-10)
+
+
+NUM_DRAWS = 3000
+
+
+def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64):
+    # The draws are those of the method, so this tests its uniform numbers too.
+    count, num_keys = 6, 40
+    q, k, v = random_head(4, 3, num_keys, 4, 2, jnp.float64, spread=1.5)
+
+    def sums(q, key):
+        state = priority(q, k, v, key, keys_per_query=count, return_state=True)
+        mass = jnp.exp(state.lse)
+        return mass, mass[:, None] * state.out
+
+    def draw(key):
+        (mass, numerator), pull = jax.vjp(functools.partial(sums, key=key), q)
+        return mass, numerator, *pull((jnp.ones_like(mass), jnp.zeros_like(numerator)))
+
+    draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(5), NUM_DRAWS))
+    out, lse = brute_force(q, k, v)
+    mass = np.exp(lse)
+    weights = np.exp(np.asarray(q) @ np.asarray(k).T / 2)
+    truths = mass, mass[:, None] * out, weights @ np.asarray(k) / 2
+    for estimates, truth in zip(draws, truths, strict=True):
+        deviation = np.std(estimates, axis=0) / np.sqrt(NUM_DRAWS)
+        assert np.all(np.abs(np.mean(estimates, axis=0) - truth) < 4.5 * deviation)
+        # The test can fail: a bias of a tenth would be seen.
+        assert np.all(deviation < 0.02 * np.abs(truth).max())
+    assert np.all(np.var(draws[0], axis=0) < mass**2 / (count - 1))
+    greatest = np.square(v).sum(1).max()
+    assert np.all(np.var(draws[1], axis=0).sum(1) < greatest * mass**2 / (count - 1))
+
+
+def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
+    # Keys are values, so that those of the largest logits are not like the others.
+    q, k, _ = random_head(6, 32, 4096, 16)
+
+    def errors(count, length):
+        own = k[:length], k[:length]
+        program = jax.jit(jax.vmap(lambda key: priority(q, *own, key, keys_per_query=count)))
+        exact = brute_force(q, *own)[0]
+        found = np.asarray(program(jax.random.split(KEY, 16))) - exact
+        best = np.asarray(top_k(q, *own, keys_per_query=count)) - exact
+        return (np.sqrt(np.mean(np.square(x))) for x in (found, best))
+
+    (few, few_best), (many, _), (short, short_best) = errors(32, 4096), errors(128, 4096), errors(32, 512)
+    assert 1.7 < few / many < 2.4
+    assert 0.8 < few / short < 1.25
+    # The largest logits hold a share of the weight that falls with the length.
+    assert few_best > 1.4 * short_best
+    assert few_best > 2 * few
+
+
+def test_a_head_of_the_shipped_sample_whose_weights_are_spread():
+    query, key, value = (x[1, :1536] for x in load_sample())
+    last = slice(1280, 1536)
+    for head, most in ((0, 0.08), (1, 0.11)):
+        q, k, v = query[:, head], key[:, 0], value[:, 0]
+        exact = brute_force(q[last], k, v, mask=causal_mask(1536, 1536)[last])[0]
+        draws = [priority(q, k, v, jax.random.key(i), keys_per_query=64, is_causal=True) for i in range(3)]
+        error = np.mean([relative_error(out[last], exact) for out in draws])
+        best = relative_error(top_k(q, k, v, keys_per_query=64, is_causal=True)[last], exact)
+        assert error < most
+        assert best > 2 * error
+
+
+def test_the_number_of_a_key_follows_from_its_place_alone():
+    q, k, v = random_head(7, 5, 30)
+    call = functools.partial(priority, keys_per_query=4)
+    whole = call(q, k, v, KEY)
+    # Behind the keys, between them, and before them, padding changes nothing.
+    for kv_mask in (np.arange(41) < 30, np.arange(41) % 4 != 3, np.arange(41) > 10):
+        places = np.flatnonzero(kv_mask)[:30]
+        longer = [np.full((41, 8), np.nan, np.float32) for _ in range(2)]
+        for padded, x in zip(longer, (k, v), strict=True):
+            padded[places] = x
+        real = np.isin(np.arange(41), places)
+        np.testing.assert_allclose(call(q, *map(jnp.asarray, longer), KEY, kv_mask=jnp.asarray(real)), whole, atol=1e-6)
+    # A prefix of the keys has the numbers of the whole: causally both are the same.
+    x = random_head(8, 30, 30)
+    causal = [call(*(y[:length] for y in x), KEY, is_causal=True) for length in (30, 17)]
+    np.testing.assert_allclose(causal[0][:17], causal[1], atol=1e-6)
+
+
+def test_what_is_refused():
+    q, k, v = random_head(9, 8, 8)
+    with pytest.raises(ValueError, match="priority is random"):
+        priority(q, k, v)
+    with pytest.raises(TypeError, match="noise"):
+        priority(q, k, v, noise=jnp.ones(9))
+    with pytest.raises(ValueError, match="keys_per_query must be at least 1, got 0"):
+        priority(q, k, v, KEY, keys_per_query=0)
