@@ -157,7 +157,7 @@ _ANSWERS_FROM: Mapping[str, Any] = {
     ),
     "top_k": lambda s, n, d, c: (s["keys_per_query"], 0),
     "lsh_top_k": lambda s, n, d, c: (s["keys_per_query"], 0),
-    "priority": lambda s, n, d, c: (s["num_keys"], 0),
+    "priority": lambda s, n, d, c: (s["keys_per_query"], 0),
     "uniform_sample": lambda s, n, d, c: (_near(s, c) + s["sample_size"], 0),
     "importance_sample": lambda s, n, d, c: (s["sample_size"], 0),
     "hyper_attention": lambda s, n, d, c: (s["block_size"] + s["sample_size"], 0),
