@@ -169,9 +169,8 @@ def _refitting(key: Array, head_dim: int, coreset_size: int, query_radius: float
         places = lasting_places(centred, coreset_size, key_places)
         tokens = dataclasses.replace(tokens, k=centred.k)
         ratio = ratio_of_radii(centred, query_radius)
-        solved = with_nystrom_weights(
-            tokens, jax.tree.map(lambda x: x[places], centred), ratio * REFIT_EXPONENT, REFIT_RIDGE
-        )
+        rows = WeightedKV(centred.k[places], centred.value_sum[places], centred.mass[places])
+        solved = with_nystrom_weights(tokens, rows, ratio * REFIT_EXPONENT, REFIT_RIDGE)
         fitted = best_of([_merged_signed(tokens, centred, places), solved], tokens, ratio, key_probes, doubts=DOUBTS)
         return dataclasses.replace(fitted, k=fitted.k + middle[None, :])
 
