@@ -21,6 +21,8 @@ from experiments.whole_picture.figures import by_score
 from experiments.whole_picture.zoo import CHOOSE, ENDS, answer_bytes
 
 ZOO = CONFIGS / "whole_picture" / "zoo"
+# Methods that are newer than the committed runs, which a configuration with them would make runs of another one.
+NOT_RUN = {"priority"}
 SCALES = [(scale, arm) for scale in ("cpu", "gpu") for arm in ("recall", "bytes", "listops")]
 
 
@@ -42,6 +44,8 @@ def test_no_method_is_left_out(scale, arm):
     else:
         # Without the future it is favor.
         wanted = {name for name in METHODS if facts[name].causal} - {"scatterbrain"}
+    if scale == "cpu":
+        wanted -= NOT_RUN
     assert named == wanted
 
 
