@@ -204,7 +204,7 @@ def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:
     r"""Rounds the keys and values of tokens to few bits; masses stay as they are.
 
     Tokens are taken in groups of at most 128 consecutive ones. Each group keeps its mean key and value, and each token
-    its departure from them: rotated, in units of a step of its own, at 256 equal levels or at the 16 that are best for
+    its departure from them: rotated, in units of its step, at 256 equal levels or at the 16 that are best for
     a Gaussian, which rotated channels resemble. At 4 bits the squared error is 0.0096 of the squared departure.
 
     No gradient passes: rounded keys, values and masses are constants. That of queries does.

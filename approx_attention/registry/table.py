@@ -129,7 +129,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             capabilities=Capabilities(decode=True, needs_key=True, exact_limit=True),
             # Seeding reads keys against twice the coreset, k-means and the Nystrom sums once against it.
             cost=lambda T, S, D, Dv, size: 2 * min(size, S) * (T * (D + Dv) + S * (4 * D + Dv)),
-            reference="Liberty et al. 2026, the best of several on probes",
+            reference="Liberty et al. 2026, a merge or Nystrom weights by probes",
         ),
         "sparse_coreset": Method(
             function=methods.sparse_coreset,

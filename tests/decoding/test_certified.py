@@ -1,4 +1,4 @@
-"""Decoding with a tolerance: no step errs more, whatever the heads, lengths and cuts."""
+"""Decoding with a tolerance: no step errs more, for any heads, lengths and cuts."""
 
 import functools
 
