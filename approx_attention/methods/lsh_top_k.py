@@ -54,7 +54,8 @@ def lsh_top_k(
     The cost is that of 2 N K gathered keys for each query, for any S. Signs see the angle between a query and a key,
     not the norm of the key: where norms differ much, the largest logits are missed more often. Reformer attends within
     chunks of the sorted sequence, in which later tokens move earlier ones. Here a causal query meets the last K keys of
-    a bucket up to its place, and later keys change neither hash nor choice. The choice of keys has no gradient.
+    a bucket up to its place, and later keys change neither hash nor choice. A query that meets no key sees the one at
+    its place. The choice of keys has no gradient.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -173,6 +174,8 @@ def _found_by_hashing(
         met = jnp.where(number < end[:, :, None], order[jnp.minimum(number, nowhere - 1)], nowhere)
         return met.reshape(q.shape[0], -1)
 
+    # Real keys come first.
+    last = (nowhere if kv_mask is None else count_real(kv_mask)) - 1
     # A row of zeros for `nowhere`.
     k_padded = pad_rows(k, 1)
     sorted_keys = jax.vmap(sort)(projection)
@@ -188,7 +191,12 @@ def _found_by_hashing(
         logits = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k_padded[places]))
         logits, chosen = lax.top_k(jnp.where(again | (places == nowhere), -jnp.inf, logits), count)
         # Not `> -inf`, which is false of NaN: a NaN counts, so that it comes out.
-        return jnp.take_along_axis(places, chosen, axis=1), logits != -jnp.inf
+        places, seen = jnp.take_along_axis(places, chosen, axis=1), logits != -jnp.inf
+        # A query that meets no key in any round sees the one at its place, so that its weights sum to 1.
+        alone, own = ~seen[:, 0], jnp.minimum(place, last)
+        first = jnp.arange(count, dtype=jnp.int32)[None, :] == 0
+        places = jnp.where(first & alone[:, None], jnp.maximum(own, 0)[:, None], places)
+        return places, seen | (first & (alone & (own >= 0))[:, None])
 
     own_place = jnp.arange(num_queries, dtype=jnp.int32)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
