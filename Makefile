@@ -80,7 +80,7 @@ sample-errors: $(VENV)/.dev
 
 # Runs the studies of configs/ that fit a small machine, leaving out what is done, and judges the papers' claims.
 experiments: $(VENV)/.dev
-	$(BIN)/python -m experiments sweep configs/*/*/cpu.yaml
+	$(BIN)/python -m experiments sweep all
 	$(BIN)/python -m experiments report
 
 # Rewrites the generated parts of README.md.

@@ -26,7 +26,7 @@ from docs.names import (
     public_object,
     sources,
 )
-from docs.tables import capability_rows, cost_table, needs_table, sample_table, verdict_table
+from docs.tables import capability_rows, cost_table, families, needs_table, sample_table, verdict_table
 
 
 def write(docs: pathlib.Path = DOCS) -> None:
@@ -207,13 +207,21 @@ def _directives(name: str) -> list[str]:
 def results_pages(docs: pathlib.Path) -> dict[str, str]:
     """The committed reports as pages, and the list of them."""
     scaling = ["../scaling"] if (docs / "scaling.md").exists() else []
-    toctree = ["```{toctree}", ":maxdepth: 1", "", "experiments", "benchmarks", *scaling, "```", ""]
+    toctree = ["```{toctree}", ":maxdepth: 1", "", "experiments", *families(), "benchmarks", *scaling, "```", ""]
     about = "What papers claim and what was measured, and what everything costs. The claims by family of studies:"
-    include = "```{{include}} ../../{folder}/RESULTS.md\n:relative-images:\n```\n"
+    experiments = pathlib.Path(__file__).parent.parent / "experiments"
+    front = (experiments / "RESULTS.md").read_text(encoding="utf-8").replace("/RESULTS.md)", ".md)")
+    of_families = {
+        family: (experiments / family / "RESULTS.md")
+        .read_text(encoding="utf-8")
+        .replace("](../", "](../../experiments/")
+        for family in families()
+    }
     return {
         "index": "\n".join(["# Results", "", *toctree, about, "", verdict_table()]),
-        "experiments": include.format(folder="experiments"),
-        "benchmarks": include.format(folder="benchmarks"),
+        "experiments": front,
+        **of_families,
+        "benchmarks": "```{include} ../../benchmarks/RESULTS.md\n:relative-images:\n```\n",
     }
 
 

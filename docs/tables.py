@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+import json
 import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from approx_attention.evaluation import BASELINES, markdown_table
 from approx_attention.registry import METHODS, Capabilities, Method
@@ -90,34 +92,23 @@ def needs_table() -> str:
 
 
 # Those of experiments.claims, whose packages the site does not need.
-VERDICTS = ("reproduced", "ordering only", "inconclusive", "not reproduced", "not run")
+VERDICTS = ("reproduced", "suggested", "not reproduced", "no ground", "not run")
+
+
+def verdicts() -> list[dict[str, Any]]:
+    """Every claim with its verdict, as the report of the experiments left them."""
+    return json.loads((ROOT / "experiments" / "verdicts.json").read_text(encoding="utf-8"))
 
 
 def verdict_table() -> str:
-    """How many claims of each family of studies hold, and those that do not."""
-    rows = verdicts()
-    counts = {family: Counter(verdict for f, verdict, _ in rows if f == family) for family, _, _ in rows}
-    table = markdown_table(
-        ["studies", *VERDICTS],
-        [[f"`{family}`", *(str(count[kind]) for kind in VERDICTS)] for family, count in counts.items()],
-    )
-    failed = [f"- {claim} (`{family}`)" for family, verdict, claim in rows if verdict == "not reproduced"]
-    return "\n".join([table, "", "Not reproduced:", "", *failed, ""])
+    """The number of claims of each family of studies by verdict, and the claims that are not reproduced."""
+    found = verdicts()
+    counts = {family: Counter(v["verdict"] for v in found if v["family"] == family) for family in families()}
+    rows = [[f"`{family}`", *(str(count[kind]) for kind in VERDICTS)] for family, count in counts.items()]
+    failed = [f"- {v['statement']} (`{v['study']}`)" for v in found if v["verdict"] == "not reproduced"]
+    return "\n".join([markdown_table(["studies", *VERDICTS], rows), "", "Not reproduced:", "", *failed, ""])
 
 
-def verdicts() -> list[tuple[str, str, str]]:
-    """The family, verdict and statement of every claim, from the table of experiments/RESULTS.md."""
-    text = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
-    header, _, *lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
-    columns = [cell.strip() for cell in header.strip("|").split("|")]
-    claims = [
-        dict(zip(columns, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True)) for line in lines
-    ]
-    return [
-        (
-            re.findall(r"configs/(\w+)/", claim["setting"])[0],
-            "".join(re.findall(r"(?:\*\*)?([a-z ]+?)(?:\*\*)?(?:;|$)", claim["verdict"])[:1]),
-            claim["claim"],
-        )
-        for claim in claims
-    ]
+def families() -> list[str]:
+    """The families of studies that have claims."""
+    return sorted({v["family"] for v in verdicts()})

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import itertools
 import logging
 import os
 import pathlib
@@ -22,9 +21,9 @@ from approx_attention.core import unknown
 from approx_attention.evaluation import write_atomically
 from experiments import data, report
 from experiments.capture import capture
-from experiments.config import ConfigError, parse_overrides, read_config_file
-from experiments.runs import CONFIGS, RESULTS, ROOT, Run, check_all, results_of
+from experiments.config import ConfigError, parse_overrides
 from experiments.sample import write_sample
+from experiments.studies import COMMITTED, ROOT, SCALES, Places, Run, check_all, every_study, read_study
 from experiments.training import TrainingConfig, fit, predict
 
 
@@ -46,96 +45,113 @@ class Place(click.Path):
         return path
 
 
-CONFIG = click.argument("config", type=Place())
+STUDY = click.argument("study")
+SCALE = click.option("--scale", type=click.Choice(SCALES), default="cpu", show_default=True, help="How large.")
 SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a key: train.steps=100.")
 OUT = click.option(
     "--out",
     type=Place(),
-    help="Where results go.  [default: experiments/results, or out/experiments with --set]",
+    help="Where results and checkpoints go.  [default: experiments/results and out/experiments; the latter with --set]",
 )
-ARM = click.option("--arm", help="Which variant.  [default: the first in the file]")
+CONFIGURATION = click.option("--configuration", help="Which configuration.  [default: the first in the file]")
 SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Which seed.  [default: the first in the file]")
-SAMPLE_CONFIG = CONFIGS / "harness/sample/full.yaml"
+SAMPLE = "harness/sample"
 TO = click.option("--to", type=Place(".npz"), required=True, help="The .npz to write.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def experiments() -> None:
-    """Trains small models and times layers to check what the papers claim."""
+    """Trains small models and times layers to check what the papers claim.
+
+    STUDY is a name under configs/, such as coresets/size, or a YAML file.
+    """
 
 
 def _run_of(
-    config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
+    study: str,
+    scale: str,
+    configuration: str | None,
+    seed: int | None,
+    assignments: tuple[str, ...],
+    out: pathlib.Path | None,
 ) -> Run:
-    file = read_config_file(config)
-    arm, seed = file.arms[0].name if arm is None else arm, file.seeds[0] if seed is None else seed
-    return Run.of(file, arm, seed, parse_overrides(assignments), _results(out, assignments))
+    found = read_study(study, scale)
+    configuration = next(iter(found.configurations)) if configuration is None else configuration
+    seed = found.seeds[0] if seed is None else seed
+    return Run.of(found, configuration, seed, parse_overrides(assignments), _places(out, assignments))
 
 
-def _results(out: pathlib.Path | None, assignments: tuple[str, ...]) -> pathlib.Path:
-    return out or (ROOT / "out" / "experiments" if assignments else RESULTS)
+def _places(out: pathlib.Path | None, assignments: tuple[str, ...]) -> Places:
+    if out is None and not assignments:
+        return COMMITTED
+    out = out or COMMITTED.work
+    return Places(out, out)
 
 
 @experiments.command()
-@CONFIG
-@ARM
+@STUDY
+@SCALE
+@CONFIGURATION
 @SEED
 @SET
 @OUT
 def run(
-    config: pathlib.Path, arm: str | None, seed: int | None, assignments: tuple[str, ...], out: pathlib.Path | None
+    study: str,
+    scale: str,
+    configuration: str | None,
+    seed: int | None,
+    assignments: tuple[str, ...],
+    out: pathlib.Path | None,
 ) -> None:
-    """Run one arm of CONFIG with one seed; goes on where a killed run stopped."""
+    """Run one configuration of STUDY with one seed; goes on where a killed run stopped."""
     console = _console()
-    console.print_json(data=_run_of(config, arm, seed, assignments, out).result(console)["result"])
+    console.print_json(data=_run_of(study, scale, configuration, seed, assignments, out).result(console).records)
 
 
 @experiments.command()
-@click.argument("configs", nargs=-1, required=True, type=Place())
+@click.argument("studies", nargs=-1, required=True)
+@SCALE
 @SET
 @OUT
-def sweep(configs: tuple[pathlib.Path, ...], assignments: tuple[str, ...], out: pathlib.Path | None) -> None:
-    """Run every arm of every CONFIG with every seed, leaving out what is done.
+def sweep(studies: tuple[str, ...], scale: str, assignments: tuple[str, ...], out: pathlib.Path | None) -> None:
+    """Run every configuration of every STUDY with every seed, leaving out what is done; `all` stands for all studies.
 
     All are checked before the first is run.
     """
-    console, results, overrides = _console(), _results(out, assignments), parse_overrides(assignments)
-    runs = [
-        Run.of(file, arm.name, seed, overrides, results)
-        for file in map(read_config_file, configs)
-        for seed, arm in itertools.product(file.seeds, file.arms)
-    ]
+    console, places, overrides = _console(), _places(out, assignments), parse_overrides(assignments)
+    names = every_study(scale) if studies == ("all",) else studies
+    runs = [run for name in names for run in read_study(name, scale).runs(places, overrides)]
     check_all(runs)
     for run in runs:
-        seconds = run.result(console)["seconds"]
-        console.print(f"{run.directory.relative_to(results)}: {seconds:.0f} s", soft_wrap=True)
+        seconds = run.result(console).seconds
+        console.print(f"{run.study.name} {run.configuration}, seed {run.seed}: {seconds:.0f} s", soft_wrap=True)
         # Each compiled program maps memory, of which Linux grants a process 65530 pieces.
         jax.clear_caches()
 
 
 @experiments.command("list")
 def list_command() -> None:
-    """Print the configurations, and how many of their runs are done."""
-    table = Table("configs/", "experiment", "arms", "seeds", "done")
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        file = read_config_file(path)
-        done = f"{len(results_of(file, RESULTS))}/{len(file.arms) * len(file.seeds)}"
-        table.add_row(
-            path.relative_to(CONFIGS).as_posix(), file.experiment, str(len(file.arms)), str(len(file.seeds)), done
-        )
+    """Print the studies, and the number of their runs that are done."""
+    table = Table("study", "scale", "configurations", "seeds", "done")
+    for scale in SCALES:
+        for name in every_study(scale):
+            study = read_study(name, scale)
+            sizes = len(study.configurations), len(study.seeds)
+            table.add_row(name, scale, *map(str, sizes), f"{len(study.results())}/{sizes[0] * sizes[1]}")
     _console().print(table)
 
 
 @experiments.command("report")
 def report_command() -> None:
-    """Compute every verdict from the results and write experiments/RESULTS.md with its plots."""
+    """Compute every verdict from the results and write the pages of results with their plots."""
     for path in report.write(ROOT / "experiments"):
         _console().print(f"wrote {path.relative_to(ROOT)}", soft_wrap=True)
 
 
 @experiments.command("capture")
-@CONFIG
-@ARM
+@STUDY
+@SCALE
+@CONFIGURATION
 @SEED
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
 @click.option("--layers", help="Paths of layers, separated by commas.  [default: all]")
@@ -144,8 +160,9 @@ def report_command() -> None:
 @OUT
 @TO
 def capture_command(
-    config: pathlib.Path,
-    arm: str | None,
+    study: str,
+    scale: str,
+    configuration: str | None,
     seed: int | None,
     split: str,
     layers: str | None,
@@ -158,7 +175,7 @@ def capture_command(
 
     Trains the model first if its run has no checkpoint here.
     """
-    with _training_run(_run_of(config, arm, seed, assignments, out)) as (settings, directory):
+    with _training_run(_run_of(study, scale, configuration, seed, assignments, out)) as (settings, directory):
         model, dataset, _ = fit(settings, directory, _console())
         examples = data.held_out(dataset, split, batch, 1)[0]
         captured = capture(model, lambda model: predict(model, examples))
@@ -204,7 +221,8 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
 
 
 @experiments.command("sample")
-@click.argument("config", type=Place(), default=SAMPLE_CONFIG)
+@click.argument("study", default=SAMPLE)
+@SCALE
 @SET
 @OUT
 @click.option(
@@ -213,14 +231,14 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
     help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/data/sample.npz]",
 )
 def sample_command(
-    config: pathlib.Path, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path | None
+    study: str, scale: str, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path | None
 ) -> None:
-    """Write the sample that ships with the package, from the language model of CONFIG; trains it first if need be."""
-    if to is None and (assignments or config != SAMPLE_CONFIG):
+    """Write the sample that ships with the package, from the language model of STUDY; trains it first if need be."""
+    if to is None and (assignments or study != SAMPLE):
         raise ConfigError("with other settings than its own the sample is written where --to says")
     to = to or ROOT / "approx_attention/data/sample.npz"
     console = _console()
-    with _training_run(_run_of(config, None, None, assignments, out)) as (settings, directory):
+    with _training_run(_run_of(study, scale, None, None, assignments, out)) as (settings, directory):
         provenance = write_sample(settings, directory, to, console)
     console.print_json(data=provenance)
 
@@ -229,10 +247,8 @@ def sample_command(
 def _training_run(run: Run) -> Iterator[tuple[TrainingConfig, pathlib.Path]]:
     """The settings and the directory of a run whose model is wanted."""
     if not isinstance(run.config, TrainingConfig):
-        raise ConfigError(f"{run.directory.name}: only the experiment 'quality' trains a model of one method")
+        raise ConfigError(f"{run.study.path}: only a study of `experiments.trained` trains a model of one method")
     with run.held():
-        if (run.directory / "result.json").exists() and not (run.directory / "checkpoints").exists():
-            raise ConfigError(f"{run.directory} has a result but no checkpoint here; train again elsewhere with --out")
         yield run.config, run.directory
 
 

@@ -1,39 +1,46 @@
-"""Claims of papers, the figures they are judged by, and what became of them."""
+"""Claims of papers, the figures that decide them, and the verdicts."""
 
 import dataclasses
 import math
 import pathlib
-import reprlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from experiments.config import STRICT, ConfigError, ConfigFile, Number, load_yaml, read_config_file, resolve
-from experiments.runs import CONFIGS, results_of, run_directory
+from experiments.config import STRICT, ConfigError, Number, load_yaml, resolve
+from experiments.results import Result, figure_of, finite
+from experiments.studies import COMMITTED, Places, Study, read_study
 
-# The most telling scale first; a claim's verdict comes from the first of them whose study is complete.
+# The most telling scale first; a verdict comes from the first whose runs are complete.
 SCALES = ("gpu", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A figure in the results of one arm, by its dotted place in them."""
+    """A number in the records of one configuration.
 
-    arm: str
-    value: str
+    Attributes:
+        configuration: its name.
+        figure: the key of the number.
+        where: further keys of its record, and their values.
+    """
+
+    figure: str
+    configuration: str = "run"
+    where: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     __pydantic_config__ = STRICT
+
+    def __str__(self) -> str:
+        of = ", ".join(str(value) for value in self.where.values())
+        return f"{self.configuration}: {of}" if of and self.configuration != "run" else of or self.configuration
 
 
 @dataclasses.dataclass(frozen=True)
-class Against:
-    """The figure that a metric is measured against."""
+class Against(Metric):
+    """The number that a metric is compared with, seed by seed; by ``deviations``, with all seeds together."""
 
-    arm: str
-    value: str
-    by: Literal["ratio", "difference"]
-
-    __pydantic_config__ = STRICT
+    by: Literal["ratio", "difference", "deviations"] = "difference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Caveat:
-    """What must hold in the study before its figures say much, and what to say where it does not."""
+class Ground:
+    """What must hold before a claim can be decided at all, such as exact attention ahead of a local window."""
 
     metric: Metric
     within: Range
@@ -68,13 +75,14 @@ class Caveat:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What a paper says, where, which study tests it, and the ranges in which the figure decides for it.
+    """A claim, where it stands, and what decides it.
 
     Attributes:
         reproduced: the range in which the claim holds as stated.
-        ordering: the wider range in which only its direction does: of a difference on one side of 0, of a ratio of 1.
-        caveat: what else must hold; where it does not, the report says so, and nothing counts as reproduced.
+        ordering: the wider range in which its direction does: of a difference one side of 0, of a ratio of 1.
+        ground: what must hold besides.
         tried: what was done to see the claim hold, where it does not.
+        moved: why a range was changed after its runs, if one was.
     """
 
     id: str
@@ -87,8 +95,9 @@ class Claim:
     reproduced: Range
     against: Against | None = None
     ordering: Range | None = None
-    caveat: Caveat | None = None
+    ground: list[Ground] = dataclasses.field(default_factory=list)
     tried: str = ""
+    moved: str = ""
 
     __pydantic_config__ = STRICT
 
@@ -100,21 +109,34 @@ class Claim:
                     f"the ordering of a {self.against.by} must lie on one side of {even}, got {self.ordering}"
                 )
 
+    @property
+    def parts(self) -> list["Claim | Ground"]:
+        """The claim and its grounds: each has a metric, and may have one that it is compared with."""
+        return [self, *self.ground]
 
-Verdict = Literal["reproduced", "ordering only", "inconclusive", "not reproduced", "not run"]
+
+# The whole 95 % interval lies in the range; a part of it; none of it; nothing can be decided; no complete set of runs.
+Verdict = Literal["reproduced", "suggested", "not reproduced", "no ground", "not run"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim with what was measured, the mean and half of its 95 % interval, and the verdict."""
+    """A claim with the mean over seeds, half of its 95 % interval, and the verdicts.
+
+    Attributes:
+        verdict: on the range of the claim.
+        ordering: on its direction, where the claim has one.
+        grounds: what is missing, where there is no ground.
+    """
 
     claim: Claim
-    measured: tuple[float, float] | None
-    scale: str
-    device: str
-    num_seeds: int
     verdict: Verdict
-    caveat: str = ""
+    ordering: Verdict | None = None
+    measured: tuple[float, float] | None = None
+    study: Study | None = None
+    machines: tuple[str, ...] = ()
+    num_seeds: int = 0
+    grounds: str = ""
 
 
 def read_claims(path: pathlib.Path) -> list[Claim]:
@@ -128,12 +150,13 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
         raise ConfigError(f"{path} must be a list of claims, each a mapping")
     claims = [resolve(Claim, record, {}, f"{path.name}, claim {record.get('id')!r}") for record in records]
     for claim in claims:
-        parts = [part for part in (claim, claim.caveat) if part]
-        for side in (side for part in parts for side in (part.metric, part.against) if side):
-            for scale in SCALES:
-                config = CONFIGS / claim.study / f"{scale}.yaml"
-                if side.arm not in [arm.name for arm in read_config_file(config).arms]:
-                    raise ConfigError(f"{path.name}, claim {claim.id!r}: {config} has no arm {side.arm!r}")
+        known = read_study(claim.study, "cpu").configurations
+        for part in claim.parts:
+            for side in (part.metric, part.against):
+                if side is not None and side.configuration not in known:
+                    raise ConfigError(
+                        f"{path.name}, claim {claim.id!r}: {claim.study} has no configuration {side.configuration!r}"
+                    )
     ids = [claim.id for claim in claims]
     for name in ids:
         if ids.count(name) > 1:
@@ -141,97 +164,97 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
     return claims
 
 
-def judge(claim: Claim, results: pathlib.Path) -> Finding:
+def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
     """The verdict on a claim, from the results of the first scale that is complete."""
     for scale in SCALES:
-        path = CONFIGS / claim.study / f"{scale}.yaml"
-        if not path.exists():
+        study = read_study(claim.study, scale)
+        runs = {(result.configuration, result.seed): result for result in study.results(places)}
+        sides = [side for part in claim.parts for side in (part.metric, part.against) if side is not None]
+        used = {side.configuration for side in sides}
+        if any((name, seed) not in runs for name in used for seed in study.seeds):
             continue
-        file = read_config_file(path)
-        runs = {(run["arm"], run["seed"]): run for run in results_of(file, results)}
-        parts = [part for part in (claim, claim.caveat) if part]
-        arms = {side.arm for part in parts for side in (part.metric, part.against) if side}
-        if any((arm, seed) not in runs for arm in arms for seed in file.seeds):
-            continue
-        figures = [_measure(claim, runs, seed, file, results) for seed in file.seeds]
-        mean, half_width = statistics.fmean(figures), _half_width(claim, figures, runs, file.seeds)
-        verdict, band = _verdict(claim, mean)
-        caveats = []
+        figures = Figures(runs, study, places)
+        values = figures.compared(claim)
+        mean, half = statistics.fmean(values), _half_width(claim, values, figures)
+        missing = [text for ground in claim.ground if (text := _missing(ground, figures))]
         if math.isnan(mean):
-            caveats.append("a run diverged")
-        elif band is not None and not all(mean + side * half_width in band for side in (-1, 1)):
-            caveats.append("the interval of the figure reaches beyond what this verdict asks")
-        if claim.caveat is not None:
-            found = statistics.fmean(_measure(claim.caveat, runs, seed, file, results) for seed in file.seeds)
-            if found not in claim.caveat.within:
-                caveats.append(f"{claim.caveat.says} ({found:.3g}, asked {claim.caveat.within})")
-                verdict = "not reproduced" if verdict == "not reproduced" else "inconclusive"
-        devices = {device_name(runs[arm, seed]["environment"]): None for arm in sorted(arms) for seed in file.seeds}
-        device = " and ".join(devices)
-        return Finding(claim, (mean, half_width), scale, device, len(figures), verdict, "; ".join(caveats))
-    return Finding(claim, None, "", "", 0, "not run")
+            missing.append("a run diverged")
+        ordering = None if claim.ordering is None else _verdict(claim.ordering, mean, half)
+        verdict = _verdict(claim.reproduced, mean, half)
+        if missing:
+            verdict, ordering = "no ground", None if ordering is None else "no ground"
+        machines = dict.fromkeys(device_name(runs[n, seed].machine) for n in sorted(used) for seed in study.seeds)
+        return Finding(claim, verdict, ordering, (mean, half), study, tuple(machines), len(values), "; ".join(missing))
+    return Finding(claim, "not run")
 
 
-def _verdict(claim: Claim, figure: float) -> tuple[Verdict, Range | None]:
-    """The verdict on a figure, with the range that it lies in."""
-    if figure in claim.reproduced:
-        return "reproduced", claim.reproduced
-    if claim.ordering is not None and figure in claim.ordering:
-        return "ordering only", claim.ordering
-    return "not reproduced", None
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """The runs of a study, by configuration and seed."""
+
+    runs: Mapping[tuple[str, int], Result]
+    study: Study
+    places: Places
+
+    def of(self, side: Metric) -> list[float]:
+        """A number over seeds."""
+        values = []
+        for seed in self.study.seeds:
+            try:
+                values.append(figure_of(self.runs[side.configuration, seed].records, side.figure, side.where))
+            except ConfigError as error:
+                path = self.places.results / f"{self.study.name}.jsonl"
+                raise ConfigError(f"{path}: {side.configuration}, seed {seed}: {error}") from None
+        return values
+
+    def compared(self, part: Claim | Ground) -> list[float]:
+        """The number of a part, or its ratio to or difference from another, over seeds."""
+        own = self.of(part.metric)
+        if part.against is None:
+            return own
+        base = self.of(part.against)
+        by: Callable[[float, float], float] = {
+            "ratio": lambda x, y: x / y if y else math.nan,
+            "difference": lambda x, y: x - y,
+            "deviations": lambda x, y: _deviations(own, base),
+        }[part.against.by]
+        return [by(x, y) for x, y in zip(own, base, strict=True)]
 
 
-def _half_width(claim: Claim, figures: Sequence[float], runs: Mapping[tuple[str, int], Any], seeds: Any) -> float:
-    """Half of the 95 % interval of the mean: over seeds, or that of a fitted figure where there is one seed."""
-    if not all(map(math.isfinite, figures)):
+def _deviations(own: Sequence[float], base: Sequence[float]) -> float:
+    """The difference of two means in units of the larger deviation over seeds."""
+    difference = statistics.fmean(own) - statistics.fmean(base)
+    deviation = max(statistics.stdev(x) for x in (own, base)) if len(own) > 1 else math.nan
+    return difference / deviation if deviation else math.copysign(math.inf, difference)
+
+
+def _missing(ground: Ground, figures: Figures) -> str:
+    found = statistics.fmean(figures.compared(ground))
+    return "" if found in ground.within else f"{ground.says} ({found:.3g}, needed {ground.within})"
+
+
+def _verdict(band: Range, mean: float, half: float) -> Verdict:
+    low, high = mean - half, mean + half
+    if low in band and high in band:
+        return "reproduced"
+    return "suggested" if low <= band.at_most and high >= band.at_least else "not reproduced"
+
+
+def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> float:
+    """Half of the 95 % interval of the mean: over seeds, or of the fit where there is one seed."""
+    if not finite(values):
         return 0.0
-    if len(figures) > 1:
+    if len(values) > 1:
         from scipy import stats
 
-        return float(stats.t.ppf(0.975, len(figures) - 1)) * statistics.stdev(figures) / math.sqrt(len(figures))
-    place, _, last = claim.metric.value.rpartition(".")
-    fitted = last == "value" and claim.against is None
-    return _at(runs[claim.metric.arm, seeds[0]]["result"], f"{place}.half_width") if fitted else 0.0
+        return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    fit = dataclasses.replace(claim.metric, figure=f"{claim.metric.figure}_half_width")
+    records = figures.runs[fit.configuration, figures.study.seeds[0]].records
+    if claim.against is not None or not any(fit.figure in record for record in records):
+        return 0.0
+    return figures.of(fit)[0]
 
 
-def _measure(
-    claim: Claim | Caveat, runs: Mapping[tuple[str, int], Any], seed: int, file: ConfigFile, results: pathlib.Path
-) -> float:
-    def figure(side: Metric | Against) -> float:
-        try:
-            return _at(runs[side.arm, seed]["result"], side.value)
-        except ConfigError as error:
-            path = run_directory(file, side.arm, seed, results) / "result.json"
-            raise ConfigError(
-                f"{path}: {error}; if that is no slip in the claim, remove the file, and the run is done again"
-            ) from None
-
-    own = figure(claim.metric)
-    if claim.against is None:
-        return own
-    base = figure(claim.against)
-    if claim.against.by == "difference":
-        return own - base
-    return own / base if base else math.nan
-
-
-def _at(result: Any, place: str) -> float:
-    """The figure at a dotted place; where there is none, as for a break-even never reached, infinity."""
-    rest = place
-    while rest:
-        if result is None:  # a slope of too few points
-            return math.nan
-        # A name may hold dots itself, as 0.5 does.
-        names = list(result) if isinstance(result, dict) else []
-        name = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default=None)
-        if name is None:
-            raise ConfigError(f"the results have nothing at {place!r}: {rest!r} is not among {', '.join(names)}")
-        result, rest = result[name], rest[len(name) + 1 :]
-    if not isinstance(result, int | float | None) or isinstance(result, bool):
-        raise ConfigError(f"the results have no number at {place!r} but {reprlib.repr(result)}")
-    return math.inf if result is None else float(result)
-
-
-def device_name(environment: Mapping[str, Any]) -> str:
+def device_name(machine: Mapping[str, Any]) -> str:
     """The processor or accelerator of a run."""
-    return environment["processor"] if environment["backend"] == "cpu" else environment["device"]
+    return machine["processor"] if machine["backend"] == "cpu" else machine["device"]

@@ -68,7 +68,7 @@ STRICT = pydantic.ConfigDict(extra="forbid")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seeded:
-    """The base of a study's configuration."""
+    """Base class of the settings of a study."""
 
     seed: Seed = 0
 
@@ -77,78 +77,6 @@ class Seeded:
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line that says where and why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One variant in a sweep: a name, and the keys in which it departs from the file it stands in."""
-
-    name: str
-    overrides: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConfigFile:
-    """A file under configs/: which experiment it configures, its settings, and the arms and seeds of its sweep."""
-
-    path: pathlib.Path
-    experiment: str
-    settings: Mapping[str, Any]
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-
-
-# The keys of a file that are no settings.
-BESIDE_SETTINGS = ("experiment", "arms", "seeds")
-
-
-def read_config_file(path: pathlib.Path) -> ConfigFile:
-    """Reads ``experiment``, optional ``arms`` and ``seeds``, and the settings from a YAML file.
-
-    Raises:
-        ConfigError: the file is not there, is no YAML mapping, or names no experiment; an arm's name cannot be that of
-            a directory; a seed is no whole number, or given twice.
-    """
-    settings = read_yaml(path)
-    experiment, arms, seeds = settings.pop("experiment"), settings.pop("arms", {"run": {}}), settings.pop("seeds", [0])
-    if (
-        not isinstance(arms, dict)
-        or not arms
-        or not all(isinstance(overrides, dict | None) for overrides in arms.values())
-    ):
-        raise ConfigError(f"{path}: 'arms' must map names to mappings of overrides, got {reprlib.repr(arms)}")
-    try:
-        check_names(arms)
-    except ValueError as error:
-        raise ConfigError(f"{path}: 'arms': {error}") from None
-    if not isinstance(seeds, list) or not seeds:
-        raise ConfigError(f"{path}: 'seeds' must be a list of whole numbers, got {reprlib.repr(seeds)}")
-    for seed in seeds:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise ConfigError(f"{path}: 'seeds' must be whole numbers from 0 to 2^32 - 1, got {reprlib.repr(seed)}")
-    for seed, times in collections.Counter(seeds).items():
-        if times > 1:
-            raise ConfigError(f"{path}: 'seeds' must be different, got {seed} {times} times")
-    return ConfigFile(
-        path, experiment, settings, tuple(Arm(name, overrides or {}) for name, overrides in arms.items()), tuple(seeds)
-    )
-
-
-def read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    """A YAML mapping that names its experiment.
-
-    Raises:
-        ConfigError: the file is not there, is no YAML mapping, or names no experiment.
-    """
-    content = load_yaml(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping with the key 'experiment', got {_kind(content)}")
-    if "experiment" not in content:
-        keys = reprlib.repr(list(content)).strip("[]")
-        raise ConfigError(f"{path} must be a mapping with the key 'experiment', got the keys {keys}")
-    if not isinstance(content["experiment"], str):
-        raise ConfigError(f"{path}: 'experiment' must be a name, got {reprlib.repr(content['experiment'])}")
-    return dict(content)
 
 
 # A longer file is none of ours, or has no end.
@@ -292,6 +220,24 @@ def as_plain(config: Any) -> dict[str, Any]:
 def adapter_of(kind: type[Config]) -> pydantic.TypeAdapter[Config]:
     """To make one takes milliseconds, and a report asks thousands of times."""
     return pydantic.TypeAdapter(kind)
+
+
+def departing(config: Any) -> Any:
+    """The settings that differ from their defaults, as plain mappings and lists: one that comes later changes none."""
+    if isinstance(config, Mapping):
+        return {name: departing(part) for name, part in config.items()}
+    if isinstance(config, list | tuple):
+        return [departing(part) for part in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    found = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is dataclasses.MISSING or value != default:
+            found[field.name] = departing(value)
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -5,8 +5,9 @@ import fcntl
 import json
 import os
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import pydantic
 
@@ -46,10 +47,15 @@ def write_json(path: pathlib.Path, facts: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(lock: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
+def locked(lock: pathlib.Path, what: pathlib.Path, *, patience: float = 0.0) -> Iterator[None]:
     """Keeps other processes out of what a file stands for; its folder is made.
 
     The system lets go of the lock when the process ends, however it ends, so the file may stay.
+
+    Args:
+        lock: the file that is locked.
+        what: what it stands for, for messages.
+        patience: seconds to wait for another process.
 
     Raises:
         ConfigError: another process is at work there, or the file cannot be made.
@@ -63,7 +69,7 @@ def locked(lock: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
         ) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, time.monotonic() + patience)
         except BlockingIOError:
             file.seek(0)
             holder = file.read(20).strip()
@@ -77,3 +83,13 @@ def locked(lock: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _lock(file: IO[str], until: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.05)

@@ -17,8 +17,8 @@ from benchmarks.report import (
     machine,
     sizes,
 )
-from experiments.config import read_config_file
-from experiments.runs import CONFIGS, RESULTS, results_of
+from experiments.results import frame
+from experiments.studies import read_study
 from experiments.whole_picture import where_we_lose
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,18 +93,15 @@ def _break_even_table(document: Mapping[str, Any]) -> str:
 
 def _lost_families() -> str:
     """The data on which methods do not beat what is trivial, from the committed study."""
-    file = read_config_file(CONFIGS / "whole_picture/where_we_lose/cpu.yaml")
-    runs = results_of(file, RESULTS)
-    if not runs:
-        return "**Data.** Not measured yet."
-    families = dict.fromkeys(family.partition("-")[0] for run in runs for family in run["result"]["families"])
+    records = frame(read_study("whole_picture/where_we_lose", "cpu").results())
+    families = dict.fromkeys(family.partition("-")[0] for family in records["family"])
     meant = "; ".join(f"*{family}*: {where_we_lose.FAMILIES[family]}" for family in families)
     header = ["", *(f"no better than {label} on" for label in where_we_lose.TO_BEAT.values())]
     return (
         "**Data.** The data on which a method's error is no smaller than that of the mean of the values, or of a local "
         "window, at equal memory, or where a method holds no summary at equal matrix products (* takes more, "
-        f"somewhere, at its smallest size). {meant}. `experiments/RESULTS.md` has the errors and the sizes.\n\n"
-    ) + markdown_table(header, where_we_lose.loss_rows(runs))
+        f"somewhere, at its smallest size). {meant}. `experiments/whole_picture/RESULTS.md` has errors and sizes.\n\n"
+    ) + markdown_table(header, where_we_lose.loss_rows(records))
 
 
 def _losses(document: Mapping[str, Any]) -> str:

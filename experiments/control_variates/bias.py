@@ -3,18 +3,24 @@
 import dataclasses
 import inspect
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import METHODS, exact
 from approx_attention.core import in_float32, unknown
+from approx_attention.evaluation import method_styles
 from experiments.config import Count, NonNegative, Seeded, Several, SeveralBy
-from experiments.harness.long_context import slope
+from experiments.fits import slope
 from experiments.models import AttentionConfig
+from experiments.results import Frame, Record
+from experiments.show import curves, having, pivot, slopes
 
 # Number of parts in which draws are averaged, whose scatter says how much of a bias is noise.
 _PARTS = 16
@@ -23,7 +29,7 @@ _MOST_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasConfig(Seeded):
+class Config(Seeded):
     """One head of Gaussian tensors; each method at growing values of one of its arguments.
 
     Attributes:
@@ -59,7 +65,7 @@ class BiasConfig(Seeded):
 
 
 @in_float32()  # a bias may be smaller than the rounding of an accelerator
-def run(config: BiasConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Relative bias and deviation of each method at each size, with the slopes of their logs.
 
     The square of the bias is the product of the deviations of two halves of the draws, so that their noise does not
@@ -70,29 +76,64 @@ def run(config: BiasConfig, directory: pathlib.Path, console: Console) -> dict[s
     q, k = config.spread * q, config.spread * k
     truth = np.asarray(exact(q, k, v), np.float64)
     scale = np.linalg.norm(truth)
-    result = {}
+    records: list[Record] = []
     for name, method in config.methods.items():
-        by_size: dict[str, dict[int, float]] = {"bias": {}, "deviation": {}, "noise": {}}
+        bias, deviation, seen, over_noise = {}, {}, {}, 0.0
         for size in config.sizes:
             outs = draws(method, {**method.arguments(), config.argument[name]: size}, q, k, v, config)
             parts = outs.reshape(_PARTS, -1, *truth.shape).mean(1) - truth
             pairs = np.einsum("aij,bij->ab", parts, parts)
             apart = pairs[~np.eye(_PARTS, dtype=bool)].reshape(_PARTS, _PARTS - 1).mean(1) / scale**2
-            by_size["bias"][size] = float(np.sqrt(max(apart.mean(), 0)))
-            by_size["noise"][size] = float(np.sqrt(apart.std() / np.sqrt(_PARTS)))
-            by_size["deviation"][size] = float(np.sqrt(outs.var(0).sum()) / scale)
-        seen = {n: b for n, b in by_size["bias"].items() if b > 2 * by_size["noise"][n]}
-        result[name] = {
-            **{what: {str(n): x for n, x in values.items()} for what, values in by_size.items()},
-            "bias_slope": slope(seen),
-            "deviation_slope": slope(by_size["deviation"]),
-            "greatest_bias_over_noise": max(by_size["bias"][n] / by_size["noise"][n] for n in config.sizes),
-        }
-    return {"methods": result}
+            bias[size] = float(np.sqrt(max(apart.mean(), 0)))
+            noise = float(np.sqrt(apart.std() / np.sqrt(_PARTS)))
+            deviation[size] = float(np.sqrt(outs.var(0).sum()) / scale)
+            over_noise = max(over_noise, bias[size] / noise)
+            if bias[size] > 2 * noise:
+                seen[size] = bias[size]
+            figures = {"bias": bias[size], "noise": noise, "deviation": deviation[size]}
+            records.append({"method": name, "size": size, **figures})
+        fitted = {**slope(seen, "bias_slope"), **slope(deviation, "deviation_slope")}
+        records.append({"method": name, **fitted, "greatest_bias_over_noise": over_noise})
+    return records
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Bias, noise and deviation by size, with the exponents of bias and deviation."""
+    sizes = having(records, "size")
+    long = sizes.melt(["method", "size", "seed"], ["bias", "noise", "deviation"], "relative", "value")
+
+    def exponent(key: tuple[str, str], own: Frame) -> str:
+        name, what = key
+        return "" if what == "noise" else slopes(records, "method", f"{what}_slope")[f"{what} slope"](name, own)
+
+    more = {"exponent": exponent}
+    yield pivot(long, ["method", "relative"], "size", "value", head=["", "relative to attention"], more=more)
+
+
+def figure(records: Frame) -> Figure:
+    """Bias, where it was seen, and deviation by size."""
+    sizes = having(records, "size")
+    seen = sizes[sizes["bias"] > 2 * sizes["noise"]]
+    shown = pd.concat(
+        [
+            seen.assign(panel="bias (dotted: what could be seen)", value=seen["bias"]),
+            sizes.assign(panel="deviation of one sample", value=sizes["deviation"]),
+        ]
+    )
+    styles = method_styles(dict.fromkeys(sizes["method"]))
+
+    def noise(axes: Any, title: str, _: Frame) -> None:
+        if title.startswith("bias"):
+            for name, own in sizes.groupby("method", sort=False):
+                mean = own.groupby("size")["noise"].mean()
+                axes.plot(mean.index, mean, color=styles[name]["color"], linestyle=":", linewidth=1)
+
+    labels = ("features or samples", "relative to attention")
+    return curves(shown, x="size", y="value", by="method", panel="panel", labels=labels, each=noise)
 
 
 def draws(
-    method: AttentionConfig, arguments: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, config: BiasConfig
+    method: AttentionConfig, arguments: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, config: Config
 ) -> np.ndarray:
     """Answers of independent draws, ``[draws, T, Dv]``, in float64."""
     function = METHODS[method.method].function

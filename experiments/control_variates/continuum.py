@@ -2,10 +2,12 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import AttentionState, FeatureMoments, WeightedKV, attend, exact, fold_scale
@@ -13,11 +15,13 @@ from approx_attention.core import PositiveFeatures, in_float32, orthogonal_proje
 from approx_attention.core import control_variate_state as estimate
 from approx_attention.evaluation import output_error
 from experiments.config import ConfigError, Count, NonNegative, Seeded, Several, Whole
-from experiments.control_variates.gap import GapConfig, smoothed
+from experiments.control_variates import gap
+from experiments.results import Frame, Record
+from experiments.show import curves, having, pivot, spread
 
 
 @dataclasses.dataclass(frozen=True)
-class ContinuumConfig(Seeded):
+class Config(Seeded):
     """One head of smoothed tensors; the exact sets and the numbers of groups that the other keys are split into."""
 
     exact_sizes: Several[Whole]
@@ -30,23 +34,22 @@ class ContinuumConfig(Seeded):
 
 
 @in_float32()  # as many groups as keys give the truth
-def run(config: ContinuumConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Error of the estimate by the size of the exact set and the number of groups, whose masses are exact."""
     sizes: Any = {"length": config.length, "head_dim": config.head_dim, "seed": config.seed}
-    tensors = smoothed(GapConfig({}, smoothing=config.smoothing, spread=config.spread, **sizes))
+    tensors = gap.smoothed(gap.Config({}, smoothing=config.smoothing, spread=config.spread, **sizes))
     q, k, v = (x[0, :, 0] for x in tensors)
     truth = exact(q, k, v)
     scaled_q, scaled_k = fold_scale(q, k)
     features = PositiveFeatures(
         orthogonal_projection(jax.random.key(config.seed), config.num_features, config.head_dim)
     )
-    errors: dict[str, dict[str, float]] = {}
+    records: list[Record] = []
     for size in config.exact_sizes:
         near = AttentionState.empty(config.length, config.head_dim)
         if size:
             near = attend(scaled_q, WeightedKV.of_tokens(scaled_k[:size], v[:size]))
         rest = config.length - size
-        errors[str(size)] = {}
         for groups in [*config.groups, rest]:
             if rest % groups:
                 raise ConfigError(f"{groups} groups do not divide the {rest} keys beside the {size} exact ones")
@@ -54,10 +57,39 @@ def run(config: ContinuumConfig, directory: pathlib.Path, console: Console) -> d
             moments = jax.vmap(lambda k, v: FeatureMoments.of_tokens(features, k, v))(*parts)
             logits = (scaled_q @ scaled_k[size:].T).reshape(config.length, groups, -1)
             state = estimate(scaled_q, near, moments, jax.nn.logsumexp(logits, axis=2))
-            errors[str(size)][str(groups)] = float(output_error(state.out, truth).relative)
+            error = float(output_error(state.out, truth).relative)
+            records.append({"exact_keys": size, "groups": groups, "error": error})
     random_features = attend(scaled_q, FeatureMoments.of_tokens(features, scaled_k, v)).out
-    return {
-        "errors": errors,
-        "random_features": float(output_error(random_features, truth).relative),
-        "mean_value": float(output_error(jnp.broadcast_to(v.mean(0), v.shape), truth).relative),
-    }
+    mean = jnp.broadcast_to(v.mean(0), v.shape)
+    ends = {"random_features": random_features, "mean_value": mean}
+    return [*records, {name: float(output_error(out, truth).relative) for name, out in ends.items()}]
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Errors by the number of exact keys and of groups."""
+    features, mean = (spread(list(records[name].dropna())) for name in ("random_features", "mean_value"))
+    yield f"Relative error by the number of groups; random features alone {features}, mean of the values {mean}."
+    shown = having(records, "groups").sort_values("groups", kind="stable")
+    yield pivot(shown, "exact_keys", "groups", "error", cell=spread, head="keys taken exactly", quoted=False)
+
+
+def figure(records: Frame) -> Figure:
+    """Errors by the number of groups."""
+    shown = having(records, "groups")
+    features = records["random_features"].mean()
+
+    def ends(axes: Any, *_: Any) -> None:
+        axes.axhline(features, color="0.5", linestyle=":")
+        axes.annotate("random features", (1, features), va="bottom")
+
+    return curves(
+        shown.assign(named=[f"{size:g} keys exactly" for size in shown["exact_keys"]]),
+        x="groups",
+        y="error",
+        by="named",
+        labels=("groups of keys with a coefficient each", "relative error"),
+        ticks=None,
+        least=1e-7,  # one key per group is exact but for rounding
+        each=ends,
+        size=(7.0, 4.0),
+    )

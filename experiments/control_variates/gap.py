@@ -2,22 +2,26 @@
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import METHODS, attention
 from approx_attention.core import in_float32
-from approx_attention.evaluation import Tensors, held_bytes, load_sample, output_error
+from approx_attention.evaluation import Tensors, held_bytes, light_grid, load_sample, method_styles, output_error
 from experiments.config import ConfigError, Count, NonNegative, Seeded, SeveralBy, Share
 from experiments.models import AttentionConfig
+from experiments.results import Frame, Record
+from experiments.show import in_kib, parts, pivot, spread
 
 
 @dataclasses.dataclass(frozen=True)
-class GapConfig(Seeded):
+class Config(Seeded):
     """Tensors, and the methods by the name they are reported under.
 
     Attributes:
@@ -37,29 +41,63 @@ class GapConfig(Seeded):
     is_causal: bool = False
 
 
-def run(config: GapConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Relative Frobenius error, FLOPs of the products per head, and bytes held of each method."""
     if any(method.projections for method in config.methods.values()):
-        raise ConfigError("experiment 'gap' trains nothing: give 'linformer' no projections")
+        raise ConfigError("this study trains nothing: give 'linformer' no projections")
     tensors = load_sample() if config.source == "sample" else smoothed(config)
     with in_float32():
         exact = attention(*tensors, method="exact", is_causal=config.is_causal)
     length, head_dim = tensors.query.shape[1], tensors.query.shape[3]
-    result = {}
+    records: list[Record] = []
     for name, method in config.methods.items():
         entry = METHODS[method.method]
         rng = jax.random.key(config.seed) if entry.capabilities.needs_key or method.noise else None
         out = attention(*tensors, method=method.method, rng=rng, is_causal=config.is_causal, **method.arguments())
         size = method.settings.get(entry.size or "", 0)
-        result[name] = {
-            "error": float(output_error(out, exact).relative),
-            "flops": entry.cost(length, length, head_dim, head_dim, size),
-            "held_bytes": held_bytes(tensors, method.method, method.arguments(), is_causal=config.is_causal),
-        }
-    return {"methods": result}
+        records.append(
+            {
+                "method": name,
+                "error": float(output_error(out, exact).relative),
+                "flops": entry.cost(length, length, head_dim, head_dim, size),
+                "held_bytes": held_bytes(tensors, method.method, method.arguments(), is_causal=config.is_causal),
+            }
+        )
+    return records
 
 
-def smoothed(config: GapConfig) -> Tensors:
+def table(records: Frame) -> Iterable[str]:
+    """Errors by configuration; configurations with the same methods share a table."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, own in parts(records):
+        kinds.setdefault(tuple(dict.fromkeys(own["method"])), []).append(name)
+    more = {
+        "MFLOP a head": lambda _, own: f"{own['flops'].iloc[0] / 1e6:.3g}",
+        "cache": lambda _, own: in_kib(own["held_bytes"].iloc[0]),
+    }
+    for together in kinds.values():
+        shown = records[records["configuration"].isin(together)]
+        yield pivot(shown, "method", "configuration", "error", cell=spread, head="relative error", more=more)
+
+
+def figure(records: Frame) -> Figure:
+    """Errors of the methods, side by side for the configurations."""
+    drawn = Figure(figsize=(10, 4.6))
+    axes = drawn.subplots()
+    names = list(dict.fromkeys(records["configuration"]))
+    errors = records.groupby(["method", "configuration"], sort=False)["error"].mean()
+    for name, style in method_styles(dict.fromkeys(records["method"])).items():
+        own = errors[name]
+        axes.plot([names.index(c) for c in own.index], own, label=name, linewidth=0.8, **style)
+    ticks = [name.replace("-spread", "\nspread").replace("-", " ") for name in names]
+    axes.set_xticks(range(len(names)), ticks, fontsize=8)
+    axes.set(yscale="log", ylabel="relative error to softmax attention")
+    light_grid(axes)
+    drawn.legend(loc="outside lower center", ncols=7, fontsize=9)
+    return drawn
+
+
+def smoothed(config: Config) -> Tensors:
     """Gaussian noise, filtered along the sequence; q and k share part of their variance, and v is on its own."""
     from scipy.ndimage import gaussian_filter1d
 

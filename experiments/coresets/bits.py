@@ -4,28 +4,32 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, fold_scale, quantize, summarize_coreset
 from approx_attention.core import pad_rows, quantized_bytes
 from approx_attention.decoding import token_budget
-from approx_attention.evaluation import load_sample, output_error, sup_error
+from approx_attention.evaluation import load_sample, method_styles, output_error, sup_error
 from experiments.config import Count, NonNegative, Seeded, Several, Share
 from experiments.coresets import instances
 from experiments.coresets.error import algorithm_of
+from experiments.results import Frame, Record
+from experiments.show import curves, having, in_kib, parts, pivot, significant, whole
 
 # Keys and values as they are, in half as many bits, and rounded by `quantize`.
 FORMATS = ("float32", "bfloat16", "8 bits", "4 bits")
 
 
 @dataclasses.dataclass(frozen=True)
-class BytesConfig(Seeded):
+class Config(Seeded):
     """Tokens, the algorithms that choose among them, and budgets of bytes.
 
     Attributes:
@@ -102,7 +106,7 @@ def _on_queries(q: Array, k: Array, v: Array, summary: WeightedKV) -> Array:
     return output_error(attend(q, summary).out, attend(q, WeightedKV.of_tokens(k, v)).out).relative
 
 
-def run(config: BytesConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """The error of each algorithm in each format, and the number of tokens, by budget."""
     heads = {"sharp_head": 0, "diffuse_head": 1}
     if config.tokens in heads:
@@ -114,41 +118,77 @@ def run(config: BytesConfig, directory: pathlib.Path, console: Console) -> dict[
         radius, error = config.radius, functools.partial(_search, k, v, radius=config.radius)
     count, dims = k.shape[0], (k.shape[1], v.shape[1])
     room = count + 128
-    whole = WeightedKV.of_tokens(k, v)
+    every_token = WeightedKV.of_tokens(k, v)
     every_byte = bytes_of(count, *dims, "float32")
-    result: dict[str, Any] = {"bytes": every_byte, "tokens": {}, "errors": {}, "all_tokens": {}, "all_share": {}}
+    records: list[Record] = [{"bytes": every_byte}]
+    best: dict[str, dict[float, float]] = {}
     for form in FORMATS:
-        result["all_share"][form] = bytes_of(count, *dims, form) / every_byte
-        result["all_tokens"][form] = float(error(summary=_stored(whole, form, room)))
-        result["tokens"][form] = {
-            f"{share:g}": min(count, num_tokens(math.floor(share * every_byte), *dims, form)) for share in config.shares
-        }
-    for name in config.algorithms:
-        for form in FORMATS:
-            errors = {}
-            for share, size in result["tokens"][form].items():
-                if size == count:
-                    errors[share] = result["all_tokens"][form]
-                    continue
-                key = jax.random.key(config.seed)
-                small = _chosen(k, v, key, radius, size=size, algorithm=algorithm_of(name))
-                errors[share] = float(error(summary=_stored(small, form, room)))
-            result["errors"].setdefault(name, {})[form] = errors
-            console.print(f"{name}, {form}: " + "  ".join(f"{share}: {x:.4f}" for share, x in errors.items()))
-    best = {form: _best(result, form) for form in FORMATS}
-    # What few bits are worth at the same bytes: below 1 where they win.
-    result["ratio"] = {
-        form: {share: best[form][share] / max(best["float32"][share], 1e-12) for share in best[form]}
-        for form in FORMATS[1:]
-    }
-    result["mean_ratio"] = {
-        form: float(np.exp(np.mean(np.log([max(x, 1e-12) for x in ratios.values()]))))
-        for form, ratios in result["ratio"].items()
-    }
-    return result
+        alone = float(error(summary=_stored(every_token, form, room)))
+        share_of_all = bytes_of(count, *dims, form) / every_byte
+        records.append({"form": form, "all_tokens_error": alone, "all_tokens_share": share_of_all})
+        for name in config.algorithms:
+            for share in config.shares:
+                size = min(count, num_tokens(math.floor(share * every_byte), *dims, form))
+                found = alone
+                if size < count:
+                    key = jax.random.key(config.seed)
+                    small = _chosen(k, v, key, radius, size=size, algorithm=algorithm_of(name))
+                    found = float(error(summary=_stored(small, form, room)))
+                records.append({"algorithm": name, "form": form, "share": share, "tokens": size, "error": found})
+                by = best.setdefault(form, {})
+                by[share] = min(found, by.get(share, math.inf))
+            console.print(f"{name}, {form}: {best[form]}")
+    for form in FORMATS[1:]:
+        # What few bits are worth at the same bytes: below 1 where they win.
+        ratios = {share: best[form][share] / max(best["float32"][share], 1e-12) for share in config.shares}
+        records += [{"form": form, "share": share, "ratio": ratio} for share, ratio in ratios.items()]
+        mean = float(np.exp(np.mean(np.log([max(x, 1e-12) for x in ratios.values()]))))
+        records.append({"form": form, "mean_ratio": mean})
+    return records
 
 
-def _best(result: dict[str, Any], form: str) -> dict[str, float]:
-    """The least error of any algorithm, by budget."""
-    each = [result["errors"][name][form] for name in result["errors"]]
-    return {share: min(errors[share] for errors in each) for share in each[0]}
+def table(records: Frame) -> Iterable[str]:
+    """Errors by budget, algorithm and format, by configuration."""
+    for name, own in parts(records):
+        alone = having(own, "all_tokens_error").groupby("form")
+
+        def all_tokens(key: Any, _: Frame, alone: Any = alone) -> str:
+            return significant(list(alone.get_group(key[1])["all_tokens_error"]))
+
+        def share(key: Any, _: Frame, alone: Any = alone) -> str:
+            return f"{alone.get_group(key[1])['all_tokens_share'].iloc[0]:.3f}"
+
+        errors, of = having(own, "algorithm", "error"), having(own, "bytes")["bytes"].iloc[0]
+        yield f"`{name}`: error by the share of {in_kib(of)}, the bytes of all tokens in float32"
+        more = {"all tokens": all_tokens, "their share": share}
+        yield pivot(errors, ["algorithm", "form"], "share", "error", head=["", "in"], more=more)
+        yield pivot(
+            errors.drop_duplicates(["form", "share"]), "form", "share", "tokens", cell=whole, head="number of tokens"
+        )
+
+
+def figure(records: Frame) -> Figure:
+    """The best error of any algorithm by budget, a line for each format; rings for all tokens."""
+    errors = having(records, "algorithm", "error")
+    best = errors.groupby(["configuration", "seed", "form", "share"], sort=False)["error"].min().reset_index()
+    alone = having(records, "all_tokens_error")
+    styles = method_styles(list(FORMATS))
+
+    def rings(axes: Any, name: Any, _: Frame) -> None:
+        for form, own in parts(alone[alone["configuration"] == name], "form"):
+            if form != FORMATS[0]:
+                error = max(own["all_tokens_error"].mean(), 1e-5)
+                look = {"color": styles[form]["color"], "markersize": 11, "fillstyle": "none"}
+                axes.plot(own["all_tokens_share"].iloc[0], error, "o", **look)
+
+    return curves(
+        best,
+        x="share",
+        y="error",
+        by="form",
+        labels=("share of the bytes of all tokens in float32", "error (rings: all tokens)"),
+        ticks=lambda share: f"1/{1 / share:.0f}",
+        least=1e-5,
+        columns=4,
+        each=rings,
+    )

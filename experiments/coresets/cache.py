@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens, exact, fold_scale, merge
@@ -23,6 +24,8 @@ from experiments import data
 from experiments.capture import capture
 from experiments.config import Count, Seeded, Several, Share, Whole
 from experiments.models import attention_layers
+from experiments.results import Frame, Record
+from experiments.show import curves, having, mean, parts, pivot, spread
 from experiments.training import TrainingConfig, bits, fit, predict
 
 # The policy under which the cache is a folded coreset that grows with the tokens.
@@ -30,7 +33,7 @@ STREAMED = "streamed"
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheConfig(Seeded):
+class Config(Seeded):
     """What is trained with exact attention, and how its caches are compressed.
 
     Attributes:
@@ -72,31 +75,58 @@ def _parts(policy: str) -> tuple[str, bool | Literal["fitted"]]:
     return policy.removesuffix("+mass"), policy.endswith("+mass")
 
 
-def run(config: CacheConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def trains(config: Config) -> list[TrainingConfig]:
+    """What is checked before anything runs."""
+    return [config.training]
+
+
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Bits and accuracy of the targets after the prefix, and the error of the attention there, by policy and share."""
     training = dataclasses.replace(config.training, seed=config.seed)
     model, dataset, seconds = fit(training, directory, console)
     batches = data.held_out(dataset, "test", training.train.batch, config.batches)
     captured = capture(model, lambda model: predict(model, batches[0]))
-    result: dict[str, Any] = {"policies": {}, "training_seconds": round(seconds, 1), "data": dict(dataset.provenance)}
-    result["exact"] = _scores(config, model, batches, _causal)
+    exact = _scores(config, model, batches, _causal)
+    records: list[Record] = [{"training_seconds": round(seconds, 1)}, {"policy": "exact", **exact}]
     for policy in config.policies:
-        result["policies"][policy] = {}
         for share in config.kept:
             function = _compressed(config, policy, round(share * config.prefix))
-            entry = _scores(config, model, batches, function)
-            entry["attention_error"] = _error(config, captured, function)
-            result["policies"][policy][f"{share:g}"] = entry
-        shown = "  ".join(f"{share}: {entry['bits']:.3f}" for share, entry in result["policies"][policy].items())
-        console.print(f"{policy}: {shown}")
-    return result
+            scores = _scores(config, model, batches, function)
+            scores["attention_error"] = _error(config, captured, function)
+            records.append({"policy": policy, "share": share, **scores, "lost": scores["bits"] - exact["bits"]})
+            console.print(f"{policy}, {share:g}: {scores['bits']:.3f} bits")
+    return records
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Bits lost, accuracy and attention error by policy and share, by configuration."""
+    for name, own in parts(records):
+        exact = own[own["policy"] == "exact"]
+        bits, accuracy = (spread(list(exact[figure])) for figure in ("bits", "accuracy"))
+        yield f"`{name}`: {bits} bits and accuracy {accuracy} with the exact cache; by the share of the prefix kept"
+        shown = having(own, "share").rename(columns={"lost": "bits lost", "attention_error": "error"})
+        yield pivot(shown, "policy", "share", ["bits lost", "accuracy", "error"], cell=[spread, mean, mean])
+
+
+def figure(records: Frame) -> Figure:
+    """Bits lost by the share of the prefix that is kept."""
+    return curves(
+        having(records, "share"),
+        x="share",
+        y="lost",
+        by="policy",
+        labels=("share of the tokens of the prefix that is kept", "bits per token lost after the prefix"),
+        ticks=lambda share: f"{100 * share:g} %",
+        least=1e-4,
+        size=(7.0, 4.0),
+    )
 
 
 def _causal(q: Array, k: Array, v: Array, key: Array) -> Array:
     return exact(q, k, v, is_causal=True)
 
 
-def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., Array]:
+def _compressed(config: Config, policy: str, budget: int) -> Callable[..., Array]:
     """Exact causal attention within the prefix; after it, the compressed prefix and the exact tokens since."""
     prefix = config.prefix
     name, mass_correction = _parts(policy)
@@ -126,7 +156,7 @@ def _compressed(config: CacheConfig, policy: str, budget: int) -> Callable[..., 
     return function
 
 
-def _scores(config: CacheConfig, model: nnx.Module, batches: Any, function: Callable[..., Array]) -> dict[str, float]:
+def _scores(config: Config, model: nnx.Module, batches: Any, function: Callable[..., Array]) -> dict[str, float]:
     rng = jax.random.key(config.seed)
 
     def answer(query: Array, key: Array, value: Array, **_: Any) -> Array:
@@ -146,7 +176,7 @@ def _answers(q: Array, k: Array, v: Array, function: Callable[..., Array], seed:
     return attention(q, k, v, method=function, rng=jax.random.key(seed))
 
 
-def _error(config: CacheConfig, captured: Any, function: Callable[..., Array]) -> float:
+def _error(config: Config, captured: Any, function: Callable[..., Array]) -> float:
     """Mean relative error over layers of the attention after the prefix, on the trained model's own tensors."""
     errors = []
     for tensors in captured.values():

@@ -2,23 +2,28 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import HeadsDecoder, attention
 from approx_attention.core import in_float32
 from approx_attention.evaluation import load_sample
 from experiments.config import Count, NonNegative, Positive, Seeded, Several
+from experiments.results import Frame, Record
+from experiments.show import curves, having, pivot
 
 
 @dataclasses.dataclass(frozen=True)
-class CertifiedConfig(Seeded):
+class Config(Seeded):
     """What is decoded after a prompt of exact attention.
 
     Attributes:
@@ -38,13 +43,14 @@ class CertifiedConfig(Seeded):
     block_size: Count = 64
 
 
-def run(config: CertifiedConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Promised and measured error, share of exact steps and of bytes, by layer, norm, size and tolerance."""
     sample = load_sample()
     q, k, v = (jnp.asarray(x, jnp.float32)[:, : config.length] for x in (sample.query, sample.key, sample.value))
     largest = np.maximum.accumulate(np.linalg.norm(v, axis=-1), axis=1)[:, config.prompt :]
     decoders = {size: jax.jit(functools.partial(_decoded, config, size)) for size in config.sizes}
-    result: dict[str, Any] = {"layers": {}}
+    records: list[Record] = []
+    worst = -math.inf
     for norm in config.norms:
         with in_float32():
             truth = attention(norm * q, k, v, method="exact", is_causal=True)[:, config.prompt :]
@@ -54,29 +60,78 @@ def run(config: CertifiedConfig, directory: pathlib.Path, console: Console) -> d
                 errors = np.linalg.norm(np.asarray(out - truth), axis=-1).max(axis=2) / largest[..., 0]
                 for layer, error in enumerate(errors):
                     share = float(certificate.exact_steps[layer, 0] / certificate.steps[layer, 0])
-                    entry = {
-                        "promised": float(certificate.promised[layer, 0]),
-                        "measured": float(error.max()),
-                        "mean_error": float(error.mean()),
-                        "exact_steps": share,
-                        "bytes": _bytes(config, size, q.shape[-1], v.shape[-1], share),
-                    }
-                    place = result["layers"].setdefault(str(layer), {}).setdefault(f"{norm:g}", {})
-                    place.setdefault(str(size), {})[f"{tolerance:g}"] = entry
+                    measured = float(error.max())
+                    records.append(
+                        {
+                            "layer": layer,
+                            "norm": norm,
+                            "size": size,
+                            "tolerance": tolerance,
+                            "promised": float(certificate.promised[layer, 0]),
+                            "measured": measured,
+                            "mean_error": float(error.mean()),
+                            "exact_steps": share,
+                            "bytes": _bytes(config, size, q.shape[-1], v.shape[-1], share),
+                        }
+                    )
+                    worst = max(worst, measured - max(tolerance, 1e-5))
             console.print(f"norm {norm:g}, {size} clusters")
-    entries = [
-        (float(tolerance), entry)
-        for by_norm in result["layers"].values()
-        for by_size in by_norm.values()
-        for by_tolerance in by_size.values()
-        for tolerance, entry in by_tolerance.items()
+    # Above 0 if a promise was not kept.
+    return [*records, {"over_tolerance": worst}]
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Exact steps and bytes read by tolerance; at the last one, which no bound exceeds, bounds and errors."""
+    steps = having(records, "tolerance")
+    last = steps["tolerance"].max()
+
+    def bounds(_: Any, own: Frame) -> str:
+        end = own[own["tolerance"] == last].iloc[0]
+        return f"{end['promised']:.2g}, {end['measured']:.2g}"
+
+    both = [
+        f"{100 * share:.3g} %, {read:.2g} x" for share, read in zip(steps["exact_steps"], steps["bytes"], strict=True)
     ]
-    # A promise that was not kept is above 0.
-    result["over_tolerance"] = max(entry["measured"] - max(tolerance, 1e-5) for tolerance, entry in entries)
-    return result
+    yield (
+        "Steps that read all tokens, and bytes read against exact decoding, by tolerance; at the largest tolerance, "
+        "which no bound exceeds, the largest bound and the largest error"
+    )
+    yield pivot(
+        steps.assign(both=both)[steps["tolerance"] < last],
+        ["layer", "norm", "size"],
+        "tolerance",
+        "both",
+        cell=lambda cells: str(cells[0]),
+        head=["layer", "norm", "clusters"],
+        more={"promised, measured": lambda key, own: bounds(key, _at(steps, key))},
+        quoted=False,
+    )
 
 
-def _decoded(config: CertifiedConfig, size: int, tolerance: Array, key: Array, tokens: Any) -> tuple[Array, Any]:
+def _at(steps: Frame, key: Any) -> Frame:
+    layer, norm, size = key
+    return steps[(steps["layer"] == layer) & (steps["norm"] == norm) & (steps["size"] == size)]
+
+
+def figure(records: Frame) -> Figure:
+    """The share of exact steps by tolerance, a panel for each layer."""
+    steps = having(records, "tolerance")
+    named = [
+        f"queries times {norm:g}, {size:g} clusters" for norm, size in zip(steps["norm"], steps["size"], strict=True)
+    ]
+    return curves(
+        steps.assign(named=named, percent=100 * steps["exact_steps"]),
+        x="tolerance",
+        y="percent",
+        by="named",
+        panel="layer",
+        labels=("tolerance, in units of the largest value", "steps that read all tokens, %"),
+        scales=("log", "linear"),
+        titles=lambda layer: f"layer {layer:g}",
+    )
+
+
+def _decoded(config: Config, size: int, tolerance: Array, key: Array, tokens: Any) -> tuple[Array, Any]:
     """Outputs ``[B, T, N, Dv]`` after the prompt, and the certificate."""
     q, k, v = tokens
     decoder = HeadsDecoder(
@@ -100,7 +155,7 @@ def _decoded(config: CertifiedConfig, size: int, tolerance: Array, key: Array, t
     return jnp.moveaxis(out, 0, 1), cache.heads.certificate
 
 
-def _bytes(config: CertifiedConfig, size: int, head_dim: int, value_dim: int, share: float) -> float:
+def _bytes(config: Config, size: int, head_dim: int, value_dim: int, share: float) -> float:
     """Bytes read per step as a share of those of exact decoding, the mean over the steps."""
     sinks, row = 4, head_dim + value_dim
     lengths = np.arange(config.prompt, config.length) + 1

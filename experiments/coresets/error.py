@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, summarize_coreset, summarize_mean_value
@@ -18,18 +20,22 @@ from approx_attention.coresets import ALGORITHMS, Algorithm, Halving, running_co
 from approx_attention.evaluation import sup_error
 from experiments.config import Count, NonNegative, Positive, Seeded, Several
 from experiments.coresets import instances
-from experiments.harness.long_context import slope
+from experiments.fits import slope
+from experiments.results import Frame, Record
+from experiments.show import curves, having, parts, pivot, slopes
 
 Instance = Literal[
     "clustered", "sphere", "low_rank", "outliers", "gaussian", "heavy_tailed", "two_points", "lower_bound"
 ]
+GROWING = {"radius": "radii", "head_dim": "head_dims", "size": "sizes"}
+MEAN = "mean of the values"
 # What the guard chooses among and is compared with.
 RIVALS = ("kmeans_merge", "kmeans_nystrom", "nystrom_rpc", "uniform")
 BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class CoresetErrorConfig(Seeded):
+class Config(Seeded):
     """An instance, the algorithms, and what grows.
 
     Attributes:
@@ -117,40 +123,109 @@ def _typical(k, v, summary, radius):
     return jnp.sqrt(jnp.mean(jnp.sum(difference**2, axis=1)))
 
 
-def run(config: CoresetErrorConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
-    """Sup error and root mean square error by what grows, and slopes of their logs."""
-    grows = next((name for name in ("radii", "head_dims") if len(getattr(config, name)) > 1), "sizes")
-    result: dict[str, Any] = {"grows": grows, "methods": {}, "mean_value": {}}
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
+    """Sup error and root mean square error of each algorithm, and exponents in what grows."""
+    records: list[Record] = []
+    errors: dict[str, dict[float, float]] = {}
     for head_dim in config.head_dims:
         for radius in config.radii:
             k, v = instances.draw(config.instance, config.num_keys, head_dim, config.value_dim, radius, config.seed)
             distinct = k.shape[0] // 8 if config.instance == "lower_bound" else 1
             trivial = float(_search(k, v, summarize_mean_value(k, v), radius))
             for size in config.sizes:
-                step = {"radii": radius, "head_dims": head_dim, "sizes": size}[grows]
-                result["mean_value"][f"{step:g}"] = trivial
+                step: Record = {"size": size, "radius": radius, "head_dim": head_dim}
+                records.append({"algorithm": MEAN, **step, "error": trivial})
                 for name in config.algorithms:
                     keys = jax.random.split(jax.random.key(config.seed), config.draws)
                     found = [
                         _summary(k, v, key, radius, size=max(1, round(size * distinct)), algorithm=algorithm_of(name))
                         for key in keys
                     ]
-                    entry = result["methods"].setdefault(name, {"error": {}, "typical": {}})
-                    entry["error"][f"{step:g}"] = float(np.mean([_search(k, v, s, radius) for s in found]))
-                    entry["typical"][f"{step:g}"] = float(np.mean([_typical(k, v, s, radius) for s in found]))
-    if {"guarded", *RIVALS} <= set(result["methods"]):
-        errors = {name: entry["error"] for name, entry in result["methods"].items()}
-        result["guarded_over_best"] = {
-            step: error / min(errors[name][step] for name in RIVALS) for step, error in errors["guarded"].items()
-        }
-    for entry in result["methods"].values():
-        steps = [float(step) for step in entry["error"]]
-        if len(steps) < 3:
-            continue
-        errors = dict(zip(steps, entry["error"].values(), strict=True))
-        if grows == "radii":
-            # The error is to grow as e^(exponent * radius).
-            entry["slope"] = slope({math.exp(step): error for step, error in errors.items()})
-        else:
-            entry["slope"] = slope(errors)
-    return result
+                    error, typical = (
+                        float(np.mean([of(k, v, small, radius) for small in found])) for of in (_search, _typical)
+                    )
+                    records.append({"algorithm": name, **step, "error": error, "typical": typical})
+                    # The error is to grow as e^(exponent * radius), and as a power of the dimension or the size.
+                    at = {"radius": math.exp(radius), "head_dim": head_dim, "size": size}[grows(config)]
+                    errors.setdefault(name, {})[at] = error
+                if {"guarded", *RIVALS} <= set(config.algorithms):
+                    own, *others = (list(errors[name].values())[-1] for name in ("guarded", *RIVALS))
+                    records.append({**step, "guarded_over_best": own / min(others)})
+    records += [{"algorithm": name, **slope(by)} for name, by in errors.items() if len(by) > 2]
+    return records
+
+
+def grows(config: Config) -> str:
+    """The column of what grows."""
+    return next((name for name, of in GROWING.items() if len(getattr(config, of)) > 1), "size")
+
+
+def _growing(records: Frame) -> str:
+    """The column of what grows in the records of one configuration."""
+    errors = having(records, "algorithm", "error")
+    return next((name for name in GROWING if errors[name].nunique() > 1), "size")
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Greatest errors by what grows, and exponents, by configuration."""
+    for name, own in parts(records):
+        by, errors = _growing(own), having(own, "algorithm", "error")
+        first = errors[by].iloc[0]
+        smallest = errors[errors["error"] < 1e-5]["algorithm"]
+
+        def typical(algorithm: str, of: Frame, by: str = by, first: Any = first) -> str:
+            here = of[of[by] == first]
+            return f"{here['typical'].mean():.2g}" if "typical" in here and here["typical"].notna().any() else ""
+
+        def exponent(algorithm: str, of: Frame, own: Any = own, smallest: Any = smallest) -> str:
+            # Where the error falls to that of rounding there is no exponent.
+            return "" if algorithm in set(smallest) else slopes(own, "algorithm")["slope"](algorithm, of)
+
+        yield f"`{name}`: greatest error over queries of that norm, by {by.replace('_', ' ')}"
+        more = {f"typical at {first:g}": typical, "exponent": exponent}
+        yield pivot(errors, "algorithm", by, "error", more=more)
+
+
+def figure(records: Frame) -> Figure:
+    """Greatest errors by what grows, a panel for each configuration."""
+    errors = having(records, "algorithm", "error")
+    grown = {name: _growing(own) for name, own in parts(errors)}
+    if all(own[grown[name]].nunique() == 1 for name, own in parts(errors)):
+        return _at_one_size(errors)
+    at = [row[grown[row["configuration"]]] for _, row in errors.iterrows()]
+
+    def scale(axes: Any, name: Any, _: Frame) -> None:
+        by = grown[name]
+        axes.set(xlabel={"size": "tokens kept", "radius": "norm of the queries", "head_dim": "dimension"}[by])
+        axes.set_xscale("linear" if by == "radius" else "log")
+        steps = sorted({x for x, row in zip(at, errors["configuration"], strict=True) if row == name})
+        axes.set_xticks(steps, [f"{step:g}" for step in steps])
+        axes.minorticks_off()
+
+    return curves(
+        errors.assign(at=at),
+        x="at",
+        y="error",
+        by="algorithm",
+        labels=("", "greatest error over all queries"),
+        least=1e-5,  # what is exact but for rounding
+        dotted=[MEAN],
+        each=scale,
+    )
+
+
+def _at_one_size(errors: Frame) -> Figure:
+    """Greatest errors where nothing grows: the configurations side by side."""
+    names = list(dict.fromkeys(errors["configuration"]))
+    return curves(
+        errors.assign(at=[names.index(name) for name in errors["configuration"]], all="all"),
+        x="at",
+        y="error",
+        by="algorithm",
+        panel="all",
+        labels=("", "greatest error over all queries"),
+        scales=("linear", "log"),
+        ticks=lambda at: names[int(at)],
+        dotted=[MEAN],
+        size=(9.0, 4.0),
+    )

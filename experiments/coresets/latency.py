@@ -3,23 +3,27 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens
 from approx_attention.core import each
 from approx_attention.evaluation import time_interleaved
 from experiments.config import Count, Seeded, Several, Share
+from experiments.results import Frame, Record
+from experiments.show import curves, having, milliseconds, parts, pivot, thousands
 
 # The whole cache as a summary that holds it.
 EVERY_TOKEN = "every token"
 
 
 @dataclasses.dataclass(frozen=True)
-class LatencyConfig(Seeded):
+class Config(Seeded):
     """Gaussian tensors of these lengths, compressed to a share of them."""
 
     lengths: Several[Count]
@@ -30,10 +34,11 @@ class LatencyConfig(Seeded):
     rounds: Count = 3
 
 
-def run(config: LatencyConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Seconds of compression, of exact attention over the prompt, and of one decoding step with each cache."""
-    result: dict[str, Any] = {"prefill": {}, "decode": {}}
-    for length in config.lengths:
+    records: list[Record] = []
+    seconds: dict[tuple[str, str], float] = {}
+    for length in sorted(config.lengths):
         keys = jax.random.split(jax.random.key(config.seed), 4)
         shape = (length, config.num_heads, config.head_dim)
         q, k, v = (jax.random.normal(key, shape) for key in keys[:3])
@@ -54,15 +59,43 @@ def run(config: LatencyConfig, directory: pathlib.Path, console: Console) -> dic
             decode[policy] = functools.partial(_compiled(_ask, last, small), last, small)
         for name, calls in (("prefill", prefill), ("decode", decode)):
             timings = time_interleaved(calls, rounds=config.rounds, patience=60)
-            for arm, timing in timings.items():
-                result[name].setdefault(arm, {})[str(length)] = timing.least
-    longest = str(max(config.lengths))
-    exact = min(result["decode"][arm][longest] for arm in ("exact", EVERY_TOKEN))
-    result["decode_speedup"] = {policy: exact / result["decode"][policy][longest] for policy in config.policies}
-    result["build_share"] = {
-        policy: result["prefill"][policy][longest] / result["prefill"]["exact"][longest] for policy in config.policies
-    }
-    return result
+            for policy, timing in timings.items():
+                records.append({"stage": name, "policy": policy, "length": length, "seconds": timing.least})
+                seconds[name, policy] = timing.least
+    # At the longest, which is the last.
+    exact = min(seconds["decode", policy] for policy in ("exact", EVERY_TOKEN))
+    for policy in config.policies:
+        share = seconds["prefill", policy] / seconds["prefill", "exact"]
+        records.append({"policy": policy, "decode_speedup": exact / seconds["decode", policy], "build_share": share})
+    return records
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Milliseconds of both stages by length."""
+    for name, own in parts(having(records, "seconds"), "stage"):
+        what = (
+            "compression of the cache, and of exact causal attention over the prompt"
+            if name == "prefill"
+            else "a decoding step, and of an exact one over the whole cache"
+        )
+        yield f"Milliseconds of {what}, by the number of tokens"
+        yield pivot(own, "policy", "length", "seconds", cell=milliseconds)
+
+
+def figure(records: Frame) -> Figure:
+    """Time of both stages by length."""
+    times = having(records, "seconds")
+    titles = {"prefill": "compression, and exact causal attention", "decode": "one decoding step"}
+    return curves(
+        times.assign(ms=1e3 * times["seconds"]),
+        x="length",
+        y="ms",
+        by="policy",
+        panel="stage",
+        labels=("tokens in the cache", "ms"),
+        ticks=thousands,
+        titles=lambda stage: titles[stage],
+    )
 
 
 def _compiled(function: Any, *arguments: Any) -> Any:

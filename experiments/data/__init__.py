@@ -9,7 +9,7 @@ import numpy as np
 
 from approx_attention.core import did_you_mean, unknown
 from experiments.config import STRICT, ConfigError, checked
-from experiments.data import images, lra, synthetic, text
+from experiments.data import images, synthetic, text
 from experiments.data.dataset import SPLITS, Dataset
 
 __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
@@ -24,10 +24,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digit_scenes": images.digit_scenes,
     "cifar10": images.cifar10,
     "image_folder": images.image_folder,
-    "listops": lra.listops,
-    "pathfinder": lra.pathfinder,
     "recall": synthetic.recall,
     "copying": synthetic.copying,
+    "segments": synthetic.segments,
     "match": synthetic.match,
     "match_xor": synthetic.match_xor,
 }

@@ -44,6 +44,39 @@ def recall(
     return Dataset("sequence", generated(draw), num_classes=size, vocabulary=size, is_causal=True)
 
 
+def segments(
+    pairs: Count = 16, width: Count = 4, values: Count = 16, spellings: Count = 4, ragged: bool = True
+) -> Dataset:
+    """Recall of pairs of a key and a value, each told by a segment of ``width`` neighbours that say the same.
+
+    Every token of a segment is one of the ``spellings`` of its pair, at random; after all segments the keys are asked
+    for in random order, with their values as targets. With ``ragged`` the lengths of segments are random, from half of
+    the width to twice the width with this mean, and fillers before and after them move where they begin, so that no
+    chunk is a segment by luck.
+    """
+    shortest, longest = (max(1, width // 2), 2 * width) if ragged else (width, width)
+    fillers = 2 * width if ragged else 0
+    first_query = 1 + pairs * values * spellings
+
+    def draw(random: np.random.Generator, batch: int) -> Batch:
+        tokens = np.zeros((batch, fillers + pairs * width + pairs), np.int32)
+        targets = np.full(tokens.shape, -1, np.int32)
+        for i in range(batch):
+            lengths = np.full(pairs, shortest)
+            for _ in range(pairs * (width - shortest)):
+                lengths[random.choice(np.flatnonzero(lengths < longest))] += 1
+            keys, told = random.permutation(pairs), random.integers(0, values, pairs)
+            pair = np.repeat(keys * values + told, lengths)
+            start = random.integers(0, fillers + 1)
+            tokens[i, start : start + len(pair)] = 1 + pair * spellings + random.integers(0, spellings, len(pair))
+            order = random.permutation(pairs)
+            tokens[i, -pairs:], targets[i, -pairs:] = first_query + keys[order], told[order]
+        return {"tokens": tokens, "targets": targets}
+
+    vocabulary = first_query + pairs
+    return Dataset("sequence", generated(draw), num_classes=values, vocabulary=vocabulary, is_causal=False)
+
+
 def copying(length: Count = 64, vocabulary: Count = 16) -> Dataset:
     """Random tokens, a separator, and the same tokens again, which must be told one after the other."""
     if length < 2 or vocabulary < 2:

@@ -2,25 +2,32 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention.evaluation import LARGEST_LOGITS, break_even, time_interleaved
 from approx_attention.registry import get_method
 from experiments.config import Count, NonNegative, Positive, Seeded, Several
+from experiments.fits import slope
 from experiments.models import AttentionConfig, ModelConfig, SelfAttention
+from experiments.results import Frame, Record
 from experiments.run_files import read_json, write_json
+from experiments.show import curves, having, milliseconds, parts, pivot, slopes, thousands
+
+# The fastest exact attention at each length.
+BEST = "best exact"
 
 
 @dataclasses.dataclass(frozen=True)
-class LongContextConfig(Seeded):
+class Config(Seeded):
     """One layer, the lengths it is timed at, and the size of every method's summary."""
 
     model: ModelConfig
@@ -37,17 +44,17 @@ class LongContextConfig(Seeded):
         for name in self.settings:
             if name not in self.methods:
                 raise ValueError(f"settings are given for {name!r}, which is not among {', '.join(self.methods)}")
-        self.arms()
+        self.attentions()
 
-    def arms(self) -> dict[str, AttentionConfig]:
+    def attentions(self) -> dict[str, AttentionConfig]:
         """The methods of this direction, each at the size."""
-        arms = {}
+        methods = {}
         for name in self.methods:
             method = get_method(name)
             if self.direction == "bidirectional" or method.capabilities.causal:
                 size = {method.size: self.size} if method.size else {}
-                arms[name] = AttentionConfig(name, {**size, **self.settings.get(name, {})})
-        return arms
+                methods[name] = AttentionConfig(name, {**size, **self.settings.get(name, {})})
+        return methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +65,9 @@ class TimeAndMemory:
     bytes: NonNegative
 
 
-def run(config: LongContextConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Seconds of every method and exact form at each length, the slopes of log time, and break-even lengths."""
-    is_causal, arms = config.direction == "causal", config.arms()
+    is_causal, methods = config.direction == "causal", config.attentions()
     exact = {f"exact {form}": AttentionConfig("exact", {"implementation": form}) for form in ("blocked", "dense")}
     # Each length is kept once it is measured, so that a killed run goes on with the next.
     kept = directory / "lengths.json"
@@ -75,7 +82,7 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
         fits = 4 * config.model.num_heads * length**2 <= LARGEST_LOGITS // 2
         forms: dict[str, Callable[..., Any]] = {
             name: _layer(config, attention, is_causal)
-            for name, attention in (exact | arms).items()
+            for name, attention in (exact | methods).items()
             if name != "exact dense" or fits
         }
         if fits:
@@ -90,49 +97,79 @@ def run(config: LongContextConfig, directory: pathlib.Path, console: Console) ->
         write_json(kept, measured)
         shown = ", ".join(f"{name} {timing.least * 1e3:.3g} ms" for name, timing in timings.items())
         console.print(f"{directory.name} n={length}: {shown}")
-    names = dict.fromkeys(name for n in config.lengths for name in measured[str(n)])
-    seconds, memory = (
-        {name: {n: by[name][what] for n in config.lengths if name in (by := measured[str(n)])} for name in names}
-        for what in ("seconds", "bytes")
-    )
-    best = {n: min(s[n] for name, s in seconds.items() if name.startswith("exact") and n in s) for n in config.lengths}
-    rows = {"best exact": best, **{name: seconds[name] for name in arms}}
-    return {
-        "methods": {
-            name: {
-                "seconds": {str(n): t for n, t in times.items()},
-                "slope": slope({n: t for n, t in times.items() if n >= config.fit_from}),
-                "break_even": None if name == "best exact" else break_even(times, best),
+    records: list[Record] = [
+        {"method": name, "length": length, "seconds": entry["seconds"], "temp_bytes": entry["bytes"]}
+        for length in config.lengths
+        for name, entry in measured[str(length)].items()
+    ]
+    best = {
+        length: min(entry["seconds"] for name, entry in measured[str(length)].items() if name.startswith("exact"))
+        for length in config.lengths
+    }
+    records += [{"method": BEST, "length": length, "seconds": seconds} for length, seconds in best.items()]
+    for name in (BEST, *methods):
+        times = best if name == BEST else {n: measured[str(n)][name]["seconds"] for n in config.lengths}
+        even = None if name == BEST else break_even(times, best)
+        records.append(
+            {
+                "method": name,
+                **slope({n: t for n, t in times.items() if n >= config.fit_from}),
+                "break_even": math.inf if even is None else even,
                 "speedup_at_longest": best[max(best)] / times[max(times)],
             }
-            for name, times in rows.items()
-        },
-        "exact_forms": {n: {str(m): t for m, t in s.items()} for n, s in seconds.items() if n.startswith("exact")},
-        "temp_bytes": {name: {str(n): b for n, b in by.items()} for name, by in memory.items()},
-    }
+        )
+    return records
 
 
-def slope(seconds: Mapping[Any, float]) -> dict[str, float] | None:
-    """Least-squares slope of log time against log length, with the half-width of its 95 % interval."""
-    if len(seconds) < 3:
-        return None
-    from scipy import stats
+def table(records: Frame) -> Iterable[str]:
+    """Milliseconds by length, slope and break-even, by configuration."""
+    fits = having(records, "speedup_at_longest")
 
-    line: Any = stats.linregress(np.log(list(seconds)), np.log(list(seconds.values())))
-    return {
-        "value": float(line.slope),
-        "half_width": float(line.stderr * stats.t.ppf(0.975, len(seconds) - 2)),
-    }
+    def fact(figure: str, shown: Callable[[float], str]) -> Callable[[Any, Frame], str]:
+        def column(name: str, own: Frame) -> str:
+            same = (fits["method"] == name) & (fits["configuration"] == own["configuration"].iloc[0])
+            return shown(fits[same][figure].iloc[0])
+
+        return column
+
+    for name, own in parts(records):
+        times = having(own, "seconds")
+        listed = times[times["method"].isin(fits["method"])]
+        more = {
+            **slopes(own, "method"),
+            "break-even": fact("break_even", lambda n: "never" if math.isinf(n) else f"{n:.0f}"),
+            "faster at the longest": fact("speedup_at_longest", lambda x: f"{x:.1f}x"),
+        }
+        yield f"`{name}`: milliseconds of a layer by the number of tokens, slope of log time with its 95 % interval"
+        yield pivot(listed, "method", "length", "seconds", cell=milliseconds, more=more)
 
 
-def _layer(config: LongContextConfig, attention: AttentionConfig, is_causal: bool) -> Callable[..., Any]:
+def figure(records: Frame) -> Figure:
+    """Time by length, a panel for each configuration."""
+    times = having(records, "seconds")
+    shown = times[times["method"].isin(having(records, "speedup_at_longest")["method"])]
+    return curves(
+        shown.assign(ms=1e3 * shown["seconds"]),
+        x="length",
+        y="ms",
+        by="method",
+        labels=("tokens", "time of a layer (ms)"),
+        ticks=thousands,
+        dotted=[BEST],
+        columns=2,
+        size=(5.0, 3.6),
+        titles=lambda name: name.replace("_", " and "),
+    )
+
+
+def _layer(config: Config, attention: AttentionConfig, is_causal: bool) -> Callable[..., Any]:
     return _passes(
         config,
         SelfAttention(config.model, attention, is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)),
     )
 
 
-def _jax_nn_layer(config: LongContextConfig, is_causal: bool) -> Callable[..., Any]:
+def _jax_nn_layer(config: Config, is_causal: bool) -> Callable[..., Any]:
     layer = SelfAttention(
         config.model, AttentionConfig(), is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)
     )
@@ -144,7 +181,7 @@ def _jax_nn_layer(config: LongContextConfig, is_causal: bool) -> Callable[..., A
     return _passes(config, layer)
 
 
-def _passes(config: LongContextConfig, layer: SelfAttention) -> Callable[..., Any]:
+def _passes(config: Config, layer: SelfAttention) -> Callable[..., Any]:
     if config.passes == "forward":
         return layer
     # What a method draws is not trained, and its counters are no floating-point numbers.

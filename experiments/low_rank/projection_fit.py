@@ -12,10 +12,12 @@ from rich.console import Console
 
 from approx_attention import exact, linformer, mean_value, svd
 from experiments.config import Count, NonNegative, Positive, Seeded, Several
+from experiments.low_rank import by_size
+from experiments.results import Record
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectionFitConfig(Seeded):
+class Config(Seeded):
     """Noisy tokens with positions, through fixed random maps to q and k, and how long to fit."""
 
     sizes: Several[Count]
@@ -28,7 +30,7 @@ class ProjectionFitConfig(Seeded):
     learning_rate: Positive = 1e-2
 
 
-def run(config: ProjectionFitConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Relative error on fresh data of every kind of projection, by the number of slots."""
     length, head_dim = config.length, config.head_dim
     key_maps, key_positions, key_train, key_test = jax.random.split(jax.random.key(config.seed), 4)
@@ -68,7 +70,7 @@ def run(config: ProjectionFitConfig, directory: pathlib.Path, console: Console) 
         return float(errors(lambda q, k, v: linformer(q, k, v, **learned), test)) ** 0.5
 
     test = draw(key_test, 32)
-    result: dict[str, dict[str, float]] = {}
+    records: list[Record] = []
     for size in config.sizes:
         gaussian = jax.random.normal(jax.random.key(config.seed + 2), (size, length)) / np.sqrt(size)
         row = {
@@ -79,6 +81,8 @@ def run(config: ProjectionFitConfig, directory: pathlib.Path, console: Console) 
             "gaussian": float(errors(lambda q, k, v, e=gaussian: linformer(q, k, v, projection_k=e), test)) ** 0.5,
             "mean of the values": float(errors(mean_value, test)) ** 0.5,
         }
-        for name, figure in row.items():
-            result.setdefault(name, {})[str(size)] = figure
-    return {"errors": result}
+        records += [{"kind": kind, "size": size, "error": error} for kind, error in row.items()]
+    return records
+
+
+table, figure = by_size.table, by_size.figure

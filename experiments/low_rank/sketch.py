@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,11 +14,14 @@ from rich.console import Console
 from approx_attention import bounds, exact, importance_sample, linformer, mean_value, svd, unreduced_jlt
 from approx_attention.core import SKETCHES, draw_sketch, in_float32
 from experiments.config import Count, NonNegative, Positive, Seeded, Several, Share
-from experiments.control_variates.gap import GapConfig, smoothed
+from experiments.control_variates import gap
+from experiments.low_rank import by_size
+from experiments.results import Frame, Record
+from experiments.show import having, pivot
 
 
 @dataclasses.dataclass(frozen=True)
-class SketchConfig(Seeded):
+class Config(Seeded):
     """Tensors as in `gap`, and the numbers of rows.
 
     Attributes:
@@ -36,14 +40,14 @@ class SketchConfig(Seeded):
 
 
 @in_float32()  # the errors are those of closed forms
-def run(config: SketchConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Root of the mean squared error over the norm of the exact output, by kind and size.
 
     Beside it the quantity of Linformer's theorem 2, the largest error of a row over ``|P_i| |V|``, which an output of 0
     keeps below 1, with the largest of ``sizes`` below ``length``.
     """
     shape = {name: getattr(config, name) for name in ("length", "head_dim", "smoothing", "spread", "shared", "seed")}
-    q, k, v = (x[0, :, 0] for x in smoothed(GapConfig({}, **shape)))
+    q, k, v = (x[0, :, 0] for x in gap.smoothed(gap.Config({}, **shape)))
     expected = exact(q, k, v)
     norm = float(jnp.linalg.norm(expected))
     weights = exact(q, k, jnp.eye(config.length))
@@ -71,13 +75,14 @@ def run(config: SketchConfig, directory: pathlib.Path, console: Console) -> dict
         "mean of the values": of_theorem_2(mean_value(q, k, v)),
         "zero": of_theorem_2(jnp.zeros_like(expected)),
     }
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[int, float]] = {}
+    records: list[Record] = []
     for size in config.sizes:
         row: dict[str, float] = {}
         for kind in SKETCHES:
             options: Any = {"sketch": kind, "sketch_size": size, "centred": False}
             row[kind] = error(lambda key, options=options: unreduced_jlt(q, k, v, key, **options))
-            row[f"{kind}, closed form"] = float(bounds.sketch_mse(weights, v, size, kind)) ** 0.5 / norm
+            row[f"{kind}{by_size.CLOSED}"] = float(bounds.sketch_mse(weights, v, size, kind)) ** 0.5 / norm
         row["centred hadamard"] = error(lambda key, size=size: unreduced_jlt(q, k, v, key, sketch_size=size))
         for kind in ("gaussian", "hadamard"):
             row[f"{kind}, before"] = error(lambda key, size=size, kind=kind: before(key, size, kind))
@@ -85,13 +90,26 @@ def run(config: SketchConfig, directory: pathlib.Path, console: Console) -> dict
         row["importance_sample"] = error(lambda key, size=size: importance_sample(q, k, v, key, sample_size=size))
         row["linformer, means"] = float(jnp.linalg.norm(linformer(q, k, v, num_slots=size) - expected)) / norm
         row["svd"] = float(jnp.linalg.norm(svd(q, k, v, rank=size) - expected)) / norm
-        for name, figure in row.items():
-            errors.setdefault(name, {})[str(size)] = figure
-    trivial = float(jnp.linalg.norm(mean_value(q, k, v) - expected)) / norm
-    off = {kind: _largest_deviation(errors[kind], errors[f"{kind}, closed form"]) for kind in SKETCHES}
-    return {"errors": errors, "mean_value": trivial, "off_the_closed_form": off, "theorem_2": theorem_2}
+        for kind, figure in row.items():
+            records.append({"kind": kind, "size": size, "error": figure})
+            errors.setdefault(kind, {})[size] = figure
+    records.append({"mean_value_error": float(jnp.linalg.norm(mean_value(q, k, v) - expected)) / norm})
+    for kind in SKETCHES:
+        off = _largest_deviation(errors[kind], errors[f"{kind}{by_size.CLOSED}"])
+        records.append({"kind": kind, "off_the_closed_form": off})
+    return records + [{"output": name, "theorem_2": share} for name, share in theorem_2.items()]
 
 
-def _largest_deviation(measured: dict[str, float], promised: dict[str, float]) -> float:
+def _largest_deviation(measured: dict[int, float], promised: dict[int, float]) -> float:
     """By how much a measured error differs from the promised one at most, where that is not 0."""
     return max(abs(measured[size] / error - 1) for size, error in promised.items() if error > 1e-3)
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Errors by size, and the largest error of a row in units of theorem 2."""
+    yield from by_size.table(records)
+    yield "Largest error of a row, in units of what theorem 2 of Linformer allows for epsilon 1"
+    yield pivot(having(records, "theorem_2"), "configuration", "output", "theorem_2")
+
+
+figure = by_size.figure

@@ -2,23 +2,30 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from approx_attention.evaluation import spectrum
+from approx_attention.evaluation import light_grid, method_styles, spectrum
 from experiments import data
 from experiments.capture import capture
 from experiments.config import ConfigError, Count, Seeded, Share
+from experiments.results import Frame, Record
+from experiments.show import having, pivot, spread
 from experiments.training import TrainingConfig, build_model, fit, predict
+
+# What the spectra are of.
+OF = {"weights": "P", "centred": "P - 1/n"}
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectraConfig(Seeded):
+class Config(Seeded):
     """A model trained with exact attention, and the share of the singular values that is looked at.
 
     Attributes:
@@ -36,36 +43,61 @@ class SpectraConfig(Seeded):
             raise ValueError("what is looked at is a model of at least 2 layers with exact attention")
 
 
-def run(config: SpectraConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
-    """Cumulative spectra of every layer, the mean over heads and examples, of P and of P less the uniform weights."""
+def trains(config: Config) -> list[TrainingConfig]:
+    """What is checked before anything runs."""
+    return [config.training]
+
+
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
+    """Cumulative spectra of every layer, the mean over heads and examples, of P and of P less the uniform weights.
+
+    ``share`` is what the largest singular values, ``config.share`` of them, add up to, and ``rise`` its difference
+    between the last and the first layer of the trained model.
+    """
     training = dataclasses.replace(config.training, seed=config.seed)
     model, dataset, _ = fit(training, directory, console)
     if dataset.is_causal:
         raise ConfigError(f"data {training.data.name!r} are causal; the spectra are of bidirectional attention")
     batch = data.held_out(dataset, "valid", config.examples, 1)[0]
-    result: dict[str, Any] = {}
+    records: list[Record] = []
     for name, of in (("trained", model), ("initial", build_model(training, dataset))):
-        layers = [_cumulative(tensors) for tensors in _captured(of, batch).values()]
-        length = len(layers[0]["weights"])
-        at = max(1, round(config.share * length)) - 1
-        result[name] = {
-            "curves": {
-                kind: {f"layer {i}": [round(float(x), 5) for x in layer[kind]] for i, layer in enumerate(layers)}
-                for kind in ("weights", "centred")
-            },
-            "share": {
-                kind: {f"layer {i}": float(layer[kind][at]) for i, layer in enumerate(layers)}
-                for kind in ("weights", "centred")
-            },
-        }
-    first, *_, last = result["trained"]["share"]["weights"]
-    return {
-        **result,
-        "rise": {
-            kind: result["trained"]["share"][kind][last] - result["trained"]["share"][kind][first]
-            for kind in ("weights", "centred")
-        },
-    }
+        for layer, tensors in enumerate(_captured(of, batch).values()):
+            for kind, curve in _cumulative(tensors).items():
+                at = max(1, round(config.share * len(curve))) - 1
+                rounded = [round(float(x), 5) for x in curve]
+                records.append({"model": name, "layer": layer, "of": kind, "share": float(curve[at]), "curve": rounded})
+    for kind in OF:
+        trained = [r["share"] for r in records if (r["model"], r["of"]) == ("trained", kind)]
+        records.append({"of": kind, "rise": trained[-1] - trained[0]})  # pyright: ignore[reportOperatorIssue]
+    return records
+
+
+def table(records: Frame) -> Iterable[str]:
+    """The share of the largest singular values, by layer."""
+    shares = having(records, "share")
+    named = shares.assign(of=shares["of"].map(OF), layer=[f"layer {layer:g}" for layer in shares["layer"]])
+    yield "Share of the sum of singular values that the largest of them make, mean over heads"
+    yield pivot(named, ["model", "of"], "layer", "share", cell=spread, head=["model", "of"], quoted=False)
+
+
+def figure(records: Frame) -> Figure:
+    """Cumulative spectra of the layers, trained and as they were initialised."""
+    curves = having(records, "curve")
+    drawn = Figure(figsize=(9, 4.2))
+    for axes, (of, title) in zip(drawn.subplots(1, 2, sharey=True), OF.items(), strict=True):
+        shown = curves[curves["of"] == of]
+        for name, line in (("trained", "-"), ("initial", ":")):
+            layers = shown[shown["model"] == name].groupby("layer", sort=True)["curve"]
+            styles = method_styles([f"layer {layer:g}" for layer, _ in layers])
+            for layer, own in layers:
+                curve = np.mean(list(own), axis=0)
+                look, ranks = styles[f"layer {layer:g}"], range(1, len(curve) + 1)
+                axes.plot(ranks, curve, color=look["color"], linestyle=line, label=f"layer {layer:g}, {name}")
+        axes.set(title=f"singular values of {title}", xlabel="number of singular values")
+        light_grid(axes)
+    drawn.supylabel("share of their sum")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return drawn
 
 
 def _captured(model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,17 @@ import functools
 import math
 import pathlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import bounds, tensor_attention, tensor_polynomial
+from approx_attention.evaluation import method_styles
 from approx_attention.tensor import (
     ProductSketch,
     TensorSketch,
@@ -24,7 +27,9 @@ from approx_attention.tensor import (
     weight_bound,
 )
 from experiments.config import STRICT, Count, NonNegative, Positive, Seeded, Several, SeveralBy, Whole
-from experiments.harness.long_context import slope
+from experiments.fits import slope
+from experiments.results import Frame, Record
+from experiments.show import curves, having, label, markdown, significant
 from experiments.tensor.inputs import Tensors, clustered, error_and_skill
 
 
@@ -59,11 +64,10 @@ class FamilyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PolynomialErrorConfig(Seeded):
+class Config(Seeded):
     """Clustered tensors with logits up to each of the bounds, and the polynomials by name.
 
     Attributes:
-        by: what the results are listed by and plotted against.
         decay: factor from each channel to the next.
         bound_by: as in `clustered`.
         draws: over how many keys the squared error of a sketch is averaged.
@@ -71,7 +75,6 @@ class PolynomialErrorConfig(Seeded):
 
     families: SeveralBy[FamilyConfig]
     bounds: Several[Positive]
-    by: Literal["degree", "rank", "bound"]
     length: Count = 256
     head_dim: Count = 8
     clusters: Count = 8
@@ -81,49 +84,48 @@ class PolynomialErrorConfig(Seeded):
     draws: Count = 3
 
 
-def run(config: PolynomialErrorConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Error, skill and certificate of every polynomial at every bound, in float64.
 
     ``certificate`` is the largest total variation of the weights for logits up to the bound, and ``worst`` the largest
-    error of an output in units of the range of the values of its channel, which it bounds. Where there is neither a
-    bound on the polynomial nor positive weights, it is None. ``logit_bound`` is what `bounds.logit_bound` knows of the
-    largest logit without looking at pairs.
+    error of an output in units of the range of the values of its channel, which it bounds; NaN without a bound on the
+    polynomial and without positive weights. ``logit_bound`` is what `bounds.logit_bound` knows of the largest logit
+    without looking at pairs.
     """
+    records: list[Record] = []
+    shares = []
+    skills: dict[tuple[str, float], dict[float, float]] = {}
     with jax.enable_x64(True):
-        families: dict[str, Any] = {
-            name: {what: {} for what in ("rank", "skill", "error", "certificate", "worst")} for name in config.families
-        }
-        trivial, known = {}, {}
         for bound in config.bounds:
             tensors = clustered(
                 jax.random.key(config.seed), config.length, config.head_dim, bound, clusters=config.clusters,
                 noise=config.noise, decay=config.decay, bound_by=config.bound_by, dtype=jnp.float64,
             )  # fmt: skip
             expected, uniform = tensor_attention(*tensors, scale=1.0), tensor_polynomial(*tensors, degree=0)
-            known[f"{bound:g}"] = float(bounds.logit_bound(tensors.q, tensors.k, scale=1.0))
-            trivial[f"{bound:g}"] = error_and_skill(uniform, expected, uniform)[0]
+            known = float(bounds.logit_bound(tensors.q, tensors.k, scale=1.0))
+            trivial = error_and_skill(uniform, expected, uniform)[0]
+            records.append({"bound": bound, "uniform_error": trivial, "logit_bound": known})
             for name, family in config.families.items():
                 for degree, rank, certificate, outs in _answers(family, tensors, bound, config):
                     found = [error_and_skill(out, expected, uniform) for out in outs]
                     worst = max(float(jnp.max(jnp.abs(out - expected) / tensors.value_range[None, :])) for out in outs)
                     error, skill = (math.sqrt(statistics.fmean(x * x for x in xs)) for xs in zip(*found, strict=True))
-                    figures = {"rank": rank, "skill": skill, "error": error, "worst": worst}
-                    figures["certificate"] = certificate if math.isfinite(certificate) else None
-                    label = str(degree if config.by == "degree" else rank)
-                    for what, figure in figures.items():
-                        families[name][what].setdefault(f"{bound:g}", {})[label] = figure
-    return {
-        "by": config.by,
-        "families": families,
-        "uniform": trivial,
-        "logit_bound": known,
-        "largest_share_of_certificate": _largest_share(families),
-        "remainder": _remainder(config, families),
-    }
+                    certificate = certificate if 0 < certificate < math.inf else math.nan
+                    # How close an error comes to its certificate: above 1 the certificate would be wrong.
+                    shares += [] if math.isnan(certificate) else [worst / certificate]
+                    figures = {"skill": skill, "error": error, "worst": worst, "certificate": certificate}
+                    records.append({"family": name, "bound": bound, "degree": degree, "rank": rank, **figures})
+                    if family.coefficients == "taylor" and not family.sketch and family.degrees:
+                        # The power of Taylor's remainder beta^(g + 1) / (g + 1)! that errors fall with.
+                        remainder = bound ** (degree + 1) / math.factorial(degree + 1)
+                        skills.setdefault((name, bound), {})[remainder] = skill
+    for (name, bound), by in skills.items():
+        records.append({"family": name, "bound": bound, **slope(by, "remainder_power")})
+    return [*records, {"largest_share_of_certificate": max(shares, default=math.nan)}]
 
 
 def _answers(
-    family: FamilyConfig, tensors: Tensors, bound: float, config: PolynomialErrorConfig
+    family: FamilyConfig, tensors: Tensors, bound: float, config: Config
 ) -> Iterator[tuple[int, int, float, list[Any]]]:
     """Degree, rank, certificate, and the outputs of every draw, for each polynomial of a family."""
     rms, dtype = float(bounds.logit_rms(tensors.q, tensors.k, scale=1.0)), tensors.q.dtype
@@ -161,26 +163,65 @@ def _sketched(tensors: Tensors, coefficients: Any, maps: Any) -> Any:
     return tensor_polynomial(*tensors, coefficients=coefficients, features=maps, scale=1.0)
 
 
-def _largest_share(families: dict[str, Any]) -> float | None:
-    """How close an error comes to its certificate at most: above 1 the certificate would be wrong."""
-    shares = [
-        family["worst"][bound][label] / certificate
-        for family in families.values()
-        for bound, by_label in family["certificate"].items()
-        for label, certificate in by_label.items()
-        if certificate
-    ]
-    return max(shares, default=None)
+def table(records: Frame) -> Iterable[str]:
+    """Errors of every polynomial, a table for each configuration and bound."""
+    found = having(records, "family", "rank")
+    trivial = having(records, "uniform_error")
+    for (name, bound), own in found.groupby(["configuration", "bound"], sort=False):
+        here = trivial[(trivial["configuration"] == name) & (trivial["bound"] == bound)]
+        uniform, known = (significant(list(here[figure])) for figure in ("uniform_error", "logit_bound"))
+        yield (
+            f"`{name}`: logits up to {bound:g} (known without looking at pairs: {known}); uniform weights have error "
+            f"{uniform}, and skill error 1"
+        )
+        rows = []
+        for (family, rank), of in own.groupby(["family", "rank"], sort=False):
+            degree = f"{of['degree'].iloc[0]:g}" if "degree" in of and of["degree"].notna().all() else ""
+            figures = [significant(list(of[figure])) for figure in ("skill", "error", "worst")]
+            certificate = of["certificate"] if "certificate" in of else pd.Series([math.nan])
+            shown = "" if certificate.isna().any() else significant(list(certificate))
+            rows.append([family, degree, f"{rank:g}", *figures, shown])
+        yield markdown("polynomial|degree|rank|skill error|error|worst output|certificate", rows)
 
 
-def _remainder(config: PolynomialErrorConfig, families: dict[str, Any]) -> dict[str, Any]:
-    r"""The power of Taylor's remainder :math:`\beta^{g+1} / (g+1)!` that errors fall with, for each bound."""
-    powers = {}
-    for name, family in config.families.items():
-        if family.coefficients != "taylor" or family.sketch or not family.degrees:
-            continue
-        for bound in config.bounds:
-            remainders = [bound ** (g + 1) / math.factorial(g + 1) for g in family.degrees]
-            errors = families[name]["skill"][f"{bound:g}"].values()
-            powers.setdefault(name, {})[f"{bound:g}"] = slope(dict(zip(remainders, errors, strict=True)))
-    return powers
+def figure(records: Frame) -> Figure:
+    """Worst outputs with their certificates by degree, or skill by rank, or by bound: by what the study varies."""
+    found = having(records, "family", "rank")
+    groups = found.groupby(["configuration", "seed", "family", "bound"])
+    by = "bound" if groups.size().max() == 1 else "rank"
+    # Sketches of several sizes have one degree, and index sets of given ranks have none.
+    if by == "rank" and "degree" in found and (groups["degree"].nunique() == groups.size()).all():
+        by = "degree"
+    if by == "bound":
+        panel = found["configuration"]
+    else:
+        panel = [
+            f"{name}, logits up to {bound:g}"
+            for name, bound in zip(found["configuration"], found["bound"], strict=True)
+        ]
+    shown = found.assign(panel=panel)
+    styles = method_styles(dict.fromkeys(found["family"]))
+
+    def more(axes: Any, _: Any, own: Frame) -> None:
+        if by != "degree":
+            axes.axhline(1, color="0.5", linewidth=0.8)
+            return
+        for name, of in own.dropna(subset="certificate").groupby("family", sort=False):
+            line = of.groupby("degree")["certificate"].mean()
+            axes.plot(line.index, line, color=styles[name]["color"], linestyle=":", linewidth=1)
+
+    worst = "worst output over range of values (dotted: certificate)"
+    return curves(
+        shown,
+        x=by,
+        y="worst" if by == "degree" else "skill",
+        by="family",
+        panel="panel",
+        labels=(
+            {"degree": "degree", "rank": "rank", "bound": "largest logit"}[by],
+            worst if by == "degree" else "skill error",
+        ),
+        scales=("linear" if by == "degree" else "log", "log"),
+        ticks=label if by == "degree" else None,
+        each=more,
+    )

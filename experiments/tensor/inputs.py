@@ -1,5 +1,6 @@
 """Tensors of third-order attention whose logits are as large as is asked, and errors in the units of what matters."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,3 +90,9 @@ def error_and_skill(out: Array, expected: Array, uniform: Array) -> tuple[float,
     The second is what an approximation is worth: uniform weights, which look at nothing, have a skill error of 1.
     """
     return float(output_error(out, expected).relative), float(skill(out, expected, uniform))
+
+
+def small_logits(length: int, head_dim: int, seed: int) -> tuple[Any, Any, Any]:
+    """Gaussian queries, and two sets of keys and of values, with small logits."""
+    x = jax.random.normal(jax.random.key(seed), (5, length, head_dim)) / math.sqrt(head_dim)
+    return x[0], (x[1], x[2]), (x[3], x[4])

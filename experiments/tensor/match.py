@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -13,18 +14,22 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import tensor_attention, tensor_polynomial
+from approx_attention.evaluation import light_grid, method_styles
 from approx_attention.nnx import TensorAttention
 from experiments import data
 from experiments.config import Count, Seeded
 from experiments.data import DataConfig
+from experiments.results import Frame, Record
+from experiments.show import code, having, markdown, parts, spread
 from experiments.training import OptimizerConfig, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchConfig(Seeded):
+class Config(Seeded):
     """A small transformer whose tokens are signs, and its attention.
 
     Attributes:
@@ -45,7 +50,7 @@ class MatchConfig(Seeded):
 class MatchModel(nnx.Module):
     """Tokens ``[B, T]`` of so many bits to the log-odds ``[B, T]`` that each has a match."""
 
-    def __init__(self, config: MatchConfig, bits: int, rngs: nnx.Rngs):
+    def __init__(self, config: Config, bits: int, rngs: nnx.Rngs):
         width = config.model_dim
         self.bits = bits
         self.embedding = nnx.Linear(bits, width, rngs=rngs)
@@ -103,7 +108,7 @@ def train_step(model: MatchModel, optimizer: nnx.Optimizer, batch: dict[str, Any
     return value
 
 
-def run(config: MatchConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Trains on fresh data; accuracies on held-out ones, and what logits grew to.
 
     ``above_majority`` is how much more accurate the model is than always the commonest answer.
@@ -111,29 +116,66 @@ def run(config: MatchConfig, directory: pathlib.Path, console: Console) -> dict[
     dataset = data.load(config.data)
     model = MatchModel(config, dataset.vocabulary.bit_length() - 1, nnx.Rngs(config.seed))
     optimizer = make_optimizer(config.train, model)
-    begun, losses, curve = time.monotonic(), [], {}
+    begun, losses = time.monotonic(), []
+    records: list[Record] = []
     for step in range(config.train.steps):
         batch = dataset.draw(np.random.default_rng([config.seed, step]), config.train.batch, "train")
         losses.append(train_step(model, optimizer, batch))
         if (step + 1) % config.train.log_every == 0:
-            curve[str(step + 1)] = float(jnp.mean(jnp.stack(losses)))
+            records.append({"step": step + 1, "bits": float(jnp.mean(jnp.stack(losses)))})
             losses = []
     seconds = time.monotonic() - begun
     batches = data.held_out(dataset, "test", config.train.batch, config.train.evaluation_batches)
-    score = nnx.jit(lambda model, tokens: model(tokens) > 0)
-    told = np.concatenate([np.asarray(score(model, batch["tokens"])) for batch in batches])
+    says_yes = nnx.jit(lambda model, tokens: model(tokens) > 0)
+    told = np.concatenate([np.asarray(says_yes(model, batch["tokens"])) for batch in batches])
     asked = np.concatenate([batch["targets"] for batch in batches]) > 0
     right = told == asked
     majority = max(asked.mean(), 1 - asked.mean())
     read, _ = model.streams(jnp.asarray(batches[0]["tokens"]))
     largest = max(float(largest_logit(layer, x)) for layer, x in zip(model.layers, read, strict=True))
-    return {
+    score: Record = {
         "accuracy": float(right.mean()),
         "balanced_accuracy": float((right[asked].mean() + right[~asked].mean()) / 2),
         "majority": float(majority),
         "above_majority": float(right.mean() - majority),
         "largest_logit": largest,
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
-        "curve": curve,
         "training_seconds": round(seconds, 1),
     }
+    return [score, *records]
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Accuracy of each configuration, and that of the commonest answer."""
+    rows = [
+        [
+            code(name),
+            *(spread(list(own[figure])) for figure in ("accuracy", "balanced_accuracy", "majority", "largest_logit")),
+            f"{own['parameters'].iloc[0]:.0f}",
+            f"{own['training_seconds'].mean():.0f} s",
+        ]
+        for name, own in parts(having(records, "accuracy"))
+    ]
+    yield markdown("|accuracy|balanced|commonest answer|largest logit|parameters|training", rows)
+
+
+def figure(records: Frame) -> Figure:
+    """The loss in training, and the accuracies."""
+    drawn = Figure(figsize=(10, 4.6))
+    losses, scores = drawn.subplots(1, 2)
+    names = list(dict.fromkeys(records["configuration"]))
+    for place, (name, style) in enumerate(method_styles(names).items()):
+        own = records[records["configuration"] == name]
+        for number, (_, of) in enumerate(having(own, "step").groupby("seed", sort=False)):
+            look = {"color": style["color"], "linewidth": 1, "label": name if number == 0 else None}
+            losses.plot(of["step"], of["bits"], **look)
+        found = having(own, "accuracy")
+        scores.plot([place] * len(found), found["accuracy"], linestyle="", **style)
+        scores.plot([place - 0.3, place + 0.3], [found["majority"].mean()] * 2, color="0.5", linestyle=":")
+    losses.set(xlabel="step", ylabel="bits", yscale="log")
+    scores.set_xticks(range(len(names)), [name.replace("-", "\n", 1) for name in names], fontsize=7)
+    scores.set(ylabel="accuracy (dotted: the commonest answer)")
+    for axes in (losses, scores):
+        light_grid(axes)
+    drawn.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return drawn

@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention.core import in_float32, unknown
@@ -25,6 +26,8 @@ from approx_attention.evaluation import (
 from approx_attention.registry import METHODS
 from experiments.config import Count, Seeded, Several
 from experiments.coresets import instances
+from experiments.results import Frame, Record
+from experiments.show import in_kib, markdown
 
 # What a method has to beat to be worth its trouble, and how the texts call it.
 TO_BEAT = {"mean_value": "mean(V)", "local": "local"}
@@ -42,7 +45,7 @@ RADII = {"clustered": 8.0, "outliers": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class WhereWeLoseConfig(Seeded):
+class Config(Seeded):
     """Data, and what a method may hold.
 
     Attributes:
@@ -65,7 +68,7 @@ class WhereWeLoseConfig(Seeded):
                 raise ValueError(f"{unknown('family', family, FAMILIES)} gaussian-0.5 has entries of deviation 0.5.")
 
 
-def draw(config: WhereWeLoseConfig, family: str) -> Tensors:
+def draw(config: Config, family: str) -> Tensors:
     """Tensors ``[1, T, N, D]`` of a family, which differ from head to head."""
     if family == "sample":
         return load_sample()
@@ -73,7 +76,7 @@ def draw(config: WhereWeLoseConfig, family: str) -> Tensors:
     return Tensors(*(jnp.asarray(np.stack(x, axis=1)[None], jnp.float32) for x in zip(*heads, strict=True)))
 
 
-def _head(config: WhereWeLoseConfig, family: str, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _head(config: Config, family: str, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n, dim = config.length, config.head_dim
     random = np.random.default_rng((config.seed, head))
     q, k, v = (random.normal(size=(n, dim)) for _ in range(3))
@@ -131,9 +134,9 @@ def equal_size(tensors: Tensors, name: str, tokens: int, *, is_causal: bool) -> 
     return 2 * low, fits(2 * low)
 
 
-def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Relative error, size and bytes of every method in every family."""
-    result: dict[str, Any] = {"families": {}, "tokens": config.tokens}
+    records: list[Record] = []
 
     @functools.cache
     def program(name: str, size: int | None) -> Any:
@@ -150,51 +153,44 @@ def run(config: WhereWeLoseConfig, directory: pathlib.Path, console: Console) ->
     for family, tensors in drawn.items():
         with in_float32():
             exact = program("exact", None)[0](*tensors, rng)
-        methods = {}
+        errors = {}
         for name, (size, fits) in sizes.items():
             function, held = program(name, size)
-            error = float(output_error(function(*tensors, rng), exact).relative)
-            methods[name] = {"error": error, "size": size, "held_bytes": held, "fits": fits}
-        result["families"][family] = {"methods": methods}
-        console.print(f"{family}: " + "  ".join(f"{name} {entry['error']:.2g}" for name, entry in methods.items()))
-    return result
+            errors[name] = float(output_error(function(*tensors, rng), exact).relative)
+            sizes_of: Record = {"size": size, "held_bytes": held, "fits": fits}
+            records.append({"family": family, "method": name, "error": errors[name], **sizes_of})
+        console.print(f"{family}: " + "  ".join(f"{name} {error:.2g}" for name, error in errors.items()))
+    return records
 
 
-def mean_errors(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Error by family and method, mean over seeds."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for run in runs:
-        for family, entry in run["result"]["families"].items():
-            for name, measured in entry["methods"].items():
-                found.setdefault(family, {}).setdefault(name, []).append(measured["error"])
-    return {family: {name: statistics.fmean(x) for name, x in by.items()} for family, by in found.items()}
+def mean_errors(records: Frame) -> Frame:
+    """Error by method, a row for each, and family, mean over seeds and configurations."""
+    found = records.groupby(["method", "family"], sort=False)["error"].mean().unstack()
+    return found.loc[list(dict.fromkeys(records["method"])), list(dict.fromkeys(records["family"]))]
 
 
-def over_budget(runs: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The methods that take more than they may in some family."""
-    entries = [entry for run in runs for entry in run["result"]["families"].values()]
-    return {name for entry in entries for name, measured in entry["methods"].items() if not measured["fits"]}
-
-
-def losses(errors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, list[str]]]:
+def losses(errors: Frame) -> dict[str, dict[str, list[str]]]:
     """For every method and each of `TO_BEAT` the families on which its error is no smaller."""
-    names = dict.fromkeys(name for by_name in errors.values() for name in by_name)
     return {
-        name: {
-            baseline: [family for family, by in errors.items() if name in by and by[name] >= by[baseline]]
+        str(name): {
+            baseline: [family for family in errors if errors.loc[name, family] >= errors.loc[baseline, family]]
             for baseline in TO_BEAT
         }
-        for name in names
+        for name in errors.index
         if name not in TO_BEAT
     }
 
 
-def loss_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each method with the families on which it does not beat each of `TO_BEAT`; * for `over_budget`."""
-    errors, over = mean_errors(runs), over_budget(runs)
+def loss_rows(records: Frame) -> list[list[str]]:
+    """A row for each method with the families on which it does not beat each of `TO_BEAT`.
+
+    * stands after those that take more than they may in some family.
+    """
+    errors = mean_errors(records)
+    over = set(records[~records["fits"].astype(bool)]["method"])
 
     def listed(families: Sequence[str]) -> str:
-        return "all" if len(families) == len(errors) else ", ".join(families) or "none"
+        return "all" if len(families) == errors.shape[1] else ", ".join(families) or "none"
 
     return [
         [f"`{name}`{' *' if name in over else ''}", *(listed(lost[b]) for b in TO_BEAT)]
@@ -202,13 +198,46 @@ def loss_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def held(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[int | None, int | None]]]:
-    """By arm and method the size, and the bytes where it holds a summary."""
-    return {
-        run["arm"]: {
-            name: (measured["size"], measured["held_bytes"])
-            for entry in run["result"]["families"].values()
-            for name, measured in entry["methods"].items()
-        }
-        for run in runs
-    }
+def table(records: Frame) -> Iterable[str]:
+    """Errors with the baselines that are not beaten, and the families on which each method loses."""
+    errors = mean_errors(records)
+    over = set(records[~records["fits"].astype(bool)]["method"])
+    held = {(row["configuration"], row["method"]): (row["size"], row["held_bytes"]) for _, row in records.iterrows()}
+    names = list(dict.fromkeys(records["configuration"]))
+    rows = []
+    for name, by_family in errors.iterrows():
+        row = [f"`{name}`{' *' if name in over else ''}"]
+        for family, error in by_family.items():
+            lost = [label for to_beat, label in TO_BEAT.items() if error >= errors.loc[to_beat, family]]
+            unbeaten = f" ({', '.join(lost)})" if lost and name not in TO_BEAT else ""
+            row.append("" if math.isnan(error) else f"{error:.2g}{unbeaten}")
+        for of in names:
+            size, num_bytes = held.get((of, name), (math.nan, math.nan))
+            shown = "" if size is None or math.isnan(size) else f"{size:g}"
+            row.append(", ".join(filter(None, (shown, in_kib(num_bytes)))))
+        rows.append(row)
+    yield (
+        "Relative error at equal cache bytes, or at equal matrix products for a method without a cache; in brackets "
+        "the baselines that it does not beat there; * takes more somewhere at its smallest size"
+    )
+    yield markdown(["", *map(str, errors), *(f"size and cache, `{name}`" for name in names)], rows)
+    yield markdown(["", *(f"no better than {label} on" for label in TO_BEAT.values())], loss_rows(records))
+
+
+def figure(records: Frame) -> Figure:
+    """The factor by which each method beats, or loses to, the better of the baselines."""
+    errors = mean_errors(records)
+    factors = errors.drop(index=list(TO_BEAT)) / errors.loc[list(TO_BEAT)].min()
+    drawn = Figure(figsize=(1.1 * factors.shape[1] + 2.5, 0.3 * factors.shape[0] + 1.6))
+    axes = drawn.subplots()
+    image = axes.imshow(np.log10(factors), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
+    for (row, column), factor in np.ndenumerate(factors.to_numpy()):
+        if np.isfinite(factor):
+            dark = abs(np.log10(max(factor, 1e-9))) > 1
+            axes.text(column, row, f"{factor:.2g}", ha="center", va="center", color="w" if dark else "k", fontsize=8)
+    axes.set_xticks(range(factors.shape[1]), list(factors), rotation=30, ha="right")
+    axes.set_yticks(range(factors.shape[0]), list(factors.index))
+    axes.set_title("error over that of the better of mean(V) and local", fontsize=10)
+    bar = drawn.colorbar(image, ax=axes, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["a tenth", "the same", "ten times"])
+    return drawn

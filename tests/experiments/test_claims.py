@@ -1,71 +1,89 @@
-"""Verdicts and the report follow from result files alone."""
+"""Verdicts and the pages follow from result files alone."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import claims, report
-from experiments.config import ConfigError, read_config_file, resolve
-from experiments.runs import CONFIGS, Run
+from experiments.config import ConfigError, resolve
+from experiments.results import Result
+from experiments.studies import COMMITTED, ROOT, Places, read_study
 
 pytestmark = pytest.mark.usefixtures("models")
 
-
-def _result(root, study, scale, arm, seed, result):
-    directory = root / study / scale / f"{arm}-seed{seed}"
-    directory.mkdir(parents=True)
-    environment = {"backend": "cpu", "processor": "a processor", "device": "cpu"}
-    document = {"arm": arm, "seed": seed, "result": result, "environment": environment, "seconds": 1.0}
-    (directory / "result.json").write_text(json.dumps(document))
-
-
 STUDY = "harness/language_model"
-LOSS = {"arm": "favor", "value": "test.bits"}
+EXPERIMENTS = ROOT / "experiments"
+LOSS = {"configuration": "favor", "figure": "bits"}
 RECORD = {
     "id": "a", "paper": "p", "where": "w", "statement": "s", "claimed": "c", "study": STUDY, "metric": LOSS,
-    "against": {"arm": "exact", "value": "test.bits", "by": "difference"},
+    "against": {"configuration": "exact", "figure": "bits", "by": "difference"},
     "reproduced": {"at_least": 0.01}, "ordering": {"at_least": 0.0},
 }  # fmt: skip
+SETTINGS = {"settings": "", "version": "x", "seconds": 1.0}
 
 
-def _write_results(root, arm, figures, scale="cpu"):
-    file = read_config_file(CONFIGS / STUDY / f"{scale}.yaml")
-    for seed, figure in zip(file.seeds, figures, strict=True):
-        run = Run.of(file, arm, seed, {}, root)
-        plain = run.claim_directory()
-        environment = {"backend": "cpu", "processor": scale, "device": "cpu"}
-        document = {"arm": arm, "seed": seed, "config": plain, "environment": environment, "seconds": 1.0}
-        (run.directory / "result.json").write_text(json.dumps({**document, "result": {"test": {"bits": figure}}}))
+def _write_results(root, configuration, figures, scale="cpu"):
+    study = read_study(STUDY, scale)
+    machine = {"backend": "cpu", "processor": scale, "device": "cpu"}
+    for run, figure in zip(
+        [run for run in study.runs(Places(root, root)) if run.configuration == configuration], figures, strict=True
+    ):
+        facts = {"scale": scale, "configuration": configuration, "seed": run.seed, "machine": machine}
+        run.file.add(Result(**{**SETTINGS, **facts, "settings": run.fingerprint, "records": [{"bits": figure}]}))
+
+
+def _judged(root, changes):
+    return claims.judge(resolve(claims.Claim, {**RECORD, **changes}, {}, "claim"), Places(root, root))
+
+
+GROUND = {"metric": LOSS, "within": {"at_most": 2.1}, "says": "too large"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "favor", "verdict", "caveat"),
+    ("changes", "favor", "verdict", "ordering"),
     [
-        ({}, [2.2, 2.2, 2.2], "reproduced", ""),
-        ({}, [2.005, 2.005, 2.005], "ordering only", ""),
-        ({}, [1.9, 1.9, 1.9], "not reproduced", ""),
-        ({}, None, "not run", ""),
-        ({}, [2.1, 2.2, 1.8], "reproduced", "the interval of the figure reaches beyond"),
-        ({}, [2.1, float("nan"), 2.2], "not reproduced", "a run diverged"),
+        ({}, [2.2, 2.2, 2.2], "reproduced", "reproduced"),
+        ({}, [2.005, 2.005, 2.005], "not reproduced", "reproduced"),
+        ({}, [1.9, 1.9, 1.9], "not reproduced", "not reproduced"),
+        ({}, None, "not run", None),
+        ({}, [2.1, 2.2, 1.8], "suggested", "suggested"),
+        ({}, [2.1, float("nan"), 2.2], "no ground", "no ground"),
         ({"against": {**RECORD["against"], "by": "ratio"}, "reproduced": {"at_most": 1.2}, "ordering": None},
-         [2.2] * 3, "reproduced", ""),
-        ({"against": None, "reproduced": {"at_most": 2.1}, "ordering": None}, [2.2] * 3, "not reproduced", ""),
-        ({"caveat": {"metric": LOSS, "within": {"at_most": 2.1}, "says": "too large"}},
-         [2.2] * 3, "inconclusive", "too large"),
-        ({"caveat": {"metric": LOSS, "within": {"at_most": 1.8}, "says": "too large"}},
-         [1.9] * 3, "not reproduced", "too large"),
+         [2.2] * 3, "reproduced", None),
+        ({"against": None, "reproduced": {"at_most": 2.1}, "ordering": None}, [2.2] * 3, "not reproduced", None),
+        ({"ground": [GROUND]}, [2.2] * 3, "no ground", "no ground"),
+        ({"ground": [GROUND]}, [2.05] * 3, "reproduced", "reproduced"),
     ],
 )  # fmt: skip
-def test_verdicts_follow_from_the_results(tmp_path, changes, favor, verdict, caveat):
-    claim = resolve(claims.Claim, {**RECORD, **changes}, {}, "claim")
+def test_verdicts_follow_from_the_results(tmp_path, changes, favor, verdict, ordering):
     _write_results(tmp_path, "exact", [2.0, 2.0, 2.0])
     if favor is not None:
         _write_results(tmp_path, "favor", favor)
-    finding = claims.judge(claim, tmp_path)
-    assert finding.verdict == verdict
-    assert finding.caveat.startswith(caveat)
-    assert bool(finding.caveat) == bool(caveat)
+    finding = _judged(tmp_path, changes)
+    assert (finding.verdict, finding.ordering) == (verdict, ordering)
+    assert bool(finding.grounds) == (verdict == "no ground")
+
+
+def test_the_interval_is_that_of_students_t(tmp_path):
+    values = [2.1, 2.3, 2.6]
+    _write_results(tmp_path, "favor", values)
+    mean, half = _judged(tmp_path, {"against": None, "ordering": None}).measured
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    np.testing.assert_allclose((mean - half, mean + half), (low, high))
+
+
+def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
+    exact, favor = [2.0, 2.01, 2.02], [2.3, 2.32, 2.34]
+    _write_results(tmp_path, "exact", exact)
+    _write_results(tmp_path, "favor", favor)
+    distance = (statistics.fmean(favor) - statistics.fmean(exact)) / statistics.stdev(favor)
+    against = {**RECORD["against"], "by": "deviations"}
+    for least, verdict in ((distance - 0.1, "reproduced"), (distance + 0.1, "no ground")):
+        ground = {"metric": LOSS, "against": against, "within": {"at_least": least}, "says": "too near"}
+        assert _judged(tmp_path, {"ground": [ground]}).verdict == verdict
 
 
 def test_an_ordering_is_a_direction():
@@ -76,44 +94,44 @@ def test_an_ordering_is_a_direction():
 
 
 def test_the_larger_scale_decides_and_results_of_other_settings_do_not_count(tmp_path):
-    claim = resolve(claims.Claim, RECORD, {}, "claim")
-    for arm, figures in {"exact": [2.0] * 3, "favor": [2.2] * 3}.items():
-        _write_results(tmp_path, arm, figures)
+    for configuration, figures in {"exact": [2.0] * 3, "favor": [2.2] * 3}.items():
+        _write_results(tmp_path, configuration, figures)
     _write_results(tmp_path, "exact", [2.0] * 3, "gpu")
-    assert claims.judge(claim, tmp_path).scale == "cpu"
+    assert _judged(tmp_path, {}).study.scale == "cpu"
     _write_results(tmp_path, "favor", [1.0] * 3, "gpu")
-    assert (claims.judge(claim, tmp_path).scale, claims.judge(claim, tmp_path).verdict) == ("gpu", "not reproduced")
-    for path in tmp_path.rglob("gpu/favor-seed1/result.json"):
-        document = json.loads(path.read_text())
-        document["config"]["train"]["steps"] += 1
-        path.write_text(json.dumps(document))
-    assert claims.judge(claim, tmp_path).scale == "cpu"
+    finding = _judged(tmp_path, {})
+    assert (finding.study.scale, finding.verdict) == ("gpu", "not reproduced")
+    path = tmp_path / f"{STUDY}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    next(x for x in lines if (x["scale"], x["configuration"], x["seed"]) == ("gpu", "favor", 1))["settings"] = "other"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _judged(tmp_path, {}).study.scale == "cpu"
 
 
 def test_what_does_not_hold_says_what_was_tried():
-    root = CONFIGS.parent / "experiments"
-    found = [claims.judge(claim, root / "results") for claim in claims.read_claims(root / "claims.yaml")]
-    assert not [f.claim.id for f in found if f.verdict in ("ordering only", "not reproduced") and not f.claim.tried]
-
-
-def test_a_break_even_that_is_never_reached_is_infinite():
-    assert claims._at({"methods": {"favor": {"break_even": None}}}, "methods.favor.break_even") == float("inf")
-    assert np.isnan(claims._at({"slope": None}, "slope.value"))
+    found = [claims.judge(claim) for claim in claims.read_claims(EXPERIMENTS / "claims.yaml")]
+    assert not [f.claim.id for f in found if f.verdict == "not reproduced" and not f.claim.tried]
 
 
 @pytest.mark.slow
-def test_the_report_is_written_with_its_plots(tmp_path):
-    root = CONFIGS.parent / "experiments"
-    for name in ("results", "claims.yaml"):
-        (tmp_path / name).symlink_to(root / name)
+def test_the_pages_are_written_with_their_plots(tmp_path):
+    for name in ("results", "claims.yaml", "stories.yaml"):
+        (tmp_path / name).symlink_to(EXPERIMENTS / name)
     written = report.write(tmp_path)
-    assert written[-1] == tmp_path / "RESULTS.md"
-    assert written[-1].read_text() == report.render(root)
-    for plot in written[:-1]:
+    texts = "".join(path.read_text() for path in written if path.suffix == ".md")
+    for plot in (path for path in written if path.suffix == ".png"):
         assert plot.read_bytes().startswith(b"\x89PNG")
-        assert f"plots/{plot.name}" in written[-1].read_text()
+        assert f"plots/{plot.name}" in texts
 
 
-def test_results_follow_from_the_committed_runs():
-    root = CONFIGS.parent / "experiments"
-    assert (root / "RESULTS.md").read_text() == report.render(root)
+def test_the_pages_follow_from_the_committed_runs():
+    for name, text in report.pages(EXPERIMENTS).items():
+        assert (EXPERIMENTS / name).read_text() == text, f"{name} is stale: run `python -m experiments report`"
+
+
+def test_every_result_on_file_is_of_a_run_of_today():
+    for path in sorted(COMMITTED.results.rglob("*.jsonl")):
+        name = path.relative_to(COMMITTED.results).with_suffix("").as_posix()
+        scales = ("cpu", "gpu")
+        known = sum(len(read_study(name, scale).results()) for scale in scales)
+        assert known == len(path.read_text().splitlines()), name

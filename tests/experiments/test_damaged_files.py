@@ -1,28 +1,26 @@
 """Files of experiments that were damaged or cut short are named in one line with their remedy."""
 
 import json
-import pathlib
 import shutil
 import signal
 
 import pytest
 
-from experiments import __main__ as cli
-from experiments import checkpoints, claims, report, runs
-from experiments.config import ConfigError, read_config_file, resolve
+from experiments import checkpoints, claims, report
+from experiments.config import ConfigError, resolve
+from experiments.harness.long_context import TimeAndMemory
+from experiments.results import frame
 from experiments.run_files import read_json
-from experiments.runs import CONFIGS, Run, check_all, results_of
-from experiments.tables import tables
+from experiments.studies import COMMITTED, Places, Run, check_all, read_study
 from experiments.training import _Log
-from experiments.whole_picture.comparison import FIGURES, kept
-from tests.experiments.test_experiment_faults import _config
+from tests.experiments.test_experiment_faults import SMOKE, _config
 
 pytestmark = pytest.mark.usefixtures("models")
 
 
-DOCUMENT = {"arm": "exact", "seed": 0, "config": {}, "result": {}, "seconds": 1.0, "environment": {}}
 DAMAGE = {
-    "empty": b"", "cut short": b'{"arm": "exa', "a list": b"[]", "no text": b"\xff\xfe\x00", "deep": b"[" * 100_000,
+    "empty": b"",
+    "cut short": b'{"settings": "exa', "a list": b"[]", "no text": b"\xff\xfe\x00", "deep": b"[" * 100_000,
     "long": b'{"seed": ' + b"9" * 5000 + b"}", "null": b"null",
 }  # fmt: skip
 
@@ -37,78 +35,80 @@ def _damaged(path, content):
 
 @pytest.mark.parametrize("content", [*DAMAGE.values(), None], ids=[*DAMAGE, "a directory"])
 def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
-    path = tmp_path / "result.json"
+    path = tmp_path / "lengths.json"
     _damaged(path, content)
-    with pytest.raises(ConfigError, match=r"result\.json .*; remove it, and the run is done again") as error:
-        read_json(path, runs.Result, "the run is done again")
+    with pytest.raises(ConfigError, match=r"lengths\.json .*; remove it, and the lengths are timed again") as error:
+        read_json(path, dict[str, dict[str, TimeAndMemory]], "the lengths are timed again")
     assert "\n" not in str(error.value)
-    (tmp_path / "methods.json").write_text('{"favor": {"bits": null}}')
-    with pytest.raises(ConfigError, match=r"methods.json is damaged; remove it, .* \(favor.bits is no number\)"):
-        kept(tmp_path, FIGURES)
 
 
 def test_a_damaged_result_stops_run_sweep_list_and_report(tmp_path, never_run, command, monkeypatch):
     (tmp_path / "configs").mkdir()
     path, out = _config(tmp_path / "configs"), tmp_path / "out"
-    assert command("run", path, "--out", out)[0] == 0
-    done = out / "study" / "exact-seed0" / "result.json"
+    assert command("run", path, *SMOKE, "--out", out)[0] == 0
+    done = out / "study.jsonl"
     whole = json.loads(done.read_text())
     texts = [json.dumps({name: x for name, x in whole.items() if name != left_out}) for left_out in whole]
-    texts += [json.dumps({**whole, name: [None]}) for name in whole]
-    texts += [json.dumps({**whole, **change}) for change in ({"arm": "local"}, {"seed": 1}, {"seconds": -1})]
-    texts += [json.dumps({**whole, "config": {**whole["config"], "seed": 3}})]
+    texts += [json.dumps({**whole, name: {"x": None}}) for name in whole if name != "machine"]
+    texts += [json.dumps({**whole, **change}) for change in ({"seed": -1}, {"seconds": -1}, {"records": [{"x": {}}]})]
     for text in texts:
         done.write_text(text)
         for name in ("run", "sweep"):
-            code, out_text, err = command(name, path, "--out", out)
-            assert (code, out_text) == (2, "")
-            assert str(done) in err
-            assert "remove it" in err
-    assert never_run == ["exact-seed0"]
-    monkeypatch.setattr(cli, "CONFIGS", path.parent)
-    monkeypatch.setattr(cli, "RESULTS", out)
-    done.write_text("{")
-    code, _, err = command("list")
+            code, out_text, err = command(name, path, *SMOKE, "--out", out)
+            assert (code, out_text) == (2, ""), text
+            assert f"{done}, line 1 is damaged; remove it" in err
+    done.write_text(json.dumps({**whole, "settings": "others"}))
+    code, _, err = command("run", path, *SMOKE, "--out", out)
     assert code == 2
-    assert str(done) in err
+    assert "at other settings; remove that line" in err
+    assert never_run == ["exact-seed0"]
+
+
+@pytest.mark.parametrize("content", [*DAMAGE.values(), None], ids=[*DAMAGE, "a directory"])
+def test_a_file_of_results_that_is_none(tmp_path, never_run, command, content):
+    path, out = _config(tmp_path), tmp_path / "out"
+    out.mkdir()
+    _damaged(out / "study.jsonl", content)
+    code, _, err = command("run", path, *SMOKE, "--out", out)
+    assert (code == 0) == (content == b"")
+    assert content == b"" or "study.jsonl" in err
 
 
 @pytest.mark.parametrize("study", ["harness/language_model", "harness/swap_in", "low_rank/sketch", "coresets/latency"])
-def test_a_report_names_the_one_damaged_file_among_many(tmp_path, study):
-    root = CONFIGS.parent / "experiments"
-    shutil.copytree(root / "results" / study, tmp_path / study, ignore=shutil.ignore_patterns("*.jsonl"))
-    file = read_config_file(CONFIGS / study / "cpu.yaml")
-    all_runs = results_of(file, tmp_path)
-    chosen = all_runs[-1]
-    path = runs.run_directory(file, chosen["arm"], chosen["seed"], tmp_path) / "result.json"
-    whole = json.loads(path.read_text())
-    for changed in ({**whole, "result": {}}, {**whole, "result": dict.fromkeys(whole["result"], "x")}):
-        path.write_text(json.dumps(changed))
-        damaged = results_of(file, tmp_path)
-        with pytest.raises(ConfigError, match="result.json is damaged; remove it") as error:  # noqa: SIM117
-            with report._naming_the_damaged(file, damaged, tmp_path):
-                list(tables(file.experiment, damaged))
-        assert str(path) in str(error.value)
-    path.write_text(json.dumps({**whole, "environment": {}}))
-    damaged = results_of(file, tmp_path)
-    with pytest.raises(ConfigError, match="result.json is damaged; remove it") as error:  # noqa: SIM117
-        with report._naming_the_damaged(file, damaged, tmp_path):
-            list(report._study(file, damaged))
-    assert str(path) in str(error.value)
+def test_a_report_names_the_one_damaged_run_among_many(tmp_path, study):
+    source, path = COMMITTED.results / f"{study}.jsonl", tmp_path / "results" / f"{study}.jsonl"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "claims.yaml").write_text("[]")
+    (tmp_path / "stories.yaml").write_text("front: What came out.")
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    whole = lines[-1]
+    name = whole["configuration"]
+    for records in ([{"x": 1.0}], [{key: "x" for key in record} for record in whole["records"]]):
+        lines[-1] = {**whole, "records": records}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ConfigError, match=f"{study}.jsonl.*its records cannot be shown") as error:
+            report.write(tmp_path)
+        assert len(lines) == 1 or f"{name!r} with seed {whole['seed']}" in str(error.value)
 
 
-@pytest.mark.parametrize("result", [{}, {"test": 3}, {"test": {"bits": "x"}}, {"test": {"bits": True}}, {"test": []}])
-def test_a_claim_whose_figure_is_not_there_names_the_file(tmp_path, result):
+@pytest.mark.parametrize(
+    "records", [[{"x": 1.0}], [{"bits": "x"}], [{"bits": True}], [{"bits": 1.0}, {"bits": 2.0}], []]
+)
+def test_a_claim_whose_figure_is_not_there_names_file_and_run(tmp_path, records):
     study = "harness/language_model"
-    shutil.copytree(CONFIGS.parent / "experiments/results" / study, tmp_path / study)
-    path = tmp_path / study / "cpu" / "favor-seed1" / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "result": result}))
+    path = tmp_path / f"{study}.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = [json.loads(line) for line in (COMMITTED.results / f"{study}.jsonl").read_text().splitlines()]
+    for line in lines:
+        if (line["configuration"], line["seed"]) == ("favor", 1):
+            line["records"] = records
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = {
         "id": "a", "paper": "p", "where": "w", "statement": "s", "claimed": "c", "study": study,
-        "metric": {"arm": "favor", "value": "test.bits"}, "reproduced": {"at_least": 0.0},
+        "metric": {"configuration": "favor", "figure": "bits"}, "reproduced": {"at_least": 0.0},
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"favor-seed1/result\.json: the results have no.*remove the file"):
-        claims.judge(resolve(claims.Claim, record, {}, "claim"), tmp_path)
+    with pytest.raises(ConfigError, match=r"language_model\.jsonl: favor, seed 1: .*'bits'"):
+        claims.judge(resolve(claims.Claim, record, {}, "claim"), Places(tmp_path, tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "a: 1\n", "- 3\n", "- {id: &a a, id: b}\n", "- {id: a, papre: b}\n", "[" * 99])
@@ -182,8 +182,8 @@ def _flip(folder):
     ],
 )
 def test_a_damaged_checkpoint_is_put_aside_where_another_is_whole(tmp_path, damage, said):
-    file = read_config_file(_config(tmp_path))
-    config, other = (Run.of(file, "exact", seed, {}, tmp_path).config for seed in (0, 1))
+    study = read_study(_config(tmp_path), "smoke")
+    config, other = (Run.of(study, "exact", seed, {}).config for seed in (0, 1))
     directory = tmp_path / "run" / "checkpoints"
     for number in (1, 2):
         whole = _checkpoint(directory, config, 4)
@@ -216,23 +216,22 @@ def test_an_interrupt_waits_until_a_checkpoint_is_written(tmp_path):
     assert done == ["written"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # What a kill left of another is taken away.
-    config = Run.of(read_config_file(_config(tmp_path)), "exact", 0, {}, tmp_path).config
+    config = Run.of(read_study(_config(tmp_path), "smoke"), "exact", 0, {}).config
     (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     checkpoints.open_checkpoints(tmp_path / "checkpoints", config).close()
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_that_diverged_is_shown(tmp_path):
-    study = "low_rank/sketch"
-    file = read_config_file(CONFIGS / study / "cpu.yaml")
-    found = results_of(file, CONFIGS.parent / "experiments" / "results")
-    errors = found[0]["result"]["errors"]
-    errors[next(iter(errors))] = dict.fromkeys(next(iter(errors.values())), float("nan"))
-    assert any("nan ± nan" in table for table in tables(file.experiment, found))
+def test_a_run_that_diverged_is_shown():
+    study = read_study("low_rank/sketch", "cpu")
+    records = frame(study.results())
+    first = (records["seed"] == 0) & (records["kind"] == "svd")
+    records.loc[first, "error"] = float("nan")
+    assert any("nan ± nan" in table for table in study.module.table(records))
 
 
 def test_a_file_in_the_place_of_checkpoints(tmp_path):
-    config = Run.of(read_config_file(_config(tmp_path)), "exact", 0, {}, tmp_path).config
+    config = Run.of(read_study(_config(tmp_path), "smoke"), "exact", 0, {}).config
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(ConfigError, match="checkpoints is damaged; remove it"):
         checkpoints.open_checkpoints(tmp_path / "checkpoints", config)
@@ -240,21 +239,21 @@ def test_a_file_in_the_place_of_checkpoints(tmp_path):
 
 def test_settings_that_were_damaged_name_their_file(tmp_path, never_run, command):
     path, out = _config(tmp_path), tmp_path / "out"
-    assert command("run", path, "--out", out)[0] == 0
-    held = out / "study" / "exact-seed0" / "config.yaml"
+    run = Run.of(read_study(path, "smoke"), "exact", 0, {}, Places(out, out))
+    run.claim_directory()
+    (run.directory / "metrics.jsonl").write_text("")
+    held = run.directory / "settings.yaml"
     whole = held.read_text()
     for text in (None, "", "[", "a: 1", whole.replace("steps: 8", "steps: 9"), whole.replace("0.002", ".nan")):
         held.unlink() if text is None else held.write_text(text)
-        code, _, err = command("run", path, "--out", out)
+        code, _, err = command("run", path, *SMOKE, "--out", out)
         assert code == 2
         assert str(held.parent) in err
         assert "or choose --out" in err
-    assert never_run == ["exact-seed0"]
+    assert never_run == []
 
 
 def test_checks_of_a_sweep_leave_what_is_done_alone(tmp_path, never_run, command):
-    file = read_config_file(_config(tmp_path))
-    every = [Run.of(file, arm.name, seed, {}, tmp_path / "out") for arm in file.arms for seed in file.seeds]
+    every = read_study(_config(tmp_path), "smoke").runs(Places(tmp_path / "out", tmp_path / "out"))
     check_all(every)
     assert not (tmp_path / "out").exists()
-    assert isinstance(every[0].directory, pathlib.Path)

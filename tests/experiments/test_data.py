@@ -14,7 +14,7 @@ from experiments.data import DATASETS, DataConfig, load, text
 pytestmark = pytest.mark.usefixtures("models")
 
 
-GENERATED = ["digits", "digit_scenes", "listops", "pathfinder", "recall", "copying", "match", "match_xor"]
+GENERATED = ["digits", "digit_scenes", "recall", "segments", "copying", "match", "match_xor"]
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -39,22 +39,42 @@ def test_recall_asks_for_the_value_that_followed_the_key():
         assert all(values[tokens[place]] == targets[place] for place in asked)
 
 
-def test_listops_labels_are_the_values():
-    batch = load(DataConfig("listops")).draw(np.random.default_rng(1), 16, "train")
-    functions = {10: min, 11: max, 12: lambda x: int(np.median(x)), 13: lambda x: sum(x) % 10}
-    for tokens, length, label in zip(batch["tokens"], batch["lengths"], batch["label"], strict=True):
-        stack = []
-        for token in tokens[:length]:
-            if token != 14:
-                stack.append(int(token))
-                continue
-            arguments = []
-            while stack[-1] < 10:
-                arguments.append(stack.pop())
-            operator = stack.pop()
-            value = functions[operator](arguments)
-            stack.append(value)
-        assert stack == [label]
+@pytest.mark.parametrize("ragged", [False, True])
+def test_segments_tell_their_pair_and_queries_ask_for_each_key_once(ragged):
+    pairs, width, values, spellings = 5, 3, 7, 2
+    settings = {"pairs": pairs, "width": width, "values": values, "spellings": spellings, "ragged": ragged}
+    batch = load(DataConfig("segments", settings)).draw(np.random.default_rng(0), 16, "train")
+    lengths = set()
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        told = tokens[:-pairs]
+        told = told[np.flatnonzero(told)[0] : np.flatnonzero(told)[-1] + 1]
+        key, value = np.divmod((told - 1) // spellings, values)
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        assert len(starts) == pairs
+        assert len(told) == pairs * width
+        lengths |= set(np.diff(starts, append=len(told)))
+        asked = tokens[-pairs:] - 1 - pairs * values * spellings
+        assert sorted(asked) == list(range(pairs))
+        known = dict(zip(key, value, strict=True))
+        assert [known[key] for key in asked] == list(targets[-pairs:])
+        assert all(known[k] == v for k, v in zip(key, value, strict=True))
+        assert np.all(targets[:-pairs] == -1)
+    assert lengths == ({1, 2, 3, 4, 5, 6} if ragged else {width})
+
+
+def test_joined_pairs_are_asked_for_by_their_keys():
+    pairs, vocabulary = 4, 20
+    dataset = load(DataConfig("recall", {"length": 16, "pairs": pairs, "vocabulary": vocabulary, "joined": True}))
+    batch = dataset.draw(np.random.default_rng(0), 16, "train")
+    half = vocabulary // 2
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        key, value = np.divmod(tokens[:pairs] - vocabulary, vocabulary - half)
+        held = dict(zip(1 + key, half + value, strict=True))
+        asked = np.flatnonzero(targets >= 0)
+        assert len(asked) == len(held) == pairs <= asked.min()
+        assert all(held[tokens[place]] == targets[place] for place in asked)
+        assert not np.any(np.delete(tokens[pairs:], asked - pairs))
+    assert batch["tokens"].max() < dataset.vocabulary
 
 
 def test_bits_match_in_triples_and_in_pairs():

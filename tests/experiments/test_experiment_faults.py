@@ -9,22 +9,23 @@ import sys
 import pytest
 import yaml
 
-from experiments import runs
-from experiments.config import ConfigError, load_yaml, read_config_file, resolve
+from experiments import trained
+from experiments.config import ConfigError, as_plain, load_yaml, resolve
 from experiments.run_files import locked
-from experiments.runs import CONFIGS, EXPERIMENTS, Run
-from experiments.training import TrainingConfig
+from experiments.studies import ROOT, every_study, read_study
 
 pytestmark = pytest.mark.usefixtures("models")
 
 TEXT = """\
-experiment: quality
+module: experiments.trained
 data: {name: copying, settings: {length: 8}}
 model: {num_layers: 1, model_dim: 16, num_heads: 2, num_kv_heads: 1, head_dim: 8, hidden_dim: 16}
 train: {steps: 8, batch: 2, checkpoint_every: 4, log_every: 2, evaluation_batches: 1}
-arms: {exact: {}, local: {attention: {method: local, settings: {window_size: 4}}}}
+configurations: {exact: {}, local: {attention: {method: local, settings: {window_size: 4}}}}
 seeds: [0, 1]
+smoke: {}
 """
+SMOKE = ("--scale", "smoke")
 
 
 def _config(folder, text=TEXT, name="study.yaml"):
@@ -40,14 +41,20 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "must be a mapping with the key 'experiment', got nothing"),
-        ("- 1\n", "must be a mapping with the key 'experiment', got a list"),
-        ("steps: 3\n", "got the keys 'steps'"),
-        ("experiment: 3\n", "'experiment' must be a name, got 3"),
-        (b"experiment: \xff\n", "is not UTF-8 text"),
+        ("", "must be a mapping of settings and scales, got None"),
+        ("- 1\n", "must be a mapping of settings and scales, got [1]"),
+        ("steps: 3\n", "has no scale 'smoke'; it has none"),
+        ("steps: 3\ncpu: {}\n", "has no scale 'smoke'; it has cpu"),
+        ("smoke: 3\n", "'smoke' must map settings to values, got 3"),
+        ("module: 3\nsmoke: {}\n", "'module' must be a module of experiments, got 3"),
+        ("module: experiments.nothing\nsmoke: {}\n", "'module' must be a module of experiments"),
+        ("module: os.path\nsmoke: {}\n", "'module' must be a module of experiments"),
+        ("module: experiments.config\nsmoke: {}\n", "is no study, it lacks run, table, figure"),
+        ("smoke: {about: x}\n" + TEXT.replace("smoke: {}\n", ""), "'about' is a key of the whole file"),
+        (b"module: \xff\n", "is not UTF-8 text"),
         (TEXT.encode("utf-16"), "is not UTF-8 text"),
         (b"a\x00b", "unacceptable character"),
-        ("experiment: [\n", "line 2: while parsing"),
+        ("module: [\n", "line 2: while parsing"),
         (TEXT + "---\n", "found another document"),
         (BOMB + TEXT, "with its aliases written out it has more than"),
         ("x: &x [*x]\n" + TEXT, "line 1: an alias stands inside of what it names"),
@@ -59,7 +66,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
         (TEXT.replace("batch", "btach"), "in 'train.btach': unknown key 'btach'; did you mean 'batch'?"),
         (TEXT.replace("exact: {}", f"exact: {PROJECTIONS}"), "unknown key 'frozn'; did you mean 'frozen'?"),
         (TEXT + "3: 4\n", "the key 3 must be text; put it in quotes"),
-        (TEXT.replace("exact:", "yes:"), "the key True in 'arms' must be text"),
+        (TEXT.replace("exact:", "yes:"), "the key True in 'configurations' must be text"),
         (TEXT.replace("steps: 8", "steps: 2020-13-45"), "month must be in 1..12"),
         (TEXT.replace("steps: 8", "steps: 2020-12-05"), "'train.steps' must be text, a number"),
         (TEXT.replace("steps: 8", "steps: !!python/object:os.system {}"), "could not determine a constructor"),
@@ -70,7 +77,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
 )  # fmt: skip
 def test_configurations_that_are_none(tmp_path, never_run, command, text, said):
     path = _config(tmp_path, text)
-    code, _, err = command("run", path, "--out", tmp_path / "out")
+    code, _, err = command("run", path, *SMOKE, "--out", tmp_path / "out")
     assert (code, never_run) == (2, [])
     assert str(path) in err
     assert said in err
@@ -99,20 +106,26 @@ NUMBERS = {
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NUMBERS.items() for value in values])
 def test_numbers_that_are_none(tmp_path, never_run, command, key, value):
     path = _config(tmp_path)
-    code, _, err = command("run", path, "--arm", "local", "--set", f"{key}={value}", "--out", tmp_path / "out")
+    code, _, err = command(
+        "run", path, *SMOKE, "--configuration", "local", "--set", f"{key}={value}", "--out", tmp_path / "out"
+    )
     assert (code, never_run) == (2, [])
     assert key.rpartition(".")[2] in err
     # The same in the file.
     settings = yaml.safe_load(TEXT)
-    settings["arms"]["local"][key] = yaml.safe_load(value)
-    assert command("run", _config(tmp_path, yaml.safe_dump(settings)), "--arm", "local", "--out", tmp_path)[0] == 2
+    settings["configurations"]["local"][key] = yaml.safe_load(value)
+    assert (
+        command(
+            "run", _config(tmp_path, yaml.safe_dump(settings)), *SMOKE, "--configuration", "local", "--out", tmp_path
+        )[0]
+        == 2
+    )
 
 
 def test_every_number_of_every_configuration_is_bounded():
-    for path in sorted(CONFIGS.rglob("smoke.yaml")):
-        file = read_config_file(path)
-        run = Run.of(file, file.arms[0].name, file.seeds[0], {}, CONFIGS)
-        plain = runs.as_plain(run.config)
+    for study in every_study("smoke"):
+        run = read_study(study, "smoke").runs()[0]
+        plain = as_plain(run.config)
         for name, value in plain.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 for bad in (True, float("nan"), -1, 10**20 if isinstance(value, int) else float("inf")):
@@ -122,10 +135,10 @@ def test_every_number_of_every_configuration_is_bounded():
 
 @pytest.mark.parametrize("seeds", ["[-1]", "[true]", "[1.5]", "[]", "5", "[4294967296]", "[1, 1]", "{0: 1}", "[a]"])
 def test_seeds_that_are_none(tmp_path, never_run, command, seeds):
-    code, _, err = command("sweep", _config(tmp_path, TEXT.replace("[0, 1]", seeds)), "--out", tmp_path / "out")
+    code, _, err = command("sweep", _config(tmp_path, TEXT.replace("[0, 1]", seeds)), *SMOKE, "--out", tmp_path / "out")
     assert (code, never_run) == (2, [])
     assert "seeds" in err or "put it in quotes" in err
-    assert command("run", _config(tmp_path), "--seed", "-1")[0] == 2
+    assert command("run", _config(tmp_path), *SMOKE, "--seed", "-1")[0] == 2
 
 
 NAMES = ["../x", "/x", "", ".", "..", "a/b", "a\\b", "a\0b", "x" * 101, "a b", ".a", "a:", "a\n", "\u00e4", "-a"]
@@ -134,21 +147,16 @@ NAMES = ["../x", "/x", "", ".", "..", "a/b", "a\\b", "a\0b", "x" * 101, "a b", "
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_leave_their_folder(tmp_path, never_run, command, name):
     settings = yaml.safe_load(TEXT)
-    code, _, err = command(
-        "run", _config(tmp_path, yaml.safe_dump({**settings, "arms": {name: {}}})), "--out", tmp_path / "out"
-    )
+    path = _config(tmp_path, yaml.safe_dump({**settings, "configurations": {name: {}}}))
+    code, _, err = command("run", path, *SMOKE, "--out", tmp_path / "out")
     assert (code, never_run) == (2, [])
     assert "cannot name files: a name has 1 to 100 of A-Z" in err
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
-    zoo = read_config_file(CONFIGS / "whole_picture" / "zoo" / "smoke.yaml")
-    methods = {**zoo.settings["methods"], name: {}}
-    with pytest.raises(ConfigError, match="cannot name files"):
-        resolve(EXPERIMENTS["zoo"].config, {**zoo.settings, "methods": methods}, {}, "file")
 
 
 def test_names_that_differ_in_case_only(tmp_path, never_run, command):
     path = _config(tmp_path, TEXT.replace("local:", "EXACT:"))
-    code, _, err = command("sweep", path, "--out", tmp_path / "out")
+    code, _, err = command("sweep", path, *SMOKE, "--out", tmp_path / "out")
     assert (code, never_run) == (2, [])
     assert "'exact' and 'EXACT' name the same file where file names ignore case" in err
 
@@ -157,12 +165,12 @@ def test_names_that_differ_in_case_only(tmp_path, never_run, command):
     ("arguments", "said"),
     [
         (["run", "{folder}/none.yaml"], "cannot be read: No such file"),
-        (["run", "{folder}"], "cannot be read: Is a directory"),
-        (["run", ""], "'' is no path"),
+        (["run", "{folder}"], "cannot be read"),
+        (["run", ""], "cannot be read"),
         (["run", "{config}", "--out", ""], "'' is no path"),
         (["run", "{config}", "--out", "a\0b"], "is no path"),
-        (["run", "{config}", "--out", "{config}"], "cannot be made: Not a directory; choose --out"),
-        (["run", "{config}", "--arm", ""], "unknown arm ''"),
+        (["run", "{config}", "--out", "{config}"], "cannot be read: Not a directory"),
+        (["run", "{config}", "--configuration", ""], "unknown configuration ''"),
         (["run", "{config}", "--set", "train.steps=3", "--set", "train.steps=4"], "gives 'train.steps' twice"),
         (["run", "{config}", "--set", "train.steps=[[[["], "is not YAML"),
         (["run", "{config}", "--set", "x=" + "[" * 5000], "nested deeper"),
@@ -175,8 +183,8 @@ def test_names_that_differ_in_case_only(tmp_path, never_run, command):
 )
 def test_arguments_that_are_none(tmp_path, never_run, command, arguments, said):
     names = {"folder": tmp_path, "config": _config(tmp_path)}
-    code, _, err = command(*(argument.format(**names) if "{f" in argument or "{c" in argument else argument
-                             for argument in arguments))  # fmt: skip
+    given = [argument.format(**names) if "{f" in argument or "{c" in argument else argument for argument in arguments]
+    code, _, err = command(*given, *(() if given[0] == "capture-model" else SMOKE))
     assert (code, never_run) == (2, [])
     assert said in err
 
@@ -190,35 +198,35 @@ def test_a_sweep_finds_what_is_unfit_before_it_runs_anything(tmp_path, never_run
         (TEXT.replace("method: local", "method: lcal"), "unknown method 'lcal'"),
     ):
         bad = _config(tmp_path, changed, "bad.yaml")
-        code, _, err = command("sweep", good, bad, "--out", out)
+        code, _, err = command("sweep", good, bad, *SMOKE, "--out", out)
         assert (code, never_run) == (2, [])
         assert str(bad) in err
         assert said in err
     other = tmp_path / "other"
     other.mkdir()
     same = _config(other, TEXT.replace("steps: 8", "steps: 12"))
-    code, _, err = command("sweep", good, same, "--out", out)
+    code, _, err = command("sweep", good, same, *SMOKE, "--out", out)
     assert (code, never_run) == (2, [])
     assert "would hold two runs with different settings" in err
-    assert command("sweep", good, good, "--out", out)[0] == 0
+    assert command("sweep", good, good, *SMOKE, "--out", out)[0] == 0
     assert never_run == ["exact-seed0", "local-seed0", "exact-seed1", "local-seed1"]
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path, never_run, command):
     path, out = _config(tmp_path), tmp_path / "out"
-    directory = out / "study" / "exact-seed0"
+    directory = out / "study" / "smoke" / "exact-seed0"
     holder = "import pathlib, sys, time; from experiments.run_files import locked; d = pathlib.Path(sys.argv[1])\n"
     holder += "with locked(d / 'run.lock', d): print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(directory)], cwd=CONFIGS.parent, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", holder, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "held\n"
         for arguments in (["run"], ["sweep"]):
-            code, _, err = command(*arguments, path, "--out", out)
+            code, _, err = command(*arguments, path, *SMOKE, "--out", out)
             assert (code, never_run) == (2, [])
             assert f"{directory} is in use by another run (process {process.pid})" in err
-        code, _, err = command("capture", path, "--to", tmp_path / "x.npz", "--out", out)
+        code, _, err = command("capture", path, *SMOKE, "--to", tmp_path / "x.npz", "--out", out)
         assert code == 2
         assert "in use" in err
     finally:
@@ -226,7 +234,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path, never_run, command):
         process.wait()
         process.stdout.close()
     # The lock of a process that was killed is none.
-    assert command("run", path, "--out", out)[0] == 0
+    assert command("run", path, *SMOKE, "--out", out)[0] == 0
     assert never_run == ["exact-seed0"]
 
 
@@ -245,12 +253,11 @@ def test_an_interrupt_is_one_line(tmp_path, never_run, command, monkeypatch):
     def interrupted(config, directory, console):
         raise KeyboardInterrupt
 
-    quick = runs.Experiment(TrainingConfig, interrupted)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "EXPERIMENTS", {"quality": quick})
-        code, _, err = command("run", _config(tmp_path), "--out", tmp_path / "out")
+        patch.setattr(trained, "run", interrupted)
+        code, _, err = command("run", _config(tmp_path), *SMOKE, "--out", tmp_path / "out")
     assert (code, err) == (130, "experiments: interrupted; the same command goes on from what is done\n")
-    assert command("run", _config(tmp_path), "--out", tmp_path / "out")[0] == 0
+    assert command("run", _config(tmp_path), *SMOKE, "--out", tmp_path / "out")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -262,12 +269,12 @@ def test_what_fails_within_a_run_is_one_line_and_keeps_its_traceback(tmp_path, n
 
     path, out = _config(tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "EXPERIMENTS", {"quality": runs.Experiment(TrainingConfig, failing)})
-        code, _, err = command("run", path, "--out", out)
-    trace = out / "study" / "exact-seed0" / "traceback.txt"
+        patch.setattr(trained, "run", failing)
+        code, _, err = command("run", path, *SMOKE, "--out", out)
+    trace = out / "study" / "smoke" / "exact-seed0" / "traceback.txt"
     assert code == 2
-    assert f"{path}, arm 'exact': {type(error).__name__}" in err
+    assert f"{path}, configuration 'exact': {type(error).__name__}" in err
     assert str(trace) in err
     assert "Traceback" in trace.read_text()
-    assert command("run", path, "--out", out)[0] == 0
+    assert command("run", path, *SMOKE, "--out", out)[0] == 0
     assert not trace.exists()

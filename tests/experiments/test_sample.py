@@ -13,7 +13,6 @@ from experiments.__main__ import experiments
 from experiments.capture import capture
 from experiments.config import ConfigError
 from experiments.models import AttentionConfig, LanguageModel, ModelConfig
-from experiments.runs import CONFIGS
 
 
 class TwoLayers(nnx.Module):
@@ -78,9 +77,20 @@ def test_the_model_does_not_see_the_future():
 
 @pytest.mark.usefixtures("models")
 def test_the_sample_is_captured_from_a_trained_model(tmp_path):
-    out, config = tmp_path / "sample.npz", CONFIGS / "harness" / "language_model" / "smoke.yaml"
+    out = tmp_path / "sample.npz"
     sizes = "model={num_layers: 2, model_dim: 16, num_heads: 4, num_kv_heads: 2, head_dim: 8, hidden_dim: 16}"
-    arguments = ["sample", str(config), "--set", sizes, "--out", str(tmp_path / "runs"), "--to", str(out)]
+    arguments = [
+        "sample",
+        "harness/language_model",
+        "--scale",
+        "smoke",
+        "--set",
+        sizes,
+        "--out",
+        str(tmp_path / "runs"),
+        "--to",
+        str(out),
+    ]
     outcome = CliRunner().invoke(experiments, arguments)
     assert outcome.exit_code == 0, outcome.output
     tensors = load_tensors(out)
@@ -93,8 +103,9 @@ def test_the_sample_is_captured_from_a_trained_model(tmp_path):
 
 @pytest.mark.usefixtures("models")
 def test_layers_of_a_trained_model_are_captured(tmp_path):
-    out, config = tmp_path / "layers.npz", CONFIGS / "harness" / "language_model" / "smoke.yaml"
-    arguments = ["capture", str(config), "--arm", "local", "--out", str(tmp_path / "runs"), "--to", str(out)]
+    out = tmp_path / "layers.npz"
+    arguments = ["capture", "harness/language_model", "--scale", "smoke", "--configuration", "local"]
+    arguments += ["--out", str(tmp_path / "runs"), "--to", str(out)]
     outcome = CliRunner().invoke(experiments, [*arguments, "--batch", "3"])
     assert outcome.exit_code == 0, outcome.output
     name = "body.layers.0.attention"

@@ -16,20 +16,20 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import training
-from experiments.config import read_config_file
 from experiments.data import DataConfig, load
 from experiments.models import AttentionConfig, ModelConfig, ParallelConfig
-from experiments.runs import CONFIGS, Run
+from experiments.studies import ROOT, Places, Run, read_study
 from experiments.training import OptimizerConfig, TrainingConfig, build_model, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("models")
 
 
 KILLED = {
-    "experiment": "quality",
+    "module": "experiments.trained",
     "data": {"name": "copying", "settings": {"length": 8}},
     "model": {"num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "hidden_dim": 16},
     "train": {"steps": 60, "batch": 2, "checkpoint_every": 4, "log_every": 2, "evaluation_batches": 1},
+    "smoke": {},
 }
 ON_A_MESH = {
     "method": "favor",
@@ -45,9 +45,10 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
     config = tmp_path / "killed.yaml"
     config.write_text(yaml.safe_dump({**KILLED, "attention": attention}))
     console = Console(quiet=True)
-    file = read_config_file(config)
-    whole = Run.of(file, "run", 0, {}, tmp_path / "whole").result(console)
-    run = Run.of(file, "run", 0, {}, tmp_path / "killed")
+    study = read_study(config, "smoke")
+    places = [Places(out, out) for out in (tmp_path / "whole", tmp_path / "killed")]
+    unbroken, run = (Run.of(study, "run", 0, {}, place) for place in places)
+    whole = unbroken.result(console)
     log = run.directory / "metrics.jsonl"
 
     def logged():
@@ -55,11 +56,21 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
 
     killed_at, checkpoints = [], run.directory / "checkpoints"
     for stop in (5, 11):
-        command = [sys.executable, "-m", "experiments", "run", str(config), "--out", str(tmp_path / "killed")]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments",
+            "run",
+            str(config),
+            "--scale",
+            "smoke",
+            "--out",
+            str(tmp_path / "killed"),
+        ]
         # Compiled as here, so that the steps are the same to the bit.
         process = subprocess.Popen(
             command,
-            cwd=CONFIGS.parent,
+            cwd=ROOT,
             env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_NUM_CPU_DEVICES": "8"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -78,11 +89,12 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
     monkeypatch.setattr(training, "train_step", lambda *args: (steps_taken.append(1), train_step(*args))[1])
     resumed = run.result(console)
     assert len(steps_taken) == 60 - kept
-    for split in ("valid", "test"):
-        assert resumed["result"][split] == whole["result"][split]
+    scores = [{**result.records[0], "training_seconds": 0.0} for result in (resumed, whole)]
+    assert scores[0] == scores[1]
+    assert resumed.records[1:] == whole.records[1:]
     lines, uninterrupted = (
         [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (log, Run.of(file, "run", 0, {}, tmp_path / "whole").directory / "metrics.jsonl")
+        for path in (log, unbroken.directory / "metrics.jsonl")
     )
     assert [line["step"] for line in lines] == list(range(2, 61, 2))
     assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]

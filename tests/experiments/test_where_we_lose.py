@@ -1,21 +1,22 @@
 """The study of where methods lose: its data are what they say, and its verdicts follow from the errors."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from approx_attention.evaluation import held_bytes
 from experiments.config import ConfigError, resolve
 from experiments.whole_picture.where_we_lose import (
     FAMILIES,
-    WhereWeLoseConfig,
+    Config,
     draw,
     equal_size,
     loss_rows,
     losses,
-    over_budget,
+    mean_errors,
 )
 
-CONFIG = WhereWeLoseConfig(["needle"], tokens=64, length=512, num_heads=2, head_dim=32)
+CONFIG = Config(["needle"], tokens=64, length=512, num_heads=2, head_dim=32)
 
 
 def weights(family, head=0):
@@ -62,7 +63,7 @@ def test_heads_and_seeds_differ_and_unknown_families_are_refused():
         assert not np.allclose(key[0, :, 0], key[0, :, 1])
     assert {"sample", "gaussian", "sink"} <= set(FAMILIES)
     with pytest.raises(ConfigError, match="unknown family 'needles'; did you mean 'needle'"):
-        resolve(WhereWeLoseConfig, {"families": ["needles"], "tokens": 1}, {}, "here")
+        resolve(Config, {"families": ["needles"], "tokens": 1}, {}, "here")
 
 
 def test_sizes_fill_the_budget_and_no_more():
@@ -82,18 +83,28 @@ def test_sizes_fill_the_budget_and_no_more():
 
 
 def test_verdicts_follow_from_the_errors():
-    def run(errors):
-        methods = {name: {"error": error, "fits": name != "b"} for name, error in errors.items()}
-        return {"result": {"families": {"x": {"methods": methods}, "y": {"methods": methods}}}}
-
-    runs = [
-        run({"mean_value": 0.5, "local": 0.2, "a": 0.3, "b": 0.1}),
-        run({"mean_value": 0.5, "local": 0.2, "a": 0.5}),
-    ]
     errors = {
-        "x": {"mean_value": 0.5, "local": 0.2, "a": 0.4, "b": 0.1},
-        "y": {"mean_value": 0.3, "local": 0.6, "a": 0.4},
+        0: {"mean_value": 0.5, "local": 0.2, "a": 0.3, "b": 0.1},
+        1: {"mean_value": 0.5, "local": 0.2, "a": 0.5},
     }
-    assert losses(errors) == {"a": {"mean_value": ["y"], "local": ["x"]}, "b": {"mean_value": [], "local": []}}
-    assert loss_rows(runs) == [["`a`", "none", "all"], ["`b` *", "none", "none"]]
-    assert over_budget(runs) == {"b"}
+    records = pd.DataFrame(
+        [
+            {
+                "configuration": "run",
+                "seed": seed,
+                "family": family,
+                "method": name,
+                "error": error,
+                "fits": name != "b",
+            }
+            for seed, by_name in errors.items()
+            for family in ("x", "y")
+            for name, error in by_name.items()
+        ]
+    )
+    assert mean_errors(records).loc["a", "x"] == pytest.approx(0.4)
+    assert loss_rows(records) == [["`a`", "none", "all"], ["`b` *", "none", "none"]]
+    known = pd.DataFrame(
+        {"x": {"mean_value": 0.5, "local": 0.2, "a": 0.4, "b": 0.1}, "y": {"mean_value": 0.3, "local": 0.6, "a": 0.4}}
+    )
+    assert losses(known) == {"a": {"mean_value": ["y"], "local": ["x"]}, "b": {"mean_value": [], "local": []}}
