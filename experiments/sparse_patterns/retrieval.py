@@ -1,0 +1,138 @@
+"""The error of attention over a few retrieved keys, by their number and by the number of all keys (E9)."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from approx_attention import exact, mean_value, priority, top_k
+from approx_attention.core import in_float32
+from approx_attention.evaluation import load_sample, output_error
+from experiments.config import Count, Seeded, Several
+from experiments.fits import slope
+from experiments.results import Frame, Record
+from experiments.show import curves, having, parts, pivot, significant, slopes, thousands
+from experiments.whole_picture import where_we_lose
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Seeded):
+    """Queries over many keys, and the number of keys that they read.
+
+    Attributes:
+        data: ``sharp_head`` or ``diffuse_head`` of the sample, whose number of keys is its own, or a family of
+            `where_we_lose`.
+        keys_read: numbers of keys per query.
+        num_keys: numbers of all keys.
+        queries: the number of queries.
+        samples: of a random method, whose squared errors are averaged.
+    """
+
+    keys_read: Several[Count]
+    num_keys: Several[Count]
+    data: str = "gaussian-1"
+    queries: Count = 64
+    samples: Count = 8
+
+    def __post_init__(self) -> None:
+        if self.data not in HEADS:
+            where_we_lose.Config([self.data], tokens=1)
+
+
+HEADS = {"sharp_head": 0, "diffuse_head": 1}
+
+
+def half_uniform(q: Array, k: Array, v: Array, key: Array, *, keys_per_query: int) -> Array:
+    """Half of the keys by their logits, and as many of the others at random, which stand for all others."""
+    logits = q @ k.T / math.sqrt(q.shape[1])
+    half = keys_per_query // 2
+    largest, best = jax.lax.top_k(logits, half)
+    ranks = jax.random.uniform(key, logits.shape).at[jnp.arange(len(q))[:, None], best].set(-1.0)
+    others = jax.lax.top_k(ranks, keys_per_query - half)[1]
+    weight = math.log((k.shape[0] - half) / (keys_per_query - half))
+    places = jnp.concatenate([best, others], axis=1)
+    chosen = jnp.concatenate([largest, jnp.take_along_axis(logits, others, axis=1) + weight], axis=1)
+    return jnp.einsum("tk,tkd->td", jax.nn.softmax(chosen), v[places])
+
+
+METHODS: dict[str, Callable[..., Array]] = {
+    "priority": priority,
+    "top_k": lambda q, k, v, key, *, keys_per_query: top_k(q, k, v, keys_per_query=keys_per_query),
+    "half top_k, half uniform": half_uniform,
+}
+
+
+@functools.partial(jax.jit, static_argnames=("name", "keys_per_query"))
+def _outputs(q: Array, k: Array, v: Array, keys: Array, *, name: str, keys_per_query: int) -> Array:
+    return jax.lax.map(lambda key: METHODS[name](q, k, v, key, keys_per_query=keys_per_query), keys)
+
+
+def _tensors(config: Config, num_keys: int) -> tuple[Array, Array, Array]:
+    if config.data in HEADS:
+        query, key, value = (x[HEADS[config.data], :, 0].astype(jnp.float32) for x in load_sample())
+        return query[-config.queries :], key[-num_keys:], value[-num_keys:]
+    settings: Any = {"tokens": 1, "length": num_keys, "num_heads": 1, "seed": config.seed}
+    q, k, v = (x[0, :, 0] for x in where_we_lose.draw(where_we_lose.Config([config.data], **settings), config.data))
+    places = np.random.default_rng(config.seed).choice(num_keys, config.queries, replace=False)
+    return q[places], k, v
+
+
+@in_float32()  # rounding of keys would be an error of its own
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
+    """Relative error by method, keys read and number of keys, with the exponents of both."""
+    records: list[Record] = []
+    found: dict[tuple[str, int, int], float] = {}
+    for num_keys in config.num_keys:
+        q, k, v = _tensors(config, num_keys)
+        truth = exact(q, k, v)
+        trivial = float(output_error(mean_value(q, k, v), truth).relative)
+        records.append({"num_keys": num_keys, "mean_value_error": trivial})
+        for read in (n for n in config.keys_read if n < num_keys):
+            for name in METHODS:
+                keys = jax.random.split(jax.random.key(config.seed), config.samples)
+                outs = _outputs(q, k, v, keys, name=name, keys_per_query=read)
+                errors = [float(output_error(out, truth).relative) for out in outs]
+                error = math.sqrt(np.mean(np.square(errors)))
+                found[name, num_keys, read] = error
+                records.append({"method": name, "num_keys": num_keys, "keys_read": read, "error": error})
+        console.print(f"{config.data}, {num_keys} keys")
+    most, least = max(config.num_keys), min(config.keys_read)
+    for name in METHODS:
+        by_read = {read: error for (of, n, read), error in found.items() if (of, n) == (name, most)}
+        by_keys = {n: error for (of, n, read), error in found.items() if (of, read) == (name, least)}
+        records.append({"method": name, **slope(by_read, "slope_in_read"), **slope(by_keys, "slope_in_keys")})
+    return records
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Errors by the keys read, and by the number of keys, with their exponents."""
+    for name, own in parts(records):
+        errors = having(own, "method", "error")
+        most, least = errors["num_keys"].max(), errors["keys_read"].min()
+        trivial = own[own["num_keys"] == most]["mean_value_error"].dropna()
+        trivially = significant(list(trivial))
+        yield f"`{name}`: relative error with {most:g} keys, by the number read; mean of the values {trivially}"
+        more = slopes(own, "method", "slope_in_read")
+        yield pivot(errors[errors["num_keys"] == most], "method", "keys_read", "error", more=more, quoted=False)
+        if errors["num_keys"].nunique() > 1:
+            yield f"`{name}`: relative error with {least:g} keys read, by the number of keys"
+            more = slopes(own, "method", "slope_in_keys")
+            yield pivot(errors[errors["keys_read"] == least], "method", "num_keys", "error", more=more, quoted=False)
+
+
+def figure(records: Frame) -> Figure:
+    """Errors by the number of keys that a query reads, at the most keys of each configuration."""
+    errors = having(records, "method", "error")
+    most = errors.groupby("configuration")["num_keys"].transform("max")
+    shown = errors[errors["num_keys"] == most]
+    labels = ("keys that a query reads", "relative error")
+    return curves(shown, x="keys_read", y="error", by="method", labels=labels, ticks=thousands)
