@@ -31,8 +31,8 @@ WORDS = {
     "nearby": ("a window is enough", ("local", "longformer")),
     "sink + nearby": ("a window and the first tokens are enough", ("longformer",)),
     "few keys": ("few keys of each query are enough, wherever they are", ("top_k", "priority")),
-    "diffuse": ("more keys share the weight than a summary would have", ("coreset",)),
-    "low rank": ("the weights are a matrix of low rank", ("nystrom", "coreset")),
+    "diffuse": ("more keys share the weight than a summary would have", ("coreset", "priority")),
+    "low rank": ("the weights are a matrix of low rank", ("coreset", "nystrom")),
 }
 LOW_RANK = "low rank"
 
@@ -312,7 +312,9 @@ def _diagnosis(
     num_rows = max(int(part.counts.sum()) for part in parts)
     words = ["short"] if num_keys <= size else _words(measured, error, has_rank=num_rows >= 4 * size)
     samples = total["samples"] / (error**2 * total["out"])
-    methods = dict.fromkeys(name for word in words for name in WORDS[word][1])
+    # What follows weights of low rank follows diffuse ones better than keys do.
+    telling = words[1:] if words == ["diffuse", LOW_RANK] else words
+    methods = dict.fromkeys(name for word in telling for name in WORDS[word][1])
     if "diffuse" in words and samples < num_keys:
         methods |= {"uniform_sample": None}
     return HeadDiagnosis(
