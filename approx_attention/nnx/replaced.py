@@ -40,7 +40,9 @@ class Replaced(list[str]):
 
 def not_replaceable(model: nnx.Module) -> dict[str, str]:
     """The modules of a model that look like attention and have no ``attention_fn`` that could be set, and why not."""
-    nodes = {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
+    nodes: dict[tuple[Any, ...], Any] = {
+        path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)
+    }
     own = {path: node for path, node in nodes.items() if not isinstance(node, nnx.bridge.ToNNX)}
     layers = [path for path, node in own.items() if callable(getattr(node, "attention_fn", None))]
     found: dict[tuple[Any, ...], str] = {}

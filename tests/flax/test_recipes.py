@@ -72,7 +72,7 @@ def test_rotary_positions_are_relative(page):
     scores = [
         jnp.einsum("btnd,bsnd->ts", *(page.rotary(x, jnp.arange(6) + shift, 1e4) for x in (q, k))) for shift in (0, 100)
     ]
-    np.testing.assert_allclose(*scores, atol=1e-4)
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
     assert np.abs(scores[0] - jnp.einsum("btnd,bsnd->ts", q, k)).max() > 0.1
 
 
@@ -143,8 +143,9 @@ def test_heads_stay_where_they_are(page):
     program = jax.jit(lambda state: nnx.merge(graph, state)(x, positions)).lower(state).compile()
     np.testing.assert_allclose(program(state), single(x, positions), atol=1e-5)
     # Outputs are summed over heads, and no tensor of heads is gathered.
-    assert "all-reduce" in program.as_text()
-    assert "all-gather" not in program.as_text()
+    text = program.as_text() or ""
+    assert "all-reduce" in text
+    assert "all-gather" not in text
 
 
 # 3. what was not replaced
