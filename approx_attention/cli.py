@@ -1,4 +1,4 @@
-"""The command line: ``approx-attention compare``, ``approx-attention plan`` and ``approx-attention methods``."""
+"""The command line: ``approx-attention compare``, ``plan``, ``heads`` and ``methods``."""
 
 import contextlib
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 
 from approx_attention.core import InputError, unknown
 from approx_attention.evaluation import (
+    HeadDiagnosis,
     Interrupted,
     Layer,
     OnProgress,
@@ -24,6 +25,8 @@ from approx_attention.evaluation import (
     capability_table,
     comparison_kind,
     default_methods,
+    diagnose,
+    heads_kind,
     load_layers,
     load_sample,
     only_run,
@@ -31,6 +34,7 @@ from approx_attention.evaluation import (
     plan_kind,
     run,
     run_comparison,
+    sample_layers,
     terminable,
 )
 from approx_attention.evaluation import plan as make_plan
@@ -124,7 +128,7 @@ def methods() -> None:
     click.echo(capability_table())
 
 
-_ON_TENSORS = (
+_FILE = (
     click.argument("file", required=False, type=click.Path(path_type=pathlib.Path)),
     click.option("--q", "q_name", default="q", show_default=True, help="Name of the queries in FILE."),
     click.option("--k", "k_name", default="k", show_default=True, help="Name of the keys."),
@@ -152,6 +156,8 @@ _ON_TENSORS = (
         type=click.FloatRange(min=0, min_open=True, max=1e30),
         help="Factor of the logits.  [default: 1/sqrt(D)]",
     ),
+)
+_METHODS = (
     click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to look at.  [default: all]"),
     click.option(
         "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
@@ -163,7 +169,9 @@ _ON_TENSORS = (
         show_default=True,
         help="Seed of the first random projection or sample.",
     ),
-    click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"),
+)
+_DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"
 )
 
 
@@ -180,12 +188,12 @@ class Given:
     mask: str | None
     causal: bool | None
     scale: float | None
-    names: tuple[str, ...] | None
-    options: tuple[tuple[str, str, Any], ...]
-    seeds: int
-    seed: int
     device: str | None
     out: pathlib.Path
+    names: tuple[str, ...] | None = None
+    options: tuple[tuple[str, str, Any], ...] = ()
+    seeds: int = 1
+    seed: int = 0
 
     def options_by_method(self) -> dict[str, dict[str, Any]]:
         """The hyper-parameters by the name of the method."""
@@ -197,16 +205,18 @@ class Given:
         return options
 
 
-def on_tensors(name: str, least_seeds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def on_tensors(
+    name: str, least_seeds: int | None, endings: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """What the commands that measure have in common: FILE, its arrays, the methods, and where results NAME go.
 
-    The command gets it as its first argument, `Given`.
+    The command gets it as its first argument, `Given`. Without seeds it runs no methods.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         seeds = click.option(
             "--seeds",
-            type=click.IntRange(min=least_seeds),
+            type=click.IntRange(min=least_seeds or 1),
             default=3,
             show_default=True,
             help="Draws of random methods" + ("." if least_seeds == 1 else "; one has no spread, which a bound needs."),
@@ -216,16 +226,18 @@ def on_tensors(name: str, least_seeds: int) -> Callable[[Callable[..., None]], C
             type=Directory(),
             default=name,
             show_default=True,
-            help=f"Directory for {name}.json and {name}.png. Those of an earlier run are replaced; of two runs at once "
-            "each needs its own.",
+            help=f"Directory for {endings}. Those of an earlier run are replaced; of two runs at once each needs its "
+            "own.",
         )
 
         @functools.wraps(command)
         def gathered(**parameters: Any) -> None:
-            given = Given(**{field.name: parameters.pop(field.name) for field in dataclasses.fields(Given)})
+            named = [field.name for field in dataclasses.fields(Given) if field.name in parameters]
+            given = Given(**{field: parameters.pop(field) for field in named})
             command(given, **parameters)
 
-        for option in (out, *reversed((*_ON_TENSORS[:-2], seeds, *_ON_TENSORS[-2:]))):
+        methods = () if least_seeds is None else (*_METHODS[:-1], seeds, _METHODS[-1])
+        for option in (out, *reversed((*_FILE, *methods, _DEVICE))):
             gathered = option(gathered)
         return gathered
 
@@ -239,7 +251,7 @@ _WINDOW = (
 
 
 @approx_attention.command()
-@on_tensors("compare", least_seeds=1)
+@on_tensors("compare", least_seeds=1, endings="compare.json and compare.png")
 @click.option(
     "--budget",
     "budgets",
@@ -297,7 +309,7 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
 
 
 @approx_attention.command()
-@on_tensors("plan", least_seeds=2)
+@on_tensors("plan", least_seeds=2, endings="plan.json and plan.png")
 @click.option(
     "--tolerance", type=float, required=True, help="Relative error that is allowed, as `compare` measures it."
 )
@@ -357,6 +369,44 @@ def plan(
             )
 
         run(task, settings, plan_kind(), measure)
+
+
+@approx_attention.command()
+@on_tensors("heads", least_seeds=None, endings="heads.json, heads.md and heads.png")
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help=f"Keys of the ideal methods that heads are held against, and the window. {_WINDOW}",
+)
+@click.option("--tolerance", type=float, default=0.1, show_default=True, help="Relative error that is allowed.")
+@click.option(
+    "--queries", type=click.IntRange(min=1), default=512, show_default=True, help="Most queries looked at per sequence."
+)
+def heads(given: Given, size: int, tolerance: float, queries: int) -> None:
+    """Which heads in FILE can be approximated, by what, and which theorem says anything at their norms?
+
+    FILE is as in `compare`; without it, the two layers of the sample are used.
+    """
+    with _task("heads", given) as task:
+        task = task if given.file else task._replace(layers=sample_layers())
+        settings = {name: x for name, x in task.settings.items() if name != "methods"}
+        settings |= {"size": size, "tolerance": tolerance, "num_queries": queries}
+
+        def measure(layer: Layer, keep: Callable[[Any], None], on_progress: OnProgress) -> list[HeadDiagnosis]:
+            return diagnose(
+                layer.tensors,
+                is_causal=task.is_causal,
+                scale=given.scale,
+                size=size,
+                tolerance=tolerance,
+                num_queries=queries,
+                mask=layer.kv_mask,
+                on_progress=on_progress,
+            )
+
+        run(task, settings, heads_kind(size, tolerance), measure)
 
 
 @contextlib.contextmanager

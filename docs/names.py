@@ -109,7 +109,8 @@ TOPICS = {
             "evaluation.break_even", "evaluation.compile_arm", "evaluation.shared_programs", "evaluation.plan",
             "evaluation.Plan", "evaluation.Candidate", "evaluation.Curve", "evaluation.plan_document",
             "evaluation.plan_table", "evaluation.draw_plan", "evaluation.Tensors", "evaluation.Layer",
-            "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample",
+            "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample", "evaluation.diagnose",
+            "evaluation.HeadDiagnosis",
         ),
     ),
 }  # fmt: skip

@@ -6,8 +6,9 @@ from approx_attention.evaluation.capabilities import capability_table
 from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
 from approx_attention.evaluation.errors import OutputError, output_error, skill
 from approx_attention.evaluation.figures import draw_frontiers, draw_plan, figure_style, light_grid, method_styles
-from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
-from approx_attention.evaluation.kinds import comparison_kind, plan_kind
+from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors, sample_layers
+from approx_attention.evaluation.heads import HeadDiagnosis, diagnose
+from approx_attention.evaluation.kinds import comparison_kind, heads_kind, plan_kind
 from approx_attention.evaluation.planning import plan
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
 from approx_attention.evaluation.problem import Problem
@@ -27,6 +28,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Curve",
+    "HeadDiagnosis",
     "Interrupted",
     "Layer",
     "OnProgress",
@@ -45,10 +47,12 @@ __all__ = [
     "comparison_table",
     "compile_arm",
     "default_methods",
+    "diagnose",
     "draw_frontiers",
     "draw_plan",
     "environment",
     "figure_style",
+    "heads_kind",
     "held_bytes",
     "light_grid",
     "load_layers",
@@ -66,6 +70,7 @@ __all__ = [
     "plan_table",
     "run",
     "run_comparison",
+    "sample_layers",
     "shared_programs",
     "skill",
     "spectrum",

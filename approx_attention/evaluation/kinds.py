@@ -1,10 +1,18 @@
-"""What the commands ``compare`` and ``plan`` make of the results of each layer, and of all layers."""
+"""What the commands that measure make of the results of each layer, and of all layers."""
 
 from approx_attention.evaluation.figures import (
     draw_compared_layers,
     draw_frontiers,
     draw_plan,
     draw_planned_layers,
+)
+from approx_attention.evaluation.head_report import (
+    draw_heads,
+    draw_heads_of_layers,
+    heads_markdown,
+    heads_over_layers,
+    heads_table,
+    verdicts_table,
 )
 from approx_attention.evaluation.layers import compared_over_layers, planned_over_layers
 from approx_attention.evaluation.plans import plan_document
@@ -51,4 +59,24 @@ def plan_kind() -> Kind:
             plan_summary_table(planned_over_layers(plans), title),
         ],
         draw_layers=draw_planned_layers,
+    )
+
+
+def heads_kind(size: int, tolerance: float) -> Kind:
+    """The tables, the Markdown and the figures of diagnoses of heads.
+
+    Args:
+        size: the window, and the number of keys of the ideal methods.
+        tolerance: the error that was asked for.
+    """
+    return Kind(
+        name="heads",
+        rows=lambda heads: heads,
+        more=lambda heads: {},
+        shown=lambda heads, title: [heads_table(heads, title, size, tolerance)],
+        draw=lambda heads, title: draw_heads(heads, title, size),
+        over_layers=heads_over_layers,
+        summary=lambda layers, title: [verdicts_table(heads_over_layers(layers), title)],
+        draw_layers=lambda layers, title: draw_heads_of_layers(layers, title, size),
+        markdown=lambda layers, titles: heads_markdown(layers, titles, size, tolerance),
     )

@@ -73,15 +73,16 @@ def finite(document: Any) -> Any:
 
 
 def write_results(
-    out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any]
+    out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any], markdown: str | None = None
 ) -> tuple[list[pathlib.Path], str]:
-    """Write NAME.json and, where it can be drawn, NAME.png; each is whole or absent, and both are of one run.
+    """Write NAME.json, NAME.md and, where it can be drawn, NAME.png; each is whole or absent, and all are of one run.
 
     Args:
         out: an existing directory.
         name: of the files.
         document: what goes into the JSON.
         draw: makes the figure.
+        markdown: the text of NAME.md, if there is one.
 
     Returns:
         The files written, and why there is no figure, if there is none.
@@ -89,6 +90,9 @@ def write_results(
     written = [out / f"{name}.json"]
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     write_atomically(written[0], lambda file: file.write(text.encode()))
+    if markdown is not None:
+        written.append(out / f"{name}.md")
+        write_atomically(written[-1], lambda file: file.write(markdown.encode(errors="replace")))
     picture = out / f"{name}.png"
     # That of an earlier run.
     picture.unlink(missing_ok=True)

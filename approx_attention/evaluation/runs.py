@@ -76,6 +76,7 @@ class Kind(NamedTuple):
         over_layers: the rows of the summary.
         summary: the tables of the summary.
         draw_layers: the figure of all layers.
+        markdown: the text of NAME.md from the results and the titles of the layers, if there is one.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Kind(NamedTuple):
     over_layers: Callable[[dict[str, Any]], list[Any]]
     summary: Callable[[dict[str, Any], str], list[Any]]
     draw_layers: Callable[[dict[str, Any], str], Any]
+    markdown: Callable[[dict[str, Any], dict[str, str]], str] | None = None
 
 
 def run(
@@ -115,7 +117,8 @@ def run(
         def picture() -> Any:
             return kind.draw_layers(results, task.over_layers) if has_layers else kind.draw(results[""], task.title(""))
 
-        return write_results(task.out, kind.name, document, picture)
+        text = kind.markdown and kind.markdown(results, {layer: task.title(layer) for layer in results})
+        return write_results(task.out, kind.name, document, picture, text)
 
     failure, written, no_figure = None, [], ""
     programs: dict[bytes, Any] = {}
@@ -177,7 +180,7 @@ def only_run(out: pathlib.Path, kind: str) -> Iterator[None]:
         is_file = isinstance(error, FileExistsError)
         reason = "it is a file" if is_file else getattr(error, "strerror", None) or error
         raise InputError(f"cannot write to the directory {out}: {reason}") from None
-    for path in (out / f"{kind}.json", out / f"{kind}.png"):
+    for path in (out / f"{kind}.{ending}" for ending in ("json", "md", "png")):
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a directory")
     with only_holder(out) as is_held:

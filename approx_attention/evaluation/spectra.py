@@ -1,4 +1,4 @@
-"""The singular values of attention weights."""
+"""The singular values of attention weights, and the rank that they call for."""
 
 from typing import NamedTuple
 
@@ -64,3 +64,23 @@ def spectrum(
         return cumulative / jnp.where(cumulative[-1] > 0, cumulative[-1], 1)
 
     return Spectrum(shares(weights), shares(weights - uniform[None, :]))
+
+
+def left_spectrum(x: Float[Array, "T S"]) -> tuple[Array, Array]:
+    """The left singular vectors ``[T, T]`` of a matrix and its squared singular values ``[T]``, the largest first.
+
+    By the Gram matrix, which is small where T is, whatever the number of keys. Its rounding is about 1e-6 of the sum of
+    squares: what is left beyond some rank is right where it is more than a thousandth of the matrix.
+    """
+    squares, left = jnp.linalg.eigh(x @ x.T)
+    return left[:, ::-1], jnp.maximum(squares[::-1], 0)
+
+
+def rank_within(squares: Float[Array, " R"], error: float) -> Array:
+    r"""The least rank that is off by no more than ``error`` in the Frobenius norm, of squared singular values in order.
+
+    .. math:: \sum_{i > r} \sigma_i^2 \le \epsilon^2 \sum_i \sigma_i^2
+    """
+    # Summed from the smallest on, which rounding then does not drown.
+    rest = jnp.cumsum(squares[::-1])[::-1]
+    return jnp.sum(rest > error**2 * rest[0], dtype=jnp.int32)

@@ -5,6 +5,7 @@ from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_of
 from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
+from approx_attention.nnx.replaced import Replaced
 from approx_attention.nnx.tensor import TensorAttention
 from approx_attention.nnx.trees import TreeAttention
 
@@ -15,6 +16,7 @@ __all__ = [
     "Lara",
     "LearnedAttention",
     "LinformerAttention",
+    "Replaced",
     "Rfa",
     "TensorAttention",
     "TreeAttention",

@@ -11,6 +11,7 @@ from jax import Array
 
 from approx_attention.core import shown
 from approx_attention.nnx.attention import ApproxAttention, attention_stream
+from approx_attention.nnx.replaced import Replaced, not_replaceable
 
 
 def replace_attention(
@@ -20,7 +21,7 @@ def replace_attention(
     only: Callable[[str, nnx.Module], bool] | None = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
-) -> list[str]:
+) -> Replaced:
     """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
 
     Layers that ``nnx.vmap`` has stacked along leading axes are recognised by the kernels of their ``nnx.Linear``,
@@ -37,7 +38,8 @@ def replace_attention(
         **options: those of `ApproxAttention` and of the method.
 
     Returns:
-        The paths of the layers, such as ``"layers.0.attention"``.
+        The paths of the layers, such as ``"layers.0.attention"``, in a list that also says what looks like attention
+        and could not be replaced, `Replaced.not_replaced`.
 
     Raises:
         ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them; layers stacked along
@@ -73,7 +75,7 @@ def replace_attention(
     made = [_for_each_layer(make, _stack(layer, path), rngs) for path, layer in chosen.items()]
     for layer, attention_fn in zip(chosen.values(), made, strict=True):
         layer.attention_fn = nnx.data(attention_fn)
-    return list(chosen)
+    return Replaced(chosen, not_replaceable(model))
 
 
 def init_cache(

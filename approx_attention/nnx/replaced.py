@@ -1,0 +1,82 @@
+"""What `replace_attention` has replaced in a model, and the attention in it that it could not."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen
+from flax import nnx
+
+# How models name the projections of attention that they compute themselves.
+_PROJECTIONS = (
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    *((f"{q}_proj", f"{k}_proj", f"{v}_proj") for q, k, v in (("q", "k", "v"), ("query", "key", "value"))),
+    ("wq", "wk", "wv"),
+    ("to_q", "to_k", "to_v"),
+)
+_LINEN = "a Linen module: set attention_fn=approx_attention.linen.ApproxAttention(...) of its layers"
+_CALLS = (
+    "it has no attention_fn: call self.attention_fn(query, key, value) in it, or approx_attention.attention(..., "
+    "method=...), in place of jax.nn.dot_product_attention"
+)
+
+
+class Replaced(list[str]):
+    """The paths of the layers whose attention was replaced, such as ``"layers.0.attention"``.
+
+    A list, because that is what most callers compare or count. What was not replaced is no warning: in many models it
+    is right, as in a window that is exact, and would be repeated by every script.
+
+    Attributes:
+        not_replaced: by path, the modules that look like attention and stay as they are, with what to do about each:
+            those that compute attention without an ``attention_fn``, and Linen modules inside. They are told by their
+            name, or by their projections.
+    """
+
+    def __init__(self, paths: Iterable[str] = (), not_replaced: dict[str, str] | None = None):
+        super().__init__(paths)
+        self.not_replaced = not_replaced or {}
+
+
+def not_replaceable(model: nnx.Module) -> dict[str, str]:
+    """The modules of a model that look like attention and have no ``attention_fn`` that could be set, and why not."""
+    nodes: dict[tuple[Any, ...], Any] = {
+        path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)
+    }
+    own = {path: node for path, node in nodes.items() if not isinstance(node, nnx.bridge.ToNNX)}
+    layers = [path for path, node in own.items() if callable(getattr(node, "attention_fn", None))]
+    found: dict[tuple[Any, ...], str] = {}
+    for path, node in sorted(nodes.items(), key=lambda item: len(item[0])):
+        if path not in own:
+            if _has_attention(node.to_nnx__module):
+                found[path] = _LINEN
+        # A block around a layer with an attention_fn is none itself, nor is what belongs to such a layer, or to one
+        # that is found already.
+        elif _looks_like_attention(node):
+            related = (_within(path, other) or _within(other, path) for other in layers)
+            if not any(related) and not any(_within(path, outer) for outer in found):
+                found[path] = _CALLS
+    return {".".join(map(str, path)): reason for path, reason in found.items()}
+
+
+def _within(path: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
+    return path[: len(outer)] == outer
+
+
+def _looks_like_attention(node: Any) -> bool:
+    kind = type(node)
+    if kind.__module__.startswith("approx_attention."):
+        return False
+    if any(all(hasattr(node, name) for name in names) for names in _PROJECTIONS):
+        return True
+    return "attention" in kind.__name__.lower() and not isinstance(node, nnx.List | nnx.Dict | nnx.Sequential)
+
+
+def _has_attention(module: Any) -> bool:
+    """Whether a Linen module is attention, or has a field that is; what it makes in a call is not seen."""
+    if not isinstance(module, flax.linen.Module):
+        return False
+    if "attention" in type(module).__name__.lower() or hasattr(module, "attention_fn"):
+        return True
+    fields = (getattr(module, name, None) for name in type(module).__dataclass_fields__ if name != "parent")
+    return any(map(_has_attention, fields))
