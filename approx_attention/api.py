@@ -41,7 +41,7 @@ def attention(
     key_value_seq_lengths: Integer[Array, "*B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    per_head: Mapping[str, Array] | None = None,
+    per_head: Mapping[str, Any] | None = None,
     **hyperparameters: Any,
 ) -> Any:
     r"""Attention by any method, over batch and heads, with the arguments of `jax.nn.dot_product_attention`.
@@ -70,7 +70,8 @@ def attention(
         return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``: in float32
             (float64 where an input is), differentiable, and -inf where a query sees no key. Those of `jax.nn` have the
             type of the inputs, and no gradient flows through them.
-        per_head: arguments of the method that differ between key heads, such as a learned ``bandwidth [K, D]``.
+        per_head: arguments of the method that differ between key heads: arrays ``[K, ...]``, or tuples of them, such as
+            a learned ``bandwidth [K, D]``, or a `Proposal` of each head.
         **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
             ``method="exact"`` are "dense", "blocked", "pallas" and "cudnn". An argument with one number per key, such
             as the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
@@ -179,7 +180,7 @@ def _within_window(bound: BoundMethod, size: Any, bias: Array | None) -> BoundMe
     return bind(windowed, {get_method(windowed).size or "": as_pair("local_window_size", sides, least=0)})
 
 
-def _per_head(bound: BoundMethod, per_head: Any, num_kv_heads: int) -> dict[str, Array]:
+def _per_head(bound: BoundMethod, per_head: Any, num_kv_heads: int) -> dict[str, Any]:
     """Checks arguments that are stacked over the key heads."""
     if not isinstance(per_head, Mapping):
         raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")

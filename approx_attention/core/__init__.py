@@ -87,6 +87,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
+from approx_attention.core.proposals import Proposal, check_proposal, fit_proposal
 from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, Summary, check_bits, quantize, quantized_bytes
 from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
@@ -174,6 +175,7 @@ __all__ = [
     "OutputOrState",
     "Past",
     "PositiveFeatures",
+    "Proposal",
     "QuantizedKV",
     "ReLUFeatures",
     "RealFirst",
@@ -227,6 +229,7 @@ __all__ = [
     "check_number",
     "check_positive",
     "check_projection",
+    "check_proposal",
     "check_rows",
     "check_scale",
     "check_tokens",
@@ -241,6 +244,7 @@ __all__ = [
     "even_split",
     "finite_peak",
     "first_blocks",
+    "fit_proposal",
     "floating_dtype",
     "fold_scale",
     "from_kv_head",

@@ -137,12 +137,13 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionStat
     r"""Attention over moments of positive features, with the directions w as keys: no feature of a query is stored.
 
     .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
-              = e^{w_r \cdot q + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
+              = e^{w_r \cdot q + b_r + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
     """
     assert isinstance(moments.features, PositiveFeatures)
     absent = (moments.mass == 0) | (moments.log_scale == -jnp.inf)
     mass = jnp.where(absent, 1, moments.mass)
-    bias = jnp.where(absent, HIDDEN, jnp.where(absent, 0, moments.log_scale) + jnp.log(mass))
+    of_direction = 0 if moments.features.log_weight is None else moments.features.log_weight.astype(q.dtype)
+    bias = jnp.where(absent, HIDDEN, jnp.where(absent, 0, moments.log_scale) + jnp.log(mass) + of_direction)
     state = kernels.state(q, moments.features.projection.astype(q.dtype), moments.value_sum / mass[:, None], bias)
     of_query = squared_norm(q)[:, 0] / 2 + 0.5 * math.log(moments.features.num_features)
     return AttentionState(state.out, state.lse - of_query)
