@@ -133,7 +133,8 @@ def test_values_and_gradients_are_those_of_importance_sampling(x64):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, proposal)
 
     ours = pulled(lambda q, k, v, p: favor.__wrapped__(q, k, v, projection=z, proposal=p, scale=0.3, return_state=True))
-    chex.assert_trees_all_close(ours, pulled(lambda *args: importance_sampled(*args[:3], z, args[3], 0.3)), rtol=1e-8)
+    theirs = pulled(lambda q, k, v, p: importance_sampled(q, k, v, z, p, 0.3))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-8)
 
 
 def test_each_key_head_has_its_own_and_decoding_agrees():
