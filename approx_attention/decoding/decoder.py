@@ -175,7 +175,8 @@ class Decoder:
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
         bias = mask_bias(near.kv_mask, self.dtype)[None, :]
         summary = require_scaled_space("a running summary", self._held.read(cache.past.prefix))
-        return merge(self._held.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out
+        nearby = self._held.near(scaled, near.k, near.v, bias)
+        return merge(nearby, attend(scaled, summary, logits_soft_cap=self._held.logits_soft_cap)).out
 
     def prefill(
         self, cache: Cache, q: Array, k: Array, v: Array, num_real: Array | int | None = None

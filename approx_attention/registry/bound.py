@@ -29,6 +29,7 @@ from approx_attention.core import (
     summary_bytes,
 )
 from approx_attention.registry.method import (
+    CAPABILITY_OF,
     OPTIONS,
     Method,
     accepted,
@@ -383,6 +384,7 @@ def bind(
     Raises:
         ValueError: an unknown name.
         TypeError: neither a name nor a function, or an argument that the method does not have.
+        NotImplementedError: an argument that other methods have, such as ``logits_soft_cap``.
     """
     given = dict(hyperparameters or {})
     if isinstance(method, BoundMethod):
@@ -396,5 +398,9 @@ def bind(
         bound = BoundMethod(next(named, getattr(method, "__name__", type(method).__name__)), method, given)
     else:
         raise TypeError(f"method must be a registered name or a function (q, k, v, key) -> out, got {method!r}")
+    for argument, capability in CAPABILITY_OF.items():
+        if argument in given and not bound.takes(argument):
+            able = ", ".join(name for name, known in METHODS.items() if getattr(known.capabilities, capability))
+            raise NotImplementedError(f"method {bound.name!r} does not support {argument}; those that do: {able}")
     check_hyperparameters(bound.name, bound.function, given, options=options)
     return bound
