@@ -63,7 +63,6 @@ def bigbird(
         blocks: numbers of the random blocks (of real tokens) ``[ceil(T / block_size), R]``; by default a random sample.
             Numbers count for nothing if the query sees the block anyhow, if they repeat, if a causal query may not see
             the block, or if there is no such block, as with -1.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, as in `exact`.
 
     Raises:
         ValueError: shapes that do not fit, a window of an even number of blocks, neither key nor blocks.

@@ -94,20 +94,17 @@ def exact(
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}\, v_j}{\sum_j e^{s\, q_t \cdot k_j + b_{tj}}}
 
-    With a cap c, the products :math:`x = s\, q_t \cdot k_j` become :math:`c \tanh(x / c)`, before the bias.
-
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         bias: added to the logits, ``[T, S]``.
         mask: true where query t may see key j, ``[T, S]``.
-        logits_soft_cap: the cap c, a number that is known when tracing; 50 in Gemma 2. No fused kernel has it, so that
-            ``"blocked"`` or ``"dense"`` is used everywhere.
         implementation: by default a fused kernel in programs for TPUs and NVIDIA GPUs and ``"blocked"`` elsewhere (see
             `kernels.state`), or ``"dense"`` for a bias or mask. ``"blocked"`` streams tiles of logits in memory linear
             in T and S. ``"dense"`` makes all of them at once, and alone takes a bias or mask. ``"pallas"`` is the fused
-            kernel or an error. ``"cudnn"`` is the kernel of NVIDIA's library, for programs that are traced where there
-            is one. It is never the default: the platform of a program is known when it is lowered.
+            kernel or an error; there is none for capped logits, which are blocked. ``"cudnn"`` is the kernel of
+            NVIDIA's library, for programs that are traced where there is one. It is never the default: the platform of
+            a program is known when it is lowered.
 
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.

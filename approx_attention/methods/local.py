@@ -41,7 +41,6 @@ def local(
             r = 0); else w to each side, the query's own counted to both, 2w - 1 in all (l = r = w - 1). A pair
             ``(l, r)`` sets the tokens before and after the query's own, as `jax.nn.dot_product_attention` counts them;
             causally r = 0.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, as in `exact`.
 
     Raises:
         ValueError: shapes that do not fit, a window without any key.

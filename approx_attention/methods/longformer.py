@@ -52,7 +52,6 @@ def longformer(
     Args:
         window_size: w, the query's own position and w - 1 tokens to a side (only before it if causal).
         num_global: the number G of global tokens; by default 4, the usual number of attention sinks.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, as in `exact`.
 
     Raises:
         ValueError: shapes that do not fit, a window without any key.

@@ -66,7 +66,6 @@ def lsh_top_k(
         num_hashes: the number b of signs, at most 24; by default the least with which a bucket contains no more than K
             real keys on average.
         projection: the directions ``[N, b, D]``; by default a random projection.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, as in `exact`.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection.

@@ -68,7 +68,6 @@ def sparse_attention(
 
     Args:
         pattern: which keys each query sees, of T queries and S keys. It counts all places, padding included.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, as in `exact`.
 
     Raises:
         ValueError: shapes that do not fit.

@@ -49,8 +49,6 @@ def top_k(
 
     Args:
         keys_per_query: the number K of keys; with K >= S the output is exact.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, as in `exact`.
-            The cap keeps the order of logits, so the keys are the same.
 
     Raises:
         ValueError: shapes that do not fit, a count below 1.
