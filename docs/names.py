@@ -41,7 +41,7 @@ TOPICS = {
             "fold_scale", "attend", "merge", "AttentionState", "WeightedKV", "QuantizedKV", "quantize",
             "FeatureMoments", "RunningSummary", "core.subtract", "core.hadamard", "core.summary_bytes",
             "core.causal_state", "core.running_moments",
-            "core.control_variate_state", "core.PositiveFeatures", "Proposal", "fit_proposal",
+            "core.control_variate_state", "core.PositiveFeatures", "Proposal", "fit_proposal", "balancing_maps",
             "core.TrigonometricFeatures", "core.ReLUFeatures",
             "core.CosineFeatures", "core.WeightedFeatures", "core.gaussian_projection", "core.orthogonal_projection",
             "core.draw_sketch", "core.nonnegative_least_squares", "kernels.state", "kernels.default_tiles",

@@ -88,7 +88,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
-from approx_attention.core.proposals import Proposal, check_proposal, fit_proposal
+from approx_attention.core.proposals import Proposal, balancing_maps, check_proposal, fit_proposal
 from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, Summary, check_bits, quantize, quantized_bytes
 from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
@@ -199,6 +199,7 @@ __all__ = [
     "attend",
     "averaging_matrix",
     "back",
+    "balancing_maps",
     "block_windows",
     "broadcast",
     "by_kv_head",

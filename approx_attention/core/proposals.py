@@ -109,14 +109,7 @@ def fit_proposal(
         :cite:p:`likhosherstov2023dense`, whose symmetric features these are, with a mean; :cite:p:`farzam2026data`
         learns a covariance, and with it another kernel.
     """
-    check_rows("q", q, "[T, D]")
-    check_rows("k", k, "[S, D]")
-    check_key_value_fit(q, k, k)
-    for name, mask, rows in (("q_mask", q_mask, q), ("kv_mask", kv_mask, k)):
-        if mask is not None:
-            check_mask(name, mask, rows.shape[0])
-    dtype = accumulation_dtype(q, k)
-    q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
+    q, k = fold_scale(*_checked(q, k, q_mask, kv_mask), scale)
     (mean_q, covariance_q), (mean_k, covariance_k) = _moments(q, q_mask), _moments(k, kv_mask)
     spread, axes = jnp.linalg.eigh(covariance_q + covariance_k)
     spread = jnp.maximum(spread, 0)  # rounding may leave it below
@@ -124,6 +117,82 @@ def fit_proposal(
     # The symmetric root does not depend on the signs and the order of eigenvectors. Derivatives of those are infinite
     # where two variances are equal; in expectation the estimates do not depend on the proposal, which needs none.
     return lax.stop_gradient(Proposal(mean_q + mean_k, (axes * jnp.sqrt(variance)[None, :]) @ axes.T))
+
+
+@in_float32()
+def balancing_maps(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    *,
+    q_mask: Bool[Array, " T"] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> tuple[Float[Array, "D D"], Float[Array, "D D"]]:
+    r"""Maps of queries and of keys that change no logit and give both the same covariance.
+
+    .. math:: q \cdot k = (q A) \cdot (k A^{-1}), \qquad
+              A^2 = C_q^{-1/2} (C_q^{1/2} C_k C_q^{1/2})^{1/2} C_q^{-1/2}
+
+    No other linear map makes an eigenvalue of the covariance of :math:`q A + k A^{-1}` smaller, and with it the error
+    of positive features under any `Proposal`. Fit the maps once, on tensors that you captured. Without rotary
+    embeddings between, the weights that make q and k can take them in.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        q_mask: true where a query is real.
+        kv_mask: true where a key is real.
+
+    Returns:
+        A and its inverse, symmetric; constants to derivatives. Where a covariance is nearly singular they keep a
+        thousandth of its mean variance, so that no axis is stretched without end.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that are not floating point, masks that are not boolean.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import balancing_maps
+        >>> q, k = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
+        >>> map_q, map_k = balancing_maps(9 * q, k)
+        >>> bool(jnp.allclose(9 * q @ map_q @ (k @ map_k).T, 9 * q @ k.T, atol=1e-3))
+        True
+        >>> [round(float(jnp.std(x)), 1) for x in (9 * q @ map_q, k @ map_k)]
+        [3.0, 3.0]
+
+    Reference:
+        A squared is the optimal transport map between Gaussians; that no eigenvalue can be smaller is the inequality of
+        arithmetic and geometric means of :cite:p:`bhatia1990singular`.
+    """
+    q, k = _checked(q, k, q_mask, kv_mask)
+    covariance_q, covariance_k = (_least_variance(_moments(*x)[1]) for x in ((q, q_mask), (k, kv_mask)))
+    root, inverse = _power(covariance_q, 0.5), _power(covariance_q, -0.5)
+    squared = inverse @ _power(root @ covariance_k @ root, 0.5) @ inverse
+    return lax.stop_gradient((_power(squared, 0.5), _power(squared, -0.5)))
+
+
+def _least_variance(covariance: Array) -> Array:
+    """A covariance with a thousandth of its mean variance in every direction; 1 where there is none."""
+    mean = jnp.trace(covariance) / covariance.shape[0]
+    return covariance + jnp.where(mean > 0, 1e-3 * mean, 1) * jnp.eye(covariance.shape[0], dtype=covariance.dtype)
+
+
+def _power(matrix: Array, exponent: float) -> Array:
+    """The power of a symmetric, positive matrix."""
+    values, axes = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    return (axes * values[None, :] ** exponent) @ axes.T
+
+
+def _checked(q: Array, k: Array, q_mask: Array | None, kv_mask: Array | None) -> tuple[Array, Array]:
+    """Queries and keys in the accumulation dtype, after checks of them and of their masks."""
+    check_rows("q", q, "[T, D]")
+    check_rows("k", k, "[S, D]")
+    check_key_value_fit(q, k, k)
+    for name, mask, rows in (("q_mask", q_mask, q), ("kv_mask", kv_mask, k)):
+        if mask is not None:
+            check_mask(name, mask, rows.shape[0])
+    dtype = accumulation_dtype(q, k)
+    return q.astype(dtype), k.astype(dtype)
 
 
 def _moments(x: Array, mask: Array | None) -> tuple[Array, Array]:

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import AttentionState, HeadsDecoder, Proposal, attention, bounds, exact, favor, fit_proposal
+from approx_attention import (
+    AttentionState,
+    HeadsDecoder,
+    Proposal,
+    attention,
+    balancing_maps,
+    bounds,
+    exact,
+    favor,
+    fit_proposal,
+)
 from approx_attention.core import PositiveFeatures, check_proposal, gaussian_projection, orthogonal_projection
 from tests.references import brute_force, compiled, random_head, random_heads, relative_error
 
@@ -153,6 +163,31 @@ def test_each_key_head_has_its_own_and_decoding_agrees():
         last, _ = jax.jit(decoder.extend)(cache, query[:, 20:], key[:, 20:], value[:, 20:])
         heads = slice(2 * n, 2 * n + 2)
         chex.assert_trees_all_close(jnp.concatenate([first, last], axis=1)[:, :, heads], out[:, :, heads], atol=1e-5)
+
+
+def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
+    q, k, _ = uneven_head(jnp.float64)
+    q = q * jnp.linspace(0.5, 3, 6)[None, :] + 0.3 * jnp.roll(q, 1, axis=1)
+    k = k + 0.1 * random_head(6, 32, 1, 6, dtype=jnp.float64)[0]
+    maps = balancing_maps(q, k)
+    np.testing.assert_allclose((q @ maps[0]) @ (k @ maps[1]).T, q @ k.T, atol=1e-10)
+
+    def covariances(a, b):
+        return (np.cov(np.asarray(x).T, bias=True) for x in (q @ a, k @ b))
+
+    of_q, of_k = covariances(*maps)
+    np.testing.assert_allclose(of_q, of_k, atol=5e-3 * np.trace(of_q))
+    least = np.linalg.eigvalsh(of_q + of_k)
+    product = np.linalg.eigvals(np.matmul(*covariances(np.eye(6), np.eye(6)))).real
+    np.testing.assert_allclose(least, 2 * np.sqrt(np.sort(np.maximum(product, 0))), atol=5e-3 * least[-1])
+    for _ in range(10):
+        other = np.eye(6) + 0.3 * RANDOM.normal(size=(6, 6))
+        assert np.all(np.linalg.eigvalsh(sum(covariances(other, np.linalg.inv(other).T))) > least - 5e-3 * least[-1])
+    # Padding has no part, and rows that are all alike are left as they are.
+    broken = balancing_maps(q.at[30:].set(jnp.nan), k, q_mask=jnp.arange(40) < 30)
+    chex.assert_trees_all_close(broken, balancing_maps(q[:30], k), atol=1e-12)
+    alike = balancing_maps(jnp.ones((3, 6)), jnp.ones((2, 6)))
+    chex.assert_trees_all_close(alike, (jnp.eye(6), jnp.eye(6)), atol=1e-6)
 
 
 def test_errors_are_less_where_channels_are_unequal():
