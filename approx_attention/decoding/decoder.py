@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -249,11 +250,11 @@ class HeadsCache(NamedTuple):
     Attributes:
         heads: a `Cache`, or with ``certify`` a `CertifiedCache`, with leading axes ``[B, K]``; its ``length`` is one
             number, or ``[B]`` where sequences differ.
-        drawn: the random arrays of each key head, ``[K, ...]``, by the argument that takes them.
+        drawn: the arrays of each key head, ``[K, ...]``, random or from ``per_head``, by the argument that takes them.
     """
 
     heads: Cache | CertifiedCache
-    drawn: dict[str, Array]
+    drawn: dict[str, Any]
 
 
 class HeadsDecoder:
@@ -352,7 +353,14 @@ class HeadsDecoder:
             block_size = self.bound.block_size
             self.room = block_size * max(2, -(-max_length // block_size))
 
-    def init(self, batch_size: int, rng: Array | None = None, *, ragged: bool = False) -> HeadsCache:
+    def init(
+        self,
+        batch_size: int,
+        rng: Array | None = None,
+        *,
+        ragged: bool = False,
+        per_head: Mapping[str, Any] | None = None,
+    ) -> HeadsCache:
         """The cache that has seen no token.
 
         Args:
@@ -360,12 +368,17 @@ class HeadsDecoder:
             rng: typed PRNG key, as in `attention`.
             ragged: let sequences differ in length. Where all have one length, older tokens are summarised
                 once per block; else the summary of every sequence is computed at every step, and taken where it is due.
+            per_head: as in `attention`: arguments of the method that differ between key heads.
 
         Returns:
             The `HeadsCache`.
+
+        Raises:
+            NotImplementedError: an argument in ``per_head`` that the running summary does not follow.
         """
         batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
-        drawn = self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"])
+        own = self.bound.of_heads({} if per_head is None else per_head, self.num_kv_heads)
+        drawn = {**self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"], own.keys()), **own}
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
         heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)

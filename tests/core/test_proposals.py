@@ -20,6 +20,7 @@ from approx_attention import (
     fit_proposal,
 )
 from approx_attention.core import PositiveFeatures, check_proposal, gaussian_projection, orthogonal_projection
+from approx_attention.registry import bind
 from tests.references import brute_force, compiled, random_head, random_heads, relative_error
 
 favor, exact, fit_proposal = compiled(favor, exact, fit_proposal)
@@ -155,14 +156,19 @@ def test_each_key_head_has_its_own_and_decoding_agrees():
     out = jax.jit(lambda *x: attention(*x, rng=jax.random.key(1), per_head={"proposal": proposals}, **options))(
         query, key, value
     )
-    for n in range(2):
-        own = jax.tree.map(lambda x, n=n: x[n], proposals)
-        decoder = HeadsDecoder("favor", num_kv_heads=2, head_dim=6, num_features=8, block_size=4, proposal=own)
-        cache = decoder.init(2, jax.random.key(1))
-        first, cache = jax.jit(decoder.extend)(cache, query[:, :20], key[:, :20], value[:, :20])
-        last, _ = jax.jit(decoder.extend)(cache, query[:, 20:], key[:, 20:], value[:, 20:])
-        heads = slice(2 * n, 2 * n + 2)
-        chex.assert_trees_all_close(jnp.concatenate([first, last], axis=1)[:, :, heads], out[:, :, heads], atol=1e-5)
+    decoder = HeadsDecoder("favor", num_kv_heads=2, head_dim=6, num_features=8, block_size=4)
+    cache = decoder.init(2, jax.random.key(1), per_head={"proposal": proposals})
+    first, cache = jax.jit(decoder.extend)(cache, query[:, :20], key[:, :20], value[:, :20])
+    last, _ = jax.jit(decoder.extend)(cache, query[:, 20:], key[:, 20:], value[:, 20:])
+    chex.assert_trees_all_close(jnp.concatenate([first, last], axis=1), out, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="'eva' does not support noise while decoding, got an array of shape"):
+        HeadsDecoder("eva", num_kv_heads=2, head_dim=6).init(2, per_head={"noise": jnp.zeros((2, 3, 6))})
+    # A head by itself, with the projection that it has there.
+    own = jax.tree.map(lambda x: x[1], proposals)
+    projection = bind("favor", {"num_features": 8}).draw(jax.random.key(1), 2, 6)["projection"][1]
+    options = {"projection": projection, "proposal": own, "block_size": 4, "is_causal": True}
+    one = favor(query[1, :, 3], key[1, :, 1], value[1, :, 1], **options)
+    chex.assert_trees_all_close(out[1, :, 3], one, atol=1e-5)
 
 
 def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
