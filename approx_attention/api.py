@@ -16,14 +16,12 @@ from approx_attention.core import (
     check_flag,
     check_floating,
     check_layout,
-    did_you_mean,
     over_heads,
-    shown,
     split_arrays,
     split_mask,
     within,
 )
-from approx_attention.registry import METHODS, OPTIONS, BoundMethod, arguments, bind, get_method
+from approx_attention.registry import METHODS, BoundMethod, bind, get_method
 
 
 def attention(
@@ -41,7 +39,7 @@ def attention(
     key_value_seq_lengths: Integer[Array, "*B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     return_residual: bool = False,
-    per_head: Mapping[str, Array] | None = None,
+    per_head: Mapping[str, Any] | None = None,
     **hyperparameters: Any,
 ) -> Any:
     r"""Attention by any method, over batch and heads, with the arguments of `jax.nn.dot_product_attention`.
@@ -70,7 +68,8 @@ def attention(
         return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``: in float32
             (float64 where an input is), differentiable, and -inf where a query sees no key. Those of `jax.nn` have the
             type of the inputs, and no gradient flows through them.
-        per_head: arguments of the method that differ between key heads, such as a learned ``bandwidth [K, D]``.
+        per_head: arguments of the method that differ between key heads: arrays ``[K, ...]``, or tuples of them, such as
+            a learned ``bandwidth [K, D]``, or a `Proposal` of each head.
         **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
             ``method="exact"`` are "dense", "blocked", "pallas" and "cudnn". An argument with one number per key, such
             as the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
@@ -144,7 +143,7 @@ def attention(
         x = x.reshape(num_batches, num_keys, num_kv_heads).transpose(0, 2, 1)
         sliced[name] = x.reshape(num_batches * num_kv_heads, num_keys)
 
-    own = _per_head(bound, {} if per_head is None else per_head, num_kv_heads)
+    own = bound.of_heads({} if per_head is None else per_head, num_kv_heads)
     bound.check_values({**options, **own})
     of_heads = {**bound.draw(rng, num_kv_heads, query.shape[-1], own.keys()), **own}
     query, key, value = (x.reshape(num_batches, *x.shape[-3:]) for x in (query, key, value))
@@ -177,24 +176,3 @@ def _within_window(bound: BoundMethod, size: Any, bias: Array | None) -> BoundMe
         raise NotImplementedError(f"method {bound.name!r} with local_window_size supports no {' or '.join(others)}")
     sides = size if isinstance(size, tuple) else (size, size)
     return bind(windowed, {get_method(windowed).size or "": as_pair("local_window_size", sides, least=0)})
-
-
-def _per_head(bound: BoundMethod, per_head: Any, num_kv_heads: int) -> dict[str, Array]:
-    """Checks arguments that are stacked over the key heads."""
-    if not isinstance(per_head, Mapping):
-        raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
-    known = arguments(bound.function) or ()
-    for name, x in per_head.items():
-        if name in OPTIONS:
-            raise TypeError(f"per_head takes arguments of the method, and {name!r} is one of all heads")
-        if name not in known:
-            raise TypeError(f"method {bound.name!r} has no argument {name!r}{did_you_mean(name, known)}")
-        if name in bound.hyperparameters:
-            raise TypeError(f"argument {name!r} is given both per_head and for all heads")
-        for leaf in jax.tree.leaves(x):
-            expected = f"per_head[{name!r}] must be arrays [K, ...] with K = {num_kv_heads}"
-            if not hasattr(leaf, "shape"):
-                raise TypeError(f"{expected}, got {shown(leaf)}")
-            if leaf.shape[:1] != (num_kv_heads,):
-                raise ValueError(f"{expected}, got shape {leaf.shape}")
-    return dict(per_head)

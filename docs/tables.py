@@ -77,6 +77,7 @@ def needs_table() -> str:
         "decoding in a cache of a size that is fixed before": lambda can: can.decode,
         "queries of another sequence": lambda can: can.cross,
         "a mask or bias of every pair": lambda can: can.dense_mask,
+        "logits with a soft cap": lambda can: can.soft_cap,
         "answers that merge with others": lambda can: can.normalizer,
         "answers that average values": lambda can: can.convex,
         "no randomness": lambda can: not can.needs_key,

@@ -10,10 +10,12 @@ from jaxtyping import Float
 
 from approx_attention.core import (
     SKETCHES,
+    Proposal,
     accumulation_dtype,
     check_choice,
     check_count,
     check_key_value_fit,
+    check_proposal,
     fold_scale,
     in_float32,
     squared_norm,
@@ -27,6 +29,7 @@ def favor_mse(
     num_features: int,
     *,
     features: Literal["positive", "hyperbolic", "trigonometric"] = "positive",
+    proposal: Proposal | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T S"]:
     r"""Computes the mean squared error of random-feature estimates of :math:`e^{q \cdot k}`, relative to its square.
@@ -37,6 +40,12 @@ def favor_mse(
               \text{hyperbolic: } \frac{(e^z - 1)(1 - e^{-z})}{R}, \qquad
               \text{trigonometric: } \frac{e^z (1 - e^{-\|q - k\|^2})^2}{R\, e^{4 q \cdot k}}.
 
+    Positive features with directions from a proposal :math:`N(\mu, \Sigma)`, whose variances :math:`\sigma_i` along
+    the axes :math:`u_i` of :math:`\Sigma` must exceed 1/2, have
+
+    .. math:: \frac1R \Big(\prod_i \frac{\sigma_i}{\sqrt{2 \sigma_i - 1}}\,
+              e^{(u_i \cdot (q + k - \mu))^2 / (2 \sigma_i - 1)} - 1\Big).
+
     Hyperbolic and trigonometric features use R/2 directions. Orthogonal directions have less error, by an amount that
     is not part of this formula. It holds for single entries, whose estimates are unbiased; their ratio, the output, is
     biased. Above 1 the estimate of an entry is of no use.
@@ -46,13 +55,14 @@ def favor_mse(
         k: keys ``[S, D]``.
         num_features: the number R of features.
         features: the kind of features.
+        proposal: the Gaussian of the directions, N(0, I) by default; with positive features only.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
         The relative mean squared errors ``[T, S]``; infinite where they exceed the largest number.
 
     Raises:
-        ValueError: shapes that do not fit, no features, unknown kind.
+        ValueError: shapes that do not fit, no features, unknown kind, a proposal with another kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,6 +78,11 @@ def favor_mse(
     check_key_value_fit(q, k, k)
     dtype = accumulation_dtype(q, k)
     q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
+    if proposal is not None:
+        if features != "positive":
+            raise ValueError(f"the error under a proposal is known of positive features, got features={features!r}")
+        check_proposal(proposal, q.shape[1])
+        return jnp.expm1(_log_second_moment(q, k, proposal)) / num_features
     logits, norms = q @ k.T, squared_norm(q) + squared_norm(k).T
     # Squared norms by products, which rounding may leave below 0.
     together, apart = (jnp.maximum(norms + sign * 2 * logits, 0) for sign in (1, -1))
@@ -76,6 +91,18 @@ def favor_mse(
         return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
     positive = jnp.expm1(together) / num_features
     return positive if features == "positive" else positive * -jnp.expm1(-together)
+
+
+def _log_second_moment(q: Array, k: Array, proposal: Proposal) -> Array:
+    """Logarithms of the relative second moments ``[T, S]`` of one positive feature; infinite if no moment exists."""
+    variance, axes = jnp.linalg.eigh(proposal.root @ proposal.root.T)
+    exists = variance > 0.5
+    excess = jnp.where(exists, 2 * variance - 1, 1)
+    # The mean goes in halves to queries and keys, whose sum it is taken from.
+    q, k = ((x - proposal.mean[None, :] / 2) @ axes / jnp.sqrt(excess)[None, :] for x in (q, k))
+    squared = jnp.maximum(squared_norm(q) + squared_norm(k).T + 2 * q @ k.T, 0)
+    volume = jnp.sum(jnp.where(exists, jnp.log(variance) - jnp.log(excess) / 2, jnp.inf))
+    return squared + volume
 
 
 @in_float32()

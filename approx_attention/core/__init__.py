@@ -43,6 +43,7 @@ from approx_attention.core.checks import (
     check_scale,
     check_tokens,
     checked_inputs,
+    checked_soft_cap,
     did_you_mean,
     floating_dtype,
     fold_scale,
@@ -87,6 +88,7 @@ from approx_attention.core.padding import (
     ranks,
 )
 from approx_attention.core.precision import in_float32
+from approx_attention.core.proposals import Proposal, balancing_maps, check_proposal, fit_proposal
 from approx_attention.core.quantized import QUANTIZED_GROUP, QuantizedKV, Summary, check_bits, quantize, quantized_bytes
 from approx_attention.core.reading import attend
 from approx_attention.core.segments import (
@@ -174,6 +176,7 @@ __all__ = [
     "OutputOrState",
     "Past",
     "PositiveFeatures",
+    "Proposal",
     "QuantizedKV",
     "ReLUFeatures",
     "RealFirst",
@@ -196,6 +199,7 @@ __all__ = [
     "attend",
     "averaging_matrix",
     "back",
+    "balancing_maps",
     "block_windows",
     "broadcast",
     "by_kv_head",
@@ -227,10 +231,12 @@ __all__ = [
     "check_number",
     "check_positive",
     "check_projection",
+    "check_proposal",
     "check_rows",
     "check_scale",
     "check_tokens",
     "checked_inputs",
+    "checked_soft_cap",
     "control_variate_state",
     "count_real",
     "dense_state",
@@ -241,6 +247,7 @@ __all__ = [
     "even_split",
     "finite_peak",
     "first_blocks",
+    "fit_proposal",
     "floating_dtype",
     "fold_scale",
     "from_kv_head",

@@ -102,6 +102,11 @@ class RunningSummary(NamedTuple):
     of_sequence: Callable[[Array, Array, Array], Callable[[Array], Any] | None] | None = None
     quantized: Callable[[int, int], "RunningSummary"] | None = None
 
+    @property
+    def logits_soft_cap(self) -> float | None:
+        """The cap of logits, nearby and of the summary."""
+        return self.near.logits_soft_cap if isinstance(self.near, SoftmaxNear) else None
+
 
 class Block(NamedTuple):
     """Consecutive tokens that are still attended exactly: ``k [b, D]``, ``v [b, Dv]`` and which of them are real."""
@@ -229,7 +234,7 @@ def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> R
         return running.near(in_space(q), in_space(k), v.astype(dtype), bias.astype(dtype))
 
     if isinstance(running.near, SoftmaxNear):
-        near = SoftmaxNear(scale)
+        near = SoftmaxNear(scale, running.logits_soft_cap)
     append_all: Any = running.append_all
     of_sequence: Any = running.of_sequence
     return running._replace(
@@ -481,7 +486,7 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
 def _apart(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: Summary) -> AttentionState:
     """Queries over nearby tokens, merged with those over a summary."""
     nearby = near.causal(q, k, v, key_bias)
-    return merge(nearby, attend(q.astype(nearby.lse.dtype), summary))
+    return merge(nearby, attend(q.astype(nearby.lse.dtype), summary, logits_soft_cap=near.logits_soft_cap))
 
 
 def _as_one(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: WeightedKV) -> AttentionState:
@@ -490,4 +495,5 @@ def _as_one(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, su
     # Both in the space of the summary, whose keys are scaled already.
     root = jnp.sqrt(jnp.asarray(near.scale, dtype))
     far, nearby = (summary.k, summary.values, summary.log_mass), (k.astype(dtype) * root, v.astype(dtype), key_bias)
-    return joined_state(q.astype(dtype) * root, far, nearby, last=k.shape[0] - q.shape[0])
+    last, logits_soft_cap = k.shape[0] - q.shape[0], near.logits_soft_cap
+    return joined_state(q.astype(dtype) * root, far, nearby, last=last, logits_soft_cap=logits_soft_cap)

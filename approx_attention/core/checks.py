@@ -266,6 +266,15 @@ def _check_values(name: str, x: Any, *rules: tuple[str, Callable[[np.ndarray], A
             raise ValueError(f"{name} must be {allowed}, got {given}{where}")
 
 
+def checked_soft_cap(logits_soft_cap: Any) -> float | None:
+    """Returns the cap of logits as a float if it is None or a positive, finite number known when tracing."""
+    if logits_soft_cap is None:
+        return None
+    logits_soft_cap = known_number("logits_soft_cap", logits_soft_cap)
+    check_positive("logits_soft_cap", logits_soft_cap)
+    return logits_soft_cap
+
+
 def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
     """Raises ``ValueError`` unless q and k share the head dimension, and k and v the number of tokens."""
     if q.shape[-1] != k.shape[-1]:

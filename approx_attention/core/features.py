@@ -45,17 +45,20 @@ class FeatureMap(Protocol):
 class PositiveFeatures:
     r"""Positive random features of the softmax kernel (FAVOR+), in the log domain.
 
-    .. math:: \phi_i(x) = R^{-1/2} \exp(w_i \cdot x - \|x\|^2 / 2), \qquad w_i \sim N(0, I).
+    .. math:: \phi_i(x) = R^{-1/2} \exp(w_i \cdot x - \|x\|^2 / 2 + b_i), \qquad w_i \sim N(0, I),\ b_i = 0.
 
     Attributes:
         projection: directions ``w [R, D]``; with orthogonal rows the variance is lower (`orthogonal_projection`),
             with rows ``[w; -w]`` these are the hyperbolic features.
+        log_weight: b ``[R]``, half the log-weights of directions that were sampled from another Gaussian (`Proposal`);
+            None for 0.
 
     Reference:
         :cite:p:`choromanski2021rethinking`, lemma 1.
     """
 
     projection: Array
+    log_weight: Array | None = None
 
     @property
     def num_features(self) -> int:
@@ -67,6 +70,8 @@ class PositiveFeatures:
         # In logarithms: exp(w . x) of a trained model overflows float32, and exp(-|x|^2 / 2) underflows. The authors'
         # code subtracts maxima and adds an epsilon to every feature instead, which biases small weights.
         log_scale = x @ self.projection.astype(x.dtype).T - squared_norm(x) / 2 - 0.5 * math.log(self.num_features)
+        if self.log_weight is not None:
+            log_scale = log_scale + self.log_weight.astype(x.dtype)[None, :]
         return Features(jnp.ones((), x.dtype), log_scale)
 
 

@@ -19,10 +19,10 @@ from approx_attention.core.summaries import (
     feature_block,
     scaled_queries,
 )
-from approx_attention.kernels import HIDDEN, AttentionState, by_platform, finite_peak, map_rows, normalise
+from approx_attention.kernels import HIDDEN, AttentionState, by_platform, finite_peak, map_rows, normalise, soft_capped
 
 
-def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
+def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float | None = None) -> AttentionState:
     r"""Computes the attention of queries over a summary.
 
     .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
@@ -32,6 +32,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
         q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for the functions ``summarize_*``,
             which take scaled keys; not scaled where the summary carries its scale, as that of `compress_tokens`.
         summary: a `WeightedKV`, `QuantizedKV` or `FeatureMoments`.
+        logits_soft_cap: that of `kernels.state`; for tokens without signed masses.
 
     Returns:
         The `AttentionState` of the queries. Where the estimated normaliser is not positive, which signed masses and
@@ -39,7 +40,7 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
 
     Raises:
         TypeError: ``summary`` is none of these kinds, queries that are not floating point.
-        ValueError: queries that are not rows of as many channels as the keys.
+        ValueError: queries that are not rows of as many channels as the keys, capped logits of other summaries.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -55,6 +56,8 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     head_dim = _head_dim(summary)
     if head_dim is not None and q.shape[1] != head_dim:
         raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
+    if logits_soft_cap is not None and (isinstance(summary, FeatureMoments) or summary.value_range is not None):
+        raise ValueError("logits_soft_cap is for summaries of tokens whose masses are not signed")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
@@ -64,10 +67,10 @@ def attend(q: Float[Array, "T D"], summary: Summary) -> AttentionState:
     if isinstance(summary, QuantizedKV):
         # Queries and outputs are rotated, which are few, and not the tokens.
         seed = summary.k.seed
-        state = _attend_tokens(rotated(q, seed), summary.in_rotated_space(), signed=signed)
+        state = _attend_tokens(rotated(q, seed), summary.in_rotated_space(), logits_soft_cap, signed=signed)
         state = AttentionState(rotated_back(state.out, seed), state.lse)
     else:
-        state = _attend_tokens(q, summary, signed=signed)
+        state = _attend_tokens(q, summary, logits_soft_cap, signed=signed)
     return state if summary.value_range is None else _clipped(state, summary.value_range)
 
 
@@ -80,23 +83,26 @@ def _head_dim(summary: Summary) -> int | None:
     return None if rows is None else rows.shape[-1]
 
 
-def _attend_tokens(q: Array, tokens: WeightedKV, *, signed: bool) -> AttentionState:
+def _attend_tokens(q: Array, tokens: WeightedKV, logits_soft_cap: float | None, *, signed: bool) -> AttentionState:
     """Attention over tokens with masses, before outputs of signed ones are clipped."""
     if signed:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, tokens)), q, FEATURE_BLOCK)
     # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
     if q.shape[0] < tokens.k.shape[1]:
-        return _attend_few(q, tokens)
-    return kernels.state(q, tokens.k, tokens.values, tokens.log_mass)
+        return _attend_few(q, tokens, logits_soft_cap)
+    return kernels.state(q, tokens.k, tokens.values, tokens.log_mass, logits_soft_cap=logits_soft_cap)
 
 
-def _attend_few(q: Array, tokens: WeightedKV) -> AttentionState:
+def _attend_few(q: Array, tokens: WeightedKV, logits_soft_cap: float | None) -> AttentionState:
     """Attention of fewer queries than channels, as in decoding, without a copy of keys and values.
 
     The weights are smaller than keys and values: absent keys are hidden, and values divided by masses, in the weights.
     """
     absent = tokens.mass == 0
-    logits = _products(q, tokens.k, ~absent) + tokens.log_mass[None, :]
+    logits = _products(q, tokens.k, ~absent)
+    if logits_soft_cap is not None:
+        logits = jnp.where(absent[None, :], -jnp.inf, soft_capped(logits, logits_soft_cap))
+    logits = logits + tokens.log_mass[None, :]
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
     shares = weights / jnp.where(absent, 1, tokens.mass)[None, :]
@@ -137,12 +143,13 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionStat
     r"""Attention over moments of positive features, with the directions w as keys: no feature of a query is stored.
 
     .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
-              = e^{w_r \cdot q + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
+              = e^{w_r \cdot q + b_r + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
     """
     assert isinstance(moments.features, PositiveFeatures)
     absent = (moments.mass == 0) | (moments.log_scale == -jnp.inf)
     mass = jnp.where(absent, 1, moments.mass)
-    bias = jnp.where(absent, HIDDEN, jnp.where(absent, 0, moments.log_scale) + jnp.log(mass))
+    of_direction = 0 if moments.features.log_weight is None else moments.features.log_weight.astype(q.dtype)
+    bias = jnp.where(absent, HIDDEN, jnp.where(absent, 0, moments.log_scale) + jnp.log(mass) + of_direction)
     state = kernels.state(q, moments.features.projection.astype(q.dtype), moments.value_sum / mass[:, None], bias)
     of_query = squared_norm(q)[:, 0] / 2 + 0.5 * math.log(moments.features.num_features)
     return AttentionState(state.out, state.lse - of_query)

@@ -5,6 +5,7 @@ Logits here are plain dot products: the scale is already folded into ``q`` and `
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -16,15 +17,18 @@ from approx_attention.kernels import HIDDEN, AttentionState, accumulation_dtype,
 Keys = tuple[Array, Array, Array]
 
 
-def joined_state(q: Array, far: Keys, near: Keys, *, last: int | None = None) -> AttentionState:
+def joined_state(
+    q: Array, far: Keys, near: Keys, *, last: int | None = None, logits_soft_cap: float | None = None
+) -> AttentionState:
     """Two sets of keys, values and biases as one: one kernel, and no states to merge.
 
     A query sees all far keys, and causally the nearby ones up to number ``last + t``; all if it is None.
     """
     k, v, key_bias = (jnp.concatenate(x) for x in zip(far, near, strict=True))
     if last is None:
-        return kernels.state(q, k, v, key_bias)
-    return kernels.state(q, k, v, key_bias, offset=far[0].shape[0] + last, right=0)
+        return kernels.state(q, k, v, key_bias, logits_soft_cap=logits_soft_cap)
+    offset = far[0].shape[0] + last
+    return kernels.state(q, k, v, key_bias, offset=offset, right=0, logits_soft_cap=logits_soft_cap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +37,23 @@ class SoftmaxNear:
 
     Attributes:
         scale: factor of the logits; 1 for tokens in scaled space.
+        logits_soft_cap: that of `kernels.state`, for the tokens of the summary too.
     """
 
     scale: float | Array = 1.0
+    logits_soft_cap: float | None = None
 
     def __call__(self, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
         """The state of queries over all of the keys, with a bias ``[1 or T, S]``."""
         dtype = accumulation_dtype(q, k, v)
         root = jnp.sqrt(jnp.asarray(self.scale, dtype))
-        return dense_state(q.astype(dtype) * root, k.astype(dtype) * root, v.astype(dtype), bias.astype(dtype))
+        tensors = q.astype(dtype) * root, k.astype(dtype) * root, v.astype(dtype), bias.astype(dtype)
+        return dense_state(*tensors, self.logits_soft_cap)
 
     def causal(self, q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
         """The state of T queries that are the last T of S tokens: query t sees S - T + t keys, with a bias ``[S]``."""
-        return kernels.state(q, k, v, key_bias, offset=k.shape[0] - q.shape[0], right=0, scale=self.scale)
+        options: Any = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap}
+        return kernels.state(q, k, v, key_bias, offset=k.shape[0] - q.shape[0], right=0, **options)
 
 
 def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:

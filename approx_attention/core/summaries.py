@@ -193,7 +193,7 @@ class FeatureMoments(InSpace):
     def _of_positive_features(cls, features: PositiveFeatures, k: Array, v: Array, kv_mask: Array | None) -> Self:
         r"""Moments of positive features are softmax attention too: of the directions w, over the keys.
 
-        .. math:: \phi_r(k_j) = e^{w_r \cdot k_j - \|k_j\|^2 / 2} R^{-1/2}
+        .. math:: \phi_r(k_j) = e^{w_r \cdot k_j - \|k_j\|^2 / 2 + b_r} R^{-1/2}
         """
         key_bias = -squared_norm(k)[:, 0] / 2
         if kv_mask is not None:
@@ -202,7 +202,8 @@ class FeatureMoments(InSpace):
         # Masses are 1 in value, at the log-scale of their own sum; the gradient of the sum flows through them.
         log_scale = lax.stop_gradient(state.lse)
         mass = jnp.exp(state.lse - finite_peak(log_scale))
-        return cls(state.out * mass[:, None], mass, log_scale - 0.5 * math.log(features.num_features), features)
+        moments = cls(state.out * mass[:, None], mass, log_scale - 0.5 * math.log(features.num_features), features)
+        return moments if features.log_weight is None else moments.weighted(features.log_weight.astype(k.dtype))
 
     @classmethod
     def _of_block(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None) -> Self:

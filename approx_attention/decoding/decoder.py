@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -175,7 +176,8 @@ class Decoder:
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
         bias = mask_bias(near.kv_mask, self.dtype)[None, :]
         summary = require_scaled_space("a running summary", self._held.read(cache.past.prefix))
-        return merge(self._held.near(scaled, near.k, near.v, bias), attend(scaled, summary)).out
+        nearby = self._held.near(scaled, near.k, near.v, bias)
+        return merge(nearby, attend(scaled, summary, logits_soft_cap=self._held.logits_soft_cap)).out
 
     def prefill(
         self, cache: Cache, q: Array, k: Array, v: Array, num_real: Array | int | None = None
@@ -248,11 +250,11 @@ class HeadsCache(NamedTuple):
     Attributes:
         heads: a `Cache`, or with ``certify`` a `CertifiedCache`, with leading axes ``[B, K]``; its ``length`` is one
             number, or ``[B]`` where sequences differ.
-        drawn: the random arrays of each key head, ``[K, ...]``, by the argument that takes them.
+        drawn: the arrays of each key head, ``[K, ...]``, random or from ``per_head``, by the argument that takes them.
     """
 
     heads: Cache | CertifiedCache
-    drawn: dict[str, Array]
+    drawn: dict[str, Any]
 
 
 class HeadsDecoder:
@@ -351,7 +353,14 @@ class HeadsDecoder:
             block_size = self.bound.block_size
             self.room = block_size * max(2, -(-max_length // block_size))
 
-    def init(self, batch_size: int, rng: Array | None = None, *, ragged: bool = False) -> HeadsCache:
+    def init(
+        self,
+        batch_size: int,
+        rng: Array | None = None,
+        *,
+        ragged: bool = False,
+        per_head: Mapping[str, Any] | None = None,
+    ) -> HeadsCache:
         """The cache that has seen no token.
 
         Args:
@@ -359,12 +368,17 @@ class HeadsDecoder:
             rng: typed PRNG key, as in `attention`.
             ragged: let sequences differ in length. Where all have one length, older tokens are summarised
                 once per block; else the summary of every sequence is computed at every step, and taken where it is due.
+            per_head: as in `attention`: arguments of the method that differ between key heads.
 
         Returns:
             The `HeadsCache`.
+
+        Raises:
+            NotImplementedError: an argument in ``per_head`` that the running summary does not follow.
         """
         batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
-        drawn = self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"])
+        own = self.bound.of_heads({} if per_head is None else per_head, self.num_kv_heads)
+        drawn = {**self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"], own.keys()), **own}
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
         heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)

@@ -11,6 +11,7 @@ def capability_table() -> str:
         "cross": "T != S",
         "padding": "padding",
         "dense_mask": "mask, bias",
+        "soft_cap": "capped logits",
         "decode": "decode",
         "normalizer": "merges",
         "unbiased": "unbiased",

@@ -21,6 +21,7 @@ from approx_attention.kernels.tiles import (
     accumulation_dtype,
     dense_state,
     mask_bias,
+    soft_capped,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "out_of_blocks",
     "pad_rows",
     "require_same_kind",
+    "soft_capped",
     "state",
     "subtract",
     "sums_so_far",

@@ -43,9 +43,21 @@ ONE_TILE = 2**16
 NOTICEABLE = 1e-5
 
 
-def forward(q: Array, k: Array, v: Array, scale: Array, bias: Array | None = None, *, reach: Reach, **_: Any) -> Rows:
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    bias: Array | None = None,
+    *,
+    reach: Reach,
+    logits_soft_cap: float | None = None,
+    **_: Any,
+) -> Rows:
     """Attention by the form that fits the reach."""
     q, k, v = _in_float32(q, k, v, scale)
+    if logits_soft_cap is not None:
+        return xla.forward(q, k, v, jnp.ones_like(scale), bias, reach=reach, logits_soft_cap=logits_soft_cap)
     if q.shape[0] * k.shape[0] <= ONE_TILE:
         return normalised(tile_sums(q, k, v, bias, seen=_seen(reach, q, k)), q.shape[0])
     if reach.is_full:
@@ -70,12 +82,16 @@ def backward(
     bias: Array | None = None,
     *,
     reach: Reach,
+    logits_soft_cap: float | None = None,
     **_: Any,
 ) -> tuple[Array, ...]:
     """The gradients of `xla.backward`."""
     q, k, v = _in_float32(q, k, v, scale)
     rows = out, peak, log_total, d_out, d_lse
-    if q.shape[0] * k.shape[0] <= ONE_TILE:
+    if logits_soft_cap is not None:
+        options: Any = {"reach": reach, "logits_soft_cap": logits_soft_cap}
+        gradients = xla.backward(q, k, v, jnp.ones_like(scale), *rows, bias, **options)
+    elif q.shape[0] * k.shape[0] <= ONE_TILE:
         gradients = _tile_backward(q, k, v, d_out, d_lse, bias, reach=reach)
     elif reach.is_full or (reach == CAUSAL and q.shape[0] == k.shape[0]):
         gradients = _streamed_backward(q, k, v, *rows, bias, reach=reach)

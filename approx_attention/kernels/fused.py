@@ -40,6 +40,7 @@ def state(
     left: int | None = None,
     right: int | None = None,
     scale: float | Array = 1.0,
+    logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
     tiles: Any = None,
 ) -> AttentionState:
@@ -61,6 +62,8 @@ def state(
         left: how far back a query sees; None for all earlier keys.
         right: how far ahead a query sees; None for all later keys, 0 for a causal order.
         scale: a positive factor s of the logits. In half precision it is applied to their sums, and rounds no tensor.
+        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the products, before the bias; known
+            when tracing. No fused kernel has it: tiles are used everywhere.
         implementation: by default the platform that a program is lowered for decides: a fused kernel for TPUs and
             NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
             ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. For tests, ``"interpret"``
@@ -76,7 +79,7 @@ def state(
     Raises:
         ValueError: an unknown implementation, shapes that do not fit, a scale that is not positive.
         TypeError: tensors that are not floating point, bounds that are not integers.
-        NotImplementedError: when lowering, ``"pallas"`` where there is no fused kernel.
+        NotImplementedError: when lowering, ``"pallas"`` where there is no fused kernel, and with ``logits_soft_cap``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,7 +118,9 @@ def state(
     if len({getattr(jax.typeof(x), "mat", None) for x in operands}) > 1:
         operands = along_with(operands, *operands)
     # A bound may be any number that stands for none: one that no int32 holds, or that hides a faster form.
-    return _state(*operands, reach=reach.within(q.shape[0], k.shape[0]), implementation=implementation, tiles=tiles)
+    reach = reach.within(q.shape[0], k.shape[0])
+    options: Any = {"logits_soft_cap": logits_soft_cap, "implementation": implementation, "tiles": tiles}
+    return _state(*operands, reach=reach, **options)
 
 
 def _check(q: Any, k: Any, v: Any, key_bias: Any, scale: Any) -> None:
@@ -186,7 +191,7 @@ def export_checks() -> list[Any]:
 
 
 # Compiled also where the caller compiles nothing: else every call would compile its loops anew.
-@functools.partial(jax.jit, static_argnames=("reach", "implementation", "tiles"))
+@functools.partial(jax.jit, static_argnames=("reach", "logits_soft_cap", "implementation", "tiles"))
 def _state(
     q: Array,
     k: Array,
@@ -194,12 +199,14 @@ def _state(
     scale: Array,
     *bias: Array,
     reach: Reach,
+    logits_soft_cap: float | None,
     implementation: Implementation | None,
     tiles: Any,
 ) -> AttentionState:
     # JAX declares this option when it is imported.
     precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     options = {"reach": reach, "implementation": implementation, "tiles": tiles, "precision": precision}
+    options["logits_soft_cap"] = logits_soft_cap
     # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
     return Rows(*_forward(q, k, v, scale, *bias, **options)).state()
 
@@ -209,7 +216,7 @@ def _module(platform: str) -> Any:
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
-    """A fused kernel's function, or that of the tiles for heads that are too wide for it.
+    """A fused kernel's function, or that of the tiles for heads that are too wide for it and for capped logits.
 
     Its module is imported when a program is lowered that holds it.
     """
@@ -217,12 +224,12 @@ def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..
     def fused(*operands: Array, tiles: Any, **options: Any) -> Any:
         module = _module(platform)
         q, v = operands[0], operands[2]
-        if not module.fits(q, v):
+        is_capped = options["logits_soft_cap"] is not None
+        if is_capped or not module.fits(q, v):
             if options["implementation"] == "pallas":
-                raise NotImplementedError(
-                    f"implementation='pallas' does not support heads as wide as D = {q.shape[1]}, Dv = {v.shape[1]} in "
-                    f"{q.dtype}; use None or 'xla'"
-                )
+                wide = f"heads as wide as D = {q.shape[1]}, Dv = {v.shape[1]} in {q.dtype}"
+                lacking = "logits_soft_cap" if is_capped else wide
+                raise NotImplementedError(f"implementation='pallas' does not support {lacking}; use None or 'xla'")
             return getattr(xla, name)(*operands, **options)
         chosen = {"tiles": tiles} if isinstance(tiles, module.Tiles) else {}
         kernel = functools.partial(getattr(module, name), interpret=interpret, **chosen)
@@ -281,6 +288,7 @@ def _tangents(
     log_total: Array,
     *others: Array,
     reach: Reach,
+    logits_soft_cap: float | None,
     **_: Any,
 ) -> tuple[Array, Array]:
     """Tangents of outputs and of logarithms of sums, along those of q, k, v, the scale and the bias."""
@@ -289,7 +297,8 @@ def _tangents(
     dtype = scale.dtype
     primals = *(x.astype(dtype) for x in (q, k, v)), scale, *bias
     tangents = tuple(x.astype(dtype) for x in tangents)
-    rows, d_rows = jax.jvp(functools.partial(xla.forward, reach=reach), primals, tangents)
+    form = functools.partial(xla.forward, reach=reach, logits_soft_cap=logits_soft_cap)
+    rows, d_rows = jax.jvp(form, primals, tangents)
     return d_rows.out, jnp.where(sees_a_key(rows.peak), d_rows.log_total, 0)
 
 

@@ -27,16 +27,23 @@ def mask_bias(seen: Array, dtype: Any) -> Array:
     return jnp.where(seen, jnp.zeros((), dtype), HIDDEN)
 
 
-def dense_state(q: Array, k: Array, v: Array, bias: Array | None = None) -> AttentionState:
+def soft_capped(logits: Array, logits_soft_cap: float | None) -> Array:
+    r"""Logits x within a cap c of either sign, :math:`c \tanh(x / c)`; as they are without one."""
+    return logits if logits_soft_cap is None else logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+
+
+def dense_state(
+    q: Array, k: Array, v: Array, bias: Array | None = None, logits_soft_cap: float | None = None
+) -> AttentionState:
     r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
     # Adding HIDDEN alone would let a key through whose logit is as large. A key hidden from all queries is set to 0
     # instead, which leaves XLA's fused product whole; where it is hidden from some, the sum is replaced.
     if bias is None:
-        logits = q @ k.T
+        logits = soft_capped(q @ k.T, logits_soft_cap)
     elif bias.shape[0] == 1:
-        logits = q @ jnp.where(bias[0, :, None] <= HIDDEN / 2, 0, k).T + bias
+        logits = soft_capped(q @ jnp.where(bias[0, :, None] <= HIDDEN / 2, 0, k).T, logits_soft_cap) + bias
     else:
-        logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, q @ k.T + bias)
+        logits = jnp.where(bias <= HIDDEN / 2, HIDDEN, soft_capped(q @ k.T, logits_soft_cap) + bias)
     # The peak cancels between numerator and normaliser, so it needs no derivative.
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)
@@ -84,10 +91,12 @@ class Sums(NamedTuple):
         return Sums(peak, self.total * own + other.total * others, product)
 
 
-def tile_logits(q: Array, k: Array, bias: Array | None, scale: Array | None) -> Array:
+def tile_logits(
+    q: Array, k: Array, bias: Array | None, scale: Array | None, logits_soft_cap: float | None = None
+) -> Array:
     """The logits of a tile, with a bias ``[S]`` of its keys."""
     logits = product(q, k.T)
-    logits = logits if scale is None else logits * scale
+    logits = soft_capped(logits if scale is None else logits * scale, logits_soft_cap)
     return logits if bias is None else logits + bias[None, :]
 
 
@@ -96,9 +105,17 @@ def product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=accumulation_dtype(a, b))
 
 
-def tile_sums(q: Array, k: Array, v: Array, bias: Array | None, scale: Array | None = None, seen: Any = None) -> Sums:
+def tile_sums(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    scale: Array | None = None,
+    seen: Any = None,
+    logits_soft_cap: float | None = None,
+) -> Sums:
     """The sums over one tile; ``seen`` is false where a query does not reach a key."""
-    logits = tile_logits(q, k, bias, scale)
+    logits = tile_logits(q, k, bias, scale, logits_soft_cap)
     logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
     # The peak cancels between numerator and normaliser, so it needs no derivative.
     peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))

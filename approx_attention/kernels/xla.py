@@ -33,14 +33,25 @@ from approx_attention.kernels.tiles import (
 LEAST_TILE, GREATEST_TILE = 512, 1024
 
 
-def forward(q: Array, k: Array, v: Array, scale: Array, bias: Array | None = None, *, reach: Reach, **_: Any) -> Rows:
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    bias: Array | None = None,
+    *,
+    reach: Reach,
+    logits_soft_cap: float | None = None,
+    **_: Any,
+) -> Rows:
     """Attention of tensors in their dtype, with sums in float32 or wider."""
     (blocks, rows), (key_blocks, columns) = _tiles(q, k)
     queries, keys = padded(q, blocks * rows), padded_keys(k, v, bias, scale.dtype, key_blocks * columns)
 
     def add(sums: Any, i: Array, j: Array) -> Any:
         seen = _seen(reach, i, j, rows, columns)
-        tile = tile_sums(at(queries, i, rows), *at(keys, j, columns), scale=scale, seen=seen)
+        options: Any = {"scale": scale, "seen": seen, "logits_soft_cap": logits_soft_cap}
+        tile = tile_sums(at(queries, i, rows), *at(keys, j, columns), **options)
         return put(sums, i, at(sums, i, rows).plus(tile))
 
     pairs = _visited(reach, blocks, rows, key_blocks, columns)
@@ -60,12 +71,16 @@ def backward(
     bias: Array | None = None,
     *,
     reach: Reach,
+    logits_soft_cap: float | None = None,
     **_: Any,
 ) -> tuple[Array, ...]:
     r"""Gradients of q, k, v and the bias b as sums over tiles of the weights, which the normalisers give back.
 
     .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad
               dQ = s\, dX\,K, \quad dK = s\, dX^T Q, \quad db = dX^T 1.
+
+    Under a cap c the logits are :math:`Y = c \tanh(s\,Q K^T / c)` and a bias, and dX gets the factor
+    :math:`1 - (Y / c)^2` in dQ and dK.
 
     Tiles are those of the forward pass, so that logits of any size are rounded alike in both.
     """
@@ -77,11 +92,13 @@ def backward(
 
     def add(gradients: tuple[Array, ...], i: Array, j: Array) -> tuple[Array, ...]:
         (q, d_out, delta, peak, log_total), (k, v, bias) = at(queries, i, rows), at(keys, j, columns)
-        logits, seen = tile_logits(q, k, bias, scale), _seen(reach, i, j, rows, columns)
+        capped, seen = tile_logits(q, k, None, scale, logits_soft_cap), _seen(reach, i, j, rows, columns)
+        logits = capped if bias is None else capped + bias[None, :]
         logits = logits if seen is None else jnp.where(seen, logits, HIDDEN)
         weights = weights_of(logits, peak[:, None], log_total[:, None])
         d_logits = weights * (product(d_out, v.T) - delta[:, None])
-        rounded = d_logits.astype(q.dtype)
+        d_products = d_logits if logits_soft_cap is None else d_logits * (1 - (capped / logits_soft_cap) ** 2)
+        rounded = d_products.astype(q.dtype)
         terms = product(rounded, k), product(rounded.T, q), product(weights.astype(v.dtype).T, d_out)
         terms += () if bias is None else (jnp.sum(d_logits, axis=0),)
         indices = (i, j, j, j)[: len(terms)]

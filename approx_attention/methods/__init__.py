@@ -14,6 +14,8 @@ Args:
     block_size: tokens per block of the causal form. A query sees its own block and the block before it exactly, and
         all earlier blocks by the summary of the method. Without ``is_causal`` it has no effect, but in methods whose
         docstring describes it.
+    logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, before a bias is added; a
+        number that is known when tracing.
     kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Padding may contain anything.
     q_mask: true where a query is real, ``[T]``; by default ``kv_mask`` where T = S.
     scale: factor s of the logits, ``1/sqrt(D)`` by default.

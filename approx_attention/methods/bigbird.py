@@ -1,5 +1,7 @@
 """BigBird: a sliding window, global tokens and random keys, by blocks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from approx_attention.core import (
     check_array,
     check_count,
     check_key,
+    checked_soft_cap,
     head_inputs,
     in_blocks,
     merge,
@@ -33,6 +36,7 @@ def bigbird(
     block_size: int = 64,
     blocks: Int[Array, "Tb R"] | None = None,
     is_causal: bool = False,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -82,6 +86,7 @@ def bigbird(
     num_window_blocks = check_count("num_window_blocks", num_window_blocks)
     if num_window_blocks % 2 == 0:
         raise ValueError(f"num_window_blocks must be odd, the same to both sides, got {num_window_blocks}")
+    cap = checked_soft_cap(logits_soft_cap)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     block_size = min(block_size, max(q.shape[0], k.shape[0]))
     sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
@@ -100,7 +105,7 @@ def bigbird(
         blocks = jnp.asarray(blocks)
 
     def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
-        state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask)
+        state = block_sparse_state(q, k, v, fixed, kv_mask=kv_mask, logits_soft_cap=cap)
         if blocks is not None:
             lists = _given_lists(free, blocks)
         elif num_random_blocks:
@@ -108,7 +113,8 @@ def bigbird(
             lists = _random_lists(free, count, check_key("bigbird", key), present)
         else:
             return state
-        return merge(state, block_lists_state(q, k, v, *lists, block_size=block_size, kv_mask=kv_mask))
+        options: Any = {"block_size": block_size, "kv_mask": kv_mask, "logits_soft_cap": cap}
+        return merge(state, block_lists_state(q, k, v, *lists, **options))
 
     return over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
 

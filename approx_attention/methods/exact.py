@@ -15,12 +15,14 @@ from approx_attention.core import (
     OutputOrState,
     QuantizedKV,
     RunningSummary,
+    SoftmaxNear,
     WeightedKV,
     along_with,
     check_bias_and_mask,
     check_choice,
     check_count,
     check_head,
+    checked_soft_cap,
     dense_state,
     first_blocks,
     head_inputs,
@@ -36,7 +38,7 @@ Implementation = Literal["dense", "blocked", "pallas", "cudnn"]
 P = ParamSpec("P")
 CUDNN_APPLIES = (
     "exact with implementation='cudnn' needs a GPU, half-precision tensors with one head dimension that is a multiple "
-    "of 8 up to 128, and no bias, mask, kv_mask or return_state; use 'blocked' or None"
+    "of 8 up to 128, and no bias, mask, logits_soft_cap, kv_mask or return_state; use 'blocked' or None"
 )
 
 
@@ -83,6 +85,7 @@ def exact(
     is_causal: bool = False,
     bias: Float[Array, "T S"] | None = None,
     mask: Bool[Array, "T S"] | None = None,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
     implementation: Implementation | None = None,
@@ -99,8 +102,9 @@ def exact(
         implementation: by default a fused kernel in programs for TPUs and NVIDIA GPUs and ``"blocked"`` elsewhere (see
             `kernels.state`), or ``"dense"`` for a bias or mask. ``"blocked"`` streams tiles of logits in memory linear
             in T and S. ``"dense"`` makes all of them at once, and alone takes a bias or mask. ``"pallas"`` is the fused
-            kernel or an error. ``"cudnn"`` is the kernel of NVIDIA's library, for programs that are traced where there
-            is one. It is never the default: the platform of a program is known when it is lowered.
+            kernel or an error; there is none for capped logits, which are blocked. ``"cudnn"`` is the kernel of
+            NVIDIA's library, for programs that are traced where there is one. It is never the default: the platform of
+            a program is known when it is lowered.
 
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.
@@ -115,13 +119,17 @@ def exact(
         True
 
     Reference:
-        :cite:p:`vaswani2017attention`, equation 1; blocked form: :cite:p:`dao2022flashattention`, algorithm 1.
+        :cite:p:`vaswani2017attention`, equation 1; blocked form: :cite:p:`dao2022flashattention`, algorithm 1;
+        capped logits: :cite:p:`gemma2024gemma2`, section 2.
     """
     plain = bias is None and mask is None
     if implementation is None and not plain:
         implementation = "dense"
     if implementation is not None:
         check_choice("implementation", implementation, get_args(Implementation))
+    logits_soft_cap = checked_soft_cap(logits_soft_cap)
+    if implementation == "pallas" and logits_soft_cap is not None:
+        raise NotImplementedError("exact with implementation='pallas' does not support logits_soft_cap; use 'blocked'")
     if implementation in ("blocked", "pallas") and not plain:
         raise NotImplementedError(
             f"exact with implementation={implementation!r} supports neither bias nor mask; use 'dense'"
@@ -131,12 +139,13 @@ def exact(
         raise ValueError(CUDNN_APPLIES)
     if implementation == "dense":
         q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-        return dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal))
+        return dense_state(q, k, v, _total_bias(q, k, bias, mask, kv_mask, is_causal), logits_soft_cap)
     check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
     scale = logit_scale(scale, q.shape[-1])
     form: Any = "xla" if implementation == "blocked" else implementation
     k, v = zero_padding(k, v, kv_mask)
-    return streamed_state(q, k, v, kv_mask, scale=scale, is_causal=is_causal, implementation=form)
+    options: Any = {"is_causal": is_causal, "logits_soft_cap": logits_soft_cap, "implementation": form}
+    return streamed_state(q, k, v, kv_mask, scale=scale, **options)
 
 
 def summarize_exact(
@@ -156,7 +165,9 @@ def summarize_exact(
     return WeightedKV.of_tokens(k, v, kv_mask)
 
 
-def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -> RunningSummary:
+def running_exact(
+    head_dim: int, key: Array | None = None, *, max_length: int, logits_soft_cap: float | None = None
+) -> RunningSummary:
     """Every token of a prefix of at most ``max_length`` tokens.
 
     A prefix that grows longer cannot raise an error inside a compiled program; its outputs turn to NaN instead.
@@ -165,7 +176,9 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
 
     Args:
         max_length: room for this many tokens.
+        logits_soft_cap: that of `exact`.
     """
+    near = SoftmaxNear(logits_soft_cap=checked_soft_cap(logits_soft_cap))
     head_dim, max_length = check_count("head_dim", head_dim), check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
@@ -183,9 +196,11 @@ def running_exact(head_dim: int, key: Array | None = None, *, max_length: int) -
         return jax.tree_util.Partial(first_blocks, jax.vmap(WeightedKV.of_tokens)(k, v, kv_mask))
 
     def quantized(bits: int, block_size: int) -> RunningSummary:
-        return _running_in_few_bits(head_dim, max_length, bits=bits, block_size=block_size)
+        return _running_in_few_bits(head_dim, max_length, bits=bits, block_size=block_size)._replace(near=near)
 
-    return RunningSummary(init, append, read=lambda tokens: tokens, of_sequence=of_sequence, quantized=quantized)
+    return RunningSummary(
+        init, append, read=lambda tokens: tokens, near=near, of_sequence=of_sequence, quantized=quantized
+    )
 
 
 def _running_in_few_bits(head_dim: int, max_length: int, *, bits: int, block_size: int) -> RunningSummary:
@@ -229,6 +244,7 @@ def exact_together(
     *,
     is_causal: bool = False,
     scale: float | Array | None = None,
+    logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N Dv"] | None:
     """All heads in one call of cuDNN's fused kernel, in which grouped heads share keys; None where it is not asked for.
@@ -248,6 +264,8 @@ def exact_together(
     """
     if implementation != "cudnn":
         return None
+    if logits_soft_cap is not None:
+        raise ValueError(CUDNN_APPLIES)
     return _cudnn(query, key, value, logit_scale(scale, query.shape[-1]), is_causal)
 
 

@@ -12,12 +12,14 @@ from approx_attention.core import (
     FeatureMap,
     FeatureMoments,
     PositiveFeatures,
+    Proposal,
     ReLUFeatures,
     RunningSummary,
     check_choice,
     check_count,
     check_key,
     check_projection,
+    check_proposal,
     check_tokens,
     kernel_state,
     orthogonal_projection,
@@ -40,6 +42,7 @@ def favor(
     features: FavorFeatures = "positive",
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
     projection: Float[Array, "W D"] | None = None,
+    proposal: Proposal | None = None,
     is_causal: bool = False,
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
@@ -70,6 +73,9 @@ def favor(
             and no estimate of softmax, nearby tokens included.
         row_norm: norms of the directions, see `orthogonal_projection`.
         projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic); by default a random projection.
+        proposal: the Gaussian :math:`N(\mu, A A^T)` of directions :math:`\mu + A w_r`, with weights that keep
+            estimates unbiased: `fit_proposal` of tensors like yours has far less error where queries and keys are
+            large. None for N(0, I); not for ``"relu"``.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
@@ -88,6 +94,7 @@ def favor(
     """
     # The default of 256 features is that of the authors' code.
     options: Any = {"num_features": num_features, "features": features, "row_norm": row_norm, "projection": projection}
+    options["proposal"] = proposal
     return state_by_summary(
         q,
         k,
@@ -110,6 +117,7 @@ def summarize_favor(
     features: FavorFeatures = "positive",
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
     projection: Float[Array, "W D"] | None = None,
+    proposal: Proposal | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> FeatureMoments:
     """The moments of the positive random features of keys.
@@ -120,7 +128,7 @@ def summarize_favor(
         `FeatureMoments` of size R.
     """
     check_tokens(k, v, kv_mask)
-    feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection)
+    feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection, proposal)
     return FeatureMoments.of_tokens(feature_map, k, v, kv_mask)
 
 
@@ -132,13 +140,14 @@ def running_favor(
     features: FavorFeatures = "positive",
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
     projection: Float[Array, "W D"] | None = None,
+    proposal: Proposal | None = None,
 ) -> RunningSummary:
     """The moments of a growing prefix.
 
     Arguments are those of `favor`, for keys in scaled space (`approx_attention.methods`).
     """
     head_dim = check_count("head_dim", head_dim)
-    feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection)
+    feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection, proposal)
     running = running_moments(feature_map)
     if features != "relu":
         return running
@@ -178,6 +187,7 @@ def _favor_features(
     features: FavorFeatures,
     row_norm: Literal["chi", "sqrt_dim"],
     projection: Array | None,
+    proposal: Proposal | None,
 ) -> FeatureMap:
     num_features = check_count("num_features", num_features)
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
@@ -185,7 +195,13 @@ def _favor_features(
         options: Any = {"num_features": num_features, "features": features, "row_norm": row_norm}
         projection = draw_favor(check_key("favor", key), head_dim, **options)["projection"]
     check_projection(projection, head_dim)
+    if proposal is not None:
+        check_proposal(proposal, head_dim)
     if features == "relu":
+        if proposal is not None:
+            raise ValueError("features='relu' have a kernel that changes with the law of directions: leave proposal")
         return ReLUFeatures(projection)
     # Hyperbolic features need no map of their kind: they are positive features of the directions and their negatives.
-    return PositiveFeatures(jnp.concatenate([projection, -projection]) if features == "hyperbolic" else projection)
+    if features == "hyperbolic":
+        projection = jnp.concatenate([projection, -projection])
+    return PositiveFeatures(projection) if proposal is None else proposal.features(projection)

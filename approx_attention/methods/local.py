@@ -8,6 +8,7 @@ from approx_attention.core import (
     AttentionState,
     as_pair,
     check_count,
+    checked_soft_cap,
     head_inputs,
     mask_bias,
     output_or_state,
@@ -24,6 +25,7 @@ def local(
     *,
     window_size: int | tuple[int, int] = 128,
     is_causal: bool = False,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -56,10 +58,11 @@ def local(
     """
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     left, right = window_sides(window_size, is_causal)
+    cap = checked_soft_cap(logits_soft_cap)
 
     def window(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
-        return kernels.state(q, k, v, key_bias, left=left, right=right)
+        return kernels.state(q, k, v, key_bias, left=left, right=right, logits_soft_cap=cap)
 
     # A window counts real tokens: padding between two tokens does not move them apart.
     return over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)

@@ -1,5 +1,7 @@
 """Longformer: a sliding window and a few global tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,6 +12,7 @@ from approx_attention.core import (
     HIDDEN,
     AttentionState,
     check_count,
+    checked_soft_cap,
     head_inputs,
     mask_bias,
     merge,
@@ -29,6 +32,7 @@ def longformer(
     window_size: int = 128,
     num_global: int = 4,
     is_causal: bool = False,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -67,21 +71,22 @@ def longformer(
     num_keys = k.shape[0]
     left = check_count("window_size", window_size) - 1
     num_global = min(check_count("num_global", num_global, least=0), num_keys)
+    state_of = functools.partial(kernels.state, logits_soft_cap=checked_soft_cap(logits_soft_cap))
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
 
     def window_and_global(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
         # Global keys are hidden from the window, because every query sees them in another state: none counts twice.
         not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
-        state = kernels.state(q, k, v, not_global, left=left, right=0 if is_causal else left)
+        state = state_of(q, k, v, not_global, left=left, right=0 if is_causal else left)
         if num_global == 0:
             return state
-        columns = kernels.state(q, *(x[:num_global] for x in (k, v, bias)))
+        columns = state_of(q, *(x[:num_global] for x in (k, v, bias)))
         # Global queries see all keys, so that theirs is no merged state but another one.
         if is_causal:
-            rows = kernels.state(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
+            rows = state_of(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
         else:
-            rows = kernels.state(q[:num_global], k, v, bias)
+            rows = state_of(q[:num_global], k, v, bias)
         return jax.tree.map(lambda x, row: x.at[: row.shape[0]].set(row), merge(state, columns), rows)
 
     return over_real_tokens(window_and_global, q, k, v, kv_mask, is_causal=is_causal)

@@ -10,6 +10,7 @@ from approx_attention.core import (
     check_count,
     check_floating,
     check_key,
+    checked_soft_cap,
     count_real,
     draw_of_size,
     head_inputs,
@@ -37,6 +38,7 @@ def lsh_top_k(
     num_hashes: int | None = None,
     projection: Float[Array, "N B D"] | None = None,
     is_causal: bool = False,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -110,8 +112,11 @@ def lsh_top_k(
         projection = projection if used is None else draw_of_size(projection, used)
     planes = projection.astype(q.dtype)
 
+    cap = checked_soft_cap(logits_soft_cap)
+
     def found(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
-        return gathered_state(q, k, v, *_found_by_hashing(q, k, planes, used, count, is_causal, kv_mask))
+        places = _found_by_hashing(q, k, planes, used, count, is_causal, kv_mask)
+        return gathered_state(q, k, v, *places, logits_soft_cap=cap)
 
     return over_real_tokens(found, q, k, v, kv_mask, is_causal=is_causal)
 

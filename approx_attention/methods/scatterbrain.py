@@ -7,10 +7,12 @@ from approx_attention.core import (
     AttentionState,
     FeatureMoments,
     PositiveFeatures,
+    Proposal,
     causal_state,
     check_count,
     check_key,
     check_projection,
+    check_proposal,
     head_inputs,
     orthogonal_projection,
     output_or_state,
@@ -30,6 +32,7 @@ def scatterbrain(
     num_features: int = 256,
     window_size: int = 64,
     projection: Float[Array, "R D"] | None = None,
+    proposal: Proposal | None = None,
     is_causal: bool = False,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
@@ -60,6 +63,7 @@ def scatterbrain(
         num_features: the number R of features, unless a projection is given.
         window_size: tokens per block; a query sees from one to two blocks to a side exactly.
         projection: the directions ``[R, D]``; by default a random projection.
+        proposal: as in `favor`.
 
     Raises:
         ValueError: shapes that do not fit, counts below 1, neither key nor projection.
@@ -84,7 +88,9 @@ def scatterbrain(
     if projection is None:
         projection = orthogonal_projection(check_key("scatterbrain", key), num_features, head_dim)
     check_projection(projection, head_dim)
-    features = PositiveFeatures(projection)
+    if proposal is not None:
+        check_proposal(proposal, head_dim)
+    features = PositiveFeatures(projection) if proposal is None else proposal.features(projection)
     if is_causal:
         state = causal_state(q, k, v, running_moments(features), block_size=window_size, kv_mask=kv_mask)
     else:

@@ -15,6 +15,7 @@ from approx_attention.core import (
     FeatureMoments,
     Summary,
     check_count,
+    checked_soft_cap,
     head_inputs,
     output_or_state,
     require_scaled_space,
@@ -44,6 +45,7 @@ def sparse_attention(
     *,
     pattern: SparsePattern | BlockMap,
     is_causal: bool = False,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -84,10 +86,12 @@ def sparse_attention(
     """
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     _check_pattern(pattern, q.shape[0], k.shape[0])
+    cap = checked_soft_cap(logits_soft_cap)
     chosen = pattern if isinstance(pattern, BlockMap) else _cheaper(pattern, is_causal)
     if isinstance(chosen, BlockMap):
-        return block_sparse_state(q, k, v, chosen.causal() if is_causal else chosen, kv_mask=kv_mask)
-    return _over_gathered(q, k, v, chosen, is_causal, kv_mask)
+        chosen = chosen.causal() if is_causal else chosen
+        return block_sparse_state(q, k, v, chosen, kv_mask=kv_mask, logits_soft_cap=cap)
+    return _over_gathered(q, k, v, chosen, is_causal, kv_mask, cap)
 
 
 def _check_pattern(pattern: Any, num_queries: int, num_keys: int) -> None:
@@ -125,14 +129,20 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
 
 
 def _over_gathered(
-    q: Array, k: Array, v: Array, pattern: SparsePattern, is_causal: bool, kv_mask: Array | None
+    q: Array,
+    k: Array,
+    v: Array,
+    pattern: SparsePattern,
+    is_causal: bool,
+    kv_mask: Array | None,
+    logits_soft_cap: float | None,
 ) -> AttentionState:
     seen = pattern.valid
     if is_causal:
         seen = seen & (pattern.indices <= jnp.arange(q.shape[0], dtype=jnp.int32)[:, None])
     if kv_mask is not None:
         seen = seen & kv_mask[pattern.indices]
-    return gathered_state(q, k, v, pattern.indices, seen)
+    return gathered_state(q, k, v, pattern.indices, seen, logits_soft_cap=logits_soft_cap)
 
 
 @output_or_state

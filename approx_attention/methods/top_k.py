@@ -8,6 +8,7 @@ from approx_attention.core import (
     AttentionState,
     along_with,
     check_count,
+    checked_soft_cap,
     head_inputs,
     in_blocks,
     out_of_blocks,
@@ -29,6 +30,7 @@ def top_k(
     *,
     keys_per_query: int = 32,
     is_causal: bool = False,
+    logits_soft_cap: float | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -67,7 +69,7 @@ def top_k(
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     logits, places = largest_logits(q, k, count, is_causal=is_causal, kv_mask=kv_mask)
     # The logits are computed again, from the gathered keys alone: the search has no gradient.
-    return gathered_state(q, k, v, places, is_found(logits))
+    return gathered_state(q, k, v, places, is_found(logits), logits_soft_cap=checked_soft_cap(logits_soft_cap))
 
 
 def largest_logits(

@@ -21,14 +21,17 @@ from approx_attention.core import (
     check_count,
     check_key,
     check_scale,
+    did_you_mean,
     each,
     finite_peak,
     logit_scale,
     real_keys,
+    shown,
     split_arrays,
     summary_bytes,
 )
 from approx_attention.registry.method import (
+    CAPABILITY_OF,
     OPTIONS,
     Method,
     accepted,
@@ -114,6 +117,26 @@ class BoundMethod:
         """The arguments that are given, and the defaults of the others."""
         return {**defaults(self.function), **self.hyperparameters}
 
+    def of_heads(self, per_head: Any, num_kv_heads: int) -> dict[str, Any]:
+        """Checks arguments that are stacked over the key heads, and returns them."""
+        if not isinstance(per_head, Mapping):
+            raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
+        known = arguments(self.function) or ()
+        for name, x in per_head.items():
+            if name in OPTIONS:
+                raise TypeError(f"per_head takes arguments of the method, and {name!r} is one of all heads")
+            if name not in known:
+                raise TypeError(f"method {self.name!r} has no argument {name!r}{did_you_mean(name, known)}")
+            if name in self.hyperparameters:
+                raise TypeError(f"argument {name!r} is given both per_head and for all heads")
+            for leaf in jax.tree.leaves(x):
+                expected = f"per_head[{name!r}] must be arrays [K, ...] with K = {num_kv_heads}"
+                if not hasattr(leaf, "shape"):
+                    raise TypeError(f"{expected}, got {shown(leaf)}")
+                if leaf.shape[:1] != (num_kv_heads,):
+                    raise ValueError(f"{expected}, got shape {leaf.shape}")
+        return dict(per_head)
+
     def draw(
         self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str] = frozenset()
     ) -> dict[str, Array]:
@@ -161,8 +184,11 @@ class BoundMethod:
 
     def running(self, head_dim: int, key: Array | None = None, **random: Array) -> RunningSummary:
         """The running summary of one head."""
-        make = self.registered.running if self.registered else None
-        assert make is not None, self.name
+        method = self.registered
+        assert method is not None, self.name
+        assert method.running is not None, self.name
+        make = method.running
+        self._require_followed(method, make, "while decoding", random)
         return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random})
 
     def require_key_bias(self) -> None:
@@ -273,7 +299,7 @@ class BoundMethod:
         for name, value in given.items():
             known = name in taken or name == method.block or name in method.indifferent
             if not known and not np.array_equal(value, defaults(method.function)[name]):
-                raise NotImplementedError(f"method {self.name!r} does not support {name} {when}, got {value!r}")
+                raise NotImplementedError(f"method {self.name!r} does not support {name} {when}, got {shown(value)}")
 
     @property
     def block_size(self) -> int:
@@ -383,6 +409,7 @@ def bind(
     Raises:
         ValueError: an unknown name.
         TypeError: neither a name nor a function, or an argument that the method does not have.
+        NotImplementedError: an argument that other methods have, such as ``logits_soft_cap``.
     """
     given = dict(hyperparameters or {})
     if isinstance(method, BoundMethod):
@@ -396,5 +423,9 @@ def bind(
         bound = BoundMethod(next(named, getattr(method, "__name__", type(method).__name__)), method, given)
     else:
         raise TypeError(f"method must be a registered name or a function (q, k, v, key) -> out, got {method!r}")
+    for argument, capability in CAPABILITY_OF.items():
+        if argument in given and not bound.takes(argument):
+            able = ", ".join(name for name, known in METHODS.items() if getattr(known.capabilities, capability))
+            raise NotImplementedError(f"method {bound.name!r} does not support {argument}; those that do: {able}")
     check_hyperparameters(bound.name, bound.function, given, options=options)
     return bound

@@ -19,6 +19,7 @@ class Capabilities:
         cross: takes queries of another sequence (T != S).
         padding: takes ``kv_mask``; the values in padding never matter.
         dense_mask: takes ``mask`` and ``bias`` of shape ``[T, S]``.
+        soft_cap: takes ``logits_soft_cap``.
         decode: has a running summary, so a cache of bounded size.
         needs_key: is random.
         takes_key: is random with a key, and deterministic without.
@@ -35,6 +36,7 @@ class Capabilities:
     cross: bool = True
     padding: bool = True
     dense_mask: bool = False
+    soft_cap: bool = False
     decode: bool = False
     needs_key: bool = False
     takes_key: bool = False
@@ -160,6 +162,10 @@ OPTIONS: Mapping[str, str] = {
     "mask": "a mask that differs between queries or heads",
     "bias": "bias",
 }
+
+
+# Hyper-parameters that mean the same in every method that takes them, and the capability that says which do.
+CAPABILITY_OF: Mapping[str, str] = {"logits_soft_cap": "soft_cap"}
 
 
 def check_hyperparameters(

@@ -259,7 +259,13 @@ def _groups(blocks: BlockMap) -> list[_Group]:
 
 
 def block_sparse_state(
-    q: Array, k: Array, v: Array, blocks: BlockMap, *, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    blocks: BlockMap,
+    *,
+    kv_mask: Array | None = None,
+    logits_soft_cap: float | None = None,
 ) -> AttentionState:
     """Attention over the keys that a map shows each query; blocks that are not visited are not computed.
 
@@ -269,6 +275,7 @@ def block_sparse_state(
         v: values ``[S, Dv]``.
         blocks: the map.
         kv_mask: true where a key is real ``[S]``.
+        logits_soft_cap: that of `kernels.state`.
 
     Returns:
         The `AttentionState` of the queries.
@@ -285,7 +292,7 @@ def block_sparse_state(
         if group.mask is not None:
             assert group.masks is not None
             bias = group.mask, np.where(group.masks, 0.0, HIDDEN).astype(q.dtype)
-        states.append(_attend_lists(q_blocks[group.rows], tokens, group.lists, bias))
+        states.append(_attend_lists(q_blocks[group.rows], tokens, group.lists, bias, logits_soft_cap))
     if len(unseen):
         nothing = AttentionState.empty(len(unseen) * size, v.shape[-1], q.dtype)
         states.append(jax.tree.map(lambda x: x.reshape(len(unseen), size, *x.shape[1:]), nothing))
@@ -298,7 +305,15 @@ def block_sparse_state(
 
 
 def block_lists_state(
-    q: Array, k: Array, v: Array, lists: Array, present: Array, *, block_size: int, kv_mask: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    lists: Array,
+    present: Array,
+    *,
+    block_size: int,
+    kv_mask: Array | None = None,
+    logits_soft_cap: float | None = None,
 ) -> AttentionState:
     """Attention of every block of queries over the blocks of keys in its list, which may be traced.
 
@@ -310,6 +325,7 @@ def block_lists_state(
         present: which entries count ``[ceil(T / block_size), W]``; no block twice.
         block_size: tokens of a block.
         kv_mask: true where a key is real ``[S]``.
+        logits_soft_cap: that of `kernels.state`.
 
     Returns:
         The `AttentionState` of the queries.
@@ -326,7 +342,7 @@ def block_lists_state(
     lists = jnp.where(present, lists, k_blocks.shape[0])
     lists = jnp.pad(lists, ((0, 0), (0, padding)), constant_values=k_blocks.shape[0])
     lists = lists.reshape(lists.shape[0], steps, -1)
-    state = _attend_lists(in_blocks(q, block_size), tokens, lists, None)
+    state = _attend_lists(in_blocks(q, block_size), tokens, lists, None, logits_soft_cap)
     return out_of_blocks(state, q.shape[0])
 
 
@@ -343,9 +359,11 @@ def _attend_lists(
     tokens: tuple[Array, Array, Array | None],
     lists: Array | np.ndarray,
     bias: tuple[np.ndarray, np.ndarray] | None,
+    logits_soft_cap: float | None,
 ) -> AttentionState:
     """Blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, a few at a time."""
-    forms = (functools.partial(_lists_in_turns, logits=logits) for logits in (LOGITS, ACCELERATOR_LOGITS))
+    in_turns = functools.partial(_lists_in_turns, logits_soft_cap=logits_soft_cap)
+    forms = (functools.partial(in_turns, logits=logits) for logits in (LOGITS, ACCELERATOR_LOGITS))
     cpu, default = forms
     return by_platform(q_blocks, tokens, lists, bias, cpu=cpu, default=default)
 
@@ -357,6 +375,7 @@ def _lists_in_turns(
     bias: tuple[Array, Array] | None,
     *,
     logits: int,
+    logits_soft_cap: float | None,
 ) -> AttentionState:
     number, size = q_blocks.shape[:2]
     _, steps, width = lists.shape
@@ -374,13 +393,14 @@ def _lists_in_turns(
         """Blocks of queries ``[m, b, D]`` over the blocks of keys in ``listed [m, width]``."""
         k, v, key_bias = jax.tree.map(lambda x: x[listed].reshape(together, reach, *x.shape[2:]), tokens)
         if masks is None:
-            return jax.vmap(kernels.state)(q, k, v, key_bias)
+            return jax.vmap(functools.partial(kernels.state, logits_soft_cap=logits_soft_cap))(q, k, v, key_bias)
+        masked = functools.partial(dense_state, logits_soft_cap=logits_soft_cap)
         if key_bias is not None:
             masks = jnp.where(key_bias[:, None, :] <= HIDDEN / 2, HIDDEN, masks)
         if len(masks) == 1:
             # A mask that all share is not copied for each.
-            return jax.vmap(dense_state, in_axes=(0, 0, 0, None))(q, k, v, masks[0])
-        return jax.vmap(dense_state)(q, k, v, masks)
+            return jax.vmap(masked, in_axes=(0, 0, 0, None))(q, k, v, masks[0])
+        return jax.vmap(masked)(q, k, v, masks)
 
     def turn(args: tuple[Array, Array, Array | None]) -> AttentionState:
         q, listed, mask = args
@@ -403,7 +423,14 @@ def _lists_in_turns(
 
 
 def gathered_state(
-    q: Array, k: Array, v: Array, places: Array, seen: Array, bias: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Array,
+    seen: Array,
+    bias: Array | None = None,
+    *,
+    logits_soft_cap: float | None = None,
 ) -> AttentionState:
     r"""Attention of each query over K gathered keys, at a cost of O(T K (D + Dv)).
 
@@ -417,6 +444,7 @@ def gathered_state(
         places: the indices p of the keys, int32 ``[T, K]``.
         seen: which of them count ``[T, K]``; no key twice.
         bias: added to their logits ``[T, K]``, or None.
+        logits_soft_cap: that of `kernels.state`.
 
     Returns:
         The `AttentionState` of the queries.
@@ -433,14 +461,11 @@ def gathered_state(
         # The barrier keeps the gather apart: fused into the products, it would read the rows once for each use.
         k_own, v_own = lax.optimization_barrier((k[places], v[places]))
         hidden = mask_bias(places < k.shape[0] - 1, q.dtype)
-        return _rows_state(q, k_own, v_own, hidden if bias is None else hidden + bias)
+        bias = hidden if bias is None else hidden + bias
+        of_row = functools.partial(dense_state, logits_soft_cap=logits_soft_cap)
+        state = jax.vmap(lambda q, k, v, bias: of_row(q[None], k, v, bias[None]))(q, k_own, v_own, bias)
+        return jax.tree.map(lambda x: x[:, 0], state)
 
     blocks = in_blocks(q, rows), in_blocks(places, rows), None if bias is None else in_blocks(bias, rows)
     state = lax.map(of_rows, blocks)
     return out_of_blocks(state, num_queries)
-
-
-def _rows_state(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-    """Attention of queries ``[n, D]`` over keys ``[n, K, D]`` and values of each, with biases ``[n, K]``."""
-    state = jax.vmap(lambda q, k, v, bias: dense_state(q[None], k, v, bias[None]))(q, k, v, bias)
-    return jax.tree.map(lambda x: x[:, 0], state)

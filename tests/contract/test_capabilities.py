@@ -42,6 +42,7 @@ def test_signature_and_capabilities_agree(name):
         "kv_mask": capabilities.padding,
         "mask": capabilities.dense_mask,
         "bias": capabilities.dense_mask,
+        "logits_soft_cap": capabilities.soft_cap,
     }.items():
         assert (argument in arguments) == able, argument
     assert (method.running is not None) == capabilities.decode
@@ -71,6 +72,7 @@ def test_learned_arrays_have_gradients(name):
     assert (jnp.abs(gradient) > 1e-6).all()
 
 
+ATTENTION = ("is_causal", "kv_mask", "q_mask", "mask", "bias", "scale", "logits_soft_cap")
 OPTIONS = {
     "is_causal": ("causal", {"is_causal": True}),
     "key_value_seq_lengths": ("padding", {"key_value_seq_lengths": jnp.array([5, 9])}),
@@ -79,6 +81,7 @@ OPTIONS = {
     "bias": ("dense_mask", {"bias": jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 9, 9)), jnp.float32)}),
     "return_residual": ("normalizer", {"return_residual": True}),
     "scale": (None, {"scale": 0.9}),
+    "logits_soft_cap": ("soft_cap", {"logits_soft_cap": 0.5}),
     "query_seq_lengths": (None, {"query_seq_lengths": jnp.array([4, 9])}),
 }
 
@@ -110,7 +113,7 @@ def test_every_hyperparameter_has_an_effect(name):
     q, k, v = random_head(18, 40, 40)
     for argument in list(inspect.signature(method.function).parameters)[4:]:
         # Options of `attention`, tested above; the form of the answer, not its value.
-        if argument in ("is_causal", "kv_mask", "q_mask", "mask", "bias", "scale", "implementation", "return_state"):
+        if argument in ATTENTION or argument in ("implementation", "return_state"):
             continue
         if argument in case.without_effect:
             continue

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import METHODS, Decoder
+from approx_attention import METHODS, Decoder, Proposal
 from approx_attention.core import causal
 from approx_attention.registry import accepted
 from tests.cases import CAUSAL, LENGTH, every_method, one_form, settings, sized, unless_slow, with_gradients
@@ -101,6 +101,7 @@ RNG = np.random.default_rng(4)
 VARIANTS = [
     ("favor", {"features": "hyperbolic"}),
     ("favor", {"features": "relu"}),
+    ("favor", {"proposal": Proposal(jnp.full(8, 0.1), 1.2 * jnp.eye(8))}),
     ("rfa", {"gate_logits": jnp.asarray(RNG.normal(size=41), jnp.float32)}),
     ("mean_pool", {"num_landmarks": 3}),
     ("eva", {"num_chunks": 3, "chunk_size": 2}),

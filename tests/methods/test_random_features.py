@@ -4,14 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from approx_attention import attention
+from approx_attention import Proposal, attention
 from tests.methods.case import Case
 from tests.references import random_heads
 
 CASES = {
     "favor": Case(
         fast=True,
-        changes={"features": "hyperbolic", "row_norm": "sqrt_dim", "projection": jnp.ones((3, 8))},
+        changes={
+            "features": "hyperbolic",
+            "row_norm": "sqrt_dim",
+            "projection": jnp.ones((3, 8)),
+            "proposal": Proposal(jnp.full(8, 0.1), 1.2 * jnp.eye(8)),
+        },
         devices={"num_features": 16, "block_size": 4},
     ),
 }

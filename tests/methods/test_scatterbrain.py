@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import favor, local, scatterbrain
+from approx_attention import Proposal, favor, local, scatterbrain
 from approx_attention.core import orthogonal_projection
 from tests.methods.case import Case
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 
 CASES = {
     "scatterbrain": Case(
-        changes={"projection": jnp.ones((3, 8))},
+        changes={"projection": jnp.ones((3, 8)), "proposal": Proposal(jnp.full(8, 0.1), 1.2 * jnp.eye(8))},
         devices={"num_features": 16, "window_size": 4},
     ),
 }
