@@ -1,6 +1,7 @@
 """The arguments that Flax passes to an ``attention_fn``, checked and translated: none is dropped in silence."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,22 +13,31 @@ from jax import Array
 from jax.core import Tracer
 
 from approx_attention.core import check_choice, check_count, check_number, shown
-from approx_attention.registry import BoundMethod, bind
+from approx_attention.registry import BoundMethod, HeadMethods, bind
 
 
 def bind_layer(
-    method: str | Callable[..., Array] | BoundMethod, noise: bool, hyperparameters: Mapping[str, Any]
-) -> tuple[BoundMethod, bool]:
-    """The method of a layer with its hyper-parameters, and whether it is random.
+    method: str | Callable[..., Array] | BoundMethod | HeadMethods, noise: bool, hyperparameters: Mapping[str, Any]
+) -> tuple[BoundMethod | HeadMethods, Any, bool]:
+    """The method of a layer with its hyper-parameters, the scale if it is among them, and whether it is random.
 
     Raises:
         ValueError: an unknown method, or noise asked of a method that has none.
         TypeError: neither a name nor a function, or an argument that the method does not have.
     """
-    bound = bind(method, hyperparameters, options=("scale",))
+    if isinstance(method, HeadMethods):
+        bound, given = method, dict(hyperparameters)
+        scale = given.pop("scale", None)
+        if given:
+            raise TypeError(f"methods by head have their hyper-parameters already, got {', '.join(given)}")
+    else:
+        bound = bind(method, hyperparameters, options=("scale",))
+        given = dict(bound.hyperparameters)
+        scale = given.pop("scale", None)
+        bound = dataclasses.replace(bound, hyperparameters=given)
     if noise and not bound.may_be_random:
         raise ValueError(f"method {bound.name!r} has no noise to be switched on")
-    return bound, bound.is_random or noise
+    return bound, scale, bound.is_random or noise
 
 
 def check_redraw(redraw: str, every: int | None) -> int:

@@ -254,6 +254,11 @@ class HeadsCache(NamedTuple):
     heads: Cache | CertifiedCache
     drawn: dict[str, Array]
 
+    @property
+    def length(self) -> Array:
+        """The number of tokens seen, one number, or ``[B]`` where sequences differ."""
+        return self.heads.length
+
 
 class HeadsDecoder:
     r"""A registered method as a decoder of a batch of sequences with grouped heads, in the layout of `attention`.
