@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -174,6 +175,43 @@ def without_causality(
         f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
         f"many queries as keys; got another one of shape {mask.shape}"
     )
+
+
+def as_layer(name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What an attention function was given, as files of layers hold it: causality and padding in place of a mask.
+
+    Args:
+        name: of the layer.
+        given: ``q``, ``k`` and ``v``, and other arrays by their names.
+
+    Raises:
+        ValueError: a bias, or a mask that is neither causal nor padding.
+    """
+    arrays = {argument: x if x.dtype.kind in "fbiu" else x.astype(np.float32) for argument, x in given.items()}
+    is_causal = bool(arrays.get("is_causal", False))
+    if "bias" in arrays:
+        raise ValueError(f"layer {name!r} has a bias of its logits, which files of q, k and v do not hold")
+    batch, num_keys = arrays["k"].shape[:-3], arrays["k"].shape[-3]
+    mask = arrays.pop("mask", None)
+    if mask is not None:
+        padding, causal = None, False
+        try:
+            padding, causal = without_causality(name, as_boolean(jnp.asarray(mask)), "as_is_causal")
+        except NotImplementedError:
+            padding = jnp.asarray(mask)
+        if padding is not None:
+            if any(n != 1 for n in padding.shape[-3:-1]):
+                raise ValueError(
+                    f"layer {name!r} has a mask of shape {list(mask.shape)} that is neither causal nor padding, which "
+                    "files of q, k and v do not hold"
+                )
+            real = padding if padding.ndim < 3 else padding[..., 0, 0, :]
+            arrays["mask"] = np.broadcast_to(np.asarray(real), (*batch, num_keys)).reshape(-1, num_keys)
+        is_causal = is_causal or causal
+    if "key_value_seq_lengths" in arrays:
+        real = np.arange(num_keys) < arrays["key_value_seq_lengths"].reshape(-1, 1)
+        arrays["mask"] = arrays.get("mask", True) & np.broadcast_to(real, (math.prod(batch), num_keys))
+    return {**arrays, "is_causal": np.asarray(is_causal)}
 
 
 def check_mask(

@@ -1,18 +1,19 @@
 """Errors and times on your own tensors: compare and plan, the files they read, the tables and figures they write."""
 
 from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_methods, method_arm
+from approx_attention.evaluation.atomic import write_atomically
 from approx_attention.evaluation.cache_bytes import held_bytes
 from approx_attention.evaluation.capabilities import capability_table
 from approx_attention.evaluation.comparison import Comparison, compare, run_comparison
 from approx_attention.evaluation.errors import OutputError, output_error, skill
 from approx_attention.evaluation.figures import draw_frontiers, draw_plan, figure_style, light_grid, method_styles
-from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors
+from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors, save_layers
 from approx_attention.evaluation.kinds import comparison_kind, plan_kind
 from approx_attention.evaluation.planning import plan
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm, compile_arm, shared_programs
-from approx_attention.evaluation.results import environment, write_atomically
+from approx_attention.evaluation.results import environment
 from approx_attention.evaluation.runs import Interrupted, OnProgress, Task, only_run, run
 from approx_attention.evaluation.spectra import Spectrum, spectrum
 from approx_attention.evaluation.tables import comparison_table, markdown_table, plan_table
@@ -66,6 +67,7 @@ __all__ = [
     "plan_table",
     "run",
     "run_comparison",
+    "save_layers",
     "shared_programs",
     "skill",
     "spectrum",

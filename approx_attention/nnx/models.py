@@ -59,7 +59,7 @@ def replace_attention(
         raise TypeError("each layer needs a separate module: set the attention_fn of the layers one by one")
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function (path, layer) -> bool, got {shown(only)}")
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
     if not layers:
         raise ValueError(
@@ -109,7 +109,7 @@ def init_cache(
         NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``.
         TypeError: a dtype other than float32 and float64.
     """
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     if not layers:
         raise ValueError(
             f"no layer of the {type(model).__name__} has an attention_fn; a model that calls attention itself decodes "
@@ -131,7 +131,7 @@ def init_cache(
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 
 
-def _attention_layers(model: nnx.Module) -> dict[str, Any]:
+def attention_layers(model: nnx.Module) -> dict[str, Any]:
     """The modules that have an ``attention_fn``, by their path in the model."""
     return {
         ".".join(map(str, path)): module

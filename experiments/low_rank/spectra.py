@@ -11,8 +11,8 @@ from flax import nnx
 from rich.console import Console
 
 from approx_attention.evaluation import spectrum
+from approx_attention.nnx import capture_attention
 from experiments import data
-from experiments.capture import capture
 from experiments.config import ConfigError, Count, Seeded, Share
 from experiments.training import TrainingConfig, build_model, fit, predict
 
@@ -69,7 +69,7 @@ def run(config: SpectraConfig, directory: pathlib.Path, console: Console) -> dic
 
 
 def _captured(model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    return capture(model, lambda model: predict(model, {name: jnp.asarray(x) for name, x in batch.items()}))
+    return capture_attention(model, lambda model: predict(model, {name: jnp.asarray(x) for name, x in batch.items()}))
 
 
 @jax.jit

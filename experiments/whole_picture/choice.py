@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from approx_attention.evaluation import Tensors, plan
+from approx_attention.nnx import capture_attention
 from approx_attention.registry import get_method
-from experiments.capture import capture
 from experiments.models import AttentionConfig
 from experiments.training import predict
 
@@ -33,7 +33,7 @@ def choose(
         How to train with the choice, and what was predicted and measured of it.
     """
     examples = {name: jnp.asarray(array) for name, array in batch.items()}
-    layers = capture(model, lambda model: predict(model, examples)).values()
+    layers = capture_attention(model, lambda model: predict(model, examples)).values()
     length = int(np.min(batch["lengths"])) if "lengths" in batch else None
     tensors = Tensors(*(jnp.concatenate([jnp.asarray(of[x][:, :length], jnp.float32) for of in layers]) for x in "qkv"))
     options = {
