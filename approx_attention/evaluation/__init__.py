@@ -9,8 +9,10 @@ from approx_attention.evaluation.errors import OutputError, output_error, skill
 from approx_attention.evaluation.figures import draw_frontiers, draw_plan, figure_style, light_grid, method_styles
 from approx_attention.evaluation.files import Layer, Tensors, load_layers, load_sample, load_tensors, save_layers
 from approx_attention.evaluation.kinds import comparison_kind, plan_kind
+from approx_attention.evaluation.model_plans import ModelPlan, plan_model
 from approx_attention.evaluation.planning import plan
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
+from approx_attention.evaluation.policies import HeadChoice, LayerPolicy, Policy
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm, compile_arm, shared_programs
 from approx_attention.evaluation.results import environment
@@ -28,11 +30,15 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Curve",
+    "HeadChoice",
     "Interrupted",
     "Layer",
+    "LayerPolicy",
+    "ModelPlan",
     "OnProgress",
     "OutputError",
     "Plan",
+    "Policy",
     "Problem",
     "Spectrum",
     "SupError",
@@ -64,6 +70,7 @@ __all__ = [
     "plan",
     "plan_document",
     "plan_kind",
+    "plan_model",
     "plan_table",
     "run",
     "run_comparison",
