@@ -1,4 +1,4 @@
-"""The command line: ``approx-attention compare``, ``approx-attention plan`` and ``approx-attention methods``."""
+"""The command line: ``approx-attention compare``, ``plan``, ``check`` and ``methods``."""
 
 import contextlib
 import dataclasses
@@ -19,6 +19,7 @@ from approx_attention.evaluation import (
     Layer,
     OnProgress,
     Plan,
+    Policy,
     Problem,
     Task,
     capability_table,
@@ -31,6 +32,8 @@ from approx_attention.evaluation import (
     plan_kind,
     run,
     run_comparison,
+    run_model_plan,
+    run_policy_check,
     terminable,
 )
 from approx_attention.evaluation import plan as make_plan
@@ -124,8 +127,7 @@ def methods() -> None:
     click.echo(capability_table())
 
 
-_ON_TENSORS = (
-    click.argument("file", required=False, type=click.Path(path_type=pathlib.Path)),
+_ARRAYS = (
     click.option("--q", "q_name", default="q", show_default=True, help="Name of the queries in FILE."),
     click.option("--k", "k_name", default="k", show_default=True, help="Name of the keys."),
     click.option("--v", "v_name", default="v", show_default=True, help="Name of the values."),
@@ -144,6 +146,13 @@ _ON_TENSORS = (
     click.option(
         "--mask", metavar="NAME", help="Name of the boolean array [B, S] in FILE that is true where a key is real."
     ),
+)
+_DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"
+)
+_ON_TENSORS = (
+    click.argument("file", required=False, type=click.Path(path_type=pathlib.Path)),
+    *_ARRAYS,
     click.option(
         "--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]"
     ),
@@ -163,8 +172,15 @@ _ON_TENSORS = (
         show_default=True,
         help="Seed of the first random projection or sample.",
     ),
-    click.option("--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"),
+    _DEVICE,
 )
+
+
+def _arrays(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that name the arrays of a file."""
+    for option in reversed(_ARRAYS):
+        command = option(command)
+    return command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +321,13 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
 @click.option("--max-milliseconds", type=float, help="Time that a call on these tensors may take.")
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=pathlib.Path),
+    help="Choose for each key head of each layer, and write the choices to this JSON file. The tolerance is that of "
+    "each head, and a budget is that of all layers and heads together.",
+)
+@click.option("--decode", is_flag=True, help="With --policy: only methods that caches can hold.")
 def plan(
     given: Given,
     tolerance: float,
@@ -312,6 +335,8 @@ def plan(
     max_milliseconds: float | None,
     held_out: float,
     confidence: float,
+    policy: pathlib.Path | None,
+    decode: bool,
 ) -> None:
     """Which method, of what size, stays below a tolerance on the tensors in FILE, and is the cheapest?
 
@@ -330,33 +355,66 @@ def plan(
         raise InputError(f"--max-milliseconds must be a positive number, got {max_milliseconds}")
     with _task("plan", given) as task:
         options = given.options_by_method()
-        settings = task.settings | {
-            "options": options,
-            "held_out": held_out,
-            "num_seeds": given.seeds,
-            "seed": given.seed,
-        }
+        measured = {"held_out": held_out, "num_seeds": given.seeds, "seed": given.seed}
+        settings = task.settings | {"options": options} | measured
+        asked: dict[str, Any] = {"tolerance": tolerance, "max_bytes": max_bytes, "max_seconds": max_seconds}
+        asked |= {"scale": given.scale, "options": options, "confidence": confidence, **measured}
+        if policy is not None:
+            asked |= {"is_causal": given.causal, "methods": given.names, "decode": decode}
+            run_model_plan(task, policy, settings | {"is_causal": given.causal, "decode": decode}, asked)
+            return
 
         def measure(layer: Layer, keep: Callable[[Plan], None], on_progress: OnProgress) -> Plan:
             return make_plan(
                 layer.tensors,
-                tolerance=tolerance,
-                max_bytes=max_bytes,
-                max_seconds=max_seconds,
                 is_causal=task.is_causal,
-                scale=given.scale,
                 methods=task.names,
-                options=options,
-                held_out=held_out,
-                confidence=confidence,
-                num_seeds=given.seeds,
-                seed=given.seed,
                 mask=layer.kv_mask,
+                **asked,
                 on_progress=on_progress,
                 on_part=keep,
             )
 
         run(task, settings, plan_kind(), measure)
+
+
+@approx_attention.command()
+@click.argument("policy", type=click.Path(path_type=pathlib.Path))
+@click.argument("file", type=click.Path(path_type=pathlib.Path))
+@_arrays
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first of them."
+)
+@_DEVICE
+@click.option(
+    "--out", type=Directory(), default="check", show_default=True, help="Directory for check.json, .md, .png."
+)
+def check(
+    policy: pathlib.Path,
+    file: pathlib.Path,
+    q_name: str,
+    k_name: str,
+    v_name: str,
+    layers: str | None,
+    lengths: str | None,
+    mask: str | None,
+    seeds: int,
+    seed: int,
+    device: str | None,
+    out: pathlib.Path,
+) -> None:
+    """Does a POLICY that `plan --policy` has made keep its promise on the tensors in FILE, of another text?
+
+    Prints and writes the error of each key head of each layer, and says which are above the tolerance.
+    """
+    _use_device(device)
+    made = Policy.load(policy)
+    pattern = layers or (None if list(made.layers) == [""] else "*")
+    loaded = load_layers(file, (q_name, k_name, v_name), layers=pattern, lengths=lengths, mask=mask)
+    settings = {"policy": policy.name, "source": file.name, "num_seeds": seeds, "seed": seed}
+    with only_run(out, "check"):
+        run_policy_check(out, made, loaded, file.name, settings, num_seeds=seeds, seed=seed)
 
 
 @contextlib.contextmanager

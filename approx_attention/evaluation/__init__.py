@@ -12,7 +12,10 @@ from approx_attention.evaluation.kinds import comparison_kind, plan_kind
 from approx_attention.evaluation.model_plans import ModelPlan, plan_model
 from approx_attention.evaluation.planning import plan
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
-from approx_attention.evaluation.policies import HeadChoice, LayerPolicy, Policy
+from approx_attention.evaluation.policies import HeadChoice, LayerPolicy, Policy, stack_of
+from approx_attention.evaluation.policy_checks import PolicyCheck, check_policy
+from approx_attention.evaluation.policy_reports import draw_policy
+from approx_attention.evaluation.policy_runs import run_model_plan, run_policy_check
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm, compile_arm, shared_programs
 from approx_attention.evaluation.results import environment
@@ -39,6 +42,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "Policy",
+    "PolicyCheck",
     "Problem",
     "Spectrum",
     "SupError",
@@ -47,6 +51,7 @@ __all__ = [
     "Timing",
     "break_even",
     "capability_table",
+    "check_policy",
     "compare",
     "comparison_kind",
     "comparison_table",
@@ -54,6 +59,7 @@ __all__ = [
     "default_methods",
     "draw_frontiers",
     "draw_plan",
+    "draw_policy",
     "environment",
     "figure_style",
     "held_bytes",
@@ -74,10 +80,13 @@ __all__ = [
     "plan_table",
     "run",
     "run_comparison",
+    "run_model_plan",
+    "run_policy_check",
     "save_layers",
     "shared_programs",
     "skill",
     "spectrum",
+    "stack_of",
     "sup_error",
     "terminable",
     "time_interleaved",

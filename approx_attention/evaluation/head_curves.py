@@ -19,22 +19,32 @@ from approx_attention.evaluation.timing import time_interleaved
 from approx_attention.registry import get_method
 
 
-class Configuration(NamedTuple):
+class Setting(NamedTuple):
     """A method at one size on a layer.
 
     Attributes:
         arm: its program.
         hyperparameters: its arguments.
-        errors: relative error of the calibration queries of each key head, ``[K]``.
-        bounds: what the error of other queries is predicted to stay below, ``[K]``.
         cache_bytes: per key head and sequence.
     """
 
     arm: Arm
     hyperparameters: dict[str, Any]
+    cache_bytes: int
+
+
+class Configuration(NamedTuple):
+    """A setting with its errors on the calibration queries of each key head.
+
+    Attributes:
+        setting: the method and its size.
+        errors: relative errors ``[K]``.
+        bounds: what the errors of other queries are predicted to stay below, ``[K]``.
+    """
+
+    setting: Setting
     errors: np.ndarray
     bounds: np.ndarray
-    cache_bytes: int
 
 
 class HeadCurves(NamedTuple):
@@ -51,64 +61,81 @@ class HeadCurves(NamedTuple):
 
     def held_out(self, label: str, seeds: Sequence[int]) -> np.ndarray:
         """The error of a configuration on what was held out of each head, ``[K]``."""
-        errors, split = self.bench.errors(self.configurations[label].arm, seeds), self.bench.split
+        errors, split = self.bench.errors(self.configurations[label].setting.arm, seeds), self.bench.split
         return np.array([errors.relative(split.of_group(head).held_out) for head in range(self.num_heads)])
 
     def overall(self, label: str, seeds: Sequence[int]) -> np.ndarray:
         """Its error on all queries of each head, ``[K]``."""
-        errors, groups = self.bench.errors(self.configurations[label].arm, seeds), self.bench.split.groups
+        errors, groups = self.bench.errors(self.configurations[label].setting.arm, seeds), self.bench.split.groups
         return np.array([errors.relative(np.flatnonzero(groups == head)) for head in range(self.num_heads)])
 
 
-def head_curves(
-    problem: Problem,
-    names: Sequence[str],
-    options: Options,
-    *,
-    held_out: float,
-    confidence: float,
-    seeds: Sequence[int],
-    seed: int,
-    on_progress: Callable[[str, int], None],
-) -> HeadCurves:
-    """Measure methods at all sizes (`all_sizes`) on the calibration queries of each key head.
+def settings_of(problem: Problem, names: Sequence[str], options: Options) -> dict[str, list[Setting]]:
+    """Every size at which each method is measured (`all_sizes`), exact attention first; nothing runs yet.
 
     Args:
         problem: the layer.
         names: of the methods.
         options: hyper-parameters other than the size, by the name of the method.
+
+    Raises:
+        InputError: options that a method does not take.
+    """
+    all_bytes = token_bytes(problem.tensors)
+    made = {EXACT: [Setting(exact_arms(problem)[0], {}, all_bytes)]}
+    for name in names:
+        argument, given = get_method(name).size, dict(options.get(name, {}))
+        sizes: list[int | None] = [None] if argument is None else [*all_sizes(name, problem.tensors.key.shape[1])]
+        made[name] = []
+        for size in sizes:
+            arm = method_arm(problem, name, size, given)
+            own = given if argument is None else {**given, argument: size}
+            made[name].append(Setting(arm, own, arm.held_bytes or all_bytes))
+    return made
+
+
+def head_curves(
+    problem: Problem,
+    settings: Mapping[str, Sequence[Setting]],
+    *,
+    held_out: float,
+    confidence: float,
+    seeds: Sequence[int],
+    seed: int,
+    on_progress: Callable[[str], None],
+) -> HeadCurves:
+    """Measure settings on the calibration queries of each key head.
+
+    Args:
+        problem: the layer.
+        settings: by method, as `settings_of` makes them.
         held_out: the share of each head's queries that is held out.
         confidence: of the bounds.
         seeds: of random methods.
         seed: of the split.
-        on_progress: called with each method and its number.
+        on_progress: called with each method.
 
     Raises:
         InputError: a head whose outputs are all zero or not finite.
     """
     tensors = problem.tensors
-    num_keys, num_heads, all_bytes = *tensors.key.shape[1:3], token_bytes(tensors)
+    num_heads = tensors.key.shape[2]
     real_queries = query_mask(problem.kv_mask, tensors.query.shape[1])
     split = split_within_heads(tensors.query.shape, num_heads, held_out, seed, real_queries)
-    exact = exact_arms(problem)[0]
-    bench, parts = Bench(tensors, exact, split), [split.of_group(head) for head in range(num_heads)]
+    (exact,), zeros = settings[EXACT], np.zeros(num_heads)
+    bench, parts = Bench(tensors, exact.arm, split), [split.of_group(head) for head in range(num_heads)]
     for head, part in enumerate(parts):
         if not all(0 < bench.exact[units].sum() < math.inf for units in (part.calibration, part.held_out)):
             raise InputError(f"outputs of key head {head} are all zero or not finite, and no error is relative to them")
-    zeros = np.zeros(num_heads)
-    found = {EXACT: Configuration(exact, {}, zeros, zeros, all_bytes)}
-    for done, name in enumerate(names):
-        on_progress(name, done)
-        argument, given = get_method(name).size, dict(options.get(name, {}))
-        sizes: list[int | None] = [None] if argument is None else [*all_sizes(name, num_keys)]
-        arms = [method_arm(problem, name, size, given) for size in sizes]
-        measured = [bench.errors(arm, seeds) for arm in arms]
-        errors = [[own.relative(part.calibration) for part in parts] for own in measured]
-        bounds = [[own.bound(part, confidence) for part in parts] for own in measured]
-        fitted = zip(arms, _never_increasing(sizes, errors), _never_increasing(sizes, bounds), strict=True)
-        for arm, error, bound in fitted:
-            size = {} if argument is None else {argument: arm.size}
-            found[arm.label] = Configuration(arm, given | size, error, bound, arm.held_bytes or all_bytes)
+    found = {EXACT: Configuration(exact, zeros, zeros)}
+    for name in [name for name in settings if name != EXACT]:
+        on_progress(name)
+        sizes = [setting.arm.size for setting in settings[name]]
+        measured = [bench.errors(setting.arm, seeds) for setting in settings[name]]
+        errors = _never_increasing(sizes, [[own.relative(part.calibration) for part in parts] for own in measured])
+        bounds = _never_increasing(sizes, [[own.bound(part, confidence) for part in parts] for own in measured])
+        for setting, error, bound in zip(settings[name], errors, bounds, strict=True):
+            found[setting.arm.label] = Configuration(setting, error, bound)
     return HeadCurves(problem, bench, found)
 
 
@@ -131,7 +158,7 @@ def nanoseconds(curves: Mapping[str, HeadCurves], seed: int, rounds: int) -> dic
         tensors, is_causal, scale, kv_mask = own.problem
         form = (*(x.shape for x in tensors), is_causal, scale, None if kv_mask is None else kv_mask.tobytes())
         if form not in timed:
-            calls = {label: own.bench.call(one.arm, seed) for label, one in own.configurations.items()}
+            calls = {label: own.bench.call(one.setting.arm, seed) for label, one in own.configurations.items()}
             # Twice the usual patience, for there are many configurations.
             timings = time_interleaved(calls, rounds=rounds, patience=60)
             timed[form] = {

@@ -22,7 +22,7 @@ from approx_attention.evaluation.arms import (
 )
 from approx_attention.evaluation.calibration import ROUNDING
 from approx_attention.evaluation.files import Layer
-from approx_attention.evaluation.head_curves import HeadCurves, head_curves, nanoseconds
+from approx_attention.evaluation.head_curves import HeadCurves, head_curves, nanoseconds, settings_of
 from approx_attention.evaluation.knapsack import choose
 from approx_attention.evaluation.policies import HeadChoice, LayerPolicy, Policy, stack_of
 from approx_attention.evaluation.problem import Problem
@@ -172,25 +172,33 @@ def plan_model(
     options = check_options(names, options)
     # What checks a choice must not be what made it.
     choosing, checking = range(seed + num_seeds, seed + 2 * num_seeds), range(seed, seed + num_seeds)
-    steps = len(names) * len(layers)
+    settings = {path: settings_of(problem, names, options) for path, problem in problems.items()}
+    least = sum(
+        min(setting.cache_bytes for of in own.values() for setting in of) * problems[path].tensors.key.shape[2]
+        for path, own in settings.items()
+    )
+    if max_bytes is not None and least > max_bytes:
+        raise InputError(f"the smallest caches of all heads take {least} bytes together, and max_bytes is {max_bytes}")
+    steps, asked = iter(range(len(names) * len(layers))), {"held_out": held_out, "confidence": confidence}
     curves: dict[str, HeadCurves] = {}
     programs: dict[bytes, Any] = {}
-    for index, (path, problem) in enumerate(problems.items()):
+    for path, problem in problems.items():
 
-        def progress(name: str, done: int, path: str = path, index: int = index) -> None:
-            on_progress(f"{path}: {name}" if path else name, index * len(names) + done, steps)
+        def progress(name: str, path: str = path) -> None:
+            on_progress(f"{path}: {name}" if path else name, next(steps), len(names) * len(layers))
 
         # Functions that close over different masks must not share programs.
-        own = programs.setdefault(b"" if problem.kv_mask is None else problem.kv_mask.tobytes(), {})
-        settings: Any = {"held_out": held_out, "confidence": confidence, "seeds": choosing, "seed": seed}
-        with shared_programs(own):
+        with shared_programs(programs.setdefault(b"" if problem.kv_mask is None else problem.kv_mask.tobytes(), {})):
             try:
-                curves[path] = head_curves(problem, names, options, **settings, on_progress=progress)
+                curves[path] = head_curves(
+                    problem, settings[path], **asked, seeds=choosing, seed=seed, on_progress=progress
+                )
             except InputError as error:
                 raise InputError(f"layer {path!r}: {error}" if path else str(error)) from None
     if max_seconds is None:
         costs = {
-            path: {label: one.cache_bytes for label, one in own.configurations.items()} for path, own in curves.items()
+            path: {label: one.setting.cache_bytes for label, one in own.configurations.items()}
+            for path, own in curves.items()
         }
     else:
         costs = nanoseconds(curves, seed, rounds)
@@ -203,8 +211,10 @@ def plan_model(
     items = [_item(heads, curves, costs, tolerance) for heads in stacks.values()]
     picks, is_met = _pick(items, budget)
     if picks is None:
-        least, unit = sum(min(item.options).cost for item in items), "bytes" if max_seconds is None else "nanoseconds"
-        raise InputError(f"the cheapest choices of all heads take {least} {unit}, and the budget is {budget}")
+        fastest = sum(min(item.options).cost for item in items)
+        raise InputError(
+            f"the fastest choices of all heads take {fastest} ns together, and max_seconds is {max_seconds}"
+        )
     labels = {head: label for item, label in zip(items, picks, strict=True) for head in item.heads}
     spent = sum(costs[path][label] for (path, _), label in labels.items())
     everyone = _item([head for heads in stacks.values() for head in heads], curves, costs, tolerance)
@@ -229,7 +239,7 @@ def plan_model(
         is_met=is_met,
         seconds=None if max_seconds is None else _seconds(curves, policy, seed, rounds),
     )
-    on_progress("done", steps, steps)
+    on_progress("done", len(names) * len(layers), len(names) * len(layers))
     return made
 
 
@@ -271,13 +281,13 @@ def _layer_policy(own: HeadCurves, labels: Sequence[str], seeds: Sequence[int]) 
         one, (held_out, overall) = own.configurations[label], checked[label]
         heads.append(
             HeadChoice(
-                method=EXACT if one.arm.is_exact else one.arm.method,
-                hyperparameters=one.hyperparameters,
+                method=one.setting.arm.method,
+                hyperparameters=one.setting.hyperparameters,
                 predicted_error=float(one.errors[head]),
                 error_bound=float(one.bounds[head]),
                 held_out_error=float(held_out[head]),
                 relative_error=float(overall[head]),
-                cache_bytes=one.cache_bytes,
+                cache_bytes=one.setting.cache_bytes,
             )
         )
     return LayerPolicy(tuple(heads), own.problem.is_causal, own.problem.scale)
