@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -175,6 +176,35 @@ def without_causality(
         f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
         f"many queries as keys; got another one of shape {mask.shape}"
     )
+
+
+def seen_arrays(
+    attention_fn: Callable[..., Any],
+    tokens: tuple[Array, Array, Array],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    scale: Any,
+) -> dict[str, Array]:
+    """The arrays that an attention function is called with, by name, with its causality and scale.
+
+    Args:
+        attention_fn: the function, which may be causal by itself.
+        tokens: query, key and value.
+        args: further arguments by position.
+        kwargs: further arguments by name.
+        scale: of the function's, if it has one.
+    """
+    by_position = inspect.signature(attention_fn).bind_partial(*tokens, *args).arguments
+    given = {**dict(list(by_position.items())[len(tokens) :]), **kwargs}
+    arrays = {
+        name: x
+        for name, x in given.items()
+        if isinstance(x, Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    }
+    is_causal = bool(given.get("is_causal")) or bool(getattr(attention_fn, "is_causal", False))
+    scale = given.get("scale") if scale is None else scale
+    scales = {} if scale is None else {"scale": jnp.asarray(scale, jnp.float32)}
+    return {**arrays, **scales, **dict(zip("qkv", tokens, strict=True)), "is_causal": jnp.asarray(is_causal)}
 
 
 def as_layer(name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -133,7 +133,9 @@ def head_curves(
         sizes = [setting.arm.size for setting in settings[name]]
         measured = [bench.errors(setting.arm, seeds) for setting in settings[name]]
         errors = _never_increasing(sizes, [[own.relative(part.calibration) for part in parts] for own in measured])
-        bounds = _never_increasing(sizes, [[own.bound(part, confidence) for part in parts] for own in measured])
+        bounds = [[own.bound(part, confidence) for part in parts] for own in measured]
+        # What bounds the error of a size bounds that of larger ones.
+        bounds = np.minimum.accumulate(np.array(bounds))
         for setting, error, bound in zip(settings[name], errors, bounds, strict=True):
             found[setting.arm.label] = Configuration(setting, error, bound)
     return HeadCurves(problem, bench, found)

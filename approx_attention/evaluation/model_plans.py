@@ -139,12 +139,11 @@ def plan_model(
     Example:
         >>> import jax
         >>> from approx_attention.evaluation import Layer, Tensors, plan_model
-        >>> def layer(i):
-        ...     q, k, v = (0.1 * jax.random.normal(jax.random.key(3 * i + j), (1, 64, 2, 8)) for j in range(3))
-        ...     return Layer(Tensors(q, k, v + i), None)
-        >>> made = plan_model({"0": layer(0), "1": layer(1)}, tolerance=0.05, methods=["mean_value"])
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (1, 64, 2, 8)) for i in range(3))
+        >>> diffuse, sharp = Layer(Tensors(0.1 * q, k, v + 1), None), Layer(Tensors(9 * q, k, v), None)
+        >>> made = plan_model({"0": diffuse, "1": sharp}, tolerance=0.1, methods=["mean_value"])
         >>> [[head.method for head in own.heads] for own in made.policy.layers.values()]
-        [['exact', 'exact'], ['exact', 'mean_value']]
+        [['mean_value', 'mean_value'], ['exact', 'exact']]
     """
     check_positive("tolerance", tolerance)
     check_positive("max_bytes", max_bytes)

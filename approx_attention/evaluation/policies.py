@@ -27,7 +27,8 @@ class HeadChoice:
         error_bound: what the error of other queries is predicted to stay below.
         held_out_error: relative error of queries that chose nothing.
         relative_error: that of all queries of the file.
-        cache_bytes: bytes per sequence in place of the keys and values of the head.
+        cache_bytes: bytes per sequence in place of the keys and values of the head; those of exact attention are these
+            keys and values, to which a decoder adds room for two blocks.
     """
 
     method: str

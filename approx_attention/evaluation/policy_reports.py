@@ -18,6 +18,7 @@ from approx_attention.evaluation.units import in_units
 
 # Cells of a map with more heads than this hold no numbers.
 _MOST_NUMBERS = 16
+_FRAME = "#CC0066"
 Errors = Mapping[str, np.ndarray]
 
 
@@ -153,7 +154,7 @@ def draw_policy(policy: Policy, maps: Mapping[str, Errors], title: str) -> Any:
                     axes.text(column, row, label, ha="center", va="center", fontsize=7, color=color)
                 if error > policy.tolerance:
                     frame = (column - 0.46, row - 0.46)
-                    axes.add_patch(Rectangle(frame, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.6))
+                    axes.add_patch(Rectangle(frame, 0.92, 0.92, fill=False, edgecolor=_FRAME, linewidth=1.6))
             axes.set_title(name)
             if axes is others[-1]:
                 figure.colorbar(shown, ax=axes, label="relative error")
@@ -162,7 +163,7 @@ def draw_policy(policy: Policy, maps: Mapping[str, Errors], title: str) -> Any:
             axes.set_xticks(range(0, num_heads, 1 if num_heads <= _MOST_NUMBERS else 4))
             axes.grid(False)
         first.set_yticks(range(len(paths)), paths, fontsize=8, parse_math=False)
-        patches.append(Patch(fill=False, edgecolor="#D55E00", label=f"above {policy.tolerance:g}"))
+        patches.append(Patch(fill=False, edgecolor=_FRAME, label=f"above {policy.tolerance:g}"))
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize=8)
         figure.suptitle(title, fontsize=11, parse_math=False)
         return figure

@@ -41,9 +41,9 @@ def run_model_plan(task: Task, to: pathlib.Path, settings: Mapping[str, Any], op
     with progress() as on_progress:
         made = plan_model(task.layers, **options, on_progress=on_progress)
     made.policy.save(to)
-    columns = {"held out": made.errors}
+    columns = {"policy": made.errors}
     if made.uniform is not None:
-        columns = {f"all {made.uniform}": made.uniform_errors, **columns}
+        columns = {f"all heads {made.uniform}": made.uniform_errors, **columns}
     written = _write(task.out, "plan", made.policy, plan_document_of_model(made, settings), columns, plan_verdict(made))
     say(policy_table(made.policy, made.errors, task.over_layers), plan_verdict(made))
     say(f"wrote {to} and {' and '.join(map(str, written))}")
@@ -69,7 +69,7 @@ def run_policy_check(
     """
     with progress() as on_progress:
         check = check_policy(policy, layers, **options, on_progress=on_progress)
-    columns = {"planned": check.promised, "measured": check.errors}
+    columns = {"planned text": check.promised, "this text": check.errors}
     written = _write(out, "check", policy, check_document(check, settings), columns, check_verdict(check))
     say(policy_table(policy, check.errors, shown_name(source)), check_verdict(check))
     say(f"wrote {' and '.join(map(str, written))}")

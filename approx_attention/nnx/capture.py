@@ -1,18 +1,14 @@
 """The queries, keys and values of all attention layers of a Flax nnx model, in the files that plans are made from."""
 
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
 from approx_attention.evaluation import save_layers
-from approx_attention.flax_arguments import as_layer
-from approx_attention.nnx.attention import ApproxAttention
+from approx_attention.flax_arguments import as_layer, seen_arrays
 from approx_attention.nnx.models import attention_layers
 
 
@@ -25,11 +21,8 @@ class _Recorder(nnx.Module):
         self.seen, self.rank = nnx.data(None), 0
 
     def __call__(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self.attention_fn).bind_partial(query, key, value, *args).arguments
-        given = {**dict(list(given.items())[3:]), **kwargs}
-        arrays = {name: x for name, x in given.items() if isinstance(x, jax.Array) and not _is_key(x)}
-        numbers = {name: jnp.asarray(given[name]) for name in ("is_causal", "scale") if given.get(name) is not None}
-        self.seen = nnx.Intermediate({"q": query, "k": key, "v": value, **arrays, **numbers})
+        scale = getattr(self.attention_fn, "scale", None)
+        self.seen = nnx.Intermediate(seen_arrays(self.attention_fn, (query, key, value), args, kwargs, scale))
         self.rank = query.ndim
         return self.attention_fn(query, key, value, *args, **kwargs)
 
@@ -37,11 +30,6 @@ class _Recorder(nnx.Module):
         """What was seen by the name of each layer of the stack that this is, or of the one layer."""
         assert self.seen is not None, path
         arrays = {name: np.asarray(x) for name, x in self.seen.get_value().items()}
-        own = self.attention_fn
-        if isinstance(own, ApproxAttention):
-            arrays.setdefault("is_causal", np.asarray(False))
-            arrays["is_causal"] = arrays["is_causal"] | own.is_causal
-            arrays |= {} if own.scale is None else {"scale": np.asarray(own.scale, np.float32)}
         stack = arrays["q"].shape[: arrays["q"].ndim - self.rank]
         names = {index: f"{path}[{','.join(map(str, index))}]" if stack else path for index in np.ndindex(stack)}
         return {
@@ -113,7 +101,3 @@ def capture_attention(
     if to is not None:
         save_layers(to, captured)
     return captured
-
-
-def _is_key(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
-from approx_attention import InputError
+from approx_attention import InputError, linen
 from approx_attention.evaluation import load_layers
 from approx_attention.nnx import ApproxAttention, capture_attention
 from tests.flax.test_stacks import DIM, alone, scanned, stack_of, tokens
@@ -75,6 +76,32 @@ def test_layers_of_a_scanned_stack_are_recorded_one_by_one(tmp_path):
         np.testing.assert_allclose(layer.tensors.value, own.value(x), atol=1e-6)
         assert layer.is_causal is False
         x = x + own(x)
+
+
+def test_layers_of_a_linen_model_are_recorded(tmp_path):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            causal = linen.ApproxAttention("exact", {"scale": 0.5}, is_causal=True)
+            return x + nn.MultiHeadDotProductAttention(2, attention_fn=causal, name="attention")(x), None
+
+    def stack(**axes):
+        scanned = nn.scan(Block, variable_axes={"params": 0, **axes}, split_rngs={"params": True}, length=2)
+        return scanned(), scanned().init(jax.random.key(0), x, None)
+
+    x, path = tokens(), tmp_path / "layers.npz"
+    model, variables = stack(intermediates=0)
+    linen.capture_attention(model, variables, x, None, to=path)
+    layers = load_layers(path, layers="*")
+    assert list(layers) == ["attention[0]", "attention[1]"]
+    kernel = variables["params"]["attention"]["key"]["kernel"]
+    np.testing.assert_allclose(layers["attention[0]"].tensors.key, jnp.einsum("btc,chd->bthd", x, kernel[0]), atol=1e-5)
+    assert all((own.is_causal, own.scale) == (True, 0.5) for own in layers.values())
+    model, variables = stack()
+    with pytest.raises(ValueError, match="does not carry the collection 'intermediates'"):
+        linen.capture_attention(model, variables, x, None)
+    with pytest.raises(ValueError, match="Dense called no module with an attention_fn"):
+        linen.capture_attention(nn.Dense(3), nn.Dense(3).init(jax.random.key(0), x), x)
 
 
 def test_causality_padding_and_scale_are_recorded(tmp_path):
