@@ -267,7 +267,8 @@ class HeadsDecoder:
     whole sequence with the same ``rng``. Its functions can be jitted with the cache donated.
 
     Args:
-        method: a name in `METHODS` with ``decode``, or bound to hyper-parameters.
+        method: a name in `METHODS` with ``decode``, or bound to hyper-parameters. Where heads differ in their method,
+            use `decoding.MixedDecoder`.
         num_kv_heads: the number K of key heads.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.

@@ -164,7 +164,7 @@ def draw_policy(policy: Policy, maps: Mapping[str, Errors], title: str) -> Any:
             axes.grid(False)
         first.set_yticks(range(len(paths)), paths, fontsize=8, parse_math=False)
         patches.append(Patch(fill=False, edgecolor=_FRAME, label=f"above {policy.tolerance:g}"))
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize=8)
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=8)
         figure.suptitle(title, fontsize=11, parse_math=False)
         return figure
 
