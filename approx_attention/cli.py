@@ -360,8 +360,9 @@ def plan(
         asked: dict[str, Any] = {"tolerance": tolerance, "max_bytes": max_bytes, "max_seconds": max_seconds}
         asked |= {"scale": given.scale, "options": options, "confidence": confidence, **measured}
         if policy is not None:
-            asked |= {"is_causal": given.causal, "methods": given.names, "decode": decode}
-            run_model_plan(task, policy, settings | {"is_causal": given.causal, "decode": decode}, asked)
+            # A captured file says of each layer if it is causal.
+            own = {"is_causal": task.is_causal if given.file is None else given.causal, "decode": decode}
+            run_model_plan(task, policy, settings | own, {**asked, **own, "methods": given.names})
             return
 
         def measure(layer: Layer, keep: Callable[[Plan], None], on_progress: OnProgress) -> Plan:

@@ -34,10 +34,11 @@ PROGRAMS = {}
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch):
-    """Plans of the same tensors differ in what is chosen, not in what is measured; none has padding to close over."""
+    """Plans of the same tensors differ in what is chosen, not in what is measured."""
     head_curves = model_plans.head_curves
 
     def remembered(problem, settings, **options):
+        # The tensors are kept with what was measured, so that no others get their place.
         asked = id(problem.tensors.query), *settings
         if asked not in MEASURED:
             MEASURED[asked] = head_curves(problem, settings, **options)
@@ -170,6 +171,22 @@ def test_layers_of_a_stack_share_a_policy():
     assert policy.of_layer("blocks").methods == first.methods
     with pytest.raises(ValueError, match="stacked at 'blocks' .* theirs differ"):
         Policy({"blocks[0]": first, "blocks[1]": planned().policy.layers["second"]}, 0.1).of_layer("blocks")
+
+
+def test_padding_is_as_if_it_were_not_there():
+    whole = LAYERS["second"].tensors
+    real = np.arange(64) < 48
+    padded = Tensors(*(jnp.where(real[None, :, None, None], x, jnp.nan) for x in whole))
+    layers = (
+        Layer(Tensors(*(x[:, :48] for x in whole)), None),
+        Layer(padded, np.broadcast_to(real, (2, 64))),
+    )
+    options = {"tolerance": 0.9, "methods": ["mean_value"], "num_seeds": 2}
+    short, long = (plan_model({"": own}, **options).policy for own in layers)
+    for fields in ("predicted_error", "error_bound", "held_out_error", "relative_error"):
+        mine, its = ([getattr(head, fields) for head in heads(policy)] for policy in (short, long))
+        np.testing.assert_allclose(mine, its, rtol=1e-4)
+    np.testing.assert_allclose(*(check_policy(short, {"": own}).errors[""] for own in layers), rtol=1e-4)
 
 
 def test_a_budget_of_time():
