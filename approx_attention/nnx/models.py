@@ -1,6 +1,7 @@
 """Another attention in all layers of a Flax nnx model, and caches for them; layers may be stacked by ``nnx.vmap``."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -101,6 +102,9 @@ def _of_policy(
         raise ValueError(f"no layer to replace; the policy is for {', '.join(policy.layers)}")
     for path, own in found.items():
         own.methods.require(getattr(layers[path], "num_kv_heads", len(own.heads)))
+        named, stack = sum(stack_of(layer) == path for layer in policy.layers), _stack(layers[path], path)
+        if path not in policy.layers and stack is not None and named != math.prod(stack):
+            raise ValueError(f"the policy is for {named} of the {math.prod(stack)} layers stacked at {path!r}")
     scales = {path: {} if own.scale is None else {"scale": own.scale} for path, own in found.items()}
     return {path: (own.methods, {**scales[path], **options}) for path, own in found.items()}
 

@@ -350,6 +350,8 @@ def test_a_policy_in_a_stack_of_layers():
     own = of_heads(("exact", {}), ("uniform_sample", {"sample_size": 12}))
     assert replace_attention(layers, policy=Policy({"[0]": own, "[1]": own}, 0.1), rngs=nnx.Rngs(1)) == [""]
     assert layers.attention_fn.stream.key.shape == (2,)
+    with pytest.raises(ValueError, match="1 of the 2 layers stacked"):
+        replace_attention(exact, policy=Policy({"[0]": own}, 0.1), rngs=nnx.Rngs(1))
     np.testing.assert_allclose(run(layers, x), run(exact, x), atol=1e-5)  # a sample of all keys is exact
 
 
