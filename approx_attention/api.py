@@ -21,7 +21,7 @@ from approx_attention.core import (
     split_mask,
     within,
 )
-from approx_attention.registry import METHODS, BoundMethod, bind, get_method
+from approx_attention.registry import METHODS, BoundMethod, HeadMethods, bind, get_method
 
 
 def attention(
@@ -31,7 +31,7 @@ def attention(
     bias: Float[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     *,
-    method: str | Callable[..., Array] | BoundMethod,
+    method: str | Callable[..., Array] | BoundMethod | HeadMethods,
     rng: Array | None = None,
     scale: float | Array | None = None,
     is_causal: bool = False,
@@ -55,8 +55,10 @@ def attention(
         mask: true where a key may be seen, broadcastable to ``[..., N, T, S]``. A padding mask ``[..., 1, 1, S]`` is
             taken by every method with ``padding``, any other only by methods with ``dense_mask``.
         method: a name in `METHODS`, any function ``(q, k, v, key) -> out`` of one head, or what
-            `approx_attention.registry.bind` makes of either.
-        rng: typed PRNG key; each key head gets a different one, shared over the batch and over its query heads.
+            `approx_attention.registry.bind` makes of either; or one for each key head, as
+            `approx_attention.registry.HeadMethods`, for options that all of them support.
+        rng: typed PRNG key; each key head gets a different one, shared over the batch and over its query heads. Or a
+            key for each key head, ``[K]``.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t (aligned top left where T != S).
         query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Methods that take
@@ -96,6 +98,13 @@ def attention(
     is_causal, return_residual = check_flag("is_causal", is_causal), check_flag("return_residual", return_residual)
     if bias is not None:
         check_floating("bias", bias)
+    if isinstance(method, HeadMethods):
+        if hyperparameters or per_head:
+            given = ", ".join((*hyperparameters, *(per_head or ())))
+            raise TypeError(f"methods by head have their hyper-parameters already, got {given}")
+        own: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "local_window_size": local_window_size}
+        own |= {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+        return _by_head(method, (query, key, value), bias, mask, rng, return_residual=return_residual, **own)
     bound = bind(method, hyperparameters)
     if local_window_size is not None:
         bound = _within_window(bound, local_window_size, bias)
@@ -163,6 +172,35 @@ def attention(
         out = jnp.where(asked, out, jnp.zeros_like(out))
         residual = None if residual is None else jnp.where(asked[..., 0], residual, -jnp.inf)
     return (out, residual) if return_residual else out
+
+
+def _by_head(
+    methods: HeadMethods,
+    tokens: tuple[Array, Array, Array],
+    bias: Array | None,
+    mask: Array | None,
+    rng: Array | None,
+    **options: Any,
+) -> Any:
+    """Attention with a method for each key head: a call for each group of heads that share one."""
+    check_layout(*tokens)
+    *batch, num_queries, num_heads, _ = tokens[0].shape
+    full = *batch, num_heads, num_queries, tokens[1].shape[-3]
+    split_mask(mask, full)
+    if bias is not None:
+        broadcast("bias", bias, full)
+    keys = methods.keys(rng)
+    if len(methods.groups) == 1 and tokens[1].shape[-2] == len(methods.methods):
+        return attention(*tokens, bias, mask, method=methods.methods[0], rng=keys, **options)
+    groups, results = methods.split(*tokens), []
+    for group in groups:
+        # A mask without an axis of heads is that of all.
+        dense = (
+            x[..., group.asking, :, :] if x is not None and x.shape[-3:-2] == (num_heads,) else x for x in (bias, mask)
+        )
+        own = None if keys is None else keys[group.heads]
+        results.append(attention(*group.tokens, *dense, method=group.method, rng=own, **options))
+    return methods.join(groups, results, axis=tokens[0].ndim - 2)
 
 
 def _within_window(bound: BoundMethod, size: Any, bias: Array | None) -> BoundMethod:

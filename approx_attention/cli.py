@@ -1,9 +1,6 @@
-"""The command line: ``approx-attention compare``, ``plan``, ``heads`` and ``methods``."""
+"""The command line: ``approx-attention compare``, ``plan``, ``check``, ``heads`` and ``methods``."""
 
 import contextlib
-import dataclasses
-import functools
-import json
 import math
 import os
 import pathlib
@@ -13,13 +10,23 @@ from typing import Any
 import click
 import jax
 
-from approx_attention.core import InputError, unknown
+from approx_attention.cli_options import (
+    DEVICE,
+    WINDOW,
+    CommaSeparated,
+    Directory,
+    Given,
+    arrays,
+    on_tensors,
+)
+from approx_attention.core import InputError
 from approx_attention.evaluation import (
     HeadDiagnosis,
     Interrupted,
     Layer,
     OnProgress,
     Plan,
+    Policy,
     Problem,
     Task,
     capability_table,
@@ -34,75 +41,15 @@ from approx_attention.evaluation import (
     plan_kind,
     run,
     run_comparison,
+    run_model_plan,
+    run_policy_check,
     sample_layers,
     terminable,
 )
 from approx_attention.evaluation import plan as make_plan
-from approx_attention.registry import METHODS
 
 # The exit codes that shells give to SIGINT and SIGTERM.
 INTERRUPTED = (130, 143)
-
-
-class CommaSeparated(click.ParamType):
-    """Items between commas, each converted and none repeated."""
-
-    def __init__(self, item: click.ParamType):
-        self.item = item
-        self.name = f"{item.name},..."
-
-    def convert(self, value, param, ctx):
-        """Split the text and convert each item."""
-        if isinstance(value, tuple):
-            return value
-        items = [item.strip() for item in value.split(",") if item.strip()]
-        if not items:
-            self.fail("give at least one, separated by commas", param, ctx)
-        return tuple(dict.fromkeys(self.item.convert(item, param, ctx) for item in items))
-
-
-class MethodName(click.ParamType):
-    """The name of a registered method."""
-
-    name = "method"
-
-    def convert(self, value, param, ctx):
-        """Accept only names in the registry."""
-        if value not in METHODS:
-            self.fail(unknown("method", value, METHODS), param, ctx)
-        return value
-
-
-class Option(click.ParamType):
-    """A hyper-parameter of one method."""
-
-    name = "method.option=value"
-
-    def convert(self, value, param, ctx):
-        """Split the text; a value that is no JSON is a text."""
-        if isinstance(value, tuple):
-            return value
-        path, equals, text = value.partition("=")
-        method, dot, option = path.partition(".")
-        if not (equals and dot and option):
-            self.fail(f"it reads METHOD.OPTION=VALUE, such as favor.block_size=64; got {value!r}", param, ctx)
-        try:
-            setting = json.loads(text)
-        except (ValueError, RecursionError):
-            setting = text
-        return MethodName().convert(method, param, ctx), option, setting
-
-
-class Directory(click.ParamType):
-    """A directory for results, which need not be there yet."""
-
-    name = "directory"
-
-    def convert(self, value, param, ctx):
-        """Refuse an empty name, which pathlib takes for the current directory."""
-        if not str(value).strip():
-            self.fail("give a directory; the current one is '.'", param, ctx)
-        return pathlib.Path(value)
 
 
 class Group(click.Group):
@@ -128,128 +75,6 @@ def methods() -> None:
     click.echo(capability_table())
 
 
-_FILE = (
-    click.argument("file", required=False, type=click.Path(path_type=pathlib.Path)),
-    click.option("--q", "q_name", default="q", show_default=True, help="Name of the queries in FILE."),
-    click.option("--k", "k_name", default="k", show_default=True, help="Name of the keys."),
-    click.option("--v", "v_name", default="v", show_default=True, help="Name of the values."),
-    click.option(
-        "--layers",
-        metavar="PATTERN",
-        help="Several layers of FILE, such as 'layer*' for layer0.q, layer0.k, layer0.v, layer1.q, ... (also layer0/q, "
-        "layer0_q): a table for each, and a summary.",
-    ),
-    click.option(
-        "--lengths",
-        metavar="NAME",
-        help="Name of the integers [B] in FILE, or in each layer, that say how many tokens of each sequence are real. "
-        "Padding is then hidden, and errors are those of real queries (of all, where T differs from S).",
-    ),
-    click.option(
-        "--mask", metavar="NAME", help="Name of the boolean array [B, S] in FILE that is true where a key is real."
-    ),
-    click.option(
-        "--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]"
-    ),
-    click.option(
-        "--scale",
-        type=click.FloatRange(min=0, min_open=True, max=1e30),
-        help="Factor of the logits.  [default: 1/sqrt(D)]",
-    ),
-)
-_METHODS = (
-    click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to look at.  [default: all]"),
-    click.option(
-        "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0, max=2**31 - 1),
-        default=0,
-        show_default=True,
-        help="Seed of the first random projection or sample.",
-    ),
-)
-_DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "gpu", "tpu"]), help="Where to run.  [default: JAX's choice]"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """What the commands that measure have in common, as it was given."""
-
-    file: pathlib.Path | None
-    q_name: str
-    k_name: str
-    v_name: str
-    layers: str | None
-    lengths: str | None
-    mask: str | None
-    causal: bool | None
-    scale: float | None
-    device: str | None
-    out: pathlib.Path
-    names: tuple[str, ...] | None = None
-    options: tuple[tuple[str, str, Any], ...] = ()
-    seeds: int = 1
-    seed: int = 0
-
-    def options_by_method(self) -> dict[str, dict[str, Any]]:
-        """The hyper-parameters by the name of the method."""
-        options: dict[str, dict[str, Any]] = {}
-        for method, option, value in self.options:
-            if option in options.setdefault(method, {}):
-                raise InputError(f"--set gives {method}.{option} twice")
-            options[method][option] = value
-        return options
-
-
-def on_tensors(
-    name: str, least_seeds: int | None, endings: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What the commands that measure have in common: FILE, its arrays, the methods, and where results NAME go.
-
-    The command gets it as its first argument, `Given`. Without seeds it runs no methods.
-    """
-
-    def add(command: Callable[..., None]) -> Callable[..., None]:
-        seeds = click.option(
-            "--seeds",
-            type=click.IntRange(min=least_seeds or 1),
-            default=3,
-            show_default=True,
-            help="Draws of random methods" + ("." if least_seeds == 1 else "; one has no spread, which a bound needs."),
-        )
-        out = click.option(
-            "--out",
-            type=Directory(),
-            default=name,
-            show_default=True,
-            help=f"Directory for {endings}. Those of an earlier run are replaced; of two runs at once each needs its "
-            "own.",
-        )
-
-        @functools.wraps(command)
-        def gathered(**parameters: Any) -> None:
-            named = [field.name for field in dataclasses.fields(Given) if field.name in parameters]
-            given = Given(**{field: parameters.pop(field) for field in named})
-            command(given, **parameters)
-
-        methods = () if least_seeds is None else (*_METHODS[:-1], seeds, _METHODS[-1])
-        for option in (out, *reversed((*_FILE, *methods, _DEVICE))):
-            gathered = option(gathered)
-        return gathered
-
-    return add
-
-
-_WINDOW = (
-    "A window of w holds, under --causal, the query's own token and the w - 1 before it (w in all), else its own and "
-    "w - 1 to each side (2w - 1 in all)."
-)
-
-
 @approx_attention.command()
 @on_tensors("compare", least_seeds=1, endings="compare.json and compare.png")
 @click.option(
@@ -259,7 +84,7 @@ _WINDOW = (
     default="64,256",
     show_default=True,
     help="Sizes of summaries: landmarks, samples, features, window. Sizes that count other things are in proportion: "
-    f"at 256 every method has its usual size. {_WINDOW}",
+    f"at 256 every method has its usual size. {WINDOW}",
 )
 @click.option(
     "--window",
@@ -317,6 +142,13 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
 @click.option("--max-milliseconds", type=float, help="Time that a call on these tensors may take.")
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=pathlib.Path),
+    help="Choose for each key head of each layer, and write the choices to this JSON file. The tolerance is that of "
+    "each head, and a budget is that of all layers and heads together.",
+)
+@click.option("--decode", is_flag=True, help="With --policy: only methods that caches can hold.")
 def plan(
     given: Given,
     tolerance: float,
@@ -324,6 +156,8 @@ def plan(
     max_milliseconds: float | None,
     held_out: float,
     confidence: float,
+    policy: pathlib.Path | None,
+    decode: bool,
 ) -> None:
     """Which method, of what size, stays below a tolerance on the tensors in FILE, and is the cheapest?
 
@@ -342,28 +176,23 @@ def plan(
         raise InputError(f"--max-milliseconds must be a positive number, got {max_milliseconds}")
     with _task("plan", given) as task:
         options = given.options_by_method()
-        settings = task.settings | {
-            "options": options,
-            "held_out": held_out,
-            "num_seeds": given.seeds,
-            "seed": given.seed,
-        }
+        measured = {"held_out": held_out, "num_seeds": given.seeds, "seed": given.seed}
+        settings = task.settings | {"options": options} | measured
+        asked: dict[str, Any] = {"tolerance": tolerance, "max_bytes": max_bytes, "max_seconds": max_seconds}
+        asked |= {"scale": given.scale, "options": options, "confidence": confidence, **measured}
+        if policy is not None:
+            # A captured file says of each layer if it is causal.
+            own = {"is_causal": task.is_causal if given.file is None else given.causal, "decode": decode}
+            run_model_plan(task, policy, settings | own, {**asked, **own, "methods": given.names})
+            return
 
         def measure(layer: Layer, keep: Callable[[Plan], None], on_progress: OnProgress) -> Plan:
             return make_plan(
                 layer.tensors,
-                tolerance=tolerance,
-                max_bytes=max_bytes,
-                max_seconds=max_seconds,
                 is_causal=task.is_causal,
-                scale=given.scale,
                 methods=task.names,
-                options=options,
-                held_out=held_out,
-                confidence=confidence,
-                num_seeds=given.seeds,
-                seed=given.seed,
                 mask=layer.kv_mask,
+                **asked,
                 on_progress=on_progress,
                 on_part=keep,
             )
@@ -378,7 +207,7 @@ def plan(
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help=f"Keys of the ideal methods that heads are held against, and the window. {_WINDOW}",
+    help=f"Keys of the ideal methods that heads are held against, and the window. {WINDOW}",
 )
 @click.option("--tolerance", type=float, default=0.1, show_default=True, help="Relative error that is allowed.")
 @click.option(
@@ -407,6 +236,45 @@ def heads(given: Given, size: int, tolerance: float, queries: int) -> None:
             )
 
         run(task, settings, heads_kind(size, tolerance), measure)
+
+
+@approx_attention.command()
+@click.argument("policy", type=click.Path(path_type=pathlib.Path))
+@click.argument("file", type=click.Path(path_type=pathlib.Path))
+@arrays
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first of them."
+)
+@DEVICE
+@click.option(
+    "--out", type=Directory(), default="check", show_default=True, help="Directory for check.json, .md, .png."
+)
+def check(
+    policy: pathlib.Path,
+    file: pathlib.Path,
+    q_name: str,
+    k_name: str,
+    v_name: str,
+    layers: str | None,
+    lengths: str | None,
+    mask: str | None,
+    seeds: int,
+    seed: int,
+    device: str | None,
+    out: pathlib.Path,
+) -> None:
+    """Does a POLICY that `plan --policy` has made keep its promise on the tensors in FILE, of another text?
+
+    Prints and writes the error of each key head of each layer, and says which are above the tolerance.
+    """
+    _use_device(device)
+    made = Policy.load(policy)
+    pattern = layers or (None if list(made.layers) == [""] else "*")
+    loaded = load_layers(file, (q_name, k_name, v_name), layers=pattern, lengths=lengths, mask=mask)
+    settings = {"policy": policy.name, "source": file.name, "num_seeds": seeds, "seed": seed}
+    with only_run(out, "check"):
+        run_policy_check(out, made, loaded, file.name, settings, num_seeds=seeds, seed=seed)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """The arguments that Flax passes to an ``attention_fn``, checked and translated: none is dropped in silence."""
 
 import contextlib
+import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,22 +15,31 @@ from jax import Array
 from jax.core import Tracer
 
 from approx_attention.core import check_choice, check_count, check_number, shown
-from approx_attention.registry import BoundMethod, bind
+from approx_attention.registry import BoundMethod, HeadMethods, bind
 
 
 def bind_layer(
-    method: str | Callable[..., Array] | BoundMethod, noise: bool, hyperparameters: Mapping[str, Any]
-) -> tuple[BoundMethod, bool]:
-    """The method of a layer with its hyper-parameters, and whether it is random.
+    method: str | Callable[..., Array] | BoundMethod | HeadMethods, noise: bool, hyperparameters: Mapping[str, Any]
+) -> tuple[BoundMethod | HeadMethods, Any, bool]:
+    """The method of a layer with its hyper-parameters, the scale if it is among them, and whether it is random.
 
     Raises:
         ValueError: an unknown method, or noise asked of a method that has none.
         TypeError: neither a name nor a function, or an argument that the method does not have.
     """
-    bound = bind(method, hyperparameters, options=("scale",))
+    if isinstance(method, HeadMethods):
+        bound, given = method, dict(hyperparameters)
+        scale = given.pop("scale", None)
+        if given:
+            raise TypeError(f"methods by head have their hyper-parameters already, got {', '.join(given)}")
+    else:
+        bound = bind(method, hyperparameters, options=("scale",))
+        given = dict(bound.hyperparameters)
+        scale = given.pop("scale", None)
+        bound = dataclasses.replace(bound, hyperparameters=given)
     if noise and not bound.may_be_random:
         raise ValueError(f"method {bound.name!r} has no noise to be switched on")
-    return bound, bound.is_random or noise
+    return bound, scale, bound.is_random or noise
 
 
 def check_redraw(redraw: str, every: int | None) -> int:
@@ -164,6 +176,72 @@ def without_causality(
         f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
         f"many queries as keys; got another one of shape {mask.shape}"
     )
+
+
+def seen_arrays(
+    attention_fn: Callable[..., Any],
+    tokens: tuple[Array, Array, Array],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    scale: Any,
+) -> dict[str, Array]:
+    """The arrays that an attention function is called with, by name, with its causality and scale.
+
+    Args:
+        attention_fn: the function, which may be causal by itself.
+        tokens: query, key and value.
+        args: further arguments by position.
+        kwargs: further arguments by name.
+        scale: of the function's, if it has one.
+    """
+    by_position = inspect.signature(attention_fn).bind_partial(*tokens, *args).arguments
+    given = {**dict(list(by_position.items())[len(tokens) :]), **kwargs}
+    arrays = {
+        name: x
+        for name, x in given.items()
+        if isinstance(x, Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    }
+    is_causal = bool(given.get("is_causal")) or bool(getattr(attention_fn, "is_causal", False))
+    scale = given.get("scale") if scale is None else scale
+    scales = {} if scale is None else {"scale": jnp.asarray(scale, jnp.float32)}
+    return {**arrays, **scales, **dict(zip("qkv", tokens, strict=True)), "is_causal": jnp.asarray(is_causal)}
+
+
+def as_layer(name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What an attention function was given, as files of layers hold it: causality and padding in place of a mask.
+
+    Args:
+        name: of the layer.
+        given: ``q``, ``k`` and ``v``, and other arrays by their names.
+
+    Raises:
+        ValueError: a bias, or a mask that is neither causal nor padding.
+    """
+    arrays = {argument: x if x.dtype.kind in "fbiu" else x.astype(np.float32) for argument, x in given.items()}
+    is_causal = bool(arrays.get("is_causal", False))
+    if "bias" in arrays:
+        raise ValueError(f"layer {name!r} has a bias of its logits, which files of q, k and v do not hold")
+    batch, num_keys = arrays["k"].shape[:-3], arrays["k"].shape[-3]
+    mask = arrays.pop("mask", None)
+    if mask is not None:
+        padding, causal = None, False
+        try:
+            padding, causal = without_causality(name, as_boolean(jnp.asarray(mask)), "as_is_causal")
+        except NotImplementedError:
+            padding = jnp.asarray(mask)
+        if padding is not None:
+            if any(n != 1 for n in padding.shape[-3:-1]):
+                raise ValueError(
+                    f"layer {name!r} has a mask of shape {list(mask.shape)} that is neither causal nor padding, which "
+                    "files of q, k and v do not hold"
+                )
+            real = padding if padding.ndim < 3 else padding[..., 0, 0, :]
+            arrays["mask"] = np.broadcast_to(np.asarray(real), (*batch, num_keys)).reshape(-1, num_keys)
+        is_causal = is_causal or causal
+    if "key_value_seq_lengths" in arrays:
+        real = np.arange(num_keys) < arrays["key_value_seq_lengths"].reshape(-1, 1)
+        arrays["mask"] = arrays.get("mask", True) & np.broadcast_to(real, (math.prod(batch), num_keys))
+    return {**arrays, "is_causal": np.asarray(is_causal)}
 
 
 def check_mask(

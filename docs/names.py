@@ -32,7 +32,10 @@ TOPICS = {
     "attention": (
         "Attention over batch and heads",
         "One call for any method, and the registry that knows what each can do.",
-        ("attention", "Method", "Capabilities", "registry.bind", "registry.BoundMethod", "InputError"),
+        (
+            "attention", "Method", "Capabilities", "registry.bind", "registry.BoundMethod", "registry.HeadMethods",
+            "InputError",
+        ),
     ),
     "summaries": (
         "Summaries, answers and features",
@@ -52,7 +55,8 @@ TOPICS = {
         "Decoding and compression of caches",
         "Caches of bounded size, and policies that make few weighted tokens of many.",
         (
-            "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress_tokens", "compress_cache",
+            "HeadsDecoder", "HeadsCache", "decoding.MixedDecoder", "decoding.MixedCache", "Decoder", "Cache",
+            "compress_tokens", "compress_cache",
             "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
             "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
             "decoding.AttentionMatching",
@@ -110,8 +114,10 @@ TOPICS = {
             "evaluation.break_even", "evaluation.compile_arm", "evaluation.shared_programs", "evaluation.plan",
             "evaluation.Plan", "evaluation.Candidate", "evaluation.Curve", "evaluation.plan_document",
             "evaluation.plan_table", "evaluation.draw_plan", "evaluation.Tensors", "evaluation.Layer",
-            "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample", "evaluation.diagnose",
-            "evaluation.HeadDiagnosis",
+            "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample", "evaluation.save_layers",
+            "evaluation.plan_model", "evaluation.ModelPlan", "evaluation.Policy", "evaluation.LayerPolicy",
+            "evaluation.HeadChoice", "evaluation.check_policy", "evaluation.PolicyCheck",
+            "evaluation.diagnose", "evaluation.HeadDiagnosis",
         ),
     ),
 }  # fmt: skip

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from approx_attention.core import unknown
-from approx_attention.evaluation import write_atomically
+from approx_attention.evaluation import save_layers
+from approx_attention.nnx import capture_attention
 from experiments import data, report
-from experiments.capture import capture
 from experiments.config import ConfigError, parse_overrides
 from experiments.sample import write_sample
 from experiments.studies import COMMITTED, ROOT, SCALES, Places, Run, check_all, every_study, read_study
@@ -178,7 +178,7 @@ def capture_command(
     with _training_run(_run_of(study, scale, configuration, seed, assignments, out)) as (settings, directory):
         model, dataset, _ = fit(settings, directory, _console())
         examples = data.held_out(dataset, split, batch, 1)[0]
-        captured = capture(model, lambda model: predict(model, examples))
+        captured = capture_attention(model, lambda model: predict(model, examples))
     _write_layers(captured, layers, to)
 
 
@@ -204,7 +204,7 @@ def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
         raise ConfigError(f"{function!r} must return (model, run), and run(model) calls the model once")
     try:
-        captured = capture(*made)
+        captured = capture_attention(*made)
     except ValueError as error:
         raise ConfigError(f"{function!r}: {error}") from error
     _write_layers(captured, layers, to)
@@ -215,8 +215,7 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
     for name in chosen:
         if name not in captured:
             raise ConfigError(unknown("layer", name, captured))
-    arrays: dict[str, Any] = {f"{name}.{x}": captured[name][x] for name in chosen for x in "qkv"}
-    write_atomically(to, lambda file: np.savez_compressed(file, **arrays))
+    save_layers(to, {name: captured[name] for name in chosen})
     _console().print(f"wrote {', '.join(chosen)} to {to}; read all of them with --layers '*'", soft_wrap=True)
 
 

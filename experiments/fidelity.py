@@ -9,7 +9,7 @@ from flax import nnx
 
 from approx_attention.core import in_float32
 from approx_attention.evaluation import output_error
-from experiments.capture import capture
+from approx_attention.nnx import capture_attention
 from experiments.models import AttentionConfig, attention_layers
 from experiments.training import predict
 
@@ -28,7 +28,7 @@ def attention_errors(
         For each name the relative Frobenius error ``mean`` over layers and that of each layer, in order.
     """
     examples = {name: jnp.asarray(array) for name, array in batch.items()}
-    captured = capture(model, lambda model: predict(model, examples))
+    captured = capture_attention(model, lambda model: predict(model, examples))
     layers = attention_layers(model)
     lengths = examples.get("lengths")
     errors: dict[str, list[float]] = {name: [] for name in methods}
@@ -44,7 +44,7 @@ def attention_errors(
             own = {
                 name: jnp.asarray(x)
                 for name, x in tensors.items()
-                if name not in ("q", "k", "v", "key_value_seq_lengths")
+                if name not in ("q", "k", "v", "is_causal", "mask", "scale", "key_value_seq_lengths")
             }
             if config is not None:
                 layer, own = nnx.clone(layer), {}

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 
 from approx_attention.evaluation import write_atomically
+from approx_attention.nnx import capture_attention
 from experiments import data
-from experiments.capture import capture
 from experiments.config import as_plain
 from experiments.training import TrainingConfig, evaluate, fit, predict
 
@@ -47,7 +47,7 @@ def write_sample(config: TrainingConfig, directory: pathlib.Path, to: pathlib.Pa
     """
     model, dataset, seconds = fit(config, directory, console)
     text = data.held_out(dataset, "valid", 1, 1)[0]
-    captured = capture(model, lambda model: predict(model, text))
+    captured = capture_attention(model, lambda model: predict(model, text))
     chosen = choose(captured)
     group = config.model.num_heads // config.model.num_kv_heads
     parts = [

@@ -6,6 +6,7 @@ from approx_attention.decoding.compression import compress_cache, compress_token
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.decoding.heuristics import HEURISTICS, attention_received
 from approx_attention.decoding.matching import MATCHING, AttentionMatching
+from approx_attention.decoding.mixed import MixedCache, MixedDecoder
 
 __all__ = [
     "HEURISTICS",
@@ -17,6 +18,8 @@ __all__ = [
     "Decoder",
     "HeadsCache",
     "HeadsDecoder",
+    "MixedCache",
+    "MixedDecoder",
     "attention_received",
     "compress_cache",
     "compress_tokens",

@@ -256,6 +256,11 @@ class HeadsCache(NamedTuple):
     heads: Cache | CertifiedCache
     drawn: dict[str, Any]
 
+    @property
+    def length(self) -> Array:
+        """The number of tokens seen, one number, or ``[B]`` where sequences differ."""
+        return self.heads.length
+
 
 class HeadsDecoder:
     r"""A registered method as a decoder of a batch of sequences with grouped heads, in the layout of `attention`.
@@ -264,7 +269,8 @@ class HeadsDecoder:
     whole sequence with the same ``rng``. Its functions can be jitted with the cache donated.
 
     Args:
-        method: a name in `METHODS` with ``decode``, or bound to hyper-parameters.
+        method: a name in `METHODS` with ``decode``, or bound to hyper-parameters. Where heads differ in their method,
+            use `decoding.MixedDecoder`.
         num_kv_heads: the number K of key heads.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.

@@ -12,7 +12,7 @@ from approx_attention.core import InputError, check_flag
 from approx_attention.evaluation.cache_bytes import bytes_of, token_bytes
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
-from approx_attention.registry import METHODS, Method, bind, get_method
+from approx_attention.registry import METHODS, HeadMethods, Method, bind, get_method
 
 # Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
 LARGEST_LOGITS = 2**31
@@ -147,6 +147,17 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
     )
 
 
+def policy_arm(problem: Problem, methods: HeadMethods) -> Arm:
+    """The configuration that has a method for each key head."""
+    (_, is_causal, scale, _), mask, is_random = problem, problem.mask, methods.is_random
+
+    def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, None]:
+        options: Any = {"mask": mask, "scale": scale, "is_causal": is_causal, "rng": rng if is_random else None}
+        return attention(query, key, value, method=methods, **options), None
+
+    return Arm(method="policy", function=function, is_random=is_random)
+
+
 def exact_arms(problem: Problem) -> list[Arm]:
     """Every form of exact attention that this machine has memory for, the library's default first."""
     (query, key, value), is_causal, scale, _ = problem
@@ -198,6 +209,18 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
         limit = f"least {least}" if value < least else f"most {most}"
         raise InputError(f"{name} must be at {limit}, got {value}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raises ``InputError`` unless the value is a positive number or None."""
+    if value is not None and not (isinstance(value, int | float) and 0 < value < 1e30):
+        raise InputError(f"{name} must be a positive number, got {value}")
+
+
+def check_confidence(confidence: float) -> None:
+    """Raises ``InputError`` for a confidence that no bound has."""
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}")
 
 
 def check_method(name: str, is_causal: bool) -> Method:

@@ -68,6 +68,15 @@ def first_sizes(name: str, num_keys: int) -> list[int]:
     return list(dict.fromkeys(_round_size(size, greatest) for size in start))
 
 
+def all_sizes(name: str, num_keys: int) -> list[int]:
+    """The sizes at which a method is measured where every head chooses: each twice the one before, to the greatest."""
+    greatest, starts = _greatest_size(name, num_keys), first_sizes(name, num_keys)
+    if not starts:
+        return []
+    steps = range(math.ceil(math.log2(greatest / starts[0])) + 1)
+    return list(dict.fromkeys(min(starts[0] * 2**step, greatest) for step in steps))
+
+
 def _greatest_size(name: str, num_keys: int) -> int:
     """The greatest size to look at: half of the tokens, and of sizes that count other things eight times the usual."""
     usual = get_method(name).usual_size

@@ -102,6 +102,11 @@ class Split(NamedTuple):
     held_out: np.ndarray
     query_mask: np.ndarray | None = None
 
+    def of_group(self, group: int) -> "Split":
+        """The units of one group."""
+        mine = (units[self.groups[units] == group] for units in (self.calibration, self.held_out))
+        return self._replace(**dict(zip(("calibration", "held_out"), mine, strict=True)))
+
     def sums(self, rows: np.ndarray) -> np.ndarray:
         """Sums by unit, ``[U]``, of what there is for each query, ``[B, T, N]``; padding is left out."""
         sequences, num_key_heads, runs = self.shape
@@ -138,8 +143,6 @@ def split_units(
     Raises:
         InputError: a share outside 0 and 1, or too few queries for four units.
     """
-    if not 0 < held_out < 1:
-        raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
     num_batches = shape[0]
     num_queries = shape[1] if query_mask is None else int(query_mask.sum(1).min())
     if num_key_heads >= LEAST_HEADS:
@@ -153,6 +156,54 @@ def split_units(
     if len(groups) < 4:
         padded = "" if query_mask is None else f" with {num_queries} real queries in the shortest sequence"
         raise InputError(f"a plan needs at least 4 queries to hold some out, got {list(shape)} as [B, T, N, D]{padded}")
+    return _divided(by, sizes, groups, held_out, seed, query_mask)
+
+
+def split_within_heads(
+    shape: Sequence[int], num_key_heads: int, held_out: float, seed: int, query_mask: np.ndarray | None = None
+) -> Split:
+    """Calibration and held-out units of every key head, where a choice is made for each.
+
+    They are its sequences, if there are at least 8, or else runs of the queries of each.
+
+    Args:
+        shape: of the queries, ``[B, T, N, D]``.
+        num_key_heads: how many key heads the query heads share.
+        held_out: the share that is held out.
+        seed: of the draw.
+        query_mask: which queries ``[B, T]`` are real; all by default.
+
+    Returns:
+        The `Split`, whose groups are the key heads.
+
+    Raises:
+        InputError: a share that leaves a head less than two units to measure or none to check.
+    """
+    num_queries = shape[1] if query_mask is None else int(query_mask.sum(1).min())
+    runs = 1 if shape[0] >= LEAST_HEADS else min(-(-RUNS_OF_QUERIES // shape[0]), num_queries)
+    sizes = (shape[0], num_key_heads, runs)
+    head = np.indices(sizes)[1].ravel()
+    split = _divided("sequences" if runs == 1 else "runs of queries", sizes, head, held_out, seed, query_mask)
+    for units, least in ((split.calibration, 2), (split.held_out, 1)):
+        if np.bincount(head[units], minlength=num_key_heads).min() < least:
+            raise InputError(
+                f"a head has {shape[0] * runs} {split.by}, of which held_out = {held_out} leaves less than two to "
+                f"measure or none to check"
+            )
+    return split
+
+
+def _divided(
+    by: str,
+    sizes: tuple[int, int, int],
+    groups: np.ndarray,
+    held_out: float,
+    seed: int,
+    query_mask: np.ndarray | None,
+) -> Split:
+    """Units by chance, of which each group gives its share."""
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
     random = np.random.default_rng(seed)
     order = random.permutation(len(groups))
     # Each stratum gives its share, up to one unit: its units are spread evenly over the order, from a random start.

@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from approx_attention.core import InputError, did_you_mean
+from approx_attention.evaluation.atomic import write_atomically
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 
 # What may stand between the name of a layer and that of its array.
@@ -49,10 +50,19 @@ class Tensors(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The tensors of a layer, and which of its keys ``[B, S]`` are real, if some are padding."""
+    """The tensors of a layer, and how its model attends to them, where the file says so.
+
+    Attributes:
+        tensors: query, key and value.
+        kv_mask: which keys ``[B, S]`` are real, if some are padding.
+        is_causal: whether query t sees keys j <= t only; None where the file does not say.
+        scale: factor of the logits, if it is another than ``1/sqrt(D)``.
+    """
 
     tensors: Tensors
     kv_mask: np.ndarray | None
+    is_causal: bool | None = None
+    scale: float | None = None
 
 
 def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q", "k", "v")) -> Tensors:
@@ -81,7 +91,8 @@ def load_layers(
 ) -> dict[str, Layer]:
     """Read q, k and v of one layer or several, with the lengths or the mask that say what is padding.
 
-    The arrays of a layer are named after it: ``layer0.q``, ``layer0/q`` or ``layer0_q``, at any depth.
+    The arrays of a layer are named after it: ``layer0.q``, ``layer0/q`` or ``layer0_q``, at any depth. What
+    `nnx.capture_attention` has written of a layer in addition (``is_causal``, ``scale``, ``mask``) is read too.
 
     Args:
         path: the file, as for `load_tensors`.
@@ -101,6 +112,25 @@ def load_layers(
     archive = _open(path)
     prefixes = {"": ""} if layers is None else _prefixes(path, archive.names, layers, names)
     return {layer: _layer(path, archive, prefix, names, lengths, mask) for layer, prefix in prefixes.items()}
+
+
+def save_layers(path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write the arrays of layers, ``q``, ``k``, ``v`` and others, to an .npz file that `load_layers` reads.
+
+    Args:
+        path: the file; it is whole or absent.
+        layers: arrays by their names, by the name of the layer; "" for one without a name.
+
+    Raises:
+        InputError: the name of the file does not end in .npz, or its directory is not there.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise InputError(f"{path} must end in .npz and lie in a directory that is there")
+    arrays: dict[str, Any] = {
+        f"{layer}.{name}" if layer else name: x for layer, own in layers.items() for name, x in own.items()
+    }
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def load_sample() -> Tensors:
@@ -182,6 +212,9 @@ def _layer(
     with np.errstate(over="ignore", invalid="ignore"):
         query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
     _check_shapes(path, names, query, key, value)
+    is_captured = prefix + "is_causal" in archive.names
+    if is_captured and lengths is None and mask is None and prefix + "mask" in archive.names:
+        mask = "mask"
     kv_mask = _padding(path, archive, prefix, key.shape, lengths, mask)
     real = (query_mask(kv_mask, query.shape[1]), kv_mask, kv_mask)
     for name, x, rows in zip(names, (query, key, value), real, strict=True):
@@ -193,7 +226,20 @@ def _layer(
                 f"{name!r} in {path} has {len(bad)} numbers that are not finite in float32, "
                 f"the first {number} at [{where}]"
             )
-    return Layer(Tensors(*(jnp.asarray(x) for x in (query, key, value))), kv_mask)
+    is_causal = bool(_one(path, archive, prefix + "is_causal", "b")) if is_captured else None
+    scale = (
+        float(_one(path, archive, prefix + "scale", "f")) if is_captured and prefix + "scale" in archive.names else None
+    )
+    return Layer(Tensors(*(jnp.asarray(x) for x in (query, key, value))), kv_mask, is_causal, scale)
+
+
+def _one(path: pathlib.Path, archive: "_Archive", name: str, kind: str) -> Any:
+    """A boolean or a positive number."""
+    x = archive.read(name)
+    if x.shape or x.dtype.kind != kind or (kind == "f" and not 0 < float(x) < math.inf):
+        wanted = {"b": "true or false", "f": "a positive number"}[kind]
+        raise InputError(f"{name!r} in {path} must be {wanted}, got shape {list(x.shape)} of {x.dtype}")
+    return x
 
 
 def _padding(

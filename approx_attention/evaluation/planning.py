@@ -3,33 +3,34 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from approx_attention.core import InputError, in_float32
+from approx_attention.core import InputError
 from approx_attention.evaluation.arms import (
     BASELINES,
     EXACT,
     MOST_SEEDS,
     Options,
+    check_confidence,
     check_method,
     check_options,
+    check_positive,
     check_range,
     default_methods,
     exact_arms,
     method_arm,
 )
+from approx_attention.evaluation.bench import Bench
 from approx_attention.evaluation.cache_bytes import token_bytes
 from approx_attention.evaluation.calibration import ROUNDING, calibrate, chosen_settings, first_sizes
-from approx_attention.evaluation.error_laws import Split, UnitErrors, split_units
+from approx_attention.evaluation.error_laws import UnitErrors, split_units
 from approx_attention.evaluation.files import Tensors
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, cost, verdict
 from approx_attention.evaluation.problem import Problem
-from approx_attention.evaluation.programs import Arm, compile_arm
+from approx_attention.evaluation.programs import Arm
 from approx_attention.evaluation.real_tokens import query_mask
 from approx_attention.evaluation.timing import time_interleaved
 from approx_attention.registry import get_method
@@ -102,11 +103,10 @@ def plan(
         >>> made.pick.label, made.pick.meets
         ('mean_value', True)
     """
-    _check_positive("tolerance", tolerance)
-    _check_positive("max_bytes", max_bytes)
-    _check_positive("max_seconds", max_seconds)
-    if not 0.5 <= confidence < 1:
-        raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}")
+    check_positive("tolerance", tolerance)
+    check_positive("max_bytes", max_bytes)
+    check_positive("max_seconds", max_seconds)
+    check_confidence(confidence)
     check_range("num_seeds", num_seeds, 2, MOST_SEEDS)
     check_range("rounds", rounds, 1, MOST_SEEDS)
     check_range("seed", seed, 0, 2**31 - 1)
@@ -128,7 +128,7 @@ def plan(
     for name in options:
         arm_of(name, None if get_method(name).size is None else next(iter(first_sizes(name, num_keys)), 1))
     exact_forms = exact_arms(problem)
-    bench = _Bench(tensors, exact_forms[0], split)
+    bench = Bench(tensors, exact_forms[0], split)
     if not 0 < bench.exact.sum() < math.inf:
         raise InputError("the outputs of exact attention are all zero or not finite, and no error is relative to that")
 
@@ -224,40 +224,3 @@ def plan(
     on_progress("done", len(names) + 1, len(names) + 1)
     made = Plan(tolerance, max_bytes, max_seconds, rank_by, confidence, split, candidates, curves, pick, "")
     return dataclasses.replace(made, verdict=verdict(made))
-
-
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, int | float) and 0 < value < 1e30):
-        raise InputError(f"{name} must be a positive number, got {value}")
-
-
-class _Bench:
-    """Compiled configurations on the tensors, and their errors against exact attention by unit."""
-
-    def __init__(self, tensors: Tensors, exact: Arm, split: Split):
-        self.tensors, self.split = tensors, split
-        self.programs: dict[Arm, tuple[Callable[..., Any], float]] = {}
-        # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
-        with in_float32():
-            program, _ = compile_arm(exact, *tensors)
-        self.exact_out = program(*tensors, exact.draw(jax.random.key(0)))[0]
-        self.exact = self._by_unit(self.exact_out)
-
-    def _program(self, arm: Arm) -> tuple[Callable[..., Any], float]:
-        if arm not in self.programs:
-            self.programs[arm] = compile_arm(arm, *self.tensors)
-        return self.programs[arm]
-
-    def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
-        return functools.partial(self._program(arm)[0], *self.tensors, arm.draw(jax.random.key(seed)))
-
-    def compile_seconds(self, arm: Arm) -> float:
-        return self._program(arm)[1]
-
-    def errors(self, arm: Arm, seeds: Sequence[int]) -> UnitErrors:
-        outs = [self.call(arm, seed)()[0] for seed in (seeds if arm.is_random else seeds[:1])]
-        return UnitErrors(np.stack([self._by_unit(out - self.exact_out) for out in outs]), self.exact)
-
-    def _by_unit(self, x: jax.Array) -> np.ndarray:
-        """Sums of squares ``[U]`` of ``[B, T, N, Dv]`` by unit."""
-        return self.split.sums(np.asarray(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), np.float64))

@@ -7,13 +7,13 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from approx_attention.evaluation.atomic import write_atomically
 from approx_attention.evaluation.files import Tensors
 
 
@@ -104,18 +104,3 @@ def write_results(
     except Exception as error:  # the measurements are worth more than their picture
         return written, " ".join(f"{type(error).__name__}: {error}".split())
     return [*written, picture], ""
-
-
-def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    """Write a file next to its place and then move it there, so that it is never half written."""
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        # A temporary file can be read by its owner alone.
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        # An interrupt can come when it is moved already.
-        pathlib.Path(draft).unlink(missing_ok=True)
-        raise

@@ -1,7 +1,9 @@
 """Attention for Flax linen."""
 
 from approx_attention.linen.attention import ApproxAttention
+from approx_attention.linen.capture import capture_attention
 
 __all__ = [
     "ApproxAttention",
+    "capture_attention",
 ]

@@ -1,6 +1,5 @@
 """Attention by any method in a Flax Linen model, as the ``attention_fn`` of its layers."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from jax import Array
 from approx_attention import flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
-from approx_attention.registry import BoundMethod
+from approx_attention.registry import BoundMethod, HeadMethods
 
 
 class ApproxAttention(nn.Module):
@@ -25,7 +24,8 @@ class ApproxAttention(nn.Module):
     initialisation from the stream ``attention`` (or ``params``); learned arrays are parameters.
 
     Attributes:
-        method: a name in `METHODS`, or a function ``(q, k, v, key) -> out`` of one head.
+        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a method for each key head
+            (`approx_attention.registry.HeadMethods`).
         options: hyper-parameters of the method, such as ``{"num_features": 128}``.
         is_causal: query t sees keys j <= t.
         redraw: keep random projections for good, or sample new ones from the stream ``attention`` in every call, or
@@ -51,7 +51,7 @@ class ApproxAttention(nn.Module):
         (2, 100, 32)
     """
 
-    method: str | Callable[..., Array]
+    method: str | Callable[..., Array] | HeadMethods
     options: Mapping[str, Any] = FrozenDict()
     is_causal: bool = False
     redraw: Literal["never", "every_call", "every_n"] = "never"
@@ -101,9 +101,8 @@ class ApproxAttention(nn.Module):
         Raises:
             NotImplementedError: dropout, sown weights, or a mask that the method does not support.
         """
-        bound, draws = flax_arguments.bind_layer(self.method, self.noise, self.options)
-        name, given = bound.name, dict(bound.hyperparameters)
-        scale = given.pop("scale", None)
+        bound, scale, draws = flax_arguments.bind_layer(self.method, self.noise, self.options)
+        name = bound.name
         flax_arguments.check_unused(
             name,
             dropout=self.dropout,
@@ -129,7 +128,7 @@ class ApproxAttention(nn.Module):
                 key,
                 value,
                 mask=mask,
-                method=dataclasses.replace(bound, hyperparameters=given),
+                method=bound,
                 rng=rng,
                 is_causal=is_causal,
                 scale=scale,
@@ -167,8 +166,10 @@ class ApproxAttention(nn.Module):
         return jax.random.bits(self.make_rng("attention"), (2,), jnp.uint32)
 
 
-def _first_draw(bound: BoundMethod, argument: str, head_dim: int) -> Callable[[Array], Array]:
+def _first_draw(bound: BoundMethod | HeadMethods, argument: str, head_dim: int) -> Callable[[Array], Array]:
     """An initialiser of a learned array: the random projection that the method would draw."""
+    if isinstance(bound, HeadMethods):
+        raise ValueError(f"learned={argument!r} is for one method of all heads, got methods by head")
     return lambda key: flax_arguments.drawn_array(bound.name, bound.projections(key, head_dim), argument)
 
 

@@ -1,6 +1,7 @@
 """Flax nnx: attention by any method in a model, and the modules that own the learned parts of methods."""
 
 from approx_attention.nnx.attention import ApproxAttention
+from approx_attention.nnx.capture import capture_attention
 from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_official_causal, evabyte
 from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
@@ -20,6 +21,7 @@ __all__ = [
     "Rfa",
     "TensorAttention",
     "TreeAttention",
+    "capture_attention",
     "eva_dropin",
     "eva_official",
     "eva_official_causal",

@@ -1,6 +1,5 @@
 """Attention by any method in a Flax nnx model, as the ``attention_fn`` of its layers."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,8 +15,13 @@ from jax.sharding import Mesh
 from approx_attention import distributed, flax_arguments
 from approx_attention.api import attention
 from approx_attention.core import check_flag
-from approx_attention.decoding import Certificate, CertifiedCache, HeadsCache, HeadsDecoder
-from approx_attention.registry import BoundMethod
+from approx_attention.decoding import (
+    Certificate,
+    CertifiedCache,
+    HeadsDecoder,
+    MixedDecoder,
+)
+from approx_attention.registry import BoundMethod, HeadMethods
 
 
 class ApproxAttention(nnx.Module):
@@ -27,8 +31,9 @@ class ApproxAttention(nnx.Module):
 
     Args:
         method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, what
-            `approx_attention.registry.bind` makes of either, or a module that owns learned arrays, such as `Eva`,
-            `Lara`, `LinformerAttention` or `Rfa`.
+            `approx_attention.registry.bind` makes of either, a method for each key head
+            (`approx_attention.registry.HeadMethods`), or a module that owns learned arrays, such as `Eva`, `Lara`,
+            `LinformerAttention` or `Rfa`.
         is_causal: query t sees keys j <= t, whether the layer around asks for it or not.
         rngs: streams, of which a random method forks ``attention``, or an ``nnx.RngStream`` to draw from as it is.
         redraw: how long a random method keeps a random projection: for good, for one call, or for ``every`` calls.
@@ -65,7 +70,7 @@ class ApproxAttention(nnx.Module):
 
     def __init__(
         self,
-        method: str | Callable[..., Array] | BoundMethod | nnx.Module,
+        method: str | Callable[..., Array] | BoundMethod | HeadMethods | nnx.Module,
         *,
         is_causal: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
@@ -96,18 +101,16 @@ class ApproxAttention(nnx.Module):
         self.redraw, self.every = redraw, every
         # Set by `model.train()` and `model.eval()`.
         self.deterministic = False
-        bound, self.name, draws = _bound(method, noise, hyperparameters)
-        if mesh is not None and (bound is None or bound.registered is None):
+        bound, scale, self.name, draws = _bound(method, noise, hyperparameters)
+        if mesh is not None and (not isinstance(bound, BoundMethod) or bound.registered is None):
             raise NotImplementedError(f"method {self.name!r} does not go over many devices; methods of the registry do")
-        for name, x in (hyperparameters if bound is None else bound.hyperparameters).items():
+        of_heads = bound.methods if isinstance(bound, HeadMethods) else [bound] if bound else []
+        for name, x in [("scale", scale), *(item for one in of_heads for item in one.hyperparameters.items())]:
             if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
                 raise TypeError(
                     f"argument {name!r} of method {self.name!r} must be static, got an array: learned=({name!r},) "
                     f"makes what a method draws a parameter, and modules such as LinformerAttention own theirs"
                 )
-        given = {} if bound is None else dict(bound.hyperparameters)
-        scale = given.pop("scale", None)
-        bound = None if bound is None else dataclasses.replace(bound, hyperparameters=given)
         if draws and rngs is None:
             raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
@@ -123,7 +126,7 @@ class ApproxAttention(nnx.Module):
     ) -> dict[str, nnx.Param]:
         if not learned:
             return {}
-        bound = self.bound
+        bound = self._registered()
         if head_dim is None or stream is None or bound is None or not bound.registered or not bound.registered.draw:
             raise ValueError(
                 f"learned={learned} needs head_dim, rngs and a registered method that draws, got head_dim={head_dim}, "
@@ -221,7 +224,8 @@ class ApproxAttention(nnx.Module):
         mask = flax_arguments.as_boolean(mask)
         mask, causal = flax_arguments.without_causality(self.name, mask, self.causal_mask, dense=dense)
         if self.bound is not None:
-            known = self.bound.registered.per_token if self.bound.registered else ()
+            one = self._registered()
+            known = one.registered.per_token if one and one.registered else ()
             if unknown := [name for name in per_token if name not in known]:
                 raise TypeError(f"method {self.name!r} has no argument {', '.join(unknown)} with one number per key")
         given = {name: x for name, x in per_token.items() if x is not None}
@@ -271,6 +275,11 @@ class ApproxAttention(nnx.Module):
             head_axis=self.head_axis,
             **arguments,
         )
+
+    def _registered(self) -> BoundMethod | None:
+        """The one method of all heads, if that is of the registry."""
+        bound = self.bound
+        return bound if isinstance(bound, BoundMethod) and bound.registered else None
 
     @property
     def _takes_dense_mask(self) -> bool:
@@ -342,12 +351,12 @@ class ApproxAttention(nnx.Module):
 
         Of stacked layers it has the axes of the stack in front.
         """
-        return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().heads.length
+        return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().length
 
     @property
     def certificate(self) -> Certificate | None:
         """What the cache has promised, with axes ``[B, K]``; None without one that was made with ``certify``."""
-        heads = None if self.cache is None else self._cached().heads
+        heads = getattr(self._cached(), "heads", None) if self.cache is not None else None
         return heads.certificate if isinstance(heads, CertifiedCache) else None
 
     @property
@@ -355,13 +364,16 @@ class ApproxAttention(nnx.Module):
         """The bytes that the cache takes."""
         return sum(x[...].nbytes for x in self.cache or ())
 
-    def _cached(self) -> HeadsCache:
+    def _cached(self) -> Any:
         return jax.tree.unflatten(self.treedef, [x[...] for x in self.cache or ()])
 
-    def _decoder(self, sizes: dict[str, Any]) -> HeadsDecoder:
-        if self.bound is None or self.bound.registered is None:
+    def _decoder(self, sizes: dict[str, Any]) -> HeadsDecoder | MixedDecoder:
+        if isinstance(self.bound, HeadMethods):
+            return MixedDecoder(self.bound, **sizes, scale=self.scale)
+        bound = self._registered()
+        if bound is None:
             raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
-        return HeadsDecoder(self.bound, **sizes, scale=self.scale, **self._learned())
+        return HeadsDecoder(bound, **sizes, scale=self.scale, **self._learned())
 
     def _extend(
         self,
@@ -413,12 +425,14 @@ def layer_stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
 
 
 def _bound(
-    method: str | Callable[..., Array] | BoundMethod | nnx.Module, noise: bool, hyperparameters: dict[str, Any]
-) -> tuple[BoundMethod | None, str, bool]:
-    """The method with its hyper-parameters if it is no module, what errors call it, and whether it is random."""
+    method: str | Callable[..., Array] | BoundMethod | HeadMethods | nnx.Module,
+    noise: bool,
+    hyperparameters: dict[str, Any],
+) -> tuple[BoundMethod | HeadMethods | None, Any, str, bool]:
+    """The method with its hyper-parameters if it is no module, the scale, what errors call it, and if it is random."""
     if not isinstance(method, nnx.Module):
-        bound, draws = flax_arguments.bind_layer(method, noise, hyperparameters)
-        return bound, bound.name, draws
+        bound, scale, draws = flax_arguments.bind_layer(method, noise, hyperparameters)
+        return bound, scale, bound.name, draws
     if hyperparameters:
         raise TypeError(f"{type(method).__name__} has its options already, got {', '.join(hyperparameters)}")
     rng = inspect.signature(method).parameters.get("rng")
@@ -427,4 +441,4 @@ def _bound(
             "a module must be called as LearnedAttention is, (query, key, value, *, rng, key_value_seq_lengths, mask), "
             f"and have is_causal; got {type(method).__name__}"
         )
-    return None, type(method).__name__, rng.default is inspect.Parameter.empty or noise
+    return None, None, type(method).__name__, rng.default is inspect.Parameter.empty or noise

@@ -1,7 +1,8 @@
 """Another attention in all layers of a Flax nnx model, and caches for them; layers may be stacked by ``nnx.vmap``."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,14 +11,17 @@ from flax import nnx
 from jax import Array
 
 from approx_attention.core import shown
+from approx_attention.evaluation import Policy, stack_of
 from approx_attention.nnx.attention import ApproxAttention, attention_stream
 from approx_attention.nnx.replaced import Replaced, not_replaceable
+from approx_attention.registry import BoundMethod, HeadMethods
 
 
 def replace_attention(
     model: nnx.Module,
-    method: str | Callable[..., Array],
+    method: str | Callable[..., Array] | BoundMethod | HeadMethods | None = None,
     *,
+    policy: Policy | None = None,
     only: Callable[[str, nnx.Module], bool] | None = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
@@ -33,6 +37,9 @@ def replace_attention(
     Args:
         model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
         method: as in `ApproxAttention`, but for modules: each layer needs a separate one.
+        policy: a method for each key head of each layer, in place of one for all, as `evaluation.plan_model` chooses
+            them; layers that it does not name stay as they are. Layers of a stack run as one program, and must have
+            one policy.
         only: ``(path, layer) -> bool``, which layers; all by default.
         rngs: streams for random methods, forked for each layer: one key, or one for each layer of a stack.
         **options: those of `ApproxAttention` and of the method.
@@ -43,8 +50,10 @@ def replace_attention(
 
     Raises:
         ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them; layers stacked along
-            other axes than leading ones; ``rngs`` with other keys than one, or one for each layer of a stack.
-        TypeError: a module as the method, or ``only`` that cannot be called.
+            other axes than leading ones; ``rngs`` with other keys than one, or one for each layer of a stack; a policy
+            for layers that the model does not have, or for another number of key heads, or one that differs within a
+            stack.
+        TypeError: a module as the method, ``only`` that cannot be called, or not exactly one of method and policy.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,9 +68,11 @@ def replace_attention(
     """
     if isinstance(method, nnx.Module):
         raise TypeError("each layer needs a separate module: set the attention_fn of the layers one by one")
+    if (method is None) == (policy is None):
+        raise TypeError("replace_attention takes either a method for all layers or policy=, got both or neither")
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function (path, layer) -> bool, got {shown(only)}")
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
     if not layers:
         raise ValueError(
@@ -71,11 +82,33 @@ def replace_attention(
         )
     if not chosen:
         raise ValueError(f"no layer to replace; those with an attention_fn are {', '.join(layers)}")
-    make = functools.partial(ApproxAttention, method, **options)
-    made = [_for_each_layer(make, _stack(layer, path), rngs) for path, layer in chosen.items()]
-    for layer, attention_fn in zip(chosen.values(), made, strict=True):
-        layer.attention_fn = nnx.data(attention_fn)
-    return Replaced(chosen, not_replaceable(model))
+    given = dict.fromkeys(chosen, (method, options)) if policy is None else _of_policy(policy, layers, chosen, options)
+    made = {
+        path: _for_each_layer(functools.partial(ApproxAttention, own, **more), _stack(layers[path], path), rngs)
+        for path, (own, more) in given.items()
+    }
+    for path, attention_fn in made.items():
+        layers[path].attention_fn = nnx.data(attention_fn)
+    return Replaced(made, not_replaceable(model))
+
+
+def _of_policy(
+    policy: Policy, layers: Mapping[str, Any], chosen: Iterable[str], options: Mapping[str, Any]
+) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """The method and the options of each chosen layer that the policy names."""
+    unknown = [layer for layer in policy.layers if layer not in layers and stack_of(layer) not in layers]
+    if unknown:
+        raise ValueError(f"the policy is for {', '.join(unknown)}, and the model's layers are {', '.join(layers)}")
+    found = {path: own for path in chosen if (own := policy.of_layer(path)) is not None}
+    if not found:
+        raise ValueError(f"no layer to replace; the policy is for {', '.join(policy.layers)}")
+    for path, own in found.items():
+        own.methods.require(getattr(layers[path], "num_kv_heads", len(own.heads)))
+        named, stack = sum(stack_of(layer) == path for layer in policy.layers), _stack(layers[path], path)
+        if path not in policy.layers and stack is not None and named != math.prod(stack):
+            raise ValueError(f"the policy is for {named} of the {math.prod(stack)} layers stacked at {path!r}")
+    scales = {path: {} if own.scale is None else {"scale": own.scale} for path, own in found.items()}
+    return {path: (own.methods, {**scales[path], **options}) for path, own in found.items()}
 
 
 def init_cache(
@@ -111,7 +144,7 @@ def init_cache(
         NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``.
         TypeError: a dtype other than float32 and float64.
     """
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     if not layers:
         raise ValueError(
             f"no layer of the {type(model).__name__} has an attention_fn; a model that calls attention itself decodes "
@@ -133,7 +166,7 @@ def init_cache(
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 
 
-def _attention_layers(model: nnx.Module) -> dict[str, Any]:
+def attention_layers(model: nnx.Module) -> dict[str, Any]:
     """The modules that have an ``attention_fn``, by their path in the model."""
     return {
         ".".join(map(str, path)): module

@@ -9,9 +9,8 @@ from flax import nnx
 from jax import Array
 
 from approx_attention.core import check_counts, check_flag
-from approx_attention.flax_arguments import bind_layer
 from approx_attention.nnx.attention import layer_stream
-from approx_attention.registry import BoundMethod
+from approx_attention.registry import BoundMethod, bind
 from approx_attention.trees import children_of, tree_attention
 
 
@@ -60,14 +59,14 @@ class TreeAttention(nnx.Module):
         rngs: nnx.Rngs,
         **hyperparameters: Any,
     ):
-        bound, draws = bind_layer(method, False, hyperparameters)
+        bound = bind(method, hyperparameters, options=("scale",))
         bound.require_key_bias()
         children = children_of(parents)
         model_dim, *shape = check_counts(model_dim=model_dim, num_heads=num_heads, head_dim=head_dim)
         value_bias = nnx.initializers.ones if len(parents) > 1 else nnx.initializers.zeros
         self.bound, self.parents = nnx.static(bound), tuple(parents)
         self.is_causal = check_flag("is_causal", is_causal)
-        self.stream = nnx.data(layer_stream(rngs) if draws else None)
+        self.stream = nnx.data(layer_stream(rngs) if bound.is_random else None)
         self.query = nnx.LinearGeneral(model_dim, shape, rngs=rngs)
         self.keys = nnx.List([nnx.LinearGeneral(model_dim, shape, rngs=rngs) for _ in parents])
         self.values = nnx.List([nnx.LinearGeneral(model_dim, shape, bias_init=value_bias, rngs=rngs) for _ in parents])

@@ -1,6 +1,7 @@
 """The methods by name, with the facts about each that the contract tests check, and methods with hyper-parameters."""
 
 from approx_attention.registry.bound import BoundMethod, bind
+from approx_attention.registry.heads import HeadMethods
 from approx_attention.registry.method import OPTIONS, Capabilities, Method, accepted, arguments
 from approx_attention.registry.table import METHODS, get_method
 
@@ -9,6 +10,7 @@ __all__ = [
     "OPTIONS",
     "BoundMethod",
     "Capabilities",
+    "HeadMethods",
     "Method",
     "accepted",
     "arguments",

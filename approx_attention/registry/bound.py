@@ -143,7 +143,7 @@ class BoundMethod:
         """Random arrays of each key head, stacked: projections that calls can share, else a key.
 
         Args:
-            rng: typed PRNG key, or None for nothing.
+            rng: typed PRNG key, or one for each key head ``[K]``; None for nothing.
             num_kv_heads: the number K of key heads, each with its own sample.
             head_dim: the number D of channels.
             given: names of further arguments that are given.
@@ -160,10 +160,9 @@ class BoundMethod:
             if self.is_random and not noise:
                 raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")
             return {}
-        check_key(self.name, rng)
+        keys = keys_of_heads(self.name, rng, num_kv_heads)
         if not self.may_be_random:
             return {}
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(num_kv_heads))
         if method is None or method.draw is None or noise:
             return {"key": keys}
         static, arrays = split_arrays(self.name, accepted(method.draw, self.hyperparameters))
@@ -373,6 +372,13 @@ class BoundMethod:
             elif taken["max_length"] is inspect.Parameter.empty:
                 raise TypeError(f"method {self.name!r} holds every token: pass max_length, the most that there will be")
         return dataclasses.replace(self, hyperparameters=given)
+
+
+def keys_of_heads(name: str, rng: Array, num_kv_heads: int) -> Array:
+    """The key of each key head, ``[K]``: those that are given, or what its number makes of one."""
+    if getattr(rng, "shape", ()) == (num_kv_heads,) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        return rng
+    return jax.vmap(jax.random.fold_in, (None, 0))(check_key(name, rng), jnp.arange(num_kv_heads))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # a loop by itself is compiled anew in every call

@@ -20,8 +20,8 @@ from approx_attention.coresets import ALGORITHMS
 from approx_attention.coresets import running_coreset as running
 from approx_attention.decoding import HEURISTICS, MATCHING
 from approx_attention.evaluation import output_error
+from approx_attention.nnx import capture_attention
 from experiments import data
-from experiments.capture import capture
 from experiments.config import Count, Seeded, Several, Share, Whole
 from experiments.models import attention_layers
 from experiments.results import Frame, Record
@@ -85,7 +85,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
     training = dataclasses.replace(config.training, seed=config.seed)
     model, dataset, seconds = fit(training, directory, console)
     batches = data.held_out(dataset, "test", training.train.batch, config.batches)
-    captured = capture(model, lambda model: predict(model, batches[0]))
+    captured = capture_attention(model, lambda model: predict(model, batches[0]))
     exact = _scores(config, model, batches, _causal)
     records: list[Record] = [{"training_seconds": round(seconds, 1)}, {"policy": "exact", **exact}]
     for policy in config.policies:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention.evaluation import light_grid, method_styles, spectrum
+from approx_attention.nnx import capture_attention
 from experiments import data
-from experiments.capture import capture
 from experiments.config import ConfigError, Count, Seeded, Share
 from experiments.results import Frame, Record
 from experiments.show import having, pivot, spread
@@ -101,7 +101,7 @@ def figure(records: Frame) -> Figure:
 
 
 def _captured(model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    return capture(model, lambda model: predict(model, {name: jnp.asarray(x) for name, x in batch.items()}))
+    return capture_attention(model, lambda model: predict(model, {name: jnp.asarray(x) for name, x in batch.items()}))
 
 
 @jax.jit

@@ -155,11 +155,11 @@ def test_the_truth_of_a_comparison_is_not_rounded_and_configurations_are_those_o
 
 def test_the_truth_of_a_plan_is_not_rounded(monkeypatch):
     traced = []
-    from approx_attention.evaluation import planning
+    from approx_attention.evaluation import bench
 
-    compiled = planning.compile_arm
+    compiled = bench.compile_arm
     monkeypatch.setattr(
-        planning, "compile_arm", lambda arm, *args: traced.append((arm.method, precision())) or compiled(arm, *args)
+        bench, "compile_arm", lambda arm, *args: traced.append((arm.method, precision())) or compiled(arm, *args)
     )
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 16, 8, 4)) for i in range(3))
     plan(Tensors(q, k, v + 1), tolerance=0.5, methods=["mean_pool"], rounds=1)

@@ -353,7 +353,7 @@ def test_progress_is_a_line_for_each(file, tmp_path, capsys):
 
 def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("approx_attention.evaluation.comparison.compile_arm", lambda *args: pytest.fail("measured"))
-    monkeypatch.setattr("approx_attention.evaluation.planning.compile_arm", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("approx_attention.evaluation.bench.compile_arm", lambda *args: pytest.fail("measured"))
 
     def message(*options):
         return refusal(capsys, options[0], file, "--out", tmp_path / "out", *options[1:])

@@ -16,6 +16,7 @@ from approx_attention.evaluation import (
     Problem,
     Tensors,
     Timing,
+    bench,
     held_bytes,
     load_sample,
     plan_table,
@@ -46,7 +47,7 @@ def plan(tensors, **options):
             _PROGRAMS[asked] = compile_arm(arm, *given)
         return _PROGRAMS[asked]
 
-    with patch.object(plan_module, "compile_arm", compiled_once):
+    with patch.object(bench, "compile_arm", compiled_once):
         return plan_module.plan(tensors, **options)
 
 
@@ -401,7 +402,7 @@ def test_time_is_kept_to():
 
 
 def test_a_time_budget_finds_what_fits_it(monkeypatch):
-    call = plan_module._Bench.call
+    call = bench.Bench.call
 
     def marked(bench, arm, seed):
         made = call(bench, arm, seed)
@@ -413,7 +414,7 @@ def test_a_time_budget_finds_what_fits_it(monkeypatch):
         seconds = {i: 1.0 if run.arm.is_exact else 1e-3 * (run.arm.size or 1) for i, run in calls.items()}
         return {i: Timing(least, least) for i, least in seconds.items()}
 
-    monkeypatch.setattr(plan_module._Bench, "call", marked)
+    monkeypatch.setattr(bench.Bench, "call", marked)
     monkeypatch.setattr(plan_module, "time_interleaved", by_size)
     tensors = family("clustered", 1)
     free = plan(tensors, tolerance=0.1, max_seconds=10, methods=["mean_pool"], **QUICK)

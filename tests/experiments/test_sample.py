@@ -1,4 +1,4 @@
-"""Capturing tensors and the sample: the hook records what attention sees, the model is causal, the commands work."""
+"""The sample and captured tensors: the model is causal, the commands work."""
 
 import json
 
@@ -10,7 +10,6 @@ from flax import nnx
 
 from approx_attention.evaluation import load_tensors
 from experiments.__main__ import experiments
-from experiments.capture import capture
 from experiments.config import ConfigError
 from experiments.models import AttentionConfig, LanguageModel, ModelConfig
 
@@ -30,38 +29,6 @@ class TwoLayers(nnx.Module):
 def two_layers():
     model = TwoLayers(nnx.Rngs(0))
     return model, lambda model: model(jnp.ones((1, 5, 8)))
-
-
-def test_the_hook_records_what_a_flax_layer_projects_and_leaves_the_model_as_it_was():
-    model, run = two_layers()
-    before = model.first.attention_fn
-    captured = capture(model, run)
-    assert set(captured) == {"first", "second"}
-    assert model.first.attention_fn is before
-    x = jnp.ones((1, 5, 8))
-    np.testing.assert_allclose(captured["first"]["k"], model.first.key(x), rtol=1e-6)
-    np.testing.assert_allclose(captured["second"]["v"], model.second.value(model.first(x)), rtol=1e-6)
-
-
-def test_the_hook_puts_attention_back_when_the_model_fails():
-    model, _ = two_layers()
-    before = model.first.attention_fn
-
-    def fail(model):
-        model.first(jnp.ones((1, 5, 8)))
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        capture(model, fail)
-    assert model.first.attention_fn is before
-
-
-def test_a_model_without_attention_is_refused():
-    with pytest.raises(ValueError, match="Linear has no module with an attention_fn"):
-        capture(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda model: model(jnp.ones((1, 2))))
-    model, _ = two_layers()
-    with pytest.raises(ValueError, match="none of the attention layers first, second was called"):
-        capture(model, lambda model: None)
 
 
 @pytest.mark.usefixtures("models")

@@ -1,0 +1,49 @@
+"""Compiled configurations on given tensors, and their errors against exact attention by unit."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from approx_attention.core import in_float32
+from approx_attention.evaluation.error_laws import Split, UnitErrors
+from approx_attention.evaluation.files import Tensors
+from approx_attention.evaluation.programs import Arm, compile_arm
+
+
+class Bench:
+    """Compiled configurations on the tensors, and their errors against exact attention by unit."""
+
+    def __init__(self, tensors: Tensors, exact: Arm, split: Split):
+        self.tensors, self.split = tensors, split
+        self.programs: dict[Arm, tuple[Callable[..., Any], float]] = {}
+        # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
+        with in_float32():
+            program, _ = compile_arm(exact, *tensors)
+        self.exact_out = program(*tensors, exact.draw(jax.random.key(0)))[0]
+        self.exact = self._by_unit(self.exact_out)
+
+    def _program(self, arm: Arm) -> tuple[Callable[..., Any], float]:
+        if arm not in self.programs:
+            self.programs[arm] = compile_arm(arm, *self.tensors)
+        return self.programs[arm]
+
+    def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
+        """A call of the configuration without arguments, with the random projections of that seed."""
+        return functools.partial(self._program(arm)[0], *self.tensors, arm.draw(jax.random.key(seed)))
+
+    def compile_seconds(self, arm: Arm) -> float:
+        """The seconds that it took to compile."""
+        return self._program(arm)[1]
+
+    def errors(self, arm: Arm, seeds: Sequence[int]) -> UnitErrors:
+        """Its errors by unit, over seeds if it is random."""
+        outs = [self.call(arm, seed)()[0] for seed in (seeds if arm.is_random else seeds[:1])]
+        return UnitErrors(np.stack([self._by_unit(out - self.exact_out) for out in outs]), self.exact)
+
+    def _by_unit(self, x: jax.Array) -> np.ndarray:
+        """Sums of squares ``[U]`` of ``[B, T, N, Dv]`` by unit."""
+        return self.split.sums(np.asarray(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1), np.float64))

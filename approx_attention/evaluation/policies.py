@@ -1,0 +1,242 @@
+"""Which method each key head of each layer of a model has: the policy, and its file."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from approx_attention.core import InputError, unknown
+from approx_attention.evaluation.atomic import write_atomically
+from approx_attention.registry import HeadMethods, bind
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadChoice:
+    """The method of a key head, and what was measured of it when it was chosen.
+
+    Attributes:
+        method: its name.
+        hyperparameters: its arguments.
+        predicted_error: relative error of the queries that chose it.
+        error_bound: what the error of other queries is predicted to stay below.
+        held_out_error: relative error of queries that chose nothing.
+        relative_error: that of all queries of the file.
+        cache_bytes: bytes per sequence in place of the keys and values of the head; those of exact attention are these
+            keys and values, to which a decoder adds room for two blocks.
+    """
+
+    method: str
+    hyperparameters: Mapping[str, Any]
+    predicted_error: float
+    error_bound: float
+    held_out_error: float
+    relative_error: float
+    cache_bytes: int
+
+    @property
+    def label(self) -> str:
+        """The method with its hyper-parameters."""
+        given = ", ".join(f"{name}={value}" for name, value in self.hyperparameters.items())
+        return f"{self.method}({given})" if given else self.method
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPolicy:
+    """The choices of a layer, one for each key head, and how the layer attended when they were made.
+
+    Attributes:
+        heads: one `HeadChoice` for each key head.
+        is_causal: whether query t sees keys j <= t only.
+        scale: factor of the logits, if it is another than ``1/sqrt(D)``.
+    """
+
+    heads: tuple[HeadChoice, ...]
+    is_causal: bool
+    scale: float | None = None
+
+    @property
+    def methods(self) -> HeadMethods:
+        """What `attention`, layers and decoders take as the method."""
+        return HeadMethods.of((head.method, head.hyperparameters) for head in self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A method and a size for each key head of each layer of a model, as `plan_model` chooses them.
+
+    `nnx.replace_attention` puts it into a model. The file is JSON.
+
+    Attributes:
+        layers: a `LayerPolicy` by the path of the layer; layers of a stack are ``"path[0]"``, ``"path[1]"`` and so on.
+        tolerance: the relative error that is allowed for a head.
+        max_bytes: the bytes that all caches of a sequence may take together, if they were limited.
+        max_seconds: the time that all layers may take together, if it was limited.
+
+    Raises:
+        InputError: no layer or no head, a method that is unknown or does not have the hyper-parameters.
+
+    Example:
+        >>> from approx_attention.evaluation import HeadChoice, LayerPolicy, Policy
+        >>> head = HeadChoice("favor", {"num_features": 64}, 0.08, 0.09, 0.08, 0.08, 4352)
+        >>> policy = Policy({"attention": LayerPolicy((head, head), is_causal=True)}, tolerance=0.1)
+        >>> policy.layers["attention"].methods.name, policy.cache_bytes
+        ('favor', 8704)
+    """
+
+    layers: Mapping[str, LayerPolicy]
+    tolerance: float
+    max_bytes: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise InputError("a policy needs at least one layer, got none")
+        for layer, own in self.layers.items():
+            if not own.heads:
+                raise InputError(f"layer {layer!r} of a policy needs at least one key head, got none")
+            for number, head in enumerate(own.heads):
+                try:
+                    bind(head.method, head.hyperparameters)
+                except (TypeError, ValueError) as error:
+                    raise InputError(f"head {number} of layer {layer!r}: {error}") from None
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of all heads together, per sequence."""
+        return sum(head.cache_bytes for own in self.layers.values() for head in own.heads)
+
+    def of_layer(self, path: str) -> LayerPolicy | None:
+        """The choices of a layer of a model, or of the stack of layers at that path; None where it has none.
+
+        Args:
+            path: of the layer.
+
+        Raises:
+            ValueError: layers of the stack differ, which one program for all of them cannot.
+        """
+        stack = [own for layer, own in self.layers.items() if stack_of(layer) == path]
+        if path in self.layers or not stack:
+            return self.layers.get(path)
+        if any(own.methods != stack[0].methods for own in stack):
+            raise ValueError(
+                f"the layers stacked at {path!r} run as one program and must have one policy, and theirs differ; plan "
+                "them under the names that capture_attention gives them, or unstack them"
+            )
+        return stack[0]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy to a JSON file, which is whole or absent.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: a hyper-parameter that JSON does not have, or a directory that is not there.
+        """
+        path = pathlib.Path(path)
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: its directory is not there")
+        try:
+            text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the policy cannot be written to {path}: {error}") from None
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Policy":
+        """Read a policy from its file.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: the file cannot be read, is of another version, or says something that no policy has.
+        """
+        path = pathlib.Path(path)
+        try:
+            document = json.loads(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is no JSON: {error}") from None
+        try:
+            version = document.get("version") if isinstance(document, dict) else None
+            if version != VERSION:
+                raise InputError(f"it is of version {version!r}, and this library reads version {VERSION}")
+            given = {name: x for name, x in document.items() if name != "version"}
+            layers = _mapping(given.get("layers"), "layers")
+            given["layers"] = {layer: _layer(layer, own) for layer, own in layers.items()}
+            return _read(cls, given, "the policy")
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def stack_of(layer: str) -> str:
+    """The path of the stack of which ``path[0]`` is a layer, else the layer."""
+    return re.sub(r"\[\d+(,\d+)*\]$", "", layer)
+
+
+def _layer(layer: str, given: Any) -> LayerPolicy:
+    given = _mapping(given, f"layer {layer!r}")
+    heads = given.get("heads")
+    if not isinstance(heads, list):
+        raise InputError(f"heads of layer {layer!r} must be a list, got {heads!r}")
+    read = []
+    for number, head in enumerate(heads):
+        where = f"head {number} of layer {layer!r}"
+        own = dict(_mapping(head, where))
+        own["hyperparameters"] = {
+            name: _hashable(x) for name, x in _mapping(own.get("hyperparameters", {}), where).items()
+        }
+        read.append(_read(HeadChoice, own, where))
+    return _read(LayerPolicy, {**given, "heads": tuple(read)}, f"layer {layer!r}")
+
+
+# What the fields of a file may hold.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "float": (int, float),
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "None": (type(None),),
+}
+
+
+def _read(kind: Any, given: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from what a file holds, whose numbers are finite."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, x in given.items():
+        if name not in fields:
+            raise InputError(f"{where}: {unknown('field', name, fields)}")
+        known = [_KINDS[part] for part in re.split(r" \| ", _text(fields[name].type)) if part in _KINDS]
+        if not known:
+            continue
+        allowed = tuple(one for part in known for one in part)
+        is_odd = isinstance(x, bool) and bool not in allowed
+        if is_odd or not isinstance(x, allowed) or (isinstance(x, float) and not math.isfinite(x)):
+            raise InputError(f"{where}: {name} must be {_text(fields[name].type)}, got {x!r}")
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in given]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    return kind(**given)
+
+
+def _text(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _mapping(x: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(x, dict):
+        raise InputError(f"{where} must be an object, got {x!r}")
+    return x
+
+
+def _hashable(x: Any) -> Any:
+    """Lists of JSON as tuples, which stand in programs as constants."""
+    return tuple(map(_hashable, x)) if isinstance(x, Sequence) and not isinstance(x, str) else x

@@ -1,0 +1,150 @@
+"""A method for each key head, in place of one for all of them."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from approx_attention.registry.bound import BoundMethod, bind, keys_of_heads
+
+
+class Group(NamedTuple):
+    """The key heads of a layer that share a configuration, and the query heads that ask them."""
+
+    method: BoundMethod
+    heads: np.ndarray
+    asking: np.ndarray
+    tokens: tuple[Array, Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadMethods:
+    """A method with its hyper-parameters for each key head of a layer.
+
+    `attention`, the layers of `approx_attention.nnx` and `decoding.MixedDecoder` take it in place of one method. Heads
+    that share a configuration are one group, and each group is one program. The random projection of a head follows
+    from its number alone, so its output does not depend on what the other heads do.
+
+    Attributes:
+        methods: one for each key head, in order.
+
+    Raises:
+        ValueError: no head.
+        TypeError: something that is not bound; `HeadMethods.of` binds names.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import attention
+        >>> from approx_attention.registry import HeadMethods
+        >>> query, key, value = (jax.random.normal(jax.random.key(i), (1, 64, 2, 8)) for i in range(3))
+        >>> mixed = HeadMethods.of(["exact", ("mean_pool", {"num_landmarks": 16})])
+        >>> attention(query, key, value, method=mixed).shape
+        (1, 64, 2, 8)
+    """
+
+    methods: tuple[BoundMethod, ...]
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods by head need at least one key head, got none")
+        for method in self.methods:
+            if not isinstance(method, BoundMethod):
+                raise TypeError(f"the method of a head must be bound (HeadMethods.of binds names), got {method!r}")
+
+    @classmethod
+    def of(
+        cls, methods: Iterable[str | Callable[..., Any] | BoundMethod | tuple[str, Mapping[str, Any]]]
+    ) -> "HeadMethods":
+        """Binds a method for each key head.
+
+        Args:
+            methods: for each key head a name, or anything else that `bind` takes, or a pair with hyper-parameters.
+        """
+        pairs = (method if isinstance(method, tuple) else (method, None) for method in methods)
+        return cls(tuple(bind(method, hyperparameters) for method, hyperparameters in pairs))
+
+    @property
+    def name(self) -> str:
+        """What errors call it: the methods, each once."""
+        return " + ".join(dict.fromkeys(method.name for method in self.methods))
+
+    @property
+    def groups(self) -> tuple[tuple[BoundMethod, tuple[int, ...]], ...]:
+        """Each configuration with the numbers of its key heads, by the first of them."""
+        return tuple(
+            (method, tuple(number for number, own in enumerate(self.methods) if own == method))
+            for method in dict.fromkeys(self.methods)
+        )
+
+    @property
+    def is_random(self) -> bool:
+        """True if some head needs a key."""
+        return any(method.is_random for method in self.methods)
+
+    @property
+    def may_be_random(self) -> bool:
+        """True if some head takes a key."""
+        return any(method.may_be_random for method in self.methods)
+
+    def takes(self, option: str) -> bool:
+        """True if the functions of all heads have that argument.
+
+        Args:
+            option: its name.
+        """
+        return all(method.takes(option) for method in self.methods)
+
+    def require(self, num_kv_heads: int) -> None:
+        """Raises ``ValueError`` for another number of key heads than there are methods.
+
+        Args:
+            num_kv_heads: the number K of key heads.
+        """
+        if num_kv_heads != len(self.methods):
+            raise ValueError(f"there are methods for {len(self.methods)} key heads, and the layer has {num_kv_heads}")
+
+    def split(self, query: Array, key: Array, value: Array) -> list["Group"]:
+        """The heads of each group, cut out of a layer's.
+
+        Args:
+            query: ``[..., T, N, D]``.
+            key: ``[..., S, K, D]``.
+            value: ``[..., S, K, Dv]``.
+
+        Raises:
+            ValueError: another number of key heads.
+        """
+        num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
+        self.require(num_kv_heads)
+        queries = np.arange(num_heads).reshape(num_kv_heads, -1)
+        made: list[Group] = []
+        for method, numbers in self.groups:
+            heads = np.array(numbers)
+            asking = queries[heads].ravel()
+            cut = [jnp.take(x, of, axis=-2) for x, of in zip((query, key, value), (asking, heads, heads), strict=True)]
+            made.append(Group(method, heads, asking, (cut[0], cut[1], cut[2])))
+        return made
+
+    @staticmethod
+    def join(groups: Sequence["Group"], outs: Sequence[Any], axis: int) -> Any:
+        """What was computed for each group, put back into the order of the query heads.
+
+        Args:
+            groups: those of `split`.
+            outs: arrays or trees of arrays, one for each group.
+            axis: of the query heads.
+        """
+        order = np.argsort(np.concatenate([group.asking for group in groups]))
+        return jax.tree.map(lambda *parts: jnp.take(jnp.concatenate(parts, axis), order, axis=axis), *outs)
+
+    def keys(self, rng: Array | None) -> Array | None:
+        """The key of each key head, ``[K]``, as every method has it that is alone; None without one.
+
+        Args:
+            rng: typed PRNG key, or one for each key head.
+        """
+        return None if rng is None else keys_of_heads(self.name, rng, len(self.methods))

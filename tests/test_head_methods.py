@@ -1,0 +1,143 @@
+"""A method for each key head: each head as if its method were that of all, in whole passes, layers and caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from approx_attention import HeadsDecoder, attention, linen
+from approx_attention.decoding import MixedDecoder
+from approx_attention.nnx import init_cache, replace_attention
+from approx_attention.registry import HeadMethods
+
+FAVOR = ("favor", {"num_features": 16, "block_size": 8})
+EXACT = ("exact", {})
+# The first and the last head share a configuration, and not the projection.
+OF_HEADS = (FAVOR, EXACT, EXACT, FAVOR)
+MIXED = HeadMethods.of(OF_HEADS)
+RNG = jax.random.key(5)
+
+
+def heads(length=24, num_heads=8, num_kv_heads=4, dim=8):
+    sizes = (num_heads, num_kv_heads, num_kv_heads)
+    return [jax.random.normal(jax.random.key(i), (2, length, n, dim)) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_head_is_computed_as_by_its_method_alone(is_causal):
+    tokens = heads()
+    padding = jnp.arange(24)[None, :] < jnp.array([[24], [17]])
+    # Padding may hold anything.
+    tokens[1:] = [jnp.where(padding[:, :, None, None], x, jnp.nan) for x in tokens[1:]]
+    options = {"rng": RNG, "is_causal": is_causal, "return_residual": True, "mask": padding[:, None, None, :]}
+    out, lse = jax.jit(functools.partial(attention, method=MIXED, **options))(*tokens)
+    for head, (name, sizes) in enumerate(OF_HEADS):
+        alone, own = jax.jit(functools.partial(attention, method=name, **sizes, **options))(*tokens)
+        mine = np.s_[:, :, 2 * head : 2 * head + 2]
+        np.testing.assert_allclose(out[mine], alone[mine], atol=1e-6)
+        np.testing.assert_allclose(lse[mine], own[mine], atol=1e-6)
+    assert not np.allclose(out[:, :, :2], attention(*tokens, method="exact", **options)[0][:, :, :2], atol=1e-3)
+
+
+def test_the_output_of_a_head_does_not_depend_on_who_shares_its_configuration():
+    tokens = heads()
+    alone = HeadMethods.of([EXACT, EXACT, EXACT, FAVOR])
+    whole = jax.jit(attention, static_argnames="method")
+    both = [whole(*tokens, method=methods, rng=RNG) for methods in (MIXED, alone)]
+    np.testing.assert_allclose(both[0][:, :, 6:], both[1][:, :, 6:], atol=1e-6)
+    # The keys of heads may be given one by one.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(RNG, jnp.arange(4))
+    np.testing.assert_array_equal(both[0], whole(*tokens, method=MIXED, rng=keys))
+
+
+def test_heads_that_share_one_method_are_that_method():
+    tokens = heads()
+    same = attention(*tokens, method=HeadMethods.of([FAVOR] * 4), rng=RNG, is_causal=True)
+    np.testing.assert_array_equal(same, attention(*tokens, method="favor", **FAVOR[1], rng=RNG, is_causal=True))
+
+
+def test_masks_and_gradients_of_mixed_heads():
+    tokens = heads(length=12)
+    methods = HeadMethods.of(["exact", ("exact", {"implementation": "dense"}), "exact", "exact"])
+    mask = jax.random.bernoulli(jax.random.key(7), 0.7, (8, 12, 12))
+    given = {"mask": mask, "bias": jax.random.normal(jax.random.key(8), (2, 8, 12, 12))}
+
+    def loss(method, q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v, method=method, **given)))
+
+    for mine, one in zip(*(jax.grad(loss, (1, 2, 3))(m, *tokens) for m in (methods, "exact")), strict=True):
+        np.testing.assert_allclose(mine, one, atol=1e-5)
+    with pytest.raises(ValueError, match="mask must broadcast"):
+        attention(*tokens, method=methods, mask=mask[:6])
+
+
+def test_a_mixed_decoder_answers_as_the_whole_causal_pass():
+    q, k, v = heads()
+    whole = jax.jit(functools.partial(attention, method=MIXED, rng=RNG, is_causal=True))(q, k, v)
+    decoder = MixedDecoder(MIXED, num_kv_heads=4, head_dim=8, max_length=24)
+    extend, cache = jax.jit(decoder.extend), decoder.init(2, RNG, ragged=True)
+    # Every sequence goes on from its length.
+    seen = [0, 0]
+    for lengths in ([10, 7], [3, 10], [10, 0]):
+        parts = [jnp.stack([x[i, seen[i] : seen[i] + 10] for i in (0, 1)]) for x in map(_padded, (q, k, v))]
+        out, cache = extend(cache, *parts, jnp.array(lengths))
+        for i, length in enumerate(lengths):
+            np.testing.assert_allclose(out[i, :length], whole[i, seen[i] : seen[i] + length], atol=1e-5)
+            seen[i] += length
+    assert cache.length.tolist() == seen == [23, 17]
+
+
+def _padded(x):
+    return jnp.pad(x, ((0, 0), (0, 16), (0, 0), (0, 0)))
+
+
+@pytest.mark.usefixtures("models")
+def test_layers_of_nnx_and_linen_take_methods_by_head():
+    x = jax.random.normal(jax.random.key(1), (2, 24, 32))
+    layer = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+    replace_attention(layer, MIXED, is_causal=True, rngs=nnx.Rngs(1))
+    call = nnx.jit(lambda layer, x: layer(x))
+    whole = call(layer, x)
+    q, k, v = layer.query(x), layer.key(x), layer.value(x)
+    rng = layer.attention_fn.stream.key[...]
+    own = jax.jit(functools.partial(attention, method=MIXED, is_causal=True))(q, k, v, rng=rng)
+    np.testing.assert_allclose(whole, layer.out(own), atol=1e-5)
+    init_cache(layer, 2, max_length=24)
+    parts = [call(layer, x[:, :20]), *(call(layer, x[:, t : t + 1]) for t in (20, 21))]
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[:, :22], atol=1e-5)
+    assert layer.attention_fn.num_seen == 22
+
+    made = nn.MultiHeadDotProductAttention(num_heads=4, attention_fn=linen.ApproxAttention(MIXED, is_causal=True))
+    variables = made.init(jax.random.key(0), x)
+    exact = nn.MultiHeadDotProductAttention(num_heads=4)
+    same = made.clone(attention_fn=linen.ApproxAttention(HeadMethods.of([EXACT] * 4), is_causal=True))
+    out = same.apply(variables, x)
+    expected = exact.apply({"params": variables["params"]}, x, mask=nn.make_causal_mask(x[..., 0]))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert not np.allclose(made.apply(variables, x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: HeadMethods(()), ValueError, "at least one key head"),
+        (lambda: HeadMethods(("exact",)), TypeError, "must be bound"),
+        (lambda: attention(*heads(), method=MIXED), ValueError, "pass rng"),
+        (lambda: attention(*heads(num_kv_heads=2), method=MIXED, rng=RNG), ValueError, "4 key heads, .* has 2"),
+        (lambda: attention(*heads(), method=MIXED, rng=RNG, num_features=8), TypeError, "already, got num_features"),
+        (lambda: HeadsDecoder(MIXED, num_kv_heads=4, head_dim=8), TypeError, "registered name or a function"),
+        (lambda: MixedDecoder(MIXED, num_kv_heads=2, head_dim=8), ValueError, "4 key heads, .* has 2"),
+        (
+            lambda: MixedDecoder(HeadMethods.of(["local", "exact"]), num_kv_heads=2, head_dim=8, max_length=8),
+            NotImplementedError,
+            "no running summary",
+        ),
+    ],
+)
+def test_what_methods_by_head_do_not_take(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
