@@ -4,7 +4,7 @@ from approx_attention.decoding.budgets import pyramid_budgets, shared_sizes, tok
 from approx_attention.decoding.certified import Certificate, CertifiedCache
 from approx_attention.decoding.compression import compress_cache, compress_tokens, running_compressed
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
-from approx_attention.decoding.heuristics import HEURISTICS, attention_received
+from approx_attention.decoding.heuristics import HEURISTICS, Queries, attention_received
 from approx_attention.decoding.matching import MATCHING, AttentionMatching
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Decoder",
     "HeadsCache",
     "HeadsDecoder",
+    "Queries",
     "attention_received",
     "compress_cache",
     "compress_tokens",
