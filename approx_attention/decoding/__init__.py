@@ -6,6 +6,7 @@ from approx_attention.decoding.compression import compress_cache, compress_token
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
 from approx_attention.decoding.heuristics import HEURISTICS, Queries, attention_received
 from approx_attention.decoding.matching import MATCHING, AttentionMatching
+from approx_attention.decoding.presses import CompressedDecoder, compress_heads
 
 __all__ = [
     "HEURISTICS",
@@ -14,12 +15,14 @@ __all__ = [
     "Cache",
     "Certificate",
     "CertifiedCache",
+    "CompressedDecoder",
     "Decoder",
     "HeadsCache",
     "HeadsDecoder",
     "Queries",
     "attention_received",
     "compress_cache",
+    "compress_heads",
     "compress_tokens",
     "pyramid_budgets",
     "running_compressed",

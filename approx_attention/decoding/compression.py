@@ -146,7 +146,7 @@ def compress_tokens(
         check_queries(queries, k, None if _come_later(policy) else k.shape[0])
     rows = k[:1] if queries is None else queries.reshape(-1, queries.shape[-1])
     rows, k, v = head_inputs(rows, k, v, scale=scale, kv_mask=kv_mask)
-    budget = _tokens_in(budget, num_bytes, k, v)
+    budget = tokens_in(budget, num_bytes, k, v)
     small = _in_budget(
         WeightedKV.of_tokens(k, v, kv_mask),
         None if queries is None else _asked(rows.reshape(queries.shape), k, policy, kv_mask),
@@ -211,7 +211,7 @@ def _asked_after(cache: Cache, queries: Array, policy: Any) -> Queries:
     return Queries.last(queries, num_keys, after=near)
 
 
-def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
+def tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
     """The budget in tokens, of which exactly one is given: their number, or their bytes."""
     if (budget is None) == (num_bytes is None):
         given = "neither" if budget is None else f"budget={shown(budget)} and num_bytes={shown(num_bytes)}"
@@ -451,7 +451,7 @@ def compress_cache(
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
         raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
-    budget = check_count("budget", _tokens_in(budget, num_bytes, prefix.k, prefix.value_sum, bits))
+    budget = check_count("budget", tokens_in(budget, num_bytes, prefix.k, prefix.value_sum, bits))
     if queries is not None:
         check_queries(queries, prefix.k, None)
         queries = queries.astype(prefix.k.dtype)

@@ -364,10 +364,14 @@ class HeadsDecoder:
             The `HeadsCache`.
         """
         batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
-        drawn = self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"])
+        drawn = self._draw(rng)
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
         heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)
+
+    def _draw(self, rng: Array | None) -> dict[str, Array]:
+        """The random arrays of each key head."""
+        return self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"])
 
     def extend(
         self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None = None

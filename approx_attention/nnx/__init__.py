@@ -5,6 +5,7 @@ from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_of
 from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
+from approx_attention.nnx.presses import compress_caches
 from approx_attention.nnx.tensor import TensorAttention
 from approx_attention.nnx.trees import TreeAttention
 
@@ -18,6 +19,7 @@ __all__ = [
     "Rfa",
     "TensorAttention",
     "TreeAttention",
+    "compress_caches",
     "eva_dropin",
     "eva_official",
     "eva_official_causal",
