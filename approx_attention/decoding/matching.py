@@ -42,8 +42,8 @@ class AttentionMatching:
     have.
 
     Attributes:
-        references: the number of last positions whose queries are matched. The cost is that of their exact outputs, and grows with
-            the cube of the budget.
+        references: the number of last positions whose queries are matched. The cost is that of their exact outputs,
+            and grows with the cube of the budget.
         ridge: :math:`\lambda`, the pull to the masses and values that the keys have: less of it fits the reference
             queries better and later ones worse. On held-out queries of a trained model's diffuse head .1 errs 7 % less
             than .0001, and on a sharp one all err alike.

@@ -1,10 +1,12 @@
 """The caches of a generating model compressed after its prompt, so that decoding goes on from fewer tokens."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -25,7 +27,7 @@ def compress_caches(
     budget: Budget | None = None,
     num_bytes: int | None = None,
     policy: str | Algorithm | AttentionMatching = "guarded",
-    queries_of: nnx.Module | None = None,
+    queries_of: Sequence[nnx.Module] = (),
     coreset_size: int = 256,
     sinks: int = 4,
     mass_correction: bool | Literal["fitted"] = True,
@@ -47,8 +49,9 @@ def compress_caches(
         num_bytes: in place of ``budget``, the bytes of the compressed tokens of one sequence, in all layers together,
             which every head gets an equal share of.
         policy: as in `compress_tokens`.
-        queries_of: the model whose last queries the policy reads, by default this one: a copy of it that has read more,
-            as after the second pass of ``"kvzip"``. Queries are there with ``init_cache(keep_queries=)``.
+        queries_of: models whose last queries the policy reads together, by default this one: copies of it that have
+            read more, such as a part of the context again each, the second pass of ``"kvzip"``. Queries are there with
+            ``init_cache(keep_queries=)``.
         coreset_size: tokens that stand for those that come later.
         sinks: the number of first tokens that are kept exactly.
         mass_correction: as in `compress_tokens`.
@@ -80,10 +83,11 @@ def compress_caches(
     """
     key = check_key("compress_caches", key)
     layers = approximate_layers(model)
-    reading = None if queries_of is None else approximate_layers(queries_of)
+    reading = [approximate_layers(other) for other in queries_of]
     stacks = {path: stack_of(layer, path) or () for path, layer in layers.items()}
-    if reading is not None and list(reading) != list(layers):
-        raise ValueError(f"queries_of must have the layers of the model, {list(layers)}, got {list(reading)}")
+    for other in reading:
+        if list(other) != list(layers):
+            raise ValueError(f"queries_of must have the layers of the model, {list(layers)}, got {list(other)}")
     heads = [layer.num_kv_heads for path, layer in layers.items() for _ in range(math.prod(stacks[path]))]
     options: dict[str, Any] = {"policy": policy, "coreset_size": coreset_size, "sinks": sinks, "bits": bits}
     options |= {"mass_correction": mass_correction}
@@ -98,26 +102,27 @@ def compress_caches(
                 own, tokens = np.stack(tokens[:count]).reshape(*stack, -1), tokens[count:]
                 given["budget"] = int(own.max())
                 sizes = None if (own == own.max()).all() else own
-            queries = None
-            if reading is not None:
-                queries = over_stack(ApproxAttention.last_queries, stack)(reading[path].attention_fn)
+            kept = [over_stack(ApproxAttention.last_queries, stack)(other[path].attention_fn) for other in reading]
+            if any(x is None for x in kept):
+                raise ValueError("queries_of must have queries: make their caches by init_cache(keep_queries=)")
+            queries = jnp.concatenate(kept, axis=len(stack) + 1) if kept else None
             keys = jax.random.split(jax.random.fold_in(key, index), stack)
-
-            def compress(attention_fn: ApproxAttention, key: Array, sizes: Any, queries: Any) -> None:
-                attention_fn.compress_cache(key, sizes=sizes, queries=queries, **given, **options)  # noqa: B023
-
-            over_stack(compress, stack)(layer.attention_fn, keys, sizes, queries)
+            over_stack(functools.partial(_compress, options | given), stack)(layer.attention_fn, keys, sizes, queries)
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
+
+
+def _compress(options: dict[str, Any], attention_fn: ApproxAttention, key: Array, sizes: Any, queries: Any) -> None:
+    attention_fn.compress_cache(key, sizes=sizes, queries=queries, **options)
 
 
 def _of_every_head(budget: Budget, heads: list[int]) -> list[np.ndarray]:
     """The budgets of each layer's key heads, whose numbers are ``heads``."""
-    of_layers = [budget] * len(heads) if isinstance(budget, int) else list(budget)
+    of_layers = list(budget) if isinstance(budget, Sequence | np.ndarray) else [budget] * len(heads)
     if len(of_layers) != len(heads):
         raise ValueError(f"budget must be a number or one for each of {len(heads)} layers, got {shown(budget)}")
     made = []
     for of_layer, count in zip(of_layers, heads, strict=True):
-        of_heads = list(of_layer) if isinstance(of_layer, Sequence) else [of_layer] * count
+        of_heads = list(of_layer) if isinstance(of_layer, Sequence | np.ndarray) else [of_layer] * count
         if len(of_heads) != count:
             raise ValueError(
                 f"the budget of a layer must be a number or one for each of {count} heads, got {shown(of_layer)}"

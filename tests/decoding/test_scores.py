@@ -99,9 +99,7 @@ def test_padding_changes_nothing(policy):
 def test_a_token_without_a_value_goes_before_padding_does():
     v = V.at[5:30].set(0)
     kv_mask = jnp.arange(KEYS) < 35
-    small = compress_tokens(
-        K, v, budget=34, policy="expected_attention", queries=Q, kv_mask=kv_mask, sinks=0, recent=0
-    )
+    small = compress_tokens(K, v, budget=34, policy="expected_attention", queries=Q, kv_mask=kv_mask, sinks=0, recent=0)
     assert int((small.mass > 0).sum()) == 34
 
 

@@ -1,4 +1,4 @@
-"""Caches of models compressed after the prompt: head by head as by hand, in stacks, for sequences of several lengths."""
+"""Caches of models compressed after the prompt: as by hand, in stacks, for sequences of several lengths."""
 
 import functools
 
@@ -59,20 +59,24 @@ def test_a_press_is_compress_cache_of_every_head_and_decoding_goes_on(options):
     cache = layer._cached()[0]
     outs = np.concatenate([read(layer, PROMPT, PROMPT + 1), read(layer, PROMPT + 1, PROMPT + LATER)], axis=1)
     scaled = fold_scale(QUERY, KEY)[0]
-    for batch, head in ((0, 0), (1, 1)):
+    by_hand = jax.jit(functools.partial(compress_cache, budget=12, coreset_size=8, **options))
+    for place in ((0, 0), (1, 1)):
+        batch, head = place
         group = slice(2 * head, 2 * head + 2)
-        small = jax.jit(functools.partial(compress_cache, budget=12, coreset_size=8, **options))(
-            jax.tree.map(lambda x: x[batch, head], heads._replace(length=None))._replace(length=heads.length),
-            queries=scaled[batch, PROMPT - 16 : PROMPT, group],
+        own = _of_head(heads._replace(length=None), place)._replace(length=heads.length)
+        small = by_hand(own, queries=scaled[batch, PROMPT - 16 : PROMPT, group])
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-5), _of_head(cache.heads.past, place), small.past
         )
-        given = jax.tree.map(lambda x: x[batch, head], cache.heads.past)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), given, small.past)
-        running = running_compressed(
-            HEAD_DIM, cache.drawn["folding"][head], budget=12, coreset_size=8, bits=options.get("bits")
-        )
+        sizes = {"budget": 12, "coreset_size": 8, "bits": options.get("bits")}
+        running = running_compressed(HEAD_DIM, cache.drawn["folding"][head], **sizes)
         decoder = Decoder(running=running, head_dim=HEAD_DIM, value_dim=HEAD_DIM, block_size=BLOCK)
         later = (x[batch, PROMPT:, i] for x, i in ((QUERY, 2 * head), (KEY, head), (VALUE, head)))
         np.testing.assert_allclose(outs[batch, :, 2 * head], jax.jit(decoder.prefill)(small, *later)[0], atol=1e-5)
+
+
+def _of_head(cache, place):
+    return jax.tree.map(lambda x: x[place], cache)
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "expected_attention"])
@@ -124,13 +128,11 @@ def test_a_second_pass_of_a_copy_ranks_the_keys():
     again = nnx.clone(model)
     run(again, x[:, ::-1])
     by_hand, queries = nnx.clone(model), nnx.vmap(ApproxAttention.last_queries)(again.attention_fn)
-    compress_caches(model, RNG, budget=6, policy="kvzip", queries_of=again, coreset_size=4, sinks=1)
+    compress_caches(model, RNG, budget=6, policy="kvzip", queries_of=[again], coreset_size=4, sinks=1)
     np.testing.assert_array_equal(model.attention_fn.num_seen, [20] * 3)
     for i in range(3):
         single = alone(by_hand, i)
-        single.attention_fn.compress_cache(
-            RNG, budget=6, policy="kvzip", queries=queries[i], coreset_size=4, sinks=1
-        )
+        single.attention_fn.compress_cache(RNG, budget=6, policy="kvzip", queries=queries[i], coreset_size=4, sinks=1)
         kept, expected = (
             layer.attention_fn._cached()[0].heads.past.prefix.fixed.k for layer in (alone(model, i), single)
         )
@@ -156,7 +158,8 @@ def test_bytes_are_kept_to(bits):
         ({"budget": [8, 8, 0]}, ValueError, "budget must be at least 1, got 0"),
         ({"budget": [9, 8, 8], "policy": "halving"}, ValueError, "size is for heuristics"),
         ({"budget": 8, "policy": "snapkw"}, ValueError, "did you mean 'snapkv'"),
-        ({"budget": 8, "queries_of": nnx.Dict(other=stack)}, ValueError, "no layer of the Dict has an attention_fn"),
+        ({"budget": 8, "queries_of": [with_method("exact")]}, ValueError, "queries_of must have queries"),
+        ({"budget": 8, "queries_of": [nnx.Dict()]}, ValueError, "no layer of the Dict has an attention_fn"),
     ],
 )
 def test_what_is_wrong_is_said(options, error, message):
