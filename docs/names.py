@@ -54,7 +54,7 @@ TOPICS = {
             "HeadsDecoder", "HeadsCache", "Decoder", "Cache", "compress_tokens", "compress_cache",
             "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
             "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
-            "decoding.AttentionMatching",
+            "decoding.AttentionMatching", "decoding.Queries", "decoding.compress_heads", "decoding.CompressedDecoder",
         ),
     ),
     "coresets": (

@@ -24,6 +24,8 @@ from experiments.data.retrieval import QUESTION
 from experiments.models import attention_layers
 from experiments.training import TrainingConfig, fit
 
+# The tokens of a question before its answer.
+ASKED = QUESTION - 1
 # What a policy leaves of the evicted mass, by what follows a "+" in its name.
 CORRECTIONS: dict[str, Any] = {"": False, "mass": True, "fitted": "fitted"}
 
@@ -90,7 +92,8 @@ class _Watched(ApproxAttention):
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[dict[str, Any]]:
     """A record for every task, policy, budget, number of bits and question.
 
-    The question ``seen`` is the one that was asked before the compression, ``new`` another about the same context. Each
+    The prompt is the context and a first question, without its answer. After the compression this question is asked again
+    (``seen``), and another one about the same context (``new``), which policies that read queries did not see. Each
     record has the accuracy of the answer, the relative error of attention outputs at the question (mean over layers),
     the bytes of the cache of a sequence, and the same of the cache that is not compressed, whose policy is ``none``.
     """
@@ -116,8 +119,8 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[dict[
 
 def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], context: int) -> Iterator[dict[str, Any]]:
     """The records of one task."""
-    prefilled = [_prefilled(config, model, tokens[:, : context + QUESTION]) for tokens in batches]
-    questions = {"seen": slice(context, context + 2), "new": slice(context + QUESTION, context + QUESTION + 2)}
+    prefilled = [_prefilled(config, model, tokens[:, : context + ASKED]) for tokens in batches]
+    questions = {"seen": slice(context, context + ASKED), "new": slice(context + QUESTION, context + QUESTION + ASKED)}
     truths = {name: [_asked(m, tokens[:, at]) for m, tokens in zip(prefilled, batches, strict=True)]
               for name, at in questions.items()}  # fmt: skip
 
@@ -136,8 +139,8 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
     without = [nnx.clone(model) for _ in batches]
     for cache, tokens in zip(without, batches, strict=True):
         init_cache(cache, tokens.shape[0], max_length=tokens.shape[1], block_size=config.block_size)
-        _read(cache, tokens[:, : context + QUESTION])
-    yield from records(without, policy="none", budget=context + QUESTION, bits=32)
+        _read(cache, tokens[:, : context + ASKED])
+    yield from records(without, policy="none", budget=context + ASKED, bits=32)
     seconds = [
         [_after(m, tokens[:, i : i + config.chunk]) for i in range(0, context, config.chunk)]
         if any(policy.startswith("kvzip") for policy in config.policies)
