@@ -92,10 +92,10 @@ class _Watched(ApproxAttention):
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[dict[str, Any]]:
     """A record for every task, policy, budget, number of bits and question.
 
-    The prompt is the context and a first question, without its answer. After the compression this question is asked again
-    (``seen``), and another one about the same context (``new``), which policies that read queries did not see. Each
-    record has the accuracy of the answer, the relative error of attention outputs at the question (mean over layers),
-    the bytes of the cache of a sequence, and the same of the cache that is not compressed, whose policy is ``none``.
+    The prompt is the context and a first question, without its answer. After the compression this question is asked
+    again (``seen``), and another one about the same context (``new``), which policies that read queries did not see.
+    Each record has the accuracy of the answer, the relative error of attention outputs at the question (mean over
+    layers), and the bytes of the cache of a sequence. The policy ``none`` does not compress.
     """
     training = dataclasses.replace(config.training, seed=config.seed)
     model, dataset, seconds = fit(training, directory, console)
@@ -124,8 +124,7 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
     truths = {name: [_asked(m, tokens[:, at]) for m, tokens in zip(prefilled, batches, strict=True)]
               for name, at in questions.items()}  # fmt: skip
 
-    def records(caches: list[nnx.Module], **what: Any) -> Iterator[dict[str, Any]]:
-        taken = sum(layer.attention_fn.cache_bytes for layer in attention_layers(caches[0]).values())
+    def records(caches: list[nnx.Module], taken: int, **what: Any) -> Iterator[dict[str, Any]]:
         for name, at in questions.items():
             right, errors = [], []
             for compressed, tokens, (_, truth) in zip(caches, batches, truths[name], strict=True):
@@ -136,11 +135,11 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
             yield {**what, "question": name, "accuracy": accuracy, "attention_error": error,
                    "cache_bytes": taken // batches[0].shape[0]}  # fmt: skip
 
-    without = [nnx.clone(model) for _ in batches]
-    for cache, tokens in zip(without, batches, strict=True):
-        init_cache(cache, tokens.shape[0], max_length=tokens.shape[1], block_size=config.block_size)
-        _read(cache, tokens[:, : context + ASKED])
-    yield from records(without, policy="none", budget=context + ASKED, bits=32)
+    # The bytes of the cache alone, without the queries that are kept for the policies.
+    whole = init_cache(
+        nnx.clone(model), len(batches[0]), max_length=context + ASKED + QUESTION, block_size=config.block_size
+    )
+    yield from records(prefilled, whole, policy="none", budget=context + ASKED, bits=32)
     seconds = [
         [_after(m, tokens[:, i : i + config.chunk]) for i in range(0, context, config.chunk)]
         if any(policy.startswith("kvzip") for policy in config.policies)
@@ -153,7 +152,8 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
         for index, (cache, second) in enumerate(zip(caches, seconds, strict=True)):
             key = jax.random.fold_in(jax.random.key(config.seed), index)
             press(cache, key, queries_of=second if policy.startswith("kvzip") else [])
-        yield from records(caches, policy=policy, budget=budget, bits=bits)
+        taken = sum(layer.attention_fn.cache_bytes for layer in attention_layers(caches[0]).values())
+        yield from records(caches, taken, policy=policy, budget=budget, bits=bits)
 
 
 @functools.cache  # programs are kept from task to task

@@ -44,7 +44,7 @@ SETTINGS = {
     },
     "policies": ["kvzip+mass"],
     "budgets": [6, 32],
-    "tasks": ["needles", "variables"],
+    "tasks": ["needles"],
     "block_size": 2,
     "keep_queries": 8,
     "chunk": 8,
@@ -55,20 +55,17 @@ SETTINGS = {
 def test_the_study_compares_a_seen_question_with_a_new_one(tmp_path: pathlib.Path):
     config = resolve(presses.Config, SETTINGS, {}, "test")
     records = pd.DataFrame(presses.run(config, tmp_path, Console(quiet=True)))
-    assert len(records) == 2 * 2 * (1 + 2)
+    assert len(records) == 2 * (1 + 2)
     assert set(records.question) == {"seen", "new"}
     whole, full, small = (
         records[chosen] for chosen in (records.policy == "none", records.budget == 32, records.budget == 6)
     )
-    assert (whole.attention_error < 1e-6).all()
+    assert (whole.attention_error == 0).all()
     # With room for all tokens nothing is lost; with few of them something is, and the cache is smaller.
     assert (full.attention_error < 1e-4).all()
     assert (small.attention_error > 1e-3).all()
     assert small.cache_bytes.max() < whole.cache_bytes.min()
-    for task, part in records.groupby("task"):
-        exact = whole[whole.task == task].set_index("question").accuracy
-        kept = part[part.budget == 32]
-        assert (kept.accuracy.to_numpy() == exact[kept.question].to_numpy()).all()
+    assert (full.accuracy.to_numpy() == whole.accuracy.to_numpy()).all()
 
 
 @pytest.mark.parametrize(
