@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -43,9 +44,9 @@ def compress_caches(
         model: a model whose layers have caches, stacks of layers included.
         key: typed PRNG key.
         budget: tokens of every head for all that is older than the exact blocks: a number, or one for each layer, or
-            one for each key head of each layer, in the order of ``nnx.iter_graph``, stacked layers one by one. Where
-            heads or stacked layers differ, the policy is one that takes a ``size``, and the memory of all is that of
-            the largest.
+            one for each key head of each layer, in the order of their paths (``layer_2`` before ``layer_10``), stacked
+            layers one by one. Where heads or stacked layers differ, the policy is one that takes a ``size``, and the
+            memory of all is that of the largest.
         num_bytes: in place of ``budget``, the bytes of the compressed tokens of one sequence, in all layers together,
             which every head gets an equal share of.
         policy: as in `compress_tokens`.
@@ -82,11 +83,11 @@ def compress_caches(
         As in `compress_tokens`.
     """
     key = check_key("compress_caches", key)
-    layers = approximate_layers(model)
+    layers = dict(sorted(approximate_layers(model).items(), key=_by_number))
     reading = [approximate_layers(other) for other in queries_of]
     stacks = {path: stack_of(layer, path) or () for path, layer in layers.items()}
     for other in reading:
-        if list(other) != list(layers):
+        if other.keys() != layers.keys():
             raise ValueError(f"queries_of must have the layers of the model, {list(layers)}, got {list(other)}")
     heads = [layer.num_kv_heads for path, layer in layers.items() for _ in range(math.prod(stacks[path]))]
     options: dict[str, Any] = {"policy": policy, "coreset_size": coreset_size, "sinks": sinks, "bits": bits}
@@ -109,6 +110,10 @@ def compress_caches(
             keys = jax.random.split(jax.random.fold_in(key, index), stack)
             over_stack(functools.partial(_compress, options | given), stack)(layer.attention_fn, keys, sizes, queries)
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
+
+
+def _by_number(layer: tuple[str, Any]) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", layer[0])]
 
 
 def _compress(options: dict[str, Any], attention_fn: ApproxAttention, key: Array, sizes: Any, queries: Any) -> None:

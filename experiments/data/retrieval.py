@@ -73,7 +73,9 @@ def retrieval(
         # A chain's statements stand in its order, among those of other chains.
         slot = np.sort(random.permutation(length // 2)[:stated].reshape(task.chains, task.hops), axis=1)
         context[slot] = np.stack([name, np.concatenate([answer[:, None], name[:, :-1]], axis=1)], axis=-1)
-        asked = np.resize(random.permutation(task.chains), questions)
+        # Rounds of all chains, each in another order: else an answer would stand where the last round had it.
+        rounds = [random.permutation(task.chains) for _ in range(-(-questions // task.chains))]
+        asked = np.concatenate(rounds)[:questions]
         question = np.stack([np.full(questions, MARK), name[asked, -1], answer[asked]], axis=1)
         return np.concatenate([context.ravel(), question.ravel()])
 

@@ -148,12 +148,11 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
     ]
     for policy, budget, bits in itertools.product(config.policies, config.budgets, config.bits):
         press = _press(policy, budget, None if bits == 32 else bits, config.coreset_size, config.sinks)
-        caches = [nnx.clone(m) for m in prefilled]
+        caches, taken = [nnx.clone(m) for m in prefilled], 0
         for index, (cache, second) in enumerate(zip(caches, seconds, strict=True)):
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-            press(cache, key, queries_of=second if policy.startswith("kvzip") else [])
-        taken = sum(layer.attention_fn.cache_bytes for layer in attention_layers(caches[0]).values())
-        yield from records(caches, taken, policy=policy, budget=budget, bits=bits)
+            taken = press(cache, key, queries_of=second if policy.startswith("kvzip") else [])
+        yield from records(caches, int(taken), policy=policy, budget=budget, bits=bits)
 
 
 @functools.cache  # programs are kept from task to task

@@ -13,7 +13,7 @@ from approx_attention import nnx as ours
 from approx_attention.core import summary_bytes
 from approx_attention.decoding import running_compressed
 from approx_attention.nnx import ApproxAttention, compress_caches
-from tests.flax.test_stacks import DIM, alone, run, tokens, with_method
+from tests.flax.test_stacks import DIM, alone, run, stack_of, tokens, with_method
 from tests.references import random_heads
 
 pytestmark = pytest.mark.usefixtures("models")
@@ -120,6 +120,15 @@ def test_layers_and_heads_have_budgets():
     out = run(layers, tokens(1))
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(layers.attention_fn.num_seen, [25] * 3)
+
+
+def test_layers_are_counted_by_their_numbers():
+    model = nnx.Dict(layer_10=stack_of(), layer_2=stack_of())
+    ours.replace_attention(model, "exact", is_causal=True)
+    ours.init_cache(model, 1, max_length=8, block_size=4)
+    compress_caches(model, RNG, budget=[6, 8], policy="streaming_llm", coreset_size=4)
+    rows = {name: model[name].attention_fn._cached()[0].heads.past.prefix.fixed.mass.shape[-1] for name in model}
+    assert rows == {"layer_2": 6, "layer_10": 8}
 
 
 def test_a_second_pass_of_a_copy_ranks_the_keys():
