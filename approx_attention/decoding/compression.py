@@ -204,11 +204,15 @@ def _asked(queries: Array, k: Array, policy: Any, real: Array | None) -> Queries
 
 def _asked_after(cache: Cache, queries: Array, policy: Any) -> Queries:
     """The last queries of a cache: the tokens of its exact blocks come after those that are compressed."""
-    num_keys = cache.past.prefix.k.shape[0]
+    prefix = cache.past.prefix
+    num_keys = prefix.k.shape[0]
     if _come_later(policy):
         return Queries.later(queries, num_keys)
     near = jnp.sum(cache.past.before.kv_mask, dtype=jnp.int32) + jnp.sum(cache.current.kv_mask, dtype=jnp.int32)
-    return Queries.last(queries, num_keys, after=near)
+    asked = Queries.last(queries, num_keys, after=near)
+    # Real keys are moved to the end; rows before the first of them are no queries.
+    first = num_keys - jnp.sum(prefix.mass > 0, dtype=jnp.int32)
+    return Queries(asked.rows, jnp.where(asked.seen > first, asked.seen, 0))
 
 
 def tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:

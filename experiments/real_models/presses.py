@@ -140,7 +140,7 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
         nnx.clone(model), len(batches[0]), max_length=context + ASKED + QUESTION, block_size=config.block_size
     )
     yield from records(prefilled, whole, policy="none", budget=context + ASKED, bits=32)
-    seconds = [
+    parts = [
         [_after(m, tokens[:, i : i + config.chunk]) for i in range(0, context, config.chunk)]
         if any(policy.startswith("kvzip") for policy in config.policies)
         else []
@@ -149,9 +149,9 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
     for policy, budget, bits in itertools.product(config.policies, config.budgets, config.bits):
         press = _press(policy, budget, None if bits == 32 else bits, config.coreset_size, config.sinks)
         caches, taken = [nnx.clone(m) for m in prefilled], 0
-        for index, (cache, second) in enumerate(zip(caches, seconds, strict=True)):
+        for index, (cache, second_pass) in enumerate(zip(caches, parts, strict=True)):
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-            taken = press(cache, key, queries_of=second if policy.startswith("kvzip") else [])
+            taken = press(cache, key, queries_of=second_pass if policy.startswith("kvzip") else [])
         yield from records(caches, int(taken), policy=policy, budget=budget, bits=bits)
 
 
