@@ -59,7 +59,7 @@ TOPICS = {
             "compress_tokens", "compress_cache",
             "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
             "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
-            "decoding.AttentionMatching",
+            "decoding.AttentionMatching", "decoding.Queries", "decoding.compress_heads", "decoding.CompressedDecoder",
         ),
     ),
     "coresets": (

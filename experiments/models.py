@@ -208,7 +208,7 @@ class SelfAttention(nnx.Module):
             )
 
         self.rotary_base, self.is_causal, self.draw = config.rotary_base, is_causal, draw
-        self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
+        self.head_dim, self.num_heads, self.num_kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         self.query = linear(config.num_heads)
         self.key, self.value = (linear(config.num_kv_heads) for _ in "kv")
         shape = (config.num_heads, config.head_dim)

@@ -36,7 +36,7 @@ from approx_attention.core import (
 from approx_attention.coresets import ALGORITHMS, Algorithm, compress, refitted, rescaled, running_coreset
 from approx_attention.decoding.budgets import token_budget
 from approx_attention.decoding.decoder import Cache
-from approx_attention.decoding.heuristics import HEURISTICS, SNAP_QUERIES, Heuristic, check_queries
+from approx_attention.decoding.heuristics import HEURISTICS, SNAP_QUERIES, Heuristic, Queries, check_queries
 from approx_attention.decoding.matching import MATCHING, AttentionMatching
 
 
@@ -66,7 +66,7 @@ def compress_tokens(
     num_bytes: int | None = None,
     size: int | Array | None = None,
     policy: str | Algorithm | AttentionMatching = "guarded",
-    queries: Float[Array, "T D"] | None = None,
+    queries: Float[Array, "T *G D"] | None = None,
     sinks: int = 4,
     recent: int = 32,
     mass_correction: bool | Literal["fitted"] = True,
@@ -93,18 +93,23 @@ def compress_tokens(
             no mass. The first and the last tokens are always kept.
         policy: an algorithm of `approx_attention.coresets`, or a heuristic: ``"streaming_llm"`` (the last tokens),
             ``"knorm"`` (small keys), ``"keydiff"`` (keys unlike the mean key), ``"h2o"`` (attention received from all
-            queries), ``"snapkv"`` (from the last 32, averaged over 5 keys) or ``"tova"`` (from the last); or
+            queries), ``"snapkv"`` (from the last 32, averaged over 5 keys), ``"tova"`` (from the last),
+            ``"expected_attention"`` (from Gaussian queries of the same mean and covariance, times the norm of the
+            value) or ``"kvzip"`` (the most from a query of a second pass, in which the model repeats its context); or
             ``"attention_matching"``, an `AttentionMatching` of the last 512 queries.
-        queries: the queries of the last T positions ``[T, D]``, for the last four, and as an estimate of the radius.
-            Matching sees all tokens by each of them. Later queries should resemble them. ``"guarded"`` judges by the
-            last 32.
+        queries: the queries of the last T positions ``[T, D]``, or ``[T, G, D]`` of all G query heads that share the
+            keys, for the last six, and as an estimate of the radius. Later queries should resemble them. Matching sees
+            all tokens by each of them. For ``"kvzip"`` they are those of the second pass, which come after all keys,
+            in any number. ``"guarded"`` judges by the last 32. Queries are given as attention reads them; with rotary
+            positions the Gaussian of ``"expected_attention"`` is that of rotated queries, where the authors average
+            the rotation over later positions: a model that does the same passes queries rotated to these.
         sinks: the number of first tokens that are kept exactly.
         recent: the number of last tokens that are kept exactly.
         mass_correction: heuristics only: the kept tokens take over the mass of the evicted ones, each in proportion to
             its own, or ``"fitted"``: with the masses that fit all tokens best (`FittedMasses`).
         query_radius: as in `coreset`, in scaled space.
         kv_mask: true where a key is real ``[S]``; sinks and recent tokens are the first and last real ones, and queries
-            of all S positions are real where their keys are.
+            of all S positions are real where their keys are; fewer, and those of a second pass, are all real.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
@@ -129,20 +134,22 @@ def compress_tokens(
     Reference:
         The algorithms: as in `coreset`. The heuristics: ``"streaming_llm"`` :cite:p:`xiao2023sinks`;
         ``"knorm"`` :cite:p:`devoto2024simple`; ``"keydiff"`` :cite:p:`park2025keydiff`; ``"h2o"``
-        :cite:p:`zhang2023h2o`; ``"snapkv"`` :cite:p:`li2024snapkv`; ``"tova"`` :cite:p:`oren2024tova`.
+        :cite:p:`zhang2023h2o`; ``"snapkv"`` :cite:p:`li2024snapkv`; ``"tova"`` :cite:p:`oren2024tova`;
+        ``"expected_attention"`` :cite:p:`devoto2025expected`; ``"kvzip"`` :cite:p:`kim2025kvzip`.
         ``"attention_matching"``: :cite:p:`zweiger2026matching`.
     """
     _check_policy(policy, size)
     for name, x in (("k", k), ("v", v)):
         check_floating(name, x)
-    if queries is not None:
-        check_queries(queries, k)
     scale = logit_scale(scale, k.shape[-1])
-    asked, k, v = head_inputs(k[:1] if queries is None else queries, k, v, scale=scale, kv_mask=kv_mask)
-    budget = _tokens_in(budget, num_bytes, k, v)
+    if queries is not None:
+        check_queries(queries, k, None if _come_later(policy) else k.shape[0])
+    rows = k[:1] if queries is None else queries.reshape(-1, queries.shape[-1])
+    rows, k, v = head_inputs(rows, k, v, scale=scale, kv_mask=kv_mask)
+    budget = tokens_in(budget, num_bytes, k, v)
     small = _in_budget(
         WeightedKV.of_tokens(k, v, kv_mask),
-        None if queries is None else asked,
+        None if queries is None else _asked(rows.reshape(queries.shape), k, policy, kv_mask),
         key,
         limits=_Budget(budget, size, sinks, recent),
         real=kv_mask,
@@ -175,7 +182,40 @@ def _ranking(policy: Any) -> Heuristic | AttentionMatching | None:
     return policy if isinstance(policy, AttentionMatching) else None
 
 
-def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
+def _come_later(policy: Any) -> bool:
+    """True for a policy whose queries come after all keys, in any number."""
+    ranking = _ranking(policy)
+    return ranking is not None and ranking.later
+
+
+def _asked(queries: Array, k: Array, policy: Any, real: Array | None) -> Queries:
+    """Which keys the queries see, once padding is moved to the front."""
+    num_keys = k.shape[0]
+    if _come_later(policy):
+        return Queries.later(queries, num_keys)
+    asked = Queries.last(queries, num_keys)
+    if real is None or queries.shape[0] != num_keys:
+        return asked
+    # Queries of all positions move with their keys; fewer are those of the last real ones.
+    order = jnp.argsort(real, stable=True)
+    rows = jnp.where(real[:, None, None], asked.rows, 0)[order]
+    return Queries(rows, jnp.where(real[order], asked.seen, 0))
+
+
+def _asked_after(cache: Cache, queries: Array, policy: Any) -> Queries:
+    """The last queries of a cache: the tokens of its exact blocks come after those that are compressed."""
+    prefix = cache.past.prefix
+    num_keys = prefix.k.shape[0]
+    if _come_later(policy):
+        return Queries.later(queries, num_keys)
+    near = jnp.sum(cache.past.before.kv_mask, dtype=jnp.int32) + jnp.sum(cache.current.kv_mask, dtype=jnp.int32)
+    asked = Queries.last(queries, num_keys, after=near)
+    # Real keys are moved to the end; rows before the first of them are no queries.
+    first = num_keys - jnp.sum(prefix.mass > 0, dtype=jnp.int32)
+    return Queries(asked.rows, jnp.where(asked.seen > first, asked.seen, 0))
+
+
+def tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
     """The budget in tokens, of which exactly one is given: their number, or their bytes."""
     if (budget is None) == (num_bytes is None):
         given = "neither" if budget is None else f"budget={shown(budget)} and num_bytes={shown(num_bytes)}"
@@ -192,7 +232,7 @@ def _tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bi
 
 def _in_budget(
     tokens: WeightedKV,
-    queries: Array | None,
+    queries: Queries | None,
     key: Array | None,
     *,
     limits: _Budget,
@@ -210,14 +250,10 @@ def _in_budget(
     if budget == num_keys and (size is None or num_keys <= sinks + recent):
         return tokens
     start = jnp.zeros((), jnp.int32)
-    asked = jnp.ones(0 if queries is None else queries.shape[0], bool)
     if real is not None:
         # Padding moves to the front, so that the last tokens are real.
         order = jnp.argsort(real, stable=True)
         tokens, start = jax.tree.map(lambda x: x[order], tokens), num_keys - jnp.sum(real, dtype=jnp.int32)
-        # Queries of all positions move with their keys; fewer are those of the last positions, padding included.
-        if queries is not None and queries.shape[0] == num_keys:
-            asked, queries = real[order], jnp.where(real[:, None], queries, 0)[order]
     middle = budget - sinks - recent
     if middle < 1:
         raise ValueError(f"budget must be more than sinks + recent = {sinks + recent}, got {budget}")
@@ -233,20 +269,21 @@ def _in_budget(
         assert not isinstance(policy, AttentionMatching)
         if query_radius is None and queries is not None:
             query_radius = _later_radius(queries)
-        known = None if queries is None else queries[-SNAP_QUERIES:]
+        known = None if queries is None else queries.recent(SNAP_QUERIES).flat[0]
         options: Any = {"algorithm": policy, "query_radius": query_radius, "queries": known}
         kept = compress(between, key, coreset_size=middle, **options)
         return merge(fixed, kept)
     if ranking.needs_queries and queries is None:
         raise ValueError(f"policy {shown(policy)} scores keys by the attention of queries: pass queries")
     # All tokens are scored, the reserved ones too: attention is a share among all.
-    score = ranking.score(tokens, tokens.k[:1] if queries is None else queries)[end - between.mass.shape[0] : end]
-    # A ranking has no derivative; tokens without mass rank last.
-    score = jnp.where(between.mass > 0, lax.stop_gradient(score), HIDDEN)
+    score = ranking.score(tokens, Queries.last(tokens.k[:1], num_keys) if queries is None else queries)
+    # A ranking has no derivative; tokens without mass rank last, after those of score -inf.
+    score = jnp.maximum(lax.stop_gradient(score)[end - between.mass.shape[0] : end], HIDDEN)
+    score = jnp.where(between.mass > 0, score, -jnp.inf)
     kept = _kept_at(between, lax.top_k(score, middle)[1], size if size is None else size - sinks - recent)
     if isinstance(ranking, AttentionMatching):
         assert queries is not None
-        kept = ranking.fitted(between, fixed, kept, queries, asked)
+        kept = ranking.fitted(between, fixed, kept, queries)
     elif mass_correction == "fitted":
         if query_radius is None and queries is not None:
             query_radius = _later_radius(queries)
@@ -266,9 +303,9 @@ def _checked_correction(mass_correction: Any) -> bool | Literal["fitted"]:
     return bool(mass_correction)
 
 
-def _later_radius(queries: Array) -> Array:
+def _later_radius(queries: Queries) -> Array:
     """As `coresets.query_radius`: a tenth more than the largest recent query, because later ones are unknown."""
-    return 1.1 * jnp.sqrt(jnp.max(squared_norm(queries[-SNAP_QUERIES:])))
+    return 1.1 * jnp.sqrt(jnp.max(squared_norm(queries.recent(SNAP_QUERIES).rows)))
 
 
 def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) -> WeightedKV:
@@ -354,7 +391,7 @@ def compress_cache(
     size: int | Array | None = None,
     coreset_size: int = 256,
     policy: str | Algorithm | AttentionMatching = "guarded",
-    queries: Float[Array, "T D"] | None = None,
+    queries: Float[Array, "T *G D"] | None = None,
     sinks: int = 4,
     mass_correction: bool | Literal["fitted"] = True,
     query_radius: float | Array | None = None,
@@ -378,7 +415,7 @@ def compress_cache(
         size: the number of tokens that this head may use, as in `compress_tokens`.
         coreset_size: as in `running_compressed`.
         policy: as in `compress_tokens`.
-        queries: the last queries, in scaled space, for the policies that read them.
+        queries: the last queries, those of the exact blocks included, in scaled space, for the policies that read them.
         sinks: the number of first tokens that are kept exactly.
         mass_correction: as in `compress_tokens`.
         query_radius: as in `coreset`.
@@ -418,13 +455,13 @@ def compress_cache(
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
         raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
-    budget = check_count("budget", _tokens_in(budget, num_bytes, prefix.k, prefix.value_sum, bits))
+    budget = check_count("budget", tokens_in(budget, num_bytes, prefix.k, prefix.value_sum, bits))
     if queries is not None:
-        check_queries(queries, prefix.k)
-        queries = head_inputs(queries, prefix.k, prefix.value_sum, scale=1.0)[0]
+        check_queries(queries, prefix.k, None)
+        queries = queries.astype(prefix.k.dtype)
     small = _in_budget(
         prefix,
-        queries,
+        None if queries is None else _asked_after(cache, queries, policy),
         key,
         limits=_Budget(budget, size, sinks, 0),
         real=prefix.mass > 0,

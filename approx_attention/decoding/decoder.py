@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -384,10 +384,14 @@ class HeadsDecoder:
         """
         batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
         own = self.bound.of_heads({} if per_head is None else per_head, self.num_kv_heads)
-        drawn = {**self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"], own.keys()), **own}
+        drawn = {**self._draw(rng, own.keys()), **own}
         one = self._of_head(jax.tree.map(lambda x: x[0], drawn)).init()
         heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, self.num_kv_heads, *x.shape)), one)
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)
+
+    def _draw(self, rng: Array | None, given: Set[str] = frozenset()) -> dict[str, Array]:
+        """The random arrays of each key head, where these arguments are given."""
+        return self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"], given)
 
     def extend(
         self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None = None

@@ -1,8 +1,8 @@
-"""Scores by which KV-cache eviction keeps keys: recency, norms, and the attention that keys receive."""
+"""Scores by which KV-cache eviction keeps keys: recency, norms, and the attention that keys receive or will receive."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,56 @@ from approx_attention.core import HIDDEN, WeightedKV, check_floating, in_blocks,
 SNAP_QUERIES, SNAP_POOL = 32, 5
 
 
-def check_queries(queries: Any, k: Array) -> None:
-    """Raises unless ``queries`` are ``[T, D]``, those of the last T of the keys."""
+class Queries(NamedTuple):
+    """Queries of the G query heads that share the keys of one head.
+
+    Attributes:
+        rows: ``[T, G, D]``, in order of their positions.
+        seen: how many of the first keys each sees ``[T]``, 0 for padding.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.decoding import Queries
+        >>> Queries.last(jnp.ones((3, 2)), num_keys=10).seen.tolist()
+        [8, 9, 10]
+    """
+
+    rows: Array
+    seen: Array
+
+    @classmethod
+    def last(cls, queries: Array, num_keys: int, after: int | Array = 0) -> Self:
+        """Those of the last T positions ``[T, D]`` or ``[T, G, D]``; ``after`` positions follow the last key."""
+        position = jnp.arange(queries.shape[0], dtype=jnp.int32) + (num_keys - queries.shape[0] + after)
+        return cls(_grouped(queries), jnp.clip(position + 1, 0, num_keys))
+
+    @classmethod
+    def later(cls, queries: Array, num_keys: int) -> Self:
+        """Those of any positions after all keys."""
+        return cls(_grouped(queries), jnp.full(queries.shape[0], num_keys, jnp.int32))
+
+    def recent(self, count: int) -> Self:
+        """The last of them."""
+        return type(self)(self.rows[-count:], self.seen[-count:])
+
+    @property
+    def flat(self) -> tuple[Array, Array]:
+        """Rows ``[T * G, D]``, and how many keys each sees."""
+        return self.rows.reshape(-1, self.rows.shape[2]), jnp.repeat(self.seen, self.rows.shape[1])
+
+
+def _grouped(queries: Array) -> Array:
+    return queries if queries.ndim == 3 else queries[:, None]
+
+
+def check_queries(queries: Any, k: Array, most: int | None) -> None:
+    """Raises unless ``queries`` are ``[T, D]`` or ``[T, G, D]``, at ``most`` so many positions."""
     check_floating("queries", queries)
-    if queries.ndim != 2 or queries.shape[1:] != k.shape[1:] or not 0 < queries.shape[0] <= k.shape[0]:
+    shape, channels = queries.shape, k.shape[-1]
+    if queries.ndim not in (2, 3) or shape[-1] != channels or 0 in shape or (most is not None and shape[0] > most):
+        rows, said = ("1 or more", "") if most is None else (f"1 to {most}", ", those of the last keys")
         raise ValueError(
-            f"queries must be [T, D] = [1 to {k.shape[0]}, {k.shape[-1]}], those of the last keys; got shape "
-            f"{queries.shape}"
+            f"queries must be [T, D] = [{rows}, {channels}]{said}, or [T, G, D] of G query heads; got shape {shape}"
         )
 
 
@@ -31,15 +74,15 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
 
     Args:
         tokens: S tokens, the hidden ones of mass 0.
-        queries: the queries of the last T positions ``[T, D]``, in the space of the keys that the tokens were made from
-            (scaled space, unless they carry a scale).
+        queries: the queries of the last T positions ``[T, D]``, or ``[T, G, D]`` of G query heads, in the space of the
+            keys that the tokens were made from (scaled space, unless they carry a scale).
 
     Returns:
         Sums ``[S]``, which add up to the number of queries that see a key.
 
     Raises:
         TypeError: not a `WeightedKV`, queries that are not floating point.
-        ValueError: queries that are not ``[T, D]`` with at most S rows.
+        ValueError: queries of another shape, or of more than S positions.
 
     Example:
         >>> import jax.numpy as jnp
@@ -54,66 +97,108 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
     """
     if not isinstance(tokens, WeightedKV):
         raise TypeError(f"attention_received takes a WeightedKV, got {type(tokens).__name__}")
-    check_queries(queries, tokens.k)
-    num_keys, num_queries = tokens.k.shape[0], queries.shape[0]
-    number = jnp.arange(num_keys, dtype=jnp.int32)
-    position = jnp.arange(num_queries, dtype=jnp.int32) + (num_keys - num_queries)
-    queries = scaled_queries(queries.astype(tokens.k.dtype), tokens)
+    num_keys = tokens.k.shape[0]
+    check_queries(queries, tokens.k, num_keys)
+    return received(tokens, Queries.last(queries, num_keys))
 
-    def of_block(rows: tuple[Array, Array]) -> Array:
-        q, place = rows
-        seen = (number[None, :] <= place[:, None]) & (tokens.mass > 0)[None, :]
+
+def received(tokens: WeightedKV, queries: Queries) -> Array:
+    """`attention_received` from queries that know which keys they see."""
+    return _over_weights(tokens, queries, lambda total, weights: total + jnp.sum(weights, axis=0))
+
+
+def _most_received(tokens: WeightedKV, queries: Queries) -> Array:
+    """The greatest attention weight that a query gives to each key."""
+    return _over_weights(tokens, queries, lambda most, weights: jnp.maximum(most, jnp.max(weights, axis=0)))
+
+
+def _over_weights(tokens: WeightedKV, queries: Queries, add: Callable[[Array, Array], Array]) -> Array:
+    """Attention weights ``[t, S]`` of all queries, block by block, added to zeros ``[S]``."""
+    num_keys = tokens.k.shape[0]
+    number = jnp.arange(num_keys, dtype=jnp.int32)
+    rows, seen = queries.flat
+    rows = scaled_queries(rows.astype(tokens.k.dtype), tokens)
+
+    def of_block(block: tuple[Array, Array]) -> Array:
+        q, count = block
+        there = (number[None, :] < count[:, None]) & (tokens.mass > 0)[None, :]
         logits = q @ tokens.k.T + tokens.log_mass[None, :]
         # HIDDEN and not -inf: a query that sees no key would give NaN. Its uniform weights are cleared after.
-        return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, HIDDEN), axis=-1), 0)
+        return jnp.where(there, jax.nn.softmax(jnp.where(there, logits, HIDDEN), axis=-1), 0)
 
-    # 2^22 logits at a time, 16 MB in float32: more would not be faster, and all T S of them need not fit.
-    block = min(num_queries, max(1, 2**22 // num_keys))
-    # Padding of the last block gets position -1, before the first token, and so sees no key.
-    rows = in_blocks(queries, block), in_blocks(position + 1, block) - 1
+    # 2^22 logits at a time, 16 MB in float32: more would not be faster, and all T S of them need not fit. Rows that
+    # fill the last block see no key.
+    size = min(rows.shape[0], max(1, 2**22 // num_keys))
+    blocks = in_blocks(rows, size), in_blocks(seen, size)
     none = jnp.zeros(num_keys, tokens.k.dtype)
-    return lax.scan(lambda total, rows: (total + jnp.sum(of_block(rows), axis=0), None), none, rows)[0]
+    return lax.scan(lambda total, block: (add(total, of_block(block)), None), none, blocks)[0]
 
 
-def _recency(tokens: WeightedKV, queries: Array) -> Array:
+def _expected(tokens: WeightedKV, queries: Queries) -> Array:
+    r"""Logarithm of the attention that Gaussian queries give to each key, times the norm of its value.
+
+    .. math:: \log \Big( \|v_j\|\, \frac1G \sum_g \frac{m_j e^{\mu_g \cdot k_j + k_j^\top \Sigma_g k_j / 2}}
+              {\sum_i m_i e^{\mu_g \cdot k_i + k_i^\top \Sigma_g k_i / 2}} \Big)
+
+    with the mean and the covariance of each query head's queries: :math:`E[e^{q \cdot k}]` in numerator and normaliser.
+    """
+    asked = (queries.seen > 0)[:, None, None]
+    rows = scaled_queries(jnp.where(asked, queries.rows, 0).astype(tokens.k.dtype), tokens)
+    count = jnp.maximum(jnp.sum(asked), 1).astype(rows.dtype)
+    mean = jnp.sum(rows, axis=0) / count
+    centred = jnp.where(asked, rows - mean[None], 0)
+    covariance = jnp.einsum("tgd,tge->gde", centred, centred) / count
+    linear = jnp.einsum("gd,sd->gs", mean, tokens.k)
+    quadratic = jnp.einsum("gde,sd,se->gs", covariance, tokens.k, tokens.k)
+    share = jax.nn.log_softmax(linear + quadratic / 2 + tokens.log_mass[None, :], axis=-1)
+    mean_share = jax.nn.logsumexp(share, axis=0) - jnp.log(jnp.asarray(share.shape[0], share.dtype))
+    # The logarithm: shares of sharp heads are 0 in float32 for most keys, which would then rank alike.
+    return mean_share + jnp.log(squared_norm(tokens.values)[:, 0]) / 2
+
+
+def _recency(tokens: WeightedKV, queries: Queries) -> Array:
     return jnp.arange(tokens.k.shape[0]).astype(tokens.k.dtype)
 
 
-def _small_norm(tokens: WeightedKV, queries: Array) -> Array:
+def _small_norm(tokens: WeightedKV, queries: Queries) -> Array:
     return -squared_norm(tokens.k)[:, 0]
 
 
-def _unlike_the_mean(tokens: WeightedKV, queries: Array) -> Array:
+def _unlike_the_mean(tokens: WeightedKV, queries: Queries) -> Array:
     norm = jnp.sqrt(squared_norm(tokens.k))
     unit = tokens.k / jnp.where(norm > 0, norm, 1)
     # The sum of unit keys in place of their normalised mean: a positive factor leaves the ranking alone.
     return -(unit @ (tokens.mass @ unit))
 
 
-def _snap(tokens: WeightedKV, queries: Array) -> Array:
-    received = attention_received(tokens, queries[-SNAP_QUERIES:])
+def _snap(tokens: WeightedKV, queries: Queries) -> Array:
+    attention = received(tokens, queries.recent(SNAP_QUERIES))
     # Neighbours of a key that is attended to are kept with it, so that phrases are not torn apart.
-    return jnp.convolve(received, jnp.full((SNAP_POOL,), 1 / SNAP_POOL, received.dtype), mode="same")
+    return jnp.convolve(attention, jnp.full((SNAP_POOL,), 1 / SNAP_POOL, attention.dtype), mode="same")
 
 
 @dataclasses.dataclass(frozen=True)
 class Heuristic:
-    """Eviction heuristic: the score of each key, and whether it reads queries.
+    """Eviction heuristic: the score of each key, and which queries it reads.
 
     Attributes:
-        score: ``(tokens [S], queries [T, D] of the last T positions) -> [S]``; keys with the greatest scores are kept.
+        score: ``(tokens [S], queries) -> [S]``; keys with the greatest scores are kept.
         needs_queries: false if ``score`` ignores its second argument.
+        later: true if the queries come after all keys, in any number; else they are those of the last positions.
     """
 
-    score: Callable[[WeightedKV, Array], Array]
+    score: Callable[[WeightedKV, Queries], Array]
     needs_queries: bool = False
+    later: bool = False
 
 
 HEURISTICS: Mapping[str, Heuristic] = {
     "streaming_llm": Heuristic(_recency),
     "knorm": Heuristic(_small_norm),
     "keydiff": Heuristic(_unlike_the_mean),
-    "h2o": Heuristic(attention_received, True),
+    "h2o": Heuristic(received, True),
     "snapkv": Heuristic(_snap, True),
-    "tova": Heuristic(lambda tokens, queries: attention_received(tokens, queries[-1:]), True),
+    "tova": Heuristic(lambda tokens, queries: received(tokens, queries.recent(1)), True),
+    "expected_attention": Heuristic(_expected, True),
+    "kvzip": Heuristic(_most_received, True, later=True),
 }

@@ -6,6 +6,7 @@ from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_of
 from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
+from approx_attention.nnx.presses import compress_caches
 from approx_attention.nnx.replaced import Replaced
 from approx_attention.nnx.tensor import TensorAttention
 from approx_attention.nnx.trees import TreeAttention
@@ -22,6 +23,7 @@ __all__ = [
     "TensorAttention",
     "TreeAttention",
     "capture_attention",
+    "compress_caches",
     "eva_dropin",
     "eva_official",
     "eva_official_causal",

@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype, PrecisionLike
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
 from approx_attention import distributed, flax_arguments
 from approx_attention.api import attention
-from approx_attention.core import check_flag
+from approx_attention.core import check_count, check_flag
 from approx_attention.decoding import (
     Certificate,
     CertifiedCache,
+    CompressedDecoder,
     HeadsDecoder,
     MixedDecoder,
+    compress_heads,
 )
+from approx_attention.nnx.streams import layer_stream
 from approx_attention.registry import BoundMethod, HeadMethods
 
 
@@ -301,6 +304,9 @@ class ApproxAttention(nnx.Module):
         dtype: Any = jnp.float32,
         certify: float | None = None,
         cache_bits: int | None = None,
+        block_size: int | None = None,
+        keep_queries: int = 0,
+        num_heads: int | None = None,
     ) -> None:
         """From now on every call brings further tokens and is answered from a cache, as by `HeadsDecoder`.
 
@@ -317,25 +323,72 @@ class ApproxAttention(nnx.Module):
             dtype: of the cache.
             certify: the largest error that a step may have, as in `HeadsDecoder`; needs ``max_length``.
             cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``.
+            block_size: tokens per block, for ``"exact"``; the last one or two blocks stay as they are when a cache is
+                compressed.
+            keep_queries: how many of the last queries are kept, by which `compress_cache` can choose.
+            num_heads: the number N of query heads, needed with ``keep_queries``.
 
         Raises:
             NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``; a layer
                 over many devices.
-            TypeError: a dtype other than float32 and float64.
+            TypeError: a dtype other than float32 and float64, or ``num_heads`` missing where it is needed.
         """
         if self.mesh is not None:
             raise NotImplementedError("a layer over many devices has no cache; make one without mesh to decode")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         sizes = {**sizes, "max_length": max_length, "dtype": flax_arguments.cache_dtype(dtype)}
-        sizes |= {"certify": certify, "cache_bits": cache_bits}
+        sizes |= {"certify": certify, "cache_bits": cache_bits, "block_size": block_size}
+        kept = None
+        if check_count("keep_queries", keep_queries, least=0):
+            if num_heads is None:
+                raise TypeError("keep_queries keeps those of every query head: pass num_heads")
+            kept = jnp.zeros((batch_size, keep_queries, check_count("num_heads", num_heads), head_dim), sizes["dtype"])
         # A cache is made of one draw, so that no call moves it on.
         rng = None if self.stream is None else self._last_key(self.stream)
-        leaves, treedef = jax.tree.flatten(self._decoder(sizes).init(batch_size, rng, ragged=ragged))
-        self._hold(nnx.List([nnx.Cache(x) for x in leaves]), sizes, treedef)
+        self._start(self._decoder(sizes).init(batch_size, rng, ragged=ragged), kept, sizes)
+
+    def compress_cache(self, key: Array, *, queries: Array | None = None, **options: Any) -> None:
+        """Compresses the cache of exact attention; calls go on from the compressed tokens.
+
+        Args:
+            key: typed PRNG key.
+            queries: those that the policy reads ``[B, T, N, D]``, by default the last ones that were kept.
+            **options: those of `compress_heads`.
+
+        Raises:
+            TypeError: a cache that does not hold tokens as they are.
+            ValueError: no cache, or as in `compress_cache`.
+        """
+        if self.cache is None:
+            raise ValueError("there is no cache to compress: init_cache, and a call with the prompt, come first")
+        queries = self.last_queries() if queries is None else queries
+        decoder = self._decoder(self.sizes)
+        if isinstance(decoder, MixedDecoder):
+            raise TypeError(f"{self.name} has a method for each head; only caches of 'exact' can be compressed")
+        decoder, cache = compress_heads(decoder, self._cached()[0], key, queries=queries, **options)
+        self._start(cache, None, {**self.sizes, **decoder.prefix})
+
+    def last_queries(self) -> Array | None:
+        """The last queries that were kept ``[B, W, N, D]``, None without ``keep_queries``.
+
+        In a sequence of fewer tokens the first one is repeated before the others.
+        """
+        if self.cache is None or self._cached()[1] is None:
+            return None
+        cache, kept = self._cached()
+        assert kept is not None
+        batch, number = kept.shape[:2]
+        first = number - jnp.clip(jnp.broadcast_to(cache.length, (batch,)), 1, number)
+        place = jnp.maximum(jnp.arange(number, dtype=jnp.int32)[None, :], first[:, None])
+        return jnp.take_along_axis(kept, place[:, :, None, None], axis=1)
 
     def drop_cache(self) -> None:
         """Ends decoding: calls are whole sequences again."""
         self._hold(None, {}, None)
+
+    def _start(self, cache: Any, kept: Array | None, sizes: dict[str, Any]) -> None:
+        leaves, treedef = jax.tree.flatten((cache, kept))
+        self._hold(nnx.List([nnx.Cache(x) for x in leaves]), sizes, treedef)
 
     def _held(self) -> tuple[nnx.List | None, dict[str, Any], Any]:
         """The cache, the sizes it was made with, and its structure."""
@@ -351,12 +404,12 @@ class ApproxAttention(nnx.Module):
 
         Of stacked layers it has the axes of the stack in front.
         """
-        return jnp.zeros((), jnp.int32) if self.cache is None else self._cached().length
+        return jnp.zeros((), jnp.int32) if self.cache is None else self._cached()[0].length
 
     @property
     def certificate(self) -> Certificate | None:
         """What the cache has promised, with axes ``[B, K]``; None without one that was made with ``certify``."""
-        heads = getattr(self._cached(), "heads", None) if self.cache is not None else None
+        heads = None if self.cache is None else getattr(self._cached()[0], "heads", None)
         return heads.certificate if isinstance(heads, CertifiedCache) else None
 
     @property
@@ -364,7 +417,8 @@ class ApproxAttention(nnx.Module):
         """The bytes that the cache takes."""
         return sum(x[...].nbytes for x in self.cache or ())
 
-    def _cached(self) -> Any:
+    def _cached(self) -> tuple[Any, Array | None]:
+        """The cache, and the last queries where they are kept."""
         return jax.tree.unflatten(self.treedef, [x[...] for x in self.cache or ()])
 
     def _decoder(self, sizes: dict[str, Any]) -> HeadsDecoder | MixedDecoder:
@@ -373,7 +427,8 @@ class ApproxAttention(nnx.Module):
         bound = self._registered()
         if bound is None:
             raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
-        return HeadsDecoder(bound, **sizes, scale=self.scale, **self._learned())
+        kind = CompressedDecoder if "prefix_budget" in sizes else HeadsDecoder
+        return kind(bound, **sizes, scale=self.scale, **self._learned())
 
     def _extend(
         self,
@@ -392,36 +447,24 @@ class ApproxAttention(nnx.Module):
         if mask is not None:
             masked, first = flax_arguments.real_tokens(mask, key.shape[0], key.shape[1])
             lengths = masked if lengths is None else jnp.minimum(lengths, masked)
-        out, cache = self._decoder(self.sizes).extend(self._cached(), query, key, value, lengths)
+        cache, kept = self._cached()
+        out, cache = self._decoder(self.sizes).extend(cache, query, key, value, lengths)
+        kept = None if kept is None else _with_last(kept, query, lengths)
         if first is not None:
             # A compiled program cannot raise an error.
             out = jnp.where(first[:, None, None, None], out, jnp.full_like(out, jnp.nan))
-        for variable, x in zip(self.cache or (), jax.tree.leaves(cache), strict=True):
+        for variable, x in zip(self.cache or (), jax.tree.leaves((cache, kept)), strict=True):
             variable[...] = x
         return out
 
 
-def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
-    """The stream of random methods; raises ``ValueError`` if there is none."""
-    if isinstance(rngs, nnx.RngStream):
-        return rngs
-    if "attention" not in rngs and "default" not in rngs:
-        raise ValueError(
-            "rngs needs the stream 'attention', as nnx.Rngs(attention=0) has it, or nnx.Rngs(0) by default; "
-            f"got {', '.join(rngs) or 'no stream'}"
-        )
-    return rngs.attention
-
-
-def layer_stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
-    """The random stream of one layer: a fork of the stream ``attention``, or the stream that is given."""
-    stream = None if rngs is None else attention_stream(rngs)
-    if stream is not None and stream.key.shape:
-        raise ValueError(
-            f"rngs must have one key, got keys of shape {stream.key.shape}: make stacked layers inside nnx.vmap, or "
-            "put the method into layers that are stacked already by replace_attention"
-        )
-    return stream.fork() if isinstance(rngs, nnx.Rngs) and stream is not None else stream
+def _with_last(kept: Array, query: Array, lengths: Array | None) -> Array:
+    """The last W real queries of each sequence, those of further tokens ``[B, T, N, D]`` included."""
+    joined = jnp.concatenate([kept, query.astype(kept.dtype)], axis=1)
+    if lengths is None:
+        return joined[:, query.shape[1] :]
+    start = jnp.clip(lengths, 0, query.shape[1])
+    return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, kept.shape[1]))(joined, start)
 
 
 def _bound(

@@ -1,8 +1,9 @@
 """Another attention in all layers of a Flax nnx model, and caches for them; layers may be stacked by ``nnx.vmap``."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax import Array
 
 from approx_attention.core import shown
 from approx_attention.evaluation import Policy, stack_of
-from approx_attention.nnx.attention import ApproxAttention, attention_stream
+from approx_attention.nnx.attention import ApproxAttention
 from approx_attention.nnx.replaced import Replaced, not_replaceable
+from approx_attention.nnx.streams import attention_stream
 from approx_attention.registry import BoundMethod, HeadMethods
 
 
@@ -84,7 +86,7 @@ def replace_attention(
         raise ValueError(f"no layer to replace; those with an attention_fn are {', '.join(layers)}")
     given = dict.fromkeys(chosen, (method, options)) if policy is None else _of_policy(policy, layers, chosen, options)
     made = {
-        path: _for_each_layer(functools.partial(ApproxAttention, own, **more), _stack(layers[path], path), rngs)
+        path: _for_each_layer(functools.partial(ApproxAttention, own, **more), stack_axes(layers[path], path), rngs)
         for path, (own, more) in given.items()
     }
     for path, attention_fn in made.items():
@@ -104,7 +106,7 @@ def _of_policy(
         raise ValueError(f"no layer to replace; the policy is for {', '.join(policy.layers)}")
     for path, own in found.items():
         own.methods.require(getattr(layers[path], "num_kv_heads", len(own.heads)))
-        named, stack = sum(stack_of(layer) == path for layer in policy.layers), _stack(layers[path], path)
+        named, stack = sum(stack_of(layer) == path for layer in policy.layers), stack_axes(layers[path], path)
         if path not in policy.layers and stack is not None and named != math.prod(stack):
             raise ValueError(f"the policy is for {named} of the {math.prod(stack)} layers stacked at {path!r}")
     scales = {path: {} if own.scale is None else {"scale": own.scale} for path, own in found.items()}
@@ -120,6 +122,8 @@ def init_cache(
     dtype: Any = jnp.float32,
     certify: float | None = None,
     cache_bits: int | None = None,
+    block_size: int | None = None,
+    keep_queries: int = 0,
 ) -> int:
     """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
 
@@ -135,6 +139,9 @@ def init_cache(
         dtype: of the cache.
         certify: the largest error that a step of a layer may have, as in `HeadsDecoder`; needs ``max_length``.
         cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``.
+        block_size: tokens per block, for ``"exact"``.
+        keep_queries: how many of the last queries each layer keeps, for policies of `compress_caches` that read them;
+            the layers have ``num_heads``.
 
     Returns:
         The bytes that all caches take.
@@ -144,6 +151,17 @@ def init_cache(
         NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``.
         TypeError: a dtype other than float32 and float64.
     """
+    layers = approximate_layers(model)
+    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
+    options |= {"certify": certify, "cache_bits": cache_bits, "block_size": block_size, "keep_queries": keep_queries}
+    with restored_on_error(layers.values()):
+        for path, layer in layers.items():
+            _start_caches(layer, stack_axes(layer, path) or (), batch_size, options)
+    return sum(layer.attention_fn.cache_bytes for layer in layers.values())
+
+
+def approximate_layers(model: nnx.Module) -> dict[str, Any]:
+    """The attention layers of a model, by path; raises ``ValueError`` unless all of them have an `ApproxAttention`."""
     layers = attention_layers(model)
     if not layers:
         raise ValueError(
@@ -153,17 +171,19 @@ def init_cache(
     other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
     if other:
         raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
-    options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
-    options |= {"certify": certify, "cache_bits": cache_bits}
-    before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers.values()]
+    return layers
+
+
+@contextlib.contextmanager
+def restored_on_error(layers: Iterable[Any]) -> Iterator[None]:
+    """Puts back the caches that layers had before where one of them raises."""
+    before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers]
     try:
-        for path, layer in layers.items():
-            _start_caches(layer, _stack(layer, path) or (), batch_size, options)
+        yield
     except Exception:
         for attention_fn, held in before:
             attention_fn._hold(*held)
         raise
-    return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 
 
 def attention_layers(model: nnx.Module) -> dict[str, Any]:
@@ -177,7 +197,7 @@ def attention_layers(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def _stack(layer: nnx.Module, path: str) -> tuple[int, ...] | None:
+def stack_axes(layer: nnx.Module, path: str) -> tuple[int, ...] | None:
     """The axes that ``nnx.vmap`` has put before the parameters of a layer: ``(L,)`` for L stacked layers, or ``()``.
 
     A layer does not say that it is a stack of layers. But its linear maps have the sizes that one layer was made with:
@@ -211,7 +231,7 @@ def _as_tuple(features: Any) -> tuple[int, ...]:
     return tuple(features) if isinstance(features, tuple | list) else (features,)
 
 
-def _over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
     """A function of one layer's state as a function of all that are stacked."""
     for size in reversed(stack):
         function = nnx.vmap(function, in_axes=0, out_axes=0, axis_size=size)
@@ -222,9 +242,11 @@ def _start_caches(layer: Any, stack: tuple[int, ...], batch_size: int, options: 
     """A cache for every layer of a stack."""
 
     def start(attention_fn: ApproxAttention) -> None:
-        attention_fn.init_cache(batch_size, layer.num_kv_heads, layer.head_dim, **options)
+        # A layer without num_heads can decode, but keeps no queries.
+        num_heads = getattr(layer, "num_heads", None)
+        attention_fn.init_cache(batch_size, layer.num_kv_heads, layer.head_dim, num_heads=num_heads, **options)
 
-    _over_stack(start, stack)(layer.attention_fn)
+    over_stack(start, stack)(layer.attention_fn)
 
 
 def _for_each_layer(
@@ -246,5 +268,5 @@ def _for_each_layer(
         raise ValueError(f"rngs must have one key{layers}; got keys of shape {split}")
     if not stack:
         return make(rngs=rngs)
-    keys = _over_stack(type(stream).__call__, stack)(stream) if split else jax.random.split(stream(), stack)
-    return _over_stack(lambda key: make(rngs=nnx.RngStream(key, tag=stream.tag)), stack)(keys)
+    keys = over_stack(type(stream).__call__, stack)(stream) if split else jax.random.split(stream(), stack)
+    return over_stack(lambda key: make(rngs=nnx.RngStream(key, tag=stream.tag)), stack)(keys)

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from approx_attention.core import check_counts, check_flag
-from approx_attention.nnx.attention import layer_stream
+from approx_attention.nnx.streams import layer_stream
 from approx_attention.registry import BoundMethod, bind
 from approx_attention.trees import children_of, tree_attention
 

@@ -369,7 +369,7 @@ class BoundMethod:
         if "max_length" in taken:
             if max_length is not None:
                 given["max_length"] = block_size * -(-max_length // block_size)
-            elif taken["max_length"] is inspect.Parameter.empty:
+            elif "max_length" not in given and taken["max_length"] is inspect.Parameter.empty:
                 raise TypeError(f"method {self.name!r} holds every token: pass max_length, the most that there will be")
         return dataclasses.replace(self, hyperparameters=given)
 

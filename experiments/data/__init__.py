@@ -9,7 +9,7 @@ import numpy as np
 
 from approx_attention.core import did_you_mean, unknown
 from experiments.config import STRICT, ConfigError, checked
-from experiments.data import images, synthetic, text
+from experiments.data import images, retrieval, synthetic, text
 from experiments.data.dataset import SPLITS, Dataset
 
 __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
@@ -27,6 +27,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "recall": synthetic.recall,
     "copying": synthetic.copying,
     "segments": synthetic.segments,
+    "retrieval": retrieval.retrieval,
     "match": synthetic.match,
     "match_xor": synthetic.match_xor,
 }

@@ -26,6 +26,7 @@ class Dataset:
         image_shape: height, width and channels.
         provenance: where the data come from, with a checksum if they are read.
         oracles: accuracies on held-out examples without understanding, to be told beside every score.
+        context: the number of first tokens about which the others ask; 0 where there is none.
     """
 
     kind: Literal["sequence", "classify", "image"]
@@ -36,6 +37,7 @@ class Dataset:
     image_shape: tuple[int, int, int] = (0, 0, 0)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     oracles: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    context: int = 0
 
 
 # A split's examples are told from another's by the seed alone: every draw is folded with the split.

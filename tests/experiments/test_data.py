@@ -14,7 +14,7 @@ from experiments.data import DATASETS, DataConfig, load, text
 pytestmark = pytest.mark.usefixtures("models")
 
 
-GENERATED = ["digits", "digit_scenes", "recall", "segments", "copying", "match", "match_xor"]
+GENERATED = ["digits", "digit_scenes", "recall", "segments", "copying", "retrieval", "match", "match_xor"]
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -75,6 +75,31 @@ def test_joined_pairs_are_asked_for_by_their_keys():
         assert all(held[tokens[place]] == targets[place] for place in asked)
         assert not np.any(np.delete(tokens[pairs:], asked - pairs))
     assert batch["tokens"].max() < dataset.vocabulary
+
+
+@pytest.mark.parametrize("task", ["needle", "needles", "key_value", "variables"])
+def test_questions_are_answered_by_following_the_statements_of_the_context(task):
+    settings = {"task": task, "length": 24, "questions": 3, "names": 12, "values": 5, "noise": 4, "needles": 3}
+    dataset = load(DataConfig("retrieval", settings | {"chains": 3, "hops": 3}))
+    batch = dataset.draw(np.random.default_rng(0), 8, "train")
+    first_name, first_value = 1 + 4, 1 + 4 + 12
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        context, questions = tokens[: dataset.context].reshape(-1, 2), tokens[dataset.context :].reshape(-1, 3)
+        stated: dict[int, int] = {}
+        for name, source in context:
+            if name >= first_name:
+                assert name not in stated
+                assert source >= first_value or source in stated  # what a name leads to was stated before it
+                stated[name] = source
+        assert len(stated) == {"needle": 1, "needles": 3, "key_value": 12, "variables": 9}[task]
+        for mark, name, answer in questions:
+            hops = 0
+            while name < first_value:
+                name, hops = stated[name], hops + 1
+            assert (mark, name, hops) == (0, answer, 3 if task == "variables" else 1)
+        assert len(set(questions[:, 1])) == (1 if task == "needle" else 3)
+        np.testing.assert_array_equal(targets[targets >= 0], questions[:, 2])
+        np.testing.assert_array_equal(tokens[np.flatnonzero(targets >= 0) + 1], questions[:, 2])
 
 
 def test_bits_match_in_triples_and_in_pairs():

@@ -1,0 +1,165 @@
+"""The caches of many heads compressed at once, and the decoder that goes on from them."""
+
+import functools
+from collections.abc import Set
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from approx_attention.core import WeightedKV, check_bits, check_count, check_key, each, fold_scale
+from approx_attention.coresets import Algorithm
+from approx_attention.decoding.compression import compress_cache, running_compressed, tokens_in
+from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
+from approx_attention.decoding.matching import AttentionMatching
+from approx_attention.registry import BoundMethod
+
+
+class CompressedDecoder(HeadsDecoder):
+    """Goes on from caches of `compress_heads`: compressed tokens, a folded coreset of those since, and recent ones.
+
+    Args:
+        method: as in `HeadsDecoder`; it has what the last one or two blocks need.
+        prefix_budget: tokens of the compressed prefix.
+        coreset_size: as in `running_compressed`.
+        prefix_bits: 8 or 4 bits per channel of the compressed prefix.
+        **options: those of `HeadsDecoder`.
+
+    Raises:
+        ValueError: counts below 1, other bits.
+    """
+
+    def __init__(
+        self,
+        method: str | BoundMethod,
+        *,
+        prefix_budget: int,
+        coreset_size: int = 256,
+        prefix_bits: int | None = None,
+        **options: Any,
+    ):
+        super().__init__(method, **options)
+        self.prefix: dict[str, Any] = {
+            "prefix_budget": check_count("prefix_budget", prefix_budget),
+            "coreset_size": check_count("coreset_size", coreset_size),
+            "prefix_bits": None if prefix_bits is None else check_bits("prefix_bits", prefix_bits),
+        }
+
+    def _draw(self, rng: Array | None, given: Set[str] = frozenset()) -> dict[str, Array]:
+        """A key for the folded coreset of each head."""
+        return {"folding": jax.random.split(check_key("CompressedDecoder", rng), self.num_kv_heads)}
+
+    def _of_head(self, drawn: dict[str, Array]) -> Decoder:
+        running = running_compressed(
+            self.sizes["head_dim"],
+            drawn["folding"],
+            budget=self.prefix["prefix_budget"],
+            coreset_size=self.prefix["coreset_size"],
+            bits=self.prefix["prefix_bits"],
+        )
+        return Decoder(running=running, **self.sizes)
+
+
+def compress_heads(
+    decoder: HeadsDecoder,
+    cache: HeadsCache,
+    key: Array,
+    *,
+    budget: int | None = None,
+    num_bytes: int | None = None,
+    sizes: Int[Array, " K"] | None = None,
+    coreset_size: int = 256,
+    policy: str | Algorithm | AttentionMatching = "guarded",
+    queries: Float[Array, "B T N D"] | None = None,
+    sinks: int = 4,
+    mass_correction: bool | Literal["fitted"] = True,
+    bits: int | None = None,
+) -> tuple[CompressedDecoder, HeadsCache]:
+    """Compresses the cache of every head of an exact `HeadsDecoder`, each as `compress_cache` does.
+
+    Args:
+        decoder: the one that filled the cache; its method keeps tokens as they are (``"exact"``).
+        cache: its cache.
+        key: typed PRNG key.
+        budget: tokens of each head for everything older than its exact blocks.
+        num_bytes: in place of ``budget``, as in `compress_cache`, of each head.
+        sizes: how many of them each key head may use ``[K]``, for policies that take a ``size``; the memory is that of
+            ``budget``.
+        coreset_size: as in `compress_cache`.
+        policy: as in `compress_cache`.
+        queries: the last queries of every head ``[B, T, N, D]``, as attention reads them.
+        sinks: as in `compress_cache`.
+        mass_correction: as in `compress_cache`.
+        bits: as in `compress_cache`.
+
+    Returns:
+        The decoder that goes on, and its cache.
+
+    Raises:
+        TypeError: a cache that does not hold tokens as they are.
+        ValueError: as in `compress_cache`.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import HeadsDecoder
+        >>> from approx_attention.decoding import compress_heads
+        >>> query, key, value = (jax.random.normal(jax.random.key(i), (2, 100, 3, 4)) for i in range(3))
+        >>> decoder = HeadsDecoder("exact", num_kv_heads=3, head_dim=4, max_length=100, block_size=10)
+        >>> _, cache = jax.jit(decoder.extend)(decoder.init(2), query, key, value)
+        >>> options = dict(budget=16, coreset_size=8, policy="snapkv", queries=query[:, -32:])
+        >>> decoder, cache = compress_heads(decoder, cache, jax.random.key(3), **options)
+        >>> out, cache = jax.jit(decoder.extend)(cache, query[:, :1], key[:, :1], value[:, :1])
+        >>> out.shape, cache.heads.past.prefix.fixed.mass.shape
+        ((2, 1, 3, 4), (2, 3, 16))
+    """
+    key = check_key("compress_heads", key)
+    heads: Any = cache.heads
+    prefix = heads.past.prefix if isinstance(heads, Cache) else None
+    if not isinstance(prefix, WeightedKV) or not _keeps_tokens(decoder, cache):
+        raise TypeError(
+            "compress_heads takes caches that keep tokens as they are, as those of 'exact' without cache_bits and "
+            f"certify do, once; got one of {decoder.bound.name!r} with {type(prefix).__name__}"
+        )
+    budget = check_count("budget", tokens_in(budget, num_bytes, prefix.k[0, 0], prefix.value_sum[0, 0], bits))
+    after = CompressedDecoder(
+        decoder.bound,
+        num_kv_heads=decoder.num_kv_heads,
+        **decoder.sizes | {"block_size": None},
+        prefix_budget=budget,
+        coreset_size=coreset_size,
+        prefix_bits=bits,
+    )
+    if queries is not None:
+        batch, num_queries, num_heads, head_dim = queries.shape
+        grouped = queries.reshape(batch, num_queries, decoder.num_kv_heads, num_heads // decoder.num_kv_heads, head_dim)
+        queries = jnp.moveaxis(fold_scale(grouped, prefix.k, decoder.sizes["scale"])[0], 2, 1)
+    key_policy, key_folding = jax.random.split(key)
+    keys = jax.random.split(key_policy, prefix.mass.shape[:2])
+    options = {"budget": budget, "coreset_size": coreset_size, "policy": policy, "sinks": sinks}
+    options |= {"mass_correction": mass_correction, "bits": bits}
+    static = tuple(options.items())
+    compressed = _compressed(heads._replace(length=None), keys, sizes, queries, static)
+    return after, HeadsCache(compressed._replace(length=heads.length), after._draw(key_folding))
+
+
+def _keeps_tokens(decoder: HeadsDecoder, cache: HeadsCache) -> bool:
+    """True if older tokens are in the cache one by one."""
+    drawn = jax.tree.map(lambda x: x[0], cache.drawn)
+    return decoder.bound.running(decoder.sizes["head_dim"], **drawn).quantized is not None
+
+
+@functools.partial(jax.jit, static_argnames="static")  # a loop by itself is compiled anew in every call
+def _compressed(heads: Cache, keys: Array, sizes: Array | None, queries: Array | None, static: Any) -> Cache:
+    """`compress_cache` of every head ``[B, K]``."""
+
+    def of_head(args: Any) -> Cache:
+        cache, key, size, queries = args
+        return compress_cache(cache, key, size=size, queries=queries, **dict(static))
+
+    def of_sequence(args: Any) -> Cache:
+        cache, keys, queries = args
+        return each(of_head, (cache, keys, sizes, queries))
+
+    return each(of_sequence, (heads, keys, queries))

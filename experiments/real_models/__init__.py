@@ -1,0 +1,1 @@
+"""What approximations do inside models: trained here, or brought by the user."""
