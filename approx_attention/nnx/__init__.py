@@ -1,7 +1,9 @@
 """Flax nnx: attention by any method in a model, and the modules that own the learned parts of methods."""
 
 from approx_attention.nnx.attention import ApproxAttention
+from approx_attention.nnx.distillation import Distillation, TuningState, distill_attention, layer_errors, tune
 from approx_attention.nnx.eva import Eva, Lara, eva_dropin, eva_official, eva_official_causal, evabyte
+from approx_attention.nnx.hedgehog import Hedgehog
 from approx_attention.nnx.learned import Adaptor, LearnedAttention
 from approx_attention.nnx.models import init_cache, replace_attention
 from approx_attention.nnx.modules import LinformerAttention, Rfa, mean_pool_init, scale_keeping_init
@@ -11,19 +13,25 @@ from approx_attention.nnx.trees import TreeAttention
 __all__ = [
     "Adaptor",
     "ApproxAttention",
+    "Distillation",
     "Eva",
+    "Hedgehog",
     "Lara",
     "LearnedAttention",
     "LinformerAttention",
     "Rfa",
     "TensorAttention",
     "TreeAttention",
+    "TuningState",
+    "distill_attention",
     "eva_dropin",
     "eva_official",
     "eva_official_causal",
     "evabyte",
     "init_cache",
+    "layer_errors",
     "mean_pool_init",
     "replace_attention",
     "scale_keeping_init",
+    "tune",
 ]

@@ -1,0 +1,345 @@
+"""The learned parts of attention modules, fitted to the outputs of exact attention, and the whole model after that."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from approx_attention.core import check_count
+from approx_attention.nnx.models import _attention_layers, _stack
+
+
+class GradientTransformation(Protocol):
+    """An optimiser as Optax has them."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TuningState:
+    """All that a later step depends on: save it to go on later.
+
+    Attributes:
+        learned: the arrays that are learned.
+        others: the other variables of what is tuned, such as counters of random streams.
+        optimizer: the optimiser's state.
+        step: the number of steps that were made.
+    """
+
+    learned: Any
+    others: Any
+    optimizer: Any
+    step: Array
+
+
+class Distillation(NamedTuple):
+    """What `distill_attention` has reached.
+
+    Attributes:
+        before: the relative error of each head ``[N]`` before the first step, by the path of its layer.
+        after: that after the last step.
+        num_tokens: the number of tokens that all steps have read, counted again where batches repeat.
+        state: to go on from.
+    """
+
+    before: dict[str, Array]
+    after: dict[str, Array]
+    num_tokens: int
+    state: TuningState
+
+
+def tune(
+    model: nnx.Module,
+    loss: Callable[[Any, Any], Array],
+    batches: Sequence[Any],
+    steps: int,
+    *,
+    optimizer: GradientTransformation,
+    state: TuningState | None = None,
+    on_step: Callable[[TuningState, Array], None] | None = None,
+) -> TuningState:
+    """Minimises a loss over the parameters of a model, which is changed in place.
+
+    Args:
+        model: all its `nnx.Param` are learned, and its other variables move on as they do in calls.
+        loss: ``(model, batch) -> number``.
+        batches: step t reads ``batches[t % len(batches)]``.
+        steps: the step at which to stop, counted from the very first.
+        optimizer: of Optax, or with its ``init`` and ``update``.
+        state: where an earlier call has stopped; the result is that of one call, to the bit.
+        on_step: called with the state and the loss after each step, to show progress or to save.
+
+    Returns:
+        The last `TuningState`.
+
+    Raises:
+        ValueError: no batches, or no parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import tune
+        >>> model, batch = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.eye(2)
+        >>> state = tune(model, lambda model, x: jnp.sum(model(x) ** 2), [batch], 50, optimizer=optax.adam(0.1))
+        >>> bool(jnp.abs(model(batch)).max() < 0.1)
+        True
+    """
+    if not len(batches):
+        raise ValueError("batches must hold at least one batch, got none")
+    graphdef, learned, others = nnx.split(model, nnx.Param, ...)
+    if not jax.tree.leaves(learned):
+        raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to learn")
+    if state is None:
+        state = TuningState(learned, others, optimizer.init(learned), jnp.zeros((), jnp.int32))
+
+    @jax.jit
+    def advance(state: TuningState, batch: Any) -> tuple[TuningState, Array]:
+        def of_learned(learned: Any) -> tuple[Array, Any]:
+            module = nnx.merge(graphdef, learned, state.others, copy=True)
+            value = loss(module, batch)
+            return value, nnx.split(module, nnx.Param, ...)[2]
+
+        (value, others), gradient = jax.value_and_grad(of_learned, has_aux=True)(state.learned)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.learned)
+        moved = jax.tree.map(lambda x, change: (x + change).astype(x.dtype), state.learned, updates)
+        return TuningState(moved, others, moments, state.step + 1), value
+
+    for step in range(int(state.step), check_count("steps", steps)):
+        state, value = advance(state, batches[step % len(batches)])
+        if on_step is not None:
+            on_step(state, value)
+    nnx.update(model, state.learned, state.others)
+    return state
+
+
+def distill_attention(
+    model: nnx.Module,
+    teacher: nnx.Module,
+    batches: Sequence[Any],
+    steps: int,
+    *,
+    optimizer: GradientTransformation,
+    held_out: Any,
+    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    state: TuningState | None = None,
+    on_step: Callable[[TuningState, Array], None] | None = None,
+) -> Distillation:
+    r"""Fits the learned parts of a model's attention to that of a teacher, all layers at once.
+
+    .. math:: \min_\theta \; \frac1L \sum_{l=1}^{L} \frac{\|\hat O_l(q_l, k_l, v_l; \theta_l) - O_l\|_F^2}{\|O_l\|_F^2}
+
+    with the queries, keys and values that the layers of the teacher see, so that no layer depends on another. The
+    `nnx.Param` of every ``attention_fn`` are learned, such as those of `LinformerAttention`, `Eva`, `Lara`, `Rfa`,
+    `Hedgehog`, or of ``ApproxAttention(learned=...)``. All other parameters stay as they are; `tune` changes them too.
+
+    Args:
+        model: the teacher with another attention in some layers; changed in place.
+        teacher: the model whose attention is to be had, usually a clone from before `replace_attention`.
+        batches: inputs; step t reads ``batches[t % len(batches)]``.
+        steps: the step at which to stop, counted from the very first.
+        optimizer: of Optax, or with its ``init`` and ``update``.
+        held_out: an input on which errors are measured before and after.
+        call: how a model is called with a batch. Layers inside ``nnx.scan``, ``nnx.remat`` or ``nnx.jit`` are not seen.
+        state: where an earlier call has stopped; the result is that of one call, to the bit. ``before`` is then the
+            error at that state.
+        on_step: called with the state and the loss after each step, to show progress or to save.
+
+    Returns:
+        The `Distillation`.
+
+    Raises:
+        ValueError: models with other layers, or whose attention has nothing to learn.
+        NotImplementedError: layers stacked by ``nnx.vmap``.
+
+    Example:
+        >>> import jax, optax
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import ApproxAttention, LinformerAttention, distill_attention
+        >>> teacher = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0))
+        >>> model = nnx.clone(teacher)
+        >>> module = LinformerAttention(2, 16, num_slots=4, rngs=nnx.Rngs(1))
+        >>> model.attention_fn = nnx.data(ApproxAttention(module))
+        >>> x = jax.random.normal(jax.random.key(2), (4, 16, 8))
+        >>> result = distill_attention(model, teacher, [x], 20, optimizer=optax.adam(0.01), held_out=x)
+        >>> bool(result.after[""].mean() < result.before[""].mean()), result.num_tokens
+        (True, 1280)
+
+    Reference:
+        :cite:p:`zhang2024hedgehog`, section 4.3.
+    """
+    fitted = _Fitted(model)
+    if not jax.tree.leaves(nnx.state(fitted, nnx.Param)):
+        raise ValueError(
+            f"no attention of the {type(model).__name__} has parameters to learn: put modules that own some, such as "
+            "LinformerAttention or ApproxAttention(learned=...), into the attention_fn of its layers"
+        )
+    graphdef, arrays = nnx.split(teacher)
+    if state is not None:
+        nnx.update(fitted, state.learned, state.others)
+    before = layer_errors(model, teacher, held_out, call=call)
+
+    def loss(fitted: Any, batch: tuple[Any, Any]) -> Array:
+        seen = _calls(nnx.merge(graphdef, batch[0]), batch[1], call)
+        fitted.num_tokens[...] += next(iter(seen.values())).num_queries()
+        sums = [seen[path].squares(student) for path, student in zip(fitted.paths, fitted.students, strict=True)]
+        return jnp.mean(jnp.stack([jnp.sum(difference) / jnp.sum(exact) for difference, exact in sums]))
+
+    given = _With(arrays, batches)
+    state = tune(fitted, loss, given, steps, optimizer=optimizer, state=state, on_step=on_step)
+    after = layer_errors(model, teacher, held_out, call=call)
+    return Distillation(before, after, int(fitted.num_tokens[...]), state)
+
+
+def layer_errors(
+    model: nnx.Module,
+    teacher: nnx.Module,
+    batch: Any,
+    *,
+    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+) -> dict[str, Array]:
+    r"""The relative error of every head's attention, on the queries, keys and values that the teacher's layers see.
+
+    .. math:: \|\hat O_{lh} - O_{lh}\|_F / \|O_{lh}\|_F
+
+    Args:
+        model: the teacher with another attention in some layers.
+        teacher: the model with exact attention.
+        batch: an input.
+        call: how a model is called with it.
+
+    Returns:
+        By the path of each layer, ``[N]`` for its N heads, without padding queries; NaN where an exact output is 0.
+
+    Raises:
+        ValueError: models with other layers.
+        NotImplementedError: layers stacked by ``nnx.vmap``.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import layer_errors, replace_attention
+        >>> teacher = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0))
+        >>> model = nnx.clone(teacher)
+        >>> paths = replace_attention(model, "mean_value")
+        >>> layer_errors(model, teacher, jax.random.normal(jax.random.key(2), (4, 16, 8)))[""].shape
+        (2,)
+    """
+    ours, theirs = _unstacked_layers(model), _unstacked_layers(teacher)
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            "model and teacher must have the same attention layers, got "
+            f"{', '.join(ours) or 'none'} and {', '.join(theirs) or 'none'}"
+        )
+    (graphdef, arrays), (teachers, exact_arrays) = nnx.split(model), nnx.split(teacher)
+
+    @jax.jit
+    def errors(arrays: Any, exact_arrays: Any, batch: Any) -> dict[str, Array]:
+        seen = _calls(nnx.merge(teachers, exact_arrays), batch, call)
+        layers = _attention_layers(nnx.merge(graphdef, arrays))
+        sums = {path: of.squares(layers[path].attention_fn) for path, of in seen.items()}
+        return {path: jnp.sqrt(difference / exact) for path, (difference, exact) in sums.items()}
+
+    return errors(arrays, exact_arrays, batch)
+
+
+class _Fitted(nnx.Module):
+    """The attention of those layers that have something to learn, and the number of tokens it was fitted to."""
+
+    def __init__(self, model: nnx.Module):
+        found = {
+            path: layer.attention_fn
+            for path, layer in _unstacked_layers(model).items()
+            if isinstance(layer.attention_fn, nnx.Module)
+            if jax.tree.leaves(nnx.state(layer.attention_fn, nnx.Param))
+        }
+        self.paths, self.students = tuple(found), nnx.List(list(found.values()))
+        self.num_tokens = nnx.Variable(jnp.zeros((), jnp.uint32))
+
+
+class _With(Sequence[Any]):
+    """Batches with the same arrays before each, so that a compiled step has these as arguments."""
+
+    def __init__(self, arrays: Any, batches: Sequence[Any]):
+        self.arrays, self.batches = arrays, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.arrays, self.batches[index]
+
+
+class _Call(NamedTuple):
+    """What the attention of a layer was given, and its output ``[..., T, N, Dv]``."""
+
+    query: Array
+    others: tuple[Any, ...]
+    options: dict[str, Any]
+    out: Array
+
+    def real(self) -> Array:
+        """Which queries are no padding, ``[..., T]``: in self-attention those that are keys."""
+        shape, lengths, mask = (
+            self.query.shape[:-2],
+            self.options.get("key_value_seq_lengths"),
+            self.options.get("mask"),
+        )
+        real = jnp.ones(shape, bool)
+        if self.others[0].shape[-3] != shape[-1]:
+            return real
+        if lengths is not None:
+            real &= jnp.broadcast_to(jnp.arange(shape[-1]), shape) < lengths[..., None]
+        if mask is not None and mask.shape[-2] == 1:
+            real &= jnp.broadcast_to(mask[..., 0, 0, :] > 0, shape)
+        return real
+
+    def num_queries(self) -> Array:
+        return jnp.sum(self.real(), dtype=jnp.uint32)
+
+    def squares(self, attention_fn: Callable[..., Array]) -> tuple[Array, Array]:
+        """Sums of squares per head ``[N]``: of the difference of outputs, and of the exact outputs."""
+        real = self.real()[..., None, None]
+        # What stands in padding may be NaN, by which gradients would be NaN even where its output is left out.
+        query = jnp.where(real, self.query, 0)
+        out = attention_fn(query, *self.others, **self.options)
+        exact = self.out.astype(jnp.float32)
+        axes = (*range(out.ndim - 2), out.ndim - 1)
+        difference = jnp.where(real, out.astype(jnp.float32) - exact, 0)
+        return jnp.sum(difference**2, axes), jnp.sum(jnp.where(real, exact, 0) ** 2, axes)
+
+
+def _calls(teacher: nnx.Module, batch: Any, call: Callable[[Any, Any], Any]) -> dict[str, _Call]:
+    """What every attention layer of a model is asked, and what it answers. Its attention is changed: give a copy."""
+    calls: dict[str, _Call] = {}
+
+    def recording(path: str, attention_fn: Callable[..., Array]) -> Callable[..., Array]:
+        def record(query: Array, key: Array, value: Array, *others: Any, **options: Any) -> Array:
+            out = attention_fn(query, key, value, *others, **options)
+            given = jax.lax.stop_gradient(((query, key, value), out))
+            calls[path] = _Call(given[0][0], (*given[0][1:], *others), options, given[1])
+            return out
+
+        return record
+
+    layers = _attention_layers(teacher)
+    for path, layer in layers.items():
+        layer.attention_fn = nnx.static(recording(path, layer.attention_fn))
+    call(teacher, batch)
+    if missing := [path for path in layers if path not in calls]:
+        raise ValueError(f"call does not reach the attention of {', '.join(missing)}")
+    return calls
+
+
+def _unstacked_layers(model: nnx.Module) -> dict[str, Any]:
+    """The layers with an ``attention_fn`` by their path; raises where one stands for many."""
+    layers = _attention_layers(model)
+    for path, layer in layers.items():
+        if _stack(layer, path):
+            raise NotImplementedError(f"layers stacked by nnx.vmap are not supported, and {path!r} is such a stack")
+    return layers
