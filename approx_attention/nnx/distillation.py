@@ -90,8 +90,7 @@ def tune(
         >>> bool(jnp.abs(model(batch)).max() < 0.1)
         True
     """
-    if not len(batches):
-        raise ValueError("batches must hold at least one batch, got none")
+    batches = _some(batches)
     graphdef, learned, others = nnx.split(model, nnx.Param, ...)
     if not jax.tree.leaves(learned):
         raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to learn")
@@ -125,7 +124,7 @@ def distill_attention(
     steps: int,
     *,
     optimizer: GradientTransformation,
-    held_out: Any,
+    held_out: Sequence[Any],
     call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
     state: TuningState | None = None,
     on_step: Callable[[TuningState, Array], None] | None = None,
@@ -144,7 +143,7 @@ def distill_attention(
         batches: inputs; step t reads ``batches[t % len(batches)]``.
         steps: the step at which to stop, counted from the very first.
         optimizer: of Optax, or with its ``init`` and ``update``.
-        held_out: an input on which errors are measured before and after.
+        held_out: batches on which errors are measured before and after.
         call: how a model is called with a batch. Layers inside ``nnx.scan``, ``nnx.remat`` or ``nnx.jit`` are not seen.
         state: where an earlier call has stopped; the result is that of one call, to the bit. ``before`` is then the
             error at that state.
@@ -166,7 +165,7 @@ def distill_attention(
         >>> module = LinformerAttention(2, 16, num_slots=4, rngs=nnx.Rngs(1))
         >>> model.attention_fn = nnx.data(ApproxAttention(module))
         >>> x = jax.random.normal(jax.random.key(2), (4, 16, 8))
-        >>> result = distill_attention(model, teacher, [x], 20, optimizer=optax.adam(0.01), held_out=x)
+        >>> result = distill_attention(model, teacher, [x], 20, optimizer=optax.adam(0.01), held_out=[x])
         >>> bool(result.after[""].mean() < result.before[""].mean()), result.num_tokens
         (True, 1280)
 
@@ -182,7 +181,8 @@ def distill_attention(
     graphdef, arrays = nnx.split(teacher)
     if state is not None:
         nnx.update(fitted, state.learned, state.others)
-    before = layer_errors(model, teacher, held_out, call=call)
+    errors = _measuring(model, teacher, call)
+    before = errors(held_out)
 
     def loss(fitted: Any, batch: tuple[Any, Any]) -> Array:
         seen = _calls(nnx.merge(graphdef, batch[0]), batch[1], call)
@@ -192,14 +192,13 @@ def distill_attention(
 
     given = _With(arrays, batches)
     state = tune(fitted, loss, given, steps, optimizer=optimizer, state=state, on_step=on_step)
-    after = layer_errors(model, teacher, held_out, call=call)
-    return Distillation(before, after, int(fitted.num_tokens[...]), state)
+    return Distillation(before, errors(held_out), int(fitted.num_tokens[...]), state)
 
 
 def layer_errors(
     model: nnx.Module,
     teacher: nnx.Module,
-    batch: Any,
+    batches: Sequence[Any],
     *,
     call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
 ) -> dict[str, Array]:
@@ -210,14 +209,14 @@ def layer_errors(
     Args:
         model: the teacher with another attention in some layers.
         teacher: the model with exact attention.
-        batch: an input.
-        call: how a model is called with it.
+        batches: inputs, whose squared norms are added up.
+        call: how a model is called with one of them.
 
     Returns:
         By the path of each layer, ``[N]`` for its N heads, without padding queries; NaN where an exact output is 0.
 
     Raises:
-        ValueError: models with other layers.
+        ValueError: models with other layers, no batches, or layers that are not called.
         NotImplementedError: layers stacked by ``nnx.vmap``.
 
     Example:
@@ -227,25 +226,36 @@ def layer_errors(
         >>> teacher = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0))
         >>> model = nnx.clone(teacher)
         >>> paths = replace_attention(model, "mean_value")
-        >>> layer_errors(model, teacher, jax.random.normal(jax.random.key(2), (4, 16, 8)))[""].shape
+        >>> layer_errors(model, teacher, [jax.random.normal(jax.random.key(2), (4, 16, 8))])[""].shape
         (2,)
     """
+    return _measuring(model, teacher, call)(batches)
+
+
+def _measuring(
+    model: nnx.Module, teacher: nnx.Module, call: Callable[[Any, Any], Any]
+) -> Callable[[Sequence[Any]], dict[str, Array]]:
+    """The errors of a model as it is when they are asked for, by one program."""
     ours, theirs = _unstacked_layers(model), _unstacked_layers(teacher)
     if ours.keys() != theirs.keys():
         raise ValueError(
             "model and teacher must have the same attention layers, got "
             f"{', '.join(ours) or 'none'} and {', '.join(theirs) or 'none'}"
         )
-    (graphdef, arrays), (teachers, exact_arrays) = nnx.split(model), nnx.split(teacher)
+    graphdef, exact_graphdef = nnx.graphdef(model), nnx.graphdef(teacher)
 
     @jax.jit
-    def errors(arrays: Any, exact_arrays: Any, batch: Any) -> dict[str, Array]:
-        seen = _calls(nnx.merge(teachers, exact_arrays), batch, call)
+    def sums(arrays: Any, exact_arrays: Any, batch: Any) -> dict[str, tuple[Array, Array]]:
+        seen = _calls(nnx.merge(exact_graphdef, exact_arrays), batch, call)
         layers = _attention_layers(nnx.merge(graphdef, arrays))
-        sums = {path: of.squares(layers[path].attention_fn) for path, of in seen.items()}
-        return {path: jnp.sqrt(difference / exact) for path, (difference, exact) in sums.items()}
+        return {path: of.squares(layers[path].attention_fn) for path, of in seen.items()}
 
-    return errors(arrays, exact_arrays, batch)
+    def errors(batches: Sequence[Any]) -> dict[str, Array]:
+        of_batches = [sums(nnx.state(model), nnx.state(teacher), batch) for batch in _some(batches)]
+        total = jax.tree.map(lambda *x: sum(x), *of_batches)
+        return {path: jnp.sqrt(difference / exact) for path, (difference, exact) in total.items()}
+
+    return errors
 
 
 class _Fitted(nnx.Module):
@@ -260,6 +270,13 @@ class _Fitted(nnx.Module):
         }
         self.paths, self.students = tuple(found), nnx.List(list(found.values()))
         self.num_tokens = nnx.Variable(jnp.zeros((), jnp.uint32))
+
+
+def _some(batches: Sequence[Any]) -> Sequence[Any]:
+    """The batches; raises ``ValueError`` if there are none."""
+    if not len(batches):
+        raise ValueError("batches must hold at least one batch, got none")
+    return batches
 
 
 class _With(Sequence[Any]):

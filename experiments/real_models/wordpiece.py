@@ -28,8 +28,12 @@ class WordPiece:
         self.ids = {piece: i for i, piece in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        """The ids of ``[CLS]``, the pieces of the text, cut to ``max_length`` in all, and ``[SEP]``."""
-        return [self.ids["[CLS]"], *self.pieces(text)[: max_length - 2], self.ids["[SEP]"]]
+        """The ids of a text with its marks, cut to ``max_length``."""
+        return self.marked(self.pieces(text), max_length)
+
+    def marked(self, pieces: list[int], max_length: int) -> list[int]:
+        """``[CLS]``, the first pieces and ``[SEP]``, at most ``max_length`` in all."""
+        return [self.ids["[CLS]"], *pieces[: max_length - 2], self.ids["[SEP]"]]
 
     def pieces(self, text: str) -> list[int]:
         """The ids of all pieces of a text."""
