@@ -13,11 +13,22 @@ from approx_attention.core import check_count
 from approx_attention.nnx.models import _attention_layers, _stack
 
 
+def _forward(model: Any, batch: Any) -> Any:
+    return model(batch)
+
+
 class GradientTransformation(Protocol):
     """An optimiser as Optax has them."""
 
-    init: Callable[..., Any]
-    update: Callable[..., Any]
+    @property
+    def init(self) -> Callable[..., Any]:
+        """``params -> state``."""
+        ...
+
+    @property
+    def update(self) -> Callable[..., Any]:
+        """``(gradient, state, params) -> (updates, state)``."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -94,8 +105,8 @@ def tune(
     graphdef, learned, others = nnx.split(model, nnx.Param, ...)
     if not jax.tree.leaves(learned):
         raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to learn")
-    if state is None:
-        state = TuningState(learned, others, optimizer.init(learned), jnp.zeros((), jnp.int32))
+    start = TuningState(learned, others, optimizer.init(learned), jnp.zeros((), jnp.int32))
+    reached: Any = start if state is None else state
 
     @jax.jit
     def advance(state: TuningState, batch: Any) -> tuple[TuningState, Array]:
@@ -109,12 +120,12 @@ def tune(
         moved = jax.tree.map(lambda x, change: (x + change).astype(x.dtype), state.learned, updates)
         return TuningState(moved, others, moments, state.step + 1), value
 
-    for step in range(int(state.step), check_count("steps", steps)):
-        state, value = advance(state, batches[step % len(batches)])
+    for step in range(int(reached.step), check_count("steps", steps)):
+        reached, value = advance(reached, batches[step % len(batches)])
         if on_step is not None:
-            on_step(state, value)
-    nnx.update(model, state.learned, state.others)
-    return state
+            on_step(reached, value)
+    nnx.update(model, reached.learned, reached.others)
+    return reached
 
 
 def distill_attention(
@@ -125,7 +136,7 @@ def distill_attention(
     *,
     optimizer: GradientTransformation,
     held_out: Sequence[Any],
-    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    call: Callable[[Any, Any], Any] = _forward,
     state: TuningState | None = None,
     on_step: Callable[[TuningState, Array], None] | None = None,
 ) -> Distillation:
@@ -170,7 +181,7 @@ def distill_attention(
         (True, 1280)
 
     Reference:
-        :cite:p:`zhang2024hedgehog`, section 4.3.
+        :cite:p:`zhang2024hedgehog`, which matches attention weights instead of outputs.
     """
     fitted = _Fitted(model)
     if not jax.tree.leaves(nnx.state(fitted, nnx.Param)):
@@ -200,7 +211,7 @@ def layer_errors(
     teacher: nnx.Module,
     batches: Sequence[Any],
     *,
-    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    call: Callable[[Any, Any], Any] = _forward,
 ) -> dict[str, Array]:
     r"""The relative error of every head's attention, on the queries, keys and values that the teacher's layers see.
 

@@ -43,7 +43,7 @@ class Hedgehog(LearnedAttention):
         (2, 10, 4, 8)
 
     Reference:
-        :cite:p:`zhang2024hedgehog`, sections 4.2 and 4.3; it matches attention weights, `distill_attention` outputs.
+        :cite:p:`zhang2024hedgehog`.
     """
 
     def __init__(self, head_dim: int, num_kv_heads: int, *, is_causal: bool = False, block_size: int = 128):

@@ -43,7 +43,7 @@ class SelfAttention(nnx.Module):
         self.num_kv_heads, self.head_dim = self.num_heads, width // self.num_heads
         self.query, self.key, self.value, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
         self.norm = _layer_norm(config, rngs)
-        self.attention_fn = functools.partial(attention, method="exact")
+        self.attention_fn: Any = functools.partial(attention, method="exact")
 
     def __call__(self, x: Array, lengths: Array | None) -> Array:
         q, k, v = (
@@ -121,25 +121,23 @@ def load_encoder() -> tuple[Encoder, WordPiece]:
     config = json.loads((directory / "config.json").read_text())
     weights = load_file(directory / "model.safetensors")
     model: Any = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0)))
-    found = {
-        **{f"{own}": f"embeddings.{theirs}" for own, theirs in EMBEDDINGS.items()},
-        **{
-            f"layers.{i}.{own}": f"encoder.layer.{i}.{theirs}"
-            for i in range(config["num_hidden_layers"])
-            for own, theirs in PARTS.items()
-        },
-    }
-    kinds = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
     graphdef, state = nnx.split(model)
-    arrays: dict[tuple[Any, ...], Array] = {}
-    for path in nnx.to_flat_state(state).paths:
-        if path == ("segment",):
-            arrays[path] = jnp.asarray(weights["embeddings.token_type_embeddings.weight"][0])
-            continue
-        array = weights[f"{found['.'.join(map(str, path[:-1]))]}.{kinds[path[-1]]}"]
-        arrays[path] = jnp.asarray(array.T if path[-1] == "kernel" else array)
+    arrays = {path: jnp.asarray(_published(weights, path)) for path in nnx.to_flat_state(state).paths}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(arrays))
     return nnx.merge(graphdef, state), WordPiece(directory / "vocab.txt")
+
+
+def _published(weights: dict[str, np.ndarray], path: tuple[Any, ...]) -> np.ndarray:
+    """The array of the file for one of the parameters here."""
+    *part, leaf = map(str, path)
+    if leaf == "segment":
+        return weights["embeddings.token_type_embeddings.weight"][0]
+    if part[0] == "layers":
+        name = f"encoder.layer.{part[1]}.{PARTS['.'.join(part[2:])]}"
+    else:
+        name = f"embeddings.{EMBEDDINGS[part[0]]}"
+    array = weights[f"{name}.{'bias' if leaf == 'bias' else 'weight'}"]
+    return array.T if leaf == "kernel" else array
 
 
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:

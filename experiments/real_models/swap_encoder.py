@@ -1,14 +1,11 @@
 """E10: every bidirectional method in place of the attention of a trained sentence encoder, without any training."""
 
-import ast
 import dataclasses
-import importlib.util
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -17,8 +14,8 @@ from scipy.stats import spearmanr
 from approx_attention.evaluation import BASELINES, default_methods
 from approx_attention.nnx import layer_errors, replace_attention
 from approx_attention.registry import METHODS
+from experiments.real_models.documents import excerpts
 from experiments.real_models.encoder import Encoder, load_encoder
-from experiments.real_models.wordpiece import WordPiece
 
 # The size at which methods have their usual size, as in `approx-attention compare`.
 USUAL_BUDGET = 256
@@ -51,38 +48,50 @@ class Config:
 def run(config: Config, directory: pathlib.Path, console: Any) -> list[dict[str, Any]]:
     """One record for each method and size; the first is that of exact attention."""
     exact, tokenizer = load_encoder()
-    tokens = excerpts(config, tokenizer)
+    tokens = excerpts(config.modules, config.excerpt_length, tokenizer, of_each=2)
     truth = embeddings(exact, tokens, config.batch_size)
-    records = [record("exact", None, truth, truth, [[0.0] * layer.attention.num_heads for layer in exact.layers])]
+    heads = exact.layers[0].attention.num_heads
+    records = [
+        {"method": "exact", "size": None, "cost": 1.0, **kept(truth, truth, [[0.0] * heads] * len(exact.layers))}
+    ]
     for method, size in sizes(config):
         model = nnx.clone(exact)
-        options = {} if size is None else {METHODS[method].size: size}
+        options: Any = {} if size is None else {METHODS[method].size: size}
         replace_attention(model, method, rngs=nnx.Rngs(attention=config.seed), **options)
         errors = [x.tolist() for x in layer_errors(model, exact, batches(tokens, config.batch_size)).values()]
-        records.append(record(method, size, embeddings(model, tokens, config.batch_size), truth, errors))
+        found = embeddings(model, tokens, config.batch_size)
+        share = cost(method, size, tokens.shape[1], exact.layers[0].attention.head_dim)
+        records.append({"method": method, "size": size, "cost": share, **kept(found, truth, errors)})
         console.print(f"{method} {size or ''}: cosine {records[-1]['cosine']:.3f}")
     return records
 
 
-def record(method: str, size: int | None, found: np.ndarray, truth: np.ndarray, errors: list[list[float]]) -> Any:
-    """What embeddings have kept of the exact ones, and the errors of attention ``[layers][heads]`` on exact inputs."""
+def kept(found: np.ndarray, truth: np.ndarray, errors: list[list[float]]) -> dict[str, Any]:
+    """What embeddings ``[2 M, width]`` have kept of the exact ones, and errors ``[layers][heads]`` of attention.
+
+    Pairs are those of two excerpts; the partner of an excerpt is the other one of the same module.
+    """
     cosine = np.sum(found * truth, axis=-1)
     pairs = np.triu_indices(len(truth), 1)
+    correlation: Any = spearmanr((found @ found.T)[pairs], (truth @ truth.T)[pairs])
     nearest, exact_nearest = (_nearest(x) for x in (found, truth))
-    partner = np.arange(len(truth)) ^ 1
     return {
-        "method": method,
-        "size": size,
         "cosine": float(cosine.mean()),
         "worst_cosine": float(cosine.min()),
-        "rank_correlation": float(spearmanr((found @ found.T)[pairs], (truth @ truth.T)[pairs]).statistic),
+        "rank_correlation": float(correlation.statistic),
         "neighbours_kept": float(np.mean(nearest == exact_nearest)),
-        "partner_found": float(np.mean(nearest == partner)),
+        "partner_found": float(np.mean(nearest == np.arange(len(truth)) ^ 1)),
         "attention_error": float(np.mean(errors)),
         "worst_head_error": float(np.max(errors)),
         **{f"error_of_layer_{i}": float(np.mean(of_heads)) for i, of_heads in enumerate(errors)},
         "error_of_heads": errors,
     }
+
+
+def cost(method: str, size: int | None, length: int, head_dim: int) -> float:
+    """FLOPs of a method's matrix products over those of exact attention."""
+    sizes = length, length, head_dim, head_dim, size or 0
+    return METHODS[method].cost(*sizes) / METHODS["exact"].cost(*sizes)
 
 
 def sizes(config: Config) -> Iterator[tuple[str, int | None]]:
@@ -91,38 +100,6 @@ def sizes(config: Config) -> Iterator[tuple[str, int | None]]:
         usual = METHODS[method].usual_size
         proposed = {max(1, round(budget * usual / USUAL_BUDGET)) for budget in config.budgets}
         yield from ((method, size) for size in (sorted(proposed) if METHODS[method].size else [None]))
-
-
-def excerpts(config: Config, tokenizer: WordPiece) -> Array:
-    """Two excerpts of each module, one after the other, ``[2 M, T]``.
-
-    Raises:
-        ValueError: a module with too little text.
-    """
-    found, length = [], config.excerpt_length
-    for module in config.modules:
-        pieces = tokenizer.pieces(documentation(module))
-        if len(pieces) < 2 * (length - 2):
-            raise ValueError(
-                f"two excerpts of {length} tokens need {2 * (length - 2)}, and the docstrings of {module} have "
-                f"{len(pieces)}"
-            )
-        found += [tokenizer.marked(pieces[start:], length) for start in (0, length - 2)]
-    return jnp.asarray(found, jnp.int32)
-
-
-def documentation(module: str) -> str:
-    """The docstrings of a module of the standard library, its own first.
-
-    Raises:
-        ValueError: it has no source on this machine.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise ValueError(f"the standard library here has no source of {module}")
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = ast.walk(ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8")))
-    return "\n\n".join(text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node)))
 
 
 def embeddings(model: Encoder, tokens: Array, batch_size: int) -> np.ndarray:

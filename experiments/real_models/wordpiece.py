@@ -21,7 +21,7 @@ class WordPiece:
         vocabulary: a file with one piece a line; pieces that continue a word begin with ``##``.
 
     Reference:
-        :cite:p:`devlin2019bert`.
+        Devlin et al. 2019, the uncased models.
     """
 
     def __init__(self, vocabulary: pathlib.Path):
