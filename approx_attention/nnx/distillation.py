@@ -97,7 +97,7 @@ def tune(
         >>> from flax import nnx
         >>> from approx_attention.nnx import tune
         >>> model, batch = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.eye(2)
-        >>> state = tune(model, lambda model, x: jnp.sum(model(x) ** 2), [batch], 50, optimizer=optax.adam(0.1))
+        >>> state = tune(model, lambda model, x: jnp.sum(model(x) ** 2), [batch], 50, optimizer=optax.sgd(0.1))
         >>> bool(jnp.abs(model(batch)).max() < 0.1)
         True
     """
@@ -176,7 +176,7 @@ def distill_attention(
         >>> module = LinformerAttention(2, 16, num_slots=4, rngs=nnx.Rngs(1))
         >>> model.attention_fn = nnx.data(ApproxAttention(module))
         >>> x = jax.random.normal(jax.random.key(2), (4, 16, 8))
-        >>> result = distill_attention(model, teacher, [x], 20, optimizer=optax.adam(0.01), held_out=[x])
+        >>> result = distill_attention(model, teacher, [x], 20, optimizer=optax.sgd(0.1), held_out=[x])
         >>> bool(result.after[""].mean() < result.before[""].mean()), result.num_tokens
         (True, 1280)
 
