@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from approx_attention.core import check_count
+from approx_attention.core import accumulation_dtype, check_count
 from approx_attention.nnx.models import _attention_layers, _stack
 
 
@@ -90,7 +90,7 @@ def tune(
         The last `TuningState`.
 
     Raises:
-        ValueError: no batches, or no parameters.
+        ValueError: no batches, no parameters, or the state of another model or optimizer.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -107,6 +107,9 @@ def tune(
         raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to learn")
     start = TuningState(learned, others, optimizer.init(learned), jnp.zeros((), jnp.int32))
     reached: Any = start if state is None else state
+    sizes, given = ([jnp.shape(x) for x in jax.tree.leaves(x)] for x in (start, reached))
+    if sizes != given:
+        raise ValueError(f"state must be one of this model and optimizer, with arrays of shapes {sizes}; got {given}")
 
     @jax.jit
     def advance(state: TuningState, batch: Any) -> tuple[TuningState, Array]:
@@ -156,15 +159,15 @@ def distill_attention(
         optimizer: of Optax, or with its ``init`` and ``update``.
         held_out: batches on which errors are measured before and after.
         call: how a model is called with a batch. Layers inside ``nnx.scan``, ``nnx.remat`` or ``nnx.jit`` are not seen.
-        state: where an earlier call has stopped; the result is that of one call, to the bit. ``before`` is then the
-            error at that state.
+        state: where an earlier call has stopped, for the model as it was before that; the result is that of one call,
+            to the bit.
         on_step: called with the state and the loss after each step, to show progress or to save.
 
     Returns:
         The `Distillation`.
 
     Raises:
-        ValueError: models with other layers, or whose attention has nothing to learn.
+        ValueError: models with other layers, or whose attention has nothing to learn; the state of another model.
         NotImplementedError: layers stacked by ``nnx.vmap``.
 
     Example:
@@ -190,13 +193,11 @@ def distill_attention(
             "LinformerAttention or ApproxAttention(learned=...), into the attention_fn of its layers"
         )
     graphdef, arrays = nnx.split(teacher)
-    if state is not None:
-        nnx.update(fitted, state.learned, state.others)
     errors = _measuring(model, teacher, call)
     before = errors(held_out)
 
     def loss(fitted: Any, batch: tuple[Any, Any]) -> Array:
-        seen = _calls(nnx.merge(graphdef, batch[0]), batch[1], call)
+        seen = _calls(nnx.merge(graphdef, batch[0], copy=True), batch[1], call)
         fitted.num_tokens[...] += next(iter(seen.values())).num_queries()
         sums = [seen[path].squares(student) for path, student in zip(fitted.paths, fitted.students, strict=True)]
         return jnp.mean(jnp.stack([jnp.sum(difference) / jnp.sum(exact) for difference, exact in sums]))
@@ -313,11 +314,8 @@ class _Call(NamedTuple):
 
     def real(self) -> Array:
         """Which queries are no padding, ``[..., T]``: in self-attention those that are keys."""
-        shape, lengths, mask = (
-            self.query.shape[:-2],
-            self.options.get("key_value_seq_lengths"),
-            self.options.get("mask"),
-        )
+        shape = self.query.shape[:-2]
+        lengths, mask = (self.options.get(name) for name in ("key_value_seq_lengths", "mask"))
         real = jnp.ones(shape, bool)
         if self.others[0].shape[-3] != shape[-1]:
             return real
@@ -336,9 +334,10 @@ class _Call(NamedTuple):
         # What stands in padding may be NaN, by which gradients would be NaN even where its output is left out.
         query = jnp.where(real, self.query, 0)
         out = attention_fn(query, *self.others, **self.options)
-        exact = self.out.astype(jnp.float32)
+        dtype = accumulation_dtype(out, self.out)
+        exact = self.out.astype(dtype)
         axes = (*range(out.ndim - 2), out.ndim - 1)
-        difference = jnp.where(real, out.astype(jnp.float32) - exact, 0)
+        difference = jnp.where(real, out.astype(dtype) - exact, 0)
         return jnp.sum(difference**2, axes), jnp.sum(jnp.where(real, exact, 0) ** 2, axes)
 
 

@@ -137,7 +137,7 @@ def test_resumes_to_the_bit():
     resumed = distill_attention(again, teacher, batches, 4, state=saved[2], **options)
     assert resumed.num_tokens == whole.num_tokens == 4 * (LENGTH + 5)
     jax.tree.map(np.testing.assert_array_equal, arrays(model), arrays(again))
-    jax.tree.map(np.testing.assert_array_equal, whole.after, resumed.after)
+    jax.tree.map(np.testing.assert_array_equal, (whole.before, whole.after), (resumed.before, resumed.after))
     # A new sample of features is drawn in every step.
     counts = [int(x[...]) for x in jax.tree.leaves(nnx.state(model.layers[0], nnx.RngCount))]
     assert counts == [4]
@@ -216,6 +216,11 @@ def test_what_can_not_be_fitted():
         distill_attention(nnx.clone(teacher), teacher, [batch()], 1, **options)
     with pytest.raises(ValueError, match="at least one batch, got none"):
         distill_attention(model, teacher, [], 1, **options)
+    other = tune(
+        nnx.Linear(1, 1, rngs=nnx.Rngs(0)), lambda model, x: model(x).sum(), [jnp.ones(1)], 1, optimizer=optax.sgd(0.1)
+    )
+    with pytest.raises(ValueError, match="state must be one of this model and optimizer"):
+        distill_attention(model, teacher, [batch()], 2, state=other, **options)
     del teacher.layers[1]
     with pytest.raises(ValueError, match=r"same attention layers, got layers.0, layers.1 and layers.0$"):
         distill_attention(model, teacher, [batch()], 1, **options)
