@@ -19,6 +19,8 @@ from experiments.real_models.encoder import Encoder, load_encoder
 
 # The size at which methods have their usual size, as in `approx-attention compare`.
 USUAL_BUDGET = 256
+# Methods above this share of the FLOPs of exact attention are not worth their errors.
+CHEAP = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +48,49 @@ class Config:
 
 
 def run(config: Config, directory: pathlib.Path, console: Any) -> list[dict[str, Any]]:
-    """One record for each method and size; the first is that of exact attention."""
+    """Records of three kinds, exact attention first.
+
+    What embeddings have kept, by method and size; errors of attention, by method, size and layer; and by layer and
+    head the method with the least error among those that cost at most `CHEAP` of exact attention.
+    """
     exact, tokenizer = load_encoder()
     tokens = excerpts(config.modules, config.excerpt_length, tokenizer, of_each=2)
     truth = embeddings(exact, tokens, config.batch_size)
-    heads = exact.layers[0].attention.num_heads
-    records = [
-        {"method": "exact", "size": None, "cost": 1.0, **kept(truth, truth, [[0.0] * heads] * len(exact.layers))}
-    ]
+    records: list[dict[str, Any]] = [{"method": "exact", "cost": 1.0, **kept(truth, truth)}]
+    errors: dict[tuple[str, int | None], np.ndarray] = {}
     for method, size in sizes(config):
         model = nnx.clone(exact)
         options: Any = {} if size is None else {METHODS[method].size: size}
         replace_attention(model, method, rngs=nnx.Rngs(attention=config.seed), **options)
-        errors = [x.tolist() for x in layer_errors(model, exact, batches(tokens, config.batch_size)).values()]
-        found = embeddings(model, tokens, config.batch_size)
-        share = cost(method, size, tokens.shape[1], exact.layers[0].attention.head_dim)
-        records.append({"method": method, "size": size, "cost": share, **kept(found, truth, errors)})
-        console.print(f"{method} {size or ''}: cosine {records[-1]['cosine']:.3f}")
-    return records
+        found = layer_errors(model, exact, batches(tokens, config.batch_size))
+        errors[method, size] = of_heads = np.array(list(found.values()))
+        figures = {
+            "cost": cost(method, size, tokens.shape[1], exact.layers[0].attention.head_dim),
+            **kept(embeddings(model, tokens, config.batch_size), truth),
+            "attention_error": float(of_heads.mean()),
+            "worst_head_error": float(of_heads.max()),
+            "heads_beyond_mean_value": int(np.sum(of_heads >= errors["mean_value", None])),
+        }
+        records.append({"method": method, "size": size, **figures})
+        for layer, row in enumerate(of_heads):
+            records.append({"method": method, "size": size, "layer": layer, "layer_error": float(row.mean())})
+        console.print(f"{method} {size or ''}: cosine {figures['cosine']:.3f}")
+    costs = {(record["method"], record.get("size")): record["cost"] for record in records if "cost" in record}
+    return records + list(best_of_heads({of: x for of, x in errors.items() if costs[of] <= CHEAP}))
 
 
-def kept(found: np.ndarray, truth: np.ndarray, errors: list[list[float]]) -> dict[str, Any]:
-    """What embeddings ``[2 M, width]`` have kept of the exact ones, and errors ``[layers][heads]`` of attention.
+def best_of_heads(errors: dict[tuple[str, int | None], np.ndarray]) -> Iterator[dict[str, Any]]:
+    """For each layer and head the method with the least error, of ``[layers, heads]`` by method and size."""
+    least = np.argmin(np.stack(list(errors.values())), axis=0)
+    for (layer, head), i in np.ndenumerate(least):
+        (method, size), of_heads = list(errors.items())[i]
+        trivial = float(errors["mean_value", None][layer, head])
+        best = {"best_method": method, "best_size": size, "best_error": float(of_heads[layer, head])}
+        yield {"layer": layer, "head": head, "mean_value_error": trivial, **best}
+
+
+def kept(found: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """What embeddings ``[2 M, width]`` have kept of the exact ones.
 
     Pairs are those of two excerpts; the partner of an excerpt is the other one of the same module.
     """
@@ -81,10 +104,6 @@ def kept(found: np.ndarray, truth: np.ndarray, errors: list[list[float]]) -> dic
         "rank_correlation": float(correlation.statistic),
         "neighbours_kept": float(np.mean(nearest == exact_nearest)),
         "partner_found": float(np.mean(nearest == np.arange(len(truth)) ^ 1)),
-        "attention_error": float(np.mean(errors)),
-        "worst_head_error": float(np.max(errors)),
-        **{f"error_of_layer_{i}": float(np.mean(of_heads)) for i, of_heads in enumerate(errors)},
-        "error_of_heads": errors,
     }
 
 
