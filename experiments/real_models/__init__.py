@@ -1,1 +1,1 @@
-"""What approximations do inside models: trained here, or brought by the user."""
+"""Methods inside models: trained here on questions about contexts, or trained elsewhere."""

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention.coresets import ALGORITHMS
@@ -22,6 +23,8 @@ from experiments.config import ConfigError, Count, Seeded, Several, Whole
 from experiments.data import DataConfig
 from experiments.data.retrieval import QUESTION
 from experiments.models import attention_layers
+from experiments.results import Frame, Record
+from experiments.show import curves, label, mean, parts, pivot
 from experiments.training import TrainingConfig, fit
 
 # The tokens of a question before its answer.
@@ -89,7 +92,12 @@ class _Watched(ApproxAttention):
         return out
 
 
-def run(config: Config, directory: pathlib.Path, console: Console) -> list[dict[str, Any]]:
+def trains(config: Config) -> list[TrainingConfig]:
+    """What is checked before anything runs."""
+    return [config.training]
+
+
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """A record for every task, policy, budget, number of bits and question.
 
     The prompt is the context and a first question, without its answer. After the compression this question is asked
@@ -101,7 +109,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[dict[
     model, dataset, seconds = fit(training, directory, console)
     for layer in attention_layers(model).values():
         layer.attention_fn = nnx.data(_Watched())
-    records = []
+    records: list[Record] = []
     for task in config.tasks:
         settings = training.data.settings | {"task": task, "questions": 2}
         asked = data.load(DataConfig("retrieval", settings))
@@ -188,3 +196,36 @@ def _read(model: Any, tokens: np.ndarray) -> tuple[Array, list[Array]]:
 def _asked(model: nnx.Module, tokens: np.ndarray) -> tuple[Array, list[Array]]:
     """What a model answers to a question; its caches stay."""
     return _read(nnx.clone(model), tokens)
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Accuracy on the second question by policy and budget, a table for each task."""
+    for task, own in parts(records, "task"):
+        new = own[own["question"] == "new"]
+        whole = new[new["policy"] == "none"]
+        yield (
+            f"`{task}`: accuracy on a question that was not seen, by the tokens kept; with the whole cache "
+            f"{mean(list(whole['accuracy']))}, a value at random {mean(list(whole['guess']))}"
+        )
+        kept = new[new["policy"] != "none"]
+        yield pivot(
+            kept, ["policy", "bits"], "budget", ["accuracy", "cache_bytes"], cell=[mean, _bytes], head=["", "bits"]
+        )
+
+
+def _bytes(figures: Any) -> str:
+    return f"{figures[0]:.0f}"
+
+
+def figure(records: Frame) -> Figure:
+    """Accuracy on the second question by the bytes of the cache, a panel for each task."""
+    return curves(
+        records[records["question"] == "new"],
+        x="cache_bytes",
+        y="accuracy",
+        by="policy",
+        panel="task",
+        labels=("cache bytes of a sequence", "accuracy, question not seen"),
+        scales=("log", "linear"),
+        ticks=label,
+    )
