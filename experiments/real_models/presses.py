@@ -120,7 +120,8 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
             {"task": task, **record, "guess": asked.oracles["a value at random"], "training_seconds": round(seconds, 1)}
             for record in _scores(config, model, [np.asarray(batch["tokens"]) for batch in batches], asked.context)
         ]
-        accuracy = max((r["accuracy"] for r in records if r["task"] == task and r["policy"] == "none"), default=0)
+        whole: Any = [r["accuracy"] for r in records if r["task"] == task and r["policy"] == "none"]
+        accuracy = max(whole, default=0)
         console.print(f"{task}: {accuracy:.3f} without compression")
     return records
 
