@@ -92,7 +92,9 @@ case("summary_bytes", "summary_bytes", ([1.0], 3, "x", (tokens, 1.0)), summary_b
 case("hadamard", "hadamard", (3, None, tokens, state, rows), hadamard)
 case("hadamard", "hadamard", (3, None, tokens), lambda x: hadamard(moments, x))
 case("attention_received", "attention_received", (*NO_TENSORS, moments), lambda x: attention_received(x, rows))
-case("attention_received", "queries", (*NO_ROWS, rows[:, :3]), lambda x: attention_received(tokens, x))
+# Queries of grouped heads have an axis more.
+NO_QUERIES = (*(x for x in NO_ROWS if getattr(x, "ndim", 2) != 3), rows[None, None], rows[:, :3])
+case("attention_received", "queries", NO_QUERIES, lambda x: attention_received(tokens, x))
 case("compress", "compress", (*NO_TENSORS, moments), lambda x: compress(x, key))
 case("summarize_coreset", "coreset_size", (None, "x", [1.0], 2.5, 0),
      lambda x: aa.summarize_coreset(rows, rows, key, coreset_size=x, kv_mask=mask))  # fmt: skip
