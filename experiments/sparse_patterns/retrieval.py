@@ -90,9 +90,9 @@ def _tensors(config: Config, num_keys: int) -> tuple[Array, Array, Array]:
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Error by method, keys read and number of keys, with the exponents of both.
 
-    ``error`` is relative to the norm of the outputs, and ``value_error`` is the root mean square over queries in units of
-    the largest norm of a value, as the theorem has it: outputs that average many values are small, and errors relative
-    to them grow.
+    ``error`` is relative to the norm of the outputs, and ``value_error`` is the root mean square over queries in units
+    of the largest norm of a value, as the theorem has it: outputs that average many values are small, and errors
+    relative to them grow.
     """
     records: list[Record] = []
     found: dict[tuple[str, int, int], float] = {}
