@@ -82,6 +82,7 @@ def favor_mse(
         if features != "positive":
             raise ValueError(f"the error under a proposal is known of positive features, got features={features!r}")
         check_proposal(proposal, q.shape[1])
+        proposal = Proposal(*(x.astype(dtype) for x in proposal))
         return jnp.expm1(_log_second_moment(q, k, proposal)) / num_features
     logits, norms = q @ k.T, squared_norm(q) + squared_norm(k).T
     # Squared norms by products, which rounding may leave below 0.

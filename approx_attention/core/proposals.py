@@ -52,8 +52,10 @@ class Proposal(NamedTuple):
         Returns:
             The features, with :math:`E\,[\phi(q) \cdot \phi(k)] = e^{q \cdot k}`.
         """
-        w = self.mean[None, :] + projection @ self.root.T
-        half_log_volume = jnp.linalg.slogdet(self.root)[1] / 2
+        dtype = accumulation_dtype(self.mean, self.root, projection)
+        mean, root, projection = (x.astype(dtype) for x in (self.mean, self.root, projection))
+        w = mean[None, :] + projection @ root.T
+        half_log_volume = jnp.linalg.slogdet(root)[1] / 2
         return PositiveFeatures(w, (squared_norm(projection) - squared_norm(w))[:, 0] / 4 + half_log_volume)
 
 
@@ -166,9 +168,11 @@ def balancing_maps(
     """
     q, k = _checked(q, k, q_mask, kv_mask)
     covariance_q, covariance_k = (_least_variance(_moments(*x)[1]) for x in ((q, q_mask), (k, kv_mask)))
-    root, inverse = _power(covariance_q, 0.5), _power(covariance_q, -0.5)
-    squared = inverse @ _power(root @ covariance_k @ root, 0.5) @ inverse
-    return lax.stop_gradient((_power(squared, 0.5), _power(squared, -0.5)))
+    # By singular values of roots: eigenvalues of the products spread twice as far, and rounding leaves some below 0.
+    product = _power(covariance_k, 0.5) @ _power(covariance_q, 0.5)
+    _, values, axes = jnp.linalg.svd(product)
+    axes, values, _ = jnp.linalg.svd(_power(covariance_q, -0.5) @ (axes.T * jnp.sqrt(values)[None, :]))
+    return lax.stop_gradient(((axes * values[None, :]) @ axes.T, (axes / values[None, :]) @ axes.T))
 
 
 def _least_variance(covariance: Array) -> Array:

@@ -189,11 +189,32 @@ def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
     for _ in range(10):
         other = np.eye(6) + 0.3 * RANDOM.normal(size=(6, 6))
         assert np.all(np.linalg.eigvalsh(sum(covariances(other, np.linalg.inv(other).T))) > least - 5e-3 * least[-1])
+    # In float32 too, where variances of both spread over many orders of magnitude along the same axes.
+    spread = jnp.logspace(-3, 3, 6, dtype=jnp.float32)[None, :]
+    wide_q, wide_k = (x.astype(jnp.float32) * spread for x in random_head(7, 40, 32, 6)[:2])
+    map_q, map_k = balancing_maps(wide_q, wide_k)
+    logits = wide_q @ wide_k.T
+    np.testing.assert_allclose((wide_q @ map_q) @ (wide_k @ map_k).T, logits, atol=1e-4 * jnp.max(jnp.abs(logits)))
     # Padding has no part, and rows that are all alike are left as they are.
     broken = balancing_maps(q.at[30:].set(jnp.nan), k, q_mask=jnp.arange(40) < 30)
     chex.assert_trees_all_close(broken, balancing_maps(q[:30], k), atol=1e-12)
     alike = balancing_maps(jnp.ones((3, 6)), jnp.ones((2, 6)))
     chex.assert_trees_all_close(alike, (jnp.eye(6), jnp.eye(6)), atol=1e-6)
+
+
+def test_a_proposal_in_half_precision_is_computed_in_float32():
+    q, k, v = random_head(5, 8, 9, 6)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PROPOSAL)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    outs, errors = (
+        [f(x) for x in (half, wide)]
+        for f in (
+            lambda x: favor(q, k, v, jax.random.key(0), num_features=8, proposal=x),
+            lambda x: bounds.favor_mse(q, k, 8, proposal=x),
+        )
+    )
+    chex.assert_trees_all_close(*outs)
+    chex.assert_trees_all_close(*errors)
 
 
 def test_errors_are_less_where_channels_are_unequal():
