@@ -21,7 +21,7 @@ from approx_attention.core import (
     split_mask,
     within,
 )
-from approx_attention.registry import METHODS, BoundMethod, HeadMethods, bind, get_method
+from approx_attention.registry import CAPABILITY_OF, METHODS, BoundMethod, HeadMethods, bind, get_method
 
 
 def attention(
@@ -65,8 +65,8 @@ def attention(
             ``q_mask`` leave them out of what they make of all queries. Where lengths are traced, those below 0 count as
             0, and those above the number of tokens as that.
         key_value_seq_lengths: real keys per sequence, ``[...]``.
-        local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with a window of so
-            many tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
+        local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with this
+            number of tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
         return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``: in float32
             (float64 where an input is), differentiable, and -inf where a query sees no key. Those of `jax.nn` have the
             type of the inputs, and no gradient flows through them.
@@ -209,8 +209,9 @@ def _within_window(bound: BoundMethod, size: Any, bias: Array | None) -> BoundMe
     if not windowed:
         able = " and ".join(repr(name) for name, other in METHODS.items() if other.windowed)
         raise NotImplementedError(f"method {bound.name!r} does not support local_window_size; only {able} does")
-    if bias is not None or bound.hyperparameters:
-        others = ["bias"] * (bias is not None) + list(bound.hyperparameters)
+    shared = {name: x for name, x in bound.hyperparameters.items() if name in CAPABILITY_OF}
+    others = ["bias"] * (bias is not None) + [name for name in bound.hyperparameters if name not in shared]
+    if others:
         raise NotImplementedError(f"method {bound.name!r} with local_window_size supports no {' or '.join(others)}")
     sides = size if isinstance(size, tuple) else (size, size)
-    return bind(windowed, {get_method(windowed).size or "": as_pair("local_window_size", sides, least=0)})
+    return bind(windowed, {get_method(windowed).size or "": as_pair("local_window_size", sides, least=0), **shared})

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from approx_attention import kernels
-from approx_attention.core.checks import accumulation_dtype, check_rows
+from approx_attention.core.checks import accumulation_dtype, check_rows, checked_soft_cap
 from approx_attention.core.features import PositiveFeatures, squared_norm
 from approx_attention.core.quantized import QuantizedKV, Summary, rotated, rotated_back
 from approx_attention.core.summaries import (
@@ -56,6 +56,7 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
     head_dim = _head_dim(summary)
     if head_dim is not None and q.shape[1] != head_dim:
         raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
+    logits_soft_cap = checked_soft_cap(logits_soft_cap)
     if logits_soft_cap is not None and (isinstance(summary, FeatureMoments) or summary.value_range is not None):
         raise ValueError("logits_soft_cap is for summaries of tokens whose masses are not signed")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)

@@ -6,6 +6,7 @@ that, the gradient. In reverse mode the derivative along tangents is never compu
 
 import functools
 import importlib
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -77,8 +78,8 @@ def state(
         ``lse = -inf``.
 
     Raises:
-        ValueError: an unknown implementation, shapes that do not fit, a scale that is not positive.
-        TypeError: tensors that are not floating point, bounds that are not integers.
+        ValueError: an unknown implementation, shapes that do not fit, a scale or a cap that is not positive.
+        TypeError: tensors that are not floating point, bounds that are not integers, a cap that is not a float.
         NotImplementedError: when lowering, ``"pallas"`` where there is no fused kernel, and with ``logits_soft_cap``.
 
     Example:
@@ -95,7 +96,7 @@ def state(
     if implementation is not None and implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation must be None or one of {allowed}, got {implementation!r}")
-    _check(q, k, v, key_bias, scale)
+    _check(q, k, v, key_bias, scale, logits_soft_cap)
     bounds = (None if x is None else _integer(name, x) for name, x in (("left", left), ("right", right)))
     reach = Reach(_integer("offset", offset), *bounds)
     tensors, dtype = [q, k, v], accumulation_dtype(q, k, v)
@@ -123,7 +124,7 @@ def state(
     return _state(*operands, reach=reach, **options)
 
 
-def _check(q: Any, k: Any, v: Any, key_bias: Any, scale: Any) -> None:
+def _check(q: Any, k: Any, v: Any, key_bias: Any, scale: Any, logits_soft_cap: Any) -> None:
     tensors = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
     for name, x in tensors.items():
         dtype = getattr(x, "dtype", None)
@@ -135,6 +136,11 @@ def _check(q: Any, k: Any, v: Any, key_bias: Any, scale: Any) -> None:
         raise ValueError(f"state takes q [T, D], k [S, D], v [S, Dv] and key_bias [S], got {given}")
     if isinstance(scale, int | float) and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    if logits_soft_cap is not None:
+        if not isinstance(logits_soft_cap, int | float):
+            raise TypeError(f"logits_soft_cap must be a known float, got {type(logits_soft_cap).__name__}")
+        if not 0 < logits_soft_cap < math.inf:
+            raise ValueError(f"logits_soft_cap must be positive and finite, got {logits_soft_cap}")
 
 
 def _integer(name: str, bound: Any) -> int:

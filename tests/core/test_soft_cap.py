@@ -157,6 +157,16 @@ def test_a_large_cap_is_none_and_a_layer_passes_it_on():
     chex.assert_trees_all_close(layer(query, key, value), narrow, atol=1e-6)
 
 
+def test_a_window_of_exact_attention_keeps_the_cap(x64):
+    query, key, value = (x.astype(jnp.float64) for x in random_heads(8, 1, 9, 9, 2, 1))
+    window = attention(query, key, value, method="exact", local_window_size=(2, 1), logits_soft_cap=CAP)
+    apart = np.arange(9)[None, :] - np.arange(9)[:, None]
+    seen = jnp.asarray((apart >= -2) & (apart <= 1))
+    for n in range(2):
+        expected, _ = whole_matrix(query[0, :, n], key[0, :, 0], value[0, :, 0], seen)
+        chex.assert_trees_all_close(window[0, :, n], expected, atol=1e-12)
+
+
 def test_what_cannot_cap_its_logits_says_so():
     q, k, v = random_head(0, 3, 4)
     for name in set(METHODS) - set(CAPPED):
@@ -178,6 +188,11 @@ def test_what_cannot_cap_its_logits_says_so():
         attention(*(x[None, :, None] for x in (q, k, v)), method="exact", implementation="cudnn", logits_soft_cap=50.0)
     with pytest.raises(ValueError, match="logits_soft_cap must be positive, got 0.0"):
         exact(q, k, v, logits_soft_cap=0.0)
+    for function in (functools.partial(kernels.state, q, k, v), functools.partial(attend, q, summarize_exact(k, v))):
+        with pytest.raises(ValueError, match="logits_soft_cap must be positive.*, got -1.0"):
+            function(logits_soft_cap=-1.0)
+    with pytest.raises(TypeError, match="logits_soft_cap must be a known float, got ArrayImpl"):
+        kernels.state(q, k, v, logits_soft_cap=jnp.ones(()))
     with pytest.raises(ValueError, match="tokens whose masses are not signed"):
         attend(q, summarize_favor(k, v, jax.random.key(0)), logits_soft_cap=50.0)
     assert attend(q, summarize_exact(k, v), logits_soft_cap=50.0).out.shape == (3, 8)
