@@ -77,8 +77,10 @@ def replace_attention(
     layers = attention_layers(model)
     chosen = {path: layer for path, layer in layers.items() if only is None or only(path, layer)}
     if not layers:
+        alike = ", ".join(map(repr, not_replaceable(model)))
         raise ValueError(
-            f"no layer to replace; none of the {type(model).__name__} has an attention_fn. Where a model calls "
+            f"no layer to replace; none of the {type(model).__name__} has an attention_fn"
+            f"{alike and f', and {alike} looks like attention'}. Where a model calls "
             "jax.nn.dot_product_attention itself, call approx_attention.attention(..., method=...) in its place; in a "
             "Linen model, set attention_fn=approx_attention.linen.ApproxAttention(...) of its layers"
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import flax.linen
+import jax
 from flax import nnx
 
 # How models name the projections of attention that they compute themselves.
@@ -73,10 +74,10 @@ def _looks_like_attention(node: Any) -> bool:
 
 
 def _has_attention(module: Any) -> bool:
-    """Whether a Linen module is attention, or has a field that is; what it makes in a call is not seen."""
+    """Whether a Linen module is attention, or has one in its fields; those that it makes in a call are not seen."""
     if not isinstance(module, flax.linen.Module):
         return False
     if "attention" in type(module).__name__.lower() or hasattr(module, "attention_fn"):
         return True
     fields = (getattr(module, name, None) for name in type(module).__dataclass_fields__ if name != "parent")
-    return any(map(_has_attention, fields))
+    return any(map(_has_attention, jax.tree.leaves(list(fields))))

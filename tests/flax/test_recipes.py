@@ -176,6 +176,7 @@ class InLinen(nn.Module):
 
 def test_what_was_not_replaced_is_told():
     linen = [nn.MultiHeadDotProductAttention(2), InLinen(nn.SelfAttention(2)), nn.Dense(4)]
+    linen += [nn.Sequential([nn.Dense(4), nn.SelfAttention(2)])]
     model = nnx.Dict(
         block=AttentionBlock(),
         fused=nnx.List([Fused()]),
@@ -186,9 +187,11 @@ def test_what_was_not_replaced_is_told():
     replaced = ours.replace_attention(model, "mean_pool", num_landmarks=4)
     assert replaced == ["block.layer"]
     assert isinstance(replaced, ours.Replaced)
-    assert sorted(replaced.not_replaced) == ["fused.0", "linen.0", "linen.1"]
+    assert sorted(replaced.not_replaced) == ["fused.0", "linen.0", "linen.1", "linen.3"]
     assert "approx_attention.attention(" in replaced.not_replaced["fused.0"]
     assert "approx_attention.linen.ApproxAttention" in replaced.not_replaced["linen.1"]
+    with pytest.raises(ValueError, match=r"none of the List has an attention_fn, and '0' looks like attention\. Where"):
+        ours.replace_attention(nnx.List([Fused()]), "mean_pool", num_landmarks=4)
     # A layer that has an attention_fn is no such module, whether it was asked for or not.
     two = nnx.List([AttentionBlock(), AttentionBlock()])
     replaced = ours.replace_attention(two, "mean_pool", num_landmarks=4, only=lambda path, _: path.startswith("0"))
