@@ -45,7 +45,7 @@ class HeadDiagnosis:
         head: its number.
         num_keys: the number of real keys of the longest sequence.
         entropy: of the weights of a query, the mean in nats.
-        effective_keys: exp(entropy): so many keys with equal weights have that entropy.
+        effective_keys: exp(entropy): the number of keys that has this entropy with equal weights.
         sink_share: the share of the weights on the first four keys.
         heaviest_share: the largest share that one key has over all queries.
         window_share: the share of the keys within a window of ``size``, as `local` counts it.
@@ -64,7 +64,7 @@ class HeadDiagnosis:
         theorems: by method, the number of keys, samples or features that its theorem asks for: infinite where there is
             no such number, or it is beyond float64.
         vacuous: the methods whose theorem asks for at least ``num_keys``.
-        verdict: what is enough for this head, in the words of the guide, such as ``"sink + nearby"``.
+        verdict: the keys that are enough for this head, in the words of the guide, such as ``"sink + nearby"``.
         methods: methods that can follow such a head.
     """
 
@@ -145,10 +145,12 @@ def diagnose(
     """
     check_range("size", size, 1, 2**20)
     check_range("num_queries", num_queries, 1, 2**20)
-    if not 0 < tolerance < 1:
+    if not (isinstance(tolerance, int | float) and 0 < tolerance < 1):
         raise InputError(f"tolerance must be between 0 and 1, got {tolerance}")
     try:
         check_layout(*tensors)
+        if tensors.query.ndim != 4:
+            raise InputError(f"query must be [B, T, N, D], got shape {tensors.query.shape}")
         tensors = Tensors(*(jnp.asarray(x, jnp.float32) for x in tensors))
         query, key = fold_scale(tensors.query, tensors.key, scale)
     except (ValueError, TypeError) as error:
@@ -258,7 +260,9 @@ def _measured(
     out = weights @ v
     num_seen = jnp.sum(seen, axis=-1, dtype=q.dtype)
     top, best = lax.top_k(weights, min(size, k.shape[0]))
-    of_top = jnp.einsum("rm,rmd->rd", top, v[best]) / jnp.where(counts, jnp.sum(top, axis=-1), 1)[:, None]
+    # Not by gathered values, which are many more numbers than the weights.
+    kept = jnp.put_along_axis(jnp.zeros_like(weights), best, top, axis=-1, inplace=False)
+    of_top = kept @ v / jnp.where(counts, jnp.sum(top, axis=-1), 1)[:, None]
     left, spectrum = left_spectrum(weights)
     left, (_, key_spectrum) = left[:, :size], left_spectrum(centred.T)
 

@@ -69,8 +69,8 @@ def spectrum(
 def left_spectrum(x: Float[Array, "T S"]) -> tuple[Array, Array]:
     """The left singular vectors ``[T, T]`` of a matrix and its squared singular values ``[T]``, the largest first.
 
-    By the Gram matrix, which is small where T is, whatever the number of keys. Its rounding is about 1e-6 of the sum of
-    squares: what is left beyond some rank is right where it is more than a thousandth of the matrix.
+    By the Gram matrix, whose size does not depend on the number of keys. Its rounding is about 1e-6 of the sum of
+    squares: the rest beyond a rank is right where its norm is more than a thousandth of that of the matrix.
     """
     squares, left = jnp.linalg.eigh(x @ x.T)
     return left[:, ::-1], jnp.maximum(squares[::-1], 0)

@@ -226,6 +226,7 @@ def test_bad_input_is_one_clear_error():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"tolerance": 0.0}, "tolerance must be between 0 and 1, got 0.0"),
         ({"tolerance": math.nan}, "tolerance must be between 0 and 1, got nan"),
+        ({"tolerance": "0.1"}, "tolerance must be between 0 and 1, got 0.1"),
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"num_queries": 1.5}, "num_queries must be an integer, got 1.5"),
         ({"scale": -1.0}, "scale must be positive"),
@@ -238,6 +239,8 @@ def test_bad_input_is_one_clear_error():
     query, key, value = tensors
     with pytest.raises(InputError, match="must share the head dimension, got 8 and 7"):
         diagnose(Tensors(query, key[..., :7], value))
+    with pytest.raises(InputError, match=r"query must be \[B, T, N, D\], got shape \(8, 1, 8\)"):
+        diagnose(Tensors(*(x[0] for x in tensors)))
     with pytest.raises(InputError, match="key has numbers that are not finite"):
         diagnose(Tensors(query, key.at[0, 3].set(jnp.nan), value))
     with pytest.raises(InputError, match="the outputs of head 0 are all zero"):
