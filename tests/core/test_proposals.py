@@ -194,7 +194,8 @@ def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
     wide_q, wide_k = (x.astype(jnp.float32) * spread for x in random_head(7, 40, 32, 6)[:2])
     map_q, map_k = balancing_maps(wide_q, wide_k)
     logits = wide_q @ wide_k.T
-    np.testing.assert_allclose((wide_q @ map_q) @ (wide_k @ map_k).T, logits, atol=1e-4 * jnp.max(jnp.abs(logits)))
+    mapped, largest = (wide_q @ map_q) @ (wide_k @ map_k).T, float(jnp.max(jnp.abs(logits)))
+    np.testing.assert_allclose(mapped, logits, atol=1e-4 * largest)
     # Padding has no part, and rows that are all alike are left as they are.
     broken = balancing_maps(q.at[30:].set(jnp.nan), k, q_mask=jnp.arange(40) < 30)
     chex.assert_trees_all_close(broken, balancing_maps(q[:30], k), atol=1e-12)

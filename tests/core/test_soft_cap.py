@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -191,8 +192,9 @@ def test_what_cannot_cap_its_logits_says_so():
     for function in (functools.partial(kernels.state, q, k, v), functools.partial(attend, q, summarize_exact(k, v))):
         with pytest.raises(ValueError, match="logits_soft_cap must be positive.*, got -1.0"):
             function(logits_soft_cap=-1.0)
+    array: Any = jnp.ones(())
     with pytest.raises(TypeError, match="logits_soft_cap must be a known float, got ArrayImpl"):
-        kernels.state(q, k, v, logits_soft_cap=jnp.ones(()))
+        kernels.state(q, k, v, logits_soft_cap=array)
     with pytest.raises(ValueError, match="tokens whose masses are not signed"):
         attend(q, summarize_favor(k, v, jax.random.key(0)), logits_soft_cap=50.0)
     assert attend(q, summarize_exact(k, v), logits_soft_cap=50.0).out.shape == (3, 8)
