@@ -15,7 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from approx_attention.core import check_choice, check_count, check_number, shown
-from approx_attention.registry import BoundMethod, HeadMethods, bind
+from approx_attention.registry import CAPABILITY_OF, BoundMethod, HeadMethods, bind
 
 
 def bind_layer(
@@ -183,7 +183,7 @@ def seen_arrays(
     tokens: tuple[Array, Array, Array],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    scale: Any,
+    options: Mapping[str, Any],
 ) -> dict[str, Array]:
     """The arrays that an attention function is called with, by name, with its causality and scale.
 
@@ -192,7 +192,10 @@ def seen_arrays(
         tokens: query, key and value.
         args: further arguments by position.
         kwargs: further arguments by name.
-        scale: of the function's, if it has one.
+        options: arguments of its method that the function has by itself, as far as they are known.
+
+    Raises:
+        ValueError: capped logits.
     """
     by_position = inspect.signature(attention_fn).bind_partial(*tokens, *args).arguments
     given = {**dict(list(by_position.items())[len(tokens) :]), **kwargs}
@@ -201,8 +204,11 @@ def seen_arrays(
         for name, x in given.items()
         if isinstance(x, Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     }
+    capped = [name for name in CAPABILITY_OF if options.get(name) is not None or given.get(name) is not None]
+    if capped:
+        raise ValueError(f"the layer has {', '.join(capped)}, which files of q, k and v do not hold")
     is_causal = bool(given.get("is_causal")) or bool(getattr(attention_fn, "is_causal", False))
-    scale = given.get("scale") if scale is None else scale
+    scale = given.get("scale") if options.get("scale") is None else options["scale"]
     scales = {} if scale is None else {"scale": jnp.asarray(scale, jnp.float32)}
     return {**arrays, **scales, **dict(zip("qkv", tokens, strict=True)), "is_causal": jnp.asarray(is_causal)}
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from approx_attention.core import WeightedKV, check_bits, check_count, check_key, each, fold_scale
+from approx_attention.core import RunningSummary, WeightedKV, check_bits, check_count, check_key, each, fold_scale
 from approx_attention.coresets import Algorithm
 from approx_attention.decoding.compression import compress_cache, running_compressed, tokens_in
 from approx_attention.decoding.decoder import Cache, Decoder, HeadsCache, HeadsDecoder
@@ -99,6 +99,7 @@ def compress_heads(
 
     Raises:
         TypeError: a cache that does not hold tokens as they are.
+        NotImplementedError: a cache of attention with capped logits.
         ValueError: as in `compress_cache`.
 
     Example:
@@ -117,11 +118,13 @@ def compress_heads(
     key = check_key("compress_heads", key)
     heads: Any = cache.heads
     prefix = heads.past.prefix if isinstance(heads, Cache) else None
-    if not isinstance(prefix, WeightedKV) or not _keeps_tokens(decoder, cache):
+    if not isinstance(prefix, WeightedKV) or (running := _running(decoder, cache)).quantized is None:
         raise TypeError(
             "compress_heads takes caches that keep tokens as they are, as those of 'exact' without cache_bits and "
             f"certify do, once; got one of {decoder.bound.name!r} with {type(prefix).__name__}"
         )
+    if running.logits_soft_cap is not None:
+        raise NotImplementedError("compress_heads does not support logits_soft_cap: masses are fitted to other logits")
     budget = check_count("budget", tokens_in(budget, num_bytes, prefix.k[0, 0], prefix.value_sum[0, 0], bits))
     after = CompressedDecoder(
         decoder.bound,
@@ -144,10 +147,10 @@ def compress_heads(
     return after, HeadsCache(compressed._replace(length=heads.length), after._draw(key_folding))
 
 
-def _keeps_tokens(decoder: HeadsDecoder, cache: HeadsCache) -> bool:
-    """True if older tokens are in the cache one by one."""
+def _running(decoder: HeadsDecoder, cache: HeadsCache) -> RunningSummary:
+    """The running summary of the first head; it has a quantized form if older tokens are in the cache one by one."""
     drawn = jax.tree.map(lambda x: x[0], cache.drawn)
-    return decoder.bound.running(decoder.sizes["head_dim"], **drawn).quantized is not None
+    return decoder.bound.running(decoder.sizes["head_dim"], **drawn)
 
 
 @functools.partial(jax.jit, static_argnames="static")  # a loop by itself is compiled anew in every call

@@ -39,7 +39,7 @@ def capture_attention(
 
     Raises:
         ValueError: no attention layer was called, or one inside a transform that does not carry the collection; a bias,
-            or a mask that is neither causal nor padding.
+            capped logits, or a mask that is neither causal nor padding.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -58,8 +58,7 @@ def capture_attention(
         inner, path = module.attention_fn, ".".join(module.path)
 
         def seen(query: Any, key: Any, value: Any, *own: Any, **named: Any) -> Any:
-            scale = getattr(inner, "options", {}).get("scale")
-            found = seen_arrays(inner, (query, key, value), own, named, scale)
+            found = seen_arrays(inner, (query, key, value), own, named, getattr(inner, "options", {}))
             if not module.sow(COLLECTION, "attention", found, reduce_fn=lambda before, last: last, init_fn=dict):
                 raise ValueError(
                     f"layer {path!r} is inside a transform that does not carry the collection {COLLECTION!r}: give it "

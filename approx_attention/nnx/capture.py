@@ -21,8 +21,9 @@ class _Recorder(nnx.Module):
         self.seen, self.rank = nnx.data(None), 0
 
     def __call__(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        scale = getattr(self.attention_fn, "scale", None)
-        self.seen = nnx.Intermediate(seen_arrays(self.attention_fn, (query, key, value), args, kwargs, scale))
+        bound, scale = (getattr(self.attention_fn, name, None) for name in ("bound", "scale"))
+        options = {**getattr(bound, "hyperparameters", {}), "scale": scale}
+        self.seen = nnx.Intermediate(seen_arrays(self.attention_fn, (query, key, value), args, kwargs, options))
         self.rank = query.ndim
         return self.attention_fn(query, key, value, *args, **kwargs)
 
@@ -59,7 +60,7 @@ def capture_attention(
 
     Raises:
         ValueError: the model has no attention layer or none was called; a call under a transform of JAX instead of
-            nnx; a bias, or a mask that is neither causal nor padding.
+            nnx; a bias, capped logits, or a mask that is neither causal nor padding.
 
     Example:
         >>> import jax.numpy as jnp

@@ -125,6 +125,15 @@ def test_what_cannot_be_recorded():
     odd = jax.random.bernoulli(jax.random.key(0), 0.5, (2, 1, 8, 8)).at[..., 0].set(True)
     with pytest.raises(ValueError, match="layer 'first' has a mask of shape .2, 1, 8, 8. that is neither causal nor"):
         capture_attention(model, lambda model: model(x, mask=odd))
+    layer = two_layers()[0].second
+    layer.attention_fn = nnx.data(ApproxAttention("exact", logits_soft_cap=50.0))
+    capped = nn.MultiHeadDotProductAttention(2, attention_fn=linen.ApproxAttention("exact", {"logits_soft_cap": 50.0}))
+    for capture in (
+        lambda: capture_attention(layer, lambda layer: layer(x)),
+        lambda: linen.capture_attention(capped, capped.init(jax.random.key(0), x), x),
+    ):
+        with pytest.raises(ValueError, match="the layer has logits_soft_cap, which files of q, k and v do not hold"):
+            capture()
     with pytest.raises(ValueError, match="under a transform of JAX"):
         capture_attention(model, lambda model: jax.jit(lambda x: model(x))(x))
     with pytest.raises(InputError, match="must end in .npz"):

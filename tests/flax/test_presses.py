@@ -192,6 +192,10 @@ def test_caches_that_cannot_be_compressed_are_named():
     ours.init_cache(layers, 2, max_length=32, cache_bits=8)
     with pytest.raises(TypeError, match="of 'exact' with QuantizedKV"):
         compress_caches(layers, RNG, budget=8, policy="knorm")
+    layers = with_method("exact", is_causal=True, logits_soft_cap=50.0)
+    ours.init_cache(layers, 2, max_length=32)
+    with pytest.raises(NotImplementedError, match="does not support logits_soft_cap"):
+        compress_caches(layers, RNG, budget=8, policy="knorm")
     layers = with_method("mean_pool", is_causal=True)
     ours.init_cache(layers, 2)
     with pytest.raises(TypeError, match="got one of 'mean_pool'"):
