@@ -228,7 +228,7 @@ def draw_heads_of_layers(layers: Layers, title: str, size: int) -> Any:
         panels[0].imshow(
             verdicts, cmap=ListedColormap(list(_COLORS.values())), vmin=-0.5, vmax=len(words) - 0.5, aspect="auto"
         )
-        panels[0].set_title("what is enough", fontsize=9)
+        panels[0].set_title("verdict", fontsize=9)
         for row, heads in enumerate(own):
             low = [column for column, head in enumerate(heads) if _is_low(head)]
             panels[0].plot(low, [row] * len(low), linestyle="", marker="o", color="black", markersize=4)

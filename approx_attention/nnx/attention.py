@@ -112,7 +112,8 @@ class ApproxAttention(nnx.Module):
             if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
                 raise TypeError(
                     f"argument {name!r} of method {self.name!r} must be static, got an array: learned=({name!r},) "
-                    f"makes what a method draws a parameter, and modules such as LinformerAttention own theirs"
+                    "makes a random projection a parameter, modules such as LinformerAttention own theirs, and "
+                    "approx_attention.attention takes arrays, per_head too"
                 )
         if draws and rngs is None:
             raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
