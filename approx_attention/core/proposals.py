@@ -169,10 +169,10 @@ def balancing_maps(
     q, k = _checked(q, k, q_mask, kv_mask)
     covariance_q, covariance_k = (_least_variance(_moments(*x)[1]) for x in ((q, q_mask), (k, kv_mask)))
     # By singular values of roots: eigenvalues of the products spread twice as far, and rounding leaves some below 0.
-    product = _power(covariance_k, 0.5) @ _power(covariance_q, 0.5)
-    _, values, axes = jnp.linalg.svd(product)
-    axes, values, _ = jnp.linalg.svd(_power(covariance_q, -0.5) @ (axes.T * jnp.sqrt(values)[None, :]))
-    return lax.stop_gradient(((axes * values[None, :]) @ axes.T, (axes / values[None, :]) @ axes.T))
+    _, values, axes = jnp.linalg.svd(_power(covariance_k, 0.5) @ _power(covariance_q, 0.5))
+    root = _power(covariance_q, -0.5) @ (axes.T * jnp.sqrt(values)[None, :])
+    squared = root @ root.T
+    return lax.stop_gradient((_power(squared, 0.5), _power(squared, -0.5)))
 
 
 def _least_variance(covariance: Array) -> Array:

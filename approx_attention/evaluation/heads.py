@@ -106,7 +106,7 @@ def diagnose(
     mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> list[HeadDiagnosis]:
-    r"""Diagnoses each query head: where its weights are, what is enough for its output, and what theory promises.
+    r"""Diagnoses each query head: where its weights are, which keys are enough for its output, what theory promises.
 
     A verdict is measured, not guessed from shares: it holds where the ideal method of its kind, with ``size`` keys (a
     window, the largest weights, the best matrix of that rank), has an output that is off by no more than ``tolerance``.
