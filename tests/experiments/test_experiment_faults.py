@@ -50,6 +50,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
         ("module: experiments.nothing\nsmoke: {}\n", "'module' must be a module of experiments"),
         ("module: os.path\nsmoke: {}\n", "'module' must be a module of experiments"),
         ("module: experiments.config\nsmoke: {}\n", "is no study, it lacks run, table, figure"),
+        ("steps: 3\nsmoke: {steps.many: 3}\n", "'steps.many' goes through 'steps', which is not a mapping"),
         ("smoke: {about: x}\n" + TEXT.replace("smoke: {}\n", ""), "'about' is a key of the whole file"),
         (b"module: \xff\n", "is not UTF-8 text"),
         (TEXT.encode("utf-16"), "is not UTF-8 text"),
