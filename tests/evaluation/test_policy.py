@@ -385,3 +385,24 @@ def test_the_commands_plan_a_model_and_check_its_policy(tmp_path, capsys):
     both = ["--max-bytes", 1, "--max-milliseconds", 1, "--out", tmp_path / "x"]
     arguments = ["plan", tmp_path / "0.npz", "--policy", policy, "--tolerance", 1, *options, *both]
     assert "one budget" in refusal(capsys, *arguments)
+    plan = ["plan", tmp_path / "0.npz", "--tolerance", 1, *options, "--out", tmp_path / "x"]
+    assert f"cannot write {tmp_path}: it is a directory" in refusal(capsys, *plan, "--policy", tmp_path)
+    assert "--decode can only be given with --policy" in refusal(capsys, *plan, "--decode")
+
+
+def test_commands_take_causality_and_scale_from_captured_layers(tmp_path, capsys):
+    arrays = dict(zip("qkv", map(np.asarray, layer(0, 1.0).tensors), strict=True))
+    own = {"is_causal": np.asarray(True), "scale": np.float32(0.7)}
+    save_layers(tmp_path / "captured.npz", {"a": {**arrays, **own}, "b": {**arrays, "is_causal": np.asarray(False)}})
+    save_layers(tmp_path / "plain.npz", {"a": arrays})
+    errors = {}
+    for name, given in (("captured", []), ("plain", ["--causal", "--scale", 0.7])):
+        asked = [tmp_path / f"{name}.npz", "--layers", "*", "--methods", "mean_value", "--budget", 4, "--seeds", 1]
+        assert cli.main([str(x) for x in ("compare", *asked, *given, "--out", tmp_path / name)]) == 0
+        document = json.loads((tmp_path / name / "compare.json").read_text())
+        rows = document["layers"]["a"]["rows"]
+        errors[name] = [row["relative_error"] for row in rows if row["method"] == "mean_value"]
+    assert errors["captured"] == errors["plain"] != []
+    titles = capsys.readouterr().out
+    assert "captured.npz, a: causal" in titles
+    assert "captured.npz, b: bidirectional" in titles
