@@ -148,6 +148,7 @@ def plan_model(
     check_positive("tolerance", tolerance)
     check_positive("max_bytes", max_bytes)
     check_positive("max_seconds", max_seconds)
+    max_bytes = None if max_bytes is None else math.floor(max_bytes)
     check_confidence(confidence)
     if max_bytes is not None and max_seconds is not None:
         raise InputError("a plan for a model has one budget: give max_bytes or max_seconds, got both")

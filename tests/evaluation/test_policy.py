@@ -128,7 +128,7 @@ def test_without_a_budget_every_head_takes_the_cheapest_that_is_predicted_to_mee
     assert made.policy.cache_bytes < ALL_BYTES
 
 
-@pytest.mark.parametrize("max_bytes", [500, 3000, 12_000, ALL_BYTES])
+@pytest.mark.parametrize("max_bytes", [500, 3e3, 12_000, ALL_BYTES])
 def test_the_budget_is_that_of_all_heads_and_never_exceeded(max_bytes):
     made = planned(max_bytes=max_bytes)
     assert made.policy.cache_bytes <= max_bytes
@@ -202,7 +202,7 @@ def test_a_budget_of_time():
 
 
 def test_a_policy_comes_back_from_its_file(tmp_path):
-    policy = planned(max_bytes=3000).policy
+    policy = planned(max_bytes=3e3).policy
     policy.save(tmp_path / "policy.json")
     assert Policy.load(tmp_path / "policy.json") == policy
     pair = HeadChoice("local", {"window_size": (4, 8)}, 0.1, 0.2, 0.1, 0.1, 640)
@@ -261,7 +261,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_the_check_on_the_planned_text_gives_what_was_promised():
-    policy = planned(max_bytes=3000).policy
+    policy = planned(max_bytes=3e3).policy
     check = check_policy(policy, LAYERS, num_seeds=2)
     for path, own in check.promised.items():
         np.testing.assert_allclose(check.errors[path], own, rtol=1e-4, atol=1e-6)
@@ -273,7 +273,7 @@ def test_the_check_on_the_planned_text_gives_what_was_promised():
 
 
 def test_the_check_measures_what_a_model_computes_on_other_text():
-    policy = planned(max_bytes=3000).policy
+    policy = planned(max_bytes=3e3).policy
     other = {"first": layer(7, 0.2), "second": layer(8, 4.0)}
     check = check_policy(policy, other, num_seeds=1, seed=3)
     for path, own in policy.layers.items():
@@ -332,6 +332,8 @@ def test_a_policy_in_a_model():
             replace_attention(model, **given)
     with pytest.raises(TypeError, match="got both or neither"):
         replace_attention(model)
+    with pytest.raises(TypeError, match="as Policy.load reads it from its file"):
+        replace_attention(model, policy="policy.json")
 
 
 @pytest.mark.usefixtures("models")
