@@ -261,8 +261,8 @@ class Run:
         result = self.found()
         if result is not None and result.settings != self.fingerprint:
             raise ConfigError(
-                f"{self.file.path} holds {self.configuration!r} with seed {self.seed} at other settings; remove that "
-                "line, and the run is done again, or choose another --out"
+                f"{self.file.path}, line {self.file.read().index(result) + 1} is {self.configuration!r} with seed "
+                f"{self.seed} at other settings; remove that line, and the run is done again, or choose another --out"
             )
         return result
 

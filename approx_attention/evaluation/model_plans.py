@@ -211,9 +211,9 @@ def plan_model(
     items = [_item(heads, curves, costs, tolerance) for heads in stacks.values()]
     picks, is_met = _pick(items, budget)
     if picks is None:
-        fastest = sum(min(item.options).cost for item in items)
+        fastest = sum(min(item.options).cost for item in items) / 1e9
         raise InputError(
-            f"the fastest choices of all heads take {fastest} ns together, and max_seconds is {max_seconds}"
+            f"the fastest choices of all heads take {fastest:.3g} s together, and max_seconds is {max_seconds:.3g}"
         )
     labels = {head: label for item, label in zip(items, picks, strict=True) for head in item.heads}
     spent = sum(costs[path][label] for (path, _), label in labels.items())

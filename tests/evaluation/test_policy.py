@@ -1,5 +1,6 @@
 """A policy for a whole model: the knapsack, the choices and their budget, the file, and the check on other text."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -25,6 +26,7 @@ from approx_attention.evaluation import (
 )
 from approx_attention.evaluation.error_laws import split_within_heads
 from approx_attention.evaluation.knapsack import CELLS, choose
+from approx_attention.evaluation.policy_reports import plan_verdict
 from approx_attention.nnx import replace_attention
 from tests.evaluation.test_compare import refusal
 
@@ -194,6 +196,8 @@ def test_a_budget_of_time():
     # Exact attention is fast enough, and has no error.
     assert {head.method for head in heads(made.policy)} == {"exact"}
     assert 0 < made.seconds < 1
+    assert "allowed" not in plan_verdict(made)
+    assert "2e+03 ms, more than the 1e+03 ms that are allowed" in plan_verdict(dataclasses.replace(made, seconds=2.0))
     with pytest.raises(InputError, match="fastest choices of all heads take"):
         plan_model(LAYERS, **{**PLAN, "methods": ["mean_value"]}, max_seconds=1e-8, rounds=1)
 

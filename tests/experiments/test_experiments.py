@@ -117,7 +117,7 @@ def test_work_and_results_of_other_settings_are_refused(tmp_path, never_run):
     result = run.result(Console(quiet=True))
     assert run.result(Console(quiet=True)) == result
     assert never_run == ["exact-seed0"]
-    with pytest.raises(ConfigError, match=r"language_model.jsonl holds 'exact' with seed 0 at other settings"):
+    with pytest.raises(ConfigError, match=r"language_model.jsonl, line 1 is 'exact' with seed 0 at other settings"):
         other.result(Console(quiet=True))
 
 
