@@ -233,7 +233,7 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
 @click.option(
     "--to",
     type=Place(".npz"),
-    help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/data/sample.npz]",
+    help="The .npz to write; its provenance goes next to it as .txt.  [default: approx_attention/data/sample.npz]",
 )
 def sample_command(
     study: str, scale: str, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path | None

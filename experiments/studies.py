@@ -109,7 +109,7 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
         if not isinstance(content[name], dict | None):
             raise ConfigError(f"{path}: {name!r} must map settings to values, got {reprlib.repr(content[name])}")
     own = dict(content[scale] or {})
-    beside = {key: own.pop(key, content.get(key)) for key in ("configurations", "seeds")}
+    by_scale = {key: own.pop(key, content.get(key)) for key in ("configurations", "seeds")}
     settings = {key: value for key, value in content.items() if key not in KEYS}
     for key in own:
         if key.partition(".")[0] in KEYS:
@@ -123,8 +123,8 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
         " ".join(str(content.get("about", "")).split()),
         _module(path, content.get("module", f"experiments.{name.replace('/', '.')}")),
         _overridden(path, settings, own),
-        _configurations(path, beside["configurations"]),
-        _seeds(path, beside["seeds"]),
+        _configurations(path, by_scale["configurations"]),
+        _seeds(path, by_scale["seeds"]),
     )
 
 
