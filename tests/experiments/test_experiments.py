@@ -1,5 +1,6 @@
 """The experiments harness: configurations, the command line, sweeps, and every study at its smallest scale."""
 
+import concurrent.futures
 import dataclasses
 import pathlib
 import sys
@@ -148,6 +149,14 @@ def test_a_result_that_could_not_be_read_again_is_not_kept(tmp_path):
     with pytest.raises(ConfigError, match=r"study.jsonl cannot hold this result \(records.0.error"):
         file.add(dataclasses.replace(result, seed=1, records=[{"error": {"mean": 0.5}}]))
     assert file.read() == [result]
+
+
+def test_results_that_are_added_at_the_same_time_are_all_kept(tmp_path):
+    results = [Result("smoke", "run", seed, "", "", {}, 1.0, [{"error": 0.5}] * 100) for seed in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(ResultFile(tmp_path / "study.jsonl").add, results))
+    assert sorted(ResultFile(tmp_path / "study.jsonl").read(), key=lambda result: result.seed) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"study.jsonl", "study.lock"}
 
 
 def test_a_setting_that_comes_later_changes_no_fingerprint(tmp_path, monkeypatch):
