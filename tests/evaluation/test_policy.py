@@ -278,11 +278,14 @@ def test_the_check_on_the_planned_text_gives_what_was_promised():
 
 def test_the_check_measures_what_a_model_computes_on_other_text():
     policy = planned(max_bytes=3e3).policy
+    first = dataclasses.replace(policy.layers["first"], scale=0.9)
+    policy = dataclasses.replace(policy, layers={**policy.layers, "first": first})
     other = {"first": layer(7, 0.2), "second": layer(8, 4.0)}
     check = check_policy(policy, other, num_seeds=1, seed=3)
     for path, own in policy.layers.items():
         out, exact = (
-            attention(*other[path].tensors, method=method, rng=jax.random.key(3)) for method in (own.methods, "exact")
+            attention(*other[path].tensors, method=method, rng=jax.random.key(3), scale=own.scale)
+            for method in (own.methods, "exact")
         )
         by_head = np.asarray([out - exact, exact]).reshape(2, 2, 64, 2, 2, 8)
         wrong, whole = np.sqrt((by_head**2).sum((1, 2, 4, 5)))
