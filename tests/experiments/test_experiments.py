@@ -159,6 +159,19 @@ def test_results_that_are_added_at_the_same_time_are_all_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"study.jsonl", "study.lock"}
 
 
+def test_the_result_of_a_process_that_was_faster_is_taken(tmp_path, never_run, monkeypatch):
+    run, held = Run.of(read_study(STUDY, "smoke"), "exact", 0, {}, Places(tmp_path, tmp_path)), Run.held
+
+    def after_another(self):
+        monkeypatch.setattr(Run, "held", held)
+        run.result(Console(quiet=True))
+        return held(self)
+
+    monkeypatch.setattr(Run, "held", after_another)
+    assert [run.result(Console(quiet=True))] == run.file.read()
+    assert never_run == ["exact-seed0"]
+
+
 def test_a_setting_that_comes_later_changes_no_fingerprint(tmp_path, monkeypatch):
     run = Run.of(read_study(STUDY, "smoke"), "local", 0, {}, Places(tmp_path, tmp_path))
 
