@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -119,7 +119,7 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
                 keep(so_far)
 
             return run_comparison(
-                Problem.of(layer.tensors, is_causal=task.is_causal, scale=given.scale, mask=layer.kv_mask),
+                Problem.of(layer.tensors, is_causal=bool(layer.is_causal), scale=layer.scale, mask=layer.kv_mask),
                 task.names,
                 budgets,
                 options=options,
@@ -174,22 +174,24 @@ def plan(
     max_seconds = None if max_milliseconds is None else max_milliseconds / 1e3
     if max_seconds is not None and not 0 < max_seconds < 1e30:
         raise InputError(f"--max-milliseconds must be a positive number, got {max_milliseconds}")
+    if decode and policy is None:
+        raise InputError("--decode can only be given with --policy")
     with _task("plan", given) as task:
         options = given.options_by_method()
         measured = {"held_out": held_out, "num_seeds": given.seeds, "seed": given.seed}
         settings = task.settings | {"options": options} | measured
         asked: dict[str, Any] = {"tolerance": tolerance, "max_bytes": max_bytes, "max_seconds": max_seconds}
-        asked |= {"scale": given.scale, "options": options, "confidence": confidence, **measured}
+        asked |= {"options": options, "confidence": confidence, **measured}
         if policy is not None:
-            # A captured file says of each layer if it is causal.
-            own = {"is_causal": task.is_causal if given.file is None else given.causal, "decode": decode}
-            run_model_plan(task, policy, settings | own, {**asked, **own, "methods": given.names})
+            asked |= {"decode": decode, "methods": given.names}
+            run_model_plan(task, policy, settings | {"decode": decode}, asked)
             return
 
         def measure(layer: Layer, keep: Callable[[Plan], None], on_progress: OnProgress) -> Plan:
             return make_plan(
                 layer.tensors,
-                is_causal=task.is_causal,
+                is_causal=bool(layer.is_causal),
+                scale=layer.scale,
                 methods=task.names,
                 mask=layer.kv_mask,
                 **asked,
@@ -219,15 +221,15 @@ def heads(given: Given, size: int, tolerance: float, queries: int) -> None:
     FILE is as in `compare`; without it, the two layers of the sample are used.
     """
     with _task("heads", given) as task:
-        task = task if given.file else task._replace(layers=sample_layers())
+        task = task if given.file else task._replace(layers=_as_asked(sample_layers(), given))
         settings = {name: x for name, x in task.settings.items() if name != "methods"}
         settings |= {"size": size, "tolerance": tolerance, "num_queries": queries}
 
         def measure(layer: Layer, keep: Callable[[Any], None], on_progress: OnProgress) -> list[HeadDiagnosis]:
             return diagnose(
                 layer.tensors,
-                is_causal=task.is_causal,
-                scale=given.scale,
+                is_causal=bool(layer.is_causal),
+                scale=layer.scale,
                 size=size,
                 tolerance=tolerance,
                 num_queries=queries,
@@ -290,15 +292,24 @@ def _task(kind: str, given: Given) -> Iterator[Task]:
         options = " and ".join(f"--{option}" for option in arrays)
         raise InputError(f"{options} can only be given with a FILE; the sample is one layer without padding")
     _use_device(given.device)
-    loaded = {"": Layer(load_sample(), None)}
+    loaded = {"": Layer(load_sample(), None, is_causal=True)}
     if file is not None:
         loaded = load_layers(file, (given.q_name, given.k_name, given.v_name), **arrays)
-    is_causal = file is None if given.causal is None else given.causal
-    chosen = given.names or tuple(default_methods(is_causal))
+    loaded = _as_asked(loaded, given)
+    by_layer = {name: bool(layer.is_causal) for name, layer in loaded.items()}
+    is_causal = by_layer if len({*by_layer.values()}) > 1 else any(by_layer.values())
+    chosen = given.names or tuple(default_methods(any(by_layer.values())))
     source = "the shipped sample" if file is None else file.name
     settings = {"source": source, "is_causal": is_causal, "scale": scale, "methods": list(chosen), **arrays}
     with only_run(given.out, kind):
-        yield Task(given.out, source, loaded, is_causal, chosen, settings)
+        yield Task(given.out, source, loaded, chosen, settings)
+
+
+def _as_asked(layers: Mapping[str, Layer], given: Given) -> dict[str, Layer]:
+    """Layers with the causality and the scale that are given; where none is, with those that the file has."""
+    own = {"is_causal": given.causal, "scale": given.scale}
+    asked: Any = {name: x for name, x in own.items() if x is not None}
+    return {path: layer._replace(**asked) for path, layer in layers.items()}
 
 
 def _use_device(device: str | None) -> None:

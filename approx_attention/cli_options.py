@@ -106,12 +106,14 @@ _FILE = (
     click.argument("file", required=False, type=click.Path(path_type=pathlib.Path)),
     *ARRAYS,
     click.option(
-        "--causal/--no-causal", default=None, help="Query t sees keys j <= t only.  [default: causal for the sample]"
+        "--causal/--no-causal",
+        default=None,
+        help="Query t sees keys j <= t only.  [default: as a captured layer says; causal for the sample]",
     ),
     click.option(
         "--scale",
         type=click.FloatRange(min=0, min_open=True, max=1e30),
-        help="Factor of the logits.  [default: 1/sqrt(D)]",
+        help="Factor of the logits.  [default: as a captured layer says, else 1/sqrt(D)]",
     ),
 )
 _METHODS = (

@@ -51,7 +51,8 @@ SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", h
 OUT = click.option(
     "--out",
     type=Place(),
-    help="Where results and checkpoints go.  [default: experiments/results and out/experiments; the latter with --set]",
+    help="Where results and checkpoints go.  [default: experiments/results and out/experiments; all to the latter with "
+    "--set or a seed that the file does not have, and to out/smoke at the scale smoke]",
 )
 CONFIGURATION = click.option("--configuration", help="Which configuration.  [default: the first in the file]")
 SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Which seed.  [default: the first in the file]")
@@ -78,13 +79,15 @@ def _run_of(
     found = read_study(study, scale)
     configuration = next(iter(found.configurations)) if configuration is None else configuration
     seed = found.seeds[0] if seed is None else seed
-    return Run.of(found, configuration, seed, parse_overrides(assignments), _places(out, assignments))
+    places = _places(out, scale, is_changed=bool(assignments) or seed not in found.seeds)
+    return Run.of(found, configuration, seed, parse_overrides(assignments), places)
 
 
-def _places(out: pathlib.Path | None, assignments: tuple[str, ...]) -> Places:
-    if out is None and not assignments:
+def _places(out: pathlib.Path | None, scale: str, *, is_changed: bool = False) -> Places:
+    """Only runs that a file has, and at a scale that decides claims, are among those that are committed."""
+    if out is None and not is_changed and scale != "smoke":
         return COMMITTED
-    out = out or COMMITTED.work
+    out = out or (COMMITTED.work if is_changed else ROOT / "out" / "smoke")
     return Places(out, out)
 
 
@@ -118,7 +121,8 @@ def sweep(studies: tuple[str, ...], scale: str, assignments: tuple[str, ...], ou
 
     All are checked before the first is run.
     """
-    console, places, overrides = _console(), _places(out, assignments), parse_overrides(assignments)
+    console, overrides = _console(), parse_overrides(assignments)
+    places = _places(out, scale, is_changed=bool(assignments))
     names = every_study(scale) if studies == ("all",) else studies
     runs = [run for name in names for run in read_study(name, scale).runs(places, overrides)]
     check_all(runs)
@@ -137,7 +141,9 @@ def list_command() -> None:
         for name in every_study(scale):
             study = read_study(name, scale)
             sizes = len(study.configurations), len(study.seeds)
-            table.add_row(name, scale, *map(str, sizes), f"{len(study.results())}/{sizes[0] * sizes[1]}")
+            table.add_row(
+                name, scale, *map(str, sizes), f"{len(study.results(_places(None, scale)))}/{sizes[0] * sizes[1]}"
+            )
     _console().print(table)
 
 
@@ -227,7 +233,7 @@ def _write_layers(captured: dict[str, dict[str, np.ndarray]], layers: str | None
 @click.option(
     "--to",
     type=Place(".npz"),
-    help="The .npz to write; its provenance goes beside it as .txt.  [default: approx_attention/data/sample.npz]",
+    help="The .npz to write; its provenance goes next to it as .txt.  [default: approx_attention/data/sample.npz]",
 )
 def sample_command(
     study: str, scale: str, assignments: tuple[str, ...], out: pathlib.Path | None, to: pathlib.Path | None

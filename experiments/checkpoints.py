@@ -23,7 +23,7 @@ from experiments.run_files import read_json, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What is written beside the files of a checkpoint: of which training and step they are, and their checksums."""
+    """The facts next to the files of a checkpoint: of which training and step they are, and their checksums."""
 
     settings: dict[str, Any]
     step: Count

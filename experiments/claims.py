@@ -224,6 +224,8 @@ class Figures:
 def _deviations(own: Sequence[float], base: Sequence[float]) -> float:
     """The difference of two means in units of the larger deviation over seeds."""
     difference = statistics.fmean(own) - statistics.fmean(base)
+    if difference == 0:
+        return 0.0
     deviation = max(statistics.stdev(x) for x in (own, base)) if len(own) > 1 else math.nan
     return difference / deviation if deviation else math.copysign(math.inf, difference)
 

@@ -159,7 +159,7 @@ def resolve(
     settings: Mapping[str, Any],
     overrides: Mapping[str, Any],
     where: str,
-    beside: Iterable[str] = (),
+    other_keys: Iterable[str] = (),
 ) -> Config:
     """Settings with overrides by dotted key, checked against a configuration class.
 
@@ -168,7 +168,7 @@ def resolve(
         settings: by key.
         overrides: by dotted key.
         where: what messages begin with.
-        beside: keys of a file that are no settings, for messages on unknown ones.
+        other_keys: keys of a file that are no settings, for messages on unknown ones.
 
     Raises:
         ConfigError: a key is unknown (the message names the nearest), missing, or holds a value of the wrong type.
@@ -185,7 +185,7 @@ def resolve(
     try:
         return adapter_of(kind).validate_python(merged)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_first_fault(kind, error, beside)}") from None
+        raise ConfigError(f"{where}: {_first_fault(kind, error, other_keys)}") from None
     except (TypeError, ArithmeticError) as error:  # of a method, to which settings are no arguments
         raise ConfigError(f"{where}: {error}") from None
 
@@ -256,7 +256,7 @@ def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
 
 
-def _first_fault(kind: type, error: pydantic.ValidationError, beside: Iterable[str]) -> str:
+def _first_fault(kind: type, error: pydantic.ValidationError, other_keys: Iterable[str]) -> str:
     fault = error.errors()[0]
     key = ".".join(map(str, fault["loc"]))
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -266,7 +266,7 @@ def _first_fault(kind: type, error: pydantic.ValidationError, beside: Iterable[s
             owner = _within(owner, parent)
         if not dataclasses.is_dataclass(owner):
             return f"unknown key {key!r}"
-        known = [field.name for field in dataclasses.fields(owner)] + ([] if parents else list(beside))
+        known = [field.name for field in dataclasses.fields(owner)] + ([] if parents else list(other_keys))
         return f"in {key!r}: {unknown('key', str(last), known)}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"

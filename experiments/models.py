@@ -53,7 +53,7 @@ class ParallelConfig:
         """The devices, with the axes ``data`` and ``sequence``.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: there are fewer.
         """
         devices = jax.devices()
         if len(devices) < self.data * self.sequence:

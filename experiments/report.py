@@ -14,7 +14,7 @@ from experiments.claims import SCALES, Finding, Verdict, device_name, judge, rea
 from experiments.config import ConfigError, checked, load_yaml
 from experiments.results import Result, frame
 from experiments.show import code, count, markdown
-from experiments.studies import CONFIGS, Places, Study, read_study
+from experiments.studies import Places, Study, every_study, read_study
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -82,10 +82,10 @@ def write(root: pathlib.Path) -> list[pathlib.Path]:
 
 def studies(places: Places) -> Iterable[Shown]:
     """The studies that have results, each at the first of the scales that has."""
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        content = load_yaml(path)
-        for scale in (scale for scale in SCALES if scale in content):
-            study = read_study(path, scale)
+    having = {scale: every_study(scale) for scale in SCALES}
+    for name in sorted({name for names in having.values() for name in names}):
+        for scale in (scale for scale in SCALES if name in having[scale]):
+            study = read_study(name, scale)
             if results := study.results(places):
                 yield Shown(study, results)
                 break
@@ -93,11 +93,7 @@ def studies(places: Places) -> Iterable[Shown]:
 
 def never_run(places: Places) -> list[str]:
     """The studies whose scale for accelerators has no result."""
-    names = []
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        if "gpu" in load_yaml(path) and not (study := read_study(path, "gpu")).results(places):
-            names.append(study.name)
-    return names
+    return [name for name in every_study("gpu") if not read_study(name, "gpu").results(places)]
 
 
 def _family(finding: Finding) -> str:

@@ -92,8 +92,12 @@ class ResultFile:
         """Adds a result; other processes may add theirs at the same time.
 
         Raises:
-            ConfigError: the file cannot be used, or another process holds it.
+            ConfigError: the file cannot be used, another process holds it, or the result is none that could be read.
         """
+        try:
+            adapter_of(Result).validate_python(dataclasses.asdict(result))
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{self.path} cannot hold this result ({_first(error)})") from None
         with locked(self.path.with_suffix(".lock"), self.path, patience=60):
             lines = [*self.read(), result]
             text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
@@ -108,11 +112,15 @@ def _read(path: pathlib.Path, changed: int, size: int) -> list[Result]:
         try:
             results.append(adapter_of(Result).validate_python(json.loads(line)))
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            raise _damaged(path, number, f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}") from None
+            raise _damaged(path, number, _first(error)) from None
         except (ValueError, RecursionError) as error:
             raise _damaged(path, number, str(error)) from None
     return results
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
 
 
 def _damaged(path: pathlib.Path, number: int, said: str) -> ConfigError:

@@ -43,7 +43,7 @@ def write_sample(config: TrainingConfig, directory: pathlib.Path, to: pathlib.Pa
     """Trains the model, or goes on from its checkpoint in ``directory``, and writes the sample and its provenance.
 
     Returns:
-        The provenance, which is also written beside ``to`` as ``.txt``.
+        The provenance, which is also written next to ``to`` as ``.txt``.
     """
     model, dataset, seconds = fit(config, directory, console)
     text = data.held_out(dataset, "valid", 1, 1)[0]

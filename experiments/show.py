@@ -133,7 +133,7 @@ def pivot(
 
 
 def lookup(records: Frame, by: str, figure: str, shown: Callable[..., str] = spread) -> Mapping[str, Any]:
-    """A further column of `pivot`: a figure of each row that stands in records of its own."""
+    """A further column of `pivot`: a figure of each row from separate records."""
 
     def column(name: Any, _: Frame) -> str:
         if figure not in records:

@@ -101,9 +101,7 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
             name of a configuration cannot be that of a folder; a seed is no whole number, or given twice.
     """
     path = pathlib.Path(place) if str(place).endswith(".yaml") else CONFIGS / f"{place}.yaml"
-    content = load_yaml(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of settings and scales, got {reprlib.repr(content)}")
+    content = _content(path)
     if scale not in content:
         scales = ", ".join(name for name in SCALES if name in content) or "none"
         raise ConfigError(f"{path} has no scale {scale!r}; it has {scales}")
@@ -111,7 +109,7 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
         if not isinstance(content[name], dict | None):
             raise ConfigError(f"{path}: {name!r} must map settings to values, got {reprlib.repr(content[name])}")
     own = dict(content[scale] or {})
-    beside = {key: own.pop(key, content.get(key)) for key in ("configurations", "seeds")}
+    by_scale = {key: own.pop(key, content.get(key)) for key in ("configurations", "seeds")}
     settings = {key: value for key, value in content.items() if key not in KEYS}
     for key in own:
         if key.partition(".")[0] in KEYS:
@@ -124,26 +122,35 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
         scale,
         " ".join(str(content.get("about", "")).split()),
         _module(path, content.get("module", f"experiments.{name.replace('/', '.')}")),
-        _overridden(settings, own),
-        _configurations(path, beside["configurations"]),
-        _seeds(path, beside["seeds"]),
+        _overridden(path, settings, own),
+        _configurations(path, by_scale["configurations"]),
+        _seeds(path, by_scale["seeds"]),
     )
 
 
 def every_study(scale: str) -> list[str]:
     """The names of all studies under configs/ that have a scale."""
     paths = sorted(CONFIGS.rglob("*.yaml"))
-    return [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in paths if scale in load_yaml(path)]
+    return [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in paths if scale in _content(path)]
 
 
-def _overridden(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _content(path: pathlib.Path) -> dict[str, Any]:
+    content = load_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping of settings and scales, got {reprlib.repr(content)}")
+    return content
+
+
+def _overridden(path: pathlib.Path, settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of all scales with those of one: a key of the scale replaces, a dotted one reaches inside."""
     merged = json.loads(json.dumps(settings))
     for dotted, value in own.items():
         *parents, last = dotted.split(".")
         node = merged
         for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else {}
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{path}: {dotted!r} goes through {parent!r}, which is not a mapping")
         node[last] = value
     return merged
 
@@ -155,7 +162,10 @@ def _module(path: pathlib.Path, name: Any) -> Any:
         found = None
     if not found:
         raise ConfigError(f"{path}: 'module' must be a module of experiments, got {reprlib.repr(name)}")
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # a module can raise anything
+        raise ConfigError(f"{path}: the module {name} cannot be imported: {type(error).__name__}: {error}") from error
     if missing := [part for part in PARTS if not hasattr(module, part)]:
         raise ConfigError(f"{path}: the module {name} is no study, it lacks {', '.join(missing)}")
     return module
@@ -251,8 +261,8 @@ class Run:
         result = self.found()
         if result is not None and result.settings != self.fingerprint:
             raise ConfigError(
-                f"{self.file.path} holds {self.configuration!r} with seed {self.seed} at other settings; remove that "
-                "line, and the run is done again"
+                f"{self.file.path}, line {self.file.read().index(result) + 1} is {self.configuration!r} with seed "
+                f"{self.seed} at other settings; remove that line, and the run is done again, or choose another --out"
             )
         return result
 

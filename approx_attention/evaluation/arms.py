@@ -214,7 +214,7 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
 def check_positive(name: str, value: float | None) -> None:
     """Raises ``InputError`` unless the value is a positive number or None."""
     if value is not None and not (isinstance(value, int | float) and 0 < value < 1e30):
-        raise InputError(f"{name} must be a positive number, got {value}")
+        raise InputError(f"{name} must be a positive number, got {value!r}")
 
 
 def check_confidence(confidence: float) -> None:

@@ -188,7 +188,7 @@ def split_within_heads(
         if np.bincount(head[units], minlength=num_key_heads).min() < least:
             raise InputError(
                 f"a head has {shape[0] * runs} {split.by}, of which held_out = {held_out} leaves less than two to "
-                f"measure or none to check"
+                f"measure or none to check; the shortest sequence has {num_queries} real queries"
             )
     return split
 

@@ -142,7 +142,9 @@ def load_sample() -> Tensors:
 def sample_layers() -> dict[str, Layer]:
     """The sample as the two layers of which it has a sequence each: the one with the least entropy, and the most."""
     sample = load_sample()
-    return {name: Layer(Tensors(*(x[i : i + 1] for x in sample)), None) for i, name in enumerate(("sharp", "flat"))}
+    return {
+        name: Layer(Tensors(*(x[i : i + 1] for x in sample)), None, True) for i, name in enumerate(("sharp", "flat"))
+    }
 
 
 def _prefixes(path: pathlib.Path, present: Sequence[str], pattern: str, names: Sequence[str]) -> dict[str, str]:

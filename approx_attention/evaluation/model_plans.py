@@ -148,6 +148,7 @@ def plan_model(
     check_positive("tolerance", tolerance)
     check_positive("max_bytes", max_bytes)
     check_positive("max_seconds", max_seconds)
+    max_bytes = None if max_bytes is None else math.floor(max_bytes)
     check_confidence(confidence)
     if max_bytes is not None and max_seconds is not None:
         raise InputError("a plan for a model has one budget: give max_bytes or max_seconds, got both")
@@ -210,9 +211,9 @@ def plan_model(
     items = [_item(heads, curves, costs, tolerance) for heads in stacks.values()]
     picks, is_met = _pick(items, budget)
     if picks is None:
-        fastest = sum(min(item.options).cost for item in items)
+        fastest = sum(min(item.options).cost for item in items) / 1e9
         raise InputError(
-            f"the fastest choices of all heads take {fastest} ns together, and max_seconds is {max_seconds}"
+            f"the fastest choices of all heads take {fastest:.3g} s together, and max_seconds is {max_seconds:.3g}"
         )
     labels = {head: label for item, label in zip(items, picks, strict=True) for head in item.heads}
     spent = sum(costs[path][label] for (path, _), label in labels.items())

@@ -36,7 +36,9 @@ def plan_verdict(made: ModelPlan) -> str:
         total, worst = _total_and_worst(made.uniform_errors)
         text += f" One method for all heads at this cost is {made.uniform}: {total:.3g}, at most {worst:.3g}."
     if made.seconds is not None:
-        text += f" A call of all layers takes {1e3 * made.seconds:.3g} ms."
+        limit = policy.max_seconds or math.inf
+        more = f", more than the {1e3 * limit:.3g} ms that are allowed" if made.seconds > limit else ""
+        text += f" A call of all layers takes {1e3 * made.seconds:.3g} ms{more}."
     return text
 
 

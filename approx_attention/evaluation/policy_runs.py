@@ -36,8 +36,8 @@ def run_model_plan(task: Task, to: pathlib.Path, settings: Mapping[str, Any], op
     Raises:
         InputError: the file of the policy cannot be written, or what `plan_model` raises.
     """
-    if not to.parent.is_dir():
-        raise InputError(f"cannot write {to}: its directory is not there")
+    if to.is_dir() or not to.parent.is_dir():
+        raise InputError(f"cannot write {to}: {'it is a directory' if to.is_dir() else 'its directory is not there'}")
     with progress() as on_progress:
         made = plan_model(task.layers, **options, on_progress=on_progress)
     made.policy.save(to)

@@ -33,18 +33,17 @@ class Task(NamedTuple):
     out: pathlib.Path
     source: str
     layers: Mapping[str, Layer]
-    is_causal: bool
     names: tuple[str, ...]
     settings: dict[str, Any]
 
     def title(self, layer: str) -> str:
         """The layer, and what it holds."""
-        query, key, _ = self.layers[layer].tensors
+        (query, key, _), kv_mask, is_causal, _ = self.layers[layer]
         batch, length, heads, head_dim = query.shape
-        padded = "" if self.layers[layer].kv_mask is None else ", padded"
+        padded = "" if kv_mask is None else ", padded"
         return (
             f"{shown_name(self.source)}{layer and f', {shown_name(layer)}'}: "
-            f"{'causal' if self.is_causal else 'bidirectional'}{padded}, B={batch} T={length} S={key.shape[1]} "
+            f"{'causal' if is_causal else 'bidirectional'}{padded}, B={batch} T={length} S={key.shape[1]} "
             f"heads={heads}/{key.shape[2]} D={head_dim}, {jax.devices()[0].device_kind}"
         )
 

@@ -72,6 +72,8 @@ def replace_attention(
         raise TypeError("each layer needs a separate module: set the attention_fn of the layers one by one")
     if (method is None) == (policy is None):
         raise TypeError("replace_attention takes either a method for all layers or policy=, got both or neither")
+    if not isinstance(policy, Policy | None):
+        raise TypeError(f"policy must be a Policy, as Policy.load reads it from its file, got {shown(policy)}")
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function (path, layer) -> bool, got {shown(only)}")
     layers = attention_layers(model)

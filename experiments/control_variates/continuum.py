@@ -52,7 +52,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         rest = config.length - size
         for groups in [*config.groups, rest]:
             if rest % groups:
-                raise ConfigError(f"{groups} groups do not divide the {rest} keys beside the {size} exact ones")
+                raise ConfigError(f"{groups} groups do not divide the {rest} keys other than the {size} exact ones")
             parts = (x[size:].reshape(groups, -1, config.head_dim) for x in (scaled_k, v))
             moments = jax.vmap(lambda k, v: FeatureMoments.of_tokens(features, k, v))(*parts)
             logits = (scaled_q @ scaled_k[size:].T).reshape(config.length, groups, -1)

@@ -14,7 +14,7 @@ def draw(name: str, num_keys: int, head_dim: int, value_dim: int, radius: float,
             ``outliers``: most keys in one cap, 1 % opposite to it with other values. ``gaussian`` and ``heavy_tailed``
             (Student's t, 3 degrees of freedom): independent entries. ``two_points``: one key, and many copies of its
             opposite. ``lower_bound``: keys of which no half can stand for all, eight copies of each.
-        num_keys: how many; the last two instances have a number of their own.
+        num_keys: how many; the last two instances have a fixed number.
         head_dim: channels of keys; of the lower bound, its parameter d.
         value_dim: channels of values.
         radius: of the queries, which the last two instances are made for.

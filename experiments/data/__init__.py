@@ -14,7 +14,7 @@ from experiments.data.dataset import SPLITS, Dataset
 
 __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
 
-# A loader takes the settings of its own as keyword arguments and gives the data.
+# A loader takes its settings as keyword arguments and gives the data.
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "python_text": text.python_text,
     "masked_text": text.masked_text,

@@ -25,7 +25,7 @@ class Dataset:
         is_causal: a position's target must be told from the tokens up to it.
         image_shape: height, width and channels.
         provenance: where the data come from, with a checksum if they are read.
-        oracles: accuracies on held-out examples without understanding, to be told beside every score.
+        oracles: accuracies on held-out examples without understanding, to be told with every score.
         context: the number of first tokens about which the others ask; 0 where there is none.
     """
 

@@ -44,7 +44,7 @@ def python_text(length: Count = 1024) -> Dataset:
 def masked_text(length: Count = 256, share: Share = 0.15) -> Dataset:
     """The bytes of `python_text`, of which a share is hidden and asked for, each at random.
 
-    Of those asked for, 8 of 10 become a token of their own, one a random byte, and one stays (Devlin et al. 2019).
+    Of those asked for, 8 of 10 become a separate token, one a random byte, and one stays (Devlin et al. 2019).
     """
     if not 0 < share < 1:
         raise ConfigError(f"data 'masked_text' needs a share between 0 and 1, got {share}")

@@ -1,4 +1,4 @@
-"""How far sketches of values go, beside their closed forms, and what the same matrices do before the softmax."""
+"""The error of sketches of values next to its closed form, and what the same matrices do before the softmax."""
 
 import dataclasses
 import pathlib
@@ -43,7 +43,7 @@ class Config(Seeded):
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Root of the mean squared error over the norm of the exact output, by kind and size.
 
-    Beside it the quantity of Linformer's theorem 2, the largest error of a row over ``|P_i| |V|``, which an output of 0
+    With it the quantity of Linformer's theorem 2, the largest error of a row over ``|P_i| |V|``, which an output of 0
     keeps below 1, with the largest of ``sizes`` below ``length``.
     """
     shape = {name: getattr(config, name) for name in ("length", "head_dim", "smoothing", "spread", "shared", "seed")}

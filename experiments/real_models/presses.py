@@ -43,7 +43,7 @@ class Config(Seeded):
         policies: as in `compress_tokens`, by name; heuristics with ``+mass`` or ``+fitted`` for mass correction.
         budgets: tokens of every head for all that is older than the exact blocks.
         bits: of the compressed tokens: 8, 4, or 32 for no rounding.
-        block_size: the last one or two blocks of so many tokens stay exact.
+        block_size: the last one or two blocks of this number of tokens stay exact.
         coreset_size: tokens that stand for those after the compression.
         sinks: first tokens kept exactly.
         keep_queries: last queries that policies read.

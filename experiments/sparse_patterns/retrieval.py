@@ -86,7 +86,7 @@ def _tensors(config: Config, num_keys: int) -> tuple[Array, Array, Array]:
     return q[places], k, v
 
 
-@in_float32()  # rounding of keys would be an error of its own
+@in_float32()  # rounding of keys would be a further error
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Error by method, keys read and number of keys, with the exponents of both.
 

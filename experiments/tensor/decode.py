@@ -39,7 +39,7 @@ class Config(Seeded):
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
-    """Seconds of decoding a token after so many others, and the slope of its log."""
+    """Seconds of decoding a token after a number of others, and the slope of its log."""
     seconds: dict[str, dict[int, float]] = {}
     for length in config.lengths:
         past = small_logits(length, config.head_dim, config.seed)

@@ -49,7 +49,7 @@ def clustered(
     bound_by: Literal["largest", "channels"] = "largest",
     dtype: Any = jnp.float32,
 ) -> Tensors:
-    """Tokens of clusters: a query scores high with pairs of keys both of which are of its own cluster.
+    """Tokens of clusters: a query scores high with pairs of keys both of which are of the query's cluster.
 
     Independent tensors would be no test: uniform weights answer them to a part in a thousand.
 
@@ -61,7 +61,7 @@ def clustered(
         clusters: how many there are.
         noise: of tokens around the centre of their cluster, whose entries are signs.
         decay: factor from each channel of the queries and keys to the next.
-        order: ``mixed``, or each cluster in a segment of its own.
+        order: ``mixed``, or each cluster in a separate segment.
         bound_by: whether the bound is that of the largest logit, or of the sum of the largest terms of each channel.
         dtype: float32 or float64.
     """

@@ -48,7 +48,7 @@ class Config(Seeded):
 
 
 class MatchModel(nnx.Module):
-    """Tokens ``[B, T]`` of so many bits to the log-odds ``[B, T]`` that each has a match."""
+    """Tokens ``[B, T]`` of a number of bits to the log-odds ``[B, T]`` that each has a match."""
 
     def __init__(self, config: Config, bits: int, rngs: nnx.Rngs):
         width = config.model_dim

@@ -50,9 +50,9 @@ class Config(Seeded):
 
     Attributes:
         families: names in `FAMILIES`; ``gaussian-S`` says the deviation S of the entries of q and k.
-        tokens: what a method holds takes no more bytes than so many keys and values. One that keeps all keys gets the
-            size at which its products cost no more than attention to so many. Both have parts of fixed size, so a
-            method may take more at its smallest.
+        tokens: the cache of a method takes no more bytes than this number of keys and values. One that keeps all keys
+            gets the size at which its products cost no more than attention to this number. Both have parts of fixed
+            size, so a method may take more at its smallest.
     """
 
     families: Several[str]
@@ -100,7 +100,7 @@ def _head(config: Config, family: str, head: int) -> tuple[np.ndarray, np.ndarra
         # Near 0 the cosine falls as a square: a Gaussian of weights, of 8 tokens to either side and some more.
         sharpness = (n / (2 * np.pi * 8)) ** 2
         return np.concatenate([sharpness * np.sqrt(dim) * k[:, :2], 0.1 * q[:, 2:]], axis=1), k, v
-    # A key on an axis of its own, with nine tenths of the weight of n others.
+    # A key on a separate axis, with nine tenths of the weight of n others.
     chosen = random.integers(n) if kind == "needle" else 0
     q, k = 0.5 * q, 0.5 * k
     q[:, 0], k[:, 0] = np.sqrt(dim), 0.0
@@ -112,7 +112,7 @@ def _head(config: Config, family: str, head: int) -> tuple[np.ndarray, np.ndarra
 
 
 def equal_size(tensors: Tensors, name: str, tokens: int, *, is_causal: bool) -> tuple[int | None, bool]:
-    """The greatest even size at which a method holds, or costs, no more than so many tokens, and whether 2 does."""
+    """The greatest even size at which a method holds, or costs, no more than a number of tokens, and whether 2 does."""
     method = METHODS[name]
     shapes = Tensors(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tensors))  # pyright: ignore[reportArgumentType]
     length, head_dim, value_dim = shapes.key.shape[1], shapes.key.shape[-1], shapes.value.shape[-1]

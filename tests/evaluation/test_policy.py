@@ -1,5 +1,6 @@
 """A policy for a whole model: the knapsack, the choices and their budget, the file, and the check on other text."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -25,6 +26,7 @@ from approx_attention.evaluation import (
 )
 from approx_attention.evaluation.error_laws import split_within_heads
 from approx_attention.evaluation.knapsack import CELLS, choose
+from approx_attention.evaluation.policy_reports import plan_verdict
 from approx_attention.nnx import replace_attention
 from tests.evaluation.test_compare import refusal
 
@@ -128,7 +130,7 @@ def test_without_a_budget_every_head_takes_the_cheapest_that_is_predicted_to_mee
     assert made.policy.cache_bytes < ALL_BYTES
 
 
-@pytest.mark.parametrize("max_bytes", [500, 3000, 12_000, ALL_BYTES])
+@pytest.mark.parametrize("max_bytes", [500, 3e3, 12_000, ALL_BYTES])
 def test_the_budget_is_that_of_all_heads_and_never_exceeded(max_bytes):
     made = planned(max_bytes=max_bytes)
     assert made.policy.cache_bytes <= max_bytes
@@ -194,6 +196,8 @@ def test_a_budget_of_time():
     # Exact attention is fast enough, and has no error.
     assert {head.method for head in heads(made.policy)} == {"exact"}
     assert 0 < made.seconds < 1
+    assert "allowed" not in plan_verdict(made)
+    assert "2e+03 ms, more than the 1e+03 ms that are allowed" in plan_verdict(dataclasses.replace(made, seconds=2.0))
     with pytest.raises(InputError, match="fastest choices of all heads take"):
         plan_model(LAYERS, **{**PLAN, "methods": ["mean_value"]}, max_seconds=1e-8, rounds=1)
 
@@ -202,7 +206,7 @@ def test_a_budget_of_time():
 
 
 def test_a_policy_comes_back_from_its_file(tmp_path):
-    policy = planned(max_bytes=3000).policy
+    policy = planned(max_bytes=3e3).policy
     policy.save(tmp_path / "policy.json")
     assert Policy.load(tmp_path / "policy.json") == policy
     pair = HeadChoice("local", {"window_size": (4, 8)}, 0.1, 0.2, 0.1, 0.1, 640)
@@ -261,7 +265,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_the_check_on_the_planned_text_gives_what_was_promised():
-    policy = planned(max_bytes=3000).policy
+    policy = planned(max_bytes=3e3).policy
     check = check_policy(policy, LAYERS, num_seeds=2)
     for path, own in check.promised.items():
         np.testing.assert_allclose(check.errors[path], own, rtol=1e-4, atol=1e-6)
@@ -273,12 +277,15 @@ def test_the_check_on_the_planned_text_gives_what_was_promised():
 
 
 def test_the_check_measures_what_a_model_computes_on_other_text():
-    policy = planned(max_bytes=3000).policy
+    policy = planned(max_bytes=3e3).policy
+    first = dataclasses.replace(policy.layers["first"], scale=0.9)
+    policy = dataclasses.replace(policy, layers={**policy.layers, "first": first})
     other = {"first": layer(7, 0.2), "second": layer(8, 4.0)}
     check = check_policy(policy, other, num_seeds=1, seed=3)
     for path, own in policy.layers.items():
         out, exact = (
-            attention(*other[path].tensors, method=method, rng=jax.random.key(3)) for method in (own.methods, "exact")
+            attention(*other[path].tensors, method=method, rng=jax.random.key(3), scale=own.scale)
+            for method in (own.methods, "exact")
         )
         by_head = np.asarray([out - exact, exact]).reshape(2, 2, 64, 2, 2, 8)
         wrong, whole = np.sqrt((by_head**2).sum((1, 2, 4, 5)))
@@ -332,6 +339,8 @@ def test_a_policy_in_a_model():
             replace_attention(model, **given)
     with pytest.raises(TypeError, match="got both or neither"):
         replace_attention(model)
+    with pytest.raises(TypeError, match="as Policy.load reads it from its file"):
+        replace_attention(model, policy="policy.json")
 
 
 @pytest.mark.usefixtures("models")
@@ -385,3 +394,24 @@ def test_the_commands_plan_a_model_and_check_its_policy(tmp_path, capsys):
     both = ["--max-bytes", 1, "--max-milliseconds", 1, "--out", tmp_path / "x"]
     arguments = ["plan", tmp_path / "0.npz", "--policy", policy, "--tolerance", 1, *options, *both]
     assert "one budget" in refusal(capsys, *arguments)
+    plan = ["plan", tmp_path / "0.npz", "--tolerance", 1, *options, "--out", tmp_path / "x"]
+    assert f"cannot write {tmp_path}: it is a directory" in refusal(capsys, *plan, "--policy", tmp_path)
+    assert "--decode can only be given with --policy" in refusal(capsys, *plan, "--decode")
+
+
+def test_commands_take_causality_and_scale_from_captured_layers(tmp_path, capsys):
+    arrays = dict(zip("qkv", map(np.asarray, layer(0, 1.0).tensors), strict=True))
+    own = {"is_causal": np.asarray(True), "scale": np.float32(0.7)}
+    save_layers(tmp_path / "captured.npz", {"a": {**arrays, **own}, "b": {**arrays, "is_causal": np.asarray(False)}})
+    save_layers(tmp_path / "plain.npz", {"a": arrays})
+    errors = {}
+    for name, given in (("captured", []), ("plain", ["--causal", "--scale", 0.7])):
+        asked = [tmp_path / f"{name}.npz", "--layers", "*", "--methods", "mean_value", "--budget", 4, "--seeds", 1]
+        assert cli.main([str(x) for x in ("compare", *asked, *given, "--out", tmp_path / name)]) == 0
+        document = json.loads((tmp_path / name / "compare.json").read_text())
+        rows = document["layers"]["a"]["rows"]
+        errors[name] = [row["relative_error"] for row in rows if row["method"] == "mean_value"]
+    assert errors["captured"] == errors["plain"] != []
+    titles = capsys.readouterr().out
+    assert "captured.npz, a: causal" in titles
+    assert "captured.npz, b: bidirectional" in titles

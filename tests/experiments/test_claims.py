@@ -86,6 +86,14 @@ def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
         assert _judged(tmp_path, {"ground": [ground]}).verdict == verdict
 
 
+def test_a_gate_stays_shut_where_both_sides_are_the_same_in_every_seed(tmp_path):
+    for configuration in ("exact", "favor"):
+        _write_results(tmp_path, configuration, [1.0, 1.0, 1.0])
+    against = {**RECORD["against"], "by": "deviations"}
+    ground = {"metric": LOSS, "against": against, "within": {"at_least": 10}, "says": "no lead"}
+    assert _judged(tmp_path, {"ground": [ground]}).grounds.startswith("no lead (0,")
+
+
 def test_an_ordering_is_a_direction():
     for by, ordering in (("difference", {"at_most": 0.05}), ("ratio", {"at_least": 0.9})):
         record = {**RECORD, "against": {**RECORD["against"], "by": by}, "ordering": ordering}

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from experiments import trained
+from experiments import studies, trained
 from experiments.config import ConfigError, as_plain, load_yaml, resolve
 from experiments.run_files import locked
 from experiments.studies import ROOT, every_study, read_study
@@ -50,6 +50,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
         ("module: experiments.nothing\nsmoke: {}\n", "'module' must be a module of experiments"),
         ("module: os.path\nsmoke: {}\n", "'module' must be a module of experiments"),
         ("module: experiments.config\nsmoke: {}\n", "is no study, it lacks run, table, figure"),
+        ("module: experiments.trained\nx: 3\nsmoke: {x.y: 3}\n", "'x.y' goes through 'x', which is not a mapping"),
         ("smoke: {about: x}\n" + TEXT.replace("smoke: {}\n", ""), "'about' is a key of the whole file"),
         (b"module: \xff\n", "is not UTF-8 text"),
         (TEXT.encode("utf-16"), "is not UTF-8 text"),
@@ -82,6 +83,22 @@ def test_configurations_that_are_none(tmp_path, never_run, command, text, said):
     assert str(path) in err
     assert said in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["list", "report"])
+def test_a_file_among_the_studies_that_is_none_stops_the_commands_that_read_all(tmp_path, command, monkeypatch, name):
+    monkeypatch.setattr(studies, "CONFIGS", tmp_path)
+    path = _config(tmp_path, "")
+    code, _, err = command(name)
+    assert code == 2
+    assert f"{path} must be a mapping of settings and scales, got None" in err
+
+
+def test_a_module_that_cannot_be_imported_is_named_with_its_fault(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(studies.importlib, "import_module", lambda name: 1 // 0)
+    code, _, err = command("run", _config(tmp_path), *SMOKE)
+    assert code == 2
+    assert "the module experiments.trained cannot be imported: ZeroDivisionError" in err
 
 
 def test_aliases_within_bounds_are_written_out(tmp_path):

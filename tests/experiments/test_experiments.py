@@ -1,6 +1,8 @@
 """The experiments harness: configurations, the command line, sweeps, and every study at its smallest scale."""
 
+import concurrent.futures
 import dataclasses
+import pathlib
 import sys
 
 import pytest
@@ -12,7 +14,7 @@ from approx_attention import METHODS
 from approx_attention.evaluation import figure_style
 from experiments import __main__ as cli
 from experiments.config import ConfigError, parse_overrides, resolve
-from experiments.results import frame
+from experiments.results import Result, ResultFile, frame
 from experiments.studies import SCALES, Places, Run, every_study, read_study
 from experiments.training import TrainingConfig
 from tests.experiments.test_claims import STUDY
@@ -116,8 +118,58 @@ def test_work_and_results_of_other_settings_are_refused(tmp_path, never_run):
     result = run.result(Console(quiet=True))
     assert run.result(Console(quiet=True)) == result
     assert never_run == ["exact-seed0"]
-    with pytest.raises(ConfigError, match=r"language_model.jsonl holds 'exact' with seed 0 at other settings"):
+    with pytest.raises(ConfigError, match=r"language_model.jsonl, line 1 is 'exact' with seed 0 at other settings"):
         other.result(Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "folder"),
+    [
+        ((), "experiments/results"),
+        (("--scale", "smoke"), "out/smoke"),
+        (("--seed", "9"), "out/experiments"),
+        (("--scale", "smoke", "--set", "train.steps=5"), "out/experiments"),
+    ],
+)
+def test_only_runs_that_decide_claims_are_among_those_that_are_committed(
+    tmp_path, monkeypatch, never_run, command, more, folder
+):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(cli, "COMMITTED", Places(tmp_path / "experiments/results", tmp_path / "out/experiments"))
+    assert command("run", STUDY, *more)[0] == 0
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jsonl")] == [
+        pathlib.Path(folder, f"{STUDY}.jsonl")
+    ]
+
+
+def test_a_result_that_could_not_be_read_again_is_not_kept(tmp_path):
+    result = Result("smoke", "run", 0, "", "", {}, 1.0, [{"error": 0.5}])
+    file = ResultFile(tmp_path / "study.jsonl")
+    file.add(result)
+    with pytest.raises(ConfigError, match=r"study.jsonl cannot hold this result \(records.0.error"):
+        file.add(dataclasses.replace(result, seed=1, records=[{"error": {"mean": 0.5}}]))
+    assert file.read() == [result]
+
+
+def test_results_that_are_added_at_the_same_time_are_all_kept(tmp_path):
+    results = [Result("smoke", "run", seed, "", "", {}, 1.0, [{"error": 0.5}] * 100) for seed in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(ResultFile(tmp_path / "study.jsonl").add, results))
+    assert sorted(ResultFile(tmp_path / "study.jsonl").read(), key=lambda result: result.seed) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"study.jsonl", "study.lock"}
+
+
+def test_the_result_of_a_process_that_was_faster_is_taken(tmp_path, never_run, monkeypatch):
+    run, held = Run.of(read_study(STUDY, "smoke"), "exact", 0, {}, Places(tmp_path, tmp_path)), Run.held
+
+    def after_another(self):
+        monkeypatch.setattr(Run, "held", held)
+        run.result(Console(quiet=True))
+        return held(self)
+
+    monkeypatch.setattr(Run, "held", after_another)
+    assert [run.result(Console(quiet=True))] == run.file.read()
+    assert never_run == ["exact-seed0"]
 
 
 def test_a_setting_that_comes_later_changes_no_fingerprint(tmp_path, monkeypatch):
