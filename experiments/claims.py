@@ -83,6 +83,7 @@ class Claim:
         ground: what must hold besides.
         tried: what was done to see the claim hold, where it does not.
         moved: why a range was changed after its runs, if one was.
+        certain: the figure depends on no seed and no clock, so that one run decides.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Claim:
     ground: list[Ground] = dataclasses.field(default_factory=list)
     tried: str = ""
     moved: str = ""
+    certain: bool = False
 
     __pydantic_config__ = STRICT
 
@@ -181,6 +183,9 @@ def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
             missing.append("a run diverged")
         ordering = None if claim.ordering is None else _verdict(claim.ordering, mean, half)
         verdict = _verdict(claim.reproduced, mean, half)
+        if len(values) == 1 and not half and not claim.certain:
+            # One run says nothing about the next.
+            verdict, ordering = (_at_most_suggested(found) for found in (verdict, ordering))
         if missing:
             verdict, ordering = "no ground", None if ordering is None else "no ground"
         machines = dict.fromkeys(device_name(runs[n, seed].machine) for n in sorted(used) for seed in study.seeds)
@@ -240,6 +245,10 @@ def _verdict(band: Range, mean: float, half: float) -> Verdict:
     if low in band and high in band:
         return "reproduced"
     return "suggested" if low <= band.at_most and high >= band.at_least else "not reproduced"
+
+
+def _at_most_suggested(verdict: Any) -> Any:
+    return "suggested" if verdict == "reproduced" else verdict
 
 
 def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> float:

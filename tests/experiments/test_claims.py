@@ -75,6 +75,18 @@ def test_the_interval_is_that_of_students_t(tmp_path):
     np.testing.assert_allclose((mean - half, mean + half), (low, high))
 
 
+def test_one_run_without_an_interval_suggests_and_no_more():
+    metric = {"configuration": "bidirectional-forward", "where": {"method": "favor"}}
+    record = {**RECORD, "study": "harness/long_context", "against": None, "ordering": None}
+    found = {}
+    for figure, certain in (("break_even", False), ("break_even", True), ("slope", False)):
+        changes = {"metric": {**metric, "figure": figure}, "reproduced": {"at_least": 0.5}, "certain": certain}
+        found[figure, certain] = claims.judge(resolve(claims.Claim, {**record, **changes}, {}, "claim")).verdict
+    assert found == {
+        ("break_even", False): "suggested", ("break_even", True): "reproduced", ("slope", False): "reproduced"
+    }  # fmt: skip
+
+
 def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
     exact, favor = [2.0, 2.01, 2.02], [2.3, 2.32, 2.34]
     _write_results(tmp_path, "exact", exact)
