@@ -8,7 +8,7 @@ from typing import Any
 import approx_attention
 from approx_attention.registry import METHODS, Method
 
-# Functions and classes beside those that the registry names, on the page of the method that they belong to.
+# Functions and classes that the registry does not name, on the page of the method that they belong to.
 COMPANIONS = {
     "cosformer": ("methods.running_cosformer", "methods.place_tokens"),
     "linformer": ("methods.linformer_step", "methods.LinformerPrefix", "methods.Convolution"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from experiments.config import STRICT, ConfigError, Number, load_yaml, resolve
 from experiments.results import Result, figure_of, finite
-from experiments.studies import COMMITTED, Places, Study, read_study
+from experiments.studies import COMMITTED, Places, Study, has_scale, read_study
 
 # The most telling scale first; a verdict comes from the first whose runs are complete.
 SCALES = ("gpu", "cpu")
@@ -169,6 +169,8 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
 def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
     """The verdict on a claim, from the results of the first scale that is complete."""
     for scale in SCALES:
+        if not has_scale(claim.study, scale):
+            continue
         study = read_study(claim.study, scale)
         runs = {(result.configuration, result.seed): result for result in study.results(places)}
         sides = [side for part in claim.parts for side in (part.metric, part.against) if side is not None]

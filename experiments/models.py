@@ -18,7 +18,7 @@ from approx_attention import METHODS
 from approx_attention.core import check_count, did_you_mean
 from approx_attention.nnx import ApproxAttention, LinformerAttention, init_cache, mean_pool_init, scale_keeping_init
 from approx_attention.registry import accepted, get_method
-from experiments.config import STRICT, Count, Positive
+from experiments.config import STRICT, Count, Positive, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,12 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a transformer, and the type it computes in (its parameters are float32)."""
+    """Sizes of a transformer, and the type it computes in (its parameters are float32).
+
+    Attributes:
+        convolution: tokens of a depth-wise convolution before queries, keys and values, 0 for none: with 3 or 4, one
+            layer can bring a value its key, and a window has no lead by pairs of neighbours (Arora et al. 2023).
+    """
 
     num_layers: Count = 3
     model_dim: Count = 128
@@ -161,6 +166,7 @@ class ModelConfig:
     hidden_dim: Count = 384
     rotary_base: Positive = 10_000.0
     patch_size: Count = 4
+    convolution: Whole = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     __pydantic_config__ = STRICT
@@ -182,6 +188,39 @@ def rotate(x: Array, base: float, first: Array | int = 0) -> Array:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class ShortConvolution(nnx.Module):
+    """Tokens plus a depth-wise convolution over ``width`` tokens: those up to each, or around it."""
+
+    def __init__(self, model_dim: int, width: int, is_causal: bool, rngs: nnx.Rngs):
+        self.width, self.is_causal = width, is_causal
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, model_dim)) / width)
+        # The last tokens of a sequence that comes in parts.
+        self.tail = nnx.data(None)
+
+    def __call__(self, x: Array, lengths: Array | None, num_seen: Array | None) -> Array:
+        """``[B, T, model_dim]`` to the same.
+
+        Args:
+            x: the tokens.
+            lengths: of which so many are real ``[B]``, all by default.
+            num_seen: tokens of the sequences that came before, ``[]`` or ``[B]``; None for whole sequences.
+        """
+        before = self.width - 1 if self.is_causal else (self.width - 1) // 2
+        if lengths is not None:
+            x = jnp.where((jnp.arange(x.shape[1])[None, :] < lengths[:, None])[..., None], x, 0)
+        joined = jnp.pad(x, ((0, 0), (before, self.width - 1 - before), (0, 0)))
+        if num_seen is not None:
+            tail = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
+            if self.tail is not None and self.tail.shape == tail.shape:
+                tail = jnp.where(jnp.reshape(num_seen, (-1, 1, 1)) > 0, self.tail[...], 0)
+            joined = joined.at[:, :before].set(tail)
+            ends = jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths
+            last = jax.vmap(lambda own, end: jax.lax.dynamic_slice_in_dim(own, end, before))(joined, ends)
+            self.tail = nnx.Cache(last)
+        kernel = self.kernel[...].astype(x.dtype)
+        return x + sum(kernel[i] * joined[:, i : i + x.shape[1]] for i in range(self.width))
 
 
 class SelfAttention(nnx.Module):
@@ -216,6 +255,9 @@ class SelfAttention(nnx.Module):
             shape, config.model_dim, axis=(-2, -1), use_bias=False, dtype=config.dtype, rngs=rngs
         )
         self.gate = nnx.Linear(config.model_dim, config.num_kv_heads, rngs=rngs) if attention_config.gated else None
+        self.mix = (
+            ShortConvolution(config.model_dim, config.convolution, is_causal, rngs) if config.convolution else None
+        )
         self.use(attention_config)
 
     def use(self, config: AttentionConfig) -> None:
@@ -229,6 +271,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
         first = getattr(self.attention_fn, "num_seen", 0)
+        if self.mix is not None:
+            x = self.mix(x, lengths, first if getattr(self.attention_fn, "cache", None) is not None else None)
         query, key = (rotate(linear(x), self.rotary_base, first) for linear in (self.query, self.key))
         # Gates that are nearly open at first: the layer begins by remembering.
         gates = self.gate(x) + 3.0 if self.gate is not None and self.gated else None

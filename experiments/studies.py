@@ -128,6 +128,11 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
     )
 
 
+def has_scale(place: str, scale: str) -> bool:
+    """Whether a study has a scale."""
+    return scale in load_yaml(CONFIGS / f"{place}.yaml")
+
+
 def every_study(scale: str) -> list[str]:
     """The names of all studies under configs/ that have a scale."""
     paths = sorted(CONFIGS.rglob("*.yaml"))

@@ -57,7 +57,7 @@ def _grouped(queries: Array) -> Array:
 
 
 def check_queries(queries: Any, k: Array, most: int | None) -> None:
-    """Raises unless ``queries`` are ``[T, D]`` or ``[T, G, D]``, at ``most`` so many positions."""
+    """Raises unless ``queries`` are ``[T, D]`` or ``[T, G, D]``, with T at most ``most``."""
     check_floating("queries", queries)
     shape, channels = queries.shape, k.shape[-1]
     if queries.ndim not in (2, 3) or shape[-1] != channels or 0 in shape or (most is not None and shape[0] > most):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from approx_attention.nnx import ApproxAttention, replace_attention
+from approx_attention.nnx import ApproxAttention, init_cache, replace_attention
 from experiments.models import AttentionConfig, LanguageModel, ModelConfig, attention_layers, generate, use_attention
 from tests.cases import settings
 from tests.references import having
@@ -97,3 +97,25 @@ def test_layers_are_built_on_the_library_modules():
     np.testing.assert_allclose(logits_of(twin, PROMPT), logits_of(model, PROMPT), atol=1e-6)
     use_attention(model, AttentionConfig("exact"))
     np.testing.assert_allclose(logits_of(model, PROMPT), logits_of(model_of("exact"), PROMPT), atol=1e-6)
+
+
+def test_a_convolution_sees_no_later_token_and_goes_on_in_caches():
+    sizes = ModelConfig(
+        num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16, convolution=3
+    )
+    model = LanguageModel(sizes, AttentionConfig(), vocabulary=32, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 32)
+    whole = model(tokens)
+    other = model(tokens.at[:, 7].set(31))
+    np.testing.assert_allclose(other[:, :7], whole[:, :7], atol=1e-6)
+    for place in (7, 8, 9):  # the last is reached by two layers, or by attention
+        assert np.abs(other[:, place] - whole[:, place]).max() > 1e-4
+    for _ in range(2):  # a second sequence begins anew
+        init_cache(model, 2, max_length=12)
+        parts = [model(tokens[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
+        np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
+    lengths = jnp.array([5, 3])
+    init_cache(model, 2, max_length=12, ragged=True)
+    model(tokens[:, :5], lengths)
+    following = model(jnp.stack([tokens[0, 5:6], tokens[1, 3:4]]))
+    np.testing.assert_allclose(following[:, 0], np.stack([whole[0, 5], whole[1, 3]]), atol=1e-5)
