@@ -193,6 +193,8 @@ def rotate(x: Array, base: float, first: Array | int = 0) -> Array:
 class ShortConvolution(nnx.Module):
     """Tokens plus a depth-wise convolution over ``width`` tokens: those up to each, or around it."""
 
+    tail: Any
+
     def __init__(self, model_dim: int, width: int, is_causal: bool, rngs: nnx.Rngs):
         self.width, self.is_causal = width, is_causal
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, model_dim)) / width)
