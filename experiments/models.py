@@ -201,7 +201,7 @@ class ShortConvolution(nnx.Module):
         # The last tokens of a sequence that comes in parts.
         self.tail = nnx.data(None)
 
-    def __call__(self, x: Array, lengths: Array | None, num_seen: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None, num_seen: Array | int | None) -> Array:
         """``[B, T, model_dim]`` to the same.
 
         Args:
