@@ -224,7 +224,7 @@ def test_grouped_heads_reach_cudnn_as_they_are(as_on_a_gpu, num_kv_heads):
         (operands,) = fused_calls(program.jaxpr)
         assert operands[:3] == [(B, 128, N, 64), *[(B, 128, num_kv_heads, 64)] * 2]
     padded = functools.partial(cudnn, key_value_seq_lengths=jnp.array([100, 128]))
-    with pytest.raises(ValueError, match="no bias, mask, kv_mask"):
+    with pytest.raises(ValueError, match="no bias, mask, logits_soft_cap, kv_mask"):
         jax.eval_shape(padded, query, key, value)
 
 

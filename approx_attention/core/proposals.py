@@ -99,7 +99,7 @@ def fit_proposal(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import bounds, favor, fit_proposal
-        >>> spread = jnp.array([2.0, 2.0, 0.1, 0.1])
+        >>> spread = jnp.array([[2.0, 2.0, 0.1, 0.1]])
         >>> q, k, v = (spread * jax.random.normal(jax.random.key(i), (64, 4)) for i in range(3))
         >>> proposal = fit_proposal(q, k)
         >>> out = favor(q, k, v, jax.random.key(3), proposal=proposal)
