@@ -26,7 +26,7 @@ from docs.names import (
     public_object,
     sources,
 )
-from docs.tables import capability_rows, cost_table, families, needs_table, sample_table, verdict_table
+from docs.tables import capability_rows, cost_table, needs_table, sample_table, verdict_table
 
 
 def write(docs: pathlib.Path = DOCS) -> None:
@@ -207,15 +207,16 @@ def _directives(name: str) -> list[str]:
 def results_pages(docs: pathlib.Path) -> dict[str, str]:
     """The committed reports as pages, and the list of them."""
     scaling = ["../scaling"] if (docs / "scaling.md").exists() else []
-    toctree = ["```{toctree}", ":maxdepth: 1", "", "experiments", *families(), "benchmarks", *scaling, "```", ""]
-    about = "What papers claim and what was measured, and what everything costs. The claims by family of studies:"
     experiments = pathlib.Path(__file__).parent.parent / "experiments"
+    studies = sorted(page.parent.name for page in experiments.glob("*/RESULTS.md"))
+    toctree = ["```{toctree}", ":maxdepth: 1", "", "experiments", *studies, "benchmarks", *scaling, "```", ""]
+    about = "What papers claim and what was measured, and what everything costs. The claims by family of studies:"
     front = (experiments / "RESULTS.md").read_text(encoding="utf-8").replace("/RESULTS.md)", ".md)")
     of_families = {
         family: (experiments / family / "RESULTS.md")
         .read_text(encoding="utf-8")
         .replace("](../", "](../../experiments/")
-        for family in families()
+        for family in studies
     }
     return {
         "index": "\n".join(["# Results", "", *toctree, about, "", verdict_table()]),

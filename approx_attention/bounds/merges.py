@@ -138,7 +138,7 @@ def merge_bound_at(q: Float[Array, "T D"], clusters: Clusters) -> Float[Array, "
 
     with :math:`\epsilon` the distance from 1 to the next number: the worst case of the rounding of logits, of means,
     and of sums over clusters. Products that an accelerator rounds to less than float32 are not covered: ask within
-    `core.in_float32`.
+    ``core.in_float32``.
 
     Args:
         q: queries ``[T, D]`` in scaled space.

@@ -99,7 +99,7 @@ def rotated(x: Array, seed: int) -> Array:
 
 @in_float32()
 def rotated_back(x: Array, seed: int) -> Array:
-    """The inverse of `rotated`."""
+    """The inverse of ``rotated``."""
     return x @ jnp.asarray(_rotation(x.shape[-1], seed).T, x.dtype)
 
 
@@ -180,7 +180,7 @@ class QuantizedKV(InSpace):
     scale: Array | None = None
 
     def in_rotated_space(self) -> WeightedKV:
-        """The tokens ``[G m]`` for queries that are `rotated`, whose outputs are to be `rotated_back`."""
+        """The tokens ``[G m]`` for queries that are ``rotated``, whose outputs are to be ``rotated_back``."""
         present = jnp.ones_like(self.mass)
         rows = self.k.rows(present), self.value_sum.rows(self.mass), self.mass
         return WeightedKV(*(out_of_blocks(x) for x in rows))

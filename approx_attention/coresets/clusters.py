@@ -169,7 +169,7 @@ class CertifiedSummary(NamedTuple):
         init: ``(value_dim, dtype) -> state`` of the empty prefix.
         append: ``(state, tokens, start, block_size) -> state`` with the block of tokens from place ``start`` on merged
             in; blocks come in order, without gaps, each once. ``tokens`` are all that are kept, by their places.
-        measured: ``(state, tokens) -> state`` whose clusters are measured on their members, as `read` needs it.
+        measured: ``(state, tokens) -> state`` whose clusters are measured on their members, as ``read`` needs it.
         read: ``state -> Clusters`` of the prefix.
     """
 

@@ -58,7 +58,7 @@ def state(
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        key_bias: added to the logits of a key, ``[S]``; `HIDDEN` or less hides it, NaN included.
+        key_bias: added to the logits of a key, ``[S]``; ``HIDDEN`` or less hides it, NaN included.
         offset: the position o of the first query.
         left: how far back a query sees; None for all earlier keys.
         right: how far ahead a query sees; None for all later keys, 0 for a causal order.

@@ -69,7 +69,7 @@ class HeadMethods:
 
     @property
     def name(self) -> str:
-        """What errors call it: the methods, each once."""
+        """The names of the methods, each once, as errors give them."""
         return " + ".join(dict.fromkeys(method.name for method in self.methods))
 
     @property
