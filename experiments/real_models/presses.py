@@ -24,7 +24,7 @@ from experiments.data import DataConfig
 from experiments.data.retrieval import QUESTION
 from experiments.models import attention_layers
 from experiments.results import Frame, Record
-from experiments.show import curves, label, mean, parts, pivot
+from experiments.show import curves, mean, parts, pivot
 from experiments.training import TrainingConfig, fit
 
 # The tokens of a question before its answer.
@@ -228,5 +228,6 @@ def figure(records: Frame) -> Figure:
         panel="task",
         labels=("cache bytes of a sequence", "accuracy, question not seen"),
         scales=("log", "linear"),
-        ticks=label,
+        ticks=lambda num_bytes: f"{num_bytes / 1024:.0f} KiB",
+        columns=2,
     )

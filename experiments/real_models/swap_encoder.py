@@ -187,6 +187,8 @@ def figure(records: Frame) -> Figure:
         by_error.plot(of["attention_error"], of["cosine"], **look)
     by_cost.set(xlabel="FLOPs over those of exact attention", ylabel="cosine to the exact embedding")
     by_error.set(xlabel="relative error of the attention, mean over heads", xscale="log")
+    by_error.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+    by_error.minorticks_off()
     for axes in (by_cost, by_error):
         light_grid(axes)
     drawn.legend(*by_cost.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
