@@ -106,7 +106,7 @@ def verdict_table() -> str:
     found = verdicts()
     counts = {family: Counter(v["verdict"] for v in found if v["family"] == family) for family in families()}
     rows = [[f"`{family}`", *(str(count[kind]) for kind in VERDICTS)] for family, count in counts.items()]
-    failed = [f"- {v['statement']} (`{v['study']}`)" for v in found if v["verdict"] == "not reproduced"]
+    failed = [f"- {v['statement']} (`configs/{v['study']}.yaml`)" for v in found if v["verdict"] == "not reproduced"]
     return "\n".join([markdown_table(["studies", *VERDICTS], rows), "", "Not reproduced:", "", *failed, ""])
 
 
