@@ -206,7 +206,7 @@ class ShortConvolution(nnx.Module):
 
         Args:
             x: the tokens.
-            lengths: of which so many are real ``[B]``, all by default.
+            lengths: the number of real tokens ``[B]``, from the first on; all by default.
             num_seen: tokens of the sequences that came before, ``[]`` or ``[B]``; None for whole sequences.
         """
         before = self.width - 1 if self.is_causal else (self.width - 1) // 2

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -44,7 +45,7 @@ def pages(root: pathlib.Path) -> dict[str, str]:
     """
     places = Places(root / "results", root)
     findings = [judge(claim, places) for claim in read_claims(root / "claims.yaml")]
-    stories = checked(dict[str, str], load_yaml(root / "stories.yaml"), f"{root / 'stories.yaml'}")
+    stories = _stories(root / "stories.yaml", findings)
     shown = list(studies(places))
     families = list(dict.fromkeys([*(s.family for s in shown), *(_family(f) for f in findings)]))
     texts = {"RESULTS.md": _front(findings, stories, shown, families, never_run(places))}
@@ -94,6 +95,20 @@ def studies(places: Places) -> Iterable[Shown]:
 def never_run(places: Places) -> list[str]:
     """The studies whose scale for accelerators has no result."""
     return [name for name in every_study("gpu") if not read_study(name, "gpu").results(places)]
+
+
+def _stories(path: pathlib.Path, findings: Sequence[Finding]) -> dict[str, str]:
+    """The sentences of each page, with the measured figure of a claim in place of ``{id}``."""
+    known = {finding.claim.id: finding for finding in findings}
+
+    def measured(found: re.Match[str]) -> str:
+        finding = known.get(found[1])
+        if finding is None:
+            raise ConfigError(f"{path} has {found[0]}, and no claim has this id; the ids are {', '.join(known)}")
+        return _figure(finding) or f"({finding.verdict})"
+
+    told = checked(dict[str, str], load_yaml(path), f"{path}")
+    return {name: re.sub(r"\{([^{}]*)\}", measured, text) for name, text in told.items()}
 
 
 def _family(finding: Finding) -> str:

@@ -104,10 +104,11 @@ def plan_model(
 
     where O are the outputs of all query heads that share key head h of layer l, and c its cost. Every method is
     measured at sizes in steps of two on part of each head's queries, and exact attention is one more choice. Errors
-    that a choice rests on are of these queries alone; they never increase with the size (isotonic regression). If the
-    budget allows every head to stay below the tolerance, by a bound of the error of other queries as in `plan`, only
-    choices that do so are taken; else the sum is made least without regard to it. Without a budget each head takes the
-    cheapest choice that stays below. The queries that were held out choose nothing, and say what to expect of others.
+    that a choice rests on are of these queries alone; a larger size counts with the least error of the sizes up to it.
+    If the budget allows every head to stay below the tolerance, by a bound of the error of other queries as in `plan`,
+    only choices that do so are taken; else the sum is made least without regard to it. Without a budget each head takes
+    the cheapest choice that stays below. The queries that were held out choose nothing, and say what to expect of
+    others.
 
     Layers named ``"path[0]"``, ``"path[1]"`` and so on are a stack, which runs as one program: they get one policy.
 

@@ -34,7 +34,7 @@ def compress_caches(
     mass_correction: bool | Literal["fitted"] = True,
     bits: int | None = None,
 ) -> int:
-    """Compresses the caches of all attention layers of a model in place; calls go on from what is left.
+    """Compresses the caches of all attention layers of a model in place; calls go on from the compressed caches.
 
     First `init_cache`, and a call with the prompt, by layers of exact attention. The last one or two blocks of a cache
     stay as they are (``init_cache(block_size=)``). Tokens that come later are folded into a coreset, once they are no

@@ -91,6 +91,13 @@ def test_a_report_names_the_one_damaged_run_among_many(tmp_path, study):
         assert len(lines) == 1 or f"{name!r} with seed {whole['seed']}" in str(error.value)
 
 
+def test_a_story_that_names_no_claim_says_so(tmp_path):
+    (tmp_path / "claims.yaml").write_text("[]")
+    (tmp_path / "stories.yaml").write_text("front: 'The error is {no-such-claim}.'")
+    with pytest.raises(ConfigError, match=r"stories.yaml has \{no-such-claim\}, and no claim has this id"):
+        report.pages(tmp_path)
+
+
 @pytest.mark.parametrize(
     "records", [[{"x": 1.0}], [{"bits": "x"}], [{"bits": True}], [{"bits": 1.0}, {"bits": 2.0}], []]
 )
