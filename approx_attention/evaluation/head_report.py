@@ -171,7 +171,7 @@ def heads_markdown(layers: Layers, titles: Mapping[str, str], size: int, toleran
         tables = [[*_WEIGHTS, *_ERRORS, _VERDICT], [*_MORE, *_theorems(heads)]]
         parts += [f"## {titles[layer]}", *(markdown_table(*_cells([_HEAD, *columns], heads)) for columns in tables)]
     notes = *_notes(size, tolerance), *_more_notes(tolerance)
-    words = [f"*{word}*: {meaning}" for word, (meaning, _) in WORDS.items()]
+    words = [f"*{word}*: {meaning}" for word, meaning in WORDS.items()]
     return "\n\n".join([*parts, "## Notes", "\n".join(f"- {note}" for note in (*notes, *words))]) + "\n"
 
 

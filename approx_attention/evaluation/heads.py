@@ -23,18 +23,21 @@ from approx_attention.tensor import choose_degree
 
 # The first tokens that trained models use as sinks: as many as `coreset` and `longformer` keep by default.
 NUM_SINKS = 4
-# What a verdict says of a head, and the methods that can follow one that is so: those with the least errors on heads of
-# trained models (the guide, "Which heads can be approximated"). The first that holds is taken; low rank comes on top.
+# What a verdict says of a head. The first that holds is taken; low rank comes on top. The methods that can follow such
+# a head have its word in the registry (`Method.suits`): those with the least errors on heads of trained models (the
+# guide, "Which heads can be approximated").
 WORDS = {
-    "short": ("no more keys than a summary would have", ("exact",)),
-    "uniform": ("the mean of the values is the output", ("mean_value", "mean_pool", "uniform_sample")),
-    "nearby": ("a window is enough", ("local", "longformer")),
-    "sink + nearby": ("a window and the first tokens are enough", ("longformer",)),
-    "few keys": ("few keys of each query are enough, wherever they are", ("top_k", "priority")),
-    "diffuse": ("more keys share the weight than a summary would have", ("coreset", "priority")),
-    "low rank": ("the weights are a matrix of low rank", ("coreset", "nystrom")),
+    "short": "no more keys than a summary would have",
+    "uniform": "the mean of the values is the output",
+    "nearby": "a window is enough",
+    "sink + nearby": "a window and the first tokens are enough",
+    "few keys": "few keys of each query are enough, wherever they are",
+    "diffuse": "more keys share the weight than a summary would have",
+    "low rank": "the weights are a matrix of low rank",
 }
 LOW_RANK = "low rank"
+# Diffuse weights for which fewer samples than keys meet the error; no word of a verdict.
+SAMPLED = "sampled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,9 +321,7 @@ def _diagnosis(
     samples = total["samples"] / (error**2 * total["out"])
     # What follows weights of low rank follows diffuse ones better than keys do.
     telling = words[1:] if words == ["diffuse", LOW_RANK] else words
-    methods = dict.fromkeys(name for word in telling for name in WORDS[word][1])
-    if "diffuse" in words and samples < num_keys:
-        methods |= {"uniform_sample": None}
+    told = {*telling, SAMPLED} if "diffuse" in words and samples < num_keys else set(telling)
     return HeadDiagnosis(
         head=head,
         num_keys=num_keys,
@@ -340,7 +341,11 @@ def _diagnosis(
         theorems=theorems,
         vacuous=tuple(name for name, number in theorems.items() if number >= num_keys),
         verdict=", ".join(words),
-        methods=tuple(name for name in methods if METHODS[name].capabilities.causal or not is_causal),
+        methods=tuple(
+            name
+            for name, method in METHODS.items()
+            if told & set(method.suits) and (method.capabilities.causal or not is_causal)
+        ),
     )
 
 

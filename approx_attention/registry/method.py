@@ -78,6 +78,7 @@ class Method:
         windowed: the method that is this one within a window around each query.
         window: ``(arguments, is_causal) -> (left, right)``: how far a query sees, if it sees just the keys so near.
         tokens_seen: ``(arguments, is_causal) -> count``: how many keys a query sees, if these are all a cache needs.
+        suits: the kinds of heads that it follows with the least errors, in the words of `diagnose`.
         sharding: how a sequence is spread over devices. ``"summaries"``: each sends the summary of its part.
             ``"prefix"``: the same for the causal form only, as the bidirectional one is no summary of all keys.
             ``"ring"``: keys and values visit each device. ``"halos"``: neighbours send the ends of their parts.
@@ -105,6 +106,7 @@ class Method:
     windowed: str | None = None
     window: Callable[[Mapping[str, Any], bool], tuple[int, int]] | None = None
     tokens_seen: Callable[[Mapping[str, Any], bool], int] | None = None
+    suits: tuple[str, ...] = ()
     sharding: Literal["summaries", "prefix", "ring", "halos"] = "summaries"
 
     def sender(self, is_causal: bool) -> Callable[..., Any] | None:

@@ -11,6 +11,8 @@ import pytest
 from approx_attention import InputError, bounds, cli
 from approx_attention.evaluation import HeadDiagnosis, Tensors, diagnose
 from approx_attention.evaluation.head_report import draw_heads_of_layers, heads_over_layers
+from approx_attention.evaluation.heads import SAMPLED, WORDS
+from approx_attention.registry import METHODS
 from tests.evaluation.test_compare import refusal
 from tests.references import brute_force, causal_mask, random_head, random_heads
 
@@ -304,3 +306,8 @@ def test_layers_of_different_numbers_of_heads_are_one_figure():
     assert [len(axes.images) for axes in figure.axes[:6]] == [1] * 6
     assert np.isnan(figure.axes[1].images[0].get_array().filled(np.nan)[1, 1:]).all()
     assert isinstance(made[0], HeadDiagnosis)
+
+
+def test_every_word_of_a_verdict_suits_a_method():
+    named = {word for method in METHODS.values() for word in method.suits}
+    assert named == {*WORDS, SAMPLED}
