@@ -1,6 +1,5 @@
 """Every method with small settings: the cases of `tests.methods` together, and calls that all tests share."""
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -76,12 +75,12 @@ def sized(name, size):
 
 
 def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
-    """A method on one head, compiled, with small settings and a fixed key; of its forms that for CPUs alone."""
+    """A method on one head, compiled, with small settings and a fixed key."""
     key = jax.random.key(7) if key is None else key
     options = {**settings(name, size, block_size), **options}
     arrays = {option: x for option, x in options.items() if isinstance(x, jax.Array)}
     fixed = tuple((option, x) for option, x in options.items() if option not in arrays)
-    return _compiled(METHODS[name].function, fixed, "cpu")(q, k, v, key, arrays)
+    return _compiled(METHODS[name].function, fixed)(q, k, v, key, arrays)
 
 
 def dense(q, k, v, *, is_causal=False):
@@ -101,39 +100,13 @@ def _attention(query, key, value, rng, **options):
     return attention(query, key, value, rng=rng, **options)
 
 
-# Functions compiled within others, that would answer with the form of which they have a trace.
-KEEP_TRACES = (
-    ("approx_attention.coresets.coreset", "_compressed"),
-    ("approx_attention.core.features", "_decomposed"),
-    ("approx_attention.api", "over_heads"),
-)
-
-
-@contextlib.contextmanager
-def one_form(form):
-    """Traces the form for CPUs, ``"cpu"``, or that of other platforms, ``"default"``, alone; lists where it chose."""
-    choices = []
-
-    def chosen(*operands, **forms):
-        choices.append(forms[form])
-        return forms[form](*operands)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax.lax, "platform_dependent", chosen)
-        for module, name in KEEP_TRACES:
-            module = importlib.import_module(module)
-            patched.setattr(module, name, getattr(module, name).__wrapped__)
-        yield choices
-
-
-def pulled_back(function, form=None):
+def pulled_back(function):
     """``(q, k, v, d_out, *others) -> out, gradients`` of ``function(q, k, v, *others)``, as one program."""
 
     @jax.jit
     def both(q, k, v, d_out, *others):
-        with one_form(form) if form else contextlib.nullcontext():
-            out, pull = jax.vjp(lambda *tensors: function(*tensors, *others), q, k, v)
-            return out, pull(d_out.astype(out.dtype))
+        out, pull = jax.vjp(lambda *tensors: function(*tensors, *others), q, k, v)
+        return out, pull(d_out.astype(out.dtype))
 
     return both
 
@@ -143,20 +116,18 @@ def with_gradients(
 ):
     """Outputs of a method on one head, with small settings, and gradients of q, k and v.
 
-    All calls of the same shapes share one program, as the mask is an argument. With a mask the form of other platforms,
-    which takes most of a causal trace, is not traced along.
+    All calls of the same shapes share one program, as the mask is an argument.
     """
     key = jax.random.key(7) if key is None else key
     d_out = np.ones((len(q), v.shape[1]), np.float32) if d_out is None else d_out
     options = {**settings(name, size, block_size), **options, **({"is_causal": True} if is_causal else {})}
-    form = None if kv_mask is None else "cpu"
-    return _with_gradients(name, tuple(options.items()), form)(q, k, v, d_out, kv_mask, key)
+    return _with_gradients(name, tuple(options.items()))(q, k, v, d_out, kv_mask, key)
 
 
 @functools.cache
-def _with_gradients(name, fixed, form):
+def _with_gradients(name, fixed):
     function = METHODS[name].function
-    return pulled_back(lambda q, k, v, kv_mask, key: function(q, k, v, key, kv_mask=kv_mask, **dict(fixed)), form)
+    return pulled_back(lambda q, k, v, kv_mask, key: function(q, k, v, key, kv_mask=kv_mask, **dict(fixed)))
 
 
 # The lengths at which `with_gradients` is asked: of a sequence, and of one with padding.
@@ -164,11 +135,6 @@ LENGTH, PADDED_LENGTH = 27, 52
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(function, fixed, form=None):
+def _compiled(function, fixed):
     """One compilation for all tests that ask the same."""
-
-    def traced(q, k, v, key, arrays):
-        with one_form(form) if form else contextlib.nullcontext():
-            return function(q, k, v, key, **dict(fixed), **arrays)
-
-    return jax.jit(traced)
+    return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))

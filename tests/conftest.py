@@ -13,6 +13,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests import forms
+
 # Almost all of a test's time is compilation: programs that are compiled in a third of the time, and run slower.
 QUICK = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 
@@ -44,6 +46,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+forms.install()
+
 CHECKED = ["approx_attention.api", "approx_attention.core.checks", "approx_attention.methods"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
@@ -53,6 +57,13 @@ def rare_collections():
     """Python looks for garbage rarely: traces are many small objects, a fifth of whose time would go there."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(autouse=True)
+def form_for_cpus(request):
+    """Traces the form for CPUs alone, but for tests of all platforms."""
+    with forms.FORM("all" if request.node.get_closest_marker("all_forms") else "cpu"):
+        yield
 
 
 _tests_done = itertools.count(1)

@@ -9,6 +9,7 @@ import pytest
 
 from approx_attention.kernels import fused
 from approx_attention.kernels.platforms import mapped_form
+from tests.forms import FORM
 
 OPERATIONS = {x.primitive: x for x in (fused._forward, fused._backward, fused._along_tangents)}
 
@@ -42,7 +43,7 @@ def equations(jaxpr, times=1, platform=None):
 
 def lowered_text(function, *arguments, platform="tpu"):
     """The program of a function for a platform, which need not be there."""
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    return lowered_for(platform, function, *arguments).as_text()
 
 
 @contextlib.contextmanager
@@ -86,7 +87,8 @@ def num_decompositions_in(text):
 
 def lowered_for(platform, function, *arguments):
     """A function lowered for one platform, whether or not it is there: ``"cpu"``, ``"cuda"`` or ``"tpu"``."""
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    with FORM("all"):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
 
 
 def loop_steps(lowered):

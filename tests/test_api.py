@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import METHODS, attention, exact
+from tests.forms import one_form
 from tests.references import brute_force, compiled, random_heads
 
 SHAPE = dict(batch=2, num_queries=9, num_keys=11, num_heads=4, num_kv_heads=2)
@@ -126,16 +127,13 @@ def test_the_heads_of_one_draw_are_independent_of_the_batch_and_of_each_other():
 
 
 @pytest.mark.slow
-def test_at_once_equals_in_turn(traced_anew, monkeypatch):
+def test_at_once_equals_in_turn():
     tensors = random_heads(10, **SHAPE)
     for name in METHODS:
         function = functools.partial(attention, method=name, rng=jax.random.key(0))
         in_turn = function(*tensors)
-        traced_anew()  # with both forms
-        with monkeypatch.context() as patched:
-            patched.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        with one_form("default"):
             at_once = function(*tensors)
-        traced_anew()
         np.testing.assert_allclose(at_once, in_turn, atol=2e-6)
 
 

@@ -11,6 +11,8 @@ from approx_attention import METHODS
 from benchmarks import accelerator, accelerator_report
 from benchmarks.accelerator import CAUSAL, CAUSAL_GRADIENT, DECODE, FULL, FULL_GRADIENT, LENGTHS, Case
 
+pytestmark = pytest.mark.all_forms
+
 CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what happens without an accelerator")
 
 

@@ -12,6 +12,8 @@ from benchmarks import compiled, compiled_report, kernel_dumps, kernel_programs,
 from benchmarks.ahead_of_time import Case
 from benchmarks.hlo import Loop, computations, counted
 
+pytestmark = pytest.mark.all_forms
+
 PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -8,6 +8,8 @@ import pytest
 from approx_attention import METHODS
 from tests.cases import DIRECTIONS, settings
 
+pytestmark = pytest.mark.all_forms
+
 LENGTH = 12
 forms = pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS)
 

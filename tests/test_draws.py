@@ -17,6 +17,8 @@ from approx_attention.nnx import ApproxAttention
 from approx_attention.registry import bind
 from tests.programs import num_decompositions, num_decompositions_in
 
+pytestmark = pytest.mark.all_forms
+
 SIZES = {"favor": {"num_features": 20, "block_size": 8}, "scatterbrain": {"num_features": 20, "window_size": 8}}
 BATCH, NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, DIM = 2, 64, 4, 2, 8
 names = pytest.mark.parametrize("name", sorted(SIZES))

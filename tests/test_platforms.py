@@ -13,6 +13,8 @@ from approx_attention.kernels import export_checks
 from tests.cases import ALL, CAUSAL, settings
 from tests.references import random_heads
 
+pytestmark = pytest.mark.all_forms
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 # A sum of features, chunks in pairs, the pairs of tokens themselves. All when slow.
 FEW = ("favor", "eva", "exact")

@@ -13,6 +13,8 @@ from approx_attention import METHODS, attention, exact, favor
 from tests.cases import CAUSAL, DIRECTIONS, call, case_of, settings
 from tests.references import random_head, random_heads
 
+pytestmark = pytest.mark.all_forms
+
 B, T, N, D = 2, 9, 4, 8
 
 

@@ -14,6 +14,8 @@ from tests.cases import CAUSAL, lifted
 from tests.programs import equations
 from tests.references import having
 
+pytestmark = pytest.mark.all_forms
+
 
 def traced(name, length, size, **options):
     x = jax.ShapeDtypeStruct((length, 16), jnp.float32)

@@ -11,7 +11,8 @@ import pytest
 from approx_attention import METHODS, Decoder, Proposal
 from approx_attention.core import causal
 from approx_attention.registry import accepted
-from tests.cases import CAUSAL, LENGTH, every_method, one_form, settings, sized, unless_slow, with_gradients
+from tests.cases import CAUSAL, LENGTH, every_method, settings, sized, unless_slow, with_gradients
+from tests.forms import one_form
 from tests.references import having, random_head
 
 # Without blocks of their own there is one form, or the two are tested with their tiles (tests/core/test_streamed.py).

@@ -8,8 +8,10 @@ import pytest
 from jax import lax
 
 from approx_attention import attention
-from tests.cases import one_form
+from tests.forms import one_form
 from tests.programs import loop_steps, lowered_for
+
+pytestmark = pytest.mark.all_forms
 
 
 def test_steps_of_loops_multiply_and_follow_the_platform():

@@ -7,6 +7,8 @@ import pytest
 
 from approx_attention.core import heads
 
+pytestmark = pytest.mark.all_forms
+
 
 @pytest.mark.parametrize(
     ("count", "most", "groups"), [(6, 6, 1), (6, 4, 2), (7, 3, 3), (12, 5, 3), (5, 1, 5), (0, 4, 1)]

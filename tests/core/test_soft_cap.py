@@ -21,6 +21,8 @@ from tests.cases import case_of, settings
 from tests.contract.test_executions import compiled_as
 from tests.references import causal_mask, having, random_head, random_heads
 
+pytestmark = pytest.mark.all_forms
+
 CAPPED = having(soft_cap=True)
 CAP = 1.5
 

@@ -13,6 +13,8 @@ from approx_attention.kernels import AttentionState, fused
 from tests.kernels.cases import by_brute_force, forget_programs
 from tests.references import causal_mask, random_head
 
+pytestmark = pytest.mark.all_forms
+
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
 
 

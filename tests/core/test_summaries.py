@@ -16,6 +16,7 @@ from approx_attention.core import (
     hadamard,
     summary_bytes,
 )
+from tests.forms import one_form
 from tests.references import brute_force, compiled, random_head
 
 attend = compiled(attend)
@@ -182,7 +183,7 @@ def test_only_moments_of_one_size_multiply():
 
 
 @pytest.mark.parametrize("change", ["none", "a mask", "a weight of 0", "no key", "signed weights"])
-def test_moments_of_positive_features_are_read_alike_on_every_platform(monkeypatch, change):
+def test_moments_of_positive_features_are_read_alike_on_every_platform(change):
     q, k, v = random_head(12, 40, 30, spread=0.7)
     features, weights = feature_map("positive"), np.ones(16, np.float32)
     seen = jnp.arange(30) % 3 > 0 if change == "a mask" else jnp.zeros(30, bool) if change == "no key" else None
@@ -198,8 +199,8 @@ def test_moments_of_positive_features_are_read_alike_on_every_platform(monkeypat
 
     of = lambda *tensors: jax.value_and_grad(outputs, (0, 1, 2), has_aux=True)(*tensors)  # noqa: E731
     on_cpu = jax.jit(of)(q, k, v)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    elsewhere = jax.jit(lambda *tensors: of(*tensors))(q, k, v)
+    with one_form("default"):
+        elsewhere = jax.jit(of)(q, k, v)
     for ours, expected in zip(jax.tree.leaves(elsewhere), jax.tree.leaves(on_cpu), strict=True):
         assert np.all(np.isfinite(ours) == np.isfinite(expected))
         np.testing.assert_allclose(ours, expected, atol=3e-5, rtol=3e-5)

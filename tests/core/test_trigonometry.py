@@ -7,6 +7,8 @@ import pytest
 
 from approx_attention.core import trigonometry
 
+pytestmark = pytest.mark.all_forms
+
 
 def angles(size):
     random = np.random.default_rng(0).normal(size=4000) * size

@@ -19,6 +19,8 @@ from tests.methods.test_coreset import KEY, clustered
 from tests.programs import equations
 from tests.references import compiled, random_head
 
+pytestmark = pytest.mark.all_forms
+
 NUM_KEYS, SIZE = 512, 48
 
 

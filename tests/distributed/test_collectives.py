@@ -5,6 +5,8 @@ import pytest
 from benchmarks.collectives import compiled_bytes, sent_bytes
 from benchmarks.wire import SETTINGS, Sizes, least_length, rounds, sent_by
 
+pytestmark = pytest.mark.all_forms
+
 HEADER = """HloModule jit_f, num_partitions=4
 
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -13,6 +13,8 @@ from tests.cases import CASES
 from tests.programs import equations
 from tests.references import compiled, random_heads
 
+pytestmark = pytest.mark.all_forms
+
 # Small enough to shard over eight devices, and not a multiple of them.
 LENGTH, LENGTHS = 61, jnp.array([61, 40])
 SETTINGS = {name: dict(case.devices) for name, case in CASES.items() if case.devices is not None}

@@ -15,6 +15,8 @@ from approx_attention import attention, distributed
 from tests.distributed.test_context_parallel import FORMS, LENGTHS, mesh_of, options_of, tensors
 from tests.references import random_heads
 
+pytestmark = pytest.mark.all_forms
+
 
 def over_devices(name, is_causal, devices=8, **more):
     options = {**options_of(name, is_causal), **more}

@@ -89,6 +89,7 @@ def test_padding_masks_of_any_type(dtype):
     assert np.abs(unmasked - masked)[1].max() > 1e-3
 
 
+@pytest.mark.all_forms
 @pytest.mark.parametrize("name", ["exact", "favor", "mean_value"])
 def test_computation_type_and_precision_are_honoured(name):
     fn = ours.ApproxAttention(name, rngs=nnx.Rngs(0), **settings(name))

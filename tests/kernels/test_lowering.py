@@ -16,6 +16,8 @@ from approx_attention.kernels.reach import Reach
 from tests.kernels.cases import random_operands
 from tests.programs import equations, lowered_for, lowered_text
 
+pytestmark = pytest.mark.all_forms
+
 HEADS = PartitionSpec("x")
 
 

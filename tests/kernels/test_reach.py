@@ -10,6 +10,8 @@ import pytest
 from approx_attention.kernels.reach import Reach
 from tests.kernels.cases import seen_pairs
 
+pytestmark = pytest.mark.all_forms
+
 SIZES = [(1, 1), (2, 3), (3, 2), (4, 4), (5, 1), (3, 7)]
 REACHES = [
     Reach(offset, left, right)

@@ -19,6 +19,8 @@ from tests.kernels.cases import (
     state_and_gradients,
 )
 
+pytestmark = pytest.mark.all_forms
+
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request):

@@ -14,6 +14,8 @@ from approx_attention import kernels
 from approx_attention.kernels import AttentionState
 from tests.kernels.cases import random_operands, running, seen_pairs
 
+pytestmark = pytest.mark.all_forms
+
 LENGTH, HEADS = 12, 3
 # Forms with the reaches that they treat in their own way.
 CAUSAL, KERNEL = ("cpu", {"right": 0}), ("interpret", {"right": 0})

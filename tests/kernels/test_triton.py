@@ -13,6 +13,8 @@ from approx_attention.kernels import triton
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.triton import HIDDEN, Tile, Tiles
 
+pytestmark = pytest.mark.all_forms
+
 # Tiles smaller than the sequences of most tests.
 SMALL = Tiles(Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(16, 16, 4, 2))
 FULL, CAUSAL = Reach(), Reach(0, None, 0)

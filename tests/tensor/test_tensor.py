@@ -241,6 +241,7 @@ REMATERIALISED = {
 }
 
 
+@pytest.mark.all_forms
 @pytest.mark.parametrize("name", REMATERIALISED)
 def test_no_array_of_a_derivative_is_of_the_size_of_all_pairs(name):
     def gradient(q, k, v):

@@ -192,6 +192,7 @@ def test_errors_fall_with_the_size():
     assert errors[1] < 0.01, errors
 
 
+@pytest.mark.all_forms
 def test_summaries_make_no_array_of_all_pairs():
     n = 211
     q, k, v, _ = tree_tensors(10, n, n, 3, jnp.float32)
