@@ -139,7 +139,11 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
     "--tolerance", type=float, required=True, help="Relative error that is allowed, as `compare` measures it."
 )
 @click.option("--max-bytes", type=int, help="Bytes that the cache may take per key head and sequence.")
-@click.option("--max-milliseconds", type=float, help="Time that a call on these tensors may take.")
+@click.option(
+    "--max-milliseconds",
+    type=float,
+    help="Time that a call on these tensors may take, on this machine: it is measured while planning.",
+)
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
 @click.option(

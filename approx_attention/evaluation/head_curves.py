@@ -1,4 +1,4 @@
-"""Every method at every size on one layer: errors, bounds and costs by key head."""
+"""Every method at every size on one layer: errors, bounds and bytes by key head."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,6 @@ from approx_attention.evaluation.error_laws import ErrorLaw, split_within_heads
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
 from approx_attention.evaluation.real_tokens import query_mask
-from approx_attention.evaluation.timing import time_interleaved
 from approx_attention.registry import get_method
 
 
@@ -147,24 +146,3 @@ def _never_increasing(sizes: Sequence[int | None], errors: Sequence[Sequence[flo
         return np.array(errors)
     by_head = ({size: own for size, own in zip(sizes, head, strict=True) if size} for head in zip(*errors, strict=True))
     return np.array([ErrorLaw.fit(own).errors for own in by_head]).T
-
-
-def nanoseconds(curves: Mapping[str, HeadCurves], seed: int, rounds: int) -> dict[str, dict[str, int]]:
-    """The time of each configuration per key head, by layer: a call of all heads, over their number.
-
-    Layers of one form have the same programs, and are timed once.
-    """
-    timed: dict[Any, dict[str, int]] = {}
-    by_layer: dict[str, dict[str, int]] = {}
-    for path, own in curves.items():
-        tensors, is_causal, scale, kv_mask = own.problem
-        form = (*(x.shape for x in tensors), is_causal, scale, None if kv_mask is None else kv_mask.tobytes())
-        if form not in timed:
-            calls = {label: own.bench.call(one.setting.arm, seed) for label, one in own.configurations.items()}
-            # Twice the usual patience, for there are many configurations.
-            timings = time_interleaved(calls, rounds=rounds, patience=60)
-            timed[form] = {
-                label: max(1, math.ceil(1e9 * timing.least / own.num_heads)) for label, timing in timings.items()
-            }
-        by_layer[path] = timed[form]
-    return by_layer

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,16 +18,16 @@ from approx_attention.evaluation.arms import (
     check_positive,
     check_range,
     default_methods,
-    policy_arm,
 )
 from approx_attention.evaluation.calibration import ROUNDING
 from approx_attention.evaluation.files import Layer
-from approx_attention.evaluation.head_curves import HeadCurves, head_curves, nanoseconds, settings_of
-from approx_attention.evaluation.knapsack import choose
+from approx_attention.evaluation.head_choices import Choice, Head, Item, Option, best_choice, fast_choice
+from approx_attention.evaluation.head_curves import HeadCurves, head_curves, settings_of
+from approx_attention.evaluation.layer_times import call_nanoseconds, nanoseconds
 from approx_attention.evaluation.policies import HeadChoice, LayerPolicy, Policy, stack_of
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import shared_programs
-from approx_attention.evaluation.timing import time_interleaved
+from approx_attention.registry import HeadMethods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class ModelPlan:
             none fits.
         uniform_errors: its error on the queries that were held out, ``[K]`` by layer.
         is_met: whether every head is predicted to meet the tolerance.
-        seconds: the least time of a call of all layers with the policy, where time was limited.
+        seconds: the least time of a call of all layers with the policy, where time was limited: on this machine, as
+            measured when the plan was made.
     """
 
     policy: Policy
@@ -57,26 +58,6 @@ class ModelPlan:
         return {
             layer: np.array([head.held_out_error for head in own.heads]) for layer, own in self.policy.layers.items()
         }
-
-
-# A key head of a layer.
-Head = tuple[str, int]
-
-
-class _Option(NamedTuple):
-    """A configuration that heads may have: its cost and loss for all of them, and whether it meets the tolerance."""
-
-    cost: int
-    loss: float
-    label: str
-    meets: bool
-
-
-class _Item(NamedTuple):
-    """Heads that share a configuration, and the options for it."""
-
-    heads: list[Head]
-    options: list[_Option]
 
 
 def plan_model(
@@ -116,8 +97,10 @@ def plan_model(
         layers: a layer by its path, as `load_layers` reads them and `nnx.capture_attention` writes them.
         tolerance: the relative error that is allowed for each head.
         max_bytes: bytes that all caches of a sequence may take together: every key head of every layer.
-        max_seconds: seconds that a call of all layers may take together, in place of ``max_bytes``. The cost of a head
-            is its share of a call in which all heads of its layer have the method.
+        max_seconds: seconds that a call of all layers on these tensors may take, in place of ``max_bytes``. Times are
+            measured on this machine, while it plans: the cost of a head is its share of a call in which all heads of
+            its layer have the method. Heads of several methods run as several programs, which can take longer; then
+            the choice is made anew for less, until a call of all layers takes no more than this.
         is_causal: whether query t sees keys j <= t only; as each layer says by default.
         scale: factor of the logits; as each layer says, else ``1/sqrt(D)``, by default.
         methods: names in `METHODS`; all that cost less than exact attention by default.
@@ -135,7 +118,8 @@ def plan_model(
 
     Raises:
         InputError: a tolerance, budget, share or count out of range, two budgets, a budget below the cheapest choices,
-            a method that is unknown or has no causal form, options that it does not take, a head without output.
+            a time that no choice was measured to keep, a method that is unknown or has no causal form, options that it
+            does not take, a head without output.
 
     Example:
         >>> import jax
@@ -179,14 +163,15 @@ def plan_model(
         for path, own in settings.items()
     )
     if max_bytes is not None and least > max_bytes:
-        raise InputError(f"the smallest caches of all heads take {least} bytes together, and max_bytes is {max_bytes}")
-    steps, asked = iter(range(len(names) * len(layers))), {"held_out": held_out, "confidence": confidence}
+        raise _too_few(least, max_bytes)
+    num_steps = len(names) * len(layers) + (max_seconds is not None)
+    steps, asked = iter(range(num_steps)), {"held_out": held_out, "confidence": confidence}
     curves: dict[str, HeadCurves] = {}
     programs: dict[bytes, Any] = {}
     for path, problem in problems.items():
 
         def progress(name: str, path: str = path) -> None:
-            on_progress(f"{path}: {name}" if path else name, next(steps), len(names) * len(layers))
+            on_progress(f"{path}: {name}" if path else name, next(steps), num_steps)
 
         # Functions that close over different masks must not share programs.
         with shared_programs(programs.setdefault(b"" if problem.kv_mask is None else problem.kv_mask.tobytes(), {})):
@@ -196,34 +181,39 @@ def plan_model(
                 )
             except InputError as error:
                 raise InputError(f"layer {path!r}: {error}" if path else str(error)) from None
-    if max_seconds is None:
-        costs = {
-            path: {label: one.setting.cache_bytes for label, one in own.configurations.items()}
-            for path, own in curves.items()
-        }
-    else:
+    costs = {
+        path: {label: one.setting.cache_bytes for label, one in own.configurations.items()}
+        for path, own in curves.items()
+    }
+    if max_seconds is not None:
+        on_progress("timing", next(steps), num_steps)
         costs = nanoseconds(curves, seed, rounds)
-    budget = max_bytes if max_seconds is None else math.floor(1e9 * max_seconds)
-
     stacks: dict[Head, list[Head]] = {}
     for path, own in curves.items():
         for head in range(own.num_heads):
             stacks.setdefault((stack_of(path), head), []).append((path, head))
     items = [_item(heads, curves, costs, tolerance) for heads in stacks.values()]
-    picks, is_met = _pick(items, budget)
-    if picks is None:
-        fastest = sum(min(item.options).cost for item in items) / 1e9
-        raise InputError(
-            f"the fastest choices of all heads take {fastest:.3g} s together, and max_seconds is {max_seconds:.3g}"
-        )
-    labels = {head: label for item, label in zip(items, picks, strict=True) for head in item.heads}
-    spent = sum(costs[path][label] for (path, _), label in labels.items())
     everyone = _item([head for heads in stacks.values() for head in heads], curves, costs, tolerance)
-    uniform, _ = _pick([everyone], spent if budget is None else budget)
+
+    time = None
+    if max_seconds is not None:
+        budget = math.floor(1e9 * max_seconds)
+
+        def time_of(choice: Choice) -> int:
+            return call_nanoseconds(curves, _methods(curves, choice), seed, rounds)
+
+        choice, time = fast_choice(items, everyone, budget, time_of)
+    else:
+        budget, choice = max_bytes, best_choice(items, max_bytes)
+    if choice is None:
+        # Layers of a stack have no smaller ones that they can share.
+        raise _too_few(sum(min(item.options).cost for item in items), max_bytes)
+    uniform = best_choice([everyone], choice.cost if budget is None else budget)
+    label = None if uniform is None else next(iter(uniform.labels.values()))
 
     policy = Policy(
         {
-            path: _layer_policy(own, [labels[path, head] for head in range(own.num_heads)], checking)
+            path: _layer_policy(own, _labels(choice, path), checking, None if time is None else costs[path])
             for path, own in curves.items()
         },
         tolerance,
@@ -233,20 +223,18 @@ def plan_model(
     made = ModelPlan(
         policy=policy,
         split_by=next(iter(curves.values())).bench.split.by,
-        uniform=None if uniform is None else uniform[0],
-        uniform_errors={}
-        if uniform is None
-        else {path: own.held_out(uniform[0], checking) for path, own in curves.items()},
-        is_met=is_met,
-        seconds=None if max_seconds is None else _seconds(curves, policy, seed, rounds),
+        uniform=label,
+        uniform_errors={} if label is None else {path: own.held_out(label, checking) for path, own in curves.items()},
+        is_met=not choice.misses,
+        seconds=None if time is None else time / 1e9,
     )
-    on_progress("done", len(names) * len(layers), len(names) * len(layers))
+    on_progress("done", num_steps, num_steps)
     return made
 
 
 def _item(
     heads: list[Head], curves: Mapping[str, HeadCurves], costs: Mapping[str, Mapping[str, int]], tolerance: float
-) -> _Item:
+) -> Item:
     """Heads that are to share a configuration that their layers all have."""
     paths = dict.fromkeys(path for path, _ in heads)
     labels = [s for s in curves[heads[0][0]].configurations if all(s in curves[path].configurations for path in paths)]
@@ -257,24 +245,31 @@ def _item(
             sum(costs[path][label] for path, _ in heads),
             sum(float(one.errors[head]) ** 2 for one, head in own),
         )
-        options.append(_Option(cost, loss, label, all(one.bounds[head] <= tolerance * ROUNDING for one, head in own)))
-    return _Item(heads, options)
+        options.append(Option(cost, loss, label, all(one.bounds[head] <= tolerance * ROUNDING for one, head in own)))
+    return Item(heads, options)
 
 
-def _pick(items: Sequence[_Item], budget: int | None) -> tuple[list[str] | None, bool]:
-    """The configuration of each item, None where nothing fits, and whether all are predicted to meet the tolerance."""
-    # Exact attention meets it, so that every item has an option that does.
-    meeting = [[option for option in item.options if option.meets] for item in items]
-    if budget is None:
-        return [min(options).label for options in meeting], True
-    for options, is_met in ((meeting, True), ([item.options for item in items], False)):
-        picks = choose([[o.cost for o in own] for own in options], [[o.loss for o in own] for own in options], budget)
-        if picks is not None:
-            return [own[pick].label for own, pick in zip(options, picks, strict=True)], is_met
-    return None, False
+def _too_few(least: int, max_bytes: int | None) -> InputError:
+    return InputError(f"the smallest caches of all heads take {least} bytes together, and max_bytes is {max_bytes}")
 
 
-def _layer_policy(own: HeadCurves, labels: Sequence[str], seeds: Sequence[int]) -> LayerPolicy:
+def _labels(choice: Choice, path: str) -> list[str]:
+    """The configurations of a layer's heads, in order."""
+    return [label for (layer, _), label in sorted(choice.labels.items()) if layer == path]
+
+
+def _methods(curves: Mapping[str, HeadCurves], choice: Choice) -> dict[str, HeadMethods]:
+    """What each layer runs with a choice."""
+    made = {}
+    for path, own in curves.items():
+        settings = [own.configurations[label].setting for label in _labels(choice, path)]
+        made[path] = HeadMethods.of((one.arm.method, one.hyperparameters) for one in settings)
+    return made
+
+
+def _layer_policy(
+    own: HeadCurves, labels: Sequence[str], seeds: Sequence[int], times: Mapping[str, int] | None
+) -> LayerPolicy:
     """The choices of a layer, with what they turned out to be by random projections that chose nothing."""
     checked = {label: (own.held_out(label, seeds), own.overall(label, seeds)) for label in dict.fromkeys(labels)}
     heads = []
@@ -289,14 +284,7 @@ def _layer_policy(own: HeadCurves, labels: Sequence[str], seeds: Sequence[int]) 
                 held_out_error=float(held_out[head]),
                 relative_error=float(overall[head]),
                 cache_bytes=one.setting.cache_bytes,
+                seconds=None if times is None else times[label] / 1e9,
             )
         )
     return LayerPolicy(tuple(heads), own.problem.is_causal, own.problem.scale)
-
-
-def _seconds(curves: Mapping[str, HeadCurves], policy: Policy, seed: int, rounds: int) -> float:
-    """The time of all layers with the policy."""
-    calls = {
-        path: own.bench.call(policy_arm(own.problem, policy.layers[path].methods), seed) for path, own in curves.items()
-    }
-    return sum(timing.least for timing in time_interleaved(calls, rounds=rounds).values())

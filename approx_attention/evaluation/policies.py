@@ -29,6 +29,8 @@ class HeadChoice:
         relative_error: that of all queries of the file.
         cache_bytes: bytes per sequence in place of the keys and values of the head; those of exact attention are these
             keys and values, to which a decoder adds room for two blocks.
+        seconds: its share of a call of its layer in which all heads have the method, where time was limited: on the
+            machine that made the plan.
     """
 
     method: str
@@ -38,6 +40,7 @@ class HeadChoice:
     held_out_error: float
     relative_error: float
     cache_bytes: int
+    seconds: float | None = None
 
     @property
     def label(self) -> str:
@@ -76,7 +79,7 @@ class Policy:
         layers: a `LayerPolicy` by the path of the layer; layers of a stack are ``"path[0]"``, ``"path[1]"`` and so on.
         tolerance: the relative error that is allowed for a head.
         max_bytes: the bytes that all caches of a sequence may take together, if they were limited.
-        max_seconds: the time that all layers may take together, if it was limited.
+        max_seconds: the time that all layers may take together, if it was limited, on the machine that made the plan.
 
     Raises:
         InputError: no layer or no head, a method that is unknown or does not have the hyper-parameters.
