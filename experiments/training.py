@@ -108,6 +108,9 @@ def bits(model: nnx.Module, batch: Mapping[str, Any]) -> tuple[Array, Array, Arr
     return entropy, logits.argmax(-1) == targets, asked
 
 
+_compiled_bits = nnx.jit(bits)
+
+
 def mean_bits(model: nnx.Module, batch: Mapping[str, Any]) -> Array:
     """The loss: mean cross-entropy in bits over the targets that count."""
     entropy, _, asked = bits(model, batch)
@@ -207,9 +210,8 @@ def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tu
 
 def evaluate(config: TrainingConfig, model: nnx.Module, dataset: Dataset, split: str) -> dict[str, Any]:
     """Mean bits and accuracy over held-out batches; for sequences also the bits by position, in octaves."""
-    score = nnx.jit(bits)
     batches = data.held_out(dataset, split, config.train.batch, config.train.evaluation_batches)
-    scores = [score(model, batch) for batch in batches]
+    scores = [_compiled_bits(model, batch) for batch in batches]
     entropy, right, asked = (np.concatenate([np.asarray(part[i]) for part in scores]) for i in range(3))
     result: dict[str, Any] = {"bits": float(entropy[asked].mean()), "accuracy": float(right[asked].mean())}
     if dataset.kind == "sequence":

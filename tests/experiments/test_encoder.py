@@ -7,10 +7,14 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+from approx_attention.evaluation import figure_style
 from approx_attention.nnx import replace_attention
+from experiments import fitting
+from experiments.fitting import FitConfig
 from experiments.real_models import distill_encoder, documents, encoder, swap_encoder
 from experiments.real_models.encoder import Encoder, load_encoder, model_directory, padded
 from experiments.real_models.wordpiece import WordPiece
+from experiments.results import Result, frame
 
 TINY = {
     "hidden_size": 12,
@@ -138,21 +142,35 @@ def test_methods_in_a_tiny_encoder(tmp_path, tiny):
 
 
 def test_a_tiny_encoder_is_distilled(tmp_path, tiny):
-    config = distill_encoder.Config(
-        modules=("one", "two"),
-        held_out=("two",),
-        excerpt_length=12,
-        methods=("linformer",),
-        size=3,
-        batch_size=2,
-        steps=20,
-        tuning_steps=10,
-        learning_rate=0.01,
-    )
-    (record,) = distill_encoder.run(config, tmp_path, tiny)
-    assert record["tokens_read"] == 20 * 2 * 12
-    assert record["error_after"] < 0.9 * record["error_before"]
-    assert record["cosine_before"] < record["cosine_tuned"] <= 1 + 1e-6
+    fit = FitConfig(["exact", "linformer"], 3, batch=2, steps=20, tuning_steps=10, learning_rate=0.01)
+    config = distill_encoder.Config(modules=("one", "two"), held_out=("two",), fit=fit, excerpt_length=12)
+    exact, linformer = records = distill_encoder.run(config, tmp_path, tiny)
+    # Exact attention has nothing to learn, and is tuned to what it does already.
+    assert exact["error_before"] < 1e-6
+    np.testing.assert_allclose([exact["cosine_before"], exact["cosine_tuned"]], 1, atol=1e-5)
+    assert not exact.keys() & {"error_fitted", "cosine_fitted", "curve"}
+    assert linformer["tokens_read"] == 20 * 2 * 12
+    assert linformer["tokens_needed"] <= 20 * 2 * 12
+    assert linformer["error_fitted"] < 0.9 * linformer["error_before"]
+    assert linformer["curve"][-1] < linformer["curve"][0]
+    assert linformer["cosine_before"] < linformer["cosine_tuned"] <= 1 + 1e-6
+    shown = frame([Result("smoke", "run", 0, "", "", {}, 1.0, records)])
+    rows = " ".join(list(fitting.table(shown))[1].split())
+    assert f"| {linformer['cosine_fitted']:.3f} |" in rows
+    assert "| 480 |" in rows
+    with figure_style():
+        fitting.figure(shown).draw_without_rendering()
+    with pytest.raises(ValueError, match="unknown method 'hedgehogs'; did you mean 'hedgehog'"):
+        dataclasses.replace(fit, methods=["hedgehogs"])
+
+
+def test_the_steps_that_nine_tenths_of_a_fall_take():
+    falls = np.concatenate([np.linspace(1, 0.09, 10), np.full(10, 0.05), [0.0]])
+    assert fitting.needed(falls) == 10
+    # Means over two steps.
+    assert fitting.needed(np.repeat(falls, 2)) == pytest.approx(20, abs=1)
+    assert fitting.needed(np.ones(5)) == 1
+    assert fitting.needed(np.arange(5.0)) == 1
 
 
 def test_documents_are_those_of_the_standard_library():

@@ -1,0 +1,67 @@
+"""A model trained with exact attention, whose attention other modules then learn to compute.
+
+Module of several studies, which differ in data and model.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments import data, fitting
+from experiments.config import Seeded
+from experiments.fitting import FitConfig, Layer, Subject
+from experiments.models import attention_layers
+from experiments.results import Record
+from experiments.training import TrainingConfig, evaluate, fit, mean_bits, predict
+
+table, figure = fitting.table, fitting.figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Seeded):
+    """What is trained, and what is fitted to it then."""
+
+    training: TrainingConfig
+    fit: FitConfig
+
+    def __post_init__(self) -> None:
+        if self.training.seed != 0:
+            raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
+        if self.training.attention.method != "exact":
+            raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
+
+
+def trains(config: Config) -> list[TrainingConfig]:
+    """What is checked before anything runs."""
+    return [config.training]
+
+
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
+    """One record for each method; its scores are those of training, and what tunes it is the loss of training."""
+    training = dataclasses.replace(config.training, seed=config.seed)
+    model, dataset, _ = fit(training, directory, console)
+    first = next(iter(attention_layers(model).values()))
+    held_out = data.held_out(dataset, "valid", config.fit.batch, 4)
+
+    def score(model: Any) -> dict[str, float]:
+        scores = evaluate(training, model, dataset, "test")
+        return {name: scores[name] for name in ("bits", "accuracy")}
+
+    length = model.positions.shape[0] if dataset.kind == "image" else held_out[0]["tokens"].shape[1]  # pyright: ignore
+    subject = Subject(
+        teacher=model,
+        layer=Layer(first.num_kv_heads, first.head_dim, length, first.is_causal),
+        # Of another stream than the batches of training, which count steps.
+        batches=[
+            dataset.draw(np.random.default_rng([config.seed, 1, step]), config.fit.batch, "train")
+            for step in range(config.fit.steps + config.fit.tuning_steps)
+        ],
+        held_out=held_out,
+        call=predict,
+        loss=mean_bits,
+        score=score,
+    )
+    return [fitting.fitted(subject, method, config.fit, config.seed, console) for method in config.fit.methods]
