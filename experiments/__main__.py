@@ -206,7 +206,10 @@ def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -
         detail = str(error) if usual else f"{type(error).__name__}: {error}"
         detail = detail if colon else "it is MODULE:FUNCTION, as in my_model:make"
         raise ConfigError(f"{function!r} cannot be imported: {detail}") from None
-    made = make()
+    try:
+        made = make()
+    except ImportError as error:
+        raise ConfigError(f"{function!r}: {error}") from None
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
         raise ConfigError(f"{function!r} must return (model, run), and run(model) calls the model once")
     try:

