@@ -24,6 +24,7 @@ from approx_attention.evaluation import (
     HeadDiagnosis,
     Interrupted,
     Layer,
+    Measurement,
     OnProgress,
     Plan,
     Policy,
@@ -183,9 +184,10 @@ def plan(
     with _task("plan", given) as task:
         options = given.options_by_method()
         measured = {"held_out": held_out, "num_seeds": given.seeds, "seed": given.seed}
+        measurement = Measurement(confidence=confidence, **measured)
         settings = task.settings | {"options": options} | measured
         asked: dict[str, Any] = {"tolerance": tolerance, "max_bytes": max_bytes, "max_seconds": max_seconds}
-        asked |= {"options": options, "confidence": confidence, **measured}
+        asked |= {"options": options, "measurement": measurement}
         if policy is not None:
             asked |= {"decode": decode, "methods": given.names}
             run_model_plan(task, policy, settings | {"decode": decode}, asked)

@@ -50,15 +50,17 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         scores = evaluate(training, model, dataset, "test")
         return {name: scores[name] for name in ("bits", "accuracy")}
 
+    # Of another stream than the batches of training, which count steps.
+    batches = [
+        dataset.draw(np.random.default_rng([config.seed, 1, step]), config.fit.batch, "train")
+        for step in range(config.fit.steps + config.fit.tuning_steps)
+    ]
     length = model.positions.shape[0] if dataset.kind == "image" else held_out[0]["tokens"].shape[1]  # pyright: ignore
     subject = Subject(
         teacher=model,
         layer=Layer(first.num_kv_heads, first.head_dim, length, first.is_causal),
-        # Of another stream than the batches of training, which count steps.
-        batches=[
-            dataset.draw(np.random.default_rng([config.seed, 1, step]), config.fit.batch, "train")
-            for step in range(config.fit.steps + config.fit.tuning_steps)
-        ],
+        batches=batches[: config.fit.steps],
+        tuning_batches=batches[config.fit.steps :],
         held_out=held_out,
         call=predict,
         loss=mean_bits,

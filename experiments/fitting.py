@@ -143,7 +143,8 @@ class Subject:
     Attributes:
         teacher: the model.
         layer: what its attention layers are like.
-        batches: inputs to learn from.
+        batches: inputs to fit to.
+        tuning_batches: what ``loss`` takes.
         held_out: inputs on which errors are measured.
         call: ``(model, batch)``, runs the model.
         loss: ``(model, batch) -> number``, which tuning makes small.
@@ -153,6 +154,7 @@ class Subject:
     teacher: nnx.Module
     layer: Layer
     batches: Sequence[Any]
+    tuning_batches: Sequence[Any]
     held_out: Sequence[Any]
     call: Callable[[Any, Any], Any]
     loss: Callable[[Any, Any], Array]
@@ -190,9 +192,7 @@ def fitted(subject: Subject, method: str, config: FitConfig, seed: int, console:
     else:
         found = layer_errors(model, subject.teacher, subject.held_out, call=subject.call)
         record["error_before"] = mean_error(found)
-    # Other inputs than those of the fit, where there are more.
-    rest = subject.batches[config.steps :] or subject.batches
-    tune(model, subject.loss, rest, config.tuning_steps, optimizer=optax.adam(config.tuning_rate))
+    tune(model, subject.loss, subject.tuning_batches, config.tuning_steps, optimizer=optax.adam(config.tuning_rate))
     scores["tuned"] = subject.score(model)
     record |= {f"{name}_{stage}": x for stage, of in scores.items() for name, x in of.items()}
     for name in scores["before"]:

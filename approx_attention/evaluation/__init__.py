@@ -18,6 +18,7 @@ from approx_attention.evaluation.files import (
 )
 from approx_attention.evaluation.heads import HeadDiagnosis, diagnose
 from approx_attention.evaluation.kinds import comparison_kind, heads_kind, plan_kind
+from approx_attention.evaluation.measurement import Measurement
 from approx_attention.evaluation.model_plans import ModelPlan, plan_model
 from approx_attention.evaluation.planning import plan
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, plan_document
@@ -47,6 +48,7 @@ __all__ = [
     "Interrupted",
     "Layer",
     "LayerPolicy",
+    "Measurement",
     "ModelPlan",
     "OnProgress",
     "OutputError",

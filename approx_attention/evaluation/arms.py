@@ -217,12 +217,6 @@ def check_positive(name: str, value: float | None) -> None:
         raise InputError(f"{name} must be a positive number, got {value!r}")
 
 
-def check_confidence(confidence: float) -> None:
-    """Raises ``InputError`` for a confidence that no bound has."""
-    if not 0.5 <= confidence < 1:
-        raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}")
-
-
 def check_method(name: str, is_causal: bool) -> Method:
     """The method of that name.
 

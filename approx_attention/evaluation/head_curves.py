@@ -12,6 +12,7 @@ from approx_attention.evaluation.bench import Bench
 from approx_attention.evaluation.cache_bytes import token_bytes
 from approx_attention.evaluation.calibration import all_sizes
 from approx_attention.evaluation.error_laws import ErrorLaw, split_within_heads
+from approx_attention.evaluation.measurement import Measurement
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
 from approx_attention.evaluation.real_tokens import query_mask
@@ -96,11 +97,8 @@ def settings_of(problem: Problem, names: Sequence[str], options: Options) -> dic
 def head_curves(
     problem: Problem,
     settings: Mapping[str, Sequence[Setting]],
+    measurement: Measurement,
     *,
-    held_out: float,
-    confidence: float,
-    seeds: Sequence[int],
-    seed: int,
     on_progress: Callable[[str], None],
 ) -> HeadCurves:
     """Measure settings on the calibration queries of each key head.
@@ -108,10 +106,7 @@ def head_curves(
     Args:
         problem: the layer.
         settings: by method, as `settings_of` makes them.
-        held_out: the share of each head's queries that is held out.
-        confidence: of the bounds.
-        seeds: of random methods.
-        seed: of the split.
+        measurement: its seeds that choose are those of random methods.
         on_progress: called with each method.
 
     Raises:
@@ -120,7 +115,7 @@ def head_curves(
     tensors = problem.tensors
     num_heads = tensors.key.shape[2]
     real_queries = query_mask(problem.kv_mask, tensors.query.shape[1])
-    split = split_within_heads(tensors.query.shape, num_heads, held_out, seed, real_queries)
+    split = split_within_heads(tensors.query.shape, num_heads, measurement.held_out, measurement.seed, real_queries)
     (exact,), zeros = settings[EXACT], np.zeros(num_heads)
     bench, parts = Bench(tensors, exact.arm, split), [split.of_group(head) for head in range(num_heads)]
     for head, part in enumerate(parts):
@@ -130,9 +125,9 @@ def head_curves(
     for name in [name for name in settings if name != EXACT]:
         on_progress(name)
         sizes = [setting.arm.size for setting in settings[name]]
-        measured = [bench.errors(setting.arm, seeds) for setting in settings[name]]
+        measured = [bench.errors(setting.arm, measurement.choosing) for setting in settings[name]]
         errors = _never_increasing(sizes, [[own.relative(part.calibration) for part in parts] for own in measured])
-        bounds = [[own.bound(part, confidence) for part in parts] for own in measured]
+        bounds = [[own.bound(part, measurement.confidence) for part in parts] for own in measured]
         # What bounds the error of a size bounds that of larger ones.
         bounds = np.minimum.accumulate(np.array(bounds))
         for setting, error, bound in zip(settings[name], errors, bounds, strict=True):

@@ -6,19 +6,19 @@ from typing import Any
 
 from approx_attention.evaluation.arms import policy_arm
 from approx_attention.evaluation.head_curves import HeadCurves
+from approx_attention.evaluation.measurement import Measurement
 from approx_attention.evaluation.timing import time_interleaved
 from approx_attention.registry import HeadMethods
 
 
-def nanoseconds(curves: Mapping[str, HeadCurves], seed: int, rounds: int) -> dict[str, dict[str, int]]:
+def nanoseconds(curves: Mapping[str, HeadCurves], measurement: Measurement) -> dict[str, dict[str, int]]:
     """The time of each configuration per key head, by layer: a call of all heads, over their number.
 
     Layers of one form have the same programs, and are timed once.
 
     Args:
         curves: by layer.
-        seed: of random projections.
-        rounds: how often each configuration is timed.
+        measurement: the seed of random projections, and how often each configuration is timed.
     """
     timed: dict[Any, dict[str, int]] = {}
     by_layer: dict[str, dict[str, int]] = {}
@@ -26,9 +26,11 @@ def nanoseconds(curves: Mapping[str, HeadCurves], seed: int, rounds: int) -> dic
         tensors, is_causal, scale, kv_mask = own.problem
         form = (*(x.shape for x in tensors), is_causal, scale, None if kv_mask is None else kv_mask.tobytes())
         if form not in timed:
-            calls = {label: own.bench.call(one.setting.arm, seed) for label, one in own.configurations.items()}
+            calls = {
+                label: own.bench.call(one.setting.arm, measurement.seed) for label, one in own.configurations.items()
+            }
             # Twice the usual patience, for there are many configurations.
-            timings = time_interleaved(calls, rounds=rounds, patience=60)
+            timings = time_interleaved(calls, rounds=measurement.rounds, patience=60)
             timed[form] = {
                 label: max(1, math.ceil(1e9 * timing.least / own.num_heads)) for label, timing in timings.items()
             }
@@ -37,15 +39,16 @@ def nanoseconds(curves: Mapping[str, HeadCurves], seed: int, rounds: int) -> dic
 
 
 def call_nanoseconds(
-    curves: Mapping[str, HeadCurves], methods: Mapping[str, HeadMethods], seed: int, rounds: int
+    curves: Mapping[str, HeadCurves], methods: Mapping[str, HeadMethods], measurement: Measurement
 ) -> int:
     """The time of a call of all layers, each with a method for each key head.
 
     Args:
         curves: by layer.
         methods: likewise.
-        seed: of random projections.
-        rounds: how often each layer is timed.
+        measurement: the seed of random projections, and how often each layer is timed.
     """
-    calls = {path: own.bench.call(policy_arm(own.problem, methods[path]), seed) for path, own in curves.items()}
-    return math.ceil(1e9 * sum(timing.least for timing in time_interleaved(calls, rounds=rounds).values()))
+    calls = {
+        path: own.bench.call(policy_arm(own.problem, methods[path]), measurement.seed) for path, own in curves.items()
+    }
+    return math.ceil(1e9 * sum(timing.least for timing in time_interleaved(calls, rounds=measurement.rounds).values()))

@@ -10,13 +10,10 @@ import numpy as np
 from approx_attention.core import InputError, check_flag
 from approx_attention.evaluation.arms import (
     EXACT,
-    MOST_SEEDS,
     Options,
-    check_confidence,
     check_method,
     check_options,
     check_positive,
-    check_range,
     default_methods,
 )
 from approx_attention.evaluation.calibration import ROUNDING
@@ -24,6 +21,7 @@ from approx_attention.evaluation.files import Layer
 from approx_attention.evaluation.head_choices import Choice, Head, Item, Option, best_choice, fast_choice
 from approx_attention.evaluation.head_curves import HeadCurves, head_curves, settings_of
 from approx_attention.evaluation.layer_times import call_nanoseconds, nanoseconds
+from approx_attention.evaluation.measurement import STANDARD, Measurement
 from approx_attention.evaluation.policies import HeadChoice, LayerPolicy, Policy, stack_of
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import shared_programs
@@ -71,11 +69,7 @@ def plan_model(
     methods: Iterable[str] | None = None,
     options: Options | None = None,
     decode: bool = False,
-    held_out: float = 0.5,
-    confidence: float = 0.95,
-    num_seeds: int = 3,
-    seed: int = 0,
-    rounds: int = 5,
+    measurement: Measurement = STANDARD,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> ModelPlan:
     r"""Choose a method and a size for each key head of each layer of a model, under one budget for all of them.
@@ -106,18 +100,14 @@ def plan_model(
         methods: names in `METHODS`; all that cost less than exact attention by default.
         options: hyper-parameters other than the size, by the name of the method.
         decode: leave out methods without a running summary, which caches cannot hold.
-        held_out: the share of each head's queries that is held out: whole sequences if there are at least 8.
-        confidence: of the bounds.
-        num_seeds: random projections or samples of random methods, to choose and then to check; at least 2.
-        seed: of the split, and of the first random projection of the check.
-        rounds: how often each setting is timed, where time is limited.
+        measurement: how much is measured. Of each head's queries whole sequences are held out if there are at least 8.
         on_progress: called with what is done next, the number of steps done and their total.
 
     Returns:
         The `ModelPlan`.
 
     Raises:
-        InputError: a tolerance, budget, share or count out of range, two budgets, a budget below the cheapest choices,
+        InputError: a tolerance or budget out of range, two budgets, a budget below the cheapest choices,
             a time that no choice was measured to keep, a method that is unknown or has no causal form, options that it
             does not take, a head without output.
 
@@ -134,12 +124,8 @@ def plan_model(
     check_positive("max_bytes", max_bytes)
     check_positive("max_seconds", max_seconds)
     max_bytes = None if max_bytes is None else math.floor(max_bytes)
-    check_confidence(confidence)
     if max_bytes is not None and max_seconds is not None:
         raise InputError("a plan for a model has one budget: give max_bytes or max_seconds, got both")
-    check_range("num_seeds", num_seeds, 2, MOST_SEEDS)
-    check_range("rounds", rounds, 1, MOST_SEEDS)
-    check_range("seed", seed, 0, 2**31 - 1)
     if not layers:
         raise InputError("a plan for a model needs at least one layer, got none")
     problems = {
@@ -155,8 +141,6 @@ def plan_model(
     taken = {name: check_method(name, any_causal) for name in methods or default_methods(any_causal) if name != EXACT}
     names = [name for name, method in taken.items() if method.running or not check_flag("decode", decode)]
     options = check_options(names, options)
-    # What checks a choice must not be what made it.
-    choosing, checking = range(seed + num_seeds, seed + 2 * num_seeds), range(seed, seed + num_seeds)
     settings = {path: settings_of(problem, names, options) for path, problem in problems.items()}
     least = sum(
         min(setting.cache_bytes for of in own.values() for setting in of) * problems[path].tensors.key.shape[2]
@@ -165,7 +149,7 @@ def plan_model(
     if max_bytes is not None and least > max_bytes:
         raise _too_few(least, max_bytes)
     num_steps = len(names) * len(layers) + (max_seconds is not None)
-    steps, asked = iter(range(num_steps)), {"held_out": held_out, "confidence": confidence}
+    steps = iter(range(num_steps))
     curves: dict[str, HeadCurves] = {}
     programs: dict[bytes, Any] = {}
     for path, problem in problems.items():
@@ -176,9 +160,7 @@ def plan_model(
         # Functions that close over different masks must not share programs.
         with shared_programs(programs.setdefault(b"" if problem.kv_mask is None else problem.kv_mask.tobytes(), {})):
             try:
-                curves[path] = head_curves(
-                    problem, settings[path], **asked, seeds=choosing, seed=seed, on_progress=progress
-                )
+                curves[path] = head_curves(problem, settings[path], measurement, on_progress=progress)
             except InputError as error:
                 raise InputError(f"layer {path!r}: {error}" if path else str(error)) from None
     costs = {
@@ -187,7 +169,7 @@ def plan_model(
     }
     if max_seconds is not None:
         on_progress("timing", next(steps), num_steps)
-        costs = nanoseconds(curves, seed, rounds)
+        costs = nanoseconds(curves, measurement)
     stacks: dict[Head, list[Head]] = {}
     for path, own in curves.items():
         for head in range(own.num_heads):
@@ -200,7 +182,7 @@ def plan_model(
         budget = math.floor(1e9 * max_seconds)
 
         def time_of(choice: Choice) -> int:
-            return call_nanoseconds(curves, _methods(curves, choice), seed, rounds)
+            return call_nanoseconds(curves, _methods(curves, choice), measurement)
 
         choice, time = fast_choice(items, everyone, budget, time_of)
     else:
@@ -213,7 +195,7 @@ def plan_model(
 
     policy = Policy(
         {
-            path: _layer_policy(own, _labels(choice, path), checking, None if time is None else costs[path])
+            path: _layer_policy(own, _labels(choice, path), measurement.checking, None if time is None else costs[path])
             for path, own in curves.items()
         },
         tolerance,
@@ -224,7 +206,9 @@ def plan_model(
         policy=policy,
         split_by=next(iter(curves.values())).bench.split.by,
         uniform=label,
-        uniform_errors={} if label is None else {path: own.held_out(label, checking) for path, own in curves.items()},
+        uniform_errors={}
+        if label is None
+        else {path: own.held_out(label, measurement.checking) for path, own in curves.items()},
         is_met=not choice.misses,
         seconds=None if time is None else time / 1e9,
     )

@@ -12,13 +12,10 @@ from approx_attention.core import InputError
 from approx_attention.evaluation.arms import (
     BASELINES,
     EXACT,
-    MOST_SEEDS,
     Options,
-    check_confidence,
     check_method,
     check_options,
     check_positive,
-    check_range,
     default_methods,
     exact_arms,
     method_arm,
@@ -28,6 +25,7 @@ from approx_attention.evaluation.cache_bytes import token_bytes
 from approx_attention.evaluation.calibration import ROUNDING, calibrate, chosen_settings, first_sizes
 from approx_attention.evaluation.error_laws import UnitErrors, split_units
 from approx_attention.evaluation.files import Tensors
+from approx_attention.evaluation.measurement import STANDARD, Measurement
 from approx_attention.evaluation.plans import Candidate, Curve, Plan, cost, verdict
 from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
@@ -46,11 +44,7 @@ def plan(
     scale: float | None = None,
     methods: Iterable[str] | None = None,
     options: Options | None = None,
-    held_out: float = 0.5,
-    confidence: float = 0.95,
-    num_seeds: int = 3,
-    seed: int = 0,
-    rounds: int = 5,
+    measurement: Measurement = STANDARD,
     lengths: Any = None,
     mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -76,11 +70,7 @@ def plan(
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         methods: names in `METHODS`; all that cost less than exact attention by default.
         options: hyper-parameters other than the size, by the name of the method.
-        held_out: the share of the heads that is held out.
-        confidence: of the bound that a choice rests on.
-        num_seeds: draws of random methods, to choose and then to check; at least 2, because one has no spread.
-        seed: of the split, and the first draw of the check.
-        rounds: how often each candidate is timed, in turn with the others.
+        measurement: how much is measured.
         lengths: real tokens of each sequence, integers ``[B]``. No method sees the padding, errors are those of real
             queries alone. Where T differs from S all queries are real.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
@@ -92,24 +82,20 @@ def plan(
         The `Plan`.
 
     Raises:
-        InputError: a tolerance, budget, share or count out of range, a method that is unknown or has no causal form,
+        InputError: a tolerance or budget out of range, a method that is unknown or has no causal form,
             options that it does not take, lengths or a mask that do not fit.
 
     Example:
         >>> import jax
         >>> from approx_attention.evaluation import Tensors, plan
         >>> q, k, v = (0.1 * jax.random.normal(jax.random.key(i), (1, 64, 8, 8)) for i in range(3))
-        >>> made = plan(Tensors(q, k, v + 1), tolerance=0.05, max_bytes=1000, methods=["mean_pool"], rounds=1)
+        >>> made = plan(Tensors(q, k, v + 1), tolerance=0.05, max_bytes=1000, methods=["mean_pool"])
         >>> made.pick.label, made.pick.meets
         ('mean_value', True)
     """
     check_positive("tolerance", tolerance)
     check_positive("max_bytes", max_bytes)
     check_positive("max_seconds", max_seconds)
-    check_confidence(confidence)
-    check_range("num_seeds", num_seeds, 2, MOST_SEEDS)
-    check_range("rounds", rounds, 1, MOST_SEEDS)
-    check_range("seed", seed, 0, 2**31 - 1)
     names = list(dict.fromkeys((*BASELINES, *(default_methods(is_causal) if methods is None else methods))))
     problem = Problem.of(tensors, is_causal=is_causal, scale=scale, lengths=lengths, mask=mask)
     tensors = problem.tensors
@@ -117,7 +103,7 @@ def plan(
     names = list(taken)
     options = check_options(names, options)
     real_queries = query_mask(problem.kv_mask, tensors.query.shape[1])
-    split = split_units(tensors.query.shape, tensors.key.shape[2], held_out, seed, real_queries)
+    split = split_units(tensors.query.shape, tensors.key.shape[2], measurement.held_out, measurement.seed, real_queries)
     rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
     # What exact attention holds, and every method that keeps all tokens.
     all_bytes = token_bytes(tensors)
@@ -166,18 +152,18 @@ def plan(
     def so_far() -> Plan:
         told = "Interrupted: these are bounds, of which nothing was checked or timed."
         bounded = [candidate(proposal) for proposal in proposals]
-        return Plan(tolerance, max_bytes, max_seconds, "held_bytes", confidence, split, bounded, curves, None, told)
+        return Plan(
+            tolerance, max_bytes, max_seconds, "held_bytes", measurement.confidence, split, bounded, curves, None, told
+        )
 
-    # What checks a choice must not be what made it: the seeds are others, as the units are.
-    choosing, checking = range(seed + num_seeds, seed + 2 * num_seeds), range(seed, seed + num_seeds)
     for done, name in enumerate(names):
         on_progress(name, done, len(names) + 1)
         if done:
             on_part(so_far())
 
         def measure(size: int | None, name: str = name) -> tuple[float, float]:
-            errors = bench.errors(arm_of(name, size), choosing)
-            return errors.relative(split.calibration), errors.bound(split, confidence)
+            errors = bench.errors(arm_of(name, size), measurement.choosing)
+            return errors.relative(split.calibration), errors.bound(split, measurement.confidence)
 
         if get_method(name).size is None:
             proposals.append((arm_of(name, None), *measure(None)))
@@ -201,10 +187,12 @@ def plan(
 
     on_part(so_far())
     on_progress("timing", len(names), len(names) + 1)
-    checked = [bench.errors(arm, checking) for arm, *_ in proposals]
+    checked = [bench.errors(arm, measurement.checking) for arm, *_ in proposals]
     # Twice the usual patience, for there are many candidates.
     timings = time_interleaved(
-        {str(i): bench.call(arm, seed) for i, (arm, *_) in enumerate(proposals)}, rounds=rounds, patience=60
+        {str(i): bench.call(arm, measurement.seed) for i, (arm, *_) in enumerate(proposals)},
+        rounds=measurement.rounds,
+        patience=60,
     )
     seconds = [timing.least for timing in timings.values()]
     fastest_exact = min(time for time, (arm, *_) in zip(seconds, proposals, strict=True) if arm.is_exact)
@@ -222,5 +210,5 @@ def plan(
     candidates.sort(key=lambda c: (not (c.is_predicted and c.in_budget), cost(c, rank_by)))
     pick = candidates[0] if candidates[0].is_predicted and candidates[0].in_budget else None
     on_progress("done", len(names) + 1, len(names) + 1)
-    made = Plan(tolerance, max_bytes, max_seconds, rank_by, confidence, split, candidates, curves, pick, "")
+    made = Plan(tolerance, max_bytes, max_seconds, rank_by, measurement.confidence, split, candidates, curves, pick, "")
     return dataclasses.replace(made, verdict=verdict(made))

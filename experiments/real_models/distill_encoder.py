@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -15,7 +14,6 @@ from experiments.config import Count, Seeded, Several
 from experiments.fitting import FitConfig, Layer, Subject
 from experiments.real_models.documents import excerpts
 from experiments.real_models.encoder import Encoder, load_encoder
-from experiments.real_models.swap_encoder import batches, embeddings
 from experiments.results import Record
 
 table, figure = fitting.table, fitting.figure
@@ -42,22 +40,24 @@ def run(config: Config, directory: pathlib.Path, console: Any) -> list[Record]:
     """One record for each method; its score is the cosine to the exact embedding."""
     exact, tokenizer = load_encoder()
     learned_from, held_out = (
-        excerpts(modules, config.excerpt_length, tokenizer) for modules in (config.modules, config.held_out)
+        shuffled(config, excerpts(modules, config.excerpt_length, tokenizer))
+        for modules in (config.modules, config.held_out)
     )
-    truth, targets = (embeddings(exact, x, config.fit.batch) for x in (held_out, learned_from))
     embed = nnx.jit(lambda model, tokens: model(tokens))
+    truth = [embed(exact, tokens) for tokens in held_out]
 
     def score(model: nnx.Module) -> dict[str, float]:
-        found = np.concatenate([embed(model, tokens) for tokens in batches(held_out, config.fit.batch)])
-        return {"cosine": float(np.mean(np.sum(found * truth, axis=-1)))}
+        cosines = [jnp.sum(embed(model, tokens) * own, axis=-1) for tokens, own in zip(held_out, truth, strict=True)]
+        return {"cosine": float(jnp.mean(jnp.stack(cosines)))}
 
     attention = exact.layers[0].attention
     subject = Subject(
         teacher=exact,
         layer=Layer(attention.num_kv_heads, attention.head_dim, config.excerpt_length, is_causal=False),
-        batches=shuffled(config, learned_from, jnp.asarray(targets)),
-        held_out=[(tokens, None) for tokens in batches(held_out, config.fit.batch)],
-        call=lambda model, batch: model(batch[0]),
+        batches=learned_from,
+        tuning_batches=[(tokens, embed(exact, tokens)) for tokens in learned_from[: config.fit.tuning_steps]],
+        held_out=held_out,
+        call=lambda model, tokens: model(tokens),
         loss=distance,
         score=score,
     )
@@ -70,8 +70,8 @@ def distance(model: Encoder, batch: tuple[Array, Array]) -> Array:
     return 1 - jnp.mean(jnp.sum(model(tokens) * target, axis=-1))
 
 
-def shuffled(config: Config, tokens: Array, targets: Array) -> list[tuple[Array, Array]]:
-    """Batches of excerpts in random order, each with the exact embeddings."""
+def shuffled(config: Config, tokens: Array) -> list[Array]:
+    """Whole batches of excerpts in random order."""
     order = jax.random.permutation(jax.random.key(config.seed), len(tokens))
     count = len(tokens) // config.fit.batch * config.fit.batch
-    return [(tokens[rows], targets[rows]) for rows in order[:count].reshape(-1, config.fit.batch)]
+    return list(tokens[order[:count].reshape(-1, config.fit.batch)])

@@ -9,6 +9,7 @@ import pytest
 
 from approx_attention import InputError
 from approx_attention.evaluation import (
+    Measurement,
     Problem,
     Tensors,
     compare,
@@ -88,7 +89,7 @@ def test_errors_are_those_of_real_queries(is_causal):
 def test_a_plan_measures_real_queries():
     clean, noisy = spoilt()
     error, norm = squares(clean)
-    options = {"tolerance": 0.5, "methods": ["mean_pool"], "num_seeds": 2, "rounds": 1}
+    options = {"tolerance": 0.5, "methods": ["mean_pool"], "measurement": Measurement(num_seeds=2, rounds=1)}
     plans = [plan(tensors, lengths=LENGTHS, **options) for tensors in (clean, noisy)]
     for made in plans:
         assert made.split.by == "runs of queries"

@@ -13,6 +13,7 @@ import pytest
 
 from approx_attention import InputError, cli
 from approx_attention.evaluation import (
+    Measurement,
     Problem,
     Tensors,
     Timing,
@@ -29,7 +30,7 @@ from approx_attention.registry import METHODS
 from tests.evaluation.test_compare import refusal, run
 from tests.references import brute_force, random_heads
 
-QUICK: dict[str, Any] = {"num_seeds": 2, "rounds": 1}
+QUICK: dict[str, Any] = {"measurement": Measurement(num_seeds=2, rounds=1)}
 
 
 _PROGRAMS = {}
@@ -201,7 +202,10 @@ def test_the_bound_is_a_students_interval_where_heads_weigh_the_same():
 
 def picks(cases):
     """How many picks are made in these cases, and how many of them meet the tolerance on the held-out heads."""
-    made = [plan(tensors, tolerance=tolerance, **QUICK, **options) for tensors, tolerance, options in cases]
+    made = [
+        plan(tensors, tolerance=tolerance, measurement=Measurement(num_seeds=2, seed=seed, rounds=1), **options)
+        for tensors, tolerance, seed, options in cases
+    ]
     approximations = [p.pick for p in made if p.pick is not None and not p.pick.is_exact]
     return len(approximations), sum(pick.meets for pick in approximations)
 
@@ -213,7 +217,7 @@ MORE: dict[str, Any] = BYTES | {"methods": ["mean_pool", "favor", "coreset", "lo
 
 def test_the_pick_meets_the_tolerance_on_held_out_heads():
     cases = [
-        (family(name, seed), tolerance, {**BYTES, "seed": seed})
+        (family(name, seed), tolerance, seed, BYTES)
         for name in ("diffuse", "clustered", "banded")
         for seed, tolerance in ((0, 0.3), (1, 0.2))
     ]
@@ -226,7 +230,7 @@ def test_the_pick_meets_the_tolerance_on_held_out_heads():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_many_picks_meet_the_tolerance_on_held_out_heads(is_causal):
     cases = [
-        (family(name, seed), tolerance, {**MORE, "seed": seed, "is_causal": is_causal})
+        (family(name, seed), tolerance, seed, {**MORE, "is_causal": is_causal})
         for name in ("diffuse", "clustered", "banded")
         for seed in range(10, 16)
         for tolerance in (0.5, 0.2, 0.1)
@@ -241,7 +245,7 @@ def test_many_picks_meet_the_tolerance_on_held_out_heads(is_causal):
 def test_picks_on_the_sample_meet_the_tolerance_on_held_out_queries():
     sample = load_sample()
     cases = [
-        (sample, tolerance, {"seed": seed, "is_causal": True, "max_bytes": 10**9, "methods": ["mean_pool"]})
+        (sample, tolerance, seed, {"is_causal": True, "max_bytes": 10**9, "methods": ["mean_pool"]})
         for seed in range(3)
         for tolerance in (0.2, 0.15, 0.1)
     ]
@@ -255,7 +259,7 @@ def test_picks_on_the_sample_meet_the_tolerance_on_held_out_queries():
 def test_picks_among_all_methods_meet_the_tolerance_on_held_out_heads():
     # The least bound of many is chosen, which favours those that are too low.
     cases = [
-        (family(name, seed), tolerance, {"seed": seed, "is_causal": True, "max_bytes": 10**9})
+        (family(name, seed), tolerance, seed, {"is_causal": True, "max_bytes": 10**9})
         for name in ("diffuse", "clustered", "banded")
         for seed, tolerance in ((20, 0.3), (21, 0.15), (22, 0.2), (23, 0.1))
     ]
@@ -271,7 +275,9 @@ def test_picks_among_all_methods_meet_the_tolerance_on_held_out_heads():
 @pytest.mark.slow
 def test_the_figures_are_those_of_compare():
     tensors = Tensors(*random_heads(0, 2, 64, 64, 4, 2))
-    made = plan(tensors, tolerance=0.2, is_causal=True, methods=["mean_pool", "favor"], num_seeds=3, rounds=1)
+    made = plan(
+        tensors, tolerance=0.2, is_causal=True, methods=["mean_pool", "favor"], measurement=Measurement(rounds=1)
+    )
     sizes = sorted({c.size for c in made.candidates if c.size is not None})
     rows = run_comparison(Problem(tensors, is_causal=True), ["mean_pool", "favor"], sizes, num_seeds=3)
     compared = {(row.method, row.size): row for row in rows}
@@ -492,7 +498,7 @@ def test_bad_options(tmp_path, capsys):
     with pytest.raises(InputError, match="unknown method 'favour'; did you mean 'favor'"):
         plan(Tensors(*random_heads(0, 1, 8, 8, 8, 8)), tolerance=0.1, methods=["favour"])
     with pytest.raises(InputError, match="num_seeds must be at least 2, got 1"):
-        plan(Tensors(*random_heads(0, 1, 8, 8, 8, 8)), tolerance=0.1, num_seeds=1)
+        Measurement(num_seeds=1)
 
 
 def test_help(capsys):

@@ -16,6 +16,7 @@ from approx_attention.evaluation import (
     HeadChoice,
     Layer,
     LayerPolicy,
+    Measurement,
     Policy,
     Tensors,
     check_policy,
@@ -38,11 +39,11 @@ def measured_once(monkeypatch):
     """Plans of the same tensors differ in what is chosen, not in what is measured."""
     head_curves = model_plans.head_curves
 
-    def remembered(problem, settings, **options):
+    def remembered(problem, settings, measurement, **options):
         # The tensors are kept with what was measured, so that no others get their place.
         asked = id(problem.tensors.query), *settings
         if asked not in MEASURED:
-            MEASURED[asked] = head_curves(problem, settings, **options)
+            MEASURED[asked] = head_curves(problem, settings, measurement, **options)
         return MEASURED[asked]
 
     monkeypatch.setattr(model_plans, "head_curves", remembered)
@@ -107,7 +108,7 @@ def layer(seed, sharpness, num_heads=4, length=64, dim=8, **given):
 
 LAYERS = {"first": layer(0, 0.2), "second": layer(1, 1.0)}
 ALL_BYTES = 4 * 64 * 16 * 4
-PLAN = {"tolerance": 0.1, "methods": ["mean_value", "uniform_sample"], "num_seeds": 2}
+PLAN = {"tolerance": 0.1, "methods": ["mean_value", "uniform_sample"], "measurement": Measurement(num_seeds=2)}
 
 
 @functools.cache
@@ -182,7 +183,7 @@ def test_padding_is_as_if_it_were_not_there():
         Layer(Tensors(*(x[:, :48] for x in whole)), None),
         Layer(padded, np.broadcast_to(real, (2, 64))),
     )
-    options = {"tolerance": 0.9, "methods": ["mean_value"], "num_seeds": 2}
+    options = {"tolerance": 0.9, "methods": ["mean_value"], "measurement": Measurement(num_seeds=2)}
     short, long = (plan_model({"": own}, **options).policy for own in layers)
     for fields in ("predicted_error", "error_bound", "held_out_error", "relative_error"):
         mine, its = ([getattr(head, fields) for head in heads(policy)] for policy in (short, long))

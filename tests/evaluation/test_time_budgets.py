@@ -90,11 +90,11 @@ def times(monkeypatch):
     """Nanoseconds of a head by configuration, in place of measured ones; every program takes 30 more."""
     table = {"exact": 1000, "mean_value": 10}
 
-    def of_call(curves, methods, seed, rounds):
+    def of_call(curves, methods, measurement):
         groups = [group for own in methods.values() for group in own.groups]
         return sum(30 + len(numbers) * table[method.name] for method, numbers in groups)
 
-    monkeypatch.setattr(model_plans, "nanoseconds", lambda curves, seed, rounds: dict.fromkeys(curves, table))
+    monkeypatch.setattr(model_plans, "nanoseconds", lambda curves, measurement: dict.fromkeys(curves, table))
     monkeypatch.setattr(model_plans, "call_nanoseconds", of_call)
 
 
