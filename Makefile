@@ -21,7 +21,7 @@ compare: $(VENV)/.core
 compare-encoder: $(VENV)/.dev
 	@mkdir -p out
 	$(BIN)/python -m experiments capture-model experiments.real_models.encoder:on_documents --to out/encoder.npz
-	$(BIN)/approx-attention compare out/encoder.npz --layers layers.2.attention --out out/encoder $(ARGS)
+	$(BIN)/approx-attention compare out/encoder.npz --layers layers.2.attention --budget 64 --out out/encoder $(ARGS)
 
 # Style and types are checked while the tests run; at the end it says how long each stage took.
 test: $(VENV)/.dev
