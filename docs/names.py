@@ -116,7 +116,7 @@ TOPICS = {
             "evaluation.plan_table", "evaluation.draw_plan", "evaluation.Tensors", "evaluation.Layer",
             "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample", "evaluation.save_layers",
             "evaluation.plan_model", "evaluation.ModelPlan", "evaluation.Policy", "evaluation.LayerPolicy",
-            "evaluation.HeadChoice", "evaluation.check_policy", "evaluation.PolicyCheck",
+            "evaluation.HeadChoice", "evaluation.check_policy", "evaluation.PolicyCheck", "evaluation.Measurement",
             "evaluation.diagnose", "evaluation.HeadDiagnosis",
         ),
     ),
