@@ -16,11 +16,11 @@ from rich.console import Console
 
 from approx_attention import WeightedKV, attend, fold_scale, quantize, summarize_coreset
 from approx_attention.core import pad_rows, quantized_bytes
+from approx_attention.coresets import algorithm_of
 from approx_attention.decoding import token_budget
 from approx_attention.evaluation import load_sample, method_styles, output_error, sup_error
 from experiments.config import Count, NonNegative, Seeded, Several, Share
 from experiments.coresets import instances
-from experiments.coresets.error import algorithm_of
 from experiments.results import Frame, Record
 from experiments.show import curves, having, in_kib, parts, pivot, significant, whole
 
