@@ -41,7 +41,8 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
     records: list[Record] = []
     for method in config.methods:
         options: dict[str, Any] = {"max_logit": config.max_logit, "num_steps": config.num_steps}
-        found = search(config, config.length, method, config.trials, **options)
+        eps = config.eps1, config.eps2
+        found = search(config, config.length, config.keys_per_row, eps, method, max_logit=config.max_logit)
         console.print(f"{method}: {found.dim:g} channels")
         trials: list[float] = [number(dim) for dim in found.per_trial]
         entry: Record = {"method": method, "tokens": config.length, "channels": number(found.dim), "trials": trials}

@@ -1,29 +1,184 @@
-"""The least number of channels of a construction, and how studies show curves and their bounds."""
+"""Channels that sparse patterns need: as tokens, keys a row, precision or the largest logit grow (E8)."""
 
+import dataclasses
 import functools
+import itertools
 import math
+import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from approx_attention import SparsePattern
+from approx_attention import SparsePattern, dimension_bound
+from approx_attention.evaluation import load_sample
 from approx_attention.realization import MinimalDimension, minimal_dimension
-from experiments.results import Frame
-from experiments.show import Scales, curves, parts, pivot, whole
+from experiments.config import Count, Positive, Seeded, Several
+from experiments.fits import slope
+from experiments.results import Frame, Record
+from experiments.show import Scales, curves, having, lookup, parts, pivot, slopes, whole
+
+Target = Literal["random", "random_head", "sharp_head", "diffuse_head"]
+# Bounds that are drawn with the measurements.
+UPPER = ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic", "least_squares_exact")
+GROWING = {"precision": "precisions", "budget": "budgets", "keys": "keys_per_row", "tokens": "lengths"}
+AXES = {
+    "precision": "log((1 + eps2) / eps1) / log(1 + eps2)",
+    "budget": "largest logit allowed",
+    "keys": "keys a row",
+    "tokens": "tokens",
+}
 
 
-def search(config: Any, length: int, method: str, trials: int, **options: Any) -> MinimalDimension:
-    """The least channels with which a method realises random patterns."""
-    pattern = functools.partial(SparsePattern.random, num_tokens=length, keys_per_row=config.keys_per_row)
+@dataclasses.dataclass(frozen=True)
+class Config(Seeded):
+    """Patterns, the constructions, and the one quantity that grows.
+
+    Attributes:
+        target: ``random`` patterns with k keys in rows and columns; the k largest logits of each query of a causal
+            head, ``sharp_head`` or ``diffuse_head`` of the sample, or ``random_head`` with random logits.
+        keys_per_row: k.
+        precisions: pairs of eps1 and eps2.
+        budgets: largest logits that are accepted; any without them.
+        trials: samples, over which the median is taken.
+        num_steps: gradient steps of the methods that take any.
+    """
+
+    methods: Several[str]
+    target: Target = "random"
+    lengths: Several[Count] = dataclasses.field(default_factory=lambda: [256])
+    keys_per_row: Several[Count] = dataclasses.field(default_factory=lambda: [1])
+    precisions: Several[tuple[Positive, Positive]] = dataclasses.field(default_factory=lambda: [(0.5, 1.0)])
+    budgets: list[Positive] = dataclasses.field(default_factory=list)
+    trials: Count = 5
+    num_steps: Count = 300
+
+    def __post_init__(self) -> None:
+        if sum(len(getattr(self, of)) > 1 for of in GROWING.values()) > 1:
+            raise ValueError(f"only one of {', '.join(GROWING.values())} can grow in one run")
+
+
+def top_keys(target: Target, length: int, keys: int, seed: int) -> SparsePattern:
+    """The keys with the largest logits of each query of a causal head, among the last tokens of the sample."""
+    if target == "random_head":
+        logits = jax.random.normal(jax.random.key(seed), (length, length))
+    else:
+        q, k, _ = (x[0 if target == "sharp_head" else 1, -length:, 0].astype(jnp.float32) for x in load_sample())
+        logits = q @ k.T
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    least = jax.lax.top_k(jnp.where(visible, logits, -jnp.inf), keys)[0][:, -1:]
+    return SparsePattern.from_dense(visible & (logits >= least))
+
+
+def search(config: Any, length: int, keys: int, eps: tuple[float, float], method: str, **options: Any) -> Any:
+    """The `MinimalDimension` of a method for the patterns of a configuration."""
+    pattern: Any = functools.partial(SparsePattern.random, num_tokens=length, keys_per_row=keys)
+    if getattr(config, "target", "random") != "random":
+        pattern, options = top_keys(config.target, length, keys, config.seed), {**options, "is_causal": True}
     key = jax.random.fold_in(jax.random.key(config.seed), length)
-    return minimal_dimension(pattern, config.eps1, config.eps2, key=key, method=method, trials=trials, **options)
+    options |= {"trials": config.trials, "num_steps": config.num_steps}
+    return minimal_dimension(pattern, *eps, key=key, method=method, **options)
 
 
 def number(dim: float) -> float:
     """As a count; infinite where no number of channels was enough."""
     return int(dim) if math.isfinite(dim) else math.inf
+
+
+def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
+    """The least channels of each method at each step, the bounds, and lines through them.
+
+    With tokens that grow ``slope`` is in channels for each doubling, and ``over_theory`` divides it by that of least
+    squares; else it is the exponent.
+    """
+    records: list[Record] = []
+    points: dict[str, dict[float, list[float]]] = {}
+    ratios: list[float] = []
+    by = grows(config)
+    every = itertools.product(config.lengths, config.keys_per_row, config.precisions, config.budgets or [None])
+    for length, k, eps, budget in every:
+        shape = length, k, *eps
+        precision = 1 - math.log(eps[0]) / math.log1p(eps[1])
+        step: dict[str, Any] = {"tokens": length, "keys": k, "precision": precision, "budget": budget}
+        bounds = {kind: dimension_bound(*shape, kind=kind).dim for kind in UPPER if k > 1 or "heuristic" not in kind}
+        # Half of a proved bound, below which a sample of one key a row is not accepted: a search from 1 takes longer.
+        options: dict[str, Any] = {"min_dim": bounds["least_squares_exact"] // 2 if k == 1 and not budget else None}
+        if budget is not None:
+            bounds = {"packing": dimension_bound(*shape, kind="packing", max_logit=budget).dim}
+            options |= {"max_logit": budget, "max_dim": 2 * length}
+        for method in config.methods:
+            found: MinimalDimension = search(config, length, k, eps, method, **options)
+            console.print(f"{method}, {by} {step[by]}: {found.dim:g} channels")
+            trials = [number(dim) for dim in found.per_trial]
+            records.append(
+                {"curve": method, "is_bound": False, **step, "channels": number(found.dim), "trials": trials}
+            )
+            points.setdefault(method, {})[step[by]] = trials
+            ratios += [found.dim / bounds["packing"]] if budget else []
+        for kind, dim in bounds.items():
+            records.append({"curve": kind, "is_bound": True, **step, "channels": dim})
+            points.setdefault(kind, {})[step[by]] = [dim]
+    if by == "tokens":
+        # The channels for each doubling that the theory of least squares has.
+        theory = 4 * math.log(2) / math.log1p(1 / config.keys_per_row[0])
+        records += [{"curve": curve, **_line_in_log2(of, theory)} for curve, of in points.items()]
+        records.append({"theory": theory})
+    else:
+        medians = {curve: {x: sorted(dims)[len(dims) // 2] for x, dims in of.items()} for curve, of in points.items()}
+        records += [{"curve": curve, **slope(of)} for curve, of in medians.items()]
+    return [*records, {"least_over_bound": min(ratios)}] if ratios else records
+
+
+def grows(config: Config) -> str:
+    """The column of the quantity that grows."""
+    return next((name for name, of in GROWING.items() if len(getattr(config, of)) > 1), "tokens")
+
+
+def _line_in_log2(curve: dict[float, list[float]], theory: float) -> Record:
+    """Channels for each doubling of the length over all trials, with interval, R^2, and the share of the theory's."""
+    from scipy import stats
+
+    points = [(math.log2(n), dim) for n, dims in curve.items() for dim in dims if math.isfinite(dim)]
+    if len({n for n, _ in points}) < 3:
+        return dict.fromkeys(("slope", "slope_half_width", "r2", "over_theory"), math.nan)
+    doublings, dims = zip(*points, strict=True)
+    line: Any = stats.linregress(doublings, dims)
+    half = float(stats.t.ppf(0.975, len(points) - 2) * line.stderr)
+    return {
+        "slope": float(line.slope),
+        "slope_half_width": half,
+        "r2": float(line.rvalue) ** 2,
+        "over_theory": float(line.slope) / theory,
+    }
+
+
+def table(records: Frame) -> Iterable[str]:
+    """Least channels by the quantity that grows, and their slopes."""
+    for _, own in parts(records):
+        found = having(own, "channels")
+        by = _growing(found)
+        more = {"for each doubling" if by == "tokens" else "exponent": slopes(own, "curve")["slope"]}
+        title = f"least channels, by {AXES[by]}"
+        if by == "tokens":
+            more["R²"] = lookup(own, "curve", "r2")["r2"]
+            title += f"; {own['theory'].dropna().iloc[0]:.3g} for each doubling by theory of least squares"
+        yield from tables(found, by, "channels", title, more=more)
+
+
+def figure(records: Frame) -> Figure:
+    """Least channels by the quantity that grows."""
+    found = having(records, "channels")
+    grown = {name: _growing(own) for name, own in parts(found)}
+    by = next(iter(grown.values()))
+    scales: Scales = ("log", "linear" if by in ("tokens", "keys") else "log")
+    return drawn(found, by, "channels", (AXES[by], "channels"), scales)
+
+
+def _growing(records: Frame) -> str:
+    return next((name for name in GROWING if name in records and records[name].nunique() > 1), "tokens")
 
 
 def tables(records: Frame, x: str, y: str, title: str, **more: Any) -> Iterable[str]:
