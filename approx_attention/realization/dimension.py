@@ -305,7 +305,6 @@ def minimal_dimension(
     method: str = "wls",
     trials: int = 5,
     quantile: float = 0.5,
-    min_dim: int | None = None,
     max_dim: int | None = None,
     max_logit: float | None = None,
     is_causal: bool = False,
@@ -315,9 +314,8 @@ def minimal_dimension(
     r"""Searches the least number of channels with which one sample of a method realises a pattern.
 
     A trial makes one random sample of unlimited width, of which d channels are a prefix, tries d on a grid that grows
-    from the least number by a factor of 1.3, and bisects between the last failure and the first success, to a
-    hundredth. Success need not be monotone in d, so a trial is noisy. The least d over all realisations is NP-hard to
-    find; this is an upper bound.
+    by a factor of 1.3, and bisects between the last failure and the first success, to a hundredth. Success need not be
+    monotone in d, so a trial is noisy. The least d over all realisations is NP-hard to find; this is an upper bound.
 
     Args:
         pattern: a square pattern, or a function that makes the pattern of each trial from a key.
@@ -327,8 +325,6 @@ def minimal_dimension(
         method: a random method of `realize_sparse_pattern`.
         trials: the number of samples.
         quantile: the quantile of the trials' results that is returned.
-        min_dim: the smallest number of channels that is tried, by default the smallest that the method can take. A
-            larger one, from a bound, makes the search shorter.
         max_dim: the largest number of channels that is tried, 16 for each token by default.
         max_logit: largest absolute logit that is accepted, as in `realize_sparse_pattern`.
         is_causal: key j is visible to query i only if j <= i.
@@ -369,7 +365,6 @@ def minimal_dimension(
         drawn = pattern if isinstance(pattern, SparsePattern) else pattern(key_pattern)
         check_pattern(drawn)
         least = drawn.keys_per_row if method in INTERPOLATIONS else 1
-        least = max(least, 1 if min_dim is None else check_count("min_dim", min_dim))
         most = 16 * drawn.num_queries if max_dim is None else check_count("max_dim", max_dim)
         if method == "orthogonal":  # exact with as many channels as keys, and worse again with a few more
             most = min(most, drawn.num_keys)

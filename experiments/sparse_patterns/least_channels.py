@@ -104,11 +104,10 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         precision = 1 - math.log(eps[0]) / math.log1p(eps[1])
         step: dict[str, Any] = {"tokens": length, "keys": k, "precision": precision, "budget": budget}
         bounds = {kind: dimension_bound(*shape, kind=kind).dim for kind in UPPER if k > 1 or "heuristic" not in kind}
-        # Half of a proved bound, below which a sample of one key a row is not accepted: a search from 1 takes longer.
-        options: dict[str, Any] = {"min_dim": bounds["least_squares_exact"] // 2 if k == 1 and not budget else None}
+        options: dict[str, Any] = {}
         if budget is not None:
             bounds = {"packing": dimension_bound(*shape, kind="packing", max_logit=budget).dim}
-            options |= {"max_logit": budget, "max_dim": 2 * length}
+            options = {"max_logit": budget, "max_dim": 2 * length}
         for method in config.methods:
             found: MinimalDimension = search(config, length, k, eps, method, **options)
             console.print(f"{method}, {by} {step[by]}: {found.dim:g} channels")
@@ -124,7 +123,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
     if by == "tokens":
         # The channels for each doubling that the theory of least squares has.
         theory = 4 * math.log(2) / math.log1p(1 / config.keys_per_row[0])
-        records += [{"curve": curve, **_line_in_log2(of, theory)} for curve, of in points.items()]
+        records += [{"curve": curve, **line_in_log2(of, theory)} for curve, of in points.items()]
         records.append({"theory": theory})
     else:
         medians = {curve: {x: sorted(dims)[len(dims) // 2] for x, dims in of.items()} for curve, of in points.items()}
@@ -137,7 +136,7 @@ def grows(config: Config) -> str:
     return next((name for name, of in GROWING.items() if len(getattr(config, of)) > 1), "tokens")
 
 
-def _line_in_log2(curve: dict[float, list[float]], theory: float) -> Record:
+def line_in_log2(curve: dict[float, list[float]], theory: float) -> Record:
     """Channels for each doubling of the length over all trials, with interval, R^2, and the share of the theory's."""
     from scipy import stats
 

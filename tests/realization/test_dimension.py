@@ -109,8 +109,6 @@ def test_the_search_finds_what_draws_need():
     assert 6 < found.dim <= dimension_bound(N, 2, 0.1, 0.1, kind="least_squares_exact").dim
     again = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, quantile=1.0)
     assert again.per_trial == found.per_trial[:1]
-    # A search that starts where samples are accepted ends there.
-    assert minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, min_dim=N).dim == N
     hopeless = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, max_dim=4)
     assert hopeless.dim == math.inf
     # Interpolation starts at as many channels as keys a row, which may be too many.
