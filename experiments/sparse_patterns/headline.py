@@ -14,7 +14,7 @@ from approx_attention import SparsePattern, realize_sparse_pattern
 from experiments.config import Count, Positive, Seeded, Several
 from experiments.results import Frame, Record
 from experiments.show import code, markdown, panels, parts, whole
-from experiments.sparse_patterns.least_channels import number, search
+from experiments.sparse_patterns.search import least_channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Config(Seeded):
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Channels that each method needs, and the logits and the total variation that it has there."""
     records: list[Record] = []
+    eps = config.eps1, config.eps2
     for method in config.methods:
-        options: dict[str, Any] = {"max_logit": config.max_logit, "num_steps": config.num_steps}
-        eps = config.eps1, config.eps2
-        found = search(config, config.length, config.keys_per_row, eps, method, max_logit=config.max_logit)
-        console.print(f"{method}: {found.dim:g} channels")
-        trials: list[float] = [number(dim) for dim in found.per_trial]
-        entry: Record = {"method": method, "tokens": config.length, "channels": number(found.dim), "trials": trials}
-        if math.isfinite(found.dim):
+        options: dict[str, Any] = {"max_logit": config.max_logit}
+        trials = least_channels(config, config.length, config.keys_per_row, eps, method, **options)
+        least = sorted(trials)[len(trials) // 2]
+        console.print(f"{method}: {least} channels")
+        entry: Record = {"method": method, "tokens": config.length, "channels": least, "trials": trials}
+        if math.isfinite(least):
             key = jax.random.key(config.seed)
             pattern = SparsePattern.random(key, config.length, config.keys_per_row)
-            options |= {"d": int(found.dim), "key": key, "method": method}
-            certificate = realize_sparse_pattern(pattern, config.eps1, config.eps2, **options).certificate
+            options |= {"d": int(least), "key": key, "method": method, "num_steps": config.num_steps}
+            certificate = realize_sparse_pattern(pattern, *eps, **options).certificate
             entry["logit_absmax"] = float(certificate.logit_absmax)
             entry["max_row_tv"] = float(certificate.max_row_tv)
         records.append(entry)

@@ -1,27 +1,22 @@
 """Channels that sparse patterns need: as tokens, keys a row, precision or the largest logit grow (E8)."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import pathlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from approx_attention import SparsePattern, dimension_bound
-from approx_attention.evaluation import load_sample
-from approx_attention.realization import MinimalDimension, minimal_dimension
+from approx_attention import dimension_bound
 from experiments.config import Count, Positive, Seeded, Several
 from experiments.fits import slope
 from experiments.results import Frame, Record
 from experiments.show import Scales, curves, having, lookup, parts, pivot, slopes, whole
+from experiments.sparse_patterns.search import Target, least_channels
 
-Target = Literal["random", "random_head", "sharp_head", "diffuse_head"]
 # Bounds that are drawn with the measurements.
 UPPER = ("johnson_lindenstrauss", "projection_heuristic", "orthogonal_heuristic", "least_squares_exact")
 GROWING = {"precision": "precisions", "budget": "budgets", "keys": "keys_per_row", "tokens": "lengths"}
@@ -61,33 +56,6 @@ class Config(Seeded):
             raise ValueError(f"only one of {', '.join(GROWING.values())} can grow in one run")
 
 
-def top_keys(target: Target, length: int, keys: int, seed: int) -> SparsePattern:
-    """The keys with the largest logits of each query of a causal head, among the last tokens of the sample."""
-    if target == "random_head":
-        logits = jax.random.normal(jax.random.key(seed), (length, length))
-    else:
-        q, k, _ = (x[0 if target == "sharp_head" else 1, -length:, 0].astype(jnp.float32) for x in load_sample())
-        logits = q @ k.T
-    visible = jnp.tril(jnp.ones((length, length), bool))
-    least = jax.lax.top_k(jnp.where(visible, logits, -jnp.inf), keys)[0][:, -1:]
-    return SparsePattern.from_dense(visible & (logits >= least))
-
-
-def search(config: Any, length: int, keys: int, eps: tuple[float, float], method: str, **options: Any) -> Any:
-    """The `MinimalDimension` of a method for the patterns of a configuration."""
-    pattern: Any = functools.partial(SparsePattern.random, num_tokens=length, keys_per_row=keys)
-    if getattr(config, "target", "random") != "random":
-        pattern, options = top_keys(config.target, length, keys, config.seed), {**options, "is_causal": True}
-    key = jax.random.fold_in(jax.random.key(config.seed), length)
-    options |= {"trials": config.trials, "num_steps": config.num_steps}
-    return minimal_dimension(pattern, *eps, key=key, method=method, **options)
-
-
-def number(dim: float) -> float:
-    """As a count; infinite where no number of channels was enough."""
-    return int(dim) if math.isfinite(dim) else math.inf
-
-
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """The least channels of each method at each step, the bounds, and lines through them.
 
@@ -109,14 +77,12 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
             bounds = {"packing": dimension_bound(*shape, kind="packing", max_logit=budget).dim}
             options = {"max_logit": budget, "max_dim": 2 * length}
         for method in config.methods:
-            found: MinimalDimension = search(config, length, k, eps, method, **options)
-            console.print(f"{method}, {by} {step[by]}: {found.dim:g} channels")
-            trials = [number(dim) for dim in found.per_trial]
-            records.append(
-                {"curve": method, "is_bound": False, **step, "channels": number(found.dim), "trials": trials}
-            )
+            trials = least_channels(config, length, k, eps, method, **options)
+            median = sorted(trials)[len(trials) // 2]
+            console.print(f"{method}, {by} {step[by]}: {median} channels")
+            records.append({"curve": method, "is_bound": False, **step, "channels": median, "trials": trials})
             points.setdefault(method, {})[step[by]] = trials
-            ratios += [found.dim / bounds["packing"]] if budget else []
+            ratios += [median / bounds["packing"]] if budget else []
         for kind, dim in bounds.items():
             records.append({"curve": kind, "is_bound": True, **step, "channels": dim})
             points.setdefault(kind, {})[step[by]] = [dim]

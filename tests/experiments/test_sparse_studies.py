@@ -7,7 +7,7 @@ import pytest
 
 from approx_attention import SparsePattern, realize_sparse_pattern
 from experiments.sparse_patterns.one_channel import supports_of_patterns
-from experiments.sparse_patterns.one_key import accepted
+from experiments.sparse_patterns.search import accepted
 
 NUM_TOKENS = 48
 
