@@ -23,7 +23,7 @@ class Config(Seeded):
     """Patterns, and their keys.
 
     Attributes:
-        same_keys: all patterns are realised with one set of keys, by queries alone; else each has samples of its own.
+        same_keys: one set of keys serves all patterns, by queries alone; else every pattern has fresh samples.
     """
 
     dims: Several[Count]
