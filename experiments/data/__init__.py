@@ -30,6 +30,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "retrieval": retrieval.retrieval,
     "match": synthetic.match,
     "match_xor": synthetic.match_xor,
+    "composition": synthetic.composition,
 }
 
 

@@ -1,4 +1,4 @@
-"""Generated tasks: associative recall, copying, and matching pairs and triples of residues or of bits."""
+"""Generated tasks: recall, copying, composition of functions, and matching pairs and triples of residues or bits."""
 
 import numpy as np
 
@@ -136,3 +136,26 @@ def match_xor(order: Count = 3, length: Count = 8, bits: Count = 5) -> Dataset:
         return {"tokens": tokens, "targets": found.any((2, 3)).astype(np.int32)}
 
     return Dataset("sequence", generated(draw), num_classes=2, vocabulary=2**bits)
+
+
+def composition(bits: Count = 4) -> Dataset:
+    """Composition of functions (Peng et al. 2024): the pairs (x, f(x)) and (y, g(y)) of two permutations, then each x.
+
+    Asked for is g(f(x)), one of 2^bits values. A token has the bits of its first and of its second argument, which a
+    query lacks, and two that say what it is. As g is a permutation, every value is as likely given f alone.
+    """
+    if not 1 <= bits <= 14:
+        raise ConfigError(f"data 'composition' needs 1 to 14 bits, got {bits}")
+    size = 2**bits
+    kinds = np.repeat([1, 2, 3], size) << 2 * bits
+
+    def draw(random: np.random.Generator, batch: int) -> Batch:
+        f, g = random.permuted(np.tile(np.arange(size), (2, batch, 1)), axis=-1)
+        x = np.tile(np.arange(size), (batch, 1))
+        tokens = kinds + np.concatenate([x, x, x], 1) + (np.concatenate([f, g, 0 * x], 1) << bits)
+        targets = np.full((batch, 3 * size), -1, np.int32)
+        targets[:, 2 * size :] = np.take_along_axis(g, f, 1)
+        return {"tokens": tokens.astype(np.int32), "targets": targets}
+
+    oracles = {"a value at random": 1 / size}
+    return Dataset("sequence", generated(draw), num_classes=size, vocabulary=4 * size**2, oracles=oracles)

@@ -14,7 +14,17 @@ from experiments.data import DATASETS, DataConfig, load, text
 pytestmark = pytest.mark.usefixtures("models")
 
 
-GENERATED = ["digits", "digit_scenes", "recall", "segments", "copying", "retrieval", "match", "match_xor"]
+GENERATED = [
+    "digits",
+    "digit_scenes",
+    "recall",
+    "segments",
+    "copying",
+    "retrieval",
+    "match",
+    "match_xor",
+    "composition",
+]
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -118,6 +128,23 @@ def test_bits_match_in_triples_and_in_pairs():
         assert [7 - x in tokens for x in tokens] == targets.astype(bool).tolist()
     for batch in (triples, pairs):
         assert 0 < batch["targets"].mean() < 1
+
+
+def test_compositions_follow_two_permutations_whose_first_tells_nothing_of_the_result():
+    bits = 3
+    size = 2**bits
+    batch = load(DataConfig("composition", {"bits": bits})).draw(np.random.default_rng(0), 400, "train")
+    assert np.all(batch["targets"][:, : 2 * size] == -1)
+    counts = np.zeros((size, size))
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        kinds, second, first = tokens >> 2 * bits, (tokens >> bits) % size, tokens % size
+        maps = [dict(zip(first[kinds == kind], second[kinds == kind], strict=True)) for kind in (1, 2)]
+        assert all(sorted(some) == sorted(some.values()) == list(range(size)) for some in maps)
+        asked = first[kinds == 3]
+        assert [maps[1][maps[0][x]] for x in asked] == targets[2 * size :].tolist()
+        counts[[maps[0][x] for x in asked], targets[2 * size :]] += 1
+    # Each cell counts about 400 / size; a chi-squared of (size - 1)^2 degrees is 49 +- 10.
+    assert ((counts - 400 / size) ** 2 / (400 / size)).sum() < 100
 
 
 @pytest.mark.parametrize("name", ["byte_file", "wikitext", "cifar10", "image_folder"])
