@@ -31,6 +31,11 @@ class Metric:
 
     __pydantic_config__ = STRICT
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The configurations whose runs it reads."""
+        return (self.configuration,)
+
     def __str__(self) -> str:
         of = ", ".join(str(value) for value in self.where.values())
         return f"{self.configuration}: {of}" if of and self.configuration != "run" else of or self.configuration
@@ -38,9 +43,25 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Against(Metric):
-    """The number that a metric is compared with, seed by seed; by ``deviations``, with all seeds together."""
+    """The number that a metric is compared with, seed by seed; by ``deviations``, with all seeds together.
 
-    by: Literal["ratio", "difference", "deviations"] = "difference"
+    Attributes:
+        by: how; a ``gap`` is the difference in units of that of the configuration ``to``.
+        to: see there.
+    """
+
+    by: Literal["ratio", "difference", "deviations", "gap"] = "difference"
+    to: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.by == "gap") != bool(self.to):
+            raise ValueError(
+                f"a gap, and nothing else, is to another configuration, got by={self.by!r}, to={self.to!r}"
+            )
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return (self.configuration, self.to) if self.to else (self.configuration,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +126,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         if self.ordering is not None and self.against is not None:
-            even = 1 if self.against.by == "ratio" else 0
+            even = 1 if self.against.by in ("ratio", "gap") else 0
             if self.ordering.at_least < even < self.ordering.at_most:
                 raise ValueError(
                     f"the ordering of a {self.against.by} must lie on one side of {even}, got {self.ordering}"
@@ -155,10 +176,11 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
         known = read_study(claim.study, "cpu").configurations
         for part in claim.parts:
             for side in (part.metric, part.against):
-                if side is not None and side.configuration not in known:
-                    raise ConfigError(
-                        f"{path.name}, claim {claim.id!r}: {claim.study} has no configuration {side.configuration!r}"
-                    )
+                for name in () if side is None else side.uses:
+                    if name not in known:
+                        raise ConfigError(
+                            f"{path.name}, claim {claim.id!r}: {claim.study} has no configuration {name!r}"
+                        )
     ids = [claim.id for claim in claims]
     for name in ids:
         if ids.count(name) > 1:
@@ -174,7 +196,7 @@ def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
         study = read_study(claim.study, scale)
         runs = {(result.configuration, result.seed): result for result in study.results(places)}
         sides = [side for part in claim.parts for side in (part.metric, part.against) if side is not None]
-        used = {side.configuration for side in sides}
+        used = {name for side in sides for name in side.uses}
         if any((name, seed) not in runs for name in used for seed in study.seeds):
             continue
         figures = Figures(runs, study, places)
@@ -220,6 +242,9 @@ class Figures:
         if part.against is None:
             return own
         base = self.of(part.against)
+        if part.against.by == "gap":
+            other = self.of(dataclasses.replace(part.metric, configuration=part.against.to))
+            return [(x - y) / (z - y) if z != y else math.nan for x, y, z in zip(own, base, other, strict=True)]
         by: Callable[[float, float], float] = {
             "ratio": lambda x, y: x / y if y else math.nan,
             "difference": lambda x, y: x - y,

@@ -156,6 +156,7 @@ class ModelConfig:
     Attributes:
         convolution: tokens of a depth-wise convolution before queries, keys and values, 0 for none: with 3 or 4, one
             layer can bring a value its key, and a window has no lead by pairs of neighbours (Arora et al. 2023).
+        positions: length of a sequence whose places have learned vectors, in place of rotary positions; 0 for rotary.
     """
 
     num_layers: Count = 3
@@ -167,6 +168,7 @@ class ModelConfig:
     rotary_base: Positive = 10_000.0
     patch_size: Count = 4
     convolution: Whole = 0
+    positions: Whole = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     __pydantic_config__ = STRICT
@@ -248,7 +250,8 @@ class SelfAttention(nnx.Module):
                 config.model_dim, (heads, config.head_dim), use_bias=False, dtype=config.dtype, rngs=rngs
             )
 
-        self.rotary_base, self.is_causal, self.draw = config.rotary_base, is_causal, draw
+        self.rotary_base = None if config.positions else config.rotary_base
+        self.is_causal, self.draw = is_causal, draw
         self.head_dim, self.num_heads, self.num_kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         self.query = linear(config.num_heads)
         self.key, self.value = (linear(config.num_kv_heads) for _ in "kv")
@@ -275,7 +278,9 @@ class SelfAttention(nnx.Module):
         first = getattr(self.attention_fn, "num_seen", 0)
         if self.mix is not None:
             x = self.mix(x, lengths, first if getattr(self.attention_fn, "cache", None) is not None else None)
-        query, key = (rotate(linear(x), self.rotary_base, first) for linear in (self.query, self.key))
+        query, key = self.query(x), self.key(x)
+        if self.rotary_base is not None:
+            query, key = (rotate(y, self.rotary_base, first) for y in (query, key))
         # Gates that are nearly open at first: the layer begins by remembering.
         gates = self.gate(x) + 3.0 if self.gate is not None and self.gated else None
         options: dict[str, Any] = {} if gates is None else {"gate_logits": gates}
@@ -336,12 +341,20 @@ class LanguageModel(nnx.Module):
         seed: int = 0,
         rngs: nnx.Rngs,
     ):
+        if config.positions and is_causal:
+            raise ValueError("a model that continues sequences has rotary positions, got learned ones")
         self.embedding = nnx.Embed(vocabulary, config.model_dim, dtype=config.dtype, rngs=rngs)
         self.body = Transformer(config, attention_config, is_causal=is_causal, seed=seed, rngs=rngs)
         self.head = nnx.Linear(config.model_dim, vocabulary, use_bias=False, rngs=rngs)
+        self.positions = nnx.data(None)
+        if config.positions:
+            self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.positions, config.model_dim)))
 
     def __call__(self, tokens: Array, lengths: Array | None = None) -> Array:
-        return self.head(self.body(self.embedding(tokens), lengths))
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions[...].astype(x.dtype)
+        return self.head(self.body(x, lengths))
 
 
 class Classifier(nnx.Module):

@@ -175,7 +175,10 @@ def _figure(finding: Finding) -> str:
 
 
 def _wanted(claim: Any) -> str:
-    return f"{claim.reproduced}" + (f" ({claim.against.by} to {claim.against})" if claim.against else "")
+    against = claim.against
+    if against and against.by == "gap":
+        return f"{claim.reproduced} (of the gap between {against} and {against.to})"
+    return f"{claim.reproduced}" + (f" ({against.by} to {against})" if against else "")
 
 
 def _said(finding: Finding) -> str:

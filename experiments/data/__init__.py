@@ -21,6 +21,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "byte_file": text.byte_file,
     "wikitext": text.wikitext,
     "digits": images.digits,
+    "masked_digits": images.masked_digits,
     "digit_scenes": images.digit_scenes,
     "cifar10": images.cifar10,
     "image_folder": images.image_folder,

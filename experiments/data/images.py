@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import ConfigError, Count
+from experiments.config import ConfigError, Count, Share
 from experiments.data.dataset import SPLITS, Dataset
 
 
@@ -18,6 +18,24 @@ def digits() -> Dataset:
     """scikit-learn's 1797 handwritten digits, 8 x 8 grey, split 8 : 1 : 1."""
     parts = _digit_parts()
     return _labelled(parts, 10, "sklearn.datasets.load_digits")
+
+
+def masked_digits(share: Share = 0.25) -> Dataset:
+    """The `digits` as 64 tokens of 17 grey levels, of which a share is hidden and asked for, each at random."""
+    if not 0 < share < 1:
+        raise ConfigError(f"data 'masked_digits' needs a share between 0 and 1, got {share}")
+    levels = {
+        split: np.rint(16 * pixels).astype(np.int32).reshape(-1, 64) for split, (pixels, _) in _digit_parts().items()
+    }
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        told = levels[split][random.integers(0, len(levels[split]), batch)]
+        hidden = random.random(told.shape) < share
+        return {"tokens": np.where(hidden, 17, told).astype(np.int32), "targets": np.where(hidden, told, -1)}
+
+    commonest = np.array([np.bincount(pixel).argmax() for pixel in levels["train"].T])
+    oracles = {"the commonest level of each pixel": float(np.mean(levels["test"] == commonest))}
+    return Dataset("sequence", draw, num_classes=17, vocabulary=18, oracles=oracles)
 
 
 def digit_scenes(size: Count = 32, count: Count = 4) -> Dataset:

@@ -98,6 +98,22 @@ def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
         assert _judged(tmp_path, {"ground": [ground]}).verdict == verdict
 
 
+def test_a_gap_is_a_share_of_that_of_a_third_configuration_seed_by_seed(tmp_path):
+    for configuration, values in {"exact": [2.0, 2.1, 2.2], "favor": [2.1, 2.3, 2.3], "local": [3.0, 2.5, 2.4]}.items():
+        _write_results(tmp_path, configuration, values)
+    against = {**RECORD["against"], "by": "gap", "to": "local"}
+    changes = {"against": against, "reproduced": {"at_most": 0.1}, "ordering": {"at_most": 1.0}}
+    mean, _ = _judged(tmp_path, changes).measured
+    np.testing.assert_allclose(mean, np.mean([0.1 / 1.0, 0.2 / 0.4, 0.1 / 0.2]))
+    for wrong in ({"by": "gap"}, {"by": "ratio", "to": "local"}):
+        with pytest.raises(ConfigError, match="a gap, and nothing else, is to another configuration"):
+            _judged(tmp_path, {"against": {**RECORD["against"], **wrong}})
+    (tmp_path / f"{STUDY}.jsonl").unlink()
+    for configuration in ("exact", "favor"):
+        _write_results(tmp_path, configuration, [2.0, 2.0, 2.0])
+    assert _judged(tmp_path, changes).verdict == "not run"
+
+
 def test_a_gate_stays_shut_where_both_sides_are_the_same_in_every_seed(tmp_path):
     for configuration in ("exact", "favor"):
         _write_results(tmp_path, configuration, [1.0, 1.0, 1.0])

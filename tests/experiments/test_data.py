@@ -130,6 +130,21 @@ def test_bits_match_in_triples_and_in_pairs():
         assert 0 < batch["targets"].mean() < 1
 
 
+def test_masked_digits_hide_a_quarter_of_the_pixels_and_ask_for_their_levels():
+    dataset = load(DataConfig("masked_digits", {"share": 0.25}))
+    batch = dataset.draw(np.random.default_rng(0), 200, "test")
+    hidden = batch["tokens"] == 17
+    np.testing.assert_array_equal(hidden, batch["targets"] >= 0)
+    assert abs(hidden.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / hidden.size)
+    levels = np.where(hidden, batch["targets"], batch["tokens"])
+    assert set(np.unique(levels)) == set(range(17))
+    pixels = load(DataConfig("digits")).draw(np.random.default_rng(1), 4000, "test")["image"]
+    known = {image.tobytes() for image in np.rint(16 * pixels).astype(np.int32)}
+    assert all(image.tobytes() in known for image in levels.astype(np.int32))
+    (share,) = dataset.oracles.values()
+    assert 0.3 < share < 0.6  # two fifths of the pixels are blank at the edges
+
+
 def test_compositions_follow_two_permutations_whose_first_tells_nothing_of_the_result():
     bits = 3
     size = 2**bits
