@@ -18,10 +18,12 @@ __all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "python_text": text.python_text,
     "masked_text": text.masked_text,
+    "dictionary": text.dictionary,
     "byte_file": text.byte_file,
     "wikitext": text.wikitext,
     "digits": images.digits,
     "masked_digits": images.masked_digits,
+    "marked_digits": images.marked_digits,
     "digit_scenes": images.digit_scenes,
     "cifar10": images.cifar10,
     "image_folder": images.image_folder,

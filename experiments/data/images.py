@@ -62,6 +62,38 @@ def digit_scenes(size: Count = 32, count: Count = 4) -> Dataset:
     return Dataset("image", draw, num_classes=10, image_shape=(size, size, 1), provenance=source)
 
 
+def marked_digits(colours: Count = 4) -> Dataset:
+    """Digits of different colours on a 32 x 32 canvas; the label is the digit whose colour a mark elsewhere repeats.
+
+    Each digit fills a cell of a 4 x 4 grid and has a coloured corner of 2 x 2 pixels; the mark of 4 x 4 pixels is in
+    the middle of a cell without a digit. A scene's digits come from its split's digits alone.
+    """
+    if not 2 <= colours <= 7:
+        raise ConfigError(f"data 'marked_digits' needs 2 to 7 colours, got {colours}")
+    parts = _digit_parts()
+    # The corners of the cube of colours, without black.
+    palette = (np.arange(1, 8)[:, None] >> np.arange(3) & 1).astype(np.float32)
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        glyphs, classes = parts[split]
+        chosen = random.integers(0, len(glyphs), (batch, colours))
+        marked = random.integers(0, colours, batch)
+        scenes = np.zeros((batch, 32, 32, 3), np.float32)
+        for scene, own, which in zip(scenes, chosen, marked, strict=True):
+            rows, columns = np.divmod(random.choice(16, colours + 1, replace=False), 4) * np.array(8)
+            colour = palette[random.choice(7, colours, replace=False)]
+            for i in range(colours):
+                scene[rows[i] : rows[i] + 8, columns[i] : columns[i] + 8] = glyphs[own[i]]
+                scene[rows[i] : rows[i] + 2, columns[i] : columns[i] + 2] = colour[i]
+            scene[rows[-1] + 2 : rows[-1] + 6, columns[-1] + 2 : columns[-1] + 6] = colour[which]
+        return {"image": scenes, "label": classes[chosen[np.arange(batch), marked]].astype(np.int32)}
+
+    # The digit that is asked for, or another that is by chance the same.
+    oracles = {"one of the digits at random": 1 / colours + (1 - 1 / colours) / 10}
+    source = {"source": "scenes of sklearn.datasets.load_digits"}
+    return Dataset("image", draw, num_classes=10, image_shape=(32, 32, 3), provenance=source, oracles=oracles)
+
+
 def cifar10(path: str) -> Dataset:
     """The archive cifar-10-python.tar.gz; the last training batch is the validation split.
 

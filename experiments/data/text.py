@@ -20,6 +20,10 @@ def python_text(length: Count = 1024) -> Dataset:
     Split 8 : 1 : 1 by a hash of a file's path, so a file is never in two splits. The text depends on the Python
     version; the checksum in the provenance says which it was.
     """
+    return _language(_python_sources(), length, f"standard library of Python {platform.python_version()}")
+
+
+def _python_sources() -> dict[str, bytes]:
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
@@ -37,8 +41,56 @@ def python_text(length: Count = 1024) -> Dataset:
         seen.add(digest)
         tenth = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8], "big") % 10
         parts["valid" if tenth == 0 else "test" if tenth == 1 else "train"].append(content)
-    texts = {split: b"\n".join(contents) for split, contents in parts.items()}
-    return _language(texts, length, f"standard library of Python {platform.python_version()}")
+    return {split: b"\n".join(contents) for split, contents in parts.items()}
+
+
+def dictionary(length: Count = 512, lines: Count = 12, uses: Count = 20, gap: Count = 96) -> Dataset:
+    """Documents with a header of lines ``name=value`` and, among Python sources, uses ``name:value`` of those names.
+
+    Names have 3 random letters and values 4, and the bytes of the values of uses are asked for: 0 bits for a model that
+    recalls, 4.7 each for one that does not. A value lies at least ``gap`` bytes after the last time that it was told,
+    so that no narrower window sees it.
+    """
+    line, use = len("abc=wxyz\n"), len(" abc:wxyz ")
+    free = length + 1 - lines * line - uses * use
+    if free < 0 or lines * line < gap + line or lines * use < gap + line + use:
+        raise ConfigError(
+            f"data 'dictionary' needs lines of {line} bytes that reach beyond the gap and room for uses of {use}, got "
+            f"length {length}, {lines} lines, {uses} uses and a gap of {gap}"
+        )
+    texts = {split: np.frombuffer(text, np.uint8) for split, text in _python_sources().items()}
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+
+    def document(random: np.random.Generator, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        names = letters[np.stack(np.unravel_index(random.choice(26**3, lines, replace=False), (26, 26, 26)), 1)]
+        values = random.choice(letters, (lines, 4))
+        pieces = [np.concatenate([names[i], *_bytes("="), values[i], *_bytes("\n")]) for i in range(lines)]
+        # Where the last byte of each value stands.
+        told = np.arange(1, lines + 1) * line - 2
+        start = random.integers(0, len(text) - free)
+        place, asked = lines * line, np.zeros(length + 1, bool)
+        for stretch in np.split(text[start : start + free], np.sort(random.integers(0, free + 1, uses))):
+            pieces.append(stretch)
+            place += len(stretch)
+            if len(pieces) == lines + 2 * uses + 1:
+                break
+            i = random.choice(np.flatnonzero(place + 5 - told > gap))
+            pieces.append(np.concatenate([*_bytes(" "), names[i], *_bytes(":"), values[i], *_bytes(" ")]))
+            asked[place + 5 : place + 9] = True
+            told[i], place = place + 8, place + use
+        return np.concatenate(pieces), asked
+
+    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
+        told, asked = (np.stack(x) for x in zip(*(document(random, texts[split]) for _ in range(batch)), strict=True))
+        told = told.astype(np.int32)
+        return {"tokens": told[:, :-1], "targets": np.where(asked, told, -1)[:, 1:]}
+
+    oracles = {"a letter at random": 1 / 26}
+    return Dataset("sequence", draw, num_classes=256, vocabulary=256, is_causal=True, oracles=oracles)
+
+
+def _bytes(text: str) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), np.uint8)]
 
 
 def masked_text(length: Count = 256, share: Share = 0.15) -> Dataset:

@@ -145,6 +145,49 @@ def test_masked_digits_hide_a_quarter_of_the_pixels_and_ask_for_their_levels():
     assert 0.3 < share < 0.6  # two fifths of the pixels are blank at the edges
 
 
+def test_dictionary_documents_ask_for_values_that_no_window_sees():
+    gap = 50
+    settings = {"length": 220, "lines": 8, "uses": 9, "gap": gap}
+    batch = load(DataConfig("dictionary", settings)).draw(np.random.default_rng(0), 40, "test")
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        document = bytes(tokens.astype(np.uint8))
+        header = dict(line.split(b"=") for line in document[:72].splitlines())
+        assert len(header) == 8
+        told = {name: document.index(name + b"=") + 7 for name in header}
+        starts = np.flatnonzero((targets >= 0) & (np.roll(targets, 1) < 0))
+        assert len(starts) == 9
+        for start in starts:  # the target at a place is the byte after it
+            name, colon, value = document[start - 3 : start], document[start : start + 1], targets[start : start + 4]
+            assert colon == b":"
+            assert header[name] == bytes(value.astype(np.uint8))
+            assert start + 1 - told[name] > gap
+            told[name] = start + 4
+        np.testing.assert_array_equal(targets[:-1][targets[:-1] >= 0], tokens[1:][targets[:-1] >= 0])
+    with pytest.raises(ConfigError, match="room for uses"):
+        load(DataConfig("dictionary", {"length": 128}))
+
+
+def test_marks_repeat_the_colour_of_the_digit_that_is_the_label():
+    batch = load(DataConfig("marked_digits")).draw(np.random.default_rng(0), 100, "train")
+    digits = load(DataConfig("digits")).draw(np.random.default_rng(1), 20_000, "train")
+    shown = digits["image"][..., 0].copy()
+    shown[:, :2, :2] = 0
+    known = {image.tobytes(): label for image, label in zip(shown, digits["label"], strict=True)}
+    for scene, label in zip(batch["image"], batch["label"], strict=True):
+        cells = scene.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, 8, 8, 3)
+        grey = (cells[:, 2:] == cells[:, 2:, :, :1]).all((1, 2, 3))
+        # A white mark is grey too: a mark is a cell whose corner is black and whose middle is not.
+        mark = [i for i in range(16) if not cells[i, 0, 0].any() and cells[i, 3, 3].any()]
+        assert len(mark) == 1
+        digit_cells = [i for i in range(16) if cells[i, 0, 0].any()]
+        assert len(digit_cells) == 4
+        assert all(grey[digit_cells])
+        (asked,) = (i for i in digit_cells if np.array_equal(cells[i, 0, 0], cells[mark[0], 3, 3]))
+        glyph = cells[asked, ..., 0].copy()
+        glyph[:2, :2] = 0
+        assert known[glyph.tobytes()] == label
+
+
 def test_compositions_follow_two_permutations_whose_first_tells_nothing_of_the_result():
     bits = 3
     size = 2**bits
