@@ -347,8 +347,9 @@ class LanguageModel(nnx.Module):
         self.body = Transformer(config, attention_config, is_causal=is_causal, seed=seed, rngs=rngs)
         self.head = nnx.Linear(config.model_dim, vocabulary, use_bias=False, rngs=rngs)
         self.positions = nnx.data(None)
-        if config.positions:
-            self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.positions, config.model_dim)))
+        if config.positions:  # as large as the vectors of tokens
+            positions = jax.random.normal(rngs.params(), (config.positions, config.model_dim))
+            self.positions = nnx.Param(positions / config.model_dim**0.5)
 
     def __call__(self, tokens: Array, lengths: Array | None = None) -> Array:
         x = self.embedding(tokens)
