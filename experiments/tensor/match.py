@@ -1,10 +1,11 @@
-"""The least width at which attention learns to match triples of tokens or to compose functions, by its order."""
+"""Whether attention over pairs of keys learns to match triples, and attention over keys does not."""
 
 import dataclasses
 import functools
+import math
 import pathlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -16,74 +17,55 @@ from jax import Array
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from approx_attention import strassen_attention, tensor_attention, tensor_polynomial, tree_attention
+from approx_attention import tensor_attention, tensor_polynomial
+from approx_attention.evaluation import light_grid, method_styles
 from approx_attention.nnx import TensorAttention
 from experiments import data
-from experiments.config import Count, Seeded, Several, Share
+from experiments.config import Count, Seeded
 from experiments.data import DataConfig
-from experiments.data.dataset import SPLITS
 from experiments.results import Frame, Record
-from experiments.show import curves, having, pivot, spread, whole
+from experiments.show import code, having, markdown, parts, spread
 from experiments.training import OptimizerConfig, make_optimizer
-
-# Methods of `TensorAttention`, which hands them its causality: these have none.
-_METHODS: Mapping[str, Any] = {
-    "second": tensor_attention,
-    "third": tensor_attention,
-    "strassen": lambda q, k, v, key, *, kv_mask, is_causal: strassen_attention(q, k, v, kv_mask=kv_mask),
-    "tree": lambda q, k, v, key, *, kv_mask, is_causal: tree_attention(q, k, v, parents=(-1, 0), kv_mask=kv_mask),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Seeded):
-    """A small transformer whose tokens are signs, its attention, and the widths that are tried.
+    """A small transformer whose tokens are signs, and its attention.
 
     Attributes:
-        attention: over keys (second), over pairs of keys (third), or over pairs whose logits are sums over the three
-            pairs of tokens (strassen) or over the two edges of a path (tree).
-        degree: that of the polynomial trained in place of exact attention of third order; None for exact.
-        widths: of the residual stream, tried in turn until one learns the task.
-        least_head_dim: a head has width / num_heads channels, and at least so many.
-        enough: the accuracy that ends the training of a width, and the search.
+        order: 2 for keys, 3 for pairs of keys.
+        degree: that of the polynomial trained in place of exact attention; None for exact.
     """
 
     data: DataConfig
     train: OptimizerConfig
-    attention: Literal["second", "third", "strassen", "tree"] = "third"
+    order: Literal[2, 3] = 3
     degree: Count | None = None
     num_layers: Count = 1
     num_heads: Count = 1
-    widths: Several[Count] = dataclasses.field(default_factory=lambda: [4, 8, 16, 32, 64])
-    least_head_dim: Count = 8
-    enough: Share = 0.95
-
-    def __post_init__(self) -> None:
-        if self.degree is not None and self.attention != "third":
-            raise ValueError(f"degree is that of a polynomial of third order, got attention: {self.attention}")
-        if self.widths != sorted(set(self.widths)):
-            raise ValueError(f"widths must increase, got {self.widths}")
-
-
-# Arrays of NumPy or JAX, by name.
-Batch = Mapping[str, Any]
+    model_dim: Count = 32
+    head_dim: Count = 16
 
 
 class MatchModel(nnx.Module):
-    """Tokens ``[B, T]`` of a number of bits to logits ``[B, T, C]``; there are no positions."""
+    """Tokens ``[B, T]`` of a number of bits to the log-odds ``[B, T]`` that each has a match; there are no positions.
 
-    def __init__(self, config: Config, width: int, bits: int, num_classes: int, rngs: nnx.Rngs):
+    ``streams`` gives ``num_outputs`` numbers for each token.
+    """
+
+    def __init__(self, config: Config, bits: int, rngs: nnx.Rngs, *, num_outputs: int = 1, method: Any = None):
+        width = config.model_dim
         self.bits = bits
         self.embedding = nnx.Linear(bits, width, rngs=rngs)
-        method = _METHODS[config.attention]
-        if config.degree is not None:
-            method = functools.partial(tensor_polynomial, degree=config.degree)
+        if method is None:
+            exact = config.degree is None
+            method = tensor_attention if exact else functools.partial(tensor_polynomial, degree=config.degree)
         layers = [
             TensorAttention(
                 width,
                 num_heads=config.num_heads,
-                head_dim=max(config.least_head_dim, width // config.num_heads),
-                order=2 if config.attention == "second" else 3,
+                head_dim=config.head_dim,
+                order=config.order,
                 method=method,
                 rngs=rngs,
             )
@@ -92,125 +74,111 @@ class MatchModel(nnx.Module):
         self.layers = nnx.List(layers)
         self.up = nnx.List([nnx.Linear(width, 4 * width, rngs=rngs) for _ in range(config.num_layers)])
         self.down = nnx.List([nnx.Linear(4 * width, width, rngs=rngs) for _ in range(config.num_layers)])
-        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+        self.head = nnx.Linear(width, num_outputs, rngs=rngs)
 
-    def __call__(self, tokens: Array) -> Array:
+    def streams(self, tokens: Array) -> tuple[list[Array], Array]:
+        """What each attention layer reads, and the outputs ``[B, T, num_outputs]``."""
         signs = 1 - 2 * ((tokens[..., None] >> jnp.arange(self.bits)) & 1)
-        x = self.embedding(signs.astype(jnp.float32))
+        x, read = self.embedding(signs.astype(jnp.float32)), []
         for attention, up, down in zip(self.layers, self.up, self.down, strict=True):
+            read.append(x)
             x = x + attention(x)
             x = x + down(jax.nn.gelu(up(x)))
-        return self.head(x)
+        return read, self.head(x)
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.streams(tokens)[1][..., 0]
 
 
-def loss(model: MatchModel, batch: Batch) -> Array:
-    """Mean cross-entropy over the tokens that are asked about."""
-    asked = batch["targets"] >= 0
-    entropy = optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"]), jnp.maximum(batch["targets"], 0))
-    return jnp.where(asked, entropy, 0).sum() / asked.sum()
+def largest_logit(layer: TensorAttention, x: Array) -> Array:
+    """The largest magnitude of a logit between tokens, over a batch."""
+    q, keys = layer.query(x), [project(x) for project in layer.keys]
+    letters = "jl"[: len(keys)]
+    terms = ",".join(["bihd", *(f"b{letter}hd" for letter in letters)])
+    return jnp.max(jnp.abs(jnp.einsum(f"{terms}->bhi{letters}", q, *keys))) / math.sqrt(q.shape[-1])
 
 
-@nnx.jit
-def train_steps(model: MatchModel, optimizer: nnx.Optimizer, batches: Batch) -> None:
-    """A step of gradient descent for each of several batches, in one program."""
-    graph, state = nnx.split((model, optimizer))
-
-    def step(state: Any, batch: Batch) -> tuple[Any, None]:
-        model, optimizer = nnx.merge(graph, state)
-        optimizer.update(model, nnx.grad(loss)(model, batch))
-        return nnx.state((model, optimizer)), None
-
-    state, _ = jax.lax.scan(step, state, batches)
-    nnx.update((model, optimizer), state)
+def loss(model: MatchModel, batch: dict[str, Any]) -> Array:
+    """Mean binary cross-entropy, in bits."""
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(model(batch["tokens"]), batch["targets"])) / math.log(2)
 
 
 @nnx.jit
-def hits(model: MatchModel, batch: Batch) -> Array:
-    """Share of the targets that the model tells."""
-    asked = batch["targets"] >= 0
-    return jnp.sum((model(batch["tokens"]).argmax(-1) == batch["targets"]) & asked) / asked.sum()
+def train_step(model: MatchModel, optimizer: nnx.Optimizer, batch: dict[str, Any]) -> Array:
+    """One step of gradient descent; returns the loss before it."""
+    value, gradient = nnx.value_and_grad(loss)(model, batch)
+    optimizer.update(model, gradient)
+    return value
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
-    """Trains each width on fresh data until one learns the task; accuracies on held-out data.
+    """Trains on fresh data; accuracies on held-out ones, and what logits grew to.
 
-    A training ends when the accuracy on validation batches, looked at every ``log_every`` steps, is ``enough``. If no
-    width learns the task, ``least_width`` is twice the largest that was tried, a lower bound, and ``learned`` is false.
+    ``above_majority`` is how much more accurate the model is than always the commonest answer.
     """
     dataset = data.load(config.data)
-    bits, batch = dataset.vocabulary.bit_length() - 1, config.train.batch
-    valid, test = (data.held_out(dataset, s, batch, config.train.evaluation_batches) for s in SPLITS[1:])
-    begun = time.monotonic()
+    model = MatchModel(config, dataset.vocabulary.bit_length() - 1, nnx.Rngs(config.seed))
+    optimizer = make_optimizer(config.train, model)
+    begun, losses = time.monotonic(), []
     records: list[Record] = []
-    accuracies: list[float] = []
-    learned, last = False, 0
-    for width in config.widths:
-        model = MatchModel(config, width, bits, dataset.num_classes, nnx.Rngs(config.seed))
-        optimizer = make_optimizer(config.train, model)
-        for last in range(config.train.log_every, config.train.steps + 1, config.train.log_every):
-            steps = range(last - config.train.log_every, last)
-            batches = [
-                dataset.draw(np.random.default_rng([config.seed, i]), config.train.batch, "train") for i in steps
-            ]
-            train_steps(model, optimizer, {name: np.stack([b[name] for b in batches]) for name in batches[0]})
-            learned = _accuracy(model, valid) >= config.enough
-            if learned:
-                break
-        parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        accuracies.append(_accuracy(model, test))
-        records.append({"width": width, "accuracy": accuracies[-1], "steps": last, "parameters": parameters})
-        if learned:
-            break
-    asked = np.concatenate([batch["targets"][batch["targets"] >= 0] for batch in test])
-    summary: Record = {
-        "least_width": records[-1]["width"] if learned else 2 * config.widths[-1],
-        "learned": learned,
-        "best_accuracy": max(accuracies),
-        "commonest": float(np.bincount(asked).max() / len(asked)),
-        "seconds": round(time.monotonic() - begun, 1),
+    for step in range(config.train.steps):
+        batch = dataset.draw(np.random.default_rng([config.seed, step]), config.train.batch, "train")
+        losses.append(train_step(model, optimizer, batch))
+        if (step + 1) % config.train.log_every == 0:
+            records.append({"step": step + 1, "bits": float(jnp.mean(jnp.stack(losses)))})
+            losses = []
+    seconds = time.monotonic() - begun
+    batches = data.held_out(dataset, "test", config.train.batch, config.train.evaluation_batches)
+    says_yes = nnx.jit(lambda model, tokens: model(tokens) > 0)
+    told = np.concatenate([np.asarray(says_yes(model, batch["tokens"])) for batch in batches])
+    asked = np.concatenate([batch["targets"] for batch in batches]) > 0
+    right = told == asked
+    majority = max(asked.mean(), 1 - asked.mean())
+    read, _ = model.streams(jnp.asarray(batches[0]["tokens"]))
+    largest = max(float(largest_logit(layer, x)) for layer, x in zip(model.layers, read, strict=True))
+    score: Record = {
+        "accuracy": float(right.mean()),
+        "balanced_accuracy": float((right[asked].mean() + right[~asked].mean()) / 2),
+        "majority": float(majority),
+        "above_majority": float(right.mean() - majority),
+        "largest_logit": largest,
+        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        "training_seconds": round(seconds, 1),
     }
-    return [summary, *records]
-
-
-def _accuracy(model: MatchModel, batches: Iterable[Batch]) -> float:
-    return float(np.mean([hits(model, batch) for batch in batches]))
-
-
-def _kind(name: str) -> str:
-    """The name of a configuration without the size of its task."""
-    return name.rpartition("-n")[0]
+    return [score, *records]
 
 
 def table(records: Frame) -> Iterable[str]:
-    """The least width of each kind of attention by the size of the task, and the accuracy of the widest model."""
-    summaries = having(records, "least_width").assign(
-        kind=lambda found: found["configuration"].map(_kind),
-        size=lambda found: found["configuration"].str.rpartition("-n")[2].astype(int),
-    )
-    columns = {"quoted": True, "head": "attention"}
-    yield "Least width that reaches the accuracy wanted; twice the largest that was tried where none does."
-    yield pivot(summaries, "kind", "size", "least_width", cell=whole, **columns)
-    yield "Best accuracy of any width."
-    yield pivot(summaries, "kind", "size", "best_accuracy", cell=spread, **columns)
-    commonest = summaries.groupby("size")["commonest"].mean()
-    shares = ", ".join(f"{share:.3f} for {size}" for size, share in commonest.items())
-    yield f"The commonest answer has the share {shares}."
+    """Accuracy of each configuration, and that of the commonest answer."""
+    rows = [
+        [
+            code(name),
+            *(spread(list(own[figure])) for figure in ("accuracy", "balanced_accuracy", "majority", "largest_logit")),
+            f"{own['parameters'].iloc[0]:.0f}",
+            f"{own['training_seconds'].mean():.0f} s",
+        ]
+        for name, own in parts(having(records, "accuracy"))
+    ]
+    yield markdown("|accuracy|balanced|commonest answer|largest logit|parameters|training", rows)
 
 
 def figure(records: Frame) -> Figure:
-    """Accuracy by width, for each size of the task."""
-    found = having(records, "width").assign(
-        kind=lambda found: found["configuration"].map(_kind),
-        size=lambda found: found["configuration"].str.rpartition("-n")[2].astype(int),
-    )
-    return curves(
-        found.sort_values("size"),
-        x="width",
-        y="accuracy",
-        by="kind",
-        panel="size",
-        labels=("width", "accuracy"),
-        scales=("log", "linear"),
-        titles=lambda size: f"{size} tokens",
-        columns=2,
-    )
+    """The loss in training, and the accuracies."""
+    drawn = Figure(figsize=(10, 4.6))
+    losses, scores = drawn.subplots(1, 2)
+    names = list(dict.fromkeys(records["configuration"]))
+    for place, (name, style) in enumerate(method_styles(names).items()):
+        own = records[records["configuration"] == name]
+        for number, (_, of) in enumerate(having(own, "step").groupby("seed", sort=False)):
+            look = {"color": style["color"], "linewidth": 1, "label": name if number == 0 else None}
+            losses.plot(of["step"], of["bits"], **look)
+        found = having(own, "accuracy")
+        scores.plot([place] * len(found), found["accuracy"], linestyle="", **style)
+        scores.plot([place - 0.3, place + 0.3], [found["majority"].mean()] * 2, color="0.5", linestyle=":")
+    losses.set(xlabel="step", ylabel="bits", yscale="log")
+    scores.set_xticks(range(len(names)), [name.replace("-", "\n", 1) for name in names], fontsize=7)
+    scores.set(ylabel="accuracy (dotted: the commonest answer)")
+    for axes in (losses, scores):
+        light_grid(axes)
+    drawn.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return drawn
