@@ -116,6 +116,7 @@ def counts_of_functions() -> Iterator[str]:
         "uniform_sample": {"sample_size": 200}, "mean_pool": {"num_landmarks": 200}, "eva": {"num_chunks": 200},
         "coreset": {"coreset_size": 200, "sinks": 100, "max_length": 250}, "exact": {"max_length": 200},
         "block_linformer": {"slots_per_block": 100, "block_size": 200, "max_length": 250},
+        "priority": {"keys_per_query": 200, "max_length": 250},
         "favor": {"num_features": 200}, "rfa": {"num_features": 200},
     }  # fmt: skip
     for name, counts in running.items():

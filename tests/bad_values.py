@@ -67,7 +67,7 @@ for owner, made in SUMMARIES.items():
 
 for name, method in aa.METHODS.items():
     if method.running is not None:
-        sizes: dict[str, Any] = {"max_length": 8} if name == "exact" else {}
+        sizes: dict[str, Any] = {"max_length": 8} if method.grows else {}
         run = functools.partial(method.running, key=key, **sizes)
         case(f"running_{name}", "head_dim", NO_COUNTS, functools.partial(lambda run, n: run(n), run))
 case("running_compressed", "head_dim", NO_COUNTS, lambda n: running_compressed(n, key, budget=4))

@@ -74,6 +74,14 @@ def sized(name, size):
     return {method.size: case_of(name).size(size)} if method.size else {}
 
 
+def running_of(name, max_length):
+    """The running summary of heads of 8 channels, with a fixed key and that much room where a method must know it."""
+    running = METHODS[name].running
+    room = inspect.signature(running).parameters.get("max_length")
+    known = {"max_length": max_length} if room and room.default is room.empty else {}
+    return running(8, jax.random.key(7), **sized(name, 8), **known)
+
+
 def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
     """A method on one head, compiled, with small settings and a fixed key."""
     key = jax.random.key(7) if key is None else key

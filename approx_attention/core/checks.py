@@ -175,13 +175,15 @@ def check_floats(**arrays: Any) -> None:
             check_floating(name, x)
 
 
-def check_noise(noise: Any, num_keys: int) -> None:
-    """Raises unless ``noise`` is None or a floating-point number for each key."""
+def check_noise(noise: Any, num_keys: int | None = None) -> None:
+    """Raises unless ``noise`` is None or a floating-point number for each key, of a number that may be unknown."""
     if noise is None:
         return
     check_floating("noise", noise)
-    if noise.shape != (num_keys,):
+    if num_keys is not None and noise.shape != (num_keys,):
         raise ValueError(f"noise must be [S] = [{num_keys}], got shape {noise.shape}")
+    if noise.ndim != 1:
+        raise ValueError(f"noise must be [S], got shape {noise.shape}")
 
 
 def check_float_tuple(name: str, given: Any, length: int = 2) -> None:

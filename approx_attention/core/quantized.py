@@ -19,7 +19,14 @@ from jax import Array, lax
 from approx_attention.core.checks import check_count, shown
 from approx_attention.core.precision import in_float32
 from approx_attention.core.sketches import random_signs
-from approx_attention.core.summaries import FeatureMoments, InSpace, WeightedKV, range_of_both, scale_ratio
+from approx_attention.core.summaries import (
+    ChosenTokens,
+    FeatureMoments,
+    InSpace,
+    WeightedKV,
+    range_of_both,
+    scale_ratio,
+)
 from approx_attention.kernels import even_split, in_blocks, merge, out_of_blocks, require_same_kind
 
 # Consecutive tokens that share a centre. On the sample a centre of 128 tokens takes 25 to 45 % off the error at 4 bits,
@@ -197,7 +204,7 @@ class QuantizedKV(InSpace):
         return WeightedKV(k, value_sum, tokens.mass, self.value_range, self.scale)
 
 
-Summary = WeightedKV | QuantizedKV | FeatureMoments
+Summary = WeightedKV | QuantizedKV | FeatureMoments | ChosenTokens
 
 
 def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:

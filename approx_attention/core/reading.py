@@ -14,6 +14,7 @@ from approx_attention.core.features import PositiveFeatures, squared_norm
 from approx_attention.core.quantized import QuantizedKV, Summary, rotated, rotated_back
 from approx_attention.core.summaries import (
     FEATURE_BLOCK,
+    ChosenTokens,
     FeatureMoments,
     WeightedKV,
     feature_block,
@@ -50,16 +51,20 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
         >>> float(state.out[0, 0]), round(float(jnp.exp(state.lse[0])), 5)
         (3.0, 3.0)
     """
-    if not isinstance(summary, WeightedKV | QuantizedKV | FeatureMoments):
+    if not isinstance(summary, WeightedKV | QuantizedKV | FeatureMoments | ChosenTokens):
         raise TypeError(f"attend takes a WeightedKV, QuantizedKV or FeatureMoments, got {type(summary).__name__}")
     check_rows("q", q, "[T, D]")
     head_dim = _head_dim(summary)
     if head_dim is not None and q.shape[1] != head_dim:
         raise ValueError(f"q must have the channels of the keys of the summary, D = {head_dim}, got shape {q.shape}")
     logits_soft_cap = checked_soft_cap(logits_soft_cap)
-    if logits_soft_cap is not None and (isinstance(summary, FeatureMoments) or summary.value_range is not None):
+    if logits_soft_cap is not None and (
+        isinstance(summary, FeatureMoments | ChosenTokens) or summary.value_range is not None
+    ):
         raise ValueError("logits_soft_cap is for summaries of tokens whose masses are not signed")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
+    if isinstance(summary, ChosenTokens):
+        return summary.state(q)
     if isinstance(summary, FeatureMoments):
         if isinstance(summary.features, PositiveFeatures):
             return by_platform(q, summary, cpu=_attend_moments, default=_attend_positive_moments)
@@ -80,7 +85,7 @@ def _head_dim(summary: Summary) -> int | None:
     if isinstance(summary, FeatureMoments):
         rows = getattr(summary.features, "projection", None)
     else:
-        rows = summary.k if isinstance(summary, WeightedKV) else summary.k.centre
+        rows = summary.k.centre if isinstance(summary, QuantizedKV) else summary.k
     return None if rows is None else rows.shape[-1]
 
 

@@ -47,6 +47,22 @@ class InSpace:
         return self.in_scaled_space()
 
 
+class ChosenTokens(InSpace):
+    """Base of summaries that keep every token, of which each query reads a few: how is theirs to say.
+
+    Attributes:
+        k: keys ``[M, D]`` in scaled space.
+        mass: the number of keys that each token stands for, ``[M]``.
+    """
+
+    k: Array
+    mass: Any
+
+    def state(self, q: Array) -> kernels.AttentionState:
+        """The attention of queries ``[T, D]`` in scaled space."""
+        raise NotImplementedError
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedKV(InSpace):
@@ -281,12 +297,17 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
     for name, x, y in (("D", a.k, b.k), ("Dv", a.value_sum, b.value_sum)):
         if x.shape[1:] != y.shape[1:]:
             raise ValueError(f"merge takes tokens of one {name}, got {x.shape[1:]} and {y.shape[1:]}")
-    (ratio, _), keys = scale_ratio(a, b), b.k
-    if ratio is not None:
-        # b's stored keys carry the root of b's scale; with a's scale on queries they need b's over the root of a's.
-        keys = keys * jnp.sqrt(ratio).astype(keys.dtype)
-    k, value_sum, mass = (_joined(x, y) for x, y in ((a.k, keys), (a.value_sum, b.value_sum), (a.mass, b.mass)))
+    k, value_sum, mass = (
+        joined(x, y) for x, y in ((a.k, keys_as_of(a, b)), (a.value_sum, b.value_sum), (a.mass, b.mass))
+    )
     return WeightedKV(k, value_sum, mass, range_of_both(a, b), a.scale)
+
+
+def keys_as_of(a: Any, b: Any) -> Array:
+    """The stored keys of ``b`` for queries of ``a``; raises as `merge` does where the two have no space in common."""
+    ratio, _ = scale_ratio(a, b)
+    # b's stored keys carry the root of b's scale; with a's scale on queries they need b's over the root of a's.
+    return b.k if ratio is None else b.k * jnp.sqrt(ratio).astype(b.k.dtype)
 
 
 def range_of_both(a: Any, b: Any) -> Array | None:
@@ -297,7 +318,7 @@ def range_of_both(a: Any, b: Any) -> Array | None:
     return jnp.stack([jnp.minimum(low_a, low_b), jnp.maximum(high_a, high_b)])
 
 
-def _joined(x: Array, y: Array) -> Array:
+def joined(x: Array, y: Array) -> Array:
     """Rows of both, in the wider dtype."""
     dtype = x.dtype if x.dtype == y.dtype else accumulation_dtype(x, y)
     return jnp.concatenate([x.astype(dtype), y.astype(dtype)])

@@ -294,7 +294,7 @@ def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_d
     # A running summary of bounded room needs that of a device's part.
     options["max_length"] = -(-length // (devices * block_size)) * block_size
     bound = dataclasses.replace(bound, hyperparameters=options)
-    return _Summaries(bound, is_causal, head_dim, block_size, method.summary is WeightedKV, method.grows)
+    return _Summaries(bound, is_causal, head_dim, block_size, method.summary is not FeatureMoments, method.grows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,9 +456,7 @@ def _over_all(summary: Summary, axis: str) -> Summary:
         factor = jnp.exp(summary.log_scale - finite_peak(peak))
         value_sum, mass = lax.psum((summary.value_sum * factor[..., None], summary.mass * factor), axis)
         return FeatureMoments(value_sum, mass, peak, summary.features)
-    gathered = functools.partial(lax.all_gather, axis_name=axis, axis=1, tiled=True)
-    value_range = _common_range(summary.value_range, axis)
-    return WeightedKV(gathered(summary.k), gathered(summary.value_sum), gathered(summary.mass), value_range)
+    return _gathered(summary, functools.partial(lax.all_gather, axis_name=axis, axis=1, tiled=True), axis)
 
 
 def _of_those_before(summary: Summary, axis: str) -> Summary:
@@ -470,7 +468,6 @@ def _of_those_before(summary: Summary, axis: str) -> Summary:
         while reach < devices - 1:
             total, reach = jax.vmap(merge)(total, _moments_from(total, axis, reach)), 2 * reach
         return total
-    assert isinstance(summary, WeightedKV)  # no method sends quantized tokens
     before = (jnp.arange(devices) < own)[:, None, None]
 
     def gathered(x: Array) -> Array:
@@ -478,8 +475,17 @@ def _of_those_before(summary: Summary, axis: str) -> Summary:
         seen = jnp.where(before if x.ndim == 2 else before[..., None], whole, jnp.zeros_like(whole))
         return jnp.moveaxis(seen, 0, 1).reshape(x.shape[0], devices * x.shape[1], *x.shape[2:])
 
-    value_range = _common_range(summary.value_range, axis)
-    return WeightedKV(gathered(summary.k), gathered(summary.value_sum), gathered(summary.mass), value_range)
+    return _gathered(summary, gathered, axis)
+
+
+def _gathered(summary: Any, gathered: Callable[[Array], Array], axis: str) -> Any:
+    """A summary of tokens, ``[H, M, ...]`` on each device, with those of several: zeros are an absent token."""
+    value_range = getattr(summary, "value_range", None)
+    if value_range is None:
+        return jax.tree.map(gathered, summary)
+    tokens = jax.tree.map(gathered, dataclasses.replace(summary, value_range=None))
+    low, high = jnp.moveaxis(lax.stop_gradient(value_range), 1, 0)
+    return dataclasses.replace(tokens, value_range=jnp.stack([lax.pmin(low, axis), lax.pmax(high, axis)], axis=1))
 
 
 def _moments_from(moments: FeatureMoments, axis: str, offset: int) -> FeatureMoments:
@@ -488,11 +494,3 @@ def _moments_from(moments: FeatureMoments, axis: str, offset: int) -> FeatureMom
     log_scale = _from_neighbour(lax.stop_gradient(moments.log_scale), axis, offset)
     log_scale = jnp.where(lax.axis_index(axis) >= offset, log_scale, -jnp.inf)
     return FeatureMoments(value_sum, mass, log_scale, moments.features)
-
-
-def _common_range(value_range: Array | None, axis: str) -> Array | None:
-    """The least and the greatest values over all devices."""
-    if value_range is None:
-        return None
-    value_range = lax.stop_gradient(value_range)
-    return jnp.stack([lax.pmin(value_range[:, 0], axis), lax.pmax(value_range[:, 1], axis)], axis=1)

@@ -59,7 +59,7 @@ from approx_attention.methods.lsh_top_k import lsh_top_k
 from approx_attention.methods.nystrom import nystrom
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
 from approx_attention.methods.pooling import mean_pool, running_mean_pool, summarize_mean_pool
-from approx_attention.methods.priority import priority
+from approx_attention.methods.priority import priority, running_priority, summarize_priority
 from approx_attention.methods.ra import ra
 from approx_attention.methods.rfa import draw_rfa, gate_tokens, rfa, running_rfa
 from approx_attention.methods.scatterbrain import scatterbrain
@@ -108,6 +108,7 @@ __all__ = [
     "running_favor",
     "running_mean_pool",
     "running_polynomial",
+    "running_priority",
     "running_rfa",
     "running_uniform_sample",
     "scatterbrain",
@@ -123,6 +124,7 @@ __all__ = [
     "summarize_mean_pool",
     "summarize_mean_value",
     "summarize_polynomial",
+    "summarize_priority",
     "summarize_uniform_sample",
     "svd",
     "top_k",

@@ -17,7 +17,6 @@ from approx_attention.core import (
     attend,
     check_count,
     check_counts,
-    check_floating,
     check_key,
     check_noise,
     check_tokens,
@@ -191,10 +190,7 @@ def running_uniform_sample(
     the outputs of a prefix longer than S are NaN, since a compiled program cannot raise an error.
     """
     head_dim, sample_size = check_counts(head_dim=head_dim, sample_size=sample_size)
-    if noise is not None:
-        check_floating("noise", noise)
-        if noise.ndim != 1:
-            raise ValueError(f"noise must be [S], got shape {noise.shape}")
+    check_noise(noise)
 
     def priorities(start: Array | int, count: int) -> tuple[Array, Array]:
         """The priorities of a block of tokens from ``start`` on, and which of them lie beyond the noise."""

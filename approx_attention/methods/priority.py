@@ -1,5 +1,10 @@
 """Priority attention: a few keys for each query, chosen at random so that sums over them are unbiased."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,15 +12,19 @@ from jaxtyping import Bool, Float
 
 from approx_attention.core import (
     AttentionState,
+    RealFirst,
+    RunningSummary,
     check_count,
+    check_counts,
     check_key,
     check_noise,
-    head_inputs,
     output_or_state,
     ranks,
+    real_keys,
+    state_by_summary,
+    token_sums_inputs,
 )
-from approx_attention.methods.top_k import is_found, largest_logits
-from approx_attention.sparse import gathered_state
+from approx_attention.sparse import NO_NUMBER, LiftedKV, first_lifted
 
 
 @output_or_state
@@ -28,6 +37,7 @@ def priority(
     keys_per_query: int = 64,
     noise: Float[Array, " S"] | None = None,
     is_causal: bool = False,
+    block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
@@ -40,7 +50,8 @@ def priority(
     where :math:`u_j` is uniform in (0, 1) and :math:`\tau_t` is the (K + 1)-th largest perturbed logit. A query that
     sees at most K keys has exact attention. The keys are found exactly, block by block, as by `top_k`: memory is
     linear, time is not. An index of dot products can find them too, over the lifted keys :math:`(k_j, -\log u_j)` and
-    queries :math:`(s\, q_t, 1)`, since one u per key serves all queries.
+    queries :math:`(s\, q_t, 1)`, since one u per key serves all queries. Causally the sample is of the keys before the
+    two blocks that a query sees exactly; in decoding each key keeps its u in the cache.
 
     Numerator and normaliser are unbiased; their ratio is not. For any queries, keys and number of keys, the root mean
     square of the error of the normaliser is at most :math:`1/\sqrt{K - 1}` of it, and that of the numerator the same
@@ -58,7 +69,7 @@ def priority(
         noise: the numbers u in (0, 1], ``[S]``; by default uniform. Numbers that are not positive give NaN.
 
     Raises:
-        ValueError: shapes that do not fit, a count below 1, neither key nor noise.
+        ValueError: shapes that do not fit, counts below 1, neither key nor noise.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -74,22 +85,97 @@ def priority(
         :cite:p:`zharkov2026priority`; unbiased sums: :cite:p:`duffield2007priority`; their variance:
         :cite:p:`szegedy2006priority`.
     """
-    count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
-    q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
+
+    def running(head_dim: int) -> RunningSummary:
+        check_noise(noise, k.shape[0])
+        # The causal form moves real keys to the front, and their numbers must go along.
+        moved = noise if noise is None or kv_mask is None else RealFirst.of(kv_mask).front(noise)
+        return running_priority(head_dim, key, keys_per_query=keys_per_query, noise=moved, max_length=q.shape[0])
+
+    return state_by_summary(
+        q,
+        k,
+        v,
+        functools.partial(summarize_priority, key=key, keys_per_query=keys_per_query, noise=noise),
+        running,
+        is_causal=is_causal,
+        block_size=block_size,
+        kv_mask=kv_mask,
+        scale=scale,
+    )
+
+
+def summarize_priority(
+    k: Float[Array, "S D"],
+    v: Float[Array, "S Dv"],
+    key: Array | None = None,
+    *,
+    keys_per_query: int = 64,
+    noise: Float[Array, " S"] | None = None,
+    kv_mask: Bool[Array, " S"] | None = None,
+) -> LiftedKV:
+    """Every token with its u: a summary that saves no memory, and of which a query reads K tokens.
+
+    Arguments are those of `priority`, with keys in scaled space (`approx_attention.methods`).
+
+    Returns:
+        A `LiftedKV` of S tokens.
+    """
+    keys_per_query = check_count("keys_per_query", keys_per_query)
+    k, v = token_sums_inputs(k, v, kv_mask)
     check_noise(noise, k.shape[0])
     if noise is None:
         noise = _uniform(check_key("priority", key), k.shape[0])
         # Noise by rank among the real keys: padding changes no choice.
         noise = noise if kv_mask is None else noise[ranks(kv_mask, k.shape[0])]
-    lift = -jnp.log(lax.stop_gradient(noise).astype(q.dtype))
-    lifted, places = largest_logits(q, k, count + 1, key_bias=lift, is_causal=is_causal, kv_mask=kv_mask)
-    # Without a (K + 1)-th key it is -inf, and every weight the key's own.
-    threshold, lifted, places = lifted[:, -1:], lifted[:, :-1], places[:, :-1]
-    seen = is_found(lifted)
-    # The factor of a weight, not the maximum of both: a constant factor leaves its gradient unbiased. It is at most
-    # 1/u, as all that are chosen pass the threshold.
-    log_factor = jnp.where(seen, jnp.maximum(threshold - lifted + lift[places], 0), 0)
-    return gathered_state(q, k, v, places, seen, log_factor)
+    return LiftedKV.of_tokens(k, v, noise, real_keys(kv_mask, k.shape[0]), keys_per_query)
+
+
+def running_priority(
+    head_dim: int,
+    key: Array | None = None,
+    *,
+    keys_per_query: int = 64,
+    noise: Float[Array, " S"] | None = None,
+    max_length: int,
+) -> RunningSummary:
+    """Every token of a prefix of at most ``max_length`` tokens, each with its u.
+
+    Arguments are those of `priority`, for keys in scaled space (`approx_attention.methods`), and ``max_length``. A
+    longer prefix, and with ``noise [S]`` one longer than S, cannot raise an error inside a compiled program; its
+    outputs turn to NaN.
+    """
+    head_dim, max_length = check_counts(head_dim=head_dim, max_length=max_length)
+    keys_per_query = check_count("keys_per_query", keys_per_query)
+    check_noise(noise)
+
+    def numbers(start: Array, count: int) -> Array:
+        """u of a block of tokens from ``start`` on."""
+        if noise is None:
+            return _uniform(jax.random.fold_in(check_key("priority", key), start), count)
+        place = start + jnp.arange(count, dtype=jnp.int32)
+        return jnp.where(place < noise.shape[0], noise[jnp.minimum(place, noise.shape[0] - 1)], NO_NUMBER)
+
+    def of_block(start: Array, k: Array, v: Array, kv_mask: Array) -> LiftedKV:
+        return LiftedKV.of_tokens(k, v, numbers(start, k.shape[0]), kv_mask, keys_per_query)
+
+    def init(value_dim: int, dtype: Any) -> LiftedKV:
+        k, v = (jnp.zeros((max_length, channels), dtype) for channels in (head_dim, value_dim))
+        return LiftedKV(k, v, jnp.zeros(max_length, dtype), keys_per_query)
+
+    def append(tokens: LiftedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> LiftedKV:
+        block = of_block(start, k, v, kv_mask)
+        # `dynamic_update_slice` would move a block past the end back over earlier tokens: its NaN shows that.
+        block = dataclasses.replace(block, u=jnp.where(kv_mask & (start + k.shape[0] > max_length), NO_NUMBER, block.u))
+        return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, start, 0), tokens, block)
+
+    def of_sequence(k: Array, v: Array, kv_mask: Array) -> Callable[[Array], LiftedKV] | None:
+        if kv_mask.size > max_length:
+            return None
+        starts = jnp.arange(kv_mask.shape[0], dtype=jnp.int32) * kv_mask.shape[1]
+        return jax.tree_util.Partial(first_lifted, jax.vmap(of_block)(starts, k, v, kv_mask))
+
+    return RunningSummary(init, append, read=lambda tokens: tokens, of_sequence=of_sequence)
 
 
 def _uniform(key: Array, num_keys: int) -> Array:

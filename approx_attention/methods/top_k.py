@@ -1,24 +1,16 @@
 """Top-k attention: every query over the keys of its largest logits."""
 
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float
 
 from approx_attention.core import (
     AttentionState,
-    along_with,
     check_count,
     checked_soft_cap,
     head_inputs,
-    in_blocks,
-    out_of_blocks,
     output_or_state,
-    real_keys,
 )
-from approx_attention.sparse import gathered_state
-
-# Queries and keys per tile of logits: the search makes one tile at a time.
-QUERY_BLOCK, KEY_BLOCK = 512, 1024
+from approx_attention.sparse import gathered_state, is_found, largest_logits
 
 
 @output_or_state
@@ -70,63 +62,3 @@ def top_k(
     logits, places = largest_logits(q, k, count, is_causal=is_causal, kv_mask=kv_mask)
     # The logits are computed again, from the gathered keys alone: the search has no gradient.
     return gathered_state(q, k, v, places, is_found(logits), logits_soft_cap=checked_soft_cap(logits_soft_cap))
-
-
-def largest_logits(
-    q: Array,
-    k: Array,
-    count: int,
-    *,
-    key_bias: Array | None = None,
-    is_causal: bool = False,
-    kv_mask: Array | None = None,
-) -> tuple[Array, Array]:
-    """The largest logits of every query, in falling order, and their keys.
-
-    Shared arguments: see `approx_attention.methods`.
-
-    Args:
-        q: queries ``[T, D]`` in scaled space.
-        k: keys ``[S, D]`` in scaled space.
-        count: the number of keys per query.
-        key_bias: added to the logits of each key ``[S]``, or None.
-
-    Returns:
-        The logits with their biases ``[T, count]``, -inf where the query sees fewer keys, and the places of their keys,
-        int32 ``[T, count]``. Neither has a gradient.
-    """
-    num_queries, num_keys = q.shape[0], k.shape[0]
-    lift = jnp.zeros(num_keys, q.dtype) if key_bias is None else key_bias
-    q, k, lift = lax.stop_gradient((q, k, lift))
-    real = real_keys(kv_mask, num_keys)
-    rows, columns = min(num_queries, QUERY_BLOCK), min(num_keys, KEY_BLOCK)
-    numbers = jnp.arange(num_keys, dtype=jnp.int32)
-    key_blocks = tuple(in_blocks(x, columns) for x in (k, lift, real, numbers))
-
-    def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        q, position = args
-
-        def search(best: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
-            k, lift, real, number = block
-            seen = real[None, :]
-            if is_causal:
-                seen = seen & (number[None, :] <= position[:, None])
-            logits = jnp.where(seen, q @ k.T + lift[None, :], -jnp.inf)
-            # The best of a block are few, so that few are sorted twice; the earlier come first, and so win ties.
-            logits, place = lax.top_k(logits, min(count, columns))
-            both = jnp.concatenate([best[0], logits], axis=1), jnp.concatenate([best[1], number[place]], axis=1)
-            logits, place = lax.top_k(both[0], count)
-            return (logits, jnp.take_along_axis(both[1], place, axis=1)), None
-
-        none = jnp.full((rows, count), -jnp.inf, q.dtype), jnp.zeros((rows, count), jnp.int32)
-        return lax.scan(search, along_with(none, q, k, lift, real), key_blocks)[0]
-
-    positions = jnp.arange(num_queries, dtype=jnp.int32)
-    found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(positions, rows)))
-    return out_of_blocks(found, num_queries)
-
-
-def is_found(logits: Array) -> Array:
-    """Which of the largest logits belong to a key that the query sees."""
-    # Not `> -inf`, which is false of NaN: a NaN counts, so that it comes out.
-    return logits != -jnp.inf

@@ -9,6 +9,7 @@ from approx_attention import methods
 from approx_attention.core import FeatureMoments, check_finite, check_not_negative, check_positive, unknown
 from approx_attention.coresets import running_clusters, running_coreset
 from approx_attention.registry.method import Capabilities, Method
+from approx_attention.sparse import LiftedKV
 
 
 def svd_flops(rows: int, columns: int) -> float:
@@ -98,11 +99,15 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "priority": Method(
             function=methods.priority,
+            summary=LiftedKV,
+            grows=True,
             noise=("noise",),
             size="keys_per_query",
             usual_size=64,
+            summarize=methods.summarize_priority,
+            running=methods.running_priority,
             suits=("few keys", "diffuse"),
-            capabilities=Capabilities(needs_key=True, unbiased=True, exact_limit=True, subquadratic=False),
+            capabilities=Capabilities(decode=True, needs_key=True, unbiased=True, exact_limit=True, subquadratic=False),
             cost=lambda T, S, D, Dv, size: 2 * T * (S * D + min(size, S) * (D + Dv)),
             reference="Zharkov et al. 2026",
         ),

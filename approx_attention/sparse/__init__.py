@@ -8,18 +8,25 @@ from approx_attention.sparse.blocks import (
     gathered_state,
     is_traced,
 )
+from approx_attention.sparse.lifted import NO_NUMBER, LiftedKV, first_lifted
 from approx_attention.sparse.patterns import SparsePattern, check_pattern
 from approx_attention.sparse.remainder import blocks_and_rest_state, support_and_moments_state
+from approx_attention.sparse.retrieval import is_found, largest_logits
 
 __all__ = [
     "GATHERED",
+    "NO_NUMBER",
     "BlockMap",
+    "LiftedKV",
     "SparsePattern",
     "block_lists_state",
     "block_sparse_state",
     "blocks_and_rest_state",
     "check_pattern",
+    "first_lifted",
     "gathered_state",
+    "is_found",
     "is_traced",
+    "largest_logits",
     "support_and_moments_state",
 ]

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import METHODS, Decoder, RunningSummary
-from approx_attention.registry import accepted
-from tests.cases import CAUSAL, LENGTH, call, case_of, sized, unless_slow, with_gradients
+from approx_attention import Decoder, RunningSummary
+from tests.cases import CAUSAL, LENGTH, call, case_of, running_of, unless_slow, with_gradients
 from tests.references import causal_mask, having, random_head
 
 # causality
@@ -57,9 +56,7 @@ def test_a_prefix_answers_like_the_whole(name):
 @pytest.mark.parametrize("name", [unless_slow(name) for name in having(decode=True)])
 def test_decoding_equals_the_causal_form(name):
     q, k, v = random_head(9, 21, 21)
-    method = METHODS[name]
-    hyperparameters = sized(name, 8) if method.size else accepted(method.running, {"max_length": 24})
-    running = method.running(8, jax.random.key(7), **hyperparameters)
+    running = running_of(name, 24)
     assert isinstance(running, RunningSummary)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
     whole = call(name, q, k, v, is_causal=True)

@@ -10,8 +10,7 @@ import pytest
 
 from approx_attention import METHODS, Decoder, Proposal
 from approx_attention.core import causal
-from approx_attention.registry import accepted
-from tests.cases import CAUSAL, LENGTH, every_method, settings, sized, unless_slow, with_gradients
+from tests.cases import CAUSAL, LENGTH, every_method, running_of, settings, unless_slow, with_gradients
 from tests.forms import one_form
 from tests.references import having, random_head
 
@@ -107,6 +106,7 @@ VARIANTS = [
     ("mean_pool", {"num_landmarks": 3}),
     ("eva", {"num_chunks": 3, "chunk_size": 2}),
     ("eva", {"pooling_vectors": tuple(jnp.asarray(x, jnp.float32) for x in RNG.normal(size=(2, 8)))}),
+    ("priority", {"noise": jnp.asarray(RNG.uniform(size=41), jnp.float32)}),
     ("uniform_sample", {"noise": jnp.asarray(RNG.uniform(size=41), jnp.float32)}),
     ("coreset", {"streaming": "counter", "algorithm": "kmeans_merge", "sinks": 3}),
     ("coreset", {"streaming": "refit", "sinks": 3}),
@@ -150,10 +150,7 @@ def test_what_comes_later_reaches_nothing_before_it(name):
 @pytest.mark.parametrize("name", [unless_slow(name) for name in having(decode=True)])
 def test_prefill_agrees_too(name):
     q, k, v = random_head(3, 33, 33)
-    method = METHODS[name]
-    hyperparameters = sized(name, 8) if method.size else accepted(method.running, {"max_length": 36})
-    running = method.running(8, jax.random.key(7), **hyperparameters)
-    decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
+    decoder = Decoder(running=running_of(name, 36), head_dim=8, value_dim=8, block_size=4)
 
     def in_parts(q, k, v):
         cache, outs = decoder.init(), []

@@ -87,7 +87,7 @@ def test_sequences_of_their_own_lengths(name):
     np.testing.assert_allclose(np.concatenate([got[1, :4], got[1, 9:]]), whole(name)[1, :10], atol=3e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in DECODING if name not in ("exact", "block_linformer", "coreset")])
+@pytest.mark.parametrize("name", [name for name in DECODING if not METHODS[name].grows and name != "coreset"])
 def test_bytes_do_not_depend_on_the_length(name):
     sizes = {"num_kv_heads": 2, "head_dim": 8}
     decoders = (HeadsDecoder(name, **sizes, max_length=n, **options(name)) for n in (64, 4096))

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import priority, top_k
+from approx_attention import Decoder, HeadsDecoder, attention, merge, priority, summarize_priority, top_k
 from approx_attention.evaluation import load_sample
+from approx_attention.methods import running_priority
 from tests.methods.case import Case
-from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
+from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
 
 CASES = {
     "priority": Case(
@@ -19,6 +20,8 @@ CASES = {
         changes={"noise": jnp.linspace(0.01, 1, 40)},
         # The threshold and the choice have no gradient; with all keys there are none.
         smooth={"keys_per_query": 15},
+        # More keys than there are, and so what one device has.
+        devices={"keys_per_query": 64, "block_size": 4},
     )
 }
 
@@ -26,34 +29,44 @@ KEY = jax.random.key(3)
 priority, top_k = compiled(priority, top_k)
 
 
-def transcribed(q, k, v, u, count, mask, scale=None):
-    """Numerator, normaliser, and the factors of all weights (0 of keys not chosen), one query after the other."""
+def transcribed(q, k, v, u, count, mask, near=False, scale=None):
+    """Numerator, normaliser, and the factors of all weights (0 of keys not chosen), one query after the other.
+
+    Keys that are near are exact, and the sample is of the others.
+    """
     q, k, v, u = (np.asarray(x, np.float64) for x in (q, k, v, u))
     weights = np.exp(q @ k.T * (1 / np.sqrt(q.shape[1]) if scale is None else scale))
     factors = np.zeros_like(weights)
     for t, row in enumerate(weights):
-        seen = np.flatnonzero(mask[t])
+        seen = np.flatnonzero((mask & ~near)[t])
         order = seen[np.argsort(-row[seen] / u[seen])]
         threshold = row[order[count]] / u[order[count]] if len(order) > count else 0
         chosen = order[:count]
         factors[t, chosen] = np.maximum(row[chosen], threshold) / row[chosen]
+    factors = np.where(mask & near, 1, factors)
     estimates = factors * weights
     return estimates @ np.where(mask.any(0)[:, None], v, 0), estimates.sum(1), factors
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64):
-    # Longer than a block of keys, with padding of NaN; causally the first queries see few keys, or none.
-    num_queries, num_keys, count = 60, 1100, 7
+    # Longer than a block of keys, with padding of NaN. Causally queries in padding see nothing.
+    num_queries, num_keys, count, block_size = 60, 1100, 7, 4
     q, k, v = (np.asarray(x) for x in random_head(0, num_queries, num_keys, 8, 5, jnp.float64))
     u = np.random.default_rng(1).random(num_keys)
     kv_mask = np.arange(num_keys) % 3 != 0
-    mask = kv_mask & (causal_mask(num_queries, num_keys) if is_causal else np.ones((num_queries, 1), bool))
+    mask, near = np.broadcast_to(kv_mask, (num_queries, num_keys)), np.zeros(1, bool)
+    if is_causal:
+        mask = mask & causal_mask(num_queries, num_keys) & kv_mask[:num_queries, None]
+        # Of the real tokens the block of the query, and the one before it.
+        block = (np.cumsum(kv_mask) - 1) // block_size
+        near = block[None, :] >= block[:num_queries, None] - 1
     soiled = (np.where(kv_mask[:, None], x, np.nan) for x in (k, v))
     cotangent = np.random.default_rng(2).normal(size=(num_queries, 6))
 
     def numerator_and_normaliser(q, k, v):
         options = {"noise": jnp.asarray(u), "keys_per_query": count, "is_causal": is_causal, "return_state": True}
+        options["block_size"] = block_size
         state = priority(q, k, v, kv_mask=jnp.asarray(kv_mask), **options)
         mass = jnp.exp(state.lse)[:, None]
         return jnp.concatenate([mass * state.out, mass], axis=1)
@@ -63,7 +76,7 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
         return sums, pull(jnp.asarray(cotangent))
 
     sums, gradients = jax.jit(program)(*map(jnp.asarray, (q, *soiled)))
-    numerator, normaliser, factors = transcribed(q, k, v, u, count, mask)
+    numerator, normaliser, factors = transcribed(q, k, v, u, count, mask, near)
     np.testing.assert_allclose(sums, np.column_stack([numerator, normaliser]), rtol=1e-12, atol=1e-12)
     assert (normaliser == 0).any() == is_causal  # the query that sees padding alone
 
@@ -128,13 +141,20 @@ def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
 
 def test_a_head_of_the_shipped_sample_whose_weights_are_spread():
     query, key, value = (x[1, :1536] for x in load_sample())
-    last = slice(1280, 1536)
+    seen = causal_mask(1536, 1536)[-256::4]
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def last(method, *tensors, **options):
+        """Some of the last queries by themselves, each over the keys up to its place: of a block no key is exact."""
+        one = functools.partial(method.__wrapped__, keys_per_query=64, **options)
+        return jax.vmap(lambda q, k, v, seen: one(q[None], k, v, kv_mask=seen)[0], (0, None, None, 0))(*tensors, seen)
+
     for head, most in ((0, 0.08), (1, 0.11)):
-        q, k, v = query[:, head], key[:, 0], value[:, 0]
-        exact = brute_force(q[last], k, v, mask=causal_mask(1536, 1536)[last])[0]
-        draws = [priority(q, k, v, jax.random.key(i), keys_per_query=64, is_causal=True) for i in range(3)]
-        error = np.mean([relative_error(out[last], exact) for out in draws])
-        best = relative_error(top_k(q, k, v, keys_per_query=64, is_causal=True)[last], exact)
+        q, k, v = query[-256::4, head], key[:, 0], value[:, 0]
+        exact = brute_force(q, k, v, mask=seen)[0]
+        outs = [last(priority, q, k, v, key=jax.random.key(i)) for i in range(3)]
+        error = np.mean([relative_error(out, exact) for out in outs])
+        best = relative_error(last(top_k, q, k, v), exact)
         assert error < most
         assert best > 2 * error
 
@@ -153,8 +173,34 @@ def test_the_number_of_a_key_follows_from_its_place_alone():
         np.testing.assert_allclose(call(q, *map(jnp.asarray, longer), KEY, kv_mask=jnp.asarray(real)), whole, atol=1e-6)
     # A prefix of the keys has the numbers of the whole: causally both are the same.
     x = random_head(8, 30, 30)
-    causal = [call(*(y[:length] for y in x), KEY, is_causal=True) for length in (30, 17)]
+    causal = [call(*(y[:length] for y in x), KEY, is_causal=True, block_size=3) for length in (30, 17)]
     np.testing.assert_allclose(causal[0][:17], causal[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_cache_keeps_the_numbers_of_its_keys(shared):
+    # A number for each key that all heads share, given, or a fresh one for each head.
+    query, key, value = random_heads(10, 1, 16, 16, 4, 2)
+    u = jnp.asarray(np.random.default_rng(11).uniform(size=16), jnp.float32)
+    options = {"keys_per_query": 3, "block_size": 4, **({"noise": u} if shared else {})}
+    rng = None if shared else KEY
+    whole = functools.partial(attention, method="priority", rng=rng, is_causal=True, **options)
+    decoder = HeadsDecoder("priority", num_kv_heads=2, head_dim=8, max_length=16, **options)
+    extend, cache, outs = jax.jit(decoder.extend), decoder.init(1, rng), []
+    for t in range(16):
+        out, cache = extend(cache, *(x[:, t : t + 1] for x in (query, key, value)))
+        outs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), jax.jit(whole)(query, key, value), atol=2e-6)
+    assert len(np.unique(cache.heads.past.prefix.u[0, :, :8])) == (8 if shared else 16)
+
+
+@pytest.mark.parametrize("limit", [{"max_length": 8}, {"max_length": 16, "noise": jnp.linspace(0.1, 1, 9)}])
+def test_a_prefix_that_is_too_long_gives_nan(limit):
+    running = running_priority(8, KEY, keys_per_query=2, **limit)
+    decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
+    out, _ = jax.jit(decoder.prefill)(decoder.init(), *random_head(12, 24, 24))
+    # The third block comes into the sample where the fifth begins.
+    np.testing.assert_array_equal(np.isnan(out).all(axis=1), np.arange(24) >= 16)
 
 
 def test_what_is_refused():
@@ -165,3 +211,8 @@ def test_what_is_refused():
         priority(q, k, v, noise=jnp.ones(9))
     with pytest.raises(ValueError, match="keys_per_query must be at least 1, got 0"):
         priority(q, k, v, KEY, keys_per_query=0)
+    with pytest.raises(TypeError, match="method 'priority' holds every token: pass max_length"):
+        HeadsDecoder("priority", num_kv_heads=1, head_dim=8)
+    tokens = [summarize_priority(k, v, KEY, keys_per_query=count) for count in (2, 3)]
+    with pytest.raises(ValueError, match="lifted tokens of one"):
+        merge(*tokens)

@@ -1,0 +1,107 @@
+"""Tokens lifted by a random number each: sums over all of them from the few that a query finds first."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from approx_attention.core import (
+    AttentionState,
+    ChosenTokens,
+    joined,
+    kept,
+    keys_as_of,
+    merge,
+    out_of_blocks,
+    require_same_kind,
+    token_sums_inputs,
+)
+from approx_attention.sparse.blocks import gathered_state
+from approx_attention.sparse.retrieval import is_found, largest_logits
+
+# Of a token that has no number: its lift is infinite, so that every query finds it, and gets NaN.
+NO_NUMBER = -1.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LiftedKV(ChosenTokens):
+    """Tokens with a random number each, of which every query reads K by a priority sample.
+
+    Attributes:
+        k: keys ``[M, D]`` in scaled space.
+        v: values ``[M, Dv]``.
+        u: numbers in (0, 1] ``[M]``, 0 for an absent token and below 0 for one that has none.
+        keys_per_query: the number K.
+        scale: as in `WeightedKV`.
+    """
+
+    k: Array
+    v: Array
+    u: Array
+    keys_per_query: int = dataclasses.field(metadata={"static": True})
+    scale: Array | None = None
+
+    @classmethod
+    def of_tokens(cls, k: Array, v: Array, noise: Array, kv_mask: Array, keys_per_query: int) -> Self:
+        """The tokens whose ``kv_mask [M]`` is true, with ``noise [M]`` as their numbers if it is positive."""
+        k, v = token_sums_inputs(k, v, kv_mask)
+        u = lax.stop_gradient(noise).astype(k.dtype)
+        return cls(k, v, jnp.where(kv_mask, jnp.where(u > 0, u, NO_NUMBER), 0), keys_per_query)
+
+    @property
+    def mass(self) -> Array:
+        """1 for each token, and 0 for an absent one ``[M]``."""
+        return (self.u != 0).astype(self.k.dtype)
+
+    @property
+    def lift(self) -> Array:
+        """What is added to the logits of each key ``[M]``."""
+        return jnp.where(self.u > 0, -jnp.log(jnp.where(self.u > 0, self.u, 1)), jnp.inf)
+
+    def state(self, q: Array) -> AttentionState:
+        """Attention of queries ``[T, D]`` in scaled space over the K keys of the largest lifted logits of each."""
+        count = min(self.keys_per_query, self.k.shape[0])
+        found = largest_logits(q, self.k, count + 1, key_bias=self.lift, kv_mask=self.u != 0)
+        return self.sampled(q, *found)
+
+    def sampled(self, q: Array, lifted: Array, places: Array) -> AttentionState:
+        r"""Attention of each query over the first K keys that it finds, with the weights of a priority sample.
+
+        .. math:: \hat w_{tj} = \max(e^{q_t \cdot k_j}, e^{\tau_t}), \qquad
+                  \tau_t = \text{the } (K + 1)\text{-th of the largest } q_t \cdot k_j - \log u_j
+
+        Args:
+            q: queries ``[T, D]`` in scaled space.
+            lifted: the K + 1 largest of their lifted logits ``[T, K + 1]``, in falling order, -inf for no key.
+            places: the keys ``[T, K + 1]``.
+
+        Returns:
+            The `AttentionState` of the queries.
+        """
+        lifted, places = kept(lifted), kept(places)
+        # Without a (K + 1)-th key it is -inf, and every weight the key's own.
+        threshold, lifted, places = lifted[:, -1:], lifted[:, :-1], places[:, :-1]
+        seen = is_found(lifted)
+        # The factor of a weight, not the maximum of both: a constant factor leaves its gradient unbiased. It is at most
+        # 1/u, as all that are chosen pass the threshold.
+        log_factor = jnp.where(seen, jnp.maximum(threshold - lifted + self.lift[places], 0), 0)
+        return gathered_state(q, self.k, self.v, places, seen, log_factor)
+
+
+@merge.register
+def _merge_lifted(a: LiftedKV, b: Any) -> LiftedKV:
+    require_same_kind(a, b)
+    kinds = [(x.keys_per_query, x.k.shape[1], x.v.shape[1]) for x in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"merge takes lifted tokens of one (keys_per_query, D, Dv), got {kinds[0]} and {kinds[1]}")
+    k, v, u = (joined(x, y) for x, y in ((a.k, keys_as_of(a, b)), (a.v, b.v), (a.u, b.u)))
+    return LiftedKV(k, v, u, a.keys_per_query, a.scale)
+
+
+def first_lifted(blocks: LiftedKV, count: Array) -> LiftedKV:
+    """The tokens of the first ``count`` of many blocks ``[n, b, ...]``; the others are absent, and keep the rest."""
+    seen = (jnp.arange(blocks.u.shape[0], dtype=jnp.int32) < count)[:, None]
+    return out_of_blocks(dataclasses.replace(blocks, u=jnp.where(seen, blocks.u, 0)))
