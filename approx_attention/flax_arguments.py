@@ -14,7 +14,7 @@ from flax.typing import Dtype, PrecisionLike
 from jax import Array
 from jax.core import Tracer
 
-from approx_attention.core import check_choice, check_count, check_number, shown
+from approx_attention.core import check_choice, check_count, check_number, shown, split_arrays
 from approx_attention.registry import CAPABILITY_OF, BoundMethod, HeadMethods, bind
 
 
@@ -40,6 +40,65 @@ def bind_layer(
     if noise and not bound.may_be_random:
         raise ValueError(f"method {bound.name!r} has no noise to be switched on")
     return bound, scale, bound.is_random or noise
+
+
+def split_owned(
+    bound: BoundMethod | HeadMethods | None, scale: Any, per_head: Mapping[str, Any] | None
+) -> tuple[BoundMethod | HeadMethods | None, dict[str, Any], dict[str, Any]]:
+    """The method of a layer without its arrays, and those: of all heads, and of each key head.
+
+    Raises:
+        TypeError: arrays that are no state of a layer: the scale, one number per key, or those of a method for each
+            head; arguments per head that the method does not have.
+        ValueError: arrays per head of different numbers of heads.
+    """
+    of_heads = bound.methods if isinstance(bound, HeadMethods) else ()
+    fixed = [("scale", scale), *(item for one in of_heads for item in one.hyperparameters.items())]
+    shared: dict[str, Any] = {}
+    if isinstance(bound, BoundMethod):
+        shared = split_arrays(bound.name, dict(bound.hyperparameters))[1]
+        per_token = bound.registered.per_token if bound.registered else ()
+        fixed += [(name, x) for name, x in shared.items() if name in per_token]
+    for name, x in fixed:
+        if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
+            assert bound is not None
+            raise TypeError(
+                f"argument {name!r} of method {bound.name!r} must be static, got an array; approx_attention.attention "
+                "takes arrays for it"
+            )
+    if not per_head:
+        per_head = {}
+    elif not isinstance(bound, BoundMethod):
+        raise TypeError(f"per_head is for one method of all heads, no module and none by head; got {shown(per_head)}")
+    else:
+        # The layer around tells the number of key heads, in each call.
+        sizes = {x.shape[:1] for x in jax.tree.leaves(per_head) if hasattr(x, "shape")}
+        per_head = bound.of_heads(per_head, next(iter(sizes))[0] if sizes and min(sizes) else 0)
+    if isinstance(bound, BoundMethod) and shared:
+        given = {name: x for name, x in bound.hyperparameters.items() if name not in shared}
+        bound = dataclasses.replace(bound, hyperparameters=given)
+    return bound, shared, dict(per_head)
+
+
+def check_makers(bound: BoundMethod | HeadMethods, *fields: tuple[str, Any]) -> set[str]:
+    """The arguments of a method whose arrays are made by functions, in the fields of a layer ``(name, field)``.
+
+    Raises:
+        TypeError: something else than functions by argument, an argument that the method does not have or that is given
+            twice, or methods by head.
+    """
+    given: set[str] = set()
+    for field, makers in fields:
+        if not isinstance(makers, Mapping) or not all(map(callable, makers.values())):
+            raise TypeError(f"{field} must be functions () -> array by argument, got {shown(makers)}")
+        if makers and not isinstance(bound, BoundMethod):
+            raise TypeError(f"{field} is for one method of all heads, got methods by head")
+        if isinstance(bound, BoundMethod):
+            bind(bound, makers)
+            if twice := given.union(bound.hyperparameters).intersection(makers):
+                raise TypeError(f"argument {', '.join(sorted(twice))} of method {bound.name!r} is given twice")
+        given.update(makers)
+    return given
 
 
 def check_redraw(redraw: str, every: int | None) -> int:

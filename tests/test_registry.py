@@ -8,7 +8,6 @@ import weakref
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from approx_attention import METHODS, HeadsDecoder, attention, favor
 from approx_attention import linen as linen_layers
@@ -115,8 +114,9 @@ def test_layers_take_bound_methods():
     expected = attention(query, key, value, method="local", window_size=2)
     assert (flax_layers.ApproxAttention(bound)(query, key, value) == expected).all()
     assert (linen_layers.ApproxAttention(bound).apply({}, query, key, value) == expected).all()
-    with pytest.raises(TypeError, match="must be static, got an array"):
-        flax_layers.ApproxAttention(bind("uniform_sample", {"noise": jnp.ones(16)}), rngs=nnx.Rngs(0))
+    sample = bind("uniform_sample", {"noise": jnp.linspace(0, 1, 16), "sample_size": 4})
+    with_noise = attention(query, key, value, method=sample)
+    assert (flax_layers.ApproxAttention(sample)(query, key, value) == with_noise).all()
     with pytest.raises(TypeError, match="method 'local' has no argument gate_logits with one number per key"):
         flax_layers.ApproxAttention(bound)(query, key, value, gate_logits=None)
 

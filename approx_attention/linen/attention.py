@@ -32,9 +32,13 @@ class ApproxAttention(nn.Module):
             after ``every`` calls (counted in ``draws``, where that is mutable; elsewhere the last are kept).
         every: the number of calls with ``"every_n"``.
         noise: make a method that is random only with a key (`lara`, `eva`) random.
-        learned: which random projections of the method are parameters, such as ``("projection",)``.
+        learned: which random projections of the method, or given arrays, are parameters, such as ``("projection",)``.
         causal_mask: ``"error"`` or ``"as_is_causal"``, as in `approx_attention.nnx.ApproxAttention`.
         dropout: ``"error"`` or ``"output"``, likewise.
+        arrays: arrays of the method that are state, by argument, as functions without arguments that make them, such as
+            ``{"proposal": lambda: fitted}``. They are called at initialisation alone: afterwards the arrays are
+            variables of the collection ``fitted``, saved with the others and not trained.
+        per_head: likewise arrays that differ between key heads, ``[K, ...]``.
 
     Raises:
         ValueError: an unknown method, options that do not fit together.
@@ -60,12 +64,15 @@ class ApproxAttention(nn.Module):
     learned: tuple[str, ...] = ()
     causal_mask: Literal["error", "as_is_causal"] = "error"
     dropout: Literal["error", "output"] = "error"
+    arrays: Mapping[str, Callable[[], Any]] = FrozenDict()
+    per_head: Mapping[str, Callable[[], Any]] = FrozenDict()
 
     def __post_init__(self) -> None:
         check_flag("is_causal", self.is_causal)
         flax_arguments.check_redraw(self.redraw, self.every)
         flax_arguments.check_opt_ins(self.causal_mask, self.dropout)
-        flax_arguments.bind_layer(self.method, self.noise, self.options)
+        bound = flax_arguments.bind_layer(self.method, self.noise, self.options)[0]
+        flax_arguments.check_makers(bound, ("arrays", self.arrays), ("per_head", self.per_head))
         super().__post_init__()
 
     @nn.compact
@@ -118,10 +125,18 @@ class ApproxAttention(nn.Module):
         mask, causal = flax_arguments.without_causality(name, mask, self.causal_mask, dense=dense)
         sizes = query.shape[-3], key.shape[-3]
         is_causal = flax_arguments.check_mask(name, mask, self.is_causal or causal, *sizes, dense=dense)
+        given = {*self.arrays, *self.per_head}
+        draws = draws and not (isinstance(bound, BoundMethod) and bound.has_noise(given))
         rng = self._rng() if draws else None
         learned: dict[str, Any] = {
-            argument: self.param(argument, _first_draw(bound, argument, query.shape[-1])) for argument in self.learned
+            argument: self.param(argument, _first_draw(bound, argument, query.shape[-1]))
+            for argument in self.learned
+            if argument not in given
         }
+        shared, of_heads = (
+            {argument: self._owned(argument, make) for argument, make in makers.items()}
+            for makers in (self.arrays, self.per_head)
+        )
         with flax_arguments.matmul_precision(precision):
             out = attention(
                 query,
@@ -132,9 +147,22 @@ class ApproxAttention(nn.Module):
                 rng=rng,
                 is_causal=is_causal,
                 scale=scale,
+                per_head=of_heads or None,
+                **shared,
                 **learned,
             )
         return flax_arguments.with_dropout(out, dropout_rate, deterministic, dropout_rng, broadcast_dropout)
+
+    def _owned(self, argument: str, make: Callable[[], Any]) -> Any:
+        """The arrays of an argument: a parameter if they are learned, else a variable."""
+        if argument in self.learned:
+            return self.param(argument, lambda key: make())
+        if not self.is_mutable_collection("fitted") and not self.has_variable("fitted", argument):
+            raise ValueError(
+                f"argument {argument!r} of method {self.method!r} is a variable: apply needs the variables 'fitted' of "
+                f"init; in nn.scan and nn.vmap give variable_axes={{'params': 0, 'draws': 0, 'fitted': 0}}"
+            )
+        return self.variable("fitted", argument, make).value
 
     def _rng(self) -> Array:
         """The key of this call."""

@@ -1,12 +1,11 @@
 """Attention by any method in a Flax nnx model, as the ``attention_fn`` of its layers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype, PrecisionLike
 from jax import Array, lax
@@ -23,6 +22,7 @@ from approx_attention.decoding import (
     MixedDecoder,
     compress_heads,
 )
+from approx_attention.nnx.owned import OwnedArrays
 from approx_attention.nnx.streams import layer_stream
 from approx_attention.registry import BoundMethod, HeadMethods
 
@@ -43,8 +43,11 @@ class ApproxAttention(nnx.Module):
             After ``model.eval()`` it keeps the last one.
         every: the number of calls with ``"every_n"``.
         noise: make a method that is random only with a key (`lara`, `eva`) random.
-        learned: which random projections of the method are learned, such as ``("projection",)``.
-        head_dim: the number D of channels of a head, needed with ``learned``.
+        learned: which random projections of the method, or arrays that are given, are parameters, such as
+            ``("projection",)``.
+        head_dim: the number D of channels of a head, needed with ``learned`` for what is not given.
+        per_head: arrays of the method that differ between key heads ``[K, ...]``, such as the ``proposal`` of each, as
+            `fit_proposal` makes it. Variables of the layer, as other arrays of the method are.
         causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
             It must be a causal mask, or one combined with padding (``nnx.make_causal_mask``, ``nnx.combine_masks``). A
             traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
@@ -54,7 +57,8 @@ class ApproxAttention(nnx.Module):
         sequence_axis: the mesh axis of the tokens, ``"sequence"`` by default.
         batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
         head_axis: a mesh axis of the heads.
-        **hyperparameters: static arguments of the method, such as ``num_features=128``.
+        **hyperparameters: arguments of the method, such as ``num_features=128``. Arrays among them become variables of
+            the layer, saved with the model and not trained.
 
     Raises:
         ValueError: an unknown method, a random one without ``rngs``, options that do not fit together.
@@ -82,6 +86,7 @@ class ApproxAttention(nnx.Module):
         noise: bool = False,
         learned: Sequence[str] = (),
         head_dim: int | None = None,
+        per_head: Mapping[str, Any] | None = None,
         causal_mask: Literal["error", "as_is_causal"] = "error",
         dropout: Literal["error", "output"] = "error",
         mesh: Mesh | None = None,
@@ -107,22 +112,21 @@ class ApproxAttention(nnx.Module):
         bound, scale, self.name, draws = _bound(method, noise, hyperparameters)
         if mesh is not None and (not isinstance(bound, BoundMethod) or bound.registered is None):
             raise NotImplementedError(f"method {self.name!r} does not go over many devices; methods of the registry do")
-        of_heads = bound.methods if isinstance(bound, HeadMethods) else [bound] if bound else []
-        for name, x in [("scale", scale), *(item for one in of_heads for item in one.hyperparameters.items())]:
-            if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x)):
-                raise TypeError(
-                    f"argument {name!r} of method {self.name!r} must be static, got an array: learned=({name!r},) "
-                    "makes a random projection a parameter, modules such as LinformerAttention own theirs, and "
-                    "approx_attention.attention takes arrays, per_head too"
-                )
+        bound, shared, of_heads = flax_arguments.split_owned(bound, scale, per_head)
+        if mesh is not None and of_heads:
+            raise NotImplementedError(f"per_head is not supported over many devices, got {', '.join(of_heads)}")
+        given = {*shared, *of_heads}
+        self.owned = OwnedArrays(shared, of_heads, learned)
+        draws = draws and not (isinstance(bound, BoundMethod) and bound.has_noise(given))
         if draws and rngs is None:
             raise ValueError(f"method {self.name!r} is random: pass rngs, as in rngs=nnx.Rngs(attention=0)")
         if rngs is not None and not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             raise TypeError(f"rngs must be nnx.Rngs or an nnx.RngStream, got {rngs!r}")
         self.bound, self.scale = nnx.static(bound), nnx.static(scale)
+        learned = tuple(name for name in learned if name not in given)
         stream = layer_stream(rngs) if draws or learned else None
         self.stream = nnx.data(stream if draws else None)
-        self.learned = nnx.Dict(self._first_draw(tuple(learned), head_dim, stream))
+        self.learned = nnx.Dict(self._first_draw(learned, head_dim, stream))
         self._hold(None, {}, None)
 
     def _first_draw(
@@ -263,10 +267,12 @@ class ApproxAttention(nnx.Module):
                 raise NotImplementedError(f"{self.name} was made causal: its one query would see the first key only")
             return module(query, key, value, rng=self.rng(), mask=mask, key_value_seq_lengths=lengths, **per_token)
         assert self.bound is not None
-        arguments: dict[str, Any] = {**self._learned(), **per_token, "is_causal": is_causal, "rng": self.rng()}
+        shared, of_heads = self.owned.read()
+        arguments: dict[str, Any] = {**shared, **self._learned(), **per_token}
+        arguments |= {"is_causal": is_causal, "rng": self.rng()}
         arguments |= {"method": self.bound, "scale": self.scale, "key_value_seq_lengths": lengths}
         if self.mesh is None:
-            return attention(query, key, value, mask=mask, **arguments)
+            return attention(query, key, value, mask=mask, per_head=of_heads or None, **arguments)
         if mask is not None:
             raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
         return distributed.attention(
@@ -346,7 +352,9 @@ class ApproxAttention(nnx.Module):
             kept = jnp.zeros((batch_size, keep_queries, check_count("num_heads", num_heads), head_dim), sizes["dtype"])
         # A cache is made of one draw, so that no call moves it on.
         rng = None if self.stream is None else self._last_key(self.stream)
-        self._start(self._decoder(sizes).init(batch_size, rng, ragged=ragged), kept, sizes)
+        of_heads = self.owned.read()[1]
+        own: dict[str, Any] = {"per_head": of_heads} if of_heads else {}
+        self._start(self._decoder(sizes).init(batch_size, rng, ragged=ragged, **own), kept, sizes)
 
     def compress_cache(self, key: Array, *, queries: Array | None = None, **options: Any) -> None:
         """Compresses the cache of exact attention; calls go on from the compressed tokens.
@@ -429,7 +437,7 @@ class ApproxAttention(nnx.Module):
         if bound is None:
             raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
         kind = CompressedDecoder if "prefix_budget" in sizes else HeadsDecoder
-        return kind(bound, **sizes, scale=self.scale, **self._learned())
+        return kind(bound, **sizes, scale=self.scale, **self.owned.read()[0], **self._learned())
 
     def _extend(
         self,

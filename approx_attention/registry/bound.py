@@ -137,6 +137,13 @@ class BoundMethod:
                     raise ValueError(f"{expected}, got shape {leaf.shape}")
         return dict(per_head)
 
+    def has_noise(self, given: Set[str] = frozenset()) -> bool:
+        """True if its random arrays are among its arguments, or are ``given`` by further ones."""
+        # Of some noise the name of a kind can be given too, from which nothing is drawn yet.
+        return self.registered is not None and any(
+            name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in self.registered.noise
+        )
+
     def draw(
         self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str] = frozenset()
     ) -> dict[str, Array]:
@@ -151,11 +158,7 @@ class BoundMethod:
         Raises:
             ValueError: a random method without ``rng`` and without its noise.
         """
-        method = self.registered
-        # Of some noise the name of a kind can be given too, from which nothing is drawn yet.
-        noise = method and any(
-            name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in method.noise
-        )
+        method, noise = self.registered, self.has_noise(given)
         if rng is None:
             if self.is_random and not noise:
                 raise ValueError(f"method {self.name!r} is random: pass rng, as in rng=jax.random.key(0)")

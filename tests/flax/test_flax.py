@@ -162,7 +162,6 @@ def test_what_attention_asks_for_is_no_option_of_a_linen_layer():
         ({"method": "favor", "learned": ("w",), "head_dim": 8, "rngs": nnx.Rngs(0)}, "draws no 'w'"),
         ({"method": "favor", "rngs": jax.random.key(0)}, "rngs must be nnx.Rngs"),
         ({"method": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "called as LearnedAttention is, .* got Linear"),
-        ({"method": "favor", "projection": np.eye(8), "rngs": nnx.Rngs(0)}, "'projection' .* learned"),
         ({"method": "mean_pool", "return_state": True}, "no argument 'return_state'"),
         ({"method": exact, "num_features": 8}, "method 'exact' has no argument 'num_features'"),
         ({"method": "exact", "batch_axis": "data"}, "axes of a mesh, and there is none; got None, 'data' and None"),
