@@ -314,6 +314,18 @@ def _sparse_patterns_section(document: dict[str, Any]) -> Iterable[str]:
         pairs = [(arms[f"gathered {k}", n]["seconds"], arms[f"floor {k}", n]["seconds"]) for k in counts]
         table.append([str(n), *(ms(own) for own, _ in pairs), *(f"{own / floor:.2f}" for own, floor in pairs)])
     yield markdown_table(["n", *(f"k={k}, ms" for k in counts), *(f"k={k} / floor" for k in counts)], table)
+    retrieved = {f"retrieved {name}": (name, count) for name, count in document.get("retrieved", {}).items()}
+    if retrieved:
+        yield "### Retrieved, causal: milliseconds, and times as fast as the best exact"
+        table = [
+            [
+                f"`{name}` ({count})",
+                *(ms(arms[arm, n]["seconds"]) for n in exact),
+                *(f"{seconds / arms[arm, n]['seconds']:.2f}x" for n, seconds in exact.items()),
+            ]
+            for arm, (name, count) in retrieved.items()
+        ]
+        yield markdown_table(["(keys per query)", *(f"n={n}, ms" for n in exact), *map(str, exact)], table)
     yield (
         f"A certificate of {certificate['num_tokens']} tokens at d = {certificate['dimension']}, with "
         f"{certificate['keys_per_row']} keys a row, takes {certificate['seconds']:.2f} s."
@@ -326,15 +338,18 @@ def _tensor_section(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"Attention over pairs of keys, one head of {document['head_dim']} channels; `polynomial` is "
         f"`tensor_polynomial` of degree {document['degree']}. Slopes of log time against log n: of `exact` from 256 "
-        "on, of `polynomial` from 1024 on."
+        "on, of the others from 1024 on."
     )
+    measured = dict.fromkeys(row["arm"] for row in document["rows"])
+    if any(arm.startswith("tree") for arm in measured):
+        yield "`tree`: `tree_attention` along a path of two edges, by a method; its logits are those of another model."
     seconds = {
         (arm, backward): {
             row["length"]: row["seconds"]
             for row in document["rows"]
             if (row["arm"], row["backward"]) == (arm, backward)
         }
-        for arm in ("exact", "polynomial")
+        for arm in measured
         for backward in (False, True)
     }
     lengths = [n for n in seconds["polynomial", False] if n >= 64]

@@ -1,4 +1,4 @@
-"""Sparse attention: by blocks against the fastest exact attention, gathered against its memory traffic."""
+"""Sparse attention: by blocks and by retrieval against exact attention, gathered against its memory traffic."""
 
 import functools
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops
 DENSITY = 0.05
 BLOCK_SIZE = 64
 KEYS_PER_QUERY = (4, 8, 16)
+# Keys that each query of a method reads whose keys are found by their logits or a priority.
+RETRIEVED = {"top_k": 64, "priority": 64, "lsh_top_k": 64, "lsh_priority": 64}
 # Rows that are gathered at a time for the floor, as many as `sparse_attention` gathers.
 ROWS = 512
 CERTIFIED = {"num_tokens": 8192, "dimension": 128, "keys_per_row": 4}
@@ -56,8 +58,17 @@ def _floor(key: Array, value: Array, places: Array) -> Array:
     return lax.map(of_head, jnp.arange(NUM_HEADS))
 
 
+def retrieval_forms() -> dict[str, Callable[..., Array]]:
+    """Causal attention over retrieved keys, as functions of query, key and value."""
+    options: dict[str, Any] = {"is_causal": True, "rng": jax.random.key(2)}
+    return {
+        f"retrieved {name}": functools.partial(attention, method=name, keys_per_query=count, **options)
+        for name, count in RETRIEVED.items()
+    }
+
+
 def measure(longest: int, rounds: int) -> dict[str, Any]:
-    """Forward passes of both forms at all lengths, with temporary memory; and one certificate."""
+    """Forward passes of all forms at all lengths, with temporary memory; and one certificate."""
     console, rows = Console(), []
     for length in [n for n in (4096, 8192, 16384, 32768) if n <= longest]:
         arguments = inputs(length)[:3]
@@ -69,6 +80,9 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
         form = functools.partial(attention, method=sparse_attention, pattern=blocks, is_causal=True)
         compiled["blocks"] = jax.jit(form).lower(*arguments).compile()
         calls["blocks"] = functools.partial(compiled["blocks"], *arguments)
+        for name, form in retrieval_forms().items():
+            compiled[name] = jax.jit(form).lower(*arguments).compile()
+            calls[name] = functools.partial(compiled[name], *arguments)
         for count in KEYS_PER_QUERY:
             pattern = SparsePattern.random(jax.random.key(1), length, count)
 
@@ -83,7 +97,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
             calls[name] = functools.partial(compiled[name], *arguments[1:], pattern.indices)
         for name, timing in time_interleaved(calls, rounds=rounds, patience=60).items():
             memory = compiled[name].memory_analysis().temp_size_in_bytes
-            rows.append({"length": length, "arm": name, "is_causal": name.startswith(("exact", "blocks")),
+            rows.append({"length": length, "arm": name, "is_causal": name.startswith(("exact", "blocks", "retrieved")),
                          "backward": False, "seconds": timing.least, "median_seconds": timing.median,
                          "temp_bytes": memory,
                          "density": share_of_triangle(blocks) if name == "blocks" else None})  # fmt: skip
@@ -96,6 +110,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
         "head_dim": HEAD_DIM,
         "block_size": BLOCK_SIZE,
         "keys_per_query": list(KEYS_PER_QUERY),
+        "retrieved": RETRIEVED,
         "rounds": rounds,
         "peak_flops_per_second": peak_flops(),
         "environment": environment(),

@@ -1,4 +1,4 @@
-"""Third-order attention, exact and by the polynomial method, and how near the exact form is to the machine's peak."""
+"""Attention over pairs of keys: exact, by the polynomial method and by messages along a path of two edges."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from approx_attention import tensor_attention, tensor_polynomial
+from approx_attention import tensor_attention, tensor_polynomial, tree_attention
 from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import peak_flops
 
@@ -17,6 +17,8 @@ HEAD_DIM, DEGREE = 8, 4
 # Close together at first, where the two forms cross.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 LONGEST_EXACT = 1024
+# Messages under exact attention are quadratic.
+LONGEST_TREE = 8192
 # The head whose exact form is measured against the machine's peak.
 PEAK_LENGTH, PEAK_HEAD_DIM = 512, 64
 # What Meta reports for the windowed form on an H100, in bfloat16 (2-simplicial attention in TLX).
@@ -30,6 +32,17 @@ def inputs(length: int, head_dim: int) -> tuple[Any, Any, Any]:
     return x[0], (x[1], x[2]), (x[3], x[4])
 
 
+def all_forms() -> dict[str, tuple[Callable[..., jax.Array], int]]:
+    """The forms of attention over pairs of keys, and the longest sequence at which each is measured."""
+    path = functools.partial(tree_attention, parents=(-1, 0))
+    return {
+        "exact": (tensor_attention, LONGEST_EXACT),
+        "polynomial": (functools.partial(tensor_polynomial, degree=DEGREE), LENGTHS[-1]),
+        "tree exact": (path, LONGEST_TREE),
+        "tree mean_pool": (functools.partial(path, method="mean_pool"), LENGTHS[-1]),
+    }
+
+
 def with_gradient(form: Callable[..., jax.Array]) -> Callable[..., Any]:
     """The gradient of a form's squared norm with respect to all tensors, the forward pass included."""
 
@@ -40,16 +53,15 @@ def with_gradient(form: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def measure(longest: int, rounds: int) -> dict[str, Any]:
-    """Both forms by length, forward and with gradients; the exact form's share of the peak; windows on a GPU."""
+    """All forms by length, forward and with gradients; the exact form's share of the peak; windows on a GPU."""
     console, rows = Console(), []
-    forms = {"exact": tensor_attention, "polynomial": functools.partial(tensor_polynomial, degree=DEGREE)}
     for backward in (False, True):
         for length in [n for n in LENGTHS if n <= longest]:
             arguments = inputs(length, HEAD_DIM)
             compiled: dict[str, Any] = {
                 name: jax.jit(with_gradient(form) if backward else form).lower(*arguments).compile()
-                for name, form in forms.items()
-                if name != "exact" or length <= LONGEST_EXACT // (2 if backward else 1)
+                for name, (form, longest_here) in all_forms().items()
+                if length <= longest_here // (2 if backward and longest_here < LENGTHS[-1] else 1)
             }
             calls = {name: functools.partial(form, *arguments) for name, form in compiled.items()}
             timings = time_interleaved(calls, rounds=rounds, patience=30)

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import pytest
 
 from approx_attention.kernels import mosaic
-from benchmarks import compiled, compiled_report, kernel_dumps, kernel_programs, kernels, kernels_report
+from benchmarks import (
+    compiled,
+    compiled_report,
+    files,
+    kernel_dumps,
+    kernel_programs,
+    kernels,
+    kernels_report,
+    report,
+    sparse_patterns,
+    tensor,
+)
 from benchmarks.ahead_of_time import Case
 from benchmarks.hlo import Loop, computations, counted
 
@@ -264,3 +275,22 @@ def test_the_report_says_what_was_asked_of_the_kernels_and_what_came():
     assert "99, 1048576, 32" in text
     assert "1 of these rows are of earlier code" in text
     assert "- v5e, n = 4096, d = 128, bfloat16, tiles [[512, 1024, 512], [1024, 512, 512]]: no room" in text
+
+
+def test_forms_over_retrieved_keys_and_trees_are_programs_with_rows_in_the_report():
+    tokens = [jax.ShapeDtypeStruct((1, 200, 8, 64), jnp.float32)] * 3
+    for form in sparse_patterns.retrieval_forms().values():
+        assert jax.eval_shape(form, *tokens).shape == (1, 200, 8, 64)
+    for form, _ in tensor.all_forms().values():
+        assert jax.eval_shape(tensor.with_gradient(form), *tensor.inputs(24, 8))[0].shape == (24, 8)
+
+    measured = json.loads((files.RESULTS / "sparse_patterns.json").read_text())
+    blocks = [row for row in measured["rows"] if row["arm"] == "blocks"]
+    own = [row | {"arm": arm} for arm in sparse_patterns.retrieval_forms() for row in blocks]
+    document = measured | {"retrieved": sparse_patterns.RETRIEVED, "rows": [*measured["rows"], *own]}
+    text = "\n".join(report._sparse_patterns_section(document))
+    assert all(f"`{name}` ({count})" in text for name, count in sparse_patterns.RETRIEVED.items())
+    measured = json.loads((files.RESULTS / "tensor.json").read_text())
+    own = [row | {"arm": "tree exact"} for row in measured["rows"] if row["arm"] == "exact"]
+    text = "\n".join(report._tensor_section(measured | {"rows": [*measured["rows"], *own]}))
+    assert "`tree exact`, with gradients" in text

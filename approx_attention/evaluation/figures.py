@@ -39,6 +39,7 @@ _LOOKS = {
     "top_k": ("sky", "X", "full"),
     "lsh_top_k": ("blue", "s", "full"),
     "priority": ("brown", "o", "full"),
+    "lsh_priority": ("brown", "o", "hollow"),
     "uniform_sample": ("brown", "*", "full"),
     "mean_pool": ("red", "d", "full"),
     "coreset": ("violet", "p", "full"),

@@ -55,6 +55,7 @@ from approx_attention.methods.linformer import Convolution, linformer
 from approx_attention.methods.linformer_prefix import LinformerPrefix, linformer_step
 from approx_attention.methods.local import local, window_sides
 from approx_attention.methods.longformer import longformer
+from approx_attention.methods.lsh_priority import lsh_priority
 from approx_attention.methods.lsh_top_k import lsh_top_k
 from approx_attention.methods.nystrom import nystrom
 from approx_attention.methods.polynomial import polynomial_attention, running_polynomial, summarize_polynomial
@@ -92,6 +93,7 @@ __all__ = [
     "linformer_step",
     "local",
     "longformer",
+    "lsh_priority",
     "lsh_top_k",
     "mean_pool",
     "mean_value",

@@ -1,6 +1,7 @@
 """Top-k attention by hashing: every query over the largest logits among the keys that hash like it."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
@@ -8,11 +9,8 @@ from jaxtyping import Bool, Float
 from approx_attention.core import (
     AttentionState,
     check_count,
-    check_floating,
-    check_key,
     checked_soft_cap,
     count_real,
-    draw_of_size,
     head_inputs,
     in_blocks,
     out_of_blocks,
@@ -20,10 +18,7 @@ from approx_attention.core import (
     over_real_tokens,
     pad_rows,
 )
-from approx_attention.sparse import GATHERED, gathered_state
-
-# All buckets of every round have an entry in a table, and there should not be many more of them than keys.
-MOST_HASHES = 24
+from approx_attention.sparse import GATHERED, Buckets, Planes, gathered_state
 
 
 @output_or_state
@@ -85,112 +80,38 @@ def lsh_top_k(
     Reference:
         :cite:p:`kitaev2020reformer`, section 2; the neighbour: :cite:p:`lv2007multiprobe`.
     """
-    num_keys = k.shape[0]
-    count = min(check_count("keys_per_query", keys_per_query), num_keys)
-    num_rounds = check_count("num_rounds", num_rounds)
-    if num_hashes is not None:
-        num_hashes = check_count("num_hashes", num_hashes, least=0)
+    count = min(check_count("keys_per_query", keys_per_query), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
-    used = None
-    if projection is None:
-        if num_hashes is None:
-            # Shapes follow the number of all keys; with padding, only the first signs are used, as many as the real
-            # keys alone would have.
-            num_hashes = (-(-num_keys // count) - 1).bit_length()
-            used = None if kv_mask is None else _hashes(jnp.maximum(count_real(kv_mask), 1), count, num_hashes)
-    else:
-        check_floating("projection", projection)
-        if projection.ndim != 3 or projection.shape[2] != q.shape[1]:
-            raise ValueError(f"projection must be [N, b, D] with D = {q.shape[1]}, got shape {projection.shape}")
-        num_hashes = projection.shape[1]
-    if num_hashes > MOST_HASHES:
-        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: there are 2^b buckets")
-    if projection is None:
-        shape = num_rounds, num_hashes, q.shape[1]
-        projection = jax.random.normal(check_key("lsh_top_k", key), shape, q.dtype)
-        # The random numbers that this number of signs would have: padding changes none of them.
-        projection = projection if used is None else draw_of_size(projection, used)
-    planes = projection.astype(q.dtype)
-
+    how: Any = {"num_rounds": num_rounds, "num_hashes": num_hashes, "projection": projection, "kv_mask": kv_mask}
+    planes = Planes.of("lsh_top_k", key, k, count, **how)
     cap = checked_soft_cap(logits_soft_cap)
 
     def found(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
-        places = _found_by_hashing(q, k, planes, used, count, is_causal, kv_mask)
+        places = _found_by_hashing(q, k, Buckets.of(k, planes, kv_mask), count, is_causal, kv_mask)
         return gathered_state(q, k, v, *places, logits_soft_cap=cap)
 
     return over_real_tokens(found, q, k, v, kv_mask, is_causal=is_causal)
 
 
-def _hashes(num_keys: Array, count: int, most: int) -> Array:
-    """The least number of signs, up to ``most``, with which buckets hold at most ``count`` keys on average."""
-    buckets = -(-num_keys // count)
-    return jnp.sum(2 ** jnp.arange(most, dtype=jnp.int32) < buckets, dtype=jnp.int32)
-
-
 def _found_by_hashing(
-    q: Array,
-    k: Array,
-    projection: Array,
-    used: Array | None,
-    count: int,
-    is_causal: bool,
-    kv_mask: Array | None,
+    q: Array, k: Array, buckets: Buckets, count: int, is_causal: bool, kv_mask: Array | None
 ) -> tuple[Array, Array]:
     """The keys of the largest logits among those that each query meets ``[T, count]``, and which of them exist.
 
-    The first ``used`` signs of each round count, or all. The number of keys, ``nowhere``, stands for no key.
+    The number of keys, ``nowhere``, stands for no key.
     """
     q, k = lax.stop_gradient((q, k))
     num_queries, nowhere = q.shape[0], k.shape[0]
-    num_rounds, num_hashes, _ = projection.shape
-    powers, is_used = 2 ** jnp.arange(num_hashes, dtype=jnp.int32), None
-    if used is not None:
-        is_used = jnp.arange(num_hashes, dtype=jnp.int32) < used
-        powers = jnp.where(is_used, powers, 0)
-
-    def sort(planes: Array) -> tuple[Array, Array]:
-        """The keys by bucket and place, and where each bucket starts."""
-        bucket = (k @ planes.T > 0).astype(jnp.int32) @ powers
-        if kv_mask is not None:
-            # Behind all buckets, where no query looks.
-            bucket = jnp.where(kv_mask, bucket, 2**num_hashes)
-        order = jnp.argsort(bucket, stable=True).astype(jnp.int32)
-        every = jnp.arange(2**num_hashes + 1, dtype=jnp.int32)
-        return order, jnp.searchsorted(bucket[order], every).astype(jnp.int32)
-
-    def meet(q: Array, place: Array, planes: Array, order: Array, bounds: Array) -> Array:
-        """The keys that queries at a place meet in their bucket and its neighbour ``[n, 2 count]``, or nowhere."""
-        side = q @ planes.T
-        buckets = ((side > 0).astype(jnp.int32) @ powers)[:, None]
-        if num_hashes:
-            # The neighbour behind the nearest plane, the likeliest bucket of a key that is close but hashed apart.
-            margin = jnp.abs(side) if is_used is None else jnp.where(is_used[None, :], jnp.abs(side), jnp.inf)
-            unsure = powers[jnp.argmin(margin, axis=1)]
-            buckets = jnp.concatenate([buckets, buckets ^ unsure[:, None]], axis=1)
-        start, end = bounds[buckets], bounds[buckets + 1]
-        after = _first_beyond(order, start, end, place[:, None])
-        # Of a crowded bucket K keys: the last up to the query's place, or those around it, shifted to stay inside.
-        if is_causal:
-            start, end = jnp.maximum(start, after - count), after
-        else:
-            start = jnp.clip(after - (count + 1) // 2, start, jnp.maximum(start, end - count))
-            end = jnp.minimum(end, start + count)
-        number = start[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None, :]
-        met = jnp.where(number < end[:, :, None], order[jnp.minimum(number, nowhere - 1)], nowhere)
-        return met.reshape(q.shape[0], -1)
-
     # Real keys come first.
     last = (nowhere if kv_mask is None else count_real(kv_mask)) - 1
     # A row of zeros for `nowhere`.
     k_padded = pad_rows(k, 1)
-    sorted_keys = jax.vmap(sort)(projection)
-    rows = min(num_queries, max(1, GATHERED // (2 * num_rounds * count)))
+    rows = min(num_queries, max(1, GATHERED // (2 * buckets.order.shape[0] * count)))
 
     def of_rows(args: tuple[Array, Array]) -> tuple[Array, Array]:
         q, place = args
-        met = jax.vmap(meet, (None, None, 0, 0, 0), 1)(q, place, projection, *sorted_keys)
         # Sorted, a key that several rounds found stands behind its like, and is counted once.
-        places = jnp.sort(met.reshape(rows, -1), axis=1)
+        places = jnp.sort(buckets.met(q, place, count, is_causal), axis=1)
         again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
         # Gathered once: fused into the product, rows would be read once for each use.
         logits = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k_padded[places]))
@@ -206,16 +127,3 @@ def _found_by_hashing(
     own_place = jnp.arange(num_queries, dtype=jnp.int32)
     found = lax.map(of_rows, (in_blocks(q, rows), in_blocks(own_place, rows)))
     return out_of_blocks(found, num_queries)
-
-
-def _first_beyond(order: Array, start: Array, end: Array, bound: Array) -> Array:
-    """The first i in [start, end) with ``order[i] > bound``, or end, by bisection; ``order`` rises within a bucket."""
-    # `jnp.searchsorted` takes one sorted array, not a part of it per query.
-
-    def halve(_: Array | int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) // 2
-        is_below = (order[jnp.minimum(middle, order.shape[0] - 1)] <= bound) & (low < high)
-        return jnp.where(is_below, middle + 1, low), jnp.where(is_below | (low == high), high, middle)
-
-    return lax.fori_loop(0, order.shape[0].bit_length(), halve, (start, end))[0]

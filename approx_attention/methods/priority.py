@@ -24,7 +24,7 @@ from approx_attention.core import (
     state_by_summary,
     token_sums_inputs,
 )
-from approx_attention.sparse import NO_NUMBER, LiftedKV, first_lifted
+from approx_attention.sparse import NO_NUMBER, LiftedKV, first_lifted, uniform_numbers
 
 
 @output_or_state
@@ -125,7 +125,7 @@ def summarize_priority(
     k, v = token_sums_inputs(k, v, kv_mask)
     check_noise(noise, k.shape[0])
     if noise is None:
-        noise = _uniform(check_key("priority", key), k.shape[0])
+        noise = uniform_numbers(check_key("priority", key), k.shape[0])
         # Noise by rank among the real keys: padding changes no choice.
         noise = noise if kv_mask is None else noise[ranks(kv_mask, k.shape[0])]
     return LiftedKV.of_tokens(k, v, noise, real_keys(kv_mask, k.shape[0]), keys_per_query)
@@ -152,7 +152,7 @@ def running_priority(
     def numbers(start: Array, count: int) -> Array:
         """u of a block of tokens from ``start`` on."""
         if noise is None:
-            return _uniform(jax.random.fold_in(check_key("priority", key), start), count)
+            return uniform_numbers(jax.random.fold_in(check_key("priority", key), start), count)
         place = start + jnp.arange(count, dtype=jnp.int32)
         return jnp.where(place < noise.shape[0], noise[jnp.minimum(place, noise.shape[0] - 1)], NO_NUMBER)
 
@@ -176,8 +176,3 @@ def running_priority(
         return jax.tree_util.Partial(first_lifted, jax.vmap(of_block)(starts, k, v, kv_mask))
 
     return RunningSummary(init, append, read=lambda tokens: tokens, of_sequence=of_sequence)
-
-
-def _uniform(key: Array, num_keys: int) -> Array:
-    """Uniform numbers in (0, 1]: `jax.random.uniform` has steps of 2^-23 and gives 0, which has no logarithm."""
-    return (jax.random.bits(key, (num_keys,), jnp.uint32).astype(jnp.float32) + 0.5) * 2.0**-32

@@ -140,8 +140,9 @@ class BoundMethod:
     def has_noise(self, given: Set[str] = frozenset()) -> bool:
         """True if its random arrays are among its arguments, or are ``given`` by further ones."""
         # Of some noise the name of a kind can be given too, from which nothing is drawn yet.
-        return self.registered is not None and any(
-            name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in self.registered.noise
+        names = self.registered.noise if self.registered else ()
+        return bool(names) and all(
+            name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in names
         )
 
     def draw(

@@ -111,6 +111,16 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost=lambda T, S, D, Dv, size: 2 * T * (S * D + min(size, S) * (D + Dv)),
             reference="Zharkov et al. 2026",
         ),
+        "lsh_priority": Method(
+            function=methods.lsh_priority,
+            noise=("projection", "noise"),
+            size="keys_per_query",
+            usual_size=64,
+            capabilities=Capabilities(needs_key=True, exact_limit=True),
+            # As of lsh_top_k, and the keys of the largest lifts.
+            cost=lambda T, S, D, Dv, size: 2 * T * min(size, S) * (12 * D + D + Dv),
+            reference="Zharkov et al. 2026, by hashing",
+        ),
         "uniform_sample": Method(
             function=methods.uniform_sample,
             noise=("noise",),

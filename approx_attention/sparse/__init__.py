@@ -8,7 +8,8 @@ from approx_attention.sparse.blocks import (
     gathered_state,
     is_traced,
 )
-from approx_attention.sparse.lifted import NO_NUMBER, LiftedKV, first_lifted
+from approx_attention.sparse.hashing import Buckets, Planes
+from approx_attention.sparse.lifted import NO_NUMBER, LiftedKV, first_lifted, uniform_numbers
 from approx_attention.sparse.patterns import SparsePattern, check_pattern
 from approx_attention.sparse.remainder import blocks_and_rest_state, support_and_moments_state
 from approx_attention.sparse.retrieval import is_found, largest_logits
@@ -17,7 +18,9 @@ __all__ = [
     "GATHERED",
     "NO_NUMBER",
     "BlockMap",
+    "Buckets",
     "LiftedKV",
+    "Planes",
     "SparsePattern",
     "block_lists_state",
     "block_sparse_state",
@@ -29,4 +32,5 @@ __all__ = [
     "is_traced",
     "largest_logits",
     "support_and_moments_state",
+    "uniform_numbers",
 ]

@@ -105,3 +105,8 @@ def first_lifted(blocks: LiftedKV, count: Array) -> LiftedKV:
     """The tokens of the first ``count`` of many blocks ``[n, b, ...]``; the others are absent, and keep the rest."""
     seen = (jnp.arange(blocks.u.shape[0], dtype=jnp.int32) < count)[:, None]
     return out_of_blocks(dataclasses.replace(blocks, u=jnp.where(seen, blocks.u, 0)))
+
+
+def uniform_numbers(key: Array, num_keys: int) -> Array:
+    """Uniform numbers in (0, 1]: `jax.random.uniform` has steps of 2^-23 and gives 0, which has no logarithm."""
+    return (jax.random.bits(key, (num_keys,), jnp.uint32).astype(jnp.float32) + 0.5) * 2.0**-32

@@ -101,7 +101,7 @@ def test_a_damaged_result_and_a_damaged_checkpoint(tmp_path):
 def test_swap_in_leaves_no_method_out():
     # On cpu the later methods join when the study is run again.
     later = {"coreset", "scatterbrain", "cosformer", "linformer", "block_linformer", "polynomial"}
-    later |= {"sparse_coreset", "longformer", "bigbird", "top_k", "lsh_top_k", "priority"}
+    later |= {"sparse_coreset", "longformer", "bigbird", "top_k", "lsh_top_k", "priority", "lsh_priority"}
     for scale, missing in (("cpu", later), ("gpu", set())):
         config = Run.of(read_study("harness/swap_in", scale), "run", 0, {}).config
         named = {attention.method for attention in config.methods.values()} | {"exact"} | missing

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from approx_attention import Decoder, HeadsDecoder, attention, merge, priority, summarize_priority, top_k
+from approx_attention import (
+    Decoder,
+    HeadsDecoder,
+    attention,
+    exact,
+    lsh_priority,
+    lsh_top_k,
+    merge,
+    priority,
+    summarize_priority,
+    top_k,
+)
 from approx_attention.evaluation import load_sample
 from approx_attention.methods import running_priority
 from tests.methods.case import Case
@@ -22,11 +33,26 @@ CASES = {
         smooth={"keys_per_query": 15},
         # More keys than there are, and so what one device has.
         devices={"keys_per_query": 64, "block_size": 4},
-    )
+    ),
+    "lsh_priority": Case(
+        diagonal_size=14,
+        # The number of buckets is laid out for the length.
+        any_length=lambda length: {"num_hashes": 1},
+        changes={
+            "num_rounds": 1,
+            "num_hashes": 1,
+            "projection": jnp.ones((1, 2, 8)),
+            "noise": jnp.linspace(0.01, 1, 40),
+        },
+        # A causal query looks at a whole block of 64 keys, and any at so many of the largest lifts.
+        changes_are_causal=False,
+        contexts={argument: {"keys_per_query": 2} for argument in ("num_rounds", "num_hashes", "projection")},
+        smooth={"keys_per_query": 15},
+    ),
 }
 
 KEY = jax.random.key(3)
-priority, top_k = compiled(priority, top_k)
+priority, lsh_priority, top_k = compiled(priority, lsh_priority, top_k)
 
 
 def transcribed(q, k, v, u, count, mask, near=False, scale=None):
@@ -90,13 +116,14 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
 NUM_DRAWS = 3000
 
 
-def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64):
-    # The draws are those of the method, so this tests its uniform numbers too.
-    count, num_keys = 6, 40
+@pytest.mark.parametrize(("method", "count"), [(priority, 6), (lsh_priority, 9)], ids=["exactly", "by hashing"])
+def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64, method, count):
+    # The draws are those of the method, so this tests its uniform numbers too. With 9 keys hashing looks at all.
+    num_keys = 40
     q, k, v = random_head(4, 3, num_keys, 4, 2, jnp.float64, spread=1.5)
 
     def sums(q, key):
-        state = priority(q, k, v, key, keys_per_query=count, return_state=True)
+        state = method(q, k, v, key, keys_per_query=count, return_state=True)
         mass = jnp.exp(state.lse)
         return mass, mass[:, None] * state.out
 
@@ -203,6 +230,51 @@ def test_a_prefix_that_is_too_long_gives_nan(limit):
     np.testing.assert_array_equal(np.isnan(out).all(axis=1), np.arange(24) >= 16)
 
 
+# By hashing
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_hashing_samples_among_the_keys_that_a_query_looks_at(is_causal, x64):
+    # Without signs there is one bucket, of which a query meets the keys around its place, or the last ones.
+    length, count = 200, 5
+    q, k, v = (np.asarray(x) for x in random_head(13, length, length, 8, 5, jnp.float64))
+    u, kv_mask = np.random.default_rng(14).random(length), np.arange(length) % 7 != 2
+    rank = np.cumsum(kv_mask) - 1
+    num_real, looked_at = rank[-1] + 1, np.zeros((length, length), bool)
+    real = np.flatnonzero(kv_mask)
+    for t in real:
+        place = rank[t]
+        if is_causal:
+            block = place // 64 * 64
+            near, others = np.arange(max(0, min(block, place - count)), place + 1), real[:block]
+        else:
+            start = min(max(0, place + 1 - 3), num_real - 6)
+            near, others = np.arange(start, start + 6), real
+        looked_at[t, real[near]] = True
+        looked_at[t, others[np.argsort(u[others])[: 4 * (count + 1)]]] = True
+    numerator, normaliser, _ = transcribed(q, k, v, u, count, looked_at)
+    options = {"keys_per_query": count, "num_hashes": 0, "is_causal": is_causal, "return_state": True}
+    soiled = (jnp.asarray(np.where(kv_mask[:, None], x, np.nan)) for x in (k, v))
+    noise = {"noise": jnp.asarray(u), "projection": jnp.zeros((2, 0, 8))}
+    state = lsh_priority(jnp.asarray(q), *soiled, kv_mask=jnp.asarray(kv_mask), **noise, **options)
+    sums = np.exp(state.lse)[:, None] * np.column_stack([state.out, np.ones(length)])
+    np.testing.assert_allclose(sums[real], np.column_stack([numerator, normaliser])[real], rtol=1e-10)
+
+
+def test_hashing_finds_most_keys_where_logits_are_small_and_errs_less_than_its_largest_logits():
+    q, k, _ = random_head(15, 32, 2048, 16)
+    keys = jax.random.split(KEY, 4)
+
+    def error(method, factor):
+        outs = jax.jit(jax.vmap(lambda key: method(factor * q, k, k, key, keys_per_query=32)))(keys)
+        return relative_error(outs, np.broadcast_to(exact(factor * q, k, k), outs.shape))
+
+    by_hashing, exactly = error(lsh_priority, 1), error(priority, 1)
+    assert by_hashing < 1.2 * exactly
+    assert error(lsh_priority, 2.5) > 1.2 * error(priority, 2.5)  # where it misses keys, as documented
+    assert error(lsh_top_k, 1) > 1.5 * by_hashing
+
+
 def test_what_is_refused():
     q, k, v = random_head(9, 8, 8)
     with pytest.raises(ValueError, match="priority is random"):
@@ -216,3 +288,5 @@ def test_what_is_refused():
     tokens = [summarize_priority(k, v, KEY, keys_per_query=count) for count in (2, 3)]
     with pytest.raises(ValueError, match="lifted tokens of one"):
         merge(*tokens)
+    with pytest.raises(ValueError, match="lsh_priority is random"):
+        lsh_priority(q, k, v, noise=jnp.ones(8))
