@@ -338,11 +338,14 @@ def _tensor_section(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"Attention over pairs of keys, one head of {document['head_dim']} channels; `polynomial` is "
         f"`tensor_polynomial` of degree {document['degree']}. Slopes of log time against log n: of `exact` from 256 "
-        "on, of the others from 1024 on."
+        "on, of `polynomial` from 1024 on."
     )
     measured = dict.fromkeys(row["arm"] for row in document["rows"])
     if any(arm.startswith("tree") for arm in measured):
-        yield "`tree`: `tree_attention` along a path of two edges, by a method; its logits are those of another model."
+        yield (
+            "`tree`: `tree_attention` along a path of two edges, by a method, with logits of another kind; slopes from "
+            "1024 on."
+        )
     seconds = {
         (arm, backward): {
             row["length"]: row["seconds"]
