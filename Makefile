@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 COSTLY := top_k,priority,sparse_coreset,block_linformer,ra
 BIDIRECTIONAL := hyper_attention,unreduced_jlt,importance_sample,lara,nystrom,skyformer,svd
 
-.PHONY: compare compare-encoder test pytest test-slow lint style types imports format docs bench aot experiments readme sample check-wheel clean
+.PHONY: compare compare-encoder test pytest test-slow lint style types imports format docs bench aot sample-errors experiments sample check-wheel clean
 
 # The main job: compares every method on the shipped sample, or on FILE=tensors.npz with ARGS="--causal ...".
 compare: $(VENV)/.core
@@ -55,7 +55,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python -m docs.check docs/_build/html
 
-# Measures speed and memory and rewrites benchmarks/RESULTS.md, the figure in docs/ and the README. Keep the machine otherwise idle.
+# Measures speed and memory, and rewrites benchmarks/RESULTS.md and the figure in docs/. Keep the machine otherwise idle.
 # PyTorch, the optional peer, takes part if it is installed: .venv/bin/pip install torch performer-pytorch linformer nystrom-attention
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks exact
@@ -69,9 +69,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks tensor
 	$(BIN)/python -m benchmarks collectives
 	$(BIN)/python -m benchmarks report
-	$(MAKE) sample-errors readme
+	$(MAKE) sample-errors
 
-# Compiles programs for a TPU and for a GPU, neither of which need be there, and rewrites benchmarks/RESULTS.md.
+# Compiles programs for a TPU and a GPU, on a machine without either, and rewrites benchmarks/RESULTS.md.
 aot: $(VENV)/.dev .venv-gpu/.aot .venv-tpu/.aot
 	$(BIN)/python -m benchmarks compiled --platform gpu
 	$(BIN)/python -m benchmarks compiled --platform tpu
@@ -79,7 +79,7 @@ aot: $(VENV)/.dev .venv-gpu/.aot .venv-tpu/.aot
 	$(BIN)/python -m benchmarks kernels --platform tpu
 	$(BIN)/python -m benchmarks report
 
-# Compares all methods on the sample anew: the figure in docs/, and what the pages of the methods say of them.
+# Compares all methods on the sample again: the figure in docs/, and the errors on the pages of the methods.
 sample-errors: $(VENV)/.dev
 	$(BIN)/approx-attention compare --out docs
 	$(BIN)/approx-attention compare --methods $(COSTLY) --out docs/costly
@@ -90,15 +90,11 @@ experiments: $(VENV)/.dev
 	$(BIN)/python -m experiments sweep all
 	$(BIN)/python -m experiments report
 
-# Rewrites the generated parts of README.md.
-readme: $(VENV)/.dev
-	$(BIN)/python -m tests.readme
-
 # Trains the small language model anew (about an hour) and captures the shipped sample from it.
 sample: $(VENV)/.dev
 	$(BIN)/python -m experiments sample
 
-# Builds the wheel, installs it into an environment of its own, and runs the main job there, away from the repository.
+# Builds the wheel, installs it into a fresh environment, and runs the main job there, outside the repository.
 check-wheel: $(VENV)/.core
 	rm -rf out/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir out/wheel .

@@ -52,7 +52,7 @@ def broken_links(site: pathlib.Path) -> tuple[list[str], list[str]]:
 def missing_files(text: str, folders: Iterable[pathlib.Path]) -> list[str]:
     """The files that a Markdown text links to or quotes and that are in none of the folders."""
     content = re.sub(r"^(`{3,}|:{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", content)
+    linked = re.findall(r"\]\((?!https?:)([^)#\s]+)(?: \"[^\"]*\")?\)", content)
     quoted = re.findall(r"`((?:[a-z_]+/)+[a-zA-Z_.]*)`", content)
     return [
         name

@@ -1,4 +1,4 @@
-"""What was measured on the shipped sample, and the figure of a method among the others."""
+"""The measurements on the shipped sample, and the figure of a method among the others."""
 
 import json
 import pathlib
@@ -36,33 +36,33 @@ def kib_held(row: Mapping[str, Any], document: Mapping[str, Any]) -> float:
     return (row["held_bytes"] or every) / 1024
 
 
-# Where the names of baselines stand in a figure: at which of their points, how far from it, on which side.
-LABELS = {"mean_value": (0, (8, -4), "left"), "uniform_sample": (-1, (-8, -6), "right")}
+# Marker and shade of each baseline in the figure of a method.
+MARKERS = {"mean_value": ("s", "0.2"), "local": ("^", "0.2"), "uniform_sample": ("D", "0.45")}
 
 
 def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draw error against cache bytes: the method in colour, the baselines named, all others grey."""
+    """Draw error against cache bytes: the method in colour, the baselines with markers, all others grey."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in document["rows"]:
         if not row["is_exact"]:
             curves.setdefault(row["method"], []).append((kib_held(row, document), row["relative_error"]))
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": name}):
-        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-        for other, points in curves.items():
+        figure, axes = plt.subplots(figsize=(5.6, 3.9), layout="constrained")
+        others = "other methods"
+        for other, points in sorted(curves.items(), key=lambda item: (item[0] == name, item[0] in BASELINES)):
             kib, error = zip(*sorted(points), strict=True)
-            mine = other == name
-            style: dict[str, Any] = {"color": "tab:blue", "zorder": 3} if mine else {"color": "0.6", "linewidth": 1}
-            axes.plot(kib, error, marker="o", markersize=6 if mine else 4, **style)
-            if mine or other in BASELINES:
-                at, shift, side = LABELS.get(other, (0, (0, 7), "center"))
-                name_style: dict[str, Any] = {
-                    "color": style["color"] if mine else "0.35",
-                    "weight": "bold" if mine else "normal",
-                }
-                name_style |= {"bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}}
-                axes.annotate(other, (kib[at], error[at]), shift, textcoords="offset points", ha=side, **name_style)
+            if other == name:
+                style: dict[str, Any] = {"color": "tab:blue", "marker": "o", "markersize": 7, "label": name}
+            elif other in BASELINES:
+                marker, shade = MARKERS[other]
+                style = {"color": shade, "marker": marker, "markersize": 6, "label": other, "linestyle": ":"}
+            else:
+                style = {"color": "0.8", "marker": "o", "markersize": 4, "linewidth": 1, "label": others}
+                others = "_"  # named once
+            axes.plot(kib, error, **style)
         top = 1.3 * max(1.2, *(value for _, value in curves.get(name, [(0, 0.0)])))
         axes.set(yscale="log", xlabel="cache (KiB)", ylabel="relative error", xlim=(-5, None), ylim=(None, top))
         axes.grid(alpha=0.3)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)

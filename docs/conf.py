@@ -29,6 +29,7 @@ version = release = importlib.metadata.version("approx_attention")
 
 extensions = [
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",
@@ -41,6 +42,7 @@ nitpicky = True
 default_role = "py:obj"
 add_module_names = False
 maximum_signature_line_length = 88
+autosummary_generate = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False

@@ -15,110 +15,81 @@ COMPANIONS = {
     "coreset": ("coresets.query_radius",),
     "rfa": ("methods.gate_tokens",),
 }
-# Packages all of whose names are public, and what each is for.
-PACKAGES = {
-    "bounds": "Certificates and closed-form errors: what is promised before anything is measured.",
-    "distributed": "Sequences sharded over devices.",
-    "nnx": "Attention and learned parts for Flax nnx.",
-    "linen": "Attention for Flax linen.",
-}
 # Public mappings, which have no docstring of their own.
 DATA = {
     "approx_attention.METHODS": "The methods by name: what :py:func:`approx_attention.attention` takes as ``method=``.",
     "approx_attention.coresets.ALGORITHMS": "The algorithms by name: what ``policy=`` and ``algorithm=`` take.",
 }
-# The other public names, by topic.
-TOPICS = {
-    "attention": (
-        "Attention over batch and heads",
-        "One call for any method, and the registry that knows what each can do.",
-        (
-            "attention", "Method", "Capabilities", "registry.bind", "registry.BoundMethod", "registry.HeadMethods",
-            "InputError",
-        ),
+# The pages of the API, one for each package: its purpose, and its public names that `approx_attention` does not export
+# too; None for all. A name of `approx_attention` is on the page of the package that it comes from.
+PACKAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "approx_attention": ("Attention over batch and heads, by any method.", ()),
+    "registry": (
+        "What each method can do, and a method with its hyper-parameters.",
+        ("bind", "BoundMethod", "HeadMethods"),
     ),
-    "summaries": (
-        "Summaries, answers and features",
-        "The calculus that everything else is made of: summaries answer queries, summaries of disjoint keys merge.",
+    "core": (
+        "Summaries, attention states and features: summaries answer queries, and summaries of disjoint keys merge.",
         (
-            "fold_scale", "attend", "merge", "AttentionState", "WeightedKV", "QuantizedKV", "quantize",
-            "FeatureMoments", "RunningSummary", "core.subtract", "core.hadamard", "core.summary_bytes",
-            "core.causal_state", "core.running_moments",
-            "core.control_variate_state", "core.PositiveFeatures", "Proposal", "fit_proposal", "balancing_maps",
-            "core.TrigonometricFeatures", "core.ReLUFeatures",
-            "core.CosineFeatures", "core.WeightedFeatures", "core.gaussian_projection", "core.orthogonal_projection",
-            "core.draw_sketch", "core.nonnegative_least_squares", "kernels.state", "kernels.default_tiles",
-            "kernels.export_checks",
+            "subtract", "hadamard", "summary_bytes", "causal_state", "running_moments", "control_variate_state",
+            "PositiveFeatures", "TrigonometricFeatures", "ReLUFeatures", "CosineFeatures", "WeightedFeatures",
+            "gaussian_projection", "orthogonal_projection", "draw_sketch", "nonnegative_least_squares",
         ),
     ),
     "decoding": (
-        "Decoding and compression of caches",
-        "Caches of bounded size, and policies that make few weighted tokens of many.",
+        "Caches of bounded size, and policies that compress a cache to few weighted tokens.",
         (
-            "HeadsDecoder", "HeadsCache", "decoding.MixedDecoder", "decoding.MixedCache", "Decoder", "Cache",
-            "compress_tokens", "compress_cache",
-            "decoding.running_compressed", "decoding.attention_received", "decoding.token_budget",
-            "decoding.pyramid_budgets", "decoding.shared_sizes", "decoding.Certificate", "decoding.CertifiedCache",
-            "decoding.AttentionMatching", "decoding.Queries", "decoding.compress_heads", "decoding.CompressedDecoder",
+            "MixedDecoder", "MixedCache", "running_compressed", "attention_received", "token_budget",
+            "pyramid_budgets", "shared_sizes", "Certificate", "CertifiedCache", "AttentionMatching", "Queries",
+            "compress_heads", "CompressedDecoder",
         ),
     ),
     "coresets": (
-        "Coresets",
         "The algorithms behind `coreset` and `compress_tokens`, as objects with their settings.",
         (
-            "coresets.compress", "coresets.ALGORITHMS", "coresets.Uniform", "coresets.ValueNorm", "coresets.Halving",
-            "coresets.Stratified", "coresets.sensitivities", "coresets.Compress", "coresets.BalanceKV",
-            "coresets.Herding", "coresets.KMeansMerge", "coresets.FarthestMerge", "coresets.KMeansNystrom",
-            "coresets.PivotedNystrom", "coresets.SubGen", "coresets.Guarded", "coresets.best_of", "coresets.Farthest",
-            "coresets.FittedMasses", "coresets.refitted", "coresets.Clusters", "coresets.clusters_around",
-            "coresets.running_clusters", "coresets.CertifiedSummary",
+            "compress", "ALGORITHMS", "Uniform", "ValueNorm", "Halving", "Stratified", "sensitivities", "Compress",
+            "BalanceKV", "Herding", "KMeansMerge", "FarthestMerge", "KMeansNystrom", "PivotedNystrom", "SubGen",
+            "Guarded", "best_of", "Farthest", "FittedMasses", "refitted", "Clusters", "clusters_around",
+            "running_clusters", "CertifiedSummary",
         ),
     ),
     "tensor": (
-        "Attention over pairs of keys, and polynomials",
-        "Tensor attention of any order, exactly and by polynomials of bounded logits.",
+        "Attention over tuples of keys: exactly, and by polynomials of bounded logits.",
         (
-            "tensor_attention", "tensor_polynomial", "tensor.tensor_support_basis", "determinant_attention",
-            "strassen_attention", "tree_attention", "tensor.running_tensor_polynomial", "tensor.TensorDecoder",
-            "tensor.exp_coefficients", "tensor.choose_degree", "tensor.ratio_range", "tensor.weight_bound",
-            "tensor.IndexSet", "tensor.total_degree", "tensor.anisotropic", "tensor.MonomialFeatures",
-            "tensor.TensorSketch", "tensor.ProductSketch",
+            "tensor_support_basis", "running_tensor_polynomial", "TensorDecoder", "exp_coefficients", "choose_degree",
+            "ratio_range", "weight_bound", "IndexSet", "total_degree", "anisotropic", "MonomialFeatures",
+            "TensorSketch", "ProductSketch",
         ),
     ),
-    "patterns": (
-        "Sparse patterns",
-        "Patterns as what is computed.",
-        ("SparsePattern", "sparse.BlockMap", "sparse_attention", "sparse_plus_summary"),
-    ),
+    "sparse": ("Sparse patterns that are computed.", ("BlockMap",)),
     "realization": (
-        "What attention can express",
-        "Patterns and weights that self-attention with few channels realises, and one unit of third order that decides "
+        "What attention can express: patterns and weights with few channels, and a unit of third order that decides "
         "Match3.",
         (
-            "realize_sparse_pattern", "certify", "dimension_bound", "realization.fixed_projections",
-            "realization.Realization", "realization.Certificate", "realization.DimensionBound",
-            "realization.minimal_dimension", "realization.MinimalDimension", "realization.one_dimensional_order",
-            "realization.realizable_in_one_dimension", "realization.row_centred", "realization.needed_head_dim",
-            "realization.nearest_factors", "realization.realize_attention", "realization.Match3",
-            "realization.match3_weights", "realization.match3_outputs", "realization.match3",
+            "fixed_projections", "Realization", "Certificate", "DimensionBound", "minimal_dimension",
+            "MinimalDimension", "one_dimensional_order", "realizable_in_one_dimension", "row_centred",
+            "needed_head_dim", "nearest_factors", "realize_attention", "Match3", "match3_weights", "match3_outputs",
+            "match3",
         ),
     ),
+    "bounds": ("Certificates and closed-form errors.", None),
     "evaluation": (
-        "Errors and times on your own tensors",
-        "Errors against exact attention, adversarial queries, timings; and which method, of what size, for a tolerance "
-        "and a budget: what `approx-attention plan` runs.",
+        "Errors against exact attention, adversarial queries and times on your tensors; and the choice of a method "
+        "and a size for a tolerance and a budget.",
         (
-            "evaluation.compare", "evaluation.Arm", "evaluation.Comparison", "evaluation.output_error",
-            "evaluation.OutputError", "evaluation.skill", "evaluation.sup_error", "evaluation.SupError",
-            "evaluation.spectrum", "evaluation.Spectrum", "evaluation.time_interleaved", "evaluation.Timing",
-            "evaluation.break_even", "evaluation.compile_arm", "evaluation.shared_programs", "evaluation.plan",
-            "evaluation.Plan", "evaluation.Candidate", "evaluation.Curve", "evaluation.plan_document",
-            "evaluation.plan_table", "evaluation.draw_plan", "evaluation.Tensors", "evaluation.Layer",
-            "evaluation.load_tensors", "evaluation.load_layers", "evaluation.load_sample", "evaluation.save_layers",
-            "evaluation.plan_model", "evaluation.ModelPlan", "evaluation.Policy", "evaluation.LayerPolicy",
-            "evaluation.HeadChoice", "evaluation.check_policy", "evaluation.PolicyCheck", "evaluation.Measurement",
-            "evaluation.diagnose", "evaluation.HeadDiagnosis",
+            "compare", "Arm", "Comparison", "output_error", "OutputError", "skill", "sup_error", "SupError", "spectrum",
+            "Spectrum", "time_interleaved", "Timing", "break_even", "compile_arm", "shared_programs", "plan", "Plan",
+            "Candidate", "Curve", "plan_document", "plan_table", "draw_plan", "Tensors", "Layer", "load_tensors",
+            "load_layers", "load_sample", "save_layers", "plan_model", "ModelPlan", "Policy", "LayerPolicy",
+            "HeadChoice", "check_policy", "PolicyCheck", "Measurement", "diagnose", "HeadDiagnosis",
         ),
+    ),
+    "distributed": ("Sequences sharded over devices.", None),
+    "nnx": ("Attention and learned parts for Flax nnx.", None),
+    "linen": ("Attention for Flax linen.", None),
+    "kernels": (
+        "Softmax attention over tokens as one operation, with fused kernels for accelerators.",
+        ("state", "default_tiles", "export_checks"),
     ),
 }  # fmt: skip
 
@@ -142,17 +113,28 @@ def method_names(name: str) -> list[str]:
 
 
 def package_names(package: str) -> list[str]:
-    """The public names of a package that is public as a whole."""
-    return list(importlib.import_module(f"approx_attention.{package}").__all__)
+    """The names on the page of a package, dotted from `approx_attention` on; those of the front come first."""
+    own = PACKAGES[package][1]
+    if own is None:
+        own = tuple(importlib.import_module(f"approx_attention.{package}").__all__)
+    with_pages = {part for name in METHODS for part in method_names(name)} | {"METHODS"}
+    front = [name for name in approx_attention.__all__ if name not in with_pages and _page(name) == package]
+    return front + [f"{package}.{name}" for name in own if f"{package}.{name}" not in with_pages]
+
+
+def _page(name: str) -> str:
+    """The package on whose page a name of `approx_attention` is."""
+    package = getattr(approx_attention, name).__module__.split(".")[1]
+    # Functions of `methods` that are not in the registry take a pattern; states are made by kernels and used by all.
+    package = {"methods": "sparse", "kernels": "core"}.get(package, package)
+    return package if package in PACKAGES else "approx_attention"
 
 
 def places() -> dict[str, str]:
     """Every documented name, dotted, and the page that documents it."""
     found = {"approx_attention.METHODS": "methods/index"}
     found |= {f"approx_attention.{part}": f"methods/{name}" for name in METHODS for part in method_names(name)}
-    found |= {f"approx_attention.{part}": f"api/{topic}" for topic, (_, _, parts) in TOPICS.items() for part in parts}
-    for package in PACKAGES:
-        found |= {f"approx_attention.{package}.{part}": f"api/{package}" for part in package_names(package)}
+    found |= {f"approx_attention.{part}": f"api/{page}" for page in PACKAGES for part in package_names(page)}
     return found
 
 

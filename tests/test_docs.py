@@ -14,26 +14,33 @@ import pytest
 import approx_attention
 from approx_attention import METHODS
 from benchmarks import report, wire
-from docs import check, comparisons, names, pages, tables
+from docs import check, comparisons, names, pages, reports, tables
 from experiments.claims import Verdict, read_claims
-from tests import readme
 
 ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 TEXTS = [
-    ROOT / "README.md",
+    README,
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "RESULTS.md",
     ROOT / "experiments" / "README.md",
     ROOT / "experiments" / "RESULTS.md",
     wire.PAGE,
 ]
-GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), re.DOTALL)
+DOCS = ROOT / "docs"
+GUIDE = [*sorted((DOCS / "guide").glob("*.md")), *sorted((DOCS / "gallery").glob("*.md")), DOCS / "index.md"]
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_generated_parts_of_the_readme_are_fresh():
-    text = readme.README.read_text(encoding="utf-8")
-    assert text == readme.regenerate(text), "README.md is stale: run `make readme`"
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_evidence_of_the_readme_is_reproduced():
+    verdicts = {verdict["id"]: verdict["verdict"] for verdict in tables.verdicts()}
+    named = re.findall(r'\]\(experiments/\w+/RESULTS\.md "([\w-]+)"\)', README.read_text(encoding="utf-8"))
+    assert len(named) >= 6
+    assert {name: verdicts[name] for name in named} == dict.fromkeys(named, "reproduced")
 
 
 def test_the_benchmark_results_follow_from_the_measurements():
@@ -81,13 +88,13 @@ def test_break_even_of_a_run_with_decoding_and_arms_that_were_given_up():
             "rows": [{"arm": arm, "length": length, "seconds": seconds} for arm, length, seconds in decode],
         },
     }
-    text = readme._break_even_table(document)
+    text = tables.break_even_table(document)
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()[2:]
     }
     assert cells["`favor`"] == ["2048", "2048", "", "", "512"]
     assert cells["`lsh_top_k`"] == ["beyond 512", "", "", "", ""]
-    assert "Measured forward at 512, 2048; decoding at 512, 2048;" in text
+    assert "Measured forward at 512, 2048; decoding at 512, 2048." in text
     assert "Left out are `mean_value`, `local`" in text
     assert "256 (`lsh_top_k`: 32)" in text
     # A hundredth faster is not faster.
@@ -111,7 +118,7 @@ def test_the_cells_of_the_guide_run(page):
         exec(compile(cell, f"{page.name} cell {number}", "exec"), space)
 
 
-@pytest.mark.parametrize("text", [*TEXTS, *GUIDE, ROOT / "docs" / "index.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("text", [*TEXTS, *GUIDE], ids=lambda path: path.name)
 def test_files_that_the_texts_name_exist(text):
     made_at_build = ("../methods/", "../api/", "../results/", "../measured/", "methods/", "api/", "results/")
     missing = check.missing_files(text.read_text(encoding="utf-8"), (ROOT, text.parent))
@@ -123,7 +130,8 @@ def test_every_method_has_a_page(name):
     page = pages.method_page(name)
     method = METHODS[name]
     assert f"autofunction:: approx_attention.{method.function.__name__}\n" in page
-    assert method.reference in page
+    assert all(key in page for key in names.sources(method))
+    assert "**When to use it**" in page
     assert (f"{name}.svg" in page) == (name != "exact")
     rows = comparisons.comparison(comparisons.measured_methods().get(name, comparisons.COMPARISONS[0]))["rows"]
     errors = [f"{row['relative_error']:.2g}" for row in rows if row["method"] == name]
@@ -139,9 +147,9 @@ def test_the_pages_are_written_and_stale_ones_go(tmp_path):
     assert {f"{page}.md" for page in names.places().values()} <= written
     assert "methods/of_old.md" not in written
     assert {file.stem for file in tmp_path.rglob("*.svg")} == set(comparisons.measured_methods())
-    assert "scaling" not in (tmp_path / "results" / "index.md").read_text()
+    assert "../scaling" not in (tmp_path / "results" / "index.md").read_text()
     (tmp_path / "scaling.md").write_text("# Scaling")
-    assert "scaling" in pages.results_pages(tmp_path)["index"]
+    assert "../scaling" in reports.pages(tmp_path)["index"]
 
 
 def test_the_verdicts_on_the_page_are_those_of_the_report():
@@ -150,8 +158,27 @@ def test_the_verdicts_on_the_page_are_those_of_the_report():
     assert typing.get_args(Verdict) == tables.VERDICTS
     assert [(v["id"], v["statement"]) for v in verdicts] == [(claim.id, claim.statement) for claim in claims]
     assert {v["verdict"] for v in verdicts} <= set(tables.VERDICTS)
-    written = pages.results_pages(ROOT / "docs")
+    written = reports.pages(ROOT / "docs")
     assert {v["family"] for v in verdicts} <= set(written)
+
+
+def test_every_method_is_in_one_family():
+    placed = [name for family in pages.FAMILIES for name in family["methods"]]
+    assert sorted(placed) == sorted(METHODS)
+
+
+def test_the_losses_on_the_pages_are_those_of_the_study():
+    found = tables.losses()
+    assert len(found) > 10
+    assert set(found) <= set(METHODS)
+
+
+def test_a_report_on_the_site_begins_with_the_verdicts():
+    made = reports.family_page("# F\n\n| claim | measured | range | verdict | source | notes |\n|--|--|--|--|--|--|\n"
+                               "| c | 1 | at most 2 | **reproduced** | s | n |\n\nMore.")  # fmt: skip
+    assert "| 1 | **reproduced** | c | 1 | at most 2 |" in made
+    assert "| 1 | s | n |" in made
+    assert made.rstrip().endswith("More.")
 
 
 def docstrings():

@@ -20,10 +20,10 @@ def test_every_public_name_has_one_page():
     documented = [name.removeprefix("approx_attention.") for name in names.places()]
     top = [name for name in documented if "." not in name]
     assert sorted(top) == sorted(approx_attention.__all__)
-    topics = [part for _, _, parts in names.TOPICS.values() for part in parts]
+    packages = [part for package in names.PACKAGES for part in names.package_names(package)]
     methods = [part for name in METHODS for part in names.method_names(name)]
-    assert len(set(topics + methods)) == len(topics + methods)
-    assert {part for part in topics + methods if "." not in part} == {*top} - {"METHODS"}  # on the list of methods
+    assert len(set(packages + methods)) == len(packages + methods)
+    assert {part for part in packages + methods if "." not in part} == {*top} - {"METHODS"}  # on the list of methods
 
 
 def test_every_public_name_has_a_docstring():

@@ -1,4 +1,4 @@
-"""The methods by name, with the facts about each that the contract tests check and the README's table prints."""
+"""The methods by name, with the facts about each that the contract tests check and the site's tables print."""
 
 import math
 import types

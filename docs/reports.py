@@ -1,0 +1,52 @@
+"""The committed reports as pages of the site: the verdict first, and tables that fit a screen."""
+
+import pathlib
+import re
+
+from docs.tables import ROOT, verdict_table
+
+WIDE = "---\nhide-toc: true\n---\n\n"
+
+
+def pages(docs: pathlib.Path) -> dict[str, str]:
+    """The pages of the results, by name."""
+    experiments = ROOT / "experiments"
+    families = sorted(page.parent.name for page in experiments.glob("*/RESULTS.md"))
+    scaling = ["../scaling"] if (docs / "scaling.md").exists() else []
+    front = (experiments / "RESULTS.md").read_text(encoding="utf-8").replace("/RESULTS.md)", ".md)")
+    stories, rest = front.partition("\n## ")[::2]
+    never = "## Never run" + rest.partition("## Never run")[2]
+    listed = ["```{toctree}", ":hidden:", "", *families, "benchmarks", *scaling, "```", ""]
+    more = "[Benchmarks](benchmarks.md): times and memory of everything. " + (
+        "[Scaling](../scaling.md): the bytes that devices send each other." if scaling else ""
+    )
+    made = {
+        family: family_page((experiments / family / "RESULTS.md").read_text(encoding="utf-8")) for family in families
+    }
+    return {
+        "index": "\n".join([stories.strip(), "", more, "", verdict_table(counts=False), never, "", *listed]),
+        **made,
+        "benchmarks": WIDE + "```{include} ../../benchmarks/RESULTS.md\n:relative-images:\n```\n",
+    }
+
+
+def family_page(text: str) -> str:
+    """A report of a family with the verdict of each claim first, and sources and notes in a second table."""
+    head = "| claim"
+    lines, claims = text.replace("](../", "](../../experiments/").splitlines(), []
+    start = next((i for i, line in enumerate(lines) if line.startswith(head)), None)
+    if start is not None:
+        end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+        claims, lines[start:end] = [cells(line) for line in lines[start + 2 : end]], ["CLAIMS"]
+    first = [f"| {n} | {claim[3]} | {claim[0]} | {claim[1]} | {claim[2]} |" for n, claim in enumerate(claims, 1)]
+    second = [f"| {n} | {claim[4]} | {claim[5]} |" for n, claim in enumerate(claims, 1)]
+    tables = [
+        "## Verdicts", "", "| | verdict | claim | measured | range |", "|:--|:--|:--|:--|:--|", *first, "",
+        "## Sources and notes", "", "| | source and its claim | notes |", "|:--|:--|:--|", *second,
+    ]  # fmt: skip
+    return WIDE + "\n".join("\n".join(tables) if line == "CLAIMS" else line for line in lines) + "\n"
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
