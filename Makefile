@@ -94,13 +94,18 @@ experiments: $(VENV)/.dev
 sample: $(VENV)/.dev
 	$(BIN)/python -m experiments sample
 
-# Builds the wheel, installs it into a fresh environment, and runs the main job there, outside the repository.
-check-wheel: $(VENV)/.core
+# Builds the sdist and, from it, the wheel; installs the wheel into a fresh environment, and runs the main job there, outside
+# the repository. Another version of Python: make check-wheel PYTHON=python3.13
+check-wheel:
 	rm -rf out/wheel
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir out/wheel .
 	$(PYTHON) -m venv out/wheel/venv
+	out/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check hatchling
+	out/wheel/venv/bin/python -m hatchling build --target sdist --directory out/wheel
+	out/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir out/wheel \
+		out/wheel/approx_attention-*.tar.gz
 	out/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(echo $(CURDIR)/out/wheel/approx_attention-*.whl)[plot]"
+	cd out/wheel && venv/bin/python -c 'import approx_attention; print(approx_attention.__version__)'
 	cd out/wheel && venv/bin/approx-attention compare --out compare
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)

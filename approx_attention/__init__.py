@@ -66,6 +66,8 @@ from approx_attention.sparse import SparsePattern
 from approx_attention.tensor import determinant_attention, strassen_attention, tensor_attention, tensor_polynomial
 from approx_attention.trees import tree_attention
 
+__version__ = "0.1.0"
+
 __all__ = [
     "METHODS",
     "AttentionState",

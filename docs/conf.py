@@ -1,6 +1,5 @@
 """Settings of the site; ``make docs`` builds it with warnings as errors."""
 
-import importlib.metadata
 import inspect
 import os
 import pathlib
@@ -20,12 +19,13 @@ from docutils import nodes  # noqa: E402
 from sphinx.application import Sphinx  # noqa: E402
 from sphinx.errors import NoUri  # noqa: E402
 
+import approx_attention  # noqa: E402
 from docs import pages  # noqa: E402
 from tests import public_api  # noqa: E402
 
 project = "approx_attention"
 author = "The approx_attention authors"
-version = release = importlib.metadata.version("approx_attention")
+version = release = approx_attention.__version__
 
 extensions = [
     "sphinx.ext.autodoc",

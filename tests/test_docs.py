@@ -249,6 +249,12 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert check.broken_links(tmp_path)[0] == []
 
 
+def test_the_version_is_the_same_everywhere():
+    version = approx_attention.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}]\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_importing_the_package_loads_neither_flax_nor_matplotlib():
     code = "import sys, approx_attention; print([m for m in ('flax', 'matplotlib', 'optax') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
