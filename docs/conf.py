@@ -20,7 +20,8 @@ from sphinx.application import Sphinx  # noqa: E402
 from sphinx.errors import NoUri  # noqa: E402
 
 import approx_attention  # noqa: E402
-from docs import pages  # noqa: E402
+from approx_attention.registry import METHODS  # noqa: E402
+from docs import names, pages  # noqa: E402
 from tests import public_api  # noqa: E402
 
 project = "approx_attention"
@@ -41,7 +42,7 @@ nitpicky = True
 
 default_role = "py:obj"
 add_module_names = False
-maximum_signature_line_length = 88
+maximum_signature_line_length = 2000
 autosummary_generate = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
@@ -69,6 +70,7 @@ html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
 
+METHOD_OF = {f"approx_attention.{names.public_name(method.function)}": name for name, method in METHODS.items()}
 # Names of other projects, which the site does not link to, so that it builds without a network.
 EXTERNAL = (
     "jax.",
@@ -132,9 +134,16 @@ def defaults_by_name(app: Sphinx, what: str, name: str, thing, options, signatur
     return public_api.signature(thing, skip_first=unbound), None
 
 
+def without_summary(app: Sphinx, what: str, name: str, thing, options, lines: list[str]) -> None:
+    """Drops the first sentence of a method on its page, which begins with it."""
+    if app.env.docname == f"methods/{METHOD_OF.get(name)}" and "" in lines:
+        del lines[: lines.index("") + 1]
+
+
 def setup(app: Sphinx) -> None:
     """Makes the generated pages before anything is read."""
     pages.write()
+    app.connect("autodoc-process-docstring", without_summary, priority=400)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-signature", constructor)

@@ -7,7 +7,7 @@
 import inspect
 import pathlib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from approx_attention.evaluation import markdown_table
@@ -76,7 +76,8 @@ def methods_index() -> str:
         lines += [f"## {family['title']}", "", family["about"], "", methods_table(family["methods"]), ""]
     shared = _rst(".. automodule:: approx_attention.methods", "   :no-members:")
     lines += ["## The data of measured losses", "", TEXTS["data"], "", "## Shared arguments", "", *shared, ""]
-    lines += [*_directives("approx_attention.METHODS"), "", *_toctree(METHODS, "hidden")]
+    placed = [name for family in FAMILIES for name in family["methods"]]
+    lines += [*_directives("approx_attention.METHODS"), "", *_toctree(dict.fromkeys([*placed, *METHODS]))]
     return "\n".join(lines)
 
 
@@ -123,7 +124,7 @@ def _measured(name: str) -> list[str]:
         ]
         for row in rows
     ]
-    header = ["size", "cache (KiB)", "relative error", "far error", "ms", "speed over best exact"]
+    header = ["size", "cache (KiB)", "relative error", "far error", "ms", "speed over exact"]
     figure = (
         []
         if METHODS[name] is METHODS["exact"]
@@ -148,16 +149,14 @@ def api_index() -> str:
     lines = ["# API", "", markdown_table(["package", ""], rows, others="left"), ""]
     lines += ["The methods have [one page each](../methods/index.md). A name that `approx_attention` exports too is"]
     lines += ["shown without its package. The tests compare all names and signatures to a committed list.", ""]
-    return "\n".join([*lines, *_toctree(PACKAGES, "hidden")])
+    return "\n".join([*lines, *_toctree(f"{package} <{package}>" for package in PACKAGES)])
 
 
 def package_page(package: str) -> str:
     """All public names of a package, first in a table."""
-    about, _ = PACKAGES[package]
     names = package_names(package)
-    lines = [f"# `{_dotted(package)}`", "", about, ""]
-    if package != "approx_attention":  # so that the package itself can be referred to
-        lines += [*_rst(f".. automodule:: approx_attention.{package}", "   :no-members:"), ""]
+    lines = [f"# `{_dotted(package)}`", ""]
+    lines += [*_rst(f".. automodule:: {_dotted(package)}", "   :no-members:"), ""]
     table = [f"   {name}" for name in names if f"approx_attention.{name}" not in DATA]
     lines += [*_rst(".. currentmodule:: approx_attention", "", ".. autosummary::", "   :nosignatures:", "", *table), ""]
     for name in names:
@@ -173,8 +172,8 @@ def _rst(*lines: str) -> list[str]:
     return ["```{eval-rst}", *lines, "```"]
 
 
-def _toctree(pages: Mapping[str, Any], option: str) -> list[str]:
-    return ["```{toctree}", f":{option}:", "", *pages, "```", ""]
+def _toctree(pages: Iterable[str]) -> list[str]:
+    return ["```{toctree}", ":hidden:", "", *pages, "```", ""]
 
 
 def _directives(name: str) -> list[str]:

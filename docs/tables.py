@@ -88,8 +88,8 @@ def methods_table(names: Iterable[str]) -> str:
             65536, 65536, HEAD_DIM, HEAD_DIM, 0
         )
         flags = ["yes" if has else "" for has in (can.causal, can.decode, can.normalizer, can.needs_key)]
-        rows.append([f"[`{name}`]({name}.md)", plain(first_line(method.function)), *flags, f"{100 * share:.3g} %"])
-    header = ["method", "", "causal", "cache", "merges", "random", "FLOPs"]
+        rows.append([f"[`{name}`]({name}.md)", plain(first_line(method.function)), *flags, f"{100 * share:.3g}"])
+    header = ["method", "", "causal", "cache", "merges", "random", "FLOPs, %"]
     return markdown_table(header, rows, others=["left", *["center"] * 4, "right"])
 
 
