@@ -190,7 +190,8 @@ def _said(finding: Finding) -> str:
 
 def _plain(finding: Finding) -> dict[str, Any]:
     """A finding as the site reads it."""
-    claim, measured = finding.claim, finding.measured
+    claim = finding.claim
+    mean, half = (x if math.isfinite(x) else None for x in finding.measured or (math.nan, math.nan))
     return {
         "id": claim.id,
         "family": _family(finding),
@@ -198,8 +199,8 @@ def _plain(finding: Finding) -> dict[str, Any]:
         "statement": claim.statement,
         "paper": claim.paper,
         "range": str(claim.reproduced),
-        "mean": None if measured is None or not math.isfinite(measured[0]) else measured[0],
-        "half_width": None if measured is None else measured[1],
+        "mean": mean,
+        "half_width": half,
         "verdict": finding.verdict,
         "ordering": finding.ordering,
         "scale": finding.study.scale if finding.study else None,

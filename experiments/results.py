@@ -14,10 +14,11 @@ import pydantic
 
 from approx_attention.evaluation import write_atomically
 from experiments.config import STRICT, ConfigError, NonNegative, Seed, adapter_of
-from experiments.run_files import locked
+from experiments.run_files import as_line, locked
 
-# A record is flat: numbers, names, and lists of numbers where one record holds a curve.
-Value = str | bool | int | float | None | list[float]
+# A record is flat: numbers, names, and lists of numbers where one record holds a curve. None is no number: what is NaN
+# when it is measured is None once it is on file.
+Value = str | bool | int | float | None | list[float | None]
 Record = dict[str, Value]
 
 
@@ -53,14 +54,13 @@ Frame = Any
 
 
 def frame(results: Sequence[Result]) -> Frame:
-    """The records of all runs, with columns for their configuration and their seed."""
-    return pd.DataFrame(
-        [
-            {"configuration": result.configuration, "seed": result.seed, **record}
-            for result in results
-            for record in result.records
-        ]
-    )
+    """The records of all runs, with their configuration and seed, and NaN where there is no number."""
+    rows = [
+        {"configuration": result.configuration, "seed": result.seed, **record}
+        for result in results
+        for record in result.records
+    ]
+    return pd.DataFrame(rows).replace({None: math.nan}).infer_objects()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,20 +88,21 @@ class ResultFile:
         wanted = (scale, configuration, seed)
         return next((x for x in self.read() if (x.scale, x.configuration, x.seed) == wanted), None)
 
-    def add(self, result: Result) -> None:
-        """Adds a result; other processes may add theirs at the same time.
+    def add(self, result: Result) -> Result:
+        """Adds a result, and gives it as it is read from then on; other processes may add theirs at the same time.
 
         Raises:
             ConfigError: the file cannot be used, another process holds it, or the result is none that could be read.
         """
         try:
-            adapter_of(Result).validate_python(dataclasses.asdict(result))
-        except pydantic.ValidationError as error:
-            raise ConfigError(f"{self.path} cannot hold this result ({_first(error)})") from None
+            added = _parsed(as_line(dataclasses.asdict(result)))
+        except (pydantic.ValidationError, TypeError) as error:
+            said = _first(error) if isinstance(error, pydantic.ValidationError) else error
+            raise ConfigError(f"{self.path} cannot hold this result ({said})") from None
         with locked(self.path.with_suffix(".lock"), self.path, patience=60):
-            lines = [*self.read(), result]
-            text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
+            text = "".join(as_line(dataclasses.asdict(line)) for line in [*self.read(), added])
             write_atomically(self.path, lambda file: file.write(text.encode()))
+        return added
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,12 +111,16 @@ def _read(path: pathlib.Path, changed: int, size: int) -> list[Result]:
     results = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            results.append(adapter_of(Result).validate_python(json.loads(line)))
+            results.append(_parsed(line))
         except pydantic.ValidationError as error:
             raise _damaged(path, number, _first(error)) from None
         except (ValueError, RecursionError) as error:
             raise _damaged(path, number, str(error)) from None
     return results
+
+
+def _parsed(line: str | bytes) -> Result:
+    return adapter_of(Result).validate_python(json.loads(line))
 
 
 def _first(error: pydantic.ValidationError) -> str:
@@ -128,7 +133,7 @@ def _damaged(path: pathlib.Path, number: int, said: str) -> ConfigError:
 
 
 def figure_of(records: Sequence[Mapping[str, Any]], figure: str, where: Mapping[str, Any]) -> float:
-    """The number under a key in the one record that has the key and agrees with ``where``.
+    """The number under a key in the one record that has the key and agrees with ``where``; NaN where it has none.
 
     Raises:
         ConfigError: no record or several have it, or it is no number.
@@ -141,7 +146,7 @@ def figure_of(records: Sequence[Mapping[str, Any]], figure: str, where: Mapping[
             f"{len(chosen)} of {len(held)} records with {figure!r} have {dict(where)}, and it must be one; "
             f"the keys of the records are {known}"
         )
-    value = chosen[0][figure]
+    value = math.nan if chosen[0][figure] is None else chosen[0][figure]
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{figure!r} with {dict(where)} is no number but {value!r}")
     return float(value)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -38,6 +39,20 @@ def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({error})") from None
     return content
+
+
+# Texts stand first, so that what looks like a number in one is left alone.
+_NOT_IN_JSON = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
+_INSTEAD = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
+
+
+def as_line(facts: Any) -> str:
+    """Facts as one line of JSON that any parser reads, which Python's own NaN and Infinity are not.
+
+    NaN, which means that there is no such number, is null. An infinite number, which is one, is 1e999: greater than any
+    float64, so it is read as infinity.
+    """
+    return _NOT_IN_JSON.sub(lambda found: _INSTEAD.get(found[0], found[0]), json.dumps(facts)) + "\n"
 
 
 def write_json(path: pathlib.Path, facts: Mapping[str, Any]) -> None:

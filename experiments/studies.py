@@ -295,8 +295,7 @@ class Run:
                 seconds=round(time.monotonic() - start, 1),
                 records=records,
             )
-            self.file.add(result)
-        return result
+            return self.file.add(result)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

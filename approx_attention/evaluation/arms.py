@@ -180,7 +180,8 @@ def exact_arms(problem: Problem) -> list[Arm]:
     forms = {EXACT: ours(None)}
     if logits <= LARGEST_LOGITS:
         forms[f"{EXACT} dense"] = ours("dense")
-        if jax.default_backend() == "gpu":  # what is timed is what this machine has
+        # What is timed is what the device of the tensors has: with a GPU in the machine they may be on its CPU.
+        if any(device.platform == "gpu" for device in jnp.asarray(query).devices()):
             head_dim = query.shape[-1]
             fused = mask is None and head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= 128
             forms[f"{EXACT} bfloat16"] = lambda query, key, value, rng: (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from approx_attention.evaluation.atomic import write_atomically
@@ -19,14 +20,15 @@ from approx_attention.evaluation.files import Tensors
 
 def environment() -> dict[str, Any]:
     """Versions and the device, on which the figures depend."""
-    device = jax.devices()[0]
+    # Where computations go: with `jax.default_device` that is not the first device of the default backend.
+    (device,) = jnp.zeros(()).devices()
     return {
         "approx_attention": importlib.metadata.version("approx_attention"),
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "backend": jax.default_backend(),
+        "backend": device.platform,
         "device": device.device_kind,
         "processor": processor_name(),
         "processor_cores": os.cpu_count(),

@@ -17,13 +17,14 @@ from approx_attention.evaluation import (
     Problem,
     comparison_table,
     draw_frontiers,
+    environment,
     load_sample,
     load_tensors,
     method_styles,
     run_comparison,
     write_atomically,
 )
-from approx_attention.evaluation.arms import build_arms
+from approx_attention.evaluation.arms import build_arms, exact_arms
 from approx_attention.evaluation.comparison import best_rows
 from approx_attention.registry import METHODS
 from tests.references import brute_force, random_heads
@@ -407,3 +408,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_measurements_are_for_the_device_of_the_tensors(monkeypatch):
+    """As on a machine with a GPU, where they are on its CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    problem = Problem(load_sample())
+    assert "exact bfloat16" not in {arm.method for arm in exact_arms(problem)}
+    assert environment()["backend"] == "cpu"

@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import json
+import math
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -14,8 +17,8 @@ from approx_attention import METHODS
 from approx_attention.evaluation import figure_style
 from experiments import __main__ as cli
 from experiments.config import ConfigError, parse_overrides, resolve
-from experiments.results import Result, ResultFile, frame
-from experiments.studies import SCALES, Places, Run, every_study, read_study
+from experiments.results import Result, ResultFile, figure_of, frame
+from experiments.studies import COMMITTED, SCALES, Places, Run, every_study, read_study
 from experiments.training import TrainingConfig
 from tests.experiments.test_claims import STUDY
 from tests.experiments.test_training import KILLED
@@ -151,6 +154,30 @@ def test_a_result_that_could_not_be_read_again_is_not_kept(tmp_path):
     assert file.read() == [result]
 
 
+def test_a_line_is_json_for_any_parser_and_is_read_as_it_was_added(tmp_path):
+    own = 'NaN, "-Infinity" \\'
+    record = {own: own, "nan": math.nan, "inf": math.inf, "low": -math.inf, "curve": [1.5, math.nan], "count": 3}
+    added = ResultFile(tmp_path / "study.jsonl").add(Result("smoke", "run", 0, "", "", {}, 1.0, [record]))
+    assert added.records == [record | {"nan": None, "curve": [1.5, None]}]
+    assert ResultFile(tmp_path / "study.jsonl").read() == [added]
+    (line,) = (tmp_path / "study.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=_no_json)["records"] == added.records
+    shown = frame([added])
+    assert np.isnan(shown["nan"].iloc[0])
+    assert figure_of(added.records, "inf", {}) == math.inf
+    assert math.isnan(figure_of(added.records, "nan", {}))
+
+
+def _no_json(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def test_every_result_on_file_is_json_for_any_parser():
+    for path in COMMITTED.results.rglob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=_no_json)
+
+
 def test_results_that_are_added_at_the_same_time_are_all_kept(tmp_path):
     results = [Result("smoke", "run", seed, "", "", {}, 1.0, [{"error": 0.5}] * 100) for seed in range(24)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -215,8 +242,7 @@ def test_every_study_runs_and_is_shown(tmp_path, name):
     places = Places(tmp_path, tmp_path)
     runs = [Run.of(study, configuration, 0, {}, places) for configuration in study.configurations]
     results = [run.result(Console(quiet=True)) for run in runs]
-    # NaN is not equal to itself.
-    assert repr(results) == repr([run.result(Console(quiet=True)) for run in runs]) == repr(study.results(places))
+    assert results == [run.result(Console(quiet=True)) for run in runs] == study.results(places)
     assert all("|" in text for text in study.module.table(frame(results)) if text.startswith("|"))
     with figure_style():
         study.module.figure(frame(results)).draw_without_rendering()
