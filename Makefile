@@ -120,10 +120,11 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-# An environment for each compiler: two of them in one process compete for its platforms.
+# An environment for each compiler: two of them in one process compete for its platforms. What studies train is compiled
+# there too.
 .venv-%/.aot: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[aot-$*]'
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[aot-$*,experiments]'
 	@touch $@
 
 $(VENV):

@@ -1,10 +1,6 @@
 """``python -m benchmarks COMMAND``: measures, or turns the measurements into RESULTS.md."""
 
-import functools
-import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import click
 import jax
@@ -28,6 +24,7 @@ from benchmarks import (
     wire,
 )
 from benchmarks.ahead_of_time import Platform
+from benchmarks.compilers import compile_into, compiler_options
 from benchmarks.files import HERE, REPORT, RESULTS, write_document, write_text
 
 
@@ -36,11 +33,10 @@ def main() -> None:
     """Speed and memory, side by side in one run. Keep the machine otherwise idle."""
 
 
-def _write(name: str, document: dict, *, quiet: bool = False) -> None:
+def _write(name: str, document: dict) -> None:
     path = RESULTS / f"{name}.json"
     write_document(path, document)
-    if not quiet:
-        Console().print(f"wrote {path.relative_to(HERE.parent)}")
+    Console().print(f"wrote {path.relative_to(HERE.parent)}")
 
 
 @main.command("exact")
@@ -121,45 +117,8 @@ def collectives_command() -> None:
     _write("collectives", collectives.measure())
 
 
-def _compiler_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of commands that compile for an accelerator that is not there."""
-    options = (
-        click.option("--platform", type=click.Choice(["tpu", "gpu"]), required=True, help="What is compiled for."),
-        click.option(
-            "--limit", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds for a case."
-        ),
-        click.option("--again", is_flag=True, help="Compile anew what was compiled of the same code."),
-        click.option(
-            "--python",
-            type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
-            help="Interpreter of an environment with the platform's compiler.  [default: .venv-PLATFORM/bin/python]",
-        ),
-    )
-    return functools.reduce(lambda command, option: option(command), reversed(options), command)
-
-
-def _compile(
-    name: str,
-    measure: Callable[..., None],
-    platform: Platform,
-    python: pathlib.Path | None,
-    library: pathlib.Path = HERE.parent,
-    **options: Any,
-) -> None:
-    """Compiles the cases of a benchmark into its document, and leaves out those that are there."""
-    path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    # A symbolic link to an interpreter is an environment, which what it points to is not.
-    python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
-    write = functools.partial(_write, name, quiet=True)
-    try:
-        measure(platform, python, library, known, write, **options)
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
-
-
 @main.command("compiled")
-@_compiler_options
+@compiler_options
 @click.option("--method", "methods", multiple=True, help="Compile the cases of this method alone; may be repeated.")
 @click.option(
     "--before",
@@ -177,14 +136,15 @@ def compiled_command(
     """Programs compiled for an accelerator that is not there: memory, size, operations in sequence; no times."""
     name = f"compiled_{platform}_before" if before else f"compiled_{platform}"
     options = {"methods": methods, "limit": limit, "again": again}
-    _compile(name, compiled.measure, platform, python, before or HERE.parent, **options)
+    compile_into(RESULTS / f"{name}.json", compiled.measure, platform, python, before or HERE.parent, **options)
 
 
 @main.command("kernels")
-@_compiler_options
+@compiler_options
 def kernels_command(platform: Platform, limit: float, again: bool, python: pathlib.Path | None) -> None:
     """The fused kernels compiled for an accelerator that is not there: schedules, registers, memory; no times."""
-    _compile(f"kernels_{platform}", kernels.measure, platform, python, limit=limit, again=again)
+    path = RESULTS / f"kernels_{platform}.json"
+    compile_into(path, kernels.measure, platform, python, limit=limit, again=again)
 
 
 main.add_command(accelerator.main, "accelerator")

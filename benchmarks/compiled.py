@@ -123,7 +123,8 @@ def compile_each(
     write: Callable[[dict[str, Any]], None],
     *,
     module: str = "benchmarks.ahead_of_time",
-    sources: str = "approx_attention",
+    sources: Sequence[str] = ("approx_attention",),
+    packages: Sequence[str] = (),
     is_chosen: Callable[[Any], bool] = lambda case: True,
     limit: float = 900.0,
     again: bool = False,
@@ -139,7 +140,8 @@ def compile_each(
             of other code stay until they are replaced, and rows of cases that are no more are left out.
         write: writes the document so far.
         module: what a process runs, with the library and the case as arguments.
-        sources: the part of the library that decides how a case is compiled.
+        sources: the parts of the library, folders and files, that decide how a case is compiled.
+        packages: those that a case needs besides jax.
         is_chosen: compiles the cases of which this is true.
         limit: seconds after which a case is given up.
         again: compiles the rows of the same code too.
@@ -150,7 +152,7 @@ def compile_each(
     # An accelerator that is there is left alone.
     jax.config.update("jax_platforms", "cpu")
     platform = about["platform"]
-    versions = _versions(python, COMPILERS[platform])
+    versions = _versions(python, COMPILERS[platform], packages)
     code, console = digest_of(library, versions, sources), Console()
     by_name = {_name(dataclasses.asdict(case)): case for case in asked}
     earlier = {_name(row["case"]): row for row in known.get("rows", [])}
@@ -205,20 +207,24 @@ def _name(case: Mapping[str, Any]) -> str:
     return json.dumps(case, sort_keys=True)
 
 
-def digest_of(library: pathlib.Path, versions: Mapping[str, Any], sources: str = "approx_attention") -> str:
+def digest_of(
+    library: pathlib.Path, versions: Mapping[str, Any], sources: Sequence[str] = ("approx_attention",)
+) -> str:
     """A digest of what decides how a case is compiled: the library's sources, and versions such as of the compiler."""
     digest = hashlib.sha256(json.dumps(versions).encode())
-    for path in sorted((library / sources).rglob("*.py")):
+    places = [library / source for source in sources]
+    for path in sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("*.py"))):
         digest.update(str(path.relative_to(library)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _versions(python: pathlib.Path, compiler: str) -> dict[str, str]:
-    """The versions of jax and of the compiler in the interpreter's environment."""
-    packages = ["jax", "jaxlib", compiler]
+def _versions(python: pathlib.Path, compiler: str, packages: Sequence[str] = ()) -> dict[str, str]:
+    """The versions of jax, of the compiler and of other packages in the interpreter's environment."""
+    packages = ["jax", "jaxlib", compiler, *packages]
     ask = f"import importlib.metadata, json; print(json.dumps([importlib.metadata.version(x) for x in {packages}]))"
     try:
         answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"{python} has no {compiler}: `make aot` makes environments that have it") from error
+        needed = " and ".join([compiler, *packages[3:]])
+        raise RuntimeError(f"{python} has no {needed}: `make aot` makes environments that have it") from error
     return dict(zip(packages, json.loads(answer), strict=True))

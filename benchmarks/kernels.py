@@ -81,7 +81,7 @@ def measure(
         known,
         write,
         module="benchmarks.kernel_programs",
-        sources="approx_attention/kernels",
+        sources=("approx_attention/kernels",),
         limit=limit,
         again=again,
     )

@@ -1,4 +1,4 @@
-"""``python -m experiments run|sweep|list|report|capture|capture-model|sample``: every claim a verdict."""
+"""``python -m experiments run|sweep|list|report|check|capture|capture-model|sample``: every claim a verdict."""
 
 import contextlib
 import importlib
@@ -20,10 +20,12 @@ from rich.table import Table
 from approx_attention.core import unknown
 from approx_attention.evaluation import save_layers
 from approx_attention.nnx import capture_attention
-from experiments import data, report
+from benchmarks.ahead_of_time import Platform
+from benchmarks.compilers import compile_into, compiler_options
+from experiments import check, data, report
 from experiments.config import ConfigError, parse_overrides
 from experiments.sample import write_sample
-from experiments.studies import COMMITTED, ROOT, SCALES, Places, Run, check_all, every_study, read_study
+from experiments.studies import COMMITTED, RESULTS, ROOT, SCALES, Places, Run, check_all, every_study, read_study
 from experiments.training import TrainingConfig, fit, predict
 
 
@@ -152,6 +154,29 @@ def report_command() -> None:
     """Compute every verdict from the results and write the pages of results with their plots."""
     for path in report.write(ROOT / "experiments"):
         _console().print(f"wrote {path.relative_to(ROOT)}", soft_wrap=True)
+
+
+@experiments.command("check")
+@click.argument("studies", nargs=-1)
+@compiler_options
+def check_command(
+    studies: tuple[str, ...], platform: Platform, limit: float, again: bool, python: pathlib.Path | None
+) -> None:
+    """Compile the programs of every STUDY at the scale gpu, by default of all, for one chip that need not be there.
+
+    Exit code 2 if one does not compile, or takes more memory than the chip has. Programs of the same code and settings
+    are not compiled again.
+    """
+    for name in studies:
+        read_study(name, "gpu")
+    path = RESULTS / f"compiled_{platform}.json"
+    document = compile_into(path, check.measure, platform, python, studies=studies, limit=limit, again=again)
+    rows = [row for row in document["rows"] if not studies or row["case"]["study"] in studies]
+    if unchecked := check.unchecked(studies):
+        _console().print(f"not checked, as they train nothing and name no programs: {', '.join(unchecked)}")
+    _console().print(f"{len(rows)} programs are compiled for a {document['chip']}", soft_wrap=True)
+    if found := check.faults(rows):
+        raise ConfigError(f"{len(found)} of {len(rows)} programs do not compile or do not fit: {'; '.join(found)}")
 
 
 @experiments.command("capture")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from approx_attention.evaluation import figure_style, markdown_table, write_atomically
+from experiments.check import section
 from experiments.claims import SCALES, Finding, Verdict, device_name, judge, read_claims
 from experiments.config import ConfigError, checked, load_yaml
 from experiments.results import Result, frame
@@ -49,6 +50,7 @@ def pages(root: pathlib.Path) -> dict[str, str]:
     shown = list(studies(places))
     families = list(dict.fromkeys([*(s.family for s in shown), *(_family(f) for f in findings)]))
     texts = {"RESULTS.md": _front(findings, stories, shown, families, never_run(places))}
+    texts["RESULTS.md"] += "".join(f"\n{section(json.loads(path.read_text()))}\n" for path in compiled_files(root))
     for family in families:
         own = [finding for finding in findings if _family(finding) == family]
         parts = [
@@ -95,6 +97,11 @@ def studies(places: Places) -> Iterable[Shown]:
 def never_run(places: Places) -> list[str]:
     """The studies whose scale for accelerators has no result."""
     return [name for name in every_study("gpu") if not read_study(name, "gpu").results(places)]
+
+
+def compiled_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """What `python -m experiments check` found for each platform that it was asked for."""
+    return sorted((root / "results").glob("compiled_*.json"))
 
 
 def _stories(path: pathlib.Path, findings: Sequence[Finding]) -> dict[str, str]:

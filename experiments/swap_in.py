@@ -4,8 +4,10 @@ Module of several studies, which differ in data, model and methods.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -18,7 +20,7 @@ from experiments.models import AttentionConfig, use_attention
 from experiments.results import Frame, Record
 from experiments.show import code, having, in_kib, markdown, parts, spread
 from experiments.trained import bytes_held, oracles
-from experiments.training import TrainingConfig, evaluate, fit
+from experiments.training import TrainingConfig, evaluate, fit, score_program, step_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Config(Seeded):
 def trains(config: Config) -> list[TrainingConfig]:
     """What is checked before anything runs."""
     return [dataclasses.replace(config.training, attention=own) for own in config.methods.values()]
+
+
+def programs(config: Config) -> dict[str, Any]:
+    """What an accelerator must have room for: the training, and an evaluation with each method."""
+    scores = {name: dataclasses.replace(config.training, attention=own) for name, own in config.methods.items()}
+    return {
+        "train step": functools.partial(step_program, config.training),
+        **{f"score, {name}": functools.partial(score_program, own) for name, own in scores.items()},
+    }
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:

@@ -5,7 +5,7 @@ import json
 import pathlib
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from experiments.config import (
 )
 from experiments.data import DataConfig, Dataset
 from experiments.models import AttentionConfig, Classifier, LanguageModel, ModelConfig, VisionTransformer
+from experiments.run_files import as_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,31 @@ def check(config: TrainingConfig) -> tuple[Dataset, dict[str, Any]]:
     return dataset, example
 
 
+def step_program(config: TrainingConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`train_step` as a function of arrays, and their shapes; nothing is computed."""
+    dataset, example = check(config)
+
+    def fresh() -> tuple[nnx.Module, nnx.Optimizer]:
+        model = build_model(config, dataset)
+        return model, make_optimizer(config.train, model)
+
+    graph, state = nnx.split(nnx.eval_shape(fresh))
+
+    def step(state: Any, batch: Any) -> Any:
+        model, optimizer = nnx.merge(graph, state)
+        loss = train_step(model, optimizer, batch)
+        return nnx.state((model, optimizer)), loss
+
+    return step, (state, example)
+
+
+def score_program(config: TrainingConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`bits` of a batch as a function of arrays, and their shapes; nothing is computed."""
+    dataset, example = check(config)
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, dataset)))
+    return lambda state, batch: bits(nnx.merge(graph, state), batch), (state, example)
+
+
 def fit(config: TrainingConfig, directory: pathlib.Path, console: Console) -> tuple[nnx.Module, Dataset, float]:
     """Trains the model, or goes on from its last checkpoint in ``directory``, and returns it.
 
@@ -265,4 +291,4 @@ class _Log:
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(as_line(record))

@@ -114,7 +114,7 @@ def test_rows_of_the_same_code_are_kept_and_an_error_is_a_row(monkeypatch, tmp_p
 
     monkeypatch.setattr(compiled, "cases", lambda platform: asked)
     monkeypatch.setattr(compiled, "_compiled_apart", apart)
-    monkeypatch.setattr(compiled, "_versions", lambda python, compiler: {"jax": "0"})
+    monkeypatch.setattr(compiled, "_versions", lambda *asked: {"jax": "0"})
     known = {}
     for source, methods, expected in (
         ("x = 1", ["eva"], ["eva"]),

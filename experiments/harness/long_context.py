@@ -65,6 +65,17 @@ class TimeAndMemory:
     bytes: NonNegative
 
 
+def programs(config: Config) -> dict[str, Any]:
+    """What an accelerator must have room for: every layer at the longest length."""
+    shape = (1, max(config.lengths), config.model.model_dim)
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(config.model.dtype))
+    methods = {"exact blocked": AttentionConfig("exact", {"implementation": "blocked"}), **config.attentions()}
+    return {
+        name: lambda attention=attention: (_layer(config, attention, config.direction == "causal"), (x,))
+        for name, attention in methods.items()
+    }
+
+
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Seconds of every method and exact form at each length, the slopes of log time, and break-even lengths."""
     is_causal, methods = config.direction == "causal", config.attentions()
