@@ -1,6 +1,7 @@
 """``python -m experiments run|sweep|list|report|check|capture|capture-model|sample``: every claim a verdict."""
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -8,7 +9,7 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -58,6 +59,7 @@ OUT = click.option(
 )
 CONFIGURATION = click.option("--configuration", help="Which configuration.  [default: the first in the file]")
 SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Which seed.  [default: the first in the file]")
+LAYERS = click.option("--layers", help="Paths of layers, separated by commas.  [default: all]")
 SAMPLE = "harness/sample"
 TO = click.option("--to", type=Place(".npz"), required=True, help="The .npz to write.")
 
@@ -70,13 +72,30 @@ def experiments() -> None:
     """
 
 
+def _of_one_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the run that STUDY, --scale, --configuration, --seed, --set and --out name."""
+
+    @STUDY
+    @SCALE
+    @CONFIGURATION
+    @SEED
+    @SET
+    @OUT
+    @functools.wraps(command)
+    def with_options(study: str, configuration: str | None, seed: int | None, **options: Any) -> None:
+        scale, assignments, out = (options.pop(name) for name in ("scale", "assignments", "out"))
+        command(_run_of(study, scale, assignments, out, configuration, seed), **options)
+
+    return with_options
+
+
 def _run_of(
     study: str,
     scale: str,
-    configuration: str | None,
-    seed: int | None,
     assignments: tuple[str, ...],
     out: pathlib.Path | None,
+    configuration: str | None = None,
+    seed: int | None = None,
 ) -> Run:
     found = read_study(study, scale)
     configuration = next(iter(found.configurations)) if configuration is None else configuration
@@ -94,23 +113,11 @@ def _places(out: pathlib.Path | None, scale: str, *, is_changed: bool = False) -
 
 
 @experiments.command()
-@STUDY
-@SCALE
-@CONFIGURATION
-@SEED
-@SET
-@OUT
-def run(
-    study: str,
-    scale: str,
-    configuration: str | None,
-    seed: int | None,
-    assignments: tuple[str, ...],
-    out: pathlib.Path | None,
-) -> None:
+@_of_one_run
+def run(chosen: Run) -> None:
     """Run one configuration of STUDY with one seed; goes on where a killed run stopped."""
     console = _console()
-    console.print_json(data=_run_of(study, scale, configuration, seed, assignments, out).result(console).records)
+    console.print_json(data=chosen.result(console).records)
 
 
 @experiments.command()
@@ -180,33 +187,17 @@ def check_command(
 
 
 @experiments.command("capture")
-@STUDY
-@SCALE
-@CONFIGURATION
-@SEED
+@_of_one_run
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
-@click.option("--layers", help="Paths of layers, separated by commas.  [default: all]")
+@LAYERS
 @click.option("--batch", type=click.IntRange(1, 65536), default=1, show_default=True, help="How many examples.")
-@SET
-@OUT
 @TO
-def capture_command(
-    study: str,
-    scale: str,
-    configuration: str | None,
-    seed: int | None,
-    split: str,
-    layers: str | None,
-    batch: int,
-    assignments: tuple[str, ...],
-    out: pathlib.Path | None,
-    to: pathlib.Path,
-) -> None:
+def capture_command(chosen: Run, split: str, layers: str | None, batch: int, to: pathlib.Path) -> None:
     """Write q, k and v of a trained model's attention layers to an .npz that `approx-attention compare` reads.
 
     Trains the model first if its run has no checkpoint here.
     """
-    with _training_run(_run_of(study, scale, configuration, seed, assignments, out)) as (settings, directory):
+    with _training_run(chosen) as (settings, directory):
         model, dataset, _ = fit(settings, directory, _console())
         examples = data.held_out(dataset, split, batch, 1)[0]
         captured = capture_attention(model, lambda model: predict(model, examples))
@@ -215,7 +206,7 @@ def capture_command(
 
 @experiments.command("capture-model")
 @click.argument("function", metavar="MODULE:FUNCTION")
-@click.option("--layers", help="Paths of layers, separated by commas.  [default: all]")
+@LAYERS
 @TO
 def capture_model_command(function: str, layers: str | None, to: pathlib.Path) -> None:
     """Write q, k and v of a Flax nnx model of your own to an .npz that `approx-attention compare` reads.
@@ -271,7 +262,7 @@ def sample_command(
         raise ConfigError("with other settings than its own the sample is written where --to says")
     to = to or ROOT / "approx_attention/data/sample.npz"
     console = _console()
-    with _training_run(_run_of(study, scale, None, None, assignments, out)) as (settings, directory):
+    with _training_run(_run_of(study, scale, assignments, out)) as (settings, directory):
         provenance = write_sample(settings, directory, to, console)
     console.print_json(data=provenance)
 

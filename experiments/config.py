@@ -154,6 +154,24 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
+def overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings with overrides: a key replaces, and a dotted one reaches inside.
+
+    Raises:
+        ConfigError: a key reaches into what is no mapping.
+    """
+    merged = _copied(settings)
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        node = merged
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{where}: {dotted!r} goes through {parent!r}, which is not a mapping")
+        node[last] = value
+    return merged
+
+
 def resolve(
     kind: type[Config],
     settings: Mapping[str, Any],
@@ -173,15 +191,7 @@ def resolve(
     Raises:
         ConfigError: a key is unknown (the message names the nearest), missing, or holds a value of the wrong type.
     """
-    merged = _copied(settings)
-    for dotted, value in overrides.items():
-        *parents, last = dotted.split(".")
-        node = merged
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{where}: {dotted!r} goes through {parent!r}, which is not a mapping")
-        node[last] = value
+    merged = overridden(settings, overrides, where)
     try:
         return adapter_of(kind).validate_python(merged)
     except pydantic.ValidationError as error:

@@ -29,6 +29,7 @@ from experiments.config import (
     departing,
     departures,
     load_yaml,
+    overridden,
     resolve,
 )
 from experiments.results import Result, ResultFile, code_version
@@ -122,7 +123,7 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
         scale,
         " ".join(str(content.get("about", "")).split()),
         _module(path, content.get("module", f"experiments.{name.replace('/', '.')}")),
-        _overridden(path, settings, own),
+        overridden(settings, own, str(path)),
         _configurations(path, by_scale["configurations"]),
         _seeds(path, by_scale["seeds"]),
     )
@@ -144,20 +145,6 @@ def _content(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of settings and scales, got {reprlib.repr(content)}")
     return content
-
-
-def _overridden(path: pathlib.Path, settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of all scales with those of one: a key of the scale replaces, a dotted one reaches inside."""
-    merged = json.loads(json.dumps(settings))
-    for dotted, value in own.items():
-        *parents, last = dotted.split(".")
-        node = merged
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{path}: {dotted!r} goes through {parent!r}, which is not a mapping")
-        node[last] = value
-    return merged
 
 
 def _module(path: pathlib.Path, name: Any) -> Any:
