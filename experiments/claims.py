@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from experiments.config import STRICT, ConfigError, Number, load_yaml, resolve
-from experiments.results import Result, figure_of, finite
+from experiments.results import Result, figure_of
 from experiments.studies import COMMITTED, Places, Study, has_scale, read_study
 
 # The most telling scale first; a verdict comes from the first whose runs are complete.
@@ -280,7 +280,7 @@ def _at_most_suggested(verdict: Any) -> Any:
 
 def _half_width(claim: Claim, values: Sequence[float], figures: Figures) -> float:
     """Half of the 95 % interval of the mean: over seeds, or of the fit where there is one seed."""
-    if not finite(values):
+    if not all(map(math.isfinite, values)):
         return 0.0
     if len(values) > 1:
         from scipy import stats

@@ -213,6 +213,12 @@ def checked(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {reprlib.repr(value)}: {said[0].lower()}{said[1:]}") from None
 
 
+def first_fault(error: pydantic.ValidationError) -> str:
+    """The key of the first fault, and what is wrong there."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'].lower()}"
+
+
 def departures(config: Any, held: Mapping[str, Any], where: str) -> list[str]:
     """In which settings held ones differ from a configuration; those that have come since stand at their default."""
     try:

@@ -1,7 +1,6 @@
 """The pages of results: what was claimed, what was measured, and whether it holds; no figure is typed by hand."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import pathlib
@@ -21,22 +20,8 @@ from experiments.studies import Places, Study, every_study, read_study
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A study with the runs that are shown of it."""
-
-    study: Study
-    results: Sequence[Result]
-
-    @property
-    def family(self) -> str:
-        """The folder of the study."""
-        return self.study.name.partition("/")[0]
-
-    @property
-    def plot(self) -> str:
-        """The file name of its figure."""
-        return f"{self.study.name.replace('/', '-')}.png"
+# A study with the runs that are shown of it.
+Shown = tuple[Study, Sequence[Result]]
 
 
 def pages(root: pathlib.Path) -> dict[str, str]:
@@ -48,7 +33,7 @@ def pages(root: pathlib.Path) -> dict[str, str]:
     findings = [judge(claim, places) for claim in read_claims(root / "claims.yaml")]
     stories = _stories(root / "stories.yaml", findings)
     shown = list(studies(places))
-    families = list(dict.fromkeys([*(s.family for s in shown), *(_family(f) for f in findings)]))
+    families = list(dict.fromkeys([*(study.family for study, _ in shown), *(_family(f) for f in findings)]))
     texts = {"RESULTS.md": _front(findings, stories, shown, families, never_run(places))}
     texts["RESULTS.md"] += "".join(f"\n{section(json.loads(path.read_text()))}\n" for path in compiled_files(root))
     for family in families:
@@ -58,10 +43,10 @@ def pages(root: pathlib.Path) -> dict[str, str]:
             stories.get(family, ""),
             _claims_table(own, details=True),
         ]
-        for study in shown:
-            if study.family == family:
-                with _naming_the_file(study, places):
-                    parts += _study(study)
+        for one in shown:
+            if one[0].family == family:
+                with _naming_the_file(one, places):
+                    parts += _study(*one)
         texts[f"{family}/RESULTS.md"] = "\n\n".join(filter(None, parts)) + "\n"
     texts["verdicts.json"] = json.dumps([_plain(finding) for finding in findings], indent=1) + "\n"
     return texts
@@ -73,8 +58,9 @@ def write(root: pathlib.Path) -> list[pathlib.Path]:
     written = []
     (root / "plots").mkdir(exist_ok=True)
     for shown in studies(places):
+        study, results = shown
         with _naming_the_file(shown, places), figure_style():
-            figure, place = shown.study.module.figure(frame(shown.results)), root / "plots" / shown.plot
+            figure, place = study.module.figure(frame(results)), root / "plots" / _plot(study)
             write_atomically(place, lambda out, figure=figure: figure.savefig(out, format="png"))
         written.append(place)
     for name, text in pages(root).items():
@@ -90,7 +76,7 @@ def studies(places: Places) -> Iterable[Shown]:
         for scale in (scale for scale in SCALES if name in having[scale]):
             study = read_study(name, scale)
             if results := study.results(places):
-                yield Shown(study, results)
+                yield study, results
                 break
 
 
@@ -129,7 +115,8 @@ def _front(
     families: Sequence[str],
     unrun: Sequence[str],
 ) -> str:
-    hours = sum(result.seconds for study in shown for result in study.results) / 3600
+    every = [result for _, results in shown for result in results]
+    hours = sum(result.seconds for result in every) / 3600
     counts = {family: Counter(f.verdict for f in findings if _family(f) == family) for family in families}
     parts = [
         "# Claims and verdicts",
@@ -139,7 +126,7 @@ def _front(
         "the range that was written before the runs, *suggested* if a part of it does or if one run without an "
         "interval does, *not reproduced* if none does. It has *no ground* if what must hold before it can be decided "
         "does not, and it is *not run* without a complete set of runs. Figures are means over "
-        f"seeds ± half of their 95 % interval. The {sum(len(s.results) for s in shown)} runs took {hours:.1f} hours.",
+        f"seeds ± half of their 95 % interval. The {len(every)} runs took {hours:.1f} hours.",
         markdown_table(
             ["family", *VERDICTS],
             [
@@ -216,9 +203,13 @@ def _plain(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _study(shown: Shown) -> Iterable[str]:
+def _plot(study: Study) -> str:
+    """The file name of its figure."""
+    return f"{study.name.replace('/', '-')}.png"
+
+
+def _study(study: Study, results: Sequence[Result]) -> Iterable[str]:
     """One study: its setting, its tables, and its figure."""
-    study, results = shown.study, shown.results
     machine, total = results[0].machine, len(study.configurations) * len(study.seeds)
     devices = " and ".join(dict.fromkeys(device_name(result.machine) for result in results))
     incomplete = "" if len(results) == total else f" Incomplete: {len(results)} of {total} runs."
@@ -229,7 +220,7 @@ def _study(shown: Shown) -> Iterable[str]:
         f"{machine['jax']}; {count(len(study.seeds), 'seed')}, {minutes:.0f} minutes in all.{incomplete}"
     )
     yield from study.module.table(frame(results))
-    yield f"![{study.name}](../plots/{shown.plot})"
+    yield f"![{study.name}](../plots/{_plot(study)})"
 
 
 # What is raised over records that lack a key, or hold something of another kind.
@@ -239,15 +230,16 @@ _LACKS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 @contextlib.contextmanager
 def _naming_the_file(shown: Shown, places: Places) -> Iterator[None]:
     """Where records cannot be shown: the file, and the first run without which the others can."""
+    study, results = shown
     try:
-        _check_alike(shown.results)
+        _check_alike(results)
         yield
     except ConfigError:
         raise
     except _LACKS as error:
-        at_fault = next((r for r in shown.results if _is_shown(shown, [x for x in shown.results if x is not r])), None)
+        at_fault = next((r for r in results if _is_shown(study, [x for x in results if x is not r])), None)
         where = "" if at_fault is None else f", {at_fault.configuration!r} with seed {at_fault.seed}"
-        path = places.results / f"{shown.study.name}.jsonl"
+        path = places.results / f"{study.name}.jsonl"
         raise ConfigError(
             f"{path}{where}: its records cannot be shown; remove the line, and the run is done again "
             f"({type(error).__name__}: {error})"
@@ -263,11 +255,11 @@ def _check_alike(results: Sequence[Result]) -> None:
             raise LookupError(f"runs of {name!r} have different records: {', '.join(sorted(keys)) or 'their order'}")
 
 
-def _is_shown(shown: Shown, results: Sequence[Result]) -> bool:
+def _is_shown(study: Study, results: Sequence[Result]) -> bool:
     try:
         _check_alike(results)
-        list(_study(dataclasses.replace(shown, results=results)))
-        shown.study.module.figure(frame(results))
+        list(_study(study, results))
+        study.module.figure(frame(results))
     except _LACKS:
         return False
     return True

@@ -13,7 +13,7 @@ import pandas as pd
 import pydantic
 
 from approx_attention.evaluation import write_atomically
-from experiments.config import STRICT, ConfigError, NonNegative, Seed, adapter_of
+from experiments.config import STRICT, ConfigError, NonNegative, Seed, adapter_of, first_fault
 from experiments.run_files import as_line, locked
 
 # A record is flat: numbers, names, and lists of numbers where one record holds a curve. None is no number: what is NaN
@@ -97,7 +97,7 @@ class ResultFile:
         try:
             added = _parsed(as_line(dataclasses.asdict(result)))
         except (pydantic.ValidationError, TypeError) as error:
-            said = _first(error) if isinstance(error, pydantic.ValidationError) else error
+            said = first_fault(error) if isinstance(error, pydantic.ValidationError) else error
             raise ConfigError(f"{self.path} cannot hold this result ({said})") from None
         with locked(self.path.with_suffix(".lock"), self.path, patience=60):
             text = "".join(as_line(dataclasses.asdict(line)) for line in [*self.read(), added])
@@ -113,7 +113,7 @@ def _read(path: pathlib.Path, changed: int, size: int) -> list[Result]:
         try:
             results.append(_parsed(line))
         except pydantic.ValidationError as error:
-            raise _damaged(path, number, _first(error)) from None
+            raise _damaged(path, number, first_fault(error)) from None
         except (ValueError, RecursionError) as error:
             raise _damaged(path, number, str(error)) from None
     return results
@@ -121,11 +121,6 @@ def _read(path: pathlib.Path, changed: int, size: int) -> list[Result]:
 
 def _parsed(line: str | bytes) -> Result:
     return adapter_of(Result).validate_python(json.loads(line))
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
 
 
 def _damaged(path: pathlib.Path, number: int, said: str) -> ConfigError:
@@ -166,8 +161,3 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return named.stdout.strip()
-
-
-def finite(values: Sequence[float]) -> bool:
-    """Whether all are numbers."""
-    return all(map(math.isfinite, values))

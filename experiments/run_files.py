@@ -13,7 +13,7 @@ from typing import IO, Any
 import pydantic
 
 from approx_attention.evaluation import write_atomically
-from experiments.config import ConfigError, adapter_of
+from experiments.config import ConfigError, adapter_of, first_fault
 
 
 def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
@@ -33,9 +33,7 @@ def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; remove it, and {remedy}") from None
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        said = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'].lower()}"
-        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({said})") from None
+        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({first_fault(error)})") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({error})") from None
     return content

@@ -134,28 +134,25 @@ def pivot(
 
 def lookup(records: Frame, by: str, figure: str, shown: Callable[..., str] = spread) -> Mapping[str, Any]:
     """A further column of `pivot`: a figure of each row from separate records."""
-
-    def column(name: Any, _: Frame) -> str:
-        if figure not in records:
-            return ""
-        own = records[(records[by] == name) & records[figure].notna()]
-        return shown(list(own[figure])) if len(own) else ""
-
-    return {figure.replace("_", " "): column}
+    return _further(records, by, figure, lambda own: shown(list(own[figure])))
 
 
 def slopes(records: Frame, by: str, figure: str = "slope") -> Mapping[str, Any]:
     """A further column of `pivot`: a fitted exponent with its interval, the mean over seeds where there are several."""
 
+    def fitted(own: Frame) -> str:
+        first = own.iloc[0]
+        return interval(first[figure], first[f"{figure}_half_width"]) if len(own) == 1 else spread(list(own[figure]))
+
+    return _further(records, by, figure, fitted)
+
+
+def _further(records: Frame, by: str, figure: str, shown: Callable[[Frame], str]) -> Mapping[str, Any]:
+    known = having(records, figure) if figure in records else records[:0]
+
     def column(name: Any, _: Frame) -> str:
-        if figure not in records:
-            return ""
-        own = records[(records[by] == name) & records[figure].notna()]
-        if not len(own):
-            return ""
-        if len(own) == 1:
-            return interval(own[figure].iloc[0], own[f"{figure}_half_width"].iloc[0])
-        return spread(list(own[figure]))
+        own = known[known[by] == name]
+        return shown(own) if len(own) else ""
 
     return {figure.replace("_", " "): column}
 

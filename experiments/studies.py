@@ -83,6 +83,11 @@ class Study:
     configurations: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
 
+    @property
+    def family(self) -> str:
+        """Its folder under configs/."""
+        return self.name.partition("/")[0]
+
     def runs(self, places: Places = COMMITTED, overrides: Mapping[str, Any] | None = None) -> list["Run"]:
         """All runs of the study, seed by seed."""
         every = itertools.product(self.seeds, self.configurations)

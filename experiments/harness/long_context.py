@@ -173,23 +173,20 @@ def figure(records: Frame) -> Figure:
     )
 
 
-def _layer(config: Config, attention: AttentionConfig, is_causal: bool) -> Callable[..., Any]:
-    return _passes(
-        config,
-        SelfAttention(config.model, attention, is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)),
-    )
+def _layer(config: Config, attention: AttentionConfig, is_causal: bool, attention_fn: Any = None) -> Callable[..., Any]:
+    """A layer with a method, or with another function in its place, as a function of its input."""
+    draw, rngs = (config.seed, 0), nnx.Rngs(config.seed)
+    layer = SelfAttention(config.model, attention, is_causal=is_causal, draw=draw, rngs=rngs)
+    if attention_fn is not None:
+        layer.attention_fn = nnx.static(attention_fn)
+    return _passes(config, layer)
 
 
 def _jax_nn_layer(config: Config, is_causal: bool) -> Callable[..., Any]:
-    layer = SelfAttention(
-        config.model, AttentionConfig(), is_causal=is_causal, draw=(config.seed, 0), rngs=nnx.Rngs(config.seed)
-    )
-
     def attention_fn(query: jax.Array, key: jax.Array, value: jax.Array, **_: None) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
 
-    layer.attention_fn = nnx.static(attention_fn)
-    return _passes(config, layer)
+    return _layer(config, AttentionConfig(), is_causal, attention_fn)
 
 
 def _passes(config: Config, layer: SelfAttention) -> Callable[..., Any]:

@@ -83,16 +83,14 @@ def crossover(seconds: Mapping[int, float], baseline: Mapping[int, float]) -> fl
 
     0 if it is everywhere, infinite if nowhere.
     """
-    lengths = sorted(seconds.keys() & baseline.keys())
-    ratios = [math.log(seconds[n] / baseline[n]) for n in lengths]
-    if not ratios or ratios[-1] >= 0:
-        return math.inf
-    slower = [i for i, ratio in enumerate(ratios) if ratio >= 0]
-    if not slower:
-        return 0.0
-    i = slower[-1]
-    share = ratios[i] / (ratios[i] - ratios[i + 1])
-    return math.exp((1 - share) * math.log(lengths[i]) + share * math.log(lengths[i + 1]))
+    logs = {n: math.log(seconds[n] / baseline[n]) for n in sorted(seconds.keys() & baseline.keys())}
+    slower = [n for n, ratio in logs.items() if ratio >= 0]
+    faster = [n for n in logs if n > max(slower, default=0)]
+    if not slower or not faster:
+        return 0.0 if faster else math.inf
+    last, first = slower[-1], faster[0]
+    share = logs[last] / (logs[last] - logs[first])
+    return math.exp((1 - share) * math.log(last) + share * math.log(first))
 
 
 def table(records: Frame) -> Iterable[str]:
