@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -146,12 +146,3 @@ def _published(weights: dict[str, np.ndarray], path: tuple[Any, ...]) -> np.ndar
         name = f"embeddings.{EMBEDDINGS[part[0]]}"
     array = weights[f"{name}.{'bias' if leaf == 'bias' else 'weight'}"]
     return array.T if leaf == "kernel" else array
-
-
-def padded(texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Ids of texts as ``[B, T]``, with 0 after the end, and their lengths ``[B]``."""
-    lengths = np.array([len(ids) for ids in texts])
-    tokens = np.zeros((len(texts), lengths.max()), np.int32)
-    for row, ids in zip(tokens, texts, strict=True):
-        row[: len(ids)] = ids
-    return jnp.asarray(tokens), jnp.asarray(lengths)

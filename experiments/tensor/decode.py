@@ -38,6 +38,25 @@ class Config(Seeded):
     rounds: Count = 5
 
 
+def programs(config: Config) -> dict[str, Any]:
+    """What an accelerator must have room for: every form after the most tokens."""
+
+    def exact() -> Any:
+        longest = max(n for n in config.lengths if n <= config.exact_to)
+        return _one_by_one, jax.eval_shape(
+            lambda: [small_logits(n, config.head_dim, 0) for n in (longest, config.steps)]
+        )
+
+    def polynomial(degree: int) -> Any:
+        decoder = running_tensor_polynomial(config.head_dim, degree=degree)
+        state = jax.eval_shape(lambda: decoder.init(config.head_dim))
+        new = jax.eval_shape(lambda: small_logits(config.steps, config.head_dim, 0))
+        return functools.partial(_decode, decoder), (state, new)
+
+    of_degrees = {f"degree {degree}": functools.partial(polynomial, degree) for degree in config.degrees}
+    return {"exact": exact, **of_degrees}
+
+
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Seconds of decoding a token after a number of others, and the slope of its log."""
     seconds: dict[str, dict[int, float]] = {}

@@ -48,18 +48,32 @@ def with_gradient(form: Callable[..., Any]) -> Callable[..., Any]:
     return jax.grad(loss, argnums=(0, 1, 2))
 
 
+def _forms(config: Config) -> dict[str, Callable[..., Any]]:
+    forms = {"exact": tensor_attention}
+    forms |= {f"degree {g}": functools.partial(tensor_polynomial, degree=g) for g in config.degrees}
+    return {name: with_gradient(form) if config.backward else form for name, form in forms.items()}
+
+
+def programs(config: Config) -> dict[str, Any]:
+    """What an accelerator must have room for: every form at its longest."""
+
+    def at_its_longest(name: str, form: Callable[..., Any]) -> Any:
+        longest = max(config.exact_lengths if name == "exact" else config.polynomial_lengths)
+        return form, jax.eval_shape(lambda: small_logits(longest, config.head_dim, config.seed))
+
+    return {name: functools.partial(at_its_longest, name, form) for name, form in _forms(config).items()}
+
+
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Seconds of a call by length, slopes of log time, and the length from which the polynomial method is faster."""
-    forms: dict[str, Callable[..., Any]] = {"exact": tensor_attention}
-    forms |= {f"degree {g}": functools.partial(tensor_polynomial, degree=g) for g in config.degrees}
+    forms = _forms(config)
     seconds: dict[str, dict[int, float]] = {name: {} for name in forms}
     for length in sorted({*config.exact_lengths, *config.polynomial_lengths}):
         arguments = small_logits(length, config.head_dim, config.seed)
         calls = {}
         for name, form in forms.items():
             if length in (config.exact_lengths if name == "exact" else config.polynomial_lengths):
-                timed = with_gradient(form) if config.backward else form
-                calls[name] = functools.partial(jax.jit(timed).lower(*arguments).compile(), *arguments)
+                calls[name] = functools.partial(jax.jit(form).lower(*arguments).compile(), *arguments)
         timings = time_interleaved(calls, rounds=config.rounds, patience=30)
         for name, timing in timings.items():
             seconds[name][length] = timing.least

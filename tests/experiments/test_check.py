@@ -50,6 +50,16 @@ def test_layers_are_compiled_at_their_longest():
     assert x.shape == (1, max(config.lengths), config.model.model_dim)
 
 
+@pytest.mark.parametrize("name", ["tensor/scaling", "tensor/decode"])
+def test_forms_of_tensor_attention_are_compiled_at_their_longest(name):
+    config, found = _programs(name)
+    assert list(found) == ["exact", *(f"degree {degree}" for degree in config.degrees)]
+    for program in found.values():
+        function, arguments = program()
+        out = jax.tree.leaves(jax.eval_shape(function, *arguments))
+        assert out[0].shape[-1] == config.head_dim
+
+
 def test_whatever_trains_is_checked_and_the_rest_is_named():
     unchecked = check.unchecked()
     assert {"harness/language_model", "coresets/recall", "real_models/presses"}.isdisjoint(unchecked)

@@ -12,7 +12,7 @@ from approx_attention.nnx import replace_attention
 from experiments import fitting
 from experiments.fitting import FitConfig
 from experiments.real_models import distill_encoder, documents, encoder, swap_encoder
-from experiments.real_models.encoder import Encoder, load_encoder, model_directory, padded
+from experiments.real_models.encoder import Encoder, load_encoder, model_directory
 from experiments.real_models.wordpiece import WordPiece
 from experiments.results import Result, frame
 
@@ -70,6 +70,15 @@ def test_pieces(tokenizer, text, pieces):
 
 def test_texts_are_cut_and_marked(tokenizer):
     assert [PIECES[i] for i in tokenizer("cafe , ' $", 5)] == ["[CLS]", "cafe", ",", "'", "[SEP]"]
+
+
+def padded(texts):
+    """Ids of texts as ``[B, T]``, with 0 after the end, and their lengths ``[B]``."""
+    lengths = np.array([len(ids) for ids in texts])
+    tokens = np.zeros((len(texts), lengths.max()), np.int32)
+    for row, ids in zip(tokens, texts, strict=True):
+        row[: len(ids)] = ids
+    return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
 def test_padding_changes_no_embedding():
