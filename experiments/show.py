@@ -51,10 +51,8 @@ def mean(figures: Sequence[float]) -> str:
 
 def whole(figures: Sequence[float]) -> str:
     """A count; its mean and standard deviation where it differs between seeds."""
-    return "none" if not all(map(math.isfinite, figures)) else _count(figures)
-
-
-def _count(figures: Sequence[float]) -> str:
+    if not all(map(math.isfinite, figures)):
+        return "none"
     return f"{figures[0]:.0f}" if min(figures) == max(figures) else significant(figures)
 
 
@@ -148,7 +146,7 @@ def slopes(records: Frame, by: str, figure: str = "slope") -> Mapping[str, Any]:
 
 
 def _further(records: Frame, by: str, figure: str, shown: Callable[[Frame], str]) -> Mapping[str, Any]:
-    known = having(records, figure) if figure in records else records[:0]
+    known = records[records[figure].notna()] if figure in records else records[:0]
 
     def column(name: Any, _: Frame) -> str:
         own = known[known[by] == name]

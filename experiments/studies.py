@@ -22,9 +22,10 @@ from approx_attention.core import unknown
 from approx_attention.evaluation import environment, write_atomically
 from experiments.config import (
     ConfigError,
+    Named,
     Seed,
+    Several,
     as_plain,
-    check_names,
     checked,
     departing,
     departures,
@@ -170,26 +171,15 @@ def _module(path: pathlib.Path, name: Any) -> Any:
 
 def _configurations(path: pathlib.Path, given: Any) -> dict[str, dict[str, Any]]:
     given = {"run": {}} if given is None else given
-    if not isinstance(given, dict) or not given or not all(isinstance(own, dict | None) for own in given.values()):
-        raise ConfigError(
-            f"{path}: 'configurations' must map names to mappings of overrides, got {reprlib.repr(given)}"
-        )
-    try:
-        check_names(given)
-    except ValueError as error:
-        raise ConfigError(f"{path}: 'configurations': {error}") from None
-    return {name: own or {} for name, own in given.items()}
+    found = checked(Named[dict[str, Any] | None], given, f"{path}: 'configurations'")
+    return {name: own or {} for name, own in found.items()}
 
 
 def _seeds(path: pathlib.Path, given: Any) -> tuple[int, ...]:
-    given = [0] if given is None else given
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{path}: 'seeds' must be a list of whole numbers, got {reprlib.repr(given)}")
-    seeds = tuple(checked(Seed, seed, f"{path}: a seed in 'seeds'") for seed in given)
-    for seed in seeds:
-        if seeds.count(seed) > 1:
-            raise ConfigError(f"{path}: 'seeds' must be different, got {seed} {seeds.count(seed)} times")
-    return seeds
+    seeds = checked(Several[Seed], [0] if given is None else given, f"{path}: 'seeds'")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{path}: 'seeds' must be different, got {seeds}")
+    return tuple(seeds)
 
 
 @dataclasses.dataclass(frozen=True)
