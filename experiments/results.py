@@ -55,12 +55,17 @@ Frame = Any
 
 def frame(results: Sequence[Result]) -> Frame:
     """The records of all runs, with their configuration and seed, and NaN where there is no number."""
-    rows = [
-        {"configuration": result.configuration, "seed": result.seed, **record}
-        for result in results
-        for record in result.records
-    ]
-    return pd.DataFrame(rows).replace({None: math.nan}).infer_objects()
+    return pd.DataFrame(
+        [
+            {"configuration": result.configuration, "seed": result.seed, **_with_nan(record)}
+            for result in results
+            for record in result.records
+        ]
+    )
+
+
+def _with_nan(record: Record) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in record.items()}
 
 
 @dataclasses.dataclass(frozen=True)
