@@ -25,6 +25,7 @@ from approx_attention.nnx import (
     LinformerAttention,
     Rfa,
     distill_attention,
+    evabyte,
     layer_errors,
     mean_pool_init,
     tune,
@@ -77,8 +78,11 @@ def linformer(of: Layer, size: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def eva(of: Layer, size: int, rngs: nnx.Rngs) -> nnx.Module:
-    """EVA with learned adaptors, and as many chunks as a window has tokens."""
-    options = {"window_size": size, "num_chunks": size, "is_causal": of.is_causal}
+    """EVA with as many chunks as a window has tokens, and learned adaptors; the causal form has learned pooling."""
+    if of.is_causal:
+        chunk = max(1, of.length // size)
+        return evabyte(of.head_dim, of.num_kv_heads, window_size=size, chunk_size=chunk, rngs=rngs)
+    options = {"window_size": size, "num_chunks": size}
     return Eva(of.head_dim, of.num_kv_heads, options=options, adaptors=True, rngs=rngs)
 
 

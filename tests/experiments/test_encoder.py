@@ -1,6 +1,7 @@
 import dataclasses
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -202,3 +203,15 @@ def test_documents_are_those_of_the_standard_library():
     assert "Wrap a single paragraph of text" in text
     with pytest.raises(ValueError, match="has no source of math"):
         documents.documentation("math")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_method_that_a_study_fits_can_be_made(is_causal):
+    names = {x for x in (*fitting.MODULES, *fitting.BASELINES) if not is_causal or x != "lara"}
+    x = jax.ShapeDtypeStruct((1, 32, 2, 8), jnp.float32)
+    for name in names:
+        made = fitting.attention_fn(name, fitting.Layer(2, 8, 32, is_causal), 8, nnx.Rngs(0))
+        assert jax.eval_shape(made, x, x, x).shape == x.shape
+        assert (name in fitting.MODULES) == bool(jax.tree.leaves(nnx.state(made, nnx.Param)))
+    with pytest.raises(ValueError, match="lara has no causal form"):
+        fitting.attention_fn("lara", fitting.Layer(2, 8, 32, True), 8, nnx.Rngs(0))
