@@ -182,7 +182,7 @@ def verdict_table(counts: bool = True) -> str:
         [f"[{family.replace('_', ' ')}](../results/{family}.md)", *(str(count[kind]) for kind in VERDICTS)]
         for family, count in by_family.items()
     ]
-    failed = [f"- {v['statement']} (`{v['study']}`)" for v in found if v["verdict"] == "not reproduced"]
+    failed = [f"- {v['statement']} (`configs/{v['study']}.yaml`)" for v in found if v["verdict"] == "not reproduced"]
     table = [markdown_table(["studies", *VERDICTS], rows), ""] if counts else []
     return "\n".join([*table, "Claims that are not reproduced:", "", *failed, ""])
 
