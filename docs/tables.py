@@ -158,7 +158,7 @@ def break_even_table(document: Mapping[str, Any]) -> str:
             f"The least measured length from which a method of size {sizes(document)} stays at least "
             f"{100 * MARGIN:.0f} % faster than the fastest exact attention ({machine(document)}). Measured {measured}. "
             "*beyond n*: not faster at n, the longest length measured. Empty: no such form. "
-            f"Left out are {absent}: their cost grows with T x S.\n\n"
+            f"Left out are {absent}.\n\n"
         )
         + markdown_table(["", *forms], table)
         + "\n"
