@@ -110,6 +110,8 @@ def _measured(name: str) -> list[str]:
     path = measured_methods().get(name, COMPARISONS[0])
     document = comparison(path)
     rows = [row for row in document["rows"] if row["method"] == name]
+    if not rows:
+        return ["Not measured on the sample yet: `make sample-errors` does it."]
     is_causal = document["settings"]["is_causal"]
     kind = "causal" if is_causal else "bidirectional, though the model that made it is causal"
     seeds = document["settings"]["num_seeds"]
