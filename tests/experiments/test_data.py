@@ -131,7 +131,9 @@ def test_bits_match_in_triples_and_in_pairs():
 
 
 def test_masked_digits_hide_a_quarter_of_the_pixels_and_ask_for_their_levels():
-    dataset = load(DataConfig("masked_digits", {"share": 0.25}))
+    dataset, shuffled = (
+        load(DataConfig("masked_digits", {"share": 0.25, "shuffled": shuffled})) for shuffled in (False, True)
+    )
     batch = dataset.draw(np.random.default_rng(0), 200, "test")
     hidden = batch["tokens"] == 17
     np.testing.assert_array_equal(hidden, batch["targets"] >= 0)
@@ -141,6 +143,12 @@ def test_masked_digits_hide_a_quarter_of_the_pixels_and_ask_for_their_levels():
     pixels = load(DataConfig("digits")).draw(np.random.default_rng(1), 4000, "test")["image"]
     known = {image.tobytes() for image in np.rint(16 * pixels).astype(np.int32)}
     assert all(image.tobytes() in known for image in levels.astype(np.int32))
+    # The same examples in one other order.
+    other = shuffled.draw(np.random.default_rng(0), 200, "test")
+    known = {pixel.tobytes() for pixel in np.where(other["targets"] >= 0, other["targets"], other["tokens"]).T}
+    assert {pixel.tobytes() for pixel in levels.T} == known
+    assert not np.array_equal(other["tokens"], batch["tokens"])
+    assert shuffled.oracles == dataset.oracles
     (share,) = dataset.oracles.values()
     assert 0.3 < share < 0.6  # two fifths of the pixels are blank at the edges
 
