@@ -61,7 +61,7 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
             "TensorSketch", "ProductSketch",
         ),
     ),
-    "sparse": ("Sparse patterns that are computed.", ("BlockMap",)),
+    "sparse": ("Sparse patterns that are computed.", ("BlockMap", "LiftedKV")),
     "realization": (
         "What attention can express: patterns and weights with few channels, and a unit of third order that decides "
         "Match3.",

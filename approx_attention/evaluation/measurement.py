@@ -43,7 +43,7 @@ class Measurement:
 
     @property
     def choosing(self) -> range:
-        """The seeds by which a choice is made: none of those that check it."""
+        """The seeds by which a choice is made, of which none checks it."""
         return range(self.seed + self.num_seeds, self.seed + 2 * self.num_seeds)
 
     @property
