@@ -1,4 +1,4 @@
-"""Approximations of attention for JAX: one interface, one summary calculus, and errors that are measured."""
+"""Approximations of attention for JAX: one interface, summaries that merge, and measured errors."""
 
 from approx_attention.api import attention
 from approx_attention.core import (

@@ -1,4 +1,4 @@
-"""The public array function: any method over batch and heads, in the layout of `jax.nn.dot_product_attention`."""
+"""`attention`: any method over batch and heads, in the layout of `jax.nn.dot_product_attention`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ def attention(
     per_head: Mapping[str, Any] | None = None,
     **hyperparameters: Any,
 ) -> Any:
-    r"""Attention by any method, over batch and heads, with the arguments of `jax.nn.dot_product_attention`.
+    r"""Approximate attention over batch and heads, with the arguments of `jax.nn.dot_product_attention`.
 
     .. math:: \mathrm{out}_{btn} \approx \mathrm{softmax}_s(s\, q_{btn} \cdot k_{bsn'})\, v_{bsn'},
               \qquad n' = \lfloor n K / N \rfloor
@@ -52,37 +52,38 @@ def attention(
         key: ``[..., S, K, D]``, where K divides N: N/K consecutive query heads share a key head.
         value: ``[..., S, K, Dv]``.
         bias: added to the logits, broadcastable to ``[..., N, T, S]``; only for methods with ``dense_mask``.
-        mask: true where a key may be seen, broadcastable to ``[..., N, T, S]``. A padding mask ``[..., 1, 1, S]`` is
-            taken by every method with ``padding``, any other only by methods with ``dense_mask``.
-        method: a name in `METHODS`, any function ``(q, k, v, key) -> out`` of one head, or what
-            `approx_attention.registry.bind` makes of either; or one for each key head, as
-            `approx_attention.registry.HeadMethods`, for options that all of them support.
-        rng: typed PRNG key; each key head gets a different one, shared over the batch and over its query heads. Or a
-            key for each key head, ``[K]``.
+        mask: true where a key is visible, broadcastable to ``[..., N, T, S]``. Every method with ``padding`` supports
+            a padding mask ``[..., 1, 1, S]``; other masks need a method with ``dense_mask``.
+        method: a name in `METHODS`, any function ``(q, k, v, key) -> out`` of one head, or a
+            `approx_attention.registry.BoundMethod`. For one method per key head, pass
+            `approx_attention.registry.HeadMethods`; all of its methods must support the options of the call.
+        rng: typed PRNG key. Each key head gets a different key, shared by the batch and by its query heads. An array
+            of keys ``[K]`` sets the key of each head.
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t (aligned top left where T != S).
-        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Methods that take
-            ``q_mask`` leave them out of what they make of all queries. Where lengths are traced, those below 0 count as
-            0, and those above the number of tokens as that.
+        query_seq_lengths: real queries per sequence, ``[...]``; the output of the others is 0. Methods with
+            ``q_mask`` ignore the others in statistics over all queries. Traced lengths are clipped to
+            the range from 0 to the number of tokens.
         key_value_seq_lengths: real keys per sequence, ``[...]``.
-        local_window_size: as in `jax.nn`: with ``method="exact"`` the same as ``method="local"`` with this
-            number of tokens to the left and to the right of a query; without bias, dense mask and ``implementation``.
-        return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``: in float32
-            (float64 where an input is), differentiable, and -inf where a query sees no key. Those of `jax.nn` have the
-            type of the inputs, and no gradient flows through them.
-        per_head: arguments of the method that differ between key heads: arrays ``[K, ...]``, or tuples of them, such as
-            a learned ``bandwidth [K, D]``, or a `Proposal` of each head.
-        **hyperparameters: keyword arguments of the method, such as ``num_features=256``. The implementations of
-            ``method="exact"`` are "dense", "blocked", "pallas" and "cudnn". An argument with one number per key, such
-            as the ``gate_logits`` of gated `rfa`, is ``[..., S, K]``.
+        local_window_size: as in `jax.nn`, the number of tokens to the left and to the right of a query. With
+            ``method="exact"`` it is the same as ``method="local"`` with this window, and cannot be combined with a
+            bias, a dense mask or ``implementation``.
+        return_residual: also return the log-normalisers ``[..., T, N]``, for methods with ``normalizer``. They are
+            float32 (float64 if an input is), differentiable, and -inf where a query sees no key. In `jax.nn`
+            they have the dtype of the inputs, and no gradient flows through them.
+        per_head: arguments of the method that differ between key heads: arrays ``[K, ...]`` or tuples of arrays, such
+            as a learned ``bandwidth [K, D]``, or a `Proposal` for each head.
+        **hyperparameters: keyword arguments of the method, such as ``num_features=256``. ``method="exact"`` has the
+            implementations "dense", "blocked", "pallas" and "cudnn". An argument with one number per key, such as
+            the ``gate_logits`` of gated `rfa`, has shape ``[..., S, K]``.
 
     Returns:
         Outputs ``[..., T, N, Dv]`` in the dtype of ``value``; with ``return_residual`` a pair with the log-normalisers.
 
     Raises:
-        ValueError: shapes or lengths that do not fit, an unknown method, a random method without ``rng``.
-        TypeError: wrong dtypes, an argument that the method does not have, options that are not known when tracing.
-        NotImplementedError: an option that the method does not support; the message names both.
+        ValueError: shapes or lengths do not match, the method is unknown, or a random method has no ``rng``.
+        TypeError: a dtype is wrong, the method has no such argument, or a static option is traced.
+        NotImplementedError: the method does not support an option; the message names both.
 
     Example:
         >>> import jax
@@ -101,7 +102,7 @@ def attention(
     if isinstance(method, HeadMethods):
         if hyperparameters or per_head:
             given = ", ".join((*hyperparameters, *(per_head or ())))
-            raise TypeError(f"methods by head have their hyper-parameters already, got {given}")
+            raise TypeError(f"HeadMethods already contains the hyper-parameters of its methods, got {given}")
         own: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "local_window_size": local_window_size}
         own |= {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
         return _by_head(method, (query, key, value), bias, mask, rng, return_residual=return_residual, **own)
@@ -162,8 +163,8 @@ def attention(
     if result is None:
         static, arrays = split_arrays(bound.name, {**given, **options})
         operands = Operands((query, key, value), sliced, dense, of_heads, arrays)
-        # The rule of the form in place differentiates in forward mode, and could not see arrays with derivatives that a
-        # function from elsewhere closes over.
+        # The derivative rule of the in-place form uses forward mode. It would miss arrays that a user's function closes
+        # over and that have derivatives.
         result = over_heads(bound.function, static, operands, in_place=registered is not None)
 
     result = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), result)
@@ -182,7 +183,7 @@ def _by_head(
     rng: Array | None,
     **options: Any,
 ) -> Any:
-    """Attention with a method for each key head: a call for each group of heads that share one."""
+    """Attention with a method for each key head: one call for each group of heads with the same method."""
     check_layout(*tokens)
     *batch, num_queries, num_heads, _ = tokens[0].shape
     full = *batch, num_heads, num_queries, tokens[1].shape[-3]
@@ -194,7 +195,7 @@ def _by_head(
         return attention(*tokens, bias, mask, method=methods.methods[0], rng=keys, **options)
     groups, results = methods.split(*tokens), []
     for group in groups:
-        # A mask without an axis of heads is that of all.
+        # A mask without an axis of heads belongs to all heads.
         dense = (
             x[..., group.asking, :, :] if x is not None and x.shape[-3:-2] == (num_heads,) else x for x in (bias, mask)
         )
@@ -204,7 +205,7 @@ def _by_head(
 
 
 def _within_window(bound: BoundMethod, size: Any, bias: Array | None) -> BoundMethod:
-    """The method that is this one within a window of ``size`` tokens to the left and to the right."""
+    """The method restricted to a window of ``size`` tokens to the left and to the right."""
     windowed = bound.registered and bound.registered.windowed
     if not windowed:
         able = " and ".join(repr(name) for name, other in METHODS.items() if other.windowed)

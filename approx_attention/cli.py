@@ -54,10 +54,10 @@ INTERRUPTED = (130, 143)
 
 
 class Group(click.Group):
-    """A group whose commands are interrupted in one line."""
+    """A group of commands that reports an interruption in one line."""
 
     def invoke(self, ctx):
-        """Say by the exit code which signal it was."""
+        """Run the command; the exit code names the signal that interrupted it."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as signal:
@@ -67,12 +67,12 @@ class Group(click.Group):
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="approx_attention")
 def approx_attention() -> None:
-    """Approximations of attention, measured on your tensors."""
+    """Measure approximations of attention on your tensors."""
 
 
 @approx_attention.command()
 def methods() -> None:
-    """Print the methods and what each can do."""
+    """Print the methods and their capabilities."""
     click.echo(capability_table())
 
 
@@ -84,23 +84,23 @@ def methods() -> None:
     type=CommaSeparated(click.IntRange(min=1)),
     default="64,256",
     show_default=True,
-    help="Sizes of summaries: landmarks, samples, features, window. Sizes that count other things are in proportion: "
-    f"at 256 every method has its usual size. {WINDOW}",
+    help="Sizes of summaries: landmarks, samples, features, window. Other sizes scale in proportion: "
+    f"256 stands for the default size of every method. {WINDOW}",
 )
 @click.option(
     "--window",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Where the far part begins: beyond this window, which is one of `local`.",
+    help="Window (of `local`) beyond which keys count as far.",
 )
 def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
-    """What does each approximation cost and lose, on the tensors in FILE?
+    """Measure the error, time and memory of each approximation on the tensors in FILE.
 
     FILE is an .npz or .safetensors file with queries, keys and values, each [T, D], [T, N, D] or [B, T, N, D]; keys and
-    values may have fewer heads. Without FILE, a sample from a small trained language model is used.
+    values may have fewer heads. Without FILE, the command uses a sample from a small trained language model.
 
-    Results are written before they are printed. A run that is interrupted writes what it has measured.
+    Results are written before they are printed. An interrupted run writes the rows that it has measured.
     """
     with _task("compare", given) as task:
         options = given.options_by_method()
@@ -137,23 +137,23 @@ def compare(given: Given, budgets: tuple[int, ...], window: int) -> None:
 @approx_attention.command()
 @on_tensors("plan", least_seeds=2, endings="plan.json and plan.png")
 @click.option(
-    "--tolerance", type=float, required=True, help="Relative error that is allowed, as `compare` measures it."
+    "--tolerance", type=float, required=True, help="Largest relative error allowed, as `compare` measures it."
 )
-@click.option("--max-bytes", type=int, help="Bytes that the cache may take per key head and sequence.")
+@click.option("--max-bytes", type=int, help="Most cache bytes per key head and sequence.")
 @click.option(
     "--max-milliseconds",
     type=float,
-    help="Time that a call on these tensors may take, on this machine: it is measured while planning.",
+    help="Longest time of a call on these tensors, as measured on this machine while planning.",
 )
 @click.option("--held-out", type=float, default=0.5, show_default=True, help="Share of the heads kept for the check.")
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the bound of unseen heads' error.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Confidence of the error bound.")
 @click.option(
     "--policy",
     type=click.Path(path_type=pathlib.Path),
-    help="Choose for each key head of each layer, and write the choices to this JSON file. The tolerance is that of "
-    "each head, and a budget is that of all layers and heads together.",
+    help="Choose a method for each key head of each layer, and write the choices to this JSON file. The tolerance "
+    "applies to each head; budgets apply to all layers and heads together.",
 )
-@click.option("--decode", is_flag=True, help="With --policy: only methods that caches can hold.")
+@click.option("--decode", is_flag=True, help="With --policy: only methods that can decode with a cache.")
 def plan(
     given: Given,
     tolerance: float,
@@ -164,17 +164,17 @@ def plan(
     policy: pathlib.Path | None,
     decode: bool,
 ) -> None:
-    """Which method, of what size, stays below a tolerance on the tensors in FILE, and is the cheapest?
+    """Recommend the cheapest method and size whose error stays below a tolerance on the tensors in FILE.
 
-    Every method is measured at a few sizes on part of the heads; what the error of unseen heads stays below is fitted
-    against size, and the smallest size that meets the tolerance is checked on the other heads and timed with exact
-    attention. FILE is as in `compare`; without it, the sample is used. The fastest is recommended; with --max-bytes
-    alone, the one that holds the fewest bytes.
+    Every method is measured at a few sizes on part of the heads. A bound of the error of unseen heads is fitted
+    against size. The smallest size that meets the tolerance is checked on the other heads and timed with exact
+    attention. FILE is as in `compare`; without it, the command uses the sample. The fastest method is recommended;
+    with --max-bytes alone, the method with the fewest cache bytes.
 
-    The size of `local` and `longformer` is a window. One of w holds, under --causal, the query's own token and the
-    w - 1 before it (w in all), else its own and w - 1 to each side (2w - 1 in all).
+    The size of `local` and `longformer` is a window. A window of w contains, under --causal, the query's own token
+    and the w - 1 tokens before it (w in all), else its own and w - 1 to each side (2w - 1 in all).
 
-    Results are written before they are printed. A run that is interrupted writes the bounds that it has fitted.
+    Results are written before they are printed. An interrupted run writes the bounds that it has fitted.
     """
     max_seconds = None if max_milliseconds is None else max_milliseconds / 1e3
     if max_seconds is not None and not 0 < max_seconds < 1e30:
@@ -215,16 +215,16 @@ def plan(
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help=f"Keys of the ideal methods that heads are held against, and the window. {WINDOW}",
+    help=f"Number of keys of the ideal methods that heads are compared with, and the window. {WINDOW}",
 )
-@click.option("--tolerance", type=float, default=0.1, show_default=True, help="Relative error that is allowed.")
+@click.option("--tolerance", type=float, default=0.1, show_default=True, help="Largest relative error allowed.")
 @click.option(
-    "--queries", type=click.IntRange(min=1), default=512, show_default=True, help="Most queries looked at per sequence."
+    "--queries", type=click.IntRange(min=1), default=512, show_default=True, help="Most queries analysed per sequence."
 )
 def heads(given: Given, size: int, tolerance: float, queries: int) -> None:
-    """Which heads in FILE can be approximated, by what, and which theorem says anything at their norms?
+    """Say which heads in FILE can be approximated, by which methods, and which theorems apply at their norms.
 
-    FILE is as in `compare`; without it, the two layers of the sample are used.
+    FILE is as in `compare`; without it, the command uses the two layers of the sample.
     """
     with _task("heads", given) as task:
         task = task if given.file else task._replace(layers=_as_asked(sample_layers(), given))
@@ -250,10 +250,8 @@ def heads(given: Given, size: int, tolerance: float, queries: int) -> None:
 @click.argument("policy", type=click.Path(path_type=pathlib.Path))
 @click.argument("file", type=click.Path(path_type=pathlib.Path))
 @arrays
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods.")
-@click.option(
-    "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first of them."
-)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Seeds of random methods.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="The first seed.")
 @DEVICE
 @click.option(
     "--out", type=Directory(), default="check", show_default=True, help="Directory for check.json, .md, .png."
@@ -272,9 +270,9 @@ def check(
     device: str | None,
     out: pathlib.Path,
 ) -> None:
-    """Does a POLICY that `plan --policy` has made keep its promise on the tensors in FILE, of another text?
+    """Check a POLICY from `plan --policy` on the tensors in FILE, from another text.
 
-    Prints and writes the error of each key head of each layer, and says which are above the tolerance.
+    Prints and writes the error of each key head of each layer, and says which errors exceed the tolerance.
     """
     _use_device(device)
     made = Policy.load(policy)
@@ -287,9 +285,9 @@ def check(
 
 @contextlib.contextmanager
 def _task(kind: str, given: Given) -> Iterator[Task]:
-    """The tensors and methods, once there is somewhere to write, where no other run writes meanwhile."""
+    """The tensors and methods of a run, which locks its output directory against other runs."""
     file, scale = given.file, given.scale
-    # A range of click lets it pass.
+    # A range of click lets NaN pass.
     if scale is not None and math.isnan(scale):
         raise InputError("--scale must be a positive number, got nan")
     arrays = {"layers": given.layers, "lengths": given.lengths, "mask": given.mask}
@@ -312,7 +310,7 @@ def _task(kind: str, given: Given) -> Iterator[Task]:
 
 
 def _as_asked(layers: Mapping[str, Layer], given: Given) -> dict[str, Layer]:
-    """Layers with the causality and the scale that are given; where none is, with those that the file has."""
+    """Layers with the given causality and scale, by default those of the file."""
     own = {"is_causal": given.causal, "scale": given.scale}
     asked: Any = {name: x for name, x in own.items() if x is not None}
     return {path: layer._replace(**asked) for path, layer in layers.items()}
@@ -330,9 +328,9 @@ def _use_device(device: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 2, with one line that says why, for input it cannot use.
+    """Run the command line and return its exit code: 2, with one line of explanation, for invalid input.
 
-    Without arguments it takes those of the process, and ends that if it is interrupted.
+    Without arguments it uses those of the process, and ends the process if it is interrupted.
     """
     with terminable() as ignore_signals:
         with outputs() as out:
@@ -343,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 click.echo(f"approx-attention: cannot write to standard output: {out.error}", err=True)
             code = code or int(bool(out.error))
         if arguments is None and code in INTERRUPTED:
-            # Where XLA was at work, Python's own way to end can crash, and a further signal shows a traceback.
+            # While XLA is at work, Python's own exit can crash, and a further signal would print a traceback.
             os._exit(code)
         return code
 
@@ -357,7 +355,7 @@ def _exit_code(arguments: Sequence[str] | None, ignore_signals: Callable[[], Non
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"approx-attention: {' '.join(message.split())}", err=True)
         if isinstance(error, Interrupted):
-            # While the error is handled: later, what it holds of the run is freed, which can take long.
+            # Inside the handler: afterwards the arrays that the error refers to are freed, which can take long.
             ignore_signals()
             return INTERRUPTED[error.is_terminated]
     except click.Abort:
@@ -368,6 +366,6 @@ def _exit_code(arguments: Sequence[str] | None, ignore_signals: Callable[[], Non
         click.echo(f"approx-attention: {' '.join(str(error).split()) or 'out of memory'}", err=True)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        click.echo(f"approx-attention: the device gave up: {str(error).splitlines()[0]}", err=True)
+        click.echo(f"approx-attention: the device failed: {str(error).splitlines()[0]}", err=True)
         return 1
     return 2

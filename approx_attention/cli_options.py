@@ -13,13 +13,13 @@ from approx_attention.core import InputError, unknown
 from approx_attention.registry import METHODS
 
 WINDOW = (
-    "A window of w holds, under --causal, the query's own token and the w - 1 before it (w in all), else its own and "
-    "w - 1 to each side (2w - 1 in all)."
+    "A window of w contains, under --causal, the query's own token and the w - 1 tokens before it (w in all), else "
+    "its own and w - 1 to each side (2w - 1 in all)."
 )
 
 
 class CommaSeparated(click.ParamType):
-    """Items between commas, each converted and none repeated."""
+    """Distinct items separated by commas, each converted."""
 
     def __init__(self, item: click.ParamType):
         self.item = item
@@ -53,13 +53,13 @@ class Option(click.ParamType):
     name = "method.option=value"
 
     def convert(self, value, param, ctx):
-        """Split the text; a value that is no JSON is a text."""
+        """Split the text; a value that is not JSON is a string."""
         if isinstance(value, tuple):
             return value
         path, equals, text = value.partition("=")
         method, dot, option = path.partition(".")
         if not (equals and dot and option):
-            self.fail(f"it reads METHOD.OPTION=VALUE, such as favor.block_size=64; got {value!r}", param, ctx)
+            self.fail(f"must be METHOD.OPTION=VALUE, such as favor.block_size=64; got {value!r}", param, ctx)
         try:
             setting = json.loads(text)
         except (ValueError, RecursionError):
@@ -68,12 +68,12 @@ class Option(click.ParamType):
 
 
 class Directory(click.ParamType):
-    """A directory for results, which need not be there yet."""
+    """A directory for results, which need not exist yet."""
 
     name = "directory"
 
     def convert(self, value, param, ctx):
-        """Refuse an empty name, which pathlib takes for the current directory."""
+        """Reject an empty name, which pathlib would take for the current directory."""
         if not str(value).strip():
             self.fail("give a directory; the current one is '.'", param, ctx)
         return pathlib.Path(value)
@@ -86,14 +86,14 @@ ARRAYS = (
     click.option(
         "--layers",
         metavar="PATTERN",
-        help="Several layers of FILE, such as 'layer*' for layer0.q, layer0.k, layer0.v, layer1.q, ... (also layer0/q, "
-        "layer0_q): a table for each, and a summary.",
+        help="Names of several layers of FILE, such as 'layer*' for layer0.q, layer0.k, layer0.v, layer1.q, ... (also "
+        "layer0/q, layer0_q). Prints a table for each layer, and a summary.",
     ),
     click.option(
         "--lengths",
         metavar="NAME",
-        help="Name of the integers [B] in FILE, or in each layer, that say how many tokens of each sequence are real. "
-        "Padding is then hidden, and errors are those of real queries (of all, where T differs from S).",
+        help="Name of an integer array [B] in FILE, or in each layer: the number of real tokens of each sequence. "
+        "Padding is then hidden, and errors are those of real queries (of all queries where T differs from S).",
     ),
     click.option(
         "--mask", metavar="NAME", help="Name of the boolean array [B, S] in FILE that is true where a key is real."
@@ -108,18 +108,22 @@ _FILE = (
     click.option(
         "--causal/--no-causal",
         default=None,
-        help="Query t sees keys j <= t only.  [default: as a captured layer says; causal for the sample]",
+        help="Query t sees keys j <= t only.  [default: that of a captured layer; causal for the sample]",
     ),
     click.option(
         "--scale",
         type=click.FloatRange(min=0, min_open=True, max=1e30),
-        help="Factor of the logits.  [default: as a captured layer says, else 1/sqrt(D)]",
+        help="Factor of the logits.  [default: that of a captured layer, else 1/sqrt(D)]",
     ),
 )
 _METHODS = (
-    click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to look at.  [default: all]"),
+    click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to measure.  [default: all]"),
     click.option(
-        "--set", "options", type=Option(), multiple=True, help="A hyper-parameter but the size: favor.block_size=64."
+        "--set",
+        "options",
+        type=Option(),
+        multiple=True,
+        help="A hyper-parameter other than the size: favor.block_size=64.",
     ),
     click.option(
         "--seed",
@@ -140,7 +144,7 @@ def arrays(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the commands that measure have in common, as it was given."""
+    """The options that all measuring commands share, as given."""
 
     file: pathlib.Path | None
     q_name: str
@@ -171,9 +175,9 @@ class Given:
 def on_tensors(
     name: str, least_seeds: int | None, endings: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What the commands that measure have in common: FILE, its arrays, the methods, and where results NAME go.
+    """Add the options that all measuring commands share: FILE, its arrays, the methods, and the directory of results.
 
-    The command gets it as its first argument, `Given`. Without seeds it runs no methods.
+    The command receives them as its first argument, `Given`. Without seeds it runs no methods.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -182,15 +186,15 @@ def on_tensors(
             type=click.IntRange(min=least_seeds or 1),
             default=3,
             show_default=True,
-            help="Draws of random methods" + ("." if least_seeds == 1 else "; one has no spread, which a bound needs."),
+            help="Seeds of random methods" + ("." if least_seeds == 1 else "; a bound needs at least two."),
         )
         out = click.option(
             "--out",
             type=Directory(),
             default=name,
             show_default=True,
-            help=f"Directory for {endings}. Those of an earlier run are replaced; of two runs at once each needs its "
-            "own.",
+            help=f"Directory for {endings}. Files of an earlier run are replaced. Two runs at once need two "
+            "directories.",
         )
 
         @functools.wraps(command)

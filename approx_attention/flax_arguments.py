@@ -1,4 +1,4 @@
-"""The arguments that Flax passes to an ``attention_fn``, checked and translated: none is dropped in silence."""
+"""Checks and translates the arguments that Flax passes to an ``attention_fn``; none is dropped silently."""
 
 import contextlib
 import dataclasses
@@ -21,24 +21,24 @@ from approx_attention.registry import CAPABILITY_OF, BoundMethod, HeadMethods, b
 def bind_layer(
     method: str | Callable[..., Array] | BoundMethod | HeadMethods, noise: bool, hyperparameters: Mapping[str, Any]
 ) -> tuple[BoundMethod | HeadMethods, Any, bool]:
-    """The method of a layer with its hyper-parameters, the scale if it is among them, and whether it is random.
+    """The bound method of a layer, its scale if one is given, and whether the method is random.
 
     Raises:
-        ValueError: an unknown method, or noise asked of a method that has none.
-        TypeError: neither a name nor a function, or an argument that the method does not have.
+        ValueError: the method is unknown, or noise is requested of a method without noise.
+        TypeError: the method is neither a name nor a function, or it has no such argument.
     """
     if isinstance(method, HeadMethods):
         bound, given = method, dict(hyperparameters)
         scale = given.pop("scale", None)
         if given:
-            raise TypeError(f"methods by head have their hyper-parameters already, got {', '.join(given)}")
+            raise TypeError(f"HeadMethods already contains the hyper-parameters of its methods, got {', '.join(given)}")
     else:
         bound = bind(method, hyperparameters, options=("scale",))
         given = dict(bound.hyperparameters)
         scale = given.pop("scale", None)
         bound = dataclasses.replace(bound, hyperparameters=given)
     if noise and not bound.may_be_random:
-        raise ValueError(f"method {bound.name!r} has no noise to be switched on")
+        raise ValueError(f"method {bound.name!r} has no noise to switch on")
     return bound, scale, bound.is_random or noise
 
 
@@ -102,43 +102,44 @@ def check_makers(bound: BoundMethod | HeadMethods, *fields: tuple[str, Any]) -> 
 
 
 def check_redraw(redraw: str, every: int | None) -> int:
-    """The number of calls that are counted together; raises unless ``every`` is given just with "every_n"."""
+    """The number of calls between two samples. Raises unless ``every`` is given exactly with "every_n"."""
     check_choice("redraw", redraw, ("never", "every_call", "every_n"))
     if (redraw == "every_n") != (every is not None):
-        raise ValueError(f"every is for redraw='every_n', and needed there; got redraw={redraw!r}, every={every}")
+        raise ValueError(f"give every with redraw='every_n', and only then; got redraw={redraw!r}, every={every}")
     return 1 if every is None else check_count("every", every)
 
 
 def check_opt_ins(causal_mask: str, dropout: str) -> None:
-    """Raises ``ValueError`` unless both are among their choices."""
+    """Raise ``ValueError`` unless both are among their choices."""
     check_choice("causal_mask", causal_mask, ("error", "as_is_causal"))
     check_choice("dropout", dropout, ("error", "output"))
 
 
 def drawn_array(name: str, drawn: Mapping[str, Array], argument: str) -> Array:
-    """The array of a method's draw that is to be learned; raises ``ValueError`` if there is none."""
+    """The random array of a method that becomes a parameter. Raises ``ValueError`` if there is none."""
     if argument not in drawn:
-        raise ValueError(f"method {name!r} draws no {argument!r} to learn; it draws {', '.join(drawn) or 'nothing'}")
+        allowed = ", ".join(drawn) or "none"
+        raise ValueError(f"method {name!r} samples no {argument!r} to learn; its random arrays: {allowed}")
     return drawn[argument]
 
 
 def check_unused(
     name: str, *, dropout: str, dropout_rate: float, deterministic: bool, dropout_rng: Array | None, **others: Any
 ) -> None:
-    """Raises for arguments that no approximation has a use for.
+    """Raise for arguments that no approximation supports.
 
     Args:
         name: of the method.
-        dropout: ``"output"`` if the dropout of attention weights is put on the output.
-        dropout_rate: of Flax's dropout of attention weights.
-        deterministic: whether it is off.
-        dropout_rng: PRNG key of what is dropped.
+        dropout: ``"output"`` to apply the dropout of attention weights to the output.
+        dropout_rate: the rate of Flax's dropout of attention weights.
+        deterministic: whether dropout is off.
+        dropout_rng: PRNG key of dropout.
         **others: arguments that must be None.
 
     Raises:
-        NotImplementedError: one of them is asked for.
-        ValueError: dropout without a key; a rate that is not from 0 to 1.
-        TypeError: a rate that is not a number, or is traced.
+        NotImplementedError: one of them is given.
+        ValueError: dropout has no key, or its rate is not from 0 to 1.
+        TypeError: the rate is traced or not a number.
     """
     check_number("dropout_rate", dropout_rate)
     if isinstance(dropout_rate, Tracer):
@@ -160,7 +161,7 @@ def check_unused(
 
 
 def with_dropout(out: Array, rate: float, deterministic: bool, rng: Array | None, broadcast: bool) -> Array:
-    """The output ``[..., T, N, Dv]`` with a share ``rate`` of its entries dropped, and the rest made larger to match.
+    """Dropout of the output ``[..., T, N, Dv]``: a share ``rate`` of its entries is 0, the others are scaled up.
 
     With ``broadcast`` the same entries are dropped in all sequences and heads, as Flax does with weights.
     """
@@ -173,11 +174,11 @@ def with_dropout(out: Array, rate: float, deterministic: bool, rng: Array | None
 
 
 def as_boolean(mask: Array | None) -> Array | None:
-    """Flax's mask, boolean or floating point with 1 for what may be seen, as a boolean one.
+    """Flax's mask, boolean or floating point with 1 for a visible key, as a boolean mask.
 
     Raises:
-        TypeError: no array, or neither boolean nor numbers.
-        ValueError: other values than 0 and 1, as in an additive mask, if they can be looked at.
+        TypeError: the mask is not an array, or neither boolean nor numeric.
+        ValueError: concrete values other than 0 and 1, as in an additive mask.
     """
     if mask is None:
         return None
@@ -186,33 +187,32 @@ def as_boolean(mask: Array | None) -> Array | None:
     if mask.dtype == jnp.bool_:
         return mask
     if not jnp.issubdtype(mask.dtype, jnp.number):
-        raise TypeError(f"mask must be boolean or hold 0 and 1, got dtype {mask.dtype}")
+        raise TypeError(f"mask must be boolean or contain 0 and 1, got dtype {mask.dtype}")
     if not isinstance(mask, Tracer) and not np.isin(np.asarray(mask, np.float32), (0, 1)).all():
-        raise ValueError("mask must be boolean or hold 0 and 1 (1 = may be seen); an additive mask is a bias")
+        raise ValueError("mask must be boolean or contain 0 and 1 (1 = visible); pass an additive mask as bias")
     return mask > 0
 
 
 def without_causality(
     name: str, mask: Array | None, causal_mask: str, *, dense: bool = False
 ) -> tuple[Array | None, bool]:
-    """The padding ``[..., 1, 1, S]`` that is left of a mask without its causality, and whether it has any.
+    """Split a mask into its padding ``[..., 1, 1, S]`` and whether it is causal.
 
-    A mask with an axis of queries is taken to be a causal mask, or one combined with padding. Then a key is real if any
-    query sees it; a key that no query sees may as well be padding. Queries that see nothing are padding too. One that
-    can be looked at may also be padding alone.
+    A mask with an axis of queries is taken to be causal, or causal combined with padding. Then a key is real if any
+    query sees it; a key that no query sees counts as padding, as do queries that see no key. A concrete mask may also
+    be padding alone.
 
     Args:
-        name: of the method.
+        name: name of the method.
         mask: boolean, broadcastable to ``[B, N, T, S]``.
-        causal_mask: ``"as_is_causal"`` to do so, ``"error"`` to leave every mask as it is.
-        dense: whether the method follows every mask: it keeps one that is not known to be causal or padding.
+        causal_mask: ``"as_is_causal"`` to split the mask, ``"error"`` to leave every mask as it is.
+        dense: whether the method supports every mask; it then keeps a mask not known to be causal or padding.
 
     Returns:
         The padding, None if there is none, and whether attention is causal.
 
     Raises:
-        NotImplementedError: another mask, if it can be looked at. One that is traced is taken to be causal, if it is
-            square.
+        NotImplementedError: any other concrete mask. A traced square mask is taken to be causal.
     """
     if mask is None or causal_mask == "error" or mask.ndim < 2 or mask.shape[-2] == 1:
         return mask, False
@@ -232,8 +232,8 @@ def without_causality(
     if dense:
         return jnp.asarray(mask), False
     raise NotImplementedError(
-        f"method {name!r} with causal_mask='as_is_causal' takes a mask that is padding, or causal, or both, for as "
-        f"many queries as keys; got another one of shape {mask.shape}"
+        f"method {name!r} with causal_mask='as_is_causal' supports padding masks, causal masks and their combination, "
+        f"with as many queries as keys; got another mask, of shape {mask.shape}"
     )
 
 
@@ -244,14 +244,14 @@ def seen_arrays(
     kwargs: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> dict[str, Array]:
-    """The arrays that an attention function is called with, by name, with its causality and scale.
+    """The array arguments of a call of an attention function, by name, with its causality and scale.
 
     Args:
-        attention_fn: the function, which may be causal by itself.
+        attention_fn: the function, whose bound options may make it causal.
         tokens: query, key and value.
         args: further arguments by position.
         kwargs: further arguments by name.
-        options: arguments of its method that the function has by itself, as far as they are known.
+        options: known arguments that the function binds.
 
     Raises:
         ValueError: capped logits.
@@ -265,7 +265,7 @@ def seen_arrays(
     }
     capped = [name for name in CAPABILITY_OF if options.get(name) is not None or given.get(name) is not None]
     if capped:
-        raise ValueError(f"the layer has {', '.join(capped)}, which files of q, k and v do not hold")
+        raise ValueError(f"the layer has {', '.join(capped)}, which files of q, k and v cannot represent")
     is_causal = bool(given.get("is_causal")) or bool(getattr(attention_fn, "is_causal", False))
     scale = given.get("scale") if options.get("scale") is None else options["scale"]
     scales = {} if scale is None else {"scale": jnp.asarray(scale, jnp.float32)}
@@ -273,19 +273,19 @@ def seen_arrays(
 
 
 def as_layer(name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What an attention function was given, as files of layers hold it: causality and padding in place of a mask.
+    """The arguments of an attention function in the format of layer files: causality and padding in place of a mask.
 
     Args:
-        name: of the layer.
+        name: name of the layer.
         given: ``q``, ``k`` and ``v``, and other arrays by their names.
 
     Raises:
-        ValueError: a bias, or a mask that is neither causal nor padding.
+        ValueError: there is a bias, or a mask that is neither causal nor padding.
     """
     arrays = {argument: x if x.dtype.kind in "fbiu" else x.astype(np.float32) for argument, x in given.items()}
     is_causal = bool(arrays.get("is_causal", False))
     if "bias" in arrays:
-        raise ValueError(f"layer {name!r} has a bias of its logits, which files of q, k and v do not hold")
+        raise ValueError(f"layer {name!r} has a bias of its logits, which files of q, k and v cannot represent")
     batch, num_keys = arrays["k"].shape[:-3], arrays["k"].shape[-3]
     mask = arrays.pop("mask", None)
     if mask is not None:
@@ -298,7 +298,7 @@ def as_layer(name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
             if any(n != 1 for n in padding.shape[-3:-1]):
                 raise ValueError(
                     f"layer {name!r} has a mask of shape {list(mask.shape)} that is neither causal nor padding, which "
-                    "files of q, k and v do not hold"
+                    "files of q, k and v cannot represent"
                 )
             real = padding if padding.ndim < 3 else padding[..., 0, 0, :]
             arrays["mask"] = np.broadcast_to(np.asarray(real), (*batch, num_keys)).reshape(-1, num_keys)
@@ -312,26 +312,26 @@ def as_layer(name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 def check_mask(
     name: str, mask: Array | None, is_causal: bool, num_queries: int, num_keys: int, *, dense: bool = False
 ) -> bool:
-    """True if attention is causal besides the mask; raises for a mask that the method cannot follow.
+    """Whether attention is causal in addition to the mask. Raises for a mask that the method does not support.
 
-    Flax's own cache asks with one query and all keys, of which a mask shows those that were generated: that mask is all
-    the causality there is, for the first key is the only one that a first query would see.
+    Flax's own cache calls with one query, all keys, and a mask of the keys generated so far. That mask replaces
+    causality: aligned top left, a single causal query would see the first key only.
 
     Args:
-        name: of the method.
+        name: name of the method.
         mask: boolean, broadcastable to ``[B, N, T, S]``.
-        is_causal: whether causal attention is asked for.
+        is_causal: whether causal attention is requested.
         num_queries: T.
         num_keys: S.
-        dense: whether the method follows every mask.
+        dense: whether the method supports every mask.
 
     Raises:
-        NotImplementedError: a mask that differs between queries or heads.
-        ValueError: one query asks causally of many keys, without a mask.
+        NotImplementedError: the mask differs between queries or heads.
+        ValueError: a single causal query has many keys and no mask.
     """
     if is_causal and num_queries == 1 and num_keys > 1:
         if mask is None:
-            raise ValueError(f"is_causal with one query and {num_keys} keys would show it the first key only")
+            raise ValueError(f"is_causal with one query and {num_keys} keys would hide all keys but the first")
         is_causal = False
     if mask is None or dense:
         return is_causal
@@ -349,23 +349,23 @@ def real_tokens(mask: Array, batch_size: int, num_tokens: int) -> tuple[Array, A
     """The number of real tokens of a call, and whether they all stand before the padding, each ``[B]``.
 
     Raises:
-        ValueError: another mask than ``[B, 1, 1, T]``; real tokens after padding, if they can be looked at.
+        ValueError: the mask is not ``[B, 1, 1, T]``, or a concrete mask has real tokens after padding.
     """
     sizes = batch_size, 1, 1, num_tokens
     if mask.ndim > 4 or any(n not in (1, size) for n, size in zip(mask.shape[::-1], sizes[::-1], strict=False)):
         raise ValueError(
-            f"while decoding, a mask says which tokens of this call are real: it must be [B, 1, 1, T] = "
+            f"while decoding, a mask marks the real tokens of this call: it must be [B, 1, 1, T] = "
             f"{list(sizes)}, got shape {mask.shape}"
         )
     real = jnp.broadcast_to(mask, sizes)[:, 0, 0]
     first = ~(real[:, 1:] & ~real[:, :-1]).any(-1)
     if not isinstance(first, Tracer) and not first.all():
-        raise ValueError("while decoding, a mask must hide the last tokens of a sequence: padding stands on the right")
+        raise ValueError("while decoding, padding must be on the right: a mask must hide the last tokens of a sequence")
     return real.sum(-1, dtype=jnp.int32), first
 
 
 def cache_dtype(dtype: Any) -> str:
-    """The name of a cache's dtype; raises ``TypeError`` unless it is float32 or float64."""
+    """The name of a cache's dtype. Raises ``TypeError`` unless it is float32 or float64."""
     try:
         name = "" if dtype is None else jnp.dtype(dtype).name
     except TypeError:
@@ -376,10 +376,10 @@ def cache_dtype(dtype: Any) -> str:
 
 
 def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextManager[Any]:
-    """The context in which matrix products have the precision that Flax was given.
+    """A context in which matrix products use Flax's ``precision``.
 
     Raises:
-        NotImplementedError: one precision for each of two operands.
+        NotImplementedError: there is one precision for each of two operands.
     """
     if precision is None:
         return contextlib.nullcontext()
@@ -391,6 +391,6 @@ def matmul_precision(precision: PrecisionLike) -> contextlib.AbstractContextMana
 
 
 def promoted(arrays: tuple[Array, ...], dtype: Dtype | None) -> tuple[Array, ...]:
-    """Arrays in Flax's computation type, or in one type that represents them all."""
+    """Arrays cast to Flax's computation dtype, or promoted to one dtype."""
     common = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(x.astype(common) for x in arrays)

@@ -36,35 +36,35 @@ def tree_attention(
     scale: float | Array | None = None,
     **hyperparameters: Any,
 ) -> AttentionState:
-    r"""Attention over all tuples of one key for each node of a tree, whose values are multiplied channel by channel.
+    r"""Attention over tuples with one key per node of a tree; the values of a tuple are multiplied channel by channel.
 
     .. math:: \mathrm{out}_t = \frac{\sum_j e^{x_{tj}}\, v^1_{j_1} \odot \dots \odot v^m_{j_m}}{\sum_j e^{x_{tj}}},
               \qquad x_{tj} = s \sum_{i :\, p_i = -1} q_t \cdot k^i_{j_i}
               + s \sum_{i :\, p_i \ge 0} u^{p_i}_{j_{p_i}} \cdot k^i_{j_i}
 
     over the tuples :math:`j = (j_1, \dots, j_m)`, with :math:`p_i` the parent of node i. The sum over the keys of a
-    node, given the key of its parent, is attention of the queries :math:`u`. So from the leaves on, each node attends
-    with the log-normalisers of its children as a bias of its keys, and with its values times their outputs. That takes
-    :math:`2 m n^2 (D + D_v)` operations where all tuples are :math:`n^{m+1}`, and :math:`2 m n R (D + D_v)` by a method
-    that reads R tokens or features in place of n keys.
+    node, given the key of its parent, is attention with the queries :math:`u`. The sums are computed from the leaves
+    upward: the log-normalisers of the children of a node are a bias on its keys, and its values are multiplied by
+    their outputs. This takes :math:`2 m n^2 (D + D_v)` operations, although there are :math:`n^{m+1}` tuples, and
+    :math:`2 m n R (D + D_v)` with a method that reads R tokens or features in place of n keys.
 
-    Under an approximate method the bias rides in the values: both sums of attention are those of its weights times
-    :math:`e^b v` and :math:`e^b`. A row whose visible keys all have biases more than 87 (in float32) below the largest
-    gives NaN there; ``"exact"`` has no such limit.
+    An approximate method applies the bias b through the values: it attends to :math:`e^b v` and to :math:`e^b`. In
+    float32 a query gives NaN if the biases of all its visible keys are more than 87 below the largest bias;
+    ``"exact"`` has no such limit.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[m, S, D]``, or a tuple of m arrays ``[S_i, D]``.
         v: values ``[m, S, Dv]``, likewise.
-        key: typed PRNG key, for methods that are random; each node gets its own.
+        key: typed PRNG key for random methods; each node gets a different key.
         parents: the parent of each node, -1 for a child of the query: ``(-1, 0, 1)`` is a path, ``(-1, 0, 0)`` a star
             around node 0.
-        node_queries: the queries u of the keys of each node to its children, of the shape of ``k``; the keys by
-            default. Those of leaves are not used.
-        method: a name in `METHODS`, or what `approx_attention.registry.bind` makes of it, whose weights are positive
-            and whose normaliser is comparable to that of exact attention.
-        is_causal: the query at t sees keys at positions up to t, and a key at t those of its node's children up to t:
-            along a path this is ``"ordered"`` of `tensor_attention`. Aligned top left where lengths differ.
+        node_queries: the queries u with which each node attends to its children, in the shape of ``k``; by default
+            the keys. The queries of leaves are not used.
+        method: a name in `METHODS` or a `approx_attention.registry.BoundMethod`. Its weights must be positive and its
+            normaliser comparable to that of exact attention.
+        is_causal: the query at t sees keys at positions up to t, and a key at t sees keys of child nodes up to t.
+            Along a path this is ``"ordered"`` in `tensor_attention`. Aligned top left where lengths differ.
         kv_mask: true where a key is real: ``[S]``, ``[m, S]`` or a tuple. A query that sees no tuple gives 0.
         scale: positive factor of the logits, ``1/sqrt(D)`` by default.
         return_state: return the `AttentionState`, with the normaliser over tuples, in the accumulation dtype.
@@ -74,11 +74,11 @@ def tree_attention(
         Outputs ``[T, Dv]`` in the dtype of the values, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, parents that make no tree, an unknown method, a random one without key.
-        TypeError: dtypes that are not floating point (or boolean, for masks), an argument that the method does not
-            have.
-        NotImplementedError: a method that answers under no bias; with other methods than ``"exact"``, a mask for each
-            node where the method places queries by the mask of the keys, as all causal forms do.
+        ValueError: shapes do not match, the parents are not a tree, the method is unknown, or a random method has no
+            key.
+        TypeError: a dtype is not floating point (or boolean, for masks), or the method has no such argument.
+        NotImplementedError: the method does not support a bias, or it derives the positions of queries from the mask
+            of the keys, as all causal forms but that of ``"exact"`` do, and the nodes have different masks.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,7 +92,7 @@ def tree_attention(
 
     Reference:
         :cite:p:`chakrabarti2026poly`, for attention whose logits are a sum over a tree, its composition of functions
-        and its exact quadratic time. Messages under any method are a construction of this library.
+        and its exact quadratic time. The approximate messages are a construction of this library.
     """
     check_flag("is_causal", is_causal)
     inputs = tensor_inputs(q, k, v, scale=1.0, kv_mask=kv_mask)
@@ -108,7 +108,7 @@ def tree_attention(
         key = check_key(bound.name, key)
 
     def message(node: int, asking: Array) -> AttentionState:
-        """The state of queries over the keys of a node, each with all tuples of the nodes below it."""
+        """The state of queries over the keys of a node, each combined with all tuples of the nodes below it."""
         values, mask, bias = inputs.values[node], inputs.masks[node], None
         if children[node]:
             below = below_of(children[node], queries[node])
@@ -117,7 +117,7 @@ def tree_attention(
         return bound.state_under_bias(asking, inputs.keys[node], values, bias, own, kv_mask=mask, **options)
 
     def below_of(nodes: list[int], asking: Array) -> AttentionState:
-        """The state over several subtrees: given the query their keys are independent, so that the sums multiply."""
+        """The state over several subtrees: given the query, their keys are independent, so the sums multiply."""
         first, *others = (message(node, asking) for node in nodes)
         for state in others:
             first = AttentionState(first.out * state.out, first.lse + state.lse)
@@ -127,14 +127,14 @@ def tree_attention(
 
 
 def children_of(parents: Any, num_nodes: int | None = None) -> dict[int, list[int]]:
-    """The children of the query, under -1, and of each node; the number of nodes is checked if it is given.
+    """The children of each node, and of the query under -1. Checks the number of nodes if it is given.
 
     Raises:
-        TypeError: parents that are no integers known when tracing.
-        ValueError: not one for each node, no such node, or a cycle.
+        TypeError: the parents are not integers known when tracing.
+        ValueError: there is not one parent per node, a parent does not exist, or there is a cycle.
     """
     nodes = "at least one node" if num_nodes is None else f"each of {num_nodes} nodes"
-    allowed = f"parents must hold, for {nodes}, its parent or -1 for the query"
+    allowed = f"parents must contain, for {nodes}, its parent or -1 for the query"
     if not isinstance(parents, tuple | list):
         raise TypeError(f"{allowed}, as a tuple of integers; got {shown(parents)}")
     known = [check_count("parents", parent, least=-1) for parent in parents]
@@ -153,7 +153,7 @@ def children_of(parents: Any, num_nodes: int | None = None) -> dict[int, list[in
 
 
 def _node_queries(node_queries: Any, keys: tuple[Array, ...], masks: tuple[Array | None, ...]) -> tuple[Array, ...]:
-    """The queries of the keys of each node, checked, with zeros in padding."""
+    """The queries of each node to its children, checked, with zeros in padding."""
     if node_queries is None:
         return keys
     if not isinstance(node_queries, tuple | list):
@@ -171,12 +171,12 @@ def _node_queries(node_queries: Any, keys: tuple[Array, ...], masks: tuple[Array
 
 
 def _require_any_mask(bound: BoundMethod, is_causal: bool) -> None:
-    """Raises unless a query counts at a place where the key is hidden, as between nodes whose masks differ."""
+    """Raise unless the method supports a query at a position whose key is hidden, as when masks of nodes differ."""
     method = bound.registered
     if method is None or method.is_exact or (method.summarize and not is_causal):
         return
     form = "the causal form of " if is_causal else ""
     raise NotImplementedError(
-        f"{form}method {bound.name!r} does not support a mask for each node, as it places queries by the mask of the "
-        "keys; pass one kv_mask [S], or use 'exact'"
+        f"{form}method {bound.name!r} does not support a mask for each node, because it derives the positions of "
+        "queries from the mask of the keys; pass one kv_mask [S], or use 'exact'"
     )

@@ -1,1 +1,1 @@
-"""Speed and memory, side by side in one run; never part of the tests."""
+"""Measurements of speed and memory, interleaved in one run; not part of the tests."""

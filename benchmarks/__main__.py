@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND``: measures, or turns the measurements into RESULTS.md."""
+"""``python -m benchmarks COMMAND``: run measurements, or write RESULTS.md from them."""
 
 import pathlib
 
@@ -30,7 +30,7 @@ from benchmarks.files import HERE, REPORT, RESULTS, write_document, write_text
 
 @click.group()
 def main() -> None:
-    """Speed and memory, side by side in one run. Keep the machine otherwise idle."""
+    """Measure speed and memory. Keep the machine otherwise idle."""
 
 
 def _write(name: str, document: dict) -> None:
@@ -52,7 +52,7 @@ def exact_command(longest: int, rounds: int) -> None:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 def scaling_command(longest: int, rounds: int) -> None:
     """Every method against the fastest exact attention as the sequence grows."""
-    # A machine of another kind has a file of its own.
+    # Each kind of machine has a separate file.
     backend = jax.default_backend()
     _write("scaling" if backend == "cpu" else f"scaling_{backend}", scaling.measure(longest, rounds))
 
@@ -68,7 +68,7 @@ def control_variates_command(longest: int, rounds: int) -> None:
 @main.command("coresets")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 def coresets_command(rounds: int) -> None:
-    """What coresets take to build, and what attention through them saves."""
+    """Time to build coresets, and the speedup of attention over them."""
     _write("coresets", coresets.measure(rounds))
 
 
@@ -113,7 +113,7 @@ def ratios_command(rounds: int) -> None:
 
 @main.command("collectives")
 def collectives_command() -> None:
-    """Bytes that devices send each other, counted in compiled programs; nothing is timed."""
+    """Bytes that devices exchange, counted in compiled programs; nothing is timed."""
     _write("collectives", collectives.measure())
 
 
@@ -123,7 +123,7 @@ def collectives_command() -> None:
 @click.option(
     "--before",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=pathlib.Path),
-    help="Compile the library in this source tree, as the state before, into a file of its own.",
+    help="Compile the library in this source tree, as the state before, into a separate file.",
 )
 def compiled_command(
     platform: Platform,
@@ -133,7 +133,7 @@ def compiled_command(
     python: pathlib.Path | None,
     before: pathlib.Path | None,
 ) -> None:
-    """Programs compiled for an accelerator that is not there: memory, size, operations in sequence; no times."""
+    """Programs compiled for an absent accelerator: memory, size, sequential operations; no times."""
     name = f"compiled_{platform}_before" if before else f"compiled_{platform}"
     options = {"methods": methods, "limit": limit, "again": again}
     compile_into(RESULTS / f"{name}.json", compiled.measure, platform, python, before or HERE.parent, **options)
@@ -142,7 +142,7 @@ def compiled_command(
 @main.command("kernels")
 @compiler_options
 def kernels_command(platform: Platform, limit: float, again: bool, python: pathlib.Path | None) -> None:
-    """The fused kernels compiled for an accelerator that is not there: schedules, registers, memory; no times."""
+    """The fused kernels compiled for an absent accelerator: schedules, registers, memory; no times."""
     path = RESULTS / f"kernels_{platform}.json"
     compile_into(path, kernels.measure, platform, python, limit=limit, again=again)
 

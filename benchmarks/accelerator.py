@@ -53,12 +53,12 @@ MAIN_METHODS = ("local", "favor", "mean_pool", "eva", "linformer", "polynomial")
 TINY_LENGTHS, TINY_METHODS, TINY_ROUNDS = (64, 128), ("mean_value", "mean_pool"), 2
 DTYPE = jnp.bfloat16
 
-# Implementations that hold all logits are left out above this many bytes of them.
+# Implementations that store all logits are left out if the logits take more bytes than this.
 LARGEST_LOGITS = 2**32
 HOLD_LOGITS = ("exact dense", "exact jax.nn xla")
-# A longer sequence is not tried where the last one took longer: seconds of a call, and of a case with its compilation.
+# A longer sequence is skipped if the last one took longer: seconds of a call, and of a case with its compilation.
 LONGEST_CALL, LONGEST_CASE = 1.0, 60.0
-# How often each case is timed, and the seconds after which it is timed no more.
+# Number of timed calls of each case, and the seconds after which timing stops.
 ROUNDS, PATIENCE = 10, 1.0
 # Shorter calls follow one another without a synchronisation: for about how many seconds, and at most how many calls.
 SHORT_CALL, TOGETHER, MOST_TOGETHER = 1e-3, 5e-3, 50
@@ -67,7 +67,7 @@ PREFILLED = 512
 
 
 class Kind(NamedTuple):
-    """What is computed: causally or not, with the gradient or not, or by decoding."""
+    """The kind of a case: causal or not, with the gradient or not, or decoding."""
 
     is_causal: bool = True
     backward: bool = False
@@ -76,7 +76,7 @@ class Kind(NamedTuple):
 
 CAUSAL, CAUSAL_GRADIENT, DECODE = Kind(), Kind(backward=True), Kind(decode=True)
 FULL, FULL_GRADIENT = Kind(is_causal=False), Kind(is_causal=False, backward=True)
-# From the most to the least important: what is computed, by which methods, at which lengths.
+# From the most to the least important: kinds of cases, with methods and lengths.
 STAGES: Sequence[tuple[Kind, str, Sequence[int]]] = (
     (CAUSAL, "main", FIRST),
     (CAUSAL, "main", BETWEEN),
@@ -108,7 +108,7 @@ TINY_STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program that is timed.
+    """A timed program.
 
     Attributes:
         arm: a method, or an implementation of exact attention, whose name begins with ``exact``.
@@ -130,7 +130,7 @@ class Case:
 
     @property
     def kind(self) -> Kind:
-        """What is computed."""
+        """The kind of the case."""
         return Kind(self.is_causal, self.backward, self.decode)
 
 
@@ -189,7 +189,7 @@ def _arms(kind: Kind, length: int, methods: Sequence[str], *, with_exact: bool) 
 
 
 def program_of(case: Case) -> Program:
-    """Compiles a case."""
+    """Compile a case."""
     if case.decode:
         return _decoding(case)
     form = exact_forms(case.is_causal)[case.arm] if case.arm.startswith("exact") else form_of(case.arm, case.is_causal)
@@ -209,7 +209,7 @@ def _temp_bytes(compiled: Any) -> int | None:
 
 
 def _decoding(case: Case) -> Program:
-    """A block of tokens that are decoded one by one."""
+    """A block of tokens decoded one by one."""
     tokens = tuple(x[0, :DECODED] for x in _inputs(DECODED)[:3])
     if case.arm.startswith("exact"):
         steps, cache = _exact_caches(case.length)[case.arm]()
@@ -284,7 +284,7 @@ def measured(case: Case, rounds: int = ROUNDS) -> dict[str, Any]:
         program = program_of(case)
         compiled = time.perf_counter()
         timing = timed(program.call, rounds)
-    except Exception as error:  # a case that fails is a result
+    except Exception as error:  # a failed case is a result
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return {"error": text, "case_seconds": time.perf_counter() - begun}
     tokens = DECODED if case.decode else 1
@@ -314,7 +314,7 @@ def device_works() -> bool:
 
 
 def is_hopeless(case: Case, rows: Mapping[Case, Mapping[str, Any]]) -> bool:
-    """Whether the same failed, or took too long, at the longest shorter length."""
+    """Whether the same case failed, or took too long, at the longest shorter length."""
     shorter = [x for x in rows if (x.arm, x.kind) == (case.arm, case.kind) and x.length < case.length]
     if not shorter:
         return False
@@ -333,7 +333,7 @@ def measure(
     rounds: int = ROUNDS,
     again: bool = False,
 ) -> dict[str, Any]:
-    """Measures cases in their order and writes the document after each.
+    """Measure cases in order and write the document after each.
 
     Args:
         asked: the cases.

@@ -1,4 +1,4 @@
-"""The section of RESULTS.md on times and memory that were measured on accelerators."""
+"""The section of RESULTS.md on times and memory measured on accelerators."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

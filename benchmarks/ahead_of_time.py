@@ -1,7 +1,7 @@
 """One program compiled for an accelerator that is not there: ``python -m benchmarks.ahead_of_time LIBRARY CASE``.
 
-It runs in a process of its own, started by `benchmarks.compiled`: no case can end or slow down another. Nothing is
-imported from the library but what is measured, so that ``LIBRARY`` may be the source tree of another version.
+It runs in a separate process, started by `benchmarks.compiled`: no case can end or slow down another. Only the
+measured parts of the library are imported, so that ``LIBRARY`` may be the source tree of another version.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from benchmarks.hlo import counted
 Platform = Literal["tpu", "gpu"]
 
 CHIPS = {"tpu": "TPU v5e", "gpu": "H200 (sm_90a)"}
-# What the first chip of a topology is.
+# The first chip of a topology.
 _TOPOLOGIES = {"tpu": "v5e:2x2x1", "gpu": "h200"}
 
 # The compiler's description of an H200, as a process on one reports it.
@@ -78,7 +78,7 @@ class Case:
 
 
 def chip(platform: Platform, topology: str | None = None) -> Any:
-    """The sharding of tensors on a chip that is not there, the first of a topology; by default that of `CHIPS`."""
+    """The sharding of tensors on an absent chip, the first of a topology; by default that of `CHIPS`."""
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
@@ -93,7 +93,7 @@ def chip(platform: Platform, topology: str | None = None) -> Any:
 
 
 def compiled(case: Case) -> dict[str, Any]:
-    """Compiles a case and counts what the program does.
+    """Compile a case and count the operations of the program.
 
     Returns:
         CPU seconds of the compiler, tracing included; bytes of the inputs q, k, v; and, unless the compiler makes the
@@ -140,13 +140,13 @@ def compiled(case: Case) -> dict[str, Any]:
 
 
 def main(case_type: Callable[..., Any] = Case, compile_case: Callable[[Any], dict[str, Any]] = compiled) -> None:
-    """Prints the row of one case as JSON, on the last line."""
+    """Print the row of one case as JSON, on the last line."""
     library, case = sys.argv[1:]
     os.environ.update(_WITHOUT_TPU | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"})
     sys.path.insert(0, library)
     try:
         row = compile_case(case_type(**json.loads(case)))
-    except Exception as error:  # which cases fail is what is measured
+    except Exception as error:  # failures are part of the measurement
         row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     print(f"\n{json.dumps(row)}")
 

@@ -133,7 +133,7 @@ def compiled_bytes(method: str, is_causal: bool, sizes: Sizes, **hyperparameters
 
 
 def measure() -> dict[str, Any]:
-    """Every method and form on every number of devices at every length, beside what the model says."""
+    """Every method and form on every number of devices at every length, with the prediction of the model."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     rows, console = [], Console()
     for method, is_causal in SETTINGS:

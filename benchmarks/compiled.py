@@ -1,6 +1,6 @@
 """Programs compiled for accelerators on a machine without one: memory, size and operations in sequence; no times.
 
-The platform's compiler is libtpu, or the CUDA plug-in of jax: `make aot` installs each in an environment of its own.
+The platform's compiler is libtpu, or the CUDA plug-in of jax: `make aot` installs each in a separate environment.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from benchmarks.scaling import SIZE, size_of
 ROOT = pathlib.Path(__file__).parent.parent
 COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
-# Their causal forms should be a few large operations, whatever the length.
+# Their causal forms should be a few large operations for every length.
 IN_PARALLEL = ("favor", "eva", "mean_pool", "linformer", "rfa", "cosformer", "polynomial", "uniform_sample", "coreset")
 # Of these all summaries at once are the most memory.
 LARGEST = ("favor", "eva", "mean_pool")
@@ -34,7 +34,7 @@ SHORT = 2048
 # Not compiled for a TPU: its singular value decomposition takes the compiler longer than all other cases together.
 TOO_SLOW = {"tpu": ("svd",), "gpu": ()}
 
-# What is asked of causal forms on an H200: operations in sequence, forward and with gradient, at 32,768 tokens.
+# Requirements for causal forms on an H200: sequential operations, forward and with gradient, at 32,768 tokens.
 MOST_OPERATIONS: dict[str, int] = dict.fromkeys(IN_PARALLEL[:6], 150)
 MOST_OPERATIONS |= {"polynomial": 300, "uniform_sample": 500, "coreset": 5000}
 MOST_OPERATIONS_BACKWARD: dict[str, int] = dict.fromkeys(IN_PARALLEL[:7], 300)
@@ -47,7 +47,7 @@ MOST_COMPILER_SECONDS, MOST_PROGRAM_BYTES, MOST_GROWTH = 12, 2 * 2**20, 0.2
 
 
 def cases(platform: Platform) -> Iterator[Case]:
-    """The programs of a platform: those of which something is asked, then every method once."""
+    """The programs of a platform: those with requirements, then every method once."""
     yield from _of_tpu(platform) if platform == "tpu" else _of_gpu(platform)
     for method, known in METHODS.items():
         if method not in TOO_SLOW[platform]:
@@ -94,10 +94,10 @@ def measure(
     limit: float = 900.0,
     again: bool = False,
 ) -> None:
-    """Compiles the cases of a platform; see `compile_each`.
+    """Compile the cases of a platform; see `compile_each`.
 
     Args:
-        platform: what is compiled for.
+        platform: the platform to compile for.
         python: the interpreter of an environment that has the platform's compiler.
         library: the source tree whose ``approx_attention`` is compiled.
         known: an earlier document of this platform, or empty.
@@ -129,7 +129,7 @@ def compile_each(
     limit: float = 900.0,
     again: bool = False,
 ) -> None:
-    """Compiles cases, each in a separate process, and writes the rows as they come.
+    """Compile cases, each in a separate process, and write the rows as they come.
 
     Args:
         asked: the cases, instances of a dataclass.
@@ -149,7 +149,7 @@ def compile_each(
     Raises:
         RuntimeError: the platform's compiler is not installed there.
     """
-    # An accelerator that is there is left alone.
+    # Present accelerators are not used.
     jax.config.update("jax_platforms", "cpu")
     platform = about["platform"]
     versions = _versions(python, COMPILERS[platform], packages)
@@ -182,7 +182,7 @@ def compile_each(
 def _compiled_apart(
     case: Any, python: pathlib.Path, library: pathlib.Path, limit: float, module: str = "benchmarks.ahead_of_time"
 ) -> dict[str, Any]:
-    """The result of a case from a process of its own, or its error."""
+    """The result of a case from a separate process, or its error."""
     arguments = [str(library), json.dumps(dataclasses.asdict(case))]
     # Flags of this process are not those of the programs.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "LIBTPU_"))}

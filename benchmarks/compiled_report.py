@@ -1,4 +1,4 @@
-"""The section of RESULTS.md on programs compiled for accelerators: now, before, and what is asked of them."""
+"""The section of RESULTS.md on programs compiled for accelerators: now, before, and their requirements."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ from benchmarks.compiled import (
 )
 
 Row = Mapping[str, Any]
-# By platform: what is measured now, and what was measured before.
+# By platform: the current and the previous measurements.
 States = Mapping[str, Mapping[str, list[Row]]]
 
 STATES = ("before", "now")

@@ -1,4 +1,4 @@
-"""Coresets: what they take to build and to compile, and what attention through them saves."""
+"""Coresets: times to build and to compile them, and the speedup of attention over them."""
 
 import functools
 import time

@@ -38,11 +38,11 @@ class PlainCache(nnx.Module):
 
     @property
     def num_seen(self) -> Array:
-        """How many tokens it holds."""
+        """The number of tokens in the cache."""
         return self.seen[...]
 
     def __call__(self, query: Array, key: Array, value: Array, **_: None) -> Array:
-        """The answer to one more token."""
+        """The output for one more token."""
         seen = self.seen[...]
         self.key[...] = jax.lax.dynamic_update_slice_in_dim(self.key[...], key, seen, 1)
         self.value[...] = jax.lax.dynamic_update_slice_in_dim(self.value[...], value, seen, 1)
@@ -56,7 +56,7 @@ class PlainCache(nnx.Module):
 
 
 def _plain(implementation: str, length: int) -> tuple[LanguageModel, int]:
-    """A model with a plain cache of as many random tokens, and the bytes of its caches."""
+    """A model with a plain cache of random tokens, and the bytes of its caches."""
     model = LanguageModel(MODEL, AttentionConfig(), vocabulary=VOCABULARY, rngs=nnx.Rngs(0))
     shape = 1, length + STEPS, MODEL.num_kv_heads, MODEL.head_dim
     for number, layer in enumerate(attention_layers(model).values()):
@@ -77,7 +77,7 @@ def _cached(method: str, length: int, prompt: Array) -> tuple[LanguageModel, int
 
 
 def calls(length: int, methods: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
-    """Calls that continue a prompt with exact attention over plain caches and with methods, and the bytes they hold."""
+    """Calls that continue a prompt with exact attention over plain caches and with methods, and their cache bytes."""
     prompt = jax.random.randint(jax.random.key(1), (1, length), 0, VOCABULARY)
     makers: dict[str, Callable[[], tuple[LanguageModel, int]]] = {
         **{f"exact, {name}": functools.partial(_plain, name, length) for name in PLAIN},
@@ -93,7 +93,7 @@ def calls(length: int, methods: Sequence[str]) -> tuple[dict[str, Callable[[], A
 
 
 def measure(longest: int, rounds: int) -> dict[str, Any]:
-    """Seconds per token and bytes of cache of every method that decodes, beside exact attention with plain caches."""
+    """Seconds per token and cache bytes of every method that decodes, and of exact attention with plain caches."""
     rows: list[dict[str, Any]] = []
     decoding = [name for name, method in METHODS.items() if method.capabilities.decode]
     for length in (n for n in (1024, 8192, 32768) if n <= longest):

@@ -15,7 +15,7 @@ from approx_attention import attention
 from approx_attention.evaluation import environment, time_interleaved
 
 NUM_HEADS, HEAD_DIM = 8, 64
-# An arm that holds all logits is left out above this many bytes of them.
+# A configuration that stores all logits is left out if the logits take more bytes than this.
 LARGEST_LOGITS = 2**30
 
 
@@ -58,7 +58,7 @@ def with_gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def jax_arms(length: int, is_causal: bool, backward: bool) -> dict[str, Any]:
-    """Compiled arms in JAX by name."""
+    """Compiled configurations in JAX by name."""
     forms: dict[str, Callable[..., jax.Array]] = {
         "blocked": functools.partial(attention, method="exact", implementation="blocked", is_causal=is_causal)
     }

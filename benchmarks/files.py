@@ -1,4 +1,4 @@
-"""Where measurements and reports are written; each file is whole or absent."""
+"""The files of measurements and reports, written atomically."""
 
 import json
 import pathlib
@@ -11,11 +11,11 @@ RESULTS, REPORT = HERE / "results", HERE / "RESULTS.md"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file."""
+    """Write a text file."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_document(path: pathlib.Path, document: dict[str, Any]) -> None:
-    """Writes a document as JSON, with the directory that it goes to."""
+    """Write a document as JSON, with the directory that it goes to."""
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(document, indent=1) + "\n")

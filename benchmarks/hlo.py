@@ -34,7 +34,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a program does, counted.
+    """The counts of a program.
 
     Attributes:
         operations: the operations that run one after the other when every loop runs all its trips; about the kernel

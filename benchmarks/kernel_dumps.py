@@ -1,4 +1,4 @@
-"""What compilers write about fused kernels: their schedules and memory on a TPU, their registers on a GPU."""
+"""Compiler reports on fused kernels: schedules and memory on a TPU, registers on a GPU."""
 
 import json
 import pathlib
@@ -49,7 +49,7 @@ def schedule_of(text: str) -> dict[str, int]:
 
 
 def vmem_of(report: str) -> Figures:
-    """Bytes of VMEM of each operation, and of these what is spilled from registers, from the compiler's report."""
+    """Bytes of VMEM of each operation, and bytes spilled from registers, from the compiler's report."""
     # The report is a page with its data as an object of JSON.
     data = re.search(r"const DATA *= *", report)
     if data is None:

@@ -47,7 +47,7 @@ class Case:
 
 
 def compiled(case: Case) -> dict[str, Any]:
-    """Compiles a case.
+    """Compile a case.
 
     Returns:
         CPU seconds of the compiler, tracing included; bytes of temporaries; the tiles; and by kernel what

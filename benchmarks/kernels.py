@@ -34,7 +34,7 @@ BACKWARD_TILES = (
     (256, 1024, 512),
 )
 
-# What is asked: bundles for 1024 logits on a v5e, d = 128, forward and in both kernels of the gradient together.
+# Requirements: bundles for 1024 logits on a v5e, d = 128, forward and in both kernels of the gradient together.
 MOST_BUNDLES, MOST_BUNDLES_BACKWARD = 5.2, 13
 # Bytes of VMEM that a kernel may take, and of shared memory of an H200; nothing is to spill.
 MOST_VMEM, MOST_SHARED = 16 * 2**20, 227 * 2**10
@@ -72,7 +72,7 @@ def measure(
     limit: float = 900.0,
     again: bool = False,
 ) -> None:
-    """Compiles the kernels for a platform; the arguments are those of `compiled.compile_each`."""
+    """Compile the kernels for a platform; the arguments are those of `compiled.compile_each`."""
     compile_each(
         cases(platform),
         {"platform": platform, "num_heads": NUM_HEADS},

@@ -1,4 +1,4 @@
-"""The section of RESULTS.md on the fused kernels, compiled for accelerators: what is asked, and what came."""
+"""The section of RESULTS.md on the fused kernels, compiled for accelerators: requirements and results."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -95,7 +95,7 @@ def _tpu(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _answer(rows: Sequence[Row]) -> Iterable[str]:
-    """What is asked of the schedule, and what came."""
+    """The requirements and results of the schedule."""
     row = _row(rows, chip="v5e", head_dim=128, is_causal=False, backward=True)
     if row is None or "error" in row:
         return

@@ -18,7 +18,7 @@ from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, 
 
 SLOTS = (128, 256, 512, 1024, 2048)
 LANDMARKS = 64
-# What the peers are compared with.
+# The sizes for the comparison with peers.
 PEER_SLOTS = 256
 SKETCHES = ("gaussian", "count", "sparse_jl", "hadamard", "uniform_rows")
 

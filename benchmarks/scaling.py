@@ -21,7 +21,7 @@ SETTINGS = {"local": 128}
 LENGTHS = (512, 1024, 2048, 4096, 8192, 32768)
 # Programs with gradients take several times as long to compile.
 BACKWARD_LENGTHS = (512, 2048, 8192)
-# So many tokens are decoded in one call: a block, so that moving on to the next is in the time of each.
+# Number of tokens decoded in one call: a block, so that the time includes the step to the next block.
 DECODED = 128
 SHARED_LENGTH = Cache(0, 0, None)  # pyright: ignore[reportArgumentType]
 
@@ -46,7 +46,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
 
 
 def size_of(name: str, method: Method) -> int | None:
-    """The size at which a method is timed: 256, or its usual size where that counts other things than tokens."""
+    """The size at which a method is timed: 256, or its usual size if that is not a number of tokens."""
     if method.size is None:
         return None
     return SETTINGS.get(name, min(SIZE, method.usual_size))
@@ -92,14 +92,15 @@ def _passes(longest: int, rounds: int, is_causal: bool, backward: bool, console:
         shown = "  ".join(f"{name} {timing.least * 1e3:.1f}" for name, timing in timings.items())
         console.print(f"n={length} {'causal' if is_causal else 'full'} {'fwd+bwd' if backward else 'fwd'} ms: {shown}")
         best = min(timing.least for name, timing in timings.items() if name.startswith("exact"))
-        # Exact attention grows as the square: what is slower by more than what is left to grow never catches up.
+        # Exact attention grows as the square: a method that is slower by more than the remaining growth never catches
+        # up.
         names = [name for name in names if timings[name].least <= best * lengths[-1] / length]
         jax.clear_caches()
     return rows
 
 
 def _decode(longest: int, rounds: int, console: Console) -> list[dict[str, Any]]:
-    """Seconds per token of every decoder, once so many tokens have been seen, beside those of exact caches."""
+    """Seconds per token of every decoder after given numbers of tokens, and of exact caches."""
     rows: list[dict[str, Any]] = []
     lengths = [n for n in LENGTHS if n <= longest]
     decoders = {name: decoder_of(name, method) for name, method in METHODS.items() if decodes(name, method)}
@@ -178,7 +179,7 @@ def over_heads(prefill: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decoder_steps(decoder: Decoder, cache: Cache, query: Array, key: Array, value: Array) -> Array:
-    """Answers to tokens ``[T, N, D]`` that come one by one."""
+    """Outputs for tokens ``[T, N, D]``, one by one."""
     append = jax.vmap(decoder.append, in_axes=(SHARED_LENGTH, 0, 0), out_axes=SHARED_LENGTH)
     attend = jax.vmap(decoder.attend, in_axes=(SHARED_LENGTH, 0))
 

@@ -43,7 +43,7 @@ def share_of_triangle(blocks: BlockMap) -> float:
 
 
 def _floor(key: Array, value: Array, places: Array) -> Array:
-    """Fetches the same rows of keys and values, and adds them up."""
+    """Fetch the same rows of keys and values, and add them up."""
 
     def of_head(head: Array) -> Array:
         k, v = key[0, :, head], value[0, :, head]

@@ -1,4 +1,4 @@
-"""What the reports of several benchmarks share: the machine, break-even lengths, and numbers as text."""
+"""Shared code of benchmark reports: the machine, break-even lengths, and numbers as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -42,7 +42,7 @@ def best_exact_decode(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def break_even_length(rows: Sequence[Mapping[str, Any]], arm: str, is_causal: bool, backward: bool) -> int | None:
-    """The shortest measured length from which on the arm is faster than the best exact at every measured length."""
+    """The shortest measured length from which a configuration is faster than the best exact form at every length."""
     measured = [r for r in rows if (r["arm"], r["is_causal"], r["backward"]) == (arm, is_causal, backward)]
     exact = best_exact(rows, is_causal, backward)
     return break_even({r["length"]: r["seconds"] for r in measured}, exact, margin=MARGIN)

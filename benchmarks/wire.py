@@ -1,4 +1,4 @@
-"""What crosses the wire when a sequence is sharded: closed formulas, and docs/scaling.md, which explains them.
+"""Bytes between devices for a sharded sequence: closed formulas, and docs/scaling.md, which explains them.
 
 Per layer, forward pass, in bytes that the busiest device sends; `benchmarks.collectives` counts the same in compiled
 programs. Tokens and moments travel in float32, and with each token one byte that says whether it is real.
@@ -52,7 +52,7 @@ SETTINGS: Mapping[tuple[str, bool], dict[str, int]] = {
 
 
 def token_bytes(sizes: Sizes, tokens: int) -> int:
-    """Keys, values and the mask of so many tokens of all key heads: 4 (D + Dv) + 1 each."""
+    """Bytes of keys, values and mask of tokens of all key heads: 4 (D + Dv) + 1 each."""
     return sizes.num_kv_heads * tokens * (4 * (sizes.head_dim + sizes.value_dim) + 1)
 
 
@@ -140,7 +140,7 @@ def sent_by(method: str, is_causal: bool, sizes: Sizes, **settings: int) -> floa
     return all_tokens_bytes(sizes, kept, ranged=method == "coreset")
 
 
-# What the page shows beside: a long sequence on more devices than anyone here has.
+# A further example on the page: a long sequence on many devices.
 LENGTH, MANY = 10_000_000, (8, 64, 1024)
 # Of one link, one way: an assumption, to turn bytes into seconds, and no measurement.
 BANDWIDTH = 50e9

@@ -321,7 +321,7 @@ def test_compressing_what_is_no_tensor_or_cache():
         compress_cache(cache, budget=8, sinks=0, policy="h2o", queries=K[:, :3])
     with pytest.raises(ValueError, match="query_radius must be finite"):
         compress_cache(cache, KEY, budget=8, query_radius=float("nan"))
-    with pytest.raises(TypeError, match="compress_cache takes the Cache of a Decoder, got tuple"):
+    with pytest.raises(TypeError, match="compress_cache needs the Cache of a Decoder, got tuple"):
         compress_cache((), budget=8)  # pyright: ignore[reportArgumentType]
     narrow = compiled(compress_cache)(cache, budget=np.uint8(16), sinks=np.uint8(2), policy="knorm")
     assert narrow.past.prefix.fixed.mass.shape == (16,)

@@ -24,8 +24,8 @@ class Sensitivity(NamedTuple):
     """Lower and upper bounds on the sensitivities of keys, each ``[S]``.
 
     Attributes:
-        least: the attention weight of a query that the search found.
-        most: a limit for all queries of the ball.
+        least: lower bound: the attention weight for a query found by the search.
+        most: upper bound for all queries of the ball.
     """
 
     least: Array
@@ -40,21 +40,21 @@ def sensitivity(
     kv_mask: Bool[Array, " S"] | None = None,
     num_steps: int = 64,
 ) -> Sensitivity:
-    r"""Bounds the largest attention weight of each key over all queries of bounded norm, from below and from above.
+    r"""Bound the largest attention weight of each key over all queries of bounded norm, from below and from above.
 
     .. math:: s_j = \sup_{\|q\| \le \rho} \frac{e^{q \cdot k_j}}{\sum_i e^{q \cdot k_i}}.
 
-    The total of all keys is the number of tokens that importance sampling needs, up to logarithms and
-    :math:`1/\epsilon^2`: near 1 where keys are alike for such queries, S where a query can single out each of them. The
-    search for the query is convex, :math:`\min_q f(q) = \log \sum_i e^{q \cdot (k_i - k_j)}`, so that the duality gap
-    :math:`g = \nabla f \cdot q + \rho \|\nabla f\|` of its last step gives a bound, :math:`s_j \le e^{g - f(q)}`,
-    whether the search has converged or not.
+    The total over all keys is the number of tokens that importance sampling needs, up to logarithms and
+    :math:`1/\epsilon^2`. It is near 1 if the keys are alike for such queries, and S if a query can single out each key.
+    The search for the query is convex, :math:`\min_q f(q) = \log \sum_i e^{q \cdot (k_i - k_j)}`. The duality gap
+    :math:`g = \nabla f \cdot q + \rho \|\nabla f\|` of its last step gives the bound :math:`s_j \le e^{g - f(q)}`,
+    which holds even if the search has not converged.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         radius: :math:`\rho`, the largest norm of a query in scaled space.
         kv_mask: true where a key is real ``[S]``; others have sensitivity 0.
-        num_steps: accelerated projected gradient steps; more of them bring the two bounds closer.
+        num_steps: number of accelerated projected gradient steps; more steps tighten the bounds.
 
     Returns:
         The `Sensitivity`, at the cost of ``num_steps * S`` queries over all keys.
@@ -68,14 +68,14 @@ def sensitivity(
         (True, True)
 
     Reference:
-        Sensitivity as in :cite:p:`feldman2011unified`; the gap is that of :cite:p:`frank1956algorithm`.
+        Sensitivity as in :cite:p:`feldman2011unified`; duality gap as in :cite:p:`frank1956algorithm`.
     """
     num_steps = check_count("num_steps", num_steps)
     check_key_value_fit(k, k, k)
     k = k.astype(accumulation_dtype(k))
     radius = jnp.asarray(radius, k.dtype)
     present = real_keys(kv_mask, k.shape[0])
-    # Padding may hold NaN, which its bias would not hide.
+    # Padding may contain NaN, which a bias would not hide.
     k = jnp.where(present[:, None], k, 0)
     bias = mask_bias(present, k.dtype)
 
@@ -88,8 +88,8 @@ def sensitivity(
         norm = jnp.sqrt(squared_norm(q))
         return q * jnp.minimum(1, radius / jnp.where(norm > 0, norm, 1))
 
-    # The second derivative of f is a variance of keys in a direction, at most the largest squared distance from any
-    # point, here their mean: the inverse is a safe step.
+    # The second derivative of f is a variance of keys in one direction, at most the largest squared distance from their
+    # mean: its inverse is a safe step size.
     middle = jnp.mean(k, axis=0, where=present[:, None])
     curvature = jnp.max(squared_norm(k - middle[None, :]), where=present[:, None], initial=0)
     stride = 1 / jnp.where(curvature > 0, curvature, 1)
@@ -122,12 +122,12 @@ SizeResult = Literal[
 
 
 class CoresetSize(NamedTuple):
-    """Size of a coreset by theory.
+    """A theoretical coreset size.
 
     Attributes:
-        size: the number of tokens, up to a constant that the theorem does not give (here 1).
+        size: the number of tokens, up to a constant that the theorem does not specify (here 1).
         vacuous: whether it is at least the number of keys.
-        statement: the bound, in words.
+        statement: a description of the bound.
     """
 
     size: float
@@ -144,7 +144,7 @@ def coreset_size_bound(
     failure: float = 0.1,
     result: SizeResult = "optimal",
 ) -> CoresetSize:
-    r"""Computes the number of tokens with which theory promises an error of attention, for values of norm at most 1.
+    r"""Compute the number of tokens for which theory guarantees an error of attention, for values of norm at most 1.
 
     With queries of norm :math:`\rho` and keys of norm 1, in d dimensions, up to constants and lower-order terms:
 
@@ -154,32 +154,32 @@ def coreset_size_bound(
               \text{optimal: } \frac{\sqrt d\, e^{\rho}}{\epsilon}.
 
     The optimal coreset exists by Banaszczyk's theorem, and the Gram-Schmidt walk finds it in polynomial time. That walk
-    is not implemented here, because it was no better than other sign rules in measurements; the rules of
-    `coresets.Halving` control the norm of the kernel's sums, and carry no guarantee of 1/m for all queries at once. The
-    tokens of the optimal coreset are weighted: the abstract says subset, but without weights one key among
-    :math:`e^{2\rho}` opposite ones, which the query that points at it weighs as much as all others, needs about
-    :math:`e^{2\rho}` rows.
+    is not implemented here, because it was no better than other sign rules in measurements. The rules of
+    `coresets.Halving` control the norm of the kernel's sums, without a guarantee of 1/m for all queries at once. The
+    optimal coreset needs weights, although the abstract says subset: consider one key among :math:`e^{2\rho}` opposite
+    keys. For the query in its direction it has as much weight as all others, so without weights about
+    :math:`e^{2\rho}` rows are needed.
 
-    WildCat is missing: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for an error.
+    WildCat is not included: its error falls with n for sizes :math:`n^{o(1)}`, which gives no size for a fixed error.
 
     Args:
-        error: :math:`\epsilon`, of values of norm at most 1.
-        radius: :math:`\rho`, the largest norm of a query in scaled space, times that of the keys.
+        error: :math:`\epsilon`, for values of norm at most 1.
+        radius: :math:`\rho`, the largest norm of a query in scaled space times that of the keys.
         head_dim: d.
         num_keys: n.
         failure: :math:`\delta`, the probability with which a random choice may fail.
-        result: ``"uniform"`` for a uniform sample; ``"subgen"`` for the samples of values of SubGen, one query at a
-            time and in addition to its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for
-            the space that a stream needs, where radii are at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low
-            effective rank, with a constant that depends on the rank; ``"kernel_discrepancy"`` for numerator and
-            normaliser by themselves, of keys and queries of norm 1; ``"optimal"`` for the size of a weighted coreset
-            that exists; ``"lower_bound"`` for the size below which some data have no coreset of rows.
+        result: ``"uniform"`` for a uniform sample; ``"subgen"`` for the value samples of SubGen, for a single query
+            and in addition to its clusters; ``"balance_kv"`` as published, and ``"balance_kv_lower_bound"`` for the
+            memory of a stream with radii of at most :math:`\sqrt d`; ``"thinformer"`` for inputs of low effective
+            rank, with a constant that depends on the rank; ``"kernel_discrepancy"`` for numerator and normaliser
+            separately, with keys and queries of norm 1; ``"optimal"`` for the size of a weighted coreset that exists;
+            ``"lower_bound"`` for the size below which some data have no coreset of rows.
 
     Returns:
         The `CoresetSize`; ``vacuous`` if it is at least ``num_keys``.
 
     Raises:
-        ValueError: an unknown result, an error or radius that is not positive.
+        ValueError: an unknown result, an error or radius that is not positive, a failure not between 0 and 1.
 
     Example:
         >>> from approx_attention import bounds
@@ -211,7 +211,7 @@ def coreset_size_bound(
         ),
         "subgen": (
             math.log(head_dim) - 2 * math.log(error),
-            "samples of values, one query at a time; clusters of keys come on top",
+            "samples of values for a single query, in addition to clusters of keys",
         ),
         "balance_kv": (
             0.5 * math.log(head_dim) + 2 * radius - math.log(error) + math.log(max(1.0, math.log(num_keys))),
@@ -219,25 +219,25 @@ def coreset_size_bound(
         ),
         "balance_kv_lower_bound": (
             min(-2 * math.log(error), math.log(head_dim) + 2 * radius),
-            "no stream algorithm needs less space",
+            "no stream algorithm needs less memory",
         ),
         "thinformer": (
             1.5 * math.log(max(1.0, math.log(num_keys))) - math.log(error),
-            "kernel halving of inputs of low effective rank, causally too",
+            "kernel halving of inputs of low effective rank, also causal",
         ),
         "kernel_discrepancy": (
             0.5 * math.log(head_dim) - math.log(error),
-            "the sums of a kernel at radius 1, all queries at once",
+            "the sums of a kernel at radius 1, for all queries at once",
         ),
         "optimal": (
             0.5 * math.log(head_dim) + radius - math.log(error),
-            "a weighted coreset exists, all queries at once; found by the Gram-Schmidt walk, not implemented",
+            "a weighted coreset for all queries at once exists; found by the Gram-Schmidt walk, not implemented",
         ),
         "lower_bound": (
             0.5 * math.log(head_dim) + radius - math.log(error),
             "some data have no smaller coreset of their own rows",
         ),
     }[result]
-    # Logarithms throughout: e^{2 rho} of real heads (rho of 20 and more) leaves float64 in products.
+    # In the log domain: products with e^{2 rho} of real heads (rho of 20 and more) overflow float64.
     size = math.exp(log_size) if log_size < 700 else math.inf
     return CoresetSize(size, size >= num_keys, statement)

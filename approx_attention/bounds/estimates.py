@@ -32,7 +32,7 @@ def favor_mse(
     proposal: Proposal | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T S"]:
-    r"""Computes the mean squared error of random-feature estimates of :math:`e^{q \cdot k}`, relative to its square.
+    r"""Compute the mean squared error of random-feature estimates of :math:`e^{q \cdot k}`, relative to its square.
 
     For R features of independent directions, with q and k scaled by :math:`\sqrt s` and :math:`z = \|q + k\|^2`,
 
@@ -46,9 +46,9 @@ def favor_mse(
     .. math:: \frac1R \Big(\prod_i \frac{\sigma_i}{\sqrt{2 \sigma_i - 1}}\,
               e^{(u_i \cdot (q + k - \mu))^2 / (2 \sigma_i - 1)} - 1\Big).
 
-    Hyperbolic and trigonometric features use R/2 directions. Orthogonal directions have less error, by an amount that
-    is not part of this formula. It holds for single entries, whose estimates are unbiased; their ratio, the output, is
-    biased. Above 1 the estimate of an entry is of no use.
+    Hyperbolic and trigonometric features use R/2 directions. Orthogonal directions reduce the error, which this formula
+    does not include. It holds for single entries, whose estimates are unbiased; the output is a ratio of sums of
+    entries, and is biased. Above 1 the estimate of an entry is useless.
 
     Args:
         q: queries ``[T, D]``.
@@ -59,10 +59,10 @@ def favor_mse(
         scale: factor s of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
-        The relative mean squared errors ``[T, S]``; infinite where they exceed the largest number.
+        The relative mean squared errors ``[T, S]``; infinite where they overflow.
 
     Raises:
-        ValueError: shapes that do not fit, no features, unknown kind, a proposal with another kind.
+        ValueError: shapes that do not match, no features, unknown kind, a proposal with another kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,15 +80,15 @@ def favor_mse(
     q, k = fold_scale(q.astype(dtype), k.astype(dtype), scale)
     if proposal is not None:
         if features != "positive":
-            raise ValueError(f"the error under a proposal is known of positive features, got features={features!r}")
+            raise ValueError(f"a proposal is supported for positive features only, got features={features!r}")
         check_proposal(proposal, q.shape[1])
         proposal = Proposal(*(x.astype(dtype) for x in proposal))
         return jnp.expm1(_log_second_moment(q, k, proposal)) / num_features
     logits, norms = q @ k.T, squared_norm(q) + squared_norm(k).T
-    # Squared norms by products, which rounding may leave below 0.
+    # Squared norms by products, which may be negative after rounding.
     together, apart = (jnp.maximum(norms + sign * 2 * logits, 0) for sign in (1, -1))
     if features == "trigonometric":
-        # Exponents are added first: each exponential alone may overflow where the quotient does not.
+        # Exponents are added first: each exponential may overflow although the quotient does not.
         return jnp.exp(together - 4 * logits) * jnp.expm1(-apart) ** 2 / num_features
     positive = jnp.expm1(together) / num_features
     return positive if features == "positive" else positive * -jnp.expm1(-together)
@@ -99,7 +99,7 @@ def _log_second_moment(q: Array, k: Array, proposal: Proposal) -> Array:
     variance, axes = jnp.linalg.eigh(proposal.root @ proposal.root.T)
     exists = variance > 0.5
     excess = jnp.where(exists, 2 * variance - 1, 1)
-    # The mean goes in halves to queries and keys, whose sum it is taken from.
+    # Half of the mean is subtracted from queries and half from keys, because it belongs to their sum.
     q, k = ((x - proposal.mean[None, :] / 2) @ axes / jnp.sqrt(excess)[None, :] for x in (q, k))
     squared = jnp.maximum(squared_norm(q) + squared_norm(k).T + 2 * q @ k.T, 0)
     volume = jnp.sum(jnp.where(exists, jnp.log(variance) - jnp.log(excess) / 2, jnp.inf))
@@ -110,7 +110,7 @@ def _log_second_moment(q: Array, k: Array, proposal: Proposal) -> Array:
 def sketch_mse(
     weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sketch_size: int, kind: str = "gaussian"
 ) -> Float[Array, ""]:
-    r"""Computes the mean squared error of attention over sketched values, exactly.
+    r"""Compute the exact mean squared error of attention over sketched values.
 
     With :math:`T = \|P\|_F^2 \|v\|_F^2`, :math:`O = \|P v\|_F^2`, :math:`C = \sum_j \|P_{:j}\|^2 \|v_j\|^2` and M rows,
     :math:`E \|P \Pi^T \Pi v - P v\|_F^2` is
@@ -119,21 +119,21 @@ def sketch_mse(
               \frac{T + O - 2 C}{M} \frac{N - M}{N - 1}, \qquad \frac{S C - O}{M} \frac{S - M}{S - 1}
 
     for signs of density 1/s (``"rademacher"`` s = 1, ``"achlioptas"`` s = 3; ``"gaussian"`` as s = 3), for ``"count"``
-    and ``"sparse_jl"``, for ``"hadamard"`` with N the power of two from S on, and for ``"uniform_rows"``. Of values
-    that `unreduced_jlt` has centred, pass those without their mean.
+    and ``"sparse_jl"``, for ``"hadamard"`` with N the smallest power of two of at least S, and for ``"uniform_rows"``.
+    For centred values, as in `unreduced_jlt`, subtract their mean before.
 
     Args:
         weights: attention weights P ``[T, S]``.
         v: values ``[S, Dv]``.
-        sketch_size: M.
+        sketch_size: the number M of rows.
         kind: as in `approx_attention.core.draw_sketch`.
 
     Returns:
-        The expected squared error, summed over queries and channels. A sketch is of use where it is below
-        :math:`\|P v\|_F^2`: for uniform weights and centred values it is S/M times as large.
+        The expected squared error, summed over queries and channels. A sketch is useful if this is below
+        :math:`\|P v\|_F^2`; for uniform weights and centred values it is S/M times as large.
 
     Raises:
-        ValueError: an unknown kind, shapes that do not fit.
+        ValueError: an unknown kind, shapes that do not match.
 
     Example:
         >>> import jax.numpy as jnp
@@ -144,7 +144,7 @@ def sketch_mse(
         (2.0, 0.0)
 
     Reference:
-        Second moments of each family; :cite:p:`wang2020linformer`, theorem 1 gives a probability instead.
+        Second moments of each family; :cite:p:`wang2020linformer`, theorem 1, bounds a probability instead.
     """
     check_choice("kind", kind, SKETCHES)
     sketch_size = check_count("sketch_size", sketch_size)
@@ -160,8 +160,8 @@ def sketch_mse(
     if kind == "hadamard":
         length = 1 << (num_keys - 1).bit_length()
         return (total + out - 2 * own) / sketch_size * _without_replacement(length, sketch_size)
-    # The coefficient of C: the fourth moment of an entry in units of its variance, less the 3 of a Gaussian one. Signs
-    # have 1, and 3 at density 1/3.
+    # The coefficient of C: the fourth moment of an entry in units of its variance, minus 3 for a Gaussian. It is 1 for
+    # signs, and 3 for signs with density 1/3.
     own_times = {"gaussian": 0, "achlioptas": 0, "rademacher": -2, "count": -2, "sparse_jl": -2}[kind]
     return (total + out + own_times * own) / sketch_size
 
@@ -170,18 +170,18 @@ def sketch_mse(
 def row_sample_mse(
     weights: Float[Array, "T S"], v: Float[Array, "S Dv"], sample_size: int, log_odds: Float[Array, " S"]
 ) -> Float[Array, ""]:
-    r"""Computes the mean squared error of attention over M rows sampled with replacement, weighted by inverse odds.
+    r"""Compute the mean squared error of attention over M rows sampled with replacement, weighted by inverse odds.
 
     .. math:: E \|P \Pi^T \Pi v - P v\|_F^2
               = \frac1M \Big(\sum_j \frac{\|P_{:j}\|^2 \|v_j\|^2}{p_j} - \|P v\|_F^2\Big),
 
-    which is least, :math:`((\sum_j \|P_{:j}\| \|v_j\|)^2 - \|P v\|_F^2) / M`, where
+    whose minimum, :math:`((\sum_j \|P_{:j}\| \|v_j\|)^2 - \|P v\|_F^2) / M`, is at
     :math:`p_j \propto \|P_{:j}\| \|v_j\|`.
 
     Args:
         weights: attention weights P ``[T, S]``.
         v: values ``[S, Dv]``.
-        sample_size: M.
+        sample_size: the number M of rows.
         log_odds: logarithms of p up to a constant ``[S]``; zeros for uniform sampling.
 
     Returns:
@@ -208,21 +208,21 @@ def row_sample_mse(
 
 
 def _without_replacement(num_rows: int, size: int) -> float:
-    """The factor of a variance for sampling without replacement."""
+    """The factor of the variance for sampling without replacement."""
     return max(0, num_rows - size) / max(1, num_rows - 1)
 
 
 def johnson_lindenstrauss_size(num_points: int, error: float) -> float:
-    r"""Computes the number of rows with which a random projection preserves all distances between N points.
+    r"""Compute the number of rows of a random projection that preserves all distances between N points.
 
     .. math:: M = 4 \ln N \,/\, (\epsilon^2/2 - \epsilon^3/3)
 
     Args:
-        num_points: N.
-        error: :math:`\epsilon`, relative, of squared distances, between 0 and 1.
+        num_points: the number N of points.
+        error: :math:`\epsilon`, the relative error of squared distances, between 0 and 1.
 
     Returns:
-        The number of rows; at usual errors it exceeds the length of the sequence.
+        The number of rows. For usual errors it exceeds the length of the sequence.
 
     Raises:
         ValueError: an error that is not between 0 and 1.

@@ -1,4 +1,4 @@
-"""Bounds for merged keys: the error for every query of a ball, and that of one query."""
+"""Error bounds for merged keys, for every query of a ball and for single queries."""
 
 import math
 from typing import NamedTuple
@@ -21,16 +21,16 @@ from approx_attention.core import (
 )
 from approx_attention.coresets import Clusters, clusters_around
 
-# Above this an exponential times a value might not be finite; a bound is useless long before.
+# Above this an exponential times a value might overflow; a bound is useless long before.
 LARGEST_LOGIT = 80.0
 
 
 class MergeBound(NamedTuple):
-    """Merged tokens, and a bound on their error.
+    """Merged tokens, and a bound of their error.
 
     Attributes:
         summary: every key merged into the nearest of the given tokens.
-        bound: bound on its error for all queries of the ball, in the units of the values.
+        bound: bound of its error for all queries of the ball, in the units of the values.
     """
 
     summary: WeightedKV
@@ -46,27 +46,28 @@ def merge_bound(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> MergeBound:
-    r"""Merges every key into the nearest of some tokens, with a bound on the error for all queries of bounded norm.
+    r"""Merge every key into the nearest token, and bound the error for all queries of bounded norm.
 
-    With the radii of the clusters (`coresets.Clusters`), :math:`a_c = \rho\, \delta_c`, and the means of the values of
-    the clusters within :math:`\nu` of their own mean,
+    With the radii of the clusters (`coresets.Clusters`), :math:`a_c = \rho\, \delta_c`, and :math:`\nu` the largest
+    distance of the clusters' mean values from their own mean,
 
     .. math:: \sup_{\|q\| \le \rho} \|\mathrm{attend}(q) - \mathrm{attention}(q)\|_2 \le
               \max_c \min\bigl(2 \tanh(a_c/2)\, \nu_c,\ 2 \sinh(a_c/2)\, \sigma_c,\ \nu_c\bigr)
               + 2 \tanh\bigl(\max_c \ln\cosh(a_c) / 4\bigr)\, \nu,
 
-    and never above :math:`2 \max_j \|v_j\|_2`. Two distributions whose log-ratio has a range of w differ by
-    :math:`\tanh(w/4)` in total variation, so that means of values under them differ by that times the diameter of the
-    values, which is at most twice a radius. Within a cluster the logits less that of the mean key,
-    :math:`x_i = q \cdot (k_i - k_c)`, are within :math:`\pm a_c`: the log-ratio of :math:`m_i e^{x_i}` to :math:`m_i`
-    has a range of :math:`2 a_c`. (The second form is that of Cauchy and Schwarz: :math:`e^{x}` has a standard deviation
-    of at most :math:`2 \sinh(a_c/2)` times its mean.) Between clusters the weights differ by the factors
-    :math:`\mathrm{mean}_c\, e^{x}`, which are at least 1 by Jensen, as x has mean 0, and at most :math:`\cosh(a_c)`.
+    and never more than :math:`2 \max_j \|v_j\|_2`. If the log-ratio of two distributions has range w, their total
+    variation is at most :math:`\tanh(w/4)`, and means of values differ by at most that times the diameter of the
+    values, which is at most twice a radius. Within a cluster the logits relative to the mean key,
+    :math:`x_i = q \cdot (k_i - k_c)`, are within :math:`\pm a_c`, so the log-ratio of :math:`m_i e^{x_i}` to
+    :math:`m_i` has range :math:`2 a_c`. The second form follows from the Cauchy-Schwarz inequality: the standard
+    deviation of :math:`e^{x}` is at most :math:`2 \sinh(a_c/2)` times its mean. Between clusters the weights differ by
+    the factors :math:`\mathrm{mean}_c\, e^{x}`, which are at least 1 by Jensen's inequality, since x has mean 0, and at
+    most :math:`\cosh(a_c)`.
 
-    The bound is that of the returned merge, not of the given summary: a summary has the means of its clusters, but not
-    their members. It includes what rounding in the precision of the tokens can cost (`merge_bound_at`). No bound of
-    this kind is known for Nystrom weights or for chosen tokens: measure those with
-    `approx_attention.evaluation.sup_error`, whose search gives a lower bound of the supremum.
+    The bound applies to the returned merge, not to the given summary, which does not contain the members of its
+    clusters. It includes rounding errors in the precision of the tokens (`merge_bound_at`). No such bound is known for
+    Nystrom weights or for chosen tokens; for these, `approx_attention.evaluation.sup_error` searches for a lower bound
+    of the supremum.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
@@ -79,7 +80,7 @@ def merge_bound(
         The `MergeBound`.
 
     Raises:
-        ValueError: keys and values that are not of the same tokens, a summary that carries a scale, a radius below 0.
+        ValueError: different numbers of keys and values, a summary that carries a scale, a radius below 0.
         TypeError: keys or values that are not floating point.
 
     Example:
@@ -108,48 +109,47 @@ def merge_bound(
 
 @in_float32()
 def merge_bound_at(q: Float[Array, "T D"], clusters: Clusters) -> Float[Array, " T"]:
-    r"""Bounds the error of these very queries, from the clusters alone.
+    r"""Bound the error of given queries from the clusters only.
 
     With the weights :math:`w_c` and the output of attention over the means, :math:`d_c = \|v_c - \mathrm{out}\|` and
-    :math:`a_c = \|q\|\, \delta_c`, it is the least of
+    :math:`a_c = \|q\|\, \delta_c`, the bound is the minimum of
 
     .. math:: \sum_c w_c \bigl(\sinh(a_c)\, \sigma_c + (\cosh(a_c) - 1)\, d_c\bigr), \qquad
               \max_c\, (d_c + \nu_c), \qquad 2 \max_j \|v_j\|,
 
-    and of the form of `merge_bound` with :math:`\max_c d_c` in place of :math:`\nu`. Proof of the first: with
-    :math:`x_i = q \cdot (k_i - k_c)` and :math:`y_c = \mathrm{mean}_c\, e^x`, and because
+    and of the bound of `merge_bound` with :math:`\max_c d_c` in place of :math:`\nu`. Proof of the first form: with
+    :math:`x_i = q \cdot (k_i - k_c)` and :math:`y_c = \mathrm{mean}_c\, e^x`, and since
     :math:`\sum_c w_c (v_c - \mathrm{out}) = 0`,
 
     .. math:: \mathrm{attention}(q) - \mathrm{out} = \sum_c w_c \bigl(\mathrm{mean}_c\, (e^x - y_c) (v - v_c)
               + (y_c - 1) (v_c - \mathrm{out})\bigr) \Big/ \sum_c w_c\, y_c .
 
-    As x has mean 0 and is within :math:`\pm a_c`, :math:`1 \le y_c \le \cosh(a_c)`, and the variance of
-    :math:`e^x`, at most :math:`(e^{a_c} - y_c)(y_c - e^{-a_c})`, is at most :math:`\sinh^2(a_c)`; Cauchy and Schwarz
-    give the factor :math:`\sigma_c`. The second form holds because both outputs are averages of values.
+    Since x has mean 0 and is within :math:`\pm a_c`, we have :math:`1 \le y_c \le \cosh(a_c)`. The variance of
+    :math:`e^x` is at most :math:`(e^{a_c} - y_c)(y_c - e^{-a_c}) \le \sinh^2(a_c)`, and the Cauchy-Schwarz inequality
+    gives the factor :math:`\sigma_c`. The second form holds because both outputs are averages of values.
 
-    A radius says nothing of directions: a query that is no member's direction has logits that vary by about
-    :math:`a_c / \sqrt D`, and the bound is larger than the error by such a factor and more. It is of use where
-    :math:`a_c` is below 1 for the clusters that have weight.
+    A radius ignores directions: the logits of a typical query vary by about :math:`a_c / \sqrt D`, so the bound exceeds
+    the error by a factor of :math:`\sqrt D` or more. It is useful if :math:`a_c` is below 1 for the clusters with
+    weight.
 
-    The bound holds for `attend` as computed, in float32 too: it includes
+    The bound holds for `attend` as computed, also in float32, because it includes
 
     .. math:: 2 \epsilon \bigl(\max \|v\|\, ((D + 8)\, \|q\| \max \|k\| + 4 \|q\| \max_c m_c \delta_c + 2 M + D + 32)
               + 4 \max_c m_c \nu_c\bigr),
 
-    with :math:`\epsilon` the distance from 1 to the next number: the worst case of the rounding of logits, of means,
-    and of sums over clusters. Products that an accelerator rounds to less than float32 are not covered: ask within
-    ``core.in_float32``.
+    with :math:`\epsilon` the machine epsilon: the worst case of the rounding of logits, of means, and of sums over
+    clusters. It does not cover products that an accelerator computes in less than float32: use ``core.in_float32``.
 
     Args:
         q: queries ``[T, D]`` in scaled space.
-        clusters: such as `coresets.clusters_around` or `coresets.running_clusters` gives; merged with
-            ``Clusters.of_tokens`` of those that are kept as they are.
+        clusters: for example from `coresets.clusters_around` or `coresets.running_clusters`; merge them with
+            ``Clusters.of_tokens`` for tokens that are kept exactly.
 
     Returns:
-        Bounds ``[T]`` in the units of the values, of the error of ``attend(q, clusters.tokens)``.
+        Bounds ``[T]`` of the error of ``attend(q, clusters.tokens)``, in the units of the values.
 
     Raises:
-        ValueError: queries that are not rows of as many channels as the keys, clusters whose tokens carry a scale.
+        ValueError: queries do not have the channels of the keys, or the tokens of the clusters carry a scale.
         TypeError: queries that are not floating point.
 
     Example:
@@ -179,7 +179,7 @@ def merge_bound_at(q: Float[Array, "T D"], clusters: Clusters) -> Float[Array, "
         out = jnp.exp(log_weight) @ values
         away = jnp.where(present, root(squared_norm(values[None] - out[:, None]))[..., 0], 0)
         a = norm[:, None] * clusters.key_radius[None, :]
-        # sinh(a) and cosh(a) - 1 as multiples of e^a, which joins the weight: neither overflows by itself.
+        # sinh(a) and cosh(a) - 1 as multiples of e^a, which is combined with the weight to avoid overflow.
         weight = jnp.exp(jnp.minimum(log_weight + a, LARGEST_LOGIT)) / 2
         within = -jnp.expm1(-2 * a) * clusters.value_spread[None, :]
         of_weights = jnp.sum(weight * (within + jnp.expm1(-a) ** 2 * away), axis=1)
@@ -192,7 +192,7 @@ def merge_bound_at(q: Float[Array, "T D"], clusters: Clusters) -> Float[Array, "
 
 
 def _of_ratios(clusters: Clusters, a: Array, around: Array) -> Array:
-    """The bound from log-ratios of at most ``2 a [..., M]``, where the means of values are within ``around [...]``."""
+    """The bound from log-ratios of at most ``2 a [..., M]`` and mean values within a radius ``around [...]``."""
     value_radius, spread = clusters.value_radius, clusters.value_spread
     # Rows of queries have an axis in front.
     if a.ndim == 2:
@@ -206,13 +206,13 @@ def _of_ratios(clusters: Clusters, a: Array, around: Array) -> Array:
 
 def _largest(x: Array) -> Array:
     """The maximum over the last axis."""
-    # The derivative of `jnp.max` compares the maximum with operands that a compiler may compute again, rounded
-    # otherwise: none is equal then, and it is NaN. `lax.top_k` has the place.
+    # The derivative of `jnp.max` compares the maximum with operands that a compiler may recompute with other rounding.
+    # Then none is equal, and the derivative is NaN. `lax.top_k` returns the index instead.
     return lax.top_k(x, 1)[0][..., 0]
 
 
 def _rounding(clusters: Clusters, norm: Array) -> Array:
-    """What rounding can change of an output over the means, for queries of these norms."""
+    """Bound the rounding error of an output over the means, for queries with these norms."""
     tokens, largest = clusters.tokens, clusters.largest_value
     (num_clusters, head_dim), dtype = tokens.k.shape, tokens.k.dtype
     largest_key = jnp.max(root(squared_norm(tokens.k))[:, 0] + clusters.key_radius)

@@ -1,4 +1,4 @@
-"""Bounds for tensor attention: on its logits, and the certificate of a polynomial approximation."""
+"""Bounds for tensor attention: bounds of its logits, and the certificate of a polynomial approximation."""
 
 import functools
 import itertools
@@ -26,15 +26,15 @@ from approx_attention.tensor import (
 
 
 def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
-    r"""Bounds the magnitude of every logit of tensor attention, in time linear in the number of tokens.
+    r"""Bound the magnitude of every logit of tensor attention, in time linear in the number of tokens.
 
     .. math:: \max |x| \le \min\Big(
               |s| \sum_t \prod_a \max_j |y^a_{jt}|,\
               |s| \prod_a \max_j \|y^a_j\|_m,\
               |s| \min_{a \ne b} \max \|y^a\|_2 \max \|y^b\|_2 \prod_{c \ne a, b} \max \|y^c\|_\infty \Big)
 
-    over the m factors y, the queries and m - 1 sets of keys. The second is computed twice, for the given channels and
-    for channels scaled so that the largest entries of all factors agree, which does not change logits.
+    over the m factors y, the queries and m - 1 sets of keys. The second form is computed twice: for the given channels,
+    and for channels rescaled so that the largest entries of all factors agree, which does not change logits.
 
     Args:
         q: queries ``[T, D]``.
@@ -46,21 +46,21 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
         The bound, one number.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention import bounds
         >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-        >>> float(bounds.logit_bound(x, (x, x), scale=1.0))  # and 8 is reached
+        >>> float(bounds.logit_bound(x, (x, x), scale=1.0))  # attained by a logit
         8.0
 
     Reference:
-        Derivations of this library, by the inequalities of Hoelder and Cauchy.
+        Derivations of this library, by the inequalities of Hoelder and Cauchy-Schwarz.
     """
     inputs = tensor_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
     tokens = (inputs.q, *inputs.keys)
-    # In units of the largest entry of each factor: powers of entries up to 1 do not overflow, and sums of them are at
+    # In units of the largest entry of each factor: powers of entries up to 1 do not overflow, and their sums are at
     # least 1.
     peaks = [jnp.max(jnp.abs(y)) for y in tokens]
     factors = tuple(y / jnp.where(peak > 0, peak, 1) for y, peak in zip(tokens, peaks, strict=True))
@@ -72,7 +72,7 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
         norms = [jnp.max(jnp.sum(jnp.abs(y) ** order, axis=1)) ** (1 / order) for y in factors]
         return functools.reduce(operator.mul, norms)
 
-    # The gauge: a channel of one factor times c and of another over c leaves every logit as it is.
+    # The gauge: scaling a channel of one factor by c and of another by 1/c does not change any logit.
     common = by_channel[None] ** (1 / order) / jnp.where(largest > 0, largest, 1)
     balanced = [y * gauge[None, :] for y, gauge in zip(factors, common, strict=True)]
     euclidean = [jnp.sqrt(jnp.max(squared_norm(y))) for y in factors]
@@ -83,24 +83,24 @@ def logit_bound(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None =
 
 @in_float32()
 def logit_rms(q: Float[Array, "T D"], k: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> Array:
-    r"""Computes the root mean square of all logits of tensor attention, exactly and in linear time.
+    r"""Compute the root mean square of all logits of tensor attention, exactly and in linear time.
 
     .. math:: \frac{1}{T \prod_a S_a} \sum_{i, j, l} x_{ijl}^2
               = \frac{s^2}{T \prod_a S_a} \sum_{t, u} (Q^T Q)_{tu} \prod_a (K_a^T K_a)_{tu}
 
-    It is the ``rms`` of ``coefficients="hermite"``.
+    Use it as ``rms`` for ``coefficients="hermite"``.
 
     Args:
         q: queries ``[T, D]``.
         k: keys, as in `logit_bound`.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        kv_mask: true where a key is real, as in `tensor_attention`; others do not count.
+        kv_mask: true where a key is real, as in `tensor_attention`; other keys are ignored.
 
     Returns:
-        The root mean square; 0 where a set has no real key.
+        The root mean square; 0 if a set has no real key.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
 
     Example:
         >>> import jax.numpy as jnp
@@ -120,9 +120,9 @@ class TensorCertificate(NamedTuple):
     """Certificate of the polynomial method on given tensors, in exact arithmetic.
 
     Attributes:
-        logit_bound: bound on the magnitude of all logits.
-        total_variation: bound on the error of the weights of all queries; infinite if the polynomial may turn negative.
-        output: bound on the error of outputs in each channel, ``[Dv]``, in the units of the values.
+        logit_bound: bound of the magnitude of all logits.
+        total_variation: bound of the error of the weights of all queries; infinite if the polynomial may be negative.
+        output: bound of the error of outputs in each channel, ``[Dv]``, in the units of the values.
         met: whether ``total_variation`` is within the requested tolerance; None without one.
         rank: the number of features.
         flops: operations of the polynomial method.
@@ -151,33 +151,33 @@ def tensor_certificate(
     scale: float | Array | None = None,
     kv_mask: Any = None,
 ) -> TensorCertificate:
-    r"""Certifies the polynomial method on given tensors: bounds its distance from tensor attention of any order.
+    r"""Certify the polynomial method on given tensors: bound its distance from tensor attention of any order.
 
-    With :math:`\beta` the `logit_bound` and lo and hi the least and the greatest :math:`P(x) e^{-x}` for
+    With :math:`\beta` the `logit_bound`, and lo and hi the smallest and the largest :math:`P(x) e^{-x}` for
     :math:`|x| \le \beta` (`ratio_range`),
 
     .. math:: \tfrac12 \|\tilde w_i - w_i\|_1 \le C = \tanh\big(\tfrac14 \ln \tfrac{hi}{lo}\big), \qquad
               |\tilde o_{ic} - o_{ic}| \le C\, \Big(\max_{j, l} v^1_{jc} v^2_{lc} - \min_{j, l} v^1_{jc} v^2_{lc}\Big).
 
-    It holds with and without a causal mask or a window. It assumes the worst logits within the bound and is often a
-    hundred times larger than the error: measure that too (`approx_attention.evaluation.output_error`), and its *skill*
-    against the mean of the values (`approx_attention.evaluation.skill`), because all methods are good where logits are
-    tiny. Rounding is not part of it.
+    The bound holds with and without a causal mask or a window. It assumes the worst logits within `logit_bound`, and is
+    often a hundred times larger than the error. Measure the error too (`approx_attention.evaluation.output_error`), and
+    its *skill* against the mean of the values (`approx_attention.evaluation.skill`), because all methods are accurate
+    for tiny logits. The bound does not include rounding.
 
-    It needs the numbers of q, k and v, and so does not run under `jax.jit`. q, k, v, scale and kv_mask: as in
-    `tensor_attention`; degree and coefficients: as in `tensor_polynomial`.
+    It needs concrete q, k and v, so it does not run under `jax.jit`. q, k, v, scale and kv_mask are as in
+    `tensor_attention`; degree and coefficients are as in `tensor_polynomial`.
 
     Args:
         bound: as in `tensor_polynomial`; by default the `logit_bound` of the tensors.
         rms: as in `tensor_polynomial`; by default the `logit_rms` of the tensors.
-        tolerance: limit on the total variation.
+        tolerance: largest allowed total variation.
 
     Returns:
         The `TensorCertificate`.
 
     Raises:
-        ValueError: shapes that do not fit, logits that are not finite, a degree that is not that of the coefficients, a
-            bound or a root mean square that they do not take.
+        ValueError: shapes that do not match, logits that are not finite, a degree other than that of the coefficients,
+            a bound or root mean square that they do not take.
 
     Example:
         >>> import jax
@@ -201,11 +201,11 @@ def tensor_certificate(
         coefficients = exp_coefficients(coefficients, degree, **numbers)
     elif degree not in (None, num_coefficients(coefficients) - 1):
         told = len(coefficients)
-        raise ValueError(f"degree must be that of the {told} coefficients, {told - 1}, got {degree}")
+        raise ValueError(f"degree must be {told - 1}, that of the {told} coefficients, got {degree}")
     total_variation = weight_bound(*ratio_range(coefficients, beta))
     value_dim = inputs.values[0].shape[1]
     low, high = np.ones(value_dim), np.ones(value_dim)
-    # The extremes of a product of values are products of extremes, over both ends of each set.
+    # The extremes of a product of values are products of extremes of each set.
     for values, mask in zip(inputs.values, inputs.masks, strict=True):
         real = np.asarray(values, np.float64)[slice(None) if mask is None else np.asarray(mask)]
         if not len(real):
@@ -215,7 +215,7 @@ def tensor_certificate(
     num_queries, dim = inputs.q.shape
     lengths = [keys.shape[0] for keys in inputs.keys]
     rank = math.comb(dim + len(coefficients) - 1, dim)
-    # Per token R products with Dv values and the normaliser, each a multiplication and an addition.
+    # Per token R products with Dv values and the normaliser, each one multiplication and one addition.
     return TensorCertificate(
         logit_bound=beta,
         total_variation=total_variation,

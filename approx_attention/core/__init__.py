@@ -1,4 +1,4 @@
-"""The common calculus: checks, summaries and states of attention, features, sketches, and causal forms."""
+"""Shared building blocks: checks, summaries, attention states, features, sketches and causal forms."""
 
 from approx_attention.core.causal import (
     GROUP_NUMBERS,

@@ -1,9 +1,10 @@
-"""The causal form of every method that has a summary: exact attention nearby, a running summary of what came before.
+"""The causal form of every method with a summary: exact attention to nearby tokens, a running summary of the past.
 
-Tokens are taken in blocks. A query sees its own block and the one before it exactly (causally), and every earlier
-block through a summary that grows block by block. This one definition serves training, prefill and decoding, and has
-two executions. On a CPU a scan takes the blocks in turn, and each stays in cache. On accelerators, where a chain of
-small steps leaves the machine idle, the summaries of all prefixes are made first, and then all blocks attend at once.
+Tokens are grouped in blocks. A query attends exactly (and causally) to its own block and the block before it, and to
+earlier blocks through a summary that grows block by block. This definition serves training, prefill and decoding.
+It has two executions. On a CPU a scan takes one block after the other, so that the data of a block stays in cache. On
+accelerators, which a chain of small steps would leave idle, the summaries of all prefixes are made first, and then
+all blocks attend in parallel.
 """
 
 import dataclasses
@@ -41,9 +42,9 @@ from approx_attention.kernels import (
     pad_rows,
 )
 
-# Numbers of one head that an accelerator holds at a time: summaries of prefixes, and logits. Blocks are taken in groups
-# of as many as this allows, 16,384 tokens and more with 256 features of 64 values: enough to fill the machine, and no
-# more than the tokens of a long sequence take themselves. Fewer tokens than a least group would leave it idle.
+# Largest number of array entries per head that an accelerator holds at once: summaries of prefixes, and logits. It sets
+# the size of a group of blocks, 16,384 tokens or more with 256 features of 64 values: enough to fill the device, and no
+# more memory than the tokens of a long sequence. Groups smaller than the least group would leave the device idle.
 GROUP_NUMBERS = 13_000_000
 LEAST_GROUP = 6144
 _OWNER = "a running summary"
@@ -54,31 +55,30 @@ def _same(x: Array) -> Array:
 
 
 class RunningSummary(NamedTuple):
-    """The summary of a growing prefix in bounded space, as pure functions.
+    """The summary of a growing prefix in bounded memory, as pure functions.
 
     Attributes:
         init: ``(value_dim, dtype) -> state`` of the empty prefix.
         append: ``(state, start, k, v, kv_mask) -> state`` after one more full block ``k [b, D]``, ``v [b, Dv]``, whose
-            first token stands at position ``start`` (int32); blocks come in order, without gaps, each once.
+            first token is at position ``start`` (int32). Every block is appended once, in order and without gaps.
         read: ``state -> summary`` of the prefix, for `attend`.
-        near: ``(q, k, v, bias) -> AttentionState`` over tokens that are kept exactly: the kernel that the summary
-            estimates, softmax by default.
+        near: ``(q, k, v, bias) -> AttentionState`` over nearby tokens, with the kernel that the summary estimates;
+            softmax by default.
         space: maps queries and keys to those whose softmax attention the method estimates, before the scale is folded
-            in: the identity unless the method normalises them.
-        append_all: ``(state, starts [m], k [m, b, D], v, kv_mask) -> states`` after 0, 1, ..., m further blocks,
-            stacked ``[m + 1, ...]``: for accelerators, where it should be a few large operations. By default blocks
-            are appended in turn. A block that starts below 0 holds no real token.
+            in; the identity unless the method normalises them.
+        append_all: ``(state, starts [m], k [m, b, D], v, kv_mask) -> states`` after 0, 1, ..., m more blocks, stacked
+            ``[m + 1, ...]``; for accelerators, where it should use a few large operations. By default blocks are
+            appended one after the other. A block with a negative start contains no real token.
         of_sequence: ``(k [n, b, D], v, kv_mask) -> at``, with ``at(count)`` the state after the first ``count`` blocks
-            of a sequence: in place of ``append_all`` where the states can be had from the tokens without one another.
-            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None where there is no such
-            form.
-        quantized: ``(bits, block_size) -> RunningSummary``: the same with tokens in few bits, for blocks of that size;
-            None where appending changes tokens, which would be rounded again at every block.
+            of a sequence. It replaces ``append_all`` where each state can be computed independently of the others.
+            ``at`` is a pytree (`jax.tree_util.Partial`) of all arrays that it uses, or None if there is no such form.
+        quantized: ``(bits, block_size) -> RunningSummary``: the same summary with quantised tokens, for blocks of this
+            size. None if appending changes tokens, which would be rounded again at every block.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention import RunningSummary, WeightedKV, attend
-        >>> def add(total, start, k, v, kv_mask):  # one token with the mean key, and the values summed
+        >>> def add(total, start, k, v, kv_mask):  # one token with the mean key and the summed values
         ...     count = jnp.sum(kv_mask, dtype=jnp.float32)
         ...     return total[0] + jnp.sum(k, axis=0), total[1] + jnp.sum(v, axis=0), total[2] + count
         >>> running = RunningSummary(
@@ -104,12 +104,12 @@ class RunningSummary(NamedTuple):
 
     @property
     def logits_soft_cap(self) -> float | None:
-        """The cap of logits, nearby and of the summary."""
+        """The soft cap of the logits of nearby tokens and of the summary."""
         return self.near.logits_soft_cap if isinstance(self.near, SoftmaxNear) else None
 
 
 class Block(NamedTuple):
-    """Consecutive tokens that are still attended exactly: ``k [b, D]``, ``v [b, Dv]`` and which of them are real."""
+    """Consecutive tokens that are attended exactly: ``k [b, D]``, ``v [b, Dv]`` and the mask of real tokens."""
 
     k: Array
     v: Array
@@ -117,15 +117,15 @@ class Block(NamedTuple):
 
     @classmethod
     def empty(cls, block_size: int, head_dim: int, value_dim: int, dtype: Any) -> Self:
-        """A block without any real token."""
+        """A block without real tokens."""
         zeros = jnp.zeros((block_size, head_dim), dtype), jnp.zeros((block_size, value_dim), dtype)
         return cls(*zeros, jnp.zeros((block_size,), bool))
 
 
 class Past(NamedTuple):
-    """The tokens before a block of queries: the block just before, and the summary of the prefix before that.
+    """The tokens before a block of queries: the block just before, and the summary of the prefix before that block.
 
-    A prefix of None is known to be empty when tracing: the block is that of a sequence's first or second block.
+    A prefix of None is known to be empty when tracing: the queries are in the first or second block of a sequence.
     """
 
     before: Block
@@ -148,28 +148,28 @@ def causal_state(
     kv_mask: Array | None = None,
     scale: float | Array = 1.0,
 ) -> AttentionState:
-    """Causal attention of query t over keys j <= t: exact in two blocks, summarised before them.
+    """Compute causal attention of query t over keys j <= t: exact within two blocks, summarised before them.
 
-    The cost is linear in T for a summary of bounded size. On a CPU only the current summary is kept; on accelerators
-    those of a bounded number of blocks are. Blocks are those of the real tokens, so that padding moves nothing from
-    one block to another (``over_real_tokens``).
+    The cost is linear in T for a summary of bounded size. A CPU keeps only the current summary; accelerators keep those
+    of a bounded number of blocks. Blocks are cut over real tokens, so that padding does not change them
+    (``over_real_tokens``).
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        running: how the prefix is summarised.
-        block_size: tokens per block: a choice of accuracy.
+        running: the summary of the prefix.
+        block_size: tokens per block; larger blocks are more accurate.
         kv_mask: true where a key is real, ``[S]``. The query of a hidden key gives 0 if a real key comes after it.
-        scale: factor of the logits, which is folded into queries and keys; 1 for those in scaled space (`fold_scale`).
-            Tokens are scaled and cast to the accumulation dtype where they are used, without a copy of all.
+        scale: factor of the logits, folded into queries and keys; 1 for tokens in scaled space (`fold_scale`). Tokens
+            are scaled and cast to the accumulation dtype block by block, without a full copy.
 
     Returns:
         The `AttentionState` of the queries.
 
     Raises:
-        TypeError: tensors that are not floating point, another type in place of a `RunningSummary`.
-        ValueError: shapes that do not fit, a block size below 1.
+        TypeError: tensors that are not floating point, ``running`` is not a `RunningSummary`.
+        ValueError: shapes that do not match, a block size below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -203,9 +203,9 @@ def causal_state_by_place(
     kv_mask: Array | None = None,
     scale: float | Array = 1.0,
 ) -> AttentionState:
-    """`causal_state` with blocks of all places, padding included: for patterns, which count places too."""
+    """`causal_state` with blocks over all positions, including padding: for patterns, which are over positions."""
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
-    # Scaled keys vary where the scale does, and so does what is made of them.
+    # Scaled keys vary over mapped axes where the scale does, and so do their summaries.
     k = along_with(k, scale) if isinstance(scale, Array) else k
     tokens = k, v, real_keys(kv_mask, k.shape[0])
     q_blocks = in_blocks(q, block_size)
@@ -216,7 +216,7 @@ def causal_state_by_place(
 
 
 def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> RunningSummary:
-    """The same summary of keys and values as they come: cast and scaled where they are used, without a copy of all."""
+    """The same summary for unscaled keys and values, which are cast and scaled block by block, without a full copy."""
     root = jnp.sqrt(jnp.asarray(scale, dtype))
 
     def in_space(x: Array) -> Array:
@@ -227,7 +227,7 @@ def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> R
 
     def read(state: Any) -> Summary:
         summary: Any = require_scaled_space(_OWNER, running.read(state))
-        # Queries are not scaled either, which the summary makes up for.
+        # Queries are unscaled too; the summary carries the scale.
         return dataclasses.replace(summary, scale=jnp.asarray(scale, dtype))
 
     def near(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
@@ -248,14 +248,14 @@ def _of_unscaled(running: RunningSummary, scale: float | Array, dtype: Any) -> R
 
 
 def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: Array, blocks: Block) -> AttentionState:
-    """The states of the blocks of a sequence, each of which attends to itself and its past.
+    """The attention states of the blocks of a sequence, each over itself and its past.
 
     Args:
-        running: how the prefix is summarised.
-        before: the block before the first of these.
-        first: the number of the first block, 0 or 1: the block before is the only one that may be.
+        running: the summary of the prefix.
+        before: the block before the first one.
+        first: the number of the first block, 0 or 1: there is at most one block before it.
         q_blocks: queries ``[n, b, D]``.
-        blocks: their tokens, stacked.
+        blocks: keys, values and masks of the blocks, stacked.
 
     Returns:
         The states ``[n, b]``.
@@ -270,18 +270,18 @@ def causal_blocks(running: RunningSummary, before: Block, first: int, q_blocks: 
 def scan_blocks(
     running: RunningSummary, past: Past, first: Array | int, q_blocks: Array, blocks: Block, length: Array | int
 ) -> tuple[Past, AttentionState]:
-    """Takes further blocks of tokens in order, each of which attends to itself and its past.
+    """Process more blocks of tokens in order, each attending to itself and its past.
 
     Args:
-        running: how the prefix is summarised.
+        running: the summary of the prefix.
         past: the past of the first block.
         first: the number of the first block in its sequence; ``past.before`` is block ``first - 1``.
         q_blocks: queries ``[n, b, D]`` in scaled space.
-        blocks: their tokens, stacked.
-        length: number of tokens; blocks after that of the last token are not taken into the past.
+        blocks: keys, values and masks of the blocks, stacked.
+        length: number of tokens; blocks after the last token are not added to the past.
 
     Returns:
-        The past of the block of the last token, and the states ``[n, b]``.
+        The past of the block with the last token, and the states ``[n, b]``.
     """
     length = jnp.asarray(length, jnp.int32)
     running = running._replace(read=lambda state, read=running.read: require_scaled_space(_OWNER, read(state)))
@@ -291,7 +291,7 @@ def scan_blocks(
 
 
 def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
-    """The state of the running summary after all of the first blocks of a sequence."""
+    """The state of the running summary after all of the given first blocks of a sequence."""
     starts = jnp.arange(blocks.kv_mask.shape[0], dtype=jnp.int32) * blocks.kv_mask.shape[1]
     empty = running.init(blocks.v.shape[-1], blocks.v.dtype)
 
@@ -323,7 +323,7 @@ def _in_turn(
     blocks: Block,
     length: Array | int,
 ) -> tuple[Past, AttentionState]:
-    """The sequential execution: one block after the other, and only the current prefix."""
+    """The sequential execution: one block after the other, storing only the current prefix."""
     block_size = q_blocks.shape[1]
     past = _started(running, past)
 
@@ -346,21 +346,21 @@ def _together(
     blocks: Block,
     length: Array | None,
 ) -> tuple[Past, AttentionState]:
-    """The parallel execution: the prefixes of many blocks, and then the attention of all of them at once.
+    """The parallel execution: the prefixes of many blocks first, and then the attention of all blocks at once.
 
-    Blocks go in groups, so that memory is linear in the sequence. Without a length no past is asked for.
+    Blocks are processed in groups, so that memory is linear in the sequence. Without a length no past is returned.
     """
     num_blocks, block_size = q_blocks.shape[:2]
     at = None
     if past.prefix is None and running.of_sequence is not None and num_blocks + first > 1:
-        # The last block attends only; those before it come into prefixes.
+        # The last block only attends; earlier blocks enter prefixes.
         earlier = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]])[1 - first :], past.before, blocks)
         at = jax.checkpoint(running.of_sequence)(*earlier)
     if at is None:
         past = _started(running, past)
 
     def states_of(prefix: Any, numbers: Array, before: Block) -> tuple[Any, Any]:
-        """The states before each of these blocks, and all with that after the last where the prefix is carried on."""
+        """The state before each of these blocks, and the states including that after the last block, if needed."""
         if at is not None:
             return jax.vmap(at)(jnp.maximum(numbers - 1, 0)), None
         states = append_all_of(running)(prefix, (numbers - 1) * block_size, *before)
@@ -380,7 +380,7 @@ def _together(
         state = jax.vmap(lambda *args: _attend_block(running, *args))(q, before, block, prefixes)
         if length is None:
             return Past(*jax.tree.map(lambda x: x[-1], (block, states))), state
-        # The block of the last token stays out of the past.
+        # The block with the last token is not part of the past.
         passed = jnp.clip((length - 1) // block_size - index * size, 0, size)
         moved = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, passed, keepdims=False), (around, states))
         return Past(*moved), state
@@ -391,7 +391,7 @@ def _together(
 
 
 def _started(running: RunningSummary, past: Past) -> Past:
-    """With the state of an empty prefix in place of None."""
+    """The past with the state of an empty prefix in place of None."""
     if past.prefix is not None:
         return past
     v = past.before.v
@@ -399,7 +399,7 @@ def _started(running: RunningSummary, past: Past) -> Past:
 
 
 def append_all_of(running: RunningSummary) -> Callable[..., Any]:
-    """`RunningSummary.append_all`, by default with blocks in turn."""
+    """`RunningSummary.append_all`, by default one block after the other."""
 
     def append(state: Any, start: Array, *block: Array) -> Any:
         return lax.cond(start >= 0, lambda state: running.append(state, start, *block), lambda state: state, state)
@@ -428,21 +428,21 @@ def _blocks_at_once(running: RunningSummary, at: Any, past: Past, q_blocks: Arra
     block_size = q_blocks.shape[1]
     prefix = past.prefix if at is None else jax.eval_shape(at, jnp.zeros((), jnp.int32))
     rows = jax.eval_shape(lambda prefix: running.read(prefix).mass, prefix).size
-    # The prefix of each block is read, and made from another of its size.
+    # Reading the prefix of each block takes another array of its size.
     numbers = block_size * (2 * block_size + rows) + 2 * sum(x.size for x in jax.tree.leaves(prefix))
     return max(GROUP_NUMBERS // numbers, _least_blocks(block_size))
 
 
 def _least_blocks(block_size: int) -> int:
-    """The number of blocks of a least group: at most 128, because every block has a prefix."""
+    """The number of blocks in the smallest group: at most 128, because every block has a prefix."""
     return min(-(-LEAST_GROUP // block_size), 128)
 
 
 def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:
-    """What a loop starts from varies as what comes out of it, which depends on tokens.
+    """Make the initial carry of a loop vary over the same mapped axes as its result, which depends on tokens.
 
-    Of tokens only: a cache must not come to depend on queries. Integers without axes count tokens, the same for all;
-    mapped, they would make selections of conditions, which JAX cannot differentiate there.
+    Only over those of tokens: a cache must not depend on queries. Scalar integers count tokens and are equal for all;
+    if mapped, they would turn conditions into selections, which JAX cannot differentiate there.
     """
     leaves, structure = jax.tree.flatten(past)
     counts = [x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) for x in leaves]
@@ -466,9 +466,9 @@ def move_on(running: RunningSummary, past: Past, number: Array, block: Block) ->
 
 
 def _attend_block(running: RunningSummary, q: Array, before: Block, current: Block, prefix: Any) -> AttentionState:
-    """Queries over the block before theirs, over their own causally, and over the summarised prefix."""
+    """Attend over the previous block, causally over the queries' own block, and over the summarised prefix."""
     near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, current)
-    # In float16 the bias of a hidden key would be infinite, and a row of nothing else NaN.
+    # In float16 the bias of a hidden key would be infinite, and a row of hidden keys NaN.
     dtype, summary = accumulation_dtype(q), running.read(prefix)
     if isinstance(running.near, SoftmaxNear):
         key_bias = mask_bias(near.kv_mask, dtype)
@@ -484,15 +484,15 @@ def _attend_block(running: RunningSummary, q: Array, before: Block, current: Blo
 
 
 def _apart(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: Summary) -> AttentionState:
-    """Queries over nearby tokens, merged with those over a summary."""
+    """Attend over nearby tokens and over a summary, and merge both states."""
     nearby = near.causal(q, k, v, key_bias)
     return merge(nearby, attend(q.astype(nearby.lse.dtype), summary, logits_soft_cap=near.logits_soft_cap))
 
 
 def _as_one(near: SoftmaxNear, q: Array, k: Array, v: Array, key_bias: Array, summary: WeightedKV) -> AttentionState:
-    """The same with nearby tokens and those of the summary as one set of keys."""
+    """Attend over nearby tokens and the tokens of a summary as one set of keys."""
     dtype = accumulation_dtype(q, k, v)
-    # Both in the space of the summary, whose keys are scaled already.
+    # Both in the space of the summary, whose keys are already scaled.
     root = jnp.sqrt(jnp.asarray(near.scale, dtype))
     far, nearby = (summary.k, summary.values, summary.log_mass), (k.astype(dtype) * root, v.astype(dtype), key_bias)
     last, logits_soft_cap = k.shape[0] - q.shape[0], near.logits_soft_cap

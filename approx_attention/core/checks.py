@@ -1,4 +1,4 @@
-"""Argument checks, and the one way in which a method prepares the tensors of a head."""
+"""Argument checks, and the preparation of one head's tensors that all methods share."""
 
 import difflib
 import math
@@ -14,15 +14,15 @@ from jax.core import Tracer
 
 from approx_attention.kernels import accumulation_dtype
 
-# The largest count: places of tokens and sizes of arrays are int32.
+# The largest count: token positions and array sizes are int32.
 MOST_COUNT = 2**31 - 1
 
-# Error messages show no more of what was given than this.
+# The longest excerpt of a given value in error messages.
 SHOWN = 80
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message is one line that says what was given and what is allowed."""
+    """Invalid input. The message is one line that names the given and the allowed values."""
 
 
 def head_inputs(
@@ -34,9 +34,9 @@ def head_inputs(
     kv_mask: Array | None = None,
     is_causal: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Checks one head's tensors, casts them to the accumulation dtype, folds the scale in and zeroes the padding.
+    """Check one head's tensors, cast them to the accumulation dtype, fold in the scale and zero the padding.
 
-    Zeroed padding can hold no NaN; a method must still keep masked keys out of its sums by ``kv_mask``.
+    Zeroed padding contains no NaN. A method must still exclude masked keys from its sums by ``kv_mask``.
 
     Args:
         q: queries ``[T, D]``.
@@ -44,14 +44,14 @@ def head_inputs(
         v: values ``[S, Dv]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         kv_mask: boolean ``[S]``, true where a key is real.
-        is_causal: the option of the method, which must be known when tracing.
+        is_causal: the option of the method, a bool known when tracing.
 
     Returns:
-        ``q, k, v`` in float32 (float64 where an input is), with logits ``q @ k.T``.
+        ``q, k, v`` in float32 (float64 if an input is), with logits ``q @ k.T``.
 
     Raises:
-        ValueError: shapes that do not fit.
-        TypeError: tensors that are not floating point, a mask that is not boolean, a causal option that is no truth.
+        ValueError: shapes that do not match.
+        TypeError: tensors that are not floating point, a mask that is not boolean, ``is_causal`` that is not a bool.
     """
     q, k, v = checked_inputs(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
     dtype = accumulation_dtype(q, k, v)
@@ -62,13 +62,13 @@ def head_inputs(
 def checked_inputs(
     q: Array, k: Array, v: Array, *, kv_mask: Array | None = None, is_causal: bool = False
 ) -> tuple[Array, Array, Array]:
-    """One head's tensors with zeroed padding, in their own dtypes and not scaled; raises as `head_inputs` does."""
+    """One head's tensors with zeroed padding, unscaled and in their own dtypes. Raises like `head_inputs`."""
     check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
     return q, *zero_padding(k, v, kv_mask)
 
 
 def check_head(q: Any, k: Any, v: Any, *, kv_mask: Any = None, is_causal: Any = False) -> None:
-    """The checks of `head_inputs`."""
+    """Run the checks of `head_inputs`."""
     check_flag("is_causal", is_causal)
     for name, x, axes in (("q", q, "[T, D]"), ("k", k, "[S, D]"), ("v", v, "[S, Dv]")):
         check_rows(name, x, axes)
@@ -78,11 +78,11 @@ def check_head(q: Any, k: Any, v: Any, *, kv_mask: Any = None, is_causal: Any = 
 
 
 def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[Array, Array]:
-    r"""Folds the logits' scale into queries and keys alike, so that logits become plain dot products.
+    r"""Fold the scale of the logits into queries and keys, so that logits are plain dot products.
 
     .. math:: q \mapsto \sqrt{s}\, q, \qquad k \mapsto \sqrt{s}\, k.
 
-    Summaries and their certificates live in this scaled space.
+    Summaries and certificates use this scaled space.
 
     Args:
         q: queries ``[..., D]``.
@@ -93,8 +93,8 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
         The scaled queries and keys, in their own dtypes.
 
     Raises:
-        TypeError: queries or keys that are not floating point, a scale that is not one number.
-        ValueError: queries or keys without axes, a scale that is not positive and finite.
+        TypeError: queries or keys are not floating point, or the scale is not one number.
+        ValueError: queries or keys are scalars, or the scale is not positive and finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,7 +111,7 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
 
 
 def logit_scale(scale: Any, head_dim: int) -> float | Array:
-    """The factor of the logits, checked: one positive finite number, ``1/sqrt(D)`` by default."""
+    """The checked factor of the logits: one positive finite number, ``1/sqrt(D)`` by default."""
     if scale is None:
         return 1 / math.sqrt(head_dim)
     check_scale(scale)
@@ -119,7 +119,7 @@ def logit_scale(scale: Any, head_dim: int) -> float | Array:
 
 
 def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
-    """Keys and values with zeros where ``kv_mask`` says padding, so that no NaN there can reach a sum or a gradient."""
+    """Zero the padding of keys and values, so that a NaN there cannot reach a sum or a gradient."""
     if kv_mask is None:
         return k, v
     real = kv_mask[:, None]
@@ -127,17 +127,17 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
 
 
 def check_tokens(k: Any, v: Any, kv_mask: Any = None) -> None:
-    """Raises unless k and v are floating-point rows of the same tokens, of which ``kv_mask`` says which are real."""
+    """Raise unless k and v are floating-point rows of the same tokens, and ``kv_mask`` is a mask of these tokens."""
     check_rows("k", k, "[S, D]")
     check_rows("v", v, "[S, Dv]")
     if k.shape[0] != v.shape[0]:
-        raise ValueError(f"k and v must hold the same tokens, got {k.shape[0]} and {v.shape[0]}")
+        raise ValueError(f"k and v must have the same number of tokens, got {k.shape[0]} and {v.shape[0]}")
     if kv_mask is not None:
         check_kv_mask(kv_mask, k.shape[0])
 
 
 def check_rows(name: str, x: Any, axes: str) -> None:
-    """Raises unless ``x`` is a floating-point array of two axes."""
+    """Raise unless ``x`` is a floating-point array with two axes."""
     check_array(name, x, "a floating-point array")
     if x.ndim != 2:
         raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {x.shape}")
@@ -149,14 +149,14 @@ def real_keys(kv_mask: Array | None, num_keys: int) -> Array:
 
 
 def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
-    """Keys and values of a summary, checked, in the accumulation dtype, with zeros where ``kv_mask`` says padding."""
+    """The checked keys and values of a summary, in the accumulation dtype, with zeros in padding."""
     check_tokens(k, v, kv_mask)
     dtype = accumulation_dtype(k, v)
     return zero_padding(k.astype(dtype), v.astype(dtype), kv_mask)
 
 
 def check_array(name: str, x: Any, kind: Literal["a floating-point array", "integers"]) -> None:
-    """Raises ``TypeError`` unless ``x`` is an array of that kind of numbers."""
+    """Raise ``TypeError`` unless ``x`` is an array of this kind of numbers."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(f"{name} must be {kind}, got {type(x).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.integer if kind == "integers" else jnp.floating):
@@ -164,19 +164,19 @@ def check_array(name: str, x: Any, kind: Literal["a floating-point array", "inte
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises ``TypeError`` unless ``x`` is a floating-point array."""
+    """Raise ``TypeError`` unless ``x`` is a floating-point array."""
     check_array(name, x, "a floating-point array")
 
 
 def check_floats(**arrays: Any) -> None:
-    """Raises ``TypeError``, naming the argument, unless each is None or a floating-point array."""
+    """Raise ``TypeError``, naming the argument, unless each is None or a floating-point array."""
     for name, x in arrays.items():
         if x is not None:
             check_floating(name, x)
 
 
 def check_noise(noise: Any, num_keys: int | None = None) -> None:
-    """Raises unless ``noise`` is None or a floating-point number for each key, of a number that may be unknown."""
+    """Raise unless ``noise`` is None or has one floating-point number per key; ``num_keys`` may be unknown."""
     if noise is None:
         return
     check_floating("noise", noise)
@@ -187,7 +187,7 @@ def check_noise(noise: Any, num_keys: int | None = None) -> None:
 
 
 def check_float_tuple(name: str, given: Any, length: int = 2) -> None:
-    """Raises ``TypeError`` unless ``given`` is None or a tuple of ``length`` floating-point arrays."""
+    """Raise ``TypeError`` unless ``given`` is None or a tuple of ``length`` floating-point arrays."""
     if given is None:
         return
     if not isinstance(given, tuple) or len(given) != length:
@@ -197,7 +197,7 @@ def check_float_tuple(name: str, given: Any, length: int = 2) -> None:
 
 
 def check_number(name: str, x: Any) -> None:
-    """Raises ``TypeError`` unless ``x`` is one real number: of Python, of numpy, or an array without axes."""
+    """Raise ``TypeError`` unless ``x`` is one real number: a Python or numpy number, or an array without axes."""
     if isinstance(x, int | float) and not isinstance(x, bool):
         return
     shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
@@ -209,7 +209,7 @@ def check_number(name: str, x: Any) -> None:
 
 
 def known_number(name: str, x: Any) -> float:
-    """Returns ``x`` as a float if it is one real number that is known when tracing; use what it returns."""
+    """Return ``x`` as a float if it is one real number known when tracing."""
     if isinstance(x, Tracer):
         raise TypeError(f"{name} must be a number known when tracing, got {type(x).__name__}")
     check_number(name, x)
@@ -217,7 +217,7 @@ def known_number(name: str, x: Any) -> float:
 
 
 def _as_float(x: Any) -> float:
-    """A number of any kind as a float, infinite beyond the largest."""
+    """A number of any kind as a float; infinite if it overflows."""
     try:
         return float(x)
     except OverflowError:
@@ -225,29 +225,29 @@ def _as_float(x: Any) -> float:
 
 
 def check_real(name: str, dtype: Any) -> None:
-    """Raises ``TypeError`` unless numbers of this dtype are real ones."""
+    """Raise ``TypeError`` unless the dtype is real."""
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be real, got dtype {dtype}")
 
 
 def check_scale(scale: Any) -> None:
-    """Raises unless ``scale`` is one number, and positive and finite as far as it is known when tracing."""
+    """Raise unless ``scale`` is one number; a concrete scale must be positive and finite."""
     check_number("scale", scale)
     _check_values("scale", scale, ("positive and finite", lambda x: (x > 0) & (x < np.inf)))
 
 
 def check_positive(name: str, x: Any) -> None:
-    """Raises unless ``x`` is a positive, finite number, or an array of them, as far as it is known when tracing."""
+    """Raise unless the number or array ``x``, if concrete, is positive and finite."""
     _check_values(name, x, ("positive", lambda x: x > 0), ("finite", np.isfinite))
 
 
 def check_not_negative(name: str, x: Any) -> None:
-    """Raises unless ``x`` is a finite number of at least 0, or an array of them, as far as it is known when tracing."""
+    """Raise unless the number or array ``x``, if concrete, is finite and not negative."""
     _check_values(name, x, ("finite and not negative", lambda x: (x >= 0) & (x < np.inf)))
 
 
 def check_finite(name: str, x: Any) -> None:
-    """Raises unless ``x`` is a finite number, or an array of them, as far as it is known when tracing."""
+    """Raise unless the number or array ``x``, if concrete, is finite."""
     _check_values(name, x, ("finite", np.isfinite))
 
 
@@ -256,7 +256,7 @@ def _check_values(name: str, x: Any, *rules: tuple[str, Callable[[np.ndarray], A
         check_number(name, x)
     else:
         check_real(name, x.dtype)
-    # What is traced, or lies on other hosts, cannot be looked at.
+    # Traced arrays, and arrays on other hosts, have no values to check.
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     numbers = np.asarray(_as_float(x) if isinstance(x, int) else x, np.float64)
@@ -269,7 +269,7 @@ def _check_values(name: str, x: Any, *rules: tuple[str, Callable[[np.ndarray], A
 
 
 def checked_soft_cap(logits_soft_cap: Any) -> float | None:
-    """Returns the cap of logits as a float if it is None or a positive, finite number known when tracing."""
+    """Return the cap of logits as a float if it is None or a positive, finite number known when tracing."""
     if logits_soft_cap is None:
         return None
     logits_soft_cap = known_number("logits_soft_cap", logits_soft_cap)
@@ -278,22 +278,22 @@ def checked_soft_cap(logits_soft_cap: Any) -> float | None:
 
 
 def check_key_value_fit(q: Array, k: Array, v: Array) -> None:
-    """Raises ``ValueError`` unless q and k share the head dimension, and k and v the number of tokens."""
+    """Raise ``ValueError`` unless q and k share the head dimension, and k and v the number of tokens."""
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must share the head dimension, got {q.shape[-1]} and {k.shape[-1]}")
     if k.shape[0] != v.shape[0]:
-        raise ValueError(f"k and v must hold the same tokens, got {k.shape[0]} and {v.shape[0]}")
+        raise ValueError(f"k and v must have the same number of tokens, got {k.shape[0]} and {v.shape[0]}")
     if 0 in (q.shape[0], k.shape[0], q.shape[-1]):
         raise ValueError(f"attention needs at least one query, key and channel; got q {q.shape} and k {k.shape}")
 
 
 def check_kv_mask(kv_mask: Any, num_keys: int) -> None:
-    """Raises unless ``kv_mask`` is boolean ``[num_keys]``."""
+    """Raise unless ``kv_mask`` is boolean ``[num_keys]``."""
     check_mask("kv_mask", kv_mask, num_keys)
 
 
 def check_mask(name: str, mask: Any, length: int) -> None:
-    """Raises unless the mask over tokens of that name, ``kv_mask`` or ``q_mask``, is boolean ``[length]``."""
+    """Raise unless the token mask called ``name``, ``kv_mask`` or ``q_mask``, is boolean ``[length]``."""
     of, axis = ("key", "S") if name == "kv_mask" else ("query", "T")
     if getattr(mask, "dtype", None) != jnp.bool_:
         given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
@@ -303,21 +303,21 @@ def check_mask(name: str, mask: Any, length: int) -> None:
 
 
 def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:
-    """Raises unless ``bias`` is floating point and ``mask`` boolean, each ``[T, S]``, where they are given."""
+    """Raise unless ``bias`` is None or floating point, and ``mask`` None or boolean, each ``[T, S]``."""
     if bias is not None:
         check_floating("bias", bias)
     if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
         given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
-        raise TypeError(f"mask must be boolean (true = may be seen), got {given}; pass an additive one as bias")
+        raise TypeError(f"mask must be boolean (true = visible), got {given}; pass an additive mask as bias")
     for name, x in (("bias", bias), ("mask", mask)):
         if x is not None and x.shape != (num_queries, num_keys):
             raise ValueError(f"{name} must be [T, S] = {[num_queries, num_keys]}, got shape {x.shape}")
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_COUNT) -> int:
-    """Returns ``value`` as an int if it is an integer from ``least`` to ``most``; use what it returns.
+    """Return ``value`` as an int if it is an integer from ``least`` to ``most``.
 
-    A numpy integer keeps its few bits in arithmetic, and an array is traced where a function is compiled.
+    Use the result instead of ``value``: a numpy integer can overflow, and an array is traced in compiled functions.
     """
     if isinstance(value, bool | np.bool_ | Array | np.ndarray) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer known when tracing, got {shown(value)}")
@@ -331,31 +331,31 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_C
 
 
 def check_counts(least: int = 1, most: int | None = MOST_COUNT, **counts: Any) -> tuple[int, ...]:
-    """`check_count` of several arguments, by their names."""
+    """`check_count` for several named arguments."""
     return tuple(check_count(name, value, least, most) for name, value in counts.items())
 
 
 def as_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
-    """Returns ``value`` as two ints if it is a pair of counts."""
+    """Return ``value`` as two ints if it is a pair of counts."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of integers known when tracing, got {shown(value)}")
     return check_count(name, value[0], least), check_count(name, value[1], least)
 
 
 def keep_count(record: Any, name: str, least: int = 1) -> None:
-    """Replaces a field of a frozen dataclass, checked, by the int that it stands for."""
+    """Check a count in a frozen dataclass, and replace it by an int."""
     object.__setattr__(record, name, check_count(name, getattr(record, name), least))
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Returns ``value`` as a bool if it is true or false when tracing."""
+    """Return ``value`` as a bool if it is known when tracing."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, known when tracing, got {shown(value)}")
     return bool(value)
 
 
 def check_lengths(name: str, lengths: Any, most: int) -> None:
-    """Raises ``TypeError`` unless lengths are integers, ``ValueError`` where one is known and not in 0 to ``most``."""
+    """Raise ``TypeError`` unless lengths are integers, ``ValueError`` if a concrete one is not in 0 to ``most``."""
     check_array(name, lengths, "integers")
     if not isinstance(lengths, Tracer):
         known = np.asarray(lengths)
@@ -365,7 +365,7 @@ def check_lengths(name: str, lengths: Any, most: int) -> None:
 
 
 def check_length(name: str, length: Any, most: int) -> None:
-    """Raises unless a length is one integer and, as far as it is known when tracing, from 0 to ``most``."""
+    """Raise unless a length is one integer; a concrete one must be from 0 to ``most``."""
     check_number(name, length)
     if isinstance(length, float):
         raise TypeError(f"{name} must be an integer, got {length}")
@@ -376,7 +376,7 @@ def check_length(name: str, length: Any, most: int) -> None:
 
 
 def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
-    """Returns a dtype that is given by itself, its type or its name, if it is floating point."""
+    """Return the dtype, given as a dtype, a type or a name, if it is floating point."""
     try:
         made = np.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
     except TypeError:
@@ -387,7 +387,7 @@ def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
 
 
 def shown(value: Any) -> str:
-    """A given value on one short line, for errors."""
+    """A value on one short line, for error messages."""
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.number | np.bool_):
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, int) and value.bit_length() > 4 * SHOWN:
@@ -397,14 +397,14 @@ def shown(value: Any) -> str:
 
 
 def check_projection(projection: Any, head_dim: int) -> None:
-    """Raises unless ``projection`` is floating point and ``[R, head_dim]``."""
+    """Raise unless ``projection`` is floating point and ``[R, head_dim]``."""
     check_floating("projection", projection)
     if projection.ndim != 2 or projection.shape[1] != head_dim:
         raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
+    """Raise ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         nearest = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -412,25 +412,23 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def check_key(method: str, key: Any) -> Any:
-    """Returns ``key`` if it is one typed PRNG key."""
+    """Return ``key`` if it is one typed PRNG key."""
     if key is None:
         raise ValueError(f"{method} is random: pass a key, as in key=jax.random.key(0)")
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(
-            f"{method} takes a typed PRNG key made by jax.random.key, got {getattr(key, 'dtype', type(key))}"
-        )
+        raise TypeError(f"{method} needs a typed PRNG key from jax.random.key, got {getattr(key, 'dtype', type(key))}")
     if key.shape != ():
-        raise ValueError(f"{method} takes one PRNG key, got an array of keys of shape {key.shape}; use vmap")
+        raise ValueError(f"{method} needs one PRNG key, got an array of keys of shape {key.shape}; use vmap")
     return key
 
 
 def unknown(what: str, given: Any, choices: Iterable[str]) -> str:
-    """The error for a name that is none of the choices: names the nearest, and lists all."""
+    """The error message for an unknown name: names the nearest choice and lists all."""
     choices = list(choices)
     return f"unknown {what} {given!r}{did_you_mean(given, choices) or '.'} Known: {', '.join(choices)}."
 
 
 def did_you_mean(given: Any, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the choice nearest to what was given, or nothing."""
+    """``"; did you mean 'x'?"`` with the choice nearest to ``given``, or an empty string."""
     nearest = difflib.get_close_matches(str(given), list(choices), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,4 +1,4 @@
-"""Discrete choices that a backward pass must not repeat: they depend on rounding, and might differ."""
+"""Discrete choices that a backward pass must not recompute: they depend on rounding, and might differ."""
 
 import functools
 
@@ -10,15 +10,15 @@ from approx_attention.kernels import OUTPUT
 
 _CHOICE = "choice"
 
-# `jax.checkpoint` that recomputes everything except what is `kept`.
+# `jax.checkpoint` that recomputes everything except `kept` values.
 keeping_choices = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE))
 
-# The same for the body of a loop over heads: it also stores outputs of attention, which take long to recompute.
+# The same for the body of a loop over heads: it also stores outputs of attention, which are expensive to recompute.
 keeping_outputs = functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_CHOICE, OUTPUT), prevent_cse=False
 )
 
 
 def kept(choice: Array) -> Array:
-    """Marks a choice as one that `keeping_choices` stores."""
+    """Mark a choice for storage by `keeping_choices`."""
     return checkpoint_name(choice, _CHOICE)

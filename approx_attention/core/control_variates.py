@@ -1,4 +1,4 @@
-"""The control-variate view: random features, EVA and softmax attention as one estimator."""
+"""Control variates: random features, EVA and softmax attention as one estimator."""
 
 from typing import Literal
 
@@ -19,23 +19,23 @@ def control_variate_state(
     moments: FeatureMoments,
     log_mass: Float[Array, "T G"] | None = None,
 ) -> AttentionState:
-    r"""Attention over an exact set E of keys and G groups, each group with one control-variate coefficient.
+    r"""Attention over a set E of exact keys and G groups of keys, each with one control-variate coefficient.
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in E} e^{q_t \cdot k_j} v_j + \sum_g m_{tg}\, \beta_{tg}}
               {\sum_{j \in E} e^{q_t \cdot k_j} + \sum_g m_{tg}}, \qquad
               \beta_{tg} = \frac{\phi_g(q_t)^T\, \mathrm{value\_sum}_g}{\phi_g(q_t)^T\, \mathrm{mass}_g}.
 
-    The coefficient :math:`\beta_g` is the random-feature output of group g, for which its residual vanishes; the mass
-    :math:`m_{tg}` is the attention of the group, :math:`\sum_{j \in g} e^{q_t \cdot k_j}` or an estimate. With one
-    group, no exact set and the masses that the features estimate this is random feature attention; with one group per
-    key, or every key in E, it is softmax attention; EVA lies between.
+    The coefficient :math:`\beta_g` is the random-feature output of group g, for which the residual of the control
+    variate is 0. The mass :math:`m_{tg}` is the sum of weights :math:`\sum_{j \in g} e^{q_t \cdot k_j}` of the group or
+    an estimate. With one group, no exact keys and masses estimated by the features this is random feature attention.
+    With one group per key, or every key in E, it is softmax attention. EVA lies in between.
 
     Args:
         q: queries ``[T, D]`` in scaled space (`fold_scale`).
-        exact: the state of the exact set, `AttentionState.empty` if there is none.
-        moments: the moments of each group's keys, every array with a leading axis G.
-        log_mass: log of the groups' masses ``[T, G]``, ``-inf`` for a group without keys; by default those that the
-            features estimate.
+        exact: the state of the exact keys; `AttentionState.empty` if there are none.
+        moments: the feature moments of each group, every array with a leading axis G.
+        log_mass: logarithms of the groups' masses ``[T, G]``, ``-inf`` for a group without keys; by default estimated
+            by the features.
 
     Returns:
         The `AttentionState` of the queries.
@@ -57,8 +57,8 @@ def control_variate_state(
     """
     answers = jax.vmap(lambda moments: attend(q, moments))(moments)
     log_mass = answers.lse.T if log_mass is None else log_mass
-    # Masses less their peak, as in softmax; a query without any group has the peak 0 and the total 0. The double where
-    # keeps its division, and the derivative of that, finite.
+    # Masses relative to their maximum, as in softmax; a query without a group has maximum 0 and total 0. A double where
+    # keeps its division and derivative finite.
     peak = finite_peak(jnp.max(log_mass, axis=1))
     mass = jnp.exp(log_mass - peak[:, None])
     total = jnp.sum(mass, axis=1)
@@ -70,8 +70,8 @@ def control_variate_state(
 def noise_deviation(noise_scale: Literal["exact", "official"], head_dim: int) -> float:
     r"""Standard deviation of the noise of random directions in scaled space, for `ra`, `lara` and `eva`.
 
-    The theory draws from N(0, I) in scaled space. The authors' code adds such noise to queries and keys that are not
-    scaled yet, and then scales by :math:`D^{-1/2}`: in scaled space its deviation is :math:`D^{-1/4}`.
+    The theory samples from N(0, I) in scaled space. The authors' code adds such noise to unscaled queries and keys, and
+    then scales by :math:`D^{-1/2}`: in scaled space its deviation is :math:`D^{-1/4}`.
     """
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     return head_dim**-0.25 if noise_scale == "official" else 1.0

@@ -1,8 +1,8 @@
-r"""Feature maps whose inner products estimate the softmax kernel, and the random projections that they use.
+r"""Feature maps whose inner products estimate the softmax kernel, and their random projections.
 
 A feature map takes rows ``x [N, D]`` and returns :math:`\phi(x) = \text{values} \cdot e^{\text{log\_scale}}`, with
 :math:`E\,[\phi(q) \cdot \phi(k)] = e^{q \cdot k}` for the maps that estimate the softmax kernel. Magnitudes stay in the
-log domain, so nothing over- or underflows before the normaliser has been divided out.
+log domain, so nothing over- or underflows before the division by the normaliser.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 @runtime_checkable
 class FeatureMap(Protocol):
-    """Protocol of a feature map, for moments: a pytree that knows its size and maps rows to `Features`."""
+    """Protocol of a feature map: a pytree that knows its size and maps rows to `Features`."""
 
     @property
     def num_features(self) -> int:
@@ -36,7 +36,7 @@ class FeatureMap(Protocol):
         ...
 
     def __call__(self, x: Array, /) -> Features:
-        """Maps rows ``[N, D]`` to R features each."""
+        """Map rows ``[N, D]`` to R features each."""
         ...
 
 
@@ -48,9 +48,9 @@ class PositiveFeatures:
     .. math:: \phi_i(x) = R^{-1/2} \exp(w_i \cdot x - \|x\|^2 / 2 + b_i), \qquad w_i \sim N(0, I),\ b_i = 0.
 
     Attributes:
-        projection: directions ``w [R, D]``; with orthogonal rows the variance is lower (`orthogonal_projection`),
-            with rows ``[w; -w]`` these are the hyperbolic features.
-        log_weight: b ``[R]``, half the log-weights of directions that were sampled from another Gaussian (`Proposal`);
+        projection: directions ``w [R, D]``. Orthogonal rows lower the variance (`orthogonal_projection`); rows
+            ``[w; -w]`` give the hyperbolic features.
+        log_weight: b ``[R]``, half the log-weights of directions sampled from another Gaussian (`Proposal`);
             None for 0.
 
     Reference:
@@ -66,7 +66,7 @@ class PositiveFeatures:
         return self.projection.shape[0]
 
     def __call__(self, x: Array, /) -> Features:
-        """Log-features ``[N, R]`` of rows ``[N, D]``; the values are all one."""
+        """Log-features ``[N, R]`` of rows ``[N, D]``; all values are 1."""
         # In logarithms: exp(w . x) of a trained model overflows float32, and exp(-|x|^2 / 2) underflows. The authors'
         # code subtracts maxima and adds an epsilon to every feature instead, which biases small weights.
         log_scale = x @ self.projection.astype(x.dtype).T - squared_norm(x) / 2 - 0.5 * math.log(self.num_features)
@@ -102,14 +102,14 @@ class TrigonometricFeatures:
         angle = x @ self.projection.astype(x.dtype).T
         values = jnp.concatenate(sine_and_cosine(angle), axis=-1)
         # The magnitude is the same for all features of a row: one log-scale per row, and values within [-1, 1]. The
-        # factor is that of the theorem; the authors' code has a constant 0.1, and clamps the normaliser from below.
+        # factor follows the theorem; the authors' code uses the constant 0.1, and clamps the normaliser from below.
         return Features(values, squared_norm(x) / 2 - 0.5 * math.log(self.num_features / 2))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReLUFeatures:
-    r"""ReLU features, the generalised attention of the Performer: another kernel, not an estimate of softmax.
+    r"""ReLU features, the generalised attention of the Performer: a different kernel that does not estimate softmax.
 
     .. math:: \phi_i(x) = R^{-1/2} (\max(w_i \cdot x, 0) + \epsilon).
 
@@ -139,13 +139,13 @@ class ReLUFeatures:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedFeatures:
-    r"""Features of rows with two more coordinates, the last a log-weight: :math:`\phi([x, u, b]) = e^b \phi(x)`.
+    r"""Features of rows with two extra coordinates, the last a log-weight: :math:`\phi([x, u, b]) = e^b \phi(x)`.
 
-    Queries ``[q, 1, 0]`` and keys ``[k, b, b]`` carry a log-weight b of the key into exact attention, whose logits are
-    :math:`q \cdot k + b`, and into features alike.
+    With queries ``[q, 1, 0]`` and keys ``[k, b, b]`` a log-weight b of the key enters both exact attention, with logits
+    :math:`q \cdot k + b`, and the features.
 
     Attributes:
-        features: the map of the other coordinates.
+        features: the map of the coordinates x.
     """
 
     features: FeatureMap
@@ -164,10 +164,10 @@ class WeightedFeatures:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SignedFeatures:
-    """Features of moments that were weighted with any sign, so that positive features promise nothing about them.
+    """Features of moments with weights of any sign, for which positive features do not imply positive sums.
 
     Attributes:
-        features: the map that they are read by.
+        features: the map that reads the moments.
     """
 
     features: FeatureMap
@@ -188,7 +188,7 @@ class CosineFeatures:
     r"""Rectified rows rotated by the angle of their position: :math:`\phi([x, c, s]) = [c \max(x, 0), s \max(x, 0)]`.
 
     With :math:`c = \cos a` and :math:`s = \sin a` these are the features of the kernel
-    :math:`\max(x, 0) \cdot \max(y, 0) \cos(a - b)`, which is no estimate of softmax.
+    :math:`\max(x, 0) \cdot \max(y, 0) \cos(a - b)`, which does not estimate softmax.
 
     Attributes:
         head_dim: the number D of channels of x.
@@ -230,7 +230,7 @@ def gaussian_projection(
         >>> gaussian_projection(jax.random.key(0), 8, 4).shape
         (8, 4)
     """
-    # Scaled space has unit directions: the scale of the logits is in queries and keys.
+    # In scaled space directions are N(0, I): the scale of the logits is in queries and keys.
     shape = check_count("num_features", num_features), check_count("head_dim", head_dim)
     return jax.random.normal(key, shape, dtype)
 
@@ -243,10 +243,10 @@ def orthogonal_projection(
     *,
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
 ) -> Float[Array, "R D"]:
-    r"""Samples directions ``[R, D]`` that are orthogonal within each block of D rows.
+    r"""Sample directions ``[R, D]`` that are orthogonal within each block of D rows.
 
     Every row is marginally N(0, I) with ``row_norm="chi"`` (norms of independent Gaussian vectors), so estimates stay
-    unbiased; ``"sqrt_dim"`` gives every row the norm :math:`\sqrt{D}` (less variance, a slight bias).
+    unbiased; ``"sqrt_dim"`` sets every norm to :math:`\sqrt{D}` (less variance, a slight bias).
 
     Args:
         key: typed PRNG key.
@@ -282,15 +282,15 @@ def orthogonal_projection(
     directions = jnp.swapaxes(rotation, -1, -2).reshape(blocks * head_dim, head_dim)[:num_features]
     if row_norm == "sqrt_dim":
         return math.sqrt(head_dim) * directions
-    # Norms of independent Gaussian vectors, chi with D degrees of freedom: rows are then marginally Gaussian.
+    # Norms of independent Gaussian vectors (chi with D degrees of freedom) make rows marginally Gaussian.
     norms = jnp.linalg.norm(jax.random.normal(key_norms, (num_features, head_dim), dtype), axis=-1, keepdims=True)
     return norms * directions
 
 
-@jax.jit  # a loop by itself is compiled anew in every call
+@jax.jit  # otherwise the loop would be compiled in every call
 def _decomposed(blocks: Array) -> tuple[Array, Array]:
     """The QR decompositions of square blocks."""
-    # In turn on a CPU: a batched QR there can deadlock where several devices share its threads.
+    # Sequentially on a CPU: a batched QR can deadlock there if several devices share its threads.
     return each(jnp.linalg.qr, blocks)
 
 
@@ -300,6 +300,6 @@ def squared_norm(x: Array) -> Array:
 
 
 def root(x: Array) -> Array:
-    """Square roots of numbers that are not negative, with the derivative 0 at 0, where it is infinite."""
+    """Square roots of non-negative numbers, with the derivative set to 0 at 0, where it is infinite."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)

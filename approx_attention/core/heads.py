@@ -1,6 +1,6 @@
-"""The one lifting of functions of one head over batch and grouped heads: in turn on a CPU, together elsewhere.
+"""Lifts functions of one head over batch and grouped heads: sequentially on a CPU, in parallel elsewhere.
 
-Which of the two is run follows the platform that a program is lowered for, not the machine on which it is traced.
+The choice follows the platform that a program is lowered for, not the machine on which it is traced.
 """
 
 import functools
@@ -15,16 +15,16 @@ from jax import Array, lax
 from approx_attention.core.choices import keeping_outputs
 from approx_attention.kernels import along_with, by_platform
 
-# Numbers that the heads hold on which an accelerator works at once: q, k and v of 32 heads of 32,768 tokens with 64
-# channels, or of 8 heads of 131,072. More heads than that fill no machine better, and their intermediate results would
-# take its memory.
+# Largest number of q, k and v entries of the heads that an accelerator processes in parallel: 32 heads of 32,768 tokens
+# with 64 channels, or 8 heads of 131,072 tokens. More heads do not use a device better, and their intermediate results
+# would fill its memory.
 TOGETHER = 2**28
 
 
 def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False) -> Any:
-    """Applies a function to every slice along the leading axis.
+    """Map a function over the slices along the leading axis.
 
-    On a CPU slices take turns, so that the data of one stays in cache; elsewhere, or with ``together``, at once.
+    On a CPU one slice after the other, so that its data stays in cache; elsewhere, or with ``together``, in parallel.
     """
     if together:
         return jax.vmap(function)(slices)
@@ -33,11 +33,11 @@ def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False)
 
 
 def _at_once(function: Callable[[Any], Any], slices: Any) -> Any:
-    """All slices at once, or groups of as many as `TOGETHER` allows."""
+    """All slices in parallel, or groups of a size that `TOGETHER` allows."""
     leaves = jax.tree.leaves(slices)
     count, numbers = leaves[0].shape[0], sum(x.size for x in leaves)
     most = count if numbers <= TOGETHER else max(1, count * TOGETHER // numbers)
-    # Equal groups are one program; if none are near that size, the last is smaller and another.
+    # Groups of equal size share one program; if no such size is near the limit, the last group is smaller.
     size = next(size for size in range(most, 0, -1) if count % size == 0) if count else 0
     size = size if 2 * size > most else most
     if size == count:
@@ -58,14 +58,14 @@ def from_kv_head(x: Array, num_kv_heads: int) -> Array:
 
 
 class Operands(NamedTuple):
-    """All arrays of a call.
+    """All array arguments of a call.
 
     Attributes:
         tokens: q ``[B, T, K * G, D]``, k and v ``[B, S, K, D]``: G query heads share a key head.
         sliced: ``[B * K, ...]``, arguments of each key head of each sequence.
-        dense: ``[B * K, G, ...]``, the same for each query head.
-        per_head: ``[K, ...]``, arguments that a key head has in all sequences.
-        shared: arguments that all heads have in common.
+        dense: ``[B * K, G, ...]``, arguments of each query head of each sequence.
+        per_head: ``[K, ...]``, arguments of each key head, the same for all sequences.
+        shared: arguments of all heads.
     """
 
     tokens: tuple[Array, Array, Array]
@@ -80,24 +80,24 @@ Static = tuple[tuple[str, Any], ...]
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="in_place")
 def over_heads(function: Callable[..., Any], static: Static, operands: Operands, *, in_place: bool) -> Any:
-    """Lifts ``function(q, k, v, key, **arguments)`` of one head to ``[B, T, N, ...]``.
+    """Lift ``function(q, k, v, key, **arguments)`` of one head to ``[B, T, N, ...]``.
 
     Args:
         function: the function of one head.
         static: arguments that are known when tracing.
-        operands: the others.
-        in_place: cut each head out of the layout where it lies, on a CPU: to transpose all first would take a third of
-            the time of a linear method. Derivatives go through the transposed layout, because that of a cut is an array
-            of zeros as large as the whole. The rule that does so differentiates in forward mode, and could not see
-            arrays with derivatives that the function closes over.
+        operands: the array arguments.
+        in_place: on a CPU, slice each head from the array instead of transposing all arrays first, which would take a
+            third of the time of a linear method. Derivatives use the transposed layout, because the derivative of a
+            slice is an array of zeros of the full size. Its derivative rule uses forward mode, and would miss arrays
+            with derivatives that the function closes over.
     """
     num_batches, _, num_kv_heads, _ = operands.tokens[1].shape
     group = operands.tokens[0].shape[2] // num_kv_heads
 
-    # Traced once, however often it is asked for: for its shapes, in the loop, and in the derivative.
+    # Traced once, although it is used for shapes, in the loop, and in the derivative.
     @jax.jit
     def of_one_head(tokens: tuple[Array, ...], arguments: dict[str, Any], dense: dict[str, Array]) -> Any:
-        """The output ``[T, G, ...]`` to queries ``[T, G, D]`` from keys and values ``[S, 1, D]``."""
+        """The output ``[T, G, ...]`` for queries ``[T, G, D]`` from keys and values ``[S, 1, D]``."""
         q, k, v = tokens[0], tokens[1][:, 0], tokens[2][:, 0]
 
         def query_head(q: Array, dense: dict[str, Array]) -> Any:
@@ -146,7 +146,7 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
         return lax.fori_loop(0, num_batches * num_kv_heads, put, along_with(room, operands))
 
     def derivative(primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
-        def result(operands: Operands) -> Any:  # mapped where the loop's is, also where it does not depend on queries
+        def result(operands: Operands) -> Any:  # mapped like the result of the loop, even if independent of queries
             def in_turn(head: Callable[..., Any], slices: Any) -> Any:
                 return lax.map(keeping_outputs(head), slices)
 
@@ -166,10 +166,10 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
 
 
 def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str, Any]]:
-    """Arguments that are known when tracing, and those that hold arrays.
+    """Split arguments into static ones and those with arrays.
 
     Raises:
-        TypeError: an argument of the method ``name`` that is neither.
+        TypeError: an argument of the method ``name`` is neither hashable nor contains arrays.
     """
     arrays = {
         argument: value
@@ -182,6 +182,6 @@ def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str
             hash(value)
         except TypeError:
             raise TypeError(
-                f"argument {argument!r} of method {name!r} must be hashable or hold arrays, got {value!r}"
+                f"argument {argument!r} of method {name!r} must be hashable or contain arrays, got {value!r}"
             ) from None
     return static, arrays

@@ -1,4 +1,4 @@
-"""Arrays over batch and heads, in the layout of `jax.nn.dot_product_attention`, checked."""
+"""Checks of arrays over batch and heads, in the layout of `jax.nn.dot_product_attention`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from approx_attention.core.checks import check_floating, check_lengths
 
 
 def check_layout(query: Array, key: Array, value: Array) -> None:
-    """Raises unless query, key and value are ``[..., T, N, D]``, ``[..., S, K, D]`` and ``[..., S, K, Dv]``."""
+    """Raise unless query, key and value are ``[..., T, N, D]``, ``[..., S, K, D]`` and ``[..., S, K, Dv]``."""
     for name, x, axes in (("query", query, "T, N, D"), ("key", key, "S, K, D"), ("value", value, "S, K, Dv")):
         check_floating(name, x)
         if x.ndim < 3 or 0 in x.shape[-3:]:
@@ -29,12 +29,12 @@ def check_layout(query: Array, key: Array, value: Array) -> None:
 
 
 def split_mask(mask: Any, full: tuple[int, ...]) -> tuple[Array | None, Array | None]:
-    """A mask as padding ``[*B, S]``, if it tells neither queries nor heads apart, or else as a dense mask."""
+    """Return a mask as padding ``[*B, S]`` if it is the same for all queries and heads, else as a dense mask."""
     if mask is None:
         return None, None
     if getattr(mask, "dtype", None) != jnp.bool_:
         given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
-        raise TypeError(f"mask must be a boolean array (true = may be seen), got {given}")
+        raise TypeError(f"mask must be a boolean array (true = visible), got {given}")
     broadcast("mask", mask, full)
     mask = mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
     if mask.shape[-3:-1] == (1, 1):
@@ -43,7 +43,7 @@ def split_mask(mask: Any, full: tuple[int, ...]) -> tuple[Array | None, Array | 
 
 
 def broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
-    """The array ``name`` with all axes; raises ``ValueError`` if it does not broadcast to them."""
+    """The array ``name`` broadcast to the full shape. Raises ``ValueError`` if that is impossible."""
     try:
         return jnp.broadcast_to(x, full)
     except ValueError:
@@ -51,13 +51,13 @@ def broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
 
 
 def within(lengths: Any, size: int, batch: list[int], name: str) -> Array:
-    """True at the positions before each sequence's length, ``[*B, size]``."""
+    """A mask of the positions before each sequence's length, ``[*B, size]``."""
     given = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
     check_lengths(name, given, size)
     lengths = jnp.asarray(given)
     if lengths.shape != tuple(batch):
         raise ValueError(f"{name} must have the batch's shape {tuple(batch)}, got {lengths.shape}")
-    # In the lengths' own type, whose numbers int32 may not hold.
+    # In the dtype of the lengths, which may exceed int32.
     most = jnp.asarray(min(size, jnp.iinfo(lengths.dtype).max), lengths.dtype)
     lengths = jnp.minimum(lengths, most).astype(jnp.int32)
     positions = jnp.arange(size, dtype=jnp.int32).reshape((1,) * len(batch) + (size,))

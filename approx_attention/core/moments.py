@@ -1,4 +1,4 @@
-"""Moments of a growing prefix: block by block, or those of many prefixes by one product."""
+"""Feature moments of growing prefixes, block by block or for many prefixes by one matrix product."""
 
 import dataclasses
 from typing import Any
@@ -12,12 +12,12 @@ from approx_attention.core.features import FeatureMap
 from approx_attention.core.summaries import FeatureMoments
 from approx_attention.kernels import even_split, finite_peak, merge, out_of_blocks, pad_rows, sums_so_far
 
-# Parts whose sums so far are one product: its weights grow with their square.
+# Number of parts whose prefix sums are computed by one product, whose weight matrix has this number squared entries.
 MOST_PARTS = 128
 
 
 def running_moments(features: FeatureMap) -> RunningSummary:
-    """Moments of a growing prefix: those of each further block are added.
+    """Make a running summary that adds the feature moments of each block.
 
     Args:
         features: the feature map, such as `PositiveFeatures`.
@@ -35,7 +35,7 @@ def running_moments(features: FeatureMap) -> RunningSummary:
         (16, 2)
     """
 
-    # The map is not part of the state: it never changes, and a donated cache must not take its arrays along.
+    # The map is not part of the state: it never changes, and donating a cache must not donate its arrays.
     def bare(moments: FeatureMoments) -> Any:
         return dataclasses.replace(moments, features=None)
 
@@ -71,11 +71,11 @@ def running_moments(features: FeatureMap) -> RunningSummary:
 
 
 def _moments_so_far(parts: FeatureMoments) -> FeatureMoments:
-    r"""The moments of the first i of stacked parts a, for each i, by one product.
+    r"""The moments of the first i stacked parts, for each i, by one product.
 
     .. math:: \mathrm{sum}_i = \sum_{a \le i} e^{c_a - C_i}\, \mathrm{sum}_a, \qquad C_i = \max_{a \le i} c_a.
     """
-    # One log-scale for all prefixes would let a later part push an earlier one below the smallest number.
+    # With one log-scale for all prefixes, a later part could make an earlier one underflow.
     so_far = jnp.tri(parts.mass.shape[0], dtype=bool)
     log_scale = jnp.max(jnp.where(so_far[:, :, None], parts.log_scale[None], -jnp.inf), axis=1)
     shift = jnp.where(so_far[:, :, None], parts.log_scale[None] - finite_peak(log_scale)[:, None], -jnp.inf)

@@ -1,4 +1,4 @@
-"""Least squares with non-negative unknowns, in few steps."""
+"""Non-negative least squares by a fixed number of steps."""
 
 import jax
 import jax.numpy as jnp
@@ -7,26 +7,26 @@ from jax import Array, lax
 from approx_attention.core.checks import accumulation_dtype
 from approx_attention.core.precision import in_float32
 
-# Weight of the penalty, for a matrix of unit diagonal, and over-relaxation of a step. On kernels of 256 rows the steps
-# close all but 1e-6 of the gap between halved masses and the optimum, on 1024 of low rank all but 1e-3.
+# Weight of the penalty for a matrix with unit diagonal, and over-relaxation of a step. On kernels of 256 rows the steps
+# close all but 1e-6 of the gap between halved masses and the optimum, on low-rank kernels of 1024 rows all but 1e-3.
 PENALTY, RELAXATION, STEPS = 0.05, 1.6, 50
 
 
-@in_float32()  # the inverse multiplies rounding by its condition
+@in_float32()  # the inverse multiplies rounding by the condition number
 def nonnegative_least_squares(gram: Array, target: Array) -> Array:
     r"""Minimise a quadratic over non-negative vectors, by the alternating direction method of multipliers.
 
     .. math:: \min_{x \ge 0}\ \tfrac12 x^T G x - b^T x,
 
-    which is :math:`\min_{x \ge 0} \|A x - y\|` for :math:`G = A^T A` and :math:`b = A^T y`. One factorisation and a
-    fixed number of products of the matrix with a vector; unknowns with nothing on the diagonal are 0.
+    which is :math:`\min_{x \ge 0} \|A x - y\|` for :math:`G = A^T A` and :math:`b = A^T y`. The cost is one
+    factorisation and a fixed number of matrix-vector products. Unknowns with a zero on the diagonal are 0.
 
     Args:
         gram: :math:`G`, symmetric and positive semidefinite, ``[M, M]``.
         target: :math:`b`, ``[M]``.
 
     Returns:
-        x ``[M]``, not negative; how near to the optimum depends on the condition of the matrix.
+        x ``[M]``, not negative. The distance to the optimum depends on the condition number of the matrix.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,13 +38,13 @@ def nonnegative_least_squares(gram: Array, target: Array) -> Array:
         :cite:p:`boyd2011admm`.
     """
     gram, target = (x.astype(accumulation_dtype(gram, target)) for x in (gram, target))
-    # Unknowns in units of the diagonal: the penalty then suits all of them.
+    # Unknowns in units of the diagonal, so that one penalty suits all of them.
     diagonal = jnp.diagonal(gram)
     free = diagonal > 0
     unit = jnp.where(free, lax.rsqrt(jnp.where(free, diagonal, 1)), 0)
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     factor = lax.linalg.cholesky(gram * unit[:, None] * unit[None, :] + PENALTY * identity)
-    # The inverse and not two triangular solves per step, which run row after row.
+    # The inverse instead of two triangular solves per step, which are sequential.
     inverse = jax.scipy.linalg.cho_solve((factor, True), identity)
 
     def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:

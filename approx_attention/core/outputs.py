@@ -1,4 +1,4 @@
-"""The return value of a method: outputs, or on request the attention state that they are part of."""
+"""The return value of a method: its outputs, or on request its attention state."""
 
 import functools
 import inspect
@@ -34,13 +34,13 @@ class OutputOrState(Protocol[P]):
     ) -> Array | AttentionState: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method."""
+        """Call the method."""
 
 
 def output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
-    """A method from the function ``(q, k, v, key, *, ...)`` that makes its state: adds the argument ``return_state``.
+    """Turn a function ``(q, k, v, key, *, ...) -> AttentionState`` into a method with the argument ``return_state``.
 
-    The output has the dtype of the values, the state that of the sums, which is float32 or wider.
+    Outputs have the dtype of the values, states the accumulation dtype, float32 or wider.
     """
 
     make: Callable[..., AttentionState] = function
@@ -52,7 +52,7 @@ def output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
 
     signature = inspect.signature(function)
     state = inspect.Parameter("return_state", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    # Python allows nothing after **hyperparameters; the sort is stable.
+    # Python allows no parameter after **hyperparameters; the sort is stable.
     parameters = sorted([*signature.parameters.values(), state], key=lambda parameter: parameter.kind)
     method.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=parameters, return_annotation=Array | AttentionState

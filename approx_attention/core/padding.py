@@ -1,4 +1,4 @@
-"""Real tokens before padding: methods that cut or rank tokens by position see the sequence of the real ones alone."""
+"""Moves real tokens before padding, so that methods that cut or rank tokens by position see real tokens only."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -12,12 +12,12 @@ from approx_attention.kernels import AttentionState, pad_rows
 
 
 class RealFirst(NamedTuple):
-    """Stable order with real tokens first and padding after them.
+    """A stable order with real tokens before padding.
 
     Attributes:
-        order: the places of the tokens in that order ``[n]``.
-        position: the new place of each token ``[n]``: of a real one, its rank among the real ones.
-        real: which tokens are real, in that order ``[n]``.
+        order: the old positions of the tokens in the new order ``[n]``.
+        position: the new position of each token ``[n]``; for a real token, its rank among the real ones.
+        real: mask of the real tokens in the new order ``[n]``.
     """
 
     order: Array
@@ -26,27 +26,27 @@ class RealFirst(NamedTuple):
 
     @classmethod
     def of(cls, mask: Array) -> Self:
-        """The order of tokens whose ``mask [n]`` is true where they are real."""
+        """The order for a mask ``[n]`` that is true for real tokens."""
         places = jnp.arange(mask.shape[0], dtype=jnp.int32)
         rank = jnp.cumsum(mask, dtype=jnp.int32) - 1
         num_real = rank[-1] + 1
-        # A cumulative sum gives the ranks, and a scatter inverts them: linear, where a sort is not. Padding at place j
-        # has j - rank - 1 padded places before it.
+        # A cumulative sum gives the ranks, and a scatter inverts them; unlike a sort this is linear. Padding at
+        # position j has j - rank - 1 padded positions before it.
         position = jnp.where(mask, rank, num_real + places - rank - 1)
         order = jnp.zeros_like(places).at[position].set(places, unique_indices=True)
         return cls(order, position, places < num_real)
 
     def front(self, tree: Any) -> Any:
-        """The rows of every array ``[n, ...]``, real ones first."""
+        """The rows of every array ``[n, ...]`` in the new order."""
         return _permuted(tree, self.order)
 
     def back(self, tree: Any) -> Any:
-        """Rows in that order, moved back to their original places."""
+        """The rows of every array ``[n, ...]``, moved back to their old positions."""
         return _permuted(tree, self.position)
 
 
 def _permuted(tree: Any, places: Array) -> Any:
-    """Rows of every array in a given order; as each is read once, the derivative is a permutation and no sum."""
+    """Permute the rows of every array. The derivative is a permutation too, not a scatter-add."""
     return jax.tree.map(lambda x: x.at[places].get(unique_indices=True, mode="promise_in_bounds"), tree)
 
 
@@ -64,15 +64,15 @@ def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) ->
 
 
 def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
-    """The mask of queries at the places of real keys ``[T]``; None where queries have places apart from the keys'."""
+    """The mask of queries at positions of real keys ``[T]``; None if queries have independent positions."""
     if kv_mask is None or (kv_mask.shape[0] != num_queries and not is_causal):
         return None
-    # Queries beyond the keys stand where no padding is.
+    # Queries after the last key are not in padding.
     return jnp.pad(kv_mask[:num_queries], (0, max(0, num_queries - kv_mask.shape[0])), constant_values=True)
 
 
 def placed_queries(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
-    """The mask of queries with a place among the real tokens: causally those behind the last real key too."""
+    """The mask of queries with a position among the real tokens; if causal, also those after the last real key."""
     own = query_places(kv_mask, num_queries, is_causal)
     if own is None or kv_mask is None or not is_causal:
         return own
@@ -89,22 +89,22 @@ def over_real_tokens(
     *,
     is_causal: bool = False,
 ) -> AttentionState:
-    """The state ``state(q, k, v, kv_mask)`` of real tokens moved to the front, so that padding takes no place.
+    """Call ``state(q, k, v, kv_mask)`` with real tokens moved to the front, so that padding takes no position.
 
-    In self-attention (T = S) queries move with their keys. Causally they do so for other lengths too: query t stands at
-    the place of key t, those after the last key behind all, and it sees the real keys at places j <= t. Then a query in
-    padding has no place among the real tokens: it gives 0 unless no real key comes after it.
+    In self-attention (T = S) queries move with their keys. In the causal form they do so for other lengths too: query t
+    is at the position of key t, or after all keys, and sees the real keys at positions j <= t. Then a query in padding
+    has no position among the real tokens: it gives 0 unless no real key comes after it.
 
     Args:
         state: ``(q, k, v, kv_mask) -> AttentionState``, called with real keys first.
-        q: queries ``[T, D]``, or a tree of arrays with a row for each.
+        q: queries ``[T, D]``, or a pytree of arrays with one row per query.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        kv_mask: true where a key is real ``[S]``, or None: then nothing is moved.
+        kv_mask: true where a key is real ``[S]``; with None nothing is moved.
         is_causal: query t sees keys j <= t.
 
     Returns:
-        The `AttentionState` of the queries at their own places.
+        The `AttentionState` of the queries in their original order.
     """
     if kv_mask is None:
         return state(q, k, v, None)
@@ -129,11 +129,11 @@ def ranks(mask: Array | None, num_tokens: int) -> Array:
 
 
 def draw_of_size(noise: Array, size: Array | int) -> Array:
-    """Rearranges noise ``[R, n, ...]`` so that its first ``size <= n`` columns are a random array ``[R, size, ...]``.
+    """Rearrange noise ``[R, n, ...]`` so that its first ``size <= n`` columns equal noise ``[R, size, ...]``.
 
-    So a padded sequence gets the noise of the sequence without its padding. The numbers of a counter-based generator
-    (JAX's default, with ``jax_threefry_partitionable``) depend on their place in the flat array alone; with another
-    generator the distributions are equal, not the numbers.
+    A padded sequence thus gets the noise of the sequence without padding. The numbers of a counter-based generator
+    (JAX's default, with ``jax_threefry_partitionable``) depend only on their position in the flat array; with other
+    generators only the distributions are equal.
     """
     rows, length = noise.shape[:2]
     if rows == 1:
@@ -143,10 +143,10 @@ def draw_of_size(noise: Array, size: Array | int) -> Array:
 
 
 def floor_of_share(number: Array, times: Array, over: Array) -> tuple[Array, Array]:
-    r""":math:`\lfloor a b / c \rfloor` and the remainder, for :math:`0 \le a \le c`, where the product may pass 2^31.
+    r""":math:`\lfloor a b / c \rfloor` and the remainder for :math:`0 \le a \le c`, where the product may exceed 2^31.
 
-    The quotient is estimated in floating point. The remainder of the estimate is small, and so exact in integers that
-    wrap around.
+    The quotient is estimated in floating point. The remainder of the estimate is small, and therefore exact in wrapping
+    integer arithmetic.
     """
     quotient = (number.astype(jnp.float32) * (times.astype(jnp.float32) / over.astype(jnp.float32))).astype(jnp.int32)
     missing = number * times - quotient * over

@@ -1,4 +1,4 @@
-"""Products that must not be rounded: references, diagnostics, certificates and inverses."""
+"""Full-precision products for references, diagnostics, certificates and inverses."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,15 +8,14 @@ import jax
 
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
-    """Within this, or in a function that it decorates, products of float32 matrices are those of float32.
+    """Context manager or decorator in which products of float32 matrices have full float32 precision.
 
-    By default an accelerator rounds their operands: a TPU to bfloat16, which is off by 1e-2, and an H200 to TF32, by
-    1e-3. An approximation survives that, and keeps the precision that its user has set. What an error is measured
-    against does not, nor what subtracts nearly equal numbers or inverts a matrix, which multiplies the rounding by a
-    condition number.
+    By default accelerators round the operands: a TPU to bfloat16, with errors of 1e-2, and an H200 to TF32, with errors
+    of 1e-3. An approximation tolerates this, and uses the precision that its user has set. References for errors do
+    not, nor do differences of nearly equal numbers and matrix inverses, which amplify the rounding.
 
-    A product has the precision that holds while it is traced, so a rule of a custom derivative, which is traced later,
-    needs a decoration too. Products of 16-bit operands are exact already, and cost no more.
+    The setting applies while a product is traced. A rule of a custom derivative is traced later, and needs the
+    decorator too. Products of 16-bit operands are already exact, and cost no more.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Gaussians to sample directions of positive features from in place of N(0, I), and the best one in closed form."""
+"""Gaussians other than N(0, I) for the directions of positive features, and the best one in closed form."""
 
 from typing import Any, NamedTuple, Self
 
@@ -23,7 +23,7 @@ from approx_attention.core.precision import in_float32
 
 
 class Proposal(NamedTuple):
-    r"""A Gaussian :math:`N(\mu, A A^T)` of directions, in scaled space. `fit_proposal` makes it from queries and keys.
+    r"""A Gaussian :math:`N(\mu, A A^T)` of directions in scaled space. `fit_proposal` fits one to queries and keys.
 
     Attributes:
         mean: :math:`\mu` ``[D]``.
@@ -35,12 +35,12 @@ class Proposal(NamedTuple):
 
     @classmethod
     def standard(cls, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Self:
-        """N(0, I), with which features are those of `PositiveFeatures` without a proposal."""
+        """N(0, I), which gives the same features as no proposal."""
         return cls(jnp.zeros(head_dim, dtype), jnp.eye(head_dim, dtype=dtype))
 
     @in_float32()
     def features(self, projection: Float[Array, "R D"]) -> PositiveFeatures:
-        r"""Positive features of the softmax kernel with directions from this Gaussian, weighted to be unbiased.
+        r"""Unbiased positive features of the softmax kernel with directions from this Gaussian.
 
         .. math:: w_r = \mu + A z_r, \qquad
                   b_r = \tfrac12 \log \frac{p(w_r)}{p_{\mu, A}(w_r)}
@@ -68,7 +68,7 @@ def fit_proposal(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> Proposal:
-    r"""The Gaussian whose positive features have the least mean log-error over all pairs of a query and a key.
+    r"""Fit the Gaussian whose positive features have the least mean log-error over all pairs of a query and a key.
 
     With q and k scaled by :math:`\sqrt s` and the mean and covariance of :math:`q + k` over all pairs,
 
@@ -76,24 +76,24 @@ def fit_proposal(
               A = U \sqrt\sigma\, U^T, \qquad
               \sigma_i = \tfrac14 \Big(3 + 2 \lambda_i + \sqrt{(1 + 2 \lambda_i)^2 + 8 \lambda_i}\Big)
 
-    is the minimum of the mean of :math:`\log E_w [\phi_w(q)^2 \phi_w(k)^2]` (guide: features fitted to your heads).
+    minimises the mean of :math:`\log E_w [\phi_w(q)^2 \phi_w(k)^2]` (guide: features fitted to your heads).
 
-    Fit it once, on tensors that you captured, and pass it to `favor` or `scatterbrain` with all later calls: estimates
-    are unbiased for any Gaussian, and a causal call takes no statistics of its tokens. For many heads use `jax.vmap`,
-    and ``per_head={"proposal": ...}`` of `attention`. A proposal is a constant to derivatives.
+    Fit it once on captured tensors, and pass it to all later calls of `favor` or `scatterbrain`. Estimates are unbiased
+    for any Gaussian, and a causal call does not use statistics of its tokens. For many heads use `jax.vmap`, and
+    ``per_head={"proposal": ...}`` in `attention`. Derivatives treat a proposal as constant.
 
     Args:
-        q: queries ``[T, D]``; those of all query heads of one key head together.
+        q: queries ``[T, D]``; concatenate all query heads of one key head.
         k: keys ``[S, D]``.
         q_mask: true where a query is real.
         kv_mask: true where a key is real.
-        scale: factor s of the logits, ``1/sqrt(D)`` by default: that of the calls.
+        scale: factor s of the logits in later calls, ``1/sqrt(D)`` by default.
 
     Returns:
         The `Proposal`, in float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
         TypeError: dtypes that are not floating point, masks that are not boolean.
 
     Example:
@@ -108,16 +108,17 @@ def fit_proposal(
         [1.9, 7.7]
 
     Reference:
-        :cite:p:`likhosherstov2023dense`, whose symmetric features these are, with a mean; :cite:p:`farzam2026data`
-        learns a covariance, and with it another kernel.
+        The symmetric features of :cite:p:`likhosherstov2023dense`, with a mean. :cite:p:`farzam2026data` learns a
+        covariance, which changes the kernel.
     """
     q, k = fold_scale(*_checked(q, k, q_mask, kv_mask), scale)
     (mean_q, covariance_q), (mean_k, covariance_k) = _moments(q, q_mask), _moments(k, kv_mask)
     spread, axes = jnp.linalg.eigh(covariance_q + covariance_k)
-    spread = jnp.maximum(spread, 0)  # rounding may leave it below
+    spread = jnp.maximum(spread, 0)  # rounding may make it negative
     variance = (3 + 2 * spread + jnp.sqrt((1 + 2 * spread) ** 2 + 8 * spread)) / 4
-    # The symmetric root does not depend on the signs and the order of eigenvectors. Derivatives of those are infinite
-    # where two variances are equal; in expectation the estimates do not depend on the proposal, which needs none.
+    # The symmetric root does not depend on the signs and the order of eigenvectors. Derivatives of eigenvectors are
+    # infinite where two variances are equal; the expectation of the estimates does not depend on the proposal, so it
+    # needs no derivative.
     return lax.stop_gradient(Proposal(mean_q + mean_k, (axes * jnp.sqrt(variance)[None, :]) @ axes.T))
 
 
@@ -129,14 +130,14 @@ def balancing_maps(
     q_mask: Bool[Array, " T"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> tuple[Float[Array, "D D"], Float[Array, "D D"]]:
-    r"""Maps of queries and of keys that change no logit and give both the same covariance.
+    r"""Fit linear maps of queries and keys that preserve all logits and equalise both covariances.
 
     .. math:: q \cdot k = (q A) \cdot (k A^{-1}), \qquad
               A^2 = C_q^{-1/2} (C_q^{1/2} C_k C_q^{1/2})^{1/2} C_q^{-1/2}
 
     No other linear map makes an eigenvalue of the covariance of :math:`q A + k A^{-1}` smaller, and with it the error
-    of positive features under any `Proposal`. Fit the maps once, on tensors that you captured. Without rotary
-    embeddings between, the weights that make q and k can take them in.
+    of positive features with any `Proposal`. Fit the maps once on captured tensors. Without rotary embeddings they can
+    be folded into the projections of q and k.
 
     Args:
         q: queries ``[T, D]``.
@@ -145,11 +146,11 @@ def balancing_maps(
         kv_mask: true where a key is real.
 
     Returns:
-        A and its inverse, symmetric; constants to derivatives. Where a covariance is nearly singular they keep a
-        thousandth of its mean variance, so that no axis is stretched without end.
+        A and its inverse, both symmetric; derivatives treat them as constants. Variances below a thousandth of their
+        mean are raised to it, so that no axis is stretched without bound.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
         TypeError: dtypes that are not floating point, masks that are not boolean.
 
     Example:
@@ -163,12 +164,12 @@ def balancing_maps(
         [3.0, 3.0]
 
     Reference:
-        A squared is the optimal transport map between Gaussians; that no eigenvalue can be smaller is the inequality of
-        arithmetic and geometric means of :cite:p:`bhatia1990singular`.
+        A squared is the optimal transport map between Gaussians. The bound on eigenvalues is the inequality of
+        arithmetic and geometric means in :cite:p:`bhatia1990singular`.
     """
     q, k = _checked(q, k, q_mask, kv_mask)
     covariance_q, covariance_k = (_least_variance(_moments(*x)[1]) for x in ((q, q_mask), (k, kv_mask)))
-    # By singular values of roots: eigenvalues of the products spread twice as far, and rounding leaves some below 0.
+    # By singular values of roots: the squared condition number of products would make some eigenvalues negative.
     _, values, axes = jnp.linalg.svd(_power(covariance_k, 0.5) @ _power(covariance_q, 0.5))
     root = _power(covariance_q, -0.5) @ (axes.T * jnp.sqrt(values)[None, :])
     squared = root @ root.T
@@ -176,19 +177,19 @@ def balancing_maps(
 
 
 def _least_variance(covariance: Array) -> Array:
-    """A covariance with a thousandth of its mean variance in every direction; 1 where there is none."""
+    """A covariance with at least a thousandth of its mean variance in every direction; 1 if it is 0."""
     mean = jnp.trace(covariance) / covariance.shape[0]
     return covariance + jnp.where(mean > 0, 1e-3 * mean, 1) * jnp.eye(covariance.shape[0], dtype=covariance.dtype)
 
 
 def _power(matrix: Array, exponent: float) -> Array:
-    """The power of a symmetric, positive matrix."""
+    """The power of a symmetric positive definite matrix."""
     values, axes = jnp.linalg.eigh((matrix + matrix.T) / 2)
     return (axes * values[None, :] ** exponent) @ axes.T
 
 
 def _checked(q: Array, k: Array, q_mask: Array | None, kv_mask: Array | None) -> tuple[Array, Array]:
-    """Queries and keys in the accumulation dtype, after checks of them and of their masks."""
+    """Checked queries and keys in the accumulation dtype."""
     check_rows("q", q, "[T, D]")
     check_rows("k", k, "[S, D]")
     check_key_value_fit(q, k, k)
@@ -209,9 +210,9 @@ def _moments(x: Array, mask: Array | None) -> tuple[Array, Array]:
 
 
 def check_proposal(proposal: Any, head_dim: int) -> None:
-    """Raises unless a proposal has ``head_dim`` channels, and finite numbers as far as they are known when tracing."""
+    """Raise unless a proposal has ``head_dim`` channels; concrete numbers must be finite."""
     if not isinstance(proposal, Proposal):
-        raise TypeError(f"proposal must be a Proposal, as fit_proposal makes it, got {shown(proposal)}")
+        raise TypeError(f"proposal must be a Proposal, as from fit_proposal, got {shown(proposal)}")
     for name, x, shape in (("mean", proposal.mean, (head_dim,)), ("root", proposal.root, (head_dim, head_dim))):
         check_floating(f"proposal.{name}", x)
         if x.shape != shape:

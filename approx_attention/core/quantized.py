@@ -1,9 +1,9 @@
-r"""Tokens in few bits: keys and values around the centres of their groups, rotated and rounded.
+r"""Quantised tokens: keys and values relative to the centres of their groups, rotated and rounded.
 
-A fixed rotation spreads every channel over all, so that no outlier among them sets the step of the others: signs and
-the discrete Hartley transform, orthogonal and flat for every number of channels (Hadamard's, which wants a power of
-two, and random orthogonal matrices measure the same). Queries are rotated to the keys, and outputs back, so that
-attention never rotates a token.
+A fixed rotation spreads every channel over all channels, so that an outlier channel does not set the step of the
+others. It consists of random signs and the discrete Hartley transform, which is orthogonal and has entries of similar
+size for every number of channels. (Hadamard matrices, which need a power of two, and random orthogonal matrices give
+the same errors.) Queries and outputs are rotated instead of tokens.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from approx_attention.core.summaries import (
 )
 from approx_attention.kernels import even_split, in_blocks, merge, out_of_blocks, require_same_kind
 
-# Consecutive tokens that share a centre. On the sample a centre of 128 tokens takes 25 to 45 % off the error at 4 bits,
-# for 8 (D + Dv) / 128 bytes per token at most; softmax does not see what all keys have in common.
+# Number of consecutive tokens that share a centre. On the sample a centre per 128 tokens lowers the error at 4 bits by
+# 25 to 45 %, for at most 8 (D + Dv) / 128 bytes per token; softmax does not depend on the common part of all keys.
 QUANTIZED_GROUP = 128
 
-# The 16 levels of least mean squared error for N(0, 1), each the mean of its cell (Max 1960, table I); their error is
-# 0.009501. The positive ones; the others are their negatives.
+# The 16 levels with the least mean squared error for N(0, 1), 0.009501, each the mean of its cell (Max 1960, table I).
+# Only the positive levels; the others are their negatives.
 GAUSSIAN_LEVELS = np.array(
     [0.12839503, 0.38804830, 0.65675912, 0.94234046, 1.25623120, 1.61804639, 2.06901723, 2.73258957]
 )
@@ -43,10 +43,10 @@ _EDGES = (_LEVELS[1:] + _LEVELS[:-1]) / 2
 
 
 class _Grid(NamedTuple):
-    """The levels to which rows are rounded, up to a step for each row.
+    """The quantisation levels of rows, in units of each row's step.
 
     Attributes:
-        encode: ``rows [..., D] within [-1, 1] -> codes``.
+        encode: ``rows [..., D] in [-1, 1] -> codes``.
         decode: ``(codes, D) -> levels [..., D]``.
     """
 
@@ -66,7 +66,7 @@ def _to_gaussian(unit: Array) -> Array:
     square = jnp.mean(unit * unit, axis=-1, keepdims=True)
     normal = unit * lax.rsqrt(jnp.where(square > 0, square, 1))
     codes = jnp.searchsorted(jnp.asarray(_EDGES, unit.dtype), normal, method="compare_all").astype(jnp.uint8)
-    # Two to a byte: the first half of the channels in the low bits, the second in the high ones.
+    # Two codes per byte: the first half of the channels in the low bits, the second half in the high bits.
     half = (unit.shape[-1] + 1) // 2
     high = jnp.pad(codes[..., half:], ((0, 0),) * (codes.ndim - 1) + ((0, 2 * half - unit.shape[-1]),))
     return codes[..., :half] | (high << 4)
@@ -77,12 +77,12 @@ def _of_gaussian(codes: Array, num_channels: int) -> Array:
     return jnp.asarray(_LEVELS)[both]
 
 
-# Of 256 levels Lloyd and Max's are no better than equal steps up to the largest entry, which never overflow.
+# With 256 levels, Lloyd-Max levels are no better than equal steps up to the largest entry, which never overflow.
 _GRIDS: Mapping[int, _Grid] = {8: _Grid(_to_uniform, _of_uniform), 4: _Grid(_to_gaussian, _of_gaussian)}
 
 
 def check_bits(name: str, bits: Any) -> int:
-    """Returns ``bits`` as an int if there is a grid of that many."""
+    """Return ``bits`` as an int if it is 8 or 4."""
     if check_count(name, bits) not in _GRIDS:
         raise ValueError(f"{name} must be 8 or 4, got {shown(bits)}")
     return int(bits)
@@ -90,7 +90,7 @@ def check_bits(name: str, bits: Any) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _rotation(num_channels: int, seed: int) -> np.ndarray:
-    """The orthogonal matrix that rows are multiplied by from the right: random signs, then the Hartley transform."""
+    """The orthogonal matrix that multiplies rows from the right: random signs, then the Hartley transform."""
     with jax.ensure_compile_time_eval():
         sign = np.asarray(random_signs(jax.random.key(seed), (num_channels,)), np.float64)
     index = np.arange(num_channels)
@@ -100,7 +100,7 @@ def _rotation(num_channels: int, seed: int) -> np.ndarray:
 
 @in_float32()
 def rotated(x: Array, seed: int) -> Array:
-    """Rows ``[..., D]`` in the space in which tokens are rounded."""
+    """Rows ``[..., D]`` rotated into the space in which tokens are rounded."""
     return x @ jnp.asarray(_rotation(x.shape[-1], seed), x.dtype)
 
 
@@ -113,18 +113,18 @@ def rotated_back(x: Array, seed: int) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedRows:
-    r"""Rows in few bits: :math:`x_{gj} R \approx a_{gj} c_g + s_{gj}\, \ell(\mathrm{codes}_{gj})`, for given a.
+    r"""Quantised rows: :math:`x_{gj} R \approx a_{gj} c_g + s_{gj}\, \ell(\mathrm{codes}_{gj})`, for given a.
 
-    The step s makes the rounded row as long in the direction of the row as the row itself,
-    :math:`\langle x, \hat x \rangle = \|x\|^2` less centres: levels that are means of their cells shrink rows, a bias
-    of logits and outputs that no sum over tokens averages out.
+    The step s makes the projection of the rounded row onto the row as long as the row itself,
+    :math:`\langle x, \hat x \rangle = \|x\|^2` relative to the centres. Levels that are means of their cells would
+    shrink rows, and this bias of logits and outputs would not average out over tokens.
 
     Attributes:
-        codes: of the levels: ``[G, m, D]``, int8, or two to a byte ``[G, m, D/2]``, uint8.
-        step: ``[G, m]``.
+        codes: codes of the levels: ``[G, m, D]``, int8, or two codes per byte ``[G, m, D/2]``, uint8.
+        step: s ``[G, m]``.
         centre: c ``[G, D]``, rotated.
         bits: 8 or 4.
-        seed: of the rotation.
+        seed: seed of the rotation.
     """
 
     codes: Array
@@ -135,12 +135,12 @@ class QuantizedRows:
 
     @classmethod
     def of(cls, x: Array, along: Array, *, bits: int, seed: int) -> Self:
-        """The rows ``x [G, m, D]`` around multiples ``along [G, m]`` of the centres that are nearest to them."""
+        """Quantise rows ``x [G, m, D]`` relative to multiples ``along [G, m]`` of the least-squares centres."""
         x = rotated(x, seed)
         weight = jnp.sum(along * along, axis=1)
         centre = jnp.sum(along[..., None] * x, axis=1) / jnp.where(weight > 0, weight, 1)[:, None]
         x = x - along[..., None] * centre[:, None]
-        # Within [-1, 1], so that no square overflows. A row of NaN has a step of NaN.
+        # In [-1, 1], so that no square overflows. A row with NaN has a step of NaN.
         peak = jnp.max(jnp.abs(x), axis=-1)
         unit = x / jnp.where(peak > 0, peak, 1)[..., None]
         codes = _GRIDS[bits].encode(unit)
@@ -158,24 +158,23 @@ class QuantizedRows:
         return dataclasses.replace(self, step=self.step * factor, centre=self.centre * factor)
 
     def joined(self, other: Self) -> Self:
-        """The groups of both."""
+        """The groups of both operands."""
         return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, other)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedKV(InSpace):
-    r"""The tokens of a `WeightedKV` in 8 or 4 bits per channel, in G groups of m consecutive ones.
+    r"""The tokens of a `WeightedKV` in 8 or 4 bits per channel, in G groups of m consecutive tokens.
 
-    `attend` and `merge` take it as they take a `WeightedKV`; a token without mass stays absent. Made by `quantize`.
-    With D = Dv = 64 a token takes 140 bytes at 8 bits and 76 at 4, and its share of a centre 4, where float32 takes
-    516.
+    Made by `quantize`. `attend` and `merge` treat it like a `WeightedKV`; a token without mass stays absent. With
+    D = Dv = 64 a token takes 140 bytes at 8 bits and 76 at 4 bits, plus 4 bytes for its share of a centre, instead of
+    516 bytes in float32.
 
     Attributes:
         k: keys in scaled space.
-        value_sum: the values that each token stands for, around its mass times the centre.
-        mass: ``[G, m]``, of any sign, as it was: in float32, because masses reach the number of tokens, and Nystrom
-            weights cancel.
+        value_sum: the sum of values of each token, relative to its mass times the centre.
+        mass: ``[G, m]``, of any sign, not quantised: masses reach the number of tokens, and Nystrom weights cancel.
         value_range: as in `WeightedKV`, in the space of the values.
         scale: as in `WeightedKV`.
     """
@@ -187,18 +186,18 @@ class QuantizedKV(InSpace):
     scale: Array | None = None
 
     def in_rotated_space(self) -> WeightedKV:
-        """The tokens ``[G m]`` for queries that are ``rotated``, whose outputs are to be ``rotated_back``."""
+        """The tokens ``[G m]`` in rotated space, for rotated queries; `attend` rotates queries and outputs."""
         present = jnp.ones_like(self.mass)
         rows = self.k.rows(present), self.value_sum.rows(self.mass), self.mass
         return WeightedKV(*(out_of_blocks(x) for x in rows))
 
     @property
     def values_from_to(self) -> Array:
-        """As of a `WeightedKV`."""
+        """Smallest and largest value per channel ``[2, Dv]``, as for a `WeightedKV`."""
         return self.dequantized().values_from_to
 
     def dequantized(self) -> WeightedKV:
-        """The tokens ``[G m]`` as `attend` sees them, in full width."""
+        """Convert to a `WeightedKV` with the rounded keys and values of the G m tokens in full precision."""
         tokens = self.in_rotated_space()
         k, value_sum = rotated_back(tokens.k, self.k.seed), rotated_back(tokens.value_sum, self.k.seed)
         return WeightedKV(k, value_sum, tokens.mass, self.value_range, self.scale)
@@ -208,25 +207,25 @@ Summary = WeightedKV | QuantizedKV | FeatureMoments | ChosenTokens
 
 
 def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:
-    r"""Rounds the keys and values of tokens to few bits; masses stay as they are.
+    r"""Quantise the keys and values of tokens to 8 or 4 bits; masses are unchanged.
 
-    Tokens are taken in groups of at most 128 consecutive ones. Each group keeps its mean key and value, and each token
-    its departure from them: rotated, in units of its step, at 256 equal levels or at the 16 that are best for
-    a Gaussian, which rotated channels resemble. At 4 bits the squared error is 0.0096 of the squared departure.
+    A group of at most 128 consecutive tokens stores its mean key and value. Each token stores its difference from them,
+    rotated and in units of its step, at 256 equal levels or at the 16 levels that are best for a Gaussian, which
+    rotated channels resemble. At 4 bits the squared error is 0.0096 of the squared difference.
 
-    No gradient passes: rounded keys, values and masses are constants. That of queries does.
+    Quantised keys, values and masses have no gradient; queries do.
 
     Args:
-        summary: tokens with masses of any sign. If M is not a multiple of the groups, absent ones are appended.
+        summary: tokens with masses of any sign. Absent tokens are appended if M is not a multiple of the group size.
         bits: 8 or 4, per channel of keys and values.
-        seed: of the signs of the rotation. One serves all, because it need only be unrelated to the data; tokens of
-            one seed merge.
+        seed: seed of the signs of the rotation. It must only be independent of the data, so one seed serves all
+            tensors; only tokens of one seed can be merged.
 
     Returns:
         The `QuantizedKV`.
 
     Raises:
-        TypeError: not a `WeightedKV`, bits or a seed that are no integers.
+        TypeError: not a `WeightedKV`, bits or a seed that are not integers.
         ValueError: bits other than 8 and 4, a negative seed.
 
     Example:
@@ -249,7 +248,7 @@ def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:
     if not isinstance(summary, WeightedKV):
         raise TypeError(f"quantize takes a WeightedKV, got {type(summary).__name__}")
     if summary.mass.shape[0] == 0:
-        raise ValueError("quantize takes at least one token, got a summary of none")
+        raise ValueError("quantize needs at least one token, got an empty summary")
     how: Any = {"bits": check_bits("bits", bits), "seed": check_count("seed", seed, least=0)}
     summary = lax.stop_gradient(summary)
     present = summary.present
@@ -262,7 +261,7 @@ def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:
 
 
 def quantized_bytes(num_tokens: int, head_dim: int, value_dim: int, *, bits: int, dtype: Any = jnp.float32) -> int:
-    """The `summary_bytes` of M tokens of non-negative masses that are quantized, with other numbers in ``dtype``."""
+    """The `summary_bytes` of M quantised tokens with non-negative masses, with other numbers in ``dtype``."""
     size = even_split(num_tokens, QUANTIZED_GROUP)[1]
     groups = -(-num_tokens // size)
     codes = sum(-(-channels * bits // 8) for channels in (head_dim, value_dim))
@@ -275,8 +274,8 @@ def _merge_quantized(a: QuantizedKV, b: Any) -> QuantizedKV:
     kinds = [(x.k.bits, x.k.seed, x.k.centre.shape[1], x.value_sum.centre.shape[1], x.mass.shape[1]) for x in (a, b)]
     if kinds[0] != kinds[1]:
         raise ValueError(
-            "merge takes quantized tokens of one (bits, seed, D, Dv, tokens per group), or what dequantized() makes of "
-            f"them; got {kinds[0]} and {kinds[1]}"
+            "merge needs quantized tokens of equal (bits, seed, D, Dv, tokens per group); call dequantized() on other "
+            f"tokens; got {kinds[0]} and {kinds[1]}"
         )
     (ratio, _), keys = scale_ratio(a, b), b.k
     if ratio is not None:

@@ -1,4 +1,4 @@
-"""Attention of queries over summaries: tokens with masses, signed ones too, and moments of features."""
+"""Attention of queries over summaries: tokens with masses of any sign, and feature moments."""
 
 import math
 from typing import Any
@@ -24,24 +24,24 @@ from approx_attention.kernels import HIDDEN, AttentionState, by_platform, finite
 
 
 def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float | None = None) -> AttentionState:
-    r"""Computes the attention of queries over a summary.
+    r"""Compute attention over a summary.
 
     .. math:: \mathrm{out}(q) = \frac{\sum_r \phi_r(q)\, \mathrm{value\_sum}_r}{\sum_r \phi_r(q)\, \mathrm{mass}_r},
               \qquad \mathrm{lse}(q) = \log \sum_r \phi_r(q)\, \mathrm{mass}_r.
 
     Args:
-        q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for the functions ``summarize_*``,
-            which take scaled keys; not scaled where the summary carries its scale, as that of `compress_tokens`.
+        q: queries ``[T, D]`` in the space of the summary: scaled by `fold_scale` for functions ``summarize_*``, which
+            take scaled keys; unscaled if the summary carries its scale, like that of `compress_tokens`.
         summary: a `WeightedKV`, `QuantizedKV` or `FeatureMoments`.
-        logits_soft_cap: that of `kernels.state`; for tokens without signed masses.
+        logits_soft_cap: cap of the logits as in `kernels.state`; only for tokens without signed masses.
 
     Returns:
-        The `AttentionState` of the queries. Where the estimated normaliser is not positive, which signed masses and
-        features allow, it is empty: ``out = 0`` and ``lse = -inf``, which merging ignores.
+        The `AttentionState` of the queries. Signed masses and features can give normalisers that are not positive.
+        There the state is empty, ``out = 0`` and ``lse = -inf``, and has no effect on a merge.
 
     Raises:
-        TypeError: ``summary`` is none of these kinds, queries that are not floating point.
-        ValueError: queries that are not rows of as many channels as the keys, capped logits of other summaries.
+        TypeError: ``summary`` is none of these types, or queries are not floating point.
+        ValueError: queries do not have the channels of the keys, or the summary does not support capped logits.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -52,7 +52,7 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
         (3.0, 3.0)
     """
     if not isinstance(summary, WeightedKV | QuantizedKV | FeatureMoments | ChosenTokens):
-        raise TypeError(f"attend takes a WeightedKV, QuantizedKV or FeatureMoments, got {type(summary).__name__}")
+        raise TypeError(f"attend needs a WeightedKV, QuantizedKV or FeatureMoments, got {type(summary).__name__}")
     check_rows("q", q, "[T, D]")
     head_dim = _head_dim(summary)
     if head_dim is not None and q.shape[1] != head_dim:
@@ -61,7 +61,7 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
     if logits_soft_cap is not None and (
         isinstance(summary, FeatureMoments | ChosenTokens) or summary.value_range is not None
     ):
-        raise ValueError("logits_soft_cap is for summaries of tokens whose masses are not signed")
+        raise ValueError("logits_soft_cap is only supported for tokens without signed masses")
     q = scaled_queries(q.astype(accumulation_dtype(q)), summary)
     if isinstance(summary, ChosenTokens):
         return summary.state(q)
@@ -71,7 +71,7 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
         return _attend_moments(q, summary)
     signed = summary.value_range is not None
     if isinstance(summary, QuantizedKV):
-        # Queries and outputs are rotated, which are few, and not the tokens.
+        # Rotate queries and outputs, which are few, instead of tokens.
         seed = summary.k.seed
         state = _attend_tokens(rotated(q, seed), summary.in_rotated_space(), logits_soft_cap, signed=signed)
         state = AttentionState(rotated_back(state.out, seed), state.lse)
@@ -81,7 +81,7 @@ def attend(q: Float[Array, "T D"], summary: Summary, *, logits_soft_cap: float |
 
 
 def _head_dim(summary: Summary) -> int | None:
-    """The number of channels of the queries, where tokens or the projection of a feature map determine it."""
+    """The number of channels of queries, if the tokens or the projection of a feature map determine it."""
     if isinstance(summary, FeatureMoments):
         rows = getattr(summary.features, "projection", None)
     else:
@@ -90,19 +90,19 @@ def _head_dim(summary: Summary) -> int | None:
 
 
 def _attend_tokens(q: Array, tokens: WeightedKV, logits_soft_cap: float | None, *, signed: bool) -> AttentionState:
-    """Attention over tokens with masses, before outputs of signed ones are clipped."""
+    """Attention over tokens with masses, without the clipping for signed masses."""
     if signed:
         return map_rows(jax.checkpoint(lambda q: _attend_signed_tokens(q, tokens)), q, FEATURE_BLOCK)
-    # Weights are T M numbers and keys M D: for fewer queries than channels only the weights are changed.
+    # Weights have T M entries and keys M D: with fewer queries than channels, change the weights only.
     if q.shape[0] < tokens.k.shape[1]:
         return _attend_few(q, tokens, logits_soft_cap)
     return kernels.state(q, tokens.k, tokens.values, tokens.log_mass, logits_soft_cap=logits_soft_cap)
 
 
 def _attend_few(q: Array, tokens: WeightedKV, logits_soft_cap: float | None) -> AttentionState:
-    """Attention of fewer queries than channels, as in decoding, without a copy of keys and values.
+    """Attention for fewer queries than channels, as in decoding, without a copy of keys and values.
 
-    The weights are smaller than keys and values: absent keys are hidden, and values divided by masses, in the weights.
+    Weights are smaller than keys and values, so hiding absent keys and dividing by masses is done in the weights.
     """
     absent = tokens.mass == 0
     logits = _products(q, tokens.k, ~absent)
@@ -117,14 +117,14 @@ def _attend_few(q: Array, tokens: WeightedKV, logits_soft_cap: float | None) -> 
 
 @jax.custom_jvp
 def _products(q: Array, k: Array, present: Array) -> Array:
-    """Logits ``q k^T``, minus infinity for keys that are not present ``[M]``, which may be NaN."""
+    """Logits ``q k^T``, minus infinity for absent keys, which may be NaN."""
     return jnp.where(present[None, :], q @ k.T, -jnp.inf)
 
 
 @_products.defjvp
 def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
-    # Derivatives for queries are products with keys, where an absent key of NaN would give 0 times NaN. Only here keys
-    # are copied to be cleared: without a derivative, as in decoding, they are read in place.
+    # Derivatives with respect to queries are products with keys, where an absent key of NaN would give 0 times NaN.
+    # Only here are absent keys set to 0, which copies all keys; without derivatives, as in decoding, nothing is copied.
     (q, k, present), (q_tangent, k_tangent, _) = primals, tangents
     cleared = jnp.where(present[:, None], k, jnp.zeros_like(k))
     tangent = q_tangent @ cleared.T + q @ k_tangent.T
@@ -132,7 +132,7 @@ def _products_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Ar
 
 
 def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
-    """Attention over moments of any features, at the peak of each query's log-scales, a few queries at a time."""
+    """Attention over moments of any features, relative to each query's largest log-scale, by blocks of queries."""
 
     def of_block(q: Array) -> AttentionState:
         values, log_scale = moments.features(q)
@@ -146,7 +146,7 @@ def _attend_moments(q: Array, moments: FeatureMoments) -> AttentionState:
 
 
 def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionState:
-    r"""Attention over moments of positive features, with the directions w as keys: no feature of a query is stored.
+    r"""Attention over moments of positive features as softmax attention with the directions w as keys.
 
     .. math:: \phi_r(q)\, e^{c_r}\, \mathrm{mass}_r
               = e^{w_r \cdot q + b_r + c_r + \log \mathrm{mass}_r - \|q\|^2 / 2} R^{-1/2}
@@ -162,7 +162,7 @@ def _attend_positive_moments(q: Array, moments: FeatureMoments) -> AttentionStat
 
 
 def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
-    """Attention over tokens with signed masses, by sums and not logarithms."""
+    """Attention over tokens with signed masses, by sums instead of logarithms."""
     logits = _products(q, summary.k, summary.present)
     peak = finite_peak(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[:, None])
@@ -170,7 +170,7 @@ def _attend_signed_tokens(q: Array, summary: WeightedKV) -> AttentionState:
 
 
 def _clipped(state: AttentionState, value_range: Array) -> AttentionState:
-    """Outputs within the range of the values: exact attention never leaves it; a quotient of signed sums may, far."""
+    """Clip outputs to the range of the values, which a quotient of signed sums can leave by far."""
     low, high = value_range[:, None, :]
     has_answer = jnp.isfinite(state.lse)[:, None]
     return AttentionState(jnp.where(has_answer, jnp.clip(state.out, low, high), state.out), state.lse)

@@ -1,4 +1,4 @@
-"""Groups of neighbouring tokens and their means: the landmarks, proposals and chunks of many methods."""
+"""Groups of neighbouring tokens and their means, for the landmarks, proposals and chunks of methods."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from approx_attention.kernels import in_blocks, pad_rows
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """M groups of tokens: ``member [M, longest]`` are their indices, and ``inside`` is false for filling."""
+    """M groups of tokens: ``member [M, longest]`` are indices of tokens, and ``inside`` is false for filling."""
 
     member: np.ndarray | Array
     inside: np.ndarray | Array
 
     def gather(self, x: Array) -> Array:
         """Rows ``[S, ...]`` by segment, ``[M, longest, ...]``, with zeros as filling."""
-        # Segments of equal length are a reshape, which needs no gather and no scatter in its derivative.
+        # For segments of equal length this is a reshape, without a gather, and a scatter in its derivative.
         known = isinstance(self.inside, np.ndarray)
         if known and self.inside.all() and np.array_equal(self.member.reshape(-1), np.arange(x.shape[0])):
             return x.reshape(*self.member.shape, *x.shape[1:])
@@ -51,7 +51,7 @@ class RankedSegments:
 
     def sums(self, x: Array) -> Array:
         """Sums of the real rows ``[S, ...]`` of each segment, ``[M, ...]``."""
-        # Padding has the number M, beyond the last segment, which the scatter leaves out.
+        # Padding has the number M, which is out of bounds, so the scatter drops it.
         return jax.ops.segment_sum(x, self.number, self.num_segments)
 
     def maxima(self, x: Array) -> Array:
@@ -62,16 +62,16 @@ class RankedSegments:
 def segments_of(
     num_tokens: int, num_segments: int, real: Array | None = None, most: Array | int | None = None
 ) -> Segments | RankedSegments:
-    r"""Cuts tokens into runs whose lengths differ by at most 1: segment c holds the j with floor(j M / S) = c.
+    r"""Cut tokens into runs whose lengths differ by at most 1: segment c contains the j with floor(j M / S) = c.
 
     Padding is in no segment: with ``real``, j is the rank of a token among the n real ones, S is n, and M is at most n,
     so that the segments are those of the sequence without its padding.
 
     Args:
-        num_tokens: the number S of places.
+        num_tokens: the number S of positions.
         num_segments: M, at most S.
-        real: which tokens are real ``[S]``.
-        most: a further bound on M, with which the last segments are empty; only with ``real``.
+        real: mask of the real tokens ``[S]``.
+        most: another upper bound of M, which leaves the last segments empty; only with ``real``.
 
     Returns:
         The segments, with static indices unless ``real`` is given.
@@ -92,13 +92,13 @@ def _ranked(num_segments: int, real: Array, most: Array | int | None) -> Array:
     """The segment of each real token by its rank ``[S]``, and ``num_segments`` for padding."""
     count = count_real(real)
     used = jnp.minimum(num_segments, count if most is None else jnp.minimum(count, most))
-    # rank M / n as whole numbers whose product may pass 2^31 for long sequences.
+    # Integer division rank M / n, whose product may exceed 2^31 for long sequences.
     number, _ = floor_of_share(jnp.cumsum(real, dtype=jnp.int32) - 1, used, jnp.maximum(count, 1))
     return jnp.where(real, number, num_segments)
 
 
 def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array | None = None) -> Array:
-    """Matrix ``[M, S]`` whose rows average the segments of `segments_of`; M is at most S."""
+    """The matrix ``[M, S]`` whose rows average the segments of `segments_of`; M is at most S."""
     num_segments = min(num_segments, num_tokens)
     if real is None:
         segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
@@ -109,7 +109,7 @@ def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array
 
 
 def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
-    """Cuts an image, whose pixels are the tokens row by row, into a square number of rectangles."""
+    """Cut an image, whose pixels are the tokens row by row, into a square number of rectangles."""
     height, width = (check_count("spatial_shape", side) for side in shape)
     side = math.isqrt(num_segments)
     if side * side != num_segments or side > min(height, width):
@@ -123,7 +123,7 @@ def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
 
 
 def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[int, int] | None = None) -> Segments:
-    """Cuts tokens into runs, or an image into the greatest square number of rectangles up to ``num_landmarks``.
+    """Cut tokens into runs, or an image into the largest square number of rectangles up to ``num_landmarks``.
 
     Args:
         num_tokens: the number of tokens.
@@ -134,12 +134,12 @@ def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[
         The `Segments`.
 
     Raises:
-        ValueError: a shape that is not that of the tokens.
+        ValueError: ``spatial_shape`` does not match the number of tokens.
     """
     if spatial_shape is None:
         return _runs(num_tokens, num_landmarks)
     if math.prod(spatial_shape) != num_tokens:
-        raise ValueError(f"spatial_shape must be that of the {num_tokens} tokens, got {spatial_shape}")
+        raise ValueError(f"spatial_shape must have {num_tokens} pixels, one per token, got {spatial_shape}")
     return grid_segments(spatial_shape, math.isqrt(min(num_landmarks, min(spatial_shape) ** 2)) ** 2)
 
 
@@ -152,7 +152,7 @@ class TokenSums(NamedTuple):
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None) -> "TokenSums":
-        """The sums of segments of one token each; padding counts 0."""
+        """The sums of segments of one token each; padding has count 0."""
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         return cls(tokens.k, tokens.value_sum, tokens.mass)
 
@@ -172,7 +172,7 @@ def mean(total: Array, count: Array) -> Array:
 
 def segment_means(x: Array, parts: Segments | RankedSegments, mask: Array | None = None) -> Array:
     """Means of the rows ``x [S, D]`` of each segment where ``mask`` is true; 0 for an empty one."""
-    # Values without channels: the sums of `TokenSums` clear padding, and count it.
+    # Values without channels: the sums of `TokenSums` zero padding and count real tokens.
     sums = TokenSums.of_tokens(x, x[:, :0], mask).pooled(parts)
     return mean(sums.k, sums.count)
 
@@ -185,7 +185,7 @@ def landmark_means(
     most: Array | int | None = None,
 ) -> Array:
     """Means of the real rows ``x [S, D]`` over segments of the real tokens, or of all pixels of an image."""
-    # The pixels of an image keep their places: padding may leave a rectangle with fewer, or none.
+    # The pixels of an image keep their positions: padding may leave a rectangle with few pixels or none.
     if mask is None or spatial_shape is not None:
         return segment_means(x, landmark_segments(x.shape[0], num_landmarks, spatial_shape), mask)
     return segment_means(x, segments_of(x.shape[0], num_landmarks, mask, most), mask)
@@ -199,18 +199,18 @@ def paired_means(
     kv_mask: Array | None,
     spatial_shape: tuple[int, int] | None = None,
 ) -> tuple[Array, Array, Array | None]:
-    """Means of queries and of keys over the same number of segments, at most that of real queries and of real keys.
+    """Means of queries and of keys over equally many segments, at most the number of real queries and of real keys.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         num_segments: M, at most T and S.
-        q_mask: which queries are real ``[T]``.
-        kv_mask: which keys are real ``[S]``.
+        q_mask: true where a query is real ``[T]``.
+        kv_mask: true where a key is real ``[S]``.
         spatial_shape: as in `landmark_segments`.
 
     Returns:
-        The means ``[M, D]`` of queries and of keys, and which segments are not empty ``[M]``: None for all.
+        The means ``[M, D]`` of queries and of keys, and a mask of non-empty segments ``[M]``, None for all.
     """
     most = present = None
     if spatial_shape is None and (q_mask is not None or kv_mask is not None):
@@ -222,35 +222,35 @@ def paired_means(
 
 
 class GrowingSegments(NamedTuple):
-    """Segments of ``length`` consecutive positions each, from position 0 on."""
+    """Consecutive segments of ``length`` positions each, from position 0."""
 
     sums: TokenSums
     length: Array
 
     @classmethod
     def empty(cls, num_segments: int, head_dim: int, value_dim: int, dtype: Any) -> "GrowingSegments":
-        """Segments without a token."""
+        """Segments without tokens."""
         room = WeightedKV.empty(num_segments, head_dim, value_dim, dtype)
         return cls(TokenSums(room.k, room.value_sum, room.mass), jnp.ones((), jnp.int32))
 
     def append(self, start: Array, unit: int, tokens: TokenSums, least_length: int) -> "GrowingSegments":
-        """The segments after one more block.
+        """Append one block.
 
-        When the block no longer fits, neighbours are pooled in pairs and the length doubles: a bounded number of
+        If the block does not fit, neighbours are pooled in pairs and the length doubles. So a bounded number of
         segments covers any prefix, and at least half of them are in use.
 
         Args:
             start: position of the block's first token.
-            unit: the number of positions that each row of ``tokens`` stands for.
+            unit: number of positions per row of ``tokens``.
             tokens: sums of the block, unit by unit.
-            least_length: initial positions per segment, a multiple of ``unit``; all segments together hold a block.
+            least_length: initial length of a segment, a multiple of ``unit``, for which all segments cover a block.
         """
         num_segments, block_size = self.sums.count.shape[0], unit * tokens.count.shape[0]
-        # The first block sets the length, which the empty state does not know.
+        # The first block sets the length, which is unknown in the empty state.
         length = jnp.where(start == 0, least_length, self.length)
         full = start + block_size > num_segments * length
         sums = lax.cond(full, lambda sums: jax.tree.map(_sum_pairs, sums), lambda sums: sums, self.sums)
-        # Doubling costs a sum over all segments, and happens log2(S) times.
+        # Doubling costs one sum over all segments, and happens log2(S) times.
         length = jnp.where(full, 2 * length, length)
         segment = (start + unit * jnp.arange(tokens.count.shape[0], dtype=jnp.int32)) // length
         block = jax.tree.map(lambda x: jax.ops.segment_sum(x, segment, num_segments, indices_are_sorted=True), tokens)
@@ -260,15 +260,15 @@ class GrowingSegments(NamedTuple):
     def of_sequence(
         cls, num_segments: int, unit: int, block_size: int, tokens: TokenSums, least_length: int
     ) -> Callable[[Array], "GrowingSegments"]:
-        """The segments after the first blocks of a sequence, which `append` would have made of them, for any number.
+        """The segments of all prefixes of blocks of a sequence, equal to those of `append`.
 
-        After e positions the length is the least of ``least_length * 2^i`` with which all segments together reach e.
-        So the segments that are full come from one table for all prefixes, of the first segments of each such length;
-        only the last one, in which a prefix ends, differs between prefixes.
+        After e positions the length is the smallest ``least_length * 2^i`` for which all segments together cover e
+        positions. So the full segments of all prefixes come from one table, with the first segments of each length.
+        Only the last segment of a prefix is computed separately.
 
         Args:
             num_segments: the number M of segments.
-            unit: the number of positions that each row of ``tokens`` stands for.
+            unit: number of positions per row of ``tokens``.
             block_size: positions per block, a multiple of ``unit``.
             tokens: sums of the whole sequence, unit by unit.
             least_length: as in `append`.
@@ -277,7 +277,7 @@ class GrowingSegments(NamedTuple):
             ``at(count) -> GrowingSegments`` after ``count`` blocks.
         """
         num_units, per_block = tokens.count.shape[0], block_size // unit
-        # Lengths in units, the last of which covers the sequence.
+        # Lengths in units, up to the one that covers the sequence.
         doublings = max(0, -(-num_units * unit // (num_segments * least_length)) - 1).bit_length()
         lengths = [(least_length // unit) << i for i in range(doublings + 1)]
 
@@ -315,7 +315,7 @@ def _segments_after(
         level = level + (length * num_segments < end).astype(jnp.int32)
     length = lengths[0] << level
     full = end // length
-    # The last segment starts in block `first`: all blocks from there on, less what stands before it.
+    # The last segment starts in block `first`: sum all blocks from there, and subtract the units before the segment.
     start = full * length
     first = start // per_block
     block = jnp.arange(num_blocks, dtype=jnp.int32)
@@ -334,14 +334,14 @@ def _segments_after(
             of_segment = (first < count) & (first * per_block + jnp.arange(per_block, dtype=jnp.int32) >= start)
             last = jnp.sum(after, axis=0) + jnp.sum(jnp.where(along(of_segment, inside), inside, 0), axis=0)
         own = lax.dynamic_index_in_dim(segments, level, keepdims=False)
-        # Later tokens are in the table's further rows, and selected away rather than multiplied by 0.
+        # Rows of later tokens are selected away, not multiplied by 0, because they may be NaN.
         return jnp.where(along(number < full, own), own, jnp.where(along(number == full, own), last[None], 0))
 
     return GrowingSegments(jax.tree.map(rows, table, block_sums, by_block), unit * length)
 
 
 def _sum_pairs(x: Array) -> Array:
-    """Sums rows 2c and 2c + 1 into row c, and clears the rows behind."""
+    """Sum rows 2c and 2c + 1 into row c, and zero the remaining rows."""
     rows = x.shape[0]
     pairs = jnp.sum(pad_rows(x, rows % 2).reshape(-1, 2, *x.shape[1:]), axis=1)
     return pad_rows(pairs, rows - pairs.shape[0])

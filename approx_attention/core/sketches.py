@@ -1,7 +1,7 @@
-r"""Random matrices S with :math:`E[S^T S] = I`: sums of many rows in few, which preserve inner products on average.
+r"""Random matrices S with :math:`E[S^T S] = I`, which map many rows to few and preserve inner products on average.
 
-A sketch is applied by ``sketch @ x``, fast where its structure allows. `back` applies its transpose, and
-``sketch @ jnp.eye(n)`` is the matrix.
+``sketch @ x`` applies a sketch, using its structure. `back` applies its transpose, and ``sketch @ jnp.eye(n)`` is the
+matrix.
 """
 
 import dataclasses
@@ -20,27 +20,27 @@ from approx_attention.kernels import along_with, pad_rows
 
 
 def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
-    """Random signs in float32, the same with and without 64-bit mode, unlike those of `jax.random.rademacher`."""
+    """Random signs in float32, equal with and without 64-bit mode, unlike those of `jax.random.rademacher`."""
     return jnp.where(jax.random.bernoulli(key, jnp.float32(0.5), shape), jnp.float32(1), jnp.float32(-1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseSketch:
-    """Dense matrix ``[M, n]``, with independent random entries or learned ones."""
+    """A dense matrix ``[M, n]``, with independent random entries or learned."""
 
     entries: Array
 
     @classmethod
     def gaussian(cls, key: Array, size: int, num_rows: int) -> Self:
-        """Independent entries of N(0, 1/M)."""
+        """Sample independent entries from N(0, 1/M)."""
         return cls(jax.random.normal(key, (size, num_rows), jnp.float32) / math.sqrt(size))
 
     @classmethod
     def signs(cls, key: Array, size: int, num_rows: int, *, sparsity: int = 1) -> Self:
-        r"""Entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0: Rademacher for s = 1, Achlioptas for s = 3."""
+        r"""Sample entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0. Rademacher: s = 1; Achlioptas: s = 3."""
         key_sign, key_there = jax.random.split(key)
-        # A float32 probability: samples are then the same with and without 64-bit mode.
+        # A float32 probability makes samples equal with and without 64-bit mode.
         there = jax.random.bernoulli(key_there, jnp.float32(1 / sparsity), (size, num_rows))
         sign = random_signs(key_sign, (size, num_rows))
         return cls(jnp.where(there, sign * math.sqrt(sparsity / size), 0))
@@ -59,13 +59,13 @@ class DenseSketch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseSketch:
-    r"""Sparse sketch: each row is added, with a random sign, to one of the M/s sums of s blocks, over :math:`\sqrt s`.
+    r"""A sparse sketch: s blocks of M/s sums; each row is added to one sum per block with sign :math:`\pm 1/\sqrt s`.
 
-    CountSketch for s = 1, and the block form of the sparse Johnson-Lindenstrauss transform of Kane and Nelson beyond.
+    CountSketch for s = 1; for s > 1 the block form of the sparse Johnson-Lindenstrauss transform of Kane and Nelson.
 
     Attributes:
-        place: the number of the sum, within its block, to which a row is added ``[s, n]``.
-        sign: the sign with which it is added ``[s, n]``.
+        place: index of the sum, within its block, to which a row is added ``[s, n]``.
+        sign: sign with which it is added ``[s, n]``.
         size: the number M of sums.
     """
 
@@ -75,7 +75,7 @@ class SparseSketch:
 
     @classmethod
     def draw(cls, key: Array, size: int, num_rows: int, *, entries: int = 1) -> Self:
-        """Random places and signs, ``entries`` per row."""
+        """Sample random places and signs, ``entries`` per row."""
         if size % entries:
             raise ValueError(f"sketch_size must be a multiple of the {entries} entries per row, got {size}")
         key_place, key_sign = jax.random.split(key)
@@ -103,11 +103,11 @@ class SparseSketch:
 class HadamardSketch:
     r"""The subsampled randomised Hadamard transform :math:`\sqrt{N/M}\, R\, (H_N/\sqrt N)\, D`, in :math:`N \log N`.
 
-    N is the power of two from n on, to which rows are padded with zeros; with M = N it is orthogonal.
+    N is the smallest power of two of at least n; rows are padded with zeros to N. With M = N the sketch is orthogonal.
 
     Attributes:
         sign: the diagonal D ``[n]``.
-        chosen: which rows of the transform R keeps ``[M]``, without replacement.
+        chosen: indices of the rows of the transform that R keeps ``[M]``, without replacement.
     """
 
     sign: Array
@@ -115,11 +115,11 @@ class HadamardSketch:
 
     @classmethod
     def draw(cls, key: Array, size: int, num_rows: int) -> Self:
-        """Random signs and rows."""
+        """Sample random signs and rows."""
         # Rows of the padded transform are sampled, so M may exceed n up to the power of two.
         length = _power_of_two(num_rows)
         if size > length:
-            raise ValueError(f"sketch_size must be at most {length}, the power of two from S on, got {size}")
+            raise ValueError(f"sketch_size must be at most {length}, the next power of two from S, got {size}")
         key_sign, key_row = jax.random.split(key)
         sign = random_signs(key_sign, (num_rows,))
         return cls(sign, jax.random.permutation(key_row, length)[:size])
@@ -139,7 +139,7 @@ class HadamardSketch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSample:
-    """Sampled rows, each times a weight.
+    """Sampled rows, each with a weight.
 
     Attributes:
         chosen: indices of the rows ``[M]``.
@@ -153,7 +153,7 @@ class RowSample:
 
     @classmethod
     def uniform(cls, key: Array, size: int, num_rows: int) -> Self:
-        r"""M of n rows without replacement, times :math:`\sqrt{n/M}`."""
+        r"""Sample M of n rows without replacement, with weights :math:`\sqrt{n/M}`."""
         if size > num_rows:
             raise ValueError(f"sketch_size must be at most S = {num_rows} rows, got {size}")
         chosen = jax.random.permutation(key, num_rows)[:size]
@@ -161,11 +161,11 @@ class RowSample:
 
     @classmethod
     def with_odds(cls, key: Array, size: int, log_odds: Array) -> Self:
-        r"""M rows with replacement, row j with probability :math:`p_j`, times :math:`1/\sqrt{M p_j}`; odds ``[n]``."""
+        r"""Sample M rows with replacement, row j with probability :math:`p_j` and weight :math:`1/\sqrt{M p_j}`."""
         log_p = jax.nn.log_softmax(log_odds)
         cumulative = jnp.cumsum(jnp.exp(log_p))
-        # 1 - u lies in (0, 1]: the first row of cumulative odds at least that large never has odds of 0. Times the last
-        # sum, which rounding may leave below 1, so that the search stays within the rows.
+        # 1 - u is in (0, 1]: the first row whose cumulative odds are at least that large never has odds 0. Multiplying
+        # by the total, which rounding may leave below 1, keeps the search within the rows.
         reached = cumulative[-1] * (1 - jax.random.uniform(key, (size,), cumulative.dtype))
         chosen = jnp.searchsorted(cumulative, reached)
         return cls(chosen, jnp.exp(-0.5 * (math.log(size) + log_p[chosen])), log_odds.shape[0])
@@ -189,14 +189,14 @@ SKETCHES: Mapping[str, Callable[[Array, int, int], Sketch]] = {
 
 
 def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
-    r"""Samples a random matrix S ``[M, n]`` with :math:`E[S^T S] = I`, independent of the rows that it is applied to.
+    r"""Sample a random matrix S ``[M, n]`` with :math:`E[S^T S] = I`.
 
     Args:
         key: typed PRNG key.
-        kind: ``"gaussian"``; ``"rademacher"`` and ``"achlioptas"``, signs of density 1 and 1/3; ``"count"`` and
+        kind: ``"gaussian"``; ``"rademacher"`` and ``"achlioptas"``, signs with density 1 and 1/3; ``"count"`` and
             ``"sparse_jl"``, 1 and 4 signs per column; ``"hadamard"``; ``"uniform_rows"``.
-        size: M.
-        num_rows: n.
+        size: the number M of rows of S.
+        num_rows: the number n of rows that S sums.
 
     Returns:
         The sketch, for ``sketch @ x``.
@@ -223,18 +223,18 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
 
 
 def back(sketch: Sketch, y: Array) -> Array:
-    """Applies the transpose, :math:`S^T y` of rows ``y [M, ...]``: ``[n, ...]``."""
-    # JAX transposes the fast product: no sketch needs a second implementation.
+    """Apply the transpose of a sketch: :math:`S^T y` ``[n, ...]`` for rows ``y [M, ...]``."""
+    # JAX transposes the fast product, so no sketch needs a second implementation.
     like = along_with(jnp.zeros((sketch.num_rows, *y.shape[1:]), y.dtype), y)
     return jax.linear_transpose(lambda x: sketch @ x, like)(y)[0]
 
 
 def hadamard_transform(x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
-    """The Walsh-Hadamard transform H x over the first axis, whose length is a power of two, unnormalised."""
+    """The unnormalised Walsh-Hadamard transform H x over the first axis, whose length is a power of two."""
     length = x.shape[0]
     if length != _power_of_two(length):
         raise ValueError(f"the length must be a power of two, got {length}")
-    # Butterflies of pairs: N log N additions in place of the N^2 of a product.
+    # Butterflies: N log N additions instead of N^2 for a matrix product.
     flat = x.reshape(length, -1)
     half = 1
     while half < length:
@@ -254,17 +254,17 @@ def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " 
     """
     k = k.astype(accumulation_dtype(k))
     gram = k.T @ k
-    # Relative to the mean eigenvalue, so that the scores do not depend on the scale of the keys; 1 where all are 0.
+    # Relative to the mean eigenvalue, so that scores do not depend on the scale of the keys; 1 if all keys are 0.
     level = ridge * jnp.trace(gram) / k.shape[1]
     level = jnp.where(level > 0, level, 1)
     return jnp.sum(k.T * jnp.linalg.solve(gram + level * jnp.eye(k.shape[1], dtype=k.dtype), k.T), axis=0)
 
 
 def _rows(x: Array, num_rows: int) -> Array:
-    """The rows that a sketch is applied to, checked and in the accumulation dtype."""
+    """The checked rows to which a sketch is applied, in the accumulation dtype."""
     check_floating("x", x)
     if x.shape[:1] != (num_rows,):
-        raise ValueError(f"the sketch is of {num_rows} rows, got shape {x.shape}")
+        raise ValueError(f"the sketch applies to {num_rows} rows, got shape {x.shape}")
     return x.astype(accumulation_dtype(x))
 
 
@@ -274,5 +274,5 @@ def _times_rows(weight: Array, x: Array) -> Array:
 
 
 def _power_of_two(length: int) -> int:
-    """The least power of two that is at least ``length``."""
+    """The smallest power of two that is at least ``length``."""
     return 1 << max(0, length - 1).bit_length()

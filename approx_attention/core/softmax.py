@@ -1,7 +1,7 @@
-"""Exact attention states of one head: dense, over all keys, and of other kernels.
+"""Exact attention states of one head, with the softmax kernel and with other kernels.
 
-Logits here are plain dot products: the scale is already folded into ``q`` and ``k``. A bias is added to the logits, and
-`HIDDEN` as a bias hides a key with any logit.
+Logits are plain dot products here: the scale is already folded into ``q`` and ``k``. A bias is added to the logits; the
+bias `HIDDEN` hides a key with any logit.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ Keys = tuple[Array, Array, Array]
 def joined_state(
     q: Array, far: Keys, near: Keys, *, last: int | None = None, logits_soft_cap: float | None = None
 ) -> AttentionState:
-    """Two sets of keys, values and biases as one: one kernel, and no states to merge.
+    """Attention over two sets of keys, values and biases as one set, by one kernel without a merge.
 
-    A query sees all far keys, and causally the nearby ones up to number ``last + t``; all if it is None.
+    A query sees all far keys, and nearby keys up to index ``last + t``, or all if ``last`` is None.
     """
     k, v, key_bias = (jnp.concatenate(x) for x in zip(far, near, strict=True))
     if last is None:
@@ -37,21 +37,21 @@ class SoftmaxNear:
 
     Attributes:
         scale: factor of the logits; 1 for tokens in scaled space.
-        logits_soft_cap: that of `kernels.state`, for the tokens of the summary too.
+        logits_soft_cap: cap of the logits as in `kernels.state`; it also applies to tokens of the summary.
     """
 
     scale: float | Array = 1.0
     logits_soft_cap: float | None = None
 
     def __call__(self, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-        """The state of queries over all of the keys, with a bias ``[1 or T, S]``."""
+        """The state of queries over all keys, with a bias ``[1 or T, S]``."""
         dtype = accumulation_dtype(q, k, v)
         root = jnp.sqrt(jnp.asarray(self.scale, dtype))
         tensors = q.astype(dtype) * root, k.astype(dtype) * root, v.astype(dtype), bias.astype(dtype)
         return dense_state(*tensors, self.logits_soft_cap)
 
     def causal(self, q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
-        """The state of T queries that are the last T of S tokens: query t sees S - T + t keys, with a bias ``[S]``."""
+        """The causal state of queries that are the last T of S tokens, with a bias ``[S]``."""
         options: Any = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap}
         return kernels.state(q, k, v, key_bias, offset=k.shape[0] - q.shape[0], right=0, **options)
 
@@ -60,10 +60,10 @@ def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array
     """Attention with the kernel of a non-negative feature map, over all pairs; ``bias [1 or T, S]`` hides keys."""
     (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
     peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
-    # One peak per query cancels in its normaliser; keys share one, so that their weights stay comparable.
+    # A maximum per query cancels in its normaliser; keys share one, so that their weights stay comparable.
     peak = jnp.max(peak_k)
     phi_q = phi_q * jnp.exp(log_scale_q - peak_q[:, None])
     phi_k = phi_k * jnp.exp(log_scale_k - peak)
-    # Half of HIDDEN, as sums of biases may move it; no other bias is near.
+    # Compared with half of HIDDEN, because sums of biases may move it; no other bias is near.
     weights = jnp.where(bias <= HIDDEN / 2, 0, phi_q @ phi_k.T)
     return normalise(weights @ v, jnp.sum(weights, axis=-1), peak_q + peak)

@@ -22,7 +22,7 @@ def streamed_state(
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> AttentionState:
-    r"""Softmax attention :math:`\mathrm{softmax}(s\, q k^T)\, v` by tiles, causally of query t over keys j <= t.
+    r"""Softmax attention :math:`\mathrm{softmax}(s\, q k^T)\, v` by tiles; if causal, of query t over keys j <= t.
 
     Args:
         q: queries ``[T, D]``, of any floating dtype.
@@ -30,9 +30,9 @@ def streamed_state(
         v: values ``[S, Dv]``.
         kv_mask: true where a key is real, ``[S]``.
         scale: a positive factor of the logits.
-        is_causal: row t of q stands at position t of k; T and S may differ.
-        logits_soft_cap: that of `kernels.state`.
-        implementation: that of `kernels.state`.
+        is_causal: query t sees keys j <= t; T and S may differ.
+        logits_soft_cap: cap of the logits as in `kernels.state`.
+        implementation: as in `kernels.state`.
     """
     options: Any = {"scale": scale, "logits_soft_cap": logits_soft_cap, "implementation": implementation}
     num_queries, num_keys = q.shape[0], k.shape[0]

@@ -1,9 +1,9 @@
-"""Summaries: keys and values in small space, with attention for any query.
+"""Summaries: compact representations of keys and values that any query can attend to.
 
 Every approximation replaces (K, V) by one of two kinds of summary: tokens, real or synthetic (`WeightedKV`), or moments
-of a feature map (`FeatureMoments`). `attend` computes the attention of queries over a summary, `merge` joins summaries
-of disjoint sets of keys. Logits are plain dot products here, with the scale folded into queries and keys
-(`fold_scale`). A summary of keys that are not scaled carries the scale, and takes queries that are not scaled.
+of a feature map (`FeatureMoments`). `attend` computes attention over a summary, `merge` joins summaries of disjoint
+sets of keys. Logits are plain dot products here, with the scale folded into queries and keys (`fold_scale`). A summary
+of unscaled keys carries the scale, and applies to unscaled queries.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ from approx_attention.kernels import (
     require_same_kind,
 )
 
-# Features of at most 1024 rows and 2^18 numbers (1 MB in float32, within the cache) exist at a time, so that memory
-# does not grow with S R; but of 128 rows at least, for products of matrices.
+# Features are computed in blocks of at most 1024 rows and 2^18 numbers (1 MB in float32, within the cache), so that
+# memory does not grow with S R; and of at least 128 rows, for efficient matrix products.
 FEATURE_BLOCK = 1024
 LEAST_FEATURE_BLOCK, FEATURE_TILE = 128, 2**18
 
 
 class InSpace:
-    """Base of every kind of summary: the space of their keys."""
+    """Base class of summaries: the space of their keys."""
 
     scale: Array | None
 
     def in_scaled_space(self) -> Self:
-        """The same summary for queries in scaled space (`fold_scale`), the space of its stored keys."""
+        """The same summary for queries in scaled space (`fold_scale`), which is that of its stored keys."""
         return dataclasses.replace(self, scale=None)  # pyright: ignore[reportArgumentType]
 
     def _unshared(self) -> Self:
-        """The same without what summaries have in common, which counts as no bytes of theirs."""
+        """The summary without the parts that summaries share, which do not count as bytes of each."""
         return self.in_scaled_space()
 
 
@@ -66,23 +66,29 @@ class ChosenTokens(InSpace):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedKV(InSpace):
-    r"""M tokens with masses that stand for a set of keys and values.
+    r"""A summary of keys and values by M tokens with masses.
 
     .. math:: \mathrm{attend}(q) = \sum_j e^{q \cdot k_j}\, \mathrm{value\_sum}_j
               \Big/ \sum_j e^{q \cdot k_j}\, \mathrm{mass}_j
 
     With non-negative masses this is softmax attention with logits :math:`q \cdot k_j + \log \mathrm{mass}_j` over the
-    values ``value_sum / mass``; a token of mass 0 is absent, for any key and any finite value. Signed masses (Nystrom
-    weights), and values without mass, need the range of the true values, to which outputs are then clipped; without it
-    a negative mass gives NaN.
+    values ``value_sum / mass``. A token of mass 0 is absent, for any key and any finite value. Signed masses (Nystrom
+    weights) and values without mass need the range of the true values, to which outputs are clipped; without a range a
+    negative mass gives NaN.
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
-        value_sum: the values each token stands for, summed with their weights, ``[M, Dv]``.
-        mass: the number of keys that each token stands for, ``[M]``.
-        value_range: least and greatest value per channel ``[2, Dv]`` if masses are signed, else ``None``.
-        scale: factor s of the logits, if the summary takes queries that are not scaled; ``None`` if they are in scaled
-            space.
+        value_sum: the weighted sum of the values that each token represents, ``[M, Dv]``.
+        mass: the number of keys that each token represents, ``[M]``.
+        value_range: smallest and largest value per channel ``[2, Dv]`` if masses are signed, else ``None``.
+        scale: factor s of the logits if the summary applies to unscaled queries; ``None`` for queries in scaled space.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import WeightedKV, attend
+        >>> tokens = WeightedKV(k=jnp.zeros((2, 4)), value_sum=jnp.array([[1.0], [6.0]]), mass=jnp.array([1.0, 3.0]))
+        >>> tokens.values[:, 0].tolist(), float(attend(jnp.ones((1, 4)), tokens).out[0, 0])  # (1 + 6) / (1 + 3)
+        ([1.0, 2.0], 1.75)
     """
 
     k: Array
@@ -93,11 +99,11 @@ class WeightedKV(InSpace):
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
-        """The summary that keeps every token with mass 1, and masked ones with mass 0.
+        """Keep every token with mass 1, and masked ones with mass 0.
 
         Raises:
             TypeError: keys or values that are not floating point, a mask that is not boolean.
-            ValueError: keys, values or a mask that are not of the same tokens.
+            ValueError: different numbers of keys, values and mask entries.
         """
         k, v = token_sums_inputs(k, v, kv_mask)
         mass = jnp.ones(k.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
@@ -105,35 +111,35 @@ class WeightedKV(InSpace):
 
     @property
     def values(self) -> Array:
-        """The mean value that each token stands for, ``[M, Dv]``."""
-        # Over 1 for mass 0: of an absent token, or one with values and no mass (`BalanceKV`, `SubGen`).
+        """The mean value that each token represents, ``[M, Dv]``."""
+        # Divided by 1 for mass 0: an absent token, or one with values but no mass (`BalanceKV`, `SubGen`).
         return self.value_sum / jnp.where(self.mass == 0, 1, self.mass)[:, None]
 
     @property
     def log_mass(self) -> Array:
-        """Logarithms of the masses, which are not negative, and ``HIDDEN`` for a token that is absent ``[M]``."""
-        # HIDDEN and a double where, not log(0): neither a row without keys nor its derivative is NaN.
+        """Logarithms of non-negative masses ``[M]``; ``HIDDEN`` for absent tokens."""
+        # HIDDEN and a double where instead of log(0), so that neither a row without keys nor its derivative is NaN.
         absent = self.mass == 0
         return jnp.where(absent, HIDDEN, jnp.log(jnp.where(absent, 1, self.mass)))
 
     @property
     def present(self) -> Array:
-        """Which tokens count ``[M]``: one of no mass may still have values (`BalanceKV`, `SubGen`)."""
+        """Mask of the tokens with a mass or a value ``[M]`` (`BalanceKV` and `SubGen` make values without mass)."""
         return (self.mass != 0) | jnp.any(self.value_sum != 0, axis=1)
 
     @property
     def values_from_to(self) -> Array:
-        """Least and greatest value per channel ``[2, Dv]``, without gradient; infinity and its negative if empty."""
+        """Smallest and largest value per channel ``[2, Dv]``, without gradient; inf and -inf if empty."""
         if self.value_range is not None:
             return self.value_range
-        # Without gradient: it is a limit for outputs, not a term of them.
+        # Without gradient: it is a bound for outputs, not a term of them.
         present, values = (self.mass > 0)[:, None], lax.stop_gradient(self.values)
         low = jnp.min(values, axis=0, initial=jnp.inf, where=present)
         return jnp.stack([low, jnp.max(values, axis=0, initial=-jnp.inf, where=present)])
 
     @classmethod
     def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """Room for ``num_tokens``, none of which stands for a key."""
+        """A summary of ``num_tokens`` absent tokens."""
         zeros = jnp.zeros((num_tokens,), dtype)
         return cls(jnp.zeros((num_tokens, head_dim), dtype), jnp.zeros((num_tokens, value_dim), dtype), zeros)
 
@@ -141,22 +147,31 @@ class WeightedKV(InSpace):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeatureMoments(InSpace):
-    r"""Moments of the features of keys: their sums over tokens, times values and alone.
+    r"""A summary of keys and values by feature moments: sums of features over tokens, with values and without.
 
     .. math:: \mathrm{attend}(q)
               = \frac{\phi(q)^T\, (e^c \odot \mathrm{value\_sum})}{\phi(q)^T\, (e^c \odot \mathrm{mass})}, \quad
               \mathrm{value\_sum}_r = \sum_j \phi_r(k_j)\, e^{-c_r} v_j, \quad
               \mathrm{mass}_r = \sum_j \phi_r(k_j)\, e^{-c_r}.
 
-    The log-scale c is the largest log-magnitude of each feature over the keys seen so far, or that of their sum, so
-    that no key, present or future, can push another below the smallest number.
+    The log-scale c of each feature is its largest log-magnitude over the keys so far, or that of their sum, so that no
+    key can make the features of another underflow.
 
     Attributes:
         value_sum: ``[R, Dv]``.
         mass: ``[R]``.
-        log_scale: c ``[R]``, ``-inf`` where no key has been seen.
-        features: the feature map that made the moments and reads the query.
+        log_scale: c ``[R]``, ``-inf`` without keys.
+        features: the feature map of keys and queries.
         scale: as in `WeightedKV`.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import FeatureMoments, attend
+        >>> from approx_attention.core import PositiveFeatures
+        >>> q, k, v, w = (0.3 * jax.random.normal(jax.random.key(i), (16, 4)) for i in range(4))
+        >>> moments = FeatureMoments.of_tokens(PositiveFeatures(w), k, v)
+        >>> moments.value_sum.shape, attend(q, moments).out.shape
+        ((16, 4), (16, 4))
     """
 
     value_sum: Array
@@ -167,14 +182,14 @@ class FeatureMoments(InSpace):
 
     @classmethod
     def empty(cls, features: FeatureMap, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """The moments of no key."""
+        """The moments of an empty set of keys."""
         # log_scale is -inf, so that any key sets the scale of its features.
         zeros = jnp.zeros((features.num_features,), dtype)
         return cls(jnp.zeros((features.num_features, value_dim), dtype), zeros, zeros - jnp.inf, features)
 
     @classmethod
     def of_tokens(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
-        """The moments of keys ``[S, D]`` and values ``[S, Dv]``, summed block by block; raises as `WeightedKV` does."""
+        """The moments of keys ``[S, D]`` and values ``[S, Dv]``, block by block. Raises like `WeightedKV.of_tokens`."""
         k, v = token_sums_inputs(k, v, kv_mask)
         num_keys = k.shape[0]
         if isinstance(features, PositiveFeatures):
@@ -183,7 +198,7 @@ class FeatureMoments(InSpace):
         if num_keys <= block:
             return cls._of_block(features, k, v, kv_mask)
         tokens = tuple(in_blocks(x, block) for x in (k, v, real_keys(kv_mask, num_keys)))
-        # Features are made again in the backward pass, where storing them would take S R numbers.
+        # Features are recomputed in the backward pass; storing them would take S R numbers.
         step = jax.checkpoint(lambda moments, block: merge(moments, cls._of_block(features, *block)))
         empty = cls.empty(features, v.shape[-1], v.dtype)
         return lax.scan(lambda moments, block: (step(moments, block), None), empty, tokens)[0]
@@ -193,13 +208,13 @@ class FeatureMoments(InSpace):
 
     def weighted(self, log_weight: Array) -> Self:
         """The moments with feature r times :math:`e^{b_r}`, ``log_weight [R]``."""
-        # The log-scale has no gradient; that of the weights flows through a factor of 1.
+        # The log-scale has no gradient; the gradient of the weights flows through a factor equal to 1.
         factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
         log_scale = self.log_scale + lax.stop_gradient(log_weight)
         return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features, self.scale)
 
     def reweighted(self, weights: Array, features: FeatureMap) -> Self:
-        """The moments with feature r times ``weights [R]`` of any sign, for queries of another feature map."""
+        """The moments with feature r times ``weights [R]`` of any sign, for queries with another feature map."""
         if isinstance(features, PositiveFeatures):
             features = SignedFeatures(features)
         value_sum = self.value_sum * weights[:, None]
@@ -207,7 +222,7 @@ class FeatureMoments(InSpace):
 
     @classmethod
     def _of_positive_features(cls, features: PositiveFeatures, k: Array, v: Array, kv_mask: Array | None) -> Self:
-        r"""Moments of positive features are softmax attention too: of the directions w, over the keys.
+        r"""Moments of positive features, computed as softmax attention of the directions w over the keys.
 
         .. math:: \phi_r(k_j) = e^{w_r \cdot k_j - \|k_j\|^2 / 2 + b_r} R^{-1/2}
         """
@@ -215,7 +230,7 @@ class FeatureMoments(InSpace):
         if kv_mask is not None:
             key_bias = jnp.where(kv_mask, key_bias, HIDDEN)
         state = kernels.state(features.projection.astype(k.dtype), k, v, key_bias)
-        # Masses are 1 in value, at the log-scale of their own sum; the gradient of the sum flows through them.
+        # Masses have the value 1, with the log-scale of their own sum; the gradient of the sum flows through them.
         log_scale = lax.stop_gradient(state.lse)
         mass = jnp.exp(state.lse - finite_peak(log_scale))
         moments = cls(state.out * mass[:, None], mass, log_scale - 0.5 * math.log(features.num_features), features)
@@ -226,45 +241,45 @@ class FeatureMoments(InSpace):
         values, log_scale = features(k)
         if kv_mask is not None:
             log_scale = jnp.where(kv_mask[:, None], log_scale, -jnp.inf)
-        # One peak per feature and not one for all: a feature far from all keys so far keeps its digits for later ones.
+        # A maximum per feature, not one for all: a feature far from all keys so far stays accurate for later keys.
         peak = lax.stop_gradient(jnp.max(log_scale, axis=0))
         weights = values * jnp.exp(log_scale - finite_peak(peak)[None])
         weights = jnp.broadcast_to(weights, (k.shape[0], features.num_features))
-        # Twice as fast on CPU as weights.T @ v; the barrier keeps XLA from turning it back into that.
+        # Twice as fast on a CPU as weights.T @ v; the barrier keeps XLA from rewriting it to that.
         value_sum = lax.optimization_barrier(v.T @ weights).T
         return cls(value_sum, jnp.sum(weights, axis=0), jnp.broadcast_to(peak, value_sum.shape[:1]), features)
 
 
 def feature_block(features: FeatureMap) -> int:
-    """The number of rows whose features stay in cache together."""
+    """The number of rows whose features fit in the CPU cache."""
     return max(LEAST_FEATURE_BLOCK, min(FEATURE_BLOCK, FEATURE_TILE // features.num_features))
 
 
 def scaled_queries(q: Array, summary: InSpace) -> Array:
-    """Scales queries for a summary that carries a scale, into the space of its stored keys."""
+    """Scale queries into the space of the stored keys of a summary that carries a scale."""
     return q if summary.scale is None else q * jnp.sqrt(summary.scale).astype(q.dtype)
 
 
 def require_scaled_space(owner: str, summary: Any) -> Any:
-    """Returns a summary in scaled space; raises ``ValueError`` for one that carries a scale."""
+    """Return a summary in scaled space. Raises ``ValueError`` if it carries a scale."""
     if getattr(summary, "scale", None) is not None:
         raise ValueError(
-            f"{owner} asks in scaled space (fold_scale), and the summary carries a scale, for queries as they are: "
+            f"{owner} uses queries in scaled space (fold_scale), but the summary carries a scale for unscaled queries; "
             "pass summary.in_scaled_space()"
         )
     return summary
 
 
 def scale_ratio(a: InSpace, b: InSpace) -> tuple[Any, Any]:
-    """The scale of ``b`` over that of ``a``, None where they carry none, and whether it is 1 up to rounding.
+    """The scale of ``b`` over that of ``a`` (None without scales), and whether it is 1 up to rounding.
 
     Raises:
-        ValueError: scales that are known when tracing and differ, or only one of them.
+        ValueError: concrete scales differ, or only one summary has a scale.
     """
     if (a.scale is None) != (b.scale is None):
         raise ValueError(
-            "merge takes summaries of one space, and one of these carries a scale: make both from keys as they are, or "
-            "both in scaled space, as summary.in_scaled_space() is"
+            "merge needs summaries of one space, but only one of these carries a scale; make both from unscaled keys, "
+            "or use both in scaled space (summary.in_scaled_space())"
         )
     if a.scale is b.scale:
         return None, True
@@ -272,20 +287,20 @@ def scale_ratio(a: InSpace, b: InSpace) -> tuple[Any, Any]:
     scales = [(np if known else jnp).asarray(x) for x in (a.scale, b.scale)]
     dtype = accumulation_dtype(*scales)
     ratio = scales[1].astype(dtype) / scales[0].astype(dtype)
-    # Within two units of rounding of the narrower of the two dtypes.
+    # Within two rounding errors of the narrower dtype.
     same = abs(ratio - 1) <= 2 * max(float(jnp.finfo(x.dtype).eps) for x in scales)
     if known and not np.all(same):
-        raise ValueError(f"merge takes summaries of one scale, got {a.scale} and {b.scale}")
+        raise ValueError(f"merge needs summaries of one scale, got {a.scale} and {b.scale}")
     return ratio, same
 
 
 def _nan_unless(same: Any, x: Array) -> Array:
-    """NaN where traced scales differ, which cannot raise any more."""
+    """NaN if traced scales differ, which cannot raise an error."""
     return x if same is True else jnp.where(jnp.asarray(same), x, jnp.nan)
 
 
 def first_blocks(blocks: WeightedKV, count: Array) -> WeightedKV:
-    """The tokens of the first ``count`` of many blocks ``[n, m, ...]``; the others are absent, and keep their keys."""
+    """The tokens of the first ``count`` of n blocks ``[n, m, ...]``; the others are absent, with their keys kept."""
     seen = (jnp.arange(blocks.mass.shape[0], dtype=jnp.int32) < count)[:, None]
     value_sum, mass = jnp.where(seen[..., None], blocks.value_sum, 0), jnp.where(seen, blocks.mass, 0)
     return WeightedKV(*(x.reshape(-1, *x.shape[2:]) for x in (blocks.k, value_sum, mass)))
@@ -296,7 +311,7 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
     require_same_kind(a, b)
     for name, x, y in (("D", a.k, b.k), ("Dv", a.value_sum, b.value_sum)):
         if x.shape[1:] != y.shape[1:]:
-            raise ValueError(f"merge takes tokens of one {name}, got {x.shape[1:]} and {y.shape[1:]}")
+            raise ValueError(f"merge needs tokens with equal {name}, got {x.shape[1:]} and {y.shape[1:]}")
     k, value_sum, mass = (
         joined(x, y) for x, y in ((a.k, keys_as_of(a, b)), (a.value_sum, b.value_sum), (a.mass, b.mass))
     )
@@ -311,7 +326,7 @@ def keys_as_of(a: Any, b: Any) -> Array:
 
 
 def range_of_both(a: Any, b: Any) -> Array | None:
-    """Least and greatest value per channel of two sets of tokens, if one of them carries its own."""
+    """Smallest and largest value per channel over two sets of tokens, if one of them has a range."""
     if a.value_range is None and b.value_range is None:
         return None
     (low_a, high_a), (low_b, high_b) = a.values_from_to, b.values_from_to
@@ -328,31 +343,32 @@ def joined(x: Array, y: Array) -> Array:
 def _merge_moments(a: FeatureMoments, b: Any) -> FeatureMoments:
     require_same_kind(a, b)
     _require_same_features(a.features, b.features)
-    # Both at the larger scale: the other is scaled down, which may underflow to 0 but never overflows.
+    # Both at the larger log-scale: the other is scaled down, which may underflow to 0 but never overflows.
     peak = jnp.maximum(a.log_scale, b.log_scale)
     factor_a, factor_b = (jnp.exp(x.log_scale - finite_peak(peak)) for x in (a, b))
     value_sum = a.value_sum * factor_a[:, None] + b.value_sum * factor_b[:, None]
-    # Features of keys of another scale cannot be converted, unlike keys.
+    # Unlike keys, features of keys with another scale cannot be converted.
     mass = _nan_unless(scale_ratio(a, b)[1], a.mass * factor_a + b.mass * factor_b)
     return FeatureMoments(value_sum, mass, peak, a.features, a.scale)
 
 
 def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
-    r"""Moments of all tuples of one token of each set, whose values and features multiply entry by entry.
+    r"""Multiply feature moments: the moments of all tuples with one token from each set.
 
     .. math:: \sum_{j, l} \phi_r(k^1_j)\, \phi_r(k^2_l)\, v^1_j \odot v^2_l
               = \Big(\sum_j \phi_r(k^1_j)\, v^1_j\Big) \odot \Big(\sum_l \phi_r(k^2_l)\, v^2_l\Big)
 
     Args:
-        first: moments of one set, whose feature map reads the queries.
-        others: those of further sets, of as many features.
+        first: moments of one set, whose feature map is used for queries.
+        others: moments of further sets, of the same size.
 
     Returns:
-        Their product, in time that does not depend on the number of tokens.
+        The moments of the tuples, whose values and features multiply entry by entry. The time does not depend on the
+        number of tokens.
 
     Raises:
         TypeError: not `FeatureMoments`.
-        ValueError: moments of different sizes, or of different scales. Where these are traced, the product is NaN.
+        ValueError: moments of different sizes or scales. If traced scales differ, the product is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -365,21 +381,21 @@ def hadamard(first: FeatureMoments, *others: FeatureMoments) -> FeatureMoments:
     """
     for moments in (first, *others):
         if not isinstance(moments, FeatureMoments):
-            raise TypeError(f"hadamard takes FeatureMoments, got {type(moments).__name__}")
+            raise TypeError(f"hadamard needs FeatureMoments, got {type(moments).__name__}")
     for moments in others:
         if moments.value_sum.shape != first.value_sum.shape:
             shapes = first.value_sum.shape, moments.value_sum.shape
-            raise ValueError(f"hadamard takes moments of one size [R, Dv], got {shapes[0]} and {shapes[1]}")
+            raise ValueError(f"hadamard needs moments of equal size [R, Dv], got {shapes[0]} and {shapes[1]}")
         value_sum = first.value_sum * moments.value_sum
         mass = _nan_unless(scale_ratio(first, moments)[1], first.mass * moments.mass)
-        # Magnitudes add as logarithms, so that no product overflows.
+        # Magnitudes are added as logarithms, so that no product overflows.
         log_scale = first.log_scale + moments.log_scale
         first = FeatureMoments(value_sum, mass, log_scale, first.features, first.scale)
     return first
 
 
 def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:
-    """Raises ``TypeError`` unless two maps are one, as far as can be told while tracing."""
+    """Raise ``TypeError`` if two feature maps differ, as far as this is known when tracing."""
     leaves_a, kind_a = jax.tree.flatten(a)
     leaves_b, kind_b = jax.tree.flatten(b)
     same = kind_a == kind_b and all(x.shape == y.shape for x, y in zip(leaves_a, leaves_b, strict=True))
@@ -389,15 +405,22 @@ def _require_same_features(a: FeatureMap, b: FeatureMap) -> None:
             same = same and (x is y or not known or bool(jnp.array_equal(x, y)))
     if not same:
         raise TypeError(
-            "merge takes moments of one feature map: these differ in kind, size or draw; summarise both with the same "
-            "key or projection"
+            "merge needs moments of one feature map, but these differ in kind, size or random projection; summarise "
+            "both with the same key or projection"
         )
 
 
 def summary_bytes(summary: Any) -> int:
-    """Cache bytes: the size of summaries, or of caches made of them, per head and sequence.
+    """Count the bytes of summaries, or of caches made of them, per head and sequence.
 
-    A feature map and a scale do not count: they are shared. Works on shapes (`jax.eval_shape`) as on arrays.
+    A feature map and a scale are shared, and do not count. Works on arrays and on shapes (`jax.eval_shape`).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.core import summary_bytes
+        >>> summary_bytes(WeightedKV.of_tokens(jnp.zeros((8, 4)), jnp.zeros((8, 4))))  # 8 (4 + 4 + 1) numbers
+        288
 
     Raises:
         TypeError: leaves that are not arrays.
@@ -409,5 +432,5 @@ def summary_bytes(summary: Any) -> int:
     held = jax.tree.map(lambda x: x._unshared() if is_summary(x) else x, summary, is_leaf=is_summary)
     for x in jax.tree.leaves(held):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"summary_bytes takes summaries or caches, which hold arrays, got {type(x).__name__}")
+            raise TypeError(f"summary_bytes needs summaries or caches of arrays, got {type(x).__name__}")
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held))

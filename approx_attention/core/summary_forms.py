@@ -1,4 +1,4 @@
-"""The two forms of a method that is a summary: from all keys at once, or causal."""
+"""The two forms of a method with a summary: over all keys at once, and causal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +24,11 @@ def state_by_summary(
     kv_mask: Array | None,
     scale: float | Array | None,
 ) -> AttentionState:
-    """Attention of one head by a summary of its keys, causal or not.
+    """Compute attention of one head through a summary of its keys, causal or not.
 
     Args:
-        q: queries ``[T, D]``, not yet scaled.
-        k: keys ``[S, D]``, not yet scaled.
+        q: unscaled queries ``[T, D]``.
+        k: unscaled keys ``[S, D]``.
         v: values ``[S, Dv]``.
         summarize: ``(k, v, kv_mask=...) -> summary`` of all keys, in scaled space.
         running: ``head_dim -> RunningSummary`` of a growing prefix of keys with ``head_dim`` channels.
@@ -41,7 +41,7 @@ def state_by_summary(
         The `AttentionState` of the queries.
 
     Raises:
-        ValueError: shapes that do not fit, a block size below 1.
+        ValueError: shapes that do not match, a block size below 1.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -57,7 +57,7 @@ def state_by_summary(
         True
     """
     block_size = check_count("block_size", block_size)
-    # Each form is made only where it is used: to make one, a random method samples its projection.
+    # Each form is built only if it is used, because a random method samples its projection when it is built.
     if check_flag("is_causal", is_causal):
         q, k, v = checked_inputs(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
         options: Any = {"block_size": block_size, "kv_mask": kv_mask, "scale": logit_scale(scale, q.shape[-1])}

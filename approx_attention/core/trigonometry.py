@@ -1,4 +1,4 @@
-"""Sines and cosines of the same angles: on a CPU, where XLA calls the C library number by number, as polynomials."""
+"""Sines and cosines of the same angles; on a CPU by polynomials, because XLA calls the C library for each number."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ from jax import Array
 
 from approx_attention.kernels import by_platform
 
-# pi / 2 in parts, of which multiples by thousands are exact in float32.
+# pi / 2 in parts whose multiples up to thousands are exact in float32.
 _QUARTER = 1.5703125, 4.837512969970703125e-4, 7.549789948768648e-8
-# Coefficients of the Cephes library for float32, between -pi / 4 and pi / 4: sin r = r + r^3 p(r^2), and
+# Coefficients of the Cephes library for float32 and angles in [-pi / 4, pi / 4]: sin r = r + r^3 p(r^2) and
 # cos r = 1 - r^2 / 2 + r^4 p(r^2).
 _SINE = -1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4
 _COSINE = 4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5
@@ -16,7 +16,7 @@ _COSINE = 4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5
 
 @jax.custom_jvp
 def sine_and_cosine(angle: Array) -> tuple[Array, Array]:
-    """Sines and cosines ``[...]``; in float32 to about 1e-7, and for large angles to the rounding of the angle."""
+    """Sines and cosines ``[...]``, accurate to about 1e-7 in float32, for large angles to the rounding of the angle."""
     if angle.dtype != jnp.float32:
         return jnp.sin(angle), jnp.cos(angle)
     return by_platform(angle, cpu=_polynomials, default=lambda x: (jnp.sin(x), jnp.cos(x)))
@@ -33,12 +33,12 @@ def _polynomials(angle: Array) -> tuple[Array, Array]:
     quarters = jnp.round(angle * (2 / jnp.pi))
     for part in _QUARTER:
         angle = angle - quarters * part
-    # Past 1e7, where the angle itself is rounded by a turn, the remainder may be any number.
+    # Beyond 1e7 the rounding of the angle itself is about a turn, and the remainder may be any number.
     angle = jnp.clip(angle, -2, 2)
     square = angle * angle
     sine = angle + angle * square * _polynomial(_SINE, square)
     cosine = 1 - square / 2 + square * square * _polynomial(_COSINE, square)
-    # Every quarter turn exchanges the two, and every second changes a sign.
+    # Every quarter turn exchanges sine and cosine, and every second one changes a sign.
     turn = quarters - 4 * jnp.floor(quarters / 4)
     is_odd = (turn == 1) | (turn == 3)
     sine, cosine = jnp.where(is_odd, cosine, sine), jnp.where(is_odd, sine, cosine)

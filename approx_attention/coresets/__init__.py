@@ -1,4 +1,4 @@
-"""Coresets: few weighted tokens that stand for many, by sampling, halving, clustering and in streams."""
+"""Coresets: a few weighted tokens in place of many, by sampling, halving and clustering, also of streams."""
 
 from approx_attention.coresets.algorithms import (
     ALGORITHMS,

@@ -1,9 +1,8 @@
-r"""Algorithms that make few weighted tokens of many: ``(tokens, size, ratio, key) ->`` `WeightedKV`.
+r"""Algorithms that reduce many tokens to a few weighted ones: ``(tokens, size, ratio, key) ->`` `WeightedKV`.
 
-``tokens`` are a `WeightedKV` without negative masses and with centred keys, ``size`` is smaller than their number, and
-``ratio`` is the radius of the queries over that of the keys, of which the exponent s of the kernel
-:math:`e^{s\, k \cdot k'}` is a part: half of it, unless an algorithm says otherwise. A token of mass 0 is absent, and a
-coreset of absent tokens has mass 0.
+``tokens`` is a `WeightedKV` with centred keys and without negative masses, and ``size`` is smaller than their number.
+``ratio`` is the radius of the queries over that of the keys. The exponent s of the kernel :math:`e^{s\, k \cdot k'}` is
+half of it, unless an algorithm says otherwise. A token of mass 0 is absent, and a coreset of absent tokens has mass 0.
 """
 
 import dataclasses
@@ -41,15 +40,16 @@ from approx_attention.coresets.masses import FittedMasses
 from approx_attention.coresets.published import BalanceKV, Compress, PivotedNystrom, SubGen
 from approx_attention.coresets.sampling import Uniform, ValueNorm, rescaled, sensitivities, tokens_at
 
-# Tokens whose signs halving chooses together at least: smaller blocks err more at any size, and are hardly faster.
+# The smallest number of tokens whose signs halving chooses together: smaller blocks have larger errors at any size, and
+# are hardly faster.
 LEAST_BLOCK = 1024
 
 Algorithm = Callable[[WeightedKV, int, Array, Array], WeightedKV]
 
 Seeding = Literal["spread", "distant", "farthest", "random", "pivots"]
-# The power of the distance in the odds of "distant": from 4 to 16 largest errors agree within their scatter.
+# The power of the distance in the odds of "distant": from 4 to 16 the largest errors agree within their scatter.
 DISTANT = 8.0
-# (tokens, size, ratio, key) -> places of the first centres.
+# (tokens, size, ratio, key) -> places of the initial centres.
 SEEDINGS: Mapping[Seeding, Callable[[WeightedKV, int, Array, Array], Array]] = {
     "spread": lambda tokens, size, ratio, key: spread_places(tokens, size, key),
     "distant": lambda tokens, size, ratio, key: spread_places(tokens, size, key, DISTANT),
@@ -61,17 +61,17 @@ SEEDINGS: Mapping[Seeding, Callable[[WeightedKV, int, Array, Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Halving:
-    """Discrepancy halving of neighbours, repeated until the size is reached.
+    """Halve neighbouring tokens with small discrepancy, repeatedly until the size is reached.
 
-    The sign rules control the norm of the kernel's sums; none carries a guarantee of 1/m for all queries at once.
+    The sign rules control the norm of the kernel's sums; none has a guarantee of 1/m for all queries at once.
 
     Attributes:
         rule: how signs are chosen: ``"greedy"`` one after the other, ``"search"`` for all pairs of a block at once
-            (fewer steps in sequence, and at best as good), ``"walk"`` the self-balancing walk with the constants of its
+            (fewer sequential steps, at best as accurate), ``"walk"`` the self-balancing walk with the constants of its
             theorem, ``"thinning"`` kernel thinning.
         order: ``"tree"`` pairs neighbours in keys and values, ``"random"`` pairs tokens at random.
-        block: tokens whose signs are chosen together, at a cost that grows with it. Below twice the size of the coreset
-            the independent errors of blocks add up: by default it is twice the size, and 1024 at least.
+        block: number of tokens whose signs are chosen together; the cost grows with it. Below twice the size of the
+            coreset the independent errors of blocks add up; the default is twice the size, and at least 1024.
     """
 
     rule: SignRule = "greedy"
@@ -86,12 +86,13 @@ class Halving:
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
-        # Half of the exponent of the logits. In theory the whole one is best for queries of the given radius; measured,
-        # a quarter, a half and the whole err alike (within 15 %), and twice is worse: a half has room on both sides.
+        # Half of the exponent of the logits. In theory the full exponent is best for queries of the given radius.
+        # Measured errors with a quarter, a half and the full exponent agree within 15 %, and twice is worse: a half has
+        # a margin on both sides.
         points = kernel_points(tokens, ratio / 2)
         key_order, key_signs = jax.random.split(key)
         if self.order == "tree":
-            # One order serves all levels: the survivors of neighbouring pairs are neighbours.
+            # One order serves all levels, because the survivors of neighbouring pairs are neighbours.
             order = tree_order(points, group_length(points.mass.shape[0], size))
         else:
             order = random_places(points.mass, points.mass.shape[0], key_order)
@@ -104,16 +105,16 @@ class Halving:
 
 @dataclasses.dataclass(frozen=True)
 class Stratified:
-    r"""Keeps the most sensitive tokens unchanged and halves the rest.
+    r"""Keep the most sensitive tokens unchanged and halve the rest.
 
-    The sensitivity of token j is its share of the normaliser for the query that points at it, estimated from a uniform
-    sample (`sensitivities`). Halving alone fails on outliers: it may drop, in any round, the one key that some query
-    weighs as much as all others.
+    The sensitivity of token j is its share of the normaliser for the query in its direction, estimated from a uniform
+    sample (`sensitivities`). Halving alone fails on outliers: in any round it may drop a key that has as much weight
+    for some query as all other keys.
 
     Attributes:
-        share: the part of the coreset that the most sensitive tokens take.
-        sample: the number of tokens from which normalisers are estimated.
-        halving: the halving of the rest.
+        share: share of the coreset for the most sensitive tokens.
+        sample: number of tokens from which normalisers are estimated.
+        halving: the halving of the remaining tokens.
     """
 
     share: float = 0.25
@@ -141,9 +142,9 @@ class Stratified:
 
 @dataclasses.dataclass(frozen=True)
 class Herding:
-    r"""Kernel herding: each further token brings the kernel mean of the chosen nearest to that of all.
+    r"""Kernel herding: greedily add the token that brings the kernel mean of the sample nearest to that of all.
 
-    After t tokens s the next has the greatest
+    After t tokens s the next token maximises
     :math:`E_j \kappa_{ij} - \frac1{t+1} (\sum_s \kappa_{is} + \frac12 \kappa_{ii})`.
     """
 
@@ -153,7 +154,7 @@ class Herding:
         x, values, mass = points.x, points.values, points.mass
         # The largest exponential becomes 1, so that none overflows; a common factor changes no choice.
         shift = jnp.max(squared_norm(x))
-        # The kernel's mean over all tokens is softmax attention of the points over themselves, without an S x S matrix.
+        # The kernel's mean over all tokens is softmax self-attention of the points, without an S x S matrix.
         state = kernels.state(x, x, values, tokens.log_mass)
         log_scale = state.lse - jnp.log(jnp.where(jnp.sum(mass) > 0, jnp.sum(mass), 1)) - shift
         mean = jnp.exp(log_scale) * jnp.sum(values * state.out, axis=1)
@@ -166,7 +167,7 @@ class Herding:
             chosen = chosen + jnp.exp(x @ x[place] - shift) * (values @ values[place])
             return (chosen, free.at[place].set(False)), (place, free[place])
 
-        # When no token is free, all gains are -inf and a chosen one repeats; ``is_new`` gives it no mass.
+        # If no token is left, all gains are -inf and a chosen token repeats; ``is_new`` gives it no mass.
         start = jnp.zeros_like(mean), mass > 0
         _, (place, is_new) = lax.scan(step, start, jnp.arange(size, dtype=mean.dtype))
         return rescaled(tokens_at(tokens, place, is_new.astype(mass.dtype)), tokens)
@@ -174,13 +175,14 @@ class Herding:
 
 @dataclasses.dataclass(frozen=True)
 class KMeansMerge:
-    """Clusters of keys (k-means), each merged into its mean key with the sum of its values.
+    """Merge k-means clusters of keys, each into its mean key with the sum of its values.
 
     Attributes:
-        steps: steps of Lloyd's iteration; after the spread seeding one is as good as five.
-        seeding: the first centres: a sample of tokens far from each other (``"spread"``), one that comes near to the
-            farthest (``"distant"``), each the farthest from all before it (``"farthest"``, a step for each), a uniform
-            sample (``"random"``), or pivots of the kernel (``"pivots"``, a step for each).
+        steps: steps of Lloyd's iteration; after the spread seeding one step is as good as five.
+        seeding: the initial centres: a random sample of tokens far from each other (``"spread"``), with a stronger
+            preference for distant tokens (``"distant"``), greedily the farthest token from all centres before
+            (``"farthest"``, one step per centre), a uniform sample (``"random"``), or pivots of the kernel
+            (``"pivots"``, one step per centre).
     """
 
     steps: int = 1
@@ -197,7 +199,10 @@ class KMeansMerge:
 
 @dataclasses.dataclass(frozen=True)
 class Farthest:
-    """Greedy k-center: tokens far from each other, each with the mass of all tokens to which it is the nearest."""
+    """Greedy k-center: choose tokens far from each other, each with the mass of its nearest tokens.
+
+    Each chosen token is the farthest from all chosen before; keys and values are not merged (`FarthestMerge` merges).
+    """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -207,7 +212,10 @@ class Farthest:
 
 @dataclasses.dataclass(frozen=True)
 class FarthestMerge:
-    """Greedy k-center: centres far from each other, and every token merged into the nearest one."""
+    """Greedy k-center: choose centres far from each other, and merge every token into the nearest centre.
+
+    A merged token has the mean key, the summed values and the mass of its cluster.
+    """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
@@ -216,14 +224,14 @@ class FarthestMerge:
 
 @dataclasses.dataclass(frozen=True)
 class KMeansNystrom:
-    """Merged clusters whose masses and values are then solved for (Nystrom), which also fits keys between centres.
+    """Merged clusters with masses and values refitted by Nystrom regression, which also fits keys between centres.
 
-    Where the solution is worse than the merge on the queries that probe both (`best_of`), the merge is kept.
+    If the solution is worse than the merge on probe queries (`best_of`), the merge is kept.
 
     Attributes:
         clusters: the algorithm of the landmarks.
-        ridge: added to the diagonal of the landmarks' kernel, which is 1. From 1e-6 to 1e-3 errors in float32 agree to
-            two digits with those in float64; the default is the largest of these.
+        ridge: added to the unit diagonal of the landmarks' kernel. From 1e-6 to 1e-3 errors in float32 agree to two
+            digits with those in float64; the default is the largest of these.
     """
 
     clusters: KMeansMerge = KMeansMerge()
@@ -239,17 +247,17 @@ class KMeansNystrom:
 
 @dataclasses.dataclass(frozen=True)
 class Guarded:
-    """The best of a merge and its Nystrom weights, by their largest errors on queries that probe both.
+    """Choose the best of a merge and its Nystrom weights, by their largest errors on probe queries.
 
-    Neither is best everywhere: Nystrom weights win on smooth data, and a merge where queries are long for the number of
-    landmarks. Queries that are known (`compress`) take the place of the probes. Then a uniform sample and a merge
-    around the keys that they attend to most are tried too, which can be better on sharp heads and which probes, longer
-    than most queries, would misjudge.
+    Nystrom weights are better on smooth data, a merge is better where queries are long for the number of landmarks.
+    Known queries (`compress`) replace the probes. Then a uniform sample and a merge around the keys with the most
+    attention are candidates too. They can be better on sharp heads, but probes, which are longer than most queries,
+    would misjudge them.
 
     Attributes:
         clusters: the algorithm of the landmarks.
-        exponents: of the kernels of the Nystrom weights, one candidate each, in units of that of the logits. One of
-            3/4 errs as the better of 1/2 and 1 does, for half of the time.
+        exponents: exponents of the kernels of the Nystrom weights, one candidate each, in units of that of the logits.
+            The single exponent 3/4 is as accurate as the better of 1/2 and 1, in half of the time.
         ridge: as in `KMeansNystrom`.
     """
 
@@ -264,7 +272,7 @@ class Guarded:
         for name, x in (("ridge", self.ridge), *(("exponents", x) for x in exponents)):
             check_number(name, x)
             check_positive(name, x)
-        # Hashable, as options of compiled programs must be.
+        # Hashable, as required of options of compiled programs.
         object.__setattr__(self, "exponents", tuple(float(x) for x in exponents))
         object.__setattr__(self, "ridge", float(self.ridge))
 

@@ -1,4 +1,4 @@
-"""Landmarks that stand for nearby tokens: k-means, farthest points, pivoted Cholesky, and Nystrom weights."""
+"""Landmarks that represent nearby tokens: k-means, farthest points, pivoted Cholesky, and Nystrom weights."""
 
 import dataclasses
 import math
@@ -19,11 +19,11 @@ from approx_attention.core import (
     squared_norm,
 )
 
-# exp of this is finite in float32, with room for a product by a weight (the largest number is 3.4e38).
+# exp of this is finite in float32, also after multiplication by a weight (the largest number is 3.4e38).
 LARGEST_EXPONENT = math.log(1e30)
 
-# Rounds in which the first centres of k-means are sampled: k-means++ has one per centre, in sequence; with eight, the
-# candidates of one round do not see each other, which twice as many candidates make up for.
+# Number of rounds in which the initial centres of k-means are sampled. k-means++ has one sequential round per centre.
+# Candidates of one round do not depend on each other; twice as many candidates compensate for this.
 SEEDING_ROUNDS = 8
 
 
@@ -33,20 +33,20 @@ def nearest(x: Array, centres: Array, present: Array) -> Array:
     numbers = jnp.arange(centres.shape[0], dtype=jnp.int32)[None, :]
 
     def of_block(x: Array) -> Array:
-        # At the user's precision: a key between two centres, of which rounding decides, errs little by either.
+        # At the user's precision: if rounding decides between two centres of a key, both give small errors.
         likeness = x @ centres.T + bias
-        # Twice as fast on CPU as an argmax. A row with NaN equals no maximum: it joins the first centre, whose output
-        # then shows the NaN.
+        # Twice as fast on a CPU as an argmax. A row with NaN equals no maximum: it joins the first centre, whose output
+        # becomes NaN.
         best = jnp.max(likeness, axis=1, keepdims=True)
         return jnp.maximum(jnp.max(jnp.where(likeness == best, numbers, -1), axis=1), 0)
 
     label = map_rows(of_block, lax.stop_gradient(x), max(1, LEAST_TILE // centres.shape[0]))
-    # On ties rounding decides: a backward pass that computed labels again might find others.
+    # Rounding decides ties: a backward pass that recomputed labels might find others.
     return kept(label)
 
 
 def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
-    """Merges each cluster into one token: the mean key of its members, with their masses and values summed."""
+    """Merge each cluster into one token: the mean key of its members, with their masses and values summed."""
     require_scaled_space("an algorithm", tokens)
     weighted = tokens.k * tokens.mass[:, None]
     key_sum, value_sum, mass = (
@@ -56,16 +56,16 @@ def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
 
 
 def k_means(tokens: WeightedKV, start: Array, steps: int) -> WeightedKV:
-    """Lloyd's iteration from the tokens at places ``start [M]``, and the merge of its clusters.
+    """Run Lloyd's iteration from the tokens at places ``start [M]``, and merge its clusters.
 
-    A cluster that loses all its members stays empty. Where there are no more distinct keys than places and every one of
-    them is a start, each distinct key is a cluster by itself, and the merge is exact.
+    A cluster that loses all its members stays empty. If every distinct key is a start, each distinct key is a cluster,
+    and the merge is exact.
     """
     num_clusters = start.shape[0]
     centres, present = lax.stop_gradient(tokens.k)[start], tokens.mass[start] > 0
     frozen = lax.stop_gradient(tokens)
 
-    # Centres are a choice, without a derivative; gradients flow through the last merge alone.
+    # Centres are a choice without a derivative; gradients flow only through the last merge.
     def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         clusters = merged(frozen, nearest(frozen.k, *state), num_clusters)
         return (clusters.k, clusters.mass > 0), None
@@ -75,37 +75,37 @@ def k_means(tokens: WeightedKV, start: Array, steps: int) -> WeightedKV:
 
 
 def random_places(mass: Array, count: int, key: Array) -> Array:
-    """A uniform sample of ``count`` places with mass, without replacement; others follow when these are used up."""
+    """A uniform sample of ``count`` places with mass, without replacement; then places without mass."""
     priority = jax.random.uniform(key, mass.shape, mass.dtype)
     return lax.top_k(jnp.where(mass > 0, priority, -1), count)[1]
 
 
 @in_float32()  # a distance is a difference of squares, and 0 for equal keys
 def spread_places(tokens: WeightedKV, count: int, key: Array, power: float = 2.0) -> Array:
-    r"""``count`` places far from each other: of twice as many candidates, those that cost most to merge.
+    r"""Sample ``count`` places far from each other: of twice as many candidates, those with the largest merge costs.
 
-    Candidates are sampled as in the seeding of k-means++, but many at a time: in rounds, with odds in proportion to
-    mass and to a power of the distance from the candidates of earlier rounds. The square is that of k-means++; large
-    powers come near to the greedy choice of the farthest (`farthest_places`), which takes a step for each place.
+    Candidates are sampled as in the seeding of k-means++, but in a few rounds, with odds proportional to mass and to a
+    power of the distance from the candidates of earlier rounds. Power 2 is that of k-means++. Large powers approach
+    the greedy choice of the farthest token (`farthest_places`), which takes one step per place.
     """
     num_tokens = tokens.mass.shape[0]
     candidates = min(2 * count, num_tokens)
     rounds = min(SEEDING_ROUNDS, candidates)
     share = -(-candidates // rounds)
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
-    # Tokens without mass at the end are padding, without which rounds, shares and noise must come out the same.
+    # Tokens without mass at the end are padding; rounds, shares and noise must not depend on it.
     length = jnp.max(jnp.where(mass > 0, jnp.arange(1, num_tokens + 1, dtype=jnp.int32), 1))
     least_candidates = jnp.minimum(2 * count, length)
     least_rounds = jnp.minimum(rounds, least_candidates)
     least_share = -(-least_candidates // least_rounds)
     size = squared_norm(k)[:, 0]
-    # A squared distance is a difference of squares: below their rounding it is that of an equal key, and counts as 0.
+    # A squared distance is a difference of squares: below their rounding error it is set to 0, as for an equal key.
     least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
     noise = jax.random.gumbel(key, (rounds * num_tokens,), k.dtype)
 
     def step(distance: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
         own = lax.dynamic_slice_in_dim(noise, number * length, num_tokens)
-        # The largest log-odds + Gumbel: a sample without replacement, of a static size.
+        # The largest log-odds + Gumbel are a sample without replacement, of static size.
         odds = power / 2 * jnp.log(jnp.maximum(distance, jnp.finfo(k.dtype).tiny)) + tokens.log_mass + own
         place = lax.top_k(jnp.where((mass > 0) & (distance > 0), odds, HIDDEN), share)[1]
         wanted = (number < least_rounds) & (jnp.arange(share, dtype=jnp.int32) < least_share)
@@ -122,21 +122,21 @@ def spread_places(tokens: WeightedKV, count: int, key: Array, power: float = 2.0
     _, (place, wanted) = lax.scan(step, jnp.ones_like(size), jnp.arange(rounds, dtype=jnp.int32))
     place, wanted = place.reshape(-1), wanted.reshape(-1)
     found = WeightedKV(k[place], tokens.value_sum[place], jnp.where(wanted, mass[place], 0))
-    # The order is that of the tokens and not of the candidates, whose number depends on padding.
+    # In the order of tokens, not of candidates, whose number depends on padding.
     order = jax.random.uniform(jax.random.fold_in(key, 1), mass.shape, k.dtype)
     return place[lasting_in_order(found, count, order[place])]
 
 
 @in_float32()  # a distance is a difference of squares
 def farthest_places(k: Array, present: Array, count: int) -> Array:
-    """Greedy k-center: places of keys that are each the farthest from all before; the first is the farthest from 0."""
+    """Greedy k-center: places of keys that are each the farthest from all earlier ones, the first from 0."""
     k = lax.stop_gradient(k)
     size = squared_norm(k)[:, 0]
 
     def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
         distance, place = state
         left = jnp.maximum(size - 2 * (k @ k[place]) + size[place], 0)
-        # -1 for chosen and absent places: below every distance, so that they come last.
+        # -1 for chosen and absent places is below every distance, so that they come last.
         distance = jnp.minimum(distance, left).at[place].set(-1)
         return (distance, jnp.argmax(distance)), place
 
@@ -147,20 +147,19 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
 
 @in_float32()  # a distance is a difference of squares, and 0 for equal keys
 def lasting_in_order(tokens: WeightedKV, count: int, order: Array) -> Array:
-    r"""``count`` places: all but those of the tokens that cost least to merge, found at once.
+    r"""Choose ``count`` places by leaving out the tokens with the smallest merge costs, in one step.
 
     Token i would be merged into the nearest token j of larger mass, at Ward's cost
 
     .. math:: \frac{m_i m_j}{m_i + m_j}\, \|k_i - k_j\|^2 .
 
-    Of equal masses ``order [n]`` decides, which should be random: in the order of a sequence each token would be next
-    to the one before, and a smooth sequence would keep runs of neighbours. The order makes it a forest, so that of two
-    close tokens one lasts.
-    Only pairs are compared, by one product: where `spread_places` takes a step for each place, this takes none.
+    Ties of mass are broken by ``order [n]``, which should be random: with the order of a smooth sequence, runs of
+    neighbours would be kept. The order makes the merges a forest, so that one of two close tokens is kept. All pairs
+    are compared by one matrix product, without sequential steps.
     """
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
     size = squared_norm(k)[:, 0]
-    # A difference of squares: below their rounding it is that of an equal key, and costs nothing.
+    # A difference of squares: below their rounding error it is set to 0, as for an equal key.
     least = 16 * jnp.finfo(k.dtype).eps * jnp.max(size)
 
     def least_cost(rows: tuple[Array, Array, Array, Array]) -> Array:
@@ -172,7 +171,7 @@ def lasting_in_order(tokens: WeightedKV, count: int, order: Array) -> Array:
         return jnp.min(jnp.where(larger, weight * distance, jnp.inf), axis=1)
 
     cost = map_rows(least_cost, (k, mass, size, order), max(1, LEAST_TILE // mass.shape[0]))
-    # Places without mass come last; the largest token, which merges into none, first.
+    # Places without mass come last; the token of largest mass, which merges into none, comes first.
     return lax.top_k(jnp.where(mass > 0, cost, -1), count)[1]
 
 
@@ -183,14 +182,14 @@ def lasting_places(tokens: WeightedKV, count: int, key: Array) -> Array:
 
 @in_float32()  # residuals are differences of nearly equal numbers
 def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array) -> Array:
-    r"""Randomly pivoted Cholesky: pivots sampled by the residual that earlier pivots leave of each key.
+    r"""Randomly pivoted Cholesky: pivots sampled by the residual of each key after earlier pivots.
 
-    The kernel is :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`; the next pivot is
-    key j with a probability in proportion to its residual times :math:`e^{s \|k_j\|^2}`, and to its mass.
+    The kernel is :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`. The probability of key j as the next
+    pivot is proportional to its residual, to :math:`e^{s \|k_j\|^2}` and to its mass.
     """
     x = lax.stop_gradient(tokens.k * jnp.sqrt(exponent))
     half = squared_norm(x)[:, 0] / 2
-    # The kernel is normalised to a unit diagonal, which no radius overflows; its true diagonal e^{s |k|^2} enters the
+    # The kernel is normalised to a unit diagonal, which does not overflow; the true diagonal e^{s |k|^2} enters the
     # odds as a logarithm.
     prior = 2 * half + tokens.log_mass
     noise = jax.random.split(key, count)
@@ -199,11 +198,11 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
         factor, residual = state
         odds = jnp.where((tokens.mass > 0) & (residual > 0), jnp.log(jnp.maximum(residual, 1e-37)) + prior, -jnp.inf)
         place = jnp.argmax(odds + jax.random.gumbel(noise[i], odds.shape, odds.dtype))
-        # One column of the kernel less its projection on earlier pivots: the kernel's matrix is never stored.
+        # One column of the kernel minus its projection on earlier pivots; the full kernel matrix is never stored.
         column = jnp.exp(x @ x[place] - half - half[place]) - factor[:, place] @ factor
         pivot = residual[place]
         row = jnp.where(pivot > 0, column / jnp.sqrt(jnp.where(pivot > 0, pivot, 1)), 0)
-        # Rounding may leave a residual below 0, and one of a pivot above it.
+        # Rounding may make a residual negative, and that of a pivot positive.
         residual = jnp.maximum(residual - row**2, 0).at[place].set(0)
         return (factor.at[i].set(row), residual), place
 
@@ -213,7 +212,7 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
 
 @jax.custom_jvp
 def _finite_cholesky(kernel: Array) -> Array:
-    """The Cholesky factor, or the identity where there is none: of no use, but with finite gradients."""
+    """The Cholesky factor, or the identity if it does not exist, which keeps gradients finite."""
     factor = lax.linalg.cholesky(kernel, symmetrize_input=False)
     return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.eye(kernel.shape[0], dtype=kernel.dtype))
 
@@ -223,7 +222,7 @@ def _finite_cholesky(kernel: Array) -> Array:
 def _finite_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     r""":math:`dL = L\, \Phi(L^{-1}\, dK\, L^{-T})`, with :math:`\Phi` the lower triangle with half of the diagonal.
 
-    A rule by hand: that of JAX is a product with the factor before it was replaced, NaN where there is none.
+    JAX's own rule would multiply by the factor before its replacement, which may be NaN.
     """
     factor, change = _finite_cholesky(*primals), tangents[0]
     half = jax.scipy.linalg.solve_triangular(factor, change, lower=True)
@@ -232,42 +231,42 @@ def _finite_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple
 
 
 def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Array, ridge: float) -> WeightedKV:
-    r"""The landmarks' keys with the signed masses and values that solve the kernel's ridge regression.
+    r"""Give landmarks the signed masses and values that solve a kernel ridge regression.
 
     With :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`, landmarks c and tokens x of masses m,
 
     .. math:: \beta = D_c^{-1} (g_{cc} + \lambda I)^{-1} g_{cx} D_x\, [m v, m], \qquad D = e^{s \|\cdot\|^2 / 2}.
 
-    :math:`g_{cx} D_x [m v, m]` is softmax attention of the landmarks over the tokens, numerator and normaliser. It is
-    linear in the masses, so that those of the tokens may be signed too.
+    :math:`g_{cx} D_x [m v, m]` is the numerator and the normaliser of softmax attention of the landmarks over the
+    tokens. It is linear in the masses of the tokens, which may be signed too.
     """
     c, present = landmarks.k, landmarks.mass != 0
     half = exponent * squared_norm(c)[:, 0] / 2
-    # Values less their mean: the ridge shrinks weights, and so pulls outputs to the mean and not to 0.
+    # Values minus their mean: the ridge shrinks weights, and so pulls outputs to the mean instead of 0.
     middle = jnp.sum(tokens.value_sum, axis=0) / jnp.where(jnp.sum(tokens.mass) > 0, jnp.sum(tokens.mass), 1)
     values, ones = tokens.values - middle[None, :], jnp.ones_like(tokens.mass)[:, None]
     if tokens.value_range is not None:
-        # The sign of a mass goes to the values of numerator and normaliser.
+        # The sign of a mass multiplies the values of numerator and normaliser.
         values, ones = (x * jnp.sign(tokens.mass)[:, None] for x in (values, ones))
     size = dataclasses.replace(tokens, mass=jnp.abs(tokens.mass))
     state = kernels.state(exponent * c, tokens.k, jnp.concatenate([values, ones], axis=1), size.log_mass)
     log_size = jnp.where(present, state.lse - half, -jnp.inf)
-    # The largest sum becomes 1 before the solve, which is linear: no exponential overflows, and the shift is undone
-    # with the weights.
+    # The largest sum is scaled to 1 before the solve, which is linear, so that no exponential overflows; the shift is
+    # undone in the weights.
     shift = lax.stop_gradient(jnp.max(log_size))
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     sums = jnp.exp(log_size - shift)[:, None] * state.out
 
     both = present[:, None] & present[None, :]
     # A double where: the exponential of an absent landmark may overflow, and 0 times its gradient would be NaN.
-    with in_float32():  # the solve amplifies the rounding of the kernel by its condition
+    with in_float32():  # the solve amplifies the rounding of the kernel by its condition number
         logits = exponent * (c @ c.T) - half[:, None] - half[None, :]
     kernel = jnp.where(both, jnp.exp(jnp.where(both, logits, 0)), 0)
-    # 1 for an absent landmark, so that the matrix stays positive definite; the ridge bounds its condition.
+    # 1 for an absent landmark, so that the matrix stays positive definite; the ridge bounds its condition number.
     diagonal = jnp.where(present, 0, 1) + ridge
     kernel = kernel + jnp.diag(diagonal.astype(kernel.dtype))
     weights = jax.scipy.linalg.cho_solve((_finite_cholesky(kernel), True), sums)
-    # Weights beyond the cap are of no use and lose to the merge; without it they would have no finite gradient either.
+    # Weights beyond the cap lose to the merge; without the cap their gradients would not be finite.
     weights = weights * jnp.exp(jnp.minimum(shift - half, LARGEST_EXPONENT))[:, None]
     weights = jnp.where(present[:, None], weights, 0)
     mass = weights[:, -1]
@@ -275,5 +274,5 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
 
 
 def merged_around(tokens: WeightedKV, place: Array) -> WeightedKV:
-    """Merges every token into the nearest of those at these places."""
+    """Merge every token into the nearest token at the given places."""
     return merged(tokens, nearest(tokens.k, lax.stop_gradient(tokens.k)[place], tokens.mass[place] > 0), place.shape[0])

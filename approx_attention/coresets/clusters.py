@@ -1,4 +1,4 @@
-"""Clusters: merged tokens with how far their members are from them, of all tokens or of a growing prefix."""
+"""Clusters: merged tokens with the distances of their members, of all tokens or of a growing prefix."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from approx_attention.kernels import require_same_kind
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    r"""Tokens that are means of clusters, with what `bounds.merge_bound_at` reads of the members.
+    r"""Merged clusters of tokens, with the statistics of their members for `bounds.merge_bound_at`.
 
     .. math:: \delta_c = \max_{i \in c} \|k_i - k_c\|, \qquad \nu_c = \max_{i \in c} \|v_i - v_c\|, \qquad
               \sigma_c^2 = \frac{1}{m_c} \sum_{i \in c} m_i \|v_i - v_c\|^2.
@@ -61,10 +61,10 @@ class Clusters:
 
     @classmethod
     def of_tokens(cls, tokens: WeightedKV) -> Self:
-        """Every token as a cluster by itself."""
+        """Make one cluster of every token."""
         if tokens.value_range is not None:
-            raise ValueError("tokens with signed masses are not clusters: make clusters of what they stand for")
-        # The key of an absent token may be anything, and norms are read of all.
+            raise ValueError("tokens with signed masses are not supported; make clusters of the original tokens")
+        # The key of an absent token may have any value, and norms of all keys are used.
         k = jnp.where(tokens.mass[:, None] > 0, tokens.k, 0)
         tokens = dataclasses.replace(require_scaled_space("Clusters", tokens), k=k)
         zeros = jnp.zeros_like(tokens.mass)
@@ -73,9 +73,9 @@ class Clusters:
     @classmethod
     @in_float32()  # a radius is a difference
     def of_members(cls, tokens: WeightedKV, label: Array, num_clusters: int) -> Self:
-        """The clusters of tokens that stand for themselves: token i is in cluster ``label[i]``.
+        """Merge tokens into clusters: token i is in cluster ``label[i]``.
 
-        A token of mass m counts as m equal ones. A label of ``num_clusters`` or more leaves its token out.
+        A token of mass m counts as m equal tokens. A token with a label of ``num_clusters`` or more is left out.
         """
         require_scaled_space("Clusters", tokens)
         at = jnp.minimum(label, num_clusters - 1)
@@ -88,8 +88,8 @@ class Clusters:
 
         def about_mean(x: Array, total: Array) -> tuple[Array, Array]:
             first = mean(x, total)
-            # The rounding of a sum grows with its length, and bounds rest on the mean: a second pass leaves that of the
-            # radius in place of that of the key.
+            # The rounding error of a sum grows with its length, and bounds depend on the mean: a second pass reduces
+            # the error from that of the key to that of the radius.
             middle = first + mean(x - first[at], total)
             return middle, jnp.where(mass > 0, root(squared_norm(x - middle[at]))[:, 0], 0)
 
@@ -97,7 +97,7 @@ class Clusters:
         k, key_distance = about_mean(tokens.k, total)
         value, value_distance = about_mean(values, total)
         key_radius, value_radius = (
-            # Empty segments have the least number as their maximum.
+            # The maximum of an empty segment is the smallest number.
             jnp.maximum(jax.ops.segment_max(x, at, num_clusters), 0)
             for x in (key_distance, value_distance)
         )
@@ -131,7 +131,7 @@ def clusters_around(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> Clusters:
-    """Merges every key into the nearest of some tokens, and measures the clusters.
+    """Merge every key into the nearest of some tokens, and measure the clusters.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
@@ -143,7 +143,7 @@ def clusters_around(
         The `Clusters`, one for each token of the summary.
 
     Raises:
-        ValueError: keys and values that are not of the same tokens, a summary that carries a scale.
+        ValueError: different numbers of keys and values, a summary that carries a scale.
         TypeError: keys or values that are not floating point.
 
     Example:
@@ -161,15 +161,15 @@ def clusters_around(
 
 
 class CertifiedSummary(NamedTuple):
-    """Clusters of a growing prefix whose tokens are all kept, as pure functions.
+    """Clusters of a growing prefix, with all of its tokens kept, as pure functions.
 
     The logits are those of softmax over keys in scaled space.
 
     Attributes:
         init: ``(value_dim, dtype) -> state`` of the empty prefix.
-        append: ``(state, tokens, start, block_size) -> state`` with the block of tokens from place ``start`` on merged
-            in; blocks come in order, without gaps, each once. ``tokens`` are all that are kept, by their places.
-        measured: ``(state, tokens) -> state`` whose clusters are measured on their members, as ``read`` needs it.
+        append: ``(state, tokens, start, block_size) -> state`` after merging the block of tokens that begins at
+            ``start``. Every block is appended once, in order and without gaps. ``tokens`` are all tokens, by position.
+        measured: ``(state, tokens) -> state`` with the statistics of the clusters, which ``read`` needs.
         read: ``state -> Clusters`` of the prefix.
     """
 
@@ -180,7 +180,7 @@ class CertifiedSummary(NamedTuple):
 
 
 class _Labelled(NamedTuple):
-    """The clusters, and that of each place ``[max_length]``: the number of clusters where it has none yet."""
+    """The clusters, and the cluster of each position ``[max_length]``; the number of clusters if it has none yet."""
 
     clusters: Clusters
     label: Array
@@ -191,15 +191,15 @@ def running_clusters(
 ) -> CertifiedSummary:
     """The folded coreset of `running_coreset` with the radii of its clusters.
 
-    Because all tokens are kept, their means and radii are measured again after each block, through a label for each
-    token: they are those of the members, however often clusters were merged.
+    All tokens are kept, with a label each. Means and radii are recomputed from the members after each block, so that
+    repeated merges do not loosen them.
 
     Args:
         head_dim: channels D of the keys.
         key: typed PRNG key.
         coreset_size: the number M of clusters.
-        sinks: the number of first tokens that are clusters by themselves, in addition.
-        max_length: room for this many tokens.
+        sinks: the number of initial tokens that are additional clusters of one token.
+        max_length: capacity in tokens.
 
     Raises:
         ValueError: counts below 1, no key.
@@ -229,7 +229,7 @@ def running_clusters(
         if sinks:
             at = jnp.where(places < sinks, places, sinks)
             first = jax.tree.map(lambda room, x: room.at[at].set(x, mode="drop"), first, block)
-        # Tokens go where their clusters go; sinks, and places without a cluster, stay.
+        # Tokens follow their clusters; sinks, and positions without a cluster, stay.
         old = state.label - sinks
         moves = (old >= 0) & (old < coreset_size)
         label = jnp.where(moves, sinks + place[jnp.clip(old, 0, coreset_size - 1)], state.label)

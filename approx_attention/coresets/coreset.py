@@ -1,4 +1,4 @@
-"""A coreset of weighted tokens by any algorithm."""
+"""Coresets of weighted tokens by any algorithm."""
 
 import dataclasses
 import functools
@@ -37,16 +37,15 @@ def compress(
     query_radius: float | Array | None = None,
     queries: Float[Array, "T D"] | None = None,
 ) -> WeightedKV:
-    """Makes a coreset of tokens that already have masses, such as two coresets merged.
+    """Make a coreset of tokens with masses, such as two merged coresets.
 
     Args:
         tokens: a `WeightedKV` without negative masses; if it carries a scale, so does the result.
         key: typed PRNG key.
-        coreset_size: the number M of tokens; no more than M tokens are returned unchanged.
+        coreset_size: the number M of tokens; M or fewer tokens are returned unchanged.
         algorithm: as in `coreset`.
         query_radius: the largest norm of a query in scaled space, by default that of the centred keys.
-        queries: a few queries in scaled space that are like later ones; ``"guarded"`` judges by them, and other
-            algorithms do not read them.
+        queries: a few queries in scaled space that are similar to later ones; used by ``"guarded"`` only.
 
     Returns:
         A `WeightedKV` of at most M tokens.
@@ -67,13 +66,13 @@ def compress(
         ((8, 4), 64.0)
     """
     if not isinstance(tokens, WeightedKV):
-        raise TypeError(f"compress takes a WeightedKV, got {type(tokens).__name__}")
+        raise TypeError(f"compress needs a WeightedKV, got {type(tokens).__name__}")
     coreset_size = check_count("coreset_size", coreset_size)
     chosen = algorithm_of(algorithm)
     if query_radius is not None:
         check_number("query_radius", query_radius)
         check_not_negative("query_radius", query_radius)
-        # A Python integer may exceed the integers of compiled programs.
+        # A Python integer may exceed int32.
         query_radius = float(query_radius) if isinstance(query_radius, int) else query_radius
     if queries is not None:
         check_rows("queries", queries, "[T, D]")
@@ -81,7 +80,7 @@ def compress(
             raise ValueError(f"queries must be [T, D] with D = {tokens.k.shape[1]}, got shape {queries.shape}")
         queries = queries.astype(accumulation_dtype(queries))
     if tokens.value_range is not None:
-        raise ValueError("tokens with signed masses are not supported: compress what they were made of")
+        raise ValueError("tokens with signed masses are not supported; compress the original tokens")
     drawn = check_key("coreset", key)
     if coreset_size >= tokens.mass.shape[0]:
         return tokens
@@ -90,24 +89,24 @@ def compress(
 
 
 def refitted(tokens: WeightedKV, held: WeightedKV, *, query_radius: float | Array | None = None) -> WeightedKV:
-    """The held tokens, some of all, with the masses of `FittedMasses`.
+    """Refit the masses of kept tokens to all tokens, as in `FittedMasses`.
 
     Args:
         tokens: a `WeightedKV` in scaled space, without negative masses.
-        held: those that are kept; their masses are multiplied by one factor to the total before they are compared with.
+        held: the kept tokens, a subset of ``tokens``. Before the comparison their masses are scaled to the total mass.
         query_radius: as in `compress`.
 
     Returns:
-        The held keys and values with other masses.
+        The kept keys and values with new masses.
 
     Raises:
-        ValueError: summaries that carry a scale, or signed masses.
+        ValueError: summaries that carry a scale or have signed masses.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from approx_attention import WeightedKV
         >>> from approx_attention.coresets import refitted
-        >>> k = jnp.array([[0.0], [0.0], [1.0]])  # of two equal tokens one is held
+        >>> k = jnp.array([[0.0], [0.0], [1.0]])  # one of two equal tokens is kept
         >>> tokens, held = (WeightedKV.of_tokens(x, x) for x in (k, k[1:]))
         >>> refitted(tokens, held).mass.round(2).tolist()
         [2.0, 1.0]
@@ -121,7 +120,7 @@ def _refitted(tokens: WeightedKV, held: WeightedKV, query_radius: float | Array 
     middle, centred = centred_tokens(tokens)
     held = rescaled(held, tokens)
     moved = dataclasses.replace(held, k=jnp.where(held.mass[:, None] > 0, held.k - middle[None, :], 0))
-    # Any places do for probes, so that heuristics need no key.
+    # Any key serves for probes, so that heuristics need none.
     fitted = with_fitted_masses(centred, moved, ratio_of_radii(centred, query_radius), jax.random.key(0))
     return dataclasses.replace(fitted, k=held.k)
 
@@ -135,7 +134,7 @@ def _compressed(
     queries: Array | None,
     key: Array,
 ) -> WeightedKV:
-    """A coreset by an algorithm, as one program: without compilation a call would dispatch hundreds."""
+    """A coreset by an algorithm, compiled as one program; otherwise a call would dispatch hundreds of operations."""
     dtype = accumulation_dtype(tokens.k, tokens.value_sum)
     middle, centred = centred_tokens(jax.tree.map(lambda x: x.astype(dtype), tokens))
     known = {"queries": queries} if queries is not None and getattr(algorithm, "reads_queries", False) else {}
@@ -144,7 +143,7 @@ def _compressed(
 
 
 def ratio_of_radii(centred: WeightedKV, query_radius: float | Array | None) -> Array:
-    """The radius of the queries over that of centred keys, 1 where it is not known; it has no gradient."""
+    """The radius of the queries over that of centred keys, without gradient; 1 if it is unknown."""
     radius = lax.stop_gradient(jnp.sqrt(jnp.max(squared_norm(centred.k))))
     if query_radius is None:
         return jnp.ones_like(radius)
@@ -154,25 +153,25 @@ def ratio_of_radii(centred: WeightedKV, query_radius: float | Array | None) -> A
 def query_radius(
     q: Float[Array, "T D"], *, scale: float | Array | None = None, window: int = 32, margin: float = 1.1
 ) -> Float[Array, ""]:
-    """Estimates the norm of later queries, in scaled space: the largest of the last ones times a margin.
+    """Estimate the largest norm of later queries in scaled space, by that of recent queries times a margin.
 
     Args:
         q: queries ``[T, D]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        window: the number of last queries that are read.
-        margin: factor on the largest norm.
+        window: the number of recent queries.
+        margin: factor of the largest norm.
 
     Returns:
-        The radius, to be passed as ``query_radius``.
+        The radius, for the argument ``query_radius``.
 
     Raises:
-        ValueError: shapes that do not fit, a window below 1, a margin that is not positive and finite.
+        ValueError: shapes that do not match, a window below 1, a margin that is not positive and finite.
         TypeError: queries that are not floating point.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention.coresets import query_radius
-        >>> round(float(query_radius(jnp.ones((8, 4)))), 3)  # norm 2, times the root of the scale 1/2, and a tenth more
+        >>> round(float(query_radius(jnp.ones((8, 4)))), 3)  # norm 2, times the root of the scale 1/2, times 1.1
         1.556
     """
     check_number("margin", margin)
@@ -183,7 +182,7 @@ def query_radius(
 
 
 def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
-    """The mean key, and the tokens with keys less the mean: softmax forgets it, and exponents stay small."""
+    """The mean key, and tokens with centred keys: softmax is invariant to the shift, and exponents stay small."""
     total = jnp.sum(tokens.mass)
     middle = tokens.mass @ tokens.k / jnp.where(total > 0, total, 1)
     k = jnp.where(tokens.mass[:, None] > 0, tokens.k - middle[None, :], 0)
@@ -191,7 +190,7 @@ def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
 
 
 def algorithm_of(algorithm: str | Algorithm) -> Algorithm:
-    """The algorithm of a name, or a hashable function itself."""
+    """The algorithm with this name, or a hashable function unchanged."""
     if isinstance(algorithm, str):
         if algorithm not in ALGORITHMS:
             raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
@@ -199,5 +198,5 @@ def algorithm_of(algorithm: str | Algorithm) -> Algorithm:
     if not callable(algorithm):
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or a function, got {shown(algorithm)}")
     if type(algorithm).__hash__ is None:
-        raise ValueError(f"algorithm must be hashable, as functions and frozen dataclasses are, got {shown(algorithm)}")
+        raise ValueError(f"algorithm must be hashable (a function or frozen dataclass), got {shown(algorithm)}")
     return algorithm

@@ -1,4 +1,4 @@
-"""The best of several coresets of the same tokens, by their errors on queries that probe them."""
+"""The best of several coresets of the same tokens, by their errors on probe queries."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from approx_attention.core import WeightedKV, attend, in_float32, squared_norm
 from approx_attention.coresets.clustering import random_places
 from approx_attention.coresets.halving import NORMALIZER_SHARE, value_unit
 
-# Probes of each kind: together they cost as much as 192 exact outputs.
+# Number of probes of each kind; together they cost as much as 192 exact outputs.
 PROBES = 64
 
 
@@ -25,24 +25,24 @@ def best_of(
     queries: Array | None = None,
     doubts: Sequence[float] | None = None,
 ) -> WeightedKV:
-    r"""The candidate with the least largest error on probes, which are queries on the sphere of the largest norm.
+    r"""Choose the candidate with the smallest maximal error on probes, which are queries of the largest norm.
 
     .. math:: \|\mathrm{out}'(q) - \mathrm{out}(q)\|^2 + c\, \overline{\|v\|^2}\, (Z'(q) / Z(q) - 1)^2
 
-    The normaliser Z counts as in the kernel of halving: it is the share that a coreset has beside exact tokens.
-    No bound is known for weights that were solved for: where landmarks are few for the radius of the queries they can
-    be far worse than a merge, whose outputs are averages of values. And which landmarks are best depends on the data.
+    The normaliser Z has the same weight as in the kernel of halving; it decides the share of a coreset when merged with
+    exact tokens. No bound is known for Nystrom weights: with few landmarks for the radius of the queries they can be
+    far worse than a merge, whose outputs are averages of values. The best landmarks also depend on the data.
 
     Args:
         candidates: coresets of one size.
-        tokens: what they stand for, with centred keys; masses may be signed.
+        tokens: the original tokens with centred keys; masses may be signed.
         ratio: the radius of the queries over that of the keys.
         key: typed PRNG key of the probes.
-        queries: queries ``[T, D]`` that are known, in place of the probes.
-        doubts: a factor on the error of each candidate, 1 by default.
+        queries: known queries ``[T, D]`` in place of the probes.
+        doubts: a factor of the error of each candidate, 1 by default.
 
     Returns:
-        One of the candidates, with the range of the values where one of them has it. The choice has no gradient.
+        One of the candidates, with a range of the values if any candidate has one. The choice has no gradient.
     """
     held, compared = lax.stop_gradient((tokens, list(candidates)))
     if queries is None:
@@ -54,7 +54,7 @@ def best_of(
 
     def largest_error(candidate: WeightedKV) -> Array:
         state = attend(q, candidate)
-        # A normaliser that is not positive has the logarithm -inf, and is off by all of Z.
+        # A normaliser that is not positive has the logarithm -inf, and its error is all of Z.
         of_normalizer = jnp.expm1(jnp.where(asked, state.lse - truth.lse, 0))
         square = jnp.sum((state.out - truth.out) ** 2, axis=1) + unit * of_normalizer**2
         return jnp.max(square, where=asked, initial=0)
@@ -64,15 +64,15 @@ def best_of(
     # NaN compares as false, so that a failed solution loses.
     best = jnp.argmin(jnp.where(weighted >= 0, weighted, jnp.inf))
     if any(x.value_range is not None for x in candidates):
-        # One structure: all of them get the range that signed masses need.
+        # All candidates get the range that signed masses need, so that they have one structure.
         candidates = [dataclasses.replace(x, value_range=tokens.values_from_to) for x in candidates]
     return jax.tree.map(lambda *x: jnp.stack(x)[best], *candidates)
 
 
 def _probes(tokens: WeightedKV, ratio: Array, key: Array) -> tuple[Array, Array]:
-    """Directions in which errors are large: along keys and against them, those at random and the longest, and others.
+    """Directions with large errors: along and against keys, random ones and the longest, and random directions.
 
-    Along a key it matters most, and against it all others do. The longest keys are those that a coreset may miss.
+    Along a key that key has the most weight, against it all other keys have. A coreset may miss the longest keys.
     """
     key_places, key_directions = jax.random.split(key)
     mass, size = jnp.abs(tokens.mass), squared_norm(tokens.k)[:, 0]
@@ -80,7 +80,7 @@ def _probes(tokens: WeightedKV, ratio: Array, key: Array) -> tuple[Array, Array]
     places = jnp.concatenate(
         [random_places(mass, count, key_places), lax.top_k(jnp.where(mass > 0, size, -1), count)[1]]
     )
-    # By turns within each kind, whose number padding may change.
+    # Repeated cyclically within each kind, whose number may depend on padding.
     side = jnp.tile(jnp.where(jnp.arange(count) % 2 == 0, 1, -1), 2)[:, None]
     others = jax.random.normal(key_directions, (PROBES, tokens.k.shape[1]), tokens.k.dtype)
     directions = jnp.concatenate([side * tokens.k[places], others])

@@ -1,7 +1,7 @@
-r"""Discrepancy halving: keep half of the tokens, doubled, so that no sum of a kernel's features moves far.
+r"""Discrepancy halving: keep half of the tokens with doubled mass, so that sums of kernel features change little.
 
-Tokens are paired, one of each pair takes over the mass of both, and a sign rule chooses which, so that the differences
-cancel. One kernel serves numerator and normaliser, by values with one more entry:
+Tokens are paired, and one token of each pair gets the mass of both. A sign rule chooses which one, so that the
+differences cancel. One kernel serves numerator and normaliser, with values extended by one constant entry:
 
 .. math:: \kappa((k, v), (k', v')) = e^{s (k \cdot k' - R^2)} (v \cdot v' + c), \qquad R^2 = \max_j \|k_j\|^2.
 """
@@ -17,13 +17,13 @@ from jax import Array, lax
 from approx_attention.core import LEAST_TILE, WeightedKV, pad_rows, squared_norm
 
 SignRule = Literal["search", "greedy", "walk", "thinning", "compress"]
-# c over the mean squared value norm: the weight of the normaliser against the numerator. From 0 to 1 errors stay within
-# 25 %, at 4 they are a fifth to a half larger.
+# c over the mean squared value norm: the weight of the normaliser relative to the numerator. From 0 to 1 errors agree
+# within 25 %, at 4 they are 20 to 50 % larger.
 NORMALIZER_SHARE = 0.1
-# Rounds of the sign search: each costs a product of the matrix with the signs, and the share of pairs that may flip
-# falls to 1 % over them.
+# Number of rounds of the sign search. Each costs one matrix-vector product; the share of pairs that may flip falls to
+# 1 % in the last round.
 SEARCH_ROUNDS = 40
-# Cells of the ordering tree are split into 4 at each level: half the sorts of a tree of halves, along half the axes.
+# Cells of the ordering tree are split into 4 at each level: half as many sorts as for a binary tree.
 BRANCHES = 4
 
 
@@ -40,7 +40,7 @@ class Points(NamedTuple):
 
 
 def value_unit(tokens: WeightedKV) -> Array:
-    """The root mean square norm of the values, without gradient; 1 where all are 0."""
+    """The root mean square norm of the values, without gradient; 1 if all are 0."""
     mass, values = lax.stop_gradient((tokens.mass, tokens.values))
     total = jnp.sum(mass)
     square = jnp.where(mass > 0, squared_norm(values)[:, 0], 0)
@@ -51,8 +51,8 @@ def value_unit(tokens: WeightedKV) -> Array:
 def kernel_points(tokens: WeightedKV, exponent: Array, unit: Array | None = None) -> Points:
     r"""Tokens as points of the kernel with exponent s.
 
-    Values are divided by the unit, their `value_unit` by default, and :math:`\sqrt c` is appended. Points have no
-    gradient: they only serve to choose tokens and masses.
+    Values are divided by the unit, by default their `value_unit`, and :math:`\sqrt c` is appended. Points have no
+    gradient: they are only used to choose tokens and masses.
     """
     tokens = lax.stop_gradient(tokens)
     unit = value_unit(tokens) if unit is None else unit
@@ -72,22 +72,22 @@ def halve(
     interleaved: bool = True,
     side: Array | bool = False,
 ) -> Points:
-    """Halves an even number of points: keeps row 2i or 2i + 1 of each pair, with the mass of both.
+    """Halve an even number of points: keep row 2i or 2i + 1 of each pair, with the mass of both.
 
     Args:
-        points: the points, neighbours next to each other.
+        points: the points, with neighbours next to each other.
         coin: uniform noise ``[n / 2]``.
         rule: the rule of the signs, see `SIGN_RULES`.
-        block: points whose signs are chosen together; the work grows with it, the error falls.
+        block: number of points whose signs are chosen together; the cost grows with it, the error falls.
         failure: the probability with which the guarantee of a random rule may fail.
-        interleaved: every block takes pairs from the whole order, and so sees the whole space; else consecutive ones.
-        side: turns all choices around, so that with a fair coin either of a pair is as likely.
+        interleaved: whether every block takes pairs from the whole order, instead of consecutive ones.
+        side: whether to invert all choices; with a fair coin both points of a pair are equally likely.
     """
     num_pairs = points.mass.shape[0] // 2
     blocks = -(-num_pairs // max(1, block // 2))
     pairs = -(-num_pairs // blocks)
     most = max(1, LEAST_TILE // (2 * pairs) ** 2)
-    # The largest exponential becomes 1; sign rules compare overlaps with norms, which a common factor leaves alone.
+    # The largest exponential is scaled to 1; sign rules compare overlaps with norms, so a common factor has no effect.
     shift = jnp.max(squared_norm(points.x))
 
     def by_block(x: Array) -> Array:
@@ -105,8 +105,8 @@ def halve(
         return SIGN_RULES[rule](gram, both.mass[:, 0], both.mass[:, 1], coin, failure)
 
     both = jax.tree.map(lambda x: by_block(x.reshape(num_pairs, 2, *x.shape[1:])), points)
-    # As many blocks at a time as fill a tile, which bounds memory. The number of turns divides the number of blocks, so
-    # that no block is padding.
+    # Blocks are grouped to fill a tile, which bounds memory. The number of groups divides the number of blocks, so that
+    # no block is padding.
     turns = next(turns for turns in range(1, blocks + 1) if blocks % turns == 0 and blocks // turns <= most)
     args = jax.tree.map(lambda x: x.reshape(turns, blocks // turns, *x.shape[1:]), (both, by_block(coin)))
     if turns == 1:
@@ -114,7 +114,7 @@ def halve(
     else:
         keep_first = lax.map(jax.vmap(choose), args).reshape(blocks, pairs)
     keep_first = keep_first ^ side
-    # An absent point is never kept in place of a token.
+    # An absent point is never kept instead of a token.
     keep_first = jnp.where(both.mass[..., 1] == 0, True, jnp.where(both.mass[..., 0] == 0, False, keep_first))
 
     def chosen(x: Array) -> Array:
@@ -127,18 +127,18 @@ def halve(
 
 
 # Sign rules: (gram [p, p], mass of a [p], mass of b [p], uniform noise [p], failure) -> keep a. Keeping a adds mass_b
-# times the difference of the pair's features to the discrepancy, keeping b takes mass_a times it away.
+# times the difference of the pair's features to the discrepancy, keeping b subtracts mass_a times the difference.
 
 
 def _signs_in_turn(
     decide: Callable[..., Any], state: Any, gram: Array, mass_a: Array, mass_b: Array, coin: Array
 ) -> Array:
-    """Signs of one pair after the other: ``decide(h, norm, masses, coin, state) -> keep a, state``, h the overlap."""
+    """Sequential signs of pairs: ``decide(h, norm, masses, coin, state) -> keep a, state``, with overlap h."""
 
     def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
         overlap, state = carry
         keep, state = decide(overlap[i], gram[i, i], (mass_a[i], mass_b[i]), coin[i], state)
-        # Without b there is no choice, and keeping a moves nothing.
+        # Without b there is no choice, and keeping a changes nothing.
         keep = jnp.where(mass_b[i] == 0, True, keep)
         return (overlap + jnp.where(keep, mass_b[i], -mass_a[i]) * gram[i], state), keep
 
@@ -152,7 +152,7 @@ def _share(masses: tuple[Array, Array]) -> Array:
 
 
 def _typical_mass(mass_a: Array, mass_b: Array) -> Array:
-    """The unit of mass in rules that are published for equal masses of 1: the largest."""
+    """The unit of mass for rules published for unit masses: the largest mass."""
     greatest = jnp.maximum(jnp.max(mass_a), jnp.max(mass_b))
     return jnp.where(greatest > 0, greatest, 1)
 
@@ -208,7 +208,7 @@ def _compress_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, fail
 
 
 def _search_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failure: float) -> Array:
-    r"""Sign search, all pairs at once: from random signs, flips some of those whose flip lowers the discrepancy.
+    r"""Parallel sign search: start from random signs, and flip some whose flip lowers the discrepancy.
 
     With moves :math:`t` (:math:`m_b` where a is kept, else :math:`-m_a`) the discrepancy is :math:`t^T G t`, and a flip
     by :math:`\delta_i = \mp(m_a + m_b)` changes it by :math:`2 \delta_i (G t)_i + \delta_i^2 G_{ii}`.
@@ -221,8 +221,8 @@ def _search_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failur
         flip = jnp.where(keep, -1, 1) * (mass_a + mass_b)
         lowers = 2 * flip * overlap + flip**2 * norm < 0
         share = 0.25 * (1 - round_.astype(gram.dtype) / SEARCH_ROUNDS) + 0.01
-        # A part only, fewer in later rounds: if all flipped at once they would overshoot, and swing back for ever. One
-        # uniform number times odd constants, modulo 1, is as good as fresh noise in every round, and cheaper.
+        # Only a share flips, smaller in later rounds: if all flipped at once they would overshoot and oscillate. One
+        # uniform number times odd constants, modulo 1, replaces new noise in every round, and is cheaper.
         tried = coin * (1009 + 577 * round_.astype(gram.dtype)) % 1 < share
         return keep ^ (lowers & tried & free)
 
@@ -230,7 +230,7 @@ def _search_signs(gram: Array, mass_a: Array, mass_b: Array, coin: Array, failur
 
 
 def balancing_walk(gram: Array, gamma: float, coin: Array) -> Array:
-    r"""Signs of single tokens: + with probability :math:`\frac12 - \gamma\, h / R^2` for overlaps h with those before.
+    r"""Signs of single tokens: + with probability :math:`\frac12 - \gamma\, h / R^2`, with h the overlap so far.
 
     Args:
         gram: kernel of the tokens ``[n, n]``; :math:`R^2` is the largest number on its diagonal.
@@ -256,7 +256,7 @@ SIGN_RULES: dict[str, Callable[[Array, Array, Array, Array, float], Array]] = {
 
 
 def tree_order(points: Points, group: int) -> Array:
-    """An order in which neighbours stand together and absent points last: the leaves of a tree of splits.
+    """An order with neighbours next to each other and absent points last: the leaves of a tree of splits.
 
     The tree splits along the principal axes of keys and values in turn, into `BRANCHES` equal cells at a time. Cells
     consist of whole groups of ``group`` points, a power of two, while they are larger than one.
@@ -265,20 +265,20 @@ def tree_order(points: Points, group: int) -> Array:
     present = points.mass > 0
     scale = jnp.sqrt(jnp.maximum(jnp.max(squared_norm(points.x)), jnp.finfo(points.x.dtype).tiny))
     features = jnp.concatenate([points.x / scale, points.values[:, :-1]], axis=1)
-    # NaN has no place in an order, and in the covariance below it would cost all other points theirs.
+    # NaN cannot be ordered, and would spread to all points through the covariance below.
     features = jnp.where(jnp.isfinite(features), features, 0)
     total = jnp.sum(points.mass)
     weight = points.mass / jnp.where(total > 0, total, 1)
     centred = jnp.where(present[:, None], features - (weight @ features)[None, :], 0)
     axes = jnp.linalg.eigh((centred * weight[:, None]).T @ centred)[1][:, ::-1]
-    # A slight tilt of the axes separates points that agree along one of them, so that only equal points are ties.
+    # Slightly tilted axes separate points that agree along one axis, so that only equal points are ties.
     places = jnp.arange(axes.shape[0], dtype=axes.dtype)
     along = centred @ (axes + 1e-3 * jnp.cos(7 * places[:, None] * places[None, :] + places[:, None]))
     along = jnp.where(present[:, None], along, jnp.inf)
     order = jnp.arange(num_points, dtype=jnp.int32)
     cell, level = num_points, 0
     while level == 0 or cell > 1:
-        # Rank r is in cell r // cell of those that the levels before have split.
+        # Rank r is in cell r // cell of the previous level.
         cells = jnp.arange(num_points, dtype=jnp.int32) // cell
         order = lax.sort((cells, along[order, level % along.shape[1]], order), num_keys=2)[2]
         cell = -(-cell // BRANCHES)
@@ -287,10 +287,10 @@ def tree_order(points: Points, group: int) -> Array:
 
 
 def spread_over(points: Points, order: Array, num_groups: int) -> Points:
-    """Spreads points, in an order with absent ones last, evenly over groups of a common length, a power of two.
+    """Spread points, in an order with absent ones last, evenly over groups of a common length, a power of two.
 
-    Groups differ by one point at most. Halving the groups down to one place each leaves one point of every group, for
-    any number of points; padding at the end alone would leave the last groups empty.
+    Group sizes differ by at most one point. Repeated halving leaves one point of every group, for any number of points;
+    with padding only at the end the last groups would be empty.
     """
     num_points = points.mass.shape[0]
     group_size = group_length(num_points, num_groups)
@@ -313,12 +313,12 @@ def spread_over(points: Points, order: Array, num_groups: int) -> Points:
 
 
 def group_length(num_points: int, num_groups: int) -> int:
-    """The least length, a power of two, with which ``num_groups`` groups have places for all points."""
+    """The smallest power of two for which ``num_groups`` groups of this length contain all points."""
     return 1 << max(0, -(-num_points // num_groups) - 1).bit_length()
 
 
 def pair_noise(key: Array, points: Points, size: int) -> list[Array]:
-    """Uniform noise for the pairs of every halving down to ``size``; no two of them share a number."""
+    """Independent uniform noise for the pairs of every halving down to ``size``."""
     total = points.mass.shape[0]
     noise = jax.random.uniform(key, (total,), points.x.dtype)
     return [noise[left : 2 * left] for left in (total >> level for level in range(1, (total // size).bit_length()))]

@@ -1,4 +1,4 @@
-"""Masses of tokens that are kept: those with which they stand best for all tokens, without knowledge of queries."""
+"""Masses of kept tokens that fit all tokens best, without known queries."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class FittedMasses:
-    r"""The tokens that an algorithm keeps, with the non-negative masses that fit all tokens best.
+    r"""Choose tokens by an algorithm, and fit non-negative masses to all tokens.
 
     In the kernel of halving, :math:`\kappa((k, v), (k', v')) = e^{s\, k \cdot k'} (v \cdot v' + c)`, the masses solve
 
     .. math:: \min_{\beta \ge 0}\ \Big\| \sum_c \beta_c\, \kappa(c, \cdot) - \sum_j m_j\, \kappa(j, \cdot) \Big\|,
 
-    and one factor, which changes no output, then restores the total mass. Without it masses shrink as regression does,
-    by a fifth at radius 2 and by half at radius 4, and coresets that are merged with exact keys would count for less.
-    Keys and values stay those of the tokens that are kept. Where the masses of the algorithm err less on queries that
-    probe both (`best_of`), those stay too. Masses have no gradient.
+    and one factor, which does not change outputs, then restores the total mass. Regression shrinks masses, by 20 % at
+    radius 2 and by half at radius 4, so without this factor a coreset merged with exact keys would have too little
+    weight. Keys and values are unchanged. If the masses of the algorithm have smaller errors on probe queries
+    (`best_of`), they are kept too. Masses have no gradient.
 
     Attributes:
-        algorithm: chooses the tokens, and the masses to compare with; Nystrom weights are not supported.
+        algorithm: chooses the tokens, and the masses for the comparison; Nystrom weights are not supported.
     """
 
     algorithm: "Algorithm"
@@ -42,19 +42,19 @@ class FittedMasses:
 
 
 def with_fitted_masses(tokens: WeightedKV, held: WeightedKV, ratio: Array, key: Array) -> WeightedKV:
-    """The held tokens with the masses that fit all tokens best, or with their own where these err less on probes."""
+    """The kept tokens with masses fitted to all tokens, or with their given masses if these are better on probes."""
     if held.value_range is not None:
-        raise ValueError("masses are fitted to tokens that are kept or merged; signed ones solve for their masses")
+        raise ValueError("masses can be fitted to kept or merged tokens only, not to tokens with signed masses")
     mass = fitted_masses(tokens, held, ratio / 2)
     fitted = rescaled(WeightedKV(held.k, held.values * mass[:, None], mass), tokens)
     return best_of([held, fitted], tokens, ratio, key)
 
 
-@in_float32()  # a kernel's matrix is near to singular where keys are alike
+@in_float32()  # a kernel matrix of similar keys is nearly singular
 def fitted_masses(tokens: WeightedKV, held: WeightedKV, exponent: Array) -> Array:
-    r"""Non-negative masses of the held tokens ``[M]``, by the exponent s of the kernel; 0 for those that are absent.
+    r"""Fit non-negative masses ``[M]`` of the kept tokens, by the exponent s of the kernel; 0 for absent tokens.
 
-    The right-hand side :math:`\sum_j m_j\, \kappa(c, j)` is softmax attention of the held tokens over all.
+    The right-hand side :math:`\sum_j m_j\, \kappa(c, j)` is softmax attention of the kept tokens over all tokens.
     """
     unit = value_unit(tokens)
     x, values, present = kernel_points(held, exponent, unit)[:3]

@@ -1,4 +1,4 @@
-"""Published algorithms of other authors: Thinformer, BalanceKV, WildCat and SubGen, with their constants."""
+"""Published coreset algorithms with their constants: Thinformer, BalanceKV, WildCat and SubGen."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ from approx_attention.coresets.sampling import tokens_at
 
 @dataclasses.dataclass(frozen=True)
 class Compress:
-    """KH-Compress (Thinformer): halving in the order of the tokens, in buckets that double, by randomised signs.
+    """KH-Compress (Thinformer): halving in the order of the tokens, in doubling buckets, by randomised signs.
 
     Attributes:
         failure: the probability with which the guarantee may fail; 1/2 as in the authors' code.
@@ -48,21 +48,21 @@ class Compress:
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
-        # The published kernel: the exponent of the logits themselves, and the largest value for the normaliser.
+        # The published kernel: the exponent of the logits, and the largest value norm for the normaliser.
         points = kernel_points(tokens, ratio)
         largest = jnp.max(jnp.abs(points.values[:, :-1]))
         points = points._replace(values=points.values.at[:, -1].set(largest))
-        # Padding goes to the end; the published code drops tokens down to a power of four instead.
+        # Padding goes to the end; the published code instead drops tokens down to a power of four.
         present_first = jnp.argsort(points.mass == 0, stable=True).astype(jnp.int32)
         points = spread_over(points, present_first, size)
         coins = pair_noise(key, points, size)
         rounds = len(coins)
-        # "Symmetrised", as published: a fair coin per round turns its choices around, so that either of a pair is as
-        # likely as the other.
+        # "Symmetrised", as published: a fair coin per round inverts its choices, so that both tokens of a pair are
+        # equally likely.
         sides = jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(max(rounds, 1),))
         for level, coin in enumerate(coins):
-            # As published, buckets double from round to round up to 2 M, and the probability of failure is divided in
-            # proportion to the squared bucket, delta / rounds for the last one.
+            # As published, buckets double from round to round up to 2 M, and the probability of failure is divided
+            # among rounds in proportion to the squared bucket size, delta / rounds for the last one.
             bucket = max(2, 2 * size >> (rounds - 1 - level))
             failure = min(1.0, self.failure * bucket**2 / (4 * size**2 * rounds))
             options: Any = {"failure": failure, "interleaved": False, "side": sides[level]}
@@ -74,21 +74,22 @@ class Compress:
 class BalanceKV:
     r"""BalanceKV as published: signs by a self-balancing walk, merge and reduce, and two coresets.
 
-    One coreset stands for the numerator, each octave of value norms :math:`2^i \le \|v\| < 2^{i+1}` by itself, and has
-    no mass; one stands for the normaliser. The minority of each walk is kept and doubled, so that some of the mass is
-    lost in every round: as published, and unlike all other algorithms here. A batch that already fits is unchanged.
+    One coreset, without mass, represents the numerator, with a separate walk for each octave of value norms
+    :math:`2^i \le \|v\| < 2^{i+1}`. Another one represents the normaliser. The minority of each walk is kept and
+    doubled, so that some mass is lost in every round, as published and unlike all other algorithms here. A batch that
+    already fits is unchanged.
 
-    With the theorem's :math:`\gamma = 1 / (2 c)`, :math:`c = 30 \log(n / \delta)`, the walk is hardly told from coin
-    flips. The default is the number in the authors' code, with which it is almost greedy. There overlaps are not
-    divided by :math:`R^2`, the largest norm of a token in the kernel; here they are, as in the theorem, so that no
-    scale of the values changes the choice.
+    With the theorem's :math:`\gamma = 1 / (2 c)`, :math:`c = 30 \log(n / \delta)`, the walk hardly differs from coin
+    flips. The default is the number in the authors' code, with which it is almost greedy. Their code does not divide
+    overlaps by :math:`R^2`, the largest norm of a token in the kernel; here they are divided, as in the theorem, so
+    that the choice does not depend on the scale of the values.
 
     Attributes:
         failure: the probability :math:`\delta` with which the guarantee may fail.
         gamma: the factor of overlaps :math:`h / R^2` in the probability :math:`\frac12 - \gamma h / R^2` of a sign;
             None for that of the theorem.
-        octaves: the number of octaves below the largest norm; smaller values share the last one (the published
-            algorithm erases them).
+        octaves: the number of octaves below the largest norm. Smaller values join the last octave; the published
+            algorithm sets them to 0.
     """
 
     failure: float = 0.5
@@ -104,7 +105,7 @@ class BalanceKV:
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens."""
         if size < 2:
-            raise ValueError(f"balance_kv keeps one token for the numerator and one for the normaliser, got {size}")
+            raise ValueError(f"balance_kv needs a size of at least 2, for numerator and normaliser, got {size}")
         require_scaled_space("an algorithm", tokens)
         x = lax.stop_gradient(tokens.k) * jnp.sqrt(ratio)
         norm = jnp.sqrt(squared_norm(lax.stop_gradient(tokens.values))[:, 0])
@@ -131,7 +132,7 @@ class BalanceKV:
         )
 
     def _reduced(self, points: Points, octave: Array, size: int, key: Array) -> Points:
-        """Merge and reduce: batches of twice the size, each of which leaves its minority, until one is left."""
+        """Merge and reduce batches of twice the size, keeping the minority of each, until one batch is left."""
         num_points = points.mass.shape[0]
         # Points are padded to M 2^rounds places: static shapes, and every batch is full.
         rounds = group_length(num_points, size).bit_length() - 1
@@ -141,7 +142,7 @@ class BalanceKV:
         points = jax.tree.map(lambda x: pad_rows(x, total - num_points), points)
         for level in range(rounds):
             batches = jax.tree.map(lambda x: x.reshape(-1, 2 * size, *x.shape[1:]), (points, octave))
-            # No noise serves two levels: level l reads the next total / 2^l numbers of the 2 total.
+            # Levels use disjoint noise: level l uses the next total / 2^l numbers of the 2 total.
             first = 2 * (total - (total >> level))
             coins = noise[first : first + (total >> level)].reshape(-1, 2 * size)
             points, octave = lax.map(lambda x: self._minority(x[0], x[1], x[2], num_points), (*batches, coins))
@@ -150,16 +151,16 @@ class BalanceKV:
 
     def _minority(self, points: Points, octave: Array, coin: Array, length: int) -> tuple[Points, Array]:
         present = points.mass > 0
-        # The largest exponential becomes 1; the walk's probabilities are ratios, which no common factor changes.
+        # The largest exponential is scaled to 1; the walk's probabilities are ratios, so a common factor has no effect.
         shift = jnp.max(squared_norm(points.x))
-        # Octaves do not see each other: one walk over a block-diagonal kernel serves all of them.
+        # Octaves are independent: one walk over a block-diagonal kernel serves all of them.
         alike = (octave[:, None] == octave[None, :]) & present[:, None] & present[None, :]
         gram = jnp.where(alike, jnp.exp(points.x @ points.x.T - shift) * (points.values @ points.values.T), 0)
         gamma = 1 / (60 * math.log(length / self.failure)) if self.gamma is None else self.gamma
         plus = balancing_walk(gram, gamma, coin)
         votes = jax.ops.segment_sum(jnp.where(present, jnp.where(plus, 1, -1), 0), octave, self.octaves)
         fits = jnp.sum(present) <= octave.shape[0] // 2
-        # The minority sign of each octave, plus where they are equally many: at most half of its tokens.
+        # The minority sign of each octave, plus in a tie: at most half of its tokens.
         kept = present & (fits | (plus == (votes <= 0)[octave]))
         place = jnp.argsort(~kept, stable=True)[: octave.shape[0] // 2]
         chosen = jax.tree.map(lambda x: x[place], points)
@@ -171,12 +172,12 @@ class BalanceKV:
 class PivotedNystrom:
     r"""WildCat: Nystrom weights on landmarks chosen by randomly pivoted Cholesky.
 
-    The published kernel has the exponent :math:`s = (\rho_q / \rho_k) / 3.94582`. The merge of every token into the
-    nearest pivot is kept where the weights are worse, which the published method does not check.
+    The published kernel has the exponent :math:`s = (\rho_q / \rho_k) / 3.94582`. Unlike the published method, this one
+    keeps the merge of every token into the nearest pivot if the weights are worse.
 
     Attributes:
-        ridge: added to the diagonal of the pivots' kernel, which is 1; without one, as in the authors' code, the
-            solution is NaN where pivots outnumber the numerical rank of the kernel.
+        ridge: added to the unit diagonal of the pivots' kernel. With ridge 0, as in the authors' code, the solution is
+            NaN if the number of pivots exceeds the numerical rank of the kernel.
         bins: the number of parts of the sequence, each with an equal share of the pivots.
     """
 
@@ -215,15 +216,15 @@ class PivotedNystrom:
 
 @dataclasses.dataclass(frozen=True)
 class SubGen:
-    r"""SubGen: online clusters of keys with a reservoir of keys in each, and a sample of values by their norm.
+    r"""SubGen: online clusters of keys with a reservoir of keys each, and a sample of values by their norms.
 
     The normaliser is :math:`\sum_i (n_i / t) \sum_{k \in \text{reservoir } i} e^{q \cdot k}`, the numerator an estimate
     from s samples with odds :math:`\|v\|^2`. Both are tokens here: those of the numerator have no mass.
 
     Attributes:
-        reach: keys at most this far from a centre, in units of the largest norm of a key, join it.
+        reach: largest distance at which a key joins a centre, in units of the largest norm of a key.
         reservoir: the number t of keys in the reservoir of each cluster.
-        value_share: the share of the coreset that the s samples of values take.
+        value_share: the share of the coreset for the s samples of values.
     """
 
     reach: float = 0.5
@@ -238,7 +239,7 @@ class SubGen:
         samples = max(1, int(self.value_share * size))
         slots = min(self.reservoir, size - samples)
         if slots < 1:
-            raise ValueError(f"subgen keeps at least one key and one value, got a coreset size of {size}")
+            raise ValueError(f"subgen needs a size of at least 2, for one key and one value, got {size}")
         require_scaled_space("an algorithm", tokens)
         clusters = (size - samples) // slots
         key_values, key_slots = jax.random.split(key)
@@ -252,7 +253,7 @@ class SubGen:
             opened = jnp.sum(count > 0)
             distance = jnp.where(count > 0, jnp.sum((centres - x[None, :]) ** 2, axis=1), jnp.inf)
             closest = jnp.argmin(distance)
-            # The number of clusters is static: when all are open, a distant key joins the closest one after all.
+            # The number of clusters is static: when all are used, a distant key joins the closest one.
             opens = (opened < clusters) & ((opened == 0) | (distance[closest] > reach))
             own = jnp.where(opens, opened, closest)
             centres = centres.at[own].set(jnp.where(opens, x, centres[own]))
@@ -260,7 +261,7 @@ class SubGen:
             total = count[own] + mass
             held = held.at[own].set(jnp.where(opens | (coin * total < mass), place, held[own]))
             new = (centres, count.at[own].set(total), held)
-            # Padding leaves the state alone.
+            # Padding does not change the state.
             return jax.tree.map(lambda a, b: jnp.where(mass > 0, a, b), new, state), None
 
         start = (

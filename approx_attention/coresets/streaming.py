@@ -1,4 +1,4 @@
-"""Coresets of a growing prefix: folded clusters, weights solved for anew, or a binary counter of coresets."""
+"""Coresets of a growing prefix: folded clusters, refitted weights, or a binary counter of coresets."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
@@ -34,12 +34,13 @@ from approx_attention.coresets.coreset import algorithm_of, centred_tokens, comp
 from approx_attention.coresets.guard import best_of
 
 Streaming = Literal["fold", "refit", "counter"]
-# The default, and what a fold is: the others have a meaning that these two do not follow.
+# The default, and the only algorithm of a fold.
 FOLLOWED = {"fold": ("guarded", "kmeans_nystrom", "kmeans_merge"), "refit": ("guarded",)}
 
 # The exponent of the kernel of refits is that of `Guarded`, in units of that of the logits.
 REFIT_EXPONENT, REFIT_RIDGE = 0.75, 1e-4
-# A merge errs no more than its clusters are wide, and errors of folds add up: solved weights must err half as much.
+# The error of a merge is bounded by the width of its clusters, and errors of folds add up: solved weights must have
+# half the error to be preferred.
 DOUBTS = (1.0, 2.0)
 
 
@@ -54,29 +55,30 @@ def running_coreset(
     sinks: int = 4,
     max_length: int = 65536,
 ) -> RunningSummary:
-    """Running coreset of a growing prefix.
+    """The running coreset of a growing prefix.
 
-    Folding merges every further block into the clusters so far: the cheapest, with positive masses that stay exact.
-    Refits keep rows of the tokens, with signed masses and values that are solved for anew with every block, unless
-    merging errs less on queries that probe both: several times as accurate on smooth keys, at three to five times the
-    cost of a fold on a CPU. Their total mass drifts, by less than 1 % in 128 folds of the data it was measured on. The
-    counter applies the algorithm: of two coresets of one level it makes one of the next, as a binary counter carries,
-    so that it stores up to ``coreset_size`` tokens for each of ``log2(max_length / coreset_size)`` levels; a longer
-    prefix is folded into the last level.
+    - ``"fold"`` merges every new block into the clusters so far. It is the cheapest form, with positive masses whose
+      total is exact.
+    - ``"refit"`` keeps a subset of tokens and solves for signed masses and values with every block, unless merging is
+      better on probe queries. It is several times as accurate on smooth keys, at three to five times the cost of a fold
+      on a CPU. Its total mass drifts, by less than 1 % in 128 folds of the measured data.
+    - ``"counter"`` applies the algorithm. Like the carry of a binary counter, it reduces two coresets of one level to
+      one of the next level, and stores up to ``coreset_size`` tokens for each of ``log2(max_length / coreset_size)``
+      levels. A longer prefix is folded into the last level.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        coreset_size: the number M of tokens, of each level if it is a counter.
-        algorithm: of the counter: one whose masses are not negative.
-        query_radius: of the counter and of refits, as in `coreset`.
+        coreset_size: the number M of tokens; for a counter, of each level.
+        algorithm: algorithm of the counter, with non-negative masses.
+        query_radius: for the counter and for refits, as in `coreset`.
         streaming: ``"fold"``, ``"refit"`` or ``"counter"``.
-        sinks: the number of first real tokens that are kept exactly, in addition to the coreset.
-        max_length: the length of a prefix for which the counter has levels.
+        sinks: the number of initial real tokens that are kept exactly, in addition to the coreset.
+        max_length: the longest prefix for which the counter has levels.
 
     Raises:
-        ValueError: an unknown algorithm, counts below 1, no key, an algorithm or a radius that the growth does not
-            follow.
+        ValueError: an unknown algorithm, counts below 1, no PRNG key, an algorithm or radius that ``streaming`` does
+            not support.
     """
     head_dim, coreset_size = check_counts(head_dim=head_dim, coreset_size=coreset_size)
     sinks = check_count("sinks", sinks, least=0)
@@ -91,7 +93,7 @@ def running_coreset(
         if chosen not in merges or (streaming == "fold" and query_radius is not None):
             followed = "query_radius" if streaming == "refit" else "neither"
             raise ValueError(
-                f"streaming={streaming!r} follows {followed} of algorithm and query_radius: leave them at their "
+                f"streaming={streaming!r} uses {followed} of algorithm and query_radius: leave the others at their "
                 f"defaults, or use streaming='counter'; got {shown(algorithm)} and {shown(query_radius)}"
             )
         growing = _folding(drawn, head_dim, coreset_size)
@@ -105,14 +107,14 @@ def running_coreset(
 
 
 class _Sunk(NamedTuple):
-    """The first real tokens, of mass 0 until they arrive, and the summary of those after them."""
+    """The first real tokens, with mass 0 until they arrive, and the summary of later tokens."""
 
     first: WeightedKV
     rest: Any
 
 
 def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningSummary:
-    """The first tokens exactly, because models attend to them far more, and a running summary of the others."""
+    """Keep the first tokens exactly, because models attend to them far more, and summarise the others."""
     if sinks == 0:
         return running
 
@@ -120,10 +122,10 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
         return _Sunk(WeightedKV.empty(sinks, head_dim, value_dim, dtype), running.init(value_dim, dtype))
 
     def parted(held: _Sunk, k: Array, v: Array, kv_mask: Array) -> tuple[WeightedKV, Array]:
-        """The first tokens after tokens ``k [n, D]``, and which of these are not among them."""
+        """The sinks after tokens ``k [n, D]``, and a mask of the tokens that are not sinks."""
         number = present(held) + jnp.cumsum(kv_mask, dtype=jnp.int32) - 1
         is_first = kv_mask & (number < sinks)
-        # Others are placed past the end, where ``mode="drop"`` leaves them out.
+        # Others are placed past the end, where ``mode="drop"`` drops them.
         place = jnp.where(is_first, number, sinks)
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         first = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), held.first, tokens)
@@ -135,7 +137,7 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
 
     def append_all(held: _Sunk, starts: Array, k: Array, v: Array, kv_mask: Array) -> _Sunk:
         first, others = parted(held, *out_of_blocks((k, v, kv_mask)))
-        # Places fill in order: the first of them after each block.
+        # Places fill in order: the first free place after each block.
         added = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.sum(kv_mask, axis=1, dtype=jnp.int32))])
         filled = jnp.arange(sinks, dtype=jnp.int32)[None, :] < (present(held) + added)[:, None]
         firsts = jax.tree.map(lambda x: jnp.where(filled.reshape(*filled.shape, *(1,) * (x.ndim - 1)), x, 0), first)
@@ -152,10 +154,10 @@ def _after_sinks(sinks: int, head_dim: int, running: RunningSummary) -> RunningS
 
 
 def _refitting(key: Array, head_dim: int, coreset_size: int, query_radius: float | Array | None) -> RunningSummary:
-    r"""Rows of the tokens so far, with signed masses and values that are solved for anew with every block.
+    r"""A subset of the tokens so far, with signed masses and values refitted with every block.
 
-    Nystrom weights are linear in the (mass * value, mass) of what they stand for, so that those of the last fold can be
-    fitted together with the next block; only the choice of rows needs the size of a mass and not its sign.
+    Nystrom weights are linear in the (mass * value, mass) of the tokens that they approximate, so the weights of the
+    last fold can be fitted together with the next block. Only the choice of rows needs absolute masses.
     """
 
     def init(value_dim: int, dtype: Any) -> WeightedKV:
@@ -178,14 +180,14 @@ def _refitting(key: Array, head_dim: int, coreset_size: int, query_radius: float
 
 
 def _merged_signed(tokens: WeightedKV, sizes: WeightedKV, places: Array) -> WeightedKV:
-    """Tokens of signed masses, merged around places, into means of keys by the size of their masses."""
+    """Merge tokens with signed masses around places, into key means weighted by absolute masses."""
     label = nearest(sizes.k, lax.stop_gradient(sizes.k)[places], sizes.mass[places] > 0)
     clusters = merged(sizes, label, places.shape[0])
     return dataclasses.replace(clusters, mass=jax.ops.segment_sum(tokens.mass, label, places.shape[0]))
 
 
 def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
-    """The clusters so far and the next block, merged where it costs least: masses stay exact, and weights positive."""
+    """Merge the clusters so far and the next block at least cost; masses stay exact and weights positive."""
 
     def init(value_dim: int, dtype: Any) -> WeightedKV:
         return WeightedKV.empty(coreset_size, head_dim, value_dim, dtype)
@@ -202,7 +204,7 @@ def _folding(key: Array, head_dim: int, coreset_size: int) -> RunningSummary:
 
 
 class _Levels(NamedTuple):
-    """Coresets ``[levels, M, ...]``, each level of twice as many tokens, empty ones without mass, and the next."""
+    """Coresets ``[levels, M, ...]``, each level for twice as many tokens, and the one being filled."""
 
     levels: WeightedKV
     filling: WeightedKV
@@ -230,7 +232,7 @@ class _Reduce:
         key = jax.random.fold_in(key, start)
         if length > size:
             block, length = self._compress(block, key), size
-        # The block joins those that are being filled; when it no longer fits, these are carried over first.
+        # The block joins the coreset being filled; if it does not fit, that is carried over first.
         full = held.filled + length > size
         levels = lax.cond(full, lambda: self._carry(held.levels, held.filling, key), lambda: held.levels)
         at = jnp.where(full, 0, held.filled)
@@ -252,7 +254,7 @@ class _Reduce:
             return number + 1, levels, carried
 
         last = self.levels - 1
-        # A loop of fixed length with a condition and no `while_loop`, which has no reverse-mode derivative.
+        # A loop of fixed length with a condition instead of `while_loop`, which has no reverse-mode derivative.
         number, levels, carried = lax.fori_loop(
             0,
             self.levels,

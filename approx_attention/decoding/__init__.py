@@ -1,4 +1,4 @@
-"""Decoding with a cache of bounded size, and compression of caches."""
+"""Decoding with caches of bounded size, and compression of caches."""
 
 from approx_attention.decoding.budgets import pyramid_budgets, shared_sizes, token_budget
 from approx_attention.decoding.certified import Certificate, CertifiedCache

@@ -1,4 +1,4 @@
-"""Budgets of tokens: from bytes, between layers, and between heads."""
+"""Token budgets: from bytes, over layers, and over heads."""
 
 import bisect
 import math
@@ -25,22 +25,22 @@ from approx_attention.core import (
 def token_budget(
     num_bytes: int, head_dim: int, value_dim: int, *, dtype: Any = jnp.float32, bits: int | None = None
 ) -> int:
-    """Number of weighted tokens of one head that fit into a budget of bytes.
+    """Compute the number of weighted tokens of one head that fit into a number of bytes.
 
     Args:
         num_bytes: the budget in bytes.
         head_dim: channels D of keys.
         value_dim: channels Dv of values.
         dtype: dtype of keys, values and masses.
-        bits: 8 or 4, of tokens that are quantized (`quantize`), whose other numbers are in ``dtype``.
+        bits: 8 or 4 for quantised tokens (`quantize`), whose steps, masses and centres are in ``dtype``.
 
     Returns:
-        The number of tokens, each of which takes D + Dv numbers and its mass; quantized ones two steps more, and a
-        share of the centre of their group.
+        The number of tokens. A token has D + Dv numbers and a mass; a quantised one also has two steps, and a share of
+        the centre of its group.
 
     Raises:
         ValueError: a budget below one token, counts below 1, other bits.
-        TypeError: counts that are no integers, a dtype that is not floating point.
+        TypeError: counts that are not integers, a dtype that is not floating point.
 
     Example:
         >>> from approx_attention.decoding import token_budget
@@ -61,13 +61,13 @@ def token_budget(
 
     if num_bytes < size(1):
         raise ValueError(f"a weighted token takes {size(1)} bytes, more than the budget of {num_bytes}")
-    # Whole groups cost the same each; between them the bytes grow with the tokens.
+    # All whole groups have the same size; within a group bytes grow with the number of tokens.
     whole = QUANTIZED_GROUP * (num_bytes // size(QUANTIZED_GROUP))
     return whole + bisect.bisect_right(range(whole + 1, whole + QUANTIZED_GROUP + 1), num_bytes, key=size)
 
 
 def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, least: int = 40) -> list[int]:
-    r"""Budgets per layer that fall linearly from the first layer to the last, with mean ``budget``.
+    r"""Compute budgets that fall linearly from the first layer to the last, with mean ``budget``.
 
     .. math:: b_l = b_0 + (b_{L-1} - b_0) \frac{l}{L - 1}, \qquad b_{L-1} = b / \beta, \quad b_0 = 2 b - b_{L-1}
 
@@ -75,7 +75,7 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
         num_layers: the number L of layers.
         budget: mean tokens per layer.
         steepness: :math:`\beta`, the ratio of the mean budget to that of the last layer.
-        least: lower limit for every layer, unless the mean is smaller; the default has room for the 4 sinks and 32
+        least: lower limit for every layer, unless the mean is smaller; the default covers the 4 sinks and 32
             recent tokens of `compress_tokens`.
 
     Returns:
@@ -106,17 +106,17 @@ def pyramid_budgets(num_layers: int, budget: int, *, steepness: float = 20.0, le
 
 
 def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, most: int | None = None) -> Array:
-    """Number of keys that each head keeps if all heads together keep the ``H * budget`` with the greatest scores.
+    """Share a budget between heads: the heads together keep the ``H * budget`` keys with the largest scores.
 
     Args:
-        scores: of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention; where they
-            are traced, NaN counts as the least.
+        scores: scores of the keys of every head ``[H, S]``, comparable between heads, such as shares of attention. NaN
+            in traced scores ranks last.
         budget: mean tokens per head.
-        least: lower limit for every head, such as the sinks, the recent tokens and one more of `compress_tokens`.
-        most: upper limit for every head, twice the mean by default; never more than the S keys it has.
+        least: lower limit for every head, for example ``sinks + recent + 1`` of `compress_tokens`.
+        most: upper limit for every head; by default twice the mean, and at most S.
 
     Returns:
-        Sizes ``[H]``, int32; their sum is at most ``H * budget``.
+        The number of keys of each head ``[H]``, int32; their sum is at most ``H * budget``.
 
     Raises:
         ValueError: a budget that is not between ``least`` and ``most``, scores that are not ``[H, S]`` or NaN.
@@ -140,7 +140,7 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
     """
     check_floating("scores", scores)
     if scores.ndim != 2 or 0 in scores.shape:
-        raise ValueError(f"scores must be [H, S] of at least one head and key, got shape {scores.shape}")
+        raise ValueError(f"scores must be [H, S] with at least one head and one key, got shape {scores.shape}")
     if not isinstance(scores, Tracer) and np.isnan(np.asarray(scores)).any():
         raise ValueError(f"scores must be numbers, got {np.isnan(np.asarray(scores)).sum()} NaN")
     # Traced scores cannot be checked; `top_k` would rank NaN above every number.
@@ -153,7 +153,7 @@ def shared_sizes(scores: Float[Array, "H S"], budget: int, *, least: int = 0, mo
         raise ValueError(f"budget must be from least = {least} to most = {most} tokens per head, got {budget}")
     least, budget, most = (min(count, num_keys) for count in (least, budget, most))
     total = num_heads * (budget - least)
-    # The best ``least`` of every head are settled; places least..most of all heads compete for the rest.
+    # The best ``least`` keys of every head are fixed; ranks least..most of all heads compete for the rest.
     best = lax.top_k(scores, most)[0][:, least:]
     chosen = lax.top_k(best.reshape(-1), total)[1]
     return least + jax.ops.segment_sum(jnp.ones_like(chosen), chosen // max(1, most - least), num_heads)

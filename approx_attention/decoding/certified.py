@@ -1,4 +1,4 @@
-"""Decoding with a promise for every step: clusters where their bound allows it, all tokens where it does not."""
+"""Decoding with an error bound for every step: from clusters if the bound is small enough, else from all tokens."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from approx_attention.coresets import CertifiedSummary, Clusters
 
 
 class Certificate(NamedTuple):
-    """What was promised so far, of each sequence and key head ``[B, K]``.
+    """The certificate of the steps so far, for each sequence and key head ``[B, K]``.
 
     Attributes:
-        steps: steps of one token.
-        exact_steps: those of them that were answered from all tokens.
-        promised: the largest bound among the others, in units of the largest norm of a value seen by then; rounding of
-            outputs to a narrower dtype comes on top.
+        steps: number of steps of one token.
+        exact_steps: number of steps that used all tokens.
+        promised: the largest error bound of the other steps, in units of the largest norm of a value so far. It does
+            not include the rounding of outputs to a narrower dtype.
     """
 
     steps: Array
@@ -29,10 +29,10 @@ class Certificate(NamedTuple):
 
 
 class CertifiedCache(NamedTuple):
-    """The cache of one head: every token, and clusters of all but the last one to two blocks.
+    """The cache of one head: all tokens, and clusters of all tokens except the last one or two blocks.
 
     Attributes:
-        tokens: every token by its place ``[max_length]``, with mass 0 where there is none yet.
+        tokens: all tokens by position ``[max_length]``, with mass 0 where there is none yet.
         prefix: the state of the clusters (`coresets.CertifiedSummary`).
         certificate: the `Certificate`.
         length: the number of tokens seen.
@@ -46,10 +46,10 @@ class CertifiedCache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CertifiedDecoder:
-    """One head of a certified cache: the parts of a step, and many tokens at once.
+    """Operations on one head of a certified cache: the parts of a step, and a prefill.
 
-    A step is several functions and not one, because heads are mapped together in all but the last, exact attention:
-    mapped, a condition would compute both of its branches.
+    A step consists of several functions, because all parts except exact attention are mapped over heads; a mapped
+    condition would compute both of its branches.
     """
 
     clusters: CertifiedSummary
@@ -61,7 +61,7 @@ class CertifiedDecoder:
     dtype: Any
 
     def init(self) -> CertifiedCache:
-        """The cache that has seen no token."""
+        """An empty cache."""
         tokens = WeightedKV.empty(self.max_length, self.head_dim, self.value_dim, self.dtype)
         none = jnp.zeros((), jnp.int32)
         certificate = Certificate(none, none, jnp.zeros((), self.dtype))
@@ -70,7 +70,7 @@ class CertifiedDecoder:
     def prefill(
         self, cache: CertifiedCache, q: Array, k: Array, v: Array, num_real: Array | None
     ) -> tuple[Array, CertifiedCache]:
-        """Takes T tokens, and answers queries ``[T, G, D]`` exactly: the tokens are there."""
+        """Append T tokens, and attend exactly to all tokens with queries ``[T, G, D]``."""
         num_tokens, start = k.shape[0], cache.length
         num_real = jnp.asarray(num_tokens if num_real is None else num_real, jnp.int32)
         real = jnp.arange(num_tokens, dtype=jnp.int32) < num_real
@@ -85,7 +85,7 @@ class CertifiedDecoder:
 
         place = jnp.where(real, start + jnp.arange(num_tokens, dtype=jnp.int32), self.max_length)
         tokens = jax.tree.map(lambda room, x: room.at[place].set(x, mode="drop"), cache.tokens, new)
-        # There is no error in a compiled program: what no longer fits shows as NaN.
+        # A compiled program cannot raise an error: tokens beyond the capacity become NaN.
         over = start + num_real > self.max_length
         value_sum = tokens.value_sum.at[-1].set(jnp.where(over, jnp.nan, tokens.value_sum[-1]))
         tokens = dataclasses.replace(tokens, value_sum=value_sum)
@@ -103,21 +103,21 @@ class CertifiedDecoder:
         return out, CertifiedCache(tokens, prefix, cache.certificate, start + num_real)
 
     def due(self, length: Array) -> Array:
-        """Whether one more token begins a block, so that the block before the last goes into the clusters."""
+        """Whether the next token begins a block, so that the block before the last is added to the clusters."""
         return (length % self.block_size == 0) & (length >= 2 * self.block_size)
 
     def fold(self, prefix: Any, tokens: WeightedKV, length: Array) -> Any:
-        """The clusters with the block that is due."""
+        """Add the block that is due to the clusters."""
         start = jnp.maximum(length - 2 * self.block_size, 0)
         return self.clusters.measured(self.clusters.append(prefix, tokens, start, self.block_size), tokens)
 
     def put(self, tokens: WeightedKV, length: Array, q: Array, k: Array, v: Array, real: Array) -> tuple[Any, Array]:
-        """The tokens with one more, ``k [1, D]``, and the queries ``[G, D]`` in scaled space."""
+        """Add one token ``k [1, D]``; return all tokens and the queries ``[G, D]`` in scaled space."""
         q, new = self._scaled(q[None], k, jnp.where(length < self.max_length, v, jnp.nan), real[None])
         return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, length, 0), tokens, new), q[0]
 
     def promise(self, prefix: Any, tokens: WeightedKV, length: Array, q: Array) -> tuple[Array, Array, Array]:
-        """Outputs ``[G, Dv]`` over clusters and recent tokens, a bound for all of them, and the largest value."""
+        """Outputs ``[G, Dv]`` over clusters and recent tokens, their error bound, and the largest value norm."""
         start = self._num_folded(length) * self.block_size
         near = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, 2 * self.block_size), tokens)
         clusters = merge(self.clusters.read(prefix), Clusters.of_tokens(near))
@@ -130,7 +130,7 @@ class CertifiedDecoder:
         return jnp.maximum(-(-length // self.block_size) - 2, 0)
 
     def _scaled(self, q: Array, k: Array, v: Array, real: Array) -> tuple[Array, WeightedKV]:
-        """Queries and tokens in scaled space and in the dtype of the cache, zero where they are not real."""
+        """Queries and tokens in scaled space and in the dtype of the cache, zero in padding."""
         k, v = (jnp.where(real[:, None], x, 0).astype(self.dtype) for x in (k, v))
         q, k = fold_scale(q.astype(self.dtype), k, self.scale)
         return q, WeightedKV(k, v, real.astype(self.dtype))
@@ -144,15 +144,15 @@ def certified_step(
     tokens: tuple[Array, Array, Array],
     real: Array | None,
 ) -> tuple[Array, CertifiedCache]:
-    """One token of every sequence and head.
+    """Decode one token of every sequence and head.
 
     Args:
-        decoder_of: the decoder of a head from its random arrays.
-        tolerance: the largest bound that is accepted, in units of the largest value.
+        decoder_of: makes the decoder of a head from its random arrays.
+        tolerance: the largest accepted error bound, in units of the largest value norm.
         cache: with axes ``[B, K]``; its ``length`` is one number or ``[B]``.
         drawn: the random arrays of each key head ``[K, ...]``.
         tokens: queries ``[B, K, G, D]``, keys ``[B, K, 1, D]`` and values ``[B, K, 1, Dv]``.
-        real: which sequences have a token, ``[B]``; all by default.
+        real: mask of the sequences with a token, ``[B]``; all by default.
 
     Returns:
         Outputs ``[B, K, G, Dv]``, 0 where there is no token, and the new cache.
@@ -168,7 +168,7 @@ def certified_step(
 
         def sequence(args: Any) -> Any:
             heads, same = args
-            # One length of all is no mapped axis, so that a place in the cache is a slice and not a gather.
+            # A common length is not a mapped axis, so that access to the cache is a slice instead of a gather.
             same = same if ragged else of_sequence_of_all
             head = lambda args: function(decoder_of(args[1]), *args[0], *same)  # noqa: E731
             return each(head, (heads, drawn), together=together)
@@ -176,7 +176,7 @@ def certified_step(
         of_sequence_of_all = jax.tree.map(lambda x: x[0], of_sequence)
         return each(sequence, (of_head, of_sequence), together=together)
 
-    # First of all: an update after a condition has read them would copy all tokens.
+    # Before anything else: an update after a condition has read the tokens would copy all of them.
     seen, q = over(
         lambda decoder, seen, q, k, v, length, more: decoder.put(seen, length, q, k, v, more),
         (cache.tokens, q, k, v),
@@ -192,7 +192,7 @@ def certified_step(
         return over(of_head, (cache.prefix, seen), (before, more), together=False)
 
     decoder = decoder_of(jax.tree.map(lambda x: x[0], drawn))
-    # One condition for all sequences: where lengths differ, all are folded when one is due, and one result is taken.
+    # One condition for all sequences: if lengths differ, all are folded when one is due, and results are selected.
     prefix = lax.cond(jnp.any(decoder.due(before) & more), fold, lambda: cache.prefix)
     out, bound, largest = over(
         lambda decoder, prefix, seen, q, length: decoder.promise(prefix, seen, length, q),
@@ -201,7 +201,7 @@ def certified_step(
         together=True,
     )
     more = more[:, None]
-    # Not `bound > ...`: what is NaN, because the cache has overflowed, is to be seen.
+    # Not `bound > ...`: NaN, which marks an overflow of the cache, must stay visible.
     falls = more & ~(bound <= jnp.asarray(tolerance, bound.dtype) * largest)
     out = lax.cond(jnp.any(falls), lambda: _exact_where(falls, seen, q, out), lambda: out)
     share = jnp.where(falls | ~more, 0, bound / jnp.where(largest > 0, largest, 1))
@@ -215,14 +215,14 @@ def certified_step(
 
 
 def _exact_where(falls: Array, tokens: WeightedKV, q: Array, out: Array) -> Array:
-    """Attention over all tokens of the heads ``[B, K]`` that fall back, one after the other; others stay."""
+    """Exact attention for the heads ``[B, K]`` that fall back, one after the other; other outputs are unchanged."""
     places = jnp.stack(jnp.meshgrid(*(jnp.arange(n) for n in falls.shape), indexing="ij"), axis=-1).reshape(-1, 2)
 
     def of_head(place: Array) -> Array:
         b, h = place[0], place[1]
 
         def exact() -> Array:
-            # Cut out here and not by the loop, which would copy the tokens of every head.
+            # Sliced inside the branch; the loop would copy the tokens of every head.
             with in_float32():
                 return attend(q[b, h], jax.tree.map(lambda x: x[b, h], tokens)).out
 

@@ -1,4 +1,4 @@
-"""KV-cache compression: a prefilled cache in a budget of tokens, by coresets or by the heuristics they compete with."""
+"""KV-cache compression to a token budget, by coresets, eviction heuristics or attention matching."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ from approx_attention.decoding.matching import MATCHING, AttentionMatching
 
 
 class _Budget(NamedTuple):
-    """Budget of tokens: its total, the number that heuristics may use, and the numbers reserved at both ends."""
+    """A token budget: the total, the number that heuristics may use, and the numbers of sinks and recent tokens."""
 
     budget: int
     size: int | Array | None
@@ -49,7 +49,7 @@ class _Budget(NamedTuple):
     recent: int
 
     def checked(self) -> Self:
-        """The same as whole numbers; raises for counts that are out of range."""
+        """The budget as ints. Raises for counts that are out of range."""
         budget, sinks = check_count("budget", self.budget), check_count("sinks", self.sinks, least=0)
         recent = check_count("recent", self.recent, least=0)
         if self.size is not None:
@@ -74,53 +74,63 @@ def compress_tokens(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> WeightedKV:
-    """Compresses the keys and values of one head: the first and last tokens exactly, the others in a token budget.
+    """Compress the keys and values of one head to a token budget; the first and last tokens stay exact.
 
-    A coreset stands for all tokens. A heuristic keeps the tokens with the greatest scores and evicts the others, whose
-    mass is then missing; with ``mass_correction`` the kept tokens between the first and the last share it equally, or
-    as fits all tokens best. Attention matching keeps tokens as a heuristic does, and solves for masses and values with
-    which the given queries get the outputs they had. Shared key heads are compressed once, not once per query head.
+    - A coreset represents all tokens.
+    - A heuristic keeps the tokens with the largest scores and evicts the others, whose mass is lost. With
+      ``mass_correction`` the kept tokens between the first and the last get this mass.
+    - Attention matching keeps tokens like a heuristic, and solves for masses and values that preserve the outputs of
+      given queries.
+
+    Shared key heads are compressed once, not once per query head.
 
     Args:
-        k: keys ``[S, D]`` as attention reads them, with rotary positions applied.
+        k: keys ``[S, D]`` as used by attention, with rotary positions applied.
         v: values ``[S, Dv]``.
-        key: typed PRNG key; heuristics need none.
-        budget: the number of tokens that are kept in all; with ``budget >= S`` and no ``size`` nothing is lost.
-        num_bytes: in place of ``budget``, the bytes that the kept tokens may take (`token_budget`), and the range of
-            their values, which some policies store.
-        size: heuristics and attention matching only: the number of tokens that this head may use where heads share a
-            budget (`shared_sizes`), from 0 to ``budget``; a traced size is cut to that range. The remaining rows have
-            no mass. The first and the last tokens are always kept.
-        policy: an algorithm of `approx_attention.coresets`, or a heuristic: ``"streaming_llm"`` (the last tokens),
-            ``"knorm"`` (small keys), ``"keydiff"`` (keys unlike the mean key), ``"h2o"`` (attention received from all
-            queries), ``"snapkv"`` (from the last 32, averaged over 5 keys), ``"tova"`` (from the last),
-            ``"expected_attention"`` (from Gaussian queries of the same mean and covariance, times the norm of the
-            value) or ``"kvzip"`` (the most from a query of a second pass, in which the model repeats its context); or
-            ``"attention_matching"``, an `AttentionMatching` of the last 512 queries.
-        queries: the queries of the last T positions ``[T, D]``, or ``[T, G, D]`` of all G query heads that share the
-            keys, for the last six, and as an estimate of the radius. Later queries should resemble them. Matching sees
-            all tokens by each of them. For ``"kvzip"`` they are those of the second pass, which come after all keys,
-            in any number. ``"guarded"`` judges by the last 32. Queries are given as attention reads them; with rotary
-            positions the Gaussian of ``"expected_attention"`` is that of rotated queries, where the authors average
-            the rotation over later positions: a model that does the same passes queries rotated to these.
-        sinks: the number of first tokens that are kept exactly.
+        key: typed PRNG key; not needed for heuristics.
+        budget: the total number of kept tokens; with ``budget >= S`` and no ``size`` nothing is lost.
+        num_bytes: bytes of the kept tokens (`token_budget`), instead of ``budget``; they include the range of the
+            values, which some policies store.
+        size: the number of tokens of this head if heads share a budget (`shared_sizes`), from 0 to ``budget``; for
+            heuristics and attention matching only. A traced size is clipped to this range. The remaining rows have no
+            mass. The first and the last tokens are always kept.
+        policy: an algorithm of `approx_attention.coresets`; ``"attention_matching"`` (an `AttentionMatching` of the
+            last 512 queries); or a heuristic, which scores keys by
+
+            - ``"streaming_llm"``: position, keeping the last tokens,
+            - ``"knorm"``: small norms,
+            - ``"keydiff"``: distance from the mean key,
+            - ``"h2o"``: attention received from all queries,
+            - ``"snapkv"``: attention received from the last 32 queries, averaged over 5 keys,
+            - ``"tova"``: attention received from the last query,
+            - ``"expected_attention"``: attention received from Gaussian queries with the mean and covariance of the
+              given ones, times the norm of the value,
+            - ``"kvzip"``: the largest attention received from a query of a second pass, in which the model repeats its
+              context.
+        queries: the queries of the last T positions ``[T, D]``, or ``[T, G, D]`` for all G query heads that share the
+            keys, in the form used by attention. The last five heuristics and matching need them. They should resemble
+            later queries. Every policy estimates the radius of later queries from them, and ``"guarded"`` measures
+            errors on the last 32. For ``"kvzip"`` they are the queries of the second pass, after all keys, in any
+            number. With rotary positions, the Gaussian of ``"expected_attention"`` is that of rotated queries; the
+            authors average the rotation over later positions, for which you can pass queries rotated to them.
+        sinks: the number of initial tokens that are kept exactly.
         recent: the number of last tokens that are kept exactly.
-        mass_correction: heuristics only: the kept tokens take over the mass of the evicted ones, each in proportion to
-            its own, or ``"fitted"``: with the masses that fit all tokens best (`FittedMasses`).
+        mass_correction: for heuristics only: give the mass of evicted tokens to the kept ones, in proportion to their
+            masses; with ``"fitted"``, give kept tokens the masses that fit all tokens best (`FittedMasses`).
         query_radius: as in `coreset`, in scaled space.
-        kv_mask: true where a key is real ``[S]``; sinks and recent tokens are the first and last real ones, and queries
-            of all S positions are real where their keys are; fewer, and those of a second pass, are all real.
+        kv_mask: true where a key is real ``[S]``. Sinks and recent tokens are the first and last real ones. Queries of
+            all S positions are real where their keys are; fewer queries, and those of a second pass, are all real.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
 
     Returns:
-        A `WeightedKV` of ``budget`` tokens (or S, if that is less), which carries the scale: `attend` takes queries as
-        they are. ``in_scaled_space()`` makes of it one for queries of `fold_scale`, and `quantize` one in few bits.
+        A `WeightedKV` of ``min(budget, S)`` tokens that carries the scale, so `attend` takes unscaled queries. Call
+        ``in_scaled_space()`` for queries of `fold_scale`, and `quantize` to store it in 8 or 4 bits.
 
     Raises:
-        ValueError: a budget below ``sinks + recent + 1``, a budget of tokens and one of bytes, an unknown policy,
-            queries that are needed and not given or more than keys, a size for an algorithm or out of range, a radius
-            that is negative or not finite, no key for an algorithm.
-        TypeError: tensors that are not floating point, counts that are no integers.
+        ValueError: a budget below ``sinks + recent + 1``, both a budget and a number of bytes, an unknown policy,
+            missing queries or more queries than keys, a size for an algorithm or out of range, a negative or infinite
+            radius, no PRNG key for an algorithm.
+        TypeError: tensors that are not floating point, counts that are not integers.
 
     Example:
         >>> import functools, jax
@@ -170,62 +180,62 @@ def _check_policy(policy: Any, size: int | Array | None) -> None:
         raise ValueError(f"policy must be one of {', '.join(known)}, or an algorithm, got {shown(policy)}")
     if size is not None:
         raise ValueError(
-            f"size is for heuristics, which drop what they rank last: {', '.join([*HEURISTICS, *MATCHING])}; got "
-            f"policy {shown(policy)}"
+            f"size is only supported by policies that rank keys: {', '.join([*HEURISTICS, *MATCHING])}; got policy "
+            f"{shown(policy)}"
         )
 
 
 def _ranking(policy: Any) -> Heuristic | AttentionMatching | None:
-    """What ranks the keys, for a policy that keeps the best of them; None for an algorithm."""
+    """The ranking of a policy that keeps the best keys; None for an algorithm."""
     if isinstance(policy, str):
         return HEURISTICS.get(policy) or MATCHING.get(policy)
     return policy if isinstance(policy, AttentionMatching) else None
 
 
 def _come_later(policy: Any) -> bool:
-    """True for a policy whose queries come after all keys, in any number."""
+    """Whether the queries of a policy come after all keys, in any number."""
     ranking = _ranking(policy)
     return ranking is not None and ranking.later
 
 
 def _asked(queries: Array, k: Array, policy: Any, real: Array | None) -> Queries:
-    """Which keys the queries see, once padding is moved to the front."""
+    """The queries, with the numbers of keys that they see after padding has moved to the front."""
     num_keys = k.shape[0]
     if _come_later(policy):
         return Queries.later(queries, num_keys)
     asked = Queries.last(queries, num_keys)
     if real is None or queries.shape[0] != num_keys:
         return asked
-    # Queries of all positions move with their keys; fewer are those of the last real ones.
+    # Queries of all positions move with their keys; fewer queries are those of the last real keys.
     order = jnp.argsort(real, stable=True)
     rows = jnp.where(real[:, None, None], asked.rows, 0)[order]
     return Queries(rows, jnp.where(real[order], asked.seen, 0))
 
 
 def _asked_after(cache: Cache, queries: Array, policy: Any) -> Queries:
-    """The last queries of a cache: the tokens of its exact blocks come after those that are compressed."""
+    """The last queries of a cache; the tokens of its exact blocks come after the compressed ones."""
     prefix = cache.past.prefix
     num_keys = prefix.k.shape[0]
     if _come_later(policy):
         return Queries.later(queries, num_keys)
     near = jnp.sum(cache.past.before.kv_mask, dtype=jnp.int32) + jnp.sum(cache.current.kv_mask, dtype=jnp.int32)
     asked = Queries.last(queries, num_keys, after=near)
-    # Real keys are moved to the end; rows before the first of them are no queries.
+    # Real keys are moved to the end; rows before the first real key are not queries.
     first = num_keys - jnp.sum(prefix.mass > 0, dtype=jnp.int32)
     return Queries(asked.rows, jnp.where(asked.seen > first, asked.seen, 0))
 
 
 def tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
-    """The budget in tokens, of which exactly one is given: their number, or their bytes."""
+    """The budget in tokens, given either as their number or as bytes."""
     if (budget is None) == (num_bytes is None):
         given = "neither" if budget is None else f"budget={shown(budget)} and num_bytes={shown(num_bytes)}"
-        raise ValueError(f"pass a budget of tokens or num_bytes, and not both; got {given}")
+        raise ValueError(f"pass either budget or num_bytes, got {given}")
     if num_bytes is None:
         assert budget is not None
         return budget
     dtype = jnp.promote_types(k.dtype, v.dtype)
     num_bytes = check_count("num_bytes", num_bytes, most=None)
-    # The range of the values, which signed masses need, is stored too.
+    # The range of the values, needed for signed masses, is stored too.
     rest = max(1, num_bytes - 2 * v.shape[1] * dtype.itemsize)
     return token_budget(rest, k.shape[1], v.shape[1], dtype=dtype, bits=bits)
 
@@ -241,7 +251,7 @@ def _in_budget(
     mass_correction: bool | Literal["fitted"],
     query_radius: float | Array | None,
 ) -> WeightedKV:
-    """`compress_tokens` of weighted tokens in scaled space; those that are not ``real`` have mass 0."""
+    """`compress_tokens` for weighted tokens in scaled space; tokens that are not ``real`` have mass 0."""
     budget, size, sinks, recent = limits.checked()
     num_keys, mass_correction = tokens.mass.shape[0], _checked_correction(mass_correction)
     if query_radius is not None:
@@ -258,7 +268,7 @@ def _in_budget(
     if middle < 1:
         raise ValueError(f"budget must be more than sinks + recent = {sinks + recent}, got {budget}")
     end = num_keys - recent
-    # Where there are few real tokens, the first may be among the last: those count once, as recent ones.
+    # With few real tokens, the first ones may be among the last; they count once, as recent ones.
     first_place = start + jnp.arange(sinks, dtype=jnp.int32)
     is_first = jnp.zeros(num_keys, bool).at[first_place].set(True)
     first, last = _at(tokens, jnp.minimum(first_place, end - 1), first_place < end), _at(tokens, slice(end, None))
@@ -274,10 +284,10 @@ def _in_budget(
         kept = compress(between, key, coreset_size=middle, **options)
         return merge(fixed, kept)
     if ranking.needs_queries and queries is None:
-        raise ValueError(f"policy {shown(policy)} scores keys by the attention of queries: pass queries")
-    # All tokens are scored, the reserved ones too: attention is a share among all.
+        raise ValueError(f"policy {shown(policy)} scores keys by the attention of queries; pass queries")
+    # All tokens are scored, including sinks and recent ones, because attention weights are shares over all tokens.
     score = ranking.score(tokens, Queries.last(tokens.k[:1], num_keys) if queries is None else queries)
-    # A ranking has no derivative; tokens without mass rank last, after those of score -inf.
+    # A ranking has no derivative; tokens without mass rank last, after those with score -inf.
     score = jnp.maximum(lax.stop_gradient(score)[end - between.mass.shape[0] : end], HIDDEN)
     score = jnp.where(between.mass > 0, score, -jnp.inf)
     kept = _kept_at(between, lax.top_k(score, middle)[1], size if size is None else size - sinks - recent)
@@ -304,12 +314,12 @@ def _checked_correction(mass_correction: Any) -> bool | Literal["fitted"]:
 
 
 def _later_radius(queries: Queries) -> Array:
-    """As `coresets.query_radius`: a tenth more than the largest recent query, because later ones are unknown."""
+    """As `coresets.query_radius`: 1.1 times the largest norm of a recent query, because later ones are unknown."""
     return 1.1 * jnp.sqrt(jnp.max(squared_norm(queries.recent(SNAP_QUERIES).rows)))
 
 
 def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) -> WeightedKV:
-    """The tokens at these places; those that are not ``present`` lose their mass."""
+    """The tokens at the given places; tokens that are not ``present`` get mass 0."""
     k, value_sum, mass = tokens.k[place], tokens.value_sum[place], tokens.mass[place]
     if present is not None:
         value_sum, mass = jnp.where(present[:, None], value_sum, 0), jnp.where(present, mass, 0)
@@ -317,19 +327,19 @@ def _at(tokens: WeightedKV, place: Array | slice, present: Array | None = None) 
 
 
 def _kept_at(tokens: WeightedKV, ranked: Array, size: int | Array | None) -> WeightedKV:
-    """The tokens at ``ranked`` places, the best first; with a size the others lose their mass, at static shapes."""
+    """The tokens at ``ranked`` places, the best first; with a size, further tokens get mass 0 at static shapes."""
     if size is None:
         return jax.tree.map(lambda x: x[ranked], tokens)
     return _at(tokens, ranked, jnp.arange(ranked.shape[0], dtype=jnp.int32) < size)
 
 
 def _rounding(bits: int | None) -> Callable[[WeightedKV], Any]:
-    """How the tokens of a compressed prefix are stored."""
+    """The function that quantises the tokens of a compressed prefix."""
     return (lambda tokens: tokens) if bits is None else functools.partial(quantize, bits=check_bits("bits", bits))
 
 
 class Compressed(NamedTuple):
-    """Prefix that was compressed once, and the folded coreset of the tokens after it."""
+    """A prefix that was compressed once, and the folded coreset of later tokens."""
 
     fixed: WeightedKV | QuantizedKV
     since: WeightedKV
@@ -338,15 +348,15 @@ class Compressed(NamedTuple):
 def running_compressed(
     head_dim: int, key: Array | None = None, *, budget: int, coreset_size: int = 256, bits: int | None = None
 ) -> RunningSummary:
-    """Running summary of a compressed prefix (`compress_cache`) and a folded coreset of all tokens after it.
+    """The running summary of a compressed prefix (`compress_cache`) and a folded coreset of all later tokens.
 
     Args:
         head_dim: the number D of channels of queries and keys.
         key: typed PRNG key.
-        budget: tokens of the compressed prefix.
-        coreset_size: tokens that stand for those after it, except for the last two blocks, which stay exact.
-        bits: 8 or 4 bits per channel of the compressed prefix; the coreset is not rounded, because it changes at every
-            block, and rounding would add up.
+        budget: number of tokens of the compressed prefix.
+        coreset_size: number of tokens of the coreset of later tokens, except the last two blocks, which stay exact.
+        bits: 8 or 4 bits per channel of the compressed prefix. The coreset is not quantised: it changes at every block,
+            and rounding errors would add up.
 
     Returns:
         The `RunningSummary`, for a `Decoder`.
@@ -367,8 +377,8 @@ def running_compressed(
 
     def init(value_dim: int, dtype: Any) -> Compressed:
         empty = WeightedKV.empty(budget, head_dim, value_dim, dtype)
-        # With a range from the start: weights that `compress_cache` solves for may be signed, and states of a cache
-        # must be of one structure.
+        # With a range from the start: `compress_cache` may make signed masses, and all states of a cache must have one
+        # structure.
         fixed = dataclasses.replace(empty, value_range=empty.values_from_to)
         return Compressed(narrow(fixed), folding.init(value_dim, dtype))
 
@@ -397,26 +407,26 @@ def compress_cache(
     query_radius: float | Array | None = None,
     bits: int | None = None,
 ) -> Cache:
-    """Compresses the older tokens of an exact `Decoder`'s cache; its last one or two blocks stay exact.
+    """Compress the older tokens of an exact `Decoder`'s cache; its last one or two blocks stay exact.
 
-    The result is a cache of ``Decoder(running=running_compressed(D, key, budget=budget, coreset_size=coreset_size))``,
-    with the same ``bits`` if there are any, which continues from there.
+    The result is a cache for ``Decoder(running=running_compressed(D, key, budget=budget, coreset_size=coreset_size))``,
+    with the same ``bits``, if any.
 
-    Tokens count by their masses. So the tokens of the cache may stand for several already (``running_coreset`` without
-    sinks, ``running_block_linformer``); sinks, and policies that read positions, then take them in the order of the
-    cache.
+    Tokens are weighted by their masses, so the tokens of the cache may already represent several tokens
+    (``running_coreset`` without sinks, ``running_block_linformer``). Sinks, and policies that use positions, then
+    follow the order of the cache.
 
     Args:
         cache: cache of a decoder with ``running_exact``, or with another summary of tokens without negative masses.
         key: typed PRNG key.
-        budget: tokens for everything older than the exact blocks.
-        num_bytes: in place of ``budget``, as in `compress_tokens`; the decoder that continues has a budget of as many
-            tokens as `token_budget` says.
-        size: the number of tokens that this head may use, as in `compress_tokens`.
+        budget: number of tokens for everything older than the exact blocks.
+        num_bytes: bytes of these tokens instead of ``budget``, as in `compress_tokens`; the next decoder then needs
+            the budget that `token_budget` returns.
+        size: the number of tokens of this head, as in `compress_tokens`.
         coreset_size: as in `running_compressed`.
         policy: as in `compress_tokens`.
-        queries: the last queries, those of the exact blocks included, in scaled space, for the policies that read them.
-        sinks: the number of first tokens that are kept exactly.
+        queries: the last queries in scaled space, including those of the exact blocks, for policies that need them.
+        sinks: the number of initial tokens that are kept exactly.
         mass_correction: as in `compress_tokens`.
         query_radius: as in `coreset`.
         bits: 8 or 4 bits per channel of the compressed tokens (`quantize`); ``dtype`` of the cache by default.
@@ -450,11 +460,11 @@ def compress_cache(
     narrow = _rounding(bits)
     coreset_size = check_count("coreset_size", coreset_size)
     if not isinstance(cache, Cache):
-        raise TypeError(f"compress_cache takes the Cache of a Decoder, got {type(cache).__name__}")
+        raise TypeError(f"compress_cache needs the Cache of a Decoder, got {type(cache).__name__}")
     prefix = require_scaled_space("compress_cache", cache.past.prefix)
     if not isinstance(prefix, WeightedKV) or prefix.value_range is not None:
         given = "tokens of signed masses" if isinstance(prefix, WeightedKV) else type(prefix).__name__
-        raise TypeError(f"compress_cache takes the cache of a decoder with running_exact, got {given}")
+        raise TypeError(f"compress_cache needs the cache of a decoder with running_exact, got {given}")
     budget = check_count("budget", tokens_in(budget, num_bytes, prefix.k, prefix.value_sum, bits))
     if queries is not None:
         check_queries(queries, prefix.k, None)

@@ -1,4 +1,4 @@
-"""Decoding and streaming with a cache of bounded size: recent tokens exactly, a summary of everything older."""
+"""Decoding and streaming with a cache of bounded size: recent tokens exactly, older tokens as a summary."""
 
 import dataclasses
 import functools
@@ -41,12 +41,12 @@ from approx_attention.registry import BoundMethod, bind
 
 
 class Cache(NamedTuple):
-    """The cache of one head: recent tokens, and a summary of older ones.
+    """The cache of one head: recent tokens, and a summary of older tokens.
 
     Attributes:
-        past: the block before the current one, and the summary of everything older.
+        past: the block before the current one, and the summary of older tokens.
         current: the block that is being filled.
-        length: the number of tokens seen.
+        length: the number of tokens so far.
     """
 
     past: Past
@@ -56,27 +56,27 @@ class Cache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    r"""A method as a decoder of one head: pure functions over a cache whose size does not depend on what it has seen.
+    r"""A decoder of one head for any method: pure functions over a cache of fixed size.
 
-    After n tokens the cache holds the last :math:`b < m \le 2b` of them exactly (all, if there are fewer) and a summary
-    of the rest; step by step it computes the causal form of the method. Every function can be jitted, with the cache
-    donated. `jax.vmap` adds sequences and heads; what has one length is mapped with axes ``Cache(0, 0, None)``, so that
-    older tokens are summarised once per block and not masked out at every step.
+    After n tokens the cache contains the last :math:`b < m \le 2b` tokens exactly (or all, if there are fewer) and a
+    summary of older tokens. It computes the causal form of the method step by step. Every function can be jitted, with
+    the cache donated. Use `jax.vmap` for several sequences and heads. With equal lengths, map with axes
+    ``Cache(0, 0, None)``: older tokens are then summarised once per block, instead of at every step.
 
     Attributes:
-        running: how older tokens are summarised, for instance ``METHODS["favor"].running(head_dim, key)``.
+        running: the summary of older tokens, for example ``METHODS["favor"].running(head_dim, key)``.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values.
         block_size: the number b of tokens per block.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        dtype: of the cache, float32 or float64.
-        cache_bits: bits per channel of the older tokens, 8 or 4, where ``running`` keeps tokens as they are, as
-            `running_exact` does: each is rounded once, when its block is no longer recent. ``dtype`` by default.
+        dtype: dtype of the cache, float32 or float64.
+        cache_bits: 8 or 4 bits per channel of older tokens, if ``running`` keeps tokens unchanged, like
+            `running_exact`. Each token is rounded once, when its block is no longer recent. ``dtype`` by default.
 
     Raises:
         NotImplementedError: ``cache_bits`` for a summary that changes at every block.
         TypeError: a dtype other than float32 and float64, tokens that are not floating point.
-        ValueError: a count below 1, other bits, or tensors that do not fit the cache.
+        ValueError: a count below 1, other bits, or tensors that do not match the cache.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -102,7 +102,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         if not isinstance(self.running, RunningSummary):
-            raise TypeError(f"running must be what METHODS[name].running makes, got {self.running!r}")
+            raise TypeError(f"running must be a RunningSummary, as from METHODS[name].running; got {self.running!r}")
         for name in ("head_dim", "value_dim", "block_size"):
             keep_count(self, name)
         logit_scale(self.scale, self.head_dim)
@@ -111,31 +111,31 @@ class Decoder:
             check_bits("cache_bits", self.cache_bits)
             if self.running.quantized is None:
                 raise NotImplementedError(
-                    "cache_bits needs a summary that keeps tokens as they are, as running_exact does: this one changes "
-                    "at every block, and would be rounded again each time; compress_cache(..., bits=...) rounds once"
+                    "cache_bits needs a summary that keeps tokens unchanged, like running_exact; this one changes at "
+                    "every block, and would be rounded each time; compress_cache(..., bits=...) rounds once"
                 )
 
     @property
     def _held(self) -> RunningSummary:
-        """How older tokens are summarised and stored."""
+        """The summary of older tokens, as stored."""
         if self.cache_bits is None or self.running.quantized is None:
             return self.running
         return self.running.quantized(self.cache_bits, self.block_size)
 
     def init(self) -> Cache:
-        """The cache that has seen no token."""
+        """Make an empty cache."""
         past = Past.empty(self._held, self.block_size, self.head_dim, self.value_dim, self.dtype)
         current = Block.empty(self.block_size, self.head_dim, self.value_dim, self.dtype)
         return Cache(past, current, jnp.zeros((), jnp.int32))
 
     def append(self, cache: Cache, k: Array, v: Array, num_real: Array | int | None = None) -> Cache:
-        """The cache after T more tokens.
+        """Append T tokens.
 
         Args:
-            cache: what was seen before.
+            cache: the cache of the tokens before.
             k: keys ``[T, D]``.
             v: values ``[T, Dv]``.
-            num_real: how many of them are real, from the first on, 0 to T (cut to that if traced); all by default.
+            num_real: number of real tokens, which come first, from 0 to T (clipped if traced); by default T.
 
         Returns:
             The new cache.
@@ -157,21 +157,21 @@ class Decoder:
         return Cache(cache.past, current, cache.length + 1)
 
     def attend(self, cache: Cache, q: Array) -> Array:
-        """Answers of queries ``[G, D]`` at the position of the last token, over all tokens seen.
+        """Attend to all tokens so far with queries at the position of the last token.
 
         Args:
-            cache: what was seen before.
-            q: the queries.
+            cache: the cache of these tokens.
+            q: queries ``[G, D]``.
 
         Returns:
-            Answers ``[G, Dv]`` in the dtype of the cache, which is that of its values.
+            Outputs ``[G, Dv]`` in the dtype of the cache.
 
         Raises:
-            ValueError: queries that do not fit the cache.
+            ValueError: queries that do not match the cache.
         """
         check_floating("q", q)
         if q.ndim != 2 or q.shape[1] != self.head_dim or q.shape[0] == 0:
-            raise ValueError(f"q must be [G, D] with D = {self.head_dim}, got shape {q.shape}; G is at least 1")
+            raise ValueError(f"q must be [G, D] with G >= 1 and D = {self.head_dim}, got shape {q.shape}")
         scaled, _ = fold_scale(self._held.space(q.astype(self.dtype)), q, self.scale)
         near = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cache.past.before, cache.current)
         bias = mask_bias(near.kv_mask, self.dtype)[None, :]
@@ -182,17 +182,17 @@ class Decoder:
     def prefill(
         self, cache: Cache, q: Array, k: Array, v: Array, num_real: Array | int | None = None
     ) -> tuple[Array, Cache]:
-        """Takes T more tokens and answers causally at each of them.
+        """Append T tokens and attend causally at each of them.
 
         Args:
-            cache: what was seen before.
+            cache: the cache of the tokens before.
             q: queries ``[T, D]``.
             k: keys ``[T, D]``.
             v: values ``[T, Dv]``.
-            num_real: how many of the tokens are real, from the first on; all by default.
+            num_real: number of real tokens, which come first; by default T.
 
         Returns:
-            Answers ``[T, Dv]`` in the dtype of the cache, 0 where a token is not real, and the new cache.
+            Outputs ``[T, Dv]`` in the dtype of the cache, 0 in padding, and the new cache.
         """
         num_tokens, block_size = self._check_tokens(k, v), self.block_size
         if num_real is not None:
@@ -206,7 +206,7 @@ class Decoder:
         q = self._held.space(jnp.where(real, q, jnp.zeros_like(q)).astype(self.dtype))
         q, _ = fold_scale(q, tokens.k, self.scale)
 
-        # The new tokens continue the current block wherever it stands.
+        # The new tokens continue the current block at any fill level.
         number = jnp.maximum(cache.length - 1, 0) // block_size
         filled = cache.length - number * block_size
 
@@ -225,7 +225,7 @@ class Decoder:
         return jnp.where(real, out, jnp.zeros_like(out)), Cache(past, current, cache.length + num_real)
 
     def _check_tokens(self, k: Any, v: Any) -> int:
-        """The number of further tokens."""
+        """Check tokens and return their number."""
         for name, x, size in (("k", k, self.head_dim), ("v", v, self.value_dim)):
             check_floating(name, x)
             if x.ndim != 2 or x.shape != (k.shape[0], size) or k.shape[0] == 0:
@@ -245,12 +245,12 @@ def _check_dtype(dtype: Any) -> None:
 
 
 class HeadsCache(NamedTuple):
-    """The cache of many heads for a batch of sequences.
+    """The cache of all heads of a batch of sequences.
 
     Attributes:
         heads: a `Cache`, or with ``certify`` a `CertifiedCache`, with leading axes ``[B, K]``; its ``length`` is one
-            number, or ``[B]`` where sequences differ.
-        drawn: the arrays of each key head, ``[K, ...]``, random or from ``per_head``, by the argument that takes them.
+            number, or ``[B]`` if sequences differ.
+        drawn: random arrays, or arrays from ``per_head``, of each key head ``[K, ...]``, by argument name.
     """
 
     heads: Cache | CertifiedCache
@@ -258,49 +258,48 @@ class HeadsCache(NamedTuple):
 
     @property
     def length(self) -> Array:
-        """The number of tokens seen, one number, or ``[B]`` where sequences differ."""
+        """The number of tokens so far: one number, or ``[B]`` if sequences differ."""
         return self.heads.length
 
 
 class HeadsDecoder:
-    r"""A registered method as a decoder of a batch of sequences with grouped heads, in the layout of `attention`.
+    r"""A decoder of a batch of sequences with grouped heads for a registered method, in the layout of `attention`.
 
-    Token by token, or many at a time, it answers what ``attention(..., method=method, is_causal=True)`` answers for the
+    Token by token, or many at a time, it gives the outputs of ``attention(..., method=method, is_causal=True)`` on the
     whole sequence with the same ``rng``. Its functions can be jitted with the cache donated.
 
     Args:
-        method: a name in `METHODS` with ``decode``, or bound to hyper-parameters. Where heads differ in their method,
-            use `decoding.MixedDecoder`.
+        method: a name in `METHODS` with ``decode``, or a bound method. For heads with different methods use
+            `decoding.MixedDecoder`.
         num_kv_heads: the number K of key heads.
         head_dim: channels D of queries and keys.
         value_dim: channels Dv of values, D by default.
-        max_length: the most tokens of a sequence, rounded up to whole blocks, for methods whose cache grows
-            (``"exact"``). Methods of bounded size do not need it.
-        block_size: tokens per block, for ``"exact"``; other methods have it, or a ``window_size``, among their
-            arguments.
+        max_length: the largest number of tokens of a sequence, rounded up to whole blocks, for methods whose cache
+            grows (``"exact"``).
+        block_size: tokens per block, for ``"exact"``; other methods have an argument ``block_size`` or
+            ``window_size``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        dtype: of the cache, float32 or float64.
-        certify: the largest error that a step may have, before its output is rounded to the dtype of ``value``, in
-            units of the largest norm of a value seen so far; None for no promise. For methods whose running summary has
-            a bound (``"coreset"``). Needs ``max_length``: every token is kept, in device memory, in addition to the
+        dtype: dtype of the cache, float32 or float64.
+        certify: the largest error of a step, before its output is rounded to the dtype of ``value``, in units of the
+            largest norm of a value so far; None for no bound. For methods whose running summary has an error bound
+            (``"coreset"``). It needs ``max_length``, because all tokens are kept in device memory, in addition to the
             clusters.
-        cache_bits: as in `Decoder`: 8 or 4 bits per channel of the older tokens, for ``"exact"``.
-        **hyperparameters: those of the method.
+        cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``, as in `Decoder`.
+        **hyperparameters: hyper-parameters of the method.
 
-    With ``certify`` each step of one token asks the clusters and the recent tokens, as without, and
-    `bounds.merge_bound_at` for a bound on the error of the queries of a key head. Where it is above the tolerance, and
-    only there, that head reads all tokens, and is exact. Heads that do so take turns. A call with more tokens is exact
-    throughout and no step: its tokens are at hand. ``cache.heads.certificate`` counts the steps, those that were exact,
-    and the largest bound of the others (`decoding.Certificate`). What is saved is reading, not memory; how often, see
-    "What the theorems say at your norms" in the guide: the bound is of use where logits vary little within a cluster.
-    Tokens kept on the host are not supported: JAX has no form for reading part of an array there under a condition.
+    With ``certify`` each step of one token attends to the clusters and the recent tokens, as without, and computes the
+    error bound `bounds.merge_bound_at` for the queries of each key head. If the bound of a head exceeds the tolerance,
+    that head attends exactly to all tokens. Such heads run one after the other. A call with several tokens is always
+    exact, and does not count as a step. ``cache.heads.certificate`` contains the number of steps, the number of exact
+    ones, and the largest bound of the others (`decoding.Certificate`). This saves memory traffic, not memory. The bound
+    is useful if logits vary little within a cluster; see "What the theorems say at your norms" in the guide. Tokens in
+    host memory are not supported: JAX cannot read a part of a host array under a condition.
 
     Raises:
-        NotImplementedError: a method without a running summary, or with ``certify`` without one that has a bound, or an
-            argument that it does not follow; from `init`, ``cache_bits`` for a method whose summary changes at every
-            block.
-        TypeError: an argument that the method does not have, or ``max_length`` missing where it is needed.
-        ValueError: tensors that do not fit the cache, a tolerance below 0.
+        NotImplementedError: the method has no running summary, none with an error bound for ``certify``, or does not
+            support an argument when decoding; from `init`, ``cache_bits`` with a summary that changes at every block.
+        TypeError: the method has no such argument, or ``max_length`` is missing.
+        ValueError: tensors that do not match the cache, a tolerance below 0.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -353,9 +352,9 @@ class HeadsDecoder:
             self.certify = certify
             self.bound.require_certified()
             if cache_bits is not None:
-                raise ValueError(f"certify keeps every token as it is: leave cache_bits, got {shown(cache_bits)}")
+                raise ValueError(f"certify does not support cache_bits, got cache_bits={shown(cache_bits)}")
             if max_length is None:
-                raise TypeError("certify keeps every token: pass max_length, the most that there will be")
+                raise TypeError("certify keeps every token: pass max_length, the largest number of tokens")
             block_size = self.bound.block_size
             self.room = block_size * max(2, -(-max_length // block_size))
 
@@ -367,20 +366,20 @@ class HeadsDecoder:
         ragged: bool = False,
         per_head: Mapping[str, Any] | None = None,
     ) -> HeadsCache:
-        """The cache that has seen no token.
+        """Make an empty cache.
 
         Args:
             batch_size: the number B of sequences.
             rng: typed PRNG key, as in `attention`.
-            ragged: let sequences differ in length. Where all have one length, older tokens are summarised
-                once per block; else the summary of every sequence is computed at every step, and taken where it is due.
-            per_head: as in `attention`: arguments of the method that differ between key heads.
+            ragged: whether sequences may differ in length. With equal lengths older tokens are summarised once per
+                block; with a ragged cache the summary is computed at every step, and selected if it is due.
+            per_head: arguments of the method that differ between key heads, as in `attention`.
 
         Returns:
             The `HeadsCache`.
 
         Raises:
-            NotImplementedError: an argument in ``per_head`` that the running summary does not follow.
+            NotImplementedError: the running summary does not support an argument in ``per_head``.
         """
         batch_size, ragged = check_count("batch_size", batch_size), check_flag("ragged", ragged)
         own = self.bound.of_heads({} if per_head is None else per_head, self.num_kv_heads)
@@ -390,31 +389,31 @@ class HeadsDecoder:
         return HeadsCache(heads._replace(length=jnp.zeros((batch_size,) * ragged, jnp.int32)), drawn)
 
     def _draw(self, rng: Array | None, given: Set[str] = frozenset()) -> dict[str, Array]:
-        """The random arrays of each key head, where these arguments are given."""
+        """Sample the random arrays of each key head, except the given arguments."""
         return self.bound.draw(rng, self.num_kv_heads, self.sizes["head_dim"], given)
 
     def extend(
         self, cache: HeadsCache, query: Array, key: Array, value: Array, lengths: Array | None = None
     ) -> tuple[Array, HeadsCache]:
-        """Takes T more tokens of every sequence and answers causally at each.
+        """Append T tokens of every sequence and attend causally at each of them.
 
         Args:
-            cache: what was seen before.
-            query: ``[B, T, N, D]``, of which N/K consecutive heads share a key head.
+            cache: the cache of the tokens before.
+            query: ``[B, T, N, D]``; N/K consecutive query heads share a key head.
             key: ``[B, T, K, D]``.
             value: ``[B, T, K, Dv]``.
-            lengths: how many of the tokens are real, from the first on, ``[B]``, each from 0 to T (cut to that where
-                they are traced); only with a ragged cache.
+            lengths: numbers of real tokens, which come first, ``[B]``, each from 0 to T (clipped if traced); only with
+                a ragged cache.
 
         Returns:
-            Answers ``[B, T, N, Dv]`` in the dtype of ``value``, 0 where a token is not real, and the new cache.
+            Outputs ``[B, T, N, Dv]`` in the dtype of ``value``, 0 in padding, and the new cache.
         """
         ragged = cache.heads.length.ndim == 1
         batch, tokens = self._check(cache, query, key, value, lengths, ragged)
         group = query.shape[2] // self.num_kv_heads
         by_head = [jnp.moveaxis(x, 1, 2) for x in (key, value)]
         q = jnp.moveaxis(query.reshape(batch, tokens, self.num_kv_heads, group, -1), 1, 2)
-        # Products of one head at a time are faster only where there is more than one row.
+        # One head at a time is faster only for products with more than one row.
         over = functools.partial(each, together=tokens == 1)
 
         def of_sequence(args: Any) -> Any:
@@ -483,7 +482,7 @@ class HeadsDecoder:
         if query.shape[2] % self.num_kv_heads:
             raise ValueError(f"key heads must divide query heads, got {self.num_kv_heads} and {query.shape[2]}")
         if lengths is not None and not ragged:
-            raise ValueError("lengths are for a cache made by init(..., ragged=True), got one of a common length")
+            raise ValueError("lengths need a ragged cache, made by init(..., ragged=True)")
         if lengths is not None:
             check_lengths("lengths", lengths, key.shape[1])
             if lengths.shape != (batch,):

@@ -1,4 +1,4 @@
-"""Scores by which KV-cache eviction keeps keys: recency, norms, and the attention that keys receive or will receive."""
+"""Scores for KV-cache eviction: recency, norms, and the attention that keys receive or are expected to receive."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ class Queries(NamedTuple):
     """Queries of the G query heads that share the keys of one head.
 
     Attributes:
-        rows: ``[T, G, D]``, in order of their positions.
-        seen: how many of the first keys each sees ``[T]``, 0 for padding.
+        rows: queries ``[T, G, D]`` in order of positions.
+        seen: number of keys that each query sees, from the first on, ``[T]``; 0 for padding.
 
     Example:
         >>> import jax.numpy as jnp
@@ -33,22 +33,22 @@ class Queries(NamedTuple):
 
     @classmethod
     def last(cls, queries: Array, num_keys: int, after: int | Array = 0) -> Self:
-        """Those of the last T positions ``[T, D]`` or ``[T, G, D]``; ``after`` positions follow the last key."""
+        """Queries of the last T positions ``[T, D]`` or ``[T, G, D]``; ``after`` positions follow the last key."""
         position = jnp.arange(queries.shape[0], dtype=jnp.int32) + (num_keys - queries.shape[0] + after)
         return cls(_grouped(queries), jnp.clip(position + 1, 0, num_keys))
 
     @classmethod
     def later(cls, queries: Array, num_keys: int) -> Self:
-        """Those of any positions after all keys."""
+        """Queries of any positions after all keys."""
         return cls(_grouped(queries), jnp.full(queries.shape[0], num_keys, jnp.int32))
 
     def recent(self, count: int) -> Self:
-        """The last of them."""
+        """The last ``count`` queries."""
         return type(self)(self.rows[-count:], self.seen[-count:])
 
     @property
     def flat(self) -> tuple[Array, Array]:
-        """Rows ``[T * G, D]``, and how many keys each sees."""
+        """Rows ``[T * G, D]``, and the number of keys that each sees."""
         return self.rows.reshape(-1, self.rows.shape[2]), jnp.repeat(self.seen, self.rows.shape[1])
 
 
@@ -57,63 +57,63 @@ def _grouped(queries: Array) -> Array:
 
 
 def check_queries(queries: Any, k: Array, most: int | None) -> None:
-    """Raises unless ``queries`` are ``[T, D]`` or ``[T, G, D]``, with T at most ``most``."""
+    """Raise unless ``queries`` are ``[T, D]`` or ``[T, G, D]``, with T at most ``most``."""
     check_floating("queries", queries)
     shape, channels = queries.shape, k.shape[-1]
     if queries.ndim not in (2, 3) or shape[-1] != channels or 0 in shape or (most is not None and shape[0] > most):
         rows, said = ("1 or more", "") if most is None else (f"1 to {most}", ", those of the last keys")
         raise ValueError(
-            f"queries must be [T, D] = [{rows}, {channels}]{said}, or [T, G, D] of G query heads; got shape {shape}"
+            f"queries must be [T, D] = [{rows}, {channels}]{said}, or [T, G, D] for G query heads; got shape {shape}"
         )
 
 
 def attention_received(tokens: WeightedKV, queries: Array) -> Array:
-    r"""Sum of the attention weights that each key receives from causal queries at the last positions.
+    r"""Sum the attention weights that each key receives from causal queries at the last positions.
 
     .. math:: \mathrm{received}_j = \sum_{t \ge j} \frac{m_j e^{q_t \cdot k_j}}{\sum_{i \le t} m_i e^{q_t \cdot k_i}}
 
     Args:
-        tokens: S tokens, the hidden ones of mass 0.
-        queries: the queries of the last T positions ``[T, D]``, or ``[T, G, D]`` of G query heads, in the space of the
-            keys that the tokens were made from (scaled space, unless they carry a scale).
+        tokens: S tokens; hidden ones have mass 0.
+        queries: the queries of the last T positions ``[T, D]``, or ``[T, G, D]`` for G query heads; in scaled space,
+            or unscaled if the tokens carry a scale.
 
     Returns:
-        Sums ``[S]``, which add up to the number of queries that see a key.
+        Sums ``[S]``; their total is the number of queries that see a key.
 
     Raises:
         TypeError: not a `WeightedKV`, queries that are not floating point.
-        ValueError: queries of another shape, or of more than S positions.
+        ValueError: queries have another shape, or more than S positions.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention import WeightedKV
         >>> from approx_attention.decoding import attention_received
         >>> tokens = WeightedKV.of_tokens(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
-        >>> attention_received(tokens, jnp.ones((2, 2))).round(2).tolist()  # a third of one, a quarter of the other
+        >>> attention_received(tokens, jnp.ones((2, 2))).round(2).tolist()  # 1/3 from one query, 1/4 from the other
         [0.58, 0.58, 0.58, 0.25]
 
     Reference:
-        :cite:p:`zhang2023h2o`; of a window of the last queries: :cite:p:`li2024snapkv`.
+        :cite:p:`zhang2023h2o`; for a window of the last queries: :cite:p:`li2024snapkv`.
     """
     if not isinstance(tokens, WeightedKV):
-        raise TypeError(f"attention_received takes a WeightedKV, got {type(tokens).__name__}")
+        raise TypeError(f"attention_received needs a WeightedKV, got {type(tokens).__name__}")
     num_keys = tokens.k.shape[0]
     check_queries(queries, tokens.k, num_keys)
     return received(tokens, Queries.last(queries, num_keys))
 
 
 def received(tokens: WeightedKV, queries: Queries) -> Array:
-    """`attention_received` from queries that know which keys they see."""
+    """`attention_received` for `Queries`."""
     return _over_weights(tokens, queries, lambda total, weights: total + jnp.sum(weights, axis=0))
 
 
 def _most_received(tokens: WeightedKV, queries: Queries) -> Array:
-    """The greatest attention weight that a query gives to each key."""
+    """The largest attention weight that each key receives from a query."""
     return _over_weights(tokens, queries, lambda most, weights: jnp.maximum(most, jnp.max(weights, axis=0)))
 
 
 def _over_weights(tokens: WeightedKV, queries: Queries, add: Callable[[Array, Array], Array]) -> Array:
-    """Attention weights ``[t, S]`` of all queries, block by block, added to zeros ``[S]``."""
+    """Accumulate the attention weights ``[t, S]`` of all queries, block by block, from zeros ``[S]``."""
     num_keys = tokens.k.shape[0]
     number = jnp.arange(num_keys, dtype=jnp.int32)
     rows, seen = queries.flat
@@ -123,11 +123,11 @@ def _over_weights(tokens: WeightedKV, queries: Queries, add: Callable[[Array, Ar
         q, count = block
         there = (number[None, :] < count[:, None]) & (tokens.mass > 0)[None, :]
         logits = q @ tokens.k.T + tokens.log_mass[None, :]
-        # HIDDEN and not -inf: a query that sees no key would give NaN. Its uniform weights are cleared after.
+        # HIDDEN instead of -inf: a query that sees no key would give NaN. Its uniform weights are set to 0 afterwards.
         return jnp.where(there, jax.nn.softmax(jnp.where(there, logits, HIDDEN), axis=-1), 0)
 
-    # 2^22 logits at a time, 16 MB in float32: more would not be faster, and all T S of them need not fit. Rows that
-    # fill the last block see no key.
+    # 2^22 logits per block, 16 MB in float32: more would not be faster, and all T S logits might not fit in memory.
+    # Padded rows of the last block see no key.
     size = min(rows.shape[0], max(1, 2**22 // num_keys))
     blocks = in_blocks(rows, size), in_blocks(seen, size)
     none = jnp.zeros(num_keys, tokens.k.dtype)
@@ -135,12 +135,12 @@ def _over_weights(tokens: WeightedKV, queries: Queries, add: Callable[[Array, Ar
 
 
 def _expected(tokens: WeightedKV, queries: Queries) -> Array:
-    r"""Logarithm of the attention that Gaussian queries give to each key, times the norm of its value.
+    r"""Logarithm of the attention that each key receives from Gaussian queries, times the norm of its value.
 
     .. math:: \log \Big( \|v_j\|\, \frac1G \sum_g \frac{m_j e^{\mu_g \cdot k_j + k_j^\top \Sigma_g k_j / 2}}
               {\sum_i m_i e^{\mu_g \cdot k_i + k_i^\top \Sigma_g k_i / 2}} \Big)
 
-    with the mean and the covariance of each query head's queries: :math:`E[e^{q \cdot k}]` in numerator and normaliser.
+    with the mean and the covariance of each query head; numerator and normaliser use :math:`E[e^{q \cdot k}]`.
     """
     asked = (queries.seen > 0)[:, None, None]
     rows = scaled_queries(jnp.where(asked, queries.rows, 0).astype(tokens.k.dtype), tokens)
@@ -152,7 +152,7 @@ def _expected(tokens: WeightedKV, queries: Queries) -> Array:
     quadratic = jnp.einsum("gde,sd,se->gs", covariance, tokens.k, tokens.k)
     share = jax.nn.log_softmax(linear + quadratic / 2 + tokens.log_mass[None, :], axis=-1)
     mean_share = jax.nn.logsumexp(share, axis=0) - jnp.log(jnp.asarray(share.shape[0], share.dtype))
-    # The logarithm: shares of sharp heads are 0 in float32 for most keys, which would then rank alike.
+    # In the log domain, because in sharp heads the shares of most keys are 0 in float32 and would tie.
     return mean_share + jnp.log(squared_norm(tokens.values)[:, 0]) / 2
 
 
@@ -167,24 +167,24 @@ def _small_norm(tokens: WeightedKV, queries: Queries) -> Array:
 def _unlike_the_mean(tokens: WeightedKV, queries: Queries) -> Array:
     norm = jnp.sqrt(squared_norm(tokens.k))
     unit = tokens.k / jnp.where(norm > 0, norm, 1)
-    # The sum of unit keys in place of their normalised mean: a positive factor leaves the ranking alone.
+    # The sum of unit keys instead of their normalised mean: a positive factor does not change the ranking.
     return -(unit @ (tokens.mass @ unit))
 
 
 def _snap(tokens: WeightedKV, queries: Queries) -> Array:
     attention = received(tokens, queries.recent(SNAP_QUERIES))
-    # Neighbours of a key that is attended to are kept with it, so that phrases are not torn apart.
+    # Neighbours of a key with much attention are kept with it, so that phrases stay together.
     return jnp.convolve(attention, jnp.full((SNAP_POOL,), 1 / SNAP_POOL, attention.dtype), mode="same")
 
 
 @dataclasses.dataclass(frozen=True)
 class Heuristic:
-    """Eviction heuristic: the score of each key, and which queries it reads.
+    """An eviction heuristic: the score of keys, and the queries that it needs.
 
     Attributes:
-        score: ``(tokens [S], queries) -> [S]``; keys with the greatest scores are kept.
+        score: ``(tokens [S], queries) -> [S]``; keys with the largest scores are kept.
         needs_queries: false if ``score`` ignores its second argument.
-        later: true if the queries come after all keys, in any number; else they are those of the last positions.
+        later: true if queries come after all keys, in any number; else they belong to the last positions.
     """
 
     score: Callable[[WeightedKV, Queries], Array]

@@ -1,4 +1,4 @@
-"""Decoding where key heads have different methods: a cache for each group of heads that share one."""
+"""Decoding with different methods for key heads: one cache per group of heads with the same configuration."""
 
 from typing import Any, NamedTuple
 
@@ -10,33 +10,33 @@ from approx_attention.registry import HeadMethods
 
 
 class MixedCache(NamedTuple):
-    """The caches of the groups of heads that share a configuration.
+    """The caches of the groups of heads with the same configuration.
 
     Attributes:
-        groups: a `HeadsCache` for each, in the order of `registry.HeadMethods.groups`.
+        groups: one `HeadsCache` per group, in the order of `registry.HeadMethods.groups`.
     """
 
     groups: tuple[HeadsCache, ...]
 
     @property
     def length(self) -> Array:
-        """The number of tokens seen, as in a `HeadsCache`."""
+        """The number of tokens so far, as in a `HeadsCache`."""
         return self.groups[0].length
 
 
 class MixedDecoder:
-    """A `HeadsDecoder` whose key heads have a method each, as a policy of `evaluation.plan_model` chooses them.
+    """A `HeadsDecoder` with one method per key head, for example from a policy of `evaluation.plan_model`.
 
-    It answers what ``attention(..., method=methods, is_causal=True)`` answers for the whole sequence.
+    It gives the outputs of ``attention(..., method=methods, is_causal=True)`` on the whole sequence.
 
     Args:
         methods: a method for each key head.
         num_kv_heads: the number K of key heads.
-        **options: as in `HeadsDecoder`, the same for all groups of heads.
+        **options: arguments of `HeadsDecoder`, the same for all groups of heads.
 
     Raises:
-        ValueError: another number of methods than of key heads.
-        NotImplementedError: as `HeadsDecoder` does, for the method of any head.
+        ValueError: the number of methods is not that of key heads.
+        NotImplementedError: as in `HeadsDecoder`, for the method of any head.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -60,12 +60,12 @@ class MixedDecoder:
         ]
 
     def init(self, batch_size: int, rng: Array | None = None, *, ragged: bool = False) -> MixedCache:
-        """The cache that has seen no token.
+        """Make an empty cache.
 
         Args:
             batch_size: the number B of sequences.
             rng: typed PRNG key, as in `attention`.
-            ragged: let sequences differ in length.
+            ragged: whether sequences may differ in length.
 
         Returns:
             The `MixedCache`.
@@ -81,14 +81,14 @@ class MixedDecoder:
     def extend(
         self, cache: MixedCache, query: Array, key: Array, value: Array, lengths: Array | None = None
     ) -> tuple[Array, MixedCache]:
-        """Takes T more tokens of every sequence and answers causally at each, as `HeadsDecoder.extend` does.
+        """Append T tokens of every sequence and attend causally at each, like `HeadsDecoder.extend`.
 
         Args:
-            cache: what was seen before.
+            cache: the cache of the tokens before.
             query: ``[B, T, N, D]``.
             key: ``[B, T, K, D]``.
             value: ``[B, T, K, Dv]``.
-            lengths: how many of the tokens are real, from the first on, ``[B]``; only with a ragged cache.
+            lengths: numbers of real tokens, which come first, ``[B]``; only with a ragged cache.
 
         Returns:
             Outputs ``[B, T, N, Dv]`` in the dtype of ``value``, and the new cache.

@@ -1,4 +1,4 @@
-"""The caches of many heads compressed at once, and the decoder that goes on from them."""
+"""Compression of the caches of all heads, and the decoder that continues from compressed caches."""
 
 import functools
 from collections.abc import Set
@@ -18,14 +18,14 @@ from approx_attention.registry import BoundMethod
 
 
 class CompressedDecoder(HeadsDecoder):
-    """Goes on from caches of `compress_heads`: compressed tokens, a folded coreset of those since, and recent ones.
+    """A decoder for caches of `compress_heads`: compressed tokens, a folded coreset of later ones, and recent tokens.
 
     Args:
-        method: as in `HeadsDecoder`; it has what the last one or two blocks need.
-        prefix_budget: tokens of the compressed prefix.
+        method: as in `HeadsDecoder`; it is used for the last one or two blocks.
+        prefix_budget: number of tokens of the compressed prefix.
         coreset_size: as in `running_compressed`.
         prefix_bits: 8 or 4 bits per channel of the compressed prefix.
-        **options: those of `HeadsDecoder`.
+        **options: arguments of `HeadsDecoder`.
 
     Raises:
         ValueError: counts below 1, other bits.
@@ -48,7 +48,7 @@ class CompressedDecoder(HeadsDecoder):
         }
 
     def _draw(self, rng: Array | None, given: Set[str] = frozenset()) -> dict[str, Array]:
-        """A key for the folded coreset of each head."""
+        """Sample a PRNG key for the folded coreset of each head."""
         return {"folding": jax.random.split(check_key("CompressedDecoder", rng), self.num_kv_heads)}
 
     def _of_head(self, drawn: dict[str, Array]) -> Decoder:
@@ -77,29 +77,29 @@ def compress_heads(
     mass_correction: bool | Literal["fitted"] = True,
     bits: int | None = None,
 ) -> tuple[CompressedDecoder, HeadsCache]:
-    """Compresses the cache of every head of an exact `HeadsDecoder`, each as `compress_cache` does.
+    """Compress the cache of every head of an exact `HeadsDecoder` by `compress_cache`.
 
     Args:
-        decoder: the one that filled the cache; its method keeps tokens as they are (``"exact"``).
-        cache: its cache.
+        decoder: the decoder of the cache; its method keeps tokens unchanged (``"exact"``).
+        cache: the cache.
         key: typed PRNG key.
-        budget: tokens of each head for everything older than its exact blocks.
-        num_bytes: in place of ``budget``, as in `compress_cache`, of each head.
-        sizes: how many of them each key head may use ``[K]``, for policies that take a ``size``; the memory is that of
+        budget: number of tokens per head for everything older than its exact blocks.
+        num_bytes: bytes per head instead of ``budget``, as in `compress_cache`.
+        sizes: number of tokens of each key head ``[K]``, for policies that support ``size``; the memory stays that of
             ``budget``.
         coreset_size: as in `compress_cache`.
         policy: as in `compress_cache`.
-        queries: the last queries of every head ``[B, T, N, D]``, as attention reads them.
+        queries: the last queries of every head ``[B, T, N, D]``, in the form used by attention.
         sinks: as in `compress_cache`.
         mass_correction: as in `compress_cache`.
         bits: as in `compress_cache`.
 
     Returns:
-        The decoder that goes on, and its cache.
+        The decoder that continues, and its cache.
 
     Raises:
-        TypeError: a cache that does not hold tokens as they are.
-        NotImplementedError: a cache of attention with capped logits.
+        TypeError: the cache does not contain unchanged tokens.
+        NotImplementedError: the cache belongs to attention with capped logits.
         ValueError: as in `compress_cache`.
 
     Example:
@@ -120,11 +120,11 @@ def compress_heads(
     prefix = heads.past.prefix if isinstance(heads, Cache) else None
     if not isinstance(prefix, WeightedKV) or (running := _running(decoder, cache)).quantized is None:
         raise TypeError(
-            "compress_heads takes caches that keep tokens as they are, as those of 'exact' without cache_bits and "
-            f"certify do, once; got one of {decoder.bound.name!r} with {type(prefix).__name__}"
+            "compress_heads needs a cache of unchanged tokens, such as one of 'exact' without cache_bits and certify "
+            f"that is not compressed yet; got one of {decoder.bound.name!r} with {type(prefix).__name__}"
         )
     if running.logits_soft_cap is not None:
-        raise NotImplementedError("compress_heads does not support logits_soft_cap: masses are fitted to other logits")
+        raise NotImplementedError("compress_heads does not support logits_soft_cap: masses are fitted without a cap")
     budget = check_count("budget", tokens_in(budget, num_bytes, prefix.k[0, 0], prefix.value_sum[0, 0], bits))
     after = CompressedDecoder(
         decoder.bound,
@@ -148,14 +148,14 @@ def compress_heads(
 
 
 def _running(decoder: HeadsDecoder, cache: HeadsCache) -> RunningSummary:
-    """The running summary of the first head; it has a quantized form if older tokens are in the cache one by one."""
+    """The running summary of the first head; it has a quantised form if older tokens are stored unchanged."""
     drawn = jax.tree.map(lambda x: x[0], cache.drawn)
     return decoder.bound.running(decoder.sizes["head_dim"], **drawn)
 
 
-@functools.partial(jax.jit, static_argnames="static")  # a loop by itself is compiled anew in every call
+@functools.partial(jax.jit, static_argnames="static")  # otherwise the loop would be compiled in every call
 def _compressed(heads: Cache, keys: Array, sizes: Array | None, queries: Array | None, static: Any) -> Cache:
-    """`compress_cache` of every head ``[B, K]``."""
+    """`compress_cache` for every head ``[B, K]``."""
 
     def of_head(args: Any) -> Cache:
         cache, key, size, queries = args

@@ -1,4 +1,4 @@
-"""A sequence over several devices."""
+"""Attention over a sequence sharded across devices."""
 
 from approx_attention.distributed.context_parallel import attention
 

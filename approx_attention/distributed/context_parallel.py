@@ -1,9 +1,9 @@
-r"""Attention over a sequence that is sharded over devices: only summaries, or one window, cross the wire.
+r"""Attention over a sequence sharded across devices, which exchange only summaries or windows.
 
-Each device holds its part of the queries, keys and values. It summarises its own keys; moments are added over devices,
-tokens are gathered, and every device answers its own queries. Causally, the parts before a device's own come as one
-summary, the block just before its first as it is (a *halo*), and the rest is the causal form of a single device. Exact
-attention, which has no summary, sends all keys and values around a ring.
+Each device has a part of the queries, keys and values, and summarises its keys. Moments are summed over devices, tokens
+are gathered, and every device attends with its own queries. In the causal form a device receives one summary of all
+parts before its own, and the block just before its first one exactly (a *halo*); the rest is the causal form of a
+single device. Exact attention, which has no summary, sends all keys and values around a ring.
 """
 
 import dataclasses
@@ -65,38 +65,39 @@ def attention(
     head_axis: str | None = None,
     **hyperparameters: Any,
 ) -> Array:
-    r"""Attention by any method that has a summary, over a sequence sharded over a mesh axis of p devices.
+    r"""Approximate attention over a sequence sharded over a mesh axis of p devices, by any method with a summary.
 
     .. math:: \mathrm{out}_r = \mathrm{attend}\Big(q_r,\ \bigcup_{r'} \mathrm{summary}(k_{r'}, v_{r'})\Big)
 
-    Moments are those of one device, to rounding. Methods of tokens (`coreset`, `mean_pool`, `uniform_sample`) keep on
-    each device ``size / p`` of the tokens that they keep of its part, so that the summary is as large as on one device
-    but made shard by shard. Causally a query sees its block and the block before exactly, across devices too.
+    Feature moments equal those of one device up to rounding. Methods with tokens (`coreset`, `mean_pool`,
+    `uniform_sample`) keep ``size / p`` tokens of each device's part, so the summary has the same size as on one device,
+    but is made shard by shard. In the causal form a query sees its block and the block before exactly, also across
+    devices.
 
     Args:
         query: ``[B, T, N, D]``, sharded or not.
         key: ``[B, T, K, D]``.
         value: ``[B, T, K, Dv]``.
-        mesh: the devices.
+        mesh: the device mesh.
         axis: the mesh axis over which T is sharded; lengths that p does not divide are padded.
-        method: a name in `METHODS` with a summary, or ``"exact"`` (a ring) or ``"local"`` (halos), also bound.
+        method: a name in `METHODS` with a summary, ``"exact"`` (a ring) or ``"local"`` (halos), or a bound method.
         rng: typed PRNG key, as in `approx_attention.attention`.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         is_causal: query t sees keys j <= t.
         key_value_seq_lengths: real keys per sequence, ``[B]``.
         batch_axis: a mesh axis for B.
         head_axis: a mesh axis for N and K.
-        **hyperparameters: those of the method.
+        **hyperparameters: hyper-parameters of the method.
 
     Returns:
         Outputs ``[B, T, N, Dv]`` in the dtype of ``value``.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown method, a random method without ``rng``, an axis that the mesh
-            does not have, a window longer than a device's part, a size below the number of devices.
-        TypeError: wrong dtypes, an argument that the method does not have or that is neither hashable nor holds arrays.
-        NotImplementedError: a method without a summary of all keys, or without a causal one; an option that the summary
-            does not have.
+        ValueError: shapes do not match, the method or a mesh axis is unknown, a random method has no ``rng``, a window
+            is longer than a device's part, or a size is below the number of devices.
+        TypeError: a dtype is wrong, or the method has no such argument, or it is neither hashable nor contains arrays.
+        NotImplementedError: the method has no summary of all keys, or no causal one, or the summary does not support an
+            option.
 
     Example:
         >>> import jax
@@ -133,7 +134,7 @@ def attention(
 
 
 class _Call(NamedTuple):
-    """All of a call that is known when tracing."""
+    """The static arguments of a call."""
 
     method: BoundMethod
     is_causal: bool
@@ -152,12 +153,12 @@ def _over_devices(
     rng: Array | None,
     arrays: dict[str, Any],
 ) -> Array:
-    """One program also where the caller compiles none: by single operations devices wait for each other for ever."""
+    """Run as one compiled program; executed operation by operation, devices would deadlock."""
     on_parts: Callable[..., Array] = functools.partial(_on_parts, call)
     laid_out = jax.typeof(query).sharding
-    if laid_out.mesh.empty:  # under `jax.set_mesh` a tensor that no one has placed is a part of its mesh
+    if laid_out.mesh.empty:  # under `jax.set_mesh` an unplaced tensor belongs to that mesh
         laid_out = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
-    if AxisType.Explicit in laid_out.mesh.axis_types:  # of answers as of queries; within, the compiler moves arrays
+    if AxisType.Explicit in laid_out.mesh.axis_types:  # outputs are placed like queries; inside, the compiler decides
         auto: Any = jax.sharding.auto_axes(on_parts, out_sharding=laid_out)
         on_parts = auto
     return on_parts(query, key, value, lengths, rng, arrays)
@@ -172,7 +173,7 @@ def _on_parts(
     rng: Array | None,
     arrays: dict[str, Any],
 ) -> Array:
-    """Pads the sequence to equal parts, and has each device answer for its own."""
+    """Pad the sequence to equal parts, and let each device attend with its own part."""
     mesh, (batch_axis, axis, head_axis) = call.mesh, call.axes
     batch, length = query.shape[:2]
     hyperparameters = {**dict(call.static), **arrays}
@@ -190,7 +191,7 @@ def _on_parts(
         for x in (*(x.astype(wide) for x in (query, key, value)), real)
     )
     tokens, same = PartitionSpec(batch_axis, axis, head_axis, None), PartitionSpec()
-    # Once, and not by every device in every use of them: each gets those of its heads.
+    # Sampled once, instead of by every device in every use; each device gets the arrays of its heads.
     drawn = bound.draw(rng, key.shape[2], query.shape[-1])
     on_devices = jax.shard_map(
         functools.partial(_on_device, form, axis, dict(call.static)),
@@ -213,7 +214,7 @@ def _on_device(
     drawn: dict[str, Array],
     arrays: dict[str, Any],
 ) -> Array:
-    """The answers of one device's queries ``[B, t, N, D]``."""
+    """The outputs for one device's queries ``[B, t, N, D]``."""
     form = form.given(arrays)
     batch, _, num_kv_heads, _ = k.shape
     drawn = jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * (x.ndim - 1))), drawn)
@@ -226,9 +227,9 @@ def _on_device(
 
 
 class _Heads(NamedTuple):
-    """The tokens of a device, one row per key head of every sequence: q ``[H, G, t, D]``, k and v ``[H, t, .]``.
+    """The tokens of a device, one row per sequence and key head: q ``[H, G, t, D]``, k and v ``[H, t, .]``.
 
-    `drawn` has the random arrays of `BoundMethod.draw`, or keys, ``[H, ...]``.
+    `drawn` contains the random arrays of `BoundMethod.draw`, or PRNG keys, ``[H, ...]``.
     """
 
     q: Array
@@ -239,22 +240,22 @@ class _Heads(NamedTuple):
 
 
 class _Form:
-    """A method spread over devices, whose parts are padded to a multiple of `multiple` tokens."""
+    """The form of a method across devices; parts are padded to a multiple of `multiple` tokens."""
 
     @property
     def multiple(self) -> int:
         return 1
 
     def given(self, arrays: dict[str, Any]) -> "_Form":
-        """With arrays among the options that are those of a device."""
+        """The form with the arrays of a device among its options."""
         return self
 
     def space(self, x: Array) -> Array:
-        """Queries or keys whose softmax attention the method estimates."""
+        """Map queries or keys to those whose softmax attention the method estimates."""
         return x
 
     def answer(self, heads: _Heads, axis: str) -> Array:
-        """The answers ``[H, G, t, Dv]`` of one device, called by all."""
+        """The outputs ``[H, G, t, Dv]`` of one device; called on all devices."""
         raise NotImplementedError
 
 
@@ -265,8 +266,8 @@ def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_d
         have = [name for name, other in METHODS.items() if other.sender(is_causal)]
         windows = [repr(name) for name, other in METHODS.items() if other.window]
         raise NotImplementedError(
-            f"method {bound.name!r} has no {'running ' if is_causal else ''}summary to send; those with one are "
-            f"{', '.join(have)}, and {' and '.join(windows)} sends its window"
+            f"method {bound.name!r} has no {'running ' if is_causal else ''}summary to send; supported are "
+            f"{', '.join(have)}, and {' and '.join(windows)}, which sends its window"
         )
     rings, used = method.sharding == "ring", {method.block}
     if not rings:
@@ -279,19 +280,19 @@ def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_d
     if method.window is not None:
         return _Halos(*method.window(bound.arguments, is_causal))
     options = dict(bound.hyperparameters)
-    # A method without blocks is summarised whole: any number of tokens is one of its parts.
+    # A method without blocks summarises any number of tokens.
     block_size = bound.block_size if bound.takes(method.block) else 1
     if method.size is not None:
         size = bound.value(method.size)
         if size is None:
             raise NotImplementedError(f"method {bound.name!r} needs {method.size} across devices")
         options[method.size] = size = check_count(method.size, size)
-        # Of a summary of tokens that does not grow, each device makes its share.
+        # Each device makes its share of a summary of a fixed number of tokens.
         if method.summary is WeightedKV and not method.grows:
             if size < devices:
                 raise ValueError(f"{method.size} must be at least the number of devices, {devices}, got {size}")
             options[method.size] = size // devices
-    # A running summary of bounded room needs that of a device's part.
+    # The capacity of a growing running summary is that of a device's part.
     options["max_length"] = -(-length // (devices * block_size)) * block_size
     bound = dataclasses.replace(bound, hyperparameters=options)
     return _Summaries(bound, is_causal, head_dim, block_size, method.summary is not FeatureMoments, method.grows)
@@ -299,7 +300,7 @@ def _form(bound: BoundMethod, is_causal: bool, devices: int, length: int, head_d
 
 @dataclasses.dataclass(frozen=True)
 class _Ring(_Form):
-    """Exact attention: keys and values visit every device in turn, and are sent on before they are read."""
+    """Exact attention: keys and values visit every device, and are sent on before they are used."""
 
     is_causal: bool
 
@@ -325,7 +326,7 @@ class _Ring(_Form):
 
         def step(carry: Any, index: Array) -> tuple[Any, None]:
             state, tokens = carry
-            # Nothing that is computed here waits for what is sent, nor the other way round: they can overlap.
+            # Computation and communication of a step are independent, so they can overlap.
             sent = jax.tree.map(lambda x: lax.ppermute(x, axis, onwards), tokens)
             return (visited(state, tokens, index), sent), None
 
@@ -340,7 +341,7 @@ class _Ring(_Form):
 
 @dataclasses.dataclass(frozen=True)
 class _Halos(_Form):
-    """A window: each device gets the last keys of the device before and the first of the one after."""
+    """A window: each device gets the last keys of the previous device and the first keys of the next one."""
 
     left: int
     right: int
@@ -357,7 +358,7 @@ class _Halos(_Form):
         def one(args: Any) -> Array:
             q, (k, v, real) = args
             bias = jnp.where(real, jnp.zeros((), q.dtype), HIDDEN)
-            # Query t stands at key t + left.
+            # Query t is at the position of key t + left.
             return jax.vmap(lambda q: kernels.state(q, k, v, bias, left=0, right=self.left + self.right).out)(q)
 
         return each(one, (heads.q, around))
@@ -365,7 +366,7 @@ class _Halos(_Form):
 
 @dataclasses.dataclass(frozen=True)
 class _Summaries(_Form):
-    """Each device summarises its own part; the summaries are joined, or causally those of the devices before."""
+    """Each device summarises its part; summaries of all devices, or causally of the previous ones, are joined."""
 
     method: BoundMethod
     is_causal: bool
@@ -383,7 +384,7 @@ class _Summaries(_Form):
         return self.block_size if self.is_causal or self.by_blocks else 1
 
     def answer(self, heads: _Heads, axis: str) -> Array:
-        # Tokens are drawn on each device for itself; features are one map for all.
+        # Each device samples its own tokens; all devices share one feature map.
         if self.sends_tokens and "key" in heads.drawn and lax.axis_size(axis) > 1:
             own = jax.vmap(jax.random.fold_in, (0, None))(heads.drawn["key"], lax.axis_index(axis))
             heads = heads._replace(drawn={**heads.drawn, "key": own})
@@ -415,11 +416,12 @@ class _Summaries(_Form):
         part, block_size = heads.k.shape[1], self.block_size
         tokens = heads.k, heads.v, heads.real
         halo = jax.tree.map(lambda x: _from_neighbour(x[:, part - block_size :], axis, 1), tokens)
-        # A block is summarised when it is no longer the one before: a device sends its halo, and all but its last.
+        # A block is summarised when it is no longer the previous one: a device sends its last block as a halo, and the
+        # summary of all other blocks.
         sent = jax.tree.map(lambda h, x: jnp.concatenate([h, x[:, : part - block_size]], axis=1), halo, tokens)
         if self.sends_tokens:
             read = lambda args: self._running(args[3]).read(self._state_of_blocks(*args))  # noqa: E731
-        else:  # moments go on where the devices before left off
+        else:  # moments continue from those of the previous devices
             read = lambda args: self._state_of_blocks(*args)  # noqa: E731
         earlier = _of_those_before(each(read, (*sent, heads.drawn)), axis)
 
@@ -429,7 +431,7 @@ class _Summaries(_Form):
             blocks = Block(*(in_blocks(x, block_size) for x in (k, v, real)))
 
             def query_head(q: Array) -> Array:
-                # The halo is block 0, so that it joins the summary when it is passed.
+                # The halo is block 0, so that it joins the summary after the first block.
                 q_blocks = in_blocks(q, block_size)
                 if self.sends_tokens:
                     state = out_of_blocks(causal_blocks(running, Block(*halo), 1, q_blocks, blocks))
@@ -443,14 +445,14 @@ class _Summaries(_Form):
 
 
 def _from_neighbour(x: Array, axis: str, offset: int) -> Array:
-    """The array of the device ``offset`` places before this one; zeros (false) where there is none."""
+    """The array of the device ``offset`` places before this one; zeros (false) if there is none."""
     devices = lax.axis_size(axis)
     pairs = [(i, i + offset) for i in range(devices) if 0 <= i + offset < devices]
     return lax.ppermute(x, axis, pairs)
 
 
 def _over_all(summary: Summary, axis: str) -> Summary:
-    """One summary of all devices' keys, from each device's own; arrays have a leading axis of heads."""
+    """Join the summaries of all devices; arrays have a leading axis of heads."""
     if isinstance(summary, FeatureMoments):
         peak = lax.pmax(lax.stop_gradient(summary.log_scale), axis)
         factor = jnp.exp(summary.log_scale - finite_peak(peak))
@@ -460,10 +462,10 @@ def _over_all(summary: Summary, axis: str) -> Summary:
 
 
 def _of_those_before(summary: Summary, axis: str) -> Summary:
-    """One summary of the keys of all devices before this one."""
+    """Join the summaries of all devices before this one."""
     devices, own = lax.axis_size(axis), lax.axis_index(axis)
     if isinstance(summary, FeatureMoments):
-        # In log2(p) rounds, after each of which twice as many devices before are accounted for.
+        # In log2(p) rounds, each of which doubles the number of joined devices.
         total, reach = _moments_from(summary, axis, 1), 1
         while reach < devices - 1:
             total, reach = jax.vmap(merge)(total, _moments_from(total, axis, reach)), 2 * reach
@@ -489,7 +491,7 @@ def _gathered(summary: Any, gathered: Callable[[Array], Array], axis: str) -> An
 
 
 def _moments_from(moments: FeatureMoments, axis: str, offset: int) -> FeatureMoments:
-    """The moments that a device before this one has; of no key where there is none."""
+    """The moments of the device ``offset`` places before this one; empty if there is none."""
     value_sum, mass = (_from_neighbour(x, axis, offset) for x in (moments.value_sum, moments.mass))
     log_scale = _from_neighbour(lax.stop_gradient(moments.log_scale), axis, offset)
     log_scale = jnp.where(lax.axis_index(axis) >= offset, log_scale, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Errors and times on your own tensors: compare and plan, the files they read, the tables and figures they write."""
+"""Errors and times of methods on your tensors: comparisons, plans, head diagnoses, and their tables and figures."""
 
 from approx_attention.evaluation.arms import BASELINES, LARGEST_LOGITS, default_methods, method_arm
 from approx_attention.evaluation.atomic import write_atomically

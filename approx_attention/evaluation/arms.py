@@ -14,23 +14,24 @@ from approx_attention.evaluation.problem import Problem
 from approx_attention.evaluation.programs import Arm
 from approx_attention.registry import METHODS, HeadMethods, Method, bind, get_method
 
-# Exact forms that hold all T x S logits are left out of the baseline above this many bytes of logits.
+# Exact forms that store all T x S logits are left out of the baseline if the logits take more bytes than this.
 LARGEST_LOGITS = 2**31
-# The method that is the truth, in each of its forms.
+# The exact method, in each of its forms.
 EXACT = next(name for name, method in METHODS.items() if method.is_exact)
-# The trivial answer, and the window beyond which the far error begins.
+# The trivial baseline, and the window beyond which keys count for the far error.
 MEAN, WINDOW = "mean_value", "local"
-# Always in the comparison: what does not beat these is not worth its trouble.
+# Always in the comparison: a useful method must beat these.
 BASELINES = (MEAN, WINDOW, "uniform_sample")
-# A budget above this is a mistake: its features alone would fill the memory.
+# A larger budget is a mistake: its features would fill the memory.
 LARGEST_BUDGET = 2**20
-# More seeds, or rounds of timing, than this take longer than anyone waits.
+# The largest numbers of seeds and of rounds of timing.
 MOST_SEEDS = 1000
-# The budget at which every method has its usual size: of many this is the size, others count blocks or slots per block.
+# The budget at which every method has its usual size. It is the size of many methods; others count blocks or slots per
+# block.
 USUAL_BUDGET = 256
 # Hyper-parameters by the name of the method.
 Options = Mapping[str, Mapping[str, Any]]
-# What all methods are given alike, by what gives it on the command line and in Python.
+# Arguments that all methods share, and how to set them on the command line and in Python.
 COMMON = {
     **{name: "FILE, or tensors in Python" for name in ("query", "key", "value")},
     "mask": "--mask or --lengths, or mask in Python",
@@ -40,12 +41,12 @@ COMMON = {
     "scale": "--scale, or scale in Python",
     "rng": "--seed, or seed in Python",
     "method": "--methods, or methods in Python",
-    "return_residual": "nothing: it is always asked for",
+    "return_residual": "nothing: it is always requested",
 }
 
 
 def default_methods(is_causal: bool) -> list[str]:
-    """The methods that are compared where none is named: all that cost less than exact attention and fit the task."""
+    """The methods to compare by default: all that cost less than exact attention and support the task."""
     return [
         name
         for name, method in METHODS.items()
@@ -56,23 +57,22 @@ def default_methods(is_causal: bool) -> list[str]:
 def build_arms(
     problem: Problem, methods: Iterable[str], budgets: Sequence[int], options: Options | None = None
 ) -> list[Arm]:
-    """The configurations to compare: every exact form, the baselines, and each method at each size.
+    """Make the configurations to compare: every exact form, the baselines, and each method at each size.
 
-    At a budget of 256 every method has its usual size, at others a size in proportion. A size above the number of keys
-    is cut to it for methods that are exact there.
+    At a budget of 256 every method has its usual size; sizes scale in proportion to the budget. For methods that are
+    exact at the number of keys, sizes are at most that.
 
     Args:
-        problem: the attention to be approximated.
+        problem: the attention to approximate.
         methods: names in `METHODS`; the baselines are added.
-        budgets: sizes of summaries, of methods whose usual size is 256.
+        budgets: sizes of summaries, for methods whose usual size is 256.
         options: hyper-parameters other than the size, by the name of the method.
 
     Returns:
         An `Arm` per configuration.
 
     Raises:
-        InputError: an unknown method, one that cannot do what is asked, options that it does not take, or a budget
-            out of range.
+        InputError: a method is unknown or does not support the task, or an option, or a budget is out of range.
     """
     for budget in budgets:
         check_range("a budget", budget, 1, LARGEST_BUDGET)
@@ -84,7 +84,7 @@ def build_arms(
         method = check_method(name, problem.is_causal)
         if name == EXACT:
             continue
-        # A method that is exact at the size of the sequence has no larger size.
+        # A method that is exact at the number of keys has no larger size.
         greatest = num_keys if method.capabilities.exact_limit else max(budgets)
         proposed = {max(1, round(budget * method.usual_size / USUAL_BUDGET)) for budget in budgets}
         sizes = sorted({min(size, greatest) for size in proposed}) if method.size else [None]
@@ -93,12 +93,12 @@ def build_arms(
 
 
 def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[str, Any] | None = None) -> Arm:
-    """One method at one size.
+    """Make the configuration of one method at one size.
 
     Raises:
-        InputError: options that it does not take.
+        InputError: the method does not support an option.
     """
-    # The closures below must not hold the tensors.
+    # The closures below must not keep the tensors alive.
     tensors, is_causal, scale, _ = problem
     method, mask = get_method(name), problem.mask
     hyperparameters: dict[str, Any] = dict(options or {}) | (
@@ -110,7 +110,7 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
     try:
         bound = bind(name, hyperparameters)
     except TypeError as error:
-        raise InputError(f"{name} does not take {given}: {error}") from error
+        raise InputError(f"{name} does not support {given}: {error}") from error
 
     def draw(rng: Array) -> Any:
         projections = bound.draw(rng, num_kv_heads, head_dim) if is_random else {}
@@ -136,7 +136,7 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
         try:
             jax.eval_shape(function, *tensors, jax.random.key(0))
         except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
-            raise InputError(f"{name} does not take {given}: {error}") from error
+            raise InputError(f"{name} does not support {given}: {error}") from error
     return Arm(
         method=name,
         function=function,
@@ -148,7 +148,7 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
 
 
 def policy_arm(problem: Problem, methods: HeadMethods) -> Arm:
-    """The configuration that has a method for each key head."""
+    """Make the configuration with one method per key head."""
     (_, is_causal, scale, _), mask, is_random = problem, problem.mask, methods.is_random
 
     def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, None]:
@@ -159,7 +159,7 @@ def policy_arm(problem: Problem, methods: HeadMethods) -> Arm:
 
 
 def exact_arms(problem: Problem) -> list[Arm]:
-    """Every form of exact attention that this machine has memory for, the library's default first."""
+    """Make every form of exact attention for which this machine has memory, the library's default first."""
     (query, key, value), is_causal, scale, _ = problem
     mask, num_bytes = problem.mask, token_bytes(problem.tensors)
     logits = 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1]
@@ -204,7 +204,7 @@ def exact_arms(problem: Problem) -> list[Arm]:
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raises ``InputError`` unless the value is an integer between these."""
+    """Raise ``InputError`` unless the value is an integer in this range."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InputError(f"{name} must be an integer, got {value!r}")
     if not least <= value <= most:
@@ -213,39 +213,38 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """Raises ``InputError`` unless the value is a positive number or None."""
+    """Raise ``InputError`` unless the value is a positive number or None."""
     if value is not None and not (isinstance(value, int | float) and 0 < value < 1e30):
         raise InputError(f"{name} must be a positive number, got {value!r}")
 
 
 def check_method(name: str, is_causal: bool) -> Method:
-    """The method of that name.
+    """The method with this name.
 
     Raises:
-        InputError: it is unknown, or has no causal form where one is asked for.
+        InputError: the method is unknown, or has no causal form although one is requested.
     """
     try:
         method = get_method(name)
     except ValueError as error:
         raise InputError(str(error)) from None
     if check_flag("is_causal", is_causal) and not method.capabilities.causal:
-        raise InputError(f"method {name!r} has no causal form; leave it out or do without --causal")
+        raise InputError(f"method {name!r} has no causal form; leave out the method or --causal")
     return method
 
 
 def check_options(names: Iterable[str], options: Options | None) -> Options:
-    """The options, none if there are none.
+    """Check options; None stands for no options.
 
     Raises:
-        InputError: options of a method that does not take part, the size, which is chosen for it, or what all methods
-            are given alike.
+        InputError: options of a method that is not compared, or the size, or an argument that all methods share.
     """
     options, names = options or {}, [name for name in names if name != EXACT]
     for name, own in options.items():
         if name not in names:
-            raise InputError(f"options are for a method that takes part: {', '.join(names)}; got some for {name!r}")
+            raise InputError(f"options must be for one of the methods {', '.join(names)}; got some for {name!r}")
         if get_method(name).size in own:
-            raise InputError(f"{get_method(name).size} of {name} is its size, which is not an option here")
+            raise InputError(f"{get_method(name).size} of {name} is its size, which cannot be an option")
         for option in COMMON.keys() & own:
-            raise InputError(f"{option} is no option of {name}, for all methods have the same: give {COMMON[option]}")
+            raise InputError(f"{option} is common to all methods, not an option of {name}: give {COMMON[option]}")
     return options

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writes of files."""
 
 import os
 import pathlib
@@ -8,15 +8,15 @@ from typing import Any
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    """Write a file next to its place and then move it there, so that it is never half written."""
+    """Write a temporary file and move it into place, so that the file is never half written."""
     descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
-        # A temporary file can be read by its owner alone.
+        # A temporary file is readable by its owner only.
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:
-        # An interrupt can come when it is moved already.
+        # An interrupt can come after the move.
         pathlib.Path(draft).unlink(missing_ok=True)
         raise

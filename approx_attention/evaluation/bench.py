@@ -1,4 +1,4 @@
-"""Compiled configurations on given tensors, and their errors against exact attention by unit."""
+"""Compiled configurations on given tensors, and their errors by unit."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,8 @@ class Bench:
     def __init__(self, tensors: Tensors, exact: Arm, split: Split):
         self.tensors, self.split = tensors, split
         self.programs: dict[Arm, tuple[Callable[..., Any], float]] = {}
-        # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
+        # Exact outputs are in full precision. Configurations use the precision that the user has set: their errors and
+        # times come from the same program.
         with in_float32():
             program, _ = compile_arm(exact, *tensors)
         self.exact_out = program(*tensors, exact.draw(jax.random.key(0)))[0]
@@ -32,15 +33,15 @@ class Bench:
         return self.programs[arm]
 
     def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
-        """A call of the configuration without arguments, with the random projections of that seed."""
+        """A function without arguments that calls the configuration with the random projections of a seed."""
         return functools.partial(self._program(arm)[0], *self.tensors, arm.draw(jax.random.key(seed)))
 
     def compile_seconds(self, arm: Arm) -> float:
-        """The seconds that it took to compile."""
+        """The compile time in seconds."""
         return self._program(arm)[1]
 
     def errors(self, arm: Arm, seeds: Sequence[int]) -> UnitErrors:
-        """Its errors by unit, over seeds if it is random."""
+        """The errors of a configuration by unit, over seeds if it is random."""
         outs = [self.call(arm, seed)()[0] for seed in (seeds if arm.is_random else seeds[:1])]
         return UnitErrors(np.stack([self._by_unit(out - self.exact_out) for out in outs]), self.exact)
 

@@ -20,5 +20,5 @@ def bytes_of(bound: BoundMethod, tensors: Tensors, *, is_causal: bool) -> int | 
 
 
 def held_bytes(tensors: Tensors, name: str, hyperparameters: Mapping[str, Any], *, is_causal: bool) -> int | None:
-    """The same of a method by its name, whose hyper-parameters may have options of `attention` among them."""
+    """`bytes_of` a method by name; its hyper-parameters may include options of `attention`."""
     return bytes_of(bind(name, hyperparameters, options=OPTIONS), tensors, is_causal=is_causal)

@@ -1,4 +1,4 @@
-"""The sizes at which a plan measures a method, and those that it chooses of them."""
+"""The sizes at which a plan measures a method, and the choice among them."""
 
 import bisect
 import math
@@ -10,11 +10,11 @@ from approx_attention.evaluation.plans import Curve
 from approx_attention.registry import get_method
 
 _Setting = TypeVar("_Setting")
-# A usual size of at least this counts tokens or features; a smaller one counts other things, such as blocks.
+# A usual size of at least this counts tokens or features; a smaller one counts other units, such as blocks.
 _LEAST_COUNT = 64
-# How often a method is measured again at the size that the fit proposes.
+# Number of further measurements of a method, at the size that the fit proposes.
 REFINEMENTS = 4
-# A bound that is the tolerance but for rounding meets it: the fit passes through logarithms and back.
+# A bound equal to the tolerance up to rounding meets it: the fit computes logarithms and exponentials.
 ROUNDING = 1 + 1e-9
 
 
@@ -26,9 +26,9 @@ def calibrate(
     measure: Callable[[int], tuple[float, float]],
     held: Callable[[int], int],
 ) -> Curve | None:
-    """Measure a method at a few sizes, where the fit expects the tolerance to be met, and at the most bytes allowed.
+    """Measure a method at a few sizes, at the size where the fit meets the tolerance, and at the byte budget.
 
-    The last only where nothing in the budget meets the tolerance: what comes nearest uses all that it may.
+    The byte budget only if no size within it meets the tolerance.
     """
     greatest, starts = _greatest_size(name, num_keys), first_sizes(name, num_keys)
     if not starts:
@@ -38,10 +38,10 @@ def calibrate(
         errors[size], bounds[size] = measure(size)
     for _ in range(REFINEMENTS):
         size = ErrorLaw.fit(bounds).size(tolerance)
-        # So far beyond the greatest size the fit is hardly wrong by enough.
+        # This far beyond the largest size, the error of the fit is hardly large enough to matter.
         if size > 2 * greatest:
             break
-        # Downwards not far beyond what was measured, in one step.
+        # In one step, not far below the measured sizes.
         size = _round_size(max(size, min(bounds) / 4), greatest)
         if size in bounds:
             break
@@ -59,17 +59,17 @@ def calibrate(
 
 
 def first_sizes(name: str, num_keys: int) -> list[int]:
-    """The sizes at which a method is measured first; none where there are too few tokens."""
+    """The sizes at which a method is measured first; none if there are too few tokens."""
     usual, greatest = get_method(name).usual_size, _greatest_size(name, num_keys)
     if greatest < 2:
         return []
-    # Equal ratios, for the fit is a power law.
+    # Equal ratios, because the fit is a power law.
     start = (num_keys / 64, num_keys / 16, num_keys / 4) if usual >= _LEAST_COUNT else (usual / 4, usual, 4 * usual)
     return list(dict.fromkeys(_round_size(size, greatest) for size in start))
 
 
 def all_sizes(name: str, num_keys: int) -> list[int]:
-    """The sizes at which a method is measured where every head chooses: each twice the one before, to the greatest."""
+    """The sizes at which a method is measured for a choice per head: powers of two times the first, to the largest."""
     greatest, starts = _greatest_size(name, num_keys), first_sizes(name, num_keys)
     if not starts:
         return []
@@ -78,18 +78,18 @@ def all_sizes(name: str, num_keys: int) -> list[int]:
 
 
 def _greatest_size(name: str, num_keys: int) -> int:
-    """The greatest size to look at: half of the tokens, and of sizes that count other things eight times the usual."""
+    """The largest size to measure: half of the tokens, or eight times the usual size for sizes in other units."""
     usual = get_method(name).usual_size
     greatest = num_keys // 2 if usual >= _LEAST_COUNT else min(8 * usual, num_keys // 2)
     return greatest - greatest % 2
 
 
 def _round_size(size: float, greatest: int) -> int:
-    """The least even size from this one on with at most three significant bits.
+    """The smallest even size of at least this one with at most three significant bits.
 
-    Cosines and sines come in pairs. With few sizes, layers share compiled programs.
+    Even, because cosines and sines come in pairs. With few sizes, layers share compiled programs.
     """
-    # An integer that rounding has moved up stays itself.
+    # An integer that rounding has moved up stays unchanged.
     size = max(2, math.ceil(size - 1e-9))
     step = max(2, 2 ** (size.bit_length() - 3))
     return min(-(-size // step) * step, greatest)
@@ -98,7 +98,7 @@ def _round_size(size: float, greatest: int) -> int:
 def chosen_settings(
     settings: Iterable[_Setting], *, meets: Callable[[_Setting], bool], fits: Callable[[_Setting], bool]
 ) -> list[_Setting]:
-    """The smallest setting that meets the tolerance, and where it is not in the budget the largest that is, if any."""
+    """The smallest setting that meets the tolerance; if it exceeds the budget, also the largest setting within it."""
     settings = list(settings)
     chosen = [setting for setting in settings if meets(setting)][:1]
     if not any(fits(setting) for setting in chosen):

@@ -1,11 +1,11 @@
-"""The table of methods and what each can do."""
+"""The table of methods and their capabilities."""
 
 from approx_attention.evaluation.tables import markdown_table
 from approx_attention.registry import METHODS, Method
 
 
 def capability_table() -> str:
-    """The methods and what each can do, as a Markdown table."""
+    """Methods and their capabilities as a Markdown table."""
     columns = {
         "causal": "causal",
         "cross": "T != S",
@@ -31,7 +31,7 @@ def capability_table() -> str:
 
 
 def _relative_cost(method: Method, length: int) -> str:
-    """Matrix-product FLOPs at head dimension 64 and the usual size, as a share of exact attention's."""
+    """Matrix-product FLOPs at head dimension 64 and the usual size, relative to exact attention."""
     exact = next(other for other in METHODS.values() if other.is_exact)
     of_exact = exact.cost(length, length, 64, 64, 0)
     share = method.cost(length, length, 64, 64, method.usual_size) / of_exact

@@ -1,4 +1,4 @@
-"""The main job: on the user's tensors, what does each approximation cost and lose?"""
+"""Comparison of methods with exact attention on given tensors: errors, times and cache bytes."""
 
 import dataclasses
 import functools
@@ -25,25 +25,25 @@ from approx_attention.evaluation.timing import Timing, time_interleaved
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    r"""What a configuration costs and loses. Errors are means over seeds, with their standard deviation.
+    r"""Costs and errors of a configuration. Errors are means over seeds, with standard deviations.
 
     Attributes:
         method: name of the method.
         size: the size of its summary, if it has one.
-        held_bytes: bytes held per key head and sequence, if known.
+        held_bytes: cache bytes per key head and sequence, if known.
         compression: bytes of the keys and values over ``held_bytes``.
-        compile_seconds: time to compile, apart from everything else.
-        seconds: least time of a call, without random projections that calls can share.
+        compile_seconds: compile time.
+        seconds: shortest time of a call, without random projections that calls can share.
         median_seconds: median time of a call.
         speedup: time of the fastest exact configuration over ``seconds``.
         relative_error: `OutputError.relative`.
         relative_error_std: its standard deviation over seeds.
         worst_row_error: `OutputError.worst_row`.
-        normalizer_error: root mean square error of the log-normaliser in nats, where there is one.
-        far_error: relative error of the part of the sums that lies beyond a local window, where there is a
-            normaliser. With numerators N, taken as shares of the exact normaliser, it is the norm of the difference of
-            :math:`N - N_\mathrm{window}` from its exact value, over that value's norm: 1 for the window itself, 0 is
-            exact; ``None`` if nothing lies beyond.
+        normalizer_error: root mean square error of the log-normaliser in nats, if there is one.
+        far_error: relative error of the part of the sums beyond a local window, for methods with a normaliser. With
+            numerators N relative to the exact normaliser, it is the norm of the error of
+            :math:`N - N_\mathrm{window}` over the norm of its exact value: 1 for the window alone, 0 for exact
+            attention; ``None`` if no key is beyond the window.
         far_error_std: its standard deviation over seeds.
         num_seeds: the number of seeds, 1 for a deterministic method.
         is_exact: whether this is a form of exact attention.
@@ -83,34 +83,34 @@ def compare(
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
-    """Measure what each configuration costs and loses on the given tensors.
+    """Measure errors, times and cache bytes of configurations on the given tensors.
 
-    The truth is computed in float32, each configuration at the precision of products that is set: the default of an
-    accelerator rounds them, which is then part of the error of all of them, the exact ones too.
+    Exact outputs are computed in full float32. Configurations use the matrix-product precision that is set. The default
+    on accelerators rounds products, and this rounding is part of all errors, also of exact configurations.
 
     Args:
-        arms: the configurations; the exact ones set the baseline of speed, so give every exact form there is.
+        arms: the configurations. The fastest exact one is the baseline of speed, so include every exact form.
         query: ``[B, T, N, D]``.
         key: ``[B, S, K, D]``.
         value: ``[B, S, K, Dv]``.
-        exact: the configuration whose outputs and log-normalisers are the truth.
-        window: the local window that ``far_error`` refers to.
-        num_seeds: draws over which the errors of random methods are averaged.
+        exact: the configuration of the exact outputs and log-normalisers.
+        window: the configuration of the local window for ``far_error``.
+        num_seeds: number of seeds over which the errors of random methods are averaged.
         seed: the first seed.
-        rounds: how often each is timed, in turn with the others.
-        lengths: real tokens of each sequence, integers ``[B]``: errors are those of real queries alone. The
-            functions must hide the padded keys themselves. Where T differs from S all queries are real.
+        rounds: number of timed calls of each configuration, interleaved with the others.
+        lengths: real tokens of each sequence, integers ``[B]``. Errors are those of real queries; if T differs from S,
+            all queries are real. The functions must hide padded keys themselves.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
-        on_progress: called with what is done next, the number of steps done and their total.
-        on_row: called with each as soon as its errors are known, for those who may be interrupted. Its times are
-            then those of the calls that measured the errors, while the next configuration was compiled.
+        on_progress: called with the name of the next step, the number of finished steps and their total.
+        on_row: called with each `Comparison` when its errors are known, for runs that may be interrupted. Its times
+            are then those of the calls that measured the errors, while the next configuration was compiled.
 
     Returns:
-        A `Comparison` per configuration, in their order.
+        A `Comparison` per configuration, in order.
 
     Raises:
-        ValueError: none is exact.
-        InputError: a method does not take these tensors, lengths or a mask that do not fit them.
+        ValueError: no configuration is exact.
+        InputError: a method does not support these tensors, or lengths or mask do not match them.
 
     Example:
         >>> import functools, jax
@@ -127,7 +127,7 @@ def compare(
     """
     arms = list(arms)
     if not any(arm.is_exact for arm in arms):
-        raise ValueError("compare needs an exact arm: speed is measured against it")
+        raise ValueError("compare needs an exact configuration, the baseline of speed")
     keys_rngs = [jax.random.key(seed + i) for i in range(num_seeds)]
     real = query_mask(key_mask(key.shape, lengths=lengths, mask=mask), query.shape[1])
 
@@ -136,17 +136,18 @@ def compare(
 
     steps = len(arms) + 2
     on_progress("exact answer", 0, steps)
-    # The truth is not rounded. A configuration is, as its user has it: its error and its time are of one program.
+    # Exact outputs are in full precision. Configurations use the precision that the user has set: their errors and
+    # times come from the same program.
     with in_float32():
         exact_program, window_program = (compile_arm(arm, query, key, value)[0] for arm in (exact, window))
     exact_out, exact_lse = real_rows(exact_program(query, key, value, exact.draw(keys_rngs[0])))
     if exact_lse is None:
-        raise ValueError("the exact arm must also return log-normalisers")
+        raise ValueError("the exact configuration must also return log-normalisers")
     window_out, window_lse = real_rows(window_program(query, key, value, window.draw(keys_rngs[0])))
-    # The sums over keys beyond the window, as a share of the exact normaliser: what is left of the exact output.
+    # The sums over keys beyond the window relative to the exact normaliser: the exact output minus the window's share.
     far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
     far_norm = jnp.linalg.norm(far_part)
-    # Less is rounding, relative to which no error means anything.
+    # Anything smaller is rounding error, relative to which an error is meaningless.
     window_misses = bool(far_norm > 1e-5 * jnp.linalg.norm(_flat(exact_out)))
 
     kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
@@ -210,7 +211,7 @@ def compare(
 
 
 def _flat(out: Array, log_weight: Array | None = None) -> Array:
-    """Outputs in one row, each times the exponential of its log-weight: numerators, where that is a log-normaliser."""
+    """Flatten outputs, each times the exponential of its log-weight; with log-normalisers these are numerators."""
     out = out.astype(jnp.float32)
     return (out if log_weight is None else out * jnp.exp(log_weight)[..., None]).ravel()
 
@@ -227,9 +228,9 @@ def run_comparison(
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
-    """Compare methods at several sizes with exact attention: `build_arms`, then `compare`.
+    """Compare methods at several sizes with exact attention, by `build_arms` and `compare`.
 
-    No method sees the padding of a `Problem`, and errors are those of real queries alone.
+    Methods do not see the padding of a `Problem`, and errors are those of real queries.
     """
     check_range("num_seeds", num_seeds, 1, MOST_SEEDS)
     arms = build_arms(problem, methods, budgets, options)
@@ -262,7 +263,7 @@ def best_rows(rows: Sequence[Any]) -> set[int]:
 
 
 def no_better_than_mean(rows: Sequence[Any]) -> set[int]:
-    """Indices of the approximations whose relative error is not below that of ``mean_value``, the trivial answer."""
+    """Indices of the approximations whose relative error is not below that of the trivial baseline ``mean_value``."""
     least = min((row.relative_error for row in rows if row.method == MEAN), default=math.inf)
     return {
         i

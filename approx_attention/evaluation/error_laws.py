@@ -1,4 +1,4 @@
-"""The error of a method against its size, and what the errors of some heads say of others."""
+"""Fits of error against size, and bounds of the errors of unseen heads."""
 
 import dataclasses
 import math
@@ -10,25 +10,25 @@ from scipy.special import stdtrit
 
 from approx_attention.core import InputError
 
-# With fewer key heads than this, over all sequences, their spread cannot be told, and queries are held out instead.
+# With fewer key heads than this, over all sequences, their spread is unknown, and queries are held out instead.
 LEAST_HEADS = 8
-# Runs of queries of each key head that then take the place of heads.
+# Number of runs of queries of each key head that then replace heads.
 RUNS_OF_QUERIES = 16
-# Errors above this count as this where their logarithms are fitted.
+# Larger errors are clipped to this before their logarithms are fitted.
 LARGEST_ERROR = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class ErrorLaw:
-    r"""Error against size, never increasing: straight in log-log between the sizes, a power law beyond them.
+    r"""A non-increasing law of error against size: linear in log-log between measured sizes, a power law beyond.
 
-    The errors are those of isotonic regression of log error on log size; beyond the sizes measured they go on with the
-    median slope over all pairs of these (Theil and Sen), which one wild size does not move.
+    Errors are an isotonic regression of log error on log size. Beyond the measured sizes the law continues with the
+    median slope over all pairs (Theil-Sen), which is robust to an outlier.
 
     Attributes:
         sizes: measured sizes, increasing.
-        errors: fitted errors there.
-        slope: of log error against log size, at most 0.
+        errors: fitted errors at these sizes.
+        slope: slope of log error against log size, at most 0.
 
     Example:
         >>> law = ErrorLaw.fit({16: 0.4, 64: 0.2, 256: 0.1})  # falls as the square root
@@ -42,16 +42,16 @@ class ErrorLaw:
 
     @classmethod
     def fit(cls, measured: Mapping[int, float]) -> "ErrorLaw":
-        """The law of measured errors by size; an error of 0 counts as the least positive one."""
-        from scipy.optimize import isotonic_regression  # the command line starts faster without these
+        """Fit the law to measured errors by size; an error of 0 is replaced by the smallest positive number."""
+        from scipy.optimize import isotonic_regression  # imported here for a faster start of the command line
         from scipy.stats import theilslopes
 
         sizes = sorted(measured)
         x = np.log(sizes)
-        # An error of 0 has no logarithm, and an infinite one no mean with others.
+        # An error of 0 has no logarithm, and means with an infinite error are infinite.
         least = float(np.finfo(np.float32).tiny)
         y = np.log([min(max(measured[size], least), LARGEST_ERROR) for size in sizes])
-        # One size has no slope. An error that grows with the size is noise: beyond the sizes it stays as it is.
+        # One size has no slope. An error that grows with the size is noise: beyond the sizes it is constant.
         slope = 0.0
         if len(sizes) > 1:
             slope = min(0.0, float(theilslopes(y, x).slope))  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,7 +66,7 @@ class ErrorLaw:
         return math.exp(float(np.interp(at, x, logs)) + self.slope * beyond)
 
     def size(self, error: float) -> float:
-        """The least size with at most this error, infinite where none is in reach."""
+        """The smallest size with at most this error; infinite if there is none."""
         x, logs, wanted = np.log(self.sizes), np.log(self.errors), math.log(error)
         if wanted >= logs[0]:
             return math.exp(x[0] + (wanted - logs[0]) / self.slope) if self.slope else 0.0
@@ -82,17 +82,17 @@ class ErrorLaw:
 
 
 class Split(NamedTuple):
-    """Which units are measured, and which are kept to check the pick.
+    """The split of units into calibration units, which are measured, and held-out units, which check the pick.
 
-    A unit is a key head with all queries that ask it, so that no half knows keys of the other.
+    A unit is a key head with all of its queries, so that the two parts share no keys.
 
     Attributes:
         by: ``heads``, ``heads of sequences`` or ``runs of queries``.
-        shape: of the units: sequences (1 where a unit is a head in all of them), key heads, and runs of queries.
+        shape: numbers of sequences (1 if a unit is a head in all sequences), of key heads, and of runs of queries.
         groups: the stratum of each unit, ``[U]``: its sequence, or its key head.
-        calibration: indices of the units that are measured.
-        held_out: indices of the others.
-        query_mask: which queries ``[B, T]`` are real, if some are padding.
+        calibration: indices of the calibration units.
+        held_out: indices of the held-out units.
+        query_mask: mask of real queries ``[B, T]``, if some are padding.
     """
 
     by: str
@@ -108,11 +108,11 @@ class Split(NamedTuple):
         return self._replace(**dict(zip(("calibration", "held_out"), mine, strict=True)))
 
     def sums(self, rows: np.ndarray) -> np.ndarray:
-        """Sums by unit, ``[U]``, of what there is for each query, ``[B, T, N]``; padding is left out."""
+        """Sums by unit, ``[U]``, of numbers for each query, ``[B, T, N]``, without padding."""
         sequences, num_key_heads, runs = self.shape
         by_key_head = rows.reshape(*rows.shape[:2], num_key_heads, -1).sum(-1)
         real = np.ones(rows.shape[:2], bool) if self.query_mask is None else self.query_mask
-        # Runs are equally long but for one query; where there is padding, runs of the real ones.
+        # Lengths of runs differ by at most one query; with padding, runs are over real queries.
         run = np.empty(rows.shape[:2], int)
         for sequence, is_real in enumerate(real):
             starts = np.arange(runs) * is_real.sum() // runs
@@ -125,23 +125,23 @@ class Split(NamedTuple):
 def split_units(
     shape: Sequence[int], num_key_heads: int, held_out: float, seed: int, query_mask: np.ndarray | None = None
 ) -> Split:
-    """Calibration and held-out units of queries ``[B, T, N, D]``.
+    """Split queries ``[B, T, N, D]`` into calibration and held-out units.
 
-    With at least 8 key heads these are divided, each in all sequences; with fewer, but 8 over all sequences, those of
-    each sequence; with fewer still, runs of the queries of each.
+    With at least 8 key heads, a unit is a key head in all sequences; with fewer, but at least 8 over all sequences, a
+    key head in one sequence; else a run of queries of one key head.
 
     Args:
-        shape: of the queries.
-        num_key_heads: how many key heads the query heads share.
-        held_out: the share that is held out.
-        seed: of the draw.
-        query_mask: which queries ``[B, T]`` are real; all by default.
+        shape: shape of the queries.
+        num_key_heads: the number of key heads.
+        held_out: the share of held-out units.
+        seed: seed of the random split.
+        query_mask: mask of real queries ``[B, T]``; all by default.
 
     Returns:
         The `Split`.
 
     Raises:
-        InputError: a share outside 0 and 1, or too few queries for four units.
+        InputError: the share is not between 0 and 1, or there are too few queries for four units.
     """
     num_batches = shape[0]
     num_queries = shape[1] if query_mask is None else int(query_mask.sum(1).min())
@@ -162,22 +162,22 @@ def split_units(
 def split_within_heads(
     shape: Sequence[int], num_key_heads: int, held_out: float, seed: int, query_mask: np.ndarray | None = None
 ) -> Split:
-    """Calibration and held-out units of every key head, where a choice is made for each.
+    """Split the queries of every key head into calibration and held-out units, for a choice per head.
 
-    They are its sequences, if there are at least 8, or else runs of the queries of each.
+    Units are sequences, if there are at least 8, or else runs of queries of each sequence.
 
     Args:
-        shape: of the queries, ``[B, T, N, D]``.
-        num_key_heads: how many key heads the query heads share.
-        held_out: the share that is held out.
-        seed: of the draw.
-        query_mask: which queries ``[B, T]`` are real; all by default.
+        shape: shape of the queries, ``[B, T, N, D]``.
+        num_key_heads: the number of key heads.
+        held_out: the share of held-out units.
+        seed: seed of the random split.
+        query_mask: mask of real queries ``[B, T]``; all by default.
 
     Returns:
         The `Split`, whose groups are the key heads.
 
     Raises:
-        InputError: a share that leaves a head less than two units to measure or none to check.
+        InputError: a head would have fewer than two calibration units or no held-out unit.
     """
     num_queries = shape[1] if query_mask is None else int(query_mask.sum(1).min())
     runs = 1 if shape[0] >= LEAST_HEADS else min(-(-RUNS_OF_QUERIES // shape[0]), num_queries)
@@ -187,7 +187,7 @@ def split_within_heads(
     for units, least in ((split.calibration, 2), (split.held_out, 1)):
         if np.bincount(head[units], minlength=num_key_heads).min() < least:
             raise InputError(
-                f"a head has {shape[0] * runs} {split.by}, of which held_out = {held_out} leaves less than two to "
+                f"a head has {shape[0] * runs} {split.by}, of which held_out = {held_out} leaves fewer than two to "
                 f"measure or none to check; the shortest sequence has {num_queries} real queries"
             )
     return split
@@ -201,18 +201,19 @@ def _divided(
     seed: int,
     query_mask: np.ndarray | None,
 ) -> Split:
-    """Units by chance, of which each group gives its share."""
+    """A random split in which each group contributes its share."""
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be a share between 0 and 1, got {held_out}")
     random = np.random.default_rng(seed)
     order = random.permutation(len(groups))
-    # Each stratum gives its share, up to one unit: its units are spread evenly over the order, from a random start.
+    # Each stratum contributes its share up to one unit: its units are spread evenly over the order, from a random
+    # start.
     rank = np.zeros(len(groups))
     for group in np.unique(groups):
         members = order[groups[order] == group]
         rank[members] = (np.arange(len(members)) + random.uniform()) / len(members)
     order = order[np.argsort(rank[order], kind="stable")]
-    # Two units at least are measured, for one has no spread.
+    # At least two units are measured, because one has no spread.
     num_held = int(np.clip(round(held_out * len(groups)), 1, len(groups) - 2))
     kept, given = order[:-num_held], order[-num_held:]
     return Split(by, sizes, groups, np.sort(kept), np.sort(given), query_mask)
@@ -225,9 +226,9 @@ class UnitErrors(NamedTuple):
     exact: np.ndarray
 
     def relative(self, units: np.ndarray) -> float:
-        """The relative error of these units together, mean over seeds: what `compare` reports of all.
+        """The relative error of these units together, mean over seeds, as `compare` reports it for all.
 
-        Outputs that are no numbers make it infinite.
+        NaN outputs make it infinite.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             error = float(np.mean(np.sqrt(self.error[:, units].sum(1) / self.exact[units].sum())))
@@ -239,11 +240,11 @@ class UnitErrors(NamedTuple):
             return float(np.mean(np.max(np.sqrt(self.error[:, units] / self.exact[units]), axis=1)))
 
     def bound(self, split: Split, confidence: float) -> float:
-        """What the relative error of the held-out units exceeds with a probability of at most ``1 - confidence``.
+        """An upper confidence bound of the relative error of the held-out units.
 
-        A Student interval for the log of the error: its variance over units by the jackknife, within strata where each
-        has three, both for the units measured and for those to come, and its variance over draws for one more of them,
-        with the degrees of freedom that Satterthwaite gives to their sum.
+        It is a Student interval for the log of the error. The variance over units is estimated by the jackknife, within
+        strata if each has three units, and counted for the measured and for the unseen units. The variance over seeds
+        is that of one more seed. Degrees of freedom of the sum are Satterthwaite's.
         """
         units, groups = split.calibration, split.groups[split.calibration]
         if self.relative(units) in (0, math.inf):
@@ -251,21 +252,21 @@ class UnitErrors(NamedTuple):
         whole = math.log(self.relative(units))
         without = np.log(np.clip([self.relative(units[units != unit]) for unit in units], 1e-30, LARGEST_ERROR))
         strata = [groups == group for group in np.unique(groups)]
-        # Two units tell a variance with a single degree of freedom.
+        # Two units estimate a variance with one degree of freedom.
         if min(stratum.sum() for stratum in strata) < 3:
             strata = [np.ones(len(units), bool)]
-        # An error of unseen units has the variance of the mean of those measured, and that of its own mean.
+        # The variance of the error of unseen units is that of the measured mean plus that of the unseen mean.
         to_come = 1 + len(units) / len(split.held_out)
         parts = [
             (to_come * (s.sum() - 1) / s.sum() * float(np.sum((without[s] - without[s].mean()) ** 2)), s.sum() - 1)
             for s in strata
         ]
         if len(self.error) > 1:
-            # Squared norms have twice the logarithm of norms.
+            # The logarithm of squared norms is twice that of norms.
             logs = np.log(np.maximum(self.error[:, units].sum(1), 1e-30)) / 2
             parts.append((float(np.var(logs, ddof=1)) * (1 + 1 / len(logs)), len(logs) - 1))
         variance = sum(part for part, _ in parts)
-        # Where one stratum, or the draws, make most of the error, there are few degrees of freedom.
+        # If one stratum, or the seeds, contribute most of the variance, there are few degrees of freedom.
         freedom = variance**2 / sum(part**2 / own for part, own in parts) if variance > 0 else 1.0
         # The exponential of a large number overflows.
         return math.exp(min(whole + float(stdtrit(freedom, confidence)) * math.sqrt(variance), math.log(LARGEST_ERROR)))

@@ -1,4 +1,4 @@
-"""Errors of outputs against exact ones."""
+"""Errors of outputs relative to exact outputs."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from approx_attention.core import accumulation_dtype
 
 
 class OutputError(NamedTuple):
-    """How far outputs are from exact ones.
+    """Errors of outputs relative to exact outputs.
 
     Attributes:
         relative: Frobenius norm of the difference over that of the exact outputs.
@@ -22,17 +22,17 @@ class OutputError(NamedTuple):
 
 
 def output_error(out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows Dv"]) -> OutputError:
-    r"""The error of outputs against exact ones.
+    r"""Compute the errors of outputs relative to exact outputs.
 
     .. math:: \mathrm{relative} = \frac{\|O - \hat O\|_F}{\|O\|_F}, \qquad
               \mathrm{worst\_row} = \max_t \frac{\|O_t - \hat O_t\|_2}{\sqrt{\mathrm{mean}_t \|O_t\|_2^2}}
 
     Args:
-        out: outputs ``[..., Dv]``; all leading axes count as rows.
+        out: outputs ``[..., Dv]``; all leading axes are rows.
         exact_out: exact outputs of the same shape.
 
     Returns:
-        The `OutputError`; ``nan`` where the exact outputs are all zero.
+        The `OutputError`; ``nan`` if the exact outputs are all zero.
 
     Raises:
         ValueError: different shapes.
@@ -56,23 +56,23 @@ def output_error(out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows D
 def skill(
     out: Float[Array, "*rows Dv"], exact_out: Float[Array, "*rows Dv"], trivial: Float[Array, "*rows Dv"]
 ) -> Array:
-    r"""The error of outputs as a share of that of an answer that looks at nothing, such as the mean of the values.
+    r"""Compute the error of outputs relative to that of a trivial output, such as the mean of the values.
 
     .. math:: \|\hat O - O\|_F \,/\, \|O - \bar O\|_F
 
-    Where attention is nearly uniform every method has a small error; this is 1 for the one that knows nothing.
+    If attention is nearly uniform every method has a small relative error, but the trivial output has skill 1.
 
     Args:
         out: outputs ``[..., Dv]``.
         exact_out: exact outputs of the same shape.
-        trivial: the answer to beat, which broadcasts to that shape: the mean of the values, or for tensor attention the
+        trivial: the output to beat, which broadcasts to that shape: the mean of the values, or for tensor attention the
             product of the means.
 
     Returns:
-        One number, 0 for exact outputs; ``nan`` or infinite where the trivial answer is exact.
+        One number, 0 for exact outputs; ``nan`` or infinite if the trivial output is exact.
 
     Raises:
-        ValueError: outputs of different shapes, a trivial answer that does not broadcast to theirs.
+        ValueError: outputs have different shapes, or the trivial output does not broadcast to theirs.
 
     Example:
         >>> import jax.numpy as jnp

@@ -15,7 +15,8 @@ import numpy as np
 from approx_attention.evaluation.comparison import Comparison
 from approx_attention.evaluation.plans import Plan
 
-# Colours that the colour-blind tell apart: those of Okabe and Ito without yellow, which is faint on white, and more.
+# Colours that the colour-blind can distinguish: those of Okabe and Ito without yellow, which is faint on white, and
+# more.
 _COLORS = {
     "black": "#000000",
     "grey": "#999999",
@@ -28,8 +29,7 @@ _COLORS = {
     "red": "#D55E00",
     "violet": "#7F3FBF",
 }
-# The look of each method, the same in every figure. No two are alike: methods of one colour differ in the marker or in
-# its filling.
+# Colour and marker of each method, the same in every figure. Methods of one colour differ in the marker or its filling.
 _LOOKS = {
     "exact": ("black", "o", "full"),
     "mean_value": ("grey", "P", "full"),
@@ -68,7 +68,7 @@ _Draw = TypeVar("_Draw", bound=Callable[..., Any])
 
 
 def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each method, the same in every figure; other names take the looks that are left."""
+    """A colour and a marker for each method, the same in every figure; other names get the remaining ones."""
     names = list(names)
     left = itertools.cycle([look for name, look in _LOOKS.items() if name not in names] or _LOOKS.values())
     looks = {name: _LOOKS.get(name) or next(left) for name in names}
@@ -83,14 +83,14 @@ def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def figure_style() -> contextlib.AbstractContextManager[None]:
-    """The context within which figures are made; `figures.mplstyle` holds what it sets."""
+    """A context with the style of figures, `figures.mplstyle`."""
     from matplotlib import style
 
     return style.context(pathlib.Path(__file__).with_name("figures.mplstyle"))
 
 
 def _styled(draw: _Draw) -> _Draw:
-    """A function that makes its figure in `figure_style`."""
+    """Decorate a function to make its figure in `figure_style`."""
 
     @functools.wraps(draw)
     def drawn(*args: Any) -> Any:
@@ -102,7 +102,7 @@ def _styled(draw: _Draw) -> _Draw:
 
 @_styled
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
-    """The figure: error against time and against cache bytes, one line per method through the sizes in the legend."""
+    """Draw error against time and against cache bytes, one line per method through the sizes in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8))
@@ -142,7 +142,15 @@ def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
 
 @_styled
 def draw_plan(made: Plan, title: str) -> Any:
-    """The figure: error against size with the fit and the bound, and the bound of each candidate against its cost."""
+    """Draw error against size with the fit and the bound, and the bound of each candidate against its cost.
+
+    Args:
+        made: a `Plan`.
+        title: the title of the figure.
+
+    Returns:
+        A matplotlib figure; save it with ``figure.savefig(path)``.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.2))
@@ -181,7 +189,7 @@ def draw_plan(made: Plan, title: str) -> Any:
 
 @_styled
 def draw_compared_layers(rows: Mapping[str, Sequence[Comparison]], title: str) -> Any:
-    """The figure of a comparison with medians over layers, and the deviation of layers as bars."""
+    """Draw a comparison with medians over layers, and standard deviations over layers as bars."""
     medians = []
     for setting in dict.fromkeys((row.method, row.size) for own in rows.values() for row in own):
         own = [row for layer in rows.values() for row in layer if (row.method, row.size) == setting]
@@ -194,12 +202,12 @@ def draw_compared_layers(rows: Mapping[str, Sequence[Comparison]], title: str) -
                 relative_error_std=statistics.pstdev(errors) if all(map(math.isfinite, errors)) else 0.0,
             )
         )
-    return draw_frontiers(medians, f"{title} (medians, and the deviation of layers as bars)")
+    return draw_frontiers(medians, f"{title} (medians; bars: standard deviation over layers)")
 
 
 @_styled
 def draw_planned_layers(plans: Mapping[str, Plan], title: str) -> Any:
-    """The figure of plans by layer: the held-out error of what each proposes of every method, and the picks."""
+    """Draw plans by layer: the held-out error of the proposed setting of every method, and the picks."""
     from matplotlib.figure import Figure
 
     names = list(plans)
@@ -216,7 +224,7 @@ def draw_planned_layers(plans: Mapping[str, Plan], title: str) -> Any:
     if picks:
         axes.plot(*zip(*picks, strict=True), label="pick", **_PICK)
     axes.axhline(next(iter(plans.values())).tolerance, **_TOLERANCE, label="tolerance")
-    axes.set(ylabel="relative error of what was held out")
+    axes.set(ylabel="relative error on held-out units")
     axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=8, parse_math=False)
     log_scales(axes, "y")
     handles, labels = axes.get_legend_handles_labels()
@@ -226,14 +234,14 @@ def draw_planned_layers(plans: Mapping[str, Plan], title: str) -> Any:
 
 
 def log_scales(axes: Any, which: str = "xy") -> None:
-    """Logarithmic axes with a grid and labels that are plain numbers."""
+    """Make axes logarithmic, with a grid and plain numbers as labels."""
     from matplotlib import ticker
 
     light_grid(axes)
     axes.margins(0.08, 0.1)
     axes.set(**{f"{name}scale": "log" for name in which})
     for axis in [{"x": axes.xaxis, "y": axes.yaxis}[name] for name in which]:
-        # Axes without a point begin at 0.
+        # Axes without points begin at 0.
         if axis.get_view_interval()[0] <= 0:
             axes.set(**{f"{axis.axis_name}lim": (0.1, 1)})
         low, high = axis.get_view_interval()
@@ -244,8 +252,8 @@ def log_scales(axes: Any, which: str = "xy") -> None:
 
 
 def light_grid(axes: Any) -> None:
-    """Light lines behind everything else."""
+    """Draw light grid lines behind everything else."""
     from matplotlib import rcParams
 
-    # Most ticks are made when a figure is saved, after its style has ended, and would have the usual colour.
+    # Most ticks are made when a figure is saved, after its style has ended, and would have the default colour.
     axes.grid(True, color=rcParams["grid.color"])

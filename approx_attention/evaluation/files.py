@@ -1,4 +1,4 @@
-"""The tensors that a comparison is made on, read from the user's file or from the sample shipped with the package."""
+"""The tensors of a comparison, read from a file or from the sample shipped with the package."""
 
 import contextlib
 import fnmatch
@@ -23,9 +23,9 @@ from approx_attention.core import InputError, did_you_mean
 from approx_attention.evaluation.atomic import write_atomically
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
 
-# What may stand between the name of a layer and that of its array.
+# Separators between the name of a layer and that of its array.
 SEPARATORS = "./_"
-# A byte that zip has deflated is at most this many.
+# The largest number of bytes that one deflated byte can expand to.
 _LARGEST_DEFLATION = 1032
 _SAFETENSORS_DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -42,7 +42,13 @@ _SAFETENSORS_DTYPES: dict[str, Any] = {
 
 
 class Tensors(NamedTuple):
-    """Query ``[B, T, N, D]``, key ``[B, S, K, D]`` and value ``[B, S, K, Dv]`` in float32."""
+    """The tensors of an attention layer in float32.
+
+    Attributes:
+        query: ``[B, T, N, D]``.
+        key: ``[B, S, K, D]``, where K divides N.
+        value: ``[B, S, K, Dv]``.
+    """
 
     query: Array
     key: Array
@@ -50,13 +56,13 @@ class Tensors(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The tensors of a layer, and how its model attends to them, where the file says so.
+    """The tensors of a layer, and its attention options, if the file contains them.
 
     Attributes:
         tensors: query, key and value.
-        kv_mask: which keys ``[B, S]`` are real, if some are padding.
-        is_causal: whether query t sees keys j <= t only; None where the file does not say.
-        scale: factor of the logits, if it is another than ``1/sqrt(D)``.
+        kv_mask: mask of real keys ``[B, S]``, if some are padding.
+        is_causal: whether query t sees keys j <= t only; None if the file does not say.
+        scale: factor of the logits, if it is not ``1/sqrt(D)``.
     """
 
     tensors: Tensors
@@ -69,14 +75,14 @@ def load_tensors(path: str | os.PathLike[str], names: tuple[str, str, str] = ("q
     """Read q, k and v, each ``[T, D]``, ``[T, N, D]`` or ``[B, T, N, D]``, from an .npz or .safetensors file.
 
     Args:
-        path: the file. Nothing in it is unpickled, and nothing larger than the file or the memory allocated.
-        names: the names of the three arrays in it.
+        path: the file. It is never unpickled, and allocations are limited by the size of the file and the free memory.
+        names: the names of the three arrays.
 
     Returns:
         The `Tensors`.
 
     Raises:
-        InputError: the file cannot be read, an array is missing or unfit, or holds a number that is not finite.
+        InputError: the file cannot be read, or an array is missing, has a wrong shape or dtype, or is not finite.
     """
     return load_layers(path, names)[""].tensors
 
@@ -89,24 +95,24 @@ def load_layers(
     lengths: str | None = None,
     mask: str | None = None,
 ) -> dict[str, Layer]:
-    """Read q, k and v of one layer or several, with the lengths or the mask that say what is padding.
+    """Read q, k and v of one or several layers, with the lengths or the mask of real tokens.
 
-    The arrays of a layer are named after it: ``layer0.q``, ``layer0/q`` or ``layer0_q``, at any depth. What
-    `nnx.capture_attention` has written of a layer in addition (``is_causal``, ``scale``, ``mask``) is read too.
+    The arrays of a layer are named after it: ``layer0.q``, ``layer0/q`` or ``layer0_q``, at any depth. The options
+    written by `nnx.capture_attention` (``is_causal``, ``scale``, ``mask``) are read too.
 
     Args:
         path: the file, as for `load_tensors`.
-        names: the names of the three arrays in it, or in each layer.
-        layers: a pattern of the layers' names in which ``*``, ``?`` and ``[...]`` are as in a shell.
-        lengths: name of the integers ``[B]`` of real tokens, in each layer or for all.
+        names: the names of the three arrays, in the file or in each layer.
+        layers: a pattern of layer names with the wildcards ``*``, ``?`` and ``[...]`` of a shell.
+        lengths: name of an integer array ``[B]``, the numbers of real tokens, in each layer or for all.
         mask: name of the boolean array ``[B, S]`` that is true where a key is real, in each layer or for all.
 
     Returns:
-        A `Layer` by name, in the order of the numbers in the names; without ``layers`` one, called "".
+        The `Layer` of each name, in the order of the numbers in the names; without ``layers`` one layer called "".
 
     Raises:
-        InputError: the file cannot be read, no layer fits the pattern, an array is missing or unfit, or holds a number
-            that is not finite and no padding.
+        InputError: the file cannot be read, no layer matches the pattern, or an array is missing, has a wrong shape or
+            dtype, or is not finite outside of padding.
     """
     path = pathlib.Path(path)
     archive = _open(path)
@@ -115,18 +121,30 @@ def load_layers(
 
 
 def save_layers(path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write the arrays of layers, ``q``, ``k``, ``v`` and others, to an .npz file that `load_layers` reads.
+    """Write the arrays of layers, ``q``, ``k``, ``v`` and others, to an .npz file for `load_layers`.
 
     Args:
-        path: the file; it is whole or absent.
-        layers: arrays by their names, by the name of the layer; "" for one without a name.
+        path: the file, written atomically.
+        layers: for the name of each layer its arrays by name; "" for a layer without a name.
 
     Raises:
-        InputError: the name of the file does not end in .npz, or its directory is not there.
+        InputError: the file name does not end in .npz, or its directory does not exist.
+
+    Example:
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> from approx_attention.evaluation import load_layers, save_layers
+        >>> layer = {name: np.ones((1, 16, 2, 8), np.float32) for name in ("q", "k", "v")}
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = os.path.join(directory, "layers.npz")
+        ...     save_layers(path, {"layer0": layer, "layer1": layer})
+        ...     layers = load_layers(path, layers="layer*")
+        >>> list(layers), layers["layer0"].tensors.query.shape
+        (['layer0', 'layer1'], (1, 16, 2, 8))
     """
     path = pathlib.Path(path)
     if path.suffix != ".npz" or not path.parent.is_dir():
-        raise InputError(f"{path} must end in .npz and lie in a directory that is there")
+        raise InputError(f"{path} must end in .npz and be in an existing directory")
     arrays: dict[str, Any] = {
         f"{layer}.{name}" if layer else name: x for layer, own in layers.items() for name, x in own.items()
     }
@@ -134,13 +152,24 @@ def save_layers(path: str | os.PathLike[str], layers: Mapping[str, Mapping[str, 
 
 
 def load_sample() -> Tensors:
-    """The tensors that ship with the package; see data/sample.txt for where they come from."""
+    """Load the sample tensors of the package; data/sample.txt describes their origin.
+
+    Returns:
+        The `Tensors` of two sequences, one from each of two layers of a small trained language model. Attention is
+        causal.
+
+    Example:
+        >>> from approx_attention.evaluation import load_sample
+        >>> query, key, value = load_sample()
+        >>> query.ndim, key.shape == value.shape
+        (4, True)
+    """
     with importlib.resources.as_file(importlib.resources.files("approx_attention") / "data" / "sample.npz") as path:
         return load_tensors(path)
 
 
 def sample_layers() -> dict[str, Layer]:
-    """The sample as the two layers of which it has a sequence each: the one with the least entropy, and the most."""
+    """Load the sample as two layers of one sequence each: those with the smallest and the largest entropy."""
     sample = load_sample()
     return {
         name: Layer(Tensors(*(x[i : i + 1] for x in sample)), None, True) for i, name in enumerate(("sharp", "flat"))
@@ -148,7 +177,7 @@ def sample_layers() -> dict[str, Layer]:
 
 
 def _prefixes(path: pathlib.Path, present: Sequence[str], pattern: str, names: Sequence[str]) -> dict[str, str]:
-    """What the names of arrays begin with, by layer."""
+    """The prefixes of array names, by layer."""
     found: dict[str, str] = {}
     partial: dict[str, str] = {}
     for separator in SEPARATORS:
@@ -163,9 +192,9 @@ def _prefixes(path: pathlib.Path, present: Sequence[str], pattern: str, names: S
                         partial[layer] = missing[0]
     chosen = [layer for layer in found if _fits(layer, pattern)]
     for layer, missing in partial.items():
-        # Others than q, k and v may end like them, as layer0.rope_q and layer0.rope_k do.
+        # Names of other arrays may end like those of q, k and v, for example layer0.rope_q.
         if _fits(layer, pattern) and layer not in found and not any(map(layer.startswith, found.values())):
-            raise InputError(f"{path} has no array {missing!r}, without which {layer!r} is no layer")
+            raise InputError(f"{path} has no array {missing!r}, which layer {layer!r} needs")
     if not chosen:
         has = f"its layers are {_listed(sorted(found, key=_by_number))}" if found else _holds(present)
         raise InputError(f"{path} has no layer {pattern!r} with arrays such as {'layer0.' + names[0]!r} ({has})")
@@ -204,12 +233,12 @@ def _layer(
             unnamed = (
                 "; numpy files do not name bfloat16 and float8, .safetensors files do" if x.dtype.kind == "V" else ""
             )
-            raise InputError(f"{name!r} in {path} must hold floating-point numbers, got dtype {x.dtype}{unnamed}")
+            raise InputError(f"{name!r} in {path} must be floating point, got dtype {x.dtype}{unnamed}")
         if 0 in x.shape:
             raise InputError(f"{name!r} in {path} is empty, of shape {list(x.shape)}")
     if len({x.ndim for x in arrays}) > 1:
         raise InputError(
-            f"{', '.join(names)} in {path} must have one number of axes, got {[list(x.shape) for x in arrays]}"
+            f"{', '.join(names)} in {path} must have the same number of axes, got {[list(x.shape) for x in arrays]}"
         )
     with np.errstate(over="ignore", invalid="ignore"):
         query, key, value = (_with_all_axes(np.asarray(x, np.float32)) for x in arrays)
@@ -271,7 +300,7 @@ def _require(path: pathlib.Path, name: str, present: Sequence[str], advice: str)
 
 
 def _holds(present: Sequence[str]) -> str:
-    return f"it holds {_listed(present)}" if present else "it holds nothing"
+    return f"it contains {_listed(present)}" if present else "it is empty"
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
@@ -288,23 +317,23 @@ def _check_shapes(
     q, k, v = names
     shapes = f"; in {path} they are {list(query.shape)}, {list(key.shape)} and {list(value.shape)} as [B, T, N, D]"
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise InputError(f"{q!r}, {k!r} and {v!r} must have one batch size{shapes}")
+        raise InputError(f"{q!r}, {k!r} and {v!r} must have the same batch size{shapes}")
     if key.shape[1:3] != value.shape[1:3]:
         raise InputError(f"{k!r} and {v!r} must have the same tokens and heads{shapes}")
     if query.shape[3] != key.shape[3]:
-        raise InputError(f"{q!r} and {k!r} must have one head dimension{shapes}")
+        raise InputError(f"{q!r} and {k!r} must have the same head dimension{shapes}")
     if query.shape[2] % key.shape[2]:
         raise InputError(f"the heads of {k!r} must divide those of {q!r}{shapes}")
 
 
-# Files may be damaged, or made to harm: what a header declares is held against the file before anything is allocated.
+# Files may be damaged or malicious: headers are checked against the file before anything is allocated.
 
 
 class _Archive(Protocol):
     names: list[str]
 
     def read(self, name: str) -> np.ndarray:
-        """The array of that name."""
+        """The array with this name."""
         ...
 
 
@@ -312,8 +341,8 @@ def _open(path: pathlib.Path) -> _Archive:
     kinds = {".npz": _Npz, ".safetensors": _Safetensors}
     try:
         if not path.is_file():
-            state = "a directory" if path.is_dir() else "no regular file" if path.exists() else "not there"
-            raise InputError(f"{path} is {state}; give an .npz or .safetensors file")
+            state = "is a directory" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {state}; give an .npz or .safetensors file")
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty")
         if path.suffix not in kinds:
@@ -325,7 +354,7 @@ def _open(path: pathlib.Path) -> _Archive:
 
 @contextlib.contextmanager
 def _whole(path: pathlib.Path) -> Iterator[None]:
-    """What a damaged file raises, in one line."""
+    """Turn the exceptions of damaged files into one-line errors."""
     try:
         yield
     except InputError:
@@ -333,7 +362,7 @@ def _whole(path: pathlib.Path) -> Iterator[None]:
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except MemoryError:
-        raise InputError(f"{path} takes more memory than there is") from None
+        raise InputError(f"{path} needs more memory than available") from None
     except (
         *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
         *(ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, SyntaxError),
@@ -346,7 +375,7 @@ class _Npz:
     def __init__(self, path: pathlib.Path):
         self.path = path
         with _whole(path), zipfile.ZipFile(path) as archive:
-            # As numpy.load names them; the last of a name counts.
+            # Named as by numpy.load; the last array of a name counts.
             self.members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
         self.names = list(self.members)
 
@@ -373,22 +402,22 @@ class _Npz:
             raise InputError(f"{name!r} in {self.path} has fields, or a format of numpy that is not known")
         try:
             shape, is_fortran, dtype = readers[version](file)
-        except Exception as error:  # a tokenizer and a parser are behind it
+        except Exception as error:  # numpy's tokenizer and parser raise many types
             raise ValueError(f"the header of {name!r} is damaged ({type(error).__name__})") from error
         if dtype.hasobject:
-            raise InputError(f"{self.path} holds a pickled object, which is never loaded; save plain arrays")
+            raise InputError(f"{self.path} contains a pickled object, which is not supported; save plain arrays")
         declared = _num_bytes(shape, dtype)
         if declared > num_bytes:
-            raise ValueError(f"{name!r} declares shape {list(shape)} of {dtype}, {declared} bytes, and has {num_bytes}")
+            raise ValueError(f"{name!r} declares shape {list(shape)} of {dtype}, {declared} bytes, but has {num_bytes}")
         data = file.read(declared)
         if len(data) < declared:
             raise ValueError(f"{name!r} ends early")
-        file.read()  # to the end, where the checksum is tested
+        file.read()  # to the end, where the checksum is verified
         return np.ndarray(shape, dtype, data, order="F" if is_fortran else "C")
 
 
 class _Safetensors:
-    """Eight bytes of length, a JSON header with dtype, shape and place of each array, and the arrays."""
+    """A safetensors file: eight bytes of length, a JSON header with dtype, shape and offsets, and the arrays."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -402,10 +431,10 @@ class _Safetensors:
             dtype_name, shape, start, num_bytes = self.header[name]
             if dtype_name not in _SAFETENSORS_DTYPES:
                 readable = ", ".join(_SAFETENSORS_DTYPES)
-                raise InputError(f"{name!r} in {self.path} is of dtype {dtype_name}; those read are {readable}")
+                raise InputError(f"{name!r} in {self.path} has dtype {dtype_name}; supported are {readable}")
             dtype = np.dtype(_SAFETENSORS_DTYPES[dtype_name])
             if _num_bytes(shape, dtype) != num_bytes:
-                raise ValueError(f"{name!r} declares shape {shape} of {dtype_name}, and has {num_bytes} bytes")
+                raise ValueError(f"{name!r} declares shape {shape} of {dtype_name}, but has {num_bytes} bytes")
             _check_room(self.path, name, 4 * math.prod(shape))
             with self.path.open("rb") as file:
                 file.seek(start)
@@ -414,17 +443,17 @@ class _Safetensors:
 
 
 def _safetensors_header(file: BinaryIO, size: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Name, dtype, shape, place and number of bytes of each array; they lie one after another to the end."""
+    """Dtype, shape, offset and number of bytes of each array by name; arrays are contiguous up to the end."""
     (length,) = struct.unpack("<Q", file.read(8))
     begin = 8 + length
     if begin > size:
-        raise ValueError(f"its header is said to have {length} bytes")
+        raise ValueError(f"its header claims a length of {length} bytes")
     try:
         entries = json.loads(file.read(length))
     except RecursionError:
         raise ValueError("its header is nested too deeply") from None
     if not isinstance(entries, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     entries.pop("__metadata__", None)
     header = {}
     end = 0
@@ -433,11 +462,11 @@ def _safetensors_header(file: BinaryIO, size: int) -> dict[str, tuple[str, tuple
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, first, last)):
             raise ValueError(f"{name!r} has shape {shape} and offsets {[first, last]}")
         if first != end or last < first or begin + last > size:
-            raise ValueError(f"{name!r} is said to be at bytes {first} to {last}, after {end} of {size - begin}")
+            raise ValueError(f"{name!r} claims bytes {first} to {last}, after {end} of {size - begin}")
         end = last
         header[name] = str(entry["dtype"]), tuple(shape), begin + first, last - first
     if begin + end != size:
-        raise ValueError(f"it has {size - begin} bytes for arrays, and they take {end}")
+        raise ValueError(f"it has {size - begin} bytes for arrays, but they need {end}")
     return header
 
 
@@ -448,16 +477,16 @@ def _num_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
 
 
 def _check_room(path: pathlib.Path, name: str, num_bytes: int) -> None:
-    """One line in place of a machine that runs out of memory."""
+    """Raise before the machine runs out of memory."""
     room = _memory()
     if room is not None and num_bytes > room:
         raise InputError(
-            f"{name!r} in {path} takes {num_bytes / 2**30:.3g} GiB, more than the {room / 2**30:.3g} GiB of memory left"
+            f"{name!r} in {path} needs {num_bytes / 2**30:.3g} GiB, more than the {room / 2**30:.3g} GiB of free memory"
         )
 
 
 def _memory() -> int | None:
-    """Bytes of memory that are free, where the system tells."""
+    """The bytes of free memory, if the system reports them."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

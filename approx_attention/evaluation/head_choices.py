@@ -6,14 +6,14 @@ from typing import NamedTuple
 from approx_attention.core import InputError
 from approx_attention.evaluation.knapsack import choose
 
-# How often a choice is made anew for less time, where it turns out to take more than the budget.
+# Largest number of attempts with a smaller budget, if a choice takes more time than allowed.
 _MOST_CHOICES = 5
 # A layer, and the number of one of its key heads.
 Head = tuple[str, int]
 
 
 class Option(NamedTuple):
-    """A configuration that heads may have: its cost and loss for all of them, and whether it meets the tolerance."""
+    """A configuration for heads: its total cost and loss, and whether it meets the tolerance."""
 
     cost: int
     loss: float
@@ -22,14 +22,14 @@ class Option(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Heads that share a configuration, and the options for it."""
+    """Heads that must have the same configuration, and their options."""
 
     heads: Sequence[Head]
     options: Sequence[Option]
 
 
 class Choice(NamedTuple):
-    """The configuration of each head, whether one of them misses the tolerance, and the loss and cost of all."""
+    """The configuration of each head, whether any misses the tolerance, and the total loss and cost."""
 
     misses: bool
     loss: float
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, items: Sequence[Item], options: Sequence[Option]) -> "Choice":
-        """The choice of an option for each item."""
+        """Make a choice from one option for each item."""
         return cls(
             misses=not all(one.meets for one in options),
             loss=sum(one.loss for one in options),
@@ -48,11 +48,11 @@ class Choice(NamedTuple):
 
 
 def best_choice(items: Sequence[Item], budget: int | None) -> Choice | None:
-    """The choice of the least loss within a budget, all of it below the tolerance if that fits; None if nothing fits.
+    """The choice with the smallest loss within a budget, within the tolerance if possible; None if nothing fits.
 
     Args:
-        items: each with an option that meets the tolerance, as exact attention does.
-        budget: the most that all costs together may be; None for the cheapest options that meet the tolerance.
+        items: each needs an option that meets the tolerance, such as exact attention.
+        budget: upper bound of the total cost; None for the cheapest options that meet the tolerance.
     """
     meeting = [[option for option in item.options if option.meets] for item in items]
     if budget is None:
@@ -61,7 +61,7 @@ def best_choice(items: Sequence[Item], budget: int | None) -> Choice | None:
         picks = choose([[o.cost for o in own] for own in options], [[o.loss for o in own] for own in options], budget)
         if picks is not None:
             return Choice.of(items, [own[pick] for own, pick in zip(options, picks, strict=True)])
-    # Costs that are rounded up may not fit where they do.
+    # `choose` rounds costs up, and may find no choice although the cheapest options fit.
     cheapest = Choice.of(items, [min(item.options) for item in items])
     return cheapest if cheapest.cost <= budget else None
 
@@ -69,16 +69,16 @@ def best_choice(items: Sequence[Item], budget: int | None) -> Choice | None:
 def fast_choice(
     items: Sequence[Item], everyone: Item, budget: int, time_of: Callable[[Choice], int]
 ) -> tuple[Choice, int]:
-    """The best choice whose time, all heads together, is within a budget, and that time.
+    """The best choice whose measured time for all heads is within a budget, and that time.
 
-    It may be more than its costs add up to: heads of several methods run as several programs. So less and less is
-    allowed for the costs, until the choice is fast enough. It competes with one configuration for all heads, whose time
-    is what its cost says.
+    The time may exceed the sum of the costs, because heads of several methods run as several programs. The budget of
+    the costs is therefore reduced until the choice is fast enough. The result is compared with the best single
+    configuration for all heads, whose time equals its cost.
 
     Args:
-        items: their costs are shares of times, in nanoseconds.
-        everyone: all heads, with the options that all can have.
-        budget: the most nanoseconds.
+        items: heads with their options; costs are shares of times, in nanoseconds.
+        everyone: all heads, with the options that are available to all.
+        budget: the largest time in nanoseconds.
         time_of: measures a choice, in nanoseconds.
 
     Raises:
@@ -102,6 +102,6 @@ def fast_choice(
                 found = uniform, time
     if found is None:
         raise InputError(
-            f"the fastest choices of all heads take {least / 1e9:.3g} s together, and max_seconds is {budget / 1e9:.3g}"
+            f"the fastest choices of all heads take {least / 1e9:.3g} s in total, but max_seconds is {budget / 1e9:.3g}"
         )
     return found

@@ -1,4 +1,4 @@
-"""Every method at every size on one layer: errors, bounds and bytes by key head."""
+"""Errors, bounds and cache bytes of every method at every size, by key head of a layer."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +23,9 @@ class Setting(NamedTuple):
     """A method at one size on a layer.
 
     Attributes:
-        arm: its program.
-        hyperparameters: its arguments.
-        cache_bytes: per key head and sequence.
+        arm: the configuration.
+        hyperparameters: the arguments of the method.
+        cache_bytes: cache bytes per key head and sequence.
     """
 
     arm: Arm
@@ -39,7 +39,7 @@ class Configuration(NamedTuple):
     Attributes:
         setting: the method and its size.
         errors: relative errors ``[K]``.
-        bounds: what the errors of other queries are predicted to stay below, ``[K]``.
+        bounds: predicted upper bounds of the errors of other queries, ``[K]``.
     """
 
     setting: Setting
@@ -48,7 +48,7 @@ class Configuration(NamedTuple):
 
 
 class HeadCurves(NamedTuple):
-    """A layer, and all configurations by their labels; ``"exact"`` is the first."""
+    """A layer, and all configurations by label; ``"exact"`` is the first."""
 
     problem: Problem
     bench: Bench
@@ -60,26 +60,26 @@ class HeadCurves(NamedTuple):
         return self.problem.tensors.key.shape[2]
 
     def held_out(self, label: str, seeds: Sequence[int]) -> np.ndarray:
-        """The error of a configuration on what was held out of each head, ``[K]``."""
+        """The errors of a configuration on the held-out queries of each head, ``[K]``."""
         errors, split = self.bench.errors(self.configurations[label].setting.arm, seeds), self.bench.split
         return np.array([errors.relative(split.of_group(head).held_out) for head in range(self.num_heads)])
 
     def overall(self, label: str, seeds: Sequence[int]) -> np.ndarray:
-        """Its error on all queries of each head, ``[K]``."""
+        """The errors of a configuration on all queries of each head, ``[K]``."""
         errors, groups = self.bench.errors(self.configurations[label].setting.arm, seeds), self.bench.split.groups
         return np.array([errors.relative(np.flatnonzero(groups == head)) for head in range(self.num_heads)])
 
 
 def settings_of(problem: Problem, names: Sequence[str], options: Options) -> dict[str, list[Setting]]:
-    """Every size at which each method is measured (`all_sizes`), exact attention first; nothing runs yet.
+    """Make the settings to measure: exact attention, and each method at `all_sizes`. Nothing runs yet.
 
     Args:
         problem: the layer.
-        names: of the methods.
+        names: names of the methods.
         options: hyper-parameters other than the size, by the name of the method.
 
     Raises:
-        InputError: options that a method does not take.
+        InputError: a method does not support an option.
     """
     all_bytes = token_bytes(problem.tensors)
     made = {EXACT: [Setting(exact_arms(problem)[0], {}, all_bytes)]}
@@ -105,12 +105,12 @@ def head_curves(
 
     Args:
         problem: the layer.
-        settings: by method, as `settings_of` makes them.
-        measurement: its seeds that choose are those of random methods.
+        settings: settings by method, from `settings_of`.
+        measurement: its ``choosing`` seeds are the seeds of random methods.
         on_progress: called with each method.
 
     Raises:
-        InputError: a head whose outputs are all zero or not finite.
+        InputError: the outputs of a head are all zero or not finite.
     """
     tensors = problem.tensors
     num_heads = tensors.key.shape[2]
@@ -120,7 +120,7 @@ def head_curves(
     bench, parts = Bench(tensors, exact.arm, split), [split.of_group(head) for head in range(num_heads)]
     for head, part in enumerate(parts):
         if not all(0 < bench.exact[units].sum() < math.inf for units in (part.calibration, part.held_out)):
-            raise InputError(f"outputs of key head {head} are all zero or not finite, and no error is relative to them")
+            raise InputError(f"outputs of key head {head} are all zero or not finite: relative errors are undefined")
     found = {EXACT: Configuration(exact, zeros, zeros)}
     for name in [name for name in settings if name != EXACT]:
         on_progress(name)
@@ -128,7 +128,7 @@ def head_curves(
         measured = [bench.errors(setting.arm, measurement.choosing) for setting in settings[name]]
         errors = _never_increasing(sizes, [[own.relative(part.calibration) for part in parts] for own in measured])
         bounds = [[own.bound(part, measurement.confidence) for part in parts] for own in measured]
-        # What bounds the error of a size bounds that of larger ones.
+        # A bound of the error at a size also holds for larger sizes.
         bounds = np.minimum.accumulate(np.array(bounds))
         for setting, error, bound in zip(settings[name], errors, bounds, strict=True):
             found[setting.arm.label] = Configuration(setting, error, bound)
@@ -136,7 +136,7 @@ def head_curves(
 
 
 def _never_increasing(sizes: Sequence[int | None], errors: Sequence[Sequence[float]]) -> np.ndarray:
-    """Errors ``[sizes, K]``, those of each head as their law has them."""
+    """Errors ``[sizes, K]`` of each head after isotonic regression."""
     if len(sizes) < 2:
         return np.array(errors)
     by_head = ({size: own for size, own in zip(sizes, head, strict=True) if size} for head in zip(*errors, strict=True))

@@ -14,7 +14,7 @@ from approx_attention.evaluation.figures import figure_style, light_grid
 from approx_attention.evaluation.heads import LOW_RANK, NUM_SINKS, WORDS, HeadDiagnosis
 from approx_attention.evaluation.tables import markdown_table, plain_table
 
-# Colours that the colour-blind tell apart.
+# Colours that the colour-blind can distinguish.
 _COLORS = {
     "short": "#BBBBBB",
     "uniform": "#F0E442",
@@ -23,7 +23,7 @@ _COLORS = {
     "few keys": "#E69F00",
     "diffuse": "#CC79A7",
 }
-# A map of more heads than this has no room for numbers.
+# Maps with more heads than this show no numbers.
 _MOST_NUMBERS = 160
 Layers = Mapping[str, Sequence[HeadDiagnosis]]
 
@@ -33,10 +33,10 @@ class VerdictCount:
     """The number of heads with a verdict.
 
     Attributes:
-        verdict: the words.
-        num_heads: the number of heads of all layers.
-        heads: the numbers of the heads by layer.
-        methods: methods that can follow them.
+        verdict: the verdict.
+        num_heads: the number of heads over all layers.
+        heads: the indices of the heads by layer.
+        methods: methods that suit them.
     """
 
     verdict: str
@@ -46,7 +46,7 @@ class VerdictCount:
 
 
 def heads_over_layers(layers: Layers) -> list[VerdictCount]:
-    """Which heads have which verdict, the most frequent first."""
+    """Count the heads of each verdict, the most frequent first."""
     every = [head for own in layers.values() for head in own]
     counts = Counter(head.verdict for head in every)
     found = []
@@ -118,22 +118,22 @@ def _notes(size: int, tolerance: float) -> list[str]:
         "keys: exp(entropy), the effective number of keys",
         f"share: of the weights, near: within a window of {size}, first: on the first {NUM_SINKS} keys, top: on the "
         f"{size} keys with the largest weights of each query",
-        f"rank: at which the weights of the queries are off by {tolerance:g}",
-        "error: of the output, relative, of the mean of the values that each query sees, of attention to these keys "
-        f"alone, and of the best weights of rank {size}",
-        f"samples: of keys, at random, for an error of {tolerance:g}",
+        f"rank: the rank at which the weights of the queries have an error of {tolerance:g}",
+        "error: relative error of the output of the mean of the visible values, of attention to these keys only, and "
+        f"of the best weights of rank {size}",
+        f"samples: the number of random keys for an error of {tolerance:g}",
     ]
 
 
 def _more_notes(tolerance: float) -> list[str]:
     return [
-        f"one key: the largest share of a key over all queries; key rank: at which the keys from their mean are off by "
-        f"{tolerance:g}; longest key: its norm over the median; radius: the largest norm of a query times that of a "
-        "key from the mean of the keys, times the scale; largest logit: with keys from their mean",
-        f"theorems: the number of keys, samples or features for an error of {tolerance:g}, without the constant, in "
-        "brackets where it is at least the number of keys, and so vacuous. uniform_sample, coreset and polynomial: for "
-        "all queries within the radius; favor: for a query and a key of usual norms, at right angles; unreduced_jlt: "
-        "by the variance on these tensors; linformer: Johnson-Lindenstrauss, for all norms",
+        f"one key: the largest share of a key over all queries; key rank: the rank at which the centred keys have an "
+        f"error of {tolerance:g}; longest key: its norm over the median; radius: the largest norm of a query times "
+        "that of a centred key, times the scale; largest logit: with centred keys",
+        f"theorems: the number of keys, samples or features for an error of {tolerance:g}, without the constant; in "
+        "brackets if it is vacuous, at least the number of keys. uniform_sample, coreset and polynomial: for all "
+        "queries within the radius; favor: for an orthogonal query and key of median norms; unreduced_jlt: by the "
+        "variance on these tensors; linformer: Johnson-Lindenstrauss, for all norms",
     ]
 
 
@@ -141,13 +141,13 @@ def _more_notes(tolerance: float) -> list[str]:
 
 
 def heads_table(heads: Sequence[HeadDiagnosis], title: str, size: int, tolerance: float) -> Table:
-    """What the heads are like, as a table for the terminal."""
+    """The diagnoses of heads as a table for the terminal."""
 
     def say_something(head: HeadDiagnosis) -> str:
         return ", ".join(name for name in head.theorems if name not in head.vacuous) or "vacuous"
 
     header, rows = _cells([_HEAD, *_WEIGHTS, *_ERRORS, _Column("theorems", say_something), _VERDICT], heads)
-    notes = [*_notes(size, tolerance), "theorems: those that ask for fewer keys than there are"]
+    notes = [*_notes(size, tolerance), "theorems: those that are not vacuous, with sizes below the number of keys"]
     table = plain_table(title, " · ".join(notes), *header)
     for row in rows:
         table.add_row(*map(Text, row))
@@ -155,7 +155,7 @@ def heads_table(heads: Sequence[HeadDiagnosis], title: str, size: int, tolerance
 
 
 def verdicts_table(summary: Sequence[VerdictCount], title: str) -> Table:
-    """How many heads of all layers have each verdict, as a table for the terminal."""
+    """The number of heads of each verdict over all layers, as a table for the terminal."""
     table = plain_table(title, "which: the numbers of the heads, by layer", *_VERDICTS)
     for row in _verdict_cells(summary):
         table.add_row(*map(Text, row))
@@ -163,7 +163,7 @@ def verdicts_table(summary: Sequence[VerdictCount], title: str) -> Table:
 
 
 def heads_markdown(layers: Layers, titles: Mapping[str, str], size: int, tolerance: float) -> str:
-    """All tables in Markdown, a part for each layer."""
+    """All tables in Markdown, with a section for each layer."""
     parts = ["# Heads"]
     if "" not in layers:
         parts.append(markdown_table(_VERDICTS, _verdict_cells(heads_over_layers(layers)), others="left"))
@@ -190,7 +190,7 @@ def _which(heads: Mapping[str, Sequence[int]]) -> str:
 
 
 def draw_heads(heads: Sequence[HeadDiagnosis], title: str, size: int) -> Any:
-    """The figure of one layer: a bar for each head."""
+    """Draw one layer, with a bar for each head."""
     from matplotlib.figure import Figure
 
     with figure_style():
@@ -215,7 +215,7 @@ def draw_heads(heads: Sequence[HeadDiagnosis], title: str, size: int) -> Any:
 
 
 def draw_heads_of_layers(layers: Layers, title: str, size: int) -> Any:
-    """The figure of many layers: a map of layers and heads for each quantity, and one of the verdicts."""
+    """Draw many layers: a map of layers and heads for each quantity, and one of the verdicts."""
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.figure import Figure
 
@@ -271,7 +271,7 @@ def _is_low(head: HeadDiagnosis) -> bool:
 
 
 def _quantities(layers: Sequence[Sequence[HeadDiagnosis]], size: int) -> Iterable[tuple[str, list[list[float]], bool]]:
-    """The most telling quantities: a name, the values of all heads by layer, and whether these are shares."""
+    """The main quantities: a name, the values of all heads by layer, and whether they are shares."""
     for name, field, is_share in (
         ("effective number of keys", "effective_keys", False),
         (f"share within a window of {size}", "window_share", True),
@@ -283,12 +283,12 @@ def _quantities(layers: Sequence[Sequence[HeadDiagnosis]], size: int) -> Iterabl
 
 
 def _grid(rows: Sequence[Sequence[float]], width: int) -> np.ndarray:
-    """Rows of any length as an array; a head that a layer does not have is NaN, and blank."""
+    """Rows of any length as an array; missing heads are NaN, and blank in the figure."""
     return np.array([[*row, *[math.nan] * (width - len(row))] for row in rows], float)
 
 
 def _plain(axis: Any) -> None:
-    """Ticks of a logarithmic axis as plain numbers."""
+    """Show ticks of a logarithmic axis as plain numbers."""
     from matplotlib import ticker
 
     low, high = axis.get_view_interval()

@@ -1,4 +1,4 @@
-"""What the attention of each head is like, what can follow it, and which theorem says anything at its norms."""
+"""Diagnosis of attention heads: where their weights are, which methods suit them, and which theorems apply."""
 
 import dataclasses
 import functools
@@ -21,54 +21,55 @@ from approx_attention.evaluation.spectra import left_spectrum, rank_within
 from approx_attention.registry import METHODS
 from approx_attention.tensor import choose_degree
 
-# The first tokens that trained models use as sinks: as many as `coreset` and `longformer` keep by default.
+# The number of initial tokens that trained models use as sinks, the default in `coreset` and `longformer`.
 NUM_SINKS = 4
-# What a verdict says of a head. The first that holds is taken; low rank comes on top. The methods that can follow such
-# a head have its word in the registry (`Method.suits`): those with the least errors on heads of trained models (the
-# guide, "Which heads can be approximated").
+# Descriptions of verdicts. The first one that holds is the verdict; low rank is added. The registry lists the methods
+# that suit each verdict (`Method.suits`): those with the smallest errors on such heads of trained models (the guide,
+# "Which heads can be approximated").
 WORDS = {
-    "short": "no more keys than a summary would have",
-    "uniform": "the mean of the values is the output",
+    "short": "no more keys than entries of a summary",
+    "uniform": "the output is the mean of the values",
     "nearby": "a window is enough",
     "sink + nearby": "a window and the first tokens are enough",
-    "few keys": "few keys of each query are enough, wherever they are",
-    "diffuse": "more keys share the weight than a summary would have",
+    "few keys": "a few keys of each query, at any position, are enough",
+    "diffuse": "more keys share the weight than a summary has entries",
     "low rank": "the weights are a matrix of low rank",
 }
 LOW_RANK = "low rank"
-# Diffuse weights for which fewer samples than keys meet the error; no word of a verdict.
+# Diffuse weights for which fewer samples than keys meet the error; not a verdict.
 SAMPLED = "sampled"
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadDiagnosis:
-    """One query head, over all sequences and the queries that were looked at.
+    """The diagnosis of one query head, over all sequences and the analysed queries.
 
     Attributes:
-        head: its number.
+        head: the index of the head.
         num_keys: the number of real keys of the longest sequence.
-        entropy: of the weights of a query, the mean in nats.
-        effective_keys: exp(entropy): the number of keys that has this entropy with equal weights.
+        entropy: mean entropy of the weights of a query, in nats.
+        effective_keys: exp(entropy): the number of equally weighted keys with this entropy.
         sink_share: the share of the weights on the first four keys.
-        heaviest_share: the largest share that one key has over all queries.
-        window_share: the share of the keys within a window of ``size``, as `local` counts it.
+        heaviest_share: the largest share of one key over all queries.
+        window_share: the share of the keys within a window of ``size``, as in `local`.
         top_share: the share of the ``size`` largest weights of each query.
-        weight_rank: the rank at which weights of these queries are off by the tolerance, in the Frobenius norm.
-        key_rank: that of the keys from their mean.
-        radius: the largest norm of a query times that of a key from the mean of the keys, times the scale.
-        largest_logit: the largest magnitude of a logit of these queries with keys from their mean.
+        weight_rank: the rank at which the weights of these queries have an error equal to the tolerance, in the
+            Frobenius norm.
+        key_rank: the same for the centred keys.
+        radius: the largest norm of a query times that of a centred key, times the scale.
+        largest_logit: the largest magnitude of a logit of these queries with centred keys.
         key_spread: the largest norm of a key over the median.
-        mean_error: relative error of the mean of the values that a query sees.
-        window_error: of attention within the window.
-        sink_window_error: of attention over the window and the first four keys.
-        top_error: of attention over the ``size`` keys with the largest weights.
-        rank_error: of the best weights of rank ``size`` for these queries.
+        mean_error: relative error of the mean of the visible values.
+        window_error: relative error of attention within the window.
+        sink_window_error: relative error of attention over the window and the first four keys.
+        top_error: relative error of attention over the ``size`` keys with the largest weights.
+        rank_error: relative error of the best weights of rank ``size`` for these queries.
         samples: the number of keys of a uniform sample whose error is the tolerance, by the variance of the output.
-        theorems: by method, the number of keys, samples or features that its theorem asks for: infinite where there is
-            no such number, or it is beyond float64.
-        vacuous: the methods whose theorem asks for at least ``num_keys``.
-        verdict: the keys that are enough for this head, in the words of the guide, such as ``"sink + nearby"``.
-        methods: methods that can follow such a head.
+        theorems: by method, the number of keys, samples or features that its theorem requires; infinite if there is
+            no such number, or if it overflows float64.
+        vacuous: the methods whose theorem requires at least ``num_keys``.
+        verdict: the keys that are sufficient for this head, such as ``"sink + nearby"``.
+        methods: methods that suit such a head.
     """
 
     head: int
@@ -109,13 +110,12 @@ def diagnose(
     mask: Any = None,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> list[HeadDiagnosis]:
-    r"""Diagnoses each query head: where its weights are, which keys are enough for its output, what theory promises.
+    r"""Diagnose each query head: where its weights are, which keys determine its output, and what theory guarantees.
 
-    A verdict is measured, not guessed from shares: it holds where the ideal method of its kind, with ``size`` keys (a
-    window, the largest weights, the best matrix of that rank), has an output that is off by no more than ``tolerance``.
-    The rank of a few queries says nothing: low rank needs at least ``4 * size`` of them.
-    With weights P and outputs O of the queries that are looked at, a uniform sample of M keys has the error
-    ``tolerance`` (:math:`\epsilon`) at
+    Verdicts are measured, not guessed from shares: a verdict holds if the ideal method of its kind, with ``size`` keys
+    (a window, the largest weights, the best matrix of that rank), has an error of at most ``tolerance``. Low rank needs
+    at least ``4 * size`` queries, because the rank of a few queries is small anyway. With weights P and outputs O of
+    the analysed queries, a uniform sample of M keys has the error ``tolerance`` (:math:`\epsilon`) for
 
     .. math:: M = \sum_{tj} n_t P_{tj}^2 \|v_j - O_t\|^2 \Big/ \epsilon^2 \|O\|_F^2.
 
@@ -124,19 +124,19 @@ def diagnose(
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         size: the number of keys of the ideal methods, and the window.
-        tolerance: the relative error of outputs that is allowed, and what the theorems are asked for.
-        num_queries: the most queries of a sequence that are looked at, evenly spread over the real ones. Only their
+        tolerance: the largest relative error of outputs, also for the theorems.
+        num_queries: the largest number of analysed queries per sequence, evenly spread over the real ones. Only their
             weights are computed.
         lengths: real tokens of each sequence, integers ``[B]``.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
-        on_progress: called with what is done next, the number of steps done and their total.
+        on_progress: called with the name of the next step, the number of finished steps and their total.
 
     Returns:
         A `HeadDiagnosis` for each query head.
 
     Raises:
-        InputError: a tolerance or count out of range, lengths or a mask that do not fit, tensors that do not fit
-            together or are not finite, no query that sees a key.
+        InputError: a tolerance or count is out of range, lengths, mask or tensors do not match or are not finite, or no
+            query sees a key.
 
     Example:
         >>> import jax.numpy as jnp
@@ -161,7 +161,7 @@ def diagnose(
     problem = Problem.of(Tensors(query, key, tensors.value), is_causal=is_causal, lengths=lengths, mask=mask)
     for name, x in problem.tensors._asdict().items():
         if not bool(jnp.all(jnp.isfinite(x))):
-            raise InputError(f"{name} has numbers that are not finite")
+            raise InputError(f"{name} contains numbers that are not finite")
     query, key, value = problem.tensors
     num_heads, group = query.shape[2], query.shape[2] // key.shape[2]
     sequences = _sequences(problem, num_queries)
@@ -180,15 +180,15 @@ def diagnose(
 
 
 class _Part(NamedTuple):
-    """One head of one sequence: scaled tensors ``[T, D]``, ``[S, D]``, ``[S, Dv]``, and which queries to look at.
+    """One head of one sequence: scaled tensors ``[T, D]``, ``[S, D]``, ``[S, Dv]``, and the queries to analyse.
 
     Attributes:
-        is_query: which queries are real ``[T]``.
-        real: which keys are real ``[S]``.
-        rank: the place of each key among the real ones ``[S]``.
-        rows: the queries that are looked at ``[R]``; where sequences differ, the last ones do not count.
-        counts: which rows count ``[R]``.
-        place: the place of each among the real keys ``[R]``.
+        is_query: mask of real queries ``[T]``.
+        real: mask of real keys ``[S]``.
+        rank: the rank of each key among the real ones ``[S]``.
+        rows: the analysed queries ``[R]``; if sequences differ in length, the last rows are padding.
+        counts: mask of the rows that are not padding ``[R]``.
+        place: the rank of each row among the real keys ``[R]``.
     """
 
     q: Array
@@ -211,7 +211,7 @@ def _sequences(problem: Problem, num_queries: int) -> list[tuple[np.ndarray, ...
     is_query = np.ones((num_batches, num_rows), bool) if is_query is None else is_query
     place = np.broadcast_to(np.arange(num_rows), is_query.shape)
     if problem.is_causal or num_rows == num_keys:
-        # Behind the last key places go on.
+        # Ranks continue after the last key.
         padded = np.pad(real[:, :num_rows], ((0, 0), (0, max(0, num_rows - num_keys))), constant_values=True)
         place = np.cumsum(padded, axis=1) - 1
         is_query = is_query & (place >= 0)
@@ -246,7 +246,7 @@ def _measured(
 ) -> dict[str, Array]:
     """Sums over the queries of one head of one sequence."""
     row, total = counts[:, None], jnp.sum(real, dtype=q.dtype)
-    # The weights do not depend on where the keys are centred; logits do.
+    # Weights do not depend on the centre of the keys; logits do.
     centred = jnp.where(real[:, None], k - (jnp.sum(k, axis=0) / total)[None, :], 0)
     mean_value = jnp.sum(v, axis=0) / total
     apart = place[:, None] - rank[None, :]
@@ -256,14 +256,14 @@ def _measured(
     logits = q[rows] @ centred.T
 
     def weights_of(visible: Array) -> Array:
-        # A hidden logit is finite, so that a row without a visible key gives zeros and not NaN.
+        # A hidden logit is finite, so that a row without a visible key gives zeros instead of NaN.
         return jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, HIDDEN), axis=-1), 0)
 
     weights = weights_of(seen)
     out = weights @ v
     num_seen = jnp.sum(seen, axis=-1, dtype=q.dtype)
     top, best = lax.top_k(weights, min(size, k.shape[0]))
-    # Not by gathered values, which are many more numbers than the weights.
+    # By masked weights, which are far fewer numbers than gathered values.
     kept = jnp.put_along_axis(jnp.zeros_like(weights), best, top, axis=-1, inplace=False)
     of_top = kept @ v / jnp.where(counts, jnp.sum(top, axis=-1), 1)[:, None]
     left, spectrum = left_spectrum(weights)
@@ -299,10 +299,10 @@ def _measured(
 def _diagnosis(
     head: int, parts: list[_Part], found: list[dict[str, Any]], *, is_causal: bool, size: int, error: float
 ) -> HeadDiagnosis:
-    """What is said of a head, from its sums."""
+    """The diagnosis of a head from its sums."""
     total = {name: float(sum(np.float64(one[name]) for one in found)) for name in found[0]}
     if not 0 < total["out"] < math.inf:
-        raise InputError(f"the outputs of head {head} are all zero or not finite, and no error is relative to that")
+        raise InputError(f"the outputs of head {head} are all zero or not finite: relative errors are undefined")
 
     def share(name: str) -> float:
         return total[name] / total["count"]
@@ -319,7 +319,7 @@ def _diagnosis(
     num_rows = max(int(part.counts.sum()) for part in parts)
     words = ["short"] if num_keys <= size else _words(measured, error, has_rank=num_rows >= 4 * size)
     samples = total["samples"] / (error**2 * total["out"])
-    # What follows weights of low rank follows diffuse ones better than keys do.
+    # Methods for weights of low rank suit diffuse weights better than methods that choose keys.
     telling = words[1:] if words == ["diffuse", LOW_RANK] else words
     told = {*telling, SAMPLED} if "diffuse" in words and samples < num_keys else set(telling)
     return HeadDiagnosis(
@@ -350,7 +350,7 @@ def _diagnosis(
 
 
 def _words(errors: dict[str, float], tolerance: float, *, has_rank: bool) -> list[str]:
-    """The first word that holds, and whether the weights are of low rank, where the queries are enough to tell."""
+    """The first verdict that holds, and low rank if it holds and there are enough queries."""
     enough = {
         "uniform": errors["mean_error"],
         "nearby": errors["window_error"],
@@ -363,13 +363,13 @@ def _words(errors: dict[str, float], tolerance: float, *, has_rank: bool) -> lis
 
 
 class _Norms(NamedTuple):
-    """Norms of one head of one sequence, in the space where logits are plain inner products.
+    """Norms of one head of one sequence, in scaled space.
 
     Attributes:
-        radius: the largest of a query times that of a key from the mean of the keys.
-        query: the median of queries.
-        key: the median of keys from their mean.
-        key_spread: the largest of a key over the median.
+        radius: the largest norm of a query times that of a centred key.
+        query: the median norm of queries.
+        key: the median norm of centred keys.
+        key_spread: the largest norm of a key over the median.
     """
 
     radius: float
@@ -387,21 +387,21 @@ def _norms(part: _Part) -> _Norms:
 
 
 def _theorems(norms: list[_Norms], head_dim: int, num_keys: int, error: float, *, sketch: float) -> dict[str, float]:
-    """The size that each theorem asks for, by the method that it is about."""
-    # The theorems ask for a positive radius; their sizes do not depend on how small it is.
+    """The size that the theorem of each method requires."""
+    # The theorems need a positive radius; their sizes do not depend on a small one.
     radius = max(np.finfo(np.float32).tiny.item(), *(of.radius for of in norms))
 
     def coreset(result: Any) -> float:
         return bounds.coreset_size_bound(error, radius=radius, head_dim=head_dim, num_keys=num_keys, result=result).size
 
-    # A query and a key of usual norms, at right angles.
+    # An orthogonal query and key of median norms.
     of_query, of_key = (float(np.median(x)) for x in zip(*((of.query, of.key) for of in norms), strict=True))
     pair = jnp.array([[of_query, 0.0]]), jnp.array([[0.0, of_key]])
     features = float(bounds.favor_mse(*pair, 1, scale=1.0)[0, 0]) / error**2
     try:
         degree = choose_degree(error, radius, head_dim, max_rank=max(num_keys, 1))
         polynomial = float(math.comb(head_dim + degree, degree))
-    except ValueError:  # more than there are keys
+    except ValueError:  # more than the number of keys
         polynomial = math.inf
     return {
         "uniform_sample": coreset("uniform"),

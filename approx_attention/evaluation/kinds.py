@@ -1,4 +1,4 @@
-"""What the commands that measure make of the results of each layer, and of all layers."""
+"""The tables and figures of each measuring command, for each layer and for all layers."""
 
 from approx_attention.evaluation.figures import (
     draw_compared_layers,
@@ -30,8 +30,8 @@ def comparison_kind(window_size: int, *, is_padded: bool) -> Kind:
     """The tables and figures of comparisons.
 
     Args:
-        window_size: of the window beyond which the far error begins.
-        is_padded: whether some tokens are padding, which a footnote then speaks of.
+        window_size: size of the window beyond which keys count for the far error.
+        is_padded: whether some tokens are padding, which adds a footnote.
     """
     return Kind(
         name="compare",
@@ -67,7 +67,7 @@ def heads_kind(size: int, tolerance: float) -> Kind:
 
     Args:
         size: the window, and the number of keys of the ideal methods.
-        tolerance: the error that was asked for.
+        tolerance: the requested error.
     """
     return Kind(
         name="heads",

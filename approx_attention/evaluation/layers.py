@@ -1,4 +1,4 @@
-"""Several layers of one file: what each method loses over them, in the middle and at worst."""
+"""Results over several layers of one file: median and worst error of each method."""
 
 import dataclasses
 import math
@@ -12,21 +12,21 @@ from approx_attention.evaluation.plans import Candidate, Plan
 
 @dataclasses.dataclass(frozen=True)
 class OverLayers:
-    """One method, at one size where all layers have the same, over the layers that it was measured on.
+    """Results of one method over layers, at one size if all layers have the same.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         size: the size of its summary, if it has one and it is the same in all layers.
-        num_layers: how many layers it was measured on.
-        relative_error: the median over layers.
-        worst_error: the largest of a layer.
-        worst_layer: that layer.
-        seconds: the median over layers.
-        speedup: the median over layers.
-        held_bytes: the most of a layer, if known.
+        num_layers: number of layers.
+        relative_error: median relative error over layers.
+        worst_error: largest relative error of a layer.
+        worst_layer: the layer of the worst error.
+        seconds: median time over layers.
+        speedup: median speedup over layers.
+        held_bytes: largest cache bytes of a layer, if known.
         is_exact: whether it is a form of exact attention.
-        num_picked: of how many layers it is the pick of a plan.
-        num_meets: in how many layers its measured error meets the tolerance of a plan.
+        num_picked: number of layers in which a plan picks it.
+        num_meets: number of layers in which its measured error meets the tolerance of a plan.
     """
 
     method: str
@@ -44,7 +44,7 @@ class OverLayers:
 
 
 def compared_over_layers(rows: Mapping[str, Sequence[Comparison]]) -> list[OverLayers]:
-    """Each method at each size, over layers."""
+    """Aggregate each method at each size over layers."""
     settings = dict.fromkeys((row.method, row.size) for own in rows.values() for row in own)
     return [
         _over_layers(
@@ -56,7 +56,7 @@ def compared_over_layers(rows: Mapping[str, Sequence[Comparison]]) -> list[OverL
 
 
 def planned_over_layers(plans: Mapping[str, Plan]) -> list[OverLayers]:
-    """Each method at the size that each layer's plan proposes first; errors are those of what was held out."""
+    """Aggregate each method at the size that each layer's plan proposes first, with held-out errors."""
     methods = dict.fromkeys(candidate.method for made in plans.values() for candidate in made.candidates)
     summary = []
     for method in methods:
@@ -73,7 +73,7 @@ def planned_over_layers(plans: Mapping[str, Plan]) -> list[OverLayers]:
 
 
 def _over_layers(rows: Mapping[str, Any], error: Callable[[Any], float]) -> OverLayers:
-    # An error that is no number is the worst.
+    # A NaN error is the worst.
     errors = {layer: math.inf if math.isnan(error(row)) else error(row) for layer, row in rows.items()}
     worst = max(errors, key=lambda layer: errors[layer])
     own = list(rows.values())

@@ -1,4 +1,4 @@
-"""What is measured to choose a method, and what to check the choice."""
+"""The settings of the measurements that choose methods and check the choice."""
 
 import dataclasses
 
@@ -8,19 +8,18 @@ from approx_attention.evaluation.arms import MOST_SEEDS, check_range
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """How `plan` and `plan_model` measure methods, and check what they have chosen on what chose nothing.
+    """The shares, seeds and rounds with which `plan` and `plan_model` measure methods and check their choice.
 
     Attributes:
-        held_out: the share that is held out for the check: of the heads by `plan`, of each head's queries by
+        held_out: the share that is held out for the check: of the heads in `plan`, of the queries of each head in
             `plan_model`.
-        confidence: of the bound of the error that a choice rests on, at least 0.5.
-        num_seeds: random projections or samples of random methods, to choose and then to check; at least 2, because
-            one has no spread.
-        seed: of the split, and of the first random projection of the check.
-        rounds: how often each setting is timed, in turn with the others.
+        confidence: confidence of the error bound on which a choice is based, at least 0.5.
+        num_seeds: number of seeds of random methods, to choose and again to check; at least 2, to estimate a spread.
+        seed: seed of the split, and first seed of the check.
+        rounds: number of timed calls of each setting, interleaved with the others.
 
     Raises:
-        InputError: one of them out of range.
+        InputError: one of them is out of range.
 
     Example:
         >>> from approx_attention.evaluation import Measurement
@@ -43,12 +42,12 @@ class Measurement:
 
     @property
     def choosing(self) -> range:
-        """The seeds by which a choice is made, of which none checks it."""
+        """The seeds of the choice, all different from those of the check."""
         return range(self.seed + self.num_seeds, self.seed + 2 * self.num_seeds)
 
     @property
     def checking(self) -> range:
-        """The seeds that check it."""
+        """The seeds of the check."""
         return range(self.seed, self.seed + self.num_seeds)
 
 

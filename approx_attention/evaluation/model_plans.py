@@ -1,4 +1,4 @@
-"""A method and a size for each key head of each layer of a model, under one budget of bytes or of time."""
+"""Plans of whole models: a method and a size for each key head of each layer, within one budget of bytes or time."""
 
 import dataclasses
 import math
@@ -30,17 +30,16 @@ from approx_attention.registry import HeadMethods
 
 @dataclasses.dataclass(frozen=True)
 class ModelPlan:
-    """What `plan_model` has chosen, next to one method of one size for all heads.
+    """The result of `plan_model`, with the best single method of one size for comparison.
 
     Attributes:
         policy: the choices, with their errors.
-        split_by: what of each head was held out: ``sequences`` or ``runs of queries``.
-        uniform: the one method and size that is best for all heads of all layers within the same budget; None where
-            none fits.
-        uniform_errors: its error on the queries that were held out, ``[K]`` by layer.
+        split_by: the held-out units of each head: ``sequences`` or ``runs of queries``.
+        uniform: the best single method and size for all heads of all layers within the same budget; None if none fits.
+        uniform_errors: its errors on the held-out queries, ``[K]`` by layer.
         is_met: whether every head is predicted to meet the tolerance.
-        seconds: the least time of a call of all layers with the policy, where time was limited: on this machine, as
-            measured when the plan was made.
+        seconds: the shortest time of a call of all layers with the policy, if time is limited, as measured on this
+            machine while planning.
     """
 
     policy: Policy
@@ -52,7 +51,7 @@ class ModelPlan:
 
     @property
     def errors(self) -> dict[str, np.ndarray]:
-        """The error of the policy on the queries that were held out, ``[K]`` by layer."""
+        """The errors of the policy on the held-out queries, ``[K]`` by layer."""
         return {
             layer: np.array([head.held_out_error for head in own.heads]) for layer, own in self.policy.layers.items()
         }
@@ -72,44 +71,44 @@ def plan_model(
     measurement: Measurement = STANDARD,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> ModelPlan:
-    r"""Choose a method and a size for each key head of each layer of a model, under one budget for all of them.
+    r"""Choose a method and a size for each key head of each layer of a model, within one budget for all heads.
 
     .. math:: \min \sum_{l, h} e_{lh}^2 \quad\text{so that}\quad \sum_{l, h} c_{lh} \le C, \qquad
               e_{lh} = \|\hat O_{lh} - O_{lh}\|_F \,/\, \|O_{lh}\|_F
 
-    where O are the outputs of all query heads that share key head h of layer l, and c its cost. Every method is
-    measured at sizes in steps of two on part of each head's queries, and exact attention is one more choice. Errors
-    that a choice rests on are of these queries alone; a larger size counts with the least error of the sizes up to it.
-    If the budget allows every head to stay below the tolerance, by a bound of the error of other queries as in `plan`,
-    only choices that do so are taken; else the sum is made least without regard to it. Without a budget each head takes
-    the cheapest choice that stays below. The queries that were held out choose nothing, and say what to expect of
-    others.
+    where O are the outputs of all query heads that share key head h of layer l, and c is its cost. Every method is
+    measured at sizes in factors of two on part of each head's queries; exact attention is one more option. Choices are
+    based on the errors of these queries, made non-increasing in the size. If the budget allows every head to meet the
+    tolerance, by a bound of the error of other queries as in `plan`, only such options are used; else the tolerance is
+    ignored in the minimisation. Without a budget each head gets the cheapest option that meets the tolerance. The
+    held-out queries do not influence choices, so their errors are those to expect of other queries.
 
-    Layers named ``"path[0]"``, ``"path[1]"`` and so on are a stack, which runs as one program: they get one policy.
+    Layers named ``"path[0]"``, ``"path[1]"`` and so on are a stack, which runs as one program and gets one policy.
 
     Args:
-        layers: a layer by its path, as `load_layers` reads them and `nnx.capture_attention` writes them.
-        tolerance: the relative error that is allowed for each head.
-        max_bytes: bytes that all caches of a sequence may take together: every key head of every layer.
-        max_seconds: seconds that a call of all layers on these tensors may take, in place of ``max_bytes``. Times are
-            measured on this machine, while it plans: the cost of a head is its share of a call in which all heads of
-            its layer have the method. Heads of several methods run as several programs, which can take longer; then
-            the choice is made anew for less, until a call of all layers takes no more than this.
-        is_causal: whether query t sees keys j <= t only; as each layer says by default.
-        scale: factor of the logits; as each layer says, else ``1/sqrt(D)``, by default.
+        layers: layers by path, as from `load_layers`, with the names of `nnx.capture_attention`.
+        tolerance: the largest relative error allowed for each head.
+        max_bytes: bytes for all caches of a sequence, of every key head of every layer.
+        max_seconds: seconds for a call of all layers on these tensors, instead of ``max_bytes``. Times are measured on
+            this machine while planning: the cost of a head is its share of a call in which all heads of its layer
+            have the method. Heads of several methods run as several programs, which can take longer; then the choice
+            is repeated with a smaller budget, until a call of all layers takes at most ``max_seconds``.
+        is_causal: whether query t sees keys j <= t only; by default as in each layer.
+        scale: factor of the logits; by default as in each layer, else ``1/sqrt(D)``.
         methods: names in `METHODS`; all that cost less than exact attention by default.
         options: hyper-parameters other than the size, by the name of the method.
-        decode: leave out methods without a running summary, which caches cannot hold.
-        measurement: how much is measured. Of each head's queries whole sequences are held out if there are at least 8.
-        on_progress: called with what is done next, the number of steps done and their total.
+        decode: leave out methods without a running summary, which cannot decode.
+        measurement: shares, seeds and rounds of the measurements. Held-out queries are whole sequences if there are
+            at least 8.
+        on_progress: called with the name of the next step, the number of finished steps and their total.
 
     Returns:
         The `ModelPlan`.
 
     Raises:
-        InputError: a tolerance or budget out of range, two budgets, a budget below the cheapest choices,
-            a time that no choice was measured to keep, a method that is unknown or has no causal form, options that it
-            does not take, a head without output.
+        InputError: a tolerance or budget is out of range, there are two budgets, the budget is below the cheapest
+            choices, no choice was measured within the time, a method is unknown or has no causal form or such an
+            option, or a head has zero outputs.
 
     Example:
         >>> import jax
@@ -125,7 +124,7 @@ def plan_model(
     check_positive("max_seconds", max_seconds)
     max_bytes = None if max_bytes is None else math.floor(max_bytes)
     if max_bytes is not None and max_seconds is not None:
-        raise InputError("a plan for a model has one budget: give max_bytes or max_seconds, got both")
+        raise InputError("a plan for a model has one budget: give either max_bytes or max_seconds, got both")
     if not layers:
         raise InputError("a plan for a model needs at least one layer, got none")
     problems = {
@@ -219,7 +218,7 @@ def plan_model(
 def _item(
     heads: list[Head], curves: Mapping[str, HeadCurves], costs: Mapping[str, Mapping[str, int]], tolerance: float
 ) -> Item:
-    """Heads that are to share a configuration that their layers all have."""
+    """The item of heads that must have the same configuration, with the options of all of their layers."""
     paths = dict.fromkeys(path for path, _ in heads)
     labels = [s for s in curves[heads[0][0]].configurations if all(s in curves[path].configurations for path in paths)]
     options = []
@@ -234,7 +233,7 @@ def _item(
 
 
 def _too_few(least: int, max_bytes: int | None) -> InputError:
-    return InputError(f"the smallest caches of all heads take {least} bytes together, and max_bytes is {max_bytes}")
+    return InputError(f"the smallest caches of all heads take {least} bytes in total, but max_bytes is {max_bytes}")
 
 
 def _labels(choice: Choice, path: str) -> list[str]:
@@ -243,7 +242,7 @@ def _labels(choice: Choice, path: str) -> list[str]:
 
 
 def _methods(curves: Mapping[str, HeadCurves], choice: Choice) -> dict[str, HeadMethods]:
-    """What each layer runs with a choice."""
+    """The methods of the heads of each layer with a choice."""
     made = {}
     for path, own in curves.items():
         settings = [own.configurations[label].setting for label in _labels(choice, path)]
@@ -254,7 +253,7 @@ def _methods(curves: Mapping[str, HeadCurves], choice: Choice) -> dict[str, Head
 def _layer_policy(
     own: HeadCurves, labels: Sequence[str], seeds: Sequence[int], times: Mapping[str, int] | None
 ) -> LayerPolicy:
-    """The choices of a layer, with what they turned out to be by random projections that chose nothing."""
+    """The choices of a layer, with their errors for the seeds of the check."""
     checked = {label: (own.held_out(label, seeds), own.overall(label, seeds)) for label in dict.fromkeys(labels)}
     heads = []
     for head, label in enumerate(labels):

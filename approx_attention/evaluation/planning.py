@@ -1,4 +1,4 @@
-"""Which method, of what size, for a tolerance and a budget: measured on some of the user's heads, checked on others."""
+"""Plans: the cheapest method and size for a tolerance and a budget, chosen on some heads and checked on others."""
 
 import dataclasses
 import functools
@@ -50,40 +50,42 @@ def plan(
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_part: Callable[[Plan], None] = lambda made: None,
 ) -> Plan:
-    """The cheapest setting of any method whose error stays below a tolerance on heads that were not looked at.
+    """Find the cheapest setting of any method whose error on unseen heads stays below a tolerance.
 
-    Every method is measured at a few sizes on part of the key heads, with the queries that ask them (the calibration
-    heads). A bound of the error of other heads, from the spread over these and over draws, is fitted against size; the
-    smallest size predicted to meet the tolerance is measured in its turn, and the fit made again. What is left of each
-    method is measured on the held-out heads with new draws and timed with every exact form, and the cheapest is
-    recommended: the fastest, or where only bytes are limited the one that holds the fewest. Exact attention and the
-    trivial baselines always take part. The held-out heads choose nothing, so what is said of them is what to expect of
-    others like them. With fewer than eight key heads those of each sequence are divided, and with fewer than eight over
-    all sequences runs of their queries: `Plan.split` says which.
+    1. Every method is measured at a few sizes on part of the key heads, with their queries (the calibration heads).
+    2. A bound of the error of other heads, from the spread over heads and seeds, is fitted against size. The smallest
+       size predicted to meet the tolerance is measured too, and the fit is repeated.
+    3. The chosen setting of each method is measured on the held-out heads with new seeds, and timed together with every
+       exact form.
+    4. The cheapest is recommended: the fastest, or if only bytes are limited, the one with the fewest cache bytes.
+
+    Exact attention and the trivial baselines are always included. The held-out heads do not influence choices, so their
+    errors are those to expect of similar heads. With fewer than eight key heads, the units of the split are heads of
+    sequences; with fewer than eight of these, runs of queries (`Plan.split`).
 
     Args:
         tensors: query ``[B, T, N, D]``, key ``[B, S, K, D]`` and value ``[B, S, K, Dv]`` in float32.
-        tolerance: the relative error of the outputs that is allowed (Frobenius norm, all heads together).
-        max_bytes: bytes that may be held per key head and sequence.
-        max_seconds: seconds that a call on these tensors may take.
+        tolerance: the largest relative error of the outputs (Frobenius norm over all heads).
+        max_bytes: the largest number of cache bytes per key head and sequence.
+        max_seconds: the longest time of a call on these tensors in seconds.
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         methods: names in `METHODS`; all that cost less than exact attention by default.
         options: hyper-parameters other than the size, by the name of the method.
-        measurement: how much is measured.
-        lengths: real tokens of each sequence, integers ``[B]``. No method sees the padding, errors are those of real
-            queries alone. Where T differs from S all queries are real.
+        measurement: shares, seeds and rounds of the measurements.
+        lengths: real tokens of each sequence, integers ``[B]``. Methods do not see padding, and errors are those of
+            real queries; if T differs from S, all queries are real.
         mask: true where a key is real, ``[B, S]``, in place of ``lengths`` or with them.
-        on_progress: called with what is done next, the number of steps done and their total.
-        on_part: called after each method with the plan so far, for those who may be interrupted: it has the bounds,
-            and nothing that is checked or timed.
+        on_progress: called with the name of the next step, the number of finished steps and their total.
+        on_part: called after each method with the plan so far, which contains bounds, but no checks or times; for runs
+            that may be interrupted.
 
     Returns:
         The `Plan`.
 
     Raises:
-        InputError: a tolerance or budget out of range, a method that is unknown or has no causal form,
-            options that it does not take, lengths or a mask that do not fit.
+        InputError: a tolerance or budget is out of range, a method is unknown or has no causal form or such an option,
+            or lengths or mask do not match the tensors.
 
     Example:
         >>> import jax
@@ -105,18 +107,18 @@ def plan(
     real_queries = query_mask(problem.kv_mask, tensors.query.shape[1])
     split = split_units(tensors.query.shape, tensors.key.shape[2], measurement.held_out, measurement.seed, real_queries)
     rank_by = "held_bytes" if max_bytes is not None and max_seconds is None else "seconds"
-    # What exact attention holds, and every method that keeps all tokens.
+    # The cache bytes of exact attention, and of every method that keeps all tokens.
     all_bytes = token_bytes(tensors)
-    # Each is made once, and so compiled once.
+    # Each configuration is made once, and so compiled once.
     arm_of = functools.cache(lambda name, size: method_arm(problem, name, size, options.get(name)))
-    # Options that do not fit are said before anything is measured.
+    # Invalid options raise before anything is measured.
     num_keys = tensors.key.shape[1]
     for name in options:
         arm_of(name, None if get_method(name).size is None else next(iter(first_sizes(name, num_keys)), 1))
     exact_forms = exact_arms(problem)
     bench = Bench(tensors, exact_forms[0], split)
     if not 0 < bench.exact.sum() < math.inf:
-        raise InputError("the outputs of exact attention are all zero or not finite, and no error is relative to that")
+        raise InputError("the outputs of exact attention are all zero or not finite: relative errors are undefined")
 
     curves: dict[str, Curve] = {}
     proposals: list[tuple[Arm, float, float]] = [(arm, 0.0, 0.0) for arm in exact_forms]
@@ -143,14 +145,14 @@ def plan(
             seconds=least,
             speedup=fastest_exact / least,
             is_exact=arm.is_exact,
-            # A form of exact attention in few bits has an error too.
+            # A form of exact attention with quantised tokens has an error too.
             is_predicted=bool((error if arm.is_exact and errors else bound) <= tolerance * ROUNDING),
             in_budget=(max_bytes is None or held_bytes <= max_bytes) and (max_seconds is None or least <= max_seconds),
             meets=bool(error <= tolerance),
         )
 
     def so_far() -> Plan:
-        told = "Interrupted: these are bounds, of which nothing was checked or timed."
+        told = "Interrupted: these are bounds; nothing was checked or timed."
         bounded = [candidate(proposal) for proposal in proposals]
         return Plan(
             tolerance, max_bytes, max_seconds, "held_bytes", measurement.confidence, split, bounded, curves, None, told
@@ -177,7 +179,7 @@ def plan(
             continue
         curves[name] = curve
         sizes: Iterable[int] = curve.measured
-        if max_seconds is None:  # else the clock chooses among all that were measured
+        if max_seconds is None:  # else times decide between all measured settings
             sizes = chosen_settings(
                 sizes,
                 meets=lambda size, curve=curve: curve.bound.error(size) <= tolerance * ROUNDING,
@@ -188,7 +190,7 @@ def plan(
     on_part(so_far())
     on_progress("timing", len(names), len(names) + 1)
     checked = [bench.errors(arm, measurement.checking) for arm, *_ in proposals]
-    # Twice the usual patience, for there are many candidates.
+    # Twice the default patience, because there are many candidates.
     timings = time_interleaved(
         {str(i): bench.call(arm, measurement.seed) for i, (arm, *_) in enumerate(proposals)},
         rounds=measurement.rounds,

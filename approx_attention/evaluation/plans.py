@@ -1,4 +1,4 @@
-"""A plan: what is recommended, what it rests on, and the recommendation in words."""
+"""Plans: the recommendation, the measurements behind it, and its description in words."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,24 +10,24 @@ from approx_attention.evaluation.units import in_units, times
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting of one method, chosen from the calibration units, with what it turned out to be.
+    """One setting of one method, chosen on the calibration units and checked on the held-out units.
 
     Attributes:
         method: name of the method, or of the form of exact attention.
         size: the size of its summary, if it has one.
-        predicted_error: relative error of the calibration units, by the fit.
-        error_bound: what the error of unseen units is predicted to stay below; the choice rests on it alone.
-        held_out_error: relative error of the held-out units together, mean over draws that chose nothing.
-        worst_held_out_error: that of the worst of these units.
-        relative_error: that of all units, as ``approx-attention compare`` reports it.
-        held_bytes: bytes held per key head and sequence; those of all keys and values where these are kept.
-        compile_seconds: time to compile.
-        seconds: least time of a call on all tensors, without random projections that calls can share.
+        predicted_error: relative error on the calibration units, by the fit.
+        error_bound: predicted upper bound of the error on unseen units, on which the choice is based.
+        held_out_error: relative error on all held-out units, mean over new seeds.
+        worst_held_out_error: relative error on the worst held-out unit.
+        relative_error: relative error on all units, as in ``approx-attention compare``.
+        held_bytes: cache bytes per key head and sequence; the bytes of all keys and values if these are kept.
+        compile_seconds: compile time.
+        seconds: shortest time of a call on all tensors, without random projections that calls can share.
         speedup: time of the fastest exact form over ``seconds``.
         is_exact: whether this is a form of exact attention.
-        is_predicted: whether its bound meets the tolerance.
+        is_predicted: whether the error bound meets the tolerance.
         in_budget: whether it meets the budgets.
-        meets: whether the error of the held-out units meets the tolerance.
+        meets: whether the held-out error meets the tolerance.
     """
 
     method: str
@@ -53,7 +53,13 @@ class Candidate:
 
 
 class Curve(NamedTuple):
-    """Error of a method against its size on the calibration units, and the bound of that of unseen ones, as fitted."""
+    """The error of a method against its size.
+
+    Attributes:
+        measured: measured relative errors on the calibration units, by size.
+        error: the law fitted to them.
+        bound: the law fitted to the error bounds of unseen units.
+    """
 
     measured: dict[int, float]
     error: ErrorLaw
@@ -62,20 +68,20 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` recommends, and why.
+    """The recommendation of `plan`, with its candidates.
 
     Attributes:
         tolerance: the relative error allowed.
         max_bytes: bytes allowed per key head and sequence, if any.
         max_seconds: time allowed for a call, if any.
         rank_by: ``seconds`` or ``held_bytes``.
-        confidence: of the bounds.
-        split: what was measured and what was held out.
-        candidates: exact attention and one setting or two of every method: those predicted to meet the tolerance in
-            the budget first, the best on top.
+        confidence: confidence of the bounds.
+        split: the split into calibration and held-out units.
+        candidates: exact attention and one or two settings of every method; those predicted to meet the tolerance
+            within the budget come first, the best at the top.
         curves: error against size, by method.
-        pick: the recommendation, or None where nothing is predicted to meet the tolerance in the budget.
-        verdict: the recommendation in words, with what speaks against it.
+        pick: the recommendation, or None if nothing is predicted to meet the tolerance within the budget.
+        verdict: the recommendation in words, with caveats.
     """
 
     tolerance: float
@@ -91,12 +97,12 @@ class Plan:
 
     @property
     def nearest(self) -> Candidate | None:
-        """The candidate within the budget whose error is bounded lowest; none where the budget allows nothing."""
+        """The candidate within the budget with the smallest error bound; None if nothing is within the budget."""
         return min((c for c in self.candidates if c.in_budget), key=lambda c: c.error_bound, default=None)
 
 
 def plan_document(made: Plan) -> dict[str, Any]:
-    """What the plan rests on, ready for JSON; ``results.report`` adds the candidates."""
+    """Return the options, the split and the curves of a plan as a document for JSON, without its candidates."""
     split = made.split
     return {
         "tolerance": made.tolerance,
@@ -120,7 +126,7 @@ def plan_document(made: Plan) -> dict[str, Any]:
 
 
 def cost(candidate: Candidate, rank_by: str) -> tuple[float, float]:
-    """What candidates are ranked by: seconds or cache bytes, and the other where these are equal."""
+    """The ranking of candidates: by seconds or cache bytes, and by the other in a tie."""
     held, seconds = float(candidate.held_bytes), candidate.seconds
     return (held, seconds) if rank_by == "held_bytes" else (seconds, held)
 
@@ -139,7 +145,7 @@ def verdict(made: Plan) -> str:
         )
         text = f"Nothing is predicted to meet {tolerance}" + (f" within {budget}." if budget else ".")
         if made.nearest is not None:
-            text += f" Nearest within it: {made.nearest.label}, {_errors(made.nearest)}."
+            text += f" The nearest within it: {made.nearest.label}, {_errors(made.nearest)}."
         meeting = [c for c in made.candidates if c.is_predicted]
         if meeting:
             cheapest = min(meeting, key=lambda c: cost(c, made.rank_by))
@@ -153,7 +159,7 @@ def verdict(made: Plan) -> str:
         )
     text = f"Use {pick.label}: {_errors(pick)}; {_costs(pick)}."
     if pick.method in BASELINES:
-        text += " It is a trivial baseline: on these tensors no method earns its keep at this tolerance."
+        text += " It is a trivial baseline: at this tolerance no method is worthwhile on these tensors."
     if not pick.meets:
         safe = next((c for c in made.candidates if c.is_predicted and c.in_budget and c.meets), None)
         text += f" But it misses {tolerance} on the held-out {made.split.by}"
@@ -164,7 +170,7 @@ def verdict(made: Plan) -> str:
 def _errors(candidate: Candidate) -> str:
     return (
         f"error predicted {candidate.predicted_error:.2g}, at most {candidate.error_bound:.2g}; "
-        f"{candidate.held_out_error:.2g} measured on what was held out"
+        f"{candidate.held_out_error:.2g} measured on held-out units"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which method each key head of each layer of a model has: the policy, and its file."""
+"""Policies: the method of each key head of each layer of a model, and their files."""
 
 import dataclasses
 import json
@@ -18,18 +18,18 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class HeadChoice:
-    """The method of a key head, and what was measured of it when it was chosen.
+    """The method of a key head, with its errors and cache bytes.
 
     Attributes:
-        method: its name.
-        hyperparameters: its arguments.
-        predicted_error: relative error of the queries that chose it.
-        error_bound: what the error of other queries is predicted to stay below.
-        held_out_error: relative error of queries that chose nothing.
-        relative_error: that of all queries of the file.
-        cache_bytes: bytes per sequence in place of the keys and values of the head; those of exact attention are these
-            keys and values, to which a decoder adds room for two blocks.
-        seconds: its share of a call of its layer in which all heads have the method, where time was limited: on the
+        method: name of the method.
+        hyperparameters: arguments of the method.
+        predicted_error: relative error on the calibration queries.
+        error_bound: predicted upper bound of the error on other queries.
+        held_out_error: relative error on the held-out queries.
+        relative_error: relative error on all queries of the file.
+        cache_bytes: cache bytes of the head per sequence; for exact attention the bytes of its keys and values, to
+            which a decoder adds two blocks.
+        seconds: share of the head in a call of its layer in which all heads have the method, if time is limited, on the
             machine that made the plan.
     """
 
@@ -51,12 +51,12 @@ class HeadChoice:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPolicy:
-    """The choices of a layer, one for each key head, and how the layer attended when they were made.
+    """The choices of a layer, one for each key head, with the attention options of the layer.
 
     Attributes:
         heads: one `HeadChoice` for each key head.
         is_causal: whether query t sees keys j <= t only.
-        scale: factor of the logits, if it is another than ``1/sqrt(D)``.
+        scale: factor of the logits, if it is not ``1/sqrt(D)``.
     """
 
     heads: tuple[HeadChoice, ...]
@@ -65,24 +65,24 @@ class LayerPolicy:
 
     @property
     def methods(self) -> HeadMethods:
-        """What `attention`, layers and decoders take as the method."""
+        """The methods as an argument for `attention`, layers and decoders."""
         return HeadMethods.of((head.method, head.hyperparameters) for head in self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A method and a size for each key head of each layer of a model, as `plan_model` chooses them.
+    """A method and a size for each key head of each layer of a model, for example from `plan_model`.
 
-    `nnx.replace_attention` puts it into a model. The file is JSON.
+    `nnx.replace_attention` applies it to a model. The file is JSON.
 
     Attributes:
-        layers: a `LayerPolicy` by the path of the layer; layers of a stack are ``"path[0]"``, ``"path[1]"`` and so on.
-        tolerance: the relative error that is allowed for a head.
-        max_bytes: the bytes that all caches of a sequence may take together, if they were limited.
-        max_seconds: the time that all layers may take together, if it was limited, on the machine that made the plan.
+        layers: the `LayerPolicy` of each layer by path; layers of a stack are ``"path[0]"``, ``"path[1]"`` and so on.
+        tolerance: the largest relative error allowed for a head.
+        max_bytes: the budget of bytes for all caches of a sequence, if any.
+        max_seconds: the budget of time for all layers, if any, on the machine that made the plan.
 
     Raises:
-        InputError: no layer or no head, a method that is unknown or does not have the hyper-parameters.
+        InputError: there is no layer or no head, or a method is unknown or has no such hyper-parameter.
 
     Example:
         >>> from approx_attention.evaluation import HeadChoice, LayerPolicy, Policy
@@ -111,40 +111,40 @@ class Policy:
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes of all heads together, per sequence."""
+        """The total cache bytes of all heads per sequence."""
         return sum(head.cache_bytes for own in self.layers.values() for head in own.heads)
 
     def of_layer(self, path: str) -> LayerPolicy | None:
-        """The choices of a layer of a model, or of the stack of layers at that path; None where it has none.
+        """The choices of the layer, or of the stack of layers, at a path; None if there are none.
 
         Args:
-            path: of the layer.
+            path: path of the layer.
 
         Raises:
-            ValueError: layers of the stack differ, which one program for all of them cannot.
+            ValueError: layers of the stack differ, although they run as one program.
         """
         stack = [own for layer, own in self.layers.items() if stack_of(layer) == path]
         if path in self.layers or not stack:
             return self.layers.get(path)
         if any(own.methods != stack[0].methods for own in stack):
             raise ValueError(
-                f"the layers stacked at {path!r} run as one program and must have one policy, and theirs differ; plan "
+                f"the layers stacked at {path!r} run as one program and must have one policy, but theirs differ; plan "
                 "them under the names that capture_attention gives them, or unstack them"
             )
         return stack[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy to a JSON file, which is whole or absent.
+        """Write the policy to a JSON file, atomically.
 
         Args:
             path: the file.
 
         Raises:
-            InputError: a hyper-parameter that JSON does not have, or a directory that is not there.
+            InputError: JSON cannot represent a hyper-parameter, or the directory does not exist.
         """
         path = pathlib.Path(path)
         if not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: its directory is not there")
+            raise InputError(f"cannot write {path}: its directory does not exist")
         try:
             text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -159,7 +159,7 @@ class Policy:
             path: the file.
 
         Raises:
-            InputError: the file cannot be read, is of another version, or says something that no policy has.
+            InputError: the file cannot be read, has another version, or is not a valid policy.
         """
         path = pathlib.Path(path)
         try:
@@ -167,11 +167,11 @@ class Policy:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is no JSON: {error}") from None
+            raise InputError(f"{path} is not JSON: {error}") from None
         try:
             version = document.get("version") if isinstance(document, dict) else None
             if version != VERSION:
-                raise InputError(f"it is of version {version!r}, and this library reads version {VERSION}")
+                raise InputError(f"it has version {version!r}, but this library reads version {VERSION}")
             given = {name: x for name, x in document.items() if name != "version"}
             layers = _mapping(given.get("layers"), "layers")
             given["layers"] = {layer: _layer(layer, own) for layer, own in layers.items()}
@@ -181,7 +181,7 @@ class Policy:
 
 
 def stack_of(layer: str) -> str:
-    """The path of the stack of which ``path[0]`` is a layer, else the layer."""
+    """The path of the stack if the layer is called ``path[0]``, else the layer itself."""
     return re.sub(r"\[\d+(,\d+)*\]$", "", layer)
 
 
@@ -201,7 +201,7 @@ def _layer(layer: str, given: Any) -> LayerPolicy:
     return _read(LayerPolicy, {**given, "heads": tuple(read)}, f"layer {layer!r}")
 
 
-# What the fields of a file may hold.
+# The types that fields of a file can have.
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "float": (int, float),
     "int": (int,),
@@ -212,7 +212,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 def _read(kind: Any, given: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from what a file holds, whose numbers are finite."""
+    """Make a dataclass from an object of a file, whose numbers must be finite."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, x in given.items():
         if name not in fields:
@@ -241,5 +241,5 @@ def _mapping(x: Any, where: str) -> Mapping[str, Any]:
 
 
 def _hashable(x: Any) -> Any:
-    """Lists of JSON as tuples, which stand in programs as constants."""
+    """Turn lists of JSON into tuples, which are hashable constants of programs."""
     return tuple(map(_hashable, x)) if isinstance(x, Sequence) and not isinstance(x, str) else x

@@ -1,4 +1,4 @@
-"""Whether a policy keeps its promise on other text: the error of each head, measured as the model would have it."""
+"""Checks of policies on other text: the error of each head, computed as in the model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from approx_attention.evaluation.real_tokens import query_mask
 
 @dataclasses.dataclass(frozen=True)
 class PolicyCheck:
-    """The errors of a policy on given layers, next to those that it promised.
+    """The errors of a policy on given layers, with those on the text for which it was made.
 
     Attributes:
-        policy: what was checked.
+        policy: the checked policy.
         errors: relative error of the outputs of each key head, ``[K]`` by layer; mean over seeds.
-        promised: those of the file that the policy was made from, likewise (`HeadChoice.relative_error`).
+        promised: the same for the file from which the policy was made (`HeadChoice.relative_error`).
     """
 
     policy: Policy
@@ -33,7 +33,7 @@ class PolicyCheck:
 
     @property
     def failures(self) -> list[tuple[str, int]]:
-        """Layer and number of each key head whose error is above the tolerance."""
+        """Layer and index of each key head whose error exceeds the tolerance."""
         most = self.policy.tolerance * ROUNDING
         return [(layer, head) for layer, own in self.errors.items() for head in np.flatnonzero(~(own <= most)).tolist()]
 
@@ -46,22 +46,22 @@ def check_policy(
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> PolicyCheck:
-    """Measure the error of each head with a policy, for instance on another text than that it was made from.
+    """Measure the error of each head with a policy, for example on another text than the one it was made from.
 
-    The whole policy of a layer runs as `attention` runs it in a model.
+    The policy of a layer runs in `attention`, as it does in a model.
 
     Args:
-        policy: of these layers, or of some of them.
-        layers: as `load_layers` reads them; causality and scale are those that the policy was made with.
-        num_seeds: random projections or samples of random methods.
-        seed: the first of them.
-        on_progress: called with what is done next, the number of steps done and their total.
+        policy: policy of these layers, or of some of them.
+        layers: layers as from `load_layers`; causality and scale are those of the policy.
+        num_seeds: number of seeds of random methods.
+        seed: the first seed.
+        on_progress: called with the name of the next step, the number of finished steps and their total.
 
     Returns:
         The `PolicyCheck`.
 
     Raises:
-        InputError: a layer of the policy that is not there, or has another number of key heads; a count out of range.
+        InputError: a layer of the policy is missing or has another number of key heads, or a count is out of range.
 
     Example:
         >>> import jax
@@ -77,7 +77,7 @@ def check_policy(
     check_range("seed", seed, 0, 2**31 - 1)
     missing = [path for path in policy.layers if path not in layers]
     if missing:
-        raise InputError(f"the policy is for {', '.join(missing)}, and the layers are {', '.join(layers)}")
+        raise InputError(f"the policy is for {', '.join(missing)}, but the layers are {', '.join(layers)}")
     errors: dict[str, np.ndarray] = {}
     for done, (path, own) in enumerate(policy.layers.items()):
         on_progress(path, done, len(policy.layers))

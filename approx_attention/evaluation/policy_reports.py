@@ -16,25 +16,23 @@ from approx_attention.evaluation.results import environment
 from approx_attention.evaluation.tables import markdown_table, plain_table
 from approx_attention.evaluation.units import in_units
 
-# Cells of a map with more heads than this hold no numbers.
+# Maps with more heads than this show no numbers.
 _MOST_NUMBERS = 16
 _FRAME = "#CC0066"
 Errors = Mapping[str, np.ndarray]
 
 
 def plan_verdict(made: ModelPlan) -> str:
-    """What the plan says, in words."""
+    """A summary of the plan in words."""
     policy, (total, worst) = made.policy, _total_and_worst(made.errors)
-    text = "All heads are" if made.is_met else "The budget does not allow that all heads are"
+    text = "All heads are" if made.is_met else "Within the budget not all heads are"
     text += f" predicted to meet {policy.tolerance:g}. Cache of a sequence: {in_units(policy.cache_bytes)}. "
-    text += (
-        f"On what was held out ({made.split_by}): error {total:.3g} (root mean square over heads), at most {worst:.3g}"
-    )
+    text += f"On held-out {made.split_by}: error {total:.3g} (root mean square over heads), at most {worst:.3g}"
     above = _above(made.errors, policy.tolerance)
     text += f", {len(above)} heads above the tolerance."
     if made.uniform is not None:
         total, worst = _total_and_worst(made.uniform_errors)
-        text += f" One method for all heads at this cost is {made.uniform}: {total:.3g}, at most {worst:.3g}."
+        text += f" The best single method at this cost is {made.uniform}: {total:.3g}, at most {worst:.3g}."
     if made.seconds is not None:
         limit = "" if policy.max_seconds is None else f"; {1e3 * policy.max_seconds:.3g} ms are allowed"
         text += f" A call of all layers takes {1e3 * made.seconds:.3g} ms on this machine, as measured now{limit}."
@@ -42,7 +40,7 @@ def plan_verdict(made: ModelPlan) -> str:
 
 
 def check_verdict(check: PolicyCheck) -> str:
-    """What the check says, in words."""
+    """A summary of the check in words."""
     (total, worst), (promised, _) = _total_and_worst(check.errors), _total_and_worst(check.promised)
     failures, num_heads = check.failures, sum(map(len, check.errors.values()))
     text = f"Error {total:.3g} (root mean square over heads), at most {worst:.3g}; {promised:.3g} on the planned text. "
@@ -54,7 +52,7 @@ def check_verdict(check: PolicyCheck) -> str:
 
 
 def policy_table(policy: Policy, errors: Errors, title: str) -> Table:
-    """A row for each layer: its methods, its cache, and the errors of its heads."""
+    """A table with a row for each layer: its methods, its cache, and the errors of its heads."""
     table = plain_table(
         title,
         "errors: relative error of the outputs of a key head; above: heads whose error is above the tolerance",
@@ -76,9 +74,9 @@ def policy_table(policy: Policy, errors: Errors, title: str) -> Table:
 
 
 def policy_markdown(policy: Policy, columns: Mapping[str, Errors]) -> str:
-    """A row for each key head of each layer as Markdown, with a column for each kind of error.
+    """A Markdown table with a row for each key head of each layer, and a column for each kind of error.
 
-    Where time was limited, one shows the share of each head in the time of its layer, with the method for all heads.
+    If time is limited, a column shows the share of each head in the time of its layer, with the method for all heads.
     """
     timed = any(head.seconds is not None for own in policy.layers.values() for head in own.heads)
     rows = []
@@ -94,7 +92,7 @@ def policy_markdown(policy: Policy, columns: Mapping[str, Errors]) -> str:
 
 
 def plan_document_of_model(made: ModelPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan, ready for JSON; the policy is a file for itself."""
+    """The plan as a JSON document; the policy is a separate file."""
     return {
         "settings": dict(settings),
         "environment": environment(),
@@ -110,7 +108,7 @@ def plan_document_of_model(made: ModelPlan, settings: Mapping[str, Any]) -> dict
 
 
 def check_document(check: PolicyCheck, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The check, ready for JSON."""
+    """The check as a JSON document."""
     return {
         "settings": dict(settings),
         "environment": environment(),
@@ -123,7 +121,7 @@ def check_document(check: PolicyCheck, settings: Mapping[str, Any]) -> dict[str,
 
 
 def draw_policy(policy: Policy, maps: Mapping[str, Errors], title: str) -> Any:
-    """The figure: the method of each head of each layer, and maps of their errors; those above the tolerance framed."""
+    """Draw the method of each head of each layer, and maps of their errors, with errors above the tolerance framed."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 

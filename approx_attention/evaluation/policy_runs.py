@@ -1,4 +1,4 @@
-"""The commands that plan a whole model and check a policy: what they write and print."""
+"""The commands that plan a whole model and check a policy: their files and texts."""
 
 import pathlib
 from collections.abc import Mapping
@@ -28,16 +28,17 @@ def run_model_plan(task: Task, to: pathlib.Path, settings: Mapping[str, Any], op
     """Plan all layers of a task together, and write the policy, its errors and their map.
 
     Args:
-        task: the layers, and where results go.
+        task: the layers and the output directory.
         to: the file of the policy.
-        settings: what the JSON says of the run.
+        settings: settings of the run for the JSON file.
         options: arguments of `plan_model`.
 
     Raises:
-        InputError: the file of the policy cannot be written, or what `plan_model` raises.
+        InputError: the file of the policy cannot be written, or `plan_model` raises.
     """
     if to.is_dir() or not to.parent.is_dir():
-        raise InputError(f"cannot write {to}: {'it is a directory' if to.is_dir() else 'its directory is not there'}")
+        reason = "it is a directory" if to.is_dir() else "its directory does not exist"
+        raise InputError(f"cannot write {to}: {reason}")
     with progress() as on_progress:
         made = plan_model(task.layers, **options, on_progress=on_progress)
     made.policy.save(to)
@@ -60,11 +61,11 @@ def run_policy_check(
     """Check a policy on layers, and write its errors and their map.
 
     Args:
-        out: where results go.
-        policy: what is checked.
-        layers: as for `check_policy`.
+        out: the output directory.
+        policy: the policy to check.
+        layers: layers as for `check_policy`.
         source: the name of the file.
-        settings: what the JSON says of the run.
+        settings: settings of the run for the JSON file.
         **options: arguments of `check_policy`.
     """
     with progress() as on_progress:
@@ -78,7 +79,7 @@ def run_policy_check(
 def _write(
     out: pathlib.Path, name: str, policy: Policy, document: dict[str, Any], columns: Mapping[str, Any], verdict: str
 ) -> list[pathlib.Path]:
-    """NAME.json, NAME.md, and NAME.png where it can be drawn."""
+    """Write NAME.json, NAME.md, and if possible NAME.png."""
     page = out / f"{name}.md"
     text = f"{verdict}\n\n{policy_markdown(policy, columns)}\n"
     write_atomically(page, lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""The attention to be approximated: tensors, and what all methods are given alike."""
+"""The attention to approximate: tensors, and the arguments common to all methods."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from approx_attention.evaluation.real_tokens import key_mask, query_mask
 
 
 class Problem(NamedTuple):
-    """The attention to be approximated.
+    """The attention to approximate.
 
     Attributes:
         tensors: query, key and value.
         is_causal: whether query t sees keys j <= t only.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        kv_mask: which keys ``[B, S]`` are real, if some are padding.
+        kv_mask: mask of real keys ``[B, S]``, if some are padding.
     """
 
     tensors: Tensors
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         lengths: Any = None,
         mask: Any = None,
     ) -> "Problem":
-        """The problem of tensors some of whose tokens are padding, which is set to zero.
+        """Make a problem from tensors with padding, which is set to zero.
 
         Args:
             tensors: query, key and value.
@@ -47,11 +47,11 @@ class Problem(NamedTuple):
             The `Problem`.
 
         Raises:
-            InputError: lengths or a mask that do not fit.
+            InputError: lengths or mask do not match the tensors.
         """
         kv_mask = key_mask(tensors.key.shape, lengths=lengths, mask=mask)
         real = (query_mask(kv_mask, tensors.query.shape[1]), kv_mask, kv_mask)
-        # In a file padding may hold anything, and 0 times infinity is no number.
+        # In a file padding may contain any values, and 0 times infinity is NaN.
         cleaned = (
             x if rows is None else jnp.where(rows[:, :, None, None], x, jnp.zeros_like(x))
             for x, rows in zip(tensors, real, strict=True)

@@ -1,4 +1,4 @@
-"""A method in one configuration as a compiled program."""
+"""Compiled programs of configurations."""
 
 import concurrent.futures
 import contextlib
@@ -22,17 +22,17 @@ def _as_it_is(rng: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One configuration of one method, to be compared with exact attention.
+    """One configuration of one method, for a comparison with exact attention.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         function: ``(query, key, value, rng) -> (out, lse)`` over ``[B, T, N, D]``, with ``lse [B, T, N]`` or ``None``.
-            With ``draw`` it gets what that makes of ``rng`` in place of it.
+            With ``draw`` its last argument is ``draw(rng)``.
         size: the size of its summary, if it has one.
-        held_bytes: bytes held per key head and sequence, if known.
+        held_bytes: cache bytes per key head and sequence, if known.
         is_random: whether it depends on ``rng``.
-        is_exact: whether it is a form of exact attention; the fastest of these is the baseline of speed.
-        draw: ``rng -> random``, random projections that calls can share: they are not part of the program.
+        is_exact: whether it is a form of exact attention; the fastest one is the baseline of speed.
+        draw: ``rng -> random``, random projections that calls can share, sampled outside of the program.
     """
 
     method: str
@@ -49,20 +49,20 @@ class Arm:
         return self.method if self.size is None else f"{self.method} {self.size}"
 
 
-# A compiled function, and the seconds that it took to trace and compile.
+# A compiled function, and the time to trace and compile it in seconds.
 Program = tuple[Callable[..., Any], float]
 _Programs = dict[bytes, "Future[Program]"]
 _shared_programs: contextvars.ContextVar[_Programs | None] = contextvars.ContextVar("shared_programs", default=None)
-# Each program maps memory, and Linux limits the maps of a process.
+# Each program maps memory, and Linux limits the number of maps of a process.
 _MOST_SHARED = 256
 
 
 @contextlib.contextmanager
 def shared_programs(programs: _Programs) -> Iterator[None]:
-    """Within this, configurations that are the same computation are compiled once, as in layers of one shape.
+    """Context in which equal programs are compiled once, for example those of layers with equal shapes.
 
     Args:
-        programs: those that are there. Functions that close over different arrays must not share them.
+        programs: the compiled programs so far. Functions that close over different arrays must not share them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,19 +81,19 @@ def shared_programs(programs: _Programs) -> Iterator[None]:
 
 
 def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> Program:
-    """The program of a configuration for these tensors, and the seconds that it took to compile.
+    """Compile a configuration for these tensors; returns the program and the compile time in seconds.
 
-    Its last argument is ``arm.draw(rng)``.
+    The last argument of the program is ``arm.draw(rng)``.
 
     Raises:
-        InputError: the method does not take them.
+        InputError: the method does not support the tensors.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return _started(arm, query, key, value, pool).result()
 
 
 def compile_ahead(arms: Iterable[Arm], query: Array, key: Array, value: Array) -> Iterator[Program]:
-    """Yields what `compile_arm` returns for each configuration; traces the next while one is compiled."""
+    """Yield what `compile_arm` returns for each configuration; trace the next while one is compiled."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting: Future[Program] | None = None
         for arm in arms:
@@ -105,7 +105,7 @@ def compile_ahead(arms: Iterable[Arm], query: Array, key: Array, value: Array) -
 
 
 def _started(arm: Arm, query: Array, key: Array, value: Array, pool: concurrent.futures.Executor) -> "Future[Program]":
-    """Traces a configuration and has it compiled; what is wrong with it is raised where its program is asked for."""
+    """Trace a configuration and compile it in the background; errors are raised when its program is requested."""
     start = time.perf_counter()
     shared = _shared_programs.get()
 
@@ -115,15 +115,15 @@ def _started(arm: Arm, query: Array, key: Array, value: Array, pool: concurrent.
         return future
 
     try:
-        # In the thread of the caller, whose options of JAX are those of the program.
+        # Traced in the thread of the caller, whose JAX options apply to the program.
         lowered = jax.jit(arm.function).lower(query, key, value, jax.eval_shape(arm.draw, jax.random.key(0)))
     except (ValueError, NotImplementedError) as error:
-        refusal = InputError(f"{arm.label} does not take these tensors: {error}")
+        refusal = InputError(f"{arm.label} does not support these tensors: {error}")
         refusal.__cause__ = error
         return failed(refusal)
     except Exception as error:
         return failed(error)
-    # Two functions are the same computation where their programs read alike.
+    # Two functions are the same computation if the texts of their programs are equal.
     same = b"" if shared is None else hashlib.sha256(lowered.as_text().encode()).digest()
     if shared is not None and same in shared:
         return shared[same]

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are real: from lengths or a mask, in the one shape that the measurements use."""
+"""Masks of real tokens of a batch, from lengths or masks of several shapes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +9,18 @@ from approx_attention.core import InputError
 
 
 def key_mask(key_shape: Sequence[int], *, lengths: Any = None, mask: Any = None) -> np.ndarray | None:
-    """Which keys are real.
+    """Make the mask of real keys.
 
     Args:
-        key_shape: of the keys, ``[B, S, K, D]``.
+        key_shape: shape of the keys, ``[B, S, K, D]``.
         lengths: real tokens of each sequence, integers ``[B]``, or one integer for all.
         mask: true where a key is real, boolean ``[B, S]``, ``[B, 1, 1, S]`` or for all sequences ``[S]``.
 
     Returns:
-        A boolean array ``[B, S]``, with both where both are given, or None where nothing is.
+        A boolean array ``[B, S]`` that combines both arguments, or None without arguments.
 
     Raises:
-        InputError: a shape or dtype that does not fit, a length out of range, a sequence without a real key.
+        InputError: a shape or dtype is wrong, a length is out of range, or a sequence has no real key.
 
     Example:
         >>> key_mask((2, 3, 1, 8), lengths=[3, 1]).tolist()
@@ -53,12 +53,12 @@ def key_mask(key_shape: Sequence[int], *, lengths: Any = None, mask: Any = None)
         real &= mask.reshape(-1, num_keys)
     empty = np.flatnonzero(~real.any(1))
     if len(empty):
-        raise InputError(f"every sequence must have a real key, and sequence {empty[0]} has none")
+        raise InputError(f"every sequence must have a real key, but sequence {empty[0]} has none")
     return real
 
 
 def query_mask(kv_mask: np.ndarray | None, num_queries: int) -> np.ndarray | None:
-    """Which queries ``[B, T]`` are real: those at the places of real keys where T = S, else all."""
+    """The mask of real queries ``[B, T]``: those at positions of real keys if T = S, else all."""
     if kv_mask is None or kv_mask.shape[1] == num_queries:
         return kv_mask
     return np.ones((kv_mask.shape[0], num_queries), bool)

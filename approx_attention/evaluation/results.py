@@ -1,4 +1,4 @@
-"""What was measured as files: JSON with what it depends on, and the figure; each is whole or absent."""
+"""Files of results: JSON with the environment, Markdown and a figure, each written atomically."""
 
 import dataclasses
 import importlib.metadata
@@ -19,7 +19,7 @@ from approx_attention.evaluation.files import Tensors
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the device, on which the figures depend."""
+    """Versions and the device."""
     # Where computations go: with `jax.default_device` that is not the first device of the default backend.
     (device,) = jnp.zeros(()).devices()
     return {
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's model name where the system tells, else its architecture."""
+    """The processor's model name if the system reports it, else its architecture."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -45,15 +45,15 @@ def processor_name() -> str:
 
 
 def report(rows: Sequence[Any], tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that was measured and what it depends on, ready for JSON.
+    """Make a JSON document of measurements, tensors, settings and environment.
 
     Args:
         rows: `Comparison` or other dataclasses.
-        tensors: what was measured on.
-        settings: how.
+        tensors: the tensors of the measurement.
+        settings: the settings of the measurement.
 
     Returns:
-        The document; what is not finite is None in it.
+        The document, with None in place of numbers that are not finite.
     """
     return finite(
         {
@@ -66,7 +66,7 @@ def report(rows: Sequence[Any], tensors: Tensors, settings: Mapping[str, Any]) -
 
 
 def finite(document: Any) -> Any:
-    """A document with None in place of numbers that are not finite, which JSON does not have."""
+    """Replace numbers that are not finite, which JSON does not support, by None."""
     if isinstance(document, Mapping):
         return {name: finite(x) for name, x in document.items()}
     if isinstance(document, list | tuple):
@@ -77,17 +77,17 @@ def finite(document: Any) -> Any:
 def write_results(
     out: pathlib.Path, name: str, document: Mapping[str, Any], draw: Callable[[], Any], markdown: str | None = None
 ) -> tuple[list[pathlib.Path], str]:
-    """Write NAME.json, NAME.md and, where it can be drawn, NAME.png; each is whole or absent, and all are of one run.
+    """Write NAME.json, NAME.md and, if possible, NAME.png, each atomically; removes the figure of an earlier run.
 
     Args:
         out: an existing directory.
-        name: of the files.
-        document: what goes into the JSON.
+        name: the name of the files without ending.
+        document: the content of the JSON file.
         draw: makes the figure.
         markdown: the text of NAME.md, if there is one.
 
     Returns:
-        The files written, and why there is no figure, if there is none.
+        The written files, and the reason if there is no figure.
     """
     written = [out / f"{name}.json"]
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
@@ -96,13 +96,13 @@ def write_results(
         written.append(out / f"{name}.md")
         write_atomically(written[-1], lambda file: file.write(markdown.encode(errors="replace")))
     picture = out / f"{name}.png"
-    # That of an earlier run.
+    # The figure of an earlier run.
     picture.unlink(missing_ok=True)
     try:
         figure = draw()
         write_atomically(picture, lambda file: figure.savefig(file, format="png"))
     except ImportError:
-        return written, "it needs matplotlib, as in pip install 'approx_attention[plot]'"
-    except Exception as error:  # the measurements are worth more than their picture
+        return written, "it needs matplotlib: pip install 'approx_attention[plot]'"
+    except Exception as error:  # a failing figure must not lose the measurements
         return written, " ".join(f"{type(error).__name__}: {error}".split())
     return [*written, picture], ""

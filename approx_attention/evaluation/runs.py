@@ -1,4 +1,4 @@
-"""A run of a command: layers measured in turn, and the results written before they are printed, or on an interrupt."""
+"""Runs of commands: layers are measured one by one; results are written before they are printed, or on an interrupt."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ class Interrupted(click.ClickException):
 
 
 class Task(NamedTuple):
-    """What a command measures, and where its results go. The one layer of a file without layers is called ""."""
+    """The layers that a command measures, and its output directory. A single layer without a name is called ""."""
 
     out: pathlib.Path
     source: str
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     settings: dict[str, Any]
 
     def title(self, layer: str) -> str:
-        """The layer, and what it holds."""
+        """A title with the layer and its shapes."""
         (query, key, _), kv_mask, is_causal, _ = self.layers[layer]
         batch, length, heads, head_dim = query.shape
         padded = "" if kv_mask is None else ", padded"
@@ -49,33 +49,33 @@ class Task(NamedTuple):
 
     @property
     def is_padded(self) -> bool:
-        """Whether some tokens are said to be padding."""
+        """Whether some tokens are padding."""
         return any(layer.kv_mask is not None for layer in self.layers.values())
 
     @property
     def over_layers(self) -> str:
-        """The title of what is said of all layers."""
+        """The title of the results over all layers."""
         return f"{shown_name(self.source)}: {len(self.layers)} layers"
 
 
 def shown_name(name: str) -> str:
-    """A name that is no UTF-8 with question marks."""
+    """A name with question marks in place of bytes that are not UTF-8."""
     return name.encode(errors="replace").decode()
 
 
 class Kind(NamedTuple):
-    """What a command makes of the result of each layer, and of all by the name of the layer.
+    """The files, tables and figures that a command makes of the results of its layers.
 
     Attributes:
-        name: of the files.
-        rows: the rows of the result.
-        more: what else goes into the JSON.
-        shown: the tables and texts of a layer, under a title.
-        draw: the figure of a layer.
-        over_layers: the rows of the summary.
-        summary: the tables of the summary.
-        draw_layers: the figure of all layers.
-        markdown: the text of NAME.md from the results and the titles of the layers, if there is one.
+        name: the name of the files.
+        rows: makes the rows of a result.
+        more: makes further content of the JSON file.
+        shown: makes the tables and texts of a layer, with a title.
+        draw: draws the figure of a layer.
+        over_layers: makes the rows of the summary.
+        summary: makes the tables of the summary.
+        draw_layers: draws the figure of all layers.
+        markdown: makes the text of NAME.md from the results and titles of the layers, if there is one.
     """
 
     name: str
@@ -95,7 +95,7 @@ def run(
     kind: Kind,
     measure: Callable[[Layer, Callable[[Any], None], OnProgress], Any],
 ) -> None:
-    """Measure every layer, write what there is after each, also after an interrupt, and then print it."""
+    """Measure every layer, write the results after each and after an interrupt, and then print them."""
     results: dict[str, Any] = {}
     has_layers = "" not in task.layers
     num_measured = 0
@@ -152,14 +152,14 @@ def run(
 
 
 def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> None:
-    """Keep the measurements made until an error or an interrupt."""
+    """Write the measurements before an error or an interrupt."""
     where = "before anything was measured"
     if write:
         try:
             written, _ = write()
-            where = f"the measurements until then are in {' and '.join(map(str, written))}"
+            where = f"the measurements so far are in {' and '.join(map(str, written))}"
         except OSError as failure:
-            where = f"the measurements until then cannot be written: {failure}"
+            where = f"the measurements so far cannot be written: {failure}"
     if isinstance(error, KeyboardInterrupt):
         raise Interrupted(error, f"; {where}" if write else f" {where}") from None
     if isinstance(error, InputError):
@@ -170,7 +170,7 @@ def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> No
 
 @contextlib.contextmanager
 def only_run(out: pathlib.Path, kind: str) -> Iterator[None]:
-    """A directory that can be written to, and that no other run writes to meanwhile."""
+    """Make and lock a writable output directory."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -184,5 +184,5 @@ def only_run(out: pathlib.Path, kind: str) -> Iterator[None]:
             raise InputError(f"cannot write {path}: it is a directory")
     with only_holder(out) as is_held:
         if not is_held:
-            raise InputError(f"another run is writing to {out}; give this one another --out, or wait for its end")
+            raise InputError(f"another run is writing to {out}; use another --out, or wait until it ends")
         yield

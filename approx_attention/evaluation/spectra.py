@@ -1,4 +1,4 @@
-"""The singular values of attention weights, and the rank that they call for."""
+"""Singular values of attention weights, and the rank that they need."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from approx_attention.core import HIDDEN, head_inputs, in_float32
 
 
 class Spectrum(NamedTuple):
-    """Shares of the singular values of attention weights, summed from the largest on, each ``[min(T, S)]``.
+    """Cumulative shares of the singular values of attention weights, from the largest, each ``[min(T, S)]``.
 
     Attributes:
-        weights: of P.
-        centred: of P less the uniform weights, without which diffuse attention looks like rank 1.
+        weights: those of P.
+        centred: those of P minus the uniform weights, which make diffuse attention look like rank 1.
     """
 
     weights: Array
@@ -30,7 +30,7 @@ def spectrum(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> Spectrum:
-    r"""How fast the singular values of softmax attention fall, which is how well any matrix of low rank can do.
+    r"""Compute the decay of the singular values of softmax attention, which limits every low-rank approximation.
 
     .. math:: c_r = \sum_{i \le r} \sigma_i \Big/ \sum_i \sigma_i
 
@@ -51,11 +51,11 @@ def spectrum(
         [0.25, 0.5, 0.75, 1.0]
 
     Reference:
-        :cite:p:`wang2020linformer`, figure 1, there without centring.
+        :cite:p:`wang2020linformer`, figure 1, which is without centring.
     """
     q, k, _ = head_inputs(q, k, k, scale=scale, kv_mask=kv_mask)
     real = jnp.ones(k.shape[0], bool) if kv_mask is None else kv_mask
-    # A hidden logit is finite, so that a head without a real key gives zeros and not NaN.
+    # A hidden logit is finite, so that a head without a real key gives zeros instead of NaN.
     weights = jnp.where(real[None, :], jax.nn.softmax(jnp.where(real[None, :], q @ k.T, HIDDEN), axis=-1), 0)
     uniform = real.astype(weights.dtype) / jnp.maximum(jnp.sum(real), 1).astype(weights.dtype)
 
@@ -69,18 +69,19 @@ def spectrum(
 def left_spectrum(x: Float[Array, "T S"]) -> tuple[Array, Array]:
     """The left singular vectors ``[T, T]`` of a matrix and its squared singular values ``[T]``, the largest first.
 
-    By the Gram matrix, whose size does not depend on the number of keys. Its rounding is about 1e-6 of the sum of
-    squares: the rest beyond a rank is right where its norm is more than a thousandth of that of the matrix.
+    Computed from the Gram matrix, whose size does not depend on the number of keys. Its rounding error is about 1e-6 of
+    the sum of squares, so the remainder beyond a rank is accurate if its norm exceeds a thousandth of that of the
+    matrix.
     """
     squares, left = jnp.linalg.eigh(x @ x.T)
     return left[:, ::-1], jnp.maximum(squares[::-1], 0)
 
 
 def rank_within(squares: Float[Array, " R"], error: float) -> Array:
-    r"""The least rank that is off by no more than ``error`` in the Frobenius norm, of squared singular values in order.
+    r"""The smallest rank with a relative Frobenius error of at most ``error``, from sorted squared singular values.
 
     .. math:: \sum_{i > r} \sigma_i^2 \le \epsilon^2 \sum_i \sigma_i^2
     """
-    # Summed from the smallest on, which rounding then does not drown.
+    # Summed from the smallest, so that rounding does not dominate.
     rest = jnp.cumsum(squares[::-1])[::-1]
     return jnp.sum(rest > error**2 * rest[0], dtype=jnp.int32)

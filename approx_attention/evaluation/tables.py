@@ -14,20 +14,20 @@ from approx_attention.evaluation.layers import OverLayers
 from approx_attention.evaluation.plans import Plan
 from approx_attention.evaluation.units import in_units, times
 
-# What marks rows in the tables.
+# Marks of rows in tables.
 FRONTIER, TRIVIAL = " *", " !"
-PADDED_FOOTNOTE = "padding takes part in times, and not in errors"
-TRIVIAL_FOOTNOTE = f"! error no smaller than that of `{MEAN}`"
+PADDED_FOOTNOTE = "times include padding, errors do not"
+TRIVIAL_FOOTNOTE = f"! error not below that of `{MEAN}`"
 
 
 def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *, is_padded: bool = False) -> Table:
     """The comparison as a table for the terminal; rows on the frontier of error against time are marked."""
     table = plain_table(
         title,
-        "error: relative Frobenius norm, mean ± deviation over seeds · worst row: over the mean row norm · "
-        "normaliser: rms error of its log · "
+        "error: relative Frobenius norm, mean ± standard deviation over seeds · worst row: relative to the mean row "
+        "norm · normaliser: rms error of its log · "
         f"far: relative error of the part of the sums beyond a window of {window_size} (1 = none of it recovered) · "
-        "cache: bytes per key head and sequence · than exact: the fastest form of it · "
+        "cache: bytes per key head and sequence · than exact: relative to its fastest form · "
         f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}{is_padded * f' · {PADDED_FOOTNOTE}'}",
         *("method", "size", "cache", "than all keys", "time", "than exact", "compile", "error", "worst row"),
         *("normaliser", "far"),
@@ -52,16 +52,21 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *
 
 
 def plan_table(made: Plan, title: str) -> Table:
-    """The candidates as a table for the terminal, the best first and the pick in bold."""
+    """Return the candidates of a plan as a `rich` table, with the best first and the pick in bold.
+
+    Args:
+        made: a `Plan`.
+        title: the title of the table.
+    """
     split = made.split
     padded = "" if split.query_mask is None else f" · {PADDED_FOOTNOTE}"
     table = plain_table(
         title,
         f"chosen on {len(split.calibration)} {split.by}, checked on {len(split.held_out)} others"
-        + ("" if split.by == "heads" else f", because key heads are fewer than {LEAST_HEADS}")
-        + f" · at most: the bound, with a confidence of {made.confidence:g}, that the choice rests on · held out: "
-        "relative error of what was held out · worst: that of the worst of these · held: bytes per key head and "
-        f"sequence · than exact: the fastest form of it · {TRIVIAL_FOOTNOTE}{padded}",
+        + ("" if split.by == "heads" else f", because there are fewer than {LEAST_HEADS} key heads")
+        + f" · at most: the bound of the error with confidence {made.confidence:g}, on which the choice is based · "
+        "held out: relative error on held-out units · worst: on the worst of these · cache: bytes per key head and "
+        f"sequence · than exact: relative to its fastest form · {TRIVIAL_FOOTNOTE}{padded}",
         *("method", "size", "predicted", "at most", "held out", "worst", "all", "cache", "time", "than exact", ""),
     )
     trivial = no_better_than_mean(made.candidates)
@@ -91,7 +96,7 @@ def comparison_summary_table(summary: Sequence[OverLayers], title: str) -> Table
     table = plain_table(
         title,
         "median and worst: relative error over layers · worst in: the layer of the worst error · time, than exact: "
-        f"medians over layers · cache: the most bytes of a layer · * on the frontier of error against time · "
+        f"medians over layers · cache: largest bytes of a layer · * on the frontier of error against time · "
         f"{TRIVIAL_FOOTNOTE}",
         *("method", "size", "cache", "time", "than exact", "layers", "median", "worst", "worst in"),
     )
@@ -116,9 +121,9 @@ def plan_summary_table(summary: Sequence[OverLayers], title: str) -> Table:
     """The plans of all layers by method."""
     table = plain_table(
         title,
-        "picked: of how many layers it is the pick · meets: in how many layers its held-out error meets the tolerance "
-        "· median and worst: of the held-out error over layers, at the size that each plan proposes · worst in: the "
-        f"layer of the worst error · {TRIVIAL_FOOTNOTE}",
+        "picked: number of layers in which it is the pick · meets: number of layers in which its held-out error meets "
+        "the tolerance · median and worst: held-out error over layers, at the size that each plan proposes · worst in: "
+        f"the layer of the worst error · {TRIVIAL_FOOTNOTE}",
         *("method", "picked", "meets", "layers", "median", "worst", "worst in", "than exact"),
     )
     trivial = no_better_than_mean(summary)
@@ -138,10 +143,10 @@ def plan_summary_table(summary: Sequence[OverLayers], title: str) -> Table:
 
 
 def picks_table(plans: Mapping[str, Plan], title: str) -> Table:
-    """What is recommended for each layer."""
+    """The recommendation for each layer."""
     table = plain_table(
         title,
-        "held out: relative error of what was held out · than exact: the fastest form of it",
+        "held out: relative error on held-out units · than exact: relative to its fastest form",
         *("layer", "pick", "at most", "held out", "cache", "time", "than exact"),
     )
     for layer, made in plans.items():
@@ -163,7 +168,7 @@ def picks_table(plans: Mapping[str, Plan], title: str) -> Table:
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, others: str | Sequence[str] = "right"
 ) -> str:
-    """Rows of cells as a Markdown table, the first column left-aligned and the others as told, all alike or one by one.
+    """Make a Markdown table of rows of cells, with the first column left-aligned and the others aligned as given.
 
     Example:
         >>> from approx_attention.evaluation import markdown_table
@@ -177,7 +182,7 @@ def markdown_table(
 
 
 def plain_table(title: str, caption: str, *columns: str) -> Table:
-    """An empty table, whose title is text and no markup: names of files are in it."""
+    """An empty table; its title, which contains file names, is not parsed as markup."""
     table = Table(
         title=Text(title, style="table.title"),
         caption=caption,

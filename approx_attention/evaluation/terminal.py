@@ -1,4 +1,4 @@
-"""What the command line says: output that cannot be written loses nothing else, progress, and interrupts."""
+"""Output of the command line, which may fail without losing results, progress, and interrupts."""
 
 import contextlib
 import errno
@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Terminated(KeyboardInterrupt):
-    """The end that SIGTERM asks for, in the form in which Python brings that of SIGINT."""
+    """Raised on SIGTERM, as KeyboardInterrupt is on SIGINT."""
 
 
 class Output:
-    """Standard output or error. Text that it does not take is dropped, with the reason kept in ``error``."""
+    """Standard output or error. Text that cannot be written is dropped, and the reason is stored in ``error``."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -28,7 +28,7 @@ class Output:
         self._is_lost = stream is None
 
     def write(self, text: str) -> int:
-        """Write what the stream can show, and question marks in place of the rest."""
+        """Write text, with question marks in place of characters that the stream cannot encode."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         self._try(lambda: self.stream.write(text.encode(encoding, "replace").decode(encoding)))
         return len(text)
@@ -42,7 +42,7 @@ class Output:
         return self.stream is not None and self.stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
-        # Binary writers would get round this.
+        # Binary writers would bypass this.
         if name == "buffer":
             raise AttributeError(name)
         return getattr(self.stream, name)
@@ -54,10 +54,10 @@ class Output:
             action()
         except (OSError, ValueError) as error:
             self._is_lost = True
-            # A reader that has seen enough is no error.
+            # A closed pipe is not an error.
             if getattr(error, "errno", None) != errno.EPIPE:
                 self.error = getattr(error, "strerror", None) or str(error)
-            # What is left in buffers would fail once more when Python ends.
+            # The rest of the buffers would fail again when Python exits.
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
@@ -66,7 +66,7 @@ class Output:
 
 @contextlib.contextmanager
 def outputs() -> Iterator[Output]:
-    """Standard output, which like standard error is an `Output` meanwhile."""
+    """Context in which standard output and error are `Output` objects; yields standard output."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(out), Output(err)
     try:
@@ -77,20 +77,20 @@ def outputs() -> Iterator[Output]:
         sys.stdout, sys.stderr = out, err
 
 
-# What the signals that end a command raise, and how Python handles each where nothing else does.
+# The exceptions of terminating signals, and Python's default handlers.
 _ENDS: dict[int, tuple[type[KeyboardInterrupt], Any]] = {
     signal.SIGINT: (KeyboardInterrupt, signal.default_int_handler),
     signal.SIGTERM: (Terminated, signal.SIG_DFL),
 }
-# Those that have come within `terminable`. Python drops an exception that is raised while it collects garbage.
+# Signals received within `terminable`. Python drops an exception that is raised during garbage collection.
 _heard: list[type[KeyboardInterrupt]] = []
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM raise meanwhile, unless something else handles them; gives what ends that.
+    """Context in which SIGINT and SIGTERM raise, unless something else handles them; yields a function to end it.
 
-    They are ignored while an earlier one is handled, so that the results are written.
+    They are ignored while an earlier one is handled, so that results are written.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -129,13 +129,13 @@ def _is_ending(error: BaseException | None) -> bool:
 
 
 def end_if_asked() -> None:
-    """Raise what a signal has asked for and Python has dropped."""
+    """Raise the exception of a signal that Python has dropped."""
     if _heard:
         raise _heard[-1]
 
 
 def say(*things: Any) -> None:
-    """Print texts and tables as they are: square brackets and colons in names are no markup."""
+    """Print texts and tables without parsing markup in names."""
     console = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False, highlight=False)
     for thing in things:
         console.print(thing)
@@ -143,7 +143,7 @@ def say(*things: Any) -> None:
 
 @contextlib.contextmanager
 def progress(prefix: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """How far a run is, on standard error: a bar on a terminal, elsewhere a line for each thing that is begun."""
+    """Show progress on standard error: a bar on a terminal, elsewhere one line per step."""
     if not sys.stderr.isatty():
         begun = time.monotonic()
 
@@ -168,7 +168,7 @@ def progress(prefix: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
 @contextlib.contextmanager
 def only_holder(directory: pathlib.Path) -> Iterator[bool]:
-    """Whether no other process holds the directory, which this one then does meanwhile; its end ends that too."""
+    """Lock a directory in this context; yields False if another process holds the lock."""
     try:
         import fcntl
     except ImportError:  # not on Windows

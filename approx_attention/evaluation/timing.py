@@ -1,4 +1,4 @@
-"""Times of compiled calls, and the length from which on one is faster than another."""
+"""Times of compiled calls, and the length from which one method is faster than another."""
 
 import statistics
 import time
@@ -9,7 +9,12 @@ import jax
 
 
 class Timing(NamedTuple):
-    """Seconds per call over several calls: the least, to which other work adds nothing, and the median."""
+    """Times of a function over several calls.
+
+    Attributes:
+        least: the shortest time of a call in seconds, which excludes most of the effect of other work on the machine.
+        median: the median time of a call in seconds.
+    """
 
     least: float
     median: float
@@ -18,15 +23,23 @@ class Timing(NamedTuple):
 def time_interleaved(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 5, patience: float = 30.0
 ) -> dict[str, Timing]:
-    """Time compiled calls in turn, so that a busy moment of the machine falls on all of them.
+    """Time compiled calls in turn, so that other work on the machine affects all of them.
 
     Args:
-        calls: functions without arguments, each already compiled; called once before the clock starts.
-        rounds: how often each is timed.
-        patience: seconds after which no further round is begun.
+        calls: compiled functions without arguments by name, each called once before timing starts.
+        rounds: number of timed calls of each.
+        patience: seconds after which no further round starts.
 
     Returns:
-        The `Timing` of each call.
+        The `Timing` of each call by name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention.evaluation import time_interleaved
+        >>> add, x = jax.jit(jnp.add), jnp.ones(4)
+        >>> timing = time_interleaved({"add": lambda: add(x, x)}, rounds=3)["add"]
+        >>> 0 < timing.least <= timing.median
+        True
     """
     for call in calls.values():
         jax.block_until_ready(call())
@@ -43,15 +56,15 @@ def time_interleaved(
 
 
 def break_even(seconds: Mapping[int, float], baseline: Mapping[int, float], *, margin: float = 0.0) -> int | None:
-    """The shortest measured length from which on a method is faster than a baseline at every measured length.
+    """Find the shortest measured length from which a method is faster than a baseline at every measured length.
 
     Args:
         seconds: time of the method by sequence length.
-        baseline: time of the baseline, at those lengths at least.
-        margin: the share by which it must be faster, for times that are known to so much.
+        baseline: time of the baseline, at least at these lengths.
+        margin: the relative margin by which it must be faster, for the uncertainty of times.
 
     Returns:
-        The length, or None where the method is no faster at the longest.
+        The length, or None if the method is not faster at the longest length.
 
     Example:
         >>> from approx_attention.evaluation import break_even

@@ -4,7 +4,7 @@ import math
 
 
 def times(ratio: float, more: str, less: str) -> str:
-    """A ratio as text that says its direction, such as ``2.5x faster`` or ``340x slower``."""
+    """A ratio as text with its direction, such as ``2.5x faster`` or ``340x slower``."""
     if not (ratio > 0 and math.isfinite(ratio)):
         return ""
     factor = max(ratio, 1 / ratio)

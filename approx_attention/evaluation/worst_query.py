@@ -1,4 +1,4 @@
-"""The query on which a summary is furthest from exact attention."""
+"""The query with the largest error of a summary."""
 
 import functools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.core import Summary, WeightedKV, attend, in_float32, require_scaled_space, zero_padding
 
-# Number of radii from which the search for the worst query starts, in equal ratios down to a sixteenth at least.
+# Number of radii at which the search for the worst query starts, in equal ratios down to at least a sixteenth.
 NUM_SPHERES = 5
 
 
@@ -41,27 +41,27 @@ def sup_error(
     num_starts: int = 24,
     num_steps: int = 60,
 ) -> SupError:
-    r"""Search a ball of queries for the one on which a summary is furthest from exact attention.
+    r"""Search a ball of queries for the one with the largest error of a summary.
 
     .. math:: \max_{\|q\| \le \rho}
               \frac{\|\mathrm{attend}(q, (K, V)) - \mathrm{attend}(q, \mathrm{summary})\|_2}{\max_j \|v_j\|_2}
 
-    Random directions and those of keys and their opposites are tried on spheres, from that of radius :math:`\rho` down
-    to where logits differ by no more than 1, because sharp weights hide what soft ones show; from the worst of each,
-    projected gradient ascent climbs further. What is found is a lower bound of the supremum, and random queries alone
-    understate it; more starts and steps show whether the search has converged.
+    The search tries random directions, directions of keys and their opposites on several spheres, from radius
+    :math:`\rho` down to a radius at which logits differ by at most 1, because the error may be larger for soft weights
+    than for sharp ones. Projected gradient ascent starts from the worst directions of each sphere. The result is a
+    lower bound of the supremum, closer than random queries; increase starts and steps to check for convergence.
 
     Args:
         k: keys ``[S, D]`` in scaled space (`fold_scale`).
         v: values ``[S, Dv]``.
-        summary: what stands for them, in scaled space; of one that carries a scale pass ``summary.in_scaled_space()``.
-        radius: the ball's radius :math:`\rho`, a norm of scaled queries.
+        summary: their summary in scaled space; if it carries a scale, pass ``summary.in_scaled_space()``.
+        radius: the radius :math:`\rho` of the ball of scaled queries.
         kv_mask: true where a key is real, ``[S]``.
         key: typed PRNG key of the search; ``jax.random.key(0)`` by default.
-        num_random: random directions tried.
-        num_keys: keys whose directions are tried.
-        num_starts: worst directions of each sphere from which ascent starts.
-        num_steps: steps of ascent.
+        num_random: number of random directions.
+        num_keys: number of keys whose directions are tried.
+        num_starts: number of worst directions of each sphere from which ascent starts.
+        num_steps: number of ascent steps.
 
     Returns:
         The `SupError`.
@@ -83,7 +83,7 @@ def sup_error(
 
     def errors(q: Array) -> Array:
         difference = attend(q, tokens).out - attend(q, summary).out
-        # The tiny constant keeps the gradient finite where the error is exactly 0.
+        # The tiny constant keeps the gradient finite if the error is exactly 0.
         return jnp.sqrt(jnp.sum(difference * difference, axis=-1) + 1e-30)
 
     def onto_ball(q: Array) -> Array:
@@ -93,7 +93,7 @@ def sup_error(
     directions = jax.random.normal(key_random, (num_random, k.shape[-1]), k.dtype)
     some = jax.random.permutation(key_chosen, k.shape[0])[:num_keys]
     directions = jnp.concatenate([directions, k[some], -k[some]])
-    # A key of padding is zero, and stays so.
+    # A padded key is zero, and its direction stays zero.
     directions = directions / jnp.maximum(jnp.linalg.norm(directions, axis=-1, keepdims=True), 1e-12)
     gradient = jax.grad(lambda q: jnp.sum(errors(q)))
 
@@ -104,7 +104,7 @@ def sup_error(
         def climb(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
             q, best_error, best_query = carry
             slope = gradient(q)
-            # Steps shrink as a cosine from 0.31 of the radius to 0.01: first to leave flat parts, then to settle.
+            # Steps shrink as a cosine from 0.31 of the radius to 0.01: first to leave flat regions, then to converge.
             length = sphere * (0.15 * (1 + jnp.cos(jnp.pi * step / num_steps)) + 0.01)
             q = onto_ball(q + length * slope / jnp.maximum(jnp.linalg.norm(slope, axis=-1, keepdims=True), 1e-20))
             error = errors(q)
@@ -118,10 +118,10 @@ def sup_error(
         found = jnp.argmax(best_error)
         return SupError(best_error[found], best_query[found])
 
-    # Softmax does not see what all logits share, so that keys count from their mean.
+    # Softmax is invariant to a common shift of logits, so keys are centred.
     middle = jnp.sum(k, axis=0) / jnp.maximum(jnp.sum(tokens.mass), 1)
     away = jnp.sqrt(jnp.max(jnp.where(tokens.mass > 0, jnp.sum((k - middle[None, :]) ** 2, axis=-1), 0)))
-    # Half the largest difference of logits is radius * away at most.
+    # Half of the largest difference of logits is at most radius * away.
     smallest = jnp.minimum(1 / 16, 0.5 / jnp.maximum(radius * away, 1e-20))
     spheres = radius * smallest ** jnp.linspace(0, 1, NUM_SPHERES, dtype=k.dtype)
     found = lax.map(from_sphere, spheres)

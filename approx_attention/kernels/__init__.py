@@ -1,4 +1,4 @@
-"""Attention states, and the one operation that makes them: fused kernels on accelerators, tiles elsewhere."""
+"""Attention states, and the primitive that computes them: fused kernels on accelerators, tiles elsewhere."""
 
 from approx_attention.kernels.fused import OUTPUT, Implementation, default_tiles, export_checks, state
 from approx_attention.kernels.platforms import by_platform

@@ -1,4 +1,4 @@
-"""Attention in tiles for the cache of a CPU, in float32 or wider, with the scale folded into queries and keys."""
+"""Attention in tiles that fit the cache of a CPU, in float32 or wider, with the scale folded into queries and keys."""
 
 import functools
 from collections.abc import Callable
@@ -37,9 +37,9 @@ CAUSAL = Reach(right=0)
 LEAST_CAUSAL_TILE, GREATEST_CAUSAL_TILE = 512, 1024
 # Tiles on the diagonal are split into strips of this many queries: the masked half of a strip is small.
 STRIP = 128
-# Up to this number of logits, as in causal blocks and in decoding, all are one tile.
+# Up to this number of logits, as in causal blocks and decoding, there is one tile.
 ONE_TILE = 2**16
-# A relative error of weights that the gradient does not let pass: a hundred roundings of float32.
+# The largest relative error of weights in the gradient: a hundred rounding errors of float32.
 NOTICEABLE = 1e-5
 
 
@@ -54,7 +54,7 @@ def forward(
     logits_soft_cap: float | None = None,
     **_: Any,
 ) -> Rows:
-    """Attention by the form that fits the reach."""
+    """Attention by the form for the given reach."""
     q, k, v = _in_float32(q, k, v, scale)
     if logits_soft_cap is not None:
         return xla.forward(q, k, v, jnp.ones_like(scale), bias, reach=reach, logits_soft_cap=logits_soft_cap)
@@ -106,7 +106,7 @@ def backward(
 
 
 def _in_float32(q: Array, k: Array, v: Array, scale: Array) -> tuple[Array, Array, Array]:
-    """In the dtype of the sums, with the scale folded into queries and keys."""
+    """Tensors in the accumulation dtype, with the scale folded into queries and keys."""
     q, k, v = (x.astype(scale.dtype) for x in (q, k, v))
     return q * jnp.sqrt(scale), k * jnp.sqrt(scale), v
 
@@ -116,7 +116,7 @@ def _rows(state: AttentionState) -> Rows:
 
 
 def _seen(reach: Reach, q: Array, k: Array) -> Array | None:
-    """Which keys each query sees ``[T, S]``; None for all."""
+    """The mask of visible keys ``[T, S]``; None for all."""
     if reach.is_full:
         return None
     return reach.seen(np.arange(q.shape[0])[:, None], np.arange(k.shape[0])[None, :])
@@ -129,9 +129,9 @@ def _is_window(reach: Reach) -> bool:
 def _tile_backward(
     q: Array, k: Array, v: Array, d_out: Array, d_lse: Array, bias: Array | None, *, reach: Reach
 ) -> tuple[Array, ...]:
-    """Gradients of one tile for a scale of 1, transposed as those of `_streamed_backward`.
+    """Gradients of one tile for a scale of 1, transposed like those of `_streamed_backward`.
 
-    Normalisers are recomputed too, so that of a forward pass that `jax.checkpoint` repeats nothing is left to compute.
+    Normalisers are recomputed too, so that `jax.checkpoint` need not repeat the forward pass.
     """
     logits, seen = k @ q.T, _seen(reach, q, k)
     logits = logits if bias is None else logits + bias[:, None]
@@ -148,7 +148,7 @@ def _tile_backward(
 
 
 def _transposed_product(k: Array, d_logits: Array) -> Array:
-    """``d_logits.T @ k``; the barrier keeps XLA from that form, whose large operand would be transposed."""
+    """``d_logits.T @ k``; the barrier keeps XLA from this form, which would transpose the large operand."""
     return lax.optimization_barrier(k.T @ d_logits).T
 
 
@@ -157,13 +157,13 @@ _tile_state = jax.checkpoint(dense_state)
 
 
 def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -> AttentionState:
-    """Attention over all keys, by tiles whose states are merged in turn."""
-    # Four blocks of queries, if tiles then are neither too small nor too large; few queries take more keys at a time.
+    """Attention over all keys, by tiles whose states are merged sequentially."""
+    # Four blocks of queries, if tiles are then neither too small nor too large; few queries use more keys per tile.
     key_block = max(KEY_BLOCK, LEAST_TILE // q.shape[0])
     columns = min(k.shape[0], key_block)
     query_block = min(max(q.shape[0] // 4, LEAST_TILE // columns), GREATEST_TILE // columns)
     num_keys = k.shape[0]
-    # Blocks of equal size and not of the largest: the padding is less than one key per block.
+    # Blocks of equal size instead of the largest size: the padding is less than one key per block.
     key_blocks, keys_per_block = even_split(num_keys, key_block)
     k, v, key_bias = padded_keys(k, v, key_bias, q.dtype, key_blocks * keys_per_block)
     keys, values = (x.reshape(key_blocks, keys_per_block, -1) for x in (k, v))
@@ -175,20 +175,20 @@ def blocked_state(q: Array, k: Array, v: Array, key_bias: Array | None = None) -
         state = dense_state(q, *first)
         if key_blocks == 1:
             return state
-        # The first tile is apart, so that a single block needs no merge with the empty state.
+        # The first tile is separate, so that a single block needs no merge with the empty state.
         return lax.scan(lambda state, tile: (merge(state, dense_state(q, *tile)), None), state, rest)[0]
 
     return map_rows(over_keys, q, query_block)
 
 
 def window_state(q: Array, k: Array, v: Array, key_bias: Array | None = None, *, reach: Reach) -> AttentionState:
-    """Attention of query t over keys t - left <= j <= t + right only, at a cost that grows with T * (left + right)."""
+    """Attention of query t over keys t - left <= j <= t + right, at a cost proportional to T * (left + right)."""
     num_queries, num_keys = q.shape[0], k.shape[0]
     assert reach.left is not None
     assert reach.right is not None
     left, right = min(reach.left, num_queries - 1), min(reach.right, num_keys - 1)
-    # A few narrow bands at a time, batched: enough rows for the matrix products, few keys outside the window. A band
-    # has about as many rows as its window has keys, in multiples of 64 (whole vector registers), up to 1024.
+    # Batches of a few narrow bands: enough rows for the matrix products, few keys outside the window. A band has about
+    # as many rows as its window has keys, in multiples of 64 (whole vector registers), up to 1024.
     span = round_up(max(left + right, 1), 64)
     band = min(span, 1024)
     bands = max(1, min(1024, num_queries) // band)
@@ -242,7 +242,7 @@ def _causal_tile(q: Array) -> int:
 
 
 def _causal_keys(k: Array, v: Array, bias: Array | None, length: int) -> tuple[Array, Array, Array | None]:
-    """Padded keys, without a bias of padding: no real query sees what is behind the last key."""
+    """Padded keys, without a bias for padding: no real query sees keys after the last one."""
     return *padded((k, v), length), None if bias is None else padded(bias, length, HIDDEN)
 
 
@@ -251,7 +251,7 @@ def _below_diagonal(blocks: int) -> list[tuple[int, int, int]]:
 
 
 def _diagonal(q: Array, k: Array, v: Array, bias: Array | None) -> Sums:
-    """A tile on the diagonal, in strips of queries that see no key behind their last."""
+    """A tile on the diagonal, in strips of queries with the keys up to their last one."""
     parts = []
     for start in range(0, q.shape[0], STRIP):
         end = min(start + STRIP, q.shape[0])
@@ -275,11 +275,11 @@ def _streamed_backward(
 ) -> tuple[Array, ...]:
     """Gradients over all keys, or causally, for a scale of 1.
 
-    Tiles are transposed, keys by queries: then only one product of five has a transposed operand.
+    Tiles are transposed, keys by queries, so that only one product of five has a transposed operand.
 
-    The forward pass rounds its products in tiles of other shapes. Where logits are so large that the difference would
-    show in a weight, the normalisers and the products of outputs with cotangents are computed again from the tiles of
-    this pass.
+    The forward pass rounds its products in tiles of other shapes. If logits are so large that the difference would
+    affect weights, the normalisers and the products of outputs with cotangents are recomputed from the tiles of this
+    pass.
     """
     num_queries, num_keys = q.shape[0], k.shape[0]
     is_causal = not reach.is_full
@@ -294,7 +294,7 @@ def _streamed_backward(
     def over_tiles(add: Callable[..., Any], total: Any) -> Any:
         if not is_causal:
             return over_pairs(add, total, [(i, 0, key_blocks) for i in range(query_blocks)])
-        # Below the diagonal no mask is computed; tiles above it are not visited.
+        # Below the diagonal there is no mask; tiles above it are not visited.
         total = over_pairs(add, total, _below_diagonal(query_blocks))
         lower = jnp.tri(rows, dtype=bool).T
         return lax.fori_loop(0, query_blocks, lambda i, x: add(x, i, i, lower), total)
@@ -317,10 +317,10 @@ def _streamed_backward(
         total = jnp.where(total > 0, total, 1)
         return peak, jnp.log(total), product / total
 
-    # A row past the end gets a huge normaliser and so no weight.
+    # A row past the end gets a huge normaliser, and so no weight.
     peak = padded(peak, length, -HIDDEN)
     log_total, product = padded((log_total, jnp.sum(d_out * out, axis=-1)), length)
-    # A bound on the rounding of a logit, by Cauchy's inequality: one unit of |q| |k|.
+    # A bound of the rounding error of a logit, by the Cauchy-Schwarz inequality: one unit of |q| |k|.
     rounding = jnp.finfo(q.dtype).eps * jnp.sqrt(jnp.max(jnp.sum(q * q, -1)) * jnp.max(jnp.sum(k * k, -1)))
     saved = lambda *x: x  # noqa: E731
     peak, log_total, product = lax.cond(rounding > NOTICEABLE, again, saved, peak, log_total, product)

@@ -1,7 +1,7 @@
-r"""Attention of one head as one operation: fused kernels on accelerators, tiles of JAX's own operations elsewhere.
+r"""Attention of one head as one primitive: fused kernels on accelerators, tiles of JAX operations elsewhere.
 
 It has three parts, each with a form for every platform: the state, its derivative along tangents, and the transpose of
-that, the gradient. In reverse mode the derivative along tangents is never computed.
+this derivative, the gradient. Reverse mode never computes the derivative along tangents.
 """
 
 import functools
@@ -27,7 +27,7 @@ from approx_attention.kernels.tiles import HIDDEN, Rows, accumulation_dtype, see
 Implementation = Literal["xla", "pallas", "interpret", "interpret_gpu"]
 _KERNELS = {"tpu": "mosaic", "cuda": "triton"}
 
-# The name by which a policy of `jax.checkpoint` keeps what the operation returns: its gradient needs it.
+# The name by which a policy of `jax.checkpoint` keeps the results of the primitive, which its gradient needs.
 OUTPUT = "attention state"
 
 
@@ -45,42 +45,42 @@ def state(
     implementation: Implementation | None = None,
     tiles: Any = None,
 ) -> AttentionState:
-    r"""Softmax attention of one head over the keys within reach of each query.
+    r"""Compute softmax attention of one head over the keys within reach of each query.
 
     .. math:: \mathrm{out}_t = \sum_j e^{x_{tj} - \mathrm{lse}_t} v_j, \qquad x_{tj} = s\, q_t \cdot k_j + b_j, \qquad
               t + o - l \le j \le t + o + r.
 
-    No array of ``T x S`` numbers is made, in either direction. Under `jax.vmap` heads become blocks of one kernel, and
-    heads that share keys read them once. All derivatives exist, in forward and reverse mode; only first derivatives
-    in reverse mode are fused.
+    No ``T x S`` array is stored, also not for gradients. Under `jax.vmap` heads become blocks of one kernel, and heads
+    that share keys read them once. All derivatives exist, in forward and reverse mode; only first derivatives in
+    reverse mode are fused.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        key_bias: added to the logits of a key, ``[S]``; ``HIDDEN`` or less hides it, NaN included.
+        key_bias: added to the logits of a key, ``[S]``; a bias of ``HIDDEN`` or less hides a key, even if it is NaN.
         offset: the position o of the first query.
-        left: how far back a query sees; None for all earlier keys.
-        right: how far ahead a query sees; None for all later keys, 0 for a causal order.
-        scale: a positive factor s of the logits. In half precision it is applied to their sums, and rounds no tensor.
-        logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the products, before the bias; known
-            when tracing. No fused kernel has it: tiles are used everywhere.
+        left: number l of earlier keys that a query sees; None for all earlier keys.
+        right: number r of later keys that a query sees; None for all later keys, 0 for causal attention.
+        scale: a positive factor s of the logits. In half precision it multiplies the accumulated logits, not the
+            tensors.
+        logits_soft_cap: replaces the logits by :math:`c \tanh(s\, q_t \cdot k_j / c)`, before the bias; c is known when
+            tracing. Fused kernels do not support it: tiles are used on all platforms.
         implementation: by default the platform that a program is lowered for decides: a fused kernel for TPUs and
-            NVIDIA GPUs, and tiles elsewhere, in float64, and where XLA partitions the program over devices by itself.
-            ``"xla"`` is tiles everywhere, ``"pallas"`` the fused kernel or an error. For tests, ``"interpret"``
-            and ``"interpret_gpu"`` run the code of the kernels for TPUs and for GPUs on any machine, slowly; on a CPU
-            in float32, because XLA may have no product of bfloat16 there.
-        tiles: sizes of the blocks of a fused kernel, by default `default_tiles`. A kernel for another platform passes
-            over them.
+            NVIDIA GPUs; tiles on other platforms, in float64, and if XLA partitions the program automatically over
+            devices. ``"xla"`` uses tiles on all platforms, ``"pallas"`` the fused kernel or raises. For tests,
+            ``"interpret"`` and ``"interpret_gpu"`` interpret the kernels for TPUs and for GPUs on any machine; on a CPU
+            in float32, because XLA may not support bfloat16 products there.
+        tiles: block sizes of a fused kernel, by default `default_tiles`; ignored on other platforms.
 
     Returns:
-        The `AttentionState` in float32, or float64 where a tensor is. Rows that see no key have ``out = 0``,
+        The `AttentionState` in float32, or float64 if a tensor is. Rows that see no key have ``out = 0``,
         ``lse = -inf``.
 
     Raises:
-        ValueError: an unknown implementation, shapes that do not fit, a scale or a cap that is not positive.
+        ValueError: an unknown implementation, shapes that do not match, a scale or cap that is not positive.
         TypeError: tensors that are not floating point, bounds that are not integers, a cap that is not a float.
-        NotImplementedError: when lowering, ``"pallas"`` where there is no fused kernel, and with ``logits_soft_cap``.
+        NotImplementedError: when lowering: ``"pallas"`` without a fused kernel, or with ``logits_soft_cap``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -109,16 +109,16 @@ def state(
         implementation = "xla"
     bias = ()
     if key_bias is not None:
-        # A bias alone would let a key through whose logit is as large, and a weight of 0 times NaN is NaN.
+        # A bias alone would not hide a key with an equally large logit, and a weight of 0 times NaN is NaN.
         hidden = key_bias <= HIDDEN / 2
         tensors[1:] = (jnp.where(hidden[:, None], 0, x) for x in tensors[1:])
         bias = (jnp.maximum(key_bias, HIDDEN).astype(dtype),)
-    # In shard_map the gradient of a tensor that all devices share is a sum over devices, which the rules below do not
-    # take: all are made to vary alike.
+    # In shard_map the gradient of a tensor shared by all devices is a sum over devices, which the rules below do not
+    # support: all operands are made to vary over the same axes.
     operands = *tensors, scale, *bias
     if len({getattr(jax.typeof(x), "mat", None) for x in operands}) > 1:
         operands = along_with(operands, *operands)
-    # A bound may be any number that stands for none: one that no int32 holds, or that hides a faster form.
+    # A bound may be larger than the sequence: it could overflow int32, or prevent a faster form.
     reach = reach.within(q.shape[0], k.shape[0])
     options: Any = {"logits_soft_cap": logits_soft_cap, "implementation": implementation, "tiles": tiles}
     return _state(*operands, reach=reach, **options)
@@ -133,7 +133,7 @@ def _check(q: Any, k: Any, v: Any, key_bias: Any, scale: Any, logits_soft_cap: A
     fits = [x.ndim for x in tensors.values()] == [2, 2, 2, 1][: len(tensors)] and q.shape[1] == k.shape[1]
     if not fits or any(x.shape[0] != k.shape[0] for name, x in tensors.items() if name != "q"):
         given = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
-        raise ValueError(f"state takes q [T, D], k [S, D], v [S, Dv] and key_bias [S], got {given}")
+        raise ValueError(f"state needs q [T, D], k [S, D], v [S, Dv] and key_bias [S], got {given}")
     if isinstance(scale, int | float) and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if logits_soft_cap is not None:
@@ -147,22 +147,22 @@ def _integer(name: str, bound: Any) -> int:
     try:
         return operator.index(bound)
     except TypeError:
-        raise TypeError(f"{name} must be an integer that is known when tracing, got {bound!r}") from None
+        raise TypeError(f"{name} must be an integer known when tracing, got {bound!r}") from None
 
 
 def default_tiles(platform: Literal["tpu", "cuda"], head_dim: int, value_dim: int, dtype: Any) -> Any:
-    """The sizes of the blocks of a platform's kernels: named tuples, of which others are made by ``_replace``.
+    """Return the default block sizes of a platform's kernels as named tuples; change them by ``_replace``.
 
-    They were chosen from compiled programs, not from times; comments in the kernels' modules say how.
+    They were chosen from compiled programs, not from times; see the comments in the modules of the kernels.
 
     Args:
         platform: ``"tpu"`` or ``"cuda"``.
         head_dim: the number D of channels of queries and keys.
         value_dim: the number Dv of channels of values.
-        dtype: that of the tensors.
+        dtype: dtype of the tensors.
 
     Raises:
-        ValueError: another platform.
+        ValueError: an unknown platform.
 
     Example:
         >>> from approx_attention import kernels
@@ -176,10 +176,10 @@ def default_tiles(platform: Literal["tpu", "cuda"], head_dim: int, value_dim: in
 
 
 def export_checks() -> list[Any]:
-    """What to pass as ``disabled_checks`` to `jax.export.export` of a program for ``"cuda"``.
+    """Return the argument ``disabled_checks`` for `jax.export.export` of a program for ``"cuda"``.
 
-    JAX promises that artefacts with a kernel for TPUs run in later versions, and not those with one of Triton: export
-    and run them with one version, or with ``implementation="xla"``.
+    JAX guarantees that exported programs with TPU kernels run in later versions, but not those with Triton kernels:
+    export and run these with one version, or use ``implementation="xla"``.
 
     Example:
         >>> import jax, jax.export, jax.numpy as jnp
@@ -190,13 +190,13 @@ def export_checks() -> list[Any]:
         >>> export(jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.float32)).platforms
         ('cpu', 'cuda', 'tpu')
     """
-    # Few programs are exported, and the module takes time to import.
+    # Imported here, because few programs are exported and the import takes time.
     import jax.export
 
     return [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
 
 
-# Compiled also where the caller compiles nothing: else every call would compile its loops anew.
+# Compiled even if the caller does not compile; otherwise every call would compile its loops.
 @functools.partial(jax.jit, static_argnames=("reach", "logits_soft_cap", "implementation", "tiles"))
 def _state(
     q: Array,
@@ -209,11 +209,11 @@ def _state(
     implementation: Implementation | None,
     tiles: Any,
 ) -> AttentionState:
-    # JAX declares this option when it is imported.
+    # Declared dynamically when JAX is imported.
     precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     options = {"reach": reach, "implementation": implementation, "tiles": tiles, "precision": precision}
     options["logits_soft_cap"] = logits_soft_cap
-    # Added to a large peak, the logarithm of the sum is rounded; the parts stay apart for the gradient.
+    # Adding the logarithm of the sum to a large maximum rounds it; the parts stay separate for the gradient.
     return Rows(*_forward(q, k, v, scale, *bias, **options)).state()
 
 
@@ -222,9 +222,9 @@ def _module(platform: str) -> Any:
 
 
 def _kernel(platform: str, name: str, *, interpret: bool = False) -> Callable[..., Any]:
-    """A fused kernel's function, or that of the tiles for heads that are too wide for it and for capped logits.
+    """The function of a fused kernel, or of tiles for heads that are too wide for it and for capped logits.
 
-    Its module is imported when a program is lowered that holds it.
+    The module of the kernel is imported when a program with it is lowered.
     """
 
     def fused(*operands: Array, tiles: Any, **options: Any) -> Any:
@@ -340,7 +340,7 @@ _backward = ByPlatform(
 def _forward_jvp(primals: Any, tangents: Any, mapped: Any, options: Any) -> Any:
     outputs = [checkpoint_name(x, OUTPUT) for x in _forward.bind(*primals, mapped=mapped, options=options)]
     q, k, v, scale, *bias = primals
-    # Outputs are mapped wherever an operand is, and a tangent where its operand is.
+    # Outputs are mapped if any operand is, and a tangent if its operand is.
     levels = tuple((*level[:4], True, True, True, *level[4:], *level) for level in mapped)
     operands = q, k, v, scale, *outputs, *bias, *tangents
     d_out, d_log_total = _along_tangents.bind(*operands, mapped=levels, options=options)
@@ -366,7 +366,7 @@ def _transposed(cotangents: Any, operands: Any, mapped: Any, options: Any) -> An
     linear = [level[len(known) :] for level in mapped]
     results = []
     for i, gradient in enumerate((d_q, d_k, d_v, d_scale, *d_bias)):
-        # What several heads share gets the sum of their gradients, before it is rounded.
+        # The gradients of heads that share an operand are summed before rounding.
         shared = [axis for axis, level in enumerate(linear) if not level[i]]
         total = jnp.sum(gradient, axis=shared) if shared else gradient
         results.append(total.astype(along[i].aval.dtype) if ad.is_undefined_primal(along[i]) else None)
@@ -374,7 +374,7 @@ def _transposed(cotangents: Any, operands: Any, mapped: Any, options: Any) -> An
 
 
 def _jvp_of(function: ByPlatform, form: Callable[..., Any]) -> None:
-    """Second derivatives: those of the tiles."""
+    """Define second derivatives by those of the tiles."""
 
     def rule(primals: Any, tangents: Any, mapped: Any, options: Any) -> Any:
         outputs, derivatives = jax.jvp(mapped_form(form, options, mapped), tuple(primals), tuple(tangents))

@@ -1,9 +1,9 @@
-r"""The kernel for TPUs (Pallas, Mosaic).
+r"""The attention kernel for TPUs (Pallas, Mosaic).
 
 All tensors have the sequence as their last axis, in HBM and in blocks: 64 channels as the last axis would be padded to
-128. A tile of logits has queries as rows; in the kernel for keys and values it is transposed, and keys are rows.
-Tensors of the rows are transposed once per block of rows. Those of the columns stay as they are, because the matrix
-units take a transposed operand.
+128. A tile of logits has queries as rows; in the kernel for the gradient of keys and values it is transposed. Row
+tensors are transposed once per block of rows. Column tensors need no transpose, because the matrix units accept a
+transposed operand.
 """
 
 import functools
@@ -21,17 +21,17 @@ from approx_attention.kernels.rows import round_up
 from approx_attention.kernels.tiles import HIDDEN
 
 LANES = 128
-# Under these settings of `jax.default_matmul_precision` products of float32 are one pass of the matrix units.
+# With these settings of `jax.default_matmul_precision` float32 products take one pass of the matrix units.
 _ONE_PASS = None, "default", "fastest", "bfloat16", "BF16_BF16_F32"
 
 
 class Tile(NamedTuple):
-    """Sizes of a block, multiples of 128.
+    """Block sizes, multiples of 128.
 
     Attributes:
-        rows: queries of a block.
-        columns: keys of a block.
-        strip: columns of a tile of logits that are computed at a time.
+        rows: queries per block.
+        columns: keys per block.
+        strip: columns of a tile of logits that are computed at once.
     """
 
     rows: int
@@ -40,26 +40,26 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the kernels: of the state, and of both gradients."""
+    """The tiles of the kernels for the state and for both gradients."""
 
     forward: Tile
     backward: Tile
 
 
-# Chosen by the compiler's schedules for a v5e at d = 64 and 128, not from times; see `benchmarks/kernels.py`. Backward:
-# the fewest bundles for each logit among tiles that leave VMEM for d = 256 in half precision. Forward: 512 rows take
-# 5 % fewer, but read keys and values twice as often, which the memory of a v6e is too slow for.
+# Chosen from the compiler's schedules for a v5e at d = 64 and 128, not from times; see `benchmarks/kernels.py`.
+# Backward: the fewest bundles per logit among tiles that leave VMEM for d = 256 in half precision. Forward: 512 rows
+# need 5 % fewer bundles, but read keys and values twice as often, for which the memory of a v6e is too slow.
 TILES = Tiles(Tile(1024, 1024, 512), Tile(1024, 512, 512))
-# The bytes of a query or key and a value for which these tiles fit the memory of a core (16 MiB on a v5e).
+# The largest number of bytes of a query or key plus a value for which these tiles fit in VMEM (16 MiB on a v5e).
 TOKEN_BYTES = 1024
-# Channels of a query and a value together for which the smallest tiles do.
+# The largest number of channels of a query plus a value for which the smallest tiles fit.
 MOST_CHANNELS = 2048
 
 
 def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
     """`TILES`, or smaller ones for wide heads."""
     size = (head_dim + value_dim) * jnp.dtype(dtype).itemsize
-    # The parts of numbers in full precision take as much memory again.
+    # Products in full precision need twice the memory.
     size *= 2 if _precision(dtype) == lax.Precision.HIGHEST else 1
     halvings = max(0, math.ceil(math.log2(size / TOKEN_BYTES)))
     return Tiles(*(Tile(*(max(LANES, length >> halvings) for length in tile)) for tile in TILES))
@@ -76,7 +76,7 @@ def forward(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Outputs ``[T, Dv]``, peaks ``[T]`` and logarithms of sums ``[T]`` of one head, in float32."""
+    """Outputs ``[T, Dv]``, maxima ``[T]`` and logarithms of sums ``[T]`` of one head, in float32."""
     (num_queries, _), (num_keys, value_dim) = q.shape, v.shape
     q, k, v = (_multiplied(x) for x in (q, k, v))
     tiles = tiles or default_tiles(q.shape[1], value_dim, q.dtype)
@@ -128,7 +128,7 @@ def backward(
             *(((rows, x), jnp.float32) for x in (LANES, LANES, LANES, width)),
         ],
     )
-    # The same pairs with queries and keys exchanged: keys are rows.
+    # The same pairs with queries and keys exchanged, so that keys are rows.
     call = call.exchanged()
     rows = call.tile.rows
     d_k, d_v, d_bias = call(
@@ -146,7 +146,7 @@ def backward(
 
 
 def fits(q: Array, v: Array) -> bool:
-    """Whether the smallest tile of heads of these widths fits the memory of a TPU's core."""
+    """Whether the smallest tile of heads of these widths fits in the VMEM of a TPU."""
     return q.shape[1] + v.shape[1] <= MOST_CHANNELS
 
 
@@ -157,7 +157,7 @@ def _fitted(tile: Tile, num_queries: int, num_keys: int) -> Tile:
 
 
 class _Call(NamedTuple):
-    """Calls of kernels over blocks of rows and the blocks of columns that each of them visits."""
+    """A call of a kernel over blocks of rows and their visited blocks of columns."""
 
     reach: Reach
     tile: Tile
@@ -185,19 +185,19 @@ class _Call(NamedTuple):
         return jnp.pad(bias.astype(jnp.float32), (0, length - self.num_columns), constant_values=HIDDEN)[None, :]
 
     def column_block(self, i: Array, step: Array) -> tuple[Array, Array]:
-        """The number of the step's block of columns, and whether it is visited."""
+        """The index of the step's block of columns, and whether it is visited."""
         _, columns = self.blocks
         first = self.reach.first(i, self.tile.rows, self.tile.columns)
         end = self.reach.end(i, self.tile.rows, self.tile.columns, columns)
         return first + step, first + step < end
 
     def seen(self, i: Array, j: Array, start: int, width: int) -> Array:
-        """Which columns of a strip of tile (i, j) its rows see."""
+        """The mask of visible columns in a strip of tile (i, j)."""
         row, column = (lax.broadcasted_iota(jnp.int32, (self.tile.rows, width), axis) for axis in (0, 1))
         return self.reach.seen(row + i * self.tile.rows, column + (j * self.tile.columns + start))
 
     def strips(self) -> list[tuple[int, int]]:
-        """Where strips start, and their widths."""
+        """The starts and widths of strips."""
         starts = range(0, self.tile.columns, self.tile.strip)
         return [(start, min(self.tile.strip, self.tile.columns - start)) for start in starts]
 
@@ -214,7 +214,7 @@ class _Call(NamedTuple):
         steps = max(self.reach.most_blocks(blocks, self.tile.rows, self.tile.columns, column_blocks), 1)
 
         def column_index(i: Array, step: Array) -> tuple[int, Array]:
-            # A step that visits no block stays where it is, and nothing is read.
+            # A step without a visited block keeps the previous index, so that nothing is read.
             j, _ = self.column_block(i, step)
             end = self.reach.end(i, self.tile.rows, self.tile.columns, column_blocks)
             return 0, jnp.clip(jnp.minimum(j, end - 1), 0, column_blocks - 1)
@@ -227,7 +227,7 @@ class _Call(NamedTuple):
             return pl.BlockSpec((channels, self.tile.columns), column_index)
 
         length = blocks * self.tile.rows
-        # In shard_map outputs vary over devices as operands do.
+        # In shard_map outputs vary over the same axes as operands.
         varying = jax.typeof(operands[-1][0]).mat
         out_type = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=varying)
         return pl.pallas_call(
@@ -244,13 +244,13 @@ class _Call(NamedTuple):
 
 
 def _sequence_last(x: Array, length: int) -> Array:
-    """Rows ``[n, D]`` as ``[D', length]``, with zeros up to a length and a number of channels that fills registers."""
+    """Rows ``[n, D]`` as ``[D', length]``, padded with zeros to the length and to full registers of channels."""
     channels = x.shape[1] if x.shape[1] == 1 else round_up(x.shape[1], 32 // x.dtype.itemsize)
     return jnp.pad(x.T, ((0, channels - x.shape[1]), (0, length - x.shape[0])))
 
 
 def _turned(x: Array) -> Array:
-    """The transpose, by way of float32: narrower numbers are packed in pairs of rows."""
+    """The transpose via float32, because narrower numbers are packed in pairs of rows."""
     return x.astype(jnp.float32).T.astype(x.dtype)
 
 
@@ -265,14 +265,14 @@ def _along(column: Array, width: int) -> Array:
 
 
 def _multiplied(x: Array) -> Array:
-    """In a dtype that the matrix units of a TPU multiply, which float16 is not."""
+    """Cast to a dtype that the matrix units of a TPU support, which float16 is not."""
     return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
 def _precision(dtype: Any) -> lax.Precision:
     """The precision of products, by `jax.default_matmul_precision`."""
-    # Mosaic has products in one pass, and in full precision of float32 alone: what lies between is rounded up.
-    # JAX declares this option when it is imported.
+    # Mosaic supports products in one pass and in full float32 precision; intermediate settings are rounded up.
+    # Declared dynamically when JAX is imported.
     asked = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     is_full = dtype == jnp.float32 and asked not in _ONE_PASS
     return lax.Precision.HIGHEST if is_full else lax.Precision.DEFAULT
@@ -288,7 +288,7 @@ def _product_transposed(a: Array, b: Array) -> Array:
 
 
 def _on_visited(call: _Call, step_of_tile: Any) -> None:
-    """Runs the step of a tile, with a mask only where the reach has an edge in it."""
+    """Run the step of a tile, with a mask only if an edge of the reach crosses it."""
     i, step = pl.program_id(0), pl.program_id(1)
     j, is_visited = call.column_block(i, step)
     if call.reach.is_full:
@@ -320,7 +320,7 @@ def _forward_kernel(
             before = highest[...]
             now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
             weights, rest = jnp.exp(logits - _along(now, width)), jnp.exp(before - now)
-            # The sum over lanes is left for the end.
+            # The sum over lanes is computed at the end.
             of_lanes = functools.reduce(jnp.add, [weights[:, x : x + LANES] for x in range(0, width, LANES)])
             highest[...], total[...] = now, total[...] * rest + of_lanes
             product = _product_transposed(weights.astype(v.dtype), v[:, part])
@@ -331,7 +331,7 @@ def _forward_kernel(
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
         all_lanes = jnp.sum(total[...], axis=1, keepdims=True)
-        # A row with NaN must show it: a maximum may drop NaN, a sum never does.
+        # A row with NaN must give NaN: a maximum may drop NaN, a sum does not.
         top = jnp.where(all_lanes == all_lanes, highest[:, :1], all_lanes)
         unseen = top <= HIDDEN / 2
         out[...] = jnp.where(unseen, 0.0, sums[...] / all_lanes).T
@@ -341,7 +341,7 @@ def _forward_kernel(
 
 
 def _weights(logits: Array, peak: Array, log_total: Array) -> Array:
-    # Rounding lifts no weight above 1.
+    # Rounding must not lift a weight above 1.
     return jnp.exp(jnp.minimum((logits - peak) - log_total, 0.0))
 
 

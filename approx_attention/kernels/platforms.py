@@ -1,8 +1,8 @@
-"""One function with a form for each platform, chosen where a program is lowered and as one primitive of JAX.
+"""Functions with a form for each platform, chosen when a program is lowered, as one JAX primitive.
 
-`jax.lax.platform_dependent` chooses as well, but a fused kernel may not stand in one of its branches: in a program for
-several platforms it lowers every branch for all of them. A primitive is asked with the platform at hand. It also learns
-whether the program is partitioned automatically over devices, which no fused kernel can be.
+`jax.lax.platform_dependent` makes a similar choice, but does not support fused kernels in its branches: in a program
+for several platforms it lowers every branch for all of them. The lowering of a primitive knows the platform. It also
+knows whether the program is partitioned automatically over devices, which fused kernels do not support.
 """
 
 import functools
@@ -19,16 +19,16 @@ from jax.sharding import PartitionSpec
 from approx_attention.kernels.rows import along_with
 
 Outputs = TypeVar("Outputs")
-# Which operands are mapped, along their leading axis, by one `jax.vmap`.
+# The operands that one `jax.vmap` maps, along their leading axis.
 Mapped = tuple[bool, ...]
 Options = tuple[tuple[str, Any], ...]
 
 
 def by_platform(*operands: Any, cpu: Callable[..., Outputs], default: Callable[..., Outputs]) -> Outputs:
-    """The outputs of one of two forms, for CPUs and for all other platforms, both made of operations of JAX.
+    """Call one of two forms made of JAX operations, for CPUs and for all other platforms.
 
-    In shard_map outputs, which are numbers and no keys, vary over all axes of the mesh over which an operand does,
-    whichever form they are from.
+    In shard_map the outputs of both forms, which must not be PRNG keys, vary over all mesh axes over which an operand
+    varies.
     """
     leaves = jax.tree.leaves(operands)
     if any(getattr(jax.typeof(x), "mat", None) != getattr(jax.typeof(0), "mat", None) for x in leaves):
@@ -37,15 +37,14 @@ def by_platform(*operands: Any, cpu: Callable[..., Outputs], default: Callable[.
 
 
 class ByPlatform:
-    """A function of arrays ``(*operands, **options)`` with several forms, that returns a tuple of arrays.
+    """A function ``(*operands, **options)`` of arrays with several forms, which returns a tuple of arrays.
 
     Args:
         name: the name of the primitive.
-        outputs: ``(*operands, **options) -> [(shape, dtype), ...]`` from operands of which only shapes and dtypes are
-            known.
-        cpu: the form for CPUs, of operations of JAX.
-        default: that for all other platforms without a fused kernel, and for programs that are partitioned.
-        fused: forms for platforms by name, or a form that an option ``implementation`` asks for by another name.
+        outputs: ``(*operands, **options) -> [(shape, dtype), ...]`` from the shapes and dtypes of operands.
+        cpu: the form for CPUs, of JAX operations.
+        default: the form for other platforms without a fused kernel, and for partitioned programs.
+        fused: forms by platform name, or by other names for the option ``implementation``.
     """
 
     def __init__(
@@ -70,11 +69,11 @@ class ByPlatform:
             mlir.register_lowering(self.primitive, rule, platform=platform)
 
     def __call__(self, *operands: Array, **options: Any) -> list[Array]:
-        """The outputs. In shard_map all operands vary over the same axes."""
+        """Call the function. In shard_map all operands must vary over the same axes."""
         return self.bind(*operands, mapped=(), options=tuple(sorted(options.items())))
 
     def define_jvp(self, rule: Callable[..., tuple[Any, Any]]) -> None:
-        """Sets the derivative: ``(primals, tangents, mapped, options) -> (outputs, tangents of outputs)``."""
+        """Set the derivative: ``(primals, tangents, mapped, options) -> (outputs, tangents of outputs)``."""
 
         def jvp(primals: Any, tangents: Any, *, options: Options, mapped: tuple[Mapped, ...]) -> Any:
             return rule(primals, [ad.instantiate_zeros(x) for x in tangents], mapped, options)
@@ -82,7 +81,7 @@ class ByPlatform:
         ad.primitive_jvps[self.primitive] = jvp
 
     def define_transpose(self, rule: Callable[..., Any]) -> None:
-        """Sets the transpose: ``(cotangents, operands, mapped, options) -> cotangents of operands``."""
+        """Set the transpose: ``(cotangents, operands, mapped, options) -> cotangents of operands``."""
 
         def transpose(cotangents: Any, *operands: Any, options: Options, mapped: tuple[Mapped, ...]) -> Any:
             return rule([ad.instantiate_zeros(x) for x in cotangents], operands, mapped, options)
@@ -90,7 +89,7 @@ class ByPlatform:
         ad.primitive_transposes[self.primitive] = transpose
 
     def bind(self, *operands: Array, mapped: tuple[Mapped, ...], options: Options) -> list[Array]:
-        """The outputs for operands that are mapped already, as a rule of a derivative receives them."""
+        """Call the function with operands that are already mapped, as in a derivative rule."""
         return self.primitive.bind(*operands, options=options, mapped=mapped)
 
     def _types(self, *operands: Any, options: Options, mapped: tuple[Mapped, ...]) -> list[Any]:
@@ -99,7 +98,7 @@ class ByPlatform:
             return operands[0].update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
         own = list(operands)
-        # On a mesh with explicit axes a mapped axis stays divided as it is; no other axis of an output is.
+        # On a mesh with explicit axes a mapped axis keeps its sharding; no other axis of an output is sharded.
         sizes, parts = [], []
         for level in mapped:
             first = next(x for x, is_mapped in zip(own, level, strict=True) if is_mapped)
@@ -124,7 +123,7 @@ class ByPlatform:
         return outputs, [0] * len(outputs)
 
     def _applied(self, *operands: Array, options: Options, mapped: tuple[Mapped, ...]) -> Any:
-        # Also under `jax.disable_jit`: only where a program is lowered is its platform known.
+        # Also under `jax.disable_jit`, because the platform is known only when a program is lowered.
         with jax.disable_jit(False):
             return self._compiled(*operands, mapped=mapped, options=options)
 
@@ -135,7 +134,7 @@ class ByPlatform:
             chosen = self.fused[asked]
         elif asked == "pallas" and form not in self.fused:
             raise NotImplementedError(
-                f"implementation='pallas' was lowered for a platform that has no fused kernel ({form}); these have: "
+                f"implementation='pallas' was lowered for a platform without a fused kernel ({form}); supported are "
                 f"{', '.join(x for x in self.fused if x in ('tpu', 'cuda'))}. Use None, 'xla' or 'interpret'"
             )
         elif asked != "xla" and form in self.fused:
@@ -148,15 +147,15 @@ class ByPlatform:
                     )
             else:
                 chosen = self.fused[form]
-                # In a program for several platforms this part is for one.
+                # In a program for several platforms this part is for one platform.
                 ctx = ctx.replace(module_context=module.replace(platforms=(form,)))
         return mlir.lower_fun(mapped_form(chosen, options, mapped), multiple_results=True)(ctx, *operands)
 
 
 def mapped_form(function: Callable[..., Any], options: Options, mapped: tuple[Mapped, ...]) -> Callable[..., Any]:
-    """A function of unmapped operands as one of mapped operands, with its options given.
+    """Turn a function of unmapped operands into one of mapped operands, with bound options.
 
-    The option ``precision`` is that of matrix products: they are made when a program is lowered, outside the context
+    The option ``precision`` is that of matrix products, which are made when a program is lowered, outside the context
     in which it was traced.
     """
     given = dict(options)
@@ -172,7 +171,7 @@ def mapped_form(function: Callable[..., Any], options: Options, mapped: tuple[Ma
 
 
 def _is_partitioned(axes: Any) -> bool:
-    """Whether XLA divides the operations of a program among devices by itself."""
+    """Whether XLA partitions the operations of a program over devices automatically."""
     if hasattr(axes, "num_devices"):
         return axes.num_devices not in (None, 1)
     # In shard_map the mesh's other axes are automatic.

@@ -1,4 +1,4 @@
-"""Which keys a query reaches, by position; and the blocks of them that a block of queries visits."""
+"""The keys within reach of a query, by position, and the visited blocks of keys of a block of queries."""
 
 from typing import Any, NamedTuple
 
@@ -7,12 +7,12 @@ from jax import lax
 
 
 class Reach(NamedTuple):
-    """Query t stands at position ``t + offset`` and sees keys from ``left`` before it to ``right`` after it.
+    """Query t is at position ``t + offset`` and sees keys from ``left`` before it to ``right`` after it.
 
     Attributes:
         offset: the position of the first query.
-        left: how far back a query sees; None for all earlier keys.
-        right: how far ahead; None for all later keys, 0 for none.
+        left: number of earlier keys; None for all.
+        right: number of later keys; None for all.
     """
 
     offset: int = 0
@@ -25,7 +25,7 @@ class Reach(NamedTuple):
         return self.left is None and self.right is None
 
     def seen(self, query: Any, key: Any) -> Any:
-        """Whether the query with this number sees the key with this number."""
+        """Whether a query sees a key, by index."""
         distance = key - query - self.offset
         seen = True
         if self.left is not None:
@@ -35,7 +35,7 @@ class Reach(NamedTuple):
         return seen
 
     def within(self, num_queries: int, num_keys: int) -> "Reach":
-        """The same pairs of these queries and keys, without a bound that excludes none of them."""
+        """The same pairs for given lengths, without bounds that exclude nothing."""
         left = None if self.left is not None and self.left >= num_queries - 1 + self.offset else self.left
         right = None if self.right is not None and self.right >= num_keys - 1 - self.offset else self.right
         return Reach(0 if left is right is None else self.offset, left, right)
@@ -51,7 +51,7 @@ class Reach(NamedTuple):
         return _larger(_floor_quotient(block, rows, self.offset - self.left, columns), 0)
 
     def end(self, block: Any, rows: int, columns: int, key_blocks: int) -> Any:
-        """The block after the last that is visited, of ``key_blocks``; none is where it is not after `first`."""
+        """The block after the last visited one of ``key_blocks``; none is visited if it is not after `first`."""
         if self.right is None:
             return key_blocks
         last = _floor_quotient(block, rows, rows - 1 + self.offset + self.right, columns)
@@ -62,7 +62,7 @@ class Reach(NamedTuple):
         return max(self.end(i, rows, columns, key_blocks) - self.first(i, rows, columns) for i in range(blocks))
 
     def is_whole(self, i: Any, j: Any, rows: int, columns: int) -> Any:
-        """Whether every query of block i sees every key of block j; a truth or an array."""
+        """Whether every query of block i sees every key of block j, as a bool or an array."""
         is_whole = True
         if self.left is not None:
             is_whole = j * columns >= (i + 1) * rows - 1 + self.offset - self.left
@@ -76,12 +76,12 @@ def _larger(a: Any, b: int) -> Any:
 
 
 def _floor_quotient(block: Any, rows: int, shift: int, columns: int) -> Any:
-    """``(block * rows + shift) // columns``, also for traced numbers of a block.
+    """``(block * rows + shift) // columns``, also for a traced block.
 
-    The operator asks the default device, which a kernel that is compiled for another machine has none of.
+    The operator would query the default device, which may not exist when a kernel is compiled for another machine.
     """
     if isinstance(block, int):
         return (block * rows + shift) // columns
-    # The quotient of numbers that are not negative needs no correction.
+    # The quotient of non-negative numbers needs no correction.
     above = max(0, (columns - 1 - shift) // columns)
     return lax.div(block * rows + (shift + above * columns), jnp.int32(columns)) - above

@@ -1,4 +1,4 @@
-"""Rows of arrays: padded, cut into blocks, put together again, and mapped block by block."""
+"""Operations on rows of arrays: padding, blocks, and maps block by block."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jax import Array, lax
 
 
 def pad_rows(x: Array, padding: int) -> Array:
-    """Appends ``padding`` rows of zeros."""
+    """Append ``padding`` rows of zeros."""
     return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) if padding else x
 
 
@@ -25,10 +25,10 @@ def out_of_blocks(tree: Any, num_rows: int | None = None) -> Any:
 
 
 def along_with(tree: Any, *arrays: Any) -> Any:
-    """The arrays of a tree, which vary wherever one of the ``arrays`` does: over mapped axes, or a mesh's in shard_map.
+    """Make the arrays of a tree vary over the mapped and mesh axes of ``arrays``, without changing values.
 
-    What a loop starts from, or one branch of a condition returns, must have the type of what comes out. Mapped axes
-    stand first. The values are the same, and compilers remove the choice that never takes another.
+    The initial carry of a loop, or one branch of a condition, must have the type of the result. Mapped axes come first.
+    Compilers remove the selection.
     """
     others = [x if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool else None for x in jax.tree.leaves(arrays)]
     others = [lax.stop_gradient(x).reshape(-1)[:1] for x in others if x is not None and x.size]
@@ -43,7 +43,7 @@ def along_with(tree: Any, *arrays: Any) -> Any:
 
 
 def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:
-    """Applies ``function``, row by row a map, to blocks of at most ``block_size`` rows, one after the other."""
+    """Apply ``function``, which acts row by row, to blocks of at most ``block_size`` rows, one after the other."""
     num_rows = jax.tree.leaves(tree)[0].shape[0]
     blocks, rows = even_split(num_rows, block_size)
     if blocks == 1:
@@ -52,12 +52,12 @@ def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:
 
 
 def round_up(length: int, multiple: int) -> int:
-    """The least multiple that is not below a length."""
+    """The smallest multiple that is at least ``length``."""
     return -(-length // multiple) * multiple
 
 
 def even_split(length: int, block_size: int) -> tuple[int, int]:
-    """The number of blocks of at most ``block_size``, and the least common size that covers ``length``."""
+    """The number of blocks of at most ``block_size``, and the smallest common size that covers ``length``."""
     blocks = max(1, -(-length // block_size))
     return blocks, -(-length // blocks)
 
@@ -73,20 +73,20 @@ def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill
 
 
 def sums_so_far(x: Array, weights: Array | None = None) -> Array:
-    r"""Sums of the first i rows of ``x [n, ...]``, for each i, by one product with a triangle of weights.
+    r"""Prefix sums of the rows of ``x [n, ...]`` by one product with a triangular matrix of weights.
 
     .. math:: y_i = \sum_{j \le i} w_{ij}\, x_j
 
     Args:
         x: the rows.
-        weights: ``[n, n]``, or ``[n, n, R]`` for rows ``[R, ...]``; 0 above the diagonal. By default 1 below it.
+        weights: ``[n, n]``, or ``[n, n, R]`` for rows ``[R, ...]``; 0 above the diagonal. By default 1 elsewhere.
 
     Returns:
-        The sums ``[n, ...]``, in full precision on every machine; NaN from the first row on that is not finite.
+        The sums ``[n, ...]``, in full precision on every platform; NaN from the first row that is not finite.
     """
     so_far = jnp.tri(x.shape[0], dtype=bool)
     rest = (1,) * (x.ndim - 1)
-    # In the product a later NaN would reach earlier sums, as 0 times NaN: it is put back where it belongs.
+    # In the product a later NaN would reach earlier sums as 0 times NaN, so it is restored separately.
     finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
     lost = jnp.any(so_far & ~finite[None], axis=1)
     kept = jnp.where(finite.reshape(-1, *rest), x, 0)

@@ -1,4 +1,4 @@
-"""Attention states: outputs with their log-normalisers, and the law by which they merge."""
+"""Attention states: outputs with their log-normalisers, and their merge."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionState:
-    r"""The answer of attention over a set of keys: outputs, and the log-normalisers with which answers merge.
+    r"""The result of attention over a set of keys: outputs, and the log-normalisers by which states merge.
 
     For logits :math:`x_{tj}` over keys :math:`j`,
 
@@ -23,6 +23,14 @@ class AttentionState:
     Attributes:
         out: normalised outputs ``[..., T, Dv]``.
         lse: log-normalisers ``[..., T]``, natural logarithm.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import exact
+        >>> x = jnp.zeros((3, 2))
+        >>> state = exact(x, x, jnp.array([[1.0], [2.0], [6.0]]), return_state=True)
+        >>> round(float(state.out[0, 0]), 4), round(float(jnp.exp(state.lse[0])), 4)  # the mean value, and 3 keys
+        (3.0, 3.0)
     """
 
     out: Array
@@ -30,35 +38,35 @@ class AttentionState:
 
     @classmethod
     def empty(cls, num_queries: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """The identity of `merge`: ``num_queries`` rows that have seen no key."""
+        """The identity of `merge`: ``num_queries`` rows that see no key."""
         return cls(jnp.zeros((num_queries, value_dim), dtype), jnp.full((num_queries,), -jnp.inf, dtype))
 
 
 @functools.singledispatch
 def merge(a: Any, b: Any) -> Any:
-    r"""Merges two attention states, or two summaries of one kind, that stand for disjoint sets of keys.
+    r"""Merge two attention states, or two summaries of one kind, over disjoint sets of keys.
 
     For states, with :math:`w = e^{\mathrm{lse} - \mathrm{lse}_{ab}}`,
 
     .. math:: \mathrm{lse}_{ab} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
               \mathrm{out}_{ab} = w_a\, \mathrm{out}_a + w_b\, \mathrm{out}_b.
 
-    Tokens (`WeightedKV`) are concatenated and moments (`FeatureMoments`) added, so that
-    ``attend(q, merge(a, b))`` equals ``merge(attend(q, a), attend(q, b))``. Merging is associative and
-    commutative up to rounding (up to order, for tokens); the empty state and the empty summary are its identity.
+    Tokens (`WeightedKV`) are concatenated and moments (`FeatureMoments`) added, so that ``attend(q, merge(a, b))``
+    equals ``merge(attend(q, a), attend(q, b))``. Merging is associative and commutative up to rounding (for tokens, up
+    to order). The identity is the empty state or the empty summary.
 
     Args:
         a: an `AttentionState`, `WeightedKV` or `FeatureMoments`.
         b: another of the same kind.
 
     Returns:
-        One object of that kind, standing for the union of the keys.
+        One object of that kind for the union of the keys.
 
     Raises:
         TypeError: ``a`` and ``b`` are not of one mergeable kind.
-        ValueError: states or tokens of different sizes; summaries of which one carries a scale and the other none, or
-            another. Where scales are traced, the keys of the second are brought to that of the first; features cannot
-            be, and moments of scales that differ merge to NaN.
+        ValueError: states or tokens have different sizes, or summaries have different scales or only one has a scale.
+            If scales are traced, the keys of ``b`` are converted to the scale of ``a``; features cannot be converted,
+            and moments with different scales merge to NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -74,7 +82,7 @@ def merge(a: Any, b: Any) -> Any:
         :cite:p:`milakov2018online`, section 3; :cite:p:`liu2023ring`, section 3.
     """
     raise TypeError(
-        f"merge takes two attention states or two summaries of one kind, got {type(a).__name__} and {type(b).__name__}"
+        f"merge needs two attention states or two summaries of one kind, got {type(a).__name__} and {type(b).__name__}"
     )
 
 
@@ -82,8 +90,8 @@ def merge(a: Any, b: Any) -> Any:
 def _merge_states(a: AttentionState, b: Any) -> AttentionState:
     require_same_kind(a, b)
     _require_same_rows("merge", a, b)
-    # The larger weight is 1, so that the sum neither overflows nor vanishes; it is 0 only where both are empty, and the
-    # double where keeps the derivative finite there.
+    # The larger weight is 1, so that the sum neither overflows nor vanishes. It is 0 only if both states are empty,
+    # where a double where keeps the derivative finite.
     peak = finite_peak(jnp.maximum(a.lse, b.lse))
     weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
     total = weight_a + weight_b
@@ -94,14 +102,14 @@ def _merge_states(a: AttentionState, b: Any) -> AttentionState:
 
 
 def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
-    r"""Removes a part: the state of the keys of ``whole`` that are not in ``part``, the inverse of `merge`.
+    r"""Invert `merge`: compute the state of the keys of ``whole`` that are not in ``part``.
 
     .. math:: \mathrm{lse} = \log(e^{\mathrm{lse}_w} - e^{\mathrm{lse}_p}), \qquad
               \mathrm{out} = \frac{\mathrm{out}_w - r\, \mathrm{out}_p}{1 - r}, \qquad
               r = e^{\mathrm{lse}_p - \mathrm{lse}_w}.
 
-    Rounding errors grow like :math:`1 / (1 - r)`: where a part is nearly the whole, the rest is lost in them, and
-    outputs may leave the range of the values. Where r is not below 1 there is no rest: ``out = 0``, ``lse = -inf``.
+    Rounding errors grow like :math:`1 / (1 - r)`: if the part is nearly the whole, they dominate the rest, and outputs
+    may leave the range of the values. If r is at least 1 the rest is empty: ``out = 0``, ``lse = -inf``.
 
     Args:
         whole: the state of all keys.
@@ -112,7 +120,7 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
 
     Raises:
         TypeError: not an `AttentionState`.
-        ValueError: states of different queries or channels.
+        ValueError: the states have different numbers of queries or channels.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -125,10 +133,10 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
     """
     for name, state in (("whole", whole), ("part", part)):
         if not isinstance(state, AttentionState):
-            raise TypeError(f"subtract takes two attention states, got {type(state).__name__} for {name}")
+            raise TypeError(f"subtract needs two attention states, got {type(state).__name__} for {name}")
     _require_same_rows("subtract", whole, part)
     absent = part.lse == -jnp.inf
-    # Never above 0: an overflow in a branch that `where` leaves out would still give a derivative of NaN.
+    # Never above 0: an overflow in the unselected branch of `where` would give a derivative of NaN.
     shift = jnp.minimum(jnp.where(absent, 0, part.lse) - jnp.where(absent, 0, whole.lse), 0)
     ratio = jnp.where(absent, 0, jnp.exp(shift))
     gone = ratio >= 1
@@ -138,27 +146,27 @@ def subtract(whole: AttentionState, part: AttentionState) -> AttentionState:
 
 
 def require_same_kind(a: Any, b: Any) -> None:
-    """Raises ``TypeError`` unless ``b`` is of the type of ``a``: only like merges with like."""
+    """Raise ``TypeError`` unless ``a`` and ``b`` have the same type."""
     if type(a) is not type(b):
-        raise TypeError(f"merge takes two objects of one kind, got {type(a).__name__} and {type(b).__name__}")
+        raise TypeError(f"merge needs two objects of one kind, got {type(a).__name__} and {type(b).__name__}")
 
 
 def _require_same_rows(owner: str, a: AttentionState, b: AttentionState) -> None:
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
-        raise ValueError(f"{owner} takes states of the same queries and channels, got {a.out.shape} and {b.out.shape}")
+        raise ValueError(f"{owner} needs states of equal shape, got {a.out.shape} and {b.out.shape}")
 
 
 def finite_peak(peak: Array) -> Array:
-    """Makes a maximum safe to subtract: without gradient, and 0 where no key was seen (``-inf``)."""
-    # No result depends on the peak that is subtracted: its derivative would be 0 up to rounding. And -inf less -inf is
+    """Make a maximum safe to subtract: without gradient, and 0 for a row that sees no key (``-inf``)."""
+    # Results do not depend on the subtracted maximum: its derivative would be 0 up to rounding. And -inf minus -inf is
     # NaN.
     peak = jax.lax.stop_gradient(peak)
     return jnp.where(peak == -jnp.inf, jnp.zeros_like(peak), peak)
 
 
 def normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
-    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``; empty where mass <= 0."""
-    # A mass that is not positive has no logarithm. NaN is not <= 0, and shows in the output.
+    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``; empty if mass <= 0."""
+    # A mass that is not positive has no logarithm. NaN is not <= 0, and stays visible in the output.
     unanswered = mass <= 0
     safe_mass = jnp.where(unanswered, jnp.ones_like(mass), mass)
     out = jnp.where(unanswered[:, None], jnp.zeros_like(numerator), numerator / safe_mass[:, None])

@@ -1,4 +1,4 @@
-"""What tiles of logits have in common on every platform: hidden keys, sums relative to a peak, and their normaliser."""
+"""Shared code for tiles of logits: hidden keys, sums relative to a maximum, and normalisers."""
 
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ from jax import Array, lax
 
 from approx_attention.kernels.states import AttentionState
 
-# The bias of a key that a query must not see. Finite, so that a row of nothing but hidden keys stays free of NaN
-# without a guard inside the tile (a guard there splits XLA's fused product, maximum and exponential).
+# The bias of a hidden key. Finite, so that a row of hidden keys does not become NaN without a guard inside the tile,
+# which would split XLA's fusion of product, maximum and exponential.
 HIDDEN = -1e30
-# Tiles of at most 2048 keys, and of 2^21 to 2^23 logits (8 to 32 MB in float32), run the matrix products of a CPU at
-# full speed from cache: smaller ones merge more often, larger ones are read from memory.
+# With tiles of at most 2048 keys, and of 2^21 to 2^23 logits (8 to 32 MB in float32), matrix products on a CPU run at
+# full speed from cache: smaller tiles merge more often, larger ones are read from memory.
 KEY_BLOCK = 2048
 LEAST_TILE, GREATEST_TILE = 2**21, 2**23
 
 
 def accumulation_dtype(*tensors: Any) -> Any:
-    """float64 where any tensor is float64, else float32."""
+    """float64 if any tensor is float64, else float32."""
     return jnp.float64 if jnp.float64 in [x.dtype for x in tensors] else jnp.float32
 
 
@@ -28,7 +28,7 @@ def mask_bias(seen: Array, dtype: Any) -> Array:
 
 
 def soft_capped(logits: Array, logits_soft_cap: float | None) -> Array:
-    r"""Logits x within a cap c of either sign, :math:`c \tanh(x / c)`; as they are without one."""
+    r"""Capped logits, :math:`c \tanh(x / c)`; unchanged without a cap."""
     return logits if logits_soft_cap is None else logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
 
 
@@ -36,8 +36,8 @@ def dense_state(
     q: Array, k: Array, v: Array, bias: Array | None = None, logits_soft_cap: float | None = None
 ) -> AttentionState:
     r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
-    # Adding HIDDEN alone would let a key through whose logit is as large. A key hidden from all queries is set to 0
-    # instead, which leaves XLA's fused product whole; where it is hidden from some, the sum is replaced.
+    # Adding HIDDEN alone would not hide a key with an equally large logit. A key hidden from all queries is set to 0
+    # instead, which keeps XLA's fused product; if it is hidden from some queries, the sum is replaced.
     if bias is None:
         logits = soft_capped(q @ k.T, logits_soft_cap)
     elif bias.shape[0] == 1:
@@ -57,9 +57,9 @@ def dense_state(
 
 
 class Rows(NamedTuple):
-    """Outputs ``[T, Dv]``, and normalisers ``[T]`` as peaks and the logarithms of sums.
+    """Outputs ``[T, Dv]``, and normalisers ``[T]`` as maxima and logarithms of sums.
 
-    Added to a large peak, the logarithm of the sum would be rounded away. A row that sees no key has the peak `HIDDEN`.
+    Added to a large maximum, the logarithm would be lost to rounding. A row that sees no key has the maximum `HIDDEN`.
     """
 
     out: Array
@@ -67,24 +67,24 @@ class Rows(NamedTuple):
     log_total: Array
 
     def state(self) -> AttentionState:
-        """With the two parts of a normaliser added."""
+        """The attention state, with the two parts of normalisers added."""
         return AttentionState(self.out, jnp.where(sees_a_key(self.peak), self.peak + self.log_total, -jnp.inf))
 
 
 def sees_a_key(peak: Array) -> Array:
-    """Whether the row of a peak sees a key. One with NaN does, and must show it."""
+    """Whether a row sees a key, by its maximum. A row with NaN does."""
     return ~(peak <= HIDDEN / 2)
 
 
 class Sums(NamedTuple):
-    """Unnormalised sums over the keys of some tiles: weights relative to the peak, and weights times values."""
+    """Unnormalised sums over the keys of some tiles: weights relative to the maximum, and weights times values."""
 
     peak: Array
     total: Array
     product: Array
 
     def plus(self, other: "Sums") -> "Sums":
-        """The sums over the keys of both."""
+        """Merge the sums of two disjoint sets of keys."""
         peak = lax.stop_gradient(jnp.maximum(self.peak, other.peak))
         own, others = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
         product = self.product * own[:, None] + other.product * others[:, None]
@@ -134,13 +134,13 @@ def padded(tree: Any, length: int, fill: float = 0) -> Any:
 
 
 def no_sums(queries: Array, v: Array, dtype: Any) -> Sums:
-    """The sums over no key."""
+    """The sums over an empty set of keys."""
     none = jnp.zeros_like(queries[:, 0], dtype)
     return Sums(none + HIDDEN, none, none[:, None] + jnp.zeros((1, v.shape[1]), dtype))
 
 
 def normalised(sums: Sums, num_queries: int) -> Rows:
-    """The first rows of sums, divided by their totals."""
+    """The first ``num_queries`` rows of sums, normalised."""
     peak, total, product = jax.tree.map(lambda x: x[:num_queries], sums)
     # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
     peak = jnp.where(jnp.isnan(total), total, peak)
@@ -152,9 +152,9 @@ def normalised(sums: Sums, num_queries: int) -> Rows:
 def seen_cotangents(
     out: Array, peak: Array, log_total: Array, d_out: Array, d_lse: Array
 ) -> tuple[Array, Array, Array, Array]:
-    r"""Peaks, logarithms of sums, cotangents of outputs, and :math:`\delta_t = dO_t \cdot O_t - d\mathrm{lse}_t`.
+    r"""Maxima, logarithms of sums, cotangents of outputs, and :math:`\delta_t = dO_t \cdot O_t - d\mathrm{lse}_t`.
 
-    All are 0 in rows that see no key: these have the output 0 always.
+    All are 0 in rows that see no key, whose output is always 0.
     """
     seen = sees_a_key(peak)
     d_out = jnp.where(seen[:, None], d_out, 0)
@@ -165,5 +165,5 @@ def seen_cotangents(
 def weights_of(logits: Array, peak: Array, log_total: Array) -> Array:
     """Weights from logits and the two parts of normalisers, which broadcast against them."""
     logits = (logits - peak) - log_total
-    # Rounding lifts no weight above 1; as a constant, so that second derivatives see the logits.
+    # Rounding must not lift a weight above 1; the correction is constant, so that second derivatives use the logits.
     return jnp.exp(logits - lax.stop_gradient(jnp.maximum(logits, 0)))

@@ -1,12 +1,11 @@
 r"""Exact attention of one head as fused kernels for GPUs, written in Pallas and compiled by Triton.
 
-The logits are :math:`x_{tj} = s\, q_t \cdot k_j + b_j`. A program of `forward` holds a block of queries and loops over
-the blocks of keys within its reach; no tile of logits is stored. `backward` computes each tile again from the
-normalisers, in two kernels: for the gradient of the queries as `forward`, and for that of the keys with the loop over
-blocks of queries. Batches and heads are added by `jax.vmap`, which makes them further axes of the grid and does not
-copy what they share.
+The logits are :math:`x_{tj} = s\, q_t \cdot k_j + b_j`. A program of `forward` loads a block of queries and loops over
+the blocks of keys within its reach; no tile of logits is stored. `backward` recomputes each tile from the normalisers,
+in two kernels: the gradient of queries loops over keys like `forward`, and that of keys loops over blocks of queries.
+`jax.vmap` adds batches and heads as further axes of the grid, without copies of shared tensors.
 
-Products are of tensors in their dtype, summed in float32. Those of float32 follow `jax.default_matmul_precision`.
+Products are in the dtype of the tensors, summed in float32. Float32 products follow `jax.default_matmul_precision`.
 """
 
 import functools
@@ -24,7 +23,8 @@ from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.tiles import HIDDEN
 from approx_attention.kernels.triton_tiles import Tile, Tiles, default_tiles, padded_width
 
-# A power of 2 is one instruction of a GPU, and one of e about ten: inside the kernels, logits are multiplied by this.
+# On a GPU a power of 2 is one instruction, and a power of e about ten: inside the kernels logits are multiplied by
+# this.
 LOG2_E = math.log2(math.e)
 
 
@@ -39,21 +39,21 @@ def forward(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    r"""Outputs and normalisers, :math:`o_t = \sum_j e^{x_{tj} - m_t - l_t} v_j`.
+    r"""Compute outputs and normalisers, :math:`o_t = \sum_j e^{x_{tj} - m_t - l_t} v_j`.
 
     Args:
         q: queries ``[T, D]``.
-        k: keys ``[S, D]``, of the dtype of the queries: float32, bfloat16 or float16.
-        v: values ``[S, Dv]``, of the same dtype. Hidden keys and their values are finite.
+        k: keys ``[S, D]`` in the dtype of the queries: float32, bfloat16 or float16.
+        v: values ``[S, Dv]`` in the same dtype. Hidden keys and their values must be finite.
         bias: added to the logits of a key, ``[S]`` float32; at most ``HIDDEN / 2`` for a hidden key.
         scale: the factor of the logits, a float32 scalar.
         reach: the keys that each query sees.
-        tiles: sizes of tiles; default: `default_tiles`.
-        interpret: run the kernel as an interpreted program, on any platform.
+        tiles: sizes of tiles, by default `default_tiles`.
+        interpret: interpret the kernel, on any platform.
 
     Returns:
-        Outputs ``[T, Dv]``, and normalisers ``[T]`` as the greatest logit :math:`m_t` and the logarithm of the sum
-        :math:`l_t`, in float32. A row that sees no key has the output 0, the peak `HIDDEN` and the logarithm 0.
+        Outputs ``[T, Dv]``, and normalisers ``[T]`` as the largest logit :math:`m_t` and the logarithm of the sum
+        :math:`l_t`, in float32. A row that sees no key has output 0, maximum `HIDDEN` and logarithm 0.
     """
     size = _Size(q.shape[0], k.shape[0], q.shape[1], v.shape[1])
     step = _fitted((tiles or default_tiles(size.head_dim, size.value_dim, q.dtype)).forward, size)
@@ -90,7 +90,7 @@ def backward(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
-    r"""Gradients of queries, keys, values and bias from that of the outputs.
+    r"""Compute gradients of queries, keys, values and bias from the gradient of outputs.
 
     Args:
         q: queries ``[T, D]``.
@@ -100,12 +100,12 @@ def backward(
         scale: the factor of the logits.
         peak: from `forward`, ``[T]``; 0 for a row that sees no key.
         log_total: from `forward`, ``[T]``.
-        delta: :math:`\langle \mathrm{d}o_t, o_t \rangle` less the gradient of the log-normaliser, ``[T]`` float32; 0
+        delta: :math:`\langle \mathrm{d}o_t, o_t \rangle` minus the gradient of the log-normaliser, ``[T]`` float32; 0
             for a row that sees no key.
-        d_out: the gradient of the outputs ``[T, Dv]``, of the dtype of the values; 0 for a row that sees no key.
+        d_out: the gradient of the outputs ``[T, Dv]`` in the dtype of the values; 0 for a row that sees no key.
         reach: the keys that each query sees.
         tiles: sizes of tiles; default: `default_tiles`.
-        interpret: run the kernels as interpreted programs, on any platform.
+        interpret: interpret the kernels, on any platform.
 
     Returns:
         Gradients of q, k, v and bias, in float32.
@@ -167,7 +167,7 @@ class _Size(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """What is known of a kernel when it is traced."""
+    """The static parameters of a kernel."""
 
     size: _Size
     tile: Tile
@@ -176,7 +176,7 @@ class _Form(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """An axis of tokens in blocks, one for each program, from the first block on or from the last."""
+    """An axis of tokens in blocks, one per program, in ascending or descending order."""
 
     length: int
     rows: int
@@ -200,12 +200,12 @@ class _Blocks(NamedTuple):
 
 
 def _query_blocks(size: _Size, tile: Tile) -> _Blocks:
-    # Causally the last queries see the most keys: their programs start first, and the short ones fill up the end.
+    # In the causal form the last queries see the most keys: their programs start first, and short ones fill the end.
     return _Blocks(size.num_queries, tile.rows, last_first=True)
 
 
 def fits(q: Array, v: Array) -> bool:
-    """Whether blocks of heads of these widths fit the memory of a multiprocessor."""
+    """Whether blocks of heads of these widths fit in the memory of a multiprocessor."""
     return max(padded_width(x.shape[1]) for x in (q, v)) <= (1024 if q.dtype.itemsize == 2 else 512)
 
 
@@ -220,7 +220,7 @@ def _scalar() -> pl.BlockSpec:
 
 
 def _fitted(tile: Tile, size: _Size) -> Tile:
-    """The tile, no larger than short sequences fill."""
+    """The tile, reduced for short sequences."""
     rows, columns = min(tile.rows, padded_width(size.num_queries)), min(tile.columns, padded_width(size.num_keys))
     return tile._replace(rows=rows, columns=columns)
 
@@ -234,7 +234,7 @@ def _call(
     interpret: bool,
 ) -> Callable[..., Any]:
     def of_operands(*arrays: Array) -> Any:
-        # In shard_map outputs vary over devices as operands do.
+        # In shard_map outputs vary over the same axes as operands.
         out_type = functools.partial(
             jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=jax.typeof(arrays[0]).mat
         )
@@ -287,7 +287,7 @@ def _forward_kernel(
         jnp.zeros((tile.rows,), jnp.float32),
     )
     product, peak, total = _over_reach(over, nothing, first, tile.rows, tile.columns, size.num_keys, reach)
-    # A row with NaN must show it and not count as one that sees no key: a maximum may drop NaN, a sum never does.
+    # A row with NaN must give NaN, and not count as one that sees no key: a maximum may drop NaN, a sum does not.
     peak = jnp.where(jnp.isnan(total), total, peak)
     unseen = peak <= HIDDEN / 2
     total = jnp.where(unseen, 1.0, total)
@@ -353,7 +353,7 @@ def _d_keys_kernel(
     k, v, scale = keys.read(k_ref, size.head_dim), keys.read(v_ref, size.value_dim), scale_ref[0]
     bias = keys.read(bias_ref, fill=HIDDEN)[:, None] * LOG2_E
 
-    # The tile is transposed, with keys as rows: the weights are the left factor of their product as they are.
+    # The tile is transposed, with keys as rows, so that the weights are the left factor without a transpose.
     def over(start: Array, carry: tuple[Array, Array, Array], at_edge: bool) -> tuple[Array, Array, Array]:
         d_k, d_v, d_bias = carry
         queries = _Rows(start, start, tile.rows, size.num_queries)
@@ -382,7 +382,7 @@ def _d_keys_kernel(
 
 
 class _Rows(NamedTuple):
-    """Rows of a reference from a start, which are tokens from a position on, of which there are ``length``."""
+    """Rows of a reference from a start: the tokens from a position on, of ``length`` tokens in all."""
 
     start: Any
     first: Any
@@ -407,7 +407,7 @@ class _Rows(NamedTuple):
         return ref.at[rows] if width is None else ref.at[rows, :]
 
     def _mask(self, width: int | None) -> Array | None:
-        """Where there is an entry, or None where there is everywhere."""
+        """The mask of existing entries, or None if all exist."""
         rows = None if self.length % self.count == 0 else self.positions < self.length
         if width is None:
             return rows
@@ -424,13 +424,13 @@ def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
 
 
 def _at_most_one(exponent: Array, log_total: Array) -> Array:
-    """Exponents of weights, at most 0 despite rounding, or NaN in a row with NaN."""
-    # A minimum on a GPU drops NaN unless both of its arguments are NaN.
+    """Exponents of weights, clipped to 0 against rounding; NaN in a row with NaN."""
+    # A minimum on a GPU drops NaN unless both arguments are NaN.
     return jnp.minimum(exponent, log_total - log_total)
 
 
 def _exp2(x: Array) -> Array:
-    """Powers of 2, with 0 for those below 2^-126: to tell them apart takes three more instructions for each."""
+    """Powers of 2, with 0 below 2^-126; exact subnormal results would need three more instructions."""
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     instruction = "ex2.approx.ftz.f32 $0, $1;"
     return plgpu.elementwise_inline_asm(
@@ -439,7 +439,7 @@ def _exp2(x: Array) -> Array:
 
 
 def _seen(queries: _Rows, keys: _Rows, reach: Reach, transposed: bool = False) -> Array:
-    """True where a query sees a key, ``[queries, keys]`` or transposed."""
+    """The mask of visible pairs, ``[queries, keys]`` or transposed."""
     query, key = queries.positions, keys.positions
     return reach.seen(query[None, :], key[:, None]) if transposed else reach.seen(query[:, None], key[None, :])
 
@@ -453,9 +453,9 @@ def _over_reach(
     length: int,
     reach: Reach,
 ) -> Any:
-    """``over(start, carry, at_edge)`` of the blocks of columns that the rows from ``first`` on reach.
+    """Loop ``over(start, carry, at_edge)`` over the blocks of columns within reach of the rows from ``first`` on.
 
-    Blocks at an edge of the reach come before and behind those that all rows see in full.
+    Blocks at an edge of the reach come before and after those that all rows see completely.
     """
     count = pl.cdiv(length, columns)
 

@@ -1,4 +1,4 @@
-"""Sizes of the tiles of the kernel for GPUs."""
+"""Tile sizes of the kernel for GPUs."""
 
 from typing import Any, NamedTuple
 
@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-# The matrix units multiply tiles of 16 rows and columns at least.
+# Matrix units multiply tiles of at least 16 rows and columns.
 LEAST_BLOCK = 16
 
 
 class Tile(NamedTuple):
-    """A tile of logits and how a program computes it.
+    """A tile of logits and its schedule.
 
     Attributes:
-        rows: queries, a power of two of at least 16.
-        columns: keys, a power of two of at least 16.
-        num_warps: groups of 32 threads that share a tile.
-        num_stages: blocks that are read ahead, the current one included.
+        rows: number of queries, a power of two of at least 16.
+        columns: number of keys, a power of two of at least 16.
+        num_warps: number of groups of 32 threads per tile.
+        num_stages: number of blocks in the load pipeline, including the current one.
     """
 
     rows: int
@@ -34,22 +34,22 @@ class Tiles(NamedTuple):
     d_keys: Tile
 
 
-# Default tiles by the greatest dimension of a head, rounded up to a power of two, chosen from programs compiled
-# for an H200 (sm_90a), not from times. No full, causal or windowed program spills registers, and the tiles fit shared
-# memory (227 KB) with blocks read ahead. Under these limits a program holds as many queries (for the gradient of the
-# keys: as many keys) as it can, up to 128, because each block that it reads serves all of them.
+# Default tiles by the largest dimension of a head, rounded up to a power of two, chosen from programs compiled for an
+# H200 (sm_90a), not from times. No full, causal or windowed program spills registers, and the tiles with their pipeline
+# fit in shared memory (227 KB). Within these limits the number of queries (for the gradient of keys: of keys) is as
+# large as possible, up to 128, because each loaded block serves all of them.
 _HALF_PRECISION = {
     64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 8, 2)),
 }
-# Products of float32 on matrix units, which round the factors to TF32.
+# Float32 products on matrix units, which round the factors to TF32.
 _TF32 = {
     64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     128: Tiles(Tile(128, 32, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
     256: Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
-# Products of float32 without the matrix units: their tiles are held in registers.
+# Float32 products without matrix units, whose tiles are in registers.
 _FLOAT32 = {
     64: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
     128: Tiles(Tile(32, 16, 4, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
@@ -61,11 +61,11 @@ _TF32_PRECISIONS = None, "default", "high", "bfloat16", "tensorfloat32", "TF32_T
 
 
 def default_tiles(head_dim: int, value_dim: int, dtype: Any) -> Tiles:
-    """The tiles for heads of these dimensions, at the precision `jax.default_matmul_precision` in float32."""
+    """The tiles for heads of these dimensions; in float32 they depend on `jax.default_matmul_precision`."""
     if jnp.dtype(dtype).itemsize == 2:
         table = _HALF_PRECISION
     else:
-        # JAX declares this option at run time.
+        # Declared dynamically when JAX is imported.
         precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
         table = _TF32 if precision in _TF32_PRECISIONS else _FLOAT32
     width = max(padded_width(head_dim), padded_width(value_dim))

@@ -1,7 +1,7 @@
-r"""Attention as one flat loop over pairs of tiles, of operations that every platform has.
+r"""Attention as one flat loop over pairs of blocks, with JAX operations for every platform.
 
-The loop visits the pairs of a block of queries and a block of keys within their reach. Its program does not grow with
-the sequence. The gradient recomputes the weights of a tile from the normalisers.
+The loop visits the pairs of a block of queries and a block of keys within reach. The size of the program does not
+depend on the sequence. The gradient recomputes the weights of a tile from the normalisers.
 """
 
 import functools
@@ -28,8 +28,8 @@ from approx_attention.kernels.tiles import (
     weights_of,
 )
 
-# Rows and columns of a tile: a tile of every head that runs at once fits the memory of an accelerator, and the products
-# are large enough for its matrix units.
+# Rows and columns of a tile: tiles of all parallel heads fit in the memory of an accelerator, and products are large
+# enough for its matrix units.
 LEAST_TILE, GREATEST_TILE = 512, 1024
 
 
@@ -74,19 +74,19 @@ def backward(
     logits_soft_cap: float | None = None,
     **_: Any,
 ) -> tuple[Array, ...]:
-    r"""Gradients of q, k, v and the bias b as sums over tiles of the weights, which the normalisers give back.
+    r"""Compute gradients of q, k, v and the bias b over tiles of weights recomputed from the normalisers.
 
     .. math:: P = e^{X - \mathrm{lse}}, \quad dV = P^T dO, \quad dX = P \odot (dO\,V^T - \delta), \quad
               dQ = s\, dX\,K, \quad dK = s\, dX^T Q, \quad db = dX^T 1.
 
-    Under a cap c the logits are :math:`Y = c \tanh(s\,Q K^T / c)` and a bias, and dX gets the factor
+    With a cap c the logits are :math:`Y = c \tanh(s\,Q K^T / c)` plus a bias, and dX has the factor
     :math:`1 - (Y / c)^2` in dQ and dK.
 
-    Tiles are those of the forward pass, so that logits of any size are rounded alike in both.
+    The tiles are those of the forward pass, so that logits of any size have the same rounding in both.
     """
     (blocks, rows), (key_blocks, columns) = _tiles(q, k)
     peak, log_total, d_out, delta = seen_cotangents(out, peak, log_total, d_out, d_lse)
-    # Rows past the end have the cotangent 0.
+    # Rows past the end have cotangent 0.
     queries = padded((q, d_out.astype(v.dtype), delta, peak, log_total), blocks * rows)
     keys = padded_keys(k, v, bias, scale.dtype, key_blocks * columns)
 
@@ -111,13 +111,13 @@ def backward(
 
 
 def _tiles(q: Array, k: Array) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The number of blocks of queries and their rows, and those of keys."""
+    """The numbers and sizes of blocks of queries and of keys."""
     tile = min(max(max(q.shape[0], k.shape[0]) // 8, LEAST_TILE), GREATEST_TILE)
     return even_split(q.shape[0], tile), even_split(k.shape[0], tile)
 
 
 def _seen(reach: Reach, i: Array, j: Array, rows: int, columns: int) -> Array | None:
-    """Which keys of block j the queries of block i see; None for all."""
+    """The mask of keys of block j visible to queries of block i; None for all."""
     if reach.is_full:
         return None
     query, key = (lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
@@ -125,13 +125,13 @@ def _seen(reach: Reach, i: Array, j: Array, rows: int, columns: int) -> Array | 
 
 
 def _visited(reach: Reach, blocks: int, rows: int, key_blocks: int, columns: int) -> list[tuple[int, int, int]]:
-    """For each block of queries that sees a key, its number and its first key block and the one after its last."""
+    """For each block of queries with visible keys: its index, the first key block, and the end of key blocks."""
     spans = [(i, reach.first(i, rows, columns), reach.end(i, rows, columns, key_blocks)) for i in range(blocks)]
     return [span for span in spans if span[1] < span[2]]
 
 
 def over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, spans: list[tuple[int, int, int]]) -> Any:
-    """``step(carry, i, j)`` for all ``first <= j < end`` of every ``(i, first, end)``, one after the other."""
+    """Loop ``step(carry, i, j)`` over all ``first <= j < end`` of every ``(i, first, end)``."""
     count = sum(end - first for _, first, end in spans)
     if not count:
         return carry
@@ -153,7 +153,7 @@ def over_pairs(step: Callable[[Any, Array, Array], Any], carry: Any, spans: list
 def at(tree: Any, index: Array, rows: int) -> Any:
     """Block ``index`` of arrays whose rows are padded to blocks.
 
-    They keep the axis of tokens: cut in two, it would cost a TPU a copy in another layout, of every tensor.
+    The axis of tokens is not split, because on a TPU this would copy every tensor into another layout.
     """
     read = functools.partial(lax.dynamic_slice_in_dim, slice_size=rows, allow_negative_indices=False)
     return jax.tree.map(lambda x: read(x, index * rows), tree)
@@ -171,7 +171,7 @@ def add_to(total: Array, index: Array, term: Array) -> Array:
 
 
 def padded_keys(k: Array, v: Array, bias: Array | None, dtype: Any, length: int) -> tuple[Array, Array, Array | None]:
-    """Keys and values padded to a length, and the bias that hides padding, or None where there is nothing to hide."""
+    """Keys and values padded to a length, and the bias that hides padding, or None without padding."""
     if bias is None and length > k.shape[0]:
         bias = jnp.zeros(k.shape[0], dtype)
     bias = None if bias is None else padded(bias.astype(dtype), length, HIDDEN)

@@ -1,4 +1,4 @@
-"""Attention by any method in a Flax Linen model, as the ``attention_fn`` of its layers."""
+"""`ApproxAttention`: approximate attention as the ``attention_fn`` of layers of Flax Linen models."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -17,32 +17,32 @@ from approx_attention.registry import BoundMethod, HeadMethods
 
 
 class ApproxAttention(nn.Module):
-    r"""Attention by any method, for ``nn.MultiHeadDotProductAttention(attention_fn=...)`` or on its own.
+    r"""Attention by any method, as ``nn.MultiHeadDotProductAttention(attention_fn=...)`` or standalone.
 
-    Every argument that Linen may pass is named, so that its filter by signature drops none. Linen has no argument for
-    causality: it is a field here. The key of a random method is the variable ``draws/key``, made at
-    initialisation from the stream ``attention`` (or ``params``); learned arrays are parameters.
+    Linen has no argument for causality, so ``is_causal`` is a field here. The PRNG key of a random method is the
+    variable ``draws/key``, made at initialisation from the stream ``attention`` (or ``params``). Learned arrays are
+    parameters.
 
     Attributes:
         method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a method for each key head
             (`approx_attention.registry.HeadMethods`).
         options: hyper-parameters of the method, such as ``{"num_features": 128}``.
         is_causal: query t sees keys j <= t.
-        redraw: keep random projections for good, or sample new ones from the stream ``attention`` in every call, or
-            after ``every`` calls (counted in ``draws``, where that is mutable; elsewhere the last are kept).
+        redraw: keep random projections, or sample new ones from the stream ``attention`` in every call, or after
+            ``every`` calls (counted in ``draws`` if it is mutable; else the last ones are kept).
         every: the number of calls with ``"every_n"``.
-        noise: make a method that is random only with a key (`lara`, `eva`) random.
-        learned: which random projections of the method, or given arrays, are parameters, such as ``("projection",)``.
+        noise: whether to sample noise for methods that are random only with a PRNG key (`lara`, `eva`).
+        learned: random projections or given arrays of the method that are parameters, such as ``("projection",)``.
         causal_mask: ``"error"`` or ``"as_is_causal"``, as in `approx_attention.nnx.ApproxAttention`.
-        dropout: ``"error"`` or ``"output"``, likewise.
-        arrays: arrays of the method that are state, by argument, as functions without arguments that make them, such as
-            ``{"proposal": lambda: fitted}``. They are called at initialisation alone: afterwards the arrays are
-            variables of the collection ``fitted``, saved with the others and not trained.
-        per_head: likewise arrays that differ between key heads, ``[K, ...]``.
+        dropout: ``"error"`` or ``"output"``, as in `approx_attention.nnx.ApproxAttention`.
+        arrays: functions without arguments that make the state arrays of the method, by argument name, such as
+            ``{"proposal": lambda: fitted}``. They are called at initialisation only; the arrays then are variables of
+            the collection ``fitted``, saved with the others and not trained.
+        per_head: like ``arrays``, for arrays that differ between key heads, ``[K, ...]``.
 
     Raises:
-        ValueError: an unknown method, options that do not fit together.
-        TypeError: an argument that the method does not have.
+        ValueError: the method is unknown, or options are incompatible.
+        TypeError: the method has no such argument.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -93,9 +93,9 @@ class ApproxAttention(nn.Module):
         qk_attn_weights_einsum: Callable[..., Array] | None = None,
         attn_weights_value_einsum: Callable[..., Array] | None = None,
     ) -> Array:
-        """Attention as ``nn.MultiHeadDotProductAttention`` calls it.
+        """Compute attention, with the signature that ``nn.MultiHeadDotProductAttention`` expects.
 
-        Arguments that nnx has too are those of `approx_attention.nnx.ApproxAttention`.
+        Other arguments are as in `approx_attention.nnx.ApproxAttention`.
 
         Args:
             force_fp32_for_softmax: ignored: normalisers are always float32 or wider.
@@ -165,16 +165,16 @@ class ApproxAttention(nn.Module):
         return self.variable("fitted", argument, make).value
 
     def _rng(self) -> Array:
-        """The key of this call."""
+        """The PRNG key of this call."""
         moves_on = self.is_mutable_collection("draws")
         if self.redraw == "every_call":
             return _key_of(self._key_data())
         if not moves_on and not self.has_variable("draws", "key"):
             raise ValueError(
-                f"method {self.method!r} keeps what it draws: apply needs the variables 'draws' of init; in nn.scan "
+                f"method {self.method!r} is random: apply needs the variables 'draws' from init; in nn.scan "
                 f"and nn.vmap give variable_axes={{'params': 0, 'draws': 0}}"
             )
-        # Raw data of the key, which checkpoints of any kind take.
+        # The raw data of the key, which every kind of checkpoint supports.
         rng = _key_of(self.variable("draws", "key", self._key_data).value)
         if self.redraw == "never":
             return rng
@@ -185,19 +185,19 @@ class ApproxAttention(nn.Module):
         return jax.random.fold_in(rng, (jnp.maximum(count.value, 1) - 1) // every)
 
     def _key_data(self) -> Array:
-        """A new key as raw data, from a stream with keys of any kind, new or old."""
+        """A new key as raw data, from a stream of typed or raw keys."""
         if not self.has_rng("attention") and not self.has_rng("params"):
             raise ValueError(
-                f"method {self.method!r} draws from the stream 'attention': pass rngs={{'attention': key}}; in nn.scan "
+                f"method {self.method!r} needs the stream 'attention': pass rngs={{'attention': key}}; in nn.scan "
                 f"and nn.vmap give split_rngs={{'params': True, 'attention': True}}"
             )
         return jax.random.bits(self.make_rng("attention"), (2,), jnp.uint32)
 
 
 def _first_draw(bound: BoundMethod | HeadMethods, argument: str, head_dim: int) -> Callable[[Array], Array]:
-    """An initialiser of a learned array: the random projection that the method would draw."""
+    """An initialiser of a learned array: the random projection that the method would sample."""
     if isinstance(bound, HeadMethods):
-        raise ValueError(f"learned={argument!r} is for one method of all heads, got methods by head")
+        raise ValueError(f"learned={argument!r} needs one method for all heads, got HeadMethods")
     return lambda key: flax_arguments.drawn_array(bound.name, bound.projections(key, head_dim), argument)
 
 

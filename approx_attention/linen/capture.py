@@ -1,4 +1,4 @@
-"""The queries, keys and values of all attention layers of a Linen model, in the files that plans are made from."""
+"""Capture of queries, keys and values of all attention layers of a Linen model, for comparisons and plans."""
 
 import inspect
 import os
@@ -23,14 +23,14 @@ def capture_attention(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Record query, key and value of every attention layer of a Linen model during ``model.apply``.
 
-    An attention layer is any module with a field ``attention_fn``, ``nn.MultiHeadDotProductAttention`` among them.
-    What is seen is sown into the collection ``"intermediates"``: layers that ``nn.scan`` or ``nn.vmap`` stacks need
-    ``variable_axes={"params": 0, "intermediates": 0}``, and are recorded one by one, as ``"layers[0]"`` and so on.
+    An attention layer is any module with a field ``attention_fn``, such as ``nn.MultiHeadDotProductAttention``. The
+    arrays are sown into the collection ``"intermediates"``: layers stacked by ``nn.scan`` or ``nn.vmap`` need
+    ``variable_axes={"params": 0, "intermediates": 0}``, and are recorded separately, as ``"layers[0]"`` and so on.
 
     Args:
         model: any Linen model.
-        variables: of ``model.apply``.
-        *args: what the model is called with.
+        variables: variables for ``model.apply``.
+        *args: arguments of the model.
         to: an .npz file to write, as in `approx_attention.nnx.capture_attention`.
         **kwargs: further arguments of ``model.apply``, such as ``rngs``.
 
@@ -38,8 +38,8 @@ def capture_attention(
         The arrays of each layer by its path, as from `approx_attention.nnx.capture_attention`.
 
     Raises:
-        ValueError: no attention layer was called, or one inside a transform that does not carry the collection; a bias,
-            capped logits, or a mask that is neither causal nor padding.
+        ValueError: no attention layer was called, or one is inside a transform that does not carry the collection;
+            there is a bias, a cap of logits, or a mask that is neither causal nor padding.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -61,13 +61,13 @@ def capture_attention(
             found = seen_arrays(inner, (query, key, value), own, named, getattr(inner, "options", {}))
             if not module.sow(COLLECTION, "attention", found, reduce_fn=lambda before, last: last, init_fn=dict):
                 raise ValueError(
-                    f"layer {path!r} is inside a transform that does not carry the collection {COLLECTION!r}: give it "
+                    f"layer {path!r} is inside a transform that does not carry the collection {COLLECTION!r}: set its "
                     f"variable_axes={{'params': 0, {COLLECTION!r}: 0}}"
                 )
             ranks[path] = query.ndim
             return inner(query, key, value, *own, **named)
 
-        # Linen's filter by signature must drop nothing that it passes to the function itself.
+        # Linen filters arguments by signature, and must not drop any that it passes to the original function.
         seen.__signature__ = inspect.signature(inner)  # pyright: ignore[reportFunctionMemberAccess]
         object.__setattr__(module, "attention_fn", seen)
         try:

@@ -1,34 +1,34 @@
-r"""Attention methods, one method or one tight family per file. `approx_attention.METHODS` lists their capabilities.
+r"""Attention methods, one method or one family per file. `approx_attention.METHODS` lists their capabilities.
 
 A method is a pure function ``(q, k, v, key=None, *, ...) -> out`` of one head; `attention` applies it to batches of
-heads. The arguments below mean the same in every method that has them. The docstring of a method describes the others.
+heads. The arguments below have the same meaning in every method. The docstring of a method describes its other ones.
 
 Args:
-    q: queries ``[T, D]``. Where a method counts places (windows, blocks), query t stands at the place of key t, and
-        padding takes no place.
+    q: queries ``[T, D]``. For methods that depend on positions (windows, blocks), query t is at the position of key t,
+        and positions are counted over real tokens.
     k: keys ``[S, D]``.
     v: values ``[S, Dv]``.
     key: typed PRNG key, as in ``jax.random.key(0)``. Deterministic methods ignore it. A random method does not need it
         if its noise is given (``projection``, ``noise``, ``blocks``). The same key gives the same output.
-    is_causal: query t sees keys j <= t only. Both are counted from the left, also where T != S.
-    block_size: tokens per block of the causal form. A query sees its own block and the block before it exactly, and
-        all earlier blocks by the summary of the method. Without ``is_causal`` it has no effect, but in methods whose
-        docstring describes it.
-    logits_soft_cap: c of :math:`c \tanh(s\, q_t \cdot k_j / c)` in place of the logits, before a bias is added; a
-        number that is known when tracing.
-    kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Padding may contain anything.
+    is_causal: query t sees keys j <= t only. Both are counted from the left, also if T != S.
+    block_size: tokens per block of the causal form. A query attends exactly to its own block and the block before it,
+        and to all earlier blocks through the summary of the method. Without ``is_causal`` it has no effect, except in
+        methods whose docstring describes it.
+    logits_soft_cap: replaces the logits by :math:`c \tanh(s\, q_t \cdot k_j / c)` before a bias is added; c must be
+        known when tracing.
+    kv_mask: true where a key is real, ``[S]``. A query that sees no key gives 0. Padding may contain any values.
     q_mask: true where a query is real, ``[T]``; by default ``kv_mask`` where T = S.
     scale: factor s of the logits, ``1/sqrt(D)`` by default.
     return_state: return the `AttentionState` in the accumulation dtype: outputs and log-normalisers.
 
-Outputs are ``[T, Dv]`` in the dtype of ``v``. Sums and normalisers are in float32, or in float64 where an input is.
+Outputs are ``[T, Dv]`` in the dtype of ``v``. Sums and normalisers are in float32, or in float64 if an input is.
 
-Many methods read the keys only through a summary. ``summarize_<method>(k, v, key, *, ..., kv_mask)`` makes the summary
-of all keys, which are in scaled space (`fold_scale`). ``running_<method>(head_dim, key, *, ...)`` returns the
+Many methods read the keys only through a summary. ``summarize_<method>(k, v, key, *, ..., kv_mask)`` summarises all
+keys, given in scaled space (`fold_scale`). ``running_<method>(head_dim, key, *, ...)`` returns the
 `RunningSummary` of a growing prefix of keys with ``head_dim`` channels, for causal attention and for decoding.
 
-Most summaries have 256 entries by default (features, landmarks, sampled keys, tokens of a coreset), so that methods
-compare at one budget. A block of the causal form has 128 tokens: the two that a query sees exactly contain 256 keys.
+Most summaries have 256 entries by default (features, landmarks, sampled keys, tokens of a coreset), so that defaults
+compare methods at equal budgets. A block of the causal form has 128 tokens: the two exact blocks contain 256 keys.
 """
 
 from approx_attention.methods.baselines import (

@@ -1,4 +1,4 @@
-"""The trivial baselines that every approximation must beat: the mean of the values, and uniform sampling."""
+"""Baselines that every approximation must beat: the mean of the values, and uniform sampling."""
 
 import functools
 from collections.abc import Callable
@@ -41,17 +41,17 @@ def mean_value(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""The mean of the visible values: attention with all logits taken to be 0.
+    r"""The mean of the visible values: attention with all logits set to 0.
 
     .. math:: \mathrm{out}_t = \frac{1}{n_t} \sum_{j \text{ visible}} v_j
 
-    The log-normaliser is :math:`\log n_t`. Of queries and keys only the number matters; a scale is checked and has no
+    The log-normaliser is :math:`\log n_t`. Only the shapes of queries and keys matter. The scale is checked but has no
     effect.
 
     Shared arguments: see `approx_attention.methods`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -63,7 +63,7 @@ def mean_value(
     """
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     if is_causal:
-        # Running sums, at the last visible key: queries that stand after all keys see all of them.
+        # Running sums, read at the last visible key: queries after the last key see all keys.
         counts = jnp.ones(v.shape[0], v.dtype) if kv_mask is None else kv_mask.astype(v.dtype)
         last = jnp.minimum(jnp.arange(q.shape[0]), k.shape[0] - 1)
         value_sum, count = jnp.cumsum(v, axis=0)[last], jnp.cumsum(counts)[last]
@@ -82,7 +82,7 @@ def summarize_mean_value(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """One token at the origin, whose logit is 0 for every query, that stands for all keys.
+    """Summarise all keys by one token at the origin, whose logit is 0 for every query.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -108,7 +108,7 @@ def uniform_sample(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Attention over a uniform sample of the keys, each standing for n/M of them.
+    r"""Attention over a uniform sample of M of the n real keys; each sampled key has mass n/M.
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in I} e^{s\, q_t \cdot k_j} v_j}{\sum_{j \in I} e^{s\, q_t \cdot k_j}},
               \qquad I \text{ uniform among the subsets of } M \text{ real keys.}
@@ -122,7 +122,7 @@ def uniform_sample(
         noise: a priority per key, ``[S]``; the M keys of largest priority are the sample. By default uniform noise.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor noise.
+        ValueError: shapes that do not match, counts below 1, neither key nor noise.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -136,7 +136,7 @@ def uniform_sample(
 
     def running(head_dim: int) -> RunningSummary:
         check_noise(noise, k.shape[0])
-        # The causal form moves real keys to the front, and their priorities must go along.
+        # The causal form moves real keys to the front; their priorities must move with them.
         moved = noise if noise is None or kv_mask is None else RealFirst.of(kv_mask).front(noise)
         return running_uniform_sample(head_dim, key, sample_size=sample_size, noise=moved)
 
@@ -162,19 +162,27 @@ def summarize_uniform_sample(
     noise: Float[Array, " S"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """A uniform sample of the keys, without replacement, with equal masses that sum to the number of keys.
+    """Sample keys uniformly without replacement, with equal masses that sum to the number of keys.
 
     Arguments are those of `uniform_sample`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         A `WeightedKV` of min(M, S) tokens.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import summarize_uniform_sample
+        >>> k, v = (jax.random.normal(jax.random.key(i), (64, 4)) for i in range(2))
+        >>> summary = summarize_uniform_sample(k, v, jax.random.key(2), sample_size=16)
+        >>> summary.k.shape, float(summary.mass.sum())
+        ((16, 4), 64.0)
     """
     check_tokens(k, v, kv_mask)
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     check_noise(noise, k.shape[0])
     if noise is None:
         noise = jax.random.uniform(check_key("uniform_sample", key), (k.shape[0],), jnp.float32)
-        # Noise by rank among the real keys: padding changes no choice.
+        # Noise goes by rank among the real keys, so that padding does not change the sample.
         noise = noise if kv_mask is None else noise[ranks(kv_mask, k.shape[0])]
     real = real_keys(kv_mask, k.shape[0])
     k, v = token_sums_inputs(k, v, kv_mask)
@@ -184,7 +192,7 @@ def summarize_uniform_sample(
 def running_uniform_sample(
     head_dim: int, key: Array | None = None, *, sample_size: int = 256, noise: Float[Array, " S"] | None = None
 ) -> RunningSummary:
-    """A uniform sample of a growing prefix: of all keys so far, those of the largest priorities.
+    """A uniform sample of a growing prefix: the keys with the largest priorities so far.
 
     Arguments are those of `uniform_sample`, for keys in scaled space (`approx_attention.methods`). With ``noise [S]``
     the outputs of a prefix longer than S are NaN, since a compiled program cannot raise an error.
@@ -224,10 +232,10 @@ def running_uniform_sample(
 def _samples_of_prefixes(
     sample_size: int, priority: Array, k: Array, v: Array, kv_mask: Array
 ) -> Callable[[Array], "_Sample"]:
-    """The sample of the first blocks of ``k [n, b, D]``, for any number of them: samples, as places, merge."""
+    """The samples of all prefixes of the blocks ``k [n, b, D]``, by an associative scan over places."""
     num_blocks, block_size = kv_mask.shape
     priority = jnp.where(kv_mask, lax.stop_gradient(priority).astype(k.dtype), -jnp.inf)
-    # A place of no token, with the priority of one that is free, in as many columns as the sample has.
+    # Placeholders with the priority of a free place, one for each column of the sample.
     free = max(0, sample_size - block_size)
     priority = jnp.pad(priority, ((0, 0), (0, free)), constant_values=-jnp.inf)
     place = jnp.arange(num_blocks * block_size, dtype=jnp.int32).reshape(num_blocks, block_size)
@@ -247,7 +255,7 @@ def _samples_of_prefixes(
 
 
 def _sample_after(priority: Array, place: Array, offered: Array, k: Array, v: Array, count: Array) -> "_Sample":
-    """The sample after ``count`` blocks, from those after each block."""
+    """The sample after ``count`` blocks, from the samples after each block."""
     last = jnp.minimum(jnp.maximum(count, 1), offered.shape[0]) - 1
     priority = jnp.where(count > 0, priority[last], -jnp.inf)
     taken = (priority > -jnp.inf)[:, None]
@@ -270,14 +278,14 @@ class _Sample(NamedTuple):
 
     def offer(self, priority: Array, k: Array, v: Array, kv_mask: Array) -> "_Sample":
         priority = jnp.where(kv_mask, priority.astype(k.dtype), -jnp.inf)
-        # The choice has no gradient; the keys and values that are chosen have.
+        # The choice has no gradient; the chosen keys and values have.
         candidates = jnp.concatenate([self.priority, lax.stop_gradient(priority)])
         priority, chosen = lax.top_k(candidates, self.priority.shape[0])
         k, v = jnp.concatenate([self.k, k])[chosen], jnp.concatenate([self.v, v])[chosen]
         return _Sample(priority, k, v, self.num_offered + jnp.sum(kv_mask, dtype=k.dtype))
 
     def tokens(self) -> WeightedKV:
-        # Each token of the sample stands for n/M keys, or fewer tokens than M for one key each.
+        # Each token of the sample has mass n/M, or mass 1 if there are fewer than M tokens.
         taken = self.priority > -jnp.inf
         mass = jnp.where(taken, self.num_offered / jnp.maximum(jnp.sum(taken), 1).astype(self.k.dtype), 0)
         return WeightedKV(self.k, self.v * mass[:, None], mass)

@@ -40,32 +40,32 @@ def bigbird(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""A sliding window, global tokens and random keys, all by blocks.
+    r"""BigBird: softmax attention over a sliding window, global tokens and random keys, by blocks.
 
     A query of block i sees the blocks of
 
     .. math:: \{j : |i - j| \le (w - 1) / 2\} \cup \{0, \dots, g - 1\} \cup R_i,
 
-    and one of the first g blocks sees every block. The r blocks :math:`R_i` are a uniform sample without replacement of
-    the others. Blocks contain real tokens only, of which the first are the global ones (the published internal variant
-    takes the last block too). Causally a query sees of all these the keys j <= t: the window lies before it, and the
-    random blocks are earlier ones.
+    and a query of the first g blocks sees every block. The r blocks :math:`R_i` are a uniform sample without
+    replacement of the remaining blocks. Blocks contain real tokens only. The first tokens are global (the published
+    internal variant also makes the last block global). In the causal form a query sees the keys j <= t among these:
+    the window lies before the query, and random blocks are earlier blocks.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_random_blocks: the number r; where fewer blocks are left, all are seen, and if that is so everywhere the
-            output is exact. Without random blocks no key is needed.
-        num_window_blocks: the number w of blocks, odd, of which the query's own is the middle one (the last if causal,
-            where there are (w + 1) / 2).
+        num_random_blocks: the number r. A query with at most r remaining blocks sees all of them; if this holds for
+            every query, the output is exact. With r = 0 no PRNG key is needed.
+        num_window_blocks: the odd number w of blocks, centred on the query's own block; in the causal form the
+            (w + 1) / 2 blocks up to its own.
         num_global_blocks: the number g.
         block_size: tokens per block.
-        blocks: numbers of the random blocks (of real tokens) ``[ceil(T / block_size), R]``; by default a random sample.
-            Numbers count for nothing if the query sees the block anyhow, if they repeat, if a causal query may not see
-            the block, or if there is no such block, as with -1.
+        blocks: indices of the random blocks (of real tokens) ``[ceil(T / block_size), R]``; by default a random sample.
+            An index is ignored if the query already sees the block, if it repeats, if the block is hidden from
+            a causal query, or if the block does not exist, as for -1.
 
     Raises:
-        ValueError: shapes that do not fit, a window of an even number of blocks, neither key nor blocks.
+        ValueError: shapes that do not match, a window of an even number of blocks, neither key nor blocks.
         TypeError: dtypes that are not floating point, blocks that are not integers.
 
     Example:
@@ -85,7 +85,7 @@ def bigbird(
     num_global_blocks = check_count("num_global_blocks", num_global_blocks, least=0)
     num_window_blocks = check_count("num_window_blocks", num_window_blocks)
     if num_window_blocks % 2 == 0:
-        raise ValueError(f"num_window_blocks must be odd, the same to both sides, got {num_window_blocks}")
+        raise ValueError(f"num_window_blocks must be odd (equal on both sides), got {num_window_blocks}")
     cap = checked_soft_cap(logits_soft_cap)
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask, is_causal=is_causal)
     block_size = min(block_size, max(q.shape[0], k.shape[0]))
@@ -94,9 +94,9 @@ def bigbird(
     near = abs(rows - columns) <= num_window_blocks // 2
     fixed = BlockMap.from_blocks(near | (columns < num_global_blocks) | (rows < num_global_blocks), **sizes)
     fixed = fixed.causal() if is_causal else fixed
-    # The random blocks come from these: a block that is visited anyhow would count twice.
+    # Random blocks are sampled from the free ones: a block that is already visited would count twice.
     free = ~fixed.visited & ((columns < rows) | (not is_causal))
-    # Shapes are static: as many places as the row with the most free blocks can fill.
+    # Shapes are static: the number of places is that of the row with the most free blocks.
     count = min(num_random_blocks, int(free.sum(axis=1).max()))
     if blocks is not None:
         check_array("blocks", blocks, "integers")
@@ -124,8 +124,8 @@ def _random_lists(free: np.ndarray, count: int, key: Array, present: Array | Non
 
     Columns that are not ``present``, blocks of nothing but padding, are not sampled.
     """
-    # A random number has a key by its row and column, not a place in an array: the sample of a row depends neither on
-    # the other rows nor on the number of columns, so a prefix of a sequence has the sample of the whole.
+    # The PRNG key of each number follows from its row and column, not from a place in an array: the sample of a row
+    # depends neither on other rows nor on the number of columns, so a prefix has the samples of the whole sequence.
     numbers = jnp.arange(free.shape[1], dtype=jnp.int32)
     may_be_sampled = jnp.asarray(free) if present is None else free & present[None, :]
 
@@ -142,8 +142,8 @@ def _random_lists(free: np.ndarray, count: int, key: Array, present: Array | Non
 
 
 def _given_lists(free: np.ndarray, blocks: Array) -> tuple[Array, Array]:
-    """Given columns for each row, and which are free and listed for the first time."""
-    # Sorted, a repeated number stands behind its like.
+    """The given columns of each row, and a mask of those that are free and not repeated."""
+    # After sorting, repeated numbers are adjacent.
     lists = jnp.sort(blocks.astype(jnp.int32), axis=1)
     again = jnp.pad(lists[:, 1:] == lists[:, :-1], ((0, 0), (1, 0)))
     inside = (lists >= 0) & (lists < free.shape[1])

@@ -1,4 +1,4 @@
-"""Linformer block by block: a block of keys keeps its slots, so that finished blocks never change."""
+"""Linformer block by block: each block of keys has slots of its block only, so finished blocks never change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,15 +46,15 @@ def block_linformer(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Attention over projected blocks of keys, and causally over nearby keys as they are, in one softmax.
+    r"""Softmax attention over projected blocks of keys; in the causal form, also over unprojected nearby keys.
 
-    Block B of b tokens becomes :math:`R_B` slots :math:`E k_B, F v_B`, those that a real token enters, each of which
-    stands for an equal share of its :math:`n_B` real tokens:
+    Block B of b tokens with :math:`n_B` real ones becomes slots :math:`E k_B, F v_B`. The :math:`R_B` slots with a
+    nonzero weight on a real token have equal masses :math:`n_B / R_B`:
 
     .. math:: \mathrm{out}_t = \sum_{B, r} \tfrac{n_B}{R_B}\, e^{s\, q_t \cdot (E k_B)_r} (F v_B)_r
               \Big/ \sum_{B, r} \tfrac{n_B}{R_B}\, e^{s\, q_t \cdot (E k_B)_r}.
 
-    Means are over real keys, and of E and F the columns of padding are left out.
+    Segment means are over real keys. With matrices E and F the columns of padding are left out.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -62,11 +62,11 @@ def block_linformer(
         slots_per_block: the number R of slots, unless a projection is given; with R >= b the output is exact.
         projection_k: E ``[R, b]``; by default the means of R segments.
         projection_v: F ``[R, b]``, by default the same as E.
-        is_causal: query t sees keys j <= t: those of its block and the block before exactly, earlier ones by slots.
+        is_causal: query t sees keys j <= t: its own block and the block before exactly, earlier blocks by slots.
         block_size: the number b of tokens per block.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1.
+        ValueError: shapes that do not match, counts below 1.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -77,7 +77,7 @@ def block_linformer(
         (256, 8)
 
     Reference:
-        :cite:p:`wang2020linformer`, block by block, as far as a causal model can use it.
+        :cite:p:`wang2020linformer`; the form by blocks, which a causal model can use, is this library's.
     """
     head_dim = q.shape[-1]
     slots_per_block = check_count("slots_per_block", slots_per_block)
@@ -89,7 +89,7 @@ def block_linformer(
     }  # fmt: skip
     if is_causal:
         block_size = min(block_size, q.shape[0])
-        # No query looks beyond the first two blocks by slots, which a single short block could not have.
+        # A single block has no slots: all queries see it exactly.
         options = options if q.shape[0] > block_size else {}
         running = running_block_linformer(head_dim, **options, block_size=block_size, max_length=q.shape[0])
         return causal_state(q, k, v, running, block_size=block_size, kv_mask=kv_mask)
@@ -107,7 +107,7 @@ def summarize_block_linformer(
     block_size: int = 128,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """The slots of every block of keys.
+    """Summarise every block of keys by its slots.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -147,7 +147,7 @@ def running_block_linformer(
     block_size: int = 128,
     max_length: int = 65536,
 ) -> RunningSummary:
-    """The slots of a growing prefix, with room for those of ``max_length`` tokens.
+    """The slots of a growing prefix of at most ``max_length`` tokens.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -156,7 +156,7 @@ def running_block_linformer(
         projection_k: as in `block_linformer`.
         projection_v: as in `block_linformer`.
         block_size: the number b of tokens per block, equal to that of the `Decoder`.
-        max_length: tokens there is room for; the blocks of a longer prefix are averaged into the last, slot by slot.
+        max_length: capacity in tokens. Blocks beyond it are averaged into the last one, slot by slot.
     """
     head_dim, slots_per_block = check_counts(head_dim=head_dim, slots_per_block=slots_per_block)
     max_length = check_count("max_length", max_length)
@@ -177,7 +177,7 @@ def running_block_linformer(
     def append(slots: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
         new = slots_of(k, v, kv_mask)
         number = new.mass.shape[0]
-        # A block beyond the room goes into the last one.
+        # A block beyond the capacity goes into the last one.
         at = jnp.minimum(start // k.shape[0], slots.mass.shape[0] // number - 1) * number
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, number), slots)
         mass = old.mass + new.mass
@@ -208,7 +208,7 @@ def _block_slots(
     projection_v: Array | None,
     places: Array | None = None,
 ) -> WeightedKV:
-    """The slots of a block, by default means of segments: of all its places, or of those that ``places`` says."""
+    """The slots of a block, by default means of segments: of all its places, or of those in the mask ``places``."""
     if projection_v is None:
         projection_v = projection_k
     _check_projections(projection_k, projection_v)
@@ -222,7 +222,7 @@ def _block_slots(
         )
     slots_k, present = projected_slots("projection_k", k, projection_k, slots_per_block, real, False)
     slots_v, _ = projected_slots("projection_v", v, projection_v, slots_per_block, real, False)
-    # Every slot stands for an equal share of the block's real tokens.
+    # All slots of a block have the same mass.
     share = jnp.sum(real).astype(k.dtype) / jnp.maximum(jnp.sum(present), 1).astype(k.dtype)
     mass = jnp.where(present, share, 0)
     return WeightedKV(slots_k, mass[:, None] * slots_v, mass)

@@ -1,4 +1,4 @@
-"""Coresets: a few weighted tokens that give every query of bounded norm almost the output of all tokens."""
+"""Coresets: a few weighted tokens that approximate the output of all tokens, for every query of bounded norm."""
 
 import dataclasses
 import functools
@@ -50,14 +50,14 @@ def coreset(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Attention over M weighted tokens that stand for all keys and values, for every query.
+    r"""Attention over a coreset: M weighted tokens that replace all keys and values, for every query.
 
     .. math:: \mathrm{out}_t = \sum_c e^{s\, q_t \cdot k_c}\, u_c \Big/ \sum_c e^{s\, q_t \cdot k_c}\, m_c,
 
     with tokens such that :math:`\sup_{\|q\| \le \rho} \|\mathrm{out}(q) - \mathrm{attention}(q)\|` is small. Chosen
     tokens (``"halving"``, ``"stratified"``, samples) have :math:`u_c = m_c v_c`. Merged ones (``"kmeans_merge"``) are
-    means of keys with sums of values. ``"kmeans_nystrom"`` solves for masses and values, which may be negative, so that
-    outputs are clipped to the range of the values. ``"guarded"`` takes the better of a merge and a solution.
+    means of keys with sums of values. ``"kmeans_nystrom"`` solves for masses and values; masses may be negative, so
+    outputs are clipped to the range of the values. ``"guarded"`` makes a merge and a solution and keeps the better one.
     All but ``"balance_kv"``, ``"subgen"`` and Nystrom weights keep the total mass exactly.
 
     The choice of tokens has no gradient; the keys and values of the chosen ones have.
@@ -71,11 +71,11 @@ def coreset(
             centred keys.
         streaming: growth of the coreset in the causal form, see `running_coreset`: ``"fold"`` merges clusters and
             ``"refit"`` solves for masses and values with every block; neither takes an algorithm, and only the second a
-            radius. ``"counter"`` keeps a coreset per level.
-        sinks: the number of first tokens that the causal form keeps exactly, in addition to the coreset.
+            radius. ``"counter"`` keeps one coreset for each level of a binary counter.
+        sinks: the number of initial tokens that the causal form keeps exactly, in addition to the coreset.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
+        ValueError: shapes that do not match, counts below 1, an unknown algorithm, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -91,7 +91,7 @@ def coreset(
         halving; Nystrom weights as in :cite:p:`wildcat2026`, with other landmarks. The choice by errors on probes is
         a construction of this library.
     """
-    # Checked without is_causal too, so that a mistake does not wait for the causal form.
+    # Checked without is_causal too, so that an error does not show up only in the causal form.
     sinks = check_count("sinks", sinks, least=0)
     check_choice("streaming", streaming, get_args(Streaming))
     options: Any = {"coreset_size": coreset_size, "algorithm": algorithm, "query_radius": query_radius}
@@ -124,28 +124,28 @@ def sparse_coreset(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Scatterbrain with coresets: exact on nearby blocks, a coreset for each of the others.
+    r"""Scatterbrain with coresets: exact attention to nearby blocks, and a coreset for each other block.
 
-    The support N(t) is the keys of the block of query t and of the blocks just before and after it. With coresets
-    :math:`C_b` of M tokens :math:`(c, m_c, u_c)` for each block b,
+    The support N(t) contains the keys of the block of query t and of the blocks just before and after it. With a
+    coreset :math:`C_b` of M tokens :math:`(c, m_c, u_c)` for each block b,
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in N(t)} e^{s\, q_t \cdot k_j} v_j
               + \sum_{b \not\subset N(t)} \sum_{c \in C_b} e^{s\, q_t \cdot c}\, u_c}
               {\sum_{j \in N(t)} e^{s\, q_t \cdot k_j}
               + \sum_{b \not\subset N(t)} \sum_{c \in C_b} e^{s\, q_t \cdot c}\, m_c}.
 
-    The cost is that of exact attention over three blocks and over M tokens of every block: T S M / ``window_size``.
-    Causal `coreset` folds all earlier blocks into one coreset; here the causal form summarises each block once.
+    The cost is that of exact attention over three blocks, and over M tokens of every block: T S M / ``window_size``.
+    Causal `coreset` folds all earlier blocks into one coreset; here each block keeps the coreset made for it.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         coreset_size: the number M of tokens for each block; with ``window_size`` of them the output is exact.
         algorithm: as in `coreset`; positive masses keep the weights positive.
-        window_size: tokens per block; causally a query sees its block and the block before exactly.
+        window_size: tokens per block; in the causal form a query sees its block and the block before exactly.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, an unknown algorithm, no key.
+        ValueError: shapes that do not match, counts below 1, an unknown algorithm, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -168,7 +168,7 @@ def sparse_coreset(
     sizes = {"block_size": block, "num_queries": q.shape[0], "num_keys": k.shape[0]}
 
     def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> WeightedKV:
-        # With one key for all blocks, their random choices and so their errors would go together.
+        # With one PRNG key for all blocks, their random choices, and so their errors, would be correlated.
         block_key = jax.random.fold_in(sample_key, number)
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         return compress(tokens, block_key, coreset_size=coreset_size, algorithm=algorithm)
@@ -178,7 +178,7 @@ def sparse_coreset(
     def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         return blocks_and_rest_state(q, k, v, blocks, summarize, is_causal=is_causal, kv_mask=kv_mask)
 
-    # Blocks count places, so that padding must take none.
+    # Blocks are cut by position, so padding must not take any.
     return over_real_tokens(by_blocks, q, k, v, kv_mask, is_causal=is_causal)
 
 
@@ -192,18 +192,18 @@ def summarize_coreset(
     query_radius: float | Array | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """A coreset of keys and values.
+    """Summarise keys and values by a coreset.
 
     Arguments are those of `coreset`, with keys in scaled space (`approx_attention.methods`). The choice depends on the
-    real keys alone; with ``"halving"``, ``"stratified"``, ``"thinformer"``, ``"balance_kv"`` and ``"subgen"``, whose
-    random numbers follow the length, on S too.
+    real keys only. With ``"halving"``, ``"stratified"``, ``"thinformer"``, ``"balance_kv"`` and ``"subgen"`` it also
+    depends on S, because their random numbers do.
 
     Returns:
-        A `WeightedKV` of at most M tokens; the tokens as they are, if no more than M keys are real.
+        A `WeightedKV` of at most M tokens; the tokens themselves if at most M keys are real.
 
     Raises:
-        ValueError: an unknown algorithm, a count below 1, no key; keys, values or a mask that are not of the same
-            tokens.
+        ValueError: an unknown algorithm, a count below 1, no PRNG key, different numbers of keys, values and mask
+            entries.
         TypeError: keys or values that are not floating point, a count that is not an integer.
 
     Example:
@@ -218,13 +218,13 @@ def summarize_coreset(
     tokens = WeightedKV.of_tokens(k, v, kv_mask)
     if kv_mask is None or coreset_size >= k.shape[0]:
         return compress(tokens, key, **options)
-    # Algorithms pair and sample tokens by place: with the real ones first, padding takes no place.
+    # Algorithms pair and sample tokens by position: with the real ones first, padding takes none.
     tokens = RealFirst.of(kv_mask).front(tokens)
     small = compress(tokens, key, **options)
-    # If no more keys are real than there is room for, they stay as they are. Their number is traced, so both coresets
-    # are made, padded to one size, and one is selected.
+    # If at most M keys are real, they are the coreset. Their number is traced, so both coresets are made, padded to one
+    # size, and one is selected.
     whole = WeightedKV(*(x[:coreset_size] for x in (tokens.k, tokens.value_sum, tokens.mass)))
     few = WeightedKV(*(pad_rows(x, coreset_size - x.shape[0]) for x in (small.k, small.value_sum, small.mass)))
     chosen = jax.tree.map(lambda a, b: jnp.where(count_real(kv_mask) <= coreset_size, a, b), whole, few)
-    # Signed masses need the range of the values; tokens that stay as they are lie within it.
+    # Signed masses need the range of the values; unchanged tokens lie within it.
     return dataclasses.replace(chosen, value_range=small.value_range)

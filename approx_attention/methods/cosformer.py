@@ -49,26 +49,26 @@ def cosformer(
               \mathrm{out}_i = \sum_j A_{ij} v_j \Big/ \sum_j A_{ij}.
 
     The cosine of a difference splits into 2 D features, :math:`[\max(x, 0) \cos a, \max(x, 0) \sin a]` at the angle
-    :math:`a = \pi i / 2M`, so the sums are exact in O((T + S) D Dv) time. It is another kernel and **no
-    approximation of softmax attention**. It is homogeneous, so the scale does not matter to the output. A query whose
-    kernel is 0 at every key gives 0; there is no epsilon (the authors' code clamps normalisers at 1e-6, which shrinks
-    the outputs of small ones).
+    :math:`a = \pi i / 2M`, so the sums are exact in O((T + S) D Dv) time. This is a different kernel and **does not
+    approximate softmax attention**. It is homogeneous, so the scale does not change the output. A query whose kernel
+    is 0 at every key gives 0. There is no epsilon; the authors' code clamps normalisers at 1e-6, which shrinks outputs
+    with small normalisers.
 
-    Query t stands at the position of key t, counted over real keys. For decoding see `running_cosformer`: the tokens of
-    a cache carry no place by themselves.
+    Query t is at the position of key t, counted over real keys. For decoding see `running_cosformer`, whose tokens
+    carry their positions.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         max_length: M, at least T and S; by default the greater number of real queries and real keys. Set it for
             outputs that do not depend on the length of the sequence.
-        block_size: tokens per block of the causal form; it matters to speed only.
+        block_size: tokens per block of the causal form; it only affects speed.
         return_state: return the `AttentionState`, with the logarithms of this kernel's normalisers, in the
             accumulation dtype.
 
     Raises:
-        ValueError: shapes that do not fit, a ``max_length`` below T or S.
-        TypeError: dtypes that are not floating point, a length that is no integer.
+        ValueError: shapes that do not match, a ``max_length`` below T or S.
+        TypeError: dtypes that are not floating point, a length that is not an integer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -102,36 +102,36 @@ def cosformer(
 
 
 def running_cosformer(head_dim: int) -> RunningSummary:
-    """The moments of a growing prefix of tokens that carry their places.
+    """The feature moments of a growing prefix of tokens that carry their positions.
 
-    A `Decoder` of it with ``head_dim=D + 2`` takes the rows of `place_tokens`, segment by segment.
+    Use it in a `Decoder` with ``head_dim=D + 2`` on the rows of `place_tokens`, segment by segment.
 
     Args:
-        head_dim: the number D of channels of queries and keys, without their places.
+        head_dim: the number D of channels of queries and keys, without the two channels for the position.
 
     Returns:
         The `RunningSummary`.
     """
     features = CosineFeatures(check_count("head_dim", head_dim))
-    # Nearby tokens by the same kernel: its sums and those of softmax could not be added.
+    # Nearby tokens use the same kernel: its sums cannot be added to those of softmax.
     near = lambda q, k, v, bias: kernel_state(features, q, k, v, bias)  # noqa: E731
     return running_moments(features)._replace(near=near)
 
 
 def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int = 0) -> Float[Array, "N C"]:
-    r"""Queries or keys with their place i in two more channels, :math:`\cos(\pi i / 2M)` and :math:`\sin(\pi i / 2M)`.
+    r"""Append the position i of queries or keys as two channels, :math:`\cos(\pi i / 2M)` and :math:`\sin(\pi i / 2M)`.
 
     Args:
         x: queries or keys ``[N, D]`` at consecutive positions.
-        max_length: M. Tokens at least as far apart as this would have weights that are not positive.
-        start: position of the first.
+        max_length: M. The weights of tokens at distance M or more would not be positive.
+        start: position of the first row.
 
     Returns:
         Rows ``[N, D + 2]`` in float32 or wider.
 
     Raises:
-        TypeError: rows that are not floating point, a start that is no integer.
-        ValueError: positions below 0 or beyond M, as far as they are known when tracing.
+        TypeError: rows that are not floating point, a start that is not an integer.
+        ValueError: positions below 0 or beyond M, if they are known when tracing.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -161,9 +161,9 @@ def place_tokens(x: Float[Array, "N D"], *, max_length: int, start: Array | int 
 
 
 def _placed(x: Array, place: Array, max_length: Array | int) -> Array:
-    """Rows ``[N, D]`` with their places ``[N]`` as two more channels."""
+    """Rows ``[N, D]`` with their positions ``[N]`` as two more channels."""
     x, place = x.astype(accumulation_dtype(x)), place[:, None]
-    # The cosine as the sine of the complement, which keeps its digits where it is small.
+    # The cosine is computed as the sine of the complement, which is accurate where it is small.
     step = math.pi / (2 * (max_length if isinstance(max_length, int) else max_length.astype(x.dtype)))
     cosine, sine = (jnp.sin(n.astype(x.dtype) * step) for n in (max_length - place, place))
     return jnp.concatenate([x, cosine, sine], axis=-1)

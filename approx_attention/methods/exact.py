@@ -1,4 +1,4 @@
-"""Exact softmax attention: the reference that every approximation is measured against."""
+"""Exact softmax attention: the reference for every approximation."""
 
 import functools
 from collections.abc import Callable
@@ -43,9 +43,9 @@ CUDNN_APPLIES = (
 
 
 def _output_or_state(function: Callable[P, AttentionState]) -> OutputOrState[P]:
-    """`output_or_state`, with the outputs of the fused kernel where it is asked for.
+    """`output_or_state`, with the outputs of cuDNN's fused kernel where it is requested.
 
-    The kernel makes no log-normalisers, so no state comes from it.
+    The kernel returns no log-normalisers, and so no state.
     """
     method = output_or_state(function)
 
@@ -99,15 +99,15 @@ def exact(
     Args:
         bias: added to the logits, ``[T, S]``.
         mask: true where query t may see key j, ``[T, S]``.
-        implementation: by default a fused kernel in programs for TPUs and NVIDIA GPUs and ``"blocked"`` elsewhere (see
-            `kernels.state`), or ``"dense"`` for a bias or mask. ``"blocked"`` streams tiles of logits in memory linear
-            in T and S. ``"dense"`` makes all of them at once, and alone takes a bias or mask. ``"pallas"`` is the fused
-            kernel or an error; there is none for capped logits, which are blocked. ``"cudnn"`` is the kernel of
-            NVIDIA's library, for programs that are traced where there is one. It is never the default: the platform of
-            a program is known when it is lowered.
+        implementation: by default a fused kernel in programs for TPUs and NVIDIA GPUs, ``"blocked"`` on other platforms
+            (see `kernels.state`), and ``"dense"`` with a bias or mask. ``"blocked"`` streams tiles of logits in memory
+            linear in T and S. ``"dense"`` computes all logits at once, and is the only form with a bias or mask.
+            ``"pallas"`` is the fused kernel, or an error where there is none; it does not support capped logits.
+            ``"cudnn"`` is NVIDIA's kernel, for programs traced on a machine with cuDNN. It is never the default,
+            because the platform of a program is known only when it is lowered.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, cuDNN where it does not apply.
+        ValueError: shapes that do not match, an unknown implementation, cuDNN where it does not apply.
         TypeError: dtypes that are not floating point (or boolean, for masks).
         NotImplementedError: an implementation that lacks a requested option.
 
@@ -155,12 +155,18 @@ def summarize_exact(
     *,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Every token with mass 1: the summary that loses nothing and saves nothing.
+    """Keep every token with mass 1: an exact summary of the same size.
 
     Shared arguments: see `approx_attention.methods`.
 
     Returns:
         A `WeightedKV` of S tokens.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import summarize_exact
+        >>> summarize_exact(jnp.zeros((3, 2)), jnp.ones((3, 1))).mass.tolist()
+        [1.0, 1.0, 1.0]
     """
     return WeightedKV.of_tokens(k, v, kv_mask)
 
@@ -168,21 +174,31 @@ def summarize_exact(
 def running_exact(
     head_dim: int, key: Array | None = None, *, max_length: int, logits_soft_cap: float | None = None
 ) -> RunningSummary:
-    """Every token of a prefix of at most ``max_length`` tokens.
+    """Keep every token of a prefix of at most ``max_length`` tokens.
 
-    A prefix that grows longer cannot raise an error inside a compiled program; its outputs turn to NaN instead.
+    The outputs of a longer prefix are NaN, since a compiled program cannot raise an error.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        max_length: room for this many tokens.
-        logits_soft_cap: that of `exact`.
+        max_length: capacity in tokens.
+        logits_soft_cap: as in `exact`.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import Decoder
+        >>> from approx_attention.methods import running_exact
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (8, 4)) for i in range(3))
+        >>> decoder = Decoder(running=running_exact(4, max_length=8), head_dim=4, value_dim=4, block_size=4)
+        >>> out, cache = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
+        >>> out.shape, int(cache.length)
+        ((8, 4), 8)
     """
     near = SoftmaxNear(logits_soft_cap=checked_soft_cap(logits_soft_cap))
     head_dim, max_length = check_count("head_dim", head_dim), check_count("max_length", max_length)
 
     def append(tokens: WeightedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> WeightedKV:
-        # `dynamic_update_slice` would move a block past the end back over earlier tokens: its NaN shows that.
+        # `dynamic_update_slice` would move a block past the end back over earlier tokens; the NaN makes that visible.
         v = jnp.where(start + k.shape[0] <= max_length, v, jnp.nan)
         block = WeightedKV.of_tokens(k, v, kv_mask)
         return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, start, 0), tokens, block)
@@ -204,7 +220,7 @@ def running_exact(
 
 
 def _running_in_few_bits(head_dim: int, max_length: int, *, bits: int, block_size: int) -> RunningSummary:
-    """Every token, rounded once: with its block, around the centre of that block."""
+    """Every token, quantised once, together with its block and around the centre of that block."""
     blocks = -(-max_length // block_size)
 
     def of_block(k: Array, v: Array, kv_mask: Array) -> QuantizedKV:
@@ -216,7 +232,7 @@ def _running_in_few_bits(head_dim: int, max_length: int, *, bits: int, block_siz
 
     def append(tokens: QuantizedKV, start: Array, k: Array, v: Array, kv_mask: Array) -> QuantizedKV:
         number = start // block_size
-        # As above: NaN, which a step keeps, shows a block past the end.
+        # As above: a step of NaN marks a block past the end.
         block = of_block(k, jnp.where(number < blocks, v, jnp.nan), kv_mask)
         return jax.tree.map(
             lambda room, x: lax.dynamic_update_slice_in_dim(room, x, number * x.shape[0], 0), tokens, block
@@ -247,7 +263,7 @@ def exact_together(
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N Dv"] | None:
-    """All heads in one call of cuDNN's fused kernel, in which grouped heads share keys; None where it is not asked for.
+    """All heads in one call of cuDNN's fused kernel, in which grouped heads share keys; None if it is not requested.
 
     The options are those of `exact`.
 
@@ -260,7 +276,7 @@ def exact_together(
         Outputs ``[B, T, N, Dv]``, or None.
 
     Raises:
-        ValueError: tensors that the kernel does not take, or no GPU.
+        ValueError: the kernel does not support the tensors, or there is no GPU.
     """
     if implementation != "cudnn":
         return None
@@ -270,19 +286,19 @@ def exact_together(
 
 
 def _cudnn(query: Array, key: Array, value: Array, scale: float | Array, is_causal: bool) -> Array:
-    """cuDNN's attention over ``[..., T, N, D]``, also where `jax.vmap` maps some of the operands or another axis.
+    """cuDNN's attention over ``[..., T, N, D]``, with batching rules for any mapped operands and axes.
 
-    The batching rules that JAX has for it want every operand, and the cotangent, mapped along axis 0 or none of them.
+    JAX's batching rules for it require that all operands and the cotangent are mapped along axis 0, or none.
     """
     half = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.bfloat16, jnp.float16)
     head_dim = query.shape[-1]
     if not half or head_dim != value.shape[-1] or head_dim % 8 or head_dim > 128:
         raise ValueError(CUDNN_APPLIES)
     if not isinstance(scale, float | int):
-        # To the kernel a scale is a constant of the program.
+        # The kernel takes the scale as a compile-time constant.
         scaled = query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
         query, scale = scaled.astype(query.dtype), 1.0
-    # All or none mapped, as the batching rules want it.
+    # Map all operands or none, as the batching rules require.
     query, key, value = along_with((query, key, value), query, key, value)
     attend: Any = jax.nn.dot_product_attention
     try:

@@ -58,27 +58,27 @@ def favor(
 
     The normaliser and the numerator are unbiased; their ratio is not. The relative error of one entry grows like
     :math:`e^{\|q + k\|^2 / 2} R^{-1/2}` (`approx_attention.bounds.favor_mse`), so large queries and keys need very many
-    features: measure with `approx_attention.evaluation` before trusting it.
+    features: measure the error with `approx_attention.evaluation` first.
 
-    The authors' code adds an epsilon to the features and subtracts their maximum over all positions, by which causal
-    outputs come to depend on later keys. Here magnitudes stay in the log domain: there is no epsilon, no clamp, and no
-    stabiliser that looks at other positions. The key alone fixes the projection, which theirs may seed by the inputs.
+    The authors' code adds an epsilon to the features and subtracts their maximum over all positions, which makes causal
+    outputs depend on later keys. Here magnitudes stay in the log domain, without an epsilon, a clamp, or a stabiliser
+    that depends on other positions. The projection depends on the PRNG key only; theirs can be seeded by the inputs.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_features: the number R of features, unless a projection is given; even for hyperbolic ones.
-        features: ``"positive"``; ``"hyperbolic"``, those of R/2 directions and of their negatives, which halves the
-            variance where logits are small; ``"relu"``, the generalised attention of the paper, which is another kernel
-            and no estimate of softmax, nearby tokens included.
+        num_features: the number R of features, unless a projection is given; even for hyperbolic features.
+        features: ``"positive"``; ``"hyperbolic"``, for R/2 directions and their negatives, which halves the
+            variance where logits are small; ``"relu"``, the generalised attention of the paper, a different kernel that
+            does not estimate softmax, also for nearby tokens.
         row_norm: norms of the directions, see `orthogonal_projection`.
         projection: the directions ``[R, D]`` (``[R/2, D]`` if hyperbolic); by default a random projection.
-        proposal: the Gaussian :math:`N(\mu, A A^T)` of directions :math:`\mu + A w_r`, with weights that keep
-            estimates unbiased: `fit_proposal` of tensors like yours has far less error where queries and keys are
-            large. None for N(0, I); not for ``"relu"``.
+        proposal: a Gaussian :math:`N(\mu, A A^T)` from which directions :math:`\mu + A w_r` are sampled, with weights
+            that keep estimates unbiased. A `fit_proposal` of similar tensors greatly reduces the error where queries
+            and keys are large. None for N(0, I); not supported for ``"relu"``.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
+        ValueError: shapes that do not match, counts below 1, unknown features, neither key nor projection.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -120,12 +120,21 @@ def summarize_favor(
     proposal: Proposal | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> FeatureMoments:
-    """The moments of the positive random features of keys.
+    """Summarise keys by the moments of their positive random features.
 
     Arguments are those of `favor`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         `FeatureMoments` of size R.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import attend, fold_scale, summarize_favor
+        >>> q, k, v = (0.3 * jax.random.normal(jax.random.key(i), (64, 8)) for i in range(3))
+        >>> q, k = fold_scale(q, k)
+        >>> summary = summarize_favor(k, v, jax.random.key(3), num_features=32)
+        >>> attend(q, summary).out.shape
+        (64, 8)
     """
     check_tokens(k, v, kv_mask)
     feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection, proposal)
@@ -142,16 +151,20 @@ def running_favor(
     projection: Float[Array, "W D"] | None = None,
     proposal: Proposal | None = None,
 ) -> RunningSummary:
-    """The moments of a growing prefix.
+    """The feature moments of a growing prefix.
 
-    Arguments are those of `favor`, for keys in scaled space (`approx_attention.methods`).
+    Arguments are those of `favor`, for keys in scaled space (`approx_attention.methods`), and ``head_dim``, the number
+    D of channels.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection, proposal)
     running = running_moments(feature_map)
     if features != "relu":
         return running
-    # Nearby tokens get the same kernel: weights of softmax there and of another kernel far away would not add up.
+    # Nearby tokens use the same kernel: weights of softmax and of another kernel cannot be added.
     return running._replace(near=lambda q, k, v, bias: kernel_state(feature_map, q, k, v, bias))
 
 
@@ -163,12 +176,18 @@ def draw_favor(
     features: FavorFeatures = "positive",
     row_norm: Literal["chi", "sqrt_dim"] = "chi",
 ) -> dict[str, Array]:
-    """The random directions that `favor` takes as ``projection``, to be shared by many calls.
+    """Sample random directions for the argument ``projection`` of `favor`, to share them between calls.
 
     Arguments are those of `favor`, and ``head_dim``, the number D of channels.
 
     Returns:
         ``{"projection": [R, D]}``, or ``[R/2, D]`` for hyperbolic features.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention.methods import draw_favor
+        >>> draw_favor(jax.random.key(0), 8, num_features=32)["projection"].shape
+        (32, 8)
     """
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     num_features = check_count("num_features", num_features)
@@ -199,9 +218,9 @@ def _favor_features(
         check_proposal(proposal, head_dim)
     if features == "relu":
         if proposal is not None:
-            raise ValueError("features='relu' have a kernel that changes with the law of directions: leave proposal")
+            raise ValueError("features='relu' does not support a proposal: its kernel depends on the law of directions")
         return ReLUFeatures(projection)
-    # Hyperbolic features need no map of their kind: they are positive features of the directions and their negatives.
+    # Hyperbolic features are positive features of the directions and their negatives.
     if features == "hyperbolic":
         projection = jnp.concatenate([projection, -projection])
     return PositiveFeatures(projection) if proposal is None else proposal.features(projection)

@@ -1,4 +1,4 @@
-"""HyperAttention: exact attention where sorted hashes meet, and a uniform sample of the other keys."""
+"""HyperAttention: exact attention within blocks of sorted hashes, and a uniform sample of the other keys."""
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,8 @@ def hyper_attention(
 ) -> AttentionState:
     r"""HyperAttention: sorted locality-sensitive hashing for the large weights, sampling for the rest.
 
-    Queries and keys are hashed by the signs of b random projections, read as Gray codes so that neighbouring numbers
-    differ in one sign, and sorted by them. With B(t) the keys in the block of query t and I a uniform sample of M keys,
+    Queries and keys are hashed by the signs of b random projections, read as Gray codes so that neighbouring codes
+    differ in one sign, and sorted by code. With B(t) the keys in the block of query t and I a uniform sample of M keys,
 
     .. math:: \mathrm{out}_t = \frac{\sum_{j \in B(t)} e^{s\, q_t \cdot k_j} v_j
               + \frac{n}{M} \sum_{j \in I \setminus B(t)} e^{s\, q_t \cdot k_j} v_j}
@@ -51,18 +51,18 @@ def hyper_attention(
               + \frac{n}{M} \sum_{j \in I \setminus B(t)} e^{s\, q_t \cdot k_j}}.
 
     Given the hashes, numerator and normaliser are unbiased. In self-attention (T = S) padded queries are in the last
-    blocks; where T != S the number of queries counts, padding included. There is no causal form: a query's block
-    depends on the hashes of all queries, and so on later ones; the published recursion shares that leak.
+    blocks; if T != S, padded queries also take places in blocks. There is no causal form: a query's block depends on
+    the hashes of all queries, including later ones. The published causal recursion has the same leak.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         sample_size: the number M of sampled keys; with M >= S the output is exact.
-        block_size: queries per block, each with as many keys (in proportion, if S != T), padding left out.
+        block_size: queries per block; a block has as many real keys (in proportion, if S != T).
         num_hashes: the number b of random signs, at most 31.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, more than 31 signs, no key.
+        ValueError: shapes that do not match, counts below 1, more than 31 signs, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -79,7 +79,7 @@ def hyper_attention(
     block_size = check_count("block_size", block_size)
     num_hashes = check_count("num_hashes", num_hashes)
     if num_hashes > MOST_HASHES:
-        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: more do not fit an int32")
+        raise ValueError(f"num_hashes must be at most {MOST_HASHES}, got {num_hashes}: the signs must fit in an int32")
     sample_size = min(check_count("sample_size", sample_size), k.shape[0])
     q, k, v = head_inputs(q, k, v, scale=scale, kv_mask=kv_mask)
     key_hash, key_sample = jax.random.split(check_key("hyper_attention", key))
@@ -92,7 +92,7 @@ def hyper_attention(
     if kv_mask is not None and is_self:  # real queries first
         order_q = jnp.lexsort((rank_q, ~kv_mask))
     order_k = jnp.lexsort((rank_k, ~real))
-    # As many blocks of keys as of queries.
+    # The number of blocks of keys is that of queries.
     num_blocks = -(-q.shape[0] // block_size)
     keys_per_block = room = -(-k.shape[0] // num_blocks)
 
@@ -103,17 +103,17 @@ def hyper_attention(
         near = tuple(in_blocks(x[order_k], room) for x in (k, v, real))
         sampled = random_places(real.astype(k.dtype), sample_size, key_sample)
     else:
-        # Blocks of real keys alone, so that padding moves none of them to another block.
+        # Blocks of real keys only, so that padding does not move a key to another block.
         num_real = jnp.maximum(count_real(kv_mask), 1)
         keys_per_block = -(-num_real // (-(-num_real // block_size) if is_self else num_blocks))
-        # In self-attention a block of queries meets no more keys than it has room for queries.
+        # In self-attention a block of queries meets no more keys than it has queries.
         room = min(block_size, k.shape[0]) if is_self else room
         number = jnp.arange(room, dtype=jnp.int32)[None, :]
         place = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * keys_per_block + number
         inside = (number < keys_per_block) & (place < k.shape[0])
         place = order_k[jnp.minimum(place, k.shape[0] - 1)]
         near = k[place], v[place], inside & real[place]
-        # By rank among the real keys, so that padding changes no sample.
+        # Noise goes by rank among the real keys, so that padding does not change the sample.
         tokens = RealFirst.of(kv_mask)
         sampled = tokens.order[random_places(tokens.real.astype(k.dtype), sample_size, key_sample)]
     block_of_key = (
@@ -128,7 +128,7 @@ def hyper_attention(
     def of_block(args: tuple[Array, Array, tuple[Array, Array, Array]]) -> AttentionState:
         number, q, (k, v, real) = args
         local = dense_state(q, k, v, mask_bias(real, q.dtype)[None, :])
-        # A sampled key of the block itself is seen exactly already.
+        # A sampled key in the block itself is already seen exactly.
         outside = jnp.where(present & (own != number), weight, HIDDEN)
         return merge(local, dense_state(q, k_sampled, v_sampled, outside[None, :]))
 
@@ -139,7 +139,7 @@ def hyper_attention(
 
 
 def _gray_rank(x: Array, planes: Array) -> Array:
-    """The number of each row's signs ``[n]`` in the order in which neighbours differ in one sign."""
+    """The rank ``[n]`` of each row's signs in Gray order, in which neighbours differ in one sign."""
     bits = (x @ planes > 0).astype(jnp.int32)
     # A bit of the number is the parity of the Gray code's bits up to it.
     binary = jnp.cumsum(bits, axis=1) % 2

@@ -1,4 +1,4 @@
-"""Linear randomised attention: a few proposals that all queries share, by multiple importance sampling."""
+"""Linear randomised attention: multiple importance sampling with a few proposals shared by all queries."""
 
 import math
 from typing import Literal, NamedTuple
@@ -35,7 +35,7 @@ from approx_attention.core import (
     squared_norm,
 )
 
-# The least weight of the query-specific rule, as in the authors' code: its logarithm must exist.
+# The smallest weight of the query-specific rule, as in the authors' code; its logarithm must be finite.
 LEAST_WEIGHT = 1e-8
 
 
@@ -69,38 +69,38 @@ def lara(
               f_c = \frac{\sum_j \xi(k_j, w_c)\, v_j}{\sum_j \xi(k_j, w_c)}, \qquad
               u_{tc} = \alpha_{tc}\, \frac{\xi(q_t, w_c) \sum_j \xi(k_j, w_c)}{\xi(\mu_c, w_c)}.
 
-    The weights :math:`\alpha` decide between the proposals:
+    The weights :math:`\alpha` combine the proposals:
 
     - ``"balance"``: :math:`\xi(\mu_c, w_c) / \sum_{c'} \xi(\mu_{c'}, w_c)`. The normaliser is then unbiased, and the
-      method a `FeatureMoments` with directions w.
-    - ``"query_specific"``: the same plus ``correction`` times
+      summary is a `FeatureMoments` with directions w.
+    - ``"query_specific"``: the balance weight plus ``correction`` times
       :math:`r_{tc} - \frac1C \sum_{c'} r_{tc'}`, where
-      :math:`r_{tc} = e^{q_t \cdot \bar q_c} / \sum_{t'} e^{q_{t'} \cdot \bar q_c}`. It is the paper's rule and the
-      default of its code. It looks at all queries; where it is negative it is clamped to 1e-8 and has no gradient.
-    - ``"biased"``: :math:`e^{\mu_c \cdot q_t}` over the mixture's density, without correction for it.
+      :math:`r_{tc} = e^{q_t \cdot \bar q_c} / \sum_{t'} e^{q_{t'} \cdot \bar q_c}`. This is the paper's rule and the
+      default of its code. It depends on all queries. Negative weights are clamped to 1e-8 and have no gradient.
+    - ``"biased"``: :math:`e^{\mu_c \cdot q_t}` over the density of the mixture, without a correction for the bias.
 
-    Without a key the noise is off, :math:`w_c = \mu_c`: deterministic, as the authors' code is in evaluation. Segments
-    are of real tokens, those of an image of all pixels.
+    Without a PRNG key the noise is off, :math:`w_c = \mu_c`: deterministic, like the authors' code in evaluation.
+    Segments are cut over real tokens, those of an image over all pixels.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_landmarks: the number C of proposals; no more than there are real queries and real keys.
+        num_landmarks: the number C of proposals, at most the number of real queries and of real keys.
         weights: the rule for :math:`\alpha`.
-        correction: the factor of the query-specific term, for that rule.
-        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space in place of the pooled ones, for instance learned;
-            ``num_landmarks`` is then not read.
-        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space in place of the pooled ones, for the query-specific
-            rule.
-        spatial_shape: height and width of an image whose pixels are the tokens, row by row; the segments are then
-            rectangles, as many as the greatest square number up to C.
+        correction: the factor of the query-specific term; only for that rule.
+        proposal_mean: :math:`\mu` ``[C, D]`` in scaled space, for example learned, in place of the pooled means;
+            ``num_landmarks`` is then ignored.
+        query_landmarks: :math:`\bar q` ``[C, D]`` in scaled space in place of the pooled means; only for the
+            query-specific rule.
+        spatial_shape: height and width of an image whose pixels are the tokens, row by row. The segments are then
+            rectangles; their number is the largest square up to C.
         num_samples: samples per proposal, unless ``noise`` is given.
-        antithetic: also use the negative of every noise, which doubles the samples.
-        noise: standard normal noise ``[R, C, D]`` in place of a sample.
+        antithetic: also use the negated noise, which doubles the number of samples.
+        noise: standard normal noise ``[R, C, D]``; by default sampled.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, unknown rules.
+        ValueError: shapes that do not match, counts below 1, unknown rules.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -149,7 +149,7 @@ def lara(
     f, log_sum = _of_keys(moments, samples)
     balance = jnp.exp(samples.log_own - samples.log_mixture)
     log_affinity = _log_affinity(q, q_bar, q_mask)
-    # Proposals that padding leaves absent count in no mean over the proposals; without any real one all do.
+    # Proposals without real tokens are left out of means over the proposals, unless all are without.
     counted = None if present is None else (present | ~jnp.any(present))[None, :]
 
     def attend_rows(q: Array) -> AttentionState:
@@ -157,24 +157,24 @@ def lara(
         if weights == "biased":
             log_weight = log_weight + q @ mu.T[:, own] - samples.log_mixture[None, :]
         else:
-            # A share of what all queries have is at most 1, but for those that are padding.
+            # A share of the sum over all real queries is at most 1, except for padded queries.
             r = jnp.exp(jnp.minimum(q @ q_bar.T - log_affinity[None, :], 0))
             alpha = balance[None, :] + correction * (r - jnp.mean(r, axis=1, keepdims=True, where=counted))[:, own]
             log_weight = log_weight - samples.log_own[None, :] + jnp.log(jnp.maximum(alpha, LEAST_WEIGHT))
         lse = jax.nn.logsumexp(log_weight, axis=1) - math.log(epsilon.shape[0])
         out = jax.nn.softmax(log_weight, axis=1) @ f
-        # Where no key is real all log-weights are HIDDEN; a NaN is passed on.
+        # Without real keys all log-weights are HIDDEN; NaN is passed on.
         seen = ~(lse < HIDDEN / 2)
         return AttentionState(jnp.where(seen[:, None], out, 0), jnp.where(seen, lse, -jnp.inf))
 
-    # Rows at a time, so that no array with a row per query and a column per sample exists at once.
+    # By blocks of rows, so that no array with a row per query and a column per sample exists.
     return map_rows(jax.checkpoint(attend_rows), q, FEATURE_BLOCK)
 
 
 def _like_proposals(q_bar: Array, mu: Array) -> Array:
     if q_bar.shape != mu.shape:
         raise ValueError(
-            f"query_landmarks, by default pooled, must be [C, D] = {list(mu.shape)} like the proposals, "
+            f"query_landmarks (by default pooled) must be [C, D] = {list(mu.shape)} like the proposals, "
             f"got shape {q_bar.shape}"
         )
     return q_bar.astype(mu.dtype)
@@ -190,7 +190,7 @@ def _noise(key: Array | None, num_samples: int, noise: Array | None, mu: Array, 
     if key is None:
         return jnp.zeros(shape, mu.dtype)
     noise = jax.random.normal(check_key("lara", key), shape, mu.dtype)
-    # As sampled for the proposals of the real tokens alone, so that padding changes nothing.
+    # Equal to the noise of a sequence without padding, so that padding changes nothing.
     return noise if present is None else draw_of_size(noise, jnp.sum(present, dtype=jnp.int32))
 
 
@@ -199,10 +199,10 @@ class _Samples(NamedTuple):
 
     Attributes:
         w: the samples ``[RC, D]``.
-        own: the proposal of each ``[RC]``.
-        log_own: :math:`\log \xi(\mu_c, w)` at its proposal ``[RC]``: the density over that of N(0, I).
-        log_mixture: the logarithm of the sum of the same over all proposals ``[RC]``.
-        present: which proposals are of real tokens ``[C]``, None for all.
+        own: the index of each sample's proposal ``[RC]``.
+        log_own: :math:`\log \xi(\mu_c, w)` for its own proposal ``[RC]``: the density relative to N(0, I).
+        log_mixture: the logarithm of the sum of these densities over all proposals ``[RC]``.
+        present: mask of the proposals with real tokens ``[C]``, None for all.
     """
 
     w: Array
@@ -223,15 +223,15 @@ class _Samples(NamedTuple):
         log_own = log_density[np.arange(len(own)), own]
         log_own = log_own if present is None else jnp.where(present[own], log_own, 0)
         log_mixture = jax.nn.logsumexp(log_density, axis=1)
-        # Without a proposal there is no mixture: a share of it would be infinite, and weights that are hidden NaN.
+        # Without any proposal the mixture is 0: shares of it would be infinite, and hidden weights NaN.
         log_mixture = log_mixture if present is None else jnp.where(jnp.any(present), log_mixture, 0)
         return cls(w, own, log_own, log_mixture, present)
 
 
 def _balanced(q: Array, moments: FeatureMoments, samples: _Samples) -> AttentionState:
     """The balance heuristic: random features with weights that do not depend on the query."""
-    # Features carry a factor of 1/sqrt(RC), so that products are means over all samples. The sum over proposals has R
-    # samples of each: C times that mean.
+    # Features contain a factor of 1/sqrt(RC), so products are means over all samples. The sum over proposals averages R
+    # samples of each, which is C times that mean.
     num_proposals = int(samples.own[-1]) + 1
     log_weight = math.log(num_proposals) - samples.log_mixture
     if samples.present is not None:
@@ -246,7 +246,7 @@ def _of_keys(moments: FeatureMoments, samples: _Samples) -> tuple[Array, Array]:
     f = moments.value_sum / mass[:, None]
     if samples.present is not None:
         hidden = hidden | ~samples.present[samples.own]
-    # Without the factor of 1/sqrt(RC) that features carry.
+    # Without the factor of 1/sqrt(RC) that features contain.
     log_sum = jnp.log(mass) + moments.log_scale + 0.5 * math.log(len(samples.own))
     return f, jnp.where(hidden, HIDDEN, log_sum)
 

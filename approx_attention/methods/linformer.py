@@ -1,4 +1,4 @@
-"""Linformer: keys and values projected along the sequence, onto few slots over which the softmax then goes."""
+"""Linformer: softmax attention over a few slots, projections of keys and values along the sequence."""
 
 import dataclasses
 from typing import Any, Literal
@@ -62,29 +62,30 @@ def linformer(
 
     .. math:: \mathrm{out} = \mathrm{softmax}\!\big(s\, q\, (E k)^T\big)\, F v, \qquad E, F \in \mathbb{R}^{R \times S}.
 
-    A model learns E and F and adapts to them. With random E and F it approximates softmax attention at no R, because
-    the softmax is taken over mixtures of keys: what the theorem of the paper speaks of is `unreduced_jlt`. With means
-    of segments it is `mean_pool` without its counts.
+    A model learns E and F and adapts to them. With random E and F this does not approximate softmax attention for any
+    R, because the softmax is over mixtures of keys; the theorem of the paper is about `unreduced_jlt`. With
+    segment means it is `mean_pool` without counts.
 
-    Segments are laid out over all real keys, causally too: a model that decodes takes a matrix. Means, maxima and
-    convolutions are of the real keys. Columns of a matrix belong to places: padding is removed together with its
-    columns, so it should stand on the right. A slot that no visible key enters is left out.
+    Segments cover all real keys, also in the causal form, so decoding needs a matrix. Means, maxima and convolutions
+    are over the real keys. Column j of a matrix belongs to position j: padding is removed together with its columns, so
+    it should be on the right. A slot without a visible key is left out.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         num_slots: the number R of segments, for ``"mean"`` and ``"max"``; with R >= S the output is exact.
-        projection_k: E ``[R, S_max]``, of which the first S columns are used; or ``"mean"`` or ``"max"`` of R segments
-            whose lengths differ by at most 1; or a `Convolution`.
+        projection_k: E ``[R, S_max]``, of which the first S columns are used; or ``"mean"`` or ``"max"`` over R
+            segments whose lengths differ by at most 1; or a `Convolution`.
         projection_v: F, by default the same as E.
-        renormalize: scale each slot by the sum of its row over that of the visible part, so that padding, shorter
-            inputs and (causally) the future change no slot's scale; for rows without negative entries. Means always do.
-        is_causal: slots of query t are :math:`\sum_{j \le t} E_{rj} k_j`; for a matrix or ``"mean"``. Outputs of a
-            prefix equal those of the whole sequence for a matrix only.
-        block_size: tokens that the causal form takes at a time; the result does not depend on it.
+        renormalize: scale each slot by the sum of its row over the sum of the visible part, so that padding, shorter
+            inputs and (causally) the future do not change its scale; for rows without negative entries. Means always
+            renormalise.
+        is_causal: the slots of query t are :math:`\sum_{j \le t} E_{rj} k_j`; only for a matrix or ``"mean"``. Outputs
+            of a prefix equal those of the whole sequence only for a matrix.
+        block_size: tokens per step of the causal form; the result does not depend on it.
 
     Raises:
-        ValueError: shapes that do not fit, more keys than columns, an unknown pooling.
+        ValueError: shapes that do not match, more keys than columns, an unknown pooling.
         TypeError: dtypes that are not floating point.
         NotImplementedError: a causal maximum or convolution.
 
@@ -99,7 +100,7 @@ def linformer(
         True
 
     Reference:
-        :cite:p:`wang2020linformer`, section 4; the causal form is the one that :cite:p:`peng2022abc`, give.
+        :cite:p:`wang2020linformer`, section 4; causal form: :cite:p:`peng2022abc`.
     """
     dtype = v.dtype
     num_slots = check_count("num_slots", num_slots)
@@ -121,7 +122,7 @@ def linformer(
 def _columns(name: str, projection: Any, num_keys: int) -> Array:
     check_floating(name, projection)
     if projection.ndim != 2:
-        raise ValueError(f"{name} must be [R, S_max], got shape {projection.shape}; heads of their own are per_head")
+        raise ValueError(f"{name} must be [R, S_max], got shape {projection.shape}; use per_head for one per head")
     if projection.shape[1] < num_keys:
         raise ValueError(f"{name} has columns for {projection.shape[1]} keys, got {num_keys}")
     return projection[:, :num_keys]
@@ -130,7 +131,7 @@ def _columns(name: str, projection: Any, num_keys: int) -> Array:
 def projected_slots(
     name: str, x: Array, projection: Projection, num_slots: int, kv_mask: Array | None, renormalize: bool
 ) -> tuple[Array, Array]:
-    """The slots ``[R, D]`` of the rows ``x [S, D]``, zero where padded, and which slots a real row enters."""
+    """The slots ``[R, D]`` of rows ``x [S, D]`` (zero in padding), and a mask of the slots with a real row."""
     if isinstance(projection, Convolution):
         if renormalize:
             raise NotImplementedError("method 'linformer' does not support renormalize with a convolution")
@@ -164,7 +165,7 @@ def _convolved(name: str, x: Array, projection: Convolution, kv_mask: Array | No
 def _pooled(x: Array, kind: str, num_slots: int, kv_mask: Array | None) -> tuple[Array, Array]:
     parts = segments_of(x.shape[0], min(num_slots, x.shape[0]), kv_mask)
     if kind == "mean":
-        # Sums and counts of the rows alone: there are no values to go with them here.
+        # Sums and counts of the rows; there are no values here.
         sums = TokenSums.of_tokens(x, x[:, :0], kv_mask).pooled(parts)
         return mean(sums.k, sums.count), sums.count > 0
     present = parts.sums(real_keys(kv_mask, x.shape[0]).astype(jnp.int32)) > 0
@@ -174,7 +175,7 @@ def _pooled(x: Array, kind: str, num_slots: int, kv_mask: Array | None) -> tuple
 def _check_slots(of_keys: Array, of_values: Array) -> None:
     if of_keys.shape[0] != of_values.shape[0]:
         raise ValueError(
-            f"projection_k and projection_v must make equally many slots, got {of_keys.shape[0]} and "
+            f"projection_k and projection_v must give the same number of slots, got {of_keys.shape[0]} and "
             f"{of_values.shape[0]}"
         )
 
@@ -188,7 +189,7 @@ def _rows(
         raise NotImplementedError(f"method 'linformer' does not support is_causal with {name} {projection!r}")
     if isinstance(projection, str):
         check_choice(name, projection, ("mean", "max"))
-        # Causally a mean is over the visible part of its segment, so the row is always rescaled.
+        # A causal mean is over the visible part of its segment, so the row is always rescaled.
         projection, renormalize = averaging_matrix(num_keys, num_slots, k.dtype, kv_mask), True
     matrix = _columns(name, projection, num_keys).astype(k.dtype)
     return Rows(matrix, jnp.sum(projection.astype(k.dtype), axis=1) if renormalize else None)

@@ -24,14 +24,14 @@ from approx_attention.core import (
 
 
 class LinformerPrefix(NamedTuple):
-    """Slots of the tokens so far: the cache of decoding.
+    """The slots of the tokens so far: the decoding cache of `linformer`.
 
     Attributes:
         k: projected keys ``[R, D]``.
         v: projected values ``[R, Dv]``.
         row_k: sums of the rows of E over the tokens so far ``[R]``.
-        row_v: the same of F.
-        entered: whether any token has entered the slot ``[R]``.
+        row_v: sums of the rows of F ``[R]``.
+        entered: whether the slot contains any token ``[R]``.
     """
 
     k: Array
@@ -42,7 +42,7 @@ class LinformerPrefix(NamedTuple):
 
     @classmethod
     def empty(cls, num_slots: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> "LinformerPrefix":
-        """The slots that no token has entered."""
+        """Slots without tokens."""
         row = jnp.zeros((num_slots,), dtype)
         slots = jnp.zeros((num_slots, head_dim), dtype), jnp.zeros((num_slots, value_dim), dtype)
         return cls(*slots, row, row, jnp.zeros((num_slots,), bool))
@@ -59,20 +59,20 @@ def linformer_step(
     kv_mask: Bool[Array, " b"] | None = None,
     row_sums: tuple[Array | None, Array | None] = (None, None),
 ) -> tuple[Float[Array, "b Dv"], LinformerPrefix]:
-    r"""Causal Linformer attention at b further tokens, usually one when decoding.
+    r"""Causal Linformer attention for the next b tokens, usually one when decoding.
 
     .. math:: q_i \cdot \bar k_{r,i} = q_i \cdot \bar k_r + \sum_{j \le i} (q_i \cdot k_j)\, E_{rj}, \qquad
               \mathrm{out}_i = \sum_r p_{ir}\, \bar v_r + \sum_{j \le i} \Big(\sum_r p_{ir} F_{rj}\Big) v_j.
 
     Args:
         prefix: the slots before these tokens.
-        q: their queries in scaled space (`fold_scale`).
-        k: their keys in scaled space.
-        v: their values.
-        columns_k: their columns of E ``[R, b]``.
-        columns_v: their columns of F ``[R, b]``.
+        q: queries of the tokens ``[b, D]`` in scaled space (`fold_scale`).
+        k: keys ``[b, D]`` in scaled space.
+        v: values ``[b, Dv]``.
+        columns_k: the tokens' columns of E ``[R, b]``.
+        columns_v: the tokens' columns of F ``[R, b]``.
         kv_mask: true where a token is real ``[b]``.
-        row_sums: the sums of all rows of E and of F ``[R]`` where slots are rescaled to them.
+        row_sums: the sums of all rows of E and of F ``[R]``, if slots are renormalised.
 
     Returns:
         Outputs ``[b, Dv]`` and the slots after these tokens.
@@ -98,7 +98,7 @@ def linformer_step(
     if kv_mask is not None:
         k, v = jnp.where(kv_mask[:, None], k, 0), jnp.where(kv_mask[:, None], v, 0)
         columns_k, columns_v = jnp.where(kv_mask[None, :], columns_k, 0), jnp.where(kv_mask[None, :], columns_v, 0)
-    # Slots per query would be an array [b, R, D]: the tokens of this step enter by their products with the queries.
+    # Slots for each query would be an array [b, R, D]; products of the queries with this step's tokens avoid it.
     so_far = jnp.tri(q.shape[0], dtype=q.dtype)
     logits = q @ prefix.k.T + (so_far * (q @ k.T)) @ columns_k.T
     entered = prefix.entered[None, :] | (so_far @ jnp.abs(columns_k.T) > 0)
@@ -117,7 +117,7 @@ def linformer_step(
 
 
 class Rows(NamedTuple):
-    """A projection's matrix ``[R, S]`` and, where slots are rescaled to them, the sums of its rows ``[R]``."""
+    """A projection's matrix ``[R, S]`` and, if slots are renormalised, the sums of its rows ``[R]``."""
 
     matrix: Array
     sums: Array | None
@@ -126,11 +126,11 @@ class Rows(NamedTuple):
 def causal_outputs(
     q: Array, k: Array, v: Array, of_keys: Rows, of_values: Rows, kv_mask: Array | None, block_size: int
 ) -> Array:
-    """Outputs of causal Linformer attention, ``block_size`` tokens at a time: in turn on a CPU, together elsewhere.
+    """Outputs of causal Linformer attention, ``block_size`` tokens per step: sequential on a CPU, else parallel.
 
-    `causal_state` does not serve here. It merges attention over nearby tokens with attention to a summary
-    of the others: two states over disjoint keys. A slot is no set of keys that a state could cover: each token up to
-    the query's own changes the key of every slot, and with it every logit.
+    `causal_state` does not apply. It merges attention over nearby tokens with attention over a summary of the other
+    keys. Slots are not disjoint sets of keys: each token up to the query's own changes the key of every slot, and
+    with it every logit.
     """
     num_queries, num_keys = q.shape[0], k.shape[0]
     num_seen = min(num_queries, num_keys)
@@ -160,7 +160,7 @@ def _in_turn(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) ->
 
 
 def _together(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) -> Array:
-    """The outputs of groups of blocks at once, from the slots before each: sums over the blocks before."""
+    """The outputs of groups of blocks at once, from the slots before each block: sums over earlier blocks."""
     num_blocks = blocks[0].shape[0]
     groups, size = even_split(num_blocks, max(1, GROUP_NUMBERS // (3 * sum(x.size for x in empty))))
     padded = jax.tree.map(lambda x: pad_rows(x, groups * size - num_blocks), blocks)
@@ -182,12 +182,12 @@ def _together(attend: Callable[..., Any], empty: LinformerPrefix, blocks: Any) -
 
 
 def _slots_of_block(k: Array, v: Array, rows_k: Array, rows_v: Array, real: Array) -> LinformerPrefix:
-    """What one block adds to the slots, from rows of the transposed matrices ``[b, R]``."""
+    """The contribution of one block to the slots, from rows of the transposed matrices ``[b, R]``."""
     k, v, rows_k, rows_v = (jnp.where(real[:, None], x.astype(k.dtype), 0) for x in (k, v, rows_k, rows_v))
     entered = jnp.any(rows_k != 0, axis=0)
     return LinformerPrefix(rows_k.T @ k, rows_v.T @ v, jnp.sum(rows_k, axis=0), jnp.sum(rows_v, axis=0), entered)
 
 
 def share(whole: Array, visible: Array) -> Array:
-    """The sum of a row over that of its visible part; 1 where the latter is 0."""
+    """The sum of a row over the sum of its visible part; 1 where the latter is 0."""
     return jnp.where(visible == 0, 1, whole / jnp.where(visible == 0, 1, visible))

@@ -1,4 +1,4 @@
-"""Local window attention: exact on nearby keys, without the others."""
+"""Local window attention: exact on nearby keys, ignoring all others."""
 
 from jax import Array
 from jaxtyping import Bool, Float
@@ -37,13 +37,12 @@ def local(
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        window_size: ``w`` tokens in all under ``is_causal``, the query's own and the w - 1 before it (l = w - 1,
-            r = 0); else w to each side, the query's own counted to both, 2w - 1 in all (l = r = w - 1). A pair
-            ``(l, r)`` sets the tokens before and after the query's own, as `jax.nn.dot_product_attention` counts them;
-            causally r = 0.
+        window_size: a number w, or a pair ``(l, r)`` of the numbers of tokens before and after the query's own, as in
+            `jax.nn.dot_product_attention`. With ``is_causal``, w means l = w - 1 and r = 0 (w tokens in all, with the
+            query's own); a pair needs r = 0. Else w means l = r = w - 1 (2w - 1 tokens in all).
 
     Raises:
-        ValueError: shapes that do not fit, a window without any key.
+        ValueError: shapes that do not match, a window without any key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -64,7 +63,7 @@ def local(
         key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
         return kernels.state(q, k, v, key_bias, left=left, right=right, logits_soft_cap=cap)
 
-    # A window counts real tokens: padding between two tokens does not move them apart.
+    # A window counts real tokens: padding between two tokens does not change their distance.
     return over_real_tokens(window, q, k, v, kv_mask, is_causal=is_causal)
 
 

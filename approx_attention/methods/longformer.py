@@ -1,4 +1,4 @@
-"""Longformer: a sliding window and a few global tokens."""
+"""Longformer: softmax attention over a sliding window and a few global tokens."""
 
 import functools
 
@@ -36,25 +36,26 @@ def longformer(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""A sliding window, and a few global tokens that see every key and that every query sees.
+    r"""Longformer: softmax attention over a sliding window and a few global tokens.
 
     .. math:: \mathrm{out}_t
               = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j},
               \qquad S_t = \begin{cases} \{0, \dots, S - 1\} & t < G \\
               \{j : |t - j| < w\} \cup \{0, \dots, G - 1\} & \text{else.} \end{cases}
 
-    The first G real tokens are the global ones: order the sequence so. The published model projects q, k and v for
-    global attention a second time; here there is one q, k and v. Causally the window lies before the query and a global
-    token too sees no key after it, which leaves a window with attention sinks.
+    A global token sees every key, and every query sees it. The first G real tokens are global, so place global tokens
+    first. The published model has separate projections of q, k and v for global attention; here there is one q, k
+    and v. In the causal form the window lies before the query, and global tokens do not see later keys either: a window
+    with attention sinks.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        window_size: w, the query's own position and w - 1 tokens to a side (only before it if causal).
+        window_size: w: the query's own position and w - 1 tokens on each side (only before it if causal).
         num_global: the number G of global tokens; by default 4, the usual number of attention sinks.
 
     Raises:
-        ValueError: shapes that do not fit, a window without any key.
+        ValueError: shapes that do not match, a window without any key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -76,13 +77,13 @@ def longformer(
 
     def window_and_global(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         bias = mask_bias(real_keys(kv_mask, num_keys), q.dtype)
-        # Global keys are hidden from the window, because every query sees them in another state: none counts twice.
+        # Global keys are hidden from the window, because every query sees them in the other state; none counts twice.
         not_global = jnp.where(jnp.arange(num_keys) < num_global, HIDDEN, bias)
         state = state_of(q, k, v, not_global, left=left, right=0 if is_causal else left)
         if num_global == 0:
             return state
         columns = state_of(q, *(x[:num_global] for x in (k, v, bias)))
-        # Global queries see all keys, so that theirs is no merged state but another one.
+        # Global queries see all keys, so their state is computed separately instead of merged.
         if is_causal:
             rows = state_of(*(x[:num_global] for x in (q, k, v, bias)), left=num_global, right=0)
         else:

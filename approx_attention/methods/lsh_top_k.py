@@ -64,7 +64,7 @@ def lsh_top_k(
         projection: the directions ``[N, b, D]``; by default a random projection.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection.
+        ValueError: shapes that do not match, counts below 1, more than 24 signs, neither key nor projection.
         TypeError: dtypes that are not floating point.
 
     Example:

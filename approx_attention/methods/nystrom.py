@@ -46,31 +46,32 @@ def nystrom(
               \tilde A = \mathrm{softmax}(\tilde q \tilde k^T), \quad
               \tilde B = \mathrm{softmax}(\tilde q k^T).
 
-    The true pseudo-inverse makes it exact with a landmark per token (M = T = S), and makes the weights of a query sum
-    to 1 where :math:`\tilde A` is regular; but it amplifies what small singular values carry, and its error with few
-    landmarks is often many times that of an inverse that cuts them. Weights may be negative under every inverse.
-    There is no causal form: every landmark of queries reads all keys.
+    With the true pseudo-inverse the output is exact if every token is a landmark (M = T = S), and the weights of a
+    query sum to 1 where :math:`\tilde A` is regular. But it amplifies the components of small singular values: with few
+    landmarks its error is often many times that of an inverse that cuts them. Weights may be negative with every
+    inverse. There is no causal form: every query landmark reads all keys.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_landmarks: the number M of segments, of sizes that differ by at most 1; no more than real queries and keys.
-        inverse: how :math:`\tilde A`, each matrix by itself, is inverted:
+        num_landmarks: the number M of segments, whose sizes differ by at most 1; at most the number of real queries and
+            of real keys.
+        inverse: how each matrix :math:`\tilde A` is inverted:
 
-            - ``"iterations"``: the published third-order iteration. Stopped early it is a soft cut of small singular
-              values: 6 steps invert half of one near :math:`0.025\, \|\tilde A\|_1^{1/2}` and nearly all of one four
-              times as large. More steps are not better, and far more diverge where :math:`\tilde A` is singular to
-              working precision.
+            - ``"iterations"``: the published third-order iteration. A few steps cut small singular values softly: after
+              6 steps a singular value near :math:`0.025\, \|\tilde A\|_1^{1/2}` is half inverted, one four times as
+              large almost fully. More steps are not better, and many steps diverge where :math:`\tilde A` is singular
+              to working precision.
             - ``"ridge"``: :math:`(\tilde A^T \tilde A + \gamma I)^{-1} \tilde A^T`.
-            - ``"svd"``: singular values below ``rcond`` times the largest count as 0. Its derivative takes the number
-              of the others as fixed, and what was cut as absent: exact where all that is cut is 0.
+            - ``"svd"``: singular values below ``rcond`` times the largest are set to 0. The derivative treats the rank
+              as fixed and ignores the cut part; it is exact if the cut values are 0.
         num_iterations: steps of the iteration.
         ridge: :math:`\gamma`, in units of squared singular values; the largest of :math:`\tilde A` is from 1 to
             :math:`\sqrt M`.
         rcond: the relative cut of ``"svd"``.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, another inverse, a ridge or cut that is not positive.
+        ValueError: shapes that do not match, counts below 1, an unknown inverse, a ridge or cut that is not positive.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -82,8 +83,7 @@ def nystrom(
         True
 
     Reference:
-        :cite:p:`xiong2021nystromformer`, section 3; without its convolution of the values, which belongs to a
-        layer.
+        :cite:p:`xiong2021nystromformer`, section 3, without its convolution of the values, which belongs in a layer.
     """
     dtype, num_queries, num_keys = v.dtype, q.shape[0], k.shape[0]
     check_choice("inverse", inverse, ("iterations", "ridge", "svd"))
@@ -98,9 +98,9 @@ def nystrom(
     landmark_bias = None if present is None else mask_bias(present, q.dtype)
 
     averages = kernels.state(q_bar, k, v, key_bias).out
-    # An inverse amplifies rounding by the condition number: the products of M x M matrices are not rounded.
+    # An inverse amplifies rounding by the condition number, so products of M x M matrices use full precision.
     with in_float32():
-        # An absent landmark is a row or column of zeros, of which every inverse makes a column or row of zeros.
+        # An absent landmark is a row or column of zeros; it becomes a column or row of zeros in every inverse.
         both = None if present is None else present[:, None] & present[None, :]
         a = jax.nn.softmax(q_bar @ k_bar.T, where=both)
         if inverse == "iterations":
@@ -115,8 +115,8 @@ def nystrom(
 
 def _iterated_inverse(a: Array, num_iterations: int) -> Array:
     """The pseudo-inverse of one matrix by the third-order iteration of section 3."""
-    # From this start every singular value of A Z is in (0, 1], where the iteration converges. The norms are of each
-    # matrix by itself: the authors' code takes the greatest of a batch, which couples its members.
+    # From this start every singular value of A Z is in (0, 1], where the iteration converges. The norms are those of
+    # each matrix; the authors' code takes the largest of a batch, which couples its members.
     norms = jnp.max(jnp.sum(jnp.abs(a), axis=0)) * jnp.max(jnp.sum(jnp.abs(a), axis=1))
     z = a.T / jnp.where(norms == 0, 1, norms)
     identity = jnp.eye(a.shape[0], dtype=a.dtype)

@@ -1,4 +1,4 @@
-"""Ordinary attention by the polynomial method: monomials of queries and keys as features."""
+"""The polynomial method for ordinary attention: monomials of queries and keys as features."""
 
 import functools
 from collections.abc import Sequence
@@ -43,25 +43,25 @@ def polynomial_attention(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Ordinary attention by the polynomial method: monomials of queries and keys as features.
+    r"""Approximate softmax attention by the polynomial method: monomials of queries and keys as features.
 
     .. math:: P(s\, q \cdot k) = \sum_{|\alpha| \le g} w_\alpha\, q^\alpha k^\alpha, \qquad
               \mathrm{out}_t = \frac{\sum_\alpha w_\alpha q_t^\alpha \sum_j k_j^\alpha v_j}
                                     {\sum_\alpha w_\alpha q_t^\alpha \sum_j k_j^\alpha}.
 
     The error is certified where logits are bounded (`approx_attention.bounds.tensor_certificate`). The number of
-    features :math:`\binom{D + g}{g}` leaves degrees up to 2 for D = 64 and 4 for D = 16. Taylor polynomials of even
-    degree, the default, are positive; of other polynomials the normaliser may not be, and it is not clamped.
+    features :math:`\binom{D + g}{g}` limits the degree to 2 for D = 64 and to 4 for D = 16. Taylor polynomials of even
+    degree, the default, are positive. The normaliser of other polynomials may not be, and it is not clamped.
 
     Shared arguments: see `approx_attention.methods`. The polynomial (``coefficients``, ``bound``, ``rms``) is chosen as
     in `tensor_polynomial`.
 
     Args:
-        degree: g, 2 by default, or that of ``coefficients`` or ``features``.
-        features: an `IndexSet` of monomials in place of all up to a degree, or two maps, as in `tensor_polynomial`.
+        degree: g; by default 2, or the degree of ``coefficients`` or ``features``.
+        features: an `IndexSet` of monomials instead of all up to a degree, or two maps, as in `tensor_polynomial`.
 
     Raises:
-        ValueError: shapes that do not fit, coefficients and a bound that do not go together.
+        ValueError: shapes that do not match, incompatible coefficients and bound.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -100,7 +100,7 @@ def summarize_polynomial(
     features: IndexSet | tuple[Any, ...] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> FeatureMoments:
-    """The moments of the monomials of keys, times their weights in the polynomial.
+    """Summarise keys by the moments of their monomials, times their weights in the polynomial.
 
     Arguments are those of `polynomial_attention`, with keys in scaled space (`approx_attention.methods`).
 
@@ -108,9 +108,9 @@ def summarize_polynomial(
         A `FeatureMoments`.
     """
     check_tokens(k, v, kv_mask)
-    # One set of keys: ordinary attention is tensor attention of order 2.
+    # Ordinary attention is tensor attention with one set of keys (order 2).
     kernel = Kernel.of(k.shape[-1], 1, degree, coefficients, bound, rms, features, accumulation_dtype(k, v))
-    # The weights go to the moments, not to the keys' monomials: R products in place of S R.
+    # The weights multiply the moments, not the keys' monomials: R products instead of S R.
     moments = FeatureMoments.of_tokens(kernel.key_maps[0], k, v, kv_mask)
     return moments.reweighted(kernel.weights, kernel.query_map)
 
@@ -127,11 +127,15 @@ def running_polynomial(
 ) -> RunningSummary:
     """The moments of the monomials of a growing prefix.
 
-    Arguments are those of `polynomial_attention`, for keys in scaled space (`approx_attention.methods`).
+    Arguments are those of `polynomial_attention`, for keys in scaled space (`approx_attention.methods`), and
+    ``head_dim``, the number D of channels.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
     """
     of_dtype = functools.partial(Kernel.of, head_dim, 1, degree, coefficients, bound, rms, features)
-    # The maps are the same in every dtype. The weights are made when the moments are read, in the dtype of these, and
-    # multiplied in there: moments that are still growing stay sums over keys alone.
+    # The maps are the same in every dtype. The weights are applied when the moments are read, in the dtype of the
+    # moments: growing moments stay plain sums over keys.
     maps = of_dtype(jnp.float32)
     running = running_moments(maps.key_maps[0])
 

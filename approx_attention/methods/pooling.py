@@ -1,4 +1,4 @@
-"""Mean-pooled keys and values with log counts: the simplest landmarks, exact where the keys of a segment are equal."""
+"""Mean pooling with log counts: the simplest landmarks, exact where the keys of a segment are equal."""
 
 import functools
 from collections.abc import Callable
@@ -38,23 +38,23 @@ def mean_pool(
 ) -> AttentionState:
     r"""Attention over the means of M segments of keys, each weighted by its number of keys.
 
-    With segments :math:`P_c` of consecutive real tokens, :math:`\bar k_c, \bar v_c` their means,
+    With segments :math:`P_c` of consecutive real tokens and their means :math:`\bar k_c, \bar v_c`,
 
     .. math:: \mathrm{out}_t = \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}\, \bar v_c
               \Big/ \sum_c |P_c|\, e^{s\, q_t \cdot \bar k_c}.
 
-    It is exact where the keys of a segment are equal, for any values. By Jensen's inequality it never overestimates the
-    normaliser.
+    The output is exact if the keys of each segment are equal, for any values. By Jensen's inequality the normaliser is
+    never overestimated.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_landmarks: the number M of segments, of sizes that differ by at most 1; with as many as real keys the output
-            is exact. Causally the segments of earlier blocks have equal length, the least power of two (times
-            ``ceil(block_size / M)``) with which M segments cover them.
+        num_landmarks: the number M of segments, whose sizes differ by at most 1; with one segment per real key the
+            output is exact. In the causal form the segments of earlier blocks have equal length: the smallest power of
+            two (times ``ceil(block_size / M)``) for which M segments cover them.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1.
+        ValueError: shapes that do not match, counts below 1.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -66,8 +66,7 @@ def mean_pool(
         True
 
     Reference:
-        The clustered special case of :cite:p:`zheng2023efficient`, section 4.2, with the count of each chunk
-        restored.
+        The clustered special case of :cite:p:`zheng2023efficient`, section 4.2, with the count of each chunk.
     """
     return state_by_summary(
         q,
@@ -90,24 +89,36 @@ def summarize_mean_pool(
     num_landmarks: int = 256,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """Segment means of keys and sums of values over the real keys.
+    """Summarise the real keys by segment means of keys and sums of values.
 
     Arguments are those of `mean_pool`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
-        A `WeightedKV` of min(M, S) tokens; where fewer than M keys are real, the other tokens have mass 0.
+        A `WeightedKV` of min(M, S) tokens; if fewer than M keys are real, the other tokens have mass 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import summarize_mean_pool
+        >>> k = jnp.array([[1.0], [3.0], [5.0], [7.0]])
+        >>> summary = summarize_mean_pool(k, k, num_landmarks=2)
+        >>> summary.k[:, 0].tolist(), summary.mass.tolist()
+        ([2.0, 6.0], [2.0, 2.0])
     """
     check_tokens(k, v, kv_mask)
     num_keys = k.shape[0]
     num_landmarks = min(check_count("num_landmarks", num_landmarks), num_keys)
-    # Segments are cut over the real tokens, and sums (not means) are pooled: padding counts for nothing in either.
+    # Segments are cut over the real tokens, and sums (not means) are pooled: padding has no effect on either.
     return TokenSums.of_tokens(k, v, kv_mask).pooled(segments_of(num_keys, num_landmarks, kv_mask)).landmarks()
 
 
 def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks: int = 256) -> RunningSummary:
-    """Segments of equal length over a growing prefix: neighbours are pooled in pairs whenever M of them no longer fit.
+    """Segments of equal length over a growing prefix; neighbours are pooled in pairs when M segments are full.
 
-    Arguments are those of `mean_pool`, for keys in scaled space (`approx_attention.methods`).
+    Arguments are those of `mean_pool`, for keys in scaled space (`approx_attention.methods`), and ``head_dim``, the
+    number D of channels.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
     """
     head_dim, num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
 
@@ -115,7 +126,7 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
         return GrowingSegments.empty(num_landmarks, head_dim, value_dim, dtype)
 
     def append(growing: GrowingSegments, start: Array, k: Array, v: Array, kv_mask: Array) -> GrowingSegments:
-        # At first segments are as short as lets M of them cover one block; later they double.
+        # The initial length is the shortest with which M segments cover one block; later it doubles.
         least_length = -(-k.shape[0] // num_landmarks)
         return growing.append(start, 1, TokenSums.of_tokens(k, v, kv_mask), least_length)
 

@@ -69,7 +69,7 @@ def priority(
         noise: the numbers u in (0, 1], ``[S]``; by default uniform. Numbers that are not positive give NaN.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor noise.
+        ValueError: shapes that do not match, a count below 1, neither key nor noise.
         TypeError: dtypes that are not floating point.
 
     Example:

@@ -26,7 +26,7 @@ from approx_attention.core import (
     squared_norm,
 )
 
-# Pairs whose logits exist at a time: an array of 16 MiB in float32.
+# Number of logits computed at once: an array of 16 MiB in float32.
 TILE = 2**22
 
 
@@ -47,35 +47,35 @@ def ra(
     bias: Float[Array, "T S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Randomised attention: the random feature of each query comes from the mixture that makes it unbiased.
+    r"""Randomised attention: an unbiased estimate of softmax attention with one random feature per query and sample.
 
     With :math:`q, k` scaled by :math:`\sqrt s`, weights :math:`\pi_{tm}` of softmax attention, and R samples per query,
 
     .. math:: m \sim \pi_t, \qquad \epsilon \sim N(0, I), \qquad w = q_t + k_m + \epsilon, \qquad
               \mathrm{out}_t = \sum_j \frac{e^{w \cdot k_j - \|k_j\|^2/2}}{\sum_i e^{w \cdot k_i - \|k_i\|^2/2}}\, v_j,
 
-    whose expectation is softmax attention exactly. It costs more than exact attention: it is the yardstick of the
-    linear methods that approximate its proposal, `lara` and `eva`. A bias :math:`b_j` of the logits enters both
+    whose expectation is exactly softmax attention. It costs more than exact attention, and serves as the reference for
+    `lara` and `eva`, which approximate its proposal in linear time. A bias :math:`b_j` of the logits enters both
     exponents.
 
-    Gradients flow through w and the noise is reparameterised, but the sampled index m is a constant to them: gradients
-    with respect to q and k are biased.
+    Gradients flow through w, with reparameterised noise, but the sampled index m is treated as constant: gradients with
+    respect to q and k are biased.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         key: typed PRNG key; not needed if ``noise`` and ``indices`` are given.
-        num_samples: the number R of samples that are averaged, unless they are given.
-        noise: :math:`\epsilon` ``[T, R, D]`` in place of a sample.
-        indices: m ``[T, R]`` in place of a sample.
+        num_samples: the number R of averaged samples, unless they are given.
+        noise: :math:`\epsilon` ``[T, R, D]``; by default sampled.
+        indices: m ``[T, R]``; by default sampled.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, which is :math:`D^{1/4}` times
             too small in scaled space and makes the estimate biased.
-        mask: true where a query may see a key, ``[T, S]``.
+        mask: true where a key is visible to a query, ``[T, S]``.
         bias: added to the logits, ``[T, S]``.
         return_state: return the `AttentionState`, in the accumulation dtype; its log-normalisers are exact.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor samples.
+        ValueError: shapes that do not match, counts below 1, neither key nor samples.
         TypeError: dtypes that are not floating point (or boolean, for masks).
 
     Example:
@@ -162,7 +162,7 @@ def _sampled_keys(logits: Array, uniform: Array) -> Array:
     """A key for each row of logits ``[T, S]`` by its softmax weights: the inverse of their cumulative sum."""
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     cumulative = jnp.cumsum(lax.stop_gradient(weights), axis=-1)
-    # The first key in sight at which the share of the weights reaches a uniform number in (0, 1].
+    # The first visible key at which the cumulative weights reach a uniform number in (0, 1].
     reached = (cumulative >= (1 - uniform[:, None]) * cumulative[:, -1:]) & (weights > 0)
-    # Rounding can leave every entry short of the share: then the heaviest key.
+    # Rounding can leave every cumulative weight below that number: then take the heaviest key.
     return jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), jnp.argmax(weights, axis=-1))

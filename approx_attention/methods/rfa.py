@@ -1,4 +1,4 @@
-"""Random feature attention: trigonometric features of normalised queries and keys, with gates in its causal form."""
+"""Random feature attention: trigonometric features of normalised queries and keys, with gates in the causal form."""
 
 import math
 from typing import Any, Literal
@@ -33,8 +33,8 @@ from approx_attention.core import (
     state_by_summary,
 )
 
-# A token whose entries are all smaller counts as zero, which has no direction: the square of the limit, 1e-36, is near
-# the least normal number of float32.
+# A token whose entries are all smaller is treated as zero, which has no direction: the square of the limit, 1e-36, is
+# near the smallest normal number of float32.
 LEAST_SIZE = 1e-18
 
 RfaFeatures = Literal["trigonometric", "positive"]
@@ -68,27 +68,27 @@ def rfa(
 
     With gates :math:`g_t = \mathrm{sigmoid}(z_t)` the causal sums forget, :math:`S_t = g_t S_{t-1} + (1 - g_t)
     \phi(k_t) v_t^T`: key j then weighs :math:`(1 - g_j) \prod_{i \le j} g_i^{-1}` times a factor that the normaliser
-    cancels. This is a log-weight of the key alone, so the blockwise causal form serves unchanged. It is one number per
-    key, whose rounding error is about :math:`10^{-7} \sum_{i \le j} |\log g_i|`. Padding closes no gate.
+    cancels. This is a log-weight of the key only, so the blockwise causal form applies unchanged. It is one number per
+    key, whose rounding error is about :math:`10^{-7} \sum_{i \le j} |\log g_i|`. The gates of padding have no effect.
 
-    Trigonometric estimates may be negative, so an output can leave the range of the values. Where the estimated
-    normaliser is not positive, the features give no output: earlier blocks then count for nothing. The authors' code
-    clamps the normaliser from below instead, which shrinks outputs, and contains no gates.
+    Trigonometric estimates may be negative, so an output can leave the range of the values. If the estimated
+    normaliser of the summary is not positive, the summary is ignored. The authors' code instead clamps the normaliser
+    from below, which shrinks outputs, and does not contain gates.
 
     Log-normalisers are those of the normalised queries and keys.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        num_features: the number R of features, unless a projection is given; even for trigonometric ones.
+        num_features: the number R of features, unless a projection is given; even for trigonometric features.
         features: ``"trigonometric"``, R/2 sines and R/2 cosines, or ``"positive"``, those of `favor`.
-        bandwidth: :math:`\sigma`, a number or one per channel ``[D]``, which can be learned. A number gives the
-            paper's Gaussian kernel; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
+        bandwidth: :math:`\sigma`, a number or a vector ``[D]``, which can be learned. A number gives the paper's
+            Gaussian kernel; a vector keeps the factors :math:`e^{\|\hat k\|^2/2}` that the paper drops.
         projection: the directions ``[R/2, D]`` (``[R, D]`` if positive); by default a random projection.
-        gate_logits: z ``[S]``, the logits of the gates; with ``is_causal`` only.
+        gate_logits: z ``[S]``, the logits of the gates; only with ``is_causal``.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, unknown features, neither key nor projection.
+        ValueError: shapes that do not match, counts below 1, unknown features, neither key nor projection.
         TypeError: dtypes that are not floating point.
         NotImplementedError: gates without ``is_causal``.
 
@@ -107,12 +107,12 @@ def rfa(
     """
     head_dim = q.shape[-1]
     if gate_logits is not None and not is_causal:
-        raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: a gate forgets the past")
+        raise NotImplementedError("method 'rfa' supports gate_logits only with is_causal: gates forget the past")
     gated = gate_logits is not None
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
     options: Any = {"features": features, "projection": feature_map.projection}
     running = running_rfa(head_dim, **options, bandwidth=bandwidth, gated=gated)
-    # The normalisation would undo a scale, which is folded in after it.
+    # The scale is folded in after the normalisation, which would undo it.
     q, k, v = head_inputs(q, k, v, scale=1.0, kv_mask=kv_mask, is_causal=is_causal)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
@@ -145,12 +145,12 @@ def running_rfa(
     projection: Float[Array, "W D"] | None = None,
     gated: bool = False,
 ) -> RunningSummary:
-    """The moments of a growing prefix of normalised keys.
+    """The feature moments of a growing prefix of normalised keys.
 
     Arguments are those of `rfa`; its ``space`` normalises queries and keys.
 
     Args:
-        gated: queries and keys come from `gate_tokens`, with D + 2 channels.
+        gated: whether queries and keys come from `gate_tokens`, with D + 2 channels.
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
@@ -158,12 +158,12 @@ def running_rfa(
 
     def space(x: Array) -> Array:
         tokens = x[:, :head_dim]
-        # Divided by its largest entry, a row has a square that neither over- nor underflows. The norm cancels this
-        # factor, so it can be a constant to derivatives.
+        # Divided by its largest entry, a row has a squared norm that neither over- nor underflows. The normalisation
+        # cancels this factor, so derivatives can treat it as constant.
         size = lax.stop_gradient(jnp.max(jnp.abs(tokens), axis=-1, keepdims=True))
         none = size < LEAST_SIZE
-        # Guarded twice: a quotient or root of 0 that is only selected away has a derivative of NaN. The authors' code
-        # adds 1e-3 to the norm, which no longer gives unit vectors.
+        # A double where: a quotient or root of 0 that is only selected away has a derivative of NaN. The authors' code
+        # adds 1e-3 to the norm, which does not give unit vectors.
         tokens = jnp.where(none, 0, tokens / jnp.where(none, 1, size))
         norm = jnp.sqrt(jnp.where(none, 1, squared_norm(tokens)))
         unit = tokens * (head_dim**0.25 / norm) * jnp.asarray(bandwidth, x.dtype).reshape(1, -1)
@@ -173,9 +173,9 @@ def running_rfa(
         return running_moments(feature_map)._replace(space=space)
 
     def near(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-        # Log-weights are sums over all earlier gates and so may be large. Added here, and not as channels of the
-        # product of queries and keys, they are not rounded to lower precision; less the greatest that is seen, they do
-        # not swallow the logits.
+        # Log-weights are sums over all earlier gates and may be large. They are added here, not as channels of the
+        # product of queries and keys, so that they are not rounded to lower precision. The largest visible one is
+        # subtracted, so that logits keep their digits.
         log_weight = k[:, -1][None, :]
         greatest = finite_peak(jnp.max(jnp.where(bias <= HIDDEN / 2, -jnp.inf, log_weight)))
         state = dense_state(
@@ -203,37 +203,37 @@ def gate_tokens(
     kv_mask: Bool[Array, " S"] | None = None,
     start: Float[Array, ""] | float = 0.0,
 ) -> tuple[Array, Array, Array]:
-    r"""Queries and keys with the gates of gated `rfa` in two more channels.
+    r"""Append the gates of gated `rfa` to queries and keys as two channels.
 
-    Key j gets the log-weight :math:`b_j = \log(1 - g_j) - \sum_{i \le j} \log g_i`. A `Decoder` of
-    ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)`` takes them, segment by segment.
+    Key j gets the log-weight :math:`b_j = \log(1 - g_j) - \sum_{i \le j} \log g_i`. Use the results in a `Decoder` of
+    ``running_rfa(D, ..., gated=True)`` with ``head_dim=D + 2`` and ``scale=1/sqrt(D)``, segment by segment.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         gate_logits: z ``[S]`` of gates :math:`g = \mathrm{sigmoid}(z)`.
-        scale: the factor of the logits that will be folded in, ``1/sqrt(D)`` by default.
-        start: the last result of the segment before, 0 for the first segment.
+        scale: the factor of the logits that the decoder will apply, ``1/sqrt(D)`` by default.
+        start: the third result for the previous segment, 0 for the first segment.
 
     Returns:
         Queries ``[T, D + 2]`` and keys ``[S, D + 2]`` in float32 or wider, and :math:`-\sum \log g` up to the end,
         which is ``start`` of the next segment.
 
     Raises:
-        ValueError: gate logits that are not one per key.
+        ValueError: the gate logits are not ``[S]``.
     """
     check_floating("gate_logits", gate_logits)
     if gate_logits.shape != k.shape[:1]:
         raise ValueError(f"gate_logits must be one per key, [S] = {list(k.shape[:1])}, got shape {gate_logits.shape}")
     dtype = accumulation_dtype(q, k)
-    # The scale will be folded in later: divided by its root, the two channels come out as they are.
+    # The scale will be folded in later: dividing by its root cancels that in the two channels.
     root = math.sqrt(1 / math.sqrt(q.shape[-1])) if scale is None else jnp.sqrt(jnp.asarray(scale, dtype))
     q, k, gate_logits = q.astype(dtype), k.astype(dtype), gate_logits.astype(dtype)
     if kv_mask is not None:
         gate_logits = jnp.where(kv_mask, gate_logits, 0)
-    # -log g and, below, -log(1 - g), without the overflow of either sigmoid.
+    # -log g and, below, -log(1 - g), computed without overflow.
     forgotten = jax.nn.softplus(-gate_logits)
-    # Padding forgets nothing, g = 1: the next real token finds the sums as they were.
+    # Padding has g = 1 and leaves the sums unchanged.
     if kv_mask is not None:
         forgotten = jnp.where(kv_mask, forgotten, 0)
     total = jnp.asarray(start, k.dtype) + jnp.cumsum(forgotten)
@@ -252,7 +252,7 @@ def gate_tokens(
 def draw_rfa(
     key: PRNGKeyArray, head_dim: int, *, num_features: int = 256, features: RfaFeatures = "trigonometric"
 ) -> dict[str, Array]:
-    """The random directions that `rfa` takes as ``projection``, to be shared by many calls.
+    """Sample random directions for the argument ``projection`` of `rfa`, to share them between calls.
 
     Arguments are those of `rfa`, and ``head_dim``, the number D of channels.
 

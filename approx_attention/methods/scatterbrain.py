@@ -1,4 +1,4 @@
-"""Scatterbrain: exact attention to nearby blocks, positive random features for all the others."""
+"""Scatterbrain: exact attention to nearby blocks, positive random features for all other blocks."""
 
 from jax import Array
 from jaxtyping import Bool, Float
@@ -37,7 +37,7 @@ def scatterbrain(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Scatterbrain: sparse plus low rank, exact on a local support and by R positive random features off it.
+    r"""Scatterbrain: sparse plus low rank, exact on a local support and R positive random features outside it.
 
     With :math:`q, k` scaled by :math:`\sqrt{s}`, features :math:`\phi` of `favor` and the support N(t), the keys of the
     block of query t and of the blocks just before and after it,
@@ -46,27 +46,27 @@ def scatterbrain(
               S_{tj} = \big(e^{q_t \cdot k_j} - \phi(q_t) \cdot \phi(k_j)\big)\,[j \in N(t)], \qquad
               \mathrm{out}_t = \sum_j A_{tj} v_j \Big/ \sum_j A_{tj}.
 
-    The paper subtracts the features on the support. Here the keys off the support are summed alone, so every weight is
-    positive, however wrong the features would be on the support. The paper's support comes from hashing; this one is
-    positional.
+    The paper subtracts the features on the support. Here the features of keys outside the support are summed
+    separately, so every weight is positive even if the features are inaccurate on the support. The paper's support
+    comes from hashing; this one is positional.
 
-    Normaliser and numerator are unbiased; their ratio is not. Where two blocks contain all tokens the output is exact.
-    The support serves low temperatures, if it contains the large weights, and the features serve high ones. But exact
-    weights do not share the errors of estimated ones, which partly cancel in the ratio of `favor`: where neither
-    serves, the sum may be worse than either alone.
+    Normaliser and numerator are unbiased; their ratio is not. If two blocks contain all tokens the output is exact.
+    The support is accurate at low temperatures, if it contains the large weights, and the features at high ones. In
+    between the sum may be worse than `favor` or the window alone: the errors of estimated weights partly cancel in the
+    ratio of `favor`, but not against exact weights.
 
-    With ``is_causal`` there are no later keys, which leaves causal `favor` with ``block_size=window_size``.
+    With ``is_causal`` there are no later keys, and the method equals causal `favor` with ``block_size=window_size``.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         num_features: the number R of features, unless a projection is given.
-        window_size: tokens per block; a query sees from one to two blocks to a side exactly.
+        window_size: tokens per block; a query sees exactly between one and two blocks on each side.
         projection: the directions ``[R, D]``; by default a random projection.
         proposal: as in `favor`.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, neither key nor projection.
+        ValueError: shapes that do not match, counts below 1, neither key nor projection.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -94,12 +94,12 @@ def scatterbrain(
     if is_causal:
         state = causal_state(q, k, v, running_moments(features), block_size=window_size, kv_mask=kv_mask)
     else:
-        # No block is longer than the sequence, which would only be padding.
+        # A block longer than the sequence would only add padding.
         block = min(window_size, max(q.shape[0], k.shape[0]))
         blocks = BlockMap.banded(1, 1, block_size=block, num_queries=q.shape[0], num_keys=k.shape[0])
 
         def summarize(k: Array, v: Array, kv_mask: Array, number: Array) -> FeatureMoments:
-            # One projection for all blocks: moments add up only in the same features.
+            # One projection for all blocks: only moments of the same features can be added.
             return FeatureMoments.of_tokens(features, k, v, kv_mask)
 
         def by_blocks(q: Array, k: Array, v: Array, kv_mask: Array | None) -> AttentionState:

@@ -1,4 +1,4 @@
-"""Sketches of the values, which need all of the weights, and importance samples of the keys, which do not."""
+"""Sketches of the values, which need the full weights, and importance samples of the keys, which do not."""
 
 import dataclasses
 from typing import Literal
@@ -52,31 +52,31 @@ def unreduced_jlt(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Softmax attention over values that a Johnson-Lindenstrauss sketch has compressed and spread again.
+    r"""Softmax attention over values compressed and reconstructed by a Johnson-Lindenstrauss sketch.
 
     With the weights :math:`P = \mathrm{softmax}(s\, q k^T)`, the mean value :math:`\bar v` and a random M x S matrix
     :math:`\Pi` with :math:`E[\Pi^T \Pi] = I`,
 
     .. math:: \mathrm{out} = \bar v + P\, \Pi^T \Pi\, (v - \bar v).
 
-    This is the approximation of Linformer's theory. Its expectation is softmax attention and its mean squared error is
-    `bounds.sketch_mse`; neither holds for `linformer` with a random projection. It needs P, so it saves nothing: it
-    shows what a sketch of M rows can reach. Log-normalisers are exact.
+    This is the approximation analysed by Linformer's theorem. Its expectation is softmax attention and its mean squared
+    error is `bounds.sketch_mse`; neither holds for `linformer` with a random projection. It needs P, so it saves no
+    time: it shows the best accuracy of a sketch of M rows. Log-normalisers are exact.
 
-    Subtracting the mean is a departure from the paper. It is free, because rows of P sum to 1, and lowers the variance
+    Subtracting the mean is not in the paper. It is exact, because rows of P sum to 1, and lowers the variance
     where the mean is large.
 
-    Shared arguments: see `approx_attention.methods`. With ``"uniform_rows"`` the sample may contain rows of padding.
+    Shared arguments: see `approx_attention.methods`. A sample of ``"uniform_rows"`` may contain rows of padding.
 
     Args:
         key: typed PRNG key; not needed if ``sketch`` is a sketch.
         sketch_size: the number M of rows.
-        sketch: a kind of `approx_attention.core.draw_sketch`, or a sketch of S rows, by place. The default loses
-            nothing where M is the power of two from S on.
+        sketch: a kind of `approx_attention.core.draw_sketch`, or a sketch of S rows. The default is exact if M is the
+            smallest power of two of at least S.
         centred: subtract the mean of the values before the sketch, and add it after.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown kind of sketch, a size that it cannot have, no key.
+        ValueError: shapes that do not match, an unknown kind of sketch, a size that it does not support, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -101,12 +101,12 @@ def unreduced_jlt(
     elif not isinstance(sketch, Sketch):
         raise TypeError(f"sketch must be one of {', '.join(SKETCHES)}, or a sketch, got {shown(sketch)}")
     elif sketch.num_rows != num_keys:
-        raise ValueError(f"the sketch must be of S = {num_keys} rows, got one of {sketch.num_rows}")
+        raise ValueError(f"the sketch must have S = {num_keys} rows, got {sketch.num_rows}")
     mean = jnp.zeros_like(v[:1])
     if centred:
         real = jnp.ones((num_keys, 1), bool) if kv_mask is None else kv_mask[:, None]
         mean = jnp.sum(v, axis=0, keepdims=True) / jnp.maximum(jnp.sum(real), 1).astype(v.dtype)
-        # Padding stays 0, so that the sketch of the real rows contains none of it.
+        # Padding stays 0, so that the sketch contains real rows only.
         v = jnp.where(real, v - mean, 0)
     key_bias = None if kv_mask is None else mask_bias(kv_mask, q.dtype)
     if not isinstance(sketch, str):
@@ -114,21 +114,21 @@ def unreduced_jlt(
     elif kv_mask is None:
         v = _through_sketch(v, sketch, sketch_size, key)
     else:
-        # The sketch of the real rows alone: random numbers go by place, and padding must change none of them.
+        # The sketch of the real rows: random numbers go by position, and padding must not change them.
         order = RealFirst.of(kv_mask)
         v = order.back(_through_real_sketch(order.front(v), count_real(kv_mask), sketch, sketch_size, key))
     state = kernels.state(q, k, v, key_bias)
-    # A query that sees no key gives 0, not the mean; NaN must come out, not turn to 0.
+    # A query that sees no key gives 0, not the mean; NaN must not turn into 0.
     seen = (state.lse > -jnp.inf) | jnp.isnan(state.lse)
     return dataclasses.replace(state, out=jnp.where(seen[:, None], state.out + mean, 0))
 
 
 def _through_sketch(v: Array, kind: str, size: int, key: Array | None, count: Array | None = None) -> Array:
     r"""The rows :math:`\Pi^T \Pi v` of a random sketch of the first ``count`` rows; those after them must be 0."""
-    # Rows beyond the orthogonal transform's, or beyond all rows of a sample, would add nothing.
+    # More rows than those of the orthogonal transform, or of the sampled matrix, would add nothing.
     most = {"hadamard": 1 << (v.shape[0] - 1).bit_length(), "uniform_rows": v.shape[0]}.get(kind, size)
     sketch = draw_sketch(check_key("unreduced_jlt", key), kind, min(size, most), v.shape[0])
-    # The random numbers that a sketch of ``count`` rows would have; a sample of rows has no such prefix.
+    # The random numbers equal those of a sketch of ``count`` rows; a sample of rows has no such prefix.
     if count is not None and kind != "uniform_rows":
         sketch = jax.tree.map(lambda x: draw_of_size(x, count), sketch)
     return back(sketch, sketch @ v)
@@ -138,8 +138,8 @@ def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Arra
     """`_through_sketch` for ``count`` real rows of any kind, also where the shape of the sketch depends on it."""
     if kind != "hadamard":
         return _through_sketch(v, kind, size, key, count)
-    # The transform of the least power of two that holds the real rows is a corner of that of all rows. Their number is
-    # traced, so rows are sampled for every power of two, and one of the samples is selected.
+    # The transform of the smallest power of two that covers the real rows is a corner of that of all rows. Their number
+    # is traced, so rows are sampled for every power of two, and one of the samples is selected.
     lengths = [1 << level for level in range((v.shape[0] - 1).bit_length() + 1)]
     size = min(size, lengths[-1])
     sketch = HadamardSketch.draw(check_key("unreduced_jlt", key), size, v.shape[0])
@@ -148,7 +148,7 @@ def _through_real_sketch(v: Array, count: Array, kind: str, size: int, key: Arra
     chosen = jnp.stack([pad_rows(x, size - x.shape[0]) for x in rows])[level]
     used = jnp.minimum(size, jnp.asarray(lengths, jnp.int32)[level])
     sketch = dataclasses.replace(sketch, chosen=chosen)
-    # Entries of the sketch are 1/sqrt(size); those of one of fewer rows are larger, and rows behind them count nothing.
+    # Entries of the sketch are 1/sqrt(size); with fewer rows the entries are larger, and the rows after them are 0.
     share = jnp.where(jnp.arange(size, dtype=jnp.int32) < used, size / used.astype(v.dtype), 0)
     return back(sketch, share[:, None] * (sketch @ v))
 
@@ -174,17 +174,17 @@ def importance_sample(
               \mathrm{out}_t = \sum_m \frac{e^{s\, q_t \cdot k_{j_m}}}{M p_{j_m}}\, v_{j_m}
               \Big/ \sum_m \frac{e^{s\, q_t \cdot k_{j_m}}}{M p_{j_m}}.
 
-    Numerator and normaliser are unbiased for all odds; their ratio is in the limit of large M.
+    Numerator and normaliser are unbiased for all odds; their ratio is consistent as M grows.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        sample_size: the number M of sampled keys, of which some may be equal.
-        odds: p, in proportion to 1, to the norms of keys or of values (each plus their mean, so that none is near 0),
-            or to the ridge leverage scores of the keys (plus theirs).
+        sample_size: the number M of sampled keys; keys may repeat.
+        odds: p is proportional to 1, to the norms of keys or of values, or to the ridge leverage scores of the keys.
+            The mean of the norms or scores is added to each, so that no probability is near 0.
 
     Raises:
-        ValueError: shapes that do not fit, a count below 1, unknown odds, no key.
+        ValueError: shapes that do not match, a count below 1, unknown odds, no key.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -211,7 +211,7 @@ def summarize_importance_sample(
     odds: Odds = "value_norm",
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> WeightedKV:
-    """A sample of keys with replacement, with masses that undo their odds.
+    """Sample keys with replacement, with masses inverse to their probabilities.
 
     Arguments are those of `importance_sample`, with keys in scaled space (`approx_attention.methods`).
 
@@ -222,8 +222,8 @@ def summarize_importance_sample(
     sample_size = check_count("sample_size", sample_size)
     k, v = token_sums_inputs(k, v, kv_mask)
     real = real_keys(kv_mask, k.shape[0])
-    # The odds cancel on average, so they are constants to derivatives. Value norms are the default because the optimal
-    # odds, for a query, are proportional to its weights times these norms.
+    # The odds cancel on average, so derivatives treat them as constants. Value norms are the default because the
+    # optimal odds for a query are proportional to its weights times these norms.
     size = lax.stop_gradient(
         {
             "uniform": lambda: jnp.ones_like(k[:, 0]),
@@ -232,8 +232,8 @@ def summarize_importance_sample(
             "leverage": lambda: leverages(k),
         }[odds]()
     )
-    # Adding the mean bounds every odds from below by half of the uniform ones, and so every mass by 2 n / M. Where all
-    # sizes are 0 the odds are uniform.
+    # Adding the mean keeps the odds above half of the uniform ones, and so every mass below 2 n / M. If all sizes are 0
+    # the odds are uniform.
     mean = jnp.sum(size, where=real) / jnp.maximum(jnp.sum(real), 1).astype(k.dtype)
     log_odds = jnp.where(real, jnp.log(size + jnp.where(mean > 0, mean, 1)), HIDDEN)
     sample = RowSample.with_odds(check_key("importance_sample", key), sample_size, log_odds)

@@ -38,32 +38,32 @@ def skyformer(
     q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T Dv"]:
-    r"""Skyformer: Nystrom approximation of *kernelised* attention, which is not softmax attention.
+    r"""Skyformer: a Nystrom approximation of *kernelised* attention, which is not softmax attention.
 
-    What it approximates has Gaussian weights, without a normaliser:
+    Kernelised attention has Gaussian weights and no normaliser:
 
     .. math:: \mathrm{out}_t = \sum_j \kappa(q_t, k_j)\, v_j, \qquad \kappa(x, y) = e^{-s \|x - y\|^2 / 2}.
 
-    :math:`\kappa(q, k)` is a block of the positive semi-definite kernel of all N = T + S rows of :math:`[q; k]`. With M
-    of the real ones x, a uniform sample,
+    :math:`\kappa(q, k)` is a block of the positive semi-definite kernel matrix of all N = T + S rows of :math:`[q; k]`.
+    With a uniform sample x of M real rows,
 
     .. math:: \mathrm{out} = \kappa(q, x)\, \big(\kappa(x, x) + \gamma I\big)^{-1} \big(\kappa(x, k)\, v\big).
 
-    Its weights do not sum to 1, and may be negative. The normalisation and the iteration with which the authors invert
-    the middle matrix cancel out of this formula; it is solved directly. There is no causal form.
+    The weights do not sum to 1 and may be negative. The normalisation that the authors apply to the middle matrix
+    cancels from this formula, which is solved directly instead of by their iteration. There is no causal form.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         key: typed PRNG key; not needed if ``noise`` is given.
-        num_landmarks: the number M of sampled rows, each once; with M >= T + S and a small ridge the output is
-            kernelised attention.
+        num_landmarks: the number M of rows, sampled without replacement; with M >= T + S and a small ridge the output
+            is kernelised attention.
         ridge: :math:`\gamma`; in float32 not much below :math:`10^{-7} M`.
-        noise: a priority per row of :math:`[q; k]`, ``[T + S]``; the M largest are taken.
+        noise: a priority per row of :math:`[q; k]`, ``[T + S]``; the M rows of largest priority are the sample.
         scale: factor s of the squared distances, ``1/sqrt(D)`` by default.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, a ridge that is not positive, neither key nor noise.
+        ValueError: shapes that do not match, counts below 1, a ridge that is not positive, neither key nor noise.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -93,7 +93,7 @@ def skyformer(
         check_floating("noise", noise)
         if noise.shape != (num_queries + num_keys,):
             raise ValueError(f"noise must be [T + S] = [{num_queries + num_keys}], got shape {noise.shape}")
-    # The kernel sees differences only, so that rows may be moved; rounding is least where they are small.
+    # The kernel depends on differences only, so rows may be shifted; rounding is smallest if they are small.
     center = lax.stop_gradient(segment_means(k, segments_of(num_keys, 1, kv_mask), kv_mask))
     q, k = q - center, k - center
 
@@ -103,16 +103,16 @@ def skyformer(
     present = priority > -jnp.inf
     rows = jnp.where(present[:, None], jnp.concatenate([q, k])[chosen], 0)
 
-    # From differences, not products, whose rounding could make it indefinite; the solve is in float32 as it is.
+    # From differences: the rounding of products could make the matrix indefinite. The solve is in float32.
     gram = jnp.exp(-jnp.sum((rows[:, None, :] - rows[None, :, :]) ** 2, axis=-1) / 2)
     gram = jnp.where(present[:, None] & present[None, :], gram, 0)
-    # The row and column of an absent one are those of the identity: it gets no weight.
+    # The row and column of an absent landmark are those of the identity, so it gets no weight.
     diagonal = jnp.where(present, ridge, 1 + ridge)
     values = solve_positive(gram + jnp.diag(diagonal.astype(gram.dtype)), _gaussian_sums(rows, k, v, real_key))
     return _gaussian_sums(q, rows, values, present).astype(dtype)
 
 
 def _gaussian_sums(x: Array, y: Array, w: Array, present: Array) -> Array:
-    r"""The sums :math:`\sum_j e^{-\|x_i - y_j\|^2 / 2} w_j` over the rows y that are present, as softmax attention."""
+    r"""The sums :math:`\sum_j e^{-\|x_i - y_j\|^2 / 2} w_j` over the present rows y, computed as softmax attention."""
     state = kernels.state(x, y, w, jnp.where(present, -squared_norm(y)[:, 0] / 2, HIDDEN))
     return state.out * jnp.exp(state.lse[:, None] - squared_norm(x) / 2)

@@ -30,7 +30,7 @@ from approx_attention.sparse import (
     support_and_moments_state,
 )
 
-# The cost of a gathered key, in keys of a visited block, which are read together in matrix products.
+# The cost of a gathered key relative to a key of a visited block, which is used in matrix products.
 GATHER_COST = 24
 # Blocks of 64 fit scattered patterns more closely, blocks of 128 make larger matrix products.
 BLOCK_SIZES = (64, 128)
@@ -49,28 +49,27 @@ def sparse_attention(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Softmax attention over the support of a pattern; keys outside it are not computed.
+    r"""Softmax attention over the support of a sparse pattern.
 
     .. math:: \mathrm{out}_t = \sum_{j \in S_t} e^{s\, q_t \cdot k_j}\, v_j \Big/ \sum_{j \in S_t} e^{s\, q_t \cdot k_j}
 
-    Only the support S of the pattern counts; its weights are for `approx_attention.realization`. There are two forms:
+    Only the support S of the pattern is used; its weights are for `approx_attention.realization`. There are two forms:
 
-    - By blocks: every block of queries meets each block of keys that contains an entry, in matrix products, and entries
-      outside the support are hidden. The cost is that of the visited area.
-    - Gathered: every query fetches its K keys, at a cost of T K (D + Dv), which is far more for one key.
+    - By blocks: a pair of blocks with an entry is computed by matrix products, with entries outside the support hidden.
+      The cost is proportional to the visited area.
+    - Gathered: every query gathers its K keys, at a cost of T K (D + Dv), with a far higher cost per key.
 
-    A `BlockMap`, which is known when tracing, runs by blocks. A pattern whose arrays are known takes the cheaper form:
-    gathered, if 24 K is less than the number of keys that a query meets in blocks of 64 or 128. A traced pattern is
-    gathered, because its blocks are not known; so is one that is an argument of `attention`, which takes
-    ``method=sparse_attention, pattern=...``.
+    A `BlockMap`, which is static, runs by blocks. A pattern with concrete arrays uses the cheaper form: gathered, if
+    24 K is less than the number of keys per query in blocks of 64 or 128. A traced pattern is gathered, because its
+    blocks are unknown; so is a pattern passed to `attention` as ``method=sparse_attention, pattern=...``.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        pattern: which keys each query sees, of T queries and S keys. It counts all places, padding included.
+        pattern: the visible keys of each query, for T queries and S keys. It refers to positions, including padding.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
         TypeError: dtypes that are not floating point, a pattern that is neither of the two kinds.
 
     Example:
@@ -159,30 +158,30 @@ def sparse_plus_summary(
     kv_mask: Bool[Array, " S"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Exact attention on a sparse support, and a summary of any kind of the keys outside it.
+    r"""Exact attention on a sparse support plus a summary of the keys outside it.
 
-    With weights :math:`\hat e_{tj}` that the summary gives the keys, one normaliser for all and support :math:`S_t`,
+    With weights :math:`\hat e_{tj}` of keys in the summary and support :math:`S_t`, and one normaliser,
 
     .. math:: A_{tj} = e^{s\, q_t \cdot k_j}\,[j \in S_t] + \hat e_{tj}\,[j \notin S_t], \qquad
               \mathrm{out}_t = \sum_j A_{tj} v_j \Big/ \sum_j A_{tj}.
 
-    With a `BlockMap` every visited block belongs to the support as a whole. Each block of keys has a summary, and a
-    query reads the summaries of the blocks that it does not see. Nothing is subtracted, so weights are positive
-    wherever those of the summary are, and the output is exact if the summary loses nothing. With moments of features
-    this is `scatterbrain`, with control variates of chunks `eva`, with coresets `sparse_coreset`. There is a summary of
-    tokens per block, so their cost grows with T S, divided by the number of keys that a token stands for.
+    With a `BlockMap` the support consists of the visited blocks. Each block of keys has a summary, and a query uses the
+    summaries of the blocks that it does not see. Nothing is subtracted, so weights are positive if those of the summary
+    are, and the output is exact if the summary is. With feature moments this is `scatterbrain`, with control variates
+    of chunks `eva`, with coresets `sparse_coreset`. With summaries of tokens the cost grows with T S, divided by the
+    number of keys per token.
 
-    With a `SparsePattern` the support differs from query to query. There is one summary of all keys, from which the
-    features of the support are subtracted. This needs moments: in other summaries the share of a key is not known.
-    Where most of the estimated weight lies on the support, the difference is mostly rounding, and outputs may leave the
-    range of the values: prefer blocks. Causally the keys of the query's block and of the one before it join the
-    support.
+    With a `SparsePattern` the support differs between queries. There is one summary of all keys, from which the
+    features of the support are subtracted. This needs feature moments, because the share of a key in other summaries is
+    unknown. If most of the estimated weight is on the support, the difference is mostly rounding error, and outputs may
+    leave the range of the values: prefer blocks. In the causal form the keys of the query's block and of the block
+    before it are added to the support.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        key: typed PRNG key, if the summary is random. Summaries of tokens are independent from block to block; moments
-            share one random projection (bind ``projection`` to sample it once).
+        key: typed PRNG key, if the summary is random. Summaries of tokens are independent between blocks; moments share
+            one random projection (bind ``projection`` to sample it once).
         pattern: the support.
         summarize: ``(k, v, key, *, kv_mask) -> summary`` in scaled space, such as `summarize_favor`,
             ``functools.partial(summarize_coreset, coreset_size=8)`` or `summarize_mean_pool`, whose log-normalisers are
@@ -190,7 +189,7 @@ def sparse_plus_summary(
         block_size: tokens per block of the causal form with a `SparsePattern`; a `BlockMap` has a block size.
 
     Raises:
-        ValueError: shapes that do not fit; causally, a block that does not see itself.
+        ValueError: shapes that do not match; causally, a block that does not see itself.
         TypeError: dtypes that are not floating point, a pattern that is neither of the two kinds.
         NotImplementedError: a `SparsePattern` with a summary of tokens.
 
@@ -211,13 +210,13 @@ def sparse_plus_summary(
     _check_pattern(pattern, q.shape[0], k.shape[0])
     if isinstance(pattern, BlockMap):
         if is_causal and not np.diagonal(pattern.visited).all():
-            raise ValueError("causally every block must visit itself: a summary of it would tell of the future")
+            raise ValueError("with is_causal every block must visit itself: its summary would leak the future")
 
         def of_block(k: Array, v: Array, kv_mask: Array, number: Array) -> Summary:
             block_key = None if key is None else jax.random.fold_in(key, number)
             summary = require_scaled_space("sparse_plus_summary", summarize(k, v, block_key, kv_mask=kv_mask))
-            # Moments of several blocks are added, so all need the features of one key. Of which kind a summary is shows
-            # only when it is made; XLA removes the one that is not used.
+            # Moments of several blocks are added, so all need the features of one PRNG key. The kind of a summary is
+            # known only after it is made; XLA removes the unused one.
             return summarize(k, v, key, kv_mask=kv_mask) if isinstance(summary, FeatureMoments) else summary
 
         return blocks_and_rest_state(q, k, v, pattern, of_block, is_causal=is_causal, kv_mask=kv_mask)

@@ -1,4 +1,4 @@
-"""The truncated singular value decomposition of the attention matrix, which bounds every method of low rank."""
+"""The truncated singular value decomposition of the attention matrix, a lower bound for every low-rank method."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from approx_attention.core import check_count, head_inputs, in_float32, query_mask
 
 
-@in_float32()  # a yardstick, to which other errors are compared
+@in_float32()  # a reference for other errors
 def svd(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
@@ -22,17 +22,16 @@ def svd(
     q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
 ) -> Float[Array, "T Dv"]:
-    r"""The best approximation of the attention matrix by one of rank r, at cubic cost: a yardstick, not a method.
+    r"""The best rank-r approximation of the attention matrix, at cubic cost: a reference for low-rank methods.
 
     .. math:: P = \mathrm{softmax}(s\, q k^T) = U \Sigma V^T, \qquad \mathrm{out} = U_r \Sigma_r V_r^T v.
 
-    No matrix :math:`\hat P` of rank r is nearer to P in the Frobenius or the spectral norm. That bounds the error of
-    weights and not that of outputs: a matrix of rank ``Dv`` can give the outputs of exact attention for these values.
-    Its rows need not sum to 1, nor its entries be positive. The matrix is that of real queries; the others get exact
-    outputs.
+    No matrix of rank r is closer to P in the Frobenius or the spectral norm. This bounds the error of the weights, not
+    of the outputs: a matrix of rank ``Dv`` can give the exact outputs for given values. Its rows need not sum to 1, and
+    its entries need not be positive. P has the rows of real queries; the others get exact outputs.
 
-    The derivative is that of the truncation, without bound where :math:`\sigma_r` nears :math:`\sigma_{r+1}`; pairs of
-    equal singular values on either side of the cut, where there is none, are left out of it.
+    The derivative of the truncation grows without bound as :math:`\sigma_r` approaches :math:`\sigma_{r+1}`. Pairs of
+    equal singular values on both sides of the cut, for which there is no derivative, are left out.
 
     Shared arguments: see `approx_attention.methods`.
 
@@ -40,7 +39,7 @@ def svd(
         rank: r; with r >= min(T, S) the output is exact.
 
     Raises:
-        ValueError: shapes that do not fit, a rank below 1.
+        ValueError: shapes that do not match, a rank below 1.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -72,7 +71,7 @@ def svd(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _truncated(p: Array, rank: int) -> Array:
-    """The nearest matrix of that rank. Derivatives of the SVD itself are not finite where singular values coincide."""
+    """The nearest matrix of this rank. Derivatives of the SVD itself are not finite where singular values coincide."""
     u, s, vt = jnp.linalg.svd(p, full_matrices=False)
     return (u[:, :rank] * s[None, :rank]) @ vt[:rank]
 
@@ -80,7 +79,7 @@ def _truncated(p: Array, rank: int) -> Array:
 @_truncated.defjvp
 @in_float32()
 def _truncated_jvp(rank, primals, tangents):
-    r"""With :math:`M = U^T dP\, V`, kept values i and dropped ones j,
+    r"""With :math:`M = U^T dP\, V`, kept singular values i and dropped ones j,
 
     .. math:: (U^T dP_r V)_{ij} = M_{ij} + \frac{\sigma_j^2 M_{ij} + \sigma_i \sigma_j M_{ji}}{\sigma_i^2 - \sigma_j^2},
 
@@ -90,7 +89,7 @@ def _truncated_jvp(rank, primals, tangents):
     u, s, vt = jnp.linalg.svd(p, full_matrices=False)
     (u, u_dropped), (vt, vt_dropped) = (u[:, :rank], u[:, rank:]), (vt[:rank], vt[rank:])
     kept, dropped = s[:rank, None], s[None, rank:]
-    # Derivatives between two values that rounding cannot tell apart have no limit: such pairs are left out.
+    # Derivatives diverge between two values that are equal up to rounding: such pairs are left out.
     gap = kept**2 - dropped**2
     apart = gap > jnp.finfo(s.dtype).eps * s[0] ** 2
     gap = jnp.where(apart, gap, 1)

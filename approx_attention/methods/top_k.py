@@ -43,7 +43,7 @@ def top_k(
         keys_per_query: the number K of keys; with K >= S the output is exact.
 
     Raises:
-        ValueError: shapes that do not fit, a count below 1.
+        ValueError: shapes that do not match, a count below 1.
         TypeError: dtypes that are not floating point.
 
     Example:

@@ -1,4 +1,4 @@
-"""Flax nnx: attention by any method in a model, and the modules that own the learned parts of methods."""
+"""Flax nnx: approximate attention in models, and modules with the learned parameters of methods."""
 
 from approx_attention.nnx.attention import ApproxAttention
 from approx_attention.nnx.capture import capture_attention

@@ -1,4 +1,4 @@
-"""Attention by any method in a Flax nnx model, as the ``attention_fn`` of its layers."""
+"""`ApproxAttention`: approximate attention as the ``attention_fn`` of layers of Flax nnx models."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -28,41 +28,39 @@ from approx_attention.registry import BoundMethod, HeadMethods
 
 
 class ApproxAttention(nnx.Module):
-    r"""Attention by any method, for ``nnx.MultiHeadAttention(attention_fn=...)`` or on its own.
+    r"""Attention by any method, as ``nnx.MultiHeadAttention(attention_fn=...)`` or standalone.
 
     Its random projections and learned arrays are part of the model's state.
 
     Args:
-        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, what
-            `approx_attention.registry.bind` makes of either, a method for each key head
-            (`approx_attention.registry.HeadMethods`), or a module that owns learned arrays, such as `Eva`, `Lara`,
-            `LinformerAttention` or `Rfa`.
-        is_causal: query t sees keys j <= t, whether the layer around asks for it or not.
-        rngs: streams, of which a random method forks ``attention``, or an ``nnx.RngStream`` to draw from as it is.
-        redraw: how long a random method keeps a random projection: for good, for one call, or for ``every`` calls.
+        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, a bound method
+            (`approx_attention.registry.bind`), a method for each key head (`approx_attention.registry.HeadMethods`),
+            or a module with learned arrays, such as `Eva`, `Lara`, `LinformerAttention` or `Rfa`.
+        is_causal: query t sees keys j <= t, even if the layer does not request it.
+        rngs: streams, of which a random method forks ``attention``, or an ``nnx.RngStream`` to use directly.
+        redraw: how long a random method keeps a random projection: always, for one call, or for ``every`` calls.
             After ``model.eval()`` it keeps the last one.
         every: the number of calls with ``"every_n"``.
-        noise: make a method that is random only with a key (`lara`, `eva`) random.
-        learned: which random projections of the method, or arrays that are given, are parameters, such as
-            ``("projection",)``.
-        head_dim: the number D of channels of a head, needed with ``learned`` for what is not given.
-        per_head: arrays of the method that differ between key heads ``[K, ...]``, such as the ``proposal`` of each, as
-            `fit_proposal` makes it. Variables of the layer, as other arrays of the method are.
+        noise: whether to sample noise for methods that are random only with a PRNG key (`lara`, `eva`).
+        learned: random projections or given arrays of the method that are parameters, such as ``("projection",)``.
+        head_dim: the number D of channels of a head, required if ``learned`` names an array that is not given.
+        per_head: arrays of the method that differ between key heads ``[K, ...]``, such as a ``proposal`` from
+            `fit_proposal` for each. They are variables of the layer, like other arrays of the method.
         causal_mask: with ``"as_is_causal"`` a mask that differs between queries is taken as ``is_causal`` and padding.
             It must be a causal mask, or one combined with padding (``nnx.make_causal_mask``, ``nnx.combine_masks``). A
-            traced mask cannot be checked: your word is taken. Outputs of padding queries are arbitrary.
-        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention, not to the weights,
-            which are never formed.
+            traced mask cannot be checked. Outputs of padding queries are arbitrary.
+        dropout: with ``"output"`` the layer's ``dropout_rate`` applies to the output of attention instead of the
+            weights, which are never computed.
         mesh: devices over which sequences are sharded, as in `approx_attention.distributed`; None for one device.
         sequence_axis: the mesh axis of the tokens, ``"sequence"`` by default.
-        batch_axis: a mesh axis of the batch; a batch that it does not divide is computed by each of its rows.
+        batch_axis: a mesh axis of the batch; if it does not divide the batch, every row computes the whole batch.
         head_axis: a mesh axis of the heads.
         **hyperparameters: arguments of the method, such as ``num_features=128``. Arrays among them become variables of
             the layer, saved with the model and not trained.
 
     Raises:
-        ValueError: an unknown method, a random one without ``rngs``, options that do not fit together.
-        TypeError: an argument that the method does not have.
+        ValueError: the method is unknown, a random method has no ``rngs``, or options are incompatible.
+        TypeError: the method has no such argument.
 
     Example:
         >>> import jax.numpy as jnp
@@ -101,7 +99,7 @@ class ApproxAttention(nnx.Module):
         self.method, self.is_causal = method, check_flag("is_causal", is_causal)
         if mesh is None and (sequence_axis is not None or batch_axis is not None or head_axis is not None):
             raise ValueError(
-                "sequence_axis, batch_axis and head_axis are axes of a mesh, and there is none; got "
+                "sequence_axis, batch_axis and head_axis need a mesh; got "
                 f"{sequence_axis!r}, {batch_axis!r} and {head_axis!r}"
             )
         self.mesh, self.sequence_axis = mesh, sequence_axis or "sequence"
@@ -111,10 +109,10 @@ class ApproxAttention(nnx.Module):
         self.deterministic = False
         bound, scale, self.name, draws = _bound(method, noise, hyperparameters)
         if mesh is not None and (not isinstance(bound, BoundMethod) or bound.registered is None):
-            raise NotImplementedError(f"method {self.name!r} does not go over many devices; methods of the registry do")
+            raise NotImplementedError(f"method {self.name!r} does not support a mesh; methods of the registry do")
         bound, shared, of_heads = flax_arguments.split_owned(bound, scale, per_head)
         if mesh is not None and of_heads:
-            raise NotImplementedError(f"per_head is not supported over many devices, got {', '.join(of_heads)}")
+            raise NotImplementedError(f"per_head is not supported with a mesh, got {', '.join(of_heads)}")
         given = {*shared, *of_heads}
         self.owned = OwnedArrays(shared, of_heads, learned)
         draws = draws and not (isinstance(bound, BoundMethod) and bound.has_noise(given))
@@ -137,14 +135,14 @@ class ApproxAttention(nnx.Module):
         bound = self._registered()
         if head_dim is None or stream is None or bound is None or not bound.registered or not bound.registered.draw:
             raise ValueError(
-                f"learned={learned} needs head_dim, rngs and a registered method that draws, got head_dim={head_dim}, "
+                f"learned={learned} needs head_dim, rngs and a registered random method, got head_dim={head_dim}, "
                 f"rngs={stream}, method {self.name!r}"
             )
         drawn = bound.projections(stream.key[...], head_dim)
         return {name: nnx.Param(flax_arguments.drawn_array(self.name, drawn, name)) for name in learned}
 
     def rng(self) -> Array | None:
-        """The key of this call; moves on to the next draw where it is due."""
+        """The PRNG key of this call; advances the stream when a new projection is due."""
         if self.stream is None:
             return None
         if not self.deterministic and self.redraw != "never":
@@ -152,10 +150,10 @@ class ApproxAttention(nnx.Module):
         return self._last_key(self.stream)
 
     def _last_key(self, stream: nnx.RngStream) -> Array:
-        """The key of the last call that moved on, or else of the first one."""
+        """The PRNG key of the last call that advanced the stream, or of the first one."""
         if stream.key.shape:
             raise ValueError(
-                f"method {self.name!r} has random projections for {stream.key.shape} stacked layers, and one layer is "
+                f"method {self.name!r} has random projections for {stream.key.shape} stacked layers, but one layer is "
                 "called: map nnx.RngState over the same axis as nnx.Param, as in_axes=0 of nnx.scan and nnx.vmap does"
             )
         if self.redraw == "never":
@@ -163,10 +161,10 @@ class ApproxAttention(nnx.Module):
         return jax.random.fold_in(stream.key[...], (jnp.maximum(stream.count[...], 1) - 1) // self.every)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Takes what ``nnx.view`` says of all modules.
+        """Set the options of ``nnx.view``.
 
         Args:
-            deterministic: whether to keep the last draw.
+            deterministic: whether to keep the last random projection.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -190,26 +188,26 @@ class ApproxAttention(nnx.Module):
         key_value_seq_lengths: Array | None = None,
         **per_token: Array | None,
     ) -> Array:
-        """Attention as ``nnx.MultiHeadAttention`` calls it.
+        """Compute attention, with the signature that ``nnx.MultiHeadAttention`` expects.
 
         Args:
             query: ``[..., T, N, D]``.
             key: ``[..., S, K, D]``.
             value: ``[..., S, K, Dv]``.
-            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; causal with ``causal_mask="as_is_causal"``; any other
-                for methods with ``dense_mask`` only.
+            mask: padding ``[..., 1, 1, S]``, boolean or 0 and 1; causal masks with ``causal_mask="as_is_causal"``;
+                other masks only for methods with ``dense_mask``.
             dropout_rng: PRNG key for ``dropout="output"``.
             dropout_rate: must be 0, unless ``deterministic`` or with ``dropout="output"``.
-            broadcast_dropout: drop the same in all sequences and heads.
+            broadcast_dropout: whether to drop the same entries in all sequences and heads.
             deterministic: whether dropout is off.
-            dtype: computation type, that of the arrays by default.
-            precision: of matrix products.
+            dtype: computation dtype, by default that of the arrays.
+            precision: precision of matrix products.
             module: must be None (``sow_weights=False``).
             is_causal: query t sees keys j <= t.
             input_positions: must be None.
-            key_value_seq_lengths: real keys per sequence, ``[...]``; Flax does not pass it, your layers may.
-            **per_token: arguments with one number per key, ``[..., S, K]``, likewise, such as ``gate_logits`` of gated
-                `rfa`; or what a module takes.
+            key_value_seq_lengths: real keys per sequence, ``[...]``; not passed by Flax, but your layers may.
+            **per_token: arguments with one number per key, ``[..., S, K]``, such as ``gate_logits`` of gated `rfa`, or
+                arguments of a module; not passed by Flax either.
 
         Returns:
             ``[..., T, N, Dv]``.
@@ -227,7 +225,7 @@ class ApproxAttention(nnx.Module):
             input_positions=input_positions,
         )
         query, key, value = flax_arguments.promoted((query, key, value), dtype)
-        # A cache is causal already, whether its method follows every mask or not.
+        # A cache is already causal, whether or not its method supports every mask.
         dense = self.cache is None and self._takes_dense_mask
         mask = flax_arguments.as_boolean(mask)
         mask, causal = flax_arguments.without_causality(self.name, mask, self.causal_mask, dense=dense)
@@ -262,7 +260,7 @@ class ApproxAttention(nnx.Module):
         is_causal = flax_arguments.check_mask(self.name, mask, is_causal or always, *sizes, dense=dense)
         if module is not None:
             if is_causal and not always:
-                raise ValueError(f"{self.name} was made without is_causal, and is asked for causal attention")
+                raise ValueError(f"{self.name} was made without is_causal, but the call requests causal attention")
             if always and not is_causal:
                 raise NotImplementedError(f"{self.name} was made causal: its one query would see the first key only")
             return module(query, key, value, rng=self.rng(), mask=mask, key_value_seq_lengths=lengths, **per_token)
@@ -274,7 +272,7 @@ class ApproxAttention(nnx.Module):
         if self.mesh is None:
             return attention(query, key, value, mask=mask, per_head=of_heads or None, **arguments)
         if mask is not None:
-            raise NotImplementedError(f"method {self.name!r} takes key_value_seq_lengths and no mask over many devices")
+            raise NotImplementedError(f"method {self.name!r} with a mesh supports key_value_seq_lengths, but no mask")
         return distributed.attention(
             query,
             key,
@@ -287,13 +285,13 @@ class ApproxAttention(nnx.Module):
         )
 
     def _registered(self) -> BoundMethod | None:
-        """The one method of all heads, if that is of the registry."""
+        """The common method of all heads, if it is in the registry."""
         bound = self.bound
         return bound if isinstance(bound, BoundMethod) and bound.registered else None
 
     @property
     def _takes_dense_mask(self) -> bool:
-        """True if the method follows a mask that differs between queries."""
+        """Whether the method supports a mask that differs between queries."""
         return self.bound is not None and self.bound.takes("mask")
 
     def _learned(self) -> dict[str, Any]:
@@ -315,61 +313,61 @@ class ApproxAttention(nnx.Module):
         keep_queries: int = 0,
         num_heads: int | None = None,
     ) -> None:
-        """From now on every call brings further tokens and is answered from a cache, as by `HeadsDecoder`.
+        """Start decoding: every call appends tokens to a cache, as in `HeadsDecoder`.
 
-        A call may bring any number of tokens; with ``ragged`` its mask ``[B, 1, 1, T]`` says how many of each sequence
-        are real, from the first on. Under jit, answers are NaN where real tokens stand after padding.
+        A call may append any number of tokens. With ``ragged`` its mask ``[B, 1, 1, T]`` marks the real tokens of each
+        sequence, which must come first; under jit, outputs are NaN if real tokens follow padding.
 
         Args:
             batch_size: the number B of sequences.
             num_kv_heads: the number K of key heads.
             head_dim: channels D of queries and keys.
             value_dim: channels Dv of values, D by default.
-            max_length: the most tokens of a sequence, for methods whose cache grows.
-            ragged: whether sequences differ in length.
-            dtype: of the cache.
-            certify: the largest error that a step may have, as in `HeadsDecoder`; needs ``max_length``.
+            max_length: the largest number of tokens of a sequence, for methods whose cache grows.
+            ragged: whether sequences may differ in length.
+            dtype: dtype of the cache.
+            certify: the largest error of a step, as in `HeadsDecoder`; needs ``max_length``.
             cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``.
-            block_size: tokens per block, for ``"exact"``; the last one or two blocks stay as they are when a cache is
+            block_size: tokens per block, for ``"exact"``; the last one or two blocks stay exact when a cache is
                 compressed.
-            keep_queries: how many of the last queries are kept, by which `compress_cache` can choose.
-            num_heads: the number N of query heads, needed with ``keep_queries``.
+            keep_queries: number of recent queries to keep for `compress_cache`.
+            num_heads: the number N of query heads, required with ``keep_queries``.
 
         Raises:
-            NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``; a layer
-                over many devices.
-            TypeError: a dtype other than float32 and float64, or ``num_heads`` missing where it is needed.
+            NotImplementedError: the method has no running summary, or does not support ``cache_bits``, or the layer
+                has a mesh.
+            TypeError: the dtype is neither float32 nor float64, or ``num_heads`` is missing.
         """
         if self.mesh is not None:
-            raise NotImplementedError("a layer over many devices has no cache; make one without mesh to decode")
+            raise NotImplementedError("a layer with a mesh does not support decoding; make one without mesh")
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         sizes = {**sizes, "max_length": max_length, "dtype": flax_arguments.cache_dtype(dtype)}
         sizes |= {"certify": certify, "cache_bits": cache_bits, "block_size": block_size}
         kept = None
         if check_count("keep_queries", keep_queries, least=0):
             if num_heads is None:
-                raise TypeError("keep_queries keeps those of every query head: pass num_heads")
+                raise TypeError("keep_queries needs num_heads, the number of query heads")
             kept = jnp.zeros((batch_size, keep_queries, check_count("num_heads", num_heads), head_dim), sizes["dtype"])
-        # A cache is made of one draw, so that no call moves it on.
+        # A cache has one random projection, so no call advances the stream.
         rng = None if self.stream is None else self._last_key(self.stream)
         of_heads = self.owned.read()[1]
         own: dict[str, Any] = {"per_head": of_heads} if of_heads else {}
         self._start(self._decoder(sizes).init(batch_size, rng, ragged=ragged, **own), kept, sizes)
 
     def compress_cache(self, key: Array, *, queries: Array | None = None, **options: Any) -> None:
-        """Compresses the cache of exact attention; calls go on from the compressed tokens.
+        """Compress the cache of exact attention; calls continue from the compressed tokens.
 
         Args:
             key: typed PRNG key.
-            queries: those that the policy reads ``[B, T, N, D]``, by default the last ones that were kept.
-            **options: those of `compress_heads`.
+            queries: queries for the policy ``[B, T, N, D]``, by default the kept ones.
+            **options: arguments of `compress_heads`.
 
         Raises:
-            TypeError: a cache that does not hold tokens as they are.
-            ValueError: no cache, or as in `compress_cache`.
+            TypeError: the cache does not contain unchanged tokens.
+            ValueError: there is no cache, or as in `compress_cache`.
         """
         if self.cache is None:
-            raise ValueError("there is no cache to compress: init_cache, and a call with the prompt, come first")
+            raise ValueError("there is no cache to compress: call init_cache, then the layer on the prompt")
         queries = self.last_queries() if queries is None else queries
         decoder = self._decoder(self.sizes)
         if isinstance(decoder, MixedDecoder):
@@ -378,7 +376,7 @@ class ApproxAttention(nnx.Module):
         self._start(cache, None, {**self.sizes, **decoder.prefix})
 
     def last_queries(self) -> Array | None:
-        """The last queries that were kept ``[B, W, N, D]``, None without ``keep_queries``.
+        """The kept queries ``[B, W, N, D]``, None without ``keep_queries``.
 
         In a sequence of fewer tokens the first one is repeated before the others.
         """
@@ -392,7 +390,7 @@ class ApproxAttention(nnx.Module):
         return jnp.take_along_axis(kept, place[:, :, None, None], axis=1)
 
     def drop_cache(self) -> None:
-        """Ends decoding: calls are whole sequences again."""
+        """End decoding: calls take whole sequences again."""
         self._hold(None, {}, None)
 
     def _start(self, cache: Any, kept: Array | None, sizes: dict[str, Any]) -> None:
@@ -404,26 +402,26 @@ class ApproxAttention(nnx.Module):
         return self.cache, self.sizes, self.treedef
 
     def _hold(self, cache: nnx.List | None, sizes: dict[str, Any], treedef: Any) -> None:
-        """Takes what `_held` gave, or None for no cache."""
+        """Take what `_held` gave, or None for no cache."""
         self.cache, self.sizes, self.treedef = nnx.data(cache), nnx.static(sizes), nnx.static(treedef)
 
     @property
     def num_seen(self) -> Array:
-        """The number of tokens in the cache, ``[]``, or ``[B]`` where sequences differ; 0 without one.
+        """The number of tokens in the cache, ``[]``, or ``[B]`` if sequences may differ; 0 without a cache.
 
-        Of stacked layers it has the axes of the stack in front.
+        For stacked layers it has the axes of the stack in front.
         """
         return jnp.zeros((), jnp.int32) if self.cache is None else self._cached()[0].length
 
     @property
     def certificate(self) -> Certificate | None:
-        """What the cache has promised, with axes ``[B, K]``; None without one that was made with ``certify``."""
+        """The certificate of the cache, with axes ``[B, K]``; None without ``certify``."""
         heads = None if self.cache is None else getattr(self._cached()[0], "heads", None)
         return heads.certificate if isinstance(heads, CertifiedCache) else None
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes that the cache takes."""
+        """The number of bytes of the cache."""
         return sum(x[...].nbytes for x in self.cache or ())
 
     def _cached(self) -> tuple[Any, Array | None]:
@@ -435,7 +433,7 @@ class ApproxAttention(nnx.Module):
             return MixedDecoder(self.bound, **sizes, scale=self.scale)
         bound = self._registered()
         if bound is None:
-            raise NotImplementedError(f"{self.name} has no cache; methods of the registry with decode have")
+            raise NotImplementedError(f"{self.name} does not support decoding; methods of the registry with decode do")
         kind = CompressedDecoder if "prefix_budget" in sizes else HeadsDecoder
         return kind(bound, **sizes, scale=self.scale, **self.owned.read()[0], **self._learned())
 
@@ -468,7 +466,7 @@ class ApproxAttention(nnx.Module):
 
 
 def _with_last(kept: Array, query: Array, lengths: Array | None) -> Array:
-    """The last W real queries of each sequence, those of further tokens ``[B, T, N, D]`` included."""
+    """The last W real queries of each sequence, including those of new tokens ``[B, T, N, D]``."""
     joined = jnp.concatenate([kept, query.astype(kept.dtype)], axis=1)
     if lengths is None:
         return joined[:, query.shape[1] :]
@@ -481,12 +479,12 @@ def _bound(
     noise: bool,
     hyperparameters: dict[str, Any],
 ) -> tuple[BoundMethod | HeadMethods | None, Any, str, bool]:
-    """The method with its hyper-parameters if it is no module, the scale, what errors call it, and if it is random."""
+    """The bound method if it is not a module, the scale, the name for errors, and whether the method is random."""
     if not isinstance(method, nnx.Module):
         bound, scale, draws = flax_arguments.bind_layer(method, noise, hyperparameters)
         return bound, scale, bound.name, draws
     if hyperparameters:
-        raise TypeError(f"{type(method).__name__} has its options already, got {', '.join(hyperparameters)}")
+        raise TypeError(f"{type(method).__name__} already has its options, got {', '.join(hyperparameters)}")
     rng = inspect.signature(method).parameters.get("rng")
     if rng is None or not hasattr(method, "is_causal"):
         raise TypeError(

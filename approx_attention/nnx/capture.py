@@ -1,4 +1,4 @@
-"""The queries, keys and values of all attention layers of a Flax nnx model, in the files that plans are made from."""
+"""Capture of queries, keys and values of all attention layers of a Flax nnx model, for comparisons and plans."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from approx_attention.nnx.models import attention_layers
 
 
 class _Recorder(nnx.Module):
-    """An ``attention_fn`` that keeps what it is given. Transforms of nnx carry that out with the layer's state."""
+    """An ``attention_fn`` that records its arguments as variables, which nnx transforms return."""
 
     def __init__(self, attention_fn: Callable[..., Any]):
         held = nnx.data if isinstance(attention_fn, nnx.Module) else nnx.static
@@ -28,7 +28,7 @@ class _Recorder(nnx.Module):
         return self.attention_fn(query, key, value, *args, **kwargs)
 
     def layers(self, path: str) -> dict[str, dict[str, np.ndarray]]:
-        """What was seen by the name of each layer of the stack that this is, or of the one layer."""
+        """The recorded arrays by name of each layer of a stack, or of the single layer."""
         assert self.seen is not None, path
         arrays = {name: np.asarray(x) for name, x in self.seen.get_value().items()}
         stack = arrays["q"].shape[: arrays["q"].ndim - self.rank]
@@ -42,25 +42,25 @@ class _Recorder(nnx.Module):
 def capture_attention(
     model: nnx.Module, run: Callable[[nnx.Module], Any], *, to: str | os.PathLike[str] | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Record query, key and value of every attention layer of a model during one run.
+    """Record query, key and value of every attention layer of a model during a run.
 
-    An attention layer is any module with an ``attention_fn``, ``nnx.MultiHeadAttention`` among them; the function is
-    wrapped for the run and put back after it. The run may be jitted by ``nnx.jit``. Layers stacked by ``nnx.vmap`` and
-    run by ``nnx.scan`` or ``nnx.vmap`` are recorded one by one: ``"layers[0]"``, ``"layers[1]"`` and so on.
+    An attention layer is any module with an ``attention_fn``, such as ``nnx.MultiHeadAttention``. The function is
+    wrapped for the run and restored afterwards. The run may be jitted by ``nnx.jit``. Layers stacked by ``nnx.vmap``
+    and run by ``nnx.scan`` or ``nnx.vmap`` are recorded separately: ``"layers[0]"``, ``"layers[1]"`` and so on.
 
     Args:
         model: any nnx model.
-        run: calls the model once, such as ``lambda model: model(tokens)``; of several calls of a layer the last counts.
-        to: an .npz file to write, which `evaluation.load_layers`, ``approx-attention compare`` and ``plan`` read.
+        run: calls the model once, such as ``lambda model: model(tokens)``; only the last call of a layer is recorded.
+        to: an .npz file to write, for `evaluation.load_layers`, ``approx-attention compare`` and ``plan``.
 
     Returns:
-        By the path of every layer that was called, the arrays ``q [..., T, N, D]``, ``k [..., S, K, D]`` and
-        ``v [..., S, K, Dv]``, in a type that files of numpy know; ``is_causal``; ``mask [B, S]``, true where a key is
-        real, and ``scale``, where they were given; and other arrays that the layer passed by their names.
+        For the path of every called layer, the arrays ``q [..., T, N, D]``, ``k [..., S, K, D]`` and
+        ``v [..., S, K, Dv]`` in a dtype of numpy; ``is_causal``; ``mask [B, S]``, true where a key is real, and
+        ``scale``, if given; and other arrays that the layer passed by name.
 
     Raises:
-        ValueError: the model has no attention layer or none was called; a call under a transform of JAX instead of
-            nnx; a bias, capped logits, or a mask that is neither causal nor padding.
+        ValueError: the model has no attention layer or none was called; it was called under a transform of JAX instead
+            of nnx; there is a bias, a cap of logits, or a mask that is neither causal nor padding.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +75,7 @@ def capture_attention(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no module with an attention_fn, so there is nothing to capture")
     functions = {path: layer.attention_fn for path, layer in layers.items()}
-    # A layer whose class defines the function has none to put back.
+    # If the function is defined by the class of a layer, there is nothing to restore.
     own = {path for path, layer in layers.items() if "attention_fn" in vars(layer)}
     recorders = {path: _Recorder(function) for path, function in functions.items()}
     try:
@@ -85,8 +85,8 @@ def capture_attention(
         recorders = {path: layer.attention_fn for path, layer in layers.items()}
     except errors.TraceContextError as error:
         raise ValueError(
-            "the run calls the model under a transform of JAX, out of which nothing can be recorded; call it without, "
-            "or under that of nnx, such as nnx.jit"
+            "the run calls the model under a transform of JAX, in which nothing can be recorded; call it without, "
+            "or under a transform of nnx, such as nnx.jit"
         ) from error
     finally:
         for path, layer in layers.items():

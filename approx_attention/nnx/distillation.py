@@ -1,4 +1,4 @@
-"""The learned parts of attention modules, fitted to the outputs of exact attention, and the whole model after that."""
+"""Distillation of exact attention into modules with learned parameters, and fine-tuning of whole models."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ def _forward(model: Any, batch: Any) -> Any:
 
 
 class GradientTransformation(Protocol):
-    """An optimiser as Optax has them."""
+    """Protocol of an Optax optimiser."""
 
     @property
     def init(self) -> Callable[..., Any]:
@@ -34,13 +34,13 @@ class GradientTransformation(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TuningState:
-    """All that a later step depends on: save it to go on later.
+    """The state of training; save it to resume.
 
     Attributes:
-        learned: the arrays that are learned.
-        others: the other variables of what is tuned, such as counters of random streams.
-        optimizer: the optimiser's state.
-        step: the number of steps that were made.
+        learned: the trained arrays.
+        others: the other variables, such as counters of random streams.
+        optimizer: the state of the optimiser.
+        step: the number of finished steps.
     """
 
     learned: Any
@@ -50,13 +50,13 @@ class TuningState:
 
 
 class Distillation(NamedTuple):
-    """What `distill_attention` has reached.
+    """The result of `distill_attention`.
 
     Attributes:
-        before: the relative error of each head ``[N]`` before the first step, by the path of its layer.
-        after: that after the last step.
-        num_tokens: the number of tokens that all steps have read, counted again where batches repeat.
-        state: to go on from.
+        before: the relative error of each head ``[N]`` before the first step, by path of its layer.
+        after: the same after the last step.
+        num_tokens: the number of tokens of all steps, with repetitions.
+        state: the state to resume from.
     """
 
     before: dict[str, Array]
@@ -75,22 +75,22 @@ def tune(
     state: TuningState | None = None,
     on_step: Callable[[TuningState, Array], None] | None = None,
 ) -> TuningState:
-    """Minimises a loss over the parameters of a model, which is changed in place.
+    """Minimise a loss over the parameters of a model, in place.
 
     Args:
-        model: all its `nnx.Param` are learned, and its other variables move on as they do in calls.
+        model: the model. All `nnx.Param` are trained; other variables are updated as in calls.
         loss: ``(model, batch) -> number``.
-        batches: step t reads ``batches[t % len(batches)]``.
-        steps: the step at which to stop, counted from the very first.
-        optimizer: of Optax, or with its ``init`` and ``update``.
-        state: where an earlier call has stopped; the result is that of one call, to the bit.
+        batches: step t uses ``batches[t % len(batches)]``.
+        steps: the total number of steps, including those of earlier calls.
+        optimizer: an Optax optimiser, or an object with its ``init`` and ``update``.
+        state: the state of an earlier call, to resume from; the result is bitwise that of a single call.
         on_step: called with the state and the loss after each step, to show progress or to save.
 
     Returns:
         The last `TuningState`.
 
     Raises:
-        ValueError: no batches, no parameters, or the state of another model or optimizer.
+        ValueError: there are no batches or no parameters, or the state belongs to another model or optimiser.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -109,7 +109,7 @@ def tune(
     reached: Any = start if state is None else state
     sizes, given = ([jnp.shape(x) for x in jax.tree.leaves(x)] for x in (start, reached))
     if sizes != given:
-        raise ValueError(f"state must be one of this model and optimizer, with arrays of shapes {sizes}; got {given}")
+        raise ValueError(f"state must belong to this model and optimizer, with arrays of shapes {sizes}; got {given}")
 
     @jax.jit
     def advance(state: TuningState, batch: Any) -> tuple[TuningState, Array]:
@@ -143,31 +143,32 @@ def distill_attention(
     state: TuningState | None = None,
     on_step: Callable[[TuningState, Array], None] | None = None,
 ) -> Distillation:
-    r"""Fits the learned parts of a model's attention to that of a teacher, all layers at once.
+    r"""Fit the learned parameters of a model's attention to a teacher, all layers at once.
 
     .. math:: \min_\theta \; \frac1L \sum_{l=1}^{L} \frac{\|\hat O_l(q_l, k_l, v_l; \theta_l) - O_l\|_F^2}{\|O_l\|_F^2}
 
-    with the queries, keys and values that the layers of the teacher see, so that no layer depends on another. The
-    `nnx.Param` of every ``attention_fn`` are learned, such as those of `LinformerAttention`, `Eva`, `Lara`, `Rfa`,
-    `Hedgehog`, or of ``ApproxAttention(learned=...)``. All other parameters stay as they are; `tune` changes them too.
+    with the queries, keys and values of the teacher's layers, so that layers are independent. The `nnx.Param` of every
+    ``attention_fn`` are trained, such as those of `LinformerAttention`, `Eva`, `Lara`, `Rfa`, `Hedgehog`, or
+    ``ApproxAttention(learned=...)``. All other parameters are unchanged; `tune` trains them too.
 
     Args:
         model: the teacher with another attention in some layers; changed in place.
-        teacher: the model whose attention is to be had, usually a clone from before `replace_attention`.
-        batches: inputs; step t reads ``batches[t % len(batches)]``.
-        steps: the step at which to stop, counted from the very first.
-        optimizer: of Optax, or with its ``init`` and ``update``.
+        teacher: the model with the target attention, usually a clone made before `replace_attention`.
+        batches: inputs; step t uses ``batches[t % len(batches)]``.
+        steps: the total number of steps, including those of earlier calls.
+        optimizer: an Optax optimiser, or an object with its ``init`` and ``update``.
         held_out: batches on which errors are measured before and after.
-        call: how a model is called with a batch. Layers inside ``nnx.scan``, ``nnx.remat`` or ``nnx.jit`` are not seen.
-        state: where an earlier call has stopped, for the model as it was before that; the result is that of one call,
-            to the bit.
+        call: calls a model with a batch. Layers inside ``nnx.scan``, ``nnx.remat`` or ``nnx.jit`` are not supported.
+        state: the state of an earlier call, to resume from, with the model as it was before that call; the result is
+            bitwise that of a single call.
         on_step: called with the state and the loss after each step, to show progress or to save.
 
     Returns:
         The `Distillation`.
 
     Raises:
-        ValueError: models with other layers, or whose attention has nothing to learn; the state of another model.
+        ValueError: the models have different layers, the attention has no parameters, or the state belongs to another
+            model.
         NotImplementedError: layers stacked by ``nnx.vmap``.
 
     Example:
@@ -189,8 +190,8 @@ def distill_attention(
     fitted = _Fitted(model)
     if not jax.tree.leaves(nnx.state(fitted, nnx.Param)):
         raise ValueError(
-            f"no attention of the {type(model).__name__} has parameters to learn: put modules that own some, such as "
-            "LinformerAttention or ApproxAttention(learned=...), into the attention_fn of its layers"
+            f"no attention of the {type(model).__name__} has parameters to learn: set the attention_fn of its layers "
+            "to modules with parameters, such as LinformerAttention or ApproxAttention(learned=...)"
         )
     graphdef, arrays = nnx.split(teacher)
     errors = _measuring(model, teacher, call)
@@ -214,21 +215,21 @@ def layer_errors(
     *,
     call: Callable[[Any, Any], Any] = _forward,
 ) -> dict[str, Array]:
-    r"""The relative error of every head's attention, on the queries, keys and values that the teacher's layers see.
+    r"""Compute the relative error of every head's attention, on the queries, keys and values of the teacher's layers.
 
     .. math:: \|\hat O_{lh} - O_{lh}\|_F / \|O_{lh}\|_F
 
     Args:
         model: the teacher with another attention in some layers.
         teacher: the model with exact attention.
-        batches: inputs, whose squared norms are added up.
-        call: how a model is called with one of them.
+        batches: inputs; squared norms are summed over them.
+        call: calls a model with a batch.
 
     Returns:
-        By the path of each layer, ``[N]`` for its N heads, without padding queries; NaN where an exact output is 0.
+        The errors ``[N]`` of the N heads of each layer by path, without padding queries; NaN if an exact output is 0.
 
     Raises:
-        ValueError: models with other layers, no batches, or layers that are not called.
+        ValueError: the models have different layers, there are no batches, or layers are not called.
         NotImplementedError: layers stacked by ``nnx.vmap``.
 
     Example:
@@ -247,7 +248,7 @@ def layer_errors(
 def _measuring(
     model: nnx.Module, teacher: nnx.Module, call: Callable[[Any, Any], Any]
 ) -> Callable[[Sequence[Any]], dict[str, Array]]:
-    """The errors of a model as it is when they are asked for, by one program."""
+    """A function that computes the errors of the current model by one program."""
     ours, theirs = _unstacked_layers(model), _unstacked_layers(teacher)
     if ours.keys() != theirs.keys():
         raise ValueError(
@@ -271,7 +272,7 @@ def _measuring(
 
 
 class _Fitted(nnx.Module):
-    """The attention of those layers that have something to learn, and the number of tokens it was fitted to."""
+    """The attention of layers with parameters, and the number of tokens that it was fitted to."""
 
     def __init__(self, model: nnx.Module):
         found = {
@@ -285,14 +286,14 @@ class _Fitted(nnx.Module):
 
 
 def _some(batches: Sequence[Any]) -> Sequence[Any]:
-    """The batches; raises ``ValueError`` if there are none."""
+    """Return the batches. Raises ``ValueError`` if there are none."""
     if not len(batches):
-        raise ValueError("batches must hold at least one batch, got none")
+        raise ValueError("batches must contain at least one batch, got none")
     return batches
 
 
 class _With(Sequence[Any]):
-    """Batches with the same arrays before each, so that a compiled step has these as arguments."""
+    """Batches, each with the same arrays in front, so that these are arguments of a compiled step."""
 
     def __init__(self, arrays: Any, batches: Sequence[Any]):
         self.arrays, self.batches = arrays, batches
@@ -305,7 +306,7 @@ class _With(Sequence[Any]):
 
 
 class _Call(NamedTuple):
-    """What the attention of a layer was given, and its output ``[..., T, N, Dv]``."""
+    """The arguments of a layer's attention, and its output ``[..., T, N, Dv]``."""
 
     query: Array
     others: tuple[Any, ...]
@@ -313,7 +314,7 @@ class _Call(NamedTuple):
     out: Array
 
     def real(self) -> Array:
-        """Which queries are no padding, ``[..., T]``: in self-attention those that are keys."""
+        """The mask of real queries, ``[..., T]``: in self-attention that of the keys."""
         shape = self.query.shape[:-2]
         lengths, mask = (self.options.get(name) for name in ("key_value_seq_lengths", "mask"))
         real = jnp.ones(shape, bool)
@@ -331,7 +332,7 @@ class _Call(NamedTuple):
     def squares(self, attention_fn: Callable[..., Array]) -> tuple[Array, Array]:
         """Sums of squares per head ``[N]``: of the difference of outputs, and of the exact outputs."""
         real = self.real()[..., None, None]
-        # What stands in padding may be NaN, by which gradients would be NaN even where its output is left out.
+        # Padding may be NaN, which would make gradients NaN even if its output is ignored.
         query = jnp.where(real, self.query, 0)
         out = attention_fn(query, *self.others, **self.options)
         dtype = accumulation_dtype(out, self.out)
@@ -342,7 +343,7 @@ class _Call(NamedTuple):
 
 
 def _calls(teacher: nnx.Module, batch: Any, call: Callable[[Any, Any], Any]) -> dict[str, _Call]:
-    """What every attention layer of a model is asked, and what it answers. Its attention is changed: give a copy."""
+    """Record the calls of every attention layer of a model. Changes its attention, so pass a copy."""
     calls: dict[str, _Call] = {}
 
     def recording(path: str, attention_fn: Callable[..., Array]) -> Callable[..., Array]:
@@ -364,7 +365,7 @@ def _calls(teacher: nnx.Module, batch: Any, call: Callable[[Any, Any], Any]) -> 
 
 
 def _unstacked_layers(model: nnx.Module) -> dict[str, Any]:
-    """The layers with an ``attention_fn`` by their path; raises where one stands for many."""
+    """The layers with an ``attention_fn`` by path. Raises if a layer is a stack."""
     layers = attention_layers(model)
     for path, layer in layers.items():
         if stack_axes(layer, path):

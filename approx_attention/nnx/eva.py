@@ -1,4 +1,4 @@
-"""EVA and LARA with learned parts, and the known variants of EVA."""
+"""EVA and LARA with learned parameters, and the known variants of EVA."""
 
 import math
 from collections.abc import Mapping
@@ -20,22 +20,33 @@ from approx_attention.nnx.learned import Adaptor, LearnedAttention
 
 
 class Eva(LearnedAttention):
-    r"""EVA over batch and heads, with learned chunk keys and proposals, pooling vectors, or local biases.
+    r"""EVA with learned chunk keys and proposals, pooling vectors, or local biases.
 
-    The presets `eva_official`, `eva_official_causal`, `evabyte` and `eva_dropin` make the known variants.
+    `eva_official`, `eva_official_causal`, `evabyte` and `eva_dropin` make the known variants.
 
     Args:
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
         options: static arguments of `approx_attention.eva`, such as ``window_size``.
         adaptors: learn the chunk keys :math:`\tilde k = A_k(\bar k)` and proposals from :math:`A_q(\bar q) + \tilde k`.
-        half: take half of that sum as the proposal, as the authors' bidirectional code does.
-        pooling_vectors: learn EvaByte's two per key head.
-        local_bias: learn a bias of the logits within a window, one per pair of places, or per offset in an image.
+        half: use half of this sum as the proposal, like the authors' bidirectional code.
+        pooling_vectors: learn EvaByte's two vectors per key head.
+        local_bias: learn a bias of the logits within a window, one per pair of positions, or per offset in an image.
         rngs: streams for adaptors and pooling vectors; not needed without them.
 
     Raises:
         ValueError: adaptors or pooling vectors without ``rngs``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import ApproxAttention, Eva
+        >>> module = Eva(8, 4, options={"window_size": 16}, adaptors=True, rngs=nnx.Rngs(0))
+        >>> layer = nnx.MultiHeadAttention(
+        ...     num_heads=4, in_features=32, attention_fn=ApproxAttention(module), decode=False, rngs=nnx.Rngs(1)
+        ... )
+        >>> layer(jnp.ones((1, 64, 32))).shape
+        (1, 64, 32)
     """
 
     def __init__(
@@ -51,7 +62,7 @@ class Eva(LearnedAttention):
         rngs: nnx.Rngs | None = None,
     ):
         if rngs is None and (adaptors or pooling_vectors):
-            raise ValueError("Eva draws its adaptors and pooling vectors: pass rngs, as in rngs=nnx.Rngs(0); got None")
+            raise ValueError("Eva needs rngs for adaptors and pooling vectors: pass rngs=nnx.Rngs(0); got None")
         head_dim, num_kv_heads = check_counts(head_dim=head_dim, num_kv_heads=num_kv_heads)
         self.options, self.half = dict(options), half
         self.adapt_queries, self.adapt_keys = (
@@ -83,7 +94,7 @@ class Eva(LearnedAttention):
         return self._by_head(None if self.pooling_vectors is None else self.pooling_vectors[...])
 
     def _head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
-        """EVA of one head, whose learned arrays are made from its means of queries and keys."""
+        """EVA of one head, with learned arrays computed from its means of queries and keys."""
         layout = {
             name: self.options[name]
             for name in (
@@ -114,20 +125,20 @@ def eva_official(
     local_bias: bool = False,
     rngs: nnx.Rngs,
 ) -> Eva:
-    """EVA as the authors' bidirectional code has it: every token in a chunk, no counts, half proposals.
+    """Make EVA as in the authors' bidirectional code: every token in a chunk, no counts, half proposals.
 
     Args:
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
-        window_size: queries per window, or its side.
-        num_chunks: the number of chunks asked for.
-        overlap: extend windows and chunks by half a window to each side.
+        window_size: queries per window; of an image, its side.
+        num_chunks: the requested number of chunks.
+        overlap: extend windows and chunks by half a window on each side.
         spatial_shape: height and width of an image.
         local_bias: learn a bias within windows.
         rngs: streams for the parameters.
     """
     size: dict[str, Any] = {"num_chunks": num_chunks}
-    if spatial_shape is not None:  # what is asked for is met by squares of about that number
+    if spatial_shape is not None:  # square chunks, about as many as requested
         size = {"chunk_size": max(1, math.isqrt(math.prod(as_pair("spatial_shape", spatial_shape)) // num_chunks))}
     options = {
         "window_size": window_size,
@@ -149,14 +160,14 @@ def eva_official_causal(
     local_bias: bool = False,
     rngs: nnx.Rngs,
 ) -> Eva:
-    """EVA as the authors' causal code has it: a query sees its window so far and every chunk before its own.
+    """Make EVA as in the authors' causal code: a query sees its window so far and every chunk before its own.
 
     Args:
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
         window_size: queries per window.
         chunk_size: keys per chunk.
-        overlap: let a window see the window before.
+        overlap: whether a window sees the window before.
         local_bias: learn a bias within windows.
         rngs: streams for the parameters.
     """
@@ -171,9 +182,9 @@ def eva_official_causal(
 
 
 def evabyte(head_dim: int, num_kv_heads: int, *, window_size: int, chunk_size: int, rngs: nnx.Rngs) -> Eva:
-    """EvaByte: chunks pooled by two learned vectors, causal and streamable.
+    """Make EvaByte: chunks pooled by two learned vectors, causal and streamable.
 
-    Here a query sees the window before its own exactly too, as in every causal form of this library.
+    A query also sees the window before its own exactly, as in every causal form of this library.
 
     Args:
         head_dim: the number D of channels of a head.
@@ -187,7 +198,7 @@ def evabyte(head_dim: int, num_kv_heads: int, *, window_size: int, chunk_size: i
 
 
 def eva_dropin(head_dim: int, num_kv_heads: int, **options: Any) -> Eva:
-    """EVA without a learned part, to stand in for the attention of a trained model.
+    """Make EVA without learned parameters, to replace the attention of a trained model.
 
     Args:
         head_dim: the number D of channels of a head.
@@ -198,7 +209,7 @@ def eva_dropin(head_dim: int, num_kv_heads: int, **options: Any) -> Eva:
 
 
 class Lara(LearnedAttention):
-    r"""LARA over batch and heads with learned proposals :math:`\mu = A_q(\bar q) + A_k(\bar k)`.
+    r"""LARA with learned proposals :math:`\mu = A_q(\bar q) + A_k(\bar k)`.
 
     Args:
         head_dim: the number D of channels of a head.
@@ -226,7 +237,7 @@ class Lara(LearnedAttention):
         return self._by_head()
 
     def _head(self, q: Array, k: Array, v: Array, key: Array | None, kv_mask: Array | None, own: Array | None) -> Array:
-        """LARA of one head, whose proposals are made from its means of queries and keys."""
+        """LARA of one head, with proposals computed from its means of queries and keys."""
         root = math.sqrt(1 / math.sqrt(q.shape[-1]))
         count = min(self.num_landmarks, q.shape[0], k.shape[0])
         q_mask = kv_mask if q.shape[0] == k.shape[0] else None

@@ -21,13 +21,13 @@ from approx_attention.nnx.learned import LearnedAttention
 
 
 class Hedgehog(LearnedAttention):
-    r"""Linear attention whose feature map is learned for each key head, in O((T + S) D) time.
+    r"""Linear attention with a learned feature map for each key head, in O((T + S) D) time.
 
     .. math:: \phi(x) = [\mathrm{softmax}(x), \mathrm{softmax}(-x)], \qquad
               \mathrm{out}_t = \frac{\sum_j \phi(A q_t) \cdot \phi(B k_j)\, v_j}{\sum_j \phi(A q_t) \cdot \phi(B k_j)}
 
-    with queries and keys scaled by :math:`D^{-1/4}` and learned A and B ``[D, D]``, at first the identity. Fit them by
-    `distill_attention`: before that this is another kernel, and no estimate of softmax.
+    with queries and keys scaled by :math:`D^{-1/4}` and learned A and B ``[D, D]``, initialised to the identity. Fit
+    them by `distill_attention`; before, this is a different kernel that does not estimate softmax.
 
     Args:
         head_dim: the number D of channels of a head.
@@ -61,7 +61,7 @@ class Hedgehog(LearnedAttention):
         """Linear attention of one head with the maps A and B in ``own [2, D, D]``."""
         assert own is not None
         features = SignedSoftmaxFeatures(q.shape[-1])
-        # Nearby tokens get the same kernel: its weights and those of softmax would not add up.
+        # Nearby tokens use the same kernel: its weights and those of softmax cannot be added.
         running = running_moments(features)._replace(
             near=lambda q, k, v, bias: kernel_state(features, q, k, v, bias)
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention over batch and heads by a method whose arrays are learned."""
+"""Base of attention modules with learned arrays."""
 
 import dataclasses
 from typing import Any
@@ -20,22 +20,22 @@ class Adaptor(nnx.Module):
         self.norm = nnx.LayerNorm(head_dim, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Maps ``[..., D]`` to the same."""
+        """Map ``[..., D]`` to ``[..., D]``."""
         return self.norm(self.linear(x))
 
 
 class LearnedAttention(nnx.Module):
-    """Base of the modules that own learned arrays of a method: the call that layers make.
+    """Base class of modules with learned arrays of a method.
 
-    A subclass says in ``_arguments`` which method is called and with what. Where the learned arrays of a method are
-    functions of a head's queries and keys, these are ``_by_head``, and the subclass has a method ``_head``.
+    A subclass defines the method and its arguments in ``_arguments``. If learned arrays depend on a head's queries and
+    keys, the subclass defines ``_head``, and its arguments are ``_by_head``.
     """
 
     options: dict[str, Any]
 
     @property
     def is_causal(self) -> bool:
-        """True if it was made causal."""
+        """Whether the module is causal."""
         return bool(self.options.get("is_causal"))
 
     def _arguments(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class LearnedAttention(nnx.Module):
         raise NotImplementedError
 
     def _by_head(self, own: Array | None = None) -> dict[str, Any]:
-        """The arguments that have ``_head`` called for each head, with the arrays ``[K, ...]`` that a key head owns."""
+        """The arguments that call ``_head`` for each head, with the arrays ``[K, ...]`` of key heads."""
         graphdef, state, others = nnx.split(self, _is_array, ...)
         leaves, tree = jax.tree.flatten(others)
         arguments: dict[str, Any] = {"structure": _Structure(graphdef, tuple(leaves), tree)}
@@ -72,9 +72,9 @@ class LearnedAttention(nnx.Module):
             query: ``[..., T, N, D]``.
             key: ``[..., S, K, D]``.
             value: ``[..., S, K, Dv]``.
-            rng: typed PRNG key of the noise; none for no noise, as in evaluation.
+            rng: typed PRNG key of the noise; None for no noise, as in evaluation.
             key_value_seq_lengths: real keys per sequence, ``[...]``.
-            mask: which keys are real, ``[..., 1, 1, S]``.
+            mask: true where a key is real, ``[..., 1, 1, S]``.
 
         Returns:
             ``[..., T, N, Dv]``.
@@ -86,13 +86,13 @@ class LearnedAttention(nnx.Module):
 
 
 def _is_array(path: Any, x: Any) -> bool:
-    """True for what may change between calls; functions that stand in a layer's place are structure."""
+    """Whether a leaf may change between calls; functions in place of layers are structure."""
     return isinstance(x, nnx.Variable | jax.Array | np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Structure:
-    """A module without its arrays, as static data: graphs with mappings compare, but have no hash."""
+    """A module without its arrays, as static data. Graphs with mappings are comparable, but not hashable."""
 
     graphdef: Any
     others: tuple[Any, ...]
@@ -113,7 +113,7 @@ def _call_head(
     own: Array | None = None,
     kv_mask: Array | None = None,
 ) -> Array:
-    """One head of a module. Its arrays are arguments: a program compiled with them inside would not see them change."""
+    """Call one head of a module. Its arrays are arguments, not constants, so that a compiled program sees changes."""
     others = jax.tree.unflatten(structure.tree_of_others, structure.others)
     module = nnx.merge(structure.graphdef, nnx.State({}) if state is None else state, others)
     return module._head(q, k, v, key, kv_mask, own)

@@ -1,4 +1,4 @@
-"""Another attention in all layers of a Flax nnx model, and caches for them; layers may be stacked by ``nnx.vmap``."""
+"""Replacement of the attention of all layers of a Flax nnx model, and their caches; supports stacked layers."""
 
 import contextlib
 import functools
@@ -28,34 +28,32 @@ def replace_attention(
     rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> Replaced:
-    """Puts a method in place of the attention of a model's layers; all parameters stay as they are.
+    """Replace the attention of a model's layers by a method, in place; all parameters are unchanged.
 
-    Layers that ``nnx.vmap`` has stacked along leading axes are recognised by the kernels of their ``nnx.Linear``,
-    ``nnx.LinearGeneral``, ``nnx.Einsum`` and ``nnx.Conv``, or by random streams of theirs. Every layer of a stack gets
-    a different random projection, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before. Layers with other
-    parameters alone, such as an ``nnx.Param``, do not tell that they are stacked: give a key for each layer
-    (``rngs.split(L)``), or replace inside ``nnx.vmap``.
+    Layers stacked by ``nnx.vmap`` along leading axes are recognised by the kernels of their ``nnx.Linear``,
+    ``nnx.LinearGeneral``, ``nnx.Einsum`` and ``nnx.Conv``, or by their random streams. Every layer of a stack gets a
+    different random projection, and ``nnx.scan`` and ``nnx.vmap`` run the stack as before. Stacks of layers with only
+    other parameters, such as an ``nnx.Param``, are not recognised: give a key for each layer (``rngs.split(L)``), or
+    call this function inside ``nnx.vmap``.
 
     Args:
         model: any nnx model whose layers have an ``attention_fn``, as ``nnx.MultiHeadAttention`` does.
-        method: as in `ApproxAttention`, but for modules: each layer needs a separate one.
-        policy: a method for each key head of each layer, in place of one for all, as `evaluation.plan_model` chooses
-            them; layers that it does not name stay as they are. Layers of a stack run as one program, and must have
-            one policy.
-        only: ``(path, layer) -> bool``, which layers; all by default.
+        method: as in `ApproxAttention`, except modules, because each layer needs a separate one.
+        policy: a method for each key head of each layer, for example from `evaluation.plan_model`, instead of
+            ``method``; layers that it does not name are unchanged. Layers of a stack must have one policy.
+        only: ``(path, layer) -> bool``, chooses layers; all by default.
         rngs: streams for random methods, forked for each layer: one key, or one for each layer of a stack.
-        **options: those of `ApproxAttention` and of the method.
+        **options: arguments of `ApproxAttention` and of the method.
 
     Returns:
-        The paths of the layers, such as ``"layers.0.attention"``, in a list that also says what looks like attention
-        and could not be replaced, `Replaced.not_replaced`.
+        The list of paths of the layers, such as ``"layers.0.attention"``. Its attribute `Replaced.not_replaced` lists
+        modules that look like attention and could not be replaced.
 
     Raises:
-        ValueError: no layer of the model has an ``attention_fn``, or ``only`` wants none of them; layers stacked along
-            other axes than leading ones; ``rngs`` with other keys than one, or one for each layer of a stack; a policy
-            for layers that the model does not have, or for another number of key heads, or one that differs within a
-            stack.
-        TypeError: a module as the method, ``only`` that cannot be called, or not exactly one of method and policy.
+        ValueError: no layer of the model has an ``attention_fn``, or ``only`` chooses none; layers are stacked along
+            axes that are not leading; ``rngs`` has neither one key nor one for each layer of a stack; or the policy
+            names layers that the model does not have, has another number of key heads, or differs within a stack.
+        TypeError: the method is a module, ``only`` is not callable, or not exactly one of method and policy is given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,9 +69,9 @@ def replace_attention(
     if isinstance(method, nnx.Module):
         raise TypeError("each layer needs a separate module: set the attention_fn of the layers one by one")
     if (method is None) == (policy is None):
-        raise TypeError("replace_attention takes either a method for all layers or policy=, got both or neither")
+        raise TypeError("replace_attention needs either a method or a policy, got both or neither")
     if not isinstance(policy, Policy | None):
-        raise TypeError(f"policy must be a Policy, as Policy.load reads it from its file, got {shown(policy)}")
+        raise TypeError(f"policy must be a Policy (Policy.load reads it from a file), got {shown(policy)}")
     if only is not None and not callable(only):
         raise TypeError(f"only must be a function (path, layer) -> bool, got {shown(only)}")
     layers = attention_layers(model)
@@ -82,9 +80,9 @@ def replace_attention(
         alike = ", ".join(map(repr, not_replaceable(model)))
         raise ValueError(
             f"no layer to replace; none of the {type(model).__name__} has an attention_fn"
-            f"{alike and f', and {alike} looks like attention'}. Where a model calls "
-            "jax.nn.dot_product_attention itself, call approx_attention.attention(..., method=...) in its place; in a "
-            "Linen model, set attention_fn=approx_attention.linen.ApproxAttention(...) of its layers"
+            f"{alike and f', and {alike} looks like attention'}. If the model calls jax.nn.dot_product_attention, "
+            "call approx_attention.attention(..., method=...) instead; in a Linen model, set "
+            "attention_fn=approx_attention.linen.ApproxAttention(...) of its layers"
         )
     if not chosen:
         raise ValueError(f"no layer to replace; those with an attention_fn are {', '.join(layers)}")
@@ -104,7 +102,7 @@ def _of_policy(
     """The method and the options of each chosen layer that the policy names."""
     unknown = [layer for layer in policy.layers if layer not in layers and stack_of(layer) not in layers]
     if unknown:
-        raise ValueError(f"the policy is for {', '.join(unknown)}, and the model's layers are {', '.join(layers)}")
+        raise ValueError(f"the policy is for {', '.join(unknown)}, but the model's layers are {', '.join(layers)}")
     found = {path: own for path in chosen if (own := policy.of_layer(path)) is not None}
     if not found:
         raise ValueError(f"no layer to replace; the policy is for {', '.join(policy.layers)}")
@@ -129,31 +127,43 @@ def init_cache(
     block_size: int | None = None,
     keep_queries: int = 0,
 ) -> int:
-    """Gives every `ApproxAttention` of a model a cache: calls now bring further tokens, any number at a time.
+    """Start decoding: give every `ApproxAttention` of a model a cache. Calls then append any number of tokens.
 
-    The layers' own ``decode`` stays False: it is for Flax's cache of all keys, which takes one token at a time. Layers
-    stacked by ``nnx.vmap`` get a cache each, stacked likewise; they are recognised as by `replace_attention`, others
-    get theirs inside ``nnx.vmap``. Caches that layers had before are replaced, but kept where this raises.
+    The argument ``decode`` of the layers stays False: it is for Flax's cache of all keys, with one token per call.
+    Layers stacked by ``nnx.vmap`` get stacked caches. They are recognised as in `replace_attention`; for others call
+    this function inside ``nnx.vmap``. Existing caches are replaced, unless this function raises.
 
     Args:
-        model: its layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, as ``nnx.MultiHeadAttention`` has.
+        model: a model whose layers have ``attention_fn``, ``num_kv_heads`` and ``head_dim``, like
+            ``nnx.MultiHeadAttention``.
         batch_size: the number of sequences.
-        max_length: the most tokens of a sequence, for methods whose cache grows.
-        ragged: whether sequences differ in length.
-        dtype: of the cache.
-        certify: the largest error that a step of a layer may have, as in `HeadsDecoder`; needs ``max_length``.
+        max_length: the largest number of tokens of a sequence, for methods whose cache grows.
+        ragged: whether sequences may differ in length.
+        dtype: dtype of the cache.
+        certify: the largest error of a step of a layer, as in `HeadsDecoder`; needs ``max_length``.
         cache_bits: 8 or 4 bits per channel of older tokens, for ``"exact"``.
         block_size: tokens per block, for ``"exact"``.
-        keep_queries: how many of the last queries each layer keeps, for policies of `compress_caches` that read them;
-            the layers have ``num_heads``.
+        keep_queries: number of recent queries that each layer keeps, for policies of `compress_caches` that need them;
+            the layers must have ``num_heads``.
 
     Returns:
-        The bytes that all caches take.
+        The total number of bytes of all caches.
 
     Raises:
-        ValueError: a layer with another ``attention_fn``, or no layer with one.
-        NotImplementedError: a method without a running summary, or one that does not take ``cache_bits``.
-        TypeError: a dtype other than float32 and float64.
+        ValueError: a layer has another ``attention_fn``, or no layer has one.
+        NotImplementedError: a method has no running summary, or does not support ``cache_bits``.
+        TypeError: the dtype is neither float32 nor float64.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import init_cache, replace_attention
+        >>> model = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0))
+        >>> paths = replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
+        >>> num_bytes = init_cache(model, 1)
+        >>> prompt, token = jnp.ones((1, 10, 8)), jnp.ones((1, 1, 8))
+        >>> model(prompt).shape, model(token).shape
+        ((1, 10, 8), (1, 1, 8))
     """
     layers = approximate_layers(model)
     options = {"max_length": max_length, "ragged": ragged, "dtype": dtype}
@@ -165,7 +175,7 @@ def init_cache(
 
 
 def approximate_layers(model: nnx.Module) -> dict[str, Any]:
-    """The attention layers of a model, by path; raises ``ValueError`` unless all of them have an `ApproxAttention`."""
+    """The attention layers of a model by path. Raises ``ValueError`` unless all of them have an `ApproxAttention`."""
     layers = attention_layers(model)
     if not layers:
         raise ValueError(
@@ -180,7 +190,7 @@ def approximate_layers(model: nnx.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def restored_on_error(layers: Iterable[Any]) -> Iterator[None]:
-    """Puts back the caches that layers had before where one of them raises."""
+    """Context that restores the caches of layers if an error is raised."""
     before = [(layer.attention_fn, layer.attention_fn._held()) for layer in layers]
     try:
         yield
@@ -191,24 +201,24 @@ def restored_on_error(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def attention_layers(model: nnx.Module) -> dict[str, Any]:
-    """The modules that have an ``attention_fn``, by their path in the model."""
+    """The modules with an ``attention_fn``, by path in the model."""
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_graph(model)
-        # A Linen module inside shows its attributes, but does not let them be set.
+        # The attributes of a Linen module inside cannot be set.
         if isinstance(module, nnx.Module) and not isinstance(module, nnx.bridge.ToNNX)
         if callable(getattr(module, "attention_fn", None))
     }
 
 
 def stack_axes(layer: nnx.Module, path: str) -> tuple[int, ...] | None:
-    """The axes that ``nnx.vmap`` has put before the parameters of a layer: ``(L,)`` for L stacked layers, or ``()``.
+    """The axes that ``nnx.vmap`` has added in front of the parameters of a layer: ``(L,)`` for a stack, else ``()``.
 
-    A layer does not say that it is a stack of layers. But its linear maps have the sizes that one layer was made with:
-    the axes of a kernel before these are those of the stack. A random stream of one layer has a key without axes.
-    Inside ``nnx.vmap`` a layer is alone. None where nothing tells.
+    A layer does not store that it is a stack. But its linear maps store the sizes of a single layer: further leading
+    axes of a kernel are those of the stack. The random stream of a single layer has a key without axes. Inside
+    ``nnx.vmap`` a layer is single. None if this cannot be determined.
     """
-    nodes = [node for _, node in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0]))]  # its own come first
+    nodes = [node for _, node in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0]))]  # outer ones first
     for module in nodes:
         own = _kernel_shape(module)
         if own is None:
@@ -222,7 +232,7 @@ def stack_axes(layer: nnx.Module, path: str) -> tuple[int, ...] | None:
 
 
 def _kernel_shape(module: Any) -> tuple[int, ...] | None:
-    """The shape with which the kernel of a linear map was made; None for other modules."""
+    """The kernel shape of a single linear map; None for other modules."""
     if isinstance(module, nnx.Einsum | nnx.Conv | nnx.ConvTranspose):
         return tuple(module.kernel_shape)
     if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
@@ -236,14 +246,14 @@ def _as_tuple(features: Any) -> tuple[int, ...]:
 
 
 def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
-    """A function of one layer's state as a function of all that are stacked."""
+    """Map a function of one layer's state over a stack of layers."""
     for size in reversed(stack):
         function = nnx.vmap(function, in_axes=0, out_axes=0, axis_size=size)
     return function
 
 
 def _start_caches(layer: Any, stack: tuple[int, ...], batch_size: int, options: dict[str, Any]) -> None:
-    """A cache for every layer of a stack."""
+    """Start the caches of all layers of a stack."""
 
     def start(attention_fn: ApproxAttention) -> None:
         # A layer without num_heads can decode, but keeps no queries.
@@ -256,13 +266,13 @@ def _start_caches(layer: Any, stack: tuple[int, ...], batch_size: int, options: 
 def _for_each_layer(
     make: Callable[..., ApproxAttention], stack: tuple[int, ...] | None, rngs: nnx.Rngs | None
 ) -> ApproxAttention:
-    """The attention of all layers of a stack, with a different random projection in each.
+    """Make the attention of all layers of a stack, with a different random projection for each.
 
-    Where the layers do not tell whether they are a stack, keys for each layer do.
+    If a stack is not recognised, the number of keys decides.
     """
     if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return make(rngs=rngs)
-    if not jax.tree.leaves(nnx.state(make(rngs=nnx.Rngs(0)))):  # it draws nothing
+    if not jax.tree.leaves(nnx.state(make(rngs=nnx.Rngs(0)))):  # it has no random arrays
         return make()
     stream = attention_stream(rngs)
     split = stream.key.shape

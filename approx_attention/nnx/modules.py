@@ -1,4 +1,4 @@
-"""The learned parts of methods as Flax nnx modules: they own the arrays, the functions of this library use them."""
+"""Flax nnx modules with the learned parameters of methods."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,12 +21,12 @@ def mean_pool_init(noise: float = 0.01) -> Callable[..., Array]:
     """An initialiser of projections ``[..., R, S]``: means of R segments, and noise that tells equal slots apart.
 
     Args:
-        noise: its standard deviation times the root of S.
+        noise: standard deviation of the noise times the root of S.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         if shape[-2] > shape[-1]:
-            raise ValueError(f"there are no means of {shape[-2]} segments of {shape[-1]} places")
+            raise ValueError(f"the number of slots, {shape[-2]}, must be at most the number of positions, {shape[-1]}")
         means = jnp.broadcast_to(averaging_matrix(shape[-1], shape[-2], dtype), shape)
         return means + noise / math.sqrt(shape[-1]) * jax.random.normal(key, shape, dtype)
 
@@ -34,30 +34,45 @@ def mean_pool_init(noise: float = 0.01) -> Callable[..., Array]:
 
 
 def scale_keeping_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """An initialiser of projections ``[..., R, S]``: N(0, 1/S), which leaves the scale of logits alone at any S."""
+    """Initialise projections ``[..., R, S]`` with N(0, 1/S), which keeps the scale of logits for every S.
+
+    Args:
+        key: typed PRNG key.
+        shape: ``(..., R, S)``.
+        dtype: dtype of the projections.
+    """
     return jax.random.normal(key, shape, dtype) / math.sqrt(shape[-1])
 
 
 class LinformerAttention(LearnedAttention):
-    r"""Linformer over batch and heads, with learned projections of up to ``max_length`` keys.
+    r"""Linformer with learned projections of up to ``max_length`` keys.
 
-    Sharing is whose projections are the same: with ``"none"`` every key head has its own E and F, with ``"headwise"``
-    all heads of a layer share an E and an F, with ``"key_value"`` one E that is F too; layers share by handing the
-    ``projections`` of one to the others.
+    Projections can be shared: with ``"none"`` every key head has its own E and F, with ``"headwise"`` all heads of a
+    layer share E and F, with ``"key_value"`` also E = F. To share them between layers, pass the ``projections`` of one
+    layer to the others.
 
     Args:
         num_kv_heads: the number K of key heads.
         max_length: the longest input; shorter ones use the first columns.
-        num_slots: the number R of slots, 256 if None; layers may differ in it.
+        num_slots: the number R of slots, 256 if None; it may differ between layers.
         sharing: ``"none"``, ``"headwise"`` (if None) or ``"key_value"``.
-        projections: those of another layer, in place of new ones (layerwise sharing): slots, sharing and whether they
-            are frozen are what they are there, and not to be given here.
+        projections: the projections of another layer (layerwise sharing), which determine slots, sharing and frozen;
+            do not give these as well.
         init: an initialiser ``(key, shape, dtype)`` of ``[R, max_length]``, or ``[K, R, max_length]`` with ``"none"``;
             `scale_keeping_init`, `mean_pool_init` or any of `flax.nnx.initializers`.
-        frozen: keep the projections as they were drawn: no optimiser of `nnx.Param` sees them.
+        frozen: whether to exclude the random projections from training; they are then no `nnx.Param`.
         is_causal: as in `approx_attention.linformer`.
-        options: further static arguments of it.
+        options: further static arguments of `approx_attention.linformer`.
         rngs: streams for the parameters; not needed with ``projections``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import LinformerAttention
+        >>> module = LinformerAttention(2, max_length=16, num_slots=4, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((1, 16, 2, 8))
+        >>> module(x, x, x).shape
+        (1, 16, 2, 8)
     """
 
     def __init__(
@@ -75,11 +90,11 @@ class LinformerAttention(LearnedAttention):
         rngs: nnx.Rngs | None = None,
     ):
         if "is_causal" in (options or {}):
-            raise TypeError("is_causal is an argument of LinformerAttention, and not among its options")
+            raise TypeError("is_causal is an argument of LinformerAttention, not one of its options")
         self.options = {**(options or {}), "is_causal": is_causal}
         if projections is None:
             if rngs is None:
-                raise ValueError("LinformerAttention draws its projections: pass rngs, or projections of another layer")
+                raise ValueError("LinformerAttention samples projections: pass rngs, or projections of another layer")
             sharing = "headwise" if sharing is None else sharing
             sizes = check_counts(num_slots=256 if num_slots is None else num_slots, max_length=max_length)
             check_choice("sharing", sharing, ("none", "headwise", "key_value"))
@@ -90,7 +105,7 @@ class LinformerAttention(LearnedAttention):
             projections = nnx.Dict({name: kind(init(rngs.params(), shape, jnp.float32)) for name in names})
         elif num_slots is not None or sharing is not None or frozen:
             raise ValueError(
-                "with projections given, num_slots, sharing and frozen are theirs: leave them out; "
+                "num_slots, sharing and frozen are determined by projections: leave them out; "
                 f"got num_slots = {num_slots}, sharing = {sharing!r} and frozen = {frozen}"
             )
         self.projections = projections
@@ -104,14 +119,23 @@ class LinformerAttention(LearnedAttention):
 
 
 class Rfa(LearnedAttention):
-    """Random feature attention over batch and heads, with a learned bandwidth per key head and channel, and gates.
+    """Random feature attention with a learned bandwidth per key head and channel, and optional gates.
 
     Args:
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
         options: static arguments of `approx_attention.rfa`.
-        gate_dim: channels of the input from which gates are made; None for no gates.
+        gate_dim: number of channels of the input of gates; None for no gates.
         rngs: streams for the parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import Rfa
+        >>> module = Rfa(8, 2, options={"num_features": 16}, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((1, 16, 2, 8))
+        >>> module(x, x, x, rng=jax.random.key(0)).shape
+        (1, 16, 2, 8)
     """
 
     def __init__(
@@ -141,16 +165,16 @@ class Rfa(LearnedAttention):
         key_value_seq_lengths: Array | None = None,
         mask: Array | None = None,
     ) -> Array:
-        """Attention as of every module with learned arrays, with gates made from the layer's input.
+        """Attention in the layout of `approx_attention.attention`, with gates computed from the layer's input.
 
         Args:
             query: ``[..., T, N, D]``.
             key: ``[..., S, K, D]``.
             value: ``[..., S, K, Dv]``.
-            rng: typed PRNG key of the features; the same one for the same features.
-            gate_input: ``[..., S, gate_dim]``, needed if there are gates.
+            rng: typed PRNG key of the features; use one key for equal features.
+            gate_input: ``[..., S, gate_dim]``, required for gates.
             key_value_seq_lengths: real keys per sequence, ``[...]``.
-            mask: which keys are real, ``[..., 1, 1, S]``.
+            mask: true where a key is real, ``[..., 1, 1, S]``.
 
         Returns:
             ``[..., T, N, Dv]``.
@@ -158,7 +182,7 @@ class Rfa(LearnedAttention):
         if (self.gate is None) != (gate_input is None):
             made = "no gates, gate_dim = None" if self.gate is None else f"gates, gate_dim = {self.gate.in_features}"
             given = "None" if gate_input is None else f"shape {gate_input.shape}"
-            raise ValueError(f"gate_input goes with gates: this module has {made}, and gate_input is {given}")
+            raise ValueError(f"gate_input is required for gates only: this module has {made}, gate_input is {given}")
         gates = {} if self.gate is None or gate_input is None else {"gate_logits": self.gate(gate_input)}
         masks = {"key_value_seq_lengths": key_value_seq_lengths, "mask": mask}
         return self._attend(query, key, value, rng=rng, **masks, **gates)

@@ -1,4 +1,4 @@
-"""The caches of a generating model compressed after its prompt, so that decoding goes on from fewer tokens."""
+"""Compression of a model's caches after the prompt, to decode from fewer tokens."""
 
 import functools
 import math
@@ -34,37 +34,37 @@ def compress_caches(
     mass_correction: bool | Literal["fitted"] = True,
     bits: int | None = None,
 ) -> int:
-    """Compresses the caches of all attention layers of a model in place; calls go on from the compressed caches.
+    """Compress the caches of all attention layers of a model in place; calls continue from the compressed caches.
 
-    First `init_cache`, and a call with the prompt, by layers of exact attention. The last one or two blocks of a cache
-    stay as they are (``init_cache(block_size=)``). Tokens that come later are folded into a coreset, once they are no
-    longer in these blocks. `functools.partial` of this function is a press: ``press(model, key)``.
+    Call `init_cache` and then the model on the prompt first, with layers of exact attention. The last one or two blocks
+    of a cache stay exact (``init_cache(block_size=)``). Later tokens are folded into a coreset when they leave these
+    blocks. A `functools.partial` of this function is a press: ``press(model, key)``.
 
     Args:
-        model: a model whose layers have caches, stacks of layers included.
+        model: a model whose layers, or stacks of layers, have caches.
         key: typed PRNG key.
-        budget: tokens of every head for all that is older than the exact blocks: a number, or one for each layer, or
-            one for each key head of each layer, in the order of their paths (``layer_2`` before ``layer_10``), stacked
-            layers one by one. Where heads or stacked layers differ, the policy is one that takes a ``size``, and the
-            memory of all is that of the largest.
-        num_bytes: in place of ``budget``, the bytes of the compressed tokens of one sequence, in all layers together,
-            which every head gets an equal share of.
+        budget: number of tokens of every head for everything older than the exact blocks: one number, one per layer, or
+            one per key head of each layer, in the order of paths (``layer_2`` before ``layer_10``), with stacked layers
+            counted separately. If heads or stacked layers differ, the policy must support ``size``, and the memory of
+            all is that of the largest.
+        num_bytes: total bytes of the compressed tokens of one sequence in all layers, shared equally by all heads,
+            instead of ``budget``.
         policy: as in `compress_tokens`.
-        queries_of: models whose last queries the policy reads together, by default this one: copies of it that have
-            read more, such as a part of the context again each, the second pass of ``"kvzip"``. Queries are there with
+        queries_of: models whose recent queries the policy uses, by default this one. For example copies of the model
+            that have read parts of the context again, the second pass of ``"kvzip"``. They need caches with
             ``init_cache(keep_queries=)``.
-        coreset_size: tokens that stand for those that come later.
-        sinks: the number of first tokens that are kept exactly.
+        coreset_size: number of tokens of the coreset of later tokens.
+        sinks: the number of initial tokens that are kept exactly.
         mass_correction: as in `compress_tokens`.
         bits: 8 or 4 bits per channel of the compressed tokens.
 
     Returns:
-        The bytes that all caches take.
+        The total number of bytes of all caches.
 
     Raises:
-        TypeError: caches that do not hold tokens as they are, a budget of other types.
-        ValueError: no caches, a number of budgets that is not that of the layers or heads, or as in `compress_cache`.
-            The caches stay as they were.
+        TypeError: the caches do not contain unchanged tokens, or the budget has another type.
+        ValueError: there are no caches, the number of budgets is not that of layers or heads, or as in
+            `compress_cache`. The caches are then unchanged.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -105,7 +105,7 @@ def compress_caches(
                 sizes = None if (own == own.max()).all() else own
             kept = [over_stack(ApproxAttention.last_queries, stack)(other[path].attention_fn) for other in reading]
             if any(x is None for x in kept):
-                raise ValueError("queries_of must have queries: make their caches by init_cache(keep_queries=)")
+                raise ValueError("the models of queries_of have no queries: use init_cache(keep_queries=)")
             queries = jnp.concatenate(kept, axis=len(stack) + 1) if kept else None
             keys = jax.random.split(jax.random.fold_in(key, index), stack)
             over_stack(functools.partial(_compress, options | given), stack)(layer.attention_fn, keys, sizes, queries)
@@ -121,7 +121,7 @@ def _compress(options: dict[str, Any], attention_fn: ApproxAttention, key: Array
 
 
 def _of_every_head(budget: Budget, heads: list[int]) -> list[np.ndarray]:
-    """The budgets of each layer's key heads, whose numbers are ``heads``."""
+    """The budgets of each layer's key heads; ``heads`` are their numbers per layer."""
     of_layers = list(budget) if isinstance(budget, Sequence | np.ndarray) else [budget] * len(heads)
     if len(of_layers) != len(heads):
         raise ValueError(f"budget must be a number or one for each of {len(heads)} layers, got {shown(budget)}")

@@ -1,4 +1,4 @@
-"""What `replace_attention` has replaced in a model, and the attention in it that it could not."""
+"""The result of `replace_attention`: replaced layers, and attention that could not be replaced."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import flax.linen
 import jax
 from flax import nnx
 
-# How models name the projections of attention that they compute themselves.
+# Common names of the projections of attention in models without an ``attention_fn``.
 _PROJECTIONS = (
     ("query", "key", "value"),
     ("q", "k", "v"),
@@ -23,15 +23,14 @@ _CALLS = (
 
 
 class Replaced(list[str]):
-    """The paths of the layers whose attention was replaced, such as ``"layers.0.attention"``.
+    """A list of the paths of replaced layers, such as ``"layers.0.attention"``.
 
-    A list, because that is what most callers compare or count. What was not replaced is no warning: in many models it
-    is right, as in a window that is exact, and would be repeated by every script.
+    Attention that was not replaced is not a warning, because it is often intended.
 
     Attributes:
-        not_replaced: by path, the modules that look like attention and stay as they are, with what to do about each:
-            those that compute attention without an ``attention_fn``, and Linen modules inside. They are told by their
-            name, or by their projections.
+        not_replaced: modules that look like attention and were not replaced, by path, with advice: modules that
+            compute attention without an ``attention_fn``, and Linen modules inside. They are recognised by their name
+            or by their projections.
     """
 
     def __init__(self, paths: Iterable[str] = (), not_replaced: dict[str, str] | None = None):
@@ -40,7 +39,7 @@ class Replaced(list[str]):
 
 
 def not_replaceable(model: nnx.Module) -> dict[str, str]:
-    """The modules of a model that look like attention and have no ``attention_fn`` that could be set, and why not."""
+    """The modules of a model that look like attention without a settable ``attention_fn``, with advice."""
     nodes: dict[tuple[Any, ...], Any] = {
         path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)
     }
@@ -51,8 +50,7 @@ def not_replaceable(model: nnx.Module) -> dict[str, str]:
         if path not in own:
             if _has_attention(node.to_nnx__module):
                 found[path] = _LINEN
-        # A block around a layer with an attention_fn is none itself, nor is what belongs to such a layer, or to one
-        # that is found already.
+        # Skip blocks around a layer with an attention_fn, parts of such a layer, and parts of modules already found.
         elif _looks_like_attention(node):
             related = (_within(path, other) or _within(other, path) for other in layers)
             if not any(related) and not any(_within(path, outer) for outer in found):
@@ -74,7 +72,7 @@ def _looks_like_attention(node: Any) -> bool:
 
 
 def _has_attention(module: Any) -> bool:
-    """Whether a Linen module is attention, or has one in its fields; those that it makes in a call are not seen."""
+    """Whether a Linen module is attention, or has it in its fields; submodules created in a call are not found."""
     if not isinstance(module, flax.linen.Module):
         return False
     if "attention" in type(module).__name__.lower() or hasattr(module, "attention_fn"):

@@ -18,22 +18,22 @@ from approx_attention.tensor import tensor_attention
 class TensorAttention(nnx.Module):
     r"""A layer of tensor attention: projections to one query, m - 1 keys and m - 1 values per head, and back.
 
-    With a learned null token in every set of keys, which stands for "no such token", it contains attention of all lower
-    orders: values of order 3 and more start at a bias of 1, the null token's at 1 too.
+    With a learned null token in every set of keys, which means "no such token", the layer contains attention of all
+    lower orders. For order 3 and more, the biases of values and the values of null tokens are initialised to 1.
 
     With ``logit_bound``, queries and keys are divided by their root mean square and logits scaled by
-    :math:`\beta / D^{m/2}`, so that no logit exceeds :math:`\beta` during training: the polynomial method then has
-    a certificate that holds throughout training. The price is that typical logits are far below the bound.
+    :math:`\beta / D^{m/2}`, so that no logit exceeds :math:`\beta`. The polynomial method then has a certificate that
+    holds throughout training, but typical logits are far below the bound.
 
     Args:
         model_dim: channels of the input and of the output.
         num_heads: the number N of heads.
         head_dim: the number D of channels of a head.
         order: m, at least 2.
-        method: `approx_attention.tensor_attention` or `approx_attention.tensor_polynomial`, with or without bound
-            hyper-parameters (`functools.partial`).
-        null_token: whether there is one.
-        logit_bound: :math:`\beta`, or None for logits without bound.
+        method: `approx_attention.tensor_attention` or `approx_attention.tensor_polynomial`, or a `functools.partial` of
+            them.
+        null_token: whether to add null tokens.
+        logit_bound: :math:`\beta`, or None for unbounded logits.
         is_causal: ``"both"``, ``"ordered"`` or None, as in `approx_attention.tensor_attention`.
         rngs: streams for the parameters.
 
@@ -84,12 +84,12 @@ class TensorAttention(nnx.Module):
         self.out = nnx.LinearGeneral(shape, model_dim, axis=(-2, -1), rngs=rngs)
 
     def __call__(self, x: Array, *, kv_mask: Array | None = None) -> Array:
-        """Attention of tokens ``[B, T, C]`` to themselves, of which ``kv_mask [B, T]`` says which are real."""
+        """Self-attention of tokens ``x [B, T, C]``; ``kv_mask [B, T]`` is true where a token is real."""
         q = self.query(x)
         keys, values = ([project(x) for project in projections] for projections in (self.keys, self.values))
         mask = jnp.ones(x.shape[:2], bool) if kv_mask is None else kv_mask
         if self.null is not None:
-            # It stands before the first token, where causal queries see it; a query beside it keeps places aligned.
+            # It precedes the first token, where causal queries see it; an extra query keeps positions aligned.
             keys, values = (
                 [_before(token, y) for token, y in zip(self.null[name][...], ys, strict=True)]
                 for name, ys in (("keys", keys), ("values", values))
@@ -110,12 +110,12 @@ class TensorAttention(nnx.Module):
 
 
 def _before(token: Array, x: Array) -> Array:
-    """Tokens ``[B, T, N, D]`` after one ``[N, D]`` that is the same in all sequences."""
+    """Prepend a token ``[N, D]`` to the tokens ``[B, T, N, D]`` of every sequence."""
     return jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, *token.shape)), x], axis=1)
 
 
 def _unit_rms(x: Array) -> Array:
-    """Rows divided by their root mean square, computed in float32 or wider; a row of zeros stays one."""
+    """Rows divided by their root mean square, computed in float32 or wider; a row of zeros stays zero."""
     wide = x.astype(accumulation_dtype(x))
     square = jnp.mean(wide**2, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.where(square > 0, square, 1))).astype(x.dtype)

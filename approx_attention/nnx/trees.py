@@ -17,8 +17,8 @@ from approx_attention.trees import children_of, tree_attention
 class TreeAttention(nnx.Module):
     r"""A layer of tree attention: projections to one query, and to keys and values of each node, per head, and back.
 
-    Nodes with children have queries of their own too. With more than one node values start at a bias of 1, so that
-    their products start near the sum of what each says. A random method keeps the random projections of its first call.
+    Nodes with children also have queries. With more than one node the biases of values are initialised to 1, so that
+    products of values are initially close to sums. A random method keeps the random projections of its first call.
 
     Args:
         model_dim: channels of the input and of the output.
@@ -31,9 +31,9 @@ class TreeAttention(nnx.Module):
         **hyperparameters: static arguments of the method.
 
     Raises:
-        ValueError: a count that is too small, parents that make no tree, an unknown method.
-        TypeError: an argument that the method does not have.
-        NotImplementedError: a method that answers under no bias of its keys.
+        ValueError: a count is too small, the parents are not a tree, or the method is unknown.
+        TypeError: the method has no such argument.
+        NotImplementedError: the method does not support a bias of its keys.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,10 +76,10 @@ class TreeAttention(nnx.Module):
         self.out = nnx.LinearGeneral(shape, model_dim, axis=(-2, -1), rngs=rngs)
 
     def __call__(self, x: Array, *, kv_mask: Array | None = None) -> Array:
-        """Attention of tokens ``[B, T, C]`` to themselves, of which ``kv_mask [B, T]`` says which are real."""
+        """Self-attention of tokens ``x [B, T, C]``; ``kv_mask [B, T]`` is true where a token is real."""
         q = self.query(x)
         keys, values = (jnp.stack([project(x) for project in of]) for of in (self.keys, self.values))
-        # Leaves have no queries: their keys stand in place, unused.
+        # Leaves have no queries: their keys are placeholders.
         asking = dict(zip(self.asking, self.node_queries, strict=True))
         node_queries = jnp.stack([asking[node](x) if node in asking else k for node, k in enumerate(keys)])
         random = None if self.stream is None else jax.random.split(self.stream.key[...], q.shape[2])

@@ -1,4 +1,4 @@
-"""The expressiveness of attention: realised patterns, certification, dimension, the low-rank bottleneck, Match3."""
+"""The expressiveness of attention: realised patterns, certificates, dimension, the low-rank bottleneck, Match3."""
 
 from approx_attention.realization.bottleneck import nearest_factors, needed_head_dim, realize_attention, row_centred
 from approx_attention.realization.certification import Certificate, certify

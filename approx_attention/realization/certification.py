@@ -1,4 +1,4 @@
-r"""Certificates: how precisely self-attention has a sparse pattern, measured on its logits."""
+r"""Certificates of the precision with which self-attention has a sparse pattern, computed from its logits."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from approx_attention.core import accumulation_dtype, check_choice, check_floati
 from approx_attention.sparse import SparsePattern, check_pattern
 
 RatioError = Literal["relative", "absolute"]
-# Rows of logits in memory at a time: 256 T numbers in place of T^2, and still a full matrix product.
+# Rows of logits computed at once: 256 T numbers instead of T^2, and still efficient matrix products.
 ROW_BLOCK = 256
 
 
@@ -23,19 +23,19 @@ class Certificate(NamedTuple):
     r"""Precision with which attention M of logits L has a pattern A with supports :math:`S_i`.
 
     Attributes:
-        log_eps1: :math:`\log \varepsilon_1`, the log of the largest ratio of a zero to a nonzero of its row,
-            :math:`\max_i (\max_{j \notin S_i} L_{ij} - \min_{s \in S_i} L_{is})`; ``-inf`` where nothing is zero.
-        log1p_eps2: :math:`\log(1 + \varepsilon_2)`, that of the largest error of the ratio of two nonzeros,
-            :math:`\max_i (\max_{S_i} - \min_{S_i})(L_{is} - \log A_{is})` for relative errors, and for absolute ones
-            that of :math:`1 + \max |M_{is} / M_{is'} - A_{is} / A_{is'}|`.
-        logit_absmax: the largest :math:`|L_{ij}|` of all pairs, also of those that a causal head hides. This is the
+        log_eps1: :math:`\log \varepsilon_1`, the logarithm of the largest ratio of a zero to a nonzero of its row,
+            :math:`\max_i (\max_{j \notin S_i} L_{ij} - \min_{s \in S_i} L_{is})`; ``-inf`` without zeros.
+        log1p_eps2: :math:`\log(1 + \varepsilon_2)` for the largest error of the ratio of two nonzeros:
+            :math:`\max_i (\max_{S_i} - \min_{S_i})(L_{is} - \log A_{is})` for relative errors, and
+            :math:`\log(1 + \max |M_{is} / M_{is'} - A_{is} / A_{is'}|)` for absolute errors.
+        logit_absmax: the largest :math:`|L_{ij}|` of all pairs, including those hidden from a causal head: the
             ``max_logit`` of `approx_attention.dimension_bound`.
         rho: the gap :math:`-\log \varepsilon_1` in units of the largest visible logit, independent of the scale.
         max_row_tv: the largest total variation distance between a row of M and that of A.
         ok: whether the requested precisions are met.
-        draws: the number of samples that were made.
-        visible_logit_absmax: the largest :math:`|L_{ij}|` of the pairs that the head sees; equal to ``logit_absmax``
-            without causality.
+        draws: the number of samples.
+        visible_logit_absmax: the largest :math:`|L_{ij}|` of visible pairs; equal to ``logit_absmax`` without
+            causality.
     """
 
     log_eps1: Array
@@ -48,9 +48,9 @@ class Certificate(NamedTuple):
     visible_logit_absmax: Array
 
     def logits_needed(self, eps1: float) -> Array:
-        """The largest visible logit of these inputs when scaled so that zeros reach the precision ``eps1``.
+        """Compute the largest visible logit after scaling the logits so that zeros reach the precision ``eps1``.
 
-        It is infinite where a zero is as large as a nonzero of its row, at any scale.
+        It is infinite if a zero is at least as large as a nonzero of its row, at any scale.
         """
         return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
 
@@ -66,28 +66,28 @@ def certify(
     eps2: Any = math.inf,
     ratio: RatioError = "relative",
 ) -> Certificate:
-    r"""Measures how precisely self-attention of any inputs has a sparse pattern.
+    r"""Measure the precision with which self-attention of given inputs has a sparse pattern.
 
-    It is about sparse patterns only; bounds on the errors of approximate attention are in `approx_attention.bounds`.
-    Everything is computed from the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, because their exponentials may
-    underflow, in blocks of rows: O(T^2 d) time, and O(T K^2) more for absolute errors of ratios, O(T) memory. Arrays of
-    low precision are not rounded again, and multiplied in float32.
+    This is about sparse patterns only; bounds of errors of approximate attention are in `approx_attention.bounds`. All
+    numbers are computed from the logits :math:`L = X W_Q W_K^T X^T / \sqrt d`, because their exponentials may
+    underflow. By blocks of rows this takes O(T^2 d) time, O(T K^2) more for absolute errors of ratios, and O(T) memory.
+    Products of arrays of low precision are computed in float32.
 
     Args:
         inputs: tokens X ``[T, C]``.
         w_q: projection of queries ``[C, d]``.
         w_k: projection of keys ``[C, d]``.
-        pattern: the pattern that the attention should have.
+        pattern: the target pattern.
         is_causal: key j is visible to query i only if j <= i.
-        eps1: largest ratio of a zero to a nonzero of its row with which ``ok`` is true.
-        eps2: largest error of a ratio of nonzeros with which ``ok`` is true.
+        eps1: largest ratio of a zero to a nonzero of its row for which ``ok`` is true.
+        eps2: largest error of a ratio of nonzeros for which ``ok`` is true.
         ratio: whether errors of ratios are ``"relative"`` or ``"absolute"``.
 
     Returns:
         The `Certificate`, with ``draws = 0``.
 
     Raises:
-        ValueError: shapes that do not fit, a pattern that reaches the future of a causal head.
+        ValueError: shapes that do not match, a pattern with keys in the future of a causal head.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,8 +98,7 @@ def certify(
         (-4.0, 1.0)
 
     Reference:
-        :cite:p:`likhosherstov2021expressive`, for the two precisions; the measurement is a derivation of this
-        library.
+        :cite:p:`likhosherstov2021expressive`, for the two precisions; the computation is this library's.
     """
     for name, x in (("inputs", inputs), ("w_q", w_q), ("w_k", w_k)):
         check_floating(name, x)
@@ -115,7 +114,7 @@ def certify(
 
 
 @functools.partial(jax.jit, static_argnames=("is_causal", "ratio"))
-@in_float32()  # TF32 would lose the digits of a logit that are certified
+@in_float32()  # TF32 would lose the digits that are certified
 def _measure(
     inputs: Array,
     w_q: Array,
@@ -138,19 +137,19 @@ def _measure(
         greatest_off = jnp.max(jnp.where(off, logits, -jnp.inf), axis=1)
         least_on = jnp.min(jnp.where(valid, on, jnp.inf), axis=1)
         error = on - log_weights
-        # A ratio of two nonzeros is off by the difference of their errors, at most the spread.
+        # The error of the ratio of two nonzeros is the difference of their errors, at most the spread.
         spread = jnp.max(jnp.where(valid, error, -jnp.inf), axis=1) - jnp.min(jnp.where(valid, error, jnp.inf), axis=1)
         if ratio == "absolute":
             spread = jnp.log1p(_absolute_ratio_error(error, log_weights, valid))
         visible = jnp.where(off, jnp.abs(logits), 0), jnp.where(valid, jnp.abs(on), 0)
         visible_size = jnp.maximum(*(jnp.max(x, axis=1) for x in visible))
         size = jnp.max(jnp.abs(logits), axis=1)
-        # Rows are normalised at their own peak, so that the total variation has no overflow.
+        # Rows are normalised by their maximum, so that the total variation does not overflow.
         peak = jnp.maximum(greatest_off, jnp.max(jnp.where(valid, on, -jnp.inf), axis=1))[:, None]
         mass = jnp.sum(jnp.where(off, jnp.exp(logits - peak), 0), axis=1)
         weights = jnp.where(valid, jnp.exp(on - peak), 0)
         realized = weights / (mass + jnp.sum(weights, axis=1))[:, None]
-        # Both rows sum to 1: the summed excess of A on its support is the total variation, without a sum over zeros.
+        # Both rows sum to 1, so the total variation is the summed excess of A on its support, without a sum over zeros.
         missing = jnp.where(valid, jnp.maximum(jnp.exp(log_weights) - realized, 0), 0)
         worst = greatest_off - least_on, spread, size, visible_size, jnp.sum(missing, axis=1)
         return tuple(jnp.max(x) for x in worst)
@@ -160,7 +159,7 @@ def _measure(
     arrays = rows, q, pattern.indices, pattern.valid, log_weights
     blocks = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_queries)) for x in arrays))
     log_eps1, log1p_eps2, size, visible, distance = (jnp.max(x) for x in blocks)
-    # A double where: logits that are all 0 have no unit; the gap is then infinite without zeros, and else 0.
+    # A double where: if all logits are 0, the gap is infinite without zeros in the pattern, and else 0.
     in_units = -log_eps1 / jnp.where(visible > 0, visible, 1)
     rho = jnp.where(visible > 0, in_units, jnp.where(log_eps1 == -jnp.inf, jnp.inf, 0))
     eps1, eps2 = (jnp.asarray(limit, dtype) for limit in limits)
@@ -181,24 +180,23 @@ def _absolute_ratio_error(error: Array, log_weights: Array, valid: Array) -> Arr
 
 
 def check_square(pattern: SparsePattern) -> None:
-    """Raises unless a pattern has as many queries as keys."""
+    """Raise unless a pattern has as many queries as keys."""
     check_pattern(pattern)
     if pattern.num_queries != pattern.num_keys:
-        raise ValueError(
-            f"self-attention has as many queries as keys, got a pattern [{pattern.num_queries}, {pattern.num_keys}]"
-        )
+        raise ValueError(f"self-attention needs a square pattern, got [{pattern.num_queries}, {pattern.num_keys}]")
 
 
 def check_no_future(pattern: SparsePattern) -> None:
-    """Raises if a row of a pattern has a key after its query."""
+    """Raise if a row of a pattern has a key after its query."""
     future = np.asarray(pattern.valid) & (np.asarray(pattern.indices) > np.arange(pattern.num_queries)[:, None])
     if future.any():
-        raise ValueError(f"a causal head sees no key after its query, but {future.any(axis=1).sum()} rows do: causal()")
+        rows = future.any(axis=1).sum()
+        raise ValueError(f"a causal head sees no key after its query, but {rows} rows have one; use pattern.causal()")
 
 
 def off_rows(rows: Array, indices: Array, valid: Array, num_keys: int, is_causal: bool) -> Array:
-    """The zeros of a pattern that some queries see ``[rows, S]``."""
+    """The mask of zeros of a pattern that are visible to given queries ``[rows, S]``."""
     local = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    # Padding has index 0: by ``min`` it leaves that key as it is, where setting it would clear it.
+    # Padding has index 0: ``min`` keeps that key, which setting would clear.
     off = jnp.ones((rows.shape[0], num_keys), bool).at[local, indices].min(~valid)
     return off & (jnp.arange(num_keys, dtype=jnp.int32)[None, :] <= rows[:, None]) if is_causal else off

@@ -1,11 +1,11 @@
-r"""Realises sparse patterns by self-attention with fixed projections: only the inputs X change with the pattern.
+r"""Realisation of sparse patterns by self-attention with fixed projections: only the inputs X depend on the pattern.
 
 .. math:: M = \mathrm{softmax}(X W_Q W_K^T X^T / \sqrt d), \qquad X = [X_1 \,|\, X_2], \qquad
           W_Q = d^{1/4} \binom{I}{0}, \qquad W_K = d^{1/4} \binom{0}{I}, \qquad \mathrm{logits} = X_1 X_2^T.
 
-Softmax forgets a constant in each row, so M can match a pattern A in the ratios within rows only. Every construction
-here gives logits :math:`\tau L^{(1)} + L^{(2)}`, of which the first part separates the keys of a row from the others,
-and the second shapes the weights among them; :math:`\tau` is taken as small as the precision allows.
+Softmax is invariant to a constant added to a row, so M matches a pattern A in the ratios within rows. Every
+construction gives logits :math:`\tau L^{(1)} + L^{(2)}`: the first part separates the keys of a row from the others,
+and the second sets their weights. :math:`\tau` is as small as the precision allows.
 """
 
 import functools
@@ -59,13 +59,13 @@ DETERMINISTIC = ("trigonometric", "dense")
 
 
 class Realization(NamedTuple):
-    """Inputs ``[T, 2 d]`` and projections ``[2 d, d]`` of a head whose attention has a pattern, and the proof.
+    """Inputs ``[T, 2 d]`` and projections ``[2 d, d]`` of a head whose attention has a pattern, with a certificate.
 
     Attributes:
         inputs: the tokens X.
         w_q: the projection of queries, the same for every pattern of one d.
         w_k: the projection of keys, the same for every pattern of one d.
-        certificate: the `Certificate` measured on these very arrays.
+        certificate: the `Certificate` of these arrays.
     """
 
     inputs: Array
@@ -90,51 +90,50 @@ def realize_sparse_pattern(
     ratio: RatioError = "relative",
     dtype: Any = jnp.float32,
 ) -> Realization:
-    r"""Makes inputs for which self-attention with fixed projections has a given sparse pattern, to two precisions.
+    r"""Make inputs for which self-attention with fixed projections has a given sparse pattern.
 
     .. math:: \frac{M_{ij}}{M_{is}} \le \varepsilon_1 \ (j \notin S_i,\ s \in S_i), \qquad
               \frac{M_{is} / M_{is'}}{A_{is} / A_{is'}} \le 1 + \varepsilon_2 \ (s, s' \in S_i).
 
-    The methods, by the number of channels that they need, largest first:
+    The attention M satisfies two precisions. The methods, in falling order of the number of channels that they need:
 
     - ``"projection"``: :math:`X_1 = B G^T / \sqrt d`, :math:`X_2 = G^T / \sqrt d` for Gaussian G ``[d, T]`` and a
       sparse B, zero off the supports. :math:`X_1 X_2^T` is unbiased for B. ``"orthogonal"`` has orthogonal rows in G
       (exact at d = T), ``"balanced"`` shares the spectrum of B between :math:`X_1` and :math:`X_2`.
-    - ``"ls"``: Gaussian keys, and the shortest query with the wanted logits on its support, exactly; ``"wls"``: the
-      query whose logits have the least energy off the support.
-    - ``"max_margin"``: keys as for ``"wls"``, and the query whose largest logit off the support is least.
+    - ``"ls"``: Gaussian keys, and the shortest query with the exact target logits on its support; ``"wls"``: the query
+      with the least energy of logits off the support.
+    - ``"max_margin"``: keys as for ``"wls"``, and the query with the smallest maximal logit off the support.
     - ``"learned"``: keys and queries by gradient descent.
-    - ``"trigonometric"``: 2 K channels for K keys a row and any T, at the price of huge logits: keys on a moment curve;
-      for float64 and small T and K.
-    - ``"dense"``: for a pattern without zeros, by the singular values of its centred logarithms.
+    - ``"trigonometric"``: keys on a moment curve, 2 K channels for K keys per row and any T, but huge logits; for
+      float64 and small T and K.
+    - ``"dense"``: for a pattern without zeros, by the singular value decomposition of its centred logarithms.
 
-    Each random sample is measured by `certify`, and made anew until one is accepted. Finding the smallest d for given
-    precisions is NP-hard, so a rejection proves nothing. The precisions say little about the output: see
-    ``max_row_tv``.
+    Random samples are measured by `certify` until one is accepted. Finding the smallest d for given precisions is
+    NP-hard, so a rejection proves nothing. For the error of outputs see ``max_row_tv``.
 
     Args:
-        pattern: the pattern A, as many queries as keys.
+        pattern: the square pattern A.
         eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
-        eps2: largest error of the ratio of two nonzeros, at least 0 (which rounding meets for one key a row).
+        eps2: largest error of the ratio of two nonzeros, at least 0 (with rounding, 0 is possible for one key per row).
         d: the number of channels of queries and keys; X has twice as many.
         key: typed PRNG key; not needed by the last two methods.
-        method: one of the above.
-        tau: logit by which the nonzeros are lifted; by default the least that gives ``eps1`` for the sample.
+        method: one of the methods above.
+        tau: the factor :math:`\tau`; by default the smallest that gives ``eps1`` for the sample.
         is_causal: key j is visible to query i only if j <= i.
         max_draws: the largest number of samples.
-        max_logit: largest absolute logit that is accepted, of all pairs, also of those that a causal head hides.
+        max_logit: largest accepted absolute logit of all pairs, including those hidden from a causal head.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
         ratio: whether ``eps2`` limits relative errors of ratios of nonzeros, as above, or absolute ones.
-        dtype: dtype of the inputs and projections; the certificate is that of the rounded arrays.
+        dtype: dtype of the inputs and projections; the certificate is for the rounded arrays.
 
     Returns:
-        The `Realization`. Where no sample is accepted it is the last one, and ``certificate.ok`` is false.
+        The `Realization`. If no sample is accepted, it is the last one, and ``certificate.ok`` is false.
 
     Raises:
-        ValueError: a pattern that is not square, reaches the future of a causal head, or has no zeros (for a
-            projection) or zeros (for ``"dense"``); precisions or counts out of range; fewer channels than a method
-            needs.
-        TypeError: not a pattern, numbers that are not known when tracing, a dtype that is not floating point.
+        ValueError: the pattern is not square, has keys in the future of a causal head, has no zeros (for a
+            projection) or has zeros (for ``"dense"``); a precision or count is out of range; or there are fewer
+            channels than the method needs.
+        TypeError: not a pattern, traced numbers, a dtype that is not floating point.
         NotImplementedError: ``"dense"`` with ``is_causal``.
 
     Example:
@@ -146,8 +145,8 @@ def realize_sparse_pattern(
         ((64, 96), True)
 
     Reference:
-        The scheme of ``"projection"`` and of fixed projections is that of
-        :cite:p:`likhosherstov2021expressive`; the formulas and the other methods are this library's.
+        ``"projection"`` and fixed projections follow :cite:p:`likhosherstov2021expressive`; the formulas and the other
+        methods are this library's.
     """
     check_pattern(pattern)
     d, eps1, eps2 = check_count("d", d), known_number("eps1", eps1), known_number("eps2", eps2)
@@ -165,7 +164,7 @@ def realize_sparse_pattern(
 
 
 def positive_limit(name: str, limit: Any) -> float:
-    """Returns a positive number that is known when tracing and may be infinite."""
+    """Return a concrete positive number, which may be infinite."""
     number = known_number(name, limit)
     if not number > 0:
         raise ValueError(f"{name} must be positive, got {number}")
@@ -173,7 +172,7 @@ def positive_limit(name: str, limit: Any) -> float:
 
 
 def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, method: str, is_causal: bool) -> None:
-    """Raises unless a method supports a pattern, these precisions and d channels."""
+    """Raise unless a method supports a pattern, these precisions and d channels."""
     check_choice("method", method, get_args(RealizationMethod))
     if not 0 < eps1 < 1:
         raise ValueError(f"eps1 must lie in (0, 1), got {eps1}")
@@ -182,7 +181,7 @@ def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, me
     check_square(pattern)
     needed = {"trigonometric": 2}.get(method, 1 if method in INTERPOLATIONS else 0) * pattern.keys_per_row
     if d < needed:
-        raise ValueError(f"{method} needs d >= {needed} for {pattern.keys_per_row} keys a row, got d = {d}")
+        raise ValueError(f"{method} needs d >= {needed} for {pattern.keys_per_row} keys per row, got d = {d}")
     if method == "dense" and is_causal:
         raise NotImplementedError("realize_sparse_pattern by 'dense' does not support is_causal")
     if isinstance(pattern.valid, Tracer):
@@ -192,13 +191,13 @@ def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, me
     visible = np.arange(1, pattern.num_queries + 1) if is_causal else pattern.num_keys
     rows_with_zeros = np.sum(np.asarray(pattern.valid), axis=1) < visible
     if method in PROJECTIONS and not rows_with_zeros.any():
-        raise ValueError(f"{method} realises sparse patterns, got one without zeros: use method='dense'")
+        raise ValueError(f"{method} needs a pattern with zeros; use method='dense'")
     if method == "dense" and rows_with_zeros.any():
-        raise ValueError(f"dense realises patterns without zeros, got zeros in {rows_with_zeros.sum()} rows")
+        raise ValueError(f"dense needs a pattern without zeros, got zeros in {rows_with_zeros.sum()} rows")
 
 
 def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2*d d"], Float[Array, "2*d d"]]:
-    """Projections of queries and of keys, the same for every pattern: each reads one half of X.
+    """Make the projections of queries and of keys, the same for every pattern: each reads one half of X.
 
     Args:
         d: the number of channels of a head.
@@ -214,7 +213,7 @@ def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2
         ([[1.0], [0.0]], [[0.0], [1.0]])
 
     Reference:
-        As `realize_sparse_pattern`.
+        As for `realize_sparse_pattern`.
     """
     # d^(1/4) in each cancels the 1 / sqrt(d) of attention: logits are X_1 X_2^T.
     halves = jnp.asarray(d**0.25 * np.eye(2 * d), dtype)
@@ -222,7 +221,7 @@ def fixed_projections(d: int, dtype: Any = jnp.float32) -> tuple[Float[Array, "2
 
 
 class Search(NamedTuple):
-    """Static options of `draw_until_accepted`, each as in `realize_sparse_pattern`.
+    """Static options of `draw_until_accepted`, as in `realize_sparse_pattern`.
 
     Attributes:
         method: the construction.
@@ -254,15 +253,15 @@ def draw_until_accepted(
     *,
     search: Search,
 ) -> Realization:
-    """`realize_sparse_pattern` without checks, in arrays of ``search.width`` channels, of which ``num_channels`` count.
+    """`realize_sparse_pattern` without checks, with ``num_channels`` used channels in arrays of ``search.width``.
 
-    Fewer channels are a prefix of more in every sample, and their number may be traced.
+    In every sample fewer channels are a prefix of more; their number may be traced.
     """
     method, width, dtype, is_causal, max_draws, num_steps, ratio = search
     compute = jnp.float64 if dtype == jnp.float64 else jnp.float32
     eps1, eps2, max_logit = (jnp.asarray(limit, compute) for limit in limits)
-    # Share of the largest logit that rounding may take from a gap: 16 units for the long sums of a logit, and one for
-    # the cast to a narrower dtype.
+    # The part of a gap that rounding may take, relative to the largest logit: 16 rounding errors for the sums of a
+    # logit, and one for the cast to a narrower dtype.
     rounding = 16 * float(jnp.finfo(compute).eps) + (float(jnp.finfo(dtype).eps) if dtype != compute else 0)
     used = jnp.arange(width, dtype=jnp.int32) < num_channels
     w_q, w_k = fixed_projections(width, dtype)
@@ -278,7 +277,7 @@ def draw_until_accepted(
             lift = _least_lift(factors, pattern, -jnp.log(eps1), is_causal, rounding)
             lift = jnp.where(jnp.isfinite(lift), lift, nominal)
             if method == "balanced":
-                # The spectrum of B is shared for one lift only; another one would scale the log-weights as well.
+                # The spectrum of B is split for one tau only; another one would scale the log-weights as well.
                 equal = jnp.all(jnp.where(pattern.valid, pattern.log_weights == pattern.log_weights[:, :1], True))
                 lift = jnp.where(equal, lift, nominal)
         queries = lift * factors.separating + factors.weighting
@@ -309,7 +308,7 @@ _CONSTRUCTIONS: dict[str, Callable[[SparsePattern, Array, Sampling], Factors]] =
 
 
 def _least_lift(factors: Factors, pattern: SparsePattern, gap: Array, is_causal: bool, rounding: float) -> Array:
-    r"""The least :math:`\tau` at which every nonzero exceeds every zero of its row by a gap; infinite if none does.
+    r"""The smallest :math:`\tau` for which every nonzero exceeds every zero of its row by a gap; else infinite.
 
     .. math:: \tau = \max_{i,\, s \in S_i,\, j \notin S_i}
               \frac{\mathrm{gap} - (L^{(2)}_{is} - L^{(2)}_{ij})}{L^{(1)}_{is} - L^{(1)}_{ij}}
@@ -320,7 +319,7 @@ def _least_lift(factors: Factors, pattern: SparsePattern, gap: Array, is_causal:
         logits, shifts = (x @ factors.keys.T for x in (separating, weighting))
         off = off_rows(rows, indices, valid, pattern.num_keys, is_causal)
 
-        # One key of every support at a time: all pairs with the keys off it would be T x K x T numbers.
+        # One key of every support at a time: all pairs with keys off the support would be T x K x T numbers.
         def one_key(entry: tuple[Array, Array]) -> tuple[Array, Array]:
             index, valid = entry
             rise, shift = (jnp.take_along_axis(x, index[:, None], axis=1) - x for x in (logits, shifts))
@@ -331,7 +330,7 @@ def _least_lift(factors: Factors, pattern: SparsePattern, gap: Array, is_causal:
         needed, rise = lax.map(one_key, (indices.T, valid.T))
         return jnp.max(needed), jnp.min(rise), jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(shifts))
 
-    # The least rise and the largest logits bound what rounding takes from a gap, which the lift then makes up for.
+    # The smallest rise and the largest logits bound the part of a gap lost to rounding, for which tau compensates.
     rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)
     arrays = rows, factors.separating, factors.weighting, pattern.indices, pattern.valid
     needed, rise, size, shift = lax.map(block, tuple(in_blocks(x, min(ROW_BLOCK, pattern.num_queries)) for x in arrays))

@@ -1,6 +1,6 @@
-r"""The number of channels that realise a sparse pattern: bounds from both sides, and search.
+r"""The number of channels that realise a sparse pattern: upper and lower bounds, and search.
 
-A pattern of n tokens has at most k keys a row, with weights within a ratio gamma; m = log(1/eps1).
+A pattern of n tokens has at most k keys per row, with weights within a ratio gamma; m = log(1/eps1).
 """
 
 import math
@@ -35,14 +35,14 @@ BoundKind = Literal[
     "trigonometric",
     "packing",
 ]
-# A search grows d by this factor until it succeeds, and then bisects to this share of d. Finer would gain nothing: the
-# least d of two samples differs by some 15 %.
+# A search grows d by this factor until it succeeds, and then bisects to this share of d. A finer search is useless: the
+# smallest d of two samples differs by about 15 %.
 GROWTH = 1.3
 RESOLUTION = 0.01
 
 
 class DimensionBound(NamedTuple):
-    """A bound on the number of channels.
+    """A bound of the number of channels.
 
     Attributes:
         dim: the number of channels: sufficient (upper bounds) or necessary (lower bounds).
@@ -70,9 +70,9 @@ def dimension_bound(
     max_logit: float | None = None,
     rows_per_key: int | None = None,
 ) -> DimensionBound:
-    r"""Bounds the number of channels that realise a pattern of n tokens and k keys a row.
+    r"""Bound the number of channels that realise a pattern of n tokens and k keys per row.
 
-    With :math:`\kappa = m / \log(1 + \varepsilon_2)` (0 for k = 1, where there are no ratios to keep) upper bounds are
+    With :math:`\kappa = m / \log(1 + \varepsilon_2)` (0 for k = 1, which has no ratios to preserve) upper bounds are
 
     .. math:: \text{johnson\_lindenstrauss: } \frac{2 \log(4 n^2 / p)}{e^2/2 - e^3/3}, \qquad
               e = \frac{\log(1 + \varepsilon_2)/2}{\sqrt k\, (\log \gamma + \log(1 + \varepsilon_2) + m)},
@@ -87,39 +87,39 @@ def dimension_bound(
     .. math:: \text{least\_squares: } k - 1 + \frac{2 \log(n (n - k) / 2 p)}{\log(1 + s^2)}, \qquad
               \text{donoho\_tanner: } d = c\, k \log(n / d),\ c = 2 \text{ (weak, most rows), } 2 e \text{ (strong)},
 
-    and 2 k for ``trigonometric``, whose logits are huge. A lower bound for all methods with logits of all pairs up to R
-    is
+    and 2 k for ``trigonometric``, whose logits are huge. A lower bound for all methods with logits of all pairs up to
+    R is
 
     .. math:: \text{packing: } \frac{\log(n / k k_c)}{\log(1 + 2 R / m)}.
 
-    In the norm :math:`\max_i |x_i \cdot y|` over all queries, keys of different rows lie m apart in a ball of radius R.
-    So R is over every pair of a query and a key, also those that a causal head hides (``Certificate.logit_absmax``).
-    A limit on visible logits alone gives no bound: in one channel the causal identity has logits
-    :math:`2 m\, 2^{j - i}`, of which the visible ones are at most 2 m. The later of two rows sees both keys, and so the
-    distance m: with this R the bound holds for causal heads too.
+    In the norm :math:`\max_i |x_i \cdot y|` over all queries, keys of different rows have distance m in a ball of
+    radius R. So R covers every pair of a query and a key, including those hidden from a causal head
+    (``Certificate.logit_absmax``). A limit of visible logits only gives no bound: in one channel the causal identity
+    has logits :math:`2 m\, 2^{j - i}`, of which the visible ones are at most 2 m. The later of two rows sees both keys,
+    so with this R the bound also holds for causal heads.
 
-    The bounds of Johnson-Lindenstrauss and of least squares hold for one sample with probability 1 - p at least;
-    Donoho-Tanner is asymptotic; the heuristics are within about a quarter of measurements where kappa is 5 or more, and
-    too small below.
+    The bounds of Johnson-Lindenstrauss and of least squares hold for one sample with probability at least 1 - p.
+    Donoho-Tanner is asymptotic. The heuristics agree with measurements within about 25 % for kappa of 5 or more, and
+    are too small below.
 
     Args:
         num_tokens: the number n.
-        keys_per_row: the greatest number k of keys in a row.
+        keys_per_row: the largest number k of keys in a row.
         eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
         eps2: largest relative error of the ratio of two nonzeros; least squares preserve the ratios exactly.
         gamma: largest ratio of two weights in a row.
         p: probability of failure of one sample.
-        kind: one of the above.
+        kind: one of the names above.
         tau: logit of the nonzeros, for least squares; unlimited by default.
-        max_logit: largest absolute logit R of all pairs, hidden ones included, for ``packing``.
-        rows_per_key: the greatest number :math:`k_c` of rows that share one key, for ``packing``; ``keys_per_row`` by
-            default, which is too small for patterns with global keys.
+        max_logit: largest absolute logit R of all pairs, including hidden ones, for ``packing``.
+        rows_per_key: the largest number :math:`k_c` of rows that share one key, for ``packing``; by default
+            ``keys_per_row``, which is too small for patterns with global keys.
 
     Returns:
         The `DimensionBound`.
 
     Raises:
-        ValueError: numbers out of range, precisions that this kind of bound reaches with no number of channels.
+        ValueError: numbers out of range, precisions for which this kind of bound is infinite.
 
     Example:
         >>> from approx_attention import dimension_bound
@@ -144,7 +144,7 @@ def dimension_bound(
     gap = math.log(1 / eps1)
     if kind == "packing":
         if max_logit is None or not max_logit > 0:
-            raise ValueError(f"packing bounds channels by a positive max_logit, got {max_logit}")
+            raise ValueError(f"packing needs a positive max_logit, got {max_logit}")
         matched = n / (k * (k if rows_per_key is None else check_count("rows_per_key", rows_per_key, most=None)))
         dim = max(1, _ceil(math.log(max(matched, 1)) / math.log1p(2 * max_logit / gap)))
         return DimensionBound(dim, True, "proved", dim <= 1)
@@ -168,39 +168,39 @@ def dimension_bound(
 
 
 def _ceil(x: float) -> int:
-    """The next integer, where an integer plus rounding counts as that integer."""
+    """The next integer, after removing rounding errors."""
     return math.ceil(x - 1e-9)
 
 
 def _projection_dim(kind: str, n: int, k: int, gap: float, eps2: float, gamma: float, p: float) -> tuple[float, str]:
-    """Channels of a random projection, and the standing of that number."""
+    """The number of channels of a random projection, and its standing."""
     slack = math.log1p(eps2)
     if kind == "johnson_lindenstrauss":
-        # One key a row has no ratio to preserve: the error may take half of the lift.
+        # With one key per row there is no ratio to preserve: the error may be half of tau.
         share = 0.5 if k == 1 else slack / 2 / (math.log(gamma) + slack + gap)
         error = share / math.sqrt(k)
         return 2 * math.log(4 * n * n / p) / (error**2 / 2 - error**3 / 3), "proved"
     if k == 1:
-        raise ValueError(f"{kind} speaks of ratios between the keys of a row, got keys_per_row = 1")
-    # Union bound over the n k (k - 1) ratios, whose logits have a spread of variance 2 k / d. Orthogonal rows lose the
-    # part that d = n, where they are exact, would not have.
+        raise ValueError(f"{kind} is about ratios between the keys of a row, got keys_per_row = 1")
+    # Union bound over the n k (k - 1) ratios, whose logits differ with variance 2 k / d. For orthogonal rows the
+    # variance vanishes at d = n.
     gaussian = 4 * k * (gap / slack) ** 2 * math.log(n * k * (k - 1))
     return gaussian if kind == "projection_heuristic" else gaussian * n / (n + gaussian), "heuristic"
 
 
 def _least_squares_sharpness(k: int, gap: float, gamma: float, tau: float) -> float:
-    """The least (min b - m) / |b| over rows of logits b: tau plus centred log-weights within a ratio gamma."""
+    """The minimum of (min b - m) / norm(b) over rows of logits b: tau plus centred log-weights within a ratio gamma."""
     if tau == math.inf:
         return 1 / math.sqrt(k)
     spread = math.log(gamma)
     least = tau - (1 - 1 / k) * spread
     if not least > gap:
-        raise ValueError(f"tau must exceed log(1/eps1) and the spread of the weights, {gap:.3g} in all, got {tau}")
+        raise ValueError(f"tau must exceed log(1/eps1) plus the spread of the weights, {gap:.3g}, got {tau}")
     return (least - gap) / math.sqrt(k * (tau**2 + spread**2 / 4))
 
 
 def _exact_least_squares_dim(n: int, k: int, sharpness: float, p: float, enough: int) -> int:
-    """The least d whose union bound of Student tails is at most p, by bisection below the closed form."""
+    """The smallest d whose union bound of Student tails is at most p, by bisection below the closed form."""
     pairs = n * (n - k)
     if pairs == 0:
         return k
@@ -213,12 +213,12 @@ def _exact_least_squares_dim(n: int, k: int, sharpness: float, p: float, enough:
 
 
 def log_t_tail(freedom: int, sharpness: float) -> float:
-    r"""Logarithm of a tail of Student's t, :math:`\log P[t_\nu > \sqrt\nu\, s]`, exact for tails of any size.
+    r"""Compute the logarithm of a tail of Student's t, :math:`\log P[t_\nu > \sqrt\nu\, s]`, accurate for any tail.
 
     .. math:: P = \tfrac12 I_x(\tfrac\nu2, \tfrac12), \qquad x = \frac{1}{1 + s^2}, \qquad
               I_x(a, b) = \frac{x^a (1 - x)^b}{a\, B(a, b)}\ \cfrac{1}{1 +} \cfrac{d_1}{1 +} \cfrac{d_2}{1 +} \cdots,
 
-    a continued fraction of about :math:`\sqrt\nu` terms, where a series would take :math:`1 / s^2`.
+    with a continued fraction of about :math:`\sqrt\nu` terms, where a series would need :math:`1 / s^2` terms.
 
     Args:
         freedom: the degrees of freedom, at least 1.
@@ -236,7 +236,7 @@ def log_t_tail(freedom: int, sharpness: float) -> float:
     """
     a, x, rest = freedom / 2, 1 / (1 + sharpness**2), sharpness**2 / (1 + sharpness**2)
     if x * (a + 2.5) > a + 1:
-        # Near the middle the fraction of the complement is short, and 1 minus it does not cancel.
+        # Near the middle the fraction of the complement is short, and 1 minus the result does not cancel.
         return math.log((1 - math.exp(_log_incomplete_beta(0.5, a, rest, x))) / 2)
     return _log_incomplete_beta(a, 0.5, x, rest) - math.log(2)
 
@@ -244,7 +244,7 @@ def log_t_tail(freedom: int, sharpness: float) -> float:
 def _log_incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
     """Logarithm of the incomplete beta function I_x(a, b) at x = 1 - rest, by the modified method of Lentz.
 
-    ``rest`` is passed along with x because 1 - x would lose its digits where x is near 1.
+    ``rest`` is an argument because 1 - x would be inaccurate for x near 1.
     """
     upper, lower = 1.0, 1 / (1 - (a + b) * x / (a + 1))
     total = lower
@@ -263,7 +263,7 @@ def _log_incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
 
 
 def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
-    r"""Bound on the probability that one sample of ``"ls"`` fails, for equal weights and unlimited logits.
+    r"""Bound the probability that one sample of ``"ls"`` fails, for equal weights and unlimited logits.
 
     .. math:: n (n - k)\, P\big[t_\nu > \sqrt{\nu / k}\big], \qquad \nu = d - k + 1.
 
@@ -273,10 +273,10 @@ def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
         d: the number of channels.
 
     Returns:
-        The bound, 1 where it is vacuous.
+        The bound; 1 if it is vacuous.
 
     Raises:
-        ValueError: fewer channels than keys a row.
+        ValueError: fewer channels than keys per row.
 
     Example:
         >>> round(failure_bound(64, 2, 40), 3)
@@ -290,7 +290,12 @@ def failure_bound(num_tokens: int, keys_per_row: int, d: int) -> float:
 
 
 class MinimalDimension(NamedTuple):
-    """Result of a search: a quantile over trials, and the channels of each trial, infinite where none sufficed."""
+    """The result of `minimal_dimension`.
+
+    Attributes:
+        dim: the quantile over trials of the number of channels.
+        per_trial: the number of channels of each trial; infinite if none suffices.
+    """
 
     dim: float
     per_trial: tuple[float, ...]
@@ -311,22 +316,22 @@ def minimal_dimension(
     num_steps: int = 600,
     ratio: RatioError = "relative",
 ) -> MinimalDimension:
-    r"""Searches the least number of channels with which one sample of a method realises a pattern.
+    r"""Search the smallest number of channels for which one sample of a method realises a pattern.
 
-    A trial makes one random sample of unlimited width, of which d channels are a prefix, tries d on a grid that grows
-    by a factor of 1.3, and bisects between the last failure and the first success, to a hundredth. Success need not be
-    monotone in d, so a trial is noisy. The least d over all realisations is NP-hard to find; this is an upper bound.
+    A trial makes one random sample of unlimited width, of which d channels are a prefix. It tries d on a grid that
+    grows by a factor of 1.3, and bisects between the last failure and the first success, to 1 %. Success need not be
+    monotone in d, so a trial is noisy. Finding the smallest d over all realisations is NP-hard; this is an upper bound.
 
     Args:
-        pattern: a square pattern, or a function that makes the pattern of each trial from a key.
+        pattern: a square pattern, or a function that makes the pattern of each trial from a PRNG key.
         eps1: as in `realize_sparse_pattern`.
         eps2: as in `realize_sparse_pattern`.
         key: typed PRNG key.
         method: a random method of `realize_sparse_pattern`.
         trials: the number of samples.
-        quantile: the quantile of the trials' results that is returned.
-        max_dim: the largest number of channels that is tried, 16 for each token by default.
-        max_logit: largest absolute logit that is accepted, as in `realize_sparse_pattern`.
+        quantile: the returned quantile of the results of trials.
+        max_dim: the largest number of channels to try; by default 16 per token.
+        max_logit: largest accepted absolute logit, as in `realize_sparse_pattern`.
         is_causal: key j is visible to query i only if j <= i.
         num_steps: gradient steps of ``"max_margin"`` and ``"learned"``.
         ratio: as in `realize_sparse_pattern`.
@@ -336,7 +341,7 @@ def minimal_dimension(
 
     Raises:
         ValueError: a deterministic method, numbers out of range.
-        TypeError: neither a pattern nor a function, numbers that are not known when tracing.
+        TypeError: neither a pattern nor a function, traced numbers.
 
     Example:
         >>> import functools, jax
@@ -356,7 +361,7 @@ def minimal_dimension(
     trials = check_count("trials", trials)
     check_choice("ratio", ratio, get_args(RatioError))
     if method in DETERMINISTIC:
-        raise ValueError(f"minimal_dimension searches over draws, and {method!r} makes none")
+        raise ValueError(f"minimal_dimension needs a random method, got {method!r}")
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
     found = []
@@ -366,7 +371,7 @@ def minimal_dimension(
         check_pattern(drawn)
         least = drawn.keys_per_row if method in INTERPOLATIONS else 1
         most = 16 * drawn.num_queries if max_dim is None else check_count("max_dim", max_dim)
-        if method == "orthogonal":  # exact with as many channels as keys, and worse again with a few more
+        if method == "orthogonal":  # exact if there are as many channels as keys, and worse with a few more
             most = min(most, drawn.num_keys)
         require_request(drawn, eps1, eps2, least, method, is_causal)
 
@@ -397,20 +402,20 @@ def _first_accepted(accepted: Callable[[int], bool], least: int, most: int) -> f
 
 
 def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarray] | None:
-    r"""Finds queries and keys of one channel that separate the nonzeros of every row from its zeros, if they exist.
+    r"""Find queries and keys with one channel that separate the nonzeros of every row from its zeros, if they exist.
 
-    Logits :math:`x_i y_j` put the keys on a line, and the support of a row at one of its ends. So for each row either
-    the support or its complement is chosen such that all chosen sets form a chain. Two rows may choose alike if one
-    support holds the other, and unlike if the supports are disjoint or cover all keys: a satisfiability problem whose
-    clauses are equations modulo 2, solved by colouring in O(T^2 S) time. The ratios within supports are not considered;
-    for more than one channel the decision is NP-hard. Every row sees every key: a causal head has fewer pairs to
-    separate, and one channel may suffice where there is no order.
+    Logits :math:`x_i y_j` order the keys on a line, with the support of each row at one of its ends. So for each row
+    either the support or its complement is chosen such that all chosen sets form a chain. Two rows can make the same
+    choice if one support contains the other, and different choices if the supports are disjoint or cover all keys.
+    This is a satisfiability problem whose clauses are equations modulo 2, solved by colouring in O(T^2 S) time. Ratios
+    within supports are ignored. For more than one channel the decision is NP-hard. Every row sees every key: a causal
+    head has fewer pairs to separate, and one channel may suffice even without an order.
 
     Args:
         pattern: the pattern.
 
     Returns:
-        Queries ``[T]``, 1 or -1, and keys ``[S]``, integers, or ``None`` where no order exists.
+        Queries ``[T]``, 1 or -1, and integer keys ``[S]``, or ``None`` if no order exists.
 
     Raises:
         TypeError: not a pattern.
@@ -434,7 +439,7 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
     unlike = (shared == 0) | (sizes[:, None] + sizes[None, :] - shared == pattern.num_keys)
     if not (alike | unlike).all():
         return None
-    # Two rows that may choose alike as well as unlike tie neither: they are no edge of the graph to colour.
+    # Two rows that can make the same and different choices do not constrain each other: no edge in the graph.
     tied = alike != unlike
     queries = np.zeros(pattern.num_queries, int)
     for start in range(pattern.num_queries):
@@ -455,9 +460,9 @@ def one_dimensional_order(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarra
 
 
 def realizable_in_one_dimension(pattern: SparsePattern) -> bool:
-    """Decides whether one channel separates the nonzeros of every row from its zeros (`one_dimensional_order`).
+    """Decide whether one channel separates the nonzeros of every row from its zeros (`one_dimensional_order`).
 
-    It assumes that every row sees every key; a causal head has fewer pairs to separate.
+    This assumes that every row sees every key; a causal head has fewer pairs to separate.
 
     Args:
         pattern: the pattern.

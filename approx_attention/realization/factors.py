@@ -1,7 +1,7 @@
 r"""Constructions in closed form: factors of logits that separate the nonzeros of a pattern from its zeros.
 
 Logits are :math:`\tau L^{(1)} + L^{(2)}`: the first part separates the keys of a row from the others, and the second
-shapes the weights among them.
+sets their weights.
 """
 
 import math
@@ -30,10 +30,10 @@ class Sampling(NamedTuple):
 
     Attributes:
         key: typed PRNG key of this sample.
-        used: which channels of the arrays count ``[width]``, those of a prefix.
+        used: mask of the used channels of the arrays ``[width]``, a prefix.
         is_causal: key j is visible to query i only if j <= i.
         num_steps: gradient steps.
-        lift: the logit of nonzeros for which ``"balanced"`` shares the spectrum.
+        lift: the logit of nonzeros for which ``"balanced"`` splits the spectrum.
         dtype: float32 or float64.
     """
 
@@ -46,17 +46,17 @@ class Sampling(NamedTuple):
 
 
 def random_keys(sampling: Sampling, num_tokens: int, *, orthogonal: bool) -> Array:
-    """Random keys ``[T, d]`` of mean square norm 1, with columns that are Gaussian or orthogonal in blocks of T."""
+    """Random keys ``[T, d]`` with mean square norm 1, with columns that are Gaussian or orthogonal in blocks of T."""
     width = sampling.used.shape[0]
 
-    # One PRNG key per channel: the sample of fewer channels is a prefix, so that a search compares like with like.
+    # One PRNG key per channel: the sample of fewer channels is a prefix, so that a search compares equal samples.
     @jax.vmap
     def column(number: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(sampling.key, number), (num_tokens,), sampling.dtype)
 
     keys = column(jnp.arange(width, dtype=jnp.int32)).T
     if orthogonal:
-        # No more than T columns of T entries are orthogonal; further channels start a new block.
+        # At most T columns with T entries are orthogonal; further channels start a new block.
         blocks = [keys[:, start : start + num_tokens] for start in range(0, width, num_tokens)]
         keys = jnp.concatenate([_signed_orthonormal(block) for block in blocks], axis=1) * math.sqrt(num_tokens)
     return jnp.where(sampling.used[None, :], keys, 0) / jnp.sqrt(jnp.sum(sampling.used).astype(sampling.dtype))
@@ -64,14 +64,15 @@ def random_keys(sampling: Sampling, num_tokens: int, *, orthogonal: bool) -> Arr
 
 def _signed_orthonormal(columns: Array) -> Array:
     """Orthonormal columns that span each prefix of the given ones."""
-    # The signs of the triangle's diagonal make the columns uniformly distributed, and those of fewer a prefix.
+    # The signs of the triangle's diagonal make the columns uniformly distributed, and fewer columns a prefix.
     rotation, triangle = jnp.linalg.qr(columns)
     return rotation * jnp.sign(jnp.diagonal(triangle))[None, :]
 
 
 def project(pattern: SparsePattern, log_weights: Array, sampling: Sampling, *, orthogonal: bool) -> Factors:
     r"""Random projection: queries are sums of a row's keys, :math:`B_{is} = \tau + \log A_{is} - \min_S \log A_i`."""
-    # B is 0 on zeros, not minus infinity: softmax forgets a constant of a row, and the error grows with the norm of B.
+    # B is 0 on zeros instead of minus infinity: softmax is invariant to a constant, and the error grows with the norm
+    # of B.
     keys = random_keys(sampling, pattern.num_queries, orthogonal=orthogonal)
 
     def row(args: tuple[Array, Array, Array]) -> Array:
@@ -83,33 +84,33 @@ def project(pattern: SparsePattern, log_weights: Array, sampling: Sampling, *, o
 
 
 def _on_support(valid: Array, log_weights: Array) -> Array:
-    """The two parts of a row of B on its support ``[2, K]``: ones, and logarithms less the least of them."""
+    """The two parts of a row of B on its support ``[2, K]``: ones, and logarithms minus the smallest of them."""
     least = jnp.min(jnp.where(valid, log_weights, jnp.inf))
     return jnp.stack([valid.astype(log_weights.dtype), jnp.where(valid, log_weights - least, 0)])
 
 
 def project_balanced(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Factors:
-    r"""Random projection with the spectrum of B shared between queries and keys, whose norms are then smaller.
+    r"""Random projection with the spectrum of B split between queries and keys, which reduces their norms.
 
     .. math:: B = U \Sigma V^T, \qquad X_1 = U \Sigma^{1/2} G^T / \sqrt d, \qquad X_2 = V \Sigma^{1/2} G^T / \sqrt d.
     """
-    # Its singular values take B as a matrix T x T, at one lift.
+    # The singular values need B as a T x T matrix, for one tau.
     parts = jax.vmap(_on_support)(pattern.valid, log_weights)
     entries = sampling.lift * parts[:, 0] + parts[:, 1]
     rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)[:, None]
     lifted = jnp.zeros((pattern.num_queries,) * 2, entries.dtype).at[rows, pattern.indices].add(entries)
     left, right = nearest_factors(lifted, pattern.num_queries)
     keys = random_keys(sampling, pattern.num_queries, orthogonal=False)
-    # Over the lift, because the caller multiplies by it: for equal weights B is proportional to it.
+    # Divided by tau, because the caller multiplies by it: for equal weights B is proportional to it.
     queries = left @ keys / sampling.lift
     return Factors(queries, jnp.zeros_like(queries), right @ keys)
 
 
 def interpolate(pattern: SparsePattern, log_weights: Array, sampling: Sampling, *, orthogonal: bool) -> Factors:
-    r"""Least squares, the shortest queries with given logits on the support: :math:`x_i = K_S^T (K_S K_S^T)^{-1} b_i`.
+    r"""Least squares: the shortest queries with given logits on the support, :math:`x_i = K_S^T (K_S K_S^T)^{-1} b_i`.
 
-    Keys with orthogonal columns have :math:`\|x\|^2` in proportion to the energy of all logits, so that the shortest
-    query has the least energy off the support. This is weighted least squares (``"wls"``) with Gaussian keys and the
+    If keys have orthogonal columns, :math:`\|x\|^2` is proportional to the energy of all logits, so the shortest query
+    has the least energy off the support. This equals weighted least squares (``"wls"``) with Gaussian keys and the
     metric :math:`K^T K`, without the solve.
     """
     keys = random_keys(sampling, pattern.num_queries, orthogonal=orthogonal)
@@ -117,12 +118,12 @@ def interpolate(pattern: SparsePattern, log_weights: Array, sampling: Sampling, 
 
 
 def interpolating_queries(keys: Array, pattern: SparsePattern, log_weights: Array) -> tuple[Array, Array]:
-    """Shortest queries with logits 1, and with centred log-weights, on the support."""
+    """The shortest queries with logits 1, and with centred log-weights, on the support."""
 
     def row(args: tuple[Array, Array, Array]) -> Array:
         indices, valid, log_weights = args
         count = jnp.sum(valid, dtype=log_weights.dtype)
-        # Centred: softmax forgets the mean, and the shortest target gives the shortest query.
+        # Centred: softmax is invariant to the mean, and the shortest target gives the shortest query.
         mean = jnp.sum(jnp.where(valid, log_weights, 0)) / count
         wanted = jnp.stack([valid.astype(log_weights.dtype), jnp.where(valid, log_weights - mean, 0)])
         return wanted @ support_inverse(keys, indices, valid).T
@@ -133,14 +134,14 @@ def interpolating_queries(keys: Array, pattern: SparsePattern, log_weights: Arra
 
 def support_inverse(keys: Array, indices: Array, valid: Array, ridge: float = 0.0) -> Array:
     """The pseudoinverse ``[d, K]`` of the keys of a row ``[K, d]``, whose padding is zero."""
-    # Padding has rows of 0, and 1 on the diagonal, so that the matrix stays regular; a ridge is only for training.
+    # Padding has rows of 0 with 1 on the diagonal, so that the matrix stays regular; a ridge is only for training.
     on = jnp.where(valid[:, None], keys[indices], 0)
     gram = on @ on.T + jnp.diag(jnp.where(valid, jnp.asarray(ridge, keys.dtype), 1))
     return jnp.linalg.solve(gram, on).T
 
 
 def off_support(pattern: SparsePattern, is_causal: bool) -> Array:
-    """Which keys a query sees and should not ``[T, S]``."""
+    """The mask of visible keys outside the support of each query ``[T, S]``."""
     rows = jnp.arange(pattern.num_queries, dtype=jnp.int32)
     return off_rows(rows, pattern.indices, pattern.valid, pattern.num_keys, is_causal)
 
@@ -149,7 +150,7 @@ def on_moment_curve(pattern: SparsePattern, log_weights: Array, sampling: Sampli
     r"""Trigonometric moment curve: keys :math:`(\cos m t_j, \sin m t_j)_{m \le K}` at :math:`t_j = 2 \pi j / T`.
 
     Queries are the coefficients of trigonometric polynomials of degree K.
-    The logits :math:`-\prod_{s \in S} (1 - \cos(t - t_s))`, less their mean over t, are largest on S alone.
+    The logits :math:`-\prod_{s \in S} (1 - \cos(t - t_s))`, minus their mean over t, are largest exactly on S.
     """
     num_tokens, degree = pattern.num_queries, pattern.keys_per_row
     harmonics = np.arange(1, degree + 1)
@@ -159,11 +160,12 @@ def on_moment_curve(pattern: SparsePattern, log_weights: Array, sampling: Sampli
         return np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
 
     angles = 2 * np.pi * np.arange(num_tokens) / num_tokens
-    # A trigonometric polynomial of degree K is known by 2 K + 1 equidistant values: their sums are its coefficients.
+    # A trigonometric polynomial of degree K is determined by 2 K + 1 equidistant values; its coefficients are sums of
+    # them.
     nodes = 2 * np.pi * np.arange(2 * degree + 1) / (2 * degree + 1)
     at_nodes, unused = curve(nodes), ((0, 0), (0, sampling.used.shape[0] - 2 * degree))
     keys = jnp.asarray(np.pad(curve(angles), unused), sampling.dtype)
-    # 1 - cos x as 2 sin^2(x/2): the difference would lose the smallest gaps, which are of the order 1 / T^2.
+    # 1 - cos x as 2 sin^2(x/2): the difference would lose the smallest gaps, of order 1 / T^2.
     falls = jnp.asarray(2 * np.sin((nodes[None, :] - angles[:, None]) / 2) ** 2, sampling.dtype)
 
     def row(indices: Array, valid: Array) -> Array:
@@ -176,6 +178,6 @@ def on_moment_curve(pattern: SparsePattern, log_weights: Array, sampling: Sampli
 
 
 def factor_dense(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Factors:
-    """Logits of rank d nearest to the centred logarithms; without zeros there is nothing to separate."""
+    """The logits of rank d nearest to the centred logarithms; without zeros there is nothing to separate."""
     queries, keys = nearest_factors(row_centred(log_weights), sampling.used.shape[0])
     return Factors(jnp.zeros_like(queries), queries, keys)

@@ -21,12 +21,12 @@ from approx_attention.sparse import SparsePattern
 
 
 def separate(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Factors:
-    r"""Maximum margin: queries with logits 1 on their supports and the least maximum off them, by gradient descent.
+    r"""Maximum margin: queries with logits 1 on their supports and the smallest maximum off them, by gradient descent.
 
     .. math:: \min_N \sum_i \alpha^{-1} \log \sum_{j \notin S_i} e^{\alpha x_i \cdot k_j}, \qquad
               x_i = N_i + K_S^+ (1 - K_S N_i).
     """
-    # From the solution of ``"wls"``; N is free, and the repair keeps the supports exact at every step.
+    # Initialised with the solution of ``"wls"``; N is free, and the repair keeps the supports exact at every step.
     start = interpolate(pattern, log_weights, sampling, orthogonal=True)
     inverses = jax.vmap(support_inverse, (None, 0, 0))(start.keys, pattern.indices, pattern.valid)
     off = off_support(pattern, sampling.is_causal)
@@ -54,13 +54,13 @@ def _repair(free: Array, keys: Array, inverses: Array, pattern: SparsePattern) -
 
 
 def learn(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Factors:
-    r"""Keys and queries by gradient descent on the largest logit off the supports, where logits are kept at 1.
+    r"""Keys and queries by gradient descent on the largest logit off the supports, with logits 1 on the supports.
 
     .. math:: \min_{K, N} \frac1\alpha \log \sum_{j \notin S_i} e^{\alpha (x_i \cdot k_j - 1)}
               + \frac{20}{T} \sum_{i, j} \max(-x_i \cdot k_j - 1, 0)^2.
     """
-    # Keys in training may become linearly dependent: a ridge keeps their Gram matrix regular, and the last solution is
-    # without one.
+    # Keys may become linearly dependent in training: a ridge keeps their Gram matrix regular; the final solution has
+    # none.
     ridge = 1e-6
     off = off_support(pattern, sampling.is_causal)
     used = sampling.used[None, :]
@@ -74,7 +74,7 @@ def learn(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Fac
         free, keys = (jnp.where(used, x, 0) for x in parameters)
         logits = queries(free, keys, ridge) @ keys.T
         largest = jax.nn.logsumexp(jnp.where(off, sharpness * (logits - 1), -jnp.inf)) / sharpness
-        # The penalty keeps logits above about -1: the margin counts in units of the largest logit.
+        # The penalty keeps logits above about -1, because the margin is relative to the largest logit.
         return largest + 20 / pattern.num_queries * jnp.sum(jnp.where(off, jax.nn.relu(-logits - 1) ** 2, 0))
 
     keys = random_keys(sampling, pattern.num_queries, orthogonal=False)
@@ -84,10 +84,10 @@ def learn(pattern: SparsePattern, log_weights: Array, sampling: Sampling) -> Fac
 
 
 def _descend(loss: Callable[[Any, Array], Array], start: Any, num_steps: int, rate: float = 0.05) -> Any:
-    """Adam with a rate that falls as a cosine, while the smoothed maximum of the loss grows sharper, from 5 to 100.
+    """Adam with a cosine schedule, while the sharpness of the smoothed maximum in the loss grows from 5 to 100.
 
-    A soft maximum first moves many logits; the sharp one at the end differs from the maximum by log(T^2) / 100 at most.
-    Written out, so that the package imports no optimiser library.
+    A soft maximum first moves many logits; the sharp one at the end differs from the maximum by at most log(T^2) / 100.
+    Implemented here, so that the package does not depend on an optimiser library.
     """
 
     def step(state: tuple[Any, Any, Any], number: Array) -> tuple[tuple[Any, Any, Any], None]:

@@ -1,4 +1,4 @@
-"""The methods by name, with the facts about each that the contract tests check, and methods with hyper-parameters."""
+"""The registry of methods with their capabilities, and methods bound to hyper-parameters."""
 
 from approx_attention.registry.bound import BoundMethod, bind
 from approx_attention.registry.heads import HeadMethods

@@ -1,4 +1,4 @@
-"""A method with its hyper-parameters, checked once, as everything that runs one receives it."""
+"""Methods bound to hyper-parameters, which are checked once."""
 
 import dataclasses
 import functools
@@ -44,19 +44,19 @@ from approx_attention.registry.table import METHODS, get_method
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundMethod:
-    """A method bound to hyper-parameters that it has. Make it by `bind`, which checks them.
+    """A method bound to hyper-parameters. Make it with `bind`, which checks them.
 
     Attributes:
-        name: what errors call it.
+        name: the name of the method in error messages.
         function: ``(q, k, v, key, *, ...) -> out`` of one head.
-        hyperparameters: its arguments.
+        hyperparameters: arguments of the function.
     """
 
     name: str
     function: Callable[..., Any]
     hyperparameters: Mapping[str, Any]
 
-    # A layer keeps it as static data, which JAX compares. Arrays are compared by identity.
+    # A layer stores it as static data, which JAX compares. Arrays are compared by identity.
     def __hash__(self) -> int:
         return hash((self.name, self.function, frozenset(self.hyperparameters)))
 
@@ -71,27 +71,27 @@ class BoundMethod:
 
     @property
     def registered(self) -> Method | None:
-        """Its entry in `METHODS`; None for a function that has none."""
+        """The entry of the method in `METHODS`; None for other functions."""
         method = METHODS.get(self.name)
         return method if method and method.function is self.function else None
 
     @property
     def is_random(self) -> bool:
-        """True if it needs a key; a function without an entry is taken not to."""
+        """Whether the method needs a PRNG key; False for functions outside `METHODS`."""
         return self.registered is not None and self.registered.capabilities.needs_key
 
     @property
     def may_be_random(self) -> bool:
-        """True if it takes a key."""
+        """Whether the method accepts a PRNG key."""
         return self.registered is None or self.is_random or self.registered.capabilities.takes_key
 
     def takes(self, option: str) -> bool:
-        """True if the function has that argument."""
+        """Whether the function has an argument with this name."""
         known = arguments(self.function)
         return known is None or option in known
 
     def require(self, options: Iterable[str]) -> None:
-        """Raises ``NotImplementedError`` for options of `attention` that the function does not have."""
+        """Raise ``NotImplementedError`` for options of `attention` that the function does not have."""
         known, method = arguments(self.function), self.registered
         for option in options:
             no_state = option == "return_state" and method and not method.capabilities.normalizer
@@ -99,7 +99,7 @@ class BoundMethod:
                 raise NotImplementedError(f"method {self.name!r} does not support {OPTIONS[option]}")
 
     def check_values(self, given: Mapping[str, Any]) -> None:
-        """Raises for numbers in arrays that it cannot use, while they are known: a compiled method sees tracers."""
+        """Raise for invalid numbers in arrays, while they are concrete: a compiled method sees tracers."""
         if given.get("scale") is not None:
             check_scale(given["scale"])
         method = self.registered
@@ -109,22 +109,22 @@ class BoundMethod:
                     check(name, values[name])
 
     def value(self, name: str) -> Any:
-        """An argument: the one that is given, or the function's default."""
+        """The value of an argument: the given one, or the default of the function."""
         return self.hyperparameters.get(name, defaults(self.function).get(name))
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The arguments that are given, and the defaults of the others."""
+        """The given arguments, and the defaults of the others."""
         return {**defaults(self.function), **self.hyperparameters}
 
     def of_heads(self, per_head: Any, num_kv_heads: int) -> dict[str, Any]:
-        """Checks arguments that are stacked over the key heads, and returns them."""
+        """Check arguments that are stacked over the key heads, and return them."""
         if not isinstance(per_head, Mapping):
             raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
         known = arguments(self.function) or ()
         for name, x in per_head.items():
             if name in OPTIONS:
-                raise TypeError(f"per_head takes arguments of the method, and {name!r} is one of all heads")
+                raise TypeError(f"per_head supports arguments of the method only, but {name!r} applies to all heads")
             if name not in known:
                 raise TypeError(f"method {self.name!r} has no argument {name!r}{did_you_mean(name, known)}")
             if name in self.hyperparameters:
@@ -139,7 +139,7 @@ class BoundMethod:
 
     def has_noise(self, given: Set[str] = frozenset()) -> bool:
         """True if its random arrays are among its arguments, or are ``given`` by further ones."""
-        # Of some noise the name of a kind can be given too, from which nothing is drawn yet.
+        # Some noise arguments also accept the name of a kind, which still needs sampling.
         names = self.registered.noise if self.registered else ()
         return bool(names) and all(
             name in given or not isinstance(self.hyperparameters.get(name, ""), str) for name in names
@@ -148,16 +148,16 @@ class BoundMethod:
     def draw(
         self, rng: Array | None, num_kv_heads: int, head_dim: int, given: Set[str] = frozenset()
     ) -> dict[str, Array]:
-        """Random arrays of each key head, stacked: projections that calls can share, else a key.
+        """Sample the random arrays of each key head, stacked: projections that calls can share, else PRNG keys.
 
         Args:
-            rng: typed PRNG key, or one for each key head ``[K]``; None for nothing.
-            num_kv_heads: the number K of key heads, each with its own sample.
+            rng: typed PRNG key, or one for each key head ``[K]``; None to sample nothing.
+            num_kv_heads: the number K of key heads, which have independent samples.
             head_dim: the number D of channels.
-            given: names of further arguments that are given.
+            given: names of other given arguments.
 
         Raises:
-            ValueError: a random method without ``rng`` and without its noise.
+            ValueError: a random method has neither ``rng`` nor its noise.
         """
         method, noise = self.registered, self.has_noise(given)
         if rng is None:
@@ -173,20 +173,57 @@ class BoundMethod:
         return _drawn(method.draw, head_dim, static, keys, arrays)
 
     def projections(self, key: Array, head_dim: int) -> dict[str, Array]:
-        """Random projections of one head, by the argument that takes them; empty if it has none to share."""
+        """Sample the random projections of one head that calls can share.
+
+        Args:
+            key: typed PRNG key.
+            head_dim: the number D of channels.
+
+        Returns:
+            Arrays by argument name, such as ``{"projection": [R, D]}``; empty for other methods.
+        """
         draw = self.registered.draw if self.registered else None
         return draw(key, head_dim, **accepted(draw, self.hyperparameters)) if draw else {}
 
     def summarize(
         self, k: Array, v: Array, key: Array | None = None, kv_mask: Array | None = None, **random: Array
     ) -> Summary:
-        """The summary of all keys of one head, in scaled space."""
+        """Summarise all keys of one head.
+
+        Args:
+            k: keys ``[S, D]`` in scaled space (`fold_scale`).
+            v: values ``[S, Dv]``.
+            key: typed PRNG key, if the method is random.
+            kv_mask: true where a key is real, ``[S]``.
+            **random: random arrays in place of the PRNG key, as from `projections`.
+
+        Returns:
+            The summary, for `attend`.
+
+        Example:
+            >>> import jax
+            >>> from approx_attention import attend, fold_scale
+            >>> from approx_attention.registry import bind
+            >>> q, k, v = (jax.random.normal(jax.random.key(i), (16, 4)) for i in range(3))
+            >>> q, k = fold_scale(q, k)
+            >>> attend(q, bind("mean_pool", {"num_landmarks": 4}).summarize(k, v)).out.shape
+            (16, 4)
+        """
         make = self.registered.summarize if self.registered else None
         assert make is not None, self.name
         return make(k, v, key, kv_mask=kv_mask, **{**accepted(make, self.hyperparameters), **random})
 
     def running(self, head_dim: int, key: Array | None = None, **random: Array) -> RunningSummary:
-        """The running summary of one head."""
+        """Make the running summary of one head, for causal attention and decoding.
+
+        Args:
+            head_dim: the number D of channels.
+            key: typed PRNG key, if the method is random.
+            **random: random arrays in place of the PRNG key, as from `projections`.
+
+        Returns:
+            The `RunningSummary`, for example for a `Decoder`.
+        """
         method = self.registered
         assert method is not None, self.name
         assert method.running is not None, self.name
@@ -195,7 +232,7 @@ class BoundMethod:
         return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random})
 
     def require_key_bias(self) -> None:
-        """Raises ``NotImplementedError`` unless it has attention under a bias of each key."""
+        """Raise ``NotImplementedError`` unless the method supports a bias of each key."""
         if not _answers_under_bias(self.registered):
             able = ", ".join(name for name, other in METHODS.items() if _answers_under_bias(other))
             raise NotImplementedError(
@@ -217,30 +254,31 @@ class BoundMethod:
         is_causal: bool = False,
         scale: float | Array | None = None,
     ) -> AttentionState:
-        r"""Attention of one head with a bias of each key, added to its logits.
+        r"""Compute attention of one head with a bias on each key's logits.
 
         .. math:: \mathrm{out}_t = \frac{\sum_j w_{tj}\, e^{b_j} v_j}{\sum_j w_{tj}\, e^{b_j}}, \qquad
                   \mathrm{lse}_t = \mathrm{lse}^w_t + \log \sum_j w_{tj}\, e^{b_j}
 
-        with the weights w of the method, which are the same for all channels of values: one more channel gives the
-        second sum. As a channel of keys the bias would change their norms, on which errors of random features depend.
+        with the weights w of the method. They are the same for all channels of values, so one more channel gives the
+        second sum. As a channel of keys, the bias would change their norms, which increases errors of random features.
 
         Args:
             q: queries ``[T, D]``.
             k: keys ``[S, D]``.
             v: values ``[S, Dv]``.
-            key_bias: b ``[S]``, -inf for a key that is hidden; None for 0.
-            key: typed PRNG key, for a method that takes one.
+            key_bias: b ``[S]``, -inf for a hidden key; None for 0.
+            key: typed PRNG key, for methods that need one.
             kv_mask: true where a key is real, ``[S]``.
             is_causal: query t sees keys j <= t.
             scale: factor of the logits, ``1/sqrt(D)`` by default.
 
         Returns:
-            The `AttentionState`; NaN in rows whose visible keys all have an :math:`e^b` of 0 next to the largest.
+            The `AttentionState`. A row is NaN if :math:`e^b` of all its visible keys underflows relative to the largest
+            one.
 
         Raises:
-            NotImplementedError: a method whose weights may be negative or have another normaliser, or an option that
-                it does not support.
+            NotImplementedError: the weights of the method may be negative or have another normaliser, or it does not
+                support an option.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -257,7 +295,7 @@ class BoundMethod:
         self.require(("return_state", *options))
         self.check_values(options)
         if key_bias is not None:
-            # NaN is not hidden: it has to come out.
+            # NaN must stay visible.
             seen = real_keys(kv_mask, k.shape[0]) & ~(key_bias <= HIDDEN / 2)
             key_bias = jnp.where(seen, key_bias, HIDDEN)
             options["kv_mask"] = seen
@@ -271,33 +309,40 @@ class BoundMethod:
         weights = jnp.where(seen, jnp.exp(jnp.where(seen, key_bias - peak, 0)), 0)[:, None]
         state = answer(q, k, jnp.concatenate([v * weights, weights], axis=1), key, **options)
         empty = jnp.isneginf(state.lse)
-        # A sum of 0 over visible keys has underflowed: it shows as NaN.
+        # A sum of 0 over visible keys has underflowed, and becomes NaN.
         total = jnp.where(empty, 1, jnp.where(state.out[:, -1] > 0, state.out[:, -1], jnp.nan))
         return AttentionState(state.out[:, :-1] / total[:, None], state.lse + jnp.log(total) + peak)
 
     def require_certified(self) -> Method:
-        """Returns its entry in `METHODS`, if its running summary has a bound for each query.
+        """Return the method's entry in `METHODS`, if its running summary has an error bound for each query.
 
         Raises:
-            NotImplementedError: it has none, or an argument that the summary does not follow.
+            NotImplementedError: there is no such bound, or the summary does not support an argument.
         """
         method = self.registered
         if method is None or method.certified is None:
             able = ", ".join(name for name, other in METHODS.items() if other.certified)
             raise NotImplementedError(
-                f"method {self.name!r} has no running summary with a bound for certify; those that have are {able}"
+                f"method {self.name!r} has no running summary with an error bound for certify; those that do: {able}"
             )
         self._require_followed(method, method.certified, "with certify", self.hyperparameters)
         return method
 
     def certified(self, head_dim: int, key: Array | None = None, *, max_length: int, **random: Array) -> Any:
-        """The `coresets.CertifiedSummary` of one head, with room for ``max_length`` tokens."""
+        """Make the running clusters of one head with error bounds, a `coresets.CertifiedSummary`.
+
+        Args:
+            head_dim: the number D of channels.
+            key: typed PRNG key.
+            max_length: capacity in tokens.
+            **random: random arrays in place of the PRNG key.
+        """
         make = self.require_certified().certified
         assert make is not None, self.name
         return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random, "max_length": max_length})
 
     def _require_followed(self, method: Method, by: Callable[..., Any], when: str, given: Mapping[str, Any]) -> None:
-        """Raises ``NotImplementedError`` for an argument that a function does not have, unless it is the default."""
+        """Raise ``NotImplementedError`` for an argument that a function lacks, unless it has its default value."""
         taken = defaults(by)
         for name, value in given.items():
             known = name in taken or name == method.block or name in method.indifferent
@@ -306,24 +351,24 @@ class BoundMethod:
 
     @property
     def block_size(self) -> int:
-        """Tokens per block of its causal form."""
+        """Tokens per block of the causal form."""
         assert self.registered is not None
         block = self.registered.block
         return check_count(block, self.value(block)) if self.takes(block) or block in self.hyperparameters else 128
 
     def held_bytes(self, num_keys: int, head_dim: int, value_dim: int, dtype: Any, *, is_causal: bool) -> int | None:
-        """Bytes per key head and sequence of a cache that serves in place of all keys and values.
+        """Count the cache bytes per key head and sequence: the size of a summary in place of all keys and values.
 
         Args:
             num_keys: the number of keys.
             head_dim: channels of keys.
             value_dim: channels of values.
-            dtype: of keys and values.
-            is_causal: count the whole decoding cache where the method has one, and not just one summary of all keys.
+            dtype: dtype of keys and values.
+            is_causal: whether to count the whole decoding cache, if the method has one, instead of one summary of all
+                keys.
 
         Returns:
-            The bytes, or None where nothing can serve in place of all keys: a method that asks every key, or makes
-            its summary from the queries too.
+            The bytes, or None if the method has no summary: it reads every key, or its summary depends on the queries.
         """
         method = self.registered
         if method is None:
@@ -346,17 +391,17 @@ class BoundMethod:
         return min(method.tokens_seen(self.arguments, is_causal), num_keys) * (head_dim + value_dim) * 4
 
     def for_decoding(self, max_length: int | None = None, block_size: int | None = None) -> "BoundMethod":
-        """The method as a decoder needs it, with room for ``max_length`` tokens in whole blocks.
+        """Bind the method for a decoder, with a capacity of ``max_length`` tokens in whole blocks.
 
         Raises:
-            NotImplementedError: no running summary, or an argument that it does not follow.
-            TypeError: ``max_length`` missing where it is needed, or a block size that another argument sets.
+            NotImplementedError: there is no running summary, or it does not support an argument.
+            TypeError: ``max_length`` is missing, or the block size is set by another argument.
         """
         method = self.registered
         if method is None or method.running is None:
             able = ", ".join(name for name, other in METHODS.items() if other.running)
             raise NotImplementedError(
-                f"method {self.name!r} has no running summary to decode with; those that have are {able}"
+                f"method {self.name!r} has no running summary to decode with; those that do: {able}"
             )
         given = dict(self.hyperparameters)
         if block_size is not None:
@@ -374,18 +419,20 @@ class BoundMethod:
             if max_length is not None:
                 given["max_length"] = block_size * -(-max_length // block_size)
             elif "max_length" not in given and taken["max_length"] is inspect.Parameter.empty:
-                raise TypeError(f"method {self.name!r} holds every token: pass max_length, the most that there will be")
+                raise TypeError(
+                    f"method {self.name!r} keeps every token: pass max_length, the largest number of tokens"
+                )
         return dataclasses.replace(self, hyperparameters=given)
 
 
 def keys_of_heads(name: str, rng: Array, num_kv_heads: int) -> Array:
-    """The key of each key head, ``[K]``: those that are given, or what its number makes of one."""
+    """The PRNG key of each key head, ``[K]``: the given ones, or one key folded with the number of each head."""
     if getattr(rng, "shape", ()) == (num_kv_heads,) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng
     return jax.vmap(jax.random.fold_in, (None, 0))(check_key(name, rng), jnp.arange(num_kv_heads))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # a loop by itself is compiled anew in every call
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # otherwise the loop would be compiled in every call
 def _drawn(
     draw: Callable[..., Any], head_dim: int, static: tuple[tuple[str, Any], ...], keys: Array, arrays: dict[str, Any]
 ) -> dict[str, Array]:
@@ -394,7 +441,7 @@ def _drawn(
 
 
 def _answers_under_bias(method: Method | None) -> bool:
-    """True if a bias of each key can ride in its values."""
+    """Whether a bias of each key can be applied through the values."""
     return method is not None and method.capabilities.normalizer and method.capabilities.convex
 
 
@@ -408,18 +455,26 @@ def bind(
     *,
     options: Iterable[str] = (),
 ) -> BoundMethod:
-    """Binds a method to hyper-parameters, which are checked here and nowhere else.
+    """Bind a method to hyper-parameters, and check them.
 
     Args:
-        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a bound method, which gets
-            further hyper-parameters.
+        method: a name in `METHODS`, a function ``(q, k, v, key) -> out`` of one head, or a bound method to which to add
+            hyper-parameters.
         hyperparameters: arguments of the method.
-        options: names of arguments of `attention` that may be among them.
+        options: names of arguments of `attention` that are also allowed.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a function, or an argument that the method does not have.
-        NotImplementedError: an argument that other methods have, such as ``logits_soft_cap``.
+        ValueError: the name is unknown.
+        TypeError: the method is neither a name nor a function, or it has no such argument.
+        NotImplementedError: only other methods have this argument, such as ``logits_soft_cap``.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention import attention
+        >>> from approx_attention.registry import bind
+        >>> x = jax.random.normal(jax.random.key(0), (1, 16, 2, 4))
+        >>> attention(x, x, x, method=bind("mean_pool", {"num_landmarks": 4})).shape
+        (1, 16, 2, 4)
     """
     given = dict(hyperparameters or {})
     if isinstance(method, BoundMethod):

@@ -1,4 +1,4 @@
-"""A method for each key head, in place of one for all of them."""
+"""One method per key head."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from approx_attention.registry.bound import BoundMethod, bind, keys_of_heads
 
 
 class Group(NamedTuple):
-    """The key heads of a layer that share a configuration, and the query heads that ask them."""
+    """The key heads of a layer with the same configuration, and their query heads."""
 
     method: BoundMethod
     heads: np.ndarray
@@ -23,18 +23,18 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HeadMethods:
-    """A method with its hyper-parameters for each key head of a layer.
+    """One bound method for each key head of a layer.
 
-    `attention`, the layers of `approx_attention.nnx` and `decoding.MixedDecoder` take it in place of one method. Heads
-    that share a configuration are one group, and each group is one program. The random projection of a head follows
-    from its number alone, so its output does not depend on what the other heads do.
+    `attention`, the layers of `approx_attention.nnx` and `decoding.MixedDecoder` accept it in place of one method.
+    Heads with the same configuration are one group, which runs as one program. The random projection of a head depends
+    only on its number, so its output does not depend on the methods of other heads.
 
     Attributes:
         methods: one for each key head, in order.
 
     Raises:
-        ValueError: no head.
-        TypeError: something that is not bound; `HeadMethods.of` binds names.
+        ValueError: there is no head.
+        TypeError: a method is not bound; `HeadMethods.of` binds names.
 
     Example:
         >>> import jax
@@ -50,7 +50,7 @@ class HeadMethods:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ValueError("methods by head need at least one key head, got none")
+            raise ValueError("HeadMethods needs at least one key head, got none")
         for method in self.methods:
             if not isinstance(method, BoundMethod):
                 raise TypeError(f"the method of a head must be bound (HeadMethods.of binds names), got {method!r}")
@@ -59,22 +59,22 @@ class HeadMethods:
     def of(
         cls, methods: Iterable[str | Callable[..., Any] | BoundMethod | tuple[str, Mapping[str, Any]]]
     ) -> "HeadMethods":
-        """Binds a method for each key head.
+        """Bind a method for each key head.
 
         Args:
-            methods: for each key head a name, or anything else that `bind` takes, or a pair with hyper-parameters.
+            methods: for each key head an argument of `bind`, such as a name, or a pair of it and hyper-parameters.
         """
         pairs = (method if isinstance(method, tuple) else (method, None) for method in methods)
         return cls(tuple(bind(method, hyperparameters) for method, hyperparameters in pairs))
 
     @property
     def name(self) -> str:
-        """The names of the methods, each once, as errors give them."""
+        """The distinct names of the methods, for error messages."""
         return " + ".join(dict.fromkeys(method.name for method in self.methods))
 
     @property
     def groups(self) -> tuple[tuple[BoundMethod, tuple[int, ...]], ...]:
-        """Each configuration with the numbers of its key heads, by the first of them."""
+        """Each configuration with the numbers of its key heads, ordered by their first head."""
         return tuple(
             (method, tuple(number for number, own in enumerate(self.methods) if own == method))
             for method in dict.fromkeys(self.methods)
@@ -82,33 +82,33 @@ class HeadMethods:
 
     @property
     def is_random(self) -> bool:
-        """True if some head needs a key."""
+        """Whether some head needs a PRNG key."""
         return any(method.is_random for method in self.methods)
 
     @property
     def may_be_random(self) -> bool:
-        """True if some head takes a key."""
+        """Whether some head accepts a PRNG key."""
         return any(method.may_be_random for method in self.methods)
 
     def takes(self, option: str) -> bool:
-        """True if the functions of all heads have that argument.
+        """Whether the functions of all heads have an argument with this name.
 
         Args:
-            option: its name.
+            option: the name of the argument.
         """
         return all(method.takes(option) for method in self.methods)
 
     def require(self, num_kv_heads: int) -> None:
-        """Raises ``ValueError`` for another number of key heads than there are methods.
+        """Raise ``ValueError`` unless there is one method per key head.
 
         Args:
             num_kv_heads: the number K of key heads.
         """
         if num_kv_heads != len(self.methods):
-            raise ValueError(f"there are methods for {len(self.methods)} key heads, and the layer has {num_kv_heads}")
+            raise ValueError(f"there are methods for {len(self.methods)} key heads, but the layer has {num_kv_heads}")
 
     def split(self, query: Array, key: Array, value: Array) -> list["Group"]:
-        """The heads of each group, cut out of a layer's.
+        """Split the heads of a layer into groups.
 
         Args:
             query: ``[..., T, N, D]``.
@@ -116,7 +116,7 @@ class HeadMethods:
             value: ``[..., S, K, Dv]``.
 
         Raises:
-            ValueError: another number of key heads.
+            ValueError: the number of key heads is not that of methods.
         """
         num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
         self.require(num_kv_heads)
@@ -131,18 +131,18 @@ class HeadMethods:
 
     @staticmethod
     def join(groups: Sequence["Group"], outs: Sequence[Any], axis: int) -> Any:
-        """What was computed for each group, put back into the order of the query heads.
+        """Put the results of the groups back into the order of the query heads.
 
         Args:
-            groups: those of `split`.
-            outs: arrays or trees of arrays, one for each group.
-            axis: of the query heads.
+            groups: the groups from `split`.
+            outs: arrays or trees of arrays, one per group.
+            axis: the axis of query heads.
         """
         order = np.argsort(np.concatenate([group.asking for group in groups]))
         return jax.tree.map(lambda *parts: jnp.take(jnp.concatenate(parts, axis), order, axis=axis), *outs)
 
     def keys(self, rng: Array | None) -> Array | None:
-        """The key of each key head, ``[K]``, as every method has it that is alone; None without one.
+        """The PRNG key of each key head, ``[K]``, the same as with one method for all heads; None without a key.
 
         Args:
             rng: typed PRNG key, or one for each key head.

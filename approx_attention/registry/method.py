@@ -1,4 +1,4 @@
-"""A method, what it can do, and how generic code may use it."""
+"""The description of a method for generic code: its functions, capabilities and arguments."""
 
 import dataclasses
 import functools
@@ -12,24 +12,24 @@ from approx_attention.core import WeightedKV, did_you_mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """The capabilities of a method; every entry is a fact that tests/contract checks.
+    """The capabilities of a method; tests/contract checks every entry.
 
     Attributes:
-        causal: takes ``is_causal``.
-        cross: takes queries of another sequence (T != S).
-        padding: takes ``kv_mask``; the values in padding never matter.
-        dense_mask: takes ``mask`` and ``bias`` of shape ``[T, S]``.
-        soft_cap: takes ``logits_soft_cap``.
-        decode: has a running summary, so a cache of bounded size.
-        needs_key: is random.
-        takes_key: is random with a key, and deterministic without.
+        causal: it supports ``is_causal``.
+        cross: it supports queries of another sequence (T != S).
+        padding: it supports ``kv_mask``; values in padding have no effect.
+        dense_mask: it supports ``mask`` and ``bias`` of shape ``[T, S]``.
+        soft_cap: it supports ``logits_soft_cap``.
+        decode: it has a running summary, and so a decoding cache.
+        needs_key: it is random.
+        takes_key: it is random with a PRNG key, and deterministic without.
         affine: the weights of a query sum to 1.
-        convex: answers are averages of values, with weights that are not negative.
-        trainable: is made to be learned: arrays that its caller owns take the place of a default.
-        normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so it merges.
-        unbiased: the expectation of numerator and normaliser over keys is the exact one.
-        exact_limit: equals exact attention once its size reaches the number of keys.
-        subquadratic: makes no array with both a T and an S axis.
+        convex: outputs are averages of values, with non-negative weights.
+        trainable: it is designed for learned parameters, which replace default arguments.
+        normalizer: ``return_state`` gives log-normalisers comparable to those of exact attention, so states merge.
+        unbiased: numerator and normaliser are unbiased over PRNG keys.
+        exact_limit: it equals exact attention when its size reaches the number of keys.
+        subquadratic: it makes no array with both a T and an S axis.
     """
 
     causal: bool = True
@@ -51,37 +51,39 @@ class Capabilities:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """An attention method: its functions, and what generic code has to know about their arguments.
+    """An attention method: its functions and the roles of their arguments, for generic code.
 
     Attributes:
         function: ``(q, k, v, key, *, ...) -> out`` of one head.
-        capabilities: what it can do.
-        cost: ``(T, S, D, Dv, size) -> FLOPs`` of the matrix products of its bidirectional form, per head.
-        reference: where it comes from.
-        size: the hyper-parameter that says how large its summary is, if it has one.
-        usual_size: the value at which its cost is shown, and that it has in a comparison with a budget of 256.
-        summarize: ``(k, v, key, *, ...) -> summary``, if it answers from a summary of all keys.
+        capabilities: the `Capabilities`.
+        cost: ``(T, S, D, Dv, size) -> FLOPs`` of the matrix products of the bidirectional form, per head.
+        reference: the source of the method.
+        size: the hyper-parameter for the size of the summary, if any.
+        usual_size: the size for which the cost is shown, and which corresponds to a budget of 256 in comparisons.
+        summarize: ``(k, v, key, *, ...) -> summary``, if outputs depend on the keys through a summary only.
         running: ``(head_dim, key, *, ...) -> RunningSummary``, if it can decode.
-        certified: ``(head_dim, key, *, max_length, ...) -> CertifiedSummary``, if the running summary, as it is by
-            default, has a bound for each query.
-        summary: the class of what these make.
-        grows: the running summary grows with the number of keys: it needs ``max_length``.
-        block: the hyper-parameter that says how long the blocks of its causal form are, if it can decode.
+        certified: ``(head_dim, key, *, max_length, ...) -> CertifiedSummary``, if the default running summary has an
+            error bound for each query.
+        summary: the class of these summaries.
+        grows: whether the running summary grows with the number of keys and needs ``max_length``.
+        block: the hyper-parameter for the block size of the causal form, if it can decode.
         draw: ``(key, head_dim, *, ...) -> {argument: array}``, if calls can share a random projection.
-        noise: arguments that take random arrays made beforehand, in place of a key.
-        per_token: arguments that hold one number per key: ``[S]`` for a head, ``[..., S, K]`` for all.
-        values: hyper-parameters that are numbers and may be arrays, traced or not, with the check of their values.
-        indifferent: arguments that choose an implementation and change no output.
-        together: ``(query, key, value, *, ...) -> out`` over all heads ``[B, T, N, D]`` at once, if it has a fused
-            kernel for them; returns None where that does not apply.
-        is_exact: it is exact attention, by which others are judged.
-        windowed: the method that is this one within a window around each query.
-        window: ``(arguments, is_causal) -> (left, right)``: how far a query sees, if it sees just the keys so near.
-        tokens_seen: ``(arguments, is_causal) -> count``: how many keys a query sees, if these are all a cache needs.
-        suits: the kinds of heads that it follows with the least errors, in the words of `diagnose`.
-        sharding: how a sequence is spread over devices. ``"summaries"``: each sends the summary of its part.
-            ``"prefix"``: the same for the causal form only, as the bidirectional one is no summary of all keys.
-            ``"ring"``: keys and values visit each device. ``"halos"``: neighbours send the ends of their parts.
+        noise: arguments for random arrays in place of a PRNG key.
+        per_token: arguments with one number per key: ``[S]`` for a head, ``[..., S, K]`` for all heads.
+        values: numeric hyper-parameters that may be arrays, traced or not, with the check of their values.
+        indifferent: arguments that choose an implementation and do not change outputs.
+        together: ``(query, key, value, *, ...) -> out`` over all heads ``[B, T, N, D]``, if there is a fused kernel; it
+            returns None where the kernel does not apply.
+        is_exact: whether it is exact attention, the reference for others.
+        windowed: the method restricted to a window around each query.
+        window: ``(arguments, is_causal) -> (left, right)``: the window, if a query sees only nearby keys.
+        tokens_seen: ``(arguments, is_causal) -> count``: the number of keys that a query sees, if a cache needs only
+            these.
+        suits: the kinds of heads on which it has the smallest errors, as named by `diagnose`.
+        sharding: how a sequence is distributed over devices. ``"summaries"``: each device sends the summary of its
+            part. ``"prefix"``: the same, but for the causal form only, because the bidirectional form has no summary
+            of all keys. ``"ring"``: keys and values visit each device. ``"halos"``: neighbours exchange the ends of
+            their parts.
     """
 
     function: Callable[..., Any]
@@ -110,14 +112,14 @@ class Method:
     sharding: Literal["summaries", "prefix", "ring", "halos"] = "summaries"
 
     def sender(self, is_causal: bool) -> Callable[..., Any] | None:
-        """Makes the summary that a device sends of its part; None if the method does not go over devices that way."""
+        """The function that makes the summary a device sends; None if the method does not send summaries."""
         if self.sharding in ("ring", "halos") or is_causal:
             return self.running
         return self.summarize or (self.running if self.sharding == "summaries" else None)
 
 
 def _remembered(read: Callable[[Callable[..., Any]], Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Caches what is read of a function for as long as the function lives."""
+    """Cache a property of functions for the lifetime of each function."""
     known: weakref.WeakKeyDictionary[Callable[..., Any], Any] = weakref.WeakKeyDictionary()
 
     @functools.wraps(read)
@@ -126,7 +128,7 @@ def _remembered(read: Callable[[Callable[..., Any]], Any]) -> Callable[[Callable
             if function not in known:
                 known[function] = read(function)
             return known[function]
-        except TypeError:  # no hash, or no weak reference
+        except TypeError:  # not hashable, or not weakly referenceable
             return read(function)
 
     return cached
@@ -134,13 +136,13 @@ def _remembered(read: Callable[[Callable[..., Any]], Any]) -> Callable[[Callable
 
 @_remembered
 def defaults(function: Callable[..., Any]) -> Mapping[str, Any]:
-    """The parameters of a function and their defaults, `inspect.Parameter.empty` where there is none."""
+    """The parameters of a function and their defaults, `inspect.Parameter.empty` if there is none."""
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 @_remembered
 def arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """The arguments that a function of one head has after q, k, v and key; None for one that takes anything."""
+    """The arguments of a function of one head after q, k, v and key; None if it accepts any argument."""
     parameters = list(inspect.signature(function).parameters.values())
     if inspect.Parameter.VAR_KEYWORD in [p.kind for p in parameters]:
         return None
@@ -149,12 +151,12 @@ def arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
 
 
 def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a method's hyper-parameters that one of its functions takes."""
+    """The hyper-parameters that a function accepts."""
     taken = defaults(function)
     return {name: value for name, value in hyperparameters.items() if name in taken}
 
 
-# What `attention` may ask of a method's function, and what its absence is called in an error.
+# Options of `attention` that a method's function may lack, and their descriptions in error messages.
 OPTIONS: Mapping[str, str] = {
     "scale": "scale",
     "is_causal": "is_causal",
@@ -166,19 +168,19 @@ OPTIONS: Mapping[str, str] = {
 }
 
 
-# Hyper-parameters that mean the same in every method that takes them, and the capability that says which do.
+# Hyper-parameters with one meaning in all methods, and the capabilities of methods that support them.
 CAPABILITY_OF: Mapping[str, str] = {"logits_soft_cap": "soft_cap"}
 
 
 def check_hyperparameters(
     name: str, function: Callable[..., Any], given: Iterable[str], *, options: Iterable[str] = ()
 ) -> None:
-    """Raises ``TypeError`` for names that are neither hyper-parameters of the function nor among the ``options``."""
+    """Raise ``TypeError`` for names that are neither hyper-parameters of the function nor among the ``options``."""
     takes = arguments(function)
     if takes is None:
         return
     own = [argument for argument in takes if argument not in OPTIONS or argument in options]
     for argument in given:
         if argument not in own:
-            known = f"it takes {', '.join(own)}" if own else "it takes none"
+            known = f"its arguments: {', '.join(own)}" if own else "it has no arguments"
             raise TypeError(f"method {name!r} has no argument {argument!r}{did_you_mean(argument, own)} ({known})")

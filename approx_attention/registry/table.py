@@ -238,7 +238,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             # Tokens carry no place by themselves: see running_cosformer.
             capabilities=Capabilities(normalizer=False),
             cost=lambda T, S, D, Dv, size: 4 * (T + S) * D * Dv,
-            reference="Qin et al. 2022, a kernel of its own",
+            reference="Qin et al. 2022, a different kernel",
         ),
         "rfa": Method(
             function=methods.rfa,
@@ -320,7 +320,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost=lambda T, S, D, Dv, size: (
                 2 * T * S * (D + min(size, T, S) + Dv) + svd_flops(T, S) * (size < min(T, S))
             ),
-            reference="Eckart and Young 1936, cubic yardstick",
+            reference="Eckart and Young 1936, cubic reference",
         ),
     }
 )

@@ -1,4 +1,4 @@
-"""Sparse patterns, exact attention over their blocks, and exact attention on a support with a summary of the rest."""
+"""Sparse patterns, exact attention over their blocks, and exact attention on a support plus a summary of the rest."""
 
 from approx_attention.sparse.blocks import (
     GATHERED,

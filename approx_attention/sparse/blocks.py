@@ -1,7 +1,7 @@
-"""Exact attention over part of the keys: by visited blocks, or by keys that are gathered for each query.
+"""Exact attention over part of the keys: by visited blocks, or by gathered keys of each query.
 
-Logits are plain dot products, as in `approx_attention.core`. A block is computed if one of its queries may see one of
-its keys; the other pairs of it are hidden. Visited blocks are known when tracing, or given by lists.
+Logits are plain dot products, as in `approx_attention.core`. A block is computed if one of its queries sees one of its
+keys; its other pairs are hidden. Visited blocks are known when tracing, or given by lists.
 """
 
 import dataclasses
@@ -32,24 +32,24 @@ from approx_attention.core import (
 )
 from approx_attention.sparse.patterns import SparsePattern
 
-# Blocks are batched up to this number of logits: on a CPU (1 MB in float32) their gathered keys and values then stay in
-# cache, and on accelerators (32 MB for each head) few steps follow one another.
+# Blocks are batched up to this number of logits, so that on a CPU (1 MB in float32) their gathered keys and values stay
+# in cache, and on accelerators (32 MB for each head) there are few sequential steps.
 LOGITS, ACCELERATOR_LOGITS = 2**18, 2**23
-# Entries of a pattern whose keys and values are gathered at a time: with 64 channels of both, 4 MB in float32.
+# Number of pattern entries whose keys and values are gathered at once: with 64 channels each, 4 MB in float32.
 GATHERED = 2**13
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMap:
-    """Block-sparse mask of the keys that each query sees, hashable as a static argument of compiled programs.
+    """A block-sparse mask, hashable as a static argument of compiled programs.
 
     Attributes:
         num_queries: the number T of queries.
         num_keys: the number S of keys.
         block_size: the number of queries, and of keys, of a block.
-        kinds: the number of the tile of each block of queries and of keys, int32
-            ``[ceil(T / block_size), ceil(S / block_size)]``; 0 if it is not visited.
-        tiles: true where the query of a block sees the key ``[kinds, block_size, block_size]``; tile 0 is all false.
+        kinds: the index of the tile of each pair of blocks, int32 ``[ceil(T / block_size), ceil(S / block_size)]``;
+            0 if the pair is not visited.
+        tiles: true where a query of a block sees a key ``[kinds, block_size, block_size]``; tile 0 is all false.
 
     Example:
         >>> import numpy as np
@@ -64,7 +64,7 @@ class BlockMap:
     kinds: np.ndarray
     tiles: np.ndarray
 
-    # Compared by content, so that an equal map finds a compiled program again; bytes, because arrays have no hash.
+    # Compared by content, so that equal maps share compiled programs; as bytes, because arrays are not hashable.
     @functools.cached_property
     def _content(self) -> tuple[Any, ...]:
         return self.num_queries, self.num_keys, self.block_size, self.kinds.tobytes(), self.tiles.tobytes()
@@ -77,7 +77,7 @@ class BlockMap:
 
     @classmethod
     def from_blocks(cls, visited: Any, *, block_size: int, num_queries: int, num_keys: int) -> Self:
-        """Makes the map in which every query of a block sees every key of the visited blocks.
+        """Make the map in which every query of a block sees every key of the visited blocks.
 
         Args:
             visited: boolean ``[ceil(T / block_size), ceil(S / block_size)]``.
@@ -106,13 +106,13 @@ class BlockMap:
 
     @classmethod
     def banded(cls, before: int, after: int, *, block_size: int, num_queries: int, num_keys: int) -> Self:
-        """Makes the map in which a block sees itself and its neighbours, whole.
+        """Make the map in which every block sees itself and its neighbours.
 
         block_size, num_queries and num_keys: as in `from_blocks`.
 
         Args:
-            before: the number of blocks of keys that a block of queries visits before its own.
-            after: the number that it visits after its own.
+            before: the number of visited blocks of keys before a query's own block.
+            after: the number of visited blocks of keys after it.
 
         Returns:
             The map.
@@ -130,7 +130,7 @@ class BlockMap:
 
     @classmethod
     def from_pattern(cls, pattern: SparsePattern, block_size: int = 64) -> Self:
-        """Makes the map of a pattern's support, key by key.
+        """Make the map of a pattern's support, key by key.
 
         Args:
             pattern: a `SparsePattern` whose arrays are known when tracing.
@@ -144,7 +144,7 @@ class BlockMap:
             ValueError: a block size below 1.
         """
         if is_traced(pattern):
-            raise TypeError("a BlockMap is made when tracing: its pattern must be known then, and not an argument")
+            raise TypeError("a BlockMap is made when tracing: its pattern must be concrete, not a traced argument")
         num_queries, num_keys = pattern.num_queries, pattern.num_keys
         shape = _num_blocks(num_queries, num_keys, block_size)
         rows, columns = np.nonzero(np.asarray(pattern.valid))
@@ -159,11 +159,11 @@ class BlockMap:
     def _of_tiles(
         cls, num_queries: int, num_keys: int, block_size: int, visited: np.ndarray, tiles: np.ndarray
     ) -> Self:
-        """The map that visits given pairs of blocks, by number, with a tile for each; equal tiles are shared."""
+        """The map of given pairs of blocks, by index, with a tile for each; equal tiles are shared."""
         shape = _num_blocks(num_queries, num_keys, block_size)
         tiles = np.concatenate([np.zeros((1, block_size, block_size), bool), tiles])
         packed = np.packbits(tiles.reshape(len(tiles), -1), axis=1)
-        # Packed to bits, equal tiles are equal rows. Tile 0, all zeros, sorts first.
+        # Equal tiles are equal rows of packed bits. Tile 0, all zeros, sorts first.
         _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
         kinds = np.zeros(shape, np.int32)
         kinds.reshape(-1)[visited] = kind.reshape(-1)[1:]
@@ -173,7 +173,7 @@ class BlockMap:
         """The map without keys after the query: blocks above the diagonal are not visited."""
         rows, columns = np.indices(self.kinds.shape)
         kinds = np.where(columns <= rows, self.kinds, 0)
-        # Tiles on the diagonal lose their upper half: new tiles after the old ones, of which equal ones merge again.
+        # Tiles on the diagonal lose their upper half: new tiles are appended, and equal ones are merged again.
         diagonal = self.tiles & np.tri(self.block_size, dtype=bool)
         kinds = np.where((columns == rows) & (kinds > 0), kinds + len(self.tiles), kinds)
         visited = np.flatnonzero(kinds)
@@ -182,12 +182,12 @@ class BlockMap:
 
     @property
     def visited(self) -> np.ndarray:
-        """Which blocks are visited, boolean ``[ceil(T / block_size), ceil(S / block_size)]``."""
+        """The mask of visited blocks, boolean ``[ceil(T / block_size), ceil(S / block_size)]``."""
         return self.kinds > 0
 
     @property
     def density(self) -> float:
-        """Share of the pairs of a query and a key that lie in visited blocks."""
+        """The share of pairs of a query and a key in visited blocks."""
         rows, columns = (
             np.minimum(self.block_size, n - self.block_size * np.arange(-(-n // self.block_size)))
             for n in (self.num_queries, self.num_keys)
@@ -214,9 +214,9 @@ class _Group(NamedTuple):
     """Blocks of queries that visit similar numbers of blocks of keys.
 
     Attributes:
-        rows: the numbers of the blocks of queries ``[n]``.
-        lists: the blocks of keys that each visits ``[n, steps, width]``, padded with block 0.
-        mask: the number of its mask among the distinct ones ``[n]``, or None if every query sees every listed key.
+        rows: the indices of the blocks of queries ``[n]``.
+        lists: the visited blocks of keys of each ``[n, steps, width]``, padded with block 0.
+        mask: the index of each list's mask ``[n]``, or None if every query sees every listed key.
         masks: true where the query sees the key ``[masks, steps, block_size, width * block_size]``.
     """
 
@@ -227,9 +227,9 @@ class _Group(NamedTuple):
 
 
 def _groups(blocks: BlockMap) -> list[_Group]:
-    """Groups blocks of queries by the number of blocks they visit, and pads lists to the longest of a group.
+    """Group blocks of queries by the number of visited blocks, and pad lists to the longest of a group.
 
-    It is less than twice as long as the others of its group: the full rows of global tokens do not lengthen all lists.
+    Lengths in a group differ by less than a factor of two, so the full rows of global tokens do not lengthen all lists.
     """
     kinds, size = blocks.kinds, blocks.block_size
     width = np.count_nonzero(kinds, axis=1)
@@ -241,7 +241,7 @@ def _groups(blocks: BlockMap) -> list[_Group]:
         # Long lists in steps of at most KEY_BLOCK keys, whose states merge, so that tiles stay in cache.
         steps = -(-most * size // KEY_BLOCK)
         per_step = -(-most // steps)
-        # Sorted by kind and not by place, lists of the same kinds share one mask. Padding is of kind 0, and comes last.
+        # Sorted by kind instead of position, lists of the same kinds share one mask. Padding has kind 0 and comes last.
         own = np.where(kinds[rows] > 0, kinds[rows], len(blocks.tiles))
         lists = np.argsort(own, axis=1, kind="stable")[:, : steps * per_step]
         own = np.take_along_axis(kinds[rows], lists, axis=1)
@@ -267,7 +267,7 @@ def block_sparse_state(
     kv_mask: Array | None = None,
     logits_soft_cap: float | None = None,
 ) -> AttentionState:
-    """Attention over the keys that a map shows each query; blocks that are not visited are not computed.
+    """Exact attention over the keys in a block map; blocks that are not visited are not computed.
 
     Args:
         q: queries ``[T, D]`` in scaled space.
@@ -284,7 +284,7 @@ def block_sparse_state(
     tokens = _key_blocks(k, v, size, kv_mask)
     q_blocks = in_blocks(q, size)
     groups = _groups(blocks)
-    # Blocks of queries that visit nothing are not computed: their state is the empty one.
+    # Blocks of queries without visited blocks are not computed: their state is empty.
     unseen = np.flatnonzero(~blocks.visited.any(axis=1))
     states = []
     for group in groups:
@@ -315,14 +315,14 @@ def block_lists_state(
     kv_mask: Array | None = None,
     logits_soft_cap: float | None = None,
 ) -> AttentionState:
-    """Attention of every block of queries over the blocks of keys in its list, which may be traced.
+    """Exact attention of every block of queries over the blocks of keys in its list, which may be traced.
 
     Args:
         q: queries ``[T, D]`` in scaled space.
         k: keys ``[S, D]``, without NaN in padding.
         v: values ``[S, Dv]``.
-        lists: numbers of blocks of keys, int32 ``[ceil(T / block_size), W]``.
-        present: which entries count ``[ceil(T / block_size), W]``; no block twice.
+        lists: indices of blocks of keys, int32 ``[ceil(T / block_size), W]``.
+        present: mask of valid entries ``[ceil(T / block_size), W]``; no block twice.
         block_size: tokens of a block.
         kv_mask: true where a key is real ``[S]``.
         logits_soft_cap: that of `kernels.state`.
@@ -335,7 +335,7 @@ def block_lists_state(
     steps = -(-lists.shape[1] * block_size // KEY_BLOCK)
     padding = -lists.shape[1] % steps
     tokens = _key_blocks(k, v, block_size, kv_mask)
-    # Absent entries name a block after the last one, all of it hidden.
+    # Invalid entries refer to a hidden block after the last one.
     k_blocks, v_blocks, _ = tokens
     hidden = jnp.zeros(k_blocks.shape[:2], q.dtype) if tokens[2] is None else tokens[2]
     tokens = pad_rows(k_blocks, 1), pad_rows(v_blocks, 1), jnp.pad(hidden, ((0, 1), (0, 0)), constant_values=HIDDEN)
@@ -347,7 +347,7 @@ def block_lists_state(
 
 
 def _key_blocks(k: Array, v: Array, block_size: int, kv_mask: Array | None) -> tuple[Array, Array, Array | None]:
-    """Keys, values and biases that hide padding, in blocks; no biases without padding."""
+    """Keys, values and biases that hide padding, in blocks; without padding biases are None."""
     if kv_mask is None and k.shape[0] % block_size == 0:
         return in_blocks(k, block_size), in_blocks(v, block_size), None
     bias = mask_bias(in_blocks(real_keys(kv_mask, k.shape[0]), block_size), k.dtype)
@@ -361,7 +361,7 @@ def _attend_lists(
     bias: tuple[np.ndarray, np.ndarray] | None,
     logits_soft_cap: float | None,
 ) -> AttentionState:
-    """Blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, a few at a time."""
+    """Attention of blocks of queries ``[n, b, D]`` over blocks of keys, ``lists [n, steps, width]``, in batches."""
     in_turns = functools.partial(_lists_in_turns, logits_soft_cap=logits_soft_cap)
     forms = (functools.partial(in_turns, logits=logits) for logits in (LOGITS, ACCELERATOR_LOGITS))
     cpu, default = forms
@@ -380,7 +380,7 @@ def _lists_in_turns(
     number, size = q_blocks.shape[:2]
     _, steps, width = lists.shape
     reach = width * size
-    # Small blocks are batched to fill the machine; the turns run one after the other, to stay in cache.
+    # Small blocks are batched to use the machine; batches run one after the other, to stay in cache.
     together = max(1, min(number, logits // (size * reach)))
     turns = -(-number // together)
     filling = turns * together - number
@@ -398,7 +398,7 @@ def _lists_in_turns(
         if key_bias is not None:
             masks = jnp.where(key_bias[:, None, :] <= HIDDEN / 2, HIDDEN, masks)
         if len(masks) == 1:
-            # A mask that all share is not copied for each.
+            # A common mask is not copied for each block.
             return jax.vmap(masked, in_axes=(0, 0, 0, None))(q, k, v, masks[0])
         return jax.vmap(masked)(q, k, v, masks)
 
@@ -432,7 +432,7 @@ def gathered_state(
     *,
     logits_soft_cap: float | None = None,
 ) -> AttentionState:
-    r"""Attention of each query over K gathered keys, at a cost of O(T K (D + Dv)).
+    r"""Exact attention of each query over K gathered keys, at a cost of O(T K (D + Dv)).
 
     .. math:: \mathrm{out}_t = \sum_i e^{q_t \cdot k_{p_{ti}} + b_{ti}} v_{p_{ti}}
               \Big/ \sum_i e^{q_t \cdot k_{p_{ti}} + b_{ti}}
@@ -442,15 +442,15 @@ def gathered_state(
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
         places: the indices p of the keys, int32 ``[T, K]``.
-        seen: which of them count ``[T, K]``; no key twice.
-        bias: added to their logits ``[T, K]``, or None.
+        seen: mask of valid entries ``[T, K]``; no key twice.
+        bias: added to the logits ``[T, K]``, or None.
         logits_soft_cap: that of `kernels.state`.
 
     Returns:
         The `AttentionState` of the queries.
     """
     num_queries, per_query = places.shape
-    # Entries that do not count point at a row of zeros: NaN in a key they name cannot enter.
+    # Invalid entries refer to a row of zeros, so that NaN in a key cannot enter.
     k, v = pad_rows(k, 1), pad_rows(v, 1)
     places = jnp.where(seen, places, k.shape[0] - 1)
     rows = min(num_queries, max(1, GATHERED // per_query))
@@ -458,7 +458,7 @@ def gathered_state(
     @jax.checkpoint
     def of_rows(args: tuple[Array, Array, Array | None]) -> AttentionState:
         q, places, bias = args
-        # The barrier keeps the gather apart: fused into the products, it would read the rows once for each use.
+        # The barrier keeps the gather separate: fused into the products, it would read the rows once per use.
         k_own, v_own = lax.optimization_barrier((k[places], v[places]))
         hidden = mask_bias(places < k.shape[0] - 1, q.dtype)
         bias = hidden if bias is None else hidden + bias

@@ -149,7 +149,7 @@ class Buckets(NamedTuple):
 
 
 def _powers(planes: Planes) -> tuple[Array, Array | None]:
-    """What each sign adds to the number of a bucket, and which of them count."""
+    """The weight of each sign in the number of a bucket, and the mask of the signs in use."""
     number = jnp.arange(planes.directions.shape[1], dtype=jnp.int32)
     if planes.used is None:
         return 2**number, None

@@ -58,7 +58,7 @@ class LiftedKV(ChosenTokens):
 
     @property
     def lift(self) -> Array:
-        """What is added to the logits of each key ``[M]``."""
+        """The bias of the logits of each key ``[M]``."""
         return jnp.where(self.u > 0, -jnp.log(jnp.where(self.u > 0, self.u, 1)), jnp.inf)
 
     def state(self, q: Array) -> AttentionState:

@@ -1,7 +1,7 @@
-r"""Sparse attention patterns: the keys that a query sees and their weights, as padded indices.
+r"""Sparse attention patterns: the visible keys of each query and their weights, as padded indices.
 
-A pattern stands for a row-stochastic matrix A with few entries a row. Softmax attention forgets a constant in each row
-of its logits, so weights are stored as logarithms up to such a constant. Patterns are made and checked on the host.
+A pattern represents a row-stochastic matrix A with few entries per row. Softmax is invariant to a constant added to a
+row of logits, so weights are stored as logarithms up to such a constant. Patterns are made and checked on the host.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from approx_attention.core import check_count, check_key
 
-# Rows that an error message names: enough to find the fault, and one line.
+# The largest number of rows named in an error message.
 NAMED_ROWS = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparsePattern:
-    r"""Sparse attention matrix in padded index form.
+    r"""A sparse attention matrix in padded index form.
 
     .. math:: A_{ts} = w_{ts} \Big/ \sum_{s' \in S_t} w_{ts'}\ (s \in S_t), \qquad A_{ts} = 0\ (s \notin S_t).
 
-    Every row sees at least one key and no key twice; keys ascend, followed by padding (key 0, not valid). The fields
-    are not checked: make patterns by the constructors below.
+    Every row has at least one key, and no key twice. Keys ascend, followed by padding (key 0, not valid). The fields
+    are not checked: make patterns with the constructors below.
 
     Attributes:
         indices: the keys of each row, int32 ``[T, K]``.
@@ -58,22 +58,22 @@ class SparsePattern:
 
     @property
     def keys_per_row(self) -> int:
-        """The number K of keys of the fullest row."""
+        """The largest number K of keys in a row."""
         return self.indices.shape[1]
 
     @classmethod
     def from_dense(cls, weights: Any, atol: float = 0.0) -> Self:
-        """Makes the pattern of a matrix.
+        """Make the pattern of a matrix.
 
         Args:
-            weights: a matrix ``[T, S]`` of weights that are not negative; rows need not sum to 1.
-            atol: entries up to this count as zeros.
+            weights: a matrix ``[T, S]`` of non-negative weights; rows need not sum to 1.
+            atol: entries up to this are treated as zeros.
 
         Returns:
             The pattern.
 
         Raises:
-            ValueError: not a matrix, weights or a limit that are negative or not finite, rows without a key.
+            ValueError: not a matrix, negative or infinite weights or limit, rows without a key.
 
         Example:
             >>> import jax.numpy as jnp
@@ -91,20 +91,20 @@ class SparsePattern:
 
     @classmethod
     def from_indices(cls, indices: Any, weights: Any = None, *, num_keys: int) -> Self:
-        """Makes the pattern of given keys.
+        """Make the pattern of given keys.
 
         Args:
             indices: the keys of each row, an array ``[T, K]`` or a sequence of sequences of any lengths.
-            weights: their weights, in the same form; equal weights by default. An entry of weight 0 is padding.
+            weights: weights in the same form; equal weights by default. An entry with weight 0 is padding.
             num_keys: the number S of keys.
 
         Returns:
             The pattern.
 
         Raises:
-            ValueError: keys outside ``[0, S)`` or twice in a row, weights that are negative or not finite or do not fit
+            ValueError: keys outside ``[0, S)`` or twice in a row, weights that are negative or infinite or do not match
                 the keys, rows without a key.
-            TypeError: keys that are no integers.
+            TypeError: keys that are not integers.
 
         Example:
             >>> SparsePattern.from_indices([[0], [0, 2]], num_keys=3).valid.tolist()
@@ -131,7 +131,7 @@ class SparsePattern:
     def banded(
         cls, num_tokens: int, offsets: Sequence[int], weights: Sequence[float] | None = None, is_causal: bool = False
     ) -> Self:
-        """Makes diagonals: query t sees the keys t + o for the given offsets o, within the sequence.
+        """Make a pattern of diagonals: query t sees the keys t + o for the given offsets o, within the sequence.
 
         Args:
             num_tokens: the number T of queries, and of keys.
@@ -143,8 +143,8 @@ class SparsePattern:
             The pattern.
 
         Raises:
-            ValueError: offsets twice, weights that do not fit, rows without a key.
-            TypeError: offsets that are no integers.
+            ValueError: repeated offsets, weights that do not match the offsets, rows without a key.
+            TypeError: offsets that are not integers.
 
         Example:
             >>> SparsePattern.banded(4, range(-1, 2), is_causal=True).indices.tolist()
@@ -163,20 +163,20 @@ class SparsePattern:
 
     @classmethod
     def block(cls, num_tokens: int, block_size: int, block_map: Any = None, *, num_keys: int | None = None) -> Self:
-        """Makes blocks: blocks of queries see whole blocks of keys, with equal weights.
+        """Make a pattern of blocks: blocks of queries see whole blocks of keys, with equal weights.
 
         Args:
             num_tokens: the number T of queries.
             block_size: tokens per block b; the last block may be shorter.
-            block_map: boolean ``[ceil(T/b), ceil(S/b)]``, the blocks of keys that a block of queries sees, by default
-                its own.
+            block_map: boolean ``[ceil(T/b), ceil(S/b)]``, the visible blocks of keys of each block of queries; by
+                default its own block.
             num_keys: the number S of keys, T by default.
 
         Returns:
             The pattern.
 
         Raises:
-            ValueError: a map that does not fit, rows without a key.
+            ValueError: a map of another shape, rows without a key.
 
         Example:
             >>> SparsePattern.block(4, 2).indices.tolist()
@@ -195,7 +195,7 @@ class SparsePattern:
 
     @classmethod
     def strided(cls, num_tokens: int, stride: int, is_causal: bool = False) -> Self:
-        """Makes strides: query t sees the keys at distances from t that are multiples of a stride, with equal weights.
+        """Make a strided pattern: query t sees keys at multiples of a stride from t, with equal weights.
 
         Args:
             num_tokens: the number T of queries, and of keys.
@@ -222,7 +222,7 @@ class SparsePattern:
 
     @classmethod
     def random(cls, key: PRNGKeyArray, num_tokens: int, keys_per_row: int) -> Self:
-        r"""Samples k-sparse rows and columns: k disjoint permutations, each uniformly distributed.
+        r"""Sample k-sparse rows and columns: k disjoint permutations, each uniformly distributed.
 
         With uniform permutations :math:`\pi, \sigma` and distinct random shifts :math:`r_j`, row t sees the keys
         :math:`\pi((\sigma(t) + r_j) \bmod T)`: every row is a uniform set of k keys, with equal weights.
@@ -236,7 +236,7 @@ class SparsePattern:
             The pattern.
 
         Raises:
-            ValueError: more keys per row than there are.
+            ValueError: more keys per row than tokens.
 
         Example:
             >>> import jax
@@ -262,7 +262,7 @@ class SparsePattern:
     def _of_entries(
         cls, rows: np.ndarray, keys: np.ndarray, log_weights: np.ndarray, num_tokens: int, num_keys: int
     ) -> Self:
-        """Checks entries in any order, and sorts them into the padded form."""
+        """Check entries in any order, and sort them into the padded form."""
         outside = (keys < 0) | (keys >= num_keys)
         if outside.any():
             raise ValueError(f"indices must lie in [0, {num_keys}), got {keys[outside][0]} in {_named(rows[outside])}")
@@ -270,10 +270,10 @@ class SparsePattern:
         rows, keys, log_weights = rows[order], keys[order], log_weights[order]
         twice = (rows[1:] == rows[:-1]) & (keys[1:] == keys[:-1])
         if twice.any():
-            raise ValueError(f"a row holds a key once, got duplicates in {_named(rows[1:][twice])}")
+            raise ValueError(f"a row must not contain a key twice, got duplicates in {_named(rows[1:][twice])}")
         counts = np.bincount(rows, minlength=num_tokens)
         if (counts == 0).any():
-            raise ValueError(f"softmax gives every row some key, got none in {_named(np.flatnonzero(counts == 0))}")
+            raise ValueError(f"every row needs at least one key, got none in {_named(np.flatnonzero(counts == 0))}")
         place = rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
         shape = num_tokens, int(counts.max())
         indices, padded_weights = np.zeros(shape, np.int32), np.full(shape, -np.inf, log_weights.dtype)
@@ -287,7 +287,7 @@ class SparsePattern:
         return np.nonzero(valid)[0], np.asarray(self.indices)[valid], np.asarray(self.log_weights)[valid]
 
     def union(self, other: Self) -> Self:
-        """Joins the entries of two patterns, with the larger weight where both have one.
+        """Join the entries of two patterns, with the larger weight where both have one.
 
         Args:
             other: a pattern with the same numbers of queries and keys.
@@ -304,24 +304,24 @@ class SparsePattern:
         """
         if (other.num_queries, other.num_keys) != (self.num_queries, self.num_keys):
             raise ValueError(
-                f"union takes patterns of one shape, got [{self.num_queries}, {self.num_keys}] and "
+                f"union needs patterns of equal shape, got [{self.num_queries}, {self.num_keys}] and "
                 f"[{other.num_queries}, {other.num_keys}]"
             )
         return self._joined(other._entries())
 
     def with_global(self, tokens: Sequence[int], *, only_columns: bool = False) -> Self:
-        """Adds global tokens: every query sees them, and they see every key, with weight 1 or a larger one they have.
+        """Add global tokens: every query sees them, and they see every key, with weight 1 or their larger weight.
 
         Args:
             tokens: positions of the global tokens.
-            only_columns: leave out their rows: a row that sees every key makes the padded form as large as A.
+            only_columns: leave out their rows, since a full row makes the padded form as large as A.
 
         Returns:
             The pattern with them.
 
         Raises:
             ValueError: positions outside the sequence.
-            TypeError: positions that are no integers.
+            TypeError: positions that are not integers.
 
         Example:
             >>> SparsePattern.banded(3, [0]).with_global([0]).to_dense().tolist()[1]
@@ -341,7 +341,7 @@ class SparsePattern:
         return self._joined((rows, keys, np.zeros(len(rows), self.log_weights.dtype)))
 
     def _joined(self, entries: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Self:
-        """The pattern with further entries; of two entries for one place, the heavier."""
+        """The pattern with further entries; of two entries at one place the larger weight is kept."""
         rows, keys, log_weights = (np.concatenate(x) for x in zip(self._entries(), entries, strict=True))
         order = np.lexsort((-log_weights, keys, rows))
         rows, keys, log_weights = rows[order], keys[order], log_weights[order]
@@ -349,7 +349,7 @@ class SparsePattern:
         return self._of_entries(rows[first], keys[first], log_weights[first], self.num_queries, self.num_keys)
 
     def causal(self) -> Self:
-        """Removes the entries above the diagonal.
+        """Remove the entries above the diagonal.
 
         Returns:
             The causal pattern.
@@ -373,7 +373,7 @@ class SparsePattern:
     def to_dense(self) -> Float[Array, "T S"]:
         """The matrix A ``[T, S]``, whose rows sum to 1."""
         rows = jnp.arange(self.num_queries, dtype=jnp.int32)[:, None]
-        # Added and not set: padding has index 0 and weight 0, which must not overwrite that key.
+        # Added instead of set: padding has index 0 and weight 0, and must not overwrite that key.
         matrix = jnp.zeros((self.num_queries, self.num_keys), self.log_weights.dtype)
         return matrix.at[rows, self.indices].add(jnp.exp(self.normalized_log_weights()))
 
@@ -400,7 +400,7 @@ class SparsePattern:
 
 
 def check_pattern(pattern: Any) -> None:
-    """Raises ``TypeError`` unless given a `SparsePattern`."""
+    """Raise ``TypeError`` unless given a `SparsePattern`."""
     if not isinstance(pattern, SparsePattern):
         raise TypeError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
 
@@ -410,7 +410,7 @@ def _ragged(name: str, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     if len(lists) == 0 or any(np.ndim(row) != 1 for row in lists):
         axes = [np.ndim(row) for row in lists]
         raise ValueError(
-            f"{name} must be [T, K] or a sequence for each row, got {len(axes)} rows of {sorted(set(axes))} axes"
+            f"{name} must be [T, K] or a sequence per row, got {len(axes)} rows with {sorted(set(axes))} axes"
         )
     counts = [len(row) for row in lists]
     held = [np.asarray(row) for row in lists if len(row)]
@@ -427,15 +427,15 @@ def _integers(name: str, values: Sequence[int]) -> np.ndarray:
 
 def _check_weights(weights: np.ndarray) -> None:
     if np.isnan(weights).any():
-        raise ValueError("weights must be numbers, got NaN")
+        raise ValueError("weights must not be NaN")
     if (weights < 0).any() or np.isinf(weights).any():
         raise ValueError(f"weights must be finite and not negative, got {weights.min()} to {weights.max()}")
 
 
 def _log(weights: np.ndarray) -> np.ndarray:
-    """Logarithms, float64 where the weights are and JAX has it, else float32."""
+    """Logarithms, in float64 if the weights are and JAX supports it, else in float32."""
     wide = weights.dtype == np.float64 and jax.config.read("jax_enable_x64")
-    # In float64 on the host in any case, for a single rounding to the final dtype. The logarithm of 0 is -inf.
+    # Always in float64 on the host, for a single rounding to the final dtype. The logarithm of 0 is -inf.
     with np.errstate(divide="ignore"):
         return np.log(weights.astype(np.float64)).astype(np.float64 if wide else np.float32)
 

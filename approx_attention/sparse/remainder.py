@@ -1,8 +1,8 @@
-"""Exact attention on a sparse support plus a summary of the keys outside it: Scatterbrain, for any summary.
+"""Exact attention on a sparse support plus a summary of the other keys: Scatterbrain with any summary.
 
-Where the support consists of blocks, the summary of the rest is merged from those of the blocks that a query does not
-see: nothing is subtracted, and weights stay positive wherever the summary's are. Where each query has different keys,
-the summary's estimates of these keys must be subtracted (`support_and_moments_state`).
+If the support consists of blocks, the summary of the rest is merged from the summaries of other blocks: nothing is
+subtracted, and weights are positive if those of the summary are. If each query has different keys, the summary's
+estimates of these keys must be subtracted (`support_and_moments_state`).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from approx_attention.core import (
 )
 from approx_attention.sparse.blocks import GATHERED, BlockMap, block_sparse_state, gathered_state
 
-# Blocks are batched up to this number of rows: enough for the matrix products, few enough for the cache.
+# Blocks are batched up to this number of rows: large enough for matrix products, small enough for the cache.
 ROWS = 1024
 
 # Summary of one block, ``(k [b, D], v [b, Dv], kv_mask [b], number) -> summary``; moments share their features.
@@ -60,7 +60,7 @@ def blocks_and_rest_state(
         k: keys ``[S, D]``, without NaN in padding.
         v: values ``[S, Dv]``.
         blocks: the map; every key of a visited block is in the support.
-        summarize: function that makes the summary of a block.
+        summarize: makes the summary of a block.
         is_causal: query t sees keys j <= t, and summaries of earlier blocks; its own block must be visited.
         kv_mask: true where a key is real ``[S]``.
 
@@ -69,7 +69,7 @@ def blocks_and_rest_state(
     """
     block, num_queries = blocks.block_size, q.shape[0]
     rows, columns = np.indices(blocks.kinds.shape)
-    # Causally only earlier blocks are summarised whole: a part of the query's own block cannot be.
+    # Causally only earlier blocks are summarised; part of the query's own block cannot be.
     far = ~blocks.visited & ((columns < rows) | (not is_causal))
     support = BlockMap.from_blocks(blocks.visited, block_size=block, num_queries=num_queries, num_keys=blocks.num_keys)
     near = block_sparse_state(q, k, v, support.causal() if is_causal else support, kv_mask=kv_mask)
@@ -80,13 +80,13 @@ def blocks_and_rest_state(
     one: Any = summarize(tokens[0][0], tokens[1][0], tokens[2][0], numbers[0])
     of_moments = isinstance(one, FeatureMoments)
 
-    # Features are the same for all blocks: only the sums are stacked.
+    # All blocks have the same features: only the sums are stacked.
     @jax.checkpoint
     def bare(args: Any) -> Any:
         summary: Any = summarize(*args)
         return dataclasses.replace(summary, features=None) if of_moments else summary
 
-    # Batched, because one block is too small for the machine.
+    # Batched, because a single block does not use the machine well.
     together = max(1, ROWS // block)
     summaries = lax.map(bare, (*tokens, numbers), batch_size=together)
     q_blocks = in_blocks(q, block)
@@ -107,14 +107,14 @@ def blocks_and_rest_state(
             q, far = args
             return attend(q, _tokens_of(summaries, far))
 
-        # Every block of queries reads the tokens of all blocks, far ones with mass: tiles bound the batch.
+        # Every block of queries reads the tokens of all blocks, with mass for far blocks only: tiles bound the batch.
         together = max(1, min(together, LEAST_TILE // (block * per_block * far.shape[1])))
         answer = lax.map(from_tokens, (q_blocks, jnp.asarray(far)), batch_size=together)
     return merge(near, out_of_blocks(answer, num_queries))
 
 
 def _tokens_of(summaries: WeightedKV, far: Array) -> WeightedKV:
-    """The tokens of the ``far`` blocks; those of the others lose their mass, at static shapes."""
+    """The tokens of all blocks, with mass 0 for those that are not ``far``, at static shapes."""
     mass = jnp.where(far[:, None], summaries.mass, 0)
     value_sum = jnp.where(far[:, None, None], summaries.value_sum, 0)
     value_range = summaries.value_range
@@ -126,10 +126,10 @@ def _tokens_of(summaries: WeightedKV, far: Array) -> WeightedKV:
 
 
 def _moments_of(moments: Any, far: np.ndarray) -> Any:
-    """The merged moments of the blocks ``far [Tb, Sb]`` from each block of queries.
+    """The merged moments of the blocks ``far [Tb, Sb]`` of each block of queries.
 
-    Windows leave a run of blocks before them and one after, whose merged moments come from two scans; other maps take a
-    sum over all blocks for each.
+    With a window the far blocks are one run before it and one after, whose merged moments come from two scans; other
+    maps need a sum over all blocks for each block of queries.
     """
     first = np.where(far.all(axis=1), far.shape[1], np.argmin(far, axis=1))
     last = np.where(far.all(axis=1), 0, far.shape[1] - np.argmin(far[:, ::-1], axis=1))
@@ -139,15 +139,15 @@ def _moments_of(moments: Any, far: np.ndarray) -> Any:
 
 
 def _around_runs(moments: Any, first: np.ndarray, last: np.ndarray) -> Any:
-    """Moments of the blocks before ``first [Tb]`` and from ``last [Tb]`` on, by one scan from either end."""
+    """Moments of the blocks before ``first [Tb]`` and from ``last [Tb]`` on, by one scan from each end."""
     before, after = _running(moments), _running(moments, reverse=True)
-    # Where all blocks are far the run before them is everything, and the one after is empty: none counts twice.
+    # If all blocks are far, the first run contains all of them and the second is empty, so that none counts twice.
     last = np.where(first == moments.mass.shape[0], moments.mass.shape[0], last)
     return jax.vmap(merge)(*(jax.tree.map(lambda x, at=at: x[at], y) for y, at in ((before, first), (after, last))))
 
 
 def _running(moments: Any, *, reverse: bool = False) -> Any:
-    """Moments of the blocks before each number 0..n; in reverse, of those from it on."""
+    """Moments of the blocks before each index 0..n; with ``reverse``, of the blocks from it on."""
     none = jax.tree.map(lambda x: jnp.zeros_like(x[0]), moments)
     # The identity of `merge`.
     none = dataclasses.replace(none, log_scale=jnp.full_like(none.log_scale, -jnp.inf))
@@ -162,7 +162,7 @@ def _running(moments: Any, *, reverse: bool = False) -> Any:
 
 
 def _masked_sums(moments: Any, far: np.ndarray) -> Any:
-    """Moments of any blocks, at a cost of Tb Sb R Dv, each with its own log-scale, so that no block hides another."""
+    """Moments of any blocks, at a cost of Tb Sb R Dv, each with its own log-scale, so that none underflows."""
 
     @jax.checkpoint
     def of_row(far: Array) -> Any:
@@ -187,24 +187,23 @@ def support_and_moments_state(
     is_causal: bool = False,
     kv_mask: Array | None = None,
 ) -> AttentionState:
-    r"""Exact attention over a support of each query, plus moments of all keys less their estimates on the support.
+    r"""Exact attention over a support of each query, plus moments of all keys minus their estimates on the support.
 
     .. math:: A_{tj} = \phi(q_t) \cdot \phi(k_j) + \big(e^{q_t \cdot k_j} - \phi(q_t) \cdot \phi(k_j)\big)\,[j \in S_t].
 
-    Causally the keys of the query's block and of the one before it are exact in any case, and nothing is subtracted for
-    them.
+    In the causal form the keys of the query's block and of the block before are always exact, without a subtraction.
 
-    The rest comes by subtraction: its relative error is that of rounding over the share of the sum that remains, and
-    where no more than rounding remains the rest is empty. So the method is of use only where the features give most of
-    the weight to keys outside the support.
+    The rest is computed by subtraction: its relative error is the rounding error over the remaining share of the sum.
+    If only rounding error remains, the rest is empty. So the method is useful only if the features give most of the
+    weight to keys outside the support.
 
     Args:
         q: queries ``[T, D]`` in scaled space.
         k: keys ``[S, D]``, without NaN in padding.
         v: values ``[S, Dv]``.
         places: indices of keys, int32 ``[T, K]``.
-        seen: which of them count ``[T, K]``; no key twice.
-        summarize: ``(k, v, kv_mask) -> moments`` of any tokens, a sum over them.
+        seen: mask of valid entries ``[T, K]``; no key twice.
+        summarize: ``(k, v, kv_mask) -> moments`` of any tokens, additive over tokens.
         block_size: tokens per block of the causal form.
         is_causal: query t sees keys j <= t.
         kv_mask: true where a key is real ``[S]``.
@@ -227,17 +226,17 @@ def support_and_moments_state(
     if is_causal:
         sizes = {"block_size": block_size, "num_queries": q.shape[0], "num_keys": k.shape[0]}
         near = merge(near, block_sparse_state(q, k, v, BlockMap.banded(1, 0, **sizes).causal(), kv_mask=kv_mask))
-    # States are logarithms and have no sign: negative estimates are added to the whole, and positive ones subtracted.
+    # States are logarithms without a sign: negative estimates are added to the whole, and positive ones subtracted.
     positive, negative = _estimates_of_own(q, k, v, places, seen, summarize)
     rest = subtract(merge(whole, negative), positive)
-    # Rows without moments, such as those of the first blocks, have no rest: estimates on the support must not make one.
+    # Rows without moments, such as those of the first blocks, have no rest; estimates on the support must not add one.
     answered = whole.lse > -jnp.inf
     rest = AttentionState(jnp.where(answered[:, None], rest.out, 0), jnp.where(answered, rest.lse, -jnp.inf))
     return merge(near, rest)
 
 
 def _running_sums(summarize: Callable[[Array, Array, Array], FeatureMoments], features: Any) -> RunningSummary:
-    """Moments of a growing prefix, summed block by block, all with the feature map of the first."""
+    """Moments of a growing prefix, summed block by block with the feature map of the first block."""
     running = running_moments(features)
 
     def append(moments: Any, _: Array, k: Array, v: Array, kv_mask: Array) -> Any:
@@ -248,7 +247,7 @@ def _running_sums(summarize: Callable[[Array, Array, Array], FeatureMoments], fe
 
 
 def _nothing(q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-    """The empty state, in place of the exact attention nearby that `support_and_moments_state` adds itself."""
+    """The empty state in place of nearby attention, which `support_and_moments_state` adds separately."""
     return AttentionState.empty(q.shape[0], v.shape[1], q.dtype)
 
 
@@ -260,12 +259,12 @@ def _estimates_of_own(
     seen: Array,
     summarize: Callable[[Array, Array, Array], FeatureMoments],
 ) -> tuple[AttentionState, AttentionState]:
-    """States of the moments' estimates on the support of each query, of positive and of negative estimates."""
+    """The states of positive and of negative estimates of the moments on the support of each query."""
     one: Any = summarize(k[:1], v[:1], jnp.ones(1, bool))
 
     @jax.vmap
     def moments_of(k: Array) -> tuple[Array, Array]:
-        # By `summarize` and not by the feature map alone, which may weigh features differently for queries.
+        # By `summarize` instead of the feature map, which may weight features differently for queries.
         moments = summarize(k[None], jnp.zeros((1, 1), k.dtype), jnp.ones(1, bool))
         return moments.mass, moments.log_scale
 
@@ -280,7 +279,7 @@ def _estimates_of_own(
     def of_rows(args: tuple[Array, Array]) -> AttentionState:
         q, places = args
         values, log_scale = one.features(q)
-        # Features of queries and of keys are each at the peak of their row, and the peaks are added as logarithms.
+        # Features of queries and of keys are relative to the maximum of their row; maxima are added as logarithms.
         peak = finite_peak(jnp.max(log_scale, axis=1))
         phi = values * jnp.exp(log_scale - peak[:, None])
         phi = jnp.broadcast_to(phi, (q.shape[0], phi_k.shape[1]))
@@ -289,7 +288,7 @@ def _estimates_of_own(
         present = (places < nowhere)[:, None, :] & (kernel > 0)
         log_kernel = jnp.log(jnp.where(present, kernel, 1)) + (peak[:, None] + peak_k[places])[:, None, :]
         bias = jnp.where(present, log_kernel, HIDDEN)
-        # The logarithms of the estimates are the biases of keys without channels: the softmax of the biases alone.
+        # The logarithms of the estimates are biases of keys without channels: a softmax over biases only.
         signs, keys = jnp.zeros((2, 1), q.dtype), jnp.zeros((places.shape[1], 1), q.dtype)
         return jax.vmap(lambda v, bias: dense_state(signs, keys, v, bias))(v[places], bias)
 

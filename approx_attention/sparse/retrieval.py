@@ -64,6 +64,6 @@ def largest_logits(
 
 
 def is_found(logits: Array) -> Array:
-    """Which of the largest logits belong to a key that the query sees."""
+    """The mask of largest logits that belong to a visible key."""
     # Not `> -inf`, which is false of NaN: a NaN counts, so that it comes out.
     return logits != -jnp.inf

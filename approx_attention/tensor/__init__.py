@@ -1,4 +1,4 @@
-"""Attention over pairs and tuples of keys, exactly and by polynomials of bounded logits."""
+"""Attention over pairs and tuples of keys, exactly and by polynomials for bounded logits."""
 
 from approx_attention.tensor.exact import determinant_attention, strassen_attention, tensor_attention
 from approx_attention.tensor.inputs import tensor_inputs

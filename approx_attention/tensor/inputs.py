@@ -1,8 +1,8 @@
 """Inputs of tensor (Kronecker) attention, and its exact states from tiles of composed queries.
 
-The keys and values of order m are m - 1 sets of tokens, which may differ in length: ``k [m-1, S, D]`` or a tuple of
-arrays ``[S_a, D]``, and likewise the values. Logits are sums over channels of products of one query and m - 1 keys; the
-scale is folded into the query alone, so that it may have any sign.
+For order m there are m - 1 sets of keys and values, which may differ in length: ``k [m-1, S, D]`` or a tuple of arrays
+``[S_a, D]``, and likewise the values. Logits are sums over channels of products of one query and m - 1 keys. The scale
+is folded into the query only, so that it may have any sign.
 """
 
 import math
@@ -34,18 +34,18 @@ from approx_attention.core import (
     real_keys,
 )
 
-# Rows of composed queries in one tile at least: where keys are many, products of matrices must not become those of
-# vectors.
+# The smallest number of rows of composed queries in a tile: with many keys, matrix products must not degrade to
+# products with vectors.
 LEAST_ROWS = 64
-# Causal queries in up to 4 segments of at least 64, each with the keys up to its end. At order 3 four segments compute
-# 47 % of all tuples where 33 % are visible; each further segment is one more program to compile.
+# Causal queries are split into up to 4 segments of at least 64, each with the keys up to its end. At order 3 four
+# segments compute 47 % of all tuples, of which 33 % are visible; each further segment adds a program to compile.
 SEGMENTS, LEAST_SEGMENT = 4, 64
 
 
 class TensorInputs(NamedTuple):
-    """Queries ``[T, D]`` with the scale folded in, and per set keys ``[S_a, D]``, values and mask (or None).
+    """Queries ``[T, D]`` with the scale folded in, and for each set keys ``[S_a, D]``, values and a mask (or None).
 
-    ``value_dtype`` is the dtype of the given values, and of outputs.
+    ``value_dtype`` is the dtype of the given values and of outputs.
     """
 
     q: Array
@@ -56,26 +56,26 @@ class TensorInputs(NamedTuple):
 
 
 def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = None, kv_mask: Any = None) -> TensorInputs:
-    """Checks the tensors of one head, casts them to the accumulation dtype, folds the scale in and zeroes the padding.
+    """Check the tensors of one head, cast them to the accumulation dtype, fold in the scale and zero the padding.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[m-1, S, D]``, or a tuple of m - 1 arrays ``[S_a, D]``; one array ``[S, D]`` is order 2.
         v: values, likewise.
         scale: factor of the logits, of any sign; ``1/sqrt(D)`` by default.
-        kv_mask: true where a key is real: ``[m-1, S]``, or a tuple of arrays ``[S_a]`` or None; one array ``[S]`` is
-            for all sets, whose lengths are equal then.
+        kv_mask: true where a key is real: ``[m-1, S]``, a tuple of arrays ``[S_a]`` or None, or one array ``[S]`` for
+            all sets, which must then have equal lengths.
 
     Returns:
         The `TensorInputs`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
         TypeError: tensors that are not floating point, a mask that is not boolean, a scale that is not one number.
     """
     keys, values = sets("k", k), sets("v", v)
     if len(keys) != len(values):
-        raise ValueError(f"k and v must hold as many sets of tokens, got {len(keys)} and {len(values)}")
+        raise ValueError(f"k and v must have the same number of sets of tokens, got {len(keys)} and {len(values)}")
     if kv_mask is None or getattr(kv_mask, "ndim", None) == 1:
         masks = (kv_mask,) * len(keys)
     elif not isinstance(kv_mask, tuple | list) and getattr(kv_mask, "ndim", 0) < 2:
@@ -83,7 +83,7 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
     else:
         masks = tuple(kv_mask)
         if len(masks) != len(keys):
-            raise ValueError(f"kv_mask must hold one mask for each of {len(keys)} sets of keys, got {len(masks)}")
+            raise ValueError(f"kv_mask must contain one mask for each of {len(keys)} sets of keys, got {len(masks)}")
     check_floating("q", q)
     if q.ndim != 2:
         raise ValueError(f"q must be [T, D], one head without batch axes; got shape {q.shape}")
@@ -91,7 +91,7 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
         if k.shape[1] != q.shape[1]:
             raise ValueError(f"q and k must share the head dimension, got {q.shape[1]} and, in set {a}, {k.shape[1]}")
         if k.shape[0] != v.shape[0] or v.shape[1] != values[0].shape[1]:
-            raise ValueError(f"v must hold [S, Dv] for each set of keys; got {v.shape} in set {a} with keys {k.shape}")
+            raise ValueError(f"v must be [S, Dv] for each set of keys; got {v.shape} in set {a} with keys {k.shape}")
         if 0 in (*q.shape, *v.shape):
             given = f"q {q.shape}, k {k.shape} and v {v.shape}"
             raise ValueError(f"attention needs at least one query, key and channel; got {given}")
@@ -120,12 +120,12 @@ def sets(name: str, x: Any) -> tuple[Array, ...]:
         if part.ndim != 2:
             raise ValueError(f"{name} must be [m-1, S, D], [S, D] or a tuple of arrays [S, D]; got shape {part.shape}")
     if not parts:
-        raise ValueError(f"{name} must hold at least one set of tokens, got none")
+        raise ValueError(f"{name} must contain at least one set of tokens, got none")
     return parts
 
 
 def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] | None:
-    """Checks the causal options of tensor attention; returns the windows as one count per set."""
+    """Check the causal options of tensor attention; return the windows as one count per set."""
     if is_causal is not None:
         check_choice("is_causal", is_causal, ("both", "ordered"))
     if window is None:
@@ -135,13 +135,13 @@ def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] 
     if not isinstance(window, tuple | list):
         window = (window,) * num_sets
     if len(window) != num_sets:
-        raise ValueError(f"window must hold one count for each of {num_sets} sets of keys, got {window}")
+        raise ValueError(f"window must contain one count for each of {num_sets} sets of keys, got {window}")
     return tuple(check_count("window", width) for width in window)
 
 
 def scaled(q: Array, scale: float | Array | None) -> Array:
     """Rows ``[T, D]`` times the scale of the logits, of any sign; ``1/sqrt(D)`` by default."""
-    # 1 / sqrt(D) as in models; the theorem of Alman and Song divides by D.
+    # 1 / sqrt(D) as in models; Alman and Song's theorem divides by D.
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     elif isinstance(scale, str | bool | tuple | list) or getattr(scale, "shape", ()) != ():
@@ -152,7 +152,7 @@ def scaled(q: Array, scale: float | Array | None) -> Array:
 
 
 class _Queries(NamedTuple):
-    """Queries ``[N, D]``, their positions, and the newest position of a key that each may see; None if not causal."""
+    """Queries ``[N, D]``, their positions, and the last visible position of keys for each; None if not causal."""
 
     q: Array
     place: Array | None
@@ -160,7 +160,7 @@ class _Queries(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """One set of keys ``[S, D]`` and values, which of them are real (None for all), and their positions."""
+    """One set of keys ``[S, D]`` and values, with their mask (None if all are real) and positions."""
 
     k: Array
     v: Array
@@ -172,20 +172,20 @@ class _Tokens(NamedTuple):
         return cls(k, v, real, jnp.arange(k.shape[0], dtype=jnp.int32))
 
     def padded(self, before: int, after: int) -> Self:
-        """The tokens with ``before`` and ``after`` further places on both sides, without real keys."""
+        """The tokens padded with ``before`` and ``after`` hidden tokens on both sides."""
         real = real_keys(self.real, self.k.shape[0])
         around = lambda x: jnp.pad(x, ((before, after),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
         return type(self)(*(around(x) for x in (self.k, self.v, real, self.place)))
 
 
 class _Rule(NamedTuple):
-    """Whether positions must not increase from set to set, and the window of each set (None for no limit)."""
+    """Whether positions must not increase from set to set, and the window of each set (None without a window)."""
 
     ordered: bool
     widths: tuple[int | None, ...]
 
     def visible(self, queries: _Queries, tokens: _Tokens) -> Array | None:
-        """The keys of the first set that a query sees, ``[N or 1, S]``; None for all."""
+        """The mask of visible keys of the first set, ``[N or 1, S]``; None for all."""
         seen = None if tokens.real is None else tokens.real[None, :]
         if queries.place is None or queries.newest is None:
             return seen
@@ -196,7 +196,7 @@ class _Rule(NamedTuple):
         return seen & (tokens.place[None, :] > queries.place[:, None] - self.widths[0])
 
     def compose(self, queries: _Queries, tokens: _Tokens) -> _Queries:
-        """The composed queries of the sets after the first: each query times each key of the first set."""
+        """The composed queries for the remaining sets: each query times each key of the first set."""
         pairs = queries.q.shape[0], tokens.k.shape[0]
 
         def of_pairs(x: Array | None) -> Array | None:
@@ -216,7 +216,7 @@ class _Rule(NamedTuple):
 def tensor_state(
     inputs: TensorInputs, is_causal: str | None = None, widths: tuple[int, ...] | None = None
 ) -> AttentionState:
-    """Exact state of queries over all visible tuples of keys, in memory linear in all lengths."""
+    """The exact state of queries over all visible tuples of keys, in memory linear in all lengths."""
     tokens = tuple(_Tokens.of(*one) for one in zip(inputs.keys, inputs.values, inputs.masks, strict=True))
     rule = _Rule(is_causal == "ordered", (None,) * len(tokens) if widths is None else widths)
     if is_causal is None:
@@ -225,7 +225,7 @@ def tensor_state(
 
 
 def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
-    """State of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
+    """The state of queries over tuples of keys, from tiles of queries composed with keys of the first set."""
     first, *others = sets
     # Composed queries times last keys fill a tile.
     rows = max(LEAST_ROWS, LEAST_TILE // sets[-1].k.shape[0])
@@ -242,28 +242,28 @@ def _streamed(queries: _Queries, sets: tuple[_Tokens, ...], rule: _Rule) -> Atte
 
         if first.k.shape[0] <= num_keys:
             return tile(first)
-        # Padded with keys that are not real: a key of zeros would still count with the logit 0.
+        # Padded with hidden keys: a key of zeros would still count with logit 0.
         room = first.padded(0, -first.k.shape[0] % num_keys)
         blocks = jax.tree.map(lambda x: in_blocks(x, num_keys), room)
         empty = AttentionState.empty(queries.q.shape[0], first.v.shape[1], first.v.dtype)
         return lax.scan(lambda state, tokens: (merge(state, tile(tokens)), None), empty, blocks)[0]
 
-    # A derivative stores the state of every query before every block of keys, unless it computes them again: a second
-    # forward pass pays only where they are large.
+    # A derivative stores the state of every query before every block of keys, unless it recomputes them: a second
+    # forward pass pays off only if they are large.
     held = queries.q.shape[0] * -(-first.k.shape[0] // num_keys) * first.v.shape[1]
     over_keys = jax.checkpoint(over_first_keys) if held > GREATEST_TILE else over_first_keys
     return map_rows(over_keys, queries, max(1, rows // num_keys))
 
 
 def _fold(answers: AttentionState, v: Array, visible: Array | None) -> AttentionState:
-    r"""Attention over first keys, whose logits are the log-normalisers of their states over all other sets.
+    r"""Attention over first keys, whose logits are the log-normalisers of the states over all other sets.
 
     .. math:: \mathrm{lse}_i = \log \sum_j e^{\mathrm{lse}_{ij}}, \qquad
               \mathrm{out}_i = \sum_j e^{\mathrm{lse}_{ij} - \mathrm{lse}_i}\, v_j \odot \mathrm{out}_{ij}
     """
     num_keys = v.shape[0]
     out, lse = answers.out.reshape(-1, num_keys, v.shape[1]), answers.lse.reshape(-1, num_keys)
-    # -inf and not HIDDEN: a hidden first key must not count even where all others are hidden too.
+    # -inf instead of HIDDEN: a hidden first key must not count even if all others are hidden too.
     lse = lse if visible is None else jnp.where(visible, lse, -jnp.inf)
     peak = finite_peak(jnp.max(lse, axis=1))
     weights = jnp.exp(lse - peak[:, None])
@@ -290,8 +290,8 @@ def _causal(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
 def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionState:
     """Causal attention by short blocks of queries, each with the keys in its reach."""
     reach = [min(width or 0, q.shape[0]) for width in rule.widths]
-    # Blocks of half the window read 1.5 w keys of a set for w visible ones; at least 8 rows for the matrix products, at
-    # most 128 to bound the tile.
+    # Blocks of half the window read 1.5 w keys of a set for w visible ones; they have at least 8 rows for efficient
+    # matrix products, and at most 128 to bound the tile.
     block = min(q.shape[0], max(8, min(reach) // 2), 128)
     blocks = -(-q.shape[0] // block)
 
@@ -311,7 +311,7 @@ def _windowed(q: Array, sets: tuple[_Tokens, ...], rule: _Rule) -> AttentionStat
         return _streamed(_Queries(q, place, place), tokens, rule)
 
     starts = jnp.arange(blocks, dtype=jnp.int32) * block
-    # As many blocks at once as fill a tile with the composed queries of the last two sets.
+    # Blocks are grouped to fill a tile with the composed queries of the last two sets.
     at_once = max(1, LEAST_TILE // math.prod(block + width for width in [0, *reach[-2:]]))
     q_blocks = pad_rows(q, blocks * block - q.shape[0]).reshape(blocks, block, -1)
     state = lax.map(near, (starts, q_blocks), batch_size=min(at_once, blocks))

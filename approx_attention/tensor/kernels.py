@@ -20,7 +20,7 @@ from approx_attention.tensor.polynomials import Coefficients, check_taken, exp_c
 
 
 class Kernel(NamedTuple):
-    """Polynomial of a multilinear form as features: maps of queries and of each set of keys, and weights ``[R]``."""
+    """A polynomial of a multilinear form as features: maps of queries and of each set of keys, and weights ``[R]``."""
 
     query_map: FeatureMap
     key_maps: tuple[FeatureMap, ...]
@@ -38,11 +38,11 @@ class Kernel(NamedTuple):
         features: Any,
         dtype: Any,
     ) -> "Kernel":
-        """The kernel of the hyper-parameters of `tensor_polynomial`."""
+        """Make the kernel from hyper-parameters of `tensor_polynomial`."""
         head_dim = check_count("head_dim", head_dim)
         if isinstance(features, tuple):
             if len(features) != num_sets + 1:
-                raise ValueError(f"features must be {num_sets + 1} maps, queries' first, got {len(features)}")
+                raise ValueError(f"features must be {num_sets + 1} maps, that of queries first, got {len(features)}")
             maps = features
         else:
             if features is None:
@@ -50,8 +50,8 @@ class Kernel(NamedTuple):
             if not isinstance(features, IndexSet):
                 raise TypeError(f"features must be an IndexSet, a tuple of maps or None, got {type(features).__name__}")
             if features.dim != head_dim:
-                raise ValueError(f"features must be an IndexSet of D = {head_dim} channels, got {features.dim}")
-            # Monomials need no map for each factor: the same serves queries and all keys.
+                raise ValueError(f"features must be an IndexSet with D = {head_dim} channels, got {features.dim}")
+            # One map of monomials serves queries and all keys.
             maps = (MonomialFeatures(features),) * (num_sets + 1)
         if degree not in (None, maps[0].degree):
             raise ValueError(f"degree must be that of the features, {maps[0].degree}, got {degree}")
@@ -64,9 +64,9 @@ class Kernel(NamedTuple):
         return cls(maps[0], tuple(maps[1:]), maps[0].weights(jnp.asarray(coefficients, dtype), dtype=dtype))
 
     def summarize(self, inputs: TensorInputs) -> FeatureMoments:
-        """The moments of all tuples of one key of each set."""
+        """The moments of all tuples with one key from each set."""
         tokens = zip(self.key_maps, inputs.keys, inputs.values, inputs.masks, strict=True)
-        # The sum over tuples is the product of the sums over sets. Weights, of any sign, enter once, at the end.
+        # The sum over tuples is the product of the sums over sets. Weights of any sign are applied once, at the end.
         product = hadamard(*(FeatureMoments.of_tokens(*each) for each in tokens))
         return product.reweighted(self.weights, self.query_map)
 
@@ -77,5 +77,5 @@ def _degree(degree: int | None, coefficients: Any) -> int:
         return 2 if degree is None else check_count("degree", degree, 0)
     told = num_coefficients(coefficients) - 1
     if degree not in (None, told):
-        raise ValueError(f"degree must be that of the {told + 1} coefficients, {told}, got {degree}")
+        raise ValueError(f"degree must be {told}, that of the {told + 1} coefficients, got {degree}")
     return told

@@ -1,12 +1,12 @@
-r"""Monomials as features: a polynomial of a multilinear form as a sum of products with one factor per argument.
+r"""Monomial features: a polynomial of a multilinear form as a sum of products with one factor per argument.
 
-With :math:`x = s \sum_t \prod_a y^a_t` for m vectors of d channels, and multi-indices :math:`\alpha`,
+With :math:`x = s \sum_t \prod_a y^a_t` for m vectors with d channels, and multi-indices :math:`\alpha`,
 
 .. math:: \sum_k c_k x^k = \sum_\alpha w_\alpha \prod_a (y^a)^\alpha, \qquad
           w_\alpha = c_{|\alpha|}\, s^{|\alpha|} \frac{|\alpha|!}{\prod_t \alpha_t!}.
 
-So one map serves the queries and every kind of keys for any order m, and there are :math:`\binom{d+g}{g}`
-features of degree g or less. For m = 2 the form is :math:`s\, q \cdot k`.
+So one map serves the queries and every set of keys for any order m, and there are :math:`\binom{d+g}{g}` features of
+degree at most g. For m = 2 the form is :math:`s\, q \cdot k`.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from approx_attention.core import Features, accumulation_dtype, check_count, che
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class IndexSet:
-    r"""Set of multi-indices :math:`\alpha` by degree, each one step from another one: :math:`\alpha = \alpha' + e_t`.
+    r"""A set of multi-indices :math:`\alpha` sorted by degree, with steps :math:`\alpha = \alpha' + e_t` inside it.
 
-    It is static and compared by identity. `total_degree` and `anisotropic` return the same object for the same
-    arguments, so that compiled programs are found again.
+    It is static and compared by identity. `total_degree` and `anisotropic` return the same object for equal arguments,
+    so that compiled programs are reused.
 
     Attributes:
         dim: the number d of channels.
-        parent: the place of :math:`\alpha'` in the set, ``[r]``; -1 for :math:`\alpha = 0`, which comes first.
-        variable: the channel t, the last in which :math:`\alpha` is not 0, ``[r]``; -1 for :math:`\alpha = 0`.
+        parent: the index of :math:`\alpha'` in the set, ``[r]``; -1 for :math:`\alpha = 0`, which comes first.
+        variable: the channel t, the last one in which :math:`\alpha` is not 0, ``[r]``; -1 for :math:`\alpha = 0`.
         degrees: :math:`|\alpha|`, ``[r]``.
         multinomials: :math:`|\alpha|! / \prod_t \alpha_t!`, ``[r]``.
     """
@@ -67,18 +67,18 @@ class IndexSet:
 
 
 def total_degree(dim: int, degree: int) -> IndexSet:
-    r"""All multi-indices of a degree or less: :math:`\{\alpha \in N^d : |\alpha| \le g\}`, :math:`\binom{d+g}{g}` many.
+    r"""Make all :math:`\binom{d+g}{g}` multi-indices up to a degree: :math:`\{\alpha \in N^d : |\alpha| \le g\}`.
 
     Args:
         dim: the number d of channels.
-        degree: g.
+        degree: the largest degree g.
 
     Returns:
         The set.
 
     Raises:
         ValueError: no channel, a negative degree.
-        TypeError: counts that are no integers.
+        TypeError: counts that are not integers.
 
     Example:
         >>> from approx_attention.tensor import total_degree
@@ -93,7 +93,7 @@ def _total_degree(dim: int, degree: int) -> IndexSet:
     parent, variable = [np.array([-1])], [np.array([-1])]
     start = 0
     for _ in range(degree):
-        # Steps into channel t start from the multi-indices whose last channel is t or before, which come first: each
+        # Steps in channel t start from the multi-indices whose last channel is at most t, which come first: each
         # multi-index is reached once.
         counts = np.searchsorted(variable[-1], np.arange(dim), side="right")
         start, previous = start + len(parent[-1]), start
@@ -103,15 +103,15 @@ def _total_degree(dim: int, degree: int) -> IndexSet:
 
 
 def anisotropic(channel_bounds: Sequence[float], rank: int) -> tuple[IndexSet, float]:
-    r"""Multi-indices of the largest terms of the exponential, for channels of unequal size.
+    r"""Make the multi-indices of the largest terms of the exponential, for channels of unequal size.
 
-    Of :math:`e^x = \sum_\alpha \prod_t a_t^{\alpha_t} / \alpha_t!` with :math:`x = \sum_t a_t`, those with the largest
-    :math:`\prod_t \beta_t^{\alpha_t} / \alpha_t!` for :math:`|a_t| \le \beta_t`, each after all of its divisors. Where
-    all bounds are equal and small, this is `total_degree`.
+    These are the terms of :math:`e^x = \sum_\alpha \prod_t a_t^{\alpha_t} / \alpha_t!`, with :math:`x = \sum_t a_t` and
+    :math:`|a_t| \le \beta_t`, with the largest :math:`\prod_t \beta_t^{\alpha_t} / \alpha_t!`, each after all of its
+    divisors. If all bounds are equal and small, this is `total_degree`.
 
     Args:
-        channel_bounds: :math:`\beta_t \ge 0`, ``[d]``: for attention of order m, the scale times the largest
-            magnitudes of the m factors in channel t. They are static numbers.
+        channel_bounds: :math:`\beta_t \ge 0`, ``[d]``, static numbers: for attention of order m, the scale times the
+            largest magnitudes of the m factors in channel t.
         rank: the number r of multi-indices.
 
     Returns:
@@ -129,10 +129,10 @@ def anisotropic(channel_bounds: Sequence[float], rank: int) -> tuple[IndexSet, f
     """
     bounds = tuple(float(b) for b in channel_bounds)
     if not bounds or not all(0 <= b < math.inf for b in bounds):
-        raise ValueError(f"channel_bounds must be finite numbers that are not negative, got {channel_bounds!r}")
+        raise ValueError(f"channel_bounds must be finite and not negative, got {channel_bounds!r}")
     if sum(bounds) > 700:
         raise ValueError(
-            f"channel_bounds must sum to at most 700, got {sum(bounds)}: no polynomial is near to exp there"
+            f"channel_bounds must sum to at most 700, got {sum(bounds)}: no polynomial approximates exp there"
         )
     return _anisotropic(bounds, check_count("rank", rank))
 
@@ -150,7 +150,7 @@ def _anisotropic(bounds: tuple[float, ...], rank: int) -> tuple[IndexSet, float]
         for t in range(dim):
             child = (*alpha[:t], alpha[t] + 1, *alpha[t + 1 :])
             divisors_chosen[child] = divisors_chosen.get(child, 0) + 1
-            # A set without a divisor of a member would have no parent for it: a child waits for all of them.
+            # A multi-index is added only after all of its divisors, so that its parent is in the set.
             if divisors_chosen[child] == dim - child.count(0):
                 heapq.heappush(waiting, (cost - logs[t] + math.log(child[t]), degree + 1, child))
     last = {alpha: max((t for t in range(dim) if alpha[t]), default=-1) for alpha in chosen}
@@ -161,14 +161,14 @@ def _anisotropic(bounds: tuple[float, ...], rank: int) -> tuple[IndexSet, float]
     ]
     indices = _index_set(dim, np.array(parent), np.array([last[alpha] for alpha in ordered]))
     total = math.exp(sum(bounds))
-    # The tail is a difference of nearly equal numbers: the rounding of sums and exponentials is added to stay a bound.
+    # The tail is a difference of nearly equal numbers: rounding errors are added so that it stays a bound.
     rounding = 8 * (indices.degree + sum(bounds) + 2) * 2.0**-52 * total
     tail = total - math.fsum(math.exp(log_term) for log_term in chosen.values())
     return indices, max(tail, 0) + rounding
 
 
 def _index_set(dim: int, parent: np.ndarray, variable: np.ndarray) -> IndexSet:
-    """The set with its degrees and multinomials, from steps ordered by degree."""
+    """Make the set with its degrees and multinomials, from steps ordered by degree."""
     degrees, exponent = np.zeros(len(parent), np.int64), np.zeros(len(parent), np.int64)
     multinomials = np.ones(len(parent))
     here = np.flatnonzero(parent == 0)
@@ -182,20 +182,20 @@ def _index_set(dim: int, parent: np.ndarray, variable: np.ndarray) -> IndexSet:
 
 
 def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
-    r"""Computes the monomials :math:`x^\alpha = \prod_t x_t^{\alpha_t}` of each row, for all multi-indices of a set.
+    r"""Compute the monomials :math:`x^\alpha = \prod_t x_t^{\alpha_t}` of each row, for all multi-indices of a set.
 
-    Each is one product of an earlier one with a channel, so that there are neither powers nor divisions: derivatives
-    are finite everywhere.
+    Each is the product of an earlier one with a channel, without powers and divisions, so derivatives are finite
+    everywhere.
 
     Args:
         x: rows ``[N, D]``.
-        indices: the set, of ``D`` channels.
+        indices: a set with ``D`` channels.
 
     Returns:
         The monomials ``[N, R]``, float32 or wider.
 
     Raises:
-        ValueError: a set of another number of channels.
+        ValueError: the set has another number of channels.
         TypeError: rows that are not floating point.
 
     Example:
@@ -208,7 +208,7 @@ def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
     check_floating("x", x)
     if x.ndim != 2 or x.shape[1] != indices.dim:
         raise ValueError(f"x must be [N, D] with D = {indices.dim}, got shape {x.shape}")
-    # Rows of channels are gathered several times faster than columns.
+    # Gathering rows is several times faster than gathering columns.
     channels = x.T.astype(accumulation_dtype(x))
     blocks = [jnp.ones((1, x.shape[0]), channels.dtype)]
     starts = np.searchsorted(indices.degrees, np.arange(indices.degree + 2))
@@ -221,7 +221,7 @@ def monomials(x: Float[Array, "N D"], indices: IndexSet) -> Float[Array, "N R"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MonomialFeatures:
-    r"""Feature map of monomials, :math:`\phi_\alpha(x) = x^\alpha`, and their weights in a polynomial.
+    r"""The feature map of monomials, :math:`\phi_\alpha(x) = x^\alpha`, with their weights in a polynomial.
 
     Attributes:
         indices: the multi-indices.
@@ -251,10 +251,10 @@ class MonomialFeatures:
         scale: float | Array = 1.0,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Float[Array, " R"]:
-        r"""Weights of the products of features in a polynomial: :math:`c_k s^k k! / \prod_t \alpha_t!`, k the degree.
+        r"""Compute the weights of products of features in a polynomial, :math:`c_k s^k k! / \prod_t \alpha_t!`.
 
         Args:
-            coefficients: c, one for each degree of the set, which may be traced ``[degree + 1]``.
+            coefficients: c ``[degree + 1]``, one for each degree k of the set; may be traced.
             scale: s, of any sign.
             dtype: float32 or wider.
 
@@ -262,10 +262,10 @@ class MonomialFeatures:
             The weights ``[R]``, of any sign.
 
         Raises:
-            ValueError: another number of coefficients.
+            ValueError: a wrong number of coefficients.
         """
         by_degree = scaled_coefficients(coefficients, self.indices.degree, scale, dtype)
-        # As int32: an int64 array indexes differently with and without 64 bits, and one process may have both.
+        # As int32: an int64 array indexes differently with and without 64-bit mode, and one process may use both.
         return by_degree[jnp.asarray(self.indices.degrees, jnp.int32)] * jnp.asarray(self.indices.multinomials, dtype)
 
 
@@ -276,6 +276,6 @@ def scaled_coefficients(
     c = jnp.asarray(coefficients, dtype)
     if c.shape != (degree + 1,):
         raise ValueError(f"coefficients must be [{degree + 1}], one for each degree from 0, got shape {c.shape}")
-    # Products in place of powers have a derivative at any scale, 0 included.
+    # Unlike powers, products have a derivative at any scale, including 0.
     powers = jnp.cumprod(jnp.full((degree,), scale, dtype))
     return c * jnp.concatenate([jnp.ones(1, dtype), powers])

@@ -1,13 +1,13 @@
-r"""The polynomial method: attention of any order in linear time, where logits are bounded.
+r"""The polynomial method: attention of any order in linear time, for bounded logits.
 
-A polynomial P of degree g in place of the exponential makes the weight of a query and m - 1 keys a sum of products,
+With a polynomial P of degree g in place of the exponential, the weight of a query and m - 1 keys is a sum of products,
 
 .. math:: P\Big(s \sum_t q_t k^1_t \cdots k^{m-1}_t\Big)
           = \sum_{|\alpha| \le g} w_\alpha\, q^\alpha\, (k^1)^\alpha \cdots (k^{m-1})^\alpha,
 
 so sums over tuples of keys are products of sums over each set:
-:math:`(A \oslash B)^T (C \oslash E) = A^T C \odot B^T E`, whose left side has a row for every pair.
-No pair of keys is ever formed.
+:math:`(A \oslash B)^T (C \oslash E) = A^T C \odot B^T E`, whose left side has a row for every pair. No pair of keys is
+ever formed.
 """
 
 from collections.abc import Sequence
@@ -49,35 +49,36 @@ def tensor_polynomial(
     kv_mask: Any = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""Tensor attention of any order by the polynomial method, linear in the number of tokens.
+    r"""Approximate tensor attention of any order by the polynomial method, in time linear in the number of tokens.
 
     With the monomials :math:`U^a_{j\alpha} = (k^a_j)^\alpha` and :math:`\hat V^a = [V^a, 1]`,
 
     .. math:: G = w \odot \prod_a (U^a)^T \hat V^a, \qquad [\mathrm{num}_i, \mathrm{den}_i] = q_i^\alpha\, G, \qquad
               \mathrm{out}_i = \mathrm{num}_i / \mathrm{den}_i,
 
-    in :math:`2 (T + \sum_a S_a) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. The distance from
-    `tensor_attention` is bounded by `approx_attention.bounds.tensor_certificate`; it depends on the size of the logits
-    alone. A polynomial of odd degree may turn negative; a row whose normaliser is not positive gives 0.
+    in :math:`2 (T + \sum_a S_a) R (D_v + 1)` operations with :math:`R = \binom{D + g}{g}`. The error relative to
+    `tensor_attention` is bounded by `approx_attention.bounds.tensor_certificate`, and depends only on the size of the
+    logits. A polynomial of odd degree may be negative; a row whose normaliser is not positive gives 0.
 
-    q, k, v, is_causal, kv_mask, scale and return_state: as in `tensor_attention`. ``key`` is ignored: a sketch is
-    sampled when it is made.
+    q, k, v, is_causal, kv_mask, scale and return_state are as in `tensor_attention`. ``key`` is ignored, because a
+    sketch is sampled when it is made.
 
     Args:
-        degree: g, 2 by default; that of ``coefficients`` or ``features`` where they determine it.
+        degree: g; by default 2, or the degree of ``coefficients`` or ``features`` if they determine it.
         coefficients: ``"taylor"``; ``"minimax"`` and ``"chebyshev"`` for logits up to ``bound``; ``"hermite"`` for
-            logits of root mean square ``rms``; or the coefficients themselves, ``[g + 1]`` from the constant on.
+            logits with root mean square ``rms``; or numbers ``[g + 1]``, from the constant term on.
         bound: the largest magnitude of a logit, known when tracing; only with ``"minimax"`` and ``"chebyshev"``.
         rms: the root mean square of the logits, known when tracing; only with ``"hermite"``.
         features: an `IndexSet` of monomials, such as `anisotropic` for channels of unequal size; or the maps of a
-            sketch, the queries' first (`TensorSketch.draw`), which lose to monomials except for large D.
-        window: as in `tensor_attention`, for ``"both"`` only.
+            sketch, that of queries first (`TensorSketch.draw`), which are less accurate than monomials except for
+            large D.
+        window: as in `tensor_attention`, only for ``"both"``.
 
     Returns:
         Outputs ``[T, Dv]`` in the dtype of the values, or the state.
 
     Raises:
-        ValueError: shapes that do not fit, coefficients and a bound that do not go together.
+        ValueError: shapes that do not match, coefficients and a bound that do not go together.
         TypeError: dtypes that are not floating point, a bound that is not known when tracing.
         NotImplementedError: a window with ``"ordered"``.
 
@@ -126,25 +127,25 @@ def tensor_support_basis(
 ) -> AttentionState:
     r"""Tensor attention, exact for queries and keys with large entries, and by the polynomial method for the rest.
 
-    With C the large keys of each set, all pairs except those of two small keys are exact, under one normaliser:
+    With C the large keys of each set, all pairs except those of two small keys are exact, with one normaliser:
 
     .. math:: \sum_{j, l} = \underbrace{\sum_{j \in C_1,\, l}\; + \sum_{j \notin C_1,\, l \in C_2}}_{e^x}
               \; + \underbrace{\sum_{j \notin C_1,\, l \notin C_2}}_{P(x)},
 
-    and all pairs of large queries are exact. So the bound on logits is that of small queries and keys alone. The exact
-    part takes :math:`2 T S (|C_1| + |C_2|) (D + D_v)` operations at order 3, which is linear at order 2 only.
+    and all pairs of large queries are exact. So the bound of logits is that of small queries and keys only. The exact
+    part takes :math:`2 T S (|C_1| + |C_2|) (D + D_v)` operations at order 3; it is linear at order 2 only.
 
-    The other arguments: as in `tensor_polynomial`, with ``bound`` and ``rms`` those of small queries and keys.
+    The other arguments are as in `tensor_polynomial`, with ``bound`` and ``rms`` for small queries and keys.
 
     Args:
-        num_large_queries: the number of exact queries, those with the largest entries.
-        num_large_keys: the number of exact keys in each set, likewise.
+        num_large_queries: the number of exact queries, which are those with the largest entries.
+        num_large_keys: the number of exact keys in each set, which are those with the largest entries.
 
     Returns:
         As `tensor_polynomial`.
 
     Raises:
-        ValueError: shapes that do not fit, a negative count, more than there are.
+        ValueError: shapes that do not match, a count that is negative or above the number of tokens.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -169,8 +170,8 @@ def tensor_support_basis(
         for x, chosen, mask in zip(inputs.keys, large, inputs.masks, strict=True)
     )
     state = attend(inputs.q, kernel.summarize(inputs._replace(masks=small)))
-    # Term a: a large key in set a, small ones in the sets before it, any in those after it. The terms are disjoint, so
-    # that their states merge.
+    # Term a: a large key in set a, small keys in earlier sets, any keys in later sets. The terms are disjoint, so their
+    # states merge.
     for a, chosen in enumerate(large if num_large_keys else ()):
         keys, values, masks = list(inputs.keys), list(inputs.values), [*small[:a], *inputs.masks[a:]]
         keys[a], values[a] = keys[a][chosen], values[a][chosen]
@@ -188,5 +189,5 @@ def _largest_entries(name: str, x: Array, count: int) -> Array:
     count = check_count(name, count, 0)
     if count > x.shape[0]:
         raise ValueError(f"{name} must be at most the number of tokens, {x.shape[0]}, got {count}")
-    # Which rows are exact is a choice, without a derivative.
+    # The choice of exact rows has no derivative.
     return lax.top_k(lax.stop_gradient(jnp.max(jnp.abs(x), axis=1)), count)[1]

@@ -1,10 +1,10 @@
-r"""Polynomials in place of the exponential on :math:`[-\beta, \beta]`, and the error of the attention weights.
+r"""Polynomial approximations of the exponential on :math:`[-\beta, \beta]`, and the error of attention weights.
 
-Attention divides by a normaliser, so a constant factor is free: the error of a polynomial P is the variation of the
-ratio :math:`P(x) e^{-x}` over the logits, and not its distance from the exponential.
+Attention divides by a normaliser, so a constant factor cancels: the error of a polynomial P is the variation of the
+ratio :math:`P(x) e^{-x}` over the logits, not its distance from the exponential.
 
-Everything here happens before tracing, in Python numbers and float64: degrees, bounds and root mean squares are static.
-Traced arrays need coefficients that do not depend on them, such as Taylor's.
+All computations here are static, in Python numbers and float64: degrees, bounds and root mean squares must be known
+when tracing. For traced arrays use coefficients that do not depend on them, such as Taylor's.
 """
 
 import decimal
@@ -22,13 +22,13 @@ from approx_attention.core import check_choice, check_count, known_number, shown
 
 Coefficients = Literal["taylor", "chebyshev", "minimax", "hermite"]
 
-# The number that a kind depends on besides its degree.
+# The parameter of each kind in addition to the degree.
 _TAKES: dict[str, str | None] = {"taylor": None, "chebyshev": "bound", "minimax": "bound", "hermite": "rms"}
 
-# Degrees beyond this gain nothing that coefficients in float64 can represent.
+# Coefficients in float64 cannot represent the improvement of higher degrees.
 MAX_DEGREE = 64
 
-# Rounding of coefficients costs 1e-16 exp(2 bound): beyond this there is nothing left to certify.
+# Rounding of coefficients adds an error of 1e-16 exp(2 bound): beyond this no certificate is possible.
 MAX_CERTIFIED = 18.0
 
 _ZERO = np.array([Decimal(0)])
@@ -37,7 +37,7 @@ _ZERO = np.array([Decimal(0)])
 def exp_coefficients(
     kind: str, degree: int, *, bound: float | None = None, rms: float | None = None
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    r"""Computes coefficients c of a polynomial :math:`P(x) = \sum_k c_k x^k` in place of :math:`e^x`.
+    r"""Compute the coefficients c of a polynomial :math:`P(x) = \sum_k c_k x^k` that approximates :math:`e^x`.
 
     .. math:: \text{taylor: } c_k = \frac1{k!}, \qquad
               \text{chebyshev: } P(x) = I_0(\beta) + 2 \sum_{k \le g} I_k(\beta)\, T_k(x / \beta), \qquad
@@ -45,13 +45,14 @@ def exp_coefficients(
               \text{hermite: } \min_P E_{x \sim N(0, \sigma^2)} (P(x) - e^x)^2, \quad
               c_k = \frac{e^{\sigma^2/2}}{k!} \sum_{j \le (g-k)/2} \frac{(-\sigma^2/2)^j}{j!}.
 
-    Taylor polynomials are safe for any logits: those of even degree are positive everywhere. Minimax has the best
-    certificate (`ratio_range`) for logits with a known bound; it is computed for this very bound, by Remez exchange in
-    decimal arithmetic. Hermite has the least measured error for logits of a small root mean square, and no certificate.
+    Taylor polynomials of even degree are positive everywhere, and so safe for any logits. Minimax has the best
+    certificate (`ratio_range`) for logits with a known bound; it is computed for this bound, by Remez exchange in
+    decimal arithmetic. Hermite has the smallest measured error for logits with a small root mean square, but no
+    certificate.
 
     Args:
         kind: ``"taylor"``, ``"chebyshev"``, ``"minimax"`` or ``"hermite"``.
-        degree: g, known when tracing.
+        degree: the degree g, known when tracing.
         bound: :math:`\beta`, the largest magnitude of a logit; for ``"chebyshev"`` and ``"minimax"``.
         rms: :math:`\sigma`, the root mean square of the logits; for ``"hermite"``.
 
@@ -59,8 +60,8 @@ def exp_coefficients(
         The coefficients of ascending powers ``[degree + 1]``.
 
     Raises:
-        ValueError: an unknown kind; a kind without its bound or root mean square, with that of another, or a bad one.
-        TypeError: a degree, bound or root mean square that is not known when tracing.
+        ValueError: an unknown kind; a missing, superfluous or invalid bound or root mean square.
+        TypeError: a traced degree, bound or root mean square.
 
     Example:
         >>> from approx_attention.tensor import exp_coefficients
@@ -83,14 +84,14 @@ def exp_coefficients(
     bound = _static(kind, "bound", bound)
     # exp(709) is the largest float64.
     if bound > 700:
-        raise ValueError(f"bound must be at most 700, got {bound}: no polynomial is near to exp over such logits")
+        raise ValueError(f"bound must be at most 700, got {bound}: no polynomial approximates exp over such logits")
     if bound == 0:
         return _taylor(degree)
     return np.array(_chebyshev(degree, bound) if kind == "chebyshev" else _minimax(degree, bound)[0])
 
 
 def check_taken(coefficients: object, *, bound: float | None, rms: float | None) -> None:
-    """Raises ``ValueError`` for a bound or a root mean square that coefficients, a kind or numbers, do not take."""
+    """Raise ``ValueError`` for a bound or root mean square that the coefficients, a kind or numbers, do not use."""
     takes = None
     if isinstance(coefficients, str):
         check_choice("coefficients", coefficients, get_args(Coefficients))
@@ -99,12 +100,12 @@ def check_taken(coefficients: object, *, bound: float | None, rms: float | None)
         if value is not None and name != takes:
             kinds = " and ".join(repr(kind) for kind, number in _TAKES.items() if number == name)
             given = repr(coefficients) if isinstance(coefficients, str) else "coefficients that are numbers"
-            raise ValueError(f"{name} is for coefficients {kinds}, got {name}={shown(value)} with {given}")
+            raise ValueError(f"{name} is only for coefficients {kinds}, got {name}={shown(value)} with {given}")
 
 
 def num_coefficients(coefficients: Any) -> int:
-    """The number of coefficients given as numbers; raises ``TypeError`` unless they are real and a vector."""
-    # A traced array has a shape and a dtype, which suffice. Kind V: bfloat16 and other types that NumPy does not know.
+    """The number of coefficients given as numbers. Raises ``TypeError`` unless they are a real vector."""
+    # The shape and dtype of a traced array suffice. Kind V: bfloat16 and other types that NumPy does not know.
     given = coefficients if hasattr(coefficients, "dtype") else np.asarray(coefficients)
     if given.ndim != 1 or given.shape[0] == 0 or given.dtype.kind not in "iufV":
         raise TypeError(
@@ -115,26 +116,26 @@ def num_coefficients(coefficients: Any) -> int:
 
 
 def taken_by(kind: str, *, bound: float | None = None, rms: float | None = None) -> dict[str, float | None]:
-    """Selects the bound or the root mean square that a kind takes, as an argument of `exp_coefficients`."""
+    """Select the bound or the root mean square that a kind uses, as an argument of `exp_coefficients`."""
     check_choice("coefficients", kind, get_args(Coefficients))
     return {name: value for name, value in (("bound", bound), ("rms", rms)) if name == _TAKES[kind]}
 
 
 def minimax_error(degree: int, bound: float) -> float:
-    r"""Least relative error of a polynomial in place of exp, :math:`\min_P \max_{|x| \le \beta} |P(x) e^{-x} - 1|`.
+    r"""Compute the least relative error of a polynomial, :math:`\min_P \max_{|x| \le \beta} |P(x) e^{-x} - 1|`.
 
-    In exact arithmetic: the coefficients of `exp_coefficients`, rounded to float64, are off by about
-    :math:`10^{-16} e^{2\beta}` more, which `ratio_range` counts.
+    In exact arithmetic. Rounding the coefficients of `exp_coefficients` to float64 adds an error of about
+    :math:`10^{-16} e^{2\beta}`, which `ratio_range` includes.
 
     Args:
-        degree: g.
+        degree: the degree g.
         bound: :math:`\beta > 0`.
 
     Returns:
         The error.
 
     Raises:
-        ValueError: a bad degree or bound.
+        ValueError: an invalid degree or bound.
 
     Example:
         >>> from approx_attention.tensor import minimax_error
@@ -151,24 +152,24 @@ def minimax_error(degree: int, bound: float) -> float:
 
 
 def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tuple[float, float]:
-    r"""Computes the least and the greatest :math:`P(x) e^{-x}` over :math:`[-\beta, \beta]`.
+    r"""Compute the smallest and the largest :math:`P(x) e^{-x}` over :math:`[-\beta, \beta]`.
 
-    They are at the ends or where :math:`P' = P`. All such points are found, in exact arithmetic to 2^-53 of the
-    interval, and so is every root of P, also where P dips below zero only briefly; the values are exact except for the
-    last rounding. So the range is that of the coefficients in float64, whose rounding costs minimax about
-    :math:`10^{-16} e^{2\beta}`; the rounding of the sums of attention is not part of it.
+    They are at the ends or where :math:`P' = P`. All such points, and all roots of P, are found in exact arithmetic to
+    2^-53 of the interval; the values are exact up to the final rounding. The range is that of the coefficients in
+    float64, whose rounding adds about :math:`10^{-16} e^{2\beta}` for minimax. It does not include the rounding of sums
+    in attention.
 
     Args:
-        coefficients: of ascending powers ``[degree + 1]``.
+        coefficients: coefficients of ascending powers ``[degree + 1]``.
         bound: :math:`\beta \ge 0`.
 
     Returns:
-        ``(lo, hi)``; ``lo`` is at most 0 where P has a root, or is too near to one to decide. ``hi`` is infinite, or
-        ``lo`` minus infinity, beyond the largest number.
+        ``(lo, hi)``. ``lo`` is at most 0 if P has a root, or may have one within the precision. ``hi`` is infinite, or
+        ``lo`` minus infinity, on overflow.
 
     Raises:
-        ValueError: coefficients that are no finite vector, a bad bound.
-        TypeError: a bound that is not a number known when tracing.
+        ValueError: coefficients that are not a finite vector, an invalid bound.
+        TypeError: a bound that is not a concrete number.
 
     Example:
         >>> from approx_attention.tensor import ratio_range
@@ -185,7 +186,8 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
     bound = _static("ratio_range", "bound", bound)
 
     whole = _whole_numbers(given, bound)
-    # P' - P in a common unit too: bound is a quotient of whole numbers, and so is the derivative for x over it.
+    # P' - P in a common unit too: the bound is a quotient of integers, and so is the derivative with respect to x /
+    # bound.
     over, under = bound.as_integer_ratio()
     slope = [*[under * k * c for k, c in enumerate(whole)][1:], 0]
     slope = [rise - over * c for rise, c in zip(slope, whole, strict=True)]
@@ -196,24 +198,23 @@ def ratio_range(coefficients: np.ndarray | Sequence[float], bound: float) -> tup
 
 
 def weight_bound(lo: float, hi: float) -> float:
-    r"""Bounds the error of attention weights whose exponentials are off by factors between ``lo`` and ``hi``.
+    r"""Bound the error of attention weights whose exponentials have errors of factors between ``lo`` and ``hi``.
 
     .. math:: \tfrac12 \sum_j |\tilde w_j - w_j| \le \frac{\sqrt{hi/lo} - 1}{\sqrt{hi/lo} + 1}
               = \tanh\bigl(\tfrac14 \ln \tfrac{hi}{lo}\bigr).
 
-    An output is then off by no more than this times the range of the values in its channel, and the weights are
-    positive.
+    The error of an output is then at most this times the range of the values in its channel. The weights are positive.
 
     Args:
-        lo: the least factor.
-        hi: the greatest.
+        lo: the smallest factor.
+        hi: the largest factor.
 
     Returns:
-        The bound on the total variation, below 1; infinite where ``lo`` is not positive.
+        The bound of the total variation, below 1; infinite if ``lo`` is not positive.
 
     Raises:
-        TypeError: factors that are not numbers known when tracing.
-        ValueError: ``lo`` is not at most ``hi``.
+        TypeError: factors that are not concrete numbers.
+        ValueError: ``lo`` exceeds ``hi``.
 
     Example:
         >>> from approx_attention.tensor import exp_coefficients, ratio_range, weight_bound
@@ -243,9 +244,9 @@ def choose_degree(
     rms: float | None = None,
     max_rank: int = 50_000,
 ) -> int:
-    r"""Finds the least even degree whose weights meet a tolerance for all logits in :math:`[-\beta, \beta]`.
+    r"""Find the smallest even degree whose weights meet a tolerance for all logits in :math:`[-\beta, \beta]`.
 
-    Even, because polynomials of odd degree turn negative just beyond the bound.
+    Even, because polynomials of odd degree become negative just beyond the bound.
 
     Args:
         tolerance: the largest total variation between the weights (`weight_bound`), between 0 and 1.
@@ -253,13 +254,13 @@ def choose_degree(
         dim: the number d of channels, for the rank :math:`\binom{d+g}{g}`.
         coefficients: the kind of coefficients (`exp_coefficients`).
         rms: as in `exp_coefficients`, for ``"hermite"``.
-        max_rank: the largest rank that is accepted.
+        max_rank: the largest accepted rank.
 
     Returns:
         The degree.
 
     Raises:
-        ValueError: a rank above ``max_rank``; no degree that meets the tolerance; a root mean square for another kind.
+        ValueError: the rank exceeds ``max_rank``, no degree meets the tolerance, or ``rms`` is for another kind.
 
     Example:
         >>> from approx_attention.tensor import choose_degree
@@ -272,7 +273,7 @@ def choose_degree(
         raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
     if coefficients in ("minimax", "chebyshev") and bound > MAX_CERTIFIED:
         raise ValueError(
-            f"no {coefficients} polynomial with coefficients in float64 is right for logits beyond {MAX_CERTIFIED:g}, "
+            f"no {coefficients} polynomial with float64 coefficients is accurate for logits beyond {MAX_CERTIFIED:g}, "
             f"got {bound}: bound the logits"
         )
     numbers = {**taken_by(coefficients, bound=bound), "rms": rms}
@@ -282,20 +283,20 @@ def choose_degree(
             break
     else:
         raise ValueError(
-            f"no {coefficients} polynomial of an even degree up to {MAX_DEGREE} is right to {tolerance} for logits up "
+            f"no {coefficients} polynomial of even degree up to {MAX_DEGREE} meets tolerance {tolerance} for logits up "
             f"to {bound}"
         )
     rank = math.comb(dim + degree, degree)
     if rank > max_rank:
         raise ValueError(
-            f"an error of {tolerance} for logits up to {bound} takes degree {degree}, whose rank for {dim} channels is "
+            f"an error of {tolerance} for logits up to {bound} needs degree {degree}, whose rank for {dim} channels is "
             f"{rank}, more than max_rank = {max_rank}: project to fewer channels, or bound the logits"
         )
     return degree
 
 
 def _static(owner: str, name: str, value: float | None) -> float:
-    """Returns a number that is known when tracing, finite and not negative."""
+    """Return a concrete number that is finite and not negative."""
     if value is None:
         raise ValueError(f"{owner} needs {name}")
     number = known_number(name, value)
@@ -310,10 +311,10 @@ def _taylor(degree: int) -> np.ndarray:
 
 
 def _hermite(degree: int, rms: float) -> np.ndarray:
-    """Projections of exp on Hermite polynomials, summed in closed form; in fractions, because terms alternate."""
-    # The factor exp(rms^2 / 2) is 1e195 there.
+    """The projection of exp on Hermite polynomials in closed form; in fractions, because terms alternate."""
+    # At this limit the factor exp(rms^2 / 2) is 1e195.
     if rms > 30:
-        raise ValueError(f"rms must be at most 30, got {rms}: no polynomial is near to exp over such logits")
+        raise ValueError(f"rms must be at most 30, got {rms}: no polynomial approximates exp over such logits")
     variance = Fraction(rms) ** 2 / 2
     terms = [(-variance) ** j / math.factorial(j) for j in range(degree // 2 + 1)]
     sums = [sum(terms[: (degree - k) // 2 + 1]) / math.factorial(k) for k in range(degree + 1)]
@@ -321,7 +322,7 @@ def _hermite(degree: int, rms: float) -> np.ndarray:
 
 
 def _ratio(coefficients: np.ndarray, bound: float, x: float) -> float:
-    """P(t) e^-t at t = bound x: the sum is exact, and rounded once."""
+    """P(t) e^-t at t = bound x: the sum is exact and rounded once."""
     at, total = Fraction(bound) * Fraction(x), Fraction(0)
     for c in reversed(coefficients.tolist()):
         total = total * at + Fraction(c)
@@ -333,31 +334,31 @@ def _ratio(coefficients: np.ndarray, bound: float, x: float) -> float:
         ratio = math.inf
     if 0 < abs(ratio) < math.inf:
         return ratio
-    # One of the factors leaves the range of floats, and the product need not.
+    # A factor may overflow although the product does not.
     size = math.log(abs(total.numerator)) - math.log(total.denominator) - float(at)
     size = math.exp(size) if size < 709 else math.inf
     return size if total > 0 else -size
 
 
 def _whole_numbers(coefficients: np.ndarray, bound: float) -> list[int]:
-    """The coefficients of P(bound x), as a polynomial of x, in whole numbers of a common unit."""
+    """The coefficients of P(bound x), as a polynomial of x, as integers in a common unit."""
     terms = [Fraction(c) * Fraction(bound) ** k for k, c in enumerate(coefficients.tolist())]
-    # Floats are whole numbers over powers of 2, so that the largest denominator is the common one.
+    # Floats are integers over powers of 2, so the largest denominator is the common one.
     unit = max(term.denominator for term in terms)
     return [int(term * unit) for term in terms]
 
 
 def _real_roots_within(whole: list[int]) -> list[float]:
-    """Points of [-1, 1] such that every real root there of a polynomial in whole numbers is within 2^-53 of one.
+    """Points in [-1, 1] such that every real root of an integer polynomial in [-1, 1] is within 2^-53 of a point.
 
-    A polynomial whose coefficients in Bernstein's form on an interval have one sign has no root within. Intervals are
-    halved until this holds or they are that short; numbers stay whole, so that no root is lost. Where two roots,
-    complex ones too, are nearer to each other than that, there may be a point without a root.
+    A polynomial whose Bernstein coefficients on an interval have one sign has no root inside. Intervals are halved
+    until this holds or they are short enough; arithmetic is exact, so no root is lost. If two roots, also complex ones,
+    are closer to each other than this, there may be a point without a root.
     """
     degree = max((k for k, c in enumerate(whole) if c), default=0)
     if degree == 0:
         return []
-    # Powers of x + 1, then Bernstein's form on [-1, 1].
+    # Powers of x + 1, then the Bernstein form on [-1, 1].
     shifted = np.array(whole[: degree + 1], object)
     for k in range(degree):
         for j in range(degree - 1, k - 1, -1):
@@ -389,7 +390,7 @@ def _real_roots_within(whole: list[int]) -> list[float]:
 
 @functools.lru_cache
 def _chebyshev(degree: int, bound: float) -> tuple[float, ...]:
-    """The truncated Chebyshev series of exp, with enough digits for the cancellation of its powers."""
+    """The truncated Chebyshev series of exp, with enough digits for the cancellation of powers."""
     with decimal.localcontext(prec=40 + degree + math.ceil(bound)):
         half = Decimal(bound) / 2
         series = []
@@ -404,19 +405,19 @@ def _chebyshev(degree: int, bound: float) -> tuple[float, ...]:
 
 @functools.lru_cache
 def _minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
-    r"""The polynomial whose relative error is least, and that error, by Remez exchange.
+    r"""The polynomial with the least relative error, and this error, by Remez exchange.
 
-    With :math:`E` the error levelled at :math:`g + 2` points, :math:`P(x_i) = e^{x_i} (1 + (-1)^i E)`: the divided
-    difference of order :math:`g + 1` gives E, and those before it P. The error of P has its other extrema at the ends
-    and where :math:`P' = P`, whose roots are all real: they are the next points.
+    With the error E levelled at :math:`g + 2` points, :math:`P(x_i) = e^{x_i} (1 + (-1)^i E)`. The divided difference
+    of order :math:`g + 1` gives E, and lower orders give P. The extrema of the error of P are at the ends and at the
+    roots of :math:`P' = P`, which are all real: these are the next points.
     """
     small = (math.lgamma(degree + 2) - (degree + 1) * math.log(bound / 2)) / math.log(10)
-    # 40 digits for the result and Newton's form, more for powers that cancel, and as many as the error itself is small.
+    # 40 digits for the result and Newton's form, more for the cancellation of powers, and more for a small error.
     with decimal.localcontext(prec=40 + degree + math.ceil(bound + max(small, 0))):
-        # From the extrema of a Chebyshev polynomial.
+        # Initialised with the extrema of a Chebyshev polynomial.
         points = np.array([Decimal(-bound * math.cos(math.pi * i / (degree + 1))) for i in range(degree + 2)])
         sign = np.array([Decimal((-1) ** i) for i in range(degree + 2)])
-        # The exchange takes some ten rounds; 100 are a limit that raises.
+        # The exchange takes about ten rounds; after 100 it raises.
         for _ in range(100):
             value = np.array([x.exp() for x in points])
             smooth, level = _divided_differences(points, value), _divided_differences(points, sign * value)
@@ -428,7 +429,7 @@ def _minimax(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
             # Levelled to 12 digits: the exchange converges quadratically, and coefficients are rounded to 16.
             if max(error) - min(error) <= Decimal("1e-12") * max(error):
                 return tuple(float(c) for c in powers), float(max(error))
-    raise ArithmeticError(f"the exchange for degree {degree} and bound {bound} has not converged")
+    raise ArithmeticError(f"the Remez exchange for degree {degree} and bound {bound} has not converged")
 
 
 def _divided_differences(x: np.ndarray, f: np.ndarray) -> np.ndarray:
@@ -448,14 +449,14 @@ def _powers(newton: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _derivative(powers: np.ndarray) -> np.ndarray:
-    """The coefficients of the derivative, and a zero for the highest power."""
+    """The coefficients of the derivative, padded with a zero for the highest power."""
     return np.append(powers[1:] * np.arange(1, len(powers)), _ZERO)
 
 
 def _real_roots(powers: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The roots of a polynomial all of whose roots are real, by Ehrlich and Aberth's iteration from distinct points."""
+    """The roots of a polynomial with real roots only, by Ehrlich-Aberth iteration from distinct points."""
     roots, slope = start, _derivative(powers)
-    # It converges cubically from points near the roots; 200 steps are a limit that it does not reach.
+    # It converges cubically from points near the roots, long before the limit of 200 steps.
     for _ in range(200):
         step = polynomial.polyval(roots, powers) / polynomial.polyval(roots, slope)
         apart = [sum((1 / (x - y) for j, y in enumerate(roots) if j != i), Decimal(0)) for i, x in enumerate(roots)]

@@ -25,18 +25,18 @@ from approx_attention.tensor.inputs import TensorInputs
 from approx_attention.tensor.kernels import Kernel
 from approx_attention.tensor.polynomials import Coefficients
 
-# Terms [chunk, R, Dv + 1] of a causal chunk stay in cache below this size, 512 KB in float32. Larger chunks would save
-# steps of the scan, and read their terms from memory.
+# Below this size, 512 KB in float32, the terms [chunk, R, Dv + 1] of a causal chunk stay in cache. Larger chunks would
+# need fewer steps of the scan, but read their terms from memory.
 CHUNK_TERMS = 2**17
 
 
 class TensorDecoder(NamedTuple):
-    """Decoder of causal tensor attention, token by token, with a state of constant size.
+    """A decoder of causal tensor attention, with a state of constant size.
 
     Attributes:
-        init: ``(value_dim, dtype) -> state`` of no token, in the dtype of the kernel by default.
-        step: ``(state, q [b, D], keys, values, masks) -> (state, AttentionState)`` of b more tokens: scaled queries,
-            and per set keys ``[b, D]``, values ``[b, Dv]`` and a mask ``[b]`` or None.
+        init: ``(value_dim, dtype) -> state`` without tokens, by default in the dtype of the kernel.
+        step: ``(state, q [b, D], keys, values, masks) -> (state, AttentionState)`` for b more tokens: scaled queries,
+            and for each set keys ``[b, D]``, values ``[b, Dv]`` and a mask ``[b]`` or None.
     """
 
     init: Callable[..., Any]
@@ -55,13 +55,13 @@ def running_tensor_polynomial(
     is_causal: Literal["both", "ordered"] = "both",
     dtype: Any = jnp.float32,
 ) -> TensorDecoder:
-    r"""Makes a decoder by the polynomial method: :math:`O(R D_v)` time and memory per token, at any position.
+    r"""Make a decoder by the polynomial method: :math:`O(R D_v)` time and memory per token, at any position.
 
     With running sums :math:`G^a_i = \sum_{j \le i} U^a_j \hat V^a_j`, the moments of pairs are
     :math:`G^1_i \odot G^2_i` for ``"both"`` and :math:`\sum_{j \le i} (U^1_j \hat V^1_j) \odot G^2_j` for
     ``"ordered"``.
 
-    degree, coefficients, bound, rms, features and is_causal: as in `tensor_polynomial`.
+    degree, coefficients, bound, rms, features and is_causal are as in `tensor_polynomial`.
 
     Args:
         head_dim: the number D of channels.
@@ -72,7 +72,7 @@ def running_tensor_polynomial(
         The `TensorDecoder`; fold the scale into the queries.
 
     Raises:
-        ValueError: an order below 2, an unknown ``is_causal``, coefficients and a bound that do not go together.
+        ValueError: an order below 2, an unknown ``is_causal``, incompatible coefficients and bound.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -95,7 +95,7 @@ def running_tensor_polynomial(
 
 
 def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
-    """The decoder of a kernel, whose step takes any number of tokens: causal attention is a scan of it over chunks."""
+    """The decoder of a kernel. Its step takes any number of tokens; causal attention scans it over chunks."""
 
     def init(value_dim: int, dtype: Any = kernel.weights.dtype) -> tuple[Array, ...]:
         return tuple(jnp.zeros((kernel.weights.shape[0], value_dim + 1), dtype) for _ in kernel.key_maps)
@@ -109,7 +109,8 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
     ) -> tuple[tuple[Array, ...], AttentionState]:
         seen = jnp.tri(q.shape[0], dtype=sums[0].dtype)
         after, pairs = [], jnp.ones((), sums[0].dtype)
-        # From the last set to the first: in order, the terms of a set are times the running sums of the set after it.
+        # From the last set to the first: with "ordered", the terms of a set are multiplied by the running sums of the
+        # next set.
         for a in reversed(range(len(keys))):
             mask = None if masks is None else masks[a]
             terms = _terms(kernel.key_maps[a], *token_sums_inputs(keys[a], values[a], mask), mask)
@@ -122,7 +123,7 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
 
 
 def causal_state_of(kernel: Kernel, inputs: TensorInputs, ordered: bool) -> AttentionState:
-    """Causal state: chunks of tokens in order, each by running sums over its tokens."""
+    """The causal state, by chunks of tokens with running sums."""
     chunk, tokens = _chunks(kernel, inputs, CHUNK_TERMS)
     decoder = _decoder(kernel, ordered)
     sums = decoder.init(inputs.values[0].shape[1], inputs.q.dtype)
@@ -132,19 +133,20 @@ def causal_state_of(kernel: Kernel, inputs: TensorInputs, ordered: bool) -> Atte
 
 
 def windowed_state_of(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, ...]) -> AttentionState:
-    r"""Windowed state: sums of the chunks that a window covers, and of single tokens at both ends.
+    r"""The windowed state: sums of the chunks that a window covers, and of single tokens at both ends.
 
     Differences of prefix sums would cancel in low precision; here nothing is subtracted. A window of w tokens up to
-    token i of chunk c is the part of chunks c - p - 1 and c - p in it, with :math:`p = \lfloor (w - 1) / b \rfloor`,
-    the whole chunks between, and the tokens of chunk c up to i.
+    token i of chunk c consists of its part of chunks c - p - 1 and c - p, with
+    :math:`p = \lfloor (w - 1) / b \rfloor`, of the whole chunks in between, and of the tokens of chunk c up to i.
     """
     num_queries, dtype = inputs.q.shape[0], inputs.q.dtype
     chunk, tokens = _chunks(kernel, inputs, CHUNK_TERMS // 2)
     whole = [(min(width, num_queries) - 1) // chunk for width in widths]
     shape = kernel.weights.shape[0], inputs.values[0].shape[1] + 1
     rings = tuple(jnp.zeros((max(p - 1, 0), *shape), dtype) for p in whole)
-    # A derivative stores the rings of every chunk of a group, and of the first chunk of every group. With a square root
-    # of the chunks per group both are few, at the price of a second forward pass, which small rings do not need.
+    # A derivative stores the rings of every chunk of a group, and of the first chunk of every group. Groups of the
+    # square root of the number of chunks keep both small, at the cost of a second forward pass, which small rings do
+    # not need.
     count = -(-num_queries // chunk)
     groups = math.isqrt(count) if count * sum(ring.size for ring in rings) > GREATEST_TILE else 1
     per_group = -(-count // groups)
@@ -164,7 +166,7 @@ def windowed_state_of(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, .
         place = jnp.arange(chunk, dtype=jnp.int32)
         pairs, kept = jnp.ones((), dtype), []
         for key_map, (k, v, mask), p, width, ring in zip(kernel.key_maps, sets, whole, widths, rings, strict=True):
-            # Places relative to the first token of this chunk; the array starts p + 1 chunks before the sequence.
+            # Positions relative to the first token of this chunk; the array starts p + 1 chunks before the sequence.
             near = [-(p + 1), -p, 0] if p else [-1, 0]
             terms, at = [], []
             for offset in near:
@@ -191,11 +193,11 @@ def windowed_state_of(kernel: Kernel, inputs: TensorInputs, widths: tuple[int, .
 
 
 def _chunks(kernel: Kernel, inputs: TensorInputs, most_terms: int) -> tuple[int, tuple[Any, ...]]:
-    """Tokens per chunk, and all tokens with the number of keys cut or padded to that of the queries."""
+    """The chunk size, and all tokens, with keys cut or padded to the number of queries."""
     num_queries = inputs.q.shape[0]
     per_token = kernel.weights.shape[0] * (inputs.values[0].shape[1] + 1)
-    # At least 4 tokens, for any number of features; at most 64, because the triangle of a chunk costs each token one
-    # product per token of the chunk.
+    # At least 4 tokens, for any number of features; at most 64, because in a chunk every token costs one product per
+    # token of the chunk.
     chunk = min(num_queries, max(4, min(64, most_terms // per_token)))
 
     def aligned(x: Array) -> Array:
@@ -208,9 +210,9 @@ def _chunks(kernel: Kernel, inputs: TensorInputs, most_terms: int) -> tuple[int,
 
 
 def _terms(key_map: FeatureMap, k: Array, v: Array, mask: Array | None) -> Array:
-    r"""Contribution of each token to the moments of its set, :math:`U_j \hat V_j`: ``[b, R, Dv + 1]``."""
+    r"""The contribution of each token to the moments of its set, :math:`U_j \hat V_j`: ``[b, R, Dv + 1]``."""
     features = _rows(key_map, k)
-    # Features are masked and not keys: a key of zeros still has the monomial of degree 0.
+    # Features are masked instead of keys: a key of zeros still has the monomial of degree 0.
     if mask is not None:
         features = jnp.where(mask[:, None], features, jnp.zeros_like(features))
     with_one = jnp.concatenate([v, jnp.ones((v.shape[0], 1), v.dtype)], axis=1)
@@ -218,12 +220,12 @@ def _terms(key_map: FeatureMap, k: Array, v: Array, mask: Array | None) -> Array
 
 
 def _answer(kernel: Kernel, q: Array, pairs: Array) -> AttentionState:
-    """States of queries ``[b, D]`` from the moments of pairs that each of them sees, ``[b, R, Dv + 1]``."""
+    """The states of queries ``[b, D]`` from the moments of their visible pairs, ``[b, R, Dv + 1]``."""
     total = jnp.einsum("br,brc->bc", _rows(kernel.query_map, q) * kernel.weights[None, :], pairs)
     return normalise(total[:, :-1], total[:, -1], jnp.zeros(q.shape[0], total.dtype))
 
 
 def _rows(feature_map: FeatureMap, x: Array) -> Array:
-    """Features as plain numbers ``[N, R]``: those of polynomials are of moderate size, and need no log-scale."""
+    """Features as plain numbers ``[N, R]``: features of polynomials have moderate size, and need no log-scale."""
     values, log_scale = feature_map(x)
     return values * jnp.exp(log_scale)

@@ -1,18 +1,18 @@
-r"""Random features of a polynomial of a multilinear form, where its monomials are too many.
+r"""Random features of a polynomial of a multilinear form, for cases with too many monomials.
 
-For m vectors :math:`y^a` of d channels and :math:`x = s \sum_t \prod_a y^a_t`, a sketch is m feature maps, the first
-for queries and one for each kind of keys, with
+For m vectors :math:`y^a` with d channels and :math:`x = s \sum_t \prod_a y^a_t`, a sketch consists of m feature maps,
+the first for queries and one for each set of keys, with
 
 .. math:: E \sum_r w_r \prod_a \phi^a_r(y^a) = \sum_k c_k x^k.
 
-Degrees up to ``exact_degree`` are monomials, without error; of the others each gets ``size`` random features. There are
-:math:`m - 1` independent sign vectors, one for each kind of keys, and the queries take their product, so that signs
-cancel where all m factors agree in a coordinate, and on average only there.
+Degrees up to ``exact_degree`` use monomials, without error; each higher degree uses ``size`` random features. There are
+:math:`m - 1` independent sign vectors, one for each set of keys, and the queries use their product, so that signs
+cancel if all m factors use the same coordinate, and on average only then.
 
-The error of a degree-k estimate is of the order of :math:`(s \prod_a \|y^a\|)^k`, and its mean is
-:math:`x^k`. In a form of three factors :math:`|x|` is less than the norms by a factor of about d. So at equal rank
-sketches lose to the monomials of a lower degree for d = 16, and at d = 64 they win little, between two degrees whose
-monomials are affordable. Their estimates of the kernel are unbiased, but not positive: a normaliser may be negative.
+The mean of a degree-k estimate is :math:`x^k`, and its error is of order :math:`(s \prod_a \|y^a\|)^k`. For three
+factors :math:`|x|` is smaller than the product of norms by a factor of about d. So at equal rank sketches are less
+accurate than monomials of a lower degree for d = 16, and at d = 64 slightly better between two degrees with affordable
+monomials. Estimates of the kernel are unbiased, but not positive: a normaliser may be negative.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from approx_attention.tensor.monomials import MonomialFeatures, monomials, scale
 
 
 class _PolynomialSketch:
-    """Base of both sketches: monomials first, then the random features of each further degree."""
+    """Base class of both sketches: monomials first, then the random features of each higher degree."""
 
     exact_degree: int
 
@@ -48,7 +48,7 @@ class _PolynomialSketch:
         raise NotImplementedError
 
     def sketched(self, x: Array) -> Iterator[Array]:
-        """The random features ``[N, size]`` of degree 1, 2, and so on."""
+        """Yield the random features ``[N, size]`` of degree 1, 2, and so on."""
         raise NotImplementedError
 
     @property
@@ -64,7 +64,7 @@ class _PolynomialSketch:
 
     def __call__(self, x: Array, /) -> Features:
         """Features ``[N, R]`` of rows ``[N, D]``."""
-        # Low degrees carry most of the weight and have few monomials: exact, and random features only beyond.
+        # Low degrees have most of the weight and few monomials, so they are exact.
         exact = monomials(x, total_degree(self.sizes[2], self.exact_degree))
         random = itertools.islice(self.sketched(x.astype(exact.dtype)), self.exact_degree, None)
         return Features(jnp.concatenate([exact, *random], axis=1), jnp.zeros((x.shape[0], 1), exact.dtype))
@@ -76,7 +76,7 @@ class _PolynomialSketch:
         scale: float | Array = 1.0,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Float[Array, " R"]:
-        """Weights of the products of features, as `MonomialFeatures.weights` with one coefficient per degree."""
+        """The weights of products of features, as in `MonomialFeatures.weights`."""
         degree, size, dim = self.sizes
         c = scaled_coefficients(coefficients, degree, scale, dtype)
         exact = MonomialFeatures(total_degree(dim, self.exact_degree))
@@ -87,14 +87,14 @@ class _PolynomialSketch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TensorSketch(_PolynomialSketch):
-    r"""TensorSketch: CountSketch of the k-fold tensor power of a row, by convolution of CountSketches of the row.
+    r"""TensorSketch: a CountSketch of the k-fold tensor power of a row, by convolution of CountSketches of the row.
 
     .. math:: \phi(y) = F^{-1} \Bigl(\prod_{p \le k} F C_p\, y\Bigr), \qquad
               (C_p\, y)_b = \sum_{t : h_p(t) = b} \sigma_{pt}\, y_t.
 
-    The features are the buckets and not their spectrum: a product of three spectra is no spectrum of a product. All
-    factors share the buckets h, so that equal coordinates meet, and differ in the signs. One convolution leads from
-    each degree to the next.
+    The features are the buckets instead of their spectrum, because a product of three spectra is not the spectrum of a
+    product. All factors share the buckets h, so that equal coordinates meet, and differ in the signs. One convolution
+    leads from each degree to the next.
 
     Attributes:
         place: the bucket :math:`h_p(t)` of each channel, ``[degree, D]``.
@@ -115,18 +115,18 @@ class TensorSketch(_PolynomialSketch):
     def draw(
         cls, key: PRNGKeyArray, size: int, head_dim: int, degree: int, *, order: int = 2, exact_degree: int = 1
     ) -> tuple[Self, ...]:
-        """Samples the maps of the ``order`` factors, the queries' first.
+        """Sample the maps of the ``order`` factors, the queries' first.
 
         Args:
             key: typed PRNG key.
             size: the number of buckets.
             head_dim: the number D of channels.
-            degree: that of the polynomial.
+            degree: the degree of the polynomial.
             order: the number m of factors.
-            exact_degree: the highest degree whose monomials are kept, less than ``degree``.
+            exact_degree: the largest degree with monomials, less than ``degree``.
 
         Returns:
-            The m maps, with ``weights`` in common.
+            The m maps, which share ``weights``.
 
         Raises:
             ValueError: counts below 1, an order below 2, an exact degree that is not less than the degree.
@@ -159,7 +159,7 @@ class TensorSketch(_PolynomialSketch):
         """The buckets of each degree, ``[N, size]``."""
         spectrum = None
         for place, sign in zip(self.place, self.sign, strict=True):
-            # A convolution of counts is a product of spectra: size log(size) per degree.
+            # A convolution of counts is a product of spectra, at a cost of size log(size) per degree.
             counts = jnp.fft.rfft(SparseSketch(place[None], sign[None], self.size) @ x.T, axis=0)
             spectrum = counts if spectrum is None else spectrum * counts
             yield jnp.fft.irfft(spectrum, self.size, axis=0).T
@@ -168,11 +168,11 @@ class TensorSketch(_PolynomialSketch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProductSketch(_PolynomialSketch):
-    r"""Product sketch of random signed sums: :math:`\phi_r(y) = \prod_{p \le k} \sigma_{pr} \cdot y`, of weight 1/size.
+    r"""A sketch by products of signed sums, :math:`\phi_r(y) = \prod_{p \le k} \sigma_{pr} \cdot y`, of weight 1/size.
 
     An estimate of :math:`x^k` has variance :math:`((N^2 + 2^{m-1} (x^2 - e))^k - x^{2k}) / \text{size}`, with N the
     product of the norms of the m factors and e the sum of the squares of the d terms of x. Its standard deviation is
-    several times that of `TensorSketch`: this sketch is here for comparison.
+    several times that of `TensorSketch`; this sketch is for comparison.
 
     Attributes:
         sign: the signs of this factor, ``[degree, size, D]``.
@@ -189,7 +189,7 @@ class ProductSketch(_PolynomialSketch):
     def draw(
         cls, key: PRNGKeyArray, size: int, head_dim: int, degree: int, *, order: int = 2, exact_degree: int = 1
     ) -> tuple[Self, ...]:
-        """Samples the maps of the ``order`` factors; arguments and errors as in `TensorSketch.draw`.
+        """Sample the maps of the ``order`` factors; arguments and errors as in `TensorSketch.draw`.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -234,6 +234,6 @@ def _sizes(
 
 
 def _factor_signs(key: Array, order: int, shape: tuple[int, ...]) -> list[Array]:
-    """Signs of the queries, the product of all others, so that all m multiply to 1, and of each kind of keys."""
+    """Signs of the queries, the product of all others so that all m multiply to 1, and of each set of keys."""
     signs = [random_signs(each, shape) for each in jax.random.split(key, order - 1)]
     return [functools.reduce(operator.mul, signs), *signs]

@@ -35,7 +35,7 @@ def test_one_head():
         plain_exact(q[None], k, v)
     with pytest.raises(ValueError, match="q and k must share the head dimension, got 7 and 8"):
         plain_exact(q[:, :7], k, v)
-    with pytest.raises(ValueError, match="k and v must hold the same tokens, got 5 and 4"):
+    with pytest.raises(ValueError, match="k and v must have the same number of tokens, got 5 and 4"):
         plain_exact(q, k, v[:4])
     with pytest.raises(ValueError, match="at least one query, key and channel"):
         plain_exact(q[:0], k, v)
@@ -50,7 +50,7 @@ def test_one_head():
     with pytest.raises(ValueError, match=r"bias must be \[T, S\] = \[4, 5\], got shape \(5, 4\)"):
         plain_exact(q, k, v, bias=jnp.ones((5, 4)))
     for method in (plain_exact, functools.partial(plain_ra, key=jax.random.key(0))):
-        with pytest.raises(TypeError, match="mask must be boolean .* got dtype float32; pass an additive one as bias"):
+        with pytest.raises(TypeError, match="mask must be boolean .* got dtype float32; pass an additive mask as bias"):
             method(q, k, v, mask=jnp.zeros((4, 5)))
         with pytest.raises(TypeError, match="bias must be a floating-point array, got dtype int32"):
             method(q, k, v, bias=jnp.zeros((4, 5), jnp.int32))

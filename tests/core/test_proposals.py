@@ -232,13 +232,13 @@ def test_errors_are_less_where_channels_are_unequal():
 
 def test_what_is_no_proposal_is_refused():
     q, k, v = random_head(0, 3, 4, 6)
-    with pytest.raises(TypeError, match="proposal must be a Proposal, as fit_proposal makes it, got 'fit'"):
+    with pytest.raises(TypeError, match="proposal must be a Proposal, as from fit_proposal, got 'fit'"):
         check_proposal("fit", 6)
     with pytest.raises(ValueError, match=r"proposal.root must be \[6, 6\] for D = 6, got shape \(5, 5\)"):
         favor(q, k, v, jax.random.key(0), proposal=Proposal(jnp.zeros(6), jnp.eye(5)))
     with pytest.raises(ValueError, match="proposal.mean must be finite, got nan"):
         bounds.favor_mse(q, k, 8, proposal=Proposal(jnp.full(6, jnp.nan), jnp.eye(6)))
-    with pytest.raises(ValueError, match="leave proposal"):
+    with pytest.raises(ValueError, match="does not support a proposal"):
         favor(q, k, v, jax.random.key(0), features="relu", proposal=PROPOSAL)
-    with pytest.raises(ValueError, match="known of positive features, got features='hyperbolic'"):
+    with pytest.raises(ValueError, match="supported for positive features only, got features='hyperbolic'"):
         bounds.favor_mse(q, k, 8, features="hyperbolic", proposal=PROPOSAL)

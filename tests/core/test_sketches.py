@@ -63,7 +63,7 @@ def test_half_precision_is_summed_in_full(kind):
     found = applied(sketch, x)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0.005, atol=1e-6)
-    with pytest.raises(ValueError, match="the sketch is of 1000 rows, got shape"):
+    with pytest.raises(ValueError, match="the sketch applies to 1000 rows, got shape"):
         sketch @ x[:1]
     with pytest.raises(TypeError, match="floating-point"):
         sketch @ jnp.arange(1000)
@@ -218,11 +218,11 @@ def test_what_is_wrong_is_said():
     q, k, v = random_head(17, 4, 10, 4, 3)
     with pytest.raises(ValueError, match="sketch must be one of .*; got 'gausian'; did you mean 'gaussian'"):
         unreduced_jlt(q, k, v, jax.random.key(0), sketch="gausian")
-    with pytest.raises(ValueError, match="sketch must be of S = 10 rows, got one of 8"):
+    with pytest.raises(ValueError, match="sketch must have S = 10 rows, got 8"):
         unreduced_jlt(q, k, v, sketch=draw_sketch(jax.random.key(0), "count", 4, 8))
     with pytest.raises(ValueError, match="multiple of the 4 entries per row, got 6"):
         draw_sketch(jax.random.key(0), "sparse_jl", 6, 10)
-    with pytest.raises(ValueError, match="at most 16, the power of two from S on, got 17"):
+    with pytest.raises(ValueError, match="at most 16, the next power of two from S, got 17"):
         draw_sketch(jax.random.key(0), "hadamard", 17, 10)
     with pytest.raises(ValueError, match="at most S = 10 rows, got 11"):
         draw_sketch(jax.random.key(0), "uniform_rows", 11, 10)

@@ -197,6 +197,6 @@ def test_what_cannot_cap_its_logits_says_so():
     array: Any = jnp.ones(())
     with pytest.raises(TypeError, match="logits_soft_cap must be a known float, got ArrayImpl"):
         kernels.state(q, k, v, logits_soft_cap=array)
-    with pytest.raises(ValueError, match="tokens whose masses are not signed"):
+    with pytest.raises(ValueError, match="tokens without signed masses"):
         attend(q, summarize_favor(k, v, jax.random.key(0)), logits_soft_cap=50.0)
     assert attend(q, summarize_exact(k, v), logits_soft_cap=50.0).out.shape == (3, 8)

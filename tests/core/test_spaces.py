@@ -158,16 +158,16 @@ def test_moments_carry_a_scale_too():
     for kept in (small.weighted(zeros), small.reweighted(ones, small.features), merge(small, small)):
         np.testing.assert_allclose(attend(Q, kept).out, expected, atol=1e-5)
     assert hadamard(small, small).scale == small.scale
-    with pytest.raises(ValueError, match="merge takes summaries of one scale"):
+    with pytest.raises(ValueError, match="merge needs summaries of one scale"):
         hadamard(small, moments(0.4))
 
 
 @pytest.mark.parametrize("make", [carrying, moments])
 def test_summaries_of_two_spaces_do_not_merge(make):
-    with pytest.raises(ValueError, match=r"^merge takes summaries of one scale, got 0\.3.* and 0\.4[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^merge needs summaries of one scale, got 0\.3.* and 0\.4[^\n]*$"):
         merge(make(0.3), make(0.4))
     for one, other in ((make(0.3), make(0.3).in_scaled_space()), (make(0.3).in_scaled_space(), make(0.3))):
-        with pytest.raises(ValueError, match=r"^merge takes summaries of one space[^\n]*in_scaled_space\(\)[^\n]*$"):
+        with pytest.raises(ValueError, match=r"^merge needs summaries of one space[^\n]*in_scaled_space\(\)[^\n]*$"):
             merge(one, other)
 
 
@@ -218,7 +218,9 @@ def running_of(scale):
     ids=["sup_error", "merge_bound", "causal_state", "decoder", "sparse_plus_summary"],
 )  # fmt: skip
 def test_what_asks_in_scaled_space_takes_no_other(ask):
-    with pytest.raises(ValueError, match=r"^[^\n]* asks in scaled space \(fold_scale\)[^\n]*in_scaled_space\(\)"):
+    with pytest.raises(
+        ValueError, match=r"^[^\n]* uses queries in scaled space \(fold_scale\)[^\n]*in_scaled_space\(\)"
+    ):
         ask(carrying(0.3))
 
 
@@ -226,12 +228,12 @@ def test_a_cache_that_carries_a_scale_is_not_compressed():
     decoder = Decoder(running=running_exact(8, max_length=20), head_dim=8, value_dim=3, block_size=4)
     cache = decoder.append(decoder.init(), K, V)
     past = cache.past._replace(prefix=dataclasses.replace(cache.past.prefix, scale=jnp.float32(0.3)))
-    with pytest.raises(ValueError, match="compress_cache asks in scaled space"):
+    with pytest.raises(ValueError, match="compress_cache uses queries in scaled space"):
         compress_cache(cache._replace(past=past), budget=8)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_algorithms_take_tokens_without_a_scale(name):
     # Asked while it is traced: nothing is compiled for those that refuse later.
-    with pytest.raises(ValueError, match="an algorithm asks in scaled space"):
+    with pytest.raises(ValueError, match="an algorithm uses queries in scaled space"):
         jax.eval_shape(lambda tokens: ALGORITHMS[name](tokens, 8, jnp.float32(1), KEY), carrying(0.3))

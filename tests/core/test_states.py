@@ -64,7 +64,7 @@ def test_only_like_merges_with_like():
     tokens = WeightedKV.of_tokens(k, v)
     moments = FeatureMoments.of_tokens(PositiveFeatures(q), k, v)
     for a, b in ((state, tokens), (tokens, moments), (moments, state)):
-        with pytest.raises(TypeError, match="merge takes two"):
+        with pytest.raises(TypeError, match="merge needs two"):
             merge(a, b)
     with pytest.raises(TypeError, match="got float and int"):
         merge(1.0, 2)

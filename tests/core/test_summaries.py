@@ -178,7 +178,7 @@ def test_bytes_count_what_is_held_but_not_the_feature_map():
 def test_only_moments_of_one_size_multiply():
     features = feature_map("relu")
     narrow, wide = (FeatureMoments.empty(features, value_dim) for value_dim in (1, 3))
-    with pytest.raises(ValueError, match=r"moments of one size \[R, Dv\], got \(16, 1\) and \(16, 3\)"):
+    with pytest.raises(ValueError, match=r"moments of equal size \[R, Dv\], got \(16, 1\) and \(16, 3\)"):
         hadamard(narrow, wide)
 
 

@@ -158,9 +158,9 @@ def test_the_walk_of_the_authors_code_against_a_loop():
 def test_what_masses_and_walks_do_not_take():
     _, k, v = shared_head(22)
     tokens = WeightedKV.of_tokens(k, v)
-    with pytest.raises(ValueError, match="masses are fitted to tokens that are kept or merged"):
+    with pytest.raises(ValueError, match="masses can be fitted to kept or merged tokens only"):
         jax.eval_shape(functools.partial(FittedMasses(BalanceKV()), size=SIZE), tokens, ratio=jnp.float32(1), key=KEY)
-    with pytest.raises(ValueError, match="refitted asks in scaled space"):
+    with pytest.raises(ValueError, match="refitted uses queries in scaled space"):
         refitted(dataclasses.replace(tokens, scale=jnp.float32(0.5)), tokens)
     with pytest.raises(ValueError, match="gamma must be positive, got 0"):
         BalanceKV(gamma=0.0)

@@ -190,7 +190,7 @@ def test_a_head_uses_its_share_of_a_shared_budget():
     assert there.sum() == 12
     for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(shared), strict=True):
         np.testing.assert_allclose(one, other[there], rtol=1e-6)
-    with pytest.raises(ValueError, match="size is for heuristics"):
+    with pytest.raises(ValueError, match="size is only supported by policies"):
         compress_tokens(k, v, KEY, budget=40, size=jnp.int32(12))
 
 
@@ -211,7 +211,7 @@ def test_what_is_wrong_is_said():
     for policy, options, message in (
         ("nonsense", {}, "unknown policy 'nonsense'"),
         (3, {}, "or an algorithm, got 3"),
-        ("halving", {"size": jnp.int32(5)}, "size is for heuristics"),
+        ("halving", {"size": jnp.int32(5)}, "size is only supported by policies"),
     ):
         with pytest.raises(ValueError, match=message):  # with room for all too
             compress_tokens(k, v, KEY, budget=40, policy=policy, **options)

@@ -139,7 +139,7 @@ def test_a_budget_of_bytes_is_what_fits(bits):
 
 def test_a_summary_that_changes_at_every_block_is_not_rounded():
     sizes = {"head_dim": 4, "value_dim": 4, "block_size": 4}
-    with pytest.raises(NotImplementedError, match="cache_bits needs a summary that keeps tokens as they are"):
+    with pytest.raises(NotImplementedError, match="cache_bits needs a summary that keeps tokens unchanged"):
         Decoder(running=running_coreset(4, KEY, coreset_size=8), cache_bits=8, **sizes)
     decoder = HeadsDecoder("favor", num_kv_heads=1, head_dim=4, num_features=4, block_size=4, cache_bits=8)
     with pytest.raises(NotImplementedError, match="cache_bits needs"):

@@ -126,5 +126,5 @@ def test_what_is_wrong_is_said():
     made(policy="kvzip", queries=jnp.ones((41, 6)))
     with pytest.raises(ValueError, match=r"\[1 or more, 6\]"):
         made(policy="kvzip", queries=jnp.ones((0, 6)))
-    with pytest.raises(ValueError, match="'kvzip' scores keys by the attention of queries: pass queries"):
+    with pytest.raises(ValueError, match="'kvzip' scores keys by the attention of queries; pass queries"):
         made(policy="kvzip")

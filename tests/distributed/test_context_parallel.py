@@ -74,9 +74,9 @@ def test_a_method_without_a_summary_names_those_that_have_one(name, is_causal):
         return
     kind = "running summary" if is_causal else "summary"
     able = ", ".join(other for other, causal in [*FORMS, (DRAWS, False)] if causal == is_causal and other != "local")
-    with pytest.raises(NotImplementedError, match=f"'{name}' has no {kind} to send; those with one are (.*), and") as e:
+    with pytest.raises(NotImplementedError, match=f"'{name}' has no {kind} to send; supported are (.*), and") as e:
         sharded(*tensors(), 2, method=name, is_causal=is_causal)
-    named = str(e.value).split("one are ")[1].split(", and ")[0]
+    named = str(e.value).split("supported are ")[1].split(", and ")[0]
     assert sorted(named.split(", ")) == sorted(able.split(", "))
 
 

@@ -128,7 +128,7 @@ def test_a_batch_of_calls_without_jit():
 def test_arguments_that_no_program_can_be_kept_for_are_named():
     call = functools.partial(distributed.attention, *tensors(), mesh=mesh_of(2), axis="sequence")
     with pytest.raises(
-        TypeError, match=r"'coefficients' of method 'polynomial' must be hashable or hold arrays, got \["
+        TypeError, match=r"'coefficients' of method 'polynomial' must be hashable or contain arrays, got \["
     ):
         call(method="polynomial", coefficients=[1.0, 1.0, 0.5])
     with pytest.raises(ValueError, match=r"scale must be positive and finite, got -0\.5"):

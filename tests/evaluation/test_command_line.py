@@ -203,7 +203,9 @@ def test_names_are_text(file, tmp_path, measured, capsys):
     assert printed.splitlines()[0].startswith("a[b] $x$ :+1: [red].npz: bidirectional")
     assert f"wrote {out}/compare.json and {out}/compare.png" in printed.replace("\n", "")
     assert "[/q]" in refusal(capsys, "compare", file, "--q", "[/q]", "--out", out)
-    assert "[red]no[/red].npz is not there" in refusal(capsys, "compare", tmp_path / "[red]no[/red].npz", "--out", out)
+    assert "[red]no[/red].npz does not exist" in refusal(
+        capsys, "compare", tmp_path / "[red]no[/red].npz", "--out", out
+    )
     layers = tmp_path / "layers.npz"
     np.savez(layers, **{f"[/x]{i}.{n}": np.ones((8, 4), np.float32) for i in range(2) for n in "qkv"})
     assert run("compare", layers, "--layers", "*", "--out", out) == 0
@@ -240,7 +242,7 @@ def test_tables_say_what_they_mean():
     table = comparison_table(rows, "title", 8)
     assert cells(table, "method") == ["exact", "mean_value *", "favor !", "mean_pool *"]
     assert cells(table, "than exact") == ["1x", "5x faster", "340x slower", "2.5x faster"]
-    assert "! error no smaller than that of `mean_value`" in str(table.caption)
+    assert "! error not below that of `mean_value`" in str(table.caption)
     table = plan_table(made_plan(), "title")
     assert cells(table, "") == [
         "",
@@ -252,7 +254,7 @@ def test_tables_say_what_they_mean():
     ]
     assert cells(table, "method") == ["exact", "mean_pool", "favor !", "rfa", "eva !", "mean_value"]
     assert cells(table, "than exact") == ["1x", "12.3x faster", "340x slower", "3x slower", "1.5x slower", "2x faster"]
-    assert "! error no smaller than that of `mean_value`" in str(table.caption)
+    assert "! error not below that of `mean_value`" in str(table.caption)
     assert no_better_than_mean([comparison("favor", 1.0, float("nan")), comparison("mean_value", 1.0, 0.9)]) == {0}
 
 
@@ -260,7 +262,7 @@ def test_windows_are_explained(capsys):
     for command in ("compare", "plan"):
         assert run(command, "--help") == 0
         text = " ".join(capsys.readouterr().out.split())
-        assert "w - 1 before it (w in all), else its own and w - 1 to each side (2w - 1 in all)." in text
+        assert "w - 1 tokens before it (w in all), else its own and w - 1 to each side (2w - 1 in all)." in text
 
 
 # what ends it
@@ -269,11 +271,11 @@ def test_windows_are_explained(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; the measurements until then are in"),
-        (terminal.Terminated(), 143, "terminated; the measurements until then are in"),
-        (InputError("eva does not take it"), 2, "eva does not take it; the measurements until then are in"),
-        (MemoryError(), 1, "the measurements until then are in"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), 1, "the measurements until then are in"),
+        (KeyboardInterrupt(), 130, "interrupted; the measurements so far are in"),
+        (terminal.Terminated(), 143, "terminated; the measurements so far are in"),
+        (InputError("eva does not take it"), 2, "eva does not take it; the measurements so far are in"),
+        (MemoryError(), 1, "the measurements so far are in"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), 1, "the measurements so far are in"),
     ],
 )
 def test_what_is_measured_until_then_is_written(file, tmp_path, measured, capsys, error, code, told):
@@ -323,7 +325,7 @@ def test_signals(tmp_path, number, code):
     assert process.returncode == code
     assert printed == ""
     assert "Traceback" not in errors
-    assert "the measurements until then are in" in errors.splitlines()[-1]
+    assert "the measurements so far are in" in errors.splitlines()[-1]
     document = json.loads((tmp_path / "out" / f"{command[0]}.json").read_text())
     assert document["is_complete"] is False
     assert {"exact", "mean_value", "local"} <= {row["method"] for row in document["rows"]}
@@ -367,11 +369,13 @@ def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monke
     assert "is not in the range" in message("compare", "--seed", huge)
     assert "max_bytes must be a positive number" in message(*tolerance, "--max-bytes", 10**400)
     assert "tolerance must be a positive number, got inf" in message("plan", "--tolerance", "inf")
-    assert "favor does not take" in message("compare", "--methods", "favor", "--set", f"favor.block_size={huge}x")
-    assert "favor does not take block_size=0" in message(
+    assert "favor does not support" in message("compare", "--methods", "favor", "--set", f"favor.block_size={huge}x")
+    assert "favor does not support block_size=0" in message(
         *tolerance, "--methods", "favor", "--set", "favor.block_size=0"
     )
-    assert "favor does not take" in message("compare", "--methods", "favor", "--set", f"favor.block_size={'[' * 9000}")
+    assert "favor does not support" in message(
+        "compare", "--methods", "favor", "--set", f"favor.block_size={'[' * 9000}"
+    )
     assert "Invalid value for '--out': give a directory; the current one is '.'" in message("compare", "--out", "")
     assert "Invalid value for '--out': give a directory" in message(*tolerance, "--out", " ")
     (tmp_path / "taken").touch()

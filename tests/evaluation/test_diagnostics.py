@@ -95,7 +95,7 @@ def test_time_is_that_of_the_call():
 def test_compare_needs_an_exact_arm():
     tensors = random_heads(0, 1, 4, 4, 1, 1)
     arm = Arm("mine", lambda query, key, value, rng: (value, None))
-    with pytest.raises(ValueError, match="needs an exact arm"):
+    with pytest.raises(ValueError, match="needs an exact configuration"):
         compare([arm], *tensors, exact=arm, window=arm)
 
 

@@ -233,7 +233,7 @@ def test_bad_input_is_one_clear_error():
         ({"num_queries": 1.5}, "num_queries must be an integer, got 1.5"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"lengths": [9]}, "lengths must be from 1 to S = 8, got 9"),
-        ({"mask": np.zeros(8, bool)}, "every sequence must have a real key, and sequence 0 has none"),
+        ({"mask": np.zeros(8, bool)}, "every sequence must have a real key, but sequence 0 has none"),
     ]
     for options, told in cases:
         with pytest.raises(InputError, match=told):
@@ -243,7 +243,7 @@ def test_bad_input_is_one_clear_error():
         diagnose(Tensors(query, key[..., :7], value))
     with pytest.raises(InputError, match=r"query must be \[B, T, N, D\], got shape \(8, 1, 8\)"):
         diagnose(Tensors(*(x[0] for x in tensors)))
-    with pytest.raises(InputError, match="key has numbers that are not finite"):
+    with pytest.raises(InputError, match="key contains numbers that are not finite"):
         diagnose(Tensors(query, key.at[0, 3].set(jnp.nan), value))
     with pytest.raises(InputError, match="the outputs of head 0 are all zero"):
         diagnose(Tensors(query, key, 0 * value))

@@ -69,7 +69,7 @@ def test_a_signal_that_python_drops(file, tmp_path, monkeypatch, capsys, number,
     assert run("compare", file, "--out", tmp_path / "out") == code
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1, told
-    assert "the measurements until then are in" in told[0]
+    assert "the measurements so far are in" in told[0]
     assert document(tmp_path)["is_complete"] is False
 
 

@@ -96,7 +96,7 @@ def test_a_plan_measures_real_queries():
         assert made.split.shape == (2, 2, 9)
         row = next(c for c in made.candidates if c.method == "mean_value")
         assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
-        assert "padding takes part in times, and not in errors" in str(plan_table(made, "").caption)
+        assert "times include padding, errors do not" in str(plan_table(made, "").caption)
     # In the order of their times, which is not the same twice.
     labels = [{c.label for c in made.candidates if not c.is_exact} for made in plans]
     assert labels[0] == labels[1]
@@ -133,7 +133,7 @@ def test_runs_are_of_real_queries():
         ({"mask": np.ones((2, 24), int)}, "mask must be boolean, true where a key is real; got dtype int64"),
         ({"mask": np.ones((2, 23), bool)}, r"mask must be \[B, S\] = \[2, 24\] or \[S\] = \[24\], got shape \[2, 23\]"),
         ({"mask": np.ones((2, 24, 24), bool)}, r"got shape \[2, 24, 24\]"),
-        ({"mask": np.zeros(24, bool)}, "every sequence must have a real key, and sequence 0 has none"),
+        ({"mask": np.zeros(24, bool)}, "every sequence must have a real key, but sequence 0 has none"),
         ({"lengths": 3, "mask": np.arange(24) > 5}, "sequence 0 has none"),
     ],
 )

@@ -365,7 +365,7 @@ def test_bytes_are_kept_to():
     assert tight.pick is None
     assert all(not (c.in_budget and c.is_predicted) for c in tight.candidates)
     assert "Nothing is predicted to meet 0.1 within" in tight.verdict
-    assert "Nearest within it" in tight.verdict
+    assert "The nearest within it" in tight.verdict
     assert f"The cheapest that meets the tolerance is {free.pick.label}" in tight.verdict
     same = plan(tensors, tolerance=0.1, **(BYTES | {"max_bytes": held}), **QUICK)
     assert same.pick is not None
@@ -392,7 +392,7 @@ def test_options_are_those_of_the_method():
     settings = {"num_landmarks": pooled.size, "block_size": 4}
     assert pooled.held_bytes == held_bytes(tensors, "mean_pool", settings, is_causal=True)
     options = {"mean_pool": {"block_size": 0}}
-    with pytest.raises(InputError, match="mean_pool does not take block_size=0: block_size must be"):
+    with pytest.raises(InputError, match="mean_pool does not support block_size=0: block_size must be"):
         plan(tensors, tolerance=0.5, is_causal=True, methods=["mean_pool"], options=options, **QUICK)
 
 
@@ -439,7 +439,7 @@ def test_one_head_is_split_by_queries_and_says_so():
     assert made.split.by == "runs of queries"
     caption = plan_table(made, "").caption
     assert caption is not None
-    assert "chosen on 8 runs of queries, checked on 8 others, because key heads are fewer than 8" in caption
+    assert "chosen on 8 runs of queries, checked on 8 others, because there are fewer than 8 key heads" in caption
 
 
 # what it says
@@ -492,7 +492,7 @@ def test_bad_options(tmp_path, capsys):
     assert "confidence must be at least 0.5 and below 1" in message("--tolerance", 0.1, "--confidence", 1)
     assert "unknown method 'favour'; did you mean 'favor'" in message("--tolerance", 0.1, "--methods", "favour")
     assert "'nystrom' has no causal form" in message("--tolerance", 0.1, "--causal", "--methods", "nystrom")
-    assert "nowhere.npz is not there" in refusal(capsys, "plan", tmp_path / "nowhere.npz", "--tolerance", 0.1)
+    assert "nowhere.npz does not exist" in refusal(capsys, "plan", tmp_path / "nowhere.npz", "--tolerance", 0.1)
     (tmp_path / "full" / "plan.json").mkdir(parents=True)
     assert "it is a directory" in message("--tolerance", 0.1, "--out", tmp_path / "full")
     with pytest.raises(InputError, match="unknown method 'favour'; did you mean 'favor'"):

@@ -212,7 +212,7 @@ def first(document):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda document: document.update(version=2), "of version 2, and this library reads version 1"),
+        (lambda document: document.update(version=2), "version 2, but this library reads version 1"),
         (lambda document: document.pop("tolerance"), "the policy lacks tolerance"),
         (lambda document: document.update(layers={}), "at least one layer"),
         (lambda document: document["layers"]["first"].update(heads=[]), "layer 'first' .* at least one key head"),
@@ -243,10 +243,10 @@ def test_a_file_that_is_no_policy(tmp_path, change, message):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "text.json").write_text("{")
-    for name, message in (("none.json", "cannot be read"), ("text.json", "is no JSON")):
+    for name, message in (("none.json", "cannot be read"), ("text.json", "is not JSON")):
         with pytest.raises(InputError, match=message):
             Policy.load(tmp_path / name)
-    with pytest.raises(InputError, match="directory is not there"):
+    with pytest.raises(InputError, match="directory does not exist"):
         planned().policy.save(tmp_path / "none" / "policy.json")
 
 
@@ -281,9 +281,9 @@ def test_the_check_measures_what_a_model_computes_on_other_text():
         np.testing.assert_allclose(check.errors[path], wrong / whole, rtol=1e-3, atol=1e-6)
     assert check.errors["second"][1] > policy.tolerance
     assert ("second", 1) in check.failures
-    with pytest.raises(InputError, match="the policy is for second, and the layers are first"):
+    with pytest.raises(InputError, match="the policy is for second, but the layers are first"):
         check_policy(policy, {"first": other["first"]})
-    with pytest.raises(InputError, match="layer 'first': there are methods for 2 key heads, and the layer has 1"):
+    with pytest.raises(InputError, match="layer 'first': there are methods for 2 key heads, but the layer has 1"):
         check_policy(policy, {**other, "first": layer(7, 0.2, num_heads=2)})
 
 
@@ -321,14 +321,14 @@ def test_a_policy_in_a_model():
     np.testing.assert_array_equal(same(x), one(x))
     for given, message in (
         ({"policy": Policy({"middle": of_heads(pool, pool)}, 0.1)}, "policy is for middle, .* first, last"),
-        ({"policy": Policy({"first": of_heads(pool)}, 0.1)}, "methods for 1 key heads, and the layer has 2"),
+        ({"policy": Policy({"first": of_heads(pool)}, 0.1)}, "methods for 1 key heads, but the layer has 2"),
         ({"policy": policy, "only": lambda path, layer: path == "first"}, "the policy is for last"),
     ):
         with pytest.raises(ValueError, match=message):
             replace_attention(model, **given)
     with pytest.raises(TypeError, match="got both or neither"):
         replace_attention(model)
-    with pytest.raises(TypeError, match="as Policy.load reads it from its file"):
+    with pytest.raises(TypeError, match="Policy.load reads it from a file"):
         replace_attention(model, policy="policy.json")
 
 
@@ -365,7 +365,7 @@ def test_the_commands_plan_a_model_and_check_its_policy(tmp_path, capsys):
     policy, options = tmp_path / "policy.json", ["--layers", "*", "--seeds", "2", "--methods", "mean_value"]
     arguments = ["plan", tmp_path / "0.npz", "--policy", policy, "--tolerance", "0.3", "--max-bytes", "9000", *options]
     assert cli.main([*map(str, arguments), "--out", str(tmp_path / "plan")]) == 0
-    assert "One method for all heads at this cost is mean_value" in " ".join(capsys.readouterr().out.split())
+    assert "The best single method at this cost is mean_value" in " ".join(capsys.readouterr().out.split())
     made = Policy.load(policy)
     assert made.cache_bytes <= 9000
     assert all(own.is_causal for own in made.layers.values())
@@ -379,7 +379,7 @@ def test_the_commands_plan_a_model_and_check_its_policy(tmp_path, capsys):
     assert (tmp_path / "check" / "check.md").read_text().count("| `a`") == 2
     for name in ("plan/plan.png", "check/check.png"):
         assert (tmp_path / name).stat().st_size > 0
-    assert "is no JSON" in refusal(capsys, "check", tmp_path / "0.npz", tmp_path / "1.npz", "--out", tmp_path / "x")
+    assert "is not JSON" in refusal(capsys, "check", tmp_path / "0.npz", tmp_path / "1.npz", "--out", tmp_path / "x")
     both = ["--max-bytes", 1, "--max-milliseconds", 1, "--out", tmp_path / "x"]
     arguments = ["plan", tmp_path / "0.npz", "--policy", policy, "--tolerance", 1, *options, *both]
     assert "one budget" in refusal(capsys, *arguments)

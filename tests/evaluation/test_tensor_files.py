@@ -128,7 +128,7 @@ GOOD = npy((2, 4), data=bytes(32))
         (npy((2, 4), data=bytes(31)), "ends early"),
         (npy((1,), "|O", data=bytes(8)), "pickled object"),
         (npy((1,), [("a", "|O")], data=bytes(8)), "pickled object"),
-        (npy((1, 2), "<i8", data=bytes(16)), "floating-point"),
+        (npy((1, 2), "<i8", data=bytes(16)), "floating point"),
         (npy((1, 2), "|V2", data=bytes(4)), "do not name bfloat16"),
         (npy((0, 4)), "is empty"),
         (npy((), header="(" * 5000), "not a whole .npz"),
@@ -162,7 +162,7 @@ def test_what_the_directory_of_a_zip_declares_is_held_against_it(tmp_path, monke
     assert bomb.stat().st_size < 10_000
     assert load_tensors(bomb).query.shape == (1, 4096, 1, 64)
     monkeypatch.setattr(tensor_files, "_memory", lambda: 2**19)
-    with pytest.raises(InputError, match="more than the 0.000488 GiB of memory left"):
+    with pytest.raises(InputError, match="more than the 0.000488 GiB of free memory"):
         load_tensors(bomb)
 
 
@@ -187,7 +187,7 @@ def test_files_cut_anywhere_and_other_things_than_files(tmp_path):
             except InputError as error:
                 assert "\n" not in str(error)  # noqa: PT017
     safetensors(tmp_path / "long.safetensors", {n: ("F32", [6, 4], x.tobytes()) for n in "qkv"}, trailing=b"more")
-    with pytest.raises(InputError, match="bytes for arrays, and they take"):
+    with pytest.raises(InputError, match="bytes for arrays, but they need"):
         load_tensors(tmp_path / "long.safetensors")
     os.mkfifo(tmp_path / "pipe.npz")
     with pytest.raises(InputError, match="is no regular file"):
@@ -245,11 +245,11 @@ def test_names_below_a_layer_and_layers_with_brackets(tmp_path):
     assert list(load_layers(path, names, layers="h*")) == ["h[0]", "h[1]"]
     assert list(load_layers(path, names, layers="h[0]")) == ["h[0]"]
     path = layered(tmp_path / "y.npz", ["a.q", "a.k", "a.v", "b.q", "b.k"])
-    with pytest.raises(InputError, match="has no array 'b.v', without which 'b' is no layer"):
+    with pytest.raises(InputError, match="has no array 'b.v', which layer 'b' needs"):
         load_layers(path, layers="*")
     assert list(load_layers(path, layers="a")) == ["a"]
     layered(tmp_path / "z.npz", ["keys"])
-    with pytest.raises(InputError, match=r"has no layer '\*' with arrays such as 'layer0.q' \(it holds 'keys'\)"):
+    with pytest.raises(InputError, match=r"has no layer '\*' with arrays such as 'layer0.q' \(it contains 'keys'\)"):
         load_layers(tmp_path / "z.npz", layers="*")
 
 
@@ -267,7 +267,7 @@ def test_arrays_that_end_like_those_of_a_layer(tmp_path, separator, others):
 
 def test_advice_that_helps(tmp_path):
     np.savez(tmp_path / "x.npz")
-    with pytest.raises(InputError, match="it holds nothing; save arrays in it"):
+    with pytest.raises(InputError, match="it is empty; save arrays in it"):
         load_layers(tmp_path / "x.npz")
 
 

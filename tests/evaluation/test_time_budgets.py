@@ -76,7 +76,7 @@ def test_the_time_of_a_choice_is_within_the_budget_and_one_method_for_all_is_no_
 
 def test_where_the_clock_disagrees_with_every_cost_the_error_says_the_least_time():
     items, everyone = instance(np.random.default_rng(2), 3)
-    with pytest.raises(InputError, match=r"take 2 s together, and max_seconds is 1e-06"):
+    with pytest.raises(InputError, match=r"take 2 s in total, but max_seconds is 1e-06"):
         fast_choice(items, everyone, 1000, lambda choice: 2 * 10**9)
 
 
@@ -115,7 +115,7 @@ def test_a_plan_stays_within_its_time():
     assert within[2070].count("exact") < 2
     assert set(within[100]) == {"mean_value"}
     with pytest.raises(
-        InputError, match=r"fastest choices of all heads take 1e-07 s together, and max_seconds is 9e-08"
+        InputError, match=r"fastest choices of all heads take 1e-07 s in total, but max_seconds is 9e-08"
     ):
         plan_model(LAYERS, **QUICK, max_seconds=0.9e-7)
 

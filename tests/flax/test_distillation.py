@@ -219,7 +219,7 @@ def test_what_can_not_be_fitted():
     other = tune(
         nnx.Linear(1, 1, rngs=nnx.Rngs(0)), lambda model, x: model(x).sum(), [jnp.ones(1)], 1, optimizer=optax.sgd(0.1)
     )
-    with pytest.raises(ValueError, match="state must be one of this model and optimizer"):
+    with pytest.raises(ValueError, match="state must belong to this model and optimizer"):
         distill_attention(model, teacher, [batch()], 2, state=other, **options)
     del teacher.layers[1]
     with pytest.raises(ValueError, match=r"same attention layers, got layers.0, layers.1 and layers.0$"):

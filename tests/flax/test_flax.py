@@ -108,7 +108,7 @@ def test_what_a_method_cannot_follow_is_refused():
         layer(x, mask=nnx.make_causal_mask(x[..., 0]))
     with pytest.raises(NotImplementedError, match="sow_weights"):
         layer(x, sow_weights=True)
-    with pytest.raises(ValueError, match="additive mask is a bias"):
+    with pytest.raises(ValueError, match="additive mask as bias"):
         layer(x, mask=jnp.where(padding([12, 7], 12) > 0, 0.0, -1e9))
     dropping = layer_of("mean_pool", num_landmarks=4)
     dropping.dropout_rate = 0.1
@@ -155,8 +155,8 @@ def test_what_attention_asks_for_is_no_option_of_a_linen_layer():
         ({"method": "favor", "num_feature": 8, "rngs": nnx.Rngs(0)}, "did you mean 'num_features'"),
         ({"method": 3}, "registered name or a function"),
         ({"method": "exact", "redraw": "sometimes"}, "redraw"),
-        ({"method": "exact", "redraw": "every_n"}, "every is for"),
-        ({"method": "exact", "every": 3}, "every is for"),
+        ({"method": "exact", "redraw": "every_n"}, "give every with"),
+        ({"method": "exact", "every": 3}, "give every with"),
         ({"method": "mean_pool", "noise": True}, "no noise"),
         ({"method": "favor", "learned": ("projection",), "rngs": nnx.Rngs(0)}, "needs head_dim"),
         ({"method": "favor", "learned": ("w",), "head_dim": 8, "rngs": nnx.Rngs(0)}, "draws no 'w'"),
@@ -164,7 +164,7 @@ def test_what_attention_asks_for_is_no_option_of_a_linen_layer():
         ({"method": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "called as LearnedAttention is, .* got Linear"),
         ({"method": "mean_pool", "return_state": True}, "no argument 'return_state'"),
         ({"method": exact, "num_features": 8}, "method 'exact' has no argument 'num_features'"),
-        ({"method": "exact", "batch_axis": "data"}, "axes of a mesh, and there is none; got None, 'data' and None"),
+        ({"method": "exact", "batch_axis": "data"}, "need a mesh; got None, 'data' and None"),
     ],
 )
 def test_bad_options(options, message):
@@ -178,7 +178,7 @@ def test_methods_that_draw_nothing_need_no_stream():
 
 def test_modules_refuse_a_mesh():
     mesh = jax.make_mesh((1,), ("sequence",))
-    with pytest.raises(NotImplementedError, match="'Lara' .*many devices"):
+    with pytest.raises(NotImplementedError, match="'Lara' does not support a mesh"):
         ours.ApproxAttention(ours.Lara(8, rngs=nnx.Rngs(0)), mesh=mesh)
 
 
@@ -290,7 +290,7 @@ def test_modules_with_learned_parts(module):
     learned = jax.tree.leaves(nnx.to_pure_dict(gradient)["attention_fn"]["method"])
     assert learned
     assert all(np.abs(leaf).max() > 0 for leaf in learned)
-    with pytest.raises(ValueError, match="is asked for causal"):
+    with pytest.raises(ValueError, match="the call requests causal"):
         layer(x, is_causal=True)
 
 
@@ -429,7 +429,7 @@ def test_a_cache_in_few_bits():
     assert taken < 0.6 * whole
     np.testing.assert_allclose(by_layers(model, np.asarray(x)), expected, atol=1e-5)  # all of it is recent
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
-    with pytest.raises(NotImplementedError, match="cache_bits needs a summary that keeps tokens as they are"):
+    with pytest.raises(NotImplementedError, match="cache_bits needs a summary that keeps tokens unchanged"):
         ours.init_cache(model, 2, cache_bits=8)
 
 
@@ -438,7 +438,7 @@ def test_decoding_sequences_of_their_own_lengths():
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
     expected = by_layers(model, np.asarray(x)[1:, :5])
     ours.init_cache(model, 2, ragged=True)
-    with pytest.raises(ValueError, match="padding stands on the right"):
+    with pytest.raises(ValueError, match="padding must be on the right"):
         model(x, mask=1 - padding([9, 4], 9))
     with pytest.raises(ValueError, match=r"\[B, 1, 1, T\] = \[2, 1, 1, 9\], got shape \(2, 1, 1, 12\)"):
         model(x, mask=padding([9, 4], 12))
@@ -488,10 +488,10 @@ def test_what_cannot_decode_says_so():
     with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):
         ours.init_cache(model, 2)
     ours.replace_attention(model, lambda q, k, v, key: q)
-    with pytest.raises(NotImplementedError, match="has no cache"):
+    with pytest.raises(NotImplementedError, match="does not support decoding"):
         ours.init_cache(model, 2)
     mesh = jax.make_mesh((1,), ("sequence",))
-    with pytest.raises(NotImplementedError, match="over many devices has no cache"):
+    with pytest.raises(NotImplementedError, match="with a mesh does not support decoding"):
         ours.ApproxAttention("mean_pool", mesh=mesh).init_cache(2, 2, 8)
-    with pytest.raises(ValueError, match="would show it the first key only"):
+    with pytest.raises(ValueError, match="would hide all keys but the first"):
         ours.ApproxAttention("exact")(*random_heads(0, 1, 1, 4, 2, 2), is_causal=True)

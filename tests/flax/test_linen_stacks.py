@@ -93,11 +93,11 @@ def test_linen_scan_draws_anew(redraw):
 def test_linen_lifts_that_split_or_keep_too_little():
     x, rngs = tokens(), {"params": jax.random.key(0), "attention": jax.random.key(1)}
     model = nn.scan(Block, variable_axes={"params": 0}, split_rngs=SPLIT, length=3)()
-    with pytest.raises(ValueError, match=r"'draws' of init; in nn.scan and nn.vmap give variable_axes=.*'draws': 0"):
+    with pytest.raises(ValueError, match=r"'draws' from init; in nn.scan and nn.vmap give variable_axes=.*'draws': 0"):
         model.init(rngs, x, None)
     model = nn.scan(Block, variable_axes=AXES, split_rngs={"params": True}, length=3)("every_call")
     variables = jax.eval_shape(model.init, rngs, x, None)
-    with pytest.raises(ValueError, match=r"from the stream 'attention'.*give split_rngs=.*'attention': True"):
+    with pytest.raises(ValueError, match=r"needs the stream 'attention'.*give split_rngs=.*'attention': True"):
         jax.eval_shape(model.apply, variables, x, None, rngs={"attention": jax.random.key(2)})
     # One random projection for all, where that is asked for.
     split_rngs = {"params": True, "attention": False}

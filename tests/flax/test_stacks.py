@@ -398,7 +398,7 @@ def test_stacks_that_cannot_be_served():
     def of_parameters(layer, x):
         return layer(x)
 
-    with pytest.raises(ValueError, match=r"for \(3,\) stacked layers, and one layer is called: map nnx.RngState"):
+    with pytest.raises(ValueError, match=r"for \(3,\) stacked layers, but one layer is called: map nnx.RngState"):
         of_parameters(with_method(), tokens())
 
 

@@ -89,7 +89,10 @@ def test_an_unknown_implementation_is_named():
 
 @pytest.mark.parametrize("compiles", [True, False])
 def test_no_fused_kernel_on_a_cpu(compiles):
-    with jax.disable_jit(not compiles), pytest.raises(NotImplementedError, match=r"no fused kernel \(cpu\).*tpu"):
+    with (
+        jax.disable_jit(not compiles),
+        pytest.raises(NotImplementedError, match=r"without a fused kernel \(cpu\).*tpu"),
+    ):
         of_heads("pallas")(*heads())
 
 
@@ -202,11 +205,11 @@ def test_tiles_for_tpus_fit_memory_with_wide_heads():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"k": jnp.ones((5, 3))}, ValueError, r"state takes q \[T, D\].*got q \(6, 4\), k \(5, 3\)"),
+        ({"k": jnp.ones((5, 3))}, ValueError, r"state needs q \[T, D\].*got q \(6, 4\), k \(5, 3\)"),
         ({"v": jnp.ones((6, 2))}, ValueError, r"v \(6, 2\)"),
         ({"key_bias": jnp.ones((1, 5))}, ValueError, r"key_bias \(1, 5\)"),
         ({"q": jnp.ones((6, 4), int)}, TypeError, "q must be a floating-point array, got int"),
-        ({"left": 1.5}, TypeError, "left must be an integer that is known when tracing, got 1.5"),
+        ({"left": 1.5}, TypeError, "left must be an integer known when tracing, got 1.5"),
         ({"offset": None}, TypeError, "offset must be an integer"),
         ({"scale": 0}, ValueError, "scale must be positive, got 0"),
     ],

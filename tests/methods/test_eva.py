@@ -297,7 +297,7 @@ def test_options_that_do_not_fit_are_refused():
         (
             {"pooling_vectors": (jnp.ones(8), jnp.ones(8)), "proposal_mean": "k"},
             ValueError,
-            "vectors give the chunk keys",
+            "vectors determine chunk keys",
         ),
         ({"chunk_size": 0, "is_causal": True}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"chunk_size": 16, "window_size": 8, "is_causal": True}, ValueError, "chunk_size must divide window_size = 8"),

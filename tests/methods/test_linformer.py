@@ -233,9 +233,9 @@ def test_what_is_wrong_is_said():
     q, k, v = random_head(26, 5, 12, 6, 3)
     with pytest.raises(ValueError, match=r"projection_k has columns for 8 keys, got 12"):
         linformer(q, k, v, projection_k=jnp.ones((3, 8)))
-    with pytest.raises(ValueError, match=r"equally many slots, got 3 and 4"):
+    with pytest.raises(ValueError, match=r"the same number of slots, got 3 and 4"):
         linformer(q, k, v, projection_k=jnp.ones((3, 12)), projection_v=jnp.ones((4, 12)))
-    with pytest.raises(ValueError, match=r"heads of their own are per_head"):
+    with pytest.raises(ValueError, match=r"use per_head for one per head"):
         linformer(q, k, v, projection_k=jnp.ones((2, 3, 12)))
     with pytest.raises(NotImplementedError, match=r"'linformer' does not support is_causal with projection_k 'max'"):
         linformer(q, k, v, projection_k="max", is_causal=True)

@@ -283,7 +283,7 @@ def test_what_is_refused():
         priority(q, k, v, noise=jnp.ones(9))
     with pytest.raises(ValueError, match="keys_per_query must be at least 1, got 0"):
         priority(q, k, v, KEY, keys_per_query=0)
-    with pytest.raises(TypeError, match="method 'priority' holds every token: pass max_length"):
+    with pytest.raises(TypeError, match="method 'priority' keeps every token: pass max_length"):
         HeadsDecoder("priority", num_kv_heads=1, head_dim=8)
     tokens = [summarize_priority(k, v, KEY, keys_per_query=count) for count in (2, 3)]
     with pytest.raises(ValueError, match="lifted tokens of one"):

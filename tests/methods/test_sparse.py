@@ -319,7 +319,7 @@ def test_what_is_refused():
         BlockMap.from_blocks(np.ones((3, 2), bool), block_size=4, num_queries=8, num_keys=8)
     with pytest.raises(TypeError, match="visited must be boolean"):
         BlockMap.from_blocks(np.ones((2, 2)), block_size=4, num_queries=8, num_keys=8)
-    with pytest.raises(TypeError, match="must be known then"):
+    with pytest.raises(TypeError, match="must be concrete"):
         jax.jit(lambda pattern: BlockMap.from_pattern(pattern).kinds)(SparsePattern.banded(9, [0]))
     with pytest.raises(ValueError, match="num_window_blocks must be odd"):
         bigbird(q, k, v, jax.random.key(0), num_window_blocks=2)

@@ -91,10 +91,10 @@ def test_residues_may_be_given_by_any_whole_number():
     ("arguments", "options", "error", "message"),
     [
         ((jnp.array([1]), 4), {}, ValueError, "modulus must be at least 5, got 4"),
-        ((jnp.array([1.0]), 7), {}, TypeError, "x must hold whole numbers, got float32"),
+        ((jnp.array([1.0]), 7), {}, TypeError, "x must be integers, got float32"),
         ((jnp.array([[1]]), 7), {}, ValueError, r"x must be \[N\], got shape \(1, 1\)"),
         ((jnp.array([1]), 7), {"frequencies": ()}, ValueError, "at least one"),
-        ((jnp.array([1]), 6), {"frequencies": (2, 4)}, ValueError, "share no divisor with the modulus 6"),
+        ((jnp.array([1]), 6), {"frequencies": (2, 4)}, ValueError, "have no common divisor with modulus 6"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, options, error, message):

@@ -422,7 +422,7 @@ def test_fewer_channels_are_a_prefix_of_more():
         ({"tau": -1.0}, "tau must be positive, got -1"),
         ({"tau": math.nan}, "tau must be positive, got nan"),
         ({"max_logit": 0.0}, "max_logit must be positive, got 0"),
-        ({"is_causal": True}, r"sees no key after its query, but 23 rows do: causal\(\)"),
+        ({"is_causal": True}, r"sees no key after its query, but 23 rows have one; use pattern.causal\(\)"),
         ({"method": "dense"}, "zeros in 24 rows"),
     ],
 )
@@ -449,7 +449,7 @@ def test_other_refusals():
         certify(jnp.ones((4, 4)), jnp.ones((4, 2)), jnp.ones((4, 3)), identity)
     with pytest.raises(TypeError, match="dtype must be floating point, got int32"):
         realize(identity, d=4, dtype=jnp.int32)
-    with pytest.raises(ValueError, match="makes none"):
+    with pytest.raises(ValueError, match="needs a random method"):
         minimal_dimension(identity, 0.1, 0.1, key=KEY, method="dense")
     for options, says in (
         ({"kind": "packing"}, "positive max_logit"),

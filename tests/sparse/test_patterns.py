@@ -148,7 +148,7 @@ def test_a_pattern_is_a_pytree_that_knows_its_number_of_keys():
             "got 2 in 1 rows for 1 in 1 rows",
         ),
         (lambda: SparsePattern.from_indices([[0]], [[-1.0]], num_keys=2), "not negative"),
-        (lambda: SparsePattern.from_indices([0, 1], num_keys=2), r"each row, got 2 rows of \[0\] axes"),
+        (lambda: SparsePattern.from_indices([0, 1], num_keys=2), r"per row, got 2 rows with \[0\] axes"),
         (lambda: SparsePattern.from_indices([[0]], num_keys=0), "num_keys must be at least 1"),
         (lambda: SparsePattern.banded(4, [1]), "none in row 3"),
         (lambda: SparsePattern.banded(4, [0, 0]), "duplicates"),

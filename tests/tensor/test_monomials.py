@@ -397,7 +397,7 @@ def test_bad_features_are_refused():
         MonomialFeatures(total_degree(3, 2)).weights(np.ones(2))
     with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
         total_degree(0, 2)
-    with pytest.raises(ValueError, match="channel_bounds must be finite numbers that are not negative"):
+    with pytest.raises(ValueError, match="channel_bounds must be finite and not negative"):
         anisotropic([1.0, -1.0], 3)
     with pytest.raises(ValueError, match="channel_bounds must sum to at most 700, got 800"):
         anisotropic([400.0, 400.0], 3)

@@ -238,7 +238,7 @@ def test_an_unaffordable_degree_says_what_it_would_need(monkeypatch):
     with pytest.raises(ValueError, match="tolerance must be between 0 and 1, got 1.5"):
         choose_degree(1.5, 1.0, 2)
     monkeypatch.setattr(polynomials, "MAX_DEGREE", 10)
-    with pytest.raises(ValueError, match="no chebyshev polynomial of an even degree up to 10 is right to 0.01"):
+    with pytest.raises(ValueError, match="no chebyshev polynomial of even degree up to 10 meets tolerance 0.01"):
         choose_degree(1e-2, 8.0, 2, coefficients="chebyshev")
 
 
@@ -251,11 +251,13 @@ def test_bad_polynomials_are_refused():
         exp_coefficients("minimax", 2)
     with pytest.raises(ValueError, match="hermite needs rms"):
         exp_coefficients("hermite", 2)
-    with pytest.raises(ValueError, match="bound is for coefficients 'chebyshev' and 'minimax', got bound=1.0 with 'h"):
+    with pytest.raises(
+        ValueError, match="bound is only for coefficients 'chebyshev' and 'minimax', got bound=1.0 with 'h"
+    ):
         exp_coefficients("hermite", 2, bound=1.0)
     with pytest.raises(ValueError, match="got bound=-3.0 with 'taylor'"):
         exp_coefficients("taylor", 2, bound=-3.0)
-    with pytest.raises(ValueError, match="rms is for coefficients 'hermite', got rms=1.0 with 'minimax'"):
+    with pytest.raises(ValueError, match="rms is only for coefficients 'hermite', got rms=1.0 with 'minimax'"):
         choose_degree(1e-2, 1.0, 4, rms=1.0)
     with pytest.raises(ValueError, match="bound must be finite and not negative, got -1"):
         exp_coefficients("chebyshev", 2, bound=-1.0)
@@ -273,5 +275,5 @@ def test_bad_polynomials_are_refused():
 
 @pytest.mark.parametrize("kind", ["minimax", "chebyshev"])
 def test_logits_beyond_what_float64_certifies_are_refused_at_once(kind):
-    with pytest.raises(ValueError, match="is right for logits beyond 18, got 30"):
+    with pytest.raises(ValueError, match="is accurate for logits beyond 18, got 30"):
         choose_degree(1e-2, 30.0, 4, coefficients=kind)

@@ -358,7 +358,7 @@ def test_strassen_attention_is_that_of_its_channels(x64):
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(slopes))
     with pytest.raises(ValueError, match="scale must be finite, got inf"):
         strassen_attention(f, (g, h), values, scale=math.inf)
-    with pytest.raises(ValueError, match="strassen_channels takes two sets of keys, got 1"):
+    with pytest.raises(ValueError, match="strassen_channels needs two sets of keys, got 1"):
         strassen_channels(f, g)
     # Where nothing is left of any pair the answer is NaN, not a number that looks like one.
     f, g, h = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[-5.0, 1.0], [5.0, -1.0]])
@@ -404,9 +404,9 @@ def test_kinds_of_coefficients_and_features(x64):
         ({"bound": -3.0}, "bound=-3.0 with 'taylor'"),
         ({"coefficients": (1.0, 1.0, 0.5), "rms": 2.0}, "rms=2.0 with coefficients that are numbers"),
     ):
-        with pytest.raises(ValueError, match=f"is for coefficients .*, got {told}"):
+        with pytest.raises(ValueError, match=f"is only for coefficients .*, got {told}"):
             error(**options)
-        with pytest.raises(ValueError, match=f"is for coefficients .*, got {told}"):
+        with pytest.raises(ValueError, match=f"is only for coefficients .*, got {told}"):
             bounds.tensor_certificate(q, keys, values, scale=0.5, **options)
     largest = [np.max(np.abs(x), axis=0) for x in (q, *keys)]
     indices, _ = anisotropic(tuple(0.5 * largest[0] * largest[1] * largest[2]), 35)
@@ -417,7 +417,7 @@ def test_kinds_of_coefficients_and_features(x64):
     pair = TensorSketch.draw(jax.random.key(0), 16, 4, 3, order=2)
     ordinary = (method(q, keys[0], values[0], features=pair) for method in (polynomial_attention, tensor_polynomial))
     close(*ordinary, 1e-9)
-    with pytest.raises(ValueError, match="features must be 3 maps, queries' first, got 2"):
+    with pytest.raises(ValueError, match="features must be 3 maps, that of queries first, got 2"):
         error(features=maps[:2])
     with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
         error(degree=4, coefficients=(1.0, 1.0, 0.5))
@@ -429,8 +429,8 @@ def test_kinds_of_coefficients_and_features(x64):
     ("change", "message"),
     [
         ({"k": jnp.ones((2, 5, 3))}, "q and k must share the head dimension, got 4 and, in set 0, 3"),
-        ({"v": jnp.ones((1, 5, 3))}, "as many sets of tokens, got 2 and 1"),
-        ({"v": (jnp.ones((5, 3)), jnp.ones((4, 3)))}, r"v must hold \[S, Dv\] for each set of keys"),
+        ({"v": jnp.ones((1, 5, 3))}, "the same number of sets of tokens, got 2 and 1"),
+        ({"v": (jnp.ones((5, 3)), jnp.ones((4, 3)))}, r"v must be \[S, Dv\] for each set of keys"),
         ({"v": jnp.ones((2, 5, 0))}, r"at least one query, key and channel; got .* and v \(5, 0\)"),
         ({"kv_mask": (None,)}, "one mask for each of 2 sets of keys, got 1"),
         ({"window": 3}, "needs is_causal='both' or 'ordered'"),

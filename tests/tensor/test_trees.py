@@ -241,7 +241,7 @@ def test_a_bias_whose_range_underflows_is_seen():
 
 
 Q, KV = jnp.ones((4, 3)), jnp.ones((2, 4, 3))
-TREE = "parents must hold, for each of 2 nodes, its parent or -1 for the query"
+TREE = "parents must contain, for each of 2 nodes, its parent or -1 for the query"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""EVA: exact attention nearby, and one control variate for every chunk of tokens further away.
+"""EVA: exact attention within a window, and one control variate for every chunk of distant tokens.
 
-`method` is the method, `streamed` its causal form over a growing prefix. Its steps are a module each: `layouts` and
-`images` cut windows and chunks, `chunks` makes one synthetic token of every chunk, `windows` attends.
+`method` defines the method, `streamed` its causal form over a growing prefix. Each step has a module: `layouts` and
+`images` cut windows and chunks, `chunks` makes one synthetic token per chunk, `windows` attends.
 """
 
 from approx_attention.methods.eva.method import OFFICIAL_EVA, chunk_means, eva

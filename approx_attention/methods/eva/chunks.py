@@ -34,7 +34,7 @@ PoolingVectors = tuple[Array, Array]
 
 
 class Tokens(NamedTuple):
-    """Queries, keys and values in scaled space, and which of them are real, None for all."""
+    """Queries, keys and values in scaled space, with masks of real tokens (None if all are real)."""
 
     q: Array
     k: Array
@@ -43,12 +43,12 @@ class Tokens(NamedTuple):
     kv_mask: Array | None
 
     def in_order(self, order: np.ndarray) -> "Tokens":
-        """The same in another order."""
+        """The tokens in another order."""
         return jax.tree.map(lambda x: x[order], self)
 
 
 class Recipe(NamedTuple):
-    """How a chunk becomes one token, by the arguments of `eva`."""
+    """The arguments of `eva` that decide how a chunk becomes one token."""
 
     key: Array | None
     pooling_vectors: PoolingVectors | None
@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
 
     @property
     def given(self) -> dict[str, Array | None]:
-        """The arrays that hold a row for each chunk."""
+        """The arrays with one row per chunk."""
         mean = None if isinstance(self.proposal_mean, str) else self.proposal_mean
         return {"chunk_keys": self.chunk_keys, "noise": self.noise, "proposal_mean": mean}
 
@@ -74,7 +74,7 @@ class Chunks(NamedTuple):
         k: :math:`\tilde k` ``[C, D]``.
         beta: coefficients at the first direction of each, ``[C, Dv]``.
         log_mass: logarithms of :math:`|P|` ``[C]``.
-        moments: where chunks have several directions, their features: the coefficients then depend on the query.
+        moments: the feature moments of chunks with several directions, whose coefficients depend on the query.
     """
 
     k: Array
@@ -84,7 +84,7 @@ class Chunks(NamedTuple):
 
 
 def summarize_chunks(tokens: Tokens, parts: Parts, recipe: Recipe, level: int = 0) -> Chunks:
-    """The synthetic tokens of the chunks; those of each level have noise of their own."""
+    """The synthetic tokens of the chunks; each level has independent noise."""
     segments, head_dim, dtype = parts.segments, tokens.k.shape[1], tokens.k.dtype
     shape = len(segments.member), head_dim
     members = tokens.k, tokens.v, real_keys(tokens.kv_mask, tokens.k.shape[0])
@@ -110,7 +110,7 @@ def summarize_chunks(tokens: Tokens, parts: Parts, recipe: Recipe, level: int = 
 def attend_chunks(q: Array, near: AttentionState, chunks: Chunks, log_mass: Array) -> AttentionState:
     """The states ``near`` merged with attention to chunks, of log-masses ``[T, C]`` or ``[1, C]``."""
     if chunks.moments is None:
-        # With one direction a coefficient is the same for every query: the density of the proposal cancels.
+        # With one direction the coefficient is the same for every query: the density of the proposal cancels.
         return merge(near, dense_state(q, chunks.k, chunks.beta, log_mass))
     logits = jnp.where(log_mass <= HIDDEN / 2, -jnp.inf, q @ chunks.k.T + log_mass)
     return control_variate_state(q, near, chunks.moments, logits)
@@ -140,7 +140,7 @@ def query_means(tokens: Tokens, segments: Segments, is_causal: bool) -> Array:
     num_queries, num_keys = q.shape[0], tokens.k.shape[0]
     if num_queries == num_keys:
         return segment_means(q, segments, q_mask)
-    if is_causal:  # queries of later places would tell of the future
+    if is_causal:  # later queries would leak the future
         more = max(0, num_keys - num_queries)
         asked = pad_rows(real_keys(q_mask, num_queries)[:num_keys], more) & real_keys(kv_mask, num_keys)
         return segment_means(pad_rows(q[:num_keys], more), segments, asked)

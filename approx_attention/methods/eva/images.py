@@ -22,7 +22,7 @@ def image_layout(sizes: Sizes, num_queries: int, num_keys: int) -> Layout:
     chunk = sizes.chunk_size
     if chunk is None and sizes.num_chunks is not None:
         chunk = _side_of(sizes.num_chunks, num_keys, window)
-    # The side of a square of about as many pixels as a chunk of a sequence has tokens.
+    # The side of a square with about as many pixels as a chunk of a sequence has tokens.
     chunk = chunk or largest_divisor(window, max(1, math.isqrt(DEFAULT_CHUNK)))
     if (sizes.exclude_local and window % chunk) or height % chunk or width % chunk:
         raise ValueError(f"chunk_size must divide {window if sizes.exclude_local else spatial_shape}, got {chunk}")
@@ -32,7 +32,7 @@ def image_layout(sizes: Sizes, num_queries: int, num_keys: int) -> Layout:
         return grid.transpose(0, 2, 1, 3).reshape(-1, side * side)
 
     if not sizes.exclude_local:
-        # Chunks need not lie within windows, so that they are no runs of this order.
+        # Chunks need not lie within windows, so they are not contiguous in this order.
         order = squares(window).reshape(-1)
         member = np.argsort(order)[squares(chunk)]
         chunks = Parts(Segments(member, np.ones(member.shape, bool)))

@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     spatial_shape: tuple[int, int] | None
 
     def checked(self) -> "Sizes":
-        """The same with Python's integers and booleans; raises for any other value."""
+        """The sizes as Python integers and booleans; raises for any other value."""
         return self._replace(
             window_size=check_count("window_size", self.window_size),
             chunk_size=None if self.chunk_size is None else check_count("chunk_size", self.chunk_size),
@@ -35,31 +35,31 @@ class Sizes(NamedTuple):
 
     @property
     def sides(self) -> tuple[int, int]:
-        """How many tokens a window sees to its left and to its right."""
+        """The numbers of tokens that a window sees to its left and to its right."""
         return self.overlap, 0 if self.is_causal else self.overlap
 
     @property
     def chunk_overlap(self) -> int:
-        """How far chunks overlap: as far as windows in the authors' code, whose causal chunks do not."""
+        """The overlap of chunks: that of windows, as in the authors' code; causal chunks do not overlap."""
         return 0 if self.exclude_local or self.is_causal else self.overlap
 
 
 class Parts(NamedTuple):
-    """Groups of keys, and how many of them hold real ones: None without a mask, where all do."""
+    """Groups of keys, and the number of groups with real keys: None without a mask, where all groups have some."""
 
     segments: Segments
     used: Array | None = None
 
 
 class Layout(NamedTuple):
-    """Which tokens stand together; known when tracing, but for what depends on the number of real tokens.
+    """The windows and chunks; known when tracing, except for the parts that depend on the number of real tokens.
 
     Attributes:
         window: queries per window.
         chunk: positions per chunk.
         chunks: the chunks of all keys.
-        siblings: where a chunk holds several windows, those windows, to stand for the rest of a query's own chunk.
-        order: the order of an image's tokens in which every window is a run, or None.
+        siblings: the windows of a chunk that contains several; they represent the rest of a query's own chunk.
+        order: the order of an image's tokens in which every window is contiguous, or None.
         within: the places of a window in that order, if it is not row by row.
     """
 
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
 
 def sequence_layout(sizes: Sizes, num_keys: int, kv_mask: Array | None) -> Layout:
-    """The layout of keys of which ``kv_mask`` says how many are real: they stand first."""
+    """The layout of a sequence; the real keys, counted by ``kv_mask``, come first."""
     window, overlap = sizes.window_size, 0 if sizes.is_causal else sizes.overlap
     most = sizes.num_chunks if sizes.chunk_size is None else None
     if most is not None:
@@ -87,7 +87,8 @@ def sequence_layout(sizes: Sizes, num_keys: int, kv_mask: Array | None) -> Layou
     if kv_mask is None:
         siblings = Parts(runs(num_keys, window)) if has_siblings else None
         return Layout(window, chunk, Parts(runs(num_keys, chunk, sizes.chunk_overlap)), siblings)
-    # The chunk follows from the number of real keys, so that padding changes nothing; the room for chunks can not.
+    # The chunk size follows from the number of real keys, so that padding changes nothing; the number of chunks is
+    # static.
     count, size, room = count_real(kv_mask), chunk, -(-num_keys // chunk)
     if most is not None:
         size = _chunk_of(-(-jnp.maximum(count, 1) // most), window, overlap, sizes.exclude_local)
@@ -117,7 +118,7 @@ def runs(num_tokens: int, length: int, overlap: int = 0) -> Segments:
 
 
 def _real_runs(count: Array, num_tokens: int, room: int, length: Array | int, longest: int, overlap: int = 0) -> Parts:
-    """The same of the first ``count`` tokens, with room for ``room`` runs."""
+    """`runs` of the first ``count`` tokens, padded to ``room`` runs."""
     first = jnp.arange(room, dtype=jnp.int32)[:, None] * length
     member = first + np.arange(-overlap, longest + overlap, dtype=np.int32)[None, :]
     inside = (member >= 0) & (member < jnp.minimum(count, first + length + overlap)) & (first < count)

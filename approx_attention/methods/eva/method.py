@@ -1,4 +1,4 @@
-"""The method `eva`: windows and chunks of a whole sequence or image, and what learned chunk keys are made from."""
+"""The method `eva` on a whole sequence or image, and the chunk means from which chunk keys are learned."""
 
 import types
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ def eva(
     q_mask: Bool[Array, " T"] | None = None,
     scale: float | Array | None = None,
 ) -> AttentionState:
-    r"""EVA: softmax attention over the tokens of a window and one synthetic token for every chunk of the others.
+    r"""EVA: softmax attention over the tokens of a window and one synthetic token for each chunk of other tokens.
 
     With :math:`q, k` scaled by :math:`\sqrt s`, windows W of consecutive queries, chunks P of keys, their means
     :math:`\bar q_P, \bar k_P`, and directions :math:`w_P \sim N(\mu_P, I)`, :math:`\mu_P = \bar q_P + \bar k_P`,
@@ -74,47 +74,47 @@ def eva(
               \beta_P = \frac{\sum_{j \in P} e^{w_P \cdot k_j - \|k_j\|^2/2}\, v_j}
               {\sum_{j \in P} e^{w_P \cdot k_j - \|k_j\|^2/2}}.
 
-    Exact where the window holds every key, and where every chunk holds one. Two defaults depart from the authors' code,
-    because they come far closer to softmax attention without training: no token of the window is in a chunk that its
-    queries see (``exclude_local``), and a chunk counts as often as it has keys (``count_correction``). For the authors'
-    code pass ``**OFFICIAL_EVA`` (`approx_attention.methods`).
+    The output is exact if the window contains every key, or if every chunk contains one key. Two defaults differ from
+    the authors' code, because they are far closer to softmax attention without training: no token of the window is in
+    a chunk that its queries see (``exclude_local``), and the mass of a chunk is its number of keys
+    (``count_correction``). For the authors' choices pass ``**OFFICIAL_EVA`` (`approx_attention.methods`).
 
-    Without a key the noise is off, :math:`w_P = \mu_P`. The causal form looks at keys alone, :math:`\mu_P = \bar k_P`,
-    so that it can be streamed (`running_eva`); a query sees its window and the window before exactly, and every earlier
-    chunk, at a cost of T^2 / ``chunk_size``. With ``num_chunks`` there are at most that many, whose neighbours are
-    averaged in pairs as the prefix grows, at a cost linear in T.
+    Without a PRNG key the noise is off, :math:`w_P = \mu_P`. The causal form uses the keys only,
+    :math:`\mu_P = \bar k_P`, so that it can be streamed (`running_eva`). There a query sees its window and the window
+    before exactly, and every earlier chunk, at a cost of T^2 / ``chunk_size``. With ``num_chunks`` neighbouring chunks
+    are averaged in pairs as the prefix grows, at a cost linear in T.
 
-    Windows and chunks are of real tokens, those of an image of all pixels. Query t stands at the position of key t.
-    Where queries belong to another sequence (T != S), the mean of them all takes the place of :math:`\bar q_P`.
+    Windows and chunks are cut over real tokens, those of an image over all pixels. Query t is at the position of
+    key t. In cross-attention (T != S) the mean of all queries replaces :math:`\bar q_P`.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         window_size: queries per window; of an image, the side of a square window.
         chunk_size: keys per chunk (of an image, its side): a divisor of the window, by default the largest one up to
-            16, or a multiple of it if neither causal nor an image. With ``exclude_local=False`` any.
-        num_chunks: the greatest number of chunks, in place of a chunk size; causally together with it.
-        exclude_local: no token is both in the window and in a chunk.
-        count_correction: the factor :math:`|P|`.
+            16, or, if neither causal nor an image, a multiple of the window. With ``exclude_local=False`` any size.
+        num_chunks: the largest number of chunks, instead of a chunk size; the causal form accepts both.
+        exclude_local: whether chunks exclude the tokens of the query's window.
+        count_correction: whether the factor :math:`|P|` is used.
         overlap: tokens of the neighbouring windows that a window sees on each side (causally on the left), a multiple
-            of the chunk size. With ``exclude_local=False`` any, and chunks then overlap alike.
-        pooling_vectors: two learned ones ``[D]`` (EvaByte): the chunk key is a softmax mean by the first,
-            :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and :math:`\mu` the second for all.
+            of the chunk size. With ``exclude_local=False`` any number, and chunks overlap by the same number.
+        pooling_vectors: two learned vectors a, b ``[D]`` (EvaByte). The chunk key is a softmax mean,
+            :math:`\tilde k_P = \sum_j \mathrm{softmax}_j(a \cdot k_j)\, k_j`, and :math:`\mu_P = b` for all chunks.
         chunk_keys: learned :math:`\tilde k_P` ``[C, D]`` in scaled space in place of the means, in the order of
-            ``chunk_means``. With a mask and ``num_chunks``, C is the lesser of that and S.
-        proposal_mean: :math:`\mu`: ``"q+k"``, ``"half"`` of that, ``"k"``, or learned ``[C, D]`` in scaled space. By
-            default ``"q+k"``, in the streamed causal form ``"k"``.
+            ``chunk_means``. With a mask and ``num_chunks``, C is the minimum of ``num_chunks`` and S.
+        proposal_mean: :math:`\mu_P`: ``"q+k"``, ``"half"`` (half of it), ``"k"``, or a learned array ``[C, D]`` in
+            scaled space. The default is ``"q+k"``, in the streamed causal form ``"k"``.
         num_samples: directions per chunk; with more than one they are weighted by importance.
-        noise: standard normal noise ``[R, C, D]`` in place of a sample.
+        noise: standard normal noise ``[R, C, D]``; by default sampled.
         noise_scale: ``"exact"``, or ``"official"`` for the noise of the authors' code, :math:`D^{1/4}` times too small.
         local_bias: learned bias of the logits within a window, ``[window, window + overlaps]``; of an image, between
             the pixels of a window, row by row.
         spatial_shape: height and width of an image whose pixels are the tokens, row by row.
 
     Raises:
-        ValueError: shapes or sizes that do not fit, counts below 1.
+        ValueError: shapes or sizes that do not match, counts below 1.
         TypeError: dtypes that are not floating point.
-        NotImplementedError: an option that the streamed causal form does not have.
+        NotImplementedError: an option that the streamed causal form does not support.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -153,7 +153,7 @@ def eva(
     def attend(queries: tuple[Array, Array | None], k: Array, v: Array, kv_mask: Array | None) -> AttentionState:
         return _attend(Tokens(queries[0], k, v, queries[1], kv_mask), sizes, recipe, local_bias)
 
-    if spatial_shape is not None:  # a hidden pixel keeps its place
+    if spatial_shape is not None:  # a hidden pixel keeps its position
         return attend((q, q_mask), k, v, kv_mask)
     return over_real_tokens(attend, (q, q_mask), k, v, kv_mask, is_causal=is_causal)
 
@@ -171,22 +171,23 @@ def chunk_means(
     spatial_shape: tuple[int, int] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> tuple[Array, Array]:
-    r"""Means :math:`\bar q_P, \bar k_P` of every chunk of `eva`, from which chunk keys and proposals are learned.
+    r"""Chunk means :math:`\bar q_P, \bar k_P` of `eva`, from which chunk keys and proposals are learned.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        window_size: as in `eva`, like all that follow.
+        window_size: as in `eva`.
         chunk_size: keys per chunk.
-        num_chunks: the greatest number of chunks.
-        is_causal: whether overlapping windows leave the chunks as they are.
-        exclude_local: which sizes are allowed.
-        overlap: how far chunks overlap with ``exclude_local=False``.
+        num_chunks: the largest number of chunks.
+        is_causal: as in `eva`; causal chunks do not overlap.
+        exclude_local: as in `eva`.
+        overlap: overlap of the chunks with ``exclude_local=False``.
         spatial_shape: height and width of an image.
 
     Returns:
-        Query means and key means, each ``[C, D]``: chunks of a sequence in order; of an image row by row, but with
-        ``exclude_local`` window by window and row by row within. If T != S the query means are as in `eva`.
+        Query means and key means, each ``[C, D]``. Chunks of a sequence are in order, those of an image row by row, or
+        with ``exclude_local`` window by window and row by row within a window. If T != S the query means are as in
+        `eva`.
     """
     sizes = Sizes(window_size, chunk_size, num_chunks, is_causal, exclude_local, overlap, spatial_shape).checked()
     q_mask = query_places(kv_mask, q.shape[0], is_causal)
@@ -235,12 +236,12 @@ def _check_learned(recipe: Recipe, local_bias: Array | None) -> None:
     check_floats(**recipe.given, local_bias=local_bias)
     if recipe.pooling_vectors is not None and (recipe.chunk_keys is not None or recipe.proposal_mean is not None):
         raise ValueError(
-            "pooling_vectors give the chunk keys and the proposals: give them or chunk_keys and proposal_mean, not both"
+            "pooling_vectors determine chunk keys and proposals: give either them or chunk_keys and proposal_mean"
         )
 
 
 def _check_streamable(sizes: Sizes, recipe: Recipe, local_bias: Array | None) -> None:
-    """Raises for options that need queries or all chunks at once, which a growing prefix does not have."""
+    """Raise for options that need the queries or all chunks, which a growing prefix does not have."""
     mean = recipe.proposal_mean
     unsupported = {
         "overlap": sizes.overlap != 0,

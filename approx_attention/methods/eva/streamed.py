@@ -41,26 +41,26 @@ def streamed_eva(
     scale: float | Array | None = None,
     **options: Any,
 ) -> AttentionState:
-    """Causal EVA of a whole sequence, as `running_eva` decodes it.
+    """Causal EVA of a whole sequence, equal to decoding with `running_eva`.
 
     Args:
         q: queries ``[T, D]``.
         k: keys ``[S, D]``.
         v: values ``[S, Dv]``.
-        key: typed PRNG key of the noise, or none for no noise.
+        key: typed PRNG key of the noise; None for no noise.
         window_size: tokens per window.
         chunk_size: tokens per chunk, a divisor of the window.
-        num_chunks: the greatest number of chunks, by default that of the sequence.
+        num_chunks: the largest number of chunks, by default that of the sequence.
         kv_mask: true where a key is real ``[S]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
-        **options: further ones of `running_eva`.
+        **options: further arguments of `running_eva`.
     """
     chunk_size = chunk_size or largest_divisor(window_size, DEFAULT_CHUNK)
     if window_size % chunk_size:
         raise ValueError(f"chunk_size must divide window_size = {window_size}, got {chunk_size}")
     if num_chunks is None:
         num_chunks = -(-max(q.shape[0], window_size) // chunk_size)
-    # Fewer queries than a block see no chunk, and their only block is shorter than a window.
+    # Fewer queries than a block see no chunk, and the only block is shorter than a window.
     chunk_size = chunk_size if q.shape[0] >= window_size else 1
     running = running_eva(q.shape[-1], key, num_chunks=num_chunks, chunk_size=chunk_size, **options)
     scale = logit_scale(scale, q.shape[-1])
@@ -77,13 +77,13 @@ def running_eva(
     count_correction: bool = True,
     noise_scale: Literal["exact", "official"] = "exact",
 ) -> RunningSummary:
-    """The chunks of a growing prefix; where they are too many, neighbours are averaged in pairs.
+    """The chunks of a growing prefix; neighbours are averaged in pairs so that at most ``num_chunks`` remain.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
-        key: typed PRNG key of the noise, or none for no noise.
-        num_chunks: the greatest number of chunks.
+        key: typed PRNG key of the noise; None for no noise.
+        num_chunks: the largest number of chunks.
         chunk_size: tokens per chunk, a divisor of the block; by default the largest one up to 16.
         pooling_vectors: as in `eva`.
         count_correction: as in `eva`.
@@ -102,7 +102,7 @@ def running_eva(
             mu = jnp.broadcast_to(pooling_vectors[1].astype(k.dtype)[None], (k.shape[0], head_dim))
         if key is None:
             return mu
-        # By the chunk's number in the sequence: the noise does not depend on how many blocks a call brings.
+        # Indexed by the chunk's number in the sequence: the noise does not depend on the number of blocks of a call.
         numbers = first + jnp.arange(k.shape[0], dtype=jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(check_key("eva", key), numbers)
         return mu + deviation * jax.vmap(lambda key: jax.random.normal(key, (head_dim,), mu.dtype))(keys)
@@ -123,7 +123,7 @@ def running_eva(
         log_count = mask_bias(count > 0, count.dtype)
         beta = coefficients(k, v, log_count, directions(k, log_count, first))
         total = jnp.sum(count, axis=1)
-        # Sums of synthetic tokens by their masses, so that pairs are averaged by adding.
+        # Mass-weighted sums of synthetic tokens, so that pairs are averaged by adding.
         return TokenSums(total[:, None] * pooled_keys(k, log_count, pooling_vectors), total[:, None] * beta, total)
 
     def least_length(block_size: int, chunk: int) -> int:

@@ -1,4 +1,4 @@
-"""Exact attention within windows, merged with attention over the chunks that a window may see."""
+"""Exact attention within windows, merged with attention over the chunks that a window sees."""
 
 from typing import Any
 
@@ -28,14 +28,14 @@ from approx_attention.methods.eva.layouts import Layout, Sizes
 def attend_windows(
     tokens: Tokens, sizes: Sizes, layout: Layout, chunks: Chunks, siblings: Chunks | None, local_bias: Array | None
 ) -> AttentionState:
-    """The states of the queries: their windows exactly, the other windows of a long chunk, and all other chunks."""
+    """The states of the queries over their windows exactly, the other windows of a long chunk, and all other chunks."""
     q, k, v, _, kv_mask = tokens
     num_queries, window, (left, right), dtype = q.shape[0], layout.window, sizes.sides, q.dtype
     reach = left + window + right
     if local_bias is not None and local_bias.shape != (window, reach):
         raise ValueError(f"local_bias must be [window, window + overlaps] = {[window, reach]}, got {local_bias.shape}")
     num_windows = -(-num_queries // window)
-    # As many windows at a time as fill a tile of logits, and 1024 rows at least, so that products stay large.
+    # Windows are grouped to fill a tile of logits, with at least 1024 rows, so that matrix products stay large.
     rows = max(1024, LEAST_TILE // (reach + len(layout.chunks.segments.member)))
     blocks = -(-num_windows // max(1, rows // window))
     together = -(-num_windows // blocks)
@@ -69,7 +69,7 @@ def attend_windows(
 
         return out_of_blocks(jax.vmap(of_window)(q.reshape(together, window, -1), log_mass, (k, v, key_bias)))
 
-    # Queries of a window see the same chunks, each with one coefficient, and no key has a bias of its place.
+    # If all queries of a window see the same chunks with one coefficient each, and there is no local bias.
     is_one_set = siblings is None and local_bias is None and chunks.moments is None
     is_one_set &= sizes.exclude_local or not sizes.is_causal
 
@@ -89,7 +89,7 @@ def attend_windows(
 
 
 def _siblings(numbers: Array, layout: Layout, siblings: Chunks) -> tuple[Array, Array, Array]:
-    """Keys, values and log-masses of the other windows of each window's chunk, which is itself hidden from it."""
+    """Keys, values and log-masses of the other windows in each window's chunk, which itself is hidden."""
     per_chunk = jnp.maximum(layout.chunk // layout.window, 1)
     at = jnp.arange(layout.chunks.segments.member.shape[1] // layout.window, dtype=jnp.int32)[None, :]
     others = (numbers // per_chunk * per_chunk)[:, None] + at
@@ -100,14 +100,14 @@ def _siblings(numbers: Array, layout: Layout, siblings: Chunks) -> tuple[Array, 
 
 
 def _hidden_chunks(numbers: Array, sizes: Sizes, layout: Layout) -> Array | None:
-    """Which chunks the queries of these windows do not see, ``[queries, C]``; None where they see all."""
+    """A mask of the chunks hidden from the queries of these windows, ``[queries, C]``; None if none is."""
     position = np.arange(len(layout.chunks.segments.member), dtype=np.int32)[None, :] * layout.chunk
     start, (left, right) = (numbers * layout.window)[:, None], sizes.sides
-    if sizes.exclude_local:  # chunks that hold a token of the window
+    if sizes.exclude_local:  # chunks with a token of the window
         hidden = (position + layout.chunk > start - left) & (position < start + layout.window + right)
         rows = len(numbers) * layout.window
         return jnp.repeat(hidden, layout.window, axis=0, total_repeat_length=rows)
-    if sizes.is_causal:  # a query's chunk too: its means hold later tokens
+    if sizes.is_causal:  # also the query's own chunk, whose means contain later tokens
         place = (start + jnp.arange(layout.window, dtype=jnp.int32)[None, :]).reshape(-1, 1)
         return place // layout.chunk <= position // layout.chunk
     return None
