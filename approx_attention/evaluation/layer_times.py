@@ -12,13 +12,13 @@ from approx_attention.registry import HeadMethods
 
 
 def nanoseconds(curves: Mapping[str, HeadCurves], measurement: Measurement) -> dict[str, dict[str, int]]:
-    """The time of each configuration per key head, by layer: a call of all heads, over their number.
+    """The time of each configuration per key head, by layer: the time for all heads over their number.
 
-    Layers of one form have the same programs, and are timed once.
+    Layers of equal shapes share programs, and are timed once.
 
     Args:
-        curves: by layer.
-        measurement: the seed of random projections, and how often each configuration is timed.
+        curves: curves by layer.
+        measurement: the seed of random projections, and the number of timed calls of each configuration.
     """
     timed: dict[Any, dict[str, int]] = {}
     by_layer: dict[str, dict[str, int]] = {}
@@ -29,7 +29,7 @@ def nanoseconds(curves: Mapping[str, HeadCurves], measurement: Measurement) -> d
             calls = {
                 label: own.bench.call(one.setting.arm, measurement.seed) for label, one in own.configurations.items()
             }
-            # Twice the usual patience, for there are many configurations.
+            # Twice the default patience, because there are many configurations.
             timings = time_interleaved(calls, rounds=measurement.rounds, patience=60)
             timed[form] = {
                 label: max(1, math.ceil(1e9 * timing.least / own.num_heads)) for label, timing in timings.items()
@@ -44,9 +44,9 @@ def call_nanoseconds(
     """The time of a call of all layers, each with a method for each key head.
 
     Args:
-        curves: by layer.
-        methods: likewise.
-        measurement: the seed of random projections, and how often each layer is timed.
+        curves: curves by layer.
+        methods: methods by layer.
+        measurement: the seed of random projections, and the number of timed calls of each layer.
     """
     calls = {
         path: own.bench.call(policy_arm(own.problem, methods[path]), measurement.seed) for path, own in curves.items()

@@ -56,24 +56,25 @@ def lsh_priority(
     of a bucket. The second is the same for all queries: the 4 (K + 1) keys of the largest lifts, causally those before
     a block of 64 keys and the keys of that block, are in all :math:`C_t`.
 
-    This is `priority` where :math:`C_t` has the K + 1 keys of the largest lifted logits. What it lacks is missing from
-    the sums, which are then too small: the bound of `priority` does not hold. At K = 64 and four rounds 94 % of the
-    keys were found among 8192 Gaussian ones, 58 % with queries 2.5 times as long, and of the shipped sample 83 % in the
-    diffuse head and 40 % in the sharp one. The cost is that of (2 N + 4) (K + 1) gathered keys for each query, for any
-    S. All keys of a causal query are sampled: no block is exact, and there is no decoding.
+    This is `priority` where :math:`C_t` has the K + 1 keys of the largest lifted logits. Keys that it misses are
+    missing from the sums, which are then too small: the bound of `priority` does not hold. At K = 64 and four rounds 94
+    % of the keys were found among 8192 Gaussian ones, 58 % with queries 2.5 times as long, and of the shipped sample 83
+    % in the diffuse head and 40 % in the sharp one. The cost per query is that of
+    (2 N + 4) (K + 1) gathered keys, for any S. All keys of a causal query are sampled: no block is exact, and there is
+    no decoding.
 
     Shared arguments: see `approx_attention.methods`.
 
     Args:
         keys_per_query: the number K of keys; with K >= S the output is exact.
-        num_rounds: the number N of rounds; each adds 2 (K + 1) keys to those that a query looks at.
-        num_hashes: the number b of signs, at most 24; by default the least with which a bucket contains no more than
-            K + 1 real keys on average.
+        num_rounds: the number N of rounds; each adds 2 (K + 1) candidate keys per query.
+        num_hashes: the number b of signs, at most 24; by default the smallest number for which a bucket contains at
+            most K + 1 real keys on average.
         projection: the directions ``[N, b, D]``; by default a random projection.
         noise: the numbers u in (0, 1], ``[S]``; by default uniform. Numbers that are not positive give NaN.
 
     Raises:
-        ValueError: shapes that do not fit, counts below 1, more than 24 signs, neither key nor projection and noise.
+        ValueError: shapes that do not match, counts below 1, more than 24 signs, neither key nor projection and noise.
         TypeError: dtypes that are not floating point.
 
     Example:
@@ -95,7 +96,7 @@ def lsh_priority(
     key_planes, key_noise = (None, None) if key is None else jax.random.split(check_key("lsh_priority", key))
     how: Any = {"num_rounds": num_rounds, "num_hashes": num_hashes, "projection": projection, "kv_mask": kv_mask}
     planes = Planes.of("lsh_priority", key_planes, k, count + 1, **how)
-    # Of real keys in order, so that padding changes no number.
+    # Numbers are assigned to real keys in order, so that padding does not change them.
     if noise is None:
         numbers = uniform_numbers(check_key("lsh_priority", key_noise), k.shape[0])
     else:
@@ -130,12 +131,12 @@ def _found_in_parts(
             looked_at += [lists[block], jnp.where(near <= place[:, None], near, nowhere)]
         else:
             looked_at += [jnp.broadcast_to(lists, (rows, lists.shape[1]))]
-        # Sorted, a key that was found before stands behind its like, and is counted once. Real keys come first.
+        # After sorting, repeated keys are adjacent, and all but the first are hidden. Real keys come first.
         places = jnp.sort(jnp.concatenate(looked_at, axis=1), axis=1)
         again = jnp.pad(places[:, 1:] == places[:, :-1], ((0, 0), (1, 0)))
         hidden = again | (places >= num_real)
         places = jnp.minimum(places, nowhere)
-        # Gathered once: fused into the product, rows would be read once for each use.
+        # The barrier keeps the gather separate: fused into the product, rows would be read once for each use.
         lifted = jnp.einsum("td,tmd->tm", q, lax.optimization_barrier(k[places])) + lift[places]
         lifted, chosen = lax.top_k(jnp.where(hidden, -jnp.inf, lifted), count)
         return lifted, jnp.take_along_axis(places, chosen, axis=1)

@@ -1,4 +1,4 @@
-"""Arrays of a method that its caller made, as state of a layer."""
+"""Arrays of a method, given by the caller, as state of a layer."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,13 +9,12 @@ from flax import nnx
 
 
 class OwnedArrays(nnx.Module):
-    """Arrays that a layer passes to its method in every call: saved and mapped with the model.
+    """Arrays that a layer passes to its method in every call; they are saved and mapped with the model.
 
     Args:
-        shared: those of all heads, by argument: arrays, or trees of them.
-        per_head: those of each key head ``[K, ...]``, likewise.
-        learned: the arguments whose arrays are parameters; those of the others are trained by no optimiser of
-            ``nnx.Param``.
+        shared: arrays of all heads, or trees of them, by argument name.
+        per_head: arrays of each key head ``[K, ...]``, by argument name.
+        learned: the arguments whose arrays are parameters, ``nnx.Param``; the others are not trained.
     """
 
     def __init__(self, shared: Mapping[str, Any], per_head: Mapping[str, Any], learned: Collection[str] = ()):
