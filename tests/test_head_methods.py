@@ -128,7 +128,11 @@ def test_layers_of_nnx_and_linen_take_methods_by_head():
         (lambda: HeadMethods(("exact",)), TypeError, "must be bound"),
         (lambda: attention(*heads(), method=MIXED), ValueError, "pass rng"),
         (lambda: attention(*heads(num_kv_heads=2), method=MIXED, rng=RNG), ValueError, "4 key heads, .* has 2"),
-        (lambda: attention(*heads(), method=MIXED, rng=RNG, num_features=8), TypeError, "already, got num_features"),
+        (
+            lambda: attention(*heads(), method=MIXED, rng=RNG, num_features=8),
+            TypeError,
+            "already contains .* got num_features",
+        ),
         (lambda: HeadsDecoder(MIXED, num_kv_heads=4, head_dim=8), TypeError, "registered name or a function"),
         (lambda: MixedDecoder(MIXED, num_kv_heads=2, head_dim=8), ValueError, "4 key heads, .* has 2"),
         (

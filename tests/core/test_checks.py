@@ -128,7 +128,7 @@ def test_decoder():
         decoder.append(decoder.init(), k[:, :7], v)
     with pytest.raises(ValueError, match=r"v must be \[T, 8\] with T >= 1 tokens, got shape \(3, 8\)"):
         decoder.append(decoder.init(), k, v[:3])
-    with pytest.raises(ValueError, match=r"q must be \[G, D\] with D = 8, got shape \(4, 7\)"):
+    with pytest.raises(ValueError, match=r"q must be \[G, D\] with G >= 1 and D = 8, got shape \(4, 7\)"):
         decoder.attend(decoder.init(), q[:, :7])
     with pytest.raises(ValueError, match=r"q must be \[T, D\] = \[4, 8\] like k"):
         decoder.prefill(decoder.init(), q[:3], k, v)

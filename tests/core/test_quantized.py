@@ -150,7 +150,7 @@ def test_merging_rounds_nothing_again(bits):
     assert merge(*of_two_scales).scale is of_two_scales[0].scale
     ranged = dataclasses.replace(small[0], value_range=jnp.stack([v[:100].min(0), v[:100].max(0)]))
     assert (merge(ranged, small[1]).value_range[1] >= ranged.value_range[1]).all()
-    with pytest.raises(ValueError, match=r"one \(bits, seed, D, Dv, tokens per group\)"):
+    with pytest.raises(ValueError, match=r"equal \(bits, seed, D, Dv, tokens per group\)"):
         merge(small[0], quantize(parts[1], bits=12 - bits))
     with pytest.raises(TypeError, match="QuantizedKV and WeightedKV"):
         merge(small[0], parts[1])

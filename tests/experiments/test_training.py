@@ -154,5 +154,5 @@ def test_learned_draws_are_trained():
     assert np.abs(after - before).max() > 1e-5
     with pytest.raises(ValueError, match="'favor' has no noise to be switched on"):
         AttentionConfig("favor", noise=True)
-    with pytest.raises(ValueError, match="'favor' draws no 'omega' to learn; it draws projection"):
+    with pytest.raises(ValueError, match="'favor' samples no 'omega' to learn; its random arrays: projection"):
         AttentionConfig("favor", learned=("omega",))

@@ -159,7 +159,7 @@ def test_what_attention_asks_for_is_no_option_of_a_linen_layer():
         ({"method": "exact", "every": 3}, "give every with"),
         ({"method": "mean_pool", "noise": True}, "no noise"),
         ({"method": "favor", "learned": ("projection",), "rngs": nnx.Rngs(0)}, "needs head_dim"),
-        ({"method": "favor", "learned": ("w",), "head_dim": 8, "rngs": nnx.Rngs(0)}, "draws no 'w'"),
+        ({"method": "favor", "learned": ("w",), "head_dim": 8, "rngs": nnx.Rngs(0)}, "samples no 'w'"),
         ({"method": "favor", "rngs": jax.random.key(0)}, "rngs must be nnx.Rngs"),
         ({"method": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "called as LearnedAttention is, .* got Linear"),
         ({"method": "mean_pool", "return_state": True}, "no argument 'return_state'"),
@@ -482,7 +482,7 @@ def test_what_cannot_decode_says_so():
     assert model.layers[0].attention_fn.cache is None
     ours.replace_attention(model, "exact")
     ours.init_cache(model, 2, max_length=16, ragged=True)
-    with pytest.raises(ValueError, match=r"of this call are real: .* got shape \(2, 1, 12, 12\)"):
+    with pytest.raises(ValueError, match=r"the real tokens of this call: .* got shape \(2, 1, 12, 12\)"):
         model(tokens(), mask=nnx.make_causal_mask(tokens()[..., 0]))
     ours.replace_attention(model, "nystrom", num_landmarks=4)
     with pytest.raises(NotImplementedError, match="'nystrom' has no running summary"):

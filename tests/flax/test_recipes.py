@@ -190,7 +190,7 @@ def test_what_was_not_replaced_is_told():
     assert sorted(replaced.not_replaced) == ["fused.0", "linen.0", "linen.1", "linen.3"]
     assert "approx_attention.attention(" in replaced.not_replaced["fused.0"]
     assert "approx_attention.linen.ApproxAttention" in replaced.not_replaced["linen.1"]
-    with pytest.raises(ValueError, match=r"none of the List has an attention_fn, and '0' looks like attention\. Where"):
+    with pytest.raises(ValueError, match=r"none of the List has an attention_fn, and '0' looks like attention\. If"):
         ours.replace_attention(nnx.List([Fused()]), "mean_pool", num_landmarks=4)
     # A layer that has an attention_fn is no such module, whether it was asked for or not.
     two = nnx.List([AttentionBlock(), AttentionBlock()])

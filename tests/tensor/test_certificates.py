@@ -66,7 +66,7 @@ def test_certificates_ignore_padding(x64):
     assert math.isfinite(expected.total_variation)
     jax.tree.map(close, found[:3], expected[:3])
     assert bounds.logit_rms(q, keys, kv_mask=(jnp.zeros(9, bool), None)) == 0
-    with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
+    with pytest.raises(ValueError, match="degree must be 2, that of the 3 coefficients, got 4"):
         bounds.tensor_certificate(q, keys, values, degree=4, coefficients=[1.0, 1.0, 0.5])
 
 

@@ -232,7 +232,7 @@ def test_the_chosen_degree_is_the_least_even_one(kind, tolerance, bound):
 
 
 def test_an_unaffordable_degree_says_what_it_would_need(monkeypatch):
-    with pytest.raises(ValueError, match="takes degree 14, whose rank for 8 channels is 319770, more than max_rank"):
+    with pytest.raises(ValueError, match="needs degree 14, whose rank for 8 channels is 319770, more than max_rank"):
         choose_degree(1e-2, 4.0, 8, coefficients="taylor")
     assert choose_degree(1e-2, 4.0, 8, max_rank=12_870) == 8
     with pytest.raises(ValueError, match="tolerance must be between 0 and 1, got 1.5"):

@@ -419,7 +419,7 @@ def test_kinds_of_coefficients_and_features(x64):
     close(*ordinary, 1e-9)
     with pytest.raises(ValueError, match="features must be 3 maps, that of queries first, got 2"):
         error(features=maps[:2])
-    with pytest.raises(ValueError, match="degree must be that of the 3 coefficients, 2, got 4"):
+    with pytest.raises(ValueError, match="degree must be 2, that of the 3 coefficients, got 4"):
         error(degree=4, coefficients=(1.0, 1.0, 0.5))
     with pytest.raises(ValueError, match="degree must be that of the features, 3, got 4"):
         error(degree=4, features=maps)
