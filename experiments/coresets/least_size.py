@@ -40,6 +40,7 @@ class Config(Seeded):
         head_dims: channels of keys.
         lengths: numbers of tokens; two instances have a fixed number.
         smallest: the smallest size tried; of ``lower_bound`` in units of its distinct keys.
+        in_turn: names of algorithms whose coreset of each size is made of that of twice the size.
     """
 
     algorithms: Several[str]
@@ -50,6 +51,7 @@ class Config(Seeded):
     lengths: Several[Count] = dataclasses.field(default_factory=lambda: [8192])
     value_dim: Count = 1
     smallest: Positive = 8
+    in_turn: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if sum(len(getattr(self, of)) > 1 for of in GROWING.values()) > 1:
@@ -112,11 +114,16 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         for name in config.algorithms:
 
             @functools.cache
-            def error(size: int, name: str = name, k: Array = k, v: Array = v, radius: float = radius) -> float:
-                key = jax.random.key(config.seed)
+            def coreset(size: int, name: str = name, k: Array = k, v: Array = v, radius: float = radius) -> WeightedKV:
                 tokens = WeightedKV.of_tokens(k, v)
-                small = compress(tokens, key, coreset_size=size, algorithm=name, query_radius=radius)
-                return float(_greatest_error(k, v, _padded(small, room=k.shape[0] // 2), radius))
+                if name in config.in_turn and 2 * size < k.shape[0]:
+                    tokens = coreset(2 * size)
+                options: Any = {"coreset_size": size, "algorithm": name, "query_radius": radius}
+                return compress(tokens, jax.random.key(config.seed), **options)
+
+            @functools.cache
+            def error(size: int, k: Array = k, v: Array = v, radius: float = radius, of: Any = coreset) -> float:
+                return float(_greatest_error(k, v, _padded(of(size), room=k.shape[0] // 2), radius))
 
             for precision in config.precisions:
                 least = least_size(error, sizes, eps_unit * precision)
