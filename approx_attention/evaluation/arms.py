@@ -180,7 +180,7 @@ def exact_arms(problem: Problem) -> list[Arm]:
     forms = {EXACT: ours(None)}
     if logits <= LARGEST_LOGITS:
         forms[f"{EXACT} dense"] = ours("dense")
-        # What is timed is what the device of the tensors has: with a GPU in the machine they may be on its CPU.
+        # The device of the tensors decides: in a machine with a GPU they may be on the CPU.
         if any(device.platform == "gpu" for device in jnp.asarray(query).devices()):
             head_dim = query.shape[-1]
             fused = mask is None and head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= 128

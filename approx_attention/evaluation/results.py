@@ -20,7 +20,7 @@ from approx_attention.evaluation.files import Tensors
 
 def environment() -> dict[str, Any]:
     """Versions and the device."""
-    # Where computations go: with `jax.default_device` that is not the first device of the default backend.
+    # The device of computations, which `jax.default_device` may set to another than the first.
     (device,) = jnp.zeros(()).devices()
     return {
         "approx_attention": importlib.metadata.version("approx_attention"),
