@@ -18,7 +18,7 @@ from experiments.run_files import as_line, locked
 
 # A record is flat: numbers, names, and lists of numbers where one record holds a curve. None is no number: what is NaN
 # when it is measured is None once it is on file.
-Value = str | bool | int | float | None | list[float | None]
+Value = str | bool | int | float | None | list[float] | list[float | None]
 Record = dict[str, Value]
 
 
