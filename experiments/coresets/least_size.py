@@ -1,4 +1,4 @@
-"""The least size of a coreset whose greatest error over all queries is at most eps, by bisection (E6)."""
+"""The least size of a coreset whose greatest error over all queries is at most eps, by bisection."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The attention weights that a head of few channels can express: positive stochastic matrices, regressed (E5)."""
+"""The attention weights that a head of few channels can express: positive stochastic matrices, regressed."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Channels that sparse patterns need: as tokens, keys a row, precision or the largest logit grow (E8)."""
+"""Channels that sparse patterns need: as tokens, keys a row, precision or the largest logit grow."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""All patterns of few tokens, decided for one channel by the library and by trying every order of the keys (E8)."""
+"""All patterns of few tokens, decided for one channel by the library and by trying every order of the keys."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The error of attention over a few retrieved keys, by their number and by the number of all keys (E9)."""
+"""The error of attention over a few retrieved keys, by their number and by the number of all keys."""
 
 import dataclasses
 import functools
