@@ -267,7 +267,7 @@ def figure(records: Frame) -> Figure:
             right.plot(shares * own["tokens_read"].mean(), np.mean(curves, axis=0), **styles[method])
     left.set_xticks(range(3), ["as put in", "fitted", "tuned"])
     left.set(ylabel=name)
-    right.set(xlabel="tokens read", ylabel="relative error of the attention, while it is fitted")
+    right.set(xlabel="tokens read", ylabel="relative attention error while fitting")
     for axes in (left, right):
         light_grid(axes)
     drawn.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)

@@ -120,7 +120,7 @@ def figure(records: Frame) -> Figure:
     """Bits by position, and the score against the error of the attention."""
     positions = list(dict.fromkeys(records["positions"].dropna())) if _has_positions(records) else []
     drawn = Figure(figsize=(10, 4.2))
-    left, right = drawn.subplots(1, 2, width_ratios=(1, 1) if positions else (0.01, 1))
+    left, right = drawn.subplots(1, 2, width_ratios=(1, 1) if len(positions) > 1 else (0.01, 1))
     for name, style in method_styles(dict.fromkeys(records["configuration"])).items():
         own = records[records["configuration"] == name]
         scores = having(own, "bits", "attention_error")
@@ -133,8 +133,8 @@ def figure(records: Frame) -> Figure:
     right.set(xlabel="relative error of the attention, on the model's tensors", ylabel="test bits per token")
     for axes in (left, right):
         light_grid(axes)
+    left.set_visible(len(positions) > 1)
     # An image or a whole text has one label, and no positions.
-    left.set_visible(bool(positions))
     if not positions:
         right.set_ylabel("test bits per example")
     drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=6)
