@@ -68,7 +68,7 @@ TO = click.option("--to", type=Place(".npz"), required=True, help="The .npz to w
 def experiments() -> None:
     """Trains small models and times layers to check what the papers claim.
 
-    STUDY is a name under configs/, such as coresets/size, or a YAML file.
+    STUDY is a name under configs/, such as coresets/guard, or a YAML file.
     """
 
 

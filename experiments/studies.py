@@ -65,7 +65,7 @@ class Study:
 
     Attributes:
         path: the file.
-        name: family and study, such as ``coresets/size``.
+        name: family and study, such as ``coresets/guard``.
         scale: one of `SCALES`.
         about: the setting in a sentence or two.
         module: has ``Config``, ``run(config, directory, console)`` that gives flat records, and ``table`` and

@@ -172,7 +172,7 @@ def test_the_layer_counts_its_exact_steps(models):
 
 def test_what_cannot_be_certified_says_so():
     make = functools.partial(HeadsDecoder, num_kv_heads=2, head_dim=HEAD_DIM)
-    with pytest.raises(NotImplementedError, match="'favor' has no running summary with an error bound .* are coreset"):
+    with pytest.raises(NotImplementedError, match="'favor' has no running summary with an error bound .* do: coreset"):
         make("favor", certify=0.1, max_length=8)
     with pytest.raises(NotImplementedError, match="does not support streaming with certify, got 'counter'"):
         make("coreset", certify=0.1, max_length=8, streaming="counter", algorithm="halving")

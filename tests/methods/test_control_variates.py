@@ -368,7 +368,7 @@ def test_arguments_of_lara_that_do_not_fit_are_refused():
     np.testing.assert_array_equal(
         lara(q, k, v, proposal_mean=mu, spatial_shape=(4, 6)), lara(q, k, v, proposal_mean=mu)
     )
-    with pytest.raises(ValueError, match="spatial_shape must be that of the 24 tokens"):
+    with pytest.raises(ValueError, match="spatial_shape must have 24 pixels, one per token"):
         lara(q, k, v, spatial_shape=(5, 5))
     with pytest.raises(ValueError, match=r"query_landmarks .by default pooled. .* = \[3, 8\] .* got shape \(1, 8\)"):
         lara(q, k, v, proposal_mean=mu, spatial_shape=(4, 6), weights="query_specific")

@@ -441,7 +441,7 @@ def test_other_refusals():
     identity = SparsePattern.banded(4, [0])
     with pytest.raises(NotImplementedError, match="'dense' does not support is_causal"):
         realize(SparsePattern.from_dense(np.ones((4, 4))), d=4, method="dense", is_causal=True)
-    with pytest.raises(ValueError, match="as many queries as keys"):
+    with pytest.raises(ValueError, match="needs a square pattern"):
         realize(SparsePattern.block(4, 2, num_keys=5), d=4)
     with pytest.raises(ValueError, match="inputs must be"):
         certify(jnp.ones((3, 4)), jnp.ones((4, 2)), jnp.ones((4, 2)), identity)

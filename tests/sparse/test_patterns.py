@@ -156,7 +156,7 @@ def test_a_pattern_is_a_pytree_that_knows_its_number_of_keys():
         (lambda: SparsePattern.block(4, 2, np.ones((2, 3), bool)), "block_map must be boolean"),
         (lambda: SparsePattern.strided(4, 0), "stride must be at least 1"),
         (lambda: SparsePattern.random(jax.random.key(0), 3, 4), "at most num_tokens = 3"),
-        (lambda: SparsePattern.banded(4, [0]).union(SparsePattern.banded(5, [0])), "one shape"),
+        (lambda: SparsePattern.banded(4, [0]).union(SparsePattern.banded(5, [0])), "equal shape"),
         (lambda: SparsePattern.banded(4, [0]).with_global([4]), r"must lie in \[0, 4\)"),
         (lambda: SparsePattern.banded(4, [1, -3]).causal(), "none in row 0, 1, 2"),
     ],
