@@ -258,7 +258,7 @@ class HeadsCache(NamedTuple):
 
     @property
     def length(self) -> Array:
-        """The number of tokens so far: one number, or ``[B]`` if sequences differ."""
+        """The number of tokens so far, or ``[B]`` numbers if sequences differ."""
         return self.heads.length
 
 

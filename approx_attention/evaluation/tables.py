@@ -52,7 +52,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *
 
 
 def plan_table(made: Plan, title: str) -> Table:
-    """Return the candidates of a plan as a `rich` table, with the best first and the pick in bold.
+    """Return the candidates of a plan as a rich table, with the best first and the pick in bold.
 
     Args:
         made: a `Plan`.
