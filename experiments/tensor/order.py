@@ -43,7 +43,7 @@ class Config(Seeded):
         attention: over keys (second), over pairs of keys (third), or over pairs whose logits are sums over the three
             pairs of tokens (strassen) or over the two edges of a path (tree).
         widths: of the residual stream, tried in turn until one learns the task.
-        least_head_dim: a head has width / num_heads channels, and at least so many.
+        least_head_dim: a head has width / num_heads channels, and no fewer than this.
         enough: the accuracy that ends the training of a width, and the search.
     """
 

@@ -60,7 +60,7 @@ def test_forms_of_tensor_attention_are_compiled_at_their_longest(name):
         assert out[0].shape[-1] == config.head_dim
 
 
-def test_whatever_trains_is_checked_and_the_rest_is_named():
+def test_trainings_are_checked_and_other_studies_are_named():
     unchecked = check.unchecked()
     assert {"harness/language_model", "coresets/recall", "real_models/presses"}.isdisjoint(unchecked)
     for name in unchecked:

@@ -39,7 +39,7 @@ def projection():
     return jax.random.normal(jax.random.key(4), (16, DIM))
 
 
-# Of all heads, of each head, and both; what is given is not drawn.
+# Of all heads, of each head, and both; given arrays are not drawn.
 GIVEN = {
     "shared": ({"proposal": Proposal(jnp.full(DIM, 0.1), 1.2 * jnp.eye(DIM))}, {}),
     "per head": ({}, {"proposal": 0}),
