@@ -179,6 +179,9 @@ def figure(records: Frame) -> Figure:
 
     def scale(axes: Any, name: Any, own: Frame) -> None:
         axes.set(xlabel=AXES[grown[name]], xscale="linear" if grown[name] == "radius" else "log")
+        steps = sorted(set(own["at"]))
+        axes.set_xticks(steps, [f"{step:g}" for step in steps])
+        axes.set_xticks([], minor=True)
 
     return curves(
         least.assign(at=at), x="at", y="least", by="algorithm", labels=("", "least size"), columns=4, each=scale

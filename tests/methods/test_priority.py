@@ -44,7 +44,7 @@ CASES = {
             "projection": jnp.ones((1, 2, 8)),
             "noise": jnp.linspace(0.01, 1, 40),
         },
-        # A causal query looks at a whole block of 64 keys, and every query at several times K keys of the largest lifts.
+        # A causal query looks at a whole block of 64 keys, and every query at several times K keys of large lifts.
         changes_are_causal=False,
         contexts={argument: {"keys_per_query": 2} for argument in ("num_rounds", "num_hashes", "projection")},
         smooth={"keys_per_query": 15},
