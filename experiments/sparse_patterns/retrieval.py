@@ -14,7 +14,7 @@ from jax import Array
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from approx_attention import exact, mean_value, priority, top_k
+from approx_attention import exact, lsh_priority, lsh_top_k, mean_value, priority, top_k
 from approx_attention.core import in_float32
 from approx_attention.evaluation import load_sample, output_error
 from experiments.config import Count, Seeded, Several
@@ -68,6 +68,8 @@ METHODS: dict[str, Callable[..., Array]] = {
     "priority": priority,
     "top_k": lambda q, k, v, key, *, keys_per_query: top_k(q, k, v, keys_per_query=keys_per_query),
     "half top_k, half uniform": half_uniform,
+    "lsh_priority": lsh_priority,
+    "lsh_top_k": lsh_top_k,
 }
 
 
