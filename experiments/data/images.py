@@ -71,8 +71,8 @@ def digit_scenes(size: Count = 32, count: Count = 4) -> Dataset:
 def marked_digits(colours: Count = 4) -> Dataset:
     """Digits of different colours on a 32 x 32 canvas; the label is the digit whose colour a mark elsewhere repeats.
 
-    Each digit fills a cell of a 4 x 4 grid and has a coloured corner of 2 x 2 pixels; the mark of 4 x 4 pixels is in
-    the middle of a cell without a digit. A scene's digits come from its split's digits alone.
+    Each digit fills a cell of a 4 x 4 grid, and the mark of 4 x 4 pixels is in the middle of a cell without a digit. A
+    scene's digits come from its split's digits alone.
     """
     if not 2 <= colours <= 7:
         raise ConfigError(f"data 'marked_digits' needs 2 to 7 colours, got {colours}")
@@ -89,8 +89,7 @@ def marked_digits(colours: Count = 4) -> Dataset:
             rows, columns = np.divmod(random.choice(16, colours + 1, replace=False), 4) * np.array(8)
             colour = palette[random.choice(7, colours, replace=False)]
             for i in range(colours):
-                scene[rows[i] : rows[i] + 8, columns[i] : columns[i] + 8] = glyphs[own[i]]
-                scene[rows[i] : rows[i] + 2, columns[i] : columns[i] + 2] = colour[i]
+                scene[rows[i] : rows[i] + 8, columns[i] : columns[i] + 8] = glyphs[own[i]] * colour[i]
             scene[rows[-1] + 2 : rows[-1] + 6, columns[-1] + 2 : columns[-1] + 6] = colour[which]
         return {"image": scenes, "label": classes[chosen[np.arange(batch), marked]].astype(np.int32)}
 
