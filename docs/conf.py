@@ -58,6 +58,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"

@@ -170,6 +170,8 @@ def markdown_table(
 ) -> str:
     """Make a Markdown table of rows of cells, with the first column left-aligned and the others aligned as given.
 
+    A notebook shows the table that is the last value of a cell as a table, and not as text.
+
     Example:
         >>> from approx_attention.evaluation import markdown_table
         >>> print(markdown_table(["method", "ms"], [["`local`", "1.5"]]))
@@ -178,7 +180,14 @@ def markdown_table(
         | `local`  |  1.5 |
     """
     alignment = ["left", *([others] * (len(header) - 1) if isinstance(others, str) else others)]
-    return tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+    return _Markdown(tabulate(rows, header, tablefmt="pipe", colalign=alignment, disable_numparse=True))
+
+
+class _Markdown(str):
+    __slots__ = ()
+
+    def _repr_markdown_(self) -> str:
+        return self
 
 
 def plain_table(title: str, caption: str, *columns: str) -> Table:
