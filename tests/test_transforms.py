@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from approx_attention import METHODS, attention, exact, favor
-from tests.cases import CAUSAL, DIRECTIONS, call, case_of, settings
+from tests.cases import CAUSAL, DIRECTIONS, call, case_of, one_direction, settings
 from tests.references import random_head, random_heads
 
 pytestmark = pytest.mark.all_forms
@@ -98,7 +98,7 @@ ALL_AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize(("name", "is_causal"), DIRECTIONS)
+@one_direction
 @pytest.mark.parametrize("nesting", [*ALL_AT_ONCE, *(pytest.param(x, marks=pytest.mark.slow) for x in NESTINGS)])
 def test_nested_transformations_trace(name, is_causal, nesting):
     transform, tensors = {**ALL_AT_ONCE, **NESTINGS}[nesting]
