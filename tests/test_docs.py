@@ -1,9 +1,11 @@
 """What a newcomer reads is true: generated parts are fresh, examples run, links lead somewhere, import stays light."""
 
 import inspect
+import itertools
 import pathlib
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,9 +14,10 @@ import typing
 import pytest
 
 import approx_attention
-from approx_attention import METHODS
+from approx_attention import METHODS, cli
 from benchmarks import report, wire
 from docs import check, comparisons, names, pages, reports, tables
+from experiments import __main__ as experiments_command
 from experiments.claims import Verdict, read_claims
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -104,6 +107,22 @@ def test_break_even_of_a_run_with_decoding_and_arms_that_were_given_up():
 @pytest.mark.parametrize("block", range(len(PYTHON_BLOCKS)))
 def test_the_examples_of_the_readme_run(block):
     exec(compile(PYTHON_BLOCKS[block], f"README.md block {block}", "exec"), {})
+
+
+COMMANDS = {"approx-attention": cli.approx_attention, "python -m experiments": experiments_command.experiments}
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *GUIDE], ids=lambda path: path.name)
+def test_commands_have_the_options_that_the_texts_give_them(text):
+    blocks = re.findall(r"^ *```sh\n(.*?)```", text.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    for line, (program, group) in itertools.product(lines, COMMANDS.items()):
+        _, called, given = line.partition(f"{program} ")
+        if called:
+            name, *words = shlex.split(given, comments=True)
+            command = group.commands[name]
+            known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+            assert {word.partition("=")[0] for word in words if word.startswith("-")} <= {*known, "--help"}, line
 
 
 @pytest.mark.slow
