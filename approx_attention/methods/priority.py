@@ -56,7 +56,8 @@ def priority(
     Numerator and normaliser are unbiased; their ratio is not. For any queries, keys and number of keys, the root mean
     square of the error of the normaliser is at most :math:`1/\sqrt{K - 1}` of it, and that of the numerator the same
     share of the normaliser times the largest norm of a value. `top_k` has no such bound: what it leaves out grows with
-    the number of keys. Errors of different queries are not independent, as they share u.
+    the number of keys. Errors of different queries are not independent, as they share u. With fresh numbers for each
+    query they are: map over queries and keys, ``jax.vmap(lambda q, key: priority(q[None], k, v, key)[0])(q, keys)``.
 
     Gradients are those of the logits and values of the chosen keys. The choice and the factor
     :math:`\max(1, e^{\tau_t - s\, q_t \cdot k_j})` have none, and so the gradients of numerator and normaliser are

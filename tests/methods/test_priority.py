@@ -113,6 +113,20 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
     chex.assert_trees_all_close(gradients, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_queries_share_the_numbers_and_have_fresh_ones_under_vmap():
+    q, k, v = random_head(9, 2, 200, 4, 2, spread=1.5)
+    q = jnp.repeat(q[:1], 400, axis=0)
+    shared = priority(q, k, v, jax.random.key(1), keys_per_query=8)
+    np.testing.assert_allclose(shared, jnp.broadcast_to(shared[:1], shared.shape), atol=1e-6)
+    keys = jax.random.split(jax.random.key(2), len(q))
+    fresh = jax.jit(jax.vmap(lambda q, key: priority(q[None], k, v, key, keys_per_query=8)[0]))(q, keys)
+    centred = np.asarray(fresh) - np.asarray(fresh).mean(0)
+    variance = np.mean(centred**2, axis=0)
+    assert np.all(variance > 1e-4)
+    # Outputs of neighbouring queries are uncorrelated: five standard errors of 400 products.
+    assert np.all(np.abs(np.mean(centred[1:] * centred[:-1], axis=0)) < 0.25 * variance)
+
+
 NUM_DRAWS = 3000
 
 
