@@ -123,7 +123,7 @@ def collectives_command() -> None:
 @click.option(
     "--before",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=pathlib.Path),
-    help="Compile the library in this source tree, as the state before, into a separate file.",
+    help="Compile the library of this source tree instead, as the earlier state, into a separate file.",
 )
 def compiled_command(
     platform: Platform,

@@ -1,8 +1,8 @@
 """Times and memory on a machine with a GPU or TPU: ``python -m benchmarks accelerator``.
 
 Exact attention in every implementation, `jax.nn.dot_product_attention` and all registered methods, in bfloat16. The
-cases are ordered by importance, and each row is written as soon as it is measured. A run that is stopped, or that has
-used its budget, is continued by the next one.
+cases are ordered by importance, and each row is written as soon as it is measured. If a run is stopped, or its budget
+is used up, the next run continues it.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from benchmarks.scaling import (
     size_of,
 )
 
-# Three lengths come first: they tell the growth. Then those between them, then the long ones.
+# Three lengths come first, because they show the growth; then those between them, then the long ones.
 FIRST, BETWEEN, LONG = (2048, 8192, 32768), (4096, 16384), (65536, 131072)
 LENGTHS = sorted(FIRST + BETWEEN + LONG)
 MAIN_METHODS = ("local", "favor", "mean_pool", "eva", "linformer", "polynomial")
@@ -60,9 +60,9 @@ HOLD_LOGITS = ("exact dense", "exact jax.nn xla")
 LONGEST_CALL, LONGEST_CASE = 1.0, 60.0
 # Number of timed calls of each case, and the seconds after which timing stops.
 ROUNDS, PATIENCE = 10, 1.0
-# Shorter calls follow one another without a synchronisation: for about how many seconds, and at most how many calls.
+# Calls shorter than this run in groups without a synchronisation: seconds of a group, and its largest number of calls.
 SHORT_CALL, TOGETHER, MOST_TOGETHER = 1e-3, 5e-3, 50
-# Tokens in a cache of bounded size before it is timed.
+# The number of tokens in a cache of bounded size before it is timed.
 PREFILLED = 512
 
 
@@ -115,7 +115,7 @@ class Case:
         length: tokens of the sequence.
         is_causal: whether queries see earlier keys alone.
         backward: the gradient, with the forward pass.
-        decode: tokens that come one by one after ``length`` others, instead of a sequence.
+        decode: decodes single tokens after ``length`` others, instead of a sequence.
     """
 
     arm: str
@@ -143,7 +143,7 @@ class Program(NamedTuple):
 
 
 def exact_forms(is_causal: bool) -> dict[str, Callable[..., Array]]:
-    """Exact attention by the name of its implementation: the library's default, its choices, and those of JAX."""
+    """Exact attention by the name of its implementation: the library's default, its options, and those of JAX."""
     forms: dict[str, Callable[..., Array]] = {
         "exact": functools.partial(attention, method="exact", is_causal=is_causal)
     }
@@ -158,7 +158,7 @@ def exact_forms(is_causal: bool) -> dict[str, Callable[..., Array]]:
 
 
 def cases(*, tiny: bool = False) -> list[Case]:
-    """All cases, the most important first; or a few short ones."""
+    """All cases, the most important first; or a few short ones if ``tiny``."""
     main = TINY_METHODS if tiny else MAIN_METHODS
     groups = {"main": main, "others": [name for name in METHODS if name not in ("exact", *main)]}
     return [
@@ -209,7 +209,7 @@ def _temp_bytes(compiled: Any) -> int | None:
 
 
 def _decoding(case: Case) -> Program:
-    """A block of tokens decoded one by one."""
+    """Decoding of a block of tokens one by one."""
     tokens = tuple(x[0, :DECODED] for x in _inputs(DECODED)[:3])
     if case.arm.startswith("exact"):
         steps, cache = _exact_caches(case.length)[case.arm]()
@@ -221,7 +221,7 @@ def _decoding(case: Case) -> Program:
 
 
 def _exact_caches(length: int) -> dict[str, Callable[[], tuple[Callable[..., Array], Any]]]:
-    """Decoding with all tokens: by name the steps, and a maker of them and of the cache."""
+    """Decoding with all tokens: for each name a function that makes the steps and the cache."""
 
     def buffer(read: Callable[..., Array] | None = None) -> tuple[Callable[..., Array], Any]:
         return functools.partial(exact_steps, read=read), exact_buffers(length, DTYPE)
@@ -262,7 +262,7 @@ def _bounded(method: str, prefilled: int) -> tuple[Any, Any]:
 
 
 def timed(call: Callable[[], Any], rounds: int) -> Timing:
-    """Seconds of a compiled call; short calls follow one another without a synchronisation."""
+    """Time a compiled call; short calls run in groups without a synchronisation."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -296,7 +296,7 @@ def measured(case: Case, rounds: int = ROUNDS) -> dict[str, Any]:
         "case_seconds": time.perf_counter() - begun,
         "temp_bytes": program.temp_bytes,
         "cache_bytes": program.cache_bytes,
-        # The device reports the peak of the process, which says something of the case that raises it.
+        # The device reports the peak of the process, which belongs to this case only if the case raised it.
         "peak_bytes": raised if raised != peak else None,
     }
 
@@ -306,10 +306,10 @@ def _memory(name: str) -> int | None:
 
 
 def device_works() -> bool:
-    """Whether the device still computes: a kernel that crashes can end the process's use of it."""
+    """Whether the device still computes: after a kernel crashes, the process may not be able to use it."""
     try:
         return float(jnp.ones(8).sum()) == 8
-    except Exception:  # any of them says so
+    except Exception:  # any error means no
         return False
 
 
@@ -338,17 +338,17 @@ def measure(
     Args:
         asked: the cases.
         known: an earlier document of this machine, or empty. Its rows of the same code, versions and chip are kept and
-            not measured again; the others are left out, since times of different programs are not compared.
+            not measured again; the others are left out, because times of different programs are not compared.
         write: writes the document so far.
-        budget: seconds after which no case is begun.
-        rounds: how often a case is timed.
+        budget: seconds after which no new case starts.
+        rounds: the number of timed calls of a case.
         again: measures all cases again.
 
     Returns:
         The document.
 
     Raises:
-        RuntimeError: the device does not work any more after a case, whose row is written.
+        RuntimeError: the device no longer works after a case; the row of the case is written.
     """
     begun, console, here = time.perf_counter(), Console(), environment()
     versions = {name: here[name] for name in ("jax", "jaxlib", "device")}
@@ -405,13 +405,13 @@ def path_of(chip: str) -> pathlib.Path:
 
 
 @click.command()
-@click.option("--budget", type=click.FloatRange(min=0), default=540, show_default=True, help="Seconds for it all.")
-@click.option("--again", is_flag=True, help="Measure anew what was measured of the same code.")
+@click.option("--budget", type=click.FloatRange(min=0), default=540, show_default=True, help="Seconds for all cases.")
+@click.option("--again", is_flag=True, help="Measure again what was measured with the same code.")
 @click.option("--tiny", is_flag=True, help="A few short sequences on any machine, to check this command.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    help="The file that is written.  [default: benchmarks/results/accelerator-CHIP.json]",
+    help="The output file.  [default: benchmarks/results/accelerator-CHIP.json]",
 )
 def main(budget: float, again: bool, tiny: bool, output: pathlib.Path | None) -> None:
     """Exact attention and every method on a GPU or TPU, as the sequence grows; rerun it to continue."""

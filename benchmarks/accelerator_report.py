@@ -9,7 +9,7 @@ from benchmarks.tables import MARGIN, best_exact, break_even_length, from_length
 
 Row = Mapping[str, Any]
 
-# Dense bfloat16 products per second that the makers state, by what JAX calls the chip.
+# Dense bfloat16 operations per second that the makers state, by JAX's name of the chip.
 PEAK_FLOPS: Mapping[str, float] = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -26,7 +26,7 @@ PEAK_FLOPS: Mapping[str, float] = {
     "TPU v6e": 918e12,
 }
 COMMAND = "python -m benchmarks accelerator"
-# Title of each kind of sequence, whether it is causal and whether it has the gradient.
+# The title of each kind of sequence, whether it is causal, and whether it includes the gradient.
 PASSES: Sequence[tuple[str, bool, bool]] = (
     ("Causal, forward", True, False),
     ("Causal, forward and backward", True, True),
@@ -84,7 +84,7 @@ def _arms(rows: Iterable[Row], *, exact: bool) -> list[str]:
 
 
 def _break_even(rows: Sequence[Row], arm: str) -> str:
-    """The break-even length of a method in the rows of one pass; empty where it has no rows that can be compared."""
+    """The break-even length of a method in the rows of one pass; empty if no rows can be compared."""
     is_causal, backward = rows[0]["is_causal"], rows[0]["backward"]
     exact = best_exact(rows, is_causal, backward)
     compared = [row for row in rows if row["length"] in exact]
@@ -124,7 +124,7 @@ def _times(title: str, rows: Sequence[Row], document: Mapping[str, Any]) -> Iter
 
 
 def _shares(chip: str, peak: float | None, passes: Sequence[tuple[str, list[Row]]]) -> Iterable[str]:
-    """The exact implementations' shares of the peak, where that is known."""
+    """The exact implementations' shares of the peak, if the peak is known."""
     table, rows = [], [row for _, rows in passes for row in rows if not row["decode"]]
     lengths = sorted({row["length"] for row in rows if row["arm"].startswith("exact")})
     if peak is None or not lengths:
@@ -185,7 +185,7 @@ def _us(seconds: float) -> str:
 
 
 def _shown_length(rows: Sequence[Row]) -> int:
-    """The longest sequence that at least half of the methods and implementations were measured on."""
+    """The longest sequence at which at least half of the methods and implementations were measured."""
     lengths = [row["length"] for row in rows]
     half = len({row["arm"] for row in rows}) / 2
     return max((n for n in lengths if lengths.count(n) >= half), default=max(lengths))

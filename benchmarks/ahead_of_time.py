@@ -1,4 +1,4 @@
-"""One program compiled for an accelerator that is not there: ``python -m benchmarks.ahead_of_time LIBRARY CASE``.
+"""One program compiled for an absent accelerator: ``python -m benchmarks.ahead_of_time LIBRARY CASE``.
 
 It runs in a separate process, started by `benchmarks.compiled`: no case can end or slow down another. Only the
 measured parts of the library are imported, so that ``LIBRARY`` may be the source tree of another version.
@@ -33,7 +33,7 @@ gpu_device_info {
   memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 150000000000
 }
 """
-# libtpu asks the machine for its TPUs unless it is told what to be.
+# libtpu queries the machine for its TPUs unless it is told which one to assume.
 _WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -47,15 +47,15 @@ class Case:
     """A program of `attention`.
 
     Attributes:
-        platform: what it is compiled for.
+        platform: the target of the compiler.
         method: its name in ``METHODS``.
         length: tokens of each sequence.
         is_causal: whether queries see earlier keys alone.
         backward: the gradient, with the forward pass that it needs, instead of the forward pass.
-        batch: sequences.
+        batch: number of sequences.
         options: the method's hyper-parameters.
         least_effort: compile as cheaply as the compiler can; such a program is not counted.
-        backend: what `jax.default_backend` says during the trace: ``"cpu"``, where programs are exported.
+        backend: the result of `jax.default_backend` during the trace: ``"cpu"``, as when programs are exported.
     """
 
     platform: Platform
@@ -114,7 +114,7 @@ def compiled(case: Case) -> dict[str, Any]:
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=here)
     is_random = METHODS[case.method].capabilities.needs_key
-    # A method that takes no `is_causal` is not asked for it.
+    # `is_causal` is passed only where it is needed, because some methods do not have it.
     options = {**case.options, **({"is_causal": True} if case.is_causal else {})}
 
     def forward(q, k, v, rng=None):
@@ -134,7 +134,7 @@ def compiled(case: Case) -> dict[str, Any]:
     assert memory is not None
     assert text is not None
     row["temp_bytes"] = memory.temp_size_in_bytes
-    # The CUDA plug-in does not say the size of its code.
+    # The CUDA plug-in does not report the size of its code.
     row["program_bytes"] = memory.generated_code_size_in_bytes or None
     return row | dataclasses.asdict(counted(text))
 

@@ -1,4 +1,4 @@
-"""Bytes that devices send each other, counted in compiled programs: no timing, and no second machine, is needed."""
+"""Bytes that devices send each other, counted in compiled programs; this needs no timing and no second machine."""
 
 import collections
 import functools
@@ -32,8 +32,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 def sent_bytes(program: str) -> dict[str, float]:
     r"""Bytes that the busiest device sends in a compiled program, by the kind of collective.
 
-    A ring algorithm is assumed where the collective does not say who sends to whom: of g devices, each sends
-    :math:`\tfrac{g-1}{g}` of what an all-gather or all-to-all yields, and :math:`2\tfrac{g-1}{g}` of an all-reduce.
+    A ring algorithm is assumed if the collective does not state the pairs of devices: of g devices, each sends
+    :math:`\tfrac{g-1}{g}` of the result of an all-gather or all-to-all, and :math:`2\tfrac{g-1}{g}` of an all-reduce.
 
     Args:
         program: the text of a compiled program, ``jax.jit(f).lower(...).compile().as_text()``.
@@ -104,7 +104,7 @@ def _sent(shape: str, kind: str, start: str | None, attributes: str, devices: in
 
 
 def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Which devices take part together, as lists or as the rows of a transposed range."""
+    """The groups of devices that take part together, from lists or from the rows of a transposed range."""
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, axes, order = (tuple(map(int, part.split(","))) if part else None for part in found.groups())
         assert shape is not None
@@ -116,7 +116,7 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
 
 
 def compiled_bytes(method: str, is_causal: bool, sizes: Sizes, **hyperparameters: Any) -> dict[str, float]:
-    """What one layer's `distributed.attention` sends in its forward pass, by kind of collective."""
+    """Bytes that `distributed.attention` sends for one layer in the forward pass, by kind of collective."""
     mesh = jax.make_mesh((sizes.devices,), ("sequence",), axis_types=(AxisType.Auto,))
     layout = NamedSharding(mesh, PartitionSpec(None, "sequence"))
     tensors = (
@@ -133,7 +133,7 @@ def compiled_bytes(method: str, is_causal: bool, sizes: Sizes, **hyperparameters
 
 
 def measure() -> dict[str, Any]:
-    """Every method and form on every number of devices at every length, with the prediction of the model."""
+    """Every method and form at every number of devices and every length, with the prediction of the model."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     rows, console = [], Console()
     for method, is_causal in SETTINGS:

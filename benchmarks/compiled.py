@@ -24,25 +24,25 @@ from benchmarks.scaling import SIZE, size_of
 ROOT = pathlib.Path(__file__).parent.parent
 COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
-# Their causal forms should be a few large operations for every length.
+# Methods whose causal forms should be a few large operations at every length.
 IN_PARALLEL = ("favor", "eva", "mean_pool", "linformer", "rfa", "cosformer", "polynomial", "uniform_sample", "coreset")
-# Of these all summaries at once are the most memory.
+# The methods among them whose summaries of all prefixes take the most memory.
 LARGEST = ("favor", "eva", "mean_pool")
 LENGTHS = (32768, 131072)
-# Each method compiles, or does not, at any length alike.
+# The length for all methods: whether a method compiles does not depend on it.
 SHORT = 2048
-# Not compiled for a TPU: its singular value decomposition takes the compiler longer than all other cases together.
+# Not compiled for a TPU: the compiler takes longer for a singular value decomposition than for all other cases.
 TOO_SLOW = {"tpu": ("svd",), "gpu": ()}
 
 # Requirements for causal forms on an H200: sequential operations, forward and with gradient, at 32,768 tokens.
 MOST_OPERATIONS: dict[str, int] = dict.fromkeys(IN_PARALLEL[:6], 150)
 MOST_OPERATIONS |= {"polynomial": 300, "uniform_sample": 500, "coreset": 5000}
 MOST_OPERATIONS_BACKWARD: dict[str, int] = dict.fromkeys(IN_PARALLEL[:7], 300)
-# Temporaries of the causal forms, in multiples of q, k and v; with gradient.
+# Temporaries of the causal forms, in multiples of q, k and v: forward, and with gradient.
 MOST_MEMORY, MOST_MEMORY_BACKWARD = 4, 8
-# Temporaries of blocked exact attention under 8 sequences of 32 heads.
+# Temporaries of blocked exact attention over 8 sequences of 32 heads.
 MOST_EXACT_BYTES = 2 * 2**30
-# Causal exact attention for a TPU: at the first length, and how much more at the second.
+# Causal exact attention for a TPU: limits at the first length, and the growth at the second.
 MOST_COMPILER_SECONDS, MOST_PROGRAM_BYTES, MOST_GROWTH = 12, 2 * 2**20, 0.2
 
 
@@ -137,19 +137,19 @@ def compile_each(
         python: the interpreter of an environment that has the platform's compiler.
         library: the source tree whose ``approx_attention`` is compiled.
         known: an earlier document of this platform, or empty. Its rows of the same code are not compiled again; rows
-            of other code stay until they are replaced, and rows of cases that are no more are left out.
+            of other code stay until they are replaced, and rows of removed cases are left out.
         write: writes the document so far.
-        module: what a process runs, with the library and the case as arguments.
-        sources: the parts of the library, folders and files, that decide how a case is compiled.
-        packages: those that a case needs besides jax.
-        is_chosen: compiles the cases of which this is true.
+        module: the module that a process runs, with the library and the case as arguments.
+        sources: the folders and files of the library that determine how a case is compiled.
+        packages: the packages that a case needs in addition to jax.
+        is_chosen: compiles only the cases for which it returns True.
         limit: seconds after which a case is given up.
         again: compiles the rows of the same code too.
 
     Raises:
         RuntimeError: the platform's compiler is not installed there.
     """
-    # Present accelerators are not used.
+    # Accelerators of this machine are not used.
     jax.config.update("jax_platforms", "cpu")
     platform = about["platform"]
     versions = _versions(python, COMPILERS[platform], packages)
@@ -184,7 +184,7 @@ def _compiled_apart(
 ) -> dict[str, Any]:
     """The result of a case from a separate process, or its error."""
     arguments = [str(library), json.dumps(dataclasses.asdict(case))]
-    # Flags of this process are not those of the programs.
+    # Flags of this process must not reach the programs.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "LIBTPU_"))}
     try:
         done = subprocess.run(
@@ -210,7 +210,7 @@ def _name(case: Mapping[str, Any]) -> str:
 def digest_of(
     library: pathlib.Path, versions: Mapping[str, Any], sources: Sequence[str] = ("approx_attention",)
 ) -> str:
-    """A digest of what decides how a case is compiled: the library's sources, and versions such as of the compiler."""
+    """A digest of the library's sources and of versions such as that of the compiler, which determine the programs."""
     digest = hashlib.sha256(json.dumps(versions).encode())
     places = [library / source for source in sources]
     for path in sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("*.py"))):

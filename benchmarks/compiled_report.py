@@ -32,10 +32,10 @@ GIB, MIB = 2**30, 2**20
 
 
 def section(documents: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    """The parts of the section, of those documents that are there.
+    """The parts of the section, from the documents that exist.
 
     Args:
-        documents: by the stems of their files: ``compiled_gpu``, ``compiled_gpu_before`` and the same for ``tpu``.
+        documents: by the stem of the file: ``compiled_gpu``, ``compiled_gpu_before``, and the same for ``tpu``.
     """
     states: States = {
         platform: {state: documents.get(_stem(platform, state), {}).get("rows", []) for state in STATES}
@@ -83,7 +83,7 @@ def _compiler(platform: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _row(rows: Iterable[Row], **asked: Any) -> Row | None:
-    """The row of a counted case with these values, the others as they are by default."""
+    """The row of a counted case with these values; other fields have their defaults."""
     asked = {"batch": Case.batch, "num_heads": Case.num_heads, "backend": Case.backend, "least_effort": False} | asked
     return next((row for row in rows if all(row["case"][name] == value for name, value in asked.items())), None)
 
@@ -186,7 +186,7 @@ def _count(row: Row | None) -> str:
 
 
 def _multiple(row: Row | None) -> str:
-    """MiB of temporaries, and how many times q, k and v that is."""
+    """MiB of temporaries, and their multiple of q, k and v."""
     text = _cell(row, "temp_bytes", MIB, ".0f")
     return text if row is None or "error" in row else f"{text} ({row['temp_bytes'] / row['input_bytes']:.1f}x)"
 

@@ -1,4 +1,4 @@
-"""Commands that compile for an accelerator that is not there: their options, and where the rows go."""
+"""Commands that compile for an absent accelerator: their options, and the files of their rows."""
 
 import functools
 import json
@@ -13,13 +13,11 @@ from benchmarks.files import HERE, write_document
 
 
 def compiler_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options ``--platform``, ``--limit``, ``--again`` and ``--python``."""
+    """Give a command the options ``--platform``, ``--limit``, ``--again`` and ``--python``."""
     options = (
-        click.option("--platform", type=click.Choice(["tpu", "gpu"]), required=True, help="What is compiled for."),
-        click.option(
-            "--limit", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds for a case."
-        ),
-        click.option("--again", is_flag=True, help="Compile anew what was compiled of the same code."),
+        click.option("--platform", type=click.Choice(["tpu", "gpu"]), required=True, help="The target platform."),
+        click.option("--limit", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds per case."),
+        click.option("--again", is_flag=True, help="Compile again what was compiled from the same code."),
         click.option(
             "--python",
             type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
@@ -37,13 +35,13 @@ def compile_into(
     library: pathlib.Path = HERE.parent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compiles cases into a document, leaves out those that are there, and returns the document.
+    """Compile cases into a document, except those that it has, and return the document.
 
     Raises:
-        click.ClickException: there is no such compiler.
+        click.ClickException: the compiler is not installed.
     """
     known = json.loads(path.read_text()) if path.exists() else {}
-    # A symbolic link to an interpreter is an environment, which what it points to is not.
+    # The path of a symbolic link identifies the environment, so links are not resolved.
     python = (python or HERE.parent / f".venv-{platform}" / "bin" / "python").absolute()
     try:
         measure(platform, python, library, known, functools.partial(write_document, path), **options)

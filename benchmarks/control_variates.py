@@ -1,4 +1,4 @@
-"""FAVOR+, LARA and EVA against the fastest exact attention and, where they are installed, their peers in PyTorch."""
+"""FAVOR+, LARA and EVA against the fastest exact attention and, if installed, their counterparts in PyTorch."""
 
 import functools
 import importlib
@@ -23,13 +23,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def performer_version() -> str | None:
-    """The version of performer-pytorch, the optional peer, or None."""
+    """The version of the optional package performer-pytorch, or None."""
     found = importlib.util.find_spec("performer_pytorch")
     return importlib.metadata.version("performer-pytorch") if found else None
 
 
 def performer_arm(length: int, backward: bool) -> Callable[[], Any]:
-    """performer-pytorch's FAVOR+ with as many features, on the same tensors in its own layout."""
+    """performer-pytorch's FAVOR+ with the same number of features, on the same tensors in its own layout."""
     torch = importlib.import_module("torch")
     peer = importlib.import_module("performer_pytorch.performer_pytorch")
     attend = peer.FastAttention(HEAD_DIM, nb_features=SETTINGS["favor"]["num_features"])
@@ -47,7 +47,7 @@ def performer_arm(length: int, backward: bool) -> Callable[[], Any]:
 
 
 def measure(longest: int, rounds: int) -> dict[str, Any]:
-    """Bidirectional, forward at all lengths and with gradients up to 8192; every figure with its peers of one run."""
+    """Bidirectional, forward at all lengths and with gradients up to 8192; the figures of a row are from one run."""
     console, rows = Console(), []
     lengths = [n for n in (1024, 2048, 4096, 8192, 16384, 32768) if n <= longest]
     for backward in (False, True):

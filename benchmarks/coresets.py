@@ -47,7 +47,7 @@ def _build(algorithm: Algorithm, key: Array, value: Array, rng: Array) -> Weight
 
 def _answer(query: Array, small: WeightedKV) -> Array:
     def head(args: tuple[Array, WeightedKV]) -> Array:
-        # As in `attention`: a head is cut out where it lies.
+        # As in `attention`, a head is sliced from the tensor in place.
         q, small = query[0, :, args[0]], args[1]
         return attend(fold_scale(q, q)[0], small).out
 
@@ -56,7 +56,7 @@ def _answer(query: Array, small: WeightedKV) -> Array:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """One exact pass over the tensors against the build of each coreset and attention through it."""
+    """Times of one exact pass, of the build of each coreset, and of attention over it."""
     query, key, value, _ = inputs(LENGTH)
     rng = jax.random.key(0)
     exact = jax.jit(functools.partial(attention, method="exact")).lower(query, key, value).compile()

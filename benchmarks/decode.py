@@ -1,4 +1,4 @@
-"""Decoding: tokens per second and bytes of cache of a small language model, by the length of what it has read."""
+"""Decoding: tokens per second and bytes of cache of a small language model, by the length of its prompt."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -66,9 +66,9 @@ def _plain(implementation: str, length: int) -> tuple[LanguageModel, int]:
 
 
 def _cached(method: str, length: int, prompt: Array) -> tuple[LanguageModel, int]:
-    """A model that has read the prompt into the caches of a method, and their bytes."""
+    """A model that has read the prompt into the caches of a method, and the bytes of the caches."""
     size = METHODS[method].size
-    # Slots per block and whole caches grow with the sequence; the others keep their size.
+    # Slots per block and whole caches grow with the sequence; the other caches have a fixed size.
     settings = {size: SIZE} if size and method != "block_linformer" else {}
     model = LanguageModel(MODEL, AttentionConfig(method, settings), vocabulary=VOCABULARY, rngs=nnx.Rngs(0))
     num_bytes = init_cache(model, 1, max_length=length + STEPS)
@@ -77,7 +77,7 @@ def _cached(method: str, length: int, prompt: Array) -> tuple[LanguageModel, int
 
 
 def calls(length: int, methods: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
-    """Calls that continue a prompt with exact attention over plain caches and with methods, and their cache bytes."""
+    """Calls that continue a prompt, with plain caches and with methods, and their cache bytes."""
     prompt = jax.random.randint(jax.random.key(1), (1, length), 0, VOCABULARY)
     makers: dict[str, Callable[[], tuple[LanguageModel, int]]] = {
         **{f"exact, {name}": functools.partial(_plain, name, length) for name in PLAIN},

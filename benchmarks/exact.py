@@ -1,4 +1,4 @@
-"""Exact attention: ours against `jax.nn.dot_product_attention` and, where it is installed, PyTorch."""
+"""Exact attention: this library against `jax.nn.dot_product_attention` and, if installed, PyTorch."""
 
 import functools
 import importlib.metadata
@@ -20,12 +20,12 @@ LARGEST_LOGITS = 2**30
 
 
 def torch_version() -> str | None:
-    """The version of PyTorch, the optional peer, or None."""
+    """The version of the optional package PyTorch, or None."""
     return importlib.metadata.version("torch") if importlib.util.find_spec("torch") else None
 
 
 def peak_flops(rounds: int = 9) -> dict[str, float]:
-    """FLOP/s of a square float32 matrix product, in JAX and in PyTorch where it is installed."""
+    """FLOP/s of a square float32 matrix product, in JAX and, if installed, in PyTorch."""
     size = 4096
     x = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     product = jax.jit(jnp.matmul)
@@ -87,7 +87,7 @@ def torch_arm(length: int, is_causal: bool, backward: bool) -> Callable[[], Any]
 
 
 def measure(longest: int, rounds: int) -> dict[str, Any]:
-    """All lengths, directions and passes; every figure with its peers from the same run."""
+    """All lengths, directions and passes; the figures of a row are from one run."""
     console, rows = Console(), []
     peak = peak_flops()
     console.print(f"peak: { ({name: f'{value / 1e9:.0f} GFLOP/s' for name, value in peak.items()}) }")

@@ -16,6 +16,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_document(path: pathlib.Path, document: dict[str, Any]) -> None:
-    """Write a document as JSON, with the directory that it goes to."""
+    """Write a document as JSON, and make its directory if needed."""
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(document, indent=1) + "\n")

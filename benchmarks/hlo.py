@@ -1,4 +1,4 @@
-"""The text of a compiled program (an optimised HLO module): its computations, its loops, its operations in sequence."""
+"""The text of a compiled program (an optimised HLO module): its computations, loops and sequential operations."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:body|to_apply|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?[\w.-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
-# The plumbing of a program: these start no kernel.
+# Operations that start no kernel.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"while", "conditional", "call"}
 
@@ -23,8 +23,8 @@ class Loop:
 
     Attributes:
         depth: the number of loops around it.
-        trips: how often it runs each time it is reached, or None if the program does not say.
-        operations: the operations in sequence of one trip.
+        trips: its iterations each time it is reached, or None if the program does not state them.
+        operations: the sequential operations of one iteration.
     """
 
     depth: int
@@ -37,10 +37,10 @@ class Counts:
     """The counts of a program.
 
     Attributes:
-        operations: the operations that run one after the other when every loop runs all its trips; about the kernel
-            launches on a GPU. A loop of unknown trips counts once, so that this is then a lower bound.
+        operations: the sequential operations if every loop runs all its iterations; about the number of kernel launches
+            on a GPU. A loop of unknown length counts once, and then this is a lower bound.
         loops: all loops, outer ones first.
-        custom_calls: how often each target stands in the text.
+        custom_calls: the number of occurrences of each target in the text.
     """
 
     operations: int
@@ -68,7 +68,7 @@ def computations(program: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def counted(program: str) -> Counts:
-    """Counts operations in sequence, loops and custom calls; of the branches of a condition the longest counts.
+    """Count sequential operations, loops and custom calls; a condition counts as its longest branch.
 
     Args:
         program: the text of a compiled program, ``jax.jit(f).lower(...).compile().as_text()``.

@@ -21,7 +21,7 @@ Figures = dict[str, dict[str, Any]]
 
 
 def schedule_of(text: str) -> dict[str, int]:
-    """The bundles of a kernel without masks: of the body of its tile, and of what else each step may run.
+    """The bundles of a kernel without masks: of the body of its tile, and of the other code that a step may run.
 
     The body is the region with the most matrix products. Regions with transposes run once for a block of rows.
 
@@ -50,7 +50,7 @@ def schedule_of(text: str) -> dict[str, int]:
 
 def vmem_of(report: str) -> Figures:
     """Bytes of VMEM of each operation, and bytes spilled from registers, from the compiler's report."""
-    # The report is a page with its data as an object of JSON.
+    # The report is an HTML page with its data as a JSON object.
     data = re.search(r"const DATA *= *", report)
     if data is None:
         return {}
@@ -63,7 +63,7 @@ def vmem_of(report: str) -> Figures:
 
 
 def of_tpu(folder: pathlib.Path, *, is_full: bool) -> Figures:
-    """By kernel: bytes of VMEM and of spills, and the bundles of its schedule where it computes no mask."""
+    """By kernel: bytes of VMEM and of spills, and the bundles of its schedule if it computes no mask."""
     kernels: Figures = {}
     for path in folder.glob("*vmem_report.html"):
         for name, figures in vmem_of(path.read_text()).items():
@@ -77,7 +77,7 @@ def of_tpu(folder: pathlib.Path, *, is_full: bool) -> Figures:
 
 
 def registers(answer: str) -> dict[str, int]:
-    """Registers and bytes of spills from what ``ptxas -v`` says about one kernel."""
+    """Registers and bytes of spills from the output of ``ptxas -v`` for one kernel."""
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", answer)
     used = re.search(r"Used (\d+) registers", answer)
     if spills is None or used is None:
@@ -92,7 +92,7 @@ def shared_bytes(thunks: str) -> dict[str, int]:
 
 
 def of_gpu(folder: pathlib.Path) -> Figures:
-    """By kernel: bytes of shared memory, and registers and spills where ``ptxas`` is installed."""
+    """By kernel: bytes of shared memory, and registers and spills if ``ptxas`` is installed."""
     kernels: Figures = {}
     for path in folder.glob("*thunk_sequence.txt"):
         for name, count in shared_bytes(path.read_text()).items():

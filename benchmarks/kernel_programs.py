@@ -23,12 +23,12 @@ class Case:
     """A program of `kernels.state` over 8 heads.
 
     Attributes:
-        platform: what it is compiled for.
+        platform: the target of the compiler.
         chip: a name of `TOPOLOGIES`.
-        length: queries, and keys.
+        length: number of queries, and of keys.
         is_causal: whether queries see earlier keys alone.
         backward: the gradient, with the forward pass that it needs, instead of the forward pass.
-        tiles: the numbers of the tiles of a TPU, forward and backward; None for the default.
+        tiles: the sizes of the tiles of a TPU, forward and backward; None for the default.
     """
 
     platform: Platform
@@ -50,11 +50,11 @@ def compiled(case: Case) -> dict[str, Any]:
     """Compile a case.
 
     Returns:
-        CPU seconds of the compiler, tracing included; bytes of temporaries; the tiles; and by kernel what
-        `benchmarks.kernel_dumps` reads.
+        CPU seconds of the compiler, tracing included; bytes of temporaries; the tiles; and for each kernel the figures
+        of `benchmarks.kernel_dumps`.
     """
     with tempfile.TemporaryDirectory() as dump:
-        # Read when the compiler is loaded.
+        # The compiler reads these flags when it is loaded.
         if case.platform == "tpu":
             flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
             os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_llo_pass_label_regex=final_bundles"

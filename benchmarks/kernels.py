@@ -1,7 +1,7 @@
 """The fused kernels of `approx_attention.kernels`, compiled for accelerators on a machine without one; no times.
 
-The compilers also say what the program of a kernel is like: a TPU's how long the schedule of a tile is, and a GPU's how
-many registers it takes. Tiles are chosen by that.
+The compiler for TPUs also reports the length of the schedule of a tile, that for GPUs the number of registers. Tiles
+are chosen by these figures.
 """
 
 import pathlib
@@ -36,7 +36,7 @@ BACKWARD_TILES = (
 
 # Requirements: bundles for 1024 logits on a v5e, d = 128, forward and in both kernels of the gradient together.
 MOST_BUNDLES, MOST_BUNDLES_BACKWARD = 5.2, 13
-# Bytes of VMEM that a kernel may take, and of shared memory of an H200; nothing is to spill.
+# Bytes of VMEM that a kernel may take, and of shared memory of an H200; there should be no spills.
 MOST_VMEM, MOST_SHARED = 16 * 2**20, 227 * 2**10
 
 
@@ -56,7 +56,7 @@ def cases(platform: Platform) -> Iterator[Case]:
 
 
 def _search(head_dim: int, backward: bool) -> Iterator[Case]:
-    """Cases that differ in the tile of one pass."""
+    """Cases that differ only in the tile of one pass."""
     for tile in BACKWARD_TILES if backward else FORWARD_TILES:
         tiles = (FORWARD_TILES[0], tile) if backward else (tile, BACKWARD_TILES[0])
         yield Case("tpu", "v5e", LENGTHS[0], head_dim, backward=backward, tiles=tiles)

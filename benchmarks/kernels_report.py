@@ -39,7 +39,7 @@ CHOICE = (
 
 
 def section(documents: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    """The parts of the section, of those documents that are there.
+    """The parts of the section, from the documents that exist.
 
     Args:
         documents: by platform, ``gpu`` and ``tpu``.
@@ -129,7 +129,7 @@ def _schedules(rows: Sequence[Row]) -> str:
 
 
 def _lengths(rows: Sequence[Row], platform: Platform, last: Callable[[Row], str]) -> str:
-    """Cells of the programs with default tiles: seconds, temporaries, and one figure more."""
+    """Cells of the programs with default tiles: seconds, temporaries, and one more figure."""
     asked = [case for case in cases(platform) if case.tiles is None and not case.backward]
     table = []
     for case in asked:
@@ -208,7 +208,7 @@ def _words(case: Mapping[str, Any]) -> str:
 
 
 def _row(rows: Iterable[Row], **asked: Any) -> Row | None:
-    """The row of a case with these values, the others as most often asked."""
+    """The row of a case with these values; other fields have the most common values."""
     asked = {"length": LENGTHS[0], "dtype": "bfloat16", "tiles": None} | asked
     asked["tiles"] = None if asked["tiles"] is None else [list(tile) for tile in asked["tiles"]]
     return next((row for row in rows if all(row["case"][name] == value for name, value in asked.items())), None)

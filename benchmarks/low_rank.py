@@ -1,4 +1,4 @@
-"""Linformer and Nystrom against the fastest exact attention and their peers in PyTorch; sketches against dense ones."""
+"""Linformer and Nystrom against the fastest exact attention and their PyTorch versions; fast sketches against dense."""
 
 import functools
 import importlib
@@ -18,13 +18,13 @@ from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops, 
 
 SLOTS = (128, 256, 512, 1024, 2048)
 LANDMARKS = 64
-# The sizes for the comparison with peers.
+# The sizes in the comparison with PyTorch packages.
 PEER_SLOTS = 256
 SKETCHES = ("gaussian", "count", "sparse_jl", "hadamard", "uniform_rows")
 
 
 def peer_version(name: str) -> str | None:
-    """The version of a package of peers, or None."""
+    """The version of an optional package, or None."""
     return importlib.metadata.version(name) if importlib.util.find_spec(name.replace("-", "_")) else None
 
 
@@ -111,7 +111,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
 
 
 def _sketches(rounds: int, num_rows: int = 8192, size: int = 256) -> dict[str, Any]:
-    """Seconds to apply a drawn sketch to the keys of one head, and to draw it and apply it."""
+    """Seconds to apply a sampled sketch to the keys of one head, and to sample and apply it."""
     x = jax.random.normal(jax.random.key(2), (num_rows, HEAD_DIM))
     key = jax.random.key(3)
     applied, drawn = {}, {}

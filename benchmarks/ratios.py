@@ -1,4 +1,4 @@
-"""Ratios of times on a CPU that say how near its forms are to their floor: both sides are timed in turn in one run."""
+"""Ratios of times on a CPU that show the distance of the forms from their floor; both times are from one run."""
 
 import functools
 import os
@@ -23,9 +23,9 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """The rows of all ratios: the two things that are timed, the length, seconds of both, and the bar of the ratio.
+    """The rows of all ratios: the two timed calls, the length, the seconds of both, and the limit of the ratio.
 
-    All ratios are of times, so that a bar on speed is its inverse: "10 times as fast" is at most 0.1.
+    All ratios are of times, so that a limit on speed is the inverse: "10 times as fast" is at most 0.1.
     """
     rows: list[dict[str, Any]] = []
     for of_one_kind in (_imports, _against_torch, _decoding, _block_sparse, _causal, _gradients):
@@ -71,7 +71,7 @@ def _gradients(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _decoding(rounds: int) -> Iterator[dict[str, Any]]:
-    """Our cache of all tokens over the fastest of the usual ones, for one token of a small language model."""
+    """The cache of all tokens over the fastest of the usual caches, for one token of a small language model."""
     for length in (1024, LENGTH, 4 * LENGTH):
         calls = decode.calls(length, ["exact"])[0]
         seconds = {name: x.least / decode.STEPS for name, x in time_interleaved(calls, rounds=rounds).items()}
@@ -81,7 +81,7 @@ def _decoding(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _against_torch(rounds: int) -> Iterator[dict[str, Any]]:
-    """Exact attention over that of PyTorch, where it is installed."""
+    """Exact attention over that of PyTorch, if it is installed."""
     for causal in (False, True) if torch_version() else ():
         arguments = inputs(4096)[:3]
         forms = jax_arms(4096, causal, False)
@@ -106,7 +106,7 @@ def _block_sparse(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _imports(rounds: int) -> Iterator[dict[str, Any]]:
-    """Starting Python with this library over starting it with JAX alone, as users have them: as bytecode."""
+    """Starting Python with this library over starting it with JAX alone, both from bytecode as users have them."""
     own = {name: x for name, x in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def start(module: str) -> float:

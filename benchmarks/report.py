@@ -1,4 +1,4 @@
-"""RESULTS.md from the committed measurements; nothing in it is typed by hand."""
+"""RESULTS.md from the committed measurements; all of its figures are generated."""
 
 import json
 import pathlib
@@ -42,7 +42,7 @@ def render(results: pathlib.Path) -> str:
         "Times are the least of several interleaved calls, compilation apart. Rerun with `make bench`.",
     ]
     for name, section in sections.items():
-        # Machines of other kinds have files of their own, such as scaling_gpu.json.
+        # Other kinds of machines have separate files, such as scaling_gpu.json.
         for measured in sorted(results.glob(f"{name}.json")) + sorted(results.glob(f"{name}_[gt]pu.json")):
             parts += section(json.loads(measured.read_text()))
     parts += accelerator_report.section([json.loads(x.read_text()) for x in sorted(results.glob("accelerator-*.json"))])
@@ -464,7 +464,7 @@ def _slope(values: dict[int, float], least: int) -> float:
 
 
 def _slope_of_three(values: dict[int, float], least: int) -> str:
-    """The slope as text, where three lengths or more tell it."""
+    """The slope as text, if there are at least three lengths."""
     enough = sum(n >= least and value > 0 for n, value in values.items()) >= 3
     return f"{_slope(values, least):.2f}" if enough else ""
 

@@ -92,8 +92,7 @@ def _passes(longest: int, rounds: int, is_causal: bool, backward: bool, console:
         shown = "  ".join(f"{name} {timing.least * 1e3:.1f}" for name, timing in timings.items())
         console.print(f"n={length} {'causal' if is_causal else 'full'} {'fwd+bwd' if backward else 'fwd'} ms: {shown}")
         best = min(timing.least for name, timing in timings.items() if name.startswith("exact"))
-        # Exact attention grows as the square: a method that is slower by more than the remaining growth never catches
-        # up.
+        # Exact attention is quadratic: a method that is slower by more than the remaining growth never catches up.
         names = [name for name in names if timings[name].least <= best * lengths[-1] / length]
         jax.clear_caches()
     return rows
@@ -164,7 +163,7 @@ def exact_buffers(length: int, dtype: Any = jnp.float32) -> tuple[Array, Array]:
 
 
 def cache_at(cache: Cache, length: int | Array) -> Cache:
-    """The cache with its next token at a position: its time does not depend on what it has seen."""
+    """The cache with its next token at a position: the time of a step does not depend on the earlier tokens."""
     return cache._replace(length=jnp.asarray(length, jnp.int32))
 
 

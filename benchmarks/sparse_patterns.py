@@ -15,13 +15,13 @@ from approx_attention.evaluation import environment, time_interleaved
 from approx_attention.sparse import BlockMap
 from benchmarks.exact import HEAD_DIM, NUM_HEADS, inputs, jax_arms, peak_flops
 
-# The share of the pairs that causal attention sees which the window and the global block see, about.
+# The approximate share of the causal pairs that the window and the global block see.
 DENSITY = 0.05
 BLOCK_SIZE = 64
 KEYS_PER_QUERY = (4, 8, 16)
-# Keys that each query of a method reads whose keys are found by their logits or a priority.
+# Keys that each query reads, for methods that find keys by their logits or by a priority.
 RETRIEVED = {"top_k": 64, "priority": 64, "lsh_top_k": 64, "lsh_priority": 64}
-# Rows that are gathered at a time for the floor, as many as `sparse_attention` gathers.
+# Rows that the floor gathers at a time, as many as `sparse_attention` gathers.
 ROWS = 512
 CERTIFIED = {"num_tokens": 8192, "dimension": 128, "keys_per_row": 4}
 
@@ -38,7 +38,7 @@ def window_and_global(length: int) -> BlockMap:
 
 
 def share_of_triangle(blocks: BlockMap) -> float:
-    """The share of the causal pairs that lie in visited blocks, whose halves above the diagonal count too."""
+    """The share of the causal pairs that lie in visited blocks, including the parts of blocks above the diagonal."""
     return blocks.density * blocks.num_queries**2 / (blocks.num_queries * (blocks.num_queries + 1) / 2)
 
 
@@ -120,7 +120,7 @@ def measure(longest: int, rounds: int) -> dict[str, Any]:
 
 
 def _certificate_seconds(rounds: int) -> float:
-    """Seconds to certify one head whose inputs are random: what they are does not matter to the time."""
+    """Seconds to certify one head with random inputs; the time does not depend on their values."""
     num_tokens, dimension = CERTIFIED["num_tokens"], CERTIFIED["dimension"]
     pattern = SparsePattern.random(jax.random.key(2), num_tokens, CERTIFIED["keys_per_row"])
     x = jax.random.normal(jax.random.key(3), (num_tokens, 2 * dimension))

@@ -5,7 +5,7 @@ from typing import Any
 
 from approx_attention.evaluation import break_even
 
-# Times are not known to less: a method that is not faster by this share is not faster.
+# Times are not more precise than this: a smaller gain does not count as faster.
 MARGIN = 0.05
 
 

@@ -14,14 +14,14 @@ from approx_attention.evaluation import environment, time_interleaved
 from benchmarks.exact import peak_flops
 
 HEAD_DIM, DEGREE = 8, 4
-# Close together at first, where the two forms cross.
+# Dense at first, where the times of the two forms cross.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 LONGEST_EXACT = 1024
 # Messages under exact attention are quadratic.
 LONGEST_TREE = 8192
-# The head whose exact form is measured against the machine's peak.
+# The head on which the exact form is compared with the machine's peak.
 PEAK_LENGTH, PEAK_HEAD_DIM = 512, 64
-# What Meta reports for the windowed form on an H100, in bfloat16 (2-simplicial attention in TLX).
+# The figure that Meta reports for the windowed form on an H100, in bfloat16 (2-simplicial attention in TLX).
 META_TERAFLOPS = 588
 WINDOW = {"length": 16384, "num_heads": 8, "head_dim": 128, "window": (32, 512)}
 

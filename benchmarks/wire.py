@@ -1,7 +1,7 @@
 """Bytes between devices for a sharded sequence: closed formulas, and docs/scaling.md, which explains them.
 
-Per layer, forward pass, in bytes that the busiest device sends; `benchmarks.collectives` counts the same in compiled
-programs. Tokens and moments travel in float32, and with each token one byte that says whether it is real.
+The formulas give the bytes that the busiest device sends for one layer in the forward pass; `benchmarks.collectives`
+counts them in compiled programs. Tokens and moments are sent in float32, with one byte of mask per token.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scaling.md"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A layer of attention over one sequence of ``length`` tokens, on so many devices."""
+    """A layer of attention over one sequence of ``length`` tokens, sharded over ``devices``."""
 
     length: int
     devices: int
@@ -26,11 +26,11 @@ class Sizes:
     value_dim: int = 64
 
     def part(self, multiple: int = 1) -> int:
-        """Tokens of a device, whose number is rounded up to a multiple."""
+        """The number of tokens of a device, rounded up to a multiple."""
         return -(-self.length // (self.devices * multiple)) * multiple
 
 
-# Method and whether it is causal, with the hyper-parameters at which it is shown.
+# The methods, causal or not, with the hyper-parameters at which they are shown.
 SETTINGS: Mapping[tuple[str, bool], dict[str, int]] = {
     ("exact", False): {},
     ("exact", True): {},
@@ -57,18 +57,18 @@ def token_bytes(sizes: Sizes, tokens: int) -> int:
 
 
 def ring_bytes(sizes: Sizes) -> int:
-    """Exact attention: every device's tokens visit every other; causal or not, they go all the way round."""
+    """Exact attention: the tokens of every device visit every other device, in the causal form too."""
     return (sizes.devices - 1) * token_bytes(sizes, sizes.part())
 
 
 def halo_bytes(sizes: Sizes, left: int, right: int) -> int:
-    """A window: ``left`` tokens to the device after and ``right`` to the one before; of two, each has only one."""
+    """A window: ``left`` tokens to the next device and ``right`` to the previous one; with two devices, to one side."""
     sides = [token_bytes(sizes, left), token_bytes(sizes, right)]
     return (sum if sizes.devices > 2 else max)(sides) if sizes.devices > 1 else 0
 
 
 def moment_bytes(sizes: Sizes, num_features: int) -> int:
-    """R features' sums of values, masses and scales, of all key heads: 4 R (Dv + 2)."""
+    """Sums of values, masses and scales of R features, for all key heads: 4 R (Dv + 2) bytes each."""
     return 4 * sizes.num_kv_heads * num_features * (sizes.value_dim + 2)
 
 
@@ -78,20 +78,20 @@ def all_moments_bytes(sizes: Sizes, num_features: int) -> float:
 
 
 def rounds(devices: int) -> int:
-    """How often moments are handed on, so that each device has those of all before it."""
+    """The number of rounds after which each device has the moments of all devices before it."""
     return 0 if devices == 1 else 1 + (math.ceil(math.log2(devices - 1)) if devices > 2 else 0)
 
 
 def earlier_moments_bytes(sizes: Sizes, num_features: int, block_size: int) -> int:
-    """Causal moments: a block to the device after, and the moments in about log2(p) + 1 rounds."""
+    """Causal moments: a block to the next device, and the moments in about log2(p) + 1 rounds."""
     handed_on = rounds(sizes.devices) * moment_bytes(sizes, num_features)
     return halo_bytes(sizes, block_size, 0) + handed_on
 
 
 def all_tokens_bytes(sizes: Sizes, kept: int, *, ranged: bool = False) -> float:
-    """Tokens: those that each device has kept go to all others, 4 (D + Dv + 1) each.
+    """Tokens: each device sends its kept tokens to all others, 4 (D + Dv + 1) bytes each.
 
-    ``ranged``: with the least and the greatest value per channel, which Nystrom weights need.
+    ``ranged`` adds the least and the greatest value per channel, which Nystrom weights need.
     """
     others = sizes.devices - 1
     of_token = 4 * (sizes.head_dim + sizes.value_dim + 1)
@@ -100,15 +100,15 @@ def all_tokens_bytes(sizes: Sizes, kept: int, *, ranged: bool = False) -> float:
 
 
 def earlier_tokens_bytes(sizes: Sizes, kept: int, block_size: int) -> float:
-    """Causal tokens: a block to the device after, and what each keeps of the others to all."""
+    """Causal tokens: a block to the next device, and the kept tokens of each device to all others."""
     return halo_bytes(sizes, block_size, 0) + all_tokens_bytes(sizes, kept)
 
 
 def sent_by(method: str, is_causal: bool, sizes: Sizes, **settings: int) -> float:
-    """What a registered method sends by the formula of its kind, at the hyper-parameters of `SETTINGS`.
+    """Bytes that a registered method sends, by the formula of its kind, at the hyper-parameters of `SETTINGS`.
 
     Raises:
-        ValueError: the method is in no kind.
+        ValueError: there is no formula for the method.
     """
     if method == "exact":
         return ring_bytes(sizes)
@@ -140,11 +140,11 @@ def sent_by(method: str, is_causal: bool, sizes: Sizes, **settings: int) -> floa
     return all_tokens_bytes(sizes, kept, ranged=method == "coreset")
 
 
-# A further example on the page: a long sequence on many devices.
+# Another example on the page: a long sequence on many devices.
 LENGTH, MANY = 10_000_000, (8, 64, 1024)
-# Of one link, one way: an assumption, to turn bytes into seconds, and no measurement.
+# Bytes per second of one link in one direction, to turn bytes into seconds: an assumption, not a measurement.
 BANDWIDTH = 50e9
-# Summaries of tokens keep at least one on each device.
+# Sizes of summaries of tokens, which keep at least one token on each device.
 LARGE: Mapping[str, int] = {"num_landmarks": 16_384, "coreset_size": 16_384, "num_chunks": 16_384}
 KINDS = {
     ("exact", False): "ring",

@@ -1,4 +1,4 @@
-"""``python -m docs.check SITE``: every internal link of a built site leads somewhere; external ones are listed."""
+"""``python -m docs.check SITE``: checks the internal links of a built site, and lists the external ones."""
 
 import html.parser
 import pathlib
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Not in a fresh checkout: what a reader's own commands make.
+# Paths that a fresh checkout does not have: a reader's commands make them.
 MADE_BY_RUNNING = ("out/", "docs/_build/")
 
 
@@ -22,7 +22,7 @@ class Page(html.parser.HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what a tag links to and what it can be reached by."""
+        """Record the links of a tag and the anchors that it defines."""
         for name, value in attrs:
             if name in ("href", "src") and value:
                 self.links.append(value)
@@ -31,7 +31,7 @@ class Page(html.parser.HTMLParser):
 
 
 def broken_links(site: pathlib.Path) -> tuple[list[str], list[str]]:
-    """The internal links of a site that lead nowhere, and all its external links."""
+    """The broken internal links of a site, and all its external links."""
     pages = {file: Page(file.read_text(encoding="utf-8")) for file in site.rglob("*.html")}
     broken, external = [], set()
     for file, page in pages.items():
@@ -50,7 +50,7 @@ def broken_links(site: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def missing_files(text: str, folders: Iterable[pathlib.Path]) -> list[str]:
-    """The files that a Markdown text links to or quotes and that are in none of the folders."""
+    """The files that a Markdown text links to or quotes and that none of the folders has."""
     content = re.sub(r"^(`{3,}|:{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE)
     linked = re.findall(r"\]\((?!https?:)([^)#\s]+)(?: \"[^\"]*\")?\)", content)
     quoted = re.findall(r"`((?:[a-z_]+/)+[a-zA-Z_.]*)`", content)
@@ -62,7 +62,7 @@ def missing_files(text: str, folders: Iterable[pathlib.Path]) -> list[str]:
 
 
 def main(site: pathlib.Path) -> int:
-    """Print what is broken, and how many external links there are."""
+    """Print the broken links and the number of external links."""
     broken, external = broken_links(site)
     texts = [file for file in (ROOT / "docs").rglob("*.md") if "_build" not in file.parts]
     broken += [

@@ -11,17 +11,17 @@ import matplotlib.pyplot as plt
 from approx_attention.evaluation import BASELINES
 
 DOCS = pathlib.Path(__file__).parent
-# The default comparison, that of methods that cost as much as exact attention, and that of those without a causal form.
+# The default comparison, that of methods as expensive as exact attention, and that of methods without a causal form.
 COMPARISONS = tuple(DOCS / folder / "compare.json" for folder in ("", "costly", "bidirectional"))
 
 
 def comparison(path: pathlib.Path = COMPARISONS[0]) -> dict[str, Any]:
-    """What ``approx-attention compare`` measured on the shipped sample."""
+    """The document that ``approx-attention compare`` wrote for the shipped sample."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measured_methods() -> dict[str, pathlib.Path]:
-    """The approximations that were compared, and where."""
+    """The approximations that were compared, with the file of each."""
     found: dict[str, pathlib.Path] = {}
     for path in COMPARISONS:
         for row in comparison(path)["rows"]:
@@ -58,7 +58,7 @@ def draw_error(name: str, document: Mapping[str, Any], path: pathlib.Path) -> No
                 style = {"color": shade, "marker": marker, "markersize": 6, "label": other, "linestyle": ":"}
             else:
                 style = {"color": "0.8", "marker": "o", "markersize": 4, "linewidth": 1, "label": others}
-                others = "_"  # named once
+                others = "_"  # the legend names them once
             axes.plot(kib, error, **style)
         top = 1.3 * max(1.2, *(value for _, value in curves.get(name, [(0, 0.0)])))
         axes.set(yscale="log", xlabel="cache (KiB)", ylabel="relative error", xlim=(-5, None), ylim=(None, top))

@@ -7,7 +7,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# The kernels that execute the guide import the same tree, and spend little on programs that run once.
+# The kernels that execute the guide import the same tree, and optimise little, because their programs run once.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
@@ -72,7 +72,7 @@ html_show_copyright = False
 html_copy_source = False
 
 METHOD_OF = {f"approx_attention.{names.public_name(method.function)}": name for name, method in METHODS.items()}
-# Names of other projects, which the site does not link to, so that it builds without a network.
+# Names of other projects. The site does not link to them, so that it builds without a network.
 EXTERNAL = (
     "jax.",
     "jnp.",
@@ -89,14 +89,14 @@ EXTERNAL = (
 
 
 def resolve(app: Sphinx, env, node, contnode):
-    """Finds a name as a reader of its module would: in any public module; names of other projects stay as they are."""
+    """Find a name as a reader of its module would, in any public module; names of other projects stay unchanged."""
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"]
     if target.startswith(EXTERNAL):
         return contnode
     domain = env.get_domain("py")
-    # A name of an internal module may be documented under a shorter one, and a field with its class.
+    # A name of an internal module may be documented under a shorter name, and a field with its class.
     last, owner = target.rpartition(".")[2], target.rpartition(".")[0]
     wanted = [target, last] if target.startswith("approx_attention.") else [target, *filter(None, [owner])]
     found = [name for part in wanted for name in domain.objects if f".{name}".endswith(f".{part}")]
@@ -112,12 +112,12 @@ def resolve(app: Sphinx, env, node, contnode):
 
 
 def skip_member(app: Sphinx, kind: str, name: str, member, skip: bool, options) -> bool | None:
-    """Leaves out what a named tuple says of its fields: the section Attributes says it better."""
+    """Leave out the generated docstrings of named tuple fields; the Attributes section describes them."""
     return True if (member.__doc__ or "").startswith("Alias for field number") else None
 
 
 def constructor(app: Sphinx, what: str, name: str, thing, options, signature: str | None, returns):
-    """The parameters of a Flax module, which its metaclass hides."""
+    """The signature of a Flax module, which its metaclass hides."""
     if what != "class" or signature != "(*args, **kwargs)":
         return None
     parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
@@ -136,13 +136,13 @@ def defaults_by_name(app: Sphinx, what: str, name: str, thing, options, signatur
 
 
 def without_summary(app: Sphinx, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """Drops the first sentence of a method on its page, which begins with it."""
+    """Drop the first sentence of a method's docstring on its page, which starts with it."""
     if app.env.docname == f"methods/{METHOD_OF.get(name)}" and "" in lines:
         del lines[: lines.index("") + 1]
 
 
 def setup(app: Sphinx) -> None:
-    """Makes the generated pages before anything is read."""
+    """Make the generated pages before Sphinx reads anything."""
     pages.write()
     app.connect("autodoc-process-docstring", without_summary, priority=400)
     app.connect("missing-reference", resolve)

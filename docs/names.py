@@ -1,4 +1,4 @@
-"""The public names: where each is documented, and what its docstring says."""
+"""The public names: the page that documents each, and parts of its docstring."""
 
 import importlib
 import inspect
@@ -8,24 +8,24 @@ from typing import Any
 import approx_attention
 from approx_attention.registry import METHODS, Method
 
-# Functions and classes that the registry does not name, on the page of the method that they belong to.
+# Functions and classes that the registry does not name, listed on the page of their method.
 COMPANIONS = {
     "cosformer": ("methods.running_cosformer", "methods.place_tokens"),
     "linformer": ("methods.linformer_step", "methods.LinformerPrefix", "methods.Convolution"),
     "coreset": ("coresets.query_radius",),
     "rfa": ("methods.gate_tokens",),
 }
-# Public mappings, which have no docstring of their own.
+# Public mappings, which cannot have a docstring.
 DATA = {
-    "approx_attention.METHODS": "The methods by name: what :py:func:`approx_attention.attention` takes as ``method=``.",
-    "approx_attention.coresets.ALGORITHMS": "The algorithms by name: what ``policy=`` and ``algorithm=`` take.",
+    "approx_attention.METHODS": "The methods by name, for ``method=`` of :py:func:`approx_attention.attention`.",
+    "approx_attention.coresets.ALGORITHMS": "The algorithms by name, for ``policy=`` and ``algorithm=``.",
 }
-# The pages of the API, one for each package: its purpose, and its public names that `approx_attention` does not export
-# too; None for all. A name of `approx_attention` is on the page of the package that it comes from.
+# The pages of the API, one for each package: its purpose, and its public names that `approx_attention` does not also
+# export; None for all. A name of `approx_attention` is on the page of the package that it comes from.
 PACKAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "approx_attention": ("Attention over batch and heads, by any method.", ()),
     "registry": (
-        "What each method can do, and a method with its hyper-parameters.",
+        "The capabilities of each method, and methods bound to their hyper-parameters.",
         ("bind", "BoundMethod", "HeadMethods"),
     ),
     "core": (
@@ -61,10 +61,10 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
             "TensorSketch", "ProductSketch",
         ),
     ),
-    "sparse": ("Sparse patterns that are computed.", ("BlockMap", "LiftedKV")),
+    "sparse": ("Sparse patterns, and attention over their blocks.", ("BlockMap", "LiftedKV")),
     "realization": (
-        "What attention can express: patterns and weights with few channels, and a unit of third order that decides "
-        "Match3.",
+        "The expressive power of attention: patterns and weights with few channels, and a unit of third order that "
+        "decides Match3.",
         (
             "fixed_projections", "Realization", "Certificate", "DimensionBound", "minimal_dimension",
             "MinimalDimension", "one_dimensional_order", "realizable_in_one_dimension", "row_centred",
@@ -95,13 +95,13 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
 
 
 def public_name(thing: Any) -> str:
-    """The name of a function or class below `approx_attention`: its own at the root, else with its package."""
+    """The name of a function or class below `approx_attention`: without its package if exported at the root."""
     name, package = thing.__name__, thing.__module__.split(".")[1]
     return name if name in approx_attention.__all__ else f"{package}.{name}"
 
 
 def method_names(name: str) -> list[str]:
-    """The public names on the page of a method: its own, and what makes its summaries, that no page before it has."""
+    """The public names on the page of a method: itself and the makers of its summaries, unless on an earlier page."""
     before = set()
     for other, method in METHODS.items():
         own = [public_name(part) for part in (method.function, method.summarize, method.running, method.draw) if part]
@@ -113,7 +113,7 @@ def method_names(name: str) -> list[str]:
 
 
 def package_names(package: str) -> list[str]:
-    """The names on the page of a package, dotted from `approx_attention` on; those of the front come first."""
+    """The names on the page of a package, dotted from `approx_attention` on; exported names of the root come first."""
     own = PACKAGES[package][1]
     if own is None:
         own = tuple(importlib.import_module(f"approx_attention.{package}").__all__)
@@ -123,15 +123,15 @@ def package_names(package: str) -> list[str]:
 
 
 def _page(name: str) -> str:
-    """The package on whose page a name of `approx_attention` is."""
+    """The package whose page documents a name of `approx_attention`."""
     package = getattr(approx_attention, name).__module__.split(".")[1]
-    # Functions of `methods` that are not in the registry take a pattern; states are made by kernels and used by all.
+    # Functions of `methods` that are not in the registry take a pattern; states are shared by all packages.
     package = {"methods": "sparse", "kernels": "core"}.get(package, package)
     return package if package in PACKAGES else "approx_attention"
 
 
 def places() -> dict[str, str]:
-    """Every documented name, dotted, and the page that documents it."""
+    """Every documented name, dotted, with the page that documents it."""
     found = {"approx_attention.METHODS": "methods/index"}
     found |= {f"approx_attention.{part}": f"methods/{name}" for name in METHODS for part in method_names(name)}
     found |= {f"approx_attention.{part}": f"api/{page}" for page in PACKAGES for part in package_names(page)}
@@ -139,7 +139,7 @@ def places() -> dict[str, str]:
 
 
 def public_object(name: str) -> Any:
-    """What a dotted name of `places` stands for."""
+    """The object with a dotted name of `places`."""
     module, _, last = name.rpartition(".")
     return getattr(importlib.import_module(module), last)
 
@@ -150,7 +150,7 @@ def first_line(thing: Any) -> str:
 
 
 def reference_section(thing: Any) -> str:
-    """The text of the section Reference of a docstring."""
+    """The text of the Reference section of a docstring."""
     match = re.search(r"^Reference:\n((?:    .*\n?|\n)+)", inspect.getdoc(thing) or "", re.MULTILINE)
     return " ".join(match.group(1).split()) if match else ""
 

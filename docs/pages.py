@@ -1,4 +1,4 @@
-"""The pages of the site that are made from the registry and the measurements, at every build.
+"""The pages of the site that every build generates from the registry and the measurements.
 
 ``methods/`` has a page for each method, ``api/`` one for each package, ``results/`` the committed reports, and
 ``measured/`` tables that the guide includes.
@@ -45,7 +45,7 @@ MEASURED: Mapping[str, Callable[[], str]] = {
 
 
 def write(docs: pathlib.Path = DOCS) -> None:
-    """Make every generated page again, touching only the files that change."""
+    """Make every generated page again, and write only the files that change."""
     pages: dict[str, str] = {"methods/index.md": methods_index(), "api/index.md": api_index()}
     pages |= {f"methods/{name}.md": method_page(name) for name in METHODS}
     pages |= {f"api/{package}.md": package_page(package) for package in PACKAGES}
@@ -146,7 +146,7 @@ def _measured(name: str) -> list[str]:
 
 
 def api_index() -> str:
-    """The packages, each with its page."""
+    """The index of the packages, with a link to the page of each."""
     rows = [[f"[`{_dotted(package)}`]({package}.md)", about] for package, (about, _) in PACKAGES.items()]
     lines = ["# API", "", markdown_table(["package", ""], rows, others="left"), ""]
     lines += ["The methods have [one page each](../methods/index.md). A name that `approx_attention` exports too is"]
@@ -155,7 +155,7 @@ def api_index() -> str:
 
 
 def package_page(package: str) -> str:
-    """All public names of a package, first in a table."""
+    """The page of a package: a table of all public names, and their documentation."""
     names = package_names(package)
     lines = [f"# `{_dotted(package)}`", ""]
     lines += [*_rst(f".. automodule:: {_dotted(package)}", "   :no-members:"), ""]

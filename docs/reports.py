@@ -1,4 +1,4 @@
-"""The committed reports as pages of the site: the verdict first, and tables that fit a screen."""
+"""The committed reports as pages of the site: verdicts first, and tables that fit a screen."""
 
 import pathlib
 import re

@@ -28,7 +28,7 @@ HEAD_DIM = 64
 
 
 def capability_rows(method: Method) -> str:
-    """The capability row of a method, upright, each entry with its meaning."""
+    """The capability row of a method as a column, each entry with its meaning."""
     meanings = dict(re.findall(r"^    (\w+): (.*(?:\n        .*)*)", inspect.getdoc(Capabilities) or "", re.MULTILINE))
     rows = []
     for field in dataclasses.fields(Capabilities):
@@ -79,7 +79,7 @@ def sample_table() -> str:
 
 
 def methods_table(names: Iterable[str]) -> str:
-    """Methods with a sentence each and what most tasks ask of them."""
+    """A table of methods, each with a sentence and the capabilities that most tasks need."""
     exact, rows = METHODS["exact"], []
     for name in names:
         method = METHODS[name]
@@ -94,13 +94,13 @@ def methods_table(names: Iterable[str]) -> str:
 
 
 def plain(line: str) -> str:
-    """A line of reStructuredText as Markdown in a cell."""
+    """Convert a line of reStructuredText to Markdown for a table cell."""
     line = re.sub(r":py:\w+:`([^`]*)`", r"`\1`", re.sub(r":math:`([^`]*)`", r"$\1$", line))
     return line.replace("``", "`").replace("|", r"\|")
 
 
 def losses() -> dict[str, tuple[str, str]]:
-    """The data on which a method is no better than the mean of the values, and than a local window, as reported."""
+    """The reported data on which a method is no better than the mean of the values, and than a local window."""
     text = (ROOT / "experiments/whole_picture/RESULTS.md").read_text(encoding="utf-8")
     table = text.partition("no better than mean(V) on")[2].split("\n\n", 1)[0]
     return {
@@ -165,12 +165,12 @@ def break_even_table(document: Mapping[str, Any]) -> str:
     )
 
 
-# Those of experiments.claims, whose packages the site does not need.
+# The verdicts of experiments.claims, repeated because the site does not need the packages of the experiments.
 VERDICTS = ("reproduced", "suggested", "not reproduced", "no ground", "not run")
 
 
 def verdicts() -> list[dict[str, Any]]:
-    """Every claim with its verdict, as the report of the experiments left them."""
+    """Every claim with its verdict, from the report of the experiments."""
     return json.loads((ROOT / "experiments" / "verdicts.json").read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,6 @@
-"""``python -m tests.bad_input``: says what is accepted that should not be, and which errors do not name their argument.
+"""``python -m tests.bad_input``: lists bad arguments that are accepted, and errors that do not name theirs.
 
-In a process without the checks of signatures that tests install, because users have none.
+It runs in a separate process without the signature checks that the tests install, because users do not have them.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from approx_attention.decoding import pyramid_budgets, token_budget
 from approx_attention.realization import failure_bound
 from approx_attention.tensor import exp_coefficients, total_degree
 
-# Narrow integers overflow at sums and products of a count that fits them itself.
+# A count that fits a narrow integer type can overflow it in sums and products.
 TOKENS, COUNT = 300, 100
 OWN_COUNTS = {"degree": 2, "num_window_blocks": 101, "num_hashes": 12, "overlap": 16, "chunk_size": 25}
 OTHER = {"chunk_size": {"window_size": 100}, "overlap": {"window_size": 64}}
@@ -38,19 +38,19 @@ def main() -> None:
 
 
 def forms(name: str) -> Iterator[dict[str, Any]]:
-    """The options with which each form of a method is called."""
+    """Yield the options of each form of a method."""
     yield {}
     if "is_causal" in inspect.signature(METHODS[name].function).parameters:
         yield {"is_causal": True}
 
 
 def outcome(function: Callable[[], Any]) -> str:
-    """The shapes of what a function returns, or what it says of its arguments."""
+    """The shapes of the outputs of a function, or its error."""
     try:
         return str(jax.tree.map(lambda x: getattr(x, "shape", x), function()))
     except ERRORS as error:
         return f"{type(error).__name__}: {error}"
-    except Exception as error:  # what no bad argument may lead to
+    except Exception as error:  # no bad argument may cause another kind of error
         return f"{type(error).__name__} instead of an error that names the argument: {str(error)[:100]}"
 
 
@@ -87,7 +87,7 @@ def counts_of_methods() -> Iterator[str]:
 
 
 def in_one_call(counts: dict[str, int], traced: Callable[..., str]) -> Iterator[dict[str, int]]:
-    """All counts together where a call takes them so, else one after the other."""
+    """Yield all counts together if one call accepts them, otherwise one at a time."""
     if len(counts) > 1 and "Error" not in traced(**counts):
         yield counts
     else:
@@ -95,7 +95,7 @@ def in_one_call(counts: dict[str, int], traced: Callable[..., str]) -> Iterator[
 
 
 def counts_of_functions() -> Iterator[str]:
-    """Functions of counts alone, whose result is a number or an array."""
+    """Check the functions that take counts alone and return a number or an array."""
     visible: dict[str, Callable[[Any], Any]] = {
         "banded": lambda n: SparsePattern.banded(n(200), [0, 1]).indices,
         "block": lambda n: SparsePattern.block(n(200), n(100)).indices,

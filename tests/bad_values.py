@@ -1,6 +1,6 @@
-"""``python -m tests.bad_values``: says which bad arguments of public functions are accepted, or not named.
+"""``python -m tests.bad_values``: lists bad arguments of public functions that are accepted or not named.
 
-In a process without the checks of signatures that tests install, as `tests.bad_input`, which asks methods.
+It runs without the signature checks that the tests install. `tests.bad_input` does the same for methods.
 """
 
 import functools
@@ -38,7 +38,7 @@ NO_COUNTS = (2.5, "x", None, [3], 0, -1, 10**20)
 NO_PATTERNS = (3, None, "x", np.eye(3), [[0]])
 HUGE = (10**20, 10**400)
 
-# What is called, the argument that messages must name, and what it cannot take.
+# The function, the call, the argument that the message must name, and the values to reject.
 CASES: list[tuple[str, Callable[[Any], Any], str, tuple[Any, ...]]] = []
 
 
@@ -92,7 +92,7 @@ case("summary_bytes", "summary_bytes", ([1.0], 3, "x", (tokens, 1.0)), summary_b
 case("hadamard", "hadamard", (3, None, tokens, state, rows), hadamard)
 case("hadamard", "hadamard", (3, None, tokens), lambda x: hadamard(moments, x))
 case("attention_received", "attention_received", (*NO_TENSORS, moments), lambda x: attention_received(x, rows))
-# Queries of grouped heads have an axis more.
+# Queries of grouped heads have one more axis.
 NO_QUERIES = (*(x for x in NO_ROWS if getattr(x, "ndim", 2) != 3), rows[None, None], rows[:, :3])
 case("attention_received", "queries", NO_QUERIES, lambda x: attention_received(tokens, x))
 case("compress", "compress", (*NO_TENSORS, moments), lambda x: compress(x, key))
@@ -151,7 +151,7 @@ case("ratio_range", "coefficients", (np.ones((2, 2)), [], "x", None, [[1.0], [1.
 case("minimax_error", "bound", (*NO_NUMBERS[1:], 10**400, 0, -1.0), lambda x: polynomials.minimax_error(2, x))
 
 
-# Large, and allowed.
+# Large values that are allowed.
 ALLOWED: dict[str, Callable[[], Any]] = {
     "fold_scale(scale=10**20)": lambda: aa.fold_scale(rows, rows, 10**20),
     "query_radius(margin=10**20)": lambda: query_radius(rows, margin=10**20),

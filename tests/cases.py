@@ -1,4 +1,4 @@
-"""Every method with small settings: the cases of `tests.methods` together, and calls that all tests share."""
+"""Every method with small settings: the cases of `tests.methods`, and calls that many tests share."""
 
 import functools
 import importlib
@@ -29,11 +29,11 @@ CASES: dict[str, Case] = _collected()
 
 
 def case_of(name):
-    """The case of a method; one that has none yet differs in nothing, and the contract says that it is missing."""
+    """Return the case of a method, or the default one; the contract tests report a missing case."""
     return CASES.get(name, Case())
 
 
-# What the contract runs over.
+# The methods that the contract tests run over.
 
 ALL = list(METHODS)
 CAUSAL = having(causal=True)
@@ -41,13 +41,13 @@ DIRECTIONS = [(name, c) for name in ALL for c in ([False, True] if name in CAUSA
 
 
 def unless_slow(name, *others, also=()):
-    """The parameters of a test of how methods are lifted, more than of the method itself."""
+    """Parameters of a test of the lifting rather than of the method: a slow test for most methods."""
     return pytest.param(name, *others, marks=() if case_of(name).fast or name in also else pytest.mark.slow)
 
 
 every_method = pytest.mark.parametrize("name", ALL)
 lifted = pytest.mark.parametrize("name", [unless_slow(name) for name in ALL])
-# What the causal form of a method shows of it is not shown again without; the other direction when slow.
+# A method with a causal form is tested in that form; its bidirectional form is a slow test.
 one_direction = pytest.mark.parametrize(
     ("name", "is_causal"),
     [(name, name in CAUSAL) for name in ALL] + [pytest.param(name, False, marks=pytest.mark.slow) for name in CAUSAL],
@@ -75,7 +75,7 @@ def sized(name, size):
 
 
 def running_of(name, max_length):
-    """The running summary of heads of 8 channels, with a fixed key and that much room where a method must know it."""
+    """The running summary for heads of 8 channels, with a fixed key, and with `max_length` if the method needs it."""
     running = METHODS[name].running
     room = inspect.signature(running).parameters.get("max_length")
     known = {"max_length": max_length} if room and room.default is room.empty else {}
@@ -92,7 +92,7 @@ def call(name, q, k, v, *, size=8, block_size=4, key=None, **options):
 
 
 def dense(q, k, v, *, is_causal=False):
-    """Exact attention of one head from its whole matrix."""
+    """Exact attention of one head, computed from the whole matrix."""
     return call("exact", q, k, v, is_causal=is_causal, implementation="dense")
 
 
@@ -109,7 +109,7 @@ def _attention(query, key, value, rng, **options):
 
 
 def pulled_back(function):
-    """``(q, k, v, d_out, *others) -> out, gradients`` of ``function(q, k, v, *others)``, as one program."""
+    """Compile ``(q, k, v, d_out, *others) -> out, gradients`` of ``function(q, k, v, *others)`` as one program."""
 
     @jax.jit
     def both(q, k, v, d_out, *others):
@@ -124,7 +124,7 @@ def with_gradients(
 ):
     """Outputs of a method on one head, with small settings, and gradients of q, k and v.
 
-    All calls of the same shapes share one program, as the mask is an argument.
+    All calls of the same shapes share one program, because the mask is an argument.
     """
     key = jax.random.key(7) if key is None else key
     d_out = np.ones((len(q), v.shape[1]), np.float32) if d_out is None else d_out
@@ -138,11 +138,11 @@ def _with_gradients(name, fixed):
     return pulled_back(lambda q, k, v, kv_mask, key: function(q, k, v, key, kv_mask=kv_mask, **dict(fixed)))
 
 
-# The lengths at which `with_gradients` is asked: of a sequence, and of one with padding.
+# Lengths for `with_gradients`: of a sequence without padding, and of one with padding.
 LENGTH, PADDED_LENGTH = 27, 52
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(function, fixed):
-    """One compilation for all tests that ask the same."""
+    """One compiled program for all tests that make the same call."""
     return jax.jit(lambda q, k, v, key, arrays: function(q, k, v, key, **dict(fixed), **arrays))

@@ -1,4 +1,4 @@
-"""Strict promotion, eight CPU devices, a compilation cache, and the shapes of public signatures checked at run time."""
+"""Strict promotion, eight CPU devices, a compilation cache, and run-time checks of the shapes in public signatures."""
 
 import gc
 import itertools
@@ -15,12 +15,12 @@ import pytest
 
 from tests import forms
 
-# Almost all of a test's time is compilation: programs that are compiled in a third of the time, and run slower.
+# Almost all of a test's time is compilation. These flags cut it to a third; the programs run slower.
 QUICK = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 
 
 def _compile_quickly():
-    # XLA ends a process that gives it a flag that it does not know, as versions differ: another process tries each.
+    # XLA ends the process on an unknown flag, and versions differ: a separate process tries each flag.
     parse = "import jaxlib.xla_client as xla; xla.CompileOptions().executable_build_options.debug_options"
     for flag in QUICK:
         flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
@@ -29,12 +29,12 @@ def _compile_quickly():
             os.environ.update(flags)
 
 
-# Workers of pytest-xdist have the environment of the process that started them.
+# Workers of pytest-xdist inherit the environment of the process that started them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compile_quickly()
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
-# On an accelerator products are rounded by default, by more than most tests allow.
+# On an accelerator matrix products are rounded by default, by more than most tests allow.
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,7 +42,7 @@ jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
-# A job that is started in the background has interrupts ignored; tests send them.
+# Interrupts are ignored in a background job, but some tests send them.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -54,14 +54,14 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 @pytest.fixture(autouse=True, scope="session")
 def rare_collections():
-    """Python looks for garbage rarely: traces are many small objects, a fifth of whose time would go there."""
+    """Collect garbage rarely: traces make many small objects, and collection would take a fifth of the time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
 def form_for_cpus(request):
-    """Traces the form for CPUs alone, but for tests of all platforms."""
+    """Trace the form for CPUs alone, except in tests with the marker ``all_forms``."""
     with forms.FORM("all" if request.node.get_closest_marker("all_forms") else "cpu"):
         yield
 
@@ -71,7 +71,7 @@ _tests_done = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def room_for_programs():
-    """Lets go of compiled programs when there are many: each maps memory, and Linux grants a process 65530 maps."""
+    """Drop compiled programs when there are many: each maps memory, and Linux allows a process 65530 maps."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if next(_tests_done) % 25 == 0 and (not maps.exists() or maps.read_bytes().count(b"\n") > 50_000):
@@ -80,7 +80,7 @@ def room_for_programs():
 
 @pytest.fixture
 def traced_anew():
-    """Clears all traces, when called and at the end."""
+    """Clear all traces, when called and at the end."""
     yield jax.clear_caches
     jax.clear_caches()
 
@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def optimized():
-    """Programs compiled as users have them, for tests of memory; gives the options of their compilation."""
+    """Compile programs with the usual optimisations, for tests of memory; yields the compiler options."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield {"xla_cpu_use_fusion_emitters": True} if QUICK[0] in os.environ.get("XLA_FLAGS", "") else {}
     jax.config.update("jax_disable_most_optimizations", True)
@@ -100,13 +100,13 @@ def optimized():
 
 @pytest.fixture
 def models():
-    """JAX as models have it: layers broadcast and promote."""
+    """Allow the usual promotion of JAX, which the layers of models need."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 @pytest.fixture
 def x64():
-    """float64 for the length of a test."""
+    """Enable float64 during a test."""
     with jax.enable_x64(True):
         yield

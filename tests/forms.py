@@ -1,4 +1,4 @@
-"""Which form of a choice by platform is traced: most tests run on CPUs and trace that form alone.
+"""The platform form that is traced: most tests run on CPUs and trace that form alone.
 
 The forms of all platforms together take twice the time to trace. Tests of programs for several platforms have the
 marker ``all_forms``; tests/contract/test_executions.py compares the forms.
@@ -8,13 +8,13 @@ import contextlib
 
 import jax
 
-# Part of the key of JAX's caches, so that no trace of one form is found where another is asked for.
+# Part of the key of JAX's caches, so that a trace of one form is never used for another.
 FORM = jax.make_user_context(default_value="all")
 _of_all_platforms = jax.lax.platform_dependent
 
 
 class _Anew:
-    """Asks for a form in place of its name: no earlier trace is found, because no two are equal."""
+    """A request for a form: no two requests are equal, so no earlier trace is found."""
 
     def __init__(self, form):
         self.form, self.choices = form, []
@@ -31,13 +31,13 @@ def _chosen(*operands, **forms):
 
 
 def install():
-    """Lets `FORM` decide, for the rest of the process."""
+    """Let `FORM` choose the form for the rest of the process."""
     jax.lax.platform_dependent = _chosen
 
 
 @contextlib.contextmanager
 def one_form(form):
-    """Traces the form for CPUs, ``"cpu"``, or that of other platforms, ``"default"``, anew; lists where it chose."""
+    """Trace the form for CPUs, ``"cpu"``, or for other platforms, ``"default"``, again; yields where it was chosen."""
     asked = _Anew(form)
     with FORM(asked):
         yield asked.choices

@@ -1,4 +1,4 @@
-"""What a traced or lowered program computes."""
+"""Inspection of traced and lowered programs."""
 
 import contextlib
 import functools
@@ -42,13 +42,13 @@ def equations(jaxpr, times=1, platform=None):
 
 
 def lowered_text(function, *arguments, platform="tpu"):
-    """The program of a function for a platform, which need not be there."""
+    """The text of a function lowered for a platform, which need not be present."""
     return lowered_for(platform, function, *arguments).as_text()
 
 
 @contextlib.contextmanager
 def without_fused_kernels():
-    """Programs are lowered with tiles of operations that can be read in their text."""
+    """Lower programs with tiles instead of fused kernels, so that their operations are visible in the text."""
     with pytest.MonkeyPatch.context() as patch:
         for function in (fused._forward, fused._backward):
             patch.setattr(function, "fused", {})
@@ -56,7 +56,7 @@ def without_fused_kernels():
 
 
 def products(function, *arguments):
-    """Shapes of both operands of every product of the program for a TPU, and whether it is rounded there."""
+    """Operand shapes of every product of the program for a TPU, and whether the product is rounded there."""
     with without_fused_kernels():
         text = lowered_text(function, *arguments)
     for line in text.splitlines():
@@ -67,12 +67,12 @@ def products(function, *arguments):
 
 
 def num_decompositions(function, *arguments, platform="tpu"):
-    """How many QR decompositions the text of a program has; a loop counts once, what is called twice counts twice."""
+    """The number of QR decompositions in a lowered program: loops count once, a function called twice counts twice."""
     return num_decompositions_in(lowered_text(function, *arguments, platform=platform))
 
 
 def num_decompositions_in(text):
-    """As `num_decompositions`, of the text of a lowered program."""
+    """The same count, in the text of a lowered program."""
     bodies = {}
     for part in text.split("func.func ")[1:]:
         bodies[re.search(r"@([\w.]+)\(", part).group(1)] = part
@@ -86,16 +86,16 @@ def num_decompositions_in(text):
 
 
 def lowered_for(platform, function, *arguments):
-    """A function lowered for one platform, whether or not it is there: ``"cpu"``, ``"cuda"`` or ``"tpu"``."""
+    """Lower a function for one platform, present or not: ``"cpu"``, ``"cuda"`` or ``"tpu"``."""
     with FORM("all"):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
 
 
 def loop_steps(lowered):
-    """The steps of all loops of a lowered program that run one after the other; loops within loops multiply.
+    """The number of sequential loop steps of a lowered program; nested loops multiply.
 
     Raises:
-        ValueError: the trips of a loop do not show in the program.
+        ValueError: the program does not state the trip count of a loop.
     """
     functions = {f.attributes["sym_name"].value: f for f in lowered.compiler_ir("stablehlo").body.operations}
 
@@ -109,13 +109,13 @@ def loop_steps(lowered):
         if name == "stablehlo.while":
             return _trips(operation) * (1 + within(operation.regions[1].blocks[0]))
         inside = [within(block) for region in operation.regions for block in region.blocks]
-        return max(inside, default=0)  # of branches one runs
+        return max(inside, default=0)  # only one of the branches runs
 
     return of(functions["main"])
 
 
 def _trips(loop):
-    """How often a loop runs that counts from a constant up to another."""
+    """The trip count of a loop that counts from one constant up to another."""
     condition = loop.regions[0].blocks[0]
     compared = condition.operations[len(condition.operations) - 1].operands[0].owner
     if compared.name == "stablehlo.compare" and "LT" in str(compared.attributes["comparison_direction"]):

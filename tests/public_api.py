@@ -68,7 +68,7 @@ def signature(function: Any, skip_first: bool = False) -> str:
 
 
 class _Shown:
-    """A default as a name where it has one, since addresses differ from run to run."""
+    """A default shown by its name where it has one, because addresses differ from run to run."""
 
     def __init__(self, text: str):
         self.text = text

@@ -1,4 +1,4 @@
-"""What the tests measure against: brute force in float64, small inputs, and functions as one program."""
+"""References for tests: brute force in float64, small inputs, and functions compiled as one program."""
 
 import functools
 import os
@@ -38,7 +38,7 @@ def causal_mask(num_queries, num_keys):
 
 
 def without_padding(q, k, v, kv_mask, is_causal=False):
-    """The tokens without padding, and which queries are left: where these stand at keys' places, those of real keys."""
+    """The tokens without padding, and the mask of the remaining queries: those at real keys, if positions match."""
     real, rows = np.asarray(kv_mask), np.ones(len(q), bool)
     if is_causal or len(q) == len(k):
         rows[: len(k)] = real[: len(q)]
@@ -61,10 +61,10 @@ def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, he
 
 
 def compiled(*functions):
-    """The functions as one program for each form of call: otherwise each of their operations is a program of its own.
+    """Compile functions as one program for each form of call; otherwise each operation is a separate program.
 
-    What is no array of JAX is a constant of the program, and programs are kept: not for tests that change a module, or
-    the options of the compiler, between calls.
+    Arguments that are no JAX arrays are constants of the program, and programs are cached: tests that change a
+    module, or the options of the compiler, between calls cannot use it.
     """
     made = tuple(functools.wraps(function)(functools.partial(_as_one_program, function)) for function in functions)
     return made if len(made) > 1 else made[0]
@@ -72,11 +72,11 @@ def compiled(*functions):
 
 def _as_one_program(function, /, *args, **options):
     leaves, structure = jax.tree.flatten((args, options))
-    # By type and text too: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    # Compared by type and text too: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
     constants = tuple(None if isinstance(x, jax.Array) else (x, type(x), repr(x)) for x in leaves)
     try:
         program = _program(function, structure, constants)
-    except TypeError:  # what has no hash
+    except TypeError:  # a constant without a hash
         program = _program.__wrapped__(function, structure, constants)
     return program([x for x in leaves if isinstance(x, jax.Array)])
 
@@ -93,7 +93,7 @@ def _program(function, structure, constants):
 
 
 def quick_process():
-    """The environment of another process, whose programs are compiled as those of tests are, and kept with them."""
+    """The environment of a subprocess that compiles programs like the tests, and shares their cache."""
     return os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,

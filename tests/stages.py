@@ -1,7 +1,7 @@
-"""``python -m tests.stages CHAIN...``: runs chains of make's targets side by side, and says how long each target took.
+"""``python -m tests.stages CHAIN...``: runs chains of make targets in parallel, and prints the time of each target.
 
-A chain is targets in one argument, ``"style types"``, which take turns. The first chain writes to the terminal as it
-goes, the others what they have to say once they end, so that no line is broken. All run to their end.
+A chain is one argument with targets that run in order, ``"style types"``. The first chain writes to the terminal
+directly, the others print their output when they end, so that no line is broken. All chains run to the end.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ import time
 
 
 def _target(name, *, aside):
-    """Runs one target; its exit status and its seconds."""
+    """Run one target; returns its exit status and its seconds."""
     begun = time.perf_counter()
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if aside else {}
     done = subprocess.run(["make", "--no-print-directory", name], **output, check=False)
@@ -21,7 +21,7 @@ def _target(name, *, aside):
 
 
 def run(*chains):
-    """Runs the chains, prints the times, and returns the number of targets that failed."""
+    """Run the chains, print the times, and return the number of targets that failed."""
     begun = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(len(chains)) as pool:
         tasks = [

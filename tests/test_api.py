@@ -1,4 +1,4 @@
-"""`attention` is what `jax.nn.dot_product_attention` is, and what it promises beyond."""
+"""`attention` against `jax.nn.dot_product_attention`, and its further options."""
 
 import functools
 
@@ -17,7 +17,7 @@ theirs = compiled(jax.nn.dot_product_attention)
 
 
 def mask_of(*shape):
-    """True for the first key at least."""
+    """A random mask that is true for the first key."""
     mask = random.random(shape) < 0.7
     mask[..., 0] = True
     return jnp.asarray(mask)

@@ -1,4 +1,4 @@
-"""One clear error for bad input, that names the argument: counts, arrays, flags, lengths, decoders, compression."""
+"""Bad input gives one clear error that names the argument: counts, arrays, flags, lengths, decoders, compression."""
 
 import inspect
 import pathlib
@@ -32,13 +32,13 @@ from tests.references import compiled, quick_process
 ROOT = pathlib.Path(__file__).parent.parent
 KEY = jax.random.key(0)
 
-# What users see: without the checks of signatures that tests install.
+# The function as users have it, without the signature checks that the tests install.
 plain_attention = inspect.unwrap(attention)
 
 
 @pytest.mark.parametrize("module", ["tests.bad_input", "tests.bad_values"])
 def test_every_function_names_what_it_cannot_take(module):
-    """Methods and other functions, in a process without the checks of signatures that tests install."""
+    """Check methods and other functions in a process without the signature checks that the tests install."""
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, cwd=ROOT, env=quick_process(), capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
@@ -120,7 +120,7 @@ def test_lengths_are_those_of_the_sequences(name):
     for lengths in (jnp.ones(2), jnp.ones(2, bool), "ab", [1.0, 2.0]):
         with pytest.raises(TypeError, match=f"{name} must be integers"):
             plain_attention(*TENSORS, method="exact", **{name: lengths})
-    # Where they are traced, they are cut.
+    # Traced lengths are clipped.
     cut = jax.jit(lambda lengths: plain_attention(*TENSORS, method="exact", **{name: lengths}))(jnp.array([-1, 9]))
     np.testing.assert_array_equal(cut[0], 0)
     np.testing.assert_allclose(cut[1], 1, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Measuring on accelerators: the command on this machine, its budget and its cases; the report of made-up rows."""
+"""The benchmark of accelerators: the command on this machine, its budget and cases, and the report of invented rows."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The file of a tiny run, and what the run printed."""
+    """The file of a tiny run, and its printed output."""
     path = tmp_path_factory.mktemp("accelerator") / "tiny.json"
     # JAX's own attention promotes half precision.
     with jax.numpy_dtype_promotion("standard"):
@@ -215,7 +215,7 @@ def test_break_even_is_against_the_fastest_exact_implementation_of_the_same_kind
     }
     always, from_4096, never = (found[name]["causal forward"] for name in found)
     assert (always, from_4096, never) == ("2048", "4096", "beyond 8192")
-    # A hundredth is not faster, and where no exact form was measured there is nothing to say.
+    # 1% does not count as faster, and without a measured exact form there is no break-even length.
     assert found["favor"] == {
         **found["favor"],
         "bidirectional": "beyond 2048",

@@ -14,7 +14,7 @@ def _compile():
 
 
 def test_half_written_entries_are_compiled_again():
-    # JAX writes entries in place, so that another worker, or a later run, may find half of one.
+    # JAX writes entries in place, so another worker, or a later run, may find half of one.
     _compile()
     cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
     whole = {entry: entry.read_bytes() for entry in cache.glob("jit_half_written-*-cache")}

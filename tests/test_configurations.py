@@ -1,4 +1,4 @@
-"""JAX as its users configure it: every method under strict promotion, with float64 enabled, NaN checks, and no jit."""
+"""Every method under users' configurations of JAX: strict promotion, float64 enabled, NaN checks, and no jit."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def options_of(name, is_causal, **more):
 
 
 def cases(name, is_causal):
-    """Calls with each of the shared arguments, and with noise of the caller's where the method takes any."""
+    """Calls with each of the shared arguments, and with given noise if the method takes any."""
     yield options_of(name, is_causal)
     yield options_of(name, is_causal, kv_mask=jnp.arange(LENGTH) < 7, scale=jnp.float32(0.3))
     if name == "lara":
@@ -37,7 +37,7 @@ def cases(name, is_causal):
 
 
 def with_a_number(name, is_causal):
-    """A scale that is a number of Python, as the one by default is: what is asked of its outputs alone."""
+    """A call with a scale that is a Python number, like the default one, for tests of outputs alone."""
     return options_of(name, is_causal, kv_mask=jnp.arange(LENGTH) < 7, scale=0.3)
 
 
@@ -62,7 +62,7 @@ def test_float32_stays_float32_where_float64_is_enabled(name, is_causal, x64):
         function = jax.value_and_grad(total, argnums=(0, 1, 2)) if with_gradient else total
         program = jax.make_jaxpr(function)(x, x, x)
         assert {aval.dtype for aval in program.out_avals} == {np.dtype(np.float32)}
-        # Numbers of Python are float64 in name only: they take the type of what they meet.
+        # Python numbers are float64 in name only: they take the type of the other operand.
         wide = [
             equation
             for equation in equations(program.jaxpr)

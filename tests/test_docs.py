@@ -1,4 +1,4 @@
-"""What a newcomer reads is true: generated parts are fresh, examples run, links lead somewhere, import stays light."""
+"""The documentation is correct: generated parts are fresh, examples run, links work, and the import is light."""
 
 import inspect
 import itertools
@@ -100,7 +100,7 @@ def test_break_even_of_a_run_with_decoding_and_arms_that_were_given_up():
     assert "Measured forward at 512, 2048; decoding at 512, 2048." in text
     assert "Left out are `mean_value`, `local`" in text
     assert "256 (`lsh_top_k`: 32)" in text
-    # A hundredth faster is not faster.
+    # 1% faster does not count as faster.
     assert cells["`cosformer`"][:2] == ["2048", "2048"]
 
 
@@ -201,7 +201,7 @@ def test_a_report_on_the_site_begins_with_the_verdicts():
 
 
 def docstrings():
-    """The section Reference of everything in the package that has one."""
+    """The Reference sections of all docstrings of the package."""
     for module in pkgutil.walk_packages(approx_attention.__path__, "approx_attention."):
         loaded = __import__(module.name, fromlist=["_"])
         things = [value for value in vars(loaded).values() if getattr(value, "__module__", None) == module.name]

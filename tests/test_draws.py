@@ -1,6 +1,6 @@
-"""Random projections are drawn once where a key is given, and not at all where they are: counted in lowered programs.
+"""Random projections are sampled once from a key, and never if they are given: counted in lowered programs.
 
-What is counted are QR decompositions, of `favor` and `scatterbrain`. Other methods sample numbers without one.
+The tests count the QR decompositions of `favor` and `scatterbrain`. Other methods sample numbers without one.
 """
 
 import jax

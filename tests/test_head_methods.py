@@ -1,4 +1,4 @@
-"""A method for each key head: each head as if its method were that of all, in whole passes, layers and caches."""
+"""A method for each key head: each head gives the outputs of its method, in whole passes, layers and caches."""
 
 import functools
 
@@ -16,7 +16,7 @@ from approx_attention.registry import HeadMethods
 
 FAVOR = ("favor", {"num_features": 16, "block_size": 8})
 EXACT = ("exact", {})
-# The first and the last head share a configuration, and not the projection.
+# The first and the last head share a configuration, but not the projection.
 OF_HEADS = (FAVOR, EXACT, EXACT, FAVOR)
 MIXED = HeadMethods.of(OF_HEADS)
 RNG = jax.random.key(5)
@@ -80,7 +80,7 @@ def test_a_mixed_decoder_answers_as_the_whole_causal_pass():
     whole = jax.jit(functools.partial(attention, method=MIXED, rng=RNG, is_causal=True))(q, k, v)
     decoder = MixedDecoder(MIXED, num_kv_heads=4, head_dim=8, max_length=24)
     extend, cache = jax.jit(decoder.extend), decoder.init(2, RNG, ragged=True)
-    # Every sequence goes on from its length.
+    # Every sequence continues from its length.
     seen = [0, 0]
     for lengths in ([10, 7], [3, 10], [10, 0]):
         parts = [jnp.stack([x[i, seen[i] : seen[i] + 10] for i in (0, 1)]) for x in map(_padded, (q, k, v))]

@@ -1,4 +1,4 @@
-"""``attention(method="exact")`` against `jax.nn.dot_product_attention`, over what JAX's own tests cover of it."""
+"""``attention(method="exact")`` against `jax.nn.dot_product_attention`, over the cases of JAX's tests."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ def in_float32(x):
 
 
 def theirs(*args, **options):
-    # Their program promotes types and ranks.
+    # JAX's function promotes types and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return program(jax.nn.dot_product_attention, fixed(options))(args, arrays(options))
 
@@ -38,7 +38,7 @@ def ours(*args, **options):
 
 @functools.cache
 def program(function, fixed):
-    """One compilation for all tests that ask the same."""
+    """One compiled program for all tests that make the same call."""
     return jax.jit(lambda args, arrays: function(*args, **arrays, **dict(fixed)))
 
 
@@ -63,7 +63,7 @@ def random_bias(*shape, dtype=jnp.float32):
 
 
 def random_mask(*shape):
-    """True in every row for the first key at least, so that no query sees nothing."""
+    """A random mask that is true for the first key, so that every query sees one."""
     mask = np.random.default_rng(2).random(shape) < 0.6
     mask[..., 0] = True
     return jnp.asarray(mask)
@@ -83,7 +83,7 @@ def test_types_and_groups(dtype, kv_heads, causal):
 
 
 def test_float16():
-    """JAX's own program of it does not run on CPUs."""
+    """JAX's function does not run on CPUs in float16."""
     args = tensors(dtype=jnp.float16)
     out, residual = ours(*args, is_causal=True, return_residual=True)
     expected, their_residual = theirs(*in_float32(args), is_causal=True, return_residual=True)
@@ -140,7 +140,7 @@ BROADCASTS = list(itertools.product((1, BATCH), (1, HEADS), (1, 5), (1, 7)))
 def test_masks_and_biases_of_every_shape(shape):
     args = tensors(5, 7)
     bias, mask = random_bias(*shape), random_mask(*shape)
-    # Theirs is one program for all shapes.
+    # JAX's function gets the full shape, so that one program serves all shapes.
     whole = (jnp.asarray(np.broadcast_to(x, (BATCH, HEADS, 5, 7))) for x in (bias, mask))
     assert_same(ours(*args, bias, mask), theirs(*args, *whole))
 
@@ -216,7 +216,7 @@ def test_windows_with_lengths_and_padding_masks(causal):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 def test_residuals_are_wider_than_theirs(dtype):
-    """JAX returns log-normalisers in the inputs' type and without a gradient; here they are float32, with one."""
+    """JAX returns log-normalisers in the inputs' type, without a gradient; here they are float32, with one."""
     args = tensors(dtype=dtype)
     out, residual = ours(*args, return_residual=True)
     expected, their_residual = theirs(*args, return_residual=True)
@@ -323,11 +323,11 @@ def test_vmap_over_masks_biases_and_lengths():
         assert_same(np.asarray(out)[i], theirs(*args, bias, mask, key_value_seq_lengths=length))
 
 
-# 5. where the two differ, and what is an error in both
+# 5. differences, and errors in both
 
 
 def test_a_query_that_sees_nothing_gets_nothing():
-    """JAX's gets the mean of all values, hidden ones too."""
+    """In JAX it gets the mean of all values, including hidden ones."""
     args, mask = tensors(), jnp.ones((BATCH, HEADS, 6, 6), bool).at[0, :, 2].set(False)
     out, residual = ours(*args, mask=mask, return_residual=True)
     expected = theirs(*args, mask=mask)
@@ -365,7 +365,7 @@ ERRORS = {
 def test_what_does_not_fit_is_an_error_in_both(name):
     change, options, message = ERRORS[name]
     args = change(*tensors())
-    with pytest.raises((ValueError, TypeError), match=message):  # not those of the tests' own checks of shapes
+    with pytest.raises((ValueError, TypeError), match=message):  # not the errors of the tests' shape checks
         inspect.unwrap(attention)(*args, method="exact", **options)
     with pytest.raises((ValueError, TypeError, AssertionError)), jax.numpy_rank_promotion("allow"):
         jax.nn.dot_product_attention(*args, **options)

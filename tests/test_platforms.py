@@ -16,7 +16,7 @@ from tests.references import random_heads
 pytestmark = pytest.mark.all_forms
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# A sum of features, chunks in pairs, the pairs of tokens themselves. All when slow.
+# One method with features, one with chunks, one with pairs of tokens; slow tests cover all.
 FEW = ("favor", "eva", "exact")
 SHAPE = {"batch": 1, "num_queries": 64, "num_keys": 64, "num_heads": 2, "num_kv_heads": 2}
 
@@ -26,13 +26,13 @@ few_methods = pytest.mark.parametrize(
 
 
 def program(name, *, outputs=False, gradients=True, dtype=jnp.float32, head_dim=8, **options):
-    """A method's attention over heads, its gradients or both, as one program, and what it is called with."""
+    """A method's attention over heads, its gradients or both, as one program, and its arguments."""
     options |= {"is_causal": True} if name in CAUSAL else {}
     forward = functools.partial(attention, method=name, **settings(name, block_size=16), **options)
 
     def function(query, key, value, rng):
         attend = functools.partial(forward, rng=rng)
-        # Outputs on their own too: with gradients rules of their own may compute them.
+        # Outputs alone too: with gradients, custom rules may compute them.
         out = (attend(query, key, value),) if outputs else ()
         return out + (jax.vjp(attend, query, key, value)[1](query) if gradients else ())
 
@@ -78,7 +78,7 @@ def test_a_program_is_the_same_wherever_it_is_lowered(traced_anew, monkeypatch, 
 
 
 def test_the_shapes_of_fused_kernels_change_no_program(traced_anew, monkeypatch):
-    """In half precision a process on a GPU could take cuDNN's attention, for which it asks its own GPU."""
+    """In half precision a process on a GPU could choose cuDNN's attention, by the GPU of that process."""
     options = {"outputs": True, "gradients": False, "dtype": jnp.bfloat16, "head_dim": 64}
     on_cpu, on_gpu = texts(traced_anew, monkeypatch, ("cuda", "tpu"), functools.partial(program, "exact", **options))
     assert on_gpu == on_cpu

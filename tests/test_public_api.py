@@ -1,4 +1,4 @@
-"""The public API is what is written down: no name or signature changes unnoticed, and all of it is documented."""
+"""The public API is the recorded one: no name or signature changes unnoticed, and every name is documented."""
 
 import approx_attention
 from approx_attention import METHODS

@@ -1,4 +1,4 @@
-"""What the registry says of a method's arguments is so, and a method is checked when it is bound."""
+"""The registry describes the arguments of methods correctly, and a method is checked when it is bound."""
 
 import functools
 import gc
@@ -31,7 +31,7 @@ def test_fields_name_arguments_of_the_function(name):
     assert named <= parameters(method.function).keys()
     for argument in (*method.noise, *method.per_token):
         if argument in method.noise and method.capabilities.needs_key:
-            continue  # a random method without its noise and key is an error, which the contract tests
+            continue  # without noise and key a random method is an error, which the contract tests
         assert parameters(method.function)[argument].default is None, argument
     assert bool(method.windowed) <= (method.windowed in METHODS)
     assert (method.window is not None) == (method.sharding == "halos")

@@ -51,7 +51,7 @@ def over_devices(function):
     return jax.shard_map(function, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
 
 
-# What users write, by name: from `attention` to a function of query, key and value, and the shapes that it takes.
+# Nestings by name: each maps `attention` to a function of query, key and value, with the shapes that it takes.
 q_only, kv_only = (0, None, None), (None, 0, 0)
 NESTINGS = {
     "grad(vmap)": (lambda f: jax.grad(loss(jax.vmap(f)), (0, 1, 2)), shapes(B)),
@@ -89,7 +89,7 @@ FORWARD = {
     "vmap(jvp)": (lambda f: jax.vmap(lambda *x: jax.jvp(f, x, x)), shapes(B)),
     "linearize(vmap)": (lambda f: lambda *x: jax.linearize(jax.vmap(f), *x)[1](*x), shapes(B)),
 }
-# One nesting that holds the others' pairs; they take longer, and are looked at one by one when slow.
+# One nesting that contains the pairs of the others, which take longer and are slow tests.
 ALL_AT_ONCE = {
     "vmap(grad(scan(checkpoint(vmap))))": (
         lambda f: jax.vmap(jax.grad(loss(in_scan(jax.vmap(f))), (0, 1, 2)), q_only),
@@ -165,7 +165,7 @@ def test_forward_mode_of_exact_attention(implementation):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_gradient_of_vmap_is_that_of_the_batch(name, is_causal):
     function = bound(name, is_causal)
-    # Of eight sequences each two have the same keys.
+    # Each pair of the eight sequences shares its keys.
     query, *keys_and_values = random_heads(1, 8, T, T, N, 2, D)
     keys_and_values = [x[::2] for x in keys_and_values]
     alike = (jnp.repeat(x, 2, axis=0) for x in keys_and_values)
@@ -290,11 +290,11 @@ def test_switches_are_true_or_false(name, argument):
             jax.eval_shape(lambda *x, wrong=wrong: bound(name)(*x, **{option: wrong}), query, key, value)
 
 
-# Numbers in arrays are checked while they are known.
+# Numbers in arrays are checked if they are known when tracing.
 
 
 def float_arguments():
-    """The hyper-parameters of every method whose default is a number with a fraction, or that may be an array."""
+    """The hyper-parameters of every method that default to a float, or that may be an array."""
     for name, method in METHODS.items():
         for argument, parameter in inspect.signature(method.function).parameters.items():
             if argument == "scale" or argument in method.values or isinstance(parameter.default, float):
@@ -322,7 +322,7 @@ def test_numbers_in_arrays_are_checked_as_numbers_are(name, argument):
     assert outcome(scalar(np.nan))[0] is ValueError
     for wrong in (jnp.array(True), jnp.array(1j), True, "x"):
         assert argument == "coefficients" or issubclass(outcome(wrong)[0], TypeError | ValueError), wrong
-    # A number that is traced cannot be looked at, and one that is not changes nothing.
+    # A traced number cannot be checked, and must be accepted.
     traced = jax.eval_shape(
         lambda x: bound(name, **context, **{argument: x})(query, key, value), scalar(jnp.float32(0.5))
     )
@@ -335,7 +335,7 @@ def test_numbers_of_single_heads_are_checked():
         bound("rfa", per_head={"bandwidth": jnp.ones((2, D)).at[1, 2].set(jnp.nan)})(query, key, value)
 
 
-# What the guide on masks says of numbers that are not finite.
+# Claims of the guide on masks about numbers that are not finite.
 
 
 # The proposals of ra are sums over a row of all keys.

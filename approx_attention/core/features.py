@@ -20,7 +20,12 @@ from approx_attention.core.trigonometry import sine_and_cosine
 
 
 class Features(NamedTuple):
-    """Features ``values * exp(log_scale)``: values ``[N, R]`` or a scalar, log_scale ``[N, R]`` or ``[N, 1]``."""
+    """Features ``values * exp(log_scale)`` of N rows.
+
+    Attributes:
+        values: ``[N, R]``, or a scalar if all are equal.
+        log_scale: ``[N, R]``, or ``[N, 1]`` if it is the same for all features of a row.
+    """
 
     values: Array
     log_scale: Array
@@ -52,6 +57,14 @@ class PositiveFeatures:
             ``[w; -w]`` give the hyperbolic features.
         log_weight: b ``[R]``, half the log-weights of directions sampled from another Gaussian (`Proposal`);
             None for 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention.core import PositiveFeatures, gaussian_projection
+        >>> features = PositiveFeatures(gaussian_projection(jax.random.key(0), 4096, 2))
+        >>> log_features = features(jnp.array([[0.3, 0.4]])).log_scale
+        >>> float(jnp.sum(jnp.exp(2 * log_features)))  # estimates exp(x . x) = exp(1/4)
+        1.3
 
     Reference:
         :cite:p:`choromanski2021rethinking`, lemma 1.
@@ -214,7 +227,7 @@ class CosineFeatures:
 def gaussian_projection(
     key: PRNGKeyArray, num_features: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, "R D"]:
-    """Samples independent directions ``[R, D]`` from N(0, I).
+    """Sample independent directions ``[R, D]`` from N(0, I).
 
     Args:
         key: typed PRNG key.

@@ -28,6 +28,14 @@ class Proposal(NamedTuple):
     Attributes:
         mean: :math:`\mu` ``[D]``.
         root: A ``[D, D]``, invertible.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import Proposal
+        >>> z = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> features = Proposal(jnp.ones(2), 2 * jnp.eye(2)).features(z)
+        >>> features.projection.tolist()  # mu + A z
+        [[3.0, 1.0], [1.0, 5.0]]
     """
 
     mean: Array
@@ -35,7 +43,12 @@ class Proposal(NamedTuple):
 
     @classmethod
     def standard(cls, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Self:
-        """N(0, I), which gives the same features as no proposal."""
+        """N(0, I), which gives the same features as no proposal.
+
+        Args:
+            head_dim: the number D of channels.
+            dtype: dtype of mean and root.
+        """
         return cls(jnp.zeros(head_dim, dtype), jnp.eye(head_dim, dtype=dtype))
 
     @in_float32()

@@ -48,11 +48,11 @@ class InSpace:
 
 
 class ChosenTokens(InSpace):
-    """Base of summaries that keep every token, of which each query reads a few: how is theirs to say.
+    """Base class of summaries that keep every token, of which a query reads a few; subclasses define the choice.
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
-        mass: the number of keys that each token stands for, ``[M]``.
+        mass: the number of keys that each token represents, ``[M]``.
     """
 
     k: Array
@@ -100,6 +100,11 @@ class WeightedKV(InSpace):
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
         """Keep every token with mass 1, and masked ones with mass 0.
+
+        Args:
+            k: keys ``[S, D]``, in scaled space unless the summary gets a ``scale``.
+            v: values ``[S, Dv]``.
+            kv_mask: true where a key is real ``[S]``; by default all are.
 
         Raises:
             TypeError: keys or values that are not floating point, a mask that is not boolean.
@@ -182,14 +187,31 @@ class FeatureMoments(InSpace):
 
     @classmethod
     def empty(cls, features: FeatureMap, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """The moments of an empty set of keys."""
+        """The moments of an empty set of keys: zeros, with log-scales of ``-inf``.
+
+        Args:
+            features: the feature map of keys and queries.
+            value_dim: the number Dv of channels of values.
+            dtype: float32 or wider.
+        """
         # log_scale is -inf, so that any key sets the scale of its features.
         zeros = jnp.zeros((features.num_features,), dtype)
         return cls(jnp.zeros((features.num_features, value_dim), dtype), zeros, zeros - jnp.inf, features)
 
     @classmethod
     def of_tokens(cls, features: FeatureMap, k: Array, v: Array, kv_mask: Array | None = None) -> Self:
-        """The moments of keys ``[S, D]`` and values ``[S, Dv]``, block by block. Raises like `WeightedKV.of_tokens`."""
+        """Sum the features of all keys, block by block.
+
+        Args:
+            features: the feature map of keys and queries.
+            k: keys ``[S, D]`` in scaled space.
+            v: values ``[S, Dv]``.
+            kv_mask: true where a key is real ``[S]``; by default all are.
+
+        Raises:
+            TypeError: keys or values that are not floating point, a mask that is not boolean.
+            ValueError: different numbers of keys, values and mask entries.
+        """
         k, v = token_sums_inputs(k, v, kv_mask)
         num_keys = k.shape[0]
         if isinstance(features, PositiveFeatures):

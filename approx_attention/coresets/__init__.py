@@ -1,4 +1,24 @@
-"""Coresets: a few weighted tokens in place of many, by sampling, halving and clustering, also of streams."""
+r"""Coresets: a few weighted tokens in place of many, by sampling, halving and clustering, also of streams.
+
+An algorithm is a hashable function ``(tokens, size, ratio, key) ->`` `WeightedKV`. `compress`, `coreset` and
+`compress_tokens` take one by its name in `ALGORITHMS`, or as an object with other settings.
+
+Args:
+    tokens: S tokens, a `WeightedKV` in scaled space with centred keys and without negative masses.
+    size: the number M of tokens of the coreset, smaller than S.
+    ratio: the radius of the queries over that of the keys, :math:`\rho_q / \rho_k`.
+    key: typed PRNG key.
+
+Example:
+    >>> import jax
+    >>> from approx_attention import WeightedKV
+    >>> from approx_attention.coresets import KMeansMerge, compress
+    >>> k = jax.random.normal(jax.random.key(0), (32, 2))
+    >>> tokens = WeightedKV.of_tokens(k, k)
+    >>> small = compress(tokens, jax.random.key(1), coreset_size=4, algorithm=KMeansMerge(steps=2))
+    >>> small.k.shape, float(small.mass.sum())
+    ((4, 2), 32.0)
+"""
 
 from approx_attention.coresets.algorithms import (
     ALGORITHMS,

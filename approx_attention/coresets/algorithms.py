@@ -72,6 +72,12 @@ class Halving:
         order: ``"tree"`` pairs neighbours in keys and values, ``"random"`` pairs tokens at random.
         block: number of tokens whose signs are chosen together; the cost grows with it. Below twice the size of the
             coreset the independent errors of blocks add up; the default is twice the size, and at least 1024.
+
+    Raises:
+        ValueError: an unknown rule or order, a block below 2.
+
+    Reference:
+        :cite:p:`karnin2019discrepancy`.
     """
 
     rule: SignRule = "greedy"
@@ -85,7 +91,7 @@ class Halving:
             keep_count(self, "block", least=2)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         # Half of the exponent of the logits. In theory the full exponent is best for queries of the given radius.
         # Measured errors with a quarter, a half and the full exponent agree within 15 %, and twice is worse: a half has
         # a margin on both sides.
@@ -115,6 +121,9 @@ class Stratified:
         share: share of the coreset for the most sensitive tokens.
         sample: number of tokens from which normalisers are estimated.
         halving: the halving of the remaining tokens.
+
+    Reference:
+        :cite:p:`feldman2011unified`, for sensitivities; the combination with halving is this library's.
     """
 
     share: float = 0.25
@@ -125,7 +134,7 @@ class Stratified:
         keep_count(self, "sample")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         key_sample, key_rest = jax.random.split(key)
         strongest = min(size, math.ceil(self.share * size))
         sensitivity = sensitivities(tokens, ratio, key_sample, self.sample)
@@ -149,7 +158,7 @@ class Herding:
     """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         points = kernel_points(tokens, ratio / 2)
         x, values, mass = points.x, points.values, points.mass
         # The largest exponential becomes 1, so that none overflows; a common factor changes no choice.
@@ -193,7 +202,7 @@ class KMeansMerge:
         check_choice("seeding", self.seeding, tuple(SEEDINGS))
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         return k_means(tokens, SEEDINGS[self.seeding](tokens, size, ratio, key), self.steps)
 
 
@@ -205,7 +214,7 @@ class Farthest:
     """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         place = farthest_places(tokens.k, tokens.mass > 0, size)
         return tokens_at(tokens, place, merged_around(lax.stop_gradient(tokens), place).mass)
 
@@ -215,10 +224,19 @@ class FarthestMerge:
     """Greedy k-center: choose centres far from each other, and merge every token into the nearest centre.
 
     A merged token has the mean key, the summed values and the mass of its cluster.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.coresets import FarthestMerge
+        >>> k = jnp.array([[-5.0], [-3.0], [4.0], [4.0]])
+        >>> small = FarthestMerge()(WeightedKV.of_tokens(k, k), 2, jnp.float32(1), jax.random.key(0))
+        >>> sorted(zip(small.k[:, 0].tolist(), small.mass.tolist()))
+        [(-4.0, 2.0), (4.0, 2.0)]
     """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         return merged_around(tokens, farthest_places(tokens.k, tokens.mass > 0, size))
 
 
@@ -232,13 +250,16 @@ class KMeansNystrom:
         clusters: the algorithm of the landmarks.
         ridge: added to the unit diagonal of the landmarks' kernel. From 1e-6 to 1e-3 errors in float32 agree to two
             digits with those in float64; the default is the largest of these.
+
+    Reference:
+        :cite:p:`wildcat2026`, for Nystrom weights, with other landmarks.
     """
 
     clusters: KMeansMerge = KMeansMerge()
     ridge: float = 1e-3
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         # Exponent ratio / 2, as for halving: a quarter can blow up at large radii.
         merge = self.clusters(tokens, size, ratio, key)
         solved = with_nystrom_weights(tokens, merge, ratio / 2, self.ridge)
@@ -259,6 +280,13 @@ class Guarded:
         exponents: exponents of the kernels of the Nystrom weights, one candidate each, in units of that of the logits.
             The single exponent 3/4 is as accurate as the better of 1/2 and 1, in half of the time.
         ridge: as in `KMeansNystrom`.
+
+    Raises:
+        ValueError: a ridge or an exponent that is not positive and finite.
+        TypeError: a ridge or an exponent that is not a number.
+
+    Reference:
+        :cite:p:`wildcat2026`, for Nystrom weights; the choice by errors on probes is this library's.
     """
 
     clusters: KMeansMerge = KMeansMerge(seeding="distant")
@@ -279,7 +307,7 @@ class Guarded:
     def __call__(
         self, tokens: WeightedKV, size: int, ratio: Array, key: Array, queries: Array | None = None
     ) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         key_clusters, key_sample, key_probes = jax.random.split(key, 3)
         merge = self.clusters(tokens, size, ratio, key_clusters)
         solved = [with_nystrom_weights(tokens, merge, ratio * exponent, self.ridge) for exponent in self.exponents]

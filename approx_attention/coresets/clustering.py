@@ -28,7 +28,23 @@ SEEDING_ROUNDS = 8
 
 
 def nearest(x: Array, centres: Array, present: Array) -> Array:
-    r"""The nearest of the present centres for each row, :math:`\arg\max_c\, x \cdot c - \|c\|^2 / 2`, ``[n]``."""
+    r"""The nearest of the present centres for each row, :math:`\arg\max_c\, x \cdot c - \|c\|^2 / 2`.
+
+    Args:
+        x: rows ``[n, D]``.
+        centres: ``[M, D]``.
+        present: the mask of centres that count, ``[M]``.
+
+    Returns:
+        The index of a centre for each row, int32 ``[n]``, without gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.coresets import nearest
+        >>> present = jnp.array([True, True, False])
+        >>> nearest(jnp.array([[0.0], [4.0]]), jnp.array([[1.0], [3.0], [4.0]]), present).tolist()
+        [0, 1]
+    """
     bias = jnp.where(present, -squared_norm(centres)[:, 0] / 2, HIDDEN)[None, :]
     numbers = jnp.arange(centres.shape[0], dtype=jnp.int32)[None, :]
 
@@ -46,7 +62,28 @@ def nearest(x: Array, centres: Array, present: Array) -> Array:
 
 
 def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
-    """Merge each cluster into one token: the mean key of its members, with their masses and values summed."""
+    """Merge each cluster into one token: the mean key of its members, with their masses and values summed.
+
+    Args:
+        tokens: S tokens in scaled space.
+        label: the cluster of each token, integers ``[S]``.
+        num_clusters: the number M of clusters.
+
+    Returns:
+        A `WeightedKV` of M tokens; an empty cluster has mass 0.
+
+    Raises:
+        ValueError: tokens that carry a scale.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.coresets import merged
+        >>> k = jnp.array([[0.0], [2.0], [5.0]])
+        >>> pair = merged(WeightedKV.of_tokens(k, k), jnp.array([0, 0, 1]), 2)
+        >>> pair.k[:, 0].tolist(), pair.mass.tolist()
+        ([1.0, 5.0], [2.0, 1.0])
+    """
     require_scaled_space("an algorithm", tokens)
     weighted = tokens.k * tokens.mass[:, None]
     key_sum, value_sum, mass = (
@@ -75,7 +112,16 @@ def k_means(tokens: WeightedKV, start: Array, steps: int) -> WeightedKV:
 
 
 def random_places(mass: Array, count: int, key: Array) -> Array:
-    """A uniform sample of ``count`` places with mass, without replacement; then places without mass."""
+    """A uniform sample of places with mass, without replacement; then places without mass.
+
+    Args:
+        mass: ``[S]``; a place with mass 0 is absent.
+        count: the number of places, at most S.
+        key: typed PRNG key.
+
+    Returns:
+        Places, int32 ``[count]``.
+    """
     priority = jax.random.uniform(key, mass.shape, mass.dtype)
     return lax.top_k(jnp.where(mass > 0, priority, -1), count)[1]
 

@@ -201,6 +201,9 @@ def running_clusters(
         sinks: the number of initial tokens that are additional clusters of one token.
         max_length: capacity in tokens.
 
+    Returns:
+        The `CertifiedSummary`, for a `HeadsDecoder` with ``certify``.
+
     Raises:
         ValueError: counts below 1, no key.
     """

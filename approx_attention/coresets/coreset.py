@@ -190,7 +190,14 @@ def centred_tokens(tokens: WeightedKV) -> tuple[Array, WeightedKV]:
 
 
 def algorithm_of(algorithm: str | Algorithm) -> Algorithm:
-    """The algorithm with this name, or a hashable function unchanged."""
+    """The algorithm with this name, or a hashable function unchanged.
+
+    Args:
+        algorithm: a name in `ALGORITHMS`, or a function with the arguments of every algorithm.
+
+    Raises:
+        ValueError: an unknown name, not a function, or a function without a hash.
+    """
     if isinstance(algorithm, str):
         if algorithm not in ALGORITHMS:
             raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))

@@ -37,7 +37,7 @@ class FittedMasses:
     algorithm: "Algorithm"
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         return with_fitted_masses(tokens, self.algorithm(tokens, size, ratio, key), ratio, key)
 
 

@@ -42,12 +42,15 @@ class Compress:
 
     Attributes:
         failure: the probability with which the guarantee may fail; 1/2 as in the authors' code.
+
+    Reference:
+        :cite:p:`carrell2025thinning`.
     """
 
     failure: float = 0.5
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         # The published kernel: the exponent of the logits, and the largest value norm for the normaliser.
         points = kernel_points(tokens, ratio)
         largest = jnp.max(jnp.abs(points.values[:, :-1]))
@@ -90,6 +93,12 @@ class BalanceKV:
             None for that of the theorem.
         octaves: the number of octaves below the largest norm. Smaller values join the last octave; the published
             algorithm sets them to 0.
+
+    Raises:
+        ValueError: fewer than one octave, a gamma that is not positive; when called, a size below 2.
+
+    Reference:
+        :cite:p:`han2025balancekv`.
     """
 
     failure: float = 0.5
@@ -103,7 +112,7 @@ class BalanceKV:
             check_positive("gamma", self.gamma)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         if size < 2:
             raise ValueError(f"balance_kv needs a size of at least 2, for numerator and normaliser, got {size}")
         require_scaled_space("an algorithm", tokens)
@@ -179,6 +188,12 @@ class PivotedNystrom:
         ridge: added to the unit diagonal of the pivots' kernel. With ridge 0, as in the authors' code, the solution is
             NaN if the number of pivots exceeds the numerical rank of the kernel.
         bins: the number of parts of the sequence, each with an equal share of the pivots.
+
+    Raises:
+        ValueError: fewer than one bin; when called, more bins than ``size``.
+
+    Reference:
+        :cite:p:`wildcat2026`.
     """
 
     ridge: float = 1e-5
@@ -188,7 +203,7 @@ class PivotedNystrom:
         keep_count(self, "bins")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         require_scaled_space("an algorithm", tokens)
         exponent = ratio / 3.94582  # 1 / tau^2 in the authors' code
         length, per_bin = -(-tokens.mass.shape[0] // self.bins), size // self.bins
@@ -225,6 +240,12 @@ class SubGen:
         reach: largest distance at which a key joins a centre, in units of the largest norm of a key.
         reservoir: the number t of keys in the reservoir of each cluster.
         value_share: the share of the coreset for the s samples of values.
+
+    Raises:
+        ValueError: an empty reservoir; when called, a size below 2.
+
+    Reference:
+        :cite:p:`zandieh2024subgen`.
     """
 
     reach: float = 0.5
@@ -235,7 +256,7 @@ class SubGen:
         keep_count(self, "reservoir")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         samples = max(1, int(self.value_share * size))
         slots = min(self.reservoir, size - samples)
         if slots < 1:

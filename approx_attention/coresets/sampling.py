@@ -20,7 +20,12 @@ def tokens_at(tokens: WeightedKV, place: Array, mass: Array) -> WeightedKV:
 
 
 def rescaled(chosen: WeightedKV, tokens: WeightedKV) -> WeightedKV:
-    """The chosen tokens, with masses scaled to the total mass."""
+    """The chosen tokens, with masses and sums of values scaled to the total mass.
+
+    Args:
+        chosen: tokens with masses.
+        tokens: the tokens whose total mass the result has.
+    """
     total = jnp.sum(chosen.mass)
     factor = jnp.sum(tokens.mass) / jnp.where(total > 0, total, 1)
     return dataclasses.replace(chosen, value_sum=chosen.value_sum * factor, mass=chosen.mass * factor)
@@ -31,10 +36,18 @@ class Uniform:
     """Sample tokens uniformly without replacement, with masses scaled to the total mass.
 
     The baseline of all algorithms.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.coresets import Uniform
+        >>> tokens = WeightedKV.of_tokens(jnp.eye(4), jnp.eye(4))
+        >>> Uniform()(tokens, 2, jnp.float32(1), jax.random.key(0)).mass.tolist()
+        [2.0, 2.0]
     """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         place = random_places(tokens.mass, size, key)
         return rescaled(tokens_at(tokens, place, tokens.mass[place]), tokens)
 
@@ -48,7 +61,7 @@ class ValueNorm:
     """
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
-        """A coreset of ``size`` tokens."""
+        """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
         norm = jnp.sqrt(squared_norm(lax.stop_gradient(tokens.values))[:, 0])
         total = jnp.sum(tokens.mass)
         mean = tokens.mass @ norm / jnp.where(total > 0, total, 1)
@@ -77,6 +90,9 @@ def sensitivities(tokens: WeightedKV, ratio: Array, key: Array, sample: int = 10
 
     Returns:
         Shares ``[S]``, at most 1. They have no gradient.
+
+    Reference:
+        :cite:p:`feldman2011unified`, for sensitivities; `approx_attention.bounds.sensitivity` bounds them.
     """
     k = lax.stop_gradient(tokens.k)
     log_mass = lax.stop_gradient(tokens.log_mass)

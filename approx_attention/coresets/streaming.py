@@ -76,6 +76,9 @@ def running_coreset(
         sinks: the number of initial real tokens that are kept exactly, in addition to the coreset.
         max_length: the longest prefix for which the counter has levels.
 
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
+
     Raises:
         ValueError: an unknown algorithm, counts below 1, no PRNG key, an algorithm or radius that ``streaming`` does
             not support.

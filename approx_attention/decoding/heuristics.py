@@ -33,13 +33,24 @@ class Queries(NamedTuple):
 
     @classmethod
     def last(cls, queries: Array, num_keys: int, after: int | Array = 0) -> Self:
-        """Queries of the last T positions ``[T, D]`` or ``[T, G, D]``; ``after`` positions follow the last key."""
+        """Make queries of the last T positions, each of which sees the keys up to its position.
+
+        Args:
+            queries: ``[T, D]``, or ``[T, G, D]`` for G query heads.
+            num_keys: the number S of keys.
+            after: the number of positions after the last key, which see all keys.
+        """
         position = jnp.arange(queries.shape[0], dtype=jnp.int32) + (num_keys - queries.shape[0] + after)
         return cls(_grouped(queries), jnp.clip(position + 1, 0, num_keys))
 
     @classmethod
     def later(cls, queries: Array, num_keys: int) -> Self:
-        """Queries of any positions after all keys."""
+        """Make queries of any positions after all keys, which see all of them.
+
+        Args:
+            queries: ``[T, D]``, or ``[T, G, D]`` for G query heads.
+            num_keys: the number S of keys.
+        """
         return cls(_grouped(queries), jnp.full(queries.shape[0], num_keys, jnp.int32))
 
     def recent(self, count: int) -> Self:

@@ -20,6 +20,8 @@ from approx_attention.registry import BoundMethod
 class CompressedDecoder(HeadsDecoder):
     """A decoder for caches of `compress_heads`: compressed tokens, a folded coreset of later ones, and recent tokens.
 
+    `compress_heads` makes it, together with its cache.
+
     Args:
         method: as in `HeadsDecoder`; it is used for the last one or two blocks.
         prefix_budget: number of tokens of the compressed prefix.

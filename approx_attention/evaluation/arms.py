@@ -46,7 +46,19 @@ COMMON = {
 
 
 def default_methods(is_causal: bool) -> list[str]:
-    """The methods to compare by default: all that cost less than exact attention and support the task."""
+    """The methods to compare by default: all that cost less than exact attention and support the task.
+
+    Args:
+        is_causal: whether to leave out methods without a causal form.
+
+    Returns:
+        Names in `METHODS`.
+
+    Example:
+        >>> from approx_attention.evaluation import default_methods
+        >>> [name in default_methods(True) for name in ("favor", "nystrom", "exact")]
+        [True, False, False]
+    """
     return [
         name
         for name, method in METHODS.items()
@@ -94,6 +106,15 @@ def build_arms(
 
 def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[str, Any] | None = None) -> Arm:
     """Make the configuration of one method at one size.
+
+    Args:
+        problem: the attention to approximate.
+        name: a name in `METHODS`.
+        size: the size of its summary; None for the default, or for a method without a size.
+        options: further hyper-parameters of the method.
+
+    Returns:
+        The `Arm`, with its cache bytes.
 
     Raises:
         InputError: the method does not support an option.

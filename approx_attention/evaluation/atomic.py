@@ -8,7 +8,15 @@ from typing import Any
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    """Write a temporary file and move it into place, so that the file is never half written."""
+    """Write a temporary file and move it into place, so that the file is never half written.
+
+    Args:
+        path: the file to write or to replace; its directory must exist.
+        write: writes the contents to an open binary file.
+
+    Raises:
+        OSError: the directory cannot be written. The temporary file is removed, also after an error of ``write``.
+    """
     descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -228,9 +228,26 @@ def run_comparison(
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     on_row: Callable[[Comparison], None] = lambda row: None,
 ) -> list[Comparison]:
-    """Compare methods at several sizes with exact attention, by `build_arms` and `compare`.
+    """Compare methods at several sizes with exact attention and the baselines, by `compare`.
 
     Methods do not see the padding of a `Problem`, and errors are those of real queries.
+
+    Args:
+        problem: the attention to approximate.
+        methods: names in `METHODS`; the baselines are added.
+        budgets: sizes of summaries for methods whose usual size is 256; other sizes scale in proportion.
+        options: hyper-parameters other than the size, by the name of the method.
+        window_size: the window of the far error.
+        num_seeds: the number of PRNG keys of random methods.
+        seed: the seed of these keys.
+        on_progress: as in `compare`.
+        on_row: as in `compare`.
+
+    Returns:
+        A `Comparison` for each configuration, the exact forms first.
+
+    Raises:
+        InputError: a method is unknown or does not support the task or an option, or a number is out of range.
     """
     check_range("num_seeds", num_seeds, 1, MOST_SEEDS)
     arms = build_arms(problem, methods, budgets, options)

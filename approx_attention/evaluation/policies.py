@@ -181,7 +181,16 @@ class Policy:
 
 
 def stack_of(layer: str) -> str:
-    """The path of the stack if the layer is called ``path[0]``, else the layer itself."""
+    """The path of the stack that a layer belongs to, or the path of the layer itself.
+
+    Args:
+        layer: the path of a layer, with its indices in brackets if it is in a stack.
+
+    Example:
+        >>> from approx_attention.evaluation import stack_of
+        >>> stack_of("blocks.attention[3]"), stack_of("head")
+        ('blocks.attention', 'head')
+    """
     return re.sub(r"\[\d+(,\d+)*\]$", "", layer)
 
 

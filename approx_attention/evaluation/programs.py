@@ -17,6 +17,7 @@ from approx_attention.core import InputError
 
 
 def _as_it_is(rng: Array) -> Array:
+    """The PRNG key itself: the program samples its random projections."""
     return rng
 
 
@@ -81,9 +82,16 @@ def shared_programs(programs: _Programs) -> Iterator[None]:
 
 
 def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> Program:
-    """Compile a configuration for these tensors; returns the program and the compile time in seconds.
+    """Compile a configuration for given tensors.
 
-    The last argument of the program is ``arm.draw(rng)``.
+    Args:
+        arm: the configuration.
+        query: ``[B, T, N, D]``.
+        key: ``[B, S, K, D]``.
+        value: ``[B, S, K, Dv]``.
+
+    Returns:
+        The program ``(query, key, value, arm.draw(rng)) -> (out, lse)``, and the seconds to trace and compile it.
 
     Raises:
         InputError: the method does not support the tensors.

@@ -19,7 +19,7 @@ from approx_attention.evaluation.files import Tensors
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the device."""
+    """The versions of the library, JAX, NumPy and Python, and the device and the processor, for results files."""
     # The device of computations, which `jax.default_device` may set to another than the first.
     (device,) = jnp.zeros(()).devices()
     return {

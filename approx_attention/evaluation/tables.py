@@ -21,7 +21,17 @@ TRIVIAL_FOOTNOTE = f"! error not below that of `{MEAN}`"
 
 
 def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *, is_padded: bool = False) -> Table:
-    """The comparison as a table for the terminal; rows on the frontier of error against time are marked."""
+    """The comparison as a table for the terminal; rows on the frontier of error against time are marked.
+
+    Args:
+        rows: the results of `compare`.
+        title: the title.
+        window_size: the window of the far error, for the footnote.
+        is_padded: whether some tokens are padding, which the footnote mentions.
+
+    Returns:
+        A ``rich`` table.
+    """
     table = plain_table(
         title,
         "error: relative Frobenius norm, mean ± standard deviation over seeds · worst row: relative to the mean row "

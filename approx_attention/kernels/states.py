@@ -38,7 +38,13 @@ class AttentionState:
 
     @classmethod
     def empty(cls, num_queries: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """The identity of `merge`: ``num_queries`` rows that see no key."""
+        """The identity of `merge`: rows that see no key, with outputs 0 and log-normalisers ``-inf``.
+
+        Args:
+            num_queries: the number T of rows.
+            value_dim: the number Dv of channels of values.
+            dtype: float32 or wider.
+        """
         return cls(jnp.zeros((num_queries, value_dim), dtype), jnp.full((num_queries,), -jnp.inf, dtype))
 
 

@@ -87,7 +87,19 @@ def summarize_mean_value(
     Shared arguments: see `approx_attention.methods`.
 
     Returns:
-        A `WeightedKV` of one token.
+        A `WeightedKV` of one token, with the sum of all values and the number of real keys as its mass.
+
+    Raises:
+        ValueError: shapes that do not match.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import summarize_mean_value
+        >>> v = jnp.array([[1.0], [3.0]])
+        >>> token = summarize_mean_value(v, v)
+        >>> token.values.tolist(), token.mass.tolist()
+        ([[2.0]], [2.0])
     """
     check_tokens(k, v, kv_mask)
     tokens = WeightedKV.of_tokens(jnp.zeros_like(k), v, kv_mask)
@@ -194,8 +206,28 @@ def running_uniform_sample(
 ) -> RunningSummary:
     """A uniform sample of a growing prefix: the keys with the largest priorities so far.
 
-    Arguments are those of `uniform_sample`, for keys in scaled space (`approx_attention.methods`). With ``noise [S]``
-    the outputs of a prefix longer than S are NaN, since a compiled program cannot raise an error.
+    Arguments are those of `uniform_sample`, for keys in scaled space (`approx_attention.methods`), and ``head_dim``,
+    the number D of channels. With ``noise [S]`` the outputs of a prefix longer than S are NaN, since a compiled program
+    cannot raise an error.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: counts below 1; for the first block, neither key nor noise.
+        TypeError: noise that is not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods import running_uniform_sample
+        >>> running = running_uniform_sample(1, sample_size=2, noise=jnp.array([0.1, 0.9, 0.5, 0.7]))
+        >>> k, prefix = jnp.arange(4.0)[:, None], running.init(1, jnp.float32)
+        >>> for start in (0, 2):
+        ...     block = k[start : start + 2]
+        ...     prefix = running.append(prefix, jnp.int32(start), block, block, jnp.ones(2, bool))
+        >>> sample = running.read(prefix)
+        >>> sorted(sample.k[:, 0].tolist()), sample.mass.tolist()
+        ([1.0, 3.0], [2.0, 2.0])
     """
     head_dim, sample_size = check_counts(head_dim=head_dim, sample_size=sample_size)
     check_noise(noise)

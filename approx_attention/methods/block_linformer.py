@@ -119,6 +119,21 @@ def summarize_block_linformer(
 
     Returns:
         A `WeightedKV` of R tokens per block.
+
+    Raises:
+        ValueError: shapes that do not match, counts below 1.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import summarize_block_linformer
+        >>> k = jnp.array([[1.0], [3.0], [5.0], [7.0]])
+        >>> slots = summarize_block_linformer(k, k, slots_per_block=1, block_size=2)
+        >>> slots.k[:, 0].tolist(), slots.mass.tolist()
+        ([2.0, 6.0], [2.0, 2.0])
+
+    Reference:
+        :cite:p:`wang2020linformer`; the form by blocks is this library's.
     """
     check_tokens(k, v, kv_mask)
     slots_per_block = check_count("slots_per_block", slots_per_block)
@@ -157,6 +172,15 @@ def running_block_linformer(
         projection_v: as in `block_linformer`.
         block_size: the number b of tokens per block, equal to that of the `Decoder`.
         max_length: capacity in tokens. Blocks beyond it are averaged into the last one, slot by slot.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder` with blocks of this size.
+
+    Raises:
+        ValueError: counts below 1, projections that do not fit the block.
+
+    Reference:
+        :cite:p:`wang2020linformer`; the form by blocks is this library's.
     """
     head_dim, slots_per_block = check_counts(head_dim=head_dim, slots_per_block=slots_per_block)
     max_length = check_count("max_length", max_length)

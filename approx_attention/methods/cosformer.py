@@ -110,7 +110,13 @@ def running_cosformer(head_dim: int) -> RunningSummary:
         head_dim: the number D of channels of queries and keys, without the two channels for the position.
 
     Returns:
-        The `RunningSummary`.
+        The `RunningSummary`; `place_tokens` has an example.
+
+    Raises:
+        ValueError: ``head_dim`` below 1.
+
+    Reference:
+        :cite:p:`qin2022cosformer`.
     """
     features = CosineFeatures(check_count("head_dim", head_dim))
     # Nearby tokens use the same kernel: its sums cannot be added to those of softmax.

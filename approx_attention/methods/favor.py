@@ -151,13 +151,27 @@ def running_favor(
     projection: Float[Array, "W D"] | None = None,
     proposal: Proposal | None = None,
 ) -> RunningSummary:
-    """The feature moments of a growing prefix.
+    """The feature moments of a growing prefix: R sums over its keys, of constant size.
 
     Arguments are those of `favor`, for keys in scaled space (`approx_attention.methods`), and ``head_dim``, the number
     D of channels.
 
     Returns:
         The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: counts below 1, unknown features, neither key nor projection.
+        TypeError: a projection that is not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention.methods import running_favor
+        >>> running = running_favor(2, jax.random.key(0), num_features=8)
+        >>> running.read(running.init(3, jnp.float32)).value_sum.shape
+        (8, 3)
+
+    Reference:
+        :cite:p:`choromanski2021rethinking`, section 2.4.
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _favor_features(head_dim, key, num_features, features, row_norm, projection, proposal)

@@ -34,6 +34,17 @@ class Convolution:
 
     Attributes:
         weight: ``[w, D]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import linformer
+        >>> from approx_attention.methods import Convolution
+        >>> x = jnp.ones((6, 2))
+        >>> linformer(x, x, x, projection_k=Convolution(jnp.full((3, 2), 1 / 3))).shape
+        (6, 2)
+
+    Reference:
+        :cite:p:`wang2020linformer`, section 4.
     """
 
     weight: Array

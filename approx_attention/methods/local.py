@@ -68,7 +68,21 @@ def local(
 
 
 def window_sides(window_size: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
-    """The numbers of keys that a query sees before and after its own position."""
+    """The numbers of keys that a query sees before and after its own position.
+
+    Args:
+        window_size: w, for w - 1 keys on each side, or a pair of the two numbers, as in `local`.
+        is_causal: whether a query sees no later keys.
+
+    Raises:
+        ValueError: a size below 1, or a negative number in a pair.
+        TypeError: sizes that are not integers.
+
+    Example:
+        >>> from approx_attention.methods import window_sides
+        >>> window_sides(3, False), window_sides((4, 1), True)
+        ((2, 2), (4, 0))
+    """
     if isinstance(window_size, tuple):
         left, right = as_pair("window_size", window_size, least=0)
     else:

@@ -105,7 +105,21 @@ def summarize_polynomial(
     Arguments are those of `polynomial_attention`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
-        A `FeatureMoments`.
+        `FeatureMoments` with one feature for each monomial.
+
+    Raises:
+        ValueError: shapes that do not match, incompatible coefficients and bound.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import attend, summarize_polynomial
+        >>> k = jnp.array([[-1.0], [1.0]])
+        >>> float(attend(jnp.array([[0.5]]), summarize_polynomial(k, k, degree=6)).out[0, 0])  # tanh(1/2)
+        0.462
+
+    Reference:
+        :cite:p:`alman2023fast`, theorem 3.8.
     """
     check_tokens(k, v, kv_mask)
     # Ordinary attention is tensor attention with one set of keys (order 2).
@@ -132,6 +146,12 @@ def running_polynomial(
 
     Returns:
         The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: incompatible coefficients and bound.
+
+    Reference:
+        :cite:p:`alman2023fast`, theorem 3.8; running sums are this library's.
     """
     of_dtype = functools.partial(Kernel.of, head_dim, 1, degree, coefficients, bound, rms, features)
     # The maps are the same in every dtype. The weights are applied when the moments are read, in the dtype of the

@@ -119,6 +119,20 @@ def running_mean_pool(head_dim: int, key: Array | None = None, *, num_landmarks:
 
     Returns:
         The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: counts below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods import running_mean_pool
+        >>> running = running_mean_pool(1, num_landmarks=2)
+        >>> k, prefix = jnp.arange(8.0)[:, None], running.init(1, jnp.float32)
+        >>> for start in (0, 4):
+        ...     block = k[start : start + 4]
+        ...     prefix = running.append(prefix, jnp.int32(start), block, block, jnp.ones(4, bool))
+        >>> running.read(prefix).k[:, 0].tolist()
+        [1.5, 5.5]
     """
     head_dim, num_landmarks = check_counts(head_dim=head_dim, num_landmarks=num_landmarks)
 

@@ -115,12 +115,27 @@ def summarize_priority(
     noise: Float[Array, " S"] | None = None,
     kv_mask: Bool[Array, " S"] | None = None,
 ) -> LiftedKV:
-    """Every token with its u: a summary that saves no memory, and of which a query reads K tokens.
+    """Keep every token with its number u: a summary of the same size, of which a query reads K tokens.
 
     Arguments are those of `priority`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
         A `LiftedKV` of S tokens.
+
+    Raises:
+        ValueError: shapes that do not match, a count below 1, neither key nor noise.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import attend, summarize_priority
+        >>> k = jnp.array([[0.0], [1.0], [2.0]])
+        >>> summary = summarize_priority(k, k, noise=jnp.array([1.0, 0.5, 0.1]), keys_per_query=1)
+        >>> float(attend(jnp.ones((1, 1)), summary).out[0, 0])  # the largest k - log u
+        2.0
+
+    Reference:
+        :cite:p:`zharkov2026priority`.
     """
     keys_per_query = check_count("keys_per_query", keys_per_query)
     k, v = token_sums_inputs(k, v, kv_mask)
@@ -140,11 +155,21 @@ def running_priority(
     noise: Float[Array, " S"] | None = None,
     max_length: int,
 ) -> RunningSummary:
-    """Every token of a prefix of at most ``max_length`` tokens, each with its u.
+    """Keep every token of a prefix of at most ``max_length`` tokens, each with its number u.
 
-    Arguments are those of `priority`, for keys in scaled space (`approx_attention.methods`), and ``max_length``. A
-    longer prefix, and with ``noise [S]`` one longer than S, cannot raise an error inside a compiled program; its
-    outputs turn to NaN.
+    Arguments are those of `priority`, for keys in scaled space (`approx_attention.methods`), ``head_dim``, the number
+    D of channels, and ``max_length``. A longer prefix, and with ``noise [S]`` one longer than S, cannot raise an error
+    inside a compiled program; its outputs turn to NaN.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`; it takes ``max_length`` tokens of memory.
+
+    Raises:
+        ValueError: counts below 1; for the first block, neither key nor noise.
+        TypeError: noise that is not floating point.
+
+    Reference:
+        :cite:p:`zharkov2026priority`.
     """
     head_dim, max_length = check_counts(head_dim=head_dim, max_length=max_length)
     keys_per_query = check_count("keys_per_query", keys_per_query)

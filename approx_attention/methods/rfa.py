@@ -145,12 +145,23 @@ def running_rfa(
     projection: Float[Array, "W D"] | None = None,
     gated: bool = False,
 ) -> RunningSummary:
-    """The feature moments of a growing prefix of normalised keys.
+    """The feature moments of a growing prefix of normalised keys: R sums over its keys, of constant size.
 
-    Arguments are those of `rfa`; its ``space`` normalises queries and keys.
+    Arguments are those of `rfa`, and ``head_dim``, the number D of channels. The ``space`` of the summary normalises
+    queries and keys.
 
     Args:
         gated: whether queries and keys come from `gate_tokens`, with D + 2 channels.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: counts below 1, unknown features, an odd number of trigonometric ones, neither key nor projection.
+        TypeError: a projection that is not floating point.
+
+    Reference:
+        :cite:p:`peng2021random`, sections 3.1 and 3.2 (gates).
     """
     head_dim = check_count("head_dim", head_dim)
     feature_map = _rfa_features(head_dim, key, num_features, features, projection)
@@ -221,6 +232,10 @@ def gate_tokens(
 
     Raises:
         ValueError: the gate logits are not ``[S]``.
+        TypeError: gate logits that are not floating point.
+
+    Reference:
+        :cite:p:`peng2021random`, section 3.2.
     """
     check_floating("gate_logits", gate_logits)
     if gate_logits.shape != k.shape[:1]:
@@ -257,7 +272,19 @@ def draw_rfa(
     Arguments are those of `rfa`, and ``head_dim``, the number D of channels.
 
     Returns:
-        ``{"projection": [R/2, D]}``, or ``[R, D]`` if positive.
+        ``{"projection": [R/2, D]}``, or ``[R, D]`` for positive features.
+
+    Raises:
+        ValueError: a count below 1, unknown features, an odd number of trigonometric features.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention.methods import draw_rfa
+        >>> draw_rfa(jax.random.key(0), 8, num_features=32)["projection"].shape
+        (16, 8)
+
+    Reference:
+        :cite:p:`peng2021random`, section 2.2.
     """
     check_choice("features", features, ("trigonometric", "positive"))
     num_features = check_count("num_features", num_features)

@@ -216,7 +216,23 @@ def summarize_importance_sample(
     Arguments are those of `importance_sample`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
-        A `WeightedKV` of M tokens.
+        A `WeightedKV` of M tokens, of which some may be equal.
+
+    Raises:
+        ValueError: shapes that do not match, a count below 1, unknown odds, no key.
+        TypeError: dtypes that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention import summarize_importance_sample
+        >>> sample = summarize_importance_sample(
+        ...     jnp.eye(4), jnp.eye(4), jax.random.key(0), sample_size=2, odds="uniform"
+        ... )
+        >>> sample.mass.tolist()  # 1 / (M p) with p = 1/4
+        [2.0, 2.0]
+
+    Reference:
+        :cite:p:`drineas2006fast`.
     """
     check_choice("odds", odds, ("uniform", "key_norm", "value_norm", "leverage"))
     sample_size = check_count("sample_size", sample_size)

@@ -47,6 +47,9 @@ class Eva(LearnedAttention):
         ... )
         >>> layer(jnp.ones((1, 64, 32))).shape
         (1, 64, 32)
+
+    Reference:
+        :cite:p:`zheng2023efficient`, section 4; :cite:p:`evabyte2025`, for pooling vectors.
     """
 
     def __init__(
@@ -136,6 +139,24 @@ def eva_official(
         spatial_shape: height and width of an image.
         local_bias: learn a bias within windows.
         rngs: streams for the parameters.
+
+    Returns:
+        The `Eva` module, with adaptors.
+
+    Raises:
+        ValueError: ``head_dim`` or ``num_kv_heads`` below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import eva_official
+        >>> module = eva_official(8, 2, window_size=4, num_chunks=2, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((1, 16, 2, 8))
+        >>> module(x, x, x).shape
+        (1, 16, 2, 8)
+
+    Reference:
+        :cite:p:`zheng2023efficient`, section 4.
     """
     size: dict[str, Any] = {"num_chunks": num_chunks}
     if spatial_shape is not None:  # square chunks, about as many as requested
@@ -170,6 +191,15 @@ def eva_official_causal(
         overlap: whether a window sees the window before.
         local_bias: learn a bias within windows.
         rngs: streams for the parameters.
+
+    Returns:
+        The causal `Eva` module, with adaptors.
+
+    Raises:
+        ValueError: ``head_dim`` or ``num_kv_heads`` below 1.
+
+    Reference:
+        :cite:p:`zheng2023efficient`, section 4.
     """
     options = {
         "window_size": window_size,
@@ -192,6 +222,15 @@ def evabyte(head_dim: int, num_kv_heads: int, *, window_size: int, chunk_size: i
         window_size: tokens per window.
         chunk_size: tokens per chunk.
         rngs: streams for the parameters.
+
+    Returns:
+        The causal `Eva` module, with two pooling vectors per key head, ``[K, 2, D]``.
+
+    Raises:
+        ValueError: ``head_dim`` or ``num_kv_heads`` below 1.
+
+    Reference:
+        :cite:p:`evabyte2025`.
     """
     options = {"window_size": window_size, "chunk_size": chunk_size, "is_causal": True, "count_correction": False}
     return Eva(head_dim, num_kv_heads, options=options, pooling_vectors=True, rngs=rngs)
@@ -204,6 +243,20 @@ def eva_dropin(head_dim: int, num_kv_heads: int, **options: Any) -> Eva:
         head_dim: the number D of channels of a head.
         num_kv_heads: the number K of key heads.
         **options: arguments of `approx_attention.eva`.
+
+    Returns:
+        The `Eva` module, without parameters.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import eva_dropin
+        >>> module = eva_dropin(8, 2, window_size=4, num_chunks=2)
+        >>> jax.tree.leaves(nnx.state(module, nnx.Param)), module.options["num_chunks"]
+        ([], 2)
+
+    Reference:
+        :cite:p:`zheng2023efficient`, section 4.
     """
     return Eva(head_dim, num_kv_heads, options=options)
 
@@ -217,6 +270,20 @@ class Lara(LearnedAttention):
         spatial_shape: height and width of an image, as in `approx_attention.lara`.
         options: further static arguments of `approx_attention.lara`.
         rngs: streams for the parameters.
+
+    Raises:
+        ValueError: counts below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import Lara
+        >>> x = jnp.ones((1, 16, 2, 8))
+        >>> Lara(8, num_landmarks=4, rngs=nnx.Rngs(0))(x, x, x).shape
+        (1, 16, 2, 8)
+
+    Reference:
+        :cite:p:`zheng2022linear`, section 4.
     """
 
     def __init__(

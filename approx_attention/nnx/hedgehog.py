@@ -35,6 +35,10 @@ class Hedgehog(LearnedAttention):
         is_causal: query t sees keys j <= t.
         block_size: tokens per block of the causal form, which does not change the output.
 
+    Raises:
+        ValueError: counts below 1.
+        TypeError: ``is_causal`` that is not a bool.
+
     Example:
         >>> import jax
         >>> from approx_attention.nnx import Hedgehog

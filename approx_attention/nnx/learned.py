@@ -13,7 +13,19 @@ from approx_attention.registry import BoundMethod
 
 
 class Adaptor(nnx.Module):
-    """A linear map and a layer norm of pooled queries or keys, shared by the heads."""
+    """A linear map and a layer norm of pooled queries or keys, shared by the heads.
+
+    Args:
+        head_dim: the number D of channels of a head.
+        rngs: streams for the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from approx_attention.nnx import Adaptor
+        >>> Adaptor(8, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 8))).shape
+        (2, 3, 8)
+    """
 
     def __init__(self, head_dim: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(head_dim, head_dim, kernel_init=nnx.initializers.truncated_normal(0.02), rngs=rngs)

@@ -22,6 +22,15 @@ def mean_pool_init(noise: float = 0.01) -> Callable[..., Array]:
 
     Args:
         noise: standard deviation of the noise times the root of S.
+
+    Returns:
+        ``(key, shape, dtype) -> projections``; it raises ``ValueError`` if R exceeds S.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention.nnx import mean_pool_init
+        >>> mean_pool_init(noise=0.0)(jax.random.key(0), (2, 4)).tolist()
+        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -40,6 +49,15 @@ def scale_keeping_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.floa
         key: typed PRNG key.
         shape: ``(..., R, S)``.
         dtype: dtype of the projections.
+
+    Returns:
+        The projections.
+
+    Example:
+        >>> import jax
+        >>> from approx_attention.nnx import scale_keeping_init
+        >>> scale_keeping_init(jax.random.key(0), (2, 16, 64)).shape
+        (2, 16, 64)
     """
     return jax.random.normal(key, shape, dtype) / math.sqrt(shape[-1])
 
@@ -65,6 +83,11 @@ class LinformerAttention(LearnedAttention):
         options: further static arguments of `approx_attention.linformer`.
         rngs: streams for the parameters; not needed with ``projections``.
 
+    Raises:
+        ValueError: neither ``rngs`` nor ``projections``, arguments that ``projections`` determine, an unknown sharing,
+            counts below 1.
+        TypeError: ``is_causal`` among the options.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
@@ -73,6 +96,9 @@ class LinformerAttention(LearnedAttention):
         >>> x = jnp.ones((1, 16, 2, 8))
         >>> module(x, x, x).shape
         (1, 16, 2, 8)
+
+    Reference:
+        :cite:p:`wang2020linformer`, section 4.
     """
 
     def __init__(
@@ -128,6 +154,9 @@ class Rfa(LearnedAttention):
         gate_dim: number of channels of the input of gates; None for no gates.
         rngs: streams for the parameters.
 
+    Raises:
+        ValueError: counts below 1.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
@@ -136,6 +165,9 @@ class Rfa(LearnedAttention):
         >>> x = jnp.ones((1, 16, 2, 8))
         >>> module(x, x, x, rng=jax.random.key(0)).shape
         (1, 16, 2, 8)
+
+    Reference:
+        :cite:p:`peng2021random`, sections 3.1 and 3.2 (gates).
     """
 
     def __init__(
@@ -178,6 +210,9 @@ class Rfa(LearnedAttention):
 
         Returns:
             ``[..., T, N, Dv]``.
+
+        Raises:
+            ValueError: ``gate_input`` without gates, or gates without it.
         """
         if (self.gate is None) != (gate_input is None):
             made = "no gates, gate_dim = None" if self.gate is None else f"gates, gate_dim = {self.gate.in_features}"

@@ -50,6 +50,15 @@ class BoundMethod:
         name: the name of the method in error messages.
         function: ``(q, k, v, key, *, ...) -> out`` of one head.
         hyperparameters: arguments of the function.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.registry import bind
+        >>> bound = bind("mean_pool", {"num_landmarks": 4})
+        >>> bound.takes("kv_mask"), bound.value("block_size"), bound.is_random
+        (True, 128, False)
+        >>> bound.held_bytes(1024, 8, 8, jnp.float32, is_causal=False)  # 4 (8 + 8 + 1) numbers
+        272
     """
 
     name: str
@@ -91,7 +100,11 @@ class BoundMethod:
         return known is None or option in known
 
     def require(self, options: Iterable[str]) -> None:
-        """Raise ``NotImplementedError`` for options of `attention` that the function does not have."""
+        """Raise ``NotImplementedError`` for options of `attention` that the method does not support.
+
+        Args:
+            options: names of options, such as ``"kv_mask"`` or ``"is_causal"``.
+        """
         known, method = arguments(self.function), self.registered
         for option in options:
             no_state = option == "return_state" and method and not method.capabilities.normalizer
@@ -99,7 +112,15 @@ class BoundMethod:
                 raise NotImplementedError(f"method {self.name!r} does not support {OPTIONS[option]}")
 
     def check_values(self, given: Mapping[str, Any]) -> None:
-        """Raise for invalid numbers in arrays, while they are concrete: a compiled method sees tracers."""
+        """Check numbers in arrays, while they are concrete: a compiled method sees tracers.
+
+        Args:
+            given: arguments of a call; those of the bound method are checked too.
+
+        Raises:
+            ValueError: a number out of range.
+            TypeError: an array of another kind.
+        """
         if given.get("scale") is not None:
             check_scale(given["scale"])
         method = self.registered
@@ -118,7 +139,16 @@ class BoundMethod:
         return {**defaults(self.function), **self.hyperparameters}
 
     def of_heads(self, per_head: Any, num_kv_heads: int) -> dict[str, Any]:
-        """Check arguments that are stacked over the key heads, and return them."""
+        """Check arguments that are stacked over the key heads, and return them.
+
+        Args:
+            per_head: arrays, or trees of arrays, ``[K, ...]`` by argument name.
+            num_kv_heads: the number K of key heads.
+
+        Raises:
+            TypeError: not a mapping of arrays, an unknown argument, or one that is given for all heads too.
+            ValueError: an array with another number of heads.
+        """
         if not isinstance(per_head, Mapping):
             raise TypeError(f"per_head must be a mapping of names to arrays [K, ...], got {shown(per_head)}")
         known = arguments(self.function) or ()
@@ -155,6 +185,10 @@ class BoundMethod:
             num_kv_heads: the number K of key heads, which have independent samples.
             head_dim: the number D of channels.
             given: names of other given arguments.
+
+        Returns:
+            Arrays ``[K, ...]`` by argument name: the projections, or PRNG keys as ``"key"`` if the method samples in
+            every call; empty if there is nothing to sample.
 
         Raises:
             ValueError: a random method has neither ``rng`` nor its noise.
@@ -336,6 +370,9 @@ class BoundMethod:
             key: typed PRNG key.
             max_length: capacity in tokens.
             **random: random arrays in place of the PRNG key.
+
+        Raises:
+            NotImplementedError: as `require_certified`.
         """
         make = self.require_certified().certified
         assert make is not None, self.name
@@ -391,7 +428,11 @@ class BoundMethod:
         return min(method.tokens_seen(self.arguments, is_causal), num_keys) * (head_dim + value_dim) * 4
 
     def for_decoding(self, max_length: int | None = None, block_size: int | None = None) -> "BoundMethod":
-        """Bind the method for a decoder, with a capacity of ``max_length`` tokens in whole blocks.
+        """Bind the method for a decoder.
+
+        Args:
+            max_length: capacity in tokens, rounded up to whole blocks; summaries of fixed size ignore it.
+            block_size: tokens per block; methods whose blocks are set by another argument do not support it.
 
         Raises:
             NotImplementedError: there is no running summary, or it does not support an argument.

@@ -112,7 +112,11 @@ class Method:
     sharding: Literal["summaries", "prefix", "ring", "halos"] = "summaries"
 
     def sender(self, is_causal: bool) -> Callable[..., Any] | None:
-        """The function that makes the summary a device sends; None if the method does not send summaries."""
+        """The function that makes the summary that a device sends; None if the method does not send summaries.
+
+        Args:
+            is_causal: whether the attention is causal.
+        """
         if self.sharding in ("ring", "halos") or is_causal:
             return self.running
         return self.summarize or (self.running if self.sharding == "summaries" else None)
@@ -142,7 +146,17 @@ def defaults(function: Callable[..., Any]) -> Mapping[str, Any]:
 
 @_remembered
 def arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """The arguments of a function of one head after q, k, v and key; None if it accepts any argument."""
+    """The arguments of a function of one head after q, k, v and key; None if it accepts any argument.
+
+    Args:
+        function: ``(q, k, v, key, *, ...) -> out``.
+
+    Example:
+        >>> from approx_attention import mean_value
+        >>> from approx_attention.registry import arguments
+        >>> "kv_mask" in arguments(mean_value)
+        True
+    """
     parameters = list(inspect.signature(function).parameters.values())
     if inspect.Parameter.VAR_KEYWORD in [p.kind for p in parameters]:
         return None
@@ -151,7 +165,12 @@ def arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
 
 
 def accepted(function: Callable[..., Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters that a function accepts."""
+    """The hyper-parameters that a function accepts, for example those of a method that its running summary has too.
+
+    Args:
+        function: a function with named arguments.
+        hyperparameters: values by name.
+    """
     taken = defaults(function)
     return {name: value for name, value in hyperparameters.items() if name in taken}
 

@@ -13,11 +13,11 @@ MOST_HASHES = 24
 
 
 class Planes(NamedTuple):
-    """The projections whose signs put queries and keys into buckets.
+    """The random directions whose signs assign queries and keys to buckets.
 
     Attributes:
-        directions: ``[N, b, D]``, b signs in each of N rounds.
-        used: the number of signs of each round that count, or None for all of them.
+        directions: ``[N, b, D]``, for b signs in each of N rounds.
+        used: the number of signs per round that are used, or None for all of them.
     """
 
     directions: Array
@@ -39,17 +39,18 @@ class Planes(NamedTuple):
         """The given projection, or by default a random one with buckets of ``per_bucket`` keys on average.
 
         Args:
-            method: that errors name.
-            key: typed PRNG key, or None with a projection.
+            method: the name of the method in error messages.
+            key: typed PRNG key; not needed with a projection.
             k: keys ``[S, D]``.
-            per_bucket: the number of keys of a bucket that a query meets at most.
-            num_rounds: N.
-            num_hashes: b, or None for the least with which buckets hold no more than ``per_bucket`` real keys.
-            projection: the directions, or None.
+            per_bucket: the largest number of keys of a bucket that a query sees.
+            num_rounds: the number N of rounds.
+            num_hashes: the number b of signs; None for the smallest number with which buckets have at most
+                ``per_bucket`` real keys on average.
+            projection: the directions ``[N, b, D]``, or None.
             kv_mask: true where a key is real ``[S]``.
 
         Raises:
-            ValueError: another shape than ``[N, b, D]``, a bad count, more than 24 signs, neither key nor projection.
+            ValueError: a projection of another shape, a bad count, more than 24 signs, neither key nor projection.
             TypeError: a projection that is not floating point.
         """
         (num_keys, head_dim), used = k.shape, None
@@ -79,12 +80,12 @@ class Planes(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """Keys ``[S, D]`` sorted by bucket and place, for each round.
+    """Keys ``[S, D]`` sorted by bucket and then by position, for each round.
 
     Attributes:
-        planes: the projections.
-        order: the places of the keys by bucket ``[N, S]``.
-        bounds: where each bucket starts ``[N, 2^b + 1]``.
+        planes: the random directions.
+        order: positions of the keys, sorted by bucket ``[N, S]``.
+        bounds: the start of each bucket in this order ``[N, 2^b + 1]``.
     """
 
     planes: Planes
@@ -93,7 +94,13 @@ class Buckets(NamedTuple):
 
     @classmethod
     def of(cls, k: Array, planes: Planes, kv_mask: Array | None) -> Self:
-        """The buckets of the keys that ``kv_mask`` says are real; it has no gradient."""
+        """Sort the real keys into buckets, without gradient.
+
+        Args:
+            k: keys ``[S, D]``.
+            planes: the random directions.
+            kv_mask: true where a key is real ``[S]``; None if all are.
+        """
         directions, k = lax.stop_gradient((planes.directions, k))
         num_hashes = directions.shape[1]
         powers, _ = _powers(planes)
@@ -110,17 +117,17 @@ class Buckets(NamedTuple):
         return cls(Planes(directions, planes.used), *jax.vmap(sort)(directions))
 
     def met(self, q: Array, place: Array, count: int, is_causal: bool) -> Array:
-        """The places of the keys that queries meet in their buckets and in those next to them.
+        """The keys that queries find in their buckets, and in the buckets behind the nearest plane.
 
         Args:
             q: queries ``[n, D]``.
-            place: their places ``[n]``.
-            count: the number of keys in a bucket that a query meets at most: the last up to its place if causal, or
-                else those around it.
-            is_causal: meet no later key.
+            place: positions of the queries ``[n]``.
+            count: the largest number of keys that a query takes from a bucket: if causal the last ones up to its
+                position, else those around it.
+            is_causal: leave out later keys.
 
         Returns:
-            Places ``[n, 2 N count]``, some more than once, and S for no key.
+            Positions of keys ``[n, 2 N count]``, with possible repetitions; S stands for no key.
         """
         num_keys, num_hashes = self.order.shape[1], self.planes.directions.shape[1]
         powers, is_used = _powers(self.planes)

@@ -28,14 +28,31 @@ NO_NUMBER = -1.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LiftedKV(ChosenTokens):
-    """Tokens with a random number each, of which every query reads K by a priority sample.
+    r"""A summary that keeps every token with a random number u, and of which a query reads K by a priority sample.
+
+    A query reads the K keys with the largest lifted logits :math:`q \cdot k_j - \log u_j`. Numerator and normaliser
+    are then unbiased estimates of those over all tokens (`priority`).
 
     Attributes:
         k: keys ``[M, D]`` in scaled space.
         v: values ``[M, Dv]``.
-        u: numbers in (0, 1] ``[M]``, 0 for an absent token and below 0 for one that has none.
-        keys_per_query: the number K.
+        u: numbers in (0, 1] ``[M]``; 0 for an absent token, and negative for a token without a number, which makes
+            every output NaN.
+        keys_per_query: the number K of keys that a query reads.
         scale: as in `WeightedKV`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import attend
+        >>> from approx_attention.sparse import LiftedKV
+        >>> k = jnp.array([[0.0], [1.0], [2.0]])
+        >>> tokens = LiftedKV.of_tokens(k, k, jnp.array([1.0, 0.5, 0.1]), jnp.ones(3, bool), keys_per_query=3)
+        >>> out = attend(jnp.zeros((1, 1)), tokens).out  # K = M: exact
+        >>> float(out[0, 0])
+        1.0
+
+    Reference:
+        :cite:p:`zharkov2026priority`; :cite:p:`duffield2007priority`.
     """
 
     k: Array
@@ -46,7 +63,19 @@ class LiftedKV(ChosenTokens):
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, noise: Array, kv_mask: Array, keys_per_query: int) -> Self:
-        """The tokens whose ``kv_mask [M]`` is true, with ``noise [M]`` as their numbers if it is positive."""
+        """Keep the real tokens with their numbers.
+
+        Args:
+            k: keys ``[M, D]``.
+            v: values ``[M, Dv]``.
+            noise: the numbers u ``[M]`` in (0, 1]; a token whose number is not positive has none.
+            kv_mask: true where a token is real ``[M]``.
+            keys_per_query: the number K of keys that a query reads.
+
+        Raises:
+            TypeError: keys or values that are not floating point, a mask that is not boolean.
+            ValueError: different numbers of keys, values and mask entries.
+        """
         k, v = token_sums_inputs(k, v, kv_mask)
         u = lax.stop_gradient(noise).astype(k.dtype)
         return cls(k, v, jnp.where(kv_mask, jnp.where(u > 0, u, NO_NUMBER), 0), keys_per_query)
@@ -58,25 +87,25 @@ class LiftedKV(ChosenTokens):
 
     @property
     def lift(self) -> Array:
-        """The bias of the logits of each key ``[M]``."""
+        """The bias of the logits of each key, ``-log(u)`` ``[M]``; infinite for a token without a number."""
         return jnp.where(self.u > 0, -jnp.log(jnp.where(self.u > 0, self.u, 1)), jnp.inf)
 
     def state(self, q: Array) -> AttentionState:
-        """Attention of queries ``[T, D]`` in scaled space over the K keys of the largest lifted logits of each."""
+        """Attention of queries ``[T, D]`` in scaled space, each over its K keys with the largest lifted logits."""
         count = min(self.keys_per_query, self.k.shape[0])
         found = largest_logits(q, self.k, count + 1, key_bias=self.lift, kv_mask=self.u != 0)
         return self.sampled(q, *found)
 
     def sampled(self, q: Array, lifted: Array, places: Array) -> AttentionState:
-        r"""Attention of each query over the first K keys that it finds, with the weights of a priority sample.
+        r"""Attention of each query over K keys that are given, with the weights of a priority sample.
 
         .. math:: \hat w_{tj} = \max(e^{q_t \cdot k_j}, e^{\tau_t}), \qquad
                   \tau_t = \text{the } (K + 1)\text{-th of the largest } q_t \cdot k_j - \log u_j
 
         Args:
             q: queries ``[T, D]`` in scaled space.
-            lifted: the K + 1 largest of their lifted logits ``[T, K + 1]``, in falling order, -inf for no key.
-            places: the keys ``[T, K + 1]``.
+            lifted: the K + 1 largest lifted logits of each query ``[T, K + 1]``, in falling order; -inf for no key.
+            places: the positions of these keys ``[T, K + 1]``.
 
         Returns:
             The `AttentionState` of the queries.
@@ -102,11 +131,14 @@ def _merge_lifted(a: LiftedKV, b: Any) -> LiftedKV:
 
 
 def first_lifted(blocks: LiftedKV, count: Array) -> LiftedKV:
-    """The tokens of the first ``count`` of many blocks ``[n, b, ...]``; the others are absent, and keep the rest."""
+    """The tokens of the first ``count`` of n blocks ``[n, b, ...]``; the others are absent, with keys kept."""
     seen = (jnp.arange(blocks.u.shape[0], dtype=jnp.int32) < count)[:, None]
     return out_of_blocks(dataclasses.replace(blocks, u=jnp.where(seen, blocks.u, 0)))
 
 
 def uniform_numbers(key: Array, num_keys: int) -> Array:
-    """Uniform numbers in (0, 1]: `jax.random.uniform` has steps of 2^-23 and gives 0, which has no logarithm."""
+    """Sample uniform numbers in (0, 1], float32 ``[num_keys]``, for `LiftedKV`.
+
+    `jax.random.uniform` has steps of 2^-23 and includes 0, which has no logarithm; these have steps of 2^-32.
+    """
     return (jax.random.bits(key, (num_keys,), jnp.uint32).astype(jnp.float32) + 0.5) * 2.0**-32

@@ -20,7 +20,13 @@ from approx_attention.tensor.polynomials import Coefficients, check_taken, exp_c
 
 
 class Kernel(NamedTuple):
-    """A polynomial of a multilinear form as features: maps of queries and of each set of keys, and weights ``[R]``."""
+    """A polynomial of a multilinear form as features: maps of queries and of each set of keys, and weights.
+
+    Attributes:
+        query_map: the feature map of queries, to R features.
+        key_maps: the feature map of each of the m - 1 sets of keys.
+        weights: the weights of products of features, ``[R]``, of any sign.
+    """
 
     query_map: FeatureMap
     key_maps: tuple[FeatureMap, ...]
@@ -38,7 +44,23 @@ class Kernel(NamedTuple):
         features: Any,
         dtype: Any,
     ) -> "Kernel":
-        """Make the kernel from hyper-parameters of `tensor_polynomial`."""
+        """Make the kernel from hyper-parameters of `tensor_polynomial`.
+
+        Args:
+            head_dim: the number D of channels.
+            num_sets: the number m - 1 of sets of keys.
+            degree: as in `tensor_polynomial`.
+            coefficients: as in `tensor_polynomial`.
+            bound: as in `tensor_polynomial`.
+            rms: as in `tensor_polynomial`.
+            features: as in `tensor_polynomial`.
+            dtype: dtype of the weights.
+
+        Raises:
+            ValueError: a degree that is not that of the coefficients or of the features, a wrong number of maps or of
+                channels.
+            TypeError: features of another type.
+        """
         head_dim = check_count("head_dim", head_dim)
         if isinstance(features, tuple):
             if len(features) != num_sets + 1:

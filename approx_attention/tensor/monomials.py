@@ -225,6 +225,15 @@ class MonomialFeatures:
 
     Attributes:
         indices: the multi-indices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.tensor import MonomialFeatures, exp_coefficients, total_degree
+        >>> features = MonomialFeatures(total_degree(2, 2))
+        >>> x, y = jnp.array([[0.1, 0.2]]), jnp.array([[0.3, 0.4]])
+        >>> weights = features.weights(exp_coefficients("taylor", 2))
+        >>> float(jnp.sum(weights[None] * features(x).values * features(y).values))  # 1 + x . y + (x . y)^2 / 2
+        1.116
     """
 
     indices: IndexSet = dataclasses.field(metadata={"static": True})

@@ -33,6 +33,8 @@ CHUNK_TERMS = 2**17
 class TensorDecoder(NamedTuple):
     """A decoder of causal tensor attention, with a state of constant size.
 
+    `running_tensor_polynomial` makes it, and has an example.
+
     Attributes:
         init: ``(value_dim, dtype) -> state`` without tokens, by default in the dtype of the kernel.
         step: ``(state, q [b, D], keys, values, masks) -> (state, AttentionState)`` for b more tokens: scaled queries,

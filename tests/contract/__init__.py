@@ -1,1 +1,1 @@
-"""What every registered method must do; a method is tested by being registered."""
+"""Requirements on every registered method; registering a method is enough to test it."""

@@ -1,4 +1,4 @@
-"""What a method says of itself is so: its options, its arguments, its randomness."""
+"""The declared capabilities of methods hold: options, arguments and randomness."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ from tests.references import causal_mask, compiled, having, random_head, random_
 
 
 def test_every_method_has_a_case():
-    # In the file of its tests in tests/methods, where its mathematics is tested.
+    # Each method has its case in the test file of its mathematics, in tests/methods.
     assert CASES.keys() == METHODS.keys()
 
 
@@ -46,7 +46,7 @@ def test_signature_and_capabilities_agree(name):
     }.items():
         assert (argument in arguments) == able, argument
     assert (method.running is not None) == capabilities.decode
-    # A method works out of the box; what is learned stands in for something.
+    # Every argument has a default: a method works without learned arrays.
     assert all(p.default is not p.empty for p in list(arguments.values())[4:])
     assert method.size is None or method.size in arguments
     for function in (method.summarize, method.running, method.draw):
@@ -108,11 +108,11 @@ def test_every_option_has_an_effect_or_raises(name, option):
 def test_every_hyperparameter_has_an_effect(name):
     method, case = METHODS[name], case_of(name)
     function = compiled(method.function)
-    # From 8 and 4, which the settings are.
+    # The settings have size 8 and blocks of 4.
     changes = {method.size: 5, method.block: 5, **case.changes}
     q, k, v = random_head(18, 40, 40)
     for argument in list(inspect.signature(method.function).parameters)[4:]:
-        # Options of `attention`, tested above; the form of the answer, not its value.
+        # Skipped: options of `attention`, tested above, and arguments that change the form of the output only.
         if argument in ATTENTION or argument in ("implementation", "return_state"):
             continue
         if argument in case.without_effect:

@@ -1,4 +1,4 @@
-"""No later token matters, a prefix answers like the whole, and so do single steps."""
+"""Causal forms: no later token matters; a prefix, a prefill and single steps give the same outputs."""
 
 import functools
 import itertools

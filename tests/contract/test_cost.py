@@ -1,4 +1,4 @@
-"""The declared cost is that of the products, and no array has both a T and an S axis where none is declared."""
+"""The declared cost counts the matrix products, and no array is [T, S] unless the method declares it."""
 
 import functools
 import math
@@ -30,10 +30,10 @@ def traced(name, length, size, **options):
     + [pytest.param(name, False, marks=pytest.mark.slow) for name in having(subquadratic=True) if name in CAUSAL],
 )
 def test_no_array_is_quadratic(name, is_causal):
-    # An array whose size grows faster than the sequence holds both a query and a key axis, or shares of them.
+    # An array that grows faster than the sequence has both a query axis and a key axis, or parts of both.
     short, long = (largest_array(name, is_causal, length) for length in (2**14, 2**15))
     assert long <= 2.2 * short
-    # That of a group of blocks on accelerators.
+    # The limit of a group of blocks on accelerators.
     assert long <= causal.GROUP_NUMBERS
 
 

@@ -1,4 +1,4 @@
-"""The two executions of causal forms, in turn as on a CPU and together as on accelerators, are one function."""
+"""Both executions of causal forms, in turn (CPU) and all at once (accelerators), compute the same function."""
 
 import contextlib
 import functools
@@ -14,13 +14,13 @@ from tests.cases import CAUSAL, LENGTH, every_method, running_of, settings, unle
 from tests.forms import one_form
 from tests.references import having, random_head
 
-# Without blocks of their own there is one form, or the two are tested with their tiles (tests/core/test_streamed.py).
+# A method without blocks has one form, or its two are tested with their tiles (tests/core/test_streamed.py).
 BLOCKS = [name for name in CAUSAL if METHODS[name].block in settings(name) and name not in ("sparse_coreset",)]
 
 
 @contextlib.contextmanager
 def running(form, groups):
-    """Traces one form; that of accelerators in groups of few blocks or all at once."""
+    """Trace one form; that for accelerators in groups of few blocks or all at once."""
     with pytest.MonkeyPatch.context() as patched, one_form(form) as choices:
         if groups:
             patched.setattr(causal, "GROUP_NUMBERS", 1)
@@ -29,9 +29,9 @@ def running(form, groups):
 
 
 def compiled_as(form, function, groups=True, has_forms=True):
-    """A function as this machine would run it, ``"cpu"``, or an accelerator, ``"default"``."""
+    """Compile a function in the form for CPUs, ``"cpu"``, or that for accelerators, ``"default"``."""
 
-    # A new function is traced anew.
+    # Only a new function object is traced again.
     def traced(*arguments):
         with running(form, groups) as choices:
             found = function(*arguments)
@@ -42,7 +42,7 @@ def compiled_as(form, function, groups=True, has_forms=True):
 
 
 def value_and_gradients(name, is_causal=True, **others):
-    """A method on one head: its outputs, and its gradients of a sum that depends on all of them."""
+    """The outputs of a method on one head, and the gradients of a sum that depends on all of them."""
     options = settings(name) | ({"is_causal": True} if is_causal else {}) | others
 
     def function(q, k, v, **arrays):
@@ -80,7 +80,7 @@ def test_both_executions_agree(x64, name, num_queries, num_keys):
             compare(whole(*tensors), expected, 1e-12)
 
 
-# The other methods have one form there.
+# The bidirectional forms of the other methods have one execution.
 FORMS_ON_ALL_KEYS = {"bigbird", "favor", "lara", "scatterbrain", "sparse_coreset"}
 
 
@@ -97,7 +97,7 @@ def test_forms_of_both_platforms_agree_on_all_keys(x64, name):
 
 
 RNG = np.random.default_rng(4)
-# What changes how prefixes are summarised; sizes that no block divides.
+# Options that change how prefixes are summarised, and sizes that are no multiple of the block.
 VARIANTS = [
     ("favor", {"features": "hyperbolic"}),
     ("favor", {"features": "relu"}),
@@ -142,7 +142,7 @@ def test_what_comes_later_reaches_nothing_before_it(name):
     before, later, broken = at_once(q, k, v), at_once(*changed(9, 1e4)), at_once(*changed(18, np.nan))
     np.testing.assert_allclose(before, with_gradients(name, q, k, v, is_causal=True)[0], atol=1e-5)
     np.testing.assert_array_equal(later[:9], before[:9])
-    # Within its block, whose logits are one product, a NaN may reach others.
+    # Within its block, whose logits are one product, a NaN may reach other rows.
     np.testing.assert_array_equal(broken[:16], before[:16])
     assert np.all(np.isnan(broken[18]))
 

@@ -1,4 +1,4 @@
-"""What padding holds reaches no output, no gradient and no summary; a query without keys gives 0."""
+"""The contents of padding reach no output, gradient or summary; a query without keys gives 0."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""JAX's transformations, batches, heads and devices change nothing; derivatives are those of the function."""
+"""Outputs agree under JAX's transformations and over batches, heads and devices; derivatives are correct."""
 
 import functools
 import math
@@ -64,7 +64,7 @@ def test_jit_equals_eager_and_vmap_equals_loop(name, is_causal):
 
 @lifted_one_direction
 def test_gradient_against_finite_differences(name, is_causal, x64):
-    # Long enough for the causal form to answer from its summary too.
+    # Long enough for the causal form to read its summary too.
     q, k, v = random_head(23, 15, 15, 3, dtype=jnp.float64)
     options = {**case_of(name).smooth, "is_causal": True} if is_causal else case_of(name).smooth
     function = functools.partial(call, name, size=5, kv_mask=jnp.arange(15) != 2, **options)

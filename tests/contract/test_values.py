@@ -1,4 +1,4 @@
-"""Outputs of every method: their types, the limits in which they are exact, and how they err elsewhere."""
+"""Outputs of every method: their types, the limits in which they are exact, and their errors elsewhere."""
 
 import functools
 import inspect
@@ -61,7 +61,7 @@ def test_float64_in_float64_throughout(name, x64):
     q, k, v = random_head(1, 9, 9, dtype=jnp.float64, spread=0.5)
     out = call(name, q, k, v, size=9)
     assert out.dtype == jnp.float64
-    # A method that rounds somewhere to float32 is wrong by 1e-8 after a change of the values by a factor of 3.
+    # If a method rounds to float32 anywhere, scaling the values by 3 shows an error of about 1e-8.
     np.testing.assert_allclose(call(name, q, k, 3 * v, size=9), 3 * out, rtol=1e-13, atol=1e-14)
     if METHODS[name].capabilities.exact_limit:
         np.testing.assert_allclose(out, brute_force(q, k, v)[0], atol=1e-13)
@@ -106,7 +106,7 @@ def test_exact_limit(name, is_causal):
 
 
 def at_full_size(name, is_causal, *tensors_and_weight_and_mask):
-    """A summary as large as the sequence: as one program with its gradients, for 11 tokens and any mask."""
+    """Outputs and gradients with a summary as large as the sequence: one program for 11 tokens and any mask."""
     *tensors, kv_mask = tensors_and_weight_and_mask
     options = case_of(name).exact_causal if is_causal else {}
     return with_gradients(name, *tensors, kv_mask=kv_mask, size=11, is_causal=is_causal, **options)
@@ -137,7 +137,7 @@ def test_padding_equals_removal_in_the_exact_limit(name):
 @pytest.mark.parametrize("name", [unless_slow(name) for name in ALL if METHODS[name].size])
 def test_error_falls_with_size(name):
     q, k, v = random_head(4, 64, 256, spread=0.7)
-    # Neighbouring keys alike and queries near them, so that every kind of summary has something to find.
+    # Neighbouring keys are similar, and queries are close to them, so that every kind of summary can gain.
     k, v = (jnp.asarray(np.cumsum(np.asarray(x), axis=0) / 8) for x in (k, v))
     q = k[::4] + 0.1 * q
     exact = case_of(name).target(q, k, v)
@@ -172,7 +172,7 @@ def test_numerator_and_normalizer_are_unbiased(name):
     for estimates, truth in zip(draw(jax.random.split(jax.random.key(1), num_draws)), expected, strict=True):
         standard_error = np.std(estimates, axis=0) / math.sqrt(num_draws)
         assert np.all(np.abs(np.mean(estimates, axis=0) - truth) < 4.5 * standard_error + 1e-5)
-        # The test can fail: a bias of a tenth would be seen.
+        # The test is sensitive: a bias of 10% would be seen.
         assert np.all(standard_error < 0.02 * np.abs(truth).max())
 
 
@@ -238,7 +238,7 @@ def test_summaries_of_parts_merge(name):
         return parts, merge(*(attend(q, part) for part in parts)), attend(q, summarize(k, v))
 
     parts, merged, whole = answers(q, k, v)
-    # Not compiled: only then are draws compared by their values.
+    # `merge` runs outside jit: only then are random projections compared by value.
     together = compiled(attend)(q, merge(*parts))
     chex.assert_trees_all_close(together, merged, atol=2e-5)
     if method.capabilities.exact_limit or method.draw or case_of(name).always_exact:
@@ -260,7 +260,7 @@ def test_logits_of_ten_thousand(name, is_causal, sign):
 @one_direction
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_number_that_is_not_one_comes_out(name, is_causal, masked):
-    # NaN in what is visible must not pass for a row that sees nothing.
+    # A NaN in a visible token must not be taken for a row that sees nothing.
     tensors = [np.asarray(x) for x in random_head(16, 11, 11)]
     nan_in = [(2, 0)] if case_of(name).values_only else [(2, 0), (1, 0), (0, 0)]
     for which, at in nan_in:

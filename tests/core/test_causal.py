@@ -1,4 +1,4 @@
-"""The shared causal form: exact nearby, summarised before, each token counted once."""
+"""The shared causal form: nearby tokens exactly, earlier ones by summary, each token counted once."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ def test_keeping_every_token_is_exact(num_queries, num_keys, block_size):
     kv_mask, places = np.arange(num_keys) % 6 != 2, np.arange(num_queries)
     state = causal_state(q, k, v, running_exact(8, max_length=64), block_size=block_size, kv_mask=jnp.asarray(kv_mask))
     out, lse = brute_force(q, k, v, scale=1, mask=causal_mask(num_queries, num_keys) & kv_mask)
-    # A query in padding has no place among the real tokens, unless it is behind them all.
+    # A query in padding has no position among the real tokens, unless it follows all of them.
     placed = np.append(kv_mask, np.ones(num_queries, bool))[:num_queries] | (places >= np.flatnonzero(kv_mask)[-1])
     np.testing.assert_allclose(state.out, np.where(placed[:, None], out, 0), atol=3e-6)
     np.testing.assert_allclose(state.lse, np.where(placed, lse, -np.inf), atol=3e-6)

@@ -1,4 +1,4 @@
-"""Programs of causal forms for accelerators: they are as long in sequence at any length."""
+"""Programs of causal forms for accelerators: the number of sequential steps does not depend on the length."""
 
 import functools
 
@@ -32,7 +32,7 @@ def test_steps_of_loops_multiply_and_follow_the_platform():
 
 
 def causal(method, **options):
-    """The form for accelerators of outputs and gradients, traced alone."""
+    """Outputs and gradients in the form for accelerators, traced alone."""
     forward = functools.partial(attention, method=method, is_causal=True, rng=jax.random.key(0), **options)
 
     def outputs_and_gradients(query, key, value, cotangent):

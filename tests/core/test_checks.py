@@ -25,7 +25,7 @@ from approx_attention.core import check_count, check_projection
 from approx_attention.registry import get_method
 from tests.references import random_head, random_heads
 
-# Shapes in signatures are checked in tests before a function runs; what users see is the function itself.
+# Tests check the shapes in signatures before a function runs; users call the plain function.
 plain_exact, plain_ra, plain_attention = (inspect.unwrap(function) for function in (exact, ra, attention))
 
 
@@ -145,6 +145,6 @@ def test_fold_scale_makes_logits_plain_products():
 
 
 def test_a_truth_is_no_scale():
-    # What the types of signatures, which are checked in tests only, let through.
+    # Users have no checks of annotations: the function itself must reject a bool.
     with pytest.raises(TypeError, match="scale must be one number, got bool"):
         inspect.unwrap(fold_scale)(jnp.ones((2, 4)), jnp.ones((3, 4)), True)

@@ -1,4 +1,4 @@
-"""Feature maps estimate the kernel they say, and projections have the law they say."""
+"""Feature maps estimate their kernel, and projections have the stated distribution."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Segments of a growing prefix: those of all prefixes at once are those that grew block by block."""
+"""Segments of a growing prefix: all prefixes at once agree with growth block by block."""
 
 import jax
 import jax.numpy as jnp

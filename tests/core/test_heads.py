@@ -1,4 +1,4 @@
-"""Heads in turn, at once, and at once in groups: one result."""
+"""Heads one by one, all at once, and in groups give the same result."""
 
 import jax
 import jax.numpy as jnp

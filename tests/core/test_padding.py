@@ -1,4 +1,4 @@
-"""An output depends on the real tokens alone: on no padding, wherever it stands, and on no batch mate."""
+"""An output depends on the real tokens alone: not on padding, wherever it is, nor on the rest of the batch."""
 
 import functools
 
@@ -20,13 +20,13 @@ CAUSAL = having(padding=True, causal=True)
 both_directions = pytest.mark.parametrize(
     ("name", "is_causal"), [(name, c) for name in PADDED for c in ([False, True] if name in CAUSAL else [False])]
 )
-# Windows lay tokens out in further ways.
+# Methods with windows have more layouts of tokens, and always run.
 unless_slow = functools.partial(cases.unless_slow, also=("local", "eva"))
 KINDS = ("right", "left", "scattered")
 
 
 def mask_of(kind, num_real, length):
-    """Which of the places hold the real tokens."""
+    """The mask of the real tokens for a kind of padding."""
     mask = np.arange(length) < num_real
     if kind == "left":
         return mask[::-1].copy()
@@ -40,7 +40,7 @@ def padded(x, mask, garbage=0.0):
 
 
 def compare_with_unpadded(answer, tensors, kinds=KINDS, lengths=(40,), atol=1e-5, cross=False):
-    """``answer(q, k, v, d_out, kv_mask)``, values and gradients, with padding of every kind and without."""
+    """Compare ``answer(q, k, v, d_out, kv_mask)``, values and gradients, with and without padding of every kind."""
     tensors = [np.asarray(x) for x in tensors]
     weight = np.random.default_rng(0).normal(size=(tensors[0].shape[0], tensors[2].shape[1])).astype(np.float32)
     out, gradients = answer(*tensors, weight, None)
@@ -95,14 +95,14 @@ def test_batch_mates_and_lengths_change_nothing(name, is_causal):
     whole = jax.jit(lambda *x: attention(*x[:3], **options, key_value_seq_lengths=x[3]))(*tensors, lengths)
     alone = jax.jit(lambda *x: attention(*x, **options))(*(x[1:, :9] for x in tensors))
     np.testing.assert_allclose(whole[1:, :9], alone, atol=1e-5)
-    # The same tokens behind their padding, by a mask.
+    # The same tokens after their padding, given by a mask.
     mask = (np.arange(23)[None] >= 23 - lengths[:, None])[:, None, None, :]
     moved = [np.concatenate([x[:1], np.roll(x[1:], 14, axis=1)]) for x in tensors]
     left = jax.jit(lambda *x: attention(*x[:3], mask=x[3], **options))(*moved, mask)
     np.testing.assert_allclose(left[1:, 14:], alone, atol=1e-5)
 
 
-# Blocks of queries share out the keys, so that more queries make smaller shares.
+# Blocks of queries divide the keys among them, so that more queries get smaller parts.
 COUNTS_QUERIES = ("hyper_attention",)
 
 
@@ -131,7 +131,7 @@ def test_a_summary_is_that_of_the_real_keys(name):
         np.testing.assert_allclose(state.lse, expected.lse, atol=1e-5)
 
 
-# Settings that lay tokens out in other ways than the defaults.
+# Settings whose layout of tokens differs from that of the defaults.
 OTHERS = {
     "eva, chunks and windows of other sizes": ("eva", {"num_chunks": 3, "window_size": 6, "num_samples": 3}),
     "eva, chunks longer than a window": ("eva", {"num_chunks": 3, "window_size": 1}),
@@ -179,7 +179,7 @@ def test_as_many_landmarks_as_real_tokens_are_exact(name):
     np.testing.assert_allclose(out[np.flatnonzero(mask)], brute_force(q, k, v)[0], atol=1e-5)
 
 
-# What draws by the padded length has the same expectation, not the same numbers.
+# Methods that sample by the padded length have the same expectation, not the same numbers.
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_a_later_token_changes_nothing_before_it_in_padding_too(name):
     mask = mask_of("scattered", 36, PADDED_LENGTH)
     function = functools.partial(with_gradients, name, is_causal=True, kv_mask=mask)
     before, _ = function(q, k, v)
-    # Lengths of samples and distances are shares of a sequence whose length does not change.
+    # Only keys and values change; sample sizes and distances depend on the length, which stays the same.
     for j in np.flatnonzero(mask)[[3, 8, 12, 30]]:
         at = (np.arange(PADDED_LENGTH) == j)[:, None]
         after, _ = function(q, np.where(at, k + 3, k), np.where(at, np.float32(1e4), v))
@@ -330,7 +330,7 @@ def test_masks_are_traced_in_float64(name, is_causal, x64):
 
 @pytest.mark.parametrize("name", ["exact", "local", "mean_pool", "favor", "longformer", "eva"])
 def test_queries_behind_the_last_key_keep_their_place(name):
-    # Causally there may be more queries than keys; those behind the last real key see all of them.
+    # The causal form may have more queries than keys; queries after the last real key see all keys.
     q, k, v = random_head(31, 24, 20)
     options = {**settings(name), "is_causal": True}
     function = jax.jit(

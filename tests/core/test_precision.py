@@ -1,4 +1,4 @@
-"""Which products an accelerator may round: read off the programs that are lowered for one."""
+"""Products that an accelerator may round, read from the programs that are lowered for one."""
 
 import functools
 
@@ -18,7 +18,7 @@ NUM_QUERIES, NUM_KEYS, HEAD_DIM, VALUE_DIM = 40, 48, 4, 5
 
 @pytest.fixture(autouse=True)
 def of_a_user():
-    """The precision of a user who has set none; that of tests is float32."""
+    """The precision of a user who has set none; the tests use float32."""
     with jax.default_matmul_precision("default"):
         yield
 
@@ -68,7 +68,7 @@ IN_FLOAT32 = {
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_diagnostics_certificates_and_references_are_not_rounded(name):
     function = IN_FLOAT32[name]
-    # Products by which the test makes the arguments are those of a user.
+    # Products in the test itself, which makes the arguments, have the user's precision.
     given = {"certify": 2, "sketch_mse": 1, "row_sample_mse": 1}.get(name, 0)
     rounded = [rounds for _, rounds in products(function, *tokens())]
     assert len(rounded) > given
@@ -108,10 +108,10 @@ def test_an_inverse_is_not_rounded_and_products_over_all_tokens_are_as_the_user_
     found = list(products(function, *tokens()))
     inverse = [rounds for shapes, rounds in found if all(max(shape) <= 6 for shape in shapes)]
     over_tokens = [rounds for shapes, rounds in found if max(max(shape) for shape in shapes) >= NUM_QUERIES]
-    # The kernel of Skyformer's landmarks is made of differences, without a product.
+    # Skyformer computes the kernel of its landmarks from differences, without a product.
     assert inverse or (name == "skyformer" and not derivative)
     assert not any(inverse)
-    # The distances by which landmarks are spread over the tokens are differences of squares.
+    # Landmarks are spread over the tokens by distances, which are differences of squares.
     assert any(over_tokens) if name == "coreset" else all(over_tokens)
     with jax.default_matmul_precision("float32"):
         assert not any(rounds for _, rounds in products(function, *tokens()))
@@ -124,11 +124,11 @@ def test_an_approximation_has_the_precision_that_its_user_sets(name):
     function = functools.partial(method.function, key=jax.random.key(1), **options)
     _, k, v = tokens()
     rounded = [rounds for _, rounds in products(function, k, k, v)]
-    # These spread landmarks, or solve for leverages.
+    # These methods spread landmarks, or solve for leverages.
     assert any(rounded) if name in ("coreset", "sparse_coreset", "importance_sample") else all(rounded)
 
 
-@pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"herding"}))  # which adds kernels, without distances
+@pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"herding"}))  # which computes no distances
 def test_no_distance_to_a_single_key_is_rounded(algorithm):
     _, k, v = tokens()
     function = functools.partial(METHODS["coreset"].function, key=jax.random.key(1), coreset_size=6)

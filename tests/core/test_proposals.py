@@ -1,4 +1,4 @@
-"""Features of sampled directions stay unbiased for any Gaussian, and the fitted one has the least mean log-error."""
+"""Features of sampled directions are unbiased for any Gaussian, and the fitted one has the least mean log-error."""
 
 import math
 
@@ -25,13 +25,13 @@ from tests.references import brute_force, compiled, random_head, random_heads, r
 
 favor, exact, fit_proposal = compiled(favor, exact, fit_proposal)
 RANDOM = np.random.default_rng(0)
-# All variances exceed 3/4: below, the fourth moment is infinite, by which the second is measured.
+# All variances exceed 3/4: otherwise the fourth moment is infinite, and the second cannot be measured.
 ROOT = 1.2 * np.eye(6) + 0.15 * RANDOM.normal(size=(6, 6))
 PROPOSAL = Proposal(jnp.asarray(0.4 * RANDOM.normal(size=6), jnp.float32), jnp.asarray(ROOT, jnp.float32))
 
 
 def uneven_head(dtype=jnp.float32):
-    """Queries and keys whose means are far from 0, and whose channels have unequal variances; values."""
+    """Queries and keys with means far from 0 and channels of unequal variances, and values."""
     q, k, v = (np.asarray(x) for x in random_head(1, 40, 32, 6))
     spread = np.array([2.0, 1.5, 1.0, 0.5, 0.1, 0.0])
     return (
@@ -118,7 +118,7 @@ def test_padding_has_no_part_in_the_fit():
 
 
 def importance_sampled(q, k, v, z, proposal, scale):
-    """Weighted sums over directions with the likelihood ratio of the two Gaussians on keys alone."""
+    """Weighted sums over directions, with the likelihood ratio of the two Gaussians applied to keys alone."""
     q, k = q * jnp.sqrt(scale), k * jnp.sqrt(scale)
     w = proposal.mean[None] + z @ proposal.root.T
     covariance = proposal.root @ proposal.root.T
@@ -163,7 +163,7 @@ def test_each_key_head_has_its_own_and_decoding_agrees():
     chex.assert_trees_all_close(jnp.concatenate([first, last], axis=1), out, atol=1e-5)
     with pytest.raises(NotImplementedError, match="'eva' does not support noise while decoding, got an array of shape"):
         HeadsDecoder("eva", num_kv_heads=2, head_dim=6).init(2, per_head={"noise": jnp.zeros((2, 3, 6))})
-    # A head by itself, with the projection that it has there.
+    # One head alone, with its projection and its proposal.
     own = jax.tree.map(lambda x: x[1], proposals)
     projection = bind("favor", {"num_features": 8}).draw(jax.random.key(1), 2, 6)["projection"][1]
     options = {"projection": projection, "proposal": own, "block_size": 4, "is_causal": True}
@@ -189,14 +189,14 @@ def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
     for _ in range(10):
         other = np.eye(6) + 0.3 * RANDOM.normal(size=(6, 6))
         assert np.all(np.linalg.eigvalsh(sum(covariances(other, np.linalg.inv(other).T))) > least - 5e-3 * least[-1])
-    # In float32 too, where variances of both spread over many orders of magnitude along the same axes.
+    # In float32 too, if both variances spread over many orders of magnitude along the same axes.
     spread = jnp.logspace(-3, 3, 6, dtype=jnp.float32)[None, :]
     wide_q, wide_k = (x.astype(jnp.float32) * spread for x in random_head(7, 40, 32, 6)[:2])
     map_q, map_k = balancing_maps(wide_q, wide_k)
     logits = wide_q @ wide_k.T
     mapped, largest = (wide_q @ map_q) @ (wide_k @ map_k).T, float(jnp.max(jnp.abs(logits)))
     np.testing.assert_allclose(mapped, logits, atol=1e-4 * largest)
-    # Padding has no part, and rows that are all alike are left as they are.
+    # Padding is ignored, and equal rows are left unchanged.
     broken = balancing_maps(q.at[30:].set(jnp.nan), k, q_mask=jnp.arange(40) < 30)
     chex.assert_trees_all_close(broken, balancing_maps(q[:30], k), atol=1e-12)
     alike = balancing_maps(jnp.ones((3, 6)), jnp.ones((2, 6)))

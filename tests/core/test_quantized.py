@@ -1,4 +1,4 @@
-"""Tokens in few bits: what rounding costs, and that it is the only thing that differs."""
+"""Quantised tokens: the error of rounding, and that nothing else differs."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ both_bits = pytest.mark.parametrize("bits", [8, 4])
 
 
 def gaussian_cells():
-    """Edges of the cells of the levels, and the weight and first moment of N(0, 1) within each."""
+    """Edges of the cells around the levels, with the mass and first moment of N(0, 1) in each."""
     levels = np.concatenate([-quantized.GAUSSIAN_LEVELS[::-1], quantized.GAUSSIAN_LEVELS])
     edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
     weight = np.diff([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in edges])
@@ -42,7 +42,7 @@ def test_the_error_at_4_bits_is_that_of_the_levels_and_at_8_that_of_the_step():
         for y in (rounded.k, rounded.value_sum):
             error, rows = np.asarray(y - x, np.float64), np.asarray(x, np.float64)
             share = np.sum(error**2) / np.sum(rows**2)
-            # With steps that keep lengths the error is D / (1 - D); centres of 128 rows take another 1/128 of it.
+            # Steps that preserve norms give the error D / (1 - D); the centre of 128 rows takes 1/128 of it.
             largest = np.mean(np.max(np.abs(rows), axis=1) ** 2)
             expected = least / (1 - least) if bits == 4 else (largest / 127**2) / 12
             assert share == pytest.approx(expected, rel=0.03)
@@ -64,7 +64,7 @@ def test_the_rotation_is_orthogonal_and_flat(num_channels):
 @pytest.mark.parametrize("num_channels", [1, 6, 7])
 def test_codes_of_4_bits_are_packed_two_to_a_byte_without_loss(num_channels):
     codes = np.random.default_rng(1).integers(16, size=(50, num_channels))
-    # Rows of the levels themselves, of mean square 1, come back as they were.
+    # Rows made of the levels themselves, with mean square 1, come back unchanged.
     levels = np.concatenate([-quantized.GAUSSIAN_LEVELS[::-1], quantized.GAUSSIAN_LEVELS]).astype(np.float32)
     grid = quantized._GRIDS[4]
     packed = grid.encode(jnp.asarray(levels[codes]))
@@ -82,7 +82,7 @@ def test_codes_of_4_bits_are_packed_two_to_a_byte_without_loss(num_channels):
 def test_an_outlier_channel_does_not_set_the_step_of_the_others(bits):
     _, k, _ = random_head(3, 1, 256, 64)
     spiked, grid = k.at[:, 5].multiply(10.0), quantized._GRIDS[bits]
-    # Rounded as they are, without rotation.
+    # The expected rounding, without a rotation.
     level = grid.decode(grid.encode(spiked / jnp.max(jnp.abs(spiked), axis=1, keepdims=True)), 64)
     square, product = (jnp.sum(spiked * x, axis=1, keepdims=True) for x in (spiked, level))
     rounded = dequantized(quantize(WeightedKV.of_tokens(spiked, k), bits=bits)).k
@@ -92,7 +92,7 @@ def test_an_outlier_channel_does_not_set_the_step_of_the_others(bits):
     )
     assert ours < {8: 0.01, 4: 0.18}[bits]
     assert plain > 2.5 * ours
-    # What all keys have in common is not rounded at all.
+    # The common offset of all keys is not rounded.
     offset = k.at[:, 5].add(100.0)
     assert relative_error(dequantized(quantize(WeightedKV.of_tokens(offset, k), bits=bits)).k - offset + k, k) < 0.12
 
@@ -130,7 +130,7 @@ def test_what_is_absent_stays_absent_and_may_hold_nan():
         gone = dataclasses.replace(clean, mass=jnp.zeros_like(clean.mass))
         assert not attend(q, gone).out.any()
         assert np.isneginf(attend(q, gone).lse).all()
-    # Magnitudes whose squares are no numbers of float32; equal rows are their centre, without a step.
+    # The squares of these magnitudes leave the range of float32; equal rows are their centre, without a step.
     for size in (1e25, 1e-25, 0.0):
         huge = dequantized(quantize(WeightedKV.of_tokens(size * k, size * v), bits=8))
         np.testing.assert_allclose(huge.k, size * k, atol=0.03 * size)
@@ -157,7 +157,7 @@ def test_merging_rounds_nothing_again(bits):
 
 
 def test_8_bits_of_the_sample_cost_no_more_than_one_hundredth():
-    # The diffuse head.
+    # The diffuse head of the sample.
     query, key, value = (x[1].astype(jnp.float32) for x in load_sample())
     q, k, v = query[-256:, 0], key[:, 0], value[:, 0]
     truth = exact(q, k, v)
@@ -176,7 +176,7 @@ def test_transformations():
     together = jax.jit(jax.vmap(rounded))(*batch)
     for i in range(2):
         np.testing.assert_allclose(together[i], rounded(*(x[i] for x in batch)), atol=1e-5)
-    # Rounded tokens are constants; queries are not.
+    # Gradients stop at rounded tokens, but not at queries.
     gradients = jax.jit(jax.grad(lambda *args: jnp.sum(rounded(*args) ** 2), (0, 1, 2)))(q, k, v)
     assert np.abs(gradients[0]).max() > 0
     assert not gradients[1].any()

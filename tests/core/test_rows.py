@@ -1,4 +1,4 @@
-"""Rows in blocks and out of them again."""
+"""Rows are split into blocks and joined again."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ def test_sums_so_far_are_those_of_a_loop(weighted):
     expected = [sum(weights[i, j][:, None] * x[j].astype(float) for j in range(i + 1)) for i in range(7)]
     given = (jnp.asarray(weights, jnp.float32),) if weighted else ()
     np.testing.assert_allclose(sums_so_far(jnp.asarray(x), *given), expected, atol=1e-6)
-    large = np.array([[3e38], [-3e38], [1e38]], np.float32)  # whose absolute values have no finite sum
+    large = np.array([[3e38], [-3e38], [1e38]], np.float32)  # the sum of their absolute values overflows
     np.testing.assert_allclose(sums_so_far(jnp.asarray(large)), [[3e38], [0], [1e38]], rtol=1e-6)
     for broken in (np.nan, np.inf):
         x[4, 1, 0] = broken

@@ -1,4 +1,4 @@
-"""Sketches and their closed forms, samples of rows by their odds, and the low-rank bottleneck."""
+"""Sketches and their closed forms, weighted samples of rows, and the low-rank bottleneck."""
 
 import functools
 
@@ -30,7 +30,7 @@ def applied(sketch, x):
 
 
 def matrices(kind, size, num_rows, count):
-    """Drawn sketches as matrices ``[count, M, n]``."""
+    """Sampled sketches as matrices ``[count, M, n]``."""
     keys = jax.random.split(jax.random.key(0), count)
     return np.asarray(jax.jit(jax.vmap(lambda key: draw_sketch(key, kind, size, num_rows) @ jnp.eye(num_rows)))(keys))
 
@@ -118,7 +118,7 @@ def test_the_size_of_johnson_and_lindenstrauss():
 
 
 def test_norms_grow_as_rarely_as_promised():
-    # The tail of the lemma that Linformer quotes, at error 1/2 and 64 rows.
+    # The tail bound of the lemma that Linformer cites, at error 1/2 and 64 rows.
     x = random_head(7, 1, 1, 32)[0][0]
     norms = np.linalg.norm(matrices("gaussian", 64, 32, 2000) @ np.asarray(x), axis=1) / np.linalg.norm(x)
     assert (norms <= 1.5).mean() >= 1 - np.exp(-(0.5**2 - 0.5**3) * 64 / 4)

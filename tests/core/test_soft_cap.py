@@ -1,4 +1,4 @@
-"""Capped logits against softmax(c tanh(x / c)) from its whole matrix in float64, and what does not support them."""
+"""Capped logits against softmax(c tanh(x / c)) of the whole matrix in float64, and errors where unsupported."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ CAP = 1.5
 
 
 def whole_matrix(q, k, v, seen, *, bias=0.0, scale=None, cap=CAP):
-    """Outputs and log-normalisers; 0 and -inf where nothing is seen."""
+    """Outputs and log-normalisers; 0 and -inf for queries that see no key."""
     scale = 1 / np.sqrt(q.shape[1]) if scale is None else scale
     logits = jnp.where(seen, cap * jnp.tanh(scale * (q @ k.T) / cap) + bias, -1e30)
     weights = jnp.where(seen, jax.nn.softmax(logits), 0)
@@ -51,7 +51,7 @@ def with_gradients(function, *operands):
     [(None, {}), (None, {"right": 0}), (None, {"offset": 3, "left": 40, "right": 7}), ("interpret", {"right": 0})],
 )
 def test_the_operation_has_the_values_and_gradients_of_the_whole_matrix(x64, implementation, reach):
-    # Several tiles; in float32 where a kernel is asked for, which falls back on tiles.
+    # Several tiles; in float32 if a kernel is requested, which falls back to tiles.
     dtype, tolerance = (jnp.float32, 1e-4) if implementation else (jnp.float64, 1e-11)
     q, k, v = random_head(0, 600, 530, 4, 3, dtype=dtype, spread=1.5)
     bias, scale = jnp.asarray(np.random.default_rng(1).normal(size=530), dtype), jnp.asarray(0.7, dtype)
@@ -147,7 +147,7 @@ def test_decoding_is_causal_attention_with_grouped_heads(cache_bits):
         out, cache = extend(cache, 2 * query[:, part], key[:, part], value[:, part])
         outs.append(out)
     chex.assert_trees_all_close(jnp.concatenate(outs, axis=1), whole, atol=1e-5 if cache_bits is None else 0.03)
-    # Each head of a group is that of the whole matrix.
+    # Each head of a group equals the result from its whole matrix.
     one = whole_matrix(2 * query[1, :, 3], key[1, :, 1], value[1, :, 1], causal_mask(21, 21))[0]
     chex.assert_trees_all_close(whole[1, :, 3], one, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Every exact form equals brute force in value, normaliser and gradient, at the sizes where it changes its path."""
+"""Every exact form equals brute force in value, normaliser and gradient, at the sizes where its code path changes."""
 
 import functools
 
@@ -61,14 +61,14 @@ def test_window_equals_brute_force(num_queries, num_keys, left, right):
 
 
 def large_logits(seed, num_queries, num_keys, magnitude, head_dim=32):
-    """A head whose largest logits are about ``magnitude``, as numbers that tiles of other shapes round otherwise."""
+    """A head with largest logits of about ``magnitude``, which tiles of different shapes round differently."""
     q, k, v = (np.asarray(x) for x in random_head(seed, num_queries, num_keys, head_dim))
     factor = np.float32(np.sqrt(magnitude / (4 * np.sqrt(head_dim))))
     return factor * q, factor * k, v
 
 
 def value_gradient_in_float64(q, k, v, d_out, visible):
-    """The gradient of the values: its weights never pass 1, so it is no larger than the sum of cotangents."""
+    """The gradient of the values: weights are at most 1, so it is at most the sum of the cotangents."""
     logits = np.where(visible, np.asarray(q, np.float64) @ np.asarray(k, np.float64).T, -np.inf)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return (weights / weights.sum(1, keepdims=True)).T @ np.asarray(d_out, np.float64)
@@ -103,15 +103,15 @@ def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, nu
     for magnitude in (1.0, 30.0, 1e3, 1e4, 1e6, 1e8):
         q, k, v = large_logits(7, num_queries, num_keys, magnitude)
         found, expected = jax.tree.map(np.asarray, both(q, k, v))
-        # What rounding a logit may change: the more, the larger it is, until all weight is on one key.
+        # The error of rounding a logit grows with its size, until all weight is on one key.
         rounding = 1e-5 + 3e-7 * magnitude
         truth = value_gradient_in_float64(q, k, v, d_out, visible)
         size = np.abs(truth).max()
         wrong = np.abs(np.asarray(found[2]) - truth).max(1) > 3 * rounding * size
-        # A query that has two keys whose logits cannot be told apart in float32 may choose the other.
+        # If two logits of a query are equal up to the rounding of float32, either key may win.
         assert wrong.mean() <= (0.0 if magnitude < 1e5 else 0.02), magnitude
         assert np.abs(found[2]).max() <= 1.01 * np.abs(d_out).sum(0).max()
-        # Where all weight is on one key, gradients of logits are differences of equal numbers.
+        # If all weight is on one key, gradients of logits are differences of equal numbers.
         noise = 3e-6 * np.abs(d_out @ v.T).max() * max(np.abs(q).max(), np.abs(k).max(), 1)
         for a, b in zip(found, expected, strict=True):
             close = np.abs(a - b) <= 3 * rounding * np.abs(b).max() + noise
@@ -121,7 +121,7 @@ def test_gradients_at_large_logits(small_tiles, is_causal, form, num_queries, nu
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e6, 1e8])
 def test_gradients_of_keys_that_share_the_weight(is_causal, magnitude):
-    # Keys are equal but for their sign, so that half of them share the weight at any size of the logits.
+    # Keys are equal up to sign, so that half of them share the weight at any size of the logits.
     random = np.random.default_rng(3)
     k = np.where(random.random(300) < 0.5, 1.0, -1.0)[:, None] * random.normal(size=(1, 16))
     q = random.normal(size=(300, 16))

@@ -1,4 +1,4 @@
-"""Summaries are asked in the space of the keys that they were made from."""
+"""Summaries are read in the space of the keys that they were made from."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_a_compressed_cache_is_asked_in_either_space(policy):
     folded = attend(fold_scale(Q, K, 0.3)[0], small.in_scaled_space())
     np.testing.assert_allclose(as_they_are.out, folded.out, atol=1e-6)
     np.testing.assert_allclose(as_they_are.lse, folded.lse, atol=1e-5)
-    # The scale changes what is kept, as in scaled space itself.
+    # The scale changes which tokens are kept, just as with keys in scaled space.
     queries, keys = fold_scale(Q, K, 0.3)
     there = compress_tokens(keys, V, KEY, budget=12, policy=policy, queries=queries, sinks=2, recent=3, scale=1.0)
     np.testing.assert_allclose(there.k, small.k, atol=1e-5)
@@ -102,7 +102,7 @@ def test_summaries_of_one_scale_merge_and_keep_it():
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tokens_of_two_traced_scales_merge_in_either_space(swapped):
-    """In a compiled function a scale is traced even where it is a number."""
+    """In a compiled function a scale is traced even if it is a number."""
     scales = (1.2, 0.3) if swapped else (0.3, 1.2)
 
     def answers(q, scales):
@@ -130,7 +130,7 @@ def test_moments_of_two_traced_scales_are_nan():
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_one_scale_of_two_precisions(jit):
-    """The default scale of 3 channels is no number of float32."""
+    """The default scale of 3 channels is not a float32 number."""
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x)[:, :3], jnp.float64) for x in (Q, K, V)]
         parts = [[x[:9].astype(jnp.float32) for x in wide[1:]], [x[9:] for x in wide[1:]]]
@@ -188,12 +188,12 @@ def test_what_reads_keys_honours_the_scale():
     smaller = compress(small, KEY, coreset_size=8, algorithm="stratified")
     plain = compress(small.in_scaled_space(), KEY, coreset_size=8, algorithm="stratified")
     np.testing.assert_allclose(attend(Q, smaller).out, attend(queries, plain).out, atol=1e-6)
-    # As what a feature map draws, it is shared.
+    # The scale is shared, like the projection of a feature map, and does not count.
     assert summary_bytes(small) == summary_bytes(small.in_scaled_space()) == 4 * (20 * 8 + 20 * 3 + 20)
 
 
 def running_of(scale):
-    """A running summary of the tokens of the last block, in a space of its own."""
+    """A running summary of the tokens of the last block, in the space of its scale."""
 
     def append(state, start, k, v, kv_mask):
         return compress_tokens(k, v, budget=k.shape[0], scale=scale)
@@ -234,6 +234,6 @@ def test_a_cache_that_carries_a_scale_is_not_compressed():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_algorithms_take_tokens_without_a_scale(name):
-    # Asked while it is traced: nothing is compiled for those that refuse later.
+    # Only traced, so that nothing is compiled for algorithms that raise later.
     with pytest.raises(ValueError, match="an algorithm uses queries in scaled space"):
         jax.eval_shape(lambda tokens: ALGORITHMS[name](tokens, 8, jnp.float32(1), KEY), carrying(0.3))

@@ -1,4 +1,4 @@
-"""The law of merging: associative, commutative, with an identity, free of NaN, differentiable."""
+"""Merging is associative, commutative and differentiable, has an identity, and makes no NaN."""
 
 import chex
 import jax

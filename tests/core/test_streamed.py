@@ -1,5 +1,4 @@
-"""The two executions of streamed attention equal brute force in value, normaliser and gradient, and their program has
-one size."""
+"""Both executions of streamed attention equal brute force in value, normaliser and gradient, at one program size."""
 
 import functools
 
@@ -20,7 +19,7 @@ TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
 
 @pytest.fixture(params=["cpu", "accelerator"])
 def execution(request, monkeypatch):
-    """On this machine, the tiles of a CPU or those of other platforms."""
+    """Run the tiles for CPUs, or those for other platforms, on this machine."""
     if request.param == "cpu":
         yield request.param
         return
@@ -38,7 +37,7 @@ def visible_keys(num_queries, num_keys, is_causal, kv_mask=None):
 
 
 def cotangents(num_queries, value_dim):
-    """Of outputs and of normalisers."""
+    """Cotangents of outputs and of normalisers."""
     random = np.random.default_rng(1)
     return random.normal(size=(num_queries, value_dim)), random.normal(size=num_queries)
 
@@ -70,7 +69,7 @@ def assert_close(found, expected, tolerance):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * size)
 
 
-# Around one tile of either execution, its strips, and several.
+# Lengths around one tile of each execution, around its strips, and over several tiles.
 LENGTHS = [(1, 1, 0), (9, 14, 1), (129, 127, 0), (1100, 1300, 1), (1500, 700, 1), (2100, 2100, 0)]
 
 
@@ -81,12 +80,12 @@ def test_values_and_gradients_equal_brute_force(execution, x64, is_causal, num_q
     q, k, v = (np.asarray(x) for x in random_head(4, num_queries, num_keys, 4, 3, dtype, spread=0.7))
     kv_mask = None
     if masked:
-        # Causally the first queries see no key.
+        # In the causal form the first queries see no key.
         kv_mask = (np.arange(num_keys) % 5 != 3) & (np.arange(num_keys) > 5)
         k, v = (np.where(kv_mask[:, None], x, 0) for x in (k, v))
     expected = in_float64(q, k, v, 0.7, visible_keys(num_queries, num_keys, is_causal, kv_mask))
     found = streamed_gradients(q, k, v, np.asarray(0.7, dtype), kv_mask, is_causal)
-    # The gradient of keys that no query sees is not asked for: they are padding, and zeros.
+    # Keys that no query sees are padding, set to zero, whose gradient is not needed.
     assert_close(found, expected, TOLERANCE[dtype])
 
 
@@ -98,7 +97,7 @@ def test_half_precision_is_rounded_in_weights_and_outputs_alone(execution, x64, 
     out, lse = state.out, state.lse
     expected, of_gradients = in_float64(q, k, v, 0.25, visible_keys(1300, 1300, is_causal))
     assert out.dtype == lse.dtype == jnp.float32
-    # Products of numbers in half precision are exact in float32, so that normalisers are those of float32.
+    # Products of half-precision numbers are exact in float32, so the normalisers are those of float32.
     np.testing.assert_allclose(lse, expected.lse, atol=1e-5)
     unit = float(jnp.finfo(dtype).eps) / 2
     np.testing.assert_allclose(out, expected.out, atol=2 * unit * np.abs(np.asarray(v, np.float64)).max())

@@ -1,4 +1,4 @@
-"""Summaries answer like the keys and values they stand for, alone and merged."""
+"""Summaries give the outputs of the keys and values that they stand for, alone and merged."""
 
 import chex
 import jax
@@ -30,12 +30,12 @@ def feature_map(kind, head_dim=8, num_directions=16):
 
 
 def materialised(features, x):
-    """Features in float64, straight from their definition ``values * exp(log_scale)``."""
+    """Features in float64, from their definition ``values * exp(log_scale)``."""
     values, log_scale = (np.asarray(y, np.float64) for y in features(x))
     return np.broadcast_to(values * np.exp(log_scale), (x.shape[0], features.num_features))
 
 
-# Keys have 8 channels, and few queries are answered in another way than many.
+# Keys have 8 channels; few queries take a different path than many.
 few_and_many = pytest.mark.parametrize("num_queries", [6, 9])
 
 

@@ -1,4 +1,4 @@
-"""What coresets are made of, against loops: clusters, halving, landmarks, weights."""
+"""The parts of coresets against loops: clusters, halving, landmarks, weights."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ random_places, spread_places, cholesky_places, lasting_places = compiled(
 
 
 def weighted(k, v, mass):
-    """Tokens with masses, their values as they are."""
+    """Tokens with masses, whose values are ``v``."""
     k, v, mass = (np.asarray(x, np.float32) for x in (k, v, mass))
     return WeightedKV(*map(jnp.asarray, (k, v * mass[:, None], mass)))
 
@@ -277,7 +277,7 @@ def test_lasting_places_against_a_loop():
 
 def test_lasting_places_are_those_of_distinct_keys_and_never_of_padding():
     _, k, v = random_head(22, 1, 30)
-    k = jnp.asarray(np.tile(np.asarray(k)[:10], (3, 1)))  # each of ten keys thrice
+    k = jnp.asarray(np.tile(np.asarray(k)[:10], (3, 1)))  # each of ten keys three times
     real = jnp.asarray(np.arange(30) != 4)
     places = np.asarray(lasting_places(tokens_of(k, v, real), 10, KEY))
     assert 4 not in places

@@ -1,4 +1,4 @@
-"""Clusters with radii, and the bounds that are read from them, against the errors that searches find."""
+"""Clusters with radii, and bounds from them, against the errors that a search finds."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ answer = jax.jit(lambda q, clusters: attend(q, clusters.tokens).out)
 
 
 def data(kind):
-    """Keys, values and which keys are places to merge into."""
+    """Keys, values, and the mask of keys that others are merged into."""
     random = np.random.default_rng(len(kind))
     k, v = random.normal(size=(NUM_KEYS, HEAD_DIM)), random.normal(size=(NUM_KEYS, VALUE_DIM))
     chosen = np.arange(NUM_KEYS) < 16
@@ -54,7 +54,7 @@ def places(k, v, chosen):
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def climbed(q, k, v, clusters, radius, num_steps=30):
-    """Queries that projected ascent leads to, of the logarithm of the error over its bound."""
+    """Queries found by projected ascent on the logarithm of the error over its bound."""
     tokens = WeightedKV.of_tokens(k, v)
 
     def excess(q):
@@ -87,7 +87,7 @@ def test_no_query_errs_more_than_its_bound(kind):
             assert (error <= promised).all()
             assert (promised <= 2 * largest * (1 + 1e-6)).all()
     if kind in ("all distinct", "repeated keys"):
-        # Only values differ within a cluster of equal keys, and merging them is exact.
+        # Within a cluster of equal keys only the values differ, and merging them is exact.
         assert float(bound_at(jnp.asarray(directions, jnp.float32), clusters).max()) < 1e-4 * largest
 
 
@@ -123,7 +123,7 @@ def test_two_opposite_keys_leave_no_room_below_the_bound():
     k, v = (np.asarray(side * np.eye(1, size), np.float32) for size in (HEAD_DIM, VALUE_DIM))
     small = places(k, v, np.arange(NUM_KEYS) < 1)
     for radius in (0.1, 0.5):
-        # The mean of values that are +-1 with logits +-radius.
+        # The exact output: the mean of values +-1 with logits +-radius.
         error = np.tanh(radius)
         at = float(bound_at(radius * jnp.eye(72, HEAD_DIM), around(k, v, small))[0])
         ball = float(merge_bound(k, v, small, np.float32(radius)).bound)

@@ -1,4 +1,4 @@
-"""The choice among coresets by probes, the seeding of distant keys, and weights solved for anew in a stream."""
+"""Choosing among coresets by probes, seeding with distant keys, and refitting weights in a stream."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def error_of(k, v, small):
 
 
 def error(k, v, small):
-    """The error of a summary, of one shape for all of them."""
+    """The error of a summary, padded so that all summaries share one program."""
     parts = (pad_rows(x, NUM_KEYS - x.shape[0]) for x in (small.k, small.value_sum, small.mass))
     return float(error_of(k, v, WeightedKV(*parts, small.values_from_to)))
 
@@ -77,7 +77,7 @@ def test_known_queries_decide():
     k[-1], v[-1] = 3 * k[-1], [4, -2]
     k, v = jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
     tokens = WeightedKV.of_tokens(k, v)
-    # Without the last key, which short probes hardly see; a long query asks for it alone.
+    # The last key is left out: short probes hardly see it, and a long query attends to it alone.
     blind = dataclasses.replace(tokens, mass=tokens.mass.at[-1].set(0), value_sum=tokens.value_sum.at[-1].set(0))
     flat = dataclasses.replace(tokens, value_sum=0.5 * tokens.value_sum)
     query = 20 * k[-1:] / jnp.linalg.norm(k[-1])
@@ -137,7 +137,7 @@ def test_refits_beat_folds_on_smooth_keys_and_keep_the_mass():
     refit, fold = (streamed(k, v, streaming) for streaming in ("refit", "fold"))
     assert error(k, v, refit) < 0.5 * error(k, v, fold)
     assert float(refit.mass.sum()) == pytest.approx(NUM_KEYS, rel=0.01)
-    # Rows are those of the stream, and all outputs within the range of its values.
+    # The kept keys are keys of the stream, and all outputs lie in the range of its values.
     assert np.abs(np.asarray(k)[None] - np.asarray(refit.k)[:, None]).max(-1).min(1).max() < 1e-5
     out = np.asarray(attend(jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32), refit).out)
     v = np.asarray(v)
@@ -159,7 +159,7 @@ def test_a_coreset_takes_few_steps_in_sequence():
 
 @pytest.mark.parametrize("algorithm", ["kmeans_merge", "guarded"])
 def test_padding_changes_no_coreset_of_more_than_half_of_the_tokens(algorithm):
-    # An odd number below that of the probes.
+    # An odd number of queries, fewer than the probes.
     q, k, v = random_head(9, 6, 41, 4, 2)
 
     @jax.jit
@@ -173,7 +173,7 @@ def test_padding_changes_no_coreset_of_more_than_half_of_the_tokens(algorithm):
 
 
 def test_the_guard_sees_the_normaliser():
-    # Values that are all alike: outputs say nothing, and only the normaliser is approximated.
+    # All values are equal: outputs carry no information, and only the normaliser is approximated.
     k = 1.4 * jax.random.normal(KEY, (512, 2))
     tokens = WeightedKV.of_tokens(k, jnp.ones((512, 4)))
     q = jax.random.normal(jax.random.key(6), (64, 2))

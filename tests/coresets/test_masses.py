@@ -1,4 +1,4 @@
-"""Masses fitted to kept tokens: against least squares in float64, and limits in which they are known."""
+"""Masses fitted to kept tokens: against least squares in float64, and in limits where they are known."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def kernel(k, v, others_k, others_v, exponent, unit):
 
 
 def distance(beta, held, tokens, exponent):
-    """The squared distance of the weighted sums in the kernel's space, and the problem: G, b."""
+    """The squared distance of the weighted sums in the kernel's space, and the least-squares problem G, b."""
     k, v, mass = (np.asarray(x, np.float64) for x in (tokens.k, tokens.values, tokens.mass))
     unit = np.sqrt(mass @ (v**2).sum(1) / mass.sum())
     gram = kernel(held.k, held.values, held.k, held.values, exponent, unit)
@@ -70,7 +70,7 @@ def test_nonnegative_least_squares_against_an_active_set(condition):
     assert (np.asarray(x) >= 0).all()
     assert 0 < (expected > 0).sum() < 24
     assert np.linalg.norm(a @ np.asarray(x, np.float64) - y) <= residual * (1 + 1e-5)
-    # Unknowns that nothing depends on are 0, and change no other.
+    # Unknowns that do not enter the problem are 0 and change no other.
     padded = nonnegative_least_squares(jnp.pad(jnp.eye(2), ((0, 1), (0, 1))), jnp.asarray([2.0, -1.0, 3.0]))
     np.testing.assert_allclose(padded, [2, 0, 0], atol=1e-5)
 
@@ -93,7 +93,7 @@ def test_masses_are_known_where_all_are_held_and_where_tokens_repeat():
     q, k, v = shared_head(20)
     tokens = WeightedKV.of_tokens(k, v)
     np.testing.assert_allclose(refitted(tokens, tokens).mass, 1, atol=1e-2)
-    # Each of six tokens as often as chance has it: only masses tell how often.
+    # Each of six tokens occurs a different number of times, which only the masses show.
     count = np.asarray([1, 2, 4, 8, 16, NUM_KEYS - 31])
     place = np.repeat(np.arange(SIZE), count)
     tokens, held = WeightedKV.of_tokens(k[place], v[place]), WeightedKV.of_tokens(k[:SIZE], v[:SIZE])

@@ -1,4 +1,4 @@
-"""Decoding with a tolerance: no step errs more, for any heads, lengths and cuts."""
+"""Decoding with a tolerance: no step exceeds it, for any heads, lengths and splits into calls."""
 
 import functools
 
@@ -50,7 +50,7 @@ extend = jax.jit(lambda tolerance, *args: decoder(tolerance).extend(*args), dona
 
 
 def stream(tolerance, stop=LENGTH):
-    """Outputs of all tokens, a prompt and then one by one, and the certificate at the end."""
+    """Outputs of a prompt and of the tokens after it, one by one, and the final certificate."""
     cache, outs = start(KEY), []
     for rows in (slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, stop))):
         out, cache = extend(tolerance, cache, *(x[:, rows] for x in tensors()))
@@ -81,7 +81,7 @@ def test_no_step_errs_more_than_it_promises(tolerance):
         np.testing.assert_array_equal(certificate.exact_steps, 0)
         assert errors.max() > 1e-3
     else:
-        # Promises are kept without reading all where keys lie in clusters, and only there.
+        # Only the head whose keys lie in clusters keeps the tolerance without reading all tokens.
         assert (certificate.exact_steps[:, 0] > steps / 2).all()
         assert (certificate.exact_steps[:, 1] == 0).all()
         assert errors[:, PROMPT:, 2:].max() > 1e-6
@@ -107,7 +107,7 @@ def test_sequences_of_their_own_lengths():
     outs = [[np.asarray(out)[0, :PROMPT]], [np.asarray(out)[1, :5]]]
     seen = lengths.copy()
     for t in range(26):
-        # The first sequence waits at every third step, and its token there is not real.
+        # At every third step the first sequence has no real token.
         more = np.array([t % 3 != 2, True])
         rows = [np.minimum(seen[b], LENGTH - 1) for b in range(BATCH)]
         step = [np.stack([x[b, rows[b]][None] for b in range(BATCH)]) for x in tensors()]
@@ -127,19 +127,19 @@ def test_sequences_of_their_own_lengths():
         errors = np.linalg.norm(got - exact[b, : seen[b]], axis=-1) / np.repeat(largest[b, : seen[b]], 2, axis=-1)
         assert errors[:first].max() < 1e-6
         assert errors.max() <= tolerance
-    # Of the same prompt, the same steps.
+    # The first sequence had the same prompt and the same steps.
     np.testing.assert_allclose(np.concatenate(outs[0]), whole[0, : seen[0]], atol=2e-5)
 
 
 def test_a_step_copies_no_cache():
     roomy = HeadsDecoder("coreset", certify=0.05, **{**SIZES, "max_length": 1024}, **OPTIONS)
-    # Many heads: what folding one of them takes is little.
+    # With many heads, folding one of them takes little memory.
     cache, one = jax.eval_shape(lambda: roomy.init(8, KEY)), [x[:, :1] for x in tensors()]
     many = [np.concatenate([x] * 4) for x in one]
     held = 4 * (cache.heads.tokens.k.size + cache.heads.tokens.value_sum.size)
     analysis = jax.jit(roomy.extend, donate_argnums=0).lower(cache, *many).compile().memory_analysis()
     assert analysis.alias_size_in_bytes > held
-    # An update after a condition that reads the tokens would copy all of them twice.
+    # If the update came after a condition that reads the tokens, all of them would be copied twice.
     assert analysis.temp_size_in_bytes < held
     small = start(KEY)
     extend(0.05, small, *one)

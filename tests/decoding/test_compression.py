@@ -1,4 +1,4 @@
-"""Caches compressed in a budget, whole and under way."""
+"""Compression of caches to a budget, at once and while decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +213,7 @@ def test_what_is_wrong_is_said():
         (3, {}, "or an algorithm, got 3"),
         ("halving", {"size": jnp.int32(5)}, "size is only supported by policies"),
     ):
-        with pytest.raises(ValueError, match=message):  # with room for all too
+        with pytest.raises(ValueError, match=message):  # also with room for all tokens
             compress_tokens(k, v, KEY, budget=40, policy=policy, **options)
     decoder = Decoder(running=running_exact(6, max_length=40), head_dim=6, value_dim=3, block_size=8)
     for name in ("budget", "coreset_size"):

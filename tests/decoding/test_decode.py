@@ -1,4 +1,4 @@
-"""The cache: lengths, padding, donation, heads, and a size that does not grow."""
+"""The cache: lengths, padding, donation, heads, and a bounded size."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_tokens_past_num_real_leave_no_trace():
         out, cache = prefill(decoder.init(), q, *soiled, first)
         np.testing.assert_array_equal(np.asarray(out)[first:], 0)
         assert int(cache.length) == first
-        # The others, filled up to one length.
+        # The remaining tokens, padded to one length.
         rest, _ = prefill(cache, *(np.roll(x, -first, axis=0) for x in (q, k, v)), 22 - first)
         np.testing.assert_allclose(np.concatenate([out[:first], rest[: 22 - first]]), expected, atol=2e-6)
 
@@ -131,7 +131,7 @@ def test_half_precision_tokens_are_summarised_in_float32():
     decoder = make_decoder(num_landmarks=4)
     out, cache = jax.jit(decoder.prefill)(decoder.init(), q, k, v)
     attend = jax.jit(decoder.attend)
-    # Answers are of the values in the cache, whoever asks.
+    # Outputs have the dtype of the values in the cache, for queries of any dtype.
     assert out.dtype == attend(cache, q[:1]).dtype == attend(cache, q[:1].astype(jnp.float32)).dtype
     assert out.dtype == jnp.float32
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache) if jnp.issubdtype(x.dtype, jnp.floating))

@@ -1,4 +1,4 @@
-"""Decoding a batch of sequences with grouped heads: the causal form of `attention`, whatever the cuts and lengths."""
+"""Decoding batches with grouped heads equals the causal form of `attention`, for all splits and lengths."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ from tests.cases import settings, unless_slow
 from tests.references import having, random_heads
 
 DECODING = having(decode=True)
-# Blocks of four, so that sequences of this length end inside one.
+# Blocks of four, so that sequences of this length end inside a block.
 LENGTH, BLOCK, KEY = 18, 4, jax.random.key(7)
 
 
@@ -37,7 +37,7 @@ def rng_of(name):
 
 @functools.cache
 def whole(name):
-    """The causal form over all tokens: of a shorter sequence it is a part, as no later token changes an answer."""
+    """The causal form over all tokens; a shorter sequence has its first rows, because later tokens change nothing."""
     function = functools.partial(attention, method=name, is_causal=True, **options(name))
     return np.asarray(jax.jit(function)(*tensors(), rng=rng_of(name)))
 
@@ -55,7 +55,7 @@ def extend(name):
 @pytest.mark.parametrize("name", [unless_slow(name) for name in DECODING])
 def test_any_cut_equals_the_causal_form(name):
     expected = whole(name)
-    # A prompt and then token by token, and the other way: steps of 14 tokens and of one.
+    # A prompt of 14 tokens and then single tokens, and the reverse.
     for cuts in ((0, *range(14, LENGTH + 1)), (*range(5), LENGTH)):
         cache, outs = start(name), []
         for first, stop in itertools.pairwise(cuts):
@@ -68,7 +68,7 @@ def test_any_cut_equals_the_causal_form(name):
 @pytest.mark.parametrize("name", [unless_slow(name) for name in DECODING])
 def test_sequences_of_their_own_lengths(name):
     lengths = jnp.array([9, 4])
-    # What is past a sequence's length is never looked at.
+    # Tokens past the length of a sequence are never read.
     soiled = [np.array(x[:, :9]) for x in tensors()]
     for x in soiled:
         x[1, 4:] = np.nan
@@ -77,7 +77,7 @@ def test_sequences_of_their_own_lengths(name):
     np.testing.assert_array_equal(np.asarray(out)[1, 4:], 0)
     outs = [out]
     for t in range(9, 15):
-        # The second sequence goes on where it stands.
+        # The second sequence continues at its length.
         step = [np.stack([x[0, t : t + 1], x[1, t - 5 : t - 4]]) for x in tensors()]
         out, cache = extend(name)(cache, *step)
         outs.append(out)

@@ -1,4 +1,4 @@
-"""Attention matching: exact on its reference queries where it can be, budgets of bytes, and fitted masses of caches."""
+"""Attention matching: exactness on its reference queries, budgets of bytes, and fitted masses of caches."""
 
 import functools
 
@@ -30,7 +30,7 @@ def test_reference_queries_get_the_outputs_they_had():
     out, lse = brute_force(asked, K, V, scale=1.0)
     state = attend(asked, small)
     np.testing.assert_allclose(state.out, out, atol=2e-3)
-    # As many masses as queries: normalisers match too, though masses are not negative.
+    # With as many masses as queries the normalisers match too, although masses are not negative.
     np.testing.assert_allclose(state.lse, lse, atol=0.05)
     # The kept keys are tokens of the cache.
     assert np.abs(np.asarray(small.k)[:, None] - np.asarray(K)[None]).sum(-1).min(1).max() < 1e-6

@@ -1,4 +1,4 @@
-"""Caches in few bits: the decoder of the rounded tokens, and nothing else."""
+"""Quantised caches decode exactly like the rounded tokens."""
 
 import functools
 
@@ -31,7 +31,7 @@ def head():
 
 @pytest.fixture(scope="module", params=[8, 4])
 def decoded(request, head):
-    """The outputs of a decoder with that many bits, some at once and then one by one, and its cache."""
+    """Outputs of a quantised decoder, of a prompt and then one by one, and its cache."""
     q, k, v = head
     decoder = decoder_of(request.param)
     out, cache = jax.jit(decoder.prefill)(decoder.init(), q[:21], k[:21], v[:21])
@@ -52,7 +52,7 @@ def test_older_tokens_are_rounded_once_and_recent_ones_not_at_all(decoded, head)
     wide = [block.dequantized() for block in blocks]
     rounded_k, rounded_v = (np.concatenate([getattr(x, name) for x in wide]) for name in ("k", "value_sum"))
     for t in range(LENGTH):
-        first = max(0, t // BLOCK - 1) * BLOCK  # the block before, and the current one, are exact
+        first = max(0, t // BLOCK - 1) * BLOCK  # the current block and the one before it are exact
         keys = np.concatenate([rounded_k[:first], k[first : t + 1]])
         values = np.concatenate([rounded_v[:first], v[first : t + 1]])
         np.testing.assert_allclose(out[t], brute_force(q[t : t + 1], keys, values, scale=1)[0][0], atol=3e-6)
@@ -64,7 +64,7 @@ def test_a_cache_holds_what_its_bits_say(decoded):
     bits, _, cache = decoded
     assert summary_bytes(cache.past.prefix) == 6 * quantized_bytes(BLOCK, 16, 6, bits=bits)
     assert cache.past.before.k.dtype == cache.current.v.dtype == jnp.float32
-    # Beyond the room there is no token that could be missing unseen.
+    # More tokens than there is room for give NaN, so that no token is lost silently.
     decoder = decoder_of(bits, 16)
     _, cache = jax.jit(decoder.prefill)(decoder.init(), *(jnp.ones((40, size)) for size in (16, 16, 6)))
     assert np.isnan(jax.jit(decoder.attend)(cache, jnp.ones((1, 16)))).all()
@@ -114,7 +114,7 @@ def test_a_compressed_prefix_in_few_bits_decodes_on(head):
         type(cache.current)(k[32:40], v[32:40], jnp.ones(8, bool)),
     )
     cache = Cache(cache.past._replace(before=block[0], prefix=prefix), block[1], jnp.asarray(40, jnp.int32))
-    # Room for all tokens: what differs is rounding.
+    # There is room for all tokens, so only rounding differs.
     small = jax.jit(functools.partial(compress_cache, budget=48, coreset_size=8, bits=8))(cache, KEY)
     running = running_compressed(16, KEY, budget=48, coreset_size=8, bits=8)
     after = Decoder(running=running, head_dim=16, value_dim=6, block_size=BLOCK, scale=1.0)

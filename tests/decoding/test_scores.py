@@ -31,7 +31,7 @@ def in_float64(x):
 
 
 def weights_of(rows, seen=None):
-    """Attention weights ``[..., S]`` of queries over the tokens, by masses; of each the first ``seen`` keys."""
+    """Attention weights ``[..., S]`` of queries over tokens with masses, each over its first ``seen`` keys."""
     with np.errstate(divide="ignore"):
         logits = in_float64(rows) @ in_float64(K).T + np.log(in_float64(MASS))
     if seen is not None:
@@ -49,7 +49,7 @@ def test_expected_attention_is_that_of_gaussian_queries():
     there = np.asarray(MASS) > 0
     expected = np.log(share * np.linalg.norm(in_float64(V), axis=1))
     np.testing.assert_allclose(np.asarray(score)[there], expected[there], atol=1e-4)
-    # The expectation of exp(q . k) over many Gaussian queries is what stands in the exponent.
+    # The exponent is the log-expectation of exp(q . k) over Gaussian queries.
     drawn = np.random.default_rng(0).multivariate_normal(mean[0], covariance[0], 200_000)
     short = 0.3 * k[:5]
     sampled = np.log(np.exp(drawn @ short.T).mean(0))
@@ -110,7 +110,7 @@ def test_queries_of_a_cache_come_after_its_exact_blocks(policy):
     cache = compiled(decoder.append)(decoder.init(), K, V)
     old = int((cache.past.prefix.mass > 0).sum())
     assert block < KEYS - old <= 2 * block
-    asked = Q[-4:]  # they see all older tokens, wherever their positions are
+    asked = Q[-4:]  # they see all older tokens, at any position
     fixed = compress_cache(cache, jax.random.key(0), budget=8, policy=policy, queries=asked, sinks=0).past.prefix.fixed
     logits = in_float64(asked) @ in_float64(K[:old]).T
     weights = softmax(logits)

@@ -1,4 +1,4 @@
-"""Bytes on the wire: the counting on programs written by hand, and the closed formulas against compiled programs."""
+"""Bytes between devices: counted in programs written by hand, and closed formulas against compiled programs."""
 
 import pytest
 
@@ -96,7 +96,7 @@ def test_a_length_that_blocks_do_not_divide_is_laid_out_anew():
 
 def test_rounds_reach_every_device():
     for devices in range(2, 40):
-        # Whose moments each device has, but its own: of the one before, and then of twice as many in each round.
+        # The devices whose moments each device has: the one before it, then twice as many in each round.
         known, reach, count = [{i - 1} - {-1} for i in range(devices)], 1, 1
         while any(len(of_those) < i for i, of_those in enumerate(known)):
             known = [x | (known[i - reach] if i >= reach else set()) for i, x in enumerate(known)]

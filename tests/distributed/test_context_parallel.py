@@ -18,7 +18,7 @@ pytestmark = pytest.mark.all_forms
 # Small enough to shard over eight devices, and not a multiple of them.
 LENGTH, LENGTHS = 61, jnp.array([61, 40])
 SETTINGS = {name: dict(case.devices) for name, case in CASES.items() if case.devices is not None}
-# Draws with replacement, each device from its own part, and so never what one device has.
+# It samples with replacement, each device from its part, so the outputs differ from those of one device.
 DRAWS = "importance_sample"
 FORMS = [
     (name, is_causal)
@@ -175,7 +175,7 @@ def test_the_ring_computes_with_the_keys_that_it_sends_on(is_causal):
     (body,) = sending
     sends = [e for e in body.eqns if e.primitive.name == "ppermute"]
     sent = {id(x) for e in sends for x in e.outvars}
-    # What is sent is given, and what arrives is not read: the transfer and the computation wait for nothing.
+    # A transfer sends inputs of the step and its result is not used in the step: transfer and computation overlap.
     assert all(any(x is y for y in body.invars) for e in sends for x in e.invars)
     assert not any(id(x) in sent for e in body.eqns for x in e.invars)
 

@@ -1,6 +1,6 @@
-"""Context parallelism from callers that compile nothing: one program all the same, with arrays among its arguments.
+"""Context parallelism without jit in the caller: still one program, which takes arrays as arguments.
 
-By single operations on eight devices some methods never came to an end.
+Run operation by operation on eight devices, some methods never finished.
 """
 
 import functools
@@ -34,7 +34,7 @@ def test_a_call_is_the_same_program_without_jit(name, is_causal):
     call = over_devices(name, is_causal)
     out = call(*tensors())
     np.testing.assert_array_equal(out, jax.jit(call)(*tensors()))
-    with jax.no_tracing():  # the program is kept
+    with jax.no_tracing():  # the program is cached
         again = call(*tensors())
     with jax.disable_jit():
         np.testing.assert_array_equal(call(*tensors()), again)
@@ -91,7 +91,7 @@ def primitives(jaxpr):
 
 @pytest.mark.parametrize(("name", "is_causal"), FORMS)
 def test_no_factorisation_of_a_batch_runs_on_a_device(name, is_causal):
-    # On CPU it is shared out to threads, of which none is left where every device waits for its own.
+    # A CPU runs it on a shared pool of threads, which has none left if every device waits for its own.
     sizes = {"favor": {"num_features": 32}, "coreset": {"coreset_size": 32}}
     program = jax.make_jaxpr(over_devices(name, is_causal, **sizes.get(name, {})))
     found = [x for x in primitives(program(*tensors()).jaxpr) if x.primitive.name in BATCHED]

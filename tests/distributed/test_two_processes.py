@@ -1,4 +1,4 @@
-"""Two processes that meet over the loopback: the numbers of one process, and no waiting for one that died."""
+"""Two processes on the loopback interface: the results of one process, and no waiting for a process that died."""
 
 import pathlib
 import signal
@@ -13,14 +13,14 @@ import pytest
 from tests.distributed import two_processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-WITHIN = 60  # seconds, on a busy machine; the heartbeat's are fewer
+WITHIN = 60  # seconds, on a busy machine; the timeout of the heartbeat is shorter
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts processes of one port, and leaves none behind."""
+    """Start processes on one port, and end all of them afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""``python -m tests.distributed.two_processes OUT NUMBER PORT [DYING]``: four devices of one process, or of two.
+"""``python -m tests.distributed.two_processes OUT NUMBER PORT [DYING]``: four devices in one process or in two.
 
-NUMBER is that of this process, or ``alone``. Process DYING kills itself once all have met; the other is to notice.
+NUMBER is the index of this process, or ``alone``. Process DYING kills itself after all have met; the other must notice.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the command line prints and writes: a closed pipe, a full disk, an interrupt or a strange name loses nothing."""
+"""Output of the command line: a closed pipe, a full disk, an interrupt or an unusual name loses nothing."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Comparisons that take no time; the test may have them end in an error."""
+    """Replace comparisons by instant ones, which a test can make end in an error."""
     ends = []
 
     def compare(*args, on_row, **options):
@@ -88,11 +88,11 @@ def made_plan():
     return Plan(0.3, None, None, "seconds", 0.95, split, candidates, {}, candidates[1], "Use mean_pool [b].")
 
 
-# where it prints
+# output streams
 
 
 class Stream(io.TextIOWrapper):
-    """Standard output of any encoding, that may fail."""
+    """Standard output with a chosen encoding, which can fail."""
 
     def __init__(self, encoding="utf-8", error=None):
         super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
@@ -193,7 +193,7 @@ def test_a_figure_is_of_the_run_of_its_results(file, tmp_path, monkeypatch, meas
     assert "pip install 'approx_attention[plot]'" in capsys.readouterr().out
 
 
-# what it prints
+# printed text
 
 
 def test_names_are_text(file, tmp_path, measured, capsys):
@@ -265,7 +265,7 @@ def test_windows_are_explained(capsys):
         assert "w - 1 tokens before it (w in all), else its own and w - 1 to each side (2w - 1 in all)." in text
 
 
-# what ends it
+# interruptions and errors
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_signals(tmp_path, number, code):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([*COMMAND, *command], **pipes, env=quick_process(), text=True)
     assert process.stderr is not None
-    for line in process.stderr:  # a line for each that is begun, while others are to come
+    for line in process.stderr:  # a line is printed as each measurement begins, while others are still to come
         if "longformer" in line:
             break
     for _ in range(3):
@@ -350,7 +350,7 @@ def test_progress_is_a_line_for_each(file, tmp_path, capsys):
     assert [line.partition(" (")[0] for line in lines][-3:] == ["7/9 uniform_sample 2", "8/9 mean_pool 2", "9/9 timing"]
 
 
-# what it cannot use
+# unusable input
 
 
 def test_what_is_wrong_is_said_before_anything_is_measured(file, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The main job from file to table, figure and JSON, and what it says to bad input."""
+"""The compare command from file to table, figure and JSON, and its errors for bad input."""
 
 import json
 import os
@@ -39,12 +39,12 @@ def tensors(tmp_path):
 
 
 def run(*arguments):
-    """The command line: exit code, and what it wrote to standard output and error."""
+    """Run the command line and return its exit code."""
     return cli.main([str(argument) for argument in arguments])
 
 
 def refusal(capsys, *arguments):
-    """The one line with which the command line refuses its input."""
+    """Return the one-line error of the command line."""
     capsys.readouterr()
     assert run(*arguments) == 2
     captured = capsys.readouterr()
@@ -54,7 +54,7 @@ def refusal(capsys, *arguments):
     return lines[0]
 
 
-# what it reads
+# input
 
 
 @pytest.mark.parametrize("axes", [2, 3, 4])
@@ -101,7 +101,7 @@ def test_the_sample_is_what_its_text_says():
     assert len({entry["layer"] for entry in provenance["layers"]}) == len(provenance["layers"])
 
 
-# what it says
+# output
 
 
 def test_json_figure_and_table(tensors, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_sizes_that_count_other_things_are_in_proportion(tensors):
     names = ["mean_pool", "block_linformer", "bigbird"]
     arms = build_arms(Problem(load_tensors(tensors)), names, [8, 32, 512])
     sizes = {name: [arm.size for arm in arms if arm.method == name] for name in names}
-    # The sequence has 48 keys; usual are 256 landmarks, 16 slots per block and 3 random blocks.
+    # The sequence has 48 keys; the defaults are 256 landmarks, 16 slots per block and 3 random blocks.
     assert sizes == {"mean_pool": [8, 32, 48], "block_linformer": [1, 2, 32], "bigbird": [1, 6]}
 
 
@@ -280,7 +280,7 @@ def test_help_and_methods(capsys):
     assert run("--version") == 0
 
 
-# what it refuses
+# errors
 
 
 def spoil(tmp_path, **changes):
@@ -409,7 +409,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_measurements_are_for_the_device_of_the_tensors(monkeypatch):
-    """As on a machine with a GPU, where they are on its CPU."""
+    """Simulate a machine with a GPU whose tensors are on the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     problem = Problem(load_sample())
     assert "exact bfloat16" not in {arm.method for arm in exact_arms(problem)}

@@ -63,7 +63,7 @@ def test_sup_error_beats_random_queries_and_has_converged():
 
 
 def test_equal_weights_fail_on_the_two_point_instance():
-    # One key against N opposite ones, weights of e^{2 rho}: a mass-less subset cannot answer q = rho u.
+    # One key against N opposite ones, with weights of e^{2 rho}: a subset without masses is wrong at q = rho u.
     rho, dim = 2.0, 3
     count = round(np.exp(2 * rho))
     u = np.eye(dim)[0]

@@ -1,4 +1,4 @@
-"""Diagnoses of heads: closed forms, brute force in float64, padding, and what the command writes."""
+"""Diagnoses of heads: closed forms, brute force in float64, padding, and the output of the command."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_uniform_weights():
     assert head.heaviest_share == pytest.approx(1 / N, rel=1e-5)
     assert (head.weight_rank, head.verdict) == (1, "uniform")
     assert max(head.mean_error, head.rank_error, head.radius, head.largest_logit) < 1e-5
-    # The variance of a mean of M values, each of which is as likely.
+    # The variance of the mean of M values sampled uniformly.
     spread = np.sum((v - v.mean(0)) ** 2) / N
     assert head.samples == pytest.approx(spread / (0.01 * np.sum(v.mean(0) ** 2)), rel=1e-3)
 
@@ -91,14 +91,14 @@ def test_weights_of_low_rank():
     (head,) = diagnose(one_head(q, k, values() + k), size=8, is_causal=True)
     assert "nystrom" not in head.methods
     (head,) = diagnose(one_head(q, k, values() + k), size=8, num_queries=31)
-    assert head.verdict == "diffuse"  # so few queries have no large rank
+    assert head.verdict == "diffuse"  # with so few queries the rank is small
 
 
 # 2. brute force
 
 
 def expected(q, k, v, mask, size, place, rank):
-    """Some of the numbers, in float64."""
+    """Some of the statistics, in float64."""
     weights = brute_force(q, k, np.eye(len(k)), mask=mask)[0]
     out = weights @ np.asarray(v, np.float64)
     apart = place[:, None] - rank[None, :]
@@ -156,7 +156,7 @@ def test_two_sequences_with_padding_are_what_brute_force_says(is_causal):
 
 
 def numbers(head):
-    """Everything but the words, in order."""
+    """All numeric fields, in order."""
     return [x for name, x in vars(head).items() if isinstance(x, int | float)] + list(head.theorems.values())
 
 
@@ -220,7 +220,7 @@ def test_theorems_are_those_of_the_bounds():
     assert short.theorems["unreduced_jlt"] == pytest.approx(sketch, rel=1e-3)
 
 
-# 4. input that cannot be used
+# 4. bad input
 
 
 def test_bad_input_is_one_clear_error():
@@ -262,7 +262,7 @@ def test_the_sample(tmp_path, capsys):
     assert heads_command("--queries", 48, "--out", tmp_path) == 0
     document = json.loads((tmp_path / "heads.json").read_text())
     verdicts = [row["verdict"] for layer in document["layers"].values() for row in layer["rows"]]
-    # As `compare` has it: a window is enough for the sharp layer, and no few keys are for the flat one.
+    # As in `compare`: a window is enough for the sharp layer, but a few keys are not enough for the flat one.
     assert verdicts == ["nearby", "nearby", "diffuse", "diffuse"]
     assert document["is_complete"]
     assert [(row["verdict"], row["heads"]) for row in document["summary"]] == [

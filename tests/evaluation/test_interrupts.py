@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command also where Python drops what they raise, and disturb no writing."""
+"""SIGINT and SIGTERM end a command even where Python drops the exception, and interrupt no write."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def file(tmp_path):
 
 
 def measuring(monkeypatch, during):
-    """Comparisons that take no time, with something that happens during each."""
+    """Replace comparisons by instant ones that call ``during``."""
 
     def compare(*args, on_row, on_progress, **options):
         on_row(ROWS[0])
@@ -38,7 +38,7 @@ def measuring(monkeypatch, during):
 
 
 class Disturbed(Stream):
-    """Standard output that a signal disturbs at each flush."""
+    """Standard output that receives a signal at each flush."""
 
     number: signal.Signals | None = None
 
@@ -58,7 +58,7 @@ def test_a_signal_that_python_drops(file, tmp_path, monkeypatch, capsys, number,
     def during(on_row, on_progress):
         held = {1}
         _ = weakref.ref(held, lambda ref: signal.raise_signal(number))
-        del held  # an exception of the callback goes nowhere
+        del held  # an exception in this callback is lost
         if seen_by == "progress":
             on_progress("next", 1, 2)
         else:

@@ -1,4 +1,4 @@
-"""Padding in comparisons and plans: errors are those of real queries, and what padding holds never matters."""
+"""Padding in comparisons and plans: errors are those of real queries, and the contents of padding do not matter."""
 
 import math
 
@@ -29,7 +29,7 @@ LENGTHS = np.array([24, 9])
 
 
 def spoilt(num_heads=4, num_kv_heads=2):
-    """Tensors [2, 24, ...] of two lengths, and the same with noise of any kind in the padding."""
+    """Tensors [2, 24, ...] of two lengths, and a copy with NaN, inf or large numbers in the padding."""
     clean = Tensors(*random_heads(0, 2, 24, 24, num_heads, num_kv_heads))
     real = np.arange(24) < LENGTHS[:, None]
     fill = iter((jnp.nan, jnp.inf, 1e30))
@@ -37,7 +37,7 @@ def spoilt(num_heads=4, num_kv_heads=2):
 
 
 def squares(tensors, is_causal=False):
-    """Squared norms of the error of the mean of the values and of exact outputs, [B, N], over real queries only."""
+    """Squared norms over real queries, [B, N]: of the error of the mean of the values, and of the exact outputs."""
     error, norm = np.zeros((2, 4)), np.zeros((2, 4))
     for b, length in enumerate(LENGTHS):
         for n in range(4):
@@ -51,7 +51,7 @@ def squares(tensors, is_causal=False):
 
 
 def compared(problem, programs):
-    """The rows of a comparison with the mean, of programs that are compiled once for each mask of keys."""
+    """The rows of a comparison with the mean, with programs that are compiled once for each mask of keys."""
     mask = None if problem.kv_mask is None else np.asarray(problem.kv_mask).tobytes()
 
     def compiled_once(arm, *tensors):
@@ -97,7 +97,7 @@ def test_a_plan_measures_real_queries():
         row = next(c for c in made.candidates if c.method == "mean_value")
         assert row.relative_error == pytest.approx(math.sqrt(error.sum() / norm.sum()), rel=1e-4)
         assert "times include padding, errors do not" in str(plan_table(made, "").caption)
-    # In the order of their times, which is not the same twice.
+    # Candidates are ordered by their times, which vary between runs.
     labels = [{c.label for c in made.candidates if not c.is_exact} for made in plans]
     assert labels[0] == labels[1]
 
@@ -107,7 +107,7 @@ def test_runs_are_of_real_queries():
     mask = np.array([[True] * 10, [False, True] * 4 + [False, False]])
     split = split_units((2, 10, 4, 8), 2, 0.5, 0, mask)
     assert split.shape == (2, 2, 4)
-    # Four runs of ten queries begin at 0, 2, 5 and 7; of the four real ones of the second sequence each is a run.
+    # Four runs of ten queries begin at 0, 2, 5 and 7; the second sequence has four real queries, one in each run.
     first = [rows[0, a:b, 2 * k : 2 * k + 2].sum() for k in range(2) for a, b in ((0, 2), (2, 5), (5, 7), (7, 10))]
     second = [rows[1, t, 2 * k : 2 * k + 2].sum() for k in range(2) for t in (1, 3, 5, 7)]
     np.testing.assert_allclose(split.sums(rows), first + second)
@@ -158,7 +158,7 @@ def test_what_fits():
     assert key_mask((2, 3, 1, 4), mask=jnp.asarray(expected)[:, None, None]).tolist() == expected
     assert key_mask((2, 3, 1, 4), mask=expected[1]).tolist() == [expected[1]] * 2
     assert key_mask((2, 3, 1, 4), lengths=2).sum() == 4
-    # Queries of another sequence are all real.
+    # The queries of cross-attention are all real.
     mask = key_mask((2, 3, 1, 4), lengths=lengths)
     assert query_mask(mask, 3) is mask
     assert query_mask(mask, 5).all()

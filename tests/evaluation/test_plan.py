@@ -1,4 +1,4 @@
-"""The plan: its fit, its promise about heads that were not looked at, its budgets, and what it says."""
+"""Plans: the fit, the guarantee for held-out heads, the budgets, and the printed text."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ _PROGRAMS = {}
 
 
 def plan(tensors, **options):
-    """A plan whose programs are compiled once for all tests of this file: what tensors hold is no part of a program."""
+    """Make a plan with programs that all tests of this file share: they do not depend on the contents of tensors."""
     form = [x.shape for x in tensors], options.get("is_causal"), options.get("options")
 
     def compiled_once(arm, *given):
@@ -53,7 +53,7 @@ def plan(tensors, **options):
 
 
 def family(name, seed, num_heads=16, length=128, dim=8):
-    """Tensors [1, T, N, D] whose heads differ in how sharp they are, of a kind."""
+    """Tensors [1, T, N, D] of one kind, whose heads differ in sharpness."""
     random = np.random.default_rng(seed)
     shape = (1, length, num_heads, dim)
     sharpness = np.exp(0.3 * random.normal(size=num_heads))[None, None, :, None]
@@ -67,7 +67,7 @@ def family(name, seed, num_heads=16, length=128, dim=8):
         q = sharpness * 1.5 * centres[random.integers(8, size=length)][None] + 0.1 * q
         v = random.normal(size=(8, num_heads, dim))[label][None] + 0.1 * v
     elif name == "banded":
-        # The logit falls with the distance of tokens on a circle, by a rate of the head's own.
+        # Logits fall with the distance of tokens on a circle, at a different rate in each head.
         angle = 2 * np.pi * np.arange(length) / length
         turns = np.stack([np.cos(angle), np.sin(angle)], -1)[None, :, None]
         k = np.concatenate([np.broadcast_to(turns, (1, length, num_heads, 2)), 0.1 * k[..., 2:]], -1)
@@ -94,7 +94,7 @@ def test_one_wild_size_moves_the_slope_little():
     wild = ErrorLaw.fit(measured | {64: 4 * measured[64]})
     assert wild.slope == pytest.approx(-0.5, abs=0.02)
     line = np.polyfit(np.log(list(measured)), np.log(list((measured | {512: 2.0}).values())), 1)[0]
-    assert abs(ErrorLaw.fit(measured | {512: 2.0}).slope + 0.5) < 0.1 < abs(line + 0.5)  # where least squares give way
+    assert abs(ErrorLaw.fit(measured | {512: 2.0}).slope + 0.5) < 0.1 < abs(line + 0.5)  # least squares fails here
 
 
 def test_the_fit_never_increases_and_is_the_isotonic_regression():
@@ -129,7 +129,7 @@ def test_errors_that_are_no_numbers_are_out_of_reach():
     errors = UnitErrors(np.full((2, 8), np.nan), np.ones(8))
     assert errors.relative(split.calibration) == math.inf
     assert errors.bound(split, 0.95) == math.inf
-    # A confidence of nearly 1 bounds nothing, and overflows nothing.
+    # With a confidence of nearly 1 the bound is vacuous, but does not overflow.
     errors = UnitErrors(np.random.default_rng(0).uniform(size=(2, 8)), np.ones(8))
     assert errors.bound(split, 1 - 1e-12) == pytest.approx(1e30)
     q, k, v = random_heads(0, 1, 8, 8, 8, 8)
@@ -158,7 +158,7 @@ def test_what_is_held_out():
 def test_units_add_up_what_belongs_to_them():
     rows = np.random.default_rng(0).normal(size=(3, 10, 16, 1)) ** 2
     rows = rows[..., 0]
-    # Query heads 2k and 2k + 1 ask key head k, in all sequences.
+    # Query heads 2k and 2k + 1 attend to key head k, in all sequences.
     heads = split_units((3, 10, 16, 4), 8, 0.5, 0).sums(rows)
     np.testing.assert_allclose(heads, [rows[:, :, 2 * k : 2 * k + 2].sum() for k in range(8)])
     by_sequence = split_units((3, 10, 16, 4), 4, 0.5, 0).sums(rows)
@@ -174,14 +174,14 @@ def test_the_bound_covers_as_often_as_it_says(batches, num_seeds):
     random = np.random.default_rng(batches + num_seeds)
     trials, covered = 1000, 0
     for trial in range(trials):
-        # Log-normal heads around the level of their sequence, and a factor of each draw.
+        # Log-normal errors of heads around the level of their sequence, with a factor for each seed.
         level = np.repeat(0.5 * random.normal(size=batches), 16 // batches)
         draws = np.exp(0.3 * random.normal(size=(num_seeds + 1, 1)))
         error = (0.1 * draws * np.exp(level + 0.4 * random.normal(size=16))) ** 2
         split = split_units((batches, 10, 16 // batches, 4), 16 // batches, 0.5, trial)
         bound = UnitErrors(error[:-1], np.ones(16)).bound(split, 0.95)
         covered += UnitErrors(error[-1:], np.ones(16)).relative(split.held_out) <= bound
-    # Few heads of skewed errors take some of 0.95, of which 9 in 10 are promised; all would be no bound but a refusal.
+    # With few heads and skewed errors the coverage may be below 0.95; near 1 the bound would be useless.
     assert 0.9 <= covered / trials < 0.99
 
 
@@ -201,7 +201,7 @@ def test_the_bound_is_a_students_interval_where_heads_weigh_the_same():
 
 
 def picks(cases):
-    """How many picks are made in these cases, and how many of them meet the tolerance on the held-out heads."""
+    """The number of picks in these cases, and of those that meet the tolerance on the held-out heads."""
     made = [
         plan(tensors, tolerance=tolerance, measurement=Measurement(num_seeds=2, seed=seed, rounds=1), **options)
         for tensors, tolerance, seed, options in cases
@@ -210,7 +210,7 @@ def picks(cases):
     return len(approximations), sum(pick.meets for pick in approximations)
 
 
-# Held bytes are what is ranked, so that the pick is the same on every machine, and seldom exact attention.
+# Candidates are ranked by cache bytes, so that the pick is the same on every machine, and rarely exact attention.
 BYTES: dict[str, Any] = {"max_bytes": 10**9, "methods": ["mean_pool", "favor"]}
 MORE: dict[str, Any] = BYTES | {"methods": ["mean_pool", "favor", "coreset", "longformer"]}
 
@@ -257,7 +257,7 @@ def test_picks_on_the_sample_meet_the_tolerance_on_held_out_queries():
 
 @pytest.mark.slow
 def test_picks_among_all_methods_meet_the_tolerance_on_held_out_heads():
-    # The least bound of many is chosen, which favours those that are too low.
+    # The minimum of many bounds is chosen, which favours bounds that are too low.
     cases = [
         (family(name, seed), tolerance, seed, {"is_causal": True, "max_bytes": 10**9})
         for name in ("diffuse", "clustered", "banded")
@@ -269,7 +269,7 @@ def test_picks_among_all_methods_meet_the_tolerance_on_held_out_heads():
     assert met >= 0.9 * number
 
 
-# what is measured
+# measurement
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_every_method_takes_the_sizes_that_are_proposed(is_causal):
     assert {c.method for c in made.candidates} >= set(names)
 
 
-# what is chosen
+# choice
 
 
 def test_exact_where_nothing_helps():
@@ -416,7 +416,7 @@ def test_a_time_budget_finds_what_fits_it(monkeypatch):
         return made
 
     def by_size(calls, **_):
-        # A size takes as many milliseconds, exact attention a second.
+        # A size of n takes n milliseconds, exact attention one second.
         seconds = {i: 1.0 if run.arm.is_exact else 1e-3 * (run.arm.size or 1) for i, run in calls.items()}
         return {i: Timing(least, least) for i, least in seconds.items()}
 
@@ -442,7 +442,7 @@ def test_one_head_is_split_by_queries_and_says_so():
     assert "chosen on 8 runs of queries, checked on 8 others, because there are fewer than 8 key heads" in caption
 
 
-# what it says
+# printed text
 
 
 def saved(tmp_path):

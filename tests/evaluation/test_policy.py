@@ -1,4 +1,4 @@
-"""A policy for a whole model: the knapsack, the choices and their budget, the file, and the check on other text."""
+"""Policies for whole models: the knapsack, the choices and their budget, the file, and the check on other text."""
 
 import dataclasses
 import functools
@@ -36,11 +36,11 @@ PROGRAMS = {}
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch):
-    """Plans of the same tensors differ in what is chosen, not in what is measured."""
+    """Share measurements: plans of the same tensors differ in the choice, not in the measurement."""
     head_curves = model_plans.head_curves
 
     def remembered(problem, settings, measurement, **options):
-        # The tensors are kept with what was measured, so that no others get their place.
+        # The tensors are kept alive, so that no other object gets the same id.
         asked = id(problem.tensors.query), *settings
         if asked not in MEASURED:
             MEASURED[asked] = head_curves(problem, settings, measurement, **options)
@@ -54,7 +54,7 @@ def measured_once(monkeypatch):
 
 
 def brute_force(costs, losses, budget):
-    """The least loss of all choices that fit, infinite if none does."""
+    """The least loss of all choices within the budget, or infinity."""
     least = np.inf
     for picks in itertools.product(*(range(len(own)) for own in costs)):
         if sum(own[pick] for own, pick in zip(costs, picks, strict=True)) <= budget:
@@ -98,7 +98,7 @@ def test_the_knapsack_keeps_its_promise_where_costs_are_rounded():
 
 
 def layer(seed, sharpness, num_heads=4, length=64, dim=8, **given):
-    """A layer whose queries of two heads share a key head; heads are the sharper the later they are."""
+    """A layer in which pairs of query heads share a key head, and later heads are sharper."""
     random = np.random.default_rng(seed)
     scales = sharpness * 4.0 ** np.arange(num_heads // 2) / 4
     q = np.repeat(scales, 2)[:, None] * random.normal(size=(2, length, num_heads, dim))
@@ -124,7 +124,7 @@ def test_without_a_budget_every_head_takes_the_cheapest_that_is_predicted_to_mee
     made = planned()
     assert made.is_met
     assert all(head.error_bound <= 0.1 for head in heads(made.policy))
-    # Heads of small logits are averages; a sharp head needs all keys.
+    # Heads of small logits are nearly averages; a sharp head needs all keys.
     assert heads(made.policy)[0].cache_bytes < ALL_BYTES / 16
     assert heads(made.policy)[3].method == "exact"
     assert made.policy.cache_bytes < ALL_BYTES
@@ -151,7 +151,7 @@ def test_the_budget_is_that_of_all_heads_and_never_exceeded(max_bytes):
 
 def test_held_out_queries_choose_nothing_and_calibration_queries_check_nothing():
     split = split_within_heads((2, 64, 4, 8), 2, 0.5, 0)
-    # Other outputs of the held-out queries: their own errors change, and no choice.
+    # Other queries in the held-out part change its errors, but no choice.
     run = np.arange(64) * 8 // 64
     is_held = np.zeros((2, 64, 4), bool)
     for unit in split.held_out:
@@ -314,7 +314,7 @@ def test_a_policy_in_a_model():
     q, k, v = model.last.query(y), model.last.key(y), model.last.value(y)
     out = attention(q, k, v, method=policy.layers["last"].methods, scale=0.1)
     np.testing.assert_allclose(model(x), model.last.out(out), atol=1e-5)
-    # Methods that all heads share are that method.
+    # If all heads share a method, the layer gets that one method.
     same, one = Two(nnx.Rngs(0)), Two(nnx.Rngs(0))
     replace_attention(same, policy=Policy(dict.fromkeys(["first", "last"], of_heads(pool, pool)), 0.1))
     replace_attention(one, "mean_pool", num_landmarks=4)

@@ -1,4 +1,4 @@
-"""The search for the worst query sees the whole ball: soft queries well inside, and sharp ones on its sphere."""
+"""The search for the worst query covers the whole ball: soft queries inside, and sharp ones on its sphere."""
 
 import itertools
 
@@ -12,13 +12,13 @@ from tests.references import random_head
 
 
 def masses_doubled(k, v, side):
-    """Tokens as they are, but for those of one side, which count twice."""
+    """The tokens, with those of one side counted twice."""
     mass = np.where(side, 2.0, 1.0).astype(np.float32)
     return WeightedKV(k, jnp.asarray(np.asarray(v) * mass[:, None]), jnp.asarray(mass))
 
 
 def answers(q, k, value_sum, mass):
-    """What weighted tokens answer to queries, in float64."""
+    """Outputs of attention over weighted tokens, in float64."""
     q, k, value_sum, mass = (np.asarray(x, np.float64) for x in (q, k, value_sum, mass))
     logits = q @ k.T
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -26,7 +26,7 @@ def answers(q, k, value_sum, mass):
 
 
 def on_a_grid(k, v, summary, radius):
-    """The largest error at any query of a line, dense at every scale."""
+    """The largest error at any query of a line, on a grid that is dense at every scale."""
     ends = np.geomspace(1e-7, 1, 4000) * radius
     q = np.concatenate([-ends, [0], ends, np.linspace(-radius, radius, 8001)])[:, None]
     difference = answers(q, k, v, np.ones(len(k))) - answers(q, summary.k, summary.value_sum, summary.mass)
@@ -69,7 +69,7 @@ def test_more_starts_never_find_less():
     moved = jnp.asarray(np.asarray(v) + np.float32(0.1) * np.asarray(k))
     for summary in (masses_doubled(k, v, np.asarray(k)[:, 0] > 0), WeightedKV.of_tokens(k, moved)):
         found = [float(sup_error(k, v, summary, 6.0, num_starts=starts).error) for starts in (1, 6, 24)]
-        # Batches of other sizes are rounded otherwise, and ascents part: where they end differs by less than a step.
+        # Batches of different sizes are rounded differently, so ascents end at points that differ by less than a step.
         assert all(after >= before * (1 - 1e-3) for before, after in itertools.pairwise(found)), found
 
 

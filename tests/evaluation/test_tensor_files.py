@@ -1,4 +1,4 @@
-"""Files of tensors: every dtype and layout, and one line for those that are damaged or made to harm."""
+"""Files of tensors: every dtype and layout, and a one-line error for damaged or malicious files."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from approx_attention.evaluation import load_layers, load_tensors
 
 
 def safetensors(path, arrays, header=None, trailing=b""):
-    """Writes a .safetensors file of (dtype, shape, bytes) by name, or with a header of one's own."""
+    """Write a .safetensors file of (dtype, shape, bytes) by name, or with a given header."""
     entries, end = {}, 0
     for name, (dtype, shape, data) in arrays.items():
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
@@ -104,7 +104,7 @@ def test_no_header_of_safetensors(tmp_path, content):
 
 
 def npy(shape, dtype="<f4", data=b"", header=None):
-    """A .npy file that declares any shape."""
+    """The bytes of a .npy file that declares a given shape."""
     text = header or f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + data
 
@@ -149,7 +149,7 @@ def test_arrays_in_npz_that_do_not_fit(tmp_path, spoilt, told):
 
 def test_what_the_directory_of_a_zip_declares_is_held_against_it(tmp_path, monkeypatch):
     data = npz(tmp_path / "x.npz", {n: GOOD for n in "qkv"}).read_bytes()
-    # The sizes of q in the central directory.
+    # The size of q in the central directory.
     at = data.index(b"PK\1\2") + 24
     (tmp_path / "x.npz").write_bytes(data[:at] + struct.pack("<I", 2**31) + data[at + 4 :])
     with pytest.raises(InputError, match="declares 2147483648 bytes, which"):
@@ -157,7 +157,7 @@ def test_what_the_directory_of_a_zip_declares_is_held_against_it(tmp_path, monke
     (tmp_path / "x.npz").write_bytes(data[: at - 4] + 2 * struct.pack("<I", 2**31) + data[at + 4 :])
     with pytest.raises(InputError, match="declares 2147483648 bytes, which"):
         load_tensors(tmp_path / "x.npz")
-    # What is deflated well may still be more than the machine has.
+    # A small compressed file may need more memory than the machine has.
     bomb = npz(tmp_path / "y.npz", {n: npy((4096, 64), data=bytes(2**20)) for n in "qkv"}, zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < 10_000
     assert load_tensors(bomb).query.shape == (1, 4096, 1, 64)
@@ -179,7 +179,7 @@ def test_files_cut_anywhere_and_other_things_than_files(tmp_path):
             path.write_bytes(whole[:cut])
             with pytest.raises(InputError, match="not a whole"):
                 load_tensors(path)
-        for _ in range(60):  # damage may go unseen in a name or a time, and must not be seen otherwise
+        for _ in range(60):  # damage in a name or a time may go unnoticed; all other damage is an InputError
             at = int(random.integers(len(whole)))
             path.write_bytes(whole[:at] + bytes([int(random.integers(256))]) + whole[at + 1 :])
             try:

@@ -1,4 +1,4 @@
-"""A policy within a time: the choice by given times, so that no test depends on a clock."""
+"""Policies within a time budget, with given times, so that no test depends on a clock."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def instance(random, num_heads):
 
 
 def with_overhead(overhead):
-    """Each method but the first of a choice takes so much more."""
+    """The cost of a choice, with an overhead for each method after the first."""
     return lambda choice: choice.cost + overhead * (len(set(choice.labels.values())) - 1)
 
 
@@ -87,7 +87,7 @@ QUICK = {**PLAN, "methods": ["mean_value"]}
 
 @pytest.fixture
 def times(monkeypatch):
-    """Nanoseconds of a head by configuration, in place of measured ones; every program takes 30 more."""
+    """Replace measured times by fixed nanoseconds per head and configuration, plus 30 for every program."""
     table = {"exact": 1000, "mean_value": 10}
 
     def of_call(curves, methods, measurement):
@@ -100,7 +100,7 @@ def times(monkeypatch):
 
 @pytest.mark.usefixtures("times")
 def test_a_plan_stays_within_its_time():
-    # Both heads of a layer that are exact, and two means in the other, cost 2020, and two programs take 60 more.
+    # Two exact heads in one layer and two means in the other cost 2020, plus 60 for two programs.
     within = {}
     for nanoseconds in (4060, 2080, 2070, 100):
         made = plan_model(LAYERS, **QUICK, max_seconds=1e-9 * nanoseconds)
@@ -136,7 +136,7 @@ def test_the_command_plans_for_a_time(tmp_path):
 
 
 def test_times_are_those_of_calls(monkeypatch):
-    """Layers of one form are timed once; a call of all layers is the sum of theirs."""
+    """Layers of one shape are timed once; the time of all layers is the sum of theirs."""
     asked = []
 
     def in_turn(calls, **options):

@@ -1,4 +1,4 @@
-"""The command line of the experiments, called within a test."""
+"""Fixtures that call the command line of the experiments within a test."""
 
 import sys
 
@@ -10,7 +10,7 @@ from experiments import trained
 
 @pytest.fixture
 def never_run(monkeypatch):
-    """Nothing is trained: what is run instead says so."""
+    """Replace training by a stub, and list the runs that it would make."""
     started = []
     monkeypatch.setattr(
         trained, "run", lambda config, directory, console: started.append(directory.name) or [{"bits": 1.0}]
@@ -20,7 +20,7 @@ def never_run(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Calls the command line: its exit code, what it prints and what it says on stderr."""
+    """Call the command line: exit code, standard output and standard error."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])

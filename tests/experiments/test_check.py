@@ -1,4 +1,4 @@
-"""Programs of the scale for accelerators, and what a check of them says; nothing is compiled here."""
+"""The check of programs at the scale for accelerators; nothing is compiled here."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def test_a_training_step_gives_back_the_state_that_it_takes():
     assert loss.shape == ()
     before, after = (jax.tree.leaves(nnx.to_pure_dict(x)) for x in (state, after))
     assert [(x.shape, x.dtype) for x in before] == [(x.shape, x.dtype) for x in after]
-    # Parameters, and two moments of each.
+    # The parameters, and two moments of each.
     assert len(before) > 3 * 8
 
 
@@ -70,7 +70,7 @@ def test_trainings_are_checked_and_other_studies_are_named():
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """A compiler that says of each program what it is told to; gives what it was asked."""
+    """A fake compiler: the list of requested programs, and the result that it reports for each."""
     asked, said = [], {"bytes": 2**30, "compiler_seconds": 1.0}
     monkeypatch.setattr(cli, "RESULTS", tmp_path)
     monkeypatch.setattr(compiled, "_versions", lambda *_: {"jax": "0", "libtpu": "1"})
@@ -88,7 +88,7 @@ def test_what_fits_is_not_compiled_again(tmp_path, compiler, command):
     assert [(case.study, case.program) for case in asked] == [("low_rank/spectra", "train step")]
     command(*arguments)
     assert len(asked) == 1
-    # Another study leaves the first in the document.
+    # A check of another study keeps the first one in the document.
     said["bytes"] = int(MEMORY["tpu"]) + 2**30
     code, _, err = command("check", "--platform", "tpu", "coresets/recall")
     assert code == 2

@@ -1,4 +1,4 @@
-"""Verdicts and the pages follow from result files alone."""
+"""Verdicts and pages are computed from result files alone."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""Settings that fit their type and nothing else are an error before anything is run, in one line that names the key."""
+"""Settings of the right type with a bad value are a one-line error that names the key, before anything runs."""
 
 import math
 

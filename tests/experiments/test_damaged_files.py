@@ -1,4 +1,4 @@
-"""Files of experiments that were damaged or cut short are named in one line with their remedy."""
+"""Damaged or truncated files of experiments are named in one line, with the remedy."""
 
 import json
 import shutil
@@ -222,7 +222,7 @@ def test_an_interrupt_waits_until_a_checkpoint_is_written(tmp_path):
             done.append("written")
     assert done == ["written"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    # What a kill left of another is taken away.
+    # The remains of a save that was killed are removed.
     config = Run.of(read_study(_config(tmp_path), "smoke"), "exact", 0, {}).config
     (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     checkpoints.open_checkpoints(tmp_path / "checkpoints", config).close()

@@ -99,7 +99,7 @@ def test_questions_are_answered_by_following_the_statements_of_the_context(task)
         for name, source in context:
             if name >= first_name:
                 assert name not in stated
-                assert source >= first_value or source in stated  # what a name leads to was stated before it
+                assert source >= first_value or source in stated  # a name refers to a value or to a name stated before
                 stated[name] = source
         assert len(stated) == {"needle": 1, "needles": 3, "key_value": 12, "variables": 9}[task]
         for mark, name, answer in questions:
@@ -143,7 +143,7 @@ def test_masked_digits_hide_a_quarter_of_the_pixels_and_ask_for_their_levels():
     pixels = load(DataConfig("digits")).draw(np.random.default_rng(1), 4000, "test")["image"]
     known = {image.tobytes() for image in np.rint(16 * pixels).astype(np.int32)}
     assert all(image.tobytes() in known for image in levels.astype(np.int32))
-    # The same examples in one other order.
+    # The same pixels, in one other order for all examples.
     other = shuffled.draw(np.random.default_rng(0), 200, "test")
     known = {pixel.tobytes() for pixel in np.where(other["targets"] >= 0, other["targets"], other["tokens"]).T}
     assert {pixel.tobytes() for pixel in levels.T} == known
@@ -164,7 +164,7 @@ def test_dictionary_documents_ask_for_values_that_no_window_sees():
         told = {name: document.index(name + b"=") + 7 for name in header}
         starts = np.flatnonzero((targets >= 0) & (np.roll(targets, 1) < 0))
         assert len(starts) == 9
-        for start in starts:  # the target at a place is the byte after it
+        for start in starts:  # the target at a position is the next byte
             name, colon, value = document[start - 3 : start], document[start : start + 1], targets[start : start + 4]
             assert colon == b":"
             assert header[name] == bytes(value.astype(np.uint8))
@@ -187,7 +187,7 @@ def test_marks_repeat_the_colour_of_the_digit_that_is_the_label():
         (mark,) = (i for i in drawn if np.array_equal(cells[i], middle[..., None] * colours[i]))
         digit_cells = [i for i in drawn if i != mark]
         assert len(digit_cells) == 4
-        # One colour a cell, so that what is left is grey.
+        # Each cell is a grey image times its colour.
         assert all(np.array_equal(cells[i], cells[i].max(-1)[..., None] * colours[i]) for i in digit_cells)
         (asked,) = (i for i in digit_cells if np.array_equal(colours[i], colours[mark]))
         assert known[cells[asked].max(-1).tobytes()] == label
@@ -206,7 +206,7 @@ def test_compositions_follow_two_permutations_whose_first_tells_nothing_of_the_r
         asked = first[kinds == 3]
         assert [maps[1][maps[0][x]] for x in asked] == targets[2 * size :].tolist()
         counts[[maps[0][x] for x in asked], targets[2 * size :]] += 1
-    # Each cell counts about 400 / size; a chi-squared of (size - 1)^2 degrees is 49 +- 10.
+    # Each cell counts about 400 / size; a chi-squared with (size - 1)^2 degrees of freedom is 49 +- 10.
     assert ((counts - 400 / size) ** 2 / (400 / size)).sum() < 100
 
 
@@ -229,7 +229,7 @@ def test_python_text_is_split_by_file_without_repeats(tmp_path, monkeypatch):
     monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     dataset = load(DataConfig("python_text", {"length": 16}))
     held = dataset.provenance["bytes"]
-    # Each file once, with a line end between those of a split.
+    # Each file occurs once, with a newline between the files of a split.
     assert sum(held.values()) == 40 * len((tmp_path / "module0.py").read_bytes()) + 40 - 3
     assert all(held.values())
     seen = {}

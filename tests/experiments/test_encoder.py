@@ -31,7 +31,7 @@ PIECES = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##aff", "##able", "##s", "cafe", ",", "'", "t", "can", "$", "中", "文",
     "a", "##a", SIGMA, f"##{SIGMA}",
 ]  # fmt: skip
-# The first numbers of embeddings by PyTorch in float64, with transformers 5.18.
+# The first numbers of embeddings computed by PyTorch in float64, with transformers 5.18.
 PUBLISHED = {
     "The quick brown fox jumps over the lazy dog.": [
         0.043934, 0.058934, 0.048178, 0.077548, 0.026744, -0.03763, -0.002605, -0.059943,
@@ -146,7 +146,7 @@ def test_methods_in_a_tiny_encoder(tmp_path, tiny):
     records = swap_encoder.run(config, tmp_path, tiny)
     kept = {record["method"]: record for record in records if "cosine" in record}
     assert list(kept) == ["exact", "mean_value", "local", "uniform_sample", "mean_pool"]
-    # A landmark for each key, a window of all keys: both are exact attention.
+    # A landmark for each key and a window over all keys are both exact attention.
     for name in ("exact", "mean_pool", "local"):
         shares = [kept[name][x] for x in ("cosine", "worst_cosine", "rank_correlation", "neighbours_kept")]
         np.testing.assert_allclose(shares, 1, atol=1e-5)
@@ -169,7 +169,7 @@ def test_a_tiny_encoder_is_distilled(tmp_path, tiny):
     fit = FitConfig(["exact", "linformer"], 3, batch=2, steps=20, tuning_steps=10, learning_rate=0.01)
     config = distill_encoder.Config(modules=("one", "two"), held_out=("two",), fit=fit, excerpt_length=12)
     exact, linformer = records = distill_encoder.run(config, tmp_path, tiny)
-    # Exact attention has nothing to learn, and is tuned to what it does already.
+    # Exact attention has no parameters to fit, and its outputs match before tuning.
     assert exact["error_before"] < 1e-6
     np.testing.assert_allclose([exact["cosine_before"], exact["cosine_tuned"]], 1, atol=1e-5)
     assert not exact.keys() & {"error_fitted", "cosine_fitted", "curve"}
@@ -191,7 +191,7 @@ def test_a_tiny_encoder_is_distilled(tmp_path, tiny):
 def test_the_steps_that_nine_tenths_of_a_fall_take():
     falls = np.concatenate([np.linspace(1, 0.09, 10), np.full(10, 0.05), [0.0]])
     assert fitting.needed(falls) == 10
-    # Means over two steps.
+    # A curve with every value twice.
     assert fitting.needed(np.repeat(falls, 2)) == pytest.approx(20, abs=1)
     assert fitting.needed(np.ones(5)) == 1
     assert fitting.needed(np.arange(5.0)) == 1

@@ -1,4 +1,4 @@
-"""What the experiments say of configurations, files and directories that cannot be used: one line, exit code 2."""
+"""Bad configurations, files and directories of experiments give a one-line error and exit code 2."""
 
 import fcntl
 import os
@@ -58,7 +58,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
         ("module: [\n", "line 2: while parsing"),
         (TEXT + "---\n", "found another document"),
         (BOMB + TEXT, "with its aliases written out it has more than"),
-        ("x: &x [*x]\n" + TEXT, "nested deeper than 32 levels"),  # an alias inside of what it names
+        ("x: &x [*x]\n" + TEXT, "nested deeper than 32 levels"),  # an alias within the anchor that it names
         ("x: " + "[" * 20_000, "nested deeper than 32 levels"),
         ("x: " + "{a: " * 50 + "1" + "}" * 50, "nested deeper than 32 levels"),
         (TEXT + "seeds: [3]\n", "the key 'seeds' is there already, in line 6"),
@@ -128,7 +128,7 @@ def test_numbers_that_are_none(tmp_path, never_run, command, key, value):
     )
     assert (code, never_run) == (2, [])
     assert key.rpartition(".")[2] in err
-    # The same in the file.
+    # The same value in the file.
     settings = yaml.safe_load(TEXT)
     settings["configurations"]["local"][key] = yaml.safe_load(value)
     assert (
@@ -250,7 +250,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path, never_run, command):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    # The lock of a process that was killed is none.
+    # The lock of a killed process does not count.
     assert command("run", path, *SMOKE, "--out", out)[0] == 0
     assert never_run == ["exact-seed0"]
 

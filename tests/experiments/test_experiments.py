@@ -102,7 +102,7 @@ def test_a_damaged_result_and_a_damaged_checkpoint(tmp_path):
 
 
 def test_swap_in_leaves_no_method_out():
-    # On cpu the later methods join when the study is run again.
+    # At the scale cpu, later methods are added when the study is run again.
     later = {"coreset", "scatterbrain", "cosformer", "linformer", "block_linformer", "polynomial"}
     later |= {"sparse_coreset", "longformer", "bigbird", "top_k", "lsh_top_k", "priority", "lsh_priority"}
     for scale, missing in (("cpu", later), ("gpu", set())):

@@ -28,7 +28,7 @@ def _model_of(name, num_layers):
 
 
 def model_of(name, num_layers=2):
-    """A model, made once and copied."""
+    """A copy of a model that is made once."""
     return nnx.merge(*_model_of(name, num_layers), copy=True)
 
 
@@ -45,7 +45,7 @@ def logits_of(model, tokens):
     ],
 )
 def test_greedy_generation_takes_the_likeliest_token_of_the_whole_sequence(name):
-    # Layers are alike: caches of more than one are shown by exact attention.
+    # All layers are alike: only exact attention is tested with caches of more than one.
     model = model_of(name, num_layers=2 if name == "exact" else 1)
     tokens = np.asarray(generate(model, PROMPT, steps=5))
     logits = np.asarray(logits_of(model, np.concatenate([PROMPT, tokens], axis=1)))
@@ -108,9 +108,9 @@ def test_a_convolution_sees_no_later_token_and_goes_on_in_caches():
     whole = model(tokens)
     other = model(tokens.at[:, 7].set(31))
     np.testing.assert_allclose(other[:, :7], whole[:, :7], atol=1e-6)
-    for place in (7, 8, 9):  # the last is reached by two layers, or by attention
+    for place in (7, 8, 9):  # the last position is reached by two layers, or by attention
         assert np.abs(other[:, place] - whole[:, place]).max() > 1e-4
-    for _ in range(2):  # a second sequence begins anew
+    for _ in range(2):  # a second sequence starts with empty caches
         init_cache(model, 2, max_length=12)
         parts = [model(tokens[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)

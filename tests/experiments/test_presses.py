@@ -1,4 +1,4 @@
-"""The study of compressed caches of a generating model, and generation that goes on from them."""
+"""The study of compressed caches of a generating model, and generation after compression."""
 
 import functools
 import pathlib
@@ -25,7 +25,7 @@ def test_generation_goes_on_from_caches_that_lost_nothing():
     init_cache(model, len(PROMPT), max_length=8, block_size=2, keep_queries=4)
     last = read_prompt(model, PROMPT)[:, -1]
     nnx.jit(functools.partial(compress_caches, budget=6, policy="snapkv", coreset_size=16))(model, jax.random.key(0))
-    # Longer than the room of the cache that was compressed.
+    # More steps than the original cache had room for.
     tokens = continue_tokens(model, last, jax.random.key(0), steps, 0.0)
     np.testing.assert_array_equal(tokens, expected)
     assert all(int(layer.attention_fn.num_seen) == PROMPT.shape[1] for layer in attention_layers(model).values())
@@ -61,7 +61,7 @@ def test_the_study_compares_a_seen_question_with_a_new_one(tmp_path: pathlib.Pat
         records[chosen] for chosen in (records.policy == "none", records.budget == 32, records.budget == 6)
     )
     assert (whole.attention_error == 0).all()
-    # With room for all tokens nothing is lost; with few of them something is, and the cache is smaller.
+    # Room for all tokens loses nothing; a small budget loses something, and its cache is smaller.
     assert (full.attention_error < 1e-4).all()
     assert (small.attention_error > 1e-3).all()
     assert small.cache_bytes.max() < whole.cache_bytes.min()

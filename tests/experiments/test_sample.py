@@ -15,7 +15,7 @@ from experiments.models import AttentionConfig, LanguageModel, ModelConfig
 
 
 class TwoLayers(nnx.Module):
-    """Two of Flax's own attention layers, as a user's model has them."""
+    """A model with two of Flax's attention layers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first, self.second = (

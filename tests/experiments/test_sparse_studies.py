@@ -1,4 +1,4 @@
-"""The short ways of two studies of sparse patterns, against the long ones."""
+"""Shortcuts of two studies of sparse patterns against the direct computation."""
 
 import itertools
 

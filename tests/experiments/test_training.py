@@ -1,4 +1,4 @@
-"""Training that is killed, goes on, and runs on a mesh."""
+"""Training that is killed, continued, and run on a mesh."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, monke
             "--out",
             str(tmp_path / "killed"),
         ]
-        # Compiled as here, so that the steps are the same to the bit.
+        # Compiled with the same options as here, so that the steps agree bit for bit.
         process = subprocess.Popen(
             command,
             cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The study of where methods lose: its data are what they say, and its verdicts follow from the errors."""
+"""The study of where methods lose: properties of its data, and verdicts that follow from the errors."""
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ def test_local_weights_fall_with_distance():
     w, _ = weights("local")
     distance = np.abs(np.arange(512)[:, None] - np.arange(512)[None, :])
     distance = np.minimum(distance, 512 - distance)
-    assert 7 < np.sqrt(np.sum(w * distance**2) / 512) < 9  # a deviation of 8
+    assert 7 < np.sqrt(np.sum(w * distance**2) / 512) < 9  # a standard deviation of 8
 
 
 def test_the_spread_of_gaussian_logits_and_what_outliers_are():
@@ -77,7 +77,7 @@ def test_sizes_fill_the_budget_and_no_more():
         assert held[0] is not None
         assert held[1] is not None
         assert held[0] <= allowed < held[1]
-    assert equal_size(tensors, "linformer", 64, is_causal=False) == (64, True)  # by its products
+    assert equal_size(tensors, "linformer", 64, is_causal=False) == (64, True)  # by the cost of its products
     assert equal_size(tensors, "mean_value", 64, is_causal=False) == (None, True)
     assert equal_size(tensors, "bigbird", 64, is_causal=False) == (2, False)  # its fixed blocks alone see more
 

@@ -1,4 +1,4 @@
-"""Capture: the hook records what attention sees, in stacks and under jit too, and leaves the model as it was."""
+"""The capture hook records the inputs of attention, also in stacks and under jit, and leaves the model unchanged."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("models")
 
 
 class TwoLayers(nnx.Module):
-    """Two of Flax's attention layers, as a user's model has them."""
+    """A model with two of Flax's attention layers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first, self.second = (

@@ -138,7 +138,7 @@ def test_resumes_to_the_bit():
     assert resumed.num_tokens == whole.num_tokens == 4 * (LENGTH + 5)
     jax.tree.map(np.testing.assert_array_equal, arrays(model), arrays(again))
     jax.tree.map(np.testing.assert_array_equal, (whole.before, whole.after), (resumed.before, resumed.after))
-    # A new sample of features is drawn in every step.
+    # Every step samples new features.
     counts = [int(x[...]) for x in jax.tree.leaves(nnx.state(model.layers[0], nnx.RngCount))]
     assert counts == [4]
 

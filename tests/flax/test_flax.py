@@ -1,4 +1,4 @@
-"""The adapters for Flax: what reaches a method, what is refused, what is state, and decoding inside a model."""
+"""The adapters for Flax: arguments, errors, state, replacement in a model, and decoding."""
 
 import functools
 import inspect
@@ -34,7 +34,7 @@ def layer_of(method, rngs=None, num_kv_heads=None, **options):
 
 @functools.partial(nnx.jit, static_argnames="is_causal")
 def run(layer, x, mask=None, *, is_causal=False):
-    """A layer compiled, once for all layers of one form."""
+    """Call a layer as one compiled program for all layers of one form."""
     return layer(x, mask=mask, is_causal=is_causal)
 
 
@@ -52,7 +52,7 @@ def favor():
     return layer_of("favor", num_features=8, num_kv_heads=2)
 
 
-# 1. what reaches a method
+# 1. arguments that reach a method
 
 
 @lifted
@@ -183,7 +183,7 @@ def test_modules_refuse_a_mesh():
 
 
 def test_every_argument_of_linens_call_is_named():
-    """Linen filters by signature: an argument that is not named is lost without a word."""
+    """Linen filters arguments by signature: one that is not named is dropped silently."""
     reference = inspect.signature(nn.dot_product_attention).parameters
     named = inspect.signature(ours_linen.ApproxAttention.__call__).parameters
     # The layer passes neither of these two.
@@ -191,7 +191,7 @@ def test_every_argument_of_linens_call_is_named():
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in named.values())
 
 
-# 2. what is drawn
+# 2. random projections
 
 
 def test_how_long_a_draw_is_kept():
@@ -208,7 +208,7 @@ def test_how_long_a_draw_is_kept():
         assert [bool((a == b).all()) for a, b in itertools.pairwise(outs)] == expected
         viewed = nnx.view(layer, deterministic=True)
         layer.eval()
-        # That of the last call.
+        # The projection of the last call.
         np.testing.assert_array_equal(layer(x), outs[-1])
         np.testing.assert_array_equal(viewed(x), outs[-1])
 
@@ -257,7 +257,7 @@ def test_noise_is_off_unless_asked_for():
     assert np.abs(np.asarray(run(silent, x)) - np.asarray(run(noisy, x))).max() > 1e-4
 
 
-# 3. what is learned, saved, and transformed
+# 3. learned and saved state, and transformations
 
 
 def test_learned_draws_are_parameters_with_gradients():
@@ -378,7 +378,7 @@ def _head(head, x):
 
 
 def by_layers(model, x, **options):
-    """What a model answers, with a program for one of its layers, which are alike."""
+    """The output of a model, with one program for all of its layers, which are alike."""
     for layer in model.layers:
         x = np.asarray(x) + np.asarray(run(layer, x, **options))
     return np.asarray(_head(model.head, x))
@@ -427,7 +427,7 @@ def test_a_cache_in_few_bits():
     expected = by_layers(model, np.asarray(x))
     whole, taken = (ours.init_cache(model, 2, max_length=1024, cache_bits=bits) for bits in (None, 8))
     assert taken < 0.6 * whole
-    np.testing.assert_allclose(by_layers(model, np.asarray(x)), expected, atol=1e-5)  # all of it is recent
+    np.testing.assert_allclose(by_layers(model, np.asarray(x)), expected, atol=1e-5)  # all tokens are recent
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
     with pytest.raises(NotImplementedError, match="cache_bits needs a summary that keeps tokens unchanged"):
         ours.init_cache(model, 2, cache_bits=8)
@@ -442,7 +442,7 @@ def test_decoding_sequences_of_their_own_lengths():
         model(x, mask=1 - padding([9, 4], 9))
     with pytest.raises(ValueError, match=r"\[B, 1, 1, T\] = \[2, 1, 1, 9\], got shape \(2, 1, 1, 12\)"):
         model(x, mask=padding([9, 4], 12))
-    # What cannot raise says so by its answers: the first sequence has no padding on its left, the second has.
+    # A compiled call cannot raise and returns NaN: the second sequence has padding on its left, the first has none.
     fn, heads = model.layers[0].attention_fn, random_heads(0, 2, 9, 9, HEADS, 2)
     padded_left = padding([9, 4], 9)[..., ::-1]
     out = nnx.jit(lambda fn, mask: fn(*heads, mask=mask))(fn, padded_left)
@@ -451,7 +451,7 @@ def test_decoding_sequences_of_their_own_lengths():
     model = Model(1)
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
     ours.init_cache(model, 2, ragged=True)
-    prompt = model(x, mask=padding([9, 4], 9))  # not compiled: its values are looked at
+    prompt = model(x, mask=padding([9, 4], 9))  # not compiled, so that the values of the mask are checked
     step = nnx.jit(lambda model, x: model(x))(model, np.stack([np.asarray(x)[0, :1], np.asarray(x)[1, 4:5]]))
     np.testing.assert_allclose(np.concatenate([np.asarray(prompt)[1, :4], np.asarray(step)[1]]), expected[0], atol=1e-5)
     np.testing.assert_array_equal(model.layers[0].attention_fn.num_seen, [10, 5])
@@ -459,7 +459,7 @@ def test_decoding_sequences_of_their_own_lengths():
 
 @pytest.mark.parametrize("name", ["exact", "favor"])
 def test_flaxs_own_cache(name):
-    """One token at a time, all keys kept: its mask of what was generated is a padding mask."""
+    """One token at a time, with all keys kept: Flax's mask of the generated tokens is a padding mask."""
     layer, x = layer_of(name, num_kv_heads=2, **settings(name)), tokens(6)
     layer.decode = True
     layer.init_cache((2, 6, DIM))

@@ -1,4 +1,4 @@
-"""What Flax asks for and no approximation follows as it is: causal masks, dropout of weights, models without layers."""
+"""Features of Flax that need an option here: causal masks, dropout of weights, and models without layers."""
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ CAUSAL = np.tri(LENGTH, dtype=bool)
 
 
 def masks(real, dtype=jnp.float32):
-    """Causal masks with this padding, as models make them: of queries and keys, and of keys alone."""
+    """Causal masks with this padding, as models make them: over queries and keys, and over keys alone."""
     real = jnp.asarray(real)
     causal = nnx.make_causal_mask(real, dtype=dtype)
     both = nnx.combine_masks(causal, nnx.make_attention_mask(real, real, dtype=dtype), dtype=dtype)
@@ -84,7 +84,7 @@ def test_layers_of_both_kinds_take_causal_masks():
     assert ours.replace_attention(layer, "exact", causal_mask="as_is_causal") == [""]
     for call in (lambda layer, x, mask: layer(x, mask=mask), nnx.jit(lambda layer, x, mask: layer(x, mask=mask))):
         np.testing.assert_allclose(np.asarray(call(layer, x, mask))[real], np.asarray(expected)[real], atol=1e-5)
-    # A mask that is a constant of a program can be looked at.
+    # A mask that is a constant of a program can be checked.
     constant = np.asarray(mask) > 0
     inside = nnx.jit(lambda layer, x: layer(x, mask=constant))(layer, x)
     np.testing.assert_allclose(np.asarray(inside)[real], np.asarray(expected)[real], atol=1e-5)
@@ -199,7 +199,7 @@ def test_a_method_that_is_not_causal_says_so_with_the_opt_in():
 
 
 def test_causal_masks_while_decoding():
-    """A model that masks the tokens of each call causally: what is left of the mask says which are real."""
+    """A model masks the tokens of each call causally; the rest of the mask says which tokens are real."""
     layer, x, real = nnx.MultiHeadAttention(HEADS, DIM, decode=False, rngs=nnx.Rngs(0)), tokens(), REAL["right"]
     ours.replace_attention(layer, "mean_pool", num_landmarks=4, is_causal=True, causal_mask="as_is_causal")
     call = nnx.jit(lambda layer, x, mask: layer(x, mask=mask))
@@ -240,7 +240,7 @@ def test_dropout_of_the_output_is_unbiased_and_off_in_evaluation():
     np.testing.assert_allclose(mean, expected, atol=0.06)
     np.testing.assert_array_equal(out(0, deterministic=True), expected)
     np.testing.assert_array_equal(out(0, dropout_rate=1.0), np.zeros_like(expected))
-    # Shared by all sequences and heads, as Flax has it.
+    # Shared by all sequences and heads, as in Flax.
     shared = np.asarray(out(0, broadcast_dropout=True)) == 0
     np.testing.assert_array_equal(shared, np.broadcast_to(shared[:1, :, :1], shared.shape))
     assert fn(*(x.astype(jnp.bfloat16) for x in heads), dropout_rng=jax.random.key(0), **options).dtype == jnp.bfloat16
@@ -410,7 +410,7 @@ def test_bad_caches_are_named():
         start(dtype="float32", ragged=np.bool_(True))
 
 
-# 5. parameters have one type, wherever they are made
+# 5. parameters have one dtype, for all layers that create them
 
 
 @pytest.mark.parametrize(

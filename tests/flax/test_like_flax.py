@@ -1,4 +1,4 @@
-"""Flax's attention layers with exact attention of this library in them, over what Flax's own tests cover of them."""
+"""Flax's attention layers with this library's exact attention, over the cases of Flax's tests."""
 
 import functools
 
@@ -22,7 +22,7 @@ def normal(*shape, seed=0, dtype=jnp.float32):
 
 
 def both_nnx(**options):
-    """A layer of Flax's, and the same with exact attention of this library."""
+    """A layer of Flax, and a copy with this library's exact attention."""
     options = {"num_heads": HEADS, "in_features": DIM, "decode": False, **options}
     theirs, mine = (nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0)) for _ in range(2))
     ours.replace_attention(mine, "exact")
@@ -90,7 +90,7 @@ def test_cross_attention_and_values_that_are_no_keys():
     ids=str,
 )
 def test_sizes_and_options(options):
-    if "num_kv_heads" in options:  # Flax's dispatches grouped heads to the same function of JAX
+    if "num_kv_heads" in options:  # Flax calls the same function of JAX for grouped heads
         assert both_nnx(**options)[1].key.kernel.shape == (DIM, options["num_kv_heads"], DIM // HEADS)
     x = normal(2, LENGTH, DIM)
     kv = normal(2, LENGTH, options.get("in_kv_features", DIM), seed=1)
@@ -111,7 +111,7 @@ def test_sizes_and_options(options):
 def test_types_of_computation_parameters_and_inputs(dtype, param_dtype, inputs, expected):
     layers = both_nnx(dtype=dtype, param_dtype=param_dtype)
     x = normal(2, LENGTH, DIM, dtype=inputs)
-    if expected == jnp.float16:  # what JAX itself calls then does not run on CPUs
+    if expected == jnp.float16:  # the function of JAX that Flax calls then does not run on CPUs
         out = call(layers[1], x)
     else:
         out = assert_same(layers, x, atol=1e-5 if expected == jnp.float32 else 0.05)
@@ -192,7 +192,7 @@ def test_decoding_with_flaxs_cache(num_kv_heads, batch):
 
 
 def test_decoding_with_flaxs_cache_and_is_causal():
-    """Flax 0.12.8 itself lets such a step see the first key only."""
+    """In Flax 0.12.8 such a step sees the first key only."""
     _, mine = both_nnx()
     x = normal(2, LENGTH, DIM)
     whole = call(mine, x, is_causal=True)
@@ -215,7 +215,7 @@ def test_flaxs_cache_says_what_it_lacks():
 @pytest.mark.parametrize("in_call", [None, False, True])
 @pytest.mark.parametrize("made", [False, True])
 def test_flags_of_dropout(made, in_call):
-    """What the call says goes before what the layer says; only dropout that is on is an error."""
+    """Flags of the call override those of the layer; dropout is an error only if it is on."""
     theirs, mine = both_nnx(dropout_rate=0.5, deterministic=made)
     x = normal(2, LENGTH, DIM)
     off = made if in_call is None else in_call

@@ -99,7 +99,7 @@ def test_linen_lifts_that_split_or_keep_too_little():
     variables = jax.eval_shape(model.init, rngs, x, None)
     with pytest.raises(ValueError, match=r"needs the stream 'attention'.*give split_rngs=.*'attention': True"):
         jax.eval_shape(model.apply, variables, x, None, rngs={"attention": jax.random.key(2)})
-    # One random projection for all, where that is asked for.
+    # One random projection for all layers, if requested.
     split_rngs = {"params": True, "attention": False}
     shared = nn.scan(
         Block, variable_axes={"params": 0}, variable_broadcast="draws", split_rngs=split_rngs, length=3

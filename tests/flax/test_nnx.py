@@ -1,4 +1,4 @@
-"""The modules with learned parts: what they pass to the functions, and that all of it is trained."""
+"""The modules with learned parts: the arrays that they pass to the functions, and that all of them are trained."""
 
 import functools
 
@@ -22,7 +22,7 @@ eva, lara, rfa = compiled(eva, lara, rfa)
 
 @flax_nnx.jit
 def called(module, *tensors, **options):
-    """What a module answers, compiled."""
+    """The output of a module, compiled."""
     return module(*tensors, **options)
 
 
@@ -241,7 +241,7 @@ def test_tensor_layers_train_every_array_and_mask_padding(name):
     gradient = flax_nnx.jit(flax_nnx.grad(loss))(layer)
     for path, leaf in jax.tree.leaves_with_path(flax_nnx.to_pure_dict(gradient)):
         assert np.all(np.isfinite(leaf)), path
-        # What all keys of a set have in common multiplies every logit, but at order 2 shifts them alike.
+        # A bias of the keys of a set changes the logits, but at order 2 it shifts all of them equally.
         if not (name == "order 2" and "keys" in str(path) and "bias" in str(path)):
             assert np.abs(leaf).max() > 0, path
     other = x.at[1, 4:].set(7.0)
@@ -272,10 +272,10 @@ def test_tree_layers_train_every_array_and_mask_padding(name):
     gradient, out = step(layer, x)
     for path, leaf in jax.tree.leaves_with_path(flax_nnx.to_pure_dict(gradient)):
         assert np.all(np.isfinite(leaf)), path
-        # What all keys of a node have in common shifts all logits of a query alike: that of one node has no effect.
+        # A bias of the keys of a node shifts all logits of a query equally, without effect.
         if "keys" not in str(path) or "bias" not in str(path):
             assert np.abs(leaf).max() > 0, path
-    # Later tokens, where it is causal, and the padding of the second sequence change nothing.
+    # Later tokens, if causal, and the padding of the second sequence change nothing.
     other = x.at[1, 4:].set(7.0)
     other = other.at[:, 3:].set(5.0) if options.get("is_causal") else other
     np.testing.assert_allclose(step(layer, other)[1][1, :3], out[1, :3], atol=1e-5)
@@ -314,7 +314,7 @@ def test_a_tensor_layer_keeps_its_logits_bounded():
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
     layer.query.kernel[...] = 100 * layer.query.kernel[...]
     called(layer, x).block_until_ready()
-    # Rows that lie in one channel, all alike, reach the bound.
+    # Equal rows in a single channel reach the bound.
     one = jnp.asarray(np.ones((8, 2, 1)) * np.eye(1, 4), jnp.float32)
     for project in (layer.query, *layer.keys):
         project.kernel[...] = one

@@ -1,4 +1,4 @@
-"""Arrays of a method that its caller made, as state of a layer: used in every call, saved, mapped and not trained."""
+"""Arrays given by the caller, as state of a layer: used in every call, saved, mapped and not trained."""
 
 import functools
 
@@ -29,7 +29,7 @@ def heads():
 
 @functools.cache
 def proposals():
-    """Of each key head, from what it saw in the first sequence."""
+    """Proposals of each key head, fitted to the first sequence."""
     query, key, _ = (jnp.moveaxis(x[0], 1, 0) for x in heads())
     return jax.jit(jax.vmap(fit_proposal))(2 * query, key)
 
@@ -39,7 +39,7 @@ def projection():
     return jax.random.normal(jax.random.key(4), (16, DIM))
 
 
-# Of all heads, of each head, and both; given arrays are not drawn.
+# Arrays for all heads, for each head, and both; given arrays are not sampled.
 GIVEN = {
     "shared": ({"proposal": Proposal(jnp.full(DIM, 0.1), 1.2 * jnp.eye(DIM))}, {}),
     "per head": ({}, {"proposal": 0}),
@@ -75,7 +75,7 @@ def test_a_layer_of_nnx_passes_its_arrays(kind):
     drawn = None if layer.stream is None else layer.stream.key[...]
     assert (drawn is None) == (kind == "both")
     np.testing.assert_allclose(run(layer, *heads()), expected(kind, drawn), atol=1e-6)
-    # Variables, so that a program follows them, and no optimiser of parameters sees them.
+    # They are variables, so that a program follows their changes, and no parameters, so that optimisers skip them.
     assert not jax.tree.leaves(nnx.state(layer, nnx.Param))
     before = run(layer, *heads())
     root = layer.owned.arrays["proposal_root"]
@@ -155,7 +155,7 @@ def test_a_layer_of_linen_passes_its_arrays(kind):
     assert "params" not in variables
     out = jax.jit(layer.apply)(variables, *heads())
     np.testing.assert_allclose(out, expected(kind, drawn), atol=1e-6)
-    # As saved and restored.
+    # Saved and restored.
     restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, variables), serialization.to_bytes(variables))
     np.testing.assert_array_equal(jax.jit(layer.apply)(restored, *heads()), out)
     with pytest.raises(ValueError, match="apply needs the variables 'fitted' of init"):

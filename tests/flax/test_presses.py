@@ -1,4 +1,4 @@
-"""Caches of models compressed after the prompt: as by hand, in stacks, for sequences of several lengths."""
+"""Caches of models compressed after the prompt: equal to compression by hand, in stacks, and for several lengths."""
 
 import functools
 
@@ -81,7 +81,7 @@ def _of_head(cache, place):
 
 @pytest.mark.parametrize("policy", ["snapkv", "expected_attention"])
 def test_a_sequence_is_compressed_as_it_is_alone(policy):
-    """Of several lengths, one of them shorter than the queries that are kept."""
+    """Sequences of several lengths, one of them shorter than the number of kept queries."""
     lengths = jnp.array([PROMPT, 22])
     layer = one_layer(ragged=True, keep_queries=24)
     padded = jnp.arange(PROMPT) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""The recipes of the guide for whole models: the cells of the page as they stand, and oracles for what they make."""
+"""The recipes of the guide for whole models: the cells of the page are run, and their results are checked."""
 
 import ast
 import os
@@ -22,14 +22,14 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "guide" / "models.md"
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that the cells define, and the values that they show, in order."""
+    """Run the cells of the page: the names that they define, and the values that they show, in order."""
     names, shown = {}, []
     with (
         pytest.MonkeyPatch.context() as patch,
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which a cell changes
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # a cell changes it
         for cell in re.findall(r"```\{code-cell\} python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
             body = ast.parse(cell)
             last = body.body.pop() if isinstance(body.body[-1], ast.Expr) else None
@@ -148,18 +148,18 @@ def test_heads_stay_where_they_are(page):
     assert "all-gather" not in text
 
 
-# 3. what was not replaced
+# 3. layers that were not replaced
 
 
 class Fused(nnx.Module):
-    """Attention by another name, told by its projections."""
+    """Attention under another name, recognised by its projections."""
 
     def __init__(self):
         self.q_proj, self.k_proj, self.v_proj = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(3))
 
 
 class AttentionBlock(nnx.Module):
-    """No attention itself, but around one."""
+    """A module that contains attention but is not attention itself."""
 
     def __init__(self):
         self.layer = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
@@ -192,7 +192,7 @@ def test_what_was_not_replaced_is_told():
     assert "approx_attention.linen.ApproxAttention" in replaced.not_replaced["linen.1"]
     with pytest.raises(ValueError, match=r"none of the List has an attention_fn, and '0' looks like attention\. If"):
         ours.replace_attention(nnx.List([Fused()]), "mean_pool", num_landmarks=4)
-    # A layer that has an attention_fn is no such module, whether it was asked for or not.
+    # A layer with an attention_fn is never listed, whether it was selected or not.
     two = nnx.List([AttentionBlock(), AttentionBlock()])
     replaced = ours.replace_attention(two, "mean_pool", num_landmarks=4, only=lambda path, _: path.startswith("0"))
     assert (replaced, replaced.not_replaced) == (["0.layer"], {})

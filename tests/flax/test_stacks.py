@@ -28,7 +28,7 @@ def _stack_of(sizes):
 
 
 def stack_of(*sizes):
-    """Attention layers stacked along leading axes of these sizes, without a method; made once, and copied."""
+    """Attention layers stacked along leading axes of these sizes, without a method; made once and copied."""
     return nnx.merge(*_stack_of(sizes), copy=True)
 
 
@@ -79,7 +79,7 @@ def alone(layers, *index):
 
 
 def in_turn(layers, x, count=3):
-    """One layer after the other, without any transform of Flax that lifts them."""
+    """Apply the layers one after the other, without a lifting transform of Flax."""
     for i in range(count):
         x = one(alone(layers, i), x)
     return x
@@ -147,7 +147,7 @@ def test_scan_remat_jit_and_gradients_of_a_stack():
 
 def test_an_ensemble():
     layers, x = with_method(), tokens()
-    # Layers with the same parameters differ in nothing else.
+    # The layers have the same parameters, so only their random projections differ.
     graph, params, rest = nnx.split(layers, nnx.Param, ...)
     same = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), params), rest)
     outs = np.asarray(nnx.jit(nnx.vmap(lambda layer, x: x + layer(x), in_axes=(0, None)))(same, x))
@@ -174,7 +174,7 @@ def test_stacks_and_single_layers_of_one_model():
     assert sorted(ours.replace_attention(model, "favor", num_features=8, rngs=rngs)) == ["single", "stack"]
     data = key_data(model["stack"]), key_data(model["single"])[None]
     assert len(np.unique(np.concatenate(data), axis=0)) == 4
-    # What draws nothing takes no key.
+    # A method without randomness takes no key.
     before = int(rngs.attention.count[...])
     ours.replace_attention(model, "mean_pool", num_landmarks=4, rngs=rngs)
     assert int(rngs.attention.count[...]) == before
@@ -194,7 +194,7 @@ def test_new_draws_in_every_layer(options):
     np.testing.assert_array_equal(layers.attention_fn.stream.count[...], [3, 3, 3])
     same = [bool((outs[i] == outs[i + 1]).all()) for i in range(2)]
     assert same == [options["redraw"] == "every_n", False]
-    # Views that are made for evaluation keep the last draw, and do not count.
+    # Views for evaluation keep the last projection, and do not advance the count.
     view = nnx.view(layers, deterministic=True)
     np.testing.assert_allclose(run(view, x), outs[-1], atol=1e-6)
     layers.eval()
@@ -283,7 +283,7 @@ def test_decoding_a_stack_of_stacks_and_sequences_of_their_own_lengths():
 
 
 class Own(nnx.Module):
-    """A layer with projections that are no linear map of sizes of its own."""
+    """A layer whose projections are not `nnx.Linear` layers."""
 
     def __init__(self, kind, rngs):
         self.num_kv_heads, self.head_dim = HEADS, DIM // HEADS
@@ -314,7 +314,7 @@ def own_stack(kind):
 @pytest.mark.parametrize("split", [False, True], ids=["one key", "split"])
 def test_stacks_without_linear_layers(kind, split):
     layers, x = own_stack(kind), tokens()
-    if kind == "param" and not split:  # nothing tells that it is a stack
+    if kind == "param" and not split:  # nothing shows that it is a stack
         in_vmap(layers, nnx.Rngs(3))
     else:
         rngs = nnx.Rngs(3).split(3) if split else nnx.Rngs(3)
@@ -322,7 +322,7 @@ def test_stacks_without_linear_layers(kind, split):
     assert len(np.unique(key_data(layers), axis=0)) == 3
     whole = run(layers, x)
     np.testing.assert_allclose(whole, in_turn(layers, x), atol=1e-5)
-    if split:  # what was drawn tells from now on
+    if split:  # from now on the random projections show it
         ours.init_cache(layers, 2)
         outs = [run(layers, x[:, :4]), run(layers, x[:, 4:])]
         np.testing.assert_allclose(np.concatenate(outs, axis=1), whole, atol=1e-5)
@@ -373,7 +373,7 @@ def test_a_failed_start_leaves_no_cache_on_a_stack():
     assert layers.attention_fn.cache is None
 
 
-# 3. what cannot work says so
+# 3. errors
 
 
 def test_stacks_that_cannot_be_served():

@@ -1,4 +1,4 @@
-"""The forms that the operation has, and brute force in float64."""
+"""The forms of the fused operation, and brute force in float64."""
 
 import contextlib
 import functools
@@ -20,13 +20,13 @@ FORMS = (
     "interpret",
     "interpret_gpu",
 )
-# The smallest: short sequences have several blocks, of several strips.
+# The smallest tiles: short sequences have several blocks, of several strips.
 TILES = mosaic.Tiles(mosaic.Tile(128, 256, 128), mosaic.Tile(256, 128, 128))
 
 
 @contextlib.contextmanager
 def running(form):
-    """Runs one form on this machine, and gives the option that asks for it."""
+    """Run one form on this machine; yields the option that selects it."""
     with pytest.MonkeyPatch.context() as patched:
         if form == "xla":
             for function in (fused._forward, fused._backward):
@@ -42,7 +42,7 @@ def running(form):
 
 
 def forget_programs():
-    """Compiles the operation anew, after its forms have changed; other jitted functions must be new ones."""
+    """Clear the programs of the operation after its forms have changed; other jitted functions must be new ones."""
     programs = fused._state, state_and_gradients, heads.over_heads, *(x._compiled for x in OPERATIONS.values())
     for program in programs:
         program.clear_cache()
@@ -102,7 +102,7 @@ def state_and_gradients(q, k, v, bias, scale, d_out, d_lse, **options):
 
 
 def assert_close(found, expected, tolerance, size=1.0):
-    """Within a tolerance of the largest number, or of a size; what is infinite is so in both."""
+    """Compare relative to the largest number, or to ``size`` if that is larger; infinite entries must agree."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     size = np.abs(expected[np.isfinite(expected)]).max(initial=size)
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * size)

@@ -1,4 +1,4 @@
-"""The platform that a program is lowered for decides which form it has."""
+"""The platform that a program is lowered for determines its form."""
 
 import functools
 
@@ -46,7 +46,7 @@ def mesh_of(*sizes):
 
 
 def partitioned(implementation):
-    """A program over two devices, which XLA divides by itself."""
+    """A program over two devices that XLA partitions automatically."""
     sharding = NamedSharding(mesh_of(2), HEADS)
     return jax.jit(of_heads(implementation), in_shardings=(sharding,) * 3).trace(*heads())
 
@@ -112,7 +112,7 @@ def test_shard_map_has_kernels(check_vma):
 
 
 def test_shard_map_over_some_axes_has_tiles():
-    """XLA divides the program over the others."""
+    """XLA partitions the program over the other axes."""
     mesh = mesh_of(2, 2)
     assert not num_kernels(lowered_text(over_devices(of_heads(), mesh, axis_names={"x"}), *heads()))
     with pytest.raises(NotImplementedError, match="partitioned automatically"):
@@ -152,7 +152,7 @@ def test_heads_too_wide_for_a_kernel_have_tiles(platform):
 
 
 def kernels_for_tpus(dtype):
-    """The equations of all three, for one head."""
+    """The equations of all three kernels, for one head."""
     q, k, v, bias, scale, d_out, row = random_operands(0, 20, 20, 4, dtype=dtype)
 
     def all_three(q, k, v, d_out):
@@ -168,7 +168,7 @@ def kernels_for_tpus(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("precision", ["high", "tensorfloat32", "highest", "BF16_BF16_F32_X3"])
 def test_products_of_kernels_for_tpus_have_a_precision_that_mosaic_compiles(precision, dtype):
-    """One pass, and full precision of float32 alone."""
+    """One pass, or full precision for float32 alone."""
     expected = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     with jax.default_matmul_precision(precision):
         assert num_kernels(lowered_text(gradient(), *(x.astype(dtype) for x in heads()))) == 3
@@ -179,7 +179,7 @@ def test_products_of_kernels_for_tpus_have_a_precision_that_mosaic_compiles(prec
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_kernels_for_tpus_have_no_float16(dtype):
-    """Mosaic does not compile it."""
+    """Mosaic does not compile float16."""
     for kernel in kernels_for_tpus(dtype):
         assert jnp.dtype(jnp.float16) not in {x.aval.dtype for x in kernel.invars}
 

@@ -1,4 +1,4 @@
-"""Blocks that a reach visits, against the pairs that it sees."""
+"""Blocks that a reach visits, against the pairs that it allows."""
 
 import itertools
 
@@ -24,7 +24,7 @@ BLOCKS, KEY_BLOCKS = 4, 5
 
 
 def first_and_end(seen_blocks):
-    """Of every row of blocks the first that is seen and the one after the last, or None."""
+    """For every row of blocks, the first visible block and the one after the last, or None."""
     rows = [np.flatnonzero(row) for row in seen_blocks]
     return [(row[0], row[-1] + 1) if len(row) else None for row in rows]
 
@@ -52,7 +52,7 @@ def test_visited_blocks_are_those_with_a_pair_that_is_seen(rows, columns):
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES[1:2])
 def test_traced_numbers_of_blocks_give_the_same(rows, columns):
-    """All reaches in one program."""
+    """One program serves all reaches."""
 
     @jax.jit
     def traced(i, j):

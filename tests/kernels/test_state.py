@@ -29,7 +29,7 @@ def form(request):
 
 
 def check(form, operands, tolerance=2e-6, has_bias=True, **reach):
-    """Compares values and gradients with brute force; gives what was found."""
+    """Compare values and gradients with brute force; returns the computed ones."""
     q, k, v, bias, *others = operands
     bias = bias if has_bias else None
     found, gradients = state_and_gradients(q, k, v, bias, *others, **reach, implementation=form)
@@ -38,7 +38,7 @@ def check(form, operands, tolerance=2e-6, has_bias=True, **reach):
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == scale.dtype
         assert_close(x, y, tolerance)
-    # The gradient of the scale is a sum over queries, of terms of either sign.
+    # The gradient of the scale is a sum over queries of terms of both signs.
     terms = np.linalg.norm(np.sum(of_gradients[0] * np.asarray(q, np.float64), axis=1) / float(scale))
     for x, y, operand in zip(gradients, of_gradients, (q, k, v, bias, scale), strict=True):
         if operand is not None:
@@ -48,7 +48,7 @@ def check(form, operands, tolerance=2e-6, has_bias=True, **reach):
 
 
 lengths = st.one_of(st.integers(1, 300), st.sampled_from((1, 128, 129, 1100)))
-# A reach that is negative begins behind the query, or ends before it.
+# A negative reach begins after the query, or ends before it.
 reaches = st.one_of(st.none(), st.integers(-20, 40), st.integers(0, 400))
 
 
@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_brute_force(
 
 
 def test_rows_that_see_nothing_are_empty_and_have_no_gradient(form):
-    # Queries 0 to 4 stand before the first key, and those from 75 on see hidden keys alone.
+    # Queries 0 to 4 are before the first key, and those from 75 on see only hidden keys.
     operands = list(random_operands(1, 140, 130))
     operands[3] = np.where(np.arange(130) < 70, operands[3], np.float32(HIDDEN))
     found, gradients = check(form, operands, offset=-5, left=0, right=0)
@@ -105,7 +105,7 @@ def test_no_query_or_no_key(form, num_queries, num_keys):
         assert not np.any(gradient)
 
 
-# Reaches of the different forms on a CPU: all keys, causal, a window, and any other.
+# Reaches that select the different forms on a CPU: all keys, causal, a window, and any other.
 REACHES = [{}, {"right": 0}, {"left": 9, "right": 3}, {"offset": 3, "left": 30}]
 
 
@@ -143,7 +143,7 @@ def test_nan_in_a_key_shows_in_every_row_that_sees_it(form, reach):
     operands[1][77, 2] = np.nan
     found, (d_q, *_) = jax.tree.map(np.asarray, state_and_gradients(*operands, **reach, implementation=form))
     seen = seen_pairs(140, 140, **reach)[:, 77]
-    # Gradients of other rows may have NaN: 0 times NaN.
+    # Gradients of other rows may be NaN, from 0 times NaN.
     assert np.all(np.isnan(d_q[seen]))
     for x in found:
         assert np.all(np.isnan(x[seen]))
@@ -152,11 +152,11 @@ def test_nan_in_a_key_shows_in_every_row_that_sees_it(form, reach):
 
 @pytest.mark.parametrize("reach", REACHES, ids=str)
 def test_logits_of_ten_thousand_and_more(form, reach):
-    """Whole numbers, so that logits are exact: then weights are as well, but where powers of 2 make them."""
+    """Integers make logits exact, and weights too, except where they are computed as powers of 2."""
     random = np.random.default_rng(5)
     q, k, v, bias, _, *cotangents = random_operands(5, 140, 140)
     q, k = (random.integers(-60, 60, x.shape).astype(np.float32) for x in (q, k))
-    # Some keys are twins, and share their weights.
+    # Keys come in equal pairs, which share their weight.
     k[1::2], bias = k[::2], np.round(bias)
     largest = float(np.abs(q @ k.T).max())
     assert largest > 1e4
@@ -182,7 +182,7 @@ def test_half_precision_is_rounded_in_weights_and_logits_alone(form, dtype, reac
 
 @pytest.mark.parametrize("reach", REACHES[1:3], ids=str)
 def test_float64(form, x64, reach):
-    """There is no kernel in it: tiles."""
+    """No kernel supports float64; tiles are used."""
     check(form, random_operands(7, 140, 140, 8, 5, np.float64, hidden=0.2), 1e-12, **reach)
 
 

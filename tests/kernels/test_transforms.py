@@ -1,4 +1,4 @@
-"""Transformations of JAX give of every form what they give of attention written out."""
+"""JAX's transformations of every form agree with those of attention written out."""
 
 import functools
 
@@ -17,7 +17,7 @@ from tests.kernels.cases import random_operands, running, seen_pairs
 pytestmark = pytest.mark.all_forms
 
 LENGTH, HEADS = 12, 3
-# Forms with the reaches that they treat in their own way.
+# Forms with the reaches that have a separate code path.
 CAUSAL, KERNEL = ("cpu", {"right": 0}), ("interpret", {"right": 0})
 FORMS = [CAUSAL, ("cpu", {}), ("cpu", {"left": 3, "right": 2}), ("xla", {"offset": 2, "left": 4}), KERNEL]
 FORMS += [("interpret_gpu", {"right": 0}), ("tile", {"right": 0})]
@@ -29,13 +29,13 @@ def case(form, *others, is_fast):
 
 
 def every_form(*fast):
-    """Parametrizes a test by forms, of which some are always tested."""
+    """Parametrize a test by forms; those in ``fast`` are always tested."""
     return pytest.mark.parametrize("pair", [case(form, is_fast=form in fast) for form in FORMS], indirect=True)
 
 
 @pytest.fixture(scope="module")
 def pair(request):
-    """One form of the operation, and attention written out: functions of q, k, v, the bias and the scale."""
+    """One form of the operation, and attention written out, as functions of q, k, v, the bias and the scale."""
     form, reach = request.param
     seen = jnp.asarray(seen_pairs(LENGTH, LENGTH, **reach))
     with running(form) as implementation:
@@ -62,7 +62,7 @@ def head():
 
 
 def loss_of(function):
-    """A sum of outputs and normalisers with weights; of some heads or of one."""
+    """A weighted sum of outputs and normalisers, of several heads or of one."""
 
     def loss(*operands):
         state = function(*operands)
@@ -76,7 +76,7 @@ ALL = (0, 1, 2, 3, 4)
 
 
 def grouped(function):
-    """Two queries on every key: `vmap` over queries alone."""
+    """`vmap` over queries alone, which share their keys."""
     return jax.vmap(function, (0, None, None, None, None))
 
 
@@ -114,14 +114,14 @@ def linearized(f):
 
 
 def written_by(f):
-    """A jaxpr, evaluated."""
+    """Evaluate the jaxpr of a function."""
     return lambda *operands: jax.core.eval_jaxpr(
         (jaxpr := jax.make_jaxpr(lambda *x: jax.tree.leaves(f(*x)))(*operands)).jaxpr, jaxpr.consts, *operands
     )
 
 
 def of_q(f):
-    """The head that is a function of few numbers, for second derivatives."""
+    """The loss of one head as a function of a few numbers, for second derivatives."""
     q, *others = head()
     return lambda x: loss_of(f)(q.at[4:7, 1].set(x), *others)
 
@@ -170,7 +170,7 @@ def assert_same(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(np.abs(y).max(initial=1)))
 
 
-# Those that a fused kernel has a part in; elsewhere forms differ in nothing but the tiles.
+# Transformations that involve a fused kernel; in the others, forms differ only in their tiles.
 OF_KERNELS = {"grad", "checkpoint", "grad of vmap", "double vmap, queries in groups", "vmap over other axes"}
 
 
@@ -235,7 +235,7 @@ def four(operands):
 @every_form(CAUSAL, KERNEL)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_tensors_that_all_devices_share(pair, check_vma):
-    """Each device has other queries; keys, values, the bias and the scale are the same."""
+    """Each device has different queries; keys, values, the bias and the scale are the same."""
     one, every = PartitionSpec("x"), PartitionSpec()
     specs = one, every, every, every, every
     q, *others = four(heads())
@@ -248,7 +248,7 @@ def test_shard_map_with_tensors_that_all_devices_share(pair, check_vma):
 
         found = jax.grad(outside, ALL)(*operands)
         if check_vma:
-            # Inside, the gradient of what all share is the sum over devices as well.
+            # Inside, the gradient of shared arrays is the sum over devices as well.
             inside = shared(jax.grad(lambda *x: jnp.sum(grouped(f)(*x).out), ALL), out_specs=specs)
             return found, inside(*operands)
         return found
@@ -273,8 +273,8 @@ def test_programs_that_are_partitioned_automatically(pair, axis):
     assert_same(jax.jit(state)(*placed), jax.jit(written_out)(*operands))
 
 
-# Pallas interprets no kernel on such a mesh. And JAX maps no condition whose branches hold constants, as the gradient
-# over all keys does.
+# Pallas cannot interpret a kernel on such a mesh, and JAX cannot map a condition whose branches have constants, as
+# those of the gradient over all keys do.
 EXPLICIT = [case(form, is_fast=form == CAUSAL) for form in FORMS if form[0] in ("cpu", "xla") and form[1]]
 
 

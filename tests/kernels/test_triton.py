@@ -34,7 +34,7 @@ REACHES = {
 
 @functools.partial(jax.jit, static_argnames=("reach", "tiles"))
 def both(q, k, v, bias, scale, d_out, d_normaliser, *, reach, tiles=SMALL):
-    """Outputs and gradients, with what a caller computes between the kernels."""
+    """Outputs and gradients, including the caller's steps between the kernels."""
     kernels = {"reach": reach, "tiles": tiles, "interpret": True}
     out, peak, log_total = triton.forward(q, k, v, bias, scale, **kernels)
     unseen = peak <= HIDDEN / 2
@@ -45,7 +45,7 @@ def both(q, k, v, bias, scale, d_out, d_normaliser, *, reach, tiles=SMALL):
 
 
 def expected(q, k, v, bias, scale, d_out, d_normaliser, *, reach):
-    """As `both` in float64, with normalisers -inf of rows that see no key."""
+    """The results of `both` in float64, with normalisers -inf of rows that see no key."""
     q, k, v, bias, d_out, d_normaliser = (np.asarray(x, np.float64) for x in (q, k, v, bias, d_out, d_normaliser))
     scale = float(scale)
     logits = scale * q @ k.T + bias
@@ -80,7 +80,7 @@ def inputs(seed, num_queries, num_keys, head_dim=8, value_dim=12, hidden=0.0, dt
 
 
 def assert_as_expected(results, reference, tolerance):
-    """The errors are relative to the scale of a result where it is above 1."""
+    """Compare results, relative to their size where it is above 1."""
     (out, peak, log_total), gradients = results
     (reference_out, normaliser), reference_gradients = reference
     unseen = np.isneginf(normaliser)
@@ -147,7 +147,7 @@ def test_large_logits():
     # The logits themselves are rounded, by up to 1e-4 where they are as large as 1000.
     np.testing.assert_allclose(out, reference, atol=1e-3)
     np.testing.assert_allclose(peak + log_total, normaliser, rtol=1e-6, atol=1e-4)
-    # The gradient has the weights of the output, as far as logits are rounded alike: those of a row sum to 1.
+    # The gradient uses the weights of the output, up to the rounding of logits: those of a row sum to 1.
     np.testing.assert_allclose(jnp.sum(d_v[:, 0]), len(q), rtol=3e-5)
 
 
@@ -166,7 +166,7 @@ def test_nan_shows_in_its_row_alone():
 
 
 def heads(num_heads, num_kv_heads):
-    """q [K, N / K, T, D], k and v [K, S, D] with the other operands of `both`."""
+    """q [K, N / K, T, D], k and v [K, S, D], and the other operands of `both`."""
     groups = num_heads // num_kv_heads
     tensors = [[inputs(10 * i + j, 40, 33, hidden=0.2) for j in range(groups)] for i in range(num_kv_heads)]
     q, d_out, d_normaliser = (jnp.stack([jnp.stack([x[i] for x in row]) for row in tensors]) for i in (0, 5, 6))
@@ -201,7 +201,7 @@ def test_with_64_bit_types(x64):
 
 
 def test_only_blocks_within_reach_are_read():
-    """NaN in keys behind the last block that a query reaches stays unseen."""
+    """NaN in keys after the last block that a query reaches has no effect."""
     q, k, v, bias, scale, d_out, d_normaliser = inputs(6, 32, 96)
     k, v = k.at[64:].set(jnp.nan), v.at[64:].set(jnp.nan)
     (out, _, _), (d_q, d_k, d_v, _) = both(q, k, v, bias, scale, d_out, d_normaliser, reach=Reach(0, 8, 8))

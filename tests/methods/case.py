@@ -1,4 +1,4 @@
-"""What a test of all methods must know of one of them: each file of tests here says it in ``CASES``."""
+"""Facts about a method that shared tests need; each test file here gives them in ``CASES``."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,28 +11,28 @@ NOTHING: Mapping[str, Any] = {}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """How a method is made small, and where it differs from the others; by default it does not.
+    """Small settings of a method, and its differences from other methods; by default there are none.
 
     Attributes:
-        size: from the size that a test asks for to the value of the method's hyper-parameter.
-        fast: one of each kind of summary. Tests of what all methods share run for the others only when slow.
+        size: maps the size that a test requests to the value of the method's hyper-parameter.
+        fast: one method of each kind of summary has it. For the others, tests of shared code are slow tests.
         always_exact: equals exact attention at any size.
-        target: ``(q, k, v) -> out``, what it approximates.
-        values_only: neither queries nor keys matter.
-        scale_cancels: why ``scale`` changes nothing, where it does not.
+        target: ``(q, k, v) -> out``, the function that it approximates.
+        values_only: the output depends on neither queries nor keys.
+        scale_cancels: the reason why ``scale`` changes nothing, if it does not.
         unseen: the tensors among ``"kv"`` whose first tokens need not reach the last query.
         diagonal_size: a size at which each token sees itself in the causal form.
         diagonal_inputs: ``(q, k) -> (q, k)``, inputs for which it does.
-        any_length: from a length to the hyper-parameters with which its prefixes are laid out as the whole is.
-        changes: by argument another value, which must change the output. Sizes and blocks have one by default.
-        contexts: by argument the further arguments that it needs to have an effect.
-        without_effect: arguments that say only how the work is split.
-        changes_are_causal: whether the changes are those of the causal form, where there is one.
+        any_length: maps a length to hyper-parameters that lay out its prefixes like the whole sequence.
+        changes: for each argument a value that must change the output. Sizes and blocks have one by default.
+        contexts: for each argument the other arguments that it needs to have an effect.
+        without_effect: arguments that only control how the work is split.
+        changes_are_causal: whether the changes are tested in the causal form, if there is one.
         exact_causal: options without which the causal form has no exact limit.
-        random: options without which two keys may choose the same.
-        smooth: options without which derivatives leave something out.
+        random: options without which two PRNG keys may give the same output.
+        smooth: options without which the derivative omits a part of the function.
         learned: an argument that can be learned, with its shape for 12 keys.
-        devices: hyper-parameters for 61 tokens on up to eight devices, where it can be sharded: the output must be
+        devices: hyper-parameters for 61 tokens on up to eight devices, if it can be sharded; the output must equal
             that of one device.
     """
 
@@ -58,5 +58,5 @@ class Case:
 
 
 def within_block(size: int) -> int:
-    """A size that counts within each block of four, unless a test asks for all."""
+    """A size within each block of four; larger sizes count for the whole sequence."""
     return size if size > 8 else 2

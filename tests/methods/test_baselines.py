@@ -15,7 +15,7 @@ CASES = {
     "uniform_sample": Case(
         unseen="v",
         changes={"noise": jnp.arange(40.0)},
-        # As many tokens as there are keys, and so what one device has.
+        # At least as many tokens as keys, so that the output equals that of one device.
         devices={"sample_size": 64, "block_size": 4},
     ),
 }
@@ -39,5 +39,5 @@ def test_a_running_sample_is_uniform():
     np.testing.assert_allclose(mass, 4.0)
     assert all(len(set(row)) == 6 for row in np.asarray(tokens)[:50])
     counts = np.bincount(np.asarray(tokens, int).ravel(), minlength=24)
-    # Each key is kept with probability 1/4: 1000 times, with a standard deviation of 27.
+    # Each key is kept with probability 1/4: 1000 times on average, with a standard deviation of 27.
     assert np.all(np.abs(counts - 1000) < 4.5 * 27.4)

@@ -1,4 +1,4 @@
-"""RFA, RA and LARA against the identities that bind them, in float64 where rounding would hide an error."""
+"""RFA, RA and LARA against the identities between them, in float64 where rounding would hide an error."""
 
 import functools
 import itertools
@@ -290,7 +290,7 @@ def test_ra_is_unbiased_by_quadrature():
 
 def test_ra_draws_its_index_from_attention():
     q, k, _ = head(8, 2, 6, 4)
-    # Without noise and with far keys, the answer of draw m is nearly the value of key m.
+    # Without noise and with distant keys, sample m gives nearly the value of key m.
     k = 40 * k
     out = ra(0 * q, k, jnp.eye(6), jax.random.key(0), num_samples=20_000, noise=None)
     np.testing.assert_allclose(out, np.full((2, 6), 1 / 6), atol=0.02)
@@ -364,7 +364,7 @@ def test_arguments_of_lara_that_do_not_fit_are_refused():
     mu = jnp.zeros((3, 8))
     three = lara(q, k, v, num_landmarks=3, proposal_mean=mu, weights="query_specific")
     np.testing.assert_array_equal(lara(q, k, v, proposal_mean=mu, weights="query_specific"), three)
-    # What is not pooled need not be a square.
+    # Without pooling the image need not be a square.
     np.testing.assert_array_equal(
         lara(q, k, v, proposal_mean=mu, spatial_shape=(4, 6)), lara(q, k, v, proposal_mean=mu)
     )
@@ -396,7 +396,7 @@ def test_lara_pools_rectangles_of_an_image():
     np.testing.assert_allclose(one, lara(q, k, v, num_landmarks=1), rtol=1e-9)
 
 
-# one estimator
+# the common estimator
 
 
 @pytest.mark.slow
@@ -413,7 +413,7 @@ def test_control_variates_from_random_features_to_softmax():
     nothing = AttentionState.empty(24, 8, jnp.float64)
     random_features = favor(q, k, v, projection=w)
     for groups in (1, 4, 24):
-        # With the masses that the features estimate, the groups do not matter.
+        # With the masses that the features estimate, the grouping does not matter.
         np.testing.assert_allclose(control_variate_state(x, nothing, moments(groups)).out, random_features, rtol=1e-9)
     exact, lse = brute_force(q, k, v)
     errors = []
@@ -424,7 +424,7 @@ def test_control_variates_from_random_features_to_softmax():
         errors.append(relative_error(state.out, exact))
     assert errors[0] > errors[1] > 0.05
     assert errors[2] < 1e-12
-    # A part of the keys exactly, the rest by one group.
+    # Some of the keys exactly, the rest as one group.
     part = attend(x, FeatureMoments.of_tokens(PositiveFeatures(w), y[12:], v[12:]))
     rest = jax.tree.map(lambda z: z[None], FeatureMoments.of_tokens(PositiveFeatures(w), y[12:], v[12:]))
     near = AttentionState(*(jnp.asarray(z) for z in brute_force(q, k[:12], v[:12])))

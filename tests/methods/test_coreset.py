@@ -27,14 +27,14 @@ from tests.references import brute_force, compiled, random_head
 CASES = {
     "coreset": Case(
         changes={"algorithm": "halving", "query_radius": 9.0, "streaming": "counter", "sinks": 0},
-        # The causal form folds, by whichever algorithm and radius.
+        # The causal form folds, with any algorithm and radius.
         changes_are_causal=False,
         contexts={
             "streaming": {"is_causal": True, "algorithm": "kmeans_merge"},
             "sinks": {"is_causal": True},
             "block_size": {"is_causal": True},
         },
-        # As many tokens as there are keys, and so what one device has.
+        # At least as many tokens as keys, so that the output equals that of one device.
         devices={"coreset_size": 64, "block_size": 4},
     ),
     # Two of four tokens leave k-means no choice.
@@ -58,7 +58,7 @@ SUBSETS = [
 MERGES = ["kmeans_merge", "farthest_merge"]
 SIGNED = ["guarded", "kmeans_nystrom", "nystrom_rpc", "balance_kv", "subgen"]
 EVERY = SUBSETS + MERGES + SIGNED
-# Compiling all of them takes minutes: where one of a kind says most, the others are slow tests.
+# Compiling all algorithms takes minutes: one of each kind is always tested, the others are slow tests.
 OF_EACH_KIND = ["stratified", "guarded"]
 SOME = [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 KEY = jax.random.key(5)
@@ -88,7 +88,7 @@ def small_of(k, v, kv_mask=None, key=KEY, *, algorithm):
 
 
 def error_of(k, v, small, radius):
-    """The search of `sup_error` as one program: sizes are filled up by padding and by tokens without mass."""
+    """`sup_error` as one program: padding and tokens without mass fill the inputs up to one size."""
 
     def filled(x, *shape):
         x = np.asarray(x)
@@ -118,7 +118,7 @@ def answers(q, k, v):
     return brute_force(q, k, v, scale=1.0)[0]
 
 
-# what every algorithm keeps
+# invariants of every algorithm
 
 
 @pytest.mark.parametrize("algorithm", SUBSETS + MERGES)
@@ -245,7 +245,7 @@ def test_the_key_decides_and_heads_are_mapped(algorithm):
             np.testing.assert_allclose(np.asarray(a)[head], b, rtol=2e-4, atol=2e-4)
 
 
-# where they are exact
+# exact cases
 
 
 @pytest.mark.parametrize("rule", SIGN_RULES)
@@ -282,7 +282,7 @@ def test_equal_values_come_back(algorithm):
 
 
 def lower_bound_instance(num_directions, radius, copies, seed=0):
-    """Keys of which no half can stand for all, with any masses: values are random signs, in one channel."""
+    """Keys that no half can represent, with any masses; values are random signs in one channel."""
     blocks = max(1, round(np.exp(radius - 1)))
     a = radius**-0.5
     keys = np.zeros((blocks, num_directions, num_directions + blocks))
@@ -342,7 +342,7 @@ def test_better_than_uniform_sampling():
     assert error["kmeans_nystrom"] < 0.1 * error["uniform"]
 
 
-# use
+# use with other parts of the library
 
 
 def test_signed_masses_cannot_be_compressed_again():
@@ -372,7 +372,7 @@ def test_the_query_radius_looks_at_the_last_queries():
 
 
 def test_a_coreset_merges_with_exact_keys():
-    # A coreset is a summary like any other: its states merge with those of exact attention over other keys.
+    # States of a coreset merge with those of exact attention over other keys.
     q, k, v = random_head(44, 8, 48, 6, 3, spread=0.5)
     far = attend(q, summary(k[:40], v[:40], size=36, algorithm="kmeans_merge"))
     near = attend(q, WeightedKV.of_tokens(k[40:], v[40:]))
@@ -380,7 +380,7 @@ def test_a_coreset_merges_with_exact_keys():
 
 
 def test_the_gradient_of_the_causal_form_is_that_of_the_clusters_it_made():
-    """Made again for the gradient, clusters may come out otherwise: what hangs on rounding is kept."""
+    """Clusters depend on rounding and may differ if they are made again for the gradient, so they are kept."""
     q, k, v = random_head(0, 21, 21)
 
     def loss(method, **options):

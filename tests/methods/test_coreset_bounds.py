@@ -1,4 +1,4 @@
-"""Certificates of coresets, and streams of them against coresets of all tokens."""
+"""Certificates of coresets, and streamed coresets against coresets of all tokens."""
 
 import functools
 
@@ -24,7 +24,7 @@ sensitivity = jax.jit(bounds.sensitivity, static_argnames="num_steps")
 @pytest.mark.parametrize("algorithm", MERGES)
 @pytest.mark.parametrize("radius", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_the_merge_bound_holds(algorithm, radius):
-    # Keys of three channels, the others are zero.
+    # Keys with three nonzero channels.
     scattered = random_head(30, 1, 200, HEAD_DIM, VALUE_DIM, spread=0.5)[1:]
     for k, v in (clustered(30, 200), (np.where(np.arange(HEAD_DIM) < 3, scattered[0], 0), scattered[1])):
         small = summary(k, v, size=24, algorithm=algorithm)

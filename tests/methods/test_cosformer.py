@@ -15,9 +15,9 @@ from tests.references import causal_mask, random_head, without_padding
 CASES = {
     "cosformer": Case(
         scale_cancels="its kernel is homogeneous: a scale is a factor of all weights",
-        # Rectified, a token may have no channel left to see itself by.
+        # After rectification a token may have no channel left, and then does not see itself.
         diagonal_inputs=lambda q, k: (jnp.abs(q), jnp.abs(k)),
-        # Distances are shares of the length.
+        # Distances are relative to the length.
         any_length=lambda length: {"max_length": length},
         changes={"max_length": 60},
         without_effect=("block_size",),
@@ -64,7 +64,7 @@ def test_more_keys_than_a_block_of_features(is_causal, x64):
 
 def test_no_approximation_of_softmax():
     q, k, v = random_head(2, 12, 12)
-    # A sharper softmax turns to its greatest logits; this kernel does not notice.
+    # Scaling the queries sharpens a softmax, but leaves this kernel's output unchanged.
     function = jax.jit(cosformer)
     plain = np.asarray(function(q, k, v, scale=8**-0.5))
     np.testing.assert_allclose(function(100 * np.asarray(q), k, v, scale=8**-0.5), plain, atol=1e-5)
@@ -80,7 +80,7 @@ def test_no_approximation_of_softmax():
 def test_only_distances_matter():
     q, k, v = random_head(3, 20, 20)
     function = jax.jit(functools.partial(cosformer, max_length=24))
-    # Without the tokens that are padding, each of the others stands at another place.
+    # Removing the padding moves the remaining tokens, but keeps the distances between them.
     late = np.asarray(function(q, k, v, kv_mask=np.arange(20) >= 7))[7:]
     alone = kernel_attention(*(np.asarray(x)[7:] for x in (q, k, v)), max_length=24)[0]
     np.testing.assert_allclose(late, alone, atol=1e-5)
@@ -99,7 +99,7 @@ def test_a_kernel_of_nothing_but_zeros_gives_zero(is_causal):
     assert np.all(np.abs(out[6:]).max(1) > 0)
     assert all(np.all(np.isfinite(x)) for x in gradients)
     np.testing.assert_array_equal(gradients[0][5], 0)
-    # However small the normaliser is: there is no epsilon to compare it with.
+    # The normaliser may be arbitrarily small, because there is no epsilon.
     small = np.float32(1e-9)
     np.testing.assert_allclose(out_and_gradients(small * q, small * k, v, real, is_causal)[0], out, atol=1e-5)
 
@@ -110,7 +110,7 @@ def out_and_gradients(q, k, v, kv_mask, is_causal):
 
 @functools.partial(jax.jit, static_argnums=4)
 def _out_and_gradients(q, k, v, kv_mask, is_causal):
-    """One program for each form."""
+    """Outputs and gradients, with one program for each form."""
     function = functools.partial(cosformer, is_causal=is_causal, block_size=4, kv_mask=kv_mask)
     out, pull = jax.vjp(function, q, k, v)
     return out, pull(jnp.ones_like(out))
@@ -140,7 +140,7 @@ def test_a_later_token_changes_nothing_before_it():
         after = np.asarray(function(q, later_k, later_v))
         np.testing.assert_array_equal(after[:j], before[:j])
         assert np.any(after[j:] != before[j:])
-    # A prefix knows nothing of the length of the whole, once M is set.
+    # With max_length set, a prefix does not depend on the length of the whole.
     np.testing.assert_allclose(function(q[:9], k[:9], v[:9]), before[:9], atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""EVA against loops in float64: its formula, the authors' departures from it, images, and where it is exact."""
+"""EVA against loops in float64: its formula, the authors' departures from it, images, and exact cases."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tests.references import brute_force, causal_mask, compiled, random_head, re
 
 CASES = {
     "eva": Case(
-        # A causal chunk is no smaller than it is asked to be, whatever their number.
+        # In the causal form chunks have at least the requested size, for any number of chunks.
         exact_causal={"chunk_size": 1},
         changes={
             "chunk_size": 1,
@@ -31,7 +31,7 @@ CASES = {
             "local_bias": jnp.eye(4),
             "spatial_shape": (10, 4),
         },
-        # The causal form does not take all of them.
+        # The causal form does not support all of them.
         changes_are_causal=False,
         contexts={
             "chunk_size": {"num_chunks": None},
@@ -40,7 +40,7 @@ CASES = {
             "noise": {"num_chunks": 10},
             "spatial_shape": {"window_size": 2, "num_chunks": None},
         },
-        # Noise is drawn by chunks, which are numbered anew on each device: without.
+        # No noise: it is sampled per chunk, and the chunks of each device are numbered separately.
         devices={"num_chunks": 64, "window_size": 4, "rng": None},
     ),
 }
@@ -152,11 +152,11 @@ def test_limits_in_which_eva_is_exact():
     state = eva(q, k, v, window_size=24, return_state=True)
     np.testing.assert_allclose(state.out, expected, rtol=1e-12)
     np.testing.assert_allclose(state.lse, lse, rtol=1e-12)
-    # One key a chunk: whatever the noise.
+    # With one key per chunk the output is exact, for any noise.
     singletons = eva(q, k, v, jax.random.key(0), window_size=4, chunk_size=1, return_state=True)
     np.testing.assert_allclose(singletons.out, expected, rtol=1e-12)
     np.testing.assert_allclose(singletons.lse, lse, rtol=1e-12)
-    # Keys that are alike within each chunk, with values that are not: any directions will do.
+    # If the keys within each chunk are equal, the output is exact for any directions, and for any values.
     alike = jnp.repeat(k[::4], 4, axis=0)
     equal = eva(q, alike, v, jax.random.key(0), window_size=8, chunk_size=4)
     np.testing.assert_allclose(equal, brute_force(q, alike, v)[0], rtol=1e-12)
@@ -236,7 +236,7 @@ def test_images_in_squares():
 def test_more_samples_bring_a_chunks_coefficient_to_its_optimum():
     q, k, v = head(21, spread=0.7)
     x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
-    # The best coefficient of a chunk: the exact answer of its keys.
+    # The optimal coefficient of a chunk is the exact output over its keys.
     expected = []
     for t in range(24):
         weights, values = [], []

@@ -33,7 +33,7 @@ def test_hyper_attention_against_a_loop():
     rank_q, rank_k = ([gray[tuple(row)] for row in (np.asarray(x) @ planes > 0).astype(int)] for x in (q, k))
     order_q = sorted(range(20), key=lambda t: (rank_q[t], t))
     order_k = sorted(range(26), key=lambda j: (not kv_mask[j], rank_k[j], j))
-    # Of the 22 real keys each of three blocks meets eight, and the sample is one of their ranks.
+    # There are 22 real keys: each of three blocks sees eight, and the sample is over ranks of real keys.
     ranks = np.asarray(random_places(jnp.asarray(np.arange(26) < 22, jnp.float32), 5, key_sample))
     sampled = np.flatnonzero(kv_mask)[ranks]
     for place, t in enumerate(order_q):

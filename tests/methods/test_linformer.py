@@ -1,4 +1,4 @@
-"""Linformer against float64 loops, in the limits where it is attention, and as a causal model sees it."""
+"""Linformer against float64 loops, in the limits where it is attention, and in the causal form."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.references import brute_force, causal_mask, compiled, random_head
 
 CASES = {
     "linformer": Case(
-        # Segments that are pooled into slots are laid out for the length.
+        # The segments that are pooled into slots depend on the length.
         any_length=lambda length: {"projection_k": random_head(28, 6, length, length)[0]},
         changes={"projection_k": jnp.ones((3, 40)), "projection_v": jnp.ones((8, 40)), "renormalize": True},
         contexts={"renormalize": {"projection_k": jnp.ones((3, 40))}},
@@ -109,7 +109,7 @@ def test_pooling_lacks_the_counts_of_mean_pool():
     with_counts = mean_pool(q, k, v, num_landmarks=4)
     np.testing.assert_allclose(with_counts, brute_force(q, k, v)[0], atol=2e-6)
     assert np.abs(linformer(q, k, v, num_slots=4) - with_counts).max() > 1e-2
-    # Where all segments are equally long the counts cancel.
+    # If all segments have the same length, the counts cancel.
     np.testing.assert_allclose(linformer(q, k, v, num_slots=5), mean_pool(q, k, v, num_landmarks=5), atol=2e-6)
 
 

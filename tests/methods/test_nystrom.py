@@ -77,7 +77,7 @@ INVERT = {
 
 
 def nystrom_by_loop(q, k, v, num_landmarks, invert, q_real=None, k_real=None):
-    """The formula with means taken token by token, of real tokens."""
+    """The formula in a loop, with means over real tokens."""
     q, k = scaled(q, k)
     q_own, k_own = (x if real is None else x[np.asarray(real)] for x, real in ((q, q_real), (k, k_real)))
     v = v if k_real is None else v[np.asarray(k_real)]
@@ -252,7 +252,7 @@ def test_skyformer_is_its_formula():
 
 def test_skyformer_draws_every_row_alike():
     q, k, _ = head(15, 4, 6)
-    # With one landmark x the implied weights of key j are in proportion to kappa(x, k_j), which tells x.
+    # With one landmark x the implied weight of key j is proportional to kappa(x, k_j), which identifies x.
     weights = jax.jit(jax.vmap(lambda key: implied_row(q, k, key)))(jax.random.split(jax.random.key(0), 2000))
     tokens = np.concatenate(list(scaled(q, k)))
     kernel = np.exp(-np.sum((tokens[:, None] - tokens[None, 4:]) ** 2, axis=-1) / 2)
@@ -274,7 +274,7 @@ def test_skyformer_draws_no_padding(num_queries):
     function = functools.partial(skyformer, num_landmarks=5, ridge=1e-6)
     noise = jnp.arange(8.0)
     if num_queries == 12:
-        # The largest priorities are those of padding, of queries and of keys.
+        # The largest priorities are those of padding, among both queries and keys.
         noise = jnp.concatenate([noise, jnp.full(4, 100.0), jnp.arange(8.0) + 0.5, jnp.full(4, 100.0)])
         removed = jnp.concatenate([noise[:8], noise[12:20]])
         soiled = q.at[8:].set(jnp.nan)
@@ -294,7 +294,7 @@ def test_skyformer_with_more_landmarks_than_real_rows():
 def test_skyformer_does_not_feel_a_common_shift():
     q, k, v = (x.astype(jnp.float32) for x in head(18))
     function = functools.partial(skyformer, v=v, key=jax.random.key(0), num_landmarks=8)
-    # Multiples of 1/4 move without rounding.
+    # Multiples of 1/4 are shifted without rounding.
     q, k = (jnp.round(4 * x) / 4 for x in (q, k))
     np.testing.assert_allclose(function(q + 1024, k + 1024), function(q, k), atol=1e-4)
 
@@ -365,7 +365,7 @@ METHODS = {
         for name, options in INVERSES.items()
         if name != "svd"
     },
-    # The derivative of an inverse that cuts is exact only where all that is cut is 0.
+    # The derivative of a truncated inverse is exact only if the truncated part is 0.
     "pseudo-inverse": functools.partial(approx_attention.nystrom, num_landmarks=5, inverse="svd", rcond=1e-10),
     "skyformer": functools.partial(approx_attention.skyformer, key=jax.random.key(0), num_landmarks=9),
     "svd": functools.partial(approx_attention.svd, rank=5),
@@ -445,7 +445,7 @@ def test_bad_arguments_are_refused(function, arguments, message):
 
 
 def test_an_unknown_inverse_is_refused():
-    # Past the types, which only tests check.
+    # Users have no checks of annotations, so the function must check the value.
     with pytest.raises(ValueError, match=r"inverse must be one of iterations, ridge, svd; got 'rigde'; did you mean"):
         inspect.unwrap(approx_attention.nystrom)(*head(26), inverse="rigde")
 

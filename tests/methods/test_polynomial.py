@@ -1,4 +1,4 @@
-"""The polynomial method of order two, made small; tests/tensor tests it with that of other orders."""
+"""The case of the polynomial method of order two; tests/tensor tests it with the other orders."""
 
 from approx_attention.tensor import total_degree
 from tests.methods.case import Case

@@ -10,7 +10,7 @@ from tests.methods.case import Case
 from tests.references import random_head
 
 CASES = {
-    # As many segments as there are keys, and so what one device has.
+    # At least as many segments as keys, so that the output equals that of one device.
     "mean_pool": Case(fast=True, devices={"num_landmarks": 64, "block_size": 4}),
 }
 
@@ -36,6 +36,6 @@ def test_running_segments_cover_the_prefix_evenly(num_landmarks, block_size):
                 np.testing.assert_allclose(
                     summary.value_sum[c], np.sum(v[c * length : c * length + size], axis=0), atol=1e-5
                 )
-    # No coarser than it must be: half the length would not fit.
+    # Segments are as short as possible: segments of half the length would not fit.
     first = -(-block_size // num_landmarks)
     assert length == first or num_landmarks * length < 2 * stop

@@ -1,4 +1,4 @@
-"""Priority attention against a transcription in float64, its sums over many draws, and its law of errors."""
+"""Priority attention against a transcription in float64, means over many samples, and its law of errors."""
 
 import functools
 
@@ -29,14 +29,14 @@ CASES = {
     "priority": Case(
         diagonal_size=14,
         changes={"noise": jnp.linspace(0.01, 1, 40)},
-        # The threshold and the choice have no gradient; with all keys there are none.
+        # The threshold and the choice have no gradient; if all keys are chosen, there is neither.
         smooth={"keys_per_query": 15},
-        # More keys than there are, and so what one device has.
+        # More than all keys, so that the output equals that of one device.
         devices={"keys_per_query": 64, "block_size": 4},
     ),
     "lsh_priority": Case(
         diagonal_size=14,
-        # The number of buckets is laid out for the length.
+        # The number of buckets depends on the length.
         any_length=lambda length: {"num_hashes": 1},
         changes={
             "num_rounds": 1,
@@ -44,7 +44,7 @@ CASES = {
             "projection": jnp.ones((1, 2, 8)),
             "noise": jnp.linspace(0.01, 1, 40),
         },
-        # A causal query looks at a whole block of 64 keys, and every query at several times K keys of large lifts.
+        # A causal query considers a whole block of 64 keys, and every query several times K keys of large lift.
         changes_are_causal=False,
         contexts={argument: {"keys_per_query": 2} for argument in ("num_rounds", "num_hashes", "projection")},
         smooth={"keys_per_query": 15},
@@ -56,9 +56,9 @@ priority, lsh_priority, top_k = compiled(priority, lsh_priority, top_k)
 
 
 def transcribed(q, k, v, u, count, mask, near=False, scale=None):
-    """Numerator, normaliser, and the factors of all weights (0 of keys not chosen), one query after the other.
+    """Numerator, normaliser, and the factors of all weights (0 for keys not chosen), query by query.
 
-    Keys that are near are exact, and the sample is of the others.
+    Near keys are exact, and only the others are sampled.
     """
     q, k, v, u = (np.asarray(x, np.float64) for x in (q, k, v, u))
     weights = np.exp(q @ k.T * (1 / np.sqrt(q.shape[1]) if scale is None else scale))
@@ -76,7 +76,7 @@ def transcribed(q, k, v, u, count, mask, near=False, scale=None):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64):
-    # Longer than a block of keys, with padding of NaN. Causally queries in padding see nothing.
+    # Longer than a block of keys, with NaN in the padding. In the causal form, queries in padding see nothing.
     num_queries, num_keys, count, block_size = 60, 1100, 7, 4
     q, k, v = (np.asarray(x) for x in random_head(0, num_queries, num_keys, 8, 5, jnp.float64))
     u = np.random.default_rng(1).random(num_keys)
@@ -84,7 +84,7 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
     mask, near = np.broadcast_to(kv_mask, (num_queries, num_keys)), np.zeros(1, bool)
     if is_causal:
         mask = mask & causal_mask(num_queries, num_keys) & kv_mask[:num_queries, None]
-        # Of the real tokens the block of the query, and the one before it.
+        # Near keys: the real tokens of the query's block and of the one before it.
         block = (np.cumsum(kv_mask) - 1) // block_size
         near = block[None, :] >= block[:num_queries, None] - 1
     soiled = (np.where(kv_mask[:, None], x, np.nan) for x in (k, v))
@@ -104,7 +104,7 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
     sums, gradients = jax.jit(program)(*map(jnp.asarray, (q, *soiled)))
     numerator, normaliser, factors = transcribed(q, k, v, u, count, mask, near)
     np.testing.assert_allclose(sums, np.column_stack([numerator, normaliser]), rtol=1e-12, atol=1e-12)
-    assert (normaliser == 0).any() == is_causal  # the query that sees padding alone
+    assert (normaliser == 0).any() == is_causal  # the query that sees only padding
 
     # Gradients are those of the sums with constant factors.
     estimates = factors * np.exp(q @ k.T / np.sqrt(8))
@@ -132,7 +132,7 @@ NUM_DRAWS = 3000
 
 @pytest.mark.parametrize(("method", "count"), [(priority, 6), (lsh_priority, 9)], ids=["exactly", "by hashing"])
 def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64, method, count):
-    # The draws are those of the method, so this tests its uniform numbers too. With 9 keys hashing looks at all.
+    # The method draws its uniform numbers, so they are tested too. With K = 9, hashing considers all keys.
     num_keys = 40
     q, k, v = random_head(4, 3, num_keys, 4, 2, jnp.float64, spread=1.5)
 
@@ -153,7 +153,7 @@ def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64, method,
     for estimates, truth in zip(draws, truths, strict=True):
         deviation = np.std(estimates, axis=0) / np.sqrt(NUM_DRAWS)
         assert np.all(np.abs(np.mean(estimates, axis=0) - truth) < 4.5 * deviation)
-        # The test can fail: a bias of a tenth would be seen.
+        # The test is sensitive: a bias of 10% would be seen.
         assert np.all(deviation < 0.02 * np.abs(truth).max())
     assert np.all(np.var(draws[0], axis=0) < mass**2 / (count - 1))
     greatest = np.square(v).sum(1).max()
@@ -161,7 +161,7 @@ def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64, method,
 
 
 def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
-    # Keys are values, so that those of the largest logits are not like the others.
+    # Values equal keys, so that the values of the keys with the largest logits differ from the others.
     q, k, _ = random_head(6, 32, 4096, 16)
 
     def errors(count, length):
@@ -175,7 +175,7 @@ def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
     (few, few_best), (many, _), (short, short_best) = errors(32, 4096), errors(128, 4096), errors(32, 512)
     assert 1.7 < few / many < 2.4
     assert 0.8 < few / short < 1.25
-    # The largest logits hold a share of the weight that falls with the length.
+    # The share of the weight that the largest logits hold falls with the length.
     assert few_best > 1.4 * short_best
     assert few_best > 2 * few
 
@@ -186,7 +186,7 @@ def test_a_head_of_the_shipped_sample_whose_weights_are_spread():
 
     @functools.partial(jax.jit, static_argnames="method")
     def last(method, *tensors, **options):
-        """Some of the last queries by themselves, each over the keys up to its place: of a block no key is exact."""
+        """Some of the last queries one by one, each over the keys up to its position, none exact by its block."""
         one = functools.partial(method.__wrapped__, keys_per_query=64, **options)
         return jax.vmap(lambda q, k, v, seen: one(q[None], k, v, kv_mask=seen)[0], (0, None, None, 0))(*tensors, seen)
 
@@ -204,7 +204,7 @@ def test_the_number_of_a_key_follows_from_its_place_alone():
     q, k, v = random_head(7, 5, 30)
     call = functools.partial(priority, keys_per_query=4)
     whole = call(q, k, v, KEY)
-    # Behind the keys, between them, and before them, padding changes nothing.
+    # Padding after, between or before the keys changes nothing.
     for kv_mask in (np.arange(41) < 30, np.arange(41) % 4 != 3, np.arange(41) > 10):
         places = np.flatnonzero(kv_mask)[:30]
         longer = [np.full((41, 8), np.nan, np.float32) for _ in range(2)]
@@ -212,7 +212,7 @@ def test_the_number_of_a_key_follows_from_its_place_alone():
             padded[places] = x
         real = np.isin(np.arange(41), places)
         np.testing.assert_allclose(call(q, *map(jnp.asarray, longer), KEY, kv_mask=jnp.asarray(real)), whole, atol=1e-6)
-    # A prefix of the keys has the numbers of the whole: causally both are the same.
+    # A prefix of the keys uses the numbers of the whole sequence, so that causal outputs agree.
     x = random_head(8, 30, 30)
     causal = [call(*(y[:length] for y in x), KEY, is_causal=True, block_size=3) for length in (30, 17)]
     np.testing.assert_allclose(causal[0][:17], causal[1], atol=1e-6)
@@ -220,7 +220,7 @@ def test_the_number_of_a_key_follows_from_its_place_alone():
 
 @pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_cache_keeps_the_numbers_of_its_keys(shared):
-    # A number for each key that all heads share, given, or a fresh one for each head.
+    # A number for each key: given and shared by all heads, or sampled for each head.
     query, key, value = random_heads(10, 1, 16, 16, 4, 2)
     u = jnp.asarray(np.random.default_rng(11).uniform(size=16), jnp.float32)
     options = {"keys_per_query": 3, "block_size": 4, **({"noise": u} if shared else {})}
@@ -240,7 +240,7 @@ def test_a_prefix_that_is_too_long_gives_nan(limit):
     running = running_priority(8, KEY, keys_per_query=2, **limit)
     decoder = Decoder(running=running, head_dim=8, value_dim=8, block_size=4)
     out, _ = jax.jit(decoder.prefill)(decoder.init(), *random_head(12, 24, 24))
-    # The third block comes into the sample where the fifth begins.
+    # The third block enters the sample at the start of the fifth.
     np.testing.assert_array_equal(np.isnan(out).all(axis=1), np.arange(24) >= 16)
 
 
@@ -249,7 +249,7 @@ def test_a_prefix_that_is_too_long_gives_nan(limit):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_hashing_samples_among_the_keys_that_a_query_looks_at(is_causal, x64):
-    # Without signs there is one bucket, of which a query meets the keys around its place, or the last ones.
+    # Without hash bits there is one bucket, in which a query sees the keys around its position, or the last ones.
     length, count = 200, 5
     q, k, v = (np.asarray(x) for x in random_head(13, length, length, 8, 5, jnp.float64))
     u, kv_mask = np.random.default_rng(14).random(length), np.arange(length) % 7 != 2
@@ -285,7 +285,7 @@ def test_hashing_finds_most_keys_where_logits_are_small_and_errs_less_than_its_l
 
     by_hashing, exactly = error(lsh_priority, 1), error(priority, 1)
     assert by_hashing < 1.2 * exactly
-    assert error(lsh_priority, 2.5) > 1.2 * error(priority, 2.5)  # where it misses keys, as documented
+    assert error(lsh_priority, 2.5) > 1.2 * error(priority, 2.5)  # it misses keys, as documented
     assert error(lsh_top_k, 1) > 1.5 * by_hashing
 
 

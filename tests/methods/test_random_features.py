@@ -1,4 +1,4 @@
-"""FAVOR+, made small; tests/core tests its features and its causal form."""
+"""The case of FAVOR+; tests/core tests its features and its causal form."""
 
 import jax
 import jax.numpy as jnp

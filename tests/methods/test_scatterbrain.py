@@ -32,7 +32,7 @@ def support(num_queries, num_keys, window_size):
 
 def mixed_matrix(q, k, v, projection, window_size, *, seen=None):
     """Outputs and log-normalisers of phi phi^T off the support and exp on it, in float64."""
-    # The scale goes in halves into queries and keys.
+    # The scale is split equally between queries and keys.
     q, k = (np.asarray(x, np.float64) / x.shape[1] ** 0.25 for x in (q, k))
     projection, v = np.asarray(projection, np.float64), np.asarray(v, np.float64)
     log_q, log_k = (x @ projection.T - np.sum(x * x, 1, keepdims=True) / 2 for x in (q, k))
@@ -60,7 +60,7 @@ def test_the_matrix_as_it_is_defined(num_queries, num_keys, window_size, is_caus
 
 
 def test_in_float64_and_beyond_one_batch_of_blocks(x64):
-    # 1100 blocks of one token are more than are taken together.
+    # 1100 blocks of one token are more than one step processes.
     q, k, v = random_head(1, 1100, 1100, 8, 2, jnp.float64)
     projection = PROJECTION.astype(jnp.float64)
     out = jax.jit(functools.partial(scatterbrain, projection=projection, window_size=1))(q, k, v)
@@ -68,7 +68,7 @@ def test_in_float64_and_beyond_one_batch_of_blocks(x64):
 
 
 def test_no_weight_is_lost_to_features_that_are_far_too_large():
-    # The estimates on the support exceed the exact weights by e^190: a difference would leave nothing of them.
+    # The estimates on the support exceed the exact weights by e^190: a subtraction would leave no digit of them.
     q, _, v = random_head(2, 24, 24)
     first = np.eye(1, 8, dtype=np.float32)
     q = np.where(first > 0, np.float32(-0.01), np.float32(0.1) * np.asarray(q))
@@ -115,7 +115,7 @@ def test_numerator_and_normalizer_are_unbiased():
         standard_error = np.std(estimates, axis=0) / math.sqrt(num_draws)
         assert np.all(standard_error > 0)
         assert np.all(np.abs(np.mean(estimates, axis=0) - truth) < 4.5 * standard_error)
-        # The test can fail: a bias of a tenth would be seen.
+        # The test is sensitive: a bias of 10% would be seen.
         assert np.all(standard_error < 0.02 * np.abs(truth).max())
 
 
@@ -144,7 +144,7 @@ def test_nothing_to_see(is_causal):
     out, gradients = out_and_gradients(np.zeros(19, bool))
     for x in (out, *gradients):
         np.testing.assert_array_equal(x, 0)
-    # One key only: rows far from it see no neighbour, rows near it no moments.
+    # One key only: rows far from it have no neighbour, rows near it no moments.
     out, gradients = out_and_gradients(np.arange(19) == 9)
     chex.assert_tree_all_finite((out, gradients))
     sees = np.arange(19) >= 9 if is_causal else np.ones(19, bool)
@@ -165,7 +165,7 @@ def test_a_later_token_changes_nothing_before_it():
 
 
 def test_sparse_serves_low_temperature_and_low_rank_high():
-    # Tokens that stand for themselves: the sharper, the more weight on the own token.
+    # Queries equal keys: the sharper the softmax, the more weight is on the diagonal.
     x, v = (jnp.asarray(np.random.default_rng(i).normal(size=(128, 16)), jnp.float32) for i in range(2))
     keys = jax.random.split(jax.random.key(5), 8)
     truths = [(s, brute_force(x, x, v, scale=s)[0]) for s in (0.5, 0.25, 0.003)]
@@ -180,7 +180,7 @@ def test_sparse_serves_low_temperature_and_low_rank_high():
 
     both = errors(scatterbrain, window_size=8, num_features=64)
     low_rank = errors(favor, num_features=64)
-    # Four blocks of eight for the baseline, three for the support.
+    # A query of the baseline sees four blocks of eight, one of the support three.
     sparse = errors(local, window_size=16)
     assert both[0] < 0.6 * low_rank[0]
     assert both[1] < 0.8 * min(low_rank[1], sparse[1])

@@ -1,4 +1,4 @@
-"""The oracle of Linformer's theorem, and samples of keys by their odds."""
+"""The oracle of Linformer's theorem, and weighted samples of keys."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def matrix_of(sketch, num_rows):
 
 CASES = {
     "unreduced_jlt": Case(changes={"sketch": "gaussian", "centred": False}),
-    # The odds are constants to derivatives.
+    # Derivatives treat the odds as constants.
     "importance_sample": Case(unseen="kv", changes={"odds": "uniform"}, smooth={"odds": "uniform"}),
 }
 
@@ -83,7 +83,7 @@ def test_the_construction_of_the_proof_answers_every_query_alike():
     (wide, _), (narrow, error) = spread(1e-2), spread(1e-3)
     assert narrow == pytest.approx(wide / 10, rel=0.05)
     assert narrow < 0.01
-    # It is further from attention than the mean of the values, which asks for nothing.
+    # The error is larger than that of the mean of the values, which needs no keys.
     assert error > np.linalg.norm(np.asarray(v).mean(0) - expected) / np.linalg.norm(expected)
 
 

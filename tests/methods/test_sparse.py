@@ -32,7 +32,7 @@ CASES = {
     "bigbird": Case(
         size=within_block,
         changes={"num_window_blocks": 1, "num_global_blocks": 0, "blocks": jnp.zeros((10, 1), jnp.int32)},
-        # More random blocks would leave none to choose.
+        # With more random blocks there would be no choice.
         contexts={
             argument: {"num_random_blocks": 1}
             for argument in ("num_window_blocks", "num_global_blocks", "block_size", "blocks")
@@ -43,7 +43,7 @@ CASES = {
     "lsh_top_k": Case(
         diagonal_size=14,
         unseen="kv",
-        # The number of buckets is laid out for the length.
+        # The number of buckets depends on the length.
         any_length=lambda length: {"num_hashes": 1},
         changes={"num_rounds": 1, "num_hashes": 1, "projection": jnp.ones((1, 2, 8))},
     ),
@@ -66,14 +66,14 @@ every_pattern = pytest.mark.parametrize("kind", PATTERNS)
 
 
 def support(pattern):
-    """What a pattern sees, from its indices."""
+    """The mask of a pattern, from its indices."""
     valid, seen = np.asarray(pattern.valid), np.zeros((pattern.num_queries, pattern.num_keys), bool)
     seen[np.nonzero(valid)[0], np.asarray(pattern.indices)[valid]] = True
     return seen
 
 
 def padded(pattern, keys_per_row):
-    """The same pattern with more padding, so that all patterns of a length are arguments of one program."""
+    """The same pattern with more padding, so that all patterns of one length share a program."""
     pad = [(0, 0), (0, keys_per_row - pattern.keys_per_row)]
     indices, valid = np.pad(pattern.indices, pad), np.pad(pattern.valid, pad)
     log_weights = np.pad(pattern.log_weights, pad, constant_values=-np.inf)
@@ -81,7 +81,7 @@ def padded(pattern, keys_per_row):
 
 
 def blocks_of(num_queries, num_keys, block_size, share, seed=0):
-    """A map of random blocks, the diagonal among them."""
+    """A map of random blocks that includes the diagonal."""
     shape = -(-num_queries // block_size), -(-num_keys // block_size)
     visited = (np.random.default_rng(seed).random(shape) < share) | np.eye(*shape, dtype=bool)
     return BlockMap.from_blocks(visited, block_size=block_size, num_queries=num_queries, num_keys=num_keys)
@@ -101,7 +101,7 @@ def test_both_forms_equal_the_dense_mask_in_values_and_gradients(kind, is_causal
     soiled = tuple(np.where(kv_mask[:, None], x, np.float32(np.nan)) for x in (k, v))
     out, lse = brute_force(q, k, v, mask=mask)
     dense = gradients_of_exact(q, k, v, mask, weight)
-    # A pattern that is known is run as one of both forms, which sees the same.
+    # A concrete pattern runs in one of the two forms, with the same mask.
     chosen = sparse._cheaper(pattern, is_causal)
     seen = chosen.to_mask() if isinstance(chosen, BlockMap) else support(chosen)
     np.testing.assert_array_equal(seen & kv_mask & (causal_mask(LENGTH, LENGTH) | (not is_causal)), mask)
@@ -130,7 +130,7 @@ def state_and_gradients(q, k, v, kv_mask, weight, *, pattern, is_causal):
     return state, pull(type(state)(weight, jnp.zeros(LENGTH)))
 
 
-# As an argument a pattern is gathered.
+# A pattern that is traced is gathered.
 as_an_argument = jax.jit(state_and_gradients, static_argnames="is_causal")
 
 
@@ -158,7 +158,7 @@ def test_in_float64_other_lengths_and_rows_that_see_nothing(x64):
 
 
 def test_rows_of_many_blocks_are_merged_by_steps():
-    # One row of blocks is longer than a step of 2048 keys and no multiple of it, the others have two lengths.
+    # One row of blocks is longer than a step of 2048 keys and no multiple of it; the others have two lengths.
     q, k, v = random_head(3, 96, 5000, 4, 3)
     visited = np.zeros((3, 157), bool)
     visited[0], visited[1, [3, 156]], visited[2, :40] = True, True, True
@@ -191,7 +191,7 @@ def test_lists_that_are_known_only_at_run_time():
 
 
 def test_nothing_outside_the_support_is_read():
-    # NaN where no query looks, in blocks that are not visited and in keys that are not gathered.
+    # NaN where no query attends: in blocks that are not visited, and in keys that are not gathered.
     q, k, v = random_head(5, 24, 24)
     pattern = SparsePattern.from_dense(np.tile(np.arange(24) % 3 == 0, (24, 1)) & (np.arange(24) < 12)[None])
     k, v = (np.array(x) for x in (k, v))
@@ -264,7 +264,7 @@ def test_the_cheaper_form_is_chosen(monkeypatch):
 
 
 def test_what_a_causal_head_does_not_see_is_not_gathered():
-    # A global token at the start sees every key, and none but itself causally.
+    # A global token at the start sees every key, but only itself in the causal form.
     pattern = SparsePattern.banded(512, [-1, 0]).with_global([0])
     assert pattern.keys_per_row == 512
     chosen = sparse._cheaper(pattern, True)
@@ -333,7 +333,7 @@ def test_what_is_refused():
         lsh_top_k(q, k, v, jax.random.key(0), num_hashes=40)
 
 
-# patterns in use
+# methods with fixed and random patterns
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def best_mask(q, k, count, is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_top_k_equals_brute_force(is_causal):
-    # Longer than a block of keys, so that the best of two are merged.
+    # Longer than a block of keys, so that the best keys of two blocks are merged.
     q, k, v = random_head(12, 70, 1500)
     for count in (1, 7):
         function = jax.jit(functools.partial(top_k, keys_per_query=count, is_causal=is_causal, return_state=True))
@@ -442,7 +442,7 @@ def test_top_k_leaves_out_the_least_weight():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
-    # With one round and wide buckets, the candidates are those of two buckets: their best are known.
+    # With one round and wide buckets the candidates are the keys of two buckets, whose best are known.
     kv_mask, tokens = np.arange(47) % 7 != 2, random_head(15, 47, 47)
     q, k, v = (np.asarray(x)[kv_mask] for x in tokens)
     planes = np.random.default_rng(1).normal(size=(1, 3, 8)).astype(np.float32)
@@ -451,12 +451,12 @@ def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
     neighbour = bucket_q ^ np.array([1, 2, 4])[np.argmin(np.abs(side_q), axis=1)]
     met = (bucket_q[:, None] == bucket_k[None]) | (neighbour[:, None] == bucket_k[None])
     met &= causal_mask(40, 40) if is_causal else True
-    # Whoever meets no key sees the one at its place: the first queries do, where there are few keys before them.
+    # A query without candidates sees the key at its position, such as the first queries in the causal form.
     alone = np.eye(40, dtype=bool)
     assert not is_causal or not met.any(1).all()
     met = np.where(met.any(1)[:, None], met, alone)
     options = {"is_causal": is_causal, "kv_mask": jnp.asarray(kv_mask), "keys_per_query": 39}
-    for rounds in (1, 3):  # the same round again finds nothing new
+    for rounds in (1, 3):  # repeating a round finds nothing new
         out = np.asarray(lsh_top_k(*tokens, projection=jnp.asarray(np.tile(planes, (rounds, 1, 1))), **options))
         np.testing.assert_allclose(out[kv_mask], brute_force(q, k, v, mask=met)[0], atol=2e-6)
     # A narrow bucket gives the last keys before the query, or those around it.

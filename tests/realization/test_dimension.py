@@ -1,4 +1,4 @@
-"""How many channels patterns need: searches, bounds from both sides, and the decision for one."""
+"""The number of channels that patterns need: searches, bounds from both sides, and the decision for one channel."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ def test_least_squares_fail_as_often_as_the_bound_says(d, measured):
     bound = failure_bound(64, 2, d)
     rate = failures("ls", d, 64, 2, 300)
     assert rate <= bound + 3 * math.sqrt(bound * (1 - bound) / 300)
-    # And the bound is not idle: half of it is reached.
+    # The bound is not loose: at least half of it is reached.
     assert rate >= 0.5 * bound - 3 * math.sqrt(bound * (1 - bound) / 300)
     assert abs(rate - measured) < 4 * math.sqrt(2 * measured * (1 - measured) / 300)
 
@@ -65,7 +65,7 @@ def test_least_squares_bounds_where_they_are_hardest():
     for kind in ("least_squares", "least_squares_exact"):
         # A row that sees every key still has to be interpolated.
         assert dimension_bound(8, 8, 0.1, 0.1, kind=kind).dim == 8
-    # With hardly any gap above what is asked for, tails of a billion degrees of freedom are summed.
+    # With almost no slack in the gap, tails of a billion degrees of freedom are summed.
     gap, tau = math.log(10), math.log(10) + 1e-3
     closed, exact_dim = (
         dimension_bound(1024, 4, 0.1, 0.1, kind=kind, tau=tau).dim for kind in ("least_squares", "least_squares_exact")
@@ -111,7 +111,7 @@ def test_the_search_finds_what_draws_need():
     assert again.per_trial == found.per_trial[:1]
     hopeless = minimal_dimension(permutation, 0.1, 0.1, key=KEY, trials=1, max_dim=4)
     assert hopeless.dim == math.inf
-    # Interpolation starts at as many channels as keys a row, which may be too many.
+    # Interpolation starts with one channel per key of a row, which may exceed the limit.
     full = SparsePattern.from_dense(np.ones((4, 4), np.float32))
     assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=3).dim == math.inf
     assert minimal_dimension(full, 0.1, 0.1, key=KEY, trials=1, max_dim=4).dim == 4

@@ -1,4 +1,4 @@
-"""The lower bound on channels lies below every head, causal ones with huge hidden logits too."""
+"""The lower bound on channels holds for every head, also for causal heads with huge hidden logits."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_the_causal_identity_needs_one_channel_whatever_its_length(num_tokens, b
     np.testing.assert_allclose(certificate.logit_absmax, largest * base ** (num_tokens - 1), rtol=1e-5)
     np.testing.assert_allclose(certificate.rho * certificate.visible_logit_absmax, -certificate.log_eps1, rtol=1e-5)
     assert lower(certificate, pattern).dim == 1
-    # What one channel does for a causal head it does not for one that sees all keys.
+    # One channel is enough for the causal head, but not for one that sees all keys.
     assert not realizable_in_one_dimension(pattern)
     assert not bool(certify(*arrays, pattern, eps1=0.1, eps2=0.1).ok)
 
@@ -62,7 +62,7 @@ def test_no_head_has_fewer_channels_than_the_bound(d, is_causal):
         order = np.arange(n)[:, None]
         queries = random.normal(size=(n, d)) * 2.0 ** (-steepness * order) * 10
         keys = random.normal(size=(n, d)) * 2.0 ** (steepness * order)
-        # The keys that the head itself weighs most are its pattern.
+        # The pattern: the keys to which the head gives most weight.
         logits = np.where(causal_mask(n, n) | (not is_causal), queries @ keys.T, -np.inf)
         rows = [np.argsort(-row)[: min(width, np.isfinite(row).sum())].tolist() for row in logits]
         pattern = SparsePattern.from_indices(rows, num_keys=n)

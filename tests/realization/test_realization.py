@@ -19,7 +19,7 @@ RANDOM_METHODS = ("projection", "orthogonal", "balanced", "ls", "wls", "max_marg
 
 
 def padded(pattern, keys_per_row=5):
-    """The same pattern with more padding: patterns of one shape are arguments of one program."""
+    """The same pattern with more padding, so that patterns of one shape share a program."""
     pad = [(0, 0), (0, keys_per_row - pattern.indices.shape[1])]
     log_weights = np.pad(pattern.log_weights, pad, constant_values=-np.inf)
     return SparsePattern(np.pad(pattern.indices, pad), log_weights, np.pad(pattern.valid, pad), pattern.num_keys)
@@ -159,7 +159,7 @@ def test_the_order_of_tokens_and_constants_of_rows_do_not_matter():
     shifted = certify(*map(jnp.asarray, arrays), scaled)
     for other in (permuted, shifted):
         np.testing.assert_allclose(np.stack(other[:5]), np.stack(realized.certificate[:5]), rtol=1e-4, atol=2e-5)
-    # A channel that adds a constant to each row of logits leaves attention as it is.
+    # A channel that adds a constant to each row of logits leaves attention unchanged.
     inputs = np.concatenate([inputs, 10 * shifts, np.ones_like(shifts)], axis=1)
     w_q, w_k = (math.sqrt(math.sqrt(23 / 22)) * np.pad(w, [(0, 2), (0, 1)]) for w in (w_q, w_k))
     w_q[44, 22] = w_k[45, 22] = (23 / 22) ** 0.25
@@ -281,14 +281,14 @@ def test_every_kind_of_pattern_is_realised(name):
     assert bool(realized.certificate.ok)
     expected = by_definition(logits_of(realized), dense_of(pattern), is_causal)
     np.testing.assert_allclose(np.stack(realized.certificate[:5]), expected, rtol=1e-3, atol=1e-4)
-    # Attention itself has the pattern, and answers as it does.
+    # Attention with these inputs realises the pattern, and its outputs are close.
     inputs, w_q, w_k = map(np.asarray, realized[:3])
     values = np.random.default_rng(5).normal(size=(N, 3)).astype(np.float32)
     answer = compiled(exact)(*map(jnp.asarray, (inputs @ w_q, inputs @ w_k, values)), is_causal=is_causal)
     error = np.max(np.abs(answer - dense_of(pattern) @ values))
     bound = 2 * float(realized.certificate.max_row_tv) * np.max(np.abs(values))
     assert bound / 50 < error < bound + 1e-6
-    # The lower bound of every method lies below what was achieved.
+    # The lower bound for any method is below the achieved dimension.
     certificate = realized.certificate
     seen = dense_of(pattern) > 0
     columns = int(seen.sum(0).max())
@@ -321,7 +321,7 @@ def test_a_row_that_sees_all_keys_has_no_zeros_to_keep_apart():
     assert float(realized.certificate.log_eps1) > -math.inf
 
 
-# what all patterns share, and draws
+# the projection that all patterns share, and retries
 
 
 def test_projections_are_the_same_for_every_pattern():
@@ -404,7 +404,7 @@ def test_fewer_channels_are_a_prefix_of_more():
         )
 
 
-# what is refused
+# errors
 
 
 @pytest.mark.parametrize(

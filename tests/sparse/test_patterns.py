@@ -1,4 +1,4 @@
-"""Sparse patterns against their matrices: what constructors see, what unions and restrictions keep."""
+"""Sparse patterns against their matrices: constructors, unions and restrictions."""
 
 import functools
 

@@ -58,7 +58,7 @@ FEATURES = functools.partial(summarize_favor, projection=PROJECTION)
 
 def mixed_matrix(q, k, v, mask, seen=None):
     """Outputs and log-normalisers of products of features off the support and exponentials on it, in float64."""
-    # The scale goes in halves into queries and keys.
+    # The scale is split equally between queries and keys.
     q, k = (np.asarray(x, np.float64) / x.shape[1] ** 0.25 for x in (q, k))
     directions = np.asarray(PROJECTION, np.float64)
     log_q, log_k = (x @ directions.T - np.sum(x * x, 1, keepdims=True) / 2 for x in (q, k))
@@ -68,7 +68,7 @@ def mixed_matrix(q, k, v, mask, seen=None):
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_moments_of_the_blocks_that_are_not_seen(share):
-    # The diagonal alone leaves runs, which two scans serve; scattered blocks do not.
+    # The diagonal alone leaves contiguous runs, which two scans sum; scattered blocks do not.
     q, k, v = random_head(20, LENGTH, LENGTH)
     blocks = blocks_of(LENGTH, LENGTH, 4, share)
     for is_causal in (False, True):
@@ -124,7 +124,7 @@ def test_subtraction_of_any_moments_against_their_matrix(name, is_causal, x64):
         exactly = exactly | (places[None] // block_size >= places[:, None] // block_size - 1)
     seen = kv_mask & (causal_mask(LENGTH, LENGTH) if is_causal else True)
     near = is_causal & (places[None] // block_size >= places[:, None] // block_size - 1)
-    # Where moments or what is left of them have no positive sum, they do not answer.
+    # Moments without a positive sum, before or after the subtraction, give no output.
     sums = [np.where(seen & ~hidden, estimates, 0).sum(1) for hidden in (near, exactly)]
     answered = (sums[0] > 0) & (sums[1] > 0)
     assert answered.all() == (not is_causal)
@@ -199,7 +199,7 @@ def test_signed_masses_and_means_of_blocks():
     near_only = relative_error(jax.jit(functools.partial(sparse_attention, pattern=window))(q, k, v), truth)
     answers = [combined(summarize) for summarize in (signed, means)]
     assert all(relative_error(answer, truth) < 0.5 * near_only for answer in answers)
-    # Two means for a block, against the matrix: what stands for four keys counts four times.
+    # Two means per block, against the matrix: each mean stands for four keys and counts four times.
     pool = np.asarray(compiled(averaging_matrix)(64, 16, jnp.float32), np.float64)
     keys, values = np.concatenate([k, pool @ np.asarray(k)]), np.concatenate([v, pool @ np.asarray(v)])
     near = window.to_mask()
@@ -252,7 +252,7 @@ def _total(whole, part):
 @pytest.mark.parametrize("whole", [0.0, -math.inf])
 @pytest.mark.parametrize("part", [0.0, 1.0, 200.0])
 def test_what_is_not_there_has_no_derivative(whole, part):
-    # A part that seems larger than the whole, be it by rounding or by negative estimates.
+    # A part that exceeds the whole, by rounding or by negative estimates.
     value, slopes = _total(np.float32([whole]), np.float32([part]))
     assert float(value) == 0
     chex.assert_trees_all_equal(slopes, (np.zeros(1, np.float32), np.zeros(1, np.float32)))

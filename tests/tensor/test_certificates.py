@@ -1,4 +1,4 @@
-"""The certificates of the polynomial method hold, and its error falls below them."""
+"""The certificates of the polynomial method bound its error."""
 
 import math
 

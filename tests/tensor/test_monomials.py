@@ -163,7 +163,7 @@ def _answer(maps, y, values, coefficients, scale):
 
 
 def brute_answer(y, values, exponential):
-    """The same over every tuple of keys."""
+    """The same output from every tuple of keys."""
     weights = exponential(form(y)).reshape(y[0].shape[0], -1)
     products = np.asarray(values[0])
     for v in values[1:]:
@@ -254,7 +254,7 @@ def test_anisotropic_sets_are_closed_downward_and_certified(bounds):
         terms = np.prod(a[:, None] ** indices.exponents[None], axis=-1) / factorials
         errors = np.abs(np.exp(a.sum(1)) - terms.sum(1))
         assert errors.max() <= error
-        # It is reached where every channel is at its bound.
+        # The bound is reached if every channel is at its limit.
         assert error <= errors.max() + 1e-12 * math.exp(sum(bounds))
 
 

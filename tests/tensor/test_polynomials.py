@@ -1,4 +1,4 @@
-"""Polynomials in place of exp: their coefficients are those they are named after, and their certificates hold."""
+"""Polynomials that replace exp: coefficients have the properties of their names, and the certificates hold."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from approx_attention.tensor import (
 
 KINDS = get_args(Coefficients)
 
-# The least degrees whose weights are right to 1e-1, 1e-2, 1e-3, 1e-4 and 1e-6, by bound.
+# The least degrees at which weights have these relative errors, by bound on the logits.
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 LEAST_DEGREES = {
     "taylor": {
@@ -149,7 +149,7 @@ def test_the_range_of_the_ratio_is_that_of_a_fine_grid(coefficients, bound):
     rounding = 1e-13 * polynomial.polyval(bound, np.abs(coefficients)) * math.exp(bound)
     assert lo <= ratio.min() + rounding
     assert hi >= ratio.max() - rounding
-    # Two critical points may be nearer to each other than the grid is fine, but then the ratio is flat there.
+    # Two critical points may be closer than the spacing of the grid, but then the ratio is flat there.
     between = 1e-4 * polynomial.polyval(bound, np.abs(coefficients)) * math.exp(bound) * (1 + bound) ** 2
     assert ratio.min() - between <= lo <= hi <= ratio.max() + between
 

@@ -1,4 +1,4 @@
-"""The range of P e^-x is never claimed too narrow: short dips below zero beside ratios many orders larger are found."""
+"""The range of P e^-x is never too narrow: short dips below zero are found next to much larger ratios."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def test_every_kind_against_a_refined_grid_in_many_digits(kind, bound):
         least, greatest = extremes(coefficients, bound)
         assert lo <= least + 1e-14 * abs(least)
         assert hi >= greatest - 1e-14 * abs(greatest)
-        # And nothing is claimed too wide but where P is as good as 0.
+        # The range is too wide only where P is nearly 0.
         assert lo >= least - 1e-6 * abs(least) or (lo == 0 and least < 1e-14 * hi) or lo < 0
         assert hi == pytest.approx(greatest, rel=1e-6)
 
@@ -72,7 +72,7 @@ def test_no_bound_is_promised_where_a_polynomial_is_not_positive(kind, degree):
             assert lo <= 0
             assert weight_bound(lo, hi) == math.inf
         if kind == "taylor" and degree % 2 == 0:
-            assert lo > 0  # positive everywhere, and said to be
+            assert lo > 0  # positive everywhere, and reported as positive
 
 
 @pytest.mark.parametrize("bound", [1.0, 5.0, 10.0, 40.0, 100.0])
@@ -90,7 +90,7 @@ def test_planted_dips_are_found(bound):
             ]
         coefficients = np.array([float(c) for c in exact])
         lo, hi = ratio_range(coefficients, bound)
-        # Rounded coefficients may fill the dip: what counts is the polynomial that they are of.
+        # Rounded coefficients may fill the dip; the polynomial with the rounded coefficients counts.
         dip = min(value(coefficients, centre + shift * math.sqrt(depth)) for shift in (-0.5, 0.0, 0.5))
         if dip <= 0:
             assert lo <= 0, (bound, depth, factors)
@@ -116,7 +116,7 @@ def test_roots_that_only_touch_and_those_that_just_do_not():
     for root in (0.3, 1 / 3, math.pi):
         square = np.array([float(Fraction(root) ** 2), -2 * root, 1.0])
         assert ratio_range(square, 4.0)[0] <= max(float(value(square, root)), 0)
-        # Far enough from zero to tell, and as small as that is.
+        # Far enough from zero to be resolved, and still small.
         lifted = square + np.array([1e-10, 0, 0])
         lo, hi = ratio_range(lifted, 4.0)
         assert lo == pytest.approx(float(value(lifted, root)) * math.exp(-root), rel=1e-6)
@@ -134,5 +134,5 @@ def test_ratios_beyond_the_range_of_floats():
     assert weight_bound(lo, hi) == 1
     lo, hi = ratio_range([1.0, 0.0, 1e-300], 1000.0)
     assert (lo, hi) == (pytest.approx(0, abs=1e-300), math.inf)
-    lo, hi = ratio_range([1e200] * 30, 1000.0)  # its terms are beyond, the ratio at the end is not
+    lo, hi = ratio_range([1e200] * 30, 1000.0)  # its terms overflow, the ratio at the end does not
     assert lo == -math.inf

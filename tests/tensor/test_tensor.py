@@ -90,15 +90,15 @@ def test_identities(x64, method):
     q, (k, other), (v, w) = tensors(4, 9, (12, 7))
     one_key, one_value = jnp.ones_like(other), jnp.ones_like(w)
     whole = method(q, (k, other), (v, w), scale=0.5)
-    # A second set that says nothing leaves attention of order 2, times the mean of its values.
+    # A second set whose keys are all ones leaves attention of order 2, times the mean of its values.
     close(method(q, (k, one_key), (v, one_value), scale=0.5), method(q, (k,), (v,), scale=0.5))
     close(method(q, (k, one_key), (v, w), scale=0.5), method(q, k, v, scale=0.5) * jnp.mean(w, axis=0)[None])
-    # The sets are equal before the law, the order in each does not matter, and neither do copies.
+    # The order of the sets, and of the keys in each, does not matter, and neither do copies.
     close(method(q, (other, k), (w, v), scale=0.5), whole)
     close(method(q, (k[::-1], other), (v[::-1], w), scale=0.5), whole)
     close(method(q[::-1], (k, other), (v, w), scale=0.5), whole[::-1])
     close(method(q, (jnp.tile(k, (2, 1)), other), (jnp.tile(v, (2, 1)), w), scale=0.5), whole)
-    # What one factor gains in a channel, another may lose; and the scale may be negative.
+    # Scaling a channel of one factor, and another inversely, changes nothing; the scale may be negative.
     gauge = jnp.array([2.0, -1.0, 0.5, -3.0])[None]
     close(method(q * gauge, (k / gauge, other), (v, w), scale=0.5), whole)
     close(method(-q, (k, other), (v, w), scale=-0.5), whole)
@@ -120,7 +120,7 @@ def test_polynomials_of_degree_zero_and_of_even_degree(x64):
     q, keys, values = tensors(6, 8, (9, 7), spread=3.0)
     uniform = jnp.mean(values[0], axis=0) * jnp.mean(values[1], axis=0)
     close(compiled_polynomial(q, keys, values, degree=0), jnp.broadcast_to(uniform, (8, 3)))
-    for degree in (2, 4, 6):  # however large the logits
+    for degree in (2, 4, 6):  # for logits of any size
         assert np.all(np.isfinite(compiled_polynomial(q, keys, values, degree=degree, return_state=True).lse))
 
 
@@ -360,7 +360,7 @@ def test_strassen_attention_is_that_of_its_channels(x64):
         strassen_attention(f, (g, h), values, scale=math.inf)
     with pytest.raises(ValueError, match="strassen_channels needs two sets of keys, got 1"):
         strassen_channels(f, g)
-    # Where nothing is left of any pair the answer is NaN, not a number that looks like one.
+    # If cancellation leaves nothing of any pair, the output is NaN, not a wrong number.
     f, g, h = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[-5.0, 1.0], [5.0, -1.0]])
     values = jnp.ones((1, 1)), jnp.ones((2, 1))
     assert np.all(np.isnan(strassen(f, (g, h), values, scale=1e3)))
@@ -410,7 +410,7 @@ def test_kinds_of_coefficients_and_features(x64):
             bounds.tensor_certificate(q, keys, values, scale=0.5, **options)
     largest = [np.max(np.abs(x), axis=0) for x in (q, *keys)]
     indices, _ = anisotropic(tuple(0.5 * largest[0] * largest[1] * largest[2]), 35)
-    assert error(features=indices) < error(degree=3)  # which has as many features
+    assert error(features=indices) < error(degree=3)  # with as many features
     # A sketch of the highest degree alone, large enough to be near.
     maps = TensorSketch.draw(jax.random.key(0), 4096, 4, 3, order=3, exact_degree=2)
     assert error(features=maps) < 3 * error(degree=3)

@@ -57,7 +57,7 @@ def tree_tensors(seed, num_queries, num_keys, num_nodes, dtype=jnp.float64, spre
 
 
 def lifted(q, k, parents, node_queries):
-    """Queries and keys of tensor attention with the channels of each edge apart, 1 where a node has no part in it."""
+    """Queries and keys of the equivalent tensor attention: separate channels for each edge, 1 at nodes outside it."""
 
     def channels(x, node):
         own = [k[node] if node == child else node_queries[node] if node == parent else jnp.ones_like(x)
@@ -73,7 +73,7 @@ def lifted(q, k, parents, node_queries):
 def test_messages_are_the_sum_over_tuples(x64, parents, is_causal):
     num_queries, num_keys = (7, 5) if is_causal else (3, 6)
     q, k, v, u = tree_tensors(0, num_queries, num_keys, len(parents))
-    # The first keys of node 0 are hidden: causally the first queries see no tuple.
+    # The first keys of node 0 are hidden: in the causal form the first queries see no tuple.
     mask = (
         jnp.asarray(np.random.default_rng(1).random((len(parents), num_keys)) < 0.7).at[0].set(jnp.arange(num_keys) > 1)
     )
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_the_sum_over_tuples(x64, is_causal):
     cotangent = tensors(5, 5, (5,))[2][0]
 
     def by_tuples(q, k, v, u):
-        """The same sums in JAX."""
+        """The same sums in JAX, over all tuples."""
         place = jnp.indices((5,) * 4)
         asking, logits, seen = [q, *u], 0.0, jnp.ones((5,) * 4, bool)
         for node, parent in enumerate(parents):
@@ -153,7 +153,7 @@ APPROXIMATE = {
 
 @pytest.mark.parametrize(("method", "size"), APPROXIMATE.items())
 def test_methods_with_room_for_all_keys_are_exact(method, size):
-    """And FAVOR+, which never is, comes near. Padding holds NaN."""
+    """FAVOR+, which is never exact, comes near. Padding holds NaN."""
     q, k, v, _ = tree_tensors(6, 24, 24, 2, jnp.float32, spread=0.7)
     mask = jnp.arange(24) < 20
     k, v = (jnp.where(mask[None, :, None], x, jnp.nan) for x in (k, v))
@@ -175,7 +175,7 @@ def test_causal_forms_with_room_for_all_keys_are_exact(method):
 
 
 def test_errors_fall_with_the_size():
-    """A path of two edges over 512 keys that lie on a curve, in order: summaries of neighbours read few of them."""
+    """A path of two edges over 512 ordered keys on a curve, where a few means of neighbouring keys are accurate."""
     n = 512
     angle = jnp.linspace(0, 2 * jnp.pi, n, dtype=jnp.float32)
     curve = jnp.stack([jnp.cos(angle), jnp.sin(angle), jnp.cos(2 * angle), jnp.sin(2 * angle)], axis=1)
@@ -203,7 +203,7 @@ def test_summaries_make_no_array_of_all_pairs():
 
 
 def test_a_path_of_two_edges_composes_two_functions():
-    """With tokens (x, f(x)) and (y, g(y)), a cold path finds g(f(x)) in one layer."""
+    """With tokens (x, f(x)) and (y, g(y)), a path at low temperature finds g(f(x)) in one layer."""
     n = 16
     random = np.random.default_rng(8)
     f, g = random.permutation(n), random.integers(0, n, n)

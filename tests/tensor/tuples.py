@@ -10,7 +10,7 @@ import pytest
 from approx_attention import tensor_attention, tensor_polynomial
 
 NAMES = "jlpr"
-# Compiled once for all calls of one form: the loops of a call that is not are compiled again each time.
+# Compiled once for all calls of one form; without jit, loops are compiled again at every call.
 STATIC = ("is_causal", "window", "return_state")
 compiled_exact = jax.jit(tensor_attention, static_argnames=STATIC)
 compiled_polynomial = jax.jit(tensor_polynomial, static_argnames=(*STATIC, "degree"))

@@ -188,6 +188,12 @@ def chunk_means(
         Query means and key means, each ``[C, D]``. Chunks of a sequence are in order, those of an image row by row, or
         with ``exclude_local`` window by window and row by row within a window. If T != S the query means are as in
         `eva`.
+
+    Raises:
+        ValueError: sizes that do not fit each other, as in `eva`.
+
+    Reference:
+        :cite:p:`zheng2023efficient`, section 4.
     """
     sizes = Sizes(window_size, chunk_size, num_chunks, is_causal, exclude_local, overlap, spatial_shape).checked()
     q_mask = query_places(kv_mask, q.shape[0], is_causal)

@@ -88,6 +88,16 @@ def running_eva(
         pooling_vectors: as in `eva`.
         count_correction: as in `eva`.
         noise_scale: as in `eva`.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`.
+
+    Raises:
+        ValueError: counts below 1, an unknown noise scale; for the first block, a chunk size that does not divide it.
+        TypeError: pooling vectors that are not a tuple of floating-point arrays.
+
+    Reference:
+        :cite:p:`zheng2023efficient`, section 4; averaging neighbouring chunks is this library's.
     """
     head_dim, num_chunks = check_counts(head_dim=head_dim, num_chunks=num_chunks)
     chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
