@@ -246,6 +246,11 @@ def check_not_negative(name: str, x: Any) -> None:
     _check_values(name, x, ("finite and not negative", lambda x: (x >= 0) & (x < np.inf)))
 
 
+def check_share(name: str, x: Any) -> None:
+    """Raise unless the number or array ``x``, if concrete, is from 0 to 1."""
+    _check_values(name, x, ("from 0 to 1", lambda x: (x >= 0) & (x <= 1)))
+
+
 def check_finite(name: str, x: Any) -> None:
     """Raise unless the number or array ``x``, if concrete, is finite."""
     _check_values(name, x, ("finite", np.isfinite))
@@ -345,6 +350,13 @@ def as_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
 def keep_count(record: Any, name: str, least: int = 1) -> None:
     """Check a count in a frozen dataclass, and replace it by an int."""
     object.__setattr__(record, name, check_count(name, getattr(record, name), least))
+
+
+def keep_number(record: Any, name: str, check: Callable[[str, Any], None]) -> None:
+    """Check a number in a frozen dataclass, and replace it by a float: options of compiled programs are hashed."""
+    value = known_number(name, getattr(record, name))
+    check(name, value)
+    object.__setattr__(record, name, value)
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from approx_attention import kernels
-from approx_attention.core import WeightedKV, check_choice, check_number, check_positive, keep_count, squared_norm
+from approx_attention.core import (
+    WeightedKV,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_share,
+    keep_count,
+    keep_number,
+    known_number,
+    squared_norm,
+)
 from approx_attention.coresets.clustering import (
     cholesky_places,
     farthest_places,
@@ -122,6 +132,9 @@ class Stratified:
         sample: number of tokens from which normalisers are estimated.
         halving: the halving of the remaining tokens.
 
+    Raises:
+        ValueError: a share that is not from 0 to 1, an empty sample.
+
     Reference:
         :cite:p:`feldman2011unified`, for sensitivities; the combination with halving is this library's.
     """
@@ -131,6 +144,7 @@ class Stratified:
     halving: Halving = Halving()
 
     def __post_init__(self) -> None:
+        keep_number(self, "share", check_share)
         keep_count(self, "sample")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
@@ -251,12 +265,18 @@ class KMeansNystrom:
         ridge: added to the unit diagonal of the landmarks' kernel. From 1e-6 to 1e-3 errors in float32 agree to two
             digits with those in float64; the default is the largest of these.
 
+    Raises:
+        ValueError: a negative ridge.
+
     Reference:
         :cite:p:`wildcat2026`, for Nystrom weights, with other landmarks.
     """
 
     clusters: KMeansMerge = KMeansMerge()
     ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        keep_number(self, "ridge", check_not_negative)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
@@ -296,13 +316,12 @@ class Guarded:
     reads_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        keep_number(self, "ridge", check_positive)
         exponents = self.exponents if isinstance(self.exponents, Sequence) else (self.exponents,)
-        for name, x in (("ridge", self.ridge), *(("exponents", x) for x in exponents)):
-            check_number(name, x)
-            check_positive(name, x)
-        # Hashable, as required of options of compiled programs.
-        object.__setattr__(self, "exponents", tuple(float(x) for x in exponents))
-        object.__setattr__(self, "ridge", float(self.ridge))
+        exponents = tuple(known_number("exponents", x) for x in exponents)
+        for exponent in exponents:
+            check_positive("exponents", exponent)
+        object.__setattr__(self, "exponents", exponents)
 
     def __call__(
         self, tokens: WeightedKV, size: int, ratio: Array, key: Array, queries: Array | None = None

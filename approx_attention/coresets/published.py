@@ -10,9 +10,11 @@ from jax import Array, lax
 
 from approx_attention.core import (
     WeightedKV,
-    check_number,
+    check_not_negative,
     check_positive,
+    check_share,
     keep_count,
+    keep_number,
     out_of_blocks,
     pad_rows,
     require_scaled_space,
@@ -36,6 +38,11 @@ from approx_attention.coresets.halving import (
 from approx_attention.coresets.sampling import tokens_at
 
 
+def _check_probability(name: str, x: float) -> None:
+    check_positive(name, x)
+    check_share(name, x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Compress:
     """KH-Compress (Thinformer): halving in the order of the tokens, in doubling buckets, by randomised signs.
@@ -48,6 +55,9 @@ class Compress:
     """
 
     failure: float = 0.5
+
+    def __post_init__(self) -> None:
+        keep_number(self, "failure", _check_probability)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
@@ -95,7 +105,7 @@ class BalanceKV:
             algorithm sets them to 0.
 
     Raises:
-        ValueError: fewer than one octave, a gamma that is not positive; when called, a size below 2.
+        ValueError: fewer than one octave, a gamma or a probability that is not positive; when called, a size below 2.
 
     Reference:
         :cite:p:`han2025balancekv`.
@@ -106,10 +116,10 @@ class BalanceKV:
     octaves: int = 16
 
     def __post_init__(self) -> None:
+        keep_number(self, "failure", _check_probability)
         keep_count(self, "octaves")
         if self.gamma is not None:
-            check_number("gamma", self.gamma)
-            check_positive("gamma", self.gamma)
+            keep_number(self, "gamma", check_positive)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
@@ -190,7 +200,7 @@ class PivotedNystrom:
         bins: the number of parts of the sequence, each with an equal share of the pivots.
 
     Raises:
-        ValueError: fewer than one bin; when called, more bins than ``size``.
+        ValueError: a negative ridge, fewer than one bin; when called, more bins than ``size``.
 
     Reference:
         :cite:p:`wildcat2026`.
@@ -200,6 +210,7 @@ class PivotedNystrom:
     bins: int = 1
 
     def __post_init__(self) -> None:
+        keep_number(self, "ridge", check_not_negative)
         keep_count(self, "bins")
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
@@ -242,7 +253,7 @@ class SubGen:
         value_share: the share of the coreset for the s samples of values.
 
     Raises:
-        ValueError: an empty reservoir; when called, a size below 2.
+        ValueError: a negative reach, an empty reservoir, a share that is not from 0 to 1; when called, a size below 2.
 
     Reference:
         :cite:p:`zandieh2024subgen`.
@@ -253,11 +264,13 @@ class SubGen:
     value_share: float = 0.25
 
     def __post_init__(self) -> None:
+        keep_number(self, "reach", check_not_negative)
         keep_count(self, "reservoir")
+        keep_number(self, "value_share", check_share)
 
     def __call__(self, tokens: WeightedKV, size: int, ratio: Array, key: Array) -> WeightedKV:
         """A coreset of ``size`` tokens; `approx_attention.coresets` describes the arguments."""
-        samples = max(1, int(self.value_share * size))
+        samples = min(max(1, int(self.value_share * size)), max(1, size - 1))
         slots = min(self.reservoir, size - samples)
         if slots < 1:
             raise ValueError(f"subgen needs a size of at least 2, for one key and one value, got {size}")

@@ -12,6 +12,7 @@ from jax import Array
 
 from approx_attention.core import (
     as_pair,
+    check_count,
     check_counts,
     paired_means,
 )
@@ -144,7 +145,7 @@ def eva_official(
         The `Eva` module, with adaptors.
 
     Raises:
-        ValueError: ``head_dim`` or ``num_kv_heads`` below 1.
+        ValueError: ``head_dim``, ``num_kv_heads`` or ``num_chunks`` below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -158,6 +159,7 @@ def eva_official(
     Reference:
         :cite:p:`zheng2023efficient`, section 4.
     """
+    num_chunks = check_count("num_chunks", num_chunks)
     size: dict[str, Any] = {"num_chunks": num_chunks}
     if spatial_shape is not None:  # square chunks, about as many as requested
         size = {"chunk_size": max(1, math.isqrt(math.prod(as_pair("spatial_shape", spatial_shape)) // num_chunks))}

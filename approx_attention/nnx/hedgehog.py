@@ -55,7 +55,9 @@ class Hedgehog(LearnedAttention):
             head_dim=head_dim, num_kv_heads=num_kv_heads, block_size=block_size
         )
         self.options = {"is_causal": check_flag("is_causal", is_causal), "block_size": block_size}
-        self.maps = nnx.Param(jnp.broadcast_to(jnp.eye(head_dim), (num_kv_heads, 2, head_dim, head_dim)))
+        self.maps = nnx.Param(
+            jnp.broadcast_to(jnp.eye(head_dim, dtype=jnp.float32), (num_kv_heads, 2, head_dim, head_dim))
+        )
 
     def _arguments(self) -> dict[str, Any]:
         """The arguments of `approx_attention.attention`."""

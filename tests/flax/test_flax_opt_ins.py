@@ -419,6 +419,7 @@ def test_bad_caches_are_named():
         lambda rngs: ours.evabyte(HEAD, HEADS, window_size=4, chunk_size=2, rngs=rngs),
         lambda rngs: ours.eva_official(HEAD, HEADS, window_size=4, num_chunks=2, local_bias=True, rngs=rngs),
         lambda rngs: ours.Lara(HEAD, num_landmarks=3, rngs=rngs),
+        lambda rngs: ours.Hedgehog(HEAD, HEADS),
         lambda rngs: ours.Rfa(HEAD, HEADS, gate_dim=DIM, rngs=rngs),
         lambda rngs: ours.TensorAttention(DIM, num_heads=HEADS, head_dim=HEAD, rngs=rngs),
         lambda rngs: ours.TreeAttention(DIM, num_heads=HEADS, head_dim=HEAD, rngs=rngs),
@@ -432,3 +433,9 @@ def test_bad_caches_are_named():
 def test_parameters_are_float32_where_float64_is_enabled(make, x64):
     state = nnx.state(make(nnx.Rngs(0)), nnx.Param)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5])
+def test_a_number_of_chunks_is_checked_before_it_divides(count):
+    with pytest.raises((TypeError, ValueError), match="num_chunks must be"):
+        ours.eva_official(HEAD, HEADS, window_size=2, num_chunks=count, spatial_shape=(4, 4), rngs=nnx.Rngs(0))
