@@ -114,7 +114,10 @@ def run(
         document["is_complete"] = num_measured == len(task.layers)
 
         def picture() -> Any:
-            return kind.draw_layers(results, task.over_layers) if has_layers else kind.draw(results[""], task.title(""))
+            if len(task.layers) > 1:
+                return kind.draw_layers(results, task.over_layers)
+            (layer,) = results
+            return kind.draw(results[layer], task.title(layer))
 
         text = kind.markdown and kind.markdown(results, {layer: task.title(layer) for layer in results})
         return write_results(task.out, kind.name, document, picture, text)
@@ -142,7 +145,7 @@ def run(
     except BaseException as error:
         _write_the_rest(error, write if results else None)
         raise
-    if has_layers:
+    if len(task.layers) > 1:
         say(*kind.summary(results, task.over_layers))
     if failure is not None:
         raise failure

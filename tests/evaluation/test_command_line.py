@@ -214,6 +214,16 @@ def test_names_are_text(file, tmp_path, measured, capsys):
     assert "[/x]0" in printed.splitlines()[-8]
 
 
+def test_one_layer_of_several_has_no_summary(tmp_path, measured, capsys):
+    path, out = tmp_path / "layers.npz", tmp_path / "out"
+    np.savez(path, **{f"layer{i}.{n}": np.ones((8, 4), np.float32) for i in range(2) for n in "qkv"})
+    assert run("compare", path, "--layers", "layer1", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "layers.npz, layer1: bidirectional" in printed
+    assert "worst in" not in printed
+    assert list(json.loads((out / "compare.json").read_text())["layers"]) == ["layer1"]
+
+
 def test_names_that_are_no_text(tmp_path, measured, capsys):
     path = os.fsencode(tmp_path) + b"/\xff.npz"
     with open(path, "wb") as file:
