@@ -300,6 +300,11 @@ def _task(kind: str, given: Given) -> Iterator[Task]:
     if file is not None:
         loaded = load_layers(file, (given.q_name, given.k_name, given.v_name), **arrays)
     loaded = _as_asked(loaded, given)
+    for name, layer in loaded.items():
+        _, tokens, heads, _ = layer.tensors[0].shape
+        if tokens < heads:
+            found = f"{name and f'{name}: '}{tokens} tokens and {heads} heads"
+            click.echo(f"note: {found}; arrays are [B, T, N, D], not [B, N, T, D]", err=True)
     by_layer = {name: bool(layer.is_causal) for name, layer in loaded.items()}
     is_causal = by_layer if len({*by_layer.values()}) > 1 else any(by_layer.values())
     chosen = given.names or tuple(default_methods(any(by_layer.values())))

@@ -117,7 +117,12 @@ _FILE = (
     ),
 )
 _METHODS = (
-    click.option("--methods", "names", type=CommaSeparated(MethodName()), help="Methods to measure.  [default: all]"),
+    click.option(
+        "--methods",
+        "names",
+        type=CommaSeparated(MethodName()),
+        help="Methods to measure.  [default: all that cost less than exact attention]",
+    ),
     click.option(
         "--set",
         "options",

@@ -442,5 +442,5 @@ def unknown(what: str, given: Any, choices: Iterable[str]) -> str:
 
 def did_you_mean(given: Any, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` with the choice nearest to ``given``, or an empty string."""
-    nearest = difflib.get_close_matches(str(given), list(choices), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(given), list(choices), n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -21,7 +21,10 @@ def check_layout(query: Array, key: Array, value: Array) -> None:
             f"query, key and value must have the same batch axes, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
     if key.shape[-3:-1] != value.shape[-3:-1]:
-        raise ValueError(f"key and value must share [S, K], got {key.shape[-3:-1]} and {value.shape[-3:-1]}")
+        raise ValueError(
+            "key and value must have the same numbers of tokens and heads, "
+            f"got {key.shape[-3:-1]} and {value.shape[-3:-1]}"
+        )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must share the head dimension, got {query.shape[-1]} and {key.shape[-1]}")
     if query.shape[-2] % key.shape[-2]:

@@ -482,7 +482,10 @@ class HeadsDecoder:
         if query.shape[2] % self.num_kv_heads:
             raise ValueError(f"key heads must divide query heads, got {self.num_kv_heads} and {query.shape[2]}")
         if lengths is not None and not ragged:
-            raise ValueError("lengths need a ragged cache, made by init(..., ragged=True)")
+            raise ValueError(
+                "lengths, or a mask of padding in a layer, need a ragged cache: init(..., ragged=True) or "
+                "init_cache(..., ragged=True)"
+            )
         if lengths is not None:
             check_lengths("lengths", lengths, key.shape[1])
             if lengths.shape != (batch,):

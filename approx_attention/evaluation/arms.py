@@ -265,7 +265,7 @@ def check_options(names: Iterable[str], options: Options | None) -> Options:
         if name not in names:
             raise InputError(f"options must be for one of the methods {', '.join(names)}; got some for {name!r}")
         if get_method(name).size in own:
-            raise InputError(f"{get_method(name).size} of {name} is its size, which cannot be an option")
+            raise InputError(f"{get_method(name).size} of {name} is its size, which cannot be an option: give a budget")
         for option in COMMON.keys() & own:
             raise InputError(f"{option} is common to all methods, not an option of {name}: give {COMMON[option]}")
     return options

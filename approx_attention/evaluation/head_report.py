@@ -148,6 +148,7 @@ def heads_table(heads: Sequence[HeadDiagnosis], title: str, size: int, tolerance
 
     header, rows = _cells([_HEAD, *_WEIGHTS, *_ERRORS, _Column("theorems", say_something), _VERDICT], heads)
     notes = [*_notes(size, tolerance), "theorems: those that are not vacuous, with sizes below the number of keys"]
+    notes += [f"{verdict}: {', '.join(methods)}" for verdict, methods in {x.verdict: x.methods for x in heads}.items()]
     table = plain_table(title, " · ".join(notes), *header)
     for row in rows:
         table.add_row(*map(Text, row))

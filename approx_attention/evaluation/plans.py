@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from approx_attention.evaluation.arms import BASELINES
 from approx_attention.evaluation.error_laws import ErrorLaw, Split
 from approx_attention.evaluation.units import in_units, times
+from approx_attention.registry import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,9 @@ def verdict(made: Plan) -> str:
             f"Use exact attention ({pick.label}): nothing that is predicted to meet {tolerance} is {better} here. "
             f"{_costs(pick)}."
         )
-    text = f"Use {pick.label}: {_errors(pick)}; {_costs(pick)}."
+    size = METHODS[pick.method].size
+    setting = f" ({size}={pick.size})" if size and pick.size is not None else ""
+    text = f"Use {pick.label}{setting}: {_errors(pick)}; {_costs(pick)}."
     if pick.method in BASELINES:
         text += " It is a trivial baseline: at this tolerance no method is worthwhile on these tensors."
     if not pick.meets:

@@ -1,8 +1,11 @@
 """Comparisons and plans as tables for the terminal, and cells as a table in Markdown."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
@@ -41,6 +44,7 @@ def comparison_table(rows: Sequence[Comparison], title: str, window_size: int, *
         f"* on the frontier of error against time · {TRIVIAL_FOOTNOTE}{is_padded * f' · {PADDED_FOOTNOTE}'}",
         *("method", "size", "cache", "than all keys", "time", "than exact", "compile", "error", "worst row"),
         *("normaliser", "far"),
+        optional=("compile", "worst row", "normaliser", "than all keys", "time", "far", "than exact", "cache"),
     )
     frontier, trivial = best_rows(rows), no_better_than_mean(rows)
     for i, row in enumerate(rows):
@@ -78,6 +82,7 @@ def plan_table(made: Plan, title: str) -> Table:
         "held out: relative error on held-out units · worst: on the worst of these · cache: bytes per key head and "
         f"sequence · than exact: relative to its fastest form · {TRIVIAL_FOOTNOTE}{padded}",
         *("method", "size", "predicted", "at most", "held out", "worst", "all", "cache", "time", "than exact", ""),
+        optional=("worst", "all", "time", "predicted", "than exact", ""),
     )
     trivial = no_better_than_mean(made.candidates)
     for i, candidate in enumerate(made.candidates):
@@ -200,9 +205,40 @@ class _Markdown(str):
         return self
 
 
-def plain_table(title: str, caption: str, *columns: str) -> Table:
-    """An empty table; its title, which contains file names, is not parsed as markup."""
-    table = Table(
+class FittingTable(Table):
+    """A table that leaves out optional columns, one after the other, until it fits the width of the console."""
+
+    optional: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator:
+        """Render the columns that fit, and name those that are left out."""
+        table, left_out = self, []
+        for header in self.optional:
+            if table.__rich_measure__(console, options.update(max_width=10_000)).maximum <= options.max_width:
+                break
+            left_out.append(header)
+            table = self._without(left_out)
+        if named := [header for header in left_out if header]:
+            table.caption = f"{self.caption} · left out at this width: {', '.join(named)}"
+        yield from Table.__rich_console__(table, console, options)
+
+    def _without(self, headers: Sequence[str]) -> Table:
+        kept = [column for column in self.columns if column.header not in headers]
+        table = copy.copy(self)
+        table.columns = [dataclasses.replace(column, _index=i) for i, column in enumerate(kept)]
+        return table
+
+
+def plain_table(title: str, caption: str, *columns: str, optional: Sequence[str] = ()) -> Table:
+    """An empty table; its title, which contains file names, is not parsed as markup.
+
+    Args:
+        title: the title.
+        caption: the notes.
+        columns: the headers.
+        optional: headers of columns to leave out where the console is too narrow, the first of them first.
+    """
+    table = FittingTable(
         title=Text(title, style="table.title"),
         caption=caption,
         box=box.SIMPLE_HEAD,
@@ -210,7 +246,8 @@ def plain_table(title: str, caption: str, *columns: str) -> Table:
         caption_justify="left",
     )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=bool(optional))
+    table.optional = optional
     return table
 
 

@@ -150,7 +150,7 @@ def init_cache(
         The total number of bytes of all caches.
 
     Raises:
-        ValueError: a layer has another ``attention_fn``, or no layer has one.
+        ValueError: a layer has another ``attention_fn`` or ``decode=True``, or no layer has one.
         NotImplementedError: a method has no running summary, or does not support ``cache_bits``.
         TypeError: the dtype is neither float32 nor float64.
 
@@ -170,6 +170,10 @@ def init_cache(
     options |= {"certify": certify, "cache_bits": cache_bits, "block_size": block_size, "keep_queries": keep_queries}
     with restored_on_error(layers.values()):
         for path, layer in layers.items():
+            if getattr(layer, "decode", None):
+                raise ValueError(
+                    f"layer {path!r} has decode=True, which is for Flax's own cache of all keys; set decode=False"
+                )
             _start_caches(layer, stack_axes(layer, path) or (), batch_size, options)
     return sum(layer.attention_fn.cache_bytes for layer in layers.values())
 
@@ -184,7 +188,10 @@ def approximate_layers(model: nnx.Module) -> dict[str, Any]:
         )
     other = [path for path, layer in layers.items() if not isinstance(layer.attention_fn, ApproxAttention)]
     if other:
-        raise ValueError(f"every attention layer must have an ApproxAttention; those without are {other}")
+        raise ValueError(
+            f"every attention layer must have an ApproxAttention; those without are {other}: call replace_attention "
+            "first"
+        )
     return layers
 
 

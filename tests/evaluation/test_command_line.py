@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from approx_attention import InputError, cli
 from approx_attention.evaluation import Candidate, Plan, comparison_table, kinds, plan_table, runs, terminal
@@ -222,6 +223,28 @@ def test_one_layer_of_several_has_no_summary(tmp_path, measured, capsys):
     assert "layers.npz, layer1: bidirectional" in printed
     assert "worst in" not in printed
     assert list(json.loads((out / "compare.json").read_text())["layers"]) == ["layer1"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 150, 240])
+def test_a_table_that_is_too_wide_leaves_out_columns_and_cuts_no_cell(width):
+    sizes = {"size": 256, "held_bytes": 2**16, "compression": 4.0, "num_seeds": 3, "relative_error_std": 0.1}
+    row = dataclasses.replace(comparison("uniform_sample", 2.0, 0.1234), **sizes)
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(comparison_table([row], "a title", 128))
+    header, cells = (line for line in console.file.getvalue().splitlines() if "method" in line or "uniform" in line)
+    assert "…" not in header + cells
+    assert "uniform_sample" in cells
+    assert "0.123 ± 0.1" in cells
+    assert ("compile" in header) == (width >= 150)
+
+
+def test_arrays_with_more_heads_than_tokens_are_pointed_out(tmp_path, measured, capsys):
+    for shape, told in (((2, 9, 4, 8), ""), ((2, 4, 9, 8), "note: 4 tokens and 9 heads; arrays are [B, T, N, D]")):
+        tensors = np.ones(shape, np.float32)
+        np.savez(tmp_path / "t.npz", q=tensors, k=tensors, v=tensors)
+        assert run("compare", tmp_path / "t.npz", "--out", tmp_path / "out") == 0
+        assert capsys.readouterr().err.startswith(told)
+        assert ("note" in told) == bool(told)
 
 
 def test_names_that_are_no_text(tmp_path, measured, capsys):

@@ -439,3 +439,12 @@ def test_parameters_are_float32_where_float64_is_enabled(make, x64):
 def test_a_number_of_chunks_is_checked_before_it_divides(count):
     with pytest.raises((TypeError, ValueError), match="num_chunks must be"):
         ours.eva_official(HEAD, HEADS, window_size=2, num_chunks=count, spatial_shape=(4, 4), rngs=nnx.Rngs(0))
+
+
+def test_layers_with_the_cache_of_flax_are_refused_by_name():
+    model = nnx.MultiHeadAttention(HEADS, DIM, decode=True, rngs=nnx.Rngs(0))
+    ours.replace_attention(model, "mean_pool", num_landmarks=2, is_causal=True)
+    with pytest.raises(ValueError, match="layer '' has decode=True.*set decode=False"):
+        ours.init_cache(model, 3)
+    model.decode = False
+    assert ours.init_cache(model, 3) > 0
