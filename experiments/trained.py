@@ -101,6 +101,8 @@ def table_of_scores(records: Frame) -> Iterable[list[str]]:
         ]
 
 
+# Errors beyond which their axis is logarithmic above 1.
+LARGE = 3.0
 HEADER = "trained with|test bits|accuracy|bits, last positions|attention error|error of mean(V)|cache|training"
 
 
@@ -131,6 +133,8 @@ def figure(records: Frame) -> Figure:
     left.set(xlabel="position in the sequence", ylabel="test bits per token")
     left.tick_params(axis="x", rotation=30)
     right.set(xlabel="relative error of the attention, on the model's tensors", ylabel="test bits per token")
+    if records["attention_error"].max() > LARGE:
+        right.set_xscale("symlog", linthresh=1)
     for axes in (left, right):
         light_grid(axes)
     left.set_visible(len(positions) > 1)

@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import strassen_attention, tensor_attention, tree_attention
+from approx_attention.evaluation import light_grid, method_styles
 from experiments import data
 from experiments.config import Count, Seeded, Several, Share
 from experiments.data import DataConfig
 from experiments.data.dataset import SPLITS
 from experiments.results import Frame, Record
-from experiments.show import curves, having, pivot, spread, whole
+from experiments.show import curves, having, panels, pivot, spread, whole
 from experiments.tensor import match
 from experiments.tensor.match import MatchModel
 from experiments.training import OptimizerConfig, make_optimizer
@@ -175,11 +176,13 @@ def table(records: Frame) -> Iterable[str]:
 
 
 def figure(records: Frame) -> Figure:
-    """Accuracy by width, for each size of the task."""
+    """Accuracy by width, for each size of the task; where one width was tried, the accuracy of every run."""
     found = having(records, "width").assign(
         kind=lambda found: found["configuration"].map(_kind),
         size=lambda found: found["configuration"].str.rpartition("-n")[2].astype(int),
     )
+    if found["width"].nunique() == 1:
+        return _runs(found)
     return curves(
         found.sort_values("size"),
         x="width",
@@ -191,3 +194,13 @@ def figure(records: Frame) -> Figure:
         titles=lambda size: f"{size} tokens",
         columns=2,
     )
+
+
+def _runs(found: Frame) -> Figure:
+    drawn, (axes,) = panels(1, size=(7.0, 3.6))
+    for kind, style in method_styles(list(dict.fromkeys(found["kind"]))).items():
+        accuracies = found[found["kind"] == kind]["accuracy"]
+        axes.plot([kind.replace("-", " ")] * len(accuracies), accuracies, **{**style, "linestyle": ""})
+    axes.set(ylabel="accuracy", ylim=(0, 1.05))
+    light_grid(axes)
+    return drawn
