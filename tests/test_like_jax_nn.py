@@ -352,7 +352,7 @@ ERRORS = {
     "heads": (lambda q, k, v: (q[:, :, :3], k, v), {}, "key heads must divide query heads, got 2 and 3"),
     "channels": (lambda q, k, v: (q[..., :4], k, v), {}, "must share the head dimension, got 4 and 8"),
     "batch": (lambda q, k, v: (q[:1], k, v), {}, "must have the same batch axes"),
-    "keys and values": (lambda q, k, v: (q, k, v[:, :3]), {}, r"key and value must share \[S, K\]"),
+    "keys and values": (lambda q, k, v: (q, k, v[:, :3]), {}, "the same numbers of tokens and heads"),
     "mask shape": (lambda *x: x, {"mask": jnp.ones((BATCH, 3, 6, 6), bool)}, r"mask must broadcast .* \[2, 4, 6, 6\]"),
     "mask type": (lambda *x: x, {"mask": jnp.ones((BATCH, 1, 6, 6))}, "mask must be a boolean array"),
     "bias shape": (lambda *x: x, {"bias": jnp.ones((BATCH, 1, 5, 6))}, r"bias must broadcast .* \[2, 4, 6, 6\]"),
