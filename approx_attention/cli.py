@@ -301,10 +301,10 @@ def _task(kind: str, given: Given) -> Iterator[Task]:
         loaded = load_layers(file, (given.q_name, given.k_name, given.v_name), **arrays)
     loaded = _as_asked(loaded, given)
     for name, layer in loaded.items():
-        _, tokens, heads, _ = layer.tensors[0].shape
-        if tokens < heads:
+        (_, tokens, heads, _), (_, num_keys, key_heads, _) = (x.shape for x in layer.tensors[:2])
+        if tokens < heads and num_keys < key_heads:
             found = f"{name and f'{name}: '}{tokens} tokens and {heads} heads"
-            click.echo(f"note: {found}; arrays are [B, T, N, D], not [B, N, T, D]", err=True)
+            click.echo(f"note: {found}; is the layout [B, N, T, D]? It must be [B, T, N, D]", err=True)
     by_layer = {name: bool(layer.is_causal) for name, layer in loaded.items()}
     is_causal = by_layer if len({*by_layer.values()}) > 1 else any(by_layer.values())
     chosen = given.names or tuple(default_methods(any(by_layer.values())))

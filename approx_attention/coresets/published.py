@@ -50,6 +50,9 @@ class Compress:
     Attributes:
         failure: the probability with which the guarantee may fail; 1/2 as in the authors' code.
 
+    Raises:
+        ValueError: a probability that is not above 0 and at most 1.
+
     Reference:
         :cite:p:`carrell2025thinning`.
     """
@@ -105,7 +108,8 @@ class BalanceKV:
             algorithm sets them to 0.
 
     Raises:
-        ValueError: fewer than one octave, a gamma or a probability that is not positive; when called, a size below 2.
+        ValueError: fewer than one octave, a gamma that is not positive, a probability that is not above 0 and at
+            most 1; when called, a size below 2.
 
     Reference:
         :cite:p:`han2025balancekv`.
@@ -250,7 +254,8 @@ class SubGen:
     Attributes:
         reach: largest distance at which a key joins a centre, in units of the largest norm of a key.
         reservoir: the number t of keys in the reservoir of each cluster.
-        value_share: the share of the coreset for the s samples of values.
+        value_share: the share of the coreset for the s samples of values, of which there is at least one, and at least
+            one token is left for the keys.
 
     Raises:
         ValueError: a negative reach, an empty reservoir, a share that is not from 0 to 1; when called, a size below 2.

@@ -81,8 +81,20 @@ def plan_table(made: Plan, title: str) -> Table:
         + f" · at most: the bound of the error with confidence {made.confidence:g}, on which the choice is based · "
         "held out: relative error on held-out units · worst: on the worst of these · cache: bytes per key head and "
         f"sequence · than exact: relative to its fastest form · {TRIVIAL_FOOTNOTE}{padded}",
-        *("method", "size", "predicted", "at most", "held out", "worst", "all", "cache", "time", "than exact", ""),
-        optional=("worst", "all", "time", "predicted", "than exact", ""),
+        *(
+            "method",
+            "size",
+            "predicted",
+            "at most",
+            "held out",
+            "worst",
+            "all",
+            "cache",
+            "time",
+            "than exact",
+            "remark",
+        ),
+        optional=("worst", "all", "time", "predicted", "than exact"),
     )
     trivial = no_better_than_mean(made.candidates)
     for i, candidate in enumerate(made.candidates):
@@ -206,20 +218,26 @@ class _Markdown(str):
 
 
 class FittingTable(Table):
-    """A table that leaves out optional columns, one after the other, until it fits the width of the console."""
+    """A table that leaves out optional columns, one after the other, until it fits the width of the console.
+
+    Cells are on one line, unless the table does not fit without the optional columns either.
+    """
 
     optional: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator:
         """Render the columns that fit, and name those that are left out."""
         table, left_out = self, []
+        unlimited = options.update(max_width=10_000)
         for header in self.optional:
-            if table.__rich_measure__(console, options.update(max_width=10_000)).maximum <= options.max_width:
+            if table.__rich_measure__(console, unlimited).maximum <= options.max_width:
                 break
             left_out.append(header)
             table = self._without(left_out)
-        if named := [header for header in left_out if header]:
-            table.caption = f"{self.caption} · left out at this width: {', '.join(named)}"
+        if left_out:
+            table.caption = f"{self.caption} · left out at this width: {', '.join(left_out)}"
+        if table.__rich_measure__(console, unlimited).maximum > options.max_width:
+            table.columns = [dataclasses.replace(column, no_wrap=False, overflow="fold") for column in table.columns]
         yield from Table.__rich_console__(table, console, options)
 
     def _without(self, headers: Sequence[str]) -> Table:

@@ -181,7 +181,7 @@ def figure(records: Frame) -> Figure:
         kind=lambda found: found["configuration"].map(_kind),
         size=lambda found: found["configuration"].str.rpartition("-n")[2].astype(int),
     )
-    if found["width"].nunique() == 1:
+    if found["width"].nunique() == found["size"].nunique() == 1:
         return _runs(found)
     return curves(
         found.sort_values("size"),

@@ -26,4 +26,6 @@ def test_every_number_of_an_algorithm_is_checked_and_kept_as_a_float(kind, name)
             with pytest.raises(TypeError, match=f"{name} must be"):
                 kind(**{name: bad})
     # Options of compiled programs are hashed.
-    hash(kind(**{name: jnp.float32(0.25)}))
+    made = kind(**{name: jnp.float32(0.25)})
+    assert type(getattr(made, name)) is float
+    assert made == kind(**{name: 0.25})
