@@ -38,8 +38,8 @@ def loss(function):
 def in_scan(function):
     """Two layers of one function, each computed again in the backward pass."""
 
-    def layers(query, key, value):
-        step = jax.checkpoint(lambda x, scale: (function(x * scale, key, value), None))
+    def layers(query, *others):
+        step = jax.checkpoint(lambda x, scale: (function(x * scale, *others), None))
         return jax.lax.scan(step, query, jnp.array([1.0, 2.0]))[0]
 
     return layers
@@ -89,20 +89,24 @@ FORWARD = {
     "vmap(jvp)": (lambda f: jax.vmap(lambda *x: jax.jvp(f, x, x)), shapes(B)),
     "linearize(vmap)": (lambda f: lambda *x: jax.linearize(jax.vmap(f), *x)[1](*x), shapes(B)),
 }
-# One nesting that contains the pairs of the others, which take longer and are slow tests.
-ALL_AT_ONCE = {
-    "vmap(grad(scan(checkpoint(vmap))))": (
-        lambda f: jax.vmap(jax.grad(loss(in_scan(jax.vmap(f))), (0, 1, 2)), q_only),
-        (*shapes(B, 3)[:1], *shapes(3)[1:]),
-    )
-}
 
 
 @one_direction
-@pytest.mark.parametrize("nesting", [*ALL_AT_ONCE, *(pytest.param(x, marks=pytest.mark.slow) for x in NESTINGS)])
+@pytest.mark.parametrize("nesting", [pytest.param(x, marks=pytest.mark.slow) for x in NESTINGS])
 def test_nested_transformations_trace(name, is_causal, nesting):
-    transform, tensors = {**ALL_AT_ONCE, **NESTINGS}[nesting]
+    transform, tensors = NESTINGS[nesting]
     jax.eval_shape(transform(bound(name, is_causal)), *tensors)
+
+
+@one_direction
+def test_all_nestings_at_once_trace(name, is_causal):
+    # Contains the pairs of the nestings above, which take longer and are slow tests.
+    def padded(query, key, value, lengths):
+        return bound(name, is_causal)(query, key, value, key_value_seq_lengths=lengths)
+
+    gradients = jax.grad(loss(in_scan(jax.vmap(padded))), (0, 1, 2))
+    tensors = *shapes(B, 3, 2)[:1], *shapes(3, 2)[1:], jax.ShapeDtypeStruct((3, 2), jnp.int32)
+    jax.eval_shape(jax.vmap(gradients, (0, None, None, None)), *tensors)
 
 
 @pytest.mark.parametrize(
@@ -121,17 +125,6 @@ def test_each_tensor_may_vary_along_an_axis_of_the_mesh_alone(name, is_causal):
 
     tensors = (*shapes(B), jax.ShapeDtypeStruct((B,), jnp.float32))
     jax.eval_shape(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:3]), *tensors)
-
-
-def test_lengths_trace_under_every_nesting():
-    lengths = jax.ShapeDtypeStruct((B, 3), jnp.int32)
-    for name in METHODS:
-        function = bound(name)
-
-        def attend(query, key, value, lengths, function=function):
-            return function(query, key, value, key_value_seq_lengths=lengths)
-
-        jax.eval_shape(jax.grad(loss(jax.vmap(attend)), (0, 1, 2)), *shapes(B, 3), lengths)
 
 
 @pytest.mark.parametrize("nesting", [x for x in NESTINGS if x not in ("grad(grad)", "vmap(value_and_grad(vmap))")])
@@ -161,7 +154,7 @@ def test_forward_mode_of_exact_attention(implementation):
     np.testing.assert_allclose(tangent, np.subtract(*moved) / (2 * step), atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["exact", "mean_pool", "favor"])
+@pytest.mark.parametrize("name", ["exact", "favor", pytest.param("mean_pool", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_gradient_of_vmap_is_that_of_the_batch(name, is_causal):
     function = bound(name, is_causal)

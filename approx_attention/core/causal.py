@@ -331,8 +331,7 @@ def _in_turn(
     def step(past: Past, args: tuple[Array, Array, Block]) -> tuple[Past, AttentionState]:
         index, q, block = args
         state = _attend_block(running, q, past.before, block, past.prefix)
-        more = (index + 1) * block_size < length
-        return lax.cond(more, lambda past: move_on(running, past, first + index, block), lambda past: past, past), state
+        return move_on(running, past, first + index, block, more=(index + 1) * block_size < length), state
 
     past, blocks = _varying_alike(past, blocks)
     return lax.scan(step, past, (jnp.arange(q_blocks.shape[0], dtype=jnp.int32), q_blocks, blocks))
@@ -453,16 +452,17 @@ def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:
     return past, blocks
 
 
-def move_on(running: RunningSummary, past: Past, number: Array, block: Block) -> Past:
-    """The past of the block after number ``number``, from that block and its own past."""
+def move_on(running: RunningSummary, past: Past, number: Array, block: Block, more: Array | bool = True) -> Past:
+    """The past of the block after number ``number``, from that block and its own past; unchanged unless ``more``."""
     start = (number - 1) * block.k.shape[0]
+    # One condition, because each stores what the derivatives of all conditions in it need.
     prefix = lax.cond(
-        number > 0,
+        (number > 0) & more,
         lambda prefix: running.append(prefix, start, *past.before),
         lambda prefix: prefix,
         past.prefix,
     )
-    return Past(block, prefix)
+    return Past(jax.tree.map(lambda own, before: jnp.where(more, own, before), block, past.before), prefix)
 
 
 def _attend_block(running: RunningSummary, q: Array, before: Block, current: Block, prefix: Any) -> AttentionState:

@@ -1,5 +1,6 @@
 """Operations on rows of arrays: padding, blocks, and maps block by block."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,13 +32,14 @@ def along_with(tree: Any, *arrays: Any) -> Any:
     Compilers remove the selection.
     """
     others = [x if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool else None for x in jax.tree.leaves(arrays)]
-    others = [lax.stop_gradient(x).reshape(-1)[:1] for x in others if x is not None and x.size]
+    others = [lax.stop_gradient(x).reshape(-1)[0].astype(bool) for x in others if x is not None and x.size]
+    if not others:
+        return tree
+    # One number that varies as all others do: a program would otherwise select for each pair of arrays.
+    of_all = functools.reduce(lambda first, second: lax.select(np.False_, first, second), others)
 
     def of(x: Array) -> Array:
-        flat = x.reshape(-1)
-        for other in others:
-            flat = jnp.where(False, other.astype(x.dtype), flat)
-        return flat.reshape(x.shape)
+        return lax.select(np.False_, jnp.broadcast_to(of_all.astype(x.dtype), x.shape), x)
 
     return jax.tree.map(of, tree)
 

@@ -60,24 +60,28 @@ def compare(at_once, in_turn, tolerance):
         np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=tolerance)
 
 
+@functools.cache
+def form_of(form, name, groups=True):
+    """The outputs and gradients of a method in one form: one program for all tests with tensors of the same shapes."""
+    return compiled_as(form, value_and_gradients(name), groups=groups)
+
+
 @pytest.mark.parametrize(
     ("name", "num_queries", "num_keys"),
     [(name, 41, 30) for name in BLOCKS]
-    + [pytest.param(name, 30, 41, marks=pytest.mark.slow) for name in BLOCKS]
-    + [unless_slow(name, 41, 41) for name in BLOCKS],
+    + [pytest.param(name, *shape, marks=pytest.mark.slow) for name in BLOCKS for shape in ((30, 41), (41, 41))],
 )
 def test_both_executions_agree(x64, name, num_queries, num_keys):
-    tensors, function = random_head(0, num_queries, num_keys, dtype=jnp.float64), value_and_gradients(name)
-    in_turn, in_groups, whole = (
-        compiled_as(form, function, groups=groups)
-        for form, groups in (("cpu", True), ("default", True), ("default", False))
-    )
-    nothing, some = np.ones(num_keys, bool), np.arange(num_keys) % 5 != 2
-    for kv_mask in (nothing, some):
-        expected = in_turn(*tensors, kv_mask)
-        compare(in_groups(*tensors, kv_mask), expected, 1e-12)
-        if kv_mask is nothing:
-            compare(whole(*tensors), expected, 1e-12)
+    tensors = random_head(0, num_queries, num_keys, dtype=jnp.float64)
+    in_turn, in_groups = form_of("cpu", name), form_of("default", name)
+    for kv_mask in (np.ones(num_keys, bool), np.arange(num_keys) % 5 != 2):
+        compare(in_groups(*tensors, kv_mask), in_turn(*tensors, kv_mask), 1e-12)
+
+
+@pytest.mark.parametrize("name", [unless_slow(name) for name in BLOCKS])
+def test_one_group_of_all_blocks_agrees_too(x64, name):
+    tensors, nothing = random_head(0, 41, 30, dtype=jnp.float64), np.ones(30, bool)
+    compare(form_of("default", name, groups=False)(*tensors), form_of("cpu", name)(*tensors, nothing), 1e-12)
 
 
 # The bidirectional forms of the other methods have one execution.
@@ -130,17 +134,15 @@ def test_both_executions_agree_in_float32(name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_what_comes_later_reaches_nothing_before_it(name):
-    q, k, v = (np.asarray(x) for x in random_head(2, LENGTH, LENGTH, 8, 6))
-    function = functools.partial(METHODS[name].function, key=jax.random.key(7), is_causal=True, **settings(name))
-    at_once = compiled_as("default", function)
+def test_what_comes_later_reaches_nothing_before_it(x64, name):
+    q, k, v = (np.asarray(x) for x in random_head(2, 41, 30, dtype=jnp.float64))
+    kv_mask, at_once = np.ones(30, bool), form_of("default", name)
 
     def changed(at, x):
-        hit = (np.arange(LENGTH) == at)[:, None]
-        return q, np.where(hit, np.float32(x), k), np.where(hit, np.float32(x), v)
+        hit = (np.arange(30) == at)[:, None]
+        return at_once(q, np.where(hit, x, k), np.where(hit, x, v), kv_mask)[0]
 
-    before, later, broken = at_once(q, k, v), at_once(*changed(9, 1e4)), at_once(*changed(18, np.nan))
-    np.testing.assert_allclose(before, with_gradients(name, q, k, v, is_causal=True)[0], atol=1e-5)
+    before, later, broken = at_once(q, k, v, kv_mask)[0], changed(9, 1e4), changed(18, np.nan)
     np.testing.assert_array_equal(later[:9], before[:9])
     # Within its block, whose logits are one product, a NaN may reach other rows.
     np.testing.assert_array_equal(broken[:16], before[:16])
