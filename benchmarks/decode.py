@@ -14,18 +14,33 @@ from approx_attention import METHODS, attention
 from approx_attention.evaluation import environment, time_interleaved
 from approx_attention.nnx import init_cache
 from benchmarks.exact import peak_flops
-from experiments.models import (
-    AttentionConfig,
-    LanguageModel,
-    ModelConfig,
-    attention_layers,
-    continue_tokens,
-    read_prompt,
-)
+from experiments.models import AttentionConfig, LanguageModel, ModelConfig, attention_layers
 
 MODEL = ModelConfig(num_layers=2, model_dim=256, num_heads=8, num_kv_heads=2, head_dim=64, hidden_dim=512)
 STEPS, VOCABULARY, SIZE = 64, 256, 256
 PLAIN = ("blocked", "dense", "jax.nn")
+
+
+@nnx.jit
+def read_prompt(model: LanguageModel, prompt: Array) -> Array:
+    """Logits ``[B, P, vocabulary]`` of a prompt, which is in the model's caches from then on."""
+    return model(prompt)
+
+
+@functools.partial(nnx.jit, static_argnames="steps")
+def continue_tokens(model: LanguageModel, logits: Array, steps: int) -> Array:
+    """The likeliest tokens ``[B, steps]`` after those in the caches, whose last logits these are; the caches stay."""
+    graph, state = nnx.split(model)
+
+    def step(carry: tuple[Any, Array], _: None) -> tuple[tuple[Any, Array], Array]:
+        state, logits = carry
+        token = logits.argmax(-1)
+        model = nnx.merge(graph, state)
+        logits = model(token[:, None])[:, 0]
+        return (nnx.state(model), logits), token
+
+    _, tokens = jax.lax.scan(step, (state, logits), length=steps)
+    return tokens.T
 
 
 class PlainCache(nnx.Module):
@@ -88,7 +103,7 @@ def calls(length: int, methods: Sequence[str]) -> tuple[dict[str, Callable[[], A
     for arm, make in makers.items():
         model, held[arm] = make()
         logits = jnp.zeros((1, VOCABULARY))
-        made[arm] = functools.partial(continue_tokens, model, logits, jax.random.key(0), STEPS, 0.0)
+        made[arm] = functools.partial(continue_tokens, model, logits, STEPS)
     return made, held
 
 

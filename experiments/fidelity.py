@@ -30,7 +30,6 @@ def attention_errors(
     examples = {name: jnp.asarray(array) for name, array in batch.items()}
     captured = capture_attention(model, lambda model: predict(model, examples))
     layers = attention_layers(model)
-    lengths = examples.get("lengths")
     errors: dict[str, list[float]] = {name: [] for name in methods}
     for path, tensors in captured.items():
         arguments = [jnp.asarray(tensors[x], jnp.float32) for x in "qkv"]
@@ -44,16 +43,12 @@ def attention_errors(
             own = {
                 name: jnp.asarray(x)
                 for name, x in tensors.items()
-                if name not in ("q", "k", "v", "is_causal", "mask", "scale", "key_value_seq_lengths")
+                if name not in ("q", "k", "v", "is_causal", "mask", "scale")
             }
             if config is not None:
                 layer, own = nnx.clone(layer), {}
                 layer.use(config)
-            out = layer.attention_fn(*arguments, key_value_seq_lengths=lengths, **own)
-            if lengths is None:
-                return out
-            # What stands beyond a sequence's end is no answer.
-            return jnp.where((jnp.arange(out.shape[1])[None, :] < lengths[:, None])[..., None, None], out, 0)
+            return layer.attention_fn(*arguments, **own)
 
         with in_float32():
             exact = answers(AttentionConfig("exact"))

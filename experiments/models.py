@@ -1,10 +1,9 @@
-"""The reference models: a decoder language model, an encoder classifier and a small vision transformer.
+"""The reference models: a language model and a small vision transformer.
 
 Each takes any registered attention method by name with its hyper-parameters.
 """
 
 import dataclasses
-import functools
 import inspect
 from typing import Any, Literal
 
@@ -14,10 +13,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh
 
-from approx_attention import METHODS
-from approx_attention.core import check_count, did_you_mean
-from approx_attention.nnx import ApproxAttention, LinformerAttention, init_cache, mean_pool_init, scale_keeping_init
-from approx_attention.registry import accepted, get_method
+from approx_attention.core import did_you_mean
+from approx_attention.nnx import ApproxAttention, LinformerAttention, mean_pool_init, scale_keeping_init
+from approx_attention.registry import get_method
 from experiments.config import STRICT, Count, Positive, Whole
 
 
@@ -72,18 +70,14 @@ class AttentionConfig:
     Attributes:
         method: its name.
         settings: its arguments; lists become tuples.
-        learned: which of the arrays that it draws are learned, such as ``projection``.
         gated: whether a learned map of the layer's input gives it ``gate_logits``.
-        noise: whether a method that is random only with a key gets one.
         projections: of ``linformer``, where they are learned or drawn and not pooled.
         parallel: over which devices it is computed, by `approx_attention.distributed`; none for one.
     """
 
     method: str = "exact"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    learned: tuple[str, ...] = ()
     gated: bool = False
-    noise: bool = False
     projections: ProjectionsConfig | None = None
     parallel: ParallelConfig | None = None
 
@@ -98,24 +92,16 @@ class AttentionConfig:
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"method {self.method!r} has no argument {name!r}{did_you_mean(name, known)}")
-        if self.noise and not METHODS[self.method].capabilities.takes_key:
-            raise ValueError(f"method {self.method!r} has no noise to be switched on")
         if self.gated and "gate_logits" not in known:
             raise ValueError(f"method {self.method!r} has no gates")
         if self.parallel and (self.projections or self.gated):
             raise ValueError(f"method {self.method!r} has neither projections nor gates in parallel")
-        drawn = self.draw(jax.random.key(0), 1) if self.learned else {}
-        for name in self.learned:
-            if name not in drawn:
-                raise ValueError(
-                    f"method {self.method!r} draws no {name!r} to learn; it draws {', '.join(drawn) or 'nothing'}"
-                )
 
     def arguments(self) -> dict[str, Any]:
         """The hyper-parameters as a function takes them: hashable."""
         return {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
 
-    def attention_fn(self, num_kv_heads: int, head_dim: int, is_causal: bool, key: Array) -> ApproxAttention:
+    def attention_fn(self, num_kv_heads: int, is_causal: bool, key: Array) -> ApproxAttention:
         """The method for one layer, drawn from ``key``: training and evaluation see the same features."""
         options = self.arguments()
         if self.projections is None:
@@ -124,9 +110,6 @@ class AttentionConfig:
                 self.method,
                 is_causal=is_causal,
                 rngs=nnx.RngStream(key, tag="attention"),
-                noise=self.noise,
-                learned=self.learned,
-                head_dim=head_dim,
                 **(over or {}),
                 **options,
             )
@@ -142,11 +125,6 @@ class AttentionConfig:
             rngs=nnx.Rngs(key),
         )
         return ApproxAttention(module, is_causal=is_causal)
-
-    def draw(self, key: Array, head_dim: int) -> dict[str, Array]:
-        """The arrays that the method draws, by the argument that takes them."""
-        draw = METHODS[self.method].draw
-        return draw(key, head_dim, **accepted(draw, self.arguments())) if draw else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,26 +181,21 @@ class ShortConvolution(nnx.Module):
         # The last tokens of a sequence that comes in parts.
         self.tail = nnx.data(None)
 
-    def __call__(self, x: Array, lengths: Array | None, num_seen: Array | int | None) -> Array:
+    def __call__(self, x: Array, num_seen: Array | int | None) -> Array:
         """``[B, T, model_dim]`` to the same.
 
         Args:
             x: the tokens.
-            lengths: the number of real tokens ``[B]``, from the first on; all by default.
             num_seen: tokens of the sequences that came before, ``[]`` or ``[B]``; None for whole sequences.
         """
         before = self.width - 1 if self.is_causal else (self.width - 1) // 2
-        if lengths is not None:
-            x = jnp.where((jnp.arange(x.shape[1])[None, :] < lengths[:, None])[..., None], x, 0)
         joined = jnp.pad(x, ((0, 0), (before, self.width - 1 - before), (0, 0)))
         if num_seen is not None:
             tail = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
             if self.tail is not None and self.tail.shape == tail.shape:
                 tail = jnp.where(jnp.reshape(num_seen, (-1, 1, 1)) > 0, self.tail[...], 0)
             joined = joined.at[:, :before].set(tail)
-            ends = jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths
-            last = jax.vmap(lambda own, end: jax.lax.dynamic_slice_in_dim(own, end, before))(joined, ends)
-            self.tail = nnx.Cache(last)
+            self.tail = nnx.Cache(joined[:, x.shape[1] : x.shape[1] + before])
         kernel = self.kernel[...].astype(x.dtype)
         return x + sum(kernel[i] * joined[:, i : i + x.shape[1]] for i in range(self.width))
 
@@ -272,19 +245,19 @@ class SelfAttention(nnx.Module):
         self.gated = config.gated
         seed, number = self.draw
         key = jax.random.fold_in(jax.random.key(seed), number)
-        self.attention_fn = nnx.data(config.attention_fn(self.num_kv_heads, self.head_dim, self.is_causal, key))
+        self.attention_fn = nnx.data(config.attention_fn(self.num_kv_heads, self.is_causal, key))
 
-    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+    def __call__(self, x: Array) -> Array:
         first = getattr(self.attention_fn, "num_seen", 0)
         if self.mix is not None:
-            x = self.mix(x, lengths, first if getattr(self.attention_fn, "cache", None) is not None else None)
+            x = self.mix(x, first if getattr(self.attention_fn, "cache", None) is not None else None)
         query, key = self.query(x), self.key(x)
         if self.rotary_base is not None:
             query, key = (rotate(y, self.rotary_base, first) for y in (query, key))
         # Gates that are nearly open at first: the layer begins by remembering.
         gates = self.gate(x) + 3.0 if self.gate is not None and self.gated else None
         options: dict[str, Any] = {} if gates is None else {"gate_logits": gates}
-        return self.out(self.attention_fn(query, key, self.value(x), key_value_seq_lengths=lengths, **options))
+        return self.out(self.attention_fn(query, key, self.value(x), **options))
 
 
 class Layer(nnx.Module):
@@ -298,8 +271,8 @@ class Layer(nnx.Module):
         self.up = nnx.Linear(config.model_dim, 2 * config.hidden_dim, use_bias=False, dtype=config.dtype, rngs=rngs)
         self.down = nnx.Linear(config.hidden_dim, config.model_dim, use_bias=False, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
-        x = x + self.attention(self.attention_norm(x), lengths)
+    def __call__(self, x: Array) -> Array:
+        x = x + self.attention(self.attention_norm(x))
         gate, value = jnp.split(self.up(self.hidden_norm(x)), 2, axis=-1)
         return x + self.down(jax.nn.silu(gate) * value)
 
@@ -319,16 +292,16 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(config.model_dim, rngs=rngs)
         _share_projections([layer.attention for layer in self.layers], attention_config)
 
-    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+    def __call__(self, x: Array) -> Array:
         for layer in self.layers:
-            x = layer(x, lengths)
+            x = layer(x)
         return self.norm(x.astype(jnp.float32))
 
 
 class LanguageModel(nnx.Module):
     """Predicts the next token from those before: tokens ``[B, T]`` to logits ``[B, T, vocabulary]``.
 
-    Of each sequence the first ``lengths [B]`` are real, all by default. After `init_cache` a call brings more tokens.
+    After `init_cache` a call brings more tokens.
     """
 
     def __init__(
@@ -351,34 +324,11 @@ class LanguageModel(nnx.Module):
             positions = jax.random.normal(rngs.params(), (config.positions, config.model_dim))
             self.positions = nnx.Param(positions / config.model_dim**0.5)
 
-    def __call__(self, tokens: Array, lengths: Array | None = None) -> Array:
+    def __call__(self, tokens: Array) -> Array:
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions[...].astype(x.dtype)
-        return self.head(self.body(x, lengths))
-
-
-class Classifier(nnx.Module):
-    """Encodes tokens ``[B, T]``, of which the first ``lengths [B]`` are real, to the logits of a class ``[B, C]``."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        attention_config: AttentionConfig,
-        *,
-        vocabulary: int,
-        num_classes: int,
-        seed: int = 0,
-        rngs: nnx.Rngs,
-    ):
-        self.embedding = nnx.Embed(vocabulary, config.model_dim, dtype=config.dtype, rngs=rngs)
-        self.body = Transformer(config, attention_config, is_causal=False, seed=seed, rngs=rngs)
-        self.head = nnx.Linear(config.model_dim, num_classes, rngs=rngs)
-
-    def __call__(self, tokens: Array, lengths: Array) -> Array:
-        x = self.body(self.embedding(tokens), lengths)
-        real = (jnp.arange(x.shape[1])[None, :] < lengths[:, None])[..., None]
-        return self.head(jnp.where(real, x, 0).sum(1) / jnp.maximum(lengths, 1)[:, None])
+        return self.head(self.body(x))
 
 
 class VisionTransformer(nnx.Module):
@@ -434,72 +384,3 @@ def _share_projections(layers: list[SelfAttention], config: AttentionConfig) -> 
         first, *others = modules
         for module in others:
             module.projections = first.projections
-
-
-def generate(
-    model: LanguageModel,
-    prompt: Array,
-    *,
-    steps: int,
-    lengths: Array | None = None,
-    temperature: float = 0.0,
-    rng: Array | None = None,
-) -> Array:
-    """Continues prompts token by token, from caches that hold what the model's attention method remembers.
-
-    Args:
-        model: a causal language model; it leaves without caches.
-        prompt: tokens ``[B, P]``.
-        steps: how many tokens to add.
-        lengths: real tokens of each prompt, at least one, ``[B]``; all by default.
-        temperature: of sampling; 0 takes the likeliest token.
-        rng: typed PRNG key of sampling.
-
-    Returns:
-        The tokens that follow, ``[B, steps]``.
-
-    Raises:
-        ValueError: sampling without ``rng``, a negative temperature, no step, an empty prompt, a model that sees later
-            tokens.
-        NotImplementedError: a method without a cache.
-    """
-    check_count("steps", steps)
-    if temperature < 0 or (temperature > 0 and rng is None):
-        raise ValueError(f"temperature must be at least 0, and sampling needs rng; got {temperature} and rng={rng}")
-    rng = jax.random.key(0) if rng is None else rng
-    layers = attention_layers(model).values()
-    if not all(layer.is_causal for layer in layers):
-        raise ValueError("a model that sees later tokens cannot continue a prompt: make it with is_causal=True")
-    if prompt.shape[1] == 0 or (lengths is not None and int(lengths.min()) < 1):
-        raise ValueError(f"every prompt needs a token, got prompts of shape {prompt.shape} and lengths {lengths}")
-    try:
-        init_cache(model, prompt.shape[0], max_length=prompt.shape[1] + steps, ragged=lengths is not None)
-        logits = read_prompt(model, prompt, lengths)
-        last = logits[:, -1] if lengths is None else jnp.take_along_axis(logits, lengths[:, None, None] - 1, 1)[:, 0]
-        return continue_tokens(model, last, rng, steps, temperature)
-    finally:
-        for layer in layers:
-            layer.attention_fn.drop_cache()
-
-
-@nnx.jit
-def read_prompt(model: LanguageModel, prompt: Array, lengths: Array | None = None) -> Array:
-    """Logits ``[B, P, vocabulary]`` of a prompt, which is in the model's caches from then on."""
-    return model(prompt, lengths)
-
-
-@functools.partial(nnx.jit, static_argnames=("steps", "temperature"))
-def continue_tokens(model: LanguageModel, logits: Array, rng: Array, steps: int, temperature: float) -> Array:
-    """The tokens ``[B, steps]`` that follow what the caches hold, whose last logits were these; the caches stay."""
-    graph, state = nnx.split(model)
-
-    def step(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], Array]:
-        state, logits = carry
-        likeliest = logits.argmax(-1)
-        token = likeliest if temperature == 0 else jax.random.categorical(key, logits / temperature)
-        model = nnx.merge(graph, state)
-        logits = model(token[:, None])[:, 0]
-        return (nnx.state(model), logits), token
-
-    _, tokens = jax.lax.scan(step, (state, logits), jax.random.split(rng, steps))
-    return tokens.T

@@ -32,7 +32,7 @@ from experiments.config import (
     checked,
 )
 from experiments.data import DataConfig, Dataset
-from experiments.models import AttentionConfig, Classifier, LanguageModel, ModelConfig, VisionTransformer
+from experiments.models import AttentionConfig, LanguageModel, ModelConfig, VisionTransformer
 from experiments.run_files import as_line
 
 
@@ -82,9 +82,6 @@ def build_model(config: TrainingConfig, dataset: Dataset) -> nnx.Module:
         return LanguageModel(
             config.model, config.attention, vocabulary=dataset.vocabulary, is_causal=dataset.is_causal, **common
         )
-    if dataset.kind == "classify":
-        sizes = {"vocabulary": dataset.vocabulary, "num_classes": dataset.num_classes}
-        return Classifier(config.model, config.attention, **sizes, **common)
     return VisionTransformer(
         config.model, config.attention, image_shape=dataset.image_shape, num_classes=dataset.num_classes, **common
     )
@@ -94,8 +91,6 @@ def predict(model: nnx.Module, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     """Logits and the targets they are to tell, -1 where nothing is asked."""
     if isinstance(model, LanguageModel):
         return model(batch["tokens"]), batch["targets"]
-    if isinstance(model, Classifier):
-        return model(batch["tokens"], batch["lengths"]), batch["label"]
     if isinstance(model, VisionTransformer):
         return model(batch["image"]), batch["label"]
     raise TypeError(f"{type(model).__name__} is none of the reference models")

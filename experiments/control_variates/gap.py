@@ -52,7 +52,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
     records: list[Record] = []
     for name, method in config.methods.items():
         entry = METHODS[method.method]
-        rng = jax.random.key(config.seed) if entry.capabilities.needs_key or method.noise else None
+        rng = jax.random.key(config.seed) if entry.capabilities.needs_key else None
         out = attention(*tensors, method=method.method, rng=rng, is_causal=config.is_causal, **method.arguments())
         size = method.settings.get(entry.size or "", 0)
         records.append(

@@ -31,7 +31,6 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "copying": synthetic.copying,
     "segments": synthetic.segments,
     "retrieval": retrieval.retrieval,
-    "match": synthetic.match,
     "match_xor": synthetic.match_xor,
     "composition": synthetic.composition,
 }

@@ -17,7 +17,6 @@ class Dataset:
     Attributes:
         kind: what a batch holds, and so which model reads it.
             ``sequence``: ``tokens [B, T]`` and ``targets [B, T]``, -1 where nothing is asked;
-            ``classify``: ``tokens [B, T]``, ``lengths [B]`` and ``label [B]``;
             ``image``: ``image [B, H, W, C]`` in [0, 1] and ``label [B]``.
         draw: ``(random, batch, split) -> batch``.
         num_classes: how many targets or labels there are.
@@ -29,7 +28,7 @@ class Dataset:
         context: the number of first tokens about which the others ask; 0 where there is none.
     """
 
-    kind: Literal["sequence", "classify", "image"]
+    kind: Literal["sequence", "image"]
     draw: Callable[[np.random.Generator, int, str], Batch]
     num_classes: int
     vocabulary: int = 0

@@ -20,15 +20,15 @@ def digits() -> Dataset:
     return _labelled(parts, 10, "sklearn.datasets.load_digits")
 
 
-def masked_digits(share: Share = 0.25, shuffled: bool = True) -> Dataset:
+def masked_digits(share: Share = 0.25) -> Dataset:
     """The `digits` as 64 tokens of 17 grey levels, of which a share is hidden and asked for, each at random.
 
-    With ``shuffled`` the pixels of all images are in one random order, in which neighbours in the image are far apart:
-    in raster order a window of tokens holds most of what tells a pixel.
+    The pixels of all images are in one random order, in which neighbours in the image are far apart: in raster order a
+    window of tokens holds most of what tells a pixel.
     """
     if not 0 < share < 1:
         raise ConfigError(f"data 'masked_digits' needs a share between 0 and 1, got {share}")
-    order = np.random.default_rng(0).permutation(64) if shuffled else np.arange(64)
+    order = np.random.default_rng(0).permutation(64)
     levels = {
         split: np.rint(16 * pixels).astype(np.int32).reshape(-1, 64)[:, order]
         for split, (pixels, _) in _digit_parts().items()

@@ -1,4 +1,4 @@
-"""Generated tasks: recall, copying, composition of functions, and matching pairs and triples of residues or bits."""
+"""Generated tasks: recall, copying, composition of functions, and matching pairs and triples of bits."""
 
 import numpy as np
 
@@ -6,23 +6,19 @@ from experiments.config import ConfigError, Count, Positive
 from experiments.data.dataset import Batch, Dataset, generated
 
 
-def recall(
-    length: Count = 256, pairs: Count = 16, vocabulary: Count = 512, power: Positive = 0.01, joined: bool = False
-) -> Dataset:
+def recall(length: Count = 256, pairs: Count = 16, vocabulary: Count = 512, power: Positive = 0.01) -> Dataset:
     """Multi-query associative recall (Arora et al. 2023): keys with their values, then the keys again, asking for them.
 
     Keys come from the lower half of the vocabulary and values from the upper; a key is asked for once, after a gap
-    drawn from a power law (1 for all gaps alike), and every other place holds the filler 0. With ``joined`` a key and
-    its value are one token, beyond the vocabulary, so that one layer can recall and what is asked is memory alone; else
-    a first layer must bring every value its key.
+    drawn from a power law (1 for all gaps alike), and every other place holds the filler 0. A first layer must bring
+    every value its key.
     """
     if vocabulary < 2 * pairs + 2 or length < 4 * pairs:
         raise ConfigError(
             f"data 'recall' needs vocabulary >= 2 pairs + 2 and length >= 4 pairs, got {vocabulary}, {length}, {pairs}"
         )
     half = vocabulary // 2
-    num_values, step = vocabulary - half, 1 if joined else 2
-    places = (length - step * pairs) // step
+    places = (length - 2 * pairs) // 2
     weights = power * np.arange(1, places + 1) ** (power - 1.0)
     weights /= weights.sum()
 
@@ -31,31 +27,25 @@ def recall(
         targets = np.full((batch, length), -1, np.int32)
         for i in range(batch):
             keys = 1 + random.choice(half - 1, pairs, replace=False)
-            values = half + random.choice(num_values, pairs, replace=False)
-            if joined:
-                tokens[i, :pairs] = vocabulary + (keys - 1) * num_values + values - half
-            else:
-                tokens[i, 0 : 2 * pairs : 2], tokens[i, 1 : 2 * pairs : 2] = keys, values
-            asked = step * (pairs + random.choice(places, pairs, replace=False, p=weights))
+            values = half + random.choice(vocabulary - half, pairs, replace=False)
+            tokens[i, 0 : 2 * pairs : 2], tokens[i, 1 : 2 * pairs : 2] = keys, values
+            asked = 2 * (pairs + random.choice(places, pairs, replace=False, p=weights))
             tokens[i, asked], targets[i, asked] = keys, values
         return {"tokens": tokens, "targets": targets}
 
-    size = vocabulary + (half - 1) * num_values if joined else vocabulary
-    return Dataset("sequence", generated(draw), num_classes=size, vocabulary=size, is_causal=True)
+    return Dataset("sequence", generated(draw), num_classes=vocabulary, vocabulary=vocabulary, is_causal=True)
 
 
-def segments(
-    pairs: Count = 16, width: Count = 4, values: Count = 16, spellings: Count = 4, ragged: bool = True
-) -> Dataset:
+def segments(pairs: Count = 16, width: Count = 4, values: Count = 16, spellings: Count = 4) -> Dataset:
     """Recall of pairs of a key and a value, each told by a segment of ``width`` neighbours that say the same.
 
     Every token of a segment is one of the ``spellings`` of its pair, at random; after all segments the keys are asked
-    for in random order, with their values as targets. With ``ragged`` the lengths of segments are random, from half of
-    the width to twice the width with this mean, and fillers before and after them move where they begin, so that no
-    chunk is a segment by luck.
+    for in random order, with their values as targets. The lengths of segments are random, from half of the width to
+    twice the width with this mean, and fillers before and after them move where they begin, so that no chunk is a
+    segment by luck.
     """
-    shortest, longest = (max(1, width // 2), 2 * width) if ragged else (width, width)
-    fillers = 2 * width if ragged else 0
+    shortest, longest = max(1, width // 2), 2 * width
+    fillers = 2 * width
     first_query = 1 + pairs * values * spellings
 
     def draw(random: np.random.Generator, batch: int) -> Batch:
@@ -90,28 +80,6 @@ def copying(length: Count = 64, vocabulary: Count = 16) -> Dataset:
         return {"tokens": line[:, :-1], "targets": targets}
 
     return Dataset("sequence", generated(draw), num_classes=vocabulary, vocabulary=vocabulary, is_causal=True)
-
-
-def match(order: Count = 2, length: Count = 16, modulus: Count | None = None) -> Dataset:
-    """Match2 and Match3 (Sanford et al. 2023): does some token, or pair, sum with this one to 0 modulo ``modulus``?
-
-    Places may repeat and include the token itself. By default the modulus is such that about half of the answers are
-    yes: 1.44 length for pairs and 0.72 length^2 for triples.
-    """
-    if modulus is None:
-        modulus = max(2, round(1.44 * length if order == 2 else 0.72 * length**2))
-    if order not in (2, 3) or length < 1 or modulus < 2:
-        raise ConfigError(
-            f"data 'match' needs order 2 or 3, length >= 1 and modulus >= 2, got {order}, {length}, {modulus}"
-        )
-
-    def draw(random: np.random.Generator, batch: int) -> Batch:
-        tokens = random.integers(0, modulus, (batch, length)).astype(np.int32)
-        sums = tokens[:, None, :] if order == 2 else tokens[:, :, None] + tokens[:, None, :]
-        completes = (tokens[:, :, None] + sums.reshape(batch, 1, -1)) % modulus == 0
-        return {"tokens": tokens, "targets": completes.any(-1).astype(np.int32)}
-
-    return Dataset("sequence", generated(draw), num_classes=2, vocabulary=modulus)
 
 
 def match_xor(order: Count = 3, length: Count = 8, bits: Count = 5) -> Dataset:

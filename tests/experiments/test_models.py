@@ -4,13 +4,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from approx_attention.nnx import ApproxAttention, init_cache, replace_attention
-from experiments.models import AttentionConfig, LanguageModel, ModelConfig, attention_layers, generate, use_attention
+from benchmarks.decode import continue_tokens, read_prompt
+from experiments.models import AttentionConfig, LanguageModel, ModelConfig, attention_layers, use_attention
 from tests.cases import settings
 from tests.references import having
 
@@ -32,6 +32,15 @@ def model_of(name, num_layers=2):
     return nnx.merge(*_model_of(name, num_layers), copy=True)
 
 
+def generate(model, prompt, *, steps):
+    """The likeliest tokens after a prompt, one by one, from caches."""
+    init_cache(model, len(prompt), max_length=prompt.shape[1] + steps)
+    tokens = continue_tokens(model, read_prompt(model, prompt)[:, -1], steps)
+    for layer in attention_layers(model).values():
+        layer.attention_fn.drop_cache()
+    return tokens
+
+
 @nnx.jit
 def logits_of(model, tokens):
     return model(tokens)
@@ -50,41 +59,6 @@ def test_greedy_generation_takes_the_likeliest_token_of_the_whole_sequence(name)
     tokens = np.asarray(generate(model, PROMPT, steps=5))
     logits = np.asarray(logits_of(model, np.concatenate([PROMPT, tokens], axis=1)))
     np.testing.assert_array_equal(tokens, logits[:, PROMPT.shape[1] - 1 : -1].argmax(-1))
-
-
-@pytest.mark.slow
-def test_prompts_of_their_own_lengths_do_not_see_each_other():
-    model = model_of("mean_pool")
-    lengths = jnp.array([6, 3])
-    together = generate(model, PROMPT.at[1, 3:].set(16), steps=5, lengths=lengths)
-    np.testing.assert_array_equal(together[0], generate(model, PROMPT[:1], steps=5)[0])
-    np.testing.assert_array_equal(together[1], generate(model, PROMPT[1:, :3], steps=5)[0])
-
-
-@pytest.mark.slow
-def test_sampling_follows_the_models_distribution():
-    model = model_of("exact")
-    many = jnp.broadcast_to(PROMPT[:1], (2000, 6))
-    tokens = generate(model, many, steps=1, temperature=0.7, rng=jax.random.key(2))[:, 0]
-    expected = jax.nn.softmax(model(PROMPT[:1])[0, -1] / 0.7)
-    counts = np.bincount(tokens, minlength=17)
-    statistic = float(((counts - 2000 * expected) ** 2 / (2000 * expected)).sum())
-    assert statistic < 44.5  # chi-squared with 16 degrees of freedom exceeds this once in 6000
-
-
-def test_generation_asks_for_what_it_needs():
-    with pytest.raises(ValueError, match="sampling needs rng"):
-        generate(model_of("exact"), PROMPT, steps=1, temperature=1.0)
-    with pytest.raises(ValueError, match="every prompt needs a token"):
-        generate(model_of("exact"), PROMPT, steps=1, lengths=jnp.array([3, 0]))
-    seeing_all = LanguageModel(SIZES, AttentionConfig(), vocabulary=17, is_causal=False, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="sees later tokens"):
-        generate(seeing_all, PROMPT, steps=1)
-    model = model_of("local")
-    with pytest.raises(NotImplementedError, match="'local' has no running summary"):
-        generate(model, PROMPT, steps=1)
-    # A failed call leaves the model as it was.
-    assert nnx.eval_shape(lambda model: model(PROMPT), model).shape == (2, 6, 17)
 
 
 def test_layers_are_built_on_the_library_modules():
@@ -114,8 +88,3 @@ def test_a_convolution_sees_no_later_token_and_goes_on_in_caches():
         init_cache(model, 2, max_length=12)
         parts = [model(tokens[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
-    lengths = jnp.array([5, 3])
-    init_cache(model, 2, max_length=12, ragged=True)
-    model(tokens[:, :5], lengths)
-    following = model(jnp.stack([tokens[0, 5:6], tokens[1, 3:4]]))
-    np.testing.assert_allclose(following[:, 0], np.stack([whole[0, 5], whole[1, 3]]), atol=1e-5)

@@ -11,10 +11,11 @@ from flax import nnx
 from rich.console import Console
 
 from approx_attention.nnx import compress_caches, init_cache
+from benchmarks.decode import continue_tokens, read_prompt
 from experiments.config import ConfigError, resolve
-from experiments.models import attention_layers, continue_tokens, generate, read_prompt
+from experiments.models import attention_layers
 from experiments.real_models import presses
-from tests.experiments.test_models import PROMPT, model_of
+from tests.experiments.test_models import PROMPT, generate, model_of
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -26,7 +27,7 @@ def test_generation_goes_on_from_caches_that_lost_nothing():
     last = read_prompt(model, PROMPT)[:, -1]
     nnx.jit(functools.partial(compress_caches, budget=6, policy="snapkv", coreset_size=16))(model, jax.random.key(0))
     # More steps than the original cache had room for.
-    tokens = continue_tokens(model, last, jax.random.key(0), steps, 0.0)
+    tokens = continue_tokens(model, last, steps)
     np.testing.assert_array_equal(tokens, expected)
     assert all(int(layer.attention_fn.num_seen) == PROMPT.shape[1] for layer in attention_layers(model).values())
 

@@ -19,7 +19,7 @@ from experiments import training
 from experiments.data import DataConfig, load
 from experiments.models import AttentionConfig, ModelConfig, ParallelConfig
 from experiments.studies import ROOT, Places, Run, read_study
-from experiments.training import OptimizerConfig, TrainingConfig, build_model, make_optimizer, train_step
+from experiments.training import OptimizerConfig, TrainingConfig, build_model, train_step
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -135,24 +135,3 @@ def test_what_cannot_be_trained_on_a_mesh_is_refused():
         TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=1, batch=3), attention=attention)
     with pytest.raises(ValueError, match="'rfa' has neither projections nor gates in parallel"):
         AttentionConfig("rfa", gated=True, parallel=ParallelConfig())
-
-
-@pytest.mark.slow
-def test_learned_draws_are_trained():
-    dataset = load(DataConfig("copying", {"length": 8}))
-    sizes = ModelConfig(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=16)
-    favor = AttentionConfig("favor", {"num_features": 4, "block_size": 4}, ("projection",))
-    config = TrainingConfig(DataConfig("copying"), OptimizerConfig(steps=4), sizes, favor)
-    model = build_model(config, dataset)
-    batch = dataset.draw(np.random.default_rng(0), 2, "train")
-    before = np.asarray(model.body.layers[0].attention.attention_fn.learned["projection"][...])
-    assert before.shape == (4, 8)
-    optimizer = make_optimizer(config.train, model)
-    for _ in range(3):
-        train_step(model, optimizer, batch)
-    after = np.asarray(model.body.layers[0].attention.attention_fn.learned["projection"][...])
-    assert np.abs(after - before).max() > 1e-5
-    with pytest.raises(ValueError, match="'favor' has no noise to be switched on"):
-        AttentionConfig("favor", noise=True)
-    with pytest.raises(ValueError, match="'favor' samples no 'omega' to learn; its random arrays: projection"):
-        AttentionConfig("favor", learned=("omega",))
