@@ -11,37 +11,24 @@ import numpy as np
 from rich.console import Console
 
 from experiments import data, fitting
-from experiments.config import Seeded
 from experiments.fitting import FitConfig, Layer, Subject
 from experiments.models import attention_layers
 from experiments.results import Record
-from experiments.training import TrainingConfig, evaluate, fit, mean_bits, predict
+from experiments.training import OfExact, evaluate, fit, mean_bits, predict
 
 table, figure = fitting.table, fitting.figure
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Seeded):
+class Config(OfExact):
     """What is trained, and what is fitted to it then."""
 
-    training: TrainingConfig
     fit: FitConfig
-
-    def __post_init__(self) -> None:
-        if self.training.seed != 0:
-            raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
-        if self.training.attention.method != "exact":
-            raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
-
-
-def trains(config: Config) -> list[TrainingConfig]:
-    """What is checked before anything runs."""
-    return [config.training]
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """One record for each method; its scores are those of training, and what tunes it is the loss of training."""
-    training = dataclasses.replace(config.training, seed=config.seed)
+    training = config.seeded_training
     model, dataset, _ = fit(training, directory, console)
     first = next(iter(attention_layers(model).values()))
     held_out = data.held_out(dataset, "valid", config.fit.batch, 4)

@@ -51,13 +51,13 @@ def programs(module: Any, config: Any) -> dict[str, Callable[[], Program]]:
 
     if hasattr(module, "programs"):
         return module.programs(config)
-    steps = [functools.partial(step_program, own) for own in module.trains(config)] if has_programs(module) else []
+    steps = [functools.partial(step_program, own) for own in config.trains()] if has_programs(module) else []
     return {f"train step {number}" if number else "train step": step for number, step in enumerate(steps)}
 
 
 def has_programs(module: Any) -> bool:
     """Whether the programs of a study are known."""
-    return hasattr(module, "programs") or hasattr(module, "trains")
+    return hasattr(module, "programs") or hasattr(module.Config, "trains")
 
 
 def compiled(case: Case) -> dict[str, Any]:

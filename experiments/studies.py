@@ -44,7 +44,7 @@ RESULTS = ROOT / "experiments" / "results"
 SCALES = ("smoke", "cpu", "gpu")
 # The keys of a file that are no settings; those of a scale are the middle two.
 KEYS = ("about", "module", "configurations", "seeds", *SCALES)
-# What a module of a study has; it may have `trains(config)` too, the trainings that are checked before anything runs.
+# What a module of a study has; its Config may have a method `trains` for the trainings that are checked before any run.
 PARTS = ("Config", "run", "table", "figure")
 
 
@@ -350,7 +350,7 @@ def check_all(runs: Iterable[Run]) -> None:
             raise ConfigError(f"{run.directory} would hold two runs with different settings; give one another --out")
         if run.finished() is None:
             run.check_directory()
-            for training in getattr(run.study.module, "trains", lambda config: ())(run.config):
+            for training in run.config.trains() if hasattr(run.config, "trains") else ():
                 try:
                     check(training)
                 except ConfigError as error:

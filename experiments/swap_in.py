@@ -14,46 +14,43 @@ from rich.console import Console
 
 from approx_attention.evaluation import method_styles
 from experiments import data
-from experiments.config import Seeded, SeveralBy
+from experiments.config import SeveralBy
 from experiments.fidelity import attention_errors
 from experiments.models import AttentionConfig, use_attention
 from experiments.results import Frame, Record
 from experiments.show import code, having, in_kib, markdown, parts, spread
 from experiments.trained import bytes_held, oracles
-from experiments.training import TrainingConfig, evaluate, fit, score_program, step_program
+from experiments.training import OfExact, TrainingConfig, evaluate, fit, score_program, step_program
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Seeded):
+class Config(OfExact):
     """What is trained, and the methods that then take attention's place, by the name they are reported under."""
 
-    training: TrainingConfig
     methods: SeveralBy[AttentionConfig]
 
     def __post_init__(self) -> None:
-        if self.training.seed != 0:
-            raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
-        if self.training.attention.method != "exact" or "exact" in self.methods:
-            raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
+        super().__post_init__()
+        if "exact" in self.methods:
+            raise ValueError("'exact' is what is trained, and the methods take its place: it is none of them")
 
-
-def trains(config: Config) -> list[TrainingConfig]:
-    """What is checked before anything runs."""
-    return [dataclasses.replace(config.training, attention=own) for own in config.methods.values()]
+    def trains(self) -> list[TrainingConfig]:
+        """What is checked before anything runs."""
+        return [dataclasses.replace(self.training, attention=own) for own in self.methods.values()]
 
 
 def programs(config: Config) -> dict[str, Any]:
     """What an accelerator must have room for: the training, and an evaluation with each method."""
-    scores = {name: dataclasses.replace(config.training, attention=own) for name, own in config.methods.items()}
+    scores = zip(config.methods, config.trains(), strict=True)
     return {
         "train step": functools.partial(step_program, config.training),
-        **{f"score, {name}": functools.partial(score_program, own) for name, own in scores.items()},
+        **{f"score, {name}": functools.partial(score_program, own) for name, own in scores},
     }
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Score and attention error of each method in the trained model."""
-    training = dataclasses.replace(config.training, seed=config.seed)
+    training = config.seeded_training
     model, dataset, seconds = fit(training, directory, console)
     example = data.held_out(dataset, "valid", 1, 1)[0]
     methods = {"exact": training.attention, **config.methods}

@@ -22,11 +22,6 @@ from experiments.training import TrainingConfig, evaluate, fit
 Config = TrainingConfig
 
 
-def trains(config: TrainingConfig) -> list[TrainingConfig]:
-    """What is checked before anything runs."""
-    return [config]
-
-
 def run(config: TrainingConfig, directory: pathlib.Path, console: Console) -> list[Record]:
     """Trains, or goes on from a checkpoint, and evaluates.
 

@@ -74,6 +74,35 @@ class TrainingConfig(Seeded):
         if parallel and self.train.batch % parallel.data:
             raise ValueError(f"batch must be a multiple of parallel.data = {parallel.data}, got {self.train.batch}")
 
+    def trains(self) -> list["TrainingConfig"]:
+        """What is checked before anything runs."""
+        return [self]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfExact(Seeded):
+    """Base class of the settings of a study that trains a model with exact attention, and then changes its attention.
+
+    The training has the seed of the run.
+    """
+
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        if self.training.seed != 0:
+            raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
+        if self.training.attention.method != "exact":
+            raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
+
+    def trains(self) -> list[TrainingConfig]:
+        """What is checked before anything runs."""
+        return [self.training]
+
+    @property
+    def seeded_training(self) -> TrainingConfig:
+        """The training with the seed of the run."""
+        return dataclasses.replace(self.training, seed=self.seed)
+
 
 def build_model(config: TrainingConfig, dataset: Dataset) -> nnx.Module:
     """The reference model that reads this kind of data, freshly initialised."""

@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, fold_scale, quantize, summarize_coreset
-from approx_attention.core import pad_rows, quantized_bytes
+from approx_attention.core import quantized_bytes
 from approx_attention.coresets import algorithm_of
 from approx_attention.decoding import token_budget
 from approx_attention.evaluation import load_sample, method_styles, output_error, sup_error
 from experiments.config import Count, NonNegative, Seeded, Several, Share
 from experiments.coresets import instances
+from experiments.coresets.least_size import padded
 from experiments.results import Frame, Record
 from experiments.show import curves, having, in_kib, parts, pivot, significant, whole
 
@@ -89,10 +90,7 @@ def _chosen(k: Array, v: Array, key: Array, radius: float | None, *, size: int, 
 
 @functools.partial(jax.jit, static_argnames=("form", "room"))
 def _stored(tokens: WeightedKV, form: str, room: int) -> WeightedKV:
-    """One shape for all sizes, so that the search is compiled once."""
-    back = stored(tokens, form)
-    k, value_sum, mass = (pad_rows(x, room - x.shape[0]) for x in (back.k, back.value_sum, back.mass))
-    return WeightedKV(k, value_sum, mass, back.value_range)
+    return padded(stored(tokens, form), room)
 
 
 @jax.jit

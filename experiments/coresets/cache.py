@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,35 @@ from approx_attention.decoding import HEURISTICS, MATCHING
 from approx_attention.evaluation import output_error
 from approx_attention.nnx import capture_attention
 from experiments import data
-from experiments.config import Count, Seeded, Several, Share, Whole
+from experiments.config import Count, Several, Share, Whole
 from experiments.models import attention_layers
 from experiments.results import Frame, Record
 from experiments.show import curves, having, mean, parts, pivot, spread
-from experiments.training import TrainingConfig, bits, fit, predict
+from experiments.training import OfExact, bits, fit, predict
 
 # The policy under which the cache is a folded coreset that grows with the tokens.
 STREAMED = "streamed"
+# The mass correction of `compress_tokens`, by what follows a "+" in the name of a policy.
+CORRECTIONS: dict[str, Any] = {"": False, "mass": True, "fitted": "fitted"}
+
+
+def parse_policy(policy: str, *others: str) -> tuple[str, Any]:
+    """The name of a policy, and its mass correction.
+
+    Raises:
+        ValueError: it is neither an algorithm, a heuristic, ``attention_matching`` nor one of the ``others``.
+    """
+    name, _, correction = policy.partition("+")
+    known = {*ALGORITHMS, *HEURISTICS, *MATCHING, *others}
+    if name not in known or correction not in CORRECTIONS or (correction and name not in HEURISTICS):
+        raise ValueError(
+            f"unknown policy {policy!r}; known are {', '.join(sorted(known))}, and heuristics with +mass or +fitted"
+        )
+    return name, CORRECTIONS[correction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Seeded):
+class Config(OfExact):
     """What is trained with exact attention, and how its caches are compressed.
 
     Attributes:
@@ -47,7 +64,6 @@ class Config(Seeded):
         batches: held-out batches that are scored.
     """
 
-    training: TrainingConfig
     prefix: Count
     policies: Several[str]
     kept: Several[Share] = dataclasses.field(default_factory=lambda: [0.5, 0.25, 0.125, 0.0625])
@@ -56,35 +72,15 @@ class Config(Seeded):
     batches: Count = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for policy in self.policies:
-            name, correction = _parts(policy)
-            known = {*ALGORITHMS, *HEURISTICS, *MATCHING, STREAMED}
-            if name not in known or (correction is not False and name not in HEURISTICS):
-                raise ValueError(
-                    f"unknown policy {policy!r}; known are {', '.join(sorted(known))}, and heuristics with +mass or "
-                    "+fitted"
-                )
-        if self.training.attention.method != "exact":
-            raise ValueError("what is trained is 'exact'; the policies compress its cache")
-
-
-def _parts(policy: str) -> tuple[str, bool | Literal["fitted"]]:
-    """The name of a policy, and its mass correction."""
-    if policy.endswith("+fitted"):
-        return policy.removesuffix("+fitted"), "fitted"
-    return policy.removesuffix("+mass"), policy.endswith("+mass")
-
-
-def trains(config: Config) -> list[TrainingConfig]:
-    """What is checked before anything runs."""
-    return [config.training]
+            parse_policy(policy, STREAMED)
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """Bits and accuracy of the targets after the prefix, and the error of the attention there, by policy and share."""
-    training = dataclasses.replace(config.training, seed=config.seed)
-    model, dataset, seconds = fit(training, directory, console)
-    batches = data.held_out(dataset, "test", training.train.batch, config.batches)
+    model, dataset, seconds = fit(config.seeded_training, directory, console)
+    batches = data.held_out(dataset, "test", config.training.train.batch, config.batches)
     captured = capture_attention(model, lambda model: predict(model, batches[0]))
     exact = _scores(config, model, batches, _causal)
     records: list[Record] = [{"training_seconds": round(seconds, 1)}, {"policy": "exact", **exact}]
@@ -129,7 +125,7 @@ def _causal(q: Array, k: Array, v: Array, key: Array) -> Array:
 def _compressed(config: Config, policy: str, budget: int) -> Callable[..., Array]:
     """Exact causal attention within the prefix; after it, the compressed prefix and the exact tokens since."""
     prefix = config.prefix
-    name, mass_correction = _parts(policy)
+    name, mass_correction = parse_policy(policy, STREAMED)
 
     def function(q: Array, k: Array, v: Array, key: Array) -> Array:
         if name == STREAMED:

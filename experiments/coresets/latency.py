@@ -42,21 +42,18 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
         keys = jax.random.split(jax.random.key(config.seed), 4)
         shape = (length, config.num_heads, config.head_dim)
         q, k, v = (jax.random.normal(key, shape) for key in keys[:3])
-        prefill: dict[str, Any] = {
-            "exact": functools.partial(_compiled(functools.partial(_exact, is_causal=True), q, k, v), q, k, v)
-        }
+        prefill: dict[str, Any] = {"exact": _call(functools.partial(_exact, is_causal=True), q, k, v)}
         last = q[-1:]
         # The whole cache is asked in both ways, and the compressed ones are held to the faster.
         whole = jax.vmap(functools.partial(compress_tokens, budget=length), in_axes=1)(k, v)
         decode: dict[str, Any] = {
-            "exact": functools.partial(_compiled(_exact, last, k, v), last, k, v),
-            EVERY_TOKEN: functools.partial(_compiled(_ask, last, whole), last, whole),
+            "exact": _call(_exact, last, k, v),
+            EVERY_TOKEN: _call(_ask, last, whole),
         }
         for policy in config.policies:
-            build = _compiled(functools.partial(_build, policy, round(config.kept * length)), k, v, keys[3])
-            prefill[policy] = functools.partial(build, k, v, keys[3])
-            small = build(k, v, keys[3])
-            decode[policy] = functools.partial(_compiled(_ask, last, small), last, small)
+            build = functools.partial(_build, policy, round(config.kept * length))
+            prefill[policy] = _call(build, k, v, keys[3])
+            decode[policy] = _call(_ask, last, prefill[policy]())
         for name, calls in (("prefill", prefill), ("decode", decode)):
             timings = time_interleaved(calls, rounds=config.rounds, patience=60)
             for policy, timing in timings.items():
@@ -98,8 +95,9 @@ def figure(records: Frame) -> Figure:
     )
 
 
-def _compiled(function: Any, *arguments: Any) -> Any:
-    return jax.jit(function).lower(*arguments).compile()
+def _call(function: Any, *arguments: Any) -> Any:
+    """A call of the compiled function with these arguments."""
+    return functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
 
 
 def _exact(q, k, v, is_causal=False):

@@ -61,7 +61,7 @@ class Config(Seeded):
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def _padded(small: WeightedKV, *, room: int) -> WeightedKV:
+def padded(small: WeightedKV, room: int) -> WeightedKV:
     """One shape for all sizes, so that the search for the worst query is compiled once."""
     k, value_sum, mass = (pad_rows(x, room - x.shape[0]) for x in (small.k, small.value_sum, small.mass))
     return WeightedKV(k, value_sum, mass, small.value_range)
@@ -123,7 +123,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
 
             @functools.cache
             def error(size: int, k: Array = k, v: Array = v, radius: float = radius, of: Any = coreset) -> float:
-                return float(_greatest_error(k, v, _padded(of(size), room=k.shape[0] // 2), radius))
+                return float(_greatest_error(k, v, padded(of(size), k.shape[0] // 2), radius))
 
             for precision in config.precisions:
                 least = least_size(error, sizes, eps_unit * precision)

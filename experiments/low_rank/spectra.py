@@ -15,37 +15,30 @@ from rich.console import Console
 from approx_attention.evaluation import light_grid, method_styles, spectrum
 from approx_attention.nnx import capture_attention
 from experiments import data
-from experiments.config import ConfigError, Count, Seeded, Share
+from experiments.config import ConfigError, Count, Share
 from experiments.results import Frame, Record
 from experiments.show import having, pivot, spread
-from experiments.training import TrainingConfig, build_model, fit, predict
+from experiments.training import OfExact, build_model, fit, predict
 
 # What the spectra are of.
 OF = {"weights": "P", "centred": "P - 1/n"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Seeded):
+class Config(OfExact):
     """A model trained with exact attention, and the share of the singular values that is looked at.
 
     Attributes:
         share: of the number of tokens: what the largest singular values up to there add up to.
     """
 
-    training: TrainingConfig
     share: Share = 0.25
     examples: Count = 4
 
     def __post_init__(self) -> None:
-        if self.training.seed:
-            raise ValueError("the seed of the training is that of the run")
-        if self.training.attention.method != "exact" or self.training.model.num_layers < 2:
-            raise ValueError("what is looked at is a model of at least 2 layers with exact attention")
-
-
-def trains(config: Config) -> list[TrainingConfig]:
-    """What is checked before anything runs."""
-    return [config.training]
+        super().__post_init__()
+        if self.training.model.num_layers < 2:
+            raise ValueError("what is looked at is a model of at least 2 layers")
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
@@ -54,7 +47,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
     ``share`` is what the largest singular values, ``config.share`` of them, add up to, and ``rise`` its difference
     between the last and the first layer of the trained model.
     """
-    training = dataclasses.replace(config.training, seed=config.seed)
+    training = config.seeded_training
     model, dataset, _ = fit(training, directory, console)
     if dataset.is_causal:
         raise ConfigError(f"data {training.data.name!r} are causal; the spectra are of bidirectional attention")

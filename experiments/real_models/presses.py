@@ -14,27 +14,24 @@ from jax import Array
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from approx_attention.coresets import ALGORITHMS
-from approx_attention.decoding import HEURISTICS, MATCHING
 from approx_attention.evaluation import output_error
 from approx_attention.nnx import ApproxAttention, compress_caches, init_cache
 from experiments import data
-from experiments.config import ConfigError, Count, Seeded, Several, Whole
+from experiments.config import ConfigError, Count, Several, Whole
+from experiments.coresets.cache import parse_policy
 from experiments.data import DataConfig
 from experiments.data.retrieval import QUESTION
 from experiments.models import attention_layers
 from experiments.results import Frame, Record
 from experiments.show import curves, mean, parts, pivot
-from experiments.training import TrainingConfig, fit
+from experiments.training import OfExact, fit
 
 # The tokens of a question before its answer.
 ASKED = QUESTION - 1
-# What a policy leaves of the evicted mass, by what follows a "+" in its name.
-CORRECTIONS: dict[str, Any] = {"": False, "mass": True, "fitted": "fitted"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Seeded):
+class Config(OfExact):
     """What is trained with exact attention on questions about contexts, and how its caches are compressed.
 
     Attributes:
@@ -52,7 +49,6 @@ class Config(Seeded):
         batches: held-out batches of each task.
     """
 
-    training: TrainingConfig
     policies: Several[str]
     budgets: Several[Count]
     tasks: Several[str] = dataclasses.field(default_factory=lambda: ["needle", "needles", "key_value", "variables"])
@@ -65,16 +61,11 @@ class Config(Seeded):
     batches: Count = 4
 
     def __post_init__(self) -> None:
-        known = {*ALGORITHMS, *HEURISTICS, *MATCHING}
+        super().__post_init__()
         for policy in self.policies:
-            name, _, correction = policy.partition("+")
-            if name not in known or correction not in CORRECTIONS or (correction and name not in HEURISTICS):
-                raise ValueError(
-                    f"unknown policy {policy!r}; known are {', '.join(sorted(known))}, and heuristics with +mass or "
-                    "+fitted"
-                )
-        if self.training.attention.method != "exact" or self.training.data.name != "retrieval":
-            raise ValueError("what is trained is 'exact' on 'retrieval'; the policies compress its cache")
+            parse_policy(policy)
+        if self.training.data.name != "retrieval":
+            raise ValueError(f"the training is on the data 'retrieval', got {self.training.data.name!r}")
         if self.chunk > self.keep_queries:
             raise ValueError(f"the queries of a chunk must be kept: {self.chunk} are more than {self.keep_queries}")
 
@@ -92,11 +83,6 @@ class _Watched(ApproxAttention):
         return out
 
 
-def trains(config: Config) -> list[TrainingConfig]:
-    """What is checked before anything runs."""
-    return [config.training]
-
-
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:
     """A record for every task, policy, budget, number of bits and question.
 
@@ -105,8 +91,8 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
     Each record has the accuracy of the answer, the relative error of attention outputs at the question (mean over
     layers), and the bytes of the cache of a sequence. The policy ``none`` does not compress.
     """
-    training = dataclasses.replace(config.training, seed=config.seed)
-    model, dataset, seconds = fit(training, directory, console)
+    training = config.training
+    model, dataset, seconds = fit(config.seeded_training, directory, console)
     for layer in attention_layers(model).values():
         layer.attention_fn = nnx.data(_Watched())
     records: list[Record] = []
@@ -166,8 +152,8 @@ def _scores(config: Config, model: nnx.Module, batches: list[np.ndarray], contex
 
 @functools.cache  # programs are kept from task to task
 def _press(policy: str, budget: int, bits: int | None, coreset_size: int, sinks: int) -> Any:
-    name, _, correction = policy.partition("+")
-    options = {"policy": name, "mass_correction": CORRECTIONS[correction], "budget": budget, "bits": bits}
+    name, mass_correction = parse_policy(policy)
+    options = {"policy": name, "mass_correction": mass_correction, "budget": budget, "bits": bits}
     return nnx.jit(functools.partial(compress_caches, coreset_size=coreset_size, sinks=sinks, **options))
 
 

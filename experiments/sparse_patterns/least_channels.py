@@ -12,7 +12,7 @@ from rich.console import Console
 
 from approx_attention import dimension_bound
 from experiments.config import Count, Positive, Seeded, Several
-from experiments.fits import slope
+from experiments.fits import line, slope
 from experiments.results import Frame, Record
 from experiments.show import Scales, curves, having, lookup, parts, pivot, slopes, whole
 from experiments.sparse_patterns.search import Target, least_channels
@@ -104,20 +104,9 @@ def grows(config: Config) -> str:
 
 def line_in_log2(curve: dict[float, list[float]], theory: float) -> Record:
     """Channels for each doubling of the length over all trials, with interval, R^2, and the share of the theory's."""
-    from scipy import stats
-
     points = [(math.log2(n), dim) for n, dims in curve.items() for dim in dims if math.isfinite(dim)]
-    if len({n for n, _ in points}) < 3:
-        return dict.fromkeys(("slope", "slope_half_width", "r2", "over_theory"), math.nan)
-    doublings, dims = zip(*points, strict=True)
-    line: Any = stats.linregress(doublings, dims)
-    half = float(stats.t.ppf(0.975, len(points) - 2) * line.stderr)
-    return {
-        "slope": float(line.slope),
-        "slope_half_width": half,
-        "r2": float(line.rvalue) ** 2,
-        "over_theory": float(line.slope) / theory,
-    }
+    found, half, r2 = line([n for n, _ in points], [dim for _, dim in points])
+    return {"slope": found, "slope_half_width": half, "r2": r2, "over_theory": found / theory}
 
 
 def table(records: Frame) -> Iterable[str]:
