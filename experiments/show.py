@@ -175,10 +175,10 @@ def curves(
     x: str,
     y: str,
     by: str,
-    panel: str = "configuration",
+    panel: str | None = "configuration",
     labels: tuple[str, str],
     scales: Scales = ("log", "log"),
-    ticks: Callable[[float], str] | None = label,
+    ticks: Callable[[Any], str] | None = label,
     least: float | None = None,
     dotted: Sequence[Any] = (),
     titles: Callable[[Any], str] = str,
@@ -189,11 +189,11 @@ def curves(
     """Lines of ``y`` against ``x`` for each value of ``by``, with the range over seeds; a panel for each ``panel``.
 
     Args:
-        records: with all of these columns.
-        x: the column of the horizontal axis.
+        records: those with all of these columns are shown.
+        x: the column of the horizontal axis; names stand side by side, in their order.
         y: the column of the vertical axis.
         by: the column that names a line.
-        panel: the column that names a panel.
+        panel: the column that names a panel; None for one panel with all.
         labels: of the axes.
         scales: of the axes.
         ticks: how a value of ``x`` is shown; None for ticks that the plot chooses.
@@ -204,7 +204,11 @@ def curves(
         size: of a panel, in inches.
         each: draws more into a panel.
     """
-    groups = list(records.groupby(panel, sort=False))
+    records = having(records, x, y, by)
+    places = list(dict.fromkeys(records[x])) if isinstance(records[x].iloc[0], str) else []
+    if places:
+        records = records.assign(**{x: [places.index(name) for name in records[x]]})
+    groups = [("", records)] if panel is None else list(parts(records, panel))
     figure, axes = panels(len(groups), columns=columns, size=size)
     names, handles = list(dict.fromkeys(records[by])), {}
     styles = method_styles(list(map(str, names)))
@@ -221,7 +225,7 @@ def curves(
         ax.set(title=titles(title) if len(groups) > 1 else "", xscale=scales[0], yscale=scales[1])
         if ticks is not None:
             steps = sorted(set(part[x]))
-            ax.set_xticks(steps, [ticks(step) for step in steps])
+            ax.set_xticks(steps, [ticks(places[step] if places else step) for step in steps])
             ax.minorticks_off()
         light_grid(ax)
         if each is not None:

@@ -1,6 +1,7 @@
 """How far each method is from softmax attention without any training, on smoothed sequences and on captured tensors."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable
 from typing import Literal
@@ -8,16 +9,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import METHODS, attention
 from approx_attention.core import in_float32
-from approx_attention.evaluation import Tensors, held_bytes, light_grid, load_sample, method_styles, output_error
+from approx_attention.evaluation import Tensors, held_bytes, load_sample, output_error
 from experiments.config import ConfigError, Count, NonNegative, Seeded, SeveralBy, Share
 from experiments.models import AttentionConfig
 from experiments.results import Frame, Record
-from experiments.show import in_kib, parts, pivot, spread
+from experiments.show import curves, in_kib, parts, pivot, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +80,18 @@ def table(records: Frame) -> Iterable[str]:
         yield pivot(shown, "method", "configuration", "error", cell=spread, head="relative error", more=more)
 
 
-def figure(records: Frame) -> Figure:
-    """Errors of the methods, side by side for the configurations."""
-    drawn = Figure(figsize=(10, 4.6))
-    axes = drawn.subplots()
-    names = list(dict.fromkeys(records["configuration"]))
-    errors = records.groupby(["method", "configuration"], sort=False)["error"].mean()
-    for name, style in method_styles(dict.fromkeys(records["method"])).items():
-        own = errors[name]
-        axes.plot([names.index(c) for c in own.index], own, label=name, linewidth=0.8, **style)
-    ticks = [name.replace("-spread", "\nspread").replace("-", " ") for name in names]
-    axes.set_xticks(range(len(names)), ticks, fontsize=8)
-    axes.set(yscale="log", ylabel="relative error to softmax attention")
-    light_grid(axes)
-    drawn.legend(loc="outside lower center", ncols=7, fontsize=9)
-    return drawn
+# Errors of the methods, the configurations side by side.
+figure = functools.partial(
+    curves,
+    x="configuration",
+    y="error",
+    by="method",
+    panel=None,
+    labels=("", "relative error to softmax attention"),
+    scales=("linear", "log"),
+    ticks=lambda name: name.replace("-spread", "\nspread").replace("-", " "),
+    size=(10.0, 4.2),
+)
 
 
 def smoothed(config: Config) -> Tensors:

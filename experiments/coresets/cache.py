@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import attend, attention, compress_tokens, exact, fold_scale, merge
@@ -104,18 +103,17 @@ def table(records: Frame) -> Iterable[str]:
         yield pivot(shown, "policy", "share", ["bits lost", "accuracy", "error"], cell=[spread, mean, mean])
 
 
-def figure(records: Frame) -> Figure:
-    """Bits lost by the share of the prefix that is kept."""
-    return curves(
-        having(records, "share"),
-        x="share",
-        y="lost",
-        by="policy",
-        labels=("share of the tokens of the prefix that is kept", "bits per token lost after the prefix"),
-        ticks=lambda share: f"{100 * share:g} %",
-        least=1e-4,
-        size=(7.0, 4.0),
-    )
+# Bits lost by the share of the prefix that is kept.
+figure = functools.partial(
+    curves,
+    x="share",
+    y="lost",
+    by="policy",
+    labels=("share of the tokens of the prefix that is kept", "bits per token lost after the prefix"),
+    ticks=lambda share: f"{100 * share:g} %",
+    least=1e-4,
+    size=(7.0, 4.0),
+)
 
 
 def _causal(q: Array, k: Array, v: Array, key: Array) -> Array:

@@ -9,7 +9,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention import WeightedKV, attend, summarize_coreset, summarize_mean_value
@@ -117,19 +116,15 @@ def table(records: Frame) -> Iterable[str]:
     yield pivot(having(records, "algorithm", "typical"), "algorithm", "configuration", "typical")
 
 
-def figure(records: Frame) -> Figure:
-    """Greatest errors, the configurations side by side."""
-    errors = having(records, "algorithm", "error")
-    names = list(dict.fromkeys(errors["configuration"]))
-    return curves(
-        errors.assign(at=[names.index(name) for name in errors["configuration"]], all="all"),
-        x="at",
-        y="error",
-        by="algorithm",
-        panel="all",
-        labels=("", "greatest error over all queries"),
-        scales=("linear", "log"),
-        ticks=lambda at: names[int(at)],
-        dotted=[MEAN],
-        size=(9.0, 4.0),
-    )
+# Greatest errors, the configurations side by side.
+figure = functools.partial(
+    curves,
+    x="configuration",
+    y="error",
+    by="algorithm",
+    panel=None,
+    labels=("", "greatest error over all queries"),
+    scales=("linear", "log"),
+    dotted=[MEAN],
+    size=(9.0, 4.0),
+)

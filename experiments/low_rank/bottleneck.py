@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from approx_attention.core import in_float32
@@ -88,9 +87,14 @@ def table(records: Frame) -> Iterable[str]:
         yield pivot(having(own, "kind", "error"), "kind", "head_dim", "error", quoted=False)
 
 
-def figure(records: Frame) -> Figure:
-    """Errors by the size of the head."""
-    errors = having(records, "kind", "error")
-    labels = ("channels of the head", "largest total variation of a row")
-    scales: Any = ("linear", "log")
-    return curves(errors, x="head_dim", y="error", by="kind", labels=labels, scales=scales, least=1e-7, size=(5.2, 3.8))
+# Errors by the size of the head.
+figure = functools.partial(
+    curves,
+    x="head_dim",
+    y="error",
+    by="kind",
+    labels=("channels of the head", "largest total variation of a row"),
+    scales=("linear", "log"),
+    least=1e-7,
+    size=(5.2, 3.8),
+)
