@@ -1,9 +1,9 @@
 """Typed configurations: frozen dataclasses read from YAML, with overrides; what is unknown or unfit is one error."""
 
 import collections
+import copy
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 import reprlib
@@ -79,58 +79,22 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line that says where and why."""
 
 
-# A longer file is none of ours, or has no end.
-_LONGEST = 1_000_000
-
-
 def load_yaml(path: pathlib.Path) -> Any:
     """What a YAML file says.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, or holds values that are no plain ones.
+        ConfigError: it cannot be read, or is no YAML that `load_plain` takes.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(_LONGEST + 1)
+        return load_plain(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a path with NUL in it
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from None
-    if len(content) > _LONGEST:
-        raise ConfigError(f"{path} is longer than {_LONGEST} bytes, too long for a configuration")
-    try:
-        loaded = load_plain(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except ValueError as error:  # a path with NUL in it
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML that can be used: {one_line(error)}") from None
-    _check_plain(loaded, "", str(path))
-    return loaded
-
-
-def _check_plain(value: Any, key: str, where: str) -> None:
-    """Raises unless the value is made of text, numbers that are some, true, false and null, under keys of text."""
-    if isinstance(value, dict):
-        for name, part in value.items():
-            if not isinstance(name, str):
-                raise ConfigError(
-                    f"{where}: the key {name!r} {f'in {key!r} ' if key else ''}must be text; put it in quotes"
-                )
-            _check_plain(part, f"{key}.{name}" if key else name, where)
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            _check_plain(part, f"{key}.{index}" if key else str(index), where)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: {key!r} must be a finite number, got {value}")
-    elif isinstance(value, int) and abs(value) >= 2**32:
-        raise ConfigError(f"{where}: {key!r} must be a whole number within 32 bits, got {reprlib.repr(value)}")
-    elif not isinstance(value, str | int | float | None):
-        raise ConfigError(f"{where}: {key!r} must be text, a number, a list or a mapping, got {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    names = {"NoneType": "nothing", "list": "a list", "str": "text", "int": "a number", "float": "a number"}
-    return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
@@ -149,8 +113,9 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         try:
             overrides[name] = load_plain(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {name} is not YAML: {reprlib.repr(value)}: {one_line(error)}") from None
-        _check_plain(overrides[name], name, "--set")
+            raise ConfigError(
+                f"the value of {name} is not YAML that can be used: {reprlib.repr(value)}: {one_line(error)}"
+            ) from None
     return overrides
 
 
@@ -160,7 +125,7 @@ def overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any], where:
     Raises:
         ConfigError: a key reaches into what is no mapping.
     """
-    merged = _copied(settings)
+    merged = copy.deepcopy(dict(settings))
     for dotted, value in overrides.items():
         *parents, last = dotted.split(".")
         node = merged
@@ -195,7 +160,7 @@ def resolve(
     try:
         return adapter_of(kind).validate_python(merged)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_first_fault(kind, error, other_keys)}") from None
+        raise ConfigError(first_fault(error, where, kind, other_keys)) from None
     except (TypeError, ArithmeticError) as error:  # of a method, to which settings are no arguments
         raise ConfigError(f"{where}: {error}") from None
 
@@ -209,14 +174,34 @@ def checked(kind: Any, value: Any, where: str) -> Any:
     try:
         return adapter_of(kind).validate_python(value)
     except pydantic.ValidationError as error:
-        said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where} is {reprlib.repr(value)}: {said[0].lower()}{said[1:]}") from None
+        raise ConfigError(first_fault(error, where)) from None
 
 
-def first_fault(error: pydantic.ValidationError) -> str:
-    """The key of the first fault, and what is wrong there."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'].lower()}"
+def first_fault(error: pydantic.ValidationError, where: str, kind: Any = None, other_keys: Iterable[str] = ()) -> str:
+    """The first fault as one line: the key, what was given, and what is allowed.
+
+    Args:
+        error: of a value of a type.
+        where: what the line begins with.
+        kind: the type, if it is a configuration class.
+        other_keys: see `resolve`.
+    """
+    fault = error.errors()[0]
+    key, said = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+    place = f"{where}: {key!r}" if key else where
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        *parents, last = fault["loc"]
+        for parent in parents:
+            kind = _within(kind, parent)
+        if not dataclasses.is_dataclass(kind):
+            return f"{where}: unknown key {key!r}"
+        known = [field.name for field in dataclasses.fields(kind)] + ([] if parents else list(other_keys))
+        return f"{where}: in {key!r}: {unknown('key', str(last), known)}"
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{where}: the key {key!r} is missing"
+    if fault["type"] == "value_error":  # a configuration's own check
+        return f"{place}: {said}"
+    return f"{place} is {reprlib.repr(fault['input'])}: {said[0].lower()}{said[1:]}"
 
 
 def departures(config: Any, held: Mapping[str, Any], where: str) -> list[str]:
@@ -266,31 +251,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             found.append(f"{prefix}{name}: {before!r} there, {after!r} now")
     return found
-
-
-def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-
-
-def _first_fault(kind: type, error: pydantic.ValidationError, other_keys: Iterable[str]) -> str:
-    fault = error.errors()[0]
-    key = ".".join(map(str, fault["loc"]))
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        *parents, last = fault["loc"]
-        owner: Any = kind
-        for parent in parents:
-            owner = _within(owner, parent)
-        if not dataclasses.is_dataclass(owner):
-            return f"unknown key {key!r}"
-        known = [field.name for field in dataclasses.fields(owner)] + ([] if parents else list(other_keys))
-        return f"in {key!r}: {unknown('key', str(last), known)}"
-    if fault["type"] in ("missing", "missing_argument"):
-        return f"the key {key!r} is missing"
-    if fault["type"] == "value_error":  # a configuration's own check
-        said = fault["msg"].removeprefix("Value error, ")
-        return f"{key!r}: {said}" if key else said
-    said = fault["msg"]
-    return f"{key!r} is {reprlib.repr(fault['input'])}: {said[0].lower()}{said[1:]}"
 
 
 def _within(kind: Any, part: Any) -> Any:

@@ -33,7 +33,7 @@ def read_json(path: pathlib.Path, kind: Any, remedy: str) -> Any:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; remove it, and {remedy}") from None
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({first_fault(error)})") from None
+        raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({first_fault(error, 'its content')})") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged; remove it, and {remedy} ({error})") from None
     return content

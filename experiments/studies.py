@@ -42,6 +42,8 @@ CONFIGS = ROOT / "configs"
 RESULTS = ROOT / "experiments" / "results"
 # Seconds on a CPU, minutes to hours on a CPU, and an accelerator.
 SCALES = ("smoke", "cpu", "gpu")
+# What a file and each of its scales hold.
+Settings = dict[str, Any]
 # The keys of a file that are no settings; those of a scale are the middle two.
 KEYS = ("about", "module", "configurations", "seeds", *SCALES)
 # What a module of a study has; its Config may have a method `trains` for the trainings that are checked before any run.
@@ -108,14 +110,11 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
             name of a configuration cannot be that of a folder; a seed is no whole number, or given twice.
     """
     path = pathlib.Path(place) if str(place).endswith(".yaml") else CONFIGS / f"{place}.yaml"
-    content = _content(path)
+    content = checked(Settings, load_yaml(path), str(path))
     if scale not in content:
         scales = ", ".join(name for name in SCALES if name in content) or "none"
         raise ConfigError(f"{path} has no scale {scale!r}; it has {scales}")
-    for name in (name for name in SCALES if name in content):
-        if not isinstance(content[name], dict | None):
-            raise ConfigError(f"{path}: {name!r} must map settings to values, got {reprlib.repr(content[name])}")
-    own = dict(content[scale] or {})
+    own = dict(checked(Settings | None, content[scale], f"{path}: {scale!r}") or {})
     by_scale = {key: own.pop(key, content.get(key)) for key in ("configurations", "seeds")}
     settings = {key: value for key, value in content.items() if key not in KEYS}
     for key in own:
@@ -137,20 +136,14 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
 
 def has_scale(place: str, scale: str) -> bool:
     """Whether a study has a scale."""
-    return scale in load_yaml(CONFIGS / f"{place}.yaml")
+    path = CONFIGS / f"{place}.yaml"
+    return scale in checked(Settings, load_yaml(path), str(path))
 
 
 def every_study(scale: str) -> list[str]:
     """The names of all studies under configs/ that have a scale."""
-    paths = sorted(CONFIGS.rglob("*.yaml"))
-    return [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in paths if scale in _content(path)]
-
-
-def _content(path: pathlib.Path) -> dict[str, Any]:
-    content = load_yaml(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of settings and scales, got {reprlib.repr(content)}")
-    return content
+    names = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in sorted(CONFIGS.rglob("*.yaml")))
+    return [name for name in names if has_scale(name, scale)]
 
 
 def _module(path: pathlib.Path, name: Any) -> Any:

@@ -35,17 +35,16 @@ def _config(folder, text=TEXT, name="study.yaml"):
 
 
 PROJECTIONS = "{attention: {method: linformer, projections: {max_length: 9, frozn: 1}}}"
-BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "must be a mapping of settings and scales, got None"),
-        ("- 1\n", "must be a mapping of settings and scales, got [1]"),
+        ("", "is None: input should be a valid dictionary"),
+        ("- 1\n", "is [1]: input should be a valid dictionary"),
         ("steps: 3\n", "has no scale 'smoke'; it has none"),
         ("steps: 3\ncpu: {}\n", "has no scale 'smoke'; it has cpu"),
-        ("smoke: 3\n", "'smoke' must map settings to values, got 3"),
+        ("smoke: 3\n", "'smoke' is 3: input should be a valid dictionary"),
         ("module: 3\nsmoke: {}\n", "'module' must be a module of experiments, got 3"),
         ("module: experiments.nothing\nsmoke: {}\n", "'module' must be a module of experiments"),
         ("module: os.path\nsmoke: {}\n", "'module' must be a module of experiments"),
@@ -57,23 +56,21 @@ BOMB = "a0: &a0 [1, 1, 1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}
         (b"a\x00b", "unacceptable character"),
         ("module: [\n", "line 2: while parsing"),
         (TEXT + "---\n", "found another document"),
-        (BOMB + TEXT, "with its aliases written out it has more than"),
-        ("x: &x [*x]\n" + TEXT, "nested deeper than 32 levels"),  # an alias within the anchor that it names
-        ("x: " + "[" * 20_000, "nested deeper than 32 levels"),
-        ("x: " + "{a: " * 50 + "1" + "}" * 50, "nested deeper than 32 levels"),
         (TEXT + "seeds: [3]\n", "the key 'seeds' is there already, in line 6"),
         (TEXT.replace("exact: {}", "exact: {}, exact: {}"), "the key 'exact' is there already"),
         (TEXT + "sedes: [3]\n", "unknown key 'sedes'; did you mean 'seeds'?"),
         (TEXT.replace("batch", "btach"), "in 'train.btach': unknown key 'btach'; did you mean 'batch'?"),
         (TEXT.replace("exact: {}", f"exact: {PROJECTIONS}"), "unknown key 'frozn'; did you mean 'frozen'?"),
         (TEXT + "3: 4\n", "the key 3 must be text; put it in quotes"),
-        (TEXT.replace("exact:", "yes:"), "the key True in 'configurations' must be text"),
-        (TEXT.replace("steps: 8", "steps: 2020-13-45"), "month must be in 1..12"),
-        (TEXT.replace("steps: 8", "steps: 2020-12-05"), "'train.steps' must be text, a number"),
+        (TEXT.replace("exact:", "yes:"), "the key yes must be text; put it in quotes"),
+        (TEXT.replace("steps: 8", "steps: 2020-13-45"), "'train.steps' is '2020-13-45': input should be"),
+        (TEXT.replace("steps: 8", "steps: !!set {a}"), "could not determine a constructor"),
+        (TEXT.replace("steps: 8", "steps: !!int x"), "a value cannot be read"),
+        (TEXT.replace("batch: 2", "batch: .inf"), "line 4: a number must be finite, got .inf"),
+        (TEXT.replace("batch: 2", "batch: 4294967296"), "a whole number must be within 32 bits, got 4294967296"),
         (TEXT.replace("steps: 8", "steps: !!python/object:os.system {}"), "could not determine a constructor"),
         (TEXT.replace("exact: {}", "exact: {seeds: [1]}"), "'seeds' is a key of the whole file, and no setting"),
         (TEXT.replace("head_dim: 8", "head_dim: 7"), "head_dim must be even"),
-        (b"#" * 1_000_001, "too long for a configuration"),
     ],
 )  # fmt: skip
 def test_configurations_that_are_none(tmp_path, never_run, command, text, said):
@@ -91,7 +88,7 @@ def test_a_file_among_the_studies_that_is_none_stops_the_commands_that_read_all(
     path = _config(tmp_path, "")
     code, _, err = command(name)
     assert code == 2
-    assert f"{path} must be a mapping of settings and scales, got None" in err
+    assert f"{path} is None: input should be a valid dictionary" in err
 
 
 def test_a_module_that_cannot_be_imported_is_named_with_its_fault(tmp_path, command, monkeypatch):
@@ -101,7 +98,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_fault(tmp_path, comm
     assert "the module experiments.trained cannot be imported: ZeroDivisionError" in err
 
 
-def test_aliases_within_bounds_are_written_out(tmp_path):
+def test_aliases_are_written_out(tmp_path):
     path = _config(tmp_path, "a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, x: 3}\n")
     assert load_yaml(path) == {"a": {"x": [1, 2]}, "b": {"x": [1, 2]}, "c": {"x": 3}}
 
@@ -190,7 +187,6 @@ def test_names_that_differ_in_case_only(tmp_path, never_run, command):
         (["run", "{config}", "--configuration", ""], "unknown configuration ''"),
         (["run", "{config}", "--set", "train.steps=3", "--set", "train.steps=4"], "gives 'train.steps' twice"),
         (["run", "{config}", "--set", "train.steps=[[[["], "is not YAML"),
-        (["run", "{config}", "--set", "x=" + "[" * 5000], "nested deeper"),
         (["capture", "{config}", "--to", ""], "'' is no path"),
         (["capture", "{config}", "--to", "{folder}/none/x.npz"], "is not there"),
         (["sample", "{config}", "--to", "{folder}/x.txt"], "must end in .npz"),

@@ -149,7 +149,7 @@ def test_a_result_that_could_not_be_read_again_is_not_kept(tmp_path):
     result = Result("smoke", "run", 0, "", "", {}, 1.0, [{"error": 0.5}])
     file = ResultFile(tmp_path / "study.jsonl")
     file.add(result)
-    with pytest.raises(ConfigError, match=r"study.jsonl cannot hold this result \(records.0.error"):
+    with pytest.raises(ConfigError, match=r"study.jsonl cannot hold this result \(it: 'records.0.error"):
         file.add(dataclasses.replace(result, seed=1, records=[{"error": {"mean": 0.5}}]))
     assert file.read() == [result]
 
