@@ -64,6 +64,7 @@ def write(root: pathlib.Path) -> list[pathlib.Path]:
             write_atomically(place, lambda out, figure=figure: figure.savefig(out, format="png"))
         written.append(place)
     for name, text in pages(root).items():
+        (root / name).parent.mkdir(exist_ok=True)
         write_atomically(root / name, lambda out, text=text: out.write(text.encode()))
         written.append(root / name)
     return written

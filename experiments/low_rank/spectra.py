@@ -60,7 +60,7 @@ def run(config: Config, directory: pathlib.Path, console: Console) -> list[Recor
                 rounded = [round(float(x), 5) for x in curve]
                 records.append({"model": name, "layer": layer, "of": kind, "share": float(curve[at]), "curve": rounded})
     for kind in OF:
-        trained = [r["share"] for r in records if (r["model"], r["of"]) == ("trained", kind)]
+        trained = [r["share"] for r in records if (r.get("model"), r["of"]) == ("trained", kind)]
         records.append({"of": kind, "rise": trained[-1] - trained[0]})  # pyright: ignore[reportOperatorIssue]
     return records
 
