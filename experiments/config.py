@@ -223,22 +223,9 @@ def adapter_of(kind: type[Config]) -> pydantic.TypeAdapter[Config]:
     return pydantic.TypeAdapter(kind)
 
 
-def departing(config: Any) -> Any:
+def departing(config: Any) -> dict[str, Any]:
     """The settings that differ from their defaults, as plain mappings and lists: one that comes later changes none."""
-    if isinstance(config, Mapping):
-        return {name: departing(part) for name, part in config.items()}
-    if isinstance(config, list | tuple):
-        return [departing(part) for part in config]
-    if not dataclasses.is_dataclass(config):
-        return config
-    found = {}
-    for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if default is dataclasses.MISSING or value != default:
-            found[field.name] = departing(value)
-    return found
+    return adapter_of(type(config)).dump_python(config, mode="json", exclude_defaults=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
