@@ -224,20 +224,26 @@ def _study(study: Study, results: Sequence[Result]) -> Iterable[str]:
     yield f"![{study.name}](../plots/{_plot(study)})"
 
 
+# What is raised over records that lack a key, or hold something of another kind.
+_LACKS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
 @contextlib.contextmanager
 def _naming_the_file(shown: Shown, places: Places) -> Iterator[None]:
-    """Names the file where records cannot be shown."""
+    """Where records cannot be shown: the file, and the first run without which the others can."""
     study, results = shown
     try:
         _check_alike(results)
         yield
     except ConfigError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        # A record lacks a key, or holds something of another kind.
+    except _LACKS as error:
+        at_fault = next((r for r in results if _is_shown(study, [x for x in results if x is not r])), None)
+        where = "" if at_fault is None else f", {at_fault.configuration!r} with seed {at_fault.seed}"
+        path = places.results / f"{study.name}.jsonl"
         raise ConfigError(
-            f"{places.results / study.name}.jsonl: its records cannot be shown; remove the line of a damaged run, and "
-            f"it is done again ({type(error).__name__}: {error})"
+            f"{path}{where}: its records cannot be shown; remove the line, and the run is done again "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -248,3 +254,13 @@ def _check_alike(results: Sequence[Result]) -> None:
         if len(kinds) > 1:
             keys = set.symmetric_difference(*(set().union(*kind) for kind in list(kinds)[:2]))
             raise LookupError(f"runs of {name!r} have different records: {', '.join(sorted(keys)) or 'their order'}")
+
+
+def _is_shown(study: Study, results: Sequence[Result]) -> bool:
+    try:
+        _check_alike(results)
+        list(_study(study, results))
+        study.module.figure(frame(results))
+    except _LACKS:
+        return False
+    return True

@@ -75,18 +75,20 @@ def test_a_file_of_results_that_is_none(tmp_path, never_run, command, content):
 
 
 @pytest.mark.parametrize("study", ["harness/language_model", "harness/swap_in", "low_rank/sketch", "coresets/latency"])
-def test_a_report_names_the_file_with_a_damaged_run(tmp_path, study):
+def test_a_report_names_the_one_damaged_run_among_many(tmp_path, study):
     source, path = COMMITTED.results / f"{study}.jsonl", tmp_path / "results" / f"{study}.jsonl"
     path.parent.mkdir(parents=True)
     (tmp_path / "claims.yaml").write_text("[]")
     (tmp_path / "stories.yaml").write_text("front: What came out.")
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     whole = lines[-1]
+    name = whole["configuration"]
     for records in ([{"x": 1.0}], [{key: "x" for key in record} for record in whole["records"]]):
         lines[-1] = {**whole, "records": records}
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        with pytest.raises(ConfigError, match=f"{study}.jsonl.*its records cannot be shown"):
+        with pytest.raises(ConfigError, match=f"{study}.jsonl.*its records cannot be shown") as error:
             report.write(tmp_path)
+        assert len(lines) == 1 or f"{name!r} with seed {whole['seed']}" in str(error.value)
 
 
 def test_a_story_that_names_no_claim_says_so(tmp_path):
