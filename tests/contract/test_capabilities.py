@@ -136,7 +136,8 @@ def _is_random(name):
 
 @pytest.mark.parametrize(
     ("name", "is_causal"),
-    [(name, c) for name in ALL for c in (False, True) if _is_random(name) and (not c or name in CAUSAL)],
+    [(name, name in CAUSAL) for name in ALL if _is_random(name)]
+    + [pytest.param(name, False, marks=pytest.mark.slow) for name in CAUSAL if _is_random(name)],
 )
 def test_the_key_decides_the_draw(name, is_causal):
     tensors = random_head(19, LENGTH, LENGTH, 8, 6)

@@ -1,10 +1,12 @@
 """Rows are split into blocks and joined again."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from approx_attention.core import in_blocks, map_rows, out_of_blocks, sums_so_far
+from approx_attention.core import along_with, in_blocks, map_rows, out_of_blocks, sums_so_far
 
 
 @pytest.mark.parametrize(("num_rows", "block_size"), [(5, 2), (6, 3), (3, 8)])
@@ -34,3 +36,27 @@ def test_sums_so_far_are_those_of_a_loop(weighted):
         after = sums_so_far(jnp.asarray(x), *given)
         np.testing.assert_allclose(after[:4], expected[:4], atol=1e-6)
         assert np.all(np.isnan(after[4:]))
+
+
+def test_arrays_vary_with_all_others_without_a_step_for_each_pair():
+    def num_equations(count):
+        arrays = [jnp.ones(2)] * count
+        return len(jax.make_jaxpr(lambda *x: along_with(x, x))(*arrays).eqns)
+
+    assert num_equations(12) - num_equations(8) == num_equations(8) - num_equations(4) > 0
+    tree = {"x": jnp.array([jnp.nan, -0.0, 3]), "n": jnp.arange(2), "seen": jnp.array([True, False])}
+    # Numbers that are not finite, and empty arrays, change nothing either.
+    others = jnp.array([jnp.inf, jnp.nan]), jnp.ones((0, 3)), jnp.array([True])
+    for name, x in along_with(tree, *others).items():
+        assert x.dtype == tree[name].dtype
+        np.testing.assert_array_equal(x, tree[name])
+    assert along_with(tree) is tree
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def total(a, b):
+        found, expected = (jax.typeof(x) for x in (along_with(jnp.zeros(1), a, b), a + b))
+        assert found == expected != jax.typeof(jnp.zeros(1))
+        return a + b
+
+    each, both = (PartitionSpec("a"), PartitionSpec("b")), PartitionSpec(("a", "b"))
+    jax.eval_shape(jax.shard_map(total, mesh=mesh, in_specs=each, out_specs=both), jnp.ones(2), jnp.ones(2))
