@@ -1,17 +1,12 @@
-"""Images: scikit-learn's digits, scenes composed of them, and folders and archives of the user's."""
+"""Images: scikit-learn's digits, and scenes composed of them."""
 
-import functools
-import io
-import pathlib
-import pickle
-import tarfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.config import ConfigError, Count, Share
-from experiments.data.dataset import SPLITS, Dataset
+from experiments.data.dataset import Dataset
 
 
 def digits() -> Dataset:
@@ -97,88 +92,6 @@ def marked_digits(colours: Count = 4) -> Dataset:
     oracles = {"one of the digits at random": 1 / colours + (1 - 1 / colours) / 10}
     source = {"source": "scenes of sklearn.datasets.load_digits"}
     return Dataset("image", draw, num_classes=10, image_shape=(32, 32, 3), provenance=source, oracles=oracles)
-
-
-def cifar10(path: str) -> Dataset:
-    """The archive cifar-10-python.tar.gz; the last training batch is the validation split.
-
-    The archive holds pickles. Only arrays and plain values are let out of them.
-    """
-    members = {f"data_batch_{i}": "train" for i in range(1, 5)} | {"data_batch_5": "valid", "test_batch": "test"}
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
-    try:
-        with tarfile.open(pathlib.Path(path).expanduser()) as archive:
-            for name, split in members.items():
-                file = archive.extractfile(f"cifar-10-batches-py/{name}")
-                if file is None:
-                    raise KeyError(name)
-                content = _PlainUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
-                pixels = np.asarray(content[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                found[split].append(((pixels / 255).astype(np.float32), np.asarray(content[b"labels"], np.int32)))
-    except Exception as error:  # damaged archives and pickles raise errors of many kinds
-        raise ConfigError(f"data 'cifar10': {path} is not cifar-10-python.tar.gz: {error}") from None
-    parts = {
-        split: (np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs]))
-        for split, pairs in found.items()
-    }
-    return _labelled(parts, 10, "CIFAR-10")
-
-
-def image_folder(path: str, size: Count = 64) -> Dataset:
-    """A folder in ImageNet's layout, ``train/<class>/*`` and ``val/<class>/*``, scaled to ``size x size``.
-
-    One training image in twenty, by its name's order, is the validation split; ``val`` is the test split.
-    """
-    folder = pathlib.Path(path).expanduser()
-    classes = sorted(entry.name for entry in (folder / "train").glob("*") if entry.is_dir())
-    if not classes or not (folder / "val").is_dir():
-        raise ConfigError(f"data 'image_folder': {path} must hold train/<class>/ and val/<class>/ with images")
-
-    def listed(part: str) -> list[tuple[pathlib.Path, int]]:
-        files = [(file, i) for i, name in enumerate(classes) for file in sorted((folder / part / name).glob("*"))]
-        if not files:
-            raise ConfigError(f"data 'image_folder': {path}/{part} holds no images")
-        return files
-
-    training = listed("train")
-    if len(training) < 2:
-        raise ConfigError(f"data 'image_folder': {path}/train holds one image, too few to train and to validate")
-    parts = {
-        "train": [entry for i, entry in enumerate(training) if i % 20],
-        "valid": training[::20],
-        "test": listed("val"),
-    }
-
-    @functools.lru_cache(maxsize=4096)
-    def read(file: pathlib.Path) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            with Image.open(file) as image:
-                return np.asarray(image.convert("RGB").resize((size, size)), np.float32) / 255
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow says so of damaged images
-            raise ConfigError(f"data 'image_folder': {file} is no image that can be read: {error}") from None
-
-    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
-        chosen = [parts[split][i] for i in random.integers(0, len(parts[split]), batch)]
-        return {
-            "image": np.stack([read(file) for file, _ in chosen]),
-            "label": np.asarray([label for _, label in chosen], np.int32),
-        }
-
-    source = {"source": folder.name, "images": {split: len(files) for split, files in parts.items()}}
-    return Dataset("image", draw, num_classes=len(classes), image_shape=(size, size, 3), provenance=source)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds arrays and nothing else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _digit_parts() -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -124,18 +124,6 @@ def byte_file(path: str, length: Count = 1024) -> Dataset:
     return _language(dict(zip(SPLITS, parts, strict=True)), length, pathlib.Path(path).name)
 
 
-def wikitext(path: str, length: Count = 1024) -> Dataset:
-    """A WikiText folder with wiki.train, wiki.valid and wiki.test, each .tokens or .raw, as bytes."""
-    folder = pathlib.Path(path).expanduser()
-    texts = {}
-    for split in SPLITS:
-        found = [file for ending in ("raw", "tokens") if (file := folder / f"wiki.{split}.{ending}").is_file()]
-        if not found:
-            raise ConfigError(f"data 'wikitext': {path} must hold wiki.{split}.raw or wiki.{split}.tokens")
-        texts[split] = found[0].read_bytes()
-    return _language(texts, length, folder.name)
-
-
 def _language(texts: Mapping[str, bytes], length: Count, source: str) -> Dataset:
     """Random windows of a split, whose targets are the next bytes."""
     arrays = {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
