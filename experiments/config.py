@@ -1,7 +1,6 @@
 """Typed configurations: frozen dataclasses read from YAML, with overrides; what is unknown or unfit is one error."""
 
 import collections
-import copy
 import dataclasses
 import functools
 import pathlib
@@ -125,7 +124,7 @@ def overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any], where:
     Raises:
         ConfigError: a key reaches into what is no mapping.
     """
-    merged = copy.deepcopy(dict(settings))
+    merged = _copied(settings)
     for dotted, value in overrides.items():
         *parents, last = dotted.split(".")
         node = merged
@@ -199,6 +198,8 @@ def first_fault(error: pydantic.ValidationError, where: str, kind: Any = None, o
         return f"{where}: in {key!r}: {unknown('key', str(last), known)}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{where}: the key {key!r} is missing"
+    if fault["type"] == "dict_type":
+        return f"{place} must be a mapping, got {reprlib.repr(fault['input'])}"
     if fault["type"] == "value_error":  # a configuration's own check
         return f"{place}: {said}"
     return f"{place} is {reprlib.repr(fault['input'])}: {said[0].lower()}{said[1:]}"
@@ -238,6 +239,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             found.append(f"{prefix}{name}: {before!r} there, {after!r} now")
     return found
+
+
+def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # Not deepcopy, which keeps an aliased mapping one object: an override of one place would change the others.
+    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
 
 
 def _within(kind: Any, part: Any) -> Any:

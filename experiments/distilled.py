@@ -14,13 +14,13 @@ from experiments import data, fitting
 from experiments.fitting import FitConfig, Layer, Subject
 from experiments.models import attention_layers
 from experiments.results import Record
-from experiments.training import OfExact, evaluate, fit, mean_bits, predict
+from experiments.training import TrainsExact, evaluate, fit, mean_bits, predict
 
 table, figure = fitting.table, fitting.figure
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OfExact):
+class Config(TrainsExact):
     """What is trained, and what is fitted to it then."""
 
     fit: FitConfig

@@ -159,7 +159,7 @@ class ModelConfig:
 def rotate(x: Array, base: float, first: Array | int = 0) -> Array:
     """Rotary position embedding of ``x [B, T, N, D]``: pairs of channels turn with the position.
 
-    The first token stands at ``first``, one number or ``[B]``.
+    The first token stands at ``first``.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
@@ -186,7 +186,7 @@ class ShortConvolution(nnx.Module):
 
         Args:
             x: the tokens.
-            num_seen: tokens of the sequences that came before, ``[]`` or ``[B]``; None for whole sequences.
+            num_seen: tokens of the sequences that came before, the same for all; None for whole sequences.
         """
         before = self.width - 1 if self.is_causal else (self.width - 1) // 2
         joined = jnp.pad(x, ((0, 0), (before, self.width - 1 - before), (0, 0)))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import yaml
 
 # What a value can be; YAML has dates, sets and bytes too.
-KINDS = ("map", "seq", "str", "int", "float", "bool", "null")
+_KINDS = ("map", "seq", "str", "int", "float", "bool", "null")
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -19,6 +19,8 @@ def load_plain(text: str) -> Any:
     """
     try:
         return yaml.load(text, _PlainLoader)
+    except RecursionError:  # PyYAML calls itself once a level
+        raise yaml.YAMLError("it is nested too deep") from None
     except (ValueError, KeyError) as error:  # PyYAML lets through what Python says of !!int x or !!bool 3
         raise yaml.YAMLError(f"a value cannot be read: {error}") from None
 
@@ -38,14 +40,15 @@ class _PlainLoader(yaml.SafeLoader):
     yaml_constructors: ClassVar = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.removeprefix(_TAG) in KINDS
+        if tag is None or tag.removeprefix(_TAG) in _KINDS
     }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
             if key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
-                raise _fault(key, f"the key {key.value} must be text; put it in quotes")
+                given = f", got {key.value!r}; put it in quotes" if isinstance(key, yaml.ScalarNode) else ""
+                raise _fault(key, f"a key must be text{given}")
             # Of equal keys YAML keeps the last, so that what was written first is lost in silence.
             if key.value in lines:
                 raise _fault(key, f"the key {key.value!r} is there already, in line {lines[key.value]}")

@@ -102,7 +102,7 @@ class ResultFile:
         try:
             added = _parsed(as_line(dataclasses.asdict(result)))
         except (pydantic.ValidationError, TypeError) as error:
-            said = first_fault(error, "it") if isinstance(error, pydantic.ValidationError) else error
+            said = first_fault(error, "the result") if isinstance(error, pydantic.ValidationError) else error
             raise ConfigError(f"{self.path} cannot hold this result ({said})") from None
         with locked(self.path.with_suffix(".lock"), self.path, patience=60):
             text = "".join(as_line(dataclasses.asdict(line)) for line in [*self.read(), added])

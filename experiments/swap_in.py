@@ -20,11 +20,11 @@ from experiments.models import AttentionConfig, use_attention
 from experiments.results import Frame, Record
 from experiments.show import code, having, in_kib, markdown, parts, spread
 from experiments.trained import bytes_held, oracles
-from experiments.training import OfExact, TrainingConfig, evaluate, fit, score_program, step_program
+from experiments.training import TrainingConfig, TrainsExact, evaluate, fit, score_program, step_program
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OfExact):
+class Config(TrainsExact):
     """What is trained, and the methods that then take attention's place, by the name they are reported under."""
 
     methods: SeveralBy[AttentionConfig]
@@ -32,7 +32,7 @@ class Config(OfExact):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "exact" in self.methods:
-            raise ValueError("'exact' is what is trained, and the methods take its place: it is none of them")
+            raise ValueError("methods must not include 'exact': it is the method that is trained and then replaced")
 
     def trains(self) -> list[TrainingConfig]:
         """What is checked before anything runs."""

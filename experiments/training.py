@@ -80,11 +80,8 @@ class TrainingConfig(Seeded):
 
 
 @dataclasses.dataclass(frozen=True)
-class OfExact(Seeded):
-    """Base class of the settings of a study that trains a model with exact attention, and then changes its attention.
-
-    The training has the seed of the run.
-    """
+class TrainsExact(Seeded):
+    """Base class of the settings of a study that trains with exact attention, and then replaces or compresses it."""
 
     training: TrainingConfig
 
@@ -92,7 +89,10 @@ class OfExact(Seeded):
         if self.training.seed != 0:
             raise ValueError(f"the seed is a key next to 'training', not in it, where it is {self.training.seed}")
         if self.training.attention.method != "exact":
-            raise ValueError("what is trained is 'exact', and the other methods take its place: name no other to train")
+            method = self.training.attention.method
+            raise ValueError(
+                f"training.attention.method must be 'exact', got {method!r}: the study changes it afterwards"
+            )
 
     def trains(self) -> list[TrainingConfig]:
         """What is checked before anything runs."""

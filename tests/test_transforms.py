@@ -79,6 +79,10 @@ NESTINGS = {
     "grad(vmap(jit))": (lambda f: jax.grad(loss(jax.vmap(jax.jit(f)))), shapes(B)),
     "grad(scan(checkpoint))": (lambda f: jax.grad(loss(in_scan(f)), (0, 1, 2)), shapes(B)),
     "grad(vmap(scan(checkpoint)))": (lambda f: jax.grad(loss(jax.vmap(in_scan(f))), (0, 1, 2)), shapes(B)),
+    "vmap(grad(scan(checkpoint(vmap))))": (
+        lambda f: jax.vmap(jax.grad(loss(in_scan(jax.vmap(f))), (0, 1, 2)), q_only),
+        (*shapes(B, 3)[:1], *shapes(3)[1:]),
+    ),
     "grad(shard_map)": (lambda f: jax.grad(loss(over_devices(f)), (0, 1, 2)), shapes(B)),
     "shard_map(vmap(grad))": (lambda f: over_devices(jax.vmap(jax.grad(loss(f)))), shapes(B)),
     "grad(grad)": (lambda f: jax.grad(loss(jax.grad(loss(f)))), shapes()),
@@ -100,7 +104,7 @@ def test_nested_transformations_trace(name, is_causal, nesting):
 
 @one_direction
 def test_all_nestings_at_once_trace(name, is_causal):
-    # Contains the pairs of the nestings above, which take longer and are slow tests.
+    # This contains the pairs of the nestings above, which are slow tests because they take longer.
     def padded(query, key, value, lengths):
         return bound(name, is_causal)(query, key, value, key_value_seq_lengths=lengths)
 
@@ -232,7 +236,7 @@ def test_nested_transformations_reach_cudnn(as_on_a_gpu):
     query, key, value = as_half(shapes(B))
     one_key, one_value = as_half(shapes()[1:])
     head = as_half([jax.ShapeDtypeStruct((T, D), jnp.bfloat16)] * 3)
-    heads = jax.ShapeDtypeStruct((128, 4, 64), jnp.bfloat16)
+    heads, square = (jax.ShapeDtypeStruct((128, n, 64), jnp.bfloat16) for n in (4, 128))
     for function, tensors in (
         (jax.grad(wide_loss(jax.vmap(attend)), (0, 1, 2)), (query, key, value)),
         (jax.vmap(jax.grad(wide_loss(attend), (0, 1, 2))), (query, key, value)),
@@ -240,6 +244,8 @@ def test_nested_transformations_reach_cudnn(as_on_a_gpu):
         (jax.vmap(jax.grad(wide_loss(attend), (0, 1, 2)), q_only), (query, one_key, one_value)),
         (jax.vmap(attend, 1, 1), [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (query, key, value)]),
         (jax.vmap(jax.grad(wide_loss(of_one_head)), (1, None, None), 1), (heads, *head[1:])),
+        # As many heads as tokens: the shapes do not tell which axis is mapped.
+        (jax.vmap(jax.grad(wide_loss(of_one_head)), (1, None, None), 1), (square, *head[1:])),
         (jax.vmap(lambda scale, *x: attend(*x, scale=scale), (0, None, None, None)), (jnp.ones(3), query, key, value)),
     ):
         assert "dot_product_attention" in str(jax.make_jaxpr(function)(*tensors))

@@ -453,9 +453,9 @@ def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:
 
 
 def move_on(running: RunningSummary, past: Past, number: Array, block: Block, more: Array | bool = True) -> Past:
-    """The past of the block after number ``number``, from that block and its own past; unchanged unless ``more``."""
+    """The past of the block after number ``number``, from that block and its own past; if not ``more``, ``past``."""
     start = (number - 1) * block.k.shape[0]
-    # One condition, because each stores what the derivatives of all conditions in it need.
+    # One condition instead of two nested ones: each stores residuals for its derivatives.
     prefix = lax.cond(
         (number > 0) & more,
         lambda prefix: running.append(prefix, start, *past.before),

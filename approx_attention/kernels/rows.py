@@ -38,10 +38,8 @@ def along_with(tree: Any, *arrays: Any) -> Any:
     # One number that varies as all others do: a program would otherwise select for each pair of arrays.
     of_all = functools.reduce(lambda first, second: lax.select(np.False_, first, second), others)
 
-    def of(x: Array) -> Array:
-        return lax.select(np.False_, jnp.broadcast_to(of_all.astype(x.dtype), x.shape), x)
-
-    return jax.tree.map(of, tree)
+    # Of both cases, the mapped axis of the second is moved, so that it comes first.
+    return jax.tree.map(lambda x: jnp.where(True, x, of_all.astype(x.dtype)), tree)
 
 
 def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:

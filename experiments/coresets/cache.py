@@ -25,7 +25,7 @@ from experiments.config import Count, Several, Share, Whole
 from experiments.models import attention_layers
 from experiments.results import Frame, Record
 from experiments.show import curves, having, mean, parts, pivot, spread
-from experiments.training import OfExact, bits, fit, predict
+from experiments.training import TrainsExact, bits, fit, predict
 
 # The policy under which the cache is a folded coreset that grows with the tokens.
 STREAMED = "streamed"
@@ -37,7 +37,8 @@ def parse_policy(policy: str, *others: str) -> tuple[str, Any]:
     """The name of a policy, and its mass correction.
 
     Raises:
-        ValueError: it is neither an algorithm, a heuristic, ``attention_matching`` nor one of the ``others``.
+        ValueError: it is none of: an algorithm, a heuristic, with or without a correction, ``attention_matching``, the
+            ``others``.
     """
     name, _, correction = policy.partition("+")
     known = {*ALGORITHMS, *HEURISTICS, *MATCHING, *others}
@@ -49,7 +50,7 @@ def parse_policy(policy: str, *others: str) -> tuple[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OfExact):
+class Config(TrainsExact):
     """What is trained with exact attention, and how its caches are compressed.
 
     Attributes:

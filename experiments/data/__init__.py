@@ -12,7 +12,7 @@ from experiments.config import STRICT, ConfigError, checked
 from experiments.data import images, retrieval, synthetic, text
 from experiments.data.dataset import SPLITS, Dataset
 
-__all__ = ["DATASETS", "DataConfig", "Dataset", "load"]
+__all__ = ["DataConfig", "Dataset", "load"]
 
 # A loader takes its settings as keyword arguments and gives the data.
 DATASETS: dict[str, Callable[..., Dataset]] = {

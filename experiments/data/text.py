@@ -1,4 +1,4 @@
-"""Text as bytes: Python's own library, any file such as enwik8, or a WikiText folder."""
+"""Text as bytes: Python's own library, or any file such as enwik8."""
 
 import dataclasses
 import hashlib

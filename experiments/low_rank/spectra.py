@@ -18,14 +18,14 @@ from experiments import data
 from experiments.config import ConfigError, Count, Share
 from experiments.results import Frame, Record
 from experiments.show import having, pivot, spread
-from experiments.training import OfExact, build_model, fit, predict
+from experiments.training import TrainsExact, build_model, fit, predict
 
 # What the spectra are of.
 OF = {"weights": "P", "centred": "P - 1/n"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OfExact):
+class Config(TrainsExact):
     """A model trained with exact attention, and the share of the singular values that is looked at.
 
     Attributes:
@@ -38,7 +38,7 @@ class Config(OfExact):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.training.model.num_layers < 2:
-            raise ValueError("what is looked at is a model of at least 2 layers")
+            raise ValueError(f"training.model.num_layers must be at least 2, got {self.training.model.num_layers}")
 
 
 def run(config: Config, directory: pathlib.Path, console: Console) -> list[Record]:

@@ -24,14 +24,14 @@ from experiments.data.retrieval import QUESTION
 from experiments.models import attention_layers
 from experiments.results import Frame, Record
 from experiments.show import curves, mean, parts, pivot
-from experiments.training import OfExact, fit
+from experiments.training import TrainsExact, fit
 
 # The tokens of a question before its answer.
 ASKED = QUESTION - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OfExact):
+class Config(TrainsExact):
     """What is trained with exact attention on questions about contexts, and how its caches are compressed.
 
     Attributes:
@@ -65,7 +65,7 @@ class Config(OfExact):
         for policy in self.policies:
             parse_policy(policy)
         if self.training.data.name != "retrieval":
-            raise ValueError(f"the training is on the data 'retrieval', got {self.training.data.name!r}")
+            raise ValueError(f"training.data.name must be 'retrieval', got {self.training.data.name!r}")
         if self.chunk > self.keep_queries:
             raise ValueError(f"the queries of a chunk must be kept: {self.chunk} are more than {self.keep_queries}")
 

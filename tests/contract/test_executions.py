@@ -78,9 +78,13 @@ def test_both_executions_agree(x64, name, num_queries, num_keys):
         compare(in_groups(*tensors, kv_mask), in_turn(*tensors, kv_mask), 1e-12)
 
 
-@pytest.mark.parametrize("name", [unless_slow(name) for name in BLOCKS])
-def test_one_group_of_all_blocks_agrees_too(x64, name):
-    tensors, nothing = random_head(0, 41, 30, dtype=jnp.float64), np.ones(30, bool)
+@pytest.mark.parametrize(
+    ("name", "num_queries", "num_keys"),
+    [unless_slow(name, 41, 30) for name in BLOCKS]
+    + [pytest.param(name, *shape, marks=pytest.mark.slow) for name in BLOCKS for shape in ((30, 41), (41, 41))],
+)
+def test_one_group_of_all_blocks_agrees_too(x64, name, num_queries, num_keys):
+    tensors, nothing = random_head(0, num_queries, num_keys, dtype=jnp.float64), np.ones(num_keys, bool)
     compare(form_of("default", name, groups=False)(*tensors), form_of("cpu", name)(*tensors, nothing), 1e-12)
 
 
@@ -89,14 +93,16 @@ FORMS_ON_ALL_KEYS = {"bigbird", "favor", "lara", "scatterbrain", "sparse_coreset
 
 
 @every_method
-def test_forms_of_both_platforms_agree_on_all_keys(x64, name):
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_forms_of_both_platforms_agree_on_all_keys(x64, name, backward):
     num_keys = 41 if METHODS[name].capabilities.cross else 52
     tensors = random_head(6, 52, num_keys, dtype=jnp.float64)
+    function = value_and_gradients(name, is_causal=False)
+    forward = functools.partial(METHODS[name].function, key=jax.random.key(7), **settings(name))
     with running("cpu", groups=True) as choices:
-        jax.eval_shape(functools.partial(METHODS[name].function, key=jax.random.key(7), **settings(name)), *tensors)
+        jax.eval_shape(lambda *tensors: (function if backward else forward)(*tensors), *tensors)
     assert bool(choices) == (name in FORMS_ON_ALL_KEYS)
-    if choices:
-        function = value_and_gradients(name, is_causal=False)
+    if choices and not backward:
         elsewhere, on_cpu = (compiled_as(form, function)(*tensors) for form in ("default", "cpu"))
         compare(elsewhere, on_cpu, 1e-11)
 
@@ -134,16 +140,19 @@ def test_both_executions_agree_in_float32(name):
     compare((out, *gradients), (expected, *of_cotangents), 1e-5)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_what_comes_later_reaches_nothing_before_it(x64, name):
-    q, k, v = (np.asarray(x) for x in random_head(2, 41, 30, dtype=jnp.float64))
-    kv_mask, at_once = np.ones(30, bool), form_of("default", name)
+@pytest.mark.parametrize(
+    ("name", "num_queries", "masked"),
+    [(name, 41, True) for name in BLOCKS] + [pytest.param(name, 30, False, marks=pytest.mark.slow) for name in BLOCKS],
+)
+def test_what_comes_later_reaches_nothing_before_it(x64, name, num_queries, masked):
+    q, k, v = (np.asarray(x) for x in random_head(2, num_queries, 30, dtype=jnp.float64))
+    at_once, kv_mask = form_of("default", name), (np.ones(30, bool),) if masked else ()
 
     def changed(at, x):
         hit = (np.arange(30) == at)[:, None]
-        return at_once(q, np.where(hit, x, k), np.where(hit, x, v), kv_mask)[0]
+        return at_once(q, np.where(hit, x, k), np.where(hit, x, v), *kv_mask)[0]
 
-    before, later, broken = at_once(q, k, v, kv_mask)[0], changed(9, 1e4), changed(18, np.nan)
+    before, later, broken = at_once(q, k, v, *kv_mask)[0], changed(9, 1e4), changed(18, np.nan)
     np.testing.assert_array_equal(later[:9], before[:9])
     # Within its block, whose logits are one product, a NaN may reach other rows.
     np.testing.assert_array_equal(broken[:16], before[:16])

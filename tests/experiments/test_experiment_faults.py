@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiments import studies, trained
-from experiments.config import ConfigError, as_plain, load_yaml, resolve
+from experiments.config import ConfigError, as_plain, load_yaml, overridden, resolve
 from experiments.run_files import locked
 from experiments.studies import ROOT, every_study, read_study
 
@@ -40,11 +40,11 @@ PROJECTIONS = "{attention: {method: linformer, projections: {max_length: 9, froz
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is None: input should be a valid dictionary"),
-        ("- 1\n", "is [1]: input should be a valid dictionary"),
+        ("", "must be a mapping, got None"),
+        ("- 1\n", "must be a mapping, got [1]"),
         ("steps: 3\n", "has no scale 'smoke'; it has none"),
         ("steps: 3\ncpu: {}\n", "has no scale 'smoke'; it has cpu"),
-        ("smoke: 3\n", "'smoke' is 3: input should be a valid dictionary"),
+        ("smoke: 3\n", "'smoke' must be a mapping, got 3"),
         ("module: 3\nsmoke: {}\n", "'module' must be a module of experiments, got 3"),
         ("module: experiments.nothing\nsmoke: {}\n", "'module' must be a module of experiments"),
         ("module: os.path\nsmoke: {}\n", "'module' must be a module of experiments"),
@@ -61,8 +61,8 @@ PROJECTIONS = "{attention: {method: linformer, projections: {max_length: 9, froz
         (TEXT + "sedes: [3]\n", "unknown key 'sedes'; did you mean 'seeds'?"),
         (TEXT.replace("batch", "btach"), "in 'train.btach': unknown key 'btach'; did you mean 'batch'?"),
         (TEXT.replace("exact: {}", f"exact: {PROJECTIONS}"), "unknown key 'frozn'; did you mean 'frozen'?"),
-        (TEXT + "3: 4\n", "the key 3 must be text; put it in quotes"),
-        (TEXT.replace("exact:", "yes:"), "the key yes must be text; put it in quotes"),
+        (TEXT + "3: 4\n", "a key must be text, got '3'; put it in quotes"),
+        (TEXT.replace("exact:", "yes:"), "a key must be text, got 'yes'; put it in quotes"),
         (TEXT.replace("steps: 8", "steps: 2020-13-45"), "'train.steps' is '2020-13-45': input should be"),
         (TEXT.replace("steps: 8", "steps: !!set {a}"), "could not determine a constructor"),
         (TEXT.replace("steps: 8", "steps: !!int x"), "a value cannot be read"),
@@ -88,7 +88,7 @@ def test_a_file_among_the_studies_that_is_none_stops_the_commands_that_read_all(
     path = _config(tmp_path, "")
     code, _, err = command(name)
     assert code == 2
-    assert f"{path} is None: input should be a valid dictionary" in err
+    assert f"{path} must be a mapping, got None" in err
 
 
 def test_a_module_that_cannot_be_imported_is_named_with_its_fault(tmp_path, command, monkeypatch):
@@ -100,7 +100,10 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_fault(tmp_path, comm
 
 def test_aliases_are_written_out(tmp_path):
     path = _config(tmp_path, "a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, x: 3}\n")
-    assert load_yaml(path) == {"a": {"x": [1, 2]}, "b": {"x": [1, 2]}, "c": {"x": 3}}
+    loaded = load_yaml(path)
+    assert loaded == {"a": {"x": [1, 2]}, "b": {"x": [1, 2]}, "c": {"x": 3}}
+    changed = overridden(loaded, {"a.x": 5}, "--set")
+    assert (changed["a"], changed["b"]) == ({"x": 5}, {"x": [1, 2]})
 
 
 NUMBERS = {

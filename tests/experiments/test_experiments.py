@@ -67,7 +67,10 @@ def test_bad_overrides(override, message):
             "window_size must be",
         ),
         (["run", "{swap}", "--set", "methods.favor.setings=1"], "unknown key"),
-        (["run", "{swap}", "--set", "training.attention.method=favor"], "what is trained is 'exact'"),
+        (
+            ["run", "{swap}", "--set", "training.attention.method=favor"],
+            "training.attention.method must be 'exact', got 'favor'",
+        ),
         (["sample", "--set", "train.steps=1"], "--to"),
         (["capture", "{swap}", "--to", "x.npz"], "only a study of `experiments.trained` trains"),
     ],
@@ -149,7 +152,7 @@ def test_a_result_that_could_not_be_read_again_is_not_kept(tmp_path):
     result = Result("smoke", "run", 0, "", "", {}, 1.0, [{"error": 0.5}])
     file = ResultFile(tmp_path / "study.jsonl")
     file.add(result)
-    with pytest.raises(ConfigError, match=r"study.jsonl cannot hold this result \(it: 'records.0.error"):
+    with pytest.raises(ConfigError, match=r"study.jsonl cannot hold this result \(the result: 'records.0.error"):
         file.add(dataclasses.replace(result, seed=1, records=[{"error": {"mean": 0.5}}]))
     assert file.read() == [result]
 

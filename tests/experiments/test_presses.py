@@ -75,7 +75,10 @@ def test_the_study_compares_a_seen_question_with_a_new_one(tmp_path: pathlib.Pat
         ({"policies": ["snapkw"]}, "unknown policy 'snapkw'"),
         ({"policies": ["halving+mass"]}, "heuristics with"),
         ({"chunk": 9}, "9 are more than 8"),
-        ({"training.data.name": "copying", "training.data.settings": {}}, "is on the data 'retrieval', got 'copying'"),
+        (
+            {"training.data.name": "copying", "training.data.settings": {}},
+            "training.data.name must be 'retrieval', got 'copying'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(overrides, message):
