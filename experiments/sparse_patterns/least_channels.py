@@ -127,6 +127,8 @@ def figure(records: Frame) -> Figure:
     found = having(records, "channels")
     grown = {name: _growing(own) for name, own in parts(found)}
     by = next(iter(grown.values()))
+    if by == "precision":  # no round numbers, some of them close to each other
+        return drawn(found, by, "channels", (AXES[by], "channels"), ("linear", "log"), ticks=None)
     scales: Scales = ("log", "linear" if by in ("tokens", "keys") else "log")
     return drawn(found, by, "channels", (AXES[by], "channels"), scales)
 
@@ -142,7 +144,7 @@ def tables(records: Frame, x: str, y: str, title: str, **more: Any) -> Iterable[
         yield pivot(own.sort_values(x, kind="stable"), "curve", x, y, cell=whole, quoted=False, **more)
 
 
-def drawn(records: Frame, x: str, y: str, labels: tuple[str, str], scales: Scales) -> Figure:
+def drawn(records: Frame, x: str, y: str, labels: tuple[str, str], scales: Scales, **more: Any) -> Figure:
     """What was measured, with marks, and the bounds as dotted lines where they are in reach."""
     finite = records[records[y].map(math.isfinite)]
     if scales[1] == "log":
@@ -152,4 +154,4 @@ def drawn(records: Frame, x: str, y: str, labels: tuple[str, str], scales: Scale
         reach = 1.25 * finite[~finite["is_bound"].astype(bool)].groupby("configuration")[y].max()
         finite = finite[finite[y] <= finite["configuration"].map(reach)]
     bounds = list(dict.fromkeys(records[records["is_bound"].astype(bool)]["curve"]))
-    return curves(finite, x=x, y=y, by="curve", labels=labels, scales=scales, dotted=bounds, size=(4.8, 4.2))
+    return curves(finite, x=x, y=y, by="curve", labels=labels, scales=scales, dotted=bounds, size=(4.8, 4.2), **more)
