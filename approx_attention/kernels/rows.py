@@ -38,7 +38,7 @@ def along_with(tree: Any, *arrays: Any) -> Any:
     # One number that varies as all others do: a program would otherwise select for each pair of arrays.
     of_all = functools.reduce(lambda first, second: lax.select(np.False_, first, second), others)
 
-    # Of both cases, the mapped axis of the second is moved, so that it comes first.
+    # The mapped axis of x is moved to that of the other case, which is the first.
     return jax.tree.map(lambda x: jnp.where(True, x, of_all.astype(x.dtype)), tree)
 
 

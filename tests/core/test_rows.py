@@ -60,3 +60,11 @@ def test_arrays_vary_with_all_others_without_a_step_for_each_pair():
 
     each, both = (PartitionSpec("a"), PartitionSpec("b")), PartitionSpec(("a", "b"))
     jax.eval_shape(jax.shard_map(total, mesh=mesh, in_specs=each, out_specs=both), jnp.ones(2), jnp.ones(2))
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_the_mapped_axis_comes_first(length):
+    # With as many rows as examples the shapes do not tell which axis is mapped.
+    x, other = jnp.ones((4, length)), jnp.ones(length)
+    program = jax.make_jaxpr(jax.vmap(along_with, (1, 0)))(x, other)
+    assert program.eqns[-1].primitive.name != "transpose"
