@@ -19,7 +19,8 @@ from approx_attention.core import (
 from tests.forms import one_form
 from tests.references import brute_force, compiled, random_head
 
-attend = compiled(attend)
+attend, merge = compiled(attend, merge)
+of_tokens, of_block = compiled(FeatureMoments.of_tokens, FeatureMoments._of_block)
 
 MAPS = {"positive": PositiveFeatures, "trigonometric": TrigonometricFeatures, "relu": ReLUFeatures}
 every_map = pytest.mark.parametrize("kind", MAPS)
@@ -31,7 +32,7 @@ def feature_map(kind, head_dim=8, num_directions=16):
 
 def materialised(features, x):
     """Features in float64, from their definition ``values * exp(log_scale)``."""
-    values, log_scale = (np.asarray(y, np.float64) for y in features(x))
+    values, log_scale = (np.asarray(y, np.float64) for y in compiled(type(features).__call__)(features, x))
     return np.broadcast_to(values * np.exp(log_scale), (x.shape[0], features.num_features))
 
 
@@ -108,7 +109,7 @@ def test_moments_equal_their_definition(kind):
     features = feature_map(kind)
     phi_q, phi_k = materialised(features, q), materialised(features, k)
     mass = phi_q @ phi_k.sum(0)
-    state = attend(q, FeatureMoments.of_tokens(features, k, v))
+    state = attend(q, of_tokens(features, k, v))
     assert np.all(mass > 0)
     np.testing.assert_allclose(state.lse, np.log(mass), atol=2e-5)
     np.testing.assert_allclose(state.out, phi_q @ phi_k.T @ np.asarray(v) / mass[:, None], atol=2e-5)
@@ -120,8 +121,7 @@ def test_moments_by_blocks_equal_moments_at_once(kind):
     q, k, v = random_head(5, 6, num_keys, spread=0.3)
     features = feature_map(kind)
     kv_mask = jnp.arange(num_keys) % 5 != 0
-    blocks = FeatureMoments.of_tokens(features, k, v, kv_mask)
-    whole = FeatureMoments._of_block(features, k, v, kv_mask)
+    blocks, whole = (of(features, k, v, kv_mask) for of in (of_tokens, of_block))
     chex.assert_trees_all_close(attend(q, blocks), attend(q, whole), atol=1e-5)
 
 
@@ -129,8 +129,8 @@ def test_moments_by_blocks_equal_moments_at_once(kind):
 def test_merged_moments_are_moments_of_the_union(kind):
     q, k, v = random_head(6, 6, 20, spread=0.5)
     features = feature_map(kind)
-    a, b = (FeatureMoments.of_tokens(features, k[part], v[part]) for part in (slice(0, 3), slice(3, 20)))
-    whole = FeatureMoments.of_tokens(features, k, v)
+    a, b = (of_tokens(features, k[part], v[part]) for part in (slice(0, 3), slice(3, 20)))
+    whole = of_tokens(features, k, v)
     empty = FeatureMoments.empty(features, 8)
     for merged in (merge(a, b), merge(b, a), merge(empty, whole), merge(whole, merge(empty, empty))):
         chex.assert_trees_all_close(attend(q, merged), attend(q, whole), atol=1e-5)
@@ -143,7 +143,7 @@ def test_empty_moments_answer_with_the_empty_state(kind):
     for moments in (
         FeatureMoments.empty(features, 8),
         merge(FeatureMoments.empty(features, 8), FeatureMoments.empty(features, 8)),
-        FeatureMoments.of_tokens(features, k, v, jnp.zeros(9, bool)),
+        of_tokens(features, k, v, jnp.zeros(9, bool)),
     ):
         state = attend(q, moments)
         np.testing.assert_array_equal(state.out, 0)

@@ -14,7 +14,8 @@ from approx_attention.decoding import running_compressed, token_budget
 from approx_attention.methods import running_exact
 from tests.references import brute_force, compiled, random_head, random_heads, relative_error
 
-exact = compiled(exact)
+exact, quantize = compiled(exact, quantize)
+dequantized = jax.jit(lambda small: small.dequantized())
 KEY, LENGTH, BLOCK = jax.random.key(0), 44, 8
 both_bits = pytest.mark.parametrize("bits", [8, 4])
 
@@ -26,7 +27,8 @@ def decoder_of(bits, max_length=48):
 
 @pytest.fixture(scope="module")
 def head():
-    return random_head(50, LENGTH, LENGTH, 16, 6, spread=0.5)
+    # Each slice of a JAX array would be a program.
+    return [np.asarray(x) for x in random_head(50, LENGTH, LENGTH, 16, 6, spread=0.5)]
 
 
 @pytest.fixture(scope="module", params=[8, 4])
@@ -46,17 +48,16 @@ def decoded(request, head):
 def test_older_tokens_are_rounded_once_and_recent_ones_not_at_all(decoded, head):
     bits, out, _ = decoded
     q, k, v = head
-    blocks = [
-        quantize(WeightedKV.of_tokens(k[i : i + BLOCK], v[i : i + BLOCK]), bits=bits) for i in range(0, 40, BLOCK)
-    ]
-    wide = [block.dequantized() for block in blocks]
+    of_tokens = jax.jit(WeightedKV.of_tokens)
+    blocks = [quantize(of_tokens(k[i : i + BLOCK], v[i : i + BLOCK]), bits=bits) for i in range(0, 40, BLOCK)]
+    wide = [dequantized(block) for block in blocks]
     rounded_k, rounded_v = (np.concatenate([getattr(x, name) for x in wide]) for name in ("k", "value_sum"))
     for t in range(LENGTH):
         first = max(0, t // BLOCK - 1) * BLOCK  # the current block and the one before it are exact
         keys = np.concatenate([rounded_k[:first], k[first : t + 1]])
         values = np.concatenate([rounded_v[:first], v[first : t + 1]])
         np.testing.assert_allclose(out[t], brute_force(q[t : t + 1], keys, values, scale=1)[0][0], atol=3e-6)
-    error = relative_error(out, exact(q, k, v, is_causal=True, scale=1.0))
+    error = relative_error(out, exact(*map(jnp.asarray, head), is_causal=True, scale=1.0))
     assert 0 < error < {8: 0.005, 4: 0.1}[bits]
 
 
@@ -107,8 +108,8 @@ def test_heads_of_sequences_of_their_own_length():
 def test_a_compressed_prefix_in_few_bits_decodes_on(head):
     q, k, v = head
     cache = decoder_of(None).init()
-    before = jax.tree.map(jnp.asarray, WeightedKV.of_tokens(k[:24], v[:24]))
-    prefix = jax.tree.map(lambda room, x: room.at[:24].set(x), cache.past.prefix, before)
+    put = jax.jit(lambda room, k, v: jax.tree.map(lambda x, y: x.at[:24].set(y), room, WeightedKV.of_tokens(k, v)))
+    prefix = put(cache.past.prefix, k[:24], v[:24])
     block = (
         type(cache.current)(k[24:32], v[24:32], jnp.ones(8, bool)),
         type(cache.current)(k[32:40], v[32:40], jnp.ones(8, bool)),

@@ -95,9 +95,11 @@ def test_every_tree_is_tensor_attention_with_channels_for_each_edge(x64, parents
     causal = {"both": parents.count(-1) == len(parents), "ordered": parents in ((-1, 0), (-1, 0, 1)), None: True}
     for kind in [kind for kind, applies in causal.items() if applies]:
         tree = compiled(q, k, v, parents=parents, node_queries=u, kv_mask=mask, scale=0.6, is_causal=kind is not None)
-        queries, keys = lifted(q, k, parents, u)
-        other = tensor_attention(queries, keys, v, kv_mask=mask, scale=0.6, is_causal=kind)
-        close(tree, other)
+
+        def over_tuples(q, k, v, u, kind=kind):
+            return tensor_attention(*lifted(q, k, parents, u), v, kv_mask=mask, scale=0.6, is_causal=kind)
+
+        close(tree, jax.jit(over_tuples)(q, k, v, u))
 
 
 def test_one_node_is_attention_and_children_of_the_query_multiply(x64):
