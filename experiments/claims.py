@@ -173,8 +173,14 @@ def read_claims(path: pathlib.Path) -> list[Claim]:
         raise ConfigError(f"{path} must be a list of claims, each a mapping")
     claims = [resolve(Claim, record, {}, f"{path.name}, claim {record.get('id')!r}") for record in records]
     for claim in claims:
-        known = read_study(claim.study, "cpu").configurations
+        study = read_study(claim.study, "cpu")
+        known = study.configurations
         for part in claim.parts:
+            if part.against is not None and part.against.by == "deviations" and len(study.seeds) < 2:
+                raise ConfigError(
+                    f"{path.name}, claim {claim.id!r}: deviations over seeds need two seeds or more, and {claim.study} "
+                    f"has {len(study.seeds)}"
+                )
             for side in (part.metric, part.against):
                 for name in () if side is None else side.uses:
                     if name not in known:
@@ -201,12 +207,12 @@ def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
             continue
         figures = Figures(runs, study, places)
         values = figures.compared(claim)
-        mean, half = statistics.fmean(values), _half_width(claim, values, figures)
+        mean, half = _mean(values), _half_width(claim, values, figures)
         missing = [text for ground in claim.ground if (text := _missing(ground, figures))]
         if math.isnan(mean):
             missing.append("a run diverged")
-        ordering = None if claim.ordering is None else _verdict(claim.ordering, mean, half)
-        verdict = _verdict(claim.reproduced, mean, half)
+        ordering = None if claim.ordering is None else _verdict(claim.ordering, values, mean, half)
+        verdict = _verdict(claim.reproduced, values, mean, half)
         if len(values) == 1 and not half and not claim.certain:
             # One run says nothing about the next.
             verdict, ordering = (_at_most_suggested(found) for found in (verdict, ordering))
@@ -253,8 +259,15 @@ class Figures:
         return [by(x, y) for x, y in zip(own, base, strict=True)]
 
 
+def _mean(values: Sequence[float]) -> float:
+    """The mean; NaN where there is none, as of plus and minus infinity."""
+    return math.nan if {math.inf, -math.inf} <= {*values} else statistics.fmean(values)
+
+
 def _deviations(own: Sequence[float], base: Sequence[float]) -> float:
-    """The difference of two means in units of the larger deviation over seeds."""
+    """The difference of two means in units of the larger deviation over seeds; NaN if a run diverged."""
+    if not all(map(math.isfinite, [*own, *base])):
+        return math.nan
     difference = statistics.fmean(own) - statistics.fmean(base)
     if difference == 0:
         return 0.0
@@ -263,12 +276,15 @@ def _deviations(own: Sequence[float], base: Sequence[float]) -> float:
 
 
 def _missing(ground: Ground, figures: Figures) -> str:
-    found = statistics.fmean(figures.compared(ground))
+    found = _mean(figures.compared(ground))
     return "" if found in ground.within else f"{ground.says} ({found:.3g}, needed {ground.within})"
 
 
-def _verdict(band: Range, mean: float, half: float) -> Verdict:
+def _verdict(band: Range, values: Sequence[float], mean: float, half: float) -> Verdict:
     low, high = mean - half, mean + half
+    if math.isinf(mean):
+        # No interval: one infinite number hides all others, so each counts for itself.
+        low, high = min(values), max(values)
     if low in band and high in band:
         return "reproduced"
     return "suggested" if low <= band.at_most and high >= band.at_least else "not reproduced"

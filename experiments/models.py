@@ -31,7 +31,7 @@ class ProjectionsConfig:
     """
 
     max_length: Count
-    sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
+    sharing: Literal["headwise", "layerwise"] = "headwise"
     init: Literal["random", "mean_pool"] = "random"
     frozen: bool = False
 

@@ -23,8 +23,6 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": images.digits,
     "masked_digits": images.masked_digits,
     "marked_digits": images.marked_digits,
-    "digit_scenes": images.digit_scenes,
-    "recall": synthetic.recall,
     "copying": synthetic.copying,
     "segments": synthetic.segments,
     "retrieval": retrieval.retrieval,

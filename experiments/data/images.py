@@ -39,30 +39,6 @@ def masked_digits(share: Share = 0.25) -> Dataset:
     return Dataset("sequence", draw, num_classes=17, vocabulary=18, oracles=oracles)
 
 
-def digit_scenes(size: Count = 32, count: Count = 4) -> Dataset:
-    """``count`` digits at random places of a ``size x size`` canvas; the label is the greatest digit.
-
-    A scene's digits come from its split's digits alone.
-    """
-    if size < 8 or count < 1:
-        raise ConfigError(f"data 'digit_scenes' needs size >= 8 and count >= 1, got {size} and {count}")
-    parts = _digit_parts()
-
-    def draw(random: np.random.Generator, batch: int, split: str) -> dict[str, np.ndarray]:
-        glyphs, classes = parts[split]
-        chosen = random.integers(0, len(glyphs), (batch, count))
-        corners = random.integers(0, size - 7, (batch, count, 2))
-        scenes = np.zeros((batch, size, size, 1), np.float32)
-        for i in range(batch):
-            for which, (row, column) in zip(chosen[i], corners[i], strict=True):
-                cell = scenes[i, row : row + 8, column : column + 8]
-                np.maximum(cell, glyphs[which], out=cell)
-        return {"image": scenes, "label": classes[chosen].max(1).astype(np.int32)}
-
-    source = {"source": "scenes of sklearn.datasets.load_digits"}
-    return Dataset("image", draw, num_classes=10, image_shape=(size, size, 1), provenance=source)
-
-
 def marked_digits(colours: Count = 4) -> Dataset:
     """Digits of different colours on a 32 x 32 canvas; the label is the digit whose colour a mark elsewhere repeats.
 

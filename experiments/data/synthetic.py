@@ -2,38 +2,8 @@
 
 import numpy as np
 
-from experiments.config import ConfigError, Count, Positive
+from experiments.config import ConfigError, Count
 from experiments.data.dataset import Batch, Dataset, generated
-
-
-def recall(length: Count = 256, pairs: Count = 16, vocabulary: Count = 512, power: Positive = 0.01) -> Dataset:
-    """Multi-query associative recall (Arora et al. 2023): keys with their values, then the keys again, asking for them.
-
-    Keys come from the lower half of the vocabulary and values from the upper; a key is asked for once, after a gap
-    drawn from a power law (1 for all gaps alike), and every other place holds the filler 0. A first layer must bring
-    every value its key.
-    """
-    if vocabulary < 2 * pairs + 2 or length < 4 * pairs:
-        raise ConfigError(
-            f"data 'recall' needs vocabulary >= 2 pairs + 2 and length >= 4 pairs, got {vocabulary}, {length}, {pairs}"
-        )
-    half = vocabulary // 2
-    places = (length - 2 * pairs) // 2
-    weights = power * np.arange(1, places + 1) ** (power - 1.0)
-    weights /= weights.sum()
-
-    def draw(random: np.random.Generator, batch: int) -> Batch:
-        tokens = np.zeros((batch, length), np.int32)
-        targets = np.full((batch, length), -1, np.int32)
-        for i in range(batch):
-            keys = 1 + random.choice(half - 1, pairs, replace=False)
-            values = half + random.choice(vocabulary - half, pairs, replace=False)
-            tokens[i, 0 : 2 * pairs : 2], tokens[i, 1 : 2 * pairs : 2] = keys, values
-            asked = 2 * (pairs + random.choice(places, pairs, replace=False, p=weights))
-            tokens[i, asked], targets[i, asked] = keys, values
-        return {"tokens": tokens, "targets": targets}
-
-    return Dataset("sequence", generated(draw), num_classes=vocabulary, vocabulary=vocabulary, is_causal=True)
 
 
 def segments(pairs: Count = 16, width: Count = 4, values: Count = 16, spellings: Count = 4) -> Dataset:

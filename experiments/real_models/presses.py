@@ -14,11 +14,12 @@ from jax import Array
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from approx_attention.coresets import ALGORITHMS
+from approx_attention.decoding import HEURISTICS, MATCHING
 from approx_attention.evaluation import output_error
 from approx_attention.nnx import ApproxAttention, compress_caches, init_cache
 from experiments import data
 from experiments.config import ConfigError, Count, Several, Whole
-from experiments.coresets.cache import parse_policy
 from experiments.data import DataConfig
 from experiments.data.retrieval import QUESTION
 from experiments.models import attention_layers
@@ -28,6 +29,23 @@ from experiments.training import TrainsExact, fit
 
 # The tokens of a question before its answer.
 ASKED = QUESTION - 1
+# The mass correction of `compress_caches`, by what follows a "+" in the name of a policy.
+CORRECTIONS: dict[str, Any] = {"": False, "mass": True, "fitted": "fitted"}
+
+
+def parse_policy(policy: str) -> tuple[str, Any]:
+    """The name of a policy, and its mass correction.
+
+    Raises:
+        ValueError: it is none of: an algorithm, ``attention_matching``, a heuristic with or without a correction.
+    """
+    name, _, correction = policy.partition("+")
+    known = {*ALGORITHMS, *HEURISTICS, *MATCHING}
+    if name not in known or correction not in CORRECTIONS or (correction and name not in HEURISTICS):
+        raise ValueError(
+            f"unknown policy {policy!r}; known are {', '.join(sorted(known))}, and heuristics with +mass or +fitted"
+        )
+    return name, CORRECTIONS[correction]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_forms_of_tensor_attention_are_compiled_at_their_longest(name):
 
 def test_trainings_are_checked_and_other_studies_are_named():
     unchecked = check.unchecked()
-    assert {"harness/language_model", "coresets/recall", "real_models/presses"}.isdisjoint(unchecked)
+    assert {"harness/language_model", "real_models/presses"}.isdisjoint(unchecked)
     for name in unchecked:
         assert not has_programs(read_study(name, "gpu").module)
         assert not list(check.cases("gpu", [name]))
@@ -90,14 +90,14 @@ def test_what_fits_is_not_compiled_again(tmp_path, compiler, command):
     assert len(asked) == 1
     # A check of another study keeps the first one in the document.
     said["bytes"] = int(MEMORY["tpu"]) + 2**30
-    code, _, err = command("check", "--platform", "tpu", "coresets/recall")
+    code, _, err = command("check", "--platform", "tpu", "real_models/presses")
     assert code == 2
-    assert "1 of 1 programs do not compile or do not fit: coresets/recall, run, train step: 16.8 GiB" in err
+    assert "1 of 1 programs do not compile or do not fit: real_models/presses, run, train step: 16.8 GiB" in err
     document = json.loads((tmp_path / "compiled_tpu.json").read_text())
-    assert [row["case"]["study"] for row in document["rows"]] == ["low_rank/spectra", "coresets/recall"]
+    assert [row["case"]["study"] for row in document["rows"]] == ["low_rank/spectra", "real_models/presses"]
     text = check.section(document)
     assert "1 of 2 programs of 2 studies compile and fit into 15.8 GiB; the largest takes 16.8 GiB" in text
-    assert "- coresets/recall" in text
+    assert "- real_models/presses" in text
 
 
 def test_without_the_compiler_one_line_says_so(tmp_path, monkeypatch, command):

@@ -1,6 +1,7 @@
 """Verdicts and pages are computed from result files alone."""
 
 import json
+import math
 import statistics
 
 import numpy as np
@@ -54,6 +55,9 @@ GROUND = {"metric": LOSS, "within": {"at_most": 2.1}, "says": "too large"}
         ({"against": {**RECORD["against"], "by": "ratio"}, "reproduced": {"at_most": 1.2}, "ordering": None},
          [2.2] * 3, "reproduced", None),
         ({"against": None, "reproduced": {"at_most": 2.1}, "ordering": None}, [2.2] * 3, "not reproduced", None),
+        ({"against": None, "ordering": None}, [math.inf] * 3, "reproduced", None),
+        ({"against": None, "reproduced": {"at_least": 2.1}, "ordering": None}, [2.0, math.inf, 2.2], "suggested", None),
+        ({"against": None, "ordering": None}, [2.0, math.inf, -math.inf], "no ground", None),
         ({"ground": [GROUND]}, [2.2] * 3, "no ground", "no ground"),
         ({"ground": [GROUND]}, [2.05] * 3, "reproduced", "reproduced"),
     ],
@@ -96,6 +100,26 @@ def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
     for least, verdict in ((distance - 0.1, "reproduced"), (distance + 0.1, "no ground")):
         ground = {"metric": LOSS, "against": against, "within": {"at_least": least}, "says": "too near"}
         assert _judged(tmp_path, {"ground": [ground]}).verdict == verdict
+
+
+@pytest.mark.parametrize("diverged", [math.nan, math.inf])
+def test_a_run_that_diverged_shuts_a_gate(tmp_path, diverged):
+    _write_results(tmp_path, "exact", [2.0, 2.01, 2.02])
+    _write_results(tmp_path, "favor", [2.2, diverged, 2.2])
+    against = {**RECORD["against"], "by": "deviations"}
+    ground = {"metric": LOSS, "against": against, "within": {"at_least": 1}, "says": "too near"}
+    finding = _judged(tmp_path, {"ground": [ground]})
+    assert finding.verdict == "no ground"
+    assert "too near (nan" in finding.grounds
+
+
+def test_deviations_of_one_seed_are_refused(tmp_path):
+    metric = {"configuration": "causal-forward", "figure": "slope"}
+    record = {**RECORD, "study": "harness/long_context", "metric": metric, "against": {**metric, "by": "deviations"}}
+    path = tmp_path / "claims.yaml"
+    path.write_text(json.dumps([record]))
+    with pytest.raises(ConfigError, match="claim 'a': deviations over seeds need two seeds or more, and .* has 1"):
+        claims.read_claims(path)
 
 
 def test_a_gap_is_a_share_of_that_of_a_third_configuration_seed_by_seed(tmp_path):

@@ -13,8 +13,6 @@ pytestmark = pytest.mark.usefixtures("models")
 
 GENERATED = [
     "digits",
-    "digit_scenes",
-    "recall",
     "segments",
     "copying",
     "retrieval",
@@ -32,17 +30,6 @@ def test_data_is_a_function_of_the_generator_and_the_split(name):
     assert any(not np.array_equal(first[field], other[field]) for field in first)
     targets = first.get("targets", first.get("label"))
     assert -1 <= targets.min() <= targets.max() < dataset.num_classes
-
-
-def test_recall_asks_for_the_value_that_followed_the_key():
-    batch = load(DataConfig("recall", {"length": 64, "pairs": 4, "vocabulary": 32})).draw(
-        np.random.default_rng(0), 8, "train"
-    )
-    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
-        values = dict(zip(tokens[0:8:2], tokens[1:8:2], strict=True))
-        asked = np.flatnonzero(targets >= 0)
-        assert len(asked) == 4
-        assert all(values[tokens[place]] == targets[place] for place in asked)
 
 
 def test_segments_tell_their_pair_and_queries_ask_for_each_key_once():
