@@ -116,6 +116,8 @@ def table(records: Frame) -> Iterable[str]:
 def figure(records: Frame) -> Figure:
     """Bits by position, and the score against the error of the attention."""
     positions = list(dict.fromkeys(records["positions"].dropna())) if _has_positions(records) else []
+    # Configurations may differ in length, and so in what is the first position with a target.
+    positions.sort(key=lambda octave: int(octave.split("-")[0]))
     drawn = Figure(figsize=(10, 4.2))
     left, right = drawn.subplots(1, 2, width_ratios=(1, 1) if len(positions) > 1 else (0.01, 1))
     for name, style in method_styles(dict.fromkeys(records["configuration"])).items():
@@ -124,9 +126,9 @@ def figure(records: Frame) -> Figure:
         right.plot(scores["attention_error"], scores["bits"], linestyle="", label=name, **style)
         if positions:
             means = having(own, "position_bits").groupby("positions", sort=False)["position_bits"].mean()
-            left.plot(list(means.index), means, **style)
+            left.plot([positions.index(octave) for octave in means.index], means, **style)
     left.set(xlabel="position in the sequence", ylabel="test bits per token")
-    left.tick_params(axis="x", rotation=30)
+    left.set_xticks(range(len(positions)), positions, rotation=30)
     right.set(xlabel="relative error of the attention, on the model's tensors", ylabel="test bits per token")
     if records["attention_error"].max() > LARGE:
         right.set_xscale("symlog", linthresh=1)
