@@ -45,19 +45,24 @@ def without_padding(q, k, v, kv_mask, is_causal=False):
     return q[rows], k[real], v[real], rows
 
 
+def as_array(x, dtype=jnp.float32):
+    """A JAX array of numbers from numpy, without the program that ``jnp.asarray`` compiles for each shape."""
+    return jax.device_put(np.asarray(x, dtype))
+
+
 def random_head(seed, num_queries, num_keys, head_dim=8, value_dim=None, dtype=jnp.float32, spread=1.0):
     """q [T, D], k [S, D], v [S, Dv] with standard normal entries, times ``spread`` for q and k."""
     random = np.random.default_rng(seed)
     value_dim = head_dim if value_dim is None else value_dim
     q, k = (spread * random.normal(size=(n, head_dim)) for n in (num_queries, num_keys))
-    return tuple(jnp.asarray(x, dtype) for x in (q, k, random.normal(size=(num_keys, value_dim))))
+    return tuple(as_array(x, dtype) for x in (q, k, random.normal(size=(num_keys, value_dim))))
 
 
 def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, head_dim=8):
     """query [B, T, N, D], key and value [B, S, K, D]."""
     random = np.random.default_rng(seed)
     shapes = (batch, num_queries, num_heads, head_dim), *[(batch, num_keys, num_kv_heads, head_dim)] * 2
-    return tuple(jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+    return tuple(as_array(random.normal(size=shape), jnp.float32) for shape in shapes)
 
 
 def compiled(*functions):

@@ -12,6 +12,7 @@ from approx_attention import kernels
 from approx_attention.core import heads
 from approx_attention.kernels import HIDDEN, cpu, fused, mosaic
 from tests.programs import OPERATIONS
+from tests.references import as_array
 
 FORMS = (
     "cpu",
@@ -84,9 +85,9 @@ def random_operands(seed, num_queries, num_keys, head_dim=8, value_dim=None, dty
     bias = np.where(random.uniform(size=num_keys) < hidden, HIDDEN, normal(num_keys))
     q, k, v = normal(num_queries, head_dim), normal(num_keys, head_dim), normal(num_keys, value_dim)
     wide = np.float64 if dtype == np.float64 else np.float32
-    tensors = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    tensors = [as_array(x, dtype) for x in (q, k, v)]
     others = bias, head_dim**-0.5, normal(num_queries, value_dim), normal(num_queries)
-    return *tensors, *(jnp.asarray(x, wide) for x in others)
+    return *tensors, *(as_array(x, wide) for x in others)
 
 
 @functools.partial(jax.jit, static_argnames=("offset", "left", "right", "implementation"))
