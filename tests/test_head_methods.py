@@ -13,6 +13,7 @@ from approx_attention import HeadsDecoder, attention, linen
 from approx_attention.decoding import MixedDecoder
 from approx_attention.nnx import init_cache, replace_attention
 from approx_attention.registry import HeadMethods
+from tests.references import as_array, random_heads
 
 FAVOR = ("favor", {"num_features": 16, "block_size": 8})
 EXACT = ("exact", {})
@@ -23,24 +24,30 @@ RNG = jax.random.key(5)
 
 
 def heads(length=24, num_heads=8, num_kv_heads=4, dim=8):
-    sizes = (num_heads, num_kv_heads, num_kv_heads)
-    return [jax.random.normal(jax.random.key(i), (2, length, n, dim)) for i, n in enumerate(sizes)]
+    return list(random_heads(0, 2, length, length, num_heads, num_kv_heads, dim))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_every_head_is_computed_as_by_its_method_alone(is_causal):
     tokens = heads()
-    padding = jnp.arange(24)[None, :] < jnp.array([[24], [17]])
+    padding = np.arange(24)[None, :] < np.array([[24], [17]])
     # Padding may hold anything.
-    tokens[1:] = [jnp.where(padding[:, :, None, None], x, jnp.nan) for x in tokens[1:]]
-    options = {"rng": RNG, "is_causal": is_causal, "return_residual": True, "mask": padding[:, None, None, :]}
-    out, lse = jax.jit(functools.partial(attention, method=MIXED, **options))(*tokens)
-    for head, (name, sizes) in enumerate(OF_HEADS):
-        alone, own = jax.jit(functools.partial(attention, method=name, **sizes, **options))(*tokens)
+    tokens[1:] = [np.where(padding[:, :, None, None], x, np.float32(np.nan)) for x in tokens[1:]]
+    mask = as_array(padding[:, None, None, :], bool)
+    options = {"rng": RNG, "is_causal": is_causal, "return_residual": True, "mask": mask}
+
+    def answers(method, **sizes):
+        answer = jax.jit(functools.partial(attention, method=method, **sizes, **options))
+        return jax.tree.map(np.asarray, answer(*tokens))
+
+    out, lse = answers(MIXED)
+    by_name = {name: answers(name, **sizes) for name, sizes in (FAVOR, EXACT)}
+    for head, (name, _) in enumerate(OF_HEADS):
+        alone, own = by_name[name]
         mine = np.s_[:, :, 2 * head : 2 * head + 2]
         np.testing.assert_allclose(out[mine], alone[mine], atol=1e-6)
         np.testing.assert_allclose(lse[mine], own[mine], atol=1e-6)
-    assert not np.allclose(out[:, :, :2], attention(*tokens, method="exact", **options)[0][:, :, :2], atol=1e-3)
+    assert not np.allclose(out[:, :, :2], by_name["exact"][0][:, :, :2], atol=1e-3)
 
 
 def test_the_output_of_a_head_does_not_depend_on_who_shares_its_configuration():
@@ -63,13 +70,15 @@ def test_heads_that_share_one_method_are_that_method():
 def test_masks_and_gradients_of_mixed_heads():
     tokens = heads(length=12)
     methods = HeadMethods.of(["exact", ("exact", {"implementation": "dense"}), "exact", "exact"])
-    mask = jax.random.bernoulli(jax.random.key(7), 0.7, (8, 12, 12))
-    given = {"mask": mask, "bias": jax.random.normal(jax.random.key(8), (2, 8, 12, 12))}
+    random = np.random.default_rng(7)
+    mask = as_array(random.uniform(size=(8, 12, 12)) < 0.7, bool)
+    given = {"mask": mask, "bias": as_array(random.normal(size=(2, 8, 12, 12)))}
 
     def loss(method, q, k, v):
         return jnp.sum(jnp.sin(attention(q, k, v, method=method, **given)))
 
-    for mine, one in zip(*(jax.grad(loss, (1, 2, 3))(m, *tokens) for m in (methods, "exact")), strict=True):
+    gradients = jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)
+    for mine, one in zip(*(gradients(m, *tokens) for m in (methods, "exact")), strict=True):
         np.testing.assert_allclose(mine, one, atol=1e-5)
     with pytest.raises(ValueError, match="mask must broadcast"):
         attention(*tokens, method=methods, mask=mask[:6])
@@ -77,22 +86,22 @@ def test_masks_and_gradients_of_mixed_heads():
 
 def test_a_mixed_decoder_answers_as_the_whole_causal_pass():
     q, k, v = heads()
-    whole = jax.jit(functools.partial(attention, method=MIXED, rng=RNG, is_causal=True))(q, k, v)
+    whole = np.asarray(jax.jit(functools.partial(attention, method=MIXED, rng=RNG, is_causal=True))(q, k, v))
     decoder = MixedDecoder(MIXED, num_kv_heads=4, head_dim=8, max_length=24)
-    extend, cache = jax.jit(decoder.extend), decoder.init(2, RNG, ragged=True)
+    extend, cache = jax.jit(decoder.extend), jax.jit(lambda rng: decoder.init(2, rng, ragged=True))(RNG)
     # Every sequence continues from its length.
     seen = [0, 0]
     for lengths in ([10, 7], [3, 10], [10, 0]):
-        parts = [jnp.stack([x[i, seen[i] : seen[i] + 10] for i in (0, 1)]) for x in map(_padded, (q, k, v))]
-        out, cache = extend(cache, *parts, jnp.array(lengths))
+        parts = [np.stack([x[i, seen[i] : seen[i] + 10] for i in (0, 1)]) for x in map(_padded, (q, k, v))]
+        out, cache = extend(cache, *parts, np.array(lengths, np.int32))
         for i, length in enumerate(lengths):
-            np.testing.assert_allclose(out[i, :length], whole[i, seen[i] : seen[i] + length], atol=1e-5)
+            np.testing.assert_allclose(np.asarray(out)[i, :length], whole[i, seen[i] : seen[i] + length], atol=1e-5)
             seen[i] += length
     assert cache.length.tolist() == seen == [23, 17]
 
 
 def _padded(x):
-    return jnp.pad(x, ((0, 0), (0, 16), (0, 0), (0, 0)))
+    return np.pad(x, ((0, 0), (0, 16), (0, 0), (0, 0)))
 
 
 @pytest.mark.usefixtures("models")
@@ -112,13 +121,18 @@ def test_layers_of_nnx_and_linen_take_methods_by_head():
     assert layer.attention_fn.num_seen == 22
 
     made = nn.MultiHeadDotProductAttention(num_heads=4, attention_fn=linen.ApproxAttention(MIXED, is_causal=True))
-    variables = made.init(jax.random.key(0), x)
+    variables = jax.jit(made.init)(jax.random.key(0), x)
     exact = nn.MultiHeadDotProductAttention(num_heads=4)
     same = made.clone(attention_fn=linen.ApproxAttention(HeadMethods.of([EXACT] * 4), is_causal=True))
-    out = same.apply(variables, x)
-    expected = exact.apply({"params": variables["params"]}, x, mask=nn.make_causal_mask(x[..., 0]))
+
+    @jax.jit
+    def outputs(variables, x):
+        expected = exact.apply({"params": variables["params"]}, x, mask=nn.make_causal_mask(x[..., 0]))
+        return same.apply(variables, x), made.apply(variables, x), expected
+
+    out, mixed, expected = outputs(variables, x)
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    assert not np.allclose(made.apply(variables, x), expected, atol=1e-3)
+    assert not np.allclose(mixed, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
