@@ -19,7 +19,7 @@ from approx_attention.registry import bind
 from approx_attention.sparse import BlockMap
 from tests.cases import case_of, settings
 from tests.contract.test_executions import compiled_as
-from tests.references import causal_mask, having, random_head, random_heads
+from tests.references import as_array, causal_mask, having, random_head, random_heads
 
 pytestmark = pytest.mark.all_forms
 
@@ -27,6 +27,7 @@ CAPPED = having(soft_cap=True)
 CAP = 1.5
 
 
+@functools.partial(jax.jit, static_argnames="cap")
 def whole_matrix(q, k, v, seen, *, bias=0.0, scale=None, cap=CAP):
     """Outputs and log-normalisers; 0 and -inf for queries that see no key."""
     scale = 1 / np.sqrt(q.shape[1]) if scale is None else scale
@@ -54,7 +55,7 @@ def test_the_operation_has_the_values_and_gradients_of_the_whole_matrix(x64, imp
     # Several tiles; in float32 if a kernel is requested, which falls back to tiles.
     dtype, tolerance = (jnp.float32, 1e-4) if implementation else (jnp.float64, 1e-11)
     q, k, v = random_head(0, 600, 530, 4, 3, dtype=dtype, spread=1.5)
-    bias, scale = jnp.asarray(np.random.default_rng(1).normal(size=530), dtype), jnp.asarray(0.7, dtype)
+    bias, scale = as_array(np.random.default_rng(1).normal(size=530), dtype), as_array(0.7, dtype)
     distance = np.arange(530)[None, :] - np.arange(600)[:, None] - reach.get("offset", 0)
     seen = jnp.asarray((distance >= -reach.get("left", 1e9)) & (distance <= reach.get("right", 1e9)))
 
@@ -67,7 +68,7 @@ def test_the_operation_has_the_values_and_gradients_of_the_whole_matrix(x64, imp
 
     operands = q, k, v, bias, scale
     found = jax.jit(functools.partial(with_gradients, ours))(*operands)
-    expected = jax.jit(functools.partial(with_gradients, theirs))(*(x.astype(jnp.float64) for x in operands))
+    expected = jax.jit(functools.partial(with_gradients, theirs))(*(np.asarray(x, np.float64) for x in operands))
     found, expected = (jax.tree.map(np.float64, x) for x in (found, expected))
     chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -92,20 +93,21 @@ def test_methods_at_full_size_are_the_whole_matrix(x64, name, is_causal):
     method = METHODS[name]
     options = {**settings(name, 23), **(case_of(name).exact_causal if is_causal else {})}
     real = np.arange(23) % 4 != 1
-    seen = jnp.asarray((causal_mask(23, 23) if is_causal else np.ones((23, 23), bool)) & real[None, :])
+    seen = (causal_mask(23, 23) if is_causal else np.ones((23, 23), bool)) & real[None, :]
 
     def ours(q, k, v):
         answer = functools.partial(method.function, is_causal=is_causal, logits_soft_cap=CAP, **options)
         return answer(q, k, v, jax.random.key(7), kv_mask=jnp.asarray(real)).at[~real].set(0)
 
-    def theirs(q, k, v):
-        return whole_matrix(q, k, v, seen)[0].at[~real].set(0)
+    broken = [np.where(real[:, None], x, np.nan) for x in (k, v)]
+    found = jax.jit(functools.partial(with_gradients, ours))(q, *broken)
+    chex.assert_trees_all_close(found, of_real_queries(q, k, v, seen, real), atol=1e-12)
 
-    broken = [x.at[~real].set(jnp.nan) for x in (k, v)]
-    (found, gradients), (expected, others) = (
-        jax.jit(functools.partial(with_gradients, f))(q, *tokens) for f, tokens in ((ours, broken), (theirs, (k, v)))
-    )
-    chex.assert_trees_all_close((found, gradients), (expected, others), atol=1e-12)
+
+@jax.jit
+def of_real_queries(q, k, v, seen, real):
+    """Outputs and gradients from the whole matrix, with 0 for the other queries: one program for all methods."""
+    return with_gradients(lambda *x: jnp.where(real[:, None], whole_matrix(*x, seen)[0], 0), q, k, v)
 
 
 def test_sparse_patterns_by_blocks_and_gathered(x64):
@@ -138,17 +140,19 @@ def test_the_running_summary_caps_nearby_and_earlier_tokens(x64, form):
 @pytest.mark.parametrize("cache_bits", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_decoding_is_causal_attention_with_grouped_heads(cache_bits):
     query, key, value = random_heads(6, 2, 21, 21, 4, 2)
-    whole = attention(2 * query, key, value, method="exact", is_causal=True, logits_soft_cap=CAP)
+    query, key, value = 2 * np.asarray(query), np.asarray(key), np.asarray(value)
+    exact_form = functools.partial(attention, method="exact", is_causal=True, logits_soft_cap=CAP)
+    whole = np.asarray(jax.jit(exact_form)(query, key, value))
     sizes = {"num_kv_heads": 2, "head_dim": 8, "max_length": 24, "block_size": 4}
     decoder = HeadsDecoder("exact", logits_soft_cap=CAP, cache_bits=cache_bits, **sizes)
-    extend, cache = jax.jit(decoder.extend), decoder.init(2)
+    extend, cache = jax.jit(decoder.extend), jax.jit(lambda: decoder.init(2))()
     outs = []
     for part in (slice(0, 19), slice(19, 20), slice(20, 21)):
-        out, cache = extend(cache, 2 * query[:, part], key[:, part], value[:, part])
+        out, cache = extend(cache, query[:, part], key[:, part], value[:, part])
         outs.append(out)
-    chex.assert_trees_all_close(jnp.concatenate(outs, axis=1), whole, atol=1e-5 if cache_bits is None else 0.03)
+    chex.assert_trees_all_close(np.concatenate(outs, axis=1), whole, atol=1e-5 if cache_bits is None else 0.03)
     # Each head of a group equals the result from its whole matrix.
-    one = whole_matrix(2 * query[1, :, 3], key[1, :, 1], value[1, :, 1], causal_mask(21, 21))[0]
+    one = whole_matrix(query[1, :, 3], key[1, :, 1], value[1, :, 1], causal_mask(21, 21))[0]
     chex.assert_trees_all_close(whole[1, :, 3], one, atol=1e-5)
 
 
