@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from approx_attention.kernels import triton
 from approx_attention.kernels.reach import Reach
 from approx_attention.kernels.triton import HIDDEN, Tile, Tiles
+from tests.references import as_array
 
 pytestmark = pytest.mark.all_forms
 
@@ -74,9 +75,9 @@ def inputs(seed, num_queries, num_keys, head_dim=8, value_dim=12, hidden=0.0, dt
     is_hidden = random.random(num_keys) < hidden
     k[is_hidden], v[is_hidden] = 0, 0
     bias = np.where(is_hidden, HIDDEN, 0.5 * random.normal(size=num_keys))
-    q, k, v, d_out = (jnp.asarray(x, dtype) for x in (q, k, v, d_out))
-    scale, d_normaliser = jnp.float32(head_dim**-0.5), jnp.asarray(random.normal(size=num_queries), jnp.float32)
-    return q, k, v, jnp.asarray(bias, jnp.float32), scale, d_out, d_normaliser
+    q, k, v, d_out = (as_array(x, dtype) for x in (q, k, v, d_out))
+    scale, d_normaliser = jnp.float32(head_dim**-0.5), as_array(random.normal(size=num_queries))
+    return q, k, v, as_array(bias), scale, d_out, d_normaliser
 
 
 def assert_as_expected(results, reference, tolerance):
