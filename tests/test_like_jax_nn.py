@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from approx_attention import attention
+from tests.references import as_array
 
 BATCH, HEADS = 2, 4
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -18,7 +19,7 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 def tensors(queries=6, keys=6, kv_heads=2, dtype=jnp.float32, batch=(BATCH,), heads=HEADS, dim=8):
     random = np.random.default_rng(0)
     shapes = (*batch, queries, heads, dim), *[(*batch, keys, kv_heads, dim)] * 2
-    return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+    return tuple(as_array(random.normal(size=shape), dtype) for shape in shapes)
 
 
 @jax.jit
@@ -59,7 +60,7 @@ def assert_same(out, expected, dtype=jnp.float32, where=None):
 
 
 def random_bias(*shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)
+    return as_array(np.random.default_rng(1).normal(size=shape), dtype)
 
 
 def random_mask(*shape):

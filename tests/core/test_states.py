@@ -12,14 +12,12 @@ from jax.test_util import check_grads
 
 from approx_attention import AttentionState, FeatureMoments, WeightedKV, attend, merge
 from approx_attention.core import PositiveFeatures
-from tests.references import brute_force, random_head
+from tests.references import as_array, brute_force, random_head
 
 
 def random_state(seed, spread=3.0, dtype=jnp.float32):
     random = np.random.default_rng(seed)
-    return AttentionState(
-        jnp.asarray(random.normal(size=(5, 3)), dtype), jnp.asarray(spread * random.normal(size=5), dtype)
-    )
+    return AttentionState(as_array(random.normal(size=(5, 3)), dtype), as_array(spread * random.normal(size=5), dtype))
 
 
 @given(seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 100.0, 1e4]))

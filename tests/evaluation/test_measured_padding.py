@@ -23,7 +23,7 @@ from approx_attention.evaluation.arms import exact_arms
 from approx_attention.evaluation.error_laws import split_units
 from approx_attention.evaluation.programs import compile_arm
 from approx_attention.evaluation.real_tokens import key_mask, query_mask
-from tests.references import brute_force, random_heads
+from tests.references import as_array, brute_force, random_heads
 
 LENGTHS = np.array([24, 9])
 
@@ -32,17 +32,17 @@ def spoilt(num_heads=4, num_kv_heads=2):
     """Tensors [2, 24, ...] of two lengths, and a copy with NaN, inf or large numbers in the padding."""
     clean = Tensors(*random_heads(0, 2, 24, 24, num_heads, num_kv_heads))
     real = np.arange(24) < LENGTHS[:, None]
-    fill = iter((jnp.nan, jnp.inf, 1e30))
-    return clean, Tensors(*(jnp.where(real[:, :, None, None], x, next(fill)) for x in clean))
+    fill = iter((np.nan, np.inf, 1e30))
+    return clean, Tensors(*(as_array(np.where(real[:, :, None, None], x, next(fill))) for x in clean))
 
 
 def squares(tensors, is_causal=False):
     """Squared norms over real queries, [B, N]: of the error of the mean of the values, and of the exact outputs."""
-    error, norm = np.zeros((2, 4)), np.zeros((2, 4))
+    error, norm, tensors = np.zeros((2, 4)), np.zeros((2, 4)), [np.asarray(x, np.float64) for x in tensors]
     for b, length in enumerate(LENGTHS):
         for n in range(4):
             heads = zip(tensors, (n, n // 2, n // 2), strict=True)
-            q, k, v = (np.asarray(x[b, :length, m], np.float64) for x, m in heads)
+            q, k, v = (x[b, :length, m] for x, m in heads)
             mask = np.tri(length, dtype=bool) if is_causal else np.ones((length, length), bool)
             exact = brute_force(q, k, v, mask=mask)[0]
             mean = mask @ v / mask.sum(1, keepdims=True)
