@@ -92,13 +92,20 @@ def test_batch_mates_and_lengths_change_nothing(name, is_causal):
     if name not in CAUSAL:
         options.pop("is_causal")
     tensors, lengths = [np.asarray(x) for x in random_heads(2, 2, 23, 23, 2, 1)], np.array([23, 9])
-    whole = jax.jit(lambda *x: attention(*x[:3], **options, key_value_seq_lengths=x[3]))(*tensors, lengths)
-    alone = jax.jit(lambda *x: attention(*x, **options))(*(x[1:, :9] for x in tensors))
-    np.testing.assert_allclose(whole[1:, :9], alone, atol=1e-5)
     # The same tokens after their padding, given by a mask.
     mask = (np.arange(23)[None] >= 23 - lengths[:, None])[:, None, None, :]
     moved = [np.concatenate([x[:1], np.roll(x[1:], 14, axis=1)]) for x in tensors]
-    left = jax.jit(lambda *x: attention(*x[:3], mask=x[3], **options))(*moved, mask)
+
+    @jax.jit
+    def outputs(padded, lengths, short, moved, mask):
+        return (
+            attention(*padded, **options, key_value_seq_lengths=lengths),
+            attention(*short, **options),
+            attention(*moved, mask=mask, **options),
+        )
+
+    whole, alone, left = map(np.asarray, outputs(tensors, lengths, [x[1:, :9] for x in tensors], moved, mask))
+    np.testing.assert_allclose(whole[1:, :9], alone, atol=1e-5)
     np.testing.assert_allclose(left[1:, 14:], alone, atol=1e-5)
 
 
@@ -110,9 +117,13 @@ COUNTS_QUERIES = ("hyper_attention",)
 def test_padded_queries_change_nothing(name):
     query, key, value = (np.asarray(x) for x in random_heads(4, 1, 21, 13, 2, 1))
     options = {"method": name, "rng": jax.random.key(3), **settings(name)}
-    alone = jax.jit(lambda *x: attention(*x, **options))(query[:, :6], key, value)
-    lengths = jnp.array([6])
-    whole = jax.jit(lambda *x: attention(*x, **options, query_seq_lengths=lengths))(query, key, value)
+
+    @jax.jit
+    def outputs(query, short, key, value, lengths):
+        whole = attention(query, key, value, **options, query_seq_lengths=lengths)
+        return whole, attention(short, key, value, **options)
+
+    whole, alone = map(np.asarray, outputs(query, query[:, :6], key, value, np.array([6], np.int32)))
     np.testing.assert_allclose(whole[:, :6], alone, atol=1e-5)
     np.testing.assert_array_equal(whole[:, 6:], 0)
 
@@ -332,9 +343,12 @@ def test_masks_are_traced_in_float64(name, is_causal, x64):
 def test_queries_behind_the_last_key_keep_their_place(name):
     # The causal form may have more queries than keys; queries after the last real key see all keys.
     q, k, v = random_head(31, 24, 20)
-    options = {**settings(name), "is_causal": True}
-    function = jax.jit(
-        lambda q, k, v, mask: METHODS[name].function(q, k, v, jax.random.key(7), **options, kv_mask=mask)
-    )
-    padded = function(q, k, v, jnp.arange(20) < 7)
-    np.testing.assert_allclose(padded, function(q, k[:7], v[:7], None), atol=1e-5)
+    function = functools.partial(METHODS[name].function, **settings(name), is_causal=True)
+
+    @jax.jit
+    def outputs(q, k, v, kv_mask):
+        key = jax.random.key(7)
+        return function(q, k, v, key, kv_mask=kv_mask), function(q, k[:7], v[:7], key)
+
+    padded, unpadded = outputs(q, k, v, np.arange(20) < 7)
+    np.testing.assert_allclose(padded, unpadded, atol=1e-5)
