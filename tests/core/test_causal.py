@@ -35,15 +35,16 @@ def test_a_query_sees_two_blocks_exactly_and_the_rest_by_moments():
     state = causal_state(q, k, v, running_moments(features), block_size=4)
 
     @jax.jit
+    @jax.vmap
     def of(q, before, recent):
-        far = FeatureMoments.of_tokens(features, *before) if len(before[0]) else FeatureMoments.empty(features, 8)
-        return merge(attend(q, WeightedKV.of_tokens(*recent)), attend(q, far))
+        far = FeatureMoments.of_tokens(features, k, v, before)
+        return merge(attend(q[None], WeightedKV.of_tokens(k, v, recent)), attend(q[None], far))
 
-    for t in range(14):
-        start = max(0, t // 4 - 1) * 4
-        expected = of(q[t : t + 1], (k[:start], v[:start]), (k[start : t + 1], v[start : t + 1]))
-        np.testing.assert_allclose(state.out[t], expected.out[0], atol=1e-5)
-        np.testing.assert_allclose(state.lse[t], expected.lse[0], atol=1e-5)
+    places = np.arange(14)
+    before = places[None, :] < np.maximum(0, places // 4 - 1)[:, None] * 4
+    expected = of(q, before, causal_mask(14, 14) & ~before)
+    np.testing.assert_allclose(state.out, expected.out[:, 0], atol=1e-5)
+    np.testing.assert_allclose(state.lse, expected.lse[:, 0], atol=1e-5)
 
 
 def test_a_full_buffer_turns_to_nan_instead_of_forgetting():
