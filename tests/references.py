@@ -62,7 +62,7 @@ def random_heads(seed, batch, num_queries, num_keys, num_heads, num_kv_heads, he
     """query [B, T, N, D], key and value [B, S, K, D]."""
     random = np.random.default_rng(seed)
     shapes = (batch, num_queries, num_heads, head_dim), *[(batch, num_keys, num_kv_heads, head_dim)] * 2
-    return tuple(as_array(random.normal(size=shape), jnp.float32) for shape in shapes)
+    return tuple(as_array(random.normal(size=shape)) for shape in shapes)
 
 
 def compiled(*functions):
