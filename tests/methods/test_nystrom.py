@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
+from jax.test_util import check_grads, check_vjp
 
 import approx_attention
 from approx_attention import attention
@@ -50,7 +50,7 @@ def head(seed, num_queries=16, num_keys=16, head_dim=4, value_dim=3, spread=1.0)
 
 def implied(method, q, k, *args, **options):
     """The matrix by which a method multiplies the values."""
-    return np.asarray(method(q, k, jnp.eye(k.shape[0]), *args, **options))
+    return np.asarray(method(q, k, np.eye(k.shape[0]), *args, **options))
 
 
 def softmax(logits):
@@ -113,9 +113,9 @@ def test_nystrom_with_every_token_as_landmark_is_exact(num_landmarks):
 
 
 def test_nystrom_is_exact_where_its_landmarks_are_all_queries_and_keys():
-    q, k, v = head(2, 4, 4)
-    v = jnp.concatenate([v, 2 - v**2])
-    q, k = jnp.repeat(q, 2, axis=0), jnp.repeat(k, 2, axis=0)
+    q, k, v = map(np.asarray, head(2, 4, 4))
+    v = np.concatenate([v, 2 - v**2])
+    q, k = np.repeat(q, 2, axis=0), np.repeat(k, 2, axis=0)
     out = true_inverse(q, k, v, num_landmarks=4)
     np.testing.assert_allclose(out, brute_force(q, k, v)[0], atol=1e-9)
     assert relative_error(nystrom(q, k, v, num_landmarks=2), out) > 0.01
@@ -138,11 +138,12 @@ def test_the_iteration_approaches_the_inverse_and_a_few_steps_cut_small_singular
     left, right = (np.linalg.qr(np.random.default_rng(i).normal(size=(4, 4)))[0] for i in range(2))
     sigma = np.array([1.0, 0.3, 0.1, 1e-3])
     a = left * sigma @ right
-    gain = np.diag(right @ np.asarray(_iterated_inverse(jnp.asarray(a), 6)) @ left) * sigma
+    inverse = jax.jit(_iterated_inverse, static_argnums=1)
+    gain = np.diag(right @ np.asarray(inverse(a, 6)) @ left) * sigma
     np.testing.assert_allclose(gain[:2], 1, atol=1e-3)
     assert gain[2] > 0.8
     assert gain[3] < 0.01
-    np.testing.assert_allclose(_iterated_inverse(jnp.asarray(a), 30), np.linalg.inv(a), rtol=1e-6)
+    np.testing.assert_allclose(inverse(a, 30), np.linalg.inv(a), rtol=1e-6)
 
 
 @by_inverse
@@ -150,7 +151,7 @@ def test_an_item_does_not_depend_on_its_batch_mates(options):
     function = functools.partial(nystrom, num_landmarks=5, **options)
     # Column sums of the middle matrix, which scale the iteration, differ widely between these.
     heads = [head(5), head(6, spread=4.0), head(7, spread=0.1)]
-    together = jax.jit(jax.vmap(function))(*(jnp.stack(x) for x in zip(*heads, strict=True)))
+    together = jax.jit(jax.vmap(function))(*(np.stack(x) for x in zip(*heads, strict=True)))
     for out, (q, k, v) in zip(together, heads, strict=True):
         np.testing.assert_allclose(out, function(q, k, v), atol=1e-10)
 
@@ -158,7 +159,7 @@ def test_an_item_does_not_depend_on_its_batch_mates(options):
 def test_the_iterated_inverse_is_that_of_each_matrix():
     logits = np.random.default_rng(0).normal(size=(3, 6, 6)) * np.array([0.1, 1, 5])[:, None, None]
     a = softmax(logits)
-    found = jax.vmap(lambda a: _iterated_inverse(a, 6))(jnp.asarray(a))
+    found = jax.jit(jax.vmap(lambda a: _iterated_inverse(a, 6)))(a)
     np.testing.assert_allclose(found, np.stack([iterated(x, 6) for x in a]), rtol=1e-9, atol=1e-9)
 
 
@@ -189,9 +190,9 @@ def test_a_cut_drops_the_singular_values_below_it():
 @pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize("lengths", [(16, 16), (12, 16)])
 def test_padding_is_left_out_of_means_landmarks_and_sums(inverse, lengths):
-    q, k, v = head(10, *lengths)
-    kv_mask = jnp.ones(16, bool).at[jnp.array([1, 8, 9, 10, 11])].set(False)
-    hidden = ~np.asarray(kv_mask)
+    q, k, v = map(np.asarray, head(10, *lengths))
+    hidden = np.isin(np.arange(16), [1, 8, 9, 10, 11])
+    kv_mask = ~hidden
     q_real = kv_mask if lengths[0] == 16 else None
 
     expected = nystrom_by_loop(q, k, v, 4, INVERT[inverse], q_real, kv_mask)
@@ -199,15 +200,9 @@ def test_padding_is_left_out_of_means_landmarks_and_sums(inverse, lengths):
     np.testing.assert_allclose(out, expected, atol=1e-10)
     assert relative_error(nystrom(q, k, v, num_landmarks=4, inverse=inverse), expected) > 0.01
 
-    soiled_q = q.at[np.flatnonzero(hidden)].set(jnp.nan) if lengths[0] == 16 else q
-    soiled = nystrom(
-        soiled_q,
-        k.at[hidden].set(jnp.nan),
-        v.at[hidden].set(jnp.inf),
-        num_landmarks=4,
-        inverse=inverse,
-        kv_mask=kv_mask,
-    )
+    soiled_q = np.where(hidden[:, None], np.nan, q) if lengths[0] == 16 else q
+    soiled_k, soiled_v = np.where(hidden[:, None], np.nan, k), np.where(hidden[:, None], np.inf, v)
+    soiled = nystrom(soiled_q, soiled_k, soiled_v, num_landmarks=4, inverse=inverse, kv_mask=kv_mask)
     rows = ~hidden if lengths[0] == 16 else slice(None)
     np.testing.assert_array_equal(np.asarray(soiled)[rows], np.asarray(out)[rows])
 
@@ -215,8 +210,7 @@ def test_padding_is_left_out_of_means_landmarks_and_sums(inverse, lengths):
 @by_inverse
 def test_masked_equals_removed(options):
     q, k, v = head(11)
-    kv_mask = jnp.arange(16) % 4 != 2
-    kept = np.asarray(kv_mask)
+    kv_mask = kept = np.arange(16) % 4 != 2
     for num_landmarks in (16, 5, 2):
         masked = np.asarray(nystrom(q, k, v, num_landmarks=num_landmarks, kv_mask=kv_mask, **options))
         removed = nystrom(*(np.asarray(x)[kept] for x in (q, k, v)), num_landmarks=num_landmarks, **options)
@@ -240,7 +234,7 @@ def test_skyformer_with_every_row_as_landmark_is_kernelised_attention(lengths):
 
 def test_skyformer_is_its_formula():
     q, k, v = head(14, 9, 12)
-    noise = jnp.asarray(np.random.default_rng(0).permutation(21), jnp.float64)
+    noise = np.random.default_rng(0).permutation(21).astype(np.float64)
     tokens = np.concatenate(list(scaled(q, k)))
     kernel = np.exp(-np.sum((tokens[:, None] - tokens[None]) ** 2, axis=-1) / 2)
     chosen = np.asarray(noise) >= 14
@@ -269,33 +263,34 @@ def implied_row(q, k, key):
 
 @pytest.mark.parametrize("num_queries", [8, 12])
 def test_skyformer_draws_no_padding(num_queries):
-    q, k, v = head(16, num_queries, 12)
-    kv_mask = jnp.arange(12) < 8
+    q, k, v = map(np.asarray, head(16, num_queries, 12))
+    kv_mask = np.arange(12) < 8
     function = functools.partial(skyformer, num_landmarks=5, ridge=1e-6)
-    noise = jnp.arange(8.0)
+    noise = np.arange(8.0)
     if num_queries == 12:
         # The largest priorities are those of padding, among both queries and keys.
-        noise = jnp.concatenate([noise, jnp.full(4, 100.0), jnp.arange(8.0) + 0.5, jnp.full(4, 100.0)])
-        removed = jnp.concatenate([noise[:8], noise[12:20]])
-        soiled = q.at[8:].set(jnp.nan)
+        noise = np.concatenate([noise, np.full(4, 100.0), np.arange(8.0) + 0.5, np.full(4, 100.0)])
+        removed = np.concatenate([noise[:8], noise[12:20]])
+        soiled = np.where(kv_mask[:, None], q, np.nan)
     else:
-        noise = jnp.concatenate([noise, noise + 0.5, jnp.full(4, 100.0)])
+        noise = np.concatenate([noise, noise + 0.5, np.full(4, 100.0)])
         removed, soiled = noise[:16], q
-    out = function(soiled, k.at[8:].set(jnp.nan), v.at[8:].set(jnp.nan), noise=noise, kv_mask=kv_mask)
+    soiled_k, soiled_v = (np.where(kv_mask[:, None], x, np.nan) for x in (k, v))
+    out = function(soiled, soiled_k, soiled_v, noise=noise, kv_mask=kv_mask)
     np.testing.assert_allclose(out[:8], function(q[:8], k[:8], v[:8], noise=removed), atol=1e-10)
 
 
 def test_skyformer_with_more_landmarks_than_real_rows():
     q, k, v = head(17, 6, 12)
-    out = skyformer(q, k, v, jax.random.key(0), num_landmarks=17, ridge=1e-12, kv_mask=jnp.arange(12) < 3)
-    np.testing.assert_allclose(out, kernelised_attention(q, k[:3], v[:3]), atol=1e-9)
+    out = skyformer(q, k, v, jax.random.key(0), num_landmarks=17, ridge=1e-12, kv_mask=np.arange(12) < 3)
+    np.testing.assert_allclose(out, kernelised_attention(q, np.asarray(k)[:3], np.asarray(v)[:3]), atol=1e-9)
 
 
 def test_skyformer_does_not_feel_a_common_shift():
-    q, k, v = (x.astype(jnp.float32) for x in head(18))
+    q, k, v = (np.asarray(x, np.float32) for x in head(18))
     function = functools.partial(skyformer, v=v, key=jax.random.key(0), num_landmarks=8)
     # Multiples of 1/4 are shifted without rounding.
-    q, k = (jnp.round(4 * x) / 4 for x in (q, k))
+    q, k = (np.round(4 * x) / 4 for x in (q, k))
     np.testing.assert_allclose(function(q + 1024, k + 1024), function(q, k), atol=1e-4)
 
 
@@ -330,13 +325,12 @@ def test_no_nystrom_matrix_is_nearer_than_the_svd_of_its_rank(options, num_landm
 
 
 def test_svd_of_masked_keys_is_that_of_the_others():
-    q, k, v = head(22)
-    kv_mask = jnp.arange(16) % 3 != 0
-    kept = np.asarray(kv_mask)
+    q, k, v = map(np.asarray, head(22))
+    kv_mask = kept = np.arange(16) % 3 != 0
     expected = svd(q[kept], k[kept], v[kept], rank=4)
-    np.testing.assert_allclose(svd(q, k, v, rank=4, kv_mask=kv_mask)[kept], expected, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(svd(q, k, v, rank=4, kv_mask=kv_mask))[kept], expected, atol=1e-12)
     expected = svd(q, k[kept], v[kept], rank=4)
-    whole = svd(q, k, v, rank=4, kv_mask=kv_mask, q_mask=jnp.ones(16, bool))
+    whole = svd(q, k, v, rank=4, kv_mask=kv_mask, q_mask=np.ones(16, bool))
     np.testing.assert_allclose(whole, expected, atol=1e-12)
 
 
@@ -349,11 +343,10 @@ def test_the_derivative_of_the_truncation():
 
 @pytest.mark.parametrize("rank", [2, 5])
 def test_the_derivative_of_the_truncation_at_coincident_singular_values_is_finite(rank):
-    identity = jnp.eye(8)
-    repeated = jnp.ones((8, 8)).at[:4].set(2.0)
-    for p in (identity, repeated, jnp.zeros((8, 8))):
-        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(_truncated(p, rank)))))(p)
-        chex.assert_tree_all_finite(gradient)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(_truncated(p, rank)))))
+    repeated = np.repeat([2.0, 1.0], 4)[:, None] * np.ones(8)
+    for p in (np.eye(8), repeated, np.zeros((8, 8))):
+        chex.assert_tree_all_finite(slope(p))
 
 
 # transformations, sizes, arguments
@@ -372,32 +365,45 @@ METHODS = {
 }
 
 
+@functools.cache
+def with_pullback(name):
+    """``(q, k, v, kv_mask, d_out) -> out, gradients`` of a method, as one program for each shape."""
+
+    @jax.jit
+    def both(q, k, v, kv_mask, d_out):
+        out, pull = jax.vjp(functools.partial(METHODS[name], kv_mask=kv_mask), q, k, v)
+        return out, pull(d_out)
+
+    return both
+
+
 @pytest.mark.parametrize("num_queries", [9, 12])
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_to_see_is_0_with_finite_gradients(name, num_queries):
-    tensors = head(12, num_queries, 12)
-
-    @jax.jit
-    def out_and_gradients(kv_mask):
-        out, vjp = jax.vjp(lambda q, k, v: METHODS[name](q, k, v, kv_mask=kv_mask), *tensors)
-        return out, vjp(jnp.ones_like(out))
-
-    chex.assert_trees_all_equal(
-        *(jax.tree.map(f, out_and_gradients(jnp.zeros(12, bool))) for f in (abs, jnp.zeros_like))
-    )
-    out, gradients = out_and_gradients(jnp.arange(12) == 5)
+    tensors, d_out = head(12, num_queries, 12), np.ones((num_queries, 3))
+    out, gradients = with_pullback(name)(*tensors, np.zeros(12, bool), d_out)
+    for x in (out, *gradients):
+        np.testing.assert_array_equal(x, 0)
+    out, gradients = with_pullback(name)(*tensors, np.arange(12) == 5, d_out)
     assert np.abs(out).max() > 0
     chex.assert_tree_all_finite(gradients)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_jit_vmap_and_gradients_agree(name):
-    q, k, v = head(23, 7, 12, spread=2.0)
-    function = functools.partial(METHODS[name], kv_mask=jnp.arange(12) != 5)
-    compiled = jax.jit(function)
-    batch = [jnp.stack([x, 2 * x]) for x in (q, k, v)]
-    np.testing.assert_allclose(jax.jit(jax.vmap(function))(*batch)[0], compiled(q, k, v), atol=1e-10)
-    check_grads(compiled, (q, k, v), order=1, modes=["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
+    tensors, kv_mask = tuple(np.asarray(x) for x in head(23, 9, 12, spread=2.0)), np.arange(12) != 5
+    both = with_pullback(name)
+
+    def alone(*tensors):
+        return both(*tensors, kv_mask, np.ones((9, 3)))[0]
+
+    def alone_with_pullback(*tensors):
+        return alone(*tensors), lambda d_out: both(*tensors, kv_mask, d_out)[1]
+
+    mapped = jax.jit(jax.vmap(functools.partial(METHODS[name], kv_mask=jnp.asarray(kv_mask))))
+    batch = [np.stack([x, 2 * x]) for x in tensors]
+    np.testing.assert_allclose(mapped(*batch)[0], alone(*tensors), atol=1e-10)
+    check_vjp(alone, alone_with_pullback, tensors, eps=1e-6, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [(1, 5), (5, 1)])
@@ -408,15 +414,16 @@ def test_few_tokens(name, lengths):
     assert out.shape == (lengths[0], 3)
     chex.assert_tree_all_finite(out)
     if lengths[1] == 1 and name != "skyformer":
-        np.testing.assert_allclose(out, jnp.broadcast_to(v, out.shape), atol=1e-3)
+        np.testing.assert_allclose(out, np.broadcast_to(v, out.shape), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["nystrom", "skyformer", "svd"])
 def test_attention_takes_them_and_refuses_a_causal_form(name):
-    tensors = [jnp.asarray(x)[None, :, None].astype(jnp.float32) for x in head(25)]
+    tensors = [jnp.asarray(np.asarray(x)[None, :, None], jnp.float32) for x in head(25)]
     size = {"rank": 5} if name == "svd" else {"num_landmarks": 5}
     rng = jax.random.key(0) if name == "skyformer" else None
-    assert attention(*tensors, method=name, rng=rng, **size).shape == (1, 16, 1, 3)
+    call = functools.partial(attention, method=name, rng=rng, **size)
+    assert jax.jit(call)(*tensors).shape == (1, 16, 1, 3)
     with pytest.raises(NotImplementedError, match=f"{name}.*causal"):
         attention(*tensors, method=name, rng=rng, is_causal=True, **size)
 
@@ -452,9 +459,9 @@ def test_an_unknown_inverse_is_refused():
 
 def test_half_precision_is_summed_in_float32():
     q, k, v = head(27)
-    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    wide = [x.astype(jnp.float32) for x in low]
+    low = [np.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    wide = [x.astype(np.float32) for x in low]
     for function in map(jax.jit, METHODS.values()):
         out = function(*low)
         assert out.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(out, function(*wide).astype(jnp.bfloat16))
+        np.testing.assert_array_equal(out, np.asarray(function(*wide)).astype(jnp.bfloat16))
