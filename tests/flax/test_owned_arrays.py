@@ -30,7 +30,7 @@ def heads():
 @functools.cache
 def proposals():
     """Proposals of each key head, fitted to the first sequence."""
-    query, key, _ = (jnp.moveaxis(x[0], 1, 0) for x in heads())
+    query, key, _ = (np.moveaxis(np.asarray(x)[0], 1, 0) for x in heads())
     return jax.jit(jax.vmap(fit_proposal))(2 * query, key)
 
 
@@ -86,9 +86,10 @@ def test_a_layer_of_nnx_passes_its_arrays(kind):
 def test_a_cache_of_nnx_has_the_arrays_of_its_heads():
     layer = nnx_layer("both")
     decoded = nnx_layer("both")
-    decoded.init_cache(2, HEADS, DIM)
-    outs = [run_step(decoded, *(x[:, part] for x in heads())) for part in (slice(0, 11), slice(11, 12))]
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), run(layer, *heads()), atol=1e-5)
+    nnx.jit(lambda layer: layer.init_cache(2, HEADS, DIM))(decoded)
+    parts = slice(0, 11), slice(11, 12)
+    outs = [run_step(decoded, *(np.asarray(x)[:, part] for x in heads())) for part in parts]
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), run(layer, *heads()), atol=1e-5)
     shared, per_head = given("both")
     decoder = HeadsDecoder("favor", num_kv_heads=HEADS, head_dim=DIM, **shared, **OPTIONS)
     assert jax.tree.structure(decoder.init(2, per_head=per_head)) == jax.tree.structure(decoded._cached()[0])
