@@ -1,5 +1,6 @@
 """Polynomials that replace exp: coefficients have the properties of their names, and the certificates hold."""
 
+import functools
 import itertools
 import math
 from decimal import Decimal, localcontext
@@ -64,6 +65,7 @@ LEAST_DEGREES = {
 }
 
 
+@functools.cache
 def certificate(kind, degree, bound, rms=None):
     coefficients = exp_coefficients(kind, degree, **taken_by(kind, bound=bound, rms=rms))
     return weight_bound(*ratio_range(coefficients, bound))

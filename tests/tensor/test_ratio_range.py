@@ -14,22 +14,32 @@ from approx_attention.tensor import Coefficients, exp_coefficients, ratio_range,
 DIGITS = 90
 
 
+def exactly(coefficients, x):
+    """P(x) as an integer over an integer, at a number without rounding; fractions would be reduced at every step."""
+    x, coefficients = Fraction(x), [Fraction(float(c)) for c in coefficients]
+    unit = max(c.denominator for c in coefficients)  # all are powers of two
+    total, power = 0, 1
+    for c in reversed(coefficients):
+        total = total * x.numerator + c.numerator * (unit // c.denominator) * power
+        power *= x.denominator
+    return total, unit * power // x.denominator
+
+
 def value(coefficients, x):
-    """P(x) in exact arithmetic, at a Decimal."""
-    x, total = Fraction(x), Fraction(0)
-    for c in reversed(list(coefficients)):
-        total = total * x + Fraction(float(c))
-    return total
+    """P(x) in exact arithmetic."""
+    return Fraction(*exactly(coefficients, x))
 
 
 def ratio(coefficients, x):
-    total = value(coefficients, x)
-    return Decimal(total.numerator) / Decimal(total.denominator) * (-x).exp()
+    """P(x) exp(-x), at a Decimal."""
+    numerator, denominator = exactly(coefficients, x)
+    return Decimal(numerator) / Decimal(denominator) * (-x).exp()
 
 
 def extremes(coefficients, bound, points=241):
     """The least and the greatest ratio on a grid of points of Chebyshev, refined about each extreme of the grid."""
     with localcontext(prec=DIGITS):
+        golden = (Decimal(5).sqrt() - 1) / 2
         grid = [Decimal(-bound * math.cos(math.pi * i / (points - 1))) for i in range(points)]
         ratios = [ratio(coefficients, x) for x in grid]
         found = [ratios[0], ratios[-1]]
@@ -37,11 +47,19 @@ def extremes(coefficients, bound, points=241):
             sign = 1 if ratios[i] <= min(ratios[i - 1], ratios[i + 1]) else -1
             if sign == -1 and ratios[i] < max(ratios[i - 1], ratios[i + 1]):
                 continue
+            # Golden sections: of the two inner points, one is kept from step to step.
             low, high = grid[i - 1], grid[i + 1]
-            for _ in range(35):
-                inner = low + (high - low) / 3, high - (high - low) / 3
-                left, right = (sign * ratio(coefficients, x) for x in inner)
-                low, high = (low, inner[1]) if left < right else (inner[0], high)
+            inner = [high - golden * (high - low), low + golden * (high - low)]
+            left, right = (sign * ratio(coefficients, x) for x in inner)
+            for _ in range(34):
+                if left < right:
+                    high, right = inner[1], left
+                    inner = [high - golden * (high - low), inner[0]]
+                    left = sign * ratio(coefficients, inner[0])
+                else:
+                    low, left = inner[0], right
+                    inner = [inner[1], low + golden * (high - low)]
+                    right = sign * ratio(coefficients, inner[1])
             found.append(ratio(coefficients, low))
         return float(min(found)), float(max(found))
 
