@@ -27,7 +27,7 @@ from approx_attention import (
 )
 from approx_attention.core import PositiveFeatures, control_variate_state
 from approx_attention.methods import gate_tokens, running_rfa
-from tests.methods.case import Case
+from tests.methods.case import Case, placed
 from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
 
 
@@ -45,15 +45,15 @@ CASES = {
             "num_features": 6,
             "features": "positive",
             "bandwidth": 0.5,
-            "projection": jnp.ones((3, 8)),
-            "gate_logits": jnp.zeros(40),
+            "projection": placed(np.ones((3, 8))),
+            "gate_logits": placed(np.zeros(40)),
         },
         devices={"num_features": 32, "block_size": 4},
     ),
     "ra": Case(
         changes={
-            "noise": jnp.ones((40, 8, 8)),
-            "indices": jnp.zeros((40, 8), jnp.int32),
+            "noise": placed(np.ones((40, 8, 8))),
+            "indices": jax.device_put(np.zeros((40, 8), np.int32)),
             "noise_scale": "official",
         },
     ),
@@ -61,12 +61,12 @@ CASES = {
         changes={
             "weights": "query_specific",
             "correction": 0.0,
-            "proposal_mean": jnp.zeros((8, 8)),
-            "query_landmarks": jnp.zeros((8, 8)),
+            "proposal_mean": placed(np.zeros((8, 8))),
+            "query_landmarks": placed(np.zeros((8, 8))),
             "spatial_shape": (8, 5),
             "num_samples": 5,
             "antithetic": True,
-            "noise": jnp.ones((2, 8, 8)),
+            "noise": placed(np.ones((2, 8, 8))),
             "noise_scale": "official",
         },
         contexts={
@@ -109,7 +109,7 @@ def test_rfa_is_the_ratio_of_its_sums(features):
     total = weights.sum(1, keepdims=True)
     assert total.min() > 0
     expected = weights @ np.asarray(v) / total
-    out = rfa(q, k, v, projection=jnp.asarray(w), features=features)
+    out = rfa(q, k, v, projection=jax.device_put(w), features=features)
     np.testing.assert_allclose(out, expected, rtol=1e-9)
 
 
@@ -140,7 +140,7 @@ def gated(q, k, v, gate, scale=1.0):
 @pytest.mark.parametrize("block_size", [4, 32])
 def test_gated_rfa_is_the_recurrence(block_size):
     q, k, v = head(2, 17, 17)
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=17) + 1)
+    logits = jax.device_put(np.random.default_rng(0).normal(size=17) + 1)
     gate = 1 / (1 + np.exp(-np.asarray(logits)))
     expected = gated(unit(np.asarray(q)), unit(np.asarray(k)), np.asarray(v), gate)
     options = {"is_causal": True, "block_size": block_size, "gate_logits": logits, "num_features": 2**15}
@@ -157,7 +157,7 @@ def test_gated_rfa_is_the_recurrence(block_size):
 @pytest.mark.slow
 def test_gated_rfa_goes_on_from_segment_to_segment():
     q, k, v = head(3, 21, 21)
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=21))
+    logits = jax.device_put(np.random.default_rng(0).normal(size=21))
     key = jax.random.key(0)
     whole = rfa(q, k, v, key, gate_logits=logits, is_causal=True, block_size=4, num_features=8)
     decoder = Decoder(
@@ -198,7 +198,7 @@ def test_gates_and_bandwidths_of_each_head_through_attention():
 def test_gates_keep_their_precision_over_thousands_of_tokens():
     q, k, v = head(33, 2048, 2048)
     for mean in (2.0, 0.0, -4.0):
-        logits = jnp.asarray(np.random.default_rng(0).normal(size=2048) + mean)
+        logits = jax.device_put(np.random.default_rng(0).normal(size=2048) + mean)
         options = {"is_causal": True, "num_features": 16, "block_size": 64}
         wide = rfa(q, k, v, jax.random.key(0), gate_logits=logits, **options)
         single = (x.astype(jnp.float32) for x in (q, k, v))
@@ -229,7 +229,7 @@ def test_gradients_of_tiny_tokens_and_padded_gates_are_finite():
 
 def test_hyperbolic_features_are_those_of_both_directions():
     q, k, v = head(4)
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)))
+    w = jax.device_put(np.random.default_rng(0).normal(size=(5, 8)))
     both = favor(q, k, v, projection=jnp.concatenate([w, -w]))
     np.testing.assert_allclose(favor(q, k, v, projection=w, features="hyperbolic"), both, rtol=1e-12)
 
@@ -240,15 +240,15 @@ def test_relu_features_are_their_own_kernel_near_and_far(is_causal):
     w = np.random.default_rng(0).normal(size=(12, 8))
     x, y = (np.maximum(np.asarray(z) * 8**-0.25 @ w.T, 0) + 1e-3 for z in (q, k))
     weights = x @ y.T * (causal_mask(24, 24) if is_causal else 1)
-    out = favor(q, k, v, projection=jnp.asarray(w), features="relu", is_causal=is_causal, block_size=4)
+    out = favor(q, k, v, projection=jax.device_put(w), features="relu", is_causal=is_causal, block_size=4)
     np.testing.assert_allclose(out, weights @ np.asarray(v) / weights.sum(1, keepdims=True), rtol=1e-9)
 
 
 @pytest.mark.parametrize("features", ["positive", "hyperbolic", "trigonometric"])
 def test_the_error_of_an_entry_is_what_the_formula_says(features):
     q, k, _ = head(6, 3, 4, 3, spread=0.4)
-    predicted = bounds.favor_mse(q, k, 8, features=features)
-    x, y = (np.asarray(z) for z in fold_scale(q, k))
+    predicted = jax.jit(functools.partial(bounds.favor_mse, num_features=8, features=features))(q, k)
+    x, y = (np.asarray(z) for z in compiled(fold_scale)(q, k))
     w = np.random.default_rng(0).normal(size=(200_000, 8 if features == "positive" else 4, 3))
 
     def phi(x):
@@ -301,7 +301,7 @@ def test_ra_draws_its_index_from_attention():
 
 def test_lara_with_proposals_at_zero_is_positive_random_features():
     q, k, v = head(9)
-    noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 8)))
+    noise = jax.device_put(np.random.default_rng(0).normal(size=(1, 6, 8)))
     out = lara(q, k, v, proposal_mean=jnp.zeros((6, 8)), noise=noise)
     np.testing.assert_allclose(out, favor(q, k, v, projection=noise[0]), rtol=1e-12)
 
@@ -309,7 +309,7 @@ def test_lara_with_proposals_at_zero_is_positive_random_features():
 @pytest.mark.parametrize("weights", ["balance", "query_specific", "biased"])
 def test_lara_is_its_formula(weights):
     q, k, v = head(10)
-    noise = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 8)))
+    noise = jax.device_put(np.random.default_rng(0).normal(size=(2, 4, 8)))
     out = lara(q, k, v, num_landmarks=4, noise=noise, weights=weights, correction=2.0)
     x, y, z = (np.asarray(a) for a in (*fold_scale(q, k), v))
     q_bar, k_bar = (a.reshape(4, 6, 8).mean(1) for a in (x, y))
@@ -349,14 +349,21 @@ def test_the_normaliser_of_lara_is_unbiased():
 @pytest.mark.parametrize("weights", ["balance", "query_specific", "biased"])
 def test_lara_where_padding_is_large_or_everything_is_masked(weights):
     q, k, v = head(31)
-    nothing = lara(q, k, v, num_landmarks=4, weights=weights, kv_mask=jnp.zeros(24, bool))
+
+    @jax.jit
+    def out_and_gradients(q, kv_mask, d_out):
+        function = functools.partial(lara, num_landmarks=4, weights=weights, kv_mask=kv_mask)
+        out, vjp = jax.vjp(function, q, k, v)
+        return out, vjp(d_out)
+
+    kv_mask = np.arange(24) < 12
+    d_out = np.repeat(kv_mask[:, None], 8, axis=1).astype(np.float64)
+    nothing, _ = out_and_gradients(q, np.zeros(24, bool), d_out)
     np.testing.assert_array_equal(nothing, 0)
-    kv_mask = jnp.arange(24) < 12
-    padded = jnp.where(kv_mask[:, None], q, 1e3 * q)
-    function = lambda q, k, v: lara(q, k, v, num_landmarks=4, weights=weights, kv_mask=kv_mask)[:12]  # noqa: E731
-    out, vjp = jax.vjp(function, padded, k, v)
-    np.testing.assert_allclose(out, function(q, k, v), rtol=1e-9)
-    chex.assert_tree_all_finite(vjp(jnp.ones_like(out)))
+    padded = np.where(kv_mask[:, None], q, 1e3 * np.asarray(q))
+    (out, gradients), (expected, _) = (out_and_gradients(x, kv_mask, d_out) for x in (padded, q))
+    np.testing.assert_allclose(np.asarray(out)[:12], np.asarray(expected)[:12], rtol=1e-9)
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_arguments_of_lara_that_do_not_fit_are_refused():
@@ -403,7 +410,7 @@ def test_lara_pools_rectangles_of_an_image():
 def test_control_variates_from_random_features_to_softmax():
     q, k, v = head(25)
     x, y = fold_scale(q, k)
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)))
+    w = jax.device_put(np.random.default_rng(0).normal(size=(6, 8)))
     logits = x @ y.T
 
     def moments(groups):
@@ -427,7 +434,7 @@ def test_control_variates_from_random_features_to_softmax():
     # Some of the keys exactly, the rest as one group.
     part = attend(x, FeatureMoments.of_tokens(PositiveFeatures(w), y[12:], v[12:]))
     rest = jax.tree.map(lambda z: z[None], FeatureMoments.of_tokens(PositiveFeatures(w), y[12:], v[12:]))
-    near = AttentionState(*(jnp.asarray(z) for z in brute_force(q, k[:12], v[:12])))
+    near = AttentionState(*(jax.device_put(z) for z in brute_force(q, k[:12], v[:12])))
     chex.assert_trees_all_close(control_variate_state(x, near, rest).lse, jnp.logaddexp(near.lse, part.lse), rtol=1e-9)
 
 

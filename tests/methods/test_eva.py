@@ -9,7 +9,7 @@ import pytest
 
 from approx_attention import eva, fold_scale
 from approx_attention.methods import OFFICIAL_EVA
-from tests.methods.case import Case
+from tests.methods.case import Case, placed
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
 
 CASES = {
@@ -22,13 +22,13 @@ CASES = {
             "exclude_local": False,
             "count_correction": False,
             "overlap": 4,
-            "pooling_vectors": (jnp.ones(8), jnp.zeros(8)),
-            "chunk_keys": jnp.zeros((10, 8)),
+            "pooling_vectors": (placed(np.ones(8)), placed(np.zeros(8))),
+            "chunk_keys": placed(np.zeros((10, 8))),
             "proposal_mean": "k",
             "num_samples": 5,
-            "noise": jnp.ones((2, 10, 8)),
+            "noise": placed(np.ones((2, 10, 8))),
             "noise_scale": "official",
-            "local_bias": jnp.eye(4),
+            "local_bias": placed(np.eye(4)),
             "spatial_shape": (10, 4),
         },
         # The causal form does not support all of them.
@@ -205,7 +205,7 @@ def test_a_bounded_number_of_chunks_averages_neighbours(num_chunks):
 @pytest.mark.slow
 def test_a_bias_of_an_image_is_in_the_order_of_its_pixels():
     q, k, v = head(29, 16, 16)
-    bias = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)))
+    bias = jax.device_put(np.random.default_rng(0).normal(size=(16, 16)))
     for chunk_size in (1, 2, 4):
         out = eva(q, k, v, window_size=4, chunk_size=chunk_size, spatial_shape=(4, 4), local_bias=bias)
         expected, _ = brute_force(q, k, v, bias=np.asarray(bias))
@@ -259,7 +259,7 @@ def test_more_samples_bring_a_chunks_coefficient_to_its_optimum():
 
 def test_learned_vectors_pool_keys_as_evabyte_does():
     q, k, v = head(22)
-    a, phi = (jnp.asarray(x) for x in np.random.default_rng(0).normal(size=(2, 8)))
+    a, phi = (jax.device_put(x) for x in np.random.default_rng(0).normal(size=(2, 8)))
     out = eva(q, k, v, window_size=8, chunk_size=4, pooling_vectors=(a, phi), count_correction=False)
     x, y, z = (np.asarray(b) for b in (*fold_scale(q, k), v))
     expected = []

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,11 +18,14 @@ def head(queries, keys):
     w_k = w_q.copy()
     w_q[:d], w_k[d:] = np.eye(d) * math.sqrt(d), np.eye(d)
     inputs = np.concatenate([queries, keys], axis=1)
-    return jnp.asarray(inputs, jnp.float32), jnp.asarray(w_q), jnp.asarray(w_k)
+    return tuple(map(jax.device_put, (inputs.astype(np.float32), w_q, w_k)))
+
+
+dense_of = jax.jit(SparsePattern.to_dense)
 
 
 def lower(certificate, pattern):
-    seen = np.asarray(pattern.to_dense()) > 0
+    seen = np.asarray(dense_of(pattern)) > 0
     return dimension_bound(
         pattern.num_queries,
         int(seen.sum(1).max()),
