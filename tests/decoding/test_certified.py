@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,7 +88,7 @@ def test_no_step_errs_more_than_it_promises(tolerance):
 
 def test_without_fallback_it_is_the_folded_coreset():
     plain = HeadsDecoder("coreset", num_kv_heads=2, head_dim=HEAD_DIM, **OPTIONS)
-    cache, step, outs = plain.init(BATCH, KEY), jax.jit(plain.extend), []
+    cache, step, outs = jax.jit(functools.partial(plain.init, BATCH))(KEY), jax.jit(plain.extend), []
     for rows in (slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LENGTH))):
         out, cache = step(cache, *(x[:, rows] for x in tensors()))
         outs.append(out)
@@ -101,8 +100,8 @@ def test_sequences_of_their_own_lengths():
     soiled = [np.array(x[:, :PROMPT]) for x in tensors()]
     for x in soiled:
         x[1, 5:] = np.nan
-    cache = decoder(tolerance).init(BATCH, KEY, ragged=True)
-    out, cache = extend(tolerance, cache, *soiled, jnp.asarray(lengths))
+    cache = jax.jit(lambda key: decoder(tolerance).init(BATCH, key, ragged=True))(KEY)
+    out, cache = extend(tolerance, cache, *soiled, lengths)
     np.testing.assert_array_equal(np.asarray(out)[1, 5:], 0)
     outs = [[np.asarray(out)[0, :PROMPT]], [np.asarray(out)[1, :5]]]
     seen = lengths.copy()
@@ -111,7 +110,7 @@ def test_sequences_of_their_own_lengths():
         more = np.array([t % 3 != 2, True])
         rows = [np.minimum(seen[b], LENGTH - 1) for b in range(BATCH)]
         step = [np.stack([x[b, rows[b]][None] for b in range(BATCH)]) for x in tensors()]
-        out, cache = extend(tolerance, cache, *step, jnp.asarray(more, jnp.int32))
+        out, cache = extend(tolerance, cache, *step, more.astype(np.int32))
         for b in range(BATCH):
             if more[b]:
                 outs[b].append(np.asarray(out)[b])
@@ -161,12 +160,12 @@ def test_the_layer_counts_its_exact_steps(models):
     from flax import nnx
 
     layer = ApproxAttention("coreset", rngs=nnx.Rngs(attention=0), **OPTIONS)
-    layer.init_cache(BATCH, 2, HEAD_DIM, max_length=LENGTH, certify=0.05)
+    nnx.jit(lambda layer: layer.init_cache(BATCH, 2, HEAD_DIM, max_length=LENGTH, certify=0.05))(layer)
     call = nnx.jit(lambda layer, *args: layer(*args))
-    outs = [call(layer, *(jnp.asarray(x[:, rows]) for x in tensors())) for rows in (slice(0, PROMPT), slice(14, 15))]
+    outs = [call(layer, *(x[:, rows] for x in tensors())) for rows in (slice(0, PROMPT), slice(14, 15))]
     assert error(np.concatenate(outs, axis=1)).max() <= 0.05
     np.testing.assert_array_equal(layer.certificate.steps, 1)
-    layer.init_cache(BATCH, 2, HEAD_DIM)
+    nnx.jit(lambda layer: layer.init_cache(BATCH, 2, HEAD_DIM))(layer)
     assert layer.certificate is None
 
 

@@ -99,7 +99,7 @@ def test_a_donated_cache_is_reused():
     decoder = HeadsDecoder("exact", num_kv_heads=2, head_dim=8, max_length=4096)
     cache = decoder.init(2)
     step = jax.jit(decoder.extend, donate_argnums=0)
-    one = [jnp.asarray(x[:, :1]) for x in tensors()]
+    one = [jax.device_put(x[:, :1]) for x in tensors()]
     analysis = step.lower(cache, *one).compile().memory_analysis()
     buffer = cache.heads.past.prefix.k
     step(cache, *one)

@@ -57,7 +57,7 @@ def test_older_tokens_are_rounded_once_and_recent_ones_not_at_all(decoded, head)
         keys = np.concatenate([rounded_k[:first], k[first : t + 1]])
         values = np.concatenate([rounded_v[:first], v[first : t + 1]])
         np.testing.assert_allclose(out[t], brute_force(q[t : t + 1], keys, values, scale=1)[0][0], atol=3e-6)
-    error = relative_error(out, exact(*map(jnp.asarray, head), is_causal=True, scale=1.0))
+    error = relative_error(out, exact(*map(jax.device_put, head), is_causal=True, scale=1.0))
     assert 0 < error < {8: 0.005, 4: 0.1}[bits]
 
 

@@ -15,9 +15,10 @@ from tests.references import compiled, random_head
 attend, compress_cache, compress_tokens = compiled(attend, compress_cache, compress_tokens)
 KEYS, GROUP = 40, 2
 _, K, V = random_head(70, 1, KEYS, 6, 3)
-Q = jnp.asarray(np.random.default_rng(71).normal(size=(KEYS, GROUP, 6)), jnp.float32) + 1
-MASS = jnp.asarray(np.random.default_rng(72).integers(0, 4, KEYS), jnp.float32)
-TOKENS = WeightedKV(K, V * MASS[:, None], MASS)
+# Made by NumPy: every process that collects the tests would compile a program for each operation of JAX.
+Q = jax.device_put(np.random.default_rng(71).normal(1, size=(KEYS, GROUP, 6)).astype(np.float32))
+MASS = jax.device_put(np.random.default_rng(72).integers(0, 4, KEYS).astype(np.float32))
+TOKENS = WeightedKV(K, jax.device_put(np.asarray(V) * np.asarray(MASS)[:, None]), MASS)
 READING = [name for name, heuristic in HEURISTICS.items() if heuristic.needs_queries]
 
 
