@@ -35,11 +35,11 @@ def two_layers():
 def test_the_model_does_not_see_the_future():
     sizes = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16)
     model = LanguageModel(sizes, AttentionConfig(), vocabulary=256, rngs=nnx.Rngs(0))
-    tokens = jnp.arange(12)[None]
+    tokens = np.arange(12)[None]
     answer = nnx.jit(lambda model, tokens: model(tokens))
-    before, after = answer(model, tokens), answer(model, tokens.at[0, 7].set(200))
+    before, after = (np.asarray(answer(model, x)) for x in (tokens, np.where(tokens == 7, 200, tokens)))
     np.testing.assert_allclose(after[0, :7], before[0, :7], atol=1e-6)
-    assert jnp.abs(after[0, 7:] - before[0, 7:]).max() > 1e-3
+    assert np.abs(after[0, 7:] - before[0, 7:]).max() > 1e-3
 
 
 @pytest.mark.usefixtures("models")
