@@ -19,7 +19,7 @@ HEAD = DIM // HEADS
 
 
 def tokens():
-    return jax.random.normal(jax.random.key(0), (3, LENGTH, DIM))
+    return jax.device_put(np.random.default_rng(0).normal(size=(3, LENGTH, DIM)).astype(np.float32))
 
 
 REAL = {
@@ -31,12 +31,12 @@ REAL = {
 CAUSAL = np.tri(LENGTH, dtype=bool)
 
 
-def masks(real, dtype=jnp.float32):
+@jax.jit
+def masks(real):
     """Causal masks with this padding, as models make them: over queries and keys, and over keys alone."""
-    real = jnp.asarray(real)
-    causal = nnx.make_causal_mask(real, dtype=dtype)
-    both = nnx.combine_masks(causal, nnx.make_attention_mask(real, real, dtype=dtype), dtype=dtype)
-    keys = nn.combine_masks(causal, nn.make_attention_mask(jnp.ones_like(real), real, dtype=dtype), dtype=dtype)
+    causal = nnx.make_causal_mask(real)
+    both = nnx.combine_masks(causal, nnx.make_attention_mask(real, real))
+    keys = nn.combine_masks(causal, nn.make_attention_mask(jnp.ones_like(real), real))
     return [both, keys, both.astype(bool), jnp.broadcast_to(both, (3, HEADS, LENGTH, LENGTH))]
 
 
@@ -204,11 +204,12 @@ def test_causal_masks_while_decoding():
     ours.replace_attention(layer, "mean_pool", num_landmarks=4, is_causal=True, causal_mask="as_is_causal")
     call = nnx.jit(lambda layer, x, mask: layer(x, mask=mask))
     expected = call(layer, x, masks(real)[0])
-    ours.init_cache(layer, 3, ragged=True)
+    nnx.jit(lambda layer: ours.init_cache(layer, 3, ragged=True))(layer)
     prompt = call(layer, x, masks(real)[0])
     np.testing.assert_allclose(np.asarray(prompt)[real], np.asarray(expected)[real], atol=1e-5)
     np.testing.assert_array_equal(layer.attention_fn.num_seen, real.sum(1))
-    call(layer, x[:, :1], nnx.make_causal_mask(x[:, :1, 0]))
+    first = np.asarray(x)[:, :1]
+    call(layer, first, nnx.make_causal_mask(first[..., 0]))
     np.testing.assert_array_equal(layer.attention_fn.num_seen, real.sum(1) + 1)
 
 
@@ -330,16 +331,17 @@ class CallsJax(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    "model",
+    "make",
     [
-        CallsJax(),
-        nn.MultiHeadDotProductAttention(HEADS),
-        nnx.bridge.ToNNX(nn.MultiHeadDotProductAttention(HEADS), rngs=nnx.Rngs(0)),
-        nnx.Linear(DIM, DIM, rngs=nnx.Rngs(0)),
+        CallsJax,
+        lambda: nn.MultiHeadDotProductAttention(HEADS),
+        lambda: nnx.bridge.ToNNX(nn.MultiHeadDotProductAttention(HEADS), rngs=nnx.Rngs(0)),
+        lambda: nnx.Linear(DIM, DIM, rngs=nnx.Rngs(0)),
     ],
-    ids=lambda model: type(model).__name__,
+    ids=["CallsJax", "MultiHeadDotProductAttention", "ToNNX", "Linear"],
 )
-def test_a_model_without_layers_to_replace_is_told_what_to_do(model):
+def test_a_model_without_layers_to_replace_is_told_what_to_do(make):
+    model = make()
     with pytest.raises(ValueError, match=r"no layer to replace; none .* has an attention_fn") as error:
         ours.replace_attention(model, "mean_pool")
     for advice in ("approx_attention.attention(", "jax.nn.dot_product_attention", "approx_attention.linen"):
@@ -431,7 +433,7 @@ def test_bad_caches_are_named():
     ],
 )
 def test_parameters_are_float32_where_float64_is_enabled(make, x64):
-    state = nnx.state(make(nnx.Rngs(0)), nnx.Param)
+    state = nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
 
 

@@ -18,7 +18,7 @@ HEADS, DIM, LENGTH = 4, 16, 6
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def both_nnx(**options):
@@ -47,7 +47,14 @@ def assert_same(layers, *inputs, atol=1e-5, **options):
 
 
 def initial(module, *inputs, **options):
-    return jax.jit(lambda key: module.init(key, *inputs, **options))(jax.random.key(0))
+    """The variables of a module, which depend on the shapes of its inputs alone; made once for equal modules."""
+    return _initial(module, tuple((x.shape, x.dtype) for x in inputs), tuple(options.items()))
+
+
+@functools.cache
+def _initial(module, shapes, options):
+    inputs = [np.zeros(*shape) for shape in shapes]
+    return jax.jit(lambda key: module.init(key, *inputs, **dict(options)))(jax.random.key(0))
 
 
 def assert_same_linen(modules, *inputs, variables=None, atol=1e-5, **options):
