@@ -40,11 +40,11 @@ def run(layer, x, mask=None, *, is_causal=False):
 
 @functools.cache
 def tokens(length=12, batch=2, seed=0):
-    return jax.random.normal(jax.random.key(seed), (batch, length, DIM))
+    return jax.device_put(np.random.default_rng(seed).normal(size=(batch, length, DIM)).astype(np.float32))
 
 
 def padding(lengths, length, dtype=jnp.float32):
-    return jnp.asarray((np.arange(length) < np.array(lengths)[:, None])[:, None, None, :], dtype)
+    return jax.device_put((np.arange(length) < np.array(lengths)[:, None])[:, None, None, :].astype(dtype))
 
 
 @functools.cache
@@ -450,7 +450,7 @@ def test_decoding_sequences_of_their_own_lengths():
     np.testing.assert_array_equal(np.isnan(out).any((1, 2, 3)), [False, True])
     model = Model(1)
     ours.replace_attention(model, "mean_pool", num_landmarks=4, block_size=4, is_causal=True)
-    ours.init_cache(model, 2, ragged=True)
+    nnx.jit(lambda model: ours.init_cache(model, 2, ragged=True))(model)
     prompt = model(x, mask=padding([9, 4], 9))  # not compiled, so that the values of the mask are checked
     step = nnx.jit(lambda model, x: model(x))(model, np.stack([np.asarray(x)[0, :1], np.asarray(x)[1, 4:5]]))
     np.testing.assert_allclose(np.concatenate([np.asarray(prompt)[1, :4], np.asarray(step)[1]]), expected[0], atol=1e-5)
