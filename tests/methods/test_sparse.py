@@ -23,7 +23,7 @@ from approx_attention import (
 from approx_attention.methods import sparse
 from approx_attention.methods.bigbird import _given_lists, _random_lists
 from approx_attention.sparse import BlockMap, block_lists_state
-from tests.methods.case import Case, within_block
+from tests.methods.case import Case, placed, within_block
 from tests.programs import equations
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 
@@ -31,7 +31,7 @@ CASES = {
     "longformer": Case(changes={"num_global": 6}),
     "bigbird": Case(
         size=within_block,
-        changes={"num_window_blocks": 1, "num_global_blocks": 0, "blocks": jnp.zeros((10, 1), jnp.int32)},
+        changes={"num_window_blocks": 1, "num_global_blocks": 0, "blocks": jax.device_put(np.zeros((10, 1), np.int32))},
         # With more random blocks there would be no choice.
         contexts={
             argument: {"num_random_blocks": 1}
@@ -45,7 +45,7 @@ CASES = {
         unseen="kv",
         # The number of buckets depends on the length.
         any_length=lambda length: {"num_hashes": 1},
-        changes={"num_rounds": 1, "num_hashes": 1, "projection": jnp.ones((1, 2, 8))},
+        changes={"num_rounds": 1, "num_hashes": 1, "projection": placed(np.ones((1, 2, 8)))},
     ),
 }
 
@@ -303,7 +303,7 @@ def test_block_maps_are_static_arguments():
     assert first != first.causal() or np.array_equal(first.to_mask(), first.causal().to_mask())
     assert first != BlockMap.from_pattern(pattern, 4)
     np.testing.assert_array_equal(first.to_mask(), support(pattern))
-    np.testing.assert_array_equal(first.visited, pattern.block_mask(8))
+    np.testing.assert_array_equal(first.visited, jax.jit(lambda: pattern.block_mask(8))())
     function = jax.jit(sparse_attention, static_argnames="pattern")
     q, k, v = random_head(8, LENGTH, LENGTH)
     for blocks in (first, second):
@@ -350,7 +350,7 @@ def test_longformer_is_a_window_with_global_tokens(num_queries, num_keys, is_cau
         mask = (abs(row - column) < window) | (column < num_global) | (row < num_global)
         mask = mask & ((column <= row) | (not is_causal))
         state = longformer(
-            q, k, v, window_size=window, num_global=num_global, is_causal=is_causal, kv_mask=jnp.asarray(kv_mask),
+            q, k, v, window_size=window, num_global=num_global, is_causal=is_causal, kv_mask=jax.device_put(kv_mask),
             return_state=True,
         )  # fmt: skip
         out, lse = brute_force(*tokens, mask=mask)
@@ -367,7 +367,7 @@ def test_bigbird_is_a_window_with_global_and_random_blocks(is_causal):
     mask |= (blocks[row[:, 0]][:, :, None] == column[0][None, None]).any(1)
     mask &= (np.arange(45)[None] <= np.arange(38)[:, None]) | (not is_causal)
     options = {"block_size": 4, "num_global_blocks": 2, "is_causal": is_causal}
-    out = bigbird(q, k, v, blocks=jnp.asarray(blocks, jnp.int32), **options)
+    out = bigbird(q, k, v, blocks=jax.device_put(blocks.astype(np.int32)), **options)
     np.testing.assert_allclose(out, brute_force(q, k, v, mask=mask)[0], atol=2e-6)
 
 
@@ -386,7 +386,8 @@ def test_random_blocks_are_uniform_and_left_over():
     free = np.ones((6, 9), bool)
     free[:, :2] = False
     free[5, 4:] = False
-    lists, present = jax.vmap(lambda key: _random_lists(free, 3, key, None))(jax.random.split(jax.random.key(0), 2000))
+    draw = jax.jit(jax.vmap(lambda key: _random_lists(free, 3, key, None)))
+    lists, present = draw(jax.random.split(jax.random.key(0), 2000))
     drawn = np.zeros((2000, 6, 9), int)
     draws, rows, _ = np.indices(lists.shape)
     np.add.at(drawn, (draws, rows, np.asarray(lists)), np.asarray(present))
@@ -455,9 +456,9 @@ def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
     alone = np.eye(40, dtype=bool)
     assert not is_causal or not met.any(1).all()
     met = np.where(met.any(1)[:, None], met, alone)
-    options = {"is_causal": is_causal, "kv_mask": jnp.asarray(kv_mask), "keys_per_query": 39}
+    options = {"is_causal": is_causal, "kv_mask": jax.device_put(kv_mask), "keys_per_query": 39}
     for rounds in (1, 3):  # repeating a round finds nothing new
-        out = np.asarray(lsh_top_k(*tokens, projection=jnp.asarray(np.tile(planes, (rounds, 1, 1))), **options))
+        out = np.asarray(lsh_top_k(*tokens, projection=jax.device_put(np.tile(planes, (rounds, 1, 1))), **options))
         np.testing.assert_allclose(out[kv_mask], brute_force(q, k, v, mask=met)[0], atol=2e-6)
     # A narrow bucket gives the last keys before the query, or those around it.
     options["keys_per_query"] = 3
@@ -471,7 +472,7 @@ def test_lsh_finds_what_shares_a_bucket_and_counts_it_once(is_causal):
     expected = np.where(expected.any(1)[:, None], expected, alone)
     logits = np.where(expected, np.asarray(q) @ np.asarray(k).T, -np.inf)
     expected &= logits >= -np.sort(-logits, axis=1)[:, 2:3]
-    out = np.asarray(lsh_top_k(*tokens, projection=jnp.asarray(planes), **options))
+    out = np.asarray(lsh_top_k(*tokens, projection=jax.device_put(planes), **options))
     np.testing.assert_allclose(out[kv_mask], brute_force(q, k, v, mask=expected)[0], atol=2e-6)
 
 
@@ -496,7 +497,7 @@ def test_realised_patterns_are_found_again():
     pattern = random_pattern(jax.random.key(3), 96, 3)
     realised = realisation.realize_sparse_pattern(pattern, 0.01, 0.1, d=64, key=jax.random.key(4), method="wls")
     inputs, w_q, w_k = map(np.asarray, (realised.inputs, realised.w_q, realised.w_k))
-    q, k, v = jnp.asarray(inputs @ w_q), jnp.asarray(inputs @ w_k), random_head(18, 96, 96)[2]
+    q, k, v = jax.device_put(inputs @ w_q), jax.device_put(inputs @ w_k), random_head(18, 96, 96)[2]
     ideal = support(pattern) / 3 @ np.asarray(v)
     by_pattern = jax.jit(functools.partial(sparse_attention, scale=1.0, pattern=pattern))
     for found in (top_k(q, k, v, scale=1.0, keys_per_query=3), by_pattern(q, k, v)):

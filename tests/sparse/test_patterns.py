@@ -14,8 +14,19 @@ DISTANCE = np.arange(N)[None, :] - np.arange(N)[:, None]
 BLOCKS = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]], bool)
 
 
+SIZES = (1, 4, 5, 20)
+
+# Compiled for each shape; otherwise each of their operations would be a program.
+dense_of = jax.jit(SparsePattern.to_dense)
+
+
+@jax.jit
+def dense_and_blocks_of(pattern):
+    return pattern.to_dense(), [pattern.block_mask(size) for size in SIZES]
+
+
 def support(pattern):
-    return np.asarray(pattern.to_dense()) > 0
+    return np.asarray(dense_of(pattern)) > 0
 
 
 def expanded(block_map, block_size, num_tokens, num_keys):
@@ -23,32 +34,42 @@ def expanded(block_map, block_size, num_tokens, num_keys):
 
 
 MADE = {
-    "banded": (SparsePattern.banded(N, range(-2, 2)), (DISTANCE >= -2) & (DISTANCE < 2)),
-    "causal banded": (SparsePattern.banded(N, range(-2, 2), is_causal=True), (DISTANCE >= -2) & (DISTANCE <= 0)),
-    "block diagonal": (SparsePattern.block(N, 4), expanded(np.eye(4), 4, N, N)),
-    "block map": (SparsePattern.block(N, 4, BLOCKS, num_keys=15), expanded(BLOCKS, 4, N, 15)),
-    "strided": (SparsePattern.strided(N, 3), DISTANCE % 3 == 0),
-    "causal strided": (SparsePattern.strided(N, 3, is_causal=True), (DISTANCE % 3 == 0) & (DISTANCE <= 0)),
+    "banded": (lambda: SparsePattern.banded(N, range(-2, 2)), (DISTANCE >= -2) & (DISTANCE < 2)),
+    "causal banded": (
+        lambda: SparsePattern.banded(N, range(-2, 2), is_causal=True),
+        (DISTANCE >= -2) & (DISTANCE <= 0),
+    ),
+    "block diagonal": (lambda: SparsePattern.block(N, 4), expanded(np.eye(4), 4, N, N)),
+    "block map": (lambda: SparsePattern.block(N, 4, BLOCKS, num_keys=15), expanded(BLOCKS, 4, N, 15)),
+    "strided": (lambda: SparsePattern.strided(N, 3), DISTANCE % 3 == 0),
+    "causal strided": (lambda: SparsePattern.strided(N, 3, is_causal=True), (DISTANCE % 3 == 0) & (DISTANCE <= 0)),
     "global": (
-        SparsePattern.banded(N, [0]).with_global([4, 0]),
+        lambda: SparsePattern.banded(N, [0]).with_global([4, 0]),
         (DISTANCE == 0) | np.isin(np.arange(N), [0, 4])[None, :] | np.isin(np.arange(N), [0, 4])[:, None],
     ),
     "global columns": (
-        SparsePattern.banded(N, [0]).with_global([4], only_columns=True),
+        lambda: SparsePattern.banded(N, [0]).with_global([4], only_columns=True),
         (DISTANCE == 0) | (np.arange(N) == 4)[None, :],
     ),
 }
 
 
+@functools.cache
+def made(name):
+    make, expected = MADE[name]
+    return make(), expected
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_a_constructor_sees_what_it_says_with_equal_weights(name):
-    pattern, expected = MADE[name]
-    np.testing.assert_allclose(pattern.to_dense(), expected / expected.sum(1, keepdims=True), rtol=1e-6)
+    pattern, expected = made(name)
+    dense, _ = dense_and_blocks_of(pattern)
+    np.testing.assert_allclose(dense, expected / expected.sum(1, keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_the_padded_form_is_canonical_and_its_blocks_are_those_that_hold_an_entry(name):
-    pattern, expected = MADE[name]
+    pattern, expected = made(name)
     indices, valid = np.asarray(pattern.indices), np.asarray(pattern.valid)
     assert indices.dtype == np.int32
     assert valid.sum(1).max() == pattern.keys_per_row
@@ -56,10 +77,10 @@ def test_the_padded_form_is_canonical_and_its_blocks_are_those_that_hold_an_entr
     assert np.all((np.diff(indices, axis=1) > 0) | ~valid[:, 1:])
     assert np.all(indices[~valid] == 0)
     assert np.all(np.isneginf(np.asarray(pattern.log_weights)) == ~valid)
-    for size in (1, 4, 5, 20):
+    for size, blocks in zip(SIZES, dense_and_blocks_of(pattern)[1], strict=True):
         starts = [np.arange(0, length, size) for length in expected.shape]
         held = np.logical_or.reduceat(np.logical_or.reduceat(expected, starts[0], 0), starts[1], 1)
-        np.testing.assert_array_equal(pattern.block_mask(size), held)
+        np.testing.assert_array_equal(blocks, held)
 
 
 def test_matrix_to_pattern_and_back():
@@ -68,13 +89,14 @@ def test_matrix_to_pattern_and_back():
     weights[:, 3] += 0.1
     expected = weights / weights.sum(1, keepdims=True)
     pattern = SparsePattern.from_dense(weights.astype(np.float32))
-    np.testing.assert_allclose(pattern.to_dense(), expected, rtol=1e-5)
-    np.testing.assert_allclose(np.exp(pattern.normalized_log_weights()).sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(dense_of(pattern), expected, rtol=1e-5)
+    log_weights = jax.jit(SparsePattern.normalized_log_weights)(pattern)
+    np.testing.assert_allclose(np.exp(log_weights).sum(1), 1, rtol=1e-6)
     ragged = [np.flatnonzero(row)[::-1] for row in weights]
     same = SparsePattern.from_indices(
         ragged, [row[keys] for row, keys in zip(weights, ragged, strict=True)], num_keys=7
     )
-    np.testing.assert_allclose(same.to_dense(), expected, rtol=1e-5)
+    np.testing.assert_allclose(dense_of(same), expected, rtol=1e-5)
     np.testing.assert_array_equal(same.indices, pattern.indices)
     least = weights[weights > 0].min()
     assert support(SparsePattern.from_dense(weights, atol=least)).sum() == (weights > 0).sum() - 1
@@ -84,14 +106,14 @@ def test_float64_weights_stay_float64(x64):
     weights = np.array([[1.0, 3.0], [1e-300, 1.0]])
     pattern = SparsePattern.from_dense(weights)
     assert pattern.log_weights.dtype == np.float64
-    np.testing.assert_allclose(pattern.to_dense(), weights / weights.sum(1, keepdims=True), rtol=1e-13)
+    np.testing.assert_allclose(dense_of(pattern), weights / weights.sum(1, keepdims=True), rtol=1e-13)
 
 
 def test_weights_of_bands_and_padding_by_weight_zero():
-    dense = np.asarray(SparsePattern.banded(4, [0, 1, -1], [2.0, 1.0, 0.0]).to_dense())
+    dense = dense_of(SparsePattern.banded(4, [0, 1, -1], [2.0, 1.0, 0.0]))
     np.testing.assert_allclose(dense, [[2 / 3, 1 / 3, 0, 0], [0, 2 / 3, 1 / 3, 0], [0, 0, 2 / 3, 1 / 3], [0, 0, 0, 1]])
     padded = SparsePattern.from_indices([[0, 1], [1, 1]], [[1.0, 1.0], [1.0, 0.0]], num_keys=2)
-    np.testing.assert_array_equal(padded.to_dense(), [[0.5, 0.5], [0, 1]])
+    np.testing.assert_array_equal(dense_of(padded), [[0.5, 0.5], [0, 1]])
 
 
 def test_union_keeps_the_larger_weight_and_causal_drops_the_future():
@@ -99,18 +121,19 @@ def test_union_keeps_the_larger_weight_and_causal_drops_the_future():
     right = SparsePattern.banded(N, [0, -1], [3.0, 2.0])
     expected = 3.0 * (DISTANCE == 0) + 4.0 * (DISTANCE == 1) + 2.0 * (DISTANCE == -1)
     for one, other in ((left, right), (right, left)):
-        np.testing.assert_allclose(one.union(other).to_dense(), expected / expected.sum(1, keepdims=True), rtol=1e-6)
+        joined = dense_of(one.union(other))
+        np.testing.assert_allclose(joined, expected / expected.sum(1, keepdims=True), rtol=1e-6)
     past = np.where(causal_mask(N, N), expected, 0)
     causal = left.union(right).causal()
-    np.testing.assert_allclose(causal.to_dense(), past / past.sum(1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(dense_of(causal), past / past.sum(1, keepdims=True), rtol=1e-6)
     assert causal.keys_per_row == 2
 
 
 def test_random_patterns_are_sparse_in_rows_and_columns_and_uniform():
     make = jax.jit(functools.partial(SparsePattern.random, num_tokens=7, keys_per_row=3))
     num_draws = 2000
-    drawn = jax.lax.map(lambda key: make(key).to_dense() > 0, jax.random.split(jax.random.key(0), num_draws))
-    drawn = np.asarray(drawn)
+    draw = jax.jit(functools.partial(jax.lax.map, lambda key: make(key).to_dense() > 0))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), num_draws)))
     assert np.all(drawn.sum(1) == 3)
     assert np.all(drawn.sum(2) == 3)
     pair = drawn[:, 2, :, None] & drawn[:, 2, None, :]
@@ -119,7 +142,7 @@ def test_random_patterns_are_sparse_in_rows_and_columns_and_uniform():
         assert np.all(np.abs(freedom.mean(0) - share) < 4.5 * error)
     eager, again = (SparsePattern.random(jax.random.key(3), 7, 3) for _ in range(2))
     np.testing.assert_array_equal(eager.indices, again.indices)
-    assert support(SparsePattern.random(jax.random.key(3), 5, 5)).all()
+    assert support(jax.jit(SparsePattern.random, static_argnums=(1, 2))(jax.random.key(3), 5, 5)).all()
 
 
 def test_a_pattern_is_a_pytree_that_knows_its_number_of_keys():
@@ -175,4 +198,4 @@ def test_keys_must_be_integers():
         with pytest.raises(TypeError, match="must be integers"):
             make()
     nothing = SparsePattern.banded(4, [0]).with_global([])
-    np.testing.assert_array_equal(nothing.to_dense(), np.eye(4))
+    np.testing.assert_array_equal(dense_of(nothing), np.eye(4))

@@ -230,7 +230,7 @@ def test_subtract_undoes_merge(x64):
     def of(part):
         present = np.zeros(20, bool)
         present[part] = True
-        return compiled(attend)(q, compiled(WeightedKV.of_tokens)(k, v, jnp.asarray(present)))
+        return compiled(attend)(q, compiled(WeightedKV.of_tokens)(k, v, jax.device_put(present)))
 
     subtract = compiled(take_away)
     rest = subtract(of(slice(0, 20)), of(slice(0, 12)))
