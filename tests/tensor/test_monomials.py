@@ -22,7 +22,7 @@ from approx_attention.tensor import (
     total_degree,
 )
 from approx_attention.tensor.monomials import monomials
-from tests.references import compiled, random_head
+from tests.references import random_head
 
 COUNTS = {
     2: (3, 6, 10, 15, 21, 28, 36, 45),
@@ -43,7 +43,7 @@ def mapped(phi, x):
 def factors(seed, order, dim, sizes=(5, 6, 7, 4), spread=1.0):
     """One array ``[n_a, d]`` for each factor of the form, in float64."""
     random = np.random.default_rng(seed)
-    return [jnp.asarray(spread * random.normal(size=(sizes[a], dim))) for a in range(order)]
+    return [spread * random.normal(size=(sizes[a], dim)) for a in range(order)]
 
 
 def form(y, scale=1.0):
@@ -213,10 +213,14 @@ def test_moments_of_monomials_answer_queries_of_order_two(x64):
     y, v = factors(5, 2, 3), factors(6, 2, 2)[1]
     coefficients = exp_coefficients("minimax", 4, bound=float(np.abs(form(y)).max()))
     features = MonomialFeatures(total_degree(3, 4))
-    moments = jax.jit(functools.partial(FeatureMoments.of_tokens, features))(y[1], v)
-    w = features.weights(coefficients, dtype=jnp.float64)
-    weighted = dataclasses.replace(moments, value_sum=w[:, None] * moments.value_sum, mass=w * moments.mass)
-    state = compiled(attend)(y[0], weighted)
+
+    @jax.jit
+    def answer(q, k, v):
+        moments, w = FeatureMoments.of_tokens(features, k, v), features.weights(coefficients, dtype=jnp.float64)
+        weighted = dataclasses.replace(moments, value_sum=w[:, None] * moments.value_sum, mass=w * moments.mass)
+        return attend(q, weighted)
+
+    state = answer(*y, v)
     expected = brute_answer(y, [v], lambda x: polynomial.polyval(x, coefficients))
     np.testing.assert_allclose(state.out, expected[0], rtol=1e-10)
     np.testing.assert_allclose(np.exp(state.lse), expected[1], rtol=1e-11)
@@ -310,12 +314,17 @@ def test_sketches_are_unbiased(sketch, order, exact_degree):
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_degrees_up_to_the_exact_one_have_no_error(sketch, x64):
     y = factors(40, 3, 4)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def first_map_and_kernel(exact_degree, key, coefficients):
+        maps = SKETCHES[sketch].draw(key, 6, 4, 3, order=3, exact_degree=exact_degree)
+        return maps[0], kernel(maps, y, coefficients)
+
     for exact_degree in (0, 1, 2):
-        draw = jax.jit(lambda key, e=exact_degree: SKETCHES[sketch].draw(key, 6, 4, 3, order=3, exact_degree=e))
-        maps = draw(jax.random.key(1))
         coefficients = np.where(np.arange(4) <= exact_degree, [2.0, -1.0, 0.5, 1.0], 0)
-        np.testing.assert_allclose(kernel(maps, y, coefficients), polynomial.polyval(form(y), coefficients), atol=1e-12)
-        assert maps[0].num_features == mapped(maps[0], y[0]).shape[1]
+        first, found = first_map_and_kernel(exact_degree, jax.random.key(1), coefficients)
+        np.testing.assert_allclose(found, polynomial.polyval(form(y), coefficients), atol=1e-12)
+        assert first.num_features == jax.eval_shape(mapped, first, y[0]).shape[1]
 
 
 def test_tensor_sketches_are_counts_of_the_tensor_power(x64):
@@ -380,8 +389,10 @@ def test_one_process_may_use_an_index_set_with_and_without_64_bits():
     for wide in (True, False, True):
         with jax.enable_x64(wide):
             dtype = jnp.float64 if wide else jnp.float32
-            weights.append(np.asarray(features.weights(np.ones(3), dtype=dtype)))
-            rows.append(np.asarray(monomials(jnp.asarray(x, dtype), features.indices)))
+            # Traced anew each time: a constant kept from another width would show.
+            both = jax.jit(lambda x: (features.weights(np.ones(3), dtype=x.dtype), monomials(x, features.indices)))
+            for kept, found in zip((weights, rows), both(x.astype(dtype)), strict=True):
+                kept.append(np.asarray(found))
             assert weights[-1].dtype == rows[-1].dtype == dtype
     for found in (weights, rows):
         np.testing.assert_array_equal(found[0], found[1])

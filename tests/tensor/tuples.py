@@ -19,9 +19,10 @@ compiled_polynomial = jax.jit(tensor_polynomial, static_argnames=(*STATIC, "degr
 def tensors(seed, num_queries, lengths, dim=4, value_dim=3, spread=1.0, dtype=jnp.float64):
     """q [T, D] and, for each length, keys [S, D] and values [S, Dv]."""
     random = np.random.default_rng(seed)
-    make = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)  # noqa: E731
-    q = spread * make(num_queries, dim)
-    return q, tuple(spread * make(n, dim) for n in lengths), tuple(make(n, value_dim) for n in lengths)
+    # JAX would compile the conversion of an array of another type.
+    make = lambda spread, *shape: jax.device_put((spread * random.normal(size=shape)).astype(dtype))  # noqa: E731
+    q = make(spread, num_queries, dim)
+    return q, tuple(make(spread, n, dim) for n in lengths), tuple(make(1, n, value_dim) for n in lengths)
 
 
 def brute(q, keys, values, *, scale, kernel=np.exp, is_causal=None, window=None, kv_mask=None):
@@ -49,7 +50,7 @@ def brute(q, keys, values, *, scale, kernel=np.exp, is_causal=None, window=None,
 
 def masks(seed, keys):
     random = np.random.default_rng(seed)
-    return tuple(jnp.asarray(random.random(k.shape[0]) < 0.7) for k in keys)
+    return tuple(jax.device_put(random.random(k.shape[0]) < 0.7) for k in keys)
 
 
 def close(a, b, tolerance=1e-12):
