@@ -88,20 +88,21 @@ def small_of(k, v, kv_mask=None, key=KEY, *, algorithm):
 
 
 def error_of(k, v, small, radius):
-    """`sup_error` as one program: padding and tokens without mass fill the inputs up to one size."""
+    """`sup_error` as one program: padding and tokens without mass fill the inputs up to one of two sizes."""
+    num_keys, num_tokens = (64, 16) if len(k) <= 64 and len(small.mass) <= 16 else (512, 256)
 
     def filled(x, *shape):
         x = np.asarray(x)
         return np.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
 
-    kv_mask = np.arange(512) < len(k)
+    kv_mask = np.arange(num_keys) < len(k)
     small = dataclasses.replace(
         small,
-        k=filled(small.k, 256, HEAD_DIM),
-        value_sum=filled(small.value_sum, 256, VALUE_DIM),
-        mass=filled(small.mass, 256),
+        k=filled(small.k, num_tokens, HEAD_DIM),
+        value_sum=filled(small.value_sum, num_tokens, VALUE_DIM),
+        mass=filled(small.mass, num_tokens),
     )
-    k, v = filled(k, 512, HEAD_DIM), filled(v, 512, VALUE_DIM)
+    k, v = filled(k, num_keys, HEAD_DIM), filled(v, num_keys, VALUE_DIM)
     return float(sup_error(k, v, small, np.float32(radius), kv_mask=kv_mask).error)
 
 
@@ -126,7 +127,8 @@ def answers(q, k, v):
 def test_mass_is_kept_and_values_stay_in_their_hull(algorithm, num_keys):
     q, k, v = random_head(0, 6, num_keys, HEAD_DIM, VALUE_DIM)
     kv_mask = np.arange(num_keys) % 7 != 2
-    small = summary(np.asarray(k), np.asarray(v), kv_mask, size=SIZE, algorithm=algorithm)
+    # With the key as an argument this is the program of `small_of`.
+    small = summary(np.asarray(k), np.asarray(v), kv_mask, KEY, size=SIZE, algorithm=algorithm)
     assert small.k.shape == (SIZE, HEAD_DIM)
     mass = np.asarray(small.mass)
     assert mass.sum() == pytest.approx(kv_mask.sum(), rel=1e-5)
@@ -251,7 +253,8 @@ def test_the_key_decides_and_heads_are_mapped(algorithm):
 @pytest.mark.parametrize("rule", SIGN_RULES)
 def test_pairs_of_equal_tokens_are_halved_exactly(rule):
     q, k, v = random_head(12, 6, 24, 6, 3)
-    small = summary(np.repeat(k, 2, 0), np.repeat(v, 2, 0), size=24, algorithm=Halving(rule=rule))
+    twice = (np.repeat(np.asarray(x), 2, axis=0) for x in (k, v))
+    small = summary(*twice, size=24, algorithm=Halving(rule=rule))
     np.testing.assert_allclose(small.mass, 2, atol=1e-6)
     np.testing.assert_allclose(attend(q, small).out, answers(q, k, v), atol=1e-5)
 
@@ -374,9 +377,10 @@ def test_the_query_radius_looks_at_the_last_queries():
 def test_a_coreset_merges_with_exact_keys():
     # States of a coreset merge with those of exact attention over other keys.
     q, k, v = random_head(44, 8, 48, 6, 3, spread=0.5)
-    far = attend(q, summary(k[:40], v[:40], size=36, algorithm="kmeans_merge"))
-    near = attend(q, WeightedKV.of_tokens(k[40:], v[40:]))
-    np.testing.assert_allclose(merge(far, near).out, answers(q, k, v), atol=0.05)
+    far, near = ([jax.device_put(np.asarray(x)[rows]) for x in (k, v)] for rows in (slice(40), slice(40, None)))
+    far = attend(q, summary(*far, size=36, algorithm="kmeans_merge"))
+    near = attend(q, compiled(WeightedKV.of_tokens)(*near))
+    np.testing.assert_allclose(compiled(merge)(far, near).out, answers(q, k, v), atol=0.05)
 
 
 def test_the_gradient_of_the_causal_form_is_that_of_the_clusters_it_made():

@@ -12,7 +12,6 @@ from approx_attention import (
     Decoder,
     HeadsDecoder,
     attention,
-    exact,
     lsh_priority,
     lsh_top_k,
     merge,
@@ -22,13 +21,13 @@ from approx_attention import (
 )
 from approx_attention.evaluation import load_sample
 from approx_attention.methods import running_priority
-from tests.methods.case import Case
+from tests.methods.case import Case, placed
 from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
 
 CASES = {
     "priority": Case(
         diagonal_size=14,
-        changes={"noise": jnp.linspace(0.01, 1, 40)},
+        changes={"noise": placed(np.linspace(0.01, 1, 40))},
         # The threshold and the choice have no gradient; if all keys are chosen, there is neither.
         smooth={"keys_per_query": 15},
         # More than all keys, so that the output equals that of one device.
@@ -41,8 +40,8 @@ CASES = {
         changes={
             "num_rounds": 1,
             "num_hashes": 1,
-            "projection": jnp.ones((1, 2, 8)),
-            "noise": jnp.linspace(0.01, 1, 40),
+            "projection": placed(np.ones((1, 2, 8))),
+            "noise": placed(np.linspace(0.01, 1, 40)),
         },
         # A causal query considers a whole block of 64 keys, and every query several times K keys of large lift.
         changes_are_causal=False,
@@ -101,7 +100,7 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
         sums, pull = jax.vjp(numerator_and_normaliser, q, k, v)
         return sums, pull(jnp.asarray(cotangent))
 
-    sums, gradients = jax.jit(program)(*map(jnp.asarray, (q, *soiled)))
+    sums, gradients = jax.jit(program)(*map(jax.device_put, (q, *soiled)))
     numerator, normaliser, factors = transcribed(q, k, v, u, count, mask, near)
     np.testing.assert_allclose(sums, np.column_stack([numerator, normaliser]), rtol=1e-12, atol=1e-12)
     assert (normaliser == 0).any() == is_causal  # the query that sees only padding
@@ -115,9 +114,9 @@ def test_one_draw_equals_its_transcription_in_value_and_gradient(is_causal, x64)
 
 def test_queries_share_the_numbers_and_have_fresh_ones_under_vmap():
     q, k, v = random_head(9, 2, 200, 4, 2, spread=1.5)
-    q = jnp.repeat(q[:1], 400, axis=0)
-    shared = priority(q, k, v, jax.random.key(1), keys_per_query=8)
-    np.testing.assert_allclose(shared, jnp.broadcast_to(shared[:1], shared.shape), atol=1e-6)
+    q = jax.device_put(np.repeat(np.asarray(q)[:1], 400, axis=0))
+    shared = np.asarray(priority(q, k, v, jax.random.key(1), keys_per_query=8))
+    np.testing.assert_allclose(shared, np.broadcast_to(shared[:1], shared.shape), atol=1e-6)
     keys = jax.random.split(jax.random.key(2), len(q))
     fresh = jax.jit(jax.vmap(lambda q, key: priority(q[None], k, v, key, keys_per_query=8)[0]))(q, keys)
     centred = np.asarray(fresh) - np.asarray(fresh).mean(0)
@@ -145,7 +144,7 @@ def test_sums_and_their_gradients_are_unbiased_and_vary_as_promised(x64, method,
         (mass, numerator), pull = jax.vjp(functools.partial(sums, key=key), q)
         return mass, numerator, *pull((jnp.ones_like(mass), jnp.zeros_like(numerator)))
 
-    draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(5), NUM_DRAWS))
+    draws = [np.asarray(x) for x in jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(5), NUM_DRAWS))]
     out, lse = brute_force(q, k, v)
     mass = np.exp(lse)
     weights = np.exp(np.asarray(q) @ np.asarray(k).T / 2)
@@ -165,7 +164,7 @@ def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
     q, k, _ = random_head(6, 32, 4096, 16)
 
     def errors(count, length):
-        own = k[:length], k[:length]
+        own = (jax.device_put(np.asarray(k)[:length]),) * 2
         program = jax.jit(jax.vmap(lambda key: priority(q, *own, key, keys_per_query=count)))
         exact = brute_force(q, *own)[0]
         found = np.asarray(program(jax.random.split(KEY, 16))) - exact
@@ -181,7 +180,7 @@ def test_errors_fall_with_the_root_of_the_keys_read_and_not_with_the_length():
 
 
 def test_a_head_of_the_shipped_sample_whose_weights_are_spread():
-    query, key, value = (x[1, :1536] for x in load_sample())
+    query, key, value = (np.asarray(x)[1, :1536] for x in load_sample())
     seen = causal_mask(1536, 1536)[-256::4]
 
     @functools.partial(jax.jit, static_argnames="method")
@@ -191,7 +190,7 @@ def test_a_head_of_the_shipped_sample_whose_weights_are_spread():
         return jax.vmap(lambda q, k, v, seen: one(q[None], k, v, kv_mask=seen)[0], (0, None, None, 0))(*tensors, seen)
 
     for head, most in ((0, 0.08), (1, 0.11)):
-        q, k, v = query[-256::4, head], key[:, 0], value[:, 0]
+        q, k, v = (jax.device_put(x) for x in (query[-256::4, head], key[:, 0], value[:, 0]))
         exact = brute_force(q, k, v, mask=seen)[0]
         outs = [last(priority, q, k, v, key=jax.random.key(i)) for i in range(3)]
         error = np.mean([relative_error(out, exact) for out in outs])
@@ -211,10 +210,13 @@ def test_the_number_of_a_key_follows_from_its_place_alone():
         for padded, x in zip(longer, (k, v), strict=True):
             padded[places] = x
         real = np.isin(np.arange(41), places)
-        np.testing.assert_allclose(call(q, *map(jnp.asarray, longer), KEY, kv_mask=jnp.asarray(real)), whole, atol=1e-6)
+        np.testing.assert_allclose(
+            call(q, *map(jax.device_put, longer), KEY, kv_mask=jax.device_put(real)), whole, atol=1e-6
+        )
     # A prefix of the keys uses the numbers of the whole sequence, so that causal outputs agree.
     x = random_head(8, 30, 30)
-    causal = [call(*(y[:length] for y in x), KEY, is_causal=True, block_size=3) for length in (30, 17)]
+    cut = ([jax.device_put(np.asarray(y)[:length]) for y in x] for length in (30, 17))
+    causal = [np.asarray(call(*y, KEY, is_causal=True, block_size=3)) for y in cut]
     np.testing.assert_allclose(causal[0][:17], causal[1], atol=1e-6)
 
 
@@ -222,17 +224,18 @@ def test_the_number_of_a_key_follows_from_its_place_alone():
 def test_a_cache_keeps_the_numbers_of_its_keys(shared):
     # A number for each key: given and shared by all heads, or sampled for each head.
     query, key, value = random_heads(10, 1, 16, 16, 4, 2)
-    u = jnp.asarray(np.random.default_rng(11).uniform(size=16), jnp.float32)
+    u = jax.device_put(np.random.default_rng(11).uniform(size=16).astype(np.float32))
     options = {"keys_per_query": 3, "block_size": 4, **({"noise": u} if shared else {})}
     rng = None if shared else KEY
     whole = functools.partial(attention, method="priority", rng=rng, is_causal=True, **options)
     decoder = HeadsDecoder("priority", num_kv_heads=2, head_dim=8, max_length=16, **options)
-    extend, cache, outs = jax.jit(decoder.extend), decoder.init(1, rng), []
+    extend, cache, outs = jax.jit(decoder.extend), jax.jit(functools.partial(decoder.init, 1))(rng), []
+    steps = [np.asarray(x) for x in (query, key, value)]
     for t in range(16):
-        out, cache = extend(cache, *(x[:, t : t + 1] for x in (query, key, value)))
+        out, cache = extend(cache, *(x[:, t : t + 1] for x in steps))
         outs.append(out)
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), jax.jit(whole)(query, key, value), atol=2e-6)
-    assert len(np.unique(cache.heads.past.prefix.u[0, :, :8])) == (8 if shared else 16)
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), jax.jit(whole)(query, key, value), atol=2e-6)
+    assert len(np.unique(np.asarray(cache.heads.past.prefix.u)[0, :, :8])) == (8 if shared else 16)
 
 
 @pytest.mark.parametrize("limit", [{"max_length": 8}, {"max_length": 16, "noise": jnp.linspace(0.1, 1, 9)}])
@@ -268,9 +271,9 @@ def test_hashing_samples_among_the_keys_that_a_query_looks_at(is_causal, x64):
         looked_at[t, others[np.argsort(u[others])[: 4 * (count + 1)]]] = True
     numerator, normaliser, _ = transcribed(q, k, v, u, count, looked_at)
     options = {"keys_per_query": count, "num_hashes": 0, "is_causal": is_causal, "return_state": True}
-    soiled = (jnp.asarray(np.where(kv_mask[:, None], x, np.nan)) for x in (k, v))
-    noise = {"noise": jnp.asarray(u), "projection": jnp.zeros((2, 0, 8))}
-    state = lsh_priority(jnp.asarray(q), *soiled, kv_mask=jnp.asarray(kv_mask), **noise, **options)
+    soiled = (jax.device_put(np.where(kv_mask[:, None], x, np.nan)) for x in (k, v))
+    noise = {"noise": jax.device_put(u), "projection": jnp.zeros((2, 0, 8))}
+    state = lsh_priority(jax.device_put(q), *soiled, kv_mask=jax.device_put(kv_mask), **noise, **options)
     sums = np.exp(state.lse)[:, None] * np.column_stack([state.out, np.ones(length)])
     np.testing.assert_allclose(sums[real], np.column_stack([numerator, normaliser])[real], rtol=1e-10)
 
@@ -279,9 +282,14 @@ def test_hashing_finds_most_keys_where_logits_are_small_and_errs_less_than_its_l
     q, k, _ = random_head(15, 32, 2048, 16)
     keys = jax.random.split(KEY, 4)
 
+    @functools.cache
+    def program(method):
+        return jax.jit(jax.vmap(functools.partial(method, keys_per_query=32), (None, None, None, 0)))
+
     def error(method, factor):
-        outs = jax.jit(jax.vmap(lambda key: method(factor * q, k, k, key, keys_per_query=32)))(keys)
-        return relative_error(outs, np.broadcast_to(exact(factor * q, k, k), outs.shape))
+        own = np.float32(factor) * np.asarray(q)
+        outs = program(method)(own, k, k, keys)
+        return relative_error(outs, np.broadcast_to(brute_force(own, k, k)[0], outs.shape))
 
     by_hashing, exactly = error(lsh_priority, 1), error(priority, 1)
     assert by_hashing < 1.2 * exactly

@@ -1,11 +1,10 @@
 """The case of FAVOR+; tests/core tests its features and its causal form."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from approx_attention import Proposal, attention
-from tests.methods.case import Case
+from tests.methods.case import Case, placed
 from tests.references import random_heads
 
 CASES = {
@@ -14,8 +13,8 @@ CASES = {
         changes={
             "features": "hyperbolic",
             "row_norm": "sqrt_dim",
-            "projection": jnp.ones((3, 8)),
-            "proposal": Proposal(jnp.full(8, 0.1), 1.2 * jnp.eye(8)),
+            "projection": placed(np.ones((3, 8))),
+            "proposal": Proposal(placed(np.full(8, 0.1)), placed(1.2 * np.eye(8))),
         },
         devices={"num_features": 16, "block_size": 4},
     ),

@@ -11,12 +11,15 @@ import pytest
 
 from approx_attention import Proposal, favor, local, scatterbrain
 from approx_attention.core import orthogonal_projection
-from tests.methods.case import Case
+from tests.methods.case import Case, placed
 from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 
 CASES = {
     "scatterbrain": Case(
-        changes={"projection": jnp.ones((3, 8)), "proposal": Proposal(jnp.full(8, 0.1), 1.2 * jnp.eye(8))},
+        changes={
+            "projection": placed(np.ones((3, 8))),
+            "proposal": Proposal(placed(np.full(8, 0.1)), placed(1.2 * np.eye(8))),
+        },
         devices={"num_features": 16, "window_size": 4},
     ),
 }
@@ -51,7 +54,7 @@ def test_the_matrix_as_it_is_defined(num_queries, num_keys, window_size, is_caus
     kv_mask = np.arange(num_keys) % 5 != 2
     options = {"projection": PROJECTION, "window_size": window_size, "is_causal": is_causal, "return_state": True}
     for mask in (np.ones(num_keys, bool), kv_mask):
-        state = scatterbrain(q, k, v, **options, kv_mask=jnp.asarray(mask))
+        state = scatterbrain(q, k, v, **options, kv_mask=jax.device_put(mask))
         *tokens, rows = without_padding(*map(np.asarray, (q, k, v)), mask, is_causal)
         seen = causal_mask(len(tokens[0]), len(tokens[1])) if is_causal else None
         out, lse = mixed_matrix(*tokens, PROJECTION, window_size, seen=seen)
@@ -111,7 +114,8 @@ def test_numerator_and_normalizer_are_unbiased():
 
     exact_out, exact_lse = brute_force(q, k, v)
     expected = np.exp(exact_lse), np.exp(exact_lse)[:, None] * exact_out
-    for estimates, truth in zip(draw(jax.random.split(jax.random.key(1), num_draws)), expected, strict=True):
+    drawn = map(np.asarray, draw(jax.random.split(jax.random.key(1), num_draws)))
+    for estimates, truth in zip(drawn, expected, strict=True):
         standard_error = np.std(estimates, axis=0) / math.sqrt(num_draws)
         assert np.all(standard_error > 0)
         assert np.all(np.abs(np.mean(estimates, axis=0) - truth) < 4.5 * standard_error)
