@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,7 +16,7 @@ from tests.references import having
 pytestmark = pytest.mark.usefixtures("models")
 
 SIZES = ModelConfig(num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=32)
-PROMPT = jax.random.randint(jax.random.key(1), (2, 6), 0, 17)
+PROMPT = np.random.default_rng(1).integers(0, 17, (2, 6))
 
 
 @functools.cache
@@ -32,9 +31,14 @@ def model_of(name, num_layers=2):
     return nnx.merge(*_model_of(name, num_layers), copy=True)
 
 
+@functools.partial(nnx.jit, static_argnames=("batch", "max_length"))
+def start(model, *, batch, max_length):
+    init_cache(model, batch, max_length=max_length)
+
+
 def generate(model, prompt, *, steps):
     """The likeliest tokens after a prompt, one by one, from caches."""
-    init_cache(model, len(prompt), max_length=prompt.shape[1] + steps)
+    start(model, batch=len(prompt), max_length=prompt.shape[1] + steps)
     tokens = continue_tokens(model, read_prompt(model, prompt)[:, -1], steps)
     for layer in attention_layers(model).values():
         layer.attention_fn.drop_cache()
@@ -85,6 +89,6 @@ def test_a_convolution_sees_no_later_token_and_goes_on_in_caches():
     for place in (7, 8, 9):  # the last position is reached by two layers, or by attention
         assert np.abs(other[:, place] - whole[:, place]).max() > 1e-4
     for _ in range(2):  # a second sequence starts with empty caches
-        init_cache(model, 2, max_length=12)
+        start(model, batch=2, max_length=12)
         parts = [logits_of(model, tokens[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
