@@ -1,5 +1,7 @@
 """YAML as configurations need it: no key twice, keys of text, and numbers that look like numbers."""
 
+import copy
+import functools
 import math
 import re
 from typing import Any, ClassVar
@@ -17,6 +19,12 @@ def load_plain(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is no YAML, says a key twice, or holds a value of another kind or a number out of range.
     """
+    return copy.deepcopy(_load(text))
+
+
+# A report reads the configurations of all studies several times, and PyYAML is slow.
+@functools.lru_cache(maxsize=256)
+def _load(text: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)
     except RecursionError:  # PyYAML calls itself once a level

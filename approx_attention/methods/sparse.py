@@ -1,6 +1,7 @@
 """Sparse attention: exact on the keys of a pattern, alone or with a summary of the others."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,22 +106,22 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
     """The pattern as it is, to be gathered, or its blocks, whichever costs less."""
     if is_traced(pattern):
         return pattern
+    # On the host: the choice is made in Python, inside a compiled function too.
+    indices, log_weights, valid = (np.asarray(x) for x in (pattern.indices, pattern.log_weights, pattern.valid))
     if is_causal:
         # Keys ascend, so those that are seen come first: the others need not be gathered.
-        valid = np.asarray(pattern.valid) & (np.asarray(pattern.indices) <= np.arange(pattern.num_queries)[:, None])
+        valid = valid & (indices <= np.arange(pattern.num_queries)[:, None])
         width = max(1, int(valid.sum(axis=1).max()))
-        pattern = dataclasses.replace(
-            pattern,
-            indices=np.asarray(pattern.indices)[:, :width],
-            log_weights=jnp.where(valid, pattern.log_weights, -jnp.inf)[:, :width],
-            valid=valid[:, :width],
-        )
+        log_weights = np.where(valid, log_weights, -np.inf)
+        indices, log_weights, valid = (x[:, :width] for x in (indices, log_weights, valid))
+        pattern = dataclasses.replace(pattern, indices=indices, log_weights=log_weights, valid=valid)
+    rows, columns = np.nonzero(valid)
     visited = {}
     for block_size in BLOCK_SIZES:
-        # The choice is made in Python, so the mask must have values inside a compiled function too.
-        with jax.ensure_compile_time_eval():
-            mask = np.asarray(pattern.block_mask(block_size))
-        visited[block_size] = (np.tril(mask) if is_causal else mask).sum() * block_size**2
+        shape = math.ceil(pattern.num_queries / block_size), math.ceil(pattern.num_keys / block_size)
+        mask = np.zeros(shape, bool)
+        mask[rows // block_size, indices[rows, columns] // block_size] = True
+        visited[block_size] = mask.sum() * block_size**2
     block_size = min(visited, key=lambda size: visited[size])
     if GATHER_COST * pattern.keys_per_row * pattern.num_queries < visited[block_size]:
         return pattern

@@ -1,21 +1,11 @@
-"""Fixtures that call the command line of the experiments within a test, and parse equal configurations once."""
+"""Fixtures that call the command line of the experiments within a test."""
 
-import copy
-import functools
 import sys
 
 import pytest
 
 from experiments import __main__ as cli
-from experiments import config, plain_yaml, trained
-
-_parsed = functools.cache(plain_yaml.load_plain)
-
-
-@pytest.fixture(autouse=True)
-def equal_texts_parsed_once(monkeypatch):
-    """Parse equal texts once: a report reads the configurations of all studies many times, which takes most of it."""
-    monkeypatch.setattr(config, "load_plain", lambda text: copy.deepcopy(_parsed(text)))
+from experiments import trained
 
 
 @pytest.fixture
