@@ -25,8 +25,9 @@ from tests.bad_input import outcome
 
 rows, mask, key = jnp.ones((6, 4)), jnp.ones(6, bool), jax.random.key(0)
 tokens = aa.WeightedKV.of_tokens(rows, rows)
-moments = aa.FeatureMoments.of_tokens(PositiveFeatures(rows), rows, rows)
-state = aa.attend(rows, tokens)
+moments = jax.jit(lambda x: aa.FeatureMoments.of_tokens(PositiveFeatures(x), x, x))(rows)
+attend = jax.jit(aa.attend)
+state = attend(rows, tokens)
 pattern = aa.SparsePattern.banded(6, [0])
 running = running_exact(4, max_length=8)
 
@@ -78,7 +79,7 @@ for owner, summary in (("tokens", tokens), ("moments", moments)):
     case("merge", "merge", (*NO_TENSORS, rows), functools.partial(lambda s, x: aa.merge(x, s), summary))
 case("merge", "merge", (aa.WeightedKV.of_tokens(rows[:, :3], rows), aa.WeightedKV.of_tokens(rows, rows[:, :3])),
      functools.partial(aa.merge, tokens))  # fmt: skip
-case("merge", "merge", (aa.attend(rows[:5], tokens), aa.attend(rows[:1], tokens)), functools.partial(aa.merge, state))
+case("merge", "merge", (attend(rows[:5], tokens), attend(rows[:1], tokens)), functools.partial(aa.merge, state))
 case("attend", "attend", (*NO_TENSORS, rows, state), lambda x: aa.attend(rows, x))
 case("quantize", "quantize", (*NO_TENSORS, moments), lambda x: aa.quantize(x, bits=8))
 case("quantize", "bits", (*NO_COUNTS, 3, 16), lambda x: aa.quantize(tokens, bits=x))
@@ -86,7 +87,7 @@ case("quantize", "seed", NO_COUNTS[:4], lambda x: aa.quantize(tokens, bits=8, se
 case("fold_scale", "q", NO_TENSORS, lambda x: aa.fold_scale(x, rows))
 case("fold_scale", "k", NO_TENSORS, lambda x: aa.fold_scale(rows, x))
 case("fold_scale", "scale", (*NO_NUMBERS[1:], 10**400, -(10**400), -1, 0), lambda x: aa.fold_scale(rows, rows, x))
-case("subtract", "subtract", (*NO_TENSORS, rows, tokens, aa.attend(rows[:1], tokens)), lambda x: subtract(state, x))
+case("subtract", "subtract", (*NO_TENSORS, rows, tokens, attend(rows[:1], tokens)), lambda x: subtract(state, x))
 case("subtract", "subtract", (*NO_TENSORS, rows, tokens), lambda x: subtract(x, state))
 case("summary_bytes", "summary_bytes", ([1.0], 3, "x", (tokens, 1.0)), summary_bytes)
 case("hadamard", "hadamard", (3, None, tokens, state, rows), hadamard)
