@@ -19,14 +19,8 @@ def load_plain(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is no YAML, says a key twice, or holds a value of another kind or a number out of range.
     """
-    return copy.deepcopy(_load(text))
-
-
-# A report reads the configurations of all studies several times, and PyYAML is slow.
-@functools.lru_cache(maxsize=256)
-def _load(text: str) -> Any:
     try:
-        return yaml.load(text, _PlainLoader)
+        return copy.deepcopy(_load(text))
     except RecursionError:  # PyYAML calls itself once a level
         raise yaml.YAMLError("it is nested too deep") from None
     except (ValueError, KeyError) as error:  # PyYAML lets through what Python says of !!int x or !!bool 3
@@ -70,6 +64,12 @@ class _PlainLoader(yaml.SafeLoader):
         if isinstance(value, int) and abs(value) >= 2**32:
             raise _fault(node, f"a whole number must be within 32 bits, got {node.value}")
         return value
+
+
+# A report reads the configurations of all studies several times, and PyYAML is slow.
+@functools.lru_cache(maxsize=256)
+def _load(text: str) -> Any:
+    return yaml.load(text, _PlainLoader)
 
 
 def _fault(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

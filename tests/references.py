@@ -47,7 +47,9 @@ def without_padding(q, k, v, kv_mask, is_causal=False):
 
 def as_array(x, dtype=jnp.float32):
     """A JAX array of numbers from numpy, without the program that ``jnp.asarray`` compiles for each shape."""
-    return jax.device_put(np.asarray(x, dtype))
+    array = jax.device_put(np.asarray(x, dtype))
+    assert array.dtype == dtype, f"{array.dtype}, because the test lacks the fixture x64"
+    return array
 
 
 def random_head(seed, num_queries, num_keys, head_dim=8, value_dim=None, dtype=jnp.float32, spread=1.0):

@@ -131,6 +131,6 @@ def test_functions_are_remembered_no_longer_than_they_live():
     assert "num_features" in arguments(function)
     kept = weakref.ref(function)
     del function
-    if kept() is not None:  # in a cycle; a collection takes seconds among the traces of other tests
+    if kept() is not None:  # only if it is in a cycle; a collection takes seconds after many traces
         gc.collect()
     assert kept() is None

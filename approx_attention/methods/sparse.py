@@ -107,13 +107,14 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
     if is_traced(pattern):
         return pattern
     # On the host: the choice is made in Python, inside a compiled function too.
-    indices, log_weights, valid = (np.asarray(x) for x in (pattern.indices, pattern.log_weights, pattern.valid))
+    indices, valid = np.asarray(pattern.indices), np.asarray(pattern.valid)
     if is_causal:
         # Keys ascend, so those that are seen come first: the others need not be gathered.
         valid = valid & (indices <= np.arange(pattern.num_queries)[:, None])
         width = max(1, int(valid.sum(axis=1).max()))
-        log_weights = np.where(valid, log_weights, -np.inf)
-        indices, log_weights, valid = (x[:, :width] for x in (indices, log_weights, valid))
+        # Weights may be traced, as where a gradient is taken of all floats.
+        log_weights = jnp.where(valid, pattern.log_weights, -jnp.inf)[:, :width]
+        indices, valid = indices[:, :width], valid[:, :width]
         pattern = dataclasses.replace(pattern, indices=indices, log_weights=log_weights, valid=valid)
     rows, columns = np.nonzero(valid)
     visited = {}

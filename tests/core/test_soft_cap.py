@@ -27,11 +27,11 @@ CAPPED = having(soft_cap=True)
 CAP = 1.5
 
 
-@functools.partial(jax.jit, static_argnames="cap")
-def whole_matrix(q, k, v, seen, *, bias=0.0, scale=None, cap=CAP):
+@jax.jit
+def whole_matrix(q, k, v, seen, *, bias=0.0, scale=None):
     """Outputs and log-normalisers; 0 and -inf for queries that see no key."""
     scale = 1 / np.sqrt(q.shape[1]) if scale is None else scale
-    logits = jnp.where(seen, cap * jnp.tanh(scale * (q @ k.T) / cap) + bias, -1e30)
+    logits = jnp.where(seen, CAP * jnp.tanh(scale * (q @ k.T) / CAP) + bias, -1e30)
     weights = jnp.where(seen, jax.nn.softmax(logits), 0)
     return weights @ v, jnp.where(seen.any(1), jax.nn.logsumexp(logits, axis=1), -jnp.inf)
 
@@ -101,11 +101,11 @@ def test_methods_at_full_size_are_the_whole_matrix(x64, name, is_causal):
 
     broken = [np.where(real[:, None], x, np.nan) for x in (k, v)]
     found = jax.jit(functools.partial(with_gradients, ours))(q, *broken)
-    chex.assert_trees_all_close(found, of_real_queries(q, k, v, seen, real), atol=1e-12)
+    chex.assert_trees_all_close(found, gradients_of_real_queries(q, k, v, seen, real), atol=1e-12)
 
 
 @jax.jit
-def of_real_queries(q, k, v, seen, real):
+def gradients_of_real_queries(q, k, v, seen, real):
     """Outputs and gradients from the whole matrix, with 0 for the other queries: one program for all methods."""
     return with_gradients(lambda *x: jnp.where(real[:, None], whole_matrix(*x, seen)[0], 0), q, k, v)
 

@@ -113,7 +113,7 @@ def test_a_cache_of_another_method_is_refused():
         compress_cache(decoder.init(), KEY, budget=32)
 
 
-OF_SEVERAL = {
+RUNNING = {
     "clusters": lambda: running_coreset(6, KEY, coreset_size=16, sinks=0),
     "slots": lambda: running_block_linformer(6, slots_per_block=3, block_size=10, max_length=100),
 }
@@ -121,13 +121,13 @@ OF_SEVERAL = {
 
 @functools.cache
 def hundred_tokens(kind):
-    """A cache whose tokens stand for several of the hundred."""
+    """A cache of 100 tokens whose summary has fewer, with masses above 1."""
     _, k, v = random_head(44, 1, 100, 6, 3)
-    decoder = Decoder(running=OF_SEVERAL[kind](), head_dim=6, value_dim=3, block_size=10)
+    decoder = Decoder(running=RUNNING[kind](), head_dim=6, value_dim=3, block_size=10)
     return jax.jit(lambda k, v: decoder.append(decoder.init(), k, v))(k, v)
 
 
-@pytest.mark.parametrize("kind", OF_SEVERAL)
+@pytest.mark.parametrize("kind", RUNNING)
 @pytest.mark.parametrize("policy", ["stratified", "knorm"])
 def test_tokens_that_stand_for_several_keep_their_masses(kind, policy):
     cache = hundred_tokens(kind)

@@ -76,3 +76,10 @@ def test_numbers_are_numbers(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("[0, 10, -5, +7, 0.5, 00.5, 1.0e-3, 0x10, 1_000]")
     assert load_yaml(path) == [0, 10, -5, 7, 0.5, 0.5, 0.001, 16, 1000]
+
+
+def test_what_is_read_may_be_changed(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: {b: [1]}")
+    load_yaml(path)["a"]["b"].append(2)
+    assert load_yaml(path) == {"a": {"b": [1]}}

@@ -211,7 +211,7 @@ def test_every_method_that_a_study_fits_can_be_made(is_causal):
     x = jax.ShapeDtypeStruct((1, 32, 2, 8), jnp.float32)
     for name in names:
         layer = fitting.Layer(2, 8, 32, is_causal)
-        made = nnx.eval_shape(lambda name=name, layer=layer: fitting.attention_fn(name, layer, 8, nnx.Rngs(0)))
+        made = nnx.jit(lambda name=name, layer=layer: fitting.attention_fn(name, layer, 8, nnx.Rngs(0)))()
         assert nnx.eval_shape(lambda made, x: made(x, x, x), made, x).shape == x.shape
         assert (name in fitting.MODULES) == bool(jax.tree.leaves(nnx.state(made, nnx.Param)))
     with pytest.raises(ValueError, match="lara has no causal form"):

@@ -52,8 +52,8 @@ def initial(module, *inputs, **options):
 
 
 @functools.cache
-def _initial(module, shapes, options):
-    inputs = [np.zeros(*shape) for shape in shapes]
+def _initial(module, kinds, options):
+    inputs = [np.zeros(shape, dtype) for shape, dtype in kinds]
     return jax.jit(lambda key: module.init(key, *inputs, **dict(options)))(jax.random.key(0))
 
 

@@ -19,7 +19,7 @@ from tests.references import random_heads
 pytestmark = pytest.mark.usefixtures("models")
 
 BATCH, PROMPT, LATER, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 2, 40, 12, 4, 2, 4, 8
-# Slices of NumPy arrays are no programs.
+# In NumPy, because JAX compiles a program for each slice.
 QUERY, KEY, VALUE = map(np.asarray, random_heads(80, BATCH, PROMPT + LATER, PROMPT + LATER, HEADS, KV_HEADS, HEAD_DIM))
 RNG = jax.random.key(5)
 
@@ -119,7 +119,7 @@ def test_layers_and_heads_have_budgets():
     np.testing.assert_array_equal((mass > 0).sum(-1), np.broadcast_to([[[6, 6]], [[8, 5]], [[7, 7]]], (3, 2, 2)))
     for head, budget in enumerate((8, 5)):
         own = nnx.clone(single).attention_fn
-        compressed(own, tuple({"budget": budget, **options}.items()))
+        press(own, budget=budget, **options)
         keys = (np.asarray(x._cached()[0].heads.past.prefix.fixed.k) for x in (own, pressed))
         k, kept = (x[:, head, :budget] for x in keys)
         np.testing.assert_allclose(np.sort(kept, axis=1), np.sort(k, axis=1), atol=1e-6)
@@ -138,7 +138,7 @@ def test_layers_are_counted_by_their_numbers():
 
 
 def test_a_second_pass_of_a_copy_ranks_the_keys():
-    model, x = stack(keep_queries=20), np.asarray(tokens(20))
+    model, x = stack(keep_queries=20), tokens(20)
     options = {"budget": 6, "policy": "kvzip", "coreset_size": 4, "sinks": 1}
 
     @nnx.jit
@@ -149,7 +149,7 @@ def test_a_second_pass_of_a_copy_ranks_the_keys():
     again = nnx.clone(model)
     run(again, x[:, ::-1])
     by_hand, queries = nnx.clone(model), nnx.jit(nnx.vmap(ApproxAttention.last_queries))(again.attention_fn)
-    nnx.jit(functools.partial(compress_caches, **options))(model, RNG, queries_of=[again])
+    compress_caches(model, RNG, queries_of=[again], **options)
     np.testing.assert_array_equal(model.attention_fn.num_seen, [20] * 3)
     for i in range(3):
         single = alone(by_hand, i)

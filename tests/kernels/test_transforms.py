@@ -210,9 +210,9 @@ def test_second_derivatives(pair, second):
 @every_form(CAUSAL)
 def test_the_result_is_a_pytree(pair):
     state, written_out = pair
-    state, written_out = (jax.tree.map(lambda x: x + 1, f(*head())) for f in (state, jax.jit(written_out)))
-    assert isinstance(state, AttentionState)
-    assert_same(state, written_out)
+    found, expected = (jax.tree.map(lambda x: x + 1, f(*head())) for f in (state, jax.jit(written_out)))
+    assert isinstance(found, AttentionState)
+    assert_same(found, expected)
 
 
 @every_form(CAUSAL, KERNEL)

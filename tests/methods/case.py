@@ -4,17 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from tests.references import brute_force
 
 NOTHING: Mapping[str, Any] = {}
-
-
-def placed(x):
-    """An array of JAX in float32. `jnp` would compile a program for each, in every process that imports the tests."""
-    return jax.device_put(np.asarray(x, np.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

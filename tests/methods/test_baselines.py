@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from approx_attention.methods import running_uniform_sample
-from tests.methods.case import Case, placed
+from tests.methods.case import Case
+from tests.references import as_array
 
 CASES = {
     "mean_value": Case(values_only=True, unseen="k", scale_cancels="all its logits are 0, at any scale", devices={}),
     "local": Case(unseen="kv", devices={"window_size": 5}),
     "uniform_sample": Case(
         unseen="v",
-        changes={"noise": placed(np.arange(40.0))},
+        changes={"noise": as_array(np.arange(40.0))},
         # At least as many tokens as keys, so that the output equals that of one device.
         devices={"sample_size": 64, "block_size": 4},
     ),

@@ -27,8 +27,8 @@ from approx_attention import (
 )
 from approx_attention.core import PositiveFeatures, control_variate_state
 from approx_attention.methods import gate_tokens, running_rfa
-from tests.methods.case import Case, placed
-from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
+from tests.methods.case import Case
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, random_heads, relative_error
 
 
 def attention_of_directions(q, k, v):
@@ -45,14 +45,14 @@ CASES = {
             "num_features": 6,
             "features": "positive",
             "bandwidth": 0.5,
-            "projection": placed(np.ones((3, 8))),
-            "gate_logits": placed(np.zeros(40)),
+            "projection": as_array(np.ones((3, 8))),
+            "gate_logits": as_array(np.zeros(40)),
         },
         devices={"num_features": 32, "block_size": 4},
     ),
     "ra": Case(
         changes={
-            "noise": placed(np.ones((40, 8, 8))),
+            "noise": as_array(np.ones((40, 8, 8))),
             "indices": jax.device_put(np.zeros((40, 8), np.int32)),
             "noise_scale": "official",
         },
@@ -61,12 +61,12 @@ CASES = {
         changes={
             "weights": "query_specific",
             "correction": 0.0,
-            "proposal_mean": placed(np.zeros((8, 8))),
-            "query_landmarks": placed(np.zeros((8, 8))),
+            "proposal_mean": as_array(np.zeros((8, 8))),
+            "query_landmarks": as_array(np.zeros((8, 8))),
             "spatial_shape": (8, 5),
             "num_samples": 5,
             "antithetic": True,
-            "noise": placed(np.ones((2, 8, 8))),
+            "noise": as_array(np.ones((2, 8, 8))),
             "noise_scale": "official",
         },
         contexts={

@@ -9,8 +9,8 @@ import pytest
 
 from approx_attention import eva, fold_scale
 from approx_attention.methods import OFFICIAL_EVA
-from tests.methods.case import Case, placed
-from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
+from tests.methods.case import Case
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, relative_error
 
 CASES = {
     "eva": Case(
@@ -22,13 +22,13 @@ CASES = {
             "exclude_local": False,
             "count_correction": False,
             "overlap": 4,
-            "pooling_vectors": (placed(np.ones(8)), placed(np.zeros(8))),
-            "chunk_keys": placed(np.zeros((10, 8))),
+            "pooling_vectors": (as_array(np.ones(8)), as_array(np.zeros(8))),
+            "chunk_keys": as_array(np.zeros((10, 8))),
             "proposal_mean": "k",
             "num_samples": 5,
-            "noise": placed(np.ones((2, 10, 8))),
+            "noise": as_array(np.ones((2, 10, 8))),
             "noise_scale": "official",
-            "local_bias": placed(np.eye(4)),
+            "local_bias": as_array(np.eye(4)),
             "spatial_shape": (10, 4),
         },
         # The causal form does not support all of them.

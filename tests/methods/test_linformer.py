@@ -7,19 +7,19 @@ import pytest
 
 from approx_attention import Decoder, block_linformer, fold_scale, linformer, mean_pool, svd
 from approx_attention.methods import Convolution, LinformerPrefix, linformer_step, running_block_linformer
-from tests.methods.case import Case, placed, within_block
-from tests.references import brute_force, causal_mask, compiled, random_head, relative_error
+from tests.methods.case import Case, within_block
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, relative_error
 
 CASES = {
     "linformer": Case(
         # The segments that are pooled into slots depend on the length.
         any_length=lambda length: {"projection_k": random_head(28, 6, length, length)[0]},
         changes={
-            "projection_k": placed(np.ones((3, 40))),
-            "projection_v": placed(np.ones((8, 40))),
+            "projection_k": as_array(np.ones((3, 40))),
+            "projection_v": as_array(np.ones((8, 40))),
             "renormalize": True,
         },
-        contexts={"renormalize": {"projection_k": placed(np.ones((3, 40)))}},
+        contexts={"renormalize": {"projection_k": as_array(np.ones((3, 40)))}},
         without_effect=("block_size",),
         learned=("projection_k", (3, 12)),
     ),
@@ -27,10 +27,10 @@ CASES = {
         size=within_block,
         changes={
             "slots_per_block": 1,
-            "projection_k": placed(np.ones((3, 4))),
-            "projection_v": placed(2 * np.ones((3, 4))),
+            "projection_k": as_array(np.ones((3, 4))),
+            "projection_v": as_array(2 * np.ones((3, 4))),
         },
-        contexts={"projection_v": {"projection_k": placed(np.ones((3, 4)))}},
+        contexts={"projection_v": {"projection_k": as_array(np.ones((3, 4)))}},
         learned=("projection_k", (3, 4)),
         devices={"slots_per_block": 2, "block_size": 4},
     ),
@@ -132,9 +132,9 @@ def test_moving_all_keys_matters_unless_rows_have_one_sum():
     moved, raised = jax.device_put(np.asarray(k) + np.arange(6, dtype=np.float32)), jax.device_put(np.asarray(v) + 1)
     even = np.abs(f) / np.sum(np.abs(f), axis=1, keepdims=True)
 
-    def answer(k, v, *projections):
-        options = zip(("projection_k", "projection_v"), map(jax.device_put, projections), strict=False)
-        return np.asarray(linformer(q, k, v, **dict(options)))
+    def answer(k, v, e, f=None):
+        given = {"projection_k": e} | ({} if f is None else {"projection_v": f})
+        return np.asarray(linformer(q, k, v, **jax.tree.map(jax.device_put, given)))
 
     assert np.abs(answer(moved, v, e) - answer(k, v, e)).max() > 1e-2
     np.testing.assert_allclose(answer(moved, v, even), answer(k, v, even), atol=1e-5)

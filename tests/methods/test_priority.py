@@ -21,13 +21,13 @@ from approx_attention import (
 )
 from approx_attention.evaluation import load_sample
 from approx_attention.methods import running_priority
-from tests.methods.case import Case, placed
-from tests.references import brute_force, causal_mask, compiled, random_head, random_heads, relative_error
+from tests.methods.case import Case
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, random_heads, relative_error
 
 CASES = {
     "priority": Case(
         diagonal_size=14,
-        changes={"noise": placed(np.linspace(0.01, 1, 40))},
+        changes={"noise": as_array(np.linspace(0.01, 1, 40))},
         # The threshold and the choice have no gradient; if all keys are chosen, there is neither.
         smooth={"keys_per_query": 15},
         # More than all keys, so that the output equals that of one device.
@@ -40,8 +40,8 @@ CASES = {
         changes={
             "num_rounds": 1,
             "num_hashes": 1,
-            "projection": placed(np.ones((1, 2, 8))),
-            "noise": placed(np.linspace(0.01, 1, 40)),
+            "projection": as_array(np.ones((1, 2, 8))),
+            "noise": as_array(np.linspace(0.01, 1, 40)),
         },
         # A causal query considers a whole block of 64 keys, and every query several times K keys of large lift.
         changes_are_causal=False,
@@ -230,9 +230,9 @@ def test_a_cache_keeps_the_numbers_of_its_keys(shared):
     whole = functools.partial(attention, method="priority", rng=rng, is_causal=True, **options)
     decoder = HeadsDecoder("priority", num_kv_heads=2, head_dim=8, max_length=16, **options)
     extend, cache, outs = jax.jit(decoder.extend), jax.jit(functools.partial(decoder.init, 1))(rng), []
-    steps = [np.asarray(x) for x in (query, key, value)]
+    query, key, value = (np.asarray(x) for x in (query, key, value))
     for t in range(16):
-        out, cache = extend(cache, *(x[:, t : t + 1] for x in steps))
+        out, cache = extend(cache, *(x[:, t : t + 1] for x in (query, key, value)))
         outs.append(out)
     np.testing.assert_allclose(np.concatenate(outs, axis=1), jax.jit(whole)(query, key, value), atol=2e-6)
     assert len(np.unique(np.asarray(cache.heads.past.prefix.u)[0, :, :8])) == (8 if shared else 16)

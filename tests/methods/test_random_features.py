@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from approx_attention import Proposal, attention
-from tests.methods.case import Case, placed
-from tests.references import random_heads
+from tests.methods.case import Case
+from tests.references import as_array, random_heads
 
 CASES = {
     "favor": Case(
@@ -13,8 +13,8 @@ CASES = {
         changes={
             "features": "hyperbolic",
             "row_norm": "sqrt_dim",
-            "projection": placed(np.ones((3, 8))),
-            "proposal": Proposal(placed(np.full(8, 0.1)), placed(1.2 * np.eye(8))),
+            "projection": as_array(np.ones((3, 8))),
+            "proposal": Proposal(as_array(np.full(8, 0.1)), as_array(1.2 * np.eye(8))),
         },
         devices={"num_features": 16, "block_size": 4},
     ),

@@ -11,14 +11,14 @@ import pytest
 
 from approx_attention import Proposal, favor, local, scatterbrain
 from approx_attention.core import orthogonal_projection
-from tests.methods.case import Case, placed
-from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
+from tests.methods.case import Case
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 
 CASES = {
     "scatterbrain": Case(
         changes={
-            "projection": placed(np.ones((3, 8))),
-            "proposal": Proposal(placed(np.full(8, 0.1)), placed(1.2 * np.eye(8))),
+            "projection": as_array(np.ones((3, 8))),
+            "proposal": Proposal(as_array(np.full(8, 0.1)), as_array(1.2 * np.eye(8))),
         },
         devices={"num_features": 16, "window_size": 4},
     ),

@@ -1,5 +1,6 @@
 """Sparse attention against dense masks in float64: by blocks, gathered, and top-k."""
 
+import dataclasses
 import functools
 import math
 
@@ -23,9 +24,9 @@ from approx_attention import (
 from approx_attention.methods import sparse
 from approx_attention.methods.bigbird import _given_lists, _random_lists
 from approx_attention.sparse import BlockMap, block_lists_state
-from tests.methods.case import Case, placed, within_block
+from tests.methods.case import Case, within_block
 from tests.programs import equations
-from tests.references import brute_force, causal_mask, compiled, random_head, relative_error, without_padding
+from tests.references import as_array, brute_force, causal_mask, compiled, random_head, relative_error, without_padding
 
 CASES = {
     "longformer": Case(changes={"num_global": 6}),
@@ -45,7 +46,7 @@ CASES = {
         unseen="kv",
         # The number of buckets depends on the length.
         any_length=lambda length: {"num_hashes": 1},
-        changes={"num_rounds": 1, "num_hashes": 1, "projection": placed(np.ones((1, 2, 8)))},
+        changes={"num_rounds": 1, "num_hashes": 1, "projection": as_array(np.ones((1, 2, 8)))},
     ),
 }
 
@@ -309,6 +310,18 @@ def test_block_maps_are_static_arguments():
     for blocks in (first, second):
         function(q, k, v, pattern=blocks)
     assert function._cache_size() == 1
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_weights_of_a_pattern_may_be_traced(is_causal):
+    q, k, v = random_head(8, LENGTH, LENGTH)
+    pattern = PATTERNS["ragged"]()
+
+    def answer(log_weights):
+        weighted = dataclasses.replace(pattern, log_weights=log_weights)
+        return sparse_attention(q, k, v, pattern=weighted, is_causal=is_causal)
+
+    np.testing.assert_array_equal(jax.jit(answer)(pattern.log_weights), jax.jit(lambda: answer(pattern.log_weights))())
 
 
 def test_what_is_refused():

@@ -16,7 +16,7 @@ BLOCKS = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]], bool
 
 SIZES = (1, 4, 5, 20)
 
-# Compiled for each shape; otherwise each of their operations would be a program.
+# One program for each shape; called without jit, each operation is a program.
 dense_of = jax.jit(SparsePattern.to_dense)
 
 

@@ -87,7 +87,7 @@ def test_the_polynomial_method_is_the_sum_over_tuples_of_the_polynomial(
 
 @both_methods
 def test_identities(x64, method):
-    # Of NumPy, where slices, copies and means are no programs.
+    # In NumPy, because JAX compiles a program for each slice, copy and mean.
     q, (k, other), (v, w) = jax.tree.map(np.asarray, tensors(4, 9, (12, 7)))
     one_key, one_value = np.ones_like(other), np.ones_like(w)
     whole = np.asarray(method(q, (k, other), (v, w), scale=0.5))

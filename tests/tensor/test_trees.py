@@ -50,7 +50,7 @@ def brute(q, k, v, parents, *, scale, node_queries=None, is_causal=False, kv_mas
 
 
 def tree_tensors(seed, num_queries, num_keys, num_nodes, dtype=jnp.float64, spread=1.0, dim=4):
-    """q [T, D]; k, v and node queries [m, S, .]; arrays of NumPy, whose slices are no programs."""
+    """q [T, D]; k, v and node queries [m, S, .]; in NumPy, because JAX compiles a program for each slice."""
     q, keys, values = tensors(seed, num_queries, (num_keys,) * num_nodes, spread=spread, dtype=dtype, dim=dim)
     _, others, _ = tensors(seed + 100, 1, (num_keys,) * num_nodes, dtype=dtype, dim=dim)
     return np.asarray(q), np.stack(keys), np.stack(values), np.stack(others)

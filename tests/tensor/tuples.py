@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from approx_attention import tensor_attention, tensor_polynomial
+from tests.references import as_array
 
 NAMES = "jlpr"
 # Compiled once for all calls of one form; without jit, loops are compiled again at every call.
@@ -19,8 +20,7 @@ compiled_polynomial = jax.jit(tensor_polynomial, static_argnames=(*STATIC, "degr
 def tensors(seed, num_queries, lengths, dim=4, value_dim=3, spread=1.0, dtype=jnp.float64):
     """q [T, D] and, for each length, keys [S, D] and values [S, Dv]."""
     random = np.random.default_rng(seed)
-    # JAX would compile the conversion of an array of another type.
-    make = lambda spread, *shape: jax.device_put((spread * random.normal(size=shape)).astype(dtype))  # noqa: E731
+    make = lambda spread, *shape: as_array(spread * random.normal(size=shape), dtype)  # noqa: E731
     q = make(spread, num_queries, dim)
     return q, tuple(make(spread, n, dim) for n in lengths), tuple(make(1, n, value_dim) for n in lengths)
 
