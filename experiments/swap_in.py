@@ -104,7 +104,7 @@ def figure(records: Frame) -> Figure:
     axes.set(
         xscale="log",
         xlabel="relative error of the attention",
-        ylabel="test bits per token lost against exact,\nwithout further training",
+        ylabel="test bits lost against exact attention,\nwithout further training",
     )
     if others["lost"].min() > 0:
         axes.set_yscale("log")
