@@ -17,6 +17,7 @@ from approx_attention import METHODS, SparsePattern, bounds
 from approx_attention.core import shown
 from approx_attention.decoding import pyramid_budgets, token_budget
 from approx_attention.realization import failure_bound
+from approx_attention.sparse import BlockMap
 from approx_attention.tensor import exp_coefficients, total_degree
 
 # A count that fits a narrow integer type can overflow it in sums and products.
@@ -102,6 +103,10 @@ def counts_of_functions() -> Iterator[str]:
         "strided": lambda n: SparsePattern.strided(n(200), n(100)).indices,
         "random": lambda n: SparsePattern.random(key, n(200), n(100)).indices,
         "block_mask": lambda n: SparsePattern.banded(200, [0]).block_mask(n(100)),
+        "from_pattern": lambda n: BlockMap.from_pattern(SparsePattern.banded(200, [0]), n(100)).kinds,
+        "banded blocks": lambda n: (
+            BlockMap.banded(n(1), n(1), block_size=n(100), num_queries=n(200), num_keys=n(250)).kinds
+        ),
         "failure_bound": lambda n: failure_bound(n(200), n(2), n(100)),
         "johnson_lindenstrauss_size": lambda n: bounds.johnson_lindenstrauss_size(n(200), 0.5),
         "coreset_size_bound": lambda n: bounds.coreset_size_bound(0.1, radius=1.0, head_dim=n(200), num_keys=n(250)),

@@ -1,7 +1,6 @@
 """Sparse attention: exact on the keys of a pattern, alone or with a summary of the others."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from approx_attention.sparse import (
     blocks_and_rest_state,
     gathered_state,
     is_traced,
+    pairs_of_blocks,
     support_and_moments_state,
 )
 
@@ -106,9 +106,8 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
     """The pattern as it is, to be gathered, or its blocks, whichever costs less."""
     if is_traced(pattern):
         return pattern
-    # On the host: the choice is made in Python, inside a compiled function too.
-    indices, valid = np.asarray(pattern.indices), np.asarray(pattern.valid)
     if is_causal:
+        indices, valid = np.asarray(pattern.indices), np.asarray(pattern.valid)
         # Keys ascend, so those that are seen come first: the others need not be gathered.
         valid = valid & (indices <= np.arange(pattern.num_queries)[:, None])
         width = max(1, int(valid.sum(axis=1).max()))
@@ -116,13 +115,7 @@ def _cheaper(pattern: SparsePattern, is_causal: bool) -> SparsePattern | BlockMa
         log_weights = jnp.where(valid, pattern.log_weights, -jnp.inf)[:, :width]
         indices, valid = indices[:, :width], valid[:, :width]
         pattern = dataclasses.replace(pattern, indices=indices, log_weights=log_weights, valid=valid)
-    rows, columns = np.nonzero(valid)
-    visited = {}
-    for block_size in BLOCK_SIZES:
-        shape = math.ceil(pattern.num_queries / block_size), math.ceil(pattern.num_keys / block_size)
-        mask = np.zeros(shape, bool)
-        mask[rows // block_size, indices[rows, columns] // block_size] = True
-        visited[block_size] = mask.sum() * block_size**2
+    visited = {size: size**2 * len(np.unique(pairs_of_blocks(pattern, size))) for size in BLOCK_SIZES}
     block_size = min(visited, key=lambda size: visited[size])
     if GATHER_COST * pattern.keys_per_row * pattern.num_queries < visited[block_size]:
         return pattern

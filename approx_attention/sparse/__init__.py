@@ -7,6 +7,7 @@ from approx_attention.sparse.blocks import (
     block_sparse_state,
     gathered_state,
     is_traced,
+    pairs_of_blocks,
 )
 from approx_attention.sparse.hashing import Buckets, Planes
 from approx_attention.sparse.lifted import NO_NUMBER, LiftedKV, first_lifted, uniform_numbers
@@ -31,6 +32,7 @@ __all__ = [
     "is_found",
     "is_traced",
     "largest_logits",
+    "pairs_of_blocks",
     "support_and_moments_state",
     "uniform_numbers",
 ]

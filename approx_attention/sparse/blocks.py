@@ -30,7 +30,7 @@ from approx_attention.core import (
     pad_rows,
     real_keys,
 )
-from approx_attention.sparse.patterns import SparsePattern
+from approx_attention.sparse.patterns import SparsePattern, check_pattern
 
 # Blocks are batched up to this number of logits, so that on a CPU (1 MB in float32) their gathered keys and values stay
 # in cache, and on accelerators (32 MB for each head) there are few sequential steps.
@@ -140,20 +140,18 @@ class BlockMap:
             The map.
 
         Raises:
-            TypeError: a traced pattern.
+            TypeError: a traced pattern, or no `SparsePattern`.
             ValueError: a block size below 1.
         """
+        check_pattern(pattern)
+        block_size = check_count("block_size", block_size)
         if is_traced(pattern):
             raise TypeError("a BlockMap is made when tracing: its pattern must be concrete, not a traced argument")
-        num_queries, num_keys = pattern.num_queries, pattern.num_keys
-        shape = _num_blocks(num_queries, num_keys, block_size)
-        rows, columns = np.nonzero(np.asarray(pattern.valid))
-        keys = np.asarray(pattern.indices)[rows, columns]
-        pair = rows // block_size * shape[1] + keys // block_size
-        visited, place = np.unique(pair, return_inverse=True)
+        rows, keys = _entries(pattern)
+        visited, place = np.unique(pairs_of_blocks(pattern, block_size), return_inverse=True)
         tiles = np.zeros((len(visited), block_size, block_size), bool)
         tiles[place, rows % block_size, keys % block_size] = True
-        return cls._of_tiles(num_queries, num_keys, block_size, visited, tiles)
+        return cls._of_tiles(pattern.num_queries, pattern.num_keys, block_size, visited, tiles)
 
     @classmethod
     def _of_tiles(
@@ -204,6 +202,21 @@ class BlockMap:
 def is_traced(pattern: SparsePattern) -> bool:
     """Whether the arrays of a pattern are traced."""
     return any(isinstance(x, Tracer) for x in (pattern.indices, pattern.valid))
+
+
+def pairs_of_blocks(pattern: SparsePattern, block_size: int) -> np.ndarray:
+    """The pair of blocks of each entry of a concrete pattern, as an index into the blocks, row by row.
+
+    Computed on the host, inside a compiled function too.
+    """
+    rows, keys = _entries(pattern)
+    _, num_columns = _num_blocks(pattern.num_queries, pattern.num_keys, block_size)
+    return rows // block_size * num_columns + keys // block_size
+
+
+def _entries(pattern: SparsePattern) -> tuple[np.ndarray, np.ndarray]:
+    rows, places = np.nonzero(np.asarray(pattern.valid))
+    return rows, np.asarray(pattern.indices)[rows, places]
 
 
 def _num_blocks(num_queries: int, num_keys: int, block_size: int) -> tuple[int, int]:
