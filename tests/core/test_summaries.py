@@ -1,5 +1,7 @@
 """Summaries give the outputs of the keys and values that they stand for, alone and merged."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,22 +19,24 @@ from approx_attention.core import (
     summary_bytes,
 )
 from tests.forms import one_form
-from tests.references import brute_force, compiled, random_head
+from tests.references import as_array, brute_force, compiled, random_head
 
 attend, merge = compiled(attend, merge)
 of_tokens, of_block = compiled(FeatureMoments.of_tokens, FeatureMoments._of_block)
+features_of = compiled(lambda features, x: features(x))
 
 MAPS = {"positive": PositiveFeatures, "trigonometric": TrigonometricFeatures, "relu": ReLUFeatures}
 every_map = pytest.mark.parametrize("kind", MAPS)
 
 
-def feature_map(kind, head_dim=8, num_directions=16):
-    return MAPS[kind](gaussian_projection(jax.random.key(0), num_directions, head_dim))
+@functools.cache
+def feature_map(kind, num_directions=16):
+    return MAPS[kind](gaussian_projection(jax.random.key(0), num_directions, 8))
 
 
 def materialised(features, x):
     """Features in float64, from their definition ``values * exp(log_scale)``."""
-    values, log_scale = (np.asarray(y, np.float64) for y in compiled(type(features).__call__)(features, x))
+    values, log_scale = (np.asarray(y, np.float64) for y in features_of(features, x))
     return np.broadcast_to(values * np.exp(log_scale), (x.shape[0], features.num_features))
 
 
@@ -43,63 +47,66 @@ few_and_many = pytest.mark.parametrize("num_queries", [6, 9])
 @few_and_many
 def test_tokens_with_masses_are_repeated_keys(num_queries):
     q, k, v = random_head(0, num_queries, 5)
-    counts = np.array([1, 3, 0, 2, 5])
-    summary = WeightedKV(k, v * counts[:, None].astype(np.float32), jnp.asarray(counts, jnp.float32))
+    v, counts = np.asarray(v), np.array([1, 3, 0, 2, 5])
+    state = attend(q, WeightedKV(k, as_array(v * counts[:, None]), as_array(counts)))
     out, lse = brute_force(q, np.repeat(k, counts, axis=0), np.repeat(v, counts, axis=0), scale=1)
-    np.testing.assert_allclose(attend(q, summary).out, out, atol=1e-6)
-    np.testing.assert_allclose(attend(q, summary).lse, lse, atol=1e-6)
+    np.testing.assert_allclose(state.out, out, atol=1e-6)
+    np.testing.assert_allclose(state.lse, lse, atol=1e-6)
 
 
 @few_and_many
 def test_an_absent_token_may_hold_anything(num_queries):
-    q, k, v = random_head(1, num_queries, 5)
-    mass = jnp.array([1.0, 0, 1, 1, 0])
-    summary = WeightedKV(k, v * mass[:, None], mass)
-    out, _ = brute_force(q, np.asarray(k)[[0, 2, 3]], np.asarray(v)[[0, 2, 3]], scale=1)
-    np.testing.assert_allclose(attend(q, summary).out, out, atol=1e-6)
-    gradient = jax.grad(lambda s: jnp.sum(attend(q, s).out))(summary)
+    q, k, v = (np.asarray(x) for x in random_head(1, num_queries, 5))
+    seen = np.array([True, False, True, True, False])
+    value_sum, mass = as_array(v * seen[:, None]), as_array(seen)
+    summary = WeightedKV(as_array(k), value_sum, mass)
+    out, _ = brute_force(q, k[seen], v[seen], scale=1)
+    np.testing.assert_allclose(attend(as_array(q), summary).out, out, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda s: jnp.sum(attend(q, s).out)))(summary)
     chex.assert_tree_all_finite(gradient)
-    nan = jnp.where(mass[:, None] > 0, k, jnp.nan)
-    for value_range in (None, jnp.stack([v.min(0), v.max(0)])):
+    nan = np.where(seen[:, None], k, np.nan)
+    for value_range in (None, as_array([v.min(0), v.max(0)])):
 
         def total(q, k, value_range=value_range):
-            state = attend(q, WeightedKV(k, v * mass[:, None], mass, value_range))
+            state = attend(q, WeightedKV(k, value_sum, mass, value_range))
             return jnp.sum(state.out**2) + jnp.sum(state.lse)
 
-        chex.assert_trees_all_close(*(jax.value_and_grad(total, (0, 1))(q, keys) for keys in (nan, k)), rtol=1e-5)
-    nothing = attend(q, WeightedKV.empty(5, 8, 8))
+        of = jax.jit(jax.value_and_grad(total, (0, 1)))
+        chex.assert_trees_all_close(*(of(as_array(q), as_array(keys)) for keys in (nan, k)), rtol=1e-5)
+    nothing = attend(as_array(q), WeightedKV.empty(5, 8, 8))
     assert not np.any(nothing.out)
     assert np.all(np.isneginf(nothing.lse))
-    huge = attend(1e4 * q, WeightedKV.of_tokens(1e4 * k, v))
+    huge = attend(as_array(1e4 * q), WeightedKV(as_array(1e4 * k), as_array(v), as_array(np.ones(5))))
     chex.assert_tree_all_finite(huge)
-    np.testing.assert_allclose(huge.out, np.asarray(v)[np.argmax(np.asarray(q) @ np.asarray(k).T, axis=1)], atol=1e-6)
+    np.testing.assert_allclose(huge.out, v[np.argmax(q @ k.T, axis=1)], atol=1e-6)
 
 
 def test_signed_masses_answer_and_are_clipped():
     q, k, v = random_head(2, 6, 5, spread=0.3)
-    mass = jnp.array([1.0, 2.0, -0.3, 1.5, 1.0])
-    value_sum = v * mass[:, None]
-    wide = jnp.stack([jnp.full(8, -100.0), jnp.full(8, 100.0)])
+    mass = np.array([1.0, 2.0, -0.3, 1.5, 1.0])
+    value_sum = mass[:, None] * v
     weights = np.exp(np.asarray(q, np.float64) @ np.asarray(k, np.float64).T)
-    total = weights @ np.asarray(mass, np.float64)
+    total = weights @ mass
     assert np.all(total > 0)
-    expected = weights @ np.asarray(value_sum, np.float64) / total[:, None]
-    state = attend(q, WeightedKV(k, value_sum, mass, wide))
+    expected = weights @ value_sum / total[:, None]
+
+    def clipped(least, greatest):
+        value_range = as_array([np.full(8, least), np.full(8, greatest)])
+        return attend(q, WeightedKV(k, as_array(value_sum), as_array(mass), value_range))
+
+    state = clipped(-100, 100)
     np.testing.assert_allclose(state.out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.lse, np.log(total), atol=1e-5)
-    narrow = jnp.stack([jnp.full(8, -0.1), jnp.full(8, 0.1)])
-    np.testing.assert_allclose(
-        attend(q, WeightedKV(k, value_sum, mass, narrow)).out, np.clip(expected, -0.1, 0.1), atol=1e-5
-    )
+    np.testing.assert_allclose(clipped(-0.1, 0.1).out, np.clip(expected, -0.1, 0.1), atol=1e-5)
 
 
 def test_a_normaliser_that_is_not_positive_is_no_answer():
     q, k, v = random_head(3, 6, 2)
-    value_range = jnp.stack([v.min(0), v.max(0)])
-    state = attend(q, WeightedKV(k, v, jnp.array([-1.0, -2.0]), value_range))
+    value_range = as_array([np.min(v, axis=0), np.max(v, axis=0)])
+    state = attend(q, WeightedKV(k, v, as_array([-1, -2]), value_range))
     np.testing.assert_array_equal(state.out, 0)
     assert np.all(np.asarray(state.lse) == -np.inf)
-    others = attend(q, WeightedKV.of_tokens(k, v))
+    others = attend(q, WeightedKV(k, v, as_array([1, 1])))
     chex.assert_trees_all_close(merge(state, others), others, rtol=1e-6)
 
 
@@ -120,7 +127,7 @@ def test_moments_by_blocks_equal_moments_at_once(kind):
     num_keys = 2 * FEATURE_BLOCK + 17
     q, k, v = random_head(5, 6, num_keys, spread=0.3)
     features = feature_map(kind)
-    kv_mask = jnp.arange(num_keys) % 5 != 0
+    kv_mask = as_array(np.arange(num_keys) % 5 != 0, bool)
     blocks, whole = (of(features, k, v, kv_mask) for of in (of_tokens, of_block))
     chex.assert_trees_all_close(attend(q, blocks), attend(q, whole), atol=1e-5)
 
@@ -129,7 +136,8 @@ def test_moments_by_blocks_equal_moments_at_once(kind):
 def test_merged_moments_are_moments_of_the_union(kind):
     q, k, v = random_head(6, 6, 20, spread=0.5)
     features = feature_map(kind)
-    a, b = (of_tokens(features, k[part], v[part]) for part in (slice(0, 3), slice(3, 20)))
+    parts = ([as_array(np.asarray(x)[rows]) for x in (k, v)] for rows in (slice(0, 3), slice(3, 20)))
+    a, b = (of_tokens(features, *part) for part in parts)
     whole = of_tokens(features, k, v)
     empty = FeatureMoments.empty(features, 8)
     for merged in (merge(a, b), merge(b, a), merge(empty, whole), merge(whole, merge(empty, empty))):
@@ -143,7 +151,7 @@ def test_empty_moments_answer_with_the_empty_state(kind):
     for moments in (
         FeatureMoments.empty(features, 8),
         merge(FeatureMoments.empty(features, 8), FeatureMoments.empty(features, 8)),
-        of_tokens(features, k, v, jnp.zeros(9, bool)),
+        of_tokens(features, k, v, as_array(np.zeros(9), bool)),
     ):
         state = attend(q, moments)
         np.testing.assert_array_equal(state.out, 0)
@@ -153,14 +161,14 @@ def test_empty_moments_answer_with_the_empty_state(kind):
 def test_a_far_larger_key_does_not_erase_the_others():
     # Each feature has its own log-scale: a global one would underflow every feature but a few.
     q, k, v = random_head(8, 6, 9, spread=0.5)
-    k = k.at[0].multiply(40.0)
+    k = as_array(np.asarray(k) * np.where(np.arange(9) == 0, 40, 1)[:, None])
     features = feature_map("positive", num_directions=64)
-    log_q, log_k = (np.asarray(features(x).log_scale, np.float64) for x in (q, k))
+    log_q, log_k = (np.asarray(features_of(features, x).log_scale, np.float64) for x in (q, k))
     log_weight = log_q[:, None, :] + log_k[None, :, :]
     peak = log_weight.max((1, 2), keepdims=True)
     weight = np.exp(log_weight - peak).sum(-1)
     out = weight @ np.asarray(v) / weight.sum(1, keepdims=True)
-    np.testing.assert_allclose(attend(q, FeatureMoments.of_tokens(features, k, v)).out, out, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(attend(q, of_tokens(features, k, v)).out, out, rtol=2e-3, atol=2e-4)
 
 
 def test_only_summaries_answer():
@@ -170,8 +178,8 @@ def test_only_summaries_answer():
 
 def test_bytes_count_what_is_held_but_not_the_feature_map():
     _, k, v = random_head(9, 6, 9, 8, 5)
-    assert summary_bytes(WeightedKV.of_tokens(k, v)) == 4 * (9 * 8 + 9 * 5 + 9)
-    moments = FeatureMoments.of_tokens(feature_map("positive"), k, v)
+    assert summary_bytes(jax.eval_shape(WeightedKV.of_tokens, k, v)) == 4 * (9 * 8 + 9 * 5 + 9)
+    moments = of_tokens(feature_map("positive"), k, v)
     assert summary_bytes(moments) == 4 * (16 * 5 + 16 + 16) == summary_bytes((moments,))
 
 
@@ -186,11 +194,11 @@ def test_only_moments_of_one_size_multiply():
 def test_moments_of_positive_features_are_read_alike_on_every_platform(change):
     q, k, v = random_head(12, 40, 30, spread=0.7)
     features, weights = feature_map("positive"), np.ones(16, np.float32)
-    seen = jnp.arange(30) % 3 > 0 if change == "a mask" else jnp.zeros(30, bool) if change == "no key" else None
+    seen = {"a mask": np.arange(30) % 3 > 0, "no key": np.zeros(30, bool)}.get(change)
     weights[3] = {"a weight of 0": 0, "signed weights": -0.5}.get(change, 1)
 
     def outputs(q, k, v):
-        moments = FeatureMoments.of_tokens(features, k, v, seen)
+        moments = FeatureMoments.of_tokens(features, k, v, None if seen is None else jnp.asarray(seen))
         if change in ("a weight of 0", "signed weights"):
             moments = moments.reweighted(jnp.asarray(weights), features)
         state = attend.__wrapped__(q, moments)
