@@ -21,31 +21,28 @@ from approx_attention import (
 )
 from approx_attention.core import PositiveFeatures, check_proposal, gaussian_projection, orthogonal_projection
 from approx_attention.registry import bind
-from tests.references import brute_force, compiled, random_head, random_heads, relative_error
+from tests.references import as_array, brute_force, compiled, random_head, random_heads, relative_error
 
 favor, exact, fit_proposal, balancing_maps = compiled(favor, exact, fit_proposal, balancing_maps)
 favor_mse = compiled(bounds.favor_mse)
+log_scale = compiled(lambda features, x: features(x).log_scale)
 RANDOM = np.random.default_rng(0)
 # All variances exceed 3/4: otherwise the fourth moment is infinite, and the second cannot be measured.
 ROOT = 1.2 * np.eye(6) + 0.15 * RANDOM.normal(size=(6, 6))
-PROPOSAL = Proposal(jnp.asarray(0.4 * RANDOM.normal(size=6), jnp.float32), jnp.asarray(ROOT, jnp.float32))
+PROPOSAL = Proposal(as_array(0.4 * RANDOM.normal(size=6)), as_array(ROOT))
 
 
 def uneven_head(dtype=jnp.float32):
     """Queries and keys with means far from 0 and channels of unequal variances, and values."""
     q, k, v = (np.asarray(x) for x in random_head(1, 40, 32, 6))
     spread = np.array([2.0, 1.5, 1.0, 0.5, 0.1, 0.0])
-    return (
-        jnp.asarray(q * spread + 1, dtype),
-        jnp.asarray(k * spread[[1, 0, 2, 3, 4, 5]] - 2, dtype),
-        jnp.asarray(v, dtype),
-    )
+    return tuple(as_array(x, dtype) for x in (q * spread + 1, k * spread[[1, 0, 2, 3, 4, 5]] - 2, v))
 
 
 @pytest.mark.parametrize("draw", [gaussian_projection, orthogonal_projection])
 @pytest.mark.parametrize("signs", [(1,), (1, -1)])
 def test_estimates_are_unbiased_and_have_the_error_of_the_closed_form(draw, signs):
-    x, y = (jnp.asarray(0.4 * RANDOM.normal(size=(1, 6)), jnp.float32) for _ in range(2))
+    x, y = (as_array(0.4 * RANDOM.normal(size=(1, 6))) for _ in range(2))
 
     @jax.jit
     @jax.vmap
@@ -55,11 +52,11 @@ def test_estimates_are_unbiased_and_have_the_error_of_the_closed_form(draw, sign
         return jnp.sum(jnp.exp(log_x + log_y))
 
     estimates = np.asarray(estimate(jax.random.split(jax.random.key(0), 40_000)), np.float64)
-    kernel, standard_error = math.exp(float(jnp.sum(x * y))), estimates.std() / 200
+    kernel, standard_error = math.exp(np.sum(np.multiply(x, y))), estimates.std() / 200
     assert standard_error < 0.02 * kernel
     assert abs(estimates.mean() - kernel) < 4.5 * standard_error
     if draw is gaussian_projection and signs == (1,):
-        expected = float(bounds.favor_mse(x, y, 6, proposal=PROPOSAL, scale=1.0)[0, 0])
+        expected = float(favor_mse(x, y, 6, proposal=PROPOSAL, scale=1.0)[0, 0])
         assert abs((estimates / kernel - 1).var() / expected - 1) < 0.1
 
 
@@ -67,7 +64,8 @@ def test_without_a_change_of_the_gaussian_nothing_changes():
     q, k, v = random_head(2, 9, 11, 6)
     z = gaussian_projection(jax.random.key(0), 8, 6)
     standard = Proposal.standard(6).features(z)
-    np.testing.assert_array_equal(standard(q).log_scale, PositiveFeatures(z)(q).log_scale)
+    of_q, expected = (log_scale(features, q) for features in (standard, PositiveFeatures(z)))
+    np.testing.assert_array_equal(of_q, expected)
     states = [favor(q, k, v, projection=z, proposal=x, return_state=True) for x in (None, Proposal.standard(6))]
     chex.assert_trees_all_close(*states, rtol=1e-6)
     np.testing.assert_allclose(favor_mse(q, k, 8, proposal=Proposal.standard(6)), favor_mse(q, k, 8), rtol=1e-4)
@@ -82,37 +80,41 @@ def test_the_closed_form_is_the_minimum(x64):
 
     fitted = fit_proposal(q, k, scale=1.0)
     least, gradient = jax.jit(jax.value_and_grad(loss))(fitted)
-    chex.assert_trees_all_close(gradient, jax.tree.map(jnp.zeros_like, fitted), atol=1e-10)
+    chex.assert_trees_all_close(gradient, jax.tree.map(np.zeros_like, fitted), atol=1e-10)
     for _ in range(20):
-        other = jax.tree.map(lambda x: x + 0.05 * RANDOM.normal(size=x.shape), fitted)
+        other = jax.tree.map(lambda x: as_array(x + 0.05 * RANDOM.normal(size=x.shape), x.dtype), fitted)
         assert loss(other) > least + 1e-4
     assert least < 0.3 * loss(Proposal.standard(6, jnp.float64))
 
 
 def test_a_variance_of_half_has_no_second_moment():
-    narrow = Proposal(jnp.zeros(6), jnp.eye(6).at[2, 2].set(0.7))
+    narrow = Proposal(as_array(np.zeros(6)), as_array(np.diag([1, 1, 0.7, 1, 1, 1])))
     assert np.all(np.isinf(favor_mse(*random_head(0, 3, 4, 6)[:2], 8, proposal=narrow)))
 
 
 def test_a_shift_of_all_keys_cancels():
     q, k, v = uneven_head()
-    z, shift = gaussian_projection(jax.random.key(0), 16, 6), jnp.array([3.0, -2.0, 1.0, 0.0, 4.0, -1.0])
+    z, shift = gaussian_projection(jax.random.key(0), 16, 6), np.array([3.0, -2.0, 1.0, 0.0, 4.0, -1.0])
     here, there = (
         favor(q, keys, v, projection=z, proposal=fit_proposal(q, keys), return_state=True)
-        for keys in (k, k + shift[None])
+        for keys in (k, as_array(np.asarray(k) + shift))
     )
     np.testing.assert_allclose(here.out, there.out, rtol=2e-4, atol=2e-4)
-    np.testing.assert_allclose(here.lse + q @ shift / math.sqrt(6), there.lse, atol=5e-4)
+    np.testing.assert_allclose(here.lse + np.asarray(q) @ shift / math.sqrt(6), there.lse, atol=5e-4)
 
 
 def test_padding_has_no_part_in_the_fit():
-    q, k, _ = uneven_head()
-    alone = fit_proposal(q[:30], k[5:])
-    padded = fit_proposal(
-        q.at[30:].set(jnp.nan), k.at[:5].set(jnp.nan), q_mask=jnp.arange(40) < 30, kv_mask=jnp.arange(32) >= 5
-    )
-    chex.assert_trees_all_close(alone, padded, rtol=1e-5, atol=1e-6)
-    nothing = fit_proposal(q, k, q_mask=jnp.zeros(40, bool), kv_mask=jnp.zeros(32, bool))
+    q, k, _ = (np.asarray(x) for x in uneven_head())
+    q_mask, kv_mask = np.arange(40) < 30, np.arange(32) >= 5
+    alone = fit_proposal(as_array(q[q_mask]), as_array(k[kv_mask]))
+
+    def masked(q, k, q_mask, kv_mask):
+        masks = {"q_mask": as_array(q_mask, bool), "kv_mask": as_array(kv_mask, bool)}
+        return fit_proposal(as_array(q), as_array(k), **masks)
+
+    soiled = (np.where(mask[:, None], x, np.nan) for x, mask in ((q, q_mask), (k, kv_mask)))
+    chex.assert_trees_all_close(alone, masked(*soiled, q_mask, kv_mask), rtol=1e-5, atol=1e-6)
+    nothing = masked(q, k, np.zeros(40, bool), np.zeros(32, bool))
     chex.assert_trees_all_close(nothing, Proposal.standard(6), atol=1e-6)
 
 
@@ -133,7 +135,7 @@ def importance_sampled(q, k, v, z, proposal, scale):
 def test_values_and_gradients_are_those_of_importance_sampling(x64):
     q, k, v = uneven_head(jnp.float64)
     z = gaussian_projection(jax.random.key(0), 12, 6, jnp.float64)
-    proposal = jax.tree.map(lambda x: x.astype(jnp.float64), PROPOSAL)
+    proposal = jax.tree.map(lambda x: as_array(x, jnp.float64), PROPOSAL)
 
     def pulled(function):
         def loss(q, k, v, proposal):
@@ -149,33 +151,40 @@ def test_values_and_gradients_are_those_of_importance_sampling(x64):
 
 def test_each_key_head_has_its_own_and_decoding_agrees():
     query, key, value = random_heads(3, 2, 21, 21, 4, 2, 6)
-    grouped = query.reshape(2, 21, 2, 2, 6).transpose(2, 0, 1, 3, 4).reshape(2, -1, 6)
+    grouped = np.asarray(query).reshape(2, 21, 2, 2, 6).transpose(2, 0, 1, 3, 4).reshape(2, -1, 6)
     fit = jax.jit(jax.vmap(fit_proposal.__wrapped__))
-    proposals = fit(grouped, key.transpose(2, 0, 1, 3).reshape(2, -1, 6))
+    proposals = fit(grouped, np.asarray(key).transpose(2, 0, 1, 3).reshape(2, -1, 6))
     options = {"method": "favor", "num_features": 8, "block_size": 4, "is_causal": True}
     out = jax.jit(lambda *x: attention(*x, rng=jax.random.key(1), per_head={"proposal": proposals}, **options))(
         query, key, value
     )
     decoder = HeadsDecoder("favor", num_kv_heads=2, head_dim=6, num_features=8, block_size=4)
-    cache = decoder.init(2, jax.random.key(1), per_head={"proposal": proposals})
-    first, cache = jax.jit(decoder.extend)(cache, query[:, :20], key[:, :20], value[:, :20])
-    last, _ = jax.jit(decoder.extend)(cache, query[:, 20:], key[:, 20:], value[:, 20:])
-    chex.assert_trees_all_close(jnp.concatenate([first, last], axis=1), out, atol=1e-5)
+    init = jax.jit(lambda rng, proposals: decoder.init(2, rng, per_head={"proposal": proposals}))
+    cache = init(jax.random.key(1), proposals)
+    before, after = ([np.asarray(x)[:, part] for x in (query, key, value)] for part in (slice(20), slice(20, None)))
+    first, cache = jax.jit(decoder.extend)(cache, *before)
+    last, _ = jax.jit(decoder.extend)(cache, *after)
+    np.testing.assert_allclose(np.concatenate([first, last], axis=1), out, atol=1e-5)
     with pytest.raises(NotImplementedError, match="'eva' does not support noise while decoding, got an array of shape"):
         HeadsDecoder("eva", num_kv_heads=2, head_dim=6).init(2, per_head={"noise": jnp.zeros((2, 3, 6))})
     # One head alone, with its projection and its proposal.
-    own = jax.tree.map(lambda x: x[1], proposals)
-    projection = bind("favor", {"num_features": 8}).draw(jax.random.key(1), 2, 6)["projection"][1]
+    own = jax.tree.map(lambda x: as_array(np.asarray(x)[1]), proposals)
+    drawn = jax.jit(lambda rng: bind("favor", {"num_features": 8}).draw(rng, 2, 6)["projection"])(jax.random.key(1))
+    projection = as_array(np.asarray(drawn)[1])
     options = {"projection": projection, "proposal": own, "block_size": 4, "is_causal": True}
-    one = favor(query[1, :, 3], key[1, :, 1], value[1, :, 1], **options)
-    chex.assert_trees_all_close(out[1, :, 3], one, atol=1e-5)
+    one = favor(*(as_array(np.asarray(x)[1, :, head]) for x, head in ((query, 3), (key, 1), (value, 1))), **options)
+    np.testing.assert_allclose(np.asarray(out)[1, :, 3], one, atol=1e-5)
 
 
 def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
-    q, k, _ = uneven_head(jnp.float64)
-    q = q * jnp.linspace(0.5, 3, 6)[None, :] + 0.3 * jnp.roll(q, 1, axis=1)
-    k = k + 0.1 * random_head(6, 32, 1, 6, dtype=jnp.float64)[0]
-    maps = balancing_maps(q, k)
+    q, k, _ = (np.asarray(x) for x in uneven_head(jnp.float64))
+    q = q * np.linspace(0.5, 3, 6) + 0.3 * np.roll(q, 1, axis=1)
+    k = k + 0.1 * np.asarray(random_head(6, 32, 1, 6, dtype=jnp.float64)[0])
+
+    def balanced(q, k, dtype=jnp.float64, **masks):
+        return [np.asarray(x) for x in balancing_maps(as_array(q, dtype), as_array(k, dtype), **masks)]
+
+    maps = balanced(q, k)
     np.testing.assert_allclose((q @ maps[0]) @ (k @ maps[1]).T, q @ k.T, atol=1e-10)
 
     def covariances(a, b):
@@ -190,23 +199,24 @@ def test_balanced_queries_and_keys_have_the_least_eigenvalues(x64):
         other = np.eye(6) + 0.3 * RANDOM.normal(size=(6, 6))
         assert np.all(np.linalg.eigvalsh(sum(covariances(other, np.linalg.inv(other).T))) > least - 5e-3 * least[-1])
     # In float32 too, if both variances spread over many orders of magnitude along the same axes.
-    spread = jnp.logspace(-3, 3, 6, dtype=jnp.float32)[None, :]
-    wide_q, wide_k = (x.astype(jnp.float32) * spread for x in random_head(7, 40, 32, 6)[:2])
-    map_q, map_k = balancing_maps(wide_q, wide_k)
+    spread = np.logspace(-3, 3, 6, dtype=np.float32)
+    wide_q, wide_k = (np.asarray(x) * spread for x in random_head(7, 40, 32, 6)[:2])
+    map_q, map_k = balanced(wide_q, wide_k, jnp.float32)
     logits = wide_q @ wide_k.T
-    mapped, largest = (wide_q @ map_q) @ (wide_k @ map_k).T, float(jnp.max(jnp.abs(logits)))
+    mapped, largest = (wide_q @ map_q) @ (wide_k @ map_k).T, np.max(np.abs(logits))
     np.testing.assert_allclose(mapped, logits, atol=1e-4 * largest)
     # Padding is ignored, and equal rows are left unchanged.
-    broken = balancing_maps(q.at[30:].set(jnp.nan), k, q_mask=jnp.arange(40) < 30)
-    chex.assert_trees_all_close(broken, balancing_maps(q[:30], k), atol=1e-12)
-    alike = balancing_maps(jnp.ones((3, 6)), jnp.ones((2, 6)))
-    chex.assert_trees_all_close(alike, (jnp.eye(6), jnp.eye(6)), atol=1e-6)
+    real = np.arange(40) < 30
+    broken = balanced(np.where(real[:, None], q, np.nan), k, q_mask=as_array(real, bool))
+    chex.assert_trees_all_close(broken, balanced(q[real], k), atol=1e-12)
+    alike = balanced(np.ones((3, 6)), np.ones((2, 6)), jnp.float32)
+    chex.assert_trees_all_close(alike, [np.eye(6)] * 2, atol=1e-6)
 
 
 def test_a_proposal_in_half_precision_is_computed_in_float32():
     q, k, v = random_head(5, 8, 9, 6)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PROPOSAL)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    half = jax.tree.map(lambda x: as_array(x, jnp.bfloat16), PROPOSAL)
+    wide = jax.tree.map(as_array, half)
     outs, errors = (
         [f(x) for x in (half, wide)]
         for f in (
@@ -219,7 +229,8 @@ def test_a_proposal_in_half_precision_is_computed_in_float32():
 
 
 def test_errors_are_less_where_channels_are_unequal():
-    q, k, v = (x * jnp.array([[2.5, 2.5, 0.3, 0.3, 0.3, 0.3]]) for x in random_head(5, 64, 64, 6))
+    unequal = np.array([2.5, 2.5, 0.3, 0.3, 0.3, 0.3])
+    q, k, v = (as_array(np.asarray(x) * unequal) for x in random_head(5, 64, 64, 6))
     truth, proposal = brute_force(q, k, v)[0], fit_proposal(q, k)
     errors = np.array(
         [
