@@ -144,11 +144,9 @@ def compare(
     if exact_lse is None:
         raise ValueError("the exact configuration must also return log-normalisers")
     window_out, window_lse = real_rows(window_program(query, key, value, window.draw(keys_rngs[0])))
-    # The sums over keys beyond the window relative to the exact normaliser: the exact output minus the window's share.
-    far_part = _flat(exact_out) - _flat(window_out, window_lse - exact_lse)
-    far_norm = jnp.linalg.norm(far_part)
+    far_norm, exact_norm = _far_norms(exact_out, exact_lse, window_out, window_lse)
     # Anything smaller is rounding error, relative to which an error is meaningless.
-    window_misses = bool(far_norm > 1e-5 * jnp.linalg.norm(_flat(exact_out)))
+    far_norm = far_norm if far_norm > 1e-5 * exact_norm else None
 
     kv_bytes = key.shape[1] * (key.shape[-1] * key.dtype.itemsize + value.shape[-1] * value.dtype.itemsize)
     errors: list[list[tuple[float | None, ...]]] = []
@@ -189,14 +187,8 @@ def compare(
             start = time.perf_counter()
             result = jax.block_until_ready(function(query, key, value, random))
             seconds.append(time.perf_counter() - start)
-            out, lse = real_rows(result)
-            relative, worst_row = output_error(out, exact_out)
-            normalizer, far = None, None
-            if lse is not None:
-                normalizer = jnp.sqrt(jnp.mean((lse - exact_lse) ** 2))
-                if window_misses:
-                    far = jnp.linalg.norm(_flat(out, lse - exact_lse) - _flat(exact_out)) / far_norm
-            errors[-1].append(tuple(None if x is None else float(x) for x in (relative, worst_row, normalizer, far)))
+            measured = _errors(*real_rows(result), exact_out, exact_lse, far_norm)
+            errors[-1].append(tuple(None if x is None else float(x) for x in measured))
         first_timings.append(Timing(min(seconds), statistics.median(seconds)))
         on_row(comparison(i, first_timings))
 
@@ -208,6 +200,30 @@ def compare(
     timings = list(time_interleaved(calls, rounds=rounds).values())
     on_progress("done", steps, steps)
     return [comparison(i, timings) for i in range(len(arms))]
+
+
+# Compiled, because each operation on outputs of another shape would be a program.
+@jax.jit
+def _errors(
+    out: Array, lse: Array | None, exact_out: Array, exact_lse: Array, far_norm: Array | None
+) -> tuple[Array | None, ...]:
+    """The relative, worst-row, normaliser and far errors of a `Comparison`."""
+    relative, worst_row = output_error(out, exact_out)
+    if lse is None:
+        return relative, worst_row, None, None
+    normalizer = jnp.sqrt(jnp.mean((lse - exact_lse) ** 2))
+    if far_norm is None:
+        return relative, worst_row, normalizer, None
+    far = jnp.linalg.norm(_flat(out, lse - exact_lse) - _flat(exact_out)) / far_norm
+    return relative, worst_row, normalizer, far
+
+
+@jax.jit
+def _far_norms(exact_out: Array, exact_lse: Array, window_out: Array, window_lse: Array) -> tuple[Array, Array]:
+    """The norms of the sums over keys beyond the window, relative to the exact normaliser, and of the exact outputs."""
+    exact = _flat(exact_out)
+    # The exact output minus the window's share.
+    return jnp.linalg.norm(exact - _flat(window_out, window_lse - exact_lse)), jnp.linalg.norm(exact)
 
 
 def _flat(out: Array, log_weight: Array | None = None) -> Array:
