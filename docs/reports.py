@@ -1,7 +1,6 @@
 """The committed reports as pages of the site: verdicts first, and tables that fit a screen."""
 
 import pathlib
-import re
 
 from docs.tables import ROOT, verdict_table
 
@@ -35,22 +34,5 @@ def pages(docs: pathlib.Path) -> dict[str, str]:
 
 
 def family_page(text: str) -> str:
-    """A report of a family with the verdict of each claim first, and sources and notes in a second table."""
-    head = "| claim"
-    lines, claims = text.replace("](../", "](../../experiments/").splitlines(), []
-    start = next((i for i, line in enumerate(lines) if line.startswith(head)), None)
-    if start is not None:
-        end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-        claims, lines[start:end] = [cells(line) for line in lines[start + 2 : end]], ["CLAIMS"]
-    first = [f"| {n} | {claim[3]} | {claim[0]} | {claim[1]} | {claim[2]} |" for n, claim in enumerate(claims, 1)]
-    second = [f"| {n} | {claim[4]} | {claim[5]} |" for n, claim in enumerate(claims, 1)]
-    tables = [
-        "## Verdicts", "", "| | verdict | claim | measured | range |", "|:--|:--|:--|:--|:--|", *first, "",
-        "## Sources and notes", "", "| | source and its claim | notes |", "|:--|:--|:--|", *second,
-    ]  # fmt: skip
-    return WIDE + "\n".join("\n".join(tables) if line == "CLAIMS" else line for line in lines) + "\n"
-
-
-def cells(line: str) -> list[str]:
-    """The cells of a row of a Markdown table."""
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+    """A report of a family, with the places of its figures as the site has them."""
+    return WIDE + text.replace("](../", "](../../experiments/")

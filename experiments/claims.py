@@ -133,6 +133,11 @@ class Claim:
                 )
 
     @property
+    def of_a_paper(self) -> bool:
+        """Whether a paper claims it; else it is a target, a check or a derivation of this library."""
+        return not self.paper.startswith("none")
+
+    @property
     def parts(self) -> list["Claim | Ground"]:
         """The claim and its grounds: each has a metric, and may have one that it is compared with."""
         return [self, *self.ground]
@@ -215,6 +220,8 @@ def judge(claim: Claim, places: Places = COMMITTED) -> Finding:
         verdict = _verdict(claim.reproduced, values, mean, half)
         if len(values) == 1 and not half and not claim.certain:
             # One run says nothing about the next.
+            if verdict == "not reproduced":
+                missing.append("one run outside the range, without an interval")
             verdict, ordering = (_at_most_suggested(found) for found in (verdict, ordering))
         if missing:
             verdict, ordering = "no ground", None if ordering is None else "no ground"

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from approx_attention.evaluation import figure_style, markdown_table, write_atomically
 from experiments.check import section
-from experiments.claims import SCALES, Finding, Verdict, device_name, judge, read_claims
+from experiments.claims import SCALES, Claim, Finding, Verdict, device_name, judge, read_claims
 from experiments.config import ConfigError, checked, load_yaml
 from experiments.results import Result, frame
 from experiments.show import code, count, markdown
@@ -41,7 +41,7 @@ def pages(root: pathlib.Path) -> dict[str, str]:
         parts = [
             f"# {family.replace('_', ' ').capitalize()}",
             stories.get(family, ""),
-            _claims_table(own, details=True),
+            *_verdicts(own),
         ]
         for one in shown:
             if one[0].family == family:
@@ -117,6 +117,9 @@ def _front(
     unrun: Sequence[str],
 ) -> str:
     every = [result for _, results in shown for result in results]
+    of_papers = [finding for finding in findings if finding.claim.of_a_paper]
+    decided = sum(finding.verdict in ("reproduced", "not reproduced") for finding in of_papers)
+    added = [study.name for study, _ in shown if study.added_seeds]
     hours = sum(result.seconds for result in every) / 3600
     counts = {family: Counter(f.verdict for f in findings if _family(f) == family) for family in families}
     parts = [
@@ -126,8 +129,14 @@ def _front(
         "`experiments/results/`; do not edit. A claim is *reproduced* if the whole 95 % interval of its figure lies in "
         "the range that was written before the runs, *suggested* if a part of it does or if one run without an "
         "interval does, *not reproduced* if none does. It has *no ground* if what must hold before it can be decided "
-        "does not, and it is *not run* without a complete set of runs. Figures are means over "
-        f"seeds ± half of their 95 % interval. The {len(every)} runs took {hours:.1f} hours.",
+        "does not, or if one run without an interval lies outside the range, and it is *not run* without a complete "
+        "set of runs. Figures are means over seeds ± half of their 95 % interval, or of that of a fit if there is one "
+        f"seed. The {len(every)} runs took {hours:.1f} hours.",
+        f"Of the {len(findings)} claims, {len(of_papers)} are those of papers, and {decided} of these are decided "
+        f"(reproduced or not): {100 * decided / max(1, len(of_papers)):.0f} %. The others are targets and derivations "
+        "of this library.",
+        f"In {count(len(added), 'study', 'studies')} seeds were added after results had been seen, so that the "
+        f"intervals there are narrower than 95 % intervals: {', '.join(added) or 'none'}.",
         markdown_table(
             ["family", *VERDICTS],
             [
@@ -141,24 +150,43 @@ def _front(
             parts += [f"## {family.replace('_', ' ').capitalize()}", _claims_table(own)]
     waiting = ", ".join(code(f"configs/{name}.yaml") for name in unrun)
     parts += ["## Never run", f"The scale `gpu` of these studies has no result: {waiting or 'none'}."]
+    parts += [f"## {name.capitalize()}\n\n{stories[name]}" for name in ("not done", "dropped") if name in stories]
     return "\n\n".join(parts) + "\n"
 
 
-def _claims_table(findings: Sequence[Finding], *, details: bool = False) -> str:
-    """The claims with their verdicts; with details also who claims what, where, and what was tried."""
+def _verdicts(findings: Sequence[Finding]) -> list[str]:
+    """The claims of a family with their verdicts, and then who claims what, where, and what was tried."""
     if not findings:
-        return ""
-    rows = []
-    for finding in findings:
-        claim = finding.claim
-        row = [claim.statement, _figure(finding), _wanted(claim), _said(finding)]
-        if details:
-            notes = [finding.grounds and f"ground: {finding.grounds}", claim.moved and f"range changed: {claim.moved}"]
-            notes += [f"tried: {claim.tried}" if claim.tried and finding.verdict != "reproduced" else ""]
-            row += [f"{claim.paper}: {claim.where}; {claim.claimed}", "; ".join(filter(None, notes))]
-        rows.append(row)
-    more = ["source and what it says", "notes"] if details else []
-    return markdown(["claim", "measured", "range", "verdict", *more], rows)
+        return []
+    notes = [[str(n), _source(finding.claim), _notes(finding)] for n, finding in enumerate(findings, 1)]
+    return [
+        "## Verdicts",
+        _claims_table(findings),
+        "In this table, ± is half of the 95 % interval: over seeds, or of the fit if there is one seed. In the tables "
+        "of the studies below, it is one standard deviation over seeds.",
+        "## Sources and notes",
+        markdown(["", "source and its claim", "notes"], notes),
+    ]
+
+
+def _claims_table(findings: Sequence[Finding]) -> str:
+    rows = [
+        [str(n), _said(finding), finding.claim.statement, _figure(finding), _wanted(finding.claim)]
+        for n, finding in enumerate(findings, 1)
+    ]
+    return markdown(["", "verdict", "claim", "measured", "range"], rows)
+
+
+def _source(claim: Claim) -> str:
+    return f"{claim.paper}: {claim.where}; {claim.claimed}"
+
+
+def _notes(finding: Finding) -> str:
+    claim, added = finding.claim, finding.study.added_seeds if finding.study else ""
+    notes = [finding.grounds and f"ground: {finding.grounds}", claim.moved and f"range changed: {claim.moved}"]
+    notes += [added and f"seeds added: {added}"]
+    notes += [f"tried: {claim.tried}" if claim.tried and finding.verdict != "reproduced" else ""]
+    return "; ".join(filter(None, notes))
 
 
 def _figure(finding: Finding) -> str:
@@ -166,10 +194,10 @@ def _figure(finding: Finding) -> str:
         return ""
     mean, half = finding.measured
     shown = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
-    return "never" if math.isinf(mean) else shown + (f" ± {half:.2g}" if half else "")
+    return "not reached" if math.isinf(mean) else shown + (f" ± {half:.2g}" if half else "")
 
 
-def _wanted(claim: Any) -> str:
+def _wanted(claim: Claim) -> str:
     against = claim.against
     if against and against.by == "gap":
         return f"{claim.reproduced} (of the gap between {against} and {against.to})"
@@ -213,12 +241,14 @@ def _study(study: Study, results: Sequence[Result]) -> Iterable[str]:
     """One study: its setting, its tables, and its figure."""
     machine, total = results[0].machine, len(study.configurations) * len(study.seeds)
     devices = " and ".join(dict.fromkeys(device_name(result.machine) for result in results))
-    incomplete = "" if len(results) == total else f" Incomplete: {len(results)} of {total} runs."
-    minutes = sum(result.seconds for result in results) / 60
+    minutes = round(sum(result.seconds for result in results) / 60)
+    without = [name for name in study.configurations if not any(result.configuration == name for result in results)]
+    lacking = f"; none of {', '.join(map(code, without))}" if without else ""
+    incomplete = "" if len(results) == total else f" Incomplete: {len(results)} of {total} runs{lacking}."
     yield f"## {study.name}"
     yield (
         f"{study.about} {devices}, {machine['processor_cores']} cores, Python {machine['python']}, jax "
-        f"{machine['jax']}; {count(len(study.seeds), 'seed')}, {minutes:.0f} minutes in all.{incomplete}"
+        f"{machine['jax']}; {count(len(study.seeds), 'seed')}, {count(minutes, 'minute')} in all.{incomplete}"
     )
     yield from study.module.table(frame(results))
     yield f"![{study.name}](../plots/{_plot(study)})"

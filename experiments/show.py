@@ -28,14 +28,18 @@ def parts(records: Frame, by: str = "configuration") -> Iterable[tuple[Any, Fram
 
 
 def spread(figures: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, with three decimals."""
+    """Mean and standard deviation over seeds, with three decimals; an infinite figure is a size that none reached."""
     mean = statistics.fmean(figures)
+    if math.isinf(mean):
+        return "not reached"
     return f"{mean:.3f}" if len(figures) == 1 else f"{mean:.3f} ± {_deviation(figures):.3f}"
 
 
 def significant(figures: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, with two significant digits."""
+    """Mean and standard deviation over seeds, with two significant digits, as `spread`."""
     mean = statistics.fmean(figures)
+    if math.isinf(mean):
+        return "not reached"
     return f"{mean:.2g}" if len(figures) == 1 else f"{mean:.2g} ± {_deviation(figures):.1g}"
 
 
@@ -71,9 +75,9 @@ def interval(value: float, half_width: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f} ± {half_width:.2f}"
 
 
-def count(number: int, what: str) -> str:
-    """A number of things: 1 seed, 2 seeds."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def count(number: int, what: str, plural: str = "") -> str:
+    """A number of things: 1 seed, 2 seeds, 2 studies."""
+    return f"{number} {what if number == 1 else plural or f'{what}s'}"
 
 
 def code(name: Any) -> str:

@@ -45,7 +45,7 @@ SCALES = ("smoke", "cpu", "gpu")
 # What a file and each of its scales hold.
 Settings = dict[str, Any]
 # The keys of a file that are no settings; those of a scale are the middle two.
-KEYS = ("about", "module", "configurations", "seeds", *SCALES)
+KEYS = ("about", "module", "configurations", "seeds", "added_seeds", *SCALES)
 # What a module of a study has; its Config may have a method `trains` for the trainings that are checked before any run.
 PARTS = ("Config", "run", "table", "figure")
 
@@ -75,6 +75,7 @@ class Study:
         settings: of all configurations, by key.
         configurations: in which settings each differs, by dotted key.
         seeds: of each configuration.
+        added_seeds: why some of them were added after results had been seen, if they were.
     """
 
     path: pathlib.Path
@@ -85,6 +86,7 @@ class Study:
     settings: Mapping[str, Any]
     configurations: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
+    added_seeds: str = ""
 
     @property
     def family(self) -> str:
@@ -131,6 +133,7 @@ def read_study(place: str | pathlib.Path, scale: str) -> Study:
         overridden(settings, own, str(path)),
         _configurations(path, by_scale["configurations"]),
         _seeds(path, by_scale["seeds"]),
+        " ".join(str(content.get("added_seeds", "")).split()),
     )
 
 

@@ -192,12 +192,8 @@ def test_the_losses_on_the_pages_are_those_of_the_study():
     assert set(found) <= set(METHODS)
 
 
-def test_a_report_on_the_site_begins_with_the_verdicts():
-    made = reports.family_page("# F\n\n| claim | measured | range | verdict | source | notes |\n|--|--|--|--|--|--|\n"
-                               "| c | 1 | at most 2 | **reproduced** | s | n |\n\nMore.")  # fmt: skip
-    assert "| 1 | **reproduced** | c | 1 | at most 2 |" in made
-    assert "| 1 | s | n |" in made
-    assert made.rstrip().endswith("More.")
+def test_a_report_on_the_site_shows_the_committed_figures():
+    assert "](../../experiments/plots/f.png)" in reports.family_page("# F\n\n![f](../plots/f.png)\n")
 
 
 def docstrings():

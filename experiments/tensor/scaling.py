@@ -16,7 +16,7 @@ from approx_attention.evaluation import time_interleaved
 from experiments.config import Count, Seeded, Several, Whole
 from experiments.fits import slope
 from experiments.results import Frame, Record
-from experiments.show import having
+from experiments.show import having, significant
 from experiments.tensor import times
 from experiments.tensor.inputs import small_logits
 
@@ -113,10 +113,10 @@ def table(records: Frame) -> Iterable[str]:
 
     def faster(name: str, own: Frame) -> str:
         same = (crossings["method"] == name) & (crossings["configuration"] == own["configuration"].iloc[0])
-        return "".join(
-            f"{'never' if math.isinf(at) else f'{at:.0f}'} ({by:.0f})"
-            for at, by in crossings[same][["crossover", "crossover_of_flops"]].itertuples(index=False)
-        )
+        if not same.any():
+            return ""
+        measured, by_operations = (list(crossings[same][figure]) for figure in ("crossover", "crossover_of_flops"))
+        return f"{significant(measured)} ({by_operations[0]:.0f})"
 
     yield from times.table(records, "a call by the number of tokens", {"faster from n (by operations)": faster})
 

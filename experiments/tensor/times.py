@@ -12,7 +12,7 @@ from experiments.show import curves, having, milliseconds, parts, pivot, slopes
 def table(records: Frame, title: str, more: Mapping[str, Any] | None = None) -> Iterable[str]:
     """Milliseconds by length, and exponents, by configuration."""
     for name, own in parts(records):
-        yield f"`{name}`: milliseconds of {title}, slope of log time with its 95 % interval"
+        yield f"`{name}`: milliseconds of {title}, slope of log time"
         times = having(own, "seconds").sort_values("length", kind="stable")
         yield pivot(
             times,

@@ -11,7 +11,7 @@ from scipy import stats
 from experiments import claims, report
 from experiments.config import ConfigError, resolve
 from experiments.results import Result
-from experiments.studies import COMMITTED, ROOT, Places, has_scale, read_study
+from experiments.studies import COMMITTED, ROOT, Places, every_study, has_scale, read_study
 
 pytestmark = pytest.mark.usefixtures("models")
 
@@ -89,6 +89,15 @@ def test_one_run_without_an_interval_suggests_and_no_more():
     assert found == {
         ("break_even", False): "suggested", ("break_even", True): "reproduced", ("slope", False): "reproduced"
     }  # fmt: skip
+
+
+def test_one_run_without_an_interval_refutes_nothing():
+    metric = {"configuration": "bidirectional-forward", "figure": "break_even", "where": {"method": "favor"}}
+    record = {**RECORD, "study": "harness/long_context", "against": None, "ordering": None, "metric": metric}
+    for certain, verdict in ((False, "no ground"), (True, "not reproduced")):
+        changes = {"reproduced": {"at_most": 0.5}, "certain": certain}
+        finding = claims.judge(resolve(claims.Claim, {**record, **changes}, {}, "claim"))
+        assert (finding.verdict, "one run outside the range" in finding.grounds) == (verdict, not certain)
 
 
 def test_a_gate_is_asked_in_deviations_over_seeds(tmp_path):
@@ -187,6 +196,18 @@ def test_the_pages_are_written_with_their_plots(tmp_path):
 def test_the_pages_follow_from_the_committed_runs():
     for name, text in report.pages(EXPERIMENTS).items():
         assert (EXPERIMENTS / name).read_text() == text, f"{name} is stale: run `python -m experiments report`"
+
+
+def test_seeds_that_were_added_are_told():
+    texts = report.pages(EXPERIMENTS)
+    added = [name for name in every_study("cpu") if read_study(name, "cpu").added_seeds]
+    assert added
+    for name in added:
+        assert name in texts["RESULTS.md"].partition("seeds were added after results")[2].partition("\n")[0]
+        told = f"seeds added: {read_study(name, 'cpu').added_seeds}"
+        every = claims.read_claims(EXPERIMENTS / "claims.yaml")
+        own = [claim for claim in every if claim.study == name and claims.judge(claim).study]
+        assert texts[f"{name.partition('/')[0]}/RESULTS.md"].count(told) >= len(own)
 
 
 def test_every_result_on_file_is_of_a_run_of_today():
