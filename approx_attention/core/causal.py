@@ -109,7 +109,13 @@ class RunningSummary(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive tokens that are attended exactly: ``k [b, D]``, ``v [b, Dv]`` and the mask of real tokens."""
+    """Consecutive tokens that are attended exactly.
+
+    Attributes:
+        k: keys ``[b, D]``.
+        v: values ``[b, Dv]``.
+        kv_mask: true where a key is real ``[b]``.
+    """
 
     k: Array
     v: Array
@@ -117,15 +123,25 @@ class Block(NamedTuple):
 
     @classmethod
     def empty(cls, block_size: int, head_dim: int, value_dim: int, dtype: Any) -> Self:
-        """A block without real tokens."""
+        """A block without real tokens: zeros, and a mask that is false.
+
+        Args:
+            block_size: the number b of tokens.
+            head_dim: the number D of channels of keys.
+            value_dim: the number Dv of channels of values.
+            dtype: dtype of keys and values.
+        """
         zeros = jnp.zeros((block_size, head_dim), dtype), jnp.zeros((block_size, value_dim), dtype)
         return cls(*zeros, jnp.zeros((block_size,), bool))
 
 
 class Past(NamedTuple):
-    """The tokens before a block of queries: the block just before, and the summary of the prefix before that block.
+    """The tokens before a block of queries: the block just before, and the prefix before that block.
 
-    A prefix of None is known to be empty when tracing: the queries are in the first or second block of a sequence.
+    Attributes:
+        before: the `Block` just before; without real tokens if there is none.
+        prefix: the state of the `RunningSummary` for all blocks before that. None if it is known to be empty when
+            tracing: the queries are in the first or second block of a sequence.
     """
 
     before: Block
@@ -133,7 +149,15 @@ class Past(NamedTuple):
 
     @classmethod
     def empty(cls, running: RunningSummary, block_size: int, head_dim: int, value_dim: int, dtype: Any) -> Self:
-        """The past of the first block."""
+        """The past of the first block: no tokens, and the summary of an empty prefix.
+
+        Args:
+            running: the summary of the prefix.
+            block_size: the number b of tokens per block.
+            head_dim: the number D of channels of keys.
+            value_dim: the number Dv of channels of values.
+            dtype: dtype of keys, values and the summary.
+        """
         before = Block.empty(block_size, head_dim, value_dim, dtype)
         return cls(before, running.init(value_dim, dtype))
 
@@ -203,7 +227,15 @@ def causal_state_by_place(
     kv_mask: Array | None = None,
     scale: float | Array = 1.0,
 ) -> AttentionState:
-    """`causal_state` with blocks over all positions, including padding: for patterns, which are over positions."""
+    """`causal_state` with blocks over all positions, including padding: for patterns, which are over positions.
+
+    Arguments and result are those of `causal_state`. Only the scale is checked. Padding takes positions in blocks, and
+    queries at these positions attend like others.
+
+    Raises:
+        TypeError: a scale that is not one number.
+        ValueError: a concrete scale that is not positive and finite.
+    """
     num_queries, num_keys = q.shape[0], min(q.shape[0], k.shape[0])
     # Scaled keys vary over mapped axes where the scale does, and so do their summaries.
     k = along_with(k, scale) if isinstance(scale, Array) else k
@@ -291,7 +323,15 @@ def scan_blocks(
 
 
 def state_of_blocks(running: RunningSummary, blocks: Block) -> Any:
-    """The state of the running summary after all of the given first blocks of a sequence."""
+    """The state of the running summary after the first blocks of a sequence.
+
+    Args:
+        running: the summary of the prefix.
+        blocks: keys, values and masks of n full blocks, stacked: ``[n, b, D]``, ``[n, b, Dv]`` and ``[n, b]``.
+
+    Returns:
+        The state after all n blocks, for `RunningSummary.read`.
+    """
     starts = jnp.arange(blocks.kv_mask.shape[0], dtype=jnp.int32) * blocks.kv_mask.shape[1]
     empty = running.init(blocks.v.shape[-1], blocks.v.dtype)
 
@@ -398,7 +438,15 @@ def _started(running: RunningSummary, past: Past) -> Past:
 
 
 def append_all_of(running: RunningSummary) -> Callable[..., Any]:
-    """`RunningSummary.append_all`, by default one block after the other."""
+    """`RunningSummary.append_all`, by default one block after the other.
+
+    Args:
+        running: the summary of the prefix.
+
+    Returns:
+        ``(state, starts [m], k [m, b, D], v, kv_mask) -> states``, stacked ``[m + 1, ...]``. A block with a negative
+        start leaves the state unchanged.
+    """
 
     def append(state: Any, start: Array, *block: Array) -> Any:
         return lax.cond(start >= 0, lambda state: running.append(state, start, *block), lambda state: state, state)
@@ -407,7 +455,15 @@ def append_all_of(running: RunningSummary) -> Callable[..., Any]:
 
 
 def appended_in_turn(append: Callable[..., Any]) -> Callable[..., Any]:
-    """A `RunningSummary.append_all` that appends one block after the other."""
+    """A `RunningSummary.append_all` that appends one block after the other.
+
+    Args:
+        append: ``(state, start, k, v, kv_mask) -> state``, as in `RunningSummary`.
+
+    Returns:
+        ``(state, starts [m], k [m, b, D], v, kv_mask) -> states``, stacked ``[m + 1, ...]``, the first of which is the
+        given state.
+    """
 
     def append_all(state: Any, starts: Array, *blocks: Array) -> Any:
         @keeping_choices
@@ -453,7 +509,18 @@ def _varying_alike(past: Past, blocks: Any) -> tuple[Past, Any]:
 
 
 def move_on(running: RunningSummary, past: Past, number: Array, block: Block, more: Array | bool = True) -> Past:
-    """The past of the block after number ``number``, from that block and its own past; if not ``more``, ``past``."""
+    """The past of the next block, from a block and its past.
+
+    Args:
+        running: the summary of the prefix.
+        past: the past of the block.
+        number: the number of the block in its sequence, int32.
+        block: keys, values and mask of the block.
+        more: false if no token follows the block; then its past is returned.
+
+    Returns:
+        The past of block ``number + 1``: this block, and the prefix to which the block before it was appended.
+    """
     start = (number - 1) * block.k.shape[0]
     # One condition instead of two nested ones: each stores residuals for its derivatives.
     prefix = lax.cond(

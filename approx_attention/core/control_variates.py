@@ -68,10 +68,20 @@ def control_variate_state(
 
 
 def noise_deviation(noise_scale: Literal["exact", "official"], head_dim: int) -> float:
-    r"""Standard deviation of the noise of random directions in scaled space, for `ra`, `lara` and `eva`.
+    """Standard deviation of the noise of random directions in scaled space, for `ra`, `lara` and `eva`.
 
     The theory samples from N(0, I) in scaled space. The authors' code adds such noise to unscaled queries and keys, and
     then scales by :math:`D^{-1/2}`: in scaled space its deviation is :math:`D^{-1/4}`.
+
+    Args:
+        noise_scale: ``"exact"`` for the theory, ``"official"`` for the authors' code.
+        head_dim: the number D of channels.
+
+    Returns:
+        1 or :math:`D^{-1/4}`.
+
+    Raises:
+        ValueError: an unknown ``noise_scale``.
     """
     check_choice("noise_scale", noise_scale, ("exact", "official"))
     return head_dim**-0.25 if noise_scale == "official" else 1.0

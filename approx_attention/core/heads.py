@@ -25,6 +25,15 @@ def each(function: Callable[[Any], Any], slices: Any, *, together: bool = False)
     """Map a function over the slices along the leading axis.
 
     On a CPU one slice after the other, so that its data stays in cache; elsewhere, or with ``together``, in parallel.
+    If the slices have more numbers than ``TOGETHER``, an accelerator takes them in groups.
+
+    Args:
+        function: maps one slice, a pytree like ``slices`` without the leading axis, to arrays.
+        slices: a pytree of arrays ``[n, ...]``.
+        together: map all slices in parallel on every platform, without groups.
+
+    Returns:
+        The results, stacked ``[n, ...]``.
     """
     if together:
         return jax.vmap(function)(slices)
@@ -46,13 +55,34 @@ def _at_once(function: Callable[[Any], Any], slices: Any) -> Any:
 
 
 def by_kv_head(x: Array, num_kv_heads: int) -> Array:
-    """``[B, T, K * G, D]`` as one slice per key head of every sequence, ``[B * K, T, G, D]``."""
+    """Slice heads by the key head that they share.
+
+    Args:
+        x: ``[B, T, K * G, ...]``: the G query heads of one key head are consecutive.
+        num_kv_heads: the number K of key heads.
+
+    Returns:
+        One slice per key head of every sequence, ``[B * K, T, G, ...]``; those of one sequence are consecutive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> by_kv_head(jnp.arange(4).reshape(1, 1, 4), 2).tolist()
+        [[[0, 1]], [[2, 3]]]
+    """
     x = x.reshape(*x.shape[:2], num_kv_heads, x.shape[2] // num_kv_heads, *x.shape[3:])
     return jnp.moveaxis(x, 2, 1).reshape(x.shape[0] * num_kv_heads, x.shape[1], *x.shape[3:])
 
 
 def from_kv_head(x: Array, num_kv_heads: int) -> Array:
-    """The inverse of `by_kv_head`: ``[B, T, K * G, ...]``."""
+    """The inverse of `by_kv_head`.
+
+    Args:
+        x: ``[B * K, T, G, ...]``.
+        num_kv_heads: the number K of key heads.
+
+    Returns:
+        ``[B, T, K * G, ...]``.
+    """
     x = jnp.moveaxis(x.reshape(x.shape[0] // num_kv_heads, num_kv_heads, *x.shape[1:]), 1, 2)
     return x.reshape(*x.shape[:2], num_kv_heads * x.shape[3], *x.shape[4:])
 
@@ -167,6 +197,14 @@ def over_heads(function: Callable[..., Any], static: Static, operands: Operands,
 
 def split_arrays(name: str, arguments: dict[str, Any]) -> tuple[Static, dict[str, Any]]:
     """Split arguments into static ones and those with arrays.
+
+    Args:
+        name: name of the method, for the error message.
+        arguments: the arguments by name.
+
+    Returns:
+        The static arguments as pairs of name and value, which can be hashed, and a dict of the arguments that are
+        arrays or pytrees with an array.
 
     Raises:
         TypeError: an argument of the method ``name`` is neither hashable nor contains arrays.

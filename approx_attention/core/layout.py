@@ -10,7 +10,17 @@ from approx_attention.core.checks import check_floating, check_lengths
 
 
 def check_layout(query: Array, key: Array, value: Array) -> None:
-    """Raise unless query, key and value are ``[..., T, N, D]``, ``[..., S, K, D]`` and ``[..., S, K, Dv]``."""
+    """Check arrays over batch and heads.
+
+    Args:
+        query: ``[*B, T, N, D]`` with any number of batch axes.
+        key: ``[*B, S, K, D]``; K divides N.
+        value: ``[*B, S, K, Dv]``.
+
+    Raises:
+        TypeError: arrays that are not floating point.
+        ValueError: fewer than three axes, an empty axis other than batch axes, or shapes that do not match.
+    """
     for name, x, axes in (("query", query, "T, N, D"), ("key", key, "S, K, D"), ("value", value, "S, K, Dv")):
         check_floating(name, x)
         if x.ndim < 3 or 0 in x.shape[-3:]:
@@ -32,7 +42,26 @@ def check_layout(query: Array, key: Array, value: Array) -> None:
 
 
 def split_mask(mask: Any, full: tuple[int, ...]) -> tuple[Array | None, Array | None]:
-    """Return a mask as padding ``[*B, S]`` if it is the same for all queries and heads, else as a dense mask."""
+    """Return a mask as padding if it is the same for all queries and heads, else as a dense mask.
+
+    Args:
+        mask: boolean, true where a key is visible, in a shape that broadcasts to ``full``; or None.
+        full: ``(*B, N, T, S)``.
+
+    Returns:
+        The mask of real keys ``[*B, S]`` and None, or None and the mask with as many axes as ``full``; twice None
+        without a mask.
+
+    Raises:
+        TypeError: a mask that is not boolean.
+        ValueError: a mask that does not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kv_mask, dense = split_mask(jnp.array([[[[True, False]]]]), (3, 1, 4, 2))
+        >>> kv_mask.shape, dense
+        ((3, 2), None)
+    """
     if mask is None:
         return None, None
     if getattr(mask, "dtype", None) != jnp.bool_:
@@ -54,7 +83,25 @@ def broadcast(name: str, x: Array, full: tuple[int, ...]) -> Array:
 
 
 def within(lengths: Any, size: int, batch: list[int], name: str) -> Array:
-    """A mask of the positions before each sequence's length, ``[*B, size]``."""
+    """A mask of the positions before each sequence's length.
+
+    Args:
+        lengths: integers in the shape of the batch, also as lists. A traced length above ``size`` counts as ``size``.
+        size: the number of positions.
+        batch: the batch axes ``[*B]``.
+        name: name of the argument, for error messages.
+
+    Returns:
+        The mask ``[*B, size]``.
+
+    Raises:
+        TypeError: lengths that are not integers.
+        ValueError: another shape, or a concrete length that is not in 0 to ``size``.
+
+    Example:
+        >>> within([1, 3], 3, [2], "lengths").tolist()
+        [[True, False, False], [True, True, True]]
+    """
     given = np.asarray(lengths) if isinstance(lengths, list | tuple | int) else lengths
     check_lengths(name, given, size)
     lengths = jnp.asarray(given)

@@ -56,7 +56,20 @@ def count_real(mask: Array) -> Array:
 
 
 def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) -> Array | None:
-    """The mask of real queries ``[T]``: ``q_mask`` if given, or in self-attention (T = S) that of the keys."""
+    """The mask of real queries: the given one, or in self-attention that of the keys.
+
+    Args:
+        q_mask: true where a query is real ``[T]``, or None.
+        kv_mask: true where a key is real ``[S]``, or None; only used without a ``q_mask``, if T = S.
+        num_queries: the number T of queries.
+
+    Returns:
+        The mask ``[T]``; None if all queries count as real.
+
+    Raises:
+        TypeError: a ``q_mask`` that is not boolean.
+        ValueError: a ``q_mask`` that is not ``[T]``.
+    """
     if q_mask is None:
         return query_places(kv_mask, num_queries, is_causal=False)
     check_mask("q_mask", q_mask, num_queries)
@@ -64,7 +77,17 @@ def query_mask(q_mask: Array | None, kv_mask: Array | None, num_queries: int) ->
 
 
 def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
-    """The mask of queries at positions of real keys ``[T]``; None if queries have independent positions."""
+    """The mask of queries at positions of real keys.
+
+    Args:
+        kv_mask: true where a key is real ``[S]``, or None.
+        num_queries: the number T of queries.
+        is_causal: whether query t is at the position of key t also for T != S. Queries after the last key are not in
+            padding.
+
+    Returns:
+        The mask ``[T]``; None without a ``kv_mask``, and where queries have independent positions (T != S, not causal).
+    """
     if kv_mask is None or (kv_mask.shape[0] != num_queries and not is_causal):
         return None
     # Queries after the last key are not in padding.
@@ -72,7 +95,16 @@ def query_places(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Ar
 
 
 def placed_queries(kv_mask: Array | None, num_queries: int, is_causal: bool) -> Array | None:
-    """The mask of queries with a position among the real tokens; if causal, also those after the last real key."""
+    """The mask of queries with a position among the real tokens.
+
+    Args:
+        kv_mask: true where a key is real ``[S]``, or None.
+        num_queries: the number T of queries.
+        is_causal: as in ``query_places``. Queries after the last real key then have a position, also in padding.
+
+    Returns:
+        The mask ``[T]``; None as in ``query_places``.
+    """
     own = query_places(kv_mask, num_queries, is_causal)
     if own is None or kv_mask is None or not is_causal:
         return own
@@ -122,18 +154,46 @@ def over_real_tokens(
 
 
 def ranks(mask: Array | None, num_tokens: int) -> Array:
-    """Ranks of tokens among the real ones; padding has that of the last real token before it, or 0."""
+    """Ranks of tokens among the real ones.
+
+    Args:
+        mask: true where a token is real ``[S]``; None if all are.
+        num_tokens: the number S of tokens.
+
+    Returns:
+        The ranks, int32 ``[S]``. Padding has the rank of the last real token before it, or 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> ranks(jnp.array([False, True, False, True]), 4).tolist()
+        [0, 0, 0, 1]
+    """
     if mask is None:
         return jnp.arange(num_tokens, dtype=jnp.int32)
     return jnp.maximum(jnp.cumsum(mask, dtype=jnp.int32) - 1, 0)
 
 
 def draw_of_size(noise: Array, size: Array | int) -> Array:
-    """Rearrange noise ``[R, n, ...]`` so that its first ``size <= n`` columns equal noise ``[R, size, ...]``.
+    """Rearrange noise ``[R, n, ...]`` so that its first columns equal noise for fewer columns.
 
     A padded sequence thus gets the noise of the sequence without padding. The numbers of a counter-based generator
     (JAX's default, with ``jax_threefry_partitionable``) depend only on their position in the flat array; with other
     generators only the distributions are equal.
+
+    Args:
+        noise: independent numbers ``[R, n, ...]``.
+        size: the number of columns that count, at most n; an int or a traced int32.
+
+    Returns:
+        Noise ``[R, n, ...]``, whose first ``size`` columns equal noise ``[R, size, ...]`` of the same PRNG key. The
+        other columns contain further numbers of the given noise.
+
+    Example:
+        >>> import jax
+        >>> key = jax.random.key(0)
+        >>> noise = draw_of_size(jax.random.uniform(key, (2, 8)), 5)
+        >>> bool((noise[:, :5] == jax.random.uniform(key, (2, 5))).all())
+        True
     """
     rows, length = noise.shape[:2]
     if rows == 1:
@@ -147,6 +207,19 @@ def floor_of_share(number: Array, times: Array, over: Array) -> tuple[Array, Arr
 
     The quotient is estimated in floating point. The remainder of the estimate is small, and therefore exact in wrapping
     integer arithmetic.
+
+    Args:
+        number: a, int32 of any shape.
+        times: b, int32, not negative.
+        over: c, int32, positive.
+
+    Returns:
+        The quotient and the remainder, int32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [int(x) for x in floor_of_share(jnp.int32(99_999), jnp.int32(70_000), jnp.int32(100_000))]
+        [69999, 30000]
     """
     quotient = (number.astype(jnp.float32) * (times.astype(jnp.float32) / over.astype(jnp.float32))).astype(jnp.int32)
     missing = number * times - quotient * over

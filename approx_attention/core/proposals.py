@@ -223,7 +223,16 @@ def _moments(x: Array, mask: Array | None) -> tuple[Array, Array]:
 
 
 def check_proposal(proposal: Any, head_dim: int) -> None:
-    """Raise unless a proposal has ``head_dim`` channels; concrete numbers must be finite."""
+    """Raise unless a proposal fits heads with ``head_dim`` channels.
+
+    Args:
+        proposal: the value to check.
+        head_dim: the number D of channels.
+
+    Raises:
+        TypeError: not a `Proposal`, or arrays that are not floating point.
+        ValueError: a mean that is not ``[D]``, a root that is not ``[D, D]``, or concrete numbers that are not finite.
+    """
     if not isinstance(proposal, Proposal):
         raise TypeError(f"proposal must be a Proposal, as from fit_proposal, got {shown(proposal)}")
     for name, x, shape in (("mean", proposal.mean, (head_dim,)), ("root", proposal.root, (head_dim, head_dim))):

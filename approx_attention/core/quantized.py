@@ -82,7 +82,12 @@ _GRIDS: Mapping[int, _Grid] = {8: _Grid(_to_uniform, _of_uniform), 4: _Grid(_to_
 
 
 def check_bits(name: str, bits: Any) -> int:
-    """Return ``bits`` as an int if it is 8 or 4."""
+    """Return ``bits`` as an int if it is 8 or 4.
+
+    Raises:
+        TypeError: not an integer known when tracing.
+        ValueError: another number; ``name`` is the name of the argument in the message.
+    """
     if check_count(name, bits) not in _GRIDS:
         raise ValueError(f"{name} must be 8 or 4, got {shown(bits)}")
     return int(bits)
@@ -100,13 +105,35 @@ def _rotation(num_channels: int, seed: int) -> np.ndarray:
 
 @in_float32()
 def rotated(x: Array, seed: int) -> Array:
-    """Rows ``[..., D]`` rotated into the space in which tokens are rounded."""
+    """Rotate rows into the space in which tokens are rounded.
+
+    Args:
+        x: rows ``[..., D]``.
+        seed: seed of the signs of the rotation.
+
+    Returns:
+        Rows ``[..., D]`` with the same inner products, in the dtype of x.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[8.0, 0.0, 0.0, 0.0]])
+        >>> abs(rotated(x, 0)).tolist(), bool(jnp.allclose(rotated_back(rotated(x, 0), 0), x))
+        ([[4.0, 4.0, 4.0, 4.0]], True)
+    """
     return x @ jnp.asarray(_rotation(x.shape[-1], seed), x.dtype)
 
 
 @in_float32()
 def rotated_back(x: Array, seed: int) -> Array:
-    """The inverse of ``rotated``."""
+    """The inverse of ``rotated``.
+
+    Args:
+        x: rotated rows ``[..., D]``.
+        seed: as in ``rotated``.
+
+    Returns:
+        Rows ``[..., D]`` in the dtype of x.
+    """
     return x @ jnp.asarray(_rotation(x.shape[-1], seed).T, x.dtype)
 
 
@@ -135,7 +162,14 @@ class QuantizedRows:
 
     @classmethod
     def of(cls, x: Array, along: Array, *, bits: int, seed: int) -> Self:
-        """Quantise rows ``x [G, m, D]`` relative to multiples ``along [G, m]`` of the least-squares centres."""
+        """Quantise rows relative to given multiples of their group's centre, which is fitted by least squares.
+
+        Args:
+            x: rows ``[G, m, D]``, not rotated.
+            along: a ``[G, m]``: the multiple of the centre that is subtracted from each row.
+            bits: 8 or 4.
+            seed: seed of the rotation.
+        """
         x = rotated(x, seed)
         weight = jnp.sum(along * along, axis=1)
         centre = jnp.sum(along[..., None] * x, axis=1) / jnp.where(weight > 0, weight, 1)[:, None]
@@ -261,7 +295,26 @@ def quantize(summary: WeightedKV, *, bits: int, seed: int = 0) -> QuantizedKV:
 
 
 def quantized_bytes(num_tokens: int, head_dim: int, value_dim: int, *, bits: int, dtype: Any = jnp.float32) -> int:
-    """The `summary_bytes` of M quantised tokens with non-negative masses, with other numbers in ``dtype``."""
+    """The `summary_bytes` of quantised tokens with non-negative masses.
+
+    Args:
+        num_tokens: the number M of tokens.
+        head_dim: the number D of channels of keys.
+        value_dim: the number Dv of channels of values.
+        bits: 8 or 4.
+        dtype: dtype of steps, centres and masses.
+
+    Returns:
+        The bytes, including those of tokens that fill the last group.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import WeightedKV
+        >>> from approx_attention.core import quantize, summary_bytes
+        >>> small = quantize(WeightedKV.of_tokens(jnp.ones((200, 8)), jnp.ones((200, 8))), bits=4)
+        >>> quantized_bytes(200, 8, 8, bits=4) == summary_bytes(small)
+        True
+    """
     size = even_split(num_tokens, QUANTIZED_GROUP)[1]
     groups = -(-num_tokens // size)
     codes = sum(-(-channels * bits // 8) for channels in (head_dim, value_dim))

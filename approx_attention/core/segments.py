@@ -19,7 +19,12 @@ from approx_attention.kernels import in_blocks, pad_rows
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """M groups of tokens: ``member [M, longest]`` are indices of tokens, and ``inside`` is false for filling."""
+    """M groups of tokens by their indices, which may be static.
+
+    Attributes:
+        member: indices of tokens ``[M, longest]``.
+        inside: false for filling, in groups with fewer than the longest number of tokens ``[M, longest]``.
+    """
 
     member: np.ndarray | Array
     inside: np.ndarray | Array
@@ -44,7 +49,12 @@ class Segments:
 
 @dataclasses.dataclass(frozen=True)
 class RankedSegments:
-    """M groups of the real tokens of a sequence: ``number [S]`` is each token's group, M that of padding."""
+    """M groups of the real tokens of a sequence.
+
+    Attributes:
+        number: the group of each token, int32 ``[S]``; M for padding.
+        num_segments: the number M of groups.
+    """
 
     number: Array
     num_segments: int
@@ -98,7 +108,22 @@ def _ranked(num_segments: int, real: Array, most: Array | int | None) -> Array:
 
 
 def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array | None = None) -> Array:
-    """The matrix ``[M, S]`` whose rows average the segments of `segments_of`; M is at most S."""
+    """The matrix whose rows average the segments of `segments_of`.
+
+    Args:
+        num_tokens: the number S of positions.
+        num_segments: the number M of segments; one per token if it exceeds S.
+        dtype: dtype of the matrix.
+        real: mask of the real tokens ``[S]``; by default all are. Columns of padding are 0.
+
+    Returns:
+        The matrix ``[min(M, S), S]``. Rows sum to 1; with fewer than M real tokens the last rows are 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> averaging_matrix(4, 2, jnp.float32).tolist()
+        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
+    """
     num_segments = min(num_segments, num_tokens)
     if real is None:
         segment = jnp.asarray(np.arange(num_tokens) * num_segments // num_tokens)
@@ -109,7 +134,23 @@ def averaging_matrix(num_tokens: int, num_segments: int, dtype: Any, real: Array
 
 
 def grid_segments(shape: tuple[int, int], num_segments: int) -> Segments:
-    """Cut an image, whose pixels are the tokens row by row, into a square number of rectangles."""
+    """Cut an image into a square number of rectangles.
+
+    Args:
+        shape: height and width of the image, whose pixels are the tokens row by row.
+        num_segments: the number M of rectangles, the square of at most the shorter side.
+
+    Returns:
+        The `Segments`; sides of rectangles differ by at most one pixel.
+
+    Raises:
+        ValueError: M is not a square, or exceeds the square of the shorter side; a side below 1.
+        TypeError: a side that is not an integer.
+
+    Example:
+        >>> grid_segments((4, 4), 4).member[0].tolist()  # the upper left quarter
+        [0, 1, 4, 5]
+    """
     height, width = (check_count("spatial_shape", side) for side in shape)
     side = math.isqrt(num_segments)
     if side * side != num_segments or side > min(height, width):
@@ -144,7 +185,13 @@ def landmark_segments(num_tokens: int, num_landmarks: int, spatial_shape: tuple[
 
 
 class TokenSums(NamedTuple):
-    """Sums of keys ``[M, D]`` and values ``[M, Dv]`` over the real tokens of each segment, and their number."""
+    """Sums over the real tokens of M segments.
+
+    Attributes:
+        k: sums of keys ``[M, D]``.
+        v: sums of values ``[M, Dv]``.
+        count: numbers of real tokens ``[M]``, in the dtype of the sums.
+    """
 
     k: Array
     v: Array
@@ -152,7 +199,20 @@ class TokenSums(NamedTuple):
 
     @classmethod
     def of_tokens(cls, k: Array, v: Array, kv_mask: Array | None) -> "TokenSums":
-        """The sums of segments of one token each; padding has count 0."""
+        """The sums of segments of one token each.
+
+        Args:
+            k: keys ``[S, D]``.
+            v: values ``[S, Dv]``.
+            kv_mask: true where a key is real ``[S]``; None if all are. Padding has sums and count 0.
+
+        Returns:
+            The sums, with M = S, in the accumulation dtype.
+
+        Raises:
+            TypeError: keys or values that are not floating point, a mask that is not boolean.
+            ValueError: different numbers of keys, values and mask entries.
+        """
         tokens = WeightedKV.of_tokens(k, v, kv_mask)
         return cls(tokens.k, tokens.value_sum, tokens.mass)
 
@@ -171,7 +231,25 @@ def mean(total: Array, count: Array) -> Array:
 
 
 def segment_means(x: Array, parts: Segments | RankedSegments, mask: Array | None = None) -> Array:
-    """Means of the rows ``x [S, D]`` of each segment where ``mask`` is true; 0 for an empty one."""
+    """Means of the rows of each segment.
+
+    Args:
+        x: rows ``[S, D]``.
+        parts: M segments of S tokens.
+        mask: the rows that count ``[S]``; by default all.
+
+    Returns:
+        The means ``[M, D]`` in the accumulation dtype; 0 for a segment without rows that count.
+
+    Raises:
+        TypeError: rows that are not floating point, a mask that is not boolean.
+        ValueError: rows that are not ``[S, D]``, a mask that is not ``[S]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> segment_means(jnp.arange(4.0)[:, None], segments_of(4, 2))[:, 0].tolist()
+        [0.5, 2.5]
+    """
     # Values without channels: the sums of `TokenSums` zero padding and count real tokens.
     sums = TokenSums.of_tokens(x, x[:, :0], mask).pooled(parts)
     return mean(sums.k, sums.count)
@@ -184,7 +262,22 @@ def landmark_means(
     spatial_shape: tuple[int, int] | None = None,
     most: Array | int | None = None,
 ) -> Array:
-    """Means of the real rows ``x [S, D]`` over segments of the real tokens, or of all pixels of an image."""
+    """Means of the real rows over segments of the real tokens, or over rectangles of an image.
+
+    Args:
+        x: rows ``[S, D]``.
+        num_landmarks: the number M of segments, at most S.
+        mask: true where a row is real ``[S]``; None if all are. Pixels of an image keep their positions.
+        spatial_shape: height and width of the image whose pixels are the tokens, row by row; None for a sequence. Then
+            M is the largest square up to ``num_landmarks`` and up to that of the shorter side.
+        most: as in `segments_of`; only for a sequence with a mask.
+
+    Returns:
+        The means ``[M, D]`` in the accumulation dtype; 0 for a segment without real rows.
+
+    Raises:
+        ValueError: ``spatial_shape`` does not match S.
+    """
     # The pixels of an image keep their positions: padding may leave a rectangle with few pixels or none.
     if mask is None or spatial_shape is not None:
         return segment_means(x, landmark_segments(x.shape[0], num_landmarks, spatial_shape), mask)
@@ -222,14 +315,26 @@ def paired_means(
 
 
 class GrowingSegments(NamedTuple):
-    """Consecutive segments of ``length`` positions each, from position 0."""
+    """Consecutive segments of equal length over a growing sequence, from position 0.
+
+    Attributes:
+        sums: the `TokenSums` of M segments; those after the last token are 0.
+        length: the number of positions per segment, int32.
+    """
 
     sums: TokenSums
     length: Array
 
     @classmethod
     def empty(cls, num_segments: int, head_dim: int, value_dim: int, dtype: Any) -> "GrowingSegments":
-        """Segments without tokens."""
+        """Segments without tokens, whose length the first block sets.
+
+        Args:
+            num_segments: the number M of segments.
+            head_dim: the number D of channels of keys.
+            value_dim: the number Dv of channels of values.
+            dtype: float32 or wider.
+        """
         room = WeightedKV.empty(num_segments, head_dim, value_dim, dtype)
         return cls(TokenSums(room.k, room.value_sum, room.mass), jnp.ones((), jnp.int32))
 

@@ -27,18 +27,38 @@ def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseSketch:
-    """A dense matrix ``[M, n]``, with independent random entries or learned."""
+    """A dense matrix, with independent random entries or learned.
+
+    Attributes:
+        entries: the matrix S ``[M, n]``.
+    """
 
     entries: Array
 
     @classmethod
     def gaussian(cls, key: Array, size: int, num_rows: int) -> Self:
-        """Sample independent entries from N(0, 1/M)."""
+        """Sample independent entries from N(0, 1/M).
+
+        Args:
+            key: typed PRNG key.
+            size: the number M of rows of the matrix.
+            num_rows: the number n of rows that it sums.
+        """
         return cls(jax.random.normal(key, (size, num_rows), jnp.float32) / math.sqrt(size))
 
     @classmethod
     def signs(cls, key: Array, size: int, num_rows: int, *, sparsity: int = 1) -> Self:
-        r"""Sample entries :math:`\pm\sqrt{s/M}` with probability 1/s, else 0. Rademacher: s = 1; Achlioptas: s = 3."""
+        r"""Sample independent entries :math:`\pm\sqrt{s/M}`, each with probability 1/(2 s), else 0.
+
+        Args:
+            key: typed PRNG key.
+            size: the number M of rows of the matrix.
+            num_rows: the number n of rows that it sums.
+            sparsity: s; 1 gives Rademacher entries, 3 those of Achlioptas.
+
+        Reference:
+            :cite:p:`achlioptas2003database`.
+        """
         key_sign, key_there = jax.random.split(key)
         # A float32 probability makes samples equal with and without 64-bit mode.
         there = jax.random.bernoulli(key_there, jnp.float32(1 / sparsity), (size, num_rows))
@@ -75,7 +95,20 @@ class SparseSketch:
 
     @classmethod
     def draw(cls, key: Array, size: int, num_rows: int, *, entries: int = 1) -> Self:
-        """Sample random places and signs, ``entries`` per row."""
+        """Sample the place and the sign of each row in each block.
+
+        Args:
+            key: typed PRNG key.
+            size: the number M of sums, a multiple of ``entries``.
+            num_rows: the number n of rows that are summed.
+            entries: the number s of blocks: each row is added to one sum of each.
+
+        Raises:
+            ValueError: a size that is not a multiple of ``entries``.
+
+        Reference:
+            :cite:p:`charikar2002finding` for one block; :cite:p:`kane2014sparser`.
+        """
         if size % entries:
             raise ValueError(f"sketch_size must be a multiple of the {entries} entries per row, got {size}")
         key_place, key_sign = jax.random.split(key)
@@ -115,7 +148,19 @@ class HadamardSketch:
 
     @classmethod
     def draw(cls, key: Array, size: int, num_rows: int) -> Self:
-        """Sample random signs and rows."""
+        """Sample random signs, and rows of the transform without replacement.
+
+        Args:
+            key: typed PRNG key.
+            size: the number M of rows to keep, at most N.
+            num_rows: the number n of rows that are transformed.
+
+        Raises:
+            ValueError: a size above N, the smallest power of two of at least n.
+
+        Reference:
+            :cite:p:`ailon2009fast`; :cite:p:`tropp2011improved`.
+        """
         # Rows of the padded transform are sampled, so M may exceed n up to the power of two.
         length = _power_of_two(num_rows)
         if size > length:
@@ -153,7 +198,16 @@ class RowSample:
 
     @classmethod
     def uniform(cls, key: Array, size: int, num_rows: int) -> Self:
-        r"""Sample M of n rows without replacement, with weights :math:`\sqrt{n/M}`."""
+        r"""Sample M of n rows without replacement, with weights :math:`\sqrt{n/M}`.
+
+        Args:
+            key: typed PRNG key.
+            size: the number M of rows to keep, at most n.
+            num_rows: the number n of rows.
+
+        Raises:
+            ValueError: a size above n.
+        """
         if size > num_rows:
             raise ValueError(f"sketch_size must be at most S = {num_rows} rows, got {size}")
         chosen = jax.random.permutation(key, num_rows)[:size]
@@ -161,7 +215,19 @@ class RowSample:
 
     @classmethod
     def with_odds(cls, key: Array, size: int, log_odds: Array) -> Self:
-        r"""Sample M rows with replacement, row j with probability :math:`p_j` and weight :math:`1/\sqrt{M p_j}`."""
+        r"""Sample M rows with replacement, row j with probability :math:`p_j` and weight :math:`1/\sqrt{M p_j}`.
+
+        Args:
+            key: typed PRNG key.
+            size: the number M of sampled rows.
+            log_odds: :math:`\log p` ``[n]`` up to a constant. A row with odds of 0 is not sampled.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> sample = RowSample.with_odds(jax.random.key(0), 4, jnp.log(jnp.array([0.0, 1.0])))
+            >>> sample.chosen.tolist(), sample.weight.tolist()
+            ([1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5])
+        """
         log_p = jax.nn.log_softmax(log_odds)
         cumulative = jnp.cumsum(jnp.exp(log_p))
         # 1 - u is in (0, 1]: the first row whose cumulative odds are at least that large never has odds 0. Multiplying
@@ -223,14 +289,39 @@ def draw_sketch(key: Array, kind: str, size: int, num_rows: int) -> Sketch:
 
 
 def back(sketch: Sketch, y: Array) -> Array:
-    """Apply the transpose of a sketch: :math:`S^T y` ``[n, ...]`` for rows ``y [M, ...]``."""
+    """Apply the transpose of a sketch, :math:`S^T y`.
+
+    Args:
+        sketch: S ``[M, n]``.
+        y: rows ``[M, ...]``.
+
+    Returns:
+        Rows ``[n, ...]`` in the dtype of y. Their cost is that of ``sketch @ x``; `draw_sketch` has an example.
+    """
     # JAX transposes the fast product, so no sketch needs a second implementation.
     like = along_with(jnp.zeros((sketch.num_rows, *y.shape[1:]), y.dtype), y)
     return jax.linear_transpose(lambda x: sketch @ x, like)(y)[0]
 
 
 def hadamard_transform(x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
-    """The unnormalised Walsh-Hadamard transform H x over the first axis, whose length is a power of two."""
+    r"""The unnormalised Walsh-Hadamard transform over the first axis, in :math:`N \log N`.
+
+    .. math:: y = H_N x, \qquad H_1 = (1), \qquad H_{2N} = \begin{pmatrix} H_N & H_N \\ H_N & -H_N \end{pmatrix}.
+
+    Args:
+        x: rows ``[N, ...]``, N a power of two.
+
+    Returns:
+        The transformed rows ``[N, ...]``; applied twice it gives N x.
+
+    Raises:
+        ValueError: N is not a power of two.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> hadamard_transform(jnp.array([1.0, 2.0, 3.0, 4.0])).tolist()
+        [10.0, -2.0, -4.0, 0.0]
+    """
     length = x.shape[0]
     if length != _power_of_two(length):
         raise ValueError(f"the length must be a power of two, got {length}")
@@ -250,7 +341,15 @@ def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " 
 
     Args:
         k: rows ``[S, D]``.
-        ridge: :math:`\lambda` in units of the mean eigenvalue of :math:`K^T K`.
+        ridge: :math:`\lambda` in units of the mean eigenvalue of :math:`K^T K`, positive.
+
+    Returns:
+        The scores ``[S]`` in float32 or wider; 0 for rows of zeros.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leverages(jnp.eye(2), ridge=1.0).tolist()
+        [0.5, 0.5]
     """
     k = k.astype(accumulation_dtype(k))
     gram = k.T @ k

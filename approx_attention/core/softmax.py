@@ -22,7 +22,15 @@ def joined_state(
 ) -> AttentionState:
     """Attention over two sets of keys, values and biases as one set, by one kernel without a merge.
 
-    A query sees all far keys, and nearby keys up to index ``last + t``, or all if ``last`` is None.
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        far: keys ``[F, D]``, values ``[F, Dv]`` and biases ``[F]`` that every query sees.
+        near: the same for S nearby tokens.
+        last: query t sees nearby keys up to index ``last + t``; all if None.
+        logits_soft_cap: as in `kernels.state`.
+
+    Returns:
+        The `AttentionState` of the queries.
     """
     k, v, key_bias = (jnp.concatenate(x) for x in zip(far, near, strict=True))
     if last is None:
@@ -44,20 +52,60 @@ class SoftmaxNear:
     logits_soft_cap: float | None = None
 
     def __call__(self, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-        """The state of queries over all keys, with a bias ``[1 or T, S]``."""
+        """The state of queries over all keys.
+
+        Args:
+            q: queries ``[T, D]``.
+            k: keys ``[S, D]``.
+            v: values ``[S, Dv]``.
+            bias: bias of the logits ``[1 or T, S]``, ``HIDDEN`` for hidden keys.
+
+        Returns:
+            The `AttentionState` in the accumulation dtype.
+        """
         dtype = accumulation_dtype(q, k, v)
         root = jnp.sqrt(jnp.asarray(self.scale, dtype))
         tensors = q.astype(dtype) * root, k.astype(dtype) * root, v.astype(dtype), bias.astype(dtype)
         return dense_state(*tensors, self.logits_soft_cap)
 
     def causal(self, q: Array, k: Array, v: Array, key_bias: Array) -> AttentionState:
-        """The causal state of queries that are the last T of S tokens, with a bias ``[S]``."""
+        """The causal state of queries that are the last T of S tokens.
+
+        Args:
+            q: queries ``[T, D]``; query t sees keys j <= t + S - T.
+            k: keys ``[S, D]``.
+            v: values ``[S, Dv]``.
+            key_bias: bias of the logits of each key ``[S]``.
+
+        Returns:
+            The `AttentionState` of the queries.
+        """
         options: Any = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap}
         return kernels.state(q, k, v, key_bias, offset=k.shape[0] - q.shape[0], right=0, **options)
 
 
 def kernel_state(features: FeatureMap, q: Array, k: Array, v: Array, bias: Array) -> AttentionState:
-    """Attention with the kernel of a non-negative feature map, over all pairs; ``bias [1 or T, S]`` hides keys."""
+    r"""Attention with the kernel of a feature map over all pairs of queries and keys, in T S products of features.
+
+    .. math:: \mathrm{out}_t = \sum_j \phi(q_t) \cdot \phi(k_j)\, v_j \Big/ \sum_j \phi(q_t) \cdot \phi(k_j)
+
+    Args:
+        features: a non-negative feature map :math:`\phi`.
+        q: queries ``[T, D]``, rows of the feature map.
+        k: keys ``[S, D]``, rows of the feature map.
+        v: values ``[S, Dv]``.
+        bias: ``[1 or T, S]``; it only hides keys, where it is ``HIDDEN``.
+
+    Returns:
+        The `AttentionState` with the log-normalisers of this kernel. A query without a positive weight gives 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention.core import ReLUFeatures
+        >>> q, k = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0], [6.0, 1.0]])
+        >>> kernel_state(ReLUFeatures(jnp.eye(2), offset=0.0), q, k, jnp.eye(2), jnp.zeros((1, 2))).out.tolist()
+        [[0.25, 0.75]]
+    """
     (phi_q, log_scale_q), (phi_k, log_scale_k) = features(q), features(k)
     peak_q, peak_k = (finite_peak(jnp.max(x, axis=-1)) for x in (log_scale_q, log_scale_k))
     # A maximum per query cancels in its normaliser; keys share one, so that their weights stay comparable.

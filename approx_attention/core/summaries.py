@@ -59,7 +59,11 @@ class ChosenTokens(InSpace):
     mass: Any
 
     def state(self, q: Array) -> kernels.AttentionState:
-        """The attention of queries ``[T, D]`` in scaled space."""
+        """The attention of queries ``[T, D]`` in scaled space, each over the tokens that it chooses.
+
+        Raises:
+            NotImplementedError: in this class; every subclass defines the choice.
+        """
         raise NotImplementedError
 
 
@@ -144,7 +148,14 @@ class WeightedKV(InSpace):
 
     @classmethod
     def empty(cls, num_tokens: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Self:
-        """A summary of ``num_tokens`` absent tokens."""
+        """A summary of absent tokens: keys and values 0, with masses 0.
+
+        Args:
+            num_tokens: the number M of tokens.
+            head_dim: the number D of channels of keys.
+            value_dim: the number Dv of channels of values.
+            dtype: float32 or wider.
+        """
         zeros = jnp.zeros((num_tokens,), dtype)
         return cls(jnp.zeros((num_tokens, head_dim), dtype), jnp.zeros((num_tokens, value_dim), dtype), zeros)
 
@@ -229,14 +240,44 @@ class FeatureMoments(InSpace):
         return dataclasses.replace(self, features=None, scale=None)  # pyright: ignore[reportArgumentType]
 
     def weighted(self, log_weight: Array) -> Self:
-        """The moments with feature r times :math:`e^{b_r}`, ``log_weight [R]``."""
+        """The moments with feature r times :math:`e^{b_r}`.
+
+        The weights enter the log-scales, so that they neither over- nor underflow. Gradients reach them.
+
+        Args:
+            log_weight: b ``[R]``, finite.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from approx_attention import FeatureMoments
+            >>> from approx_attention.core import ReLUFeatures
+            >>> moments = FeatureMoments.of_tokens(ReLUFeatures(jnp.eye(2), offset=0.0), jnp.eye(2), jnp.eye(2))
+            >>> (moments.weighted(jnp.array([0.0, 1.0])).log_scale - moments.log_scale).tolist()
+            [0.0, 1.0]
+        """
         # The log-scale has no gradient; the gradient of the weights flows through a factor equal to 1.
         factor = jnp.exp(log_weight - lax.stop_gradient(log_weight))
         log_scale = self.log_scale + lax.stop_gradient(log_weight)
         return type(self)(self.value_sum * factor[:, None], self.mass * factor, log_scale, self.features, self.scale)
 
     def reweighted(self, weights: Array, features: FeatureMap) -> Self:
-        """The moments with feature r times ``weights [R]`` of any sign, for queries with another feature map."""
+        """The moments with feature r times a weight of any sign, for queries with another feature map.
+
+        The result of `attend` is empty where the weighted mass of a query is not positive.
+
+        Args:
+            weights: ``[R]``.
+            features: the feature map of the queries, of size R.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from approx_attention import FeatureMoments
+            >>> from approx_attention.core import ReLUFeatures
+            >>> features = ReLUFeatures(jnp.eye(2), offset=0.0)
+            >>> moments = FeatureMoments.of_tokens(features, jnp.eye(2), jnp.eye(2))
+            >>> moments.reweighted(jnp.array([1.0, -2.0]), features).mass.tolist()
+            [1.0, -2.0]
+        """
         if isinstance(features, PositiveFeatures):
             features = SignedFeatures(features)
         value_sum = self.value_sum * weights[:, None]
@@ -278,12 +319,28 @@ def feature_block(features: FeatureMap) -> int:
 
 
 def scaled_queries(q: Array, summary: InSpace) -> Array:
-    """Scale queries into the space of the stored keys of a summary that carries a scale."""
+    r"""Scale queries into the space of the stored keys of a summary.
+
+    Args:
+        q: queries ``[T, D]``, unscaled if the summary carries a scale, else in scaled space.
+        summary: a summary of any kind.
+
+    Returns:
+        :math:`\sqrt{s}\, q` ``[T, D]`` in the dtype of q; q itself if the summary carries no scale.
+    """
     return q if summary.scale is None else q * jnp.sqrt(summary.scale).astype(q.dtype)
 
 
 def require_scaled_space(owner: str, summary: Any) -> Any:
-    """Return a summary in scaled space. Raises ``ValueError`` if it carries a scale."""
+    """Return a summary, if it applies to queries in scaled space.
+
+    Args:
+        owner: the start of the error message: the function or class that needs such a summary.
+        summary: a summary, or an object without a ``scale``.
+
+    Raises:
+        ValueError: the summary carries a scale.
+    """
     if getattr(summary, "scale", None) is not None:
         raise ValueError(
             f"{owner} uses queries in scaled space (fold_scale), but the summary carries a scale for unscaled queries; "
@@ -322,7 +379,17 @@ def _nan_unless(same: Any, x: Array) -> Array:
 
 
 def first_blocks(blocks: WeightedKV, count: Array) -> WeightedKV:
-    """The tokens of the first ``count`` of n blocks ``[n, m, ...]``; the others are absent, with their keys kept."""
+    """The tokens of the first blocks of a sequence, as one summary.
+
+    The tokens of the other blocks are absent, with their keys kept.
+
+    Args:
+        blocks: the tokens of n blocks of m, every array stacked ``[n, m, ...]``; without a range and a scale.
+        count: the number of blocks to keep, int32.
+
+    Returns:
+        The `WeightedKV` of n m tokens.
+    """
     seen = (jnp.arange(blocks.mass.shape[0], dtype=jnp.int32) < count)[:, None]
     value_sum, mass = jnp.where(seen[..., None], blocks.value_sum, 0), jnp.where(seen, blocks.mass, 0)
     return WeightedKV(*(x.reshape(-1, *x.shape[2:]) for x in (blocks.k, value_sum, mass)))
@@ -341,7 +408,18 @@ def _merge_tokens(a: WeightedKV, b: Any) -> WeightedKV:
 
 
 def keys_as_of(a: Any, b: Any) -> Array:
-    """The stored keys of ``b`` for queries of ``a``; raises as `merge` does where the two have no space in common."""
+    """The stored keys of one summary for the queries of another.
+
+    Args:
+        a: the summary whose scale the queries carry.
+        b: a summary with keys ``[M, D]``.
+
+    Returns:
+        The keys of ``b`` times the root of its scale over that of ``a``; unchanged without scales.
+
+    Raises:
+        ValueError: concrete scales differ, or only one summary has a scale.
+    """
     ratio, _ = scale_ratio(a, b)
     # b's stored keys carry the root of b's scale; with a's scale on queries they need b's over the root of a's.
     return b.k if ratio is None else b.k * jnp.sqrt(ratio).astype(b.k.dtype)
@@ -437,15 +515,21 @@ def summary_bytes(summary: Any) -> int:
 
     A feature map and a scale are shared, and do not count. Works on arrays and on shapes (`jax.eval_shape`).
 
+    Args:
+        summary: a summary, a state of a `RunningSummary`, a cache, or a pytree of these.
+
+    Returns:
+        The bytes of all arrays together.
+
+    Raises:
+        TypeError: leaves that are not arrays.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention import WeightedKV
         >>> from approx_attention.core import summary_bytes
         >>> summary_bytes(WeightedKV.of_tokens(jnp.zeros((8, 4)), jnp.zeros((8, 4))))  # 8 (4 + 4 + 1) numbers
         288
-
-    Raises:
-        TypeError: leaves that are not arrays.
     """
 
     def is_summary(x: Any) -> bool:
