@@ -62,7 +62,13 @@ def head_inputs(
 def checked_inputs(
     q: Array, k: Array, v: Array, *, kv_mask: Array | None = None, is_causal: bool = False
 ) -> tuple[Array, Array, Array]:
-    """One head's tensors with zeroed padding, unscaled and in their own dtypes. Raises like `head_inputs`."""
+    """One head's tensors with zeroed padding, unscaled and in their own dtypes.
+
+    Arguments and errors are those of `head_inputs`.
+
+    Returns:
+        ``q [T, D]``, and ``k [S, D]`` and ``v [S, Dv]`` with zeros where ``kv_mask`` is false.
+    """
     check_head(q, k, v, kv_mask=kv_mask, is_causal=is_causal)
     return q, *zero_padding(k, v, kv_mask)
 
@@ -111,7 +117,19 @@ def fold_scale(q: Array, k: Array, scale: float | Array | None = None) -> tuple[
 
 
 def logit_scale(scale: Any, head_dim: int) -> float | Array:
-    """The checked factor of the logits: one positive finite number, ``1/sqrt(D)`` by default."""
+    """The checked factor of the logits.
+
+    Args:
+        scale: one positive, finite number, possibly traced; None for the default.
+        head_dim: the number D of channels.
+
+    Returns:
+        The given scale, or :math:`D^{-1/2}`.
+
+    Raises:
+        TypeError: not one real number.
+        ValueError: a concrete scale that is not positive and finite.
+    """
     if scale is None:
         return 1 / math.sqrt(head_dim)
     check_scale(scale)
@@ -127,7 +145,12 @@ def zero_padding(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Arra
 
 
 def check_tokens(k: Any, v: Any, kv_mask: Any = None) -> None:
-    """Raise unless k and v are floating-point rows of the same tokens, and ``kv_mask`` is a mask of these tokens."""
+    """Raise unless k and v are floating-point rows of the same tokens, and ``kv_mask`` is a mask of these tokens.
+
+    Raises:
+        TypeError: keys or values that are not floating point, a mask that is not boolean.
+        ValueError: keys or values with other than two axes; different numbers of keys, values and mask entries.
+    """
     check_rows("k", k, "[S, D]")
     check_rows("v", v, "[S, Dv]")
     if k.shape[0] != v.shape[0]:
@@ -137,7 +160,17 @@ def check_tokens(k: Any, v: Any, kv_mask: Any = None) -> None:
 
 
 def check_rows(name: str, x: Any, axes: str) -> None:
-    """Raise unless ``x`` is a floating-point array with two axes."""
+    """Raise unless ``x`` is a floating-point array with two axes.
+
+    Args:
+        name: name of the argument, for error messages.
+        x: the value to check.
+        axes: the expected shape in the message, such as ``"[T, D]"``.
+
+    Raises:
+        TypeError: not a floating-point array.
+        ValueError: another number of axes.
+    """
     check_array(name, x, "a floating-point array")
     if x.ndim != 2:
         raise ValueError(f"{name} must be {axes}, one head without batch axes; got shape {x.shape}")
@@ -149,7 +182,20 @@ def real_keys(kv_mask: Array | None, num_keys: int) -> Array:
 
 
 def token_sums_inputs(k: Array, v: Array, kv_mask: Array | None) -> tuple[Array, Array]:
-    """The checked keys and values of a summary, in the accumulation dtype, with zeros in padding."""
+    """The checked keys and values of a summary, in the accumulation dtype, with zeros in padding.
+
+    Args:
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        kv_mask: true where a key is real ``[S]``; None if all are.
+
+    Returns:
+        Keys and values in float32, or in float64 if one of them is.
+
+    Raises:
+        TypeError: as `check_tokens`.
+        ValueError: as `check_tokens`.
+    """
     check_tokens(k, v, kv_mask)
     dtype = accumulation_dtype(k, v)
     return zero_padding(k.astype(dtype), v.astype(dtype), kv_mask)
@@ -176,7 +222,16 @@ def check_floats(**arrays: Any) -> None:
 
 
 def check_noise(noise: Any, num_keys: int | None = None) -> None:
-    """Raise unless ``noise`` is None or has one floating-point number per key; ``num_keys`` may be unknown."""
+    """Raise unless ``noise`` is None or has one floating-point number per key.
+
+    Args:
+        noise: the value to check.
+        num_keys: the number S of keys; None if it is unknown.
+
+    Raises:
+        TypeError: not a floating-point array.
+        ValueError: noise that is not ``[S]``.
+    """
     if noise is None:
         return
     check_floating("noise", noise)
@@ -209,7 +264,16 @@ def check_number(name: str, x: Any) -> None:
 
 
 def known_number(name: str, x: Any) -> float:
-    """Return ``x`` as a float if it is one real number known when tracing."""
+    """Return ``x`` as a float, if it is one real number known when tracing.
+
+    Raises:
+        TypeError: a traced value, or not one real number.
+
+    Example:
+        >>> import numpy as np
+        >>> known_number("bound", np.int32(3)), known_number("bound", 10**400)
+        (3.0, inf)
+    """
     if isinstance(x, Tracer):
         raise TypeError(f"{name} must be a number known when tracing, got {type(x).__name__}")
     check_number(name, x)
@@ -298,7 +362,17 @@ def check_kv_mask(kv_mask: Any, num_keys: int) -> None:
 
 
 def check_mask(name: str, mask: Any, length: int) -> None:
-    """Raise unless the token mask called ``name``, ``kv_mask`` or ``q_mask``, is boolean ``[length]``."""
+    """Raise unless a token mask is boolean and has one entry for each token.
+
+    Args:
+        name: ``"kv_mask"`` or ``"q_mask"``, for error messages.
+        mask: the value to check.
+        length: the number of keys or of queries.
+
+    Raises:
+        TypeError: not a boolean array.
+        ValueError: a mask that is not ``[length]``.
+    """
     of, axis = ("key", "S") if name == "kv_mask" else ("query", "T")
     if getattr(mask, "dtype", None) != jnp.bool_:
         given = f"dtype {mask.dtype}" if hasattr(mask, "dtype") else type(mask).__name__
@@ -308,7 +382,12 @@ def check_mask(name: str, mask: Any, length: int) -> None:
 
 
 def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int, num_keys: int) -> None:
-    """Raise unless ``bias`` is None or floating point, and ``mask`` None or boolean, each ``[T, S]``."""
+    """Raise unless ``bias`` is None or floating point, and ``mask`` None or boolean, each ``[T, S]``.
+
+    Raises:
+        TypeError: a bias that is not floating point, a mask that is not boolean.
+        ValueError: another shape than ``[num_queries, num_keys]``.
+    """
     if bias is not None:
         check_floating("bias", bias)
     if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
@@ -320,9 +399,30 @@ def check_bias_and_mask(bias: Array | None, mask: Array | None, num_queries: int
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_COUNT) -> int:
-    """Return ``value`` as an int if it is an integer from ``least`` to ``most``.
+    """Return a count as an int.
 
     Use the result instead of ``value``: a numpy integer can overflow, and an array is traced in compiled functions.
+
+    Args:
+        name: name of the argument, for error messages.
+        value: an integer known when tracing: of Python, of numpy, or with ``__index__``; not a bool or an array.
+        least: the smallest allowed count.
+        most: the largest allowed count, by default that of int32; None for no limit.
+
+    Returns:
+        The count.
+
+    Raises:
+        TypeError: not such an integer.
+        ValueError: a count out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> check_count("num_features", np.int32(8))
+        8
+        >>> check_count("num_features", 0)
+        Traceback (most recent call last):
+        ValueError: num_features must be at least 1, got 0
     """
     if isinstance(value, bool | np.bool_ | Array | np.ndarray) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer known when tracing, got {shown(value)}")
@@ -336,12 +436,25 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = MOST_C
 
 
 def check_counts(least: int = 1, most: int | None = MOST_COUNT, **counts: Any) -> tuple[int, ...]:
-    """`check_count` for several named arguments."""
+    """`check_count` for several named arguments with the same limits.
+
+    Returns:
+        The counts in the order of the arguments.
+
+    Example:
+        >>> check_counts(num_heads=8, head_dim=64)
+        (8, 64)
+    """
     return tuple(check_count(name, value, least, most) for name, value in counts.items())
 
 
 def as_pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
-    """Return ``value`` as two ints if it is a pair of counts."""
+    """Return a tuple or list of two counts as two ints.
+
+    Raises:
+        TypeError: not a pair, or of other values than integers known when tracing.
+        ValueError: a count below ``least``.
+    """
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of integers known when tracing, got {shown(value)}")
     return check_count(name, value[0], least), check_count(name, value[1], least)
@@ -367,7 +480,17 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_lengths(name: str, lengths: Any, most: int) -> None:
-    """Raise ``TypeError`` unless lengths are integers, ``ValueError`` if a concrete one is not in 0 to ``most``."""
+    """Raise unless lengths are integers, and concrete ones in range.
+
+    Args:
+        name: name of the argument, for error messages.
+        lengths: an array of any shape.
+        most: the largest allowed length; the smallest is 0.
+
+    Raises:
+        TypeError: not an array of integers.
+        ValueError: a concrete length out of range. Traced lengths are not checked.
+    """
     check_array(name, lengths, "integers")
     if not isinstance(lengths, Tracer):
         known = np.asarray(lengths)
@@ -377,7 +500,12 @@ def check_lengths(name: str, lengths: Any, most: int) -> None:
 
 
 def check_length(name: str, length: Any, most: int) -> None:
-    """Raise unless a length is one integer; a concrete one must be from 0 to ``most``."""
+    """Raise unless a length is one integer; a concrete one must be from 0 to ``most``.
+
+    Raises:
+        TypeError: not one integer, of Python or as an array without axes.
+        ValueError: a concrete length out of range.
+    """
     check_number(name, length)
     if isinstance(length, float):
         raise TypeError(f"{name} must be an integer, got {length}")
@@ -388,7 +516,22 @@ def check_length(name: str, length: Any, most: int) -> None:
 
 
 def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
-    """Return the dtype, given as a dtype, a type or a name, if it is floating point."""
+    """Return a floating-point dtype.
+
+    Args:
+        name: name of the argument, for error messages.
+        dtype: a dtype, a type or a name, such as ``jnp.bfloat16`` or ``"float32"``.
+
+    Returns:
+        The numpy dtype.
+
+    Raises:
+        TypeError: not a dtype, or not floating point.
+
+    Example:
+        >>> floating_dtype("dtype", "float32")
+        dtype('float32')
+    """
     try:
         made = np.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
     except TypeError:
@@ -409,14 +552,37 @@ def shown(value: Any) -> str:
 
 
 def check_projection(projection: Any, head_dim: int) -> None:
-    """Raise unless ``projection`` is floating point and ``[R, head_dim]``."""
+    """Raise unless ``projection`` is a floating-point matrix of directions.
+
+    Args:
+        projection: the value to check, ``[R, D]`` for any R.
+        head_dim: the number D of channels.
+
+    Raises:
+        TypeError: not a floating-point array.
+        ValueError: another shape.
+    """
     check_floating("projection", projection)
     if projection.ndim != 2 or projection.shape[1] != head_dim:
         raise ValueError(f"projection must be [R, D] with D = {head_dim}, got shape {projection.shape}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise ``ValueError``, naming the choices and the nearest one, unless ``value`` is among them."""
+    """Raise unless ``value`` is one of the names in ``choices``.
+
+    Args:
+        name: name of the argument, for the error message.
+        value: the value to check.
+        choices: the allowed names.
+
+    Raises:
+        ValueError: another value; the message lists the choices and names the nearest one.
+
+    Example:
+        >>> check_choice("features", "positiv", ("positive", "relu"))
+        Traceback (most recent call last):
+        ValueError: features must be one of positive, relu; got 'positiv'; did you mean 'positive'?
+    """
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         nearest = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -424,7 +590,19 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def check_key(method: str, key: Any) -> Any:
-    """Return ``key`` if it is one typed PRNG key."""
+    """Return ``key`` if it is one typed PRNG key.
+
+    Args:
+        method: name of the function that needs it, for the error message.
+        key: the value to check.
+
+    Returns:
+        The key.
+
+    Raises:
+        ValueError: None, or an array of keys.
+        TypeError: not a typed PRNG key, for example one of ``jax.random.PRNGKey``.
+    """
     if key is None:
         raise ValueError(f"{method} is random: pass a key, as in key=jax.random.key(0)")
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -435,7 +613,20 @@ def check_key(method: str, key: Any) -> Any:
 
 
 def unknown(what: str, given: Any, choices: Iterable[str]) -> str:
-    """The error message for an unknown name: names the nearest choice and lists all."""
+    """The error message for an unknown name.
+
+    Args:
+        what: the kind of name, such as ``"method"``.
+        given: the unknown name.
+        choices: all known names.
+
+    Returns:
+        A message that names the nearest choice, if one is near, and lists all.
+
+    Example:
+        >>> unknown("method", "favour", ["exact", "favor"])
+        "unknown method 'favour'; did you mean 'favor'? Known: exact, favor."
+    """
     choices = list(choices)
     return f"unknown {what} {given!r}{did_you_mean(given, choices) or '.'} Known: {', '.join(choices)}."
 

@@ -179,7 +179,11 @@ def summarize_uniform_sample(
     Arguments are those of `uniform_sample`, with keys in scaled space (`approx_attention.methods`).
 
     Returns:
-        A `WeightedKV` of min(M, S) tokens.
+        A `WeightedKV` of min(M, S) tokens; if fewer than M keys are real, the other tokens have mass 0.
+
+    Raises:
+        ValueError: shapes that do not match, a count below 1, neither key nor noise.
+        TypeError: dtypes that are not floating point.
 
     Example:
         >>> import jax

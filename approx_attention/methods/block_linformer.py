@@ -179,6 +179,15 @@ def running_block_linformer(
     Raises:
         ValueError: counts below 1, projections that do not fit the block.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods import running_block_linformer
+        >>> running = running_block_linformer(1, slots_per_block=2, block_size=4, max_length=8)
+        >>> k, prefix = jnp.arange(4.0)[:, None], running.init(1, jnp.float32)
+        >>> slots = running.read(running.append(prefix, jnp.int32(0), k, k, jnp.ones(4, bool)))
+        >>> slots.k[:, 0].tolist(), slots.mass.tolist()
+        ([0.5, 2.5, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0])
+
     Reference:
         :cite:p:`wang2020linformer`; the form by blocks is this library's.
     """

@@ -160,7 +160,11 @@ def summarize_exact(
     Shared arguments: see `approx_attention.methods`.
 
     Returns:
-        A `WeightedKV` of S tokens.
+        A `WeightedKV` of S tokens; padding has mass 0.
+
+    Raises:
+        ValueError: different numbers of keys, values and mask entries.
+        TypeError: keys or values that are not floating point, a mask that is not boolean.
 
     Example:
         >>> import jax.numpy as jnp
@@ -183,6 +187,13 @@ def running_exact(
     Args:
         max_length: capacity in tokens.
         logits_soft_cap: as in `exact`.
+
+    Returns:
+        The `RunningSummary`, for a `Decoder`; it takes ``max_length`` tokens of memory.
+
+    Raises:
+        ValueError: counts below 1, a cap that is not positive and finite.
+        TypeError: a capacity that is not an integer, a cap that is not a number known when tracing.
 
     Example:
         >>> import jax

@@ -127,6 +127,11 @@ def summarize_favor(
     Returns:
         `FeatureMoments` of size R.
 
+    Raises:
+        ValueError: shapes that do not match, a count below 1, unknown features, an odd number of hyperbolic ones, a
+            proposal for ``"relu"``, neither key nor projection.
+        TypeError: dtypes that are not floating point.
+
     Example:
         >>> import jax
         >>> from approx_attention import attend, fold_scale, summarize_favor
@@ -135,6 +140,9 @@ def summarize_favor(
         >>> summary = summarize_favor(k, v, jax.random.key(3), num_features=32)
         >>> attend(q, summary).out.shape
         (64, 8)
+
+    Reference:
+        :cite:p:`choromanski2021rethinking`, lemma 1.
     """
     check_tokens(k, v, kv_mask)
     feature_map = _favor_features(k.shape[-1], key, num_features, features, row_norm, projection, proposal)
@@ -197,11 +205,17 @@ def draw_favor(
     Returns:
         ``{"projection": [R, D]}``, or ``[R/2, D]`` for hyperbolic features.
 
+    Raises:
+        ValueError: a count below 1, unknown features or ``row_norm``, an odd number of hyperbolic features.
+
     Example:
         >>> import jax
         >>> from approx_attention.methods import draw_favor
         >>> draw_favor(jax.random.key(0), 8, num_features=32)["projection"].shape
         (32, 8)
+
+    Reference:
+        :cite:p:`choromanski2021rethinking`, section 2.4.
     """
     check_choice("features", features, ("positive", "hyperbolic", "relu"))
     num_features = check_count("num_features", num_features)

@@ -42,7 +42,14 @@ class LinformerPrefix(NamedTuple):
 
     @classmethod
     def empty(cls, num_slots: int, head_dim: int, value_dim: int, dtype: Any = jnp.float32) -> "LinformerPrefix":
-        """Slots without tokens."""
+        """Slots without tokens: zeros, which no token has entered.
+
+        Args:
+            num_slots: the number R of slots.
+            head_dim: the number D of channels of keys.
+            value_dim: the number Dv of channels of values.
+            dtype: float32 or wider.
+        """
         row = jnp.zeros((num_slots,), dtype)
         slots = jnp.zeros((num_slots, head_dim), dtype), jnp.zeros((num_slots, value_dim), dtype)
         return cls(*slots, row, row, jnp.zeros((num_slots,), bool))

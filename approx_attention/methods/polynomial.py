@@ -150,6 +150,16 @@ def running_polynomial(
     Raises:
         ValueError: incompatible coefficients and bound.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import attend
+        >>> from approx_attention.methods import running_polynomial
+        >>> running = running_polynomial(1, degree=6)
+        >>> k, prefix = jnp.array([[-1.0], [1.0]]), running.init(1, jnp.float32)
+        >>> prefix = running.append(prefix, jnp.int32(0), k, k, jnp.ones(2, bool))
+        >>> float(attend(jnp.array([[0.5]]), running.read(prefix)).out[0, 0])  # tanh(1/2)
+        0.462
+
     Reference:
         :cite:p:`alman2023fast`, theorem 3.8; running sums are this library's.
     """

@@ -96,6 +96,10 @@ def summarize_mean_pool(
     Returns:
         A `WeightedKV` of min(M, S) tokens; if fewer than M keys are real, the other tokens have mass 0.
 
+    Raises:
+        ValueError: shapes that do not match, a count below 1.
+        TypeError: dtypes that are not floating point.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention import summarize_mean_pool

@@ -168,6 +168,17 @@ def running_priority(
         ValueError: counts below 1; for the first block, neither key nor noise.
         TypeError: noise that is not floating point.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention import attend
+        >>> from approx_attention.methods import running_priority
+        >>> noise = jnp.array([1.0, 0.5, 0.1, 1.0])
+        >>> running = running_priority(1, keys_per_query=1, noise=noise, max_length=4)
+        >>> k, prefix = jnp.arange(4.0)[:, None], running.init(1, jnp.float32)
+        >>> prefix = running.append(prefix, jnp.int32(0), k, k, jnp.ones(4, bool))
+        >>> float(attend(jnp.ones((1, 1)), running.read(prefix)).out[0, 0])  # the largest k - log u
+        2.0
+
     Reference:
         :cite:p:`zharkov2026priority`.
     """

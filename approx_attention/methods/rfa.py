@@ -160,6 +160,13 @@ def running_rfa(
         ValueError: counts below 1, unknown features, an odd number of trigonometric ones, neither key nor projection.
         TypeError: a projection that is not floating point.
 
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from approx_attention.methods import running_rfa
+        >>> running = running_rfa(2, jax.random.key(0), num_features=8)
+        >>> running.read(running.init(3, jnp.float32)).value_sum.shape
+        (8, 3)
+
     Reference:
         :cite:p:`peng2021random`, sections 3.1 and 3.2 (gates).
     """
@@ -233,6 +240,13 @@ def gate_tokens(
     Raises:
         ValueError: the gate logits are not ``[S]``.
         TypeError: gate logits that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods import gate_tokens
+        >>> q, k, end = gate_tokens(jnp.ones((1, 2)), jnp.ones((2, 2)), jnp.zeros(2), scale=1.0)
+        >>> (k[:, 2] / jnp.log(2)).tolist(), float(end / jnp.log(2))  # gates of 1/2
+        ([0.0, 1.0], 2.0)
 
     Reference:
         :cite:p:`peng2021random`, section 3.2.

@@ -95,7 +95,7 @@ class BoundMethod:
         return self.registered is None or self.is_random or self.registered.capabilities.takes_key
 
     def takes(self, option: str) -> bool:
-        """Whether the function has an argument with this name."""
+        """Whether the function has an argument with this name; true for a function with arbitrary keyword arguments."""
         known = arguments(self.function)
         return known is None or option in known
 
@@ -130,7 +130,7 @@ class BoundMethod:
                     check(name, values[name])
 
     def value(self, name: str) -> Any:
-        """The value of an argument: the given one, or the default of the function."""
+        """The value of an argument: the given one, or the default of the function; None if there is neither."""
         return self.hyperparameters.get(name, defaults(self.function).get(name))
 
     @property
@@ -168,7 +168,20 @@ class BoundMethod:
         return dict(per_head)
 
     def has_noise(self, given: Set[str] = frozenset()) -> bool:
-        """True if its random arrays are among its arguments, or are ``given`` by further ones."""
+        """Whether the random arrays of the method are among its arguments.
+
+        Args:
+            given: names of further arguments of a call.
+
+        Returns:
+            True if every random array of a registered method is given; False for a method without any.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from approx_attention.registry import bind
+            >>> bind("favor").has_noise(), bind("favor", {"projection": jnp.eye(4)}).has_noise()
+            (False, True)
+        """
         # Some noise arguments also accept the name of a kind, which still needs sampling.
         names = self.registered.noise if self.registered else ()
         return bool(names) and all(
@@ -266,7 +279,12 @@ class BoundMethod:
         return make(head_dim, key, **{**accepted(make, self.hyperparameters), **random})
 
     def require_key_bias(self) -> None:
-        """Raise ``NotImplementedError`` unless the method supports a bias of each key."""
+        """Raise unless the method supports a bias of each key, as in `BoundMethod.state_under_bias`.
+
+        Raises:
+            NotImplementedError: the method is not in `METHODS`, lacks the capability ``normalizer`` or ``convex``, or
+                is exact attention with hyper-parameters.
+        """
         if not _answers_under_bias(self.registered):
             able = ", ".join(name for name, other in METHODS.items() if _answers_under_bias(other))
             raise NotImplementedError(
@@ -467,7 +485,20 @@ class BoundMethod:
 
 
 def keys_of_heads(name: str, rng: Array, num_kv_heads: int) -> Array:
-    """The PRNG key of each key head, ``[K]``: the given ones, or one key folded with the number of each head."""
+    """The PRNG key of each key head.
+
+    Args:
+        name: name of the method, for error messages.
+        rng: one typed PRNG key, which is folded with the number of each head; or one for each key head ``[K]``.
+        num_kv_heads: the number K of key heads.
+
+    Returns:
+        Typed PRNG keys ``[K]``.
+
+    Raises:
+        ValueError: None, or an array of another number of keys.
+        TypeError: not a typed PRNG key.
+    """
     if getattr(rng, "shape", ()) == (num_kv_heads,) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng
     return jax.vmap(jax.random.fold_in, (None, 0))(check_key(name, rng), jnp.arange(num_kv_heads))

@@ -194,7 +194,17 @@ CAPABILITY_OF: Mapping[str, str] = {"logits_soft_cap": "soft_cap"}
 def check_hyperparameters(
     name: str, function: Callable[..., Any], given: Iterable[str], *, options: Iterable[str] = ()
 ) -> None:
-    """Raise ``TypeError`` for names that are neither hyper-parameters of the function nor among the ``options``."""
+    """Raise unless all names are hyper-parameters of a function, or among the given options.
+
+    Args:
+        name: name of the method, for the error message.
+        function: the method. With arbitrary keyword arguments it takes every name.
+        given: the names to check.
+        options: names of options of `attention` that are allowed too.
+
+    Raises:
+        TypeError: another name; the message names the nearest argument and lists all.
+    """
     takes = arguments(function)
     if takes is None:
         return

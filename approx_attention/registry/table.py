@@ -13,7 +13,18 @@ from approx_attention.sparse import LiftedKV
 
 
 def svd_flops(rows: int, columns: int) -> float:
-    """FLOPs of a thin singular value decomposition (Golub and Van Loan, "Matrix computations", section 8.6)."""
+    r"""The number of floating-point operations of a thin singular value decomposition of a matrix.
+
+    Args:
+        rows: the number of rows.
+        columns: the number of columns.
+
+    Returns:
+        :math:`14\,l\,s^2 + 8\,s^3` for the longer side l and the shorter side s.
+
+    Reference:
+        :cite:p:`golub2013matrix`, section 8.6.
+    """
     long, short = max(rows, columns), min(rows, columns)
     return 14 * long * short**2 + 8 * short**3
 
@@ -329,8 +340,19 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
 def get_method(name: str) -> Method:
     """The registered method of that name.
 
+    Args:
+        name: a name in `METHODS`.
+
+    Returns:
+        The `Method`.
+
     Raises:
         ValueError: there is none; the message lists all and names the nearest.
+
+    Example:
+        >>> from approx_attention.registry import get_method
+        >>> get_method("mean_pool").size
+        'num_landmarks'
     """
     if name not in METHODS:
         raise ValueError(unknown("method", name, METHODS))

@@ -54,6 +54,13 @@ def streamed_eva(
         kv_mask: true where a key is real ``[S]``.
         scale: factor of the logits, ``1/sqrt(D)`` by default.
         **options: further arguments of `running_eva`.
+
+    Returns:
+        The `AttentionState` of the queries.
+
+    Raises:
+        ValueError: shapes that do not match, a chunk size that does not divide the window.
+        TypeError: tensors that are not floating point.
     """
     chunk_size = chunk_size or largest_divisor(window_size, DEFAULT_CHUNK)
     if window_size % chunk_size:
@@ -95,6 +102,16 @@ def running_eva(
     Raises:
         ValueError: counts below 1, an unknown noise scale; for the first block, a chunk size that does not divide it.
         TypeError: pooling vectors that are not a tuple of floating-point arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.methods import running_eva
+        >>> running = running_eva(1, num_chunks=2, chunk_size=2)
+        >>> k, prefix = jnp.arange(4.0)[:, None], running.init(1, jnp.float32)
+        >>> prefix = running.append(prefix, jnp.int32(0), k, k, jnp.ones(4, bool))
+        >>> chunks = running.read(prefix)
+        >>> chunks.k[:, 0].tolist(), chunks.mass.tolist()
+        ([0.5, 2.5], [2.0, 2.0])
 
     Reference:
         :cite:p:`zheng2023efficient`, section 4; averaging neighbouring chunks is this library's.
