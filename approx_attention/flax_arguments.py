@@ -21,7 +21,15 @@ from approx_attention.registry import CAPABILITY_OF, BoundMethod, HeadMethods, b
 def bind_layer(
     method: str | Callable[..., Array] | BoundMethod | HeadMethods, noise: bool, hyperparameters: Mapping[str, Any]
 ) -> tuple[BoundMethod | HeadMethods, Any, bool]:
-    """The bound method of a layer, its scale if one is given, and whether the method is random.
+    """Bind the method of a layer.
+
+    Args:
+        method: a name, a function of one head, or a bound method.
+        noise: whether the layer requests the noise of a method that is also deterministic.
+        hyperparameters: arguments of the method, and its ``scale``.
+
+    Returns:
+        The bound method, its scale if one is given, and whether the method is random.
 
     Raises:
         ValueError: the method is unknown, or noise is requested of a method without noise.
@@ -102,7 +110,19 @@ def check_makers(bound: BoundMethod | HeadMethods, *fields: tuple[str, Any]) -> 
 
 
 def check_redraw(redraw: str, every: int | None) -> int:
-    """The number of calls between two samples. Raises unless ``every`` is given exactly with "every_n"."""
+    """The number of calls between two samples of the random projections.
+
+    Args:
+        redraw: ``"never"``, ``"every_call"`` or ``"every_n"``.
+        every: the number of calls for ``"every_n"``, else None.
+
+    Returns:
+        ``every``; 1 for the other choices.
+
+    Raises:
+        ValueError: an unknown choice, ``every`` without ``"every_n"`` or the reverse, or below 1.
+        TypeError: ``every`` is not an integer.
+    """
     check_choice("redraw", redraw, ("never", "every_call", "every_n"))
     if (redraw == "every_n") != (every is not None):
         raise ValueError(f"give every with redraw='every_n', and only then; got redraw={redraw!r}, every={every}")
@@ -161,9 +181,17 @@ def check_unused(
 
 
 def with_dropout(out: Array, rate: float, deterministic: bool, rng: Array | None, broadcast: bool) -> Array:
-    """Dropout of the output ``[..., T, N, Dv]``: a share ``rate`` of its entries is 0, the others are scaled up.
+    """Dropout of the output: a share of its entries is 0, the others are scaled up.
 
-    With ``broadcast`` the same entries are dropped in all sequences and heads, as Flax does with weights.
+    Args:
+        out: outputs ``[..., T, N, Dv]``.
+        rate: the share of entries to drop, from 0 to 1.
+        deterministic: whether dropout is off.
+        rng: PRNG key; None for no dropout.
+        broadcast: whether the same entries are dropped in all sequences and heads, as Flax does with weights.
+
+    Returns:
+        Outputs of the same shape, with the same mean over PRNG keys if the rate is below 1.
     """
     if rate == 0 or deterministic or rng is None:
         return out
@@ -346,10 +374,18 @@ def check_mask(
 
 
 def real_tokens(mask: Array, batch_size: int, num_tokens: int) -> tuple[Array, Array]:
-    """The number of real tokens of a call, and whether they all stand before the padding, each ``[B]``.
+    """The number of real tokens of a call while decoding, and whether they all stand before the padding.
+
+    Args:
+        mask: boolean ``[B, 1, 1, T]``, or a shape that broadcasts to it.
+        batch_size: the number B of sequences.
+        num_tokens: the number T of tokens of the call.
+
+    Returns:
+        The numbers, int32 ``[B]``, and booleans ``[B]``.
 
     Raises:
-        ValueError: the mask is not ``[B, 1, 1, T]``, or a concrete mask has real tokens after padding.
+        ValueError: the mask has another shape, or a concrete mask has real tokens after padding.
     """
     sizes = batch_size, 1, 1, num_tokens
     if mask.ndim > 4 or any(n not in (1, size) for n, size in zip(mask.shape[::-1], sizes[::-1], strict=False)):

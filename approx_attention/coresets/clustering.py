@@ -93,10 +93,18 @@ def merged(tokens: WeightedKV, label: Array, num_clusters: int) -> WeightedKV:
 
 
 def k_means(tokens: WeightedKV, start: Array, steps: int) -> WeightedKV:
-    """Run Lloyd's iteration from the tokens at places ``start [M]``, and merge its clusters.
+    """Run Lloyd's iteration, and merge its clusters.
 
     A cluster that loses all its members stays empty. If every distinct key is a start, each distinct key is a cluster,
-    and the merge is exact.
+    and the merge is exact. Gradients flow through the last merge only.
+
+    Args:
+        tokens: S tokens with non-negative masses.
+        start: places of the tokens that are the first centres, int ``[M]``.
+        steps: the number of assignments of tokens to centres, at least 1.
+
+    Returns:
+        The M merged tokens.
     """
     num_clusters = start.shape[0]
     centres, present = lax.stop_gradient(tokens.k)[start], tokens.mass[start] > 0
@@ -128,11 +136,20 @@ def random_places(mass: Array, count: int, key: Array) -> Array:
 
 @in_float32()  # a distance is a difference of squares, and 0 for equal keys
 def spread_places(tokens: WeightedKV, count: int, key: Array, power: float = 2.0) -> Array:
-    r"""Sample ``count`` places far from each other: of twice as many candidates, those with the largest merge costs.
+    """Sample places far from each other: of twice as many candidates, those with the largest merge costs.
 
     Candidates are sampled as in the seeding of k-means++, but in a few rounds, with odds proportional to mass and to a
     power of the distance from the candidates of earlier rounds. Power 2 is that of k-means++. Large powers approach
-    the greedy choice of the farthest token (`farthest_places`), which takes one step per place.
+    the greedy choice of the farthest token (``farthest_places``), which takes one step per place.
+
+    Args:
+        tokens: S tokens with non-negative masses; absent ones at the end do not change the sample.
+        count: the number of places, at most S.
+        key: typed PRNG key.
+        power: the power of the distance.
+
+    Returns:
+        Places, int32 ``[count]``, without gradient.
     """
     num_tokens = tokens.mass.shape[0]
     candidates = min(2 * count, num_tokens)
@@ -175,7 +192,21 @@ def spread_places(tokens: WeightedKV, count: int, key: Array, power: float = 2.0
 
 @in_float32()  # a distance is a difference of squares
 def farthest_places(k: Array, present: Array, count: int) -> Array:
-    """Greedy k-center: places of keys that are each the farthest from all earlier ones, the first from 0."""
+    """Greedy k-center: places of keys that are each the farthest from all earlier ones, the first from 0.
+
+    Args:
+        k: keys ``[S, D]``.
+        present: the mask of keys that count ``[S]``; the others come last.
+        count: the number of places, at most S.
+
+    Returns:
+        Places, int32 ``[count]``, without gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> farthest_places(jnp.array([[1.0], [4.0], [-3.0], [3.0]]), jnp.ones(4, bool), 3).tolist()
+        [1, 2, 0]
+    """
     k = lax.stop_gradient(k)
     size = squared_norm(k)[:, 0]
 
@@ -193,15 +224,23 @@ def farthest_places(k: Array, present: Array, count: int) -> Array:
 
 @in_float32()  # a distance is a difference of squares, and 0 for equal keys
 def lasting_in_order(tokens: WeightedKV, count: int, order: Array) -> Array:
-    r"""Choose ``count`` places by leaving out the tokens with the smallest merge costs, in one step.
+    r"""Choose places by leaving out the tokens with the smallest merge costs, in one step.
 
     Token i would be merged into the nearest token j of larger mass, at Ward's cost
 
     .. math:: \frac{m_i m_j}{m_i + m_j}\, \|k_i - k_j\|^2 .
 
-    Ties of mass are broken by ``order [n]``, which should be random: with the order of a smooth sequence, runs of
-    neighbours would be kept. The order makes the merges a forest, so that one of two close tokens is kept. All pairs
-    are compared by one matrix product, without sequential steps.
+    The order makes the merges a forest, so that one of two close tokens is kept. All pairs are compared by one matrix
+    product, without sequential steps.
+
+    Args:
+        tokens: n tokens with non-negative masses.
+        count: the number of places, at most n.
+        order: distinct numbers ``[n]`` that break ties of mass. They should be random: with the order of a smooth
+            sequence, runs of neighbours would be kept.
+
+    Returns:
+        Places, int32 ``[count]``, the largest cost first; absent tokens come last.
     """
     k, mass = lax.stop_gradient(tokens.k), tokens.mass
     size = squared_norm(k)[:, 0]
@@ -232,6 +271,18 @@ def cholesky_places(tokens: WeightedKV, exponent: Array, count: int, key: Array)
 
     The kernel is :math:`g(x, y) = e^{s (x \cdot y - \|x\|^2/2 - \|y\|^2/2)}`. The probability of key j as the next
     pivot is proportional to its residual, to :math:`e^{s \|k_j\|^2}` and to its mass.
+
+    Args:
+        tokens: S tokens with non-negative masses.
+        exponent: s, one number.
+        count: the number of pivots, at most S.
+        key: typed PRNG key.
+
+    Returns:
+        Places, int32 ``[count]``, without gradient.
+
+    Reference:
+        :cite:p:`wildcat2026`.
     """
     x = lax.stop_gradient(tokens.k * jnp.sqrt(exponent))
     half = squared_norm(x)[:, 0] / 2
@@ -285,6 +336,18 @@ def with_nystrom_weights(tokens: WeightedKV, landmarks: WeightedKV, exponent: Ar
 
     :math:`g_{cx} D_x [m v, m]` is the numerator and the normaliser of softmax attention of the landmarks over the
     tokens. It is linear in the masses of the tokens, which may be signed too.
+
+    Args:
+        tokens: S tokens x.
+        landmarks: M tokens c, of which only keys and presence count.
+        exponent: s, one number.
+        ridge: :math:`\lambda`, positive; the diagonal of g is 1.
+
+    Returns:
+        Tokens with the keys of the landmarks, signed masses, and the range of the values.
+
+    Reference:
+        :cite:p:`wildcat2026`, for Nystrom weights.
     """
     c, present = landmarks.k, landmarks.mass != 0
     half = exponent * squared_norm(c)[:, 0] / 2

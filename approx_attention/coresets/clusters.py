@@ -61,7 +61,17 @@ class Clusters:
 
     @classmethod
     def of_tokens(cls, tokens: WeightedKV) -> Self:
-        """Make one cluster of every token."""
+        """Make one cluster of every token, with radii 0.
+
+        Args:
+            tokens: M tokens with non-negative masses in scaled space.
+
+        Returns:
+            The clusters, with keys 0 where tokens are absent.
+
+        Raises:
+            ValueError: tokens with signed masses, or with a scale.
+        """
         if tokens.value_range is not None:
             raise ValueError("tokens with signed masses are not supported; make clusters of the original tokens")
         # The key of an absent token may have any value, and norms of all keys are used.
@@ -73,9 +83,20 @@ class Clusters:
     @classmethod
     @in_float32()  # a radius is a difference
     def of_members(cls, tokens: WeightedKV, label: Array, num_clusters: int) -> Self:
-        """Merge tokens into clusters: token i is in cluster ``label[i]``.
+        """Merge tokens into clusters.
 
-        A token of mass m counts as m equal tokens. A token with a label of ``num_clusters`` or more is left out.
+        A token of mass m counts as m equal tokens.
+
+        Args:
+            tokens: n tokens with non-negative masses in scaled space.
+            label: the cluster of each token, int ``[n]``; a token with a label of ``num_clusters`` or more is left out.
+            num_clusters: the number M of clusters; one without members is absent.
+
+        Returns:
+            The clusters, with their statistics over the members.
+
+        Raises:
+            ValueError: tokens with a scale.
         """
         require_scaled_space("Clusters", tokens)
         at = jnp.minimum(label, num_clusters - 1)

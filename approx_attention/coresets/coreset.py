@@ -143,7 +143,15 @@ def _compressed(
 
 
 def ratio_of_radii(centred: WeightedKV, query_radius: float | Array | None) -> Array:
-    """The radius of the queries over that of centred keys, without gradient; 1 if it is unknown."""
+    """The radius of the queries over that of the keys, without gradient.
+
+    Args:
+        centred: tokens with centred keys.
+        query_radius: the largest norm of later queries in scaled space; None if it is unknown.
+
+    Returns:
+        One number; 1 if the radius is unknown. If all keys are 0 it is the radius of the queries.
+    """
     radius = lax.stop_gradient(jnp.sqrt(jnp.max(squared_norm(centred.k))))
     if query_radius is None:
         return jnp.ones_like(radius)

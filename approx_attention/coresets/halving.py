@@ -28,9 +28,13 @@ BRANCHES = 4
 
 
 class Points(NamedTuple):
-    r"""Tokens in the kernel's space: :math:`x = \sqrt s\, k` ``[n, D]``, ``values [n, Dv + 1]``, masses and places.
+    r"""Tokens in the kernel's space.
 
-    A point without mass is absent.
+    Attributes:
+        x: :math:`\sqrt s\, k`, ``[n, D]``.
+        values: values in their unit, and the root of the share of the normaliser, ``[n, Dv + 1]``.
+        mass: masses ``[n]``; a point without mass is absent.
+        place: the place of each point among the tokens, int32 ``[n]``.
     """
 
     x: Array
@@ -51,8 +55,16 @@ def value_unit(tokens: WeightedKV) -> Array:
 def kernel_points(tokens: WeightedKV, exponent: Array, unit: Array | None = None) -> Points:
     r"""Tokens as points of the kernel with exponent s.
 
-    Values are divided by the unit, by default their `value_unit`, and :math:`\sqrt c` is appended. Points have no
-    gradient: they are only used to choose tokens and masses.
+    Values are divided by the unit, and :math:`\sqrt c` is appended. Points have no gradient: they are only used to
+    choose tokens and masses.
+
+    Args:
+        tokens: n tokens with non-negative masses.
+        exponent: s, one number.
+        unit: the unit of the values, by default their ``value_unit``.
+
+    Returns:
+        The ``Points``, in the order of the tokens.
     """
     tokens = lax.stop_gradient(tokens)
     unit = value_unit(tokens) if unit is None else unit
@@ -287,10 +299,18 @@ def tree_order(points: Points, group: int) -> Array:
 
 
 def spread_over(points: Points, order: Array, num_groups: int) -> Points:
-    """Spread points, in an order with absent ones last, evenly over groups of a common length, a power of two.
+    """Spread points evenly over groups of a common length, a power of two.
 
     Group sizes differ by at most one point. Repeated halving leaves one point of every group, for any number of points;
     with padding only at the end the last groups would be empty.
+
+    Args:
+        points: n points.
+        order: a permutation of the points ``[n]``, with absent ones last.
+        num_groups: the number M of groups.
+
+    Returns:
+        M times ``group_length(n, M)`` points, group by group; each group is filled with absent points at its end.
     """
     num_points = points.mass.shape[0]
     group_size = group_length(num_points, num_groups)
@@ -318,7 +338,16 @@ def group_length(num_points: int, num_groups: int) -> int:
 
 
 def pair_noise(key: Array, points: Points, size: int) -> list[Array]:
-    """Independent uniform noise for the pairs of every halving down to ``size``."""
+    """Independent uniform noise for the pairs of every halving.
+
+    Args:
+        key: typed PRNG key.
+        points: n points, as from ``spread_over``: n is ``size`` times a power of two.
+        size: the number of points that the last halving leaves.
+
+    Returns:
+        Numbers in [0, 1) ``[n/2], [n/4], ..., [size]``.
+    """
     total = points.mass.shape[0]
     noise = jax.random.uniform(key, (total,), points.x.dtype)
     return [noise[left : 2 * left] for left in (total >> level for level in range(1, (total // size).bit_length()))]

@@ -42,7 +42,20 @@ class FittedMasses:
 
 
 def with_fitted_masses(tokens: WeightedKV, held: WeightedKV, ratio: Array, key: Array) -> WeightedKV:
-    """The kept tokens with masses fitted to all tokens, or with their given masses if these are better on probes."""
+    """The kept tokens with masses fitted to all tokens, or with their given masses if these are better on probes.
+
+    Args:
+        tokens: S tokens with centred keys.
+        held: M kept tokens, with keys centred like those of ``tokens``.
+        ratio: the radius of the queries over that of the keys.
+        key: typed PRNG key of the probes.
+
+    Returns:
+        The kept tokens; fitted masses have the total of all tokens.
+
+    Raises:
+        ValueError: kept tokens with signed masses.
+    """
     if held.value_range is not None:
         raise ValueError("masses can be fitted to kept or merged tokens only, not to tokens with signed masses")
     mass = fitted_masses(tokens, held, ratio / 2)
@@ -52,9 +65,17 @@ def with_fitted_masses(tokens: WeightedKV, held: WeightedKV, ratio: Array, key: 
 
 @in_float32()  # a kernel matrix of similar keys is nearly singular
 def fitted_masses(tokens: WeightedKV, held: WeightedKV, exponent: Array) -> Array:
-    r"""Fit non-negative masses ``[M]`` of the kept tokens, by the exponent s of the kernel; 0 for absent tokens.
+    r"""Fit non-negative masses of the kept tokens.
 
     The right-hand side :math:`\sum_j m_j\, \kappa(c, j)` is softmax attention of the kept tokens over all tokens.
+
+    Args:
+        tokens: S tokens with centred keys.
+        held: M kept tokens, with keys centred like those of ``tokens``.
+        exponent: the exponent s of the kernel :math:`\kappa`, as in `FittedMasses`.
+
+    Returns:
+        The masses ``[M]``; 0 for absent tokens.
     """
     unit = value_unit(tokens)
     x, values, present = kernel_points(held, exponent, unit)[:3]

@@ -12,7 +12,19 @@ from approx_attention.coresets.clustering import random_places
 
 
 def tokens_at(tokens: WeightedKV, place: Array, mass: Array) -> WeightedKV:
-    """The tokens at these places with other masses."""
+    """The tokens at given places, with other masses.
+
+    Args:
+        tokens: S tokens in scaled space.
+        place: places, int ``[M]``.
+        mass: the new masses ``[M]``; with mass 0 a token is absent.
+
+    Returns:
+        M tokens with the keys and values of these places.
+
+    Raises:
+        ValueError: tokens with a scale.
+    """
     require_scaled_space("an algorithm", tokens)
     # A place without mass may contain any value, including NaN, which a factor of 0 would not remove.
     values = jnp.where(mass[:, None] > 0, tokens.values[place], 0)

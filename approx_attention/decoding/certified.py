@@ -70,7 +70,19 @@ class CertifiedDecoder:
     def prefill(
         self, cache: CertifiedCache, q: Array, k: Array, v: Array, num_real: Array | None
     ) -> tuple[Array, CertifiedCache]:
-        """Append T tokens, and attend exactly to all tokens with queries ``[T, G, D]``."""
+        """Append T tokens, and attend exactly and causally at each of them.
+
+        Args:
+            cache: the tokens so far.
+            q: queries ``[T, G, D]`` of the query heads that share the key head, unscaled.
+            k: keys ``[T, D]``.
+            v: values ``[T, Dv]``.
+            num_real: the number of real tokens, which come first; None if all are.
+
+        Returns:
+            Outputs ``[T, G, Dv]``, 0 in padding, and the cache. It contains NaN if there are more than ``max_length``
+            tokens, since a compiled program cannot raise an error.
+        """
         num_tokens, start = k.shape[0], cache.length
         num_real = jnp.asarray(num_tokens if num_real is None else num_real, jnp.int32)
         real = jnp.arange(num_tokens, dtype=jnp.int32) < num_real
@@ -107,17 +119,48 @@ class CertifiedDecoder:
         return (length % self.block_size == 0) & (length >= 2 * self.block_size)
 
     def fold(self, prefix: Any, tokens: WeightedKV, length: Array) -> Any:
-        """Add the block that is due to the clusters."""
+        """Add the block that is due to the clusters.
+
+        Args:
+            prefix: the state of the clusters.
+            tokens: all tokens so far ``[max_length]``.
+            length: the number of tokens seen; the block begins ``2 * block_size`` tokens before it.
+
+        Returns:
+            The state of the clusters with the block.
+        """
         start = jnp.maximum(length - 2 * self.block_size, 0)
         return self.clusters.measured(self.clusters.append(prefix, tokens, start, self.block_size), tokens)
 
     def put(self, tokens: WeightedKV, length: Array, q: Array, k: Array, v: Array, real: Array) -> tuple[Any, Array]:
-        """Add one token ``k [1, D]``; return all tokens and the queries ``[G, D]`` in scaled space."""
+        """Add one token, and scale its queries.
+
+        Args:
+            tokens: all tokens so far ``[max_length]``.
+            length: the number of tokens seen, which is the position of the token.
+            q: queries ``[G, D]``.
+            k: its key ``[1, D]``.
+            v: its value ``[1, Dv]``.
+            real: whether the token is real, a boolean without axes.
+
+        Returns:
+            All tokens, and the queries ``[G, D]`` in scaled space.
+        """
         q, new = self._scaled(q[None], k, jnp.where(length < self.max_length, v, jnp.nan), real[None])
         return jax.tree.map(lambda room, x: lax.dynamic_update_slice_in_dim(room, x, length, 0), tokens, new), q[0]
 
     def promise(self, prefix: Any, tokens: WeightedKV, length: Array, q: Array) -> tuple[Array, Array, Array]:
-        """Outputs ``[G, Dv]`` over clusters and recent tokens, their error bound, and the largest value norm."""
+        """Attend to clusters and recent tokens, and bound the error.
+
+        Args:
+            prefix: the state of the clusters.
+            tokens: all tokens so far ``[max_length]``.
+            length: the number of tokens seen, with the current one.
+            q: queries ``[G, D]`` in scaled space.
+
+        Returns:
+            Outputs ``[G, Dv]``, the largest error bound of the queries, and the largest norm of a value.
+        """
         start = self._num_folded(length) * self.block_size
         near = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, 2 * self.block_size), tokens)
         clusters = merge(self.clusters.read(prefix), Clusters.of_tokens(near))

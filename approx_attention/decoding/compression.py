@@ -226,7 +226,22 @@ def _asked_after(cache: Cache, queries: Array, policy: Any) -> Queries:
 
 
 def tokens_in(budget: int | None, num_bytes: int | None, k: Array, v: Array, bits: int | None = None) -> int:
-    """The budget in tokens, given either as their number or as bytes."""
+    """The budget in tokens, given either as their number or as bytes.
+
+    Args:
+        budget: the number of tokens, or None.
+        num_bytes: the number of bytes, or None. The range of the values is stored too and takes part of them.
+        k: keys ``[S, D]``, of which shape and dtype count.
+        v: values ``[S, Dv]``, likewise.
+        bits: bits per channel of quantised tokens; None for full precision.
+
+    Returns:
+        The number of tokens; a given ``budget`` is not checked.
+
+    Raises:
+        ValueError: both or neither are given, or the bytes do not suffice for a token.
+        TypeError: bytes that are not an integer.
+    """
     if (budget is None) == (num_bytes is None):
         given = "neither" if budget is None else f"budget={shown(budget)} and num_bytes={shown(num_bytes)}"
         raise ValueError(f"pass either budget or num_bytes, got {given}")
@@ -339,7 +354,12 @@ def _rounding(bits: int | None) -> Callable[[WeightedKV], Any]:
 
 
 class Compressed(NamedTuple):
-    """A prefix that was compressed once, and the folded coreset of later tokens."""
+    """A prefix that was compressed once, and a coreset of later tokens.
+
+    Attributes:
+        fixed: the tokens of the compressed prefix, possibly quantised.
+        since: the folded coreset of all later tokens.
+    """
 
     fixed: WeightedKV | QuantizedKV
     since: WeightedKV

@@ -68,7 +68,17 @@ def _grouped(queries: Array) -> Array:
 
 
 def check_queries(queries: Any, k: Array, most: int | None) -> None:
-    """Raise unless ``queries`` are ``[T, D]`` or ``[T, G, D]``, with T at most ``most``."""
+    """Raise unless queries are rows for the last keys.
+
+    Args:
+        queries: ``[T, D]``, or ``[T, G, D]`` for G query heads.
+        k: keys ``[S, D]``, of which only D counts.
+        most: the largest T; None for any.
+
+    Raises:
+        TypeError: queries that are not floating point.
+        ValueError: another shape, an empty axis, or too many rows.
+    """
     check_floating("queries", queries)
     shape, channels = queries.shape, k.shape[-1]
     if queries.ndim not in (2, 3) or shape[-1] != channels or 0 in shape or (most is not None and shape[0] > most):
@@ -114,7 +124,15 @@ def attention_received(tokens: WeightedKV, queries: Array) -> Array:
 
 
 def received(tokens: WeightedKV, queries: Queries) -> Array:
-    """`attention_received` for `Queries`."""
+    """`attention_received` for `Queries`.
+
+    Args:
+        tokens: S tokens; hidden ones have mass 0.
+        queries: queries with the number of keys that each sees.
+
+    Returns:
+        Sums of attention weights ``[S]``.
+    """
     return _over_weights(tokens, queries, lambda total, weights: total + jnp.sum(weights, axis=0))
 
 

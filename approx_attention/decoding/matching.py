@@ -68,7 +68,15 @@ class AttentionMatching:
         object.__setattr__(self, "ridge", float(self.ridge))
 
     def score(self, tokens: WeightedKV, queries: Queries) -> Array:
-        """Rank keys by the attention that they receive from the reference queries."""
+        """Rank keys by the attention that they receive from the reference queries.
+
+        Args:
+            tokens: S tokens; hidden ones have mass 0.
+            queries: queries, of which the last ones are the references.
+
+        Returns:
+            Sums of attention weights ``[S]``.
+        """
         return received(tokens, queries.recent(self.references))
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -179,7 +179,17 @@ def init_cache(
 
 
 def approximate_layers(model: nnx.Module) -> dict[str, Any]:
-    """The attention layers of a model by path. Raises ``ValueError`` unless all of them have an `ApproxAttention`."""
+    """The attention layers of a model by path, if all of them have an `ApproxAttention`.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The layers by path, such as ``"layers.0.attention"``.
+
+    Raises:
+        ValueError: no layer has an ``attention_fn``, or some have another one.
+    """
     layers = attention_layers(model)
     if not layers:
         raise ValueError(
@@ -219,11 +229,21 @@ def attention_layers(model: nnx.Module) -> dict[str, Any]:
 
 
 def stack_axes(layer: nnx.Module, path: str) -> tuple[int, ...] | None:
-    """The axes that ``nnx.vmap`` has added in front of the parameters of a layer: ``(L,)`` for a stack, else ``()``.
+    """The axes that ``nnx.vmap`` has added in front of the parameters of a layer.
 
     A layer does not store that it is a stack. But its linear maps store the sizes of a single layer: further leading
     axes of a kernel are those of the stack. The random stream of a single layer has a key without axes. Inside
-    ``nnx.vmap`` a layer is single. None if this cannot be determined.
+    ``nnx.vmap`` a layer is single.
+
+    Args:
+        layer: the layer.
+        path: its path in the model, for the error message.
+
+    Returns:
+        ``(L,)`` for a stack of L layers, ``()`` for a single layer; None if this cannot be determined.
+
+    Raises:
+        ValueError: the layers are stacked along other than leading axes.
     """
     nodes = [node for _, node in sorted(nnx.iter_graph(layer), key=lambda found: len(found[0]))]  # outer ones first
     for module in nodes:
@@ -253,7 +273,15 @@ def _as_tuple(features: Any) -> tuple[int, ...]:
 
 
 def over_stack(function: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
-    """Map a function of one layer's state over a stack of layers."""
+    """Map a function of one layer's state over a stack of layers.
+
+    Args:
+        function: a function of Flax modules and arrays.
+        stack: the axes of the stack, as from ``stack_axes``.
+
+    Returns:
+        The function of the same arguments with these leading axes; ``function`` for a single layer.
+    """
     for size in reversed(stack):
         function = nnx.vmap(function, in_axes=0, out_axes=0, axis_size=size)
     return function

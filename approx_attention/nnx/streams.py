@@ -4,7 +4,17 @@ from flax import nnx
 
 
 def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
-    """The random stream ``attention``. Raises ``ValueError`` if there is none."""
+    """The random stream of attention.
+
+    Args:
+        rngs: streams by name, of which ``attention`` or the default one is taken; or a stream, which is returned.
+
+    Returns:
+        The stream.
+
+    Raises:
+        ValueError: neither ``attention`` nor a default stream.
+    """
     if isinstance(rngs, nnx.RngStream):
         return rngs
     if "attention" not in rngs and "default" not in rngs:
@@ -16,7 +26,17 @@ def attention_stream(rngs: nnx.Rngs | nnx.RngStream) -> nnx.RngStream:
 
 
 def layer_stream(rngs: nnx.Rngs | nnx.RngStream | None) -> nnx.RngStream | None:
-    """The random stream of one layer: a fork of the stream ``attention``, or the given stream."""
+    """The random stream of one layer.
+
+    Args:
+        rngs: streams by name, a stream, or None.
+
+    Returns:
+        A fork of the stream ``attention`` of ``nnx.Rngs``, which advances the latter; a given stream itself; or None.
+
+    Raises:
+        ValueError: no such stream, or one with a key for each layer of a stack.
+    """
     stream = None if rngs is None else attention_stream(rngs)
     if stream is not None and stream.key.shape:
         raise ValueError(

@@ -84,7 +84,15 @@ class TensorAttention(nnx.Module):
         self.out = nnx.LinearGeneral(shape, model_dim, axis=(-2, -1), rngs=rngs)
 
     def __call__(self, x: Array, *, kv_mask: Array | None = None) -> Array:
-        """Self-attention of tokens ``x [B, T, C]``; ``kv_mask [B, T]`` is true where a token is real."""
+        """Self-attention over tuples of tokens.
+
+        Args:
+            x: tokens ``[B, T, C]``, C the ``model_dim``.
+            kv_mask: true where a token is real ``[B, T]``; by default all are.
+
+        Returns:
+            ``[B, T, C]``.
+        """
         q = self.query(x)
         keys, values = ([project(x) for project in projections] for projections in (self.keys, self.values))
         mask = jnp.ones(x.shape[:2], bool) if kv_mask is None else kv_mask
