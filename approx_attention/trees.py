@@ -127,11 +127,22 @@ def tree_attention(
 
 
 def children_of(parents: Any, num_nodes: int | None = None) -> dict[int, list[int]]:
-    """The children of each node, and of the query under -1. Checks the number of nodes if it is given.
+    """The children of each node, and of the query under -1.
+
+    Args:
+        parents: the parent of each node, -1 for the query.
+        num_nodes: the number of nodes; None for that of the parents.
+
+    Returns:
+        The numbers of the children by node, in ascending order.
 
     Raises:
         TypeError: the parents are not integers known when tracing.
         ValueError: there is not one parent per node, a parent does not exist, or there is a cycle.
+
+    Example:
+        >>> children_of((-1, 0, 0))
+        {-1: [0], 0: [1, 2], 1: [], 2: []}
     """
     nodes = "at least one node" if num_nodes is None else f"each of {num_nodes} nodes"
     allowed = f"parents must contain, for {nodes}, its parent or -1 for the query"

@@ -99,6 +99,13 @@ class TrigonometricFeatures:
     Attributes:
         projection: directions ``w [R/2, D]``.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.core import TrigonometricFeatures
+        >>> values, log_scale = TrigonometricFeatures(jnp.ones((4, 1)))(jnp.array([[0.5]]))
+        >>> float(jnp.sum(values**2) * jnp.exp(2 * log_scale[0, 0]))  # exp(x . x) = exp(1/4)
+        1.284
+
     Reference:
         :cite:p:`peng2021random`, section 2.2; :cite:p:`rahimi2007random`, algorithm 1.
     """
@@ -131,6 +138,12 @@ class ReLUFeatures:
         offset: the constant :math:`\epsilon > 0` of this kernel, which keeps its normaliser positive; 1e-3 as in the
             authors' code.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.core import ReLUFeatures
+        >>> ReLUFeatures(jnp.eye(2), offset=0.0)(jnp.array([[3.0, -1.0]])).values.tolist()
+        [[3.0, 0.0]]
+
     Reference:
         :cite:p:`choromanski2021rethinking`, section 4.2.
     """
@@ -159,6 +172,13 @@ class WeightedFeatures:
 
     Attributes:
         features: the map of the coordinates x.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.core import ReLUFeatures, WeightedFeatures
+        >>> features = WeightedFeatures(ReLUFeatures(jnp.eye(1), offset=0.0))
+        >>> features(jnp.array([[1.0, 0.5, 0.5]])).log_scale.tolist()
+        [[0.5]]
     """
 
     features: FeatureMap
@@ -205,6 +225,12 @@ class CosineFeatures:
 
     Attributes:
         head_dim: the number D of channels of x.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.core import CosineFeatures
+        >>> CosineFeatures(2)(jnp.array([[10.0, -1.0, 0.6, 0.8]])).values.tolist()
+        [[6.0, 0.0, 8.0, 0.0]]
 
     Reference:
         :cite:p:`qin2022cosformer`.

@@ -169,7 +169,15 @@ def method_arm(problem: Problem, name: str, size: int | None, options: Mapping[s
 
 
 def policy_arm(problem: Problem, methods: HeadMethods) -> Arm:
-    """Make the configuration with one method per key head."""
+    """Make the configuration with one method per key head.
+
+    Args:
+        problem: the tensors and options of a layer.
+        methods: the methods of its key heads.
+
+    Returns:
+        The configuration ``"policy"``, without log-normalisers.
+    """
     (_, is_causal, scale, _), mask, is_random = problem, problem.mask, methods.is_random
 
     def function(query: Array, key: Array, value: Array, rng: Array) -> tuple[Array, None]:
@@ -255,7 +263,14 @@ def check_method(name: str, is_causal: bool) -> Method:
 
 
 def check_options(names: Iterable[str], options: Options | None) -> Options:
-    """Check options; None stands for no options.
+    """Check options of methods.
+
+    Args:
+        names: the methods that are compared.
+        options: hyper-parameters by the name of the method; None stands for no options.
+
+    Returns:
+        The options.
 
     Raises:
         InputError: options of a method that is not compared, or the size, or an argument that all methods share.

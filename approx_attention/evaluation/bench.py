@@ -15,7 +15,15 @@ from approx_attention.evaluation.programs import Arm, compile_arm
 
 
 class Bench:
-    """Compiled configurations on the tensors, and their errors against exact attention by unit."""
+    """Compiled configurations on given tensors, and their errors against exact attention by unit.
+
+    Exact attention is computed in full precision, the configurations in the precision that the user has set.
+
+    Args:
+        tensors: query, key and value ``[B, T, N, D]``, ``[B, S, K, D]`` and ``[B, S, K, Dv]``.
+        exact: a form of exact attention.
+        split: the units, and which of them are held out.
+    """
 
     def __init__(self, tensors: Tensors, exact: Arm, split: Split):
         self.tensors, self.split = tensors, split
@@ -33,7 +41,15 @@ class Bench:
         return self.programs[arm]
 
     def call(self, arm: Arm, seed: int) -> Callable[[], Any]:
-        """A function without arguments that calls the configuration with the random projections of a seed."""
+        """Prepare a call of a configuration, which is compiled if it is new.
+
+        Args:
+            arm: the configuration.
+            seed: seed of its random projections.
+
+        Returns:
+            A function without arguments that returns outputs and log-normalisers.
+        """
         return functools.partial(self._program(arm)[0], *self.tensors, arm.draw(jax.random.key(seed)))
 
     def compile_seconds(self, arm: Arm) -> float:
@@ -41,7 +57,15 @@ class Bench:
         return self._program(arm)[1]
 
     def errors(self, arm: Arm, seeds: Sequence[int]) -> UnitErrors:
-        """The errors of a configuration by unit, over seeds if it is random."""
+        """The errors of a configuration by unit.
+
+        Args:
+            arm: the configuration.
+            seeds: seeds of its random projections; only the first is used if it is not random.
+
+        Returns:
+            Squared norms of the error ``[seeds, U]`` and of the exact output ``[U]``.
+        """
         outs = [self.call(arm, seed)()[0] for seed in (seeds if arm.is_random else seeds[:1])]
         return UnitErrors(np.stack([self._by_unit(out - self.exact_out) for out in outs]), self.exact)
 

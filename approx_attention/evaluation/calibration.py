@@ -29,6 +29,17 @@ def calibrate(
     """Measure a method at a few sizes, at the size where the fit meets the tolerance, and at the byte budget.
 
     The byte budget only if no size within it meets the tolerance.
+
+    Args:
+        name: a method with a size.
+        num_keys: the number of keys.
+        tolerance: the largest relative error that is allowed.
+        max_bytes: upper bound of the cache bytes per key head and sequence; None for no bound.
+        measure: ``size -> (relative error, upper bound of that of other units)``.
+        held: ``size -> cache bytes``, which grow with the size.
+
+    Returns:
+        The errors by size with the fitted laws; None if there are too few tokens.
     """
     greatest, starts = _greatest_size(name, num_keys), first_sizes(name, num_keys)
     if not starts:
@@ -98,7 +109,17 @@ def _round_size(size: float, greatest: int) -> int:
 def chosen_settings(
     settings: Iterable[_Setting], *, meets: Callable[[_Setting], bool], fits: Callable[[_Setting], bool]
 ) -> list[_Setting]:
-    """The smallest setting that meets the tolerance; if it exceeds the budget, also the largest setting within it."""
+    """Choose the settings to propose.
+
+    Args:
+        settings: settings in ascending order of cost.
+        meets: whether a setting meets the tolerance.
+        fits: whether a setting is within the budget.
+
+    Returns:
+        The smallest setting that meets the tolerance; if there is none or it exceeds the budget, also the largest
+        setting within the budget, or the smallest of all if none is.
+    """
     settings = list(settings)
     chosen = [setting for setting in settings if meets(setting)][:1]
     if not any(fits(setting) for setting in chosen):

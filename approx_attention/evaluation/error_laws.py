@@ -220,7 +220,12 @@ def _divided(
 
 
 class UnitErrors(NamedTuple):
-    """Squared norms of the error ``[seeds, U]`` and of the exact output ``[U]``, by unit."""
+    """The errors of a configuration by unit.
+
+    Attributes:
+        error: squared norms of the error ``[seeds, U]``.
+        exact: squared norms of the exact output ``[U]``.
+    """
 
     error: np.ndarray
     exact: np.ndarray
@@ -245,6 +250,13 @@ class UnitErrors(NamedTuple):
         It is a Student interval for the log of the error. The variance over units is estimated by the jackknife, within
         strata if each has three units, and counted for the measured and for the unseen units. The variance over seeds
         is that of one more seed. Degrees of freedom of the sum are Satterthwaite's.
+
+        Args:
+            split: the measured and the held-out units.
+            confidence: the one-sided confidence, in (0, 1).
+
+        Returns:
+            The bound; the error itself if it is 0 or infinite.
         """
         units, groups = split.calibration, split.groups[split.calibration]
         if self.relative(units) in (0, math.inf):

@@ -102,7 +102,15 @@ def _styled(draw: _Draw) -> _Draw:
 
 @_styled
 def draw_frontiers(rows: Sequence[Comparison], title: str) -> Any:
-    """Draw error against time and against cache bytes, one line per method through the sizes in the legend."""
+    """Draw error against time and against cache bytes, one line per method through the sizes in the legend.
+
+    Args:
+        rows: the rows of a comparison. Errors that are 0 or infinite are left out.
+        title: the title of the figure.
+
+    Returns:
+        The Matplotlib figure.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8))

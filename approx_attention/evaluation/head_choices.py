@@ -13,7 +13,14 @@ Head = tuple[str, int]
 
 
 class Option(NamedTuple):
-    """A configuration for heads: its total cost and loss, and whether it meets the tolerance."""
+    """A configuration for heads.
+
+    Attributes:
+        cost: the total cost of the heads, such as cache bytes.
+        loss: their total loss.
+        label: the name of the configuration.
+        meets: whether every head meets the tolerance.
+    """
 
     cost: int
     loss: float
@@ -22,14 +29,26 @@ class Option(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Heads that must have the same configuration, and their options."""
+    """Heads that must have the same configuration.
+
+    Attributes:
+        heads: the heads, as pairs of the layer and the number of the key head.
+        options: the configurations to choose from.
+    """
 
     heads: Sequence[Head]
     options: Sequence[Option]
 
 
 class Choice(NamedTuple):
-    """The configuration of each head, whether any misses the tolerance, and the total loss and cost."""
+    """The configuration of each head.
+
+    Attributes:
+        misses: whether any head misses the tolerance.
+        loss: the total loss.
+        cost: the total cost.
+        labels: the label of the configuration by head.
+    """
 
     misses: bool
     loss: float

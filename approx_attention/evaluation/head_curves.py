@@ -48,7 +48,13 @@ class Configuration(NamedTuple):
 
 
 class HeadCurves(NamedTuple):
-    """A layer, and all configurations by label; ``"exact"`` is the first."""
+    """A layer, and all configurations by label.
+
+    Attributes:
+        problem: the layer.
+        bench: the compiled configurations on its tensors.
+        configurations: the configurations by label; ``"exact"`` is the first.
+    """
 
     problem: Problem
     bench: Bench

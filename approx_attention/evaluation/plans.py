@@ -127,7 +127,15 @@ def plan_document(made: Plan) -> dict[str, Any]:
 
 
 def cost(candidate: Candidate, rank_by: str) -> tuple[float, float]:
-    """The ranking of candidates: by seconds or cache bytes, and by the other in a tie."""
+    """The rank of a candidate.
+
+    Args:
+        candidate: the candidate.
+        rank_by: ``"held_bytes"`` to rank by cache bytes; any other value to rank by seconds.
+
+    Returns:
+        The two numbers, that of the ranking first; the other decides in a tie.
+    """
     held, seconds = float(candidate.held_bytes), candidate.seconds
     return (held, seconds) if rank_by == "held_bytes" else (seconds, held)
 

@@ -101,7 +101,20 @@ def compile_arm(arm: Arm, query: Array, key: Array, value: Array) -> Program:
 
 
 def compile_ahead(arms: Iterable[Arm], query: Array, key: Array, value: Array) -> Iterator[Program]:
-    """Yield what `compile_arm` returns for each configuration; trace the next while one is compiled."""
+    """Compile configurations in order; trace the next while one is compiled.
+
+    Args:
+        arms: the configurations.
+        query: ``[B, T, N, D]``.
+        key: ``[B, S, K, D]``.
+        value: ``[B, S, K, Dv]``.
+
+    Yields:
+        What `compile_arm` returns for each configuration, in the same order.
+
+    Raises:
+        InputError: a method does not support the tensors; raised when its program is requested.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting: Future[Program] | None = None
         for arm in arms:

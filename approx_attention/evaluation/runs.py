@@ -20,7 +20,12 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class Interrupted(click.ClickException):
-    """The end of an interrupted run, with the exit code that shells give to its signal."""
+    """The end of an interrupted run, with the exit code that shells give to its signal.
+
+    Args:
+        signal: the interrupt.
+        message: the end of the error message, such as where the results are.
+    """
 
     def __init__(self, signal: KeyboardInterrupt, message: str = ""):
         self.is_terminated = isinstance(signal, Terminated)
@@ -28,7 +33,15 @@ class Interrupted(click.ClickException):
 
 
 class Task(NamedTuple):
-    """The layers that a command measures, and its output directory. A single layer without a name is called ""."""
+    """The layers that a command measures, and its output directory.
+
+    Attributes:
+        out: the output directory.
+        source: name of the tensors, for titles.
+        layers: the layers by name; a single layer without a name is called "".
+        names: names of the methods.
+        settings: the options of the command, for the JSON document.
+    """
 
     out: pathlib.Path
     source: str
@@ -95,7 +108,19 @@ def run(
     kind: Kind,
     measure: Callable[[Layer, Callable[[Any], None], OnProgress], Any],
 ) -> None:
-    """Measure every layer, write the results after each and after an interrupt, and then print them."""
+    """Measure every layer, write the results after each and after an interrupt, and then print them.
+
+    Args:
+        task: the layers, and the output directory.
+        settings: the settings in the JSON document.
+        kind: the files, tables and figures to make.
+        measure: ``(layer, keep, on_progress) -> result``; ``keep(result)`` stores a result so far.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the results so far are written first.
+        InputError: from ``measure``, with the place of the results so far.
+        OSError: results cannot be written; all layers are measured and printed first.
+    """
     results: dict[str, Any] = {}
     has_layers = "" not in task.layers
     num_measured = 0
@@ -173,7 +198,15 @@ def _write_the_rest(error: BaseException, write: Callable[[], Any] | None) -> No
 
 @contextlib.contextmanager
 def only_run(out: pathlib.Path, kind: str) -> Iterator[None]:
-    """Make and lock a writable output directory."""
+    """Make and lock an output directory, as a context.
+
+    Args:
+        out: the directory.
+        kind: the name of the files that a run writes there.
+
+    Raises:
+        InputError: the directory or a file in it cannot be written, or another run holds it.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

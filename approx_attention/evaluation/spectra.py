@@ -78,9 +78,21 @@ def left_spectrum(x: Float[Array, "T S"]) -> tuple[Array, Array]:
 
 
 def rank_within(squares: Float[Array, " R"], error: float) -> Array:
-    r"""The smallest rank with a relative Frobenius error of at most ``error``, from sorted squared singular values.
+    r"""The smallest rank with a relative Frobenius error of at most ``error``.
 
     .. math:: \sum_{i > r} \sigma_i^2 \le \epsilon^2 \sum_i \sigma_i^2
+
+    Args:
+        squares: squared singular values ``[R]``, the largest first.
+        error: :math:`\epsilon`.
+
+    Returns:
+        The rank, int32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> int(rank_within(jnp.array([16.0, 8.0, 1.0]), 0.2))
+        2
     """
     # Summed from the smallest, so that rounding does not dominate.
     rest = jnp.cumsum(squares[::-1])[::-1]

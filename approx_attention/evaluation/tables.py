@@ -195,9 +195,18 @@ def picks_table(plans: Mapping[str, Plan], title: str) -> Table:
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, others: str | Sequence[str] = "right"
 ) -> str:
-    """Make a Markdown table of rows of cells, with the first column left-aligned and the others aligned as given.
+    """Make a Markdown table.
 
     A notebook shows the table that is the last value of a cell as a table, and not as text.
+
+    Args:
+        header: the names of the columns.
+        rows: rows of cells.
+        others: alignment of the columns after the first, which is left-aligned: ``"right"``, ``"left"`` or
+            ``"center"``, for all or for each.
+
+    Returns:
+        The text of the table.
 
     Example:
         >>> from approx_attention.evaluation import markdown_table

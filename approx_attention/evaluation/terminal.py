@@ -88,9 +88,17 @@ _heard: list[type[KeyboardInterrupt]] = []
 
 @contextlib.contextmanager
 def terminable() -> Iterator[Callable[[], None]]:
-    """Context in which SIGINT and SIGTERM raise, unless something else handles them; yields a function to end it.
+    """Context in which SIGINT and SIGTERM raise, unless something else handles them.
 
-    They are ignored while an earlier one is handled, so that results are written.
+    They are ignored while an earlier one is handled, so that results are written. In other threads than the main one
+    the context does nothing.
+
+    Yields:
+        A function after which they are ignored.
+
+    Raises:
+        KeyboardInterrupt: SIGINT.
+        Terminated: SIGTERM, also a ``KeyboardInterrupt``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

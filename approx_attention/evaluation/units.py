@@ -4,7 +4,20 @@ import math
 
 
 def times(ratio: float, more: str, less: str) -> str:
-    """A ratio as text with its direction, such as ``2.5x faster`` or ``340x slower``."""
+    """A ratio as text with its direction.
+
+    Args:
+        ratio: the ratio.
+        more: the word for a ratio above 1.
+        less: the word for a ratio below 1.
+
+    Returns:
+        The text; empty unless the ratio is positive and finite.
+
+    Example:
+        >>> times(2.5, "faster", "slower"), times(1 / 340, "faster", "slower"), times(1.0, "faster", "slower")
+        ('2.5x faster', '340x slower', '1x')
+    """
     if not (ratio > 0 and math.isfinite(ratio)):
         return ""
     factor = max(ratio, 1 / ratio)

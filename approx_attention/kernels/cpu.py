@@ -54,7 +54,7 @@ def forward(
     logits_soft_cap: float | None = None,
     **_: Any,
 ) -> Rows:
-    """Attention by the form for the given reach."""
+    """Attention by the form for the given reach; arguments and result are those of ``xla.forward``."""
     q, k, v = _in_float32(q, k, v, scale)
     if logits_soft_cap is not None:
         return xla.forward(q, k, v, jnp.ones_like(scale), bias, reach=reach, logits_soft_cap=logits_soft_cap)
@@ -85,7 +85,7 @@ def backward(
     logits_soft_cap: float | None = None,
     **_: Any,
 ) -> tuple[Array, ...]:
-    """The gradients of `xla.backward`."""
+    """The gradients of ``xla.backward``, which describes the arguments, by the form for the given reach."""
     q, k, v = _in_float32(q, k, v, scale)
     rows = out, peak, log_total, d_out, d_lse
     if logits_soft_cap is not None:

@@ -29,6 +29,15 @@ def by_platform(*operands: Any, cpu: Callable[..., Outputs], default: Callable[.
 
     In shard_map the outputs of both forms, which must not be PRNG keys, vary over all mesh axes over which an operand
     varies.
+
+    Args:
+        *operands: pytrees of arrays, the arguments of both forms.
+        cpu: the form for CPUs.
+        default: the form for other platforms.
+
+    Returns:
+        The outputs of the form for the platform that the program is lowered for. Both must give equal shapes and
+        dtypes.
     """
     leaves = jax.tree.leaves(operands)
     if any(getattr(jax.typeof(x), "mat", None) != getattr(jax.typeof(0), "mat", None) for x in leaves):

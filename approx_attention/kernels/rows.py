@@ -16,12 +16,34 @@ def pad_rows(x: Array, padding: int) -> Array:
 
 
 def in_blocks(x: Array, block_size: int) -> Array:
-    """Rows ``[n, ...]`` as zero-padded blocks ``[ceil(n / block_size), block_size, ...]``."""
+    """Rows as blocks, of which the last is filled with zeros.
+
+    Args:
+        x: rows ``[n, ...]``.
+        block_size: the number b of rows per block.
+
+    Returns:
+        ``[ceil(n / b), b, ...]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.kernels import in_blocks
+        >>> in_blocks(jnp.array([1, 2, 3]), 2).tolist()
+        [[1, 2], [3, 0]]
+    """
     return pad_rows(x, -x.shape[0] % block_size).reshape(-1, block_size, *x.shape[1:])
 
 
 def out_of_blocks(tree: Any, num_rows: int | None = None) -> Any:
-    """The first ``num_rows`` rows, by default all, of every array ``[blocks, block_size, ...]`` of a tree."""
+    """The inverse of ``in_blocks``, for every array of a tree.
+
+    Args:
+        tree: a pytree of arrays ``[blocks, block_size, ...]``.
+        num_rows: the number of rows without those that fill the last block; by default all.
+
+    Returns:
+        The pytree of the first ``num_rows`` rows.
+    """
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], tree)
 
 
@@ -43,7 +65,16 @@ def along_with(tree: Any, *arrays: Any) -> Any:
 
 
 def map_rows(function: Callable[[Any], Any], tree: Any, block_size: int) -> Any:
-    """Apply ``function``, which acts row by row, to blocks of at most ``block_size`` rows, one after the other."""
+    """Apply a function to blocks of rows, one after the other, which bounds its memory.
+
+    Args:
+        function: maps a pytree of rows ``[b, ...]`` to one of rows ``[b, ...]``, row by row.
+        tree: a pytree of arrays ``[n, ...]``.
+        block_size: the largest number of rows per block.
+
+    Returns:
+        The results ``[n, ...]``. Blocks have equal sizes; rows of zeros fill the last one.
+    """
     num_rows = jax.tree.leaves(tree)[0].shape[0]
     blocks, rows = even_split(num_rows, block_size)
     if blocks == 1:
@@ -57,13 +88,44 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def even_split(length: int, block_size: int) -> tuple[int, int]:
-    """The number of blocks of at most ``block_size``, and the smallest common size that covers ``length``."""
+    """Split a length into blocks of equal size.
+
+    Args:
+        length: the number of rows.
+        block_size: the largest size of a block.
+
+    Returns:
+        The number of blocks, at least 1, and the smallest common size that covers the length.
+
+    Example:
+        >>> from approx_attention.kernels import even_split
+        >>> even_split(130, 128)
+        (2, 65)
+    """
     blocks = max(1, -(-length // block_size))
     return blocks, -(-length // blocks)
 
 
 def block_windows(x: Array, block: int, blocks: int, left: int, right: int, fill: float) -> Array:
-    """The rows ``[n, ...]`` around each block, ``[blocks, left + block + right, ...]``; ``fill`` beyond."""
+    """The rows of each block with those around it.
+
+    Args:
+        x: rows ``[n, ...]``.
+        block: the number of rows per block.
+        blocks: the number of blocks.
+        left: the number of rows before a block.
+        right: the number of rows after a block.
+        fill: the value before the first row and after the last.
+
+    Returns:
+        ``[blocks, left + block + right, ...]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from approx_attention.kernels import block_windows
+        >>> block_windows(jnp.array([1, 2, 3]), 2, 2, left=1, right=0, fill=0).tolist()
+        [[0, 1, 2], [2, 3, 0]]
+    """
     end = blocks * block + right
     x = x[:end]
     around = jnp.pad(x, ((left, end - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)

@@ -171,7 +171,17 @@ def finite_peak(peak: Array) -> Array:
 
 
 def normalise(numerator: Array, mass: Array, peak: Array) -> AttentionState:
-    """The state of sums ``numerator [T, Dv]`` and ``mass [T]``, both times ``exp(peak)``; empty if mass <= 0."""
+    """The attention state of sums of weights.
+
+    Args:
+        numerator: sums of weights times values ``[T, Dv]``, divided by ``exp(peak)``.
+        mass: sums of weights ``[T]``, divided by ``exp(peak)``.
+        peak: natural logarithms ``[T]``.
+
+    Returns:
+        The `AttentionState`; a row whose mass is not positive has output 0 and log-normaliser ``-inf``, and one with a
+        mass of NaN stays NaN.
+    """
     # A mass that is not positive has no logarithm. NaN is not <= 0, and stays visible in the output.
     unanswered = mass <= 0
     safe_mass = jnp.where(unanswered, jnp.ones_like(mass), mass)

@@ -35,7 +35,20 @@ def soft_capped(logits: Array, logits_soft_cap: float | None) -> Array:
 def dense_state(
     q: Array, k: Array, v: Array, bias: Array | None = None, logits_soft_cap: float | None = None
 ) -> AttentionState:
-    r"""Softmax attention over all keys at once, :math:`\mathrm{softmax}(q k^T + b)\, v` with a bias ``[1 or T, S]``."""
+    r"""Softmax attention over all keys at once, with all T S logits in memory.
+
+    .. math:: \mathrm{out} = \mathrm{softmax}(f(q k^T) + b)\, v, \qquad f(x) = c \tanh(x / c)\ \text{or}\ x
+
+    Args:
+        q: queries ``[T, D]`` in scaled space.
+        k: keys ``[S, D]`` in scaled space.
+        v: values ``[S, Dv]``.
+        bias: b ``[1 or T, S]``, ``HIDDEN`` for hidden keys; None for 0.
+        logits_soft_cap: c; None for no cap.
+
+    Returns:
+        The `AttentionState`; a row that sees no key has output 0 and log-normaliser ``-inf``.
+    """
     # Adding HIDDEN alone would not hide a key with an equally large logit. A key hidden from all queries is set to 0
     # instead, which keeps XLA's fused product; if it is hidden from some queries, the sum is replaced.
     if bias is None:
@@ -77,7 +90,13 @@ def sees_a_key(peak: Array) -> Array:
 
 
 class Sums(NamedTuple):
-    """Unnormalised sums over the keys of some tiles: weights relative to the maximum, and weights times values."""
+    r"""Unnormalised sums over the keys of some tiles.
+
+    Attributes:
+        peak: the largest logit of each query ``[T]``.
+        total: sums of weights :math:`e^{x - \mathrm{peak}}`, ``[T]``.
+        product: sums of weights times values ``[T, Dv]``.
+    """
 
     peak: Array
     total: Array

@@ -44,7 +44,20 @@ def forward(
     logits_soft_cap: float | None = None,
     **_: Any,
 ) -> Rows:
-    """Attention of tensors in their dtype, with sums in float32 or wider."""
+    """Attention of one head in tiles, of tensors in their dtype, with sums in float32 or wider.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        scale: factor of the logits, an array without axes; its dtype is that of the sums.
+        bias: bias of each key ``[S]``; None for 0.
+        reach: the keys within reach of each query.
+        logits_soft_cap: cap of the logits; None for no cap.
+
+    Returns:
+        The rows of outputs and normalisers.
+    """
     (blocks, rows), (key_blocks, columns) = _tiles(q, k)
     queries, keys = padded(q, blocks * rows), padded_keys(k, v, bias, scale.dtype, key_blocks * columns)
 
@@ -83,6 +96,23 @@ def backward(
     :math:`1 - (Y / c)^2` in dQ and dK.
 
     The tiles are those of the forward pass, so that logits of any size have the same rounding in both.
+
+    Args:
+        q: queries ``[T, D]``.
+        k: keys ``[S, D]``.
+        v: values ``[S, Dv]``.
+        scale: factor s of the logits, an array without axes; its dtype is that of the gradients.
+        out: outputs ``[T, Dv]`` of the forward pass.
+        peak: maxima ``[T]`` of the forward pass.
+        log_total: logarithms of sums ``[T]`` of the forward pass.
+        d_out: dO ``[T, Dv]``, cotangents of the outputs.
+        d_lse: cotangents of the log-normalisers ``[T]``.
+        bias: bias of each key ``[S]``; None for 0.
+        reach: the keys within reach of each query.
+        logits_soft_cap: cap of the logits; None for no cap.
+
+    Returns:
+        The gradients of q, k and v, and of the bias if it is given.
     """
     (blocks, rows), (key_blocks, columns) = _tiles(q, k)
     peak, log_total, d_out, delta = seen_cotangents(out, peak, log_total, d_out, d_lse)

@@ -214,6 +214,9 @@ class ApproxAttention(nnx.Module):
 
         Raises:
             NotImplementedError: dropout, sown weights, or a mask that the method does not support.
+            ValueError: a floating-point mask with other values than 0 and 1, dropout without ``dropout_rng``, or a rate
+                that is not from 0 to 1.
+            TypeError: an argument with one number per key that the method does not have.
         """
         flax_arguments.check_unused(
             self.name,

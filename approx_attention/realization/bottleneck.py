@@ -125,6 +125,12 @@ def _centred_logits(weights: Array) -> Array:
 def row_centred(logits: Float[Array, "T S"]) -> Float[Array, "T S"]:
     """Subtract the mean of each row of logits, to which softmax is invariant.
 
+    Args:
+        logits: ``[T, S]``.
+
+    Returns:
+        Logits ``[T, S]`` with row means 0, in the same dtype.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from approx_attention.realization import row_centred

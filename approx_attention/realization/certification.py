@@ -48,9 +48,23 @@ class Certificate(NamedTuple):
     visible_logit_absmax: Array
 
     def logits_needed(self, eps1: float) -> Array:
-        """Compute the largest visible logit after scaling the logits so that zeros reach the precision ``eps1``.
+        r"""Compute the largest visible logit after scaling the logits so that zeros reach the precision ``eps1``.
 
-        It is infinite if a zero is at least as large as a nonzero of its row, at any scale.
+        .. math:: \log(1 / \epsilon_1) / \rho
+
+        Args:
+            eps1: largest ratio of a zero to a nonzero of its row, in (0, 1).
+
+        Returns:
+            One number. It is infinite if a zero is at least as large as a nonzero of its row, at any scale.
+
+        Example:
+            >>> import math
+            >>> import jax.numpy as jnp
+            >>> from approx_attention import SparsePattern, certify
+            >>> certificate = certify(jnp.eye(4), 8 * jnp.eye(4), jnp.eye(4), SparsePattern.banded(4, [0]))
+            >>> float(certificate.logits_needed(math.exp(-6)))  # rho = 1
+            6.0
         """
         return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
 
@@ -195,7 +209,18 @@ def check_no_future(pattern: SparsePattern) -> None:
 
 
 def off_rows(rows: Array, indices: Array, valid: Array, num_keys: int, is_causal: bool) -> Array:
-    """The mask of zeros of a pattern that are visible to given queries ``[rows, S]``."""
+    """The zeros of a pattern that are visible to given queries.
+
+    Args:
+        rows: the numbers of the queries ``[R]``.
+        indices: the keys of their rows ``[R, K]``.
+        valid: false on padding ``[R, K]``.
+        num_keys: the number S of keys.
+        is_causal: whether keys after the query are invisible.
+
+    Returns:
+        The mask ``[R, S]``.
+    """
     local = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
     # Padding has index 0: ``min`` keeps that key, which setting would clear.
     off = jnp.ones((rows.shape[0], num_keys), bool).at[local, indices].min(~valid)

@@ -172,7 +172,22 @@ def positive_limit(name: str, limit: Any) -> float:
 
 
 def require_request(pattern: SparsePattern, eps1: float, eps2: float, d: int, method: str, is_causal: bool) -> None:
-    """Raise unless a method supports a pattern, these precisions and d channels."""
+    """Raise unless a method supports a pattern, these precisions and the number of channels.
+
+    Args:
+        pattern: a pattern; its rows are checked if they are known when tracing.
+        eps1: largest ratio of a zero to a nonzero of its row.
+        eps2: largest error of a ratio of nonzeros.
+        d: the number of channels.
+        method: the construction, as in `realize_sparse_pattern`.
+        is_causal: whether the head is causal.
+
+    Raises:
+        ValueError: an unknown method, precisions out of range, a pattern that is not square, too few channels, keys in
+            the future of a causal head, or a pattern with or without zeros that the method does not support.
+        NotImplementedError: ``"dense"`` in a causal head.
+        TypeError: not a `SparsePattern`.
+    """
     check_choice("method", method, get_args(RealizationMethod))
     if not 0 < eps1 < 1:
         raise ValueError(f"eps1 must lie in (0, 1), got {eps1}")

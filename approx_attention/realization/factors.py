@@ -18,7 +18,13 @@ from approx_attention.sparse import SparsePattern
 
 
 class Factors(NamedTuple):
-    """Factors of the logits ``(tau separating + weighting) @ keys.T``, each ``[T, d]``."""
+    r"""Factors of the logits :math:`(\tau\, \mathrm{separating} + \mathrm{weighting})\, \mathrm{keys}^T`.
+
+    Attributes:
+        separating: queries ``[T, d]`` that separate the keys of a row from the others.
+        weighting: queries ``[T, d]`` that set the weights of these keys.
+        keys: ``[T, d]``.
+    """
 
     separating: Array
     weighting: Array
@@ -46,7 +52,16 @@ class Sampling(NamedTuple):
 
 
 def random_keys(sampling: Sampling, num_tokens: int, *, orthogonal: bool) -> Array:
-    """Random keys ``[T, d]`` with mean square norm 1, with columns that are Gaussian or orthogonal in blocks of T."""
+    """Random keys with mean square norm 1.
+
+    Args:
+        sampling: the PRNG key and the used channels; the sample of fewer channels is a prefix.
+        num_tokens: the number T of keys.
+        orthogonal: whether columns are orthogonal in blocks of T, else Gaussian.
+
+    Returns:
+        Keys ``[T, d]``, 0 in channels that are not used.
+    """
     width = sampling.used.shape[0]
 
     # One PRNG key per channel: the sample of fewer channels is a prefix, so that a search compares equal samples.
@@ -118,7 +133,17 @@ def interpolate(pattern: SparsePattern, log_weights: Array, sampling: Sampling, 
 
 
 def interpolating_queries(keys: Array, pattern: SparsePattern, log_weights: Array) -> tuple[Array, Array]:
-    """The shortest queries with logits 1, and with centred log-weights, on the support."""
+    """The shortest queries with given logits on the support of each row.
+
+    Args:
+        keys: ``[T, d]``.
+        pattern: the pattern of the supports.
+        log_weights: logarithms of the weights ``[T, K]``.
+
+    Returns:
+        Queries ``[T, d]`` with logits 1 on the support, and queries ``[T, d]`` whose logits there are the log-weights
+        minus their mean.
+    """
 
     def row(args: tuple[Array, Array, Array]) -> Array:
         indices, valid, log_weights = args
@@ -133,7 +158,17 @@ def interpolating_queries(keys: Array, pattern: SparsePattern, log_weights: Arra
 
 
 def support_inverse(keys: Array, indices: Array, valid: Array, ridge: float = 0.0) -> Array:
-    """The pseudoinverse ``[d, K]`` of the keys of a row ``[K, d]``, whose padding is zero."""
+    """The pseudoinverse of the keys of one row.
+
+    Args:
+        keys: ``[T, d]``.
+        indices: the keys of the row ``[K]``.
+        valid: false on padding ``[K]``.
+        ridge: added to the diagonal of the Gram matrix; only for training.
+
+    Returns:
+        The matrix ``[d, K]``, with zeros on padding.
+    """
     # Padding has rows of 0 with 1 on the diagonal, so that the matrix stays regular; a ridge is only for training.
     on = jnp.where(valid[:, None], keys[indices], 0)
     gram = on @ on.T + jnp.diag(jnp.where(valid, jnp.asarray(ridge, keys.dtype), 1))

@@ -205,9 +205,22 @@ def is_traced(pattern: SparsePattern) -> bool:
 
 
 def pairs_of_blocks(pattern: SparsePattern, block_size: int) -> np.ndarray:
-    """The pair of blocks of each entry of a concrete pattern, as an index into the blocks, row by row.
+    """The pair of blocks of each entry of a concrete pattern.
 
     Computed on the host, inside a compiled function too.
+
+    Args:
+        pattern: a pattern whose arrays are known when tracing.
+        block_size: the number b of queries, and of keys, per block.
+
+    Returns:
+        Numbers ``i * ceil(S / b) + j`` of blocks i of queries and j of keys, one for each entry, row by row.
+
+    Example:
+        >>> from approx_attention import SparsePattern
+        >>> from approx_attention.sparse import pairs_of_blocks
+        >>> pairs_of_blocks(SparsePattern.from_indices([[0], [0, 3], [2], [1]], num_keys=4), 2).tolist()
+        [0, 0, 1, 3, 2]
     """
     rows, keys = _entries(pattern)
     _, num_columns = _num_blocks(pattern.num_queries, pattern.num_keys, block_size)

@@ -131,7 +131,15 @@ def _merge_lifted(a: LiftedKV, b: Any) -> LiftedKV:
 
 
 def first_lifted(blocks: LiftedKV, count: Array) -> LiftedKV:
-    """The tokens of the first ``count`` of n blocks ``[n, b, ...]``; the others are absent, with keys kept."""
+    """The tokens of the first blocks of a sequence; those of other blocks are absent, with their keys kept.
+
+    Args:
+        blocks: the tokens of n blocks of b, every array stacked ``[n, b, ...]``.
+        count: the number of blocks to keep, int32.
+
+    Returns:
+        The `LiftedKV` of n b tokens.
+    """
     seen = (jnp.arange(blocks.u.shape[0], dtype=jnp.int32) < count)[:, None]
     return out_of_blocks(dataclasses.replace(blocks, u=jnp.where(seen, blocks.u, 0)))
 

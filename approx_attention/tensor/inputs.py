@@ -43,9 +43,14 @@ SEGMENTS, LEAST_SEGMENT = 4, 64
 
 
 class TensorInputs(NamedTuple):
-    """Queries ``[T, D]`` with the scale folded in, and for each set keys ``[S_a, D]``, values and a mask (or None).
+    """The checked tensors of one head, in the accumulation dtype.
 
-    ``value_dtype`` is the dtype of the given values and of outputs.
+    Attributes:
+        q: queries ``[T, D]`` times the scale of the logits.
+        keys: the keys of each set ``[S_a, D]``, 0 in padding.
+        values: the values of each set ``[S_a, Dv]``, 0 in padding.
+        masks: the mask of real keys of each set ``[S_a]``, or None.
+        value_dtype: the dtype of the given values, and of outputs.
     """
 
     q: Array
@@ -108,7 +113,19 @@ def tensor_inputs(q: Array, k: Any, v: Any, *, scale: float | Array | None = Non
 
 
 def sets(name: str, x: Any) -> tuple[Array, ...]:
-    """The sets of tokens ``[S_a, D]`` of a stacked array, of a tuple, or of one array, which is one set."""
+    """The sets of tokens of keys or of values.
+
+    Args:
+        name: name of the argument, for error messages.
+        x: a stacked array ``[m-1, S, D]``, a tuple of arrays ``[S_a, D]``, or one array ``[S, D]``, which is one set.
+
+    Returns:
+        The sets, each ``[S_a, D]``.
+
+    Raises:
+        TypeError: sets that are not floating point.
+        ValueError: no set, or sets with other than two axes.
+    """
     if isinstance(x, tuple | list):
         parts = tuple(x)
     elif getattr(x, "ndim", None) == 3:
@@ -125,7 +142,20 @@ def sets(name: str, x: Any) -> tuple[Array, ...]:
 
 
 def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] | None:
-    """Check the causal options of tensor attention; return the windows as one count per set."""
+    """Check the causal options of tensor attention.
+
+    Args:
+        is_causal: None, ``"both"`` or ``"ordered"``.
+        window: the number of visible keys of every set, or one number for each set; None for no window.
+        num_sets: the number m - 1 of sets of keys.
+
+    Returns:
+        The windows as one count per set; None for no window.
+
+    Raises:
+        ValueError: an unknown choice, a window without a causal form, a wrong number of windows, or one below 1.
+        TypeError: a window that is not an integer known when tracing.
+    """
     if is_causal is not None:
         check_choice("is_causal", is_causal, ("both", "ordered"))
     if window is None:
@@ -140,7 +170,19 @@ def check_causal(is_causal: Any, window: Any, num_sets: int) -> tuple[int, ...] 
 
 
 def scaled(q: Array, scale: float | Array | None) -> Array:
-    """Rows ``[T, D]`` times the scale of the logits, of any sign; ``1/sqrt(D)`` by default."""
+    r"""Rows times the scale of the logits.
+
+    Args:
+        q: rows ``[T, D]``.
+        scale: one number of any sign; :math:`1/\sqrt{D}` by default.
+
+    Returns:
+        Rows ``[T, D]`` in the dtype of q.
+
+    Raises:
+        TypeError: not one number.
+        ValueError: a concrete scale that is not finite.
+    """
     # 1 / sqrt(D) as in models; Alman and Song's theorem divides by D.
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
@@ -216,7 +258,16 @@ class _Rule(NamedTuple):
 def tensor_state(
     inputs: TensorInputs, is_causal: str | None = None, widths: tuple[int, ...] | None = None
 ) -> AttentionState:
-    """The exact state of queries over all visible tuples of keys, in memory linear in all lengths."""
+    """The exact state of queries over all visible tuples of keys, in memory linear in all lengths.
+
+    Args:
+        inputs: queries and m - 1 sets of tokens, as from ``tensor_inputs``.
+        is_causal: None, ``"both"`` or ``"ordered"``, as in `tensor_attention`.
+        widths: the window of each set; only in the causal form.
+
+    Returns:
+        The `AttentionState` ``[T]``.
+    """
     tokens = tuple(_Tokens.of(*one) for one in zip(inputs.keys, inputs.values, inputs.masks, strict=True))
     rule = _Rule(is_causal == "ordered", (None,) * len(tokens) if widths is None else widths)
     if is_causal is None:

@@ -281,7 +281,25 @@ class MonomialFeatures:
 def scaled_coefficients(
     coefficients: Array | np.ndarray, degree: int, scale: float | Array, dtype: jax.typing.DTypeLike
 ) -> Array:
-    """Coefficients of powers of x from those of powers of ``scale * x``, ``[degree + 1]``."""
+    """Coefficients :math:`c_k s^k` of powers of x from those of powers of s x.
+
+    Args:
+        coefficients: c ``[degree + 1]``.
+        degree: the degree of the polynomial.
+        scale: s, one number, possibly traced.
+        dtype: dtype of the result.
+
+    Returns:
+        The coefficients ``[degree + 1]``.
+
+    Raises:
+        ValueError: another number of coefficients.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> scaled_coefficients(jnp.ones(3), 2, 3.0, jnp.float32).tolist()
+        [1.0, 3.0, 9.0]
+    """
     c = jnp.asarray(coefficients, dtype)
     if c.shape != (degree + 1,):
         raise ValueError(f"coefficients must be [{degree + 1}], one for each degree from 0, got shape {c.shape}")

@@ -104,7 +104,17 @@ def check_taken(coefficients: object, *, bound: float | None, rms: float | None)
 
 
 def num_coefficients(coefficients: Any) -> int:
-    """The number of coefficients given as numbers. Raises ``TypeError`` unless they are a real vector."""
+    """The number of coefficients given as numbers.
+
+    Args:
+        coefficients: a sequence or an array ``[degree + 1]``, possibly traced.
+
+    Returns:
+        The degree plus 1.
+
+    Raises:
+        TypeError: not a vector of real numbers, or an empty one.
+    """
     # The shape and dtype of a traced array suffice. Kind V: bfloat16 and other types that NumPy does not know.
     given = coefficients if hasattr(coefficients, "dtype") else np.asarray(coefficients)
     if given.ndim != 1 or given.shape[0] == 0 or given.dtype.kind not in "iufV":
@@ -116,7 +126,24 @@ def num_coefficients(coefficients: Any) -> int:
 
 
 def taken_by(kind: str, *, bound: float | None = None, rms: float | None = None) -> dict[str, float | None]:
-    """Select the bound or the root mean square that a kind uses, as an argument of `exp_coefficients`."""
+    """Select the bound or the root mean square that a kind of coefficients uses, as an argument of `exp_coefficients`.
+
+    Args:
+        kind: the kind of coefficients.
+        bound: the bound of the logits.
+        rms: the root mean square of the logits.
+
+    Returns:
+        The number that the kind uses, by name; empty if it uses none.
+
+    Raises:
+        ValueError: an unknown kind.
+
+    Example:
+        >>> from approx_attention.tensor import taken_by
+        >>> taken_by("chebyshev", bound=2.0, rms=1.0), taken_by("taylor", bound=2.0)
+        ({'bound': 2.0}, {})
+    """
     check_choice("coefficients", kind, get_args(Coefficients))
     return {name: value for name, value in (("bound", bound), ("rms", rms)) if name == _TAKES[kind]}
 

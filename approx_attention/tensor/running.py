@@ -125,7 +125,16 @@ def _decoder(kernel: Kernel, ordered: bool) -> TensorDecoder:
 
 
 def causal_state_of(kernel: Kernel, inputs: TensorInputs, ordered: bool) -> AttentionState:
-    """The causal state, by chunks of tokens with running sums."""
+    """The causal state, by chunks of tokens with running sums.
+
+    Args:
+        kernel: the polynomial, as maps of queries and keys to R features.
+        inputs: queries and m - 1 sets of tokens; no query sees a key after position T - 1.
+        ordered: whether tuples are those of ``"ordered"`` in `tensor_attention`, else those of ``"both"``.
+
+    Returns:
+        The `AttentionState` ``[T]``.
+    """
     chunk, tokens = _chunks(kernel, inputs, CHUNK_TERMS)
     decoder = _decoder(kernel, ordered)
     sums = decoder.init(inputs.values[0].shape[1], inputs.q.dtype)
