@@ -206,7 +206,7 @@ def floor_of_share(number: Array, times: Array, over: Array) -> tuple[Array, Arr
     r""":math:`\lfloor a b / c \rfloor` and the remainder for :math:`0 \le a \le c`, where the product may exceed 2^31.
 
     The quotient is estimated in floating point. The remainder of the estimate is small, and therefore exact in wrapping
-    integer arithmetic.
+    integer arithmetic, for :math:`b c \le 2^{51}` and :math:`c \le 2^{29}`.
 
     Args:
         number: a, int32 of any shape.
