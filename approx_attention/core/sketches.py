@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from approx_attention.core.checks import accumulation_dtype, check_choice, check_count, check_floating, check_key
+from approx_attention.core.checks import (
+    accumulation_dtype,
+    check_choice,
+    check_count,
+    check_floating,
+    check_key,
+    check_positive,
+)
 from approx_attention.core.precision import in_float32
 from approx_attention.kernels import along_with, pad_rows
 
@@ -346,11 +353,16 @@ def leverages(k: Float[Array, "S D"], *, ridge: float = 1e-2) -> Float[Array, " 
     Returns:
         The scores ``[S]`` in float32 or wider; 0 for rows of zeros.
 
+    Raises:
+        TypeError: a ridge that is not a number.
+        ValueError: a concrete ridge that is not positive and finite.
+
     Example:
         >>> import jax.numpy as jnp
         >>> leverages(jnp.eye(2), ridge=1.0).tolist()
         [0.5, 0.5]
     """
+    check_positive("ridge", ridge)
     k = k.astype(accumulation_dtype(k))
     gram = k.T @ k
     # Relative to the mean eigenvalue, so that scores do not depend on the scale of the keys; 1 if all keys are 0.

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jaxtyping import Float
 
-from approx_attention.core import accumulation_dtype, check_choice, check_floating, in_blocks, in_float32
+from approx_attention.core import accumulation_dtype, check_choice, check_floating, in_blocks, in_float32, known_number
 from approx_attention.sparse import SparsePattern, check_pattern
 
 RatioError = Literal["relative", "absolute"]
@@ -58,6 +58,10 @@ class Certificate(NamedTuple):
         Returns:
             One number. It is infinite if a zero is at least as large as a nonzero of its row, at any scale.
 
+        Raises:
+            TypeError: an ``eps1`` that is not one number, or is traced.
+            ValueError: an ``eps1`` outside (0, 1).
+
         Example:
             >>> import math
             >>> import jax.numpy as jnp
@@ -66,7 +70,10 @@ class Certificate(NamedTuple):
             >>> float(certificate.logits_needed(math.exp(-6)))  # rho = 1
             6.0
         """
-        return jnp.where(self.rho > 0, math.log(1 / eps1) / self.rho, jnp.inf)
+        precision = known_number("eps1", eps1)
+        if not 0 < precision < 1:
+            raise ValueError(f"eps1 must lie in (0, 1), got {eps1}")
+        return jnp.where(self.rho > 0, math.log(1 / precision) / self.rho, jnp.inf)
 
 
 def certify(

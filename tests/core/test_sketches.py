@@ -158,6 +158,9 @@ def test_leverages_against_their_formula():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert found.sum() < 4
     np.testing.assert_array_equal(leverages(jnp.zeros((5, 3))), 0)
+    for ridge in (0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="ridge must be"):
+            leverages(jnp.zeros((5, 3)), ridge=ridge)
 
 
 def weights_of(q, k, scale=1.0):

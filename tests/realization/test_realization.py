@@ -377,6 +377,9 @@ def test_the_largest_logit_allowed():
     np.testing.assert_allclose(free.logits_needed(0.01), 2 * free.logit_absmax, rtol=1e-3)
     inverted = certify(jnp.eye(4), -8 * jnp.eye(4), jnp.eye(4), SparsePattern.banded(4, [0]))
     assert float(inverted.logits_needed(0.1)) == math.inf
+    for eps1 in (0, 1, 2.0, -1, math.nan):
+        with pytest.raises(ValueError, match="eps1 must"):
+            free.logits_needed(eps1)
 
 
 def test_a_certificate_speaks_of_inputs_as_they_are_rounded():
